@@ -62,7 +62,6 @@ CHECKED = [
     "qlora_jax.matmul.backends.tiled",
     "qlora_jax.matmul.collectives",
     "qlora_jax.quant.codes",
-    "qlora_jax.quant.nibbles",
     "qlora_jax.quant.schemes",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

@@ -91,7 +91,7 @@ def dense_call(m, transpose, tile, tile_m):
 def product_spec(transpose, fmt="nf4"):
     """The product of every case here."""
     from qlora_jax.matmul.spec import ProductSpec
-    from qlora_jax.quant.settings import Packing
+    from qlora_jax.quant.formats import Packing
 
     return ProductSpec(Packing(fmt), "bfloat16", ROWS, transpose=transpose)
 

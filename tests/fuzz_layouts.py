@@ -17,7 +17,7 @@ from helpers import dequantize
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import qlora_jax as ql
-from qlora_jax.quant.placement import Placement
+from qlora_jax.quant.kernel import Placement
 
 P = PartitionSpec
 FORMS = ["gradient", "vmap", "scan", "steps", "merge"]

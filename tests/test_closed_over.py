@@ -37,7 +37,7 @@ CHECKED = {
     "optim/offload.py _init_by_layers": "offload",
     "quant/pack.py check_values": "quantize",
     "quant/schemes.py is_finite": "quantize large weights",
-    "quant/stored.py check_parts": "from_parts",
+    "quant/qtensor.py _check_parts": "from_parts",
     "trees/bank.py __getitem__": "a place of a bank",
     "trees/bank.py _checked_index": "with_adapter",
     "trees/bank.py select": "select",

@@ -23,8 +23,7 @@ from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, axes_of, fitting, fitting_spec, make_spec, unused
 from ..matmul.sharded import declared_mesh
 from ..quant.geometry import Geometry
-from ..quant.kernel import Kernel, as_kernel
-from ..quant.placement import Placement
+from ..quant.kernel import Kernel, Placement, as_kernel
 
 # Returns `x W`, for x `[*batch, ..., K]` and a kernel, in the dtype of x.
 Multiply = Callable[[Array, Kernel], Array]

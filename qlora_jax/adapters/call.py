@@ -19,7 +19,7 @@ from ..matmul.einsum import kernel_kinds, parse_equation, through_matrix, why_no
 from ..matmul.quantized import reverse_mode
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel
-from ..quant.row_lookup import take_rows
+from ..quant.views import take_rows
 from .base import Adapter
 from .product import product
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
+from ..quant.formats import Packing, check_dtype
 from ..quant.geometry import Contract, check_contract
-from ..quant.settings import Packing, check_dtype
 from .patterns import Pattern, as_patterns, by_pattern, first_match, matches
 
 

@@ -15,7 +15,7 @@ from .._jax.modes import is_local, split_as, varying_with
 from ..matmul.floats import float_product
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
-from ..quant.row_lookup import take_rows
+from ..quant.views import take_rows
 from .base import (
     SETTINGS,
     Adapter,

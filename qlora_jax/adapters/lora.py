@@ -14,9 +14,8 @@ from .._jax.modes import split_as
 from ..matmul.floats import float_product
 from ..matmul.ragged import ragged_float_product
 from ..quant.geometry import Geometry
-from ..quant.kernel import Kernel
-from ..quant.placement import Placement
-from ..quant.row_lookup import take_rows
+from ..quant.kernel import Kernel, Placement
+from ..quant.views import take_rows
 from .base import (
     Adapter,
     Multiply,

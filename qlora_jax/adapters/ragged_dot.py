@@ -11,7 +11,7 @@ from ..matmul.quantized import as_float, checked_layer, reverse_mode
 from ..matmul.ragged import offsets_of
 from ..quant.kernel import as_kernel
 from ..quant.qtensor import QTensor
-from ..quant.stack import LayerOfStack
+from ..quant.views import LayerOfStack
 from .base import Adapter, check_adapter, parts_of
 from .product import product
 

@@ -14,7 +14,7 @@ from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
 from .._jax.specs import Axes, make_spec, typed_axes, unused
 from ..quant.kernel import Kernel
-from ..quant.row_lookup import take_rows
+from ..quant.views import take_rows
 from .base import SETTINGS, Adapter, Multiply, sliced_kind
 from .dora import DoRA
 from .lora import LoRA

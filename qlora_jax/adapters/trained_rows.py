@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ..matmul.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
-from ..quant.row_lookup import take_rows
+from ..quant.views import take_rows
 from .base import SETTINGS, Adapter, Multiply, on_matrix, register_adapter
 
 

@@ -1,9 +1,15 @@
-"""The number formats. A *code* is an index into the table of a format."""
+"""Number formats, and the settings of a packed kernel.
+
+A *code* is an index into the table of values of a format.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .schemes import (
     DOUBLE,
@@ -17,6 +23,9 @@ from .schemes import (
     ScaleScheme,
     StoredScales,
 )
+
+# Dtypes of weights and adapters, by name. Products have no rule for float8.
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -34,32 +43,31 @@ class Format:
       largest weight keeps its sign: it is mapped to `peak` itself (llama.cpp).
     """
 
-    name: str  # the name users type
-    bits: int  # of a stored code: 4 (two codes a byte) or 8
+    name: str  # the name that users type
+    bits: int  # of a stored code: 4 (two codes per byte) or 8
     values: tuple[float, ...]  # the table, indexed by code
     peak: float  # the magnitude that a block's largest weight is mapped to
     scales: ScaleScheme = FLOAT32
     double_scales: ScaleScheme | None = DOUBLE  # for double quantization, if supported
     ties: str = "lower"
-    # The block sizes that its makers' files have, the usual one first, and none cut
-    # short; () for any.
+    # The block sizes of files in this format, the usual one first. If there are any,
+    # K must be a multiple of the block size. An empty tuple allows any block size.
     block_sizes: tuple[int, ...] = ()
 
     @property
     def codes_per_byte(self) -> int:
-        """Codes in a byte."""
+        """Number of codes in a byte."""
         return 8 // self.bits
 
     def is_double(self, stored: StoredScales) -> bool:
-        """Whether scales are in arrays that `self.scales` does not have."""
-        own = self.scales.arrays((1, 1))
-        pairs = zip(stored, own, strict=True)
-        return any(x is not None and y is None for x, y in pairs)
+        """Whether scales are in arrays that `self.scales` does not use."""
+        pairs = zip(stored, self.scales.arrays((1, 1)), strict=True)
+        return any(x is not None and plain is None for x, plain in pairs)
 
     @cached_property
     def table(self) -> np.ndarray:
         """The table as float32 `[2**bits]`, indexed by code."""
-        # NumPy: a JAX array made at import would start the backend.
+        # A NumPy array: a JAX array made at import would start the backend.
         return np.asarray(self.values, np.float32)
 
     @cached_property
@@ -74,57 +82,40 @@ class Format:
 
     @cached_property
     def midpoints(self) -> np.ndarray:
-        """The largest number of each value but the last, ascending, `[2**bits - 1]`."""
+        """The largest number that is rounded to each value but the last, ascending."""
         ascending = self.table[self.order]
         middle = (ascending[1:] + ascending[:-1]) / np.float32(2)
         if self.ties != "even":
             return middle
-        # Between -0.0 and 0.0, the largest number below 0 that is not flushed to it.
+        # A midpoint whose upper neighbor has the even code belongs to that one: the
+        # threshold is the float32 below it. Between -0.0 and 0.0, that is the largest
+        # negative number that is not flushed to zero.
         below = np.where(middle == 0, -SMALLEST_NORMAL, np.nextafter(middle, -np.inf))
         return np.where(self.order[1:] % 2 == 0, below, middle).astype(np.float32)
 
 
+# fmt: off
 # Dettmers et al. 2023 (QLoRA), appendix E: quantiles of the normal distribution,
 # with the digits that bitsandbytes stores.
-NF4 = Format(
-    "nf4",
-    4,
-    (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-    1.0,
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
+NF4 = Format("nf4", 4, _NF4, 1.0)
 
 # Sign, two exponent bits, one mantissa bit (E2M1), as bitsandbytes orders and scales
 # them; code 8 is a second zero.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-FP4 = Format(
-    "fp4",
-    4,
-    tuple(float(np.float32(v) / np.float32(12)) for v in _FP4_MAGNITUDES)
-    + tuple(-float(np.float32(v) / np.float32(12)) + 0.0 for v in _FP4_MAGNITUDES),
-    1.0,
-)
+_FP4 = tuple(float(np.float32(v) / np.float32(12)) for v in _FP4_MAGNITUDES)
+FP4 = Format("fp4", 4, _FP4 + tuple(-v + 0.0 for v in _FP4), 1.0)
 
 INT4 = Format("int4", 4, tuple(float(v) for v in range(-8, 8)), 7.0)
 INT8 = Format("int8", 8, tuple(float(v) for v in range(-128, 128)), 127.0)
 
-# The values of AWQ, GPTQ and compressed-tensors, by the rule of the last for
+# The values of AWQ, GPTQ and compressed-tensors, by the rule of the latter for
 # `QuantizationArgs(num_bits=4, symmetric=True, scale_dtype=torch.float16)`.
 INT4_F16 = Format(
     "int4_f16", 4, INT4.values, 7.5, FLOAT16_NOT_ZERO, None, "even", (128, 64, 32)
@@ -133,12 +124,13 @@ INT4_F16 = Format(
 Q4_0 = Format("q4_0", 4, INT4.values, -8.0, FLOAT16, None, "upper", (32,))
 
 # OCP Microscaling Formats 1.0, section 5.3.3 (E2M1): sign, two exponent bits, one
-# mantissa bit. Not bitsandbytes' FP4, which has 1/16 in the place of 1/2.
+# mantissa bit. bitsandbytes' FP4 differs: it has 1/16 in the place of 1/2.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, E2M1_MAX)
 _E2M1 += tuple(-value for value in _E2M1)
-# The largest weight is mapped to 4 up to 8: 4 is the largest power of two.
+# The scale is a power of two, so a block's largest weight is mapped to a number from 4
+# up to 8: 4 is the largest power of two among the values.
 MXFP4 = Format("mxfp4", 4, _E2M1, 4.0, E8M0, None, "even", (32,))
-# Scales are largest weights: E4M3 divides them by 6.
+# The peak is 1 because E4M3 itself divides the largest weight by 6.
 NVFP4 = Format("nvfp4", 4, _E2M1, 1.0, E4M3, None, "even", (16,))
 
 FORMATS = {
@@ -147,16 +139,77 @@ FORMATS = {
 
 
 def get_format(name: str) -> Format:
-    """Returns the format called `name`; raises ValueError if there is none."""
+    """Returns a format by its name; raises ValueError if there is none."""
     if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"`fmt` must be one of {sorted(FORMATS)}. Got {name!r}.")
     return FORMATS[name]
 
 
-def check_block_size(block_size: int) -> None:
-    """Raises ValueError unless `block_size` is a power of two from 16 to 4096."""
-    is_int = isinstance(block_size, int) and not isinstance(block_size, bool)
-    if not is_int or not 16 <= block_size <= 4096 or block_size & (block_size - 1):
-        raise ValueError(
-            f"`block_size` must be a power of two from 16 to 4096. Got {block_size!r}."
+def check_dtype(argument: str, dtype: DTypeLike) -> str:
+    """Returns a dtype's name; raises TypeError for other than `FLOAT_DTYPES`."""
+    dtype_name = jnp.dtype(dtype).name
+    if dtype_name not in FLOAT_DTYPES:
+        raise TypeError(
+            f"`{argument}` must be a floating dtype: one of {', '.join(FLOAT_DTYPES)}. "
+            f"Got {dtype_name}."
         )
+    return dtype_name
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The number format, block size, and whether the scales are quantized too."""
+
+    fmt: str = "nf4"
+    # None selects the format's default, so that these are an int and a bool afterwards.
+    block_size: Any = None
+    double_quant: Any = None
+
+    def __post_init__(self):
+        fmt, size, double = get_format(self.fmt), self.block_size, self.double_quant
+        size = (*fmt.block_sizes, 64)[0] if size is None else size
+        double = fmt.double_scales is not None if double is None else bool(double)
+        is_int = isinstance(size, int) and not isinstance(size, bool)
+        if not is_int or not 16 <= size <= 4096 or size & (size - 1):
+            raise ValueError(
+                f"`block_size` must be a power of two from 16 to 4096. Got {size!r}."
+            )
+        if fmt.block_sizes and size not in fmt.block_sizes:
+            sizes = " or ".join(map(str, sorted(fmt.block_sizes)))
+            raise ValueError(
+                f"`block_size` must be {sizes} for {self.fmt!r}. Got {size}."
+            )
+        if double and fmt.double_scales is None:
+            raise ValueError(
+                f"`double_quant` must be False for {self.fmt!r}, whose scales are "
+                f"{fmt.scales.name}. Got True."
+            )
+        object.__setattr__(self, "block_size", size)
+        object.__setattr__(self, "double_quant", double)
+
+    def check_rows(self, k: int) -> None:
+        """Raises ValueError if the format needs full blocks and K has a partial one."""
+        if self.format.block_sizes and k % self.block_size:
+            sizes = [str(size) for size in self.format.block_sizes if k % size == 0]
+            hint = f", which {' and '.join(sizes)} divide" if sizes else ""
+            raise ValueError(
+                f"the contracted size must be a multiple of {self.block_size}, the "
+                f"block size, for {self.fmt!r}, whose blocks are whole. Got {k}{hint}."
+            )
+
+    @property
+    def format(self) -> Format:
+        """The number format itself."""
+        return get_format(self.fmt)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The names of the arrays that a kernel consists of."""
+        stored = self.scheme.arrays((1, 1))._asdict()
+        return "codes", *(name for name, x in stored.items() if x is not None)
+
+    @property
+    def scheme(self) -> ScaleScheme:
+        """The scheme of the scales."""
+        double = self.format.double_scales if self.double_quant else None
+        return double or self.format.scales

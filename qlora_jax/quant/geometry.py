@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from .._jax.modes import call_in_auto_mode
-from .._jax.specs import fitting_spec, spec_of
+from .._jax.specs import AnyMesh, SpecEntry, fitting_spec, spec_of
 
 Contract = int | Sequence[int] | str
 
 # A `weight` is [out, in] in PyTorch and Equinox, and [in, out] elsewhere. If it is
-# square, a wrong guess would be a transposed kernel.
+# square, a wrong guess would silently transpose the kernel.
 UNKNOWN_AXES = (
     '`contract` must say which axes of a float weight are contracted: "nk" for '
     '[out, in], "kn" for [in, out]. Got None.'
@@ -37,8 +37,8 @@ def check_contract(contract: Contract) -> tuple[int, ...] | str:
             )
         return contract
     try:
-        given = contract if isinstance(contract, Sequence) else (contract,)
-        axes = tuple(operator.index(axis) for axis in given)
+        indices = contract if isinstance(contract, Sequence) else (contract,)
+        axes = tuple(operator.index(axis) for axis in indices)
     except TypeError:
         axes = ()
     if not axes or max(axes) >= 0 or len(set(axes)) < len(axes):
@@ -57,9 +57,9 @@ class Geometry:
     """
 
     kinds: str = "kn"
-    # The size of each axis; -1 for batch axes and for the first k and the first n,
-    # which are read from the stored arrays, so that slicing and sharding cannot make
-    # them stale. An empty kernel keeps all sizes.
+    # The size of each axis, or -1 for batch axes, the first k and the first n. Those
+    # are read from the stored arrays, so that slicing and sharding cannot make them
+    # stale. An empty kernel keeps all sizes.
     sizes: tuple[int, ...] = (-1, -1)
 
     @classmethod
@@ -73,11 +73,11 @@ class Geometry:
                 f"{tuple(shape)}."
             )
         trailing = shape[len(shape) - len(kinds) :]
-        firsts = {kinds.find("k"), kinds.find("n")}
-        if 0 in trailing:  # then the first sizes cannot be read back
-            firsts = set()
+        derived = {kinds.find("k"), kinds.find("n")}
+        if 0 in trailing:  # a product of sizes that is 0 does not determine them
+            derived = set()
         sizes = tuple(
-            -1 if i in firsts or kind == "b" else int(size)
+            -1 if i in derived or kind == "b" else int(size)
             for i, (kind, size) in enumerate(zip(kinds, trailing, strict=True))
         )
         return cls(kinds, sizes)
@@ -97,16 +97,21 @@ class Geometry:
 
     def axes(self, kind: str, ndim: int) -> list[int]:
         """Positions of the axes of a kind in a kernel of `ndim` axes."""
-        lead = ndim - len(self.kinds)
-        return [lead + i for i, c in enumerate(self.kinds) if c == kind]
+        leading = ndim - len(self.kinds)
+        return [leading + i for i, c in enumerate(self.kinds) if c == kind]
+
+    def roles(self, ndim: int) -> str:
+        """The role of every axis of a kernel of `ndim` axes, as in `kinds`."""
+        return "b" * (ndim - len(self.kinds)) + self.kinds
+
+    def batch_ndim(self, kernel_ndim: int) -> int:
+        """Number of batch axes of a kernel with that many axes."""
+        return kernel_ndim - len(self.kinds) + self.kinds.count("b")
 
     def _permutation(self, ndim: int) -> list[int]:
-        lead = list(range(ndim - len(self.kinds)))
-        return lead + [a for kind in "bkn" for a in self.axes(kind, ndim)]
-
-    def _product(self, kind: str) -> int:
-        inner = zip(self.kinds, self.sizes, strict=True)
-        return math.prod(s for c, s in inner if c == kind and s != -1)
+        # The kernel's axes in the order of the matrix form: all b, then all k, then n.
+        leading = list(range(ndim - len(self.kinds)))
+        return leading + [a for kind in "bkn" for a in self.axes(kind, ndim)]
 
     def to_matrix(self, kernel: Array) -> Array:
         """Returns the kernel as `[*batch, K, N]`."""
@@ -117,7 +122,7 @@ class Geometry:
         return kernel if kernel.shape == shape else kernel.reshape(shape)
 
     def from_matrix(self, matrix: Array) -> Array:
-        """A kernel in its shape, from its matrix form `[*batch, K, N]`."""
+        """Inverts `to_matrix`: a kernel in its shape, from `[*batch, K, N]`."""
         shape = self.kernel_shape(matrix.shape)
         order = self._permutation(len(shape))
         permuted = tuple(shape[a] for a in order)
@@ -132,45 +137,39 @@ class Geometry:
         ndim = len(kernel_shape)
         order = self._permutation(ndim)
         batch = (kernel_shape[a] for a in order[: self.batch_ndim(ndim)])
-        sizes = (
-            math.prod(kernel_shape[a] for a in self.axes(kind, ndim)) for kind in "kn"
-        )
-        return (*batch, *sizes)
-
-    def roles(self, ndim: int) -> str:
-        """The role of every axis of a kernel of `ndim` axes, as in `kinds`."""
-        return "b" * (ndim - len(self.kinds)) + self.kinds
-
-    def batch_ndim(self, kernel_ndim: int) -> int:
-        """Number of batch axes of the matrix form of a kernel with that many axes."""
-        return kernel_ndim - len(self.kinds) + self.kinds.count("b")
+        k, n = (math.prod(kernel_shape[a] for a in self.axes(c, ndim)) for c in "kn")
+        return (*batch, k, n)
 
     def kernel_shape(self, matrix_shape: Sequence[int]) -> tuple[int, ...]:
         """The kernel's own shape, from that of its matrix form `[*batch, K, N]`."""
         *batch, k, n = matrix_shape
-        lead = len(batch) - self.kinds.count("b")
-        inner = iter(batch[lead:])
-        first = lambda kind, size: size // max(self._product(kind), 1)
-        unknown = {"k": first("k", k), "n": first("n", n)}
-        shape = batch[:lead]
+        num_leading = len(batch) - self.kinds.count("b")
+        inner_batch = iter(batch[num_leading:])
+        shape = batch[:num_leading]
         for kind, size in zip(self.kinds, self.sizes, strict=True):
-            known = unknown[kind] if kind != "b" and size == -1 else size
-            shape.append(next(inner) if kind == "b" else known)
+            if kind == "b":
+                shape.append(next(inner_batch))
+            elif size == -1:
+                # K, or N, divided by the sizes of its other axes.
+                pairs = zip(self.kinds, self.sizes, strict=True)
+                stored = math.prod(s for c, s in pairs if c == kind and s != -1)
+                shape.append((k if kind == "k" else n) // max(stored, 1))
+            else:
+                shape.append(size)
         return tuple(shape)
 
-    def matrix_spec(self, spec: Sequence, ndim: int) -> PartitionSpec:
+    def matrix_spec(self, spec: Sequence[SpecEntry], ndim: int) -> PartitionSpec:
         """Returns the PartitionSpec of the matrix form from that of the kernel."""
-        # K and N keep the mesh axes of their first factor: a reshape cannot keep
-        # others.
+        # K and N keep the mesh axes of their first axis; a reshape cannot keep others.
         padded = [*spec, *[None] * (ndim - len(spec))]
         order = self._permutation(ndim)
         batch = [padded[a] for a in order[: self.batch_ndim(ndim)]]
         firsts = [self.axes(kind, ndim)[:1] for kind in "kn"]
         return PartitionSpec(*batch, *[padded[a[0]] if a else None for a in firsts])
 
-    def kernel_spec(self, spec: Sequence, ndim: int) -> PartitionSpec:
+    def kernel_spec(self, spec: Sequence[SpecEntry], ndim: int) -> PartitionSpec:
         """Inverts `matrix_spec`: the spec of a kernel of `ndim` axes."""
-        entries: list = [None] * ndim
+        entries: list[SpecEntry] = [None] * ndim
         order = self._permutation(ndim)
         batch_ndim = self.batch_ndim(ndim)
         for axis, entry in zip(order[:batch_ndim], spec[:batch_ndim], strict=True):
@@ -181,17 +180,18 @@ class Geometry:
         return PartitionSpec(*entries)
 
 
-def roles_fit(stored: str, wanted: str) -> bool:
-    """Whether axes are stored as wanted; an output axis may be a batch axis."""
-    pairs = zip(stored, wanted, strict=False)
-    allowed = all(a == b or (a, b) == ("b", "n") for a, b in pairs)
-    return allowed and len(stored) == len(wanted)
+def roles_fit(stored: str, required: str) -> bool:
+    """Whether axes are stored as required; an output axis may be a batch axis."""
+    pairs = zip(stored, required, strict=False)
+    is_allowed = all(a == b or (a, b) == ("b", "n") for a, b in pairs)
+    return is_allowed and len(stored) == len(required)
 
 
 def to_matrix(geometry: Geometry, w: Array) -> Array:
-    """As `Geometry.to_matrix`, for weights that may have Explicit axes."""
-    shape = geometry.matrix_shape(w.shape)
-    spec = lambda mesh: fitting_spec(
-        mesh, geometry.matrix_spec(spec_of(w), w.ndim), shape
-    )
-    return call_in_auto_mode(geometry.to_matrix, spec, w)
+    """Returns `geometry.to_matrix(w)` for weights that may have Explicit mesh axes."""
+
+    def matrix_spec(mesh: AnyMesh) -> PartitionSpec:
+        spec = geometry.matrix_spec(spec_of(w), w.ndim)
+        return fitting_spec(mesh, spec, geometry.matrix_shape(w.shape))
+
+    return call_in_auto_mode(geometry.to_matrix, matrix_spec, w)

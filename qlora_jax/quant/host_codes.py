@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from .._jax.memory import HOST_KIND
 from .._jax.pytree import register
@@ -23,15 +24,19 @@ from .._jax.specs import Axes
 
 ROWS = 8  # of a tile
 
+# Returns an array on a mesh: `put(array, axes, memory_kind)`.
+Put = Callable[[PyTree, Sequence[Axes], str | None], Array]
+
 
 @dataclass(frozen=True, eq=False)
 class HostCodes:
     """Codes `[*batch, rows, N]` in host memory, in the place of a QTensor's `codes`.
 
-    `numpy.asarray` gives the codes; an index, those of one kernel on the device.
+    `numpy.asarray` returns all codes. An index returns those of one kernel, on the
+    device.
     """
 
-    array: Any  # uint8 `[*batch, ceil(rows / 8), 8, N]`, filled up with zeros
+    array: Array  # uint8 `[*batch, ceil(rows / 8), 8, N]`, padded with zeros
     rows: int
 
     @property
@@ -41,14 +46,16 @@ class HostCodes:
         return (*batch, self.rows, n)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The dtype of the codes."""
         return self.array.dtype
 
     def __getitem__(self, index: tuple[int, ...]) -> Array:
         return _codes_at(self, index)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(
+        self, dtype: DTypeLike | None = None, copy: bool | None = None
+    ) -> np.ndarray:
         *batch, groups, rows, n = self.array.shape
         codes = np.asarray(self.array).reshape(*batch, groups * rows, n)
         return codes[..., : self.rows, :].astype(dtype or codes.dtype, copy=False)
@@ -57,10 +64,15 @@ class HostCodes:
 register(HostCodes, ("array",), ("rows",), "qlora_jax.HostCodes")
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _codes_at(codes: HostCodes, index: tuple[int, ...]) -> Array:
+    return on_device(HostCodes(codes.array[index], codes.rows))
+
+
 def placed_codes(
-    codes: Any, put: Callable[..., Any], axes: Sequence[Axes], memory: str
-) -> Any:
-    """Returns codes in either memory on a mesh; see `placed` in `qtensor.py`."""
+    codes: PyTree, put: Put, axes: Sequence[Axes], memory: str
+) -> Array | HostCodes:
+    """Returns codes on a mesh, in "device" or "host" memory."""
     if memory == "device":
         return put(on_device(codes), axes, None)
     if not isinstance(codes, HostCodes):
@@ -71,67 +83,68 @@ def placed_codes(
 
 @dataclass(frozen=True)
 class HostShaped:
-    """Codes `[*batch, rows, N]` read by slices, as from a file, in the host's shape."""
+    """Slices codes `[*batch, rows, N]`, such as those of a file, in the host's shape.
 
-    codes: Any
+    An index has the axes of `HostCodes.array`: batch, tiles, rows of a tile, and N.
+    """
+
+    codes: Any  # anything with a shape that returns NumPy arrays for slices
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        *batch, groups, _, columns = index
-        count = self.codes.shape[-2]
-        start, stop, _ = groups.indices(-(-count // ROWS))
-        rows = slice(start * ROWS, min(stop * ROWS, count))
-        return to_host_shape(np.asarray(self.codes[(*batch, rows, columns)])).array
+        *batch, tiles, _, columns = index
+        num_rows = self.codes.shape[-2]
+        start, stop, _ = tiles.indices(-(-num_rows // ROWS))
+        rows = slice(start * ROWS, min(stop * ROWS, num_rows))
+        codes = np.asarray(self.codes[(*batch, rows, columns)])
+        return np.asarray(to_host_shape(codes).array)
 
 
-def to_host_shape(codes: Any) -> HostCodes:
-    """Returns codes `[*batch, rows, N]` in the shape of host memory, where they are."""
+def to_host_shape(codes: PyTree) -> HostCodes:
+    """Reshapes codes `[*batch, rows, N]` for host memory, without moving them."""
     if isinstance(codes, jax.ShapeDtypeStruct):
         return jax.eval_shape(to_host_shape, codes)
     *batch, rows, n = codes.shape
-    rest = -rows % ROWS
-    if rest:
+    missing = -rows % ROWS
+    if missing:
         pad = np.pad if isinstance(codes, np.ndarray) else jnp.pad
-        codes = pad(codes, [*[(0, 0)] * len(batch), (0, rest), (0, 0)])
-    return HostCodes(codes.reshape(*batch, (rows + rest) // ROWS, ROWS, n), rows)
+        codes = pad(codes, [*[(0, 0)] * len(batch), (0, missing), (0, 0)])
+    return HostCodes(codes.reshape(*batch, (rows + missing) // ROWS, ROWS, n), rows)
 
 
-def on_device(codes: Any) -> Any:
-    """Returns `HostCodes` as codes `[*batch, rows, N]` on the device; arrays pass."""
+def on_device(codes: PyTree) -> Array:
+    """Copies `HostCodes` to codes `[*batch, rows, N]` on the device; arrays pass."""
     if not isinstance(codes, HostCodes):
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):
-        own, sharding = codes.array.sharding, None
-        if isinstance(own, NamedSharding):
-            *batch, groups, _, n = own.spec
-            sharding = NamedSharding(own.mesh, PartitionSpec(*batch, groups, n))
+        # The sharding without the entry of the axis of 8 rows.
+        host_sharding, sharding = codes.array.sharding, None
+        if isinstance(host_sharding, NamedSharding):
+            *batch, tiles, _, n = host_sharding.spec
+            spec = PartitionSpec(*batch, tiles, n)
+            sharding = NamedSharding(host_sharding.mesh, spec)
         return jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=sharding)
     array = jax.device_put(codes.array, jax.memory.Space.Device)
-    *batch, groups, rows, n = array.shape
-    array = array.reshape(*batch, groups * rows, n)
+    *batch, tiles, rows, n = array.shape
+    array = array.reshape(*batch, tiles * rows, n)
     return lax.slice_in_dim(array, 0, codes.rows, axis=len(batch))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _codes_at(codes: HostCodes, index: tuple[int, ...]) -> Array:
-    return on_device(HostCodes(codes.array[index], codes.rows))
-
-
 def to_host(codes: Array, like: HostCodes) -> HostCodes:
-    """Returns codes in host memory, with the shapes and the sharding of `like`."""
-    # Kernel by kernel: moved at once, the stack would be on the device twice.
+    """Moves codes to host memory, with the shapes and the sharding of `like`."""
+    # One kernel at a time: moved at once, the stack would be on the device twice.
     array = like.array
     buffer = jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
-    return HostCodes(_fill(array.sharding)(buffer, codes), like.rows)
+    return HostCodes(_fill_on_host(array.sharding)(buffer, codes), like.rows)
 
 
 @functools.cache
-def _fill(sharding: Any) -> Any:
+def _fill_on_host(sharding: Sharding) -> Callable[[Array, Array], Array]:
     def fill(buffer: Array, codes: Array) -> Array:
-        def put(i: Array, buffer: Array) -> Array:
-            one = lax.dynamic_slice_in_dim(codes, i, 1)
-            one = jax.device_put(to_host_shape(one).array, jax.memory.Space.Host)
-            return lax.dynamic_update_slice_in_dim(buffer, one, i, 0)
+        def copy_kernel(i: Array, buffer: Array) -> Array:
+            kernel_codes = to_host_shape(lax.dynamic_slice_in_dim(codes, i, 1)).array
+            on_host = jax.device_put(kernel_codes, jax.memory.Space.Host)
+            return lax.dynamic_update_slice_in_dim(buffer, on_host, i, 0)
 
-        return lax.fori_loop(0, len(codes), put, buffer)
+        return lax.fori_loop(0, len(codes), copy_kernel, buffer)
 
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)

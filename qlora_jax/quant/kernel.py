@@ -1,34 +1,111 @@
-"""The interface of `QTensor`, `StraightThrough`, `FloatKernel` and `LayerOfStack`."""
+"""The interface of all kinds of kernels, their placement, and float kernels.
+
+The kinds are `QTensor`, `StraightThrough`, `FloatKernel` and `LayerOfStack`.
+"""
 
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.sharding import AbstractMesh, AxisType
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.pytree import TreeLeaf, register
-from .._jax.specs import spec_of
+from .._jax.specs import Axes, SpecEntry, spec_of
+from .formats import Packing
 from .geometry import Geometry, to_matrix
-from .not_an_array import NotAnArray
-from .placement import Placement
-from .settings import Packing
+
+# The attributes of arrays that users may expect of a kernel.
+ARRAY_ATTRIBUTES = frozenset(
+    "T mT at astype reshape transpose flatten ravel squeeze sum mean min max item "
+    "tolist copy device devices sharding addressable_shards block_until_ready".split()
+)
+
+
+class NotAnArrayError(TypeError, AttributeError):
+    """A kernel is used as an array. An AttributeError too, so that `hasattr` works."""
+
+
+class NotAnArray:
+    """Base of kernels: using one as an array raises an error that says what to use."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        del args, kwargs
+        raise NotAnArrayError(
+            f"{type(self).__name__} is not an array: its weights are packed. Use "
+            "ql.matmul(x, q) or ql.einsum to multiply by it, and ql.dequantize(q) for "
+            "its float weights."
+        )
+
+    # NumPy and `jnp.asarray` call `__array__`. With `__array_ufunc__ = None`, the
+    # operators of arrays defer to reflected methods such as `__rmatmul__`.
+    __array__ = _refuse
+    __array_ufunc__ = None
+    __matmul__ = __rmatmul__ = __mul__ = __rmul__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _refuse
+    __neg__ = __getitem__ = __iter__ = __len__ = _refuse
+
+    def __bool__(self) -> bool:
+        """True. By default, Python would call `__len__`, which raises."""
+        return True
+
+    if not TYPE_CHECKING:  # with `__getattr__`, type checkers allow any attribute
+
+        def __getattr__(self, name: str) -> object:
+            """Refuses the attributes of arrays; others are missing as usual."""
+            if name in ARRAY_ATTRIBUTES:
+                self._refuse()
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The sharding of a packed kernel on a mesh with Auto axes.
+
+    It is a static field of the kernel: the types of arrays name Explicit axes only, and
+    shardings over Auto axes are not known while a program is traced. A placement that
+    is out of date costs a reshard, but never gives a wrong number.
+    """
+
+    sizes: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes
+    # The mesh axes of each axis of the matrix form `[*batch, K, N]`. Aligned on the
+    # right, so that it also fits a slice of a stack.
+    kernel: tuple[Axes, ...]
+    # The mesh axes of the row axes of the input: first the batch, then the sequence.
+    rows: tuple[Axes, ...] = ()
+
+    @property
+    def mesh(self) -> AbstractMesh:
+        """The mesh, with Auto axes."""
+        names, sizes = zip(*self.sizes, strict=True)
+        return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+    def matrix_axes(self, ndim: int) -> tuple[Axes, ...]:
+        """The mesh axes of a matrix form with `ndim` axes."""
+        missing = ndim - len(self.kernel)
+        return ((),) * missing + self.kernel[max(-missing, 0) :]
+
+    def row_axes(self, count: int) -> tuple[Axes, ...]:
+        """The mesh axes of an input's `count` row axes."""
+        return (self.rows + ((),) * count)[:count]
 
 
 class PackedInput(NamedTuple):
-    """Packed weights to multiply by: a `QTensor`, and the layer if it is a stack."""
+    """Packed weights to multiply by: a QTensor, and an index if it is a stack."""
 
-    q: Any
-    layer: Any
+    q: Any  # a QTensor, whose module imports this one
+    layer: Array | None
 
 
 class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     """A kernel of any kind. Its matrix form is `[*batch, K, N]`; see `Geometry`."""
 
     geometry: Geometry
-    # How it is packed, or quantized in training; None for float kernels.
+    # How the kernel is packed, or quantized in training; None for float kernels.
     packing: Packing | None
     is_packed = False  # whether weights are stored as codes
     is_trained = False  # whether the kernel itself is trained, like its adapter
@@ -52,20 +129,18 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def spec(self) -> tuple:
+    def spec(self) -> tuple[SpecEntry, ...]:
         """The mesh axes that split each axis of the kernel (Explicit axes)."""
 
     @abc.abstractmethod
-    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The weights in the kernel's shape, rounded to `self.dtype` first."""
 
     @abc.abstractmethod
-    def product_input(self, dtype: Any) -> PackedInput | Float[Array, "*batch k n"]:
-        """Returns a product's operand: packed weights, or a matrix `[*batch, K, N]`.
-
-        Args:
-            dtype: Dtype of the product.
-        """
+    def product_input(
+        self, dtype: DTypeLike
+    ) -> PackedInput | Float[Array, "*batch k n"]:
+        """Returns packed weights, or a matrix in `dtype`, for a product in `dtype`."""
 
     @property
     def value(self) -> Any:
@@ -74,7 +149,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @property
     def is_stack(self) -> bool:
-        """Whether it has more axes than its geometry: those of a scan or a vmap."""
+        """Whether a scan or a vmap has added axes to those of its geometry."""
         return self.ndim > len(self.geometry.kinds)
 
     @property
@@ -86,13 +161,10 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         """Returns the kernel, cut out of its stack if it is a layer of one."""
         return self
 
-    def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
-        """Returns the float weights in matrix form, `[*batch, K, N]`.
-
-        Args:
-            dtype: Dtype of the result; by default the kernel's own. Weights are rounded
-                to the kernel's own dtype first.
-        """
+    def dequantize_matrix(
+        self, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch k n"]:
+        """Returns the weights of `dequantize` in matrix form, `[*batch, K, N]`."""
         return to_matrix(self.geometry, self.dequantize(dtype))
 
     def to_device(self) -> "Kernel":
@@ -116,11 +188,11 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
 
 class ArrayKernel(Kernel):
-    """A kernel that is kept as a float array, `value`, in its own shape."""
+    """A kernel that is stored as a float array, `value`, in its own shape."""
 
     @property
     @abc.abstractmethod
-    def value(self) -> Any:
+    def value(self) -> Array:
         """The float array."""
 
     @property
@@ -134,11 +206,11 @@ class ArrayKernel(Kernel):
         return jnp.dtype(self.value.dtype)
 
     @property
-    def spec(self) -> tuple:
+    def spec(self) -> tuple[SpecEntry, ...]:
         """The mesh axes that split each axis of the kernel, with Explicit axes."""
         return spec_of(self.value)
 
-    def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:  # noqa: D102
+    def product_input(self, dtype: DTypeLike) -> Float[Array, "*batch k n"]:  # noqa: D102
         return self.dequantize_matrix(dtype)
 
 
@@ -146,12 +218,12 @@ class ArrayKernel(Kernel):
 class FloatKernel(ArrayKernel):
     """A float array as a kernel."""
 
-    array: Any
+    array: Array
     geometry: Geometry
     packing = None
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Array:
         """The array."""
         return self.array
 
@@ -160,26 +232,26 @@ class FloatKernel(ArrayKernel):
         """The name of the dtype."""
         return self.dtype.name
 
-    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The weights, in `dtype` if it is given."""
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+        """The weights, in `dtype` unless it is None."""
         return self.array if dtype is None else self.array.astype(dtype)
 
 
 register(FloatKernel, ("array",), ("geometry",))
 
 
-def as_kernel(leaf: Any, geometry: Geometry | None = None) -> Kernel:
-    """Returns a kernel, or a float array as one; by default its last axes are K, N."""
+def as_kernel(leaf: PyTree, geometry: Geometry | None = None) -> Kernel:
+    """Wraps a float array as a kernel; by default its last axes are K, N."""
     if isinstance(leaf, Kernel):
         return leaf
     return FloatKernel(leaf, geometry or Geometry())
 
 
-def is_kernel(node: Any) -> TypeGuard[Kernel]:
-    """Whether a node of a tree is a kernel, as `is_leaf` of `jax.tree.map` asks."""
+def is_kernel(node: object) -> TypeGuard[Kernel]:
+    """Whether a node of a tree is a kernel, for `is_leaf` of `jax.tree.map`."""
     return isinstance(node, Kernel)
 
 
-def is_packed(leaf: Any) -> bool:
+def is_packed(leaf: PyTree) -> bool:
     """Whether a leaf of a base tree, a kernel or an array, is packed."""
     return as_kernel(leaf).is_packed

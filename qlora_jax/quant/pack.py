@@ -1,23 +1,23 @@
-"""Packs kernels of any shape."""
+"""Packs kernels of any shape, and checks that they can be packed."""
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.memory import all_below, is_concrete
 from .._jax.modes import call_in_auto_mode
-from .._jax.specs import fitting_spec, spec_of
+from .._jax.specs import AnyMesh, fitting_spec, spec_of
 from .codes import quantize_blocks
+from .formats import FLOAT_DTYPES, Packing
 from .geometry import Geometry
-from .qtensor import QTensor
+from .qtensor import QTensor, axes_of_array
 from .schemes import StoredScales
-from .settings import FLOAT_DTYPES, Packing
-from .stored import axes_of_array
 
 
 def quantize_kernel(
@@ -29,25 +29,25 @@ def quantize_kernel(
 
 
 def quantize_checked(
-    w: Any, packing: Packing, geometry: Geometry, *largest: Array
+    w: Array | np.ndarray, packing: Packing, geometry: Geometry, *largest: Array
 ) -> QTensor:
-    """As `quantize_kernel`, without its checks, which read the weights once more.
+    """Returns `quantize_kernel` without its checks, which read the weights once more.
 
-    `largest` `[*batch]`, if given, is in the place of the kernel's largest weight.
+    `largest` `[*batch]`, if passed, replaces the kernel's largest weight.
     """
     w = jnp.asarray(w)
     return _quantize(w, packing, Geometry.of(geometry.kinds, w.shape), *largest)
 
 
-def check_kernel(w: Any) -> None:
+def check_kernel(w: PyTree) -> None:
     """Raises TypeError unless `w` is a float array, ValueError if it lacks axes."""
     if isinstance(w, jax.ShapeDtypeStruct):
         raise TypeError(
             "weights must be arrays. Got a ShapeDtypeStruct. For shapes, call the "
             "function under jax.eval_shape."
         )
-    found = w.dtype if isinstance(w, np.ndarray | jax.Array) else type(w)
-    name = getattr(found, "name", None) or getattr(found, "__name__", str(found))
+    kind = w.dtype if isinstance(w, np.ndarray | jax.Array) else type(w)
+    name = getattr(kind, "name", None) or getattr(kind, "__name__", str(kind))
     if name not in FLOAT_DTYPES:
         raise TypeError(
             "weights must be a floating-point array: one of "
@@ -57,11 +57,13 @@ def check_kernel(w: Any) -> None:
         raise ValueError(f"weights must have at least 2 axes. Got shape {w.shape}.")
 
 
-def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
+def check_values(w: Array | np.ndarray, packing: Packing, geometry: Geometry) -> None:
     """Raises ValueError if weights do not fit a format; their values if concrete."""
     packing.check_rows(geometry.matrix_shape(w.shape)[-2])
     if not is_concrete(w):
         return
+    # One cheap pass decides for ordinary weights. Only larger ones are packed and
+    # decoded, to see which step overflows.
     scheme = packing.scheme
     if all_below(w, min(scheme.limit(w.size), surely_decoded_below(w.dtype))):
         return
@@ -79,8 +81,8 @@ def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
         )
 
 
-def surely_decoded_below(dtype: Any) -> float:
-    """Returns a magnitude: every format decodes smaller weights to finite ones."""
+def surely_decoded_below(dtype: DTypeLike) -> float:
+    """Returns a magnitude below which every format decodes weights to finite ones."""
     # A decoded weight is less than twice the largest one of its kernel.
     return float(min(jnp.finfo(dtype).max, np.finfo(np.float32).max)) / 2
 
@@ -89,19 +91,22 @@ def surely_decoded_below(dtype: Any) -> float:
 def _quantize(
     w: Array, packing: Packing, geometry: Geometry, *largest: Array
 ) -> QTensor:
-    def compute(w: Array, *largest: Array) -> tuple[Any, ...]:
+    def pack(w: Array, *largest: Array) -> tuple[Array, StoredScales]:
         codes, scales = quantize_blocks(geometry.to_matrix(w), packing, *largest)
         return codes, packing.scheme.encode(scales, *largest)
 
-    def specs(mesh: Any) -> Any:
+    # The stored arrays are split over Explicit mesh axes as the weights are, where the
+    # axes divide them.
+    def stored_specs(mesh: AnyMesh) -> PyTree:
         spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
-        struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        outputs = jax.eval_shape(compute, *map(struct, (w, *largest)))
-        fit = lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape)
-        return jax.tree.map(fit, outputs)
+        operands = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (w, *largest)]
 
-    stored: StoredScales
-    codes, stored = call_in_auto_mode(compute, specs, w, *largest)
+        def stored_spec(x: jax.ShapeDtypeStruct) -> PartitionSpec:
+            return fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape)
+
+        return jax.tree.map(stored_spec, jax.eval_shape(pack, *operands))
+
+    codes, stored = call_in_auto_mode(pack, stored_specs, w, *largest)
     name, k = jnp.dtype(w.dtype).name, geometry.matrix_shape(w.shape)[-2]
     pad = codes.shape[-2] * packing.format.codes_per_byte - k
     return QTensor(codes, *stored, packing.fmt, packing.block_size, name, pad, geometry)

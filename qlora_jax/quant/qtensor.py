@@ -1,28 +1,31 @@
 """The QTensor: a kernel in packed codes and block scales, as a pytree."""
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, PyTree
 
+from .._jax.memory import all_below, is_concrete
 from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register
-from .._jax.specs import fitting_spec, spec_of
+from .._jax.specs import AnyMesh, SpecEntry, fitting_spec, spec_of
 from .codes import dequantize_blocks
-from .formats import get_format
+from .formats import Packing, check_dtype, get_format
 from .geometry import Contract, Geometry
-from .host_codes import HostCodes, on_device, placed_codes
-from .kernel import Kernel, PackedInput
-from .placement import Placement
+from .host_codes import HostCodes, Put, on_device, placed_codes
+from .kernel import Kernel, PackedInput, Placement
 from .schemes import StoredScales
-from .settings import Packing, check_dtype
-from .stored import axes_of_array, check_parts
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,8 +49,8 @@ class QTensor(Kernel):
             double-quantized.
         scale_scales: Float32 scales of 256 scales each, `[*batch,
             ceil(N * ceil(K / B) / 256)]`, or None.
-        scale_offset: The mean that was taken off the scales, float32 `[*batch]`, or
-            None.
+        scale_offset: The mean that was subtracted from the scales, float32 `[*batch]`,
+            or None.
         fmt: Name of the number format, as in `quantize`.
         block_size: Weights along the contracted axes that share a scale.
         dtype_name: The logical dtype, such as "bfloat16".
@@ -66,10 +69,12 @@ class QTensor(Kernel):
         ((128, 4), (64, 4), (2, 4))
     """
 
-    codes: Any
-    scales: Any
-    scale_scales: Any
-    scale_offset: Any
+    # JAX also puts shapes, shardings or other placeholders in the place of arrays, and
+    # `codes` is a `HostCodes` in host memory.
+    codes: Array
+    scales: Array
+    scale_scales: Array | None
+    scale_offset: Array | None
     fmt: str
     block_size: int
     dtype_name: str
@@ -81,15 +86,15 @@ class QTensor(Kernel):
     @classmethod
     def from_parts(
         cls,
-        codes: Any,
-        scales: Any,
-        scale_scales: Any = None,
-        scale_offset: Any = None,
+        codes: Array,
+        scales: Array,
+        scale_scales: Array | None = None,
+        scale_offset: Array | None = None,
         *,
         shape: Sequence[int],
         fmt: str,
         block_size: int,
-        dtype: Any,
+        dtype: DTypeLike,
         contract: Contract = -2,
     ) -> "QTensor":
         """Returns the QTensor of its arrays, such as those of a checkpoint.
@@ -99,7 +104,7 @@ class QTensor(Kernel):
                 `jax.ShapeDtypeStruct` leaves.
             scales: Block scales.
             scale_scales: Scales of the scales; None if the scales are float32.
-            scale_offset: The mean of the scales; likewise.
+            scale_offset: The mean of the scales; None if the scales are float32.
             shape: The kernel's own shape.
             fmt: The number format.
             block_size: Weights along K that share a scale.
@@ -110,7 +115,7 @@ class QTensor(Kernel):
             TypeError: If a part has the wrong dtype or is not an array, or if `dtype`
                 is not "bfloat16", "float16", "float32" or "float64".
             ValueError: If a part has the wrong shape or is not finite, or if a setting
-                is out of range. All parts that are wrong are named.
+                is out of range. The error lists every wrong part.
 
         Example:
             >>> import jax.numpy as jnp, qlora_jax as ql
@@ -124,7 +129,7 @@ class QTensor(Kernel):
         shape = tuple(shape)
         geometry = Geometry.contracting(contract, shape)
         name = check_dtype("dtype", dtype)
-        check_parts({"codes": codes, **stored._asdict()}, packing, geometry, shape)
+        _check_parts({"codes": codes, **stored._asdict()}, packing, geometry, shape)
         per_byte = packing.format.codes_per_byte
         pad = codes.shape[-2] * per_byte - geometry.matrix_shape(shape)[-2]
         return cls(codes, *stored, fmt, block_size, name, pad, geometry)
@@ -182,11 +187,11 @@ class QTensor(Kernel):
 
     @property
     def label(self) -> str:
-        """Its name in `summary`: that of the format."""
+        """The name of the format, for `summary`."""
         return self.fmt
 
     @property
-    def spec(self) -> tuple:
+    def spec(self) -> tuple[SpecEntry, ...]:
         """The mesh axes that split each axis of the kernel, with Explicit axes."""
         return tuple(self.geometry.kernel_spec(spec_of(self.codes), self.ndim))
 
@@ -200,7 +205,7 @@ class QTensor(Kernel):
             return self
         return replace(self, codes=on_device(self.codes))
 
-    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """Returns the float weights in the kernel's own shape.
 
         Args:
@@ -215,13 +220,13 @@ class QTensor(Kernel):
         return _dequantize(self, None if dtype is None else jnp.dtype(dtype))
 
     def dequantize_matrix(  # noqa: D102
-        self, dtype: Any = None
+        self, dtype: DTypeLike | None = None
     ) -> Float[Array, "*batch k n"]:
         k, codes = self.matrix_shape[-2], on_device(self.codes)
         w = dequantize_blocks(codes, float_scales(self), self.packing, k)
         return round_to(w, self.dtype, self.dtype if dtype is None else dtype)
 
-    def product_input(self, dtype: Any) -> PackedInput:  # noqa: D102
+    def product_input(self, dtype: DTypeLike) -> PackedInput:  # noqa: D102
         del dtype
         return PackedInput(self, None)
 
@@ -246,44 +251,107 @@ register(
 )
 
 
+def _check_parts(
+    parts: Mapping[str, PyTree],
+    packing: Packing,
+    geometry: Geometry,
+    shape: Sequence[int],
+) -> None:
+    """Raises an error that lists every array that does not fit such a kernel."""
+    *batch, k, n = geometry.matrix_shape(shape)
+    packing.check_rows(k)
+    rows = math.ceil(k / packing.format.codes_per_byte)
+    blocks = math.ceil(k / packing.block_size)
+    codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
+    scales = packing.scheme.arrays((*batch, blocks, n))._asdict()
+    wrong_types: list[str] = []
+    wrong_values: list[str] = []
+    for name, expected in {"codes": codes, **scales}.items():
+        part = parts[name]
+        if expected is None:
+            continue
+        if packing.double_quant and name.startswith("scale_") and part is None:
+            wrong_values.append(
+                "`scale_scales` and `scale_offset` must be given together."
+            )
+        elif part is None or not hasattr(part, "dtype"):
+            wrong_types.append(f"`{name}` must be an array. Got {type(part).__name__}.")
+        elif part.dtype != expected.dtype:
+            wrong_types.append(f"`{name}` must be {expected.dtype}. Got {part.dtype}.")
+        elif tuple(part.shape) != expected.shape:
+            wrong_values.append(
+                f"`{name}` must have shape {expected.shape}. Got {tuple(part.shape)}."
+            )
+        elif (
+            expected.dtype != np.uint8
+            and is_concrete(part)
+            and not all_below(part, math.inf)
+        ):
+            wrong_values.append(f"`{name}` must be finite. Got NaN or infinite values.")
+    if not (wrong_types or wrong_values):
+        return
+    listing = "\n  ".join(wrong_types + wrong_values)
+    title = f"these are not the parts of a kernel of shape {shape}, {packing}"
+    raise (TypeError if wrong_types else ValueError)(f"{title}:\n  {listing}")
+
+
 def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, ceil(K / B), N]`, without a gradient."""
-    if q.scales.dtype == np.float32:  # in every format, once they are decoded
+    if q.scales.dtype == np.float32:  # not encoded, in any format
         return lax.stop_gradient(q.scales)
-    spec = lambda mesh: fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
-    scales = call_in_auto_mode(q.packing.scheme.decode, spec, q.stored_scales)
+
+    def scales_spec(mesh: AnyMesh) -> PartitionSpec:
+        return fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
+
+    scales = call_in_auto_mode(q.packing.scheme.decode, scales_spec, q.stored_scales)
     return lax.stop_gradient(scales)
 
 
-def placed(
-    q: QTensor, put: Callable[..., Any], placement: Placement, memory: str
-) -> QTensor:
-    """Returns the kernel with its arrays on a mesh, by `put(array, axes, memory)`."""
+def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:
+    """Returns the kernel with float32 scales, not encoded, for products."""
+    return replace(q, **StoredScales(scales)._asdict())
+
+
+def axes_of_array(
+    matrix_axes: Sequence[Entry], ndim: int, unsplit: Entry
+) -> tuple[Entry, ...]:
+    """Returns how a stored array of `ndim` axes is split, from its matrix form."""
+    # Codes and block scales are split as the matrix form; other arrays are tiny, so
+    # that only their batch axes are.
+    batch = tuple(matrix_axes[:-2])
+    if ndim == len(batch) + 2:
+        return tuple(matrix_axes)
+    return (*batch, *[unsplit] * (ndim - len(batch)))
+
+
+def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
+    """Returns the kernel with its arrays on a mesh, its codes in `memory`."""
     axes = placement.kernel
-    put_scales = lambda x: put(x, axes_of_array(axes, x.ndim, ()), None)
+
+    def put_scales(x: Array) -> Array:
+        return put(x, axes_of_array(axes, x.ndim, ()), None)
+
     stored = jax.tree.map(put_scales, q.stored_scales)
     codes = placed_codes(q.codes, put, axes, memory)
     return replace(q, codes=codes, **stored._asdict(), placement=placement)
 
 
-def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:
-    """Returns the kernel with float32 scales, as they are, for products."""
-    return replace(q, **StoredScales(scales)._asdict())
-
-
-def round_to(w: Array, first: Any, then: Any) -> Array:
-    """Casts to `first` and then to `then`, so that both roundings happen."""
-    # XLA may drop the first of two plain casts (`xla_allow_excess_precision`).
-    info, wanted = jnp.finfo(first), jnp.finfo(then)
-    is_kept = wanted.nmant <= info.nmant and wanted.nexp <= info.nexp
-    if info.bits < 32 and not is_kept:
+def round_to(w: Array, dtype: DTypeLike, result_dtype: DTypeLike) -> Array:
+    """Casts to `dtype` and then to `result_dtype`, so that both roundings happen."""
+    info, result = jnp.finfo(dtype), jnp.finfo(result_dtype)
+    is_coarser = result.nmant <= info.nmant and result.nexp <= info.nexp
+    if info.bits < 32 and not is_coarser:
+        # XLA may drop the first of two plain casts (`xla_allow_excess_precision`).
         w = lax.reduce_precision(w, info.nexp, info.nmant)
-        return w.astype(then)
-    return w.astype(first).astype(then)
+        return w.astype(result_dtype)
+    return w.astype(dtype).astype(result_dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _dequantize(q: QTensor, dtype: Any) -> Float[Array, "..."]:
-    compute = lambda q: q.geometry.from_matrix(q.dequantize_matrix(dtype))
-    spec = lambda mesh: fitting_spec(mesh, q.spec, q.shape)
-    return call_in_auto_mode(compute, spec, q)
+def _dequantize(q: QTensor, dtype: np.dtype | None) -> Float[Array, "..."]:
+    def decode(q: QTensor) -> Array:
+        return q.geometry.from_matrix(q.dequantize_matrix(dtype))
+
+    return call_in_auto_mode(
+        decode, lambda mesh: fitting_spec(mesh, q.spec, q.shape), q
+    )

@@ -2,18 +2,19 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .._jax.pytree import register
+from .formats import Packing
 from .geometry import Geometry
 from .kernel import ArrayKernel
 from .pack import quantize_kernel
 from .qtensor import QTensor
-from .settings import Packing
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +22,12 @@ class StraightThrough(ArrayKernel):
     """A float kernel that the forward pass sees quantized, and that is trained.
 
     The gradient passes the quantizer as if it were the identity (the straight-through
-    estimator, Bengio et al. 2013), so `to_qtensor` gives exactly the weights that the
+    estimator, Bengio et al. 2013), so `to_qtensor` returns exactly the weights that the
     forward pass saw. `init` makes one for each target if `freeze_base=False`. Like a
-    QTensor it is not an array.
+    QTensor, it is not an array.
 
     Attributes:
-        kernel: The float kernel, in its own shape and dtype: the one leaf.
+        kernel: The float kernel, in its own shape and dtype: the only leaf.
         packing: How the forward pass quantizes it: `packing.fmt`, `packing.block_size`
             and `packing.double_quant`.
         geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
@@ -42,7 +43,7 @@ class StraightThrough(ArrayKernel):
         Array(1., dtype=float32)
     """
 
-    kernel: Any
+    kernel: Array
     packing: Packing
     geometry: Geometry
     is_trained = True
@@ -58,7 +59,7 @@ class StraightThrough(ArrayKernel):
         return f"{self.dtype.name} through {self.packing.fmt}"
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Array:
         """The float kernel."""
         return self.kernel
 
@@ -71,7 +72,7 @@ class StraightThrough(ArrayKernel):
         """
         return quantize_kernel(self.kernel, self.packing, self.geometry)
 
-    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """Returns the weights that the forward pass sees.
 
         Gradients pass to `kernel` unchanged.
@@ -92,24 +93,26 @@ register(
 )
 
 
-# y = dequantize(quantize(w)) is a step function of w. The straight-through estimator
-# takes dy/dw = 1, so dw = g.
+# y = dequantize(quantize(w)) is a step function of w, whose derivative is 0 almost
+# everywhere. The straight-through estimator takes dy/dw = 1, so dw = dy.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _round_trip(packing: Packing, geometry: Geometry, dtype: Any, kernel: Array) -> Any:
+def _round_trip(
+    packing: Packing, geometry: Geometry, dtype: np.dtype, kernel: Array
+) -> Array:
     return quantize_kernel(kernel, packing, geometry).dequantize(dtype)
 
 
 def _round_trip_fwd(
-    packing: Packing, geometry: Geometry, dtype: Any, kernel: Array
+    packing: Packing, geometry: Geometry, dtype: np.dtype, kernel: Array
 ) -> tuple[Array, Array]:
     # An empty array carries the dtype of the kernel, which its gradient must have.
     return _round_trip(packing, geometry, dtype, kernel), jnp.zeros((0,), kernel.dtype)
 
 
 def _round_trip_bwd(
-    packing: Packing, geometry: Geometry, dtype: Any, like: Array, g: Array
+    packing: Packing, geometry: Geometry, dtype: np.dtype, like: Array, dy: Array
 ) -> tuple[Array]:
-    return (g.astype(like.dtype),)
+    return (dy.astype(like.dtype),)
 
 
 _round_trip.defvjp(_round_trip_fwd, _round_trip_bwd)

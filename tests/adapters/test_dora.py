@@ -26,7 +26,7 @@ from tolerances import assert_close
 import qlora_jax as ql
 from qlora_jax.adapters.base import matrix_at, why_not
 from qlora_jax.adapters.dora import column_norms
-from qlora_jax.quant.stack import LayerOfStack
+from qlora_jax.quant.views import LayerOfStack
 
 K, N, RANK, SCALING = 64, 24, 4, 2.0
 CONFIG = ql.QLoRAConfig(rank=RANK, alpha=8, block_size=16, use_dora=True)

@@ -12,7 +12,7 @@ from helpers import SEED
 
 from qlora_jax.matmul.layout import lay_out
 from qlora_jax.matmul.spec import ProductSpec
-from qlora_jax.quant.settings import Packing
+from qlora_jax.quant.formats import Packing
 
 MESHES = [(8,), (2, 4), (4, 2), (2, 2, 2), (3, 2), (2, 3, 2)]
 ROWS = [(8,), (4, 6), (6, 2, 2)]

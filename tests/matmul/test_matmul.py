@@ -24,9 +24,9 @@ import qlora_jax as ql
 from qlora_jax.matmul import choose
 from qlora_jax.matmul.backends.pallas_tpu import fused
 from qlora_jax.matmul.backends.reference import Rounding
+from qlora_jax.quant.formats import Packing
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.pack import quantize_kernel
-from qlora_jax.quant.settings import Packing
 
 BACKENDS = ["reference", "tiled"]
 DTYPES = ["float32", "bfloat16"]

@@ -20,7 +20,7 @@ from qlora_jax.matmul.backends.pallas_tpu import visits as ragged_kernel
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.backends.pallas_tpu.tiling import Tiling, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec
-from qlora_jax.quant.settings import Packing
+from qlora_jax.quant.formats import Packing
 
 pytestmark = pytest.mark.slow
 

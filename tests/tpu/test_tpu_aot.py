@@ -19,7 +19,7 @@ import qlora_jax as ql
 from qlora_jax.matmul.backends.pallas_tpu import fused
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.spec import ProductSpec
-from qlora_jax.quant.settings import Packing
+from qlora_jax.quant.formats import Packing
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest]
 

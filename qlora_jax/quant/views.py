@@ -1,0 +1,129 @@
+"""Parts of a packed kernel: one layer of a stack, or some rows of a table."""
+
+import operator
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from .._jax.modes import call_in_auto_mode
+from .._jax.pytree import register, take_layer
+from .._jax.specs import SpecEntry, spec_of
+from .codes import dequantize_blocks, select_values
+from .host_codes import HostCodes, on_device
+from .kernel import Kernel, PackedInput
+from .qtensor import QTensor, float_scales, round_to
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOfStack(Kernel):
+    """One kernel of a packed stack `[L, *kernel]`, which is not sliced.
+
+    Back ends that take an index, such as the TPU kernels, read the layer in place.
+    """
+
+    stack: QTensor
+    index: Array
+    is_packed = True
+
+    # These properties are those of the stack.
+    dtype, geometry, packing, label, placement, memory = (  # pyright: ignore
+        property(operator.attrgetter(f"stack.{name}"))
+        for name in ("dtype", "geometry", "packing", "label", "placement", "memory")
+    )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one kernel."""
+        return self.stack.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of one kernel in bytes."""
+        return self.stack.nbytes // self.stack.shape[0]
+
+    @property
+    def spec(self) -> tuple[SpecEntry, ...]:
+        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        return self.stack.spec[1:]
+
+    def to_device(self) -> Kernel:
+        """Cuts the kernel out on the device, if the stack is in host memory."""
+        return self.take().to_device() if self.memory == "host" else self
+
+    def take(self) -> QTensor:
+        """Returns the kernel, cut out of the stack."""
+        return take_layer(self.stack, self.index)
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:  # noqa: D102
+        return self.take().dequantize(dtype)
+
+    def dequantize_matrix(  # noqa: D102
+        self, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch k n"]:
+        return self.take().dequantize_matrix(dtype)
+
+    def product_input(self, dtype: DTypeLike) -> PackedInput:  # noqa: D102
+        del dtype
+        return PackedInput(self.stack, self.index)
+
+
+register(LayerOfStack, ("stack", "index"), ())
+
+
+def product_arrays(
+    q: QTensor, layer: Array | None
+) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
+    """Returns codes on the device, float32 scales, and the layer still to be taken."""
+    codes = q.codes
+    if layer is not None:
+        # There are few scales: those of one layer are cut out before they are decoded.
+        q = replace(q, **take_layer(q.stored_scales, layer)._asdict())
+    scales = float_scales(q)
+    if isinstance(codes, HostCodes):
+        # Cut before the copy, so that one layer is moved to the device.
+        codes = on_device(codes if layer is None else take_layer(codes, layer))
+        layer = None
+    return codes, scales, layer
+
+
+def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
+    """Returns rows of a table `[V, D]`, for int32 ids from 0; an id of V returns NaN.
+
+    Only the codes and scales of these rows of a packed table are gathered and decoded.
+    """
+    q = kernel.take().to_device()
+    if not isinstance(q, QTensor) or q.geometry.roles(q.ndim) not in ("kn", "nk"):
+        return jnp.take(kernel.dequantize(), ids, axis=0)
+    # Rows of a table that is stored as [D, V] are columns of the matrix form.
+    take = _take_columns if q.geometry.kinds == "nk" else _take_matrix_rows
+    size = q.shape[0]
+
+    def decode_rows(q: QTensor, ids: Array) -> Array:
+        flat = ids.reshape(-1)
+        w = jnp.where((flat < size)[:, None], take(q, flat), jnp.nan)
+        return round_to(w, q.dtype, q.dtype).reshape(*ids.shape, w.shape[-1])
+
+    return call_in_auto_mode(
+        decode_rows, lambda _: PartitionSpec(*spec_of(ids), None), q, ids
+    )
+
+
+def _take_columns(q: QTensor, ids: Int[Array, " t"]) -> Float[Array, "t d"]:
+    # Codes [D / 2, t] (or [D, t] in 8 bits) and scales [blocks, t], decoded to [D, t].
+    codes, scales = (
+        jnp.take(x, ids, axis=1, mode="clip") for x in (q.codes, float_scales(q))
+    )
+    return dequantize_blocks(codes, scales, q.packing, q.matrix_shape[0]).T
+
+
+def _take_matrix_rows(q: QTensor, ids: Int[Array, " t"]) -> Float[Array, "t d"]:
+    fmt = q.packing.format
+    # A byte holds the codes of two rows in 4-bit formats: [t, 1, D] -> [t, 2, D].
+    codes = jnp.take(q.codes, ids // fmt.codes_per_byte, axis=0, mode="clip")
+    scales = jnp.take(float_scales(q), ids // q.block_size, axis=0, mode="clip")
+    values = select_values(codes[:, None], fmt)
+    row_in_byte = (ids % fmt.codes_per_byte)[:, None, None]
+    return jnp.take_along_axis(values, row_in_byte, axis=1)[:, 0] * scales
