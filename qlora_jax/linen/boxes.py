@@ -12,7 +12,7 @@ from flax.core.lift import pack
 from .._jax.pytree import Note, is_array, on_arrays, register, split_arrays
 from ..adapters.base import AdaptedKernel, Adapter, parts_of
 from ..adapters.packed_calls import call_with_experts, is_experts
-from ..memory.fetch import fetch, needs_fetch
+from ..memory.by_tiles import fetch, needs_fetch
 from ..quant.kernel import as_kernel
 from ..trees.paths import path_string
 from .layer_index import StackIndex

@@ -1,4 +1,4 @@
-"""Losses with a frozen head: of tokens, without all logits, and of preferences."""
+"""Losses of language models: cross entropy with a frozen head, and preferences."""
 
 from .cross_entropy import chunked_cross_entropy, soft_cap
 from .preferences import dpo, ipo, kto, orpo, simpo

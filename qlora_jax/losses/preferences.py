@@ -1,8 +1,8 @@
-"""Losses of preferences, one for each pair of answers or each answer.
+"""Preference losses for pairs of answers, or for single answers.
 
-They take log-probabilities of answers: the sum over an answer's tokens, which is minus
-the sum of their cross entropies, or its mean. A log-ratio is that of the trained model
-minus that of the reference, the model before training.
+They take log-probabilities of answers, which are sums or means over the tokens of an
+answer: minus the cross entropy of each token. A log-ratio is the log-probability under
+the trained model minus the one under the reference, the model before training.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Pairs = Float[Array, "*pairs"]
-_LOG_HALF = -0.6931472
+_LOG_HALF = -0.6931472  # where both forms of `_log1mexp` are equally precise
 
 
 def dpo(chosen: Pairs, rejected: Pairs, *, beta: float = 0.1) -> Pairs:
@@ -20,8 +20,8 @@ def dpo(chosen: Pairs, rejected: Pairs, *, beta: float = 0.1) -> Pairs:
 
     Args:
         chosen: The log-ratio of each chosen answer, summed over its tokens.
-        rejected: That of the rejected answer.
-        beta: How much the model is kept near the reference.
+        rejected: The log-ratio of the rejected answer, summed over its tokens.
+        beta: The strength of the pull towards the reference.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -37,9 +37,9 @@ def ipo(chosen: Pairs, rejected: Pairs, *, beta: float = 0.1) -> Pairs:
     `(chosen - rejected - 1 / (2 * beta))**2`
 
     Args:
-        chosen: The log-ratio of each chosen answer, the mean over its tokens.
-        rejected: That of the rejected answer.
-        beta: How much the model is kept near the reference.
+        chosen: The mean log-ratio of the tokens of each chosen answer.
+        rejected: The mean log-ratio of the tokens of the rejected answer.
+        beta: The strength of the pull towards the reference.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -54,13 +54,13 @@ def simpo(
 ) -> Pairs:
     """Returns the losses of simple preference optimization (Meng et al., 2024).
 
-    `-log(sigmoid(beta * (chosen - rejected) - gamma))`, without a reference.
+    `-log(sigmoid(beta * (chosen - rejected) - gamma))`. There is no reference.
 
     Args:
-        chosen: The log-probability of each chosen answer, the mean over its tokens.
-        rejected: That of the rejected answer.
+        chosen: The mean log-probability of the tokens of each chosen answer.
+        rejected: The mean log-probability of the tokens of the rejected answer.
         beta: The scale of the rewards.
-        gamma: The margin by which the chosen answer's reward should be larger.
+        gamma: The margin by which the reward of the chosen answer should be larger.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -80,9 +80,10 @@ def orpo(
     is no reference.
 
     Args:
-        chosen: The log-probability of each chosen answer, the mean over its tokens.
-        rejected: That of the rejected answer.
-        nll: The mean cross entropy of the chosen answers' tokens, of a pair or of all.
+        chosen: The mean log-probability of the tokens of each chosen answer.
+        rejected: The mean log-probability of the tokens of the rejected answer.
+        nll: The mean cross entropy of the tokens of the chosen answer of each pair, or
+            of all chosen answers.
         beta: The weight of the odds ratio.
 
     Example:
@@ -103,16 +104,16 @@ def kto(
 ) -> Float[Array, "*answers"]:
     """Returns the losses of Kahneman-Tversky optimization (Ethayarajh et al., 2024).
 
-    `1 - sigmoid(beta * (answers - kl))` for a desirable answer, and for another one
-    `1 - sigmoid(beta * (kl - answers))`.
+    `1 - sigmoid(beta * (answers - kl))` for a desirable answer, and
+    `1 - sigmoid(beta * (kl - answers))` for an undesirable one.
 
     Args:
         answers: The log-ratio of each answer, summed over its tokens.
         is_desirable: Whether the model should give such an answer.
         kl: The mean log-ratio of answers to other prompts, an estimate of the
-            divergence from the reference. It gets no gradient, and counts as 0 where it
-            is negative.
-        beta: How much the model is kept near the reference.
+            divergence from the reference. It gets no gradient, and negative values
+            count as 0.
+        beta: The strength of the pull towards the reference.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -126,9 +127,11 @@ def kto(
 
 def _log1mexp(x: Array) -> Array:
     """Returns `log(1 - exp(x))` for x below 0, without cancellation (Mächler, 2012)."""
-    # An answer of probability 1 would have infinite odds, and a gradient of NaN.
+    # Near 0, `exp(x)` is close to 1, and `expm1` keeps the digits of the difference.
+    # Far from 0, `log1p` keeps those of a small `exp(x)`.
+    # An answer of probability 1 would have infinite odds and a gradient of NaN.
     x = jnp.minimum(x, -jnp.finfo(x.dtype).eps)
-    # Both branches are differentiated: each gets an x at which it is finite.
+    # Both branches are differentiated, so each gets an x at which it is finite.
     is_small = x < _LOG_HALF
     small, large = jnp.where(is_small, x, -1.0), jnp.where(is_small, -0.5, x)
     return jnp.where(is_small, jnp.log1p(-jnp.exp(small)), jnp.log(-jnp.expm1(large)))

@@ -1,9 +1,8 @@
-"""Parts of a model that keep a training step's memory small."""
+"""Parts of a model that keep the memory of a training step small."""
 
 from .by_tiles import tiled
-from .layer_inputs import layer_input, offload_layer_inputs
+from .host_memory import layer_input, offload_layer_inputs, to_device
 from .splash import splash_attention
-from .streamed import to_device
 
 __all__ = [
     "layer_input",

@@ -1,4 +1,4 @@
-"""Runs a function of tokens on one tile at a time."""
+"""Runs a function of tokens on one tile of tokens at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,35 +6,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.pytree import is_tree_leaf
-from .fetch import fetch, needs_fetch
+from ..adapters.base import AdaptedKernel, constrained, parts_of
+from ..matmul.gathered import find_gather, gathered
+from ..quant.kernel import is_kernel
 
 
 def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     """Returns `fn`, computed on at most `tile` tokens of each sequence at a time.
 
-    `fn` computes each token alike and alone, as an MLP or a norm does. The backward
-    pass computes a tile again from its input, so the intermediate values of one tile
-    are held, whatever the length of the sequence. Values are those of `fn`; gradients
-    of arrays that `fn` closes over are sums over tiles, so their last bits may differ.
+    `fn` must treat each token in the same way and independently of the others, as an
+    MLP or a norm does. The backward pass computes each tile again from its input, so
+    memory holds the intermediate values of one tile, whatever the length of the
+    sequence. The values equal those of `fn`. The gradients of arrays that `fn` closes
+    over are sums over tiles, so their last bits may differ.
 
-    Where `fn` is a pytree with packed kernels, such as an nnx module, its kernels are
-    moved from host memory, and gathered (FSDP), once for all tiles. For kernels that it
-    closes over, call `to_device` before; they are gathered for each tile.
+    If `fn` is a pytree with packed kernels, such as an nnx module, its kernels are
+    moved from host memory and gathered (FSDP) once for all tiles. For kernels that it
+    closes over, call `to_device` first; they are gathered again for each tile.
 
-    In linen, use `qlora_jax.linen.tiled`: linen modules cannot run inside JAX's loops.
-    An nnx module can if it changes no variable, as dropout does.
+    In linen, use `qlora_jax.linen.tiled`, because linen modules cannot run inside JAX's
+    loops. An nnx module can, unless it changes a variable, as dropout does.
 
     Args:
-        fn: A function of an array `[..., T, D]` to an array `[..., T, D2]`, T being the
-            tokens. Arrays that it closes over are differentiated too.
-        tile: The most tokens of a tile; None for `fn` itself.
+        fn: A function from an array `[..., T, D]` to an array `[..., T, D2]`, where T
+            are the tokens. Arrays that it closes over are differentiated too.
+        tile: The largest number of tokens in a tile. Pass None for `fn` itself.
 
     Raises:
-        ValueError: If `tile` is not positive. The function raises it if its argument
-            has less than two axes.
+        ValueError: If `tile` is not positive. The returned function raises it if its
+            argument has less than two axes.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -45,58 +48,89 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
         True
     """
 
-    # Inside a loop nothing merges the computation with its repetition.
-    def run(fn: Any, parts: Any) -> Any:
-        return lax.map(jax.checkpoint(fn, prevent_cse=False), parts)
+    def run(fn: Callable, tiles: Array) -> Array:
+        # Common subexpressions cannot be merged with their recomputation in a loop, so
+        # the barriers of `prevent_cse` are not needed.
+        return lax.map(jax.checkpoint(fn, prevent_cse=False), tiles)
 
-    def fetch_and_run(fn: Any, parts: Any) -> Any:
-        one = lambda node: fetch(node, parts[0])
-        return run(jax.tree.map(one, fn, is_leaf=is_tree_leaf), parts)
+    def fetch_and_run(fn: PyTree, tiles: Array) -> Array:
+        fetched = jax.tree.map(
+            lambda node: fetch(node, tiles[0]), fn, is_leaf=is_tree_leaf
+        )
+        return run(fetched, tiles)
 
-    def run_tiles(parts: Any) -> Any:
+    def run_tiles(tiles: Array) -> Array:
         nodes = jax.tree.leaves(fn, is_leaf=is_tree_leaf)
-        if any(needs_fetch(node, parts[0]) for node in nodes):
-            # Once for all tiles, and not kept for the backward pass.
-            return jax.checkpoint(fetch_and_run, prevent_cse=False)(fn, parts)
-        return run(fn, parts)
+        if any(needs_fetch(node, tiles[0]) for node in nodes):
+            # The checkpoint fetches again in the backward pass. Otherwise, the fetched
+            # kernels would be kept on the device in between.
+            return jax.checkpoint(fetch_and_run, prevent_cse=False)(fn, tiles)
+        return run(fn, tiles)
 
     return by_tiles(fn, run_tiles, tile)
 
 
 def by_tiles(
-    fn: Callable[..., Any], run_tiles: Callable[..., Any], tile: int | None
+    fn: Callable[..., Any], run_tiles: Callable[[Array], Array], tile: int | None
 ) -> Callable[..., Any]:
-    """Returns `fn(x)`, by `run_tiles(tiles)` where x has several tiles of tokens."""
+    """Returns `fn(x)`, computed as `run_tiles(tiles)` if x has several tiles."""
     if tile is None:
         return fn
     if tile < 1:
         raise ValueError(f"`tile` must be positive or None. Got {tile}.")
 
-    def in_tiles(x: Float[Array, "*batch T D"]) -> Any:
+    def call_by_tiles(x: Float[Array, "*batch T D"]) -> Any:
         if x.ndim < 2:
             raise ValueError(
-                f"`x` must have an axis of tokens and one of features. Got {x.shape}."
+                "`x` must have at least two axes, tokens and features. Got shape "
+                f"{x.shape}."
             )
-        tokens = x.shape[-2]
-        count = -(-tokens // tile)
-        return fn(x) if count < 2 else _join(run_tiles(_cut(x, count)), tokens)
+        num_tokens = x.shape[-2]
+        num_tiles = -(-num_tokens // tile)
+        if num_tiles < 2:
+            return fn(x)
+        return _join(run_tiles(_cut(x, num_tiles)), num_tokens)
 
-    return in_tiles
+    return call_by_tiles
 
 
-def _cut(x: Float[Array, "*batch T D"], count: int) -> Float[Array, "tiles *batch t D"]:
-    """Returns tiles of one size; the last token is repeated to fill the last tile."""
-    tokens = x.shape[-2]
-    size = -(-tokens // count)
-    if rest := count * size - tokens:
-        widths = [(0, 0)] * (x.ndim - 2) + [(0, rest), (0, 0)]
+def _cut(
+    x: Float[Array, "*batch T D"], num_tiles: int
+) -> Float[Array, "tiles *batch t D"]:
+    # Tiles have equal sizes. Copies of the last token fill the last tile: unlike zeros,
+    # they are values that `fn` is defined for.
+    num_tokens = x.shape[-2]
+    size = -(-num_tokens // num_tiles)
+    if padding := num_tiles * size - num_tokens:
+        widths = [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]
         x = jnp.pad(x, widths, mode="edge")
-    x = x.reshape(*x.shape[:-2], count, size, x.shape[-1])
+    x = x.reshape(*x.shape[:-2], num_tiles, size, x.shape[-1])
     return jnp.moveaxis(x, -3, 0)
 
 
-def _join(x: Float[Array, "tiles *batch t D"], tokens: int) -> Float[Array, "..."]:
-    """Inverts `_cut`, without the repeated tokens."""
-    x = jnp.moveaxis(x, 0, -3)
+def _join(x: Float[Array, "tiles *batch t D"], num_tokens: int) -> Float[Array, "..."]:
+    """Inverts `_cut`, and drops the copies of the last token."""
+    x = jnp.moveaxis(x, 0, -3)  # [*batch, tiles, t, D]
     x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
-    return x[..., :tokens, :]
+    return x[..., :num_tokens, :]
+
+
+# A loop over tiles would move and gather a kernel again for each tile. The next two
+# functions do it once, before the loop.
+def needs_fetch(node: PyTree, x: Float[Array, "*rows D"]) -> bool:
+    """Whether products with rows like those of `x` would move or gather a kernel."""
+    kernel, *_ = parts_of(node)
+    if not is_kernel(kernel):
+        return False
+    return kernel.memory == "host" or find_gather(kernel.take(), x) is not None
+
+
+def fetch(node: PyTree, x: Float[Array, "*rows D"]) -> PyTree:
+    """Returns a kernel and its adapter on the device, gathered if products need it."""
+    if not needs_fetch(node, x):
+        return node
+    kernel, lora, key = parts_of(node)
+    q = kernel.take().to_device()
+    if (mesh_layout := find_gather(q, x)) is not None:
+        q = gathered(q, mesh_layout)
+    return q if lora is None else AdaptedKernel(q, constrained(lora, q.placement), key)

@@ -1,18 +1,20 @@
-"""Attention that holds no scores: JAX's splash kernel for TPUs."""
+"""Attention that does not store its scores, by JAX's splash kernel for TPUs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from .only_tpu import only_on_tpu
-
-LANES = 128  # lengths are multiples of it
-BLOCKS = 512, 256, 128
-# Names the result and the logarithms of the sums: with the operands, all residuals.
-NAME = "attention"
+LANES = 128  # the kernel needs lengths that are multiples of it
+BLOCK_SIZES = 512, 256, 128  # tokens, best first
+# The name of the result and of the logarithms of the sums. Together with the operands,
+# they are all residuals of the kernel.
+RESIDUALS_NAME = "attention"
 
 
 def splash_attention(
@@ -29,30 +31,35 @@ def splash_attention(
 ) -> Float[Array, "B T H Dh"]:
     """Returns causal attention in the dtype of `query`, by JAX's splash kernel.
 
-    The kernel is that of jax.experimental.pallas.ops.tpu. Scores exist for a block of
-    queries and keys at a time, in both passes. Each query attends to itself and to the
-    tokens before it in its row, segment and window. H / K query heads share a key head.
+    The kernel is the one in jax.experimental.pallas.ops.tpu. In both passes, it holds
+    the scores of one block of queries and keys at a time. Each query attends to itself
+    and to the tokens before it in its row, segment and window. H / K query heads share
+    a key head.
 
-    Queries are scaled in float32 and rounded to their dtype; scores, softmax and sums
+    Queries are scaled in float32 and rounded to their dtype. Scores, softmax and sums
     are float32. For checkpoint policies, the residuals of the backward pass (the result
     and the logarithms of the sums) have the name "attention". T is padded to a multiple
     of 128. XLA does not partition the kernel: with several devices, call it in a
     `jax.shard_map` over rows or heads.
 
     Args:
-        query: Queries.
-        key: Keys.
-        value: Values.
-        scale: Factor of the scores, by default `Dh ** -0.5`.
-        soft_cap: Bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
-        window: How many tokens a query sees, itself included; None for all before it.
-        segment_ids: Which of the sequences packed in its row a token belongs to.
-        sinks: A score of each head that has no value (gpt-oss): of all its queries.
-        interpret: Whether to run Pallas' interpreter, which needs no TPU and is slow.
+        query: The queries.
+        key: The keys.
+        value: The values.
+        scale: A factor of the scores, by default `Dh ** -0.5`.
+        soft_cap: A bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
+        window: The number of tokens that a query attends to, including itself. Pass
+            None for all tokens up to it.
+        segment_ids: The sequence that each token belongs to, for rows in which several
+            sequences are packed.
+        sinks: One more score for each head, which has no value and is the same for all
+            queries (gpt-oss).
+        interpret: Whether to run Pallas' interpreter, which is slow and needs no TPU.
 
     Raises:
-        ValueError: If shapes do not fit, or `window` or `soft_cap` is not positive.
-        NotImplementedError: When the program is compiled for another platform than a
+        ValueError: If the shapes do not match, or `window` or `soft_cap` is not
+            positive.
+        NotImplementedError: If the program is compiled for another platform than a
             TPU, without `interpret`.
 
     Example:
@@ -66,27 +73,38 @@ def splash_attention(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+    # 1. Check the arguments and scale the queries.
+    # 2. Bring the operands into the kernel's layout, [B, heads, T padded, Dh].
+    # 3. Map the kernel, which is for one row, over the rows.
+    # 4. Bring the result back into [B, T, H, Dh].
     _check(query, key, value, window, soft_cap, segment_ids)
-    if sinks is not None and sinks.shape != query.shape[2:3]:
+    num_heads, head_dim = query.shape[2:]
+    if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(
-            f"`sinks` must have shape ({query.shape[2]},), one for each head of "
-            f"`query`. Got {sinks.shape}."
+            f"`sinks` must have shape ({num_heads},), one for each head of `query`. "
+            f"Got {sinks.shape}."
         )
-    dtype, (tokens, dim) = query.dtype, (query.shape[1], query.shape[3])
-    factor = dim**-0.5 if scale is None else scale
+    dtype, num_tokens = query.dtype, query.shape[1]
+    factor = head_dim**-0.5 if scale is None else scale
     query = (query.astype(jnp.float32) * factor).astype(dtype)
-    pad = -tokens % LANES
-    operands = [_heads_first(x, pad) for x in (query, key, value)]
+    padding = -num_tokens % LANES
+
+    def to_kernel_layout(x: Array) -> Array:
+        x = x.swapaxes(1, 2)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) if padding else x
+
+    operands = [to_kernel_layout(x) for x in (query, key, value)]
     if not interpret:
         operands[0] = only_on_tpu(operands[0], "`splash_attention`")
-    kernel = _make_kernel(query.shape[2], tokens + pad, window, soft_cap, interpret)
+    kernel = _make_kernel(num_heads, num_tokens + padding, window, soft_cap, interpret)
     segments = None
     if segment_ids is not None:
-        ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, pad)))
+        ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, padding)))
         segments = splash.SegmentIds(ids, ids)
-    in_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-    mixed = in_rows(*operands, segments, sinks)
-    return mixed.astype(dtype).swapaxes(1, 2)[:, :tokens]
+    over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+    attended = over_rows(*operands, segments, sinks)
+    # The mask is causal, so no token attends to the padding after it.
+    return attended.astype(dtype).swapaxes(1, 2)[:, :num_tokens]
 
 
 def _check(query, key, value, window, soft_cap, segment_ids) -> None:
@@ -98,12 +116,12 @@ def _check(query, key, value, window, soft_cap, segment_ids) -> None:
     (*rows, heads, dim), (*key_rows, key_heads, key_dim) = query.shape, key.shape
     if value.shape != key.shape or rows != key_rows or dim != key_dim:
         raise ValueError(
-            "`query`, `key` and `value` must have the same shapes but for the query's "
-            f"heads. Got {query.shape}, {key.shape} and {value.shape}."
+            "`query`, `key` and `value` must have the same shapes, except for the "
+            f"heads of `query`. Got {query.shape}, {key.shape} and {value.shape}."
         )
     if not key_heads or heads % key_heads:
         raise ValueError(
-            "the heads of `key` must divide those of `query`. Got "
+            "the number of heads of `key` must divide those of `query`. Got "
             f"{key_heads} and {heads}."
         )
     if window is not None and window < 1:
@@ -116,32 +134,61 @@ def _check(query, key, value, window, soft_cap, segment_ids) -> None:
         )
 
 
-def _heads_first(x: Array, pad: int) -> Array:
-    """`[B, T, heads, Dh]` to `[B, heads, T + pad, Dh]`."""
-    x = x.swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x
-
-
 def _make_kernel(
-    heads: int, tokens: int, window: int | None, soft_cap: float | None, interpret: bool
-) -> Any:
+    num_heads: int,
+    num_tokens: int,
+    window: int | None,
+    soft_cap: float | None,
+    interpret: bool,
+) -> Callable[..., Array]:
     """Returns a function of q `[H, T, Dh]`, k and v `[K, T, Dh]` and segments."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    shape = tokens, tokens
+    shape = num_tokens, num_tokens
     mask = splash.CausalMask(shape)
-    if window is not None and window < tokens:
+    if window is not None and window < num_tokens:
         mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-    block = next(size for size in BLOCKS if tokens % size == 0)
-    # The fused backward kernel would hold gradients of q for each block of keys.
-    names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
-    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
+    block = next(size for size in BLOCK_SIZES if num_tokens % size == 0)
+    # Sizes are given for the two backward kernels. The fused one would hold gradients
+    # of q for each block of keys, which grow with the square of the number of tokens.
+    axes = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
+    sizes: dict[str, Any] = {f"block_{axis}": block for axis in axes}
     return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
+        splash.MultiHeadMask([mask] * num_heads),
         block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=soft_cap,
-        residual_checkpoint_name=NAME,
+        residual_checkpoint_name=RESIDUALS_NAME,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
     )
+
+
+# The platform of a program is known when it is lowered, and not yet when it is traced:
+# a machine without a TPU may compile for one. The check is therefore the lowering rule
+# of an operation, which is the identity on TPUs and raises an error elsewhere.
+_only_on_tpu = Primitive("only_on_tpu")
+
+
+def only_on_tpu(x: Array, caller: str) -> Array:
+    """Returns `x`. Lowering for another platform raises NotImplementedError."""
+    return _only_on_tpu.bind(x, caller=caller)
+
+
+def _raise_off_tpu(ctx: Any, x: object, caller: str) -> object:
+    del x
+    raise NotImplementedError(
+        f"{caller} must run on a TPU: its kernel does not compile for other platforms. "
+        f"Got {' and '.join(ctx.module_context.platforms)}. Choose attention by XLA, "
+        "or `interpret=True` for a test."
+    )
+
+
+_only_on_tpu.def_impl(
+    lambda x, caller: jax.jit(only_on_tpu, static_argnums=1)(x, caller)
+)
+_only_on_tpu.def_abstract_eval(lambda x, caller: x)
+ad.deflinear2(_only_on_tpu, lambda g, x, caller: [g])
+batching.defvectorized(_only_on_tpu)
+mlir.register_lowering(_only_on_tpu, lambda ctx, x, caller: [x], platform="tpu")
+mlir.register_lowering(_only_on_tpu, _raise_off_tpu)
