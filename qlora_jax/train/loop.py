@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from .._jax.progress import progress_bar
 from .data.batching import Batch
-from .report import Metrics
-from .state import Checkpoints
+from .outputs import Metrics
+from .state import Checkpoints, describe_latest
 from .step import Report, State
 
 if TYPE_CHECKING:
@@ -28,19 +29,19 @@ class Loop:
     """Training loop settings.
 
     Attributes:
-        steps: The last step.
-        schedule: The learning rate, a function of the updates made so far.
-        accumulation: Batches of a step.
-        save_every: Steps between states.
-        eval_every: Steps between evaluations; None for one at the end.
-        log_every: Steps between calls of `watch` and, where there is no terminal, lines
-            on stderr; evaluations have both, too. None for `watch` at each step, and
-            for about ten lines.
-        patience: Evaluations in a row without a lower validation loss after which to
-            end, with a `Best`; None for no end.
-        on_nan: If loss or gradient is not finite: "stop" with an error, or "skip" the
-            update. If only the new adapter is not finite, a run always stops.
-        stamp: JSON values to save with each state, with the position in the data.
+        steps: The number of the last step.
+        schedule: The learning rate, a function of the number of updates so far.
+        accumulation: The number of batches per step.
+        save_every: The number of steps between checkpoints.
+        eval_every: The number of steps between evaluations. None evaluates at the end.
+        log_every: The number of steps between calls of `watch` and, without a terminal,
+            between lines on stderr. Steps with an evaluation always have both. None
+            calls `watch` at each step, and prints about ten lines.
+        patience: With a `Best`: stop after this many evaluations in a row without a
+            lower validation loss. None never stops early.
+        on_nan: If the loss or the gradient is not finite: "stop" with an error, or
+            "skip" the update. If only the new adapter is not finite, a run stops.
+        stamp: JSON values to save with each state and its position in the data.
 
     Example:
         >>> from qlora_jax import train
@@ -49,7 +50,7 @@ class Loop:
     """
 
     steps: int
-    schedule: Callable[[Any], Any]
+    schedule: Callable[[Any], Any]  # as in `optax.Schedule`
     accumulation: int = 1
     save_every: int = 100
     eval_every: int | None = None
@@ -61,12 +62,12 @@ class Loop:
 
 @dataclass
 class Best:
-    """The step of the lowest validation loss, which is kept.
+    """The step with the lowest validation loss, whose checkpoint is kept.
 
     Attributes:
-        step: The step; None if there is none yet.
-        loss: Its validation loss.
-        since: Evaluations after it.
+        step: The step, or None if there is none yet.
+        loss: The validation loss of that step.
+        since: The number of evaluations after that step.
 
     Example:
         >>> from qlora_jax import train
@@ -82,11 +83,11 @@ class Best:
     since: int = 0
 
     def see(self, step: int, loss: float) -> bool:
-        """Returns whether a step's validation loss is the lowest, and notes it.
+        """Returns whether a validation loss is the lowest so far, and records it.
 
         Args:
             step: The step.
-            loss: Its validation loss.
+            loss: The validation loss of that step.
         """
         is_lowest = loss < (math.inf if self.loss is None else self.loss)
         self.since += 1
@@ -99,7 +100,7 @@ def fit(
     loop: Loop,
     step: Callable[..., tuple[State, Report]],
     state: State,
-    base: Any,
+    base: PyTree,
     data: "grain.DatasetIterator[Batch]",
     *,
     states: Checkpoints,
@@ -113,25 +114,26 @@ def fit(
 
     Args:
         loop: The settings.
-        step: From `make_step`.
-        state: Where to start; it is donated.
+        step: The function from `make_step`.
+        state: The initial state, which is donated.
         base: The base tree.
-        data: The batches, from `batches`, at the state's position.
-        states: Saves states: every `save_every` steps and after the last.
-        metrics: Writes each step's numbers, before its state is saved.
-        evaluate: A function of the base tree and the state that returns more numbers;
-            it runs before the first step, every `eval_every` steps and after the last.
-        best: Finds the step of the lowest `valid_loss` that `evaluate` returns, after
-            the first step: its state is kept too.
-        watch: Called with a step's numbers, for other loggers; see `loop.log_every`.
-        stop: Whether to end, called after each step; the same in all processes.
+        data: The batches, from `batches`, at the position of the state.
+        states: Saves a state every `save_every` steps and after the last step.
+        metrics: Writes the metrics of each step, before its state is saved.
+        evaluate: A function of the base tree and the state that returns more metrics.
+            It runs before the first step, every `eval_every` steps, and after the last.
+        best: Finds the step with the lowest `valid_loss` that `evaluate` returns, after
+            the first step. The state of that step is kept too.
+        watch: Called with the metrics of a step, for other loggers; `loop.log_every`
+            says when.
+        stop: Called after each step: whether to end. All processes must agree.
 
     Returns:
         The state after the last step, which is saved. `loop.patience` may end earlier.
 
     Raises:
-        FloatingPointError: If loss or gradient is not finite and `on_nan` is "stop", or
-            if the adapter is not. The step is named, and no state is saved.
+        FloatingPointError: If the loss or the gradient is not finite and `on_nan` is
+            "stop", or if the adapter is not finite. No state is saved.
         OSError: If metrics or a state cannot be written.
 
     Example:
@@ -153,164 +155,217 @@ def fit(
         >>> float(state.lora["w"])
         0.75
     """
-    kwargs: Any = dict(states=states, metrics=metrics, evaluate=evaluate, best=best)
-    run = training(loop, state, base, data, watch=watch, stop=stop, **kwargs)
-    one = lambda states, batches: [step(*states, base, batches)]
-    return drive([run], one)[0]
+    run = Training(
+        loop,
+        state,
+        base,
+        data,
+        states=states,
+        metrics=metrics,
+        evaluate=evaluate,
+        best=best,
+        watch=watch,
+        stop=stop,
+    )
+    return drive([run], lambda states, batches: [step(*states, base, batches)])[0]
 
 
-# A run waits for the step of its state and batches. It gets a state, a report, and the
-# seconds that the step took.
-Run = Generator[tuple[State, list[Batch]], tuple[State, Report, float], State]
-
-
-def drive(
-    runs: Sequence[Run],
-    step: Callable[[list[State], list[Batch]], Sequence[tuple[State, Report]]],
-    on_error: Callable[[int, FloatingPointError], Any] | None = None,
-) -> list[Any]:
-    """Makes the steps of runs that have the same batches; returns their last states.
-
-    `on_error` is told which run fails because of a NaN: the others go on, and its state
-    is None. Without it, the error is raised.
-    """
-    live, batches = {*range(len(runs))}, []
-    states: list[Any] = [None] * len(runs)
-    last: list[Any] = [None] * len(runs)
-
-    def go_on(number: int, made: Any) -> None:
-        nonlocal batches
-        try:
-            states[number], batches = runs[number].send(made)
-        except StopIteration as end:
-            live.remove(number)
-            # Its state is donated to the steps of the others.
-            last[number] = jax.tree.map(jnp.copy, end.value) if live else end.value
-        except FloatingPointError as error:
-            if on_error is None:
-                raise
-            live.remove(number)
-            on_error(number, error)
-
-    with contextlib.ExitStack() as stack:
-        for run in runs:
-            stack.enter_context(contextlib.closing(run))
-        for number in range(len(runs)):
-            go_on(number, None)
-        while live:
-            began = time.perf_counter()
-            made = step(states, batches)
-            jax.block_until_ready([report for _, report in made])
-            seconds = time.perf_counter() - began
-            states = [state for state, _ in made]
-            for number in sorted(live):
-                go_on(number, (*made[number], seconds))
-    return last
-
-
-def training(
-    loop: Loop,
-    state: State,
-    base: Any,
-    data: "grain.DatasetIterator[Batch]",
-    *,
-    states: Checkpoints,
-    metrics: Metrics,
-    evaluate: Callable[[Any, State], Mapping[str, float]] | None,
-    best: Best | None,
-    watch: Callable[[Mapping[str, Any]], Any],
-    stop: Callable[[], bool],
-    progress: bool = True,
-) -> Run:
-    """Returns a run of `fit`, which `drive` makes the steps of."""
-    first, is_first = int(state.step), progress and jax.process_index() == 0
-    is_due = lambda number, every: number == loop.steps or every and not number % every
-    patience = math.inf if loop.patience is None else loop.patience
-    is_over = lambda: best is not None and best.since >= patience
-    log_every = loop.log_every or math.ceil(loop.steps / 10)
-    compiled: set[Any] = set()  # what `_programs` returns of the steps so far
-    validation = ""  # the newest validation loss
-
-    def is_evaluated(number: int) -> bool:
-        """Returns whether a step has an evaluation."""
-        is_first_or_due = not number or is_due(number, loop.eval_every)
-        return evaluate is not None and is_first_or_due
-
-    def record(row: dict[str, Any], number: int) -> bool:
-        """Writes a step's numbers; returns whether its validation loss is the best."""
-        nonlocal validation
-        is_best = False
-        if evaluate is not None and is_evaluated(number):
-            row |= evaluate(base, state)
-            if number and best is not None:
-                is_best = best.see(number, row["valid_loss"])
-        if name := next((name for name in _VALIDATION if name in row), None):
-            validation = f", {_VALIDATION[name]} {row[name]:.4f} at step {number:,}"
-        metrics.write(**row)
-        if is_evaluated(number) or is_due(number, loop.log_every or 1):
-            watch(row)
-        return is_best
-
-    if not first and evaluate is not None:
-        record({"step": 0}, 0)
-    span: Any = dict(initial=first, total=loop.steps)
-    with progress_bar("training", "step", is_first, **span) as bar:
-        for number in range(first + 1, 0 if is_over() else loop.steps + 1):
-            batches = [next(data) for _ in range(loop.accumulation)]
-            # Skipped steps do not advance the optimizer's schedule.
-            rate = float(np.asarray(loop.schedule(number - 1 - int(state.skipped))))
-            state, report, seconds = yield state, batches
-            row = _numbers(number, report, batches, seconds)
-            row["learning_rate"] = rate
-            programs = _programs(batches)
-            if not programs <= compiled:
-                row["is_compiled"] = True
-            compiled |= programs
-            if not report.is_finite:
-                _on_nan(loop, row, states, metrics)
-            is_best = record(row, number)
-            speed = f"{row['tokens_per_s']:,.0f} tokens/s"
-            if "is_compiled" in row:
-                speed = f"{seconds:.1f} s with compilation"
-            status = f"loss {row['loss']:.4f}{validation}, {speed}"
-            is_shown = is_evaluated(number) or is_due(number, log_every)
-            if is_first and bar.disable and is_shown:
-                print(f"step {number:,} of {loop.steps:,}: {status}", file=sys.stderr)
-            bar.set_postfix_str(status)
-            bar.update()
-            is_last = stop() or is_over()
-            if is_last or is_best or is_due(number, loop.save_every):
-                about = {**loop.stamp, "position": data.get_state()}
-                if best is not None:
-                    about["best"], states.best = asdict(best), best.step
-                states.save(state, about)
-            if is_last:
-                break
-    states.wait()
-    return state
-
-
-# What the progress calls validation losses; of several it has the first.
+# Yields the state and the batches of each step. It is sent the new state, a report, and
+# the seconds that the step took. It returns the last state.
+Steps = Generator[tuple[State, list[Batch]], tuple[State, Report, float], State]
+# Validation losses as the progress bar names them. Of several, the first is shown.
 _VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
 
 
-def _programs(batches: list[Batch]) -> set[Any]:
-    """Returns a key for each program that a step runs, and compiles the first time.
+def drive(
+    runs: Sequence["Training"],
+    step: Callable[[list[State], list[Batch]], Sequence[tuple[State, Report]]],
+    on_error: Callable[[int, FloatingPointError], object] | None = None,
+) -> list[Any]:
+    """Trains runs with the same batches side by side, and returns their last states.
 
-    They differ for the first batch, the last one and those between, and by shapes.
+    If the weights or the loss of a run become NaN, its state is None, the other runs
+    continue, and `on_error` is called with its index. Without `on_error`, drive raises.
     """
+    # A failed or finished run stays in `states`, since the joint step is compiled for
+    # all of them, but leaves `live`.
+    live, batches = {*range(len(runs))}, []
+    states: list[Any] = [None] * len(runs)
+    last_states: list[Any] = [None] * len(runs)
+    generators = [run.steps() for run in runs]
+
+    def advance(index: int, result: tuple[State, Report, float] | None) -> None:
+        nonlocal batches
+        try:
+            states[index], batches = generators[index].send(result)  # type: ignore
+        except StopIteration as end:
+            live.remove(index)
+            # The steps of the remaining runs donate this state too.
+            copy_needed = bool(live)
+            last_states[index] = (
+                jax.tree.map(jnp.copy, end.value) if copy_needed else end.value
+            )
+        except FloatingPointError as error:
+            if on_error is None:
+                raise
+            live.remove(index)
+            on_error(index, error)
+
+    with contextlib.ExitStack() as stack:
+        for generator in generators:
+            stack.enter_context(contextlib.closing(generator))
+        for index in range(len(runs)):
+            advance(index, None)
+        while live:
+            start = time.perf_counter()
+            results = step(states, batches)
+            jax.block_until_ready([report for _, report in results])
+            seconds = time.perf_counter() - start
+            states = [state for state, _ in results]
+            for index in sorted(live):
+                advance(index, (*results[index], seconds))
+    return last_states
+
+
+@dataclass(eq=False)
+class Training:
+    """A run of `fit`, with its arguments, whose steps `drive` executes."""
+
+    loop: Loop
+    state: State
+    base: PyTree
+    data: "grain.DatasetIterator[Batch]"
+    states: Checkpoints
+    metrics: Metrics
+    evaluate: Callable[[Any, State], Mapping[str, float]] | None
+    best: Best | None
+    watch: Callable[[Mapping[str, Any]], Any]
+    stop: Callable[[], bool]
+    progress: bool = True
+    _validation: str = ""  # the latest validation loss, for the progress bar
+    _compiled: set[tuple] = field(default_factory=set)  # see `_program_keys`
+
+    def steps(self) -> Steps:
+        """Yields the state and the batches of each step, and is sent the results.
+
+        Before the first step, the initial adapter is evaluated. After each step, its
+        metrics are written and shown, and then a checkpoint is saved if one is due.
+        """
+        loop, first = self.loop, int(self.state.step)
+        is_shown = self.progress and jax.process_index() == 0
+        if first == 0 and self.evaluate is not None:
+            self._record({"step": 0})
+        last = first if self._is_patience_over() else loop.steps
+        settings: dict[str, Any] = {"initial": first, "total": loop.steps}
+        with progress_bar("training", "step", is_shown, **settings) as bar:
+            for step in range(first + 1, last + 1):
+                batches = [next(self.data) for _ in range(loop.accumulation)]
+                # Skipped steps do not advance the schedule of the optimizer.
+                num_updates = step - 1 - int(self.state.skipped)
+                learning_rate = float(np.asarray(loop.schedule(num_updates)))
+                self.state, report, seconds = yield self.state, batches
+                row = _step_metrics(step, report, batches, seconds)
+                row["learning_rate"] = learning_rate
+                self._mark_compilation(row, batches)
+                if not report.is_finite:
+                    self._handle_non_finite(row)
+                is_best = self._record(row)
+                status = self._status(row)
+                is_line_due = self._is_evaluated(step) or self._is_due(
+                    step, loop.log_every or math.ceil(loop.steps / 10)
+                )
+                if is_shown and bar.disable and is_line_due:
+                    line = f"step {step:,} of {loop.steps:,}: {status}"
+                    print(line, file=sys.stderr)
+                bar.set_postfix_str(status)
+                bar.update()
+                is_last = self.stop() or self._is_patience_over()
+                if is_last or is_best or self._is_due(step, loop.save_every):
+                    self._save()
+                if is_last:
+                    break
+        self.states.wait()
+        return self.state
+
+    def _is_due(self, step: int, interval: int | None) -> bool:
+        return step == self.loop.steps or bool(interval) and step % interval == 0
+
+    def _is_evaluated(self, step: int) -> bool:
+        is_due = step == 0 or self._is_due(step, self.loop.eval_every)
+        return self.evaluate is not None and is_due
+
+    def _is_patience_over(self) -> bool:
+        patience = math.inf if self.loop.patience is None else self.loop.patience
+        return self.best is not None and self.best.since >= patience
+
+    def _mark_compilation(self, row: dict[str, Any], batches: list[Batch]) -> None:
+        keys = _program_keys(batches)
+        if not keys <= self._compiled:
+            row["is_compiled"] = True  # its speed says nothing about later steps
+        self._compiled |= keys
+
+    def _record(self, row: dict[str, Any]) -> bool:
+        """Evaluates if due, and writes a row. Returns whether it has the best loss."""
+        step, is_best = row["step"], False
+        if self.evaluate is not None and self._is_evaluated(step):
+            row |= self.evaluate(self.base, self.state)
+            if step and self.best is not None:
+                is_best = self.best.see(step, row["valid_loss"])
+        if name := next((name for name in _VALIDATION if name in row), None):
+            label = _VALIDATION[name]
+            self._validation = f", {label} {row[name]:.4f} at step {step:,}"
+        self.metrics.write(**row)
+        if self._is_evaluated(step) or self._is_due(step, self.loop.log_every or 1):
+            self.watch(row)
+        return is_best
+
+    def _status(self, row: Mapping[str, Any]) -> str:
+        speed = f"{row['tokens_per_s']:,.0f} tokens/s"
+        if "is_compiled" in row:
+            speed = f"{row['seconds']:.1f} s with compilation"
+        return f"loss {row['loss']:.4f}{self._validation}, {speed}"
+
+    def _save(self) -> None:
+        metadata = {**self.loop.stamp, "position": self.data.get_state()}
+        if self.best is not None:
+            metadata["best"], self.states.best = asdict(self.best), self.best.step
+        self.states.save(self.state, metadata)
+
+    def _handle_non_finite(self, row: dict[str, Any]) -> None:
+        """Reports that an update was skipped, or raises."""
+        loss, norm = row["loss"], row["grad_norm"]
+        problem = f"step {row['step']} has loss {loss:.4g} and gradient norm {norm:.4g}"
+        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if self.loop.on_nan == "skip" and is_skipped:
+            if jax.process_index() == 0:
+                tqdm.write(f"{problem}: its update is skipped", file=sys.stderr)
+            return
+        if not is_skipped:
+            problem += ", but its new adapter weights are not finite"
+        advice = ", or `on_nan: skip`" if is_skipped else ""
+        self.metrics.write(**row)
+        self.states.wait()
+        raise FloatingPointError(
+            f"{problem}. {describe_latest(self.states)}. Try a smaller "
+            f"`learning_rate`{advice}."
+        )
+
+
+def _program_keys(batches: list[Batch]) -> set[tuple]:
+    """Returns a key for each program that a step runs, compiled on first use."""
+    # The program for the first batch has no sums yet, that for the last one updates,
+    # and batches of other shapes have other programs.
     last = len(batches) - 1
-    shapes = (tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches)
+    shapes = [tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches]
     return {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}
 
 
-def _numbers(
-    number: int, report: Report, batches: list[Batch], seconds: float
+def _step_metrics(
+    step: int, report: Report, batches: list[Batch], seconds: float
 ) -> dict[str, Any]:
-    """Returns the metrics of a step."""
     tokens = sum(batch.num_tokens for batch in batches)
     return {
-        "step": number,
+        "step": step,
         "loss": float(report.loss),
         "grad_norm": float(report.grad_norm),
         "tokens": tokens,
@@ -319,24 +374,3 @@ def _numbers(
         "seconds": round(seconds, 4),
         **{name: float(x) for name, x in report.metrics.items()},
     }
-
-
-def _on_nan(
-    loop: Loop, row: dict[str, Any], states: Checkpoints, metrics: Metrics
-) -> None:
-    """Prints which step is skipped for NaN or infinity, or raises."""
-    loss, norm = row["loss"], row["grad_norm"]
-    what = f"step {row['step']} has loss {loss:.4g}, a gradient of norm {norm:.4g}"
-    is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
-    if loop.on_nan == "skip" and is_skipped:
-        if jax.process_index() == 0:
-            tqdm.write(f"{what}: its update is skipped", file=sys.stderr)
-        return
-    if not is_skipped:
-        what += ", and an adapter that is not finite behind it"
-    advice = ", or `on_nan: skip`" if is_skipped else ""
-    metrics.write(**row)
-    states.wait()
-    last = states.latest
-    kept = "No state is saved" if last is None else f"The last state is that of {last}"
-    raise FloatingPointError(f"{what}. {kept}. Try a smaller `learning_rate`{advice}.")

@@ -1,14 +1,14 @@
-"""Losses of a decoder on a batch, and their means over batches."""
+"""Losses of a decoder on batches of tokens or preferences, and their means."""
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 import qlora_jax as ql
 
@@ -16,8 +16,11 @@ from ..models.decoder import head_arguments
 from ..models.experts import balance_loss
 from .data.batching import Batch
 
-# Returns the sum of the losses of what is trained, its number, and perhaps metrics.
+# A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
+# of the losses of all targets, the number of targets, and optionally metrics.
 Loss = Callable[..., tuple]
+_USES_REFERENCE = ("dpo", "ipo")
+_IS_LENGTH_NORMALIZED = ("ipo", "orpo", "simpo")
 
 
 def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
@@ -25,13 +28,14 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
 
     Args:
         model: A decoder of `qlora_jax.models`, wrapped by `qlora_jax.linen.wrap`.
-        balance: Factor of the loss that balances the loads of experts, transformers'
-            `router_aux_loss_coef`. It is added to the mean over the trained tokens.
+        balance: The factor of the loss that balances the load of experts,
+            `router_aux_loss_coef` in transformers. It is added to the mean over the
+            target tokens.
 
     Returns:
         A function of the lora tree, the base tree, a `Batch` and a PRNG key for the
-        adapters' dropout, or None. It returns the sum of the losses of the trained
-        tokens, in nats, and their number. Explicit axes of a mesh are Auto in it.
+        dropout of the adapters, or None. It returns the sum of the losses of the target
+        tokens, in nats, and their number. Inside it, explicit mesh axes become Auto.
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql
@@ -47,75 +51,227 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
         >>> total.shape, float(tokens)
         ((), 4.0)
     """
-    losses = token_losses(model)
+    compute_token_losses = token_losses(model)
     if balance and (model.config.experts is None or model.mlp_tile is not None):
         raise ValueError(
             "`balance` must be 0 for a decoder without experts, or with `mlp_tile`. "
             f"Got {balance}."
         )
 
-    def loss(lora: Any, base: Any, batch: Batch, key: Any):
+    def loss(
+        lora: PyTree, base: PyTree, batch: Batch, dropout_key: Array | None
+    ) -> tuple[Array, Array]:
         count = jnp.sum(batch.weights)
+        arguments = lora, base, batch, dropout_key
         if not balance:
-            return jnp.sum(losses(lora, base, batch, key) * batch.weights), count
-        found, made = losses(lora, base, batch, key, mutable="router")
-        (logits,) = made["router"]["layers"]["mlp"]["logits"]
-        is_token = (batch.segment_ids != 0).reshape(-1).astype(jnp.float32)
-        added = balance * balance_loss(logits, is_token, model.config.experts)
-        return jnp.sum(found * batch.weights) + added * count, count
+            return jnp.sum(compute_token_losses(*arguments) * batch.weights), count
+        losses, collections = compute_token_losses(*arguments, mutable="router")
+        (logits,) = collections["router"]["layers"]["mlp"]["logits"]
+        is_token = (batch.segment_ids != 0).reshape(-1).astype(jnp.float32)  # [B * T]
+        penalty = balance * balance_loss(logits, is_token, model.config.experts)
+        # The step divides by `count`, which must leave the penalty as it is.
+        return jnp.sum(losses * batch.weights) + penalty * count, count
 
-    return in_auto_axes(loss)
+    return _in_auto_axes(loss)
 
 
-def in_auto_axes(loss: Loss) -> Loss:
-    """Returns a loss that may be called where axes of a mesh are Explicit."""
+def preference_loss(
+    model: Any,
+    objective: Literal["dpo", "ipo", "orpo", "simpo", "kto"],
+    *,
+    beta: float = 0.1,
+    gamma: float = 0.5,
+) -> Loss:
+    """Returns the loss of a decoder on a batch of preferences, for `make_step`.
+
+    The reference model is the base without the adapter. Its log-probabilities are
+    computed inside the step, without gradient. No second model is held in memory.
+
+    Args:
+        model: A decoder of `qlora_jax.models`, wrapped by `qlora_jax.linen.wrap`.
+        objective: The name of a loss in `ql.losses`.
+        beta: The argument of that loss.
+        gamma: The margin of simpo.
+
+    Returns:
+        A function with the arguments of that of `decoder_loss`. It returns the sum of
+        the losses of pairs (for kto: of completions), their number, and metrics named
+        as in TRL. A reward is `beta` times the log-ratio of a completion or, without a
+        reference model, times its mean log-probability.
+
+    Example:
+        >>> import jax, numpy as np, qlora_jax as ql
+        >>> from qlora_jax import train
+        >>> from qlora_jax.models.config import DecoderConfig
+        >>> from qlora_jax.models.decoder import Decoder
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> ids, answer = np.arange(4, dtype=np.int32), 2
+        >>> rejected = train.Row(ids[::-1], ids[::-1], "rejected", answer, False)
+        >>> pair = train.Row(ids, ids, "chosen", answer, True, rejected)
+        >>> [batch] = train.eval_batches([pair], batch_size=1, max_length=4)
+        >>> base = Decoder(config).init(jax.random.key(0), ids[None])["params"]
+        >>> loss = train.preference_loss(ql.linen.wrap(Decoder(config)), "dpo")
+        >>> total, pairs, metrics = loss({}, base, batch, None)
+        >>> float(total), float(pairs), [*metrics][-1]
+        (0.6931471824645996, 1.0, 'rewards/accuracies')
+    """
+    compute_token_losses = token_losses(model)
+    uses_reference = objective in _USES_REFERENCE
+    settings = {"gamma": gamma} if objective == "simpo" else {}
+
+    def reference_log_probs(base: PyTree, batch: Batch) -> Array:
+        losses = compute_token_losses({}, base, batch, None)
+        return _completion_log_probs(losses, batch)[0]
+
+    def pairwise_loss(
+        lora: PyTree, base: PyTree, batch: Batch, dropout_key: Array | None
+    ) -> tuple:
+        losses = compute_token_losses(lora, base, batch, dropout_key)
+        log_ratios, num_tokens = _completion_log_probs(losses, batch)  # [N] each
+        if uses_reference:
+            log_ratios -= reference_log_probs(base, batch)
+        means = log_ratios / jnp.maximum(num_tokens, 1)
+        scores = means if objective in _IS_LENGTH_NORMALIZED else log_ratios
+        # Rows alternate between chosen and rejected completions of the same prompt.
+        chosen, rejected = scores.reshape(-1, 2).T
+        likelihood = {}
+        if objective == "orpo":  # `weights` are 0 for rejected completions
+            total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
+            likelihood["nll"] = total / jnp.maximum(count, 1)
+        compute_pair_losses = getattr(ql.losses, objective)
+        pair_losses = compute_pair_losses(
+            chosen, rejected, beta=beta, **settings, **likelihood
+        )
+        rewards = beta * (log_ratios if uses_reference else means)
+        is_pair = num_tokens[::2] > 0  # padding rows have no tokens
+        metrics = _reward_metrics(rewards.reshape(-1, 2), is_pair)
+        return *_sum_and_count(pair_losses, is_pair), metrics
+
+    def kto_loss(
+        lora: PyTree, base: PyTree, batch: Batch, dropout_key: Array | None
+    ) -> tuple:
+        # Rows alternate between a completion, and one of another row to its prompt.
+        # The log-ratios of the mismatched completions estimate the KL divergence.
+        reference = reference_log_probs(base, batch).reshape(-1, 2)
+        completions, mismatched = (
+            jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], batch)
+            for i in range(2)
+        )
+        losses = compute_token_losses(lora, base, completions, dropout_key)
+        log_ratios, num_tokens = _completion_log_probs(losses, completions)
+        log_ratios, is_completion = log_ratios - reference[:, 0], num_tokens > 0
+        # The estimate of the divergence has no gradient.
+        frozen_lora = jax.lax.stop_gradient(lora)
+        losses = compute_token_losses(frozen_lora, base, mismatched, dropout_key)
+        mismatched_log_ratios, _ = _completion_log_probs(losses, mismatched)
+        mismatched_log_ratios -= reference[:, 1]
+        total, count = _sum_and_count(mismatched_log_ratios, is_completion)
+        kl = jnp.maximum(total / jnp.maximum(count, 1), 0)
+        is_good = jnp.sum(completions.answers, axis=-1).reshape(-1) > 0
+        completion_losses = ql.losses.kto(log_ratios, is_good, kl, beta=beta)
+        chosen, rejected = (
+            jnp.stack(_sum_and_count(beta * log_ratios, is_completion & is_kind))
+            for is_kind in (is_good, ~is_good)
+        )
+        # A batch without completions of both kinds has no margin: sum and count are 0.
+        has_both = (chosen[1] > 0) & (rejected[1] > 0)
+        margin = chosen[0] / chosen[1] - rejected[0] / rejected[1]
+        metrics = {
+            "kl": jnp.stack([kl * count, count]),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": jnp.where(
+                has_both, jnp.stack([margin, jnp.ones_like(margin)]), 0
+            ),
+        }
+        return *_sum_and_count(completion_losses, is_completion), metrics
+
+    return _in_auto_axes(kto_loss if objective == "kto" else pairwise_loss)
+
+
+def _reward_metrics(
+    rewards: Float[Array, "pairs 2"], is_pair: Bool[Array, " pairs"]
+) -> dict[str, Array]:
+    chosen, rejected = rewards.T
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": jnp.where(chosen > rejected, 1.0, 0.0),
+    }
+    return {k: jnp.stack(_sum_and_count(x, is_pair)) for k, x in metrics.items()}
+
+
+def _completion_log_probs(
+    losses: Float[Array, "B P"], batch: Batch
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Returns the log-probability of each completion, and its number of tokens."""
+    mask = jnp.abs(jnp.asarray(batch.answers))  # [B, S, P], and N = B * S
+    log_probs = -jnp.sum(losses[:, None] * mask, axis=-1)
+    return log_probs.reshape(-1), jnp.sum(mask, axis=-1).reshape(-1)
+
+
+def _sum_and_count(
+    x: Float[Array, " n"], where: Bool[Array, " n"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    return jnp.sum(jnp.where(where, x, 0)), jnp.sum(where, dtype=jnp.float32)
+
+
+def _in_auto_axes(loss: Loss) -> Loss:
+    """Allows a loss to be called where axes of the mesh are Explicit."""
 
     @functools.wraps(loss)
-    def run(*args: Any) -> tuple:
-        # A decoder is written for axes that XLA splits.
+    def call(*args: PyTree) -> tuple:
+        # The decoder relies on XLA to shard its products. With Explicit axes, each
+        # product would have to state its sharding.
         if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-            split: Any = jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())
-            return split(*args)
+            in_auto: Any = jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())
+            return in_auto(*args)
         return loss(*args)
 
-    return run
+    return call
 
 
-def token_losses(model: Any) -> Callable[..., Float[Array, "B P"]]:
-    """Returns the function of the cross entropies at a batch's selected places.
+def token_losses(model: Any) -> Callable[..., Any]:
+    """Returns the function of the cross entropies of a batch's targets, `[B, P]`.
 
-    If collections are `mutable`, it returns them too.
+    If `mutable` names collections, the function returns them too.
     """
 
-    def losses(
-        lora: Any, base: Any, batch: Batch, key: Any, mutable: Any = False
-    ) -> Any:
-        hidden = model.apply(
+    def compute_token_losses(
+        lora: PyTree,
+        base: PyTree,
+        batch: Batch,
+        dropout_key: Array | None,
+        mutable: str | bool = False,
+    ) -> Array | tuple[Array, PyTree]:
+        result = model.apply(
             {"params": base, "lora": lora},
             batch.ids,
             positions=batch.positions,
             segment_ids=batch.segment_ids,
             select=batch.select,
             return_hidden=True,
-            rngs=None if key is None else {"dropout": key},
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
             mutable=mutable,
         )
-        hidden, *made = hidden if mutable else (hidden,)
-        found = ql.losses.chunked_cross_entropy(
+        # Only the hidden states before a target, `[B, P, D]`, reach the head.
+        hidden, *collections = result if mutable else (result,)
+        losses = ql.losses.chunked_cross_entropy(
             hidden,
             labels=jnp.asarray(batch.targets),
             **head_arguments(model.config, base, lora),
         )
-        return (found, *made) if mutable else found
+        return (losses, *collections) if mutable else losses
 
-    return losses
+    return compute_token_losses
 
 
 def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
-    """Returns `f(base, lora, batches)`: the mean loss in nats a token, without dropout.
+    """Returns `f(base, lora, batches)`: the mean loss in nats per token, no dropout.
 
     Args:
-        loss: As for `make_step`; it is given no key.
+        loss: As for `make_step`. Its key is None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,22 +280,25 @@ def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
         >>> train.make_mean_loss(loss)({}, {}, [jnp.ones(3), 5 * jnp.ones(1)])
         2.0
     """
-    means = make_means(loss)
-    return lambda base, lora, batches: means(base, lora, batches)["loss"]
+    compute_means = make_means(loss)
+    return lambda base, lora, batches: compute_means(base, lora, batches)["loss"]
 
 
 def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, float]]:
-    """Returns the function of the mean `loss`, and of the means of its metrics."""
-    run = jax.jit(lambda lora, base, batch: loss(lora, base, batch, None))
+    """Returns `f(base, lora, batches)`: the mean `loss`, and means of its metrics."""
+    evaluate = jax.jit(lambda lora, base, batch: loss(lora, base, batch, None))
 
-    def means(base: Any, lora: Any, batches: Iterable[Any]) -> dict[str, float]:
-        found: dict[str, list] = {}
+    def compute_means(
+        base: PyTree, lora: PyTree, batches: Iterable[PyTree]
+    ) -> dict[str, float]:
+        pairs: dict[str, list[tuple[Array, Array]]] = {}  # a sum and a count per batch
         for batch in batches:
-            total, weight, *metrics = run(lora, base, batch)
+            total, weight, *metrics = evaluate(lora, base, batch)
             for name, pair in {"loss": (total, weight), **dict(*metrics)}.items():
-                found.setdefault(name, []).append(pair)
-        sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in found.items()}
-        with np.errstate(invalid="ignore"):  # NaN where there is nothing to count
+                pairs.setdefault(name, []).append(pair)
+        # Summed in float64, and only now, so that batches run without waiting.
+        sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in pairs.items()}
+        with np.errstate(invalid="ignore"):  # a metric without entries has mean NaN
             return {name: float(x / n) for name, (x, n) in sums.items()}
 
-    return means
+    return compute_means
