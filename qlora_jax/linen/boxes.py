@@ -1,69 +1,149 @@
-"""Boxes around packed kernels in `params`, which modules read as float arrays."""
+"""Boxes in `params` that hold packed kernels where modules expect float arrays."""
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import meta
 from flax.core.lift import pack
+from jaxtyping import Array, Float, Int32
 
-from .._jax.pytree import Note, is_array, on_arrays, register, split_arrays
+from .._jax.pytree import Note, TreeLeaf, is_array, on_arrays, register, split_arrays
 from ..adapters.base import AdaptedKernel, Adapter, parts_of
 from ..adapters.packed_calls import call_with_experts, is_experts
+from ..adapters.patterns import matches
 from ..memory.by_tiles import fetch, needs_fetch
-from ..quant.kernel import as_kernel
-from ..trees.paths import path_string
-from .layer_index import StackIndex
-from .lifted import NORMS, WRONG_AXIS
+from ..quant.kernel import as_kernel, is_packed
+from ..quant.qtensor import QTensor
+from ..quant.views import LayerOfStack
+from ..trees.paths import Leaf, Tree, leaves_by_path, path_string
 
 B = TypeVar("B", bound=meta.AxisMetadata)
+Backend = str | tuple[str, ...] | None
+
+# Modules that transform the parameters of the module inside them.
+NORMS = (nn.WeightNorm, nn.SpectralNorm)
+
+WRONG_AXIS = (
+    "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
+    "variable_axes={{'params': 0}}). Got axis {}."
+)
+
+
+class Stacks:
+    """The packed stacks of one `apply` by path, which scans do not slice.
+
+    TPU kernels read from HBM, and the slices of a scan are copies. So the body of the
+    scan closes over the whole stack, and the scan slices the indices of the layers.
+    """
+
+    def __init__(self):
+        self.by_path: dict[str, QTensor] = {}
+
+    def __enter__(self) -> "Stacks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # `nn.jit` caches traces, and with them this object.
+        self.by_path.clear()
+
+    def add(self, path: str, kernel: Leaf) -> Leaf:
+        """Stores a packed stack and returns its `StackIndex`; returns others as is."""
+        base, lora, key = parts_of(kernel)
+        if lora is not None:
+            return AdaptedKernel(self.add(path, base), lora, key)
+        # Nested scans slice a kernel with two axes of layers like any parameter.
+        if not is_packed(kernel) or kernel.ndim != 1 + len(kernel.geometry.kinds):
+            return kernel
+        self.by_path[path] = kernel
+        return StackIndex(jnp.arange(kernel.shape[0], dtype=jnp.int32), self, path)
+
+
+@dataclass(frozen=True, eq=False)
+class StackIndex(TreeLeaf):
+    """Replaces a packed stack by the indices of its layers, which a scan slices."""
+
+    index: Int32[Array, "..."]  # [L], or [] in the body of a scan
+    stacks: Stacks
+    path: str
+
+    def layer(self) -> LayerOfStack:
+        """Returns the kernel; raises ValueError if no scan sliced `index`."""
+        if jnp.ndim(self.index):
+            raise ValueError(
+                "`scanned` must name modules that run under nn.scan. Got one around "
+                f"{self.path!r}, of which {jnp.shape(self.index)[0]} run at once."
+            )
+        return LayerOfStack(self.stacks.by_path[self.path], self.index)
+
+
+register(StackIndex, ("index",), ("stacks", "path"))
+
+
+def is_inside(patterns: Sequence[str], path: str) -> bool:
+    """Whether a module around the leaf at `path` has a path that matches."""
+    names = path.split("/")
+    modules = ["/".join(names[:i]) for i in range(len(names))]
+    return any(matches(patterns, module) for module in modules)
+
+
+def check_scanned(patterns: Sequence[str], params: Tree) -> None:
+    """Raises ValueError for patterns that match no module with parameters."""
+    paths = list(leaves_by_path(params))
+    unmatched = [p for p in patterns if not any(is_inside([p], path) for path in paths)]
+    if unmatched:
+        raise ValueError(
+            "`scanned` must match paths of modules that have parameters. Got "
+            f"{unmatched}, which match none."
+        )
 
 
 class KernelBox(meta.AxisMetadata):
     """A kernel, or an `AdaptedKernel`, where a model expects a float array.
 
-    Flax unboxes what `self.param` reads: a module that reads its kernel itself gets the
-    float weights, adapter included. `nn.jit` compares `version` and `path`.
+    Flax unboxes the parameters that a module reads. A module that reads its kernel
+    itself therefore gets the float weights, with the adapter merged in.
     """
 
-    def __init__(self, kernel: Any, version: Any, path: str):
+    def __init__(self, kernel: Leaf, version: Hashable, path: str):
         self.kernel = kernel
-        self.version = version
-        self.path = Note(path)
+        self.version = version  # `nn.jit` traces again if it changes
+        self.path = Note(path)  # for errors; equal to any other, so no trace depends
 
-    def unbox(self) -> Any:
+    def unbox(self) -> Float[Array, "..."]:
         """Returns the float weights."""
         kernel, lora, _ = self.parts()
         if lora is None:
             return as_kernel(kernel).dequantize()
         return lora.merged(as_kernel(kernel, lora.geometry))
 
-    def replace_boxed(self, val: Any) -> Any:
+    def replace_boxed(self, val: Leaf) -> Leaf:
         """Returns `val`: a plain array replaces the packed kernel."""
         return val
 
     def add_axis(self, index: int, params: dict) -> Self:
-        """Keeps the box: stacked axes are read from the arrays."""
+        """Returns the box, whose arrays already say which axes are stacked."""
         if index != 0:
             raise ValueError(f"{self.path}: {WRONG_AXIS.format(index)}")
         return self
 
     remove_axis = add_axis
 
-    def parts(self) -> tuple[Any, Adapter | None, Any]:
+    def parts(self) -> tuple[Leaf, Adapter | None, Array | None]:
         """Returns the kernel, its adapter or None, and its dropout key or None."""
         kernel, lora, key = parts_of(self.kernel)
         if isinstance(kernel, StackIndex):
             kernel = kernel.layer()
         return kernel, lora, key
 
-    def needs_fetch(self, x: Any) -> bool:
-        """Whether `fetch` changes the kernel."""
+    def needs_fetch(self, x: Array) -> bool:
+        """Whether a product with `x` would move or gather the kernel."""
         return needs_fetch(self.parts()[0], x)
 
-    def fetch(self, x: Any) -> None:
+    def fetch(self, x: Array) -> None:
         """Moves and gathers the kernel, once for all tiles."""
         if self.needs_fetch(x):
             kernel, lora, key = self.parts()
@@ -72,7 +152,7 @@ class KernelBox(meta.AxisMetadata):
 
     @property
     def dropout(self) -> float:
-        """The dropout rate of the adapter where dropout is on, else 0."""
+        """The dropout rate of the adapter, or 0 if this call has no dropout."""
         _, lora, key = parts_of(self.kernel)
         return 0.0 if lora is None or key is None else lora.dropout
 
@@ -80,53 +160,59 @@ class KernelBox(meta.AxisMetadata):
 register(KernelBox, ("kernel",), ("version", "path"))
 
 
-def runs_nnx(module: nn.Module) -> bool:
-    """Whether a module is an `nnx.bridge.ToLinen`, or a copy, as MaxText has."""
-    return any(field.name == "nnx_class" for field in fields(module))
-
-
 def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
     """Returns the boxes of a class that a module reads, by parameter name or path."""
-    # Norms read the kernel of the layer inside; `ToLinen` reads those of an nnx module.
-    is_box = lambda node: isinstance(node, cls)
 
-    def flat(params: Any) -> dict[str, Any]:
-        found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-        return {path_string(path): leaf for path, leaf in found}
+    def by_path(params: Tree) -> dict[str, Leaf]:
+        flat = jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=lambda node: isinstance(node, cls)
+        )
+        return {path_string(keys): leaf for keys, leaf in flat}
 
     params = module.variables.get("params", {})
-    if runs_nnx(module):
-        params = flat(params)
+    # `nnx.bridge.ToLinen`, or a copy of it, as in MaxText, reads all the parameters of
+    # its nnx module, which are nested.
+    if any(field.name == "nnx_class" for field in fields(module)):
+        params = by_path(params)
+    # A norm reads the kernel of the layer inside it.
     if isinstance(module, NORMS):
         inner = module.layer_instance.variables.get("params", {})
-        params = {**params, **flat(inner)}
-    return {name: leaf for name, leaf in params.items() if is_box(leaf)}
+        params = {**params, **by_path(inner)}
+    return {name: leaf for name, leaf in params.items() if isinstance(leaf, cls)}
 
 
-def _with_experts(fn: Callable, boxes: list[KernelBox], backend: Any) -> Callable:
-    """Returns a function of a module that is run with the packed experts in boxes."""
-    paths = [str(box.path) for box in boxes]
-    parts = [box.parts()[:2] for box in boxes]
+def _open_boxes(variables: Tree, cls: type[B], unbox: Callable[[B], Leaf]) -> Tree:
+    return jax.tree.map(
+        lambda node: unbox(node) if isinstance(node, cls) else node,
+        variables,
+        is_leaf=lambda node: isinstance(node, cls),
+    )
 
-    def lift(fn: Callable) -> Callable:
-        def inner(
-            scopes: Callable, repack: Callable, variables: Any, rngs: Any, *args: Any
+
+def _with_experts(
+    fn: Callable, boxes: Sequence[KernelBox], backend: Backend
+) -> Callable:
+    """Lifts a function of a module to run with the packed experts in its boxes."""
+    kernels = [box.parts()[:2] for box in boxes]
+
+    # `pack` takes the variables and rngs out of the module's scope, so that
+    # `call_with_experts` can trace the call as a function of the float weights.
+    def lift(scope_fn: Callable) -> Callable:
+        def run_packed(
+            scopes: Callable, repack: Callable, variables: Tree, rngs: Tree, *args: Any
         ) -> Any:
-            def call(weights: list[jax.Array]) -> tuple:
-                values = dict(zip(paths, weights, strict=True))
-
-                def open_box(node: Any) -> Any:
-                    is_box = isinstance(node, KernelBox)
-                    return values.get(str(node.path), node) if is_box else node
-
-                is_box = lambda node: isinstance(node, KernelBox)
-                opened = jax.tree.map(open_box, variables, is_leaf=is_box)
+            def call_on_weights(weights: list[Array]) -> tuple:
+                pairs = zip(boxes, weights, strict=True)
+                by_path = {str(box.path): w for box, w in pairs}
+                opened = _open_boxes(
+                    variables, KernelBox, lambda box: by_path.get(str(box.path), box)
+                )
                 scope = scopes(opened, rngs)
-                return fn(scope, *args), repack(scope)
+                return scope_fn(scope, *args), repack(scope)
 
-            return call_with_experts(call, parts, backend)
+            return call_with_experts(call_on_weights, kernels, backend)
 
-        return pack(inner, (True,), (True,), (True,), name="experts")
+        return pack(run_packed, (True,), (True,), (True,), name="experts")
 
     return nn.transforms.lift_transform(lift, fn)
 
@@ -136,32 +222,32 @@ def run_in_float(
     method: str,
     args: tuple,
     kwargs: dict,
-    cls: type,
-    backend: str | tuple[str, ...] | None = None,
+    cls: type[meta.AxisMetadata],
+    backend: Backend = None,
 ) -> Any:
-    """Runs a method under `jax.checkpoint`, on the float arrays in the boxes.
+    """Runs a method on float arrays, which exist only during the call.
 
-    If it multiplies by packed experts in ragged products, it runs with those.
+    A method that multiplies by packed experts in ragged products gets the packed ones.
     """
 
     def run(module: nn.Module, inputs: tuple) -> Any:
         args, kwargs = inputs
         return getattr(module, method)(*args, **kwargs)
 
-    def unbox(variables: Any) -> Any:
-        is_box = lambda node: isinstance(node, cls)
-        open_box = lambda node: node.unbox() if is_box(node) else node
-        return jax.tree.map(open_box, variables, is_leaf=is_box)
-
-    # Flax unboxes a module's own parameters, but not those of the layer in a norm.
     def remat(fn: Callable) -> Callable:
-        is_norm = isinstance(module, NORMS)
+        if isinstance(module, NORMS):
+            # Flax unboxes a module's own parameters, but not those of the layer inside.
+            open_all = lambda variables: _open_boxes(variables, cls, cls.unbox)
+            return nn.remat(nn.map_variables(fn, "params", open_all))
         boxes = [*boxes_of(module, KernelBox).values()]
-        if not is_norm and any(is_experts(*box.parts()[:2]) for box in boxes):
+        if any(is_experts(*box.parts()[:2]) for box in boxes):
             return _with_experts(fn, boxes, backend)
-        return nn.remat(nn.map_variables(fn, "params", unbox) if is_norm else fn)
+        return nn.remat(fn)
 
-    # Flax lifts the scopes of modules among the arguments.
-    is_bound = lambda x: isinstance(x, nn.Module) and x.scope is not None
-    split = lambda tree: split_arrays(tree, lambda x: is_array(x) or is_bound(x))
+    def is_traced(leaf: object) -> bool:
+        # Flax lifts the scopes of bound modules among the arguments.
+        is_bound = isinstance(leaf, nn.Module) and leaf.scope is not None
+        return is_array(leaf) or is_bound
+
+    split = lambda tree: split_arrays(tree, is_traced)
     return on_arrays(remat, run, (args, kwargs), module, split=split)

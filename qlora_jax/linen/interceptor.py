@@ -1,21 +1,29 @@
 """Intercepts the calls of modules that own packed kernels."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from ..adapters.call import adapted_call
-from ..trees.paths import refuse_listed
-from .boxes import KernelBox, boxes_of, run_in_float
+from ..trees.paths import Leaf, refuse_listed
+from .boxes import Backend, KernelBox, boxes_of, run_in_float
 from .calls import RULES, call_of
-from .lifted import (
-    FORWARD_MODE,
-    MAPPED,
-    NO_DROPOUT,
-    is_in_forward_mode,
-    is_mapped,
-    method_of,
+
+MAPPED = (
+    "nn.map_variables transforms it, which would change its codes. Exclude it from the "
+    "targets."
+)
+FORWARD_MODE = (
+    "nn.jvp differentiates its product in forward mode, which packed kernels do not "
+    "support. Use nn.vjp, or exclude it from the targets."
+)
+NO_DROPOUT = (
+    "its module reads it itself, so that no dropout can act on the adapter's input. "
+    "Got dropout={}. Use ql.linen.register, or dropout=0."
 )
 
 
@@ -26,16 +34,21 @@ class Interceptor:
     checkpoint policy that saves products would save A B, as large as the kernel.
     """
 
-    def __init__(self, backend: str | tuple[str, ...] | None):
+    def __init__(self, backend: Backend):
         self.backend = backend
-        self.kernels: dict[str, Any] = {}
-        self.in_float: list[tuple] = []
+        self.kernels: dict[str, Leaf] = {}  # as they were given to `apply`, by path
+        self.in_float: list[tuple] = []  # paths of modules that run on float weights
 
     def __call__(
-        self, next_fun: Callable, args: tuple, kwargs: dict, context: Any
+        self,
+        next_fun: Callable,
+        args: tuple,
+        kwargs: dict,
+        context: nn.module.InterceptorContext,
     ) -> Any:
         """Runs a method of a module."""
         module = context.module
+        # 1. Pass on calls without packed kernels, and those inside a call in float.
         if module.scope is None or module.path in self.in_float:
             return next_fun(*args, **kwargs)
         boxes = boxes_of(module, KernelBox)
@@ -43,22 +56,23 @@ class Interceptor:
         if method is None:
             return next_fun(*args, **kwargs)
         self._refuse_mapped(module, boxes.values())
+        # 2. `setup` may read the kernels, and later methods use what it made of them.
         if method == "setup":
-            is_read = isinstance(module, nn.Embed) or RULES.find(type(module)) is None
-            if is_read:  # others may read what setup makes
+            if isinstance(module, nn.Embed) or RULES.find(type(module)) is None:
                 _refuse_dropout(boxes.values())
             return next_fun(*args, **kwargs)
+        # 3. Compute a call that a rule describes as a packed product.
         call = call_of(module, method, args, kwargs)
         if call is not None and call.is_complete and list(boxes) == [call.kernel]:
             box = boxes[call.kernel]
             if is_in_forward_mode(module):
                 raise ValueError(f"{box.path}: {FORWARD_MODE}")
             return adapted_call(call, *box.parts(), path=box.path, backend=self.backend)
+        # 4. Run any other method on float weights, and its inner methods with it.
         _refuse_dropout(boxes.values())
         self.in_float.append(module.path)
         try:
-            kinds = (KernelBox, self.backend)
-            return run_in_float(module, method, args, kwargs, *kinds)
+            return run_in_float(module, method, args, kwargs, KernelBox, self.backend)
         finally:
             self.in_float.pop()
 
@@ -76,3 +90,35 @@ def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
         "these kernels cannot have dropout",
         [f"{b.path}: {NO_DROPOUT.format(b.dropout)}" for b in boxes if b.dropout],
     )
+
+
+def method_of(context: nn.module.InterceptorContext) -> str | None:
+    """Returns the name of the called method; None for a function of a module."""
+    # Lifted transforms call functions, as in `nn.vjp(lambda m, x: m(x), m, x)`, as if
+    # they were methods of the module. A method is found in the class of the module.
+    function = inspect.unwrap(getattr(context.orig_method, "func"))  # noqa: B009
+    for cls in type(context.module).__mro__:
+        for name in (context.method_name, *vars(cls)):
+            value = vars(cls).get(name)
+            if callable(value) and inspect.unwrap(value) is function:
+                return name
+    return None
+
+
+def is_mapped(module: nn.Module, leaf: Leaf, original: Leaf) -> bool:
+    """Whether `nn.map_variables` may have changed the arrays of `original`."""
+    if not any("map_variables(" in name for name in _transforms(module)):
+        return False
+    # If it maps other collections alone, it passes on the same arrays.
+    arrays, originals = jax.tree.leaves(leaf), jax.tree.leaves(original)
+    return [id(x) for x in arrays] != [id(x) for x in originals]
+
+
+def is_in_forward_mode(module: nn.Module) -> bool:
+    """Whether a module runs under `nn.jvp`."""
+    return any(re.search(r"(^|\()jvp\(", name) for name in _transforms(module))
+
+
+def _transforms(module: nn.Module) -> tuple[str, ...]:
+    # Flax names the lifted transforms in the path: ("vmap(layers)",).
+    return () if module.scope is None else tuple(module.scope.debug_path)

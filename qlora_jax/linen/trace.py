@@ -13,15 +13,13 @@ from ..adapters.call import Lookup, ModuleCall
 from ..adapters.config import QLoRAConfig, is_table
 from ..matmul.einsum import parse_equation
 from ..trees.paths import Tree, leaves_by_path, map_by_path
-from .boxes import boxes_of, run_in_float
+from .boxes import NORMS, WRONG_AXIS, boxes_of, run_in_float
 from .calls import call_of, convolution_kinds
 from .dense import QLoRADense
-from .lifted import (
+from .interceptor import (
     FORWARD_MODE,
     MAPPED,
     NO_DROPOUT,
-    NORMS,
-    WRONG_AXIS,
     is_in_forward_mode,
     is_mapped,
     method_of,

@@ -15,7 +15,7 @@ from .boxes import KernelBox
 from .calls import RULES
 from .collections import check_collections, for_call, without_boxes
 from .interceptor import Interceptor
-from .layer_index import Stacks, check_scanned, is_inside
+from .boxes import Stacks, check_scanned, is_inside
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class WrappedModel:
                 if not is_tree_leaf(leaf):
                     return leaf
                 if is_inside(self.scanned, path):
-                    leaf = stacks.keep(path, leaf)
+                    leaf = stacks.add(path, leaf)
                 interceptor.kernels[path] = leaf
                 return KernelBox(leaf, version, path)
 
