@@ -1,6 +1,5 @@
 """Reads and writes checkpoints and adapters of Hugging Face, bitsandbytes and PEFT."""
 
-from .bitsandbytes.save import save_bitsandbytes
 from .files import CheckpointError, new_path, parse_json
 from .hf.hub import fetch
 from .hf.load import load
@@ -10,9 +9,8 @@ from .mlx import read_mlx, save_mlx
 from .model_folder import older_config_keys, read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
-from .packed.folder_settings import read_quantization
-from .packed.readers import packed_tensors
-from .packed.writers import save_packed
+from .packed.readers import packed_tensors, read_quantization
+from .packed.writers import save_bitsandbytes, save_packed
 from .peft.adapter_config import PeftConfig
 from .peft.describe import peft_config
 from .peft.plain import PlainLoRA

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 
 from .._jax.pytree import is_tree_leaf
+from ..quant.formats import FLOAT_DTYPES
 from ..quant.geometry import Geometry
 from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
-from ..quant.settings import FLOAT_DTYPES
 from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .files import refuse_names
 from .names import Names
-from .packed.readers import packing_of
+from .packed.weight import packing_of
 from .tensors import DeferredTensor, TensorLike
 
 

@@ -22,11 +22,11 @@ from test_packed_readers import FILES, changed
 
 import qlora_jax as ql
 from qlora_jax.io import CheckpointError
-from qlora_jax.io.bitsandbytes.packed import PackedTensor
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.native import store
-from qlora_jax.io.packed.recode import DecodedTensor, ReblockedTensor
+from qlora_jax.io.packed.bitsandbytes import BitsAndBytesWeight
+from qlora_jax.io.packed.readers import DecodedWeight, ReblockedWeight
 from qlora_jax.io.packed.weight import PackedWeight
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
@@ -292,13 +292,13 @@ def read_packed(files: Files, rng: random.Random):
             tensors[name] = np.frombuffer(state, np.uint8)
     tensors = dataclasses.replace(opened, _tensors=tensors)
     for tensor in ql.io.packed_tensors(tensors).values():
-        if not isinstance(tensor, PackedTensor | PackedWeight):
+        if not isinstance(tensor, BitsAndBytesWeight | PackedWeight):
             continue
-        DecodedTensor(tensor)[:, :]
+        DecodedWeight(tensor)[:, :]
         if tensor.problem is None:
             [x[slice(0, x.shape[0]), slice(0, x.shape[1])] for x in tensor.rows()]
         elif tensor.common_block >= 16:
-            ReblockedTensor(tensor).rows()
+            ReblockedWeight(tensor).rows()
 
 
 def read_leaves(files: Files, rng: random.Random):

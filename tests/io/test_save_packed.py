@@ -151,8 +151,8 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path):
             ql.io.save_packed(tmp_path / "x", base, names, {}, layout)
         assert not (tmp_path / "x").exists()
 
-    both = "no AWQ format:\n  a/kernel: .* int4_f16 or q4_0. Got nf4\n  b/kernel: its "
-    both += "outputs must be a multiple of 8. Got 12"
+    both = "AWQ cannot store these kernels:\n  a/kernel: .* int4_f16 or q4_0. Got nf4\n"
+    both += "  b/kernel: its outputs must be a multiple of 8. Got 12"
     refused(both, "awq", pack("nf4"), pack("int4_f16", 12))
     refused("Got int8", "compressed-tensors", pack("int8"), pack("mxfp4"))
     refused("same settings", "compressed-tensors", pack("mxfp4"), pack("nvfp4"))

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from ...adapters.config import QLoRAConfig
+from ...quant.formats import Packing
 from ...quant.pack import quantize_checked
-from ...quant.settings import Packing
 from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
-from ..packed.readers import packing_of
+from ..packed.weight import packing_of
 
 
 def abstract_base(

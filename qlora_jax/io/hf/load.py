@@ -15,9 +15,9 @@ from ...trees.paths import Tree, map_by_path
 from ..files import Path
 from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
-from ..packed.gpt_oss import split_experts
-from ..packed.readers import packed_tensors, packing_of
-from ..packed.recode import recode_all
+from ..packed.layouts import split_experts
+from ..packed.readers import packed_tensors, recode_all
+from ..packed.weight import packing_of
 from ..safetensors import open_safetensors
 from .abstract_base import abstract_base, config_packings
 from .float_leaves import fill_float

@@ -18,9 +18,9 @@ from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
 from ..named_leaves import float_tensors
 from ..names import Names
-from ..packed.gpt_oss import join_experts, split_experts
-from ..packed.readers import packed_tensors, packing_of
-from ..packed.recode import DecodedTensor
+from ..packed.layouts import join_experts, split_experts
+from ..packed.readers import DecodedWeight, packed_tensors
+from ..packed.weight import packing_of
 from ..safetensors import open_safetensors
 from ..tensors import DeferredTensor
 
@@ -70,7 +70,7 @@ def save_merged(
     if isinstance(base, Path):
         found = split_experts(packed_tensors(open_safetensors(base)), names)
         tensors: Mapping[str, Any] = {
-            name: DecodedTensor(x) if packing_of(x) else x for name, x in found.items()
+            name: DecodedWeight(x) if packing_of(x) else x for name, x in found.items()
         }
         adapters = adapters_of(lora)
         config = base if config is None else config

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ...quant.codes import dequantize_blocks, quantize_blocks
+from ...quant.formats import Packing
 from ...quant.pack import surely_decoded_below
 from ...quant.qtensor import QTensor, round_to
 from ...quant.schemes import FLOAT32, StoredScales
-from ...quant.settings import Packing
 from ...trees.paths import fused_with
 from ..device_shards import (
     Arrays,
@@ -32,7 +32,7 @@ from ..device_shards import (
 )
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
-from ..packed.readers import packing_of
+from ..packed.weight import packing_of
 
 
 def fill_packed(

@@ -1,30 +1,47 @@
-"""4-bit weights of a checkpoint, in any format that is read as it is."""
+"""Reads 4-bit weights of other libraries from a checkpoint."""
 
 import dataclasses
 import math
+import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...quant.settings import Packing
+import numpy as np
+from jax.typing import DTypeLike
+
+from ...quant.formats import Packing
 from ...trees.paths import refuse_listed
-from ..bitsandbytes.packed import bitsandbytes_tensors
-from ..files import CheckpointError
-from .awq_gptq import AWQ_GPTQ
-from .compressed_tensors import COMPRESSED_TENSORS
-from .folder_settings import read_quantization
-from .gguf_blocks import MXFP4, Q4_0
-from .gpt_oss import GPT_OSS
-from .mlx_weights import MLX
-from .modelopt import MODELOPT
-from .weight import Maker
+from ..files import CheckpointError, Path, member, read_json, require
+from ..model_folder import read_config_json
+from ..named_leaves import NamedLeaf
+from .bitsandbytes import BitsAndBytesWeight, bitsandbytes_weights
+from .layouts import LAYOUTS, PartsLayout, Settings
+from .weight import PackedWeight, SliceableTensor, View, packing_of
 
-_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX, Q4_0, MXFP4)
-
-
-def packing_of(tensor: Any) -> Packing | None:
-    """Returns how a tensor is packed in its file; None for numbers."""
-    return getattr(tensor, "packing", None)
+# The settings of each `quant_method` that change how weights are stored, with their
+# supported values. The first value is the default.
+_SUPPORTED_SETTINGS: dict[str, dict[str, tuple]] = {
+    "bitsandbytes": {},
+    "compressed-tensors": {},
+    "awq": {"version": ("gemm",)},
+    "gptq": {"checkpoint_format": ("gptq", "gptq_v2")},
+    "modelopt": {"quant_algo": ("NVFP4", "W4A16_NVFP4"), "group_size": (16,)},
+    "mxfp4": {},
+    "mlx": {"mode": ("affine", "mxfp4", "nvfp4")},
+}
+# Sections of the settings in which numbers of bits are not those of weights.
+_NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme", "meta")
+# Our formats by the names that the settings use. All other names mean int4_f16.
+_FORMATS = {
+    "nvfp4-pack-quantized": "nvfp4",
+    "mxfp4-pack-quantized": "mxfp4",
+    "modelopt": "nvfp4",
+    "nvfp4": "nvfp4",
+    "mxfp4": "mxfp4",
+}
+# Weights whose blocks would be smaller than this are decoded instead of re-blocked.
+SMALLEST_COMMON_BLOCK = 16
 
 
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,13 +51,13 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     gpt-oss (MXFP4, each expert a tensor `NAME.0`, `NAME.1` ...) and MLX.
 
     Args:
-        tensors: From `open_safetensors`. What a folder's config says of its weights
-            counts too.
+        tensors: From `open_safetensors`. If they come from a folder, the settings in
+            its config are checked too.
 
     Raises:
         CheckpointError: If a part of a weight is missing or does not fit (all such
-            weights are listed), or if the config says that weights are packed
-            otherwise.
+            weights are listed), or if the config describes a format that is not
+            supported.
 
     Example:
         >>> import numpy as np, qlora_jax as ql
@@ -53,52 +70,245 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = getattr(tensors, "folder", None)
     settings = {} if folder is None else read_quantization(folder)
-    found, problems = bitsandbytes_tensors(tensors), []
-    left: list[str] = []
-    eight = [name for name in found if name.endswith(".SCB")]
-    problems += [
-        f"{name}: 8-bit weights of bitsandbytes are not read" for name in eight
+    result = bitsandbytes_weights(tensors)
+    problems = [
+        f"{name}: 8-bit weights of bitsandbytes are not supported"
+        for name in result
+        if name.endswith(".SCB")
     ]
-    for maker in _MAKERS:
-        for name in [n for n, x in found.items() if _is_part(maker, n, x)]:
+    ignored: list[str] = []
+    for layout in LAYOUTS:
+        for name in [n for n, x in result.items() if _is_marker(layout, n, x)]:
             try:
-                left += _group(found, maker, name, settings)
+                ignored += _replace_parts(result, layout, name, settings)
             except ValueError as error:
-                stem = name.rpartition(maker.separator)[0]
+                stem = name.rpartition(layout.separator)[0]
                 problems.append(f"{stem}: {error}")
-    if left:
+    if ignored:
         warnings.warn(
-            f"activations and caches stay in float: {left[0]} and {len(left) - 1} "
-            "others of them are left out.",
+            "activations and key-value caches stay in float. Ignored their scales: "
+            f"{ignored[0]} and {len(ignored) - 1} others.",
             stacklevel=2,
         )
-    title = "these are not 4-bit weights that can be read as they are"
-    refuse_listed(title, problems, CheckpointError)
-    return found
+    refuse_listed("these 4-bit weights cannot be read", problems, CheckpointError)
+    return result
 
 
-def _is_part(maker: Maker, name: str, tensor: Any) -> bool:
-    is_named = name.rpartition(maker.separator)[-1] == maker.part
-    is_own = not maker.dtype or str(tensor.dtype) == maker.dtype
-    return is_named and is_own and packing_of(tensor) is None
+def _is_marker(layout: PartsLayout, name: str, tensor: SliceableTensor) -> bool:
+    has_name = name.rpartition(layout.separator)[-1] == layout.marker
+    has_dtype = not layout.dtype or str(tensor.dtype) == layout.dtype
+    return has_name and has_dtype and packing_of(tensor) is None
 
 
-def _group(
-    found: dict[str, Any], maker: Maker, name: str, settings: Mapping[str, Any]
+def _replace_parts(
+    tensors: dict[str, Any], layout: PartsLayout, name: str, settings: Settings
 ) -> list[str]:
-    """Replaces the parts of a weight by the weight; returns those that are left out."""
-    stem = name.removesuffix(maker.part)
-    known = [part for part in (maker.part, *maker.others) if stem + part in found]
-    parts = {part: found[stem + part] for part in known}
-    made = maker.read(parts, settings)
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
+    """Replaces the parts of a weight by the weight; returns the ignored tensors."""
+    stem = name.removesuffix(layout.marker)
+    parts = {
+        part: tensors[stem + part]
+        for part in (layout.marker, *layout.optional)
+        if stem + part in tensors
+    }
+    weights = layout.read(parts, settings)
+    nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
     for part in parts:
-        del found[stem + part]
-    for end, weight in made.items():
-        name = stem.removesuffix("_") + end
-        more = dict(name=name, nbytes=size // len(made))
-        found[name] = dataclasses.replace(weight, **more)
-    left = [stem + part for part in maker.left_out if stem + part in found]
-    for name in left:
-        del found[name]
-    return left
+        del tensors[stem + part]
+    for suffix, weight in weights.items():
+        weight_name = stem.removesuffix("_") + suffix
+        tensors[weight_name] = dataclasses.replace(
+            weight, name=weight_name, nbytes=nbytes // len(weights)
+        )
+    ignored = [stem + part for part in layout.ignored if stem + part in tensors]
+    for ignored_name in ignored:
+        del tensors[ignored_name]
+    return ignored
+
+
+def read_quantization(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a model folder's packed weights.
+
+    Args:
+        folder: The model's folder.
+
+    Returns:
+        The `quantization_config` of its `config.json` (`quantization` for MLX, and
+        `hf_quant_config.json` for ModelOpt), with the `quant_method` and the `fmt` of
+        the weights; {} for a model in float.
+
+    Raises:
+        CheckpointError: If weights are packed in a way that is not supported.
+
+    Example:
+        >>> import pathlib, tempfile, qlora_jax as ql
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> text = '{"quantization_config": {"quant_method": "awq", "bits": 4}}'
+        >>> _ = (folder / "config.json").write_text(text)
+        >>> ql.io.read_quantization(folder)["fmt"]
+        'int4_f16'
+    """
+    folder = pathlib.Path(folder)
+    stored = _find_settings(folder) if (folder / "config.json").exists() else None
+    if not stored:
+        return {}
+    require(isinstance(stored, dict), "`quantization_config` must be a JSON object.")
+    default_method = "mlx" if "group_size" in stored else "bitsandbytes"
+    method = stored.get("quant_method", default_method)
+    require(
+        isinstance(method, str) and method in _SUPPORTED_SETTINGS,
+        f"`quant_method` must be one of {', '.join(_SUPPORTED_SETTINGS)}. Got "
+        f"{method!r:.80}.",
+    )
+    settings = _use_first_names({**stored, "quant_method": method})
+    _check_settings(settings, method)
+    if method == "bitsandbytes":
+        return settings | {"fmt": settings.get("bnb_4bit_quant_type", "fp4")}
+    key = {"compressed-tensors": "format", "mlx": "mode"}.get(method, "quant_method")
+    return settings | {"fmt": _FORMATS.get(str(settings.get(key)), "int4_f16")}
+
+
+def _find_settings(folder: pathlib.Path) -> Any:
+    """Returns the JSON value of the settings, or None if the folder has none."""
+    raw = read_config_json(folder)
+    # Models of images and text have a config of their language model inside.
+    inner = raw.get("text_config")
+    for config in (raw, inner if isinstance(inner, dict) else {}):
+        for key in ("quantization_config", "quantization"):
+            if config.get(key):
+                return config[key]
+    if not (folder / "hf_quant_config.json").exists():
+        return None
+    stored = read_json(member(folder, "hf_quant_config.json")).get("quantization")
+    require(isinstance(stored, dict), "`quantization` must be a JSON object.")
+    return {**stored, "quant_method": "modelopt"} if stored else None
+
+
+def _use_first_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Renames `format`, a newer name of two settings, to the older names."""
+    first_names = {"awq": "version", "gptq": "checkpoint_format"}
+    key = first_names.get(settings["quant_method"])
+    value = settings.get(key or "", settings.get("format"))
+    if settings.get("backend") == "llm-awq":  # transformers' name for that version
+        value = "llm-awq"
+    return settings | ({key: str(value).lower()} if key and value else {})
+
+
+def _check_settings(settings: dict[str, Any], method: str) -> None:
+    for key, supported in _SUPPORTED_SETTINGS[method].items():
+        value = settings.get(key, supported[0])
+        require(
+            value in supported,
+            f"`{key}` of {method} must be {' or '.join(map(str, supported))}. Got "
+            f"{value!r:.80}.",
+        )
+    require(
+        method != "bitsandbytes" or not settings.get("load_in_8bit"),
+        "`load_in_8bit` must be false: 8-bit weights are not supported. Got true.",
+    )
+    other_bits = [f"`{key}` is {bits!r:.80}" for key, bits in _other_bits(settings)]
+    message = f"weights of {method} must have 4 bits. Got {', '.join(other_bits[:5])}."
+    require(not other_bits, message)
+    groups = settings.get("config_groups")
+    if method != "compressed-tensors" or not isinstance(groups, dict):
+        return
+    for name, group in groups.items():
+        section = group if isinstance(group, dict) else {}
+        has_activations = any(
+            section.get(f"{kind}_activations") for kind in ("input", "output")
+        )
+        message = f"{name} must quantize only weights, not activations. Got {group}."
+        require(not has_activations, message)
+
+
+def _other_bits(settings: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yields the numbers of bits other than 4 of weights or modules, by their keys."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and key not in _NOT_WEIGHTS:
+            yield from ((f"{key}.{inner}", bits) for inner, bits in _other_bits(value))
+        elif key in ("bits", "num_bits") and value not in (4, None):
+            yield key, value
+
+
+class ReblockedWeight:
+    """A weight with equal values, in blocks so small that none crosses a row."""
+
+    scale_scales = scale_offset = problem = None
+    keeps_dtype = True
+
+    def __init__(self, weight: BitsAndBytesWeight):
+        self.weight, self.shape, self.dtype = weight, weight.shape, weight.dtype
+
+    @property
+    def packing(self) -> Packing:
+        """The format of the weight, with smaller blocks and float32 scales."""
+        return Packing(self.weight.packing.fmt, self.weight.common_block, False)
+
+    def rows(self) -> tuple[SliceableTensor, SliceableTensor]:
+        """Returns codes `[N, K / 2]` and repeated scales `[N, K / B]`."""
+        weight, (n, k) = self.weight, self.shape
+        old_size, new_size = weight.packing.block_size, self.packing.block_size
+        scales = weight.float_scales(slice(0, -(-n * k // old_size)))
+        # The old block of each new block.
+        old_blocks = np.arange(n * k // new_size) * new_size // old_size
+        return weight.codes.reshape(n, k // 2), scales[old_blocks].reshape(n, -1)
+
+
+class DecodedWeight(View):
+    """A 4-bit weight that is read as floats, one slice at a time."""
+
+    def __init__(
+        self,
+        weight: PackedWeight | BitsAndBytesWeight,
+        dtype: DTypeLike | None = None,
+    ):
+        keeps_dtype = dtype is None or weight.keeps_dtype
+        read_dtype = weight.dtype if keeps_dtype else np.dtype(dtype)
+
+        def read(rows: slice, columns: slice) -> np.ndarray:
+            start, stop, _ = rows.indices(weight.shape[0])
+            return weight.decode(slice(start, stop))[:, columns].astype(read_dtype)
+
+        super().__init__(weight.shape, read_dtype, read)
+
+
+def recode_all(
+    tensors: Mapping[str, Any],
+    leaves: Mapping[str, NamedLeaf],
+    targets: Mapping[str, Packing | None],
+    dtype: DTypeLike | None,
+    recode: bool,
+) -> dict[str, Any]:
+    """Returns the tensors, with 4-bit weights in a form that `load` can read.
+
+    `targets` maps the tensors that the config targets to its packing, or to None for
+    float.
+    """
+    result = dict(tensors)
+    for leaf in leaves.values():
+        names = list(leaf.tensors.ravel())
+        is_kernel = leaf.geometry is not None
+        if is_kernel and recode:
+            for name in names:
+                result[name] = _recode(name, result[name], targets, dtype)
+        # Embeddings are decoded, because only kernels can be packed. All tensors of a
+        # stack must have the same packing, and in float they always do.
+        is_mixed = recode and len({packing_of(result[name]) for name in names}) > 1
+        if not is_kernel or is_mixed:
+            packed = [name for name in names if packing_of(tensors[name])]
+            result |= {name: DecodedWeight(tensors[name], dtype) for name in packed}
+    return result
+
+
+def _recode(
+    name: str,
+    weight: Any,
+    targets: Mapping[str, Packing | None],
+    dtype: DTypeLike | None,
+) -> SliceableTensor | ReblockedWeight | PackedWeight | BitsAndBytesWeight:
+    packing, is_target = packing_of(weight), name in targets
+    keeps_settings = not is_target or targets[name] == packing
+    if packing is None or (keeps_settings and weight.problem is None):
+        return weight
+    # A target is decoded, because the config then packs it with other settings.
+    can_reblock = not is_target and weight.common_block >= SMALLEST_COMMON_BLOCK
+    return ReblockedWeight(weight) if can_reblock else DecodedWeight(weight, dtype)

@@ -1,53 +1,48 @@
-"""A 4-bit weight of a checkpoint, in any format.
-
-To add a reader: in a file of this folder, write a function from the parts of a weight
-(tensors by the ends of their names) and the folder's settings to a `PackedWeight`, and
-a `Maker` of it. Name that in `readers.py`, and in `folder_settings.py` what the
-config must say; refuse by `require`. Tests: the maker's bits in test_packed_readers.py,
-which test_fuzz_io.py breaks. Loading, slices, packing again and refusals follow.
-"""
+"""A 4-bit weight as it is stored in the files of another library."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ...quant.formats import get_format
-from ...quant.settings import Packing
-from ..files import CheckpointError, require
+from ...quant.formats import Packing, get_format
+from ..files import require
+from ..tensors import TensorLike
 
-# The format and the dtype of integers, by the dtype of their scales.
-INT4 = {
+# The formats for integer codes, with the dtype of the weights, by the dtype of the
+# scales: arguments of `packed_weight`.
+INTEGER_FORMATS = {
     "float16": ("int4_f16", "float16"),
     "bfloat16": ("int4_f16", "bfloat16"),
     "float32": ("int4", "float32"),
 }
-_ROWS = 4096  # of which scales are compared at once
+_ROWS_PER_CHECK = 4096  # bounds the memory in which scales and biases are compared
 
 
-@dataclass(frozen=True)
-class Maker:
-    """The parts of a format's weights by name, and the function that reads them."""
+class SliceableTensor(TensorLike, Protocol):
+    """An array, or a tensor in a file that is read when it is indexed by slices."""
 
-    part: str  # a weight has it
-    others: tuple[str, ...]  # it may have these
-    # From the parts and the folder's settings to weights, by the ends of their names.
-    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
-    dtype: str = ""  # of the part, where others' tensors have the same name
-    separator: str = "."  # before the name of a part
-    left_out: tuple[str, ...] = ()  # parts that are not for weights
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+Parts = Mapping[str, Any]  # the tensors of one weight, by the ends of their names
+
+
+def packing_of(tensor: object) -> Packing | None:
+    """Returns how a tensor is packed in its file, or None for an array of numbers."""
+    return getattr(tensor, "packing", None)
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A matrix that is made from a file, a slice at a time."""
+    """A matrix that is computed from a file, one slice at a time."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype
     read: Callable[[slice, slice], Any]
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
@@ -61,198 +56,234 @@ class View:
 class PackedWeight:
     """A 4-bit weight `[N, K]`: table value times scale, or code times scale plus bias.
 
-    It can be moved, bytes for bytes, if `problem` is None, and decoded in any case.
+    Every weight can be decoded. A `QTensor` can hold its bytes if `problem` is None.
     """
 
     packing: Packing
-    dtype: np.dtype  # of weights, if no other is asked for
-    codes: Any  # uint8[N, K / 2], the first in the high bits, as a `QTensor` has them
-    scales: Any  # [N, K / B], in the dtype of the file
-    scale_scales: Any = None  # a factor and a divisor, in nvfp4
-    biases: Any = None  # of blocks, [N, K / B]; None for those of the table
-    order: np.ndarray | None = None  # the block of each input; None: in order
+    dtype: np.dtype  # of the decoded weight, unless `load` is given a dtype
+    codes: SliceableTensor  # uint8[N, K / 2], first code in the high bits
+    scales: SliceableTensor  # [N, K / B], in the dtype of the file
+    scale_scales: np.ndarray | None = None  # nvfp4: a factor and a divisor
+    biases: SliceableTensor | None = None  # [N, K / B]; None: decode with the table
+    input_blocks: np.ndarray | None = None  # the block of each input; None: in order
     name: str = ""
-    nbytes: int = 0  # of its parts
+    nbytes: int = 0  # of all of its tensors
     scale_offset = None
     keeps_dtype = False
-    common_block = 1  # what cannot be moved is decoded
+    common_block = 1  # a weight whose bytes cannot be moved is decoded
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Its shape in the checkpoint, `[N, K]`."""
-        n, half = self.codes.shape
-        return n, 2 * half
+        """The shape `[N, K]` of the decoded weight."""
+        n, half_k = self.codes.shape
+        return n, 2 * half_k
 
     @cached_property
     def problem(self) -> str | None:
-        """Why its bytes are not those of the format; None if they are."""
+        """Why a `QTensor` cannot hold its bytes; None if it can."""
         n, k = self.shape
-        blocks = np.arange(k) // self.packing.block_size
-        if self.order is not None and not (self.order == blocks).all():
-            return "has an order of its inputs (act order)"
+        blocks_in_order = np.arange(k) // self.packing.block_size
+        if (
+            self.input_blocks is not None
+            and not (self.input_blocks == blocks_in_order).all()
+        ):
+            return "has reordered inputs (act order)"
         if self.biases is None:
             return None
-        for start in range(0, n, _ROWS):
-            part = slice(start, start + _ROWS), slice(0, blocks[-1] + 1)
-            scales = np.asarray(self.scales[part]).astype(np.float32)
-            biases = np.asarray(self.biases[part]).astype(np.float32)
+        # The integer formats decode (code - 8) * scale, so a bias must be -8 * scale.
+        for start in range(0, n, _ROWS_PER_CHECK):
+            rows = slice(start, start + _ROWS_PER_CHECK)
+            index = rows, slice(0, blocks_in_order[-1] + 1)
+            scales = np.asarray(self.scales[index]).astype(np.float32)
+            biases = np.asarray(self.biases[index]).astype(np.float32)
             if not np.array_equal(biases, -8 * scales, equal_nan=True):
                 return "has zero points other than 8"
         return None
 
-    def rows(self) -> tuple[Any, Any]:
-        """Returns codes `[N, K / 2]` and scales `[N, K / B]`; slices are read."""
+    def rows(self) -> tuple[SliceableTensor, SliceableTensor]:
+        """Returns the codes `[N, K / 2]` and scales `[N, K / B]` of a `QTensor`."""
         dtype = self.packing.scheme.arrays((1, 1)).scales.dtype
-        return self.codes, View(self.scales.shape, dtype, self._scales)
 
-    def _scales(self, *index: slice) -> np.ndarray:
-        """Returns scales in the dtype of the format, which must hold them."""
-        found = np.asarray(self.scales[index])
-        scales = found.astype(self.packing.scheme.arrays((1, 1)).scales.dtype)
-        is_same = scales.astype(np.float32) == found.astype(np.float32)
-        is_number = scales != 255 if scales.dtype == np.uint8 else np.isfinite(scales)
-        if not (is_same & is_number).all():
-            raise CheckpointError(
-                f"the scales of {self.name} must hold finite "
-                f"{np.dtype(scales.dtype).name} numbers. Got others in {found.dtype}."
+        def read_scales(rows: slice, blocks: slice) -> np.ndarray:
+            stored = np.asarray(self.scales[rows, blocks])
+            scales = stored.astype(dtype)
+            is_exact = scales.astype(np.float32) == stored.astype(np.float32)
+            # E8M0 scales are exponents in bytes, in which 255 is NaN.
+            is_finite = scales != 255 if dtype == np.uint8 else np.isfinite(scales)
+            require(
+                bool((is_exact & is_finite).all()),
+                f"the scales of {self.name} must hold finite {np.dtype(dtype).name} "
+                f"numbers. Got others in {stored.dtype}.",
             )
-        return scales
+            return scales
 
-    @np.errstate(invalid="ignore", over="ignore")  # what is not finite is refused
+        return self.codes, View(self.scales.shape, dtype, read_scales)
+
+    @np.errstate(invalid="ignore", over="ignore")  # callers reject non-finite weights
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
-        """Returns rows of the weight, in float32."""
-        _, k = self.shape
-        size = self.packing.block_size
-        packed, blocks = self.codes[rows, slice(0, k // 2)], slice(0, k // size)
+        """Returns rows of the weight in float32."""
+        k, block_size = self.shape[1], self.packing.block_size
+        packed = self.codes[rows, slice(0, k // 2)]
         codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1, k)
-        scales = np.asarray(self.scales[rows, blocks])
-        if self.packing.fmt == "mxfp4":
+        index = rows, slice(0, k // block_size)
+        scales = np.asarray(self.scales[index])
+        if self.packing.fmt == "mxfp4":  # E8M0: a byte e is the power 2**(e - 127)
             scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
         scales = scales.astype(np.float32)
         if self.scale_scales is not None:
             scales = scales * self.scale_scales[0] / self.scale_scales[1]
-        block = np.arange(k) // size if self.order is None else self.order
+        # From [rows, K / B] to [rows, K], through the block of each input.
+        in_order = self.input_blocks is None
+        blocks = np.arange(k) // block_size if in_order else self.input_blocks
         if self.biases is None:
-            return self.packing.format.table[codes] * scales[:, block]
-        biases = np.asarray(self.biases[rows, blocks]).astype(np.float32)
-        return codes * scales[:, block] + biases[:, block]
+            return self.packing.format.table[codes] * scales[:, blocks]
+        biases = np.asarray(self.biases[index]).astype(np.float32)
+        return codes * scales[:, blocks] + biases[:, blocks]
 
 
 def packed_weight(
-    kind: tuple[str, str], codes: Any, scales: Any, **more: Any
+    fmt: str,
+    dtype: str,
+    codes: SliceableTensor,
+    scales: SliceableTensor,
+    *,
+    scale_scales: np.ndarray | None = None,
+    biases: SliceableTensor | None = None,
+    input_blocks: np.ndarray | None = None,
 ) -> PackedWeight:
-    """Returns a weight of a format and a dtype, whose scales must fit its codes."""
-    (n, half), shape = codes.shape, tuple(scales.shape)
-    blocks = shape[-1] if shape else 0
-    message = f"scales must be [{n}, K / block size], K being {2 * half}. Got {shape}."
-    is_whole = len(shape) == 2 and shape[0] == n and blocks > 0
-    require(is_whole and 2 * half % blocks == 0, message)
-    sizes = get_format(kind[0]).block_sizes or (2 * half,)
-    if blocks == 1 and 2 * half not in sizes:
-        # One scale for a channel is the same scale for each of its blocks.
-        sizes = [size for size in sizes if 2 * half % size == 0]
-        require(sizes, f"channels of {2 * half} inputs are not whole blocks.")
-        blocks = 2 * half // sizes[0]
-        more["order"] = None
-        if more.get("biases") is not None:
-            more["biases"] = _repeated(more["biases"], blocks)
-        scales = _repeated(scales, blocks)
-    packing = Packing(kind[0], 2 * half // blocks, False)
-    return PackedWeight(packing, jnp.dtype(kind[1]), codes, scales, **more)
+    """Returns a weight of a format; its block size follows from the shapes."""
+    n, k = codes.shape[0], 2 * codes.shape[1]
+    shape = tuple(scales.shape)
+    num_blocks = shape[-1] if shape else 0
+    is_matrix = len(shape) == 2 and shape[0] == n and num_blocks > 0
+    require(
+        is_matrix and k % num_blocks == 0,
+        f"scales must have shape [{n}, K / block size], where K is {k}. Got {shape}.",
+    )
+    block_sizes = get_format(fmt).block_sizes or (k,)
+    if num_blocks == 1 and k not in block_sizes:
+        # A scale for a whole channel is the scale of each of the channel's blocks.
+        divisors = [size for size in block_sizes if k % size == 0]
+        require(
+            bool(divisors),
+            f"the {k} inputs of a channel must be a multiple of a block size of "
+            f"{fmt}: {' or '.join(map(str, block_sizes))}.",
+        )
+        num_blocks = k // divisors[0]
+        scales = _repeat_column(scales, num_blocks)
+        biases = None if biases is None else _repeat_column(biases, num_blocks)
+        input_blocks = None  # all inputs have the same scale
+    return PackedWeight(
+        Packing(fmt, k // num_blocks, False),
+        jnp.dtype(dtype),
+        codes,
+        scales,
+        scale_scales,
+        biases,
+        input_blocks,
+    )
 
 
-def _repeated(column: Any, count: int) -> View:
-    """Returns a column `[N, 1]` so many times, `[N, count]`."""
+def _repeat_column(column: SliceableTensor, count: int) -> View:
+    """Returns a matrix `[N, count]` whose columns are all the given one `[N, 1]`."""
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        found = np.asarray(column[rows, 0:1])
-        return np.repeat(found, len(range(count)[columns]), axis=1)
+        values = np.asarray(column[rows, 0:1])
+        return np.repeat(values, len(range(count)[columns]), axis=1)
 
     return View((column.shape[0], count), column.dtype, read)
 
 
-def transposed(x: Any) -> View:
-    """Returns a matrix of a file, transposed."""
+def transposed(x: SliceableTensor) -> View:
+    """Returns the transpose of a matrix, which is read when it is sliced."""
     return View(tuple(x.shape[::-1]), x.dtype, lambda rows, columns: x[columns, rows].T)
 
 
-def low_first(words: Any) -> View:
-    """Returns the codes of words in rows, the first code in the lowest bits."""
+def swap_nibbles(words: SliceableTensor) -> View:
+    """Returns codes `[N, K / 2]` from words with the first code in the low bits."""
     size = np.dtype(words.dtype).itemsize
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        first = columns.start // size
-        found = np.asarray(words[rows, first : -(-columns.stop // size)])
-        found = np.ascontiguousarray(found).view(np.uint8)
-        skipped = columns.start - first * size
-        found = found[:, skipped : skipped + columns.stop - columns.start]
-        return found >> 4 | found << 4
+        first_word, last_word = columns.start // size, -(-columns.stop // size)
+        stored = np.ascontiguousarray(words[rows, first_word:last_word])
+        # Words are little-endian, so bytes are in order; only their halves are swapped.
+        start = columns.start - first_word * size
+        stored = stored.view(np.uint8)[:, start : start + columns.stop - columns.start]
+        return stored >> 4 | stored << 4
 
-    n, count = words.shape
-    return View((n, count * size), np.dtype(np.uint8), read)
+    n, num_words = words.shape
+    return View((n, num_words * size), np.dtype(np.uint8), read)
 
 
-def nibbles(words: np.ndarray, places: Any = slice(None)) -> np.ndarray:
-    """Returns what words `[R, C]` hold, `[R, 8 * C]`, in the order of their places."""
+def unpack_words(
+    words: np.ndarray, positions: list[int] | slice = slice(None)
+) -> np.ndarray:
+    """Returns the codes of int32 words, `[R, C]` to `[R, 8 * C]`.
+
+    `positions` are the nibbles of each word to take, where 0 is the lowest.
+    """
     packed = np.ascontiguousarray(words).view(np.uint8)
-    found = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape, 8)
-    return found[..., places].reshape(len(words), -1)
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape, 8)
+    return nibbles[..., positions].reshape(len(words), -1)
 
 
-def zero_biases(
-    zeros: Any, scales: Any, places: Any = slice(None), add: int = 0
+def zero_point_biases(
+    zeros: SliceableTensor,
+    scales: SliceableTensor,
+    positions: list[int] | slice = slice(None),
+    offset: int = 0,
 ) -> View:
-    """Returns a bias for each block: its zero times the scale, negative.
+    """Returns the bias `[N, K / B]` of each block: -scale * zero point.
 
-    Zeros are words `[K / B, N / 8]`, in an order of outputs, less `add`.
+    Zero points are words `[K / B, N / 8]`. `offset` is added to each word.
     """
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        words = np.asarray(zeros[columns, :]).view(np.uint32) + np.uint32(add)
-        found = nibbles(words, places)[:, rows].T
-        return -found.astype(np.float32) * np.asarray(scales[rows, columns])
+        words = np.asarray(zeros[columns, :]).view(np.uint32) + np.uint32(offset)
+        zero_points = unpack_words(words, positions)[:, rows].T
+        return -zero_points.astype(np.float32) * np.asarray(scales[rows, columns])
 
     return View(scales.shape, np.dtype(np.float32), read)
 
 
-def order_of(
-    parts: Mapping[str, Any], name: str, k: int, blocks: int
+def read_input_blocks(
+    parts: Parts, name: str, k: int, num_blocks: int
 ) -> np.ndarray | None:
-    """Returns the block of each input, if a part says it; -1 is for none."""
+    """Returns the block of each input, or None if the file does not reorder inputs."""
     if name not in parts:
         return None
-    found = np.asarray(part(parts, name, "int32", axes=1)[...])
-    if (found == -1).all():
+    blocks = np.asarray(require_part(parts, name, "int32", axes=1)[...])
+    if (blocks == -1).all():  # compressed-tensors' value for "not set"
         return None
-    is_block = found.shape == (k,) and found.min() >= 0 and found.max() < blocks
-    require(is_block, f"`{name}` must be {k} numbers from 0 to {blocks - 1}.")
-    return found
+    is_valid = blocks.shape == (k,) and blocks.min() >= 0 and blocks.max() < num_blocks
+    require(is_valid, f"`{name}` must be {k} numbers from 0 to {num_blocks - 1}.")
+    return blocks
 
 
-def part(parts: Mapping[str, Any], name: str, dtypes: str, axes: int = 2) -> Any:
-    """Returns a part of a weight, which must be there, of a dtype and with axes."""
+def require_part(parts: Parts, name: str, dtypes: str, axes: int = 2) -> Any:
+    """Returns a part of a weight; checks its dtype and its number of axes."""
     require(name in parts, f"`{name}` must be given. Got none.")
     x = parts[name]
     require(
         str(x.dtype) in dtypes.split() and len(x.shape) == axes and all(x.shape),
-        f"`{name}` must be of {dtypes.replace(' ', ' or ')}, with {axes} axes. Got "
+        f"`{name}` must have dtype {dtypes.replace(' ', ' or ')} and {axes} axes. Got "
         f"{x.dtype}{list(x.shape)}.",
     )
     return x
 
 
-def check_bits(name: str, words: Any, count: int) -> None:
-    """Refuses rows of words that hold so many codes of other than 4 bits."""
+def check_4bit_words(name: str, words: SliceableTensor, count: int) -> None:
+    """Raises if rows of words hold `count` codes of another size than 4 bits."""
     bits = 8 * words.dtype.itemsize * words.shape[1] / count
-    is_other = bits in (1, 2, 3, 5, 6, 8)
-    require(not is_other, f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits.")
+    is_other_size = bits in (1, 2, 3, 5, 6, 8)
+    message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
+    require(not is_other_size, message)
 
 
-def one_number(parts: Mapping[str, Any], name: str) -> float:
-    """Returns a part that is one positive number."""
-    is_one = name in parts and tuple(parts[name].shape) in ((), (1,))
-    require(is_one, f"`{name}` must be one number.")
-    found = float(np.asarray(parts[name][...], np.float32).reshape(()))
-    message = f"`{name}` must be positive and finite. Got {found}."
-    require(0 < found < np.inf, message)
-    return found
+def read_scalar(parts: Parts, name: str) -> float:
+    """Returns the value of a part that holds one positive number."""
+    is_scalar = name in parts and tuple(parts[name].shape) in ((), (1,))
+    require(is_scalar, f"`{name}` must be one number.")
+    value = float(np.asarray(parts[name][...], np.float32).reshape(()))
+    require(0 < value < np.inf, f"`{name}` must be positive and finite. Got {value}.")
+    return value

@@ -1,31 +1,76 @@
-"""Writes packed bases as servers load them: AWQ and compressed-tensors."""
+"""Writes packed bases in the 4-bit layouts of other libraries."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
+from ...quant.kernel import is_packed
 from ...quant.qtensor import QTensor
+from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...trees.paths import Tree, fused_with, refuse_listed
 from ..files import Path
-from ..model_folder import SHARD_BYTES
+from ..model_folder import SHARD_BYTES, read_config_json, write_folder
+from ..named_leaves import (
+    NamedLeaf,
+    exported_leaves,
+    float_tensors_of,
+    matrix_of,
+)
 from ..names import Names
 from ..tensors import DeferredTensor
-from .layout import Kernels, PackedLayout, write_packed
 
-_INT4 = ("int4_f16", "q4_0")
+Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
+Config = Mapping[str, Any]  # what `config.json` holds
+Tensors = dict[str, DeferredTensor | np.ndarray]
+
+_INT4_FORMATS = ("int4_f16", "q4_0")
 _INT32 = np.dtype("<i4")
-# AWQ: the output that each nibble of a word is of, from the lowest one on.
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-# The format, the type of the values, the dtype of scales and what has one, by their
-# names in compressed-tensors.
-_INTEGERS = ("pack-quantized", "int", None, "group")
-_COMPRESSED = {
-    **dict.fromkeys(_INT4, _INTEGERS),
-    "mxfp4": ("mxfp4-pack-quantized", "float", "torch.uint8", "group"),
-    "nvfp4": ("nvfp4-pack-quantized", "float", "torch.float8_e4m3fn", "tensor_group"),
-}
+_SMALLEST_BITSANDBYTES_BLOCK = 32
+# The output that each nibble of AWQ's words belongs to, from the lowest nibble on.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def save_bitsandbytes(
+    path: Path,
+    base: Tree,
+    names: Names,
+    config: Path | Mapping[str, Any],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> None:
+    """Writes a 4-bit checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Codes and scales are written byte for byte; other kernels stay in float.
+
+    Args:
+        path: The folder to write, new or empty.
+        base: The base tree, with packed kernels.
+        names: Which leaf is which tensor.
+        config: A folder with the float model's `config.json` and tokenizer files, which
+            are copied; or the content of that `config.json`.
+        max_shard_bytes: The largest size of a file, unless one tensor is larger.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If bitsandbytes has no format for a packed kernel (all are listed),
+            if no kernel is packed or their formats differ, or if the folder is not
+            empty.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 2)), "nf4")}}
+        >>> names = ql.io.Names({"up/kernel": "up.weight"})
+        >>> path = tempfile.mkdtemp()
+        >>> ql.io.save_bitsandbytes(path, base, names, {"model_type": "mine"})
+        >>> sorted(ql.io.open_safetensors(path))[:2]
+        ['up.weight', 'up.weight.absmax']
+    """
+    _write(path, base, names, config, _BITSANDBYTES, max_shard_bytes, progress)
 
 
 def save_packed(
@@ -43,18 +88,18 @@ def save_packed(
     Codes and scales are those of the tree, to the bit; other kernels stay in float.
 
     Args:
-        path: As in `save_bitsandbytes`, and so the following.
+        path: The folder to write, as in `save_bitsandbytes`.
         base: The base tree. Packed kernels are `int4_f16` or `q4_0`; for
             compressed-tensors they may be `mxfp4` or `nvfp4`.
         names: Which leaf is which tensor.
         config: The float model's `config.json`, or its folder.
         layout: How kernels are stored.
-        max_shard_bytes: Largest size of a file, unless one tensor is larger.
-        progress: Whether to show a bar.
+        max_shard_bytes: The largest size of a file, unless one tensor is larger.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the layout cannot hold a packed kernel (all are listed), if there
-            are none or of several settings, or if the folder is not empty.
+        ValueError: If the layout cannot hold a packed kernel (all are listed), if no
+            kernel is packed or their settings differ, or if the folder is not empty.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
@@ -65,23 +110,191 @@ def save_packed(
         >>> list(ql.io.open_safetensors(path))
         ['up.qweight', 'up.qzeros', 'up.scales']
     """
-    options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
-    write_packed(path, base, names, config, _LAYOUTS[layout], **options)
+    layouts = {"awq": _AWQ, "compressed-tensors": _COMPRESSED_TENSORS}
+    _write(path, base, names, config, layouts[layout], max_shard_bytes, progress)
 
 
-def _awq_tensors(name: str, q: QTensor) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PackedLayout:
+    """The layout in which a library stores packed kernels."""
+
+    name: str  # in errors
+    formats: tuple[str, ...]
+    # Returns the tensors of a kernel `[K, N]` whose weight has a name `module.weight`.
+    tensors: Callable[[str, QTensor], Tensors]
+    # Returns the changes to `config.json`, from the kernels, the names of the modules
+    # in float, and the config of the float model.
+    config: Callable[[Kernels, list[str], Config], dict[str, Any]]
+    # Returns why the layout cannot hold a kernel of its formats, or None if it can.
+    problem: Callable[[QTensor], str | None] = lambda q: None
+    # Returns the settings that all kernels must share.
+    settings: Callable[[QTensor], tuple] = lambda q: (q.fmt, q.block_size)
+
+
+def _write(
+    path: Path,
+    base: Tree,
+    names: Names,
+    config: Path | Config,
+    layout: PackedLayout,
+    max_shard_bytes: int,
+    progress: bool,
+) -> None:
+    leaves = exported_leaves(base, names)
+    # 1. Check all kernels before anything is written.
+    packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
+    problems = {leaf.path: _problem(leaf, q, layout) for leaf, q in packed}
+    refuse_listed(f"{layout.name} cannot store these kernels", problems)
+    settings = {layout.settings(q) for _, q in packed}
+    if len(settings) != 1:
+        raise ValueError(
+            "`base` must have packed kernels, all of the same settings for "
+            f"{layout.name}. Got {sorted(settings)}."
+        )
+    # 2. List the tensors of all leaves. Their values are computed when written.
+    tensors: dict[str, Any] = {}
+    kernels: dict[str, QTensor] = {}
+    float_modules = []
+    for leaf, x in leaves:
+        if is_packed(x):
+            for index, name in np.ndenumerate(leaf.tensors):
+                kernels[name] = matrix_of(x, index)
+                tensors |= layout.tensors(name, kernels[name])
+            continue
+        tensors |= float_tensors_of(leaf, x)
+        if leaf.geometry is not None:
+            float_modules += [n.removesuffix(".weight") for n in leaf.tensors.flat]
+    if "lm_head.weight" not in tensors:  # the head shares the weights of the embedding
+        float_modules.append("lm_head")
+    # 3. Write the folder.
+    old_config = config if isinstance(config, Mapping) else read_config_json(config)
+    changes = layout.config(kernels, float_modules, old_config)
+    write_folder(
+        path,
+        tensors,
+        config,
+        changes,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+def _problem(leaf: NamedLeaf, q: QTensor, layout: PackedLayout) -> str | None:
+    if q.fmt not in layout.formats:
+        return f"its format must be {' or '.join(layout.formats)}. Got {q.fmt}"
+    if others := [n for n in leaf.tensors.ravel() if not n.endswith(".weight")]:
+        return f"its name must end in .weight. Got {others[0]}"
+    return layout.problem(q)
+
+
+# bitsandbytes. packed/bitsandbytes.py describes the tensors.
+
+
+def _bitsandbytes_problem(q: QTensor) -> str | None:
+    smallest, k = _SMALLEST_BITSANDBYTES_BLOCK, q.matrix_shape[-2]
+    if q.block_size < smallest:
+        return f"its block size must be at least {smallest}. Got {q.block_size}"
+    if k % q.block_size:
+        return (
+            f"its {k} inputs must be a multiple of the block size, because blocks of "
+            f"bitsandbytes would cross rows. Got block size {q.block_size}. Pack it "
+            "with a block size that divides the inputs, or leave it in float"
+        )
+    return None
+
+
+def _bitsandbytes_tensors(name: str, q: QTensor) -> Tensors:
     k, n = q.matrix_shape
-    blocks = k // q.block_size
-    zeros = np.full((blocks, n // 2), 0x88, np.uint8).view(_INT32)
+    num_blocks = k // q.block_size * n
+
+    def codes() -> np.ndarray:
+        # bitsandbytes stores [N, K], row by row; each of our bytes has two codes of K.
+        return np.asarray(q.codes).T.reshape(-1, 1)
+
+    def scales() -> np.ndarray:
+        return np.asarray(q.scales).T.reshape(-1)
+
+    state: dict[str, Any] = {
+        "quant_type": q.fmt,
+        "blocksize": q.block_size,
+        "dtype": q.dtype_name,
+        "shape": [n, k],
+    }
+    scale_dtype = np.dtype(q.scales.dtype)
+    tensors: Tensors = {
+        name: DeferredTensor(np.dtype(np.uint8), (n * k // 2, 1), codes),
+        f"{name}.absmax": DeferredTensor(scale_dtype, (num_blocks,), scales),
+        f"{name}.quant_map": q.packing.format.table,
+    }
+    if q.double_quant:
+        tensors[f"{name}.nested_absmax"] = np.asarray(q.scale_scales)
+        tensors[f"{name}.nested_quant_map"] = DYNAMIC_MAP
+        state |= {
+            "nested_blocksize": SCALES_PER_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(np.asarray(q.scale_offset)),
+        }
+    state_bytes = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    tensors[f"{name}.quant_state.bitsandbytes__{q.fmt}"] = state_bytes
+    return tensors
+
+
+def _bitsandbytes_config(
+    kernels: Kernels, float_modules: list[str], old_config: Config
+) -> dict[str, Any]:
+    del old_config
+    q = next(iter(kernels.values()))
+    settings = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": q.dtype_name,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": q.fmt,
+        "bnb_4bit_use_double_quant": q.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": float_modules,
+        "llm_int8_threshold": 6.0,
+    }
+    return {"quantization_config": settings}
+
+
+_BITSANDBYTES = PackedLayout(
+    "bitsandbytes",
+    ("nf4", "fp4"),
+    _bitsandbytes_tensors,
+    _bitsandbytes_config,
+    _bitsandbytes_problem,
+    lambda q: (q.fmt, q.double_quant),  # each weight stores its own block size
+)
+
+
+# AWQ and compressed-tensors. packed/layouts.py describes the tensors.
+
+
+def _awq_problem(q: QTensor) -> str | None:
+    n = q.matrix_shape[-1]
+    return f"its outputs must be a multiple of 8. Got {n}" if n % 8 else None
+
+
+def _awq_tensors(name: str, q: QTensor) -> Tensors:
+    k, n = q.matrix_shape
+    num_blocks = k // q.block_size
+    # Our formats have a zero point of 8 for every weight.
+    zeros = np.full((num_blocks, n // 2), 0x88, np.uint8).view(_INT32)
 
     def words() -> np.ndarray:
         packed = np.asarray(q.codes)
+        # [K / 2, N] bytes -> [K / 2, 2, N] -> [K, N / 8, 8] codes, in AWQ's order
         codes = np.stack([packed >> 4, packed & 15], 1).reshape(k, n // 8, 8)
-        codes = codes[..., _ORDER]
+        codes = codes[..., _AWQ_ORDER]
         pairs = np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
         return pairs.view(_INT32)[..., 0]
 
-    scales = DeferredTensor(np.dtype(np.float16), (blocks, n), q.scales.__array__)
+    scales = DeferredTensor(np.dtype(np.float16), (num_blocks, n), q.scales.__array__)
     module = name.removesuffix("weight")
     return {
         f"{module}qweight": DeferredTensor(_INT32, (k, n // 8), words),
@@ -90,33 +303,38 @@ def _awq_tensors(name: str, q: QTensor) -> dict[str, Any]:
     }
 
 
-def _awq_config(kernels: Kernels, in_float: list[str], own: Mapping) -> dict[str, Any]:
-    size = next(iter(kernels.values())).block_size
-    settings: Any = dict(quant_method="awq", version="gemm", bits=4, group_size=size)
-    settings |= dict(zero_point=True, modules_to_not_convert=in_float)
-    return {"quantization_config": settings, **_dtype(kernels, own)}
+def _awq_config(
+    kernels: Kernels, float_modules: list[str], old_config: Config
+) -> dict[str, Any]:
+    settings = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": next(iter(kernels.values())).block_size,
+        "zero_point": True,
+        "modules_to_not_convert": float_modules,
+    }
+    return {"quantization_config": settings, **_model_dtype(kernels, old_config)}
 
 
-def _awq_refusal(q: QTensor) -> str | None:
-    n = q.matrix_shape[-1]
-    return f"its outputs must be a multiple of 8. Got {n}" if n % 8 else None
-
-
-def _compressed_tensors(name: str, q: QTensor) -> dict[str, Any]:
+def _compressed_tensors(name: str, q: QTensor) -> Tensors:
     k, n = q.matrix_shape
-    is_int = q.fmt in _INT4
+    is_int = q.fmt in _INT4_FORMATS
     word = _INT32 if is_int else np.dtype(np.uint8)
-    of_scale = _scale_dtype(q) if is_int else np.dtype(q.scales.dtype)
+    scale_dtype = _integer_scale_dtype(q) if is_int else np.dtype(q.scales.dtype)
 
     def words() -> np.ndarray:
+        # [K / 2, N] -> [N, K / 2], with the first code of each byte in the low bits
         packed = np.asarray(q.codes).T
         return np.ascontiguousarray(packed >> 4 | packed << 4).view(word)
 
-    scales = lambda: np.asarray(q.scales).T.astype(of_scale)
-    blocks = k // q.block_size
-    tensors: dict[str, Any] = {
-        f"{name}_packed": DeferredTensor(word, (n, k // 2 // word.itemsize), words),
-        f"{name}_scale": DeferredTensor(of_scale, (n, blocks), scales),
+    def scales() -> np.ndarray:
+        return np.asarray(q.scales).T.astype(scale_dtype)
+
+    words_shape = n, k // 2 // word.itemsize
+    tensors: Tensors = {
+        f"{name}_packed": DeferredTensor(word, words_shape, words),
+        f"{name}_scale": DeferredTensor(scale_dtype, (n, k // q.block_size), scales),
     }
     if is_int:
         tensors[f"{name}_shape"] = np.array([n, k])
@@ -126,61 +344,85 @@ def _compressed_tensors(name: str, q: QTensor) -> dict[str, Any]:
     return tensors
 
 
+# By our format: compressed-tensors' name for it, the type of the values, the dtype of
+# the scales, and the strategy.
+_INTEGERS = ("pack-quantized", "int", None, "group")
+_COMPRESSED_FORMATS = {
+    **dict.fromkeys(_INT4_FORMATS, _INTEGERS),
+    "mxfp4": ("mxfp4-pack-quantized", "float", "torch.uint8", "group"),
+    "nvfp4": ("nvfp4-pack-quantized", "float", "torch.float8_e4m3fn", "tensor_group"),
+}
+
+
 def _compressed_config(
-    kernels: Kernels, in_float: list[str], own: Mapping
+    kernels: Kernels, float_modules: list[str], old_config: Config
 ) -> dict[str, Any]:
     q = next(iter(kernels.values()))
     if q.fmt == "nvfp4":
-        _check_fused(kernels)
-    form, kind, of_scale, strategy = _COMPRESSED[q.fmt]
-    weights: Any = dict(num_bits=4, type=kind, symmetric=True, strategy=strategy)
-    weights |= dict(group_size=q.block_size, dynamic=False, scale_dtype=of_scale)
+        _check_fused_factors(kernels)
+    format_name, value_type, scale_dtype, strategy = _COMPRESSED_FORMATS[q.fmt]
+    weights = {
+        "num_bits": 4,
+        "type": value_type,
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": q.block_size,
+        "dynamic": False,
+        "scale_dtype": scale_dtype,
+    }
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    settings: Any = dict(quant_method="compressed-tensors", format=form)
-    settings |= dict(quantization_status="compressed", ignore=in_float)
-    settings["config_groups"] = {"group_0": group}
-    return {"quantization_config": settings, **_dtype(kernels, own)}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": format_name,
+        "quantization_status": "compressed",
+        "ignore": float_modules,
+        "config_groups": {"group_0": group},
+    }
+    return {"quantization_config": settings, **_model_dtype(kernels, old_config)}
 
 
-def _check_fused(kernels: Kernels) -> None:
-    """Refuses weights that servers multiply by the float32 of another one."""
+def _check_fused_factors(kernels: Kernels) -> None:
+    """Raises if weights that vLLM fuses, such as q, k and v, have different factors."""
     factors = {name: tuple(np.asarray(q.scale_scales)) for name, q in kernels.items()}
-    pairs = [(one, two) for one in factors for two in fused_with(one) if two in factors]
-    refuse_listed(
-        "vLLM has one float32 for both of these weights, but theirs differ: pack them "
-        "as one tree",
-        [f"{one}, {two}" for one, two in pairs if factors[one] != factors[two]],
+    differing = [
+        f"{name}, {fused}"
+        for name in factors
+        for fused in fused_with(name)
+        if fused in factors and factors[name] != factors[fused]
+    ]
+    title = (
+        "vLLM has a single float32 factor for both of these weights, but theirs "
+        "differ: pack them as one tree"
     )
+    refuse_listed(title, differing)
 
 
-def _scale_dtype(q: QTensor) -> np.dtype:
-    """The dtype of int4 scales: that of the weights, if it holds them."""
+def _integer_scale_dtype(q: QTensor) -> np.dtype:
+    """Returns bfloat16 if the weights are bfloat16 and it holds all scales exactly."""
     scales = np.asarray(q.scales)
-    is_same = scales.astype(ml_dtypes.bfloat16).astype(scales.dtype) == scales
-    is_held = q.dtype_name == "bfloat16" and is_same.all()
-    return np.dtype(ml_dtypes.bfloat16 if is_held else scales.dtype)
+    is_exact = (scales.astype(ml_dtypes.bfloat16).astype(scales.dtype) == scales).all()
+    fits_bfloat16 = q.dtype_name == "bfloat16" and is_exact
+    return np.dtype(ml_dtypes.bfloat16 if fits_bfloat16 else scales.dtype)
 
 
-def _dtype(kernels: Kernels, own: Mapping) -> dict[str, Any]:
-    """The dtype of the model, in which servers multiply and to which they cast scales.
-
-    vLLM has no MXFP4 in float16, transformers E2M1 in bfloat16 alone. Gemma overflows
-    in float16.
-    """
-    is_int = next(iter(kernels.values())).fmt in _INT4
-    if is_int and str(own.get("model_type")).startswith("gemma"):
+def _model_dtype(kernels: Kernels, old_config: Config) -> dict[str, Any]:
+    """Returns the dtype of the model, to which servers cast scales and activations."""
+    # vLLM does not support MXFP4 in float16, and transformers supports E2M1 only in
+    # bfloat16. Gemma overflows in float16, so its dtype stays.
+    is_int = next(iter(kernels.values())).fmt in _INT4_FORMATS
+    if is_int and str(old_config.get("model_type")).startswith("gemma"):
         return {}
-    names = {_scale_dtype(q).name if is_int else "bfloat16" for q in kernels.values()}
-    return {"dtype": max(names), "torch_dtype": None}
+    dtypes = {
+        _integer_scale_dtype(q).name if is_int else "bfloat16" for q in kernels.values()
+    }
+    # "float16" sorts last: one kernel whose scales need float16 decides for the model.
+    return {"dtype": max(dtypes), "torch_dtype": None}
 
 
-_LAYOUTS = {
-    "awq": PackedLayout("AWQ", _INT4, _awq_tensors, _awq_config, _awq_refusal),
-    "compressed-tensors": PackedLayout(
-        "compressed-tensors",
-        tuple(_COMPRESSED),
-        _compressed_tensors,
-        _compressed_config,
-        lambda q: None,
-    ),
-}
+_AWQ = PackedLayout("AWQ", _INT4_FORMATS, _awq_tensors, _awq_config, _awq_problem)
+_COMPRESSED_TENSORS = PackedLayout(
+    "compressed-tensors",
+    tuple(_COMPRESSED_FORMATS),
+    _compressed_tensors,
+    _compressed_config,
+)

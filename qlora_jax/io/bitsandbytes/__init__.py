@@ -1,1 +1,0 @@
-"""4-bit checkpoints of bitsandbytes, without torch."""

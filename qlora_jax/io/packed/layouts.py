@@ -1,0 +1,393 @@
+"""The layouts in which other libraries store 4-bit weights, each with its reader."""
+
+# To support another layout: write a function from the parts of a weight (tensors by the
+# ends of their names) and the settings of the folder to `PackedWeight`s. Describe it by
+# a `PartsLayout`, and add that to `LAYOUTS`. List in `readers.py` which settings are
+# supported. Reject everything else with `require`. Add the layout to
+# tests/io/test_packed_readers.py; test_fuzz_io.py then corrupts its files. Loading,
+# slicing, re-packing and their errors need no further code.
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+from ..files import require
+from ..names import Names
+from ..tensors import DeferredTensor
+from .weight import (
+    INTEGER_FORMATS,
+    PackedWeight,
+    Parts,
+    SliceableTensor,
+    View,
+    check_4bit_words,
+    packed_weight,
+    read_input_blocks,
+    read_scalar,
+    require_part,
+    swap_nibbles,
+    transposed,
+    unpack_words,
+    zero_point_biases,
+)
+
+Settings = Mapping[str, Any]  # `quantization_config` in a folder's `config.json`
+
+
+@dataclass(frozen=True)
+class PartsLayout:
+    """The names of the parts of a weight, and the function that reads them."""
+
+    marker: str  # every weight in this layout has this part
+    optional: tuple[str, ...]  # a weight may have these parts
+    # Maps the parts and the settings to weights, by the ends of the weights' names.
+    read: Callable[[Parts, Settings], Mapping[str, PackedWeight]]
+    dtype: str = ""  # of the marker, if other layouts have a part of the same name
+    separator: str = "."  # between the name of a module and the name of a part
+    ignored: tuple[str, ...] = ()  # parts that do not describe weights
+
+
+# AWQ (the GEMM version) and GPTQ: weight = (code - zero point) * scale.
+#
+# Both store `scales` [K / B, N], and `qzeros` [K / B, N / 8], eight zero points to an
+# int32. AWQ packs outputs, `qweight` [K, N / 8], in an interleaved order. GPTQ packs
+# inputs, `qweight` [K / 8, N], and `g_idx` [K] is the block of each input. The first
+# version of GPTQ files stores each zero point minus one.
+
+# The nibble of AWQ's word, from the lowest, that holds each of eight outputs.
+_AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def _awq_codes(words: SliceableTensor) -> View:
+    """Returns the codes `[N, K / 2]` of AWQ's words `[K, N / 8]`."""
+    k, num_words = words.shape
+    n = num_words * 8
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        first_word, last_word = rows.start // 8, -(-min(rows.stop, n) // 8)
+        inputs = slice(columns.start * 2, columns.stop * 2)
+        stored = np.asarray(words[inputs, first_word:last_word])
+        codes = unpack_words(stored, _AWQ_POSITIONS)
+        # Rows may begin or end inside a word.
+        codes = codes[:, rows.start - first_word * 8 :][:, : rows.stop - rows.start]
+        return (codes[::2] << 4 | codes[1::2]).T
+
+    return View((n, k // 2), np.dtype(np.uint8), read)
+
+
+def _read_awq_or_gptq(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+    words = require_part(parts, "qweight", "int32")
+    zeros = require_part(parts, "qzeros", "int32")
+    scales = require_part(parts, "scales", "float16 bfloat16")
+    num_blocks, n = scales.shape
+    check_4bit_words("qzeros", zeros, n)
+    # Without settings, the length of a row of `qweight` tells the two apart.
+    row_sizes = {"awq": n // 8, "gptq": n}
+    fitting = [name for name, size in row_sizes.items() if words.shape[1] == size]
+    method = settings.get("quant_method", fitting[0] if fitting else None)
+    require(
+        method in fitting,
+        f"`qweight` must be [K / 8, {n}], or for AWQ [K, {n} / 8]. Got "
+        f"{list(words.shape)}.",
+    )
+    is_awq = method == "awq"
+    k = words.shape[0] * (1 if is_awq else 8)
+    require(
+        tuple(zeros.shape) == (num_blocks, n // 8) and n % 8 == 0,
+        f"`qzeros` must be [{num_blocks}, {n} / 8]. Got {list(zeros.shape)}.",
+    )
+    require(k % 2 == 0, f"`qweight` must have an even number of inputs. Got {k}.")
+    scales = transposed(scales)
+    if is_awq:
+        codes, input_blocks = _awq_codes(words), None
+        biases = zero_point_biases(zeros, scales, _AWQ_POSITIONS)
+    else:
+        require(
+            "g_idx" in parts or not settings.get("desc_act"),
+            "`g_idx` must be given, as `desc_act` is true. Got none.",
+        )
+        codes = swap_nibbles(transposed(words))
+        input_blocks = read_input_blocks(parts, "g_idx", k, num_blocks)
+        is_first_version = settings.get("checkpoint_format", "gptq") == "gptq"
+        # One is added to all eight zero points of a word by a single sum, as in
+        # GPTQModel, so that a zero point of 16 carries into the next one.
+        offset = 0x11111111 if is_first_version else 0
+        biases = zero_point_biases(zeros, scales, offset=offset)
+    weight = packed_weight(
+        *INTEGER_FORMATS[str(scales.dtype)],
+        codes,
+        scales,
+        biases=biases,
+        input_blocks=input_blocks,
+    )
+    return {"weight": weight}
+
+
+# compressed-tensors: pack-quantized, mxfp4-pack-quantized and nvfp4-pack-quantized.
+#
+# A weight [N, K] is `weight_packed`, first code in the lowest bits, and `weight_scale`
+# [N, K / B]. Integer codes are packed into int32, and their scales are floats.
+# `weight_shape` is [N, K], and there may be a `weight_zero_point` [N / 8, K / B] and a
+# `weight_g_idx` [K]. E2M1 codes are packed into bytes. Their scales are E8M0, or E4M3
+# with a `weight_global_scale`.
+
+# Arguments of `packed_weight` by the dtypes of codes and scales. compressed-tensors
+# decodes E2M1 to bfloat16.
+_COMPRESSED_FORMATS = {("int32", key): value for key, value in INTEGER_FORMATS.items()}
+_COMPRESSED_FORMATS |= {
+    ("uint8", "uint8"): ("mxfp4", "bfloat16"),
+    ("uint8", "float8_e4m3fn"): ("nvfp4", "bfloat16"),
+}
+_INTEGER_PARTS = ("weight_zero_point", "weight_g_idx")
+_FORMAT_PARTS = ("weight_global_scale", *_INTEGER_PARTS)  # of some formats only
+
+
+def _read_compressed(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+    del settings
+    require("weight_scale" in parts, "`weight_scale` must be given. Got none.")
+    packed, scales = parts["weight_packed"], parts["weight_scale"]
+    dtypes = str(packed.dtype), str(scales.dtype)
+    require(
+        dtypes in _COMPRESSED_FORMATS,
+        f"codes and scales must have dtypes {[*_COMPRESSED_FORMATS]}. Got {dtypes}.",
+    )
+    fmt, dtype = _COMPRESSED_FORMATS[dtypes]
+    require(len(packed.shape) == 2, f"codes must have two axes. Got {packed.shape}.")
+    format_parts = {"nvfp4": ("weight_global_scale",), "mxfp4": ()}
+    for name in _FORMAT_PARTS:
+        is_allowed = name in format_parts.get(fmt, _INTEGER_PARTS)
+        message = f"`{name}` must be left out for {fmt}. Got one."
+        require(is_allowed or name not in parts, message)
+    codes = swap_nibbles(packed)
+    scale_scales = biases = input_blocks = None
+    if fmt == "nvfp4":
+        divisor = read_scalar(parts, "weight_global_scale")
+        scale_scales = np.array([1, divisor], np.float32)
+    elif fmt != "mxfp4":
+        n, k = codes.shape[0], codes.shape[1] * 2
+        _check_compressed_shape(parts, n, k)
+        num_blocks = scales.shape[-1] if scales.shape else 0
+        input_blocks = read_input_blocks(parts, "weight_g_idx", k, num_blocks)
+        if "weight_zero_point" in parts:
+            zeros = require_part(parts, "weight_zero_point", "int32")
+            shape = [-(-n // 8), *scales.shape[1:]]
+            require(
+                list(zeros.shape) == shape,
+                f"`weight_zero_point` must be {shape}. Got {list(zeros.shape)}.",
+            )
+            biases = zero_point_biases(transposed(zeros), scales)
+    weight = packed_weight(
+        fmt,
+        dtype,
+        codes,
+        scales,
+        scale_scales=scale_scales,
+        biases=biases,
+        input_blocks=input_blocks,
+    )
+    return {"weight": weight}
+
+
+def _check_compressed_shape(parts: Parts, n: int, k: int) -> None:
+    stored = parts.get("weight_shape")
+    shape = None if stored is None else np.asarray(stored[...]).tolist()
+    # Name the number of bits if only that explains the length of the rows.
+    if isinstance(shape, list) and len(shape) == 2 and shape[0] == n and shape[1] > 0:
+        check_4bit_words("weight_packed", parts["weight_packed"], shape[1])
+    message = f"`weight_shape` must be [{n}, {k}], for 4 bits. Got {shape}."
+    require(shape == [n, k], message)
+
+
+# ModelOpt's NVFP4: `weight` [N, K / 2], two codes to a byte, `weight_scale` [N, K / 16]
+# in E4M3, and `weight_scale_2`, a factor. Activations and key-value caches stay in
+# float here, as servers may do as well, so their scales are ignored.
+
+
+def _read_modelopt(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+    del settings
+    codes = swap_nibbles(require_part(parts, "weight", "uint8"))
+    scales = require_part(parts, "weight_scale", "float8_e4m3fn")
+    factors = np.array([read_scalar(parts, "weight_scale_2"), 1], np.float32)
+    weight = packed_weight("nvfp4", "bfloat16", codes, scales, scale_scales=factors)
+    return {"weight": weight}
+
+
+# MLX: `weight` [N, K / 8], eight codes to a uint32, first code in the lowest bits, and
+# `scales` [N, K / B]. In mode affine, weight = code * scale + bias, with `biases`
+# [N, K / B]. In modes mxfp4 and nvfp4, a weight is E2M1 times a scale, which is a byte:
+# E8M0 for 32 weights, or E4M3 for 16.
+
+
+def _read_mlx(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+    del settings
+    codes = swap_nibbles(require_part(parts, "weight", "uint32"))
+    scales = require_part(parts, "scales", " ".join(["uint8", *INTEGER_FORMATS]))
+    dtype = str(scales.dtype)
+    if dtype in INTEGER_FORMATS:
+        biases = require_part(parts, "biases", dtype)
+        require(
+            biases.shape == scales.shape,
+            f"`biases` must be {list(scales.shape)}. Got {list(biases.shape)}.",
+        )
+        fmt = INTEGER_FORMATS[dtype]
+        return {"weight": packed_weight(*fmt, codes, scales, biases=biases)}
+    message = "`biases` must be left out if `scales` are uint8. Got some."
+    require("biases" not in parts, message)
+    if codes.shape[1] * 2 != scales.shape[1] * 16:
+        return {"weight": packed_weight("mxfp4", "bfloat16", codes, scales)}
+    e4m3 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+    def read_e4m3(rows: slice, columns: slice) -> np.ndarray:
+        return scales[rows, columns].view(e4m3)
+
+    e4m3_scales, factors = View(scales.shape, e4m3, read_e4m3), np.ones(2, np.float32)
+    weight = packed_weight(
+        "nvfp4", "bfloat16", codes, e4m3_scales, scale_scales=factors
+    )
+    return {"weight": weight}
+
+
+# GGUF's Q4_0 and MXFP4: a scale and 16 bytes for every 32 inputs of an output.
+#
+# A row of `weight_q4_0` [N, 18 * K / 32] consists of blocks with a float16 scale each;
+# a row of `NAME_mxfp4` [N, 17 * K / 32], of blocks with an E8M0 exponent each. The low
+# half of byte i is the code of input i, and the high half that of input i + 16.
+
+
+def _gguf_weight(
+    parts: Parts, name: str, fmt: str, dtype: str, scale_dtype: DTypeLike
+) -> PackedWeight:
+    stored = require_part(parts, name, "uint8")
+    scale_bytes = np.dtype(scale_dtype).itemsize
+    block_bytes = scale_bytes + 16
+    n, num_blocks = stored.shape[0], stored.shape[1] // block_bytes
+    require(
+        stored.shape[1] == num_blocks * block_bytes,
+        f"rows of `{name}` must be whole blocks of {block_bytes} bytes. Got shape "
+        f"{stored.shape}.",
+    )
+
+    def read_blocks(rows: slice, blocks: slice) -> np.ndarray:
+        columns = slice(blocks.start * block_bytes, blocks.stop * block_bytes)
+        data = np.asarray(stored[rows, columns])
+        return data.reshape(len(data), -1, block_bytes)
+
+    def read_codes(rows: slice, columns: slice) -> np.ndarray:
+        # A block has 16 columns, each of two codes. Columns may begin inside a block.
+        first, last = columns.start // 16, -(-columns.stop // 16)
+        data = read_blocks(rows, slice(first, last))[..., scale_bytes:]
+        # [rows, blocks, 16 bytes] -> [rows, blocks, 32 codes] -> [rows, K / 2]
+        codes = np.concatenate([data & 15, data >> 4], axis=-1)
+        pairs = (codes[..., ::2] << 4 | codes[..., 1::2]).reshape(len(codes), -1)
+        return pairs[:, columns.start - first * 16 : columns.stop - first * 16]
+
+    def read_scales(rows: slice, blocks: slice) -> np.ndarray:
+        data = np.ascontiguousarray(read_blocks(rows, blocks)[..., :scale_bytes])
+        return data.view(scale_dtype)[..., 0]
+
+    codes = View((n, num_blocks * 16), np.dtype(np.uint8), read_codes)
+    scales = View((n, num_blocks), np.dtype(scale_dtype), read_scales)
+    return packed_weight(fmt, dtype, codes, scales)
+
+
+def _read_q4_0(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+    del settings
+    weight = _gguf_weight(parts, "weight_q4_0", "q4_0", "float32", np.float16)
+    return {"weight": weight}
+
+
+def _read_gguf_mxfp4(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+    del settings
+    return {"": _gguf_weight(parts, "mxfp4", "mxfp4", "bfloat16", np.uint8)}
+
+
+# gpt-oss's experts: one tensor holds all experts of a layer. In MXFP4, `NAME_blocks`
+# [E, N, K / 32, 16], first code in the low bits, and `NAME_scales` [E, N, K / 32] in
+# E8M0. In float, `NAME` [E, K, N]. Here they are E weights [N, K] called `NAME.0`,
+# `NAME.1` ..., as in other models and in tables of names.
+
+
+def _read_gpt_oss(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+    del settings
+    blocks = require_part(parts, "blocks", "uint8", axes=4)
+    scales = require_part(parts, "scales", "uint8", axes=3)
+    *shape, block_bytes = blocks.shape
+    require(
+        list(scales.shape) == shape and block_bytes == 16,
+        f"`scales` must be {shape} and `blocks` have 16 bytes each. Got "
+        f"{list(scales.shape)} and {list(blocks.shape)}.",
+    )
+    num_experts, n, num_blocks = shape
+    codes = blocks.reshape(num_experts, n, num_blocks * 16)  # [E, N, K / 2]
+
+    def read_expert(index: int) -> PackedWeight:
+        expert_codes = swap_nibbles(_expert_matrix(codes, index))
+        expert_scales = _expert_matrix(scales, index)
+        return packed_weight("mxfp4", "bfloat16", expert_codes, expert_scales)
+
+    return {f".{index}": read_expert(index) for index in range(num_experts)}
+
+
+def _expert_matrix(stack: SliceableTensor, index: int) -> View:
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        return stack[index : index + 1, rows, columns][0]
+
+    return View(tuple(stack.shape[1:]), stack.dtype, read)
+
+
+def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Replaces float stacks `NAME` `[E, K, N]` by `NAME.0`, `NAME.1` ... `[N, K]`."""
+    split: dict[str, Any] = {}
+    for name, x in tensors.items():
+        if len(x.shape) == 3 and names.is_stack(name):
+            for index in range(x.shape[0]):
+                split[f"{name}.{index}"] = transposed(_expert_matrix(x, index))
+        else:
+            split[name] = x
+    return split
+
+
+def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Inverts `split_experts`: stacks `NAME.0`, `NAME.1` ... as `NAME`."""
+    joined: dict[str, Any] = {}
+    stacks: dict[str, list[Any]] = {}
+    for name, x in tensors.items():
+        stem = name.rpartition(".")[0]
+        if names.is_stack(stem):
+            joined[stem] = None  # keeps the order of the tensors; filled in below
+            stacks.setdefault(stem, []).append(x)
+        else:
+            joined[name] = x
+
+    def stack_experts(experts: list[Any]) -> DeferredTensor:
+        def make() -> np.ndarray:
+            return np.stack([np.asarray(x[:, :]).T for x in experts])
+
+        shape = len(experts), *experts[0].shape[::-1]
+        return DeferredTensor(experts[0].dtype, shape, make)
+
+    return joined | {stem: stack_experts(experts) for stem, experts in stacks.items()}
+
+
+LAYOUTS = (
+    PartsLayout(
+        "weight_packed",
+        ("weight_scale", "weight_shape", *_FORMAT_PARTS),
+        _read_compressed,
+    ),
+    PartsLayout("qweight", ("qzeros", "scales", "g_idx"), _read_awq_or_gptq),
+    PartsLayout(
+        "weight_scale_2",
+        ("weight", "weight_scale"),
+        _read_modelopt,
+        ignored=("input_scale", "k_scale", "v_scale"),
+    ),
+    PartsLayout("blocks", ("scales",), _read_gpt_oss, dtype="uint8", separator="_"),
+    PartsLayout("weight", ("scales", "biases"), _read_mlx, dtype="uint32"),
+    PartsLayout("weight_q4_0", (), _read_q4_0),
+    PartsLayout("mxfp4", (), _read_gguf_mxfp4, separator="_"),
+)
