@@ -5,7 +5,7 @@ query of a block sees are skipped: half in causal attention, most in packed rows
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,8 @@ def attend_in_blocks(
     query, key = pad_tokens(query, rows), pad_tokens(key, columns)
     visible = jnp.pad(visible, ((0, 0), (0, rows), (0, columns)))
     settings, mask = _Settings(scale, soft_cap, block), _find_ranges(visible, block)
-    mixed = _attend(settings, query, key, pad_tokens(value, columns), mask)
+    # pyright loses the type of a custom VJP with static arguments.
+    mixed: Any = _attend(settings, query, key, pad_tokens(value, columns), mask)
     return mixed[:, :, :tokens]
 
 

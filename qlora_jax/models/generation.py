@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from .decoder import cache_length
+from .decoder import Cache, cache_length
 from .sampling import Sampling
 
 
+def power_of_two(length: int) -> int:
+    """Returns the smallest power of two that is at least `length`."""
+    return 1 << (length - 1).bit_length()
+
+
 def padded_length(length: int) -> int:
-    """Returns the padded length of a prompt: few lengths, so few compiled programs.
+    """Returns the length to which a prompt is padded.
+
+    There are few such lengths, so that few programs are compiled.
 
     Example:
         >>> padded_length(3), padded_length(40), padded_length(50)
@@ -27,7 +34,7 @@ def generate(
     apply: Callable[..., Any],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    cache: Any,
+    cache: Cache,
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int],
@@ -43,10 +50,10 @@ def generate(
     Args:
         apply: `functools.partial(model.apply, variables)`.
         tokens: Prompts, padded on the right.
-        lengths: Tokens of each prompt, at least 1.
+        lengths: The number of tokens of each prompt, at least 1.
         cache: From `init_cache`, with room for T + `max_new_tokens`.
         max_new_tokens: N, the length of the answer.
-        eos_ids: Tokens that end an answer; the first one fills what follows.
+        eos_ids: Tokens that end an answer; the first one fills the rest of the row.
         key: PRNG key; needed if `temperature` is not 0.
         temperature: As in `Sampling`: greedy by default.
         top_k: As in `Sampling`.
@@ -70,62 +77,61 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p)
     check_key(sampling, key)
-    room = cache_length(cache)
-    if room < tokens.shape[1] + max_new_tokens:
+    num_positions = cache_length(cache)
+    if num_positions < tokens.shape[1] + max_new_tokens:
         raise ValueError(
-            f"`cache` must have room for the prompt and `max_new_tokens`. Got {room} "
-            f"positions for {tokens.shape[1]} + {max_new_tokens} tokens."
+            "`cache` must have room for the prompt and `max_new_tokens`. Got "
+            f"{num_positions} positions for {tokens.shape[1]} + {max_new_tokens} tokens."
         )
-    filling = eos_ids[0] if len(eos_ids) else 0
+    fill = eos_ids[0] if len(eos_ids) else 0
 
-    def follow(tokens, step, cache, **places):
-        return next_tokens(apply, sampling, tokens, cache, key, step, **places)
+    def decode(tokens, step, cache, **indices):
+        return next_tokens(apply, sampling, tokens, cache, key, step, **indices)
 
-    is_end = lambda token: jnp.isin(token, np.asarray(eos_ids, tokens.dtype))
+    def is_end(token):
+        return jnp.isin(token, np.asarray(eos_ids, tokens.dtype))
 
-    def unfinished(state):
-        step, _, _, ended, _ = state
-        return (step < max_new_tokens) & ~jnp.all(ended)
+    def is_unfinished(state):
+        step, _, _, has_ended, _ = state
+        return (step < max_new_tokens) & ~jnp.all(has_ended)
 
     def extend(state):
-        step, out, token, ended, cache = state
-        place = (lengths + step - 1)[:, None]
-        token, cache = follow(token[:, None], step, cache, positions=place)
-        token = jnp.where(ended, filling, token)
-        ended |= is_end(token)
-        return step + 1, out.at[:, step].set(token), token, ended, cache
+        step, output, token, has_ended, cache = state
+        positions = (lengths + step - 1)[:, None]  # [B, 1]
+        token, cache = decode(token[:, None], step, cache, positions=positions)
+        token = jnp.where(has_ended, fill, token)
+        has_ended |= is_end(token)
+        return step + 1, output.at[:, step].set(token), token, has_ended, cache
 
-    first, cache = follow(tokens, 0, cache, select=lengths[:, None] - 1)
-    out = jnp.full((tokens.shape[0], max_new_tokens), filling, tokens.dtype)
-    state = (jnp.int32(1), out.at[:, 0].set(first), first, is_end(first), cache)
-    return jax.lax.while_loop(unfinished, extend, state)[1]
+    first, cache = decode(tokens, 0, cache, select=lengths[:, None] - 1)
+    output = jnp.full((tokens.shape[0], max_new_tokens), fill, tokens.dtype)
+    output = output.at[:, 0].set(first)
+    state = (jnp.int32(1), output, first, is_end(first), cache)
+    return jax.lax.while_loop(is_unfinished, extend, state)[1]
 
 
 def next_tokens(
     apply: Callable[..., Any],
     sampling: Sampling,
     tokens: Int[Array, "B T"],
-    cache: Any,
-    key: Any,
-    step: Any,
-    **places: Any,
-) -> tuple[Int[Array, " B"], Any]:
+    cache: Cache,
+    key: Key[Array, ""] | None,
+    step: int | Int[Array, ""],
+    **indices: Array,
+) -> tuple[Int[Array, " B"], Cache]:
     """Returns the next token of each row, and the cache with `tokens` added.
 
-    `places` has the decoder's `positions` and `select`, one place a row. `step` counts
-    the tokens chosen before.
+    `indices` has the decoder's `positions` and `select`, which selects one token of
+    each row. `step` is the number of tokens that were drawn before.
     """
-    logits, cache = apply(tokens, cache=cache, **places)
+    logits, cache = apply(tokens, cache=cache, **indices)
     step_key = None if key is None else jax.random.fold_in(key, step)
     return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype), cache
 
 
-def power_of_two(length: int) -> int:
-    """Returns the smallest power of two that is at least `length`."""
-    return 1 << (length - 1).bit_length()
-
-
 def check_key(sampling: Sampling, key: Key[Array, ""] | None) -> None:
-    """Refuses to draw without a key."""
+    """Raises a ValueError if tokens are drawn without a key."""
     if key is None and not sampling.is_greedy:
-        raise ValueError("`key` must be given where `temperature` is not 0.")
+        raise ValueError(
+            "`key` must be a PRNG key if `temperature` is not 0. Got None."
+        )

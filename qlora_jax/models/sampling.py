@@ -11,15 +11,16 @@ from jaxtyping import Array, Float, Int, Key
 class Sampling:
     """Sampling settings.
 
-    As in transformers: divides the logits by the temperature, drops those outside the
-    `top_k` most probable tokens, then those outside `top_p`, and draws from the rest.
+    The steps are those of transformers: divide the logits by the temperature, drop the
+    tokens outside the `top_k` most probable ones, then those outside `top_p`, and draw
+    one of the remaining tokens.
 
     Attributes:
-        temperature: Divisor of the logits; 0 for always the most probable token.
-        top_k: How many of the most probable tokens may be drawn, with ties; None: all.
+        temperature: Divisor of the logits; 0 to always choose the most probable token.
+        top_k: The number of most probable tokens to draw from, plus ties; None for all.
         top_p: The least probable tokens whose probabilities sum to at most 1 - `top_p`
-            are dropped (Holtzman et al. 2020, section 3.1), but for those as probable
-            as the last one kept. The most probable token is always kept.
+            are dropped (Holtzman et al. 2020, section 3.1), except those that are as
+            probable as the last remaining one. The most probable token always remains.
 
     Example:
         >>> logits = jnp.array([1.0, 3.0, 2.0])
@@ -54,7 +55,7 @@ class Sampling:
         return self.temperature == 0
 
     def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """Returns the logits over the temperature, -inf for tokens that are not drawn.
+        """Returns the logits over the temperature; -inf for tokens that are dropped.
 
         Args:
             logits: Float32 logits of the model.
@@ -62,18 +63,21 @@ class Sampling:
         logits = logits / self.temperature
         if self.top_k is None and self.top_p == 1:
             return logits
+        # Find the smallest logit that is not dropped, so that ties are treated alike.
         ascending = jnp.sort(logits, axis=-1)
         kth = 0 if self.top_k is None else max(logits.shape[-1] - self.top_k, 0)
-        least = ascending[..., kth, None]
-        ascending = jnp.where(ascending < least, -jnp.inf, ascending)
+        smallest = ascending[..., kth, None]
+        ascending = jnp.where(ascending < smallest, -jnp.inf, ascending)
         if self.top_p < 1:
-            # In rising order, the sum up to and with a token tells if it is kept.
-            below = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-            kept = below > 1 - self.top_p
-            kept = kept.at[..., -1].set(True)
-            first = jnp.argmax(kept, axis=-1, keepdims=True)
-            least = jnp.maximum(least, jnp.take_along_axis(ascending, first, axis=-1))
-        return jnp.where(logits < least, -jnp.inf, logits)
+            # In ascending order, a token remains if the sum up to and including it is
+            # large enough.
+            cumulative = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+            remains = cumulative > 1 - self.top_p
+            remains = remains.at[..., -1].set(True)
+            first = jnp.argmax(remains, axis=-1, keepdims=True)
+            cutoff = jnp.take_along_axis(ascending, first, axis=-1)
+            smallest = jnp.maximum(smallest, cutoff)
+        return jnp.where(logits < smallest, -jnp.inf, logits)
 
     def choose(
         self, logits: Float[Array, "B V"], key: Key[Array, ""] | None = None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec, get_abstract_mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 import qlora_jax as ql
 
@@ -22,26 +22,28 @@ from .config import DecoderConfig
 
 ROW_AXES = ("data", "fsdp")
 MESH_AXES = (*ROW_AXES, "tensor")
-_OUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj")
-_OUT += ("gate_up_proj",)  # their outputs are split over `tensor`
-_IN = ("o_proj", "down_proj")  # what these contract is
+# Kernels whose outputs, and kernels whose contracted inputs, are split over `tensor`.
+_SPLIT_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj")
+_SPLIT_OUTPUTS += ("gate_up_proj",)
+_SPLIT_INPUTS = ("o_proj", "down_proj")
 
 
 def place_arguments(
-    config: DecoderConfig, base: Any, mesh: Mesh | AbstractMesh
+    config: DecoderConfig, base: PyTree, mesh: Mesh | AbstractMesh
 ) -> dict[str, Any]:
     """Returns the arguments `rules` and `rows` of `ql.sharding.place` for a decoder.
 
     The rows of inputs are split over `data` and `fsdp`. A kernel is split over `fsdp`
-    along the hidden size, if quantization blocks divide, or along its outputs; and over
-    `tensor` along heads or the width of the MLP. The kernels of keys and values are not
-    split over `tensor` if it does not divide their heads. The embedding is split along
-    the hidden size over both axes, the head along the vocabulary: neither is ever
-    gathered. Axes that do not divide are not split; norms and biases are replicated.
+    along the hidden size, if this splits no quantization block, or else along its
+    outputs; and over `tensor` along heads or the width of the MLP. The kernels of keys
+    and values are not split over `tensor` if it does not divide their heads. The
+    embedding is split along the hidden size over both axes, and the head along the
+    vocabulary, so that neither is ever gathered. Axes that do not divide are not split;
+    norms and biases are replicated.
 
     Args:
         config: The decoder's config.
-        base: Its parameters, in float or packed, or their shapes.
+        base: The decoder's parameters, in float or packed, or their shapes.
         mesh: A mesh with axes among `data`, `fsdp` and `tensor`.
 
     Raises:
@@ -60,52 +62,57 @@ def place_arguments(
     sizes = dict(mesh.shape)
     if unknown := sorted({*sizes} - {*MESH_AXES}):
         raise ValueError(f"`mesh` must have axes among {MESH_AXES}. Got {unknown}.")
-    tensor = sizes.get("tensor", 1)
-    if config.num_heads % tensor:
-        fit = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
+    heads, tensor = config.num_heads, sizes.get("tensor", 1)
+    if heads % tensor:
+        divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
-            f"`tensor` must divide the {config.num_heads} heads: it may be "
-            f"{', '.join(map(str, fit))}. Got {tensor}."
+            f"`tensor` must divide the {heads} heads: it may be "
+            f"{', '.join(divisors)}. Got {tensor}."
         )
     rules = {}
     for path, leaf in ql.leaves_by_path(base).items():
-        specs = [PartitionSpec(*spec) for spec in _specs(config, path, sizes)]
-        fit = [spec for spec in specs if _divides(leaf, spec, sizes)]
-        if found := [*fit, *specs[:1]]:
-            rules[re.escape(path)] = found[0]
-    return {"rules": rules, "rows": (_among(ROW_AXES, sizes),)}
+        specs = [PartitionSpec(*spec) for spec in _candidate_specs(config, path, sizes)]
+        fitting = [spec for spec in specs if _divides(leaf, spec, sizes)]
+        # If none fits, `place` raises an error about the first spec.
+        if specs:
+            rules[re.escape(path)] = [*fitting, specs[0]][0]
+    return {"rules": rules, "rows": (_select_axes(ROW_AXES, sizes),)}
 
 
-def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[tuple]:
+def _candidate_specs(
+    config: DecoderConfig, path: str, sizes: dict[str, int]
+) -> Iterator[tuple]:
     """Yields the specs that may split a leaf, the best one first."""
-    *outer, module, name = ("", *path.split("/"))
-    stack = (None,) * (2 if "experts" in outer else 1)  # layers, and their experts
+    *parents, module, name = ("", *path.split("/"))
+    # The leading axes are those of the layers, and of experts.
+    stack = (None,) * (2 if "experts" in parents else 1)
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
     both = tuple(axis for axis in (tensor, fsdp) if axis)
     if name == "embedding" or module == "lm_head":
         for axes in ((fsdp, tensor), (fsdp,), (tensor,), ()):
             yield None, tuple(filter(None, axes)) or None
-    elif name == "kernel" and module in _OUT:
-        ways = sizes.get("tensor", 1)
-        if module in ("k_proj", "v_proj") and config.num_kv_heads % ways:
+    elif name == "kernel" and module in _SPLIT_OUTPUTS:
+        is_kv = module in ("k_proj", "v_proj")
+        if is_kv and config.num_kv_heads % sizes.get("tensor", 1):
             tensor, both = None, both[bool(tensor) :]
         yield *stack, fsdp, tensor
         yield *stack, None, both
-    elif name == "kernel" and module in _IN:
+    elif name == "kernel" and module in _SPLIT_INPUTS:
         yield *stack, tensor, fsdp
 
 
-def _among(names: Iterable[str], sizes: dict[str, int]) -> tuple[str, ...]:
+def _select_axes(names: Iterable[str], sizes: dict[str, int]) -> tuple[str, ...]:
     """Returns those of the mesh axes that a mesh has."""
     return tuple(name for name in names if name in sizes)
 
 
-def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
-    """Whether a spec splits a leaf between quantization blocks only."""
+def _divides(leaf: Array, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
+    """Whether a spec splits a leaf evenly, and only between quantization blocks."""
     shape = list(leaf.shape)
     if isinstance(leaf, ql.QTensor):
-        blocks, rest = divmod(shape[-2], leaf.block_size)
-        shape[-2] = 1 if rest else blocks
+        # Count blocks along the contracted axis; a partial block cannot be split off.
+        blocks, remainder = divmod(shape[-2], leaf.block_size)
+        shape[-2] = 1 if remainder else blocks
     for entry, size in zip(spec, shape, strict=False):
         axes = entry if isinstance(entry, tuple) else (entry,)
         if size % math.prod(sizes[axis] for axis in axes if axis):
@@ -114,73 +121,82 @@ def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
 
 
 def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Returns embedded tokens, split by rows as the ambient mesh splits a batch."""
-    # The embedding is split along D, so the look-up gives columns of all rows. Left
-    # alone, XLA would sum the rows of all devices on each of them.
-    sizes = _auto_sizes()
-    rows = _among(ROW_AXES, sizes)
-    if not rows or x.shape[0] % _ways(rows, sizes):
+    """Splits embedded tokens by rows, as the ambient mesh splits a batch."""
+    # The embedding is split along D, so the look-up returns columns of all rows. Without
+    # constraints, XLA would sum the rows of all devices on each of them.
+    sizes = _auto_axes()
+    rows = _select_axes(ROW_AXES, sizes)
+    if not rows or x.shape[0] % _num_parts(rows, sizes):
         return x
-    columns = _among(("fsdp", "tensor"), sizes)
-    while columns and x.shape[2] % _ways(columns, sizes) == 0:
-        lead = "data" if "data" in sizes else None
-        x = lax.with_sharding_constraint(x, PartitionSpec(lead, None, columns))
-        columns = columns[:-1]  # what XLA does not do well at once
+    columns = _select_axes(("fsdp", "tensor"), sizes)
+    while columns and x.shape[2] % _num_parts(columns, sizes) == 0:
+        data = "data" if "data" in sizes else None
+        x = lax.with_sharding_constraint(x, PartitionSpec(data, None, columns))
+        columns = columns[:-1]  # one axis at a time; XLA does not do well with several
     return lax.with_sharding_constraint(x, PartitionSpec(rows))
 
 
 def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Returns an embedding that is the head, split along the vocabulary."""
-    # It is stored split along D, for look-ups. Each device sends the others its columns
-    # of their words: nothing is gathered.
-    sizes = _auto_sizes()
-    axes = _among(("fsdp", "tensor"), sizes)
-    if not axes or embedding.shape[0] % _ways(axes, sizes):
+    """Splits an embedding that is used as the head along the vocabulary."""
+    # It is stored split along D, for look-ups. Each device sends its columns of a part
+    # of the vocabulary to the device with that part: nothing is gathered.
+    sizes = _auto_axes()
+    axes = _select_axes(("fsdp", "tensor"), sizes)
+    if not axes or embedding.shape[0] % _num_parts(axes, sizes):
         return embedding
     return lax.with_sharding_constraint(embedding, PartitionSpec(axes))
 
 
 def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns an attention that each device computes on its rows and heads."""
+    """Makes each device compute an attention on its own rows and heads.
 
-    # XLA does not partition a kernel such as that of `ql.memory.splash_attention`. Key
-    # heads that `tensor` does not divide are repeated until it does.
-    def split(query: Array, key: Array, value: Array, **settings: Any) -> Array:
-        names = {"segment_ids", "sinks"} & {*settings}
-        arrays = {name: settings.pop(name) for name in names}
-        run = lambda q, k, v, arrays: attention(q, k, v, **arrays, **settings)
-        if not (sizes := _auto_sizes()):
-            return run(query, key, value, arrays)
-        rows, tensor = _among(ROW_AXES, sizes), sizes.get("tensor", 1)
-        if query.shape[0] % _ways(rows, sizes):
+    XLA does not partition a kernel such as that of `ql.memory.splash_attention`.
+    """
+
+    def attend_split(
+        query: Float[Array, "B T H Dh"],
+        key: Float[Array, "B S K Dh"],
+        value: Float[Array, "B S K Dh"],
+        **settings: Any,
+    ) -> Float[Array, "B T H Dh"]:
+        array_names = {"segment_ids", "sinks"} & {*settings}
+        arrays = {name: settings.pop(name) for name in array_names}
+
+        def attend_local(query, key, value, arrays):
+            return attention(query, key, value, **arrays, **settings)
+
+        if not (sizes := _auto_axes()):
+            return attend_local(query, key, value, arrays)
+        rows, tensor = _select_axes(ROW_AXES, sizes), sizes.get("tensor", 1)
+        if query.shape[0] % _num_parts(rows, sizes):
             rows = ()
-        heads = math.lcm(key.shape[2], tensor)
-        if heads > key.shape[2]:
-            repeat = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)
-            key, value = repeat(key), repeat(value)
-        by_heads = "tensor" if tensor > 1 else None
-        spec = PartitionSpec(rows or None, None, by_heads)
-        of_rows, of_heads = PartitionSpec(rows or None), PartitionSpec(by_heads)
-        specs = {"segment_ids": of_rows, "sinks": of_heads}
+        # Repeat key heads that `tensor` does not divide until it does.
+        repeats = math.lcm(key.shape[2], tensor) // key.shape[2]
+        if repeats > 1:
+            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+        heads = "tensor" if tensor > 1 else None
+        spec = PartitionSpec(rows or None, None, heads)
+        specs = {"segment_ids": PartitionSpec(rows or None)}
+        specs["sinks"] = PartitionSpec(heads)
         return jax.shard_map(
-            run,
+            attend_local,
             in_specs=(spec, spec, spec, {name: specs[name] for name in arrays}),
             out_specs=spec,
-            check_vma=False,  # kernels do not say over which axes their results vary
+            check_vma=False,  # kernels do not declare the axes their results vary over
         )(query, key, value, arrays)
 
-    return split
+    return attend_split
 
 
-def _auto_sizes() -> dict[str, int]:
+def _auto_axes() -> dict[str, int]:
     """Returns the sizes of the ambient mesh's Auto axes among `MESH_AXES`."""
     mesh = get_abstract_mesh()
     if mesh.empty:
         return {}
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    names = {name for name, kind in kinds if kind == AxisType.Auto}
+    axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = {name for name, axis_type in axis_types if axis_type == AxisType.Auto}
     return {name: mesh.shape[name] for name in MESH_AXES if name in names}
 
 
-def _ways(axes: tuple[str, ...], sizes: dict[str, int]) -> int:
+def _num_parts(axes: tuple[str, ...], sizes: dict[str, int]) -> int:
     return math.prod(sizes[axis] for axis in axes)

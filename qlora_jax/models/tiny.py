@@ -1,10 +1,11 @@
 """Writes a small random checkpoint, to try things without a download."""
 
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.tree_util import KeyPath
 
 import qlora_jax as ql
 
@@ -13,6 +14,9 @@ from .config import DecoderConfig
 from .decoder_names import decoder_names
 from .families import config_from_hf
 from .gguf.tokenizer_in import make_pre_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -38,15 +42,16 @@ CHAT_TEMPLATE = (  # ChatML
 def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> str:
     """Returns a Hugging Face folder with a random Llama, which it writes.
 
-    It has a tokenizer of bytes and a chat template.
+    The model has a tokenizer of bytes and a chat template.
 
     Args:
         folder: A new or empty folder.
-        seed: Of the weights.
+        seed: Seed of the weights.
         **changes: Values of `config.json` to change.
 
     Raises:
-        ValueError: If the decoder has no such config, or the folder is not empty.
+        ValueError: If the decoder does not support the config, or the folder is not
+            empty.
 
     Example:
         >>> import tempfile
@@ -56,32 +61,34 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
         3
     """
     tokenizer = byte_tokenizer()
-    end = tokenizer.token_to_id(SPECIAL_TOKENS[1])
-    size = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": end}
-    raw = {**CONFIG, **size, **changes}
+    raw = {
+        **CONFIG,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "eos_token_id": tokenizer.token_to_id(SPECIAL_TOKENS[1]),
+        **changes,
+    }
     config = config_from_hf(raw)
-    params = random_params(config, seed)
-    names = decoder_names(config)
+    params, names = random_params(config, seed), decoder_names(config)
     ql.io.save_merged(folder, params, {}, names, raw, progress=False)
-    tokenizer.save(str(pathlib.Path(folder) / "tokenizer.json"))
-    template = pathlib.Path(folder) / "chat_template.jinja"
-    template.write_text(CHAT_TEMPLATE, "utf-8")
+    folder = pathlib.Path(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
     return str(folder)
 
 
-def random_params(config: DecoderConfig, seed: int = 0) -> Any:
+def random_params(config: DecoderConfig, seed: int = 0) -> dict[str, Any]:
     """Returns a decoder's parameters, float32: scales of 1, and normal weights."""
     rng = np.random.default_rng(seed)
 
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if path[-1].key == "scale":
+    def draw_leaf(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if getattr(path[-1], "key", None) == "scale":
             return np.ones(leaf.shape, np.float32)
         return rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype(np.float32)
 
-    return jax.tree.map_with_path(draw, abstract_params(config))
+    return jax.tree.map_with_path(draw_leaf, abstract_params(config))
 
 
-def byte_tokenizer() -> Any:
+def byte_tokenizer() -> "Tokenizer":
     """Returns a tokenizer of bytes, "in" and ChatML's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

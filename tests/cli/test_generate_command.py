@@ -276,7 +276,7 @@ def test_pieces_are_the_text_and_end_with_whole_characters():
         data = data[: rng.integers(1, len(data) + 1)]
         stream = TextStream(decode)
         pieces = [stream.add(byte) for byte in data]
-        assert "".join(pieces) + stream.rest() == decode(data)
+        assert "".join(pieces) + stream.flush() == decode(data)
         assert not any(piece.endswith("\ufffd") for piece in pieces)
     stream = TextStream(decode)
     assert [stream.add(x) for x in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
