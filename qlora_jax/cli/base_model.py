@@ -5,33 +5,44 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..models.checkpoint import abstract_params, load, read_config
+from ..models.checkpoint import (
+    abstract_params,
+    folder_of_text,
+    has_vision,
+    load,
+    read_config,
+)
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch, weights_of
 from ..models.gguf.decoder_in import gguf_fmt, read_gguf
 from ..models.gguf.folder import folder_of_gguf
 from ..models.gguf.lora_in import read_gguf_lora
-from ..models.text_half import folder_of_text, has_vision
 from ..train.data.readers import describe_path
 from .configs import ExportConfig, GenerateConfig, PairsConfig, ScoreConfig
 from .processes import log
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
 
-_PACKING = ("fmt", "block_size", "double_quant")
-OWN_ADAPTER = "adapter.safetensors"
-MLX = "adapters.safetensors"
-# The head stays in float, as transformers has it, and so do routers.
+NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
+MLX_ADAPTER = "adapters.safetensors"
+# The linear layers that are packed. Like in transformers, the head stays in float, and
+# so do the routers of experts.
 LAYERS = r"layers/(?!.*/router/).*/kernel"
+_PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
+
+# Arguments of `BaseModel.read` that reproduce the base of training: `packing`, `dtype`.
+LoadOptions = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,60 +51,62 @@ class BaseModel:
 
     path: pathlib.Path  # a folder or a .gguf file
     config: DecoderConfig
-    base: Any  # parameters; their shapes before `read`
-    lora: Any = dataclasses.field(default_factory=dict)
-    adapter: pathlib.Path | None = None  # one that is not read yet
-    peft: Any = None  # PEFT's settings of the adapter, if known
-    recode: bool = False  # whether weights in 4 bits may be packed again
-    name: str = ""  # of its weights: as given, or that of a copy that was taken
-    source: str = ""  # where they were found, in words
+    base: PyTree  # parameters; their shapes before `read`
+    lora: PyTree = dataclasses.field(default_factory=dict)
+    adapter: pathlib.Path | None = None  # an adapter that is not read yet
+    peft: "ql.io.PeftConfig | None" = None  # the adapter's PEFT settings, if known
+    recode: bool = False  # whether 4-bit weights may be packed again
+    name: str = ""  # identifies the weights: the name of the model or of a copy of it
+    source: str = ""  # describes where the weights were found
 
     @property
     def is_local(self) -> bool:
-        """Whether its name is that of its files here."""
+        """Whether the name is a path on this machine."""
         return pathlib.Path(self.name).expanduser().exists()
 
     @property
     def names(self) -> "ql.io.Names":
-        """The names of its parameters in a Hugging Face model."""
+        """The names of the parameters in the Hugging Face model."""
         return decoder_names(self.config)
 
     @property
-    def written_names(self) -> "ql.io.Names":
-        """The names in a model that is written: a text half becomes a model."""
+    def exported_names(self) -> "ql.io.Names":
+        """The names in an exported model: the text half of a model becomes a model."""
         return decoder_names(dataclasses.replace(self.config, module="model"))
 
     @property
-    def quantization(self) -> dict[str, Any]:
-        """What its files, if it has any, say of its packed weights."""
+    def quantization(self) -> Mapping[str, Any]:
+        """The quantization settings in the model's files; empty for floats."""
         if self.path.is_file():
             return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
         return ql.io.read_quantization(self.path)
 
     @property
     def stored_fmt(self) -> str | None:
-        """The number format of the weights in its files; None for floats."""
+        """The number format of the weights in the files; None for floats."""
         return self.quantization.get("fmt")
 
     @property
     def stored_packing(self) -> Any:
-        """How the first packed weight of its files is packed; None for floats."""
-        is_folder = self.path.is_dir()
-        found = ql.io.open_safetensors if is_folder else lambda path: read_gguf(path)[1]
-        tensors = ql.io.packed_tensors(found(self.path)).values()
-        packings = (getattr(tensor, "packing", None) for tensor in tensors)
+        """The `Packing` of the first packed weight in the files; None for floats."""
+        if self.path.is_dir():
+            tensors = ql.io.open_safetensors(self.path)
+        else:
+            _, tensors = read_gguf(self.path)
+        packed = ql.io.packed_tensors(tensors).values()
+        packings = (getattr(tensor, "packing", None) for tensor in packed)
         return next(filter(None, packings), None)
 
     @property
     def replaces_weights(self) -> bool:
-        """Whether its adapter holds biases or modules of the base too."""
+        """Whether the adapter also has biases or modules that replace the base's."""
         if self.adapter is None or not _is_peft(self.adapter):
             return False
         tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
         return any(".lora_" not in key for key in tensors)
 
-    def description(self) -> contextlib.AbstractContextManager[pathlib.Path]:
-        """Gives a folder with the config and tokenizer that belong to its weights."""
+    def open_description(self) -> contextlib.AbstractContextManager[pathlib.Path]:
+        """Yields a folder with the config and the tokenizer of the model."""
         if self.path.is_file():
             return folder_of_gguf(self.path)
         if has_vision(self.config):
@@ -103,28 +116,29 @@ class BaseModel:
     def packing(
         self, fmt: str, block_size: int | None, double_quant: bool | None
     ) -> "ql.QLoRAConfig | None":
-        """Returns how to pack its layers as they are read; None to keep their form."""
-        said = self.quantization
-        stored, is_gguf = said.get("fmt"), said.get("quant_method") == "gguf"
-        if fmt == "none" or (fmt == stored and not self.recode):
+        """Returns how to pack the layers as they are read; None to keep their form."""
+        stored_fmt = self.stored_fmt
+        if fmt == "none" or (fmt == stored_fmt and not self.recode):
             self._check_stored(block_size=block_size, double_quant=double_quant)
             return None
-        if fmt == stored and block_size is None:
-            block_size = said.get("group_size")
-        if stored is not None and not self.recode and not is_gguf:
+        quantization = self.quantization
+        if fmt == stored_fmt and block_size is None:
+            block_size = quantization.get("group_size")
+        is_gguf = quantization.get("quant_method") == "gguf"
+        if stored_fmt is not None and not self.recode and not is_gguf:
             raise ValueError(
-                f"`fmt` must be none or {stored}, that of the model, which is in 4 "
-                f"bits already: `recode` packs it again. Got {fmt!r}."
+                f"`fmt` must be none or {stored_fmt}, the format of the model, which "
+                f"is in 4 bits already. Use `recode` to pack it again. Got {fmt!r}."
             )
         return ql.QLoRAConfig(
             fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
         )
 
-    def _check_stored(self, **settings: Any) -> None:
-        """Refuses settings that are not those of its packed weights."""
-        given = {k: value for k, value in settings.items() if value is not None}
-        packing = self.stored_packing if given else None
-        for name, value in given.items():
+    def _check_stored(self, **settings: int | bool | None) -> None:
+        """Raises ValueError if settings differ from those of the packed weights."""
+        requested = {k: value for k, value in settings.items() if value is not None}
+        packing = self.stored_packing if requested else None
+        for name, value in requested.items():
             stored = getattr(packing, name, value)
             if value != stored:
                 raise ValueError(
@@ -135,64 +149,66 @@ class BaseModel:
     def read(
         self,
         *,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         packing: "ql.QLoRAConfig | None" = None,
-        place: Callable[[Any], Any] | None = None,
+        place: Callable[[PyTree], PyTree] | None = None,
         progress: bool = True,
     ) -> "BaseModel":
-        """Returns it with parameters and adapter; arguments are those of `load`."""
-        # Such an adapter needs the weights; any other is checked before they are read.
-        is_last = self.replaces_weights
-        model = self if is_last else self.with_adapter()
-        # Of these, 4-bit weights whose bytes cannot be moved have another exact form.
+        """Returns the model with parameters and adapter; the arguments are `load`'s."""
+        # The shapes suffice to check most adapters, which is done before the weights
+        # are read. An adapter that replaces weights needs the weights.
+        needs_weights = self.replaces_weights
+        model = self if needs_weights else self.with_adapter()
+        # Formats whose bytes may have no equivalent here, but whose values have one.
         method = self.quantization.get("quant_method")
+        is_recodable = method in ("gguf", "bitsandbytes")
         _, base = load(
             self.path,
             dtype,
             packing,
-            recode=self.recode or method in ("gguf", "bitsandbytes"),
+            recode=self.recode or is_recodable,
             place=place,
             progress=progress,
         )
         model = dataclasses.replace(model, base=base)
-        return model.with_adapter() if is_last else model
+        return model.with_adapter() if needs_weights else model
 
     def with_adapter(self) -> "BaseModel":
-        """Returns it with its adapter read, which may replace parameters."""
+        """Returns the model with its adapter read, which may replace parameters."""
         if self.adapter is None:
             return self
-        peft, others = None, _of_servers(self.adapter, self.config)
-        if others is not None:
-            base, lora, _ = ql.io.load_peft(others, self.base, self.written_names)
+        peft, plain_lora = None, _read_server_adapter(self.adapter, self.config)
+        if plain_lora is not None:
+            base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
         elif _is_peft(self.adapter):
             base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
         else:
-            base, lora = self.base, _read_own(self.adapter)
-            ql.combine(base, lora)  # refuses what does not fit
+            base, lora = self.base, _read_native(self.adapter)
+            ql.combine(base, lora)  # raises if they do not fit
         return dataclasses.replace(self, base=base, lora=lora, peft=peft, adapter=None)
 
 
 def _is_peft(adapter: pathlib.Path) -> bool:
-    is_mlx = (adapter / MLX).exists()  # whose settings have the same name
+    is_mlx = (adapter / MLX_ADAPTER).exists()  # its settings have the same file name
     return (adapter / "adapter_config.json").exists() and not is_mlx
 
 
-def _of_servers(
+def _read_server_adapter(
     adapter: pathlib.Path, config: DecoderConfig
 ) -> "ql.io.PlainLoRA | None":
-    """Returns an adapter of llama.cpp or mlx-lm; None if it is another."""
+    """Returns an adapter of llama.cpp or mlx-lm; None for another adapter."""
     if adapter.suffix == ".gguf":
         return read_gguf_lora(adapter, config)
-    return ql.io.read_mlx(adapter) if (adapter / MLX).exists() else None
+    return ql.io.read_mlx(adapter) if (adapter / MLX_ADAPTER).exists() else None
 
 
-def _read_own(adapter: pathlib.Path) -> Any:
-    file = adapter / OWN_ADAPTER if adapter.is_dir() else adapter
+def _read_native(adapter: pathlib.Path) -> PyTree:
+    file = adapter / NATIVE_ADAPTER if adapter.is_dir() else adapter
     if not file.is_file():
         raise ValueError(
             "`adapter` must be a folder with adapter_config.json or "
-            f"{OWN_ADAPTER}, or a file of llama.cpp (.gguf) or qlora_jax.io.save. Got "
-            f"{str(adapter)!r}."
+            f"{NATIVE_ADAPTER}, or a file of llama.cpp (.gguf) or qlora_jax.io.save. "
+            f"Got {str(adapter)!r}."
         )
     tree = ql.io.restore(file).tree
     return tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree
@@ -201,88 +217,95 @@ def _read_own(adapter: pathlib.Path) -> Any:
 def open_model(
     source: str, adapter: str | None = None, recode: bool = False
 ) -> BaseModel:
-    """Returns a model and an adapter in any form; reads the config only."""
+    """Returns a model and an adapter in any form; only reads the model's config."""
     path = fetch(source)
     config = read_config(path)
-    where = None if adapter is None else _fetch_adapter(adapter)
-    base, (name, found) = abstract_params(config), weights_of(source, path)
-    recode = recode or any(run.recode for run in runs_of(adapter))
-    model = BaseModel(path, config, base, {}, where, None, recode, name, found)
+    adapter_path = None if adapter is None else _fetch_adapter(adapter)
+    name, description = weights_of(source, path)
+    model = BaseModel(
+        path,
+        config,
+        abstract_params(config),
+        adapter=adapter_path,
+        recode=recode or any(run.recode for run in runs_of(adapter)),
+        name=name,
+        source=description,
+    )
     if not model.is_local:
-        log(f"weights: {found}")
+        log(f"weights: {description}")
     return model
 
 
 def _fetch_adapter(adapter: str) -> pathlib.Path:
-    """Returns a local path of an adapter; errors name the option `adapter`."""
     try:
         return ql.io.fetch(adapter)
-    except FileNotFoundError as error:
+    except FileNotFoundError as error:  # its message is about the option `model`
         message = str(error).replace("`model`", "`adapter`")
         raise FileNotFoundError(message) from error
 
 
 def open_adapted(
     config: ScoreConfig | GenerateConfig,
-) -> tuple[BaseModel, dict[str, Any], dict[str, Any]]:
+) -> tuple[BaseModel, dict[str, PyTree], LoadOptions]:
     """Returns a model, several adapters by name, and how to read the weights.
 
-    Of one adapter, which is the model's, there are no names.
+    A single adapter belongs to the model, and the dict of adapters is empty.
     """
     if config.run is not None:
         model, _ = open_run(config.run, None, config.model)
-        return model, {}, training_of(config, model)
-    names = _names(config.adapter)
-    adapter = names[0] if len(names) == 1 else None
+        return model, {}, training_load_options(config, model)
+    adapters = _split_adapters(config.adapter)
+    adapter = adapters[0] if len(adapters) == 1 else None
     model = open_model(str(config.model), adapter, config.recode)
-    how = training_of(config, model)
-    if adapter is not None or not names:
-        return model, {}, how
-    bank = _read_bank(model, names)
-    return model, {name: ql.select(bank, i) for i, name in enumerate(names)}, how
+    options = training_load_options(config, model)
+    if adapter is not None or not adapters:
+        return model, {}, options
+    bank = _read_bank(model, adapters)
+    return model, {x: ql.select(bank, i) for i, x in enumerate(adapters)}, options
 
 
-def _names(adapters: str | Sequence[str] | None) -> list[str]:
-    """Returns the adapters in an option: one path, several, or text such as "a,b"."""
+def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
+    """Returns the adapters of an option: a path, a list, or text such as "a,b"."""
     if not isinstance(adapters, str):
         return [*(adapters or [])]
     return [adapters] if pathlib.Path(adapters).exists() else adapters.split(",")
 
 
+def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
+    loras = []
+    for adapter in adapters:
+        adapted = dataclasses.replace(model, adapter=_fetch_adapter(adapter))
+        if adapted.replaces_weights:
+            raise ValueError(
+                "`adapter` must not replace weights of the base if there are several "
+                f"adapters. Got {adapter!r}, which does."
+            )
+        loras.append(adapted.with_adapter().lora)
+    return ql.bank(loras, dropout=0.0)
+
+
 def runs_of(
     adapters: str | Sequence[str] | None, run: str | None = None
 ) -> list[TrainConfig]:
-    """Returns the settings of a run, or of the runs in whose folders adapters lie."""
+    """Returns the settings of a run, or of the runs whose folders hold the adapters."""
     if run is not None:
         return [TrainConfig(**read_settings(pathlib.Path(run) / CONFIG))]
     runs = []
-    for adapter in _names(adapters):
+    for adapter in _split_adapters(adapters):
         path = pathlib.Path(adapter).parent / CONFIG
-        # A file of another program may have this name.
+        # Another program may have written a file of this name.
         with contextlib.suppress(OSError, TypeError, ValueError):
             runs.append(TrainConfig(**read_settings(path)))
     return runs
 
 
-def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
-    loras = []
-    for adapter in adapters:
-        one = dataclasses.replace(model, adapter=_fetch_adapter(adapter))
-        if one.replaces_weights:
-            raise ValueError(
-                "`adapter` must be adapters alone where there are several. Got "
-                f"{adapter!r}, which has weights of the base too."
-            )
-        loras.append(one.with_adapter().lora)
-    return ql.bank(loras, dropout=0.0)
-
-
 def open_run(
     out: str, step: int | None = None, source: str | None = None
 ) -> tuple[BaseModel, int | None]:
-    """Returns a run's model with the adapter of a state, the last by default; its step.
+    """Returns the model of a run with the adapter of a state, and the state's step.
 
-    The run is not changed, and may be unfinished. `source` replaces the run's model.
+    The newest state is the default. The run is not changed, and may be unfinished.
+    `source` replaces the model of the run.
     """
     folder = pathlib.Path(out)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
@@ -300,24 +323,25 @@ def open_run(
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
-def init_shapes(base: Any, settings: "ql.QLoRAConfig") -> tuple[Any, Any]:
+def init_shapes(base: PyTree, config: "ql.QLoRAConfig") -> tuple[PyTree, PyTree]:
     """Returns the shapes of the base and the lora tree of `ql.init`."""
-    init = lambda base: ql.init(jax.random.key(0), base, settings)
-    return jax.eval_shape(init, base)
+    return jax.eval_shape(lambda base: ql.init(jax.random.key(0), base, config), base)
 
 
-def training_of(
+def training_load_options(
     config: PairsConfig | ExportConfig | ScoreConfig | GenerateConfig, model: BaseModel
-) -> dict[str, Any]:
-    """Returns how training packed a model as it read it; {} if it did not.
+) -> LoadOptions:
+    """Returns how to read a model with the weights that its adapter was trained on.
 
-    By default that is what a run says: that of `config`, or of an adapter in its run's
-    folder. A line on stderr names each run that was trained on other weights.
+    The options are those of the adapter's run, unless `config` packs the model in
+    another way. They are empty if the model is used as it is stored. A line on stderr
+    names each run that was trained on other weights.
     """
     runs = runs_of(config.adapter, config.run)
-    settings: Any = runs[0] if runs and not _differs(config, runs[0]) else config
+    is_like_run = bool(runs) and not _packs_differently(config, runs[0])
+    settings: Any = runs[0] if is_like_run else config
     if settings.fmt is None and model.stored_fmt is None:
-        for name in _PACKING[1:]:
+        for name in _PACKING_OPTIONS[1:]:
             if (value := getattr(settings, name, None)) is not None:
                 raise ValueError(
                     f"`{name}` must be given with the `fmt` that training packed the "
@@ -325,42 +349,49 @@ def training_of(
                 )
     for run in runs:
         is_other = os.path.realpath(model.name) != os.path.realpath(run.model)
-        if is_other or _differs(settings, run):
+        if is_other or _packs_differently(settings, run):
             fmt = settings.fmt or model.stored_fmt or "none"
             log(
                 f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
-                f"base here is another one: {model.name} with fmt {fmt}"
+                f"base here is a different one: {model.name} with fmt {fmt}"
             )
-    double = getattr(settings, "double_quant", None)
-    packing = model.packing(settings.fmt or "none", settings.block_size, double)
+    double_quant = getattr(settings, "double_quant", None)
+    packing = model.packing(settings.fmt or "none", settings.block_size, double_quant)
     if packing is None:
         return {}
-    is_of_run = isinstance(settings, TrainConfig)
-    return {"packing": packing} | ({"dtype": settings.dtype} if is_of_run else {})
+    # Training rounded the weights to its dtype before it packed them.
+    dtype = {"dtype": settings.dtype} if isinstance(settings, TrainConfig) else {}
+    return {"packing": packing, **dtype}
 
 
-def _differs(settings: Any, run: TrainConfig) -> bool:
-    """Whether settings that are given pack a model otherwise than a run did."""
-    pairs = [(getattr(settings, x, None), getattr(run, x)) for x in _PACKING]
-    return any(value not in (None, trained) for value, trained in pairs)
+def _packs_differently(config: object, run: TrainConfig) -> bool:
+    """Returns whether settings that are not None differ from a run's packing."""
+    options = [(getattr(config, x, None), getattr(run, x)) for x in _PACKING_OPTIONS]
+    return any(value not in (None, trained) for value, trained in options)
 
 
-def read_as_trained(model: BaseModel, how: dict[str, Any], dtype: Any) -> BaseModel:
-    """Returns a model with weights packed as in training, for products in `dtype`."""
-    model = model.read(**{"dtype": dtype, **how})
-    is_packed = lambda x: isinstance(x, ql.QTensor)
-    cast = lambda x: x if is_packed(x) else x.astype(dtype)
-    base = jax.tree.map(cast, model.base, is_leaf=is_packed)
+def read_as_trained(
+    model: BaseModel, options: LoadOptions, dtype: DTypeLike
+) -> BaseModel:
+    """Returns a model with the weights of training, for products in `dtype`."""
+    model = model.read(**{"dtype": dtype, **options})
+
+    def is_packed(leaf: object) -> bool:
+        return isinstance(leaf, ql.QTensor)
+
+    base = jax.tree.map(
+        lambda x: x if is_packed(x) else x.astype(dtype), model.base, is_leaf=is_packed
+    )
     return dataclasses.replace(model, base=base)
 
 
 def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":
-    """Returns the adapters that a run trains."""
+    """Returns the settings of the adapters that a run trains."""
     targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
     return ql.QLoRAConfig(
         rank=config.lora_r,
         alpha=config.lora_alpha,
-        fmt=None,  # what is to be packed is packed as it is read
+        fmt=None,  # kernels are packed as they are read
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
         dropout=config.lora_dropout,
