@@ -1,7 +1,4 @@
-"""QLoRA for flax.linen models, which need no changes.
-
-`init` packs and adapts parameters; `wrap` gives a model that takes the two trees.
-"""
+"""QLoRA for flax.linen models, which need no changes."""
 
 from .._jax.serialization import register_states
 from .calls import register

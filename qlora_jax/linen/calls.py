@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+from jaxtyping import Array
 
 from ..adapters.call import (
     DENSE,
@@ -18,12 +19,13 @@ from ..adapters.call import (
 from .dense import QLoRADense
 
 
-def _call(
-    module: nn.Module, kernel: str, equation: str, x: Any, is_complete: bool = True
+def _module_call(
+    module: nn.Module, kernel: str, equation: str, x: Array, is_complete: bool = True
 ) -> ModuleCall:
     """Describes a call with the bias and the options that the module has."""
     bias = module.variables.get("params", {}).get("bias")
-    promote = promote_to_kernel  # as `jnp.einsum` in a registered class
+    # A registered class promotes its input as `jnp.einsum` does.
+    promote = promote_to_kernel
     if hasattr(module, "promote_dtype"):
         promote = functools.partial(module.promote_dtype, dtype=module.dtype)
     return ModuleCall(
@@ -37,40 +39,39 @@ def _call(
     )
 
 
-def _dense(module: nn.Dense | QLoRADense, inputs: Any) -> ModuleCall:
-    return _call(module, "kernel", DENSE, inputs)
+def _dense(module: nn.Dense | QLoRADense, inputs: Array) -> ModuleCall:
+    return _module_call(module, "kernel", DENSE, inputs)
 
 
-def _dense_general(module: nn.DenseGeneral, inputs: Any) -> ModuleCall:
-    axes, batch, features = map(
-        _as_tuple, (module.axis, module.batch_dims, module.features)
-    )
-    equation = general_equation(inputs.ndim, axes, batch, len(features))
-    return _call(module, "kernel", equation, inputs)
+def _dense_general(module: nn.DenseGeneral, inputs: Array) -> ModuleCall:
+    def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+        return (value,) if isinstance(value, int) else tuple(value)
 
-
-def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+    axes, batch = as_tuple(module.axis), as_tuple(module.batch_dims)
+    num_outputs = len(as_tuple(module.features))
+    equation = general_equation(inputs.ndim, axes, batch, num_outputs)
+    return _module_call(module, "kernel", equation, inputs)
 
 
 def _einsum(
-    module: nn.Einsum, inputs: Any, einsum_str: str | None = None
+    module: nn.Einsum, inputs: Array, einsum_str: str | None = None
 ) -> ModuleCall:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
-    # The packed product rounds its sums to the dtype of x.
+    # The packed product rounds its sums to the dtype of x. It cannot return another.
     is_complete = module.preferred_element_type is None
-    return _call(module, "kernel", equation, inputs, is_complete)
+    return _module_call(module, "kernel", equation, inputs, is_complete)
 
 
-def _embed(module: nn.Embed, inputs: Any) -> Lookup | None:
-    if module.num_embeddings == 1:  # which takes any input
+def _embed(module: nn.Embed, inputs: Array) -> Lookup | None:
+    # Flax broadcasts a table of one row over any input, even one that is not integer.
+    if module.num_embeddings == 1:
         return None
     cast = functools.partial(module.promote_dtype, dtype=module.dtype, inexact=False)
     return Lookup("embedding", inputs, lambda rows: cast(rows)[0])
 
 
-# A rule is a function `(module, *args, **kwargs) -> ModuleCall`. `register` adds to
-# this registry: it is the only module-level state of the linen integration.
+# Rules are functions `(module, *args, **kwargs) -> ModuleCall`. `register` adds to this
+# registry, which is the only module-level state of the linen integration.
 RULES = Registry(
     {
         nn.Dense: _dense,
@@ -91,20 +92,20 @@ def register(
     """Registers the einsum of a module class that reads its kernel itself.
 
     The packed product replaces the `__call__` of the class, and its adapter may have
-    dropout; other classes get float weights during their call. The rule holds for the
-    process; registering a class again replaces it.
+    dropout. Classes that are not registered get float weights during their call. The
+    rule holds for the process; registering a class again replaces it.
 
     Args:
         cls: The module class. Its `__call__` computes only the einsum of one input,
-            and may add a parameter named `bias`. Subclasses that inherit `__call__`
-            have the rule too.
+            and may add a parameter named `bias`. The rule also holds for subclasses
+            that inherit `__call__`.
         kernel: Name of the kernel's parameter, or a function from the module to it.
         einsum: The explicit equation of input and kernel, the name of the attribute or
             argument of `__call__` that holds it, or a function from the module to it.
 
     Raises:
         TypeError: If `cls` is not a linen module class.
-        ValueError: If `einsum` is an equation of another form.
+        ValueError: If the form of the equation `einsum` is not supported.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -126,9 +127,9 @@ def register(
         raise TypeError(f"`cls` must be a linen module class. Got {cls!r}.")
     registered = RegisteredEinsum(cls, kernel, einsum)
 
-    def rule(module: nn.Module, *args: Any, **kwargs: Any) -> ModuleCall:
+    def rule(module: nn.Module, *args: object, **kwargs: object) -> ModuleCall:
         equation, x = registered.operands(module, args, kwargs)
-        return _call(module, registered.kernel_of(module), equation, x)
+        return _module_call(module, registered.kernel_of(module), equation, x)
 
     RULES.add(cls, rule)
 
@@ -136,12 +137,6 @@ def register(
 def call_of(
     module: nn.Module, method: str, args: tuple, kwargs: dict
 ) -> ModuleCall | Lookup | None:
-    """Returns what a module's method computes, or None where no rule says."""
+    """Returns what a module's method computes, or None if no rule describes it."""
     rule = RULES.find(type(module)) if method == "__call__" else None
     return rule(module, *args, **kwargs) if rule else None
-
-
-def convolution_kinds(module: nn.Module, ndim: int) -> str | None:
-    """Returns the kinds of a convolution's axes: all contracted but the last."""
-    is_conv = isinstance(module, nn.Conv | nn.ConvTranspose)
-    return "k" * (ndim - 1) + "n" if is_conv else None

@@ -1,11 +1,14 @@
 """A drop-in Dense layer with a packed kernel and an adapter."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jaxtyping import Array, Float
 
 from ..adapters.base import Adapter
 from ..adapters.call import DENSE, ModuleCall, adapted_call
@@ -13,6 +16,7 @@ from ..adapters.config import QLoRAConfig, check_layer_config
 from ..adapters.dora import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
+from ..trees.paths import Leaf
 from ..trees.quantize import freeze
 
 
@@ -26,8 +30,9 @@ class QLoRADense(nn.Module):
 
     Attributes:
         features: Number of outputs.
-        config: How the kernel is packed and adapted; it names no other leaf. Dropout is
-            active in `apply` with a "dropout" rng or, as in Flax, a "params" rng.
+        config: How the kernel is packed and adapted. It must not name other leaves.
+            Dropout is active in `apply` with a "dropout" rng or, as in Flax, a "params"
+            rng.
         use_bias: As in `nn.Dense`, like all that follow.
         dtype: Dtype of the computation; by default inferred from input and parameters.
         param_dtype: Logical dtype of the kernel, and dtype of the bias.
@@ -49,24 +54,24 @@ class QLoRADense(nn.Module):
     features: int
     config: QLoRAConfig = QLoRAConfig()
     use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    kernel_init: Any = nn.initializers.lecun_normal()
-    bias_init: Any = nn.initializers.zeros_init()
-    promote_dtype: Any = promote_dtype
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    promote_dtype: Callable = promote_dtype
 
-    def _make_kernel(self, key: Any, shape: tuple[int, int]) -> Any:
+    def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> Leaf:
         w = self.kernel_init(key, shape, self.param_dtype)
         packing, pack = self.config.packing, self.config.freeze_base
         return freeze(FloatKernel(w, Geometry()), packing, pack=pack)
 
-    def _make_lora(self, kernel: Any) -> Adapter:
+    def _init_lora(self, kernel: Leaf) -> Adapter:
         key = self.make_rng("params")
         return new_adapter(key, as_kernel(kernel), self.config, "kernel")
 
     @nn.compact
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns `[..., features]`, in `dtype` or the dtype that `nn.Dense` infers.
 
         Args:
@@ -77,13 +82,12 @@ class QLoRADense(nn.Module):
             ValueError: If `config` excludes the kernel, or has settings by pattern.
         """
         check_layer_config(self.config)
-        shape = (jnp.shape(inputs)[-1], self.features)
-        kernel = self.param("kernel", self._make_kernel, shape)
-        lora = self.variable("lora", "kernel", self._make_lora, kernel).value
+        shape = (jnp.shape(inputs)[-1], self.features)  # [K, N]
+        kernel = self.param("kernel", self._init_kernel, shape)
+        lora = self.variable("lora", "kernel", self._init_lora, kernel).value
         bias = None
         if self.use_bias:
-            shape = (self.features,)
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+            bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
         call = ModuleCall(
             "kernel",
             DENSE,
@@ -92,6 +96,7 @@ class QLoRADense(nn.Module):
             promote=functools.partial(self.promote_dtype, dtype=self.dtype),
             precision=self.precision,
         )
+        # `make_rng` uses the "params" rng if there is no "dropout" rng, as in Flax.
         has_key = self.has_rng("dropout") or self.has_rng("params")
         use_dropout = self.config.dropout > 0 and has_key and not self.is_initializing()
         key = self.make_rng("dropout") if use_dropout else None

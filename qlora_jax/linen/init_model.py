@@ -1,29 +1,44 @@
-"""`init` for linen models."""
+"""`init` for linen models: one abstract trace finds the contracted axes of kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from .._jax.memory import is_concrete
-from ..adapters.config import QLoRAConfig, check_config
+from .._jax.pytree import is_tree_leaf, register, split_arrays
+from ..adapters.base import parts_of
+from ..adapters.call import Lookup, ModuleCall
+from ..adapters.config import QLoRAConfig, check_config, is_table
+from ..matmul.einsum import parse_equation
 from ..trees.init import init_checked
-from ..trees.paths import Tree
-from .trace import trace_kinds
+from ..trees.paths import Leaf, Tree, leaves_by_path, map_by_path
+from .boxes import NORMS, WRONG_AXIS, boxes_of, run_in_float
+from .calls import call_of
+from .dense import QLoRADense
+from .interceptor import (
+    FORWARD_MODE,
+    MAPPED,
+    NO_DROPOUT,
+    is_in_forward_mode,
+    is_mapped,
+    method_of,
+)
 from .wrapped import WrappedModel, linen_module
 
 
 def init(
-    key: Any,
+    key: jax.Array,
     model: nn.Module | WrappedModel,
     params: Tree,
     config: QLoRAConfig,
-    *args: Any,
+    *args: object,
     other_variables: Mapping | None = None,
     donate: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tree, dict]:
     """Returns a model's parameters with quantized targets, and a tree of adapters.
 
@@ -35,7 +50,7 @@ def init(
         key: PRNG key for A.
         model: The model, wrapped or not.
         params: Its parameters. Inside `jax.eval_shape` they may be shapes.
-        config: What to target, and how.
+        config: The targets, and how to pack and adapt them.
         *args: Arguments of a sample call; arrays may be shapes
             (`jax.ShapeDtypeStruct`).
         other_variables: The model's other collections, such as `"batch_stats"`.
@@ -48,7 +63,7 @@ def init(
         ValueError: As `qlora_jax.init`; and for targets that belong to no module that
             the call runs, are contracted in several ways, stacked along another axis
             than 0, transformed by `nn.map_variables`, differentiated by `nn.jvp` or,
-            with dropout, read by their module itself. All are named. Also if the model
+            with dropout, read by their module itself. All are listed. Also if the model
             holds a `QLoRADense`.
 
     Example:
@@ -63,18 +78,211 @@ def init(
     module = linen_module(model)
     check_config(config)
     params = _with_arrays(params)
-    kinds, problems = trace_kinds(
-        module, params, config, args, kwargs, other_variables or {}
-    )
+    others = other_variables or {}
+    kinds, problems = trace_kinds(module, params, config, args, kwargs, others)
     return init_checked(key, params, config, kinds, problems, donate=donate)
 
 
 def _with_arrays(params: Tree) -> Tree:
     """Replaces shapes by zeros under a trace, where zeros take no memory."""
-    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-    if not any(map(is_shape, jax.tree.leaves(params))):
-        return params
-    if is_concrete(jnp.zeros(())):  # there is no trace: `init` refuses shapes
-        return params
-    zeros = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
-    return jax.tree.map(zeros, params)
+
+    def to_array(leaf: Leaf) -> Leaf:
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
+
+    # Without a trace, `init` raises for shapes.
+    is_traced = not is_concrete(jnp.zeros(()))
+    return jax.tree.map(to_array, params) if is_traced else params
+
+
+class _Target(meta.AxisMetadata):
+    """A box around a targeted parameter during the trace."""
+
+    def __init__(self, value: Any, path: str, recorder: "_Recorder"):
+        self.value = value  # the float array
+        self.path = path
+        self.recorder = recorder
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def unbox(self) -> jax.Array:
+        return self.value
+
+    def replace_boxed(self, val: jax.Array) -> "_Target":
+        return _Target(val, self.path, self.recorder)
+
+    def add_axis(self, index: int, params: dict) -> "_Target":
+        return self
+
+    def remove_axis(self, index: int, params: dict) -> "_Target":
+        if index != 0:
+            self.recorder.stacked[self.path] = index
+        return self
+
+
+# Path and recorder are static and compare equal to no others. So `nn.jit` traces each
+# module again, and the recorder sees it.
+register(_Target, ("value",), ("path", "recorder"))
+
+
+class _Recorder:
+    """Interceptor that records the targets of every module that runs in one trace.
+
+    Recorders are compared by identity. All records are by path.
+    """
+
+    def __init__(self, paths: list[str]):
+        # The kinds of axes (see `Geometry`) in each different call of the kernel.
+        self.kinds: dict[str, set[str]] = {path: set() for path in paths}
+        self.values: dict[str, jax.Array] = {}  # as they were given to `apply`
+        self.owned: set[str] = set()  # parameters of modules that ran
+        self.self_read: set[str] = set()  # parameters that their module reads itself
+        self.unfit: dict[str, str] = {}  # why a parameter cannot be a target
+        self.stacked: dict[str, int] = {}  # the axis of a stack, if it is not 0
+        # Modules in a call that a rule describes: the packed product replaces the call,
+        # so the methods that it calls read nothing.
+        self.described: list[tuple] = []
+
+    def __call__(
+        self,
+        next_fun: Callable,
+        args: tuple,
+        kwargs: dict,
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        # These branches mirror those of `Interceptor`.
+        module = context.module
+        if module.scope is None or module.path in self.described:
+            return next_fun(*args, **kwargs)
+        boxes = boxes_of(module, _Target)
+        method = method_of(context)
+        if method in (None, "setup"):
+            return next_fun(*args, **kwargs)
+        if isinstance(module, QLoRADense):
+            raise ValueError(
+                "`model` must not hold a QLoRADense, which has an adapter already. Got "
+                f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
+            )
+        call = call_of(module, method, args, kwargs)
+        for target in boxes.values():
+            target.recorder.record(target, module, call)
+        # Flax does not unbox the parameters of the layer in a norm.
+        if boxes and isinstance(module, NORMS):
+            return run_in_float(module, method, args, kwargs, _Target)
+        if call is None or not call.is_complete:
+            return next_fun(*args, **kwargs)
+        self.described.append(module.path)
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            self.described.pop()
+
+    def record(
+        self, target: _Target, module: nn.Module, call: ModuleCall | Lookup | None
+    ) -> None:
+        self.owned.add(target.path)
+        try:
+            if is_mapped(module, target, self.values[target.path]):
+                raise ValueError(MAPPED)
+            self._record_kinds(target, module, call)
+        except ValueError as error:
+            self.unfit[target.path] = str(error)
+
+    def _record_kinds(
+        self, target: _Target, module: nn.Module, call: ModuleCall | Lookup | None
+    ) -> None:
+        # In a stack, a bias has two axes too. In its module, it has one.
+        ndim = target.value.ndim
+        if ndim < 2:
+            raise ValueError(
+                "weights must have at least 2 axes in their module. Got shape "
+                f"{target.value.shape}."
+            )
+        if call is not None and call.kernel != target.name:
+            raise ValueError(
+                f"it is the {target.name} of its module, {type(module).__name__}: "
+                "nothing is contracted with it."
+            )
+        # Rows of a table are selected: only `contract` may name its axes.
+        if isinstance(call, Lookup):
+            return
+        if call is not None:
+            equation = parse_equation(call.equation, jnp.ndim(call.x), ndim)
+            self.kinds[target.path].add(equation.kinds)
+            if not call.is_complete:
+                self.self_read.add(target.path)
+            elif is_in_forward_mode(module):
+                raise ValueError(FORWARD_MODE)
+            return
+        self.self_read.add(target.path)
+        # Convolutions contract all axes of their kernel but the last.
+        if isinstance(module, nn.Conv | nn.ConvTranspose):
+            self.kinds[target.path].add("k" * (ndim - 1) + "n")
+
+    def problems(self, config: QLoRAConfig) -> dict[str, str]:
+        problems = {}
+        for path, kinds in self.kinds.items():
+            if path not in self.owned:
+                problems[path] = (
+                    "no module that ran owns it. Exclude it, or trace a call that uses "
+                    "it."
+                )
+            elif len(kinds) > 1:
+                problems[path] = (
+                    f"it must be contracted in one way. Got several: {sorted(kinds)}."
+                )
+            elif path in self.stacked:
+                problems[path] = WRONG_AXIS.format(self.stacked[path])
+            elif config.dropout and path in self.self_read and not is_table(path):
+                problems[path] = NO_DROPOUT.format(config.dropout)
+        return self.unfit | problems
+
+
+def trace_kinds(
+    module: nn.Module,
+    params: Tree,
+    config: QLoRAConfig,
+    args: tuple,
+    kwargs: dict,
+    other_variables: Mapping,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the targets' kinds of axes, and why targets are unfit, by path."""
+    shapes = {path: _in_float(x) for path, x in leaves_by_path(params).items()}
+    recorder = _Recorder([path for path in shapes if config.is_target(path)])
+
+    def box_target(path: str, leaf: Leaf) -> Leaf:
+        if path in recorder.kinds:
+            return _Target(shapes[path], path, recorder)
+        return _in_float(leaf)
+
+    variables = {**other_variables, "params": map_by_path(box_target, params)}
+    # Flags in the arguments stay Python values, and only arrays are traced.
+    arrays, rebuild = split_arrays((variables, args, kwargs))
+
+    def abstract_call(arrays: list) -> Any:
+        variables, args, kwargs = rebuild(arrays)
+        values = leaves_by_path(variables["params"])
+        recorder.values.update({path: values[path] for path in recorder.kinds})
+        with nn.intercept_methods(recorder):
+            return module.apply(variables, *args, **kwargs)
+
+    jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
+    kinds = {path: next(iter(ks)) for path, ks in recorder.kinds.items() if ks}
+    return kinds, recorder.problems(config)
+
+
+def _in_float(leaf: Leaf) -> Leaf:
+    """Returns the shape of a kernel's float array; other leaves unchanged."""
+    leaf, *_ = parts_of(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
+
+
+def _unsharded(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # In Explicit mode, float models cannot contract an axis that is split. Packed
+    # products can, so the trace has no shardings.
+    weak_type = getattr(x, "weak_type", False)
+    # NumPy's 64-bit ids become 32-bit ones, as in any call; JAX 0.12 would warn.
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=weak_type)

@@ -1,32 +1,33 @@
 """Runs a linen module on one tile of tokens at a time."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import Array, Float
 
 from ..memory.by_tiles import by_tiles
 from ..trees.paths import refuse_listed
 from .boxes import KernelBox
 
 
-def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
+def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     """Returns a module's call, on at most `tile` tokens of each sequence at a time.
 
-    As `qlora_jax.memory.tiled`, for a linen module that is called inside another one.
-    Packed kernels and adapters are moved and gathered once for all tiles; modules such
-    as `nn.Dropout` get a key for each tile. Parameters are those of the module alone.
+    Like `qlora_jax.memory.tiled`, for a linen module that is called inside another
+    module. Packed kernels and adapters are moved and gathered once for all tiles.
+    Modules such as `nn.Dropout` get a key for each tile. Parameters have the same names
+    as without tiles.
 
     Args:
         module: A module inside a compact method, or made in `setup`. It maps an array
-            `[..., T, D]` to an array `[..., T, D2]`, treats each token alike and alone,
-            and changes no variable.
-        tile: The most tokens of a tile; None for all at once.
+            `[..., T, D]` to an array `[..., T, D2]`, treats each token independently
+            and alike, and changes no variable.
+        tile: The largest number of tokens in a tile; None for all at once.
 
     Raises:
         ValueError: If `tile` is not positive. The function raises it if adapters inside
-            have dropout: all tiles would drop the same entries.
+            have dropout, since all tiles would drop the same entries.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -43,39 +44,39 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
         True
     """
 
-    def call(module: nn.Module, carry: None, part: Any) -> tuple[None, Any]:
-        _refuse_dropout(module)
-        return carry, module(part)
+    def run_tile(module: nn.Module, carry: None, tokens: Array) -> tuple[None, Array]:
+        refuse_listed(
+            "these adapters must have no dropout in tiles of tokens, which would all "
+            "drop the same entries",
+            [f"{box.path}: {box.dropout}" for box in _boxes(module) if box.dropout],
+        )
+        return carry, module(tokens)
 
+    # Gradients of the parameters are summed over the steps of the scan, and the
+    # activations of a tile are computed again in the backward pass.
     scan = nn.scan(
-        nn.remat(call, prevent_cse=False),
+        nn.remat(run_tile, prevent_cse=False),
         variable_broadcast=True,
         split_rngs={"params": False, "dropout": True},
     )
 
-    def run(module: nn.Module, parts: Any) -> Any:
+    def fetch_and_scan(module: nn.Module, tiles: Float[Array, "tiles ..."]) -> Array:
         for box in _boxes(module):
-            box.fetch(parts[0])
-        return scan(module, None, parts)[1]
+            box.fetch(tiles[0])
+        return scan(module, None, tiles)[1]
 
-    def run_tiles(parts: Any) -> Any:
-        if any(box.needs_fetch(parts[0]) for box in _boxes(module)):
-            # Once for all tiles, and not kept for the backward pass.
-            return nn.remat(run, prevent_cse=False)(module, parts)
-        return run(module, parts)
+    def run_tiles(tiles: Float[Array, "tiles ..."]) -> Array:
+        if any(box.needs_fetch(tiles[0]) for box in _boxes(module)):
+            # The backward pass fetches kernels again, instead of keeping them.
+            return nn.remat(fetch_and_scan, prevent_cse=False)(module, tiles)
+        return fetch_and_scan(module, tiles)
 
     return by_tiles(module, run_tiles, tile)
 
 
 def _boxes(module: nn.Module) -> list[KernelBox]:
-    is_box = lambda node: isinstance(node, KernelBox)
-    leaves = jax.tree.leaves(module.variables.get("params", {}), is_leaf=is_box)
-    return [leaf for leaf in leaves if is_box(leaf)]
-
-
-def _refuse_dropout(module: nn.Module) -> None:
-    refuse_listed(
-        "these adapters must have no dropout in tiles of tokens, which would all drop "
-        "the same entries",
-        [f"{box.path}: {box.dropout}" for box in _boxes(module) if box.dropout],
+    leaves = jax.tree.leaves(
+        module.variables.get("params", {}),
+        is_leaf=lambda node: isinstance(node, KernelBox),
     )
+    return [leaf for leaf in leaves if isinstance(leaf, KernelBox)]

@@ -6,16 +6,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core.scope import CollectionFilter, in_filter
+from flax.typing import PRNGKey, RNGSequences
 
-from .._jax.pytree import is_tree_leaf
+from .._jax.pytree import is_box, is_tree_leaf, unbox
+from ..adapters.base import AdaptedKernel, Adapter, dropout_keys, parts_of, sliced
+from ..adapters.trained import Trained
 from ..matmul.choose import checked_backend
+from ..quant.kernel import as_kernel
 from ..trees.adapters import combine
-from ..trees.paths import map_by_path
-from .boxes import KernelBox
+from ..trees.paths import (
+    KeyPath,
+    Leaf,
+    Tree,
+    boxed_by_path,
+    leaves_by_path,
+    map_by_path,
+    path_string,
+)
+from .boxes import Backend, KernelBox, Stacks, check_scanned, is_inside
 from .calls import RULES
-from .collections import check_collections, for_call, without_boxes
 from .interceptor import Interceptor
-from .boxes import Stacks, check_scanned, is_inside
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,8 @@ class WrappedModel:
     Attributes:
         module: The model.
         scanned: Patterns for the modules that run under `nn.scan`, as in `wrap`.
-        backend: Back end of all products, as in `wrap`; None for the platform's.
+        backend: Back end of all products, as in `wrap`; None for the default of the
+            platform.
 
     Example:
         >>> import flax.linen as nn, qlora_jax as ql
@@ -39,7 +53,7 @@ class WrappedModel:
 
     module: nn.Module
     scanned: tuple[str, ...] = ()
-    backend: str | tuple[str, ...] | None = None
+    backend: Backend = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "bind":
@@ -47,6 +61,8 @@ class WrappedModel:
                 "a wrapped model has no `bind`: it accepts packed kernels only during "
                 "`apply`. Use apply(..., method=...)."
             )
+        # Unpickling asks for attributes before `module` exists; `self.module` would
+        # then recurse.
         return getattr(object.__getattribute__(self, "module"), name)
 
     def clone(self, **updates: Any) -> "WrappedModel":
@@ -62,17 +78,17 @@ class WrappedModel:
     def apply(
         self,
         variables: Mapping,
-        *args: Any,
-        rngs: Any = None,
-        mutable: Any = False,
+        *args: object,
+        rngs: PRNGKey | RNGSequences | None = None,
+        mutable: CollectionFilter = False,
         **kwargs: Any,
     ) -> Any:
         """Returns the output for packed kernels, as `nn.Module.apply` for float ones.
 
         Args:
-            variables: A dict of collections: `"params"` is the base tree, or a combined
-                one; `"lora"` is the lora tree, if it is separate; other collections as
-                the model has them.
+            variables: A dict of collections: `"params"` is the base tree or a combined
+                tree; `"lora"` is the lora tree, if it is separate; other collections
+                are those of the model.
             *args: Passed to the model.
             rngs: As for the model. The adapters' dropout is active only with a key: as
                 in Flax, the `"dropout"` key, or else the `"params"` key. A single key
@@ -84,14 +100,13 @@ class WrappedModel:
         Raises:
             TypeError: If `"params"` is a combined tree and there is a `"lora"` too.
             ValueError: If an adapter does not fit its kernel, or the back end is
-                unknown; if `"params"` is missing, or another collection than `"lora"`
+                unknown; if `"params"` is missing, or a collection other than `"lora"`
                 holds adapters; if a pattern in `scanned` matches no module with
                 parameters, or a module that no scan slices; if packed kernels are
                 stacked along another axis than 0, transformed by `nn.map_variables`, or
                 differentiated by `nn.jvp`; or if there is dropout for a kernel that its
                 module reads itself.
-            NotImplementedError: If the back end that was asked for does not support a
-                product.
+            NotImplementedError: If the requested back end does not support a product.
 
         Example:
             >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -104,19 +119,21 @@ class WrappedModel:
             >>> model.apply({"params": base, "lora": lora}, x, rngs=rngs).shape
             (2, 8)
         """
+        # 1. Combine both trees, so that Flax slices an adapter with its kernel.
         collections = dict(variables)
         lora = collections.pop("lora", None)
-        check_collections(collections)
+        _check_collections(collections)
         params = collections["params"]
         if lora:
             params = combine(params, lora)
-        params = for_call(params, rngs)
-        version = (RULES.version, self.backend)
+        params = _prepare_adapters(params, rngs)
         check_scanned(self.scanned, params)
+        # 2. Put each kernel into a box, and run the model under the interceptor.
+        version = (RULES.version, self.backend)
         interceptor = Interceptor(self.backend)
         with Stacks() as stacks, nn.intercept_methods(interceptor):
 
-            def box(path: str, leaf: Any) -> Any:
+            def box_kernel(path: str, leaf: Leaf) -> Leaf:
                 if not is_tree_leaf(leaf):
                     return leaf
                 if is_inside(self.scanned, path):
@@ -124,14 +141,91 @@ class WrappedModel:
                 interceptor.kernels[path] = leaf
                 return KernelBox(leaf, version, path)
 
-            collections["params"] = map_by_path(box, params)
+            collections["params"] = map_by_path(box_kernel, params)
             result = self.module.apply(
                 collections, *args, rngs=rngs, mutable=mutable, **kwargs
             )
+        # 3. Return mutable collections without the boxes.
         if mutable is False:
             return result
         output, updates = result
-        return output, without_boxes(updates, variables, mutable)
+        return output, _without_boxes(updates, variables, mutable)
+
+
+def _check_collections(collections: Mapping) -> None:
+    if "params" not in collections:
+        raise ValueError(
+            "`variables` must have a collection 'params', the base tree. Got "
+            f"{sorted(collections)}."
+        )
+    others = {name: tree for name, tree in collections.items() if name != "params"}
+    leaves = {name: leaves_by_path(tree).values() for name, tree in others.items()}
+    with_adapters = [
+        name
+        for name in sorted(leaves)
+        if any(isinstance(x, Adapter) for x in leaves[name])
+    ]
+    if with_adapters:
+        raise ValueError(
+            "`variables` must have its adapters in the collection 'lora'. Got adapters "
+            f"in {with_adapters}."
+        )
+
+
+def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
+    """Merges trained leaves; gives adapters array scalings and dropout keys."""
+    key, count = _dropout_key(rngs), 0
+
+    def prepare(_: str, leaf: Leaf) -> Leaf:
+        nonlocal count
+        base, adapter, keys = parts_of(leaf)
+        if adapter is None:
+            return leaf
+        if isinstance(adapter, Trained):
+            return adapter.merged(as_kernel(base))
+        if key is not None and adapter.dropout:
+            count += 1
+            keys = dropout_keys(adapter, jax.random.fold_in(key, count))
+        return AdaptedKernel(base, sliced(adapter), keys)
+
+    return map_by_path(prepare, params)
+
+
+def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
+    if rngs is None:
+        return None
+    rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key: Any = rngs.get("dropout", rngs.get("params"))  # as Flax's `make_rng`
+    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
+
+
+def _without_boxes(
+    updates: Mapping, variables: Mapping, mutable: CollectionFilter
+) -> dict:
+    """Returns the updated collections, with kernels and adapters as they were."""
+    updates = dict(updates)
+    if "params" in updates:
+        originals = boxed_by_path(variables["params"])
+        adapted = leaves_by_path(variables.get("lora", {}))
+
+        def restore_kernel(keys: KeyPath, leaf: Leaf) -> Leaf:
+            path = path_string(keys)
+            is_kernel = (
+                isinstance(leaf, KernelBox)
+                or path in adapted
+                or is_tree_leaf(unbox(originals.get(path)))
+            )
+            return originals[path] if is_kernel else leaf
+
+        # Not `map_by_path`, which would open the boxes and so decode the kernels.
+        updates["params"] = jax.tree_util.tree_map_with_path(
+            restore_kernel, updates["params"], is_leaf=is_box
+        )
+    if "lora" in variables and in_filter(mutable, "lora"):
+        updates["lora"] = variables["lora"]
+    return updates
 
 
 def wrap(
@@ -143,13 +237,13 @@ def wrap(
     """Returns the model with an `apply` that takes packed kernels and adapters.
 
     Dense, DenseGeneral, Einsum and registered classes multiply by packed weights. Other
-    modules get float weights during their call, which the backward pass decodes again:
-    also `nn.WeightNorm` and `nn.SpectralNorm` for the layer inside, and
-    `nnx.bridge.ToLinen`. In those `jax.lax.ragged_dot` multiplies by packed experts and
-    their adapters as they are (`ql.ragged_dot`). Packed kernels do not use a module's
-    `dot_general`.
+    modules get float weights during their call, which the backward pass decodes again.
+    So do `nn.WeightNorm` and `nn.SpectralNorm`, for the layer inside, and
+    `nnx.bridge.ToLinen`. In these modules, `jax.lax.ragged_dot` multiplies by packed
+    experts and their adapters directly (`ql.ragged_dot`). Packed kernels do not use a
+    module's `dot_general`.
 
-    A model that is wrapped already is returned unchanged or, if an option is given,
+    A model that is already wrapped is returned unchanged or, if an option is set,
     wrapped again with the options of this call alone.
 
     Args:
@@ -180,12 +274,13 @@ def wrap(
     return WrappedModel(linen_module(model), scanned, checked_backend(backend))
 
 
-def linen_module(model: Any) -> nn.Module:
+def linen_module(model: object) -> nn.Module:
     """Returns the linen module of a model, wrapped or not; else raises TypeError."""
     if isinstance(model, WrappedModel):
         return model.module
     if isinstance(model, nn.Module):
         return model
+    # Look up `nnx` without importing it, which takes long.
     got, nnx = type(model).__name__, sys.modules.get("flax.nnx")
     if isinstance(model, type):
         got = f"the class {model.__name__}. Pass an instance"

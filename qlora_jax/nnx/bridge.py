@@ -16,7 +16,7 @@ from flax import nnx
 from .._jax.pytree import split_arrays
 from ..adapters.base import AdaptedKernel, dropout_keys, replace_arrays
 from ..adapters.config import QLoRAConfig
-from ..linen.trace import trace_kinds
+from ..linen.init_model import trace_kinds
 from ..linen.wrapped import wrap
 from .subclass import subclass
 from .variables import (
