@@ -13,7 +13,6 @@ from .generating import Answer as Answer
 from .generating import Generated as Generated
 from .generating import generate as generate
 from .preview import Preview as Preview
-from .repacking import Repacked as Repacked
 from .run_results import SweepResult as SweepResult
 from .run_results import TrainResult as TrainResult
 from .scoring import Score as Score
@@ -24,5 +23,6 @@ from .servers import Pairs as Pairs
 from .servers import pairs as pairs
 from .train_config import TrainConfig as TrainConfig
 from .training import train as train
+from .writing import Repacked as Repacked
 from .writing import Written as Written
 from .writing import export as export

@@ -13,7 +13,7 @@ import qlora_jax as ql
 from .._jax.progress import plural
 from ..models.gguf.open_file import field, open_gguf
 from ..train.data.readers import describe_path
-from .base_model import MLX, OWN_ADAPTER
+from .base_model import MLX_ADAPTER, NATIVE_ADAPTER
 from .configs import InspectConfig
 from .run_folder import CONFIG, METRICS, RESULT, is_run, read_settings
 
@@ -24,10 +24,10 @@ class Leaf:
 
     Attributes:
         name: Its name in the file.
-        shape: Its shape; for a packed weight, that before packing.
+        shape: Its shape; for a packed weight, the shape before packing.
         format: Its dtype or number format; "lora" for an adapter.
         bytes: Its size in bytes.
-        rank: The rank of an adapter; None for others.
+        rank: The rank of an adapter; None for other leaves.
 
     Example:
         >>> from qlora_jax import cli
@@ -49,7 +49,7 @@ class Contents:
     Attributes:
         kind: One of "model", "bitsandbytes model", "PEFT adapter", "GGUF model",
             "qlora_jax tree", "run" and "safetensors".
-        about: Its most important settings.
+        about: The most important settings.
         leaves: A `Leaf` for each tensor or adapter.
         bytes: The size of all leaves in bytes.
 
@@ -71,31 +71,28 @@ class Contents:
     def __str__(self):
         lines = [self.kind, *(f"  {key}: {value}" for key, value in self.about.items())]
         rows = [("leaf", "shape", "format", "rank", "bytes")]
-        for x in self.leaves:
-            shape = "[" + ",".join(map(str, x.shape)) + "]"
-            rank = "" if x.rank is None else str(x.rank)
-            rows.append((x.name, shape, x.format, rank, f"{x.bytes:,}"))
-        lines += columns(rows, "<<<>>")
+        for leaf in self.leaves:
+            shape = "[" + ",".join(map(str, leaf.shape)) + "]"
+            rank = "" if leaf.rank is None else str(leaf.rank)
+            rows.append((leaf.name, shape, leaf.format, rank, f"{leaf.bytes:,}"))
         count = plural(len(self.leaves), "leaf", "leaves")
-        lines.append(f"{count}, {self.bytes:,} bytes")
+        lines += [*format_table(rows, "<<<>>"), f"{count}, {self.bytes:,} bytes"]
         return "\n".join(lines)
 
 
-def columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """Returns the lines of a table whose columns are aligned left (<) or right (>)."""
+def format_table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
+    """Returns the lines of a table with columns aligned to the left (<) or right (>)."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = "  ".join(f"{{:{x}{n}}}" for x, n in zip(sides, widths, strict=True))
+    columns = zip(alignments, widths, strict=True)
+    line = "  ".join(f"{{:{alignment}{width}}}" for alignment, width in columns)
     return [line.format(*row).rstrip() for row in rows]
 
 
 def inspect(config: InspectConfig) -> Contents:
     """Returns the kind, the settings and the leaves of a file or a folder.
 
-    Args:
-        config: The path.
-
     Raises:
-        ValueError: If this library does not read it, or it is broken.
+        ValueError: If the path is not supported, or its contents are damaged.
 
     Example:
         >>> import tempfile, numpy as np, qlora_jax as ql
@@ -109,63 +106,62 @@ def inspect(config: InspectConfig) -> Contents:
         1 leaf, 24 bytes
     """
     path = pathlib.Path(config.path)
-    what = "a folder, a .safetensors or a .gguf file"
+    supported = "a folder, a .safetensors or a .gguf file"
     if not path.exists():
-        raise FileNotFoundError(f"`path` must be {what}. Got {describe_path(path)}.")
+        described = describe_path(path)
+        raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
     if path.suffix == ".gguf":
-        return _gguf(path)
+        return _inspect_gguf(path)
     if is_run(path):
-        return _run(path)
+        return _inspect_run(path)
     if (path / "adapter_config.json").is_file():
-        return _adapter(path)
+        return _inspect_adapter(path)
     if (path / "config.json").is_file():
-        return _model(path)
+        return _inspect_model(path)
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
-        own = path / OWN_ADAPTER
-        path = own if own.is_file() else path
+        native = path / NATIVE_ADAPTER
+        path = native if native.is_file() else path
         tensors = ql.io.open_safetensors(path)
         if tensors.metadata.get("format") == "qlora_jax":
-            return _own(path)
-        return Contents("safetensors", tensors.metadata, _leaves(tensors))
-    raise ValueError(f"`path` must be {what}. Got {str(path)!r}.")
+            return _inspect_native(path)
+        return Contents("safetensors", tensors.metadata, _make_leaves(tensors))
+    raise ValueError(f"`path` must be {supported}. Got {str(path)!r}.")
 
 
-def _run(path: pathlib.Path) -> Contents:
-    """Returns settings and results of a run, and the tensors of its adapter."""
+def _inspect_run(path: pathlib.Path) -> Contents:
     settings, file = read_settings(path / CONFIG), path / RESULT
     result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     rows = ql.train.read_metrics(path / METRICS)
     about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}
     about["finished steps"] = max((row["step"] for row in rows), default=0)
-    numbers = ("source", "loss", "valid_loss")
-    about |= {key: result[key] for key in numbers if key in result}
-    adapter = path / "adapter"
-    leaves = _adapter(adapter).leaves if adapter.is_dir() else ()
+    about |= {k: result[k] for k in ("source", "loss", "valid_loss") if k in result}
+    adapter = path / "adapter"  # not there before the run is finished
+    leaves = _inspect_adapter(adapter).leaves if adapter.is_dir() else ()
     return Contents("run", about, leaves)
 
 
-def _leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
+def _make_leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
     """Returns a `Leaf` for each tensor, and one for all parts of a packed weight."""
     leaves = []
     for name, x in sorted(ql.io.packed_tensors(tensors).items()):
-        if (size := getattr(x, "nbytes", None)) is None:  # of bitsandbytes
-            start = f"{name}."
-            parts = [p for p in tensors if p == name or p.startswith(start)]
+        if (size := getattr(x, "nbytes", None)) is None:  # packed by bitsandbytes
+            prefix = f"{name}."
+            parts = [p for p in tensors if p == name or p.startswith(prefix)]
             size = sum(tensors[part].nbytes for part in parts)
-        leaves.append(Leaf(name, tuple(x.shape), _format(x), size))
+        leaves.append(Leaf(name, tuple(x.shape), _describe_format(x), size))
     return tuple(leaves)
 
 
-def _format(x: Any) -> str:
+def _describe_format(x: Any) -> str:
     if (packing := getattr(x, "packing", None)) is None:
         return x.dtype.name
     double = " double" * packing.double_quant
     return f"{packing.fmt} block {packing.block_size}{double}"
 
 
-def _model(path: pathlib.Path) -> Contents:
+def _inspect_model(path: pathlib.Path) -> Contents:
     raw = ql.io.read_config_json(path)
-    leaves = _leaves(ql.io.open_safetensors(path))
+    leaves = _make_leaves(ql.io.open_safetensors(path))
     is_packed = any("block" in leaf.format for leaf in leaves)
     keys = ("architectures", "model_type", "dtype", "torch_dtype")
     about = {key: raw[key] for key in keys if key in raw}
@@ -174,27 +170,28 @@ def _model(path: pathlib.Path) -> Contents:
     return Contents(f"{method} model" if is_packed else "model", about, leaves)
 
 
-def _adapter(path: pathlib.Path) -> Contents:
-    is_peft = not (path / MLX).exists()
+def _inspect_adapter(path: pathlib.Path) -> Contents:
+    is_peft = not (path / MLX_ADAPTER).exists()
     if is_peft:
         config = ql.io.PeftConfig.read(path)
-        others = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
+        tensors = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
     else:
-        config, others = ql.io.read_mlx(path).to_peft()
+        config, tensors = ql.io.read_mlx(path).to_peft()
     leaves = []
-    for module in sorted({key.partition(".lora_")[0] for key in others} - {*others}):
-        keys = [key for key in others if key.startswith(f"{module}.lora_")]
-        parts = {key.removeprefix(module): others.pop(key) for key in keys}
+    modules = {key.partition(".lora_")[0] for key in tensors}
+    for module in sorted(modules - {*tensors}):  # without ".lora_", a key is no module
+        keys = [key for key in tensors if key.startswith(f"{module}.lora_")]
+        parts = {key.removeprefix(module): tensors.pop(key) for key in keys}
         a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
             raise ValueError(f"{module} must have lora_A and lora_B of two axes.")
-        shape, rank = (b.shape[0], a.shape[1]), a.shape[0]
+        shape, rank = (b.shape[0], a.shape[1]), a.shape[0]  # A [rank, K], B [N, rank]
         size = sum(part.nbytes for part in parts.values())
         kind = "dora" if config.use_dora else "lora"
         leaves.append(Leaf(module, shape, f"{kind} {a.dtype.name}", size, rank))
-    leaves += _leaves(others)
+    leaves += _make_leaves(tensors)  # weights that replace those of the base
     about = {
-        "base model": config.others.get("base_model_name_or_path"),
+        "base model": config.extra_settings.get("base_model_name_or_path"),
         "target modules": config.target_modules,
         "rank": config.r,
         "alpha": config.lora_alpha,
@@ -204,14 +201,13 @@ def _adapter(path: pathlib.Path) -> Contents:
     return Contents(f"{'PEFT' if is_peft else 'MLX'} adapter", about, tuple(leaves))
 
 
-def _own(path: pathlib.Path) -> Contents:
+def _inspect_native(path: pathlib.Path) -> Contents:
     """Returns the leaves of a tree that `ql.io.save` wrote."""
     tree, config = ql.io.restore(path)
     leaves = []
     for name, x in ql.leaves_by_path(tree).items():
-        rank = getattr(x, "rank", None)  # of an adapter
-        if rank is None:
-            shape, fmt = x.shape, _format(x)
+        if (rank := getattr(x, "rank", None)) is None:  # not an adapter
+            shape, fmt = x.shape, _describe_format(x)
         else:
             shape, dtype = x.matrix_shape, next(iter(x.arrays.values())).dtype
             fmt = f"{x.label} {dtype.name}"
@@ -220,16 +216,15 @@ def _own(path: pathlib.Path) -> Contents:
     return Contents("qlora_jax tree", about, tuple(leaves))
 
 
-def _gguf(path: pathlib.Path) -> Contents:
+def _inspect_gguf(path: pathlib.Path) -> Contents:
     reader = open_gguf(path)
-    shape = lambda x: tuple(map(int, reversed(x.shape)))
-    leaves = tuple(
-        Leaf(x.name, shape(x), x.tensor_type.name, int(x.n_bytes))
-        for x in reader.tensors
-    )
+    leaves = []
+    for x in reader.tensors:
+        shape = tuple(map(int, reversed(x.shape)))  # GGUF lists the fastest axis first
+        leaves.append(Leaf(x.name, shape, x.tensor_type.name, int(x.n_bytes)))
     about = {
         "architecture": field(reader, "general.architecture"),
         "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
     }
     kind = field(reader, "general.type", "model")
-    return Contents(f"GGUF {kind}", about, leaves)
+    return Contents(f"GGUF {kind}", about, tuple(leaves))

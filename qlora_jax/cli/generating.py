@@ -248,7 +248,7 @@ class _Texts:
                 if not finished:
                     text += (piece := pieces.add(token))
                     write(piece)
-        text += (piece := pieces.rest())
+        text += (piece := pieces.flush())
         write(piece + "\n")
         if self.is_chat:
             self.messages.append({"role": "user", "content": prompt})

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 import qlora_jax as ql
 
@@ -21,9 +22,9 @@ class Score:
     """The result of `score`.
 
     Attributes:
-        loss: Mean cross entropy of the tokens that count, in nats a token.
-        tokens: Number of tokens that count.
-        rows: Number of rows.
+        loss: The mean cross entropy of the target tokens, in nats a token.
+        tokens: The number of target tokens.
+        rows: The number of rows.
 
     Example:
         >>> from qlora_jax import cli
@@ -45,7 +46,7 @@ class Scores:
     """The result of `score` for several adapters.
 
     Attributes:
-        scores: The score of each, by its name in the config.
+        scores: The score of each adapter, by its name in the config.
 
     Example:
         >>> from qlora_jax import cli
@@ -64,12 +65,9 @@ def score(config: ScoreConfig) -> Score | Scores:
 
     Several adapters are scored on one base, which is read once.
 
-    Args:
-        config: The model, the data and the settings.
-
     Raises:
         ValueError: If the model, the adapter or the data cannot be read or do not fit,
-            if no token counts, or if the loss is not finite.
+            if there is no target token, or if the loss is not finite.
 
     Example:
         >>> import pathlib, tempfile
@@ -81,56 +79,58 @@ def score(config: ScoreConfig) -> Score | Scores:
         >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
         3
     """
-    model, several, how = open_adapted(config)
-    score = scorer(model, str(config.data), config.batch_tokens, config.dtype)
-    model = read_as_trained(model, how, config.dtype)
-    if not several:
+    model, adapters, options = open_adapted(config)
+    score = make_scorer(model, str(config.data), config.batch_tokens, config.dtype)
+    model = read_as_trained(model, options, config.dtype)
+    if not adapters:
         return score(model.base, model.lora)
-    return Scores({name: score(model.base, x) for name, x in several.items()})
+    return Scores({name: score(model.base, x) for name, x in adapters.items()})
 
 
-def scorer(
+def make_scorer(
     model: BaseModel, data: str, batch_tokens: int = 1024, dtype: str = "float32"
-) -> Callable[[Any, Any], Score]:
+) -> Callable[[PyTree, PyTree], Score]:
     """Reads rows, and returns a function that scores a base and a lora tree on them."""
+    tokenizer = ql.train.open_tokenizer(model.path)
     rows = ql.train.read_rows(
-        data,
-        ql.train.open_tokenizer(model.path),
-        vocab_size=model.config.vocab_size,
-        max_length=batch_tokens,
+        data, tokenizer, vocab_size=model.config.vocab_size, max_length=batch_tokens
     )
-    tokens = sum(row.num_trained for row in rows)
-    if not tokens:
-        raise ValueError(f"{data} must have a token that counts. Got none.")
+    num_targets = sum(row.num_trained for row in rows)
+    if not num_targets:
+        raise ValueError(f"{data} must have at least one target token. Got none.")
+    # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch.
+    short = [row for row in rows if len(row.ids) <= batch_tokens]
+    long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
-    for is_packed in (True, False):  # longer rows are alone
-        some = [x for x in rows if (len(x.ids) <= batch_tokens) == is_packed]
-        size = max([batch_tokens, *(len(row.ids) for row in some)])
-        batches += some and ql.train.eval_batches(
-            some, batch_size=1, max_length=size, packing=is_packed
+    for group, is_packed in ((short, True), (long, False)):
+        max_length = max([batch_tokens, *(len(row.ids) for row in group)])
+        batches += group and ql.train.eval_batches(
+            group, batch_size=1, max_length=max_length, packing=is_packed
         )
     decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
-    chunked = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
-    from_logits = ql.train.make_mean_loss(_logits_loss(wrapped))
+    chunked_loss = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
+    logits_loss = ql.train.make_mean_loss(_make_logits_loss(wrapped))
     head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
-    def score(base: Any, lora: Any) -> Score:
-        shown = progress_bar("scoring", " batches", iterable=batches)
-        # The chunked loss takes a frozen head: it has no gradient for a trained one.
-        loss = (from_logits if head in lora else chunked)(base, lora, shown)
+    def score(base: PyTree, lora: PyTree) -> Score:
+        bar = progress_bar("scoring", " batches", iterable=batches)
+        # The chunked loss saves memory, but does not support an adapter of the head.
+        loss = (logits_loss if head in lora else chunked_loss)(base, lora, bar)
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite. Got {loss}.")
-        return Score(loss, tokens, len(rows))
+        return Score(loss, num_targets, len(rows))
 
     return score
 
 
-def _logits_loss(model: Any) -> Callable[..., tuple]:
+def _make_logits_loss(model: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Returns the loss of `ql.train.decoder_loss`, computed on all logits at once."""
 
-    def loss(lora: Any, base: Any, batch: "ql.train.Batch", key: None) -> tuple:
-        del key  # nothing is dropped
+    def compute_loss(
+        lora: PyTree, base: PyTree, batch: "ql.train.Batch", key: None
+    ) -> tuple[jax.Array, jax.Array]:
+        del key  # there is no dropout
         logits = model.apply(
             {"params": base, "lora": lora},
             batch.ids,
@@ -138,8 +138,9 @@ def _logits_loss(model: Any) -> Callable[..., tuple]:
             segment_ids=batch.segment_ids,
             select=batch.select,
         )
+        # [rows, selected, vocabulary] -> [rows, selected]
         targets = jnp.asarray(batch.targets)[..., None]
         log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, -1)
         return -jnp.sum(log_probs[..., 0] * batch.weights), jnp.sum(batch.weights)
 
-    return loss
+    return compute_loss

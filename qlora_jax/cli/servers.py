@@ -1,4 +1,4 @@
-"""`qlora-jax pairs`: formats in which servers read a base and an adapter right."""
+"""`qlora-jax pairs`: formats in which servers load a base and an adapter correctly."""
 
 import json
 import math
@@ -11,9 +11,15 @@ from typing import Any
 import qlora_jax as ql
 
 from ..models.families.gemma import text_config
-from .base_model import BaseModel, open_model, open_run, training_of
+from .base_model import (
+    BaseModel,
+    LoadOptions,
+    open_model,
+    open_run,
+    training_load_options,
+)
 from .configs import FMTS, ExportConfig, PairsConfig
-from .contents import columns
+from .contents import format_table
 
 AS_IS, MERGED = "as it is", "added to the base"
 _INT4 = FMTS["awq"]
@@ -21,33 +27,35 @@ _INT4 = FMTS["awq"]
 
 @dataclass(frozen=True)
 class Server:
-    """How a server takes a base and an adapter; forms are formats of `export`."""
+    """How a server loads a base and an adapter; forms are formats of `export`."""
 
-    bases: Mapping[str, str]  # the form of a packed base, by its number format
-    reads: tuple[str, ...]  # the `quant_method`s that it reads as they are
-    floats: str  # the form of floats
-    adapter: str | None  # the form of an adapter that is not merged, if it takes one
-    command: str
-    option: str = ""  # for an adapter
-    flags: Mapping[str, str] = field(default_factory=dict)  # by form of the base
-    # Of bases that it rounds: what it does.
+    bases: Mapping[str, str]  # number format of a packed base -> its form
+    reads: tuple[str, ...]  # the `quant_method`s of folders that need no export
+    floats: str  # the form of a float base
+    adapter: str | None  # the form of an adapter; None if adapters must be merged
+    command: str  # starts the server
+    option: str = ""  # added to the command for an adapter
+    # Form of the base -> more options of the command.
+    flags: Mapping[str, str] = field(default_factory=dict)
+    # Number formats that the server rounds -> what it does.
     rounded: Mapping[str, str] = field(default_factory=dict)
-    port: int | None = None  # of its OpenAI-compatible interface; None if it has none
+    port: int | None = None  # of the OpenAI-compatible API; None without one
     model: str = "{base}"  # the name of the base in requests
-    with_adapter: Mapping[str, Any] = field(default_factory=dict)  # also in requests
+    # Fields of requests that select the adapter.
+    with_adapter: Mapping[str, Any] = field(default_factory=dict)
 
 
 _BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
-_OF_VLLM = {**_BITSANDBYTES, **dict.fromkeys(_INT4, "awq")}
+_VLLM_BASES = {**_BITSANDBYTES, **dict.fromkeys(_INT4, "awq")}
 _E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 _METHODS = ("bitsandbytes", "compressed-tensors", "awq", "gptq")
-# PEFT adds nothing to modules that stay packed.
+# PEFT silently skips modules that stay packed.
 _DECODED = ", quantization_config=transformers.CompressedTensorsConfig("
 _DECODED += "run_compressed=False)"
-# Each was checked with the server's own code or, where it runs on a CPU, with itself.
+# Each entry was checked in the server's code or, if it runs on a CPU, by running it.
 SERVERS = {
     "vllm": Server(
-        {**_OF_VLLM, **_E2M1},
+        {**_VLLM_BASES, **_E2M1},
         _METHODS,
         "merged",
         "peft-portable",
@@ -58,7 +66,7 @@ SERVERS = {
         with_adapter={"model": "adapter"},
     ),
     "sglang": Server(
-        _OF_VLLM,
+        _VLLM_BASES,
         _METHODS,
         "merged",
         "peft-portable",
@@ -78,7 +86,7 @@ SERVERS = {
         port=8080,
         with_adapter={"lora": [{"id": 0, "scale": 1.0}]},
     ),
-    # From 0.34.1 on `ollama create` refuses `ADAPTER` (ollama's pull request 14969).
+    # Since 0.34.1, `ollama create` rejects `ADAPTER` (ollama's pull request 14969).
     "ollama": Server(
         {},
         (),
@@ -113,13 +121,13 @@ SERVERS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """What to write of a base and an adapter for a server.
+    """The formats of a base and an adapter for a server.
 
     Attributes:
         server: The server.
         base: The format of `export` for the base, or "as it is".
         adapter: The format of the adapter, or "added to the base".
-        exact: Whether the server has the very weights that the adapter is for.
+        exact: Whether the server has exactly the weights that the adapter is for.
         why: The reason.
 
     Example:
@@ -144,8 +152,8 @@ class Pairs:
     """The result of `pairs`.
 
     Attributes:
-        packed: How the base is packed in training.
-        servers: What to write for each server.
+        packed: How the base was packed in training.
+        servers: The formats for each server.
 
     Example:
         >>> from qlora_jax import cli
@@ -158,20 +166,17 @@ class Pairs:
 
     def __str__(self):
         rows = [("server", "base", "adapter", "exact", "why")]
-        for x in self.servers:
-            exact = "yes" if x.exact else "no"
-            rows.append((x.server, x.base, x.adapter, exact, x.why))
-        return "\n".join([f"base: {self.packed}", *columns(rows, "<<<<<")])
+        for pair in self.servers:
+            exact = "yes" if pair.exact else "no"
+            rows.append((pair.server, pair.base, pair.adapter, exact, pair.why))
+        return "\n".join([f"base: {self.packed}", *format_table(rows, "<<<<<")])
 
 
 def pairs(config: PairsConfig) -> Pairs:
-    """Returns what to write of a base and an adapter for each server, and how exact.
+    """Returns the formats for each server, and whether the server is exact with them.
 
-    Reads no weights. What an adapter was trained on is the model as it is, unless `fmt`
-    or its run says how it was packed.
-
-    Args:
-        config: The model and the adapter.
+    Reads no weights. The adapter counts as trained on the model as it is stored, unless
+    `fmt` or the adapter's run says how the model was packed.
 
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit.
@@ -185,122 +190,133 @@ def pairs(config: PairsConfig) -> Pairs:
         >>> {x.server: (x.base, x.exact) for x in found.servers}["llama.cpp"]
         ('gguf', True)
     """
-    model, how = open_pair(config)
-    packed = _packed(model, how)
-    said = "float" if packed is None else f"{packed[0]} in blocks of {packed[1]}"
-    return Pairs(said, tuple(pair_for(name, model, how) for name in SERVERS))
+    model, options = open_pair(config)
+    packing = _find_packing(model, options)
+    packed = "float" if packing is None else f"{packing[0]} in blocks of {packing[1]}"
+    return Pairs(packed, tuple(pair_for(name, model, options) for name in SERVERS))
 
 
-def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, dict[str, Any]]:
-    """Returns a model with its adapter, and how it was read for training."""
+def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, LoadOptions]:
+    """Returns a model with its adapter, and how training read the model."""
     if config.run is None:
         model = open_model(str(config.model), config.adapter)
     else:
         model, _ = open_run(config.run, getattr(config, "step", None), config.model)
-    how = training_of(config, model)
-    return model if model.replaces_weights else model.with_adapter(), how
+    options = training_load_options(config, model)
+    return model if model.replaces_weights else model.with_adapter(), options
 
 
-def _packed(model: BaseModel, how: Mapping[str, Any]) -> tuple[str, int] | None:
+def _find_packing(model: BaseModel, options: LoadOptions) -> tuple[str, int] | None:
     """Returns number format and block size of the base in training; None for floats."""
-    found = how.get("packing") or model.stored_packing
-    return None if found is None else (found.fmt, found.block_size)
+    packing = options.get("packing") or model.stored_packing
+    return None if packing is None else (packing.fmt, packing.block_size)
 
 
-def pair_for(name: str, model: BaseModel, how: Mapping[str, Any]) -> Pair:
-    """Returns what to write for a server of a model that was read so for training."""
-    server, packed = SERVERS[name], _packed(model, how)
-    pair = lambda *args: Pair(name, *args)
-    merged = lambda why: pair(
-        server.floats, MERGED, False, f"{why}: the sum is rounded"
-    )
+def pair_for(name: str, model: BaseModel, options: LoadOptions) -> Pair:
+    """Returns the formats for a server, of a model that training read with `options`.
+
+    Adapters that the server cannot load are merged. Otherwise the base keeps its form,
+    if the server reads that, or gets the server's form of its number format.
+    """
+    server, packing = SERVERS[name], _find_packing(model, options)
+
+    def pair(base: str, adapter: str, exact: bool, why: str) -> Pair:
+        return Pair(name, base, adapter, exact, why)
+
+    def merged(why: str) -> Pair:
+        return pair(server.floats, MERGED, False, f"{why}: the sum is rounded")
+
+    # Does the server load such adapters?
     adapters = ql.leaves_by_path(model.lora)
     kinds = {*map(type, adapters.values())}
     is_plain = not model.replaces_weights and kinds <= {ql.LoRA}
     if server.adapter is None:
-        return merged("it takes no adapter beside a base")
+        return merged("it supports no adapters")
     if server.adapter != "peft" and not is_plain:
-        return merged("it takes no adapter but plain LoRA")
-    is_gguf, of_gguf = model.path.suffix == ".gguf", server.floats == "gguf"
-    has_experts = packed is not None and model.config.experts is not None
+        return merged("it supports only plain LoRA adapters")
+    is_gguf, needs_gguf = model.path.suffix == ".gguf", server.floats == "gguf"
+    has_experts = packing is not None and model.config.experts is not None
     if has_experts and server.floats == "merged":
-        return merged("it was not seen to load experts in 4 bits")
+        return merged("it is not known to load experts in 4 bits")
     if name in ("mlx", "llama.cpp") and any("/experts/" in path for path in adapters):
-        return merged("it takes no adapters of experts")
+        return merged("it supports no adapters of experts")
     problem = _mlx_problem(model) if name == "mlx" else None
-    if packed is None:
-        if of_gguf and not is_gguf:
+    if packing is None:
+        if needs_gguf and not is_gguf:
             return pair("gguf", server.adapter, False, "weights are rounded to float16")
-        # mlx-lm does not read all of what transformers 5 writes.
-        is_as_it_is = is_gguf == of_gguf and not (name == "mlx" and _is_newer(model))
+        # mlx-lm does not read every config that transformers 5 writes.
+        is_as_it_is = is_gguf == needs_gguf and not (name == "mlx" and _is_newer(model))
         form = AS_IS if is_as_it_is else server.floats
         why = problem or "the weights are the same"
         return pair(form, server.adapter, problem is None, why)
-    fmt, size = packed
-    is_read = of_gguf if is_gguf else _is_read(server, model, fmt)
-    form = AS_IS if is_read and not how else server.bases.get(fmt)
+    fmt, block_size = packing
+    is_read = needs_gguf if is_gguf else _is_read(server, model, fmt)
+    form = AS_IS if is_read and not options else server.bases.get(fmt)
     if form == AS_IS and name == "mlx" and _is_newer(model):
         form = server.bases.get(fmt)
-    if form is None or (form == "gguf" and size != 32):
-        return merged(f"it has no {fmt} in blocks of {size}")
+    # GGUF's Q4_0 has blocks of 32 weights.
+    if form is None or (form == "gguf" and block_size != 32):
+        return merged(f"it does not support {fmt} in blocks of {block_size}")
     why = problem or server.rounded.get(fmt)
     if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:
         why = "it rounds scales to bfloat16, because Gemma overflows in float16"
-    same = "codes and scales are the same"
-    return pair(form, server.adapter, why is None, why or same)
+    exact = why is None
+    return pair(form, server.adapter, exact, why or "codes and scales are the same")
 
 
 def _is_newer(model: BaseModel) -> bool:
-    """Whether a folder's config has keys that it says in the older form too."""
+    """Returns whether a folder's config has keys that have an older form too."""
     return model.path.is_dir() and bool(
         ql.io.older_config_keys(ql.io.read_config_json(model.path))
     )
 
 
-# What mlx-lm 0.32 computes for each family, in addition to what it always does.
+# Options that mlx-lm 0.32 supports in some families only.
 _MLX_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
 _MLX_BIASES = ("llama", "olmoe", "qwen2", "smollm3")
-_MLX_HEADS = ("qwen2", "mixtral", "phi3")  # of the hidden size by the heads
+# Families in which it takes the hidden size over the number of heads as head size.
+_MLX_HEADS = ("qwen2", "mixtral", "phi3")
 
 
 def _mlx_problem(model: BaseModel) -> str | None:
-    """Returns what mlx-lm computes otherwise than the model's config says, or None."""
+    """Returns what mlx-lm computes differently from the model's config, or None."""
     if model.path.is_file():
         return None
     raw, config = ql.io.read_config_json(model.path), model.config
     raw = text_config(raw)
-    kind, rope = raw["model_type"], raw | ql.io.older_config_keys(raw)
-    rope = (rope.get("rope_scaling") or {}).get
-    rope_type = rope("rope_type") or rope("type") or "default"
-    longest = raw.get("max_position_embeddings") or math.inf
-    windows = [(x.window or math.inf) < longest for x in config.layers]
-    every = raw.get("sliding_window_pattern") or 6
-    is_gemma3 = kind == "gemma3_text"
-    pattern = [(i + 1) % every != 0 for i in range(len(windows))]
+    family, is_gemma3 = raw["model_type"], raw["model_type"] == "gemma3_text"
+    rope = (raw | ql.io.older_config_keys(raw)).get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    # mlx-lm has windows in Gemma 3 only: in all layers but each `period`-th.
+    max_length = raw.get("max_position_embeddings") or math.inf
+    has_window = [(x.window or math.inf) < max_length for x in config.layers]
+    period = raw.get("sliding_window_pattern") or 6
+    mlx_window = [is_gemma3 and (i + 1) % period != 0 for i in range(len(has_window))]
     problems = {
-        "experts": kind == "gpt_oss",
+        "experts": family == "gpt_oss",
         f"{rope_type} rotary positions": rope_type
-        not in _MLX_ROPES.get(kind, ("default", "linear", "llama3")),
-        "the window": windows != pattern if is_gemma3 else any(windows),
-        "biases": config.qkv_bias and kind not in _MLX_BIASES,
-        "the size of heads": kind in _MLX_HEADS
+        not in _MLX_ROPES.get(family, ("default", "linear", "llama3")),
+        "the window": has_window != mlx_window,
+        "biases": config.qkv_bias and family not in _MLX_BIASES,
+        "the size of heads": family in _MLX_HEADS
         and config.head_dim != config.hidden_size // config.num_heads,
         "the cap of logits": is_gemma3 and config.logit_soft_cap is not None,
     }
-    wrong = [part for part, is_wrong in problems.items() if is_wrong]
-    return f"mlx-lm computes {' and '.join(wrong)} otherwise" if wrong else None
+    parts = [part for part, is_wrong in problems.items() if is_wrong]
+    return f"mlx-lm computes {' and '.join(parts)} differently" if parts else None
 
 
 def _is_read(server: Server, model: BaseModel, fmt: str) -> bool:
-    """Whether a server reads the packed weights of a model's folder as they are."""
+    """Returns whether a server loads the packed weights of a folder exactly."""
     raw = ql.io.read_config_json(model.path)
     method = model.quantization.get("quant_method")
-    # Servers but MLX round float16 scales to the dtype of the model.
-    is_held = fmt not in _INT4 or raw.get("dtype", raw.get("torch_dtype")) == "float16"
-    return method in server.reads and (is_held or method == "mlx")
+    # All servers except mlx-lm round float16 scales to the dtype of the model.
+    dtype = raw.get("dtype", raw.get("torch_dtype"))
+    keeps_scales = fmt not in _INT4 or dtype == "float16"
+    return method in server.reads and (keeps_scales or method == "mlx")
 
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has buffers for
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of `--max-lora-rank`
 _README = """\
 # {source}, with an adapter, for {name}
 
@@ -316,25 +332,26 @@ def write_start(
     folder: pathlib.Path,
     pair: Pair,
     model: BaseModel,
-    source: str,
     files: Mapping[str, pathlib.Path],
 ) -> None:
-    """Writes a README with the command that starts a server, a request, and files."""
-    names = {part: f"./{file.name}" for part, file in files.items()}
-    local = pathlib.Path(source)
-    names.setdefault("base", str(local.absolute()) if local.exists() else source)
+    """Writes a README with the command that starts a server and a request to it."""
+    # What the command and the request call the base and the adapter: the files in this
+    # folder, or the model itself.
+    paths = {part: f"./{file.name}" for part, file in files.items()}
+    local = pathlib.Path(model.name)
+    paths.setdefault("base", str(local.absolute()) if local.exists() else model.name)
     if model.path.is_file() and pair.base == AS_IS:
-        names["base"] = str(model.path.absolute())
+        paths["base"] = str(model.path.absolute())
     server = SERVERS[pair.server]
-    largest = max((x.rank for x in ql.leaves_by_path(model.lora).values()), default=0)
-    rank = next((n for n in _RANKS if n >= largest), largest)
+    rank = max((x.rank for x in ql.leaves_by_path(model.lora).values()), default=0)
+    rank = next((n for n in _VLLM_RANKS if n >= rank), rank)
     form = model.quantization.get("quant_method") if pair.base == AS_IS else pair.base
     flags = server.flags.get(str(form), "")
     option = server.option if "adapter" in files else ""
-    command = (server.command + option).format(**names, rank=rank, flags=flags)
-    request = _request(server, model, names, "adapter" in files)
+    command = (server.command + option).format(**paths, rank=rank, flags=flags)
+    request = _make_request(server, model, paths, "adapter" in files)
     text = _README.format(
-        source=source,
+        source=model.name,
         name=pair.server,
         command=command,
         request=request,
@@ -343,22 +360,22 @@ def write_start(
     )
     (folder / "README.md").write_text(text, "utf-8")
     if pair.server == "ollama":
-        (folder / "Modelfile").write_text(f"FROM {names['base']}\n", "utf-8")
+        (folder / "Modelfile").write_text(f"FROM {paths['base']}\n", "utf-8")
 
 
-def _request(
-    server: Server, model: BaseModel, names: Mapping[str, str], has_adapter: bool
+def _make_request(
+    server: Server, model: BaseModel, paths: Mapping[str, str], has_adapter: bool
 ) -> str:
-    """Returns the part of a README with a request that names the adapter."""
+    """Returns the part of a README with a request; empty for servers without an API."""
     if server.port is None:
         return ""
     body = {"model": server.model, **(server.with_adapter if has_adapter else {})}
-    body = {k: x.format(**names) if isinstance(x, str) else x for k, x in body.items()}
+    body = {k: x.format(**paths) if isinstance(x, str) else x for k, x in body.items()}
     is_chat = ql.train.open_tokenizer(model.path).has_template
-    ask = {"messages": [{"role": "user", "content": "Hello"}]}
-    body |= ask if is_chat else {"prompt": "Hello", "max_tokens": 100}
+    chat = {"messages": [{"role": "user", "content": "Hello"}]}
+    body |= chat if is_chat else {"prompt": "Hello", "max_tokens": 100}
     url = f"http://localhost:{server.port}/v1/{'chat/' * is_chat}completions"
     data = shlex.quote(json.dumps(body))
-    which = ", which names the adapter" if has_adapter else ""
+    clause = ", which names the adapter" if has_adapter else ""
     curl = f"curl {url} -H 'Content-Type: application/json' -d {data}"
-    return f"\nA request{which}:\n\n    {curl}\n"
+    return f"\nA request{clause}:\n\n    {curl}\n"

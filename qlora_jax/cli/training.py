@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from .._jax.progress import plural
-from ..train.loop import drive, training
+from ..train.loop import Training, drive
 from .evaluation import Evaluation
 from .loggers import open_loggers, open_metrics
 from .preview import Preview, preview
@@ -310,7 +310,7 @@ def _fit(
         pairs = zip(trainers, log_rows, strict=True)
         for index, (trainer, log_row) in enumerate(pairs):
             metrics = open_metrics(trainer.run.folder, resume_after)
-            loop = training(
+            loop = Training(
                 trainer.loop,
                 trainer.state,
                 base,
