@@ -21,7 +21,7 @@ Arrays = tuple[Array, ...]
 
 
 def on_devices(
-    structs: Sequence[jax.ShapeDtypeStruct],
+    structs: Sequence[Array | jax.ShapeDtypeStruct],
     make: Callable[[Device, Sequence[Index]], Sequence[Array]],
 ) -> Arrays:
     """Returns arrays that `make(device, parts)` computes for each device.
@@ -59,7 +59,7 @@ def on_devices(
     )
 
 
-def put(x: Any, struct: jax.ShapeDtypeStruct) -> Array:
+def put(x: Any, struct: Array | jax.ShapeDtypeStruct) -> Array:
     """Puts an array or lazy tensor on its sharding; each device reads its part."""
     if struct.sharding is None:
         return jnp.asarray(np.asarray(x))

@@ -311,8 +311,8 @@ def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
 @pytest.mark.parametrize(
     "settings, refused",
     [
-        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens is the head too"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "cannot be the head too"),
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens is also the head"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "cannot also be the head"),
         (CASES["tokens"], None),
     ],
 )

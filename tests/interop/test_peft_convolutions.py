@@ -107,7 +107,7 @@ def test_an_adapter_of_nnx_loads_there(tmp_path):
     nnx.update(ours, randomized(nnx.state(ours, nnx.LoRAParam)))
     trees = ql.nnx.split(ours)
     settings = ql.io.peft_config(*trees, NAMES)
-    settings = dataclasses.replace(settings, others={"task_type": None})
+    settings = dataclasses.replace(settings, extra_settings={"task_type": None})
     ql.io.save_peft(tmp_path / "ours", *trees, NAMES, settings)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
     there = model(torch.tensor(X)).detach().numpy()

@@ -147,7 +147,7 @@ UNSUPPORTED = [
     ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
     ({"target_modules": ["embed_tokens"], "use_dora": True}, "cannot be a DoRA"),
     ({"target_modules": ["norm"]}, r"adapters of norms .* \['model.norm'\]"),
-    ({"trainable_token_indices": [1, 1]}, "numbers of tokens, each once"),
+    ({"trainable_token_indices": [1, 1]}, "distinct token ids"),
     ({"trainable_token_indices": [99]}, "'embed_tokens' has 8 rows. Got 99"),
     ({"trainable_token_indices": {"norm": [1]}}, "'norm' must match one embedding"),
     (TWICE, "'embed_tokens' is adapted or saved in other ways"),

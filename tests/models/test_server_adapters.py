@@ -121,7 +121,7 @@ def check(model, lora, config, tmp_path, factors):
         ({"blk.0.attn_q.weight.lora_b": (60, 4)}, {}, r"\(64, 4\). Got \(60, 4"),
         ({"blk.0.attn_norm.weight": (64,)}, {}, "attn_norm.weight: unexpected"),
         ({"blk.7.attn_q.weight.lora_a": (4, 64)}, {}, "blk.7.attn_q.* unexpected"),
-        ({"token_embd.weight.lora_a": (4, 64)}, {}, "cannot be the head too"),
+        ({"token_embd.weight.lora_a": (4, 64)}, {}, "cannot also be the head"),
     ],
 )
 def test_gguf_files_are_refused_by_name(model, tmp_path, change, settings, message):

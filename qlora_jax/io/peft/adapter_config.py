@@ -1,19 +1,20 @@
 """Settings of a PEFT LoRA adapter (`adapter_config.json`)."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from ..files import CheckpointError, Path, member, read_json, refuse
-from .checks import problems_of
-from .module_patterns import setting_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Settings that PEFT 0.21 writes, with the defaults. They change nothing in a trained
+T = TypeVar("T")
+
+# Settings that PEFT 0.21 writes, with their defaults. They have no effect on a trained
 # adapter, and are written as they were read.
 _NO_EFFECT: dict[str, Any] = {
     "auto_mapping": None,
@@ -30,7 +31,7 @@ _NO_EFFECT: dict[str, Any] = {
     "revision": None,
     "task_type": "CAUSAL_LM",
 }
-# Settings with the only value of LoRA and DoRA.
+# Settings of which only one value is supported, which is the default.
 _UNSUPPORTED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -45,9 +46,13 @@ _UNSUPPORTED: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-# Initializations that leave the base weights alone; PEFT changes them in others.
+_BIASES = ("none", "all", "lora_only")
+# With other initializations, such as PiSSA, PEFT changes the base weights.
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-_NEUTRAL = (None, False, {}, [], "")
+# Settings of later versions of PEFT may be ignored if they are off.
+_OFF = (None, False, {}, [], "")
+# Fields of `PeftConfig` that are not settings of PEFT under that name.
+_NOT_SETTINGS = ("extra_settings", "saved_base_weights")
 
 
 @dataclass(frozen=True)
@@ -59,27 +64,27 @@ class PeftConfig:
         lora_alpha: Alpha: the scaling is `lora_alpha / r`.
         target_modules: Names of modules, or ends of names after a dot; or one regular
             expression for full names; or "all-linear".
-        target_parameters: Names of parameters, or ends of names after a dot, of which
-            a part is adapted for each expert.
-        exclude_modules: Modules to leave out, as `target_modules`.
+        target_parameters: Names of parameters, or ends of names after a dot, that hold
+            all experts; each expert's part is adapted.
+        exclude_modules: Modules to leave out, in the form of `target_modules`.
         lora_dropout: Rate of dropout on the adapter's input.
         bias: Which biases the adapter holds: "none", "all" or "lora_only".
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
-        use_dora: Whether the adapters are DoRA's.
+        use_dora: Whether the adapters are DoRA.
         modules_to_save: Ends of the names of modules that the adapter replaces.
-        trainable_token_indices: Numbers of the rows of the embedding that are trained
-            alone; or by the end of an embedding's name.
+        trainable_token_indices: The ids of the embedding's rows that are trained; or a
+            mapping from the end of an embedding's name to the ids.
         layers_to_transform: Number or numbers of layers with adapters; None for all.
         layers_pattern: Text before a layer's number in a name, or several.
         rank_pattern: Ranks by the end of a module's name; the first match wins.
-        alpha_pattern: Alphas that differ, likewise.
-        others: Settings that change nothing in a trained adapter, such as
+        alpha_pattern: Alphas by the end of a module's name; the first match wins.
+        extra_settings: Settings that have no effect on a trained adapter, such as
             `base_model_name_or_path`; `save_peft` writes them.
-        repeated: Names of base weights that the adapter holds too, as PEFT does for an
-            adapted `lm_head`; they are in no file of settings.
+        saved_base_weights: Names of unchanged base weights that the adapter holds, as
+            PEFT saves those of an adapted `lm_head`. They are not in the JSON.
 
     Raises:
-        CheckpointError: If settings are of the wrong kind or out of range; lists all.
+        CheckpointError: If settings have the wrong type or are out of range; lists all.
 
     Example:
         >>> import qlora_jax as ql
@@ -104,47 +109,47 @@ class PeftConfig:
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
-    trainable_token_indices: tuple[int, ...] | Mapping[str, Any] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    others: Mapping[str, Any] = field(default_factory=dict)
-    repeated: tuple[str, ...] = ()
+    extra_settings: Mapping[str, Any] = field(default_factory=dict)
+    saved_base_weights: tuple[str, ...] = ()
 
     def __post_init__(self):
         for setting in fields(self):
             value = getattr(self, setting.name)
             if isinstance(value, list):
                 object.__setattr__(self, setting.name, tuple(value))
-        refuse("these settings of a PEFT adapter are wrong", problems_of(self))
+        refuse("these settings of a PEFT adapter are invalid", _problems_of(self))
 
     @property
     def trained_tokens(self) -> dict[str, tuple[int, ...]]:
-        """The numbers of the rows that are trained, by the end of a module's name."""
-        given = self.trainable_token_indices or {}
-        by_name = given if isinstance(given, Mapping) else {"embed_tokens": given}
+        """The ids of the trained rows, by the end of an embedding's name."""
+        indices = self.trainable_token_indices or {}
+        by_name = indices if isinstance(indices, Mapping) else {"embed_tokens": indices}
         return {module: tuple(rows) for module, rows in by_name.items()}
 
     @property
     def layers(self) -> tuple[int, ...] | None:
         """The numbers of the layers that have adapters; None for all."""
-        given = self.layers_to_transform
-        return (given,) if isinstance(given, int) else given
+        layers = self.layers_to_transform
+        return (layers,) if isinstance(layers, int) else layers
 
     @property
     def layer_prefixes(self) -> tuple[str, ...]:
         """Patterns of the text before a layer's number; () for any text."""
-        given = self.layers_pattern
-        return (given,) if isinstance(given, str) else given
+        patterns = self.layers_pattern
+        return (patterns,) if isinstance(patterns, str) else patterns
 
     def rank_of(self, module: str) -> int:
-        """Returns the rank of a module's adapter: that of `rank_pattern`, else `r`.
+        """Returns the rank of a module's adapter: that of `rank_pattern`, or `r`.
 
         Args:
-            module: The module's name in the model, or that of a parameter.
+            module: The module's name in the model, or the name of a parameter.
         """
-        return setting_of(self.rank_pattern, module, self.r)
+        return _first_match(self.rank_pattern, module, self.r)
 
     def scaling_of(self, module: str) -> float:
         """Returns the scaling of a module's adapter: alpha / r, or alpha / sqrt(r).
@@ -152,7 +157,7 @@ class PeftConfig:
         Args:
             module: The module's name in the model.
         """
-        alpha = setting_of(self.alpha_pattern, module, self.lora_alpha)
+        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
         rank = self.rank_of(module)
         return float(alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
 
@@ -164,24 +169,27 @@ class PeftConfig:
             folder: The folder.
 
         Raises:
-            CheckpointError: If it is missing, no LoRA, or uses what is not supported.
+            CheckpointError: If the file is missing, is not that of a LoRA, or has
+                settings that are not supported.
         """
         raw = read_json(member(folder, CONFIG_FILE))
         if raw.get("peft_type") != "LORA":
             raise CheckpointError(
                 f'`peft_type` must be "LORA". Got {raw.get("peft_type")!r:.80}.'
             )
-        own = {f.name for f in fields(cls)} - {"others", "repeated"}
-        given, others, problems = {}, {}, []
+        field_names = {f.name for f in fields(cls)} - {*_NOT_SETTINGS}
+        settings, extra_settings, problems = {}, {}, []
         for key, value in raw.items():
-            if key in own:
-                given[key] = value
+            if key in field_names:
+                # PEFT writes null or an empty value for a default.
+                if value not in (None, [], ""):
+                    settings[key] = value
             elif key in _UNSUPPORTED:
-                if value not in (_UNSUPPORTED[key], *_NEUTRAL):
+                if value not in (_UNSUPPORTED[key], *_OFF):
                     problems.append(f"`{key}` is not supported. Got {value!r:.80}.")
             elif key in _NO_EFFECT:
-                others[key] = value
-            elif key not in ("peft_type", "runtime_config") and value not in _NEUTRAL:
+                extra_settings[key] = value
+            elif key not in ("peft_type", "runtime_config") and value not in _OFF:
                 problems.append(f"`{key}` is not known. Got {value!r:.80}.")
         if raw.get("init_lora_weights", True) not in _INITIALIZATIONS:
             problems.append(
@@ -189,23 +197,193 @@ class PeftConfig:
                 f"the base weights. Got {raw['init_lora_weights']!r:.80}."
             )
         refuse("this adapter is not supported", problems)
-        # Empty values are the defaults.
-        given = {name: x for name, x in given.items() if x not in (None, [], "")}
-        return cls(**given, others=others)
+        return cls(**settings, extra_settings=extra_settings)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of `adapter_config.json`, as PEFT 0.21 writes it."""
-        raw = {**_UNSUPPORTED, **_NO_EFFECT, **self.others, "peft_type": "LORA"}
+        raw = {**_UNSUPPORTED, **_NO_EFFECT, **self.extra_settings, "peft_type": "LORA"}
         for setting in fields(self):
-            if setting.name in ("others", "repeated"):
-                continue
-            value = getattr(self, setting.name)
-            raw[setting.name] = list(value) if isinstance(value, tuple) else value
-        others = "modules_to_save", "layers_pattern", "target_parameters"
-        for name in ("exclude_modules", *others):
+            if setting.name not in _NOT_SETTINGS:
+                value = getattr(self, setting.name)
+                raw[setting.name] = list(value) if isinstance(value, tuple) else value
+        nullable = ("exclude_modules", "modules_to_save", "layers_pattern")
+        for name in (*nullable, "target_parameters"):
             raw[name] = raw[name] or None
         for name in ("rank_pattern", "alpha_pattern"):
             raw[name] = dict(raw[name])
         if isinstance(tokens := raw["trainable_token_indices"], Mapping):
             raw["trainable_token_indices"] = {m: [*rows] for m, rows in tokens.items()}
         return dict(sorted(raw.items()))
+
+
+# The matching of names, as PEFT does it.
+
+
+def is_targeted(
+    module: str,
+    targets: str | tuple[str, ...],
+    layers: tuple[int, ...] | None = None,
+    layer_prefixes: tuple[str, ...] = (),
+) -> bool:
+    """Returns whether PEFT's `target_modules` match a module.
+
+    A string is a regular expression for full names. A tuple holds full names, or their
+    ends after a dot; ends match in `layers` only (None for all).
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    if module in targets:
+        return True
+    if not any(module.endswith(f".{target}") for target in targets):
+        return False
+    return layers is None or _layer_of(module, layer_prefixes) in layers
+
+
+def _layer_of(module: str, layer_prefixes: tuple[str, ...]) -> int | None:
+    for pattern in map(_layer_regex, layer_prefixes or ("",)):
+        if match := re.match(pattern, module):
+            return int(match["layer"]) if match["layer"] else None
+    return None
+
+
+def _layer_regex(prefix: str) -> str:
+    start = rf"(?:^|.*?\.){prefix}" if prefix else r".*?\.[^.]*"
+    return rf"{start}\.(?P<layer>\d+)\."
+
+
+def _key_regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def matches_key(key: str, module: str) -> bool:
+    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a module."""
+    return re.match(_key_regex(key), module) is not None
+
+
+def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
+    values = (value for key, value in patterns.items() if matches_key(key, module))
+    return next(values, default)
+
+
+def is_saved(parameter: str, modules_to_save: Iterable[str]) -> bool:
+    """Returns whether one of PEFT's `modules_to_save` holds a parameter."""
+    # PEFT compares ends without a dot: "norm" also saves "input_layernorm".
+    parts = parameter.split(".")[:-1]
+    modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(module.endswith((*modules_to_save,)) for module in modules)
+
+
+def is_inside_saved(module: str, modules_to_save: Iterable[str]) -> bool:
+    """Returns whether PEFT adds no adapter to a module because it is saved."""
+    # Unlike in `is_saved`, names are compared between dots.
+    escaped = map(re.escape, modules_to_save)
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in escaped)
+
+
+# The checks of settings, which may come from a hostile file.
+
+
+def _is_integer(value: object, minimum: int = 1) -> bool:
+    # `type`, because `isinstance(True, int)` is true.
+    return type(value) is int and minimum <= value < 2**31
+
+
+def _is_number(value: object, low: float = 1e-9, high: float = 1e9) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return low <= value < high
+
+
+def _is_names(value: object) -> bool:
+    is_tuple = isinstance(value, tuple)
+    return is_tuple and all(isinstance(name, str) and name for name in value)
+
+
+def _is_names_or_regex(value: object) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
+def _is_indices(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(_is_integer(x, 0) for x in value)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return _is_indices(value) and len({*value}) == len(value) > 0
+
+
+def _is_dict_of(check: Callable[[Any], bool], value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return all(isinstance(key, str) and check(x) for key, x in value.items())
+
+
+# The check of each setting, and what an error message says that it must be.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_integer, "a positive integer"),
+    "lora_alpha": (_is_number, "a positive number"),
+    "target_modules": (_is_names_or_regex, "a list of names or a regular expression"),
+    "target_parameters": (_is_names, "a list of names"),
+    "exclude_modules": (_is_names_or_regex, "a list of names or a regular expression"),
+    "lora_dropout": (lambda x: _is_number(x, 0, 1), "in [0, 1)"),
+    "bias": (lambda x: x in _BIASES, '"none", "all" or "lora_only"'),
+    "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
+    "use_dora": (lambda x: isinstance(x, bool), "true or false"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "trainable_token_indices": (
+        lambda x: x is None or _is_token_ids(x) or _is_dict_of(_is_token_ids, x),
+        "distinct token ids",
+    ),
+    "layers_to_transform": (
+        lambda x: x is None or _is_integer(x, 0) or _is_indices(x),
+        "a layer's number or a list of numbers",
+    ),
+    "layers_pattern": (_is_names_or_regex, "a name or a list of names"),
+    "rank_pattern": (
+        lambda x: _is_dict_of(_is_integer, x),
+        "positive integers by name",
+    ),
+    "alpha_pattern": (lambda x: _is_dict_of(_is_number, x), "positive numbers by name"),
+}
+
+
+def _problems_of(config: PeftConfig) -> list[str]:
+    problems = [
+        f"`{name}` must be {requirement}. Got {value!r:.80}."
+        for name, (is_valid, requirement) in _CHECKS.items()
+        if not is_valid(value := getattr(config, name))
+    ]
+    # The further checks need settings of the right types.
+    if problems:
+        return problems
+    if config.target_parameters and (config.lora_dropout or config.use_dora):
+        return [
+            "`lora_dropout` must be 0 and `use_dora` false with `target_parameters`, "
+            f"as in PEFT. Got {config.lora_dropout} and {config.use_dora}."
+        ]
+    if isinstance(config.target_modules, str) and (
+        config.layers_to_transform is not None or config.layers_pattern
+    ):
+        return [
+            "`layers_to_transform` and `layers_pattern` must be left out if "
+            "`target_modules` is a regular expression."
+        ]
+    for name, pattern in _regexes_of(config):
+        try:
+            re.compile(pattern)
+        # Besides its own error, `re` raises the others for huge patterns.
+        except (re.error, RecursionError, OverflowError) as error:
+            problems.append(
+                f"`{name}` must be a regular expression. Got {pattern!r}: {error}."
+            )
+    return problems
+
+
+def _regexes_of(config: PeftConfig) -> Iterator[tuple[str, str]]:
+    for name in ("rank_pattern", "alpha_pattern"):
+        yield from ((name, _key_regex(key)) for key in getattr(config, name))
+    for prefix in config.layer_prefixes:
+        yield "layers_pattern", _layer_regex(prefix)
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str) and value.lower() != "all-linear":
+            yield name, value

@@ -113,7 +113,9 @@ def peft_config(
         trainable_token_indices=rows or None,
         rank_pattern=pattern_of(ranks, rank),
         alpha_pattern=pattern_of(alphas, alpha),
-        others={} if base_model is None else {"base_model_name_or_path": base_model},
+        extra_settings={}
+        if base_model is None
+        else {"base_model_name_or_path": base_model},
     )
 
 

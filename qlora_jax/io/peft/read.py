@@ -12,9 +12,9 @@ from ...adapters.base import SETTINGS, Adapter
 from ...adapters.lora import LoRA
 from ...adapters.trained import new_trained
 from ...adapters.trained_rows import TrainedRows
+from ...quant.formats import FLOAT_DTYPES
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
-from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member, refuse
 from ..names import Names
@@ -31,9 +31,12 @@ from .adapter_file import (
     lay_out,
     rows_key,
 )
-from .parameters import parameter_shapes, split_parameter
 from .plain import PlainLoRA
-from .stacked import stack
+from .stacked import (
+    parameter_shapes,
+    split_parameter,
+    stack,  # x
+)
 
 # JAX would read float64 as float32.
 _STORED = ("bfloat16", "float16", "float32")
@@ -101,8 +104,8 @@ def load_peft(
         adapters[model.modules[module].path] = new
     tensors = {name: arrays[key] for name, key in whole.items()}
     base, trained = _replace(base, model, layout, tensors, dtype)
-    repeated = tuple(name for name in layout.repeatable if name in whole)
-    config = dataclasses.replace(config, repeated=repeated)
+    repeated = tuple(name for name in layout.optional if name in whole)
+    config = dataclasses.replace(config, saved_base_weights=repeated)
     return base, nested(adapters | trained), config
 
 
@@ -146,12 +149,12 @@ def _check_tensors(
         wanted[rows_key(module)] = (len(rows), size)
     whole: dict[str, str] = {}
     problems = []
-    for name in (*layout.whole, *layout.repeatable):
+    for name in (*layout.saved, *layout.optional):
         keys = [key for key in layout.keys_of(name) if key in file]
         if keys:
             whole[name] = keys[0]
             wanted[keys[0]] = model.tensor_shape(name)
-        elif name in layout.whole:
+        elif name in layout.saved:
             problems.append(f"{layout.keys_of(name)[0]}: missing")
     for key, shape in wanted.items():
         if key not in file:
@@ -213,7 +216,7 @@ def _replace(
     new, trained = {}, {}
     for path, own in by_path.items():
         leaf = _replaced(model.leaves[path], own, model.named[path].window)
-        if {*model.named[path].tensors.flat} <= {*layout.whole}:
+        if {*model.named[path].tensors.flat} <= {*layout.saved}:
             trained[path] = new_trained(leaf, dtype or leaf.dtype)
         else:
             new[path] = leaf

@@ -27,8 +27,7 @@ from .adapter_file import (
     to_stored,
 )
 from .describe import peft_config
-from .parameters import join_parameter
-from .stacked import unstack
+from .stacked import join_parameter, unstack
 
 
 def save_peft(
@@ -87,7 +86,7 @@ def adapter_tensors(
                 f"{module} must have the trained rows of `config`, {rows}. Got others."
             )
         tensors[rows_key(module)] = found.rows[np.searchsorted(found.indices, rows)]
-    for name in (*layout.whole, *config.repeated):
+    for name in (*layout.saved, *config.saved_base_weights):
         tensors[layout.keys_of(name)[0]] = _tensor(model, name)
     bad = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     refuse_listed("these tensors of the adapter must be finite", bad)
@@ -101,7 +100,7 @@ def _not_trained(
     kinds = Trained | TrainedRows
     others = {p: x for p, x in adapters.items() if not isinstance(x, kinds)}
     trained = adapters.keys() - others.keys()
-    held = {*layout.whole, *(f"{module}.weight" for module in layout.rows)}
+    held = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
     places = model.tensors.items()
     left = sorted(n for n, p in places if p.path in trained and n not in held)
     refuse_listed(
