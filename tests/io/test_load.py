@@ -247,7 +247,7 @@ def test_overflow_of_scales_is_refused():
 def test_targets_that_are_no_kernels_are_refused():
     tensors, _ = make()
     config = ql.QLoRAConfig(targets="embed/embedding")
-    with pytest.raises(ValueError, match="says that it is no kernel"):
+    with pytest.raises(ValueError, match="says that it is not a kernel"):
         load(tensors, NAMES, like(), config)
 
 

@@ -4,7 +4,8 @@ import pathlib
 
 from ..files import Path
 
-# Weights in safetensors, configs and tokenizers; no weights in other formats.
+# The files to download: safetensors, configs and tokenizers. Repositories often hold
+# the same weights in other formats too, which are large and are not needed.
 FILES = (
     "*.json",
     "*.jinja",
@@ -27,20 +28,20 @@ def fetch(
 ) -> pathlib.Path:
     """Returns a local folder or file for a model or an adapter.
 
-    Downloads what is missing from the cache of `huggingface_hub`, whose settings hold:
+    Downloads the files that the cache of `huggingface_hub` lacks. Its settings apply:
     `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_ENDPOINT`.
 
     Args:
         model: A path, or the id of a repository: `"HuggingFaceTB/SmolLM2-135M"`.
         revision: A branch, a tag or a commit; `main` by default.
-        token: A token for private repositories; by default that of the user's login.
-        cache: The cache's folder; that of `huggingface_hub` by default.
-        offline: Whether to use the cache only.
+        token: A token for private repositories; by default, that of the user's login.
+        cache: The folder of the cache; by default, that of `huggingface_hub`.
+        offline: Whether to use only the cache.
 
     Raises:
-        FileNotFoundError: If there is no such path or repository, if it is private or
-            gated and access is not granted, if the hub cannot be reached and the model
-            is not cached, or if it has no weights in safetensors.
+        FileNotFoundError: If the path or repository does not exist, if access to a
+            private or gated repository is not granted, if the hub cannot be reached and
+            the model is not cached, or if it has no weights in safetensors.
 
     Example:
         >>> import tempfile, qlora_jax as ql
@@ -52,14 +53,18 @@ def fetch(
     if path.exists():
         return path
     name = str(model)
-    neither = f"`model` must be a path or a hub id. Got {name!r}, which is missing here"
+    no_path = (
+        f"`model` must be a path or a hub id. Got {name!r}, and no such path exists"
+    )
+    # "folder/model.gguf" has the form of an id, but is meant as a path.
     if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
-        raise FileNotFoundError(f"{neither}.")
+        raise FileNotFoundError(f"{no_path}.")
+    # Imported late, because it takes long and local paths do not need it.
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        found = huggingface_hub.snapshot_download(
+        downloaded = huggingface_hub.snapshot_download(
             name,
             revision=revision,
             token=token,
@@ -68,18 +73,18 @@ def fetch(
             allow_patterns=list(FILES),
         )
     except errors.HFValidationError as error:
-        raise FileNotFoundError(f"{neither}.") from error
+        raise FileNotFoundError(f"{no_path}.") from error
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
             f"{name} is gated: accept its terms on the hub, and log in (`hf auth "
-            "login`) or give a `token`."
+            "login`) or pass a `token`."
         ) from error
     except (OSError, errors.RevisionResolutionError) as error:
         raise FileNotFoundError(
-            f"{neither}, and {name} could not be fetched: {error} Give a local path, "
-            "or log in if it is private."
+            f"{no_path}, and {name} could not be fetched: {error} Pass a local path, "
+            "or log in if the repository is private."
         ) from error
-    folder = pathlib.Path(found)
+    folder = pathlib.Path(downloaded)
     if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{name} must hold its weights as safetensors files.")
+        raise FileNotFoundError(f"{name} must have weights as safetensors files.")
     return folder

@@ -1,4 +1,4 @@
-"""Reads a model's parameters from a checkpoint, and packs them as it reads."""
+"""Reads a model's parameters from a checkpoint, and packs them while reading."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,22 +6,27 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from ..._jax.progress import progress_bar
 from ...adapters.config import QLoRAConfig
+from ...quant.formats import Packing
 from ...quant.host_codes import to_host
 from ...quant.kernel import is_packed
-from ...trees.paths import Tree, map_by_path
-from ..files import Path
+from ...quant.pack import quantize_checked
+from ...quant.qtensor import QTensor
+from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
+from ...trees.targets import find_targets
+from ..files import CheckpointError, Path
 from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
 from ..packed.layouts import split_experts
 from ..packed.readers import packed_tensors, recode_all
 from ..packed.weight import packing_of
 from ..safetensors import open_safetensors
-from .abstract_base import abstract_base, config_packings
-from .float_leaves import fill_float
-from .packed_leaves import fill_packed, move_packed
+from .leaves import CountWeights, move_packed_leaf, pack_float_leaf, read_float_leaf
 
 
 def load(
@@ -30,7 +35,7 @@ def load(
     like: Tree,
     config: QLoRAConfig | None = None,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     recode: bool = False,
     place: Callable[[Tree], Tree] | None = None,
     progress: bool = True,
@@ -40,7 +45,7 @@ def load(
     Tensors are read a piece at a time, transposed, stacked and, if `config` targets
     them, packed: host memory holds the packed model and at most one tensor. Weights in
     the 4-bit formats that `packed_tensors` lists become a `QTensor` of the same bytes,
-    without a config; those of embeddings are read in float.
+    without a config; embeddings in these formats are read in float.
 
     Args:
         source: A `.safetensors` file or a folder of them, as in `open_safetensors`; or
@@ -49,20 +54,21 @@ def load(
         names: Which leaf is which tensor.
         like: The tree of the model's parameters: arrays or `jax.ShapeDtypeStruct`.
         config: Which kernels to pack, and how.
-        dtype: Dtype of the parameters, and of the packed kernels' weights; by default
-            each tensor's. Weights of bitsandbytes keep their dtype.
-        recode: Read packed weights even if their bytes cannot be moved. A weight whose
-            blocks cross its rows is stored in smaller blocks, or in float if those
-            would be below 16; one with zero points or an order of its inputs, in float:
-            all are exact. A target whose settings differ from the config's, or whose
-            bytes cannot be moved, is packed again, with one more rounding.
+        dtype: The dtype of the parameters, and of the weights of packed kernels; by
+            default, that of each tensor. Weights of bitsandbytes keep their dtype.
+        recode: Convert packed weights whose byte layout has no equivalent here. A
+            weight whose blocks cross its rows is stored in smaller blocks, or in float
+            if those would be below 16; one with zero points or reordered inputs, in
+            float. All of these are exact. A target whose settings differ from the
+            config's, or whose bytes cannot be moved, is packed again, which rounds it
+            once more.
         place: A function that puts shardings on the tree of shapes; devices then read
             their parts: `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Raises:
         CheckpointError: If a file is broken or holds NaN or infinity; if tensors are
-            missing, unexpected, mis-shaped, or packed otherwise. All are listed.
+            missing, unexpected, mis-shaped, or packed in another way. All are listed.
         ValueError: If the config does not fit the tree.
 
     Example:
@@ -75,28 +81,141 @@ def load(
         >>> ql.io.load({"up.weight": w}, names, like, ql.QLoRAConfig())["up"]["kernel"]
         QTensor(nf4, float32[64,2], block_size=64, double_quant, 4.625 bits)
     """
-    found = source if isinstance(source, Mapping) else open_safetensors(source)
-    tensors = split_experts(packed_tensors(found), names)
+    # 1. Match the tensors with the leaves, and find the form in which to read them.
+    opened = source if isinstance(source, Mapping) else open_safetensors(source)
+    tensors = split_experts(packed_tensors(opened), names)
     leaves = find_leaves(tensors, names, like)
-    targets = config_packings(leaves, config)
+    targets = _target_packings(leaves, config)
     tensors = recode_all(tensors, leaves, targets, dtype, recode)
-    base = abstract_base(tensors, leaves, like, config, dtype)
+    # 2. Check everything and place the leaves, as shapes only.
+    base = _abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
+    # 3. Read the values.
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
-    scaled: Any = dict(total=total, unit_scale=True)
-    with progress_bar("loading", " weights", progress, **scaled) as bar:
-        done = bar.update
-        return map_by_path(lambda path, x: _read(leaves[path], x, tensors, done), base)
+    with progress_bar(
+        "loading", " weights", progress, total=total, unit_scale=True
+    ) as bar:
+        return map_by_path(
+            lambda path, x: _read_leaf(leaves[path], x, tensors, bar.update), base
+        )
 
 
-def _read(
-    leaf: NamedLeaf, struct: Any, tensors: Mapping[str, Any], done: Callable
-) -> Any:
+def _read_leaf(
+    leaf: NamedLeaf,
+    struct: Any,  # a `jax.ShapeDtypeStruct`, or a QTensor of them
+    tensors: Mapping[str, Any],
+    count_weights: CountWeights,
+) -> Array | QTensor:
     if not is_packed(struct):
-        return fill_float(leaf, struct, tensors, done)
-    fill = move_packed if packing_of(tensors[leaf.tensors.flat[0]]) else fill_packed
-    # A stack that is to be in host memory passes through the device, one at a time.
-    own = struct.to_device()
-    arrays = fill(leaf, own, tensors, done)
-    q = jax.tree.unflatten(jax.tree.structure(own), arrays)
-    return q if own is struct else replace(q, codes=to_host(q.codes, struct.codes))
+        return read_float_leaf(leaf, struct, tensors, count_weights)
+    is_moved = packing_of(tensors[leaf.tensors.flat[0]]) is not None
+    read_arrays = move_packed_leaf if is_moved else pack_float_leaf
+    # Codes for host memory are read to the device first, one stack at a time.
+    on_device = struct.to_device()
+    arrays = read_arrays(leaf, on_device, tensors, count_weights)
+    q = jax.tree.unflatten(jax.tree.structure(on_device), arrays)
+    if on_device is struct:
+        return q
+    return replace(q, codes=to_host(q.codes, struct.codes))
+
+
+def _target_packings(
+    leaves: Mapping[str, NamedLeaf], config: QLoRAConfig | None
+) -> dict[str, Packing | None]:
+    """Returns the packing for the config's targets by tensor name; None for float."""
+    if config is None:
+        return {}
+    return {
+        name: config.packing if config.freeze_base else None
+        for path, leaf in leaves.items()
+        if config.is_target(path)
+        for name in leaf.tensors.ravel()
+    }
+
+
+def _abstract_base(
+    tensors: Mapping[str, Any],
+    leaves: Mapping[str, NamedLeaf],
+    like: Tree,
+    config: QLoRAConfig | None,
+    dtype: DTypeLike | None,
+) -> Tree:
+    """Returns the tree to load, as shapes; lists the leaves that cannot be read."""
+    # 1. The packing and the dtype of each leaf, which all of its tensors must share.
+    stored_packings: dict[str, Packing | None] = {}
+    dtypes: dict[str, Any] = {}
+    problems: dict[str, str | None] = {}
+    for path, leaf in leaves.items():
+        stored = {name: tensors[name] for name in leaf.tensors.ravel()}
+        kinds = {_kind_of(tensor, dtype) for tensor in stored.values()}
+        stored_packings[path], dtypes[path] = next(iter(kinds), (None, dtype))
+        problems[path] = _stack_problem(stored, kinds)
+    refuse_listed("these leaves cannot be read", problems, CheckpointError)
+    shapes = map_by_path(
+        lambda path, x: jax.ShapeDtypeStruct(leaves[path].shape, dtypes[path]), like
+    )
+
+    # 2. The packed tree. `eval_shape` computes no values.
+    def pack(tree: Tree) -> Tree:
+        targets = _pack_targets(tree, leaves, config, stored_packings)
+        packings = stored_packings | targets
+
+        def pack_leaf(path: str, w: Array) -> Array | QTensor:
+            packing, geometry = packings[path], leaves[path].geometry
+            if packing is None or geometry is None:
+                return w
+            return quantize_checked(w, packing, geometry)
+
+        return map_by_path(pack_leaf, tree)
+
+    return jax.eval_shape(pack, shapes)
+
+
+def _kind_of(tensor: Any, dtype: DTypeLike | None) -> tuple[Packing | None, np.dtype]:
+    packing = packing_of(tensor)
+    keeps_dtype = packing is not None and tensor.keeps_dtype
+    leaf_dtype = tensor.dtype if dtype is None or keeps_dtype else dtype
+    return packing, np.dtype(jax.dtypes.canonicalize_dtype(leaf_dtype))
+
+
+def _stack_problem(
+    stored: Mapping[str, Any], kinds: set[tuple[Packing | None, np.dtype]]
+) -> str | None:
+    """Returns why tensors cannot form one leaf, or None if they can."""
+    for name, tensor in stored.items():
+        if packing_of(tensor) and tensor.problem:
+            return f"{name} {tensor.problem}. Use recode=True to convert it"
+    if len(kinds) > 1:
+        listed = sorted(
+            f"{dtype} {packing or 'not packed'}" for packing, dtype in kinds
+        )
+        return f"its tensors are of different kinds: {', '.join(listed)}"
+    return None
+
+
+def _pack_targets(
+    tree: Tree,
+    leaves: Mapping[str, NamedLeaf],
+    config: QLoRAConfig | None,
+    stored_packings: Mapping[str, Packing | None],
+) -> dict[str, Packing]:
+    """Returns the packing for the targets of the config; checks the targets."""
+    if config is None:
+        return {}
+    kinds, problems = {}, {}
+    for path, leaf in leaves.items():
+        if leaf.geometry is not None:
+            kinds[path] = leaf.geometry.kinds
+        elif config.is_target(path):
+            problems[path] = "the name table says that it is not a kernel."
+        packing = stored_packings[path]
+        if config.is_target(path) and packing not in (None, config.packing):
+            problems[path] = (
+                f"it is packed as {packing}, but the config asks for "
+                f"{config.packing}. recode=True packs it again, which rounds it once "
+                "more."
+            )
+    targets = find_targets(leaves_by_path(tree), config, kinds, problems)
+    if config.packing is None or not config.freeze_base:
+        return {}
+    return dict.fromkeys(targets, config.packing)

@@ -1,4 +1,4 @@
-"""Writes merged models: float checkpoints with the adapters added."""
+"""Writes merged models: float checkpoints with the adapters added to the weights."""
 
 import functools
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from ...adapters.base import Adapter, matrix_at, replace_arrays, why_not
 from ...adapters.trained import Trained
@@ -20,9 +22,9 @@ from ..named_leaves import float_tensors
 from ..names import Names
 from ..packed.layouts import join_experts, split_experts
 from ..packed.readers import DecodedWeight, packed_tensors
-from ..packed.weight import packing_of
+from ..packed.weight import SliceableTensor, packing_of
 from ..safetensors import open_safetensors
-from ..tensors import DeferredTensor
+from ..tensors import DeferredTensor, TensorLike
 
 
 def save_merged(
@@ -32,7 +34,7 @@ def save_merged(
     names: Names,
     config: Path | Mapping[str, Any] | None = None,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
@@ -48,14 +50,14 @@ def save_merged(
         lora: The lora tree; {} writes the base alone.
         names: Which leaf is which tensor.
         config: As in `save_bitsandbytes`; by default `base`, if that is a folder.
-        dtype: Dtype of the tensors; by default each tensor's.
-        max_shard_bytes: Largest size of a file, unless one tensor is larger.
-        progress: Whether to show a bar.
+        dtype: The dtype of the tensors; by default, that of each tensor.
+        max_shard_bytes: The largest size of a file, unless one tensor is larger.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If an adapter has no kernel in `base`, or does not fit it; if the
-            table lacks a leaf; if `dtype` does not hold a weight; or if the folder is
-            not empty.
+            name table lacks a leaf; if `dtype` cannot represent a weight; or if the
+            folder is not empty.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
@@ -67,116 +69,136 @@ def save_merged(
         >>> ql.io.open_safetensors(path)["up.weight"].shape
         (2, 64)
     """
+    # 1. The float tensors of the base, which are computed when they are written.
+    tensors: Mapping[str, Any]
     if isinstance(base, Path):
-        found = split_experts(packed_tensors(open_safetensors(base)), names)
-        tensors: Mapping[str, Any] = {
-            name: DecodedWeight(x) if packing_of(x) else x for name, x in found.items()
+        stored = split_experts(packed_tensors(open_safetensors(base)), names)
+        tensors = {
+            n: DecodedWeight(x) if packing_of(x) else x for n, x in stored.items()
         }
         adapters = adapters_of(lora)
         config = base if config is None else config
     else:
         tensors, adapters = float_tensors(base, names), adapters_by_path(base, lora)
     if config is None:
-        raise ValueError("`config` must be given beside a tree. Got None.")
+        raise ValueError("`config` must be given if `base` is a tree. Got None.")
+    # 2. The tensors that adapters replace or change.
     trained = {p: x.value for p, x in adapters.items() if isinstance(x, Trained)}
     adapters = {p: x for p, x in adapters.items() if p not in trained}
-    whole = float_tensors(nested(trained), names)
-    known = {name: tuple(tensors[name].shape) for name in whole if name in tensors}
-    shapes = [
-        f"{name} (must be {shape}, is {whole[name].shape})"
-        for name, shape in known.items()
-        if shape != whole[name].shape
-    ]
-    refuse_names(missing=whole.keys() - known.keys(), **{"mis-shaped": shapes})
-    merged = {n: _cast(n, x, dtype or tensors[n].dtype) for n, x in whole.items()}
-    merged |= _merged(tensors, adapters, names, dtype)
-    others, changes = tensors, {"quantization_config": None}
+    trained_tensors = float_tensors(nested(trained), names)
+    _check_trained(trained_tensors, tensors)
+    changed = {
+        name: _cast_later(name, x, dtype or tensors[name].dtype)
+        for name, x in trained_tensors.items()
+    }
+    changed |= _merged_tensors(tensors, adapters, names, dtype)
+    # 3. Write them and all other tensors.
+    config_changes: dict[str, Any] = {"quantization_config": None}
     if dtype is not None:
-        others = {name: _cast(name, x, dtype) for name, x in tensors.items()}
-        changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
+        tensors = {name: _cast_later(name, x, dtype) for name, x in tensors.items()}
+        config_changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
     write_folder(
         path,
-        join_experts({**others, **merged}, names),
+        join_experts({**tensors, **changed}, names),
         config,
-        changes,
+        config_changes,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
 
 
-def _merged(
+def _check_trained(
+    trained: Mapping[str, TensorLike], tensors: Mapping[str, TensorLike]
+) -> None:
+    missing = trained.keys() - tensors.keys()
+    mismatched = []
+    for name in trained.keys() - missing:
+        shape, trained_shape = tuple(tensors[name].shape), trained[name].shape
+        if shape != trained_shape:
+            mismatched.append(f"{name} (must be {shape}, is {trained_shape})")
+    refuse_names(missing=missing, **{"mis-shaped": mismatched})
+
+
+def _merged_tensors(
     tensors: Mapping[str, Any],
     adapters: Mapping[str, Adapter],
     names: Names,
-    dtype: Any,
+    dtype: DTypeLike | None,
 ) -> dict[str, DeferredTensor]:
-    """Returns the tensors that adapters change."""
-    found: dict[str, DeferredTensor] = {}
+    """Returns the tensors with an adapter; lists all adapters that do not fit."""
+    merged: dict[str, DeferredTensor] = {}
     problems, missing = [], []
     for path, lora in adapters.items():
         try:
-            is_table = "k" not in names.roles(path)  # `[V, D]` in both
-            of = names.of(path, _batch_shape(path, lora, names, tensors))
+            # An embedding is a table [V, D] in the tree and in the file. A kernel
+            # [K, N] is transposed in the file.
+            is_table = "k" not in names.roles(path)
+            tensor_names = names.of(path, _batch_shape(path, lora, names, tensors))
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
-        for index, name in np.ndenumerate(of):
+        for index, name in np.ndenumerate(tensor_names):
             if name not in tensors:
                 missing.append(name)
                 continue
-            index = (*index[:-1], 0) if lora.is_shared else index
-            x, one = tensors[name], matrix_at(lora, index)
-            like = jax.ShapeDtypeStruct(x.shape[:: 1 if is_table else -1], x.dtype)
-            if reason := why_not(one, like):
+            x = tensors[name]
+            # A shared adapter has a single position for all experts of a layer.
+            matrix_lora = matrix_at(lora, (*index[:-1], 0) if lora.is_shared else index)
+            kernel_shape = x.shape if is_table else x.shape[::-1]
+            kernel = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
+            if reason := why_not(matrix_lora, kernel):
                 problems.append(f"{path}: {name} of shape {x.shape}: {reason}")
                 continue
-            own = np.dtype(dtype or x.dtype)
-            make = functools.partial(_add, name, x, one, own, is_table)
-            found[name] = DeferredTensor(own, x.shape, make)
+            merged_dtype = np.dtype(dtype or x.dtype)
+            merge = functools.partial(
+                _merge_tensor, name, x, matrix_lora, merged_dtype, is_table
+            )
+            merged[name] = DeferredTensor(merged_dtype, x.shape, merge)
     refuse_listed("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)
-    return found
+    return merged
 
 
 def _batch_shape(
     path: str, lora: Adapter, names: Names, tensors: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    """Returns the batch axes of an adapter's kernel."""
+    """Returns the batch shape of an adapter's kernel."""
     shape = lora.batch_shape
-    while lora.is_shared:  # by as many experts as there are
-        more = *shape[:-1], shape[-1] + 1
-        if names.of(path, more).flat[-1] not in tensors:
+    # A shared adapter does not know the number of experts: count their tensors.
+    while lora.is_shared:
+        larger = *shape[:-1], shape[-1] + 1
+        if names.of(path, larger).flat[-1] not in tensors:
             break
-        shape = more
+        shape = larger
     return shape
 
 
-def _add(
-    name: str, x: Any, lora: Adapter, dtype: np.dtype, is_table: bool
+def _merge_tensor(
+    name: str, x: SliceableTensor, lora: Adapter, dtype: np.dtype, is_table: bool
 ) -> np.ndarray:
     lora = replace_arrays(lora, lambda _, array: np.asarray(array))
     w = np.asarray(x[:, :]).astype(np.float32)
-    return _rounded(name, _merge(w, lora, is_table), dtype)
-
-
-def _cast(name: str, x: Any, dtype: Any) -> DeferredTensor:
-    """Returns a tensor that is rounded to a dtype when it is made."""
-    make = functools.partial(_rounded, name, x, dtype)
-    return DeferredTensor(np.dtype(dtype), tuple(x.shape), make)
-
-
-def _rounded(name: str, x: Any, dtype: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows is refused
-        x = np.asarray(x).astype(dtype)
-    if not np.isfinite(x.astype(np.float32)).all():
-        raise CheckpointError(
-            f"{name} must be finite once merged. Got NaN or infinity."
-        )
-    return x
+    return _cast(name, _merge(w, lora, is_table), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _merge(w: Any, lora: Adapter, is_table: bool) -> Any:
+def _merge(w: Array, lora: Adapter, is_table: bool) -> Array:
     """Returns a weight `[N, K]`, or a table, in float32 with its adapter merged in."""
-    turn = lambda x: x if is_table else x.T
-    return turn(lora.merged(FloatKernel(turn(w), Geometry())))
+    if is_table:
+        return lora.merged(FloatKernel(w, Geometry()))
+    return lora.merged(FloatKernel(w.T, Geometry())).T
+
+
+def _cast_later(name: str, x: TensorLike, dtype: DTypeLike) -> DeferredTensor:
+    cast = functools.partial(_cast, name, x, dtype)
+    return DeferredTensor(np.dtype(dtype), tuple(x.shape), cast)
+
+
+def _cast(name: str, x: TensorLike, dtype: DTypeLike) -> np.ndarray:
+    with np.errstate(over="ignore"):  # an overflow raises the error below
+        values = np.asarray(x).astype(dtype)
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise CheckpointError(
+            f"{name} must be finite once merged. Got NaN or infinity."
+        )
+    return values

@@ -1,31 +1,34 @@
-"""Name tables for Tunix and `gemma` models.
+"""Name tables for the models of Tunix and of the `gemma` package."""
 
-Gemma's attention has k and v (or q, k and v) in one kernel, and `gemma` has gate and
-up in one: the axis that stacks these weights is a batch axis.
-"""
+# Gemma's attention has k and v (or q, k and v) in one kernel, and the `gemma` package
+# has gate and up in one. The axis that stacks these weights is a batch axis. The
+# letters of each `Entry` are the roles of axes: b batch, k contracted, n output.
 
 from ..names import Entry, Names
 
 _LAYER = "layers.{layer}."
-_ROTARY = (r".*\.rotary_emb\..*",)
+_ROTARY = (r".*\.rotary_emb\..*",)  # buffers of older checkpoints, not parameters
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_POST_ATTENTION_NORMS = {"gemma2": "post_attn_norm", "gemma3": "post_attention_norm"}
 
 
 def tunix_names(
     model: str, *, qkv_einsum: bool = False, prefix: str = "model."
 ) -> Names:
-    """Returns the names of the leaves of one of Tunix's nnx models.
+    """Returns the name table of one of Tunix's nnx models.
 
     Args:
         model: "llama3" (`tunix.models.llama3`), "qwen3", "gemma2"
             (`tunix.models.gemma`) or "gemma3". For Gemma models, wrap with
             `contract={r".*/kv_einsum/w": "bnkn"}`, or `qkv_einsum`, so that k and v
             have separate adapters.
-        qkv_einsum: Whether q, k and v of a Gemma model (of equal heads) are one kernel.
-        prefix: Start of the names; "model.language_model." in models of images, too.
+        qkv_einsum: Whether q, k and v of a Gemma model are one kernel, as they are if
+            they have the same number of heads.
+        prefix: The start of the names; "model.language_model." in models that also
+            read images.
 
     Raises:
-        ValueError: If `model` is none of those.
+        ValueError: If `model` is another model.
 
     Example:
         >>> import qlora_jax as ql
@@ -37,20 +40,17 @@ def tunix_names(
     if model in ("llama3", "qwen3"):
         norm, entries = "w", _dense_layer(path, hf)
         entries["lm_head/w"] = Entry("lm_head.weight", "kn")
-    elif model in _POST_NORMS:
-        norm, post_norm = "scale", _POST_NORMS[model]
+    elif model in _POST_ATTENTION_NORMS:
+        norm, post_norm = "scale", _POST_ATTENTION_NORMS[model]
         entries = _gemma_layer(path, hf, post_norm, qkv_einsum)
     else:
-        known = ["llama3", "qwen3", *_POST_NORMS]
-        raise ValueError(f"`model` must be one of {known}. Got {model!r}.")
+        models = ["llama3", "qwen3", *_POST_ATTENTION_NORMS]
+        raise ValueError(f"`model` must be one of {models}. Got {model!r}.")
     entries["embedder/input_embedding"] = Entry(f"{prefix}embed_tokens.weight")
     entries[f"final_norm/{norm}"] = Entry(f"{prefix}norm.weight")
     for name in _PROJECTIONS:
         entries[f"{path}mlp/{name}/kernel"] = Entry(f"{hf}mlp.{name}.weight")
     return Names(entries, ignored=_ROTARY)
-
-
-_POST_NORMS = {"gemma2": "post_attn_norm", "gemma3": "post_attention_norm"}
 
 
 def gemma_names(
@@ -59,16 +59,18 @@ def gemma_names(
     transpose_gating_einsum: bool = True,
     prefix: str = "model.",
 ) -> Names:
-    """Returns the names of the leaves of the `gemma` package's linen transformers.
+    """Returns the name table of the `gemma` package's linen transformers.
 
     When packing the parameters, set `contract` to these roles: "nkn" for `q_einsum/w`,
     "bnkn" for `kv_einsum/w` and `qkv_einsum/w`, "kkn" for `attn_vec_einsum/w`, and
     "bnk" (not transposed: "bkn") for `gating_einsum`.
 
     Args:
-        qkv_einsum: Whether q, k and v are one kernel, as if they have equal heads.
+        qkv_einsum: Whether q, k and v are one kernel, as they are if they have the
+            same number of heads.
         transpose_gating_einsum: As in the transformer's config.
-        prefix: Start of the names; "model.language_model." in models of images, too.
+        prefix: The start of the names; "model.language_model." in models that also
+            read images.
 
     Example:
         >>> import qlora_jax as ql
@@ -99,6 +101,7 @@ def _dense_layer(path: str, hf: str) -> dict[str, Entry]:
     for name, roles in (("q", "knn"), ("k", "knn"), ("v", "knn"), ("o", "kkn")):
         entry = Entry(f"{hf}self_attn.{name}_proj.weight", roles)
         entries[f"{path}attn/{name}_proj/w"] = entry
+    # Experts, which replace the dense projections in mixture-of-experts models.
     for name in _PROJECTIONS:
         expert = f"{hf}mlp.experts.{{expert}}.{name}.weight"
         entries[f"{path}mlp/{name}"] = Entry(expert, "kn")
@@ -117,7 +120,10 @@ def _gemma_layer(
         "attn/_query_norm": "self_attn.q_norm",
         "attn/_key_norm": "self_attn.k_norm",
     }
-    entries = {f"{path}{n}/scale": Entry(f"{hf}{m}.weight") for n, m in norms.items()}
+    entries = {
+        f"{path}{norm}/scale": Entry(f"{hf}{hf_norm}.weight")
+        for norm, hf_norm in norms.items()
+    }
     if qkv_einsum:
         entries[f"{path}attn/qkv_einsum/w"] = Entry((q, k, v), "bnkn")
     else:

@@ -1,0 +1,359 @@
+"""Reads the leaves of a tree: transposed, stacked, sharded and, if asked, packed."""
+
+# Each function reads a leaf in pieces that are written to their place in a buffer on
+# the device. The buffers are donated, so that no copy of the stack is made.
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool
+
+from ...quant.codes import dequantize_blocks, quantize_blocks
+from ...quant.formats import Packing
+from ...quant.pack import surely_decoded_below
+from ...quant.qtensor import QTensor, round_to
+from ...quant.schemes import FLOAT32, StoredScales
+from ...trees.paths import fused_with
+from ..device_shards import (
+    Arrays,
+    Device,
+    Index,
+    cells,
+    checked_cells,
+    empty,
+    on_devices,
+    pieces,
+    put,
+    read,
+    sizes_of,
+)
+from ..files import CheckpointError
+from ..named_leaves import NamedLeaf
+from ..packed.weight import SliceableTensor, packing_of
+
+CountWeights = Callable[[int], object]  # adds a number of weights to the progress bar
+Tensors = Mapping[str, Any]
+_Start = tuple[int, ...]  # the position of a piece in a buffer
+
+
+class _KernelLayout(NamedTuple):
+    """How to turn a piece `[n, k]` of a file into a part of a kernel."""
+
+    shape: tuple[int, ...]  # [*N, *K], which the piece is reshaped to first
+    order: tuple[int, ...]  # the transposition from [*N, *K] to the kernel's axes
+    cuts: tuple[tuple[int, int | None], ...]  # the slice of each axis to take last
+
+
+def read_float_leaf(
+    leaf: NamedLeaf,
+    struct: jax.ShapeDtypeStruct,
+    tensors: Tensors,
+    count_weights: CountWeights,
+) -> Array:
+    """Returns a leaf in float."""
+    batch_axes = tuple(leaf.batch_axes)
+
+    def read_part(device: Device, parts: Sequence[Index]) -> Arrays:
+        (part,) = parts
+        buffer = empty(device, part, struct.dtype)
+        batch = tuple(part[axis] for axis in batch_axes)
+        index = tuple(i for axis, i in enumerate(part) if axis not in batch_axes)
+        for name, cell, check in checked_cells(leaf.tensors, batch):
+            tensor = tensors[name]
+            # XLA converts 16-bit floats to float32 faster than NumPy does.
+            is_widened = tensor.dtype.itemsize == 2 and struct.dtype == jnp.float32
+            dtype = tensor.dtype if is_widened else struct.dtype
+            for x, layout, inner_start in _float_pieces(leaf, tensor, index, dtype):
+                start = list(inner_start)
+                # In ascending order, each insertion lands at its final position.
+                for axis, i in sorted(zip(batch_axes, cell, strict=True)):
+                    start.insert(axis, i)
+                x = jax.device_put(x, device)
+                buffer, is_finite = _write_floats(
+                    buffer, x, tuple(start), layout, batch_axes
+                )
+                check(is_finite)
+            count_weights(math.prod(sizes_of(index)))
+        return (buffer,)
+
+    return on_devices([struct], read_part)[0]
+
+
+def _float_pieces(
+    leaf: NamedLeaf, tensor: SliceableTensor, index: Index, dtype: DTypeLike
+) -> Iterator[tuple[np.ndarray, _KernelLayout | None, _Start]]:
+    """Yields pieces of one tensor as stored, their layout, and where they start.
+
+    `index` and the starts have an axis for each axis of the leaf but the batch axes.
+    """
+    if leaf.geometry is not None:
+        kinds = leaf.geometry.kinds.replace("b", "")
+        yield from _kernel_pieces(leaf, kinds, tensor, index, dtype)
+        return
+    shape = leaf.shape[len(leaf.batch_axes) :]
+    if leaf.is_vector or not shape:
+        x = read(tensor, (), dtype).reshape(shape)[index]
+        yield x, None, (0,) * len(shape)
+        return
+    for rows in pieces(index[0], math.prod(sizes_of(index[1:]))):
+        start = (rows.start - index[0].start, *(0 for _ in index[1:]))
+        yield read(tensor, (rows, *index[1:]), dtype), None, start
+
+
+def _kernel_pieces(
+    leaf: NamedLeaf,
+    kinds: str,  # of the axes, such as "knn"
+    tensor: SliceableTensor,
+    index: Index,
+    dtype: DTypeLike,
+) -> Iterator[tuple[np.ndarray, _KernelLayout, _Start]]:
+    sizes = [n for axis, n in enumerate(leaf.shape) if axis not in leaf.batch_axes]
+    n_axes = [axis for axis, kind in enumerate(kinds) if kind == "n"]
+    k_axes = [axis for axis, kind in enumerate(kinds) if kind == "k"]
+    # N and K may be several axes each, which are flattened in the file. A slice of the
+    # first axis of each is contiguous there. The others are read in full and cut later.
+    n_index = index[n_axes[0]] if n_axes else slice(0, 1)
+    k_index = index[k_axes[0]]
+    n_inner_sizes = [sizes[axis] for axis in n_axes[1:]]
+    k_inner_sizes = [sizes[axis] for axis in k_axes[1:]]
+    n_inner, k_inner = math.prod(n_inner_sizes), math.prod(k_inner_sizes)
+    columns = slice(k_index.start * k_inner, k_index.stop * k_inner)
+    k_shape = [k_index.stop - k_index.start, *k_inner_sizes]
+    # From [*N, *K] to the axes of the kernel.
+    order = tuple((n_axes + k_axes).index(axis) for axis in range(len(kinds)))
+    first_axes = n_axes[:1] + k_axes[:1]
+    cuts = tuple(
+        (0, None) if axis in first_axes else (i.start, i.stop)
+        for axis, i in enumerate(index)
+    )
+    for n_piece in pieces(n_index, n_inner * math.prod(k_shape)):
+        rows = slice(n_piece.start * n_inner, n_piece.stop * n_inner)
+        n_shape = [n_piece.stop - n_piece.start, *n_inner_sizes] if n_axes else []
+        layout = _KernelLayout((*n_shape, *k_shape), order, cuts)
+        start = [0] * len(kinds)
+        if n_axes:
+            start[n_axes[0]] = n_piece.start - n_index.start
+        yield read(tensor, (rows, columns), dtype), layout, tuple(start)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _write_floats(
+    buffer: Array,
+    x: Array,
+    start: _Start,
+    layout: _KernelLayout | None,
+    batch_axes: tuple[int, ...],
+) -> tuple[Array, Bool[Array, ""]]:
+    """Writes a piece to a buffer; also returns whether the piece is finite."""
+    is_finite = jnp.isfinite(x).all()
+    if layout is not None:
+        x = x.reshape(layout.shape).transpose(layout.order)
+        x = x[tuple(slice(*cut) for cut in layout.cuts)]
+    x = jnp.expand_dims(x, batch_axes).astype(buffer.dtype)
+    return lax.dynamic_update_slice(buffer, x, start), is_finite
+
+
+def pack_float_leaf(
+    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count_weights: CountWeights
+) -> Arrays:
+    """Returns the arrays of a QTensor, packed from float tensors."""
+    packing = q.packing
+    codes_per_byte = packing.format.codes_per_byte
+    k_size = q.matrix_shape[-2]
+    problem = (
+        f"must be finite, and small enough for {packing.fmt} to decode it in "
+        f"{q.dtype_name}. Got NaN, infinity or larger weights."
+    )
+
+    @functools.cache
+    def largest_weight(name: str) -> tuple[np.float32, ...]:
+        if not packing.scheme.needs_largest:
+            return ()
+        return (_largest_fused_weight(name, tensors, q.dtype),)
+
+    def pack_part(device: Device, parts: Sequence[Index]) -> Arrays:
+        codes_part, scales_part = parts
+        *batch, code_rows, columns = codes_part
+        codes = empty(device, codes_part, jnp.uint8)
+        scales = empty(device, scales_part, jnp.float32)
+        # A row of 4-bit codes holds two inputs. An odd K ends inside a row.
+        first_input = code_rows.start * codes_per_byte
+        inputs = slice(first_input, min(code_rows.stop * codes_per_byte, k_size))
+        num_inputs = inputs.stop - inputs.start
+        for name, cell, check in checked_cells(leaf.tensors, tuple(batch), problem):
+            for outputs in pieces(columns, num_inputs):
+                x = read(tensors[name], (outputs, inputs), q.dtype)
+                x = jax.device_put(x, device)
+                start = (*cell, 0, outputs.start - columns.start)
+                codes, scales, is_decodable = _pack_piece(
+                    codes, scales, start, packing, x, *largest_weight(name)
+                )
+                check(is_decodable)
+            count_weights(math.prod(sizes_of((columns, inputs))))
+        return codes, scales
+
+    # Scales are gathered in float32. Some schemes need all scales of a kernel at once.
+    float_scales = jax.ShapeDtypeStruct(
+        q.scales.shape, jnp.float32, sharding=q.scales.sharding
+    )
+    structs: list[Any] = [q.codes, float_scales]
+    codes, scales = on_devices(structs, pack_part)
+    if packing.scheme is FLOAT32:
+        return codes, scales
+    stored = _store_scales(leaf, q, scales, largest_weight)
+    return codes, *jax.tree.leaves(stored)
+
+
+def _largest_fused_weight(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
+    """Returns the largest magnitude of a weight and those that servers fuse with it."""
+    largest = np.float32(0)
+    for fused in fused_with(name):
+        x = tensors.get(fused)
+        if x is None or packing_of(x) is not None:
+            continue
+        for rows in pieces(slice(0, x.shape[0]), x.shape[1]):
+            piece = read(x, (rows, slice(0, x.shape[1])), dtype)
+            largest = np.maximum(largest, np.abs(piece).max(initial=0))
+    return np.float32(largest)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
+def _pack_piece(
+    codes: Array,
+    scales: Array,
+    start: _Start,
+    packing: Packing,
+    x: Array,
+    *largest: Array,
+) -> tuple[Array, Array, Bool[Array, ""]]:
+    """Packs a piece `[n, k]`; also returns whether it decodes to finite weights."""
+    new_codes, new_scales = quantize_blocks(x.T, packing, *largest)
+    codes = _write_matrix(codes, new_codes, start)
+    scales = _write_matrix(scales, new_scales, start)
+
+    def is_decodable() -> Array:
+        # These are the quantized scales of this piece. Those of the entire kernel,
+        # which differ, are checked in `_store_scales`.
+        stored = packing.scheme.encode(new_scales, *largest)
+        decoded_scales = packing.scheme.decode(stored)
+        w = dequantize_blocks(new_codes, decoded_scales, packing, x.shape[1])
+        is_finite = jnp.isfinite(round_to(w, x.dtype, x.dtype)).all()
+        has_finite_scales = jnp.isfinite(decoded_scales).all()
+        return jnp.isfinite(x).all() & (is_finite | ~has_finite_scales)
+
+    # Decoding takes time, and small weights always decode to finite ones.
+    is_small = jnp.max(jnp.abs(x), initial=0) < surely_decoded_below(x.dtype)
+    return codes, scales, lax.cond(is_small, lambda: True, is_decodable)
+
+
+def _write_matrix(stack: Array, x: Array, start: _Start) -> Array:
+    """Writes a part of one matrix of a stack; `start` may have more axes than it."""
+    x = jnp.expand_dims(x, tuple(range(stack.ndim - x.ndim)))
+    return lax.dynamic_update_slice(stack, x, start[: stack.ndim])
+
+
+def _store_scales(
+    leaf: NamedLeaf,
+    q: QTensor,
+    scales: Array,
+    largest_weight: Callable[[str], tuple[np.float32, ...]],
+) -> StoredScales:
+    """Encodes the float scales of a stack `[*batch, blocks, N]`, kernel by kernel."""
+    # 1. Gather the scales on one device: double quantization subtracts their mean, and
+    # its last bits would depend on the sharding.
+    sharding = scales.sharding
+    if isinstance(sharding, NamedSharding):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        scales = jax.device_put(scales, replicated).addressable_data(0)
+    # Arrays without a sharding are not committed to a device, and must stay that.
+    device = None if q.scales.sharding is None else [*scales.devices()][0]
+    stored = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, device=device), q.stored_scales
+    )
+    # 2. Encode one kernel at a time. A program for all of them takes long to compile.
+    for index, name in np.ndenumerate(leaf.tensors):
+        largest = largest_weight(name)
+        stored = _store_matrix_scales(stored, scales, index, q.packing, *largest)
+    if not stored.is_finite():
+        raise CheckpointError(f"{leaf.path} must be {q.packing.scheme.overflow}")
+    # 3. Split the result over the devices again.
+    if q.scales.sharding is None:
+        return stored
+    return jax.tree.map(
+        lambda x, struct: put(np.asarray(x), struct), stored, q.stored_scales
+    )
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _store_matrix_scales(
+    stored: StoredScales,
+    scales: Array,
+    index: tuple[int, ...],
+    packing: Packing,
+    *largest: Array,
+) -> StoredScales:
+    start = (*index, 0, 0)
+    matrix_shape = scales.shape[-2:]
+    sizes = (1,) * len(index) + matrix_shape
+    matrix_scales = lax.dynamic_slice(scales, start, sizes).reshape(matrix_shape)
+    encoded = packing.scheme.encode(matrix_scales, *largest)
+    return jax.tree.map(
+        lambda stack, x: _write_matrix(stack, x, start), stored, encoded
+    )
+
+
+def move_packed_leaf(
+    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count_weights: CountWeights
+) -> Arrays:
+    """Returns the arrays of a QTensor with the bytes of 4-bit weights in files."""
+
+    def move_part(device: Device, parts: Sequence[Index]) -> Arrays:
+        arrays = (q.codes, q.scales)
+        buffers = [
+            empty(device, part, x.dtype) for part, x in zip(parts, arrays, strict=True)
+        ]
+        for index, cell in cells(parts[0][:-2]):
+            name = leaf.tensors[index]
+            for i, (stored, part) in enumerate(
+                zip(tensors[name].rows(), parts, strict=True)
+            ):
+                rows, columns = part[-2:]
+                x = np.asarray(stored[columns, rows])
+                if x.dtype == np.float32 and not np.isfinite(x).all():
+                    raise CheckpointError(f"{name}.absmax must be finite.")
+                x = jax.device_put(x, device)
+                buffers[i] = _write_transposed(buffers[i], x, (*cell, 0, 0))
+            # Otherwise, transfers of several tensors would be in host memory at once.
+            jax.block_until_ready(buffers)
+            # A row of codes holds two inputs.
+            count_weights(math.prod(sizes_of(parts[0][-2:])) * 2)
+        return tuple(buffers)
+
+    structs: list[Any] = [q.codes, q.scales]
+    moved = on_devices(structs, move_part)
+    # The remaining arrays hold few numbers: they are read at once, then split.
+    for part in ("scale_scales", "scale_offset"):
+        struct = getattr(q, part)
+        if struct is None:
+            continue
+        values = np.empty(struct.shape, np.float32)
+        for index, name in np.ndenumerate(leaf.tensors):
+            stored = np.asarray(getattr(tensors[name], part))
+            values[index] = stored.reshape(values[index].shape)
+            if not np.isfinite(values[index]).all():
+                raise CheckpointError(f"{name}.nested_absmax must be finite.")
+        moved = *moved, put(values, struct)
+    return moved
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_transposed(buffer: Array, x: Array, start: _Start) -> Array:
+    return _write_matrix(buffer, x.T, start)
