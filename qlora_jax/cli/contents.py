@@ -81,7 +81,7 @@ class Contents:
 
 
 def format_table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
-    """Returns the lines of a table; columns are aligned to the left (<) or right (>)."""
+    """Returns the lines of a table, with columns aligned left (<) or right (>)."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     columns = zip(alignments, widths, strict=True)
     line = "  ".join(f"{{:{alignment}{width}}}" for alignment, width in columns)

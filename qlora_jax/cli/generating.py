@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import pathlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,13 @@ from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..train.answers import answers
+from ..train.data.kinds import Fields, check_text, find_messages
+from ..train.data.rows import converted, open_file
 from .base_model import open_adapted, read_as_trained
 from .configs import GenerateConfig
-from .prompts import Prompt, check_ids, read_prompts
 from .run_folder import write_text
 
-_MARK = ">>> "  # before what a user types
+_TERMINAL_PROMPT = ">>> "
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Answer:
     """A model's answer to a text.
 
     Attributes:
-        prompt: The text, or the messages of a file.
+        prompt: The text, or the messages of a row.
         text: The answer.
-        prompt_tokens: Tokens before the answer, with earlier turns of a conversation.
-        new_tokens: Tokens of the answer, including the one that ended it.
-        finished: Whether a token ended it, and not `max_new_tokens` or the user.
-        seconds: Time that it took; for a file, that of all over their number.
-        adapter: The adapter, where there are several.
+        prompt_tokens: The number of tokens before the answer, including earlier turns.
+        new_tokens: The number of tokens of the answer, including the end token.
+        finished: Whether the model ended the answer with an end token.
+        seconds: The time that it took; for a file, the mean over all answers.
+        adapter: The adapter, if there are several.
 
     Example:
         >>> from qlora_jax import cli
@@ -63,7 +65,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Generated:
-    """The result of `generate`; `str` is the answers, one below the other.
+    """The result of `generate`; `str` prints the answers one below the other.
 
     Attributes:
         answers: The answers, one for each text.
@@ -83,19 +85,19 @@ class Generated:
 def generate(
     config: GenerateConfig, write: Callable[[str], Any] | None = None
 ) -> Generated:
-    """Returns a model's answers to a text, or to what a user types on a terminal.
+    """Returns a model's answers to a text, a file of prompts, or a user's input.
 
-    The settings, tokenizer, chat template, first text and adapter are checked before
-    the model's weights are read.
+    The settings, the tokenizer, the chat template, the first text and the adapter are
+    checked before the model's weights are read.
 
     Args:
         config: The model, the text and the sampling.
-        write: Called with pieces of the answers as they are made; for a file of prompts
-            with the lines of all, unless they are written to `out`.
+        write: Called with each piece of an answer as soon as it is generated; for a
+            file of prompts, with the lines of all answers unless `out` is set.
 
     Raises:
         ValueError: If the model, its template or the adapter cannot be read or do not
-            fit, if there is no text, or if rows of a file are wrong: all are named.
+            fit, if there is no text, or if rows of a file are wrong. It lists all rows.
 
     Example:
         >>> import tempfile
@@ -110,95 +112,56 @@ def generate(
     out = config.out and pathlib.Path(config.out)
     if out and out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    # Everything is checked before the weights are read.
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model, several, how = open_adapted(config)
-    texts = _Texts(config, ql.train.open_tokenizer(model.path))
-    rows, vocab_size = [], model.config.vocab_size
+    model, adapters, options = open_adapted(config)
+    conversation = _Conversation(config, ql.train.open_tokenizer(model.path))
+    rows, prompts = [], []
     if config.prompts is not None:
-        rows = read_prompts(config, texts.tokenizer, texts.is_chat, vocab_size)
-    prompts = [] if rows else _prompts(config)
-    known = prompts if isinstance(prompts, list) else ["Hello"]
-    if several and known is not prompts:
+        rows = _read_prompts(config, conversation, model.config.vocab_size)
+    else:
+        prompts = _open_prompts(config)
+    is_typed = not isinstance(prompts, list)
+    if adapters and is_typed:
         raise ValueError("`prompt` must be given with several adapters. Got none.")
-    texts.check(known, vocab_size)
+    # What a user will type is unknown: a stand-in checks the template.
+    conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
     dtype = jnp.dtype(config.dtype)
-    model = read_as_trained(model, how, dtype)
+    model = read_as_trained(model, options, dtype)
     decoder = Decoder(model.config, dtype=dtype)
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
-    answers, write = [], write or (lambda text: None)
-    for adapter, lora in (several or {None: model.lora}).items():
-        texts, found = _Texts(config, texts.tokenizer), stream.with_lora(lora)
+    results, write = [], write or (lambda text: None)
+    for adapter, lora in (adapters or {None: model.lora}).items():
+        adapted = stream.with_lora(lora)
         if rows:
-            made = texts.answer_all(rows, wrapped, found.variables, sampling)
-            answers += [dataclasses.replace(x, adapter=adapter) for x in made]
-        if not rows and adapter is not None:
-            write(f"{adapter}:\n")
-        for index, prompt in enumerate(prompts):
-            key = None  # nothing is drawn: two programs less to compile
-            if not sampling.is_greedy:
-                key = jax.random.fold_in(jax.random.key(config.seed), index)
-            answer = texts.answer(prompt, found, key, write)
-            answers.append(dataclasses.replace(answer, adapter=adapter))
+            new = _answer_rows(config, conversation.tokenizer, rows, adapted)
+        else:
+            if adapter is not None:
+                write(f"{adapter}:\n")
+            # Each adapter starts a new conversation.
+            conversation = _Conversation(config, conversation.tokenizer)
+            new = _answer_prompts(conversation, prompts, adapted, write)
+        results += [dataclasses.replace(answer, adapter=adapter) for answer in new]
     if rows:
-        lines = "".join(map(_line, answers))
+        lines = "".join(map(_to_json_line, results))
         write_text(out, lines) if out else write(lines)
-    return Generated(tuple(answers))
+    return Generated(tuple(results))
 
 
-def _line(answer: Answer) -> str:
+def _to_json_line(answer: Answer) -> str:
     row = dataclasses.asdict(answer)
-    del row["seconds"]
+    del row["seconds"]  # it is the same for all answers
     if answer.adapter is None:
         del row["adapter"]
     return json.dumps(row) + "\n"
 
 
-def _prompts(config: GenerateConfig) -> Iterable[str]:
-    """Returns the texts: a list if they are known, else an iterator of typed lines."""
-    if config.prompt is not None:
-        return [config.prompt]
-    if sys.stdin.isatty():
-        return _typed()
-    text = sys.stdin.read().rstrip("\n")
-    if not text.strip():
-        raise ValueError("`prompt` must be given, or text on stdin. Got none.")
-    return [text]
+# Texts
 
 
-def _typed() -> Iterator[str]:
-    with contextlib.suppress(ImportError):  # not on Windows
-        importlib.import_module("readline")  # `input` edits lines with it
-    print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
-    while True:
-        mark = _MARK
-        if not sys.stdout.isatty():  # `input` would write it there
-            print(mark, end="", file=sys.stderr, flush=True)
-            mark = ""
-        try:
-            # `input` resets the terminal where the handler raises.
-            with _on_interrupt(signal.default_int_handler):
-                text = input(mark)
-        except EOFError:
-            return
-        if text.strip():
-            yield text
-
-
-@contextlib.contextmanager
-def _on_interrupt(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Calls a handler at SIGINT in the block, if this is the main thread."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handler) if is_main else None
-    try:
-        yield
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-
-
-class _Texts:
-    """The texts of a conversation, or single ones, and their tokens."""
+class _Conversation:
+    """The turns of a conversation, or a single text, and their tokens."""
 
     def __init__(self, config: GenerateConfig, tokenizer: "ql.train.Tokenizer"):
         self.config, self.tokenizer = config, tokenizer
@@ -208,71 +171,206 @@ class _Texts:
             self.messages.append({"role": "system", "content": config.system})
 
     def check(self, prompts: Iterable[str], vocab_size: int) -> None:
-        """Refuses texts without tokens, a missing template, and ids out of range."""
-        why = "the model has no chat template"
+        """Raises ValueError if texts cannot be rendered or encoded."""
+        reason = "the model has no chat template"
         if self.config.system is not None and not self.is_chat:
-            raise ValueError(f"`system` must be left out: {why}.")
+            raise ValueError(f"`system` must be left out: {reason}.")
         if self.is_chat and not self.tokenizer.has_template:
-            raise ValueError(f"`chat` must be false: {why}.")
+            raise ValueError(f"`chat` must be false: {reason}.")
         for prompt in prompts:
-            check_ids(self._tokens(prompt), prompt, vocab_size)
+            _check_ids(self.encode(prompt), prompt, vocab_size)
 
-    def _tokens(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str) -> list[int]:
+        """Returns the tokens of a text; in a chat, with all earlier turns."""
         if not self.is_chat:
             return self.tokenizer.encode(prompt)
         messages = [*self.messages, {"role": "user", "content": prompt}]
         text = self.tokenizer.render(messages, add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def answer(
-        self, prompt: str, stream: Stream, key: Any, write: Callable[[str], Any]
-    ) -> Answer:
-        """Returns the answer to a text; in a conversation, to its next turn."""
-        began, end_ids = time.perf_counter(), self.tokenizer.end_ids
-        tokens, pieces = self._tokens(prompt), TextStream(self.tokenizer.decode)
-        count, finished, text = 0, False, ""
-        is_conversation = self.config.prompt is None and sys.stdin.isatty()
-        # In a conversation Ctrl-C ends an answer only.
-        interrupts: list[int] = []
-        add = lambda number, frame: interrupts.append(number)
-        with _on_interrupt(add) if is_conversation else contextlib.nullcontext():
-            for token in stream(
-                tokens,
-                max_new_tokens=self.config.max_new_tokens,
-                eos_ids=end_ids,
-                key=key,
-            ):
-                if interrupts:
-                    break
-                count, finished = count + 1, token in end_ids
-                if not finished:
-                    text += (piece := pieces.add(token))
-                    write(piece)
-        text += (piece := pieces.flush())
-        write(piece + "\n")
+    def add_turn(self, prompt: str, answer: str) -> None:
+        """Adds a prompt and its answer to the history of a chat."""
         if self.is_chat:
             self.messages.append({"role": "user", "content": prompt})
-            self.messages.append({"role": "assistant", "content": text})
-        seconds = time.perf_counter() - began
-        return Answer(prompt, text, len(tokens), count, finished, seconds)
+            self.messages.append({"role": "assistant", "content": answer})
 
-    def answer_all(
-        self, prompts: list[Prompt], model: Any, variables: Any, sampling: Sampling
-    ) -> list[Answer]:
-        """Returns the answers to the prompts of a file."""
-        config, began, ends = self.config, time.perf_counter(), self.tokenizer.end_ids
-        found = answers(
-            model,
-            variables,
-            self.tokenizer,
-            [ql.train.Example(prompt.ids, "", ends) for prompt in prompts],
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            sampling=sampling,
-            key=None if sampling.is_greedy else jax.random.key(config.seed),
+
+def _open_prompts(config: GenerateConfig) -> list[str] | Iterator[str]:
+    """Returns a list of texts, or an iterator over the lines that a user types."""
+    if config.prompt is not None:
+        return [config.prompt]
+    if sys.stdin.isatty():
+        return _read_typed_lines()
+    text = sys.stdin.read().rstrip("\n")
+    if not text.strip():
+        raise ValueError("`prompt` must be given, or text on stdin. Got none.")
+    return [text]
+
+
+def _read_typed_lines() -> Iterator[str]:
+    with contextlib.suppress(ImportError):  # Windows has no readline
+        importlib.import_module("readline")  # lets `input` edit lines
+    print("Ctrl-C stops an answer, Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        prompt = _TERMINAL_PROMPT
+        if not sys.stdout.isatty():
+            # `input` would write its prompt into the output.
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
+        try:
+            # The program's handler of SIGINT exits at once. This one raises in `input`,
+            # which then restores the settings of the terminal.
+            with _on_interrupt(signal.default_int_handler):
+                text = input(prompt)
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Calls a handler at SIGINT in the block, if this is the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    old_handler = signal.signal(signal.SIGINT, handler) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, old_handler or signal.SIG_DFL)
+
+
+class _Prompt(NamedTuple):
+    value: str | list[Any]  # a text or messages
+    ids: list[int]
+
+
+def _read_prompts(
+    config: GenerateConfig, conversation: _Conversation, vocab_size: int
+) -> list[_Prompt]:
+    """Returns the prompts of a file; an error lists all rows that are wrong."""
+    tokenizer = conversation.tokenizer
+
+    def convert_row(_: int, row: dict[str, Any]) -> _Prompt:
+        value = row.get("prompt", row.get("messages"))
+        if conversation.is_chat or not isinstance(value, str):
+            ids = _encode_messages(value, row, config.system, tokenizer)
+        elif used := [name for name in ("system", "tools") if row.get(name)]:
+            raise ValueError(f"it must not have {used} without a chat template.")
+        else:
+            ids = tokenizer.encode(check_text("prompt", value))
+        return _Prompt(value, _check_ids(ids, value, vocab_size))
+
+    return [*converted(open_file(str(config.prompts), "prompts"), convert_row)]
+
+
+def _encode_messages(
+    value: Any,  # of JSON
+    row: Mapping[str, Any],
+    system: str | None,
+    tokenizer: "ql.train.Tokenizer",
+) -> list[int]:
+    if value is None:
+        raise ValueError(f"it must have `prompt` or `messages`. Got {[*row]!s:.200}.")
+    if isinstance(value, str):
+        value = [{"role": "user", "content": check_text("prompt", value)}]
+    values = {"messages": value, "system": row.get("system") or system}
+    values |= {"tools": row.get("tools")}
+    parts: Any = find_messages(Fields("messages", values, []), True)
+    tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("its last message must not be an answer.")
+    tokenizer.chat.check_roles(parts, tools)
+    text = tokenizer.render(messages, tools, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_ids(ids: list[int], prompt: object, vocab_size: int) -> list[int]:
+    if not ids:
+        raise ValueError(f"`prompt` must have tokens. Got {prompt!r}.")
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids must be less than {vocab_size}, the size of the "
+            f"model's vocabulary. Got {max(ids)}."
         )
-        seconds = (time.perf_counter() - began) / len(prompts)
-        return [
-            Answer(x.value, y.text, len(x.ids), y.new_tokens, y.finished, seconds)
-            for x, y in zip(prompts, found, strict=True)
-        ]
+    return ids
+
+
+# Answers
+
+
+def _answer_prompts(
+    conversation: _Conversation,
+    prompts: Iterable[str],
+    stream: Stream,
+    write: Callable[[str], object],
+) -> Iterator[Answer]:
+    config = conversation.config
+    for index, prompt in enumerate(prompts):
+        key = None  # greedy sampling without a key compiles two programs less
+        if not stream.sampling.is_greedy:
+            key = jax.random.fold_in(jax.random.key(config.seed), index)
+        yield _answer(conversation, prompt, stream, key, write)
+
+
+def _answer(
+    conversation: _Conversation,
+    prompt: str,
+    stream: Stream,
+    key: jax.Array | None,
+    write: Callable[[str], object],
+) -> Answer:
+    """Returns the answer to a text, or to the next turn of a conversation."""
+    config, tokenizer = conversation.config, conversation.tokenizer
+    start = time.perf_counter()
+    ids, pieces = conversation.encode(prompt), TextStream(tokenizer.decode)
+    num_new, is_finished, text = 0, False, ""
+    # On a terminal, Ctrl-C stops an answer and not the program.
+    is_typed = config.prompt is None and sys.stdin.isatty()
+    interrupts: list[int] = []
+    note_interrupt = _on_interrupt(lambda number, frame: interrupts.append(number))
+    with note_interrupt if is_typed else contextlib.nullcontext():
+        for token in stream(
+            ids,
+            max_new_tokens=config.max_new_tokens,
+            eos_ids=tokenizer.end_ids,
+            key=key,
+        ):
+            if interrupts:
+                break
+            num_new, is_finished = num_new + 1, token in tokenizer.end_ids
+            if not is_finished:
+                piece = pieces.add(token)
+                text += piece
+                write(piece)
+    piece = pieces.flush()  # the bytes of a character that was cut off
+    text += piece
+    write(piece + "\n")
+    conversation.add_turn(prompt, text)
+    seconds = time.perf_counter() - start
+    return Answer(prompt, text, len(ids), num_new, is_finished, seconds)
+
+
+def _answer_rows(
+    config: GenerateConfig,
+    tokenizer: "ql.train.Tokenizer",
+    prompts: list[_Prompt],
+    stream: Stream,
+) -> list[Answer]:
+    """Returns the answers to the prompts of a file, generated in batches."""
+    start, end_ids = time.perf_counter(), tokenizer.end_ids
+    generated = answers(
+        stream.model,
+        stream.variables,
+        tokenizer,
+        [ql.train.Example(prompt.ids, "", end_ids) for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        sampling=stream.sampling,
+        key=None if stream.sampling.is_greedy else jax.random.key(config.seed),
+    )
+    seconds = (time.perf_counter() - start) / len(prompts)
+    return [
+        Answer(x.value, y.text, len(x.ids), y.new_tokens, y.finished, seconds)
+        for x, y in zip(prompts, generated, strict=True)
+    ]
