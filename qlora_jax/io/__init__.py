@@ -5,18 +5,15 @@ from .hf.hub import fetch
 from .hf.load import load
 from .hf.merged import save_merged
 from .hf.name_tables import gemma_names, tunix_names
-from .mlx import read_mlx, save_mlx
 from .model_folder import older_config_keys, read_config_json
 from .names import Entry, Names
-from .native.store import Restored, restore, save
+from .native import Restored, restore, save
 from .packed.readers import packed_tensors, read_quantization
 from .packed.writers import save_bitsandbytes, save_packed
 from .peft.adapter_config import PeftConfig
-from .peft.describe import peft_config
-from .peft.plain import PlainLoRA
-from .peft.portable import portable
 from .peft.read import load_peft
-from .peft.write import save_peft
+from .peft.server_adapters import PlainLoRA, portable, read_mlx, save_mlx
+from .peft.write import peft_config, save_peft
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 

@@ -21,10 +21,9 @@ from helpers import SEED
 from test_packed_readers import FILES, changed
 
 import qlora_jax as ql
-from qlora_jax.io import CheckpointError
+from qlora_jax.io import CheckpointError, native
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
-from qlora_jax.io.native import store
 from qlora_jax.io.packed.bitsandbytes import BitsAndBytesWeight
 from qlora_jax.io.packed.readers import DecodedWeight, ReblockedWeight
 from qlora_jax.io.packed.weight import PackedWeight
@@ -205,7 +204,7 @@ class Files:
         params = {"a": [{"kernel": jnp.ones((64, 4))}], "b": jnp.ones(2)}
         config = ql.QLoRAConfig(rank=2, rank_pattern={"a/.*": 3})
         base, lora = ql.init(jax.random.key(0), params, config)
-        store.save(self.path, {"base": base, "lora": lora}, config)
+        native.save(self.path, {"base": base, "lora": lora}, config)
         self.native = self.path.read_bytes()
         self.base = {"up": {"kernel": jnp.ones((2, 64, 4))}, "head": jnp.ones((4, 2))}
         roles = {"head": ql.io.Entry("head.weight", "kn")}
@@ -317,12 +316,12 @@ def read_native(files: Files, rng: random.Random):
         for key in rng.sample(["leaves", "config"], rng.randint(1, 2)):
             value = change_json(rng, json.loads(metadata[key]))
             metadata[key] = json.dumps(value)
-        metadata["checksum"] = store.UNKNOWN
+        metadata["checksum"] = native.UNKNOWN
         data = join(header, tensors)
-        checksum = store.hashlib.sha256(data).hexdigest()
-        data = data.replace(store.UNKNOWN.encode(), checksum.encode(), 1)
+        checksum = native.hashlib.sha256(data).hexdigest()
+        data = data.replace(native.UNKNOWN.encode(), checksum.encode(), 1)
     files.path.write_bytes(data)
-    store.restore(files.path)
+    native.restore(files.path)
 
 
 def read_config(files: Files, rng: random.Random):

@@ -14,8 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
-from qlora_jax.io import CheckpointError, restore, save
-from qlora_jax.io.native import store
+from qlora_jax.io import CheckpointError, native, restore, save
 
 CONFIG = ql.QLoRAConfig(
     rank=2,
@@ -150,7 +149,7 @@ def test_other_formats_and_versions_are_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(CheckpointError, match="Its format is 'pt'"):
         restore(tmp_path / "x")
-    monkeypatch.setattr(store, "VERSION", "2")
+    monkeypatch.setattr(native, "VERSION", "2")
     save(tmp_path / "x", {"a": jnp.ones(2)})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="must be of version 1. Got '2'"):
@@ -165,13 +164,13 @@ CHANGES += [dict(keys=["a"] * 100_000), dict(keys=[0.5]), None]
 
 @pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
 def test_wrong_descriptions_with_a_right_checksum(tmp_path, monkeypatch, change):
-    describe = store.describe
+    describe = native.describe
 
     def wrong(keys, leaf):
         entry, arrays = describe(keys, leaf)
         return entry | change if change else {}, arrays
 
-    monkeypatch.setattr(store, "describe", wrong)
+    monkeypatch.setattr(native, "describe", wrong)
     save(tmp_path / "x", {"a": ql.quantize(jnp.ones((64, 3)))})
-    with pytest.raises(CheckpointError, match="must describe a tree of ours"):
+    with pytest.raises(CheckpointError, match="must describe a tree of qlora_jax"):
         restore(tmp_path / "x")

@@ -1,0 +1,359 @@
+"""The format of this library: packed kernels and adapters in one safetensors file."""
+
+# The metadata in the header holds the format, its version, a description of each leaf
+# as JSON, the config, and a checksum of the file.
+
+import hashlib
+import json
+import operator
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey, SequenceKey
+
+from .._jax.pytree import is_tree_leaf
+from ..adapters.base import KINDS, SETTINGS, Adapter, why_not
+from ..adapters.config import QLoRAConfig
+from ..quant.formats import FLOAT_DTYPES, Packing
+from ..quant.geometry import Geometry
+from ..quant.kernel import is_packed
+from ..quant.qtensor import QTensor
+from ..trees.paths import Tree, leaves_by_keys, path_string, refuse_listed
+from .device_shards import put
+from .files import CheckpointError, Path, new_path, parse_json
+from .safetensors import make_header, open_safetensors, write_tensors
+from .tensors import TensorLike, Tensors
+
+FORMAT = "qlora_jax"
+VERSION = "1"
+UNKNOWN = "0" * 64  # stands for the checksum while it is computed
+_CHUNK_BYTES = 8 << 20
+
+Entry = dict[str, Any]  # the JSON description of a leaf
+
+# What reading a description raises that `save` did not write.
+_DESCRIPTION_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError)
+_DESCRIPTION_ERRORS += (TypeError, ValueError)
+_PATTERN_LISTS = ("targets", "exclude", "trainable", "shared")
+_PATTERN_DICTS = ("rank_pattern", "alpha_pattern", "contract", "trainable_rows")
+_FLAGS = {"a": re.A, "i": re.I, "m": re.M, "s": re.S, "x": re.X}
+_ARRAYS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}}
+
+
+class Restored(NamedTuple):
+    """The content of a file that `save` wrote.
+
+    Attributes:
+        tree: The tree, of nested dicts and lists.
+        config: The config that was saved with it, or None.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/x.safetensors"
+        >>> ql.io.save(path, {"kernel": jnp.ones((4, 2))}, ql.QLoRAConfig(rank=2))
+        >>> ql.io.restore(path).config.rank
+        2
+    """
+
+    tree: Tree
+    config: QLoRAConfig | None
+
+
+def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
+    """Writes a tree to one file, atomically.
+
+    Args:
+        path: The file, which is replaced if it exists.
+        tree: A base tree, a lora tree, or both as `{"base": base, "lora": lora}`, in
+            dicts and lists. Boxes such as `nn.Partitioned` are not stored: after
+            `restore`, pass rules or specs to `qlora_jax.sharding.place`.
+        config: A config to store with it.
+
+    Raises:
+        TypeError: If the tree has other leaves, which are listed. Tuples become lists.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
+        >>> config = ql.QLoRAConfig(rank=2)
+        >>> params = {"kernel": jnp.ones((64, 8))}
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
+        >>> ql.io.save(path, lora, config)
+        >>> ql.io.restore(path).tree["kernel"].a.shape
+        (64, 2)
+    """
+    entries, arrays, problems = [], {}, []
+    for keys, leaf in leaves_by_keys(tree).items():
+        try:
+            entry, leaf_arrays = describe(keys, leaf)
+        except TypeError as error:
+            problems.append(f"{path_string(keys)}: {error}")
+            continue
+        if leaf_arrays.keys() & arrays.keys():
+            problems.append(f"{path_string(keys)}: another leaf has that path.")
+        entries.append(entry)
+        arrays |= leaf_arrays
+    refuse_listed("these leaves cannot be saved", problems, TypeError)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "checksum": UNKNOWN,
+        "leaves": json.dumps(entries),
+        "config": json.dumps(None if config is None else _config_to_json(config)),
+    }
+    header, order = make_header(arrays, metadata)
+    with new_path(path) as new, new.open("wb") as file:
+        hasher = hashlib.sha256()
+
+        def write(data: Any) -> None:
+            hasher.update(data)
+            file.write(data)
+
+        write(header)
+        write_tensors(write, arrays, order)
+        # Filled in last, so that each tensor is computed only once.
+        file.seek(header.index(UNKNOWN.encode()))
+        file.write(hasher.hexdigest().encode())
+
+
+def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Restored:
+    """Returns the tree and the config that `save` wrote.
+
+    Args:
+        path: The file.
+        place: As in `load`: puts shardings on the tree of shapes; devices read parts.
+
+    Raises:
+        CheckpointError: If `save` did not write the file, if it has another version, if
+            its bytes have changed, or if it does not hold the tree that it describes.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/base.safetensors"
+        >>> ql.io.save(path, {"up": {"kernel": ql.quantize(jnp.ones((64, 8)))}})
+        >>> ql.io.restore(path).tree["up"]["kernel"].fmt
+        'nf4'
+    """
+    tensors = open_safetensors(path)
+    metadata = tensors.metadata
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} must be a file that qlora_jax.io.save wrote. Its format is "
+            f"{metadata.get('format')!r}."
+        )
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} must be of version {VERSION}. Got {metadata.get('version')!r}."
+        )
+    _check_sum(pathlib.Path(path), metadata.get("checksum", ""))
+    entries = parse_json(metadata.get("leaves", "").encode(), f"`leaves` of {path}")
+    stored = parse_json(metadata.get("config", "").encode(), f"`config` of {path}")
+    try:
+        shapes, names = _trees_of(entries, tensors)
+        config = None if stored is None else _config_from_json(stored)
+    except _DESCRIPTION_ERRORS as error:
+        raise CheckpointError(
+            f"{path} must describe a tree of qlora_jax. {str(error)[:300]}"
+        ) from error
+    structs, treedef = jax.tree.flatten(shapes if place is None else place(shapes))
+    pairs = zip(jax.tree.leaves(names), structs, strict=True)
+    arrays = [put(tensors[name], struct) for name, struct in pairs]
+    return Restored(jax.tree.unflatten(treedef, arrays), config)
+
+
+def _check_sum(path: pathlib.Path, checksum: str) -> None:
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header = file.read(int.from_bytes(prefix, "little"))
+        # The hash is that of the file with UNKNOWN in place of the checksum.
+        is_valid = len(checksum) == 64 and header.count(checksum.encode()) == 1
+        hasher.update(prefix + header.replace(checksum.encode(), UNKNOWN.encode()))
+        while is_valid and (chunk := file.read(_CHUNK_BYTES)):
+            hasher.update(chunk)
+    if not is_valid or hasher.hexdigest() != checksum:
+        raise CheckpointError(f"{path} has changed since it was written.")
+
+
+def describe(keys: tuple, leaf: Any) -> tuple[Entry, dict[str, Any]]:
+    """Returns a leaf as JSON, and its arrays by tensor name; raises TypeError."""
+    entry: Entry = {"keys": [_json_key(key) for key in keys], "kind": "array"}
+    if is_packed(leaf):
+        entry |= {
+            "kind": "QTensor",
+            "shape": [*leaf.shape],
+            "fmt": leaf.fmt,
+            "block_size": leaf.block_size,
+            "double_quant": leaf.double_quant,
+            "dtype": leaf.dtype_name,
+            "axes": leaf.geometry.kinds,
+        }
+    elif isinstance(leaf, Adapter):
+        entry |= {
+            "kind": type(leaf).__name__,
+            "scaling": leaf.scaling,
+            "dropout": leaf.dropout,
+            "axes": leaf.geometry.kinds,
+            "sizes": [*leaf.geometry.sizes],
+        }
+        entry |= {name: [*getattr(leaf, name)] for name in _kind_settings(type(leaf))}
+    arrays = {}
+    for attribute, name in _tensor_names(entry).items():
+        arrays[name] = x = getattr(leaf, attribute) if attribute else leaf
+        _check_array(leaf, x)
+    return entry, arrays
+
+
+def _kind_settings(kind: type[Adapter]) -> tuple[str, ...]:
+    """Returns the settings that only this kind of adapter has: lists of integers."""
+    return tuple(name for name in kind.settings if name not in SETTINGS)
+
+
+def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the names of a leaf's tensors, by the attributes that hold them."""
+    path = "/".join(map(str, entry["keys"]))
+    if entry["kind"] == "QTensor":
+        settings = ("fmt", "block_size", "double_quant")
+        attributes = Packing(*(entry[name] for name in settings)).arrays
+    else:
+        attributes = _ARRAYS[entry["kind"]]
+    return {name: f"{path}:{name}" if name else path for name in attributes}
+
+
+def _json_key(key: Any) -> str | int:
+    if isinstance(key, DictKey) and isinstance(key.key, str):
+        return key.key
+    if isinstance(key, SequenceKey):
+        return key.idx
+    raise TypeError(
+        "a tree must consist of lists, and of dicts with str keys. Got the key "
+        f"{path_string((key,))!r} ({type(key).__name__})."
+    )
+
+
+def _check_array(leaf: object, x: Any) -> None:
+    arrays = jax.tree.leaves(x)  # codes in host memory are a node with one array
+    is_array = all(isinstance(a, np.ndarray | jax.Array) for a in arrays)
+    if is_tree_leaf(x) or not is_array:
+        kind = type(leaf).__name__
+        raise TypeError(f"it must be an array, a QTensor or an adapter. Got {kind}.")
+    if not all(getattr(a, "is_fully_addressable", True) for a in arrays):
+        raise TypeError("it must be on the devices of this process.")
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise TypeError("it must hold numbers. Got PRNG keys.")
+
+
+# The inverse of `describe`. A file may hold any JSON, which raises errors of many
+# types: `restore` catches all of `_DESCRIPTION_ERRORS`.
+
+
+def _trees_of(entries: list[Entry], tensors: Tensors) -> tuple[Tree, Tree]:
+    """Returns the described tree as shapes, and as names of tensors."""
+    shapes, names = {}, {}
+    unused = set(tensors)
+    for entry in entries:
+        leaf_names = _tensor_names(entry).values()
+        leaf = _leaf_of(entry, [_struct_of(tensors[name]) for name in leaf_names])
+        named_leaf = jax.tree.unflatten(jax.tree.structure(leaf), leaf_names)
+        _insert(shapes, entry["keys"], leaf)
+        _insert(names, entry["keys"], named_leaf)
+        unused -= {*leaf_names}
+    if unused:
+        raise ValueError(f"no leaf has these tensors: {sorted(unused)[:5]}.")
+    return _with_lists(shapes.get("", {})), _with_lists(names.get("", {}))
+
+
+def _struct_of(tensor: TensorLike) -> jax.ShapeDtypeStruct:
+    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+        raise ValueError(f"{tensor.dtype} arrays need jax_enable_x64.")
+    return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+
+
+def _leaf_of(entry: Entry, structs: list[Any]) -> Tree:
+    if entry["kind"] == "array":
+        return structs[0]
+    if entry["kind"] == "QTensor":
+        # NumPy evaluates the text of some dtypes, so only these names reach it.
+        if entry["dtype"] not in FLOAT_DTYPES:
+            raise ValueError(f"a dtype must be one of {FLOAT_DTYPES}.")
+        settings = {
+            name: entry[name] for name in ("shape", "fmt", "block_size", "dtype")
+        }
+        return QTensor.from_parts(*structs, contract=entry["axes"], **settings)
+
+    def integers(name: str) -> tuple[int, ...]:
+        return tuple(map(operator.index, entry[name]))
+
+    kind, scaling = KINDS[entry["kind"]], entry["scaling"]
+    has_list = isinstance(scaling, list)  # a scaling for each matrix of a stack
+    settings: dict[str, Any] = {n: integers(n) for n in _kind_settings(kind)}
+    settings["scaling"] = tuple(map(float, scaling)) if has_list else float(scaling)
+    settings["dropout"] = float(entry["dropout"])
+    settings["geometry"] = geometry = Geometry(entry["axes"], integers("sizes"))
+    adapter: Any = kind(**dict(zip(kind.roles, structs, strict=True)), **settings)
+    kernel_shape = geometry.kernel_shape(adapter.matrix_shape)
+    if reason := why_not(adapter, jax.ShapeDtypeStruct(kernel_shape, "float32")):
+        raise ValueError(f"the arrays of a {entry['kind']} must fit together. {reason}")
+    return adapter
+
+
+def _insert(tree: dict, keys: list, leaf: Tree) -> None:
+    *parents, last = ["", *keys]  # the root has a key too, in case it is a leaf
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    if last in tree:
+        raise ValueError(f"two leaves must not have the keys {keys}.")
+    tree[last] = leaf
+
+
+def _with_lists(node: Tree) -> Tree:
+    """Converts dicts whose keys are numbers to lists."""
+    if not isinstance(node, dict):
+        return node
+    keys = [*node]
+    if any(isinstance(key, int) for key in keys):
+        if {*keys} != {*range(len(keys))}:
+            raise ValueError(f"a list must have no gaps. Got the indices {keys[:5]}.")
+        return [_with_lists(node[i]) for i in range(len(keys))]
+    return {key: _with_lists(value) for key, value in node.items()}
+
+
+def _config_to_json(config: QLoRAConfig) -> dict[str, Any]:
+    """Returns a config as JSON; patterns become text and keep their order."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name in _PATTERN_LISTS:
+        values[name] = [_pattern_text(pattern) for pattern in values[name]]
+    for name in _PATTERN_DICTS:
+        values[name] = [
+            [_pattern_text(pattern), [*value] if isinstance(value, tuple) else value]
+            for pattern, value in values[name].items()
+        ]
+    if not config.shared:
+        del values["shared"]  # older versions reject a key that they do not know
+    return values | {"lora_dtype": jnp.dtype(config.lora_dtype).name}
+
+
+def _config_from_json(stored: dict[str, Any]) -> QLoRAConfig:
+    settings = dict(stored)
+    for name in _PATTERN_DICTS:
+        settings[name] = {
+            pattern: tuple(value) if isinstance(value, list) else value
+            for pattern, value in settings.get(name, ())
+        }
+    if settings["lora_dtype"] not in FLOAT_DTYPES:  # as in `_leaf_of`
+        raise ValueError(f"`lora_dtype` must be one of {FLOAT_DTYPES}.")
+    return QLoRAConfig(**settings)
+
+
+def _pattern_text(pattern: str | re.Pattern[str]) -> str:
+    """Returns a pattern as text that begins with its flags."""
+    if isinstance(pattern, str):
+        return pattern
+    flags = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)
+    return f"(?{flags}){pattern.pattern}" if flags else pattern.pattern

@@ -1,1 +1,0 @@
-"""The format of this library: packed kernels and adapters in one file."""
