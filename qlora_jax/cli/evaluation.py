@@ -1,13 +1,12 @@
-"""Evaluates a run on its validation rows: loss, answers, samples."""
+"""Evaluates a run on its validation rows: loss, answers and samples."""
 
 import copy
-import functools
-import itertools
 import json
 import math
 import sys
 from typing import Any
 
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 import qlora_jax as ql
@@ -19,105 +18,109 @@ from .program import Program, make_put
 from .run import Run
 from .run_folder import ANSWERS, write_text
 
-_SPARE = 16  # tokens that an answer may have more than the longest right one
-_SHOWN = 200  # characters of a prompt or an answer
+_EXTRA_TOKENS = 16  # by which an answer may exceed the longest right answer
+_SHOWN_CHARACTERS = 200  # of a prompt or an answer
 
 
-def sample(batches: list[Any], trained: int) -> list[Any]:
-    """Returns a few batches for evaluations while `trained` are trained; [] for all."""
-    # At most a hundredth of those, so that ten evaluations (forward passes) cost a few
-    # percent; spread, since batches are ordered by length.
-    count, size = len(batches), max(1, trained // 100)
-    if size >= count:
+def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
+    """Returns the few batches of evaluations during training; empty for all batches."""
+    # At most a hundredth of the training batches, so that ten evaluations (of forward
+    # passes) cost a few percent. Batches are ordered by length, so take every n-th.
+    num_batches, size = len(batches), max(1, num_training_batches // 100)
+    if size >= num_batches:
         return []
-    return [batches[(2 * i + 1) * count // (2 * size)] for i in range(size)]
+    return [batches[(2 * i + 1) * num_batches // (2 * size)] for i in range(size)]
 
 
 class Evaluation:
     """Evaluates an adapter on the validation rows of a run."""
 
     def __init__(self, run: Run, program: Program):
-        """Makes the batches."""
-        config, tokenizer = run.config, run.tokenizer
-        self._ends, self._answers_always = (0, config.steps), config.eval_every
-        self._means = make_means(program.measured)
-        self._is_sft = config.objective == "sft"
+        """Prepares the batches and the prompts."""
+        config, self._tokenizer = run.config, run.tokenizer
+        self._config, self._model = config, program.model
+        self._compute_means = make_means(program.eval_loss)
+        self._path = run.folder / ANSWERS
         batches = ql.train.eval_batches(
             run.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
         self._batches = [*map(make_put(run.mesh), batches)]
-        # Empty where all evaluations are of all rows, or there are few batches.
-        trained = (config.steps or 0) * config.accumulation
+        # Empty if every evaluation takes all batches.
+        num_training_batches = (config.steps or 0) * config.accumulation
         is_full = config.eval_every or config.keep_best
-        self._sample = [] if is_full else sample(self._batches, trained)
+        self._sample = [] if is_full else sample(self._batches, num_training_batches)
         self._examples = run.data.valid_examples[: config.eval_examples]
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-        longest = max((len(encode(x.answer)) for x in self._examples), default=0)
-        self._answers = functools.partial(
-            answers,
-            program.model,
-            tokenizer=tokenizer,
-            examples=self._examples,
-            max_new_tokens=config.max_new_tokens or longest + _SPARE,
-            batch_size=config.eval_batch_size,
-            progress=is_first(),
-        )
-        prompts = [tokenizer.decode(example.prompt) for example in self._examples]
-        self._prompts, self._shown = prompts, config.samples
-        self._path = run.folder / ANSWERS
+        self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
 
     def for_run(self, run: Run) -> "Evaluation":
-        """Returns the same for another run on the same rows."""
+        """Returns the evaluation of another run on the same rows."""
         other = copy.copy(self)
         other._path = run.folder / ANSWERS
         return other
 
     def __call__(
-        self, base: Any, state: "ql.train.State", is_end: bool = False
+        self, base: PyTree, state: "ql.train.State", is_end: bool = False
     ) -> dict[str, float]:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
-        found, is_end = {}, is_end or int(state.step) in self._ends
+        numbers, step, config = {}, int(state.step), self._config
+        is_end = is_end or step in (0, config.steps)
         if self._sample:
-            found |= self._mean(base, state, self._sample, "valid_sample_")
+            means = self._compute_means(base, state.lora, self._sample)
+            numbers |= {f"valid_sample_{name}": mean for name, mean in means.items()}
         if is_end or not self._sample:
-            found |= self._mean(base, state, self._batches, "valid_")
-            loss = found["valid_loss"]
-            if self._is_sft:
-                found["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        if self._examples and (is_end or self._answers_always):
-            found["exact_match"] = self._answer(base, state)
-        return found
+            means = self._compute_means(base, state.lora, self._batches)
+            numbers |= {f"valid_{name}": mean for name, mean in means.items()}
+            loss = numbers["valid_loss"]
+            if config.objective == "sft":
+                # exp(709.8) is the largest float.
+                numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self._examples and (is_end or config.eval_every):
+            numbers["exact_match"] = self._evaluate_answers(base, state)
+        return numbers
 
-    def _mean(
-        self, base: Any, state: Any, batches: list[Any], prefix: str
-    ) -> dict[str, float]:
-        means = self._means(base, state.lora, batches)
-        return {prefix + name: mean for name, mean in means.items()}
-
-    def _answer(self, base: Any, state: "ql.train.State") -> float:
-        found = self._answers({"params": base, "lora": state.lora})
-        texts = [answer.text for answer in found]
-        share, step = exact_match(texts, self._examples), int(state.step)
+    def _evaluate_answers(self, base: PyTree, state: "ql.train.State") -> float:
+        """Returns the share of exact answers; prints a few, and writes all."""
+        config, step = self._config, int(state.step)
+        max_new_tokens = config.max_new_tokens
+        if max_new_tokens is None:
+            rights = (
+                self._tokenizer.encode(x.answer, add_special_tokens=False)
+                for x in self._examples
+            )
+            max_new_tokens = max(map(len, rights)) + _EXTRA_TOKENS
+        generated = answers(
+            self._model,
+            {"params": base, "lora": state.lora},
+            self._tokenizer,
+            self._examples,
+            max_new_tokens=max_new_tokens,
+            batch_size=config.eval_batch_size,
+            progress=is_first(),
+        )
+        texts = [answer.text for answer in generated]
+        share = exact_match(texts, self._examples)
         if is_first():
             self._show(texts, f"step {step}: {share:.1%} of the answers are exact")
-            self._write(texts, "before" if not step else "after")
+            self._write(texts, "before" if step == 0 else "after")
         return share
 
     def _show(self, texts: list[str], title: str) -> None:
         lines, rows = [title], zip(self._examples, self._prompts, texts, strict=True)
-        for example, prompt, text in itertools.islice(rows, self._shown):
-            mark = "exact" if text.strip() == example.answer.strip() else "wrong"
-            prompt = prompt.strip()[-_SHOWN:]
-            lines.append(f"  ... {prompt!r}\n    {mark}: {text[:_SHOWN]!r}")
-        tqdm.write("\n".join(lines), file=sys.stderr)
+        for example, prompt, text in [*rows][: self._config.samples]:
+            verdict = "exact" if text.strip() == example.answer.strip() else "wrong"
+            prompt = prompt.strip()[-_SHOWN_CHARACTERS:]
+            answer = text[:_SHOWN_CHARACTERS]
+            lines.append(f"  ... {prompt!r}\n    {verdict}: {answer!r}")
+        tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar
 
-    def _write(self, texts: list[str], when: str) -> None:
-        """Writes the answers next to those of earlier evaluations."""
+    def _write(self, texts: list[str], key: str) -> None:
+        """Writes the answers into the rows of earlier evaluations, if they match."""
         pairs = zip(self._prompts, self._examples, strict=True)
-        rows = [{"prompt": x, "right": example.answer} for x, example in pairs]
+        rows = [{"prompt": prompt, "right": x.answer} for prompt, x in pairs]
         if self._path.is_file():
-            old = [json.loads(x) for x in self._path.read_text("utf-8").splitlines()]
-            if [x["right"] for x in old] == [x["right"] for x in rows]:
-                rows = old
-        rows = [row | {when: text} for row, text in zip(rows, texts, strict=True)]
+            lines = self._path.read_text("utf-8").splitlines()
+            old_rows = [json.loads(line) for line in lines]
+            if [row["right"] for row in old_rows] == [row["right"] for row in rows]:
+                rows = old_rows
+        rows = [row | {key: text} for row, text in zip(rows, texts, strict=True)]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))

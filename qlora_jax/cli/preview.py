@@ -1,4 +1,4 @@
-"""`qlora-jax train --preview`: shows rows as they would be trained."""
+"""`qlora-jax train --preview`: shows rows with their target tokens."""
 
 import os
 import sys
@@ -12,7 +12,8 @@ import qlora_jax as ql
 
 from .run import Run, make_batches
 
-_COLOURED, _MARKED = ("\033[4;32m", "\033[0m"), ("⟦", "⟧")  # around targets
+# Strings before and after a target: green and underlined on terminals, else brackets.
+_COLORED, _BRACKETED = ("\033[4;32m", "\033[0m"), ("⟦", "⟧")
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Preview:
 
     Attributes:
         rows: For each sequence of the first rows of the batches: its `name`, its
-            `source` ("" if it is not known), the numbers of its `tokens` and `targets`,
-            and its text in `pieces`, each with whether its tokens are targets.
+            `source` ("" if unknown), the numbers of its `tokens` and `targets`, and its
+            text in `pieces`, each with whether its tokens are targets.
 
     Example:
         >>> from qlora_jax import cli
@@ -37,78 +38,102 @@ class Preview:
     rows: tuple[Mapping[str, Any], ...]
 
     def __str__(self):
-        is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        begin, end = _COLOURED if is_coloured else _MARKED
+        has_colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        start, end = _COLORED if has_colors else _BRACKETED
         lines = []
         for row in self.rows:
             title = ", ".join(filter(None, (row["name"], row["source"])))
             s = "s" * (row["targets"] != 1)
             lines.append(f"{title}: {row['tokens']} tokens, {row['targets']} target{s}")
-            texts = (f"{begin}{text}{end}" if y else text for text, y in row["pieces"])
-            lines.append("".join(texts).removesuffix("\n"))
+            pieces = (
+                f"{start}{text}{end}" if is_target else text
+                for text, is_target in row["pieces"]
+            )
+            lines.append("".join(pieces).removesuffix("\n"))
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A sequence of a batch."""
+
+    starts_row: bool  # whether it is the first sequence of a row
+    suffix: str  # of the row's name, such as ", chosen"
+    ids: np.ndarray
+    is_target: np.ndarray
 
 
 def preview(run: Run) -> Preview:
     """Returns the first `run.config.preview` rows of the batches of a run."""
     rows, number = [], 0
-    batches = make_batches(run.config, run.data, num_epochs=1)
-    sequences = (sequence for batch in batches for sequence in _sequences(run, batch))
-    for is_new, name, ids, is_target in sequences:
-        number += is_new
-        if number > (run.config.preview or 0):
-            break
-        # Rows of a stream are not searched, because each one would be read again.
-        trained = () if run.config.stream else run.data.train
-        same = (x for y in trained for x in y.sequences if np.array_equal(x.ids, ids))
-        row = {"name": f"row {number}{name}"}
-        row |= {"source": next((x.place for x in same), "")}
-        row |= {"tokens": len(ids), "targets": int(is_target.sum())}
-        rows.append(row | {"pieces": _pieces(run.tokenizer, ids, is_target)})
+    for batch in make_batches(run.config, run.data, num_epochs=1):
+        for sequence in _split_batch(run, batch):
+            number += sequence.starts_row
+            if number > (run.config.preview or 0):
+                return Preview(tuple(rows))
+            row = {
+                "name": f"row {number}{sequence.suffix}",
+                "source": _find_source(run, sequence.ids),
+                "tokens": len(sequence.ids),
+                "targets": int(sequence.is_target.sum()),
+                "pieces": _cut(run.tokenizer, sequence.ids, sequence.is_target),
+            }
+            rows.append(row)
     return Preview(tuple(rows))
 
 
-def _sequences(
-    run: Run, batch: "ql.train.Batch"
-) -> Iterator[tuple[bool, str, np.ndarray, np.ndarray]]:
-    """Yields the sequences of a batch.
+def _find_source(run: Run, ids: np.ndarray) -> str:
+    if run.config.stream:
+        return ""  # the search would read the whole file again
+    for row in run.data.train:
+        for sequence in row.sequences:
+            if np.array_equal(sequence.ids, ids):
+                return sequence.place
+    return ""
 
-    Each with whether a row begins, what it is, its tokens, and which are targets.
-    """
+
+def _split_batch(run: Run, batch: "ql.train.Batch") -> Iterator[_Sequence]:
     is_packed, answers = run.config.packing, batch.answers
-    first, second = "chosen", "rejected"
+    names = "chosen", "rejected"
     for index, segments in enumerate(batch.segment_ids):
-        is_counted = batch.weights[index] != 0
-        if answers is not None:
-            is_counted |= answers[index].any(axis=0)
+        has_weight = batch.weights[index] != 0
+        if (
+            answers is not None
+        ):  # `[rows, answers, targets]`: the weights of each answer
+            has_weight |= answers[index].any(axis=0)
+        # `select` has the positions whose next token is a target.
         is_target = np.zeros(len(segments), bool)
-        is_target[batch.select[index, is_counted] + 1] = True
-        for segment in range(1, segments.max() + 1):
-            name = f", sequence {segment}" * is_packed
-            is_new, here = segment == 1, segments == segment
+        is_target[batch.select[index, has_weight] + 1] = True
+        for segment in range(1, segments.max() + 1):  # 0 is padding
+            suffix = f", sequence {segment}" * is_packed
+            starts_row, tokens = segment == 1, segments == segment
             if answers is not None:
-                # The two answers of a pair follow each other; packed, they share a row.
+                # The two answers of a pair follow each other: in two rows of the batch
+                # or, if packed, in one.
                 is_second = bool((segment - 1 if is_packed else index) % 2)
-                is_new &= not is_second
+                starts_row &= not is_second
                 if run.config.objective == "kto":
                     is_good = answers[index, segment - 1].max() > 0
                     first = "good answer" if is_good else "bad answer"
-                    second = "with the answer of another row"
-                name += f", {second if is_second else first}"
-            yield is_new, name, batch.ids[index, here], is_target[here]
+                    names = first, "with the answer of another row"
+                suffix += f", {names[is_second]}"
+            yield _Sequence(
+                starts_row, suffix, batch.ids[index, tokens], is_target[tokens]
+            )
 
 
-def _pieces(
+def _cut(
     tokenizer: "ql.train.Tokenizer", ids: np.ndarray, is_target: np.ndarray
 ) -> tuple[tuple[str, bool], ...]:
-    """Cuts the text of tokens where targets begin and end."""
+    """Cuts the text of tokens where targets start and end."""
     tokens = ids.tolist()
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     pieces, start = [], 0
     for cut in [*np.flatnonzero(np.diff(is_target)) + 1, len(ids)]:
-        # Decoded alone, tokens may lack a space before them or part of a character.
-        part = tokenizer.decode(tokens[:cut], skip_special_tokens=False)
-        stop = max(start, len(os.path.commonprefix([text, part])))
-        pieces.append((text[start:stop], bool(is_target[cut - 1])))
-        start = stop
+        # Decode from the first token: without the tokens before them, tokens may lose a
+        # space or a part of a character.
+        decoded = tokenizer.decode(tokens[:cut], skip_special_tokens=False)
+        end = max(start, len(os.path.commonprefix([text, decoded])))
+        pieces.append((text[start:end], bool(is_target[cut - 1])))
+        start = end
     return tuple(pieces)

@@ -1,4 +1,4 @@
-"""Builds the program that `train` compiles, and its mesh."""
+"""Builds the program of a training step, and places its arguments on a mesh."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,8 @@ from jax.sharding import (
     SingleDeviceSharding,
     set_mesh,
 )
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 import qlora_jax as ql
 
@@ -30,9 +32,9 @@ class Program(NamedTuple):
     """The functions that a run computes."""
 
     model: Any  # the wrapped decoder
-    loss: Any  # for `ql.train.make_step`
-    measured: Any  # the loss of an evaluation
-    optimizer: Any
+    loss: Callable[..., tuple]  # for `ql.train.make_step`
+    eval_loss: Callable[..., tuple]  # the loss without terms that only help training
+    optimizer: Any  # this package does not import Optax
     step: "ql.train.Step"
 
 
@@ -61,24 +63,25 @@ def make_program(
         offload=config.offload_optimizer,
     )
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
-    measured = ql.train.decoder_loss(model)
-    loss = ql.train.decoder_loss(model, balance) if balance else measured
-    if config.objective != "sft":
-        if balance:
-            raise ValueError(
-                "`output_router_logits` in config.json must be false for preferences, "
-                "to which the loss that balances experts is not added. Got "
-                f"`objective` {config.objective!r}."
-            )
-        settings = {"beta": config.beta, "gamma": config.gamma}
-        loss = ql.train.preference_loss(model, config.objective, **settings)
-        measured = loss
+    if config.objective == "sft":
+        eval_loss = ql.train.decoder_loss(model)
+        loss = ql.train.decoder_loss(model, balance) if balance else eval_loss
+    elif balance:
+        raise ValueError(
+            "`output_router_logits` in config.json must be false for preferences, "
+            "because their losses do not include the loss that balances experts. Got "
+            f"`objective` {config.objective!r}."
+        )
+    else:
+        eval_loss = loss = ql.train.preference_loss(
+            model, config.objective, beta=config.beta, gamma=config.gamma
+        )
     step = ql.train.make_step(loss, optimizer)
-    return Program(model, loss, measured, optimizer, step)
+    return Program(model, loss, eval_loss, optimizer, step)
 
 
-def make_schedule(config: TrainConfig) -> Any:
-    """Returns the learning rate, a function of the step."""
+def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step."""
     return ql.train.make_schedule(
         config.schedule,
         config.learning_rate,
@@ -89,47 +92,50 @@ def make_schedule(config: TrainConfig) -> Any:
     )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh | None:
     """Returns a mesh of all devices; None without sizes."""
     if not sizes:
         return None
     if (count := math.prod(sizes.values())) != len(devices):
-        shown = ",".join(f"{name}={size}" for name, size in sizes.items())
+        described = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"`mesh` must have as many devices as there are, {len(devices)}. Got "
-            f"{count}: {shown}."
+            f"{count}: {described}."
         )
-    return _mesh(sizes, devices)
+    return _make_auto_mesh(sizes, devices)
 
 
-def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> Mesh:
-    kinds = (AxisType.Auto,) * len(sizes)
-    shape, names = (*sizes.values(),), (*sizes,)
-    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+def _make_auto_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None
+) -> Mesh:
+    types = (AxisType.Auto,) * len(sizes)
+    shape, axes = (*sizes.values(),), (*sizes,)
+    return jax.make_mesh(shape, axes, axis_types=types, devices=devices)
 
 
 def make_place(
     config: DecoderConfig,
     mesh: Mesh | None,
     memory: Literal["device", "host"],
-    devices: Sequence[Any] | None = None,
-) -> Callable[[Any, Any], tuple[Any, Any]]:
+    devices: Sequence[jax.Device] | None = None,
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Returns a function that puts base and lora on the mesh, or on one device."""
     if mesh is None and memory == "device":
         return lambda base, lora: (base, lora)
-    found = mesh or _mesh({ROW_AXES[0]: 1}, devices)
+    # Host memory needs shardings, and hence a mesh of one device.
+    target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
 
-    def place(base: Any, lora: Any) -> tuple[Any, Any]:
-        arguments = place_arguments(config, base, found)
-        return ql.sharding.place(base, lora, found, memory=memory, **arguments)
+    def place(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
+        arguments = place_arguments(config, base, target_mesh)
+        return ql.sharding.place(base, lora, target_mesh, memory=memory, **arguments)
 
     return place
 
 
-def make_put(mesh: Mesh | None) -> Callable[[Any], Any]:
+def make_put(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
     """Returns a function that splits a batch's rows over `data` and `fsdp`.
 
-    Each process has the full batch, so results do not depend on their number.
+    Each process has the full batch, so that results do not depend on their number.
     """
     if mesh is None:
         return lambda batch: batch
@@ -143,38 +149,43 @@ def _row_axes(mesh: Mesh) -> list[str]:
 def lower_step(
     config: TrainConfig,
     model: BaseModel,
-    devices: Sequence[Any],
+    devices: Sequence[jax.Device],
     backend: str | Sequence[str] | None = None,
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
 
-    Of preferences a batch has two sequences for each row, all of whose tokens are
-    trained.
-
+    A batch of preferences has two sequences for each row. All tokens are targets.
     Devices may be those of `jax.experimental.topologies`; then name a `backend`.
     """
     mesh = make_mesh(config.mesh_sizes, devices)
     place = make_place(model.config, mesh, config.base_memory, devices[:1])
+    # The shapes and shardings of the base and the adapters.
     dtype = jnp.dtype(config.dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
     packing = model.packing(config.fmt or "nf4", config.block_size, config.double_quant)
     if packing is not None:
         base, _ = init_shapes(base, packing)
     base, lora = place(*init_shapes(base, adapters_for(config, model)))
-    rows = everywhere = SingleDeviceSharding(devices[0])
+    row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
-        rows = NamedSharding(mesh, axes)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-    put = lambda x: x if x.sharding else x.update(sharding=everywhere)
-    base, lora = jax.tree.map(put, (base, lora))
+        row_sharding = NamedSharding(mesh, axes)
+        replicated = NamedSharding(mesh, PartitionSpec())
+    base, lora = jax.tree.map(
+        lambda x: x if x.sharding else x.update(sharding=replicated), (base, lora)
+    )
+    # The program, and the shapes of its state and of a batch.
     program = make_program(config, model.config, backend)
     state = ql.train.State.shapes(lora, program.optimizer)
     is_sft = config.objective == "sft"
-    size, width = config.batch_size * (1 if is_sft else 2), config.max_length
-    number = lambda dtype, *x: jax.ShapeDtypeStruct(x, dtype, sharding=rows)
-    answers = None if is_sft else number(jnp.float32, size, 1, width)
-    weights = number(jnp.float32, size, width)
-    arrays: Any = (*[number(jnp.int32, size, width)] * 5, weights, answers)
+    num_rows, width = config.batch_size * (1 if is_sft else 2), config.max_length
+
+    def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
+
+    tokens = batch_array(jnp.int32, num_rows, width)
+    weights = batch_array(jnp.float32, num_rows, width)
+    answers = None if is_sft else batch_array(jnp.float32, num_rows, 1, width)
+    arrays: Any = (*[tokens] * 5, weights, answers)  # shapes instead of arrays
     with nullcontext() if mesh is None else set_mesh(mesh):
         return program.step.lower(state, base, ql.train.Batch(*arrays))
