@@ -257,9 +257,7 @@ class DecodedWeight(View):
     """A 4-bit weight that is read as floats, one slice at a time."""
 
     def __init__(
-        self,
-        weight: PackedWeight | BitsAndBytesWeight,
-        dtype: DTypeLike | None = None,
+        self, weight: PackedWeight | BitsAndBytesWeight, dtype: DTypeLike | None = None
     ):
         keeps_dtype = dtype is None or weight.keeps_dtype
         read_dtype = weight.dtype if keeps_dtype else np.dtype(dtype)

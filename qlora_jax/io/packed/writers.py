@@ -14,12 +14,7 @@ from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...trees.paths import Tree, fused_with, refuse_listed
 from ..files import Path
 from ..model_folder import SHARD_BYTES, read_config_json, write_folder
-from ..named_leaves import (
-    NamedLeaf,
-    exported_leaves,
-    float_tensors_of,
-    matrix_of,
-)
+from ..named_leaves import NamedLeaf, exported_leaves, float_tensors_of, matrix_of
 from ..names import Names
 from ..tensors import DeferredTensor
 
