@@ -58,7 +58,7 @@ def stack(
 
     # Weights without an adapter have zero factors, so any scaling will do.
     indices = np.ndindex(*batch_shape)
-    scalings = tuple(adapters.get(index, first).scaling for index in indices)
+    scalings = tuple(scaling_at(adapters.get(index, first), ()) for index in indices)
     scaling = first.scaling if len({*scalings}) == 1 else scalings
     settings = {"scaling": scaling, "geometry": kernel.geometry}
     return replace_arrays(first, stack_arrays, **settings)

@@ -1,12 +1,17 @@
-"""Writes a PEFT adapter."""
+"""Describes adapters by PEFT's settings, and writes them as PEFT does."""
 
+import math
 import pathlib
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-from ...adapters.base import Adapter
+from ...adapters.base import Adapter, scaling_at, used_ranks
+from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA
 from ...adapters.trained import Trained
 from ...adapters.trained_rows import TrainedRows
@@ -20,14 +25,224 @@ from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from .adapter_file import (
     AdapterTensors,
     NamedBase,
+    Position,
     array_keys,
     kind_of,
     lay_out,
     rows_key,
     to_stored,
 )
-from .describe import peft_config
 from .stacked import join_parameter, unstack
+
+N = TypeVar("N", int, float)
+
+
+def peft_config(
+    base: Tree,
+    lora: Tree,
+    names: Names,
+    *,
+    base_model: str | None = None,
+    bias: str = "none",
+    use_rslora: bool = False,
+    modules_to_save: Iterable[str] = (),
+    fused: bool = False,
+) -> PeftConfig:
+    """Returns PEFT's settings for adapters of this library.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+        names: The names of the leaves of `base` in the Hugging Face model.
+        base_model: Hub id or path of the base model, for programs that load the
+            adapter.
+        bias: Which biases of `base` to save: "none", "all" or "lora_only"; at least
+            those that are `Trained`.
+        use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
+        modules_to_save: Ends of the names of modules to save, such as "lm_head"; those
+            that are `Trained` are added.
+        fused: Whether to write the adapters of experts and routers for the parameters
+            of transformers 5 (`target_parameters`), instead of for the modules of
+            transformers 4. They always are if PEFT would not convert the modules to
+            parameters: if the experts have no modules, if only some of their kernels
+            have adapters, or if ranks or scalings differ.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If there is no adapter, one does not fit, or its kernel has no name.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> config = ql.QLoRAConfig(rank=4, alpha=8)
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> found = ql.io.peft_config(base, lora, names)
+        >>> found.target_modules, found.r, found.lora_alpha
+        (('q_proj',), 4, 8)
+    """
+    adapters = adapters_of_each(base, lora)
+    model = NamedBase.of(base, names)
+    # First, set aside the adapters that are not of low rank.
+    trained = {path for path, x in adapters.items() if isinstance(x, Trained)}
+    tables = {m: adapters.get(model.modules[m].path) for m in sorted(model.tables)}
+    rows = {m: x.indices for m, x in tables.items() if isinstance(x, TrainedRows)}
+    full_rank = trained | {model.modules[module].path for module in rows}
+    adapters = {path: x for path, x in adapters.items() if path not in full_rank}
+    # Then find a position for each adapted module and parameter, from which its rank
+    # and scaling are read.
+    parameters = _adapted_parameters(model, adapters, fused)
+    in_parameters = {path for name in parameters for path in model.parameters[name]}
+    paths = adapters.keys() - in_parameters
+    modules = {m: p for m, p in model.modules.items() if p.path in paths}
+    positions = modules | parameters
+    if not positions:
+        raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
+    adapter_of = {name: adapters[position.path] for name, position in positions.items()}
+    kinds = {*map(type, adapter_of.values())}
+    if len(kinds) > 1:
+        kind_names = sorted(kind.__name__ for kind in kinds)
+        raise ValueError(f"adapters must be of one kind. Got {kind_names}.")
+    ranks_by_path = {path: _ranks(adapter) for path, adapter in adapters.items()}
+    ranks = {m: int(ranks_by_path[p.path][p.index]) for m, p in modules.items()}
+    for name in parameters:
+        # Each adapted kernel of a parameter may need a block of its rank.
+        num_adapted = len(model.parameters[name].keys() & adapters.keys())
+        ranks[name] = adapter_of[name].rank * num_adapted
+    alphas = {}
+    for name, position in positions.items():
+        scaling = scaling_at(adapter_of[name], position.index)
+        alphas[name] = alpha_of(scaling, ranks[name], use_rslora)
+    # Last, describe all of them by common values, exceptions and the ends of names.
+    if any(pattern.endswith(r"\..*") for pattern in names.ignored):
+        # An ignored part of the checkpoint, such as a vision tower, may have modules
+        # with the same last names.
+        target_modules, target_parameters = sorted(modules), sorted(parameters)
+    else:
+        target_modules = _shortest_ends(modules, model.modules, _last)
+        target_parameters = _shortest_ends(parameters, model.parameters, _in_layer)
+    trained_tensors = [n for n, p in model.tensors.items() if p.path in trained]
+    biased_modules, saved = _trained_modules(trained_tensors, model.tensors)
+    if biased_modules and bias == "none":
+        bias = "lora_only" if biased_modules <= modules.keys() else "all"
+    rank, alpha = _most_common(ranks), _most_common(alphas)
+    source = {"base_model_name_or_path": base_model}
+    return PeftConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=tuple(target_modules),
+        target_parameters=tuple(target_parameters),
+        # Adapters of embeddings have no dropout.
+        lora_dropout=max(adapter.dropout for adapter in adapter_of.values()),
+        bias=bias,
+        use_rslora=use_rslora,
+        use_dora=kinds == {DoRA},
+        modules_to_save=(*modules_to_save, *saved),
+        trainable_token_indices=rows or None,
+        rank_pattern=pattern_of(ranks, rank),
+        alpha_pattern=pattern_of(alphas, alpha),
+        extra_settings={} if base_model is None else source,
+    )
+
+
+def _adapted_parameters(
+    model: NamedBase, adapters: Mapping[str, Adapter], fused: bool
+) -> dict[str, Position]:
+    """Returns an adapted position of each parameter that is written as a parameter."""
+    if not fused and _can_convert_modules(model, adapters):
+        return {}
+    parameters = {}
+    for name, parts in model.parameters.items():
+        for path in [path for path in parts if path in adapters][:1]:
+            parameters[name] = Position(path, parts[path][0])
+    return parameters
+
+
+def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> bool:
+    # PEFT converts adapters of experts' modules to those of parameters when it loads
+    # them. If only some kernels of a layer's experts have adapters, it silently
+    # computes the bare model, and it drops patterns of ranks and alphas.
+    module_paths = {position.path for position in model.modules.values()}
+    kernels: dict[str, set[str]] = {}
+    for name, parts in model.parameters.items():
+        kernels.setdefault(name.rpartition(".")[0], set()).update(parts)
+    have_modules = all(paths <= module_paths for paths in kernels.values())
+    are_complete = all(
+        paths <= adapters.keys() or not paths & adapters.keys()
+        for paths in kernels.values()
+    )
+    # Experts of one kernel that differ have no form as a parameter: PEFT raises.
+    have_no_form = any(isinstance(x.scaling, tuple) for x in adapters.values())
+    are_uniform = len({(x.rank, x.scaling) for x in adapters.values()}) == 1
+    return have_modules and are_complete and (have_no_form or are_uniform)
+
+
+def _ranks(adapter: Adapter) -> np.ndarray:
+    """Returns the rank of each matrix; the rank that it uses, if scalings differ."""
+    ranks = np.zeros(adapter.batch_shape, int)
+    arrays = adapter.arrays.values()
+    has_values = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
+    if isinstance(adapter.scaling, tuple) and has_values:
+        ranks = used_ranks(adapter)
+    return np.where(ranks, ranks, adapter.rank)
+
+
+def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
+    """Returns the alpha that gives a scaling, as an integer if possible."""
+    divisor = math.sqrt(rank) if use_rslora else rank
+    alpha = scaling * divisor
+    # PEFT declares `lora_alpha` as an integer, but not every scaling has one.
+    return round(alpha) if round(alpha) / divisor == scaling else alpha
+
+
+def _most_common(values: Mapping[str, N]) -> N:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def pattern_of(values: Mapping[str, N], common: N) -> dict[str, N]:
+    """Returns the values that differ from the common one, by the end of a name."""
+    values_by_end: dict[str, set[N]] = {}
+    for module, value in values.items():
+        values_by_end.setdefault(_last(module), set()).add(value)
+    return {
+        _last(module) if len(values_by_end[_last(module)]) == 1 else module: value
+        for module, value in values.items()
+        if value != common
+    }
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _in_layer(name: str) -> str:
+    """Returns the end of a name after the number of a layer."""
+    return re.sub(r".*\.\d+\.", "", name)
+
+
+def _shortest_ends(
+    adapted: Collection[str], names: Iterable[str], end_of: Callable[[str], str]
+) -> list[str]:
+    """Returns ends of names that match the adapted ones only, or the full names."""
+    other_ends = {end_of(name) for name in names if name not in adapted}
+    ends = {name: end_of(name) for name in adapted}
+    return sorted({name if end in other_ends else end for name, end in ends.items()})
+
+
+def _trained_modules(
+    trained: Iterable[str], tensors: Iterable[str]
+) -> tuple[set[str], list[str]]:
+    """Returns the modules of trained biases, and the ends of names of other modules."""
+    biases = {name for name in trained if _last(name) == "bias"}
+    saved = {name.rpartition(".")[0] for name in trained if name not in biases}
+    modules = {name.rpartition(".")[0] for name in tensors}
+
+    def matches_saved_only(end: str) -> bool:
+        # PEFT compares ends without a dot: "norm" also matches "input_layernorm".
+        return {module for module in modules if module.endswith(end)} <= saved
+
+    ends = {_last(m) if matches_saved_only(_last(m)) else m for m in saved}
+    return {name.rpartition(".")[0] for name in biases}, sorted(ends)
 
 
 def save_peft(
@@ -37,7 +252,7 @@ def save_peft(
     names: Names,
     config: PeftConfig | None = None,
 ) -> None:
-    """Saves adapters as PEFT would, for `PeftModel.from_pretrained`.
+    """Saves adapters as PEFT does, for `PeftModel.from_pretrained`.
 
     An adapter that `load_peft` read is written with the same bytes.
 
@@ -51,7 +266,7 @@ def save_peft(
     Raises:
         TypeError: If `base` is a combined tree.
         ValueError: Before anything is written: if adapters differ from the settings, do
-            not fit their kernels, or are not finite; all are named.
+            not fit their kernels, or are not finite. The error lists all of them.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile, pathlib
@@ -74,77 +289,73 @@ def save_peft(
 def adapter_tensors(
     base: Tree, lora: Tree, names: Names, config: PeftConfig
 ) -> dict[str, np.ndarray]:
-    """Returns what PEFT stores of adapters with these settings, by key."""
+    """Returns the tensors that PEFT stores for adapters with these settings, by key."""
     adapters = jax.tree.map(np.asarray, adapters_of_each(base, lora))
     model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)
-    tensors = _factors(_not_trained(adapters, model, layout), model, layout, config)
+    _check_all_trained_saved(adapters, model, layout)
+    tensors = _low_rank_tensors(adapters, model, layout, config)
     for module, rows in layout.rows.items():
-        found = adapters.get(model.modules[module].path)
-        if not isinstance(found, TrainedRows) or found.indices != tuple(sorted(rows)):
+        adapter = adapters.get(model.modules[module].path)
+        is_trained = isinstance(adapter, TrainedRows)
+        if not is_trained or adapter.indices != tuple(sorted(rows)):
             raise ValueError(
                 f"{module} must have the trained rows of `config`, {rows}. Got others."
             )
-        tensors[rows_key(module)] = found.rows[np.searchsorted(found.indices, rows)]
+        # The rows here are sorted by token; those of PEFT are in the order of `rows`.
+        order = np.searchsorted(adapter.indices, rows)
+        tensors[rows_key(module)] = np.asarray(adapter.rows)[order]
     for name in (*layout.saved, *config.saved_base_weights):
-        tensors[layout.keys_of(name)[0]] = _tensor(model, name)
-    bad = [key for key, x in tensors.items() if not np.isfinite(x).all()]
-    refuse_listed("these tensors of the adapter must be finite", bad)
+        tensors[layout.keys_of(name)[0]] = _base_tensor(model, name)
+    not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
+    refuse_listed("these tensors of the adapter must be finite", not_finite)
     return tensors
 
 
-def _not_trained(
+def _check_all_trained_saved(
     adapters: Mapping[str, Adapter], model: NamedBase, layout: AdapterTensors
-) -> dict[str, Adapter]:
-    """Returns the low-rank adapters; refuses to leave out what is trained in full."""
+) -> None:
     kinds = Trained | TrainedRows
-    others = {p: x for p, x in adapters.items() if not isinstance(x, kinds)}
-    trained = adapters.keys() - others.keys()
-    held = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
-    places = model.tensors.items()
-    left = sorted(n for n, p in places if p.path in trained and n not in held)
+    trained = {path for path, x in adapters.items() if isinstance(x, kinds)}
+    written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
+    positions = model.tensors.items()
     refuse_listed(
-        "`bias`, `modules_to_save` and `trainable_token_indices` must hold all that is "
-        "trained in full. Without",
-        left,
+        "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
+        "tensors that are trained in full. Missing",
+        sorted(n for n, p in positions if p.path in trained and n not in written),
     )
-    return others
 
 
-def _factors(
+def _low_rank_tensors(
     adapters: Mapping[str, Adapter],
     model: NamedBase,
     layout: AdapterTensors,
     config: PeftConfig,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of each module's adapter by key; refuses other settings."""
-    wanted, kind = {place.path for place in layout.adapted.values()}, kind_of(config)
-    held = {path for name in layout.parameters for path in model.parameters[name]}
-    problems = [f"{path}: it has no adapter." for path in wanted - set(adapters)]
+    """Returns the arrays of the low-rank adapters by key; lists all mismatches."""
+    kinds = Trained | TrainedRows
+    adapters = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
+    in_parameters = {path for n in layout.parameters for path in model.parameters[n]}
+    adapted = {position.path for position in layout.adapted.values()}
+    problems = [f"{path}: it has no adapter." for path in adapted - set(adapters)]
     tensors: dict[str, np.ndarray] = {}
-    for module, place in model.modules.items():
-        adapter = adapters.get(place.path)
-        if adapter is None or place.path in held:
+    for module, position in model.modules.items():
+        adapter = adapters.get(position.path)
+        if adapter is None or position.path in in_parameters:
             continue
+        # A module that is not adapted may be part of a stack that is. Its rank is 0.
         rank = config.rank_of(module) if module in layout.adapted else 0
-        scaling = config.scaling_of(module)
         try:
-            if type(adapter) is not kind:
-                got = type(adapter).__name__
-                raise ValueError(
-                    f"its type must be {kind.__name__}, by `use_dora`. Got {got}."
-                )
-            one = unstack(adapter, place.index, rank)
-            if rank and np.float32(one.scaling) != np.float32(scaling):
-                raise ValueError(f"its scaling must be {scaling}. Got {one.scaling}.")
+            matrix = _matrix_adapter(adapter, position, rank, module, config)
         except ValueError as error:
-            problems.append(f"{place.path} ({module}): {error}")
+            problems.append(f"{position.path} ({module}): {error}")
             continue
         if rank:
-            keys = array_keys(type(one), module, module in model.tables)
+            keys = array_keys(type(matrix), module, module in model.tables)
             for name, key in keys.items():
-                x = to_stored(name, one.arrays[name], model.window(module))
-                tensors[key] = np.ascontiguousarray(x)
+                x = np.asarray(matrix.arrays[name])
+                stored = to_stored(name, x, model.window(module))
+                tensors[key] = np.ascontiguousarray(stored)
     for name, module in layout.parameters.items():
         settings = config.scaling_of(name), config.rank_of(name)
         try:
@@ -153,20 +364,36 @@ def _factors(
             problems.append(f"{name}: {error}")
             continue
         tensors |= {key: arrays[x] for x, key in array_keys(LoRA, module).items()}
-    places = {place.path for place in model.modules.values()} | held
-    unnamed = set(adapters) - places
+    named = {position.path for position in model.modules.values()} | in_parameters
+    unnamed = set(adapters) - named
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
-    refuse_listed("these adapters are not those of `config`", sorted(problems))
+    refuse_listed("these adapters do not match `config`", sorted(problems))
     return tensors
 
 
-def _tensor(model: NamedBase, name: str) -> np.ndarray:
+def _matrix_adapter(
+    adapter: Adapter, position: Position, rank: int, module: str, config: PeftConfig
+) -> Adapter:
+    """Returns a module's part of an adapter; raises ValueError unless it matches."""
+    kind, scaling = kind_of(config), config.scaling_of(module)
+    if type(adapter) is not kind:
+        actual = type(adapter).__name__
+        raise ValueError(
+            f"its type must be {kind.__name__}, by `use_dora`. Got {actual}."
+        )
+    matrix = unstack(adapter, position.index, rank)
+    if rank and np.float32(scaling_at(matrix, ())) != np.float32(scaling):
+        raise ValueError(f"its scaling must be {scaling}. Got {matrix.scaling}.")
+    return matrix
+
+
+def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
     """Returns a tensor of the base tree in the checkpoint's layout."""
-    place = model.tensors[name]
-    leaf = model.leaves[place.path]
+    position = model.tensors[name]
+    leaf = model.leaves[position.path]
     if isinstance(leaf, Kernel):
-        w = np.asarray(leaf.dequantize_matrix())[place.index]
-        tensor = to_stored("a", w, model.named[place.path].window)
+        matrix = np.asarray(leaf.dequantize_matrix())[position.index]
+        tensor = to_stored("a", matrix, model.named[position.path].window)
     else:
-        tensor = np.asarray(leaf)[place.index].reshape(model.tensor_shape(name))
+        tensor = np.asarray(leaf)[position.index].reshape(model.tensor_shape(name))
     return np.ascontiguousarray(tensor)
