@@ -12,13 +12,12 @@ from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
 from .adapters.lora import LoRA, SharedLoRA
-from .adapters.ragged_dot import ragged_dot
-from .adapters.trained import Trained
-from .adapters.trained_rows import TrainedRows
+from .adapters.product import ragged_dot
+from .adapters.trained import Trained, TrainedRows
 from .matmul.einsum import einsum
 from .matmul.quantized import explain_backend, matmul
+from .quant.pack import StraightThrough
 from .quant.qtensor import QTensor
-from .quant.straight_through import StraightThrough
 from .trees import sharding
 from .trees.adapters import combine, lora_labels, lora_mask, split, value_and_grad
 from .trees.bank import Bank, bank, select

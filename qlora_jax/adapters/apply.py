@@ -1,12 +1,12 @@
-"""Applies one adapted dense layer."""
+"""Applies one adapted dense layer, or looks up rows of one adapted table."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-from jaxtyping import Array, Int
+from jax import lax
+from jaxtyping import Array, Int, PyTree
 
 from .._jax.arguments import check_key
 from .._jax.modes import split_as
@@ -20,18 +20,18 @@ from .product import product
 from .trained import Trained
 
 # The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
-NAMES = {"kernel": "bias", "weight": "bias", "w": "b"}
+BIAS_NAMES = {"kernel": "bias", "weight": "bias", "w": "b"}
 
 
 def apply(
-    base: Any,
-    lora: Any,
+    base: PyTree,
+    lora: PyTree,
     x: jax.Array,
     *,
     contract: Contract | None = None,
-    dropout_key: Any = None,
+    dropout_key: Array | None = None,
     backend: str | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """Returns `x W + scaling * (x A) B`, plus a bias if any, in the dtype of `x`.
 
@@ -46,24 +46,25 @@ def apply(
             is called `kernel`, `weight` or `w`, and its bias `bias` or `b`:
             `[*outputs]`, or `[*batch, *outputs]`, with the sizes of the kernel's output
             axes. Both may be in boxes such as `nn.Partitioned`.
-        lora: The LoRA, or a layer with it under the kernel's name, and perhaps a
-            `Trained` under the bias'; None or an empty dict for none.
+        lora: The LoRA, or a layer with the LoRA under the name of the kernel and
+            possibly a `Trained` under that of the bias. Pass None or an empty dict for
+            a layer without an adapter.
         x: A floating-point array `[..., K]`. Where a kernel has several contracted
             axes, they are the last axes of `x`; its batch axes are the first.
         contract: The contracted axes of a float kernel without an adapter, as in
             `quantize`; -2 by default. A `weight` needs it, since `[out, in]` and
-            `[in, out]` are both common. Packed kernels and adapters state their axes.
+            `[in, out]` are both common. Packed kernels and adapters store their axes.
         dropout_key: PRNG key of the adapter's dropout; None for no dropout.
         backend: Name of a back end, as in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
 
     Raises:
-        TypeError: If `x` is not floating-point, `lora` holds no LoRA, or `dropout_key`
-            is not a PRNG key.
-        ValueError: If a layer has other parts than kernel and bias, or `lora` others
-            than a kernel; if shapes do not fit; if the axes of a kernel are not known,
-            or `contract` contradicts them; or if the back end is unknown.
-        NotImplementedError: As `matmul`, if a back end is asked for.
+        TypeError: If `x` is not floating-point, `lora` does not hold a LoRA, or
+            `dropout_key` is not a PRNG key.
+        ValueError: If a layer has other parts than kernel and bias, or `lora` has parts
+            that the layer lacks; if shapes do not fit; if the axes of a kernel are not
+            known, or `contract` contradicts them; or if the back end is unknown.
+        NotImplementedError: As `matmul`, if `backend` is set.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -75,42 +76,50 @@ def apply(
     x = as_float(x)
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
-    name, w, bias = _layer(base)
-    lora, bias_lora = _adapters(lora, name)
-    w, lora = _trained("kernel", w, lora)
-    bias, unused = _trained("bias", bias, bias_lora)
-    if unused is not None:
-        raise ValueError(f"the adapter of a bias must be a Trained. Got {unused!r}.")
-    kernel = _kernel(name, w, lora, contract)
+    # 1. Find the kernel, the bias and their adapters. Arrays that are trained in full
+    #    replace the frozen ones.
+    name, w, bias = _layer_parts(base)
+    kernel_lora, bias_lora = _adapter_parts(lora, name)
+    w, kernel_lora = _with_trained("kernel", w, kernel_lora)
+    bias, bias_lora = _with_trained("bias", bias, bias_lora)
+    if bias_lora is not None:
+        raise ValueError(f"the adapter of a bias must be a Trained. Got {bias_lora!r}.")
+    kernel = _checked_kernel(name, w, kernel_lora, contract)
+    # 2. Fold the contracted axes: x [..., *contracted] -> [..., K].
     geometry, shape = kernel.geometry, kernel.shape
     batch_ndim = geometry.batch_ndim(len(shape))
     contracted = tuple(shape[a] for a in geometry.axes("k", len(shape)))
     outputs = tuple(shape[a] for a in geometry.axes("n", len(shape)))
-    split = x.ndim - len(contracted)
-    if split < batch_ndim or x.shape[split:] != contracted:
+    row_ndim = x.ndim - len(contracted)
+    if row_ndim < batch_ndim or x.shape[row_ndim:] != contracted:
         raise ValueError(f"`x` must end in axes {contracted}. Got shape {x.shape}.")
-    rows = x.reshape(*x.shape[:split], math.prod(contracted))
+    rows = x.reshape(*x.shape[:row_ndim], math.prod(contracted))
+    # 3. Multiply, and unfold the outputs: [..., N] -> [..., *outputs].
     with reverse_mode():
-        y = product(rows, kernel, lora, dropout_key, backend, precision)
-    y = y.reshape(*x.shape[:split], *outputs)
-    if bias is None:
-        return y
+        y = product(rows, kernel, kernel_lora, dropout_key, backend, precision)
+    y = y.reshape(*x.shape[:row_ndim], *outputs)
+    return y if bias is None else _add_bias(y, bias, batch_ndim, outputs)
+
+
+def _add_bias(
+    y: Array, bias: Array, batch_ndim: int, outputs: tuple[int, ...]
+) -> Array:
     # A stack may have a bias for each of its kernels: [*batch, *outputs].
-    allowed = list(dict.fromkeys([outputs, (*y.shape[:batch_ndim], *outputs)]))
-    if bias.shape not in allowed:
-        wanted = " or ".join(map(str, allowed))
-        raise ValueError(f"the bias must have shape {wanted}. Got {bias.shape}.")
+    shapes = list(dict.fromkeys([outputs, (*y.shape[:batch_ndim], *outputs)]))
+    if bias.shape not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"the bias must have shape {expected}. Got {bias.shape}.")
     batch = bias.shape[: bias.ndim - len(outputs)]
     shape = *batch, *(1,) * (y.ndim - bias.ndim), *outputs
     return y + split_as(bias.astype(y.dtype).reshape(shape), y)
 
 
-def lookup(table: Any, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Array:
+def lookup(table: PyTree, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Array:
     """Returns rows of a table of embeddings and its adapter, `[..., D]`.
 
     They are those of `ql.merge`. Only these rows of a packed table and of its adapter
     are decoded and multiplied. The norms of the columns of a table with a DoRA need all
-    rows, of which some are decoded at a time.
+    rows, which are decoded a few at a time.
 
     Args:
         table: A float array or QTensor, `[V, D]`.
@@ -142,19 +151,17 @@ def lookup(table: Any, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Arra
     return Lookup("embedding", ids, lambda rows: rows).compute(table, lora)
 
 
-def _parts(argument: str, node: Any) -> dict[str, Any] | None:
-    """Returns the parts of a layer by name, or None for a kernel, adapter or array.
-
-    Raises ValueError for a container whose parts have no names.
-    """
+def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
+    """Returns the parts of a layer by name, or None for a kernel, adapter or array."""
     if node is None or is_tree_leaf(node) or hasattr(node, "shape"):
         return None
     if isinstance(node, Mapping):
         return {name: unbox(part) for name, part in node.items()}
+    # The names are those of pytree paths, which dataclasses have if registered so.
     flat, _ = jax.tree_util.tree_flatten_with_path(node, lambda n: n is not node)
     keys = [path[-1] if path else None for path, _ in flat]
-    names: list[Any] = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
-    if not all(isinstance(name, str) for name in names):
+    part_names = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
+    if not all(isinstance(name, str) for name in part_names):
         hint = ""
         if dataclasses.is_dataclass(node):
             hint = " Register the dataclass, as by jax.tree_util.register_dataclass."
@@ -162,14 +169,14 @@ def _parts(argument: str, node: Any) -> dict[str, Any] | None:
             f"`{argument}` must be a layer: a dict, a named tuple or a dataclass "
             f"that is a pytree. Got {type(node).__name__}.{hint}"
         )
-    parts = dict(zip(names, (unbox(leaf) for _, leaf in flat), strict=True))
-    return {name: part for name, part in parts.items() if part is not None}
+    parts = zip(part_names, (unbox(leaf) for _, leaf in flat), strict=True)
+    return {str(name): part for name, part in parts if part is not None}
 
 
-def _layer(base: Any) -> tuple[str | None, Any, Any]:
+def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
     """Returns the name of a layer's kernel, the kernel, and the bias or None."""
     base = unbox(base)
-    parts = _parts("base", base)
+    parts = _named_parts("base", base)
     if parts is None:
         return None, base, None
     if {"codes", "scales"} <= set(parts):
@@ -177,7 +184,7 @@ def _layer(base: Any) -> tuple[str | None, Any, Any]:
             "a layer must hold its kernel. Got the arrays of a QTensor, from a tree "
             "that was restored without its structure. Use ql.QTensor.from_parts."
         )
-    for name, bias in NAMES.items():
+    for name, bias in BIAS_NAMES.items():
         if name in parts and set(parts) <= {name, bias}:
             return name, parts[name], parts.get(bias)
     raise ValueError(
@@ -186,41 +193,44 @@ def _layer(base: Any) -> tuple[str | None, Any, Any]:
     )
 
 
-def _adapters(lora: Any, name: str | None) -> list[Adapter | None]:
-    """Returns the adapters of the kernel `name` and of its bias, each perhaps None."""
+def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
+    """Returns the adapters, or None, of the kernel called `name` and of its bias."""
     name = name or "kernel"
-    parts = _parts("lora", lora)
+    bias_name = BIAS_NAMES[name]
+    parts = _named_parts("lora", lora)
     if parts is None:
         parts = {name: lora}
-    if not set(parts) <= {name, NAMES[name]}:
+    if not set(parts) <= {name, bias_name}:
         raise ValueError(
             f"`lora` must be one layer's, with at most a {name!r} and a "
-            f"{NAMES[name]!r}. Got {sorted(parts)}."
+            f"{bias_name!r}. Got {sorted(parts)}."
         )
-    found = [parts.get(part) for part in (name, NAMES[name])]
-    for x in found:
-        if x is not None and not isinstance(x, Adapter):
+    adapters = [parts.get(name), parts.get(bias_name)]
+    for adapter in adapters:
+        if adapter is not None and not isinstance(adapter, Adapter):
             raise TypeError(
                 "`lora` must be a LoRA, or a layer that holds one. Got "
-                f"{type(x).__name__}."
+                f"{type(adapter).__name__}."
             )
-    return found
+    return adapters
 
 
-def _trained(what: str, leaf: Any, lora: Adapter | None) -> tuple[Any, Adapter | None]:
-    """Returns a part of a layer and its adapter; in its place, if that is `Trained`."""
+def _with_trained(
+    part_name: str, leaf: PyTree, lora: Adapter | None
+) -> tuple[PyTree, Adapter | None]:
+    """Replaces a part of a layer by its adapter, if that is a `Trained`."""
     if not isinstance(lora, Trained):
         return leaf, lora
     reason = "there is none" if leaf is None else why_not(lora, leaf)
     if reason is not None:
-        raise ValueError(f"`lora` must be the adapter of the {what}: {reason}")
+        raise ValueError(f"`lora` must be the adapter of the {part_name}: {reason}")
     value = lora.merged(as_kernel(leaf))
     is_kernel = isinstance(leaf, Kernel)
     return FloatKernel(value, leaf.geometry) if is_kernel else value, None
 
 
-def _kernel(
-    name: str | None, w: Any, lora: Adapter | None, contract: Contract | None
+def _checked_kernel(
+    name: str | None, w: PyTree, lora: Adapter | None, contract: Contract | None
 ) -> Kernel:
     """Returns a layer's kernel, having checked that its axes are known."""
     if isinstance(w, Mapping) or not hasattr(w, "shape"):
@@ -233,16 +243,17 @@ def _kernel(
             f"the kernel of `base` must have at least 2 axes. Got shape {w.shape}."
         )
     check_adapter(lora, w, "kernel")
-    known = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
+    # Packed kernels and adapters store their axes, which `contract` may only repeat.
+    geometry = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
     if contract is not None:
-        said = Geometry.contracting(contract, w.shape)
-        if known is not None and known.roles(w.ndim) != said.roles(w.ndim):
+        contracting = Geometry.contracting(contract, w.shape)
+        if geometry is not None and geometry.roles(w.ndim) != contracting.roles(w.ndim):
             raise ValueError(
                 f"`contract` must be left out, or fit the kernel's axes "
-                f"{known.roles(w.ndim)!r} (b batch, k contracted, n output). Got "
+                f"{geometry.roles(w.ndim)!r} (b batch, k contracted, n output). Got "
                 f"{contract!r}."
             )
-        known = said
-    elif known is None and name == "weight":
+        geometry = contracting
+    elif geometry is None and name == "weight":
         raise ValueError(UNKNOWN_AXES)
-    return as_kernel(w, known)
+    return as_kernel(w, geometry)

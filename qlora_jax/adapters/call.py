@@ -3,14 +3,15 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from string import ascii_letters as letters
-from typing import Any, ClassVar
+from string import ascii_letters
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._jax.arguments import as_array, as_int32
 from .._jax.modes import call_in_auto_mode, split_as
@@ -25,19 +26,26 @@ from .product import product
 
 DENSE = "...k,kn->...n"
 
+Rule = TypeVar("Rule")
+OutSharding = NamedSharding | PartitionSpec | None
+
 
 def general_equation(
     ndim: int, axes: Iterable[int], batch: Iterable[int], num_outputs: int
 ) -> str:
     """Returns the einsum of Flax's `DenseGeneral` and `LinearGeneral`.
 
-    `axes` of the input are contracted.
+    `ndim` is that of the input, whose `axes` are contracted.
     """
-    x, outputs = letters[:ndim], letters[ndim:][:num_outputs]
-    axes, batch = (sorted(a % ndim for a in which) for which in (axes, batch))
-    free = [a for a in range(ndim) if a not in axes and a not in batch]
-    labels = lambda axes: "".join(x[a] for a in axes)
-    return f"{x},{labels(batch + axes)}{outputs}->{labels(batch + free)}{outputs}"
+    x, outputs = ascii_letters[:ndim], ascii_letters[ndim:][:num_outputs]
+    contracted, batch = (sorted(a % ndim for a in group) for group in (axes, batch))
+    free = [a for a in range(ndim) if a not in contracted and a not in batch]
+
+    def labels(axes: Iterable[int]) -> str:
+        return "".join(x[a] for a in axes)
+
+    kernel = labels(batch + contracted) + outputs
+    return f"{x},{kernel}->{labels(batch + free)}{outputs}"
 
 
 def promote_to_kernel(x: Array, kernel: Array, bias: Array | None) -> tuple:
@@ -51,15 +59,15 @@ class ModuleCall:
 
     kernel: str  # name of the kernel's parameter
     equation: str  # explicit, of the input and the kernel
-    x: Any
+    x: ArrayLike
     # Its axes are the kernel's batch and output axes, in the order of the result.
-    bias: Any = None
-    # Casts the input, the kernel and the bias as the module does. It reads the kernel's
-    # dtype alone, so that a scalar replaces the kernel.
+    bias: Array | None = None
+    # Casts the input, the kernel and the bias as the module does. It reads only the
+    # kernel's dtype, so that a scalar replaces the kernel.
     promote: Callable[[Any, Any, Any], Sequence[Any]] = promote_to_kernel
-    precision: Any = None
-    out_sharding: Any = None  # of the product (Explicit axes)
-    # If not, the module must compute its product itself, on float weights.
+    precision: lax.PrecisionLike = None
+    out_sharding: OutSharding = None  # of the product (Explicit axes)
+    # If False, the module must compute its product itself, on float weights.
     is_complete: bool = True
 
 
@@ -68,30 +76,32 @@ class Lookup:
     """One lookup of rows in a module's table `[V, D]`."""
 
     kernel: str  # name of the table's parameter
-    ids: Any
-    cast: Callable[[Any], Any]  # of rows, as the module casts its table
-    out_sharding: Any = None
-    equation: ClassVar = "v,vd->d"  # in thought: ids are rows of ones and zeros
+    ids: ArrayLike
+    cast: Callable[[Any], Array]  # casts the rows as the module casts its table
+    out_sharding: OutSharding = None
+    equation: ClassVar = "v,vd->d"  # as a product: the ids are one-hot rows
     is_complete: ClassVar = True
 
-    def compute(self, table: Any, lora: Adapter | None) -> Array:
+    def compute(self, table: PyTree, lora: Adapter | None) -> Array:
         """Returns the rows, `[*ids.shape, D]`."""
         is_numpy = isinstance(self.ids, np.ndarray)
         ids = self.ids if is_numpy else as_array("ids", self.ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids of a table must be integers. Got {ids.dtype}.")
         kernel = as_kernel(table, lora and lora.geometry)
-        # Below, ids are 0 to V - 1, or V, which gives NaN. That is not counted in the
-        # dtype of the ids: those of 8 bits would wrap around at 256 rows.
+        # From here on, ids are 0 to V - 1, or V, which returns NaN. They are int32,
+        # because ids of 8 bits would wrap around at 256 rows.
         size, ids = kernel.shape[0], as_int32(ids)
         ids = jnp.where(ids < 0, ids + size, ids)
         ids = jnp.where((ids < 0) | (ids > size), size, ids)
 
-        def run(ids: Array, kernel: Kernel, lora: Adapter | None) -> Array:
+        def take(ids: Array, kernel: Kernel, lora: Adapter | None) -> Array:
             return take_rows(kernel, ids) if lora is None else lora.lookup(ids, kernel)
 
-        spec = lambda _: PartitionSpec(*spec_of(ids), None)
-        rows = self.cast(call_in_auto_mode(run, spec, ids, kernel, lora))
+        rows = call_in_auto_mode(
+            take, lambda _: PartitionSpec(*spec_of(ids), None), ids, kernel, lora
+        )
+        rows = self.cast(rows)
         if self.out_sharding is None:
             return rows
         return jax.sharding.reshard(rows, self.out_sharding)
@@ -99,21 +109,20 @@ class Lookup:
 
 def adapted_call(
     call: ModuleCall | Lookup,
-    kernel: Any,
+    kernel: PyTree,
     lora: Adapter | None,
-    dropout_key: Any = None,
+    dropout_key: Array | None = None,
     *,
     path: str,
     backend: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "..."]:
-    """Computes a module's call: its einsum, plus the adapter's product, plus the bias.
+    """Computes a module's call: the rows of a table, or its einsum with the bias added.
 
-    Or its rows of a table. `path` names the kernel in errors. Raises ValueError if the
-    equation does not fit.
+    `path` names the kernel in errors. Raises ValueError if the equation does not fit.
     """
     if isinstance(call, Lookup):
         if lora is not None and dropout_key is not None and lora.dropout:
-            raise ValueError(f"{path}: adapters of tables must have no dropout.")
+            raise ValueError(f"{path}: adapters of tables must not have dropout.")
         return call.compute(kernel, lora)
     scalar = jnp.zeros((), kernel.dtype)
     x, _, bias = call.promote(jnp.asarray(call.x), scalar, call.bias)
@@ -122,20 +131,24 @@ def adapted_call(
         raise ValueError(f"{path}: {reason}")
     geometry = lora and lora.geometry
     kernel = as_kernel(kernel, geometry or Geometry.of(equation.kinds, kernel.shape))
-    multiply = lambda x: product(x, kernel, lora, dropout_key, backend, call.precision)
+
+    def multiply(x: Array) -> Array:
+        return product(x, kernel, lora, dropout_key, backend, call.precision)
+
     with reverse_mode():
         y = through_matrix(equation, kernel.geometry, x, kernel.shape, multiply)
     if call.out_sharding is not None:
         y = jax.sharding.reshard(y, call.out_sharding)
     if bias is None:
         return y
+    # The bias has a size of 1 where an axis of the result is not one of the kernel.
     sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
     return y + split_as(bias.reshape([sizes.get(c, 1) for c in equation.out]), y)
 
 
 @dataclass(frozen=True)
 class RegisteredEinsum:
-    """The one einsum that a registered class computes with its kernel."""
+    """The einsum that a registered class computes with its kernel."""
 
     cls: type
     # The name of the parameter, or a function of the module that returns it.
@@ -146,24 +159,26 @@ class RegisteredEinsum:
 
     def __post_init__(self):
         if isinstance(self.einsum, str) and not self.einsum.isidentifier():
-            kernel_kinds(self.einsum)  # refuses equations of another form
+            kernel_kinds(self.einsum)  # raises for equations of another form
 
-    def kernel_of(self, module: Any) -> str:
+    def kernel_of(self, module: object) -> str:
         """Returns the name of a module's kernel."""
         return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
 
-    def equation_of(self, module: Any) -> str | None:
+    def equation_of(self, module: object) -> str | None:
         """Returns a module's equation, or None if it is an argument of the call."""
         if not isinstance(self.einsum, str):
             return self.einsum(module)
         is_name = self.einsum.isidentifier()
         return getattr(module, self.einsum, None) if is_name else self.einsum
 
-    def operands(self, module: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
+    def operands(
+        self, module: object, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[str, Any]:
         """Returns the equation and the input of a call; else raises TypeError."""
         signature = inspect.signature(getattr(self.cls, "__call__"))  # noqa: B009, B004
-        _, *given = signature.bind(module, *args, **kwargs).arguments.items()
-        inputs, equation = dict(given), self.equation_of(module)
+        _, *arguments = signature.bind(module, *args, **kwargs).arguments.items()
+        inputs, equation = dict(arguments), self.equation_of(module)
         if equation is None and isinstance(self.einsum, str):
             equation = inputs.pop(self.einsum, None)
         if equation is None or len(inputs) != 1:
@@ -174,24 +189,24 @@ class RegisteredEinsum:
         return equation, *inputs.values()
 
 
-class Registry:
+class Registry(Generic[Rule]):
     """Rules by module class: the product that a class computes with its kernel.
 
     A rule holds for its class and for subclasses that inherit its `__call__`. Traces of
     another `version`, the number of rules that users added, are stale.
     """
 
-    def __init__(self, rules: dict[type, Any]):
-        """Takes the rules of the classes that are known from the start."""
+    def __init__(self, rules: dict[type, Rule]):
+        """Starts with the rules of built-in classes."""
         self._rules = dict(rules)
         self.version = 0
 
-    def add(self, cls: type, rule: Any) -> None:
+    def add(self, cls: type, rule: Rule) -> None:
         """Adds a rule, or replaces one."""
         self._rules[cls] = rule
         self.version += 1
 
-    def find(self, cls: type) -> Any:
+    def find(self, cls: type) -> Rule | None:
         """Returns the rule of a class, or None."""
         for base in cls.__mro__:
             if base in self._rules:

@@ -1,15 +1,41 @@
-"""The settings of quantization and adapters."""
+"""The settings of quantization and adapters, and patterns that match paths."""
 
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import TypeVar, cast
+
+from jax.typing import DTypeLike
 
 from ..quant.formats import Packing, check_dtype
 from ..quant.geometry import Contract, check_contract
-from .patterns import Pattern, as_patterns, by_pattern, first_match, matches
+
+Pattern = str | re.Pattern
+
+T = TypeVar("T")
+
+
+def matches(patterns: Pattern | Iterable[Pattern], path: str) -> bool:
+    """Returns whether any of the regular expressions matches the full path."""
+    if isinstance(patterns, Pattern):
+        patterns = (patterns,)
+    return any(re.fullmatch(p, path) for p in patterns)
+
+
+def unmatched_by(patterns: Iterable[Pattern], paths: Collection[str]) -> list[Pattern]:
+    """Returns the patterns that match none of the paths."""
+    return [p for p in patterns if not any(matches(p, path) for path in paths)]
+
+
+def first_match(settings: Mapping[Pattern, T], path: str, default: T) -> T:
+    """Returns the setting of the first pattern that matches the full path."""
+    for pattern, value in settings.items():
+        if re.fullmatch(pattern, path):
+            return value
+    return default
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +45,7 @@ class QLoRAConfig:
     The method is QLoRA (Dettmers et al. 2023, section 3) with the adapters of LoRA (Hu
     et al. 2021, section 4.1).
 
-    Patterns are regular expressions (text or compiled) that must match a leaf's whole
+    Patterns are regular expressions (text or compiled) that must match a leaf's full
     path, such as `"layer/q_proj/kernel"`.
 
     Attributes:
@@ -29,38 +55,39 @@ class QLoRAConfig:
             float (plain LoRA).
         block_size: Weights along the contracted axes that share a scale, as in
             `quantize`.
-        double_quant: Whether the scales are quantized too, likewise.
+        double_quant: Whether the scales are quantized too, as in `quantize`.
         targets: Pattern, or several, of the kernels to quantize and adapt.
-        exclude: Pattern, or several, of leaves to leave alone though `targets` match.
+        exclude: Pattern, or several, of leaves to leave alone even if `targets` match.
         trainable: Pattern, or several, of float leaves to train in full, such as biases
-            and norms. They are no targets, also where `targets` match: PEFT's
+            and norms. They are not targets, even if `targets` match: PEFT's
             `modules_to_save`.
-        trainable_rows: The numbers of rows of tables that are trained alone, such as
-            those of new tokens, by pattern. These tables are no targets: PEFT's
-            `trainable_token_indices`.
+        trainable_rows: The indices of rows of tables to train, such as those of new
+            tokens, by pattern; other rows stay frozen. These tables are not targets:
+            PEFT's `trainable_token_indices`.
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
-        rank_pattern: Ranks that differ: the first pattern that matches wins. A sequence
-            is a rank for each expert of a stack: A and B have the largest, with zeros,
-            which stay zero in training, beyond the expert's own.
-        alpha_pattern: Alphas that differ, likewise.
+        rank_pattern: Ranks by pattern: the first pattern that matches wins. A sequence
+            sets a rank for each expert of a stack. A and B then have the largest rank,
+            and zeros, which stay zero in training, beyond the rank of an expert.
+        alpha_pattern: Alphas by pattern: the first pattern that matches wins.
         shared: Pattern, or several, of stacks of experts of which each has one adapter
             for all of its experts.
-        rank_stabilized: Scale by alpha / sqrt(rank) and not by alpha / rank (rsLoRA,
+        rank_stabilized: Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA,
             Kalajdzievski 2023).
         use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu
             et al. 2024). Slower than LoRA; see the guide of adapters.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
-            all targets; -2 where nothing is said. Either the axes, as negative
-            integers: -3 for attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for
-            `[out, in]`. Or the role of each trailing axis, as letters: "kn" for
-            `[in, out]`, "nk" for `[out, in]`, "bnk" for experts `[E, out, in]` (b
-            batch, k contracted, n output). Axes in front of those are batch axes. A
-            `weight` needs it: [out, in] and [in, out] are both common. The Flax
-            integrations find the roles from the modules.
+            all targets; -2 by default. Either the axes, as negative integers: -3 for
+            attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
+            the role of each trailing axis, as letters: "kn" for `[in, out]`, "nk" for
+            `[out, in]`, "bnk" for experts `[E, out, in]` (b batch, k contracted, n
+            output). Axes in front of those are batch axes. A `weight` needs it: [out,
+            in] and [in, out] are both common. The Flax integrations find the roles from
+            the modules.
         lora_dtype: Dtype of A and B: "bfloat16", "float16", "float32" or "float64".
-            Leaves that are trained in full have it too, or their own if that is finer.
+            Leaves that are trained in full have this dtype or their own, whichever is
+            more precise.
 
     Raises:
         TypeError: If patterns are not text or compiled from text, if settings by
@@ -88,35 +115,43 @@ class QLoRAConfig:
     targets: Pattern | Sequence[Pattern] = r"(.*/)?kernel"
     exclude: Pattern | Sequence[Pattern] = ()
     trainable: Pattern | Sequence[Pattern] = ()
-    trainable_rows: Mapping[Any, Sequence[int]] = field(default_factory=dict)
+    trainable_rows: Mapping[Pattern, Sequence[int]] = field(default_factory=dict)
     freeze_base: bool = True
     dropout: float = 0.0
-    rank_pattern: Mapping[Any, int | Sequence[int]] = field(default_factory=dict)
-    alpha_pattern: Mapping[Any, float] = field(default_factory=dict)
+    rank_pattern: Mapping[Pattern, int | Sequence[int]] = field(default_factory=dict)
+    alpha_pattern: Mapping[Pattern, float] = field(default_factory=dict)
     shared: Pattern | Sequence[Pattern] = ()
     rank_stabilized: bool = False
     use_dora: bool = False
-    contract: Mapping[Any, Contract] | Contract = field(default_factory=dict)
-    lora_dtype: Any = "float32"
+    contract: Mapping[Pattern, Contract] | Contract = field(default_factory=dict)
+    lora_dtype: DTypeLike = "float32"
 
     def __post_init__(self):
-        own = lambda name, value: object.__setattr__(self, name, value)
+        def set_field(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        # 1. Patterns become tuples, and settings by pattern dicts of checked values.
         for name in ("targets", "exclude", "trainable", "shared"):
-            own(name, as_patterns(name, getattr(self, name)))
-        contract = self.contract
-        if not isinstance(contract, Mapping):
-            contract = {".*": contract}
-        own("contract", by_pattern("contract", contract, check_contract))
-        own("rank", as_rank(self.rank))
-        own("rank_pattern", by_pattern("rank_pattern", self.rank_pattern, _as_ranks))
-        own(
-            "trainable_rows",
-            by_pattern("trainable_rows", self.trainable_rows, _as_rows),
-        )
+            set_field(name, _as_patterns(name, getattr(self, name)))
+        by_pattern: dict[str, Callable] = {
+            "contract": check_contract,
+            "rank_pattern": _as_ranks,
+            "trainable_rows": _as_rows,
+            "alpha_pattern": _as_alpha,
+        }
+        if not isinstance(self.contract, Mapping):
+            set_field("contract", {".*": self.contract})
+        for name, check in by_pattern.items():
+            set_field(name, _by_pattern(name, getattr(self, name), check))
+        # 2. Numbers are checked and converted.
+        set_field("rank", as_rank(self.rank))
         if self.alpha is not None:
-            own("alpha", _as_alpha(self.alpha))
-        alphas = by_pattern("alpha_pattern", self.alpha_pattern, _as_alpha)
-        own("alpha_pattern", alphas)
+            set_field("alpha", _as_alpha(self.alpha))
+        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
+        set_field("dropout", float(self.dropout))
+        check_dtype("lora_dtype", self.lora_dtype)
+        # 3. Combinations of settings, and defaults that depend on the format.
         if self.fmt is None and not self.freeze_base:
             raise ValueError(
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
@@ -127,12 +162,8 @@ class QLoRAConfig:
                 "`use_dora` must be False where `shared` is set. Got True."
             )
         packing = Packing(self.fmt or "nf4", self.block_size, self.double_quant)
-        own("block_size", packing.block_size)
-        own("double_quant", packing.double_quant)
-        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
-        own("dropout", float(self.dropout))
-        check_dtype("lora_dtype", self.lora_dtype)
+        set_field("block_size", packing.block_size)
+        set_field("double_quant", packing.double_quant)
 
     @property
     def packing(self) -> Packing | None:
@@ -141,8 +172,8 @@ class QLoRAConfig:
             return None
         return Packing(self.fmt, self.block_size, self.double_quant)
 
-    def _key(self) -> tuple[Any, ...]:
-        # With the order of patterns: the first one that matches wins.
+    def _key(self) -> tuple[object, ...]:
+        # The order of patterns matters, because the first one that matches wins.
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
 
@@ -155,74 +186,61 @@ class QLoRAConfig:
         return hash(self._key())
 
     def is_target(self, path: str) -> bool:
-        """Returns whether `targets` match a path, and nothing that leaves it out.
+        """Returns whether the leaf at `path` is quantized and adapted.
 
-        Args:
-            path: Path of the leaf, such as `"layers/0/q_proj/kernel"`.
+        It must match `targets` and none of `exclude`, `trainable` and `trainable_rows`.
         """
-        others = (self.exclude, self.trainable, self.trainable_rows)
-        is_other = any(matches(patterns, path) for patterns in others)
-        return matches(self.targets, path) and not is_other
+        exceptions = (self.exclude, self.trainable, self.trainable_rows)
+        is_exception = any(matches(patterns, path) for patterns in exceptions)
+        return matches(self.targets, path) and not is_exception
 
     def is_trained(self, path: str) -> bool:
-        """Returns whether a leaf is trained in full, by `trainable`.
-
-        Args:
-            path: Path of the leaf.
-        """
+        """Returns whether the leaf at `path` is trained in full, by `trainable`."""
         return matches(self.trainable, path)
 
     def rows_of(self, path: str) -> tuple[int, ...] | None:
-        """Returns the rows of a table that are trained alone, by `trainable_rows`.
-
-        Args:
-            path: Path of the table.
-        """
-        return first_match(self.trainable_rows, path, None)
+        """Returns the rows of the table at `path` to train, by `trainable_rows`."""
+        rows = cast(Mapping[Pattern, tuple[int, ...] | None], self.trainable_rows)
+        return first_match(rows, path, None)
 
     def rank_of(self, path: str) -> int:
-        """Returns the rank of an adapter: that of `rank_pattern`, or `rank`.
+        """Returns the rank of the adapter of the kernel at `path`.
 
-        The largest, if experts have their own.
-
-        Args:
-            path: Path of its kernel.
+        If experts have different ranks, this is the largest one.
         """
-        return max(self.ranks_of(path) or (self._given_rank(path),))
+        return max(self.ranks_of(path) or (cast(int, self._rank_setting(path)),))
 
     def ranks_of(self, path: str) -> tuple[int, ...] | None:
-        """Returns the ranks of experts, by `rank_pattern`; None for one rank.
-
-        Args:
-            path: Path of their kernel.
-        """
-        rank = self._given_rank(path)
+        """Returns the ranks of experts, by `rank_pattern`; None for one rank."""
+        rank = self._rank_setting(path)
         return rank if isinstance(rank, tuple) else None
 
-    def _given_rank(self, path: str) -> Any:
+    def _rank_setting(self, path: str) -> int | Sequence[int]:
         return first_match(self.rank_pattern, path, self.rank)
 
-    def scaling_of(self, path: str) -> Any:
-        """Returns an adapter's scaling: alpha / rank, or alpha / sqrt(rank).
+    def scaling_of(self, path: str) -> float | tuple[float, ...]:
+        """Returns the scaling of the adapter of the kernel at `path`.
 
-        A tuple, if experts have their own ranks.
-
-        Args:
-            path: Path of its kernel.
+        It is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`; a tuple if
+        experts have different ranks.
         """
-        alpha = first_match(self.alpha_pattern, path, self.alpha)
+        alphas = cast(Mapping[Pattern, float | None], self.alpha_pattern)
+        alpha = first_match(alphas, path, self.alpha)
         power = 0.5 if self.rank_stabilized else 1
-        of = lambda rank: float((rank if alpha is None else alpha) / rank**power)
+
+        def scaling(rank: int) -> float:
+            return float((rank if alpha is None else alpha) / rank**power)
+
         ranks = self.ranks_of(path)
-        return tuple(map(of, ranks)) if ranks else of(self.rank_of(path))
+        return tuple(map(scaling, ranks)) if ranks else scaling(self.rank_of(path))
 
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
-        """Returns a kernel's contracted axes, or the roles as letters, or None.
+        """Returns the contracted axes of the kernel at `path`, or roles as letters.
 
-        Args:
-            path: Path of the kernel.
+        None if no pattern matches.
         """
-        return first_match(self.contract, path, None)
+        contracts = cast(Mapping[Pattern, tuple[int, ...] | str | None], self.contract)
+        return first_match(contracts, path, None)
 
 
 def is_table(path: str) -> bool:
@@ -232,58 +250,96 @@ def is_table(path: str) -> bool:
 
 def settings_by_pattern(config: QLoRAConfig) -> tuple[Pattern, ...]:
     """Returns the patterns that set something for targets; each must match one."""
-    contract = cast(Mapping, config.contract)
-    by_pattern = (*config.rank_pattern, *config.alpha_pattern, *contract)
-    return (*by_pattern, *cast(Sequence, config.shared))
+    contract = cast(Mapping[Pattern, Contract], config.contract)
+    shared = cast(tuple[Pattern, ...], config.shared)
+    return (*config.rank_pattern, *config.alpha_pattern, *contract, *shared)
 
 
-def check_config(config: Any) -> None:
-    """Raises TypeError for what is no config."""
+def check_config(config: object) -> None:
+    """Raises TypeError unless `config` is a QLoRAConfig."""
     if not isinstance(config, QLoRAConfig):
         raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
 
 
-def check_layer_config(config: Any) -> None:
-    """Refuses a config of one layer that does not target "kernel", or names others."""
+def check_layer_config(config: QLoRAConfig) -> None:
+    """Raises ValueError unless a config fits one layer: its only target is "kernel"."""
     check_config(config)
     by_pattern = settings_by_pattern(config)
-    others = (*config.trainable, *config.trainable_rows)
-    if by_pattern or others or not config.is_target("kernel"):
+    trainable = (*cast(tuple, config.trainable), *config.trainable_rows)
+    if by_pattern or trainable or not config.is_target("kernel"):
         raise ValueError(
             "the `config` of a layer must target 'kernel' and have no settings by "
             f"pattern. Got targets {config.targets}, exclude {config.exclude}, "
-            f"trainable {others} and settings for {by_pattern}."
+            f"trainable {trainable} and settings for {by_pattern}."
         )
 
 
-def as_rank(rank: Any) -> int:
+def as_rank(rank: object) -> int:
     """Returns a rank; raises ValueError unless it is a positive integer."""
     try:
-        whole = 0 if isinstance(rank, bool) else operator.index(rank)
+        integer = 0 if isinstance(rank, bool) else operator.index(cast(int, rank))
     except TypeError:
-        whole = 0
-    if whole < 1:
+        integer = 0
+    if integer < 1:
         raise ValueError(f"`rank` must be a positive integer. Got {rank!r}.")
-    return whole
+    return integer
 
 
-def _as_ranks(ranks: Any) -> int | tuple[int, ...]:
+def _as_ranks(ranks: int | Sequence[int]) -> int | tuple[int, ...]:
     is_several = isinstance(ranks, list | tuple) and len(ranks) > 0
     return tuple(map(as_rank, ranks)) if is_several else as_rank(ranks)
 
 
-def _as_rows(rows: Any) -> tuple[int, ...]:
+def _as_rows(rows: Sequence[int]) -> tuple[int, ...]:
     try:
-        found = tuple(sorted({operator.index(row) for row in rows}))
+        indices = tuple(sorted({operator.index(row) for row in rows}))
     except TypeError:
-        found = ()
-    if not found or found[0] < 0 or len(found) < len(rows):
-        raise ValueError(f"rows must be integers from 0, each once. Got {rows!r}.")
-    return found
+        indices = ()
+    if not indices or indices[0] < 0 or len(indices) < len(rows):
+        raise ValueError(f"rows must be distinct integers from 0. Got {rows!r}.")
+    return indices
 
 
-def _as_alpha(alpha: Any) -> float:
+def _as_alpha(alpha: object) -> float:
     is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
     if not is_number or not 0 < float(alpha) < math.inf:
         raise ValueError(f"`alpha` must be a positive, finite number. Got {alpha!r}.")
     return alpha if isinstance(alpha, int) else float(alpha)
+
+
+def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
+    """Returns one pattern, or several, as a tuple, and checks them."""
+    if isinstance(value, Pattern):
+        value = (value,)
+    patterns = tuple(value) if isinstance(value, Iterable) else None
+    # Compiled patterns may also be of bytes, which do not match paths.
+    if patterns is None or not all(
+        isinstance(getattr(p, "pattern", p), str) for p in patterns
+    ):
+        received = value if patterns is None else patterns
+        raise TypeError(
+            f"`{argument}` must be a regular expression, or a list of them. Got "
+            f"{received!r}."
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{argument}` must be a regular expression. Got {pattern!r}: {error}."
+            ) from error
+    return patterns
+
+
+def _by_pattern(
+    argument: str, value: object, check: Callable[[object], T]
+) -> dict[Pattern, T]:
+    """Returns a mapping from patterns to settings, each passed through `check`."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{argument}` must be a dict of patterns. Got {value!r}.")
+    patterns = _as_patterns(argument, value.keys())
+    try:
+        settings = [check(setting) for setting in value.values()]
+    except ValueError as error:
+        raise ValueError(f"`{argument}`: {error}") from error
+    return dict(zip(patterns, settings, strict=True))

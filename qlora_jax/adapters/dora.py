@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, PyTree
 
 from .._jax.modes import is_local, split_as, varying_with
 from ..matmul.floats import float_product
@@ -20,25 +20,25 @@ from .base import (
     SETTINGS,
     Adapter,
     Multiply,
+    Scaling,
     constrained,
     on_matrix,
     register_adapter,
 )
-from .config import QLoRAConfig, is_table
+from .config import QLoRAConfig, is_table, matches
 from .lora import (
     LoRA,
     SharedLoRA,
-    add,
+    add_change,
+    apply_dropout,
     cast,
-    dropped,
     lora_delta,
     lora_product,
     scaled,
 )
-from .patterns import matches
 from .product import adapted_product
 
-# Bytes in float32 of the columns that are decoded at a time.
+# Bytes in float32 of the columns, or rows of a table, that are decoded at a time.
 TILE_BYTES = 2**20
 
 
@@ -64,52 +64,66 @@ class DoRA(LoRA):
         ((8,), 8.0)
     """
 
-    m: Any
+    m: Array
 
     roles = {**LoRA.roles, "m": "n"}
     label = "dora"
     ragged_product = Adapter.ragged_product
 
     def product(  # noqa: D102
-        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
     ) -> Array:
         # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of
         # its columns. As in PEFT, c gets no gradient (section 4.3) and dropout acts on
         # the input of both products.
-        kept = x if key is None else dropped(x, self.dropout, key)
-        y = multiply(kept, kernel)
+        dropped = x
+        if dropout_key is not None:
+            dropped = apply_dropout(x, self.dropout, dropout_key)
+        y = multiply(dropped, kernel)
         norms = column_norms(self, kernel, multiply, x.dtype)
         scale = split_as(self.m.astype(jnp.float32), norms) / norms
+        # [*batch, N] -> [*batch, 1, ..., N], to broadcast over the rows of y.
         scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, y.ndim - 1)))
-        v = add(y, lora_product(kept, self, precision, kernel.placement))
-        # The gradient of m needs it, for which it would be computed again.
+        v = add_change(y, lora_product(dropped, self, precision, kernel.placement))
+        # Named because the gradient of m needs x V: a `jax.checkpoint` policy that does
+        # not save it would compute both products again.
         v = checkpoint_name(v, "dora_product").astype(jnp.float32)
         result = (v * split_as(scale, v)).astype(x.dtype)
-        # Dropout acts on what differs from the frozen product alone.
-        return result if kept is x else result + (multiply(x, kernel) - y)
+        # Dropout must not act on the frozen product: replace its part in the result.
+        return result if dropped is x else result + (multiply(x, kernel) - y)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        def change(w: Array, delta: Array, m: Array) -> Array:
+        def adapt(w: Array, delta: Array, m: Array) -> Array:
             v = w + delta
-            norms = _root(jnp.sum(jnp.square(lax.stop_gradient(v)), -2))
+            norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -2))
             return v * (m.astype(jnp.float32) / norms)[..., None, :]
 
-        return on_matrix(kernel, change, lora_delta(self), self.m)
+        return on_matrix(kernel, adapt, lora_delta(self), self.m)
 
     def table_norms(self, kernel: Kernel) -> Array | None:  # noqa: D102
-        if self.row_role != "k":  # magnitudes are those of rows
+        if self.row_role != "k":  # each row has its own magnitude and norm
             return None
-        # Tables have many rows, which `column_norms` would decode for some columns.
+        # `column_norms` decodes some columns at a time, with all of a table's rows,
+        # which are many.
         return _table_norms(self, kernel) if is_local() else column_norms(self, kernel)
 
     def adapted_rows(  # noqa: D102
-        self, rows: Array, arrays: Mapping[str, Array], scaling: Any, norms: Any
+        self,
+        rows: Array,
+        arrays: Mapping[str, Array],
+        scaling: Scaling,
+        norms: Array | None,
     ) -> Float32[Array, "..."]:
         v = super().adapted_rows(rows, arrays, scaling, norms)
         m = arrays["m"].astype(jnp.float32)
         if norms is not None:
             return v * jnp.broadcast_to(m / norms, v.shape)
-        norms = _root(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
+        norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
         return v * (m / norms)[..., None]
 
 
@@ -117,11 +131,11 @@ register_adapter(DoRA)
 
 
 def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> LoRA:
-    """Returns the adapter of a kernel, packed by then, that adds nothing yet.
+    """Returns the adapter of a kernel, which is already packed, that adds nothing yet.
 
     A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
     al. 2015), PEFT's default. B is zero. Magnitudes start as the norms. In a table of
-    embeddings, of which few rows are seen, A is zero and B is normal, as in PEFT, and
+    embeddings, whose batches use few rows, A is zero and B is normal, as in PEFT, and
     there is no dropout.
     """
     *batch, k, n = kernel.matrix_shape
@@ -129,6 +143,7 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> L
     is_shared = matches(config.shared, path)
     if is_shared:
         batch[-1] = 1
+    # 1. Initial A [*batch, K, r] and B [*batch, r, N].
     bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
     dropout = 0.0 if is_table(path) else config.dropout
     if is_table(path) and kernel.geometry.kinds == "kn":
@@ -137,16 +152,18 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> L
     else:
         a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*batch, rank, n), dtype)
+    # 2. Experts with smaller ranks: zeros beyond the rank of each, and their scalings.
     if ranks := config.ranks_of(path):
-        used = jnp.array([[i < own for i in range(rank)] for own in ranks])
-        a = jnp.where(jnp.broadcast_to(used[:, None, :], a.shape), a, 0)
-        b = jnp.where(jnp.broadcast_to(used[:, :, None], b.shape), b, 0)
+        is_used = jnp.arange(rank) < jnp.array(ranks)[:, None]  # [E, r]
+        a = jnp.where(jnp.broadcast_to(is_used[:, None, :], a.shape), a, 0)
+        b = jnp.where(jnp.broadcast_to(is_used[:, :, None], b.shape), b, 0)
     if isinstance(scaling, tuple):
         scaling *= math.prod(batch[:-1])
     kind = SharedLoRA if is_shared else LoRA
     lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:
         return lora
+    # 3. The magnitudes of a DoRA.
     dtype = jnp.promote_types(dtype, jnp.float32)
     m = jax.jit(column_norms)(lora, kernel).astype(dtype)
     return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})
@@ -156,87 +173,105 @@ def column_norms(
     lora: LoRA,
     kernel: Kernel,
     multiply: Multiply = adapted_product,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
 ) -> Float32[Array, "*batch n"]:
     """Returns the norms of the columns of `W + scaling * A B`, without a gradient.
 
-    For `jax.checkpoint` policies they have the name "dora_norms". The product with W is
-    computed in `dtype`, that of the input.
+    The product with W is computed in `dtype`, that of the input.
     """
     # V = W + s A B is as large as the float kernel. Without it, for column n,
     #   c^2 = |W[:, n]|^2 + s sum_r B[r, n] (2 (A^T W)[r, n] + s (A^T A B)[r, n])
     # and A^T W is a product of r rows with the packed kernel.
-    kernel = lax.stop_gradient(_for_few_rows(kernel))
+    kernel = lax.stop_gradient(_without_row_axes(kernel))
     lora = constrained(lax.stop_gradient(lora), kernel.placement)
     a, b = cast(lora.a, dtype), cast(lora.b, dtype).astype(jnp.float32)
-    at_w = multiply(a.swapaxes(-1, -2), kernel).astype(jnp.float32)
+    at_w = multiply(a.swapaxes(-1, -2), kernel).astype(jnp.float32)  # [*batch, r, N]
     a, exact = a.astype(jnp.float32), lax.Precision.HIGHEST
-    gram = float_product(a.swapaxes(-1, -2), a, exact)
-    at_ab = float_product(gram, b, exact, w_moves=True)
+    gram = float_product(a.swapaxes(-1, -2), a, exact)  # [*batch, r, r]
+    at_ab = float_product(gram, b, exact, w_moves=True)  # [*batch, r, N]
     inner = 2 * at_w + split_as(scaled(at_ab, lora), at_w)
     change = jnp.sum(split_as(b, at_w) * inner, -2)
     squares = split_as(_column_squares(kernel), change)
-    # Rounding may leave less than nothing of a column that the adapter takes away.
-    norms = _root(jnp.maximum(squares + scaled(change, lora), 1e-7 * squares))
+    # If the adapter cancels a column of W, rounding may make the difference negative.
+    norms = _safe_sqrt(jnp.maximum(squares + scaled(change, lora), 1e-7 * squares))
     return checkpoint_name(norms, "dora_norms")
 
 
 def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     """Returns the sums of the squares of a kernel's columns."""
     # They are not stored: an optimizer would change them among the trained arrays, and
-    # with the packed kernel they could become stale. XLA on CPUs does not sum weights
-    # as it decodes them, so some columns are decoded at a time, if all are on a device.
+    # with the packed kernel they could become stale.
     q = kernel.take().to_device()
-    squares = lambda w: jnp.sum(jnp.square(w), -2)
-    if not isinstance(q, QTensor) or not is_local():
-        return squares(q.dequantize_matrix(jnp.float32))
-    *batch, k, n = q.matrix_shape
-    count = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
-    width = -(-n // count)
-    whole = q.with_float_scales()
 
-    def step(i: Array, sums: Array) -> Array:
+    def sum_squares(w: Array) -> Array:
+        return jnp.sum(jnp.square(w), -2)
+
+    if not isinstance(q, QTensor) or not is_local():
+        return sum_squares(q.dequantize_matrix(jnp.float32))
+    # XLA on CPUs does not fuse decoding with the sum, so a few columns are decoded at a
+    # time. The last tile overlaps the previous one if the width does not divide N.
+    *batch, k, n = q.matrix_shape
+    num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
+    width = -(-n // num_tiles)
+    decoded_scales = q.with_float_scales()
+
+    def add_tile(i: Array, sums: Array) -> Array:
         start = jnp.minimum(i * width, n - width)
-        cut = lambda a: lax.dynamic_slice_in_dim(a, start, width, a.ndim - 1)
-        part = replace(whole, codes=cut(whole.codes), scales=cut(whole.scales))
-        some = squares(part.dequantize_matrix(jnp.float32))
-        return lax.dynamic_update_slice_in_dim(sums, some, start, sums.ndim - 1)
+
+        def take_columns(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
+
+        tile = replace(
+            decoded_scales,
+            codes=take_columns(decoded_scales.codes),
+            scales=take_columns(decoded_scales.scales),
+        )
+        tile_sums = sum_squares(tile.dequantize_matrix(jnp.float32))
+        return lax.dynamic_update_slice_in_dim(sums, tile_sums, start, sums.ndim - 1)
 
     sums = varying_with(jnp.zeros((*batch, n), jnp.float32), q)
-    return lax.fori_loop(0, count, step, sums)
+    return lax.fori_loop(0, num_tiles, add_tile, sums)
 
 
 def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
-    """Returns `column_norms` of a table on one device, some rows at a time."""
+    """Returns `column_norms` of a table on one device, decoding some rows at a time."""
     lora, kernel = lax.stop_gradient((lora, kernel.take().to_device()))
     if isinstance(kernel, QTensor):
         kernel = kernel.with_float_scales()
     size, width = kernel.shape
-    count = max(-(-4 * size * width // TILE_BYTES), 1)
-    num_rows = -(-size // count)
+    num_tiles = max(-(-4 * size * width // TILE_BYTES), 1)
+    tile_rows = -(-size // num_tiles)
 
-    def step(i: Array, squares: Array) -> Array:
-        ids = i * num_rows + jnp.arange(num_rows)
+    def add_tile(i: Array, squares: Array) -> Array:
+        ids = i * tile_rows + jnp.arange(tile_rows)
         rows, arrays = take_rows(kernel, ids), lora.arrays_at((ids,))
         v = LoRA.adapted_rows(lora, rows, arrays, lora.scaling, None)
+        # Ids beyond the table return NaN.
         v = jnp.where((ids < size)[:, None], v, 0)
         return squares + jnp.sum(jnp.square(v), 0)
 
     squares = varying_with(jnp.zeros(width, jnp.float32), lora, kernel)
-    norms = _root(lax.fori_loop(0, count, step, squares))
+    norms = _safe_sqrt(lax.fori_loop(0, num_tiles, add_tile, squares))
     return checkpoint_name(norms, "dora_norms")
 
 
-def _for_few_rows(kernel: Kernel) -> Kernel:
-    """Returns the kernel for a product for which no weights are gathered."""
+def _without_row_axes(kernel: Kernel) -> Kernel:
+    """Returns the kernel for an input that every device has, such as A^T."""
+    # With mesh axes of rows (FSDP), the product would gather the weights over them.
     if kernel.placement is None:
         return kernel
     placement = replace(kernel.placement, rows=())
-    is_packed = lambda node: isinstance(node, QTensor)
-    put = lambda q: replace(q, placement=placement) if is_packed(q) else q
-    return jax.tree.map(put, kernel, is_leaf=is_packed)
+
+    def replace_placement(node: PyTree) -> PyTree:
+        is_packed = isinstance(node, QTensor)
+        return replace(node, placement=placement) if is_packed else node
+
+    # The packed kernel may be inside another one, such as a `LayerOfStack`.
+    return jax.tree.map(
+        replace_placement, kernel, is_leaf=lambda node: isinstance(node, QTensor)
+    )
 
 
-def _root(squares: Array) -> Array:
-    """Returns norms; of a column of zeros a number that divides 0 to 0."""
+def _safe_sqrt(squares: Array) -> Array:
+    """Returns norms that are never zero, so that a column of zeros stays zero."""
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))

@@ -1,5 +1,6 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, PyTree
 
 from .._jax.modes import split_as
 from ..matmul.floats import float_product
@@ -19,6 +21,7 @@ from ..quant.views import take_rows
 from .base import (
     Adapter,
     Multiply,
+    Scaling,
     constrained,
     on_matrix,
     register_adapter,
@@ -26,7 +29,7 @@ from .base import (
     sliced,
 )
 
-NAME = "lora_product"  # of `x A` for `jax.checkpoint` policies
+CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +59,9 @@ class LoRA(Adapter):
         ((64, 4), (4, 8), 2.0)
     """
 
-    a: Any
-    b: Any
-    scaling: Any
+    a: Array
+    b: Array
+    scaling: Scaling
     dropout: float
     geometry: Geometry
 
@@ -66,12 +69,17 @@ class LoRA(Adapter):
     label = "lora"
 
     def product(  # noqa: D102
-        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
     ) -> Array:
         y = multiply(x, kernel)
-        if key is not None:
-            x = dropped(x, self.dropout, key)
-        return add(y, lora_product(x, self, precision, kernel.placement))
+        if dropout_key is not None:
+            x = apply_dropout(x, self.dropout, dropout_key)
+        return add_change(y, lora_product(x, self, precision, kernel.placement))
 
     def ragged_product(  # noqa: D102
         self,
@@ -79,19 +87,24 @@ class LoRA(Adapter):
         kernel: Kernel,
         multiply: Multiply,
         offsets: Array,
-        key: Any,
-        precision: Any,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
     ) -> Array:
         y = multiply(x, kernel)
-        if key is not None:
-            x = dropped(x, self.dropout, key)
-        # Experts may have scalings of their own: B takes them in.
+        if dropout_key is not None:
+            x = apply_dropout(x, self.dropout, dropout_key)
+        # Experts may have different scalings, so B is scaled instead of the product.
         b = scaled(self.b.astype(jnp.float32), self)
         a, b = cast(self.a, x.dtype), cast(b, x.dtype)
-        settings = {"precision": precision, "placement": kernel.placement}
-        h = ragged_float_product(x, a, offsets, roles="k", **settings)
-        h = checkpoint_name(h, NAME)
-        return add(y, ragged_float_product(h, b, offsets, roles="n", **settings))
+
+        def multiply_experts(x: Array, w: Array, roles: str) -> Array:
+            return ragged_float_product(
+                x, w, offsets, precision, placement=kernel.placement, roles=roles
+            )
+
+        h = multiply_experts(x, a, "k")  # [M, r]
+        h = checkpoint_name(h, CHECKPOINT_NAME)
+        return add_change(y, multiply_experts(h, b, "n"))
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
@@ -109,48 +122,47 @@ class LoRA(Adapter):
         return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
 
     def arrays_at(
-        self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
+        self,
+        index: tuple[Array, ...],
+        take_others: Callable[[Array], Array] = lambda x: x,
     ) -> dict[str, Array]:
-        """Returns arrays for some rows of a table: those with an axis of rows at these.
+        """Returns the arrays for some rows of a table.
 
-        Args:
-            index: int32 ids of rows, after places of a bank for an adapter of one. Ids
-                of none give NaN.
-            take: What becomes of the other arrays.
+        `index` holds int32 ids of rows, or places of a bank and ids of rows. Arrays
+        without an axis of rows pass through `take_others`. Invalid ids return NaN.
         """
 
-        def at_rows(name: str, x: Array) -> Array:
-            axis = self.roles[name].find(str(self.row_role))
-            if axis < 0:
-                return take(x)
-            x = jnp.moveaxis(x, axis, len(index) - 1)
+        def take_array(name: str, x: Array) -> Array:
+            row_axis = self.roles[name].find(str(self.row_role))
+            if row_axis < 0:
+                return take_others(x)
+            # The axis of rows follows that of the bank, if there is one.
+            x = jnp.moveaxis(x, row_axis, len(index) - 1)
             return x.at[index].get(mode="fill", fill_value=jnp.nan)
 
-        return {name: at_rows(name, x) for name, x in self.arrays.items()}
+        return {name: take_array(name, x) for name, x in self.arrays.items()}
 
     def table_norms(self, kernel: Kernel) -> Array | None:
-        """Returns what `adapted_rows` needs of the whole table, or None.
-
-        Args:
-            kernel: The frozen table.
-        """
+        """Returns what `adapted_rows` needs of the full table, here nothing."""
         return None
 
     def adapted_rows(
-        self, rows: Array, arrays: Mapping[str, Array], scaling: Any, norms: Any
+        self,
+        rows: Array,
+        arrays: Mapping[str, Array],
+        scaling: Scaling,
+        norms: Array | None,
     ) -> Float32[Array, "..."]:
-        """Returns adapted rows of a table, `[..., D]`.
+        """Returns adapted rows `[..., D]` from rows of the frozen table.
 
-        Args:
-            rows: Those of the frozen table, `[..., D]`.
-            arrays: Its arrays, as `arrays_at` returns them for these rows.
-            scaling: The scaling.
-            norms: As of `table_norms`.
+        `arrays` are those of `arrays_at` for the rows, and `norms` of `table_norms`.
         """
+        # Rows of a table are products of one-hot rows, so with k as the axis of rows,
+        # a row changes by A[id] B. With n, the table is transposed: B[:, id]^T A^T.
         a, b = (arrays[name].astype(jnp.float32) for name in ("a", "b"))
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
         change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
-        return add(rows.astype(jnp.float32), scaling * change)
+        return add_change(rows.astype(jnp.float32), scaling * change)
 
 
 register_adapter(LoRA)
@@ -159,8 +171,8 @@ register_adapter(LoRA)
 class SharedLoRA(LoRA):
     """One LoRA for all experts of a stack `[*batch, E, K, N]`.
 
-    `init` makes it where the config's `shared` says so. It has what a `LoRA` has, with
-    A `[*batch, 1, K, r]` and B `[*batch, 1, r, N]`.
+    `init` makes it where the config's `shared` says so. It has the attributes of a
+    `LoRA`, with A `[*batch, 1, K, r]` and B `[*batch, 1, r, N]`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -176,9 +188,15 @@ class SharedLoRA(LoRA):
     lookup = Adapter.lookup
 
     def product(  # noqa: D102
-        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
     ) -> Array:
-        return self.unshared(kernel).product(x, kernel, multiply, key, precision)
+        lora = self.unshared(kernel)
+        return lora.product(x, kernel, multiply, dropout_key, precision)
 
     def ragged_product(  # noqa: D102
         self,
@@ -186,34 +204,34 @@ class SharedLoRA(LoRA):
         kernel: Kernel,
         multiply: Multiply,
         offsets: Array,
-        key: Any,
-        precision: Any,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
     ) -> Array:
-        # All rows are one group; those beyond it give zero.
+        # All rows are one group; rows beyond it result in zero.
         ends = offsets[jnp.array([0, -1])]
-        return super().ragged_product(x, kernel, multiply, ends, key, precision)
+        return super().ragged_product(x, kernel, multiply, ends, dropout_key, precision)
 
-    def unshared(self, kernel: Any) -> LoRA:  # noqa: D102
-        experts = self.geometry.matrix_shape(kernel.shape)[-3]
-        copies = lambda x: jnp.repeat(x, experts, axis=-3)
-        a, b = (
-            jax.eval_shape(copies, x)
-            if isinstance(x, jax.ShapeDtypeStruct)
-            else copies(x)
-            for x in (self.a, self.b)
-        )
+    def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
+        num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
+
+        def repeat_experts(x: Array) -> Array:
+            repeat = functools.partial(jnp.repeat, repeats=num_experts, axis=-3)
+            is_shape = isinstance(x, jax.ShapeDtypeStruct)
+            return jax.eval_shape(repeat, x) if is_shape else repeat(x)
+
         scaling = self.scaling
         if isinstance(scaling, tuple):
-            scaling = tuple(x for x in scaling for _ in range(experts))
+            scaling = tuple(s for s in scaling for _ in range(num_experts))
         elif jnp.ndim(scaling):
-            scaling = jnp.repeat(scaling, experts, axis=-1)
+            scaling = jnp.repeat(jnp.asarray(scaling), num_experts, axis=-1)
+        a, b = repeat_experts(self.a), repeat_experts(self.b)
         return LoRA(a, b, scaling, self.dropout, self.geometry)
 
 
 register_adapter(SharedLoRA)
 
 
-def add(y: Array, change: Array) -> Array:
+def add_change(y: Array, change: Array) -> Array:
     """Returns `y + change` in the dtype of `y`."""
     return y + split_as(change.astype(y.dtype), y)
 
@@ -221,18 +239,17 @@ def add(y: Array, change: Array) -> Array:
 def lora_product(
     x: Float[Array, "..."],
     lora: LoRA,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     placement: Placement | None = None,
 ) -> Float32[Array, "..."]:
     """Returns `scaling * (x A) B` in float32 for x `[*batch, ..., K]`.
 
-    Both products are computed in the dtype of `x` with float32 sums. `x A` has the name
-    "lora_product" for `jax.checkpoint` policies.
+    Both products are computed in the dtype of `x` with float32 sums.
     """
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
     lora = constrained(lora, placement)
     h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
-    h = checkpoint_name(h, NAME)
+    h = checkpoint_name(h, CHECKPOINT_NAME)  # [*batch, ..., r]
     return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
 
 
@@ -245,7 +262,7 @@ def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
 
 def scaled(y: Array, lora: LoRA) -> Array:
     """Returns `scaling * y` for y `[*batch, ...]`."""
-    scaling = sliced(lora).scaling
+    scaling: Any = sliced(lora).scaling
     if isinstance(scaling, int | float):
         # A product with 1, the default, would only take time to compile.
         return y if scaling == 1 else y * scaling
@@ -253,25 +270,26 @@ def scaled(y: Array, lora: LoRA) -> Array:
     return y * split_as(scaling, y)
 
 
-def cast(w: Array, dtype: Any) -> Array:
+def cast(w: Array, dtype: DTypeLike) -> Array:
     """Returns `w.astype(dtype)`, bit for bit, in a form that stays inside loops."""
     # XLA moves a cast of each layer's A and B out of a scan and keeps the copies of all
     # layers: 0.34 GB for an 8B model at rank 64. It does not move a `reduce_precision`.
     # That flushes subnormal numbers of float16 to zero, so the dtypes must share an
     # exponent range, as float32 and bfloat16 do.
-    have, want = jnp.finfo(w.dtype), jnp.finfo(dtype)
-    if have.nexp == want.nexp and have.nmant > want.nmant:
-        w = lax.reduce_precision(w, int(want.nexp), int(want.nmant))
+    source, target = jnp.finfo(w.dtype), jnp.finfo(dtype)
+    if source.nexp == target.nexp and source.nmant > target.nmant:
+        w = lax.reduce_precision(w, int(target.nexp), int(target.nmant))
     return w.astype(dtype)
 
 
-def dropped(x: Array, rate: float, key: Any) -> Array:
-    """Inverted dropout; a batch of keys, one for each matrix, is folded into one."""
+def apply_dropout(x: Array, rate: float, key: Array) -> Array:
+    """Applies inverted dropout to an input."""
     if rate == 0:
         return x
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey
         key = jax.random.wrap_key_data(key)
     if key.ndim:
+        # A batch has a key for each matrix; the first one serves all of `x`.
         key = key.reshape(-1)[0]
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    is_kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(is_kept, x / (1 - rate), jnp.zeros_like(x))

@@ -1,7 +1,7 @@
 """Functions of float experts whose ragged products are computed with packed ones.
 
-JAX traces the function, and its program is run with products of packed experts in the
-place of `lax.ragged_dot`.
+JAX traces the function. Its program then runs with products of packed experts instead
+of `lax.ragged_dot`.
 """
 
 import functools
@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, primitives
-from jaxtyping import Array
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, primitives
+from jaxtyping import Array, PyTree
 
 from .._jax.jaxprs import bind, run_program
 from ..matmul.ragged import offsets_of
@@ -21,29 +22,33 @@ from ..quant.qtensor import QTensor
 from .base import Adapter, sliced
 from .product import product
 
+Backends = str | tuple[str, ...] | None
+# Returns the results of an operation for the values of its operands.
+ComputeEqn = Callable[[JaxprEqn, list], Sequence[Any]]
+
 
 @dataclass(frozen=True)
-class _Weights:
-    """Packed experts where a function has their float weights."""
+class _ExpertsView:
+    """Packed experts in the place of their float weights in a function."""
 
     kernel: Kernel
     lora: Adapter | None
-    # Those of the kernel, in the order of the function's; without that of a single
-    # expert, where the function has no axis for it.
+    # The kernel's axes in the order of the function's array. The axis of a single
+    # expert is missing where the function has squeezed it.
     axes: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype
 
     @property
-    def in_float(self) -> Array:
-        """The weights that the function has."""
+    def float_weights(self) -> Array:
+        """The decoded weights, as the function expects them."""
         kernel = self.kernel
         w = kernel.dequantize() if self.lora is None else self.lora.merged(kernel)
-        single = tuple({*range(w.ndim)} - {*self.axes})
-        w = w.transpose(*single, *self.axes).astype(self.dtype)
-        return w.squeeze(range(len(single)))
+        squeezed = tuple({*range(w.ndim)} - {*self.axes})
+        w = w.transpose(*squeezed, *self.axes).astype(self.dtype)
+        return w.squeeze(range(len(squeezed)))
 
-    def after(self, eqn: Any) -> "_Weights | None":
-        """The experts that an operation returns; None if it computes something else."""
+    def after(self, eqn: JaxprEqn) -> "_ExpertsView | None":
+        """Returns the view that an operation returns, or None if it is not a view."""
         name = eqn.primitive.name
         if name == "transpose":
             axes = tuple(self.axes[axis] for axis in eqn.params["permutation"])
@@ -51,134 +56,156 @@ class _Weights:
         if name == "convert_element_type" and self.dtype == self.kernel.dtype:
             return replace(self, dtype=eqn.params["new_dtype"])
         if name == "squeeze" and len(self.axes) == 3:
-            gone = {self.axes[i] for i in eqn.params["dimensions"]}
-            axes = tuple(axis for axis in self.axes if axis not in gone)
+            removed = {self.axes[i] for i in eqn.params["dimensions"]}
+            axes = tuple(axis for axis in self.axes if axis not in removed)
             is_single = self.kernel.matrix_shape[0] == 1
             is_matrix = self._roles(axes) in ("kn", "nk")
             return replace(self, axes=axes) if is_single and is_matrix else None
-        return self._cut(**eqn.params) if name == "slice" else None
+        return self._slice_experts(**eqn.params) if name == "slice" else None
 
     def _roles(self, axes: Sequence[int]) -> str:
         return "".join(self.kernel.geometry.roles(3)[axis] for axis in axes)
 
-    def _cut(self, start_indices: Any, limit_indices: Any, strides: Any) -> Any:
-        """Experts that are next to each other; None for a slice along another axis."""
+    def _slice_experts(
+        self,
+        start_indices: Sequence[int],
+        limit_indices: Sequence[int],
+        strides: Sequence[int] | None,
+    ) -> "_ExpertsView | None":
+        """Returns a range of experts, or None for a slice along another axis."""
         q, shape = self.kernel, [self.kernel.shape[axis] for axis in self.axes]
         if not isinstance(q, QTensor) or q.memory == "host" or len(shape) != 3:
             return None
-        ends = [*zip(start_indices, limit_indices, strides or (1,) * 3, strict=True)]
-        expert = self._roles(self.axes).index("b")
-        if any(ends[i] != (0, shape[i], 1) for i in {0, 1, 2} - {expert}):
+        ranges = [*zip(start_indices, limit_indices, strides or (1,) * 3, strict=True)]
+        expert_axis = self._roles(self.axes).index("b")
+        if any(ranges[i] != (0, shape[i], 1) for i in {0, 1, 2} - {expert_axis}):
             return None
-        cut = lambda tree: jax.tree.map(lambda a: a[slice(*ends[expert])], tree)
-        q = replace(cut(q), placement=None)
+
+        def slice_arrays(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda a: a[slice(*ranges[expert_axis])], tree)
+
+        q = replace(slice_arrays(q), placement=None)
         lora = self.lora
         if lora is not None and not lora.is_shared:
-            lora = cut(sliced(lora))
+            lora = slice_arrays(sliced(lora))
         return replace(self, kernel=q, lora=lora)
 
-    def is_multiplied(self, eqn: Any) -> bool:
-        """Whether an operation is the product of rows with experts, or with one."""
-        name, same = eqn.primitive.name, eqn.invars[0].aval.dtype == self.dtype
+    def is_multiplied(self, eqn: JaxprEqn) -> bool:
+        """Whether an operation is a product that packed experts support.
+
+        This is a ragged product of rows with experts, or the product with one expert.
+        """
+        name, params = eqn.primitive.name, eqn.params
+        has_dtype = eqn.invars[0].aval.dtype == self.dtype
         if not is_experts(self.kernel, self.lora):
             return False
         if name == "dot_general" and len(self.axes) == 2:
-            (x_axes, w_axes), batch = eqn.params["dimension_numbers"]
-            result = eqn.params["preferred_element_type"] or self.dtype
+            (x_axes, w_axes), batch = params["dimension_numbers"]
+            result = params["preferred_element_type"] or self.dtype
             is_plain = (len(x_axes), *batch) == (1, (), ()) and result == self.dtype
-            return is_plain and same and self._roles(self.axes)[w_axes[0]] == "k"
-        if name != "ragged_dot_general" or eqn.params["group_offset"]:
+            return is_plain and has_dtype and self._roles(self.axes)[w_axes[0]] == "k"
+        if name != "ragged_dot_general" or params["group_offset"]:
             return False
-        numbers = eqn.params["ragged_dot_dimension_numbers"]
-        (x_axes, (k, *more)), batch = numbers.dot_dimension_numbers
+        # x [M, K] with ragged rows, and w with one axis each of groups, K and N.
+        numbers = params["ragged_dot_dimension_numbers"]
+        (x_axes, (k, *more_axes)), batch = numbers.dot_dimension_numbers
         (group,) = numbers.rhs_group_dimensions or (k,)
         n = 3 - group - k
-        is_plain = (*x_axes, more, *batch) == (1, [], (), ())
-        of_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
+        is_plain = (*x_axes, more_axes, *batch) == (1, [], (), ())
+        has_ragged_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
         roles = self._roles([self.axes[i] for i in (group, k, n)])
-        return roles == "bkn" and is_plain and of_rows and same
+        return roles == "bkn" and is_plain and has_ragged_rows and has_dtype
 
 
-def is_experts(kernel: Any, lora: Adapter | None) -> bool:
+def is_experts(kernel: PyTree, lora: Adapter | None) -> bool:
     """Whether a kernel is a stack of experts, `[E, K, N]` in some order."""
     kernel = as_kernel(kernel, lora and lora.geometry)
     return kernel.ndim == len(kernel.matrix_shape) == 3
 
 
 def call_with_experts(
-    fn: Callable[[list[Array]], Any],
-    kernels: Sequence[tuple[Any, Adapter | None]],
-    backend: str | tuple[str, ...] | None = None,
-) -> Any:
-    """Returns `fn(weights)` of the float weights of kernels and their adapters.
+    fn: Callable[[list[Array]], PyTree],
+    kernels: Sequence[tuple[PyTree, Adapter | None]],
+    backend: Backends = None,
+) -> PyTree:
+    """Returns `fn(weights)` for the float weights of kernels with their adapters.
 
-    Ragged products with packed experts are computed as they are, packed. If `fn` uses
-    weights in another way, it gets them, and runs under `jax.checkpoint`: the backward
+    Ragged products with packed experts use the packed weights. If `fn` uses weights in
+    another way, they are decoded, and `fn` runs under `jax.checkpoint`: the backward
     pass decodes them again.
     """
-    known = [
+    # 1. Trace the function for the shapes of the float weights.
+    adapted = [
         (as_kernel(kernel, lora and lora.geometry), lora) for kernel, lora in kernels
     ]
-    views = [_Weights(q, lora, (*range(q.ndim),), q.dtype) for q, lora in known]
-    weights = jax.eval_shape(lambda: [view.in_float for view in views])
+    views = [_ExpertsView(q, lora, (*range(q.ndim),), q.dtype) for q, lora in adapted]
+    weights = jax.eval_shape(lambda: [view.float_weights for view in views])
     program, out = jax.make_jaxpr(fn, return_shape=True)(weights)
     operands = [*program.consts, *views]
-    decoded: list[_Weights] = []
+    # 2. A dry run, without values, collects the views that are not only multiplied.
+    decoded: list[_ExpertsView] = []
 
-    def look(eqn: Any, values: list) -> list:
-        decoded.extend(value for value in values if isinstance(value, _Weights))
+    def collect_views(eqn: JaxprEqn, values: list) -> list:
+        decoded.extend(value for value in values if isinstance(value, _ExpertsView))
         return [None] * len(eqn.outvars)
 
-    results = _run(program.jaxpr, operands, look, lambda eqn, values: [None])
-    decoded.extend(value for value in results if isinstance(value, _Weights))
-    compute = lambda eqn, values: bind(eqn, map(_value, values))
-    multiply = functools.partial(_multiply, backend)
-    run = lambda: list(map(_value, _run(program.jaxpr, operands, compute, multiply)))
+    results = _run(program.jaxpr, operands, collect_views, lambda eqn, values: [None])
+    decoded.extend(value for value in results if isinstance(value, _ExpertsView))
+
+    # 3. The run itself.
+    def compute(eqn: JaxprEqn, values: list) -> list:
+        return bind(eqn, map(_decoded, values))
+
+    def run() -> list:
+        multiply = functools.partial(_multiply, backend)
+        return [*map(_decoded, _run(program.jaxpr, operands, compute, multiply))]
+
     leaves = jax.checkpoint(run)() if decoded else run()
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
 def _run(
     jaxpr: Jaxpr,
-    operands: Sequence[Any],
-    compute: Callable[[Any, list], Sequence[Any]],
-    multiply: Callable[[Any, list], Sequence[Any]],
-) -> list[Any]:
+    operands: Sequence[object],
+    compute: ComputeEqn,
+    multiply: ComputeEqn,
+) -> list:
     """Runs a program in which some values are views of experts.
 
-    `multiply` computes ragged products with those, and `compute` other operations.
+    `multiply` computes products with those, and `compute` other operations.
     """
 
-    def one(eqn: Any, values: list) -> Sequence[Any]:
-        places = [i for i, value in enumerate(values) if isinstance(value, _Weights)]
-        if not places:
+    def run_eqn(eqn: JaxprEqn, values: list) -> Sequence[Any]:
+        view_indices = [i for i, x in enumerate(values) if isinstance(x, _ExpertsView)]
+        if not view_indices:
             return compute(eqn, values)
-        view = values[places[0]]
+        view = values[view_indices[0]]
         if eqn.primitive is primitives.jit_p:
             inner = eqn.params["jaxpr"]
             return _run(inner.jaxpr, [*inner.consts, *values], compute, multiply)
         if (after := view.after(eqn)) is not None:
             return [after]
-        is_product = places == [1] and view.is_multiplied(eqn)
+        is_product = view_indices == [1] and view.is_multiplied(eqn)
         return (multiply if is_product else compute)(eqn, values)
 
-    return run_program(jaxpr, operands, one)
+    return run_program(jaxpr, operands, run_eqn)
 
 
-def _value(value: Any) -> Any:
-    return value.in_float if isinstance(value, _Weights) else value
+def _decoded(value: Any) -> Any:
+    return value.float_weights if isinstance(value, _ExpertsView) else value
 
 
-def _multiply(backend: Any, eqn: Any, values: list) -> list[Any]:
-    x, view, *sizes = values
-    kernel, settings = view.kernel, eqn.params
-    precision, result = settings["precision"], settings["preferred_element_type"]
-    if sizes:
-        offsets = offsets_of(sizes[0], x.shape[0], kernel.matrix_shape[0])
+def _multiply(backend: Backends, eqn: JaxprEqn, values: list) -> list[Array]:
+    x, view, *group_sizes = values
+    kernel, params = view.kernel, eqn.params
+    precision, result = params["precision"], params["preferred_element_type"]
+    if group_sizes:
+        offsets = offsets_of(group_sizes[0], x.shape[0], kernel.matrix_shape[0])
         y = product(x, kernel, view.lora, None, backend, precision, offsets, result)
     else:
-        ((axis,), _), _ = settings["dimension_numbers"]
-        rows = jnp.moveaxis(x, axis, -1)[None]
+        # One expert: [..., K] -> [1, ..., K], with a batch axis for its stack.
+        ((k_axis,), _), _ = params["dimension_numbers"]
+        rows = jnp.moveaxis(x, k_axis, -1)[None]
         y = product(rows, kernel, view.lora, None, backend, precision)[0]
-    sharding = settings["out_sharding"]
+    sharding = params["out_sharding"]
     return [y if sharding is None else jax.sharding.reshard(y, sharding)]

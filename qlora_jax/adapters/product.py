@@ -1,38 +1,49 @@
-"""The product of an adapted kernel."""
+"""The products of adapted kernels, and `ragged_dot` with adapted experts."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-from jaxtyping import Array, Float
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
+from .._jax.arguments import check_key
+from ..matmul.choose import checked_backend
 from ..matmul.floats import float_product
-from ..matmul.quantized import matmul
-from ..matmul.ragged import ragged_float_product, ragged_matmul
-from ..quant.kernel import Kernel, PackedInput
-from .base import Adapter
+from ..matmul.quantized import as_float, checked_layer, matmul, reverse_mode
+from ..matmul.ragged import offsets_of, ragged_float_product, ragged_matmul
+from ..quant.kernel import Kernel, PackedInput, as_kernel
+from ..quant.qtensor import QTensor
+from ..quant.views import LayerOfStack
+from .base import Adapter, check_adapter, parts_of
 
 
 def adapted_product(
     x: Float[Array, "..."],
     kernel: Kernel,
     lora: Adapter | None = None,
-    dropout_key: Any = None,
+    dropout_key: Array | None = None,
     backend: str | tuple[str, ...] | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     offsets: Array | None = None,
-    result: Any = None,
+    result: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """Returns the product of x `[*batch, ..., K]` with a kernel and its adapter.
 
-    In the dtype of `x`. For one layer of a stack, the adapter is that layer's. With
-    `offsets`, those of a ragged product, x is `[M, K]`, and `result` may be another
-    dtype of the result.
+    The result has the dtype of `x`. For one layer of a stack, the adapter is that
+    layer's. With `offsets`, the product is ragged, x is `[M, K]`, and `result` may set
+    another dtype of the result.
     """
     if lora is not None:
-        settings = {"backend": backend, "precision": precision}
-        settings |= {"offsets": offsets, "result": result}
-        multiply = functools.partial(adapted_product, **settings)
+        # The adapter calls this function without itself for the frozen kernel.
+        multiply = functools.partial(
+            adapted_product,
+            backend=backend,
+            precision=precision,
+            offsets=offsets,
+            result=result,
+        )
         if offsets is None:
             return lora.product(x, kernel, multiply, dropout_key, precision)
         return lora.ragged_product(x, kernel, multiply, offsets, dropout_key, precision)
@@ -46,6 +57,95 @@ def adapted_product(
     return float_product(x, w, precision).astype(x.dtype)
 
 
-# Layers of one shape are traced once: in a model that unrolls its layers, tracing is
-# half the cost of adapters.
+# Jitted so that layers of the same shape are traced once: in a model that unrolls its
+# layers, tracing is half the cost of adapters.
 product = jax.jit(adapted_product, static_argnames=("backend", "precision", "result"))
+
+
+def ragged_dot(
+    x: Float[Array, "m k"],
+    experts: PyTree,
+    group_sizes: Int[Array, " experts"],
+    lora: Adapter | None = None,
+    *,
+    layer: Int[Array, ""] | int | None = None,
+    dropout_key: Array | None = None,
+    backend: str | Sequence[str] | None = None,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "m n"]:
+    """Returns `jax.lax.ragged_dot` of x with packed experts, in the dtype of `x`.
+
+    The first `group_sizes[0]` rows of x are multiplied by expert 0, the next by expert
+    1, and so on; rows beyond their sum result in zero. Experts are decoded one after
+    another (or a tile of one), each once for all of its rows, and only those that have
+    rows. Rounding and sums are those of `matmul`. Differentiable in `x` and the
+    adapter.
+
+    On a mesh, experts may be split over mesh axes: each device has all rows, multiplies
+    those of its experts, and the results are summed. Where the same axes split the rows
+    of x (FSDP), each device gathers the experts' codes and scales instead.
+
+    Args:
+        x: Floating-point `[M, K]`, rows sorted by expert.
+        experts: A QTensor, another kernel or a float array, `[E, K, N]`; or such a leaf
+            of a combined tree, with its adapter.
+        group_sizes: The number of rows of each expert, integers `[E]`.
+        lora: The LoRA of the experts, with A `[E, K, r]` and B `[E, r, N]`, or None.
+        layer: As in `matmul`: `experts` is a packed stack `[L, E, K, N]`. The adapter
+            is that of the layer.
+        dropout_key: PRNG key of the adapter's dropout; None for no dropout.
+        backend: As in `matmul`, for packed experts.
+        precision: As in `jax.lax.dot_general`.
+
+    Raises:
+        TypeError: If `x` is not floating-point, `experts` are not one kernel, `lora` is
+            not an adapter, `group_sizes` are not integers, or `dropout_key` is not a
+            PRNG key.
+        ValueError: If the shapes do not fit, the back end is unknown, the layer is not
+            in the stack, or group sizes with known values are negative or add up to
+            more than the rows.
+        NotImplementedError: As in `matmul`, or for another kind of adapter.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> experts = ql.quantize(jnp.stack([jnp.eye(64), 2 * jnp.eye(64)]))
+        >>> x, sizes = jnp.ones((4, 64)), jnp.array([1, 2])
+        >>> ql.ragged_dot(x, experts, sizes)[:, 0].tolist()
+        [1.0, 2.0, 2.0, 0.0]
+    """
+    if isinstance(experts, list | tuple):
+        kinds = sorted({getattr(w, "fmt", type(w).__name__) for w in experts})
+        raise TypeError(
+            "`experts` must be one stack [E, K, N] in one format. Got "
+            f"{len(experts)} kernels in {kinds}."
+        )
+    # A leaf of a combined tree has its own adapter and key.
+    experts, leaf_lora, leaf_key = parts_of(experts)
+    lora = leaf_lora if lora is None else lora
+    dropout_key = leaf_key if dropout_key is None else dropout_key
+    if len(getattr(experts, "shape", ())) < 2:
+        raise TypeError(
+            "`experts` must be a QTensor, another kernel or a float array [E, K, N]. "
+            f"Got {getattr(experts, 'shape', type(experts).__name__)}."
+        )
+    if dropout_key is not None:
+        check_key("dropout_key", dropout_key)
+    x, kernel = as_float(x), as_kernel(experts, getattr(lora, "geometry", None))
+    if layer is not None:
+        if not isinstance(kernel, QTensor):
+            raise ValueError(f"`layer` needs packed experts. Got {type(experts)}.")
+        index = checked_layer(layer, kernel.matrix_shape[:-2])
+        kernel = LayerOfStack(kernel, index)
+    check_adapter(lora, kernel, "experts")
+    *batch, k, _ = kernel.matrix_shape
+    if len(batch) != 1:
+        raise ValueError(
+            "`experts` must have one axis in front of those of a kernel, and one more "
+            f"with `layer`. Got shape {experts.shape}."
+        )
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"`x` must have shape [M, {k}]. Got {x.shape}.")
+    offsets = offsets_of(group_sizes, x.shape[0], batch[0])
+    backends = checked_backend(backend)
+    with reverse_mode():
+        return product(x, kernel, lora, dropout_key, backends, precision, offsets)

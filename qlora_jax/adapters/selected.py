@@ -1,8 +1,8 @@
-"""Adapters that are chosen from a bank, for the whole input or for each row of it."""
+"""Adapters that are chosen from a bank, for the full input or for each row of it."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -19,66 +19,80 @@ from .base import SETTINGS, Adapter, Multiply, sliced_kind
 from .dora import DoRA
 from .lora import LoRA
 
-_KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
+_SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
     "lora_product", "dora_product", "dora_norms"
 )
 
 
 class Selected(LoRA):
-    """An adapter that `ql.select` chooses from a bank, perhaps another for each row.
+    """An adapter that `ql.select` chooses from a bank, possibly different for each row.
 
-    Its arrays have one more axis in front of their own: the places of the bank.
+    Its arrays have one more axis, in front of those of the kind's roles: the places of
+    the bank.
 
     Attributes:
         kind: The kind of the adapters in the bank.
         scaling: float32 `[*batch, E]`.
         ids: int32 `[*batch]`, or `[R]`, for each row of the first axis of the input. -1
-            is the frozen kernel alone.
+            selects the frozen kernel without an adapter.
     """
 
-    kind: ClassVar[Any]
-    ids: Any
+    kind: ClassVar[Callable[..., Any]]
+    ids: Array
+    scaling: Array
     inputs = ("scaling", "ids")
 
     def product(  # noqa: D102
-        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
     ) -> Array:
-        batch, size = len(self.batch_shape), self.ids.shape[-1:]
-        # Else XLA takes the adapters of all layers first, as it does on CPUs in 0.10.2.
+        # 1. The adapters are taken from the bank when x is ready. Without the barrier,
+        #    XLA takes those of all layers first, as it does on CPUs in 0.10.2.
+        batch_ndim, num_ids = len(self.batch_shape), self.ids.shape[-1:]
         ids = lax.optimization_barrier((lax.stop_gradient(x), self.ids))[1]
 
-        def one(x: Array, adapter: Adapter, is_off: Array, key: Any) -> Array:
-            plain = multiply(x, kernel)
+        def adapted(x: Array, lora: LoRA, is_off: Array, key: Array | None) -> Array:
+            frozen = multiply(x, kernel)
 
-            def once(other: Array, of: Kernel) -> Array:
-                return plain if other is x and of is kernel else multiply(other, of)
+            # The adapter multiplies x by the kernel too: compute that product once.
+            def multiply_once(other_x: Array, other_kernel: Kernel) -> Array:
+                is_computed = other_x is x and other_kernel is kernel
+                return frozen if is_computed else multiply(other_x, other_kernel)
 
-            y = adapter.product(x, kernel, once, key, precision)
+            y = lora.product(x, kernel, multiply_once, key, precision)
             is_off = jnp.expand_dims(is_off, tuple(range(is_off.ndim, y.ndim)))
-            return jnp.where(is_off, plain, y)
+            return jnp.where(is_off, frozen, y)
 
-        if self.ids.ndim == batch:
-            return one(x, self._chosen(ids), ids == -1, key)
-        if batch or x.shape[:1] != size:
+        # 2. One adapter for the full input.
+        if self.ids.ndim == batch_ndim:
+            return adapted(x, self._take_adapters(ids), ids == -1, dropout_key)
+        if batch_ndim or x.shape[:1] != num_ids:
             raise ValueError(
                 "`ids` must be one number, or one for each row of the first axis of "
                 "the input of a kernel without batch axes. Got "
                 f"{self.ids.shape[-1]} for an input {x.shape} and batch axes "
                 f"{self.batch_shape}."
             )
-        # Products with the kernel fold the rows, so it is decoded once.
-        if key is not None:
-            key = jax.random.split(key, size)
+        if dropout_key is not None:
+            dropout_key = jax.random.split(dropout_key, num_ids)
 
-        # The backward pass takes A and B of each row again: else it would keep those of
-        # all layers.
-        @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
-        def of_rows(adapter: Selected, x: Array, ids: Array, key: Any) -> Array:
-            rows = adapter._chosen(ids), ids == -1, key
-            rows = jax.tree.map(lambda a: _split_as_rows(a, x), rows)
-            return jax.vmap(one)(x, *rows)
+        # 3. One adapter for each row, under a vmap. Products with the kernel fold the
+        #    mapped axis into their rows, so that the kernel is decoded once. The
+        #    backward pass takes A and B of each row again: saved, those of all layers
+        #    would be in memory.
+        @functools.partial(jax.checkpoint, policy=_SAVE_PRODUCTS)
+        def adapt_rows(
+            bank: Selected, x: Array, ids: Array, keys: Array | None
+        ) -> Array:
+            by_row = bank._take_adapters(ids), ids == -1, keys
+            by_row = jax.tree.map(lambda a: _split_as_rows(a, x), by_row)
+            return jax.vmap(adapted)(x, *by_row)
 
-        return of_rows(self, x, ids, key)
+        return adapt_rows(self, x, ids, dropout_key)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.ids.ndim > len(self.batch_shape):
@@ -86,87 +100,99 @@ class Selected(LoRA):
                 "`ids` must be one number where weights are merged. Got one for each "
                 f"of {self.ids.shape[-1]} rows."
             )
-        is_off = jnp.any(self.ids == -1)  # they are equal
-        return jnp.where(
-            is_off, kernel.dequantize(), self._chosen(self.ids).merged(kernel)
-        )
+        is_off = jnp.any(self.ids == -1)  # all ids along the batch axes are equal
+        merged = self._take_adapters(self.ids).merged(kernel)
+        return jnp.where(is_off, kernel.dequantize(), merged)
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        # `ids` are rows of the table; `self.ids` are adapters.
         rows = take_rows(kernel, ids)
         if self.ids.ndim == 0:
-            chosen = self._chosen(self.ids).lookup(ids, kernel)
-            return jnp.where(self.ids == -1, rows, chosen)
+            adapted = self._take_adapters(self.ids).lookup(ids, kernel)
+            return jnp.where(self.ids == -1, rows, adapted)
         if self.row_role is None or ids.shape[:1] != self.ids.shape:
             raise ValueError(
                 "`ids` must be one number, or one for each row of the first axis of "
                 "the ids of a table [V, D]. Got "
                 f"{self.ids.shape[-1]} for ids {ids.shape}."
             )
-        take = lambda x: self._take(x, self.ids)
-        # Both indices at once, else XLA takes an A for each row.
+
+        def take_by_row(stored: Array) -> Array:
+            return self._take(stored, self.ids)
+
+        # Index the bank and the table at once: otherwise, XLA takes a full A for each
+        # row of the input.
         place = jnp.where(self.ids < -1, self.scaling.shape[0], self.ids)
         place = jnp.expand_dims(place, tuple(range(1, ids.ndim)))
-        arrays = self.arrays_at((place, ids), take)
-        # Norms of all adapters of the bank; by row, each would need its whole A.
-        adapters = self._adapters({**self.arrays, "scaling": self.scaling})
-        norms = jax.vmap(lambda adapter: adapter.table_norms(kernel))(adapters)
-        scaling, norms = jax.tree.map(take, (self.scaling, norms))
+        arrays = self.arrays_at((place, ids), take_by_row)
+        # Norms of each adapter of the bank: by row, each one would need its full A.
+        adapters = self._new_adapters({**self.arrays, "scaling": self.scaling})
+        norms = jax.vmap(lambda lora: lora.table_norms(kernel))(adapters)
+        scaling, norms = jax.tree.map(take_by_row, (self.scaling, norms))
         adapted = jax.vmap(self.adapted_rows)(rows, arrays, scaling, norms)
         is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, rows.ndim)))
         return jnp.where(is_off, rows, adapted.astype(rows.dtype))
 
     ragged_product = Adapter.ragged_product
 
-    def _chosen(self, ids: Array) -> Any:
-        """Returns the adapters of the ids; all of a -1 is zero."""
+    def _take_adapters(self, ids: Array) -> LoRA:
+        """Returns the adapters of the ids, whose arrays are zero for an id of -1."""
         stored = {**self.arrays, "scaling": self.scaling}
-        return self._adapters({name: self._take(a, ids) for name, a in stored.items()})
+        taken = {name: self._take(array, ids) for name, array in stored.items()}
+        return self._new_adapters(taken)
 
-    def _adapters(self, arrays: Mapping[str, Array]) -> Any:
+    def _new_adapters(self, arrays: Mapping[str, Array]) -> LoRA:
         return self.kind(**arrays, dropout=self.dropout, geometry=self.geometry)
 
     def _take(self, stored: Array, ids: Array) -> Array:
-        batch = len(self.batch_shape)
+        """Takes the arrays of the ids from an array of the bank, `[*batch, E, ...]`."""
+        batch_ndim = len(self.batch_shape)
 
         def take(stored: Array, ids: Array) -> Array:
-            # Others than -1 that are not in the bank give NaN.
+            # Ids that are not in the bank return NaN, and -1 zeros.
             index = jnp.where(ids < -1, stored.shape[0], ids)
             taken = stored.at[index].get(mode="fill", fill_value=jnp.nan)
             is_off = jnp.expand_dims(ids == -1, tuple(range(ids.ndim, taken.ndim)))
             return jnp.where(is_off, 0, taken)
 
-        for _ in range(batch):
+        for _ in range(batch_ndim):
             take = jax.vmap(take)
         mesh = explicit_mesh(stored, ids)
         if mesh is None:
             return take(stored, ids)
         axes = typed_axes(stored)
-        new = [()] * (ids.ndim - batch)
-        spec = make_spec(*axes[:batch], *new, *axes[batch + 1 :])
+        ids_axes = [()] * (ids.ndim - batch_ndim)
+        spec = make_spec(*axes[:batch_ndim], *ids_axes, *axes[batch_ndim + 1 :])
         return in_auto_mode(take, mesh, spec)(stored, ids)
 
 
 def _split_as_rows(array: Array, x: Array) -> Array:
-    """Returns an array whose first axis is split over Explicit axes as that of x is."""
+    """Splits the first axis of an array over Explicit mesh axes like that of x."""
     mesh = explicit_mesh(array, x)
     if mesh is None:
         return array
-    rows: Axes = typed_axes(x)[0]
-    others = [unused(axes, {*rows}) for axes in typed_axes(array)[1:]]
-    return split_by(array, mesh, make_spec(rows, *others))
+    row_axes: Axes = typed_axes(x)[0]
+    # A mesh axis can split only one axis of an array.
+    other_axes = [unused(axes, {*row_axes}) for axes in typed_axes(array)[1:]]
+    return split_by(array, mesh, make_spec(row_axes, *other_axes))
 
 
-def _selected(kind: type[Adapter]) -> Any:
+def _selected_class(kind: type[Adapter]) -> Any:
+    """Returns the class `Selected{kind}`, a pytree with the arrays of the bank."""
     name = f"Selected{kind.__name__}"
-    roles = {array: "e" + own for array, own in kind.roles.items()}
+    roles = {array_name: "e" + roles for array_name, roles in kind.roles.items()}
     namespace = {"__module__": __name__, "kind": sliced_kind(kind), "roles": roles}
-    ids, bases = [("ids", Any)], (Selected, kind)
     cls: Any = dataclasses.make_dataclass(
-        name, ids, bases=bases, namespace=namespace, frozen=True, eq=False
+        name,
+        [("ids", Array)],
+        bases=(Selected, kind),
+        namespace=namespace,
+        frozen=True,
+        eq=False,
     )
     static = tuple(setting for setting in SETTINGS if setting not in Selected.inputs)
     return register(cls, (*roles, *Selected.inputs), static, f"qlora_jax.{name}")
 
 
-SelectedLoRA, SelectedDoRA = _selected(LoRA), _selected(DoRA)
+SelectedLoRA, SelectedDoRA = _selected_class(LoRA), _selected_class(DoRA)
 SELECTED: dict[type[Adapter], Any] = {LoRA: SelectedLoRA, DoRA: SelectedDoRA}

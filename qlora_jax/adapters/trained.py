@@ -1,17 +1,21 @@
-"""Leaves that are trained in full: a trained array beside the frozen one."""
+"""Leaves that are trained in full, and tables of which some rows are trained."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
+from ..matmul.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, Kernel
-from .base import Adapter, Multiply, register_adapter
+from ..quant.views import take_rows
+from .base import SETTINGS, Adapter, Multiply, Scaling, on_matrix, register_adapter
 
-# Of a leaf that is no kernel: all of its axes are batch axes.
-WHOLE = Geometry("", ())
+# The leaf need not be a kernel, so all of its axes are batch axes.
+BATCH_AXES_ONLY = Geometry("", ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,15 +23,16 @@ class Trained(Adapter):
     """An array that is trained in the place of a frozen leaf: a bias, a norm, a head.
 
     `init` makes one for each leaf that `trainable` of the config matches. It is in the
-    lora tree like any adapter, so that optimizers and files need no more; the base
-    keeps the leaf as it was.
+    lora tree like any adapter, so that optimizers and files treat it as one; the base
+    keeps the original leaf.
 
     Attributes:
-        value: The trained array, in the leaf's shape; at first the leaf. Its dtype is
-            at least the config's `lora_dtype`. The model sees it in the leaf's dtype.
-        scaling: Of no effect: an adapter has one.
-        dropout: Likewise.
-        geometry: Likewise.
+        value: The trained array, in the leaf's shape, initialized with the leaf. Its
+            dtype is at least the config's `lora_dtype`. The model sees it in the leaf's
+            dtype.
+        scaling: Unused: an attribute of all adapters.
+        dropout: Unused.
+        geometry: Unused.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -38,16 +43,21 @@ class Trained(Adapter):
         ((8,), (8,))
     """
 
-    value: Any
-    scaling: Any = 1.0
+    value: Array
+    scaling: Scaling = 1.0
     dropout: float = 0.0
-    geometry: Geometry = WHOLE
+    geometry: Geometry = BATCH_AXES_ONLY
 
     roles = {"value": ""}
     label = "trained"
 
     def product(  # noqa: D102
-        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
     ) -> Array:
         return multiply(x, FloatKernel(self.merged(kernel), kernel.geometry))
 
@@ -58,7 +68,87 @@ class Trained(Adapter):
 register_adapter(Trained)
 
 
-def new_trained(leaf: Any, dtype: Any) -> Trained:
+def new_trained(leaf: PyTree, dtype: DTypeLike) -> Trained:
     """Returns a copy of a leaf to train, whose dtype is at least `dtype`."""
-    # A copy: training may donate the lora tree.
+    # Without a copy, a training step that donates the lora tree would free the base.
     return Trained(jnp.array(leaf, jnp.promote_types(leaf.dtype, dtype), copy=True))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRows(Adapter):
+    """Rows of a table `[V, D]` that are trained, such as those of new tokens.
+
+    `init` makes it where `trainable_rows` of the config says so: PEFT's
+    `trainable_token_indices`.
+
+    Attributes:
+        rows: The trained rows, `[*batch, t, D]`, initialized with those of the table.
+        scaling: Unused: an attribute of all adapters.
+        dropout: Unused.
+        geometry: The table's axes, "kn".
+        indices: The indices of the rows, in ascending order.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"embedding": jnp.zeros((9, 64)), "kernel": jnp.ones((64, 8))}
+        >>> config = ql.QLoRAConfig(rank=4, trainable_rows={"embedding": [7, 8]})
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> lora["embedding"].rows.shape
+        (2, 64)
+    """
+
+    rows: Array
+    scaling: Scaling
+    dropout: float
+    geometry: Geometry
+    indices: tuple[int, ...]
+
+    roles = {"rows": "rn"}
+    settings = (*SETTINGS, "indices")
+    label = "trained rows"
+
+    def _size(self, role: str) -> int:
+        # The adapter does not store the table's number of rows; this is the minimum.
+        return self.indices[-1] + 1 if role == "k" else super()._size(role)
+
+    def product(  # noqa: D102
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        dropout_key: Array | None,
+        precision: lax.PrecisionLike,
+    ) -> Array:
+        # x W = x_frozen W_frozen + x_trained W_trained, with x [*batch, ..., V].
+        indices = np.array(self.indices)
+        x_trained, x_frozen = x[..., indices], x.at[..., indices].set(0)
+        rows = self.rows.astype(x.dtype)
+        y = float_product(x_trained, rows, precision, w_moves=True)
+        return multiply(x_frozen, kernel) + y.astype(x.dtype)
+
+    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        indices = jnp.array(self.indices)
+        # The position of each id among the trained rows, if it is one of them.
+        position = jnp.searchsorted(indices, ids)
+        is_trained = jnp.take(indices, position, mode="clip") == ids
+        rows = self.rows.astype(kernel.dtype)
+        trained = jnp.take(rows, position, axis=0, mode="clip")
+        return jnp.where(is_trained[..., None], trained, take_rows(kernel, ids))
+
+    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        def replace_rows(w: Array, rows: Array) -> Array:
+            return w.at[..., np.array(self.indices), :].set(rows.astype(w.dtype))
+
+        return on_matrix(kernel, replace_rows, self.rows)
+
+
+register_adapter(TrainedRows)
+
+
+def new_trained_rows(
+    kernel: Kernel, indices: tuple[int, ...], dtype: DTypeLike
+) -> TrainedRows:
+    """Returns copies of a table's rows to train, whose dtype is at least `dtype`."""
+    rows = lax.stop_gradient(take_rows(kernel, jnp.array(indices)))
+    rows = rows.astype(jnp.promote_types(rows.dtype, dtype))
+    return TrainedRows(rows, 1.0, 0.0, kernel.geometry, indices)

@@ -111,7 +111,7 @@ def to_host_shape(codes: PyTree) -> HostCodes:
     return HostCodes(codes.reshape(*batch, (rows + missing) // ROWS, ROWS, n), rows)
 
 
-def on_device(codes: PyTree) -> Array:
+def on_device(codes: PyTree) -> Any:
     """Copies `HostCodes` to codes `[*batch, rows, N]` on the device; arrays pass."""
     if not isinstance(codes, HostCodes):
         return codes

@@ -153,7 +153,11 @@ def test_scaling(settings, scaling):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"trainable_rows": {"e": [2, 2]}}, ValueError, "from 0, each once. Got .2, 2"),
+        (
+            {"trainable_rows": {"e": [2, 2]}},
+            ValueError,
+            "distinct integers from 0. Got .2, 2",
+        ),
         ({"trainable_rows": {"e": 2}}, ValueError, "`trainable_rows`: .* Got 2."),
         ({"rank": 0}, ValueError, "`rank` must be a positive integer. Got 0."),
         ({"rank": 2.0}, ValueError, "`rank` must be a positive integer. Got 2.0."),
