@@ -12,11 +12,10 @@ from jaxtyping import Array
 
 from ...adapters.base import SETTINGS, Adapter
 from ...adapters.lora import LoRA
-from ...adapters.trained import new_trained
-from ...adapters.trained_rows import TrainedRows
+from ...adapters.trained import TrainedRows, new_trained
+from ...quant.formats import FLOAT_DTYPES
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
-from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member, refuse
 from ..names import BatchIndex, Names

@@ -13,8 +13,7 @@ import numpy as np
 from ...adapters.base import Adapter, scaling_at, used_ranks
 from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA
-from ...adapters.trained import Trained
-from ...adapters.trained_rows import TrainedRows
+from ...adapters.trained import Trained, TrainedRows
 from ...quant.kernel import Kernel
 from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed

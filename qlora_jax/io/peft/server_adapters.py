@@ -1,0 +1,277 @@
+"""Adapters in the forms that servers load, such as llama.cpp, vLLM and mlx-lm."""
+
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...adapters.base import Adapter, scaling_at
+from ...adapters.config import is_table
+from ...adapters.lora import LoRA
+from ...trees.adapters import adapters_of_each
+from ...trees.paths import Tree, nested, refuse_listed
+from ..files import (
+    CheckpointError,
+    Path,
+    member,
+    new_folder,
+    read_json,
+    refuse,
+    write_json,
+)
+from ..names import Names
+from ..safetensors import open_safetensors, write_safetensors
+from .adapter_config import CONFIG_FILE, PREFIX, PeftConfig
+from .adapter_file import array_keys
+from .write import adapter_tensors, alpha_of, pattern_of, peft_config
+
+_MLX_WEIGHTS = "adapters.safetensors"
+
+
+def portable(base: Tree, lora: Tree) -> Tree:
+    """Returns adapters of the same products in float32, of one rank and scaling 1.
+
+    B includes the scaling, and zeros pad smaller ranks. Servers that ignore patterns of
+    ranks and alphas, or rsLoRA, therefore compute the same.
+
+    Args:
+        base: The base tree, or its shapes.
+        lora: The lora tree.
+
+    Returns:
+        The lora tree of these adapters, for `save_peft`.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If an adapter is not a LoRA, or does not fit its kernel.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"up": jnp.ones((64, 8)), "down": jnp.ones((8, 64))}
+        >>> ranks = {"rank": 4, "rank_pattern": {"down": 2}}
+        >>> config = ql.QLoRAConfig(**ranks, alpha=8, fmt=None, targets=".*")
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> new = ql.io.portable(base, lora)
+        >>> lora["down"].a.shape, lora["down"].scaling
+        ((8, 2), 4.0)
+        >>> new["down"].a.shape, new["down"].scaling
+        ((8, 4), 1.0)
+    """
+    adapters = adapters_of_each(base, lora)
+    kinds = {
+        path: type(x).__name__ + " of a table" * is_table(path)
+        for path, x in adapters.items()
+    }
+    refuse_listed(
+        "adapters for servers must be LoRA: export others in the format merged. Got",
+        {path: kind for path, kind in kinds.items() if kind != "LoRA"},
+    )
+    rank = max((x.rank for x in adapters.values()), default=0)
+    return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
+
+
+def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
+    batch_shape = adapter.batch_shape
+    a, b = map(np.asarray, adapter.arrays.values())  # [*batch, K, r], [*batch, r, N]
+    indices = np.ndindex(*batch_shape)
+    scalings = np.reshape([scaling_at(adapter, i) for i in indices], batch_shape)
+    # In float64, so that the product is rounded once, to float32.
+    b = b.astype(np.float64) * scalings[..., None, None]
+    no_padding = [(0, 0)] * len(batch_shape)
+    rank_padding = (0, rank - adapter.rank)
+    a = np.pad(a, [*no_padding, (0, 0), rank_padding]).astype(np.float32)
+    b = np.pad(b, [*no_padding, rank_padding, (0, 0)]).astype(np.float32)
+    arrays: dict[str, Any] = {"a": a, "b": b}
+    return LoRA(
+        **arrays, scaling=1.0, dropout=adapter.dropout, geometry=adapter.geometry
+    )
+
+
+@dataclass(frozen=True)
+class PlainLoRA:
+    """Adapters by module, as the files of llama.cpp and of mlx-lm hold them.
+
+    `load_peft` accepts one instead of a folder.
+
+    Attributes:
+        alpha: The scaling of each module is alpha divided by its rank.
+        factors: The arrays of each module: `"a"` is `[rank, K]`, `"b"` `[N, rank]`.
+        dropout: Rate of dropout in training.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> plain = ql.io.PlainLoRA.of(base, lora, names)
+        >>> plain.alpha, plain.factors["model.q_proj"]["a"].shape
+        (4, (4, 64))
+        >>> ql.io.load_peft(plain, base, names)[1]["q_proj"]["kernel"].a.shape
+        (64, 4)
+    """
+
+    alpha: float
+    factors: Mapping[str, Mapping[str, np.ndarray]]
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, base: Tree, lora: Tree, names: Names) -> "PlainLoRA":
+        """Returns a lora tree in this form, after `portable`.
+
+        Args:
+            base: The base tree, or its shapes.
+            lora: The lora tree.
+            names: The names of the leaves of `base` in the Hugging Face model.
+
+        Raises:
+            ValueError: If an adapter is not a LoRA or does not fit its kernel.
+        """
+        lora = portable(base, lora)
+        config = peft_config(base, lora, names)
+        if config.target_parameters:
+            raise ValueError(
+                "the file must hold adapters of modules: export others in the format "
+                f"merged. Got {list(config.target_parameters)}."
+            )
+        factors: dict[str, dict[str, np.ndarray]] = {}
+        for key, x in adapter_tensors(base, lora, names, config).items():
+            # Keys end in `.lora_A.weight` and `.lora_B.weight`.
+            module, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
+            factors.setdefault(module, {})[kind[0].lower()] = x
+        return cls(config.lora_alpha, factors, config.lora_dropout)
+
+    def to_peft(self) -> tuple[PeftConfig, dict[str, np.ndarray]]:
+        """Returns the settings and the tensors that PEFT would store."""
+        tensors, ranks = {}, {}
+        for module, arrays in self.factors.items():
+            keys = array_keys(LoRA, module)
+            tensors |= {keys[name]: x for name, x in arrays.items()}
+            # A hostile file may lack A, or hold a scalar; `load_peft` reports those.
+            shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
+            ranks[module] = (*shape, 0)[0]
+        rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+        config = PeftConfig(
+            r=rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=tuple(self.factors),
+            rank_pattern=pattern_of(ranks, rank),
+        )
+        return config, tensors
+
+
+def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
+    """Writes adapters in the format of mlx-lm.
+
+    Args:
+        path: The folder to write, new or empty.
+        adapter: The adapters, all of one rank.
+        num_layers: The number of the model's layers.
+
+    Raises:
+        ValueError: If `path` has files, if ranks differ, or if adapters are of experts,
+            which are one tensor in mlx-lm: it would ignore them.
+
+    Example:
+        >>> import numpy as np, qlora_jax as ql, tempfile
+        >>> factors = {"a": np.ones((4, 64)), "b": np.ones((8, 4))}
+        >>> plain = ql.io.PlainLoRA(8, {"model.layers.0.mlp.up_proj": factors})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ql.io.save_mlx(folder, plain, num_layers=1)
+        ...     sorted(ql.io.open_safetensors(folder + "/adapters.safetensors"))
+        ['model.layers.0.mlp.up_proj.lora_a', 'model.layers.0.mlp.up_proj.lora_b']
+    """
+    if experts := sorted(name for name in adapter.factors if ".experts." in name):
+        raise ValueError(
+            "adapters for mlx-lm must not include adapters of experts: export the sum, "
+            f"in the format merged. Got {len(experts)}, such as {experts[0]}."
+        )
+    ranks = {len(arrays["a"]) for arrays in adapter.factors.values()}
+    if len(ranks) != 1:
+        raise ValueError(f"`adapter` must have one rank. Got {sorted(ranks)}.")
+    (rank,) = ranks
+    # mlx-lm adds adapters to these modules in every layer. Those that the file lacks
+    # stay zero.
+    keys = sorted({_in_layer(module) for module in adapter.factors})
+    parameters = {"rank": rank, "scale": adapter.alpha / rank, "keys": keys}
+    parameters["dropout"] = adapter.dropout
+    settings = {"fine_tune_type": "lora", "num_layers": num_layers}
+    tensors = {
+        f"{module}.lora_{name}": np.ascontiguousarray(x.T)
+        for module, arrays in adapter.factors.items()
+        for name, x in arrays.items()
+    }
+    with new_folder(path) as folder:
+        write_safetensors(folder / _MLX_WEIGHTS, tensors)
+        write_json(folder / CONFIG_FILE, settings | {"lora_parameters": parameters})
+
+
+def read_mlx(path: Path) -> PlainLoRA:
+    """Returns the adapters that mlx-lm trained, for `load_peft`.
+
+    Args:
+        path: A folder with `adapter_config.json` and `adapters.safetensors`.
+
+    Raises:
+        CheckpointError: If the adapters are not LoRA (but DoRA or full fine-tuning), or
+            if tensors or ranks do not match the settings.
+
+    Example:
+        >>> import numpy as np, qlora_jax as ql, tempfile
+        >>> factors = {"a": np.ones((4, 64)), "b": np.ones((8, 4))}
+        >>> plain = ql.io.PlainLoRA(8, {"model.layers.0.mlp.up_proj": factors})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ql.io.save_mlx(folder, plain, num_layers=1)
+        ...     found = ql.io.read_mlx(folder)
+        >>> found.alpha, found.factors["model.layers.0.mlp.up_proj"]["b"].shape
+        (8, (8, 4))
+    """
+    folder = pathlib.Path(path)
+    rank, scale, dropout, keys = _mlx_settings(read_json(member(folder, CONFIG_FILE)))
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    problems = []
+    for name, tensor in open_safetensors(member(folder, _MLX_WEIGHTS)).items():
+        module, _, kind = name.rpartition(".lora_")
+        is_listed = keys is None or {module, _in_layer(module)} & {*keys}
+        if not module or kind not in ("a", "b") or not is_listed:
+            problems.append(f"{name}: unexpected")
+        # A is [K, rank] and B is [rank, N] in the file.
+        elif len(shape := tensor.shape) != 2 or shape[kind == "a"] != rank:
+            problems.append(f"{name}: its rank must be {rank}. Got shape {shape}")
+        else:
+            factors.setdefault(module, {})[kind] = tensor[...].T
+    refuse(f"{_MLX_WEIGHTS} does not match {CONFIG_FILE}", problems)
+    return PlainLoRA(alpha_of(scale, rank), factors, dropout)
+
+
+def _mlx_settings(raw: dict[str, Any]) -> tuple[int, float, float, list[str] | None]:
+    """Returns the rank, scaling, dropout and names of modules, or None for all."""
+    if (kind := raw.get("fine_tune_type", "lora")) != "lora":
+        raise CheckpointError(
+            f'`fine_tune_type` must be "lora". Got {kind!r:.80}: fuse the model.'
+        )
+    settings = raw.get("lora_parameters")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"`lora_parameters` must be given. Got {settings!r:.80}.")
+    unknown = sorted(settings.keys() - {"rank", "scale", "dropout", "keys"})
+    problems = [f"`{key}` is not known." for key in unknown]
+    rank, scale = settings.get("rank", 0), settings.get("scale", 0)
+    if type(rank) is not int or rank < 1:
+        problems.append(f"`rank` must be a positive integer. Got {rank!r:.80}.")
+    if type(scale) not in (int, float) or not 0 < scale < 1e9:
+        problems.append(f"`scale` must be a positive number. Got {scale!r:.80}.")
+    keys = settings.get("keys")
+    is_names = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if keys is not None and not is_names:
+        problems.append(f"`keys` must be names of modules. Got {keys!r:.80}.")
+    refuse("`lora_parameters` are not supported", problems)
+    return rank, scale, settings.get("dropout", 0.0), keys
+
+
+def _in_layer(module: str) -> str:
+    """Returns a module's name in its layer; in the model, if it is in no layer."""
+    return re.sub(r".*\.layers\.\d+\.", "", module)
