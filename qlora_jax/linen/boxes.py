@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int32
 
 from .._jax.pytree import Note, TreeLeaf, is_array, on_arrays, register, split_arrays
 from ..adapters.base import AdaptedKernel, Adapter, parts_of
+from ..adapters.config import matches
 from ..adapters.packed_calls import call_with_experts, is_experts
-from ..adapters.patterns import matches
 from ..memory.by_tiles import fetch, needs_fetch
 from ..quant.kernel import as_kernel, is_packed
 from ..quant.qtensor import QTensor

@@ -2,12 +2,10 @@
 
 from .._jax.serialization import register_states
 from .linear import QLoRALinear
-from .place import place
 from .rules import register
-from .switch import disable_adapters
-from .unwrap import join, merge, split
 from .variables import Packed
 from .wrap import wrap
+from .wrapped_models import disable_adapters, join, merge, place, split
 
 register_states()
 

@@ -1,6 +1,7 @@
 """Packed kernels in nnx modules that run linen modules (`nnx.bridge.ToNNX`).
 
-The bridge's variables go to the `apply` of `ql.linen.wrap`, kernels with adapters.
+The variables of the bridge, with adapted kernels, are passed to the `apply` of
+`ql.linen.wrap`.
 """
 
 import functools
@@ -29,6 +30,7 @@ from .variables import (
     join_path,
     linen_attributes,
     runs_linen,
+    set_attribute,
 )
 
 
@@ -36,7 +38,7 @@ from .variables import (
 def packed_linen(cls: type) -> type:
     """Returns the subclass of a bridge class that runs its linen module packed."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: object, **kwargs: object) -> Any:
         return _run(self, wrap(self.to_nnx__module), args, kwargs)
 
     return subclass(cls, {"__call__": call}, (packed_linen, (cls,)))
@@ -45,14 +47,14 @@ def packed_linen(cls: type) -> type:
 def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
     """Calls a bridge of the original class that runs `linen`, with self's variables."""
     bridge = self.qlora_original(linen)
-    given = {n: _to_linen(self, n) for n in linen_attributes(self)}
-    for name, value in given.items():
+    variables = {name: _to_linen(self, name) for name in linen_attributes(self)}
+    for name, value in variables.items():
         setattr(bridge, name, nnx.data(value))
     if kwargs.get("rngs") is None:
         kwargs = {**kwargs, "rngs": self.to_nnx__rngs}
     result = bridge(*args, **kwargs)
     for name, value in linen_attributes(bridge).items():
-        if value is not given.get(name):
+        if value is not variables.get(name):
             _write_back(self, name, value)
     return result
 
@@ -61,9 +63,7 @@ def _to_linen(holder: Holder, name: str) -> Any:
     """Returns an attribute for the linen module: kernels with their adapters."""
     value = attributes(holder)[name]
     if isinstance(value, dict):
-        names = [
-            n for n, inner in value.items() if not isinstance(inner, AdapterModule)
-        ]
+        names = [n for n, x in value.items() if not isinstance(x, AdapterModule)]
         return {n: _to_linen(value, n) for n in names}
     if name not in adapted_names(holder):
         return value
@@ -71,7 +71,8 @@ def _to_linen(holder: Holder, name: str) -> Any:
     base, lora, key = base_of(holder, name), adapter.sliced, adapter.dropout_key()
     if lora is None:
         return nnx.Param(base)
-    if key is None:  # a "dropout" key of the linen module has no effect
+    if key is None:
+        # Otherwise, a "dropout" key of the linen module would switch dropout on.
         lora = replace_arrays(lora, lambda _, x: x, dropout=0.0)
     else:
         key = dropout_keys(lora, key)
@@ -80,73 +81,73 @@ def _to_linen(holder: Holder, name: str) -> Any:
 
 def _write_back(holder: Holder, name: str, value: Any) -> None:
     """Copies back variables that the linen module changed."""
-    own = attributes(holder).get(name)
-    if isinstance(own, dict) and isinstance(value, dict):
-        own = dict(own)
+    old = attributes(holder).get(name)
+    if isinstance(old, dict) and isinstance(value, dict):
+        merged = dict(old)
         for key, inner in value.items():
-            _write_back(own, key, inner)
-        value = own
+            _write_back(merged, key, inner)
+        value = merged
+    # Kernels and adapters do not change in a call.
     elif name in adapted_names(holder):
         return
-    if isinstance(holder, dict):
-        holder[name] = value
-    else:
-        setattr(holder, name, nnx.data(value))
+    set_attribute(holder, name, value if isinstance(holder, dict) else nnx.data(value))
 
 
-Found = tuple[dict[str, str], dict[str, str]]
+# The kinds of axes of targets, and why some are unfit, both by path.
+TracedKinds = tuple[dict[str, str], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class _TracedLinen:
-    """Stands for a bridge's linen module in a trace, and fills `found`."""
+    """Replaces the linen module of a bridge in a trace, and records its kernels."""
 
     module: nn.Module
     config: QLoRAConfig
-    prefix: str
-    found: Found
+    prefix: str  # the path of the bridge
+    records: TracedKinds  # filled by `apply`
 
-    def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, variables: Mapping, *args: object, **kwargs: Any) -> Any:
         others = {name: v for name, v in variables.items() if name != "params"}
         params = variables["params"]
-        new = trace_kinds(self.module, params, self.config, args, kwargs, others)
-        for texts, more in zip(self.found, new, strict=True):
-            texts.update({self.prefix + path: text for path, text in more.items()})
+        traced = trace_kinds(self.module, params, self.config, args, kwargs, others)
+        for record, by_path in zip(self.records, traced, strict=True):
+            record.update({self.prefix + path: text for path, text in by_path.items()})
         return self.module.apply(variables, *args, **kwargs)
 
 
 def kinds_of_linen(
     model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
-) -> Found:
+) -> TracedKinds:
     """Returns linen targets' kinds of axes, and why some are unfit, by path."""
-    found: Found = {}, {}
+    records: TracedKinds = {}, {}
     graphdef, state = nnx.split(model)
     arrays, rebuild = split_arrays((args, kwargs))
 
-    def call(state: Any, arrays: list) -> Any:
+    def abstract_call(state: nnx.GraphState, arrays: list) -> list:
         traced: Any = nnx.merge(graphdef, state)
         for path, module in list(nnx.iter_modules(traced)):
             prefix = f"{join_path(path)}/" if path else ""
-            own = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
-            if runs_linen(module) and own:
-                # Settings by pattern may name what is outside.
-                inside = QLoRAConfig(
-                    targets=tuple(map(re.escape, own)), dropout=config.dropout
-                )
-                new = _recording(type(module), inside, prefix, found)
-                object.__setattr__(module, "__class__", new)
+            inner = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
+            if runs_linen(module) and inner:
+                # Only the targets: settings by pattern may name paths outside.
+                targets = tuple(map(re.escape, inner))
+                linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
+                cls = _recording(type(module), linen_config, prefix, records)
+                object.__setattr__(module, "__class__", cls)
         args, kwargs = rebuild(arrays)
         return jax.tree.leaves(traced(*args, **kwargs))
 
-    jax.eval_shape(call, state, arrays)
-    return found
+    jax.eval_shape(abstract_call, state, arrays)
+    return records
 
 
-def _recording(cls: type, config: QLoRAConfig, prefix: str, found: Found) -> type:
+def _recording(
+    cls: type, config: QLoRAConfig, prefix: str, records: TracedKinds
+) -> type:
     """Returns a bridge class whose calls record the linen module's kernels."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        linen = _TracedLinen(self.to_nnx__module, config, prefix, found)
+    def call(self: Any, *args: object, **kwargs: object) -> Any:
+        linen = _TracedLinen(self.to_nnx__module, config, prefix, records)
         return _run(self, linen, args, kwargs)
 
     return subclass(cls, {"__call__": call}, ())

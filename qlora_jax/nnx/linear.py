@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ..adapters.config import QLoRAConfig, check_layer_config
 from ..trees.init import init
-from .rules import RULES
+from .rules import RULES, OutSharding
 from .subclass import packed_call
 from .wrap import adapt
 
@@ -17,9 +17,10 @@ DEFAULT = QLoRAConfig()
 class QLoRALinear(nnx.Linear):
     """`nnx.Linear` with a packed kernel and a LoRA, for use in its place.
 
-    `y = x W + scaling * (x A) B + bias` (QLoRA, Dettmers et al. 2023, section 3): W is
-    a `ql.nnx.Packed` in `kernel`, A `[in, r]` and B `[r, out]` are `nnx.LoRAParam` in
-    `kernel_lora.a` and `kernel_lora.b`. `ql.nnx.merge` gives an `nnx.Linear` back.
+    It computes `x W + scaling * (x A) B + bias` (QLoRA, Dettmers et al. 2023, section
+    3): W is a `ql.nnx.Packed` in `kernel`, and A `[in, r]` and B `[r, out]` are
+    `nnx.LoRAParam` in `kernel_lora.a` and `kernel_lora.b`. `ql.nnx.merge` returns an
+    `nnx.Linear`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -46,8 +47,8 @@ class QLoRALinear(nnx.Linear):
         Args:
             in_features: Size of the input's last axis.
             out_features: Size of the output's last axis.
-            config: How the kernel is packed and adapted; it names no other leaf.
-            rngs: As in `nnx.Linear`; `dropout` too if there is dropout.
+            config: How the kernel is packed and adapted. It must not name other leaves.
+            rngs: As in `nnx.Linear`; with dropout, it needs a stream `dropout` too.
             **linear: The options of `nnx.Linear`: `use_bias`, `dtype`, `param_dtype`,
                 `precision`, `kernel_init`, `bias_init` and so on.
 
@@ -58,8 +59,7 @@ class QLoRALinear(nnx.Linear):
                 packed kernel does not support.
         """
         check_layer_config(config)
-        unsupported = {"dot_general", "preferred_element_type"} & set(linear)
-        if unsupported:
+        if unsupported := {"dot_general", "preferred_element_type"} & set(linear):
             raise ValueError(
                 "options must be those that a packed kernel supports. Got "
                 f"{sorted(unsupported)}. Use nnx.Linear and ql.nnx.wrap."
@@ -69,7 +69,9 @@ class QLoRALinear(nnx.Linear):
         base, lora = init(rngs.params(), params, config)
         adapt(self, "kernel", "kernel", base["kernel"], lora["kernel"], rngs)
 
-    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+    def __call__(
+        self, inputs: Float[Array, "..."], out_sharding: OutSharding = None
+    ) -> Float[Array, "..."]:
         """Returns `[..., out_features]`, in the dtype that `nnx.Linear` would give it.
 
         Args:

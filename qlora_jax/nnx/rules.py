@@ -7,6 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from ..adapters.call import (
     DENSE,
@@ -18,13 +20,15 @@ from ..adapters.call import (
 )
 from ..matmul.einsum import kernel_kinds
 
+OutSharding = NamedSharding | PartitionSpec | None
+
 
 @dataclass(frozen=True)
 class Rule:
     """Describes the product of a module class with its kernel."""
 
-    kernel: Callable[[Any], str]  # name of the kernel's attribute
-    kinds: Callable[[Any], str | None]  # None if only calls say them
+    kernel: Callable[[Any], str]  # returns the name of the kernel's attribute
+    kinds: Callable[[Any], str | None]  # returns None if only calls determine them
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
     # Whether the call is all that a module computes.
     supports: Callable[[Any], bool] = lambda module: True
@@ -32,7 +36,7 @@ class Rule:
 
 
 def _flax_call(
-    module: Any, equation: str, inputs: Any, out_sharding: Any
+    module: Any, equation: str, inputs: Array, out_sharding: OutSharding
 ) -> ModuleCall:
     """Returns a call with the promotion, bias and precision of a Flax layer."""
     return ModuleCall(
@@ -46,69 +50,77 @@ def _flax_call(
     )
 
 
-def _linear(module: nnx.Linear, inputs: Any, out_sharding: Any = None) -> ModuleCall:
+def _linear(
+    module: nnx.Linear, inputs: Array, out_sharding: OutSharding = None
+) -> ModuleCall:
     return _flax_call(module, DENSE, inputs, out_sharding)
 
 
 def _linear_general(
-    module: nnx.LinearGeneral, inputs: Any, out_sharding: Any = None
+    module: nnx.LinearGeneral, inputs: Array, out_sharding: OutSharding = None
 ) -> ModuleCall:
     axes, batch = module.axis, module.batch_axis
-    outputs = len(module.out_features)
-    equation = general_equation(jnp.ndim(inputs), axes, batch, outputs)
+    num_outputs = len(module.out_features)
+    equation = general_equation(jnp.ndim(inputs), axes, batch, num_outputs)
     return _flax_call(module, equation, inputs, out_sharding)
 
 
 def _einsum(
     module: nnx.Einsum,
-    inputs: Any,
+    inputs: Array,
     einsum_str: str | None = None,
-    out_sharding: Any = None,
+    out_sharding: OutSharding = None,
 ) -> ModuleCall:
-    equation = einsum_str or module.einsum_str
+    equation: Any = einsum_str or module.einsum_str
     return _flax_call(module, equation, inputs, out_sharding)
 
 
-def _embed(module: nnx.Embed, inputs: Any, out_sharding: Any = None) -> Lookup:
-    def cast(rows: Any) -> Any:
+def _embed(
+    module: nnx.Embed, inputs: Array, out_sharding: OutSharding = None
+) -> Lookup:
+    def cast(rows: Array) -> Array:
         return module.promote_dtype((rows,), dtype=module.dtype, inexact=False)[0]
 
-    if module.num_embeddings == 1:  # which takes any input
+    # Flax returns the only row of a table for any input, even one that is no id.
+    if module.num_embeddings == 1:
         inputs = jnp.zeros_like(inputs)
     return Lookup("embedding", inputs, cast, out_sharding)
 
 
 def _general_kinds(module: nnx.LinearGeneral) -> str:
-    batch, outputs = len(module.batch_axis), len(module.out_features)
-    return "b" * batch + "k" * len(module.axis) + "n" * outputs
+    batch, num_outputs = len(module.batch_axis), len(module.out_features)
+    return "b" * batch + "k" * len(module.axis) + "n" * num_outputs
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a Flax layer multiplies by no function or dtype of its user's."""
-    names = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
-    found = [getattr(module, name, None) for name in names]
-    return all(any(f is x for x in (None, lax.dot_general, jnp.einsum)) for f in found)
+    """Whether a Flax layer uses no product function or dtype of the user."""
+    options = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
+    values = [getattr(module, option, None) for option in options]
+    # `in` would compare by equality, which arrays do not support.
+    defaults = (None, lax.dot_general, jnp.einsum)
+    return all(any(value is x for x in defaults) for value in values)
 
 
-EMBED = Rule(
-    lambda module: "embedding",
-    lambda module: None,
-    _embed,
-    lambda module: module.num_embeddings > 1,
-    is_partial=True,
-)
-
-
-def _rule(kinds: Callable, call: Callable) -> Rule:
+def _layer_rule(kinds: Callable, call: Callable) -> Rule:
     return Rule(lambda module: "kernel", kinds, call, _is_plain)
 
 
+# Rules by class, to which `register` adds for the whole process.
 RULES = Registry(
     {
-        nnx.Linear: _rule(lambda module: "kn", _linear),
-        nnx.LinearGeneral: _rule(_general_kinds, _linear_general),
-        nnx.Embed: EMBED,
-        nnx.Einsum: _rule(lambda module: kernel_kinds(module.einsum_str), _einsum),
+        nnx.Linear: _layer_rule(lambda module: "kn", _linear),
+        nnx.LinearGeneral: _layer_rule(_general_kinds, _linear_general),
+        # `nnx.Embed.attend` reads the table in float.
+        nnx.Embed: Rule(
+            lambda module: "embedding",
+            lambda module: None,
+            _embed,
+            lambda module: module.num_embeddings > 1,
+            is_partial=True,
+        ),
+        nnx.Einsum: _layer_rule(
+            lambda module: kernel_kinds(module.einsum_str), _einsum
+        ),
     }
 )
 
@@ -121,20 +133,20 @@ def register(
 ) -> None:
     """Registers the einsum of a module class that reads its kernel itself.
 
-    The class multiplies by the packed kernel, and its adapter may have dropout; other
-    classes get their float kernel during each call. The rule holds for the process;
-    registering a class again replaces it.
+    The class multiplies by the packed kernel, and its adapter may have dropout. Classes
+    that are not registered get their float kernel during each call. The rule holds for
+    the process; registering a class again replaces it.
 
     Args:
         cls: The module class. Its `__call__` computes only the einsum of one input and
-            the kernel. Subclasses that inherit `__call__` have the rule too.
+            the kernel. The rule also holds for subclasses that inherit `__call__`.
         kernel: As in `qlora_jax.linen.register`.
         einsum: As in `qlora_jax.linen.register`. If it names an argument of `__call__`,
-            `config.contract` says the roles of the kernel's axes.
+            `config.contract` must specify the roles of the kernel's axes.
 
     Raises:
         TypeError: If `cls` is not an `nnx.Module` class.
-        ValueError: If `einsum` is an equation of another form.
+        ValueError: If the form of the equation `einsum` is not supported.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -155,15 +167,15 @@ def register(
         raise TypeError(f"`cls` must be an nnx.Module class. Got {cls!r}.")
     registered = RegisteredEinsum(cls, kernel, einsum)
 
-    def kinds(module: nnx.Module) -> str | None:
+    def kinds_of(module: nnx.Module) -> str | None:
         equation = registered.equation_of(module)
         return None if equation is None else kernel_kinds(equation)
 
-    def call(module: nnx.Module, *args: Any, **kwargs: Any) -> ModuleCall:
+    def call_of(module: nnx.Module, *args: object, **kwargs: object) -> ModuleCall:
         equation, x = registered.operands(module, args, kwargs)
         return ModuleCall(registered.kernel_of(module), equation, x)
 
-    RULES.add(cls, Rule(registered.kernel_of, kinds, call))
+    RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of))
 
 
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
@@ -178,13 +190,13 @@ def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
             return tuple(module.kernel_shape)
         case nnx.Embed(), "embedding":
             return module.num_embeddings, module.features
-        case _, "kernel" if (shapes := _feature_shapes(module)) is not None:
+        case _, "kernel" if (shapes := _maxtext_shapes(module)) is not None:
             return (*shapes[0], *shapes[1])
     return None
 
 
-def _feature_shapes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Returns the contracted and output axes of MaxText's layers."""
+def _maxtext_shapes(module: nnx.Module) -> tuple[tuple[int, ...], ...] | None:
+    """Returns the sizes of the contracted and the output axes of MaxText's layers."""
     inputs = getattr(module, "in_features_shape", None)
     outputs = getattr(module, "out_features_shape", None)
     if isinstance(inputs, tuple) and isinstance(outputs, tuple):
@@ -193,20 +205,22 @@ def _feature_shapes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | No
 
 
 def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
-    """Guesses the axes of a self-read kernel; a wrong guess only hurts blocks."""
-    own = kernel_shape(module, name)
-    if own is not None and isinstance(module, nnx.LinearGeneral):
+    """Guesses the kinds of axes of a kernel that its module reads itself."""
+    # The module computes with float weights, so that results are right even if the
+    # guess is wrong. Only the blocks of the codes then run along another axis.
+    shape = kernel_shape(module, name)
+    if shape is not None and isinstance(module, nnx.LinearGeneral):
         return _general_kinds(module)
-    if own is not None and isinstance(module, nnx.Conv | nnx.ConvTranspose):
-        return "k" * (len(own) - 1) + "n"
-    shapes = _feature_shapes(module) if name == "kernel" else None
-    if shapes is not None:
+    if shape is not None and isinstance(module, nnx.Conv | nnx.ConvTranspose):
+        return "k" * (len(shape) - 1) + "n"
+    if name == "kernel" and (shapes := _maxtext_shapes(module)) is not None:
         return "k" * len(shapes[0]) + "n" * len(shapes[1])
-    found = set()
+    # An attribute that is an equation is probably that of the kernel.
+    candidates = set()
     for value in vars(module).values():
         try:
-            found.add(kernel_kinds(value) if isinstance(value, str) else "")
+            candidates.add(kernel_kinds(value) if isinstance(value, str) else "")
         except ValueError:
             continue
-    fitting = [kinds for kinds in found if kinds and len(kinds) <= ndim]
+    fitting = [kinds for kinds in candidates if kinds and len(kinds) <= ndim]
     return fitting[0] if len(fitting) == 1 else None

@@ -7,8 +7,9 @@ from typing import Any
 from flax import nnx
 
 from ..adapters.config import QLoRAConfig, is_table
-from .float_kernels import reads
+from ..trees.paths import KeyPath
 from .rules import RULES, Rule, guess_kinds, kernel_shape
+from .subclass import methods_reading
 from .variables import (
     Holder,
     adapted_names,
@@ -21,10 +22,11 @@ from .variables import (
 
 @dataclass
 class Site:
-    """A float parameter, and the modules that hold it."""
+    """A float parameter, and the modules that hold it; several if it is shared."""
 
     variable: nnx.Variable
     paths: list[str] = field(default_factory=list)
+    # The module that reads it, the module or dict that holds it, and its name there.
     holders: list[tuple[nnx.Module, Holder, str]] = field(default_factory=list)
     normalizer: str | None = None  # class that writes normalized weights into it
 
@@ -46,29 +48,31 @@ class Site:
 
 def find_sites(model: nnx.Module) -> dict[str, Site]:
     """Returns the parameters by path, without adapters."""
-    found: dict[int, Site] = {}
+    sites: dict[int, Site] = {}  # by the id of the variable
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam):
-            found[id(node)] = Site(node, [join_path(path)])
+            sites[id(node)] = Site(node, [join_path(path)])
     for path, module in nnx.iter_modules(model):
-        for inner, holder, name in _held(module):
-            site = found.get(id(attributes(holder)[name]))
+        for inner_path, holder, name in _entries(module):
+            site = sites.get(id(attributes(holder)[name]))
             if site is not None:
                 site.holders.append((module, holder, name))
-                if join_path((*path, *inner)) not in site.paths:
-                    site.paths.append(join_path((*path, *inner)))
+                site_path = join_path((*path, *inner_path))
+                # `iter_graph` yields a shared variable once, at one of its paths.
+                if site_path not in site.paths:
+                    site.paths.append(site_path)
         if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):
             for _, node in nnx.iter_graph(module.layer_instance):
-                if id(node) in found:
-                    found[id(node)].normalizer = type(module).__name__
-    return {site.paths[0]: site for site in found.values()}
+                if id(node) in sites:
+                    sites[id(node)].normalizer = type(module).__name__
+    return {site.paths[0]: site for site in sites.values()}
 
 
-def _held(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], Holder, str]]:
-    """Yields path, holder and name of attributes and of linen variables in dicts."""
+def _entries(module: nnx.Module) -> Iterator[tuple[KeyPath, Holder, str]]:
+    """Yields the path, holder and name of attributes and of nested linen variables."""
     for name in vars(module):
         yield (name,), module, name
-    pending: list[tuple[tuple[str, ...], Any]] = []
+    pending: list[tuple[KeyPath, Any]] = []
     if runs_linen(module):
         pending = [((name,), value) for name, value in linen_attributes(module).items()]
     while pending:
@@ -88,7 +92,7 @@ def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
 
 
 def why_not_trained(site: Site) -> str | None:
-    """Returns why a parameter cannot have an adapter of any kind, or None."""
+    """Returns why a parameter cannot have an adapter of any kind, or None if it can."""
     if site.normalizer is not None:
         return (
             f"it is inside a {site.normalizer}, which writes normalized weights into "
@@ -109,25 +113,27 @@ def why_not_trained(site: Site) -> str | None:
 
 
 def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns why a parameter cannot be a target, or None."""
+    """Returns why a parameter cannot be a target, or None if it can."""
     if reason := why_not_trained(site):
         return reason
     module, name = site.module, site.name
-    shape, own = site.variable.shape, kernel_shape(module, name)
-    if own is not None and len(shape) > len(own) and shape[-len(own) :] != own:
-        return (
-            f"the axes of a stack must come before {own}, the kernel's own (in "
-            "nnx.vmap: out_axes=0; in MaxText: param_scan_axis=0). Got shape "
-            f"{shape}."
-        )
+    shape, base_shape = site.variable.shape, kernel_shape(module, name)
+    if base_shape is not None and len(shape) > len(base_shape):
+        if shape[-len(base_shape) :] != base_shape:
+            return (
+                f"the axes of a stack must come before {base_shape}, the shape of a "
+                "single kernel (in nnx.vmap: out_axes=0; in MaxText: "
+                f"param_scan_axis=0). Got shape {shape}."
+            )
     if packed_rule(module, names) is not None:
         return None
     cls = type(module).__name__
-    if name in ("bias", "scale"):  # in a stack they have two axes, as kernels have
+    # In a stack, biases and scales have two axes, as kernels have.
+    if name in ("bias", "scale"):
         return f"it is the {name} of its module, {cls}: nothing contracts it."
     if runs_linen(module):
         return None
-    if not reads(type(module), name):
+    if not methods_reading(type(module), name):
         return f"no method of its module, {cls}, reads it. Use ql.nnx.register."
     if config.dropout and not is_table(name):
         return (
@@ -151,20 +157,20 @@ def check_targets(
     targets: dict[str, Site], config: QLoRAConfig
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the targets' kinds of axes, and why some are unfit, by path."""
-    by_module: dict[int, list[str]] = {}
+    # A rule applies only if its kernel is the module's only target.
+    names_by_module: dict[int, list[str]] = {}
     for site in targets.values():
         for module, _, name in site.holders:
-            by_module.setdefault(id(module), []).append(name)
-    problems, kinds = {}, {}
+            names_by_module.setdefault(id(module), []).append(name)
+    problems: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for path, site in targets.items():
-        names = by_module[id(site.module)] if site.holders else []
+        names = names_by_module[id(site.module)] if site.holders else []
         try:
-            reason = _why_not(site, names, config)
-            found = None if reason else _kinds(site, names, config)
+            if reason := _why_not(site, names, config):
+                problems[path] = reason
+            elif (site_kinds := _kinds(site, names, config)) is not None:
+                kinds[path] = site_kinds
         except ValueError as error:
-            reason, found = str(error), None
-        if reason is not None:
-            problems[path] = reason
-        elif found is not None:
-            kinds[path] = found
+            problems[path] = str(error)
     return kinds, problems

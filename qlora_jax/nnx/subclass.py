@@ -1,29 +1,37 @@
 """Classes of wrapped modules: subclasses of the original classes.
 
-They are cached for the life of the process, so that graph definitions of like models
+They are cached for the life of the process, so that graph definitions of equal modules
 compare equal. A class pickles as the call of the function that makes it.
 """
 
+import contextlib
 import copyreg
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
 
+from .._jax.pytree import on_arrays, split_arrays
 from ..adapters.call import adapted_call
+from ..adapters.packed_calls import call_with_experts, is_experts
 from ..matmul.einsum import split_equation
+from ..trees.merge import merge
+from ..trees.paths import Tree
 from .rules import RULES, Rule
-from .variables import adapter_of, base_of
+from .variables import adapted_names, adapter_of, base_of, unpack
+
+Method = Callable[..., Any]
 
 
 def subclass(
-    cls: type,
-    methods: dict[str, Callable[..., Any]],
-    recipe: tuple,
-    rule: Rule | None = None,
+    cls: type, methods: dict[str, Method], recipe: tuple, rule: Rule | None = None
 ) -> type:
-    """Returns a subclass with other methods, pickled as the call `recipe`."""
+    """Returns a subclass with other methods, which pickles as the call `recipe`."""
     body = {
         **methods,
         "__module__": cls.__module__,
@@ -31,7 +39,7 @@ def subclass(
         "qlora_recipe": recipe,
         "qlora_rule": rule,
     }
-    # A subclass is a pytree or not as its base is; Flax asks for that explicitly.
+    # A subclass is a pytree if its base is one; Flax asks for that explicitly.
     is_pytree = getattr(cls, "_pytree__is_pytree", True)
     metaclass: Any = _picklable(type(cls))
     return metaclass(f"Wrapped{cls.__name__}", (cls,), body, pytree=is_pytree)
@@ -40,12 +48,12 @@ def subclass(
 @functools.cache
 def _picklable(metaclass: type) -> type:
     """Returns a metaclass whose classes pickle by their recipe."""
-    made = type(f"Picklable{metaclass.__name__}", (metaclass,), {})
-    copyreg.pickle(made, _reduce)
-    return made
+    picklable = type(f"Picklable{metaclass.__name__}", (metaclass,), {})
+    copyreg.pickle(picklable, _reduce)
+    return picklable
 
 
-def _reduce(cls: Any) -> Any:
+def _reduce(cls: type) -> str | tuple:
     # Subclasses that users define are found by name, as any class is.
     return vars(cls).get("qlora_recipe", cls.__qualname__)
 
@@ -63,15 +71,15 @@ def packed(cls: type) -> type:
 
 @functools.cache
 def _packed(cls: type, rule: Rule) -> type:
-    methods = {"__call__": packed_call}
-    return subclass(cls, methods, (packed, (cls,)), rule)
+    return subclass(cls, {"__call__": packed_call}, (packed, (cls,)), rule)
 
 
-def packed_call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
+def packed_call(self: Any, *args: object, **kwargs: object) -> Array:
     """Computes the call of the original class, with packed kernel and adapter."""
     call = self.qlora_rule.call(self, *args, **kwargs)
     base, adapter = base_of(self, call.kernel), adapter_of(self, call.kernel)
     labels = split_equation(call.equation).kernel
+    # A scan slices `nnx.Param`, but leaves a `Packed` whole unless its filters name it.
     if len(base.shape) > len(labels):
         raise ValueError(
             f"the kernel must have the axes {labels!r} of its equation. Got shape "
@@ -80,3 +88,139 @@ def packed_call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
         )
     key = adapter.dropout_key()
     return adapted_call(call, base, adapter.sliced, key, path=adapter.path)
+
+
+def methods_reading(cls: type, name: str) -> list[str]:
+    """Returns the methods of `cls` whose code mentions the attribute `name`."""
+    candidates = [m for m in dir(cls) if m == "__call__" or not m.startswith("__")]
+    return [
+        method
+        for method in candidates
+        if any(_mentions(vars(c).get(method), name) for c in cls.__mro__)
+    ]
+
+
+def _mentions(function: object, name: str) -> bool:
+    if not callable(function) or isinstance(
+        function, type | staticmethod | classmethod
+    ):
+        return False
+    # Look into nested functions too, whose code is among the constants.
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    pending = [code] if code is not None else []
+    while pending:
+        code = pending.pop()
+        if name in code.co_names or name in code.co_consts:
+            return True
+        pending += [const for const in code.co_consts if inspect.iscode(const)]
+    return False
+
+
+@functools.cache
+def materializing(cls: type, names: tuple[str, ...]) -> type:
+    """Returns a subclass of `cls` that reads the kernels `names` as floats.
+
+    Each method that reads a packed kernel runs under `nnx.remat` with a float
+    `nnx.Param` in its place.
+    """
+    reading = sorted(
+        {method for name in names for method in methods_reading(cls, name)}
+    )
+    methods = {m: _with_float_kernels(getattr(cls, m)) for m in reading}
+    rule = RULES.find(cls)
+    if rule is not None and rule.is_partial:
+        methods["__call__"] = packed_call
+    return subclass(cls, methods, (materializing, (cls, names)), rule)
+
+
+def _with_float_kernels(method: Method) -> Method:
+    @functools.wraps(method)
+    def call(self: Any, *args: object, **kwargs: object) -> Any:
+        # A leaf that is trained in full is in its place already.
+        names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
+        kernels = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
+        expert_weights: list[Array] = []
+
+        def run(self: Any, inputs: tuple) -> Any:
+            args, kwargs = inputs
+            with _float_kernels(self, names, expert_weights):
+                return method(self, *args, **kwargs)
+
+        if any(is_experts(*kernel) for kernel in kernels):
+            transform = functools.partial(_with_experts, kernels, expert_weights)
+        else:
+            # The policy saves products but no kernel: the backward pass decodes again.
+            # The product of an adapter's factors, as large as the kernel, has a custom
+            # gradient, into which policies do not look.
+            variables = (x for _, x in nnx.iter_graph(self))
+            variables = [x for x in variables if isinstance(x, nnx.Variable)]
+            transform = nnx.remat(
+                policy=jax.checkpoint_policies.dots_saveable,
+                graph=True,
+                # Modules from an outer trace are read-only: write only variables that
+                # the method changes.
+                graph_updates=all(getattr(x, "_can_update", True) for x in variables),
+            )
+        return on_arrays(transform, run, (args, kwargs), self, split=_split_arrays)
+
+    return call
+
+
+def _with_experts(
+    kernels: list[tuple], expert_weights: list[Array], run: Callable
+) -> Callable:
+    """Returns a function of modules that runs with packed experts."""
+
+    def value_of(leaf: Any) -> Any:
+        return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+    def call(*operands: Any) -> Any:
+        graph, state = nnx.split(operands)
+        old = {path: value_of(x) for path, x in nnx.to_flat_state(state)}
+
+        def call_on_weights(weights: list[Array]) -> tuple:
+            expert_weights[:] = weights
+            modules = nnx.merge(graph, state, copy=True)
+            outputs = run(*modules)
+            # Variables that did not change may be those of an outer trace.
+            new = nnx.to_flat_state(nnx.state(modules))
+            changed = {path: x for path, x in new if value_of(x) is not old.get(path)}
+            return outputs, nnx.from_flat_state(changed)
+
+        outputs, changed = call_with_experts(call_on_weights, kernels)
+        nnx.update(operands, changed)
+        return outputs
+
+    return call
+
+
+@contextlib.contextmanager
+def _float_kernels(
+    module: nnx.Module, names: list[str], expert_weights: list[Array]
+) -> Iterator[None]:
+    """Unwraps a module for a while, so that its methods call each other directly."""
+    cls: Any = type(module)
+    variables = {name: getattr(module, name) for name in names}
+    for i, (name, variable) in enumerate(variables.items()):
+        if expert_weights:
+            value = expert_weights[i]
+        else:
+            value = merge(base_of(module, name), adapter_of(module, name).sliced)
+        setattr(module, name, unpack(variable, value))
+    object.__setattr__(module, "__class__", cls.qlora_original)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__class__", cls)
+        for name, variable in variables.items():
+            setattr(module, name, variable)
+
+
+def _split_arrays(tree: Tree) -> tuple[list, Callable[[list], Tree]]:
+    # Flax lifts modules and variables as they are, so they count as arrays here.
+    lifted = nnx.Pytree | nnx.Variable
+    return split_arrays(
+        tree,
+        is_traced=lambda x: isinstance(x, jax.Array | np.ndarray | lifted),
+        is_leaf=lambda x: isinstance(x, lifted),
+    )

@@ -4,7 +4,7 @@ A *holder* is the module, or a dict of linen variables in an `nnx.bridge.ToNNX`.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from flax import nnx
@@ -12,9 +12,12 @@ from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
 from ..adapters.base import Adapter, sliced
+from ..quant.formats import Packing
+from ..quant.pack import StraightThrough
 from ..quant.qtensor import QTensor
-from ..quant.settings import Packing
-from ..quant.straight_through import StraightThrough
+from ..trees.paths import KeyPath, Leaf
+
+Holder = nnx.Module | dict[str, Any]
 
 
 class Packed(nnx.Variable[QTensor]):
@@ -35,14 +38,14 @@ class Packed(nnx.Variable[QTensor]):
         False
     """
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: object) -> NoReturn:
         raise TypeError(
             "a packed kernel cannot be read as an array outside the methods of its "
             "module. Use `ql.dequantize(kernel.get_value())`, or exclude it."
         )
 
-    def __jax_array__(self) -> Any:
-        return self[...]
+    def __jax_array__(self) -> NoReturn:
+        self[...]
 
 
 class Inputs(Packed):
@@ -50,12 +53,12 @@ class Inputs(Packed):
 
 
 class Frozen(Packed):
-    """The frozen array of a leaf that is trained in full, which replaces it."""
+    """The array of a leaf that is trained in full, which a trained array replaces."""
 
     __getitem__ = nnx.Variable.__getitem__
 
 
-def is_base(node: Any) -> bool:
+def is_base(node: object) -> bool:
     """Whether a node is a variable of the base tree."""
     is_other = isinstance(node, nnx.LoRAParam | Inputs | Frozen)
     return isinstance(node, nnx.Param | Packed) and not is_other
@@ -64,9 +67,9 @@ def is_base(node: Any) -> bool:
 class AdapterModule(nnx.Module):
     """The adapter of one kernel: each array is an `nnx.LoRAParam`, by name.
 
-    `model.train()` and `eval()` set `deterministic`, `disable_adapters` sets `enabled`.
-    A `Trained` has its `nnx.LoRAParam` in the leaf's place too, where the module reads
-    it, and the leaf in `frozen`.
+    `model.train()` and `eval()` set `deterministic`, and `disable_adapters` sets
+    `enabled`. A `Trained` adapter also puts its `nnx.LoRAParam` in place of the leaf,
+    where the module reads it, and keeps the leaf in `frozen`.
     """
 
     def __init__(
@@ -80,8 +83,8 @@ class AdapterModule(nnx.Module):
         self.frozen = nnx.data(frozen)
         self.kind, self.rate = type(adapter), adapter.dropout
         self.set(adapter)
-        self.trained = trained  # packing of a float kernel trained through it
-        self.path = Note(path)  # for errors
+        self.trained = trained  # packing of a float kernel that is trained through it
+        self.path = Note(path)  # for errors; equal to any other in graph definitions
         self.deterministic = False
         self.enabled = True
         self.rngs = rngs if adapter.dropout else nnx.data(None)
@@ -92,19 +95,22 @@ class AdapterModule(nnx.Module):
         return {name: getattr(self, name) for name in self.kind.roles}
 
     def set(self, adapter: Adapter) -> None:
-        """Takes an adapter's arrays and settings, but not its dropout."""
+        """Takes over an adapter's arrays and settings, except its dropout."""
         for name in {*self.kind.roles} - {*adapter.roles}:
             delattr(self, name)
         self.kind = type(adapter)
         for name, x in adapter.arrays.items():
-            if self.frozen is not None:  # its module reads it in the dtype of the leaf
+            # The module reads a `Trained` array in the dtype of the leaf.
+            if self.frozen is not None:
                 x = x.astype(self.frozen.get_value().dtype)
+            # Optimizers refer to variables, so an old one gets the new value.
             if hasattr(self, name):
                 getattr(self, name).set_value(x)
             else:
                 setattr(self, name, nnx.LoRAParam(x))
         self.geometry = adapter.geometry
         self.indices = getattr(adapter, "indices", None)
+        # A tuple of scalings is static. Scans slice it as the array in `inputs`.
         self.scaling = None if adapter.inputs else adapter.scaling
         by_scan = sliced(adapter)
         inputs: Any = {name: getattr(by_scan, name) for name in by_scan.inputs}
@@ -113,12 +119,11 @@ class AdapterModule(nnx.Module):
     @property
     def adapter(self) -> Adapter:
         """The adapter of the entire stack."""
+        kind: Any = self.kind
         arrays = {name: variable[...] for name, variable in self.variables.items()}
-        given = {"scaling": self.scaling}
-        inputs = self.inputs.get_value() if self.kind.inputs else given
+        inputs = self.inputs.get_value() if kind.inputs else {"scaling": self.scaling}
         if self.indices is not None:
             inputs |= {"indices": self.indices}
-        kind: Any = self.kind
         return kind(**arrays, **inputs, dropout=self.rate, geometry=self.geometry)
 
     @property
@@ -131,22 +136,19 @@ class AdapterModule(nnx.Module):
         return sliced(self.adapter, self.inputs.get_value()["scaling"])
 
     def dropout_key(self) -> jax.Array | None:
-        """Returns a key for this call's dropout; None if off."""
+        """Returns a new key for the dropout of a call, or None without dropout."""
         if self.rngs is None or self.deterministic or not self.enabled:
             return None
         return self.rngs()
 
 
-Holder = Any  # an nnx.Module or a dict
-
-
 def attributes(holder: Holder) -> dict[str, Any]:
-    """Returns the attributes of a holder, or the entries of a dict, by name."""
+    """Returns the attributes of a module or the entries of a dict, by name."""
     return holder if isinstance(holder, dict) else vars(holder)
 
 
-def set_attribute(holder: Holder, name: str, value: Any) -> None:
-    """Sets an attribute of a holder, or an entry of a dict."""
+def set_attribute(holder: Holder, name: str, value: object) -> None:
+    """Sets an attribute of a module or an entry of a dict."""
     if isinstance(holder, dict):
         holder[name] = value
     else:
@@ -154,7 +156,7 @@ def set_attribute(holder: Holder, name: str, value: Any) -> None:
 
 
 def del_attribute(holder: Holder, name: str) -> None:
-    """Deletes an attribute of a holder, or an entry of a dict."""
+    """Deletes an attribute of a module or an entry of a dict."""
     if isinstance(holder, dict):
         del holder[name]
     else:
@@ -162,15 +164,15 @@ def del_attribute(holder: Holder, name: str) -> None:
 
 
 def runs_linen(module: nnx.Module) -> bool:
-    """Whether a module is an `nnx.bridge.ToNNX`, or a copy of it."""
+    """Whether a module is an `nnx.bridge.ToNNX`, or a copy of it, as in MaxText."""
     return "to_nnx__module" in vars(module)
 
 
 def linen_attributes(module: nnx.Module) -> dict[str, Any]:
     """Returns the linen variables among a module's attributes."""
     internal = ("to_nnx__", "_pytree__", "_object__")
-    found = {n: v for n, v in vars(module).items() if not n.startswith(internal)}
-    return {n: v for n, v in found.items() if not isinstance(v, AdapterModule)}
+    public = {n: v for n, v in vars(module).items() if not n.startswith(internal)}
+    return {n: v for n, v in public.items() if not isinstance(v, AdapterModule)}
 
 
 def adapter_of(holder: Holder, name: str) -> AdapterModule:
@@ -180,12 +182,13 @@ def adapter_of(holder: Holder, name: str) -> AdapterModule:
 
 def adapted_names(holder: Holder) -> list[str]:
     """Returns the names of the holder's adapted kernels."""
-    found = attributes(holder).items()
-    adapters = [name for name, value in found if isinstance(value, AdapterModule)]
+    adapters = [
+        n for n, v in attributes(holder).items() if isinstance(v, AdapterModule)
+    ]
     return [name.removesuffix("_lora") for name in adapters]
 
 
-def adapted_kernels(model: nnx.Module) -> Iterator[tuple[tuple, Holder, str]]:
+def adapted_kernels(model: nnx.Module) -> Iterator[tuple[KeyPath, Holder, str]]:
     """Yields the path, the holder and the name of each adapted kernel."""
     for path, node in list(nnx.iter_graph(model)):
         if isinstance(node, nnx.Module | dict):
@@ -199,7 +202,7 @@ def variable_of(holder: Holder, name: str) -> nnx.Variable:
     return attributes(holder)[name] if frozen is None else frozen
 
 
-def base_of(holder: Holder, name: str) -> Any:
+def base_of(holder: Holder, name: str) -> Leaf:
     """Returns the kernel `name`: a QTensor, a StraightThrough or a float array."""
     adapter = adapter_of(holder, name)
     value = variable_of(holder, name).get_value()
@@ -208,10 +211,10 @@ def base_of(holder: Holder, name: str) -> Any:
     return StraightThrough(value, adapter.trained, adapter.geometry)
 
 
-def pack(variable: nnx.Variable, q: Any, cls: type[Any] = Packed) -> Any:
+def pack(variable: nnx.Variable, value: Leaf, cls: type[Packed] = Packed) -> Packed:
     """Returns the packed variable that replaces a float one."""
     metadata = tuple(sorted(variable.get_metadata().items()))
-    return cls(q, float_type=type(variable), float_metadata=metadata)
+    return cls(value, float_type=type(variable), float_metadata=metadata)
 
 
 def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
@@ -222,6 +225,6 @@ def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
     return variable.get_metadata("float_type").from_metadata(value, metadata)
 
 
-def join_path(path: tuple) -> str:
+def join_path(path: KeyPath) -> str:
     """Returns a path as patterns see it: "layers/0/q_proj/kernel"."""
     return "/".join(map(str, path))

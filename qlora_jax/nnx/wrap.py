@@ -1,8 +1,9 @@
-"""Wraps a model: replaces kernels and the classes of their modules."""
+"""`wrap` replaces kernels of an nnx model, and the classes of their modules."""
 
 from typing import Any, TypeVar
 
 from flax import nnx
+from jaxtyping import Array
 
 from .._jax.memory import check_donated
 from ..adapters.base import Adapter
@@ -10,12 +11,11 @@ from ..adapters.config import QLoRAConfig, check_config
 from ..adapters.trained import Trained
 from ..quant.kernel import as_kernel
 from ..trees.init import init_targets
-from ..trees.paths import leaves_by_path
+from ..trees.paths import Leaf, leaves_by_path
 from ..trees.targets import find_targets
 from .bridge import kinds_of_linen, packed_linen
-from .float_kernels import materializing
 from .sites import Site, check_targets, find_sites, packed_rule, why_not_trained
-from .subclass import packed
+from .subclass import materializing, packed
 from .variables import (
     AdapterModule,
     Frozen,
@@ -34,19 +34,19 @@ M = TypeVar("M", bound=nnx.Module)
 def wrap(
     model: M,
     config: QLoRAConfig,
-    *args: Any,
+    *args: object,
     rngs: nnx.Rngs,
     donate: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> M:
     """Returns a model whose targeted kernels are packed, each with an adapter.
 
     `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and registered classes compute with
     the packed kernel. Other modules get a float kernel during each call (the adapter
     merged in, rounded to the kernel's dtype), which is not kept for the backward pass.
-    There `jax.lax.ragged_dot` multiplies by packed experts and their adapters as they
-    are (`ql.ragged_dot`).
-    Stacks made by `nnx.vmap` stay stacks. Classes of modules become subclasses.
+    In these modules, `jax.lax.ragged_dot` multiplies by packed experts and their
+    adapters directly (`ql.ragged_dot`). Stacks made by `nnx.vmap` stay stacks. Modules
+    become instances of subclasses of their classes.
 
     The initialized linen module inside an `nnx.bridge.ToNNX` runs as in
     `ql.linen.wrap`. Where its kernels have more than two axes, one abstract trace of a
@@ -61,7 +61,8 @@ def wrap(
 
     Args:
         model: The model. It does not change, unless `donate` is set.
-        config: What to target, by path ("layers/0/q_proj/kernel"), and how.
+        config: The targets, by path ("layers/0/q_proj/kernel"), and how to pack and
+            adapt them.
         *args: Arguments of a sample call; arrays may be shapes. Only linen modules
             inside need them.
         rngs: Streams of keys: `params` for A and, if the config has dropout, `dropout`
@@ -70,12 +71,12 @@ def wrap(
         **kwargs: Keyword arguments of the sample call.
 
     Raises:
-        TypeError: If `model` is not an nnx module, or `config` not a `QLoRAConfig`.
+        TypeError: If `model` is not an nnx module, or `config` is not a `QLoRAConfig`.
         ValueError: Before any work, if a pattern matches nothing; if parameters that
             match cannot be targets (not floating-point, shared, held by a container,
             read by no method, adapted already, a bias or scale, stacked along another
-            axis than the first), all named with the reason; or if `donate` is set and a
-            target shares its array with another variable.
+            axis than the first), all listed with the reason; or if a donated target
+            shares its array with another variable.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -95,31 +96,34 @@ def wrap(
     check_config(config)
     if not donate:
         model = nnx.clone(model)
+    # 1. Find the targets, and the parameters that are trained in full or by rows.
     sites = find_sites(model)
     values = {path: site.variable.get_value() for path, site in sites.items()}
     targets = {path: s for path, s in sites.items() if config.is_target(path)}
+    rows = {path: s for path, s in sites.items() if config.rows_of(path)}
+    trained = {path: s for path, s in sites.items() if config.is_trained(path)} | rows
     if not targets:
         _refuse_wrapped(model, config)
+    # 2. Check them, and find the contracted axes of the targets.
     kinds, problems = check_targets(targets, config)
     in_linen = [p for p, s in targets.items() if s.holders and runs_linen(s.module)]
     if in_linen and (args or kwargs):
-        found = kinds_of_linen(model, config, in_linen, args, kwargs)
-        kinds, problems = kinds | found[0], found[1] | problems
+        traced = kinds_of_linen(model, config, in_linen, args, kwargs)
+        kinds, problems = kinds | traced[0], traced[1] | problems
     elif in_linen:
         problems = _unknown_axes(in_linen, values, config) | problems
-    rows = {path: site for path, site in sites.items() if config.rows_of(path)}
-    trained = {path: site for path, site in sites.items() if config.is_trained(path)}
-    trained |= rows
-    whys = {path: why_not_trained(site) for path, site in trained.items()}
-    problems = {path: why for path, why in whys.items() if why} | problems
+    for path, site in trained.items():
+        if reason := why_not_trained(site):
+            problems.setdefault(path, reason)
     geometries = find_targets(values, config, kinds, problems)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(leaves_by_path(nnx.to_pure_dict(nnx.state(model))), targets)
+    # 3. Pack the kernels, and replace variables and classes.
     base, lora = init_targets(rngs.params(), values, config, geometries, donate=donate)
     adapters = leaves_by_path(lora)
-    by_module: dict[int, list[Site]] = {}
     for path, site in (targets | trained).items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
+    by_module: dict[int, list[Site]] = {}
     for site in (targets | rows).values():
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
@@ -128,7 +132,6 @@ def wrap(
 
 
 def _refuse_wrapped(model: nnx.Module, config: QLoRAConfig) -> None:
-    """Raises ValueError if an earlier call has packed the targets."""
     paths = [join_path(path) for path, *_ in adapted_kernels(model)]
     if wrapped := [path for path in paths if config.is_target(path)]:
         raise ValueError(
@@ -138,22 +141,22 @@ def _refuse_wrapped(model: nnx.Module, config: QLoRAConfig) -> None:
 
 
 def _unknown_axes(
-    paths: list[str], values: dict[str, Any], config: QLoRAConfig
+    paths: list[str], values: dict[str, Array], config: QLoRAConfig
 ) -> dict[str, str]:
     """Returns errors, by path, for linen kernels whose axes are unknown."""
-    why = (
+    reason = (
         "its linen module alone knows which of its {} axes it contracts. Pass the "
         "arguments of a sample call to ql.nnx.wrap, or set config.contract."
     )
     return {
-        path: why.format(values[path].ndim)
+        path: reason.format(values[path].ndim)
         for path in paths
         if values[path].ndim > 2 and config.contract_of(path) is None
     }
 
 
 def adapt(
-    holder: Holder, name: str, path: str, base: Any, lora: Adapter, rngs: nnx.Rngs
+    holder: Holder, name: str, path: str, base: Leaf, lora: Adapter, rngs: nnx.Rngs
 ) -> None:
     """Replaces a float kernel by a frozen kernel and its adapter."""
     if isinstance(lora, Trained):
@@ -164,11 +167,12 @@ def adapt(
         return
     stream, kernel = None, as_kernel(base)
     if lora.dropout:
+        # Each layer of a stack gets its own stream, which scans slice. A linen module
+        # gets its whole stack, and one key for all of it.
         stack = base.shape[: len(base.shape) - len(lora.geometry.kinds)]
-        # A linen module gets its whole stack, and one key for all of it.
         in_linen = isinstance(holder, dict) or runs_linen(holder)
-        split = stack and not in_linen
-        stream = rngs.dropout.split(stack) if split else rngs.dropout.fork()
+        is_split = stack and not in_linen
+        stream = rngs.dropout.split(stack) if is_split else rngs.dropout.fork()
     if kernel.is_packed:
         set_attribute(holder, name, pack(attributes(holder)[name], base))
     trained = kernel.packing if kernel.is_trained else None
@@ -178,9 +182,10 @@ def adapt(
 def _change_class(module: nnx.Module, names: list[str]) -> None:
     cls: Any = type(module)
     if runs_linen(module):
-        new = cls if hasattr(cls, "qlora_original") else packed_linen(cls)
+        # A bridge that was wrapped before, for other targets, has its class already.
+        new_class = cls if hasattr(cls, "qlora_original") else packed_linen(cls)
     elif (rule := packed_rule(module, names)) is not None and not rule.is_partial:
-        new = packed(cls)
+        new_class = packed(cls)
     else:
-        new = materializing(cls, tuple(sorted(names)))
-    object.__setattr__(module, "__class__", new)
+        new_class = materializing(cls, tuple(sorted(names)))
+    object.__setattr__(module, "__class__", new_class)

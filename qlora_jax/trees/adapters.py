@@ -212,8 +212,8 @@ def value_and_grad(
         has_aux: Whether `fun` returns a pair, the second being auxiliary.
 
     Raises:
-        TypeError: When the returned function is called, as by `jax.value_and_grad`, if
-            `fun` does not return a scalar.
+        TypeError: When the returned function is called, if `fun` does not return a
+            scalar.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -34,8 +34,8 @@ class Bank:
     Attributes:
         lora: The trained arrays: a tree whose arrays have one more axis in front, the E
             places of the bank. `jax.vmap(optimizer.init)(bank.lora)` therefore gives
-            each adapter its own optimizer state. Ranks are padded with zeros, which add
-            nothing and get no gradient.
+            each adapter its own state. Ranks are padded with zeros, whose gradient is
+            zero.
         scaling: The scalings by path, float32 `[E, *batch]`. They are not trained.
 
     Example:
@@ -64,8 +64,8 @@ class Bank:
 
         Raises:
             IndexError: If the bank does not have the place.
-            TypeError: If the place is not an integer, or if the values of the bank,
-                which determine the ranks, are unknown in a trace.
+            TypeError: If the place is not an integer, or a trace does not know the
+                values of the bank, which determine the ranks.
         """
         index = self._checked_index(place)
         if not isinstance(index, int) or not all(
@@ -87,17 +87,14 @@ class Bank:
             return map_by_path(read_adapter, self.lora)
 
     def with_adapter(self, place: int | Int[Array, ""], lora: Tree) -> "Bank":
-        """Returns the bank with another adapter at a place.
-
-        Shapes stay the same, so functions of a bank are not compiled again.
+        """Returns the bank with another adapter at a place, and the same shapes.
 
         Args:
             place: From 0 to `len(bank) - 1`.
             lora: A lora tree of the same base, with ranks of at most those of the bank.
 
         Raises:
-            IndexError: If the bank does not have the place. A place that is traced is
-                not checked.
+            IndexError: If the bank does not have the place, unless it is traced.
             TypeError: If the place is not an integer.
             ValueError: If adapters do not fit; all are listed.
         """
@@ -130,15 +127,14 @@ def bank(
 ) -> Bank:
     """Returns a bank of adapters of one base, which share it in one batch.
 
-    `select` chooses from it. Where an adapter lacks a path, the bank has a LoRA of
-    zeros, which adds nothing.
+    `select` chooses from it. Where an adapter lacks a path, it gets zeros there, which
+    add nothing.
 
     Args:
         adapters: Lora trees of one base. Their ranks, scalings and targets may differ.
             Adapters that are placed on a mesh keep their placement.
         capacity: The number of places, with room for adapters that come later
-            (`Bank.with_adapter`); by default the number of adapters. Unused places hold
-            zeros.
+            (`Bank.with_adapter`); by default the number of adapters.
         dropout: The dropout rate; by default that of the adapters, which must be equal.
 
     Raises:
@@ -178,16 +174,15 @@ def bank(
 def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
     """Returns a lora tree that applies the chosen adapters of a bank.
 
-    The result can be used like any other lora tree. A batch may use several adapters:
-    the kernel is decoded once for all of them, and `x A` and `(x A) B` are computed
-    with each row's A and B. Differentiable in `bank.lora`: each row contributes to the
-    gradient of the adapter that it uses.
+    A batch may use several adapters: the kernel is decoded once for all of them, and `x
+    A` and `(x A) B` are computed with each row's A and B. Differentiable in
+    `bank.lora`: each row contributes to the gradient of the adapter that it uses.
 
     Args:
         bank: The bank.
         ids: Places in the bank: one for all rows, or `[R]`, one for each row of the
             first axis of the kernels' inputs. -1 selects the base alone. Out-of-range
-            ids that are known raise; others return NaN under `jit`.
+            ids return NaN where they are traced.
 
     Raises:
         TypeError: If `bank` is not a Bank, or `ids` are not integers.

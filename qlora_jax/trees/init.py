@@ -9,8 +9,7 @@ from .._jax.memory import check_donated
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
 from ..adapters.dora import new_adapter
-from ..adapters.trained import new_trained
-from ..adapters.trained_rows import new_trained_rows
+from ..adapters.trained import new_trained, new_trained_rows
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
 from .paths import (
@@ -34,10 +33,9 @@ def init(
     Targets become `QTensor` leaves (QLoRA, Dettmers et al. 2023, section 3). Each
     adapter initially adds nothing, as in LoRA (Hu et al. 2021, section 4.1): B is zero,
     and A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`, PEFT's Kaiming-uniform default.
-
     Targets that are already packed (`QTensor`) keep their packing and get an adapter
-    too. For shapes, use
-    `jax.eval_shape(lambda key, params: ql.init(key, params, config), key, params)`.
+    too. For shapes, use `jax.eval_shape(lambda key, params: ql.init(key, params,
+    config), key, params)`.
 
     Args:
         key: PRNG key for A.
@@ -52,9 +50,9 @@ def init(
     Returns:
         The base tree and the lora tree. The base tree is `params` with a kernel at each
         target: a QTensor, a StraightThrough if `config.freeze_base` is False, or the
-        float array if `config.fmt` is None. Kernels stay in their boxes. The lora tree
-        is a nested dict with an adapter at each target's path, a `Trained` at the path
-        of each leaf that `config.trainable` matches, and nothing else.
+        float array if `config.fmt` is None. The lora tree is a nested dict with an
+        adapter at the path of each target, and a `Trained` at that of each leaf that
+        `config.trainable` matches.
 
     Raises:
         TypeError: If `key` is not a PRNG key, or `config` is not a QLoRAConfig.
@@ -63,8 +61,8 @@ def init(
             finite, a float array called `weight` without `config.contract`), all listed
             with the reason; if an adapter would be larger than its kernel, whose axes
             are not in `contract`, and no `rank_pattern` matches it; if two paths have
-            the same spelling; or if `donate` is set and a target shares its array with
-            another leaf.
+            the same spelling; or if a donated target shares its array with another
+            leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -18,9 +18,8 @@ from ..adapters.base import Adapter, replace_arrays
 from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
 from ..quant.kernel import Kernel, as_kernel, is_packed
-from ..quant.pack import check_values, quantize_checked
+from ..quant.pack import StraightThrough, check_values, quantize_checked
 from ..quant.qtensor import QTensor
-from ..quant.straight_through import StraightThrough
 from .adapters import adapters_by_keys, adapters_by_path
 from .paths import (
     KeyPath,
@@ -60,12 +59,11 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     Args:
         base: The base tree, or one kernel.
         lora: The lora tree, or one adapter.
-        requantize: Pack the merged kernels again, each in its format. This rounds every
-            weight once more: a change of less than half a step returns to the former
-            value, and most of the adapter is lost. To merge into 4 bits, merge into the
-            float weights that the base was made from, and `quantize` those. Kernels
-            that are trained through their quantization are packed too; kernels without
-            a format stay in float.
+        requantize: Pack the merged kernels again, each in its format, unless it has
+            none. A change of less than half a step is then rounded away, and most of
+            the adapter is lost. To merge into 4 bits, merge into the original float
+            weights, and `quantize` those. Packs kernels that are trained through their
+            quantization too.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -140,16 +138,15 @@ def with_float_kernels(
 ) -> Callable[..., Any]:
     """Returns `fn(merge(base, lora), ...)` as a function of a base and a lora tree.
 
-    For layers that need float weights, such as convolutions. The float weights, with
-    the adapters merged in, exist only during the call. The backward pass computes them
-    and `fn` again (`jax.checkpoint`), so wrap a layer instead of a model. `lora` may be
-    None.
+    For layers that need float weights, such as convolutions. The merged float weights
+    exist only during the call. The backward pass computes them and `fn` again
+    (`jax.checkpoint`), so wrap a layer instead of a model. `lora` may be None.
 
     Args:
         fn: A function of a tree of float parameters, and of other arguments.
-        policy: The policy of `jax.checkpoint`, which selects the intermediate values of
-            `fn` that are saved; by default none. A policy that saves matrix products
-            also saves the adapters' `A B`, which is as large as the kernels.
+        policy: The policy of `jax.checkpoint`: which values of `fn` are saved, by
+            default none. A policy that saves matrix products also saves the adapters'
+            `A B`, which is as large as the kernels.
 
     Raises:
         TypeError: When the returned function is called, as by `merge`.
@@ -186,8 +183,8 @@ def merge_adapters(
     """Returns one lora tree for a weighted sum of adapters of one base.
 
     The methods are those of PEFT's `add_weighted_adapter`. The result has scaling 1:
-    the weights and the scalings of the adapters are multiplied into A, or into A and B.
-    Its dtype can represent the dtypes of all adapters.
+    weights and scalings are multiplied into A, or into A and B. Its dtype can represent
+    the dtypes of all adapters.
 
     Args:
         adapters: Lora trees of one base. An adapter without a path adds nothing there.
@@ -197,15 +194,13 @@ def merge_adapters(
             "linear" adds the adapters' A and B, each times the square root of its
             weight and scaling. This differs from the sum of their products, since it
             multiplies one adapter's A with another's B; ranks must be equal.
-        rank: The rank for "svd"; by default the largest rank of the adapters. None for
-            the other methods, whose ranks follow from those of the adapters.
+        rank: The rank for "svd", by default the largest of the adapters; else None.
 
     Raises:
         ValueError: If there are no adapters, the number of weights differs, a weight is
             not finite, or the method is unknown; if `rank` is not a positive integer,
-            or is set for a method other than "svd"; or if an adapter is not a `LoRA`,
-            or has a different shape or dropout than another at its path. All such
-            paths are listed.
+            or is set for another method; or if adapters are not a `LoRA`, or differ in
+            shape or dropout at a path; all are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

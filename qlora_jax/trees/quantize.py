@@ -12,12 +12,16 @@ from jaxtyping import Array, Float, Float32
 from .._jax.memory import check_donated, delete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
+from ..quant.formats import Packing
 from ..quant.geometry import Contract, Geometry, to_matrix
 from ..quant.kernel import Kernel, as_kernel
-from ..quant.pack import check_kernel, quantize_checked, quantize_kernel
+from ..quant.pack import (
+    StraightThrough,
+    check_kernel,
+    quantize_checked,
+    quantize_kernel,
+)
 from ..quant.qtensor import QTensor
-from ..quant.settings import Packing
-from ..quant.straight_through import StraightThrough
 from .adapters import check_structure
 from .paths import Leaf, Tree, fused_with, leaves_by_path, map_by_path
 from .targets import find_targets
@@ -128,20 +132,17 @@ def quantize(
     Blockwise k-bit quantization with a table of values (QLoRA, Dettmers et al. 2023,
     section 3). Codes and scales equal those of bitsandbytes for "nf4" and "fp4", of
     compressed-tensors for "int4_f16" (also the form of AWQ and GPTQ), "mxfp4" and
-    "nvfp4", and of llama.cpp for "q4_0". A block whose scale is below 1.18e-38, the
-    smallest normal float32, decodes to 0 (bitsandbytes keeps it on CPUs). The scale is
-    the largest weight in "nf4" and "fp4", a seventh of it in "int4" and 1/127 of it in
-    "int8".
-
-    Kernels that were trained through their quantization (`freeze_base=False`), alone or
-    in a tree, are packed in the settings of their training, which the config must have
-    too.
+    "nvfp4", and of llama.cpp for "q4_0". The scale is the largest weight in "nf4" and
+    "fp4", a seventh of it in "int4" and 1/127 of it in "int8". A block whose scale is
+    below 1.18e-38, the smallest normal float32, decodes to 0 (bitsandbytes keeps it on
+    CPUs). Kernels that were trained through their quantization (`freeze_base=False`)
+    are packed in the settings of their training, which the config must have too.
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
             bfloat16, float16, float32 or float64; or a tree, with a config.
-        fmt: The number format, one of "fp4", "int4", "int8", "nf4", "int4_f16",
-            "q4_0", "mxfp4" and "nvfp4"; or a `QLoRAConfig` with all settings.
+        fmt: The number format, one of "fp4", "int4", "int8", "nf4", "int4_f16", "q4_0",
+            "mxfp4" and "nvfp4"; or a `QLoRAConfig` with all settings.
         block_size: The number of weights along K that share a scale: a power of two, 16
             to 4096, by default 64. "int4_f16" has 128 (its default), 64 or 32, "q4_0"
             and "mxfp4" 32, "nvfp4" 16, and K must be a multiple of it.
@@ -153,14 +154,12 @@ def quantize(
         donate: Delete each float array once it is quantized, as in `init`.
 
     Raises:
-        TypeError: If the array is not floating-point (float8 is not supported), or is
-            a shape (call `quantize` under `jax.eval_shape` for shapes); if `fmt` is
-            neither a string nor a config; or if `params` is a tree and `fmt` is not a
-            config.
-        ValueError: If the array has fewer than two axes; if a setting is out of range,
-            or is combined with a config; or, outside jit, if a weight is not finite, or
-            is so large that the sum of the scales overflows in double quantization. For
-            a tree, as `init`.
+        TypeError: If the array is not floating-point (float8 is not supported) or is a
+            shape (call `quantize` under `jax.eval_shape`); if `fmt` is neither a string
+            nor a config; or if `params` is a tree and `fmt` is not a config.
+        ValueError: If the array has fewer than two axes; if a setting is out of range
+            or combined with a config; or, outside jit, if a weight is not finite, or so
+            large that the sum of the scales overflows. For a tree, as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -204,12 +203,12 @@ def dequantize(tree: Tree, dtype: DTypeLike | None = None) -> Tree:
     Args:
         tree: A QTensor or StraightThrough, or a tree that holds some. Other leaves are
             returned unchanged.
-        dtype: The dtype of the result, by default that of the kernel. Weights are first
-            rounded to the dtype of the kernel.
+        dtype: The dtype of the result, by default that of the kernel, to which weights
+            are always rounded first.
 
     Raises:
-        TypeError: If the tree holds an adapter (use `merge` instead), or if `dtype` is
-            not floating-point.
+        TypeError: If the tree holds an adapter (use `merge`), or `dtype` is not
+            floating.
         ValueError: If the tree was restored without its structure.
 
     Example:

@@ -13,9 +13,8 @@ from .._jax.memory import is_concrete
 from .._jax.pytree import is_box
 from .._jax.specs import Axes, axes_of, make_spec, ways
 from ..adapters.base import Adapter, replace_arrays, stored_axes
-from ..adapters.patterns import first_match, unmatched_by
-from ..quant.kernel import Kernel, is_packed
-from ..quant.placement import Placement
+from ..adapters.config import first_match, unmatched_by
+from ..quant.kernel import Kernel, Placement, is_packed
 from ..quant.qtensor import placed
 from .adapters import adapters_by_path
 from .paths import (
@@ -52,21 +51,16 @@ def place(
     weights are gathered packed. A is split along K and B along N, over all mesh axes of
     the kernel, and so is the optimizer's state.
 
-    With `memory="host"`, host memory holds the codes of packed stacks, which are
-    kernels with an axis of layers, as in a model whose layers run in a scan. A product
-    moves the codes of its layer to the device. `memory="device"` moves them back.
-
     Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
-    `jax.ShapeDtypeStruct`. Shapes are returned with their `sharding` set, for
-    `jit(...).lower` and checkpoint readers.
+    `jax.ShapeDtypeStruct`, whose `sharding` is set, for `jit(...).lower` and
+    checkpoints.
 
     Args:
         base: The base tree, of arrays or `jax.ShapeDtypeStruct`.
         lora: The lora tree.
         mesh: The mesh, with Auto axes, Explicit axes or both.
-        rules: Specs by path pattern, for the shape of the float kernel, not of codes.
-            The first pattern that matches the full path is used. Leaves that no rule
-            matches are replicated.
+        rules: Specs by path pattern, for the shape of the float kernel. The first
+            pattern that matches the full path is used. Other leaves are replicated.
         specs: Instead of rules, a tree like the float parameters: PartitionSpecs, or
             boxes that hold names, such as `nn.Partitioned`. By default the boxes in
             `base`.
@@ -74,7 +68,9 @@ def place(
             None for an axis that is not split.
         rows: The mesh axes that split the row axes of inputs: batch, then perhaps
             sequence. Each entry is a name, several, or None.
-        memory: Where the codes of packed stacks are stored between products.
+        memory: Where the codes of packed stacks are stored between products. Stacks are
+            kernels with an axis of layers, as in a scan. With "host", each product
+            moves the codes of its layer to the device.
 
     Raises:
         TypeError: If `base` is a combined tree.

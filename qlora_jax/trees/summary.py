@@ -74,9 +74,9 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
     """Returns a table of every leaf: its shape, format, bits per parameter and bytes.
 
     It has a row for each leaf in `base` and `lora` (`path`, `shape`, `fmt`, `params`,
-    `nbytes`, `float_nbytes`, `trainable`), and totals in bytes: `float_bytes` (the base
-    without packing), `base_bytes` and `lora_bytes`. `trainable_params` counts the
-    trained weights. `print` shows it as a table.
+    `nbytes`, `float_nbytes`, `trainable`), totals in bytes, `float_bytes` (the base
+    without packing), `base_bytes` and `lora_bytes`, and the number of
+    `trainable_params`.
 
     Args:
         base: The base tree, or a combined tree.

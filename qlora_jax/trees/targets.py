@@ -6,8 +6,13 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.config import QLoRAConfig, check_config, settings_by_pattern
-from ..adapters.patterns import matches, unmatched_by
+from ..adapters.config import (
+    QLoRAConfig,
+    check_config,
+    matches,
+    settings_by_pattern,
+    unmatched_by,
+)
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry, roles_fit
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_kernel, check_values

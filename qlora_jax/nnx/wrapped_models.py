@@ -1,0 +1,266 @@
+"""Functions of wrapped models: merge, split, join, place, and adapters off and on."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..adapters.base import why_not
+from ..quant.kernel import as_kernel
+from ..trees.merge import merge as merge_trees
+from ..trees.paths import Leaf, Tree, leaves_by_path, nested, refuse_listed
+from ..trees.sharding import MeshAxes, spec_of_names
+from ..trees.sharding import place as place_trees
+from .variables import (
+    Packed,
+    adapted_kernels,
+    adapter_of,
+    base_of,
+    del_attribute,
+    is_base,
+    join_path,
+    set_attribute,
+    unpack,
+    variable_of,
+)
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def merge(model: M) -> M:
+    """Returns a plain float model, with the adapters added as by `qlora_jax.merge`.
+
+    Kernels get their dtype, variable type and metadata back, and modules their class.
+
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+            A model without adapters is copied.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> from flax import nnx
+        >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        >>> wrapped = ql.nnx.wrap(model, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
+        >>> type(ql.nnx.merge(wrapped)).__name__
+        'Linear'
+    """
+    model = nnx.clone(model)
+    for _, holder, name in adapted_kernels(model):
+        value = merge_trees(base_of(holder, name), adapter_of(holder, name).adapter)
+        set_attribute(holder, name, unpack(variable_of(holder, name), value))
+        del_attribute(holder, f"{name}_lora")
+    for _, module in nnx.iter_modules(model):
+        original = getattr(type(module), "qlora_original", None)
+        if original is not None:
+            object.__setattr__(module, "__class__", original)
+    return model
+
+
+def split(model: nnx.Module) -> tuple[dict, dict]:
+    """Returns the base and the lora tree of a model, as nested dicts.
+
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> from flax import nnx
+        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
+        >>> base, lora = ql.nnx.split(layer)
+        >>> sorted(base), lora["kernel"].rank
+        (['bias', 'kernel'], 4)
+    """
+    base: dict[str, Leaf] = {}
+    lora: dict[str, Leaf] = {}
+    for path, variable in _base_variables(model).items():
+        base[path] = variable.get_value()
+    for path, holder, name in adapted_kernels(model):
+        base[join_path(path)] = base_of(holder, name)
+        lora[join_path(path)] = adapter_of(holder, name).adapter
+    return nested(base), nested(lora)
+
+
+def join(model: M, base: Tree, lora: Tree) -> M:
+    """Returns a new model with the parameters of two trees: the inverse of `split`.
+
+    Use it to load adapters from a file into a wrapped model, also of other ranks.
+
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+        base: A base tree with the same leaves as that of `split`.
+        lora: A lora tree with adapters at the same paths as that of `split`. Dropout
+            stays that of the model.
+
+    Raises:
+        ValueError: If leaves are missing, unexpected, or differ in type or shape from
+            those of the model, or if adapters do not fit; all are listed.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
+        >>> other = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> joined = ql.nnx.join(layer, *ql.nnx.split(other))
+        >>> ql.nnx.split(joined)[1]["kernel"].rank
+        2
+    """
+    model = nnx.clone(model)
+    leaves, adapters = leaves_by_path(base), leaves_by_path(lora)
+    old_leaves, old_adapters = map(leaves_by_path, split(model))
+    # Check everything before the first variable changes.
+    problems = []
+    for kind, new, old in [
+        ("leaf", leaves, old_leaves),
+        ("adapter", adapters, old_adapters),
+    ]:
+        problems += [f"{path}: no {kind}." for path in old.keys() - new.keys()]
+        problems += [f"{path}: no such {kind}." for path in new.keys() - old.keys()]
+    for path in leaves.keys() & old_leaves.keys():
+        new, old = as_kernel(leaves[path]), as_kernel(old_leaves[path])
+        if (type(new), new.shape) != (type(old), old.shape):
+            problems.append(
+                f"{path}: it must be of type {type(old).__name__} and shape "
+                f"{old.shape}. Got {type(new).__name__} and {new.shape}."
+            )
+        if path in adapters and (reason := why_not(adapters[path], leaves[path])):
+            problems.append(f"{path}: {reason}")
+    refuse_listed("these are not the parameters of the model", sorted(problems))
+    for path, variable in _base_variables(model).items():
+        variable.set_value(as_kernel(leaves[path]).value)
+    for path, holder, name in adapted_kernels(model):
+        adapter, path = adapter_of(holder, name), join_path(path)
+        adapter.set(adapters[path])
+        if adapter.frozen is not None:
+            adapter.frozen.set_value(leaves[path])
+    return model
+
+
+def _base_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    nodes = list(nnx.iter_graph(model))
+    return {join_path(path): node for path, node in nodes if is_base(node)}
+
+
+def place(
+    model: M,
+    mesh: Mesh,
+    rules: Mapping[str, PartitionSpec] | None = None,
+    *,
+    logical_axes: Mapping[str, MeshAxes] | None = None,
+    rows: Sequence[MeshAxes] = (),
+    memory: Literal["device", "host"] = "device",
+) -> M:
+    """Returns a wrapped model on a mesh, as `qlora_jax.sharding.place` two trees.
+
+    Codes and scales are split as the float kernel would be, A along K and B along N.
+    All other variables are replicated.
+
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+        mesh: The mesh, with Auto axes, Explicit axes or both.
+        rules: Specs of float kernels and other parameters, by path pattern. By default
+            the sharding metadata of the model's variables (`out_sharding`).
+        logical_axes: Maps names in that metadata that are not mesh axes to mesh axes.
+        rows: The mesh axes that split the row axes of inputs.
+        memory: Where the codes of packed stacks are stored between products, as in
+            `qlora_jax.sharding.place`.
+
+    Raises:
+        ValueError: As `qlora_jax.sharding.place`.
+
+    Example:
+        >>> import jax, qlora_jax as ql
+        >>> from flax import nnx
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+        >>> layer = ql.nnx.place(layer, mesh, {"kernel": P("fsdp")}, rows=["fsdp"])
+        >>> tuple(layer.kernel.get_value().codes.sharding.spec)
+        ('fsdp', None)
+    """
+    specs = None
+    if rules is None:
+        specs = nested(
+            {
+                path: spec_of_names(_axis_names(variable), logical_axes or {})
+                for path, variable in _base_variables(model).items()
+            }
+        )
+    trees = split(model)
+    trees = place_trees(*trees, mesh, rules, specs=specs, rows=rows, memory=memory)
+    model = join(model, *trees)
+    # Replicate the variables that are in neither tree, such as batch statistics.
+    placed = {id(variable) for variable in _base_variables(model).values()}
+    for _, holder, name in adapted_kernels(model):
+        placed.update(map(id, adapter_of(holder, name).variables.values()))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable) and id(node) not in placed:
+            node.set_value(jax.device_put(node.get_value(), replicated))
+    return model
+
+
+def _axis_names(variable: nnx.Variable) -> Sequence[MeshAxes]:
+    metadata = variable.get_metadata()
+    # A packed variable keeps the metadata of the float one that it replaced.
+    if isinstance(variable, Packed):
+        metadata = dict(variable.get_metadata("float_metadata"))
+    return metadata.get("out_sharding") or ()
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nnx.Module) -> Iterator[None]:
+    """A context in which a wrapped model computes without its adapters.
+
+    Like PEFT's `disable_adapter`, it is for the outputs of the base model, such as the
+    reference of a preference loss. No product of an adapter is computed, and no dropout
+    is drawn. `merge` and `split` still include the adapters.
+
+    Like `model.eval()`, this changes the graph definition: it works inside and outside
+    of `nnx.jit`, `nnx.grad` and `nnx.scan`, and `nnx.jit` compiles a second program.
+    Earlier results of `nnx.split` and `nnx.cached_partial` keep their definition.
+
+    Args:
+        model: A wrapped model, one with `QLoRALinear` in it, or a part of either.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If the model has no adapters.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> from flax import nnx
+        >>> layer, x = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
+        >>> layer.kernel_lora.b[...] += 1  # as training does
+        >>> with ql.nnx.disable_adapters(layer):
+        ...     y = layer(x)
+        >>> bool(jnp.allclose(y, x @ ql.dequantize(layer.kernel.get_value())))
+        True
+        >>> bool(jnp.allclose(y, layer(x)))
+        False
+    """
+    kernels = [(holder, name) for _, holder, name in adapted_kernels(model)]
+    adapters = [adapter_of(*kernel) for kernel in kernels]
+    if not adapters:
+        raise ValueError(
+            "`model` must have adapters: wrap it first. Got "
+            f"{type(model).__name__} without any."
+        )
+    was_enabled = [adapter.enabled for adapter in adapters]
+
+    def enable(flags: list[bool]) -> None:
+        for (holder, name), adapter, flag in zip(kernels, adapters, flags, strict=True):
+            adapter.enabled = flag
+            # A leaf that is trained in full is replaced, since its module reads it.
+            if adapter.frozen is not None:
+                variable = adapter.variables["value"] if flag else adapter.frozen
+                set_attribute(holder, name, variable)
+
+    try:
+        enable([False] * len(adapters))
+        yield
+    finally:
+        enable(was_enabled)
