@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, Int
 
 from .._jax.progress import progress_bar
 from ..models.decoder import init_cache
@@ -21,68 +22,73 @@ if TYPE_CHECKING:
 
 
 class Answered(NamedTuple):
-    """An answer, without special tokens."""
+    """A generated answer, without special tokens."""
 
     text: str
-    new_tokens: int  # with the one that ended it
-    finished: bool  # whether a token ended it
+    new_tokens: int  # including the token that ended the answer
+    finished: bool  # whether a token ended the answer
 
 
 def answers(
     model: Any,
-    variables: Any,
+    variables: Mapping[str, Any],
     tokenizer: "Tokenizer",
     examples: Sequence["Example"],
     *,
     max_new_tokens: int,
     batch_size: int,
     sampling: Sampling = GREEDY,
-    key: Any = None,
+    key: Array | None = None,
     progress: bool = True,
 ) -> list[Answered]:
     """Returns the answer to each example."""
-    found: list[Any] = [None] * len(examples)
+    answered: dict[int, Answered] = {}
     total = len(examples)
     with progress_bar("answering", " prompts", progress, total=total) as bar:
-        for end_ids, part, size in _groups(examples, batch_size):
-            prompts = [examples[index].prompt for index in part]
-            new = _new_tokens(
+        for end_ids, indices, num_rows in _group(examples, batch_size):
+            prompts = [examples[index].prompt for index in indices]
+            new_tokens = _generate(
                 variables,
-                # The last batch of a group is filled up, so that all have one size.
-                *_pad(prompts + prompts[-1:] * (size - len(part))),
-                key if key is None else jax.random.fold_in(key, part[0]),
+                # The last batch of a group repeats a prompt until it has the size of
+                # the others, which saves compiling another program.
+                *_pad(prompts + prompts[-1:] * (num_rows - len(indices))),
+                key if key is None else jax.random.fold_in(key, indices[0]),
                 model=model,
                 max_new_tokens=max_new_tokens,
                 end_ids=end_ids,
                 sampling=sampling,
             )
-            for index, ids in zip(part, np.asarray(new).tolist(), strict=False):
-                ends = [place for place, x in enumerate(ids) if x in end_ids]
-                text = tokenizer.decode(ids[: ends[0] if ends else None])
-                size = ends[0] + 1 if ends else len(ids)
-                found[index] = Answered(text, size, bool(ends))
-            bar.update(len(part))
-    return found
+            rows = np.asarray(new_tokens).tolist()
+            for index, ids in zip(indices, rows, strict=False):
+                end = next((i for i, x in enumerate(ids) if x in end_ids), None)
+                size = len(ids) if end is None else end + 1
+                text = tokenizer.decode(ids[:end])
+                answered[index] = Answered(text, size, end is not None)
+            bar.update(len(indices))
+    return [answered[index] for index in range(total)]
 
 
-def _groups(
+def _group(
     examples: Sequence["Example"], batch_size: int
 ) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
-    """Yields end tokens, example indices and rows of batches of similar length."""
-    by_ends: dict[tuple[int, ...], list[int]] = {}
+    """Yields the end tokens, the example indices and the size of each batch.
+
+    The examples of a batch have the same end tokens, and prompts of similar length.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
-        by_ends.setdefault(tuple(examples[index].end_ids), []).append(index)
-    for end_ids, group in by_ends.items():
+        groups.setdefault(tuple(examples[index].end_ids), []).append(index)
+    for end_ids, group in groups.items():
         size = min(batch_size, len(group))
         for start in range(0, len(group), size):
             yield end_ids, group[start : start + size], size
 
 
 def exact_match(texts: Sequence[str], examples: Sequence["Example"]) -> float:
-    """Returns the share of texts that equal the answer, but for spaces around it."""
+    """Returns the share of texts that equal the answer, ignoring outer white space."""
     pairs = zip(texts, examples, strict=True)
-    right = [text.strip() == example.answer.strip() for text, example in pairs]
-    return sum(right) / len(right)
+    matches = [text.strip() == example.answer.strip() for text, example in pairs]
+    return sum(matches) / len(matches)
 
 
 def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -96,20 +102,29 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 @functools.partial(
     jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "sampling")
 )
-def _new_tokens(
-    variables, tokens, lengths, key, *, model, max_new_tokens: int, end_ids, sampling
-):
-    batch, width = tokens.shape
-    new = generate(
+def _generate(
+    variables: Mapping[str, Any],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    key: Array | None,
+    *,
+    model: Any,
+    max_new_tokens: int,
+    end_ids: tuple[int, ...],
+    sampling: Sampling,
+) -> Int[Array, "B N"]:
+    batch_size, width = tokens.shape
+    new_tokens = generate(
         functools.partial(model.apply, variables),
         tokens,
         lengths,
-        init_cache(model.config, batch, width + max_new_tokens),
+        init_cache(model.config, batch_size, width + max_new_tokens),
         max_new_tokens=max_new_tokens,
         eos_ids=end_ids,
         key=key,
         **dataclasses.asdict(sampling),
     )
-    # On a mesh, each process needs all answers.
-    is_split = not get_abstract_mesh().empty
-    return lax.with_sharding_constraint(new, PartitionSpec()) if is_split else new
+    if get_abstract_mesh().empty:
+        return new_tokens
+    # On a mesh, each process needs the answers of all rows.
+    return lax.with_sharding_constraint(new_tokens, PartitionSpec())

@@ -1,6 +1,7 @@
 """Learning rate schedules and optimizers."""
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import optax
 
@@ -20,19 +21,19 @@ def make_schedule(
     end: float = 0.0,
     decay: float = 0.1,
 ) -> optax.Schedule:
-    """Returns the learning rate, a function of the number of updates made so far.
+    """Returns the learning rate as a function of the number of updates so far.
 
-    It rises linearly from 0 during the warmup. Then "cosine" and "linear" fall to `end`
-    at the last step, "constant" stays, and "wsd" (warmup, stable, decay; Hu et al.
-    2024, MiniCPM, section 4) stays and falls linearly over the last steps.
+    It rises linearly from 0 during the warmup. Then "cosine" and "linear" decay to
+    `end` at the last step, and "constant" stays. "wsd" (warmup, stable, decay; Hu et
+    al. 2024, MiniCPM, section 4) stays, and decays linearly over the last steps.
 
     Args:
         name: The schedule.
-        learning_rate: The highest one.
-        steps: Steps of the run, with the warmup.
-        warmup: Steps of the warmup.
-        end: The last learning rate; "constant" has none.
-        decay: For "wsd": the share of the steps in which it falls, in (0, 1].
+        learning_rate: The peak learning rate.
+        steps: The number of steps of the run, including the warmup.
+        warmup: The number of warmup steps.
+        end: The last learning rate. Unused by "constant".
+        decay: For "wsd": the share of the steps that decay, in (0, 1].
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -58,21 +59,25 @@ def make_schedule(
         )
     if not 0 < decay <= 1:
         raise ValueError(f"`decay` must be in (0, 1]. Got {decay}.")
-    rest = steps - warmup
-    parts = [optax.linear_schedule(0.0, learning_rate, warmup)] if warmup else []
-    joints = [warmup] if warmup else []
+    # Each schedule starts at the boundary before it, and counts steps from there.
+    schedules, boundaries = [], []
+    if warmup:
+        schedules.append(optax.linear_schedule(0.0, learning_rate, warmup))
+        boundaries.append(warmup)
+    num_steps = steps - warmup
     if name == "cosine":
-        share = end / learning_rate if learning_rate else 0.0
-        parts.append(optax.cosine_decay_schedule(learning_rate, rest, share))
+        end_share = end / learning_rate if learning_rate else 0.0  # optax's `alpha`
+        decay_by_cosine = optax.cosine_decay_schedule
+        schedules.append(decay_by_cosine(learning_rate, num_steps, end_share))
     elif name == "linear":
-        parts.append(optax.linear_schedule(learning_rate, end, rest))
+        schedules.append(optax.linear_schedule(learning_rate, end, num_steps))
     else:
-        parts.append(optax.constant_schedule(learning_rate))
+        schedules.append(optax.constant_schedule(learning_rate))
     if name == "wsd":
-        last = min(rest, max(1, round(decay * steps)))
-        parts.append(optax.linear_schedule(learning_rate, end, last))
-        joints.append(steps - last)
-    return optax.join_schedules(parts, joints)
+        decay_steps = min(num_steps, max(1, round(decay * steps)))
+        schedules.append(optax.linear_schedule(learning_rate, end, decay_steps))
+        boundaries.append(steps - decay_steps)
+    return optax.join_schedules(schedules, boundaries)
 
 
 def make_optimizer(
@@ -88,20 +93,20 @@ def make_optimizer(
     """Returns the optimizer of the adapters.
 
     Args:
-        name: "adamw" (Loshchilov and Hutter 2019), "adamw8bit" (the same with moments
-            in 8 bits: `ql.optim.adamw8bit`), "lion" (Chen et al. 2023), or "adafactor"
+        name: "adamw" (Loshchilov and Hutter 2019), "adamw8bit" (AdamW with moments in
+            8 bits: `ql.optim.adamw8bit`), "lion" (Chen et al. 2023), or "adafactor"
             (Shazeer and Stern 2018) without its relative step.
         schedule: The learning rate, or a function of the step.
-        clip: The largest global norm of the gradient; None for no limit.
-        weight_decay: Share of a weight that an update at learning rate 1 subtracts.
-        beta1: Decay of the first moment. Adafactor has none.
-        beta2: Decay of the second moment, 0.999 by default; for lion, that of the
-            momentum, 0.99 by default. Adafactor has a schedule for it.
-        offload: Whether its state is in host memory between steps, and on the device
-            one layer at a time (`ql.optim.offload`). Not for adafactor.
+        clip: The largest global norm of the gradient. None does not clip.
+        weight_decay: The share of a weight that an update subtracts at learning rate 1.
+        beta1: The decay of the first moment. Unused by adafactor.
+        beta2: The decay of the second moment, by default 0.999. For lion, the decay of
+            the momentum, by default 0.99. Adafactor has a schedule instead.
+        offload: Whether to keep the state in host memory between steps, and to move one
+            layer at a time to the device (`ql.optim.offload`). Not for adafactor.
 
     Raises:
-        ValueError: If `name` is not one of these, or adafactor with `offload`.
+        ValueError: If `name` is unknown, or is adafactor with `offload`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -119,11 +124,16 @@ def make_optimizer(
         )
     if beta2 is None:
         beta2 = 0.99 if name == "lion" else 0.999
-    plain = {"adamw": optax.adamw, "adamw8bit": optim.adamw8bit, "lion": optax.lion}
-    if name in plain:
-        make: Any = plain[name]
-        tx = make(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
+    factories: dict[str, Callable[..., optax.GradientTransformation]] = {
+        "adamw": optax.adamw,
+        "adamw8bit": optim.adamw8bit,
+        "lion": optax.lion,
+    }
+    if name in factories:
+        create = factories[name]
+        tx = create(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
     elif name == "adafactor":
+        # `optax.adafactor` would scale the learning rate by the size of the weights.
         tx = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),

@@ -1,37 +1,37 @@
-"""Finds the kernels that PEFT's `target_modules` names."""
+"""Finds the kernels that PEFT's `target_modules` selects."""
 
 import re
 from collections.abc import Sequence
-from typing import Any
+
+from jaxtyping import PyTree
 
 import qlora_jax as ql
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
-# Not among all linear layers.
-_NOT_LINEAR = re.compile(
-    r"lm_head|.*\.(experts\..*|router|(mlp|block_sparse_moe)\.gate)"
-)
-_NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
+# Modules that "all-linear" leaves out: the head, experts and their routers.
+_EXCLUDED = re.compile(r"lm_head|.*\.(experts\..*|router|(mlp|block_sparse_moe)\.gate)")
+# Module names separated by commas. Other text is a regular expression.
+_NAME_LIST = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 
 
 def find_target_paths(
-    target_modules: str | Sequence[str], params: Any, names: "ql.io.Names"
+    target_modules: str | Sequence[str], params: PyTree, names: "ql.io.Names"
 ) -> tuple[str, ...]:
-    """Returns the paths of kernels that PEFT's `target_modules` name, in tree order.
+    """Returns the paths of the kernels that `target_modules` selects, in tree order.
 
     Args:
-        target_modules: "all-linear" for all linear layers but the head, as in PEFT, and
-            but experts and their routers; or names of modules, or of parameters that
-            hold experts, or the ends of such names after a dot, as "q_proj", as a
-            sequence or separated by commas; or one regular expression that matches
-            full names. Text with other characters than names have is an expression.
+        target_modules: "all-linear" for all linear layers except the head (as in PEFT),
+            experts and their routers. Or the names of modules, or of parameters that
+            hold experts, or the ends of such names after a dot, such as "q_proj", as a
+            sequence or separated by commas. Or one regular expression that matches full
+            names: text with characters that names do not have is an expression.
         params: The parameters, or their shapes.
-        names: Their Hugging Face names.
+        names: The Hugging Face names of the parameters.
 
     Raises:
-        ValueError: If a name or an expression chooses nothing, the head, or only some
-            layers of a stack. The message lists all of them.
+        ValueError: If a name or the expression selects nothing, the head, or only some
+            layers of a stack. The message lists all problems.
 
     Example:
         >>> import jax, qlora_jax as ql
@@ -41,61 +41,65 @@ def find_target_paths(
         >>> train.find_target_paths(["up"], params, names)
         ('up/kernel',)
     """
-    modules = _modules(params, names)
+    modules = _modules_by_path(params, names)
     if target_modules == ALL_LINEAR:
-        is_linear = lambda own: not any(map(_NOT_LINEAR.fullmatch, own))
-        return tuple(path for path, own in modules.items() if is_linear(own))
-    if isinstance(target_modules, str) and _NAMES.fullmatch(target_modules):
-        target_modules = re.split(r"\s*,\s*", target_modules)
-    if isinstance(target_modules, str):
-        patterns = {target_modules: target_modules}
-    else:
-        patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in target_modules}
-    chosen, problems = set(), []
-    for test, pattern in patterns.items():
-        try:
-            chooses = re.compile(pattern).fullmatch
-        except re.error as error:
-            raise ValueError(
-                f"`target_modules` must be {ALL_LINEAR!r}, names of modules or a "
-                f"regular expression. Got {target_modules!r}: {error}."
-            ) from error
-        hits = {path: [*filter(chooses, own)] for path, own in modules.items()}
-        hits = {path: found for path, found in hits.items() if found}
-        for path, found in hits.items():
-            own = modules[path]
-            if len(found) == len(own):
-                chosen.add(path)
-            else:
+        return tuple(
+            path
+            for path, layers in modules.items()
+            if not any(map(_EXCLUDED.fullmatch, layers))
+        )
+    targets, problems = set(), []
+    for name, pattern in _compile_patterns(target_modules).items():
+        is_used = False
+        for path, layers in modules.items():
+            matches = [*filter(pattern.fullmatch, layers)]
+            if len(matches) == len(layers):
+                targets.add(path)
+            elif matches:
                 problems.append(
-                    f"{test!r} chooses {len(found)} of the {len(own)} layers of "
-                    f"{path}, which are one stack: all or none"
+                    f"{name!r} selects {len(matches)} of the {len(layers)} layers of "
+                    f"{path}, which are one stack: select all or none"
                 )
-            if HEAD in own:
-                problems.append(f"{test!r} chooses {HEAD}, which the loss needs frozen")
-        if not hits:
-            problems.append(f"{test!r} chooses no module")
-    if problems or not chosen:
-        ends = sorted({own[0].rpartition(".")[2] for own in modules.values()})
+            if matches and HEAD in layers:
+                problems.append(f"{name!r} selects {HEAD}, which must stay frozen")
+            is_used |= bool(matches)
+        if not is_used:
+            problems.append(f"{name!r} selects no module")
+    if problems or not targets:
+        ends = sorted({layers[0].rpartition(".")[2] for layers in modules.values()})
         raise ValueError(
-            f"`target_modules` must choose linear layers: {ALL_LINEAR!r}, or some of "
+            f"`target_modules` must select linear layers: {ALL_LINEAR!r}, or some of "
             f"{ends}. Got: {'; '.join(problems) or 'none'}."
         )
-    return tuple(path for path in modules if path in chosen)
+    return tuple(path for path in modules if path in targets)
 
 
-def _modules(params: Any, names: "ql.io.Names") -> dict[str, list[str]]:
-    """Maps the path of each linear kernel to its modules, one for each layer."""
-    kernels = ql.leaves_by_path(params).items()
-    of = lambda path, x: names.of(path, x.shape[: names.num_batch_axes(path)]).flat
-    return {
-        path: [_module(name, names) for name in of(path, leaf)]
-        for path, leaf in kernels
-        if names.roles(path) == "kn"
-    }
+def _compile_patterns(target_modules: str | Sequence[str]) -> dict[str, re.Pattern]:
+    if isinstance(target_modules, str) and _NAME_LIST.fullmatch(target_modules):
+        target_modules = re.split(r"\s*,\s*", target_modules)
+    if not isinstance(target_modules, str):
+        suffixes = {name: rf"(.*\.)?{re.escape(name)}" for name in target_modules}
+        return {name: re.compile(suffix) for name, suffix in suffixes.items()}
+    try:
+        return {target_modules: re.compile(target_modules)}
+    except re.error as error:
+        raise ValueError(
+            f"`target_modules` must be {ALL_LINEAR!r}, names of modules or a regular "
+            f"expression. Got {target_modules!r}: {error}."
+        ) from error
 
 
-def _module(name: str, names: "ql.io.Names") -> str:
-    """Returns the module of a weight, or the parameter that holds an expert."""
-    stem = name.rpartition(".")[0]
-    return stem if names.is_stack(stem) else name.removesuffix(".weight")
+def _modules_by_path(params: PyTree, names: "ql.io.Names") -> dict[str, list[str]]:
+    """Returns the modules of each linear kernel by its path, one for each layer."""
+
+    def module_of(name: str) -> str:
+        # Experts are selected by the parameter that holds them, not by a module.
+        stem = name.rpartition(".")[0]
+        return stem if names.is_stack(stem) else name.removesuffix(".weight")
+
+    modules = {}
+    for path, leaf in ql.leaves_by_path(params).items():
+        if names.roles(path) == "kn":  # a matrix, in front of which are batch axes
+            batch_shape = leaf.shape[: names.num_batch_axes(path)]
+            modules[path] = [*map(module_of, names.of(path, batch_shape).flat)]
+    return modules

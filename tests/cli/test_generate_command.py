@@ -237,7 +237,7 @@ def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
     assert "line 4: its last message must not be an answer" in err
     assert "line 5: roles must be system, user, " in err
     assert "names. Got 'usr' in `messages[0]`." in err
-    assert "line 6: it must be JSON" in err and "  line 1" not in err
+    assert "line 6: the row must be JSON" in err and "  line 1" not in err
     file.write_text('{"prompt": "one", "system": "s"}')
     err = run(capsys, *flags, "--chat=false")[2]
     assert "line 1: it must not have ['system'] without a chat template" in err

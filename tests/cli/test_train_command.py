@@ -247,9 +247,9 @@ SPLASH = dict(batch_size=8, attention="splash")
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(target_modules=["q_prj"]), "'q_prj' chooses no module"),
-        (dict(target_modules="q_prj, v_proj"), "'q_prj' chooses no module"),
-        (dict(target_modules=".*layers.0.*"), "chooses 1 of the 2 layers of"),
+        (dict(target_modules=["q_prj"]), "'q_prj' selects no module"),
+        (dict(target_modules="q_prj, v_proj"), "'q_prj' selects no module"),
+        (dict(target_modules=".*layers.0.*"), "selects 1 of the 2 layers of"),
         (dict(target_modules="("), "regular expression"),
         (dict(block_size=100), "block_size"),
         (dict(max_length=5), "rows must have at most `max_length`"),

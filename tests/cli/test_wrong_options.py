@@ -97,11 +97,11 @@ WRONG = [
     (["train", *BASE, *OUT, "--data=one_line.json"], "Got ['data']."),
     (
         ["train", *BASE, *OUT, "--data=surrogate.jsonl"],
-        "line 2: it must not have half a",
+        "line 2: the text must not have half a",
     ),
-    (["score", *BASE, "--data=surrogate.jsonl"], "line 2: it must not have half a"),
-    (["generate", *BASE, "--prompts=prompts.jsonl"], "line 2: it must not have half a"),
-    (["generate", *BASE, "--prompt", "\udcff"], "it must not have half a"),
+    (["score", *BASE, "--data=surrogate.jsonl"], "line 2: the text must not have half a"),
+    (["generate", *BASE, "--prompts=prompts.jsonl"], "line 2: the text must not have half a"),
+    (["generate", *BASE, "--prompt", "\udcff"], "the text must not have half a"),
 ]
 
 

@@ -79,7 +79,9 @@ def test_half_a_character_is_refused_by_its_line(folder, tmp_path, row, chat):
     row = json.dumps(row).replace('"gpt"', '"gpt", "value": "a"')
     lines = row.replace("HALF", "half"), row.replace("HALF", r"\ud800")
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"line 2: it must not have half a character"):
+    with pytest.raises(
+        ValueError, match=r"line 2: the text must not have half a character"
+    ):
         read(folder, path, chat=chat)
 
 
@@ -221,7 +223,9 @@ def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_
 
 def test_streams_are_checked(folder, tmp_path):
     wrong = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"texts": "a"}])
-    with pytest.raises(ValueError, match="a.jsonl are wrong:\n  line 2: it must have"):
+    with pytest.raises(
+        ValueError, match="a.jsonl are wrong:\n  line 2: the row must have"
+    ):
         read(folder, wrong, stream=True)
     (tmp_path / "a.csv").write_text("text\na")
     for path, options in ((tmp_path / "a.csv", {}), (wrong, {"objective": "dpo"})):
@@ -329,7 +333,7 @@ def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
     assert found["valid"].name == "user/name/dev" and len(found) == 2
     assert [*found["train"].rows] == [(0, {"messages": MESSAGES})]
     [note] = notes
-    assert note.startswith("user/name: not used") and note.endswith(": extra")
+    assert note.startswith("user/name: ignored") and note.endswith(": extra")
 
 
 # Lines that are wrong, and what is said of them, in a file whose other rows have a
@@ -406,7 +410,9 @@ def test_a_path_that_is_none(folder, path):
 
 def test_folders_that_are_wrong(folder, tmp_path):
     write_rows(tmp_path / "notes.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match=r"must have a file train \(.jsonl.*notes.js"):
+    with pytest.raises(
+        ValueError, match=r"must have a file named train \(.jsonl.*notes.js"
+    ):
         read(folder, tmp_path)
     write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
     write_rows(tmp_path / "valid.jsonl", [{"prompt": "a", "completion": "b"}])
@@ -471,7 +477,7 @@ def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeyp
         ({"validation_split": 0}, "`validation_split` must be between 0 and 1. Got 0"),
         ({"validation_split": 5}, "`validation_split` must be between 0 and 1. Got 5"),
         ({"keys": {"prompt": "q", "text": "a"}}, "`keys` must be of one kind"),
-        ({"keys": {"text": 3}}, "`keys` must name keys"),
+        ({"keys": {"text": 3}}, "`keys` must map names to names"),
         ({"vocab_size": 50}, "the ids of its text must be .* below 50"),
     ],
 )
@@ -539,11 +545,14 @@ def test_bad_preferences_are_named_by_line(folder, tmp_path):
     told = {"prompt": ASKED, "chosen": GOOD, "rejected": empty}
     wrong = {
         "`chosen` and `rejected` must differ": good | {"rejected": "b"},
-        "it must have `chosen` and `rejected`. Got": {"prompt": "a", "chosen": "b"},
+        "the row must have `chosen` and `rejected`. Got": {
+            "prompt": "a",
+            "chosen": "b",
+        },
         "`rejected` must be text": good | {"rejected": ""},
         "`rejected[0]` must have content": told,
         "must both be text or messages": good | {"rejected": 5},
-        "it must have a `prompt`, or": {"chosen": "b", "rejected": "c"},
+        "the row must have a `prompt`, or": {"chosen": "b", "rejected": "c"},
     }
     other = {"prompt": "x", "chosen": MESSAGES, "rejected": MESSAGES[:3]}
     with pytest.raises(ValueError) as error:
@@ -555,7 +564,7 @@ def test_bad_preferences_are_named_by_line(folder, tmp_path):
     with pytest.raises(ValueError, match="line 2: `label` must be"):
         rows = [label | {"label": 1}, label | {"label": 2}]
         read_raw(folder, tmp_path, *rows, objective="kto")
-    with pytest.raises(ValueError, match="line 1: it must have `chosen`"):
+    with pytest.raises(ValueError, match="line 1: the row must have `chosen`"):
         read(folder, tmp_path / "d.jsonl", objective="ipo")
     with pytest.raises(ValueError, match="`objective` must be one of"):
         read(folder, tmp_path / "d.jsonl", objective="ppo")

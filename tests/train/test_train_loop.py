@@ -243,7 +243,9 @@ def test_an_exploding_adapter_stops_a_run_that_skips(tmp_path):
     state, report = step(start(optimizer), {}, [points(1)])
     assert np.isfinite(report.loss) and np.isfinite(report.grad_norm)
     assert not report.is_finite and not np.asarray(state.lora["w"]).any()
-    with pytest.raises(FloatingPointError, match="step 1 .*new adapter weights are not"):
+    with pytest.raises(
+        FloatingPointError, match="step 1 .*new adapter weights are not"
+    ):
         fit(tmp_path, loop, step, start(optimizer), Data())
     assert not [*(tmp_path / "state").iterdir()]
 

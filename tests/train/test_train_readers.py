@@ -102,7 +102,9 @@ def test_what_is_not_known_of_a_conversation_is_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize("keys", [("prompt", "completion"), ("instruction", "output")])
 def test_other_keys_of_pairs_are_refused_but_a_system(tokenizer, tmp_path, keys):
     row = dict(zip(keys, "ab", strict=True))
-    with pytest.raises(ValueError, match=r"line 1: it must not have \['history'\]"):
+    with pytest.raises(
+        ValueError, match=r"line 1: the row must not have \['history'\]"
+    ):
         read_rows_of(tokenizer, tmp_path, row | {"history": [["a", "b"]]})
     row |= {"system": "c"}
     with pytest.raises(ValueError, match="line 1: .*`system` need a chat template"):
@@ -149,7 +151,7 @@ def test_a_folder_has_validation_rows_by_any_of_their_names(tokenizer, tmp_path,
     data = read(tokenizer, tmp_path)
     assert (len(data.train), len(data.valid), data.test) == (3, 1, [])
     [note] = data.notes
-    assert note.startswith(f"{tmp_path}: not used") and note.endswith(": more.jsonl")
+    assert note.startswith(f"{tmp_path}: ignored") and note.endswith(": more.jsonl")
     for twice in (f"{name}.json.gz", "train.jsonl"):
         (tmp_path / twice).touch()
         with pytest.raises(ValueError, match="must have one of .* all of them") as e:
@@ -164,18 +166,26 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
 @pytest.mark.parametrize(
     "name, data, message",
     [
-        ("d.json", b'[{"text": "a"}, 3]', r"rows of .*\n  row 1: it must be a JSON"),
-        ("d.json", b'[{"text": "a"}', "d.json must be a .json file. It must be JSON"),
+        (
+            "d.json",
+            b'[{"text": "a"}, 3]',
+            r"rows of .*\n  row 1: the row must be a JSON",
+        ),
+        (
+            "d.json",
+            b'[{"text": "a"}',
+            "d.json must be a .json file. The file must be JSON",
+        ),
         ("d.json", b"[]", "d.json must have rows. Got none"),
         (
             "d.json",
             b'{"text":\n"a"}',
-            r"It must be a list of rows, or .* Got an object with \['text'\]",
+            r"The file must be a list of rows, or .* Got an object with \['text'\]",
         ),
         ("d.jsonl", b"", "must have rows. Got none"),
         ("d.jsonl", b"\n \n", "must have rows. Got none"),
-        ("d.jsonl", b'{"text": "\xff"}', "line 1: it must be JSON. 'utf-8' codec"),
-        ("d.jsonl", LONG_LINE, "line 1: it must have at"),
+        ("d.jsonl", b'{"text": "\xff"}', "line 1: the row must be JSON. 'utf-8' codec"),
+        ("d.jsonl", LONG_LINE, "line 1: the row must have at"),
         ("d.jsonl.gz", b'{"text": "a"}', "must be a .jsonl.gz file. Not a gzipped"),
         # Workers must name it alike: without the time.
         ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], "must be a .jsonl.gz file"),
@@ -184,11 +194,23 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
         ("d.csv", b"text,text\na,b\n", "must have different names"),
         ("d.csv", b'text\n"a\nb\n', "must be a .csv file. Line 3: unexpected end"),
         ("d.csv", b"text\na\n\xff\n", "must be a .csv file. Line 3: 'utf-8' codec"),
-        ("d.csv", b"text,b\na,b\nc\n", "line 3: it must have 2 fields, as the header"),
-        ("d.csv", b"messages\n[{'role': 'a'}]\n", "`messages` must be JSON where text"),
+        (
+            "d.csv",
+            b"text,b\na,b\nc\n",
+            "line 3: the row must have 2 fields, as the header",
+        ),
+        (
+            "d.csv",
+            b"messages\n[{'role': 'a'}]\n",
+            "`messages` must be JSON if it is a string",
+        ),
         ("d.txt", b"", "d.txt must have rows. Got none"),
         ("d.txt", b"\xff", "must be a .txt file. 'utf-8' codec"),
-        ("d.txt", b"a" * 2001, "must be a .txt file. It must have at most 2000 bytes"),
+        (
+            "d.txt",
+            b"a" * 2001,
+            "must be a .txt file. The file must have at most 2000 bytes",
+        ),
         ("d.tsv", b"text\na\n", r"`data` must be a file \(.jsonl, .json, .csv or .txt"),
         ("d.parquet.gz", b"", r"or .parquet\), a folder"),
     ],

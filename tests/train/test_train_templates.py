@@ -212,7 +212,9 @@ def test_the_last_answer_alone_is_trained(tmp_path, template):
         [found] = read_rows_of(tokenizer, tmp_path, row, train_on="last").train
         [run] = runs(found)
         assert tokenizer.decode(run).removeprefix("assistant:").strip() == "two2"
-    with pytest.raises(ValueError, match="it must have a message of the assistant to"):
+    with pytest.raises(
+        ValueError, match="the row must have a message of the assistant to"
+    ):
         last = [*CHAT[:5], CHAT[5] | {"weight": 0}]
         read(tokenizer, tmp_path, last, train_on="last")
 
@@ -321,7 +323,7 @@ def test_what_need_not_be_written(tmp_path):
     data = read_rows_of(tokenizer, tmp_path, *raw, max_length=400)
     a, b = (row.ids.tolist() for row in data.train)
     assert a == b == tokenizer.encode(tokenizer.render(rows[0]))
-    assert data.notes == ("keys of rows that are not used: source",)
+    assert data.notes == ("ignored keys of rows: source",)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,7 @@ def test_parts_are_kept_where_a_template_reads_them(tmp_path):
     with pytest.raises(ValueError, match=r"write all of `messages\[0\].content\[2\]`"):
         read(tokenizer, tmp_path, talk)
     talk[0]["content"][2].pop("url")  # a place for an image that is not there
-    said = r"`messages\[0\]` must have parts with a text"
+    said = r"`messages\[0\]` must have parts with text"
     with pytest.raises(ValueError, match=said):
         read(tokenizer, tmp_path, talk)
 
@@ -408,7 +410,10 @@ OUTSIDE = "must not reach outside its sandbox"
 @pytest.mark.parametrize(
     "template, message",
     [
-        ("{{ raise_exception('ask!') }}", "line 1: the chat template refuses it: ask!"),
+        (
+            "{{ raise_exception('ask!') }}",
+            "line 1: the chat template rejects the messages: ask!",
+        ),
         ("{% if %}", "must be Jinja. Line 1"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ range(10**9) }}", "Range too big"),

@@ -3,40 +3,48 @@
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .encode import IGNORED, Row
-from .lines import Streamed
-from .ordering import MOST, Alike, Packs, Shuffled, choose_widths, round_up
+from .ordering import (
+    MAX_WIDTHS,
+    Order,
+    PackedOrder,
+    ShuffledOrder,
+    SimilarLengths,
+    choose_widths,
+    round_up,
+)
+from .rows import StreamedRows
 
 if TYPE_CHECKING:
     import grain
 
-# The most batches of a mixture that are sorted by length at once: its rows are found
-# one by one, which takes long.
-_WINDOW = 512
+# The most batches of a mixture that are sorted by length at once. The rows of a mixture
+# are found one by one, which is slow.
+_MAX_WINDOW = 512
 
 
 class Batch(NamedTuple):
-    """Arrays of one step.
+    """The arrays of one batch.
 
     Attributes:
-        ids: Tokens, int32 `[B, T]`, padded on the right.
-        segment_ids: The sequence in its row of each token, int32 `[B, T]`: 1, 2, ...; 0
-            for padding.
-        positions: Each token's position in its sequence or in padding, int32 `[B, T]`.
-        select: Indices into T whose next token is trained, int32 `[B, P]`.
-        targets: That next token, int32 `[B, P]`.
-        weights: 1 for a trained token, 0 for padding, float32 `[B, P]`. Of preferences,
-            those of good answers alone.
+        ids: The tokens, int32 `[B, T]`, padded on the right.
+        segment_ids: The number of the sequence of each token in its row, 1, 2, ..., and
+            0 for padding, int32 `[B, T]`.
+        positions: The position of each token in its sequence, int32 `[B, T]`.
+        select: Indices into T whose next token is a target, int32 `[B, P]`.
+        targets: These next tokens, int32 `[B, P]`.
+        weights: 1 for a target, 0 for padding, float32 `[B, P]`. For preferences, only
+            targets of good completions have 1.
         answers: For preferences: for each of the S sequences of a row, 1 for the
-            tokens of a good answer, -1 for those of another one, 0 for others, float32
-            `[B, S, P]`; else None. Sequences come in twos: the chosen answer and the
-            rejected one; or an answer with a label, and that of another row to the same
-            prompt.
+            targets of a good completion, -1 for those of a bad one, 0 for all others,
+            float32 `[B, S, P]`; otherwise None. Sequences alternate between chosen and
+            rejected completions; or between a labelled completion, and one of another
+            row to the same prompt.
 
     Example:
         >>> from qlora_jax.train import eval_batches
@@ -61,9 +69,9 @@ class Batch(NamedTuple):
 
     @property
     def num_trained(self) -> int:
-        """The number of trained tokens."""
-        trained = self.weights if self.answers is None else self.answers
-        return int(np.count_nonzero(trained))
+        """The number of target tokens."""
+        targets = self.weights if self.answers is None else self.answers
+        return int(np.count_nonzero(targets))
 
 
 def batches(
@@ -76,27 +84,26 @@ def batches(
     num_epochs: int | None = None,
     mix: Sequence[tuple[int, float]] = (),
 ) -> "grain.DatasetIterator[Batch]":
-    """Returns batches to train on, a Grain iterator with a small state.
+    """Returns training batches, as a Grain iterator with a small state.
 
-    Each row comes once in each epoch, in an order that depends only on `seed` and the
-    epoch. The last rows of an epoch share a batch with the first ones of the next. One
-    of the last batches is filled up with rows that do not count. All batches together
-    have at most eight shapes.
+    Each epoch has each row once, in an order that depends only on `seed` and the epoch.
+    The last rows of an epoch share a batch with the first rows of the next one. One of
+    the last batches is filled up with padding rows. Batches have at most eight shapes.
 
     With `packing`, several sequences share a row of at most `max_length` tokens, by
-    best-fit decreasing. Otherwise sequences of similar length share a batch.
+    best-fit decreasing. Otherwise, sequences of similar length share a batch.
 
     Args:
         rows: The rows, of at most `max_length` tokens.
-        batch_size: Rows of a batch, all of which each process makes.
-        max_length: The most tokens of a row.
-        seed: Seed of the order.
+        batch_size: The number of rows per batch, in all processes together.
+        max_length: The largest number of tokens of a row.
+        seed: The seed of the order.
         packing: Whether sequences share a row.
-        num_epochs: How often each row comes; None for no end.
-        mix: For several data sets: how many rows each has, one after the other in
-            `rows`, and its weight: its share of the rows, or with `packing` of the
-            rows of batches, within a percent. An epoch ends before one of them would
-            begin again.
+        num_epochs: The number of epochs, or None for an endless iterator.
+        mix: For several data sets: the number of rows of each, in the order of `rows`,
+            and its weight. The weight is its share of the rows or, with `packing`, of
+            the rows of batches, to within a percent. An epoch ends before any data set
+            would start again.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
@@ -117,7 +124,7 @@ def batches(
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
     source = _Source(rows, batch_size, max_length, packing, seed, num_epochs, mix)
-    # One thread makes batches ahead: they are cheap.
+    # One thread prepares batches in advance, which is enough since they are cheap.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
@@ -129,8 +136,8 @@ def eval_batches(
 
     Args:
         rows: The rows, of at most `max_length` tokens.
-        batch_size: Rows of a batch; the last is filled up with rows that do not count.
-        max_length: The most tokens of a row.
+        batch_size: The number of rows per batch. The last one is padded.
+        max_length: The largest number of tokens of a row.
         packing: Whether sequences share a row, as in `batches`.
 
     Raises:
@@ -147,78 +154,94 @@ def eval_batches(
     if packing:
         return [source[i] for i in range(len(source))]
     groups = [[row] for row in rows]
-    batch = lambda i: source.shapes.batch(groups[i : i + batch_size], batch_size)
-    return [batch(i) for i in range(0, len(rows), batch_size)]
+    return [
+        source.layout.collate(groups[i : i + batch_size], batch_size)
+        for i in range(0, len(rows), batch_size)
+    ]
 
 
 class _Padded:
-    """Batch shapes of one sequence a row: each width has one number of places."""
+    """The shapes of batches with one sequence per row.
+
+    Each width has one number of targets, so that there are as many shapes as widths.
+    """
 
     def __init__(
-        self, rows: Sequence[Row], sizes: tuple[np.ndarray, ...], max_length: int
+        self,
+        rows: Sequence[Row],
+        lengths: np.ndarray,
+        num_targets: np.ndarray,
+        max_length: int,
     ):
         self.max_length = max_length
-        lengths, trained = sizes
         self.choices = choose_widths(lengths)
-        if _has_label(rows[0]):  # an answer to another prompt may be longer
+        if _is_labelled(rows[0]):
+            # The prompt of a row is combined with the completion of another one, which
+            # may be longer than the completion of the row.
             prompt = max(row.start for row in rows)
-            answer = max(len(row.ids) - row.start for row in rows)
-            widest = int(round_up(min(prompt + answer, max_length)))
+            completion = max(len(row.ids) - row.start for row in rows)
+            widest = int(round_up(min(prompt + completion, max_length)))
             self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
         self.widths = self.choices[np.searchsorted(self.choices, lengths)]
-        self.places = {
-            int(width): int(round_up(trained[self.widths <= width].max()))
+        self.num_targets = {
+            int(width): int(round_up(num_targets[self.widths <= width].max()))
             for width in self.choices
         }
 
-    def batch(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
+    def collate(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
         rows = self._sequences([row for [row] in groups])
         longest = max(len(row.ids) for row in rows)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
         size = size * len(rows) // len(groups)  # a pair has two rows of a batch
-        places, sequences = self.places[width], int(rows[0].label is not None)
-        return collate([[row] for row in rows], size, width, places, sequences)
+        num_targets, sequences = self.num_targets[width], int(rows[0].label is not None)
+        return collate([[row] for row in rows], size, width, num_targets, sequences)
 
     def _sequences(self, rows: list[Row]) -> list[Row]:
-        if not _has_label(rows[0]):
-            return [one for row in rows for one in row.sequences]
-        # As TRL does: each prompt with the answer of the row before it.
-        others = map(self._other, rows, rows[-1:] + rows[:-1])
-        return [one for two in zip(rows, others, strict=True) for one in two]
+        if not _is_labelled(rows[0]):
+            return [sequence for row in rows for sequence in row.sequences]
+        # KTO estimates the KL divergence from mismatched pairs. As in TRL, each prompt
+        # gets the completion of the row before it.
+        mismatched = map(self._mismatch, rows, rows[-1:] + rows[:-1])
+        return [*itertools.chain(*zip(rows, mismatched, strict=True))]
 
-    def _other(self, row: Row, before: Row) -> Row:
-        join = lambda own, new: np.concatenate([own[: row.start], new[before.start :]])
-        labels = join(np.full_like(row.ids, IGNORED), before.labels)
-        new = row._replace(ids=join(row.ids, before.ids), labels=labels, label=False)
-        return new.truncated(self.max_length)
-
-
-def _sizes(rows: Sequence[Row], join: Callable[..., int]) -> tuple[np.ndarray, ...]:
-    """Returns the lengths of rows, and the most trained tokens of their sequences."""
-    if isinstance(rows, Streamed):
-        return tuple(rows.sizes)
-    lengths = [join(len(one.ids) for one in row.sequences) for row in rows]
-    trained = [max(one.num_trained for one in row.sequences) for row in rows]
-    return np.array(lengths), np.array(trained)
-
-
-def _has_label(row: Row) -> bool:
-    """Whether a row is an answer by itself."""
-    return row.label is not None and row.rejected is None
+    def _mismatch(self, row: Row, other: Row) -> Row:
+        """Returns the prompt of one row with the completion of another."""
+        ids = np.concatenate([row.ids[: row.start], other.ids[other.start :]])
+        untrained = np.full_like(row.ids[: row.start], IGNORED)
+        labels = np.concatenate([untrained, other.labels[other.start :]])
+        mismatched = row._replace(ids=ids, labels=labels, label=False)
+        return mismatched.truncated(self.max_length)
 
 
 class _Packed:
-    """Batch shapes of packed rows: one width, few numbers of selected places."""
+    """The shapes of packed batches: one width, and few numbers of targets."""
 
     def __init__(self, longest: int, sequences: int):
         self.sequences, self.width = sequences, int(round_up(longest))
-        self.step = int(round_up(-(-self.width // MOST)))
+        self.step = int(round_up(-(-self.width // MAX_WIDTHS)))
 
-    def batch(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
-        rows = [[one for row in group for one in row.sequences] for group in groups]
+    def collate(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
+        rows = [[x for row in group for x in row.sequences] for group in groups]
         most = max(sum(row.num_trained for row in group) for group in rows)
-        places = int(round_up(most, self.step))
-        return collate(rows, size, self.width, places, self.sequences)
+        num_targets = int(round_up(most, self.step))
+        return collate(rows, size, self.width, num_targets, self.sequences)
+
+
+def _sizes(rows: Sequence[Row], packing: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lengths of rows, and the largest target counts of their sequences."""
+    if isinstance(rows, StreamedRows):
+        lengths, num_targets = rows.sizes
+        return lengths, num_targets
+    # Where sequences share a row, the two of a pair share one.
+    join = sum if packing else max
+    lengths = [join(len(x.ids) for x in row.sequences) for row in rows]
+    num_targets = [max(x.num_trained for x in row.sequences) for row in rows]
+    return np.array(lengths), np.array(num_targets)
+
+
+def _is_labelled(row: Row) -> bool:
+    """Whether a row is a labelled completion, and not a pair."""
+    return row.label is not None and row.rejected is None
 
 
 class _Source:
@@ -238,15 +261,14 @@ class _Source:
             raise ValueError("`rows` must have a row. Got none.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
-        # Where sequences share a row, those of a pair do.
-        lengths, trained = _sizes(rows, sum if packing else max)
+        lengths, num_targets = _sizes(rows, packing)
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
-            both = ", the two answers of a pair together" * bool(rows[0].rejected)
+            both = ", both answers of a pair together" * bool(rows[0].rejected)
             raise ValueError(
-                f"rows must have at most {max_length} tokens{both * packing}. More "
-                f"have {long}."
+                f"rows must have at most {max_length} tokens{both * packing}. Longer "
+                f"rows: {long}."
             )
-        if packing and _has_label(rows[0]):
+        if packing and _is_labelled(rows[0]):
             raise ValueError("`packing` must be false for answers with a label.")
         counts, weights = zip(*mix, strict=True) if mix else ((len(rows),), (1.0,))
         if sum(counts) != len(rows) or min(counts) < 1 or min(weights) <= 0:
@@ -254,71 +276,84 @@ class _Source:
                 f"`mix` must have the counts of all {len(rows)} rows, and positive "
                 f"weights. Got {mix}."
             )
-        self.rows, self.size = rows, batch_size
-        self.shapes: _Packed | _Padded
-        parts: list[Any] = []
+        self.rows, self.batch_size = rows, batch_size
+        # 1. The order of the rows, or packs of rows, of each data set.
+        orders: list[ShuffledOrder | PackedOrder] = []
         bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
-        for number, (first, last) in enumerate(bounds, seed):
+        for order_seed, (first, last) in enumerate(bounds, seed):
             part = lengths[first:last]
-            order = Shuffled(len(part), number, first)
-            parts.append(Packs(part, max_length, number, first) if packing else order)
-        epochs = [p.epoch / w for p, w in zip(parts, weights, strict=True)]
+            if packing:
+                orders.append(PackedOrder(part, max_length, order_seed, first))
+            else:
+                orders.append(ShuffledOrder(len(part), order_seed, first))
+        # 2. The mixture of these orders. `count` is the number of its entries, until
+        # the data set that ends first would start again.
+        epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
         self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
-        self.order: Any = parts[0]
-        window = max(len(rows) // batch_size, 1)  # an epoch's full batches
+        self.order: Order = orders[0]
+        window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
         if mix:
-            mixture = importlib.import_module("grain").MapDataset
-            self.order = mixture.mix([*map(mixture.source, parts)], weights)
-            window = min(window, _WINDOW)
+            dataset = importlib.import_module("grain").MapDataset
+            self.order = dataset.mix([*map(dataset.source, orders)], weights)
+            window = min(window, _MAX_WINDOW)
+        # 3. The shapes of batches, and for padded ones batches of similar lengths.
+        self.layout: _Packed | _Padded
+        self.similar: SimilarLengths | None = None
         if packing:
-            most = max(part.most for part in parts) * (rows[0].label is not None)
-            self.shapes = _Packed(max(part.longest for part in parts), 2 * most)
+            packs = [x for x in orders if isinstance(x, PackedOrder)]
+            has_pairs = rows[0].label is not None
+            sequences = 2 * max(x.most_rows for x in packs) * has_pairs
+            self.layout = _Packed(max(x.longest for x in packs), sequences)
         else:
-            self.shapes = _Padded(rows, (lengths, trained), max_length)
+            self.layout = _Padded(rows, lengths, num_targets, max_length)
             sizes = batch_size, window, self.count
-            self.order = Alike(self.order, self.shapes.widths, *sizes, seed)
+            self.similar = SimilarLengths(self.order, self.layout.widths, *sizes, seed)
 
     def __len__(self) -> int:
-        return sys.maxsize if self.count is None else -(-self.count // self.size)
+        return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        if isinstance(self.order, Alike):
-            chosen = self.order.batch(index)
+        if self.similar is not None:
+            entries = self.similar.batch(index)
         else:
-            stop = min((index + 1) * self.size, self.count or sys.maxsize)
-            chosen = [self.order[i] for i in range(index * self.size, stop)]
-        groups = [[self.rows[i] for i in group] for group in chosen]
-        return self.shapes.batch(groups, self.size)
+            start = index * self.batch_size
+            stop = min(start + self.batch_size, self.count or sys.maxsize)
+            entries = [self.order[i] for i in range(start, stop)]
+        groups = [[self.rows[i] for i in entry] for entry in entries]
+        return self.layout.collate(groups, self.batch_size)
 
 
 def collate(
     groups: Sequence[Sequence[Row]],
     size: int,
     width: int,
-    places: int,
+    num_targets: int,
     sequences: int = 0,
 ) -> Batch:
-    """Returns a batch of `size` rows; each group of sequences fills one."""
+    """Returns a batch of `size` rows. Each group of sequences fills one of them."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)
-    select, targets = np.zeros((2, size, places), np.int32)
-    weights = np.zeros((size, places), np.float32)
-    answers = np.zeros((size, sequences, places), np.float32)
+    select, targets = np.zeros((2, size, num_targets), np.int32)
+    weights = np.zeros((size, num_targets), np.float32)
+    answers = np.zeros((size, sequences, num_targets), np.float32)
+    # Padding counts its own positions, since attention kernels require that they rise.
     positions[len(groups) :] = np.arange(width)
     for i, group in enumerate(groups):
-        start, filled = 0, 0
+        start, filled = 0, 0  # the tokens and the targets of the sequences so far
         for segment, row in enumerate(group, 1):
-            here = slice(start, start + len(row.ids))
-            ids[i, here], segments[i, here] = row.ids, segment
-            positions[i, here] = np.arange(len(row.ids))
+            span = slice(start, start + len(row.ids))
+            ids[i, span], segments[i, span] = row.ids, segment
+            positions[i, span] = np.arange(len(row.ids))
+            # The token at t predicts the label at t + 1.
             (chosen,) = np.nonzero(row.labels[1:] != IGNORED)
-            there = slice(filled, filled + len(chosen))
-            select[i, there] = start + chosen
-            targets[i, there] = row.labels[1:][chosen]
-            weights[i, there] = row.label is not False
+            target_span = slice(filled, filled + len(chosen))
+            select[i, target_span] = start + chosen
+            targets[i, target_span] = row.labels[1:][chosen]
+            weights[i, target_span] = row.label is not False
             if row.label is not None:
                 sign = 1 if row.label else -1
-                answers[i, segment - 1, there] = sign * (chosen + 1 >= row.start)
-            start, filled = here.stop, there.stop
+                is_completion = chosen + 1 >= row.start
+                answers[i, segment - 1, target_span] = sign * is_completion
+            start, filled = span.stop, target_span.stop
         positions[i, start:] = np.arange(width - start)
     arrays = ids, segments, positions, select, targets, weights
     return Batch(*arrays, answers if sequences else None)

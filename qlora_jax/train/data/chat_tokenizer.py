@@ -1,19 +1,28 @@
-"""A model's tokenizer with its chat template."""
+"""The tokenizer of a model, with its chat templates."""
 
 import datetime
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...models.folder_tokenizer import read_text
-from ...models.tokenizer import load_tokenizer
+from ...models.tokenizer import load_tokenizer, read_text
 from .model_files import ModelError, ModelFiles, read_model_files
-from .templates import Chat
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from .rendering import Rendering, Template
+
+Message = Mapping[str, Any]
+_ROLES = ("system", "user", "assistant", "tool")
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_PROBE = "a key that no template reads"
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template; reads its files on first use.
+    """The tokenizer and the chat template of a model, read on first use.
 
     Example:
         >>> import json, tempfile, tokenizers
@@ -40,21 +49,22 @@ class Tokenizer:
         """Reads nothing yet.
 
         Args:
-            path: A model's folder or `.gguf` file.
-            template: The text of a chat template, in place of the model's.
-            now: The time for a template's `strftime_now`.
+            path: The folder or the `.gguf` file of a model.
+            template: The text of a chat template that replaces the model's.
+            now: The time for `strftime_now` in templates.
         """
         self._path, self._template, self._now = pathlib.Path(path), template, now
 
     @functools.cached_property
-    def inner(self) -> Any:
+    def inner(self) -> "tokenizers.Tokenizer":
         """The `tokenizers.Tokenizer`."""
         try:
             tokenizer = load_tokenizer(self._path)
-        except Exception as error:  # `tokenizers` raises no other kind
+        except Exception as error:  # `tokenizers` raises no more specific type
             raise ModelError(
                 f"{self._path} must have a tokenizer that can be read. {error}"
             ) from error
+        # Some files enable these, which would change rows without a warning.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -64,7 +74,7 @@ class Tokenizer:
         return read_model_files(self._path)
 
     @functools.cached_property
-    def chat(self) -> Chat:
+    def chat(self) -> "Chat":
         """The chat templates."""
         sources = self._files.templates
         if self._template is not None:
@@ -73,38 +83,39 @@ class Tokenizer:
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a chat template."""
+        """Whether the model has a chat template."""
         return bool(self.chat.sources)
 
     @functools.cached_property
     def eos_id(self) -> int | None:
-        """The token that ends a text; None if the model names none."""
+        """The token that ends a text, or None if the model names none."""
         token = self._files.special.get("eos_token")
-        found = self.inner.token_to_id(token) if token else None
-        return found if found is not None else next(iter(self._files.end_ids), None)
+        token_id = self.inner.token_to_id(token) if token else None
+        return next(iter(self._files.end_ids), None) if token_id is None else token_id
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the model's, and that of the chat template."""
-        found = [self.eos_id, *self._files.end_ids, self._turn_end()]
-        return tuple(dict.fromkeys(x for x in found if x is not None))
+        """The tokens that end an answer: the model's, and the chat template's."""
+        ids = [self.eos_id, *self._files.end_ids, self._find_turn_end()]
+        return tuple(dict.fromkeys(x for x in ids if x is not None))
 
-    def _turn_end(self) -> int | None:
+    def _find_turn_end(self) -> int | None:
+        """Returns the last special token that the template writes after an answer."""
         if not self.has_template:
             return None
-        ask, answer = ({"role": r, "content": "a"} for r in ("user", "assistant"))
+        question, answer = ({"role": r, "content": "a"} for r in ("user", "assistant"))
         try:
-            before = self.render([ask], add_generation_prompt=True)
-            full = self.render([ask, answer])
+            prompt = self.render([question], add_generation_prompt=True)
+            text = self.render([question, answer])
         except ModelError:
             raise
-        except ValueError:  # it wants other messages
+        except ValueError:  # the template accepts only other messages
             return None
-        if not full.startswith(before):
+        if not text.startswith(prompt):
             return None
-        added = self.inner.get_added_tokens_decoder()
-        ids = self.encode(full[len(before) :], add_special_tokens=False)
-        special = [i for i in ids if i in added and added[i].special]
+        added_tokens = self.inner.get_added_tokens_decoder()
+        ids = self.encode(text[len(prompt) :], add_special_tokens=False)
+        special = [i for i in ids if i in added_tokens and added_tokens[i].special]
         return special[-1] if special else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -112,52 +123,62 @@ class Tokenizer:
 
         Args:
             text: The text.
-            add_special_tokens: Whether to add tokens such as that for the beginning.
-                Not for text from `render`: the template has written all of them.
+            add_special_tokens: Whether to add special tokens, such as the one for the
+                beginning. Pass False for text from `render`, which has all of them.
 
         Raises:
-            ValueError: If the text has a lone surrogate, which is no character.
+            ValueError: If the text has a lone surrogate, which is not a character.
         """
-        return encode_text(self.inner, text, add_special_tokens).ids
+        return self.encode_with_offsets(text, add_special_tokens).ids
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool
+    ) -> "tokenizers.Encoding":
+        """Returns the tokens of a text, with the characters that they cover.
+
+        Args:
+            text: The text.
+            add_special_tokens: As in `encode`.
+
+        Raises:
+            ValueError: As `encode`.
+        """
+        try:
+            return self.inner.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise ValueError(
+                f"the text must not have half a character (a surrogate). Got "
+                f"{text!r:.200}."
+            ) from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of tokens.
 
         Args:
             ids: The tokens.
-            skip_special_tokens: Whether to leave out special tokens.
+            skip_special_tokens: Whether to omit special tokens.
         """
         ids = [int(i) for i in ids]
         return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        """Returns messages as the model's chat template writes them.
+        """Returns messages as the chat template of the model writes them.
 
         Args:
-            messages: The messages, each with a `role` and mostly a `content`.
-            tools: Descriptions of tools.
-            add_generation_prompt: Whether to write what comes before an answer.
+            messages: The messages, each with a `role` and usually a `content`.
+            tools: The descriptions of tools.
+            add_generation_prompt: Whether to write the text that precedes an answer.
 
         Raises:
-            ValueError: If there is no template, or it refuses the messages.
+            ValueError: If there is no template, or if it rejects the messages.
         """
-        messages = self.chat.readable(messages, tools)
+        messages = self.chat.adapt_contents(messages, tools)
         return self.chat.render(messages, tools, add_generation_prompt).text
-
-
-def encode_text(tokenizer: Any, text: str, add_special_tokens: bool) -> Any:
-    """Returns the `tokenizers.Encoding` of a text; refuses a lone surrogate."""
-    try:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except TypeError as error:
-        raise ValueError(
-            f"it must not have half a character (a surrogate). Got {text!r:.200}."
-        ) from error
 
 
 def open_tokenizer(
@@ -168,14 +189,14 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of a model, with its chat template.
 
-    A folder's tokens are those of transformers 5.24, and a `.gguf` file's those of
+    A folder gives the tokens of transformers 5.24, and a `.gguf` file those of
     llama.cpp. Settings of a folder that would give other tokens raise a ValueError when
     the tokenizer is first used.
 
     Args:
         path: A folder with tokenizer.json, or a `.gguf` file.
-        template: A file with a chat template, in place of the model's.
-        now: The date for templates that write one; by default that of the rendering.
+        template: A file with a chat template that replaces the model's.
+        now: The date for templates that write one. Defaults to the current date.
 
     Raises:
         ValueError: If `template` cannot be read.
@@ -189,3 +210,195 @@ def open_tokenizer(
     """
     source = None if template is None else read_text(pathlib.Path(template))
     return Tokenizer(path, template=source, now=now)
+
+
+class Marked(NamedTuple):
+    """A text and the positions of its answers."""
+
+    text: str
+    answers: list[tuple[int, int]]  # the start and the end of each, in characters
+    is_rendered: bool  # whether a chat template wrote the text
+
+
+@dataclass(eq=False)
+class Chat:
+    """The chat templates of a model, with the special tokens that they write."""
+
+    owner: str  # the path of the model, for error messages
+    sources: Mapping[str, str]  # the templates by name
+    special: Mapping[str, Any]
+    now: datetime.datetime | None
+
+    @functools.cached_property
+    def _templates(self) -> "dict[str, Template]":
+        # Rows of text or tokens need no Jinja, which may be missing.
+        try:
+            from .rendering import Template
+        except ImportError as error:
+            raise ImportError(
+                "chat templates need: pip install 'qlora-jax[train]'"
+            ) from error
+        return {name: Template(text, self.now) for name, text in self.sources.items()}
+
+    def template(self, tools: Sequence[Any] | None) -> "Template":
+        """Returns the template for messages with or without tools."""
+        for name in ("tool_use", "default") if tools else ("default",):
+            if name in self.sources:
+                return self._templates[name]
+        problem = "has none"
+        if self.sources:
+            problem = f"has templates {sorted(self.sources)}, but no default"
+        raise ModelError(
+            f"messages need a chat template: {self.owner} {problem}. Pass a file with "
+            "a template, or rows of `prompt` and `completion`."
+        )
+
+    def check_roles(
+        self,
+        row: Mapping[str, Sequence[Message]],
+        tools: Sequence[Any] | None,
+    ) -> None:
+        """Rejects roles that the template would write, but does not name.
+
+        `row` has the messages by their names in error messages.
+        """
+        allowed = {*_ROLES, *self.template(tools).literals}
+        if unknown := [
+            f"{message['role']!r} in `{name}[{index}]`"
+            for name, messages in row.items()
+            for index, message in enumerate(messages)
+            if message["role"] not in allowed
+        ]:
+            raise ValueError(
+                f"roles must be {', '.join(_ROLES)}, or others that the chat template "
+                f"names. Got {', '.join(unknown)}."
+            )
+
+    def adapt_contents(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> Sequence[Message]:
+        """Joins contents that are lists of texts if the template expects strings."""
+        has_parts = [isinstance(m.get("content"), list) for m in messages]
+        if not any(has_parts) or self._supports_parts(messages, tools):
+            return messages
+        # Such a template would write a list as Python or JSON does.
+        adapted = []
+        for message, is_list in zip(messages, has_parts, strict=True):
+            parts = message["content"] if is_list else []
+            if wrong := [part for part in parts if not _is_text(part)]:
+                raise ValueError(
+                    "the chat template reads contents that are text: their parts must "
+                    f'be {{"type": "text", "text": ...}}. Got {wrong[0]!r:.60}.'
+                )
+            text = "".join(part["text"] for part in parts)
+            adapted.append({**message, "content": text} if is_list else message)
+        return adapted
+
+    def _supports_parts(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> bool:
+        """Whether the template writes the texts of parts, but not their other keys."""
+        # A template that reads parts ignores the key that is added to each of them. One
+        # that expects a string writes the whole list, with that key.
+        probed, texts = [], []
+        for message in messages:
+            if isinstance(parts := message.get("content"), list):
+                if not all(isinstance(part, dict) for part in parts):
+                    return False
+                texts += [str(part["text"]) for part in parts if part.get("text")]
+                message = {**message, "content": [x | {_PROBE: _PROBE} for x in parts]}
+            probed.append(message)
+        try:
+            rendered = _without_space(self.render(probed, tools).text)
+        except ModelError:
+            raise
+        except ValueError:
+            return False
+        has_texts = all(_without_space(text) in rendered for text in texts)
+        return has_texts and _without_space(_PROBE) not in rendered
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> "Rendering":
+        """Renders messages. The result has the answers that the template marks."""
+        return self.template(tools).render(
+            {
+                **self.special,
+                "messages": [_normalize(message) for message in messages],
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
+
+    def find_answers(
+        self,
+        rendering: "Rendering",
+        messages: Sequence[Message],
+        turns: Sequence[int],
+        tools: Sequence[Any] | None,
+    ) -> Marked:
+        """Finds the answers of the messages `turns` of the assistant in a rendering.
+
+        A template that marks answers has marked those of all messages, and the ones of
+        other messages are removed. Otherwise, an answer is the difference between the
+        renderings with and without its message.
+        """
+        if not turns:
+            raise ValueError(
+                "the row must have a message of the assistant to train on."
+            )
+        text, answers = rendering
+
+        def find_end(count: int, turn: int, add_generation_prompt: bool) -> int:
+            """Returns where the first messages end in the text."""
+            beginning = self.render(messages[:count], tools, add_generation_prompt).text
+            if not text.startswith(beginning):
+                raise ValueError(
+                    f"the answer in message {turn} cannot be found: the chat template "
+                    "renders it, or the text before it, differently when messages "
+                    "follow. Mark answers by `{% generation %}` in the template, or "
+                    'train on "last" or "all".'
+                )
+            return len(beginning)
+
+        def find_span(turn: int) -> tuple[int, int]:
+            is_last = turn + 1 == len(messages)
+            end = len(text) if is_last else find_end(turn + 1, turn, False)
+            return find_end(turn, turn, True), end
+
+        if not self.template(tools).marks_answers:
+            return Marked(text, [find_span(turn) for turn in turns], True)
+        assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        # One rendering finds all answers before the first one to train on.
+        if assistant[0] < turns[0]:
+            start = find_end(turns[0], turns[0], True)
+            answers = [span for span in answers if span[1] > start]
+        for turn in {*assistant[assistant.index(turns[0]) :]} - {*turns}:
+            start, end = find_span(turn)
+            answers = [span for span in answers if span[1] <= start or span[0] >= end]
+        if not answers:
+            raise ValueError("the chat template must mark an answer in the row.")
+        return Marked(text, answers, True)
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a content has a text and nothing else."""
+    keys = isinstance(part, dict) and {key for key, x in part.items() if x is not None}
+    return keys == {"type", "text"} and isinstance(part["text"], str)
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
+
+
+def _normalize(message: Message) -> dict[str, Any]:
+    """Drops None, and adds the names by which templates read reasoning."""
+    fields = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((fields[key] for key in _REASONING_KEYS if key in fields), None)
+    if reasoning is not None:
+        fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+    return fields

@@ -1,18 +1,27 @@
 """Reads data sets as rows of tokens, by split."""
 
+import functools
 import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from .chat_tokenizer import Tokenizer
-from .cutting import Cuts, cut_row
 from .encode import Encoded, Encoder, Example, Row
-from .lines import Lines, Streamed
-from .rows import Source, converted, find_sources, find_weights, open_file
+from .rows import (
+    JsonLines,
+    Source,
+    StreamedRows,
+    converted,
+    find_sources,
+    find_weights,
+    listing,
+    open_file,
+)
 
 _SPLITS = ("train", "valid", "test")
 
@@ -21,17 +30,18 @@ class Dataset(NamedTuple):
     """Rows of a data set, by split.
 
     Attributes:
-        train: Rows to train on.
-        valid: Rows to validate on; may be empty.
-        test: Rows to test on; may be empty.
-        valid_examples: Prompts and answers of `valid`, where its rows have some.
-        test_examples: Those of `test`.
-        trained_share: The share of the tokens in `train` that are trained.
+        train: The training set.
+        valid: The validation set, which may be empty.
+        test: The test set, which may be empty.
+        valid_examples: The prompts and answers of `valid`, if its rows have any.
+        test_examples: The prompts and answers of `test`, if its rows have any.
+        trained_share: The share of the tokens in `train` that are targets.
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
             "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
-        notes: Notes for the user, a line each.
-        mix: Of several data sets: how many rows each has in `train`, and its weight.
-        hash: Of the tokens and labels in `train` and `valid`.
+        notes: Notes for the user, one line each.
+        mix: For several data sets: the number of rows of each in `train`, and its
+            weight. Otherwise empty.
+        hash: A hash of the tokens and labels in `train` and `valid`.
 
     Example:
         >>> Dataset([], [], [], [], [], 0.4, "messages", ()).kind
@@ -68,36 +78,37 @@ def read_dataset(
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
     Args:
-        path: A .jsonl, .json, .csv or .txt file (or any of them with .gz), or .parquet;
-            a folder with such a file called train, and perhaps one called valid (or
-            validation, val, dev or eval) and one called test; or the id of a data set
-            on the hub, such as "user/name" or "user/name:subset". A .txt file is one
-            text, cut into rows of `max_length` tokens. Or several of them with their
-            weights, such as "a.jsonl=0.7,b.jsonl=0.3" or `{"a.jsonl": 0.7, ...}`.
-        tokenizer: The model's.
-        vocab_size: Ids must be below.
-        max_length: The most tokens of a row.
+        path: A .jsonl, .json, .csv or .txt file (each also with .gz), or .parquet. Or a
+            folder with such a file named train, and optionally files named valid (or
+            validation, val, dev, eval) and test. Or the id of a data set on the hub,
+            "user/name" or "user/name:subset". A .txt file is one text, which is split
+            into rows of `max_length` tokens. Or several of these with their weights, as
+            in "a.jsonl=0.7,b.jsonl=0.3" or `{"a.jsonl": 0.7, ...}`.
+        tokenizer: The tokenizer of the model.
+        vocab_size: All ids must be below this number.
+        max_length: The largest number of tokens of a row.
         keys: The names in the rows of our keys, such as
             `{"prompt": "question", "completion": "answer"}`.
-        train_on: The tokens to train on: those of completions and of the assistant's
-            messages; of these the last one's; or all. Rows of `input_ids` have
-            `labels`.
-        too_long: For rows of more than `max_length` tokens; only `text` can be split.
-        chat: Whether prompts and completions that are texts, and Alpaca's rows, become
+        train_on: The target tokens: those of completions and of the messages of the
+            assistant, those of the last such message, or all tokens. Rows of
+            `input_ids` have `labels` instead.
+        too_long: What to do with rows of more than `max_length` tokens. "split" is only
+            for rows of `text`.
+        chat: Whether prompts and completions that are texts, and rows of Alpaca, become
             messages of a user and an assistant if the model has a chat template.
-        objective: What the rows are for: sft (supervised fine-tuning), or a loss of
-            preferences, dpo, ipo, orpo, simpo or kto.
-        stream: Whether rows to train on stay in their files, which are .jsonl: they are
-            read once, for what is wrong and for their lengths, and again, one by one,
-            when they are asked for.
-        validation_split: The share of the training rows to validate on instead, for
-            data without validation rows: of every `1 / validation_split` rows one.
-        seed: Chooses which one.
+        objective: The purpose of the rows: sft (supervised fine-tuning), or the
+            preference losses dpo, ipo, orpo, simpo and kto.
+        stream: Whether training rows stay in their files, which must be .jsonl. They
+            are read once to check them and to get their lengths, and again whenever
+            they are needed.
+        validation_split: For data without validation rows: the share of the training
+            rows to use for validation, one out of `1 / validation_split` rows.
+        seed: The seed that selects the validation rows.
 
     Raises:
-        ValueError: If a file cannot be read, or rows are wrong, too long or without a
-            trained token. The message lists them.
-        ImportError: If a library is missing that the data needs.
+        ValueError: If a file cannot be read, or if rows are wrong, too long or without
+            a target token. The message lists them.
+        ImportError: If a library that the data needs is missing.
 
     Example:
         >>> import tempfile
@@ -128,59 +139,29 @@ def read_dataset(
     )
     if stream and objective != "sft":
         raise ValueError(f"`stream` must be false for {objective}. Got true.")
-    read, kinds, notes = _Read(stream, objective == "kto"), {}, []
-    counts, weights = [0], find_weights(path)
-    splits_of_rows = draw_splits(validation_split, seed)
-    encode = lambda raw, place: encoder.encode(raw, None, place, False)
-    pieces = lambda raw, place: cut_row(*encode(raw, place), max_length, too_long)
-    for name in weights:
-        kinds_here: dict[str, str] = {}
-        sources = find_sources(name, notes)
-        if validation_split is not None and "valid" in sources:
-            raise ValueError(
-                "`validation_split` must be left out for data with validation rows. "
-                f"Got {validation_split}, and {sources['valid'].name}."
-            )
-        for split, source in sources.items():
-            lines = Lines(source.name, pieces) if stream and split == "train" else None
-            source = source if lines is None else lines.source
-            how = "split" if source.is_text else too_long
-            cuts = Cuts(source, max_length, how)
-            splits = splits_of_rows if split == "train" else itertools.repeat(split)
-            for row_split, kind, one in _encode(source, encoder, splits):
-                kinds_here[split] = kind
-                # The pieces of a long text are rows of their own.
-                splits_of_pieces = itertools.chain([row_split], splits)
-                read.add(splits_of_pieces, cuts.cut(kind, one), lines)
-            cuts.end(notes)
-        if len({*kinds_here.values()}) > 1:
-            raise ValueError(
-                f"all splits must have rows of one kind. Got {kinds_here}."
-            )
-        kinds |= dict.fromkeys(kinds_here.values())
-        counts.append(len(read.rows["train"]))
-        if counts[-1] == counts[-2]:
-            raise ValueError(_NO_ROWS.format(validation_split, name, "train on"))
-    if validation_split is not None and not read.rows["valid"]:
+    reader = _Reader(
+        encoder=encoder,
+        max_length=max_length,
+        too_long=too_long,
+        stream=stream,
+        separates_pairs=objective == "kto",
+        validation_split=validation_split,
+        train_splits=draw_splits(validation_split, seed),
+    )
+    weights = find_weights(path)
+    counts = [reader.read(name) for name in weights]
+    if validation_split is not None and not reader.rows["valid"]:
         raise ValueError(_NO_ROWS.format(validation_split, path, "validate on"))
-    if encoder.unused:
-        notes.append(f"keys of rows that are not used: {', '.join(encoder.unused)}")
-    if read.straddling:
-        notes.append(
-            f"in {read.straddling:,} rows one token holds the end of the prompt and "
-            "the beginning of the answer, and is trained: does the prompt end with a "
-            "space?"
-        )
-    mix = tuple(zip(np.diff(counts).tolist(), weights.values(), strict=True))
+    mix = tuple(zip(counts, weights.values(), strict=True))
     return Dataset(
-        **read.rows,
-        valid_examples=read.examples["valid"],
-        test_examples=read.examples["test"],
-        trained_share=read.trained / read.tokens,
-        kind=" and ".join(kinds),
-        notes=tuple(notes),
+        **reader.rows,
+        valid_examples=reader.examples["valid"],
+        test_examples=reader.examples["test"],
+        trained_share=reader.num_targets / reader.num_tokens,
+        kind=" and ".join(reader.kinds),
+        notes=reader.all_notes(),
         mix=mix if len(mix) > 1 else (),
-        hash=read.hash.hexdigest()[:16],
+        hash=reader.hasher.hexdigest()[:16],
     )
 
 
@@ -191,60 +172,127 @@ _NO_ROWS = (
 
 
 def draw_splits(share: float | None, seed: int) -> Iterator[str]:
-    """Yields the split of each row: of every `1 / share` rows one is for validation.
+    """Yields the split of each row. One of every `1 / share` rows is for validation.
 
-    So a share is right within a row, however many rows there are.
+    The share is therefore exact to within one row, whatever the number of rows.
     """
     if share is None:
         yield from itertools.repeat("train")
         return
     generator, first = np.random.default_rng(seed), 0
     for stratum in itertools.count(1):
+        # Rounded bounds, so that strata of a fractional size average to `1 / share`.
         size = round(stratum / share) - first
         chosen = generator.integers(size)
         yield from ("valid" if i == chosen else "train" for i in range(size))
         first += size
 
 
-class _Read:
-    """The rows that are read."""
+@dataclass(eq=False, kw_only=True)
+class _Reader:
+    """Reads data sets one after the other, and holds the rows of all of them."""
 
-    def __init__(self, stream: bool, alone: bool):
-        """With `alone`, each answer of a pair is a row."""
-        self.rows: dict[str, Any] = {split: [] for split in _SPLITS}
-        self.examples: dict[str, list[Example]] = {split: [] for split in _SPLITS}
-        if stream:
-            self.rows["train"] = Streamed()
-        self.straddling = self.trained = self.tokens = 0
-        self.hash, self._alone = hashlib.sha256(), alone
+    encoder: Encoder
+    max_length: int
+    too_long: str
+    stream: bool
+    separates_pairs: bool  # whether each completion of a pair is a row by itself
+    validation_split: float | None
+    train_splits: Iterator[str]
+    rows: dict[str, Any] = field(default_factory=lambda: {x: [] for x in _SPLITS})
+    examples: dict[str, list[Example]] = field(
+        default_factory=lambda: {x: [] for x in _SPLITS}
+    )
+    kinds: dict[str, None] = field(default_factory=dict)  # in order of appearance
+    notes: list[str] = field(default_factory=list)
+    hasher: Any = field(default_factory=hashlib.sha256)
+    num_straddling: int = 0
+    num_targets: int = 0  # of training rows, like `num_tokens`
+    num_tokens: int = 0
 
-    def add(
-        self, splits: Iterator[str], pieces: list[Encoded], lines: Lines | None
+    def __post_init__(self):
+        if self.stream:
+            self.rows["train"] = StreamedRows()
+
+    def read(self, name: str) -> int:
+        """Reads all splits of a data set, and returns its number of training rows."""
+        sources = find_sources(name, self.notes)
+        if self.validation_split is not None and "valid" in sources:
+            raise ValueError(
+                "`validation_split` must be left out for data with validation rows. "
+                f"Got {self.validation_split}, and {sources['valid'].name}."
+            )
+        old_count = len(self.rows["train"])
+        kinds = {split: self._read_split(split, sources[split]) for split in sources}
+        if len({*kinds.values()}) > 1:
+            raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
+        self.kinds |= dict.fromkeys(kinds.values())
+        count = len(self.rows["train"]) - old_count
+        if not count:
+            raise ValueError(_NO_ROWS.format(self.validation_split, name, "train on"))
+        return count
+
+    def _read_split(self, split: str, source: Source) -> str:
+        """Reads the rows of a split, and returns their kind."""
+        file = None
+        if self.stream and split == "train":
+            # Not a method: the rows would refer to this reader, and the reader to the
+            # rows, so that temporary files would outlive the data set.
+            settings = self.encoder, self.max_length, self.too_long
+            file = JsonLines(source.name, functools.partial(_encode_pieces, *settings))
+            source = file.source
+        too_long = "split" if source.is_text else self.too_long
+        cutter, kind = _Cutter(source.name, self.max_length, too_long), ""
+        splits = self.train_splits if split == "train" else itertools.repeat(split)
+        for row_split, kind, encoded in _encode_rows(source, self.encoder, splits):
+            # Each piece of a long text is a row, and draws a split of its own.
+            piece_splits = itertools.chain([row_split], splits)
+            self._add(cutter.cut(kind, encoded), piece_splits, file)
+        cutter.finish(self.notes)
+        return kind
+
+    def _add(
+        self, pieces: list[Encoded], splits: Iterator[str], file: JsonLines | None
     ) -> None:
-        """Adds the pieces of a row; those to train on of `lines` stay there."""
+        # `zip` asks `pieces` first, and so draws no split after the last piece.
         pairs = zip(pieces, splits, strict=False)
         for index, ((row, example, straddles), split) in enumerate(pairs):
-            self.straddling += straddles
+            self.num_straddling += straddles
             self.examples[split] += [example] if example else []
             if split != "test":
                 self._hash(row)
             if split == "train":
-                self.trained += sum(one.num_trained for one in row.sequences)
-                self.tokens += sum(len(one.ids) for one in row.sequences)
-            if lines is not None and split == "train":
-                self.rows[split].add(lines, index, row)
-            elif self._alone:
+                self.num_targets += sum(x.num_trained for x in row.sequences)
+                self.num_tokens += sum(len(x.ids) for x in row.sequences)
+            if file is not None and split == "train":
+                self.rows[split].add(file, index, row)
+            elif self.separates_pairs:
                 self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
             else:
                 self.rows[split].append(row)
 
     def _hash(self, row: Row) -> None:
-        for one in row.sequences:
-            self.hash.update(np.int64(len(one.ids)).tobytes())
-            for x in (one.ids, one.labels):
-                self.hash.update(np.asarray(x, np.int32).tobytes())
-            if one.label is not None:
-                self.hash.update(bytes([one.label]) + np.int64(one.start).tobytes())
+        for sequence in row.sequences:
+            # The length comes first, so that rows cannot run into each other.
+            self.hasher.update(np.int64(len(sequence.ids)).tobytes())
+            for x in (sequence.ids, sequence.labels):
+                self.hasher.update(np.asarray(x, np.int32).tobytes())
+            if sequence.label is not None:
+                start = np.int64(sequence.start).tobytes()
+                self.hasher.update(bytes([sequence.label]) + start)
+
+    def all_notes(self) -> tuple[str, ...]:
+        """Returns the notes on data sets, unused keys and straddling tokens."""
+        notes = [*self.notes]
+        if unused := self.encoder.unused:
+            notes.append(f"ignored keys of rows: {', '.join(unused)}")
+        if self.num_straddling:
+            notes.append(
+                f"in {self.num_straddling:,} rows one token holds the end of the "
+                "prompt and the beginning of the answer, and is trained: does the "
+                "prompt end with a space?"
+            )
+        return tuple(notes)
 
 
 def read_rows(
@@ -254,13 +302,14 @@ def read_rows(
     vocab_size: int,
     max_length: int | None = None,
 ) -> list[Row]:
-    """Returns the rows of one file, of any length; a `text` gets no token for its end.
+    """Returns the rows of one file, of any length. A `text` gets no end token.
 
     Args:
-        path: The file, as `read_dataset` takes it.
-        tokenizer: Turns text into tokens; not used for rows with `input_ids`.
-        vocab_size: Ids must be below.
-        max_length: The most tokens of a row of a .txt file, which is cut; None: any.
+        path: The file, as in `read_dataset`.
+        tokenizer: The tokenizer of the model. Unused for rows with `input_ids`.
+        vocab_size: All ids must be below this number.
+        max_length: The number of tokens after which a .txt file is split into rows.
+            None does not split it.
 
     Raises:
         ValueError: If lines are wrong. The message lists them.
@@ -275,27 +324,110 @@ def read_rows(
     """
     encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
     source = open_file(path)
-    splits = itertools.repeat("train")
-    found = [one for *_, one in _encode(source, encoder, splits)]
+    encoded = [x for *_, x in _encode_rows(source, encoder, itertools.repeat("train"))]
     if source.is_text and max_length is not None:
-        found = [x for one in found for x in cut_row("text", one, max_length, "split")]
-    return [one.row for one in found]
+        encoded = [y for x in encoded for y in cut_row("text", x, max_length, "split")]
+    return [x.row for x in encoded]
 
 
-def _encode(
+def _encode_rows(
     source: Source, encoder: Encoder, splits: Iterator[str]
 ) -> Iterator[tuple[str, str, Encoded]]:
-    """Yields the rows of a source with their splits and kind.
+    """Yields the split, the kind and the tokens of each row, and rejects bad rows.
 
-    Rows of other splits than "train" have examples. At the end refuses wrong rows.
+    Rows of other splits than "train" have examples.
     """
-    kind = None
+    kind = None  # that of the first row, which all rows must have
 
     def encode(number: int, raw: Any) -> tuple[str, str, Encoded]:
         split, place = next(splits), f"{source.name}:{number}"
         return split, *encoder.encode(raw, kind, place, split != "train")
 
-    for split, kind, one in converted(source, encode):
-        yield split, kind, one
+    for split, kind, encoded in converted(source, encode):
+        yield split, kind, encoded
     if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")
+
+
+def _encode_pieces(
+    encoder: Encoder, max_length: int, too_long: str, raw: Any, place: str
+) -> list[Encoded]:
+    kind, encoded = encoder.encode(raw, None, place, False)
+    return cut_row(kind, encoded, max_length, too_long)
+
+
+def cut_row(
+    kind: str, encoded: Encoded, max_length: int, too_long: str
+) -> list[Encoded]:
+    """Returns the pieces of a row: the row itself if it fits, or is to be refused."""
+    ids, labels, place, *_ = row = encoded.row
+    if row.longest <= max_length or too_long == "refuse":
+        return [encoded]
+    if too_long == "split":
+        if kind != "text":
+            return [encoded]
+        # A piece begins with the last token of the piece before it, whose prediction
+        # of the next token counts there. So each token but the first is a target once.
+        starts = range(0, len(ids) - 1, max_length - 1)
+        spans = [slice(start, start + max_length) for start in starts]
+        return [Encoded(Row(ids[span], labels[span], place)) for span in spans]
+    row = row.truncated(max_length)
+    # A truncated row has no example, since its answer may be cut.
+    is_kept = too_long == "truncate" and row.is_trained
+    return [Encoded(row, None, encoded.straddles)] if is_kept else []
+
+
+class _Cutter:
+    """Cuts the rows of a source that are too long, and counts them."""
+
+    def __init__(self, name: str, max_length: int, too_long: str):
+        self._name, self._max_length, self._too_long = name, max_length, too_long
+        self._num_rows = self._num_pieces = self._num_long = self._longest = 0
+        self._refused: list[str] = []  # the places of rows that are too long
+        self._untrained: list[str] = []  # the places of rows without a target
+
+    def cut(self, kind: str, encoded: Encoded) -> list[Encoded]:
+        """Returns the pieces of a row."""
+        pieces = cut_row(kind, encoded, self._max_length, self._too_long)
+        size, place = encoded.row.longest, encoded.row.place
+        self._num_rows += 1
+        self._num_pieces += len(pieces)
+        if size > self._max_length:
+            self._num_long += 1
+            self._longest = max(self._longest, size)
+            if pieces and pieces[0] is encoded:
+                self._refused.append(f"{place} ({size:,} tokens)")
+        self._untrained += [place for x in pieces if not x.row.is_trained]
+        return pieces
+
+    def finish(self, notes: list[str]) -> None:
+        """Rejects the wrong rows, and adds a note about those that were cut."""
+        name, limit, num_long = self._name, self._max_length, self._num_long
+        if self._refused:
+            raise ValueError(
+                f"rows must have at most `max_length` = {limit} tokens; the longest "
+                f"has {self._longest:,}. Raise it, or set `too_long` to drop or "
+                "truncate, or to split, which is for rows of `text`.\n  "
+                + listing(self._refused)
+            )
+        if not self._num_pieces:
+            raise ValueError(
+                f"{name} must have rows of at most {limit} tokens. Got none."
+            )
+        if self._untrained:
+            raise ValueError(
+                f"rows of {name} must have a token to train on. None in:\n  "
+                + listing(self._untrained)
+            )
+        if num_long and self._too_long == "split":
+            notes.append(
+                f"{name}: texts of more than {limit} tokens continue in the next row: "
+                f"{self._num_pieces:,} rows of {self._num_rows:,} texts."
+            )
+        elif num_long:
+            num_dropped = self._num_rows - self._num_pieces
+            notes.append(
+                f"{name}: of {num_long:,} rows with more than {limit} tokens, "
+                f"{num_dropped:,} are dropped and {num_long - num_dropped:,} "
+                f"truncated; the longest has {self._longest:,}."
+            )

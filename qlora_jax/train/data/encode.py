@@ -1,11 +1,12 @@
-"""Turns rows into tokens and labels."""
+"""Turns raw rows into tokens and labels."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat_tokenizer import Tokenizer, encode_text
+from .chat_tokenizer import Marked, Message, Tokenizer
 from .kinds import (
     KINDS,
     LABELLED,
@@ -13,29 +14,29 @@ from .kinds import (
     Fields,
     check_keys,
     check_text,
+    find_completions,
     find_fields,
     find_messages,
+    kinds_for,
     split_trained,
 )
 from .model_files import ModelError
-from .preferences import find_answers, kinds_for
-from .templates import Marked
-from .written import check_written
+from .omissions import check_nothing_omitted
 
-IGNORED = -100  # the label of a token that is not trained, as in PyTorch
+IGNORED = -100  # the label of a token that is not a target, as in PyTorch
 
 
 class Row(NamedTuple):
     """One sequence.
 
     Attributes:
-        ids: Its tokens, int32 `[T]`.
-        labels: For each token, the id to predict there, or -100 if it is not trained.
-            The first is never trained: no token comes before it.
-        place: Its source, such as "train.jsonl:17".
-        start: For preferences: where its answer begins.
-        label: For preferences: whether the answer is a good one; else None.
-        rejected: For pairs: the row of the answer that is not chosen.
+        ids: The tokens, int32 `[T]`.
+        labels: For each token, the id to predict there, or -100 if it is not a target.
+            The first token is never a target, since no token precedes it.
+        place: The source of the row, such as "train.jsonl:17".
+        start: For preferences: where the completion begins.
+        label: For preferences: whether the completion is a good one; otherwise None.
+        rejected: For pairs: the row of the rejected completion.
 
     Example:
         >>> row = Row(np.array([3, 1, 2]), np.array([-100, 1, 2]), "train.jsonl:17")
@@ -52,31 +53,31 @@ class Row(NamedTuple):
 
     @property
     def num_trained(self) -> int:
-        """The number of trained tokens."""
+        """The number of target tokens."""
         return int((self.labels[1:] != IGNORED).sum())
 
     @property
     def sequences(self) -> "tuple[Row, ...]":
-        """The row, or the two of a pair."""
+        """The row, or both rows of a pair."""
         return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def longest(self) -> int:
-        """The most tokens of its sequences."""
+        """The number of tokens of the longest sequence."""
         return max(len(row.ids) for row in self.sequences)
 
     @property
     def is_trained(self) -> bool:
-        """Whether each sequence has trained tokens, and pairs differ."""
-        parts = [x.labels[max(x.start, 1) :] for x in self.sequences]
+        """Whether each sequence has a target token, and the rows of a pair differ."""
+        labels = [row.labels[max(row.start, 1) :] for row in self.sequences]
         is_tie = self.rejected and np.array_equal(self.ids, self.rejected.ids)
-        return not is_tie and all((x != IGNORED).any() for x in parts)
+        return not is_tie and all((x != IGNORED).any() for x in labels)
 
     def truncated(self, size: int) -> "Row":
-        """Returns the row with fewer tokens.
+        """Returns the row with at most `size` tokens per sequence.
 
         Args:
-            size: The most tokens of a sequence.
+            size: The largest number of tokens.
         """
         rejected = self.rejected and self.rejected.truncated(size)
         ids, labels = self.ids[:size], self.labels[:size]
@@ -84,7 +85,7 @@ class Row(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A prompt and the right answer.
+    """A prompt and the correct answer.
 
     Attributes:
         prompt: The tokens before the answer.
@@ -102,24 +103,24 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row, and its last answer if examples are wanted."""
+    """A row, with its last answer as an example if examples are requested."""
 
     row: Row
     example: Example | None = None
-    straddles: bool = False  # a token holds the end of a prompt and part of its answer
+    straddles: bool = False  # whether a token holds both prompt and answer text
 
 
 class _Tokens(NamedTuple):
-    """Tokens, and the characters of the text that each covers."""
+    """Tokens, and the characters of the text that each of them covers."""
 
     ids: list[int]
-    starts: np.ndarray  # with the white space that the tokenizer leaves out before it
+    starts: np.ndarray  # includes white space before it that no token covers
     ends: np.ndarray
-    added: np.ndarray  # whether the tokenizer added it: no text stands for it
+    added: np.ndarray  # whether the tokenizer added the token, which covers no text
 
 
 class Encoder:
-    """Turns rows into tokens; its settings are those of `read_dataset`."""
+    """Turns raw rows into tokens, with the settings of `read_dataset`."""
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class Encoder:
         ends_text: bool = True,
         objective: str = "sft",
     ):
-        """Without `ends_text`, rows of `text` get no token for the end."""
+        """With `ends_text`, rows of `text` get a token for the end."""
         if train_on not in ("completions", "last", "all"):
             raise ValueError(
                 f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
@@ -140,186 +141,217 @@ class Encoder:
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.kinds, self.chat, self.ends_text = kinds_for(objective), chat, ends_text
         self.keys = check_keys(keys, self.kinds)
-        self.unused: dict[str, None] = {}  # keys of rows that are not used
+        self.unused: dict[str, None] = {}  # the unused keys so far, in order
 
     def encode(
-        self, raw: Mapping[str, Any], kind: str | None, place: str, examples: bool
+        self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
     ) -> tuple[str, Encoded]:
-        """Returns the kind of a row, which must be `kind` if given, and the row."""
+        """Returns the kind of a row, which must be `kind` if not None, and the row."""
         fields = find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
-                f"it must be of the kind of the first row, {kind}. Got {fields.kind}."
+                f"the row must be of the kind of the first row, {kind}. Got "
+                f"{fields.kind}."
             )
         self.unused |= dict.fromkeys(fields.unused)
         if fields.kind == "input_ids":
-            return fields.kind, Encoded(self._given(fields, place))
-        if fields.kind == "text":
-            return fields.kind, Encoded(self._text(fields, place))
-        if fields.kind in PAIRS | LABELLED:
-            return fields.kind, self._preference(fields, place, examples)
-        return fields.kind, self._encoded(fields, place, examples)
+            encoded = Encoded(self._encode_ids(fields, place))
+        elif fields.kind == "text":
+            encoded = Encoded(self._encode_text(fields, place))
+        elif fields.kind in PAIRS | LABELLED:
+            encoded = self._encode_preference(fields, place, with_example)
+        else:
+            encoded = self._encode_answers(fields, place, with_example)
+        return fields.kind, encoded
 
-    def _given(self, fields: Fields, place: str) -> Row:
-        ids = self._ids("input_ids", fields.values["input_ids"])
+    def _encode_ids(self, fields: Fields, place: str) -> Row:
+        ids = self._check_ids("input_ids", fields.values["input_ids"])
         labels = ids
         if fields.values["labels"] is not None:
-            labels = self._ids("labels", fields.values["labels"], ignored=True)
+            labels = fields.values["labels"]
+            labels = self._check_ids("labels", labels, allow_ignored=True)
         if len(labels) != len(ids):
-            raise ValueError(f"it must have {len(ids)} labels. Got {len(labels)}.")
+            raise ValueError(f"the row must have {len(ids)} labels. Got {len(labels)}.")
         return Row(ids, labels, place)
 
-    def _text(self, fields: Fields, place: str) -> Row:
+    def _encode_text(self, fields: Fields, place: str) -> Row:
         ids = self.tokenizer.encode(check_text("text", fields.values["text"]))
         eos = self.tokenizer.eos_id
         if self.ends_text and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
-        ids = self._ids("the ids of its text", ids)
+        ids = self._check_ids("the ids of its text", ids)
         return Row(ids, ids, place)
 
-    def _preference(self, fields: Fields, place: str, examples: bool) -> Encoded:
-        found = []
-        for name, is_good, answer in find_answers(fields):
+    def _encode_preference(
+        self, fields: Fields, place: str, with_example: bool
+    ) -> Encoded:
+        encoded = []
+        for name, is_good, completion in find_completions(fields):
             try:
-                one = self._encoded(answer, place, examples and is_good)
+                x = self._encode_answers(completion, place, with_example and is_good)
             except ModelError:
                 raise
             except ValueError as error:
+                # The user calls the completion "chosen" or "rejected".
                 raise ValueError(str(error).replace("completion", name)) from error
-            found.append(one._replace(row=one.row._replace(label=is_good)))
-        first, *other = found
-        row = first.row._replace(rejected=other[0].row if other else None)
+            encoded.append(x._replace(row=x.row._replace(label=is_good)))
+        rejected = encoded[1].row if len(encoded) > 1 else None
+        row = encoded[0].row._replace(rejected=rejected)
         if not row.is_trained:
             raise ValueError(
-                "its answers must have tokens, and those of a pair must differ."
+                "the answers must have tokens, and those of a pair must differ."
             )
-        straddles = any(one.straddles for one in found)
-        return first._replace(row=row, straddles=straddles)
+        straddles = any(x.straddles for x in encoded)
+        return encoded[0]._replace(row=row, straddles=straddles)
 
-    def _marked(self, fields: Fields) -> Marked:
-        # A text that is cut in two is no message.
+    def _encode_answers(
+        self, fields: Fields, place: str, with_example: bool
+    ) -> Encoded:
+        """Encodes messages, or a prompt and a completion.
+
+        The text is tokenized as a whole, as the model will see it. The targets are the
+        tokens that cover characters of the answers.
+        """
+        marked = self._mark_answers(fields)
+        tokens = self._tokenize(marked.text, marked.is_rendered)
+        is_target, answer, straddles = self._find_targets(tokens, marked)
+        ids = [*tokens.ids]
+        if not marked.is_rendered:  # a chat template would have ended the answer
+            eos = self.tokenizer.eos_id
+            if eos is None:
+                raise ModelError("the model must name a token that ends a text.")
+            if ids[-1:] != [eos]:
+                ids, is_target = [*ids, eos], np.append(is_target, True)
+        ids = self._check_ids(f"the ids of its {fields.kind}", ids)
+        labels = np.where(is_target, ids, IGNORED).astype(np.int32)
+        if self.train_on == "all":
+            labels = ids
+        has_example = with_example and marked.answers
+        example = self._make_example(marked, answer) if has_example else None
+        start = 0 if self.kinds is KINDS else int(is_target.argmax())
+        return Encoded(Row(ids, labels, place, start), example, straddles)
+
+    def _mark_answers(self, fields: Fields) -> Marked:
+        # A pair of texts that were split after their common beginning is not a chat.
         is_chat = self.chat and self.tokenizer.has_template and fields.kind != "text"
-        found = find_messages(fields, is_chat)
-        if isinstance(found, tuple):
-            text = "".join(found)
-            return Marked(text, [(len(found[0]), len(text))], False)
-        chat, tools = self.tokenizer.chat, found.pop("tools")
-        chat.check_roles(found, tools)
-        split = {
-            name: [split_trained(f"{name}[{i}]", m) for i, m in enumerate(found[name])]
-            for name in found
-        }
-        found = {name: [message for message, _ in split[name]] for name in split}
-        may_train = [is_trained for name in split for _, is_trained in split[name]]
+        groups = find_messages(fields, is_chat)
+        if isinstance(groups, tuple):
+            prompt, completion = groups
+            text = prompt + completion
+            return Marked(text, [(len(prompt), len(text))], False)
+        return self._render(groups, groups.pop("tools"))
+
+    def _render(
+        self, groups: Mapping[str, Sequence[Message]], tools: Sequence[Any] | None
+    ) -> Marked:
+        """Renders the messages of a row, by their names, and finds the answers."""
+        chat = self.tokenizer.chat
+        chat.check_roles(groups, tools)
+        # 1. Remove `weight` and `train`, and adapt contents to the template.
+        pairs = [
+            split_trained(f"{name}[{index}]", dict(message))
+            for name, group in groups.items()
+            for index, message in enumerate(group)
+        ]
+        may_train = [is_trained for _, is_trained in pairs]
         if self.train_on == "all" and not all(may_train):
             raise ValueError(
                 "messages must not have a `weight` of 0 or `train: false` where all "
                 "tokens are trained (`train_on`)."
             )
-        messages = lambda row: [m for name in row if name != "tools" for m in row[name]]
-        readable = iter(chat.readable(messages(found), tools))
-        row: dict[str, Any] = {n: [next(readable) for _ in found[n]] for n in found}
-        turns = self._trained_turns(row, may_train)
-        row["tools"] = tools
-        render = lambda row: chat.render(messages(row), row.get("tools"))
-        rendering = render(row)
+        messages = chat.adapt_contents([message for message, _ in pairs], tools)
+        # 2. Render, and check that the text has all parts of the row.
+        rendering, remaining = chat.render(messages, tools), iter(messages)
+        row: dict[str, Any] = {
+            name: [*itertools.islice(remaining, len(group))]
+            for name, group in groups.items()
+        }
+
+        def render_variant(row: dict[str, Any]) -> str:
+            parts = [group for name, group in row.items() if name != "tools"]
+            return chat.render([*itertools.chain(*parts)], row.get("tools")).text
+
         source = chat.template(tools).source
-        check_written(lambda row: render(row).text, row, rendering.text, source)
+        row["tools"] = tools
+        check_nothing_omitted(render_variant, row, rendering.text, source)
+        # 3. Find the answers to train on.
+        first = len(messages) - len(row.get("completion", messages))
+        turns = [i for i, x in enumerate(messages) if x["role"] == "assistant"]
+        turns = [turn for turn in turns if turn >= first]
+        turns = turns[-1:] if self.train_on == "last" else turns
+        turns = [turn for turn in turns if may_train[turn]]
         try:
-            return chat.mark(rendering, messages(row), turns, tools)
+            return chat.find_answers(rendering, messages, turns, tools)
         except ModelError:
             raise
         except ValueError:
+            # To train on all tokens of sft, no answer needs to be found.
             if self.train_on != "all" or self.kinds is not KINDS:
                 raise
-        return Marked(rendering.text, [], True)  # where the answers are is no matter
+            return Marked(rendering.text, [], True)
 
-    def _trained_turns(
-        self, row: Mapping[str, Any], may_train: list[bool]
-    ) -> list[int]:
-        """Returns the indices of the messages to train on, among all of a row."""
-        messages = [message for part in row.values() for message in part]
-        first = len(messages) - len(row.get("completion", messages))
-        turns = [
-            index
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant" and index >= first
-        ]
-        turns = turns[-1:] if self.train_on == "last" else turns
-        return [turn for turn in turns if may_train[turn]]
-
-    def _encoded(self, fields: Fields, place: str, examples: bool) -> Encoded:
-        marked = self._marked(fields)
-        tokens = self._tokens(marked.text, marked.rendered)
-        trained, answer, straddles = self._find_trained(tokens, marked)
-        ids = [*tokens.ids]
-        if not marked.rendered:
-            eos = self.tokenizer.eos_id
-            if eos is None:
-                raise ModelError("the model must name a token that ends a text.")
-            if ids[-1:] != [eos]:
-                ids, trained = [*ids, eos], np.append(trained, True)
-        ids = self._ids(f"the ids of its {fields.kind}", ids)
-        labels = np.where(trained, ids, IGNORED).astype(np.int32)
-        if self.train_on == "all":
-            labels = ids
-        is_example = examples and marked.answers
-        example = self._example(marked, answer) if is_example else None
-        start = 0 if self.kinds is KINDS else int(trained.argmax())
-        return Encoded(Row(ids, labels, place, start), example, straddles)
-
-    def _tokens(self, text: str, rendered: bool) -> _Tokens:
-        found = encode_text(self.tokenizer.inner, text, not rendered)
+    def _tokenize(self, text: str, is_rendered: bool) -> _Tokens:
+        encoding = self.tokenizer.encode_with_offsets(text, not is_rendered)
         starts, ends, added, last = [], [], [], 0
-        covered = zip(found.special_tokens_mask, found.offsets, strict=True)
-        for special, (start, end) in covered:
-            added.append(bool(special) and start == end)
+        pairs = zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
+        for is_special, (start, end) in pairs:
+            # Special tokens in the text have a span; those that were added do not.
+            added.append(bool(is_special) and start == end)
             starts.append(last if added[-1] else min(start, last))
             last = last if added[-1] else max(last, end)
             ends.append(last)
-        added = np.array(added, bool)
-        return _Tokens(found.ids, np.array(starts), np.array(ends), added)
+        is_added = np.array(added, bool)
+        return _Tokens(encoding.ids, np.array(starts), np.array(ends), is_added)
 
-    def _find_trained(
+    def _find_targets(
         self, tokens: _Tokens, marked: Marked
     ) -> tuple[np.ndarray, list[int], bool]:
-        """Returns the trained tokens' mask, the last answer, and any straddling."""
-        ids, starts, ends, added = tokens
-        trained, straddles = np.zeros(len(ids), bool), False
-        stops = self.tokenizer.end_ids if marked.rendered else ()
-        inside = np.zeros(0, int)
-        for start, end in marked.answers:
-            holds = (starts < end) & (ends > start) & ~added
-            holds |= added & (starts > start)  # a token for the end of the text
-            (inside,) = np.nonzero(holds)
-            # Text after the token that ends an answer is not trained.
-            stopping = [i for i in inside if ids[i] in stops]
-            inside = inside[inside <= stopping[-1]] if stopping else inside
-            trained[inside] = True
-            straddles |= bool(len(inside)) and bool(starts[inside[0]] < start)
-        return trained, [ids[i] for i in inside], straddles
+        """Returns the mask of targets, the last answer, and whether a token straddles.
 
-    def _example(self, marked: Marked, answer: list[int]) -> Example:
+        A token straddles if it covers both the end of a prompt and part of its answer.
+        """
+        ids, starts, ends, added = tokens
+        is_target, straddles = np.zeros(len(ids), bool), False
+        end_ids = self.tokenizer.end_ids if marked.is_rendered else ()
+        indices = np.zeros(0, int)
+        for start, end in marked.answers:
+            is_inside = (starts < end) & (ends > start) & ~added
+            # An added token after the answer is the one for the end of the text.
+            is_inside |= added & (starts > start)
+            (indices,) = np.nonzero(is_inside)
+            # Generation stops at an end token, so text after it is not a target.
+            stops = [i for i in indices if ids[i] in end_ids]
+            indices = indices[indices <= stops[-1]] if stops else indices
+            is_target[indices] = True
+            straddles |= bool(len(indices)) and bool(starts[indices[0]] < start)
+        return is_target, [ids[i] for i in indices], straddles
+
+    def _make_example(self, marked: Marked, answer: list[int]) -> Example:
         start, _ = marked.answers[-1]
-        prompt = self._tokens(marked.text[:start], marked.rendered)
+        # As at inference, the prompt is tokenized without the answer.
+        prompt = self._tokenize(marked.text[:start], marked.is_rendered)
         ids = [*prompt.ids]
         while len(ids) > 1 and prompt.added[len(ids) - 1]:
-            ids.pop()  # a token for the end
+            ids.pop()  # a token for the end of the text
         end_ids = self.tokenizer.end_ids
-        answer = [x for x in answer if x not in end_ids]
-        return Example(ids, self.tokenizer.decode(answer), end_ids)
+        text = self.tokenizer.decode([x for x in answer if x not in end_ids])
+        return Example(ids, text, end_ids)
 
-    def _ids(self, name: str, values: Any, *, ignored: bool = False) -> np.ndarray:
-        size = self.vocab_size
-        allowed = (IGNORED,) if ignored else ()
-        is_id = lambda x: type(x) is int and (0 <= x < size or x in allowed)
-        wrong = [values]
-        if isinstance(values, list):
-            wrong = [x for x in values if not is_id(x)]
+    def _check_ids(
+        self, name: str, ids: Any, *, allow_ignored: bool = False
+    ) -> np.ndarray:
+        allowed = (IGNORED,) if allow_ignored else ()
+
+        def is_id(x: Any) -> bool:
+            # `type(x) is int` excludes booleans.
+            return type(x) is int and (0 <= x < self.vocab_size or x in allowed)
+
+        wrong = [x for x in ids if not is_id(x)] if isinstance(ids, list) else [ids]
         if wrong:
             raise ValueError(
-                f"{name} must be a list of integers below {size}. Got {wrong[0]!r:.40}."
+                f"{name} must be a list of integers below {self.vocab_size}. Got "
+                f"{wrong[0]!r:.40}."
             )
-        if not values:
-            raise ValueError("it must have at least one token. Got none.")
-        return np.asarray(values, np.int32)
+        if not ids:
+            raise ValueError("the row must have at least one token. Got none.")
+        return np.asarray(ids, np.int32)

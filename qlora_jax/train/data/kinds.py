@@ -1,4 +1,4 @@
-"""Tells the kind of a row by its keys."""
+"""Finds the kind of a row by its keys, and validates its fields."""
 
 import itertools
 import json
@@ -12,84 +12,105 @@ ALPACA = (
 )
 
 
-# The keys that rows of each kind must have, and those they may have. A row of several
-# kinds is of the first.
-KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "input_ids": (("input_ids",), ("labels",)),
-    "messages": (("messages",), ("tools", "system")),
-    "sharegpt": (("conversations",), ("tools", "system")),
-    "prompt/completion": (("prompt", "completion"), ("tools", "system")),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "text": (("text",), ()),
+class Keys(NamedTuple):
+    """The keys of the rows of a kind."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+Kinds = Mapping[str, Keys]
+# A row that has the keys of several kinds is of the first of them.
+KINDS = {
+    "input_ids": Keys(("input_ids",), ("labels",)),
+    "messages": Keys(("messages",), ("tools", "system")),
+    "sharegpt": Keys(("conversations",), ("tools", "system")),
+    "prompt/completion": Keys(("prompt", "completion"), ("tools", "system")),
+    "alpaca": Keys(("instruction", "output"), ("input", "system")),
+    "text": Keys(("text",), ()),
 }
-# Rows of preferences: pairs of answers, and answers with a label.
-PAIRS = {"preference": (("chosen", "rejected"), ("prompt", "tools", "system"))}
-LABELLED = {"labelled answer": (("prompt", "completion", "label"), ("tools", "system"))}
-# Fields that may be JSON text, in files such as CSV that hold only text.
-_JSON = ("input_ids", "labels", "label", "messages", "conversations", "tools")
-# Keys that a model should see with a conversation: refused if not used.
-_SEEN = {"tools", "functions", "system", "system_prompt", "history", "documents"}
-_SEEN |= {"image", "images", "video", "videos", "audio", "audios"}
-_SEEN |= {"chat_template_kwargs"}
-# Who speaks in ShareGPT's conversations.
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-_ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
-# Keys that say whether a message is trained: OpenAI's, and those of axolotl.
+# Rows of preferences: pairs of completions, or single completions with a label.
+PAIRS = {"preference": Keys(("chosen", "rejected"), ("prompt", "tools", "system"))}
+LABELLED = {
+    "labelled answer": Keys(("prompt", "completion", "label"), ("tools", "system"))
+}
+_OBJECTIVES: dict[str, Kinds] = {"sft": KINDS, "kto": PAIRS | LABELLED}
+_OBJECTIVES |= dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIRS)
+# Fields that may be JSON in a string, since files such as CSV hold only strings.
+_JSON_FIELDS = ("input_ids", "labels", "label", "messages", "conversations", "tools")
+# Keys with content that a model should see. A row is rejected if they are unused.
+_CONTENT_KEYS = {"tools", "functions", "system", "system_prompt", "history"}
+_CONTENT_KEYS |= {"documents", "image", "images", "video", "videos", "audio", "audios"}
+_CONTENT_KEYS |= {"chat_template_kwargs"}
+# The roles of ShareGPT's conversations.
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
+# Keys that say whether to train on a message: first OpenAI's, then those of axolotl.
 _TRAIN_KEYS = ("weight", "train", "training")
-# Values of `label` for a good answer and for a bad one; files of text have texts.
+# Values of `label` in KTO data, in lower case. Some files hold only strings.
 _LABELS = {"true", "false", "1", "0"}
 
 
 class Fields(NamedTuple):
-    """The kind of a row, its values by our names, and its other keys."""
+    """The kind of a row, its values by our names, and its non-empty unused keys."""
 
     kind: str
     values: dict[str, Any]
-    unused: list[str]  # those that have a value
+    unused: list[str]
 
 
-def check_keys(
-    keys: Mapping[str, str] | None, kinds: Mapping[str, Any] = KINDS
-) -> dict[str, str]:
-    """Returns `keys` as a dict; refuses keys of more than one kind."""
+def kinds_for(objective: str) -> Kinds:
+    """Returns the kinds of rows for an objective."""
+    if objective not in _OBJECTIVES:
+        raise ValueError(
+            f"`objective` must be one of {', '.join(_OBJECTIVES)}. Got {objective!r}."
+        )
+    return _OBJECTIVES[objective]
+
+
+def check_keys(keys: Mapping[str, str] | None, kinds: Kinds) -> dict[str, str]:
+    """Returns `keys`, after checking that they belong to a single kind."""
     keys = dict(keys or {})
-    known = {name: [*needed, *more] for name, (needed, more) in kinds.items()}
-    if not any({*keys} <= {*names} for names in known.values()):
-        raise ValueError(f"`keys` must be of one kind of {known}. Got {keys}.")
+    names = {
+        kind: [*required, *optional] for kind, (required, optional) in kinds.items()
+    }
+    if not any({*keys} <= {*kind_names} for kind_names in names.values()):
+        raise ValueError(f"`keys` must be of one kind of {names}. Got {keys}.")
     if wrong := [name for name in keys.values() if not isinstance(name, str)]:
-        raise ValueError(f"`keys` must name keys. Got {wrong}.")
+        raise ValueError(f"`keys` must map names to names. Got {wrong}.")
     return keys
 
 
 def find_fields(
-    row: Mapping[str, Any], keys: Mapping[str, str], kinds: Mapping[str, Any] = KINDS
+    row: Mapping[str, Any], keys: Mapping[str, str], kinds: Kinds
 ) -> Fields:
-    """Returns the fields of a row, with its kind."""
-    wanted = []
+    """Returns the fields of a row. `keys` maps our names to those in the rows."""
+    alternatives = []
     if kinds is KINDS:
-        _check_pair(row, keys)
-    for kind, (needed, more) in kinds.items():
-        names = {key: keys.get(key, key) for key in needed + more}  # in the row
+        _check_no_pair(row, keys)
+    for kind, (required, optional) in kinds.items():
+        names = {key: keys.get(key, key) for key in required + optional}
         if not {*keys} <= {*names}:
             continue
-        if all(row.get(names[key]) is not None for key in needed):
-            values = {key: _from_json(key, row.get(names[key])) for key in names}
+        if all(row.get(names[key]) is not None for key in required):
+            values = {key: _parse_field(key, row.get(names[key])) for key in names}
             unused = [key for key in row if row[key] and key not in names.values()]
             _check_unused(kind, unused)
             if kinds is KINDS and "label" not in names.values():
-                _check_label(kind, row.get("label"))
+                _check_no_label(kind, row.get("label"))
             return Fields(kind, values, unused)
-        wanted.append(" and ".join(f"`{names[key]}`" for key in needed))
+        alternatives.append(" and ".join(f"`{names[key]}`" for key in required))
     raise ValueError(
-        f"it must have {', or '.join(wanted)}. Got {[*row]!s:.200}. "
-        '`--keys \'{"prompt": "question", "completion": "answer"}\'` names others.'
+        f"the row must have {', or '.join(alternatives)}. Got {[*row]!s:.200}. "
+        '`--keys \'{"prompt": "question", "completion": "answer"}\'` names other keys.'
     )
 
 
-def _check_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    """Refuses pairs of answers where no key of `keys` says which one to train on."""
-    pair = [key for key in PAIRS["preference"][0] if row.get(key) is not None]
-    if len(pair) == 2 and not {*pair} & {*keys.values()}:
+def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    """Rejects pairs for sft, unless `keys` says which completion to train on."""
+    required = PAIRS["preference"].required
+    has_pair = all(row.get(key) is not None for key in required)
+    if has_pair and not {*required} & {*keys.values()}:
         raise ValueError(
             "rows with `chosen` and `rejected` need `--objective dpo`, ipo, orpo, "
             "simpo or kto. To train on the chosen answers alone, name their key, as in "
@@ -97,8 +118,8 @@ def _check_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
         )
 
 
-def _check_label(kind: str, label: Any) -> None:
-    """Refuses labels of good and bad answers; other labels are notes."""
+def _check_no_label(kind: str, label: Any) -> None:
+    """Rejects KTO labels for sft. Other labels, such as topics, are ignored."""
     if kind not in ("text", "input_ids") and str(label).lower() in _LABELS:
         raise ValueError(
             "rows with a `label` of true or false need `--objective kto`: sft would "
@@ -110,43 +131,45 @@ def _check_label(kind: str, label: Any) -> None:
 def _check_unused(kind: str, unused: list[str]) -> None:
     if kind == "text" and "labels" in unused:
         raise ValueError("`labels` need `input_ids`. Got `text`.")
-    seen = [key for key in unused if key in _SEEN]
-    if seen and kind not in ("text", "input_ids"):
+    content_keys = [key for key in unused if key in _CONTENT_KEYS]
+    if content_keys and kind not in ("text", "input_ids"):
         raise ValueError(
-            f"it must not have {seen}: rows of {kind} do not use them. Leave them out, "
-            "or write them into what is used."
+            f"the row must not have {content_keys}, which rows of {kind} do not use. "
+            "Leave them out, or write them into a field that is used."
         )
 
 
-def _from_json(name: str, value: Any) -> Any:
-    if name not in _JSON or not isinstance(value, str):
+def _parse_field(name: str, value: Any) -> Any:
+    if name not in _JSON_FIELDS or not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{name}` must be JSON where text. {error}") from error
+        raise ValueError(f"`{name}` must be JSON if it is a string. {error}") from error
 
 
 def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
-    """Returns a row's messages by the names that errors give them, and `tools`.
+    """Returns the messages of a row by the names in error messages, and `tools`.
 
-    Without `is_chat`, a prompt and a completion that are texts are returned unchanged.
+    Without `is_chat`, a prompt and a completion of strings are returned as they are.
     """
     kind, values, _ = fields
-    row, tools = {}, _check_tools(values.get("tools"))
+    groups, tools = {}, _check_tools(values.get("tools"))
+    # The system prompt comes first, as a message.
     if values["system"]:
         text = check_text("system", values["system"])
-        row["system"] = [{"role": "system", "content": text}]
+        groups["system"] = [{"role": "system", "content": text}]
     if kind in ("messages", "sharegpt"):
-        name = KINDS[kind][0][0]
-        row[name] = turns = values[name]
+        name = KINDS[kind].required[0]
+        groups[name] = turns = values[name]
         if isinstance(turns, list):
-            row[name] = [_from_turn(name, i, turn) for i, turn in enumerate(turns)]
+            groups[name] = [_to_message(name, i, turn) for i, turn in enumerate(turns)]
     else:
-        prompt, completion = _pair(kind, values, is_chat)
+        # A prompt and a completion: both strings or both messages.
+        prompt, completion = _find_completion(kind, values, is_chat)
         are_texts = [isinstance(x, str) for x in (prompt, completion)]
         if all(are_texts) and not is_chat:
-            if tools or row:
+            if tools or groups:
                 raise ValueError("`tools` and `system` need a chat template.")
             return prompt, completion
         if all(are_texts):
@@ -154,46 +177,49 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
             completion = [{"role": "assistant", "content": completion}]
         elif any(are_texts):
             raise ValueError("`prompt` and `completion` must both be text or messages.")
-        row |= {"prompt": prompt, "completion": completion}
-    row = {name: _check_messages(name, messages) for name, messages in row.items()}
-    _, second, *_ = [*itertools.chain(*row.values()), {"role": ""}]
-    if "system" in row and second["role"] == "system":
-        raise ValueError("it must not have both `system` and a message of one.")
-    return row | {"tools": tools}
+        groups |= {"prompt": prompt, "completion": completion}
+    groups = {name: _check_messages(name, group) for name, group in groups.items()}
+    roles = [message["role"] for message in itertools.chain(*groups.values())]
+    if "system" in groups and roles[1:2] == ["system"]:
+        raise ValueError("the row must not have both `system` and a system message.")
+    return groups | {"tools": tools}
 
 
-def _pair(kind: str, values: Mapping[str, Any], is_chat: bool) -> tuple[Any, Any]:
-    """Returns a prompt and a completion; both may be messages."""
+def _find_completion(
+    kind: str, values: Mapping[str, Any], is_chat: bool
+) -> tuple[Any, Any]:
+    """Returns a prompt and a completion, each a text or messages."""
     if kind != "alpaca":
         prompt, completion = values["prompt"], values["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             check_text("completion", completion)
         return prompt, completion
-    prompt = check_text("instruction", values["instruction"])
-    given = check_text("input", values["input"] or "", empty=True)
+    instruction = check_text("instruction", values["instruction"])
+    context = check_text("input", values["input"] or "", allow_empty=True)
     completion = check_text("output", values["output"])
     if is_chat:
-        return f"{prompt}\n{given}" if given else prompt, completion
-    paired = ", paired with an input that provides further context" if given else ""
-    given = f"### Input:\n{given}\n\n" if given else ""
-    return ALPACA.format(instruction=prompt, paired=paired, input=given), completion
+        prompt = f"{instruction}\n{context}" if context else instruction
+        return prompt, completion
+    paired = ", paired with an input that provides further context" if context else ""
+    context = f"### Input:\n{context}\n\n" if context else ""
+    prompt = ALPACA.format(instruction=instruction, paired=paired, input=context)
+    return prompt, completion
 
 
-def _from_turn(name: str, index: int, turn: Any) -> Any:
-    """Converts a turn of ShareGPT's conversations to a message; others stay."""
+def _to_message(name: str, index: int, turn: Any) -> Any:
+    """Converts a turn of ShareGPT to a message. Messages and wrong values stay."""
     if not isinstance(turn, dict) or "role" in turn or "from" not in turn:
         return turn
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    if not isinstance(turn["from"], str) or turn["from"] not in _ROLES:
+    if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT_ROLES:
         raise ValueError(
-            f"`{name}[{index}]` must be from one of {', '.join(_ROLES)}. Got "
+            f"`{name}[{index}]` must be from one of {', '.join(_SHAREGPT_ROLES)}. Got "
             f"{turn['from']!r:.40}."
         )
-    return {"role": _ROLES[turn["from"]], "content": turn.get("value"), **rest}
+    message = {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
+    return message | {k: x for k, x in turn.items() if k not in ("from", "value")}
 
 
 def _check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
-    """Refuses messages of another kind, and empty turns of the assistant."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`{name}` must be a list of messages. Got {messages!r:.40}.")
     for index, message in enumerate(messages):
@@ -201,30 +227,30 @@ def _check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def _check_message(place: str, message: Any) -> None:
+def _check_message(name: str, message: Any) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        got = f"{message!r:.40}"
-        raise ValueError(f"`{place}` must be an object with a `role`. Got {got}.")
+        raise ValueError(
+            f"`{name}` must be an object with a `role`. Got {message!r:.40}."
+        )
     content, calls = message.get("content"), message.get("tool_calls") or []
     if not isinstance(content, str | list | None):
-        got = f"{content!r:.40}"
-        raise ValueError(f"`{place}` must have text as its content. Got {got}.")
+        raise ValueError(f"`{name}` must have text as content. Got {content!r:.40}.")
     for part in content if isinstance(content, list) else ():
-        if not isinstance(part, dict) or not _has_more(part):
-            got = f"{part!r:.40}"
-            raise ValueError(f"`{place}` must have parts with a text. Got {got}.")
-    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        if not isinstance(part, dict) or _is_placeholder(part):
+            raise ValueError(f"`{name}` must have parts with text. Got {part!r:.40}.")
+    if not isinstance(calls, list) or not all(map(_is_tool_call, calls)):
         raise ValueError(
-            f"`{place}.tool_calls` must be a list of objects, each with a `function`. "
+            f"`{name}.tool_calls` must be a list of objects, each with a `function`. "
             f"Got {calls!r:.40}."
         )
-    if not _says_something(content) and not calls:
+    # An empty user turn may be meant. An empty answer would train on its end alone.
+    if _is_empty(content) and not calls:
         if message["role"] == "assistant" or content is None:
-            raise ValueError(f"`{place}` must have content. Got {message}.")
+            raise ValueError(f"`{name}` must have content. Got {message}.")
 
 
-def split_trained(place: str, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Returns a message without the keys for its loss, and whether it may be trained.
+def split_trained(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Returns a message without `weight` or `train`, and whether it may be trained.
 
     Only messages of the assistant may have a `weight` of 1 or `train: true`.
     """
@@ -233,35 +259,36 @@ def split_trained(place: str, message: dict[str, Any]) -> tuple[dict[str, Any], 
     values = [*weights.values()]
     if any(x not in (0, 1) or x != values[0] for x in values):
         raise ValueError(
-            f"`{place}` must have a `weight` of 0 or 1, or a `train` of false or true. "
+            f"`{name}` must have a `weight` of 0 or 1, or a `train` of false or true. "
             f"Got {weights}."
         )
     if 1 in values and message["role"] != "assistant":
         raise ValueError(
-            f"`{place}` must not have a `weight` of 1 or `train: true`: only messages "
+            f"`{name}` must not have a `weight` of 1 or `train: true`: only messages "
             f"of the assistant are trained. Got {weights} and {message['role']!r}."
         )
     return message, 0 not in values
 
 
-def _has_more(part: dict) -> bool:
-    """Whether a part is more than a placeholder for an image or a sound."""
-    return part.get("type") == "text" or any(part[key] for key in part if key != "type")
+def _is_placeholder(part: dict[str, Any]) -> bool:
+    """Whether a part only marks the place of an image or a sound."""
+    has_value = any(part[key] for key in part if key != "type")
+    return part.get("type") != "text" and not has_value
 
 
-def _is_call(call: Any) -> bool:
+def _is_tool_call(call: Any) -> bool:
     return isinstance(call, dict) and isinstance(call.get("function", {}), dict)
 
 
-def _says_something(content: str | list | None) -> bool:
+def _is_empty(content: str | list | None) -> bool:
     parts = content if isinstance(content, list) else [content]
     texts = [x.get("text", x) if isinstance(x, dict) else x for x in parts]
-    return any(x.strip() if isinstance(x, str) else x for x in texts)
+    return not any(x.strip() if isinstance(x, str) else x for x in texts)
 
 
-def check_text(name: str, value: Any, *, empty: bool = False) -> str:
-    """Returns `value`; refuses what is no text, or an empty one."""
-    if not isinstance(value, str) or not (value or empty):
+def check_text(name: str, value: Any, *, allow_empty: bool = False) -> str:
+    """Returns `value`, after checking that it is a string and not empty."""
+    if not isinstance(value, str) or not (value or allow_empty):
         raise ValueError(f"`{name}` must be text. Got {value!r:.40}.")
     return value
 
@@ -272,3 +299,48 @@ def _check_tools(tools: Any) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(x, dict) for x in tools):
         raise ValueError(f"`tools` must be a list of objects. Got {tools!r:.40}.")
     return tools
+
+
+def find_completions(fields: Fields) -> list[tuple[str, bool, Fields]]:
+    """Returns the key, the label and the fields of each completion of a preference."""
+    values = fields.values
+    if fields.kind in LABELLED:
+        label = values["label"]
+        if not isinstance(label, int) or label not in (0, 1):
+            raise ValueError(f"`label` must be true or false. Got {label!r:.40}.")
+        return [("completion", bool(label), fields._replace(kind="prompt/completion"))]
+    kind, prompt, chosen, rejected = _split_prompt(values)
+    chosen, rejected = (
+        Fields(kind, values | {"prompt": prompt, "completion": completion}, [])
+        for completion in (chosen, rejected)
+    )
+    return [("chosen", True, chosen), ("rejected", False, rejected)]
+
+
+def _split_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
+    """Returns a kind, a prompt and two completions.
+
+    Without a separate prompt, the prompt is the longest common beginning.
+    """
+    prompt, chosen, rejected = (values[x] for x in ("prompt", "chosen", "rejected"))
+    if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
+        raise ValueError("`chosen` and `rejected` must both be text or messages.")
+    if chosen == rejected:
+        raise ValueError(f"`chosen` and `rejected` must differ. Got {chosen!r:.80}.")
+    # Some data sets repeat the prompt as a text, next to messages that contain it.
+    repeats_prompt = isinstance(prompt, str) and isinstance(chosen, list)
+    if prompt is not None and not repeats_prompt:
+        return "prompt/completion", prompt, chosen, rejected
+    pairs = zip(chosen, rejected, strict=False)
+    size = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if isinstance(chosen, str) and chosen[:size].endswith(" "):
+        size -= 1  # most tokenizers join a space to the word after it
+    shared = chosen[:size]
+    has_prompt = any(isinstance(x, dict) and prompt in x.values() for x in shared)
+    if not shared or repeats_prompt and not has_prompt:
+        raise ValueError(
+            "the row must have a `prompt`, or `chosen` and `rejected` must begin with "
+            f"it. Got {chosen!r:.80} and {rejected!r:.80}."
+        )
+    kind = "text" if isinstance(chosen, str) else "prompt/completion"
+    return kind, shared, chosen[size:], rejected[size:]

@@ -1,53 +1,54 @@
-"""Reads chat templates and special tokens from a model's files."""
+"""Reads chat templates and special tokens from the files of a model."""
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ...models.folder_tokenizer import FolderTokenizer, read_object
 from ...models.gguf.open_file import field, open_gguf
 from ...models.gguf.tokenizer_in import chat_templates, special_tokens
-from ...models.tokenizer import folder_templates
+from ...models.tokenizer import FolderTokenizer, folder_templates, read_object
 
 
 class ModelError(ValueError):
-    """A model's files are wrong or lack what the data needs: no row is to blame."""
+    """The files of a model are wrong or lack something. No row is to blame."""
 
 
 class ModelFiles(NamedTuple):
-    """Chat templates and special tokens of a model."""
+    """The chat templates and the special tokens of a model."""
 
-    templates: dict[str, str]  # by name; the usual one is "default"
-    special: dict[str, str]  # by name, as chat templates know them
-    end_ids: tuple[int, ...]  # that end what the model generates
+    templates: dict[str, str]  # by name, and the usual one is "default"
+    special: dict[str, str]  # by the names of variables in templates: "eos_token", ...
+    end_ids: tuple[int, ...]  # tokens that end generation
 
 
 def read_model_files(path: pathlib.Path) -> ModelFiles:
     """Reads the templates and special tokens of a folder or a `.gguf` file."""
     try:
-        return (_of_gguf if path.suffix == ".gguf" else _of_folder)(path)
+        return _read_gguf(path) if path.suffix == ".gguf" else _read_folder(path)
     except ModelError:
         raise
     except ValueError as error:
         raise ModelError(str(error)) from error
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:  # values of other types
         raise ModelError(
             f"{path} must have tokenizer files that can be read. {error}"
         ) from error
 
 
-def _of_folder(folder: pathlib.Path) -> ModelFiles:
+def _read_folder(folder: pathlib.Path) -> ModelFiles:
     settings = read_object(folder / "tokenizer_config.json")
-    ends: list[Any] = []
+    ids = []
     for name in ("generation_config.json", "config.json"):
-        found = read_object(folder / name).get("eos_token_id")
-        ends += found if isinstance(found, list) else [found]
-    end_ids = dict.fromkeys(x for x in ends if type(x) is int and x >= 0)
+        value = read_object(folder / name).get("eos_token_id")
+        ids += value if isinstance(value, list) else [value]
+    # `type(x) is int` excludes booleans. A dict removes duplicates and keeps the order.
+    end_ids = dict.fromkeys(x for x in ids if type(x) is int and x >= 0)
     templates = folder_templates(folder, settings)
     return ModelFiles(templates, FolderTokenizer(folder).special, tuple(end_ids))
 
 
-def _of_gguf(path: pathlib.Path) -> ModelFiles:
+def _read_gguf(path: pathlib.Path) -> ModelFiles:
     reader = open_gguf(path)
-    (ids, ends), tokens = special_tokens(reader), field(reader, "tokenizer.ggml.tokens")
+    ids, end_ids = special_tokens(reader)
+    tokens = field(reader, "tokenizer.ggml.tokens")
     special = {name: tokens[index] for name, index in ids.items()}
-    return ModelFiles(chat_templates(reader), special, tuple(ends))
+    return ModelFiles(chat_templates(reader), special, tuple(end_ids))

@@ -1,147 +1,176 @@
-"""Chooses the rows of each batch, and the widths of batches."""
+"""Orders rows, packs them, and chooses the widths of batches."""
 
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-MULTIPLE = 8  # of tokens
-MOST = 8  # widths
+MULTIPLE = 8  # widths are multiples of this number of tokens
+MAX_WIDTHS = 8  # each width is compiled as a program of its own
 _PADDING = 0.05  # the share of padding that is not worth another program
 
 
+class Order(Protocol):
+    """An endless sequence of row indices."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns one row index, or the row indices of a pack."""
+
+
 def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
-    """Rounds up to a multiple, at least one."""
+    """Rounds up to a positive multiple."""
     return np.maximum(-(-np.asarray(lengths) // multiple), 1) * multiple
 
 
 def choose_widths(lengths: np.ndarray) -> np.ndarray:
-    """Returns the fewest widths, at most eight, that leave little padding."""
+    """Returns the fewest widths, at most eight, that leave little padding.
+
+    Dynamic programming over the distinct rounded lengths `widths`. With n widths, of
+    which `widths[j]` is the largest, the sequences up to `widths[j]` take
+
+        cost_n[j] = min over i <= j of cost_(n-1)[i - 1] + count(i to j) * widths[j]
+
+    tokens with padding, where i - 1 is the index of the second largest width.
+    """
     widths, counts = np.unique(round_up(lengths), return_counts=True)
-    total = lengths.sum()
-    upto = np.concatenate([[0], np.cumsum(counts)])
-    # Dynamic programming over the rounded lengths, for one more width each time.
-    # cost[j]: the least padded tokens of the sequences up to width j, by `number` of
-    # widths of which j is the last; before[number][j]: the width before it, from 1.
-    cost = upto[1:] * widths
-    before = [np.zeros(len(widths), int)]
-    while cost[-1] * (1 - _PADDING) > total and len(before) < min(MOST, len(widths)):
-        so_far = np.concatenate([[np.inf], cost])
-        new, chosen = np.empty(len(widths)), np.zeros(len(widths), int)
+    num_tokens = lengths.sum()
+    num_up_to = np.concatenate([[0], np.cumsum(counts)])  # sequences below `widths[j]`
+    cost = num_up_to[1:] * widths  # one width for all
+    # For each n, and each j: the index plus 1 of the second largest width, or 0.
+    previous = [np.zeros(len(widths), int)]
+    max_widths = min(MAX_WIDTHS, len(widths))
+    while cost[-1] * (1 - _PADDING) > num_tokens and len(previous) < max_widths:
+        old_cost = np.concatenate([[np.inf], cost])
+        cost, best = np.empty(len(widths)), np.zeros(len(widths), int)
         for j, width in enumerate(widths):
-            candidates = so_far[: j + 1] + (upto[j + 1] - upto[: j + 1]) * width
-            chosen[j] = int(candidates.argmin())
-            new[j] = candidates[chosen[j]]
-        cost, before = new, [*before, chosen]
-    found, j = [], len(widths)
-    for chosen in reversed(before):
-        found.append(int(widths[j - 1]))
-        j = int(chosen[j - 1])
-    return np.array(found[::-1])
+            num_last = num_up_to[j + 1] - num_up_to[: j + 1]
+            candidates = old_cost[: j + 1] + num_last * width
+            best[j] = int(candidates.argmin())
+            cost[j] = candidates[best[j]]
+        previous.append(best)
+    # Walk back from the largest width.
+    chosen, j = [], len(widths)
+    for best in reversed(previous):
+        chosen.append(int(widths[j - 1]))
+        j = int(best[j - 1])
+    return np.array(chosen[::-1])
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs lengths, given in falling order; returns the indices of each row.
+    """Packs lengths, in falling order, and returns the indices in each pack.
 
-    Best-fit decreasing uses at most 11/9 of the fewest rows, plus 4: Johnson et al.,
+    Best-fit decreasing uses at most 11/9 of the fewest packs, plus 4: Johnson et al.,
     "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974.
     """
-    packed: list[list[int]] = []
-    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room left
-    has_rows = 0  # bit r is set where rows have r tokens of room
+    packs: list[list[int]] = []
+    packs_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    # Bit r is set if a pack has room for r tokens, which finds the best fit without a
+    # search: the lowest bit at or above `length`.
+    has_room = 0
     for index, length in enumerate(lengths):
-        fitting = has_rows >> length
+        fitting = has_room >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                has_rows ^= 1 << room
+            pack = packs_with_room[room].pop()
+            if not packs_with_room[room]:
+                has_room ^= 1 << room
         else:
-            room, row = capacity, len(packed)
-            packed.append([])
-        packed[row].append(index)
-        rows_with[room - length].append(row)
-        has_rows |= 1 << (room - length)
-    return packed
+            room, pack = capacity, len(packs)
+            packs.append([])
+        packs[pack].append(index)
+        packs_with_room[room - length].append(pack)
+        has_room |= 1 << (room - length)
+    return packs
 
 
-class Shuffled:
-    """Rows one at a time, in an order without an end: a new one each epoch."""
+class ShuffledOrder:
+    """Single rows, in a new order each epoch, without an end."""
 
     def __init__(self, count: int, seed: int, first: int = 0):
-        """Rows are numbered from `first`."""
-        self.epoch = count
-        shuffle = lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
-        self._order = functools.lru_cache(2)(lambda epoch: first + shuffle(epoch))
+        """Orders `count` rows, whose indices start at `first`."""
+        self.epoch, self._seed, self._first = count, seed, first
+        # Two epochs, since a batch may have rows of two. Not a cache of the class,
+        # which would keep this object alive.
+        self._permutation = functools.lru_cache(2)(self._shuffle)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> np.ndarray:
-        epoch, place = divmod(index, self.epoch)
-        return self._order(epoch)[place]
+        epoch, position = divmod(index, self.epoch)
+        return self._permutation(epoch)[position]
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self._seed, epoch])
+        return self._first + generator.permutation(self.epoch)
 
 
-class Packs:
-    """Several rows that share one each, likewise; an epoch has each row once."""
+class PackedOrder:
+    """Packs of rows, in a new order each epoch, without an end.
+
+    An epoch has each row once.
+    """
 
     def __init__(self, lengths: np.ndarray, capacity: int, seed: int, first: int = 0):
-        # The lengths that share a row are the same in each epoch, so all have as many
-        # rows. Sequences of equal length change places.
+        # Each epoch packs the same lengths, so that it has the same number of packs.
+        # Rows of equal length trade places.
         self._lengths, self._seed, self._first = lengths, seed, first
         falling = -np.sort(-lengths)
-        self._packed = pack_lengths(falling.tolist(), capacity)
-        self.longest = max(int(falling[row].sum()) for row in self._packed)
-        self.most = max(map(len, self._packed))  # sequences of a row
-        self.epoch = len(self._packed)
-        self._order = functools.lru_cache(2)(self._shuffled)
+        self._packs = pack_lengths(falling.tolist(), capacity)
+        self.longest = max(int(falling[pack].sum()) for pack in self._packs)
+        self.most_rows = max(map(len, self._packs))
+        self.epoch = len(self._packs)
+        self._permutation = functools.lru_cache(2)(self._shuffle)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> np.ndarray:
-        epoch, place = divmod(index, self.epoch)
-        order, rows = self._order(epoch)
-        return order[self._packed[rows[place]]]
+        epoch, position = divmod(index, self.epoch)
+        rows, packs = self._permutation(epoch)
+        return rows[self._packs[packs[position]]]
 
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([self._seed, epoch])
-        shuffled = rng.permutation(len(self._lengths))
-        order = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
-        return self._first + order, rng.permutation(self.epoch)
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns row indices by falling length, ties in random order, and packs."""
+        generator = np.random.default_rng([self._seed, epoch])
+        shuffled = generator.permutation(len(self._lengths))
+        rows = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
+        return self._first + rows, generator.permutation(self.epoch)
 
 
-class Alike:
-    """Batches of rows of similar length, from an order of single rows."""
+class SimilarLengths:
+    """Batches of rows of similar length, from an order of single rows.
+
+    The order is cut into windows. A window is sorted by length and cut into batches,
+    which are shuffled.
+    """
 
     def __init__(
         self,
-        order: Any,
+        order: Order,
         widths: np.ndarray,
-        size: int,
+        batch_size: int,
         window: int,
         count: int | None,
         seed: int,
     ):
-        """`window` is in batches; `count` is that of all rows, None for no end."""
-        self._order, self._widths, self._size = order, widths, size
+        """`window` is in batches. `count` is the number of rows, or None for no end."""
+        self._order, self._widths, self._batch_size = order, widths, batch_size
         self._count, self._seed, self._window = count, seed, window
-        self._cut = functools.lru_cache(2)(self._batches)
+        self._batches = functools.lru_cache(2)(self._cut_window)
 
     def batch(self, index: int) -> list[np.ndarray]:
         """Returns the index of the sequence in each row of a batch."""
-        # The order is cut into windows; a window is sorted by length, and its batches
-        # shuffled.
-        window, place = divmod(index, self._window)
-        return [*self._cut(window)[place].reshape(-1, 1)]
+        window, position = divmod(index, self._window)
+        return [*self._batches(window)[position].reshape(-1, 1)]
 
-    def _batches(self, window: int) -> list[np.ndarray]:
-        size, start = self._size, window * self._window * self._size
+    def _cut_window(self, window: int) -> list[np.ndarray]:
+        size, start = self._batch_size, window * self._window * self._batch_size
         stop = min(start + self._window * size, self._count or sys.maxsize)
-        chosen = np.array([self._order[i] for i in range(start, stop)])
-        order = chosen[np.argsort(self._widths[chosen], kind="stable")]
-        cut = [order[i : i + size] for i in range(0, len(order), size)]
-        rng = np.random.default_rng([self._seed, window, 1])
-        return [cut[i] for i in rng.permutation(len(cut))]
+        rows = np.array([self._order[i] for i in range(start, stop)])
+        rows = rows[np.argsort(self._widths[rows], kind="stable")]
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        generator = np.random.default_rng([self._seed, window, 1])
+        return [batches[i] for i in generator.permutation(len(batches))]

@@ -1,4 +1,4 @@
-"""Reads files of rows; the suffix of a file chooses its reader."""
+"""Reads the raw rows of a file. The suffix of the file selects the reader."""
 
 import contextlib
 import csv
@@ -9,94 +9,99 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import qlora_jax as ql
 
-MAX_BYTES = 64 << 20  # of a line, and of a text
-_BOM = b"\xef\xbb\xbf"
-_DAMAGE = (ValueError, OSError, EOFError, zlib.error)  # what a wrong file raises
-Rows = Iterator[tuple[int, Any]]  # a value or an error for each number
+MAX_BYTES = 64 << 20  # of a line, or of a file with one text
+_BOM = b"\xef\xbb\xbf"  # Windows programs write it at the start of UTF-8 files
+# The errors of damaged files.
+_DAMAGE = (ValueError, OSError, EOFError, zlib.error)
+Rows = Iterator[tuple[int, Any]]  # numbers, each with a raw row or an error
 
 
 class FileName(NamedTuple):
-    """The parts of a file's name."""
+    """The parts of the name of a file."""
 
     stem: str
-    suffix: str  # without ".gz", such as ".jsonl"
-    zipped: bool  # ".gz" follows
+    suffix: str  # in lower case and without ".gz", such as ".jsonl"
+    is_zipped: bool  # whether ".gz" follows
 
 
 def split_name(path: pathlib.Path) -> FileName | None:
-    """Returns the parts of a file's name; None if no reader takes it."""
-    zipped = path.name.lower().endswith(".gz")
-    stem, suffix = os.path.splitext(path.name[:-3] if zipped else path.name)
-    found = FileName(stem, suffix.lower(), zipped)
-    is_known = found.suffix in READERS and not (zipped and found.suffix == ".parquet")
-    return found if is_known else None
+    """Returns the parts of the name of a file, or None if no reader supports it."""
+    is_zipped = path.name.lower().endswith(".gz")
+    stem, suffix = os.path.splitext(path.name[:-3] if is_zipped else path.name)
+    suffix = suffix.lower()
+    # Parquet compresses by itself, and is not read from start to end.
+    is_supported = suffix in READERS and not (is_zipped and suffix == ".parquet")
+    return FileName(stem, suffix, is_zipped) if is_supported else None
 
 
 def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
-    """Returns the unit of its numbers, "line" from 1 or "row" from 0, and the rows."""
-    unit, reader = READERS[name.suffix]
-    if name.suffix == ".json" and _has_lines(path, name.zipped):
-        unit, reader = READERS[".jsonl"]
-    return unit, rows_of(path, name, reader)
+    """Returns "line" if rows are counted from 1, else "row" from 0, and the rows."""
+    unit, read = READERS[name.suffix]
+    if name.suffix == ".json" and _has_row_per_line(path, name.is_zipped):
+        unit, read = READERS[".jsonl"]
+    return unit, rows_of(path, name, read)
 
 
-def _open(path: pathlib.Path, zipped: bool) -> Any:
-    return gzip.open(path) if zipped else path.open("rb")
+def _open(path: pathlib.Path, is_zipped: bool) -> IO[bytes]:
+    return gzip.open(path) if is_zipped else path.open("rb")  # type: ignore
 
 
-def _has_lines(path: pathlib.Path, zipped: bool) -> bool:
-    """Whether each line is a row: the first one that is not blank is an object."""
-    with _open(path, zipped) as file, contextlib.suppress(*_DAMAGE):
+def _has_row_per_line(path: pathlib.Path, is_zipped: bool) -> bool:
+    # Many .json files are JSON lines: their first line is an object by itself.
+    with _open(path, is_zipped) as file, contextlib.suppress(*_DAMAGE):
         lines = iter(lambda: file.readline(MAX_BYTES).removeprefix(_BOM), b"")
-        first = next(filter(bytes.strip, lines), b"")
-        return isinstance(ql.io.parse_json(first, "it"), dict)
+        first_line = next(filter(bytes.strip, lines), b"")
+        return isinstance(ql.io.parse_json(first_line, "the line"), dict)
     return False
 
 
 def describe_path(path: str | pathlib.Path) -> str:
-    """Returns a path for an error, which says so if nothing is there."""
+    """Returns a path for an error message, which mentions if nothing exists there."""
     return f"{str(path)!r}{'' if pathlib.Path(path).exists() else ', which is missing'}"
 
 
 def rows_of(
-    path: pathlib.Path, name: FileName, reader: Callable[[BinaryIO], Rows]
+    path: pathlib.Path, name: FileName, read: Callable[[BinaryIO], Rows]
 ) -> Rows:
-    """Yields the rows of a file, which may not change meanwhile."""
-    empty = True
-    with _open(path, name.zipped) as file:
-        before = file_stamp(file.fileno())
+    """Yields the rows of a file, which must not change meanwhile."""
+    is_empty = True
+    with _open(path, name.is_zipped) as file:
+        stamp_before = file_stamp(file.fileno())
         try:
-            for row in reader(file):
-                empty = False
+            for row in read(file):  # type: ignore
+                is_empty = False
                 yield row
         except _DAMAGE as error:
-            if getattr(error, "errno", None):  # of the system, such as a full disk
+            # Errors with a number are those of the system, such as a full disk.
+            if getattr(error, "errno", None):
                 raise
-            kind = name.suffix + ".gz" * name.zipped
-            raise ValueError(f"{path} must be a {kind} file. {error}") from error
-        after = file_stamp(file.fileno())
-    if not before == after == (path.exists() and file_stamp(path)):
+            suffix = name.suffix + ".gz" * name.is_zipped
+            raise ValueError(f"{path} must be a {suffix} file. {error}") from error
+        stamp_after = file_stamp(file.fileno())
+    # The path may name another file by now.
+    if not stamp_before == stamp_after == (path.exists() and file_stamp(path)):
         raise ValueError(f"{path} must not change while it is read. It did.")
-    if empty:
+    if is_empty:
         raise ValueError(f"{path} must have rows. Got none.")
 
 
 def file_stamp(file: pathlib.Path | int) -> tuple[int, ...]:
-    """Returns what changes with a file, which is a path or a number of an open one."""
+    """Returns numbers that change with a file, a path or an open descriptor."""
     stat = os.stat(file)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
 
-def jsonl(file: BinaryIO) -> Rows:
-    """Yields the rows of lines."""
+def read_jsonl(file: BinaryIO) -> Rows:
+    """Yields the row of each line that is not blank."""
+    # The limit keeps a file without line breaks from filling the memory.
     lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
     for number, line in enumerate(lines, 1):
         if len(line) > MAX_BYTES:
-            yield number, ValueError(f"it must have at most {MAX_BYTES} bytes.")
+            yield number, ValueError(f"the row must have at most {MAX_BYTES} bytes.")
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_BYTES)
             continue
@@ -104,45 +109,46 @@ def jsonl(file: BinaryIO) -> Rows:
             line = line.removeprefix(_BOM)
         if line.strip():
             try:
-                yield number, _object(ql.io.parse_json(line, "it"))
+                yield number, _check_object(ql.io.parse_json(line, "the row"))
             except ValueError as error:
                 yield number, error
 
 
-def _json(file: BinaryIO) -> Rows:
-    rows = ql.io.parse_json(file.read().removeprefix(_BOM), "It")
+def _read_json(file: BinaryIO) -> Rows:
+    rows = ql.io.parse_json(file.read().removeprefix(_BOM), "The file")
     if isinstance(rows, dict):
         raise ValueError(
-            "It must be a list of rows, or have a row in each line. Got an object with "
-            f"{[*rows]!s:.200}."
+            "The file must be a list of rows, or have one row per line. Got an object "
+            f"with {[*rows]!s:.200}."
         )
-    yield from enumerate(map(_object, rows))
+    yield from enumerate(map(_check_object, rows))
 
 
-def _object(found: Any) -> Any:
-    if not isinstance(found, dict):
-        return ValueError(f"it must be a JSON object. Got {found!r:.40}.")
-    return found
+def _check_object(row: Any) -> Any:
+    if not isinstance(row, dict):
+        return ValueError(f"the row must be a JSON object. Got {row!r:.40}.")
+    return row
 
 
-def _csv(file: BinaryIO) -> Rows:
-    """Yields rows of texts; the first line has the names."""
-    reader = csv.reader(_decoded(file), strict=True)
-    names = _next(reader) or []
+def _read_csv(file: BinaryIO) -> Rows:
+    """Yields a dict of texts for each record. The first record names the columns."""
+    reader = csv.reader(_decode_lines(file), strict=True)
+    names = _next_record(reader) or []
     if len({*names}) < len(names):
-        raise ValueError(f"its columns must have different names. Got {names}.")
+        raise ValueError(f"The columns must have different names. Got {names}.")
     while True:
-        number, row = reader.line_num + 1, _next(reader)
-        if row is None:
+        # A record may span several lines; its number is that of its first line.
+        number, record = reader.line_num + 1, _next_record(reader)
+        if record is None:
             return
-        if row and len(row) != len(names):
-            wanted = f"{len(names)} fields, as the header"
-            yield number, ValueError(f"it must have {wanted}. Got {len(row)}.")
-        elif row:
-            yield number, dict(zip(names, row, strict=True))
+        if record and len(record) != len(names):
+            problem = f"the row must have {len(names)} fields, as the header."
+            yield number, ValueError(f"{problem} Got {len(record)}.")
+        elif record:
+            yield number, dict(zip(names, record, strict=True))
 
 
-def _decoded(file: BinaryIO) -> Iterator[str]:
+def _decode_lines(file: BinaryIO) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         try:
             yield (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
@@ -150,17 +156,18 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
             raise ValueError(f"Line {number}: {error}.") from error
 
 
-def _next(reader: Any) -> list[str] | None:
-    before = csv.field_size_limit(MAX_BYTES)  # one for all readers of a process
+def _next_record(reader: Any) -> list[str] | None:
+    # The limit is global to the process, so it is only changed for a moment.
+    old_limit = csv.field_size_limit(MAX_BYTES)
     try:
         return next(reader, None)
     except csv.Error as error:
         raise ValueError(f"Line {reader.line_num}: {error}.") from error
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(old_limit)
 
 
-def _parquet(file: BinaryIO) -> Rows:
+def _read_parquet(file: BinaryIO) -> Rows:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -173,7 +180,7 @@ def _parquet(file: BinaryIO) -> Rows:
 
 
 def without_none(value: Any) -> Any:
-    """Drops the None that Arrow fills in where a row has no such key."""
+    """Drops the None that Arrow fills in where a row does not have a key."""
     if isinstance(value, dict):
         return {k: without_none(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
@@ -181,20 +188,20 @@ def without_none(value: Any) -> Any:
     return value
 
 
-def _text(file: BinaryIO) -> Rows:
+def _read_text(file: BinaryIO) -> Rows:
     data = file.read(MAX_BYTES + 1).removeprefix(_BOM)
     if len(data) > MAX_BYTES:
-        raise ValueError(f"It must have at most {MAX_BYTES} bytes.")
+        raise ValueError(f"The file must have at most {MAX_BYTES} bytes.")
     if text := data.decode("utf-8"):
         yield 1, {"text": text}
 
 
-# The unit of row numbers, and the reader. All but Parquet may be compressed.
+# For each suffix, the unit of row numbers and the reader.
 READERS: dict[str, tuple[str, Callable[[BinaryIO], Rows]]] = {
-    ".jsonl": ("line", jsonl),
-    ".json": ("row", _json),
-    ".csv": ("line", _csv),
-    ".parquet": ("row", _parquet),
-    ".txt": ("line", _text),
+    ".jsonl": ("line", read_jsonl),
+    ".json": ("row", _read_json),
+    ".csv": ("line", _read_csv),
+    ".parquet": ("row", _read_parquet),
+    ".txt": ("line", _read_text),
 }
-FILES = ".jsonl, .json, .csv or .txt, each perhaps with .gz behind it, or .parquet"
+FILES = ".jsonl, .json, .csv or .txt, optionally with .gz, or .parquet"

@@ -5,21 +5,24 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import exceptions, ext, nodes, sandbox
+from jinja2.parser import Parser
 
 from .model_files import ModelError
 
-_START, _END = "\ufdd0", "\ufdd1"  # around an answer: no characters of texts
+T = TypeVar("T")
+# Mark the answers in a rendered text. They are noncharacters, which texts do not have.
+_START, _END = "\ufdd0", "\ufdd1"
 
 
 class Rendering(NamedTuple):
-    """A rendered text."""
+    """A rendered text, and the start and end of each `{% generation %}` in it."""
 
     text: str
-    answers: list[tuple[int, int]]  # start and end of each `{% generation %}`
+    answers: list[tuple[int, int]]
 
 
 class Template:
@@ -27,30 +30,33 @@ class Template:
 
     def __init__(self, source: str, now: datetime.datetime | None = None):
         self.source = source
-        # Whether it has `{% generation %}`.
+        # Whether the template has `{% generation %}`.
         self.marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
+        # These settings are those of transformers. Templates rely on them.
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, ext.loopcontrols],
         )
+        # Jinja's own `tojson` escapes HTML.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda fmt: (now or datetime.datetime.now()).strftime(fmt),
         }
-        self._template = _guarded(lambda: environment.from_string(source))
-        # Roles that a template handles by their names are among its literals.
+        self._template = _call_guarded(lambda: environment.from_string(source))
+        # If a template handles a role by its name, the name is one of its literals.
         literals = environment.parse(source).find_all(nodes.Const)
         self.literals = {literal.value for literal in literals}
 
-    def render(self, values: Mapping[str, Any]) -> Rendering:
-        """Renders the template with values by name."""
-        text = _guarded(lambda: self._template.render(**values))
-        return _unmarked(text) if self.marks_answers else Rendering(text, [])
+    def render(self, variables: Mapping[str, Any]) -> Rendering:
+        """Renders the template with the variables."""
+        text = _call_guarded(lambda: self._template.render(**variables))
+        return _find_marks(text) if self.marks_answers else Rendering(text, [])
 
 
-def _guarded(function: Callable[[], Any]) -> Any:
+def _call_guarded(function: Callable[[], T]) -> T:
+    """Turns the errors of Jinja into errors of the model or of the row."""
     try:
         return function()
     except exceptions.SecurityError as error:
@@ -61,33 +67,38 @@ def _guarded(function: Callable[[], Any]) -> Any:
         raise ModelError(
             f"the chat template must be Jinja. Line {error.lineno}: {error.message}"
         ) from error
-    except Exception as error:  # a template may raise whatever Python does
+    except Exception as error:  # expressions in templates raise any error of Python
         text = str(error) or type(error).__name__
-        raise ValueError(f"the chat template refuses it: {text:.500}") from error
+        raise ValueError(
+            f"the chat template rejects the messages: {text:.500}"
+        ) from error
 
 
-def _unmarked(marked: str) -> Rendering:
+def _find_marks(marked_text: str) -> Rendering:
+    """Removes the marks of answers from a text, and returns their positions."""
     parts, answers, length = [], [], 0
-    for index, piece in enumerate(marked.split(_START)):
-        inside, mark, rest = piece.partition(_END)
-        if bool(mark) != (index > 0) or _END in rest:
+    for index, piece in enumerate(marked_text.split(_START)):
+        # The first piece is before all answers. Each later one is an answer, an end
+        # mark, and the text up to the next answer.
+        answer, mark, text = piece.partition(_END)
+        if bool(mark) != (index > 0) or _END in text:
             raise ValueError(
                 "texts must not hold the noncharacters U+FDD0 and U+FDD1, nor a chat "
                 "template an answer in an answer."
             )
-        if inside and mark:
-            answers.append((length, length + len(inside)))
-        parts += [inside, rest]
-        length += len(inside) + len(rest)
+        if answer and mark:
+            answers.append((length, length + len(answer)))
+        parts += [answer, text]
+        length += len(answer) + len(text)
     return Rendering("".join(parts), answers)
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`: marks the text that the model is to write."""
+    """`{% generation %}`, which marks text that the model should write."""
 
     tags = {"generation"}
 
-    def parse(self, parser: Any) -> nodes.Node:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_mark", [])
@@ -97,5 +108,5 @@ class _Generation(ext.Extension):
         return f"{_START}{caller()}{_END}"
 
 
-def _raise_exception(message: Any) -> NoReturn:
+def _raise_exception(message: object) -> NoReturn:
     raise jinja2.TemplateError(str(message))

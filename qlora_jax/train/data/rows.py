@@ -1,11 +1,17 @@
-"""Finds raw rows: in files, folders and data sets on the hub."""
+"""Finds the raw rows of files, folders and data sets on the hub."""
 
 import importlib
 import math
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+import shutil
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from ..._jax.progress import progress_bar
 from .model_files import ModelError
@@ -13,14 +19,20 @@ from .readers import (
     FILES,
     Rows,
     describe_path,
+    file_stamp,
     open_rows,
+    read_jsonl,
+    rows_of,
     split_name,
     without_none,
 )
 
-_LISTED, _LONGEST = 10, 500  # problems, and characters of one
-_ALIKE = 5  # rows that are listed of those that are wrong like another one
-# Names of the files in a folder, by split.
+if TYPE_CHECKING:
+    from .encode import Encoded, Row
+
+_MAX_LISTED, _MAX_CHARACTERS = 10, 500  # problems in a list, and characters of each
+_MAX_PLACES = 5  # places that are listed for rows with the same problem
+# The names of the files in a folder, without suffix, for each split.
 SPLITS = {
     "train": ("train",),
     "valid": ("valid", "validation", "val", "dev", "eval"),
@@ -30,22 +42,23 @@ _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
 
 class Source(NamedTuple):
-    """A file, or a split of a data set, with its rows."""
+    """A file or a split of a data set."""
 
     name: str
-    unit: str  # that rows are counted in: "line" or "row"
+    unit: str  # in which rows are counted: "line" or "row"
     rows: Rows
-    is_text: bool = False  # all of it is one text
+    is_text: bool = False  # whether the whole file is one text
 
 
 def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
-    """Yields `convert(number, row)` of each row; at the end refuses wrong rows.
+    """Yields `convert(number, row)` for each row, and at the end rejects bad rows.
 
-    Raises:
-        ModelError: As `convert`, at once.
-        ValueError: With a line for each kind of other errors.
+    A `ModelError` is raised at once. Other errors of `convert` and of the file are
+    collected, since a user wants to mend all of them together.
     """
-    found: dict[str, tuple[Exception, list[int]]] = {}
+    errors: dict[
+        str, tuple[Exception, list[int]]
+    ] = {}  # the first, and all row numbers
     title, rows = f"reading {source.name}", source.rows
     bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
     for number, raw in bar:
@@ -56,104 +69,110 @@ def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[An
         except ModelError:
             raise
         except (ValueError, RecursionError) as error:
-            # Errors are of one kind if they differ only in numbers and after "Got".
-            kind = re.sub(r"\d+", "0", str(error).partition(" Got ")[0])
-            found.setdefault(kind, (error, []))[1].append(number)
+            # Errors that differ only in numbers and after "Got" are listed together.
+            message = re.sub(r"\d+", "0", str(error).partition(" Got ")[0])
+            errors.setdefault(message, (error, []))[1].append(number)
         else:
             yield row
     unit, lines = source.unit, []
-    for error, (first, *more) in found.values():
-        lines.append(f"{unit} {first}: {error!s:.{_LONGEST}}")
-        if more:
-            s, dots = "s" * (len(more) > 1), ", ..." * (len(more) > _ALIKE)
-            places = ", ".join(map(str, more[:_ALIKE])) + dots
+    for error, (first, *repeats) in errors.values():
+        lines.append(f"{unit} {first}: {error!s:.{_MAX_CHARACTERS}}")
+        if repeats:
+            s, dots = "s" * (len(repeats) > 1), ", ..." * (len(repeats) > _MAX_PLACES)
+            places = ", ".join(map(str, repeats[:_MAX_PLACES])) + dots
             lines[-1] += (
-                f" ... and {len(more):,} more row{s} like it, {unit}{s} {places}"
+                f" ... and {len(repeats):,} more row{s} like it, {unit}{s} {places}"
             )
     if lines:
         raise ValueError(f"{unit}s of {source.name} are wrong:\n  {listing(lines)}")
 
 
 def listing(lines: list[str]) -> str:
-    """Returns the first few lines, and how many more there are."""
-    more = len(lines) - _LISTED
-    rest = [f"and {more:,} more"] if more > 0 else []
-    return "\n  ".join([*lines[:_LISTED], *rest])
+    """Returns the first few lines, and the number of the remaining ones."""
+    num_hidden = len(lines) - _MAX_LISTED
+    ending = [f"and {num_hidden:,} more"] if num_hidden > 0 else []
+    return "\n  ".join([*lines[:_MAX_LISTED], *ending])
 
 
 def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, float]:
-    """Returns data sets and their weights, from text such as "a.jsonl=0.7,b=0.3" too.
+    """Returns data sets and their weights, also from "a.jsonl=0.7,b=0.3".
 
-    One that is given alone has the weight 1.
+    A single data set has the weight 1.
     """
     if isinstance(data, Mapping):
         parts = [*data.items()]
     else:
-        split = [part.rpartition("=") for part in str(data).split(",")]
-        if pathlib.Path(data).exists() or not all(name for name, *_ in split):
+        pairs = [part.rpartition("=") for part in str(data).split(",")]
+        # A path may contain commas and equals signs.
+        if pathlib.Path(data).exists() or not all(name for name, *_ in pairs):
             return {str(data): 1.0}
-        parts = [(name.strip(), weight) for name, _, weight in split]
+        parts = [(name.strip(), weight) for name, _, weight in pairs]
     try:
-        found = {name: float(weight) for name, weight in parts}
-        is_right = all(0 < weight < math.inf for weight in found.values())
-        if not found or len(found) < len(parts) or not is_right:
+        weights = {name: float(weight) for name, weight in parts}
+        is_positive = all(0 < weight < math.inf for weight in weights.values())
+        if not weights or len(weights) < len(parts) or not is_positive:
             raise ValueError
     except ValueError:
         raise ValueError(
-            "`data` must have a positive weight for each of several data sets, each "
-            f"once, such as a.jsonl=0.7,b.jsonl=0.3. Got {data!r}."
+            "`data` must list each data set once, with a positive weight, such as "
+            f"a.jsonl=0.7,b.jsonl=0.3. Got {data!r}."
         ) from None
-    return found
+    return weights
 
 
 def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
-    """Returns the splits of a file ("train"), of a folder or of a data set on the hub.
+    """Returns the splits of a file ("train"), a folder, or a data set on the hub.
 
-    A path that exists is never taken for a hub id. `notes` gets a line on unused files.
+    A path that exists is never taken for a hub id. Ignored files are added to `notes`.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
         names = {file.name: split_name(file) for file in files if file.name[0] != "."}
-        stems = {name: found.stem for name, found in names.items() if found}
-        splits = _by_split(stems, str(path), "file", [*names], notes)
+        stems = {name: parts.stem for name, parts in names.items() if parts}
+        splits = _assign_splits(stems, str(path), "file", [*names], notes)
         return {split: open_file(path / name) for split, name in splits.items()}
     if path.exists() or split_name(path) or not _HUB_ID.fullmatch(str(path)):
         return {"train": open_file(path)}
-    return _from_hub(str(path), notes)
+    return _open_from_hub(str(path), notes)
 
 
-def _by_split(
-    stems: Mapping[str, str], where: str, what: str, has: Collection[str], notes: list
+def _assign_splits(
+    stems: Mapping[str, str],
+    owner: str,
+    kind: str,
+    existing: Collection[str],
+    notes: list[str],
 ) -> dict[str, str]:
-    """Returns the name of each split; the stems of names tell which it is."""
-    found = {}
-    for split, known in SPLITS.items():
-        names = [name for name, stem in stems.items() if stem in known]
+    """Returns the name of the file or hub split for each split."""
+    splits = {}
+    for split, allowed in SPLITS.items():
+        names = [name for name, stem in stems.items() if stem in allowed]
         if len(names) > 1:
-            raise ValueError(f"{where} must have one of {names}. Got all of them.")
+            raise ValueError(f"{owner} must have one of {names}. Got all of them.")
         if names:
-            found[split] = names[0]
-    if "train" not in found:
-        kinds = f" ({FILES})" if what == "file" else ""
+            splits[split] = names[0]
+    if "train" not in splits:
+        suffixes = f" ({FILES})" if kind == "file" else ""
         raise ValueError(
-            f"{where} must have a {what} train{kinds}. It has {[*has][:_LISTED]}."
+            f"{owner} must have a {kind} named train{suffixes}. Got "
+            f"{[*existing][:_MAX_LISTED]}."
         )
-    if unused := [name for name in stems if name not in found.values()]:
-        known = [name for names in SPLITS.values() for name in names]
+    if ignored := [name for name in stems if name not in splits.values()]:
+        names = ", ".join(name for allowed in SPLITS.values() for name in allowed)
         notes.append(
-            f"{where}: not used, for they are none of {', '.join(known)}: "
-            + ", ".join(unused)
+            f"{owner}: ignored, since a {kind} must be named one of {names}: "
+            + ", ".join(ignored)
         )
-    return found
+    return splits
 
 
 def open_file(path: str | pathlib.Path, option: str = "data") -> Source:
-    """Returns the rows of a file, the value of an option; they are read one by one."""
+    """Returns the rows of a file, which is the value of an option, without reading."""
     path = pathlib.Path(path)
     name = split_name(path) if path.is_file() else None
     if name is None:
-        others = ", a folder with a file train, or the id of a data set on the hub"
+        others = ", a folder with a file named train, or the id of a hub data set"
         raise ValueError(
             f"`{option}` must be a file ({FILES}){others * (option == 'data')}. Got "
             f"{describe_path(path)}."
@@ -162,7 +181,7 @@ def open_file(path: str | pathlib.Path, option: str = "data") -> Source:
     return Source(str(path), unit, rows, name.suffix == ".txt")
 
 
-def _from_hub(name: str, notes: list[str]) -> dict[str, Source]:
+def _open_from_hub(name: str, notes: list[str]) -> dict[str, Source]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -171,20 +190,101 @@ def _from_hub(name: str, notes: list[str]) -> dict[str, Source]:
             "To read it from the Hugging Face hub: pip install datasets"
         ) from error
     try:
-        found = datasets.load_dataset(*name.split(":"))
-    except Exception as error:  # whatever the hub, the network or the files raise
+        splits = datasets.load_dataset(*name.split(":"))
+    except Exception as error:  # the hub, the network and the files raise many types
         raise ValueError(
-            f"`data` must be a file ({FILES}), a folder or the id of a data set on the "
-            f"hub. Got {describe_path(name)}: {type(error).__name__}: {error}"
+            f"`data` must be a file ({FILES}), a folder or the id of a hub data set. "
+            f"Got {describe_path(name)}: {type(error).__name__}: {error}"
         ) from error
-    return sources_of(name, found, notes)
+    return sources_of(name, splits, notes)
 
 
 def sources_of(
     name: str, splits: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Source]:
     """Returns the splits of a `datasets.DatasetDict`."""
-    rows = lambda split: ((i, without_none(r)) for i, r in enumerate(splits[split]))
-    found = _by_split({x: x for x in splits}, name, "split", splits, notes)
-    every = found.items()
-    return {x: Source(f"{name}/{own}", "row", rows(own)) for x, own in every}
+
+    def rows(hub_split: str) -> Rows:
+        for index, row in enumerate(splits[hub_split]):
+            yield index, without_none(row)
+
+    hub_splits = _assign_splits({x: x for x in splits}, name, "split", splits, notes)
+    return {
+        split: Source(f"{name}/{hub_split}", "row", rows(hub_split))
+        for split, hub_split in hub_splits.items()
+    }
+
+
+class JsonLines:
+    """A .jsonl or .jsonl.gz file whose rows can be read again in any order."""
+
+    def __init__(self, name: str, encode: Callable[[Any, str], Sequence["Encoded"]]):
+        """Opens a file. `encode` turns a raw row and its place into pieces."""
+        self.path, self.encode = pathlib.Path(name), encode
+        parts = split_name(self.path)
+        if parts is None or parts.suffix != ".jsonl":
+            raise ValueError(
+                "`stream` must be false for files other than .jsonl and .jsonl.gz, "
+                f"whose rows cannot be read in any order. Got {name}."
+            )
+        read = self._read_unzipped if parts.is_zipped else self._read
+        self.source = Source(name, "line", rows_of(self.path, parts, read))
+        # Of the line that was read last: the byte where it begins, and its number.
+        self.offset = self.line_number = 0
+
+    def _read_unzipped(self, file: BinaryIO) -> Rows:
+        # gzip cannot seek without decompressing from the start, so later reads use a
+        # temporary copy, which is deleted together with this object.
+        descriptor, name = tempfile.mkstemp()
+        self.path = pathlib.Path(name)
+        weakref.finalize(self, self.path.unlink, missing_ok=True)
+        with open(descriptor, "w+b") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+            copy.seek(0)
+            yield from self._read(copy)
+
+    def _read(self, file: BinaryIO) -> Rows:
+        self._stamp = file_stamp(file.fileno())
+        for number, row in read_jsonl(file):
+            self.line_number = number
+            yield number, row
+            self.offset = file.tell()
+
+    def read_row(self, offset: int) -> Any:
+        """Returns the raw row of the line that begins at a byte."""
+        with self.path.open("rb") as file:
+            if file_stamp(file.fileno()) != self._stamp:
+                raise ValueError(f"{self.path} must not change during a run. It did.")
+            file.seek(offset)
+            return next(read_jsonl(file))[1]
+
+
+class StreamedRows(Sequence["Row"]):
+    """Rows that stay in their files. Only their places and sizes are in memory."""
+
+    def __init__(self):
+        self._files: list[JsonLines] = []
+        # For each row: file index, byte offset, line number, piece, tokens, targets.
+        self._numbers = array("q")
+
+    def add(self, file: JsonLines, piece: int, row: "Row") -> None:
+        """Adds a piece of the line of a file that was read last."""
+        if file not in self._files[-1:]:
+            self._files.append(file)
+        place = len(self._files) - 1, file.offset, file.line_number, piece
+        self._numbers.extend((*place, len(row.ids), row.num_trained))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The numbers of tokens and of target tokens of the rows, `[2, N]`."""
+        return np.frombuffer(self._numbers, np.int64).reshape(-1, 6).T[4:]
+
+    def __len__(self) -> int:
+        return len(self._numbers) // 6
+
+    def __getitem__(self, index: Any) -> Any:
+        start = 6 * range(len(self))[index]  # `range` handles negative indices
+        file_index, offset, number, piece = self._numbers[start : start + 4]
+        file = self._files[file_index]
+        place = f"{file.source.name}:{number}"
+        return file.encode(file.read_row(offset), place)[piece].row

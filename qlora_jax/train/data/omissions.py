@@ -1,0 +1,178 @@
+"""Rejects rows of which a chat template omits a part.
+
+A part is omitted if the text does not change without it. Rendering is slow, so a long
+part that appears in the text, and nowhere else in the row or template, is not tried.
+"""
+
+import bisect
+import copy
+import functools
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Path = tuple[str | int, ...]
+_MIN_UNIQUE = 12  # characters: more than a date, which a template may add by itself
+_MAX_TRIALS = 32  # characters that are changed in a value that may be omitted in part
+_REMOVED = object()
+# Keys with the type or the number of a part, which need not be written.
+_LABEL_KEYS = {"role", "type", "id", "index"}
+# Keys whose parts are not searched: a schema has more than a model should see.
+_OPAQUE_KEYS = {"parameters"}
+
+
+def check_nothing_omitted(
+    render: Callable[[dict[str, Any]], str], row: dict[str, Any], text: str, source: str
+) -> None:
+    """Rejects a row, which was rendered as `text`, if the template omits a part."""
+    search = _Search(render, row, text, source)
+    paths = [path for name in row for path in search.find((name,), row[name])]
+    if names := [*map(_dotted, paths)]:
+        raise ValueError(
+            f"the chat template does not write all of {', '.join(names)}: the text is "
+            "the same without. Leave it out of the row, or use a template that writes "
+            "it."
+        )
+
+
+def _dotted(path: Path) -> str:
+    steps = (f"[{x}]" if isinstance(x, int) else f".{x}" for x in path[1:])
+    return f"`{path[0]}{''.join(steps)}`"
+
+
+class _Search:
+    """Finds the omitted parts of a row."""
+
+    def __init__(
+        self,
+        render: Callable[[dict[str, Any]], str],
+        row: dict[str, Any],
+        text: str,
+        source: str,
+    ):
+        self.render, self.row, self.text = render, row, text
+        # Texts are compared without white space, which templates often change.
+        self.dense_text, self.dense_source = (
+            _without_space(text),
+            _without_space(source),
+        )
+        self.dense_row = _without_space(_to_json(row))
+        self.redundant = {*_redundant_paths(row)}
+
+    def find(self, path: Path, value: Any) -> list[Path]:
+        """Returns the paths of omitted parts, or `path` if all of them are omitted."""
+        if _is_empty(value) or path in self.redundant or self._appears_once(value):
+            return []
+        part_paths = [(*path, key) for key in _part_keys(value, path)]
+        if not part_paths:
+            is_omitted = self._is_same_with(path, _REMOVED)
+            is_omitted = is_omitted or self._is_partly_omitted(path, value)
+            return [path] if is_omitted else []
+        omitted = [self.find(part, value[part[-1]]) for part in part_paths]
+        is_message = path[0] != "tools" and len(path) < 3
+        is_total = all(x == [y] for x, y in zip(omitted, part_paths, strict=True))
+        if is_total and not is_message:
+            return [path]
+        return [part for paths in omitted for part in paths]
+
+    def _appears_once(self, value: Any) -> bool:
+        forms = _dense_forms(value)
+        return (
+            len(forms[-1]) >= _MIN_UNIQUE
+            and self.dense_row.count(forms[-1]) == 1
+            and not any(form in self.dense_source for form in forms)
+            and any(form in self.dense_text for form in forms)
+        )
+
+    def _is_same_with(self, path: Path, value: Any) -> bool:
+        """Whether the text is the same with another value at a path."""
+        try:
+            return self.render(_replace(self.row, path, value)) == self.text
+        except ValueError:  # the template needs the value
+            return False
+
+    def _is_partly_omitted(self, path: Path, value: Any) -> bool:
+        """Whether a character of a value can change while the text stays the same."""
+        forms = _dense_forms(value)
+        if not isinstance(value, str) or any(x in self.dense_text for x in forms):
+            return False
+        # The template may write a part of the value. The longest prefix and the longest
+        # suffix that are in the text are written. Between them, letters are changed.
+        indices = [i for i, x in enumerate(value) if not x.isspace()]
+        letters, size = _without_space(value), len(indices)
+
+        def lacks_prefix(n: int) -> bool:
+            return letters[: n + 1] not in self.dense_text
+
+        def lacks_suffix(n: int) -> bool:
+            return letters[size - n - 1 :] not in self.dense_text
+
+        prefix = bisect.bisect(range(size), 0, key=lacks_prefix)
+        suffix = bisect.bisect(range(size), 0, key=lacks_suffix)
+        middle = [i for i in indices[prefix : size - suffix] if value[i].isalnum()]
+        for i in middle[:: max(1, len(middle) // _MAX_TRIALS)]:
+            letter = "b" if value[i] == "a" else "a"
+            if self._is_same_with(path, f"{value[:i]}{letter}{value[i + 1 :]}"):
+                return True
+        return False
+
+
+def _redundant_paths(row: dict[str, Any]) -> Iterator[Path]:
+    """Yields the keys of tool results that name a call which their order names too."""
+    calls: list[dict[str, Any]] = []  # those that still wait for a result
+    for name, messages in row.items():
+        for index, message in enumerate([] if name == "tools" else messages):
+            if message["role"] == "tool":
+                call = calls.pop(0) if calls else {}
+                function = {**call, **call.get("function", {})}
+                expected = {
+                    "tool_call_id": call.get("id"),
+                    "name": function.get("name"),
+                }
+                if all(message.get(key) in (None, x) for key, x in expected.items()):
+                    yield from ((name, index, key) for key in expected)
+            elif message.get("tool_calls"):
+                calls = [*message["tool_calls"]]
+
+
+def _is_empty(value: Any) -> bool:
+    return value in (None, [], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _part_keys(value: Any, path: Path) -> list[Any]:
+    """Returns the keys of the parts of a value that must be written."""
+    if path[-1] in _OPAQUE_KEYS or not isinstance(value, dict | list):
+        return []
+    if isinstance(value, list):
+        return [index for index, x in enumerate(value) if not _is_empty(x)]
+    # The arguments of a call are the user's: any of their keys must be written.
+    labels = () if "arguments" in path else _LABEL_KEYS
+    return [k for k, x in value.items() if not _is_empty(x) and k not in labels]
+
+
+def _replace(row: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
+    """Returns a copy of a row with another value at a path, or with `_REMOVED`."""
+    row = copy.deepcopy(row)
+    *parents, last = path
+    node: Any = functools.reduce(operator.getitem, parents, row)  # type: ignore
+    if value is _REMOVED:
+        del node[last]
+    else:
+        node[last] = value
+    return row
+
+
+def _without_space(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _dense_forms(value: Any) -> list[str]:
+    """Returns the forms of a value in a text: a string as it is, and last JSON."""
+    form = _without_space(_to_json(value))
+    return [_without_space(value), form[1:-1]] if isinstance(value, str) else [form]
