@@ -25,9 +25,8 @@ from ..models.checkpoint import (
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch, weights_of
-from ..models.gguf.decoder_in import gguf_fmt, read_gguf
+from ..models.gguf.decoder_in import gguf_fmt, read_gguf, read_gguf_lora
 from ..models.gguf.folder import folder_of_gguf
-from ..models.gguf.lora_in import read_gguf_lora
 from ..train.data.readers import describe_path
 from .configs import ExportConfig, GenerateConfig, PairsConfig, ScoreConfig
 from .processes import log

@@ -12,24 +12,24 @@ Fmt = Literal[
 ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-_PACKING = ("fmt", "block_size", "double_quant")  # in training, for a server
-# The number formats of each `BaseFormat`; the first is the default.
+# Options that describe how training packed the base, for the formats and servers below.
+_PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
+_TRAINED_BASES = ("merged", "gguf")  # formats that hold the base of training
+# The number formats of each `BaseFormat`; the first one is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
 FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
 FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
-_FLOATS = ("merged", "gguf")  # which take the base as training packed it
-# The options that only some formats have.
-_OPTIONS = {
+# Options of `ExportConfig` that only some formats support.
+_FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
-    "fmt": (*get_args(BaseFormat)[:3], *_FLOATS),
-    "double_quant": ("bitsandbytes", *_FLOATS),
-    "block_size": (*get_args(BaseFormat), *_FLOATS),
+    "fmt": (*get_args(BaseFormat)[:3], *_TRAINED_BASES),
+    "double_quant": ("bitsandbytes", *_TRAINED_BASES),
+    "block_size": (*get_args(BaseFormat), *_TRAINED_BASES),
 }
 
 
 def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
-    """Refuses settings without a model, or with an adapter and a run."""
     if config.model is None and config.run is None:
         raise ValueError("`model` must be given without `run`. Got None.")
     if None not in (config.adapter, config.run):
@@ -38,27 +38,28 @@ def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Scores a model on data: the mean loss over the tokens that count.
+    """Scores a model on data: the mean loss over the target tokens.
 
     Attributes:
-        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
-            `run`, by default that of the run.
-        data: A file of rows, as train takes it. Rows of `text`, or of `input_ids` and
-            optional `labels` (-100 for tokens that do not count), which need no
-            tokenizer: without labels all tokens but the first count. Of other kinds the
-            tokens of completions and of the assistant's messages count. A .txt file is
-            cut into rows of `batch_tokens`.
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
+        data: A file of rows, in any form that train supports. In rows of `text`, all
+            tokens but the first are targets. So they are in rows of `input_ids`, which
+            need no tokenizer, unless `labels` excludes tokens by -100. In other rows,
+            completions and messages of the assistant are targets. A .txt file is cut
+            into rows of `batch_tokens`.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
             several, such as a,b, with a result for each.
-        run: The folder of a run of train, finished or not, whose last adapter to take.
-        fmt: Number format to pack the linear layers in; none for those of the file. By
-            default what the adapter's run packed them in, if its folder says so.
-        block_size: For `fmt`: weights that share a scale; by default 64, or its own.
-        double_quant: For `fmt`: whether scales are quantized too; by default if it can.
+        run: The folder of a run of train, finished or not, whose newest adapter to use.
+        fmt: Number format to pack the linear layers in; none to keep that of the files.
+            Defaults to that of the adapter's run, if the adapter is in its folder.
+        block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
+        double_quant: With `fmt`: whether to quantize the scales too; by default, if
+            `fmt` supports it.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
-        batch_tokens: The most tokens that are computed at once, with padding.
-        recode: Whether to read weights in 4 bits whose zero points or order of inputs
-            no format here has: in float.
+        batch_tokens: Maximum number of tokens in a batch, including padding.
+        recode: Whether to read, as floats, 4-bit weights with zero points or reordered
+            inputs, which no format here supports.
 
     Example:
         >>> from qlora_jax import cli
@@ -92,36 +93,37 @@ class ExportConfig:
     """Writes a model or an adapter in a format that other programs load.
 
     Attributes:
-        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
-            `run`, by default that of the run.
-        format: What to write: the adapter for PEFT (by default), or for servers of
-            PEFT's folders too (peft-portable: one rank, no scaling), for llama.cpp
-            (gguf-lora) or for mlx-lm (mlx); or the model, with the adapter added if
-            there is one: in float, as GGUF, or in 4 bits, for bitsandbytes, for AWQ or
-            as compressed-tensors has it (int4, mxfp4 or nvfp4).
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
+        format: What to write. An adapter: for PEFT (the default), for servers that load
+            PEFT's folders (peft-portable: one rank, no scaling), for llama.cpp
+            (gguf-lora) or for mlx-lm (mlx). Or a model, with any adapter merged: in
+            float (merged), as GGUF, or in 4 bits, for bitsandbytes, for AWQ or in the
+            formats of compressed-tensors (int4, mxfp4 or nvfp4).
         out: The folder to write, new or empty; for gguf and gguf-lora, the file. With
             `run`, the adapter for PEFT goes to adapter-STEP in its folder by default.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
-        run: The folder of a run of train, finished or not, whose adapter to take.
-        step: With `run`, the step of the state to take; by default the last saved one.
-        fmt: The number format: for bitsandbytes nf4 (by default) or fp4, for awq and
-            compressed-tensors int4_f16 (by default) or q4_0; for merged, gguf and a
-            server, what a float model was packed in for training, by default what the
-            adapter's run says. A model which is in 4 bits already is written as it is.
-        block_size: For a base in 4 bits: weights that share a scale; by default 128 for
+        run: The folder of a run of train, finished or not, whose adapter to export.
+        step: With `run`, the step of the saved state to export; by default the newest.
+        fmt: The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and
+            compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a
+            server: the format that training packed a float model in, by default that of
+            the adapter's run. A model that is in 4 bits already is written as it is.
+        block_size: For a base in 4 bits: weights per scale; by default 128 for
             int4_f16, 64 for bitsandbytes.
-        double_quant: For bitsandbytes: whether the scales are quantized too; by default
-            they are.
-        dtype: For merged: dtype of the tensors; by default each tensor's.
-        gguf_type: For gguf: how weights are stored, by default F16. Q4_0 keeps those of
-            int4_f16 and q4_0 in blocks of 32 as they are, and packs floats.
-        tokenizer: For gguf: whether the file holds the tokenizer.
-        data: For an adapter that is merged into 4 bits: rows, as score takes them, to
-            compute the loss on before and after.
-        server: In the place of a format (also spelled `--for`): what this server reads
-            right, and how to start it; see pairs.
-        push_to_hub: The repository on the Hugging Face hub to push it to as well, such
-            as user/name; a private one is made if there is none.
+        double_quant: For bitsandbytes: whether to quantize the scales too; by default
+            true.
+        dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
+        gguf_type: For gguf: the type of the weights, by default F16. Q4_0 keeps weights
+            in int4_f16 or q4_0 with blocks of 32 as they are, and packs floats.
+        tokenizer: For gguf: whether to include the tokenizer.
+        data: For an adapter that is merged into 4 bits: rows to compute the loss on
+            before and after, in any form that score supports.
+        server: Target server, instead of `--format` (also spelled `--for`). Picks
+            formats that the server supports, and writes the command that starts it; see
+            the command pairs.
+        push_to_hub: Repository on the Hugging Face hub to push the result to, such as
+            user/name. It is created as a private one if it does not exist.
 
     Example:
         >>> from qlora_jax import cli
@@ -146,66 +148,73 @@ class ExportConfig:
     push_to_hub: str | None = None
 
     def __post_init__(self):
-        given = {name for name in vars(self) if getattr(self, name) is not None}
-        if {"format", "server"} <= given:
+        options = {name for name in vars(self) if getattr(self, name) is not None}
+        if {"format", "server"} <= options:
             raise ValueError("`format` or `for` must be left out. Got both.")
-        what = self.server or self.format or "peft"
+        target = self.server or self.format or "peft"
         if self.server is None:
-            object.__setattr__(self, "format", what)
-        if self.run is None and (missing := {"model", "out"} - given):
+            object.__setattr__(self, "format", target)
+        self._check_source(options, target)
+        self._check_formats(options, target)
+
+    def _check_source(self, options: set[str], target: str) -> None:
+        """Checks where the model, the adapter and the data come from."""
+        if self.run is None and (missing := {"model", "out"} - options):
             names = " and ".join(f"`{name}`" for name in sorted(missing))
             raise ValueError(f"{names} must be given without `run`. Got None.")
         if self.step is not None and self.run is None:
             raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
-        if {"adapter", "run"} <= given:
+        if {"adapter", "run"} <= options:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
-        is_paired = self.server is not None or self.format in get_args(AdapterFormat)
-        if is_paired and not {"adapter", "run"} & given:
-            raise ValueError(f"`adapter` or `run` must be given for {what}. Got none.")
-        if self.data is not None and not (self._packs and {"adapter", "run"} & given):
+        has_adapter = bool({"adapter", "run"} & options)
+        needs_adapter = self.server is not None or target in get_args(AdapterFormat)
+        if needs_adapter and not has_adapter:
+            raise ValueError(
+                f"`adapter` or `run` must be given for {target}. Got none."
+            )
+        is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
+        is_packed = is_q4 or self.format in get_args(BaseFormat)
+        if self.data is not None and not (is_packed and has_adapter):
             raise ValueError(
                 "`data` must be left out unless an adapter is merged into 4 bits. Got "
-                f"{self.data!r} for {what}."
+                f"{self.data!r} for {target}."
             )
         if self.out is None and self.format != "peft":
-            raise ValueError(f"`out` must be given for {what}. Got None.")
-        for name, only in _OPTIONS.items():
-            is_right = what in only or self.server is not None and name in _PACKING
-            if name in given and not is_right:
+            raise ValueError(f"`out` must be given for {target}. Got None.")
+
+    def _check_formats(self, options: set[str], target: str) -> None:
+        """Checks that the options exist for the target and fit each other."""
+        for name, formats in _FORMATS_OF_OPTIONS.items():
+            is_server_option = self.server is not None and name in _PACKING_OPTIONS
+            if name in options and target not in formats and not is_server_option:
                 raise ValueError(
                     f"`{name}` must be left out for other formats than "
-                    f"{', '.join(only)}. Got {getattr(self, name)!r} for {what}."
+                    f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
         if self.gguf_type == "Q4_0" and self.fmt is not None:
             raise ValueError(
                 "`fmt` must be left out with Q4_0, in which the weights of `model` are "
                 f"packed. Got {self.fmt!r}."
             )
-        allowed = FMTS.get(what, get_args(Fmt))
-        if self.fmt is not None and self.fmt not in allowed:
+        fmts = FMTS.get(target, get_args(Fmt))
+        if self.fmt is not None and self.fmt not in fmts:
             raise ValueError(
-                f"`fmt` must be {' or '.join(allowed)} for {what}. Got {self.fmt!r}."
+                f"`fmt` must be {' or '.join(fmts)} for {target}. Got {self.fmt!r}."
             )
-
-    @property
-    def _packs(self) -> bool:
-        """Whether it writes weights in 4 bits."""
-        is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
-        return is_q4 or self.format in get_args(BaseFormat)
 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Says for each server what to write of a model and an adapter, and how exact.
+    """Lists the formats for each server, and whether the server is exact with them.
 
     Attributes:
-        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
-            `run`, by default that of the run.
-        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library. One in
-            the folder of its run was trained as that says.
-        run: The folder of a run of train, finished or not, whose adapter to take.
-        fmt: The number format that a float model was packed in for training.
-        block_size: For `fmt`: weights that share a scale.
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
+        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library. If it is
+            in the folder of its run, the defaults of `fmt` are those of the run.
+        run: The folder of a run of train, finished or not, whose adapter to use.
+        fmt: The number format that training packed a float model in.
+        block_size: With `fmt`: weights per scale.
 
     Example:
         >>> from qlora_jax import cli
@@ -229,7 +238,8 @@ class InspectConfig:
     """Lists the tensors of a model or an adapter without reading them.
 
     Attributes:
-        path: A folder of a model, an adapter or a run, a .safetensors or a .gguf file.
+        path: The folder of a model, an adapter or a run; or a .safetensors or .gguf
+            file.
 
     Example:
         >>> from qlora_jax import cli
@@ -245,33 +255,34 @@ class GenerateConfig:
     """Generates text from a prompt, or chats.
 
     Attributes:
-        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
-            `run`, by default that of the run.
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
             several, such as a,b, with a result for each.
-        run: The folder of a run of train, finished or not, whose last adapter to take.
-        prompt: The text to answer. Without it, the text is read from stdin; on a
-            terminal, a line at a time.
-        prompts: A file of rows with a `prompt`, a text or messages, or `messages`, and
-            perhaps `system` and `tools`: each is answered by itself.
-        out: With `prompts`: the file for the answers, new, a line of JSON for each;
-            stdout by default.
-        batch_size: Prompts that are answered at once.
-        chat: Whether texts are turns of a conversation, in the model's chat template;
-            otherwise it continues the text. By default true if it has a template.
-        system: The system's message at the start of the conversation.
-        max_new_tokens: The most tokens of an answer.
-        temperature: Divisor of the logits; at 0 the most probable token is taken.
-        top_k: How many of the most probable tokens may be drawn; all by default.
-        top_p: The share of probability kept: the least probable tokens are dropped.
+        run: The folder of a run of train, finished or not, whose newest adapter to use.
+        prompt: The text to answer. By default it is read from stdin; on a terminal,
+            line by line.
+        prompts: A file of rows with a `prompt` (a text or messages) or `messages`, and
+            optionally `system` and `tools`. Each row is answered separately.
+        out: With `prompts`: a new file for the answers, one line of JSON for each. By
+            default they go to stdout.
+        batch_size: With `prompts`: prompts that are answered at the same time.
+        chat: Whether texts are turns of a conversation, in the model's chat template,
+            and not texts to continue. By default true if the model has a template.
+        system: The system message at the start of the conversation.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: Divisor of the logits; 0 always takes the most probable token.
+        top_k: Sample from this many of the most probable tokens; by default from all.
+        top_p: Sample from the fewest tokens whose probabilities add up to this.
         seed: Seed of the sampling.
-        fmt: Number format to pack the linear layers in; none for those of the file. By
-            default what the adapter's run packed them in, if its folder says so.
-        block_size: For `fmt`: weights that share a scale; by default 64, or its own.
-        double_quant: For `fmt`: whether scales are quantized too; by default if it can.
+        fmt: Number format to pack the linear layers in; none to keep that of the files.
+            Defaults to that of the adapter's run, if the adapter is in its folder.
+        block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
+        double_quant: With `fmt`: whether to quantize the scales too; by default, if
+            `fmt` supports it.
         dtype: Dtype of the computation; norms and softmax are float32.
-        recode: Whether to read weights in 4 bits whose zero points or order of inputs
-            no format here has (in float), and to pack those in 4 bits again in `fmt`.
+        recode: Whether to read, as floats, 4-bit weights with zero points or reordered
+            inputs, which no format here supports, and to pack them again in `fmt`.
 
     Example:
         >>> from qlora_jax import cli
@@ -308,7 +319,7 @@ class GenerateConfig:
             raise ValueError("`prompt` or `prompts` must be left out. Got both.")
         if self.out is not None and self.prompts is None:
             raise ValueError(f"`prompts` must be given with `out`. Got {self.out!r}.")
-        Sampling(self.temperature, self.top_k, self.top_p)  # refuses wrong settings
+        Sampling(self.temperature, self.top_k, self.top_p)  # checks its settings
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {self.seed}.")
         if self.chat is False and self.system is not None:
@@ -319,12 +330,12 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Checks this machine's devices: products, a step of training, times, memory.
+    """Checks this machine's devices: products, a training step, times and memory.
 
     Attributes:
-        out: The file to write the report to, as JSON, for an issue or for the table of
+        out: File to write the report to as JSON, for an issue or for the table in
             docs/compatibility.
-        rounds: How often a time is measured; the median is reported.
+        rounds: Number of measurements of a time; the median is reported.
 
     Example:
         >>> from qlora_jax import cli

@@ -11,15 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from . import configs
-from .environment import restart_with_huge_pages
+from .environment import enable_compilation_cache, restart_with_huge_pages
 
-# What is wrong with the input, or happens to a run: one line, and no traceback.
+# Errors about the input or from a run, which are printed without a traceback.
 ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
 ERRORS += TypeError, ValueError
-_UNREAD = 128 + 13  # what shells show for a program that SIGPIPE ended
+_STDOUT_CLOSED = 128 + 13  # the status of a program that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,66 +29,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def process() -> None:
     """Runs the program `qlora-jax`: `main`, perhaps after a restart of the process."""
 
-    def prepare(config: Any) -> None:
+    def prepare(config: object) -> None:
         if getattr(config, "huge_pages", False):
-            restart_with_huge_pages(config.verbose)
-        importlib.import_module(".environment", __package__).enable_compilation_cache()
+            restart_with_huge_pages(getattr(config, "verbose", False))
+        enable_compilation_cache()
 
-    with _quiet_if_unread():
+    with _exit_if_stdout_closed():
         sys.exit(_run(sys.argv[1:], prepare))
 
 
-def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
+def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
     """Runs a command line, and calls `prepare` with its config before the command."""
     try:
-        from .parser import COMMANDS, make_parsers, spell
+        from .parser import COMMANDS, make_parsers, normalize_flags
     except ImportError as error:
         raise SystemExit("qlora-jax needs: pip install 'qlora-jax[cli]'") from error
+    # Parse the arguments into the config of the command.
     parser, commands = make_parsers()
-    found = parser.parse_args(spell(given))
-    name, settings = found.command, found[found.command]
-    kind = COMMANDS[name]
+    namespace = parser.parse_args(normalize_flags(arguments))
+    name, settings = namespace.command, namespace[namespace.command]
+    config_type = COMMANDS[name]
     try:
-        names = [field.name for field in dataclasses.fields(kind)]
-        config = kind(**{name: settings[name] for name in names})
+        options = [field.name for field in dataclasses.fields(config_type)]
+        config = config_type(**{option: settings[option] for option in options})
     except ValueError as error:
         commands[name].error(str(error))
     prepare(config)
+    # Call the function of the command, and print its result.
     try:
         function = getattr(importlib.import_module("qlora_jax.cli"), name)
-        if kind is configs.GenerateConfig and not settings.json:
-            function(config, _write)
+        if config_type is configs.GenerateConfig and not settings.json:
+            function(config, _write)  # prints answers as they are generated
             return 0
         result = function(config)
         if getattr(config, "distributed", False):
             processes = importlib.import_module(".processes", __package__)
             if not processes.is_first():
                 return 0
-        as_json = lambda x: json.dumps(dataclasses.asdict(x), allow_nan=False)
-        text = as_json(result) if settings.json else str(result)
+        text = str(result)
+        if settings.json:
+            text = json.dumps(dataclasses.asdict(result), allow_nan=False)
     except KeyboardInterrupt:
-        if name != "train":  # which has said where the state is
+        if name != "train":  # it has printed how to resume
             print("qlora-jax: interrupted", file=sys.stderr)
         return 130
     except (*ERRORS, MemoryError, RuntimeError) as error:
-        # JAX has no class for this error alone.
+        # JAX raises the same class for a full device as for other errors of XLA.
         is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if not (is_full or isinstance(error, ERRORS)):
             raise
-        why = "the device is out of memory. " * is_full
-        print(f"qlora-jax {name}: {why}{error}", file=sys.stderr)
+        reason = "the device is out of memory. " * is_full
+        print(f"qlora-jax {name}: {reason}{error}", file=sys.stderr)
         return 1
     _write(text + "\n")
     return int(getattr(result, "is_wrong", False))
 
 
 def _write(text: str) -> None:
-    with _quiet_if_unread():
+    with _exit_if_stdout_closed():
         print(text, end="")
 
 
 @contextlib.contextmanager
-def _quiet_if_unread() -> Iterator[None]:
+def _exit_if_stdout_closed() -> Iterator[None]:
     """Exits quietly if nothing reads the output any more, as after `| head`."""
     try:
         try:
@@ -97,9 +99,9 @@ def _quiet_if_unread() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python writes what is left at its end.
+        # Python flushes stdout once more when it exits, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(_UNREAD) from None
+        raise SystemExit(_STDOUT_CLOSED) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings of `qlora-jax train`."""
+"""The settings of `qlora-jax train`."""
 
 import datetime
 import math
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..models.sharding import MESH_AXES, ROW_AXES
 from .configs import Fmt
 
-# What may have several values, and their type.
+# The settings that may have several values, for a sweep, and their types.
 SWEPT: dict[str, type] = {"learning_rate": float, "seed": int}
 
 
@@ -18,113 +18,116 @@ class TrainConfig:
     """Fine-tunes a model on data: an adapter on a base in 4 bits.
 
     Attributes:
-        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
-        data: A file of rows (.jsonl, .json, .csv, .txt, each perhaps with .gz, or
-            .parquet), a folder with such files called train and perhaps valid and test,
-            or the id of a data set on the hub. Or several with their weights, as
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+        data: A file of rows (.jsonl, .json, .csv, .txt, optionally with .gz, or
+            .parquet), a folder with such files named train and optionally valid and
+            test, or the id of a data set on the hub. Or several with weights, as
             "a.jsonl=0.7,b.jsonl=0.3" or {a.jsonl: 0.7, b.jsonl: 0.3}.
-        out: The run's folder, new or empty; with `resume`, that of the run.
+        out: The run's folder, new or empty; with `resume`, the folder of the run.
         lora_r: Rank of the adapters.
         lora_alpha: Adapters are scaled by `lora_alpha / lora_r`; by default the rank.
-        lora_dropout: Rate of dropout on the adapters' input.
+        lora_dropout: Dropout rate of the adapters' input.
         use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
         use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
-        target_modules: "all-linear" (but the head), names of modules such as q_proj or
-            q_proj,v_proj, or a regular expression for full names, as in PEFT.
-        trainable: A regular expression for paths of float weights that are trained in
-            full beside the adapters, such as layers/.*norm/scale.
+        target_modules: "all-linear" (except the head), names of modules such as q_proj
+            or q_proj,v_proj, or a regular expression for full names, as in PEFT.
+        trainable: Regular expression for paths of float weights that are trained in
+            full, in addition to the adapters, such as layers/.*norm/scale.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA). By
-            default that of a model in 4 bits, and nf4 for one in float.
-        block_size: Weights that share a scale; by default 64, or what `fmt` has.
-        double_quant: Whether the scales are quantized too; by default where `fmt` can.
-        recode: Whether to pack a model in 4 bits again, in `fmt`: also one with zero
-            points or an order of its inputs, which no format here has.
-        learning_rate: The highest learning rate; or several, such as 1e-4,3e-4, which
-            train an adapter each, side by side over one base, in folders in `out`.
-        schedule: How it falls: cosine, linear, constant, wsd (warmup, stable, decay).
-        warmup: Steps in which it rises; by default a tenth of the steps, 20 at most.
-        end_learning_rate: The last learning rate; none for constant.
-        decay: For wsd: the share of the steps in which it falls.
-        steps: Steps of training; or see `epochs`.
-        epochs: Passes over the data; 1 where neither is given.
-        objective: sft, supervised fine-tuning, or a loss of preferences: dpo, ipo,
-            orpo, simpo, or kto. Their reference is the model without the adapter.
-        beta: For preferences: how much the model is kept near the reference (dpo, ipo,
-            kto), the scale of the rewards (simpo) or the weight of the odds (orpo).
-        gamma: For simpo: the margin between the rewards.
-        batch_size: Sequences of a batch, or pairs of answers; with packing, rows of
+            default that of a 4-bit model, and nf4 for a float model.
+        block_size: Weights per scale; by default 64, or what `fmt` has.
+        double_quant: Whether to quantize the scales too; by default, if `fmt` supports
+            it.
+        recode: Whether to pack a 4-bit model again, in `fmt`. Allows models with zero
+            points or reordered inputs, which no format here supports.
+        learning_rate: Peak learning rate; or several, such as 1e-4,3e-4, which train
+            one adapter each, side by side over one base, in subfolders of `out`.
+        schedule: Learning-rate schedule: cosine, linear, constant or wsd (warmup,
+            stable, decay).
+        warmup: Warmup steps; by default a tenth of the steps, at most 20.
+        end_learning_rate: The final learning rate; unused for constant.
+        decay: For wsd: the share of the steps in which the learning rate decays.
+        steps: Number of training steps; alternatively, set `epochs`.
+        epochs: Passes over the data; 1 if neither is set.
+        objective: sft for supervised fine-tuning, or a preference loss: dpo, ipo, orpo,
+            simpo or kto. The reference model is the base without the adapter.
+        beta: For preferences: strength of the pull towards the reference (dpo, ipo,
+            kto), scale of the rewards (simpo) or weight of the odds ratio (orpo).
+        gamma: For simpo: the target margin between the rewards.
+        batch_size: Sequences, or pairs of answers, per batch; with packing, rows of
             `max_length` tokens.
-        accumulation: Batches of a step.
-        max_length: The most tokens of a sequence.
+        accumulation: Gradient accumulation steps: batches per training step.
+        max_length: Maximum number of tokens of a sequence.
         packing: Whether several sequences share a row.
         optimizer: adamw, adamw8bit, lion or adafactor.
         offload_optimizer: Whether its state is in host memory; not with adafactor.
-        weight_decay: Share of a weight that an update at learning rate 1 takes off.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
-        clip: The largest norm of the gradient; 0 for no limit.
+        clip: Maximum norm of the gradient; 0 for no clipping.
         dtype: Dtype of the computation and of float weights; adapters are float32.
-        remat: Whether the backward pass recomputes activations, for less memory; or
-            offload, which keeps the layers' inputs in host memory too (not on GPUs).
-        attention: xla, which forms all scores, or splash, JAX's kernel for TPUs.
+        remat: Whether to recompute activations in the backward pass, to save memory; or
+            offload, which also keeps the layers' inputs in host memory (not on GPUs).
+        attention: xla, which computes all scores, or splash, JAX's kernel for TPUs.
         stream_dtype: Dtype of the residual stream, to which layers add.
-        mlp_tile: The most tokens that the MLP takes at a time, to save memory.
-        base_memory: Where the packed layers are: device; or host, from which each layer
-            is moved when it is computed, for less memory (not on GPUs).
+        mlp_tile: Maximum number of tokens in the MLP at a time, to save memory.
+        base_memory: Memory of the packed layers: device; or host, from which each layer
+            is moved when it is needed, to save device memory (not on GPUs).
         seed: Seed of the adapters, the order of the data and the dropout; or several,
             as for `learning_rate`.
-        data_seed: Seed of the order of the data; by default `seed`, the first of it.
-        eval_every: Steps between evaluations on the validation rows, before the first
-            step and after the last. By default about ten, of which those in between
-            compute only the loss of some rows.
-        eval_examples: How many validation rows with a prompt the model answers in an
+        data_seed: Seed of the order of the data; by default the first `seed`.
+        eval_every: Steps between evaluations on the validation rows, with one before
+            the first step and one after the last. By default there are about ten, and
+            only the first and last cover all rows and generate answers.
+        eval_examples: Number of validation prompts that the model answers in an
             evaluation, for the share of exact answers; 0 for none.
-        eval_batch_size: Prompts that it answers at once.
-        max_new_tokens: The most tokens of an answer; by default the longest right + 16.
-        samples: How many of the answers are shown.
-        keep_best: Whether the adapter is that of the step with the lowest validation
-            loss, over all validation rows at each evaluation, not that of the last.
-        early_stopping_patience: Evaluations in a row without a lower validation loss
-            after which training ends; with `keep_best`.
-        save_every: Steps between states.
-        keep: How many states to keep.
-        resume: Whether to go on with the run in `out`, from its newest state.
-        resume_step: With `resume`, the step to go on from; later states are deleted.
-        on_nan: Whether to stop or skip a step whose loss or gradient is not finite.
-        push_to_hub: The repository on the Hugging Face hub to push the adapter to, such
-            as user/name; a private one is made if there is none.
-        preview: How many rows to show as they would be trained, instead of training:
-            their targets are green on a terminal, and in brackets elsewhere.
-        log_every: Steps between lines of progress where stderr is no terminal, and
-            between steps that `log` gets; evaluations have both. By default about ten
-            lines, and all steps. The file metrics.jsonl has all steps.
-        log: Where to log each step, too: tensorboard, wandb, trackio; some of them.
-        verbose: Whether to say on stderr that the process is started again.
-        train_on: The trained tokens of rows with prompts or messages: completions, or
-            last, the assistant's last message alone, or all. With all, the cross
-            entropy of orpo is that of prompts too, as in TRL.
+        eval_batch_size: Prompts that are answered at the same time.
+        max_new_tokens: Maximum number of tokens of an answer; by default the longest
+            right answer + 16.
+        samples: Number of answers to print.
+        keep_best: Whether to write the adapter of the step with the lowest validation
+            loss, instead of the last one. Each evaluation then covers all rows.
+        early_stopping_patience: With `keep_best`: evaluations in a row without a lower
+            validation loss after which training stops.
+        save_every: Steps between saved states.
+        keep: Number of states to keep.
+        resume: Whether to continue the run in `out` from its newest state.
+        resume_step: With `resume`, the step to resume from; later states are deleted.
+        on_nan: Whether to stop, or skip a step, if loss or gradient are not finite.
+        push_to_hub: Repository on the Hugging Face hub to push the adapter to, such as
+            user/name. It is created as a private one if it does not exist.
+        preview: Number of rows to show as they would be trained, instead of training.
+            Target tokens are green on a terminal, and in brackets elsewhere.
+        log_every: Steps between lines of progress if stderr is not a terminal, and
+            between steps that `log` gets; evaluations are always included. By default
+            about ten lines, and all steps. The file metrics.jsonl has all steps.
+        log: More destinations for the metrics: tensorboard, wandb and trackio.
+        verbose: Whether to print when the process is restarted.
+        train_on: Target tokens of rows with prompts or messages: completions; last, the
+            assistant's last message only; or all. With all, the cross entropy of orpo
+            includes prompts, as in TRL.
         keys: Other names of the rows' keys: the name here to the name in the file.
         chat: Whether prompts and completions become messages of a user and an assistant
-            where the model has a chat template.
-        template: A file with a chat template, in place of the model's.
-        date: Today's date for templates that write it, such as 2026-11-26; by default
-            the day on which the run begins.
-        stream: Whether training rows stay in their .jsonl files, and become tokens when
-            they are needed: for data that do not fit in memory.
-        validation_split: The share of the training rows, such as 0.05, to validate on
-            instead; chosen by `data_seed`. For data without validation rows.
-        too_long: What to do with a row of more tokens than `max_length`: refuse, drop
-            or truncate; or split, which is for rows of `text`.
-        mesh: The devices, by what they split: the rows of a batch (data), rows and
-            weights (fsdp), heads and the width of the MLP (tensor). As
+            if the model has a chat template.
+        template: File with a chat template that replaces the model's.
+        date: Today's date for templates that contain it, such as 2026-11-26; by default
+            the day on which the run starts.
+        stream: Whether to leave training rows in their .jsonl files and tokenize them
+            when they are needed, for data that do not fit in memory.
+        validation_split: Share of the training rows to validate on, such as 0.05, for
+            data without validation rows. `data_seed` selects the rows.
+        too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
+            truncate; or split, for rows of `text`.
+        mesh: Devices along each axis: data splits the rows of a batch, fsdp splits rows
+            and weights, and tensor splits heads and the width of the MLP. As
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
-        distributed: Whether this is one of several processes, which run this command
-            with the same files and the same folder `out`.
+        distributed: Whether this is one of several processes that run this command with
+            the same files and the same folder `out`.
         coordinator_address: With `distributed`: host and port of the first process.
-        num_processes: Likewise, the number of processes.
-        process_id: Likewise, this process's number, from 0.
-        huge_pages: Whether `qlora-jax` starts its process again with huge pages for
-            memory, where Linux has them: faster steps on a CPU for more memory.
+        num_processes: With `distributed`: the number of processes.
+        process_id: With `distributed`: the index of this process, from 0.
+        huge_pages: Whether to restart `qlora-jax` with huge pages on Linux: faster
+            steps on a CPU, but more memory.
 
     Example:
         >>> from qlora_jax import cli
@@ -228,25 +231,29 @@ class TrainConfig:
         return self.eval_every or math.ceil((self.steps or 0) / 10)
 
     def __post_init__(self):
-        for name, kind in SWEPT.items():
-            object.__setattr__(self, name, _numbers(name, kind, getattr(self, name)))
-        for what, is_right, names in _RANGES:
+        for name, number_type in SWEPT.items():
+            numbers = _parse_numbers(name, number_type, getattr(self, name))
+            object.__setattr__(self, name, numbers)
+        self._check_ranges()
+        self._check_training()
+        self._check_run()
+        self._check_mesh()
+
+    def _check_ranges(self) -> None:
+        for description, is_in_range, names in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                several = value if isinstance(value, list) else [value]
-                if not all(x is None or is_right(x) for x in several):
-                    raise ValueError(f"`{name}` must be {what}. Got {value}.")
-        if self.is_sweep and self.early_stopping_patience is not None:
-            raise ValueError(
-                "`early_stopping_patience` must be left out where several adapters are "
-                "trained side by side, all to the last step. Got "
-                f"{self.early_stopping_patience}."
-            )
+                values = value if isinstance(value, list) else [value]
+                if not all(x is None or is_in_range(x) for x in values):
+                    raise ValueError(f"`{name}` must be {description}. Got {value}.")
+
+    def _check_training(self) -> None:
+        """Checks the settings that determine what is trained, and how."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
         if self.lora_dropout and self.mlp_tile is not None:
             raise ValueError(
-                "`lora_dropout` must be 0 with `mlp_tile`: all tiles would drop the "
+                "`lora_dropout` must be 0 with `mlp_tile`, or all tiles would drop the "
                 f"same entries. Got {self.lora_dropout}."
             )
         if self.offload_optimizer and self.optimizer == "adafactor":
@@ -254,21 +261,30 @@ class TrainConfig:
                 "`optimizer` must be adamw, adamw8bit or lion with "
                 "`offload_optimizer`, since adafactor mixes layers. Got adafactor."
             )
+        if self.train_on == "all" and self.objective not in ("sft", "orpo"):
+            raise ValueError(
+                "`train_on` must not be all with preferences, which compare answers to "
+                f"one prompt. Got all, and {self.objective}."
+            )
+        if self.objective == "kto" and (self.packing or self.batch_size < 2):
+            raise ValueError(
+                "kto needs a `batch_size` of at least 2 and no `packing`, because it "
+                "pairs answers with other prompts of the batch. Got "
+                f"{self.batch_size} and {self.packing}."
+            )
+
+    def _check_run(self) -> None:
+        """Checks when a run stops, how it resumes and where it logs."""
+        if self.is_sweep and self.early_stopping_patience is not None:
+            raise ValueError(
+                "`early_stopping_patience` must be left out if several adapters are "
+                "trained side by side, because all are trained to the last step. Got "
+                f"{self.early_stopping_patience}."
+            )
         if self.early_stopping_patience is not None and not self.keep_best:
             raise ValueError(
                 "`keep_best` must be set with `early_stopping_patience`. Got "
                 f"{self.early_stopping_patience}."
-            )
-        if self.train_on == "all" and self.objective not in ("sft", "orpo"):
-            raise ValueError(
-                "`train_on` must be completions with preferences: a prompt is no "
-                f"preference. Got all, and {self.objective}."
-            )
-        if self.objective == "kto" and (self.packing or self.batch_size < 2):
-            raise ValueError(
-                "kto must have `batch_size` 2 at least and no `packing`: it takes "
-                "answers to other prompts of the batch. Got "
-                f"{self.batch_size} and {self.packing}."
             )
         if self.resume_step is not None and not self.resume:
             raise ValueError(
@@ -278,71 +294,28 @@ class TrainConfig:
             raise ValueError(
                 f"`log` must have names of {', '.join(LOGGERS)}. Got {unknown}."
             )
-        rows = math.prod(self.mesh_sizes.get(name, 1) for name in ROW_AXES)
-        if self.batch_size % rows:
+
+    def _check_mesh(self) -> None:
+        num_parts = math.prod(self.mesh_sizes.get(name, 1) for name in ROW_AXES)
+        if self.batch_size % num_parts:
             raise ValueError(
-                f"`batch_size` must be a multiple of {rows}, the devices among which "
-                f"`mesh` splits the rows of a batch. Got {self.batch_size}."
+                f"`batch_size` must be a multiple of {num_parts}, the devices among "
+                f"which `mesh` splits the rows of a batch. Got {self.batch_size}."
             )
         if self.distributed and not self.mesh_sizes:
             raise ValueError("`mesh` must be given with `distributed`. Got none.")
         names = ("coordinator_address", "num_processes", "process_id")
-        given = [name for name in names if getattr(self, name) is not None]
-        if given and not self.distributed:
-            raise ValueError(f"`distributed` must be set with {given}. Got false.")
+        settings = [name for name in names if getattr(self, name) is not None]
+        if settings and not self.distributed:
+            raise ValueError(f"`distributed` must be set with {settings}. Got false.")
 
 
-# The module of each logger, which the extra of its name brings.
+# The module of each logger; an extra of the package installs it.
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-_COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
-_COUNTS += (
-    " log_every preview eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
+_COUNTS = (
+    "lora_r batch_size accumulation max_length save_every keep steps eval_every "
+    "log_every preview eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
 )
-_POSITIVE = "learning_rate lora_alpha epochs beta"
-_NOT_NEGATIVE = "gamma weight_decay clip seed data_seed eval_examples samples"
-# A range in words, its check, and the settings in it; `make_schedule` has others.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("positive", lambda x: x >= 1, _COUNTS),
-    ("positive and finite", lambda x: 0 < x < math.inf, _POSITIVE),
-    ("at least 0", lambda x: 0 <= x < math.inf, _NOT_NEGATIVE),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
-    ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
-)
-
-
-def _numbers(name: str, kind: type, value: Any) -> Any:
-    """Returns a number, or a list of several from a list or text such as "1,2"."""
-    parts = value.split(",") if isinstance(value, str) else value
-    parts = parts if isinstance(parts, list | tuple) else [parts]
-    try:
-        found = [kind(str(part)) for part in parts]
-        if not found or len({*found}) < len(found):
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"`{name}` must be of type {kind.__name__}, or several that differ, with "
-            f"commas between them. Got {value!r}."
-        ) from None
-    return found[0] if len(found) == 1 else found
-
-
-def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
-    """Returns the sizes of mesh axes from JSON or text such as "fsdp=4,tensor=2"."""
-    found = mesh or {}
-    try:
-        if isinstance(found, str):
-            pairs = [part.split("=") for part in found.split(",")]
-            found = {name.strip(): int(size) for name, size in pairs}
-            if len(found) < len(pairs):
-                raise ValueError
-        if not {*found} <= {*MESH_AXES} or min(found.values(), default=1) < 1:
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"`mesh` must have positive sizes for some of {', '.join(MESH_AXES)}, such "
-            f'as "fsdp=4,tensor=2". Got {mesh!r}.'
-        ) from None
-    return {name: found[name] for name in MESH_AXES if name in found}
 
 
 def _is_date(text: str) -> bool:
@@ -351,3 +324,57 @@ def _is_date(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# A description, its check, and the settings in that range. `make_schedule` checks the
+# settings of schedules.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("positive", lambda x: x >= 1, _COUNTS),
+    (
+        "positive and finite",
+        lambda x: 0 < x < math.inf,
+        "learning_rate lora_alpha epochs beta",
+    ),
+    (
+        "at least 0",
+        lambda x: 0 <= x < math.inf,
+        "gamma weight_decay clip seed data_seed eval_examples samples",
+    ),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
+    ("a day such as 2026-11-26", _is_date, "date"),
+)
+
+
+def _parse_numbers(name: str, number_type: type, value: Any) -> Any:
+    """Returns a number, or a list of several from a list or text such as "1,2"."""
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    try:
+        numbers = [number_type(str(part)) for part in parts]
+        if not numbers or len({*numbers}) < len(numbers):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must be of type {number_type.__name__}, or several that differ, "
+            f"with commas between them. Got {value!r}."
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
+    """Returns the sizes of mesh axes from a dict or text such as "fsdp=4,tensor=2"."""
+    sizes = mesh or {}
+    try:
+        if isinstance(sizes, str):
+            pairs = [part.split("=") for part in sizes.split(",")]
+            sizes = {name.strip(): int(size) for name, size in pairs}
+            if len(sizes) < len(pairs):
+                raise ValueError  # an axis occurs twice
+        if not {*sizes} <= {*MESH_AXES} or min(sizes.values(), default=1) < 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"`mesh` must have positive sizes for some of {', '.join(MESH_AXES)}, such "
+            f'as "fsdp=4,tensor=2". Got {mesh!r}.'
+        ) from None
+    return {name: sizes[name] for name in MESH_AXES if name in sizes}

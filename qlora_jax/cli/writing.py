@@ -234,7 +234,7 @@ def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -
 
 
 def _write_gguf_lora(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
-    from ..models.gguf.lora_out import save_gguf_lora
+    from ..models.gguf.decoder_out import save_gguf_lora
 
     save_gguf_lora(out, model.path, _make_plain_lora(config, model))
 
