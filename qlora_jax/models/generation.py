@@ -81,7 +81,8 @@ def generate(
     if num_positions < tokens.shape[1] + max_new_tokens:
         raise ValueError(
             "`cache` must have room for the prompt and `max_new_tokens`. Got "
-            f"{num_positions} positions for {tokens.shape[1]} + {max_new_tokens} tokens."
+            f"{num_positions} positions for {tokens.shape[1]} + {max_new_tokens} "
+            "tokens."
         )
     fill = eos_ids[0] if len(eos_ids) else 0
 
@@ -132,6 +133,4 @@ def next_tokens(
 def check_key(sampling: Sampling, key: Key[Array, ""] | None) -> None:
     """Raises a ValueError if tokens are drawn without a key."""
     if key is None and not sampling.is_greedy:
-        raise ValueError(
-            "`key` must be a PRNG key if `temperature` is not 0. Got None."
-        )
+        raise ValueError("`key` must be given if `temperature` is not 0.")

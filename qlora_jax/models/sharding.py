@@ -122,8 +122,8 @@ def _divides(leaf: Array, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
 
 def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Splits embedded tokens by rows, as the ambient mesh splits a batch."""
-    # The embedding is split along D, so the look-up returns columns of all rows. Without
-    # constraints, XLA would sum the rows of all devices on each of them.
+    # The embedding is split along D, so the look-up returns columns of all rows.
+    # Without constraints, XLA would sum the rows of all devices on each of them.
     sizes = _auto_axes()
     rows = _select_axes(ROW_AXES, sizes)
     if not rows or x.shape[0] % _num_parts(rows, sizes):

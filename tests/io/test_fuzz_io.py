@@ -32,9 +32,8 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_in import read_gguf as load_gguf
-from qlora_jax.models.gguf.decoder_out import save_gguf
-from qlora_jax.models.gguf.lora_in import read_gguf_lora
-from qlora_jax.models.gguf.lora_out import save_gguf_lora
+from qlora_jax.models.gguf.decoder_in import read_gguf_lora
+from qlora_jax.models.gguf.decoder_out import save_gguf, save_gguf_lora
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.train import Tokenizer, read_dataset
 from qlora_jax.train.data.model_files import ModelError

@@ -22,9 +22,8 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.experts import MixtureOfExperts, split_alternating
 from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.gguf.decoder_out import save_gguf
+from qlora_jax.models.gguf.decoder_out import save_gguf, save_gguf_lora
 from qlora_jax.models.gguf.folder import folder_of_gguf
-from qlora_jax.models.gguf.lora_out import save_gguf_lora
 from qlora_jax.models.gguf.open_file import open_gguf
 from qlora_jax.models.sharding import place_arguments
 from qlora_jax.models.tiny import CONFIG, save_tiny

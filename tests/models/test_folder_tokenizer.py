@@ -5,8 +5,7 @@ import json
 import pytest
 from tokenizer_helpers import save_tokenizer
 
-from qlora_jax.models.folder_tokenizer import FolderTokenizer
-from qlora_jax.models.tokenizer import load_tokenizer
+from qlora_jax.models.tokenizer import FolderTokenizer, load_tokenizer
 from qlora_jax.train import open_tokenizer
 
 

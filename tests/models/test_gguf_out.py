@@ -24,8 +24,8 @@ from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf, gpt_oss, llama
 from qlora_jax.models.gguf.decoder_in import gguf_names
 from qlora_jax.models.gguf.decoder_out import save_gguf
-from qlora_jax.models.gguf.spm import scores_of
 from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
+from qlora_jax.models.gguf.tokenizer_out import scores_of
 from qlora_jax.models.gguf.values import gguf_architecture
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.models.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.models.checkpoint import abstract_params, read_config
 from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.gguf.lora_in import read_gguf_lora
+from qlora_jax.models.gguf.decoder_in import read_gguf_lora
 from qlora_jax.models.tiny import save_tiny
 
 Q, DOWN = (f"model.layers.{x}" for x in ("0.self_attn.q_proj", "1.mlp.down_proj"))

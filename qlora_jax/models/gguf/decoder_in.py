@@ -1,11 +1,12 @@
-"""Reads a GGUF file's config, and its tensors by Hugging Face name."""
+"""Reads decoders and adapters from GGUF files, by their Hugging Face names."""
 
+import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,134 +23,52 @@ from .values import (
     OSS,
     PERMUTED,
     SHORT,
+    architecture_of,
     check_values,
     config_from_values,
 )
 
-# Names of what is one tensor for all experts there, and of gpt-oss's parameters.
-_PARAMETERS = {
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.gguf_reader import ReaderTensor
+
+# Replacements that turn names of experts and sinks into names that gguf's map knows: it
+# has one tensor of all experts, and parameters that end in ".weight" or ".bias".
+_NAME_PATTERNS = {
     r"\.experts\.\d+\.": ".experts.",
     r"(\.experts\.\w+_proj)\.\d+$": r"\1.weight",
     r"(\.experts\.\w+_proj)_bias$": r"\1.bias",
-    r"\.experts\.gate_up_proj\.": ".experts.gate_proj.",  # with up: `_joined`
+    r"\.experts\.gate_up_proj\.": ".experts.gate_proj.",  # see `_join_gate_up`
     r"\.sinks$": ".sinks.weight",
 }
 # llama.cpp writes Mistral as "llama".
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe", "olmoe")
 ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3", OSS)
-
-
-def read_gguf(
-    path: str | pathlib.Path,
-) -> "tuple[DecoderConfig, dict[str, GGUFTensor | GGUFBytes]]":
-    """Returns the config and the tensors by Hugging Face name, not yet decoded.
-
-    `ql.io.packed_tensors` takes a weight in Q4_0 by its bytes.
-    """
-    reader = open_gguf(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    factors = {
-        name: tuple(found.pop(name).data.tolist())
-        for name in (FREQUENCIES, SHORT, LONG)
-        if name in found
-    }
-    embedding = found.get("token_embd.weight")
-    vocab_size = 0 if embedding is None else int(embedding.shape[-1])
-    kind = field(reader, "general.architecture")
-    if kind not in ARCHITECTURES:
-        known = ARCHITECTURES
-        raise ValueError(f"The architecture must be one of {known}. Got {kind!r}.")
-    keys = [key for key in reader.fields if key.startswith(f"{kind}.")]
-    try:
-        values = {key.removeprefix(f"{kind}."): field(reader, key) for key in keys}
-        check_values(kind, values, found)
-        config = config_from_values(kind, values, found, vocab_size, factors)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ql.io.CheckpointError(
-            f"{path} must have values of the kinds that its keys have. Got {error!r}."
-        ) from error
-    hf_names: dict[str, list[str]] = {}
-    for name, gguf_name in gguf_names(config, kind).items():
-        hf_names.setdefault(gguf_name, []).append(name)
-    if config.experts is not None and config.experts.interleaved:
-        found = _joined(found)
-    tensors = {}
-    for gguf_name, tensor in found.items():
-        names = hf_names.get(gguf_name, [gguf_name])  # or the name in the file
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        fmt, stored = tensor.tensor_type.name, [tensor.data]
-        if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:  # experts
-            stored, shape = tensor.data, shape[1:]
-        for name, data in zip(names, stored, strict=False):
-            rows = stored_rows(name, shape, config, kind)
-            x = GGUFTensor(shape, data, tensor.tensor_type, rows, offset_of(name, kind))
-            if fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
-                name, x = f"{name}_q4_0", GGUFBytes(data.shape, data, rows)
-            elif fmt == "MXFP4" and len(shape) == 2:
-                name, x = f"{name}_mxfp4", GGUFBytes(data.shape, data, rows)
-            tensors[name] = x
-    return config, tensors
-
-
-class _Joined(NamedTuple):
-    """A tensor of gate and up, whose rows take turns."""
-
-    tensor_type: Any
-    shape: tuple[int, ...]  # in GGUF's order
-    data: Any
-
-
-def _joined(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns tensors with those of gate and up as one, by the name of gate."""
-    joined: dict[str, Any] = dict(found)
-    for name, gate in found.items():
-        up = found.get(name.replace("_gate_", "_up_"))
-        if ".ffn_gate_exps." not in name or up is None:
-            continue
-        kind, shape = gate.tensor_type, tuple(gate.shape)
-        if (up.tensor_type, tuple(up.shape)) != (kind, shape):
-            continue  # which is refused by its shape
-        del joined[up.name]
-        if len(shape) == 3:
-            data: Any = [
-                _ByTurns(*pair) for pair in zip(gate.data, up.data, strict=True)
-            ]
-            joined[name] = _Joined(kind, (shape[0], 2 * shape[1], shape[2]), data)
-        else:
-            data = np.stack([gate.data, up.data], axis=-1)
-            shape = (2 * shape[0], *shape[1:])
-            joined[name] = _Joined(kind, shape, data.reshape(shape[::-1]))
-    return joined
+# The keys of a file of adapters.
+_ALPHA = "adapter.lora.alpha"
+_ADAPTER_KEYS = ("adapter.type", _ALPHA)
+_ADAPTER_KEYS += ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
 
 
 @dataclass(frozen=True, eq=False)
-class _ByTurns:
-    """The rows of two arrays of bytes by turns; indexing reads what it asks for."""
+class _Alternating:
+    """Two arrays of bytes whose rows alternate; indexing reads only the chosen rows."""
 
     first: np.ndarray
     second: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of both."""
+        """The shape of both together."""
         return 2 * len(self.first), self.first.shape[1]
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        places = np.arange(self.shape[0])[rows]
-        found = np.empty((len(places), self.shape[1]), self.first.dtype)
-        for turn, x in enumerate((self.first, self.second)):
-            at = places % 2 == turn
-            found[at] = x[places[at] // 2]
-        return found
-
-
-def gguf_fmt(path: pathlib.Path) -> str | None:
-    """Returns the format of a GGUF file's packed layers, or None."""
-    layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
-    kinds = {x.tensor_type.name for x in layers if len(x.shape) > 1}
-    if "MXFP4" in kinds:  # experts; other layers are in float
-        return "mxfp4"
-    return "q4_0" if kinds == {"Q4_0"} else None
+        indices = np.arange(self.shape[0])[rows]
+        chosen = np.empty((len(indices), self.shape[1]), self.first.dtype)
+        for parity, x in enumerate((self.first, self.second)):
+            is_from_x = indices % 2 == parity
+            chosen[is_from_x] = x[indices[is_from_x] // 2]
+        return chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,78 +76,201 @@ class GGUFBytes:
     """The bytes of the rows of a tensor of a GGUF file."""
 
     shape: tuple[int, ...]
-    stored: np.ndarray | _ByTurns
+    stored: np.ndarray | _Alternating
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     dtype: np.dtype = np.dtype(np.uint8)
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        first, columns = index
-        return self.stored[first if self.rows is None else self.rows[first]][:, columns]
+        rows, columns = index
+        return self.stored[rows if self.rows is None else self.rows[rows]][:, columns]
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """A tensor of a GGUF file: indexing decodes the rows that it asks for."""
+    """A tensor of a GGUF file: indexing decodes only the chosen rows."""
 
     shape: tuple[int, ...]  # in the Hugging Face model
-    stored: np.ndarray | _ByTurns
-    kind: Any  # a `gguf.GGMLQuantizationType`
+    stored: np.ndarray | _Alternating
+    tensor_type: "GGMLQuantizationType"
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     offset: float = 0.0  # that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         import gguf
 
-        first, *rest = index if isinstance(index, tuple) else (index,)
-        chosen = first if self.rows is None else self.rows[first]
-        stored = self.stored[chosen]
-        # The package decodes 16 rows at a time: short ones go faster together.
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        stored = self.stored[rows if self.rows is None else self.rows[rows]]
+        # The package decodes 16 rows at a time: short rows are faster in groups.
         group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
-        x = gguf.dequantize(stored.reshape(len(stored) // group, -1), self.kind)
+        grouped = stored.reshape(len(stored) // group, -1)
+        x = gguf.dequantize(grouped, self.tensor_type)
         x = x.reshape(len(stored), *self.shape[1:])
-        x = x[(slice(None), *rest)] if rest else x
+        x = x[(slice(None), *others)] if others else x
         return np.asarray(x - self.offset if self.offset else x, self.dtype)
 
 
-def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
+def read_gguf(
+    path: str | pathlib.Path,
+) -> tuple[DecoderConfig, dict[str, GGUFTensor | GGUFBytes]]:
+    """Returns the config and the tensors by Hugging Face name, not yet decoded.
+
+    `ql.io.packed_tensors` reads the bytes of weights in Q4_0 and MXFP4.
+    """
+    reader = open_gguf(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    architecture = field(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"The architecture must be one of {ARCHITECTURES}. Got {architecture!r}."
+        )
+    # 1. The config. The divisors of frequencies are tensors, but not parameters.
+    factors = {
+        name: tuple(stored.pop(name).data.tolist())
+        for name in (FREQUENCIES, SHORT, LONG)
+        if name in stored
+    }
+    try:
+        config = _read_gguf_config(reader, architecture, stored.keys(), factors)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ql.io.CheckpointError(
+            f"{path} must have metadata values of the expected types. Got {error!r}."
+        ) from error
+    # 2. The Hugging Face names. One tensor may hold the kernels of all experts.
+    hf_names: dict[str, list[str]] = {}
+    for hf_name, gguf_name in gguf_names(config, architecture).items():
+        hf_names.setdefault(gguf_name, []).append(hf_name)
+    if config.experts is not None and config.experts.interleaved:
+        stored = _join_gate_up(stored)
+    # 3. The tensors; those without a Hugging Face name are reported by `ql.io.load`.
+    tensors = {}
+    for gguf_name, tensor in stored.items():
+        names = hf_names.get(gguf_name, [gguf_name])
+        tensors |= _name_tensors(tensor, names, config, architecture)
+    return config, tensors
+
+
+def _read_gguf_config(
+    reader: "GGUFReader",
+    architecture: str,
+    names: Collection[str],
+    factors: Mapping[str, tuple[float, ...]],
+) -> DecoderConfig:
+    prefix = f"{architecture}."
+    keys = [key for key in reader.fields if key.startswith(prefix)]
+    values = {key.removeprefix(prefix): field(reader, key) for key in keys}
+    check_values(architecture, values, names)
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+    vocab_size = int(shapes["token_embd.weight"][-1])  # `check_values` requires it
+    return config_from_values(architecture, values, names, vocab_size, factors)
+
+
+class _JoinedTensor(NamedTuple):
+    """A tensor of gate and up, whose rows alternate."""
+
+    tensor_type: "GGMLQuantizationType"
+    shape: tuple[int, ...]  # in GGUF's order, from the last axis to the first
+    data: list[_Alternating] | np.ndarray
+
+
+def _join_gate_up(
+    stored: "Mapping[str, ReaderTensor]",
+) -> "dict[str, ReaderTensor | _JoinedTensor]":
+    """Joins the tensors of gate and up of experts, under the name of gate."""
+    joined: dict[str, ReaderTensor | _JoinedTensor] = dict(stored)
+    for name, gate in stored.items():
+        up = stored.get(name.replace("_gate_", "_up_"))
+        if ".ffn_gate_exps." not in name or up is None:
+            continue
+        tensor_type, shape = gate.tensor_type, tuple(gate.shape)
+        if (up.tensor_type, tuple(up.shape)) != (tensor_type, shape):
+            continue  # `ql.io.load` rejects their shapes
+        del joined[up.name]
+        if len(shape) == 3:  # kernels, one for each expert
+            pairs = zip(gate.data, up.data, strict=True)
+            data = [_Alternating(*pair) for pair in pairs]
+            shape = (shape[0], 2 * shape[1], shape[2])
+        else:  # biases
+            shape = (2 * shape[0], *shape[1:])
+            data = np.stack([gate.data, up.data], axis=-1).reshape(shape[::-1])
+        joined[name] = _JoinedTensor(tensor_type, shape, data)
+    return joined
+
+
+def _name_tensors(
+    tensor: "ReaderTensor | _JoinedTensor",
+    names: list[str],
+    config: DecoderConfig,
+    architecture: str,
+) -> Iterator[tuple[str, GGUFTensor | GGUFBytes]]:
+    """Yields the parts of a stored tensor with their names.
+
+    Matrices in Q4_0 and MXFP4 are bytes, whose names end in the format.
+    """
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    parts: Any = [tensor.data]
+    if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:
+        parts, shape = tensor.data, shape[1:]  # one part for each expert
+    fmt = tensor.tensor_type.name
+    for name, data in zip(names, parts, strict=False):
+        rows = stored_rows(name, shape, config, architecture)
+        is_q4_0 = fmt == "Q4_0" and name.endswith(".weight")
+        if len(shape) == 2 and (is_q4_0 or fmt == "MXFP4"):
+            yield f"{name}_{fmt.lower()}", GGUFBytes(data.shape, data, rows)
+        else:
+            offset = offset_of(name, architecture)
+            yield name, GGUFTensor(shape, data, tensor.tensor_type, rows, offset)
+
+
+def gguf_fmt(path: pathlib.Path) -> str | None:
+    """Returns the format of a GGUF file's packed layers, or None."""
+    layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
+    formats = {x.tensor_type.name for x in layers if len(x.shape) > 1}
+    if "MXFP4" in formats:  # of experts; the other layers are in float
+        return "mxfp4"
+    return "q4_0" if formats == {"Q4_0"} else None
+
+
+def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
     """Maps a decoder's Hugging Face tensor names to GGUF names, experts' in order."""
     import gguf
 
-    # llama.cpp has no architecture of the name.
-    arch = "LLAMA" if kind == "mistral" else kind.upper().replace("-", "_")
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_layers)
+    # llama.cpp has no architecture called "mistral".
+    arch = "LLAMA" if architecture == "mistral" else architecture.upper()
+    arch = gguf.MODEL_ARCH[arch.replace("-", "_")]
+    name_map = gguf.get_tensor_name_map(arch, config.num_layers)
     names = decoder_names(config)
-    found: dict[str, str] = {}
+    gguf_name_of: dict[str, str] = {}
     sizes = config.num_layers, config.experts.count if config.experts else 1
     for path in names.entries:
-        for name in names.of(path, sizes[: names.num_batch_axes(path)]).flat:
-            whole = name
-            for pattern, new in _PARAMETERS.items():
-                whole = re.sub(pattern, new, whole)
-            gguf_name = known.get_name(whole, try_suffixes=(".weight", ".bias"))
-            if gguf_name is not None:  # it is for all that `gguf_architecture` takes
-                found[name] = gguf_name
-    return found
+        for hf_name in names.of(path, sizes[: names.num_batch_axes(path)]).flat:
+            mapped = hf_name
+            for pattern, replacement in _NAME_PATTERNS.items():
+                mapped = re.sub(pattern, replacement, mapped)
+            gguf_name = name_map.get_name(mapped, try_suffixes=(".weight", ".bias"))
+            # Decoders that `gguf_architecture` accepts have a name for each tensor.
+            if gguf_name is not None:
+                gguf_name_of[hf_name] = gguf_name
+    return gguf_name_of
 
 
 def context_of(source: pathlib.Path) -> int:
     """Returns the number of tokens that a model was trained with."""
     if source.suffix == ".gguf":
         reader = open_gguf(source)
-        kind = field(reader, "general.architecture")
-        found = field(reader, f"{kind}.context_length")
+        key = f"{field(reader, 'general.architecture')}.context_length"
+        length = field(reader, key)
     else:
-        raw = text_config(ql.io.read_config_json(source))
-        found = raw.get("max_position_embeddings")
-    if not found:
-        raise ValueError(f"{source} must say how many positions the model has.")
-    return int(found)
+        key = "max_position_embeddings"
+        length = text_config(ql.io.read_config_json(source)).get(key)
+    if not length:
+        raise ValueError(f"{source} must have a context length, `{key}`.")
+    return int(length)
 
 
-def permuted_heads(name: str, config: DecoderConfig, kind: str) -> int | None:
+def permuted_heads(name: str, config: DecoderConfig, architecture: str) -> int | None:
     """Returns the heads of a tensor whose rows llama.cpp reorders, else None."""
-    if kind not in PERMUTED:
+    if architecture not in PERMUTED:
         return None
     if ".q_proj." in name:
         return config.num_heads
@@ -236,22 +278,68 @@ def permuted_heads(name: str, config: DecoderConfig, kind: str) -> int | None:
 
 
 def stored_rows(
-    name: str, shape: tuple[int, ...], config: DecoderConfig, kind: str
+    name: str, shape: tuple[int, ...], config: DecoderConfig, architecture: str
 ) -> np.ndarray | None:
     """Returns the stored row of each row of a tensor, or None if they are in order."""
-    heads = permuted_heads(name, config, kind)
-    # Another number of rows is refused by its shape.
+    heads = permuted_heads(name, config, architecture)
+    # A wrong number of rows is reported later, with the shape that is expected.
     if heads is None or shape[0] % (2 * heads):
         return None
     return np.argsort(permute(np.arange(shape[0]), heads))
 
 
-def offset_of(name: str, kind: str) -> float:
+def offset_of(name: str, architecture: str) -> float:
     """Returns the number that llama.cpp adds to a tensor."""
-    is_norm = kind in OFFSET_NORMS and name.endswith("norm.weight")
+    is_norm = architecture in OFFSET_NORMS and name.endswith("norm.weight")
     return 1.0 if is_norm else 0.0
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
     """Interleaves rows i and i + Dh/2 of each head, as llama.cpp stores them."""
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def read_gguf_lora(
+    path: str | pathlib.Path, config: DecoderConfig
+) -> "ql.io.PlainLoRA":
+    """Returns the adapters that llama.cpp adds to a model, for `ql.io.load_peft`.
+
+    `config` is that of the model. Names are those of a text-only model. Raises a
+    CheckpointError if the file is broken, not a LoRA, or of another architecture.
+    """
+    # 1. Check the metadata.
+    reader, architecture = open_gguf(path), architecture_of(config)
+    expected = {"general.type": "adapter", "adapter.type": "lora"}
+    expected["general.architecture"] = architecture
+    problems = [
+        f"`{key}` must be {value!r}. Got {actual!r:.80}."
+        for key, value in expected.items()
+        if (actual := field(reader, key)) != value
+    ]
+    alpha = field(reader, _ALPHA)
+    if not isinstance(alpha, float) or not 0 < alpha < math.inf:
+        problems.append(f"`{_ALPHA}` must be a positive number. Got {alpha!r:.80}.")
+    keys = [key for key in reader.fields if key.startswith("adapter.")]
+    unknown = [key for key in keys if key not in _ADAPTER_KEYS]
+    problems += [f"`{key}` is not supported." for key in unknown]
+    # 2. Decode the factors, `[rank, K]` and `[N, rank]`.
+    config = dataclasses.replace(config, module="model")
+    names = gguf_names(config, architecture)
+    hf_names = {gguf_name: hf_name for hf_name, gguf_name in names.items()}
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for tensor in reader.tensors:
+        gguf_name, _, part = tensor.name.rpartition(".lora_")
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if gguf_name not in hf_names or part not in ("a", "b") or len(shape) != 2:
+            problems.append(f"{tensor.name}: unexpected tensor of shape {shape}")
+            continue
+        name = hf_names[gguf_name]
+        is_b = part == "b"
+        rows = stored_rows(name, shape, config, architecture) if is_b else None
+        x = GGUFTensor(shape, tensor.data, tensor.tensor_type, rows)[:]
+        factors.setdefault(name.removesuffix(".weight"), {})[part] = x
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        raise ql.io.CheckpointError(f"{path} is not a LoRA for this model:\n  {lines}")
+    assert isinstance(alpha, float)
+    return ql.io.PlainLoRA(alpha, factors)

@@ -1,16 +1,17 @@
-"""Writes a decoder as a GGUF file."""
+"""Writes decoders and adapters as GGUF files."""
 
 import contextlib
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import gguf
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jaxtyping import PyTree, UInt8
 
 import qlora_jax as ql
 
@@ -19,13 +20,18 @@ from ..checkpoint import abstract_params, read_config
 from ..config import DecoderConfig
 from ..decoder_names import decoder_names
 from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
-from .packed_blocks import BLOCK, block_rows, in_q4_0
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
 from .values import factors_of, gguf_architecture, values_of
 
 FORMATS = ("F16", "Q8_0", "Q4_0")
-_BLOCKS = ("Q4_0", "MXFP4")  # whose bytes are those of packed kernels
-_LARGEST = float(np.finfo(np.float16).max)
+BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
+# Formats whose bytes are computed from the codes and scales of packed kernels.
+_PACKED = ("Q4_0", "MXFP4")
+_Q4_0_FORMATS = ("int4_f16", "q4_0")  # formats with the codes and scales of Q4_0
+_LAYER_KERNELS = r"layers/(?!.*/router/).*/kernel"  # kernels that Q4_0 packs
+_MAX_F16 = float(np.finfo(np.float16).max)
+
+Leaves = Mapping[str, Any]  # arrays and packed kernels, or adapters, by path
 
 
 def save_gguf(
@@ -40,11 +46,12 @@ def save_gguf(
 ) -> None:
     """Writes a GGUF file, a tensor at a time, under a temporary name until complete.
 
-    Norms and biases are float32, kernels and the embedding `fmt`. Q8_0 has blocks of 32
-    inputs: tensors whose inputs 32 does not divide are F16. In both, experts in mxfp4
-    without adapters keep their codes and scales. Q4_0 is for the layers' kernels: codes
-    and scales stay if it has such ones, and floats are packed by its rule. All else is
-    F16 there if that holds each number, and F32 if not.
+    Norms and biases are float32; kernels and the embedding have the format `fmt`. Q8_0
+    has blocks of 32 inputs: tensors whose inputs 32 does not divide are F16. With F16
+    and Q8_0, experts in mxfp4 without adapters keep their codes and scales. Q4_0 is for
+    the layers' kernels: kernels with such codes and scales keep them, and floats are
+    packed by its rule. All other tensors are then F16 if that represents each number
+    exactly, and F32 if not.
 
     Args:
         path: The file.
@@ -52,10 +59,10 @@ def save_gguf(
             config, the context length and the tokenizer.
         base: The parameters of the `Decoder`; F16 and Q8_0 decode other packed
             kernels, a matrix at a time.
-        lora: Adapters to merge into them; none for Q4_0.
+        lora: Adapters to merge into them; must be None for Q4_0.
         fmt: "F16", "Q8_0" or "Q4_0".
         tokenizer: Whether to write the tokenizer too.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If GGUF, as written here, lacks a part of the model or tokenizer; if
@@ -72,6 +79,7 @@ def save_gguf(
         >>> load(path, progress=False)[0].num_layers
         2
     """
+    # 1. Check everything before the file is created.
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
     source = pathlib.Path(source)
@@ -82,36 +90,48 @@ def save_gguf(
     if fmt == "Q4_0":
         if adapters:
             raise ValueError(
-                "`lora` must be left out for Q4_0, which would pack the sum again."
+                "`lora` must be left out for Q4_0, since merged kernels would have to "
+                "be packed again."
             )
-        leaves = in_q4_0(leaves)
-    with (
-        ql.io.new_path(path) as new,
-        contextlib.closing(gguf.GGUFWriter(str(new), architecture)) as writer,
-    ):
+        leaves = _pack_q4_0(leaves)
+    with _open_writer(path, architecture) as writer:
+        # 2. The metadata, and the names and shapes of all tensors.
         _add_values(writer, config, source, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, source, config.vocab_size)
-        planned = _plan(config, architecture, leaves, adapters, fmt)
+        tensors = _plan_tensors(config, architecture, leaves, adapters, fmt)
         factors = factors_of(config, architecture)
         for name, divisors in factors.items():
             _add_info(writer, name, (len(divisors),), "F32")
-        for tensor in planned:
-            _add_info(writer, tensor.name, tensor.shape, tensor.kind)
+        for tensor in tensors:
+            _add_info(writer, tensor.name, tensor.shape, tensor.fmt)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        # 3. The data, in the same order.
         for divisors in factors.values():
             writer.write_tensor_data(np.asarray(divisors, np.float32))
-        span: Any = dict(iterable=planned, total=len(planned))
-        for tensor in progress_bar("writing", " tensors", progress, **span):
-            x = _stored(tensor, leaves[tensor.path], adapters.get(tensor.path))
+        bar = progress_bar(
+            "writing", " tensors", progress, iterable=tensors, total=len(tensors)
+        )
+        for tensor in bar:
+            x = _read_tensor(tensor, leaves[tensor.path], adapters.get(tensor.path))
             heads = permuted_heads(tensor.hf_name, config, architecture)
             x = x if heads is None else permute(x, heads)
-            if tensor.kind not in _BLOCKS:
+            if tensor.fmt not in _PACKED:
                 x = x + np.float32(offset_of(tensor.hf_name, architecture))
-                x = _coded(tensor.name, x, tensor.kind)
+                x = _encode(tensor.name, x, tensor.fmt)
             writer.write_tensor_data(np.ascontiguousarray(x))
+
+
+@contextlib.contextmanager
+def _open_writer(
+    path: str | pathlib.Path, architecture: str
+) -> Iterator[gguf.GGUFWriter]:
+    with ql.io.new_path(path) as new_path:
+        writer = gguf.GGUFWriter(str(new_path), architecture)
+        with contextlib.closing(writer):
+            yield writer
 
 
 def check_gguf_source(
@@ -126,7 +146,7 @@ def check_gguf_source(
 
 
 def _add_values(
-    writer: Any, config: DecoderConfig, source: pathlib.Path, fmt: str
+    writer: gguf.GGUFWriter, config: DecoderConfig, source: pathlib.Path, fmt: str
 ) -> None:
     writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
@@ -136,62 +156,64 @@ def _add_values(
         getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
 
 
-def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> None:
+def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:
     params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
-    wanted = {path: x.shape for path, x in params.items()}
-    given = {path: tuple(x.shape) for path, x in leaves.items()}
-    if wrong := sorted({path for path, _ in wanted.items() ^ given.items()}):
-        raise ValueError(f"`base` must hold the model's parameters. Wrong: {wrong}.")
-    if stray := sorted(adapters.keys() - leaves.keys()):
-        raise ValueError(f"`lora` must have the paths of kernels. Got {stray}.")
+    expected = {path: x.shape for path, x in params.items()}
+    actual = {path: tuple(x.shape) for path, x in leaves.items()}
+    if wrong := sorted({path for path, _ in expected.items() ^ actual.items()}):
+        raise ValueError(
+            f"`base` must hold the model's parameters. Missing, unexpected or of "
+            f"another shape: {wrong}."
+        )
+    if unknown := sorted(adapters.keys() - leaves.keys()):
+        raise ValueError(f"`lora` must have the paths of kernels. Got {unknown}.")
 
 
-class _Planned(NamedTuple):
+class _PlannedTensor(NamedTuple):
     """A tensor to write."""
 
     name: str
-    hf_name: str  # name in the Hugging Face model
+    hf_name: str  # its name in the Hugging Face model
     path: str  # of the leaf that holds it
     index: tuple[int, ...]  # on the leaf's batch axes
-    columns: slice  # of the leaf that it has
-    is_kernel: bool  # then its last axes are transposed
+    columns: slice  # the columns of the leaf that it has
+    is_kernel: bool  # then its last two axes are transposed
     shape: tuple[int, ...]
-    kind: str  # "F32", "MXFP4" or one of `FORMATS`
+    fmt: str  # "F32", "MXFP4" or one of `FORMATS`
 
 
-def _plan(
-    config: DecoderConfig,
-    architecture: str,
-    leaves: Mapping[str, Any],
-    adapters: Mapping[str, Any],
-    fmt: str,
-) -> list[_Planned]:
-    """Returns the tensors to write."""
-    names, gguf_of = decoder_names(config), gguf_names(config, architecture)
-    planned = []
+def _plan_tensors(
+    config: DecoderConfig, architecture: str, leaves: Leaves, adapters: Leaves, fmt: str
+) -> list[_PlannedTensor]:
+    names, gguf_name_of = decoder_names(config), gguf_names(config, architecture)
+    tensors = []
     for path, leaf in leaves.items():
+        # 1. The names, one for each matrix of a stack; experts are one tensor.
         batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
-        found = names.of(path, leaf.shape[:batch_axes])
-        if found.ndim > 1:  # experts, which are one tensor
-            found, batch_axes = found[:, 0], 1
+        hf_names = names.of(path, leaf.shape[:batch_axes])
+        if hf_names.ndim > 1:
+            hf_names, batch_axes = hf_names[:, 0], 1
+        # 2. The shape. Alternating columns of gate and up are two tensors.
         shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
-        if "/experts/gate_up_proj/" in path:  # two tensors, of columns by turns
+        if "/experts/gate_up_proj/" in path:
             shape = (*shape[:-1], shape[-1] // 2)
             parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
-        # llama.cpp has these in F32.
+        # 3. The format. llama.cpp stores vectors, biases and routers in F32.
         is_small = len(shape) == 1 or re.search("/router/|/bias$", path)
         is_merged = path in adapters
-        kind = "F32" if is_small else _kind(path, leaf, shape, fmt, is_merged)
-        for index, hf_name in np.ndenumerate(found):
+        tensor_fmt = "F32"
+        if not is_small:
+            tensor_fmt = _choose_format(path, leaf, shape, fmt, is_merged)
+        for index, hf_name in np.ndenumerate(hf_names):
             for part, columns in parts.items():
-                name = gguf_of[hf_name].replace("_gate_", part)
-                own = name, hf_name, path, index, columns
-                planned.append(_Planned(*own, is_kernel, shape, kind))
-    return planned
+                name = gguf_name_of[hf_name].replace("_gate_", part)
+                location = name, hf_name, path, index, columns
+                tensors.append(_PlannedTensor(*location, is_kernel, shape, tensor_fmt))
+    return tensors
 
 
-def _kind(
+def _choose_format(
     path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
 ) -> str:
     is_packed = isinstance(leaf, ql.QTensor)
@@ -199,7 +221,7 @@ def _kind(
         if (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
             return "MXFP4"
     if fmt != "Q4_0":
-        return fmt if shape[-1] % 32 == 0 else "F16"
+        return fmt if shape[-1] % BLOCK == 0 else "F16"
     if is_packed:
         return fmt
     x = np.asarray(leaf).astype(np.float32)
@@ -207,46 +229,120 @@ def _kind(
         return "F16" if np.array_equal(x.astype(np.float16), x) else "F32"
 
 
-def _stored(tensor: _Planned, leaf: Any, lora: Any) -> np.ndarray:
+def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
     """Returns a tensor's values, or bytes if its kernels are packed in its format."""
-    if tensor.kind in _BLOCKS:
-        return block_rows(leaf, tensor.index, tensor.columns)
-    found = np.empty(tensor.shape, np.float32)
+    if tensor.fmt in _PACKED:
+        return _block_bytes(leaf, tensor.index, tensor.columns)
+    values = np.empty(tensor.shape, np.float32)
     for expert in np.ndindex(tensor.shape[:-2]):
-        x = _merged(leaf, lora, (*tensor.index, *expert))[..., tensor.columns]
-        found[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
-    return found
+        x = _merge_matrix(leaf, lora, (*tensor.index, *expert))[..., tensor.columns]
+        values[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
+    return values
 
 
-def _merged(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
+def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns a part of a leaf, decoded and with its adapter added."""
 
-    def part(x: Any) -> Any:  # of an axis of one, which is for all, that
-        places = [i % n for i, n in zip(index, x.shape, strict=False)]
-        return x[tuple(slice(i, i + 1) for i in places)]
+    def select(x: Any) -> Any:
+        # An axis of size 1 is shared by all indices, hence the remainder.
+        starts = [i % n for i, n in zip(index, x.shape, strict=False)]
+        return x[tuple(slice(i, i + 1) for i in starts)]
 
-    added = {}
+    base: PyTree = {"x": jax.tree.map(select, leaf)}
+    adapters: PyTree = {}
     if lora is not None:
-        added["x"] = jax.tree.map(part, lora)
-        if isinstance(lora.scaling, tuple):  # one for each matrix
-            own = part(np.reshape(lora.scaling, lora.batch_shape)).ravel().tolist()
-            added["x"] = dataclasses.replace(added["x"], scaling=tuple(own))
-    merged = ql.merge({"x": jax.tree.map(part, leaf)}, added)["x"]
+        adapter = jax.tree.map(select, lora)
+        if isinstance(lora.scaling, tuple):  # static, one number for each matrix
+            scaling = select(np.reshape(lora.scaling, lora.batch_shape)).ravel()
+            adapter = dataclasses.replace(adapter, scaling=tuple(scaling.tolist()))
+        adapters = {"x": adapter}
+    merged = ql.merge(base, adapters)["x"]
     return np.asarray(merged).reshape(leaf.shape[len(index) :])
 
 
-def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    coded, dtype = gguf.GGMLQuantizationType[kind], np.dtype(np.float32)
-    size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, coded)))
-    # `raw_dtype` replaces the dtype; one of bytes would change the shape.
-    writer.add_tensor_info(name, shape, dtype, size, raw_dtype=coded)
+def _add_info(
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], fmt: str
+) -> None:
+    raw_dtype, dtype = gguf.GGMLQuantizationType[fmt], np.dtype(np.float32)
+    size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, raw_dtype)))
+    # `raw_dtype` overrides the dtype. With a dtype of bytes, the package would convert
+    # the shape.
+    writer.add_tensor_info(name, shape, dtype, size, raw_dtype=raw_dtype)
 
 
-def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
-    """Returns a tensor's values in the format `kind`."""
+def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite. Got NaN or infinity.")
-    limit = {"F32": np.inf, "Q8_0": _LARGEST * 127}.get(kind, _LARGEST)
+    # Q8_0 stores a scale in float16, and codes up to 127.
+    limit = {"F32": np.inf, "Q8_0": _MAX_F16 * 127}.get(fmt, _MAX_F16)
     if (largest := float(np.abs(x).max())) > limit:
-        raise ValueError(f"{name} must fit {kind}. Got a value of {largest}.")
-    return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType[kind])
+        raise ValueError(f"{name} must fit {fmt}. Got a value of {largest}.")
+    return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType[fmt])
+
+
+def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
+    """Packs the float kernels of all layers, except routers, by llama.cpp's rule.
+
+    Raises a ValueError that lists packed kernels with other codes or scales.
+    """
+    packed, problems = dict(leaves), []
+    for path, x in leaves.items():
+        if isinstance(x, ql.QTensor):
+            if x.fmt not in _Q4_0_FORMATS or x.block_size != BLOCK:
+                problems.append(f"{path}: {x.fmt} in blocks of {x.block_size}")
+        elif re.fullmatch(_LAYER_KERNELS, path) and x.shape[-2] % BLOCK == 0:
+            packed[path] = ql.quantize(x, "q4_0")
+    if problems:
+        raise ValueError(
+            f"packed kernels must be {' or '.join(_Q4_0_FORMATS)} in blocks of {BLOCK} "
+            "for Q4_0, since others would have to be packed again. Write F16, which "
+            f"decodes them. Got {'; '.join(sorted(problems))}."
+        )
+    return packed
+
+
+# Q4_0 and MXFP4 store blocks of 32 inputs: a scale, followed by 16 bytes of codes.
+def _block_bytes(
+    q: "ql.QTensor", index: tuple[int, ...], columns: slice
+) -> UInt8[np.ndarray, "*experts n bytes"]:
+    """Returns the bytes of `[*experts, K, N]` of a stack, one row for each column."""
+    parts = (np.asarray(x[index])[..., columns] for x in (q.codes, q.scales))
+    # [*experts, N, K / 2] and [*experts, N, K / 32]
+    packed, scales = (x.swapaxes(-1, -2) for x in parts)
+    codes = np.stack([packed >> 4, packed & 15], axis=-1)
+    codes = codes.reshape(*scales.shape, 2, BLOCK // 2)
+    # A byte has code i of a block in its low half, and code i + 16 in its high half.
+    halves = codes[..., 0, :] | codes[..., 1, :] << 4
+    scales = np.ascontiguousarray(scales)[..., None].view(np.uint8)
+    return np.concatenate([scales, halves], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def save_gguf_lora(
+    path: str | pathlib.Path, source: str | pathlib.Path, adapter: "ql.io.PlainLoRA"
+) -> None:
+    """Writes adapters for llama.cpp, which adds them to their model's GGUF file.
+
+    `source` is the folder or `.gguf` file of the model. Raises a ValueError if
+    llama.cpp does not compute the model as we do, or if adapters are of experts, which
+    are one tensor in GGUF.
+    """
+    if experts := sorted(name for name in adapter.factors if ".experts." in name):
+        raise ValueError(
+            "a file of adapters for llama.cpp must have none of experts: write the "
+            f"merged model as GGUF. Got {len(experts)}, as {experts[0]}."
+        )
+    config, architecture = check_gguf_source(pathlib.Path(source), tokenizer=False)
+    names = gguf_names(config, architecture)
+    with _open_writer(path, architecture) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
+        for module, factors in adapter.factors.items():
+            hf_name = f"{module}.weight"
+            heads = permuted_heads(hf_name, config, architecture)
+            b = factors["b"] if heads is None else permute(factors["b"], heads)
+            writer.add_tensor(f"{names[hf_name]}.lora_a", factors["a"])
+            writer.add_tensor(f"{names[hf_name]}.lora_b", np.ascontiguousarray(b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()

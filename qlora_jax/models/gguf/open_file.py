@@ -3,16 +3,19 @@
 import functools
 import pathlib
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qlora_jax as ql
 
-# Errors of reading a damaged file.
-_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-_FAULTS += (struct.error,)
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+# What reading a damaged file may raise.
+_READ_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_READ_ERRORS += (struct.error,)
 
 
-def open_gguf(path: str | pathlib.Path) -> Any:
+def open_gguf(path: str | pathlib.Path) -> "GGUFReader":
     """Returns a `gguf.GGUFReader` of a complete file."""
     path = pathlib.Path(path)
     if not path.is_file():
@@ -21,14 +24,15 @@ def open_gguf(path: str | pathlib.Path) -> Any:
     return _open(path.absolute(), (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
 
-@functools.lru_cache(maxsize=1)  # a command reads config, tokenizer and weights
-def _open(path: pathlib.Path, version: Any) -> Any:
-    del version  # another one is another file
+# A command opens the same file for the config, the tokenizer and the weights.
+@functools.lru_cache(maxsize=1)
+def _open(path: pathlib.Path, version: tuple[int, ...]) -> "GGUFReader":
+    del version  # a part of the cache's key, so that a changed file is read again
     from .checked_reader import Reader  # imports `gguf`, which not every command needs
 
     try:
         reader = Reader(str(path))
-    except _FAULTS as error:
+    except _READ_ERRORS as error:
         raise ql.io.CheckpointError(
             f"{path} must be a whole GGUF file. {str(error) or repr(error):.200}"
         ) from error
@@ -37,7 +41,7 @@ def _open(path: pathlib.Path, version: Any) -> Any:
     return reader
 
 
-def field(reader: Any, key: str, default: Any = None) -> Any:
+def field(reader: "GGUFReader", key: str, default: Any = None) -> Any:
     """Returns the value of a field, or the default."""
-    found = reader.fields.get(key)
-    return default if found is None else found.contents()
+    entry = reader.fields.get(key)
+    return default if entry is None else entry.contents()

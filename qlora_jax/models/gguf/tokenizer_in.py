@@ -1,27 +1,42 @@
-"""Makes a tokenizer from the values of a GGUF file."""
+"""Makes a tokenizer from the values of a GGUF file.
+
+GGUF calls byte-level BPE "gpt2", and SentencePiece's BPE (Gemma, Llama 2, Phi-3)
+"llama". A `tokenizer.json` lists the merges in order. For "llama", GGUF has a score for
+each token instead: the pair that forms the token with the highest score merges first.
+"""
 
 import pathlib
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import qlora_jax as ql
 
 from .open_file import field, open_gguf
-from .spm import UNKNOWN, spm_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import Decoder
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 # llama.cpp's token types.
-NORMAL, SPECIAL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, SPECIAL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "\u2581"  # how SentencePiece writes a space
+BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 _PREFIX = "tokenizer.ggml."
-_GGUF_KEYS = ("model", "pre", "tokens", "token_type", "merges")
-# Special tokens: llama.cpp's name, and Hugging Face's. The last two end a turn, too.
+_BPE_KEYS = ("model", "pre", "tokens", "token_type", "merges")
+# Special tokens: llama.cpp's name, and Hugging Face's. "eot" and "eom", which end a
+# turn like "eos", have no name there.
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
 _SPECIAL |= {"padding": "pad_token", "eot": "", "eom": ""}
-_WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
+# How Llama 3 and Qwen2 split text; %s is their expression for numbers.
+_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By llama.cpp's name of a pre-tokenizer: the expression that text is split by ("" for
-# GPT-2's, and None for GPT-2's after single digits), the normalizer, and whether known
-# words skip merges.
+# For llama.cpp's name of a pre-tokenizer: the expression that text is split by ("" for
+# GPT-2's, None for GPT-2's after single digits), the normalizer, and whether a word
+# that is a token skips the merges.
 PRE_TOKENIZERS = {
     "gpt-2": ("", None, False),
     "smollm": (None, None, False),
@@ -31,98 +46,165 @@ PRE_TOKENIZERS = {
 }
 
 
-def _get(reader: Any, key: str, default: Any = None) -> Any:
+def _get(reader: "GGUFReader", key: str, default: Any = None) -> Any:
     return field(reader, f"{_PREFIX}{key}", default)
 
 
-def gguf_tokenizer(path: pathlib.Path) -> Any:
+def gguf_tokenizer(path: pathlib.Path) -> "Tokenizer":
     """Returns the `tokenizers.Tokenizer` of a GGUF file."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
     reader = open_gguf(path)
     if _get(reader, "model") == "llama":
-        return _spm_from_gguf(reader)
-    if missing := [key for key in _GGUF_KEYS if f"{_PREFIX}{key}" not in reader.fields]:
-        names = ", ".join(f"{_PREFIX}{key}" for key in sorted(missing))
-        raise ql.io.CheckpointError(f"{path} must have {names}.")
-    kind, pre, tokens, kinds, merges = (_get(reader, key) for key in _GGUF_KEYS)
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        return _read_spm(reader)
+    missing = [f"{_PREFIX}{key}" for key in sorted(_BPE_KEYS)]
+    missing = [key for key in missing if key not in reader.fields]
+    if missing:
+        raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
+    return _read_bpe(reader)
+
+
+def _read_bpe(reader: "GGUFReader") -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    model, pre, tokens, types, merges = (_get(reader, key) for key in _BPE_KEYS)
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
             'The GGUF tokenizer must be "llama" or "gpt2" with a pre-tokenizer of '
-            f"{tuple(PRE_TOKENIZERS)}. Got {(kind, pre)}. Use a folder with "
+            f"{tuple(PRE_TOKENIZERS)}. Got {(model, pre)}. Use a folder with "
             "tokenizer.json."
         )
     _, normalizer, ignores_merges = PRE_TOKENIZERS[pre]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in merges]
-    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignores_merges)
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignores_merges)
     tokenizer = Tokenizer(bpe)
     if normalizer is not None:
         tokenizer.normalizer = getattr(normalizers, normalizer)()
     tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, tokens, kinds)
-    _add_ends(tokenizer, reader, pre == "llama-bpe")
+    _add_tokens(tokenizer, tokens, types)
+    _add_ends(tokenizer, reader, adds_bos=pre == "llama-bpe")
     return tokenizer
 
 
-def special_tokens(reader: Any) -> tuple[dict[str, int], list[int]]:
-    """Returns the ids of special tokens by Hugging Face's names, and the ends."""
-    count = len(_get(reader, "tokens") or ())
+def _read_spm(reader: "GGUFReader") -> "Tokenizer":
+    from tokenizers import Tokenizer, models, normalizers
+
+    keys = ("tokens", "token_type", "scores")
+    tokens, types, scores = (_get(reader, key) for key in keys)
+    sizes = [len(x or ()) for x in (tokens, types, scores)]
+    if not sizes[0] or len(set(sizes)) > 1:
+        raise ql.io.CheckpointError(
+            "tokens, token_type and scores must have the same length, and at least one "
+            f"item. Got {sizes}."
+        )
+    # 1. All tokens are made by merges, except special and added ones.
+    unknown = next(iter(_tokens_of_types(tokens, types, UNKNOWN)), None)
+    unmerged = _tokens_of_types(tokens, types, SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)
+    vocab = {token: i for i, token in enumerate(tokens)}
+
+    def merge_order(pair: tuple[str, str]) -> tuple[float, int, int]:
+        return scores[vocab["".join(pair)]], len(pair[0]), len(pair[1])
+
+    pairs = [p for t in vocab.keys() - {*unmerged} for p in split_pairs(t, vocab)]
+    pairs.sort(key=merge_order, reverse=True)
+    bpe = models.BPE(
+        vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(bpe)
+    # 2. Spaces: Llama and Phi put one before a text, Gemma does not.
+    if _get(reader, "add_space_prefix", True):
+        replace = normalizers.Replace(" ", SPACE)
+        prepend = normalizers.Prepend(SPACE)
+        tokenizer.normalizer = normalizers.Sequence([prepend, replace])
+        tokenizer.decoder = spm_decoder(strips=True)
+    else:
+        split_as_gemma(tokenizer)
+    # 3. The tokens that no merge makes, and those around a text.
+    _add_tokens(tokenizer, tokens, types)
+    _add_ends(tokenizer, reader, adds_bos=True)
+    return tokenizer
+
+
+def split_pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of tokens that make a token; none for a byte token."""
+    if token in BYTE_TOKENS:
+        return
+    for i in range(1, len(token)):
+        if token[:i] in vocab and token[i:] in vocab:
+            yield token[:i], token[i:]
+
+
+def spm_decoder(strips: bool) -> "Decoder":
+    """Returns SentencePiece's decoder, which may strip a space before the text."""
+    from tokenizers import decoders
+
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strips)
+
+
+def split_as_gemma(tokenizer: "Tokenizer") -> None:
+    """Makes a tokenizer write spaces as Gemma does, without one before the text."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = spm_decoder(strips=False)
+
+
+def special_tokens(reader: "GGUFReader") -> tuple[dict[str, int], list[int]]:
+    """Returns the ids of special tokens by their Hugging Face name, and the end ids."""
+    num_tokens = len(_get(reader, "tokens") or ())
     ids = {name: _get(reader, f"{name}_token_id") for name in _SPECIAL}
-    ids = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < count}
+    ids = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < num_tokens}
     special = {_SPECIAL[name]: i for name, i in ids.items() if _SPECIAL[name]}
     ends = dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)
     return special, [*ends]
 
 
-def chat_templates(reader: Any) -> dict[str, str]:
+def chat_templates(reader: "GGUFReader") -> dict[str, str]:
     """Returns the chat templates by name; the usual one is "default"."""
-    start = "tokenizer.chat_template"
-    keys = [key for key in reader.fields if key == start or key.startswith(f"{start}.")]
-    names = [key.removeprefix(start).removeprefix(".") or "default" for key in keys]
-    found = dict(zip(names, (field(reader, key) for key in keys), strict=True))
-    if wrong := [name for name, text in found.items() if not isinstance(text, str)]:
+    prefix = "tokenizer.chat_template"
+    keys = [k for k in reader.fields if k == prefix or k.startswith(f"{prefix}.")]
+    names = [key.removeprefix(prefix).removeprefix(".") or "default" for key in keys]
+    templates = dict(zip(names, (field(reader, key) for key in keys), strict=True))
+    if wrong := [name for name, text in templates.items() if not isinstance(text, str)]:
         raise ql.io.CheckpointError(
-            f"the chat templates of a GGUF file must be text. Got others: {wrong}."
+            "the chat templates of a GGUF file must be text. Got values that are not: "
+            f"{wrong}."
         )
-    return found
+    return templates
 
 
-def _spm_from_gguf(reader: Any) -> Any:
-    arrays = ("tokens", "token_type", "scores")
-    tokens, kinds, scores = (_get(reader, key) for key in arrays)
-    sizes = [len(x or ()) for x in (tokens, kinds, scores)]
-    if not sizes[0] or len(set(sizes)) > 1:
-        raise ql.io.CheckpointError(
-            f"tokens, token_type and scores must be as long as each other. Got {sizes}."
-        )
-    of = lambda *them: [t for t, k in zip(tokens, kinds, strict=True) if k in them]
-    unknown = next(iter(of(UNKNOWN)), None)
-    left_out = {*of(SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)}
-    space = _get(reader, "add_space_prefix", True)
-    tokenizer = spm_tokenizer(tokens, scores, unknown, left_out, space)
-    _add_tokens(tokenizer, tokens, kinds)
-    _add_ends(tokenizer, reader, True)
-    return tokenizer
+def _tokens_of_types(
+    tokens: Sequence[str], types: Sequence[int], *selected: int
+) -> list[str]:
+    return [t for t, kind in zip(tokens, types, strict=True) if kind in selected]
 
 
-def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[int]) -> None:
+def _add_tokens(
+    tokenizer: "Tokenizer", tokens: Sequence[str], types: Sequence[int]
+) -> None:
+    """Adds the special and the user-defined tokens."""
     from tokenizers import AddedToken
 
-    def added(special: bool, *them: int) -> list:
-        found = (t for t, k in zip(tokens, kinds, strict=True) if k in them)
-        return [AddedToken(t, special=special, normalized=False) for t in found]
+    special = _tokens_of_types(tokens, types, SPECIAL, UNKNOWN)
+    user_defined = _tokens_of_types(tokens, types, USER_DEFINED)
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in special]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(text, special=False, normalized=False) for text in user_defined]
+    )
 
-    tokenizer.add_special_tokens(added(True, SPECIAL, UNKNOWN))
-    tokenizer.add_tokens(added(False, USER_DEFINED))
 
+def _add_ends(tokenizer: "Tokenizer", reader: "GGUFReader", adds_bos: bool) -> None:
+    """Makes a tokenizer add the tokens that llama.cpp adds around a text.
 
-def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
-    """Makes a tokenizer add the tokens that llama.cpp adds around a text."""
+    `adds_bos` is llama.cpp's default for a file that does not say.
+    """
     from tokenizers import processors
 
-    adds = {"bos": _get(reader, "add_bos_token", begins)}
+    adds = {"bos": _get(reader, "add_bos_token", adds_bos)}
     adds["eos"] = _get(reader, "add_eos_token", False)
     ids = {name: _get(reader, f"{name}_token_id") for name in adds if adds[name]}
     tokens = {n: tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
@@ -134,7 +216,7 @@ def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
         )
 
 
-def make_pre_tokenizer(name: str, space: bool = False) -> Any:
+def make_pre_tokenizer(name: str, space: bool = False) -> "PreTokenizer":
     """Returns the pre-tokenizer that llama.cpp calls by this name.
 
     With `space`, it puts a space before a text.
@@ -142,7 +224,8 @@ def make_pre_tokenizer(name: str, space: bool = False) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     expression = PRE_TOKENIZERS[name][0]
-    second = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=not expression)
+    use_regex = not expression
+    second = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=use_regex)
     if expression == "":
         return second
     first = pre_tokenizers.Digits(individual_digits=True)
