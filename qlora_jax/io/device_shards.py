@@ -31,28 +31,27 @@ def on_devices(
     """
     if structs[0].sharding is None:
         return tuple(make(None, [tuple(slice(0, n) for n in s.shape) for s in structs]))
-    index_maps: list[Any] = [
-        s.sharding.addressable_devices_indices_map(s.shape) for s in structs
+    shardings: list[Any] = [s.sharding for s in structs]
+    index_maps = [
+        sharding.addressable_devices_indices_map(struct.shape)
+        for sharding, struct in zip(shardings, structs, strict=True)
     ]
     # Devices that hold the same parts (replicas) share one computation, because reading
     # and packing take longer than a copy between devices.
-    made: dict[tuple, Sequence[Array]] = {}
+    computed: dict[tuple, Sequence[Array]] = {}
     shards: list[list[Array]] = [[] for _ in structs]
     for device in index_maps[0]:
-        parts = [
-            tuple(
-                slice(*i.indices(n)[:2])
-                for i, n in zip(index_map[device], s.shape, strict=True)
-            )
-            for index_map, s in zip(index_maps, structs, strict=True)
-        ]
+        parts = []
+        for struct, index_map in zip(structs, index_maps, strict=True):
+            sizes = zip(index_map[device], struct.shape, strict=True)
+            parts.append(tuple(slice(*i.indices(n)[:2]) for i, n in sizes))
         key = tuple((i.start, i.stop) for part in parts for i in part)
-        if key not in made:
-            made[key] = make(device, parts)
-        for array, struct, shard in zip(made[key], structs, shards, strict=True):
-            memory_kind = struct.sharding.memory_kind
-            sharding = SingleDeviceSharding(device, memory_kind=memory_kind)
-            shard.append(jax.device_put(array, sharding))
+        if key not in computed:
+            computed[key] = make(device, parts)
+        for x, sharding, shard in zip(computed[key], shardings, shards, strict=True):
+            kind = sharding.memory_kind
+            target = SingleDeviceSharding(device, memory_kind=kind)
+            shard.append(jax.device_put(x, target))
     return tuple(
         jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, shard)
         for struct, shard in zip(structs, shards, strict=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
 from .files import CheckpointError
 
@@ -101,35 +101,31 @@ class LazyTensor:
             ValueError: If the number of values differs.
         """
         if math.prod(shape) != math.prod(self.shape):
-            raise ValueError(
-                f"a tensor of shape {self.shape} cannot be reshaped. Got {shape}."
-            )
+            raise ValueError(f"a tensor of shape {self.shape} cannot have {shape}.")
         return dataclasses.replace(self, shape=shape)
 
-    def __array__(
-        self, dtype: DTypeLike | None = None, copy: bool | None = None
-    ) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a tensor in a file cannot be an array without a copy.")
         return np.asarray(self[...], dtype)
 
     def _read(self, ranges: Sequence[range]) -> np.ndarray:
-        out = _aligned_empty([len(r) for r in ranges], self.dtype)
-        if not out.size:
-            return out
+        shape, itemsize = tuple(len(r) for r in ranges), self.dtype.itemsize
+        # JAX's CPU backend copies arrays that do not begin at a multiple of 64 bytes.
+        buffer = np.empty(math.prod(shape) * itemsize + 64, np.uint8)
+        buffer = buffer[-buffer.ctypes.data % 64 :][: math.prod(shape) * itemsize]
         # All axes after the last one that is cut are read entirely, so the values from
         # that axis on are contiguous in the file: one read for each index before it.
-        cut_axes = [n for n, size in enumerate(self.shape) if out.shape[n] != size]
+        cut_axes = [axis for axis, n in enumerate(self.shape) if shape[axis] != n]
         axis = cut_axes[-1] if cut_axes else 0
-        run_size = math.prod(out.shape[axis:]) * self.dtype.itemsize
+        run_size = math.prod(shape[axis:]) * itemsize
         first = [r.start for r in ranges]
-        buffer = out.reshape(-1).view(np.uint8).data
-        for i, outer in enumerate(np.ndindex(*out.shape[:axis])):
+        for i, outer in enumerate(np.ndindex(*shape[:axis]) if buffer.size else ()):
             index = [*map(operator.add, first, outer), *first[axis:]]
             offset = int(np.ravel_multi_index(index, self.shape)) if index else 0
-            start = self._start + offset * self.dtype.itemsize
-            self._file.read_into(buffer[i * run_size : (i + 1) * run_size], start)
-        return out
+            run = buffer[i * run_size : (i + 1) * run_size].data
+            self._file.read_into(run, self._start + offset * itemsize)
+        return buffer.view(self.dtype).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,18 +139,8 @@ class DeferredTensor:
     def __getitem__(self, index: Any) -> np.ndarray:
         return np.asarray(self)[index]
 
-    def __array__(
-        self, dtype: DTypeLike | None = None, copy: bool | None = None
-    ) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.make(), dtype)
-
-
-def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    # JAX's CPU backend copies arrays that do not begin at a multiple of 64 bytes.
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(tuple(shape))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
