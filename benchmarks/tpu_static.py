@@ -100,8 +100,7 @@ def packed_plan(m, transpose, form, vmem_mib, chunk=None, fmt="nf4"):
     """The plan that `product` makes, or the same with another step along K (or N)."""
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
-    from qlora_jax.matmul.backends.pallas_tpu.tiling import plan
+    from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip, plan
 
     spec = product_spec(transpose, fmt)
     found = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
@@ -114,11 +113,11 @@ def packed_call(plan):
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.backends.pallas_tpu import grid
+    from qlora_jax.matmul.backends.pallas_tpu import fused
 
     def call(x, codes, scales):
         layer = jnp.zeros(1, jnp.int32)
-        return grid.call(plan, layer, x[None], codes[None, None], scales[None], False)
+        return fused.call(plan, layer, x[None], codes[None, None], scales[None], False)
 
     args = [
         jax.ShapeDtypeStruct((plan.m, plan.contracted), jnp.bfloat16),
@@ -134,7 +133,7 @@ def scan_call(form, vmem_mib, by_index, layers=32):
     import jax.numpy as jnp
 
     from qlora_jax.matmul.backends.pallas_tpu import fused
-    from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
+    from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip
 
     chip = Chip(form, vmem_mib)
 

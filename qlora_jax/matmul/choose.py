@@ -3,17 +3,16 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from .backends.base import Backend
 from .backends.pallas_tpu.backend import PallasTPU
 from .backends.reference import Reference, Rounding
 from .backends.tiled import Tiled
-from .spec import Operands, ProductSpec
+from .spec import Backend, Operands, ProductSpec
 
 BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
@@ -26,9 +25,10 @@ BACKENDS: dict[str, Backend] = {
     "pallas_tpu_7x": PallasTPU("7x"),
 }
 
-# What is tried on a platform, in this order. On a CPU decoded weights should stay in
-# cache; on a TPU they should not be written to HBM. On a GPU, decoding in one fused
-# pass and the vendor's GEMM is what bitsandbytes does for training.
+# The back ends that are tried on each platform, in this order. On a CPU, decoded
+# weights should stay in cache. On a TPU, they should not be written to HBM. On a GPU,
+# the weights are decoded in one fused pass, followed by the vendor's GEMM, as
+# bitsandbytes does in training.
 PREFERRED = {
     "cpu": ("tiled",),
     "tpu": ("pallas_tpu", "reference"),
@@ -40,7 +40,7 @@ PREFERRED = {
 def checked_backend(
     backend: str | Sequence[str] | None,
 ) -> str | tuple[str, ...] | None:
-    """Returns the back end, or several; raises ValueError for an unknown one."""
+    """Returns a back end or a tuple of several. Raises ValueError for unknown ones."""
     names = (backend,) if isinstance(backend, str) else backend
     if names is not None and (not names or not {*names} <= {*BACKENDS}):
         raise ValueError(
@@ -51,22 +51,29 @@ def checked_backend(
 
 
 def refusals(
-    platform: str, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
+    platform: str,
+    spec: ProductSpec,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    columns: int,
 ) -> dict[str, str | None]:
-    """Returns why back ends do not compute a platform's product; None for the first."""
-    found: dict[str, str | None] = {}
-    for name in _considered(platform, is_local=True):
-        found[name] = BACKENDS[name].refusal(spec, shape, dtype, columns)
-        if found[name] is None:
+    """Returns the back ends that are tried on a platform, and the reason of each.
+
+    The last one supports the product, and its reason is None.
+    """
+    reasons: dict[str, str | None] = {}
+    for name in _default_backends(platform, is_local=True):
+        reasons[name] = BACKENDS[name].refusal(spec, shape, dtype, columns)
+        if reasons[name] is None:
             break
-    return found
+    return reasons
 
 
 def choose(
     names: Sequence[str],
     spec: ProductSpec,
     shape: tuple[int, ...],
-    dtype: Any,
+    dtype: np.dtype,
     columns: int,
 ) -> Backend:
     """Returns the first back end of `names` that supports the product."""
@@ -80,32 +87,39 @@ def choose(
 
 
 def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
-    """Computes the product by the requested back end, or the platform's.
+    """Computes the product with the requested back end, or with the platform's.
 
-    If arrays are not `is_local`, XLA may have to partition the product, which it cannot
-    do with a kernel.
+    If the arrays are not `is_local`, XLA may have to partition the product, which it
+    cannot do with a kernel.
     """
+    # Back ends take a single axis of rows.
     x = operands.x
-    rows = math.prod(x.shape[spec.batch : -1])
-    shape = *x.shape[: spec.batch], rows, x.shape[-1]
+    num_rows = math.prod(x.shape[spec.batch : -1])
+    shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
     operands = operands._replace(x=x.reshape(shape))
+
+    # Choose one back end, or one for each platform: a jitted function may be lowered
+    # for the CPU of a machine that has a TPU.
     facts = spec, shape, x.dtype, operands.codes.shape[-1]
-    # The platform is that of the lowering: a jitted function may run on the CPU of a
-    # machine that has a TPU.
     if spec.backend is not None:
         names = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
         chosen = {"default": choose(names, *facts)}
     else:
-        chosen = {p: choose(_considered(p, is_local), *facts) for p in PREFERRED}
-    # Platforms with the default's back end need no branch of `platform_dependent`.
+        chosen = {
+            platform: choose(_default_backends(platform, is_local), *facts)
+            for platform in PREFERRED
+        }
+
+    # Branch on the platform when the program is lowered. Platforms that use the same
+    # back end as the default share its branch, so that it is traced once.
     default = chosen["default"]
-    name = "ragged_product" if spec.is_ragged else "product"
+    method = "ragged_product" if spec.is_ragged else "product"
     branches = {
-        platform: functools.partial(getattr(backend, name), spec)
+        platform: functools.partial(getattr(backend, method), spec)
         for platform, backend in chosen.items()
         if backend is not default
     }
-    compute = functools.partial(getattr(default, name), spec)
+    compute = functools.partial(getattr(default, method), spec)
     if branches:
         y = lax.platform_dependent(operands, default=compute, **branches)
     else:
@@ -113,10 +127,12 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _considered(platform: str, is_local: bool) -> list[str]:
-    """Returns the back ends that are tried on a platform."""
-    # The TPU kernel is for the chip of this process.
-    is_here = platform != "tpu" or jax.default_backend() == "tpu"
-    may_be_opaque = is_local and is_here
-    names = PREFERRED[platform]
-    return [n for n in names if may_be_opaque or not BACKENDS[n].is_opaque]
+def _default_backends(platform: str, is_local: bool) -> list[str]:
+    # The TPU kernel is tuned for the chip of this process, so this must have one.
+    has_platform = platform != "tpu" or jax.default_backend() == "tpu"
+    may_be_opaque = is_local and has_platform
+    return [
+        name
+        for name in PREFERRED[platform]
+        if may_be_opaque or not BACKENDS[name].is_opaque
+    ]

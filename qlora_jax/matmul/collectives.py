@@ -1,62 +1,63 @@
-"""What products move between devices: gathers of packed weights, sums of results."""
-
-from typing import Any
+"""What products move between devices: gathered packed weights and summed results."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from .._jax.modes import is_manual
 from .._jax.specs import Axes
 
 
 def sum_over(
-    part: Float[Array, "*rows n"], axes: Axes, dtype: Any
+    part: Float[Array, "*rows n"], axes: Axes, dtype: np.dtype
 ) -> Float[Array, "*rows n"]:
     """Returns the sum of the devices' parts over mesh axes, rounded once to `dtype`.
 
-    Called inside a `shard_map`. Parts are float32 where `dtype` has 16 bits.
+    Call it inside a `shard_map`. The parts are float32 if `dtype` has 16 bits.
     """
     if not axes:
         return part.astype(dtype)
-    # An all-reduce is a reduce-scatter and an all-gather. Only the first needs float32:
-    # rounding between the two moves 1.5 times the bytes of an all-reduce in 16 bits,
-    # where one in float32 would move twice as many. Rows that do not divide are few,
-    # and in a partly manual program XLA may split them over other axes.
+    # An all-reduce is a reduce-scatter followed by an all-gather, and only the first
+    # needs float32. Rounding in between moves 1.5 times the bytes of an all-reduce in
+    # 16 bits, and an all-reduce in float32 twice as many. If no row axis divides, there
+    # are few rows. In a partly manual program, XLA may split rows over other axes.
     ways = lax.axis_size(axes)
     divisible = [i for i, size in enumerate(part.shape[:-1]) if size % ways == 0]
     if part.dtype == dtype or not divisible or not is_manual():
         return lax.psum(part, axes).astype(dtype)
-    rows = divisible[0]
-    total = lax.psum_scatter(part, axes, scatter_dimension=rows, tiled=True)
-    return lax.all_gather(total.astype(dtype), axes, axis=rows, tiled=True)
+    axis = divisible[0]
+    total = lax.psum_scatter(part, axes, scatter_dimension=axis, tiled=True)
+    return lax.all_gather(total.astype(dtype), axes, axis=axis, tiled=True)
 
 
 def gather(
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
     axes: Axes,
-    along: int,
+    array_axis: int,
 ) -> tuple[Array, Array]:
-    """Gathers both along N (-1), K (-2) or experts (-3), in one all-gather of bytes."""
-    *lead, rows, _ = codes.shape
-    both = jnp.concatenate([codes, _bytes_of(scales)], axis=-2)
-    # Along K, a device's codes and scales have to be told apart first.
-    both = lax.all_gather(both, axes, axis=both.ndim + along, tiled=along != -2)
+    """Gathers codes and scales along N (-1), K (-2) or experts (-3).
+
+    One all-gather moves the bytes of both.
+    """
+    # Float32 scales `[..., s, n]` become bytes `[..., 4 s, n]` below the codes.
+    *lead, num_blocks, n = scales.shape
+    scale_bytes = lax.bitcast_convert_type(scales, jnp.uint8)  # [..., s, n, 4]
+    scale_bytes = jnp.moveaxis(scale_bytes, -1, -2).reshape(*lead, 4 * num_blocks, n)
+    num_rows = codes.shape[-2]
+    both = jnp.concatenate([codes, scale_bytes], axis=-2)
+    # Along K, the parts of devices get an axis of their own, because the codes of each
+    # have to be separated from its scales before they are joined.
+    is_tiled = array_axis != -2
+    both = lax.all_gather(both, axes, axis=both.ndim + array_axis, tiled=is_tiled)
     lead = both.shape[: len(lead)]
-    whole = lambda a: a.reshape(*lead, -1, both.shape[-1])
-    return whole(both[..., :rows, :]), _scales_of(whole(both[..., rows:, :]))
 
+    def join_parts(parts: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return parts.reshape(*lead, -1, both.shape[-1])
 
-def _bytes_of(scales: Array) -> Array:
-    """Float32 `[..., s, n]` as uint8 `[..., 4 s, n]`."""
-    *lead, s, n = scales.shape
-    parts = lax.bitcast_convert_type(scales, jnp.uint8)
-    return jnp.moveaxis(parts, -1, -2).reshape(*lead, 4 * s, n)
-
-
-def _scales_of(parts: Array) -> Array:
-    """Inverts `_bytes_of`."""
-    *lead, s, n = parts.shape
-    parts = jnp.moveaxis(parts.reshape(*lead, s // 4, 4, n), -2, -1)
-    return lax.bitcast_convert_type(parts, jnp.float32)
+    codes = join_parts(both[..., :num_rows, :])
+    scale_bytes = join_parts(both[..., num_rows:, :])
+    scale_bytes = scale_bytes.reshape(*lead, -1, 4, both.shape[-1])
+    scale_bytes = jnp.moveaxis(scale_bytes, -2, -1)  # [..., s, n, 4]
+    return codes, lax.bitcast_convert_type(scale_bytes, jnp.float32)

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
 from ..quant.geometry import Geometry, roles_fit
@@ -12,8 +13,52 @@ from ..quant.qtensor import QTensor
 from .quantized import as_float, check_packed, matmul
 
 
+def einsum(
+    equation: str,
+    x: Float[Array, "..."],
+    q: QTensor,
+    *,
+    backend: str | Sequence[str] | None = None,
+    precision: PrecisionLike = None,
+) -> Float[Array, "..."]:
+    """Returns `jnp.einsum(equation, x, dequantize(q))` in `x.dtype`, as `matmul` does.
+
+    Args:
+        equation: An explicit equation of two operands, where x may have an ellipsis.
+        x: The left operand, a floating-point array.
+        q: The quantized kernel. The equation must contract the axes along which it was
+            quantized (`contract`).
+        backend: As in `matmul`.
+        precision: As in `jax.lax.dot_general`.
+
+    Raises:
+        TypeError: If `q` is not a QTensor, or `x` is not floating-point.
+        ValueError: If the equation has another form or does not match the shapes, or
+            the back end is unknown.
+        NotImplementedError: As in `matmul`.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> q = ql.quantize(jnp.ones((64, 2, 8)), contract=-3)
+        >>> ql.einsum("BTD,DNH->BTNH", jnp.ones((1, 3, 64)), q).shape
+        (1, 3, 2, 8)
+    """
+    check_packed(q)
+    if not isinstance(equation, str):
+        raise TypeError(f"`equation` must be a string. Got {type(equation).__name__}.")
+    x = as_float(x)
+    parsed = parse_equation(equation, x.ndim, q.ndim)
+    if reason := why_no_fit(parsed, x.shape, q.shape):
+        raise ValueError(reason)
+
+    def multiply(rows: Array) -> Array:
+        return matmul(rows, q, backend=backend, precision=precision)
+
+    return through_matrix(parsed, q.geometry, x, q.shape, multiply)
+
+
 class Equation(NamedTuple):
-    """The labels of an einsum with two operands, ellipsis written out."""
+    """The labels of an einsum with two operands, without an ellipsis."""
 
     x: str
     kernel: str
@@ -22,14 +67,14 @@ class Equation(NamedTuple):
     @property
     def kinds(self) -> str:
         """The kind of each axis of the kernel, as in `Geometry`."""
-        in_x = {True: "b", False: "n"}
         return "".join(
-            in_x[label in self.x] if label in self.out else "k" for label in self.kernel
+            "k" if label not in self.out else "b" if label in self.x else "n"
+            for label in self.kernel
         )
 
 
 def split_equation(equation: str) -> Equation:
-    """Returns the labels of an equation as it is written, ellipsis included."""
+    """Returns the labels of an equation as they are written, with an ellipsis."""
     operands, arrow, out = equation.replace(" ", "").partition("->")
     x, comma, kernel = operands.partition(",")
     if not arrow or not comma or "," in kernel or "." in kernel:
@@ -41,7 +86,12 @@ def split_equation(equation: str) -> Equation:
 
 
 def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
-    """Reads an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`."""
+    """Returns the labels of an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`.
+
+    Raises ValueError if the equation does not contract the kernel with x, or does not
+    match the numbers of axes.
+    """
+    # An ellipsis becomes labels that the equation does not use.
     x, kernel, out = split_equation(equation)
     unused = iter(sorted(set("abcdefghijklmnopqrstuvwxyz") - set(equation)))
     if "..." in x:
@@ -65,7 +115,7 @@ def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
 
 
 def kernel_kinds(equation: str) -> str:
-    """Returns the kinds of the kernel's axes in an equation; x may have any rank."""
+    """Returns the kinds of the kernel's axes in an equation for x of any rank."""
     kinds = split_equation(equation).kinds
     if "k" not in kinds:
         raise ValueError(f"`einsum` must contract the kernel. Got {equation!r}.")
@@ -77,12 +127,12 @@ def why_no_fit(
 ) -> str | None:
     """Returns why an input cannot be multiplied by a kernel, or None if it can."""
     sizes = dict(zip(equation.kernel, kernel_shape, strict=True))
-    pairs = zip(equation.x, x_shape, strict=True)
-    wanted = tuple(sizes.get(label, size) for label, size in pairs)
-    if tuple(x_shape) == wanted:
+    labeled_sizes = zip(equation.x, x_shape, strict=True)
+    expected = tuple(sizes.get(label, size) for label, size in labeled_sizes)
+    if tuple(x_shape) == expected:
         return None
     return (
-        f"`x` must have shape {wanted} for a kernel of shape {tuple(kernel_shape)}. "
+        f"`x` must have shape {expected} for a kernel of shape {tuple(kernel_shape)}. "
         f"Got {tuple(x_shape)}."
     )
 
@@ -92,77 +142,45 @@ def through_matrix(
     geometry: Geometry,
     x: Array,
     kernel_shape: tuple[int, ...],
-    product: Callable[[Array], Array],
+    multiply: Callable[[Array], Array],
 ) -> Array:
-    """Computes an einsum by a product of `[*batch, ..., K]` with the matrix form."""
+    """Computes an einsum with the kernel's matrix form.
+
+    `multiply` maps `[*batch, ..., K]` to `[*batch, ..., N]`.
+    """
+    # 1. Sort the labels of the kernel by the kind of axis that is stored.
     stored = geometry.roles(len(kernel_shape))
     if not roles_fit(stored, equation.kinds):
         raise ValueError(
             f"the kernel is stored with axes {stored!r} (b batch, k contracted, n "
-            f"output); the equation needs {equation.kinds!r}."
+            f"output), but the equation needs {equation.kinds!r}."
         )
     labels: dict[str, list[str]] = {"b": [], "k": [], "n": []}
     for label, kind in zip(equation.kernel, stored, strict=True):
         labels[kind].append(label)
     sizes = dict(zip(equation.kernel, kernel_shape, strict=True))
-    rest = [c for c in equation.x if c not in labels["b"] + labels["k"]]
+    rows = [c for c in equation.x if c not in labels["b"] + labels["k"]]
 
-    # A batch axis of the stored kernel that x lacks is an output axis: x is broadcast.
-    new = [c for c in labels["b"] if c not in equation.x]
-    present = [c for c in labels["b"] if c in equation.x]
-    x = _transpose(x, equation.x, "".join([*present, *rest, *labels["k"]]))
-    rest_shape = x.shape[len(present) : len(present) + len(rest)]
+    # 2. Bring x into the order [*batch, *rows, *contracted].
+    x_batch = [c for c in labels["b"] if c in equation.x]
+    x = _transpose(x, equation.x, "".join([*x_batch, *rows, *labels["k"]]))
+    row_shape = x.shape[len(x_batch) : len(x_batch) + len(rows)]
     for axis, label in enumerate(labels["b"]):
-        if label in new:
+        if label not in x_batch:
+            # The kernel is stored as a batch along an axis that x lacks. The axis is an
+            # output axis of the equation, so x is broadcast along it.
             shape = (*x.shape[:axis], sizes[label], *x.shape[axis:])
             x = jnp.broadcast_to(jnp.expand_dims(x, axis), shape)
-    batch = tuple(sizes[c] for c in labels["b"])
+
+    # 3. Multiply [*batch, *rows, K] by the matrix form, and restore the output axes.
+    batch_shape = tuple(sizes[c] for c in labels["b"])
     k = math.prod(sizes[c] for c in labels["k"])
-    y = product(x.reshape(*batch, *rest_shape, k))
-    y = y.reshape(*batch, *rest_shape, *(sizes[c] for c in labels["n"]))
-    return _transpose(y, "".join(labels["b"] + rest + labels["n"]), equation.out)
+    y = multiply(x.reshape(*batch_shape, *row_shape, k))
+    y = y.reshape(*batch_shape, *row_shape, *(sizes[c] for c in labels["n"]))
+    return _transpose(y, "".join(labels["b"] + rows + labels["n"]), equation.out)
 
 
-def _transpose(x: Array, have: str, want: str) -> Array:
-    return x if have == want else jnp.transpose(x, [have.index(c) for c in want])
-
-
-def einsum(
-    equation: str,
-    x: Float[Array, "..."],
-    q: QTensor,
-    *,
-    backend: str | Sequence[str] | None = None,
-    precision: Any = None,
-) -> Float[Array, "..."]:
-    """Returns `jnp.einsum(equation, x, dequantize(q))` in `x.dtype`, as `matmul` does.
-
-    Args:
-        equation: Explicit, of two operands; x may have an ellipsis.
-        x: The left operand, a floating-point array.
-        q: The quantized kernel. The equation must contract the axes along which it was
-            quantized (`contract`).
-        backend: As in `matmul`.
-        precision: As in `jax.lax.dot_general`.
-
-    Raises:
-        TypeError: If `q` is not a QTensor, or `x` is not floating-point.
-        ValueError: If the equation is not of that kind or does not fit, or the back end
-            is unknown.
-        NotImplementedError: As in `matmul`.
-
-    Example:
-        >>> import jax.numpy as jnp, qlora_jax as ql
-        >>> q = ql.quantize(jnp.ones((64, 2, 8)), contract=-3)
-        >>> ql.einsum("BTD,DNH->BTNH", jnp.ones((1, 3, 64)), q).shape
-        (1, 3, 2, 8)
-    """
-    check_packed(q)
-    if not isinstance(equation, str):
-        raise TypeError(f"`equation` must be a string. Got {type(equation).__name__}.")
-    x = as_float(x)
-    parsed = parse_equation(equation, x.ndim, q.ndim)
-    if reason := why_no_fit(parsed, x.shape, q.shape):
-        raise ValueError(reason)
-    product = lambda rows: matmul(rows, q, backend=backend, precision=precision)
-    return through_matrix(parsed, q.geometry, x, q.shape, product)
+def _transpose(x: Array, labels: str, new_labels: str) -> Array:
+    if labels == new_labels:
+        return x
+    return jnp.transpose(x, [labels.index(label) for label in new_labels])

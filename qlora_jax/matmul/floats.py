@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import export, lax
 from jax.custom_batching import custom_vmap
+from jax.lax import PrecisionLike
 from jaxtyping import Array
 
 from .._jax.modes import (
@@ -18,12 +19,21 @@ from .._jax.modes import (
     varying_with,
     with_mapped_axis,
 )
-from .._jax.specs import Axes, make_spec, spec_of, typed_axes, unused
+from .._jax.specs import AnyMesh, Axes, make_spec, spec_of, typed_axes, unused
 from .backends.reference import accumulator_dtype, dot
 from .collectives import sum_over
 
-# Elements of x up to which the gradient of w is not computed transposed.
+# With up to this many elements of x, the gradient of w is not computed transposed.
 LARGEST_UNSWAPPED = 2**16
+
+# Each of x, w and y = x w is a product of the two others: dx = g w^T, dw = x^T g, where
+# the gradient g has the shape of y.
+Name = Literal["x", "w", "y"]
+OPERANDS: dict[Name, tuple[Name, Name]] = {
+    "y": ("x", "w"),
+    "x": ("y", "w"),
+    "w": ("x", "y"),
+}
 
 
 @jax.tree_util.register_static
@@ -31,46 +41,43 @@ LARGEST_UNSWAPPED = 2**16
 class _Product:
     """One of the products among x `[*batch, *rows, K]`, w `[*batch, K, N]` and y."""
 
-    of: Literal["x", "w", "y"]  # the result
-    batch: int  # number of batch axes
-    precision: Any
-    k: Axes = ()  # mesh axes of K in a product, but for those of batch and rows
+    output: Name
+    batch: int  # the number of batch axes
+    precision: PrecisionLike
+    k: Axes = ()  # mesh axes of K in a product, except those of batch and rows
     n: Axes = ()  # the same for N
-    mesh: Any = None  # with Explicit axes, from the types of operands
-
-    @property
-    def operands(self) -> tuple[str, str]:
-        """The left and the right operand."""
-        return {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}[self.of]
+    mesh: AnyMesh | None = None  # with Explicit axes, from the types of operands
 
 
 def float_product(
-    x: Array, w: Array, precision: Any = None, *, w_moves: bool = False
+    x: Array, w: Array, precision: PrecisionLike = None, *, w_moves: bool = False
 ) -> Array:
-    """Returns `x @ w` for x `[*batch, *rows, K]`, in float32."""
-    # On a mesh, x moves to the parts of w along K; with `w_moves`, w to those of x.
+    """Returns `x @ w` in float32, for x `[*batch, *rows, K]`.
+
+    On a mesh, x moves to the parts of w along K, or w to those of x with `w_moves`.
+    """
     mesh, x, w = for_product(x, varying_with(w, x))
     product = _Product("y", w.ndim - 2, precision)
     if mesh is not None:
-        (*_, x_k), (*_, k, n) = typed_axes(x), typed_axes(w)
-        k = x_k if w_moves else k or x_k
+        (*_, x_k), (*_, w_k, n) = typed_axes(x), typed_axes(w)
+        k = x_k if w_moves else w_k or x_k
         product = replace(product, k=k, n=n, mesh=mesh)
     return _multiply(product, x, w)
 
 
-# y = x w, so dx = g w^T and dw = x^T g, summed over rows: each is a product of two of
-# x, w and y. Autodiff would multiply the float32 g by bfloat16 operands: a float32
-# product, several times slower where bfloat16 has matrix units. So g is cast first.
 def _compute(product: _Product, left: Array, right: Array) -> Array:
-    """The product on a mesh, of one device's arrays, or of arrays that XLA splits."""
+    """Computes a product on a mesh, on one device, or on arrays that XLA splits."""
     if product.mesh is not None:
-        return _on_mesh(product, left, right)
-    if product.of == "w":
-        return _w_gradient(product, left, right)
-    is_transposed = product.of == "x"
+        return _compute_on_mesh(product, left, right)
+    if product.output == "w":
+        return _compute_w_gradient(product, left, right)
+    is_transposed = product.output == "x"
     return dot(left, right, transpose=is_transposed, precision=product.precision)
 
 
+# y = x w, so dx = g w^T and dw = x^T g, summed over rows. Autodiff would multiply the
+# float32 g by bfloat16 operands: a float32 product, which is several times slower where
+# bfloat16 has matrix units. The custom gradient casts g first.
 _multiply = jax.custom_vjp(_compute, nondiff_argnums=(0,))
 
 
@@ -83,17 +90,18 @@ def _multiply_fwd(
 def _multiply_bwd(
     product: _Product, residuals: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
-    known = dict(zip(product.operands, residuals, strict=True))
-    known[product.of] = g.astype(residuals[0].dtype)
+    left, right = OPERANDS[product.output]
+    arrays: dict[Name, Array] = dict(zip((left, right), residuals, strict=True))
+    arrays[product.output] = g.astype(residuals[0].dtype)
     mesh = product.mesh
-    run: Any = _compute if mesh is None else _multiply
 
-    def gradient(of: Any) -> Array:
-        one = replace(product, of=of)
-        d = run(one, *(known[name] for name in one.operands)).astype(known[of].dtype)
-        return d if mesh is None else split_by(d, mesh, spec_of(known[of]))
+    def gradient(name: Name) -> Array:
+        operands = (arrays[operand] for operand in OPERANDS[name])
+        # On a mesh, the gradient is differentiable again.
+        compute = _compute if mesh is None else _multiply
+        d = compute(replace(product, output=name), *operands).astype(arrays[name].dtype)
+        return d if mesh is None else split_by(d, mesh, spec_of(arrays[name]))
 
-    left, right = product.operands
     return gradient(left), gradient(right)
 
 
@@ -101,76 +109,82 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
 @custom_vmap
-def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
-    """Each device multiplies its own parts of operands with Explicit mesh axes."""
+def _compute_on_mesh(product: _Product, left: Array, right: Array) -> Array:
+    # Each device multiplies its own parts of operands with Explicit mesh axes, because
     # XLA's partitioner computes some of these products wrong
     # (docs/development/traps.md).
+    # 1. Assign mesh axes to the array axes, in the order batch, rows, K, N.
     mesh = product.mesh
+    assert mesh is not None
     names = explicit_axes(mesh)
-    batch, rows = product.batch, left.ndim - 1
-    axes, others = typed_axes(left), typed_axes(right)
-    wanted = [b or a for a, b in zip(axes[:batch], others[:batch], strict=True)]
+    batch, num_lead = product.batch, left.ndim - 1
+    left_axes, right_axes = typed_axes(left), typed_axes(right)
+    pairs = zip(left_axes[:batch], right_axes[:batch], strict=True)
+    batch_axes = [right_entry or left_entry for left_entry, right_entry in pairs]
     used = {*mesh.axis_names} - names
 
-    def take(axes: Axes) -> Axes:
-        """Returns the axes that no earlier array axis uses."""
-        found = unused(axes, used)
-        used.update(found)
-        return found
+    def take_unused(axes: Axes) -> Axes:
+        free = unused(axes, used)
+        used.update(free)
+        return free
 
-    lead = [take(axes) for axes in (*wanted, *axes[batch:rows])]
-    k, n = take(product.k), take(product.n)
+    lead = [take_unused(axes) for axes in (*batch_axes, *left_axes[batch:num_lead])]
+    k, n = take_unused(product.k), take_unused(product.n)
     specs = {
         "x": make_spec(*lead, k),
         "w": make_spec(*lead[:batch], k, n),
         "y": make_spec(*lead, n),
     }
-    summed = {"y": k, "x": n, "w": sum(lead[batch:], ())}[product.of]
+    # 2. Multiply the parts of each device, and sum over the contracted mesh axes.
+    summed = {"y": k, "x": n, "w": sum(lead[batch:], ())}[product.output]
 
-    def on_one_device(left: Array, right: Array) -> Array:
+    def compute_on_device(left: Array, right: Array) -> Array:
         part = _compute(replace(product, mesh=None), left, right)
         return sum_over(part, summed, part.dtype)
 
-    in_specs = tuple(specs[name] for name in product.operands)
-    left, right = split_by(left, mesh, in_specs[0]), split_by(right, mesh, in_specs[1])
+    left_spec, right_spec = (specs[name] for name in OPERANDS[product.output])
+    left, right = split_by(left, mesh, left_spec), split_by(right, mesh, right_spec)
     if not names:
-        return on_one_device(left, right)
+        return compute_on_device(left, right)
     return jax.shard_map(
-        on_one_device,
+        compute_on_device,
         mesh=mesh,
-        in_specs=in_specs,
-        out_specs=specs[product.of],
+        in_specs=(left_spec, right_spec),
+        out_specs=specs[product.output],
         axis_names={*names},
         check_vma=False,
     )(left, right)
 
 
-@_on_mesh.def_vmap
-def _batched(
-    size: int, batched: list, product: _Product, left: Array, right: Array
+@_compute_on_mesh.def_vmap
+def _compute_batch_on_mesh(
+    size: int, is_batched: list, product: _Product, left: Array, right: Array
 ) -> tuple[Array, bool]:
-    """One more row axis where w is not batched; else one more batch axis."""
-    _, left_batched, right_batched = batched
-    if product.of != "w" and not right_batched:
-        y = _on_mesh(product, jnp.moveaxis(left, 0, product.batch), right)
+    # The mapped axis becomes one more row axis if w has none, and otherwise one more
+    # batch axis.
+    _, left_batched, right_batched = is_batched
+    if product.output != "w" and not right_batched:
+        y = _compute_on_mesh(product, jnp.moveaxis(left, 0, product.batch), right)
         return jnp.moveaxis(y, product.batch, 0), True
     left = with_mapped_axis(size, left, left_batched)
     right = with_mapped_axis(size, right, right_batched)
-    return _on_mesh(replace(product, batch=product.batch + 1), left, right), True
+    product = replace(product, batch=product.batch + 1)
+    return _compute_on_mesh(product, left, right), True
 
 
-def _w_gradient(product: _Product, x: Array, g: Array) -> Array:
-    batch_axes = product.batch
+def _compute_w_gradient(product: _Product, x: Array, g: Array) -> Array:
+    num_batch = product.batch
     if is_local():
-        # XLA copies operands to sum over several axes of rows. Elsewhere they stay
-        # apart: each may be split over a mesh axis of its own.
-        shape = *x.shape[:batch_axes], math.prod(x.shape[batch_axes:-1])
-        x, g = (a.reshape(*shape, a.shape[-1]) for a in (x, g))
-    batch = tuple(range(batch_axes))
-    rows = tuple(range(batch_axes, x.ndim - 1))
-    # XLA transposes the left operand in memory, so that is the narrow one, of the rank.
-    # Unless a barrier hides the transposition behind the product, XLA swaps them back.
-    # Both take time to compile. For a small x they gain less than 0.1 ms on two cores.
+        # To sum over several axes of rows, XLA copies the operands, so the axes are
+        # merged. On a mesh they stay separate, since each may be split over other axes.
+        shape = *x.shape[:num_batch], math.prod(x.shape[num_batch:-1])
+        x, g = (array.reshape(*shape, array.shape[-1]) for array in (x, g))
+    batch = tuple(range(num_batch))
+    rows = tuple(range(num_batch, x.ndim - 1))
+    # XLA transposes the left operand in memory, which therefore should be the narrow
+    # one, whose last axis is the rank. The barrier hides the transposition of the
+    # result, or XLA would swap the operands back. Both take time to compile; for a
+    # small x they save less than 0.1 ms on two cores.
     is_large = not export.is_symbolic_dim(x.size) and x.size > LARGEST_UNSWAPPED
     is_swapped = is_large and x.shape[-1] > g.shape[-1]
     dw = lax.dot_general(

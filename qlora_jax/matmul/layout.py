@@ -1,9 +1,10 @@
-"""Lays out a product on a mesh.
+"""Decides how a product is split over a mesh.
 
-Weights stay where they are, split over their outputs (column-parallel: nothing moves),
-over K (row-parallel: one all-reduce), or over experts (one all-reduce: each device has
-all rows, and multiplies those of its experts). If rows of `x` are split over the same
-mesh axes (FSDP), each device gathers codes and scales in one all-gather.
+Weights stay where they are. If they are split over their outputs (column-parallel),
+nothing moves. If they are split over K (row-parallel) or over experts, there is one
+all-reduce; with experts, each device has all rows and multiplies those of its experts.
+The exception is when rows of `x` are split over the same mesh axes (FSDP): each device
+then gathers codes and scales in one all-gather.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,21 +20,21 @@ from .spec import ProductSpec
 class Split:
     """The mesh axes that split one axis of the weights."""
 
-    kept: Axes = ()  # split it while a device multiplies
-    gathered: Axes = ()  # first; the inner axes, so parts are contiguous
+    kept: Axes = ()  # those that still split it while a device multiplies
+    gathered: Axes = ()  # those gathered first: the inner ones, so parts are contiguous
 
     @property
     def stored(self) -> Axes:
-        """Mesh axes that split the stored axis."""
+        """The mesh axes that split the stored axis."""
         return self.kept + self.gathered
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts that each device has, gathers, multiplies and reduces."""
+    """Which parts each device stores, gathers, multiplies and sums."""
 
     local: ProductSpec  # the product of one device's parts
-    lead: tuple[Axes, ...]  # mesh axes of batch and rows, of x and the result
+    lead: tuple[Axes, ...]  # mesh axes of the batch and the rows, of x and the result
     batch: tuple[Axes, ...]  # mesh axes of the batch axes of the weights
     k: Split
     n: Split
@@ -41,17 +42,17 @@ class Layout:
 
     @property
     def summed(self) -> Axes:
-        """Mesh axes over which results are summed."""
+        """The mesh axes over which results are summed."""
         return self.contracted + self.experts.kept
 
     @property
     def contracted(self) -> Axes:
-        """Mesh axes that split what is contracted."""
+        """The mesh axes that split the contracted axis."""
         return (self.n if self.local.transpose else self.k).kept
 
     @property
     def outputs(self) -> Axes:
-        """Mesh axes that split the outputs."""
+        """The mesh axes that split the outputs."""
         return (self.k if self.local.transpose else self.n).kept
 
     @property
@@ -61,23 +62,23 @@ class Layout:
 
     @property
     def x(self) -> PartitionSpec:
-        """Spec of x."""
+        """The spec of x."""
         return make_spec(*self.lead, self.contracted)
 
     @property
     def weights(self) -> PartitionSpec:
-        """Spec of codes and of scales, for a single kernel."""
+        """The spec of codes and of scales, without an axis of layers."""
         experts = [self.experts.stored] * self.local.is_ragged
         return make_spec(*self.batch, *experts, self.k.stored, self.n.stored)
 
     @property
     def result(self) -> PartitionSpec:
-        """Spec of the result."""
+        """The spec of the result."""
         return make_spec(*self.lead, self.outputs)
 
     def __post_init__(self):
         for spec in (self.x, self.weights, self.result):
-            axes = [a for entry in spec for a in axes_of(entry)]
+            axes = [axis for entry in spec for axis in axes_of(entry)]
             assert len(axes) == len(set(axes)), f"a mesh axis is used twice: {spec}"
 
 
@@ -89,39 +90,50 @@ def lay_out(
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
 ) -> Layout:
-    """Returns the layout; weights `[*batch, K, N]` are split over `weight_axes`."""
-    batch, lead = [], []
+    """Returns the layout for weights `[*batch, K, N]` that `weight_axes` split."""
+    # An array cannot use a mesh axis twice. Axes are assigned in the order of priority:
+    # batch, stored weights, rows of x. Whatever the rows take is gathered.
     used: set[str] = set()
-    for own, others, size in zip(
-        weight_axes[: spec.batch], x_axes, scales_shape, strict=False
-    ):
-        batch.append(fitting(unused(own or others, used), sizes, size))
+
+    # 1. Batch axes, which x and the weights share.
+    batch: list[Axes] = []
+    axes_and_sizes = zip(weight_axes[: spec.batch], x_axes, scales_shape, strict=False)
+    for weight_entry, x_entry, size in axes_and_sizes:
+        batch.append(fitting(unused(weight_entry or x_entry, used), sizes, size))
         used.update(batch[-1])
-    *_, blocks, n = scales_shape
-    # A device stores and multiplies whole blocks, as many as the others do.
-    k_parts = blocks if spec.k == blocks * spec.block_size else 1
-    stored_e: Axes = ()
+
+    # 2. The stored weights. A device stores and multiplies complete blocks, and as many
+    #    as the others.
+    *_, num_blocks, n = scales_shape
+    k_parts = num_blocks if spec.k == num_blocks * spec.block_size else 1
+    stored_experts: Axes = ()
     if spec.is_ragged:
-        stored_e = fitting(weight_axes[-3], sizes, scales_shape[-3])
-    stored_k = fitting(unused(weight_axes[-2], used | {*stored_e}), sizes, k_parts)
-    stored = {*stored_e, *stored_k}
+        stored_experts = fitting(weight_axes[-3], sizes, scales_shape[-3])
+    stored_k = fitting(
+        unused(weight_axes[-2], used | {*stored_experts}), sizes, k_parts
+    )
+    stored = {*stored_experts, *stored_k}
     stored_n = fitting(unused(weight_axes[-1], used | stored), sizes, n)
     stored.update(stored_n)
 
-    for axes, size in zip(
-        x_axes[spec.batch : -1], x_shape[spec.batch : -1], strict=True
-    ):
-        lead.append(fitting(unused(axes, used), sizes, size))
-        used.update(lead[-1])
+    # 3. The rows of x.
+    rows: list[Axes] = []
+    row_slice = slice(spec.batch, -1)
+    for x_entry, size in zip(x_axes[row_slice], x_shape[row_slice], strict=True):
+        rows.append(fitting(unused(x_entry, used), sizes, size))
+        used.update(rows[-1])
 
+    # 4. The weights while a device multiplies: those axes that rows do not use.
     def split(stored_axes: Axes, length: int = 1, is_contracted: bool = False) -> Split:
         kept = unused(stored_axes, used)
         if is_contracted and not stored_axes:
-            # x is split along what is contracted, whole weights are cut to match.
+            # If only x is split along the contracted axis, weights are cut to match.
             kept = fitting(unused(x_axes[-1], used | stored), sizes, length)
         return Split(kept, stored_axes[len(kept) :])
 
-    k = split(stored_k, k_parts, not spec.transpose)
+    k_split = split(stored_k, k_parts, not spec.transpose)
     n_split = split(stored_n, n, spec.transpose)
-    local = replace(spec, k=spec.k // ways(sizes, k.kept), placement=None, mesh=None)
-    return Layout(local, (*batch, *lead), tuple(batch), k, n_split, split(stored_e))
+    local_k = spec.k // ways(sizes, k_split.kept)
+    local = replace(spec, k=local_k, placement=None, mesh=None)
+    lead = *batch, *rows
+    return Layout(local, lead, tuple(batch), k_split, n_split, split(stored_experts))

@@ -3,20 +3,21 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
+import numpy as np
+from jax.lax import PrecisionLike
+from jax.sharding import NamedSharding, reshard
 from jaxtyping import Array, Float, Int
 
 from .._jax.arguments import as_array, as_int32, known_values
 from .._jax.modes import for_product
 from ..quant.qtensor import QTensor
-from ..quant.stack import product_arrays
+from ..quant.views import product_arrays
 from .choose import checked_backend, refusals
 from .sharded import sharded_product
-from .spec import Operands, ProductSpec
+from .spec import Operands, ProductSpec, product_spec
 
 
 def matmul(
@@ -25,36 +26,36 @@ def matmul(
     *,
     layer: Int[Array, ""] | int | None = None,
     backend: str | Sequence[str] | None = None,
-    precision: Any = None,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "*rows n"]:
-    """Returns `x @ dequantize(q)`, `[*batch, ..., N]`, decoding the weights as it goes.
+    """Returns `x @ dequantize(q)`, `[*batch, ..., N]`, without storing all weights.
 
     Weights are rounded to `q.dtype`, cast to `x.dtype` and multiplied with sums in
-    float32. Differentiable in `x`.
+    float32. The product is differentiable in `x`.
 
     Args:
-        x: Floating-point `[..., K]`; for a kernel with batch axes, `[*batch, ..., K]`.
-            K runs over all contracted axes of the kernel, N over all output axes
-            (`einsum` keeps them apart).
+        x: A floating-point array `[..., K]`, or `[*batch, ..., K]` for a kernel with
+            batch axes. K runs over all contracted axes of the kernel, and N over all
+            output axes (`einsum` keeps them separate).
         q: The quantized kernel.
-        layer: An integer scalar: `q` is a stack `[L, *batch, K, N]`, and x is
-            multiplied by kernel `layer` of it. In a `lax.scan` over layers, closing
-            over the stack and scanning over `jnp.arange(L)` lets a TPU kernel read the
-            layer inside the stack; scanning over `q` copies each slice first.
-        backend: "reference" and "tiled" run anywhere; "rounding" is "reference" for
-            large results in bfloat16 on GPUs; "pallas_tpu" is the TPU kernel
-            for this process's chip, "pallas_tpu_v5e", "pallas_tpu_v5p",
-            "pallas_tpu_v6e" and "pallas_tpu_7x" that for a chip by name. Several are
-            tried in order. By default the first of the platform's that supports the
-            product.
+        layer: An integer scalar. `q` is then a stack `[L, *batch, K, N]`, and x is
+            multiplied by its kernel `layer`. In a `lax.scan` over layers, closing over
+            the stack and scanning over `jnp.arange(L)` lets a TPU kernel read the layer
+            inside the stack. Scanning over `q` copies each slice first.
+        backend: "reference" and "tiled" run anywhere. "rounding" is "reference" for
+            large results in bfloat16 on GPUs. "pallas_tpu" is the TPU kernel for the
+            chip of this process, and "pallas_tpu_v5e", "pallas_tpu_v5p",
+            "pallas_tpu_v6e" and "pallas_tpu_7x" are the kernels for a chip by name. If
+            there are several, the first that supports the product is used. By default,
+            this is the platform's list.
         precision: As in `jax.lax.dot_general`.
 
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
-        ValueError: If the shapes do not fit, the back end is unknown, the layer is no
-            integer scalar or, outside jit, is not in the stack.
-        NotImplementedError: If no back end that was asked for supports the product;
-            the text says why, for each.
+        ValueError: If the shapes do not match, the back end is unknown, the layer is
+            not an integer scalar or, outside jit, is not in the stack.
+        NotImplementedError: If none of the requested back ends supports the product.
+            The message gives the reason for each.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -71,13 +72,10 @@ def matmul(
     if layer is not None:
         layer = checked_layer(layer, batch)
         batch = batch[1:]
-    if (
-        x.ndim < len(batch) + 1
-        or x.shape[-1] != k
-        or x.shape[: len(batch)] != (*batch,)
-    ):
-        wanted = ", ".join(map(str, [*batch, "...", k]))
-        raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
+    has_batch = x.ndim > len(batch) and x.shape[: len(batch)] == (*batch,)
+    if not has_batch or x.shape[-1] != k:
+        expected = ", ".join(map(str, [*batch, "...", k]))
+        raise ValueError(f"`x` must have shape [{expected}]. Got {x.shape}.")
     mesh, x, q, layer = for_product(x, q, layer)
     spec = replace(
         product_spec(q),
@@ -91,19 +89,20 @@ def matmul(
 
 
 def explain_backend(
-    x: Any, q: QTensor, *, transpose: bool = False
+    x: Array | jax.ShapeDtypeStruct, q: QTensor, *, transpose: bool = False
 ) -> dict[str, str | None]:
     """Returns the back ends that are tried for a product on this process's devices.
 
     Args:
-        x: Of `matmul` for a kernel without batch axes, `[M, K]`: an array or its shape.
+        x: The input of `matmul`, `[M, K]` for a kernel without batch axes, or its shape
+            and dtype.
         q: The quantized kernel.
-        transpose: Whether the product is that of the gradient, `x @ W^T` for
+        transpose: Whether to explain the product of the gradient instead, `x @ W^T` for
             x `[M, N]`.
 
     Returns:
-        Why each does not compute it, in the order in which they are tried; None for the
-        last, which does.
+        The reason why each back end does not support the product, in the order in which
+        they are tried. The last one supports it, and its reason is None.
 
     Raises:
         TypeError: If `q` is not a QTensor, or `x` has no shape and dtype.
@@ -123,24 +122,41 @@ def explain_backend(
     return refusals(platform, spec, x.shape, x.dtype, q.codes.shape[-1])
 
 
-def check_packed(q: Any) -> None:
+def check_packed(q: object) -> None:
     """Raises TypeError unless `q` is a QTensor."""
     if not isinstance(q, QTensor):
         raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
 
 
-def as_float(x: Any) -> Array:
-    """Returns an array; raises TypeError unless it is floating-point."""
-    x = as_array("x", x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
-    return x
+def as_float(x: object) -> Array:
+    """Returns `x` as an array. Raises TypeError unless it is floating-point."""
+    array = as_array("x", x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating-point. Got {array.dtype}.")
+    return array
+
+
+def checked_layer(layer: object, batch: Sequence[int]) -> Array:
+    """Returns a layer's index. Raises ValueError if it is not in the stack."""
+    value, array = known_values(layer), as_array("layer", layer)
+    if not batch:
+        raise ValueError("`layer` needs a stack of kernels. Got a single kernel.")
+    if array.ndim or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"`layer` must be an integer scalar. Got {array.dtype}{[*array.shape]}."
+        )
+    if value is not None and not 0 <= value < batch[0]:
+        raise ValueError(
+            f"`layer` must be from 0 to {batch[0] - 1}, of {batch[0]} kernels. Got "
+            f"{value}."
+        )
+    return as_int32(array)
 
 
 @contextlib.contextmanager
 def reverse_mode() -> Iterator[None]:
-    """A context in which JAX's refusal of forward mode says what to use."""
-    # JAX's own text remains where a caller's `jit` is differentiated.
+    """Replaces JAX's error for forward mode by one that says what to use instead."""
+    # JAX's own message remains if the caller differentiates a `jit` of the product.
     try:
         yield
     except TypeError as error:
@@ -153,34 +169,10 @@ def reverse_mode() -> Iterator[None]:
         ) from error
 
 
-def product_spec(q: QTensor) -> ProductSpec:
-    """Returns the static facts of products with a kernel, as they are by default."""
-    *batch, k, _ = q.matrix_shape
-    packing = replace(q.packing, double_quant=False)
-    return ProductSpec(packing, q.dtype_name, k, len(batch), placement=q.placement)
-
-
-def checked_layer(layer: Any, batch: Sequence[int]) -> Array:
-    """Returns the layer's index, or raises ValueError if it is not in the stack."""
-    value, layer = known_values(layer), as_array("layer", layer)
-    if not batch:
-        raise ValueError("`layer` needs a stack of kernels. Got a single one.")
-    if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
-        raise ValueError(
-            f"`layer` must be an integer scalar. Got {layer.dtype}{[*layer.shape]}."
-        )
-    if value is not None and not 0 <= value < batch[0]:
-        raise ValueError(
-            f"`layer` must be from 0 to {batch[0] - 1}, of {batch[0]} kernels. Got "
-            f"{value}."
-        )
-    return as_int32(layer)
-
-
-# y = x W is linear in x, so dx = g W^T: a product too, of the same packed weights. They
-# are frozen, so codes and scales get no gradient. The backward pass decodes them again:
-# a stack of layers never holds its float weights (QLoRA, Dettmers et al. 2023,
-# section 3).
+# y = x W is linear in x, so dx = g W^T, which is a product with the same packed
+# weights. These are frozen, so codes and scales get no gradient. The backward pass
+# decodes them again, so that a stack of layers never holds its float weights (QLoRA,
+# Dettmers et al. 2023, section 3).
 @jax.custom_vjp
 def _packed_product(
     spec: ProductSpec,
@@ -189,25 +181,25 @@ def _packed_product(
     layer: Array | None,
     offsets: Array | None = None,
 ) -> Array:
-    """Returns `x @ W` or `x @ W^T`, or a ragged product."""
-    # Here, and not in front of the product: the backward pass moves codes that are in
-    # host memory again.
+    # `product_arrays` moves codes from host memory. It is called here and not by
+    # `matmul`, so that the backward pass moves them again instead of keeping them.
     return sharded_product(spec, Operands(x, *product_arrays(q, layer), offsets))
 
 
-# Jitted so that products of one shape are traced once. Not the other way round: in
-# Hessian-vector products through a scan, JAX takes the constants of a jitted function
-# with a custom gradient, such as the table of quantized scales, for its arguments.
+# Jitted so that products of the same shape are traced once. The custom gradient is
+# inside: in Hessian-vector products through a scan, JAX takes the constants of a jitted
+# function inside a custom gradient, such as the table of quantized scales, for its
+# arguments.
 packed_product = jax.jit(_packed_product)
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Type:
+class _InputType:
     """The dtype of an input, and the sharding that its gradient must have."""
 
-    dtype: Any
-    sharding: Any
+    dtype: np.dtype
+    sharding: NamedSharding | None
 
 
 def _product_fwd(
@@ -217,19 +209,17 @@ def _product_fwd(
     layer: Array | None,
     offsets: Array | None,
 ) -> tuple[Array, tuple]:
-    kind = _Type(x.dtype, None if spec.mesh is None else jax.typeof(x).sharding)
+    sharding = None if spec.mesh is None else jax.typeof(x).sharding
     y = packed_product(spec, x, q, layer, offsets)
-    return y, (spec, q, layer, offsets, kind)
+    return y, (spec, q, layer, offsets, _InputType(x.dtype, sharding))
 
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None, None]:
-    spec, q, layer, offsets, kind = residuals
-    spec, g = replace(spec, result=None), g.astype(kind.dtype)
-    dx = packed_product(
-        replace(spec, transpose=not spec.transpose), g, q, layer, offsets
-    )
-    if kind.sharding is not None and not kind.sharding.mesh.empty:
-        dx = reshard(dx, kind.sharding)
+    spec, q, layer, offsets, x_type = residuals
+    spec = replace(spec, transpose=not spec.transpose, result=None)
+    dx = packed_product(spec, g.astype(x_type.dtype), q, layer, offsets)
+    if x_type.sharding is not None and not x_type.sharding.mesh.empty:
+        dx = reshard(dx, x_type.sharding)
     return None, dx, None, None, None
 
 

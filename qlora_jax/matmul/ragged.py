@@ -3,15 +3,16 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.lax import PrecisionLike
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int32
 
 from .._jax.arguments import as_array, known_values
 from .._jax.modes import (
@@ -26,15 +27,25 @@ from .._jax.modes import (
     with_mapped_axis,
 )
 from .._jax.pytree import take_layer
-from .._jax.specs import Axes, fitting, make_spec, spec_of, typed_axes, unused, ways
-from ..quant.kernel import PackedInput
-from ..quant.placement import Placement
+from .._jax.specs import (
+    AnyMesh,
+    Axes,
+    fitting,
+    make_spec,
+    spec_of,
+    typed_axes,
+    unused,
+    ways,
+)
+from ..quant.kernel import PackedInput, Placement
 from .backends.grouped import SortedRows, grouped_gradient, grouped_product
 from .backends.reference import accumulator_dtype, dot
 from .choose import checked_backend
 from .collectives import sum_over
-from .quantized import packed_product, product_spec
-from .sharded import declared_mesh, own_offsets
+from .floats import OPERANDS, Name
+from .quantized import packed_product
+from .sharded import declared_mesh, device_offsets
+from .spec import product_spec
 
 
 def ragged_matmul(
@@ -42,21 +53,49 @@ def ragged_matmul(
     w: PackedInput,
     offsets: Int32[Array, " experts_and_1"],
     backend: str | Sequence[str] | None = None,
-    precision: Any = None,
-    result: Any = None,
+    precision: PrecisionLike = None,
+    result: DTypeLike | None = None,
 ) -> Float[Array, "m n"]:
     """Returns the product of each row of x with its packed expert, as `matmul` does.
 
-    In the dtype `result`, or that of `x`.
+    The result is in the dtype `result`, or else in that of `x`.
     """
     mesh, x, q, layer, offsets = for_product(x, w.q, w.layer, offsets)
-    settings = {
-        "backend": checked_backend(backend),
-        "precision": precision,
-        "result": None if result is None else jnp.dtype(result).name,
-    }
-    spec = replace(product_spec(q), batch=0, is_ragged=True, mesh=mesh, **settings)
+    spec = replace(
+        product_spec(q),
+        batch=0,
+        is_ragged=True,
+        mesh=mesh,
+        backend=checked_backend(backend),
+        precision=precision,
+        result=None if result is None else jnp.dtype(result).name,
+    )
     return packed_product(spec, x, q, layer, offsets)
+
+
+def offsets_of(
+    group_sizes: Int[Array, " experts"], num_rows: int, num_experts: int
+) -> Int32[Array, " experts_and_1"]:
+    """Returns where the rows of each expert begin and end."""
+    sizes = as_array("group_sizes", group_sizes)
+    if not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise TypeError(f"`group_sizes` must be integers. Got {sizes.dtype}.")
+    if sizes.shape != (num_experts,):
+        raise ValueError(
+            f"`group_sizes` must have shape [{num_experts}], one for each expert. Got "
+            f"{sizes.shape}."
+        )
+    if (values := known_values(group_sizes)) is not None:
+        if np.any(values < 0):
+            raise ValueError(f"`group_sizes` must not be negative. Got {values}.")
+        if values.sum() > num_rows:
+            raise ValueError(
+                f"`group_sizes` must sum to at most the {num_rows} rows of `x`. Got "
+                f"{values.sum()}."
+            )
+    # Inside a trace, sizes that sum to more rows are cut off.
+    ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
 
 
 @jax.tree_util.register_static
@@ -64,11 +103,12 @@ def ragged_matmul(
 class _RaggedProduct:
     """One of the products among the rows x and y and the experts w `[E, K, N]`."""
 
-    of: Literal["x", "w", "y"]  # the result
-    precision: Any
-    result: Any  # the dtype of y
-    # Over which the product is a `shard_map`, and the mesh axes of rows, experts, K, N.
-    mesh: Any = None
+    output: Name
+    precision: PrecisionLike
+    result: DTypeLike | None  # the dtype of y; None for that of x
+    # If there is a mesh, the product is a `shard_map` over the axes `names`, and these
+    # split the rows, the experts, K and N.
+    mesh: AnyMesh | None = None
     names: frozenset[str] = frozenset()
     rows: Axes = ()
     experts: Axes = ()
@@ -80,45 +120,43 @@ def ragged_float_product(
     x: Float[Array, "m k"],
     w: Float[Array, "experts k n"],
     offsets: Int32[Array, " experts_and_1"],
-    precision: Any = None,
-    result: Any = None,
+    precision: PrecisionLike = None,
+    result: DTypeLike | None = None,
     placement: Placement | None = None,
     roles: str = "kn",
 ) -> Float[Array, "m n"]:
-    """Returns the product of each row of x with its expert.
+    """Returns the product of each row of x, sorted by expert, with its expert.
 
-    In the dtype `result`, or that of `x`.
-
-    Args:
-        x: Rows, sorted by expert.
-        w: The experts.
-        offsets: Where the rows of each expert begin and end.
-        precision: As in `jax.lax.dot_general`.
-        result: The dtype.
-        placement: That of the experts' kernel, over Auto mesh axes.
-        roles: Which of the kernel's axes `w` has.
+    The result is in the dtype `result`, or else in that of `x`. The placement is that
+    of the experts' kernel over Auto mesh axes, and `roles` says which of the kernel's
+    axes `w` has: K, N or both.
     """
+    # The mesh axes that split the rows, the experts, K and N come from types with
+    # Explicit axes, or from the placement over Auto axes.
     mesh, x, w, offsets = for_product(x, varying_with(w, x, offsets), offsets)
     product = _RaggedProduct("y", precision, result)
-    axes: tuple[Axes, ...] | None = None
     if mesh is not None:
         (rows, k), (experts, _, n) = typed_axes(x), typed_axes(w)
-        axes, names = (rows, experts, k, n), explicit_axes(mesh)
+        names = explicit_axes(mesh)
     elif not is_manual() and (mesh := declared_mesh(placement)) is not None:
         assert placement is not None
-        experts, k, n = placement.matrix_axes(3)
-        axes, names = (
-            (*placement.row_axes(1), experts, k, n),
-            axes_of_type(mesh, AxisType.Auto),
-        )
-        axes = (*axes[:2], k if "k" in roles else (), n if "n" in roles else ())
-    if mesh is not None and axes is not None and names:
-        sizes, used, found = {name: mesh.shape[name] for name in names}, set(), []
-        for own, size in zip(axes, (x.shape[0], *w.shape), strict=True):
-            kept = tuple(name for name in own if name in names)
-            found.append(fitting(unused(kept, used), sizes, size))
-            used.update(found[-1])
-        product = _RaggedProduct("y", precision, result, mesh, names, *found)
+        (rows,), (experts, k, n) = placement.row_axes(1), placement.matrix_axes(3)
+        k, n = k if "k" in roles else (), n if "n" in roles else ()
+        names = axes_of_type(mesh, AxisType.Auto)
+    else:
+        return _multiply(product, x, w, offsets)
+    if names:
+        # An array cannot use a mesh axis twice, and axes have to divide the sizes.
+        sizes = {name: mesh.shape[name] for name in names}
+        used: set[str] = set()
+        split_axes: list[Axes] = []
+        for axes, size in zip(
+            (rows, experts, k, n), (x.shape[0], *w.shape), strict=True
+        ):
+            axes = tuple(name for name in axes if name in names)
+            split_axes.append(fitting(unused(axes, used), sizes, size))
+            used.update(split_axes[-1])
+        product = _RaggedProduct("y", precision, result, mesh, names, *split_axes)
     return _multiply(product, x, w, offsets)
 
 
@@ -126,104 +164,120 @@ def ragged_float_product(
 def _compute(
     product: _RaggedProduct, left: Array, right: Array, offsets: Array
 ) -> Array:
-    result = jnp.dtype((product.of == "y" and product.result) or left.dtype)
-    if product.mesh is None:
-        run = functools.partial(_in_loops, product, result)
-        return call_in_auto_mode(run, lambda _: PartitionSpec(), left, right, offsets)
-    p = product
+    result = jnp.dtype((product.output == "y" and product.result) or left.dtype)
+    mesh = product.mesh
+    if mesh is None:
+        compute = functools.partial(_compute_in_loops, product, result)
+        # Explicit mode has no rules for the slices of rows in these loops.
+        return call_in_auto_mode(
+            compute, lambda _: PartitionSpec(), left, right, offsets
+        )
+    row_axes, expert_axes, k, n = product.rows, product.experts, product.k, product.n
     specs = {
-        "x": make_spec(p.rows, p.k),
-        "w": make_spec(p.experts, p.k, p.n),
-        "y": make_spec(p.rows, p.n),
+        "x": make_spec(row_axes, k),
+        "w": make_spec(expert_axes, k, n),
+        "y": make_spec(row_axes, n),
     }
-    summed = {"y": p.experts + p.k, "x": p.experts + p.n, "w": p.rows}[p.of]
-    names = {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}[p.of]
+    # The mesh axes that split what the product contracts. Where experts are split, each
+    # device computes zeros for the rows of other devices' experts.
+    summed = {"y": expert_axes + k, "x": expert_axes + n, "w": row_axes}[product.output]
 
-    def on_one_device(left: Array, right: Array, offsets: Array) -> Array:
-        experts = (offsets.shape[0] - 1) // ways(p.mesh.shape, p.experts)
-        own = own_offsets(offsets, left.shape[0], p.rows, experts, p.experts)
-        wide = accumulator_dtype(result) if summed else result
-        part = _in_loops(p, wide, left, right, own)
+    def compute_on_device(left: Array, right: Array, offsets: Array) -> Array:
+        num_experts = (offsets.shape[0] - 1) // ways(mesh.shape, expert_axes)
+        num_rows = left.shape[0]
+        offsets = device_offsets(offsets, num_rows, row_axes, num_experts, expert_axes)
+        part_dtype = accumulator_dtype(result) if summed else result
+        part = _compute_in_loops(product, part_dtype, left, right, offsets)
         return sum_over(part, summed, result)
 
-    in_specs = (*(specs[name] for name in names), PartitionSpec())
+    left_name, right_name = OPERANDS[product.output]
+    in_specs = (specs[left_name], specs[right_name], PartitionSpec())
     if explicit_mesh(left, right) is not None:
         operands = zip((left, right, offsets), in_specs, strict=True)
-        left, right, offsets = (split_by(a, p.mesh, spec) for a, spec in operands)
+        left, right, offsets = (split_by(a, mesh, spec) for a, spec in operands)
     return jax.shard_map(
-        on_one_device,
-        mesh=p.mesh,
+        compute_on_device,
+        mesh=mesh,
         in_specs=in_specs,
-        out_specs=specs[p.of],
-        axis_names={*p.names},
+        out_specs=specs[product.output],
+        axis_names={*product.names},
         check_vma=False,
     )(left, right, offsets)
 
 
-def _in_loops(
-    product: _RaggedProduct, result: Any, left: Array, right: Array, offsets: Array
+def _compute_in_loops(
+    product: _RaggedProduct,
+    dtype: np.dtype,
+    left: Array,
+    right: Array,
+    offsets: Array,
 ) -> Array:
-    settings: Any = {"precision": product.precision}
-    if product.of == "w":
-        # Summed over rows.
-        multiply = lambda x, g: lax.dot_general(
-            x,
-            g,
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=accumulator_dtype(x.dtype),
-            **settings,
-        )
-        return grouped_gradient(left, right, offsets, multiply, result)
-    is_transposed = product.of == "x"
-    weights = lambda e: take_layer(right, e).astype(left.dtype)
-    multiply = functools.partial(dot, transpose=is_transposed, **settings)
+    if product.output == "w":
+
+        def sum_over_rows(x: Array, g: Array) -> Array:
+            return lax.dot_general(
+                x,
+                g,
+                (((0,), (0,)), ((), ())),
+                precision=product.precision,
+                preferred_element_type=accumulator_dtype(x.dtype),
+            )
+
+        return grouped_gradient(left, right, offsets, sum_over_rows, dtype)
+    is_transposed = product.output == "x"
+    multiply = functools.partial(
+        dot, transpose=is_transposed, precision=product.precision
+    )
     outputs = right.shape[-2 if is_transposed else -1]
-    return grouped_product(left, offsets, weights, multiply, outputs, result)
+
+    def take_expert(expert: Array) -> Array:
+        return take_layer(right, expert).astype(left.dtype)
+
+    return grouped_product(left, offsets, take_expert, multiply, outputs, dtype)
 
 
 @_compute.def_vmap
-def _batched(
+def _compute_batch(
     size: int,
-    batched: list,
+    is_batched: list,
     product: _RaggedProduct,
     left: Array,
     right: Array,
-    offsets: Any,
+    offsets: Array,
 ) -> tuple[Array, bool]:
-    """One product of all rows, sorted by expert again."""
     if product.mesh is not None:  # XLA splits sorted rows
-        product = _RaggedProduct(product.of, product.precision, product.result)
-    if explicit_mesh(left, right, offsets) is not None:
-        run = functools.partial(_batched_in_loops, size, batched, product)
-        out = lambda _: PartitionSpec()
-        return call_in_auto_mode(run, out, left, right, offsets), True
-    return _batched_in_loops(size, batched, product, left, right, offsets), True
+        product = _RaggedProduct(product.output, product.precision, product.result)
+    compute = functools.partial(_compute_sorted_batch, size, is_batched, product)
+    y = call_in_auto_mode(compute, lambda _: PartitionSpec(), left, right, offsets)
+    return y, True
 
 
-def _batched_in_loops(
+def _compute_sorted_batch(
     size: int,
-    batched: list,
+    is_batched: list,
     product: _RaggedProduct,
     left: Array,
     right: Array,
-    offsets: Any,
+    offsets: Array,
 ) -> Array:
-    _, left_batched, right_batched, offsets_batched = batched
-    mapped = functools.partial(with_mapped_axis, size)
-    left, offsets = mapped(left, left_batched), mapped(offsets, offsets_batched)
-    own_experts = right_batched or product.of == "w"
-    rows = SortedRows.of(offsets, left.shape[1], own_experts)
-    if product.of == "w":
-        right = rows.take(mapped(right, right_batched))
+    # The rows of all products are sorted by expert again, for a single product.
+    _, left_batched, right_batched, offsets_batched = is_batched
+    left = with_mapped_axis(size, left, left_batched)
+    offsets = with_mapped_axis(size, offsets, offsets_batched)
+    has_batch_of_experts = right_batched or product.output == "w"
+    rows = SortedRows.sort(offsets, left.shape[1], has_batch_of_experts)
+    if product.output == "w":
+        right = rows.take(with_mapped_axis(size, right, right_batched))
         dw = _compute(product, rows.take(left), right, rows.offsets)
         return dw.reshape(size, -1, *dw.shape[1:])
-    if own_experts:
+    if has_batch_of_experts:
         right = right.reshape(-1, *right.shape[2:])
     y = _compute(product, rows.take(left), right, rows.offsets)
     return rows.put_back(y)
 
 
-# The derivation is that of `floats`, for each expert.
+# For the rows x_e of expert e, y_e = x_e w_e. So dx_e = g_e w_e^T and dw_e = x_e^T g_e,
+# where g is cast to the dtype of x, for the reason that `floats` gives.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: _RaggedProduct, x: Array, w: Array, offsets: Array) -> Array:
     return _compute(product, x, w, offsets)
@@ -236,37 +290,15 @@ def _multiply_fwd(
 
 
 def _multiply_bwd(
-    product: _RaggedProduct, residuals: tuple, g: Array
+    product: _RaggedProduct, residuals: tuple[Array, Array, Array], g: Array
 ) -> tuple[Array, Array, None]:
     x, w, offsets = residuals
     g = g.astype(x.dtype)
-    dx = _compute(replace(product, of="x"), g, w, offsets)
-    dw = _compute(replace(product, of="w"), x, g, offsets).astype(w.dtype)
+    dx = _compute(replace(product, output="x"), g, w, offsets)
+    dw = _compute(replace(product, output="w"), x, g, offsets).astype(w.dtype)
     if (mesh := explicit_mesh(x, w)) is not None:
         dx, dw = split_by(dx, mesh, spec_of(x)), split_by(dw, mesh, spec_of(w))
     return dx, dw, None
 
 
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
-
-
-def offsets_of(group_sizes: Any, rows: Any, experts: int) -> Array:
-    """Returns where the rows of each expert begin and end, int32 `[E + 1]`."""
-    sizes = as_array("group_sizes", group_sizes)
-    if not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(f"`group_sizes` must be integers. Got {sizes.dtype}.")
-    if sizes.shape != (experts,):
-        raise ValueError(
-            f"`group_sizes` must have shape [{experts}], one for each expert. Got "
-            f"{sizes.shape}."
-        )
-    if (values := known_values(group_sizes)) is not None:
-        if np.any(values < 0):
-            raise ValueError(f"`group_sizes` must not be negative. Got {values}.")
-        if values.sum() > rows:
-            raise ValueError(
-                f"`group_sizes` must sum to at most the {rows} rows of `x`. Got "
-                f"{values.sum()}."
-            )
-    ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), rows)
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])

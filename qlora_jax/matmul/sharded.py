@@ -1,7 +1,7 @@
-"""The product on one device or on many, in a `shard_map` over a `Layout`.
+"""Runs packed products on one device, or on many in a `shard_map` over a `Layout`.
 
-Explicit mesh axes are read from types, Auto axes from the kernel's `Placement`. In Auto
-mode without one, XLA's partitioner decides, and gathers decoded weights.
+Explicit mesh axes are read from types, and Auto axes from the kernel's `Placement`. In
+Auto mode without a placement, XLA's partitioner decides, and gathers decoded weights.
 """
 
 import functools
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._jax.modes import (
     axes_of_type,
     explicit_axes,
+    explicit_mesh,
     in_auto_mode,
     is_local,
     is_manual,
@@ -26,25 +27,26 @@ from .._jax.modes import (
     with_mapped_axis,
 )
 from .._jax.pytree import take_layer
-from .._jax.specs import Axes, typed_axes
-from ..quant.placement import Placement
+from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
+from ..quant.kernel import Placement
+from ..quant.qtensor import QTensor, float_scales, with_scales
 from . import choose
 from .backends.grouped import SortedRows
 from .backends.reference import accumulator_dtype
 from .collectives import gather, sum_over
 from .layout import Layout, lay_out
-from .spec import Operands, ProductSpec
+from .spec import Operands, ProductSpec, product_spec
 
 
 class MeshLayout(NamedTuple):
-    """The layout of a product, and the mesh axes that its `shard_map` is over."""
+    """The layout of a product, and the mesh axes over which it is a `shard_map`."""
 
     layout: Layout
-    mesh: Any
+    mesh: AnyMesh
     names: frozenset[str]
 
-    def run(self, fn: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-        """Returns `fn(layout, ...)` of one device's parts as a function of arrays."""
+    def shard_map(self, fn: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
+        """Returns `fn(layout, ...)`, a function of one device's parts, over arrays."""
         return jax.shard_map(
             functools.partial(fn, self.layout),
             mesh=self.mesh,
@@ -62,10 +64,10 @@ def find_layout(
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
 ) -> MeshLayout | None:
-    """Returns the layout of a product on its mesh; None if no mesh is known.
+    """Returns the layout of a product on its mesh, or None if no mesh is known.
 
-    The axes are those of types, for a mesh with Explicit axes. Over Auto axes the
-    kernel's placement says them.
+    `x_axes` and `weight_axes` come from types, for a mesh with Explicit axes. For Auto
+    axes, the kernel's placement replaces them.
     """
     if spec.mesh is not None:
         sizes = spec.mesh.shape
@@ -75,18 +77,21 @@ def find_layout(
     if mesh is None:
         return None
     assert spec.placement is not None
-    auto = axes_of_type(mesh, AxisType.Auto)
-    only_auto = lambda axes: tuple(a for a in axes if a in auto)
-    weight_axes = [*map(only_auto, spec.placement.matrix_axes(len(scales_shape)))]
-    rows = spec.placement.row_axes(len(x_shape) - 1 - spec.batch)
-    x_axes = [*weight_axes[: spec.batch], *map(only_auto, rows), ()]
-    sizes = {name: mesh.shape[name] for name in auto}
+    auto_axes = axes_of_type(mesh, AxisType.Auto)
+
+    def take_auto(entries: Sequence[Axes]) -> list[Axes]:
+        return [tuple(axis for axis in axes if axis in auto_axes) for axes in entries]
+
+    weight_axes = take_auto(spec.placement.matrix_axes(len(scales_shape)))
+    rows = take_auto(spec.placement.row_axes(len(x_shape) - 1 - spec.batch))
+    x_axes = [*weight_axes[: spec.batch], *rows, ()]
+    sizes = {name: mesh.shape[name] for name in auto_axes}
     layout = lay_out(spec, sizes, x_axes, weight_axes, x_shape, scales_shape)
-    return MeshLayout(layout, mesh, auto)
+    return MeshLayout(layout, mesh, auto_axes)
 
 
-def declared_mesh(placement: Placement | None) -> Any:
-    """The mesh of a kernel's placement, or None if that does not apply here."""
+def declared_mesh(placement: Placement | None) -> AnyMesh | None:
+    """Returns the mesh of a kernel's placement, or None if it does not apply here."""
     if placement is None:
         return None
     mesh, context = placement.mesh, get_abstract_mesh()
@@ -99,20 +104,23 @@ def declared_mesh(placement: Placement | None) -> Any:
 @custom_vmap
 def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
     """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
+    # 1. Find the layout. Without a mesh, this is the product of one device, or XLA's.
     x, codes, scales, layer, offsets = operands
-    axes: tuple[Any, Any] = (), ()
+    x_axes, weight_axes = (), ()
     if spec.mesh is not None:
-        axes = typed_axes(x), typed_axes(codes)[layer is not None :]
-    found = find_layout(spec, *axes, x.shape, scales.shape)
-    if found is None:
+        x_axes, weight_axes = typed_axes(x), typed_axes(codes)[layer is not None :]
+    mesh_layout = find_layout(spec, x_axes, weight_axes, x.shape, scales.shape)
+    if mesh_layout is None:
         return choose.run(spec, operands, is_local=is_local())
-    layout, mesh, names = found
+    layout, mesh, names = mesh_layout
     codes_spec = layout.weights
     if layer is not None:
         codes_spec = PartitionSpec(None, *codes_spec)
+
+    # 2. With Explicit axes, split the operands as the layout needs them.
     if spec.mesh is not None:
         if {*mesh.axis_types} != {AxisType.Explicit}:
-            # Types say nothing of the other axes: the product runs in Auto mode.
+            # Types do not show how other axes split, so the product runs in Auto mode.
             run = functools.partial(sharded_product, replace(spec, mesh=None))
             return in_auto_mode(run, mesh, layout.result)(operands)
         x, codes = split_by(x, mesh, layout.x), split_by(codes, mesh, codes_spec)
@@ -120,81 +128,97 @@ def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
         if offsets is not None:
             offsets = split_by(offsets, mesh, PartitionSpec())
         if not names:
-            placed = Operands(x, codes, scales, layer, offsets)
-            return choose.run(spec, placed, is_local=False)
+            split_operands = Operands(x, codes, scales, layer, offsets)
+            return choose.run(spec, split_operands, is_local=False)
+
+    # 3. Multiply the parts of each device.
     in_specs = (layout.x, codes_spec, layout.weights, PartitionSpec())
-    run = found.run(_on_one_device, in_specs, layout.result)
+    run = mesh_layout.shard_map(_multiply_on_device, in_specs, layout.result)
     return run(x, codes, scales, (layer, offsets))
 
 
 @sharded_product.def_vmap
-def _batched(
-    size: int, batched: list, spec: ProductSpec, operands: Operands
+def _batched_product(
+    size: int, is_batched: list, spec: ProductSpec, operands: Operands
 ) -> tuple[Array, bool]:
-    """One more row axis where only x is batched; else one more batch axis."""
+    # The mapped axis becomes one more row axis if only x has it, and otherwise one more
+    # batch axis.
     x, codes, scales, layer, _ = operands
-    _, (x_batched, codes_batched, scales_batched, layer_batched, _) = batched
+    _, (x_batched, codes_batched, scales_batched, layer_batched, _) = is_batched
     if spec.is_ragged:
-        return _ragged_batched(size, batched[1], spec, operands), True
+        return _batched_ragged_product(size, is_batched[1], spec, operands), True
     if not (codes_batched or scales_batched or layer_batched):
         operands = operands._replace(x=jnp.moveaxis(x, 0, spec.batch))
         return jnp.moveaxis(sharded_product(spec, operands), spec.batch, 0), True
     if layer_batched:
-        # Different layers at once: they have to be cut out.
+        # A kernel reads a single layer of a stack, so different layers are cut out.
         axes = (0 if codes_batched else None, 0)
         codes = jax.vmap(take_layer, axes)(codes, layer)
         layer, codes_batched = None, True
-    mapped = functools.partial(with_mapped_axis, size)
-    codes = mapped(codes, codes_batched)
-    if layer is not None:  # behind the axis of layers
+    codes = with_mapped_axis(size, codes, codes_batched)
+    if layer is not None:  # the axis of layers comes first
         codes = jnp.moveaxis(codes, 0, 1)
-    x, scales = mapped(x, x_batched), mapped(scales, scales_batched)
+    x = with_mapped_axis(size, x, x_batched)
+    scales = with_mapped_axis(size, scales, scales_batched)
     spec = replace(spec, batch=spec.batch + 1)
     return sharded_product(spec, Operands(x, codes, scales, layer)), True
 
 
-def _ragged_batched(
-    size: int, batched: Any, spec: ProductSpec, operands: Operands
+def _batched_ragged_product(
+    size: int, is_batched: Operands, spec: ProductSpec, operands: Operands
 ) -> Array:
-    """One product of all rows, sorted by expert again."""
-    if spec.mesh is not None:  # types say nothing of sorted rows
+    # The rows of all products are sorted by expert again, for a single product.
+    if spec.mesh is not None:  # types do not show how sorted rows are split
         run = functools.partial(
-            _ragged_batched, size, batched, replace(spec, mesh=None)
+            _batched_ragged_product, size, is_batched, replace(spec, mesh=None)
         )
         return in_auto_mode(run, spec.mesh, PartitionSpec())(operands)
     x, codes, scales, layer, offsets = operands
-    x_batched, own_experts, _, layer_batched, offsets_batched = batched
-    mapped = functools.partial(with_mapped_axis, size)
-    if layer is not None and (own_experts or layer_batched):
-        axes = (0 if own_experts else None, 0 if layer_batched else None)
-        codes, layer, own_experts = jax.vmap(take_layer, axes)(codes, layer), None, True
-    if own_experts:
+    x_batched, experts_batched, _, layer_batched, offsets_batched = is_batched
+    if layer is not None and (experts_batched or layer_batched):
+        axes = (0 if experts_batched else None, 0 if layer_batched else None)
+        codes = jax.vmap(take_layer, axes)(codes, layer)
+        layer, experts_batched = None, True
+    if experts_batched:
         codes, scales = (a.reshape(-1, *a.shape[2:]) for a in (codes, scales))
-    x, offsets = mapped(x, x_batched), mapped(offsets, offsets_batched)
-    rows = SortedRows.of(offsets, x.shape[1], own_experts)
+    x = with_mapped_axis(size, x, bool(x_batched))
+    assert offsets is not None
+    offsets = with_mapped_axis(size, offsets, bool(offsets_batched))
+    rows = SortedRows.sort(offsets, x.shape[1], bool(experts_batched))
     operands = Operands(rows.take(x), codes, scales, layer, rows.offsets)
     return rows.put_back(sharded_product(spec, operands))
 
 
-def _on_one_device(
-    layout: Layout, x: Array, codes: Array, scales: Array, numbers: tuple
+def _multiply_on_device(
+    layout: Layout,
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer_and_offsets: tuple[Array | None, Array | None],
 ) -> Array:
-    """Gathers weights, multiplies and sums, as the layout says."""
-    layer, offsets = numbers
+    """Gathers weights, multiplies and sums, as the layout says, in a `shard_map`."""
+    # 1. Gather the weights of a single layer.
+    layer, offsets = layer_and_offsets
     if layer is not None and layout.is_gathered:
         codes, layer = take_layer(codes, layer), None
     codes, scales = gather_weights(layout, codes, scales)
+
+    # 2. Check that the weights match x along the contracted axis: the mesh axes that
+    #    split x split them, and no others do (`Layout.contracted`).
     spec = layout.local
-    # The weights are now those of x's own slice of what is contracted: mesh axes that
-    # split x split them, and no others do (`Layout.contracted`), and sizes agree.
     per_byte = spec.format.codes_per_byte
-    rows = codes.shape[-2] * per_byte
-    assert spec.k <= rows < spec.k + per_byte, (spec, codes.shape)
+    num_rows = codes.shape[-2] * per_byte
+    assert spec.k <= num_rows < spec.k + per_byte, (spec, codes.shape)
     assert x.shape[-1] == (codes.shape[-1] if spec.transpose else spec.k), x.shape
     assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
     if offsets is not None:
-        (rows,), experts = layout.lead, layout.experts.kept
-        offsets = own_offsets(offsets, x.shape[0], rows, scales.shape[0], experts)
+        (row_axes,), expert_axes = layout.lead, layout.experts.kept
+        num_experts = scales.shape[0]
+        offsets = device_offsets(
+            offsets, x.shape[0], row_axes, num_experts, expert_axes
+        )
+
+    # 3. Multiply, and sum float32 parts over the mesh axes that split the contraction.
     result = jnp.dtype(spec.result or x.dtype)
     if layout.summed:
         spec = replace(spec, result=accumulator_dtype(result).name)
@@ -202,20 +226,24 @@ def _on_one_device(
     return sum_over(y, layout.summed, result)
 
 
-def own_offsets(
-    offsets: Array, rows: int, row_axes: Axes, experts: int, expert_axes: Axes
+def device_offsets(
+    offsets: Array, num_rows: int, row_axes: Axes, num_experts: int, expert_axes: Axes
 ) -> Array:
-    """Returns the offsets of one device's rows and experts, in a `shard_map`."""
+    """Returns the offsets of one device's rows and experts, in a `shard_map`.
+
+    The device has `num_rows` rows and `num_experts` experts.
+    """
     if row_axes:
-        offsets = jnp.clip(offsets - lax.axis_index(row_axes) * rows, 0, rows)
+        first_row = lax.axis_index(row_axes) * num_rows
+        offsets = jnp.clip(offsets - first_row, 0, num_rows)
     if expert_axes:
-        first = lax.axis_index(expert_axes) * experts
-        offsets = lax.dynamic_slice_in_dim(offsets, first, experts + 1)
+        first = lax.axis_index(expert_axes) * num_experts
+        offsets = lax.dynamic_slice_in_dim(offsets, first, num_experts + 1)
     return offsets
 
 
 def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, Array]:
-    """Gathers one device's codes and scales, as a layout says, inside a `shard_map`."""
+    """Gathers one device's codes and scales, as a layout says, in a `shard_map`."""
     if layout.experts.gathered:
         codes, scales = gather(codes, scales, layout.experts.gathered, -3)
     if layout.n.gathered:
@@ -223,3 +251,39 @@ def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, 
     if layout.k.gathered:
         codes, scales = gather(codes, scales, layout.k.gathered, -2)
     return codes, scales
+
+
+# Products gather the weights of a kernel each time (FSDP). The next two functions
+# gather them once, for several products.
+def find_gather(q: Any, x: Array) -> MeshLayout | None:
+    """Returns the layout of products with rows like those of x `[*rows, D]`.
+
+    Returns None if they gather no weights of the kernel, which may be of any kind.
+    """
+    if not q.is_packed:
+        return None
+    mesh = explicit_mesh(x, q)
+    if mesh is not None and {*mesh.axis_types} != {AxisType.Explicit}:
+        return None  # types do not show how other axes split
+    spec, scales_shape = replace(product_spec(q), mesh=mesh), q.scales.shape
+    x_shape = *scales_shape[: spec.batch], *x.shape[:-1], spec.k
+    weight_axes = typed_axes(q.codes)
+    x_axes = [*weight_axes[: spec.batch], *typed_axes(x)[:-1], ()]
+    mesh_layout = find_layout(spec, x_axes, weight_axes, x_shape, scales_shape)
+    if mesh_layout is None or not mesh_layout.layout.is_gathered:
+        return None
+    return mesh_layout
+
+
+def gathered(q: QTensor, mesh_layout: MeshLayout) -> QTensor:
+    """Returns a kernel on the device with its codes and float32 scales gathered."""
+    layout, mesh = mesh_layout.layout, mesh_layout.mesh
+    arrays = [q.codes, float_scales(q)]
+    if AxisType.Explicit in mesh.axis_types:
+        arrays = [split_by(array, mesh, layout.weights) for array in arrays]
+    axes = (*layout.batch, layout.k.kept, layout.n.kept)
+    in_specs, out_specs = (layout.weights,) * 2, (make_spec(*axes),) * 2
+    gather_both = mesh_layout.shard_map(gather_weights, in_specs, out_specs)
+    codes, scales = gather_both(*arrays)
+    placement = q.placement and replace(q.placement, kernel=axes)
+    return with_scales(replace(q, codes=codes, placement=placement), scales)

@@ -1,48 +1,53 @@
-"""The static facts of a product."""
+"""The static facts of a product, and the interface of the back ends that compute it."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import abc
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.lax import PrecisionLike
 from jaxtyping import Array
 
-from ..quant.formats import Format
-from ..quant.placement import Placement
-from ..quant.settings import Packing
+from .._jax.specs import AnyMesh
+from ..quant.formats import Format, Packing
+from ..quant.kernel import Placement
+from ..quant.qtensor import QTensor
 
 
 class Operands(NamedTuple):
     """The arrays of a product."""
 
-    x: Array  # `[*batch, *rows, .]`; a back end gets one axis of rows, `[*batch, M, .]`
-    codes: Array  # uint8 `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer
-    scales: Array  # float32 `[*batch, blocks, N]`, those of the layer
+    # `[*batch, *rows, .]`. A back end gets a single axis of rows, `[*batch, M, .]`.
+    x: Array
+    codes: Array  # uint8 `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index
+    scales: Array  # float32 `[*batch, blocks, N]`, always of a single layer
     layer: Array | None
-    # Of a ragged product, int32 `[E + 1]`: x is `[M, .]`, and rows `offsets[e]` to
-    # `offsets[e + 1]` are multiplied by expert e. Results of other rows are zero.
+    # For a ragged product, int32 `[E + 1]`: x is `[M, .]`, and its rows `offsets[e]` to
+    # `offsets[e + 1]` are multiplied by expert e. The results of other rows are zero.
     offsets: Array | None = None
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ProductSpec:
-    """The static facts of a product of `x [*batch, *rows, K]` and packed weights.
+    """The static facts of a product of `x [*batch, *rows, K]` with packed weights.
 
-    A pytree without leaves, so that it passes through transformations as an argument.
+    It is a pytree without leaves, so transformations accept it as an argument.
     """
 
-    packing: Packing  # its scales are float32 in a product
-    dtype_name: str  # the logical dtype, to which a weight is rounded first
-    k: int  # rows of the weights
-    batch: int = 0  # number of batch axes, without that of experts
+    packing: Packing  # with float32 scales, as products receive them
+    dtype_name: str  # the logical dtype, to which weights are rounded first
+    k: int  # the number of rows of the weights
+    batch: int = 0  # the number of batch axes, without the axis of experts
     transpose: bool = False  # whether to multiply by the transposed weights
-    backend: str | tuple[str, ...] | None = None  # None: the platform's
-    precision: Any = None
+    backend: str | tuple[str, ...] | None = None  # None selects by platform
+    precision: PrecisionLike = None
     placement: Placement | None = None  # of the weights, if declared
-    mesh: Any = None  # with Explicit axes, from the types of operands
+    mesh: AnyMesh | None = None  # with Explicit axes, from the types of operands
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
-    result: str | None = None  # dtype of the result; None for that of x
+    result: str | None = None  # the dtype of the result; None for the dtype of x
 
     @property
     def format(self) -> Format:
@@ -51,10 +56,48 @@ class ProductSpec:
 
     @property
     def block_size(self) -> int:
-        """Rows of the weights that share a scale."""
+        """The number of rows of the weights that share a scale."""
         return self.packing.block_size
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The logical dtype."""
         return jnp.dtype(self.dtype_name)
+
+
+def product_spec(q: QTensor) -> ProductSpec:
+    """Returns the spec of products with a kernel, with default options."""
+    *batch, k, _ = q.matrix_shape
+    packing = replace(q.packing, double_quant=False)
+    return ProductSpec(packing, q.dtype_name, k, len(batch), placement=q.placement)
+
+
+class Backend(abc.ABC):
+    """Computes the product of one device's arrays, with the results of `Reference`."""
+
+    is_opaque = False  # whether XLA cannot partition the product, as for a kernel
+
+    def refusal(
+        self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
+    ) -> str | None:
+        """Returns the reason why a product is not supported, or None if it is.
+
+        `shape` `[*batch, M, .]` and `dtype` are those of x, where M may be symbolic.
+        `columns` is N.
+        """
+        del spec, shape, dtype, columns
+        return None
+
+    @abc.abstractmethod
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`.
+
+        The dtype of the result is `spec.result`, or else that of x.
+        """
+
+    @abc.abstractmethod
+    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """Returns the product of each row of x `[M, .]` with its expert's weights.
+
+        The dtype of the result is `spec.result`, or else that of x.
+        """

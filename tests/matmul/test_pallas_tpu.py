@@ -17,8 +17,7 @@ from tolerances import assert_close
 
 from qlora_jax.matmul.backends.pallas_tpu import decode, fused
 from qlora_jax.matmul.backends.pallas_tpu import visits as ragged_kernel
-from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
-from qlora_jax.matmul.backends.pallas_tpu.tiling import Tiling, plan, vmem_bytes
+from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip, Tiling, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec
 from qlora_jax.quant.formats import Packing
 

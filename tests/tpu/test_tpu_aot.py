@@ -17,7 +17,7 @@ from tpu_helpers import TOPOLOGIES, chips_of, needs_libtpu, on_one, run_script
 
 import qlora_jax as ql
 from qlora_jax.matmul.backends.pallas_tpu import fused
-from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
+from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip
 from qlora_jax.matmul.spec import ProductSpec
 from qlora_jax.quant.formats import Packing
 

@@ -1,93 +1,99 @@
 """Products of rows that are sorted by expert, with one expert's weights at a time."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import export, lax
-from jaxtyping import Array, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from ..._jax.modes import varying_with
 
-# Rows that are multiplied at once: with fewer, products are slow, and with more, those
-# of an expert are padded by more.
+# The rows that are multiplied at once. Products with fewer rows are slow. With more
+# rows, experts that have few rows waste more of a tile.
 FEWEST_ROWS, MOST_ROWS = 8, 256
 
+# `carry = step(start, is_mine, carry)` for the tile of rows that begins at `start`, of
+# which `is_mine` marks the rows of the current expert.
+TileStep = Callable[[Int32[Array, ""], Bool[Array, " tile"], PyTree], PyTree]
+# Runs a step on each tile of the current expert's rows and returns the last carry.
+ForEachTile = Callable[[TileStep, PyTree], PyTree]
 
-def rows_at_once(rows: Any, experts: int) -> int:
-    """Returns the rows of a tile: about a quarter of those of an expert."""
-    if export.is_symbolic_dim(rows):  # there may be a single one
+
+def rows_at_once(num_rows: int, num_experts: int) -> int:
+    """Returns the size of a tile: about a quarter of the rows of an average expert."""
+    if export.is_symbolic_dim(num_rows):  # there may be only one row
         return 1
-    wanted = max(FEWEST_ROWS, rows // (4 * max(experts, 1)))
-    return min(rows, MOST_ROWS, 2 ** (wanted.bit_length() - 1))
+    target = max(FEWEST_ROWS, num_rows // (4 * max(num_experts, 1)))
+    return min(num_rows, MOST_ROWS, 2 ** (target.bit_length() - 1))
 
 
 def for_each_expert(
     offsets: Int32[Array, " experts_and_1"],
-    rows: Any,
-    body: Callable[[Any, Callable[[Callable, Any], Any], Any], Any],
-    carry: Any,
-) -> Any:
-    """Calls `carry = body(expert, for_each_tile, carry)` for experts that have rows.
-
-    `for_each_tile(step, carry)` calls `carry = step(start, mine, carry)` for each tile
-    of the expert's rows: where it starts, and which of its rows are the expert's.
-    """
-    experts = offsets.shape[0] - 1
-    size = rows_at_once(rows, experts)
-    if size == 0 or experts == 0:
+    num_rows: int,
+    body: Callable[[Int32[Array, ""], ForEachTile, PyTree], PyTree],
+    carry: PyTree,
+) -> PyTree:
+    """Calls `carry = body(expert, for_each_tile, carry)` for experts that have rows."""
+    num_experts = offsets.shape[0] - 1
+    size = rows_at_once(num_rows, num_experts)
+    if size == 0 or num_experts == 0:
         return carry
     has_rows = offsets[1:] > offsets[:-1]
-    order = jnp.argsort(~has_rows, stable=True)
+    order = jnp.argsort(~has_rows, stable=True)  # experts that have rows come first
 
-    def one(i: Any, carry: Any) -> Any:
+    def visit_expert(i: Array, carry: PyTree) -> PyTree:
         expert = order[i]
         first, end = offsets[expert], offsets[expert + 1]
 
-        def for_each_tile(step: Callable, carry: Any) -> Any:
-            def tile(j: Any, carry: Any) -> Any:
-                # The last tile starts so that it ends with the rows.
-                wanted = first + j * size
-                start = jnp.minimum(wanted, rows - size)
-                at = start + jnp.arange(size, dtype=jnp.int32)
-                return step(start, (at >= wanted) & (at < end), carry)
+        def for_each_tile(step: TileStep, carry: PyTree) -> PyTree:
+            def visit_tile(j: Array, carry: PyTree) -> PyTree:
+                # The last tile may begin earlier, so that it does not extend beyond the
+                # rows. The mask leaves out the rows that were visited before.
+                first_in_tile = first + j * size
+                start = jnp.minimum(first_in_tile, num_rows - size)
+                row = start + jnp.arange(size, dtype=jnp.int32)
+                return step(start, (row >= first_in_tile) & (row < end), carry)
 
-            return lax.fori_loop(0, -(-(end - first) // size), tile, carry)
+            num_tiles = -(-(end - first) // size)
+            return lax.fori_loop(0, num_tiles, visit_tile, carry)
 
         return body(expert, for_each_tile, carry)
 
-    return lax.fori_loop(0, jnp.sum(has_rows), one, carry)
+    return lax.fori_loop(0, jnp.sum(has_rows), visit_expert, carry)
 
 
 def grouped_product(
     x: Float[Array, "m contracted"],
     offsets: Int32[Array, " experts_and_1"],
-    weights: Callable[[Any], Any],
-    multiply: Callable[[Array, Any], Array],
+    weights: Callable[[Array], Array],
+    multiply: Callable[[Array, Array], Array],
     outputs: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Float[Array, "m outputs"]:
-    """Returns `multiply(rows, weights(expert))` of the rows of each expert.
+    """Returns `multiply(rows, weights(expert))` for the rows of each expert.
 
-    In `dtype`. Weights are computed once for all rows of an expert.
+    The result is in `dtype`. The weights of an expert are computed once for its rows.
     """
-    rows = x.shape[0]
-    size = rows_at_once(rows, offsets.shape[0] - 1)
+    num_rows = x.shape[0]
+    size = rows_at_once(num_rows, offsets.shape[0] - 1)
 
-    def of_expert(expert: Any, for_each_tile: Callable, y: Array) -> Array:
+    def multiply_expert(expert: Array, for_each_tile: ForEachTile, y: Array) -> Array:
         w = weights(expert)
 
-        def step(start: Any, mine: Array, y: Array) -> Array:
-            cut = lambda a: lax.dynamic_slice_in_dim(a, start, size)
-            new = multiply(cut(x), w).astype(y.dtype)
-            part = jnp.where(mine[:, None], new, cut(y))
-            return lax.dynamic_update_slice_in_dim(y, part, start, 0)
+        def multiply_tile(start: Array, is_mine: Array, y: Array) -> Array:
+            x_tile = lax.dynamic_slice_in_dim(x, start, size)
+            product = multiply(x_tile, w).astype(y.dtype)
+            y_tile = lax.dynamic_slice_in_dim(y, start, size)
+            y_tile = jnp.where(is_mine[:, None], product, y_tile)
+            return lax.dynamic_update_slice_in_dim(y, y_tile, start, 0)
 
-        return for_each_tile(step, y)
+        return for_each_tile(multiply_tile, y)
 
-    y = varying_with(jnp.zeros((rows, outputs), dtype), x, offsets)
-    return for_each_expert(offsets, rows, of_expert, y)
+    y = varying_with(jnp.zeros((num_rows, outputs), dtype), x, offsets)
+    return for_each_expert(offsets, num_rows, multiply_expert, y)
 
 
 def grouped_gradient(
@@ -95,31 +101,30 @@ def grouped_gradient(
     g: Float[Array, "m n"],
     offsets: Int32[Array, " experts_and_1"],
     multiply: Callable[[Array, Array], Array],
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Float[Array, "experts k n"]:
-    """Returns the sums of `multiply(x, g)`, `[K, N]`, over the rows of each expert.
+    """Returns the sum of `multiply(x, g)`, `[K, N]`, over the rows of each expert.
 
-    In `dtype`.
+    The result is in `dtype`. The sums are in the dtype of `multiply`.
     """
     shape = offsets.shape[0] - 1, x.shape[1], g.shape[1]
     size = rows_at_once(x.shape[0], shape[0])
 
-    def of_expert(expert: Any, for_each_tile: Callable, dw: Array) -> Array:
-        def step(start: Any, mine: Array, total: Array) -> Array:
-            cut = lambda a: lax.dynamic_slice_in_dim(a, start, size)
-            own = lambda a: jnp.where(mine[:, None], cut(a), 0)
-            return total + multiply(own(x), own(g))
+    def sum_expert(expert: Array, for_each_tile: ForEachTile, dw: Array) -> Array:
+        def add_tile(start: Array, is_mine: Array, total: Array) -> Array:
+            def take_mine(rows: Array) -> Array:
+                tile = lax.dynamic_slice_in_dim(rows, start, size)
+                return jnp.where(is_mine[:, None], tile, 0)
 
-        like = jax.eval_shape(multiply, x, g)
-        total = for_each_tile(step, varying_with(jnp.zeros(*_of(like)), x, g))
-        return lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), expert, 0)
+            return total + multiply(take_mine(x), take_mine(g))
+
+        total = jax.eval_shape(multiply, x, g)
+        zeros = varying_with(jnp.zeros(total.shape, total.dtype), x, g)
+        total = for_each_tile(add_tile, zeros).astype(dw.dtype)
+        return lax.dynamic_update_index_in_dim(dw, total, expert, 0)
 
     dw = varying_with(jnp.zeros(shape, dtype), x, g, offsets)
-    return for_each_expert(offsets, x.shape[0], of_expert, dw)
-
-
-def _of(like: Any) -> tuple[tuple[int, ...], Any]:
-    return like.shape, like.dtype
+    return for_each_expert(offsets, x.shape[0], sum_expert, dw)
 
 
 class SortedRows(NamedTuple):
@@ -127,27 +132,30 @@ class SortedRows(NamedTuple):
 
     order: Int32[Array, " rows"]
     offsets: Int32[Array, " experts_and_1"]
-    shape: tuple[Any, Any]
+    shape: tuple[int, int]
 
     @classmethod
-    def of(cls, offsets: Array, rows: Any, own_experts: bool) -> "SortedRows":
-        """Sorts by expert; with `own_experts`, by expert `[B * E]`.
+    def sort(
+        cls, offsets: Array, num_rows: int, has_batch_of_experts: bool
+    ) -> "SortedRows":
+        """Sorts the rows by expert. Rows that belong to no expert come last.
 
-        Rows of no expert come last.
+        Products share their experts, or each has its own, numbered `[B * E]`.
         """
-        batch, experts = offsets.shape[0], offsets.shape[1] - 1
-        total = experts * (batch if own_experts else 1)
+        batch, num_experts = offsets.shape[0], offsets.shape[1] - 1
+        total_experts = num_experts * (batch if has_batch_of_experts else 1)
 
-        def expert_of_rows(i: Array, offsets: Array) -> Array:
-            at = jnp.arange(rows, dtype=jnp.int32)
-            expert = jnp.searchsorted(offsets[1:], at, side="right")
-            has_expert = (at >= offsets[0]) & (expert < experts)
-            return jnp.where(has_expert, expert + i * experts * own_experts, total)
+        def find_experts(i: Array, offsets: Array) -> Array:
+            row = jnp.arange(num_rows, dtype=jnp.int32)
+            expert = jnp.searchsorted(offsets[1:], row, side="right")
+            has_expert = (row >= offsets[0]) & (expert < num_experts)
+            first_expert = i * num_experts * has_batch_of_experts
+            return jnp.where(has_expert, expert + first_expert, total_experts)
 
-        expert = jax.vmap(expert_of_rows)(jnp.arange(batch), offsets).reshape(-1)
-        ends = jnp.cumsum(jnp.bincount(expert, length=total), dtype=jnp.int32)
+        expert = jax.vmap(find_experts)(jnp.arange(batch), offsets).reshape(-1)
+        ends = jnp.cumsum(jnp.bincount(expert, length=total_experts), dtype=jnp.int32)
         offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
-        return cls(jnp.argsort(expert, stable=True), offsets, (batch, rows))
+        return cls(jnp.argsort(expert, stable=True), offsets, (batch, num_rows))
 
     def take(self, x: Array) -> Array:
         """Returns the rows of `[B, M, .]`, sorted."""

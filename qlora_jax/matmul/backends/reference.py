@@ -2,42 +2,47 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jax import export, lax
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from ..._jax.pytree import take_layer
 from ...quant.codes import dequantize_blocks, select_values
 from ...quant.qtensor import round_to
-from ..spec import Operands, ProductSpec
-from .base import Backend
+from ..spec import Backend, Operands, ProductSpec
 from .grouped import grouped_product
 
 # Returns the codes and the scales of an expert.
-Take = Callable[[Array], tuple[Array, Array]]
+TakeExpert = Callable[[Array], tuple[Array, Array]]
 
 
-def accumulator_dtype(dtype: Any) -> Any:
+def accumulator_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype in which products of `dtype` are summed: float32, or float64."""
-    # NumPy's promotion: JAX refuses this one where promotion is strict.
+    # By NumPy's rules, because JAX rejects this promotion in its strict mode.
     return np.promote_types(dtype, np.float32)
 
 
 def dot(
-    x: Any, w: Any, *, transpose: bool, precision: Any, result: Any = None
+    x: Float[Array, "..."] | np.ndarray,
+    w: Float[Array, "..."] | np.ndarray,
+    *,
+    transpose: bool,
+    precision: PrecisionLike,
+    result: DTypeLike | None = None,
 ) -> Float[Array, "*batch outputs"]:
-    """Returns `x @ w` or `x @ w^T` over matching batch axes, summed in float32.
+    """Returns `x @ w` or `x @ w^T` over equal batch axes, summed in float32.
 
-    In the dtype of the sum, or in `result`. A constant may be a NumPy array here.
+    The dtype of the result is `result`, or else that of the sum.
     """
     batch = tuple(range(w.ndim - 2))
-    contract = w.ndim - 1 if transpose else w.ndim - 2
+    contracted = w.ndim - 1 if transpose else w.ndim - 2
     return lax.dot_general(
         x,
         w,
-        (((x.ndim - 1,), (contract,)), (batch, batch)),
+        (((x.ndim - 1,), (contracted,)), (batch, batch)),
         precision=precision,
         preferred_element_type=result or accumulator_dtype(x.dtype),
     )
@@ -47,22 +52,22 @@ def decode(
     spec: ProductSpec,
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
-    dtype: Any,
+    dtype: np.dtype,
     k: int | None = None,
     look_up: Callable = select_values,
     round_to: Callable = round_to,
 ) -> Float[Array, "*batch k n"]:
-    """Returns weights (`k` rows, or all) in `dtype`, rounded to `spec.dtype` first."""
+    """Returns all weights, or `k` rows, in `dtype`, rounded to `spec.dtype` first."""
     k = spec.k if k is None else k
     w = dequantize_blocks(codes, scales, spec.packing, k, look_up)
     return round_to(w, spec.dtype, dtype)
 
 
 class Reference(Backend):
-    """Decodes all weights, then multiplies."""
+    """Decodes all weights, and then multiplies."""
 
-    def _result(self, dtype: Any) -> Any:
-        """The dtype that the multiplication itself writes, for x of a dtype."""
+    def _dot_dtype(self, dtype: np.dtype) -> np.dtype:
+        """The dtype that the multiplication itself writes, for x of `dtype`."""
         return accumulator_dtype(dtype)
 
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
@@ -70,7 +75,8 @@ class Reference(Backend):
         x, codes, scales, layer, _ = operands
         if layer is not None:
             codes = take_layer(codes, layer)
-        # Else XLA decodes every layer of a Python loop before the first product.
+        # Without the barrier, XLA decodes every layer of a Python loop before the first
+        # product.
         x, codes, scales = lax.optimization_barrier((x, codes, scales))
         return self._multiply(spec, x, codes, scales)
 
@@ -78,60 +84,74 @@ class Reference(Backend):
         self, spec: ProductSpec, x: Array, codes: Array, scales: Array
     ) -> Array:
         w = decode(spec, codes, scales, x.dtype)
-        settings = {"transpose": spec.transpose, "precision": spec.precision}
-        result = spec.result or self._result(x.dtype)
-        return dot(x, w, **settings, result=result).astype(spec.result or x.dtype)
+        return self._dot(spec, x, w).astype(spec.result or x.dtype)
+
+    def _dot(self, spec: ProductSpec, x: Array, w: Array) -> Array:
+        return dot(
+            x,
+            w,
+            transpose=spec.transpose,
+            precision=spec.precision,
+            result=spec.result or self._dot_dtype(x.dtype),
+        )
 
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.ragged_product`."""
         x, codes, scales, layer, offsets = operands
         assert offsets is not None
-        experts, first = scales.shape[0], 0
-        if layer is not None:  # each expert is cut out of the whole stack
-            codes, first = codes.reshape(-1, *codes.shape[-2:]), layer * experts
+        num_experts, first = scales.shape[0], 0
+        if layer is not None:
+            # Each expert is cut out of the stack `[L * E, ., N]`, to copy no layer.
+            codes, first = codes.reshape(-1, *codes.shape[-2:]), layer * num_experts
 
-        def take(e: Array) -> tuple[Array, Array]:
-            return take_layer(codes, first + e), take_layer(scales, e)
+        def take_expert(expert: Array) -> tuple[Array, Array]:
+            return take_layer(codes, first + expert), take_layer(scales, expert)
 
-        return self._ragged(spec, x, take, offsets, scales.shape[-1])
+        return self._multiply_experts(spec, x, take_expert, offsets, scales.shape[-1])
 
-    def _ragged(
-        self, spec: ProductSpec, x: Array, take: Take, offsets: Array, n: int
+    def _multiply_experts(
+        self,
+        spec: ProductSpec,
+        x: Array,
+        take_expert: TakeExpert,
+        offsets: Array,
+        n: int,
     ) -> Array:
-        """As `ragged_product`."""
-        settings = {"transpose": spec.transpose, "precision": spec.precision}
-        result = self._result(x.dtype)
-        multiply = lambda x, w: dot(x, w, **settings, result=spec.result or result)
-        weights = lambda e: decode(spec, *take(e), x.dtype)
-        outputs = spec.k if spec.transpose else n
-        dtype = spec.result or x.dtype
-        return grouped_product(x, offsets, weights, multiply, outputs, dtype)
+        return grouped_product(
+            x,
+            offsets,
+            lambda expert: decode(spec, *take_expert(expert), x.dtype),
+            lambda rows, w: self._dot(spec, rows, w),
+            spec.k if spec.transpose else n,
+            spec.result or x.dtype,
+        )
 
 
 class Rounding(Reference):
-    """As `Reference`, but the multiplication itself rounds its sums to bfloat16."""
+    """As `Reference`, except that the multiplication itself rounds to bfloat16."""
 
-    # On a GPU that is the vendor's GEMM, with no second kernel to round. Where a result
-    # has too few tiles to keep the GPU busy, it may cut sums and round their parts.
+    # On a GPU, the vendor's GEMM then rounds, and no second kernel has to. If a result
+    # has too few tiles to keep the GPU busy, the GEMM may split sums and round their
+    # parts, so this is only for large results.
     is_opaque = True  # XLA would add rounded parts of a sum that it partitions
     smallest = 2**24  # elements: 512 tiles of 128 x 256, about four for each processor
 
     def refusal(
-        self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
+        self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
     ) -> str | None:
         """See `Backend.refusal`."""
         if dtype != np.dtype("bfloat16"):
             return f"It is for inputs in bfloat16. Got {dtype}."
         outputs = spec.k if spec.transpose else columns
-        rows = math.prod(shape[:-1])
-        if export.is_symbolic_dim(rows):
-            return "It needs to know how many rows there are."
-        if rows * outputs < self.smallest:
+        num_rows = math.prod(shape[:-1])
+        if export.is_symbolic_dim(num_rows):
+            return "It needs a number of rows that is not symbolic."
+        if num_rows * outputs < self.smallest:
             return (
                 f"It is for results of {self.smallest} elements or more. Got "
-                f"{rows} x {outputs}."
+                f"{num_rows} x {outputs}."
             )
         return None
 
-    def _result(self, dtype: Any) -> Any:
+    def _dot_dtype(self, dtype: np.dtype) -> np.dtype:
         return dtype

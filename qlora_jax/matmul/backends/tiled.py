@@ -1,130 +1,45 @@
-"""The product in tiles of columns, for CPUs: the decoded weights stay in cache.
+"""The product in tiles of columns, for CPUs: decoded weights stay in cache.
 
-Forward tiles run over N, the input gradient's over K: nothing is summed across tiles.
+Forward tiles are columns of the weights, and those of the input gradient are rows, so
+that nothing is summed across tiles.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
-from jaxtyping import Array, Float, Float32, UInt8, UInt16
+from jaxtyping import Array, Float32, UInt8, UInt16
 
 from ..._jax.pytree import take_layer
 from ...quant.codes import (
     bits_of,
     choose,
+    choose_nibbles,
     gather_values,
     join_blocks,
     select_values,
     split_blocks,
 )
 from ...quant.formats import Format
-from ...quant.nibbles import choose_nibbles
 from ...quant.qtensor import round_to
 from ...quant.schemes import look_up
 from ..spec import Operands, ProductSpec
 from .grouped import grouped_product
-from .reference import Reference, Take, decode, dot
+from .reference import Reference, TakeExpert, decode, dot
 
-# Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
+# The bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
-# A product packs its left operand again for every tile, and a row of codes is read in
-# as many pieces as there are tiles of columns: narrower tiles are slower.
+# Narrower tiles are slower: a product packs its left operand again for every tile, and
+# a row of codes is read in as many pieces as there are tiles of columns.
 NARROWEST_COLUMNS, NARROWEST_ROWS = 256, 128
-# Tables of scaled values: for smaller blocks their 16 products are no longer few beside
-# the block's own, and those of more columns leave the first-level cache.
+# Limits of the tables of scaled values. In smaller blocks, computing the 16 products
+# of a table is no longer cheap compared with the products of the block itself. Tables
+# of more columns do not fit the first-level cache.
 SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
-
-
-def _product(
-    spec: ProductSpec,
-    x: Float[Array, "*batch m contracted"],
-    codes: UInt8[Array, "*stack rows n"],
-    scales: Float32[Array, "*batch blocks n"],
-) -> Float[Array, "*batch m outputs"]:
-    size, tile = _outputs(spec, codes.shape[-1], math.prod(codes.shape[:-2]))
-    # XLA multiplies a single row in 16 bits by another routine than two rows, which is
-    # several times slower, but not one in float32. The values are those of 16 bits.
-    left = x.astype(jnp.float32) if _is_row(x) and x.dtype.itemsize == 2 else x
-    result = jnp.dtype(spec.result or x.dtype)
-
-    def multiply(w: Array) -> Array:
-        w = w.astype(left.dtype)
-        y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
-        return y.astype(result)
-
-    in_pairs = _sums_pairs(spec, x)
-    if tile == size and in_pairs:
-        return _multiply_row(spec, x, codes, scales)
-    # Outside a loop, a gather is as fast as selects and compiles faster.
-    if tile == size:
-        return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
-
-    def of_tile(start: Any, tile: int) -> Array:
-        part = _cut_tile(spec, codes, scales, start, tile)
-        if in_pairs:
-            return _multiply_row(spec, x, *part)
-        return multiply(_decode_tile(spec, *part, x.dtype, tile))
-
-    return _in_tiles(x.shape[:-1], result, size, tile, of_tile)
-
-
-def _outputs(spec: ProductSpec, n: int, matrices: int) -> tuple[int, int]:
-    """Returns the number of outputs, and of those in a tile."""
-    size, unit, narrowest = n, 1, NARROWEST_COLUMNS
-    if spec.transpose:
-        size, unit, narrowest = spec.k, spec.block_size, NARROWEST_ROWS
-    return size, _tile(size, unit, narrowest, 4 * matrices * spec.k * n)
-
-
-def _cut_tile(
-    spec: ProductSpec, codes: Array, scales: Array, start: Any, tile: int
-) -> tuple[Array, Array]:
-    """Returns the codes and scales of a tile of outputs."""
-    if spec.transpose:
-        per_byte = spec.format.codes_per_byte
-        part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
-        blocks = -(-tile // spec.block_size)
-        return part, _cut(scales, start // spec.block_size, blocks, -2)
-    # Rows of the tile's codes are short and far apart in memory: decoding them in
-    # place waits for memory at each row, and a copy does not.
-    part = lax.optimization_barrier(_cut(codes, start, tile, -1))
-    return part, _cut(scales, start, tile, -1)
-
-
-def _decode_tile(
-    spec: ProductSpec, codes: Array, scales: Array, dtype: Any, tile: int
-) -> Array:
-    if spec.transpose:
-        return _decode(spec, codes, scales, dtype, tile)
-    if _has_scaled_tables(spec, tile, dtype):
-        return _decode_scaled(spec, codes, scales, dtype)
-    return _decode(spec, codes, scales, dtype)
-
-
-def _in_tiles(
-    rows: tuple, dtype: Any, size: int, tile: int, of_tile: Callable[[Any, int], Array]
-) -> Array:
-    """Returns `of_tile(start, tile)` of all tiles of outputs, `[*rows, size]`."""
-
-    def step(i: Array, y: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(
-            y, of_tile(i * tile, tile), i, y.ndim - 2
-        )
-
-    # Tiles have a separate axis: where they are columns of a matrix, XLA on CPUs
-    # converts the whole result at every step on some versions, in 16-bit dtypes.
-    count, rest = divmod(size, tile)
-    y = lax.fori_loop(0, count, step, jnp.zeros((*rows, count, tile), dtype))
-    y = y.reshape(*rows, count * tile)
-    if rest:
-        y = jnp.concatenate([y, of_tile(size - rest, rest)], axis=-1)
-    return y
 
 
 class Tiled(Reference):
@@ -135,38 +50,131 @@ class Tiled(Reference):
         x, codes, scales, layer, _ = operands
         if not _sums_pairs(spec, x):
             return super().product(spec, operands)
-        # What decodes the codes depends on x here, and reads them where they are: they
-        # would be copied in front of a barrier.
+        # The decoding depends on x here, so the codes need no barrier, which would copy
+        # them.
         x, scales = lax.optimization_barrier((x, scales))
         codes = codes if layer is None else take_layer(codes, layer)
-        return _product(spec, x, codes, scales)
+        return self._multiply(spec, x, codes, scales)
 
     def _multiply(
         self, spec: ProductSpec, x: Array, codes: Array, scales: Array
     ) -> Array:
-        return _product(spec, x, codes, scales)
+        num_matrices = math.prod(codes.shape[:-2])
+        size, tile = _tile_outputs(spec, codes.shape[-1], num_matrices)
+        # XLA multiplies a single row in 16 bits by a routine that is several times
+        # slower than for two rows, but a row in float32 by a fast one. Casting does not
+        # change values of 16 bits.
+        is_narrow_row = _is_row(x) and x.dtype.itemsize == 2
+        left = x.astype(jnp.float32) if is_narrow_row else x
+        result = jnp.dtype(spec.result or x.dtype)
 
-    def _ragged(
-        self, spec: ProductSpec, x: Array, take: Take, offsets: Array, n: int
+        def multiply(w: Array) -> Array:
+            w = w.astype(left.dtype)
+            y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
+            return y.astype(result)
+
+        sums_pairs = _sums_pairs(spec, x)
+        if tile == size and sums_pairs:
+            return _multiply_row(spec, x, codes, scales)
+        if tile == size:
+            # Outside of a loop, a gather is as fast as selects and compiles faster.
+            return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
+
+        def compute_tile(start: Array | int, tile: int) -> Array:
+            part = _cut_tile(spec, codes, scales, start, tile)
+            if sums_pairs:
+                return _multiply_row(spec, x, *part)
+            return multiply(_decode_tile(spec, *part, x.dtype, tile))
+
+        return _join_tiles(x.shape[:-1], result, size, tile, compute_tile)
+
+    def _multiply_experts(
+        self,
+        spec: ProductSpec,
+        x: Array,
+        take_expert: TakeExpert,
+        offsets: Array,
+        n: int,
     ) -> Array:
         def multiply(rows: Array, w: Array) -> Array:
             w = w.astype(x.dtype)
             return dot(rows, w, transpose=spec.transpose, precision=spec.precision)
 
-        def of_tile(start: Any, tile: int) -> Array:
-            def weights(e: Any) -> Array:
-                codes, scales = take(e)
+        def compute_tile(start: Array | int, tile: int) -> Array:
+            def decode_expert(expert: Array) -> Array:
+                codes, scales = take_expert(expert)
                 if tile < size:
                     codes, scales = _cut_tile(spec, codes, scales, start, tile)
                 return _decode_tile(spec, codes, scales, x.dtype, tile)
 
-            return grouped_product(x, offsets, weights, multiply, tile, dtype)
+            return grouped_product(x, offsets, decode_expert, multiply, tile, result)
 
-        dtype = jnp.dtype(spec.result or x.dtype)
-        size, tile = _outputs(spec, n, 1)
+        result = jnp.dtype(spec.result or x.dtype)
+        size, tile = _tile_outputs(spec, n, 1)
         if tile == size:
-            return of_tile(0, tile)
-        return _in_tiles(x.shape[:-1], dtype, size, tile, of_tile)
+            return compute_tile(0, tile)
+        return _join_tiles(x.shape[:-1], result, size, tile, compute_tile)
+
+
+def _tile_outputs(spec: ProductSpec, n: int, num_matrices: int) -> tuple[int, int]:
+    """Returns the number of outputs, and the number in a tile."""
+    size, unit, narrowest = n, 1, NARROWEST_COLUMNS
+    if spec.transpose:
+        # Tiles of rows consist of whole blocks.
+        size, unit, narrowest = spec.k, spec.block_size, NARROWEST_ROWS
+    weight_bytes = 4 * num_matrices * spec.k * n
+    num_tiles = min(-(-weight_bytes // TILE_BYTES), size // max(narrowest, unit))
+    if num_tiles <= 1:
+        return size, size
+    # Prefers tiles of equal size, because a smaller last one is compiled separately.
+    for fewer in range(num_tiles, num_tiles // 2, -1):
+        if size % (fewer * unit) == 0:
+            return size, size // fewer
+    return size, size // num_tiles // unit * unit
+
+
+def _cut_tile(
+    spec: ProductSpec, codes: Array, scales: Array, start: Array | int, tile: int
+) -> tuple[Array, Array]:
+    """Returns the codes and scales of the `tile` outputs from `start` on."""
+    if spec.transpose:
+        per_byte = spec.format.codes_per_byte
+        part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
+        num_blocks = -(-tile // spec.block_size)
+        return part, _cut(scales, start // spec.block_size, num_blocks, -2)
+    # The rows of a tile's codes are short and far apart in memory. Decoding them in
+    # place would wait for memory at each row; the barrier makes XLA copy them first.
+    part = lax.optimization_barrier(_cut(codes, start, tile, -1))
+    return part, _cut(scales, start, tile, -1)
+
+
+def _cut(a: Array, start: Array | int, size: int, axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(a, start, size, a.ndim + axis)
+
+
+def _join_tiles(
+    rows: tuple[int, ...],
+    dtype: np.dtype,
+    size: int,
+    tile: int,
+    compute_tile: Callable[[Array | int, int], Array],
+) -> Array:
+    """Returns `compute_tile(start, tile)` of all tiles of outputs, `[*rows, size]`."""
+
+    def compute_and_store(i: Array, y: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(
+            y, compute_tile(i * tile, tile), i, y.ndim - 2
+        )
+
+    # Tiles have an axis of their own. If they were columns of a matrix, some versions
+    # of XLA on CPUs would convert the entire 16-bit result at every step.
+    num_tiles, num_left = divmod(size, tile)
+    y = jnp.zeros((*rows, num_tiles, tile), dtype)
+    y = lax.fori_loop(0, num_tiles, compute_and_store, y)
+    y = y.reshape(*rows, num_tiles * tile)
+    if num_left:
+        y = jnp.concatenate([y, compute_tile(size - num_left, num_left)], axis=-1)
+    return y
 
 
 def _is_row(x: Array) -> bool:
@@ -175,88 +183,133 @@ def _is_row(x: Array) -> bool:
 
 def _sums_pairs(spec: ProductSpec, x: Array) -> bool:
     """Whether `_multiply_row` computes the product."""
-    is_narrow = x.dtype.itemsize <= 4
-    return _is_row(x) and spec.format.bits == 4 and not spec.transpose and is_narrow
+    is_at_most_float32 = x.dtype.itemsize <= 4
+    is_4_bit = spec.format.bits == 4
+    return _is_row(x) and is_4_bit and not spec.transpose and is_at_most_float32
 
 
 def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
-    """Returns the product of one row, without the decoded weights."""
-    # XLA sums within its loop over columns only what is written out: the two rows of a
-    # byte. That leaves half as many rows, whose sum is a product with ones.
+    """Returns the product of a single row, without storing decoded weights."""
+    # Inside its loop over columns, XLA sums only what is written out: the two rows in a
+    # byte. The remaining sum over half as many rows is a product with ones.
     blocks = split_blocks(codes, scales.shape[-2], spec.packing)
     high, low = _pair_values(blocks, spec.format)
     *batch, num_blocks, block_rows, n = high.shape
     missing = 2 * num_blocks * block_rows - spec.k
     x32 = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     pairs = x32.reshape(*batch, num_blocks, block_rows, 2)
-    scale = scales[..., None, :]
-    first, second = pairs[..., :1], pairs[..., 1:]
+    scale = scales[..., None, :]  # [*batch, blocks, 1, n]
+    first, second = pairs[..., :1], pairs[..., 1:]  # [*batch, blocks, block_rows, 1]
     if spec.dtype == x.dtype == jnp.float32:
-        # One product with the scale for two weights. int4's are up to 8 before it, so
-        # sums are finite for x below 2e37.
+        # One multiplication by the scale for two weights. Before it, the values of int4
+        # are up to 8, so sums are finite for x below 2e37.
         sums = (high * first + low * second) * scale
-    else:  # weights are rounded
-        round_ = lambda w: _round_in_float32(w, spec.dtype, x.dtype)
-        sums = round_(high * scale) * first + round_(low * scale) * second
+    else:
+        # Each weight is rounded, so it has to be scaled first.
+        products = _round_in_float32(high * scale, spec.dtype, x.dtype) * first
+        sums = products + _round_in_float32(low * scale, spec.dtype, x.dtype) * second
     sums = sums.reshape(*batch, num_blocks * block_rows, n)
     ones = jnp.ones((*batch, 1, sums.shape[-2]), jnp.float32)
     y = dot(ones, sums, transpose=False, precision=spec.precision)
     return y.astype(spec.result or x.dtype)
 
 
+# Jitted for the same reason as `gather_values`.
 @functools.partial(jax.jit, static_argnums=1)
 def _pair_values(
     codes: UInt8[Array, "*blocks rows n"], fmt: Format
 ) -> tuple[Float32[Array, "*blocks rows n"], Float32[Array, "*blocks rows n"]]:
     """Returns the values of the first and of the second row in each byte."""
-    # Jitted for the reason that `gather_values` is.
     if fmt.is_uniform:
-        value = lambda code: code.astype(jnp.float32) + fmt.table[0]
-        return value(codes >> 4), value(codes & np.uint8(15))
-    # The byte is the index as it is: in 32 bits, the look-up takes four times as long
-    # on JAX 0.12.
+        high_code, low_code = codes >> 4, codes & np.uint8(15)
+        lowest = fmt.table[0]
+        return (
+            high_code.astype(jnp.float32) + lowest,
+            low_code.astype(jnp.float32) + lowest,
+        )
+    # The byte itself is the index into tables of 256 values. With 32-bit indices, the
+    # look-up takes four times as long on JAX 0.12.
     high, low = np.repeat(fmt.table, 16), np.tile(fmt.table, 16)
     return look_up(high, codes), look_up(low, codes)
 
 
-def _tile(size: int, unit: int, narrowest: int, weight_bytes: int) -> int:
-    """Columns (or rows: a multiple of the unit) of a tile; they divide, if some do."""
-    count = min(-(-weight_bytes // TILE_BYTES), size // max(narrowest, unit))
-    if count <= 1:
-        return size
-    for fewer in range(count, count // 2, -1):
-        if size % (fewer * unit) == 0:
-            return size // fewer
-    return size // count // unit * unit
+def _decode_tile(
+    spec: ProductSpec, codes: Array, scales: Array, dtype: np.dtype, tile: int
+) -> Array:
+    if spec.transpose:
+        return _decode(spec, codes, scales, dtype, tile)
+    # Look-ups of values that are already scaled and rounded to 16 bits select twice as
+    # many at once. They are not for gradients, whose tiles are as wide as the kernel.
+    if (
+        dtype.itemsize == 2
+        and spec.format.bits == 4
+        and not spec.format.is_uniform
+        and spec.block_size >= SMALLEST_SCALED_BLOCK
+        and tile <= WIDEST_SCALED
+    ):
+        return _decode_scaled(spec, codes, scales, dtype)
+    return _decode(spec, codes, scales, dtype)
 
 
-def _cut(a: Array, start: Any, size: int, axis: int) -> Array:
-    return lax.dynamic_slice_in_dim(a, start, size, a.ndim + axis)
+def _decode_scaled(
+    spec: ProductSpec, codes: Array, scales: Array, dtype: np.dtype
+) -> Array:
+    # Equals `reference.decode`, because a weight depends only on its code and scale.
+    fmt = spec.format
+    tables = _scaled_tables(scales, fmt, spec.dtype, dtype)  # [*batch, blocks, 16, n]
+    # Without the barrier, XLA would compute the tables again for every weight.
+    tables = lax.optimization_barrier(tables)
+    blocks = choose_nibbles(split_blocks(codes, scales.shape[-2], spec.packing))
+    entries = [
+        jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
+        for code in range(len(fmt.table))
+    ]
+    w = choose(bits_of(blocks, fmt), entries)
+    return lax.bitcast_convert_type(join_blocks(w, spec.k), dtype)
 
 
-def _round_to(w: Array, first: Any, then: Any) -> Array:
-    """Equals `round_to`; to bfloat16 in two thirds of XLA's operations on CPUs."""
-    if not _is_to_bfloat16(first, then):
-        return round_to(w, first, then)
+# Jitted for the same reason as `gather_values`.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _scaled_tables(
+    scales: Float32[Array, "*batch blocks n"],
+    fmt: Format,
+    logical_dtype: np.dtype,
+    dtype: np.dtype,
+) -> UInt16[Array, "*batch blocks 16 n"]:
+    """Returns the bits of the 16 possible weights of each block and column."""
+    # Bits, because XLA on CPUs would convert bfloat16 to float32 for each select.
+    table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
+    products = scales[..., None, :] * table
+    return lax.bitcast_convert_type(
+        _round_to(products, logical_dtype, dtype), jnp.uint16
+    )
+
+
+def _round_to(w: Array, dtype: np.dtype, result_dtype: np.dtype) -> Array:
+    """Equals `round_to`, with two thirds of XLA's operations for bfloat16 on CPUs."""
+    if not _is_to_bfloat16(dtype, result_dtype):
+        return round_to(w, dtype, result_dtype)
     bits = (_rounded_bits(w) >> np.uint32(16)).astype(jnp.uint16)
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-def _round_in_float32(w: Array, first: Any, then: Any) -> Float32[Array, "..."]:
-    """Equals `round_to`, in float32."""
-    if not _is_to_bfloat16(first, then):
-        return round_to(w, first, then).astype(jnp.float32)
+def _round_in_float32(
+    w: Array, dtype: np.dtype, result_dtype: np.dtype
+) -> Float32[Array, "..."]:
+    """Equals `round_to`, but returns the rounded values in float32."""
+    if not _is_to_bfloat16(dtype, result_dtype):
+        return round_to(w, dtype, result_dtype).astype(jnp.float32)
     bits = _rounded_bits(w) & np.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _is_to_bfloat16(first: Any, then: Any) -> bool:
-    return then == jnp.bfloat16 and first in (jnp.float32, jnp.bfloat16)
+def _is_to_bfloat16(dtype: np.dtype, result_dtype: np.dtype) -> bool:
+    return result_dtype == jnp.bfloat16 and dtype in (jnp.float32, jnp.bfloat16)
 
 
 def _rounded_bits(w: Array) -> Array:
-    """Returns bits whose upper half is w in bfloat16, if w is not NaN."""
-    # Skips XLA's NaN handling: weights are never NaN.
+    # The upper half of the result is w in bfloat16, rounded to nearest even. This skips
+    # XLA's handling of NaN, which weights never are.
     bits = lax.bitcast_convert_type(w, jnp.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return bits + np.uint32(0x7FFF) + odd
@@ -267,40 +320,3 @@ _decode = functools.partial(
     look_up=functools.partial(select_values, unpack=choose_nibbles),
     round_to=_round_to,
 )
-
-
-def _has_scaled_tables(spec: ProductSpec, columns: int, dtype: Any) -> bool:
-    # Look-ups of values that are scaled and rounded to 16 bits select twice as many at
-    # once. Forward only: a gradient's tiles are as wide as the kernel.
-    return (
-        dtype.itemsize == 2
-        and spec.format.bits == 4
-        and not spec.format.is_uniform
-        and spec.block_size >= SMALLEST_SCALED_BLOCK
-        and columns <= WIDEST_SCALED
-    )
-
-
-def _decode_scaled(spec: ProductSpec, codes: Array, scales: Array, dtype: Any) -> Array:
-    """Equals `reference.decode`: what is rounded depends on code and scale alone."""
-    fmt = spec.format
-    tables = _scaled_tables(scales, fmt, spec.dtype, dtype)
-    # Or the products would be computed again for every weight.
-    tables = lax.optimization_barrier(tables)
-    blocks = split_blocks(codes, scales.shape[-2], spec.packing)
-    blocks = choose_nibbles(blocks)
-    row = lambda code: jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
-    w = choose(bits_of(blocks, fmt), [row(code) for code in range(len(fmt.table))])
-    return lax.bitcast_convert_type(join_blocks(w, spec.k), dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _scaled_tables(
-    scales: Float32[Array, "*batch blocks n"], fmt: Format, logical: Any, dtype: Any
-) -> UInt16[Array, "*batch blocks 16 n"]:
-    """Returns the bits of all values that each block can take, in each column."""
-    # As integers: XLA on CPUs selects among bfloat16 in float32. Jitted for the reason
-    # that `gather_values` is.
-    table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
-    products = scales[..., None, :] * table
-    return lax.bitcast_convert_type(_round_to(products, logical, dtype), jnp.uint16)

@@ -1,27 +1,119 @@
-"""Packed codes to weights inside a TPU kernel.
+"""Decodes packed codes inside a TPU kernel.
 
-A *slab* is the weights of one decoding step: 64 rows of a 4-bit weight (32 bytes a
-column, so one int32 register of 8 sublanes), or 32 rows of an int8 weight. A *form* is
-a way to look the table up:
+A *slab* holds the weights of one decoding step: 64 rows of a 4-bit weight (32 bytes per
+column, or one int32 register of 8 sublanes), or 32 rows of an int8 weight. A *form* is
+a way to look up the values of codes:
 
 * ``"shuffle"``: a byte gather along sublanes, on chips that have one (v6e, tpu7x).
 * ``"sublane"``: a gather of 8 words along sublanes (v4, v5e, v5p; float32 anywhere).
-* ``"select"``: a tree of selects over the four code bits, on any chip.
+* ``"select"``: a tree of selects over the four bits of a code, on any chip.
 
-Integers of 4 bits are computed, but where shuffles give bfloat16, which takes fewer
+4-bit integers are computed instead, except where shuffles give bfloat16 in fewer
 operations. Every form gives `dtype(float32(table[code]) * float32(scale))`, rounded
 once.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from ....quant.codes import choose
 from ....quant.formats import INT4, Format
+from .tiling import Tiling
+
+LANES = 512  # columns that are decoded at a time
+
+T = TypeVar("T")
+
+
+def decode_stripe(
+    tiling: Tiling,
+    codes: jax.Ref,
+    scales: jax.Ref,
+    base: Array | int,
+    start: Array | int,
+    size: int,
+    dtype: DTypeLike,
+) -> Array:
+    """Returns `size` of a stripe's weights along the contracted axis, from `start` on.
+
+    `base` is the row of the weight at which the block in the references begins.
+    """
+    # The stripe is decoded in pieces of a few registers, because wider pieces would
+    # spill. The rows of a piece are decoded one slab at a time.
+    if tiling.spec.transpose:
+        (first_row, num_rows), (first_col, num_cols) = (0, tiling.tile), (start, size)
+    else:
+        (first_row, num_rows), (first_col, num_cols) = (start, size), (0, tiling.tile)
+    fmt, block_size = tiling.spec.format, tiling.spec.block_size
+    slab_rows = 32 * fmt.codes_per_byte
+    pieces = []
+    for lane in range(0, num_cols, LANES):
+        width = min(LANES, num_cols - lane)
+        columns = pl.ds(multiple(first_col + lane, 128), width)
+        table = table_of(fmt, width, tiling.form, dtype)
+        slabs = []
+        for row in range(0, num_rows, slab_rows):
+            slab_scales = [
+                _scale_row(tiling, scales, base + first_row + row + offset, columns)
+                for offset in range(0, slab_rows, min(slab_rows, block_size))
+            ]
+            byte = multiple(divide(first_row + row, fmt.codes_per_byte), 32)
+            slab = decode_slab(
+                codes[pl.ds(byte, 32), columns],
+                slab_scales,
+                fmt,
+                table,
+                tiling.form,
+                dtype,
+                mixed=tiling.mixed,
+                emulate=tiling.emulate,
+            )
+            slabs.append(slab)
+        pieces.append(jnp.concatenate(slabs, axis=0))
+    return jnp.concatenate(pieces, axis=1)
+
+
+def _scale_row(
+    tiling: Tiling, scales: jax.Ref, row: Array | int, columns: pl.Slice
+) -> Array:
+    """Returns the scales of a row of the weight, `[1, n]`."""
+    block = divide(row, tiling.spec.block_size)
+    if not tiling.all_scales:
+        return scales[pl.ds(block, 1), columns]
+    # A load cannot start at both a traced row and a traced column. Instead, this loads
+    # eight aligned rows and rotates the requested one to the front. Rows past the end
+    # are padding, for which any scale will do.
+    num_blocks = tiling.rows // tiling.spec.block_size
+    block = jnp.minimum(block, num_blocks - 1)
+    num_aligned = num_blocks // 8 * 8
+    eight_rows = jnp.zeros((8, scales[0:1, columns].shape[1]), jnp.float32)
+    if num_blocks > num_aligned:
+        last_rows = scales[num_aligned:num_blocks, columns]
+        eight_rows = jnp.concatenate(
+            [last_rows, eight_rows[num_blocks - num_aligned :]], axis=0
+        )
+    if num_aligned:
+        first = pl.multiple_of(jnp.minimum(block & ~7, num_aligned - 8), 8)
+        aligned_rows = scales[pl.ds(first, 8), columns]
+        eight_rows = jnp.where(block < num_aligned, aligned_rows, eight_rows)
+    return pltpu.roll(eight_rows, (8 - block) & 7, 0)[:1]
+
+
+def divide(value: Array | int, divisor: int) -> Array | int:
+    """Returns `value // divisor` for a static or a traced number from 0."""
+    return value // divisor if isinstance(value, int) else lax.div(value, divisor)
+
+
+def multiple(value: Array | int, divisor: int) -> Array | int:
+    """Tells the compiler that a traced number is a multiple of `divisor`."""
+    return value if isinstance(value, int) else pl.multiple_of(value, divisor)
 
 
 def decode_slab(
@@ -30,15 +122,16 @@ def decode_slab(
     fmt: Format,
     table: Array | None,
     form: str,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     mixed: bool = False,
     emulate: bool = False,
 ) -> Array:
-    """Returns the weights of one slab, `[64, n]`, or `[32, n]` for int8.
+    """Returns the weights of a slab, `[64, n]`, or `[32, n]` for int8.
 
-    Codes are uint8 `[32, n]`, scales one, two or four float32 rows `[1, n]`, each for a
-    part of the slab. Rows are in the order of `mix` if `mixed` (shuffle, bfloat16).
+    The codes are uint8 `[32, n]`. The scales are one, two or four float32 rows
+    `[1, n]`, each for an equal part of the slab. With `mixed` (shuffle, bfloat16), rows
+    are in the order of `mix`.
     """
     if table is None and fmt.bits == 8:
         values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
@@ -55,9 +148,11 @@ def decode_slab(
 
 
 def mix(values: Array, *, undo: bool = False) -> Array:
-    """Reorders columns of `[m, 128 i]` as `_shuffle_mixed` does rows, or back."""
+    """Reorders columns of `[m, 128 i]` as `_shuffle_mixed` orders rows, or back."""
     lane = lax.broadcasted_iota(jnp.int32, (values.shape[0], 128), 1)
-    inner = lane & 63  # natural: r r r c o h; mixed: h o r r r c
+    # The six bits of an index, from the highest on. Natural order: r r r c o h; mixed
+    # order: h o r r r c.
+    inner = lane & 63
     if undo:
         r, c, o, h = inner >> 3, (inner >> 2) & 1, (inner >> 1) & 1, inner & 1
         source = 32 * h + 16 * o + 2 * r + c
@@ -66,82 +161,90 @@ def mix(values: Array, *, undo: bool = False) -> Array:
         source = 8 * r + 4 * c + 2 * o + h
     source = source + (lane & 64)
     parts = [
-        _gather(values[:, at : at + 128].astype(jnp.float32), source, axis=1)
-        for at in range(0, values.shape[1], 128)
+        _gather(values[:, start : start + 128].astype(jnp.float32), source, axis=1)
+        for start in range(0, values.shape[1], 128)
     ]
     return jnp.concatenate(parts, axis=1).astype(values.dtype)
 
 
-def table_of(fmt: Format, n: int, form: str, dtype: Any) -> Array | None:
-    """Returns the format's table, float32 `[16, n]`; None where it is not read."""
-    # From literals: a kernel may not capture an array.
+def table_of(fmt: Format, n: int, form: str, dtype: DTypeLike) -> Array | None:
+    """Returns the format's table, float32 `[16, n]`, or None if it is not needed."""
     is_shuffled = form == "shuffle" and dtype == jnp.bfloat16
     if fmt.bits == 8 or (fmt.values == INT4.values and not is_shuffled):
         return None
+    # Built from literals, because a kernel cannot capture an array.
     values = fmt.values
     row = lax.broadcasted_iota(jnp.int32, (16, 128), 0)
     table = jnp.full((16, 128), values[0], jnp.float32)
-    for c in range(1, 16):
-        table = jnp.where(row == c, values[c], table)
+    for code in range(1, 16):
+        table = jnp.where(row == code, values[code], table)
     return jnp.concatenate([table] * (n // 128), axis=1)
 
 
 def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
-    """bfloat16 weights by byte gathers: 5 operations for 16 rows, and the table's."""
+    """bfloat16 weights by byte gathers: 5 operations for 16 rows, plus the tables."""
     n = codes.shape[1]
-    p = lax.broadcasted_iota(jnp.int32, (32, n), 0)
+    position = lax.broadcasted_iota(jnp.int32, (32, n), 0)
     sublane = lax.broadcasted_iota(jnp.int32, (8, n), 0)
-    # Low bytes of the 16 scaled entries in rows 0-15, high bytes in rows 16-31.
-    order = jnp.where(p < 16, 2 * p, 2 * p - 31).astype(jnp.int8)
+    # The low bytes of the 16 scaled entries go to rows 0-15, the high bytes to 16-31.
+    low_then_high = jnp.where(position < 16, 2 * position, 2 * position - 31)
+    low_then_high = low_then_high.astype(jnp.int8)
     tables = [
-        _gather(pltpu.bitcast((table * s).astype(jnp.bfloat16), jnp.int8), order)
-        for s in scales
+        _gather(
+            pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8), low_then_high
+        )
+        for scale in scales
     ]
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
-    turned = pltpu.roll(words, 4, 0)
-    out = []
+    rotated = pltpu.roll(words, 4, 0)
+    weights = []
     for half in range(2):  # 16 bytes, 32 weights
-        # Sublanes 0-3: high nibbles of the 16 bytes; 4-7: low nibbles of the same.
-        first, second = (words, turned) if half == 0 else (turned, words)
+        # Sublanes 0-3 get the high nibbles of the 16 bytes, and 4-7 the low nibbles.
+        first, second = (words, rotated) if half == 0 else (rotated, words)
         nibbles = _shift(jnp.where(sublane < 4, first, second), 4 * (sublane < 4))
         nibbles = pltpu.bitcast(nibbles & 0x0F0F0F0F, jnp.int8)
         for part in range(2):
-            # Four index bytes for a byte of codes: high, high, low, low nibble ...
-            source = 16 * ((p >> 1) & 1) + 8 * part + (p >> 2)
+            # Each byte of codes gets four index bytes: high, high, low, low nibble ...
+            source = 16 * ((position >> 1) & 1) + 8 * part + (position >> 2)
             index = _gather(nibbles, source.astype(jnp.int8))
-            # ... which look up the low and the high byte of a bfloat16 by turns.
+            # ... which alternately look up the low and the high byte of a bfloat16.
             index = pltpu.bitcast(
                 pltpu.bitcast(index, jnp.int32) | 0x10001000, jnp.int8
             )
-            own = tables[(2 * half + part) * len(tables) // 4]
-            values = _gather(own, index)
-            out.append(pltpu.bitcast(values, jnp.bfloat16))  # [16, n]
-    return jnp.concatenate(out, axis=0)
+            part_table = tables[(2 * half + part) * len(tables) // 4]
+            values = _gather(part_table, index)
+            weights.append(pltpu.bitcast(values, jnp.bfloat16))  # [16, n]
+    return jnp.concatenate(weights, axis=0)
 
 
 def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
-    """As `_shuffle` in 4 operations fewer of 26, rows in another order."""
+    """As `_shuffle`, with 4 of 26 operations less and rows in another order."""
     # Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
     (scale,) = scales
-    scaled = pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8)
+    scaled_table = pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8)
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
-    odd = (lax.broadcasted_iota(jnp.int32, codes.shape, 0) & 1) == 1
-    out = []
+    is_odd = (lax.broadcasted_iota(jnp.int32, codes.shape, 0) & 1) == 1
+    weights = []
     for nibble in (_shift(words, 3), words << 1):
-        index = nibble & 0x1E1E1E1E  # bytes 2 * code: row of the entry's low byte
-        low = _gather(scaled, pltpu.bitcast(index, jnp.int8))
-        high = _gather(scaled, pltpu.bitcast(index | 0x01010101, jnp.int8))
-        raised = pltpu.bitcast(pltpu.bitcast(high, jnp.int32) << 8, jnp.int8)
-        lowered = pltpu.bitcast(_shift(pltpu.bitcast(low, jnp.int32), 8), jnp.int8)
-        out.append(pltpu.bitcast(jnp.where(odd, raised, low), jnp.bfloat16))
-        out.append(pltpu.bitcast(jnp.where(odd, high, lowered), jnp.bfloat16))
-    return jnp.concatenate(out, axis=0)
+        # Bytes 2 * code: the row of the entry's low byte. The high byte follows it.
+        index = nibble & 0x1E1E1E1E
+        low = _gather(scaled_table, pltpu.bitcast(index, jnp.int8))
+        high = _gather(scaled_table, pltpu.bitcast(index | 0x01010101, jnp.int8))
+        # Each byte of codes gives a bfloat16 of two bytes: first the even bytes of each
+        # word, then the odd ones.
+        high_raised = pltpu.bitcast(pltpu.bitcast(high, jnp.int32) << 8, jnp.int8)
+        low_lowered = pltpu.bitcast(_shift(pltpu.bitcast(low, jnp.int32), 8), jnp.int8)
+        from_even_bytes = jnp.where(is_odd, high_raised, low)
+        from_odd_bytes = jnp.where(is_odd, high, low_lowered)
+        weights.append(pltpu.bitcast(from_even_bytes, jnp.bfloat16))
+        weights.append(pltpu.bitcast(from_odd_bytes, jnp.bfloat16))
+    return jnp.concatenate(weights, axis=0)
 
 
 def _sublane(codes: Array, scales: list[Array], table: Array, emulate: bool) -> Array:
-    """bfloat16 weights: one gather brings entries c and c + 8, a shift picks one."""
+    """bfloat16 weights: a gather fetches entries c and c + 8, and a shift picks one."""
     pack = pack_emulated if emulate else _pack
-    tables = [pack(table[:8] * s, table[8:] * s) for s in scales]
+    tables = [pack(table[:8] * scale, table[8:] * scale) for scale in scales]
 
     def pick(nibbles: Array, pairs: Array) -> Array:
         return _shift(_gather(pairs, nibbles & 7), (nibbles & 8) << 1)
@@ -157,30 +260,30 @@ def _pack(low: Array, high: Array) -> Array:
 
 
 def pack_emulated(low: Array, high: Array) -> Array:
-    """Equals `_pack` on a TPU; `pltpu.pack_elementwise` runs on no other device."""
+    """Equals `_pack`. `pltpu.pack_elementwise` runs on TPUs only."""
 
-    def bits(values: Array) -> Array:
+    def to_bits(values: Array) -> Array:
         return lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
 
-    words = bits(low).astype(jnp.uint32) | bits(high).astype(jnp.uint32) << 16
+    words = to_bits(low).astype(jnp.uint32) | to_bits(high).astype(jnp.uint32) << 16
     return lax.bitcast_convert_type(words, jnp.int32)
 
 
 def _sublane_f32(codes: Array, scales: list[Array], table: Array) -> Array:
     """float32 weights from two tables of eight entries."""
-    tables = [(table[:8] * s, table[8:] * s) for s in scales]
+    tables = [(table[:8] * scale, table[8:] * scale) for scale in scales]
 
     def pick(nibbles: Array, halves: tuple[Array, Array]) -> Array:
         low, high = halves
         index = nibbles & 7
-        upper = (nibbles & 8) != 0
-        return jnp.where(upper, _gather(high, index), _gather(low, index))
+        is_high = (nibbles & 8) != 0
+        return jnp.where(is_high, _gather(high, index), _gather(low, index))
 
     return _by_rows(codes, tables, pick)
 
 
-def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Array:
-    """Weights by a tree of 15 selects, bit by bit of the code."""
+def _select(codes: Array, scales: list[Array], table: Array, dtype: DTypeLike) -> Array:
+    """Weights by a tree of 15 selects, one level for each bit of the code."""
 
     def pick(nibbles: Array, scale: Array) -> Array:
         is_set = ((nibbles & (1 << bit)) != 0 for bit in range(4))
@@ -189,43 +292,58 @@ def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Arra
     return _by_rows(codes, scales, pick).astype(dtype)
 
 
-def _integers(codes: Array, scales: list[Array], dtype: Any, emulate: bool) -> Array:
-    """Weights of codes 0 to 15 for -8 to 7."""
+def _integers(
+    codes: Array, scales: list[Array], dtype: DTypeLike, emulate: bool
+) -> Array:
+    """Weights of int4, whose codes 0 to 15 stand for -8 to 7."""
+
+    def pick(nibbles: Array, scale: Array) -> Array:
+        return ((nibbles & 15).astype(jnp.float32) - 8.0) * scale
+
     if dtype == jnp.float32:
-        integers = lambda nibbles: (nibbles & 15).astype(jnp.float32) - 8.0
-        return _by_rows(codes, scales, lambda nibbles, s: integers(nibbles) * s)
+        return _by_rows(codes, scales, pick)
     pack = pack_emulated if emulate else _pack
-    words = pltpu.bitcast(codes, jnp.int32)
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
-    row = lambda r: jnp.broadcast_to(words[r : r + 1, :], words.shape)
-    out = []
-    for r in range(0, 8, 2):  # 8 bytes of each column, one in a sublane, 16 weights
-        both = jnp.where(sublane < 4, row(r), row(r + 1)) ^ jnp.int32(-0x77777778)
-        # 8 more or less changed the sign of each nibble: the even row's goes to the
-        # highest bits, and the odd row's behind it.
+    weights = []
+    for row in range(0, 8, 2):  # 16 weights: 8 bytes per column, one in each sublane
+        first = jnp.broadcast_to(words[row : row + 1, :], words.shape)
+        second = jnp.broadcast_to(words[row + 1 : row + 2, :], words.shape)
+        # Flipping the highest bit of each nibble subtracts 8: code c becomes c - 8 in
+        # two's complement.
+        both = jnp.where(sublane < 4, first, second) ^ jnp.int32(-0x77777778)
+        # Each sublane moves its own byte to the top. The nibble of the even row is then
+        # in the highest four bits, and that of the odd row in the next four. Arithmetic
+        # shifts to the right extend their signs.
         even = lax.shift_left(both, 24 - 8 * (sublane & 3))
         values = ((x >> 28).astype(jnp.float32) for x in (even, even << 4))
-        out.append(pack(*(value * scales[r * len(scales) // 8] for value in values)))
-    return pltpu.bitcast(jnp.concatenate(out, axis=0), jnp.bfloat16)
+        scale = scales[row * len(scales) // 8]
+        weights.append(pack(*(value * scale for value in values)))
+    return pltpu.bitcast(jnp.concatenate(weights, axis=0), jnp.bfloat16)
 
 
-def _by_rows(codes: Array, tables: Sequence, pick: Callable) -> Array:
-    """Returns weights by `pick(nibbles, table)`, up to four tables for 64 rows."""
-    rows = enumerate(_rows_of_nibbles(codes))
-    parts = [pick(nibbles, tables[r * len(tables) // 8]) for r, nibbles in rows]
+def _by_rows(
+    codes: Array, tables: Sequence[T], pick: Callable[[Array, T], Array]
+) -> Array:
+    """Returns weights by `pick(nibbles, table)`, with up to four tables for 64 rows."""
+    parts = [
+        pick(nibbles, tables[i * len(tables) // 8])
+        for i, nibbles in enumerate(_rows_of_nibbles(codes))
+    ]
     return jnp.concatenate(parts, axis=0)
 
 
 def _rows_of_nibbles(codes: Array) -> list[Array]:
-    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits."""
-    # A word holds a column's nibbles of eight rows: broadcast along sublanes and
-    # shifted by another amount in each, it gives them in row order.
+    """Returns int32 `[8, n]`: the codes of eight rows, with junk above their 4 bits."""
+    # A word holds the nibbles of eight rows of a column. It is broadcast along the
+    # sublanes, each of which shifts it by another amount, so that the nibbles come in
+    # the order of rows.
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
     amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))
     return [
-        _shift(jnp.broadcast_to(words[r : r + 1, :], words.shape), amount)
-        for r in range(8)
+        _shift(jnp.broadcast_to(words[row : row + 1, :], words.shape), amount)
+        for row in range(8)
     ]
 
 
@@ -234,7 +352,7 @@ def _shift(words: Array, amount: Array | int) -> Array:
 
 
 def _gather(table: Array, index: Array, axis: int = 0) -> Array:
-    """Gathers along an axis; `jnp.take_along_axis` would add bounds handling."""
+    # `jnp.take_along_axis` would add operations that handle indices out of bounds.
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(),
         collapsed_slice_dims=(axis,),

@@ -1,29 +1,53 @@
-"""Tile sizes of a call from its shapes, or why there are none."""
+"""The settings of TPU chips, and the tile sizes of the kernel for a product."""
 
 import dataclasses
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ....quant.formats import INT8
 from ...spec import ProductSpec
-from .chips import Chip
 
-FEW_ROWS = 64  # up to this many rows of x, decoded chunks are not kept
 
-# What the compiler sees at once of the contracted axis, with few rows in bfloat16; half
-# of it in float32. The longer, the better it overlaps decoding and multiplying, and the
-# longer it takes.
+class Chip(NamedTuple):
+    """The form in which the kernel decodes on a chip, and the memory for its blocks."""
+
+    form: str  # as in `decode`; all forms give the same weights
+    vmem_mib: int  # for blocks: 96 of 128 MiB (v5e, v6e), or 48 of 64 MiB
+
+
+CHIPS = {
+    "v5e": Chip("sublane", 96),
+    "v5p": Chip("sublane", 48),
+    "v6e": Chip("shuffle", 96),
+    "7x": Chip("shuffle", 48),
+    "any": Chip("select", 48),
+}
+KINDS = {  # the names of chips by `device_kind`
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "7x",
+}
+
+FEW_ROWS = 64  # with up to this many rows of x, decoded chunks are not kept
+
+# The largest chunk of the contracted axis with few rows in bfloat16, which the compiler
+# unrolls; half of it in float32. In longer chunks, it overlaps decoding and
+# multiplication better, but compiles longer.
 UNROLLED = {"shuffle": 4096, "sublane": 4096, "select": 512}
 
-# Output columns of a block with few rows, best first. Wide blocks carry less overhead,
-# but nothing is computed while the first is read: only where that many follow.
-FEW = (512, 256, 128)
-WIDE, MANY = 1024, 8
+# The output columns of a block with few rows, best first. Wide blocks have less
+# overhead. But nothing is computed while the first block is read, so they are used only
+# if at least MIN_WIDE_BLOCKS follow each other.
+FEW_ROWS_COLUMNS = (512, 256, 128)
+WIDE_COLUMNS, MIN_WIDE_BLOCKS = 1024, 8
 
-# Output columns and rows of a block, best first: wide blocks read x less often, and
-# the matrix unit takes large ones at fewer bundles a product.
+# The output columns and rows of a block, best first. Wide blocks read x less often, and
+# the matrix unit multiplies large ones in fewer instruction bundles.
 BLOCKS = (
     (1024, 1024),
     (512, 1024),
@@ -36,7 +60,7 @@ BLOCKS = (
     (128, 256),
     (128, 128),
     (128, 64),
-    # Transposed, these have the scales of their own rows alone (`all_scales`).
+    # Transposed, these hold the scales of only their own rows (`all_scales` is False).
     (512, 128),
     (512, 64),
 )
@@ -52,13 +76,13 @@ class Tiling:
     cols: int  # of the weight, N, padded
     m: int  # rows of the left operand
     tile_m: int  # rows of the left operand in a block
-    tile: int  # columns (or, transposed, rows) of the weight in a stripe
+    tile: int  # columns (transposed: rows) of the weight in a stripe
     chunk: int  # of the contracted axis in one decoding step
-    keep: bool  # whether the stripe is kept in scratch
+    keep: bool  # whether the stripe is kept in scratch memory
     mixed: bool  # whether rows are decoded in the order of `decode.mix`
-    all_scales: bool  # whether a block holds those of every row (transposed)
+    all_scales: bool  # whether a block holds the scales of all rows (transposed)
     vmem_limit: int  # of the compiler, in bytes
-    emulate: bool = False  # whether to do without operations that only a TPU has
+    emulate: bool = False  # whether to avoid operations that run only on a TPU
 
     @property
     def contracted(self) -> int:
@@ -74,55 +98,71 @@ class Tiling:
 
 
 def plan(
-    spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip, most_rows: int = 1024
+    spec: ProductSpec,
+    m: int,
+    cols: int,
+    dtype: DTypeLike,
+    chip: Chip,
+    max_rows: int = 1024,
 ) -> Tiling | str:
-    """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not.
+    """Returns the tiling for `m` rows of x and a weight `[spec.k, cols]`.
 
-    A block has up to `most_rows` rows of x.
+    If the kernel does not support the product, returns the reason. A block has up to
+    `max_rows` rows of x.
     """
+    # 1. Pad the weight to whole lanes and blocks.
+    # 2. Choose how to decode: into scratch memory or not, in which order of rows.
+    # 3. Return the best shape of blocks that fits VMEM.
     reason = _refusal(spec, cols, dtype)
     if reason is not None:
         return reason
     rows = spec.k
     if spec.transpose:
-        cols = _up(cols, 128)
+        cols = _round_up(cols, 128)
     else:
-        rows = _up(rows, math.lcm(spec.block_size, 128))
+        rows = _round_up(rows, math.lcm(spec.block_size, 128))
     contracted, outputs = (cols, rows) if spec.transpose else (rows, cols)
     keep = m > FEW_ROWS
     mixed = chip.form == "shuffle" and dtype == jnp.bfloat16 and spec.format.bits == 4
     mixed = mixed and not keep and spec.block_size % 64 == 0
     itemsize = jnp.dtype(dtype).itemsize
-    vmem = chip.vmem_mib * 2**20  # of blocks; what the compiler adds may take a quarter
-    is_wide = dtype == jnp.bfloat16 and outputs >= MANY * WIDE
-    few = (WIDE, *FEW) if is_wide else FEW
-    longest = 512 if keep else UNROLLED[chip.form] * 2 // itemsize
-    for most, most_m in BLOCKS if keep else [(most, m) for most in few]:
-        tile, most_m = _up(_even(outputs, most), 128), min(most_m, most_rows)
-        plan = Tiling(
+    vmem = chip.vmem_mib * 2**20  # for blocks; the compiler may take a quarter more
+    longest_chunk = 512 if keep else UNROLLED[chip.form] * 2 // itemsize
+    if keep:
+        block_shapes = BLOCKS
+    else:
+        has_wide = dtype == jnp.bfloat16 and outputs >= MIN_WIDE_BLOCKS * WIDE_COLUMNS
+        wide = (WIDE_COLUMNS,) if has_wide else ()
+        block_shapes = [(columns, m) for columns in (*wide, *FEW_ROWS_COLUMNS)]
+    for max_tile, max_tile_m in block_shapes:
+        tile = _round_up(_balanced_tile(outputs, max_tile), 128)
+        max_tile_m = min(max_tile_m, max_rows)
+        tile_m = m
+        if m > max_tile_m:
+            tile_m = _round_up(_balanced_tile(m, max_tile_m), 32 // itemsize)
+        tiling = Tiling(
             spec=spec,
             form=chip.form,
             rows=rows,
             cols=cols,
             m=m,
-            tile_m=_up(_even(m, most_m), 32 // itemsize) if m > most_m else m,
+            tile_m=tile_m,
             tile=tile,
-            chunk=_up(_even(contracted, longest), 128),
+            chunk=_round_up(_balanced_tile(contracted, longest_chunk), 128),
             keep=keep,
             mixed=mixed,
             all_scales=spec.transpose and tile % (8 * spec.block_size) != 0,
             vmem_limit=vmem * 5 // 4,
         )
-        product = 4 * plan.tile_m * tile  # in float32
-        if _block_bytes(plan, itemsize) + product > vmem:
+        product_bytes = 4 * tile_m * tile  # in float32
+        if _block_bytes(tiling, itemsize) + product_bytes > vmem:
             continue
-        if vmem_bytes(plan, itemsize) <= plan.vmem_limit:
-            return plan
+        if vmem_bytes(tiling, itemsize) <= tiling.vmem_limit:
+            return tiling
     return f"A stripe of {contracted} overflows VMEM."
 
 
-def _refusal(spec: ProductSpec, cols: int, dtype: Any) -> str | None:
-    """Says why a product is not supported, or None if it is."""
+def _refusal(spec: ProductSpec, cols: int, dtype: DTypeLike) -> str | None:
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
     if spec.block_size < 16 * spec.format.bits // 4:
@@ -139,39 +179,40 @@ def _refusal(spec: ProductSpec, cols: int, dtype: Any) -> str | None:
     return None
 
 
-def _even(size: int, most: int) -> int:
-    """Returns a tile of at most `most`, so that the tiles of `size` are alike."""
-    return -(-size // -(-size // most))
+def _balanced_tile(size: int, max_tile: int) -> int:
+    """Returns a tile of at most `max_tile`, such that all tiles are about equal."""
+    return -(-size // -(-size // max_tile))
 
 
-def _up(size: int, unit: int) -> int:
-    """Returns `size` rounded up to a multiple of `unit`."""
+def _round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def vmem_bytes(plan: Tiling, itemsize: int) -> int:
-    """Returns a bound of the VMEM that the compiler takes for a plan."""
-    # A block of the left operand is larger than the registers, so it is spilled where
-    # it is multiplied whole: one more copy of it, and in float32, whose product at full
-    # precision is of parts in bfloat16, four. Other spills are less than 512 values for
-    # each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few rows the
-    # compiler takes up to 4 MiB more than this, of the quarter that `plan` leaves.
+def vmem_bytes(tiling: Tiling, itemsize: int) -> int:
+    """Returns a bound of the VMEM that the compiler takes for a tiling."""
+    # A block of the left operand is larger than the registers, so it is spilled if it
+    # is multiplied as a whole: one more copy of it, or four in float32, whose product
+    # at full precision consists of bfloat16 parts. Other spills are less than 512
+    # values for each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few
+    # rows, the compiler takes up to 4 MiB more than this bound, of the quarter that
+    # `plan` leaves.
     spilled = 0
-    if plan.keep:
+    if tiling.keep:
         copies = 1 if itemsize == 2 else 4
-        spilled = plan.tile_m * itemsize * (copies * plan.contracted + 2**9)
-    return _block_bytes(plan, itemsize) + spilled
+        spilled = tiling.tile_m * itemsize * (copies * tiling.contracted + 2**9)
+    return _block_bytes(tiling, itemsize) + spilled
 
 
-def _block_bytes(plan: Tiling, itemsize: int) -> int:
-    """Bytes of blocks, twice each as the pipeline has them, and of scratch."""
-    left = plan.tile_m * plan.contracted * itemsize
-    codes = plan.tile * plan.contracted // plan.spec.format.codes_per_byte
-    scale_rows = plan.rows if plan.all_scales or not plan.spec.transpose else plan.tile
-    scale_cols = plan.cols if plan.spec.transpose else plan.tile
-    scales = 4 * max(8, scale_rows // plan.spec.block_size) * scale_cols
-    result = plan.spec.result
+def _block_bytes(tiling: Tiling, itemsize: int) -> int:
+    # The pipeline holds two buffers of each block. There is only one stripe.
+    is_transposed, result = tiling.spec.transpose, tiling.spec.result
+    left = tiling.tile_m * tiling.contracted * itemsize
+    codes = tiling.tile * tiling.contracted // tiling.spec.format.codes_per_byte
+    has_all_rows = tiling.all_scales or not is_transposed
+    scale_rows = tiling.rows if has_all_rows else tiling.tile
+    scale_cols = tiling.cols if is_transposed else tiling.tile
+    scales = 4 * max(8, scale_rows // tiling.spec.block_size) * scale_cols
     out_itemsize = itemsize if result is None else jnp.dtype(result).itemsize
-    out = plan.tile_m * plan.tile * out_itemsize
-    stripe = plan.tile * plan.contracted * itemsize if plan.keep else 0
+    out = tiling.tile_m * tiling.tile * out_itemsize
+    stripe = tiling.tile * tiling.contracted * itemsize if tiling.keep else 0
     return 2 * (left + codes + scales + out) + stripe

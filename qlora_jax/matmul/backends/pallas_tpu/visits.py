@@ -1,49 +1,56 @@
 """The kernel for rows that are sorted by expert.
 
-The grid's last axis goes over *visits*: pairs of a block of rows and an expert that has
-rows in it. A block of several experts is visited by each, and stays in VMEM meanwhile.
-An expert's stripe is decoded at its first visit.
+The last axis of the grid runs over *visits*: pairs of a block of rows and an expert
+that has rows in it. A block with rows of several experts is visited by each of them,
+and stays in VMEM meanwhile. The stripe of an expert is decoded at its first visit.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from ...spec import ProductSpec
-from . import grid
-from .chips import Chip
-from .fused import pad
-from .tiling import FEW_ROWS, Tiling, plan
+from . import fused
+from .tiling import FEW_ROWS, Chip, Tiling, plan
 
-# Rows of x in a block. A block in which an expert's rows end is multiplied by the next
-# one too: smaller blocks waste less, and larger ones are multiplied faster.
+# The rows of x in a block. A block in which the rows of an expert end is multiplied by
+# the next expert too, so smaller blocks waste less; larger ones are multiplied faster.
 FEWEST_ROWS, MOST_ROWS = 128, 512
 
 
 class Visits(NamedTuple):
-    """What each visit is of, as the kernel reads it; int32 `[T]` each."""
+    """The facts about each visit that the kernel reads. Each array is int32 `[T]`."""
 
-    block: Array  # of rows
+    block: Array  # the block of rows
     expert: Array
-    first: Array  # the expert's rows, from `first` to `end`
+    first: Array  # the rows of the expert are those from `first` to `end`
     end: Array
-    is_new: Array  # whether the block of rows is another than the last
-    decodes: Array  # whether it is the expert's first visit
+    is_new: Array  # whether the previous visit was to another block of rows
+    decodes: Array  # whether this is the first visit of the expert
 
 
 def plan_for(
-    spec: ProductSpec, rows: int, experts: int, cols: int, dtype: Any, chip: Chip
+    spec: ProductSpec,
+    num_rows: int,
+    num_experts: int,
+    cols: int,
+    dtype: DTypeLike,
+    chip: Chip,
 ) -> Tiling | str:
-    """Returns the plan for `rows` rows of x and so many experts, or why not."""
-    wanted = max(rows // max(experts, 1), 1)
-    most = min(max(1 << (wanted.bit_length() - 1), FEWEST_ROWS), MOST_ROWS)
-    return plan(spec, rows, cols, dtype, chip, most if rows > FEW_ROWS else rows)
+    """Returns the tiling, or the reason why the kernel does not support the product."""
+    average = max(num_rows // max(num_experts, 1), 1)
+    power_of_two = 1 << (average.bit_length() - 1)
+    max_rows = min(max(power_of_two, FEWEST_ROWS), MOST_ROWS)
+    if num_rows <= FEW_ROWS:
+        max_rows = num_rows
+    return plan(spec, num_rows, cols, dtype, chip, max_rows)
 
 
 @functools.partial(jax.jit, static_argnames=("chip", "interpret"))
@@ -56,7 +63,7 @@ def product(
     layer: Array | None = None,
     *,
     chip: Chip,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
     """Returns the products of the rows of x `[M, .]` with their experts.
 
@@ -65,122 +72,145 @@ def product(
     """
     if layer is None:
         codes, layer = codes[None], jnp.int32(0)
-    experts, _, cols = scales.shape
+    num_experts, _, cols = scales.shape
     rows = codes.shape[-2] * spec.format.codes_per_byte
-    found = plan_for(spec, x.shape[0], experts, cols, x.dtype, chip)
-    assert isinstance(found, Tiling), found
+    tiling = plan_for(spec, x.shape[0], num_experts, cols, x.dtype, chip)
+    assert isinstance(tiling, Tiling), tiling
     outputs = rows if spec.transpose else cols
     dtype = jnp.dtype(spec.result or x.dtype)
-    if x.size == 0 or experts == 0:
+    if x.size == 0 or num_experts == 0:
         return jnp.zeros((x.shape[0], outputs), dtype)
-    x, scales = pad(found, x, scales)
-    visits = visit(offsets, x.shape[0], found.tile_m)
-    if not found.keep:  # the left operand is mixed at the first visit, not each
-        first = jnp.cumsum(visits.decodes) == 1
-        visits = visits._replace(decodes=visits.decodes * first)
+    x, scales = fused.pad(tiling, x, scales)
+    visits = visit(offsets, x.shape[0], tiling.tile_m)
+    if not tiling.keep:
+        # There is only one block of rows, which is mixed at the first of all visits.
+        is_first_expert = jnp.cumsum(visits.decodes) == 1
+        visits = visits._replace(decodes=visits.decodes * is_first_expert)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    return _call(found, layer, visits, x, codes, scales, dtype, interpret)[:, :outputs]
+    y = _call(tiling, layer, visits, x, codes, scales, dtype, interpret)
+    return y[:, :outputs]
 
 
-def visit(offsets: Array, rows: int, size: int) -> Visits:
+def visit(offsets: Array, num_rows: int, size: int) -> Visits:
     """Returns all visits of blocks of `size` rows.
 
-    Blocks in which no expert has rows are visited too, for zeros. There are as many
-    visits as there may be: those that are left over do nothing.
+    Blocks in which no expert has rows are visited too, to write zeros. The number of
+    visits is static, and is the largest possible. Visits that are left over do nothing.
     """
-    blocks, experts = -(-rows // size), offsets.shape[0] - 1
+    # 1. Count the visits of each expert, and the blocks before and after all rows of
+    #    experts. Visits are numbered so that 0 is the first one of an expert.
+    num_blocks, num_experts = -(-num_rows // size), offsets.shape[0] - 1
     start, end = offsets[:-1], offsets[1:]
-    at, last = start // size, (end - 1) // size
-    counts = jnp.where(end > start, last - at + 1, 0)
+    first_block, last_block = start // size, (end - 1) // size
+    counts = jnp.where(end > start, last_block - first_block + 1, 0)
     ends = jnp.cumsum(counts)
     total = ends[-1]
-    before = jnp.minimum(offsets[0] // size, blocks)
-    after = jnp.maximum(before, jnp.where(total > 0, -(-offsets[-1] // size), 0))
+    blocks_before = jnp.minimum(offsets[0] // size, num_blocks)
+    end_block = jnp.where(total > 0, -(-offsets[-1] // size), 0)
+    first_block_after = jnp.maximum(blocks_before, end_block)
 
-    number = jnp.arange(blocks + experts - 1, dtype=jnp.int32) - before
+    # 2. Find the expert of each visit, and how many visits of it came before.
+    number = jnp.arange(num_blocks + num_experts - 1, dtype=jnp.int32) - blocks_before
     is_active = (number >= 0) & (number < total)
     active = jnp.clip(number, 0, jnp.maximum(total - 1, 0))
     expert = jnp.searchsorted(ends, active, side="right")
-    expert = jnp.minimum(expert, experts - 1).astype(jnp.int32)
-    nth = active - (ends - counts)[expert]
-    rest = jnp.minimum(after + jnp.maximum(number - total, 0), blocks - 1)
-    block = jnp.where(is_active, at[expert] + nth, rest)
-    block = jnp.where(number < 0, number + before, block)
-    only = lambda a: jnp.where(is_active, a[expert], 0)
+    expert = jnp.minimum(expert, num_experts - 1).astype(jnp.int32)
+    num_earlier = active - (ends - counts)[expert]
+
+    # 3. Find the block of each visit: of an expert, before all experts, or after them.
+    block_after = first_block_after + jnp.maximum(number - total, 0)
+    block_after = jnp.minimum(block_after, num_blocks - 1)
+    block = jnp.where(is_active, first_block[expert] + num_earlier, block_after)
+    block = jnp.where(number < 0, number + blocks_before, block)
     is_new = jnp.concatenate([jnp.ones(1, bool), block[1:] != block[:-1]])
-    arrays = block, expert, only(start), only(end), is_new, is_active & (nth == 0)
-    return Visits(*(a.astype(jnp.int32) for a in arrays))
+    visits = Visits(
+        block=block,
+        expert=expert,
+        first=jnp.where(is_active, start[expert], 0),
+        end=jnp.where(is_active, end[expert], 0),
+        is_new=is_new,
+        decodes=is_active & (num_earlier == 0),
+    )
+    return Visits(*(array.astype(jnp.int32) for array in visits))
 
 
 def _call(
-    plan: Tiling,
+    tiling: Tiling,
     layer: Array,
     visits: Visits,
     left: Array,
     codes: Array,
     scales: Array,
-    dtype: Any,
-    interpret: Any,
+    dtype: DTypeLike,
+    interpret: bool | pltpu.InterpretParams,
 ) -> Array:
-    plan = dataclasses.replace(plan, emulate=interpret is not False)
-    out_cols = plan.rows if plan.spec.transpose else plan.cols
-    left_block = pl.BlockSpec(
-        (plan.tile_m, plan.contracted), lambda j, t, _, block, *rest: (block[t], 0)
-    )
-    out_block = pl.BlockSpec(
-        (plan.tile_m, plan.tile), lambda j, t, _, block, *rest: (block[t], j)
-    )
-    # As in `grid`, where the expert is a number of the grid.
-    blocks: Any = grid.weight_blocks(plan)
-    of_expert = [
-        pl.BlockSpec(
-            spec.block_shape,
-            lambda j, t, layer, block, expert, *rest, at=spec.index_map: at(
-                expert[t], j, 0, layer
-            ),
-        )
-        for spec in blocks
-    ]
+    tiling = dataclasses.replace(tiling, emulate=interpret is not False)
+    is_transposed = tiling.spec.transpose
+    out_cols = tiling.rows if is_transposed else tiling.cols
+
+    # Grid indices: stripe j and visit t. The layer and the arrays of the visits are
+    # prefetched, and passed to each index map.
+    def left_index(j, t, layer, block, *visits):
+        return block[t], 0
+
+    def out_index(j, t, layer, block, *visits):
+        return block[t], j
+
+    def for_visits(block_spec: pl.BlockSpec) -> pl.BlockSpec:
+        # In the grid of `fused`, the expert is an index and not prefetched.
+        fused_index = block_spec.index_map
+        assert fused_index is not None
+
+        def weight_index(j, t, layer, block, expert, *visits):
+            return fused_index(expert[t], j, 0, layer)
+
+        return pl.BlockSpec(block_spec.block_shape, weight_index)
+
+    left_block = pl.BlockSpec((tiling.tile_m, tiling.contracted), left_index)
+    weight_blocks = map(for_visits, fused.weight_blocks(tiling))
     return pl.pallas_call(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, tiling),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(visits),
-            grid=(pl.cdiv(out_cols, plan.tile), visits.block.shape[0]),
-            in_specs=[left_block, *of_expert],
-            out_specs=out_block,
-            scratch_shapes=grid.scratch(plan, left.dtype),
+            grid=(pl.cdiv(out_cols, tiling.tile), visits.block.shape[0]),
+            in_specs=[left_block, *weight_blocks],
+            out_specs=pl.BlockSpec((tiling.tile_m, tiling.tile), out_index),
+            scratch_shapes=fused.scratch(tiling, left.dtype),
         ),
-        out_shape=jax.ShapeDtypeStruct((plan.m, out_cols), dtype),
+        out_shape=jax.ShapeDtypeStruct((tiling.m, out_cols), dtype),
         compiler_params=pltpu.CompilerParams(
+            # As in `fused`, mixing the left operand gives the stripes an order.
             dimension_semantics=(
-                "arbitrary" if plan.mixed else "parallel",
+                "arbitrary" if tiling.mixed else "parallel",
                 "arbitrary",
             ),
-            vmem_limit_bytes=plan.vmem_limit,
+            vmem_limit_bytes=tiling.vmem_limit,
         ),
         interpret=interpret,
-        name=f"qlora_ragged_{'dx' if plan.spec.transpose else 'fwd'}",
+        name=f"qlora_ragged_{'dx' if is_transposed else 'fwd'}",
     )(layer, *visits, left, codes, scales)
 
 
-def _kernel(plan: Tiling, layer: Any, *refs: Any) -> None:
-    """One visit of a block of rows."""
-    del layer  # only the index maps need it
+def _kernel(tiling: Tiling, layer: jax.Ref, *refs: jax.Ref) -> None:
+    # One visit of a block of rows. Only the index maps read the layer.
+    del layer
     visits, refs = Visits(*refs[: len(Visits._fields)]), refs[len(Visits._fields) :]
     left, codes, scales, out, *scratch = refs
     stripe, t = pl.program_id(0), pl.program_id(1)
     first, end = visits.first[t], visits.end[t]
 
     @pl.when(visits.is_new[t] == 1)
-    def _() -> None:
+    def clear_block() -> None:
         out[...] = jnp.zeros(out.shape, out.dtype)
 
     @pl.when(first < end)
-    def _() -> None:
+    def multiply_expert() -> None:
         decodes = visits.decodes[t] == 1
-        y = grid.block(plan, left, codes, scales, scratch, stripe, decodes)
+        y = fused.block(tiling, left, codes, scales, scratch, stripe, decodes)
         row = lax.broadcasted_iota(jnp.int32, out.shape, 0)
-        row += visits.block[t] * plan.tile_m
-        kept = out[...].astype(jnp.float32)
-        is_own = (row >= first) & (row < end)
-        out[...] = jnp.where(is_own, y.astype(jnp.float32), kept).astype(out.dtype)
+        row += visits.block[t] * tiling.tile_m
+        # Other rows of the block belong to experts of other visits.
+        other_rows = out[...].astype(jnp.float32)
+        is_mine = (row >= first) & (row < end)
+        y = jnp.where(is_mine, y.astype(jnp.float32), other_rows)
+        out[...] = y.astype(out.dtype)
