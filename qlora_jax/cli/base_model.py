@@ -148,7 +148,7 @@ class BaseModel:
     def read(
         self,
         *,
-        dtype: DTypeLike | None = None,
+        dtype: Any = None,  # that of the files by default
         packing: "ql.QLoRAConfig | None" = None,
         place: Callable[[PyTree], PyTree] | None = None,
         progress: bool = True,

@@ -129,7 +129,7 @@ def generate(
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, options, dtype)
     decoder = Decoder(model.config, dtype=dtype)
-    wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    wrapped: Any = ql.linen.wrap(decoder, scanned=decoder.scanned)
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
     results, write = [], write or (lambda text: None)
     for adapter, lora in (adapters or {None: model.lora}).items():
@@ -252,7 +252,7 @@ def _read_prompts(
     tokenizer = conversation.tokenizer
 
     def convert_row(_: int, row: dict[str, Any]) -> _Prompt:
-        value = row.get("prompt", row.get("messages"))
+        value: Any = row.get("prompt", row.get("messages"))
         if conversation.is_chat or not isinstance(value, str):
             ids = _encode_messages(value, row, config.system, tokenizer)
         elif used := [name for name in ("system", "tools") if row.get(name)]:

@@ -25,7 +25,7 @@ LogStep = Callable[[Mapping[str, Any], int], object]  # takes numbers and their 
 
 def open_metrics(
     folder: pathlib.Path, resume_after: int | None
-) -> contextlib.AbstractContextManager["ql.train.Metrics | SimpleNamespace"]:
+) -> contextlib.AbstractContextManager[Any]:
     """Opens metrics.jsonl in the first process, and a stand-in in the others."""
     if is_first():
         return ql.train.Metrics(folder / METRICS, after=resume_after)

@@ -92,7 +92,7 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh | None:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
     """Returns a mesh of all devices; None without sizes."""
     if not sizes:
         return None
@@ -106,7 +106,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh |
 
 
 def _make_auto_mesh(
-    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None
+    sizes: Mapping[str, int], devices: Sequence[Any] | None
 ) -> Mesh:
     types = (AxisType.Auto,) * len(sizes)
     shape, axes = (*sizes.values(),), (*sizes,)
@@ -117,7 +117,7 @@ def make_place(
     config: DecoderConfig,
     mesh: Mesh | None,
     memory: Literal["device", "host"],
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Returns a function that puts base and lora on the mesh, or on one device."""
     if mesh is None and memory == "device":
@@ -149,7 +149,7 @@ def _row_axes(mesh: Mesh) -> list[str]:
 def lower_step(
     config: TrainConfig,
     model: BaseModel,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
     backend: str | Sequence[str] | None = None,
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.

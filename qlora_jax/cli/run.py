@@ -293,8 +293,9 @@ def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> N
 
 def _describe_value(value: object) -> str:
     # YAML reads 16 as an integer where the settings have 16.0, which is no difference.
-    is_whole_float = isinstance(value, float) and value.is_integer()
-    return repr(int(value) if is_whole_float else value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return repr(value)
 
 
 def _hash_files(path: pathlib.Path) -> str:

@@ -227,7 +227,7 @@ def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
 def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
     model = _with_plain_adapter(config, model)
     base, lora = model.base, ql.io.portable(model.base, model.lora)
-    settings = model.peft.others if model.peft else {}
+    settings = model.peft.extra_settings if model.peft else {}
     base_model = settings.get("base_model_name_or_path") or model.name
     peft = ql.io.peft_config(base, lora, model.names, base_model=base_model)
     ql.io.save_peft(out, base, lora, model.names, peft)
