@@ -89,9 +89,7 @@ def all_or_none() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_in_first(
-    context: contextlib.AbstractContextManager[object],
-) -> Iterator[None]:
+def only_in_first(context: contextlib.AbstractContextManager[object]) -> Iterator[None]:
     """Enters a context in the first process; if that fails, it fails in all."""
     with contextlib.ExitStack() as stack:
         with all_or_none():

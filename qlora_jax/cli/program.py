@@ -105,9 +105,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
     return _make_auto_mesh(sizes, devices)
 
 
-def _make_auto_mesh(
-    sizes: Mapping[str, int], devices: Sequence[Any] | None
-) -> Mesh:
+def _make_auto_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> Mesh:
     types = (AxisType.Auto,) * len(sizes)
     shape, axes = (*sizes.values(),), (*sizes,)
     return jax.make_mesh(shape, axes, axis_types=types, devices=devices)

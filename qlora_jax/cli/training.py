@@ -34,14 +34,7 @@ from .processes import (
 from .program import Program, make_program, make_put, make_schedule
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
-from .run_folder import (
-    CONFIG,
-    METRICS,
-    STATE,
-    quiet_orbax,
-    run_folder,
-    write_settings,
-)
+from .run_folder import CONFIG, METRICS, STATE, quiet_orbax, run_folder, write_settings
 from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
 from .train_config import SWEPT, TrainConfig
 
