@@ -165,10 +165,7 @@ def take_layer(tree: PyTree, index: Int[Array, ""] | int) -> PyTree:
         # The stack may be split along its layers, and Explicit mode has no rule for a
         # slice of a split axis.
         return call_in_auto_mode(
-            slice_first_axis,
-            lambda _: PartitionSpec(*spec_of(stack)[1:]),
-            stack,
-            index,
+            slice_first_axis, lambda _: PartitionSpec(*spec_of(stack)[1:]), stack, index
         )
 
     return jax.tree.map(take, tree)

@@ -203,11 +203,7 @@ class _InputType:
 
 
 def _product_fwd(
-    spec: ProductSpec,
-    x: Array,
-    q: QTensor,
-    layer: Array | None,
-    offsets: Array | None,
+    spec: ProductSpec, x: Array, q: QTensor, layer: Array | None, offsets: Array | None
 ) -> tuple[Array, tuple]:
     sharding = None if spec.mesh is None else jax.typeof(x).sharding
     y = packed_product(spec, x, q, layer, offsets)

@@ -206,11 +206,7 @@ def _compute(
 
 
 def _compute_in_loops(
-    product: _RaggedProduct,
-    dtype: np.dtype,
-    left: Array,
-    right: Array,
-    offsets: Array,
+    product: _RaggedProduct, dtype: np.dtype, left: Array, right: Array, offsets: Array
 ) -> Array:
     if product.output == "w":
 

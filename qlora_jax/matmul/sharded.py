@@ -150,7 +150,7 @@ def _batched_product(
     if not (codes_batched or scales_batched or layer_batched):
         operands = operands._replace(x=jnp.moveaxis(x, 0, spec.batch))
         return jnp.moveaxis(sharded_product(spec, operands), spec.batch, 0), True
-    if layer_batched:
+    if layer is not None and layer_batched:
         # A kernel reads a single layer of a stack, so different layers are cut out.
         axes = (0 if codes_batched else None, 0)
         codes = jax.vmap(take_layer, axes)(codes, layer)

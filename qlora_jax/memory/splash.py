@@ -1,8 +1,7 @@
 """Attention that does not store its scores, by JAX's splash kernel for TPUs."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +139,7 @@ def _make_kernel(
     window: int | None,
     soft_cap: float | None,
     interpret: bool,
-) -> Callable[..., Array]:
+) -> Any:
     """Returns a function of q `[H, T, Dh]`, k and v `[K, T, Dh]` and segments."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -175,7 +174,7 @@ def only_on_tpu(x: Array, caller: str) -> Array:
     return _only_on_tpu.bind(x, caller=caller)
 
 
-def _raise_off_tpu(ctx: Any, x: object, caller: str) -> object:
+def _raise_off_tpu(ctx: Any, x: object, caller: str) -> NoReturn:
     del x
     raise NotImplementedError(
         f"{caller} must run on a TPU: its kernel does not compile for other platforms. "

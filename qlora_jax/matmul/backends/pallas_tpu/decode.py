@@ -81,7 +81,7 @@ def decode_stripe(
 
 
 def _scale_row(
-    tiling: Tiling, scales: jax.Ref, row: Array | int, columns: pl.Slice
+    tiling: Tiling, scales: jax.Ref, row: Array | int, columns: slice | pl.Slice
 ) -> Array:
     """Returns the scales of a row of the weight, `[1, n]`."""
     block = divide(row, tiling.spec.block_size)

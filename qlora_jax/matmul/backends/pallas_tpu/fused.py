@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ...spec import ProductSpec
@@ -156,7 +156,7 @@ def weight_blocks(tiling: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     return codes, scales
 
 
-def scratch(tiling: Tiling, dtype: DTypeLike) -> list[pl.MemoryRef]:
+def scratch(tiling: Tiling, dtype: np.dtype) -> list:
     """The scratch memory: the stripe if it is kept, or the mixed left operand."""
     if tiling.keep:
         rows, cols = tiling.stripe_shape

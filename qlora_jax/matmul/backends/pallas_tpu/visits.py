@@ -194,8 +194,9 @@ def _call(
 def _kernel(tiling: Tiling, layer: jax.Ref, *refs: jax.Ref) -> None:
     # One visit of a block of rows. Only the index maps read the layer.
     del layer
-    visits, refs = Visits(*refs[: len(Visits._fields)]), refs[len(Visits._fields) :]
-    left, codes, scales, out, *scratch = refs
+    num_visits = len(Visits._fields)
+    visits = Visits._make(refs[:num_visits])
+    left, codes, scales, out, *scratch = refs[num_visits:]
     stripe, t = pl.program_id(0), pl.program_id(1)
     first, end = visits.first[t], visits.end[t]
 
