@@ -197,34 +197,29 @@ def _compute(
     has_gradient: bool,
 ) -> tuple[Array, Array | None]:
     """Returns the losses and, with `has_gradient`, the gradient of each in `hidden`."""
-    compute = functools.partial(_compute_by_chunks, settings, has_gradient)
+
+    def compute_by_chunks(
+        hidden: Array, head: Kernel, labels: Array
+    ) -> tuple[Array, Array | None]:
+        compute_chunk = functools.partial(
+            _compute_chunk, _linear(head, hidden.dtype), settings.soft_cap, has_gradient
+        )
+        num_chunks = _num_chunks(labels.size, settings.chunk_size)
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        if num_chunks == 1:
+            losses, unit = compute_chunk((rows, targets))
+        else:
+            chunks = _cut(rows, num_chunks), _cut(targets, num_chunks)
+            losses, unit = lax.map(compute_chunk, chunks)
+            losses = _join(losses, labels.size)
+            unit = unit if unit is None else _join(unit, labels.size)
+        losses = losses.reshape(labels.shape)
+        return losses, unit if unit is None else unit.reshape(hidden.shape)
+
+    # Explicit mode has no rule for rows that are split into chunks.
     spec = spec_of(hidden)
     specs = PartitionSpec(*spec[:-1]), PartitionSpec(*spec) if has_gradient else None
-    # Explicit mode has no rule for rows that are split into chunks.
-    return call_in_auto_mode(compute, lambda _: specs, hidden, head, labels)
-
-
-def _compute_by_chunks(
-    settings: _LossSettings,
-    has_gradient: bool,
-    hidden: Array,
-    head: Kernel,
-    labels: Array,
-) -> tuple[Array, Array | None]:
-    compute_chunk = functools.partial(
-        _compute_chunk, _linear(head, hidden.dtype), settings.soft_cap, has_gradient
-    )
-    num_chunks = _num_chunks(labels.size, settings.chunk_size)
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if num_chunks == 1:
-        losses, unit = compute_chunk((rows, targets))
-    else:
-        chunks = _cut(rows, num_chunks), _cut(targets, num_chunks)
-        losses, unit = lax.map(compute_chunk, chunks)
-        losses = _join(losses, labels.size)
-        unit = unit if unit is None else _join(unit, labels.size)
-    losses = losses.reshape(labels.shape)
-    return losses, unit if unit is None else unit.reshape(hidden.shape)
+    return call_in_auto_mode(compute_by_chunks, lambda _: specs, hidden, head, labels)
 
 
 def _num_chunks(num_tokens: int, chunk_size: int) -> int:

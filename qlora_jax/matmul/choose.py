@@ -51,39 +51,28 @@ def checked_backend(
 
 
 def refusals(
-    platform: str,
+    names: Sequence[str],
     spec: ProductSpec,
     shape: tuple[int, ...],
     dtype: np.dtype,
     columns: int,
 ) -> dict[str, str | None]:
-    """Returns the back ends that are tried on a platform, and the reason of each.
-
-    The last one supports the product, and its reason is None.
-    """
+    """Returns why back ends do not support a product, up to the first that does."""
     reasons: dict[str, str | None] = {}
-    for name in _default_backends(platform, is_local=True):
+    for name in names:
         reasons[name] = BACKENDS[name].refusal(spec, shape, dtype, columns)
         if reasons[name] is None:
             break
     return reasons
 
 
-def choose(
-    names: Sequence[str],
-    spec: ProductSpec,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    columns: int,
-) -> Backend:
-    """Returns the first back end of `names` that supports the product."""
-    reasons = []
-    for name in names:
-        reason = BACKENDS[name].refusal(spec, shape, dtype, columns)
-        if reason is None:
-            return BACKENDS[name]
-        reasons.append(f"`{name}` does not support this product. {reason}")
-    raise NotImplementedError("\n".join(reasons))
+def default_backends(platform: str, is_local: bool) -> list[str]:
+    """Returns the back ends that are tried on a platform, in this order."""
+    # The TPU kernel is tuned for the chip of this process, so this must have one.
+    has_platform = platform != "tpu" or jax.default_backend() == "tpu"
+    may_be_opaque = is_local and has_platform
+    names = PREFERRED[platform]
+    return [name for name in names if may_be_opaque or not BACKENDS[name].is_opaque]
 
 
 def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
@@ -98,17 +87,25 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
     operands = operands._replace(x=x.reshape(shape))
 
+    def choose(names: Sequence[str]) -> Backend:
+        reasons = refusals(names, spec, shape, x.dtype, operands.codes.shape[-1])
+        for name, reason in reasons.items():
+            if reason is None:
+                return BACKENDS[name]
+        raise NotImplementedError(
+            "\n".join(
+                f"`{name}` does not support this product. {reason}"
+                for name, reason in reasons.items()
+            )
+        )
+
     # Choose one back end, or one for each platform: a jitted function may be lowered
     # for the CPU of a machine that has a TPU.
-    facts = spec, shape, x.dtype, operands.codes.shape[-1]
     if spec.backend is not None:
         names = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
-        chosen = {"default": choose(names, *facts)}
+        chosen = {"default": choose(names)}
     else:
-        chosen = {
-            platform: choose(_default_backends(platform, is_local), *facts)
-            for platform in PREFERRED
-        }
+        chosen = {name: choose(default_backends(name, is_local)) for name in PREFERRED}
 
     # Branch on the platform when the program is lowered. Platforms that use the same
     # back end as the default share its branch, so that it is traced once.
@@ -125,14 +122,3 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     else:
         y = compute(operands)
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _default_backends(platform: str, is_local: bool) -> list[str]:
-    # The TPU kernel is tuned for the chip of this process, so this must have one.
-    has_platform = platform != "tpu" or jax.default_backend() == "tpu"
-    may_be_opaque = is_local and has_platform
-    return [
-        name
-        for name in PREFERRED[platform]
-        if may_be_opaque or not BACKENDS[name].is_opaque
-    ]

@@ -15,7 +15,7 @@ from .._jax.arguments import as_array, as_int32, known_values
 from .._jax.modes import for_product
 from ..quant.qtensor import QTensor
 from ..quant.views import product_arrays
-from .choose import checked_backend, refusals
+from .choose import checked_backend, default_backends, refusals
 from .sharded import sharded_product
 from .spec import Operands, ProductSpec, product_spec
 
@@ -119,7 +119,8 @@ def explain_backend(
     spec = replace(product_spec(q), transpose=transpose)
     platform = jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
-    return refusals(platform, spec, x.shape, x.dtype, q.codes.shape[-1])
+    names = default_backends(platform, is_local=True)
+    return refusals(names, spec, x.shape, x.dtype, q.codes.shape[-1])
 
 
 def check_packed(q: object) -> None:

@@ -241,35 +241,30 @@ def _compute_batch(
     right: Array,
     offsets: Array,
 ) -> tuple[Array, bool]:
-    if product.mesh is not None:  # XLA splits sorted rows
+    # The rows of all products are sorted by expert again, for a single product. On a
+    # mesh, XLA decides how sorted rows are split.
+    if product.mesh is not None:
         product = _RaggedProduct(product.output, product.precision, product.result)
-    compute = functools.partial(_compute_sorted_batch, size, is_batched, product)
-    y = call_in_auto_mode(compute, lambda _: PartitionSpec(), left, right, offsets)
-    return y, True
-
-
-def _compute_sorted_batch(
-    size: int,
-    is_batched: list,
-    product: _RaggedProduct,
-    left: Array,
-    right: Array,
-    offsets: Array,
-) -> Array:
-    # The rows of all products are sorted by expert again, for a single product.
     _, left_batched, right_batched, offsets_batched = is_batched
-    left = with_mapped_axis(size, left, left_batched)
-    offsets = with_mapped_axis(size, offsets, offsets_batched)
     has_batch_of_experts = right_batched or product.output == "w"
-    rows = SortedRows.sort(offsets, left.shape[1], has_batch_of_experts)
-    if product.output == "w":
-        right = rows.take(with_mapped_axis(size, right, right_batched))
-        dw = _compute(product, rows.take(left), right, rows.offsets)
-        return dw.reshape(size, -1, *dw.shape[1:])
-    if has_batch_of_experts:
-        right = right.reshape(-1, *right.shape[2:])
-    y = _compute(product, rows.take(left), right, rows.offsets)
-    return rows.put_back(y)
+
+    def compute_sorted(left: Array, right: Array, offsets: Array) -> Array:
+        left = with_mapped_axis(size, left, left_batched)
+        offsets = with_mapped_axis(size, offsets, offsets_batched)
+        rows = SortedRows.sort(offsets, left.shape[1], has_batch_of_experts)
+        if product.output == "w":
+            right = rows.take(with_mapped_axis(size, right, right_batched))
+            dw = _compute(product, rows.take(left), right, rows.offsets)
+            return dw.reshape(size, -1, *dw.shape[1:])
+        if has_batch_of_experts:
+            right = right.reshape(-1, *right.shape[2:])
+        y = _compute(product, rows.take(left), right, rows.offsets)
+        return rows.put_back(y)
+
+    y = call_in_auto_mode(
+        compute_sorted, lambda _: PartitionSpec(), left, right, offsets
+    )
+    return y, True
 
 
 # For the rows x_e of expert e, y_e = x_e w_e. So dx_e = g_e w_e^T and dw_e = x_e^T g_e,

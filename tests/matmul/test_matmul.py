@@ -369,9 +369,9 @@ BAD = [
     (X, ONE, {"backend": "pallas_tpu", "fmt": "int8", "block_size": 16}, UNSUPPORTED,
      "not support this product. `block_size` must be at least 32"),
     (X, ONE, {"backend": "pallas_tpu_v5e", "precision": "highest"}, UNSUPPORTED,
-     "It has one precision. Got precision='highest'"),
+     "It supports no `precision`. Got precision='highest'"),
     (X, ONE, {"backend": "pallas_tpu", "dtype": "bfloat16"}, UNSUPPORTED,
-     "It rounds once. Got bfloat16 weights and float32 inputs"),
+     "It rounds weights once, so .* Got bfloat16 weights and float32 inputs"),
 ]  # fmt: skip
 
 

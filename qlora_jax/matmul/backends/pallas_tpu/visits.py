@@ -36,23 +36,6 @@ class Visits(NamedTuple):
     decodes: Array  # whether this is the first visit of the expert
 
 
-def plan_for(
-    spec: ProductSpec,
-    num_rows: int,
-    num_experts: int,
-    cols: int,
-    dtype: DTypeLike,
-    chip: Chip,
-) -> Tiling | str:
-    """Returns the tiling, or the reason why the kernel does not support the product."""
-    average = max(num_rows // max(num_experts, 1), 1)
-    power_of_two = 1 << (average.bit_length() - 1)
-    max_rows = min(max(power_of_two, FEWEST_ROWS), MOST_ROWS)
-    if num_rows <= FEW_ROWS:
-        max_rows = num_rows
-    return plan(spec, num_rows, cols, dtype, chip, max_rows)
-
-
 @functools.partial(jax.jit, static_argnames=("chip", "interpret"))
 def product(
     spec: ProductSpec,
@@ -74,7 +57,13 @@ def product(
         codes, layer = codes[None], jnp.int32(0)
     num_experts, _, cols = scales.shape
     rows = codes.shape[-2] * spec.format.codes_per_byte
-    tiling = plan_for(spec, x.shape[0], num_experts, cols, x.dtype, chip)
+    # A block has about as many rows as an average expert.
+    num_rows = x.shape[0]
+    average = max(num_rows // max(num_experts, 1), 1)
+    max_rows = min(max(2 ** (average.bit_length() - 1), FEWEST_ROWS), MOST_ROWS)
+    if num_rows <= FEW_ROWS:
+        max_rows = num_rows
+    tiling = plan(spec, num_rows, cols, x.dtype, chip, max_rows)
     assert isinstance(tiling, Tiling), tiling
     outputs = rows if spec.transpose else cols
     dtype = jnp.dtype(spec.result or x.dtype)
