@@ -138,5 +138,5 @@ def call_of(
     module: nn.Module, method: str, args: tuple, kwargs: dict
 ) -> ModuleCall | Lookup | None:
     """Returns what a module's method computes, or None if no rule describes it."""
-    rule = RULES.find(type(module)) if method == "__call__" else None
+    rule: Callable | None = RULES.find(type(module)) if method == "__call__" else None
     return rule(module, *args, **kwargs) if rule else None

@@ -53,7 +53,7 @@ def _picklable(metaclass: type) -> type:
     return picklable
 
 
-def _reduce(cls: type) -> str | tuple:
+def _reduce(cls: Any) -> Any:
     # Subclasses that users define are found by name, as any class is.
     return vars(cls).get("qlora_recipe", cls.__qualname__)
 

@@ -4,7 +4,7 @@ A *holder* is the module, or a dict of linen variables in an `nnx.bridge.ToNNX`.
 """
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from flax import nnx
@@ -18,6 +18,7 @@ from ..quant.qtensor import QTensor
 from ..trees.paths import KeyPath, Leaf
 
 Holder = nnx.Module | dict[str, Any]
+P = TypeVar("P", bound="Packed")
 
 
 class Packed(nnx.Variable[QTensor]):
@@ -44,8 +45,8 @@ class Packed(nnx.Variable[QTensor]):
             "module. Use `ql.dequantize(kernel.get_value())`, or exclude it."
         )
 
-    def __jax_array__(self) -> NoReturn:
-        self[...]
+    def __jax_array__(self) -> Array:
+        return self[...]
 
 
 class Inputs(Packed):
@@ -211,7 +212,7 @@ def base_of(holder: Holder, name: str) -> Leaf:
     return StraightThrough(value, adapter.trained, adapter.geometry)
 
 
-def pack(variable: nnx.Variable, value: Leaf, cls: type[Packed] = Packed) -> Packed:
+def pack(variable: nnx.Variable, value: Leaf, cls: type[P] = Packed) -> P:
     """Returns the packed variable that replaces a float one."""
     metadata = tuple(sorted(variable.get_metadata().items()))
     return cls(value, float_type=type(variable), float_metadata=metadata)

@@ -36,8 +36,8 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
     adapters = adapters_of(lora)
     if unmatched := [path for path in adapters if path not in kernels]:
         raise ValueError(
-            "every adapter must be at the path of a kernel of `base`. Got adapters "
-            f"without a kernel at {unmatched}."
+            "every adapter must be at the path of a kernel of `base`. Got others at "
+            f"{unmatched}."
         )
     problems = {path: why_not(x, kernels[path]) for path, x in adapters.items()}
     refuse_listed("these adapters do not fit their kernels", problems)
@@ -58,7 +58,7 @@ def adapters_of(lora: Tree) -> dict[str, Adapter]:
         check_structure(leaves, frozenset(kind.roles))
     if others := [path for path, x in leaves.items() if not isinstance(x, Adapter)]:
         raise ValueError(
-            f"every leaf of `lora` must be an adapter. Got other leaves at {others}."
+            f"every leaf of `lora` must be an adapter. Got others at {others}."
         )
     return leaves
 

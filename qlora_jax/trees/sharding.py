@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax import lax
@@ -31,6 +31,7 @@ __all__ = ["place"]
 
 # The mesh axes that split an axis of an array: one, several or none.
 MeshAxes = str | Sequence[str] | None
+Spec = PartitionSpec | tuple[MeshAxes, ...]
 
 
 def place(
@@ -122,7 +123,7 @@ def _resolve_specs(
     rules: Mapping[str, PartitionSpec] | None,
     specs: Tree | None,
     logical_axes: Mapping[str, MeshAxes],
-) -> dict[str, Sequence]:
+) -> dict[str, Spec]:
     """Returns by path the specs that rules, a tree or the names in boxes define."""
     if rules is not None and specs is not None:
         raise ValueError("`rules` and `specs` must not both be given. Got both.")
@@ -139,7 +140,7 @@ def _resolve_specs(
         raise ValueError(
             f"`specs` must be a tree like `base`. Got leaves that it lacks: {unknown}."
         )
-    by_path: dict[str, Sequence] = {}
+    by_path: dict[str, Spec] = {}
     for path, leaf in spec_leaves.items():
         if isinstance(leaf, PartitionSpec):
             by_path[path] = leaf
@@ -153,15 +154,15 @@ def spec_of_names(
 ) -> PartitionSpec:
     """Returns the spec of an array whose axes have these logical or mesh names."""
 
-    def to_mesh(name: MeshAxes) -> MeshAxes:
+    def to_mesh(name: Any) -> Any:
         if isinstance(name, tuple | list):
             return tuple(axis for part in name for axis in axes_of(to_mesh(part)))
-        return logical_axes.get(name, name)  # pyright: ignore[reportCallIssue]
+        return logical_axes.get(name, name)
 
     return PartitionSpec(*map(to_mesh, names))
 
 
-def _axes_on_mesh(mesh: Mesh, spec: Sequence, leaf: Leaf) -> tuple[Axes, ...]:
+def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:
     """Returns the mesh axes of each axis of a leaf; raises if the spec does not fit."""
     ndim = len(leaf.shape)
     axes = tuple(axes_of(entry) for entry in spec)

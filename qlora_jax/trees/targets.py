@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -73,10 +74,10 @@ def _check_patterns(
             f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
             f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
         )
-    leaf_patterns = itertools.chain(
-        config.targets, config.exclude, config.trainable, config.trainable_rows
-    )
-    if unmatched := unmatched_by(leaf_patterns, leaves):
+    # `QLoRAConfig` stores single patterns as tuples.
+    settings: Any = config.targets, config.exclude, config.trainable
+    patterns = itertools.chain(*settings, config.trainable_rows)
+    if unmatched := unmatched_by(patterns, leaves):
         raise ValueError(
             "every pattern of `targets`, `exclude`, `trainable` and `trainable_rows` "
             f"must match a leaf. Got {unmatched}, which match none of {sorted(leaves)}."
@@ -133,7 +134,7 @@ def _geometry(
         _check_roles(leaf, contract, is_module=kinds is not None)
         return leaf.geometry
     if is_tree_leaf(leaf):
-        raise TypeError(f"it is already a kernel. Got {type(leaf).__name__}.")
+        raise TypeError(f"it is a kernel already. Got {type(leaf).__name__}.")
     check_kernel(leaf)
     geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
     if config.packing is not None:

@@ -156,7 +156,7 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
         lambda: ql.sharding.place(*trees, mesh, rules),
         "cannot be split as asked",
         "a/kernel: the 3 blocks of 32 along K = 96 must divide among 4",
-        "b/kernel: K = 40 is not a whole number of blocks of 32",
+        "b/kernel: K = 40 is not a multiple of the block size 32",
         "c/kernel: axes [0, 1] are stored as one",
     )
 
