@@ -58,11 +58,11 @@ def without_mapped_axes(mesh: AnyMesh, *trees: PyTree) -> PyTree:
     """Gathers arrays that are split over the same mesh axes as an enclosing vmap."""
     # JAX already splits the results of the vmap over these axes, and raises an error if
     # a mesh axis is used twice.
-    names = explicit_axes(mesh)
+    explicit_names = explicit_axes(mesh)
 
     def gather(x: Array) -> Array:
         axes = typed_axes(x)
-        allowed = [unused(entry, {*entry} - names) for entry in axes]
+        allowed = [unused(entry, {*entry} - explicit_names) for entry in axes]
         return x if allowed == axes else split_by(x, mesh, make_spec(*allowed))
 
     return jax.tree.map(gather, trees)

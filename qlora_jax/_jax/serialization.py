@@ -14,9 +14,9 @@ from jax import export
 SERIALIZED: list[type] = []  # the node types that files may contain
 
 
-def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> str:
+def static_to_json(node_type: type, values: tuple, field_names: tuple[str, ...]) -> str:
     """Returns static fields as JSON. Raises TypeError if they are not plain data."""
-    fields = dict(zip(names, values, strict=True))
+    fields = dict(zip(field_names, values, strict=True))
     try:
         return json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
     except TypeError as error:
@@ -26,11 +26,11 @@ def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> st
         ) from error
 
 
-def static_from_json(node_type: type, text: str, names: tuple[str, ...]) -> tuple:
+def static_from_json(node_type: type, text: str, field_names: tuple[str, ...]) -> tuple:
     """Returns the static fields that `static_to_json` stored."""
     fields = json.loads(text)
     types = typing.get_type_hints(node_type)
-    return tuple(_from_json(types[name], fields[name]) for name in names)
+    return tuple(_from_json(types[name], fields[name]) for name in field_names)
 
 
 def _from_json(field_type: Any, value: Any) -> object:
@@ -92,6 +92,6 @@ def register_states() -> None:
 
 def _settings(node: Any) -> str:
     # The placement is left out, because a later run may use another mesh.
-    names = tuple(name for name in node.tree_fields[1] if name != "placement")
-    values = tuple(getattr(node, name) for name in names)
-    return static_to_json(type(node), values, names)
+    field_names = tuple(name for name in node.tree_fields[1] if name != "placement")
+    values = tuple(getattr(node, name) for name in field_names)
+    return static_to_json(type(node), values, field_names)

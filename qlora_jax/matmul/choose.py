@@ -41,8 +41,8 @@ def checked_backend(
     backend: str | Sequence[str] | None,
 ) -> str | tuple[str, ...] | None:
     """Returns a back end or a tuple of several. Raises ValueError for unknown ones."""
-    names = (backend,) if isinstance(backend, str) else backend
-    if names is not None and (not names or not {*names} <= {*BACKENDS}):
+    backends = (backend,) if isinstance(backend, str) else backend
+    if backends is not None and (not backends or not {*backends} <= {*BACKENDS}):
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "
             f"{backend!r}."
@@ -51,7 +51,7 @@ def checked_backend(
 
 
 def refusals(
-    names: Sequence[str],
+    backends: Sequence[str],
     spec: ProductSpec,
     shape: tuple[int, ...],
     dtype: np.dtype,
@@ -59,7 +59,7 @@ def refusals(
 ) -> dict[str, str | None]:
     """Returns why back ends do not support a product, up to the first that does."""
     reasons: dict[str, str | None] = {}
-    for name in names:
+    for name in backends:
         reasons[name] = BACKENDS[name].refusal(spec, shape, dtype, columns)
         if reasons[name] is None:
             break
@@ -71,8 +71,8 @@ def default_backends(platform: str, is_local: bool) -> list[str]:
     # The TPU kernel is tuned for the chip of this process, so this must have one.
     has_platform = platform != "tpu" or jax.default_backend() == "tpu"
     may_be_opaque = is_local and has_platform
-    names = PREFERRED[platform]
-    return [name for name in names if may_be_opaque or not BACKENDS[name].is_opaque]
+    backends = PREFERRED[platform]
+    return [name for name in backends if may_be_opaque or not BACKENDS[name].is_opaque]
 
 
 def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
@@ -87,8 +87,8 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
     operands = operands._replace(x=x.reshape(shape))
 
-    def choose(names: Sequence[str]) -> Backend:
-        reasons = refusals(names, spec, shape, x.dtype, operands.codes.shape[-1])
+    def choose(backends: Sequence[str]) -> Backend:
+        reasons = refusals(backends, spec, shape, x.dtype, operands.codes.shape[-1])
         for name, reason in reasons.items():
             if reason is None:
                 return BACKENDS[name]
@@ -102,8 +102,8 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     # Choose one back end, or one for each platform: a jitted function may be lowered
     # for the CPU of a machine that has a TPU.
     if spec.backend is not None:
-        names = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
-        chosen = {"default": choose(names)}
+        backends = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
+        chosen = {"default": choose(backends)}
     else:
         chosen = {name: choose(default_backends(name, is_local)) for name in PREFERRED}
 

@@ -116,12 +116,12 @@ def _compute_on_mesh(product: _Product, left: Array, right: Array) -> Array:
     # 1. Assign mesh axes to the array axes, in the order batch, rows, K, N.
     mesh = product.mesh
     assert mesh is not None
-    names = explicit_axes(mesh)
+    axis_names = explicit_axes(mesh)
     batch, num_lead = product.batch, left.ndim - 1
     left_axes, right_axes = typed_axes(left), typed_axes(right)
     pairs = zip(left_axes[:batch], right_axes[:batch], strict=True)
     batch_axes = [right_entry or left_entry for left_entry, right_entry in pairs]
-    used = {*mesh.axis_names} - names
+    used = {*mesh.axis_names} - axis_names
 
     def take_unused(axes: Axes) -> Axes:
         free = unused(axes, used)
@@ -144,14 +144,14 @@ def _compute_on_mesh(product: _Product, left: Array, right: Array) -> Array:
 
     left_spec, right_spec = (specs[name] for name in OPERANDS[product.output])
     left, right = split_by(left, mesh, left_spec), split_by(right, mesh, right_spec)
-    if not names:
+    if not axis_names:
         return compute_on_device(left, right)
     return jax.shard_map(
         compute_on_device,
         mesh=mesh,
         in_specs=(left_spec, right_spec),
         out_specs=specs[product.output],
-        axis_names={*names},
+        axis_names={*axis_names},
         check_vma=False,
     )(left, right)
 

@@ -20,13 +20,13 @@ from .spec import ProductSpec
 class Split:
     """The mesh axes that split one axis of the weights."""
 
-    kept: Axes = ()  # those that still split it while a device multiplies
+    active: Axes = ()  # those that still split it while a device multiplies
     gathered: Axes = ()  # those gathered first: the inner ones, so parts are contiguous
 
     @property
     def stored(self) -> Axes:
         """The mesh axes that split the stored axis."""
-        return self.kept + self.gathered
+        return self.active + self.gathered
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Layout:
     @property
     def summed(self) -> Axes:
         """The mesh axes over which results are summed."""
-        return self.contracted + self.experts.kept
+        return self.contracted + self.experts.active
 
     @property
     def contracted(self) -> Axes:
         """The mesh axes that split the contracted axis."""
-        return (self.n if self.local.transpose else self.k).kept
+        return (self.n if self.local.transpose else self.k).active
 
     @property
     def outputs(self) -> Axes:
         """The mesh axes that split the outputs."""
-        return (self.k if self.local.transpose else self.n).kept
+        return (self.k if self.local.transpose else self.n).active
 
     @property
     def is_gathered(self) -> bool:
@@ -125,15 +125,15 @@ def lay_out(
 
     # 4. The weights while a device multiplies: those axes that rows do not use.
     def split(stored_axes: Axes, length: int = 1, is_contracted: bool = False) -> Split:
-        kept = unused(stored_axes, used)
+        active = unused(stored_axes, used)
         if is_contracted and not stored_axes:
             # If only x is split along the contracted axis, weights are cut to match.
-            kept = fitting(unused(x_axes[-1], used | stored), sizes, length)
-        return Split(kept, stored_axes[len(kept) :])
+            active = fitting(unused(x_axes[-1], used | stored), sizes, length)
+        return Split(active, stored_axes[len(active) :])
 
     k_split = split(stored_k, k_parts, not spec.transpose)
     n_split = split(stored_n, n, spec.transpose)
-    local_k = spec.k // ways(sizes, k_split.kept)
+    local_k = spec.k // ways(sizes, k_split.active)
     local = replace(spec, k=local_k, placement=None, mesh=None)
     lead = *batch, *rows
     return Layout(local, lead, tuple(batch), k_split, n_split, split(stored_experts))

@@ -119,8 +119,8 @@ def explain_backend(
     spec = replace(product_spec(q), transpose=transpose)
     platform = jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
-    names = default_backends(platform, is_local=True)
-    return refusals(names, spec, x.shape, x.dtype, q.codes.shape[-1])
+    backends = default_backends(platform, is_local=True)
+    return refusals(backends, spec, x.shape, x.dtype, q.codes.shape[-1])
 
 
 def check_packed(q: object) -> None:

@@ -106,10 +106,10 @@ class _RaggedProduct:
     output: Name
     precision: PrecisionLike
     result: DTypeLike | None  # the dtype of y; None for that of x
-    # If there is a mesh, the product is a `shard_map` over the axes `names`, and these
-    # split the rows, the experts, K and N.
+    # On a mesh, the product is a `shard_map` over `axis_names`, which also split the
+    # rows, the experts, K and N.
     mesh: AnyMesh | None = None
-    names: frozenset[str] = frozenset()
+    axis_names: frozenset[str] = frozenset()
     rows: Axes = ()
     experts: Axes = ()
     k: Axes = ()
@@ -137,26 +137,26 @@ def ragged_float_product(
     product = _RaggedProduct("y", precision, result)
     if mesh is not None:
         (rows, k), (experts, _, n) = typed_axes(x), typed_axes(w)
-        names = explicit_axes(mesh)
+        axis_names = explicit_axes(mesh)
     elif not is_manual() and (mesh := declared_mesh(placement)) is not None:
         assert placement is not None
         (rows,), (experts, k, n) = placement.row_axes(1), placement.matrix_axes(3)
         k, n = k if "k" in roles else (), n if "n" in roles else ()
-        names = axes_of_type(mesh, AxisType.Auto)
+        axis_names = axes_of_type(mesh, AxisType.Auto)
     else:
         return _multiply(product, x, w, offsets)
-    if names:
+    if axis_names:
         # An array cannot use a mesh axis twice, and axes have to divide the sizes.
-        sizes = {name: mesh.shape[name] for name in names}
+        sizes = {name: mesh.shape[name] for name in axis_names}
         used: set[str] = set()
         split_axes: list[Axes] = []
         for axes, size in zip(
             (rows, experts, k, n), (x.shape[0], *w.shape), strict=True
         ):
-            axes = tuple(name for name in axes if name in names)
+            axes = tuple(name for name in axes if name in axis_names)
             split_axes.append(fitting(unused(axes, used), sizes, size))
             used.update(split_axes[-1])
-        product = _RaggedProduct("y", precision, result, mesh, names, *split_axes)
+        product = _RaggedProduct("y", precision, result, mesh, axis_names, *split_axes)
     return _multiply(product, x, w, offsets)
 
 
@@ -200,7 +200,7 @@ def _compute(
         mesh=mesh,
         in_specs=in_specs,
         out_specs=specs[product.output],
-        axis_names={*product.names},
+        axis_names={*product.axis_names},
         check_vma=False,
     )(left, right, offsets)
 

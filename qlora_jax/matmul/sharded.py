@@ -43,7 +43,7 @@ class MeshLayout(NamedTuple):
 
     layout: Layout
     mesh: AnyMesh
-    names: frozenset[str]
+    axis_names: frozenset[str]
 
     def shard_map(self, fn: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
         """Returns `fn(layout, ...)`, a function of one device's parts, over arrays."""
@@ -52,7 +52,7 @@ class MeshLayout(NamedTuple):
             mesh=self.mesh,
             in_specs=in_specs,
             out_specs=out_specs,
-            axis_names={*self.names},
+            axis_names={*self.axis_names},
             check_vma=False,
         )
 
@@ -112,7 +112,7 @@ def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
     mesh_layout = find_layout(spec, x_axes, weight_axes, x.shape, scales.shape)
     if mesh_layout is None:
         return choose.run(spec, operands, is_local=is_local())
-    layout, mesh, names = mesh_layout
+    layout, mesh, axis_names = mesh_layout
     codes_spec = layout.weights
     if layer is not None:
         codes_spec = PartitionSpec(None, *codes_spec)
@@ -127,7 +127,7 @@ def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
         scales = split_by(scales, mesh, layout.weights)
         if offsets is not None:
             offsets = split_by(offsets, mesh, PartitionSpec())
-        if not names:
+        if not axis_names:
             split_operands = Operands(x, codes, scales, layer, offsets)
             return choose.run(spec, split_operands, is_local=False)
 
@@ -212,7 +212,7 @@ def _multiply_on_device(
     assert x.shape[-1] == (codes.shape[-1] if spec.transpose else spec.k), x.shape
     assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
     if offsets is not None:
-        (row_axes,), expert_axes = layout.lead, layout.experts.kept
+        (row_axes,), expert_axes = layout.lead, layout.experts.active
         num_experts = scales.shape[0]
         offsets = device_offsets(
             offsets, x.shape[0], row_axes, num_experts, expert_axes
@@ -281,7 +281,7 @@ def gathered(q: QTensor, mesh_layout: MeshLayout) -> QTensor:
     arrays = [q.codes, float_scales(q)]
     if AxisType.Explicit in mesh.axis_types:
         arrays = [split_by(array, mesh, layout.weights) for array in arrays]
-    axes = (*layout.batch, layout.k.kept, layout.n.kept)
+    axes = (*layout.batch, layout.k.active, layout.n.active)
     in_specs, out_specs = (layout.weights,) * 2, (make_spec(*axes),) * 2
     gather_both = mesh_layout.shard_map(gather_weights, in_specs, out_specs)
     codes, scales = gather_both(*arrays)
