@@ -1,6 +1,6 @@
 """QLoRA for flax.linen models, which need no changes."""
 
-from .._jax.serialization import register_states
+from .._jax.pytree import register_states
 from .calls import register
 from .dense import QLoRADense
 from .init_model import init

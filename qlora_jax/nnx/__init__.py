@@ -1,6 +1,6 @@
 """QLoRA for Flax NNX: `wrap` packs a model's kernels; adapters are `nnx.LoRAParam`."""
 
-from .._jax.serialization import register_states
+from .._jax.pytree import register_states
 from .linear import QLoRALinear
 from .rules import register
 from .variables import Packed

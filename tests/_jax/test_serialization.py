@@ -17,7 +17,7 @@ from helpers import assert_same, dequantize, normal, trees_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax._jax.serialization import static_from_json, static_to_json
+from qlora_jax._jax.pytree import static_from_json, static_to_json
 
 CONFIGS = {
     "nf4": ql.QLoRAConfig(rank=2),
