@@ -9,33 +9,36 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, Float, PyTree
 
+from .._jax import specs
 from .._jax.modes import axes_of_type, call_in_auto_mode, explicit_mesh
 from .._jax.pytree import TreeLeaf, register
-from .._jax.specs import (
-    AnyMesh,
-    Axes,
-    SpecEntry,
-    axes_of,
-    fitting,
-    fitting_spec,
-    make_spec,
-    unused,
-)
+from .._jax.specs import Axes, SpecEntry
 from ..matmul.sharded import declared_mesh
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement, as_kernel
 
 # Returns `x W`, for x `[*batch, ..., K]` and a kernel, in the dtype of x.
 Multiply = Callable[[Array, Kernel], Array]
+
+
+class ProductCall(NamedTuple):
+    """The arguments of an adapter's product besides its input and kernel."""
+
+    multiply: Multiply  # computes products with the frozen kernel
+    dropout_key: Array | None = None  # None for no dropout
+    precision: lax.PrecisionLike = None
+    offsets: Array | None = None  # of the rows of each expert, int32 `[E + 1]`
+
+
 # One multiplier, one for each matrix of a stack, or an array of those in a scan.
 Scaling = float | tuple[float, ...] | Array
 
@@ -48,65 +51,31 @@ SETTINGS = ("scaling", "dropout", "geometry")
 
 
 class Adapter(TreeLeaf, abc.ABC):
-    """An adapter of one kernel, whose matrix form is `[*batch, K, N]`.
+    """An adapter of one kernel, whose matrix form is `[*batch, K, N]`."""
 
-    Attributes:
-        roles: The role of each axis of its arrays, by name: k (of size K), n (of size
-            N), r (the rank) or e (the places of a bank). The batch axes of the kernel
-            come in front of those.
-        label: Its name in `summary`.
-        settings: The names of its static fields.
-        trained_as: The label of its arrays in `lora_labels`.
-        inputs: The names of its arrays that are not trained, in scans and banks.
-        is_shared: Whether one adapter serves all matrices along the last batch axis.
-        scaling: Multiplier of the low-rank product. A stack may have a tuple of them,
-            one for each matrix.
-        dropout: Rate of dropout on the adapter's input.
-        geometry: How the kernel's axes map to its matrix form.
-    """
-
+    # The roles of the axes of its arrays, after the kernel's batch axes, by name: k (of
+    # size K), n (of size N), r (the rank) or e (the places of a bank).
     roles: ClassVar[Mapping[str, str]]
-    label: ClassVar[str]
-    settings: ClassVar[tuple[str, ...]] = SETTINGS
-    trained_as: ClassVar[str] = "lora"
-    inputs: ClassVar[tuple[str, ...]] = ()
+    label: ClassVar[str]  # in `summary`
+    settings: ClassVar[tuple[str, ...]] = SETTINGS  # the names of its static fields
+    trained_as: ClassVar[str] = "lora"  # the label of its arrays in `lora_labels`
+    inputs: ClassVar[tuple[str, ...]] = ()  # its arrays that are not trained
+    # Whether one adapter serves all matrices along the last batch axis.
     is_shared: ClassVar[bool] = False
     scaling: Scaling
     dropout: float
     geometry: Geometry
 
     @abc.abstractmethod
-    def product(
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
-        """Returns the adapted kernel's product, `[*batch, ..., N]` in the dtype of `x`.
-
-        `multiply` computes the products with the frozen kernel, and without a
-        `dropout_key` there is no dropout.
-        """
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
+        """Returns the adapted product of x `[*batch, ..., K]`, in the dtype of x."""
 
     @abc.abstractmethod
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:
         """Returns the weights of `product` in the kernel's shape and dtype."""
 
-    def ragged_product(
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        offsets: Array,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
-        """Returns the product of rows `[M, K]`, sorted by expert, with their experts.
-
-        `offsets` says where the rows of each expert begin and end, int32 `[E + 1]`.
-        """
+    def ragged_product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
+        """Returns the product of rows `[M, K]`, sorted by expert, with the experts."""
         raise NotImplementedError(
             "adapters of experts must be LoRA in a ragged product, and not chosen from "
             f"a bank. Got {type(self).__name__}."
@@ -117,10 +86,7 @@ class Adapter(TreeLeaf, abc.ABC):
         return jnp.take(self.merged(kernel), ids, axis=0)
 
     def unshared(self, kernel: PyTree) -> "Adapter":
-        """Returns the same adapter with arrays for each matrix of its kernel.
-
-        Only the shape of `kernel` is used.
-        """
+        """Returns the adapter with arrays for each matrix of a kernel or its shape."""
         return self
 
     @property
@@ -150,12 +116,6 @@ class Adapter(TreeLeaf, abc.ABC):
             if role in roles:
                 return getattr(self, name).shape[roles.index(role) - len(roles)]
         return 1
-
-    @property
-    def places(self) -> int | None:
-        """The number of adapters in its bank; None outside of banks."""
-        name, roles = next(iter(self.roles.items()))
-        return getattr(self, name).shape[-len(roles)] if "e" in roles else None
 
     @property
     def size(self) -> int:
@@ -189,10 +149,9 @@ def sliced_kind(kind: type[Adapter]) -> Callable[..., Adapter]:
 
 
 def sliced(lora: A, scaling: Array | None = None) -> A:
-    """Makes the several scalings of an adapter an array `[*batch]`, which scans slice.
+    """Makes a tuple of scalings an array `[*batch]`, which scans slice.
 
-    `scaling` is that array if a scan has sliced it. An adapter with one scaling does
-    not change.
+    `scaling` is that array if a scan has sliced it already.
     """
     if not isinstance(lora.scaling, tuple):
         return lora
@@ -224,10 +183,8 @@ def used_ranks(lora: Adapter) -> np.ndarray:
 
 def matrix_at(lora: A, index: tuple[int, ...]) -> A:
     """Returns the adapter of one matrix of a stack, without batch axes."""
-    scaling = scaling_at(lora, index)
-    return replace_arrays(
-        lora, lambda _, x: x[index], scaling=scaling, geometry=Geometry()
-    )
+    settings = {"scaling": scaling_at(lora, index), "geometry": Geometry()}
+    return replace_arrays(lora, lambda _, x: x[index], **settings)
 
 
 def scaling_at(lora: Adapter, index: tuple[int, ...]) -> Any:
@@ -282,7 +239,7 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
 
     # 3. Every array has the shape that follows from the roles of its axes.
     def expected_shapes(rank: int | str) -> list[list]:
-        sizes = {"k": k, "n": n, "e": lora.places, "r": rank}
+        sizes = {"k": k, "n": n, "e": lora._size("e"), "r": rank}
         return [[*batch, *map(sizes.get, roles)] for roles in lora.roles.values()]
 
     shapes = [[*x.shape] for x in lora.arrays.values()]
@@ -309,15 +266,12 @@ def stored_axes(
     K and N are split over all mesh axes of the kernel, and so is optimizer state.
     """
     spec = lora.geometry.matrix_spec(kernel_spec, len(kernel_spec))
-    *batch, k, n = (axes_of(entry) for entry in spec)
+    *batch, k, n = (specs.axes_of(entry) for entry in spec)
     return _fitting_axes(lora, batch, {"k": k + n, "n": n + k}, sizes)
 
 
 def constrained(lora: A, placement: Placement | None) -> A:
-    """Returns the adapter, split as the product of its kernel needs it.
-
-    `placement` is that of the kernel, over Auto mesh axes.
-    """
+    """Returns the adapter, split as the product of its placed kernel needs it."""
     mesh = declared_mesh(placement)
     if placement is None or mesh is None or explicit_mesh(lora) is not None:
         return lora
@@ -329,12 +283,12 @@ def constrained(lora: A, placement: Placement | None) -> A:
         tuple(name for name in axes if name in auto)
         for axes in placement.matrix_axes(len(lora.batch_shape) + 2)
     )
-    role_axes = {"k": unused(k, row_axes), "n": unused(n, row_axes)}
+    role_axes = {"k": specs.unused(k, row_axes), "n": specs.unused(n, row_axes)}
     sizes = {name: mesh.shape[name] for name in auto}
     axes = _fitting_axes(lora, batch, role_axes, sizes)
 
     def constrain(name: str, x: Array) -> Array:
-        sharding = NamedSharding(mesh, make_spec(*axes[name]))
+        sharding = NamedSharding(mesh, specs.make_spec(*axes[name]))
         return lax.with_sharding_constraint(x, sharding)
 
     return replace_arrays(lora, constrain)
@@ -342,16 +296,16 @@ def constrained(lora: A, placement: Placement | None) -> A:
 
 def _fitting_axes(
     lora: Adapter,
-    batch_axes: list[Axes],
+    batch: list[Axes],
     role_axes: Mapping[str, Axes],
-    sizes: Mapping[str, int],
+    mesh_sizes: Mapping[str, int],
 ) -> dict[str, tuple[Axes, ...]]:
     """Returns the mesh axes of each array, without those that do not divide it."""
     axes_by_name = {}
     for name, x in lora.arrays.items():
-        preferred = [*batch_axes, *(role_axes.get(r, ()) for r in lora.roles[name])]
-        pairs = zip(preferred, x.shape, strict=True)
-        axes_by_name[name] = tuple(fitting(axes, sizes, size) for axes, size in pairs)
+        axes = [*batch, *(role_axes.get(role, ()) for role in lora.roles[name])]
+        pairs = zip(axes, x.shape, strict=True)
+        axes_by_name[name] = tuple(specs.fitting(a, mesh_sizes, n) for a, n in pairs)
     return axes_by_name
 
 
@@ -391,16 +345,19 @@ def parts_of(node: PyTree) -> tuple[PyTree, Adapter | None, Array | None]:
 def on_matrix(
     kernel: Kernel, change: Callable[..., Array], *arrays: Array
 ) -> Float[Array, "..."]:
-    """Returns changed weights in the kernel's own shape and dtype.
+    """Returns `change(w, *arrays)` for the float32 weights in matrix form.
 
-    `change` maps the float32 weights in matrix form, and the arrays, to new weights.
+    The result has the kernel's own shape and dtype.
     """
 
     def change_matrix(kernel: Kernel, arrays: tuple[Array, ...]) -> Array:
         w = change(kernel.dequantize_matrix(jnp.float32), *arrays)
         return kernel.geometry.from_matrix(w.astype(kernel.dtype))
 
-    def kernel_spec(mesh: AnyMesh) -> PartitionSpec:
-        return fitting_spec(mesh, kernel.spec, kernel.shape)
-
-    return call_in_auto_mode(change_matrix, kernel_spec, kernel, arrays)
+    spec, shape = kernel.spec, kernel.shape
+    return call_in_auto_mode(
+        change_matrix,
+        lambda mesh: specs.fitting_spec(mesh, spec, shape),
+        kernel,
+        arrays,
+    )

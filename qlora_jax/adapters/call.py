@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.arguments import as_array, as_int32
 from .._jax.modes import call_in_auto_mode, split_as
@@ -59,7 +59,7 @@ class ModuleCall:
 
     kernel: str  # name of the kernel's parameter
     equation: str  # explicit, of the input and the kernel
-    x: ArrayLike
+    x: Any  # an array, or what JAX converts to one
     # Its axes are the kernel's batch and output axes, in the order of the result.
     bias: Array | None = None
     # Casts the input, the kernel and the bias as the module does. It reads only the
@@ -76,8 +76,8 @@ class Lookup:
     """One lookup of rows in a module's table `[V, D]`."""
 
     kernel: str  # name of the table's parameter
-    ids: ArrayLike
-    cast: Callable[[Any], Array]  # casts the rows as the module casts its table
+    ids: Any  # an array, or what JAX converts to one
+    cast: Callable[[Any], Any]  # casts the rows as the module casts its table
     out_sharding: OutSharding = None
     equation: ClassVar = "v,vd->d"  # as a product: the ids are one-hot rows
     is_complete: ClassVar = True

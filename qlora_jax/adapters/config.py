@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from jax.typing import DTypeLike
 
@@ -16,6 +16,7 @@ from ..quant.geometry import Contract, check_contract
 Pattern = str | re.Pattern
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 def matches(patterns: Pattern | Iterable[Pattern], path: str) -> bool:
@@ -30,7 +31,7 @@ def unmatched_by(patterns: Iterable[Pattern], paths: Collection[str]) -> list[Pa
     return [p for p in patterns if not any(matches(p, path) for path in paths)]
 
 
-def first_match(settings: Mapping[Pattern, T], path: str, default: T) -> T:
+def first_match(settings: Mapping[Any, T], path: str, default: D) -> T | D:
     """Returns the setting of the first pattern that matches the full path."""
     for pattern, value in settings.items():
         if re.fullmatch(pattern, path):
@@ -200,8 +201,7 @@ class QLoRAConfig:
 
     def rows_of(self, path: str) -> tuple[int, ...] | None:
         """Returns the rows of the table at `path` to train, by `trainable_rows`."""
-        rows = cast(Mapping[Pattern, tuple[int, ...] | None], self.trainable_rows)
-        return first_match(rows, path, None)
+        return first_match(cast(Mapping, self.trainable_rows), path, None)
 
     def rank_of(self, path: str) -> int:
         """Returns the rank of the adapter of the kernel at `path`.
@@ -224,8 +224,7 @@ class QLoRAConfig:
         It is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`; a tuple if
         experts have different ranks.
         """
-        alphas = cast(Mapping[Pattern, float | None], self.alpha_pattern)
-        alpha = first_match(alphas, path, self.alpha)
+        alpha = first_match(self.alpha_pattern, path, self.alpha)
         power = 0.5 if self.rank_stabilized else 1
 
         def scaling(rank: int) -> float:
@@ -239,8 +238,7 @@ class QLoRAConfig:
 
         None if no pattern matches.
         """
-        contracts = cast(Mapping[Pattern, tuple[int, ...] | str | None], self.contract)
-        return first_match(contracts, path, None)
+        return first_match(cast(Mapping, self.contract), path, None)
 
 
 def is_table(path: str) -> bool:
@@ -286,8 +284,9 @@ def as_rank(rank: object) -> int:
 
 
 def _as_ranks(ranks: int | Sequence[int]) -> int | tuple[int, ...]:
-    is_several = isinstance(ranks, list | tuple) and len(ranks) > 0
-    return tuple(map(as_rank, ranks)) if is_several else as_rank(ranks)
+    if isinstance(ranks, list | tuple) and len(ranks) > 0:
+        return tuple(map(as_rank, ranks))
+    return as_rank(ranks)
 
 
 def _as_rows(rows: Sequence[int]) -> tuple[int, ...]:
@@ -300,7 +299,7 @@ def _as_rows(rows: Sequence[int]) -> tuple[int, ...]:
     return indices
 
 
-def _as_alpha(alpha: object) -> float:
+def _as_alpha(alpha: Any) -> float:
     is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
     if not is_number or not 0 < float(alpha) < math.inf:
         raise ValueError(f"`alpha` must be a positive, finite number. Got {alpha!r}.")

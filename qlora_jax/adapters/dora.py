@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -20,7 +22,7 @@ from .base import (
     SETTINGS,
     Adapter,
     Multiply,
-    Scaling,
+    ProductCall,
     constrained,
     on_matrix,
     register_adapter,
@@ -70,32 +72,23 @@ class DoRA(LoRA):
     label = "dora"
     ragged_product = Adapter.ragged_product
 
-    def product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of
         # its columns. As in PEFT, c gets no gradient (section 4.3) and dropout acts on
         # the input of both products.
-        dropped = x
-        if dropout_key is not None:
-            dropped = apply_dropout(x, self.dropout, dropout_key)
-        y = multiply(dropped, kernel)
-        norms = column_norms(self, kernel, multiply, x.dtype)
+        dropped = apply_dropout(x, self.dropout, call.dropout_key)
+        y = call.multiply(dropped, kernel)
+        norms = column_norms(self, kernel, call.multiply, x.dtype)
         scale = split_as(self.m.astype(jnp.float32), norms) / norms
         # [*batch, N] -> [*batch, 1, ..., N], to broadcast over the rows of y.
         scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, y.ndim - 1)))
-        v = add_change(y, lora_product(dropped, self, precision, kernel.placement))
+        v = add_change(y, lora_product(dropped, self, call.precision, kernel.placement))
         # Named because the gradient of m needs x V: a `jax.checkpoint` policy that does
         # not save it would compute both products again.
         v = checkpoint_name(v, "dora_product").astype(jnp.float32)
         result = (v * split_as(scale, v)).astype(x.dtype)
         # Dropout must not act on the frozen product: replace its part in the result.
-        return result if dropped is x else result + (multiply(x, kernel) - y)
+        return result if dropped is x else result + (call.multiply(x, kernel) - y)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         def adapt(w: Array, delta: Array, m: Array) -> Array:
@@ -112,15 +105,9 @@ class DoRA(LoRA):
         # which are many.
         return _table_norms(self, kernel) if is_local() else column_norms(self, kernel)
 
-    def adapted_rows(  # noqa: D102
-        self,
-        rows: Array,
-        arrays: Mapping[str, Array],
-        scaling: Scaling,
-        norms: Array | None,
-    ) -> Float32[Array, "..."]:
-        v = super().adapted_rows(rows, arrays, scaling, norms)
-        m = arrays["m"].astype(jnp.float32)
+    def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:  # noqa: D102
+        v = super().adapted_rows(rows, arrays)
+        m, norms = arrays["m"].astype(jnp.float32), arrays["norms"]
         if norms is not None:
             return v * jnp.broadcast_to(m / norms, v.shape)
         norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
@@ -154,7 +141,7 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> L
         b = jnp.zeros((*batch, rank, n), dtype)
     # 2. Experts with smaller ranks: zeros beyond the rank of each, and their scalings.
     if ranks := config.ranks_of(path):
-        is_used = jnp.arange(rank) < jnp.array(ranks)[:, None]  # [E, r]
+        is_used = np.arange(rank) < np.array(ranks)[:, None]  # [E, r]
         a = jnp.where(jnp.broadcast_to(is_used[:, None, :], a.shape), a, 0)
         b = jnp.where(jnp.broadcast_to(is_used[:, :, None], b.shape), b, 0)
     if isinstance(scaling, tuple):
@@ -203,11 +190,8 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     # with the packed kernel they could become stale.
     q = kernel.take().to_device()
 
-    def sum_squares(w: Array) -> Array:
-        return jnp.sum(jnp.square(w), -2)
-
     if not isinstance(q, QTensor) or not is_local():
-        return sum_squares(q.dequantize_matrix(jnp.float32))
+        return jnp.sum(jnp.square(q.dequantize_matrix(jnp.float32)), -2)
     # XLA on CPUs does not fuse decoding with the sum, so a few columns are decoded at a
     # time. The last tile overlaps the previous one if the width does not divide N.
     *batch, k, n = q.matrix_shape
@@ -218,15 +202,13 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     def add_tile(i: Array, sums: Array) -> Array:
         start = jnp.minimum(i * width, n - width)
 
-        def take_columns(x: Array) -> Array:
-            return lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
-
-        tile = replace(
-            decoded_scales,
-            codes=take_columns(decoded_scales.codes),
-            scales=take_columns(decoded_scales.scales),
+        codes, scales = (
+            lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
+            for x in (decoded_scales.codes, decoded_scales.scales)
         )
-        tile_sums = sum_squares(tile.dequantize_matrix(jnp.float32))
+        tile = replace(decoded_scales, codes=codes, scales=scales)
+        squares = jnp.square(tile.dequantize_matrix(jnp.float32))
+        tile_sums = jnp.sum(squares, -2)
         return lax.dynamic_update_slice_in_dim(sums, tile_sums, start, sums.ndim - 1)
 
     sums = varying_with(jnp.zeros((*batch, n), jnp.float32), q)
@@ -244,8 +226,8 @@ def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
 
     def add_tile(i: Array, squares: Array) -> Array:
         ids = i * tile_rows + jnp.arange(tile_rows)
-        rows, arrays = take_rows(kernel, ids), lora.arrays_at((ids,))
-        v = LoRA.adapted_rows(lora, rows, arrays, lora.scaling, None)
+        arrays = {**lora.arrays_at((ids,)), "scaling": lora.scaling}
+        v = LoRA.adapted_rows(lora, take_rows(kernel, ids), arrays)
         # Ids beyond the table return NaN.
         v = jnp.where((ids < size)[:, None], v, 0)
         return squares + jnp.sum(jnp.square(v), 0)

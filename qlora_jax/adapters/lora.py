@@ -20,7 +20,7 @@ from ..quant.kernel import Kernel, Placement
 from ..quant.views import take_rows
 from .base import (
     Adapter,
-    Multiply,
+    ProductCall,
     Scaling,
     constrained,
     on_matrix,
@@ -68,43 +68,23 @@ class LoRA(Adapter):
     roles = {"a": "kr", "b": "rn"}
     label = "lora"
 
-    def product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
-        y = multiply(x, kernel)
-        if dropout_key is not None:
-            x = apply_dropout(x, self.dropout, dropout_key)
-        return add_change(y, lora_product(x, self, precision, kernel.placement))
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
+        y = call.multiply(x, kernel)
+        x = apply_dropout(x, self.dropout, call.dropout_key)
+        return add_change(y, lora_product(x, self, call.precision, kernel.placement))
 
     def ragged_product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        offsets: Array,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
+        self, x: Array, kernel: Kernel, call: ProductCall
     ) -> Array:
-        y = multiply(x, kernel)
-        if dropout_key is not None:
-            x = apply_dropout(x, self.dropout, dropout_key)
+        y = call.multiply(x, kernel)
+        x = apply_dropout(x, self.dropout, call.dropout_key)
         # Experts may have different scalings, so B is scaled instead of the product.
         b = scaled(self.b.astype(jnp.float32), self)
         a, b = cast(self.a, x.dtype), cast(b, x.dtype)
-
-        def multiply_experts(x: Array, w: Array, roles: str) -> Array:
-            return ragged_float_product(
-                x, w, offsets, precision, placement=kernel.placement, roles=roles
-            )
-
-        h = multiply_experts(x, a, "k")  # [M, r]
+        arguments: Any = (call.offsets, call.precision, None, kernel.placement)
+        h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
         h = checkpoint_name(h, CHECKPOINT_NAME)
-        return add_change(y, multiply_experts(h, b, "n"))
+        return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
@@ -112,9 +92,10 @@ class LoRA(Adapter):
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
             return super().lookup(ids, kernel)
-        rows, norms = take_rows(kernel, ids), self.table_norms(kernel)
-        adapted = self.adapted_rows(rows, self.arrays_at((ids,)), self.scaling, norms)
-        return adapted.astype(rows.dtype)
+        rows = take_rows(kernel, ids)
+        arrays = self.arrays_at((ids,))
+        arrays |= {"scaling": self.scaling, "norms": self.table_norms(kernel)}
+        return self.adapted_rows(rows, arrays).astype(rows.dtype)
 
     @property
     def row_role(self) -> str | None:
@@ -122,47 +103,39 @@ class LoRA(Adapter):
         return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
 
     def arrays_at(
-        self,
-        index: tuple[Array, ...],
-        take_others: Callable[[Array], Array] = lambda x: x,
-    ) -> dict[str, Array]:
-        """Returns the arrays for some rows of a table.
+        self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
+    ) -> dict[str, Any]:
+        """Returns the arrays for some rows of a table; invalid ids return NaN.
 
         `index` holds int32 ids of rows, or places of a bank and ids of rows. Arrays
-        without an axis of rows pass through `take_others`. Invalid ids return NaN.
+        without an axis of rows pass through `take`.
         """
-
-        def take_array(name: str, x: Array) -> Array:
+        arrays = {}
+        for name, x in self.arrays.items():
             row_axis = self.roles[name].find(str(self.row_role))
             if row_axis < 0:
-                return take_others(x)
-            # The axis of rows follows that of the bank, if there is one.
-            x = jnp.moveaxis(x, row_axis, len(index) - 1)
-            return x.at[index].get(mode="fill", fill_value=jnp.nan)
-
-        return {name: take_array(name, x) for name, x in self.arrays.items()}
+                arrays[name] = take(x)
+            else:
+                # The axis of rows follows that of the bank, if there is one.
+                x = jnp.moveaxis(x, row_axis, len(index) - 1)
+                arrays[name] = x.at[index].get(mode="fill", fill_value=jnp.nan)
+        return arrays
 
     def table_norms(self, kernel: Kernel) -> Array | None:
         """Returns what `adapted_rows` needs of the full table, here nothing."""
         return None
 
-    def adapted_rows(
-        self,
-        rows: Array,
-        arrays: Mapping[str, Array],
-        scaling: Scaling,
-        norms: Array | None,
-    ) -> Float32[Array, "..."]:
-        """Returns adapted rows `[..., D]` from rows of the frozen table.
+    def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:
+        """Returns adapted rows `[..., D]` in float32, from rows of the frozen table.
 
-        `arrays` are those of `arrays_at` for the rows, and `norms` of `table_norms`.
+        `arrays` are those of `arrays_at` with the "scaling", and "norms" of the table.
         """
         # Rows of a table are products of one-hot rows, so with k as the axis of rows,
         # a row changes by A[id] B. With n, the table is transposed: B[:, id]^T A^T.
         a, b = (arrays[name].astype(jnp.float32) for name in ("a", "b"))
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
         change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
-        return add_change(rows.astype(jnp.float32), scaling * change)
+        return add_change(rows.astype(jnp.float32), arrays["scaling"] * change)
 
 
 register_adapter(LoRA)
@@ -187,35 +160,22 @@ class SharedLoRA(LoRA):
     label = "shared lora"
     lookup = Adapter.lookup
 
-    def product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
-        lora = self.unshared(kernel)
-        return lora.product(x, kernel, multiply, dropout_key, precision)
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
+        return self.unshared(kernel).product(x, kernel, call)
 
     def ragged_product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        offsets: Array,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
+        self, x: Array, kernel: Kernel, call: ProductCall
     ) -> Array:
         # All rows are one group; rows beyond it result in zero.
-        ends = offsets[jnp.array([0, -1])]
-        return super().ragged_product(x, kernel, multiply, ends, dropout_key, precision)
+        assert call.offsets is not None
+        ends = call.offsets[jnp.array([0, -1])]
+        return super().ragged_product(x, kernel, call._replace(offsets=ends))
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
         num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
+        repeat = functools.partial(jnp.repeat, repeats=num_experts, axis=-3)
 
         def repeat_experts(x: Array) -> Array:
-            repeat = functools.partial(jnp.repeat, repeats=num_experts, axis=-3)
             is_shape = isinstance(x, jax.ShapeDtypeStruct)
             return jax.eval_shape(repeat, x) if is_shape else repeat(x)
 
@@ -282,14 +242,14 @@ def cast(w: Array, dtype: DTypeLike) -> Array:
     return w.astype(dtype)
 
 
-def apply_dropout(x: Array, rate: float, key: Array) -> Array:
-    """Applies inverted dropout to an input."""
-    if rate == 0:
+def apply_dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Applies inverted dropout to an input, if there is a key."""
+    if key is None or rate == 0:
         return x
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey
-        key = jax.random.wrap_key_data(key)
-    if key.ndim:
-        # A batch has a key for each matrix; the first one serves all of `x`.
-        key = key.reshape(-1)[0]
-    is_kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    # `jax.random.PRNGKey` makes raw keys. A batch has a key for each matrix, of which
+    # the first one serves all of `x`.
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    keys: Array = key if is_typed else jax.random.wrap_key_data(key)
+    first_key = keys.reshape(-1)[0] if keys.ndim else keys
+    is_kept = jax.random.bernoulli(first_key, 1 - rate, x.shape)
     return jnp.where(is_kept, x / (1 - rate), jnp.zeros_like(x))

@@ -67,10 +67,7 @@ class _ExpertsView:
         return "".join(self.kernel.geometry.roles(3)[axis] for axis in axes)
 
     def _slice_experts(
-        self,
-        start_indices: Sequence[int],
-        limit_indices: Sequence[int],
-        strides: Sequence[int] | None,
+        self, start_indices: tuple, limit_indices: tuple, strides: tuple | None
     ) -> "_ExpertsView | None":
         """Returns a range of experts, or None for a slice along another axis."""
         q, shape = self.kernel, [self.kernel.shape[axis] for axis in self.axes]
@@ -96,7 +93,7 @@ class _ExpertsView:
         This is a ragged product of rows with experts, or the product with one expert.
         """
         name, params = eqn.primitive.name, eqn.params
-        has_dtype = eqn.invars[0].aval.dtype == self.dtype
+        has_dtype = getattr(eqn.invars[0].aval, "dtype", None) == self.dtype
         if not is_experts(self.kernel, self.lora):
             return False
         if name == "dot_general" and len(self.axes) == 2:
@@ -135,10 +132,10 @@ def call_with_experts(
     pass decodes them again.
     """
     # 1. Trace the function for the shapes of the float weights.
-    adapted = [
-        (as_kernel(kernel, lora and lora.geometry), lora) for kernel, lora in kernels
-    ]
-    views = [_ExpertsView(q, lora, (*range(q.ndim),), q.dtype) for q, lora in adapted]
+    views = []
+    for leaf, lora in kernels:
+        kernel = as_kernel(leaf, lora and lora.geometry)
+        views.append(_ExpertsView(kernel, lora, (*range(kernel.ndim),), kernel.dtype))
     weights = jax.eval_shape(lambda: [view.float_weights for view in views])
     program, out = jax.make_jaxpr(fn, return_shape=True)(weights)
     operands = [*program.consts, *views]
@@ -165,10 +162,7 @@ def call_with_experts(
 
 
 def _run(
-    jaxpr: Jaxpr,
-    operands: Sequence[object],
-    compute: ComputeEqn,
-    multiply: ComputeEqn,
+    jaxpr: Jaxpr, operands: Sequence[object], compute: ComputeEqn, multiply: ComputeEqn
 ) -> list:
     """Runs a program in which some values are views of experts.
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,7 +17,7 @@ from ..matmul.ragged import offsets_of, ragged_float_product, ragged_matmul
 from ..quant.kernel import Kernel, PackedInput, as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
-from .base import Adapter, check_adapter, parts_of
+from .base import Adapter, ProductCall, check_adapter, parts_of
 
 
 def adapted_product(
@@ -37,16 +38,12 @@ def adapted_product(
     """
     if lora is not None:
         # The adapter calls this function without itself for the frozen kernel.
-        multiply = functools.partial(
-            adapted_product,
-            backend=backend,
-            precision=precision,
-            offsets=offsets,
-            result=result,
-        )
-        if offsets is None:
-            return lora.product(x, kernel, multiply, dropout_key, precision)
-        return lora.ragged_product(x, kernel, multiply, offsets, dropout_key, precision)
+        settings: dict[str, Any] = {"backend": backend, "precision": precision}
+        settings |= {"offsets": offsets, "result": result}
+        multiply = functools.partial(adapted_product, **settings)
+        call = ProductCall(multiply, dropout_key, precision, offsets)
+        adapt = lora.product if offsets is None else lora.ragged_product
+        return adapt(x, kernel, call)
     w = kernel.product_input(x.dtype)
     if offsets is not None:
         if isinstance(w, PackedInput):

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
 from .._jax.specs import Axes, make_spec, typed_axes, unused
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
-from .base import SETTINGS, Adapter, Multiply, sliced_kind
+from .base import SETTINGS, Adapter, ProductCall, sliced_kind
 from .dora import DoRA
 from .lora import LoRA
 
@@ -42,34 +42,29 @@ class Selected(LoRA):
     scaling: Array
     inputs = ("scaling", "ids")
 
-    def product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # 1. The adapters are taken from the bank when x is ready. Without the barrier,
         #    XLA takes those of all layers first, as it does on CPUs in 0.10.2.
         batch_ndim, num_ids = len(self.batch_shape), self.ids.shape[-1:]
         ids = lax.optimization_barrier((lax.stop_gradient(x), self.ids))[1]
 
         def adapted(x: Array, lora: LoRA, is_off: Array, key: Array | None) -> Array:
-            frozen = multiply(x, kernel)
+            frozen = call.multiply(x, kernel)
 
             # The adapter multiplies x by the kernel too: compute that product once.
             def multiply_once(other_x: Array, other_kernel: Kernel) -> Array:
                 is_computed = other_x is x and other_kernel is kernel
-                return frozen if is_computed else multiply(other_x, other_kernel)
+                return frozen if is_computed else call.multiply(other_x, other_kernel)
 
-            y = lora.product(x, kernel, multiply_once, key, precision)
+            y = lora.product(
+                x, kernel, call._replace(multiply=multiply_once, dropout_key=key)
+            )
             is_off = jnp.expand_dims(is_off, tuple(range(is_off.ndim, y.ndim)))
             return jnp.where(is_off, frozen, y)
 
         # 2. One adapter for the full input.
         if self.ids.ndim == batch_ndim:
-            return adapted(x, self._take_adapters(ids), ids == -1, dropout_key)
+            return adapted(x, self._take_adapters(ids), ids == -1, call.dropout_key)
         if batch_ndim or x.shape[:1] != num_ids:
             raise ValueError(
                 "`ids` must be one number, or one for each row of the first axis of "
@@ -77,22 +72,20 @@ class Selected(LoRA):
                 f"{self.ids.shape[-1]} for an input {x.shape} and batch axes "
                 f"{self.batch_shape}."
             )
-        if dropout_key is not None:
-            dropout_key = jax.random.split(dropout_key, num_ids)
+        keys = call.dropout_key
+        keys = None if keys is None else jax.random.split(keys, num_ids)
 
         # 3. One adapter for each row, under a vmap. Products with the kernel fold the
         #    mapped axis into their rows, so that the kernel is decoded once. The
         #    backward pass takes A and B of each row again: saved, those of all layers
         #    would be in memory.
         @functools.partial(jax.checkpoint, policy=_SAVE_PRODUCTS)
-        def adapt_rows(
-            bank: Selected, x: Array, ids: Array, keys: Array | None
-        ) -> Array:
+        def adapt_rows(bank: Selected, x: Array, ids: Array, keys: PyTree) -> Array:
             by_row = bank._take_adapters(ids), ids == -1, keys
             by_row = jax.tree.map(lambda a: _split_as_rows(a, x), by_row)
             return jax.vmap(adapted)(x, *by_row)
 
-        return adapt_rows(self, x, ids, dropout_key)
+        return adapt_rows(self, x, ids, keys)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.ids.ndim > len(self.batch_shape):
@@ -128,8 +121,8 @@ class Selected(LoRA):
         # Norms of each adapter of the bank: by row, each one would need its full A.
         adapters = self._new_adapters({**self.arrays, "scaling": self.scaling})
         norms = jax.vmap(lambda lora: lora.table_norms(kernel))(adapters)
-        scaling, norms = jax.tree.map(take_by_row, (self.scaling, norms))
-        adapted = jax.vmap(self.adapted_rows)(rows, arrays, scaling, norms)
+        arrays |= jax.tree.map(take_by_row, {"scaling": self.scaling, "norms": norms})
+        adapted = jax.vmap(self.adapted_rows)(rows, arrays)
         is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, rows.ndim)))
         return jnp.where(is_off, rows, adapted.astype(rows.dtype))
 
@@ -182,13 +175,9 @@ def _selected_class(kind: type[Adapter]) -> Any:
     name = f"Selected{kind.__name__}"
     roles = {array_name: "e" + roles for array_name, roles in kind.roles.items()}
     namespace = {"__module__": __name__, "kind": sliced_kind(kind), "roles": roles}
+    fields, bases = [("ids", Array)], (Selected, kind)
     cls: Any = dataclasses.make_dataclass(
-        name,
-        [("ids", Array)],
-        bases=(Selected, kind),
-        namespace=namespace,
-        frozen=True,
-        eq=False,
+        name, fields, bases=bases, namespace=namespace, frozen=True, eq=False
     )
     static = tuple(setting for setting in SETTINGS if setting not in Selected.inputs)
     return register(cls, (*roles, *Selected.inputs), static, f"qlora_jax.{name}")

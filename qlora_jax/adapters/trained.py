@@ -12,7 +12,7 @@ from ..matmul.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, Kernel
 from ..quant.views import take_rows
-from .base import SETTINGS, Adapter, Multiply, Scaling, on_matrix, register_adapter
+from .base import SETTINGS, Adapter, ProductCall, Scaling, on_matrix, register_adapter
 
 # The leaf need not be a kernel, so all of its axes are batch axes.
 BATCH_AXES_ONLY = Geometry("", ())
@@ -51,15 +51,8 @@ class Trained(Adapter):
     roles = {"value": ""}
     label = "trained"
 
-    def product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
-        return multiply(x, FloatKernel(self.merged(kernel), kernel.geometry))
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
+        return call.multiply(x, FloatKernel(self.merged(kernel), kernel.geometry))
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return self.value.astype(kernel.dtype)
@@ -111,20 +104,13 @@ class TrainedRows(Adapter):
         # The adapter does not store the table's number of rows; this is the minimum.
         return self.indices[-1] + 1 if role == "k" else super()._size(role)
 
-    def product(  # noqa: D102
-        self,
-        x: Array,
-        kernel: Kernel,
-        multiply: Multiply,
-        dropout_key: Array | None,
-        precision: lax.PrecisionLike,
-    ) -> Array:
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # x W = x_frozen W_frozen + x_trained W_trained, with x [*batch, ..., V].
         indices = np.array(self.indices)
         x_trained, x_frozen = x[..., indices], x.at[..., indices].set(0)
         rows = self.rows.astype(x.dtype)
-        y = float_product(x_trained, rows, precision, w_moves=True)
-        return multiply(x_frozen, kernel) + y.astype(x.dtype)
+        y = float_product(x_trained, rows, call.precision, w_moves=True)
+        return call.multiply(x_frozen, kernel) + y.astype(x.dtype)
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         indices = jnp.array(self.indices)

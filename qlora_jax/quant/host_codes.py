@@ -25,15 +25,14 @@ from .._jax.specs import Axes
 ROWS = 8  # of a tile
 
 # Returns an array on a mesh: `put(array, axes, memory_kind)`.
-Put = Callable[[PyTree, Sequence[Axes], str | None], Array]
+Put = Callable[[Any, Sequence[Axes], str | None], Any]
 
 
 @dataclass(frozen=True, eq=False)
 class HostCodes:
     """Codes `[*batch, rows, N]` in host memory, in the place of a QTensor's `codes`.
 
-    `numpy.asarray` returns all codes. An index returns those of one kernel, on the
-    device.
+    An index returns the codes of one kernel, on the device.
     """
 
     array: Array  # uint8 `[*batch, ceil(rows / 8), 8, N]`, padded with zeros
@@ -117,11 +116,10 @@ def on_device(codes: PyTree) -> Any:
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):
         # The sharding without the entry of the axis of 8 rows.
-        host_sharding, sharding = codes.array.sharding, None
-        if isinstance(host_sharding, NamedSharding):
-            *batch, tiles, _, n = host_sharding.spec
-            spec = PartitionSpec(*batch, tiles, n)
-            sharding = NamedSharding(host_sharding.mesh, spec)
+        host, sharding = codes.array.sharding, None
+        if isinstance(host, NamedSharding):
+            *batch, tiles, _, n = host.spec
+            sharding = NamedSharding(host.mesh, PartitionSpec(*batch, tiles, n))
         return jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=sharding)
     array = jax.device_put(codes.array, jax.memory.Space.Device)
     *batch, tiles, rows, n = array.shape

@@ -64,16 +64,15 @@ class NotAnArray:
 
 @dataclass(frozen=True)
 class Placement:
-    """The sharding of a packed kernel on a mesh with Auto axes.
+    """The sharding of a packed kernel over Auto mesh axes, as a static field.
 
-    It is a static field of the kernel: the types of arrays name Explicit axes only, and
-    shardings over Auto axes are not known while a program is traced. A placement that
-    is out of date costs a reshard, but never gives a wrong number.
+    The types of arrays do not tell it while a program is traced. A placement that is
+    out of date costs a reshard, but never gives a wrong number.
     """
 
     sizes: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes
-    # The mesh axes of each axis of the matrix form `[*batch, K, N]`. Aligned on the
-    # right, so that it also fits a slice of a stack.
+    # The mesh axes of each axis of the matrix form `[*batch, K, N]`, aligned on the
+    # right, so that they also fit a slice of a stack.
     kernel: tuple[Axes, ...]
     # The mesh axes of the row axes of the input: first the batch, then the sequence.
     rows: tuple[Axes, ...] = ()
@@ -137,10 +136,8 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         """The weights in the kernel's shape, rounded to `self.dtype` first."""
 
     @abc.abstractmethod
-    def product_input(
-        self, dtype: DTypeLike
-    ) -> PackedInput | Float[Array, "*batch k n"]:
-        """Returns packed weights, or a matrix in `dtype`, for a product in `dtype`."""
+    def product_input(self, dtype: DTypeLike) -> PackedInput | Array:
+        """Returns packed weights, or `[*batch, K, N]` in the `dtype` of a product."""
 
     @property
     def value(self) -> Any:
@@ -161,9 +158,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         """Returns the kernel, cut out of its stack if it is a layer of one."""
         return self
 
-    def dequantize_matrix(
-        self, dtype: DTypeLike | None = None
-    ) -> Float[Array, "*batch k n"]:
+    def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:
         """Returns the weights of `dequantize` in matrix form, `[*batch, K, N]`."""
         return to_matrix(self.geometry, self.dequantize(dtype))
 
@@ -206,11 +201,10 @@ class ArrayKernel(Kernel):
         return jnp.dtype(self.value.dtype)
 
     @property
-    def spec(self) -> tuple[SpecEntry, ...]:
-        """The mesh axes that split each axis of the kernel, with Explicit axes."""
+    def spec(self) -> tuple[SpecEntry, ...]:  # noqa: D102
         return spec_of(self.value)
 
-    def product_input(self, dtype: DTypeLike) -> Float[Array, "*batch k n"]:  # noqa: D102
+    def product_input(self, dtype: DTypeLike) -> Array:  # noqa: D102
         return self.dequantize_matrix(dtype)
 
 
@@ -223,17 +217,14 @@ class FloatKernel(ArrayKernel):
     packing = None
 
     @property
-    def value(self) -> Array:
-        """The array."""
+    def value(self) -> Array:  # noqa: D102
         return self.array
 
     @property
-    def label(self) -> str:
-        """The name of the dtype."""
+    def label(self) -> str:  # noqa: D102
         return self.dtype.name
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """The weights, in `dtype` unless it is None."""
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:  # noqa: D102
         return self.array if dtype is None else self.array.astype(dtype)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
@@ -103,11 +102,10 @@ def _quantize(
     def stored_specs(mesh: AnyMesh) -> PyTree:
         spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
         operands = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (w, *largest)]
-
-        def stored_spec(x: jax.ShapeDtypeStruct) -> PartitionSpec:
-            return fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape)
-
-        return jax.tree.map(stored_spec, jax.eval_shape(pack, *operands))
+        return jax.tree.map(
+            lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape),
+            jax.eval_shape(pack, *operands),
+        )
 
     stored: StoredScales
     codes, stored = call_in_auto_mode(pack, stored_specs, w, *largest)
@@ -153,13 +151,11 @@ class StraightThrough(ArrayKernel):
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 
     @property
-    def label(self) -> str:
-        """Its name in `summary`, such as "float32 through nf4"."""
+    def label(self) -> str:  # noqa: D102
         return f"{self.dtype.name} through {self.packing.fmt}"
 
     @property
-    def value(self) -> Array:
-        """The float kernel."""
+    def value(self) -> Array:  # noqa: D102
         return self.kernel
 
     def to_qtensor(self) -> QTensor:

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PyTree
 
 from .._jax.memory import all_below, is_concrete
 from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register
-from .._jax.specs import AnyMesh, SpecEntry, fitting_spec, spec_of
+from .._jax.specs import SpecEntry, fitting_spec, spec_of
 from .codes import dequantize_blocks
 from .formats import Packing, check_dtype, get_format
 from .geometry import Contract, Geometry
@@ -128,10 +127,11 @@ class QTensor(Kernel):
         packing = Packing(fmt, block_size, get_format(fmt).is_double(stored))
         shape = tuple(shape)
         geometry = Geometry.contracting(contract, shape)
+        matrix_shape = geometry.matrix_shape(shape)
         name = check_dtype("dtype", dtype)
-        _check_parts({"codes": codes, **stored._asdict()}, packing, geometry, shape)
-        per_byte = packing.format.codes_per_byte
-        pad = codes.shape[-2] * per_byte - geometry.matrix_shape(shape)[-2]
+        parts = {"codes": codes, **stored._asdict()}
+        _check_parts(parts, packing, shape, matrix_shape)
+        pad = codes.shape[-2] * packing.format.codes_per_byte - matrix_shape[-2]
         return cls(codes, *stored, fmt, block_size, name, pad, geometry)
 
     @property
@@ -186,24 +186,20 @@ class QTensor(Kernel):
         return Packing(self.fmt, self.block_size, self.double_quant)
 
     @property
-    def label(self) -> str:
-        """The name of the format, for `summary`."""
+    def label(self) -> str:  # noqa: D102
         return self.fmt
 
     @property
-    def spec(self) -> tuple[SpecEntry, ...]:
-        """The mesh axes that split each axis of the kernel, with Explicit axes."""
+    def spec(self) -> tuple[SpecEntry, ...]:  # noqa: D102
         return tuple(self.geometry.kernel_spec(spec_of(self.codes), self.ndim))
 
     @property
-    def memory(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where the codes are between products: "device" or "host"."""
+    def memory(self) -> str:  # noqa: D102  pyright: ignore[reportIncompatibleVariableOverride]
         return "host" if isinstance(self.codes, HostCodes) else "device"
 
     def to_device(self) -> "QTensor":  # noqa: D102
-        if self.memory == "device":
-            return self
-        return replace(self, codes=on_device(self.codes))
+        is_host = self.memory == "host"
+        return replace(self, codes=on_device(self.codes)) if is_host else self
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """Returns the float weights in the kernel's own shape.
@@ -219,9 +215,7 @@ class QTensor(Kernel):
         """
         return _dequantize(self, None if dtype is None else jnp.dtype(dtype))
 
-    def dequantize_matrix(  # noqa: D102
-        self, dtype: DTypeLike | None = None
-    ) -> Float[Array, "*batch k n"]:
+    def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:  # noqa: D102
         k, codes = self.matrix_shape[-2], on_device(self.codes)
         w = dequantize_blocks(codes, float_scales(self), self.packing, k)
         return round_to(w, self.dtype, self.dtype if dtype is None else dtype)
@@ -252,47 +246,37 @@ register(
 
 
 def _check_parts(
-    parts: Mapping[str, PyTree],
-    packing: Packing,
-    geometry: Geometry,
-    shape: Sequence[int],
+    parts: Mapping[str, PyTree], packing: Packing, shape: tuple, matrix_shape: tuple
 ) -> None:
     """Raises an error that lists every array that does not fit such a kernel."""
-    *batch, k, n = geometry.matrix_shape(shape)
+    *batch, k, n = matrix_shape
     packing.check_rows(k)
     rows = math.ceil(k / packing.format.codes_per_byte)
     blocks = math.ceil(k / packing.block_size)
     codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
     scales = packing.scheme.arrays((*batch, blocks, n))._asdict()
-    wrong_types: list[str] = []
-    wrong_values: list[str] = []
+    types: list[str] = []  # errors about types, and about values below
+    values: list[str] = []
     for name, expected in {"codes": codes, **scales}.items():
         part = parts[name]
         if expected is None:
             continue
         if packing.double_quant and name.startswith("scale_") and part is None:
-            wrong_values.append(
-                "`scale_scales` and `scale_offset` must be given together."
-            )
+            values.append("`scale_scales` and `scale_offset` must be given together.")
         elif part is None or not hasattr(part, "dtype"):
-            wrong_types.append(f"`{name}` must be an array. Got {type(part).__name__}.")
+            types.append(f"`{name}` must be an array. Got {type(part).__name__}.")
         elif part.dtype != expected.dtype:
-            wrong_types.append(f"`{name}` must be {expected.dtype}. Got {part.dtype}.")
+            types.append(f"`{name}` must be {expected.dtype}. Got {part.dtype}.")
         elif tuple(part.shape) != expected.shape:
-            wrong_values.append(
-                f"`{name}` must have shape {expected.shape}. Got {tuple(part.shape)}."
-            )
-        elif (
-            expected.dtype != np.uint8
-            and is_concrete(part)
-            and not all_below(part, math.inf)
-        ):
-            wrong_values.append(f"`{name}` must be finite. Got NaN or infinite values.")
-    if not (wrong_types or wrong_values):
-        return
-    listing = "\n  ".join(wrong_types + wrong_values)
-    title = f"these are not the parts of a kernel of shape {shape}, {packing}"
-    raise (TypeError if wrong_types else ValueError)(f"{title}:\n  {listing}")
+            shapes = f"{expected.shape}. Got {tuple(part.shape)}"
+            values.append(f"`{name}` must have shape {shapes}.")
+        elif expected.dtype != np.uint8 and is_concrete(part):
+            if not all_below(part, math.inf):
+                values.append(f"`{name}` must be finite. Got NaN or infinite values.")
+    if types or values:
+        listing = "\n  ".join(types + values)
+        title = f"these are not the parts of a kernel of shape {shape}, {packing}"
+        raise (TypeError if types else ValueError)(f"{title}:\n  {listing}")
 
 
 def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
@@ -300,10 +284,11 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     if q.scales.dtype == np.float32:  # not encoded, in any format
         return lax.stop_gradient(q.scales)
 
-    def scales_spec(mesh: AnyMesh) -> PartitionSpec:
-        return fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
-
-    scales = call_in_auto_mode(q.packing.scheme.decode, scales_spec, q.stored_scales)
+    scales = call_in_auto_mode(
+        q.packing.scheme.decode,
+        lambda mesh: fitting_spec(mesh, spec_of(q.scales), q.scales.shape),
+        q.stored_scales,
+    )
     return lax.stop_gradient(scales)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -36,38 +36,28 @@ class StoredScales(NamedTuple):
         return all(all_below(x, math.inf) for x in floats)
 
 
-def _no_limit(num_weights: int) -> float:
-    del num_weights
-    return math.inf
-
-
 @dataclass(frozen=True)
 class ScaleScheme:
     """A way to store float32 scales `[*batch, blocks, N]` in at most three arrays."""
 
     name: str  # of the scales, in errors
-    # Maps the scales to the stored arrays. If the scheme `needs_largest`, it takes the
-    # kernel's largest scale as a second argument where that is not among the scales.
+    # Maps the scales to the stored arrays. If the scheme `needs_largest`, a second
+    # argument is the kernel's largest scale, if that is not among the scales.
     encode: Callable[..., StoredScales]
-    # Maps the stored arrays to float32 scales. Some numbers that `encode` stores are
-    # rounded, so that this is not its exact inverse.
+    # Maps the stored arrays to float32 scales, up to the rounding of `encode`.
     decode: Callable[[StoredScales], Array]
     # Maps the shape of the scales to the shape and dtype of each stored array.
     arrays: Callable[[tuple[int, ...]], StoredScales]
-    # Whether codes are assigned with the scales as they are stored. bitsandbytes and
-    # GGUF assign codes with the exact scales.
+    # Whether codes are assigned with the stored scales instead of the exact ones.
     rounds: bool = False
     # Whether the stored scales depend on the largest weight of the kernel.
     needs_largest: bool = False
-    # Maps a number of weights to a magnitude. Scales cannot overflow if all weights
-    # are below it.
-    limit: Callable[[int], float] = _no_limit
+    # Maps a number of weights to a magnitude below which scales cannot overflow.
+    limit: Callable[[int], float] = field(default=lambda num_weights: math.inf)
     overflow: str = ""  # ends "weights must be ..." in the error for overflowing scales
 
 
-def _shape_struct(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    # Typed as Any because it takes the place of an array in `StoredScales`.
-    return jax.ShapeDtypeStruct(shape, dtype)
+_shape_struct: Any = jax.ShapeDtypeStruct  # in the place of arrays in `StoredScales`
 
 
 def _scales_of_dtype(dtype: DTypeLike) -> Callable[[tuple[int, ...]], StoredScales]:
@@ -104,10 +94,9 @@ def quotient(
     The divisor must be positive, and x positive or 0.
     """
     # The maximum equals `divisor`. It hides the broadcast from XLA, which would turn
-    # the division into a product with the reciprocal and round twice. A select from a
-    # constant would hide it too, but JAX would compute that outside of a scan and then
-    # mistake it for an argument of the surrounding product, which has a custom
-    # gradient, in Hessian-vector products.
+    # the division into a product with the reciprocal and round twice. JAX would compute
+    # a select from a constant outside of a scan, and mistake it for an argument of the
+    # surrounding product with a custom gradient in Hessian-vector products.
     return x / jnp.maximum(divisor, jnp.minimum(x, 0))
 
 
@@ -121,12 +110,9 @@ def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
 
 
 def _dynamic_map() -> np.ndarray:
-    """The signed 8-bit dynamic map of double-quantized scales.
-
-    Dettmers 2015 (8-Bit Approximations for Parallelism in Deep Learning), section 2, in
-    the form of bitsandbytes' `create_dynamic_map`: for each of seven decades, `2**i`
-    midpoints of `linspace(0.1, 1, 2**i + 1)`, both signs, plus 0 and 1.
-    """
+    # Dettmers 2015 (8-Bit Approximations for Parallelism in Deep Learning), section 2,
+    # as bitsandbytes' `create_dynamic_map` computes it: for each of seven decades,
+    # `2**i` midpoints of `linspace(0.1, 1, 2**i + 1)` with both signs, and 0 and 1.
     values = [0.0, 1.0]
     for i in range(7):
         boundaries = _float32_linspace(0.1, 1.0, 2**i + 1)
@@ -179,8 +165,8 @@ def look_up(
     table: Float32[np.ndarray, " entries"], index: Integer[Array, "*axes"]
 ) -> Float32[Array, "*axes"]:
     """Returns `table[index]` without checking bounds."""
-    # A plain gather: `jnp.take` adds operations for negative and invalid indices, and
-    # each one costs compile time in every product of an unrolled model.
+    # `jnp.take` has more operations, for negative and invalid indices. Each one costs
+    # compile time in every product of an unrolled model.
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
@@ -209,18 +195,16 @@ def _dequantize_scales(stored: StoredScales) -> Float32[Array, "*batch blocks n"
     assert scale_scales is not None and offset is not None
     *batch, num_blocks, n = codes.shape
     count = num_blocks * n
-    # Repeat each scale of scales for its 256 codes, in the layout of the codes. The
-    # opposite, codes in the layout of their groups, would move codes between devices
-    # where they are sharded.
+    # Repeat each scale of scales for its 256 codes, in the layout of the codes. Codes
+    # in the layout of their groups would move between devices if they are sharded.
     groups = (*scale_scales.shape, SCALES_PER_BLOCK)
     multipliers = lax.broadcast_in_dim(scale_scales, groups, range(scale_scales.ndim))
     if count != scale_scales.shape[-1] * SCALES_PER_BLOCK:
         multipliers = multipliers.reshape(*batch, math.prod(groups[-2:]))[..., :count]
     multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
     scaled = look_up(DYNAMIC_MAP, codes.astype(jnp.int32)) * multipliers
-    # The maximum changes no value. It keeps XLA and LLVM from fusing the product and
-    # the sum into one rounding; some versions look through optimization barriers and
-    # `reduce_precision`.
+    # The maximum changes no value. It keeps XLA and LLVM from fusing product and sum
+    # into one rounding; some versions look through barriers and `reduce_precision`.
     unfused = jnp.maximum(scaled, np.finfo(np.float32).min)
     return unfused + lax.broadcast_in_dim(offset, codes.shape, tuple(range(len(batch))))
 

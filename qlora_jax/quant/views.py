@@ -19,10 +19,7 @@ from .qtensor import QTensor, float_scales, round_to
 
 @dataclass(frozen=True, eq=False)
 class LayerOfStack(Kernel):
-    """One kernel of a packed stack `[L, *kernel]`, which is not sliced.
-
-    Back ends that take an index, such as the TPU kernels, read the layer in place.
-    """
+    """One kernel of a packed stack `[L, *kernel]`, read in place."""
 
     stack: QTensor
     index: Array
@@ -35,34 +32,27 @@ class LayerOfStack(Kernel):
     )
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one kernel."""
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
         return self.stack.shape[1:]
 
     @property
-    def nbytes(self) -> int:
-        """The size of one kernel in bytes."""
+    def nbytes(self) -> int:  # noqa: D102
         return self.stack.nbytes // self.stack.shape[0]
 
     @property
-    def spec(self) -> tuple[SpecEntry, ...]:
-        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+    def spec(self) -> tuple[SpecEntry, ...]:  # noqa: D102
         return self.stack.spec[1:]
 
-    def to_device(self) -> Kernel:
-        """Cuts the kernel out on the device, if the stack is in host memory."""
+    def to_device(self) -> Kernel:  # noqa: D102
         return self.take().to_device() if self.memory == "host" else self
 
-    def take(self) -> QTensor:
-        """Returns the kernel, cut out of the stack."""
+    def take(self) -> QTensor:  # noqa: D102
         return take_layer(self.stack, self.index)
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:  # noqa: D102
         return self.take().dequantize(dtype)
 
-    def dequantize_matrix(  # noqa: D102
-        self, dtype: DTypeLike | None = None
-    ) -> Float[Array, "*batch k n"]:
+    def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:  # noqa: D102
         return self.take().dequantize_matrix(dtype)
 
     def product_input(self, dtype: DTypeLike) -> PackedInput:  # noqa: D102
@@ -113,9 +103,8 @@ def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
 
 def _take_columns(q: QTensor, ids: Int[Array, " t"]) -> Float[Array, "t d"]:
     # Codes [D / 2, t] (or [D, t] in 8 bits) and scales [blocks, t], decoded to [D, t].
-    codes, scales = (
-        jnp.take(x, ids, axis=1, mode="clip") for x in (q.codes, float_scales(q))
-    )
+    codes = jnp.take(q.codes, ids, axis=1, mode="clip")
+    scales = jnp.take(float_scales(q), ids, axis=1, mode="clip")
     return dequantize_blocks(codes, scales, q.packing, q.matrix_shape[0]).T
 
 
