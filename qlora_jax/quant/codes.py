@@ -63,15 +63,14 @@ def _quantize_rows(
         # The divisor is the block's scale, since no weight is more than 16 times its
         # scale. The maximum hides the broadcast from XLA, which would turn the division
         # into a product with the reciprocal.
-        divisor = jnp.maximum(
-            jnp.abs(blocks) * np.float32(2.0**-4), used_scales[..., None, :]
-        )
+        bound = jnp.abs(blocks) * np.float32(2.0**-4)
+        divisor = jnp.maximum(bound, used_scales[..., None, :])
         normalized = blocks / jnp.maximum(divisor, SMALLEST_NORMAL)
     else:
         # Above 2**125 the reciprocal is subnormal and would be flushed to zero.
         shrink = jnp.where(used_scales > 2.0**125, np.float32(2.0**-4), np.float32(1))
-        inverse = reciprocal(used_scales * shrink)
-        normalized = (blocks * shrink[..., None, :]) * inverse[..., None, :]
+        inverse = reciprocal(used_scales * shrink)[..., None, :]
+        normalized = (blocks * shrink[..., None, :]) * inverse
     # 3. Assign the codes, and pack two of 4 bits into a byte.
     codes = assign_codes(normalized, fmt)
     if fmt.bits == 4:
@@ -220,11 +219,10 @@ def gather_values(
         offset_dims=(codes.ndim - 1,), collapsed_slice_dims=(1,), start_index_map=(1,)
     )
     index = lax.broadcast_in_dim(codes, (*codes.shape, 1), range(codes.ndim))
-    # [*batch, rows, 2, n]
     values = lax.gather(
         jnp.asarray(table), index, numbers, (2, 1), mode="promise_in_bounds"
     )
-    return values.reshape(*batch, 2 * rows, n)
+    return values.reshape(*batch, 2 * rows, n)  # from [*batch, rows, 2, n]
 
 
 def dequantize_blocks(
