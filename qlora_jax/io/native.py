@@ -1,7 +1,7 @@
 """The format of this library: packed kernels and adapters in one safetensors file."""
 
-# The metadata in the header holds the format, its version, a description of each leaf
-# as JSON, the config, and a checksum of the file.
+# The metadata in the header has the format, its version, a description of each leaf as
+# JSON, the config, and a checksum of the file.
 
 import hashlib
 import json
@@ -43,6 +43,7 @@ _DESCRIPTION_ERRORS += (TypeError, ValueError)
 _PATTERN_LISTS = ("targets", "exclude", "trainable", "shared")
 _PATTERN_DICTS = ("rank_pattern", "alpha_pattern", "contract", "trainable_rows")
 _FLAGS = {"a": re.A, "i": re.I, "m": re.M, "s": re.S, "x": re.X}
+_PACKING = ("fmt", "block_size", "double_quant")  # in the order of `Packing`
 _ARRAYS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}}
 
 
@@ -111,12 +112,12 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     with new_path(path) as new, new.open("wb") as file:
         hasher = hashlib.sha256()
 
-        def write(data: Any) -> None:
+        def write_hashed(data: Any) -> None:
             hasher.update(data)
             file.write(data)
 
-        write(header)
-        write_tensors(write, arrays, order)
+        write_hashed(header)
+        write_tensors(write_hashed, arrays, order)
         # Filled in last, so that each tensor is computed only once.
         file.seek(header.index(UNKNOWN.encode()))
         file.write(hasher.hexdigest().encode())
@@ -158,9 +159,8 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
         shapes, names = _trees_of(entries, tensors)
         config = None if stored is None else _config_from_json(stored)
     except _DESCRIPTION_ERRORS as error:
-        raise CheckpointError(
-            f"{path} must describe a tree of qlora_jax. {str(error)[:300]}"
-        ) from error
+        reason = f"{path} must describe a tree of qlora_jax. {str(error)[:300]}"
+        raise CheckpointError(reason) from error
     structs, treedef = jax.tree.flatten(shapes if place is None else place(shapes))
     pairs = zip(jax.tree.leaves(names), structs, strict=True)
     arrays = [put(tensors[name], struct) for name, struct in pairs]
@@ -185,23 +185,13 @@ def describe(keys: tuple, leaf: Any) -> tuple[Entry, dict[str, Any]]:
     """Returns a leaf as JSON, and its arrays by tensor name; raises TypeError."""
     entry: Entry = {"keys": [_json_key(key) for key in keys], "kind": "array"}
     if is_packed(leaf):
-        entry |= {
-            "kind": "QTensor",
-            "shape": [*leaf.shape],
-            "fmt": leaf.fmt,
-            "block_size": leaf.block_size,
-            "double_quant": leaf.double_quant,
-            "dtype": leaf.dtype_name,
-            "axes": leaf.geometry.kinds,
-        }
+        entry |= {"kind": "QTensor", "shape": [*leaf.shape]}
+        entry |= {name: getattr(leaf, name) for name in _PACKING}
+        entry |= {"dtype": leaf.dtype_name, "axes": leaf.geometry.kinds}
     elif isinstance(leaf, Adapter):
-        entry |= {
-            "kind": type(leaf).__name__,
-            "scaling": leaf.scaling,
-            "dropout": leaf.dropout,
-            "axes": leaf.geometry.kinds,
-            "sizes": [*leaf.geometry.sizes],
-        }
+        entry |= {"kind": type(leaf).__name__, "scaling": leaf.scaling}
+        entry |= {"dropout": leaf.dropout, "axes": leaf.geometry.kinds}
+        entry |= {"sizes": [*leaf.geometry.sizes]}
         entry |= {name: [*getattr(leaf, name)] for name in _kind_settings(type(leaf))}
     arrays = {}
     for attribute, name in _tensor_names(entry).items():
@@ -219,8 +209,7 @@ def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
     """Returns the names of a leaf's tensors, by the attributes that hold them."""
     path = "/".join(map(str, entry["keys"]))
     if entry["kind"] == "QTensor":
-        settings = ("fmt", "block_size", "double_quant")
-        attributes = Packing(*(entry[name] for name in settings)).arrays
+        attributes = Packing(*(entry[name] for name in _PACKING)).arrays
     else:
         attributes = _ARRAYS[entry["kind"]]
     return {name: f"{path}:{name}" if name else path for name in attributes}
@@ -239,8 +228,8 @@ def _json_key(key: Any) -> str | int:
 
 def _check_array(leaf: object, x: Any) -> None:
     arrays = jax.tree.leaves(x)  # codes in host memory are a node with one array
-    is_array = all(isinstance(a, np.ndarray | jax.Array) for a in arrays)
-    if is_tree_leaf(x) or not is_array:
+    are_arrays = all(isinstance(a, np.ndarray | jax.Array) for a in arrays)
+    if is_tree_leaf(x) or not are_arrays:
         kind = type(leaf).__name__
         raise TypeError(f"it must be an array, a QTensor or an adapter. Got {kind}.")
     if not all(getattr(a, "is_fully_addressable", True) for a in arrays):
@@ -255,13 +244,12 @@ def _check_array(leaf: object, x: Any) -> None:
 
 def _trees_of(entries: list[Entry], tensors: Tensors) -> tuple[Tree, Tree]:
     """Returns the described tree as shapes, and as names of tensors."""
-    shapes, names = {}, {}
-    unused = set(tensors)
+    shapes, names, unused = {}, {}, set(tensors)
     for entry in entries:
         leaf_names = _tensor_names(entry).values()
         leaf = _leaf_of(entry, [_struct_of(tensors[name]) for name in leaf_names])
-        named_leaf = jax.tree.unflatten(jax.tree.structure(leaf), leaf_names)
         _insert(shapes, entry["keys"], leaf)
+        named_leaf = jax.tree.unflatten(jax.tree.structure(leaf), leaf_names)
         _insert(names, entry["keys"], named_leaf)
         unused -= {*leaf_names}
     if unused:
@@ -330,10 +318,9 @@ def _config_to_json(config: QLoRAConfig) -> dict[str, Any]:
     for name in _PATTERN_LISTS:
         values[name] = [_pattern_text(pattern) for pattern in values[name]]
     for name in _PATTERN_DICTS:
-        values[name] = [
-            [_pattern_text(pattern), [*value] if isinstance(value, tuple) else value]
-            for pattern, value in values[name].items()
-        ]
+        # JSON has no order of keys and no tuples. `_config_from_json` restores both.
+        pairs = [(_pattern_text(p), value) for p, value in values[name].items()]
+        values[name] = [[p, [*x] if isinstance(x, tuple) else x] for p, x in pairs]
     if not config.shared:
         del values["shared"]  # older versions reject a key that they do not know
     return values | {"lora_dtype": jnp.dtype(config.lora_dtype).name}
@@ -342,10 +329,8 @@ def _config_to_json(config: QLoRAConfig) -> dict[str, Any]:
 def _config_from_json(stored: dict[str, Any]) -> QLoRAConfig:
     settings = dict(stored)
     for name in _PATTERN_DICTS:
-        settings[name] = {
-            pattern: tuple(value) if isinstance(value, list) else value
-            for pattern, value in settings.get(name, ())
-        }
+        pairs = settings.get(name, ())
+        settings[name] = {p: tuple(x) if isinstance(x, list) else x for p, x in pairs}
     if settings["lora_dtype"] not in FLOAT_DTYPES:  # as in `_leaf_of`
         raise ValueError(f"`lora_dtype` must be one of {FLOAT_DTYPES}.")
     return QLoRAConfig(**settings)

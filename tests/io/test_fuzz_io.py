@@ -25,7 +25,7 @@ from qlora_jax.io import CheckpointError, native
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.packed.bitsandbytes import BitsAndBytesWeight
-from qlora_jax.io.packed.readers import DecodedWeight, ReblockedWeight
+from qlora_jax.io.packed.readers import ReblockedWeight, decoded_weight
 from qlora_jax.io.packed.weight import PackedWeight
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
@@ -292,7 +292,7 @@ def read_packed(files: Files, rng: random.Random):
     for tensor in ql.io.packed_tensors(tensors).values():
         if not isinstance(tensor, BitsAndBytesWeight | PackedWeight):
             continue
-        DecodedWeight(tensor)[:, :]
+        decoded_weight(tensor)[:, :]
         if tensor.problem is None:
             [x[slice(0, x.shape[0]), slice(0, x.shape[1])] for x in tensor.rows()]
         elif tensor.common_block >= 16:

@@ -39,8 +39,9 @@ from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
 from ..packed.weight import SliceableTensor, packing_of
 
-CountWeights = Callable[[int], object]  # adds a number of weights to the progress bar
+Count = Callable[[int], object]  # adds a number of weights to the progress bar
 Tensors = Mapping[str, Any]
+Largest = tuple[np.float32, ...]  # the largest weight, if the format needs it
 _Start = tuple[int, ...]  # the position of a piece in a buffer
 
 
@@ -53,10 +54,7 @@ class _KernelLayout(NamedTuple):
 
 
 def read_float_leaf(
-    leaf: NamedLeaf,
-    struct: jax.ShapeDtypeStruct,
-    tensors: Tensors,
-    count_weights: CountWeights,
+    leaf: NamedLeaf, struct: jax.ShapeDtypeStruct, tensors: Tensors, count: Count
 ) -> Array:
     """Returns a leaf in float."""
     batch_axes = tuple(leaf.batch_axes)
@@ -77,11 +75,10 @@ def read_float_leaf(
                 for axis, i in sorted(zip(batch_axes, cell, strict=True)):
                     start.insert(axis, i)
                 x = jax.device_put(x, device)
-                buffer, is_finite = _write_floats(
-                    buffer, x, tuple(start), layout, batch_axes
-                )
+                place = tuple(start), layout, batch_axes
+                buffer, is_finite = _write_floats(buffer, x, *place)
                 check(is_finite)
-            count_weights(math.prod(sizes_of(index)))
+            count(math.prod(sizes_of(index)))
         return (buffer,)
 
     return on_devices([struct], read_part)[0]
@@ -122,11 +119,10 @@ def _kernel_pieces(
     # first axis of each is contiguous there. The others are read in full and cut later.
     n_index = index[n_axes[0]] if n_axes else slice(0, 1)
     k_index = index[k_axes[0]]
-    n_inner_sizes = [sizes[axis] for axis in n_axes[1:]]
-    k_inner_sizes = [sizes[axis] for axis in k_axes[1:]]
-    n_inner, k_inner = math.prod(n_inner_sizes), math.prod(k_inner_sizes)
+    n_sizes, k_sizes = ([sizes[a] for a in axes[1:]] for axes in (n_axes, k_axes))
+    n_inner, k_inner = math.prod(n_sizes), math.prod(k_sizes)
     columns = slice(k_index.start * k_inner, k_index.stop * k_inner)
-    k_shape = [k_index.stop - k_index.start, *k_inner_sizes]
+    k_shape = [k_index.stop - k_index.start, *k_sizes]
     # From [*N, *K] to the axes of the kernel.
     order = tuple((n_axes + k_axes).index(axis) for axis in range(len(kinds)))
     first_axes = n_axes[:1] + k_axes[:1]
@@ -136,7 +132,7 @@ def _kernel_pieces(
     )
     for n_piece in pieces(n_index, n_inner * math.prod(k_shape)):
         rows = slice(n_piece.start * n_inner, n_piece.stop * n_inner)
-        n_shape = [n_piece.stop - n_piece.start, *n_inner_sizes] if n_axes else []
+        n_shape = [n_piece.stop - n_piece.start, *n_sizes] if n_axes else []
         layout = _KernelLayout((*n_shape, *k_shape), order, cuts)
         start = [0] * len(kinds)
         if n_axes:
@@ -162,7 +158,7 @@ def _write_floats(
 
 
 def pack_float_leaf(
-    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count_weights: CountWeights
+    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count: Count
 ) -> Arrays:
     """Returns the arrays of a QTensor, packed from float tensors."""
     packing = q.packing
@@ -174,16 +170,14 @@ def pack_float_leaf(
     )
 
     @functools.cache
-    def largest_weight(name: str) -> tuple[np.float32, ...]:
-        if not packing.scheme.needs_largest:
-            return ()
-        return (_largest_fused_weight(name, tensors, q.dtype),)
+    def largest_weight(name: str) -> Largest:
+        needs_largest = packing.scheme.needs_largest
+        return (_largest_fused(name, tensors, q.dtype),) if needs_largest else ()
 
     def pack_part(device: Device, parts: Sequence[Index]) -> Arrays:
-        codes_part, scales_part = parts
-        *batch, code_rows, columns = codes_part
-        codes = empty(device, codes_part, jnp.uint8)
-        scales = empty(device, scales_part, jnp.float32)
+        dtypes = jnp.uint8, jnp.float32
+        buffers = tuple(map(functools.partial(empty, device), parts, dtypes))
+        *batch, code_rows, columns = parts[0]
         # A row of 4-bit codes holds two inputs. An odd K ends inside a row.
         first_input = code_rows.start * codes_per_byte
         inputs = slice(first_input, min(code_rows.stop * codes_per_byte, k_size))
@@ -193,51 +187,41 @@ def pack_float_leaf(
                 x = read(tensors[name], (outputs, inputs), q.dtype)
                 x = jax.device_put(x, device)
                 start = (*cell, 0, outputs.start - columns.start)
-                codes, scales, is_decodable = _pack_piece(
-                    codes, scales, start, packing, x, *largest_weight(name)
-                )
+                arguments = start, packing, x, *largest_weight(name)
+                buffers, is_decodable = _pack_piece(buffers, *arguments)
                 check(is_decodable)
-            count_weights(math.prod(sizes_of((columns, inputs))))
-        return codes, scales
+            count(math.prod(sizes_of((columns, inputs))))
+        return buffers
 
     # Scales are gathered in float32. Some schemes need all scales of a kernel at once.
-    float_scales = jax.ShapeDtypeStruct(
-        q.scales.shape, jnp.float32, sharding=q.scales.sharding
-    )
+    sharding = q.scales.sharding
+    float_scales = jax.ShapeDtypeStruct(q.scales.shape, jnp.float32, sharding=sharding)
     structs: list[Any] = [q.codes, float_scales]
     codes, scales = on_devices(structs, pack_part)
     if packing.scheme is FLOAT32:
         return codes, scales
-    stored = _store_scales(leaf, q, scales, largest_weight)
-    return codes, *jax.tree.leaves(stored)
+    return codes, *jax.tree.leaves(_store_scales(leaf, q, scales, largest_weight))
 
 
-def _largest_fused_weight(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
+def _largest_fused(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
     """Returns the largest magnitude of a weight and those that servers fuse with it."""
     largest = np.float32(0)
-    for fused in fused_with(name):
-        x = tensors.get(fused)
-        if x is None or packing_of(x) is not None:
-            continue
+    stored = [tensors[fused] for fused in fused_with(name) if fused in tensors]
+    for x in [x for x in stored if packing_of(x) is None]:
         for rows in pieces(slice(0, x.shape[0]), x.shape[1]):
             piece = read(x, (rows, slice(0, x.shape[1])), dtype)
             largest = np.maximum(largest, np.abs(piece).max(initial=0))
     return np.float32(largest)
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def _pack_piece(
-    codes: Array,
-    scales: Array,
-    start: _Start,
-    packing: Packing,
-    x: Array,
-    *largest: Array,
-) -> tuple[Array, Array, Bool[Array, ""]]:
+    buffers: Arrays, start: _Start, packing: Packing, x: Array, *largest: Array
+) -> tuple[Arrays, Bool[Array, ""]]:
     """Packs a piece `[n, k]`; also returns whether it decodes to finite weights."""
     new_codes, new_scales = quantize_blocks(x.T, packing, *largest)
-    codes = _write_matrix(codes, new_codes, start)
-    scales = _write_matrix(scales, new_scales, start)
+    codes = _write_matrix(buffers[0], new_codes, start)
+    scales = _write_matrix(buffers[1], new_scales, start)
 
     def is_decodable() -> Array:
         # These are the quantized scales of this piece. Those of the entire kernel,
@@ -251,7 +235,7 @@ def _pack_piece(
 
     # Decoding takes time, and small weights always decode to finite ones.
     is_small = jnp.max(jnp.abs(x), initial=0) < surely_decoded_below(x.dtype)
-    return codes, scales, lax.cond(is_small, lambda: True, is_decodable)
+    return (codes, scales), lax.cond(is_small, lambda: True, is_decodable)
 
 
 def _write_matrix(stack: Array, x: Array, start: _Start) -> Array:
@@ -261,10 +245,7 @@ def _write_matrix(stack: Array, x: Array, start: _Start) -> Array:
 
 
 def _store_scales(
-    leaf: NamedLeaf,
-    q: QTensor,
-    scales: Array,
-    largest_weight: Callable[[str], tuple[np.float32, ...]],
+    leaf: NamedLeaf, q: QTensor, scales: Array, largest_weight: Callable[[str], Largest]
 ) -> StoredScales:
     """Encodes the float scales of a stack `[*batch, blocks, N]`, kernel by kernel."""
     # 1. Gather the scales on one device: double quantization subtracts their mean, and
@@ -296,14 +277,13 @@ def _store_scales(
 def _store_matrix_scales(
     stored: StoredScales,
     scales: Array,
-    index: tuple[int, ...],
+    index: _Start,
     packing: Packing,
     *largest: Array,
 ) -> StoredScales:
-    start = (*index, 0, 0)
-    matrix_shape = scales.shape[-2:]
-    sizes = (1,) * len(index) + matrix_shape
-    matrix_scales = lax.dynamic_slice(scales, start, sizes).reshape(matrix_shape)
+    start, shape = (*index, 0, 0), scales.shape[-2:]
+    sizes = (1,) * len(index) + shape
+    matrix_scales = lax.dynamic_slice(scales, start, sizes).reshape(shape)
     encoded = packing.scheme.encode(matrix_scales, *largest)
     return jax.tree.map(
         lambda stack, x: _write_matrix(stack, x, start), stored, encoded
@@ -311,21 +291,17 @@ def _store_matrix_scales(
 
 
 def move_packed_leaf(
-    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count_weights: CountWeights
+    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count: Count
 ) -> Arrays:
     """Returns the arrays of a QTensor with the bytes of 4-bit weights in files."""
 
     def move_part(device: Device, parts: Sequence[Index]) -> Arrays:
-        arrays = (q.codes, q.scales)
-        buffers = [
-            empty(device, part, x.dtype) for part, x in zip(parts, arrays, strict=True)
-        ]
+        dtypes = q.codes.dtype, q.scales.dtype
+        buffers = [*map(functools.partial(empty, device), parts, dtypes)]
         for index, cell in cells(parts[0][:-2]):
             name = leaf.tensors[index]
-            for i, (stored, part) in enumerate(
-                zip(tensors[name].rows(), parts, strict=True)
-            ):
-                rows, columns = part[-2:]
+            for i, stored in enumerate(tensors[name].rows()):
+                rows, columns = parts[i][-2:]
                 x = np.asarray(stored[columns, rows])
                 if x.dtype == np.float32 and not np.isfinite(x).all():
                     raise CheckpointError(f"{name}.absmax must be finite.")
@@ -334,7 +310,7 @@ def move_packed_leaf(
             # Otherwise, transfers of several tensors would be in host memory at once.
             jax.block_until_ready(buffers)
             # A row of codes holds two inputs.
-            count_weights(math.prod(sizes_of(parts[0][-2:])) * 2)
+            count(math.prod(sizes_of(parts[0][-2:])) * 2)
         return tuple(buffers)
 
     structs: list[Any] = [q.codes, q.scales]

@@ -23,10 +23,13 @@ from ..files import CheckpointError, Path
 from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
 from ..packed.layouts import split_experts
-from ..packed.readers import packed_tensors, recode_all
+from ..packed.readers import Targets, packed_tensors, recode_all
 from ..packed.weight import packing_of
 from ..safetensors import open_safetensors
-from .leaves import CountWeights, move_packed_leaf, pack_float_leaf, read_float_leaf
+from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
+
+Leaves = Mapping[str, NamedLeaf]
+Packings = Mapping[str, Packing | None]  # by path; None for leaves in float
 
 
 def load(
@@ -59,9 +62,8 @@ def load(
         recode: Convert packed weights whose byte layout has no equivalent here. A
             weight whose blocks cross its rows is stored in smaller blocks, or in float
             if those would be below 16; one with zero points or reordered inputs, in
-            float. All of these are exact. A target whose settings differ from the
-            config's, or whose bytes cannot be moved, is packed again, which rounds it
-            once more.
+            float: all are exact. A target whose settings differ from the config's, or
+            whose bytes cannot be moved, is packed again, which rounds it once more.
         place: A function that puts shardings on the tree of shapes; devices then read
             their parts: `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`.
         progress: Whether to show a progress bar.
@@ -92,50 +94,39 @@ def load(
     base = base if place is None else place(base)
     # 3. Read the values.
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
-    with progress_bar(
-        "loading", " weights", progress, total=total, unit_scale=True
-    ) as bar:
+    scale = {"total": total, "unit_scale": True}
+    with progress_bar("loading", " weights", progress, **scale) as bar:
         return map_by_path(
             lambda path, x: _read_leaf(leaves[path], x, tensors, bar.update), base
         )
 
 
 def _read_leaf(
-    leaf: NamedLeaf,
-    struct: Any,  # a `jax.ShapeDtypeStruct`, or a QTensor of them
-    tensors: Mapping[str, Any],
-    count_weights: CountWeights,
+    leaf: NamedLeaf, struct: Any, tensors: Mapping[str, Any], count: Count
 ) -> Array | QTensor:
     if not is_packed(struct):
-        return read_float_leaf(leaf, struct, tensors, count_weights)
+        return read_float_leaf(leaf, struct, tensors, count)
     is_moved = packing_of(tensors[leaf.tensors.flat[0]]) is not None
     read_arrays = move_packed_leaf if is_moved else pack_float_leaf
     # Codes for host memory are read to the device first, one stack at a time.
     on_device = struct.to_device()
-    arrays = read_arrays(leaf, on_device, tensors, count_weights)
+    arrays = read_arrays(leaf, on_device, tensors, count)
     q = jax.tree.unflatten(jax.tree.structure(on_device), arrays)
-    if on_device is struct:
-        return q
-    return replace(q, codes=to_host(q.codes, struct.codes))
+    is_on_host = on_device is not struct
+    return replace(q, codes=to_host(q.codes, struct.codes)) if is_on_host else q
 
 
-def _target_packings(
-    leaves: Mapping[str, NamedLeaf], config: QLoRAConfig | None
-) -> dict[str, Packing | None]:
-    """Returns the packing for the config's targets by tensor name; None for float."""
+def _target_packings(leaves: Leaves, config: QLoRAConfig | None) -> Targets:
     if config is None:
         return {}
-    return {
-        name: config.packing if config.freeze_base else None
-        for path, leaf in leaves.items()
-        if config.is_target(path)
-        for name in leaf.tensors.ravel()
-    }
+    targets = [leaf for path, leaf in leaves.items() if config.is_target(path)]
+    packing = config.packing if config.freeze_base else None
+    return {name: packing for leaf in targets for name in leaf.tensors.ravel()}
 
 
 def _abstract_base(
     tensors: Mapping[str, Any],
-    leaves: Mapping[str, NamedLeaf],
+    leaves: Leaves,
     like: Tree,
     config: QLoRAConfig | None,
     dtype: DTypeLike | None,
@@ -194,12 +185,9 @@ def _stack_problem(
 
 
 def _pack_targets(
-    tree: Tree,
-    leaves: Mapping[str, NamedLeaf],
-    config: QLoRAConfig | None,
-    stored_packings: Mapping[str, Packing | None],
+    tree: Tree, leaves: Leaves, config: QLoRAConfig | None, packings: Packings
 ) -> dict[str, Packing]:
-    """Returns the packing for the targets of the config; checks the targets."""
+    """Checks the targets of the config, and returns their packing."""
     if config is None:
         return {}
     kinds, problems = {}, {}
@@ -208,12 +196,11 @@ def _pack_targets(
             kinds[path] = leaf.geometry.kinds
         elif config.is_target(path):
             problems[path] = "the name table says that it is not a kernel."
-        packing = stored_packings[path]
+        packing = packings[path]
         if config.is_target(path) and packing not in (None, config.packing):
             problems[path] = (
-                f"it is packed as {packing}, but the config asks for "
-                f"{config.packing}. recode=True packs it again, which rounds it once "
-                "more."
+                f"it is packed as {packing}, but the config asks for {config.packing}. "
+                "recode=True packs it again, which rounds it once more."
             )
     targets = find_targets(leaves_by_path(tree), config, kinds, problems)
     if config.packing is None or not config.freeze_base:

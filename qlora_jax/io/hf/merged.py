@@ -21,7 +21,7 @@ from ..model_folder import SHARD_BYTES, write_folder
 from ..named_leaves import float_tensors
 from ..names import Names
 from ..packed.layouts import join_experts, split_experts
-from ..packed.readers import DecodedWeight, packed_tensors
+from ..packed.readers import decoded_weight, packed_tensors
 from ..packed.weight import SliceableTensor, packing_of
 from ..safetensors import open_safetensors
 from ..tensors import DeferredTensor, TensorLike
@@ -74,7 +74,7 @@ def save_merged(
     if isinstance(base, Path):
         stored = split_experts(packed_tensors(open_safetensors(base)), names)
         tensors = {
-            n: DecodedWeight(x) if packing_of(x) else x for n, x in stored.items()
+            n: decoded_weight(x) if packing_of(x) else x for n, x in stored.items()
         }
         adapters = adapters_of(lora)
         config = base if config is None else config
@@ -87,24 +87,17 @@ def save_merged(
     adapters = {p: x for p, x in adapters.items() if p not in trained}
     trained_tensors = float_tensors(nested(trained), names)
     _check_trained(trained_tensors, tensors)
-    changed = {
-        name: _cast_later(name, x, dtype or tensors[name].dtype)
-        for name, x in trained_tensors.items()
-    }
-    changed |= _merged_tensors(tensors, adapters, names, dtype)
+    changed = _merged_tensors(tensors, adapters, names, dtype)
+    for name, x in trained_tensors.items():
+        changed[name] = _cast_later(name, x, dtype or tensors[name].dtype)
     # 3. Write them and all other tensors.
     config_changes: dict[str, Any] = {"quantization_config": None}
     if dtype is not None:
         tensors = {name: _cast_later(name, x, dtype) for name, x in tensors.items()}
         config_changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
-    write_folder(
-        path,
-        join_experts({**tensors, **changed}, names),
-        config,
-        config_changes,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-    )
+    written = join_experts({**tensors, **changed}, names)
+    options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
+    write_folder(path, written, config, config_changes, **options)
 
 
 def _check_trained(
@@ -149,11 +142,11 @@ def _merged_tensors(
             if reason := why_not(matrix_lora, kernel):
                 problems.append(f"{path}: {name} of shape {x.shape}: {reason}")
                 continue
-            merged_dtype = np.dtype(dtype or x.dtype)
+            out_dtype = np.dtype(dtype or x.dtype)
             merge = functools.partial(
-                _merge_tensor, name, x, matrix_lora, merged_dtype, is_table
+                _merge_tensor, name, x, matrix_lora, out_dtype, is_table
             )
-            merged[name] = DeferredTensor(merged_dtype, x.shape, merge)
+            merged[name] = DeferredTensor(out_dtype, x.shape, merge)
     refuse_listed("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)
     return merged
@@ -183,10 +176,9 @@ def _merge_tensor(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _merge(w: Array, lora: Adapter, is_table: bool) -> Array:
-    """Returns a weight `[N, K]`, or a table, in float32 with its adapter merged in."""
     if is_table:
         return lora.merged(FloatKernel(w, Geometry()))
-    return lora.merged(FloatKernel(w.T, Geometry())).T
+    return lora.merged(FloatKernel(w.T, Geometry())).T  # [N, K] in the file
 
 
 def _cast_later(name: str, x: TensorLike, dtype: DTypeLike) -> DeferredTensor:

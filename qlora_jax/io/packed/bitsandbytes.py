@@ -90,19 +90,17 @@ class BitsAndBytesWeight:
 
 def bitsandbytes_weights(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's tensors, with the parts of each 4-bit weight joined."""
-    result = dict(tensors)
-    problems = []
+    result, problems = dict(tensors), []
     for state_name in [name for name in tensors if _STATE in name]:
-        weight_name, _, fmt = state_name.rpartition(_STATE)
+        name, _, fmt = state_name.rpartition(_STATE)
         try:
-            weight = _read_weight(tensors, weight_name, fmt)
+            result[name] = _read_weight(tensors, name, fmt)
         except ValueError as error:
-            problems.append(f"{weight_name}: {error}")
+            problems.append(f"{name}: {error}")
             continue
         for part in _PARTS:
-            result.pop(f"{weight_name}.{part}", None)
+            result.pop(f"{name}.{part}", None)
         del result[state_name]
-        result[weight_name] = weight
     title = "these 4-bit weights of bitsandbytes cannot be read"
     refuse_listed(title, problems, CheckpointError)
     return result
@@ -131,30 +129,21 @@ def _read_weight(tensors: Mapping[str, Any], name: str, fmt: str) -> BitsAndByte
     for part, (part_dtype, part_shape) in expected.items():
         x = parts.get(part)
         stored = None if x is None else (str(x.dtype), x.shape)
-        require(
-            stored == (part_dtype, part_shape),
-            f"{name + part} must be {part_dtype}{part_shape}. Got {stored}.",
-        )
+        message = f"{name + part} must be {part_dtype}{part_shape}. Got {stored}."
+        require(stored == (part_dtype, part_shape), message)
     _check_table(parts[".quant_map"], get_format(fmt).table)
+    weight = BitsAndBytesWeight(shape, dtype, packing, parts[""], parts[".absmax"])
     if not is_nested:
-        return BitsAndBytesWeight(shape, dtype, packing, parts[""], parts[".absmax"])
+        return weight
     _check_table(parts[".nested_quant_map"], DYNAMIC_MAP)
-    return BitsAndBytesWeight(
-        shape,
-        dtype,
-        packing,
-        parts[""],
-        parts[".absmax"],
-        parts[".nested_absmax"],
-        _read_nested_offset(state),
-    )
+    offset, scale_scales = _read_nested_offset(state), parts[".nested_absmax"]
+    return replace(weight, scale_scales=scale_scales, scale_offset=offset)
 
 
 def _read_state(tensor: SliceableTensor) -> dict[str, Any]:
-    require(
-        str(tensor.dtype) == "uint8" and math.prod(tensor.shape) <= _MAX_STATE_BYTES,
-        f"`quant_state` must be at most {_MAX_STATE_BYTES} bytes.",
-    )
+    is_small = math.prod(tensor.shape) <= _MAX_STATE_BYTES
+    message = f"`quant_state` must be at most {_MAX_STATE_BYTES} bytes."
+    require(str(tensor.dtype) == "uint8" and is_small, message)
     state = parse_json(np.asarray(tensor).tobytes(), "`quant_state`")
     require(isinstance(state, dict), "`quant_state` must be a JSON object.")
     return state
@@ -166,14 +155,12 @@ def _read_settings(
     """Returns the shape, the packing and the dtype of a weight."""
 
     def is_size(n: object) -> bool:
-        # `type`, because True is an int for isinstance.
-        return type(n) is int and 0 < n < 1 << 31
+        return type(n) is int and 0 < n < 1 << 31  # isinstance would accept True
 
     shape, block_size = state.get("shape"), state.get("blocksize")
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))
     require(is_shape, f"`shape` must be two sizes. Got {shape!r:.80}.")
-    message = f"`blocksize` must be a size. Got {block_size!r:.80}."
-    require(is_size(block_size), message)
+    require(is_size(block_size), f"`blocksize` must be a size. Got {block_size!r:.80}.")
     quant_type, dtype = state.get("quant_type"), state.get("dtype")
     require(
         quant_type == fmt and fmt in ("nf4", "fp4"),
@@ -203,23 +190,19 @@ def _view_as_bytes(codes: _FileTensor) -> _FileTensor:
 def _read_nested_offset(state: dict[str, Any]) -> np.float32:
     offset, block_size = state["nested_offset"], state.get("nested_blocksize")
     dtype = state.get("nested_dtype", "float32")
-    is_number = type(offset) in (int, float)
-    require(
-        is_number and abs(offset) < float(np.finfo(np.float32).max),
-        f"`nested_offset` must be a float32 number. Got {offset!r:.80}.",
-    )
-    require(
-        block_size == SCALES_PER_BLOCK and dtype == "float32",
-        f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
-        f"{dtype!r:.80} in blocks of {block_size!r:.80}.",
-    )
+    limit = float(np.finfo(np.float32).max)
+    is_number = type(offset) in (int, float) and abs(offset) < limit
+    require(is_number, f"`nested_offset` must be a float32 number. Got {offset!r:.80}.")
+    message = f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
+    message += f"{dtype!r:.80} in blocks of {block_size!r:.80}."
+    require(block_size == SCALES_PER_BLOCK and dtype == "float32", message)
     return np.float32(offset)
 
 
 def _check_table(tensor: SliceableTensor, table: np.ndarray) -> None:
     stored = np.asarray(tensor)
-    require(
-        np.array_equal(stored, table),
+    message = (
         "the table of values must be that of bitsandbytes. Got a table that begins "
-        f"with {stored[:3].tolist()}.",
     )
+    message += f"with {stored[:3].tolist()}."
+    require(np.array_equal(stored, table), message)

@@ -89,27 +89,21 @@ def _read_awq_or_gptq(parts: Parts, settings: Settings) -> dict[str, PackedWeigh
     row_sizes = {"awq": n // 8, "gptq": n}
     fitting = [name for name, size in row_sizes.items() if words.shape[1] == size]
     method = settings.get("quant_method", fitting[0] if fitting else None)
-    require(
-        method in fitting,
-        f"`qweight` must be [K / 8, {n}], or for AWQ [K, {n} / 8]. Got "
-        f"{list(words.shape)}.",
-    )
+    message = f"`qweight` must be [K / 8, {n}], or for AWQ [K, {n} / 8]. Got "
+    require(method in fitting, f"{message}{list(words.shape)}.")
     is_awq = method == "awq"
     k = words.shape[0] * (1 if is_awq else 8)
-    require(
-        tuple(zeros.shape) == (num_blocks, n // 8) and n % 8 == 0,
-        f"`qzeros` must be [{num_blocks}, {n} / 8]. Got {list(zeros.shape)}.",
-    )
+    is_fitting = tuple(zeros.shape) == (num_blocks, n // 8) and n % 8 == 0
+    message = f"`qzeros` must be [{num_blocks}, {n} / 8]. Got {list(zeros.shape)}."
+    require(is_fitting, message)
     require(k % 2 == 0, f"`qweight` must have an even number of inputs. Got {k}.")
     scales = transposed(scales)
     if is_awq:
         codes, input_blocks = _awq_codes(words), None
         biases = zero_point_biases(zeros, scales, _AWQ_POSITIONS)
     else:
-        require(
-            "g_idx" in parts or not settings.get("desc_act"),
-            "`g_idx` must be given, as `desc_act` is true. Got none.",
-        )
+        message = "`g_idx` must be given, as `desc_act` is true. Got none."
+        require("g_idx" in parts or not settings.get("desc_act"), message)
         codes = swap_nibbles(transposed(words))
         input_blocks = read_input_blocks(parts, "g_idx", k, num_blocks)
         is_first_version = settings.get("checkpoint_format", "gptq") == "gptq"
@@ -117,14 +111,9 @@ def _read_awq_or_gptq(parts: Parts, settings: Settings) -> dict[str, PackedWeigh
         # GPTQModel, so that a zero point of 16 carries into the next one.
         offset = 0x11111111 if is_first_version else 0
         biases = zero_point_biases(zeros, scales, offset=offset)
-    weight = packed_weight(
-        *INTEGER_FORMATS[str(scales.dtype)],
-        codes,
-        scales,
-        biases=biases,
-        input_blocks=input_blocks,
-    )
-    return {"weight": weight}
+    fmt, dtype = INTEGER_FORMATS[str(scales.dtype)]
+    arrays = codes, scales, None, biases, input_blocks
+    return {"weight": packed_weight(fmt, dtype, *arrays)}
 
 
 # compressed-tensors: pack-quantized, mxfp4-pack-quantized and nvfp4-pack-quantized.
@@ -144,17 +133,17 @@ _COMPRESSED_FORMATS |= {
 }
 _INTEGER_PARTS = ("weight_zero_point", "weight_g_idx")
 _FORMAT_PARTS = ("weight_global_scale", *_INTEGER_PARTS)  # of some formats only
+_COMPRESSED_PARTS = ("weight_scale", "weight_shape", *_FORMAT_PARTS)
 
 
-def _read_compressed(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
-    del settings
+def _read_compressed(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     require("weight_scale" in parts, "`weight_scale` must be given. Got none.")
     packed, scales = parts["weight_packed"], parts["weight_scale"]
     dtypes = str(packed.dtype), str(scales.dtype)
-    require(
-        dtypes in _COMPRESSED_FORMATS,
-        f"codes and scales must have dtypes {[*_COMPRESSED_FORMATS]}. Got {dtypes}.",
+    message = (
+        f"codes and scales must have dtypes {[*_COMPRESSED_FORMATS]}. Got {dtypes}."
     )
+    require(dtypes in _COMPRESSED_FORMATS, message)
     fmt, dtype = _COMPRESSED_FORMATS[dtypes]
     require(len(packed.shape) == 2, f"codes must have two axes. Got {packed.shape}.")
     format_parts = {"nvfp4": ("weight_global_scale",), "mxfp4": ()}
@@ -175,21 +164,11 @@ def _read_compressed(parts: Parts, settings: Settings) -> dict[str, PackedWeight
         if "weight_zero_point" in parts:
             zeros = require_part(parts, "weight_zero_point", "int32")
             shape = [-(-n // 8), *scales.shape[1:]]
-            require(
-                list(zeros.shape) == shape,
-                f"`weight_zero_point` must be {shape}. Got {list(zeros.shape)}.",
-            )
+            message = f"`weight_zero_point` must be {shape}. Got {list(zeros.shape)}."
+            require(list(zeros.shape) == shape, message)
             biases = zero_point_biases(transposed(zeros), scales)
-    weight = packed_weight(
-        fmt,
-        dtype,
-        codes,
-        scales,
-        scale_scales=scale_scales,
-        biases=biases,
-        input_blocks=input_blocks,
-    )
-    return {"weight": weight}
+    arrays = codes, scales, scale_scales, biases, input_blocks
+    return {"weight": packed_weight(fmt, dtype, *arrays)}
 
 
 def _check_compressed_shape(parts: Parts, n: int, k: int) -> None:
@@ -206,14 +185,14 @@ def _check_compressed_shape(parts: Parts, n: int, k: int) -> None:
 # in E4M3, and `weight_scale_2`, a factor. Activations and key-value caches stay in
 # float here, as servers may do as well, so their scales are ignored.
 
+_ACTIVATIONS = ("input_scale", "k_scale", "v_scale")
 
-def _read_modelopt(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
-    del settings
+
+def _read_modelopt(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     codes = swap_nibbles(require_part(parts, "weight", "uint8"))
     scales = require_part(parts, "weight_scale", "float8_e4m3fn")
     factors = np.array([read_scalar(parts, "weight_scale_2"), 1], np.float32)
-    weight = packed_weight("nvfp4", "bfloat16", codes, scales, scale_scales=factors)
-    return {"weight": weight}
+    return {"weight": packed_weight("nvfp4", "bfloat16", codes, scales, factors)}
 
 
 # MLX: `weight` [N, K / 8], eight codes to a uint32, first code in the lowest bits, and
@@ -222,17 +201,14 @@ def _read_modelopt(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
 # E8M0 for 32 weights, or E4M3 for 16.
 
 
-def _read_mlx(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
-    del settings
+def _read_mlx(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     codes = swap_nibbles(require_part(parts, "weight", "uint32"))
     scales = require_part(parts, "scales", " ".join(["uint8", *INTEGER_FORMATS]))
     dtype = str(scales.dtype)
     if dtype in INTEGER_FORMATS:
         biases = require_part(parts, "biases", dtype)
-        require(
-            biases.shape == scales.shape,
-            f"`biases` must be {list(scales.shape)}. Got {list(biases.shape)}.",
-        )
+        message = f"`biases` must be {list(scales.shape)}. Got {list(biases.shape)}."
+        require(biases.shape == scales.shape, message)
         fmt = INTEGER_FORMATS[dtype]
         return {"weight": packed_weight(*fmt, codes, scales, biases=biases)}
     message = "`biases` must be left out if `scales` are uint8. Got some."
@@ -240,15 +216,9 @@ def _read_mlx(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
     if codes.shape[1] * 2 != scales.shape[1] * 16:
         return {"weight": packed_weight("mxfp4", "bfloat16", codes, scales)}
     e4m3 = np.dtype(ml_dtypes.float8_e4m3fn)
-
-    def read_e4m3(rows: slice, columns: slice) -> np.ndarray:
-        return scales[rows, columns].view(e4m3)
-
-    e4m3_scales, factors = View(scales.shape, e4m3, read_e4m3), np.ones(2, np.float32)
-    weight = packed_weight(
-        "nvfp4", "bfloat16", codes, e4m3_scales, scale_scales=factors
-    )
-    return {"weight": weight}
+    e4m3_scales = View(scales.shape, e4m3, lambda *index: scales[index].view(e4m3))
+    factors = np.ones(2, np.float32)
+    return {"weight": packed_weight("nvfp4", "bfloat16", codes, e4m3_scales, factors)}
 
 
 # GGUF's Q4_0 and MXFP4: a scale and 16 bytes for every 32 inputs of an output.
@@ -265,11 +235,10 @@ def _gguf_weight(
     scale_bytes = np.dtype(scale_dtype).itemsize
     block_bytes = scale_bytes + 16
     n, num_blocks = stored.shape[0], stored.shape[1] // block_bytes
-    require(
-        stored.shape[1] == num_blocks * block_bytes,
-        f"rows of `{name}` must be whole blocks of {block_bytes} bytes. Got shape "
-        f"{stored.shape}.",
+    message = (
+        f"`{name}` must be whole blocks of {block_bytes} bytes. Got {stored.shape}."
     )
+    require(stored.shape[1] == num_blocks * block_bytes, message)
 
     def read_blocks(rows: slice, blocks: slice) -> np.ndarray:
         columns = slice(blocks.start * block_bytes, blocks.stop * block_bytes)
@@ -294,14 +263,12 @@ def _gguf_weight(
     return packed_weight(fmt, dtype, codes, scales)
 
 
-def _read_q4_0(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
-    del settings
+def _read_q4_0(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     weight = _gguf_weight(parts, "weight_q4_0", "q4_0", "float32", np.float16)
     return {"weight": weight}
 
 
-def _read_gguf_mxfp4(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
-    del settings
+def _read_gguf_mxfp4(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     return {"": _gguf_weight(parts, "mxfp4", "mxfp4", "bfloat16", np.uint8)}
 
 
@@ -311,32 +278,29 @@ def _read_gguf_mxfp4(parts: Parts, settings: Settings) -> dict[str, PackedWeight
 # `NAME.1` ..., as in other models and in tables of names.
 
 
-def _read_gpt_oss(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
-    del settings
+def _read_gpt_oss(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     blocks = require_part(parts, "blocks", "uint8", axes=4)
     scales = require_part(parts, "scales", "uint8", axes=3)
     *shape, block_bytes = blocks.shape
-    require(
-        list(scales.shape) == shape and block_bytes == 16,
-        f"`scales` must be {shape} and `blocks` have 16 bytes each. Got "
-        f"{list(scales.shape)} and {list(blocks.shape)}.",
-    )
+    message = f"`scales` must be {shape} and `blocks` have 16 bytes each. Got "
+    message += f"{list(scales.shape)} and {list(blocks.shape)}."
+    require(list(scales.shape) == shape and block_bytes == 16, message)
     num_experts, n, num_blocks = shape
     codes = blocks.reshape(num_experts, n, num_blocks * 16)  # [E, N, K / 2]
 
-    def read_expert(index: int) -> PackedWeight:
-        expert_codes = swap_nibbles(_expert_matrix(codes, index))
-        expert_scales = _expert_matrix(scales, index)
-        return packed_weight("mxfp4", "bfloat16", expert_codes, expert_scales)
-
-    return {f".{index}": read_expert(index) for index in range(num_experts)}
+    weights = {}
+    for i in range(num_experts):
+        arrays = swap_nibbles(_expert_matrix(codes, i)), _expert_matrix(scales, i)
+        weights[f".{i}"] = packed_weight("mxfp4", "bfloat16", *arrays)
+    return weights
 
 
 def _expert_matrix(stack: SliceableTensor, index: int) -> View:
-    def read(rows: slice, columns: slice) -> np.ndarray:
-        return stack[index : index + 1, rows, columns][0]
-
-    return View(tuple(stack.shape[1:]), stack.dtype, read)
+    expert = slice(index, index + 1)
+    shape = tuple(stack.shape[1:])
+    return View(
+        shape, stack.dtype, lambda rows, columns: stack[expert, rows, columns][0]
+    )
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
@@ -364,27 +328,23 @@ def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
             joined[name] = x
 
     def stack_experts(experts: list[Any]) -> DeferredTensor:
-        def make() -> np.ndarray:
-            return np.stack([np.asarray(x[:, :]).T for x in experts])
-
-        shape = len(experts), *experts[0].shape[::-1]
-        return DeferredTensor(experts[0].dtype, shape, make)
+        return DeferredTensor(
+            experts[0].dtype,
+            (len(experts), *experts[0].shape[::-1]),
+            lambda: np.stack([np.asarray(x[:, :]).T for x in experts]),
+        )
 
     return joined | {stem: stack_experts(experts) for stem, experts in stacks.items()}
 
 
 LAYOUTS = (
-    PartsLayout(
-        "weight_packed",
-        ("weight_scale", "weight_shape", *_FORMAT_PARTS),
-        _read_compressed,
-    ),
+    PartsLayout("weight_packed", _COMPRESSED_PARTS, _read_compressed),
     PartsLayout("qweight", ("qzeros", "scales", "g_idx"), _read_awq_or_gptq),
     PartsLayout(
         "weight_scale_2",
         ("weight", "weight_scale"),
         _read_modelopt,
-        ignored=("input_scale", "k_scale", "v_scale"),
+        ignored=_ACTIVATIONS,
     ),
     PartsLayout("blocks", ("scales",), _read_gpt_oss, dtype="uint8", separator="_"),
     PartsLayout("weight", ("scales", "biases"), _read_mlx, dtype="uint32"),

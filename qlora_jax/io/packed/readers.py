@@ -33,13 +33,11 @@ _SUPPORTED_SETTINGS: dict[str, dict[str, tuple]] = {
 # Sections of the settings in which numbers of bits are not those of weights.
 _NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme", "meta")
 # Our formats by the names that the settings use. All other names mean int4_f16.
-_FORMATS = {
-    "nvfp4-pack-quantized": "nvfp4",
-    "mxfp4-pack-quantized": "mxfp4",
-    "modelopt": "nvfp4",
-    "nvfp4": "nvfp4",
-    "mxfp4": "mxfp4",
-}
+_FORMATS = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
+_FORMATS |= {"modelopt": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}
+# The packing that the config asks for, by the names of its targets; None for float.
+Targets = Mapping[str, Packing | None]
+Weight = PackedWeight | BitsAndBytesWeight
 # Weights whose blocks would be smaller than this are decoded instead of re-blocked.
 SMALLEST_COMMON_BLOCK = 16
 
@@ -51,13 +49,11 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     gpt-oss (MXFP4, each expert a tensor `NAME.0`, `NAME.1` ...) and MLX.
 
     Args:
-        tensors: From `open_safetensors`. If they come from a folder, the settings in
-            its config are checked too.
+        tensors: From `open_safetensors`. A folder's quantization config is checked too.
 
     Raises:
         CheckpointError: If a part of a weight is missing or does not fit (all such
-            weights are listed), or if the config describes a format that is not
-            supported.
+            weights are listed), or if the config describes an unsupported format.
 
     Example:
         >>> import numpy as np, qlora_jax as ql
@@ -71,11 +67,9 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     folder = getattr(tensors, "folder", None)
     settings = {} if folder is None else read_quantization(folder)
     result = bitsandbytes_weights(tensors)
-    problems = [
-        f"{name}: 8-bit weights of bitsandbytes are not supported"
-        for name in result
-        if name.endswith(".SCB")
-    ]
+    int8_names = [name for name in result if name.endswith(".SCB")]
+    reason = "8-bit weights of bitsandbytes are not supported"
+    problems = [f"{name}: {reason}" for name in int8_names]
     ignored: list[str] = []
     for layout in LAYOUTS:
         for name in [n for n, x in result.items() if _is_marker(layout, n, x)]:
@@ -105,36 +99,31 @@ def _replace_parts(
 ) -> list[str]:
     """Replaces the parts of a weight by the weight; returns the ignored tensors."""
     stem = name.removesuffix(layout.marker)
-    parts = {
-        part: tensors[stem + part]
-        for part in (layout.marker, *layout.optional)
-        if stem + part in tensors
-    }
+    names = (layout.marker, *layout.optional)
+    parts = {part: tensors[stem + part] for part in names if stem + part in tensors}
     weights = layout.read(parts, settings)
     nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
     for part in parts:
         del tensors[stem + part]
     for suffix, weight in weights.items():
-        weight_name = stem.removesuffix("_") + suffix
-        tensors[weight_name] = dataclasses.replace(
-            weight, name=weight_name, nbytes=nbytes // len(weights)
-        )
+        name = stem.removesuffix("_") + suffix
+        size = nbytes // len(weights)
+        tensors[name] = dataclasses.replace(weight, name=name, nbytes=size)
     ignored = [stem + part for part in layout.ignored if stem + part in tensors]
-    for ignored_name in ignored:
-        del tensors[ignored_name]
+    for name in ignored:
+        del tensors[name]
     return ignored
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
     """Returns the settings of a model folder's packed weights.
 
+    They are the `quantization_config` of its `config.json` (`quantization` for MLX, and
+    `hf_quant_config.json` for ModelOpt), with the `quant_method` and the `fmt` of the
+    weights; {} for a model in float.
+
     Args:
         folder: The model's folder.
-
-    Returns:
-        The `quantization_config` of its `config.json` (`quantization` for MLX, and
-        `hf_quant_config.json` for ModelOpt), with the `quant_method` and the `fmt` of
-        the weights; {} for a model in float.
 
     Raises:
         CheckpointError: If weights are packed in a way that is not supported.
@@ -148,16 +137,16 @@ def read_quantization(folder: Path) -> dict[str, Any]:
         'int4_f16'
     """
     folder = pathlib.Path(folder)
-    stored = _find_settings(folder) if (folder / "config.json").exists() else None
+    stored = (folder / "config.json").exists() and _find_settings(folder)
     if not stored:
         return {}
     require(isinstance(stored, dict), "`quantization_config` must be a JSON object.")
     default_method = "mlx" if "group_size" in stored else "bitsandbytes"
     method = stored.get("quant_method", default_method)
+    is_supported = isinstance(method, str) and method in _SUPPORTED_SETTINGS
+    methods = ", ".join(_SUPPORTED_SETTINGS)
     require(
-        isinstance(method, str) and method in _SUPPORTED_SETTINGS,
-        f"`quant_method` must be one of {', '.join(_SUPPORTED_SETTINGS)}. Got "
-        f"{method!r:.80}.",
+        is_supported, f"`quant_method` must be one of {methods}. Got {method!r:.80}."
     )
     settings = _use_first_names({**stored, "quant_method": method})
     _check_settings(settings, method)
@@ -184,7 +173,7 @@ def _find_settings(folder: pathlib.Path) -> Any:
 
 
 def _use_first_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Renames `format`, a newer name of two settings, to the older names."""
+    # `format` is a newer name of these two settings.
     first_names = {"awq": "version", "gptq": "checkpoint_format"}
     key = first_names.get(settings["quant_method"])
     value = settings.get(key or "", settings.get("format"))
@@ -195,16 +184,14 @@ def _use_first_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_settings(settings: dict[str, Any], method: str) -> None:
     for key, supported in _SUPPORTED_SETTINGS[method].items():
-        value = settings.get(key, supported[0])
-        require(
-            value in supported,
-            f"`{key}` of {method} must be {' or '.join(map(str, supported))}. Got "
-            f"{value!r:.80}.",
+        value, choices = (
+            settings.get(key, supported[0]),
+            " or ".join(map(str, supported)),
         )
-    require(
-        method != "bitsandbytes" or not settings.get("load_in_8bit"),
-        "`load_in_8bit` must be false: 8-bit weights are not supported. Got true.",
-    )
+        message = f"`{key}` of {method} must be {choices}. Got {value!r:.80}."
+        require(value in supported, message)
+    message = "`load_in_8bit` must be false: 8-bit weights are not supported. Got true."
+    require(method != "bitsandbytes" or not settings.get("load_in_8bit"), message)
     other_bits = [f"`{key}` is {bits!r:.80}" for key, bits in _other_bits(settings)]
     message = f"weights of {method} must have 4 bits. Got {', '.join(other_bits[:5])}."
     require(not other_bits, message)
@@ -212,10 +199,8 @@ def _check_settings(settings: dict[str, Any], method: str) -> None:
     if method != "compressed-tensors" or not isinstance(groups, dict):
         return
     for name, group in groups.items():
-        section = group if isinstance(group, dict) else {}
-        has_activations = any(
-            section.get(f"{kind}_activations") for kind in ("input", "output")
-        )
+        get = group.get if isinstance(group, dict) else {}.get
+        has_activations = get("input_activations") or get("output_activations")
         message = f"{name} must quantize only weights, not activations. Got {group}."
         require(not has_activations, message)
 
@@ -253,60 +238,48 @@ class ReblockedWeight:
         return weight.codes.reshape(n, k // 2), scales[old_blocks].reshape(n, -1)
 
 
-class DecodedWeight(View):
-    """A 4-bit weight that is read as floats, one slice at a time."""
+def decoded_weight(weight: Weight, dtype: DTypeLike | None = None) -> View:
+    """Returns a 4-bit weight as floats, which are decoded one slice at a time."""
+    keeps_dtype = dtype is None or weight.keeps_dtype
+    read_dtype = weight.dtype if keeps_dtype else np.dtype(dtype)
 
-    def __init__(
-        self, weight: PackedWeight | BitsAndBytesWeight, dtype: DTypeLike | None = None
-    ):
-        keeps_dtype = dtype is None or weight.keeps_dtype
-        read_dtype = weight.dtype if keeps_dtype else np.dtype(dtype)
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(weight.shape[0])
+        return weight.decode(slice(start, stop))[:, columns].astype(read_dtype)
 
-        def read(rows: slice, columns: slice) -> np.ndarray:
-            start, stop, _ = rows.indices(weight.shape[0])
-            return weight.decode(slice(start, stop))[:, columns].astype(read_dtype)
-
-        super().__init__(weight.shape, read_dtype, read)
+    return View(weight.shape, read_dtype, read)
 
 
 def recode_all(
     tensors: Mapping[str, Any],
     leaves: Mapping[str, NamedLeaf],
-    targets: Mapping[str, Packing | None],
+    targets: Targets,
     dtype: DTypeLike | None,
     recode: bool,
 ) -> dict[str, Any]:
-    """Returns the tensors, with 4-bit weights in a form that `load` can read.
-
-    `targets` maps the tensors that the config targets to its packing, or to None for
-    float.
-    """
+    """Returns the tensors, with 4-bit weights in a form that `load` can read."""
     result = dict(tensors)
     for leaf in leaves.values():
         names = list(leaf.tensors.ravel())
         is_kernel = leaf.geometry is not None
         if is_kernel and recode:
-            for name in names:
-                result[name] = _recode(name, result[name], targets, dtype)
+            result |= {n: _recode(n, result[n], targets, dtype) for n in names}
         # Embeddings are decoded, because only kernels can be packed. All tensors of a
         # stack must have the same packing, and in float they always do.
         is_mixed = recode and len({packing_of(result[name]) for name in names}) > 1
         if not is_kernel or is_mixed:
             packed = [name for name in names if packing_of(tensors[name])]
-            result |= {name: DecodedWeight(tensors[name], dtype) for name in packed}
+            result |= {name: decoded_weight(tensors[name], dtype) for name in packed}
     return result
 
 
 def _recode(
-    name: str,
-    weight: Any,
-    targets: Mapping[str, Packing | None],
-    dtype: DTypeLike | None,
-) -> SliceableTensor | ReblockedWeight | PackedWeight | BitsAndBytesWeight:
+    name: str, weight: Any, targets: Targets, dtype: DTypeLike | None
+) -> SliceableTensor | ReblockedWeight | Weight:
     packing, is_target = packing_of(weight), name in targets
     keeps_settings = not is_target or targets[name] == packing
     if packing is None or (keeps_settings and weight.problem is None):
         return weight
     # A target is decoded, because the config then packs it with other settings.
     can_reblock = not is_target and weight.common_block >= SMALLEST_COMMON_BLOCK
-    return ReblockedWeight(weight) if can_reblock else DecodedWeight(weight, dtype)
+    return ReblockedWeight(weight) if can_reblock else decoded_weight(weight, dtype)

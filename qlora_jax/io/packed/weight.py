@@ -82,18 +82,14 @@ class PackedWeight:
     def problem(self) -> str | None:
         """Why a `QTensor` cannot hold its bytes; None if it can."""
         n, k = self.shape
-        blocks_in_order = np.arange(k) // self.packing.block_size
-        if (
-            self.input_blocks is not None
-            and not (self.input_blocks == blocks_in_order).all()
-        ):
+        blocks = np.arange(k) // self.packing.block_size
+        if self.input_blocks is not None and not (self.input_blocks == blocks).all():
             return "has reordered inputs (act order)"
         if self.biases is None:
             return None
         # The integer formats decode (code - 8) * scale, so a bias must be -8 * scale.
         for start in range(0, n, _ROWS_PER_CHECK):
-            rows = slice(start, start + _ROWS_PER_CHECK)
-            index = rows, slice(0, blocks_in_order[-1] + 1)
+            index = slice(start, start + _ROWS_PER_CHECK), slice(0, blocks[-1] + 1)
             scales = np.asarray(self.scales[index]).astype(np.float32)
             biases = np.asarray(self.biases[index]).astype(np.float32)
             if not np.array_equal(biases, -8 * scales, equal_nan=True):
@@ -110,11 +106,9 @@ class PackedWeight:
             is_exact = scales.astype(np.float32) == stored.astype(np.float32)
             # E8M0 scales are exponents in bytes, in which 255 is NaN.
             is_finite = scales != 255 if dtype == np.uint8 else np.isfinite(scales)
-            require(
-                bool((is_exact & is_finite).all()),
-                f"the scales of {self.name} must hold finite {np.dtype(dtype).name} "
-                f"numbers. Got others in {stored.dtype}.",
-            )
+            message = f"the scales of {self.name} must hold finite {scales.dtype.name} "
+            message += f"numbers. Got others in {stored.dtype}."
+            require(bool((is_exact & is_finite).all()), message)
             return scales
 
         return self.codes, View(self.scales.shape, dtype, read_scales)
@@ -132,7 +126,7 @@ class PackedWeight:
         scales = scales.astype(np.float32)
         if self.scale_scales is not None:
             scales = scales * self.scale_scales[0] / self.scale_scales[1]
-        # From [rows, K / B] to [rows, K], through the block of each input.
+        # From [rows, K / B] to [rows, K], by the block of each input.
         in_order = self.input_blocks is None
         blocks = np.arange(k) // block_size if in_order else self.input_blocks
         if self.biases is None:
@@ -146,7 +140,6 @@ def packed_weight(
     dtype: str,
     codes: SliceableTensor,
     scales: SliceableTensor,
-    *,
     scale_scales: np.ndarray | None = None,
     biases: SliceableTensor | None = None,
     input_blocks: np.ndarray | None = None,
@@ -156,42 +149,34 @@ def packed_weight(
     shape = tuple(scales.shape)
     num_blocks = shape[-1] if shape else 0
     is_matrix = len(shape) == 2 and shape[0] == n and num_blocks > 0
-    require(
-        is_matrix and k % num_blocks == 0,
-        f"scales must have shape [{n}, K / block size], where K is {k}. Got {shape}.",
-    )
+    message = f"scales must be [{n}, K / block size], where K is {k}. Got {shape}."
+    require(is_matrix and k % num_blocks == 0, message)
     block_sizes = get_format(fmt).block_sizes or (k,)
     if num_blocks == 1 and k not in block_sizes:
         # A scale for a whole channel is the scale of each of the channel's blocks.
         divisors = [size for size in block_sizes if k % size == 0]
-        require(
-            bool(divisors),
-            f"the {k} inputs of a channel must be a multiple of a block size of "
-            f"{fmt}: {' or '.join(map(str, block_sizes))}.",
+        message = (
+            f"{k} inputs with one scale must be a multiple of one of {block_sizes}."
         )
+        require(bool(divisors), message)
         num_blocks = k // divisors[0]
         scales = _repeat_column(scales, num_blocks)
         biases = None if biases is None else _repeat_column(biases, num_blocks)
         input_blocks = None  # all inputs have the same scale
+    packing, factors = Packing(fmt, k // num_blocks, False), scale_scales
     return PackedWeight(
-        Packing(fmt, k // num_blocks, False),
-        jnp.dtype(dtype),
-        codes,
-        scales,
-        scale_scales,
-        biases,
-        input_blocks,
+        packing, jnp.dtype(dtype), codes, scales, factors, biases, input_blocks
     )
 
 
 def _repeat_column(column: SliceableTensor, count: int) -> View:
-    """Returns a matrix `[N, count]` whose columns are all the given one `[N, 1]`."""
-
-    def read(rows: slice, columns: slice) -> np.ndarray:
-        values = np.asarray(column[rows, 0:1])
-        return np.repeat(values, len(range(count)[columns]), axis=1)
-
-    return View((column.shape[0], count), column.dtype, read)
+    """Returns a matrix `[N, count]` whose columns all equal `column` `[N, 1]`."""
+    indices = np.zeros(count, int)
+    return View(
+        (column.shape[0], count),
+        column.dtype,
+        lambda rows, columns: np.asarray(column[rows, 0:1])[:, indices[columns]],
+    )
 
 
 def transposed(x: SliceableTensor) -> View:
@@ -249,7 +234,7 @@ def zero_point_biases(
 def read_input_blocks(
     parts: Parts, name: str, k: int, num_blocks: int
 ) -> np.ndarray | None:
-    """Returns the block of each input, or None if the file does not reorder inputs."""
+    """Returns the block of each input, or None if the file has no order of inputs."""
     if name not in parts:
         return None
     blocks = np.asarray(require_part(parts, name, "int32", axes=1)[...])
@@ -263,21 +248,18 @@ def read_input_blocks(
 def require_part(parts: Parts, name: str, dtypes: str, axes: int = 2) -> Any:
     """Returns a part of a weight; checks its dtype and its number of axes."""
     require(name in parts, f"`{name}` must be given. Got none.")
-    x = parts[name]
-    require(
-        str(x.dtype) in dtypes.split() and len(x.shape) == axes and all(x.shape),
-        f"`{name}` must have dtype {dtypes.replace(' ', ' or ')} and {axes} axes. Got "
-        f"{x.dtype}{list(x.shape)}.",
-    )
+    x, choices = parts[name], dtypes.replace(" ", " or ")
+    is_valid = str(x.dtype) in dtypes.split() and len(x.shape) == axes and all(x.shape)
+    message = f"`{name}` must have dtype {choices} and {axes} axes. Got {x.dtype}"
+    require(is_valid, f"{message}{list(x.shape)}.")
     return x
 
 
 def check_4bit_words(name: str, words: SliceableTensor, count: int) -> None:
     """Raises if rows of words hold `count` codes of another size than 4 bits."""
     bits = 8 * words.dtype.itemsize * words.shape[1] / count
-    is_other_size = bits in (1, 2, 3, 5, 6, 8)
     message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
-    require(not is_other_size, message)
+    require(bits not in (1, 2, 3, 5, 6, 8), message)
 
 
 def read_scalar(parts: Parts, name: str) -> float:

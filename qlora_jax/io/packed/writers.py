@@ -20,7 +20,6 @@ from ..tensors import DeferredTensor
 
 Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
 Config = Mapping[str, Any]  # what `config.json` holds
-Tensors = dict[str, DeferredTensor | np.ndarray]
 
 _INT4_FORMATS = ("int4_f16", "q4_0")
 _INT32 = np.dtype("<i4")
@@ -33,7 +32,7 @@ def save_bitsandbytes(
     path: Path,
     base: Tree,
     names: Names,
-    config: Path | Mapping[str, Any],
+    config: Path | Config,
     *,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -65,14 +64,16 @@ def save_bitsandbytes(
         >>> sorted(ql.io.open_safetensors(path))[:2]
         ['up.weight', 'up.weight.absmax']
     """
-    _write(path, base, names, config, _BITSANDBYTES, max_shard_bytes, progress)
+    tensors, changes = _convert(base, names, config, _BITSANDBYTES)
+    options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
+    write_folder(path, tensors, config, changes, **options)
 
 
 def save_packed(
     path: Path,
     base: Tree,
     names: Names,
-    config: Path | Mapping[str, Any],
+    config: Path | Config,
     layout: Literal["awq", "compressed-tensors"],
     *,
     max_shard_bytes: int = SHARD_BYTES,
@@ -87,7 +88,7 @@ def save_packed(
         base: The base tree. Packed kernels are `int4_f16` or `q4_0`; for
             compressed-tensors they may be `mxfp4` or `nvfp4`.
         names: Which leaf is which tensor.
-        config: The float model's `config.json`, or its folder.
+        config: As in `save_bitsandbytes`.
         layout: How kernels are stored.
         max_shard_bytes: The largest size of a file, unless one tensor is larger.
         progress: Whether to show a progress bar.
@@ -105,8 +106,9 @@ def save_packed(
         >>> list(ql.io.open_safetensors(path))
         ['up.qweight', 'up.qzeros', 'up.scales']
     """
-    layouts = {"awq": _AWQ, "compressed-tensors": _COMPRESSED_TENSORS}
-    _write(path, base, names, config, layouts[layout], max_shard_bytes, progress)
+    tensors, changes = _convert(base, names, config, _LAYOUTS[layout])
+    options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
+    write_folder(path, tensors, config, changes, **options)
 
 
 @dataclass(frozen=True)
@@ -116,31 +118,26 @@ class PackedLayout:
     name: str  # in errors
     formats: tuple[str, ...]
     # Returns the tensors of a kernel `[K, N]` whose weight has a name `module.weight`.
-    tensors: Callable[[str, QTensor], Tensors]
+    tensors: Callable[[str, QTensor], dict[str, Any]]
     # Returns the changes to `config.json`, from the kernels, the names of the modules
     # in float, and the config of the float model.
     config: Callable[[Kernels, list[str], Config], dict[str, Any]]
     # Returns why the layout cannot hold a kernel of its formats, or None if it can.
-    problem: Callable[[QTensor], str | None] = lambda q: None
-    # Returns the settings that all kernels must share.
-    settings: Callable[[QTensor], tuple] = lambda q: (q.fmt, q.block_size)
+    problem: Callable[[QTensor], str | None]
+    # The attributes of a QTensor that must be equal in all kernels.
+    shared: tuple[str, ...] = ("fmt", "block_size")
 
 
-def _write(
-    path: Path,
-    base: Tree,
-    names: Names,
-    config: Path | Config,
-    layout: PackedLayout,
-    max_shard_bytes: int,
-    progress: bool,
-) -> None:
+def _convert(
+    base: Tree, names: Names, config: Path | Config, layout: PackedLayout
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the tensors of a layout, and the changes to the model's config."""
     leaves = exported_leaves(base, names)
     # 1. Check all kernels before anything is written.
     packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
     problems = {leaf.path: _problem(leaf, q, layout) for leaf, q in packed}
     refuse_listed(f"{layout.name} cannot store these kernels", problems)
-    settings = {layout.settings(q) for _, q in packed}
+    settings = {tuple(getattr(q, name) for name in layout.shared) for _, q in packed}
     if len(settings) != 1:
         raise ValueError(
             "`base` must have packed kernels, all of the same settings for "
@@ -161,24 +158,16 @@ def _write(
             float_modules += [n.removesuffix(".weight") for n in leaf.tensors.flat]
     if "lm_head.weight" not in tensors:  # the head shares the weights of the embedding
         float_modules.append("lm_head")
-    # 3. Write the folder.
     old_config = config if isinstance(config, Mapping) else read_config_json(config)
-    changes = layout.config(kernels, float_modules, old_config)
-    write_folder(
-        path,
-        tensors,
-        config,
-        changes,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-    )
+    return tensors, layout.config(kernels, float_modules, old_config)
 
 
 def _problem(leaf: NamedLeaf, q: QTensor, layout: PackedLayout) -> str | None:
     if q.fmt not in layout.formats:
         return f"its format must be {' or '.join(layout.formats)}. Got {q.fmt}"
-    if others := [n for n in leaf.tensors.ravel() if not n.endswith(".weight")]:
-        return f"its name must end in .weight. Got {others[0]}"
+    for name in leaf.tensors.flat:
+        if not name.endswith(".weight"):
+            return f"its name must end in .weight. Got {name}"
     return layout.problem(q)
 
 
@@ -191,44 +180,35 @@ def _bitsandbytes_problem(q: QTensor) -> str | None:
         return f"its block size must be at least {smallest}. Got {q.block_size}"
     if k % q.block_size:
         return (
-            f"its {k} inputs must be a multiple of the block size, because blocks of "
+            f"its {k} inputs must be a multiple of the block size, or blocks of "
             f"bitsandbytes would cross rows. Got block size {q.block_size}. Pack it "
             "with a block size that divides the inputs, or leave it in float"
         )
     return None
 
 
-def _bitsandbytes_tensors(name: str, q: QTensor) -> Tensors:
+def _bitsandbytes_tensors(name: str, q: QTensor) -> dict[str, Any]:
     k, n = q.matrix_shape
-    num_blocks = k // q.block_size * n
-
-    def codes() -> np.ndarray:
-        # bitsandbytes stores [N, K], row by row; each of our bytes has two codes of K.
-        return np.asarray(q.codes).T.reshape(-1, 1)
-
-    def scales() -> np.ndarray:
-        return np.asarray(q.scales).T.reshape(-1)
-
-    state: dict[str, Any] = {
-        "quant_type": q.fmt,
-        "blocksize": q.block_size,
-        "dtype": q.dtype_name,
-        "shape": [n, k],
-    }
-    scale_dtype = np.dtype(q.scales.dtype)
-    tensors: Tensors = {
-        name: DeferredTensor(np.dtype(np.uint8), (n * k // 2, 1), codes),
-        f"{name}.absmax": DeferredTensor(scale_dtype, (num_blocks,), scales),
-        f"{name}.quant_map": q.packing.format.table,
-    }
+    # bitsandbytes stores [N, K], row by row. Each of our bytes has two codes along K.
+    codes = DeferredTensor(
+        np.dtype(np.uint8),
+        (n * k // 2, 1),
+        lambda: np.asarray(q.codes).T.reshape(-1, 1),
+    )
+    scales = DeferredTensor(
+        np.dtype(q.scales.dtype),
+        (k // q.block_size * n,),
+        lambda: np.asarray(q.scales).T.reshape(-1),
+    )
+    state: dict[str, Any] = {"quant_type": q.fmt, "blocksize": q.block_size}
+    state |= {"dtype": q.dtype_name, "shape": [n, k]}
+    tensors: dict[str, Any] = {name: codes, f"{name}.absmax": scales}
+    tensors[f"{name}.quant_map"] = q.packing.format.table
     if q.double_quant:
         tensors[f"{name}.nested_absmax"] = np.asarray(q.scale_scales)
         tensors[f"{name}.nested_quant_map"] = DYNAMIC_MAP
-        state |= {
-            "nested_blocksize": SCALES_PER_BLOCK,
-            "nested_dtype": "float32",
-            "nested_offset": float(np.asarray(q.scale_offset)),
-        }
+        state |= dict(nested_blocksize=SCALES_PER_BLOCK, nested_dtype="float32")
+        state["nested_offset"] = float(np.asarray(q.scale_offset))
     state_bytes = np.frombuffer(json.dumps(state).encode(), np.uint8)
     tensors[f"{name}.quant_state.bitsandbytes__{q.fmt}"] = state_bytes
     return tensors
@@ -263,7 +243,7 @@ _BITSANDBYTES = PackedLayout(
     _bitsandbytes_tensors,
     _bitsandbytes_config,
     _bitsandbytes_problem,
-    lambda q: (q.fmt, q.double_quant),  # each weight stores its own block size
+    ("fmt", "double_quant"),  # each weight stores its own block size
 )
 
 
@@ -275,7 +255,7 @@ def _awq_problem(q: QTensor) -> str | None:
     return f"its outputs must be a multiple of 8. Got {n}" if n % 8 else None
 
 
-def _awq_tensors(name: str, q: QTensor) -> Tensors:
+def _awq_tensors(name: str, q: QTensor) -> dict[str, Any]:
     k, n = q.matrix_shape
     num_blocks = k // q.block_size
     # Our formats have a zero point of 8 for every weight.
@@ -301,18 +281,13 @@ def _awq_tensors(name: str, q: QTensor) -> Tensors:
 def _awq_config(
     kernels: Kernels, float_modules: list[str], old_config: Config
 ) -> dict[str, Any]:
-    settings = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": 4,
-        "group_size": next(iter(kernels.values())).block_size,
-        "zero_point": True,
-        "modules_to_not_convert": float_modules,
-    }
+    size = next(iter(kernels.values())).block_size
+    settings = dict(quant_method="awq", version="gemm", bits=4, group_size=size)
+    settings |= dict(zero_point=True, modules_to_not_convert=float_modules)
     return {"quantization_config": settings, **_model_dtype(kernels, old_config)}
 
 
-def _compressed_tensors(name: str, q: QTensor) -> Tensors:
+def _compressed_tensors(name: str, q: QTensor) -> dict[str, Any]:
     k, n = q.matrix_shape
     is_int = q.fmt in _INT4_FORMATS
     word = _INT32 if is_int else np.dtype(np.uint8)
@@ -323,14 +298,13 @@ def _compressed_tensors(name: str, q: QTensor) -> Tensors:
         packed = np.asarray(q.codes).T
         return np.ascontiguousarray(packed >> 4 | packed << 4).view(word)
 
-    def scales() -> np.ndarray:
-        return np.asarray(q.scales).T.astype(scale_dtype)
-
-    words_shape = n, k // 2 // word.itemsize
-    tensors: Tensors = {
-        f"{name}_packed": DeferredTensor(word, words_shape, words),
-        f"{name}_scale": DeferredTensor(scale_dtype, (n, k // q.block_size), scales),
-    }
+    scales = DeferredTensor(
+        scale_dtype,
+        (n, k // q.block_size),
+        lambda: np.asarray(q.scales).T.astype(scale_dtype),
+    )
+    codes = DeferredTensor(word, (n, k // 2 // word.itemsize), words)
+    tensors: dict[str, Any] = {f"{name}_packed": codes, f"{name}_scale": scales}
     if is_int:
         tensors[f"{name}_shape"] = np.array([n, k])
     if q.fmt == "nvfp4":
@@ -356,48 +330,30 @@ def _compressed_config(
     if q.fmt == "nvfp4":
         _check_fused_factors(kernels)
     format_name, value_type, scale_dtype, strategy = _COMPRESSED_FORMATS[q.fmt]
-    weights = {
-        "num_bits": 4,
-        "type": value_type,
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": q.block_size,
-        "dynamic": False,
-        "scale_dtype": scale_dtype,
-    }
+    weights = dict(num_bits=4, type=value_type, symmetric=True, strategy=strategy)
+    weights |= dict(group_size=q.block_size, dynamic=False, scale_dtype=scale_dtype)
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    settings = {
-        "quant_method": "compressed-tensors",
-        "format": format_name,
-        "quantization_status": "compressed",
-        "ignore": float_modules,
-        "config_groups": {"group_0": group},
-    }
+    settings: dict[str, Any] = {"quant_method": "compressed-tensors"}
+    settings |= {"format": format_name, "quantization_status": "compressed"}
+    settings |= {"ignore": float_modules, "config_groups": {"group_0": group}}
     return {"quantization_config": settings, **_model_dtype(kernels, old_config)}
 
 
 def _check_fused_factors(kernels: Kernels) -> None:
     """Raises if weights that vLLM fuses, such as q, k and v, have different factors."""
     factors = {name: tuple(np.asarray(q.scale_scales)) for name, q in kernels.items()}
-    differing = [
-        f"{name}, {fused}"
-        for name in factors
-        for fused in fused_with(name)
-        if fused in factors and factors[name] != factors[fused]
-    ]
-    title = (
-        "vLLM has a single float32 factor for both of these weights, but theirs "
-        "differ: pack them as one tree"
-    )
-    refuse_listed(title, differing)
+    pairs = [(a, b) for a in factors for b in fused_with(a) if b in factors]
+    differing = [f"{a}, {b}" for a, b in pairs if factors[a] != factors[b]]
+    title = "vLLM has a single float32 factor for both of these weights, but theirs "
+    refuse_listed(title + "differ: pack them as one tree", differing)
 
 
 def _integer_scale_dtype(q: QTensor) -> np.dtype:
     """Returns bfloat16 if the weights are bfloat16 and it holds all scales exactly."""
     scales = np.asarray(q.scales)
     is_exact = (scales.astype(ml_dtypes.bfloat16).astype(scales.dtype) == scales).all()
-    fits_bfloat16 = q.dtype_name == "bfloat16" and is_exact
-    return np.dtype(ml_dtypes.bfloat16 if fits_bfloat16 else scales.dtype)
+    is_bfloat16 = q.dtype_name == "bfloat16" and is_exact
+    return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else scales.dtype)
 
 
 def _model_dtype(kernels: Kernels, old_config: Config) -> dict[str, Any]:
@@ -407,17 +363,18 @@ def _model_dtype(kernels: Kernels, old_config: Config) -> dict[str, Any]:
     is_int = next(iter(kernels.values())).fmt in _INT4_FORMATS
     if is_int and str(old_config.get("model_type")).startswith("gemma"):
         return {}
-    dtypes = {
-        _integer_scale_dtype(q).name if is_int else "bfloat16" for q in kernels.values()
-    }
+    dtypes = [_integer_scale_dtype(q).name for q in kernels.values()] if is_int else []
     # "float16" sorts last: one kernel whose scales need float16 decides for the model.
-    return {"dtype": max(dtypes), "torch_dtype": None}
+    return {"dtype": max(dtypes, default="bfloat16"), "torch_dtype": None}
 
 
-_AWQ = PackedLayout("AWQ", _INT4_FORMATS, _awq_tensors, _awq_config, _awq_problem)
-_COMPRESSED_TENSORS = PackedLayout(
-    "compressed-tensors",
-    tuple(_COMPRESSED_FORMATS),
-    _compressed_tensors,
-    _compressed_config,
-)
+_LAYOUTS = {
+    "awq": PackedLayout("AWQ", _INT4_FORMATS, _awq_tensors, _awq_config, _awq_problem),
+    "compressed-tensors": PackedLayout(
+        "compressed-tensors",
+        tuple(_COMPRESSED_FORMATS),
+        _compressed_tensors,
+        _compressed_config,
+        lambda q: None,
+    ),
+}
