@@ -46,10 +46,7 @@ def known_values(x: PyTree) -> np.ndarray | None:
 def checked_integers(
     name: str, x: object
 ) -> tuple[Int32[Array, "..."], np.ndarray | None]:
-    """Returns an integer argument as int32, and its values if they are available.
-
-    Raises a TypeError that names the argument if it does not hold integers.
-    """
+    """Returns an integer argument as int32, and its values if they are available."""
     values = known_values(x)
     array = as_array(name, x) if values is None else values
     if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -60,10 +60,7 @@ def unbox(leaf: PyTree) -> PyTree:
 
 
 def rebox(leaf: PyTree, value: PyTree) -> PyTree:
-    """Returns `value` in the box of `leaf`, unless one of them makes that unnecessary.
-
-    A leaf without a box needs none, and a value that is a box already replaces it.
-    """
+    """Returns `value` in the box of `leaf`, if there is one and `value` has none."""
     return leaf.replace_boxed(value) if is_box(leaf) and not is_box(value) else value
 
 

@@ -37,10 +37,7 @@ def gather(
     axes: Axes,
     array_axis: int,
 ) -> tuple[Array, Array]:
-    """Gathers codes and scales along N (-1), K (-2) or experts (-3).
-
-    One all-gather moves the bytes of both.
-    """
+    """Gathers codes and scales along N (-1), K (-2) or experts (-3), as one array."""
     # Float32 scales `[..., s, n]` become bytes `[..., 4 s, n]` below the codes.
     *lead, num_blocks, n = scales.shape
     scale_bytes = lax.bitcast_convert_type(scales, jnp.uint8)  # [..., s, n, 4]

@@ -86,11 +86,7 @@ def split_equation(equation: str) -> Equation:
 
 
 def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
-    """Returns the labels of an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`.
-
-    Raises ValueError if the equation does not contract the kernel with x, or does not
-    match the numbers of axes.
-    """
+    """Reads an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`."""
     # An ellipsis becomes labels that the equation does not use.
     x, kernel, out = split_equation(equation)
     unused = iter(sorted(set("abcdefghijklmnopqrstuvwxyz") - set(equation)))

@@ -56,10 +56,7 @@ def ragged_matmul(
     precision: PrecisionLike = None,
     result: DTypeLike | None = None,
 ) -> Float[Array, "m n"]:
-    """Returns the product of each row of x with its packed expert, as `matmul` does.
-
-    The result is in the dtype `result`, or else in that of `x`.
-    """
+    """Returns the product of each row of x with its packed expert, as `matmul` does."""
     mesh, x, q, layer, offsets = for_product(x, w.q, w.layer, offsets)
     spec = replace(
         product_spec(q),

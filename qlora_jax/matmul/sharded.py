@@ -229,10 +229,7 @@ def _multiply_on_device(
 def device_offsets(
     offsets: Array, num_rows: int, row_axes: Axes, num_experts: int, expert_axes: Axes
 ) -> Array:
-    """Returns the offsets of one device's rows and experts, in a `shard_map`.
-
-    The device has `num_rows` rows and `num_experts` experts.
-    """
+    """Returns the offsets of one device's rows and experts, in a `shard_map`."""
     if row_axes:
         first_row = lax.axis_index(row_axes) * num_rows
         offsets = jnp.clip(offsets - first_row, 0, num_rows)
@@ -256,10 +253,7 @@ def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, 
 # Products gather the weights of a kernel each time (FSDP). The next two functions
 # gather them once, for several products.
 def find_gather(q: Any, x: Array) -> MeshLayout | None:
-    """Returns the layout of products with rows like those of x `[*rows, D]`.
-
-    Returns None if they gather no weights of the kernel, which may be of any kind.
-    """
+    """Returns the layout of products with rows like x if they gather, or None."""
     if not q.is_packed:
         return None
     mesh = explicit_mesh(x, q)

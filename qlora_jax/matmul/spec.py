@@ -73,7 +73,10 @@ def product_spec(q: QTensor) -> ProductSpec:
 
 
 class Backend(abc.ABC):
-    """Computes the product of one device's arrays, with the results of `Reference`."""
+    """Computes the product of one device's arrays, with the results of `Reference`.
+
+    Results are in the dtype `spec.result`, or else in that of x.
+    """
 
     is_opaque = False  # whether XLA cannot partition the product, as for a kernel
 
@@ -90,14 +93,8 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`.
-
-        The dtype of the result is `spec.result`, or else that of x.
-        """
+        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`."""
 
     @abc.abstractmethod
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """Returns the product of each row of x `[M, .]` with its expert's weights.
-
-        The dtype of the result is `spec.result`, or else that of x.
-        """
+        """Returns the product of each row of x `[M, .]` with its expert's weights."""

@@ -73,10 +73,7 @@ def grouped_product(
     outputs: int,
     dtype: DTypeLike,
 ) -> Float[Array, "m outputs"]:
-    """Returns `multiply(rows, weights(expert))` for the rows of each expert.
-
-    The result is in `dtype`. The weights of an expert are computed once for its rows.
-    """
+    """Returns `multiply(rows, weights(expert))` of each expert's rows, in `dtype`."""
     num_rows = x.shape[0]
     size = rows_at_once(num_rows, offsets.shape[0] - 1)
 
@@ -103,10 +100,7 @@ def grouped_gradient(
     multiply: Callable[[Array, Array], Array],
     dtype: DTypeLike,
 ) -> Float[Array, "experts k n"]:
-    """Returns the sum of `multiply(x, g)`, `[K, N]`, over the rows of each expert.
-
-    The result is in `dtype`. The sums are in the dtype of `multiply`.
-    """
+    """Returns `multiply(x, g)` `[K, N]` summed over each expert's rows, in `dtype`."""
     shape = offsets.shape[0] - 1, x.shape[1], g.shape[1]
     size = rows_at_once(x.shape[0], shape[0])
 
