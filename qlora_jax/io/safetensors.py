@@ -13,19 +13,12 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .files import (
-    CheckpointError,
-    Path,
-    member,
-    new_path,
-    parse_json,
-    read_json,
-    require,
-)
+from .files import Path, member, new_path, parse_json, read_json, require
 from .tensors import File, LazyTensor, TensorLike, Tensors
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 16 << 20
+# The dtypes that NumPy has. The 4-bit and 6-bit ones of newer files are rejected.
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -43,6 +36,7 @@ _DTYPES = {
     "I64": np.dtype("<i8"),
     "F64": np.dtype("<f8"),
 }
+# The codes of NumPy's dtypes. Keys are little-endian, as the values in a file.
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -69,8 +63,7 @@ def open_safetensors(path: Path) -> Tensors:
     path = pathlib.Path(path)
     if not path.is_dir():
         # A device such as /dev/zero is neither: reading it would not end.
-        if not path.is_file():
-            raise CheckpointError(f"{path} must be a file or a folder.")
+        require(path.is_file(), f"{path} must be a file or a folder.")
         return _open_file(path)
     # A dangling link to an index is an error of `member`, not a folder without index.
     if (path / INDEX).exists() or (path / INDEX).is_symlink():
@@ -78,64 +71,61 @@ def open_safetensors(path: Path) -> Tensors:
     file_names = ["model.safetensors"]
     if not (path / file_names[0]).exists():
         file_names = sorted(file.name for file in path.glob("*.safetensors"))
-    if not file_names:
-        raise CheckpointError(f"{path} must hold .safetensors files.")
+    require(bool(file_names), f"{path} must hold .safetensors files.")
     return _union(path, {name: _open_file(member(path, name)) for name in file_names})
 
 
 def _union(folder: pathlib.Path, files: Mapping[str, Tensors]) -> Tensors:
     union: dict[str, LazyTensor] = {}
     for tensors in files.values():
-        if duplicates := sorted(union.keys() & tensors.keys()):
-            raise CheckpointError(
-                f"the files of {folder} have duplicate tensors: {duplicates[:5]}."
-            )
+        twice = sorted(union.keys() & tensors.keys())[:5]
+        require(not twice, f"the files of {folder} have duplicate tensors: {twice}.")
         union |= tensors
+    # An index may list no files at all.
     first = next(iter(files.values()), None)
     return Tensors(union, first.metadata if first else {}, folder)
 
 
 def _open_indexed(folder: pathlib.Path) -> Tensors:
-    file_of_tensor = read_json(member(folder, INDEX)).get("weight_map")
-    if not isinstance(file_of_tensor, dict) or not all(
-        isinstance(file, str) and file.endswith(".safetensors")
-        for file in file_of_tensor.values()
-    ):
-        raise CheckpointError(
-            f"{folder / INDEX} must have a `weight_map` to .safetensors files."
-        )
-    file_names = sorted({*file_of_tensor.values()})
-    files = {name: _open_file(member(folder, name)) for name in file_names}
+    weight_map = read_json(member(folder, INDEX)).get("weight_map")
+    is_map = isinstance(weight_map, dict)
+    file_of_tensor: dict[str, Any] = weight_map if is_map else {}
+    # JSON values that are not strings do not end in .safetensors.
+    file_names = {*map(str, file_of_tensor.values())}
+    require(
+        is_map and all(name.endswith(".safetensors") for name in file_names),
+        f"{folder / INDEX} must have a `weight_map` to .safetensors files.",
+    )
+    files = {name: _open_file(member(folder, name)) for name in sorted(file_names)}
     tensors = _union(folder, files)
     missing = sorted(n for n, file in file_of_tensor.items() if n not in files[file])
     unlisted = sorted(tensors.keys() - file_of_tensor.keys())
-    if missing or unlisted:
-        raise CheckpointError(
-            f"{folder / INDEX} must list the tensors of its files. Missing in the "
-            f"files: {missing[:5]}. Missing in the index: {unlisted[:5]}."
-        )
+    require(
+        not missing and not unlisted,
+        f"{folder / INDEX} must list the tensors of its files. Missing in the "
+        f"files: {missing[:5]}. Missing in the index: {unlisted[:5]}.",
+    )
     return tensors
 
 
 def _open_file(path: pathlib.Path) -> Tensors:
     file = File(path)
     prefix = bytearray(8)  # the length of the header, little-endian
-    if file.size < 8:
-        raise CheckpointError(f"{path} is too short for a safetensors file.")
+    require(file.size >= 8, f"{path} is too short for a safetensors file.")
     file.read_into(memoryview(prefix), 0)
     length = int.from_bytes(prefix, "little")
     # The limit keeps a hostile file from claiming gigabytes of memory.
-    if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size - 8):
-        raise CheckpointError(
-            f"{path} must have a header of 2 to {_MAX_HEADER_BYTES} bytes within the "
-            f"file. Got {length} of {file.size} bytes."
-        )
+    require(
+        2 <= length <= min(_MAX_HEADER_BYTES, file.size - 8),
+        f"{path} must have a header of 2 to {_MAX_HEADER_BYTES} bytes within the file. "
+        f"Got {length} of {file.size} bytes.",
+    )
     header = bytearray(length)
     file.read_into(memoryview(header), 8)
-    data_start = 8 + length
-    extents, metadata = _parse_header(bytes(header), file.size - data_start, str(path))
+    start = 8 + length  # of the tensors' bytes
+    extents, metadata = _parse_header(bytes(header), file.size - start, str(path))
     tensors = {
-        name: LazyTensor(extent.dtype, extent.shape, file, data_start + extent.start)
+        name: LazyTensor(extent.dtype, extent.shape, file, start + extent.start)
         for name, extent in extents.items()
     }
     return Tensors(tensors, metadata)
@@ -166,7 +156,8 @@ def _parse_header(
         name: _parse_entry(f"{name!r} of {file}", entry)
         for name, entry in entries.items()
     }
-    # Gaps could hide data, and overlaps let a small file claim large tensors.
+    # The tensors must fill the file. Gaps could hide data, and overlaps would let a
+    # small file claim large tensors.
     end = 0
     for name, extent in sorted(extents.items(), key=lambda item: item[1][2:]):
         require(
@@ -183,26 +174,25 @@ def _parse_header(
     return extents, metadata
 
 
-def _parse_entry(tensor: str, entry: object) -> _Extent:
-    def is_sizes(value: object) -> bool:
-        # `True` is an int for `isinstance`, and JSON's integers have any length.
-        return (
-            isinstance(value, list)
-            and len(value) <= 16
-            and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-        )
+def _is_sizes(value: object) -> bool:
+    if not isinstance(value, list) or len(value) > 16:
+        return False
+    # `True` is an int for `isinstance`, and JSON's integers may have any length.
+    return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
+
+def _parse_entry(tensor: str, entry: Any) -> _Extent:
     keys = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or entry.keys() != keys:
-        raise CheckpointError(f"{tensor} must have the keys {sorted(keys)}.")
+    is_entry = isinstance(entry, dict) and entry.keys() == keys
+    require(is_entry, f"{tensor} must have the keys {sorted(keys)}.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     require(
         isinstance(code, str) and code in _DTYPES,
         f"the dtype of {tensor} must be one of {', '.join(_DTYPES)}. Got "
         f"{str(code)[:20]!r}.",
     )
-    require(is_sizes(shape), f"the shape of {tensor} must be a list of sizes.")
-    require(is_sizes(offsets), f"the offsets of {tensor} must be two sizes.")
+    require(_is_sizes(shape), f"the shape of {tensor} must be a list of sizes.")
+    require(_is_sizes(offsets), f"the offsets of {tensor} must be two sizes.")
     # NumPy refuses long axes even if another axis is empty.
     is_small = math.prod(max(n, 1) for n in shape) < 1 << 60
     require(is_small, f"the shape of {tensor} must be smaller.")
@@ -252,7 +242,7 @@ def make_header(
     # Wide values come first, so that each tensor is aligned to the size of its values.
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    end = 0  # of the last tensor, counted from the end of the header
     for name in order:
         shape, start = [*map(int, tensors[name].shape)], end
         end += math.prod(shape) * dtypes[name].itemsize
@@ -281,6 +271,7 @@ def write_tensors(
                 f"{name} must have shape {planned.shape}, dtype {planned.dtype}. "
                 f"Got {x.shape}, {x.dtype}."
             )
+        # Big-endian values are converted to little-endian ones here.
         x = np.ascontiguousarray(x, _stored_dtype(x))
         write(x.reshape(-1).view(np.uint8).data)
 

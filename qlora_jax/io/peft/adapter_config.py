@@ -17,34 +17,23 @@ T = TypeVar("T")
 # Settings that PEFT 0.21 writes, with their defaults. They have no effect on a trained
 # adapter, and are written as they were read.
 _NO_EFFECT: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "corda_config": None,
-    "eva_config": None,
     "inference_mode": True,
     "init_lora_weights": True,
     "loftq_config": {},
-    "lora_ga_config": None,
     "megatron_core": "megatron.core",
     "peft_version": "0.21.2",
     "qalora_group_size": 16,
-    "revision": None,
     "task_type": "CAUSAL_LM",
+    **dict.fromkeys(("auto_mapping", "base_model_name_or_path", "revision")),
+    **dict.fromkeys(("corda_config", "eva_config", "lora_ga_config")),
 }
-# Settings of which only one value is supported, which is the default.
+# Settings of which only the default is supported: None or False.
 _UNSUPPORTED: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "ensure_weight_tying": False,
-    "fan_in_fan_out": False,
-    "kasa_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "megatron_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config")),
+    **dict.fromkeys(("layer_replication", "megatron_config", "monteclora_config")),
+    **dict.fromkeys(("use_bdlora", "velora_config")),
+    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out"), False),
+    **dict.fromkeys(("lora_bias", "use_qalora"), False),
 }
 _BIASES = ("none", "all", "lora_only")
 # With other initializations, such as PiSSA, PEFT changes the base weights.
@@ -317,18 +306,21 @@ def _is_dict_of(check: Callable[[Any], bool], value: object) -> bool:
     return all(isinstance(key, str) and check(x) for key, x in value.items())
 
 
+_NAMES = (_is_names, "a list of names")
+_NAMES_OR_REGEX = (_is_names_or_regex, "a list of names or a regular expression")
+_BOOL = (lambda x: isinstance(x, bool), "true or false")
 # The check of each setting, and what an error message says that it must be.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_integer, "a positive integer"),
     "lora_alpha": (_is_number, "a positive number"),
-    "target_modules": (_is_names_or_regex, "a list of names or a regular expression"),
-    "target_parameters": (_is_names, "a list of names"),
-    "exclude_modules": (_is_names_or_regex, "a list of names or a regular expression"),
+    "target_modules": _NAMES_OR_REGEX,
+    "target_parameters": _NAMES,
+    "exclude_modules": _NAMES_OR_REGEX,
     "lora_dropout": (lambda x: _is_number(x, 0, 1), "in [0, 1)"),
     "bias": (lambda x: x in _BIASES, '"none", "all" or "lora_only"'),
-    "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
-    "use_dora": (lambda x: isinstance(x, bool), "true or false"),
-    "modules_to_save": (_is_names, "a list of names"),
+    "use_rslora": _BOOL,
+    "use_dora": _BOOL,
+    "modules_to_save": _NAMES,
     "trainable_token_indices": (
         lambda x: x is None or _is_token_ids(x) or _is_dict_of(_is_token_ids, x),
         "distinct token ids",

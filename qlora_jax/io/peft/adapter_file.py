@@ -1,6 +1,6 @@
 """Lists the tensors of a PEFT adapter of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +105,23 @@ def _with_named_axes(leaf: Any, named: NamedLeaf) -> Any:
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """The tensors of an adapter file, besides those of base weights by name."""
+    """The tensors that an adapter's file must or may hold, and their keys."""
 
+    kind: type[Adapter]  # of the low-rank adapters
     adapted: Mapping[str, Position]  # modules with an adapter
     parameters: Mapping[str, str]  # adapted parameters, and PEFT's modules for them
     saved: tuple[str, ...]  # biases and tensors of `modules_to_save`
     optional: tuple[str, ...]  # weights of embeddings, which a file may also hold
     rows: Mapping[str, tuple[int, ...]]  # trained rows, by module of the embedding
+    tables: Collection[str]  # the modules that are embeddings
+
+    def array_keys(self, module: str) -> dict[str, str]:
+        """Returns PEFT's keys of the arrays of a module's adapter, by name."""
+        return array_keys(self.kind, module, module in self.tables)
+
+    def rows_key(self, module: str) -> str:
+        """Returns PEFT's key of the trained rows of an embedding."""
+        return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         """Returns PEFT's keys of a base tensor: it writes the first, and reads all."""
@@ -121,11 +131,6 @@ class AdapterTensors:
         if module not in self.adapted and not is_wrapped:
             return (key,)
         return (f"{PREFIX}{module}.base_layer.{kind}", key)
-
-
-def kind_of(config: PeftConfig) -> type[Adapter]:
-    """Returns the kind of adapter that the settings describe."""
-    return DoRA if config.use_dora else LoRA
 
 
 def array_keys(
@@ -150,11 +155,6 @@ def from_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray
     if window and name == "a":
         x = np.moveaxis(x, 1, -1)
     return x.reshape(len(x), -1).T if window else x.T
-
-
-def rows_key(module: str) -> str:
-    """Returns the key of the trained rows of an embedding."""
-    return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
 
 def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
@@ -188,7 +188,10 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
             if not any(matches_key(key, name) for name in (*adapted, *parameters)):
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
     refuse("this adapter does not fit the model", problems)
-    return AdapterTensors(adapted, parameters, tuple(saved), tuple(optional), rows)
+    kind = DoRA if config.use_dora else LoRA
+    return AdapterTensors(
+        kind, adapted, parameters, tuple(saved), tuple(optional), rows, model.tables
+    )
 
 
 def _nth_last(n: int, name: str) -> str:

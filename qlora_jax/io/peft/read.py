@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ...adapters.base import SETTINGS, Adapter
-from ...adapters.lora import LoRA
 from ...adapters.trained import TrainedRows, new_trained
 from ...quant.formats import FLOAT_DTYPES
 from ...quant.geometry import Geometry
@@ -22,16 +21,7 @@ from ..names import BatchIndex, Names
 from ..safetensors import open_safetensors
 from ..tensors import LazyTensor, Tensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import (
-    AdapterTensors,
-    NamedBase,
-    Position,
-    array_keys,
-    from_stored,
-    kind_of,
-    lay_out,
-    rows_key,
-)
+from .adapter_file import AdapterTensors, NamedBase, Position, from_stored, lay_out
 from .server_adapters import PlainLoRA
 from .stacked import parameter_shapes, split_parameter, stack
 
@@ -95,17 +85,17 @@ def load_peft(
     refuse("these tensors of the adapter must be finite", not_finite)
     # Build the adapters: low-rank ones, then trained rows, then leaves in full.
     by_position: dict[Position, Adapter] = {
-        position: _module_adapter(arrays, module, config, model)
+        position: _module_adapter(arrays, module, config, model, layout)
         for module, position in layout.adapted.items()
     }
     for name, module in layout.parameters.items():
-        a, b = (arrays[key] for key in array_keys(LoRA, module).values())
+        a, b = (arrays[key] for key in layout.array_keys(module).values())
         settings = config.scaling_of(name), config.rank_of(name)
         by_position |= split_parameter(name, model, a, b, *settings)
     adapters = _stack_all(model, by_position, dtype)
     for module, rows in layout.rows.items():
         # `TrainedRows` has its rows in the order of their tokens.
-        x = arrays[rows_key(module)][np.argsort(rows)]
+        x = arrays[layout.rows_key(module)][np.argsort(rows)]
         x = jnp.asarray(x, jnp.promote_types(dtype or x.dtype, x.dtype))
         trained_rows = TrainedRows(x, 1.0, 0.0, Geometry(), tuple(sorted(rows)))
         adapters[model.modules[module].path] = trained_rows
@@ -150,24 +140,23 @@ def _expected_shapes(
     base_keys: Mapping[str, str],
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each tensor of the file, by key."""
-    kind = kind_of(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
         n, k, *window = model.tensor_shape(f"{module}.weight")
-        if is_table := module in model.tables:
+        if module in model.tables:
             n, k = k, n
         sizes = {"k": k, "n": n, "r": config.rank_of(module)}
-        for name, key in array_keys(kind, module, is_table).items():
+        for name, key in layout.array_keys(module).items():
             # PEFT stores transposes; see `to_stored` for convolutions.
-            shape = (sizes[role] for role in reversed(kind.roles[name]))
+            shape = (sizes[role] for role in reversed(layout.kind.roles[name]))
             shapes[key] = (*shape, *(size if name == "a" else 1 for size in window))
     for name, module in layout.parameters.items():
         factor_shapes = parameter_shapes(name, model, config.rank_of(name))
-        keys = array_keys(LoRA, module)
+        keys = layout.array_keys(module)
         shapes |= {keys[factor]: shape for factor, shape in factor_shapes.items()}
     for module, rows in layout.rows.items():
         width = model.tensor_shape(f"{module}.weight")[-1]
-        shapes[rows_key(module)] = (len(rows), width)
+        shapes[layout.rows_key(module)] = (len(rows), width)
     return shapes | {key: model.tensor_shape(name) for name, key in base_keys.items()}
 
 
@@ -188,18 +177,21 @@ def _check_tensors(
 
 
 def _module_adapter(
-    arrays: Mapping[str, np.ndarray], module: str, config: PeftConfig, model: NamedBase
+    arrays: Mapping[str, np.ndarray],
+    module: str,
+    config: PeftConfig,
+    model: NamedBase,
+    layout: AdapterTensors,
 ) -> Adapter:
-    kind, is_table = kind_of(config), module in model.tables
     window = model.window(module)
-    own_arrays = {
+    module_arrays = {
         name: from_stored(name, arrays[key], window)
-        for name, key in array_keys(kind, module, is_table).items()
+        for name, key in layout.array_keys(module).items()
     }
     # Embeddings have no dropout: their input is one token.
-    dropout = 0.0 if is_table else float(config.lora_dropout)
+    dropout = 0.0 if module in model.tables else float(config.lora_dropout)
     settings = (config.scaling_of(module), dropout, Geometry())
-    return kind(**own_arrays, **dict(zip(SETTINGS, settings, strict=True)))
+    return layout.kind(**module_arrays, **dict(zip(SETTINGS, settings, strict=True)))
 
 
 def _by_path(

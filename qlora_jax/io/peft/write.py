@@ -12,7 +12,6 @@ import numpy as np
 
 from ...adapters.base import Adapter, scaling_at, used_ranks
 from ...adapters.dora import DoRA
-from ...adapters.lora import LoRA
 from ...adapters.trained import Trained, TrainedRows
 from ...quant.kernel import Kernel
 from ...trees.adapters import adapters_of_each, with_trained
@@ -21,16 +20,7 @@ from ..files import new_folder, write_json
 from ..names import Names
 from ..safetensors import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import (
-    AdapterTensors,
-    NamedBase,
-    Position,
-    array_keys,
-    kind_of,
-    lay_out,
-    rows_key,
-    to_stored,
-)
+from .adapter_file import AdapterTensors, NamedBase, Position, lay_out, to_stored
 from .stacked import join_parameter, unstack
 
 N = TypeVar("N", int, float)
@@ -292,8 +282,8 @@ def adapter_tensors(
     adapters = jax.tree.map(np.asarray, adapters_of_each(base, lora))
     model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)
-    _check_all_trained_saved(adapters, model, layout)
-    tensors = _low_rank_tensors(adapters, model, layout, config)
+    low_rank = _low_rank_adapters(adapters, model, layout)
+    tensors = _low_rank_tensors(low_rank, model, layout, config)
     for module, rows in layout.rows.items():
         adapter = adapters.get(model.modules[module].path)
         is_trained = isinstance(adapter, TrainedRows)
@@ -303,7 +293,7 @@ def adapter_tensors(
             )
         # The rows here are sorted by token; those of PEFT are in the order of `rows`.
         order = np.searchsorted(adapter.indices, rows)
-        tensors[rows_key(module)] = np.asarray(adapter.rows)[order]
+        tensors[layout.rows_key(module)] = np.asarray(adapter.rows)[order]
     for name in (*layout.saved, *config.saved_base_weights):
         tensors[layout.keys_of(name)[0]] = _base_tensor(model, name)
     not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
@@ -311,11 +301,13 @@ def adapter_tensors(
     return tensors
 
 
-def _check_all_trained_saved(
+def _low_rank_adapters(
     adapters: Mapping[str, Adapter], model: NamedBase, layout: AdapterTensors
-) -> None:
+) -> dict[str, Adapter]:
+    """Returns the low-rank adapters, after checking that all others are saved."""
     kinds = Trained | TrainedRows
-    trained = {path for path, x in adapters.items() if isinstance(x, kinds)}
+    low_rank = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
+    trained = adapters.keys() - low_rank.keys()
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
     positions = model.tensors.items()
     refuse_listed(
@@ -323,6 +315,7 @@ def _check_all_trained_saved(
         "tensors that are trained in full. Missing",
         sorted(n for n, p in positions if p.path in trained and n not in written),
     )
+    return low_rank
 
 
 def _low_rank_tensors(
@@ -332,8 +325,6 @@ def _low_rank_tensors(
     config: PeftConfig,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of the low-rank adapters by key; lists all mismatches."""
-    kinds = Trained | TrainedRows
-    adapters = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
     in_parameters = {path for n in layout.parameters for path in model.parameters[n]}
     adapted = {position.path for position in layout.adapted.values()}
     problems = [f"{path}: it has no adapter." for path in adapted - set(adapters)]
@@ -342,19 +333,26 @@ def _low_rank_tensors(
         adapter = adapters.get(position.path)
         if adapter is None or position.path in in_parameters:
             continue
-        # A module that is not adapted may be part of a stack that is. Its rank is 0.
+        # A module without an adapter may be in a stack with other modules that have
+        # one. The rank 0 requires that its part of the stack is zero.
         rank = config.rank_of(module) if module in layout.adapted else 0
         try:
-            matrix = _matrix_adapter(adapter, position, rank, module, config)
+            if type(adapter) is not layout.kind:
+                raise ValueError(
+                    f"its type must be {layout.kind.__name__}, by `use_dora`. Got "
+                    f"{type(adapter).__name__}."
+                )
+            adapter = unstack(adapter, position.index, rank)
+            scaling, expected = scaling_at(adapter, ()), config.scaling_of(module)
+            # Products use float32, so differences beyond it do not matter.
+            if rank and np.float32(scaling) != np.float32(expected):
+                raise ValueError(f"its scaling must be {expected}. Got {scaling}.")
         except ValueError as error:
             problems.append(f"{position.path} ({module}): {error}")
             continue
-        if rank:
-            keys = array_keys(type(matrix), module, module in model.tables)
-            for name, key in keys.items():
-                x = np.asarray(matrix.arrays[name])
-                stored = to_stored(name, x, model.window(module))
-                tensors[key] = np.ascontiguousarray(stored)
+        for name, key in layout.array_keys(module).items() if rank else ():
+            x = to_stored(name, np.asarray(adapter.arrays[name]), model.window(module))
+            tensors[key] = np.ascontiguousarray(x)
     for name, module in layout.parameters.items():
         settings = config.scaling_of(name), config.rank_of(name)
         try:
@@ -362,28 +360,13 @@ def _low_rank_tensors(
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
-        tensors |= {key: arrays[x] for x, key in array_keys(LoRA, module).items()}
+        tensors |= {key: arrays[x] for x, key in layout.array_keys(module).items()}
+    # Last, adapters of weights that PEFT cannot adapt, such as those of norms.
     named = {position.path for position in model.modules.values()} | in_parameters
     unnamed = set(adapters) - named
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
     refuse_listed("these adapters do not match `config`", sorted(problems))
     return tensors
-
-
-def _matrix_adapter(
-    adapter: Adapter, position: Position, rank: int, module: str, config: PeftConfig
-) -> Adapter:
-    """Returns a module's part of an adapter; raises ValueError unless it matches."""
-    kind, scaling = kind_of(config), config.scaling_of(module)
-    if type(adapter) is not kind:
-        actual = type(adapter).__name__
-        raise ValueError(
-            f"its type must be {kind.__name__}, by `use_dora`. Got {actual}."
-        )
-    matrix = unstack(adapter, position.index, rank)
-    if rank and np.float32(scaling_at(matrix, ())) != np.float32(scaling):
-        raise ValueError(f"its scaling must be {scaling}. Got {matrix.scaling}.")
-    return matrix
 
 
 def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
