@@ -34,11 +34,10 @@ WRONG_AXIS = (
 
 
 class Stacks:
-    """The packed stacks of one `apply` by path, which scans do not slice.
+    """The packed stacks of one `apply` by path, which scans do not slice."""
 
-    TPU kernels read from HBM, and the slices of a scan are copies. So the body of the
-    scan closes over the whole stack, and the scan slices the indices of the layers.
-    """
+    # TPU kernels read from HBM, and the slices of a scan are copies. So the body of the
+    # scan closes over the whole stack, and the scan slices the indices of the layers.
 
     def __init__(self):
         self.by_path: dict[str, QTensor] = {}
@@ -53,6 +52,7 @@ class Stacks:
     def add(self, path: str, kernel: Leaf) -> Leaf:
         """Stores a packed stack and returns its `StackIndex`; returns others as is."""
         base, lora, key = parts_of(kernel)
+        # The arrays of adapters are small, so scans slice them.
         if lora is not None:
             return AdaptedKernel(self.add(path, base), lora, key)
         # Nested scans slice a kernel with two axes of layers like any parameter.
@@ -86,6 +86,7 @@ register(StackIndex, ("index",), ("stacks", "path"))
 def is_inside(patterns: Sequence[str], path: str) -> bool:
     """Whether a module around the leaf at `path` has a path that matches."""
     names = path.split("/")
+    # From the root, "", to the module that owns the leaf.
     modules = ["/".join(names[:i]) for i in range(len(names))]
     return any(matches(patterns, module) for module in modules)
 
@@ -102,11 +103,10 @@ def check_scanned(patterns: Sequence[str], params: Tree) -> None:
 
 
 class KernelBox(meta.AxisMetadata):
-    """A kernel, or an `AdaptedKernel`, where a model expects a float array.
+    """A kernel, or an `AdaptedKernel`, where a model expects a float array."""
 
-    Flax unboxes the parameters that a module reads. A module that reads its kernel
-    itself therefore gets the float weights, with the adapter merged in.
-    """
+    # Flax unboxes the parameters that a module reads. A module that reads its kernel
+    # itself therefore gets the float weights, with the adapter merged in.
 
     def __init__(self, kernel: Leaf, version: Hashable, path: str):
         self.kernel = kernel
@@ -118,6 +118,7 @@ class KernelBox(meta.AxisMetadata):
         kernel, lora, _ = self.parts()
         if lora is None:
             return as_kernel(kernel).dequantize()
+        # A float array does not know its geometry; its adapter does.
         return lora.merged(as_kernel(kernel, lora.geometry))
 
     def replace_boxed(self, val: Leaf) -> Leaf:
@@ -130,7 +131,7 @@ class KernelBox(meta.AxisMetadata):
             raise ValueError(f"{self.path}: {WRONG_AXIS.format(index)}")
         return self
 
-    remove_axis = add_axis
+    remove_axis = add_axis  # scans and vmaps call both
 
     def parts(self) -> tuple[Leaf, Adapter | None, Array | None]:
         """Returns the kernel, its adapter or None, and its dropout key or None."""
@@ -192,7 +193,6 @@ def _open_boxes(variables: Tree, cls: type[B], unbox: Callable[[B], Leaf]) -> Tr
 def _with_experts(
     fn: Callable, boxes: Sequence[KernelBox], backend: Backend
 ) -> Callable:
-    """Lifts a function of a module to run with the packed experts in its boxes."""
     kernels = [box.parts()[:2] for box in boxes]
 
     # `pack` takes the variables and rngs out of the module's scope, so that
@@ -225,11 +225,10 @@ def run_in_float(
     cls: type[meta.AxisMetadata],
     backend: Backend = None,
 ) -> Any:
-    """Runs a method on float arrays, which exist only during the call.
+    """Runs a method on float arrays, which exist only during the call."""
 
-    A method that multiplies by packed experts in ragged products gets the packed ones.
-    """
-
+    # `jax.checkpoint` makes the backward pass decode the kernels again. Methods with
+    # packed experts run their ragged products on the packed weights instead.
     def run(module: nn.Module, inputs: tuple) -> Any:
         args, kwargs = inputs
         return getattr(module, method)(*args, **kwargs)

@@ -22,7 +22,7 @@ from .dense import QLoRADense
 def _module_call(
     module: nn.Module, kernel: str, equation: str, x: Array, is_complete: bool = True
 ) -> ModuleCall:
-    """Describes a call with the bias and the options that the module has."""
+    # Registered classes need not have any of these options.
     bias = module.variables.get("params", {}).get("bias")
     # A registered class promotes its input as `jnp.einsum` does.
     promote = promote_to_kernel
@@ -127,6 +127,7 @@ def register(
         raise TypeError(f"`cls` must be a linen module class. Got {cls!r}.")
     registered = RegisteredEinsum(cls, kernel, einsum)
 
+    # The signature of `__call__` says which argument is the input.
     def rule(module: nn.Module, *args: object, **kwargs: object) -> ModuleCall:
         equation, x = registered.operands(module, args, kwargs)
         return _module_call(module, registered.kernel_of(module), equation, x)
@@ -138,5 +139,6 @@ def call_of(
     module: nn.Module, method: str, args: tuple, kwargs: dict
 ) -> ModuleCall | Lookup | None:
     """Returns what a module's method computes, or None if no rule describes it."""
+    # Only `__call__` is known: other methods, such as `attend`, compute something else.
     rule: Callable | None = RULES.find(type(module)) if method == "__call__" else None
     return rule(module, *args, **kwargs) if rule else None

@@ -66,6 +66,7 @@ class QLoRADense(nn.Module):
         packing, pack = self.config.packing, self.config.freeze_base
         return freeze(FloatKernel(w, Geometry()), packing, pack=pack)
 
+    # The adapter of a float kernel has the same shapes, so `config.fmt` may be None.
     def _init_lora(self, kernel: Leaf) -> Adapter:
         key = self.make_rng("params")
         return new_adapter(key, as_kernel(kernel), self.config, "kernel")
@@ -87,7 +88,9 @@ class QLoRADense(nn.Module):
         lora = self.variable("lora", "kernel", self._init_lora, kernel).value
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+            bias = self.param(
+                "bias", self.bias_init, shape[1:], self.param_dtype
+            )  # [N]
         call = ModuleCall(
             "kernel",
             DENSE,

@@ -79,13 +79,13 @@ def init(
     check_config(config)
     params = _with_arrays(params)
     others = other_variables or {}
+    # The trace finds the roles of axes, and targets whose module cannot run packed.
     kinds, problems = trace_kinds(module, params, config, args, kwargs, others)
     return init_checked(key, params, config, kinds, problems, donate=donate)
 
 
 def _with_arrays(params: Tree) -> Tree:
-    """Replaces shapes by zeros under a trace, where zeros take no memory."""
-
+    # Zeros take no memory in a trace, and `init` reads only their shapes.
     def to_array(leaf: Leaf) -> Leaf:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
@@ -113,6 +113,7 @@ class _Target(meta.AxisMetadata):
     def replace_boxed(self, val: jax.Array) -> "_Target":
         return _Target(val, self.path, self.recorder)
 
+    # A scan or vmap removes the stacked axis from a parameter, and adds it again.
     def add_axis(self, index: int, params: dict) -> "_Target":
         return self
 
@@ -128,10 +129,9 @@ register(_Target, ("value",), ("path", "recorder"))
 
 
 class _Recorder:
-    """Interceptor that records the targets of every module that runs in one trace.
+    """Interceptor that records the targets of every module that runs in one trace."""
 
-    Recorders are compared by identity. All records are by path.
-    """
+    # Recorders are compared by identity. All records are by path.
 
     def __init__(self, paths: list[str]):
         # The kinds of axes (see `Geometry`) in each different call of the kernel.
@@ -183,6 +183,7 @@ class _Recorder:
         self, target: _Target, module: nn.Module, call: ModuleCall | Lookup | None
     ) -> None:
         self.owned.add(target.path)
+        # Errors are collected, so that one error lists the problems of all targets.
         try:
             if is_mapped(module, target, self.values[target.path]):
                 raise ValueError(MAPPED)
@@ -200,6 +201,7 @@ class _Recorder:
                 "weights must have at least 2 axes in their module. Got shape "
                 f"{target.value.shape}."
             )
+        # A bias or another parameter of a module that a rule describes.
         if call is not None and call.kernel != target.name:
             raise ValueError(
                 f"it is the {target.name} of its module, {type(module).__name__}: "
@@ -216,12 +218,14 @@ class _Recorder:
             elif is_in_forward_mode(module):
                 raise ValueError(FORWARD_MODE)
             return
+        # No rule describes the module: it reads its kernel itself.
         self.self_read.add(target.path)
         # Convolutions contract all axes of their kernel but the last.
         if isinstance(module, nn.Conv | nn.ConvTranspose):
             self.kinds[target.path].add("k" * (ndim - 1) + "n")
 
     def problems(self, config: QLoRAConfig) -> dict[str, str]:
+        # One reason for each target, the most basic one first.
         problems = {}
         for path, kinds in self.kinds.items():
             if path not in self.owned:
@@ -274,7 +278,7 @@ def trace_kinds(
 
 
 def _in_float(leaf: Leaf) -> Leaf:
-    """Returns the shape of a kernel's float array; other leaves unchanged."""
+    # The shape of a kernel's float array is all that a trace needs; an array is itself.
     leaf, *_ = parts_of(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
 

@@ -28,11 +28,10 @@ NO_DROPOUT = (
 
 
 class Interceptor:
-    """Runs methods of modules as products of packed kernels, or on float weights.
+    """Runs methods of modules as products of packed kernels, or on float weights."""
 
-    The float weights exist only during a call: the backward pass decodes them again. A
-    checkpoint policy that saves products would save A B, as large as the kernel.
-    """
+    # The float weights exist only during a call: the backward pass decodes them again.
+    # A checkpoint policy that saves products would save A B, as large as the kernel.
 
     def __init__(self, backend: Backend):
         self.backend = backend
@@ -85,6 +84,7 @@ class Interceptor:
         )
 
 
+# Dropout acts on the input of A. A module that gets merged weights does not have one.
 def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
     refuse_listed(
         "these kernels cannot have dropout",
@@ -116,6 +116,7 @@ def is_mapped(module: nn.Module, leaf: Leaf, original: Leaf) -> bool:
 
 def is_in_forward_mode(module: nn.Module) -> bool:
     """Whether a module runs under `nn.jvp`."""
+    # "jvp(layers)" or "vmap(jvp(layers))", but not "my_jvp(layers)".
     return any(re.search(r"(^|\()jvp\(", name) for name in _transforms(module))
 
 

@@ -56,7 +56,7 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     # activations of a tile are computed again in the backward pass.
     scan = nn.scan(
         nn.remat(run_tile, prevent_cse=False),
-        variable_broadcast=True,
+        variable_broadcast=True,  # all tiles use the same parameters
         split_rngs={"params": False, "dropout": True},
     )
 
@@ -71,9 +71,11 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
             return nn.remat(fetch_and_scan, prevent_cse=False)(module, tiles)
         return fetch_and_scan(module, tiles)
 
+    # With a single tile, `module` is called directly.
     return by_tiles(module, run_tiles, tile)
 
 
+# Every box inside of the module, not only those that the module itself reads.
 def _boxes(module: nn.Module) -> list[KernelBox]:
     leaves = jax.tree.leaves(
         module.variables.get("params", {}),

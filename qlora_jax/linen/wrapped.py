@@ -158,6 +158,7 @@ def _check_collections(collections: Mapping) -> None:
             "`variables` must have a collection 'params', the base tree. Got "
             f"{sorted(collections)}."
         )
+    # Adapters elsewhere would be passed to the model, which ignores them.
     others = {name: tree for name, tree in collections.items() if name != "params"}
     leaves = {name: leaves_by_path(tree).values() for name, tree in others.items()}
     with_adapters = [
@@ -173,7 +174,8 @@ def _check_collections(collections: Mapping) -> None:
 
 
 def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
-    """Merges trained leaves; gives adapters array scalings and dropout keys."""
+    # A leaf that is trained in full replaces the frozen one. Scans slice arrays and no
+    # tuples, so several scalings become an array.
     key, count = _dropout_key(rngs), 0
 
     def prepare(_: str, leaf: Leaf) -> Leaf:
@@ -185,7 +187,7 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
             return adapter.merged(as_kernel(base))
         if key is not None and adapter.dropout:
             count += 1
-            keys = dropout_keys(adapter, jax.random.fold_in(key, count))
+            keys = dropout_keys(adapter, jax.random.fold_in(key, count))  # [*batch]
         return AdaptedKernel(base, sliced(adapter), keys)
 
     return map_by_path(prepare, params)
@@ -198,13 +200,14 @@ def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
     key: Any = rngs.get("dropout", rngs.get("params"))  # as Flax's `make_rng`
     if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
+    # An old-style key, as of `jax.random.PRNGKey`.
     return jax.random.wrap_key_data(key)
 
 
 def _without_boxes(
     updates: Mapping, variables: Mapping, mutable: CollectionFilter
 ) -> dict:
-    """Returns the updated collections, with kernels and adapters as they were."""
+    # Kernels and adapters do not change in a call, so callers get theirs back.
     updates = dict(updates)
     if "params" in updates:
         originals = boxed_by_path(variables["params"])

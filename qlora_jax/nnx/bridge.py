@@ -1,8 +1,4 @@
-"""Packed kernels in nnx modules that run linen modules (`nnx.bridge.ToNNX`).
-
-The variables of the bridge, with adapted kernels, are passed to the `apply` of
-`ql.linen.wrap`.
-"""
+"""Packed kernels in nnx modules that run linen modules (`nnx.bridge.ToNNX`)."""
 
 import functools
 import re
@@ -45,11 +41,13 @@ def packed_linen(cls: type) -> type:
 
 
 def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
-    """Calls a bridge of the original class that runs `linen`, with self's variables."""
+    # A bridge of the original class runs `linen`, a wrapped model, on the variables of
+    # this one, in which the kernels have their adapters.
     bridge = self.qlora_original(linen)
     variables = {name: _to_linen(self, name) for name in linen_attributes(self)}
     for name, value in variables.items():
         setattr(bridge, name, nnx.data(value))
+    # The new bridge has no rngs of its own.
     if kwargs.get("rngs") is None:
         kwargs = {**kwargs, "rngs": self.to_nnx__rngs}
     result = bridge(*args, **kwargs)
@@ -60,7 +58,6 @@ def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _to_linen(holder: Holder, name: str) -> Any:
-    """Returns an attribute for the linen module: kernels with their adapters."""
     value = attributes(holder)[name]
     if isinstance(value, dict):
         names = [n for n, x in value.items() if not isinstance(x, AdapterModule)]
@@ -80,7 +77,7 @@ def _to_linen(holder: Holder, name: str) -> Any:
 
 
 def _write_back(holder: Holder, name: str, value: Any) -> None:
-    """Copies back variables that the linen module changed."""
+    # Changed entries of a nested collection are merged into a copy of it.
     old = attributes(holder).get(name)
     if isinstance(old, dict) and isinstance(value, dict):
         merged = dict(old)
@@ -123,6 +120,7 @@ def kinds_of_linen(
     graphdef, state = nnx.split(model)
     arrays, rebuild = split_arrays((args, kwargs))
 
+    # Runs the whole model, so that each bridge gets the inputs that it gets in a call.
     def abstract_call(state: nnx.GraphState, arrays: list) -> list:
         traced: Any = nnx.merge(graphdef, state)
         for path, module in list(nnx.iter_modules(traced)):
@@ -144,8 +142,7 @@ def kinds_of_linen(
 def _recording(
     cls: type, config: QLoRAConfig, prefix: str, records: TracedKinds
 ) -> type:
-    """Returns a bridge class whose calls record the linen module's kernels."""
-
+    # This class exists only during the trace, so it is neither cached nor pickled.
     def call(self: Any, *args: object, **kwargs: object) -> Any:
         linen = _TracedLinen(self.to_nnx__module, config, prefix, records)
         return _run(self, linen, args, kwargs)

@@ -38,7 +38,6 @@ class Rule:
 def _flax_call(
     module: Any, equation: str, inputs: Array, out_sharding: OutSharding
 ) -> ModuleCall:
-    """Returns a call with the promotion, bias and precision of a Flax layer."""
     return ModuleCall(
         "kernel",
         equation,
@@ -93,7 +92,7 @@ def _general_kinds(module: nnx.LinearGeneral) -> str:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a Flax layer uses no product function or dtype of the user."""
+    # A packed product replaces the layer's own, so the user must not have chosen one.
     options = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
     values = [getattr(module, option, None) for option in options]
     # `in` would compare by equality, which arrays do not support.
@@ -178,6 +177,7 @@ def register(
     RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of))
 
 
+# A stack has more axes than its module says. Those in front are batch axes.
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
     """Returns the kernel's shape without stacked axes; None if unknown."""
     match module, name:
@@ -196,7 +196,7 @@ def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
 
 
 def _maxtext_shapes(module: nnx.Module) -> tuple[tuple[int, ...], ...] | None:
-    """Returns the sizes of the contracted and the output axes of MaxText's layers."""
+    # The sizes of the contracted and of the output axes of MaxText's linear layers.
     inputs = getattr(module, "in_features_shape", None)
     outputs = getattr(module, "out_features_shape", None)
     if isinstance(inputs, tuple) and isinstance(outputs, tuple):

@@ -48,10 +48,12 @@ class Site:
 
 def find_sites(model: nnx.Module) -> dict[str, Site]:
     """Returns the parameters by path, without adapters."""
+    # 1. Find the variables, each at one of its paths.
     sites: dict[int, Site] = {}  # by the id of the variable
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam):
             sites[id(node)] = Site(node, [join_path(path)])
+    # 2. Find their holders, and the modules that overwrite them.
     for path, module in nnx.iter_modules(model):
         for inner_path, holder, name in _entries(module):
             site = sites.get(id(attributes(holder)[name]))
@@ -69,7 +71,7 @@ def find_sites(model: nnx.Module) -> dict[str, Site]:
 
 
 def _entries(module: nnx.Module) -> Iterator[tuple[KeyPath, Holder, str]]:
-    """Yields the path, holder and name of attributes and of nested linen variables."""
+    # `iter_modules` does not visit the nested dicts of linen variables.
     for name in vars(module):
         yield (name,), module, name
     pending: list[tuple[KeyPath, Any]] = []
@@ -113,7 +115,6 @@ def why_not_trained(site: Site) -> str | None:
 
 
 def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns why a parameter cannot be a target, or None if it can."""
     if reason := why_not_trained(site):
         return reason
     module, name = site.module, site.name
@@ -144,7 +145,7 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
 
 
 def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns the kinds of the kernel's axes, or None if unknown."""
+    # A rule knows them, then the config, then the names and attributes of the module.
     rule = packed_rule(site.module, names)
     if rule is not None:
         return rule.kinds(site.module)

@@ -1,8 +1,4 @@
-"""Classes of wrapped modules: subclasses of the original classes.
-
-They are cached for the life of the process, so that graph definitions of equal modules
-compare equal. A class pickles as the call of the function that makes it.
-"""
+"""Classes of wrapped modules: subclasses of the original classes."""
 
 import contextlib
 import copyreg
@@ -28,6 +24,8 @@ from .variables import adapted_names, adapter_of, base_of, unpack
 Method = Callable[..., Any]
 
 
+# Subclasses are cached for the life of the process, so that graph definitions of equal
+# modules compare equal. A class pickles as the call of the function that makes it.
 def subclass(
     cls: type, methods: dict[str, Method], recipe: tuple, rule: Rule | None = None
 ) -> type:
@@ -47,7 +45,7 @@ def subclass(
 
 @functools.cache
 def _picklable(metaclass: type) -> type:
-    """Returns a metaclass whose classes pickle by their recipe."""
+    # `copyreg` looks up the metaclass, since a class is pickled as an instance of it.
     picklable = type(f"Picklable{metaclass.__name__}", (metaclass,), {})
     copyreg.pickle(picklable, _reduce)
     return picklable
@@ -92,6 +90,7 @@ def packed_call(self: Any, *args: object, **kwargs: object) -> Array:
 
 def methods_reading(cls: type, name: str) -> list[str]:
     """Returns the methods of `cls` whose code mentions the attribute `name`."""
+    # `__init__` mentions every kernel, but has run already.
     candidates = [m for m in dir(cls) if m == "__call__" or not m.startswith("__")]
     return [
         method
@@ -118,15 +117,14 @@ def _mentions(function: object, name: str) -> bool:
 
 @functools.cache
 def materializing(cls: type, names: tuple[str, ...]) -> type:
-    """Returns a subclass of `cls` that reads the kernels `names` as floats.
-
-    Each method that reads a packed kernel runs under `nnx.remat` with a float
-    `nnx.Param` in its place.
-    """
+    """Returns a subclass of `cls` that reads the kernels `names` as floats."""
+    # Each method that reads a packed kernel runs under `nnx.remat` with a float
+    # `nnx.Param` in its place. Methods that read none run as they are.
     reading = sorted(
         {method for name in names for method in methods_reading(cls, name)}
     )
     methods = {m: _with_float_kernels(getattr(cls, m)) for m in reading}
+    # A table is packed in look-ups, and in float in `attend`.
     rule = RULES.find(cls)
     if rule is not None and rule.is_partial:
         methods["__call__"] = packed_call
@@ -139,7 +137,7 @@ def _with_float_kernels(method: Method) -> Method:
         # A leaf that is trained in full is in its place already.
         names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
         kernels = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
-        expert_weights: list[Array] = []
+        expert_weights: list[Array] = []  # set while experts are traced
 
         def run(self: Any, inputs: tuple) -> Any:
             args, kwargs = inputs
@@ -169,8 +167,8 @@ def _with_float_kernels(method: Method) -> Method:
 def _with_experts(
     kernels: list[tuple], expert_weights: list[Array], run: Callable
 ) -> Callable:
-    """Returns a function of modules that runs with packed experts."""
-
+    # `call_with_experts` traces a pure function of the float weights, so modules are
+    # split before it and merged inside, and changed variables are results.
     def value_of(leaf: Any) -> Any:
         return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
@@ -198,10 +196,11 @@ def _with_experts(
 def _float_kernels(
     module: nnx.Module, names: list[str], expert_weights: list[Array]
 ) -> Iterator[None]:
-    """Unwraps a module for a while, so that its methods call each other directly."""
+    # With the original class, methods call each other directly, and not under `remat`.
     cls: Any = type(module)
     variables = {name: getattr(module, name) for name in names}
     for i, (name, variable) in enumerate(variables.items()):
+        # The weights of a trace stand for packed ones. Others are decoded and merged.
         if expert_weights:
             value = expert_weights[i]
         else:

@@ -1,7 +1,4 @@
-"""Variables of a wrapped module: the packed kernel and its adapter.
-
-A *holder* is the module, or a dict of linen variables in an `nnx.bridge.ToNNX`.
-"""
+"""Variables of a wrapped module: the packed kernel and its adapter."""
 
 from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +14,7 @@ from ..quant.pack import StraightThrough
 from ..quant.qtensor import QTensor
 from ..trees.paths import KeyPath, Leaf
 
+# What holds a variable: a module, or a dict of linen variables in `nnx.bridge.ToNNX`.
 Holder = nnx.Module | dict[str, Any]
 P = TypeVar("P", bound="Packed")
 
@@ -66,12 +64,10 @@ def is_base(node: object) -> bool:
 
 
 class AdapterModule(nnx.Module):
-    """The adapter of one kernel: each array is an `nnx.LoRAParam`, by name.
+    """The adapter of one kernel: each array is an `nnx.LoRAParam`, by name."""
 
-    `model.train()` and `eval()` set `deterministic`, and `disable_adapters` sets
-    `enabled`. A `Trained` adapter also puts its `nnx.LoRAParam` in place of the leaf,
-    where the module reads it, and keeps the leaf in `frozen`.
-    """
+    # A `Trained` adapter also puts its `nnx.LoRAParam` in place of the leaf, where the
+    # module reads it, and keeps the leaf in `frozen`.
 
     def __init__(
         self,
@@ -86,8 +82,8 @@ class AdapterModule(nnx.Module):
         self.set(adapter)
         self.trained = trained  # packing of a float kernel that is trained through it
         self.path = Note(path)  # for errors; equal to any other in graph definitions
-        self.deterministic = False
-        self.enabled = True
+        self.deterministic = False  # set by `model.train()` and `model.eval()`
+        self.enabled = True  # set by `disable_adapters`
         self.rngs = rngs if adapter.dropout else nnx.data(None)
 
     @property
@@ -123,6 +119,7 @@ class AdapterModule(nnx.Module):
         kind: Any = self.kind
         arrays = {name: variable[...] for name, variable in self.variables.items()}
         inputs = self.inputs.get_value() if kind.inputs else {"scaling": self.scaling}
+        # `TrainedRows` has the indices of its rows.
         if self.indices is not None:
             inputs |= {"indices": self.indices}
         return kind(**arrays, **inputs, dropout=self.rate, geometry=self.geometry)
@@ -134,6 +131,7 @@ class AdapterModule(nnx.Module):
             return None
         if self.inputs is None or self.kind.inputs:
             return self.adapter
+        # In a scan, `inputs` holds the scaling of one layer, and `scaling` that of all.
         return sliced(self.adapter, self.inputs.get_value()["scaling"])
 
     def dropout_key(self) -> jax.Array | None:
@@ -171,6 +169,7 @@ def runs_linen(module: nnx.Module) -> bool:
 
 def linen_attributes(module: nnx.Module) -> dict[str, Any]:
     """Returns the linen variables among a module's attributes."""
+    # Attributes of `ToNNX` itself and of `nnx.Pytree`.
     internal = ("to_nnx__", "_pytree__", "_object__")
     public = {n: v for n, v in vars(module).items() if not n.startswith(internal)}
     return {n: v for n, v in public.items() if not isinstance(v, AdapterModule)}
@@ -209,12 +208,13 @@ def base_of(holder: Holder, name: str) -> Leaf:
     value = variable_of(holder, name).get_value()
     if adapter.trained is None:
         return value
+    # Trained through its quantizer: the variable is a float `nnx.Param`.
     return StraightThrough(value, adapter.trained, adapter.geometry)
 
 
 def pack(variable: nnx.Variable, value: Leaf, cls: type[P] = Packed) -> P:
     """Returns the packed variable that replaces a float one."""
-    metadata = tuple(sorted(variable.get_metadata().items()))
+    metadata = tuple(sorted(variable.get_metadata().items()))  # hashable
     return cls(value, float_type=type(variable), float_metadata=metadata)
 
 

@@ -143,7 +143,7 @@ def _refuse_wrapped(model: nnx.Module, config: QLoRAConfig) -> None:
 def _unknown_axes(
     paths: list[str], values: dict[str, Array], config: QLoRAConfig
 ) -> dict[str, str]:
-    """Returns errors, by path, for linen kernels whose axes are unknown."""
+    # Linen kernels of two axes are [K, N].
     reason = (
         "its linen module alone knows which of its {} axes it contracts. Pass the "
         "arguments of a sample call to ql.nnx.wrap, or set config.contract."
@@ -159,6 +159,7 @@ def adapt(
     holder: Holder, name: str, path: str, base: Leaf, lora: Adapter, rngs: nnx.Rngs
 ) -> None:
     """Replaces a float kernel by a frozen kernel and its adapter."""
+    # A leaf that is trained in full: the module reads the variable of the adapter.
     if isinstance(lora, Trained):
         frozen = pack(attributes(holder)[name], base, Frozen)
         module = AdapterModule(lora, None, path=path, frozen=frozen)
@@ -173,6 +174,7 @@ def adapt(
         in_linen = isinstance(holder, dict) or runs_linen(holder)
         is_split = stack and not in_linen
         stream = rngs.dropout.split(stack) if is_split else rngs.dropout.fork()
+    # Kernels in float, and those trained through their quantizer, keep their variable.
     if kernel.is_packed:
         set_attribute(holder, name, pack(attributes(holder)[name], base))
     trained = kernel.packing if kernel.is_trained else None

@@ -53,7 +53,7 @@ def merge(model: M) -> M:
         set_attribute(holder, name, unpack(variable_of(holder, name), value))
         del_attribute(holder, f"{name}_lora")
     for _, module in nnx.iter_modules(model):
-        original = getattr(type(module), "qlora_original", None)
+        original = getattr(type(module), "qlora_original", None)  # the class before
         if original is not None:
             object.__setattr__(module, "__class__", original)
     return model
@@ -77,6 +77,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     lora: dict[str, Leaf] = {}
     for path, variable in _base_variables(model).items():
         base[path] = variable.get_value()
+    # Kernels trained through their quantizer, and frozen leaves, replace the variables.
     for path, holder, name in adapted_kernels(model):
         base[join_path(path)] = base_of(holder, name)
         lora[join_path(path)] = adapter_of(holder, name).adapter
@@ -132,6 +133,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     for path, holder, name in adapted_kernels(model):
         adapter, path = adapter_of(holder, name), join_path(path)
         adapter.set(adapters[path])
+        # `base` has the frozen leaf, and the adapter the trained one.
         if adapter.frozen is not None:
             adapter.frozen.set_value(leaves[path])
     return model

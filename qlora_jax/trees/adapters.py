@@ -26,6 +26,7 @@ PACKED_ARRAYS = frozenset({"codes", "scales"})
 
 def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters by path, after checking that each fits its kernel."""
+    # 1. Both trees must have the right kinds of leaves.
     kernels = leaves_by_path(base)
     if combined := [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]:
         raise TypeError(
@@ -34,6 +35,7 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
         )
     check_structure(kernels)
     adapters = adapters_of(lora)
+    # 2. Each adapter must have a kernel, and fit it.
     if unmatched := [path for path in adapters if path not in kernels]:
         raise ValueError(
             "every adapter must be at the path of a kernel of `base`. Got others at "
@@ -228,9 +230,11 @@ def value_and_grad(
     """
 
     def wrapped(tree: Tree, *args: object, **kwargs: object) -> tuple[Any, Tree]:
+        # Differentiate a function of the trained leaves alone, and fill in the others.
         leaves, treedef = jax.tree.flatten(tree)
         mask = jax.tree.leaves(lora_mask(tree))
 
+        # Puts `fill(leaf)` where a leaf is frozen.
         def rebuild(trained: list, fill: Callable[[Any], Any]) -> Tree:
             values = iter(trained)
             pairs = zip(leaves, mask, strict=True)

@@ -60,13 +60,7 @@ class Bank:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
     def __getitem__(self, place: int) -> Tree:
-        """Returns the lora tree at a place, without padding, outside jit.
-
-        Raises:
-            IndexError: If the bank does not have the place.
-            TypeError: If the place is not an integer, or a trace does not know the
-                values of the bank, which determine the ranks.
-        """
+        """Returns the lora tree at a place, without padding, outside jit."""
         index = self._checked_index(place)
         if not isinstance(index, int) or not all(
             map(is_concrete, jax.tree.leaves(self))
@@ -101,11 +95,11 @@ class Bank:
         index = self._checked_index(place)
         first_place = lambda tree: jax.tree.map(lambda x: x[0], tree)
         templates = leaves_by_keys(jax.eval_shape(first_place, self.lora))
-        new = _stack_adapters([lora], templates, 1)
+        new = _stack_adapters([lora], templates, 1)  # a bank with one place
         return jax.tree.map(lambda old, x: old.at[index].set(x[0]), self, new)
 
     def _checked_index(self, place: int | Int[Array, ""]) -> int | Int32[Array, ""]:
-        """Returns a place as an integer, or as an array if it is traced."""
+        # An integer, or an array if the place is traced.
         index, value = checked_integers("place", place)
         if index.ndim:
             raise TypeError(f"`place` must be one integer. Got shape {index.shape}.")
@@ -201,7 +195,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
             "`bank` must be a Bank, which `ql.bank` makes of lora trees. Got "
             f"{type(bank).__name__}."
         )
-    places, values = checked_integers("ids", ids)
+    places, values = checked_integers("ids", ids)  # values are None in a trace
     if places.ndim > 1:
         raise ValueError(f"`ids` must have at most one axis. Got shape {places.shape}.")
     if values is not None and not np.all((values >= -1) & (values < len(bank))):
@@ -219,7 +213,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         return SELECTED[type(stack)](
             **{name: places_last(x) for name, x in stack.arrays.items()},
             scaling=places_last(scaling),
-            ids=jnp.broadcast_to(places, (*batch, *places.shape)),
+            ids=jnp.broadcast_to(places, (*batch, *places.shape)),  # [*batch, R]
             dropout=stack.dropout,
             geometry=stack.geometry,
         )
@@ -228,7 +222,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
 
 
 def _common_template(first: Adapter, second: Adapter) -> Adapter:
-    """Returns the shapes of the adapter of larger rank, in a dtype that holds both."""
+    # The larger rank has room for both; so has the promoted dtype.
     larger, smaller = first, second
     if second.rank > first.rank:
         larger, smaller = second, first
@@ -264,7 +258,6 @@ def _stack_adapters(
 
 
 def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
-    """Returns why an adapter cannot be in a bank, or None if it can."""
     if template is None:
         return "the bank has no adapter there."
     if adapter is None:
@@ -295,8 +288,8 @@ def _describe(adapter: Adapter) -> str:
 
 
 def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
-    """Pads an adapter with zeros to the template's rank; None becomes all zeros."""
-
+    # Zeros in A and B add nothing, and their gradient is zero. The scaling is 1, since
+    # the bank stores scalings as arrays.
     def pad_array(name: str, target: Array) -> Array:
         if adapter is None:
             return jnp.zeros(target.shape, target.dtype)
@@ -308,14 +301,15 @@ def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
 
 
 def _batch_scaling(adapter: Adapter | None, batch: tuple[int, ...]) -> np.ndarray:
-    """Returns the scaling of each matrix of a stack, `[*batch]`; 1 for None."""
     scaling = 1.0 if adapter is None else adapter.scaling
+    # A tuple has one scaling for each matrix of a stack, in row-major order.
     per_matrix = np.reshape(scaling, batch if np.ndim(scaling) else ())
     return np.broadcast_to(per_matrix, batch)
 
 
 def _without_padding(adapter: Adapter) -> Adapter:
-    """Drops the last columns of A and rows of B that are zero in every matrix."""
+    # The ranks of the matrices of a stack may differ, so the largest one counts. An
+    # adapter of zeros, in an unused place, keeps rank 1.
     rank = max(int(used_ranks(adapter).max()), 1)
 
     def cut_rank(name: str, x: Array) -> Array:

@@ -32,6 +32,7 @@ from .paths import (
 )
 from .quantize import dequantize
 
+# The default precision of TPUs would round the factors to bfloat16.
 _highest_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -88,14 +89,16 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
     def merge_leaf(path: str, leaf: Leaf) -> Leaf:
         adapter = adapters.get(path)
-        # A packed kernel without an adapter keeps its codes: packing its decoded
+        # 1. A packed kernel without an adapter keeps its codes: packing its decoded
         # weights again could change them.
         if requantize and adapter is None and is_packed(leaf):
             return leaf
+        # 2. Add the adapter, in float.
         merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
         packing = as_kernel(leaf).packing
         if not requantize or packing is None:
             return merged
+        # 3. Pack again, and compare both changes.
         try:
             check_values(merged, packing, leaf.geometry)
         except ValueError as error:
@@ -224,7 +227,7 @@ def merge_adapters(
     if rank is not None and method != "svd":
         raise ValueError(f"`rank` must be None for method {method!r}. Got {rank!r}.")
     rank = None if rank is None else as_rank(rank)
-    # Collect the terms of each kernel's sum.
+    # Collect the terms of each kernel's sum, in the order of the adapters.
     terms: dict[KeyPath, list[tuple[LoRA, float]]] = {}
     for tree, weight in zip(adapters, weights, strict=True):
         for keys, adapter in adapters_by_keys(tree).items():
@@ -248,7 +251,7 @@ def _is_finite_number(weight: object) -> bool:
     if value is None:  # traced: unknown until the program runs
         return True
     is_real = any(jnp.issubdtype(value.dtype, x) for x in (jnp.integer, jnp.floating))
-    is_number = is_real and not value.ndim
+    is_number = is_real and not value.ndim  # weights are scalars
     # Python integers may be too large for float32.
     return is_number and abs(float(value)) <= float(np.finfo(np.float32).max)
 
@@ -281,6 +284,7 @@ def _linear(terms: list[_Factors], _: int) -> _Merged:
     # The sign goes into A alone, since the root of a negative factor is not real.
     roots = [jnp.sqrt(jnp.abs(term.factor)) for term in terms]
     pairs = list(zip(terms, roots, strict=True))
+    # sqrt(f1 f2) A1 B2 is in the result too: PEFT's method accepts that.
     a = sum(jnp.sign(term.factor) * root * term.a for term, root in pairs)
     return jnp.asarray(a), jnp.asarray(sum(root * term.b for term, root in pairs))
 
@@ -292,13 +296,13 @@ def _svd(terms: list[_Factors], rank: int) -> _Merged:
     a, b = _cat(terms, rank)
     q, r = jnp.linalg.qr(a)  # [*batch, K, s] and [*batch, s, s]
     p, left = jnp.linalg.qr(b.swapaxes(-1, -2))  # [*batch, N, s] and [*batch, s, s]
-    core = _highest_matmul(r, left.swapaxes(-1, -2))
+    core = _highest_matmul(r, left.swapaxes(-1, -2))  # [*batch, s, s]
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     # The largest singular values give the best approximation (Eckart and Young).
     u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
     return (
-        _highest_matmul(q, u),
-        _highest_matmul(s[..., None] * vt, p.swapaxes(-1, -2)),
+        _highest_matmul(q, u),  # [*batch, K, rank]
+        _highest_matmul(s[..., None] * vt, p.swapaxes(-1, -2)),  # [*batch, rank, N]
     )
 
 
@@ -306,7 +310,6 @@ _METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
 
 
 def _why_not(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
-    """Returns why the adapters of a kernel cannot be merged, or None if they can."""
     loras = [lora for lora, _ in pairs]
     if other_kinds := [x.label for x in loras if type(x) is not LoRA]:
         return f"each must be a lora. Got {other_kinds}."

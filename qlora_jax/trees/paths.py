@@ -1,8 +1,4 @@
-"""Flattens, maps and builds parameter trees by path.
-
-Kernels and adapters are leaves. Boxes around leaves, such as Flax's `nn.Partitioned`,
-are opened for the caller and closed around the results.
-"""
+"""Flattens, maps and builds parameter trees by path."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +8,12 @@ import jax
 
 from .._jax.pytree import is_box, is_tree_leaf, rebox, unbox
 
-# A pytree of parameters, and one of its leaves: an array or its shape, a kernel, an
-# adapter, or a kernel with its adapter. All have `shape` and `dtype` except adapters.
-Tree = Any
-Leaf = Any
+Tree = Any  # a pytree of parameters, with kernels and adapters as leaves
+Leaf = Any  # an array or its shape, a kernel, an adapter, or an `AdaptedKernel`
 KeyPath = tuple[Any, ...]  # as in `jax.tree_util`
+
+# Leaves may be in boxes, such as Flax's `nn.Partitioned`. Functions open them for the
+# caller, and put their results into them.
 
 
 def _is_leaf(node: object) -> bool:
@@ -118,7 +115,7 @@ def _nested(items: Iterable[tuple[Iterable[str], Leaf]]) -> dict:
     tree: dict = {}
     for names, leaf in items:
         *parents, name = names
-        node = tree
+        node = tree  # descends to the dict that gets the leaf
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
@@ -131,6 +128,7 @@ def refuse_listed(
     error: type[Exception] = ValueError,
 ) -> None:
     """Raises an error that lists all problems, sorted by path if they have paths."""
+    # A problem that is None is no problem: checks return a reason or None.
     if isinstance(problems, Mapping):
         by_path = sorted(problems.items())
         problems = [f"{path}: {reason}" for path, reason in by_path if reason]
@@ -140,11 +138,9 @@ def refuse_listed(
 
 
 def fused_with(name: str) -> list[str]:
-    """Returns the names of the weights that inference servers fuse with this one.
-
-    Servers compute q, k and v in one product, and gate and up in another. The result
-    includes `name` itself. Names have dots or slashes between their parts.
-    """
+    """Returns the names of the weights that servers fuse with this one, and its own."""
+    # Inference servers compute q, k and v in one product, and gate and up in another.
+    # Names of Hugging Face have dots between their parts, paths have slashes.
     for modules in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         pattern = rf"\b({'|'.join(modules)})(?=[./])"
         if re.search(pattern, name):

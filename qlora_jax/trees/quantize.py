@@ -37,13 +37,13 @@ def freeze(
 ) -> Leaf:
     """Returns the base leaf for a float kernel: packed, trained or still float."""
     w, geometry = kernel.value, kernel.geometry
-    if packing is None:
+    if packing is None:  # LoRA on float weights
         return w
-    if not pack:
+    if not pack:  # the kernel is trained through its quantizer
         return StraightThrough(jnp.asarray(w), packing, geometry)
     q = quantize_checked(w, packing, geometry, *(() if largest is None else (largest,)))
     if donate:
-        delete(w, q)
+        delete(w, q)  # waits for q, and frees the float array
     return q
 
 
@@ -52,11 +52,10 @@ def largest_by_path(
     geometries: Mapping[str, Geometry],
     packing: Packing | None,
 ) -> dict[str, Float32[Array, "*batch"]]:
-    """Returns, by target, the largest weight of the kernels that servers fuse with it.
-
-    NVFP4 has one float32 factor for such kernels (q, k and v; gate and up). Other
-    formats, and kernels that were trained with their own factor, need none.
-    """
+    """Returns, by target, the largest weight of all kernels that are fused with it."""
+    # Servers fuse q, k and v, or gate and up, and NVFP4 then has one float32 factor for
+    # all of them. Other formats need none, and neither do kernels that were trained
+    # with their own factor.
     if packing is None or not packing.scheme.needs_largest:
         return {}
     kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
@@ -179,6 +178,7 @@ def quantize(
         raise TypeError(
             f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
         )
+    # Only mappings are surely trees: an array may be of any class.
     if isinstance(params, Mapping):
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
     if isinstance(params, StraightThrough):

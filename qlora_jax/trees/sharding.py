@@ -124,7 +124,7 @@ def _resolve_specs(
     specs: Tree | None,
     logical_axes: Mapping[str, MeshAxes],
 ) -> dict[str, Spec]:
-    """Returns by path the specs that rules, a tree or the names in boxes define."""
+    # Rules come first, then a tree of specs, then the names in the boxes of `base`.
     if rules is not None and specs is not None:
         raise ValueError("`rules` and `specs` must not both be given. Got both.")
     leaves = boxed_by_path(base)
@@ -163,7 +163,6 @@ def spec_of_names(
 
 
 def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:
-    """Returns the mesh axes of each axis of a leaf; raises if the spec does not fit."""
     ndim = len(leaf.shape)
     axes = tuple(axes_of(entry) for entry in spec)
     names = [name for entry in axes for name in entry]
@@ -173,7 +172,7 @@ def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:
         raise ValueError(f"each mesh axis must split one axis. Got {tuple(spec)}.")
     if len(axes) > ndim:
         raise ValueError(f"a spec must have at most {ndim} entries. Got {tuple(spec)}.")
-    return axes + ((),) * (ndim - len(axes))
+    return axes + ((),) * (ndim - len(axes))  # as in JAX, other axes are not split
 
 
 def _check_rows(mesh: Mesh, rows: tuple[Axes, ...]) -> None:
@@ -251,7 +250,7 @@ class _Plan:
         )
 
     def _check_divides(self, label: str, axes: Axes, size: int) -> None:
-        parts = ways(self.mesh.shape, axes)
+        parts = ways(self.mesh.shape, axes)  # the number of devices along this axis
         if size % parts:
             fit = [d for d in range(1, min(size, self.mesh.size) + 1) if size % d == 0]
             raise ValueError(
@@ -260,17 +259,19 @@ class _Plan:
             )
 
     def _matrix_axes(self, kernel: Kernel) -> tuple[Axes, ...]:
-        """Returns the mesh axes of each axis of the matrix form `[*batch, K, N]`."""
+        # One tuple of mesh axes for each axis of the matrix form [*batch, K, N].
         spec = kernel.geometry.matrix_spec(self.axes, len(self.axes))
         return tuple(axes_of(entry) for entry in spec)
 
     def place_leaf(self, leaf: Leaf) -> Leaf:
+        # A kernel in float, or trained through its quantizer, is one array.
         if not is_packed(leaf):
             return jax.tree.map(lambda array: self._put(array, self.axes), leaf)
         sizes, axes = (*self.mesh.shape.items(),), self._matrix_axes(leaf)
         return placed(leaf, self._put, Placement(sizes, axes, self.rows), self.memory)
 
     def place_adapter(self, lora: Adapter) -> Adapter:
+        # K and N are split over all mesh axes of the kernel, where they divide.
         axes = stored_axes(lora, self.axes, self.mesh.shape)
         return replace_arrays(lora, lambda name, x: self._put(x, axes[name]))
 
@@ -282,6 +283,7 @@ class _Plan:
     ) -> Array | jax.ShapeDtypeStruct:
         spec = make_spec(*axes)
         sharding = NamedSharding(self.mesh, spec, memory_kind=memory_kind)
+        # Shapes are for `jit(...).lower` and for readers of checkpoints.
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         # Under jit, only `device_put` can change the memory of an array.

@@ -28,12 +28,10 @@ def find_targets(
     *,
     accept: Callable[[Kernel], bool] = lambda kernel: False,
 ) -> dict[str, Geometry]:
-    """Returns the geometry of each target; raises one error for all problems.
-
-    An integration passes what it knows by path: `kinds` are the roles of axes (see
-    `Geometry`), which replace `config.contract`, and `problems` say why leaves cannot
-    be targets. `accept` selects the kernels, beyond float arrays, that can be targets.
-    """
+    """Returns the geometry of each target; raises one error for all problems."""
+    # An integration passes what it knows by path: `kinds` are the roles of axes (see
+    # `Geometry`), which replace `config.contract`, and `problems` say why leaves cannot
+    # be targets. `accept` selects kernels that can be targets, besides float arrays.
     check_config(config)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
     _check_patterns(leaves, targets, config)
@@ -103,11 +101,10 @@ def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> No
 
 
 def _why_no_rows(leaf: Leaf, rows: tuple[int, ...] | None) -> str | None:
-    """Returns why rows of a leaf cannot be trained, or None if they can."""
     kernel = as_kernel(leaf)
     if kernel.geometry.kinds != "kn" or len(leaf.shape) < 2 or kernel.is_trained:
         return f"it must be a table [V, D]. Got {kernel.label} {tuple(leaf.shape)}."
-    if not rows or rows[-1] >= leaf.shape[-2]:
+    if not rows or rows[-1] >= leaf.shape[-2]:  # rows are sorted
         return f"rows must be below {leaf.shape[-2]}. Got {rows}."
     return None
 
@@ -123,12 +120,12 @@ def _geometry(
     kinds: str | None,
     accept: Callable[[Kernel], bool],
 ) -> Geometry:
-    """Returns the geometry of a target; raises if the leaf cannot be one."""
     contract = config.contract_of(path)
     if kinds is not None:
         # A config may turn output axes of a module into batch axes.
         is_refinement = isinstance(contract, str) and roles_fit(contract, kinds)
         contract = contract if is_refinement else kinds
+    # Kernels keep the geometry and the packing that they have.
     if accept(as_kernel(leaf)):
         _check_settings(leaf, config)
         _check_roles(leaf, contract, is_module=kinds is not None)
@@ -143,7 +140,7 @@ def _geometry(
 
 
 def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
-    """Raises if the config would train a packed kernel, or pack it differently."""
+    # A packed kernel has no float weights, which training and packing would need.
     if not kernel.is_trained:
         if not config.freeze_base:
             raise ValueError("it is packed already; `freeze_base` must be True.")
@@ -161,6 +158,7 @@ def _check_roles(kernel: Kernel, contract: Contract | None, *, is_module: bool) 
         return
     expected = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
     stored = kernel.geometry.roles(kernel.ndim)
+    # A config may have turned output axes of the module into batch axes.
     if stored != expected and not (is_module and roles_fit(stored, expected)):
         raise ValueError(
             f"it is packed with axes {stored!r} (b batch, k contracted, n output); "
