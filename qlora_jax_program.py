@@ -1,6 +1,7 @@
-"""The program `qlora-jax`, which Ctrl-C ends with one line and status 130 at any time.
+"""The program `qlora-jax`, which Ctrl-C ends at any time, with one line and status 130.
 
-It is not in the package, whose import takes seconds: the handler is there before it.
+This module is outside of the package, whose import takes seconds, so that it can handle
+Ctrl-C before that import starts.
 """
 
 import atexit
@@ -9,28 +10,32 @@ import signal
 import sys
 import threading
 
-# Windows has no masks.
+# Windows has no signal masks.
 change_mask = getattr(signal, "pthread_sigmask", lambda *arguments: None)
 
 
 def process() -> None:
-    """Runs the program, for which SIGINT is safe from here to the end of Python."""
+    """Runs the program, for which SIGINT is safe from here until Python exits."""
     # A shell without job control starts background jobs that ignore SIGINT.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)
-    change_mask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by `restart_with_huge_pages`
-    # Called last, when the status is decided: Python then takes the handler away.
+    # `restart_with_huge_pages` blocks SIGINT until the second process gets here.
+    change_mask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    # Exit handlers run in reverse order, so this one runs last. The status is decided
+    # by then, and Python is about to remove its handlers.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    # Threads that libraries start block SIGINT as the thread that imports them does, so
-    # that `restart_with_huge_pages` can block it everywhere. Until then another thread gets it.
-    imported = threading.Event()
-    thread = threading.Thread(target=imported.wait, daemon=True)
-    thread.start()
+    # Threads inherit the mask of the thread that starts them. Importing with SIGINT
+    # blocked makes sure that no thread of a library receives it, so that
+    # `restart_with_huge_pages` can block it everywhere. Meanwhile, a thread that is
+    # started before receives it.
+    is_imported = threading.Event()
+    receiver = threading.Thread(target=is_imported.wait, daemon=True)
+    receiver.start()
     change_mask(signal.SIG_BLOCK, [signal.SIGINT])
     from qlora_jax.cli.main import process as run
 
-    imported.set()
-    thread.join()
+    is_imported.set()
+    receiver.join()
     change_mask(signal.SIG_UNBLOCK, [signal.SIGINT])
     run()
 
@@ -38,12 +43,13 @@ def process() -> None:
 def end(*unused: object) -> None:
     """Ends the process at SIGINT.
 
-    No KeyboardInterrupt is raised: imports, callbacks and `__del__` lose exceptions or
-    turn them into others. What is written is in temporary folders until it is whole.
+    This does not raise KeyboardInterrupt, because imports, callbacks and `__del__` lose
+    exceptions or replace them. Files are written in temporary folders until they are
+    complete, and those folders are deleted here.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     files = sys.modules.get("qlora_jax.io.files")
-    # It may be half imported.
+    # The module may be imported in part.
     getattr(files, "delete_unfinished", lambda: None)()
     newline = "\n" if os.isatty(2) else ""  # after ^C, or a progress bar
     os.write(2, f"{newline}qlora-jax: interrupted\n".encode())

@@ -121,9 +121,9 @@ class BaseModel:
             self._check_stored(block_size=block_size, double_quant=double_quant)
             return None
         quantization = self.quantization
-        if fmt == stored_fmt and block_size is None:
+        if fmt == stored_fmt and block_size is None:  # packed again, in the same format
             block_size = quantization.get("group_size")
-        is_gguf = quantization.get("quant_method") == "gguf"
+        is_gguf = quantization.get("quant_method") == "gguf"  # decoded to floats anyway
         if stored_fmt is not None and not self.recode and not is_gguf:
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
@@ -176,8 +176,13 @@ class BaseModel:
         """Returns the model with its adapter read, which may replace parameters."""
         if self.adapter is None:
             return self
-        peft, plain_lora = None, _read_server_adapter(self.adapter, self.config)
+        peft, plain_lora = None, None
+        if self.adapter.suffix == ".gguf":  # of llama.cpp
+            plain_lora = read_gguf_lora(self.adapter, self.config)
+        elif (self.adapter / MLX_ADAPTER).exists():
+            plain_lora = ql.io.read_mlx(self.adapter)
         if plain_lora is not None:
+            # Servers load the text half of a model as a model.
             base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
         elif _is_peft(self.adapter):
             base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
@@ -192,15 +197,6 @@ def _is_peft(adapter: pathlib.Path) -> bool:
     return (adapter / "adapter_config.json").exists() and not is_mlx
 
 
-def _read_server_adapter(
-    adapter: pathlib.Path, config: DecoderConfig
-) -> "ql.io.PlainLoRA | None":
-    """Returns an adapter of llama.cpp or mlx-lm; None for another adapter."""
-    if adapter.suffix == ".gguf":
-        return read_gguf_lora(adapter, config)
-    return ql.io.read_mlx(adapter) if (adapter / MLX_ADAPTER).exists() else None
-
-
 def _read_native(adapter: pathlib.Path) -> PyTree:
     file = adapter / NATIVE_ADAPTER if adapter.is_dir() else adapter
     if not file.is_file():
@@ -210,6 +206,7 @@ def _read_native(adapter: pathlib.Path) -> PyTree:
             f"Got {str(adapter)!r}."
         )
     tree = ql.io.restore(file).tree
+    # The file may hold only the lora tree, or an object with the entry `lora`.
     return tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree
 
 
@@ -264,9 +261,9 @@ def open_adapted(
 
 
 def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
-    """Returns the adapters of an option: a path, a list, or text such as "a,b"."""
     if not isinstance(adapters, str):
         return [*(adapters or [])]
+    # A path may contain commas.
     return [adapters] if pathlib.Path(adapters).exists() else adapters.split(",")
 
 
@@ -280,7 +277,7 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
                 f"adapters. Got {adapter!r}, which does."
             )
         loras.append(adapted.with_adapter().lora)
-    return ql.bank(loras, dropout=0.0)
+    return ql.bank(loras, dropout=0.0)  # the dropout rates of training may differ
 
 
 def runs_of(
@@ -314,6 +311,7 @@ def open_run(
         )
     run = TrainConfig(**read_settings(folder / CONFIG))
     model = open_model(source or run.model, recode=run.recode)
+    # Shapes are enough to restore the adapter, and to describe it for PEFT.
     base, lora = init_shapes(model.base, adapters_for(run, model))
     with quiet_orbax(), ql.train.Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
@@ -364,7 +362,7 @@ def training_load_options(
 
 
 def _packs_differently(config: object, run: TrainConfig) -> bool:
-    """Returns whether settings that are not None differ from a run's packing."""
+    # None is the default of the command, which is to follow the run.
     options = [(getattr(config, x, None), getattr(run, x)) for x in _PACKING_OPTIONS]
     return any(value not in (None, trained) for value, trained in options)
 

@@ -263,7 +263,7 @@ def time_products(rounds: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
     packed, product = ql.quantize(weight), jax.jit(_compute_product, static_argnums=2)
-    dense = jax.jit(jnp.dot), jax.jit(lambda x, w: jnp.dot(x, w.T))
+    dense = jax.jit(jnp.dot), jax.jit(lambda x, w: jnp.dot(x, w.T))  # per direction
     cases = [*itertools.product((1, *_ROWS), (False, True))]
     bar = progress_bar("measuring products", " products", iterable=cases, leave=False)
     times = []
@@ -317,7 +317,7 @@ def check_step(rounds: int) -> dict[str, Any]:
     is_right = math.isfinite(loss)
     if cpu_loss is not None:
         is_right &= abs(loss - cpu_loss) <= _LOSS_BOUND * abs(cpu_loss)
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
     return {
         "loss": loss if math.isfinite(loss) else None,
         "cpu": cpu_loss,

@@ -54,8 +54,7 @@ class ScoreConfig:
         fmt: Number format to pack the linear layers in; none to keep that of the files.
             Defaults to that of the adapter's run, if the adapter is in its folder.
         block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
-        double_quant: With `fmt`: whether to quantize the scales too; by default, if
-            `fmt` supports it.
+        double_quant: With `fmt`: whether to quantize the scales too, if it can.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: Maximum number of tokens in a batch, including padding.
         recode: Whether to read, as floats, 4-bit weights with zero points or reordered
@@ -109,10 +108,8 @@ class ExportConfig:
             compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a
             server: the format that training packed a float model in, by default that of
             the adapter's run. A model that is in 4 bits already is written as it is.
-        block_size: For a base in 4 bits: weights per scale; by default 128 for
-            int4_f16, 64 for bitsandbytes.
-        double_quant: For bitsandbytes: whether to quantize the scales too; by default
-            true.
+        block_size: For 4 bits: weights per scale; by default 128 for int4_f16, else 64.
+        double_quant: For bitsandbytes: whether to quantize the scales too, the default.
         dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
         gguf_type: For gguf: the type of the weights, by default F16. Q4_0 keeps weights
             in int4_f16 or q4_0 with blocks of 32 as they are, and packs floats.
@@ -153,7 +150,7 @@ class ExportConfig:
             raise ValueError("`format` or `for` must be left out. Got both.")
         target = self.server or self.format or "peft"
         if self.server is None:
-            object.__setattr__(self, "format", target)
+            object.__setattr__(self, "format", target)  # the dataclass is frozen
         self._check_source(options, target)
         self._check_formats(options, target)
 
@@ -172,6 +169,7 @@ class ExportConfig:
             raise ValueError(
                 f"`adapter` or `run` must be given for {target}. Got none."
             )
+        # The data measure what packing costs.
         is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
         is_packed = is_q4 or self.format in get_args(BaseFormat)
         if self.data is not None and not (is_packed and has_adapter):
@@ -179,7 +177,7 @@ class ExportConfig:
                 "`data` must be left out unless an adapter is merged into 4 bits. Got "
                 f"{self.data!r} for {target}."
             )
-        if self.out is None and self.format != "peft":
+        if self.out is None and self.format != "peft":  # goes into the run's folder
             raise ValueError(f"`out` must be given for {target}. Got None.")
 
     def _check_formats(self, options: set[str], target: str) -> None:
@@ -238,8 +236,7 @@ class InspectConfig:
     """Lists the tensors of a model or an adapter without reading them.
 
     Attributes:
-        path: The folder of a model, an adapter or a run; or a .safetensors or .gguf
-            file.
+        path: Folder of a model, an adapter or a run; or a .safetensors or .gguf file.
 
     Example:
         >>> from qlora_jax import cli
@@ -260,8 +257,7 @@ class GenerateConfig:
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
             several, such as a,b, with a result for each.
         run: The folder of a run of train, finished or not, whose newest adapter to use.
-        prompt: The text to answer. By default it is read from stdin; on a terminal,
-            line by line.
+        prompt: The text to answer; by default stdin, on a terminal line by line.
         prompts: A file of rows with a `prompt` (a text or messages) or `messages`, and
             optionally `system` and `tools`. Each row is answered separately.
         out: With `prompts`: a new file for the answers, one line of JSON for each. By
@@ -278,8 +274,7 @@ class GenerateConfig:
         fmt: Number format to pack the linear layers in; none to keep that of the files.
             Defaults to that of the adapter's run, if the adapter is in its folder.
         block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
-        double_quant: With `fmt`: whether to quantize the scales too; by default, if
-            `fmt` supports it.
+        double_quant: With `fmt`: whether to quantize the scales too, if it can.
         dtype: Dtype of the computation; norms and softmax are float32.
         recode: Whether to read, as floats, 4-bit weights with zero points or reordered
             inputs, which no format here supports, and to pack them again in `fmt`.

@@ -110,6 +110,7 @@ def inspect(config: InspectConfig) -> Contents:
     if not path.exists():
         described = describe_path(path)
         raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
+    # A run holds an adapter and a model of a folder may hold one, so the order matters.
     if path.suffix == ".gguf":
         return _inspect_gguf(path)
     if is_run(path):
@@ -119,7 +120,7 @@ def inspect(config: InspectConfig) -> Contents:
     if (path / "config.json").is_file():
         return _inspect_model(path)
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
-        native = path / NATIVE_ADAPTER
+        native = path / NATIVE_ADAPTER  # takes precedence over other tensors
         path = native if native.is_file() else path
         tensors = ql.io.open_safetensors(path)
         if tensors.metadata.get("format") == "qlora_jax":
@@ -133,6 +134,7 @@ def _inspect_run(path: pathlib.Path) -> Contents:
     result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     rows = ql.train.read_metrics(path / METRICS)
     about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}
+    # The step of the newest metrics; the newest saved state may be older.
     about["finished steps"] = max((row["step"] for row in rows), default=0)
     about |= {k: result[k] for k in ("source", "loss", "valid_loss") if k in result}
     adapter = path / "adapter"  # not there before the run is finished
@@ -162,7 +164,7 @@ def _describe_format(x: Any) -> str:
 def _inspect_model(path: pathlib.Path) -> Contents:
     raw = ql.io.read_config_json(path)
     leaves = _make_leaves(ql.io.open_safetensors(path))
-    is_packed = any("block" in leaf.format for leaf in leaves)
+    is_packed = any("block" in leaf.format for leaf in leaves)  # see _describe_format
     keys = ("architectures", "model_type", "dtype", "torch_dtype")
     about = {key: raw[key] for key in keys if key in raw}
     about["parameters"] = sum(math.prod(leaf.shape) for leaf in leaves)
@@ -186,7 +188,7 @@ def _inspect_adapter(path: pathlib.Path) -> Contents:
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
             raise ValueError(f"{module} must have lora_A and lora_B of two axes.")
         shape, rank = (b.shape[0], a.shape[1]), a.shape[0]  # A [rank, K], B [N, rank]
-        size = sum(part.nbytes for part in parts.values())
+        size = sum(part.nbytes for part in parts.values())  # with DoRA's magnitudes
         kind = "dora" if config.use_dora else "lora"
         leaves.append(Leaf(module, shape, f"{kind} {a.dtype.name}", size, rank))
     leaves += _make_leaves(tensors)  # weights that replace those of the base
@@ -202,7 +204,7 @@ def _inspect_adapter(path: pathlib.Path) -> Contents:
 
 
 def _inspect_native(path: pathlib.Path) -> Contents:
-    """Returns the leaves of a tree that `ql.io.save` wrote."""
+    # A tree that `ql.io.save` wrote: parameters, packed kernels and adapters.
     tree, config = ql.io.restore(path)
     leaves = []
     for name, x in ql.leaves_by_path(tree).items():

@@ -54,9 +54,9 @@ class Evaluation:
 
     def for_run(self, run: Run) -> "Evaluation":
         """Returns the evaluation of another run on the same rows."""
-        other = copy.copy(self)
-        other._path = run.folder / ANSWERS
-        return other
+        evaluation = copy.copy(self)  # shares the batches and the compiled programs
+        evaluation._path = run.folder / ANSWERS
+        return evaluation
 
     def __call__(
         self, base: PyTree, state: "ql.train.State", is_end: bool = False
@@ -99,7 +99,7 @@ class Evaluation:
         )
         texts = [answer.text for answer in generated]
         share = exact_match(texts, self._examples)
-        if is_first():
+        if is_first():  # all processes have generated all answers
             self._show(texts, f"step {step}: {share:.1%} of the answers are exact")
             self._write(texts, "before" if step == 0 else "after")
         return share

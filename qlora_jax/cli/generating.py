@@ -130,6 +130,7 @@ def generate(
     model = read_as_trained(model, options, dtype)
     decoder = Decoder(model.config, dtype=dtype)
     wrapped: Any = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    # Streams share the compiled programs, and keep one cache per conversation.
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
     results, write = [], write or (lambda text: None)
     for adapter, lora in (adapters or {None: model.lora}).items():
@@ -186,11 +187,12 @@ class _Conversation:
             return self.tokenizer.encode(prompt)
         messages = [*self.messages, {"role": "user", "content": prompt}]
         text = self.tokenizer.render(messages, add_generation_prompt=True)
+        # The template has written the special tokens.
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def add_turn(self, prompt: str, answer: str) -> None:
         """Adds a prompt and its answer to the history of a chat."""
-        if self.is_chat:
+        if self.is_chat:  # the next prompt is rendered with all turns before it
             self.messages.append({"role": "user", "content": prompt})
             self.messages.append({"role": "assistant", "content": answer})
 
@@ -231,12 +233,13 @@ def _read_typed_lines() -> Iterator[str]:
 @contextlib.contextmanager
 def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
     """Calls a handler at SIGINT in the block, if this is the main thread."""
+    # Only the main thread may set handlers.
     is_main = threading.current_thread() is threading.main_thread()
     old_handler = signal.signal(signal.SIGINT, handler) if is_main else None
     try:
         yield
     finally:
-        if is_main:
+        if is_main:  # None stands for a handler that was not set by Python
             signal.signal(signal.SIGINT, old_handler or signal.SIG_DFL)
 
 
@@ -276,6 +279,7 @@ def _encode_messages(
         value = [{"role": "user", "content": check_text("prompt", value)}]
     values = {"messages": value, "system": row.get("system") or system}
     values |= {"tools": row.get("tools")}
+    # Checks the messages, and separates the system message from the turns.
     parts: Any = find_messages(Fields("messages", values, []), True)
     tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
     if messages[-1]["role"] == "assistant":
@@ -336,7 +340,7 @@ def _answer(
             eos_ids=tokenizer.end_ids,
             key=key,
         ):
-            if interrupts:
+            if interrupts:  # keep what was generated so far
                 break
             num_new, is_finished = num_new + 1, token in tokenizer.end_ids
             if not is_finished:

@@ -130,7 +130,8 @@ def make_parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         description="QLoRA for JAX: train, run, score, export and inspect models.",
         version=__version__,
         epilog=PROGRAMS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # the commands' too
+        # Keeps the line breaks of the epilog.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subcommands = parser.add_subcommands(dest="command")
     commands = {}
@@ -146,7 +147,7 @@ def _make_command(name: str, config_type: type) -> "Parser":
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     unset = dataclasses.MISSING
     required = [x for x, f in fields.items() if f.default is f.default_factory is unset]
-    is_positional = config_type is configs.InspectConfig
+    is_positional = config_type is configs.InspectConfig  # `qlora-jax inspect PATH`
     usage = [x.upper() if is_positional else f"--{x} {x.upper()}" for x in required]
     parser = Parser(
         usage=" ".join(["qlora-jax", name, *usage, "[options]"]),
@@ -158,9 +159,9 @@ def _make_command(name: str, config_type: type) -> "Parser":
         "--config", action="config", help="YAML file of settings; flags override it"
     )
     parser.add_class_arguments(config_type, as_group=False, as_positional=is_positional)
-    parser.types = get_type_hints(config_type)
+    parser.types = get_type_hints(config_type)  # for the messages of errors
     actions = {action.dest: action for action in parser._actions}
-    group, options = None, parser._action_groups[1]
+    group, options = None, parser._action_groups[1]  # 0 has positional arguments
     for option, field in fields.items():
         action = actions[option]
         if title := GROUPS.get(name, {}).get(option):
@@ -168,6 +169,7 @@ def _make_command(name: str, config_type: type) -> "Parser":
         if group is not None:  # groups only affect the help
             options._group_actions.remove(action)
             group._group_actions.append(action)
+        # jsonargparse lists the choices of a `Literal`, and null for None.
         action.metavar = str(action.metavar or "").replace(",null", "") or None
         notes = []
         if action.metavar is None:  # otherwise it lists the choices
@@ -212,7 +214,7 @@ class Parser(ArgumentParser):
         option, value = wrong_value.groups() if wrong_value else ("", "")
         if option in parser.types:
             values = describe_type(parser.types[option])
-            option = "for" if option == "server" else option
+            option = "for" if option == "server" else option  # see normalize_flags
             message = f"`{option}` must be {values}. Got {value}."
         elif re.match('Parser key "config"|Problems parsing config|Unexp', message):
             reason = message.partition('"config":')[2].strip() or message

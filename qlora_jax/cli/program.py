@@ -52,16 +52,18 @@ def make_program(
         stream_dtype=jnp.dtype(config.stream_dtype),
         mlp_tile=config.mlp_tile,
     )
+    # Parameters may be packed, with adapters in the collection `lora`.
     model = ql.linen.wrap(module, scanned=module.scanned, backend=backend)
     optimizer = ql.train.make_optimizer(
         config.optimizer,
         make_schedule(config),
-        clip=config.clip or None,
+        clip=config.clip or None,  # 0 turns clipping off
         weight_decay=config.weight_decay,
         beta1=config.beta1,
         beta2=config.beta2,
         offload=config.offload_optimizer,
     )
+    # The weight of the loss that keeps the load of experts balanced.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
     if config.objective == "sft":
         eval_loss = ql.train.decoder_loss(model)
@@ -119,7 +121,7 @@ def make_place(
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Returns a function that puts base and lora on the mesh, or on one device."""
     if mesh is None and memory == "device":
-        return lambda base, lora: (base, lora)
+        return lambda base, lora: (base, lora)  # arrays are there already
     # Host memory needs shardings, and hence a mesh of one device.
     target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
 

@@ -94,7 +94,7 @@ def finish(
 
     `best` has the numbers of the adapter, unless it is that of the last step.
     """
-    lora = gather(state.lora)
+    lora = gather(state.lora)  # on a mesh, all processes take part
     if is_first():
         _write_results(run, base, state._replace(lora=lora), best)
     broadcast_text()  # a barrier: the file is complete
@@ -115,11 +115,12 @@ def _write_results(
     card = ql.train.model_card(
         config.model,
         title=f"{name}, fine-tuned on {' and '.join(datasets)}",
+        # Without paths and settings that do not affect the result.
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
             "data": config.data,
-            "hash of the tokens": run.stamp["data"],
+            "hash of the tokens": run.stamp["data"],  # identifies the data set
             "kind of rows": data.kind,
             "rows": len(data.train),
             "validation rows": len(data.valid),
@@ -158,6 +159,7 @@ def _make_result(
     # Steps that compiled a program are left out, unless all of them did.
     timed = [row for row in steps if "is_compiled" not in row] or steps
     seconds = [row["seconds"] for row in timed]
+    # The numbers of the best adapter replace those of the last step.
     last = {**(rows[-1] if rows else {}), **best}
     return TrainResult(
         out=out,
@@ -166,7 +168,7 @@ def _make_result(
         skipped=int(state.skipped),
         loss=float(np.mean(losses)) if losses else None,
         valid_loss=last.get("valid_loss"),
-        exact_before=rows[0].get("exact_match") if rows else None,
+        exact_before=rows[0].get("exact_match") if rows else None,  # at step 0
         exact_after=last.get("exact_match"),
         step_seconds=float(np.median(seconds)),
         tokens_per_s=sum(row["tokens"] for row in timed) / sum(seconds),
@@ -206,7 +208,7 @@ class SweepResult:
     adapter: str | None
 
     def __str__(self):
-        width = max(map(len, self.runs))
+        width = max(map(len, self.runs))  # aligns the numbers
         lines = [f"{name:{width}}  {_summarize(x)}" for name, x in self.runs.items()]
         if self.best is not None:
             lines.append(
@@ -252,6 +254,7 @@ def finish_sweep(
     result = SweepResult(config.out, results_by_name, best, adapter)
     if is_first():
         if best is not None and adapter is not None:
+            # A resumed sweep may choose another run than before.
             shutil.rmtree(adapter, ignore_errors=True)
             shutil.copytree(folder / best / "adapter", adapter)
         rows = {x: ql.train.read_metrics(folder / x / METRICS) for x in results_by_name}

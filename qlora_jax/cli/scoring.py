@@ -80,6 +80,7 @@ def score(config: ScoreConfig) -> Score | Scores:
         3
     """
     model, adapters, options = open_adapted(config)
+    # Reads the rows, whose errors must not wait for the weights.
     score = make_scorer(model, str(config.data), config.batch_tokens, config.dtype)
     model = read_as_trained(model, options, config.dtype)
     if not adapters:
@@ -103,6 +104,7 @@ def make_scorer(
     long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
     for group, is_packed in ((short, True), (long, False)):
+        # All batches of a group have one width, so that one program is compiled.
         max_length = max([batch_tokens, *(len(row.ids) for row in group)])
         batches += group and ql.train.eval_batches(
             group, batch_size=1, max_length=max_length, packing=is_packed
@@ -111,6 +113,7 @@ def make_scorer(
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     chunked_loss = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
     logits_loss = ql.train.make_mean_loss(_make_logits_loss(wrapped))
+    # Tied heads are the embedding table.
     head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
     def score(base: PyTree, lora: PyTree) -> Score:

@@ -31,19 +31,17 @@ class TrainConfig:
         use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
         target_modules: "all-linear" (except the head), names of modules such as q_proj
             or q_proj,v_proj, or a regular expression for full names, as in PEFT.
-        trainable: Regular expression for paths of float weights that are trained in
-            full, in addition to the adapters, such as layers/.*norm/scale.
+        trainable: Regular expression for paths of float weights to train in full, such
+            as layers/.*norm/scale.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA). By
             default that of a 4-bit model, and nf4 for a float model.
         block_size: Weights per scale; by default 64, or what `fmt` has.
-        double_quant: Whether to quantize the scales too; by default, if `fmt` supports
-            it.
-        recode: Whether to pack a 4-bit model again, in `fmt`. Allows models with zero
-            points or reordered inputs, which no format here supports.
+        double_quant: Whether to quantize the scales too; by default if `fmt` can.
+        recode: Whether to pack a 4-bit model again, in `fmt`. Needed for zero points
+            and reordered inputs, which no format here supports.
         learning_rate: Peak learning rate; or several, such as 1e-4,3e-4, which train
             one adapter each, side by side over one base, in subfolders of `out`.
-        schedule: Learning-rate schedule: cosine, linear, constant or wsd (warmup,
-            stable, decay).
+        schedule: Learning-rate schedule; wsd is warmup, stable, decay.
         warmup: Warmup steps; by default a tenth of the steps, at most 20.
         end_learning_rate: The final learning rate; unused for constant.
         decay: For wsd: the share of the steps in which the learning rate decays.
@@ -54,12 +52,11 @@ class TrainConfig:
         beta: For preferences: strength of the pull towards the reference (dpo, ipo,
             kto), scale of the rewards (simpo) or weight of the odds ratio (orpo).
         gamma: For simpo: the target margin between the rewards.
-        batch_size: Sequences, or pairs of answers, per batch; with packing, rows of
-            `max_length` tokens.
+        batch_size: Sequences or pairs of answers per batch; with packing, full rows.
         accumulation: Gradient accumulation steps: batches per training step.
         max_length: Maximum number of tokens of a sequence.
         packing: Whether several sequences share a row.
-        optimizer: adamw, adamw8bit, lion or adafactor.
+        optimizer: The optimizer.
         offload_optimizer: Whether its state is in host memory; not with adafactor.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
         beta1: Decay of the first moment.
@@ -82,8 +79,7 @@ class TrainConfig:
         eval_examples: Number of validation prompts that the model answers in an
             evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Prompts that are answered at the same time.
-        max_new_tokens: Maximum number of tokens of an answer; by default the longest
-            right answer + 16.
+        max_new_tokens: Maximum tokens of an answer; by default the longest right + 16.
         samples: Number of answers to print.
         keep_best: Whether to write the adapter of the step with the lowest validation
             loss, instead of the last one. Each evaluation then covers all rows.
@@ -107,22 +103,21 @@ class TrainConfig:
             assistant's last message only; or all. With all, the cross entropy of orpo
             includes prompts, as in TRL.
         keys: Other names of the rows' keys: the name here to the name in the file.
-        chat: Whether prompts and completions become messages of a user and an assistant
-            if the model has a chat template.
+        chat: Whether prompts and completions become messages, if the model has a chat
+            template.
         template: File with a chat template that replaces the model's.
         date: Today's date for templates that contain it, such as 2026-11-26; by default
             the day on which the run starts.
         stream: Whether to leave training rows in their .jsonl files and tokenize them
             when they are needed, for data that do not fit in memory.
-        validation_split: Share of the training rows to validate on, such as 0.05, for
-            data without validation rows. `data_seed` selects the rows.
+        validation_split: Share of the training rows to validate on, such as 0.05, if
+            there are no validation rows. `data_seed` selects the rows.
         too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
             truncate; or split, for rows of `text`.
         mesh: Devices along each axis: data splits the rows of a batch, fsdp splits rows
             and weights, and tensor splits heads and the width of the MLP. As
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
-        distributed: Whether this is one of several processes that run this command with
-            the same files and the same folder `out`.
+        distributed: Whether several processes run this command, with the same files.
         coordinator_address: With `distributed`: host and port of the first process.
         num_processes: With `distributed`: the number of processes.
         process_id: With `distributed`: the index of this process, from 0.
@@ -228,9 +223,10 @@ class TrainConfig:
     @property
     def eval_steps(self) -> int:
         """The steps between evaluations; by default there are about ten evaluations."""
-        return self.eval_every or math.ceil((self.steps or 0) / 10)
+        return self.eval_every or math.ceil((self.steps or 0) / 10)  # steps: resolved
 
     def __post_init__(self):
+        # Flags and YAML files give text, numbers or lists.
         for name, number_type in SWEPT.items():
             numbers = _parse_numbers(name, number_type, getattr(self, name))
             object.__setattr__(self, name, numbers)
@@ -244,6 +240,7 @@ class TrainConfig:
             for name in names.split():
                 value = getattr(self, name)
                 values = value if isinstance(value, list) else [value]
+                # None stands for a default that the data or the model decide.
                 if not all(x is None or is_in_range(x) for x in values):
                     raise ValueError(f"`{name}` must be {description}. Got {value}.")
 
@@ -296,6 +293,7 @@ class TrainConfig:
             )
 
     def _check_mesh(self) -> None:
+        # Each device has the same number of rows.
         num_parts = math.prod(self.mesh_sizes.get(name, 1) for name in ROW_AXES)
         if self.batch_size % num_parts:
             raise ValueError(
@@ -305,6 +303,7 @@ class TrainConfig:
         if self.distributed and not self.mesh_sizes:
             raise ValueError("`mesh` must be given with `distributed`. Got none.")
         names = ("coordinator_address", "num_processes", "process_id")
+        # Clusters that JAX knows need none of these.
         settings = [name for name in names if getattr(self, name) is not None]
         if settings and not self.distributed:
             raise ValueError(f"`distributed` must be set with {settings}. Got false.")
@@ -350,6 +349,7 @@ def _parse_numbers(name: str, number_type: type, value: Any) -> Any:
     parts = value.split(",") if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
     try:
+        # By way of text, so that int() rejects 1.5 instead of rounding it.
         numbers = [number_type(str(part)) for part in parts]
         if not numbers or len({*numbers}) < len(numbers):
             raise ValueError
@@ -377,4 +377,5 @@ def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
             f"`mesh` must have positive sizes for some of {', '.join(MESH_AXES)}, such "
             f'as "fsdp=4,tensor=2". Got {mesh!r}.'
         ) from None
+    # Always in the order of MESH_AXES, since the order assigns devices.
     return {name: sizes[name] for name in MESH_AXES if name in sizes}

@@ -17,20 +17,11 @@ import qlora_jax as ql
 
 from .._jax.progress import plural
 from ..train.loop import Training, drive
+from . import processes
 from .evaluation import Evaluation
 from .loggers import open_loggers, open_metrics
 from .preview import Preview, preview
-from .processes import (
-    Stop,
-    all_or_none,
-    broadcast_text,
-    catch_signals,
-    check_shared,
-    is_first,
-    log,
-    only_in_first,
-    start_distributed,
-)
+from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
 from .program import Program, make_program, make_put, make_schedule
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
@@ -77,7 +68,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    start_distributed(config)
+    processes.start_distributed(config)
     if config.preview is not None:
         return _preview(config)
     folder = pathlib.Path(config.out)
@@ -85,10 +76,11 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         # The folder is locked and everything is checked before anything is written.
         stack.enter_context(only_in_first(run_folder(config.out, config.resume)))
         stack.enter_context(quiet_orbax())
-        check_shared(folder)
+        processes.check_shared(folder)
         runs = _make_runs(config)
         run = runs[0]
         _log_data(run, len(runs))
+        # Each run of a sweep has its own folder and states.
         states = [
             stack.enter_context(
                 ql.train.Checkpoints(x.folder / STATE, keep=config.keep)
@@ -102,10 +94,10 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         model = run.model.read(
             dtype=jnp.dtype(config.dtype),
             packing=run.packing,
-            place=lambda base: run.place(base, {})[0],
+            place=lambda base: run.place(base, {})[0],  # adapters come later
             progress=is_first(),
         )
-        if run.mesh is not None:
+        if run.mesh is not None:  # inner functions look up the mesh
             stack.enter_context(set_mesh(run.mesh))
         outcomes = _fit(config, runs, states, model.base, resume_after, log_rows)
         results = [
@@ -121,6 +113,8 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
 
 def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
+    # The runs of a sweep see the same rows. Without the Hub and loggers, no account is
+    # needed.
     first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
     with all_or_none():
         run = make_run(first, datetime.date.today().isoformat())
@@ -140,6 +134,7 @@ def _make_runs(config: TrainConfig) -> list[Run]:
 def _log_data(run: Run, num_adapters: int) -> None:
     data, config = run.data, run.config
     log(
+        # Opening the model has printed the source of downloaded weights.
         *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
@@ -180,6 +175,7 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
     with all_or_none():
         if is_first():
             run = runs[0]
+            # The sweep's file has the lists of values, and resolves everything else.
             swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
             resolved = dataclasses.replace(run.config, **swept)
             path = pathlib.Path(config.out) / CONFIG
@@ -225,7 +221,7 @@ class Trainer:
     def _restore(self, step: int) -> None:
         self.state, metadata = self.states.restore(self.state, step)
         self.batches.set_state(metadata["position"])
-        self.states.remove_after(step)
+        self.states.remove_after(step)  # the run writes them again
         best = metadata.get("best", {})
         if self.best is None or not best:
             return
@@ -246,6 +242,7 @@ class Trainer:
                 f"{int(last.step):,}."
             )
         best_state, _ = self.states.restore(last, best.step)
+        # The last row of metrics has the numbers of the last step.
         numbers = {"best_step": best.step}
         if best.step < self.loop.steps:
             numbers |= self.evaluate(self.base, best_state, is_end=True)
@@ -253,7 +250,7 @@ class Trainer:
 
 
 def _init_adapters(run: Run, base: PyTree, key: jax.Array) -> PyTree:
-    key = jax.random.fold_in(key, 0)
+    key = jax.random.fold_in(key, 0)  # dropout has keys of its own
 
     def init_adapters(base: PyTree) -> PyTree:
         return ql.init(key, base, run.adapters)[1]
@@ -281,6 +278,7 @@ def _fit(
     hands the results back.
     """
     run = runs[0]
+    # Learning rates, and hence optimizers, differ between the runs of a sweep.
     programs = [make_program(x.config, x.model.config) for x in runs]
     evaluation = Evaluation(run, programs[0]) if run.data.valid else None
     trainers = [
@@ -298,7 +296,7 @@ def _fit(
         note_failure(runs[index], error)
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(catch_signals())
+        stop = stack.enter_context(processes.catch_signals())
         loops = []
         pairs = zip(trainers, log_rows, strict=True)
         for index, (trainer, log_row) in enumerate(pairs):
@@ -329,7 +327,7 @@ def _fit(
     ]
 
 
-def _end_at_signal(stop: Stop, step: int, folder: pathlib.Path) -> None:
+def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
     """Prints how to resume the run in a folder, and ends as the signal would."""
     states = folder / STATE  # the runs of a sweep have their own
     log(

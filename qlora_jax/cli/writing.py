@@ -186,12 +186,13 @@ def _export_for_server(config: ExportConfig) -> Written:
     model, options = open_pair(config)
     pair = pair_for(server, model, options)
     base_only = dataclasses.replace(model, lora={}, adapter=None)
-    with ql.io.new_path(out) as new:
+    with ql.io.new_path(out) as new:  # renamed to `out` once it is complete
         new.mkdir()
         files = {}
         for part, form in {"base": pair.base, "adapter": pair.adapter}.items():
             if form in (AS_IS, MERGED):
                 continue
+            # With the adapter merged, the base becomes a model.
             stem = "model" if pair.adapter == MERGED else part
             files[part] = new / (stem + ".gguf" * form.startswith("gguf"))
             is_base_only = part == "base" and pair.adapter != MERGED
@@ -199,6 +200,7 @@ def _export_for_server(config: ExportConfig) -> Written:
                 format=form,
                 out=str(files[part]),
                 adapter=None if is_base_only else config.adapter or config.run,
+                # Q4_0 stores int4_f16 in blocks of 32 exactly.
                 gguf_type="Q4_0" if pair.exact and form == "gguf" else None,
                 tokenizer=config.tokenizer,
             )
@@ -207,7 +209,7 @@ def _export_for_server(config: ExportConfig) -> Written:
                 ExportConfig(model.name, **settings),
                 base_only if is_base_only else model,
                 files[part],
-                options if part == "base" else {},
+                options if part == "base" else {},  # adapters are written as they are
             )
         write_start(new, pair, model, files)
     return Written(str(out), f"for {server}", _count_bytes(out), None, pair)
@@ -217,6 +219,7 @@ def _export_for_server(config: ExportConfig) -> Written:
 
 
 def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
+    # The weights are only needed if the adapter replaces some of them.
     model = model.read() if model.replaces_weights else model.with_adapter()
     base, lora, names, peft = model.base, model.lora, model.names, model.peft
     if peft is None:
@@ -281,7 +284,7 @@ def _write_packed(
 ) -> Repacked | None:
     """Writes a folder for bitsandbytes, AWQ or compressed-tensors."""
     default, stored = FMTS[str(config.format)][0], model.stored_fmt
-    if config.format == "bitsandbytes" and not model.path.is_file():
+    if config.format == "bitsandbytes" and not model.path.is_file():  # nf4 or fp4
         default = stored or default
     if (stored, default) == ("q4_0", "int4_f16"):
         default = "q4_0"  # the codes stay as they are
@@ -401,7 +404,7 @@ def _compare(
     sums = np.asarray(jax.device_get(sums), np.float64)  # [kernels, 4]
     error, change, norm, product = sums.sum(0)
     errors = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1e-30))
-    worst, norm = int(np.argmax(errors)), max(norm, 1e-30)
+    worst, norm = int(np.argmax(errors)), max(norm, 1e-30)  # of zeros: no division by 0
     # The packed change is C + E, for the change C and the error E. Its projection on C
     # is <C + E, C> / <C, C> = 1 + <E, C> / <C, C>.
     kept = float(1 + product / change) if change else 1.0

@@ -273,7 +273,7 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(learning_rate=[1e-3, -1.0]), "must be positive and finite. Got"),
         (dict(seed="1.5"), "`seed` must be of type int"),
         (dict(data_seed=-1), "`data_seed` must be at least 0. Got -1"),
-        (dict(seed="0,1", keep_best=True, early_stopping_patience=2), "all to the"),
+        (dict(seed="0,1", keep_best=True, early_stopping_patience=2), "all are"),
         (dict(mesh="model=2"), "`mesh` must have positive sizes for some of data, fsd"),
         (dict(mesh="fsdp=2,fsdp=4"), "such as .*tensor=2.*. Got 'fsdp=2,fsdp=4'"),
         (dict(mesh="fsdp=0"), "Got 'fsdp=0'"),
