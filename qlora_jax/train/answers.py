@@ -71,10 +71,8 @@ def answers(
 def _group(
     examples: Sequence["Example"], batch_size: int
 ) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
-    """Yields the end tokens, the example indices and the size of each batch.
-
-    The examples of a batch have the same end tokens, and prompts of similar length.
-    """
+    # Yields the end tokens, the example indices and the size of each batch. Its
+    # examples have the same end tokens, and prompts of similar length.
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
         groups.setdefault(tuple(examples[index].end_ids), []).append(index)
@@ -92,6 +90,7 @@ def exact_match(texts: Sequence[str], examples: Sequence["Example"]) -> float:
 
 
 def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    # `padded_length` has few values, each of which compiles a program.
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), padded_length(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -103,17 +102,9 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "sampling")
 )
 def _generate(
-    variables: Mapping[str, Any],
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    key: Array | None,
-    *,
-    model: Any,
-    max_new_tokens: int,
-    end_ids: tuple[int, ...],
-    sampling: Sampling,
+    variables, tokens, lengths, key, *, model, max_new_tokens, end_ids, sampling
 ) -> Int[Array, "B N"]:
-    batch_size, width = tokens.shape
+    batch_size, width = tokens.shape  # padded prompts
     new_tokens = generate(
         functools.partial(model.apply, variables),
         tokens,

@@ -23,7 +23,7 @@ def put_on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
     """Replicates those arrays of a tree that are not on a mesh yet."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def put(leaf: jax.Array) -> jax.Array:
+    def put(leaf):
         is_on_mesh = isinstance(leaf.sharding, NamedSharding)
         return leaf if is_on_mesh else jax.device_put(leaf, replicated)
 
@@ -38,14 +38,12 @@ def with_shardings(
     Where `sharded` has None, the shape is replicated over the devices of `default`.
     """
 
-    def add_sharding(
-        leaf: jax.ShapeDtypeStruct, template: jax.ShapeDtypeStruct | None
-    ) -> jax.ShapeDtypeStruct:
-        sharding: Any = (default if template is None else template).sharding
+    def add_sharding(leaf, template):
+        sharding = (default if template is None else template).sharding
         if template is None and isinstance(sharding, NamedSharding):
             sharding = NamedSharding(sharding.mesh, PartitionSpec())
         # An offloaded optimizer keeps its state in host memory between steps.
-        if leaf.memory_space == jax.memory.Space.Host:  # type: ignore
+        if leaf.memory_space == jax.memory.Space.Host:
             sharding = sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -59,7 +57,7 @@ def put_rows(batch: PyTree, mesh: Mesh, axes: Sequence[str]) -> PyTree:
     """Splits the rows of a batch, which all processes hold, over axes of a mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(tuple(axes) or None))
 
-    def put(x: np.ndarray) -> jax.Array:
+    def put(x):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, batch)
@@ -68,7 +66,7 @@ def put_rows(batch: PyTree, mesh: Mesh, axes: Sequence[str]) -> PyTree:
 def gather(tree: PyTree) -> PyTree:
     """Returns a tree of full NumPy arrays. All processes must call it."""
 
-    def gather_leaf(x: jax.Array) -> np.ndarray:
+    def gather_leaf(x):
         if x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         return multihost_utils.process_allgather(x, tiled=True)
@@ -77,7 +75,9 @@ def gather(tree: PyTree) -> PyTree:
 
 
 def copy_to_save(x: jax.Array) -> jax.Array | np.ndarray:
-    """Copies an array, since the next step overwrites the donated state."""
+    """Returns a copy of an array that outlives the donation of the state."""
+    # On a CPU, an array and its NumPy view share memory, which the next step reuses
+    # while a thread of Orbax is still writing.
     if mesh_of(x) is None:
         return np.array(x)
     # Orbax copies an accelerator's arrays to the host before `save` returns. It may
@@ -107,15 +107,14 @@ def changes(
     missing: str,
 ) -> list[str]:
     """Returns "name was ..., is ..." for each entry whose description differs."""
-
-    def describe_entry(entries: Mapping[str, Any], name: str) -> str:
-        return describe(entries[name]) if name in entries else missing
-
-    pairs = {
-        name: (describe_entry(before, name), describe_entry(after, name))
-        for name in sorted({*before, *after})
-    }
-    return [f"{name} was {x}, is {y}" for name, (x, y) in pairs.items() if x != y]
+    lines = []
+    for name in sorted({*before, *after}):
+        old, new = (
+            describe(entries[name]) if name in entries else missing
+            for entries in (before, after)
+        )
+        lines += [f"{name} was {old}, is {new}"] * (old != new)
+    return lines
 
 
 def check_same_arrays(
@@ -123,7 +122,7 @@ def check_same_arrays(
 ) -> None:
     """Raises a ValueError if a checkpoint has other arrays than a run."""
 
-    def describe(x: jax.ShapeDtypeStruct) -> str:
+    def describe(x):
         return f"{np.dtype(x.dtype)}{list(x.shape)}"
 
     if differences := changes(saved, expected, describe, missing="nothing"):

@@ -155,18 +155,8 @@ def fit(
         >>> float(state.lora["w"])
         0.75
     """
-    run = Training(
-        loop,
-        state,
-        base,
-        data,
-        states=states,
-        metrics=metrics,
-        evaluate=evaluate,
-        best=best,
-        watch=watch,
-        stop=stop,
-    )
+    hooks = states, metrics, evaluate, best, watch, stop
+    run = Training(loop, state, base, data, *hooks)
     return drive([run], lambda states, batches: [step(*states, base, batches)])[0]
 
 
@@ -184,27 +174,25 @@ def drive(
 ) -> list[Any]:
     """Trains runs with the same batches side by side, and returns their last states.
 
-    If the weights or the loss of a run become NaN, its state is None, the other runs
-    continue, and `on_error` is called with its index. Without `on_error`, drive raises.
+    If a run fails because of NaN, its state is None, the other runs continue, and
+    `on_error` is called with its index. Without `on_error`, the error is raised.
     """
-    # A failed or finished run stays in `states`, since the joint step is compiled for
-    # all of them, but leaves `live`.
+    # The joint step is compiled for all runs. One that has failed or finished leaves
+    # `live`, but its state is still updated, without an effect.
     live, batches = {*range(len(runs))}, []
     states: list[Any] = [None] * len(runs)
     last_states: list[Any] = [None] * len(runs)
     generators = [run.steps() for run in runs]
 
-    def advance(index: int, result: tuple[State, Report, float] | None) -> None:
+    def advance(index, result):
         nonlocal batches
         try:
-            states[index], batches = generators[index].send(result)  # type: ignore
+            states[index], batches = generators[index].send(result)
         except StopIteration as end:
             live.remove(index)
-            # The steps of the remaining runs donate this state too.
-            copy_needed = bool(live)
-            last_states[index] = (
-                jax.tree.map(jnp.copy, end.value) if copy_needed else end.value
-            )
+            # The steps of the remaining runs donate the state, so it is copied.
+            state = end.value
+            last_states[index] = jax.tree.map(jnp.copy, state) if live else state
         except FloatingPointError as error:
             if on_error is None:
                 raise
@@ -219,6 +207,7 @@ def drive(
         while live:
             start = time.perf_counter()
             results = step(states, batches)
+            # JAX returns before the step has run.
             jax.block_until_ready([report for _, report in results])
             seconds = time.perf_counter() - start
             states = [state for state, _ in results]
@@ -243,42 +232,40 @@ class Training:
     stop: Callable[[], bool]
     progress: bool = True
     _validation: str = ""  # the latest validation loss, for the progress bar
-    _compiled: set[tuple] = field(default_factory=set)  # see `_program_keys`
+    _compiled: set[tuple] = field(default_factory=set)  # programs so far
 
     def steps(self) -> Steps:
-        """Yields the state and the batches of each step, and is sent the results.
-
-        Before the first step, the initial adapter is evaluated. After each step, its
-        metrics are written and shown, and then a checkpoint is saved if one is due.
-        """
+        """Yields the state and the batches of each step, and is sent the results."""
         loop, first = self.loop, int(self.state.step)
         is_shown = self.progress and jax.process_index() == 0
+        # Later metrics are compared with those of the initial adapter.
         if first == 0 and self.evaluate is not None:
             self._record({"step": 0})
+        # A run may be resumed after it has stopped early.
         last = first if self._is_patience_over() else loop.steps
         settings: dict[str, Any] = {"initial": first, "total": loop.steps}
         with progress_bar("training", "step", is_shown, **settings) as bar:
             for step in range(first + 1, last + 1):
+                # 1. Take the step. Skipped steps do not advance the schedule.
                 batches = [next(self.data) for _ in range(loop.accumulation)]
-                # Skipped steps do not advance the schedule of the optimizer.
                 num_updates = step - 1 - int(self.state.skipped)
                 learning_rate = float(np.asarray(loop.schedule(num_updates)))
                 self.state, report, seconds = yield self.state, batches
-                row = _step_metrics(step, report, batches, seconds)
-                row["learning_rate"] = learning_rate
-                self._mark_compilation(row, batches)
+                # 2. Write the metrics, before the checkpoint of the step.
+                row = self._make_row(step, report, batches, seconds, learning_rate)
                 if not report.is_finite:
                     self._handle_non_finite(row)
                 is_best = self._record(row)
+                # 3. Show the progress: a bar on terminals, and otherwise some lines.
                 status = self._status(row)
-                is_line_due = self._is_evaluated(step) or self._is_due(
-                    step, loop.log_every or math.ceil(loop.steps / 10)
-                )
+                interval = loop.log_every or math.ceil(loop.steps / 10)
+                is_line_due = self._is_evaluated(step) or self._is_due(step, interval)
                 if is_shown and bar.disable and is_line_due:
                     line = f"step {step:,} of {loop.steps:,}: {status}"
                     print(line, file=sys.stderr)
                 bar.set_postfix_str(status)
                 bar.update()
+                # 4. Save a checkpoint if one is due.
                 is_last = self.stop() or self._is_patience_over()
                 if is_last or is_best or self._is_due(step, loop.save_every):
                     self._save()
@@ -298,14 +285,31 @@ class Training:
         patience = math.inf if self.loop.patience is None else self.loop.patience
         return self.best is not None and self.best.since >= patience
 
-    def _mark_compilation(self, row: dict[str, Any], batches: list[Batch]) -> None:
-        keys = _program_keys(batches)
-        if not keys <= self._compiled:
-            row["is_compiled"] = True  # its speed says nothing about later steps
-        self._compiled |= keys
+    def _make_row(self, step, report, batches, seconds, learning_rate):
+        tokens = sum(batch.num_tokens for batch in batches)
+        row = {
+            "step": step,
+            "loss": float(report.loss),
+            "grad_norm": float(report.grad_norm),
+            "tokens": tokens,
+            "trained_tokens": sum(batch.num_trained for batch in batches),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "seconds": round(seconds, 4),
+            **{name: float(x) for name, x in report.metrics.items()},
+            "learning_rate": learning_rate,
+        }
+        # A program is compiled on first use. The program for the first batch has no
+        # sums yet, that for the last batch updates, and other shapes have their own.
+        last = len(batches) - 1
+        shapes = [tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches]
+        programs = {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}
+        if not programs <= self._compiled:
+            row["is_compiled"] = True  # the speed says nothing about later steps
+        self._compiled |= programs
+        return row
 
     def _record(self, row: dict[str, Any]) -> bool:
-        """Evaluates if due, and writes a row. Returns whether it has the best loss."""
+        # Evaluates if due, writes the row, and returns whether it has the best loss.
         step, is_best = row["step"], False
         if self.evaluate is not None and self._is_evaluated(step):
             row |= self.evaluate(self.base, self.state)
@@ -332,7 +336,6 @@ class Training:
         self.states.save(self.state, metadata)
 
     def _handle_non_finite(self, row: dict[str, Any]) -> None:
-        """Reports that an update was skipped, or raises."""
         loss, norm = row["loss"], row["grad_norm"]
         problem = f"step {row['step']} has loss {loss:.4g} and gradient norm {norm:.4g}"
         is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -349,28 +352,3 @@ class Training:
             f"{problem}. {describe_latest(self.states)}. Try a smaller "
             f"`learning_rate`{advice}."
         )
-
-
-def _program_keys(batches: list[Batch]) -> set[tuple]:
-    """Returns a key for each program that a step runs, compiled on first use."""
-    # The program for the first batch has no sums yet, that for the last one updates,
-    # and batches of other shapes have other programs.
-    last = len(batches) - 1
-    shapes = [tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches]
-    return {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}
-
-
-def _step_metrics(
-    step: int, report: Report, batches: list[Batch], seconds: float
-) -> dict[str, Any]:
-    tokens = sum(batch.num_tokens for batch in batches)
-    return {
-        "step": step,
-        "loss": float(report.loss),
-        "grad_norm": float(report.grad_norm),
-        "tokens": tokens,
-        "trained_tokens": sum(batch.num_trained for batch in batches),
-        "tokens_per_s": round(tokens / seconds, 1),
-        "seconds": round(seconds, 4),
-        **{name: float(x) for name, x in report.metrics.items()},
-    }

@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 import qlora_jax as ql
 
 from ..models.decoder import head_arguments
 from ..models.experts import balance_loss
 from .data.batching import Batch
+from .step import Loss
 
-# A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
-# of the losses of all targets, the number of targets, and optionally metrics.
-Loss = Callable[..., tuple]
 _USES_REFERENCE = ("dpo", "ipo")
 _IS_LENGTH_NORMALIZED = ("ipo", "orpo", "simpo")
 
@@ -58,9 +56,7 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
             f"Got {balance}."
         )
 
-    def loss(
-        lora: PyTree, base: PyTree, batch: Batch, dropout_key: Array | None
-    ) -> tuple[Array, Array]:
+    def loss(lora, base, batch, dropout_key):
         count = jnp.sum(batch.weights)
         arguments = lora, base, batch, dropout_key
         if not balance:
@@ -116,20 +112,23 @@ def preference_loss(
         (0.6931471824645996, 1.0, 'rewards/accuracies')
     """
     compute_token_losses = token_losses(model)
+    if objective == "kto":
+        return _in_auto_axes(_kto_loss(compute_token_losses, beta))
+    settings = {"beta": beta} | ({"gamma": gamma} if objective == "simpo" else {})
+    return _in_auto_axes(_pairwise_loss(compute_token_losses, objective, settings))
+
+
+def _pairwise_loss(
+    compute_token_losses: Callable[..., Any], objective: str, settings: dict[str, Any]
+) -> Loss:
     uses_reference = objective in _USES_REFERENCE
-    settings = {"gamma": gamma} if objective == "simpo" else {}
 
-    def reference_log_probs(base: PyTree, batch: Batch) -> Array:
-        losses = compute_token_losses({}, base, batch, None)
-        return _completion_log_probs(losses, batch)[0]
-
-    def pairwise_loss(
-        lora: PyTree, base: PyTree, batch: Batch, dropout_key: Array | None
-    ) -> tuple:
+    def loss(lora, base, batch, dropout_key):
         losses = compute_token_losses(lora, base, batch, dropout_key)
         log_ratios, num_tokens = _completion_log_probs(losses, batch)  # [N] each
         if uses_reference:
-            log_ratios -= reference_log_probs(base, batch)
+            reference_losses = compute_token_losses({}, base, batch, None)
+            log_ratios -= _completion_log_probs(reference_losses, batch)[0]
         means = log_ratios / jnp.maximum(num_tokens, 1)
         scores = means if objective in _IS_LENGTH_NORMALIZED else log_ratios
         # Rows alternate between chosen and rejected completions of the same prompt.
@@ -139,33 +138,35 @@ def preference_loss(
             total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
             likelihood["nll"] = total / jnp.maximum(count, 1)
         compute_pair_losses = getattr(ql.losses, objective)
-        pair_losses = compute_pair_losses(
-            chosen, rejected, beta=beta, **settings, **likelihood
-        )
-        rewards = beta * (log_ratios if uses_reference else means)
+        pair_losses = compute_pair_losses(chosen, rejected, **settings, **likelihood)
+        rewards = settings["beta"] * (log_ratios if uses_reference else means)
         is_pair = num_tokens[::2] > 0  # padding rows have no tokens
         metrics = _reward_metrics(rewards.reshape(-1, 2), is_pair)
         return *_sum_and_count(pair_losses, is_pair), metrics
 
-    def kto_loss(
-        lora: PyTree, base: PyTree, batch: Batch, dropout_key: Array | None
-    ) -> tuple:
+    return loss
+
+
+def _kto_loss(compute_token_losses: Callable[..., Any], beta: float) -> Loss:
+    def log_probs(lora, base, batch, dropout_key):
+        losses = compute_token_losses(lora, base, batch, dropout_key)
+        return _completion_log_probs(losses, batch)
+
+    def loss(lora, base, batch, dropout_key):
         # Rows alternate between a completion, and one of another row to its prompt.
         # The log-ratios of the mismatched completions estimate the KL divergence.
-        reference = reference_log_probs(base, batch).reshape(-1, 2)
+        reference = log_probs({}, base, batch, None)[0].reshape(-1, 2)
         completions, mismatched = (
             jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], batch)
             for i in range(2)
         )
-        losses = compute_token_losses(lora, base, completions, dropout_key)
-        log_ratios, num_tokens = _completion_log_probs(losses, completions)
+        log_ratios, num_tokens = log_probs(lora, base, completions, dropout_key)
         log_ratios, is_completion = log_ratios - reference[:, 0], num_tokens > 0
         # The estimate of the divergence has no gradient.
         frozen_lora = jax.lax.stop_gradient(lora)
-        losses = compute_token_losses(frozen_lora, base, mismatched, dropout_key)
-        mismatched_log_ratios, _ = _completion_log_probs(losses, mismatched)
-        mismatched_log_ratios -= reference[:, 1]
-        total, count = _sum_and_count(mismatched_log_ratios, is_completion)
+        divergences = log_probs(frozen_lora, base, mismatched, dropout_key)[0]
+        divergences -= reference[:, 1]
+        total, count = _sum_and_count(divergences, is_completion)
         kl = jnp.maximum(total / jnp.maximum(count, 1), 0)
         is_good = jnp.sum(completions.answers, axis=-1).reshape(-1) > 0
         completion_losses = ql.losses.kto(log_ratios, is_good, kl, beta=beta)
@@ -176,17 +177,12 @@ def preference_loss(
         # A batch without completions of both kinds has no margin: sum and count are 0.
         has_both = (chosen[1] > 0) & (rejected[1] > 0)
         margin = chosen[0] / chosen[1] - rejected[0] / rejected[1]
-        metrics = {
-            "kl": jnp.stack([kl * count, count]),
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": jnp.where(
-                has_both, jnp.stack([margin, jnp.ones_like(margin)]), 0
-            ),
-        }
+        margin = jnp.where(has_both, jnp.stack([margin, jnp.ones_like(margin)]), 0)
+        metrics = {"kl": jnp.stack([kl * count, count]), "rewards/chosen": chosen}
+        metrics |= {"rewards/rejected": rejected, "rewards/margins": margin}
         return *_sum_and_count(completion_losses, is_completion), metrics
 
-    return _in_auto_axes(kto_loss if objective == "kto" else pairwise_loss)
+    return loss
 
 
 def _reward_metrics(
@@ -221,7 +217,7 @@ def _in_auto_axes(loss: Loss) -> Loss:
     """Allows a loss to be called where axes of the mesh are Explicit."""
 
     @functools.wraps(loss)
-    def call(*args: PyTree) -> tuple:
+    def call(*args):
         # The decoder relies on XLA to shard its products. With Explicit axes, each
         # product would have to state its sharding.
         if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
@@ -238,13 +234,7 @@ def token_losses(model: Any) -> Callable[..., Any]:
     If `mutable` names collections, the function returns them too.
     """
 
-    def compute_token_losses(
-        lora: PyTree,
-        base: PyTree,
-        batch: Batch,
-        dropout_key: Array | None,
-        mutable: str | bool = False,
-    ) -> Array | tuple[Array, PyTree]:
+    def compute_token_losses(lora, base, batch, dropout_key, mutable=False):
         result = model.apply(
             {"params": base, "lora": lora},
             batch.ids,
@@ -288,9 +278,7 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
     """Returns `f(base, lora, batches)`: the mean `loss`, and means of its metrics."""
     evaluate = jax.jit(lambda lora, base, batch: loss(lora, base, batch, None))
 
-    def compute_means(
-        base: PyTree, lora: PyTree, batches: Iterable[PyTree]
-    ) -> dict[str, float]:
+    def compute_means(base, lora, batches):
         pairs: dict[str, list[tuple[Array, Array]]] = {}  # a sum and a count per batch
         for batch in batches:
             total, weight, *metrics = evaluate(lora, base, batch)

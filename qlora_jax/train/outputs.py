@@ -71,10 +71,11 @@ class Metrics:
 
 
 def _to_line(row: dict[str, Any]) -> str:
-    def to_json(x: Any) -> Any:  # JSON has no NaN or infinity, so they become null
-        return None if isinstance(x, float) and not np.isfinite(x) else x
-
-    row = {key: to_json(x) for key, x in row.items()}
+    # JSON has no NaN or infinity, so these become null.
+    row = {
+        key: None if isinstance(x, float) and not np.isfinite(x) else x
+        for key, x in row.items()
+    }
     return json.dumps(row, allow_nan=False) + "\n"
 
 
@@ -167,7 +168,7 @@ def plot_losses(
 def _loss_axes(
     path: str | pathlib.Path, title: str, rows: Iterable[Mapping[str, Any]]
 ) -> Iterator[Any]:
-    """Yields the axes of a plot of losses, and writes the plot at the end."""
+    # Importing matplotlib takes long, and only plots need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -193,9 +194,8 @@ def _loss_axes(
 
 
 def _running_mean(rows: list[dict[str, Any]]) -> tuple[tuple[Any, Any], int]:
-    """Returns the running mean of the losses as points, and its window in steps."""
     steps, losses = _points(rows, "loss")
-    window = max(1, len(steps) // 20)
+    window = max(1, len(steps) // 20)  # in steps
     means = np.convolve(losses, np.ones(window) / window, "valid") if steps else []
     return (steps[window - 1 :], means), window
 

@@ -85,9 +85,7 @@ class Checkpoints:
             lightweight_initialize=True,  # reads no file, since any may be damaged
             create=False,
             multiprocessing_options=processes,
-            async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._write_pending_checksums
-            ),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._args = ocp.args
         handlers = {
@@ -141,16 +139,15 @@ class Checkpoints:
                 files are deleted, and the last complete state stays.
         """
         step = int(state.step)
-        state = state._replace(key=jax.random.key_data(state.key))
-        leaves = leaves_by_name(state)
-        composite = self._args.Composite(
+        leaves = leaves_by_name(state._replace(key=jax.random.key_data(state.key)))
+        items = self._args.Composite(
             state=self._args.StandardSave({k: copy_to_save(leaves[k]) for k in leaves}),
             about=self._args.JsonSave(dict(metadata)),
         )
-        self.wait()
+        self.wait()  # for the previous state, whose errors are raised here
         self._pending = step
         with self._os_errors():
-            self._manager.save(step, args=composite, force=True)
+            self._manager.save(step, args=items, force=True)
 
     def restore(
         self, like: State, step: int | None = None
@@ -173,11 +170,8 @@ class Checkpoints:
         # On a mesh, Orbax reads arrays onto their devices; otherwise into NumPy arrays.
         is_sharded = mesh_of(like) is not None
         target = expected if is_sharded else _empty_arrays(expected)
-        items = self._restore(
-            step,
-            state=self._args.StandardRestore(target),
-            about=self._args.JsonRestore(),
-        )
+        args = {"state": self._args.StandardRestore(target)}
+        items = self._restore(step, about=self._args.JsonRestore(), **args)
         leaves = [items["state"][name] for name in expected]
         if not is_sharded:
             shardings = [leaf.sharding for leaf in expected.values()]
@@ -241,14 +235,14 @@ class Checkpoints:
         steps = [state.step for state in states]
         return [step in (*steps[-self._keep :], self.best) for step in steps]
 
-    def _write_pending_checksums(self) -> None:
+    def _seal(self) -> None:
         # Orbax calls this in its thread, after the data is written and before the
         # rename that makes the checkpoint visible.
         [folder] = self._folder.glob(f"{self._pending}{_UNFINISHED}")
         _write_checksums(folder)
 
     def _find_intact(self, step: int | None) -> int:
-        """Returns `step`, or the newest one, after verifying its checksums."""
+        # Returns `step`, by default the newest one, after verifying its checksums.
         steps = self.steps
         if not steps:
             raise ValueError(f"no checkpoint exists in {self._folder}.")
@@ -258,6 +252,7 @@ class Checkpoints:
                 f"`step` must be the step of a checkpoint in {self._folder}: {steps}. "
                 f"Got {step}."
             )
+        # A state is verified once, since its files may be large.
         faults = [] if step in self._verified else _find_faults(self._folder, step)
         if not faults:
             self._verified.add(step)
@@ -284,7 +279,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _os_errors(self) -> Iterator[None]:
-        """Turns all errors of Orbax and TensorStore into OSError, and cleans up."""
+        # Turns the many errors of Orbax and TensorStore into OSError, and cleans up.
         try:
             yield
         except Exception as error:
@@ -320,18 +315,17 @@ class Checkpoints:
 
 def describe_latest(states: Checkpoints) -> str:
     """Returns a sentence on the last checkpoint, without its full stop."""
-    step = states.latest
-    exists = f"The last checkpoint is that of step {step}"
-    return "No checkpoint exists" if step is None else exists
+    if states.latest is None:
+        return "No checkpoint exists"
+    return f"The last checkpoint is that of step {states.latest}"
 
 
 def _saved_shapes(like: State) -> State:
-    """Returns the shapes of a state as saved, where the key is replaced by its data."""
-
-    def shape_of(x: Any, sharded: Any) -> jax.ShapeDtypeStruct:
+    def shape_of(x, sharded):
         sharding = getattr(sharded, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    # Orbax cannot save a typed key, so its data is saved.
     key = shape_of(jax.eval_shape(jax.random.key_data, like.key), like.key)
     return jax.tree.map(lambda x: shape_of(x, x), like._replace(key=key))
 
@@ -353,7 +347,7 @@ def _write_checksums(folder: pathlib.Path) -> None:
 
 
 def _find_faults(states: pathlib.Path, step: int) -> list[str]:
-    """Returns the faults of the files of a state. All processes must call it."""
+    # All processes must call this, since each one verifies its share of the files.
     folder = states / str(step)
     try:
         hashes = _read_checksums(folder)
@@ -362,8 +356,8 @@ def _find_faults(states: pathlib.Path, step: int) -> list[str]:
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         return [f"{_CHECKSUMS} {_FAULTS[0 if is_missing else 2]}"]
-    # Each process verifies its share of the files. `codes` holds, for each file, 0 or
-    # an index into `_FAULTS` from 1; the maximum over processes has all faults.
+    # For each file, 0 or an index into `_FAULTS` from 1. The maximum over processes has
+    # the faults that any of them found.
     names, codes = sorted(hashes), np.zeros(len(hashes), np.int32)
     for index in range(jax.process_index(), len(names), jax.process_count()):
         codes[index] = _fault_code(folder / names[index], hashes[names[index]])

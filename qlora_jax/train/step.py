@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .. import optim
 from .arrays import mesh_of, put_on_mesh, with_shardings
 
+# A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
+# of the losses of all targets, the number of targets, and optionally metrics.
+Loss = Callable[..., tuple]
 # The jitted functions of a step. The first adds the gradient of a batch. The second
 # adds the gradient of the last batch, and updates.
 Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
@@ -73,7 +76,7 @@ class State(NamedTuple):
             optimizer: The optimizer.
         """
 
-        def create(lora: PyTree) -> State:
+        def create(lora):
             return cls.create(lora, optimizer, 0)
 
         # `create` is traced without shardings, since it could not put them on a mesh.
@@ -90,8 +93,7 @@ class State(NamedTuple):
             lora,
             transform_non_params=lambda x: None,
         )
-        replicated: Any = None
-        sharded = cls(replicated, replicated, lora, sharded_opt_state, replicated)
+        sharded: Any = cls(None, None, lora, sharded_opt_state, None)  # type: ignore
         return with_shardings(state, sharded, jax.tree.leaves(lora)[0])
 
 
@@ -127,9 +129,7 @@ class _Sums(NamedTuple):
     metrics: list[dict[str, tuple[Array, Array]]]  # at most one dict
 
 
-def make_step(
-    loss: Callable[..., tuple], optimizer: optax.GradientTransformation
-) -> "Step":
+def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
     """Returns the function that makes one training step.
 
     A step may have several batches. Its gradient is that of the mean over all their
@@ -137,9 +137,9 @@ def make_step(
 
     If the loss or the norm of the gradient is not finite, the adapter and the optimizer
     stay unchanged (`ql.optim.skippable`), and only the step counters advance. If only
-    the new adapter is not finite, the old adapter is kept, but the state of the
-    optimizer has been updated, since it may be in host memory and is updated in place.
-    `fit` then stops. Go back to an earlier state, with a smaller learning rate.
+    the new adapter is not finite, the old one is kept, but the state of the optimizer
+    has already been updated in place, since it may be in host memory. `fit` then stops.
+    Go back to an earlier state, with a smaller learning rate.
 
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key. It
@@ -162,7 +162,7 @@ def make_step(
 
 
 def make_joint_step(
-    loss: Callable[..., tuple], optimizers: Sequence[optax.GradientTransformation]
+    loss: Loss, optimizers: Sequence[optax.GradientTransformation]
 ) -> "JointStep":
     """Returns the function that makes one step of several adapters over one base.
 
@@ -191,13 +191,8 @@ def make_joint_step(
 class _Compiler:
     """Compiles the steps of states that are trained together."""
 
-    def __init__(
-        self,
-        loss: Callable[..., tuple],
-        optimizers: Sequence[optax.GradientTransformation],
-    ):
-        self._loss = loss
-        self._optimizers = [optim.skippable(optimizer) for optimizer in optimizers]
+    def __init__(self, loss: Loss, optimizers: Sequence[optax.GradientTransformation]):
+        self._loss, self._optimizers = loss, [*map(optim.skippable, optimizers)]
         self._compiled = functools.cache(self._compile)
 
     def __call__(self, states: tuple[State, ...]) -> Programs:
@@ -206,38 +201,26 @@ class _Compiler:
         shardings = tuple(x.sharding for x in leaves) if is_sharded else None
         return self._compiled(shardings, structure)
 
-    def _compile(
-        self, shardings: tuple | None, structure: jax.tree_util.PyTreeDef
-    ) -> Programs:
+    def _compile(self, shardings: tuple | None, structure: Any) -> Programs:
         sum_shardings = result_shardings = None
         # On a mesh, results get the shardings of the arguments. The partitioner may
         # choose others otherwise, and the next step would be compiled again.
         if shardings is not None:
-            states = jax.tree.unflatten(structure, shardings)
-            any_sharding: Any = None
-            sum_shardings = [
-                _Sums(any_sharding, any_sharding, state.lora, any_sharding)
-                for state in states
-            ]
-            result_shardings = [(state, None) for state in states]
+            states, free = jax.tree.unflatten(structure, shardings), None
+            sum_shardings = [_Sums(free, free, x.lora, free) for x in states]  # type: ignore
+            result_shardings = [(state, free) for state in states]
         add = jax.jit(self._add_batch, donate_argnums=0, out_shardings=sum_shardings)
         finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
         return add, finish
 
-    def _add_batch(
-        self,
-        sums: list[_Sums] | None,
-        states: tuple[State, ...],
-        base: PyTree,
-        batch: PyTree,
-        index: Int[Array, ""],
-    ) -> list[_Sums]:
-        def sum_losses(lora: PyTree, key: Array, step: Array) -> _Sums:
-            # Each batch of each step has a dropout key of its own, which a resumed run
-            # derives again.
+    def _add_batch(self, sums, states, base, batch, index) -> list[_Sums]:
+        """Adds the losses and gradients of the batch with an index in its step."""
+
+        def sum_losses(lora, key, step):
+            # A resumed run derives the same dropout key for each batch of each step.
             dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
 
-            def loss_and_counts(lora: PyTree) -> tuple[Array, list]:
+            def loss_and_counts(lora):
                 total, *counts = self._loss(lora, base, batch, dropout_key)
                 return total, counts
 
@@ -248,18 +231,14 @@ class _Compiler:
         adapters = [(state.lora, state.key, state.step) for state in states]
         if len(adapters) == 1:
             batch_sums = [sum_losses(*adapters[0])]
-        else:
+        else:  # `vmap` over the adapters, which get a leading axis of their number
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
-            stacked_sums = jax.vmap(sum_losses)(*stacked)
-            batch_sums = [
-                jax.tree.map(lambda x, i=i: x[i], stacked_sums)
-                for i in range(len(adapters))
-            ]
+            stacked_sums, batch_sums = jax.vmap(sum_losses)(*stacked), []
+            for i in range(len(adapters)):
+                batch_sums.append(jax.tree.map(lambda x, i=i: x[i], stacked_sums))
         return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
 
-    def _finish(
-        self, sums: list[_Sums] | None, states: tuple[State, ...], *batch: PyTree
-    ) -> list[tuple[State, Report]]:
+    def _finish(self, sums, states, *batch) -> list[tuple[State, Report]]:
         sums = self._add_batch(sums, states, *batch)
         return [*map(_update, sums, states, self._optimizers)]
 
@@ -277,9 +256,7 @@ def _update(
     lora = optax.apply_updates(state.lora, updates)
     # Finite gradients can still overflow the new adapter.
     is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
-    lora = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), lora, state.lora
-    )
+    lora = jax.tree.map(functools.partial(jnp.where, is_finite), lora, state.lora)
     skipped = state.skipped + skip.astype(jnp.int32)
     new_state = State(state.step + 1, skipped, lora, opt_state, state.key)
     means = {name: x / n for group in metrics for name, (x, n) in group.items()}
@@ -295,9 +272,8 @@ class JointStep:
     """One step of several adapters, from `make_joint_step`.
 
     Attributes:
-        programs: A function of a tuple of states. It returns two jitted functions: the
-            first adds the gradient of a batch, the second takes the last batch and
-            updates.
+        programs: Maps a tuple of states to two jitted functions: one adds the gradient
+            of a batch, the other adds that of the last batch and updates.
 
     Example:
         >>> import jax.numpy as jnp, optax

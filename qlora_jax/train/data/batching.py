@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # The most batches of a mixture that are sorted by length at once. The rows of a mixture
 # are found one by one, which is slow.
 _MAX_WINDOW = 512
+Sizes = tuple[np.ndarray, np.ndarray]  # the lengths and the target counts of rows
 
 
 class Batch(NamedTuple):
@@ -161,19 +162,10 @@ def eval_batches(
 
 
 class _Padded:
-    """The shapes of batches with one sequence per row.
+    """The shapes of batches with one sequence per row."""
 
-    Each width has one number of targets, so that there are as many shapes as widths.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        lengths: np.ndarray,
-        num_targets: np.ndarray,
-        max_length: int,
-    ):
-        self.max_length = max_length
+    def __init__(self, rows: Sequence[Row], sizes: Sizes, max_length: int):
+        self.max_length, (lengths, num_targets) = max_length, sizes
         self.choices = choose_widths(lengths)
         if _is_labelled(rows[0]):
             # The prompt of a row is combined with the completion of another one, which
@@ -183,6 +175,7 @@ class _Padded:
             widest = int(round_up(min(prompt + completion, max_length)))
             self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
         self.widths = self.choices[np.searchsorted(self.choices, lengths)]
+        # One number of targets for each width, so that there are as many shapes.
         self.num_targets = {
             int(width): int(round_up(num_targets[self.widths <= width].max()))
             for width in self.choices
@@ -205,7 +198,6 @@ class _Padded:
         return [*itertools.chain(*zip(rows, mismatched, strict=True))]
 
     def _mismatch(self, row: Row, other: Row) -> Row:
-        """Returns the prompt of one row with the completion of another."""
         ids = np.concatenate([row.ids[: row.start], other.ids[other.start :]])
         untrained = np.full_like(row.ids[: row.start], IGNORED)
         labels = np.concatenate([untrained, other.labels[other.start :]])
@@ -227,8 +219,8 @@ class _Packed:
         return collate(rows, size, self.width, num_targets, self.sequences)
 
 
-def _sizes(rows: Sequence[Row], packing: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the lengths of rows, and the largest target counts of their sequences."""
+def _sizes(rows: Sequence[Row], packing: bool) -> Sizes:
+    # Returns the lengths of rows, and the largest target counts of their sequences.
     if isinstance(rows, StreamedRows):
         lengths, num_targets = rows.sizes
         return lengths, num_targets
@@ -240,7 +232,7 @@ def _sizes(rows: Sequence[Row], packing: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_labelled(row: Row) -> bool:
-    """Whether a row is a labelled completion, and not a pair."""
+    # A labelled completion by itself, and not a pair.
     return row.label is not None and row.rejected is None
 
 
@@ -261,7 +253,7 @@ class _Source:
             raise ValueError("`rows` must have a row. Got none.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
-        lengths, num_targets = _sizes(rows, packing)
+        sizes = lengths, _ = _sizes(rows, packing)
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
             both = ", both answers of a pair together" * bool(rows[0].rejected)
             raise ValueError(
@@ -305,9 +297,9 @@ class _Source:
             sequences = 2 * max(x.most_rows for x in packs) * has_pairs
             self.layout = _Packed(max(x.longest for x in packs), sequences)
         else:
-            self.layout = _Padded(rows, lengths, num_targets, max_length)
-            sizes = batch_size, window, self.count
-            self.similar = SimilarLengths(self.order, self.layout.widths, *sizes, seed)
+            self.layout = _Padded(rows, sizes, max_length)
+            counts = batch_size, window, self.count
+            self.similar = SimilarLengths(self.order, self.layout.widths, *counts, seed)
 
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)

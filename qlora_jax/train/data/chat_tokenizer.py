@@ -100,7 +100,7 @@ class Tokenizer:
         return tuple(dict.fromkeys(x for x in ids if x is not None))
 
     def _find_turn_end(self) -> int | None:
-        """Returns the last special token that the template writes after an answer."""
+        # The last special token that the template writes after an answer.
         if not self.has_template:
             return None
         question, answer = ({"role": r, "content": "a"} for r in ("user", "assistant"))
@@ -254,9 +254,7 @@ class Chat:
         )
 
     def check_roles(
-        self,
-        row: Mapping[str, Sequence[Message]],
-        tools: Sequence[Any] | None,
+        self, row: Mapping[str, Sequence[Message]], tools: Sequence[Any] | None
     ) -> None:
         """Rejects roles that the template would write, but does not name.
 
@@ -297,7 +295,6 @@ class Chat:
     def _supports_parts(
         self, messages: Sequence[Message], tools: Sequence[Any] | None
     ) -> bool:
-        """Whether the template writes the texts of parts, but not their other keys."""
         # A template that reads parts ignores the key that is added to each of them. One
         # that expects a string writes the whole list, with that key.
         probed, texts = [], []
@@ -341,20 +338,15 @@ class Chat:
         turns: Sequence[int],
         tools: Sequence[Any] | None,
     ) -> Marked:
-        """Finds the answers of the messages `turns` of the assistant in a rendering.
-
-        A template that marks answers has marked those of all messages, and the ones of
-        other messages are removed. Otherwise, an answer is the difference between the
-        renderings with and without its message.
-        """
+        """Finds the answers of the messages `turns` of the assistant in a rendering."""
         if not turns:
             raise ValueError(
                 "the row must have a message of the assistant to train on."
             )
         text, answers = rendering
 
-        def find_end(count: int, turn: int, add_generation_prompt: bool) -> int:
-            """Returns where the first messages end in the text."""
+        def find_end(count, turn, add_generation_prompt):
+            # Where the first messages end in the text.
             beginning = self.render(messages[:count], tools, add_generation_prompt).text
             if not text.startswith(beginning):
                 raise ValueError(
@@ -365,7 +357,8 @@ class Chat:
                 )
             return len(beginning)
 
-        def find_span(turn: int) -> tuple[int, int]:
+        def find_span(turn):
+            # An answer is the difference between renderings with and without it.
             is_last = turn + 1 == len(messages)
             end = len(text) if is_last else find_end(turn + 1, turn, False)
             return find_end(turn, turn, True), end
@@ -373,7 +366,8 @@ class Chat:
         if not self.template(tools).marks_answers:
             return Marked(text, [find_span(turn) for turn in turns], True)
         assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        # One rendering finds all answers before the first one to train on.
+        # The template has marked the answers of all messages. Remove those that are not
+        # in `turns`: the ones before the first turn with a single rendering.
         if assistant[0] < turns[0]:
             start = find_end(turns[0], turns[0], True)
             answers = [span for span in answers if span[1] > start]
@@ -386,7 +380,6 @@ class Chat:
 
 
 def _is_text(part: Any) -> bool:
-    """Whether a part of a content has a text and nothing else."""
     keys = isinstance(part, dict) and {key for key, x in part.items() if x is not None}
     return keys == {"type", "text"} and isinstance(part["text"], str)
 
@@ -396,7 +389,8 @@ def _without_space(text: str) -> str:
 
 
 def _normalize(message: Message) -> dict[str, Any]:
-    """Drops None, and adds the names by which templates read reasoning."""
+    # Data sets fill missing fields with None, which templates would write. Templates
+    # read the reasoning under different names.
     fields = {key: value for key, value in message.items() if value is not None}
     reasoning = next((fields[key] for key in _REASONING_KEYS if key in fields), None)
     if reasoning is not None:

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -129,25 +128,14 @@ def read_dataset(
         raise ValueError(
             f"`validation_split` must be between 0 and 1. Got {validation_split}."
         )
-    encoder = Encoder(
-        tokenizer,
-        vocab_size=vocab_size,
-        train_on=train_on,
-        keys=keys,
-        chat=chat,
-        objective=objective,
-    )
+    settings = {"vocab_size": vocab_size, "train_on": train_on, "keys": keys}
+    settings |= {"chat": chat, "objective": objective}
+    encoder = Encoder(tokenizer, **settings)
     if stream and objective != "sft":
         raise ValueError(f"`stream` must be false for {objective}. Got true.")
-    reader = _Reader(
-        encoder=encoder,
-        max_length=max_length,
-        too_long=too_long,
-        stream=stream,
-        separates_pairs=objective == "kto",
-        validation_split=validation_split,
-        train_splits=draw_splits(validation_split, seed),
-    )
+    limit = _LengthLimit(max_length, too_long)
+    splits = _Splits(validation_split, draw_splits(validation_split, seed))
+    reader = _Reader(encoder, limit, splits, stream, separates_pairs=objective == "kto")
     weights = find_weights(path)
     counts = [reader.read(name) for name in weights]
     if validation_split is not None and not reader.rows["valid"]:
@@ -188,39 +176,52 @@ def draw_splits(share: float | None, seed: int) -> Iterator[str]:
         first += size
 
 
-@dataclass(eq=False, kw_only=True)
+class _LengthLimit(NamedTuple):
+    """The largest number of tokens of a row, and what to do with longer rows."""
+
+    max_length: int
+    too_long: str
+
+
+class _Splits(NamedTuple):
+    """The share of training rows to validate on, and the split of each row."""
+
+    validation_share: float | None
+    of_train_rows: Iterator[str]
+
+
 class _Reader:
     """Reads data sets one after the other, and holds the rows of all of them."""
 
-    encoder: Encoder
-    max_length: int
-    too_long: str
-    stream: bool
-    separates_pairs: bool  # whether each completion of a pair is a row by itself
-    validation_split: float | None
-    train_splits: Iterator[str]
-    rows: dict[str, Any] = field(default_factory=lambda: {x: [] for x in _SPLITS})
-    examples: dict[str, list[Example]] = field(
-        default_factory=lambda: {x: [] for x in _SPLITS}
-    )
-    kinds: dict[str, None] = field(default_factory=dict)  # in order of appearance
-    notes: list[str] = field(default_factory=list)
-    hasher: Any = field(default_factory=hashlib.sha256)
-    num_straddling: int = 0
-    num_targets: int = 0  # of training rows, like `num_tokens`
-    num_tokens: int = 0
-
-    def __post_init__(self):
-        if self.stream:
+    def __init__(
+        self,
+        encoder: Encoder,
+        limit: _LengthLimit,
+        splits: _Splits,
+        stream: bool,
+        separates_pairs: bool,
+    ):
+        self._encoder, self._limit, self._splits = encoder, limit, splits
+        # `separates_pairs`: whether each completion of a pair is a row by itself.
+        self._stream, self._separates_pairs = stream, separates_pairs
+        self.rows: dict[str, Any] = {split: [] for split in _SPLITS}
+        self.examples: dict[str, list[Example]] = {split: [] for split in _SPLITS}
+        if stream:
             self.rows["train"] = StreamedRows()
+        self.kinds: dict[str, None] = {}  # in order of appearance
+        self.notes: list[str] = []
+        self.hasher = hashlib.sha256()
+        self.num_straddling = 0  # rows with a token of both prompt and answer
+        self.num_targets = self.num_tokens = 0  # of training rows
 
     def read(self, name: str) -> int:
         """Reads all splits of a data set, and returns its number of training rows."""
         sources = find_sources(name, self.notes)
-        if self.validation_split is not None and "valid" in sources:
+        share = self._splits.validation_share
+        if share is not None and "valid" in sources:
             raise ValueError(
                 "`validation_split` must be left out for data with validation rows. "
-                f"Got {self.validation_split}, and {sources['valid'].name}."
+                f"Got {share}, and {sources['valid'].name}."
             )
         old_count = len(self.rows["train"])
         kinds = {split: self._read_split(split, sources[split]) for split in sources}
@@ -229,22 +230,26 @@ class _Reader:
         self.kinds |= dict.fromkeys(kinds.values())
         count = len(self.rows["train"]) - old_count
         if not count:
-            raise ValueError(_NO_ROWS.format(self.validation_split, name, "train on"))
+            raise ValueError(_NO_ROWS.format(share, name, "train on"))
         return count
 
     def _read_split(self, split: str, source: Source) -> str:
-        """Reads the rows of a split, and returns their kind."""
+        # Reads the rows of a split, and returns their kind.
         file = None
-        if self.stream and split == "train":
+        if self._stream and split == "train":
             # Not a method: the rows would refer to this reader, and the reader to the
             # rows, so that temporary files would outlive the data set.
-            settings = self.encoder, self.max_length, self.too_long
-            file = JsonLines(source.name, functools.partial(_encode_pieces, *settings))
+            encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
+            file = JsonLines(source.name, encode)
             source = file.source
-        too_long = "split" if source.is_text else self.too_long
-        cutter, kind = _Cutter(source.name, self.max_length, too_long), ""
-        splits = self.train_splits if split == "train" else itertools.repeat(split)
-        for row_split, kind, encoded in _encode_rows(source, self.encoder, splits):
+        limit = (
+            self._limit._replace(too_long="split") if source.is_text else self._limit
+        )
+        cutter, kind = _Cutter(source.name, limit), ""
+        splits = itertools.repeat(split)
+        if split == "train":
+            splits = self._splits.of_train_rows
+        for row_split, kind, encoded in _encode_rows(source, self._encoder, splits):
             # Each piece of a long text is a row, and draws a split of its own.
             piece_splits = itertools.chain([row_split], splits)
             self._add(cutter.cut(kind, encoded), piece_splits, file)
@@ -266,7 +271,7 @@ class _Reader:
                 self.num_tokens += sum(len(x.ids) for x in row.sequences)
             if file is not None and split == "train":
                 self.rows[split].add(file, index, row)
-            elif self.separates_pairs:
+            elif self._separates_pairs:
                 self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
             else:
                 self.rows[split].append(row)
@@ -284,7 +289,7 @@ class _Reader:
     def all_notes(self) -> tuple[str, ...]:
         """Returns the notes on data sets, unused keys and straddling tokens."""
         notes = [*self.notes]
-        if unused := self.encoder.unused:
+        if unused := self._encoder.unused:
             notes.append(f"ignored keys of rows: {', '.join(unused)}")
         if self.num_straddling:
             notes.append(
@@ -333,13 +338,11 @@ def read_rows(
 def _encode_rows(
     source: Source, encoder: Encoder, splits: Iterator[str]
 ) -> Iterator[tuple[str, str, Encoded]]:
-    """Yields the split, the kind and the tokens of each row, and rejects bad rows.
-
-    Rows of other splits than "train" have examples.
-    """
+    # Yields the split, the kind and the tokens of each row. Rows of other splits than
+    # "train" have examples. Wrong rows are rejected together, at the end.
     kind = None  # that of the first row, which all rows must have
 
-    def encode(number: int, raw: Any) -> tuple[str, str, Encoded]:
+    def encode(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
         return split, *encoder.encode(raw, kind, place, split != "train")
 
@@ -380,8 +383,8 @@ def cut_row(
 class _Cutter:
     """Cuts the rows of a source that are too long, and counts them."""
 
-    def __init__(self, name: str, max_length: int, too_long: str):
-        self._name, self._max_length, self._too_long = name, max_length, too_long
+    def __init__(self, name: str, limit: _LengthLimit):
+        self._name, (self._max_length, self._too_long) = name, limit
         self._num_rows = self._num_pieces = self._num_long = self._longest = 0
         self._refused: list[str] = []  # the places of rows that are too long
         self._untrained: list[str] = []  # the places of rows without a target

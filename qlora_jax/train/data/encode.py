@@ -182,9 +182,7 @@ class Encoder:
         ids = self._check_ids("the ids of its text", ids)
         return Row(ids, ids, place)
 
-    def _encode_preference(
-        self, fields: Fields, place: str, with_example: bool
-    ) -> Encoded:
+    def _encode_preference(self, fields, place, with_example) -> Encoded:
         encoded = []
         for name, is_good, completion in find_completions(fields):
             try:
@@ -204,14 +202,9 @@ class Encoder:
         straddles = any(x.straddles for x in encoded)
         return encoded[0]._replace(row=row, straddles=straddles)
 
-    def _encode_answers(
-        self, fields: Fields, place: str, with_example: bool
-    ) -> Encoded:
-        """Encodes messages, or a prompt and a completion.
-
-        The text is tokenized as a whole, as the model will see it. The targets are the
-        tokens that cover characters of the answers.
-        """
+    def _encode_answers(self, fields, place, with_example) -> Encoded:
+        # The text is tokenized as a whole, as the model will see it: pieces of it could
+        # have other tokens. Targets are the tokens that cover characters of answers.
         marked = self._mark_answers(fields)
         tokens = self._tokenize(marked.text, marked.is_rendered)
         is_target, answer, straddles = self._find_targets(tokens, marked)
@@ -244,7 +237,6 @@ class Encoder:
     def _render(
         self, groups: Mapping[str, Sequence[Message]], tools: Sequence[Any] | None
     ) -> Marked:
-        """Renders the messages of a row, by their names, and finds the answers."""
         chat = self.tokenizer.chat
         chat.check_roles(groups, tools)
         # 1. Remove `weight` and `train`, and adapt contents to the template.
@@ -261,13 +253,12 @@ class Encoder:
             )
         messages = chat.adapt_contents([message for message, _ in pairs], tools)
         # 2. Render, and check that the text has all parts of the row.
-        rendering, remaining = chat.render(messages, tools), iter(messages)
+        rendering, iterator = chat.render(messages, tools), iter(messages)
         row: dict[str, Any] = {
-            name: [*itertools.islice(remaining, len(group))]
-            for name, group in groups.items()
+            name: [next(iterator) for _ in groups[name]] for name in groups
         }
 
-        def render_variant(row: dict[str, Any]) -> str:
+        def render_variant(row):
             parts = [group for name, group in row.items() if name != "tools"]
             return chat.render([*itertools.chain(*parts)], row.get("tools")).text
 
@@ -306,10 +297,8 @@ class Encoder:
     def _find_targets(
         self, tokens: _Tokens, marked: Marked
     ) -> tuple[np.ndarray, list[int], bool]:
-        """Returns the mask of targets, the last answer, and whether a token straddles.
-
-        A token straddles if it covers both the end of a prompt and part of its answer.
-        """
+        # Returns the mask of targets, the last answer, and whether a token straddles:
+        # covers both the end of a prompt and the start of its answer.
         ids, starts, ends, added = tokens
         is_target, straddles = np.zeros(len(ids), bool), False
         end_ids = self.tokenizer.end_ids if marked.is_rendered else ()
@@ -337,13 +326,10 @@ class Encoder:
         text = self.tokenizer.decode([x for x in answer if x not in end_ids])
         return Example(ids, text, end_ids)
 
-    def _check_ids(
-        self, name: str, ids: Any, *, allow_ignored: bool = False
-    ) -> np.ndarray:
+    def _check_ids(self, name: str, ids: Any, allow_ignored=False) -> np.ndarray:
         allowed = (IGNORED,) if allow_ignored else ()
 
-        def is_id(x: Any) -> bool:
-            # `type(x) is int` excludes booleans.
+        def is_id(x):  # `type(x) is int` excludes booleans
             return type(x) is int and (0 <= x < self.vocab_size or x in allowed)
 
         wrong = [x for x in ids if not is_id(x)] if isinstance(ids, list) else [ids]

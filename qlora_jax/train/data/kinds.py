@@ -107,7 +107,7 @@ def find_fields(
 
 
 def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    """Rejects pairs for sft, unless `keys` says which completion to train on."""
+    # In sft, `keys` must say which completion of a pair to train on.
     required = PAIRS["preference"].required
     has_pair = all(row.get(key) is not None for key in required)
     if has_pair and not {*required} & {*keys.values()}:
@@ -119,7 +119,7 @@ def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
 
 
 def _check_no_label(kind: str, label: Any) -> None:
-    """Rejects KTO labels for sft. Other labels, such as topics, are ignored."""
+    # Labels of other kinds, such as topics, are ignored.
     if kind not in ("text", "input_ids") and str(label).lower() in _LABELS:
         raise ValueError(
             "rows with a `label` of true or false need `--objective kto`: sft would "
@@ -188,7 +188,7 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
 def _find_completion(
     kind: str, values: Mapping[str, Any], is_chat: bool
 ) -> tuple[Any, Any]:
-    """Returns a prompt and a completion, each a text or messages."""
+    # The prompt and the completion are both texts, or both lists of messages.
     if kind != "alpaca":
         prompt, completion = values["prompt"], values["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -207,7 +207,7 @@ def _find_completion(
 
 
 def _to_message(name: str, index: int, turn: Any) -> Any:
-    """Converts a turn of ShareGPT to a message. Messages and wrong values stay."""
+    # Messages stay as they are. So do wrong values, which `_check_messages` rejects.
     if not isinstance(turn, dict) or "role" in turn or "from" not in turn:
         return turn
     if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT_ROLES:
@@ -271,7 +271,7 @@ def split_trained(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], b
 
 
 def _is_placeholder(part: dict[str, Any]) -> bool:
-    """Whether a part only marks the place of an image or a sound."""
+    # Data sets mark the place of an image or a sound by a part without any content.
     has_value = any(part[key] for key in part if key != "type")
     return part.get("type") != "text" and not has_value
 
@@ -318,10 +318,8 @@ def find_completions(fields: Fields) -> list[tuple[str, bool, Fields]]:
 
 
 def _split_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
-    """Returns a kind, a prompt and two completions.
-
-    Without a separate prompt, the prompt is the longest common beginning.
-    """
+    # Returns a kind, a prompt and two completions. Without a prompt of its own, a row
+    # has the longest common beginning of the completions as its prompt.
     prompt, chosen, rejected = (values[x] for x in ("prompt", "chosen", "rejected"))
     if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
         raise ValueError("`chosen` and `rejected` must both be text or messages.")

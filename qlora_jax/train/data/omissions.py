@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Path = tuple[str | int, ...]
+Render = Callable[[dict[str, Any]], str]  # renders a row
 _MIN_UNIQUE = 12  # characters: more than a date, which a template may add by itself
 _MAX_TRIALS = 32  # characters that are changed in a value that may be omitted in part
 _REMOVED = object()
@@ -24,7 +25,7 @@ _OPAQUE_KEYS = {"parameters"}
 
 
 def check_nothing_omitted(
-    render: Callable[[dict[str, Any]], str], row: dict[str, Any], text: str, source: str
+    render: Render, row: dict[str, Any], text: str, source: str
 ) -> None:
     """Rejects a row, which was rendered as `text`, if the template omits a part."""
     search = _Search(render, row, text, source)
@@ -45,13 +46,7 @@ def _dotted(path: Path) -> str:
 class _Search:
     """Finds the omitted parts of a row."""
 
-    def __init__(
-        self,
-        render: Callable[[dict[str, Any]], str],
-        row: dict[str, Any],
-        text: str,
-        source: str,
-    ):
+    def __init__(self, render: Render, row: dict[str, Any], text: str, source: str):
         self.render, self.row, self.text = render, row, text
         # Texts are compared without white space, which templates often change.
         self.dense_text, self.dense_source = (
@@ -87,14 +82,13 @@ class _Search:
         )
 
     def _is_same_with(self, path: Path, value: Any) -> bool:
-        """Whether the text is the same with another value at a path."""
         try:
             return self.render(_replace(self.row, path, value)) == self.text
         except ValueError:  # the template needs the value
             return False
 
     def _is_partly_omitted(self, path: Path, value: Any) -> bool:
-        """Whether a character of a value can change while the text stays the same."""
+        # Whether a character of a value can change while the text stays the same.
         forms = _dense_forms(value)
         if not isinstance(value, str) or any(x in self.dense_text for x in forms):
             return False
@@ -103,10 +97,10 @@ class _Search:
         indices = [i for i, x in enumerate(value) if not x.isspace()]
         letters, size = _without_space(value), len(indices)
 
-        def lacks_prefix(n: int) -> bool:
+        def lacks_prefix(n):
             return letters[: n + 1] not in self.dense_text
 
-        def lacks_suffix(n: int) -> bool:
+        def lacks_suffix(n):
             return letters[size - n - 1 :] not in self.dense_text
 
         prefix = bisect.bisect(range(size), 0, key=lacks_prefix)
@@ -120,17 +114,16 @@ class _Search:
 
 
 def _redundant_paths(row: dict[str, Any]) -> Iterator[Path]:
-    """Yields the keys of tool results that name a call which their order names too."""
+    # Tool results name their call by its id or function. If the order of the messages
+    # tells the same, templates need not write these keys.
     calls: list[dict[str, Any]] = []  # those that still wait for a result
     for name, messages in row.items():
         for index, message in enumerate([] if name == "tools" else messages):
             if message["role"] == "tool":
                 call = calls.pop(0) if calls else {}
                 function = {**call, **call.get("function", {})}
-                expected = {
-                    "tool_call_id": call.get("id"),
-                    "name": function.get("name"),
-                }
+                name_of_call = function.get("name")
+                expected = {"tool_call_id": call.get("id"), "name": name_of_call}
                 if all(message.get(key) in (None, x) for key, x in expected.items()):
                     yield from ((name, index, key) for key in expected)
             elif message.get("tool_calls"):
@@ -142,7 +135,6 @@ def _is_empty(value: Any) -> bool:
 
 
 def _part_keys(value: Any, path: Path) -> list[Any]:
-    """Returns the keys of the parts of a value that must be written."""
     if path[-1] in _OPAQUE_KEYS or not isinstance(value, dict | list):
         return []
     if isinstance(value, list):
@@ -153,7 +145,6 @@ def _part_keys(value: Any, path: Path) -> list[Any]:
 
 
 def _replace(row: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
-    """Returns a copy of a row with another value at a path, or with `_REMOVED`."""
     row = copy.deepcopy(row)
     *parents, last = path
     node: Any = functools.reduce(operator.getitem, parents, row)  # type: ignore
@@ -173,6 +164,6 @@ def _to_json(value: Any) -> str:
 
 
 def _dense_forms(value: Any) -> list[str]:
-    """Returns the forms of a value in a text: a string as it is, and last JSON."""
+    # Templates write a string as it is or, inside JSON, with escapes.
     form = _without_space(_to_json(value))
     return [_without_space(value), form[1:-1]] if isinstance(value, str) else [form]

@@ -25,15 +25,11 @@ def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
 
 
 def choose_widths(lengths: np.ndarray) -> np.ndarray:
-    """Returns the fewest widths, at most eight, that leave little padding.
-
-    Dynamic programming over the distinct rounded lengths `widths`. With n widths, of
-    which `widths[j]` is the largest, the sequences up to `widths[j]` take
-
-        cost_n[j] = min over i <= j of cost_(n-1)[i - 1] + count(i to j) * widths[j]
-
-    tokens with padding, where i - 1 is the index of the second largest width.
-    """
+    """Returns the fewest widths, at most eight, that leave little padding."""
+    # Dynamic programming over the distinct rounded lengths `widths`. With n widths, of
+    # which widths[j] is the largest, the sequences up to widths[j] take
+    #     cost_n[j] = min over i <= j of cost_(n-1)[i - 1] + count(i to j) * widths[j]
+    # tokens with padding, where i - 1 is the index of the second largest width.
     widths, counts = np.unique(round_up(lengths), return_counts=True)
     num_tokens = lengths.sum()
     num_up_to = np.concatenate([[0], np.cumsum(counts)])  # sequences below `widths[j]`
@@ -108,10 +104,7 @@ class ShuffledOrder:
 
 
 class PackedOrder:
-    """Packs of rows, in a new order each epoch, without an end.
-
-    An epoch has each row once.
-    """
+    """Packs of rows, in a new order each epoch, which has each row once."""
 
     def __init__(self, lengths: np.ndarray, capacity: int, seed: int, first: int = 0):
         # Each epoch packs the same lengths, so that it has the same number of packs.
@@ -133,7 +126,7 @@ class PackedOrder:
         return rows[self._packs[packs[position]]]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns row indices by falling length, ties in random order, and packs."""
+        # The row indices by falling length, with ties in random order, and the packs.
         generator = np.random.default_rng([self._seed, epoch])
         shuffled = generator.permutation(len(self._lengths))
         rows = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
@@ -141,11 +134,7 @@ class PackedOrder:
 
 
 class SimilarLengths:
-    """Batches of rows of similar length, from an order of single rows.
-
-    The order is cut into windows. A window is sorted by length and cut into batches,
-    which are shuffled.
-    """
+    """Batches of rows of similar length, from an order of single rows."""
 
     def __init__(
         self,
@@ -167,6 +156,8 @@ class SimilarLengths:
         return [*self._batches(window)[position].reshape(-1, 1)]
 
     def _cut_window(self, window: int) -> list[np.ndarray]:
+        # The order is cut into windows. A window is sorted by length and cut into
+        # batches, which are shuffled.
         size, start = self._batch_size, window * self._window * self._batch_size
         stop = min(start + self._window * size, self._count or sys.maxsize)
         rows = np.array([self._order[i] for i in range(start, stop)])

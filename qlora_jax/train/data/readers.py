@@ -131,7 +131,7 @@ def _check_object(row: Any) -> Any:
 
 
 def _read_csv(file: BinaryIO) -> Rows:
-    """Yields a dict of texts for each record. The first record names the columns."""
+    # The first record names the columns.
     reader = csv.reader(_decode_lines(file), strict=True)
     names = _next_record(reader) or []
     if len({*names}) < len(names):

@@ -56,7 +56,7 @@ class Template:
 
 
 def _call_guarded(function: Callable[[], T]) -> T:
-    """Turns the errors of Jinja into errors of the model or of the row."""
+    # A broken template is an error of the model, others are errors of a row.
     try:
         return function()
     except exceptions.SecurityError as error:
@@ -75,7 +75,7 @@ def _call_guarded(function: Callable[[], T]) -> T:
 
 
 def _find_marks(marked_text: str) -> Rendering:
-    """Removes the marks of answers from a text, and returns their positions."""
+    # Removes the marks from a text, and returns the positions of answers without them.
     parts, answers, length = [], [], 0
     for index, piece in enumerate(marked_text.split(_START)):
         # The first piece is before all answers. Each later one is an answer, an end

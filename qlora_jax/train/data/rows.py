@@ -144,7 +144,7 @@ def _assign_splits(
     existing: Collection[str],
     notes: list[str],
 ) -> dict[str, str]:
-    """Returns the name of the file or hub split for each split."""
+    # Returns the name of the file or of the hub's split for each of our splits.
     splits = {}
     for split, allowed in SPLITS.items():
         names = [name for name, stem in stems.items() if stem in allowed]
@@ -204,7 +204,7 @@ def sources_of(
 ) -> dict[str, Source]:
     """Returns the splits of a `datasets.DatasetDict`."""
 
-    def rows(hub_split: str) -> Rows:
+    def rows(hub_split):
         for index, row in enumerate(splits[hub_split]):
             yield index, without_none(row)
 
