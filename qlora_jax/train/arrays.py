@@ -33,11 +33,9 @@ def put_on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
 def with_shardings(
     shapes: PyTree, sharded: PyTree, default: jax.ShapeDtypeStruct
 ) -> PyTree:
-    """Returns `shapes` with the shardings of `sharded`.
+    """Returns `shapes` with the shardings of `sharded`."""
 
-    Where `sharded` has None, the shape is replicated over the devices of `default`.
-    """
-
+    # Where `sharded` has None, the shape is replicated over the devices of `default`.
     def add_sharding(leaf, template):
         sharding = (default if template is None else template).sharding
         if template is None and isinstance(sharding, NamedSharding):

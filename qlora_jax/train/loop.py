@@ -172,11 +172,9 @@ def drive(
     step: Callable[[list[State], list[Batch]], Sequence[tuple[State, Report]]],
     on_error: Callable[[int, FloatingPointError], object] | None = None,
 ) -> list[Any]:
-    """Trains runs with the same batches side by side, and returns their last states.
-
-    If a run fails because of NaN, its state is None, the other runs continue, and
-    `on_error` is called with its index. Without `on_error`, the error is raised.
-    """
+    """Trains runs with the same batches side by side, and returns their last states."""
+    # If a run fails because of NaN, its state is None, the other runs continue, and
+    # `on_error` is called with its index. Without `on_error`, the error is raised.
     # The joint step is compiled for all runs. One that has failed or finished leaves
     # `live`, but its state is still updated, without an effect.
     live, batches = {*range(len(runs))}, []

@@ -26,14 +26,13 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
 
     Args:
         model: A decoder of `qlora_jax.models`, wrapped by `qlora_jax.linen.wrap`.
-        balance: The factor of the loss that balances the load of experts,
-            `router_aux_loss_coef` in transformers. It is added to the mean over the
-            target tokens.
+        balance: The factor of the loss that balances the load of experts, which is
+            added to the mean loss. In transformers: `router_aux_loss_coef`.
 
     Returns:
-        A function of the lora tree, the base tree, a `Batch` and a PRNG key for the
-        dropout of the adapters, or None. It returns the sum of the losses of the target
-        tokens, in nats, and their number. Inside it, explicit mesh axes become Auto.
+        A function of the lora tree, the base tree, a `Batch`, and a PRNG key for
+        dropout or None. It returns the sum of the losses of the target tokens, in
+        nats, and their number. Inside it, explicit mesh axes become Auto.
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql
@@ -229,11 +228,9 @@ def _in_auto_axes(loss: Loss) -> Loss:
 
 
 def token_losses(model: Any) -> Callable[..., Any]:
-    """Returns the function of the cross entropies of a batch's targets, `[B, P]`.
+    """Returns the function of the cross entropies of a batch's targets, `[B, P]`."""
 
-    If `mutable` names collections, the function returns them too.
-    """
-
+    # If `mutable` names collections, the function returns them too.
     def compute_token_losses(lora, base, batch, dropout_key, mutable=False):
         result = model.apply(
             {"params": base, "lora": lora},

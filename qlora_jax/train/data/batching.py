@@ -4,20 +4,12 @@ import importlib
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from . import ordering
 from .encode import IGNORED, Row
-from .ordering import (
-    MAX_WIDTHS,
-    Order,
-    PackedOrder,
-    ShuffledOrder,
-    SimilarLengths,
-    choose_widths,
-    round_up,
-)
 from .rows import StreamedRows
 
 if TYPE_CHECKING:
@@ -166,18 +158,18 @@ class _Padded:
 
     def __init__(self, rows: Sequence[Row], sizes: Sizes, max_length: int):
         self.max_length, (lengths, num_targets) = max_length, sizes
-        self.choices = choose_widths(lengths)
+        self.choices = ordering.choose_widths(lengths)
         if _is_labelled(rows[0]):
             # The prompt of a row is combined with the completion of another one, which
             # may be longer than the completion of the row.
             prompt = max(row.start for row in rows)
             completion = max(len(row.ids) - row.start for row in rows)
-            widest = int(round_up(min(prompt + completion, max_length)))
+            widest = int(ordering.round_up(min(prompt + completion, max_length)))
             self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
         self.widths = self.choices[np.searchsorted(self.choices, lengths)]
         # One number of targets for each width, so that there are as many shapes.
         self.num_targets = {
-            int(width): int(round_up(num_targets[self.widths <= width].max()))
+            int(width): int(ordering.round_up(num_targets[self.widths <= width].max()))
             for width in self.choices
         }
 
@@ -197,10 +189,10 @@ class _Padded:
         mismatched = map(self._mismatch, rows, rows[-1:] + rows[:-1])
         return [*itertools.chain(*zip(rows, mismatched, strict=True))]
 
-    def _mismatch(self, row: Row, other: Row) -> Row:
-        ids = np.concatenate([row.ids[: row.start], other.ids[other.start :]])
+    def _mismatch(self, row: Row, previous: Row) -> Row:
+        ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
         untrained = np.full_like(row.ids[: row.start], IGNORED)
-        labels = np.concatenate([untrained, other.labels[other.start :]])
+        labels = np.concatenate([untrained, previous.labels[previous.start :]])
         mismatched = row._replace(ids=ids, labels=labels, label=False)
         return mismatched.truncated(self.max_length)
 
@@ -209,13 +201,13 @@ class _Packed:
     """The shapes of packed batches: one width, and few numbers of targets."""
 
     def __init__(self, longest: int, sequences: int):
-        self.sequences, self.width = sequences, int(round_up(longest))
-        self.step = int(round_up(-(-self.width // MAX_WIDTHS)))
+        self.sequences, self.width = sequences, int(ordering.round_up(longest))
+        self.step = int(ordering.round_up(-(-self.width // ordering.MAX_WIDTHS)))
 
     def collate(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
         rows = [[x for row in group for x in row.sequences] for group in groups]
         most = max(sum(row.num_trained for row in group) for group in rows)
-        num_targets = int(round_up(most, self.step))
+        num_targets = int(ordering.round_up(most, self.step))
         return collate(rows, size, self.width, num_targets, self.sequences)
 
 
@@ -270,19 +262,19 @@ class _Source:
             )
         self.rows, self.batch_size = rows, batch_size
         # 1. The order of the rows, or packs of rows, of each data set.
-        orders: list[ShuffledOrder | PackedOrder] = []
+        orders: list[ordering.ShuffledOrder | ordering.PackedOrder] = []
         bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
         for order_seed, (first, last) in enumerate(bounds, seed):
             part = lengths[first:last]
             if packing:
-                orders.append(PackedOrder(part, max_length, order_seed, first))
+                orders.append(ordering.PackedOrder(part, max_length, order_seed, first))
             else:
-                orders.append(ShuffledOrder(len(part), order_seed, first))
+                orders.append(ordering.ShuffledOrder(len(part), order_seed, first))
         # 2. The mixture of these orders. `count` is the number of its entries, until
         # the data set that ends first would start again.
         epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
         self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
-        self.order: Order = orders[0]
+        self.order: Sequence[Any] = orders[0]
         window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
         if mix:
             dataset = importlib.import_module("grain").MapDataset
@@ -290,16 +282,16 @@ class _Source:
             window = min(window, _MAX_WINDOW)
         # 3. The shapes of batches, and for padded ones batches of similar lengths.
         self.layout: _Packed | _Padded
-        self.similar: SimilarLengths | None = None
+        self.similar: ordering.SimilarLengths | None = None
         if packing:
-            packs = [x for x in orders if isinstance(x, PackedOrder)]
+            packs = [x for x in orders if isinstance(x, ordering.PackedOrder)]
             has_pairs = rows[0].label is not None
             sequences = 2 * max(x.most_rows for x in packs) * has_pairs
             self.layout = _Packed(max(x.longest for x in packs), sequences)
         else:
             self.layout = _Padded(rows, sizes, max_length)
-            counts = batch_size, window, self.count
-            self.similar = SimilarLengths(self.order, self.layout.widths, *counts, seed)
+            settings = self.layout.widths, batch_size, window, self.count, seed
+            self.similar = ordering.SimilarLengths(self.order, *settings)
 
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)

@@ -256,10 +256,8 @@ class Chat:
     def check_roles(
         self, row: Mapping[str, Sequence[Message]], tools: Sequence[Any] | None
     ) -> None:
-        """Rejects roles that the template would write, but does not name.
-
-        `row` has the messages by their names in error messages.
-        """
+        """Rejects roles that the template would write, but does not name."""
+        # `row` has the messages by their names in error messages.
         allowed = {*_ROLES, *self.template(tools).literals}
         if unknown := [
             f"{message['role']!r} in `{name}[{index}]`"

@@ -160,10 +160,8 @@ _NO_ROWS = (
 
 
 def draw_splits(share: float | None, seed: int) -> Iterator[str]:
-    """Yields the split of each row. One of every `1 / share` rows is for validation.
-
-    The share is therefore exact to within one row, whatever the number of rows.
-    """
+    """Yields the split of each row. One of every `1 / share` rows is for validation."""
+    # The share is therefore exact to within one row, whatever the number of rows.
     if share is None:
         yield from itertools.repeat("train")
         return
@@ -242,9 +240,8 @@ class _Reader:
             encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
             file = JsonLines(source.name, encode)
             source = file.source
-        limit = (
-            self._limit._replace(too_long="split") if source.is_text else self._limit
-        )
+        too_long = "split" if source.is_text else self._limit.too_long
+        limit = self._limit._replace(too_long=too_long)
         cutter, kind = _Cutter(source.name, limit), ""
         splits = itertools.repeat(split)
         if split == "train":

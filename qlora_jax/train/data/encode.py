@@ -6,20 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import kinds
 from .chat_tokenizer import Marked, Message, Tokenizer
-from .kinds import (
-    KINDS,
-    LABELLED,
-    PAIRS,
-    Fields,
-    check_keys,
-    check_text,
-    find_completions,
-    find_fields,
-    find_messages,
-    kinds_for,
-    split_trained,
-)
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
@@ -139,15 +127,16 @@ class Encoder:
                 f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
-        self.kinds, self.chat, self.ends_text = kinds_for(objective), chat, ends_text
-        self.keys = check_keys(keys, self.kinds)
+        self.chat, self.ends_text = chat, ends_text
+        self.kinds = kinds.kinds_for(objective)
+        self.keys = kinds.check_keys(keys, self.kinds)
         self.unused: dict[str, None] = {}  # the unused keys so far, in order
 
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
     ) -> tuple[str, Encoded]:
         """Returns the kind of a row, which must be `kind` if not None, and the row."""
-        fields = find_fields(raw, self.keys, self.kinds)
+        fields = kinds.find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
                 f"the row must be of the kind of the first row, {kind}. Got "
@@ -158,13 +147,13 @@ class Encoder:
             encoded = Encoded(self._encode_ids(fields, place))
         elif fields.kind == "text":
             encoded = Encoded(self._encode_text(fields, place))
-        elif fields.kind in PAIRS | LABELLED:
+        elif fields.kind in kinds.PAIRS | kinds.LABELLED:
             encoded = self._encode_preference(fields, place, with_example)
         else:
             encoded = self._encode_answers(fields, place, with_example)
         return fields.kind, encoded
 
-    def _encode_ids(self, fields: Fields, place: str) -> Row:
+    def _encode_ids(self, fields: kinds.Fields, place: str) -> Row:
         ids = self._check_ids("input_ids", fields.values["input_ids"])
         labels = ids
         if fields.values["labels"] is not None:
@@ -174,8 +163,8 @@ class Encoder:
             raise ValueError(f"the row must have {len(ids)} labels. Got {len(labels)}.")
         return Row(ids, labels, place)
 
-    def _encode_text(self, fields: Fields, place: str) -> Row:
-        ids = self.tokenizer.encode(check_text("text", fields.values["text"]))
+    def _encode_text(self, fields: kinds.Fields, place: str) -> Row:
+        ids = self.tokenizer.encode(kinds.check_text("text", fields.values["text"]))
         eos = self.tokenizer.eos_id
         if self.ends_text and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
@@ -184,7 +173,7 @@ class Encoder:
 
     def _encode_preference(self, fields, place, with_example) -> Encoded:
         encoded = []
-        for name, is_good, completion in find_completions(fields):
+        for name, is_good, completion in kinds.find_completions(fields):
             try:
                 x = self._encode_answers(completion, place, with_example and is_good)
             except ModelError:
@@ -221,13 +210,13 @@ class Encoder:
             labels = ids
         has_example = with_example and marked.answers
         example = self._make_example(marked, answer) if has_example else None
-        start = 0 if self.kinds is KINDS else int(is_target.argmax())
+        start = 0 if self.kinds is kinds.KINDS else int(is_target.argmax())
         return Encoded(Row(ids, labels, place, start), example, straddles)
 
-    def _mark_answers(self, fields: Fields) -> Marked:
+    def _mark_answers(self, fields: kinds.Fields) -> Marked:
         # A pair of texts that were split after their common beginning is not a chat.
         is_chat = self.chat and self.tokenizer.has_template and fields.kind != "text"
-        groups = find_messages(fields, is_chat)
+        groups = kinds.find_messages(fields, is_chat)
         if isinstance(groups, tuple):
             prompt, completion = groups
             text = prompt + completion
@@ -241,7 +230,7 @@ class Encoder:
         chat.check_roles(groups, tools)
         # 1. Remove `weight` and `train`, and adapt contents to the template.
         pairs = [
-            split_trained(f"{name}[{index}]", dict(message))
+            kinds.split_trained(f"{name}[{index}]", dict(message))
             for name, group in groups.items()
             for index, message in enumerate(group)
         ]
@@ -277,7 +266,7 @@ class Encoder:
             raise
         except ValueError:
             # To train on all tokens of sft, no answer needs to be found.
-            if self.train_on != "all" or self.kinds is not KINDS:
+            if self.train_on != "all" or self.kinds is not kinds.KINDS:
                 raise
             return Marked(rendering.text, [], True)
 

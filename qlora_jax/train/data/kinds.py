@@ -149,10 +149,8 @@ def _parse_field(name: str, value: Any) -> Any:
 
 
 def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
-    """Returns the messages of a row by the names in error messages, and `tools`.
-
-    Without `is_chat`, a prompt and a completion of strings are returned as they are.
-    """
+    """Returns the messages of a row by the names in error messages, and `tools`."""
+    # Without `is_chat`, a prompt and a completion of strings are returned as they are.
     kind, values, _ = fields
     groups, tools = {}, _check_tools(values.get("tools"))
     # The system prompt comes first, as a message.
@@ -250,10 +248,7 @@ def _check_message(name: str, message: Any) -> None:
 
 
 def split_trained(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Returns a message without `weight` or `train`, and whether it may be trained.
-
-    Only messages of the assistant may have a `weight` of 1 or `train: true`.
-    """
+    """Returns a message without `weight` or `train`, and whether it may be trained."""
     weights = {key: message[key] for key in _TRAIN_KEYS if message.get(key) is not None}
     message = {key: x for key, x in message.items() if key not in _TRAIN_KEYS}
     values = [*weights.values()]

@@ -3,20 +3,13 @@
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 MULTIPLE = 8  # widths are multiples of this number of tokens
 MAX_WIDTHS = 8  # each width is compiled as a program of its own
 _PADDING = 0.05  # the share of padding that is not worth another program
-
-
-class Order(Protocol):
-    """An endless sequence of row indices."""
-
-    def __getitem__(self, index: int) -> Any:
-        """Returns one row index, or the row indices of a pack."""
 
 
 def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
@@ -55,11 +48,10 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs lengths, in falling order, and returns the indices in each pack.
-
-    Best-fit decreasing uses at most 11/9 of the fewest packs, plus 4: Johnson et al.,
-    "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974.
-    """
+    """Packs lengths, in falling order, and returns the indices in each pack."""
+    # Best-fit decreasing uses at most 11/9 of the fewest packs, plus 4: Johnson et al.,
+    # "Worst-case performance bounds for simple one-dimensional packing algorithms",
+    # 1974.
     packs: list[list[int]] = []
     packs_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     # Bit r is set if a pack has room for r tokens, which finds the best fit without a
@@ -81,7 +73,7 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-class ShuffledOrder:
+class ShuffledOrder(Sequence[Any]):
     """Single rows, in a new order each epoch, without an end."""
 
     def __init__(self, count: int, seed: int, first: int = 0):
@@ -94,7 +86,7 @@ class ShuffledOrder:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: Any) -> np.ndarray:
         epoch, position = divmod(index, self.epoch)
         return self._permutation(epoch)[position]
 
@@ -103,7 +95,7 @@ class ShuffledOrder:
         return self._first + generator.permutation(self.epoch)
 
 
-class PackedOrder:
+class PackedOrder(Sequence[Any]):
     """Packs of rows, in a new order each epoch, which has each row once."""
 
     def __init__(self, lengths: np.ndarray, capacity: int, seed: int, first: int = 0):
@@ -120,7 +112,7 @@ class PackedOrder:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: Any) -> np.ndarray:
         epoch, position = divmod(index, self.epoch)
         rows, packs = self._permutation(epoch)
         return rows[self._packs[packs[position]]]
@@ -138,7 +130,7 @@ class SimilarLengths:
 
     def __init__(
         self,
-        order: Order,
+        order: Sequence[Any],
         widths: np.ndarray,
         batch_size: int,
         window: int,

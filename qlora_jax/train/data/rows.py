@@ -14,18 +14,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..._jax.progress import progress_bar
+from . import readers
 from .model_files import ModelError
-from .readers import (
-    FILES,
-    Rows,
-    describe_path,
-    file_stamp,
-    open_rows,
-    read_jsonl,
-    rows_of,
-    split_name,
-    without_none,
-)
+from .readers import FILES, Rows, describe_path, split_name
 
 if TYPE_CHECKING:
     from .encode import Encoded, Row
@@ -51,11 +42,9 @@ class Source(NamedTuple):
 
 
 def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
-    """Yields `convert(number, row)` for each row, and at the end rejects bad rows.
-
-    A `ModelError` is raised at once. Other errors of `convert` and of the file are
-    collected, since a user wants to mend all of them together.
-    """
+    """Yields `convert(number, row)` for each row, and at the end rejects bad rows."""
+    # A `ModelError` is raised at once. Other errors are collected, since a user wants
+    # to fix all of them together.
     errors: dict[
         str, tuple[Exception, list[int]]
     ] = {}  # the first, and all row numbers
@@ -95,17 +84,14 @@ def listing(lines: list[str]) -> str:
 
 
 def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, float]:
-    """Returns data sets and their weights, also from "a.jsonl=0.7,b=0.3".
-
-    A single data set has the weight 1.
-    """
+    """Returns data sets and their weights, also from "a.jsonl=0.7,b=0.3"."""
     if isinstance(data, Mapping):
         parts = [*data.items()]
     else:
         pairs = [part.rpartition("=") for part in str(data).split(",")]
         # A path may contain commas and equals signs.
         if pathlib.Path(data).exists() or not all(name for name, *_ in pairs):
-            return {str(data): 1.0}
+            return {str(data): 1.0}  # a single data set
         parts = [(name.strip(), weight) for name, _, weight in pairs]
     try:
         weights = {name: float(weight) for name, weight in parts}
@@ -121,10 +107,8 @@ def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, fl
 
 
 def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
-    """Returns the splits of a file ("train"), a folder, or a data set on the hub.
-
-    A path that exists is never taken for a hub id. Ignored files are added to `notes`.
-    """
+    """Returns the splits of a file ("train"), a folder, or a data set on the hub."""
+    # A path that exists is never taken for a hub id. Ignored files go into `notes`.
     path = pathlib.Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
@@ -172,12 +156,11 @@ def open_file(path: str | pathlib.Path, option: str = "data") -> Source:
     path = pathlib.Path(path)
     name = split_name(path) if path.is_file() else None
     if name is None:
-        others = ", a folder with a file named train, or the id of a hub data set"
-        raise ValueError(
-            f"`{option}` must be a file ({FILES}){others * (option == 'data')}. Got "
-            f"{describe_path(path)}."
-        )
-    unit, rows = open_rows(path, name)
+        expected = f"a file ({FILES})"
+        if option == "data":
+            expected += ", a folder with a file named train, or the id of a data set"
+        raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
+    unit, rows = readers.open_rows(path, name)
     return Source(str(path), unit, rows, name.suffix == ".txt")
 
 
@@ -206,7 +189,7 @@ def sources_of(
 
     def rows(hub_split):
         for index, row in enumerate(splits[hub_split]):
-            yield index, without_none(row)
+            yield index, readers.without_none(row)
 
     hub_splits = _assign_splits({x: x for x in splits}, name, "split", splits, notes)
     return {
@@ -228,7 +211,7 @@ class JsonLines:
                 f"whose rows cannot be read in any order. Got {name}."
             )
         read = self._read_unzipped if parts.is_zipped else self._read
-        self.source = Source(name, "line", rows_of(self.path, parts, read))
+        self.source = Source(name, "line", readers.rows_of(self.path, parts, read))
         # Of the line that was read last: the byte where it begins, and its number.
         self.offset = self.line_number = 0
 
@@ -244,8 +227,8 @@ class JsonLines:
             yield from self._read(copy)
 
     def _read(self, file: BinaryIO) -> Rows:
-        self._stamp = file_stamp(file.fileno())
-        for number, row in read_jsonl(file):
+        self._stamp = readers.file_stamp(file.fileno())
+        for number, row in readers.read_jsonl(file):
             self.line_number = number
             yield number, row
             self.offset = file.tell()
@@ -253,10 +236,10 @@ class JsonLines:
     def read_row(self, offset: int) -> Any:
         """Returns the raw row of the line that begins at a byte."""
         with self.path.open("rb") as file:
-            if file_stamp(file.fileno()) != self._stamp:
+            if readers.file_stamp(file.fileno()) != self._stamp:
                 raise ValueError(f"{self.path} must not change during a run. It did.")
             file.seek(offset)
-            return next(read_jsonl(file))[1]
+            return next(readers.read_jsonl(file))[1]
 
 
 class StreamedRows(Sequence["Row"]):
