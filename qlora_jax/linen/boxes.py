@@ -1,8 +1,9 @@
 """Boxes in `params` that hold packed kernels where modules expect float arrays."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import flax.linen as nn
 import jax
@@ -199,8 +200,8 @@ def _with_experts(
     # `call_with_experts` can trace the call as a function of the float weights.
     def lift(scope_fn: Callable) -> Callable:
         def run_packed(
-            scopes: Callable, repack: Callable, variables: Tree, rngs: Tree, *args: Any
-        ) -> Any:
+            scopes: Callable, repack: Callable, variables: Tree, rngs: Tree, *args: Tree
+        ) -> Tree:
             def call_on_weights(weights: list[Array]) -> tuple:
                 pairs = zip(boxes, weights, strict=True)
                 by_path = {str(box.path): w for box, w in pairs}
@@ -224,20 +225,20 @@ def run_in_float(
     kwargs: dict,
     cls: type[meta.AxisMetadata],
     backend: Backend = None,
-) -> Any:
+) -> Tree:
     """Runs a method on float arrays, which exist only during the call."""
 
     # `jax.checkpoint` makes the backward pass decode the kernels again. Methods with
     # packed experts run their ragged products on the packed weights instead.
-    def run(module: nn.Module, inputs: tuple) -> Any:
+    def run(module: nn.Module, inputs: tuple) -> Tree:
         args, kwargs = inputs
         return getattr(module, method)(*args, **kwargs)
 
     def remat(fn: Callable) -> Callable:
         if isinstance(module, NORMS):
             # Flax unboxes a module's own parameters, but not those of the layer inside.
-            open_all = lambda variables: _open_boxes(variables, cls, cls.unbox)
-            return nn.remat(nn.map_variables(fn, "params", open_all))
+            unbox = functools.partial(_open_boxes, cls=cls, unbox=cls.unbox)
+            return nn.remat(nn.map_variables(fn, "params", unbox))
         boxes = [*boxes_of(module, KernelBox).values()]
         if any(is_experts(*box.parts()[:2]) for box in boxes):
             return _with_experts(fn, boxes, backend)
@@ -248,5 +249,5 @@ def run_in_float(
         is_bound = isinstance(leaf, nn.Module) and leaf.scope is not None
         return is_array(leaf) or is_bound
 
-    split = lambda tree: split_arrays(tree, is_traced)
+    split = functools.partial(split_arrays, is_traced=is_traced)
     return on_arrays(remat, run, (args, kwargs), module, split=split)

@@ -96,9 +96,9 @@ def register(
     rule holds for the process; registering a class again replaces it.
 
     Args:
-        cls: The module class. Its `__call__` computes only the einsum of one input,
-            and may add a parameter named `bias`. The rule also holds for subclasses
-            that inherit `__call__`.
+        cls: The module class. Its `__call__` computes only the einsum of one input, and
+            may add a parameter named `bias`. Subclasses that inherit `__call__` are
+            included.
         kernel: Name of the kernel's parameter, or a function from the module to it.
         einsum: The explicit equation of input and kernel, the name of the attribute or
             argument of `__call__` that holds it, or a function from the module to it.

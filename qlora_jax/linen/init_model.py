@@ -1,7 +1,6 @@
 """`init` for linen models: one abstract trace finds the contracted axes of kernels."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -60,10 +59,10 @@ def init(
     Raises:
         TypeError: If `key` is not a PRNG key, `model` is not a linen module, or
             `config` is not a `QLoRAConfig`.
-        ValueError: As `qlora_jax.init`; and for targets that belong to no module that
-            the call runs, are contracted in several ways, stacked along another axis
-            than 0, transformed by `nn.map_variables`, differentiated by `nn.jvp` or,
-            with dropout, read by their module itself. All are listed. Also if the model
+        ValueError: As `qlora_jax.init`; for targets that belong to no module that the
+            call runs, are contracted in several ways, stacked along another axis than
+            0, transformed by `nn.map_variables`, differentiated by `nn.jvp` or, with
+            dropout, read by their module itself, which are all listed; or if the model
             holds a `QLoRADense`.
 
     Example:
@@ -78,9 +77,10 @@ def init(
     module = linen_module(model)
     check_config(config)
     params = _with_arrays(params)
-    others = other_variables or {}
     # The trace finds the roles of axes, and targets whose module cannot run packed.
-    kinds, problems = trace_kinds(module, params, config, args, kwargs, others)
+    kinds, problems = trace_kinds(
+        module, params, config, args, kwargs, other_variables or {}
+    )
     return init_checked(key, params, config, kinds, problems, donate=donate)
 
 
@@ -98,7 +98,7 @@ def _with_arrays(params: Tree) -> Tree:
 class _Target(meta.AxisMetadata):
     """A box around a targeted parameter during the trace."""
 
-    def __init__(self, value: Any, path: str, recorder: "_Recorder"):
+    def __init__(self, value: Leaf, path: str, recorder: "_Recorder"):
         self.value = value  # the float array
         self.path = path
         self.recorder = recorder
@@ -151,7 +151,7 @@ class _Recorder:
         args: tuple,
         kwargs: dict,
         context: nn.module.InterceptorContext,
-    ) -> Any:
+    ) -> Tree:
         # These branches mirror those of `Interceptor`.
         module = context.module
         if module.scope is None or module.path in self.described:
@@ -265,7 +265,7 @@ def trace_kinds(
     # Flags in the arguments stay Python values, and only arrays are traced.
     arrays, rebuild = split_arrays((variables, args, kwargs))
 
-    def abstract_call(arrays: list) -> Any:
+    def abstract_call(arrays: list) -> Tree:
         variables, args, kwargs = rebuild(arrays)
         values = leaves_by_path(variables["params"])
         recorder.values.update({path: values[path] for path in recorder.kinds})

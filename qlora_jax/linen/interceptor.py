@@ -3,13 +3,12 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import flax.linen as nn
 import jax
 
 from ..adapters.call import adapted_call
-from ..trees.paths import Leaf, refuse_listed
+from ..trees.paths import Leaf, Tree, refuse_listed
 from .boxes import Backend, KernelBox, boxes_of, run_in_float
 from .calls import RULES, call_of
 
@@ -44,7 +43,7 @@ class Interceptor:
         args: tuple,
         kwargs: dict,
         context: nn.module.InterceptorContext,
-    ) -> Any:
+    ) -> Tree:
         """Runs a method of a module."""
         module = context.module
         # 1. Pass on calls without packed kernels, and those inside a call in float.
@@ -77,8 +76,8 @@ class Interceptor:
 
     def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
         # A wrapped model inside this one has kernels that this `apply` did not get.
-        original = lambda box: self.kernels.get(str(box.path), box.kernel)
-        mapped = [b for b in boxes if is_mapped(module, b.kernel, original(b))]
+        pairs = [(box, self.kernels.get(str(box.path), box.kernel)) for box in boxes]
+        mapped = [b for b, original in pairs if is_mapped(module, b.kernel, original)]
         refuse_listed(
             "these kernels must not be packed", [f"{b.path}: {MAPPED}" for b in mapped]
         )

@@ -14,10 +14,10 @@ from .boxes import KernelBox
 def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     """Returns a module's call, on at most `tile` tokens of each sequence at a time.
 
-    Like `qlora_jax.memory.tiled`, for a linen module that is called inside another
-    module. Packed kernels and adapters are moved and gathered once for all tiles.
-    Modules such as `nn.Dropout` get a key for each tile. Parameters have the same names
-    as without tiles.
+    Like `qlora_jax.memory.tiled`, for a linen module inside another module. Packed
+    kernels and adapters are moved and gathered once for all tiles. Modules such as
+    `nn.Dropout` get a key for each tile. Parameters have the same names as without
+    tiles.
 
     Args:
         module: A module inside a compact method, or made in `setup`. It maps an array
@@ -26,8 +26,8 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
         tile: The largest number of tokens in a tile; None for all at once.
 
     Raises:
-        ValueError: If `tile` is not positive. The function raises it if adapters inside
-            have dropout, since all tiles would drop the same entries.
+        ValueError: If `tile` is not positive, or, when the function is called, if
+            adapters inside have dropout, since all tiles would drop the same entries.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql

@@ -82,17 +82,17 @@ class WrappedModel:
         rngs: PRNGKey | RNGSequences | None = None,
         mutable: CollectionFilter = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Tree:
         """Returns the output for packed kernels, as `nn.Module.apply` for float ones.
 
         Args:
             variables: A dict of collections: `"params"` is the base tree or a combined
-                tree; `"lora"` is the lora tree, if it is separate; other collections
-                are those of the model.
+                tree; `"lora"` is the lora tree, if it is separate; others are those of
+                the model.
             *args: Passed to the model.
             rngs: As for the model. The adapters' dropout is active only with a key: as
-                in Flax, the `"dropout"` key, or else the `"params"` key. A single key
-                that is not in a dict is the `"params"` key.
+                in Flax, the `"dropout"` key, or else the `"params"` key, which a single
+                key is.
             mutable: As for the model: if it is not False, a pair of the output and the
                 mutable collections is returned. Kernels and adapters do not change.
             **kwargs: Passed to `nn.Module.apply`.
@@ -102,10 +102,10 @@ class WrappedModel:
             ValueError: If an adapter does not fit its kernel, or the back end is
                 unknown; if `"params"` is missing, or a collection other than `"lora"`
                 holds adapters; if a pattern in `scanned` matches no module with
-                parameters, or a module that no scan slices; if packed kernels are
-                stacked along another axis than 0, transformed by `nn.map_variables`, or
-                differentiated by `nn.jvp`; or if there is dropout for a kernel that its
-                module reads itself.
+                parameters, or one that no scan slices; if packed kernels are stacked
+                along another axis than 0, transformed by `nn.map_variables`, or
+                differentiated by `nn.jvp`; or if a kernel with dropout is read by its
+                module itself.
             NotImplementedError: If the requested back end does not support a product.
 
         Example:
@@ -159,12 +159,10 @@ def _check_collections(collections: Mapping) -> None:
             f"{sorted(collections)}."
         )
     # Adapters elsewhere would be passed to the model, which ignores them.
-    others = {name: tree for name, tree in collections.items() if name != "params"}
-    leaves = {name: leaves_by_path(tree).values() for name, tree in others.items()}
+    names = sorted({*collections} - {"params"})
+    leaves = {name: leaves_by_path(collections[name]).values() for name in names}
     with_adapters = [
-        name
-        for name in sorted(leaves)
-        if any(isinstance(x, Adapter) for x in leaves[name])
+        name for name in names if any(isinstance(x, Adapter) for x in leaves[name])
     ]
     if with_adapters:
         raise ValueError(
@@ -243,14 +241,13 @@ def wrap(
     modules get float weights during their call, which the backward pass decodes again.
     So do `nn.WeightNorm` and `nn.SpectralNorm`, for the layer inside, and
     `nnx.bridge.ToLinen`. In these modules, `jax.lax.ragged_dot` multiplies by packed
-    experts and their adapters directly (`ql.ragged_dot`). Packed kernels do not use a
-    module's `dot_general`.
-
-    A model that is already wrapped is returned unchanged or, if an option is set,
-    wrapped again with the options of this call alone.
+    experts directly (`ql.ragged_dot`). Packed kernels do not use a module's
+    `dot_general`.
 
     Args:
-        model: Any linen model, also with `nn.scan` and `nn.remat`.
+        model: A linen model, also with `nn.scan` and `nn.remat`. A wrapped one is
+            returned unchanged, or wrapped with the options of this call alone if there
+            are any.
         scanned: Pattern, or several, for the full paths of modules under `nn.scan` with
             `variable_axes={"params": 0}`: "layers", "decoder/blocks". The scan passes
             the index of the layer, and products read the layer in the packed stack.

@@ -15,6 +15,7 @@ from ..adapters.base import AdaptedKernel, dropout_keys, replace_arrays
 from ..adapters.config import QLoRAConfig
 from ..linen.init_model import trace_kinds
 from ..linen.wrapped import wrap
+from ..trees.paths import Tree
 from .subclass import subclass
 from .variables import (
     AdapterModule,
@@ -34,13 +35,13 @@ from .variables import (
 def packed_linen(cls: type) -> type:
     """Returns the subclass of a bridge class that runs its linen module packed."""
 
-    def call(self: Any, *args: object, **kwargs: object) -> Any:
+    def call(self: Any, *args: object, **kwargs: object) -> Tree:
         return _run(self, wrap(self.to_nnx__module), args, kwargs)
 
     return subclass(cls, {"__call__": call}, (packed_linen, (cls,)))
 
 
-def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
+def _run(self: Any, linen: object, args: tuple, kwargs: dict) -> Tree:
     # A bridge of the original class runs `linen`, a wrapped model, on the variables of
     # this one, in which the kernels have their adapters.
     bridge = self.qlora_original(linen)
@@ -57,7 +58,7 @@ def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
     return result
 
 
-def _to_linen(holder: Holder, name: str) -> Any:
+def _to_linen(holder: Holder, name: str) -> Tree:
     value = attributes(holder)[name]
     if isinstance(value, dict):
         names = [n for n, x in value.items() if not isinstance(x, AdapterModule)]
@@ -76,7 +77,7 @@ def _to_linen(holder: Holder, name: str) -> Any:
     return nnx.Param(AdaptedKernel(base, lora, key))
 
 
-def _write_back(holder: Holder, name: str, value: Any) -> None:
+def _write_back(holder: Holder, name: str, value: Tree) -> None:
     # Changed entries of a nested collection are merged into a copy of it.
     old = attributes(holder).get(name)
     if isinstance(old, dict) and isinstance(value, dict):
@@ -103,10 +104,10 @@ class _TracedLinen:
     prefix: str  # the path of the bridge
     records: TracedKinds  # filled by `apply`
 
-    def apply(self, variables: Mapping, *args: object, **kwargs: Any) -> Any:
-        others = {name: v for name, v in variables.items() if name != "params"}
-        params = variables["params"]
-        traced = trace_kinds(self.module, params, self.config, args, kwargs, others)
+    def apply(self, variables: Mapping, *args: object, **kwargs: Any) -> Tree:
+        collections = dict(variables)
+        inputs = collections.pop("params"), self.config, args, kwargs, collections
+        traced = trace_kinds(self.module, *inputs)
         for record, by_path in zip(self.records, traced, strict=True):
             record.update({self.prefix + path: text for path, text in by_path.items()})
         return self.module.apply(variables, *args, **kwargs)
@@ -143,7 +144,7 @@ def _recording(
     cls: type, config: QLoRAConfig, prefix: str, records: TracedKinds
 ) -> type:
     # This class exists only during the trace, so it is neither cached nor pickled.
-    def call(self: Any, *args: object, **kwargs: object) -> Any:
+    def call(self: Any, *args: object, **kwargs: object) -> Tree:
         linen = _TracedLinen(self.to_nnx__module, config, prefix, records)
         return _run(self, linen, args, kwargs)
 

@@ -70,7 +70,7 @@ def _einsum(
     einsum_str: str | None = None,
     out_sharding: OutSharding = None,
 ) -> ModuleCall:
-    equation: Any = einsum_str or module.einsum_str
+    equation = einsum_str or module.einsum_str or ""
     return _flax_call(module, equation, inputs, out_sharding)
 
 
@@ -91,7 +91,7 @@ def _general_kinds(module: nnx.LinearGeneral) -> str:
     return "b" * batch + "k" * len(module.axis) + "n" * num_outputs
 
 
-def _is_plain(module: Any) -> bool:
+def _is_plain(module: nnx.Module) -> bool:
     # A packed product replaces the layer's own, so the user must not have chosen one.
     options = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
     values = [getattr(module, option, None) for option in options]
@@ -138,7 +138,7 @@ def register(
 
     Args:
         cls: The module class. Its `__call__` computes only the einsum of one input and
-            the kernel. The rule also holds for subclasses that inherit `__call__`.
+            the kernel. Subclasses that inherit `__call__` are included.
         kernel: As in `qlora_jax.linen.register`.
         einsum: As in `qlora_jax.linen.register`. If it names an argument of `__call__`,
             `config.contract` must specify the roles of the kernel's axes.

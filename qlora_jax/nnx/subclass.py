@@ -51,7 +51,7 @@ def _picklable(metaclass: type) -> type:
     return picklable
 
 
-def _reduce(cls: Any) -> Any:
+def _reduce(cls: Any) -> str | tuple[Any, ...]:
     # Subclasses that users define are found by name, as any class is.
     return vars(cls).get("qlora_recipe", cls.__qualname__)
 
@@ -133,13 +133,13 @@ def materializing(cls: type, names: tuple[str, ...]) -> type:
 
 def _with_float_kernels(method: Method) -> Method:
     @functools.wraps(method)
-    def call(self: Any, *args: object, **kwargs: object) -> Any:
+    def call(self: nnx.Module, *args: object, **kwargs: object) -> Tree:
         # A leaf that is trained in full is in its place already.
         names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
         kernels = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
         expert_weights: list[Array] = []  # set while experts are traced
 
-        def run(self: Any, inputs: tuple) -> Any:
+        def run(self: nnx.Module, inputs: tuple) -> Tree:
             args, kwargs = inputs
             with _float_kernels(self, names, expert_weights):
                 return method(self, *args, **kwargs)
@@ -169,10 +169,10 @@ def _with_experts(
 ) -> Callable:
     # `call_with_experts` traces a pure function of the float weights, so modules are
     # split before it and merged inside, and changed variables are results.
-    def value_of(leaf: Any) -> Any:
+    def value_of(leaf: object) -> object:
         return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
-    def call(*operands: Any) -> Any:
+    def call(*operands: Tree) -> Tree:
         graph, state = nnx.split(operands)
         old = {path: value_of(x) for path, x in nnx.to_flat_state(state)}
 

@@ -43,28 +43,26 @@ def wrap(
 
     `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and registered classes compute with
     the packed kernel. Other modules get a float kernel during each call (the adapter
-    merged in, rounded to the kernel's dtype), which is not kept for the backward pass.
-    In these modules, `jax.lax.ragged_dot` multiplies by packed experts and their
-    adapters directly (`ql.ragged_dot`). Stacks made by `nnx.vmap` stay stacks. Modules
-    become instances of subclasses of their classes.
+    merged in, rounded to the kernel's dtype), which the backward pass decodes again. In
+    these modules, `jax.lax.ragged_dot` multiplies by packed experts directly
+    (`ql.ragged_dot`). Stacks made by `nnx.vmap` stay stacks. The class of a module
+    becomes a subclass of it.
 
     The initialized linen module inside an `nnx.bridge.ToNNX` runs as in
-    `ql.linen.wrap`. Where its kernels have more than two axes, one abstract trace of a
-    sample call finds those that are contracted.
-
-    Train the adapters with `wrt=nnx.LoRAParam`, in the gradient and in the optimizer.
-    Kernels trained through their quantization (`freeze_base=False`) stay `nnx.Param`.
+    `ql.linen.wrap`. If its kernels have more than two axes, an abstract trace of a
+    sample call finds the contracted ones.
 
     Packed kernels are `ql.nnx.Packed`, and the adapter of a kernel `name` is the
     attribute `name_lora` of the same module, with A `[*batch, K, r]` in `a` and B
-    `[*batch, r, N]` in `b`.
+    `[*batch, r, N]` in `b`. Train with `wrt=nnx.LoRAParam`, in the gradient and in the
+    optimizer. Kernels trained through their quantization (`freeze_base=False`) stay
+    `nnx.Param`.
 
     Args:
         model: The model. It does not change, unless `donate` is set.
-        config: The targets, by path ("layers/0/q_proj/kernel"), and how to pack and
-            adapt them.
-        *args: Arguments of a sample call; arrays may be shapes. Only linen modules
-            inside need them.
+        config: The targets, by path ("layers/0/q_proj/kernel"), and how to adapt them.
+        *args: Arguments of a sample call, for linen modules inside; arrays may be
+            shapes.
         rngs: Streams of keys: `params` for A and, if the config has dropout, `dropout`
             for the masks.
         donate: Change the model in place, and free each kernel once it is packed.

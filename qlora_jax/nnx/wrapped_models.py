@@ -161,11 +161,11 @@ def place(
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
         mesh: The mesh, with Auto axes, Explicit axes or both.
-        rules: Specs of float kernels and other parameters, by path pattern. By default
+        rules: Specs of float kernels and other parameters, by path pattern; by default
             the sharding metadata of the model's variables (`out_sharding`).
         logical_axes: Maps names in that metadata that are not mesh axes to mesh axes.
         rows: The mesh axes that split the row axes of inputs.
-        memory: Where the codes of packed stacks are stored between products, as in
+        memory: Where the codes of packed stacks are stored, as in
             `qlora_jax.sharding.place`.
 
     Raises:
@@ -215,7 +215,7 @@ def _axis_names(variable: nnx.Variable) -> Sequence[MeshAxes]:
 def disable_adapters(model: nnx.Module) -> Iterator[None]:
     """A context in which a wrapped model computes without its adapters.
 
-    Like PEFT's `disable_adapter`, it is for the outputs of the base model, such as the
+    Like PEFT's `disable_adapter`, it is for outputs of the base model, such as the
     reference of a preference loss. No product of an adapter is computed, and no dropout
     is drawn. `merge` and `split` still include the adapters.
 

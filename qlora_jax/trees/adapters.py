@@ -58,9 +58,10 @@ def adapters_of(lora: Tree) -> dict[str, Adapter]:
     leaves = leaves_by_path(lora)
     for kind in KINDS.values():
         check_structure(leaves, frozenset(kind.roles))
-    if others := [path for path, x in leaves.items() if not isinstance(x, Adapter)]:
+    wrong = [path for path, leaf in leaves.items() if not isinstance(leaf, Adapter)]
+    if wrong:
         raise ValueError(
-            f"every leaf of `lora` must be an adapter. Got others at {others}."
+            f"every leaf of `lora` must be an adapter. Got others at {wrong}."
         )
     return leaves
 
@@ -240,7 +241,7 @@ def value_and_grad(
             pairs = zip(leaves, mask, strict=True)
             return treedef.unflatten(next(values) if t else fill(x) for x, t in pairs)
 
-        def fun_of_trained(trained: list) -> Any:
+        def fun_of_trained(trained: list) -> Tree:
             return fun(rebuild(trained, lambda x: x), *args, **kwargs)
 
         # Frozen leaves are closed over, so that `jax.grad` does not see their dtypes.

@@ -165,8 +165,8 @@ def with_float_kernels(
     """
 
     @functools.wraps(fn)
-    def call(base: Tree, lora: Tree, *args: object, **kwargs: object) -> Any:
-        def run(inputs: tuple) -> Any:
+    def call(base: Tree, lora: Tree, *args: object, **kwargs: object) -> Tree:
+        def run(inputs: tuple) -> Tree:
             base, lora, args, kwargs = inputs
             return fn(merge(base, lora), *args, **kwargs)
 

@@ -8,7 +8,7 @@ import jax
 
 from .._jax.pytree import is_box, is_tree_leaf, rebox, unbox
 
-Tree = Any  # a pytree of parameters, with kernels and adapters as leaves
+Tree = Any  # a pytree, mostly of parameters, with kernels and adapters as leaves
 Leaf = Any  # an array or its shape, a kernel, an adapter, or an `AdaptedKernel`
 KeyPath = tuple[Any, ...]  # as in `jax.tree_util`
 
