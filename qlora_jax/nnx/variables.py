@@ -182,9 +182,8 @@ def adapter_of(holder: Holder, name: str) -> AdapterModule:
 
 def adapted_names(holder: Holder) -> list[str]:
     """Returns the names of the holder's adapted kernels."""
-    adapters = [
-        n for n, v in attributes(holder).items() if isinstance(v, AdapterModule)
-    ]
+    items = attributes(holder).items()
+    adapters = [name for name, x in items if isinstance(x, AdapterModule)]
     return [name.removesuffix("_lora") for name in adapters]
 
 

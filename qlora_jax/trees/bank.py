@@ -60,11 +60,14 @@ class Bank:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
     def __getitem__(self, place: int) -> Tree:
-        """Returns the lora tree at a place, without padding, outside jit."""
-        index = self._checked_index(place)
-        if not isinstance(index, int) or not all(
-            map(is_concrete, jax.tree.leaves(self))
-        ):
+        """Returns the lora tree at a place, without padding, outside jit.
+
+        Raises:
+            IndexError: If the bank does not have the place.
+            TypeError: If the place is not an integer, or the bank is traced.
+        """
+        index, arrays = self._checked_index(place), jax.tree.leaves(self)
+        if not isinstance(index, int) or not all(map(is_concrete, arrays)):
             raise TypeError(
                 "a place of a bank must be read outside jit, since ranks depend on "
                 "values. Inside jit, choose adapters by `ql.select`."
@@ -81,7 +84,9 @@ class Bank:
             return map_by_path(read_adapter, self.lora)
 
     def with_adapter(self, place: int | Int[Array, ""], lora: Tree) -> "Bank":
-        """Returns the bank with another adapter at a place, and the same shapes.
+        """Returns the bank with another adapter at a place.
+
+        Shapes stay the same, so functions of a bank are not compiled again.
 
         Args:
             place: From 0 to `len(bank) - 1`.

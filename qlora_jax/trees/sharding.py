@@ -71,7 +71,7 @@ def place(
             sequence. Each entry is a name, several, or None.
         memory: Where the codes of packed stacks are stored between products. Stacks are
             kernels with an axis of layers, as in a scan. With "host", each product
-            moves the codes of its layer to the device.
+            moves the codes of its layer to the device. "device" moves them back.
 
     Raises:
         TypeError: If `base` is a combined tree.
