@@ -124,8 +124,7 @@ def fit(
             It runs before the first step, every `eval_every` steps, and after the last.
         best: Finds the step with the lowest `valid_loss` that `evaluate` returns, after
             the first step. The state of that step is kept too.
-        watch: Called with the metrics of a step, for other loggers; `loop.log_every`
-            says when.
+        watch: Called with metrics, for other loggers, as `loop.log_every` says.
         stop: Called after each step: whether to end. All processes must agree.
 
     Returns:

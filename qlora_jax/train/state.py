@@ -22,7 +22,7 @@ _UNFINISHED = ".orbax-checkpoint-tmp*"
 _CHECKSUMS = "checksums.txt"  # as written by `sha256sum`, with its own hash at the end
 # Orbax writes the first two during or after the checksums. They hold no values.
 _UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt", _CHECKSUMS)
-# What can be wrong with a file, in order of severity.
+# What can be wrong with a file. The code of a fault is its index, from 1.
 _FAULTS = ("is missing", "has other contents than were saved", "cannot be read")
 
 
@@ -53,8 +53,7 @@ class Checkpoints:
         Args:
             folder: The folder, which is created if it does not exist.
             keep: The number of newest states to keep.
-            read_only: Whether to delete and create nothing, since a run may be using
-                the folder.
+            read_only: Whether to delete and create nothing, as a run may be active.
 
         Raises:
             ValueError: If `keep` is not positive.
@@ -325,7 +324,7 @@ def _saved_shapes(like: State) -> State:
         sharding = getattr(sharded, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    # Orbax cannot save a typed key, so its data is saved.
+    # The key is saved as its data.
     key = shape_of(jax.eval_shape(jax.random.key_data, like.key), like.key)
     return jax.tree.map(lambda x: shape_of(x, x), like._replace(key=key))
 
@@ -356,8 +355,7 @@ def _find_faults(states: pathlib.Path, step: int) -> list[str]:
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         return [f"{_CHECKSUMS} {_FAULTS[0 if is_missing else 2]}"]
-    # For each file, 0 or an index into `_FAULTS` from 1. The maximum over processes has
-    # the faults that any of them found.
+    # The code of each file, or 0. The maximum over processes has all codes.
     names, codes = sorted(hashes), np.zeros(len(hashes), np.int32)
     for index in range(jax.process_index(), len(names), jax.process_count()):
         codes[index] = _fault_code(folder / names[index], hashes[names[index]])

@@ -26,8 +26,7 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: The tokens, int32 `[B, T]`, padded on the right.
-        segment_ids: The number of the sequence of each token in its row, 1, 2, ..., and
-            0 for padding, int32 `[B, T]`.
+        segment_ids: The number of each token's sequence, from 1, or 0, int32 `[B, T]`.
         positions: The position of each token in its sequence, int32 `[B, T]`.
         select: Indices into T whose next token is a target, int32 `[B, P]`.
         targets: These next tokens, int32 `[B, P]`.
@@ -36,8 +35,7 @@ class Batch(NamedTuple):
         answers: For preferences: for each of the S sequences of a row, 1 for the
             targets of a good completion, -1 for those of a bad one, 0 for all others,
             float32 `[B, S, P]`; otherwise None. Sequences alternate between chosen and
-            rejected completions; or between a labelled completion, and one of another
-            row to the same prompt.
+            rejected completions; or a labelled one and one of another row's prompt.
 
     Example:
         >>> from qlora_jax.train import eval_batches
@@ -94,9 +92,8 @@ def batches(
         packing: Whether sequences share a row.
         num_epochs: The number of epochs, or None for an endless iterator.
         mix: For several data sets: the number of rows of each, in the order of `rows`,
-            and its weight. The weight is its share of the rows or, with `packing`, of
-            the rows of batches, to within a percent. An epoch ends before any data set
-            would start again.
+            and its weight: its share of the rows or, with `packing`, of packed rows,
+            to within a percent. An epoch ends before any data set would start again.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.

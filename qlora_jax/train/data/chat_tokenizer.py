@@ -189,9 +189,8 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of a model, with its chat template.
 
-    A folder gives the tokens of transformers 5.24, and a `.gguf` file those of
-    llama.cpp. Settings of a folder that would give other tokens raise a ValueError when
-    the tokenizer is first used.
+    A folder gives the tokens of transformers 5.24, a `.gguf` file those of llama.cpp.
+    Settings that would give other tokens raise a ValueError on first use.
 
     Args:
         path: A folder with tokenizer.json, or a `.gguf` file.

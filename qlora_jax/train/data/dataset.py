@@ -38,8 +38,7 @@ class Dataset(NamedTuple):
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
             "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
         notes: Notes for the user, one line each.
-        mix: For several data sets: the number of rows of each in `train`, and its
-            weight. Otherwise empty.
+        mix: For several data sets: the rows of each in `train`, and its weight.
         hash: A hash of the tokens and labels in `train` and `valid`.
 
     Example:
@@ -91,15 +90,13 @@ def read_dataset(
         train_on: The target tokens: those of completions and of the messages of the
             assistant, those of the last such message, or all tokens. Rows of
             `input_ids` have `labels` instead.
-        too_long: What to do with rows of more than `max_length` tokens. "split" is only
-            for rows of `text`.
+        too_long: What to do with longer rows. "split" is only for rows of `text`.
         chat: Whether prompts and completions that are texts, and rows of Alpaca, become
             messages of a user and an assistant if the model has a chat template.
         objective: The purpose of the rows: sft (supervised fine-tuning), or the
             preference losses dpo, ipo, orpo, simpo and kto.
         stream: Whether training rows stay in their files, which must be .jsonl. They
-            are read once to check them and to get their lengths, and again whenever
-            they are needed.
+            are read once to check and measure them, and again whenever needed.
         validation_split: For data without validation rows: the share of the training
             rows to use for validation, one out of `1 / validation_split` rows.
         seed: The seed that selects the validation rows.
@@ -310,8 +307,7 @@ def read_rows(
         path: The file, as in `read_dataset`.
         tokenizer: The tokenizer of the model. Unused for rows with `input_ids`.
         vocab_size: All ids must be below this number.
-        max_length: The number of tokens after which a .txt file is split into rows.
-            None does not split it.
+        max_length: The tokens per row of a .txt file, or None not to split it.
 
     Raises:
         ValueError: If lines are wrong. The message lists them.

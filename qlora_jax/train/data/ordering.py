@@ -49,9 +49,9 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs lengths, in falling order, and returns the indices in each pack."""
-    # Best-fit decreasing uses at most 11/9 of the fewest packs, plus 4: Johnson et al.,
-    # "Worst-case performance bounds for simple one-dimensional packing algorithms",
-    # 1974.
+    # Best-fit decreasing uses at most 11/9 of the fewest packs, plus 4: Johnson et al.
+    # 1974, "Worst-case performance bounds for simple one-dimensional packing
+    # algorithms".
     packs: list[list[int]] = []
     packs_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     # Bit r is set if a pack has room for r tokens, which finds the best fit without a
