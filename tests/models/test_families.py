@@ -215,7 +215,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
     ("kind", "change", "message"),
     [
         ("gemma3n", {}, "`model_type` must be one of"),
-        ("gemma3", {"text_config": 3}, "values of the kinds that its keys have"),
+        ("gemma3", {"text_config": 3}, "must hold values of the expected types"),
         ("llama", {"architectures": ["LlamaModel"]}, "`architectures` must be"),
         ("llama", {"hidden_act": "gelu"}, '`hidden_act` must be "silu"'),
         ("llama", {"sliding_window": 16}, "`sliding_window` must be null"),
@@ -224,7 +224,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("llama", {"per_layer_config": {}}, "`per_layer_config` must be null"),
         ("llama", {"rope_scaling": {"type": "ntk"}}, "`rope_type` must be one of"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, r"with \['factor'\]"),
-        ("llama", {"rope_scaling": 3}, "values of the kinds that its keys have"),
+        ("llama", {"rope_scaling": 3}, "must hold values of the expected types"),
         ("llama", {"partial_rotary_factor": 0.5}, "`partial_rotary_factor` must be 1"),
         ("llama", {"rope_parameters": {"a": {}}}, "must be the same for all layers"),
         ("mistral", {"sliding_window": "all"}, "must be a positive integer or null"),

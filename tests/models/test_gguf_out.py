@@ -21,7 +21,7 @@ from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.config import DecoderConfig, Experts, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.families import config_from_hf, gpt_oss, llama
+from qlora_jax.models.families import config_from_hf, mixtures
 from qlora_jax.models.gguf.decoder_in import gguf_names
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
@@ -42,10 +42,10 @@ GEMMA |= {"activation": "gelu_pytorch_tanh"}
 GEMMA |= {"layers": (LayerKind(window=16), LayerKind())}
 OSS = {"activation": "clamped_swiglu", "sinks": True, "tie_embeddings": False}
 OSS |= {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-OSS |= {"experts": Experts(4, 2, **gpt_oss.NAMES), "layers": GEMMA["layers"]}
+OSS |= {"experts": Experts(4, 2, **mixtures.GPT_OSS_EXPERTS), "layers": GEMMA["layers"]}
 OLMOE = {"experts": Experts(4, 2, normalized=False), "num_kv_heads": 4}
 OLMOE |= {"qk_norms": "whole", "tie_embeddings": False}
-MIXTRAL = {"experts": Experts(4, 2, **llama.NAMES)}
+MIXTRAL = {"experts": Experts(4, 2, **mixtures.MIXTRAL_EXPERTS)}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
@@ -380,7 +380,7 @@ def test_bad_arguments_are_refused(tmp_path, qwen3):
     other = {"other": {"kernel": jnp.ones(1)}}
     for call, message in [
         (lambda: save(params, fmt="Q4_1"), "`fmt` must be one of"),
-        (lambda: save(fewer), "Wrong: .'norm/scale'"),
+        (lambda: save(fewer), "another shape: .'norm/scale'"),
         (lambda: save(params, other), "`lora` must have the paths of kernels"),
         (lambda: save(large), r"token_embd\.weight must fit F16"),
         (lambda: load(tmp_path / "none.gguf"), "must be a file"),

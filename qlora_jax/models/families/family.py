@@ -1,21 +1,19 @@
-"""The record of a model family, and helpers to read configs."""
+"""The record of a model family, and helpers that read a `config.json`."""
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ..config import DecoderConfig, Experts, LayerKind, Rope
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-# Other keys that each family reads.
-_READ = """
+# The keys that every family requires, and other keys that every family reads.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_SIZES += ("num_attention_heads",)
+_COMMON_KEYS = """
 architectures head_dim is_causal max_position_embeddings model_type
 num_key_value_heads original_max_position_embeddings partial_rotary_factor
 per_layer_config rms_norm_eps rope_parameters rope_scaling rope_theta
@@ -44,12 +42,13 @@ HARMLESS_KEYS = frozenset(
     unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
+# Keys of families with experts, and of families with windows.
 EXPERT_KEYS = """
 num_experts num_local_experts num_experts_per_tok output_router_logits
 router_aux_loss_coef
 """
 WINDOW_KEYS = "layer_types sliding_window"
-# Keys that published files carry with the value that means what all models compute.
+# Keys in published files whose value means what all models compute.
 _NEUTRAL = {
     "attention_bias": False,
     "full_attn_mod": 1,
@@ -59,26 +58,28 @@ _NEUTRAL = {
     "rope_interleaved": False,
     "use_mrope": False,
 }
-_MOST_LAYERS, _LARGEST_HEAD = 10_000, 1 << 16  # no model comes near
+# Far above any published model; larger values are errors, and would take all memory.
+_MAX_LAYERS, _MAX_HEAD_DIM, _MAX_COUNT = 10_000, 1 << 16, 1 << 31
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model family: its names elsewhere, and how to read its config."""
+    """A model family: its names in transformers, and how to read its config."""
 
     model_type: str  # in `config.json`
     architectures: tuple[str, ...]  # classes of transformers
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    keys: str  # of `config.json`, besides those that each family reads
+    keys: str  # of `config.json`, besides those that every family reads
 
     def unknown_keys(self, raw: Mapping[str, Any]) -> list[str]:
-        """Returns the keys of a `config.json` that may count and are not read."""
-        known = {*_SIZES, *_READ.split(), *self.keys.split(), *HARMLESS_KEYS}
+        """Returns the keys that are not read, but may change the logits."""
+        known_keys = {*_SIZES, *_COMMON_KEYS.split(), *self.keys.split()}
+        known_keys |= HARMLESS_KEYS
         return sorted(
             key
             for key, value in raw.items()
-            if key not in known and value not in (None, _NEUTRAL.get(key))
+            if key not in known_keys and value not in (None, _NEUTRAL.get(key))
         )
 
 
@@ -91,24 +92,26 @@ def shared_fields(
     tied: bool = False,
     activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> dict[str, Any]:
-    """Returns the fields of `DecoderConfig` that all families read alike.
+    """Returns the fields of `DecoderConfig` that all families read in the same way.
 
-    Settings are the family's values for missing keys. `activation` is the key of the
-    activation, and the value that it must have.
+    The settings are the family's values for missing keys. `activation` is the key of
+    the activation, and the value that it must have.
     """
-    limits = {"num_hidden_layers": _MOST_LAYERS}
-    wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, 1 << 31))]
+    # 1. Check the sizes, including optional ones that are present.
+    limits = {"num_hidden_layers": _MAX_LAYERS}
+    wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, _MAX_COUNT))]
     keys = ("head_dim", "num_key_value_heads")
-    optional = [key for key in keys if raw.get(key) is not None]
-    if wrong := wrong + [k for k in optional if not is_count(raw[k])]:
-        got = {key: raw.get(key) for key in wrong}
-        raise ValueError(f"{wrong} must be positive integers. Got {got}.")
+    wrong += [k for k in keys if raw.get(k) is not None and not is_count(raw[k])]
+    if wrong:
+        values = {key: raw.get(key) for key in wrong}
+        raise ValueError(f"{wrong} must be positive integers. Got {values}.")
+    # 2. Check the values that all families require.
     key, value = activation
     require(raw, {key: value, "per_layer_config": None, "is_causal": True})
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     size = raw.get("head_dim", head_dim) or width // heads
-    if not is_count(size, _LARGEST_HEAD):
-        raise ValueError(f"`head_dim` must be from 1 to {_LARGEST_HEAD}. Got {size}.")
+    if not is_count(size, _MAX_HEAD_DIM):
+        raise ValueError(f"`head_dim` must be from 1 to {_MAX_HEAD_DIM}. Got {size}.")
     return {
         "vocab_size": raw["vocab_size"],
         "hidden_size": width,
@@ -125,8 +128,8 @@ def shared_fields(
 
 def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns which projections have biases, as most families read them."""
-    of_attention = bool(raw.get("attention_bias", False))
-    return {"qkv_bias": of_attention, "o_bias": of_attention}
+    has_bias = bool(raw.get("attention_bias", False))
+    return {"qkv_bias": has_bias, "o_bias": has_bias}
 
 
 def read_experts(
@@ -141,17 +144,17 @@ def read_experts(
 
     `factor` is that of the loss that balances experts, which is off by default.
     """
-    given = number(raw.get("router_aux_loss_coef", factor))
+    balance = number(raw.get("router_aux_loss_coef", factor))
     return Experts(
         raw.get("num_experts", raw.get("num_local_experts", count)),
         raw.get("num_experts_per_tok", per_token),
-        balance=given if raw.get("output_router_logits", False) else 0.0,
+        balance=balance if raw.get("output_router_logits", False) else 0.0,
         **settings,
     )
 
 
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuses a config in which keys have other values; they may be missing."""
+    """Raises if keys have other values than these; keys may be missing."""
     if wrong := [
         f"`{key}` must be {json.dumps(value)}. Got {raw[key]!r}."
         for key, value in values.items()
@@ -163,20 +166,20 @@ def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 def read_layers(
     raw: Mapping[str, Any],
     is_sliding: Callable[[int], bool],
-    window: Any,
+    window: int | None,
     rope: Rope,
     local: Rope | None = None,
 ) -> tuple[LayerKind, ...]:
     """Returns the kinds of layers that `layer_types` lists.
 
-    Where it is missing, `is_sliding` tells by the index of a layer. Sliding layers have
-    the `window`, and the rotary positions `local` if those differ.
+    If it is missing, `is_sliding` tells which layers have a window, by their index.
+    These layers have the rotary positions `local`, if those differ.
     """
     count, types = raw["num_hidden_layers"], raw.get("layer_types")
     if types is None:
         types = [_SLIDING if is_sliding(i) else _FULL for i in range(count)]
-    if (got := len(types)) != count:
-        raise ValueError(f"`layer_types` must have {count} entries. Got {got}.")
+    if (num_types := len(types)) != count:
+        raise ValueError(f"`layer_types` must have {count} entries. Got {num_types}.")
     if unknown := sorted(set(types) - {_SLIDING, _FULL}):
         raise ValueError(
             f'`layer_types` must be "{_SLIDING}" or "{_FULL}". Got {unknown}.'
@@ -187,7 +190,9 @@ def read_layers(
     return tuple(sliding if kind == _SLIDING else full for kind in types)
 
 
-def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):
+def one_window(
+    raw: Mapping[str, Any], rope: Rope, default: int | None
+) -> tuple[LayerKind, ...]:
     """Returns layers that all have the window `sliding_window`, if not null."""
     window = raw.get("sliding_window", default)
     if window is not None and not is_count(window):
@@ -197,13 +202,165 @@ def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):
     return (LayerKind(rope, window),)
 
 
-def is_count(value: Any, largest: int = 1 << 31) -> bool:
+def is_count(value: object, largest: int = _MAX_COUNT) -> bool:
     """Whether a value is a positive integer of plausible size."""
     return type(value) is int and 0 < value <= largest
 
 
-def number(value: Any) -> float:
-    """Returns a number as a float; refuses bools and text."""
+def number(value: object) -> float:
+    """Returns a number as a float; raises for bools and text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{value!r} is not a number")
     return float(value)
+
+
+# Numbers of a rotary section that must not be negative, if they are present.
+_POSITIVE = ("factor", "original", "longest", "low_freq_factor", "high_freq_factor")
+_POSITIVE += ("beta_fast", "beta_slow", "attention_factor")
+
+
+def read_rope(
+    raw: Mapping[str, Any],
+    dim: int,
+    *,
+    theta: float = 10_000.0,
+    section: Mapping[str, Any] | None = None,
+) -> Rope:
+    """Reads `rope_parameters`, or `rope_scaling` in older files.
+
+    `dim` values of a head are rotated. `theta` is the family's default for
+    `rope_theta`. `section` replaces both keys.
+    """
+    # 1. The type.
+    section = rope_section(raw) if section is None else section
+    share = section.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        raise ValueError(f"`partial_rotary_factor` must be 1. Got {share}.")
+    kind = section.get("rope_type", section.get("type")) or "default"
+    if kind not in _ROPE_TYPES:
+        names = tuple(_ROPE_TYPES)
+        raise ValueError(f"`rope_type` must be one of {names}. Got {kind!r}.")
+    required, compute_fields = _ROPE_TYPES[kind]
+    if missing := [key for key in required if section.get(key) is None]:
+        raise ValueError(
+            f'`rope_type` "{kind}" must come with {missing}. Got {section}.'
+        )
+    # 2. The numbers. Without a factor, it is the ratio of the two lengths.
+    theta = number(section.get("rope_theta") or raw.get("rope_theta") or theta)
+    longest = raw.get("max_position_embeddings")
+    key = "original_max_position_embeddings"
+    original = raw.get(key) or section.get(key) or longest
+    values = {**section, "original": original, "longest": longest}
+    has_factor = any(section.get(key) for key in ("factor", "attention_factor"))
+    if kind not in ("default", "linear") and not (original and (has_factor or longest)):
+        raise ValueError(
+            f'`rope_type` "{kind}" must come with `max_position_embeddings`, or with '
+            f"`original_max_position_embeddings` and `factor`. Got {section}."
+        )
+    wrong = [key for key in _POSITIVE if values.get(key) and number(values[key]) < 0]
+    if wrong or not theta > 0:
+        raise ValueError(f"{wrong or 'rope_theta'} must be positive. Got {section}.")
+    # 3. The divisors. `DecoderConfig` rejects values that are not finite.
+    with np.errstate(all="ignore"):
+        frequency = theta ** (-np.arange(0, dim, 2) / dim)
+        return Rope(theta, **compute_fields(values, frequency, theta))
+
+
+def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the section of a config about rotary positions."""
+    section = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if nested := [key for key, x in section.items() if isinstance(x, Mapping)]:
+        raise ValueError(
+            "`rope_parameters` must be the same for all layers. Got a section for each "
+            f"of {nested}."
+        )
+    return section
+
+
+def _linear(values, frequency, theta) -> dict[str, Any]:
+    """Divides positions by a factor."""
+    return {"divisors": (number(values["factor"]),) * len(frequency)}
+
+
+def _llama3(values, frequency, theta) -> dict[str, Any]:
+    """Llama 3.1: divides slow frequencies by `factor`, and keeps fast ones."""
+    # What counts is how often a pair rotates within the original context. Frequencies
+    # with fewer than `low` rotations are divided, those with more than `high` are
+    # unchanged, and those between are interpolated.
+    low, high = values["low_freq_factor"], values["high_freq_factor"]
+    rotations = values["original"] * frequency / (2 * np.pi)
+    unchanged = np.clip((rotations - low) / (high - low), 0, 1)
+    divisors = 1 / (unchanged + (1 - unchanged) / values["factor"])
+    return {"divisors": _floats(divisors.tolist())}
+
+
+def _yarn(values, frequency, theta) -> dict[str, Any]:
+    """YaRN (arXiv:2309.00071, section 3.2): a ramp between pairs, and a scale."""
+    half, original = len(frequency), values["original"]
+    factor = values.get("factor") or values["longest"] / original
+
+    def find_pair(rotations: float) -> float:
+        """Returns the pair that rotates this often within the original context."""
+        position = original / (rotations * 2 * math.pi)
+        return half * math.log(position) / math.log(theta)
+
+    # 1. The ramp. Pairs that rotate more than `beta_fast` times keep their frequency;
+    # those that rotate less than `beta_slow` times are divided by the factor.
+    low = find_pair(values.get("beta_fast") or 32)
+    high = find_pair(values.get("beta_slow") or 1)
+    if values.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    width = (high - low) or 0.001
+    stretched = np.clip((np.arange(half) - low) / width, 0, 1)
+    divisors = 1 / (stretched / factor + (1 - stretched))
+
+    # 2. The scale: the temperature of the paper, as a factor of q and k.
+    def temperature(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    scale = values.get("attention_factor")
+    if scale is None:
+        scale = temperature(1)
+        mscale, mscale_all = values.get("mscale"), values.get("mscale_all_dim")
+        if mscale and mscale_all:
+            scale = temperature(mscale) / temperature(mscale_all)
+    return {
+        "divisors": _floats(divisors.tolist()),
+        "original_length": int(original),
+        "scale": number(scale),
+    }
+
+
+def _longrope(values, frequency, theta) -> dict[str, Any]:
+    """LongRoPE (arXiv:2402.13753): one divisor per pair, others for long sequences."""
+    half, original = len(frequency), values["original"]
+    for key in ("short_factor", "long_factor"):
+        if (count := len(values[key])) != half:
+            raise ValueError(f"`{key}` must have {half} values. Got {count}.")
+    scale = values.get("attention_factor")
+    if scale is None:
+        factor = values.get("factor") or values["longest"] / original
+        log = math.log(factor) / math.log(original)
+        scale = math.sqrt(1 + log) if factor > 1 else 1.0
+    return {
+        "divisors": _floats(values["short_factor"]),
+        "long_divisors": _floats(values["long_factor"]),
+        "original_length": int(original),
+        "scale": number(scale),
+    }
+
+
+def _floats(values: list[Any]) -> tuple[float, ...]:
+    return tuple(number(x) for x in values)
+
+
+# For each `rope_type`: the keys that it requires, and the function that returns the
+# fields of `Rope`.
+_ROPE_TYPES: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
+    "default": ((), lambda values, frequency, theta: {}),
+    "linear": (("factor",), _linear),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), _llama3),
+    "yarn": ((), _yarn),
+    "longrope": (("short_factor", "long_factor"), _longrope),
+}
