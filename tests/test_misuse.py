@@ -82,7 +82,7 @@ def test_an_argument_of_a_wrong_type_is_named(name):
          "`experts` must be a QTensor, another kernel or a float array [E, K, N]. Got "
          "dict."),
         (lambda: ql.select(LORA, 0),
-         "`bank` must be a Bank, which `ql.bank` makes of lora trees. Got dict."),
+         "`bank` must be a Bank, as `ql.bank` returns. Got dict."),
         (lambda: ql.explain_backend(X, X), "`q` must be a QTensor. Got ArrayImpl."),
         (lambda: ql.apply(jnp.ones(64), None, X),
          "the kernel of `base` must have at least 2 axes. Got shape (64,)."),

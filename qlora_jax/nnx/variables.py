@@ -110,8 +110,8 @@ class AdapterModule(nnx.Module):
         # A tuple of scalings is static. Scans slice it as the array in `inputs`.
         self.scaling = None if adapter.inputs else adapter.scaling
         by_scan = sliced(adapter)
-        inputs = {name: getattr(by_scan, name) for name in by_scan.inputs}
-        self.inputs = Inputs(inputs) if inputs else nnx.data(None)
+        inputs: Any = {name: getattr(by_scan, name) for name in by_scan.inputs}
+        self.inputs: Any = Inputs(inputs) if inputs else nnx.data(None)
 
     @property
     def adapter(self) -> Adapter:

@@ -38,8 +38,8 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
     # 2. Each adapter must have a kernel, and fit it.
     if unmatched := [path for path in adapters if path not in kernels]:
         raise ValueError(
-            "every adapter must be at the path of a kernel of `base`. Got others at "
-            f"{unmatched}."
+            "every adapter of `lora` must have a kernel at its path in `base`. Got "
+            f"adapters without a kernel at {unmatched}."
         )
     problems = {path: why_not(x, kernels[path]) for path, x in adapters.items()}
     refuse_listed("these adapters do not fit their kernels", problems)
@@ -61,7 +61,7 @@ def adapters_of(lora: Tree) -> dict[str, Adapter]:
     wrong = [path for path, leaf in leaves.items() if not isinstance(leaf, Adapter)]
     if wrong:
         raise ValueError(
-            f"every leaf of `lora` must be an adapter. Got others at {wrong}."
+            f"every leaf of `lora` must be an adapter. Got other leaves at {wrong}."
         )
     return leaves
 

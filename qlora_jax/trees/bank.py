@@ -153,7 +153,7 @@ def bank(
     num_places = len(adapters) if capacity is None else capacity
     if not 0 < len(adapters) <= num_places:
         raise ValueError(
-            f"`adapters` must be at least one, and at most `capacity`. Got "
+            "`adapters` must have at least one adapter, and at most `capacity`. Got "
             f"{len(adapters)} adapters and a capacity of {capacity}."
         )
     if dropout is not None:
@@ -197,8 +197,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
     """
     if not isinstance(bank, Bank):
         raise TypeError(
-            "`bank` must be a Bank, which `ql.bank` makes of lora trees. Got "
-            f"{type(bank).__name__}."
+            f"`bank` must be a Bank, as `ql.bank` returns. Got {type(bank).__name__}."
         )
     places, values = checked_integers("ids", ids)  # values are None in a trace
     if places.ndim > 1:
@@ -269,7 +268,11 @@ def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
         # Zeros add nothing only if every array is a factor of the low-rank product.
         adds_nothing = all("r" in roles for roles in template.roles.values())
         label = template.label
-        return None if adds_nothing else f"it must be there: zeros change a {label}."
+        return (
+            None
+            if adds_nothing
+            else f"it is missing, and zeros would change a {label}."
+        )
     if type(adapter) not in SELECTED:
         return f"a {adapter.label} cannot be in a bank."
     expected, actual = _describe(template), _describe(adapter)

@@ -520,7 +520,7 @@ REFUSED = [
      r"\(8,\) or \(5, 8\)\. Got \(3, 8\)"),
     *(
         (lambda b, l, call=call: call(b, {**l, "else": l["stack"]}), ValueError,
-         r"Got others at \['else/kernel")
+         r"without a kernel at \['else/kernel")
         for call in (ql.merge, ql.combine)
     ),
     *(
