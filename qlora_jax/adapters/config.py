@@ -134,15 +134,11 @@ class QLoRAConfig:
         # 1. Patterns become tuples, and settings by pattern dicts of checked values.
         for name in ("targets", "exclude", "trainable", "shared"):
             set_field(name, _as_patterns(name, getattr(self, name)))
-        by_pattern: dict[str, Callable] = {
-            "contract": check_contract,
-            "rank_pattern": _as_ranks,
-            "trainable_rows": _as_rows,
-            "alpha_pattern": _as_alpha,
-        }
         if not isinstance(self.contract, Mapping):
             set_field("contract", {".*": self.contract})
-        for name, check in by_pattern.items():
+        checks = {"contract": check_contract, "rank_pattern": _as_ranks}
+        checks |= {"trainable_rows": _as_rows, "alpha_pattern": _as_alpha}
+        for name, check in checks.items():
             set_field(name, _by_pattern(name, getattr(self, name), check))
         # 2. Numbers are checked and converted.
         set_field("rank", as_rank(self.rank))

@@ -27,19 +27,14 @@ _SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
 class Selected(LoRA):
     """An adapter that `ql.select` chooses from a bank, possibly different for each row.
 
-    Its arrays have one more axis, in front of those of the kind's roles: the places of
-    the bank.
-
-    Attributes:
-        kind: The kind of the adapters in the bank.
-        scaling: float32 `[*batch, E]`.
-        ids: int32 `[*batch]`, or `[R]`, for each row of the first axis of the input. -1
-            selects the frozen kernel without an adapter.
+    Its arrays have one more axis after the batch axes: the E places of the bank.
     """
 
-    kind: ClassVar[Callable[..., Any]]
+    kind: ClassVar[Callable[..., Any]]  # of the adapters in the bank
+    # int32 `[*batch]`, or `[R]` for each row of the first axis of the input; -1 selects
+    # the frozen kernel without an adapter.
     ids: Array
-    scaling: Array
+    scaling: Array  # float32 `[*batch, E]`
     inputs = ("scaling", "ids")
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102

@@ -11,18 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from .schemes import (
-    DOUBLE,
-    E2M1_MAX,
-    E4M3,
-    E8M0,
-    FLOAT16,
-    FLOAT16_NOT_ZERO,
-    FLOAT32,
-    SMALLEST_NORMAL,
-    ScaleScheme,
-    StoredScales,
-)
+from . import schemes
+from .schemes import ScaleScheme, StoredScales
 
 # Dtypes of weights and adapters, by name. Products have no rule for float8.
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -47,8 +37,9 @@ class Format:
     bits: int  # of a stored code: 4 (two codes per byte) or 8
     values: tuple[float, ...]  # the table, indexed by code
     peak: float  # the magnitude that a block's largest weight is mapped to
-    scales: ScaleScheme = FLOAT32
-    double_scales: ScaleScheme | None = DOUBLE  # for double quantization, if supported
+    scales: ScaleScheme = schemes.FLOAT32
+    # For double quantization; None if the format does not support it.
+    double_scales: ScaleScheme | None = schemes.DOUBLE
     ties: str = "lower"
     # The block sizes of files in this format, the usual one first. If there are any,
     # K must be a multiple of the block size. An empty tuple allows any block size.
@@ -90,7 +81,8 @@ class Format:
         # A midpoint whose upper neighbor has the even code belongs to that one: the
         # threshold is the float32 below it. Between -0.0 and 0.0, that is the largest
         # negative number that is not flushed to zero.
-        below = np.where(middle == 0, -SMALLEST_NORMAL, np.nextafter(middle, -np.inf))
+        below = np.nextafter(middle, -np.inf)
+        below = np.where(middle == 0, -schemes.SMALLEST_NORMAL, below)
         return np.where(self.order[1:] % 2 == 0, below, middle).astype(np.float32)
 
 
@@ -118,20 +110,27 @@ INT8 = Format("int8", 8, tuple(float(v) for v in range(-128, 128)), 127.0)
 # The values of AWQ, GPTQ and compressed-tensors, by the rule of the latter for
 # `QuantizationArgs(num_bits=4, symmetric=True, scale_dtype=torch.float16)`.
 INT4_F16 = Format(
-    "int4_f16", 4, INT4.values, 7.5, FLOAT16_NOT_ZERO, None, "even", (128, 64, 32)
+    "int4_f16",
+    4,
+    INT4.values,
+    7.5,
+    schemes.FLOAT16_NOT_ZERO,
+    None,
+    "even",
+    (128, 64, 32),
 )
 # The same values, by the rule of GGUF's Q4_0.
-Q4_0 = Format("q4_0", 4, INT4.values, -8.0, FLOAT16, None, "upper", (32,))
+Q4_0 = Format("q4_0", 4, INT4.values, -8.0, schemes.FLOAT16, None, "upper", (32,))
 
 # OCP Microscaling Formats 1.0, section 5.3.3 (E2M1): sign, two exponent bits, one
 # mantissa bit. bitsandbytes' FP4 differs: it has 1/16 in the place of 1/2.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, E2M1_MAX)
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, schemes.E2M1_MAX)
 _E2M1 += tuple(-value for value in _E2M1)
 # The scale is a power of two, so a block's largest weight is mapped to a number from 4
 # up to 8: 4 is the largest power of two among the values.
-MXFP4 = Format("mxfp4", 4, _E2M1, 4.0, E8M0, None, "even", (32,))
+MXFP4 = Format("mxfp4", 4, _E2M1, 4.0, schemes.E8M0, None, "even", (32,))
 # The peak is 1 because E4M3 itself divides the largest weight by 6.
-NVFP4 = Format("nvfp4", 4, _E2M1, 1.0, E4M3, None, "even", (16,))
+NVFP4 = Format("nvfp4", 4, _E2M1, 1.0, schemes.E4M3, None, "even", (16,))
 
 FORMATS = {
     fmt.name: fmt for fmt in (NF4, FP4, INT4, INT8, INT4_F16, Q4_0, MXFP4, NVFP4)

@@ -39,24 +39,20 @@ class HostCodes:
     rows: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the codes."""
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
         *batch, _, _, n = self.array.shape
         return (*batch, self.rows, n)
 
     @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the codes."""
+    def dtype(self) -> np.dtype:  # noqa: D102
         return self.array.dtype
 
     def __getitem__(self, index: tuple[int, ...]) -> Array:
         return _codes_at(self, index)
 
-    def __array__(
-        self, dtype: DTypeLike | None = None, copy: bool | None = None
-    ) -> np.ndarray:
-        *batch, groups, rows, n = self.array.shape
-        codes = np.asarray(self.array).reshape(*batch, groups * rows, n)
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None):
+        *batch, tiles, rows, n = self.array.shape
+        codes = np.asarray(self.array).reshape(*batch, tiles * rows, n)
         return codes[..., : self.rows, :].astype(dtype or codes.dtype, copy=False)
 
 
