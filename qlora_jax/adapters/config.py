@@ -174,10 +174,10 @@ class QLoRAConfig:
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, QLoRAConfig):
+    def __eq__(self, value: object) -> bool:
+        if not isinstance(value, QLoRAConfig):
             return NotImplemented
-        return self._key() == other._key()
+        return self._key() == value._key()
 
     def __hash__(self) -> int:
         return hash(self._key())

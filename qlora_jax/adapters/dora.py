@@ -189,7 +189,6 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     # They are not stored: an optimizer would change them among the trained arrays, and
     # with the packed kernel they could become stale.
     q = kernel.take().to_device()
-
     if not isinstance(q, QTensor) or not is_local():
         return jnp.sum(jnp.square(q.dequantize_matrix(jnp.float32)), -2)
     # XLA on CPUs does not fuse decoding with the sum, so a few columns are decoded at a
@@ -197,18 +196,16 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     *batch, k, n = q.matrix_shape
     num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
     width = -(-n // num_tiles)
-    decoded_scales = q.with_float_scales()
+    plain = q.with_float_scales()
 
     def add_tile(i: Array, sums: Array) -> Array:
         start = jnp.minimum(i * width, n - width)
-
         codes, scales = (
             lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
-            for x in (decoded_scales.codes, decoded_scales.scales)
+            for x in (plain.codes, plain.scales)
         )
-        tile = replace(decoded_scales, codes=codes, scales=scales)
-        squares = jnp.square(tile.dequantize_matrix(jnp.float32))
-        tile_sums = jnp.sum(squares, -2)
+        tile = replace(plain, codes=codes, scales=scales)
+        tile_sums = jnp.sum(jnp.square(tile.dequantize_matrix(jnp.float32)), -2)
         return lax.dynamic_update_slice_in_dim(sums, tile_sums, start, sums.ndim - 1)
 
     sums = varying_with(jnp.zeros((*batch, n), jnp.float32), q)

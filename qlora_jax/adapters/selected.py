@@ -40,10 +40,12 @@ class Selected(LoRA):
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # 1. The adapters are taken from the bank when x is ready. Without the barrier,
         #    XLA takes those of all layers first, as it does on CPUs in 0.10.2.
-        batch_ndim, num_ids = len(self.batch_shape), self.ids.shape[-1:]
+        batch_ndim = len(self.batch_shape)
         ids = lax.optimization_barrier((lax.stop_gradient(x), self.ids))[1]
 
-        def adapted(x: Array, lora: LoRA, is_off: Array, key: Array | None) -> Array:
+        def multiply_adapted(
+            x: Array, lora: LoRA, is_off: Array, key: Array | None
+        ) -> Array:
             frozen = call.multiply(x, kernel)
 
             # The adapter multiplies x by the kernel too: compute that product once.
@@ -51,16 +53,17 @@ class Selected(LoRA):
                 is_computed = other_x is x and other_kernel is kernel
                 return frozen if is_computed else call.multiply(other_x, other_kernel)
 
-            y = lora.product(
-                x, kernel, call._replace(multiply=multiply_once, dropout_key=key)
-            )
+            lora_call = call._replace(multiply=multiply_once, dropout_key=key)
+            y = lora.product(x, kernel, lora_call)
             is_off = jnp.expand_dims(is_off, tuple(range(is_off.ndim, y.ndim)))
             return jnp.where(is_off, frozen, y)
 
         # 2. One adapter for the full input.
         if self.ids.ndim == batch_ndim:
-            return adapted(x, self._take_adapters(ids), ids == -1, call.dropout_key)
-        if batch_ndim or x.shape[:1] != num_ids:
+            return multiply_adapted(
+                x, self._take_adapters(ids), ids == -1, call.dropout_key
+            )
+        if batch_ndim or x.shape[:1] != self.ids.shape:
             raise ValueError(
                 "`ids` must be one number, or one for each row of the first axis of "
                 "the input of a kernel without batch axes. Got "
@@ -68,7 +71,7 @@ class Selected(LoRA):
                 f"{self.batch_shape}."
             )
         keys = call.dropout_key
-        keys = None if keys is None else jax.random.split(keys, num_ids)
+        keys = None if keys is None else jax.random.split(keys, self.ids.shape)
 
         # 3. One adapter for each row, under a vmap. Products with the kernel fold the
         #    mapped axis into their rows, so that the kernel is decoded once. The
@@ -78,7 +81,7 @@ class Selected(LoRA):
         def adapt_rows(bank: Selected, x: Array, ids: Array, keys: PyTree) -> Array:
             by_row = bank._take_adapters(ids), ids == -1, keys
             by_row = jax.tree.map(lambda a: _split_as_rows(a, x), by_row)
-            return jax.vmap(adapted)(x, *by_row)
+            return jax.vmap(multiply_adapted)(x, *by_row)
 
         return adapt_rows(self, x, ids, keys)
 
