@@ -23,8 +23,7 @@ import qlora_jax as ql
 from .config import DecoderConfig
 from .decoder import Decoder
 from .decoder_names import decoder_names
-from .families import config_from_hf
-from .families.gemma import text_config
+from .families import config_from_hf, text_config
 from .gguf.decoder_in import read_gguf
 
 # Suffixes of the files of a folder that hold settings, not weights.

@@ -14,7 +14,7 @@ from tolerances import assert_close
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families import FAMILIES, config_from_hf
-from qlora_jax.models.families.family import HARMLESS_KEYS
+from qlora_jax.models.family import HARMLESS_KEYS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer, processors
 
 import qlora_jax as ql
 from qlora_jax import cli
+from qlora_jax.models import families
 from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.config import DecoderConfig, Experts, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.families import config_from_hf, mixtures
+from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_in import gguf_names
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
@@ -42,10 +43,10 @@ GEMMA |= {"activation": "gelu_pytorch_tanh"}
 GEMMA |= {"layers": (LayerKind(window=16), LayerKind())}
 OSS = {"activation": "clamped_swiglu", "sinks": True, "tie_embeddings": False}
 OSS |= {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-OSS |= {"experts": Experts(4, 2, **mixtures.GPT_OSS_EXPERTS), "layers": GEMMA["layers"]}
+OSS |= {"experts": Experts(4, 2, **families.GPT_OSS_EXPERTS), "layers": GEMMA["layers"]}
 OLMOE = {"experts": Experts(4, 2, normalized=False), "num_kv_heads": 4}
 OLMOE |= {"qk_norms": "whole", "tie_embeddings": False}
-MIXTRAL = {"experts": Experts(4, 2, **mixtures.MIXTRAL_EXPERTS)}
+MIXTRAL = {"experts": Experts(4, 2, **families.MIXTRAL_EXPERTS)}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 

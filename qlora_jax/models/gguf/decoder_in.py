@@ -14,7 +14,7 @@ import qlora_jax as ql
 
 from ..config import DecoderConfig
 from ..decoder_names import decoder_names
-from ..families.gemma import text_config
+from ..families import text_config
 from .open_file import field, open_gguf
 from .values import (
     FREQUENCIES,

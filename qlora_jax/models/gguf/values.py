@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..config import DecoderConfig, Experts, LayerKind, Rope
-from ..families.family import is_count, number, read_rope
-from ..families.mixtures import GPT_OSS_EXPERTS, MIXTRAL_EXPERTS
+from ..families import GPT_OSS_EXPERTS, MIXTRAL_EXPERTS
+from ..family import is_count, number, read_rope
 
 # Tensors of the divisors of frequencies, for the fields of `Rope`.
 FREQUENCIES = "rope_freqs.weight"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DecoderConfig, Experts, LayerKind, Rope
+from .config import DecoderConfig, Experts, LayerKind, Rope
 
 # The keys that every family requires, and other keys that every family reads.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")

@@ -1,0 +1,350 @@
+"""Model families: how their Hugging Face configs are read."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .config import DecoderConfig, LayerKind, Rope
+from .family import (
+    EXPERT_KEYS,
+    WINDOW_KEYS,
+    Family,
+    biases,
+    one_window,
+    read_experts,
+    read_layers,
+    read_rope,
+    require,
+    rope_section,
+    shared_fields,
+)
+
+# Most families share Llama's architecture; SmolLM2 is a Llama.
+# - Qwen2 adds biases on q, k and v; Qwen3 adds norms of q and k.
+# - SmolLM3 has no rotary positions in every fourth layer.
+# - Phi-3 and Phi-4-mini have fused projections, LongRoPE and partial rotary positions.
+# - Mixtral is a Mistral with experts.
+# - In gpt-oss, experts have biases, attention has sinks, every other layer a window.
+# - Gemma 2 and 3 have norms around both blocks. Gemma 2 has soft-caps, and a window in
+#   every other layer. Gemma 3, of which the text half is computed, has two kinds of
+#   rotary positions, and a window in five layers of six.
+
+_LONGROPE = ("longrope", "su", "yarn")  # older files of Phi have the last two names
+# Fields of `Experts`, which GGUF's configs share.
+MIXTRAL_EXPERTS = {
+    "router": "block_sparse_moe.gate",
+    "names": ("w1", "w3", "w2"),
+    "kernel": "block_sparse_moe.experts.{expert}.NAME.weight",
+}
+GPT_OSS_EXPERTS = {
+    "interleaved": True,
+    "router": "mlp.router",
+    "kernel": "mlp.experts.NAME.{expert}",
+}
+# The rotary positions of a gpt-oss whose file has none.
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+_GEMMA3 = ("Gemma3ForCausalLM",)
+# transformers' defaults for the config of a text half.
+_TEXT_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131_072,
+}
+
+
+def _read_llama(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"sliding_window": None})
+    fields = shared_fields(raw)
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    mlp_bias = bool(raw.get("mlp_bias", False))
+    return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=mlp_bias)
+
+
+def _read_mistral(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"layer_types": None})  # all layers have the same window
+    fields = shared_fields(raw, kv_heads=8)
+    rope = read_rope(raw, fields["head_dim"])
+    return DecoderConfig(**fields, layers=one_window(raw, rope, default=4096))
+
+
+def _qwen_layers(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
+    """Returns the layers; those from `max_window_layers` on may have a window."""
+    window = raw.get("sliding_window", 4096)
+    window = window if raw.get("use_sliding_window", False) else None
+    first = raw.get("max_window_layers", 28) if window is not None else None
+
+    def is_sliding(index: int) -> bool:
+        return first is not None and index >= first
+
+    return read_layers(raw, is_sliding, window, rope)
+
+
+def _read_qwen2(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, kv_heads=32)
+    layers = _qwen_layers(raw, read_rope(raw, fields["head_dim"]))
+    return DecoderConfig(**fields, layers=layers, qkv_bias=True)
+
+
+def _read_qwen3(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, head_dim=128, kv_heads=32)
+    layers = _qwen_layers(raw, read_rope(raw, fields["head_dim"]))
+    return DecoderConfig(**fields, **biases(raw), layers=layers, qk_norms=True)
+
+
+def _read_smollm3(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, kv_heads=4, tied=True)
+    count, step = fields["num_layers"], raw.get("no_rope_layer_interval", 4)
+    # Despite its name, `no_rope_layers` has 1 for layers with rotary positions.
+    has_rope = raw.get("no_rope_layers")
+    if has_rope is None:
+        has_rope = [(i + 1) % step for i in range(count)]
+    if len(has_rope) < count:
+        raise ValueError(
+            f"`no_rope_layers` must have an entry for each of {count} layers. "
+            f"Got {len(has_rope)}."
+        )
+    window = raw.get("sliding_window")
+    has_windows = bool(raw.get("use_sliding_window", False)) and window is not None
+    rope = read_rope(raw, fields["head_dim"], theta=2e6)
+    kinds = read_layers(raw, lambda i: has_windows and not has_rope[i], window, rope)
+    layers = tuple(
+        kind if is_rotary else replace(kind, rope=None)
+        for kind, is_rotary in zip(kinds, has_rope, strict=False)
+    )
+    mlp_bias = bool(raw.get("mlp_bias", False))
+    return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=mlp_bias)
+
+
+def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, eps=1e-5)
+    original = raw.get("original_max_position_embeddings", 4096)
+    raw = {**raw, "original_max_position_embeddings": original}
+    # Here `partial_rotary_factor` is supported; `read_rope` would reject it.
+    section = dict(rope_section(raw))
+    share = raw.pop("partial_rotary_factor", None)
+    share = section.pop("partial_rotary_factor", share)
+    dim = int(fields["head_dim"] * (1.0 if share is None else share))
+    kind = section.get("rope_type") or section.get("type") or "default"
+    if kind not in ("default", *_LONGROPE):
+        raise ValueError(f'`rope_type` must be "default" or "longrope". Got {kind!r}.')
+    section["rope_type"] = "longrope" if kind in _LONGROPE else kind
+    rope = read_rope(raw, dim, section=section)
+    layers = one_window(raw, rope, default=None)
+    return DecoderConfig(**fields, layers=layers, rotary_dim=dim, fused=True)
+
+
+def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, kv_heads=8, eps=1e-5)
+    experts = read_experts(raw, 8, 2, **MIXTRAL_EXPERTS)
+    rope = read_rope(raw, fields["head_dim"], theta=1e6)
+    layers = one_window(raw, rope, default=None)
+    return DecoderConfig(**fields, layers=layers, experts=experts)
+
+
+def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"clip_qkv": None})
+    fields = shared_fields(raw, eps=1e-5) | biases(raw)
+    normalized = bool(raw.get("norm_topk_prob", False))
+    experts = read_experts(raw, 64, 8, factor=0.01, normalized=normalized)
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    return DecoderConfig(**fields, layers=layers, experts=experts, qk_norms="whole")
+
+
+def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
+    if raw.get("mlp_only_layers"):
+        raise ValueError(
+            "`mlp_only_layers` must be empty: all layers must have experts. Got "
+            f"{raw['mlp_only_layers']}."
+        )
+    require(raw, {"decoder_sparse_step": 1})
+    fields = shared_fields(raw, kv_heads=4) | biases(raw)
+    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
+    windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
+    layers = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    normalized = bool(raw.get("norm_topk_prob", False))
+    experts = read_experts(raw, 128, 8, normalized=normalized)
+    return DecoderConfig(**fields, layers=layers, qk_norms=True, experts=experts)
+
+
+def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
+    fields = shared_fields(raw, head_dim=64, kv_heads=8, eps=1e-5)
+    fields |= {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
+    fields |= biases({"attention_bias": True, **raw})
+    section = raw.get("rope_scaling") or raw.get("rope_parameters") or _GPT_OSS_ROPE
+    rope = read_rope(raw, fields["head_dim"], theta=150_000.0, section=section)
+    window = raw.get("sliding_window", 128)
+    layers = read_layers(raw, lambda i: i % 2 == 0, window, rope)
+    experts = read_experts(raw, 128, 4, **GPT_OSS_EXPERTS)
+    return DecoderConfig(**fields, layers=layers, experts=experts)
+
+
+def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that Gemma 2 and 3 read in the same way."""
+    if raw.get("use_bidirectional_attention"):
+        raise ValueError("`use_bidirectional_attention` must be false. Got true.")
+    gelu = ("hidden_activation", "gelu_pytorch_tanh")
+    fields = shared_fields(raw, head_dim=256, kv_heads=4, tied=True, activation=gelu)
+    fields |= {
+        "unit_offset_norms": True,
+        "post_norms": True,
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
+    }
+    return fields | biases(raw)
+
+
+def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = _gemma_fields(raw)
+    rope = read_rope(raw, fields["head_dim"])
+    window = raw.get("sliding_window", 4096)
+    return DecoderConfig(
+        **fields,
+        layers=read_layers(raw, lambda i: i % 2 == 0, window, rope),
+        attention_soft_cap=raw.get("attn_logit_softcapping", 50.0),
+        logit_soft_cap=raw.get("final_logit_softcapping", 30.0),
+    )
+
+
+def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"attn_logit_softcapping": None})
+    fields = _gemma_fields(raw)
+    # Newer files have a section of rotary positions for each kind of layer.
+    sections = raw.get("rope_parameters") or {}
+    full = raw.get("rope_scaling") or sections.get("full_attention") or {}
+    local = {"rope_theta": raw.get("rope_local_base_freq")}
+    local |= sections.get("sliding_attention") or {}
+    dim, window = fields["head_dim"], raw.get("sliding_window", 4096)
+    ropes = (
+        read_rope(raw, dim, theta=1e6, section=full),
+        read_rope({**raw, "rope_theta": None}, dim, section=local),
+    )
+    period = raw.get("sliding_window_pattern", 6)
+    layers = read_layers(raw, lambda i: (i + 1) % period != 0, window, *ropes)
+    cap = raw.get("final_logit_softcapping")
+    return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
+
+
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `config.json` of the text half, as that of a text-only model."""
+    if raw.get("model_type") != "gemma3":
+        return dict(raw)
+    family = {"architectures": [*_GEMMA3], "model_type": "gemma3_text"}
+    shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+    shared = {key: raw[key] for key in shared_keys if key in raw}
+    text = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
+    return _TEXT_DEFAULTS | shared | text | family
+
+
+def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
+    return replace(_read_gemma3(text_config(raw)), module="model.language_model")
+
+
+_QWEN_KEYS = f"hidden_act max_window_layers use_sliding_window {WINDOW_KEYS}"
+_SMOLLM3_KEYS = "attention_bias hidden_act max_window_layers mlp_bias no_rope_layers"
+_SMOLLM3_KEYS += f" no_rope_layer_interval use_sliding_window {WINDOW_KEYS}"
+_QWEN3_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size"
+_QWEN3_MOE_KEYS += " attention_bias hidden_act max_window_layers norm_topk_prob"
+_QWEN3_MOE_KEYS += f" sliding_window use_sliding_window {EXPERT_KEYS}"
+# `experts_per_token` and `initial_context_length` repeat other keys in published files.
+_GPT_OSS_KEYS = "attention_bias experts_per_token hidden_act initial_context_length"
+_GPT_OSS_KEYS += f" swiglu_alpha swiglu_limit {WINDOW_KEYS} {EXPERT_KEYS}"
+# Published files have `hidden_act`, but transformers reads `hidden_activation`.
+_GEMMA_KEYS = "attention_bias attn_logit_softcapping final_logit_softcapping hidden_act"
+_GEMMA_KEYS += " hidden_activation query_pre_attn_scalar use_bidirectional_attention"
+_GEMMA_KEYS += f" {WINDOW_KEYS}"
+_GEMMA3_KEYS = (
+    f"_sliding_window_pattern rope_local_base_freq sliding_window_pattern {_GEMMA_KEYS}"
+)
+_VISION_KEYS = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
+_VISION_KEYS += f" text_config vision_config {_GEMMA3_KEYS}"
+_FAMILIES = (
+    Family(
+        "llama",
+        ("LlamaForCausalLM",),
+        _read_llama,
+        "attention_bias hidden_act mlp_bias sliding_window",
+    ),
+    Family(
+        "mistral",
+        ("MistralForCausalLM",),
+        _read_mistral,
+        "hidden_act layer_types sliding_window",
+    ),
+    Family("qwen2", ("Qwen2ForCausalLM",), _read_qwen2, _QWEN_KEYS),
+    Family("qwen3", ("Qwen3ForCausalLM",), _read_qwen3, f"attention_bias {_QWEN_KEYS}"),
+    Family("smollm3", ("SmolLM3ForCausalLM",), _read_smollm3, _SMOLLM3_KEYS),
+    Family("phi3", ("Phi3ForCausalLM",), _read_phi3, "hidden_act sliding_window"),
+    Family(
+        "mixtral",
+        ("MixtralForCausalLM",),
+        _read_mixtral,
+        f"hidden_act sliding_window {EXPERT_KEYS}",
+    ),
+    Family(
+        "olmoe",
+        ("OlmoeForCausalLM",),
+        _read_olmoe,
+        f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}",
+    ),
+    Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
+    Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
+    Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),
+    Family("gemma3_text", _GEMMA3, _read_gemma3, _GEMMA3_KEYS),
+    Family(
+        "gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half, _VISION_KEYS
+    ),
+)
+FAMILIES = {family.model_type: family for family in _FAMILIES}
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Returns the decoder's config in a `config.json`.
+
+    Warns about keys that are not read, unless they are known not to change the logits.
+
+    Args:
+        raw: The values in the file.
+
+    Raises:
+        ValueError: If `Decoder` does not support the family, or one of its options.
+
+    Example:
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
+        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        >>> config_from_hf(raw).num_kv_heads
+        4
+    """
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        names = tuple(FAMILIES)
+        raise ValueError(f"`model_type` must be one of {names}. Got {model_type!r}.")
+    family = FAMILIES[model_type]
+    try:
+        if architectures and not set(architectures) & set(family.architectures):
+            raise ValueError(
+                f"`architectures` must be {[*family.architectures]}. Got "
+                f"{architectures}."
+            )
+        config = family.read_config(raw)
+        keys = {**raw, **(raw.get("text_config") or {})}
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"config.json must hold values of the expected types. Got {error!r}."
+        ) from error
+    if unknown := family.unknown_keys(keys):
+        warnings.warn(
+            f"These keys of config.json are unknown, and are ignored: {unknown}. If "
+            "they change what the model computes, the results are wrong.",
+            stacklevel=2,
+        )
+    return config
