@@ -10,7 +10,7 @@ from typing import Any
 
 import qlora_jax as ql
 
-from ..models.families.gemma import text_config
+from ..models.families import text_config
 from .base_model import (
     BaseModel,
     LoadOptions,
@@ -55,66 +55,66 @@ _DECODED += "run_compressed=False)"
 # Each entry was checked in the server's code or, if it runs on a CPU, by running it.
 SERVERS = {
     "vllm": Server(
-        {**_VLLM_BASES, **_E2M1},
-        _METHODS,
-        "merged",
-        "peft-portable",
-        "vllm serve {base}",
-        " --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}",
+        bases={**_VLLM_BASES, **_E2M1},
+        reads=_METHODS,
+        floats="merged",
+        adapter="peft-portable",
+        command="vllm serve {base}",
+        option=" --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}",
         rounded={"nvfp4": "its kernel rounds the float32 of a tensor to bfloat16"},
         port=8000,
         with_adapter={"model": "adapter"},
     ),
     "sglang": Server(
-        _VLLM_BASES,
-        _METHODS,
-        "merged",
-        "peft-portable",
-        "python -m sglang.launch_server --model-path {base}{flags}",
-        " --enable-lora --lora-paths adapter={adapter}",
-        {"bitsandbytes": " --load-format bitsandbytes"},
+        bases=_VLLM_BASES,
+        reads=_METHODS,
+        floats="merged",
+        adapter="peft-portable",
+        command="python -m sglang.launch_server --model-path {base}{flags}",
+        option=" --enable-lora --lora-paths adapter={adapter}",
+        flags={"bitsandbytes": " --load-format bitsandbytes"},
         port=30000,
         with_adapter={"lora_path": "adapter"},
     ),
     "llama.cpp": Server(
-        dict.fromkeys(_INT4, "gguf"),
-        (),
-        "gguf",
-        "gguf-lora",
-        "llama-server -m {base}",
-        " --lora {adapter}",
+        bases=dict.fromkeys(_INT4, "gguf"),
+        reads=(),
+        floats="gguf",
+        adapter="gguf-lora",
+        command="llama-server -m {base}",
+        option=" --lora {adapter}",
         port=8080,
         with_adapter={"lora": [{"id": 0, "scale": 1.0}]},
     ),
     # Since 0.34.1, `ollama create` rejects `ADAPTER` (ollama's pull request 14969).
     "ollama": Server(
-        {},
-        (),
-        "gguf",
-        None,
-        "ollama create adapted -f Modelfile && ollama run adapted",
+        bases={},
+        reads=(),
+        floats="gguf",
+        adapter=None,
+        command="ollama create adapted -f Modelfile && ollama run adapted",
         port=11434,
         model="adapted",
     ),
     "mlx": Server(
-        dict.fromkeys(_INT4, "awq"),
-        ("awq", "mlx"),
-        "merged",
-        "mlx",
-        "mlx_lm.server --model {base}",
-        " --adapter-path {adapter}",
+        bases=dict.fromkeys(_INT4, "awq"),
+        reads=("awq", "mlx"),
+        floats="merged",
+        adapter="mlx",
+        command="mlx_lm.server --model {base}",
+        option=" --adapter-path {adapter}",
         port=8080,
         model="default_model",
         with_adapter={"adapters": "{adapter}"},
     ),
     "transformers": Server(
-        {**_BITSANDBYTES, **dict.fromkeys(_INT4, "compressed-tensors"), **_E2M1},
-        _METHODS[:2],
-        "merged",
-        "peft",
-        'model = transformers.AutoModelForCausalLM.from_pretrained("{base}"{flags})',
-        '; model = peft.PeftModel.from_pretrained(model, "{adapter}")',
-        dict.fromkeys(("compressed-tensors", *_E2M1), _DECODED),
+        bases={**_BITSANDBYTES, **dict.fromkeys(_INT4, "compressed-tensors"), **_E2M1},
+        reads=_METHODS[:2],
+        floats="merged",
+        adapter="peft",
+        command='model = transformers.AutoModelForCausalLM.from_pretrained("{base}"{flags})',
+        option='; model = peft.PeftModel.from_pretrained(model, "{adapter}")',
+        flags=dict.fromkeys(("compressed-tensors", *_E2M1), _DECODED),
     ),
 }
 
@@ -245,14 +245,16 @@ def pair_for(name: str, model: BaseModel, options: LoadOptions) -> Pair:
         if needs_gguf and not is_gguf:
             return pair("gguf", server.adapter, False, "weights are rounded to float16")
         # mlx-lm does not read every config that transformers 5 writes.
-        is_as_it_is = is_gguf == needs_gguf and not (name == "mlx" and _is_newer(model))
+        is_as_it_is = is_gguf == needs_gguf and not (
+            name == "mlx" and _has_older_keys(model)
+        )
         form = AS_IS if is_as_it_is else server.floats
         why = problem or "the weights are the same"
         return pair(form, server.adapter, problem is None, why)
     fmt, block_size = packing
     is_read = needs_gguf if is_gguf else _is_read(server, model, fmt)
     form = AS_IS if is_read and not options else server.bases.get(fmt)
-    if form == AS_IS and name == "mlx" and _is_newer(model):
+    if form == AS_IS and name == "mlx" and _has_older_keys(model):
         form = server.bases.get(fmt)
     # GGUF's Q4_0 has blocks of 32 weights.
     if form is None or (form == "gguf" and block_size != 32):
@@ -264,7 +266,7 @@ def pair_for(name: str, model: BaseModel, options: LoadOptions) -> Pair:
     return pair(form, server.adapter, exact, why or "codes and scales are the same")
 
 
-def _is_newer(model: BaseModel) -> bool:
+def _has_older_keys(model: BaseModel) -> bool:
     """Returns whether a folder's config has keys that have an older form too."""
     return model.path.is_dir() and bool(
         ql.io.older_config_keys(ql.io.read_config_json(model.path))
