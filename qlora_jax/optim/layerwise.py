@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from .._jax.jaxprs import bind, run_program
 from .._jax.modes import explicit_mesh
 from .._jax.specs import spec_of
-from ..adapters.patterns import matches, unmatched_by
+from ..adapters.config import matches, unmatched_by
 from ..trees.paths import Tree, paths_where
 from .paging import to_host
 
