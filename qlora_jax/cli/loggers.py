@@ -40,7 +40,7 @@ def open_loggers(
     log_functions: list[LogStep] = []
     with contextlib.ExitStack() as stack:
         with all_or_none():
-            for name in run.config.loggers if is_first() else ():
+            for name in run.config.loggers if is_first() else ():  # one log per run
                 open_logger = _tensorboard if name == "tensorboard" else _wandb_like
                 opened = stack.enter_context(open_logger(name, run, resume_after))
                 log_functions.append(opened)

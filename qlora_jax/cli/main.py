@@ -62,7 +62,7 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
             function(config, _write)  # prints answers as they are generated
             return 0
         result = function(config)
-        if getattr(config, "distributed", False):
+        if getattr(config, "distributed", False):  # prints the result once
             processes = importlib.import_module(".processes", __package__)
             if not processes.is_first():
                 return 0

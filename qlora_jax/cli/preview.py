@@ -38,6 +38,7 @@ class Preview:
     rows: tuple[Mapping[str, Any], ...]
 
     def __str__(self):
+        # https://no-color.org
         has_colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         start, end = _COLORED if has_colors else _BRACKETED
         lines = []

@@ -38,7 +38,7 @@ def check_base(trained_on: str, base_model: str | None = None) -> None:
     if base_model not in (None, trained_on):
         problem = f"not on {base_model}"
     elif trained_on.startswith(PYPI) or pathlib.Path(trained_on).exists():
-        problem = "which is not on the hub"
+        problem = "which is not on the hub"  # but, for example, a local copy
     else:
         return
     raise ValueError(

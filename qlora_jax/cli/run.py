@@ -204,7 +204,7 @@ def _resolve(
     fmt = None if config.fmt == "none" else config.fmt
     packing = stored_packing or ql.QLoRAConfig(
         fmt=fmt, block_size=config.block_size, double_quant=config.double_quant
-    )
+    )  # fills in the format's defaults
     resolved = dataclasses.replace(
         config,
         steps=steps,

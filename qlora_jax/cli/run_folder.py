@@ -29,7 +29,7 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder. Got the file {folder}.")
-    is_new = not folder.exists()
+    is_new = not folder.exists()  # leave nothing behind if a check fails
     has_config = (folder / CONFIG).is_file()
     if resume and not has_config:
         raise ValueError(

@@ -112,7 +112,8 @@ SERVERS = {
         reads=_METHODS[:2],
         floats="merged",
         adapter="peft",
-        command='model = transformers.AutoModelForCausalLM.from_pretrained("{base}"{flags})',
+        command="model = transformers.AutoModelForCausalLM.from_pretrained("
+        '"{base}"{flags})',
         option='; model = peft.PeftModel.from_pretrained(model, "{adapter}")',
         flags=dict.fromkeys(("compressed-tensors", *_E2M1), _DECODED),
     ),
@@ -240,6 +241,7 @@ def pair_for(name: str, model: BaseModel, options: LoadOptions) -> Pair:
         return merged("it is not known to load experts in 4 bits")
     if name in ("mlx", "llama.cpp") and any("/experts/" in path for path in adapters):
         return merged("it supports no adapters of experts")
+    # A float base keeps its form if that is the server's.
     problem = _mlx_problem(model) if name == "mlx" else None
     if packing is None:
         if needs_gguf and not is_gguf:
@@ -251,6 +253,7 @@ def pair_for(name: str, model: BaseModel, options: LoadOptions) -> Pair:
         form = AS_IS if is_as_it_is else server.floats
         why = problem or "the weights are the same"
         return pair(form, server.adapter, problem is None, why)
+    # A packed base keeps its form if training used it as it is stored.
     fmt, block_size = packing
     is_read = needs_gguf if is_gguf else _is_read(server, model, fmt)
     form = AS_IS if is_read and not options else server.bases.get(fmt)

@@ -133,6 +133,7 @@ class TrainConfig:
     model: str
     data: str | dict[str, float]
     out: str
+    # Adapters
     lora_r: int = 16
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -140,10 +141,12 @@ class TrainConfig:
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
     trainable: str | None = None
+    # The base
     fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
     recode: bool = False
+    # Training. `Any` is a number or several, which `__post_init__` parses.
     learning_rate: Any = 2e-4
     schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     warmup: int | None = None
@@ -154,16 +157,19 @@ class TrainConfig:
     objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
     beta: float = 0.1
     gamma: float = 0.5
+    # Batches
     batch_size: int = 8
     accumulation: int = 1
     max_length: int = 1024
     packing: bool = False
+    # The optimizer
     optimizer: Literal["adamw", "adamw8bit", "lion", "adafactor"] = "adamw"
     offload_optimizer: bool = False
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float | None = None
     clip: float = 1.0
+    # Computation and memory
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool | Literal["offload"] = True
     attention: Literal["xla", "splash"] = "xla"
@@ -172,6 +178,7 @@ class TrainConfig:
     base_memory: Literal["device", "host"] = "device"
     seed: Any = 0
     data_seed: int | None = None
+    # Evaluation
     eval_every: int | None = None
     eval_examples: int = 120
     eval_batch_size: int = 60
@@ -179,6 +186,7 @@ class TrainConfig:
     samples: int = 3
     keep_best: bool = False
     early_stopping_patience: int | None = None
+    # Checkpoints and results
     save_every: int = 100
     keep: int = 2
     resume: bool = False
@@ -189,6 +197,7 @@ class TrainConfig:
     log_every: int | None = None
     log: str | list[str] = field(default_factory=list)
     verbose: bool = False
+    # Rows
     train_on: Literal["completions", "last", "all"] = "completions"
     keys: dict[str, str] = field(default_factory=dict)
     chat: bool = True
@@ -197,6 +206,7 @@ class TrainConfig:
     stream: bool = False
     validation_split: float | None = None
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
+    # Devices and processes
     mesh: str | dict[str, int] | None = None
     distributed: bool = False
     coordinator_address: str | None = None
