@@ -35,7 +35,7 @@ VERSION = "1"
 UNKNOWN = "0" * 64  # stands for the checksum while it is computed
 _CHUNK_BYTES = 8 << 20
 
-Entry = dict[str, Any]  # the JSON description of a leaf
+LeafJson = dict[str, Any]  # describes a leaf
 
 # What reading a description raises that `save` did not write.
 _DESCRIPTION_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError)
@@ -181,9 +181,9 @@ def _check_sum(path: pathlib.Path, checksum: str) -> None:
         raise CheckpointError(f"{path} has changed since it was written.")
 
 
-def describe(keys: tuple, leaf: Any) -> tuple[Entry, dict[str, Any]]:
+def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
     """Returns a leaf as JSON, and its arrays by tensor name; raises TypeError."""
-    entry: Entry = {"keys": [_json_key(key) for key in keys], "kind": "array"}
+    entry: LeafJson = {"keys": [_json_key(key) for key in keys], "kind": "array"}
     if is_packed(leaf):
         entry |= {"kind": "QTensor", "shape": [*leaf.shape]}
         entry |= {name: getattr(leaf, name) for name in _PACKING}
@@ -242,7 +242,7 @@ def _check_array(leaf: object, x: Any) -> None:
 # types: `restore` catches all of `_DESCRIPTION_ERRORS`.
 
 
-def _trees_of(entries: list[Entry], tensors: Tensors) -> tuple[Tree, Tree]:
+def _trees_of(entries: list[LeafJson], tensors: Tensors) -> tuple[Tree, Tree]:
     """Returns the described tree as shapes, and as names of tensors."""
     shapes, names, unused = {}, {}, set(tensors)
     for entry in entries:
@@ -263,7 +263,7 @@ def _struct_of(tensor: TensorLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
 
 
-def _leaf_of(entry: Entry, structs: list[Any]) -> Tree:
+def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
     if entry["kind"] == "array":
         return structs[0]
     if entry["kind"] == "QTensor":

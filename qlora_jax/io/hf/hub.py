@@ -6,16 +6,10 @@ from ..files import Path
 
 # The files to download: safetensors, configs and tokenizers. Repositories often hold
 # the same weights in other formats too, which are large and are not needed.
-FILES = (
-    "*.json",
-    "*.jinja",
-    "adapter_model*.safetensors",
-    "adapters.safetensors",
-    "gptq_model*.safetensors",
-    "merges.txt",
-    "model*.safetensors",
-    "tokenizer.model",
-)
+FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model", "model*.safetensors"]
+FILES += [
+    f"{name}.safetensors" for name in ("adapter_model*", "adapters", "gptq_model*")
+]
 
 
 def fetch(
@@ -53,9 +47,7 @@ def fetch(
     if path.exists():
         return path
     name = str(model)
-    no_path = (
-        f"`model` must be a path or a hub id. Got {name!r}, and no such path exists"
-    )
+    no_path = f"`model` must be a path or a hub id. Got {name!r}, which is not a path"
     # "folder/model.gguf" has the form of an id, but is meant as a path.
     if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
         raise FileNotFoundError(f"{no_path}.")
@@ -70,7 +62,7 @@ def fetch(
             token=token,
             cache_dir=cache,
             local_files_only=offline,
-            allow_patterns=list(FILES),
+            allow_patterns=FILES,
         )
     except errors.HFValidationError as error:
         raise FileNotFoundError(f"{no_path}.") from error

@@ -126,10 +126,8 @@ def _kernel_pieces(
     # From [*N, *K] to the axes of the kernel.
     order = tuple((n_axes + k_axes).index(axis) for axis in range(len(kinds)))
     first_axes = n_axes[:1] + k_axes[:1]
-    cuts = tuple(
-        (0, None) if axis in first_axes else (i.start, i.stop)
-        for axis, i in enumerate(index)
-    )
+    ranges = [(i.start, i.stop) for i in index]
+    cuts = tuple((0, None) if a in first_axes else x for a, x in enumerate(ranges))
     for n_piece in pieces(n_index, n_inner * math.prod(k_shape)):
         rows = slice(n_piece.start * n_inner, n_piece.stop * n_inner)
         n_shape = [n_piece.stop - n_piece.start, *n_sizes] if n_axes else []
@@ -175,8 +173,8 @@ def pack_float_leaf(
         return (_largest_fused(name, tensors, q.dtype),) if needs_largest else ()
 
     def pack_part(device: Device, parts: Sequence[Index]) -> Arrays:
-        dtypes = jnp.uint8, jnp.float32
-        buffers = tuple(map(functools.partial(empty, device), parts, dtypes))
+        codes = empty(device, parts[0], jnp.uint8)
+        buffers = codes, empty(device, parts[1], jnp.float32)
         *batch, code_rows, columns = parts[0]
         # A row of 4-bit codes holds two inputs. An odd K ends inside a row.
         first_input = code_rows.start * codes_per_byte
@@ -275,19 +273,12 @@ def _store_scales(
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _store_matrix_scales(
-    stored: StoredScales,
-    scales: Array,
-    index: _Start,
-    packing: Packing,
-    *largest: Array,
+    stored: StoredScales, scales: Array, i: _Start, packing: Packing, *largest: Array
 ) -> StoredScales:
-    start, shape = (*index, 0, 0), scales.shape[-2:]
-    sizes = (1,) * len(index) + shape
-    matrix_scales = lax.dynamic_slice(scales, start, sizes).reshape(shape)
-    encoded = packing.scheme.encode(matrix_scales, *largest)
-    return jax.tree.map(
-        lambda stack, x: _write_matrix(stack, x, start), stored, encoded
-    )
+    start, shape = (*i, 0, 0), scales.shape[-2:]
+    matrix = lax.dynamic_slice(scales, start, (1,) * len(i) + shape).reshape(shape)
+    encoded = packing.scheme.encode(matrix, *largest)
+    return jax.tree.map(lambda x, new: _write_matrix(x, new, start), stored, encoded)
 
 
 def move_packed_leaf(
@@ -296,8 +287,8 @@ def move_packed_leaf(
     """Returns the arrays of a QTensor with the bytes of 4-bit weights in files."""
 
     def move_part(device: Device, parts: Sequence[Index]) -> Arrays:
-        dtypes = q.codes.dtype, q.scales.dtype
-        buffers = [*map(functools.partial(empty, device), parts, dtypes)]
+        codes = empty(device, parts[0], q.codes.dtype)
+        buffers = [codes, empty(device, parts[1], q.scales.dtype)]
         for index, cell in cells(parts[0][:-2]):
             name = leaf.tensors[index]
             for i, stored in enumerate(tensors[name].rows()):

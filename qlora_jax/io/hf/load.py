@@ -96,9 +96,8 @@ def load(
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
     scale = {"total": total, "unit_scale": True}
     with progress_bar("loading", " weights", progress, **scale) as bar:
-        return map_by_path(
-            lambda path, x: _read_leaf(leaves[path], x, tensors, bar.update), base
-        )
+        update = bar.update
+        return map_by_path(lambda p, x: _read_leaf(leaves[p], x, tensors, update), base)
 
 
 def _read_leaf(

@@ -55,8 +55,8 @@ def save_merged(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If an adapter has no kernel in `base`, or does not fit it; if the
-            name table lacks a leaf; if `dtype` cannot represent a weight; or if the
+        ValueError: If an adapter has no kernel in `base` or does not fit it, if the
+            name table lacks a leaf, if `dtype` cannot represent a weight, or if the
             folder is not empty.
 
     Example:

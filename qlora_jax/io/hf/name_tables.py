@@ -24,8 +24,7 @@ def tunix_names(
             have separate adapters.
         qkv_einsum: Whether q, k and v of a Gemma model are one kernel, as they are if
             they have the same number of heads.
-        prefix: The start of the names; "model.language_model." in models that also
-            read images.
+        prefix: The start of the names; "model.language_model." if it reads images too.
 
     Raises:
         ValueError: If `model` is another model.
@@ -69,8 +68,7 @@ def gemma_names(
         qkv_einsum: Whether q, k and v are one kernel, as they are if they have the
             same number of heads.
         transpose_gating_einsum: As in the transformer's config.
-        prefix: The start of the names; "model.language_model." in models that also
-            read images.
+        prefix: The start of the names; "model.language_model." if it reads images too.
 
     Example:
         >>> import qlora_jax as ql
@@ -79,14 +77,13 @@ def gemma_names(
         'model.layers.0.mlp.up_proj.weight'
     """
     hf = prefix + _LAYER
+    gate_up_roles = "bnk" if transpose_gating_einsum else "bkn"
     gate_up = tuple(f"{hf}mlp.{name}.weight" for name in _PROJECTIONS[:2])
     entries = {
         "embedder/input_embedding": f"{prefix}embed_tokens.weight",
         "final_norm/scale": f"{prefix}norm.weight",
         **_gemma_layer("layer_{layer}/", hf, "post_attention_norm", qkv_einsum),
-        "layer_{layer}/mlp/gating_einsum": Entry(
-            gate_up, "bnk" if transpose_gating_einsum else "bkn"
-        ),
+        "layer_{layer}/mlp/gating_einsum": Entry(gate_up, gate_up_roles),
         "layer_{layer}/mlp/linear": Entry(f"{hf}mlp.down_proj.weight", "kn"),
     }
     return Names(entries, ignored=_ROTARY)
@@ -120,10 +117,7 @@ def _gemma_layer(
         "attn/_query_norm": "self_attn.q_norm",
         "attn/_key_norm": "self_attn.k_norm",
     }
-    entries = {
-        f"{path}{norm}/scale": Entry(f"{hf}{hf_norm}.weight")
-        for norm, hf_norm in norms.items()
-    }
+    entries = {f"{path}{n}/scale": Entry(f"{hf}{m}.weight") for n, m in norms.items()}
     if qkv_einsum:
         entries[f"{path}attn/qkv_einsum/w"] = Entry((q, k, v), "bnkn")
     else:

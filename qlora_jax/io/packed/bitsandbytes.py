@@ -107,7 +107,6 @@ def bitsandbytes_weights(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_weight(tensors: Mapping[str, Any], name: str, fmt: str) -> BitsAndBytesWeight:
-    """Checks the state and the shapes of the parts, then the tables."""
     state = _read_state(tensors[f"{name}{_STATE}{fmt}"])
     shape, packing, dtype = _read_settings(state, fmt)
     is_nested = packing.double_quant
@@ -152,8 +151,6 @@ def _read_state(tensor: SliceableTensor) -> dict[str, Any]:
 def _read_settings(
     state: dict[str, Any], fmt: str
 ) -> tuple[tuple[int, int], Packing, np.dtype]:
-    """Returns the shape, the packing and the dtype of a weight."""
-
     def is_size(n: object) -> bool:
         return type(n) is int and 0 < n < 1 << 31  # isinstance would accept True
 
@@ -162,23 +159,19 @@ def _read_settings(
     require(is_shape, f"`shape` must be two sizes. Got {shape!r:.80}.")
     require(is_size(block_size), f"`blocksize` must be a size. Got {block_size!r:.80}.")
     quant_type, dtype = state.get("quant_type"), state.get("dtype")
-    require(
-        quant_type == fmt and fmt in ("nf4", "fp4"),
-        "`quant_type` must be nf4 or fp4, and equal the end of the tensor's name. Got "
-        f"{quant_type!r:.80} and {fmt!r:.80}.",
+    message = (
+        "`quant_type` must be nf4 or fp4, and equal the end of the tensor's name. "
     )
-    require(
-        dtype in FLOAT_DTYPES, f"`dtype` must be floating-point. Got {dtype!r:.80}."
-    )
+    message += f"Got {quant_type!r:.80} and {fmt!r:.80}."
+    require(quant_type == fmt and fmt in ("nf4", "fp4"), message)
+    message = f"`dtype` must be floating-point. Got {dtype!r:.80}."
+    require(dtype in FLOAT_DTYPES, message)
     n, k = state["shape"]
     return (n, k), Packing(fmt, block_size, "nested_offset" in state), jnp.dtype(dtype)
 
 
 def _view_as_bytes(codes: _FileTensor) -> _FileTensor:
-    """Returns codes as bytes if they are stored as floats.
-
-    `bnb_4bit_quant_storage` is bfloat16 for FSDP, which splits arrays of one dtype.
-    """
+    # `bnb_4bit_quant_storage` is bfloat16 for FSDP, which splits arrays of one dtype.
     if str(codes.dtype) not in FLOAT_DTYPES:
         return codes
     nbytes = math.prod(codes.shape) * codes.dtype.itemsize
@@ -201,8 +194,6 @@ def _read_nested_offset(state: dict[str, Any]) -> np.float32:
 
 def _check_table(tensor: SliceableTensor, table: np.ndarray) -> None:
     stored = np.asarray(tensor)
-    message = (
-        "the table of values must be that of bitsandbytes. Got a table that begins "
-    )
+    message = "the table of values must be that of bitsandbytes. Got one that begins "
     message += f"with {stored[:3].tolist()}."
     require(np.array_equal(stored, table), message)

@@ -119,13 +119,13 @@ class PackedLayout:
     formats: tuple[str, ...]
     # Returns the tensors of a kernel `[K, N]` whose weight has a name `module.weight`.
     tensors: Callable[[str, QTensor], dict[str, Any]]
-    # Returns the changes to `config.json`, from the kernels, the names of the modules
-    # in float, and the config of the float model.
-    config: Callable[[Kernels, list[str], Config], dict[str, Any]]
+    # Returns the `quantization_config`, from the kernels and the modules in float.
+    config: Callable[[Kernels, list[str]], dict[str, Any]]
     # Returns why the layout cannot hold a kernel of its formats, or None if it can.
     problem: Callable[[QTensor], str | None]
     # The attributes of a QTensor that must be equal in all kernels.
     shared: tuple[str, ...] = ("fmt", "block_size")
+    sets_dtype: bool = True  # whether the model gets the dtype of `_model_dtype`
 
 
 def _convert(
@@ -139,27 +139,31 @@ def _convert(
     refuse_listed(f"{layout.name} cannot store these kernels", problems)
     settings = {tuple(getattr(q, name) for name in layout.shared) for _, q in packed}
     if len(settings) != 1:
-        raise ValueError(
-            "`base` must have packed kernels, all of the same settings for "
-            f"{layout.name}. Got {sorted(settings)}."
-        )
+        message = "`base` must have packed kernels, all of the same settings for "
+        raise ValueError(f"{message}{layout.name}. Got {sorted(settings)}.")
     # 2. List the tensors of all leaves. Their values are computed when written.
     tensors: dict[str, Any] = {}
     kernels: dict[str, QTensor] = {}
     float_modules = []
     for leaf, x in leaves:
-        if is_packed(x):
-            for index, name in np.ndenumerate(leaf.tensors):
-                kernels[name] = matrix_of(x, index)
-                tensors |= layout.tensors(name, kernels[name])
+        if not is_packed(x):
+            tensors |= float_tensors_of(leaf, x)
+            modules = [name.removesuffix(".weight") for name in leaf.tensors.flat]
+            float_modules += modules if leaf.geometry is not None else []
             continue
-        tensors |= float_tensors_of(leaf, x)
-        if leaf.geometry is not None:
-            float_modules += [n.removesuffix(".weight") for n in leaf.tensors.flat]
+        for index, name in np.ndenumerate(leaf.tensors):
+            kernels[name] = matrix_of(x, index)
+            tensors |= layout.tensors(name, kernels[name])
     if "lm_head.weight" not in tensors:  # the head shares the weights of the embedding
         float_modules.append("lm_head")
-    old_config = config if isinstance(config, Mapping) else read_config_json(config)
-    return tensors, layout.config(kernels, float_modules, old_config)
+    # 3. Describe the kernels in the config.
+    changes: dict[str, Any] = {
+        "quantization_config": layout.config(kernels, float_modules)
+    }
+    if layout.sets_dtype:
+        old_config = config if isinstance(config, Mapping) else read_config_json(config)
+        changes |= _model_dtype(kernels, old_config)
+    return tensors, changes
 
 
 def _problem(leaf: NamedLeaf, q: QTensor, layout: PackedLayout) -> str | None:
@@ -178,13 +182,12 @@ def _bitsandbytes_problem(q: QTensor) -> str | None:
     smallest, k = _SMALLEST_BITSANDBYTES_BLOCK, q.matrix_shape[-2]
     if q.block_size < smallest:
         return f"its block size must be at least {smallest}. Got {q.block_size}"
-    if k % q.block_size:
-        return (
-            f"its {k} inputs must be a multiple of the block size, or blocks of "
-            f"bitsandbytes would cross rows. Got block size {q.block_size}. Pack it "
-            "with a block size that divides the inputs, or leave it in float"
-        )
-    return None
+    reason = (
+        f"its {k} inputs must be a multiple of the block size, or blocks of "
+        f"bitsandbytes would cross rows. Got block size {q.block_size}. Pack it with a "
+        "block size that divides the inputs, or leave it in float"
+    )
+    return reason if k % q.block_size else None
 
 
 def _bitsandbytes_tensors(name: str, q: QTensor) -> dict[str, Any]:
@@ -214,12 +217,9 @@ def _bitsandbytes_tensors(name: str, q: QTensor) -> dict[str, Any]:
     return tensors
 
 
-def _bitsandbytes_config(
-    kernels: Kernels, float_modules: list[str], old_config: Config
-) -> dict[str, Any]:
-    del old_config
+def _bitsandbytes_config(kernels: Kernels, float_modules: list[str]) -> dict[str, Any]:
     q = next(iter(kernels.values()))
-    settings = {
+    return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -234,7 +234,6 @@ def _bitsandbytes_config(
         "llm_int8_skip_modules": float_modules,
         "llm_int8_threshold": 6.0,
     }
-    return {"quantization_config": settings}
 
 
 _BITSANDBYTES = PackedLayout(
@@ -244,6 +243,7 @@ _BITSANDBYTES = PackedLayout(
     _bitsandbytes_config,
     _bitsandbytes_problem,
     ("fmt", "double_quant"),  # each weight stores its own block size
+    sets_dtype=False,
 )
 
 
@@ -278,13 +278,10 @@ def _awq_tensors(name: str, q: QTensor) -> dict[str, Any]:
     }
 
 
-def _awq_config(
-    kernels: Kernels, float_modules: list[str], old_config: Config
-) -> dict[str, Any]:
+def _awq_config(kernels: Kernels, float_modules: list[str]) -> dict[str, Any]:
     size = next(iter(kernels.values())).block_size
     settings = dict(quant_method="awq", version="gemm", bits=4, group_size=size)
-    settings |= dict(zero_point=True, modules_to_not_convert=float_modules)
-    return {"quantization_config": settings, **_model_dtype(kernels, old_config)}
+    return settings | dict(zero_point=True, modules_to_not_convert=float_modules)
 
 
 def _compressed_tensors(name: str, q: QTensor) -> dict[str, Any]:
@@ -323,9 +320,7 @@ _COMPRESSED_FORMATS = {
 }
 
 
-def _compressed_config(
-    kernels: Kernels, float_modules: list[str], old_config: Config
-) -> dict[str, Any]:
+def _compressed_config(kernels: Kernels, float_modules: list[str]) -> dict[str, Any]:
     q = next(iter(kernels.values()))
     if q.fmt == "nvfp4":
         _check_fused_factors(kernels)
@@ -333,10 +328,9 @@ def _compressed_config(
     weights = dict(num_bits=4, type=value_type, symmetric=True, strategy=strategy)
     weights |= dict(group_size=q.block_size, dynamic=False, scale_dtype=scale_dtype)
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    settings: dict[str, Any] = {"quant_method": "compressed-tensors"}
-    settings |= {"format": format_name, "quantization_status": "compressed"}
-    settings |= {"ignore": float_modules, "config_groups": {"group_0": group}}
-    return {"quantization_config": settings, **_model_dtype(kernels, old_config)}
+    settings = {"quant_method": "compressed-tensors", "format": format_name}
+    settings |= {"quantization_status": "compressed", "ignore": float_modules}
+    return settings | {"config_groups": {"group_0": group}}
 
 
 def _check_fused_factors(kernels: Kernels) -> None:
