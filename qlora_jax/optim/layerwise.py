@@ -248,7 +248,7 @@ class _LayerInterpreter:
     def run(
         self, program: core.ClosedJaxpr | core.Jaxpr, arguments: Sequence[Value]
     ) -> list[Value]:
-        jaxpr = getattr(program, "jaxpr", program)
+        jaxpr: Any = getattr(program, "jaxpr", program)
         constants = getattr(program, "consts", ())
         return run_program(jaxpr, (*constants, *arguments), self._run_equation)
 

@@ -257,7 +257,7 @@ def _multiply_kept(
         return carry
 
     @pl.when(is_first)
-    def decode_stripe() -> None:
+    def fill_stripe() -> None:
         _for_each_chunk(tiling, store_chunk, None)
 
     values = stripe[...]
