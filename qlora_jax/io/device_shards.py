@@ -29,7 +29,7 @@ def on_devices(
     `parts` are the slices that the device holds, one index for each array. All
     `structs` are on the same devices; without a sharding, on JAX's default device.
     """
-    if structs[0].sharding is None:
+    if structs[0].sharding is None:  # entire arrays on one device
         return tuple(make(None, [tuple(slice(0, n) for n in s.shape) for s in structs]))
     shardings: list[Any] = [s.sharding for s in structs]
     index_maps = [
@@ -45,7 +45,7 @@ def on_devices(
         for struct, index_map in zip(structs, index_maps, strict=True):
             sizes = zip(index_map[device], struct.shape, strict=True)
             parts.append(tuple(slice(*i.indices(n)[:2]) for i, n in sizes))
-        key = tuple((i.start, i.stop) for part in parts for i in part)
+        key = tuple((i.start, i.stop) for part in parts for i in part)  # hashable
         if key not in computed:
             computed[key] = make(device, parts)
         for x, sharding, shard in zip(computed[key], shardings, shards, strict=True):
@@ -60,7 +60,7 @@ def on_devices(
 
 def put(x: Any, struct: Array | jax.ShapeDtypeStruct) -> Array:
     """Puts an array or lazy tensor on its sharding; each device reads its part."""
-    if struct.sharding is None:
+    if struct.sharding is None:  # an array that is not committed to a device
         return jnp.asarray(np.asarray(x))
     if tuple(x.shape) != struct.shape:  # codes have another shape in host memory
         x = HostShaped(x)

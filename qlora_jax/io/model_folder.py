@@ -69,6 +69,7 @@ def write_folder(
     if "quantization_config" in changes:
         merged.pop("quantization", None)  # MLX's name of the same settings
     settings = {k: x for k, x in merged.items() if x is not None or k not in changes}
+    # mlx-lm and older versions of transformers read the older keys.
     settings |= older_config_keys(settings)
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
@@ -78,10 +79,12 @@ def write_folder(
         progress_bar("writing", "B", progress, **bar_settings) as bar,
     ):
         for file, names in shards.items():
+            # The bar advances as each tensor is computed.
             counted = {name: _counted(tensors[name], bar.update) for name in names}
             # transformers rejects files without the metadata `format`.
             write_safetensors(folder / file, counted, metadata={"format": "pt"})
         if len(shards) > 1:
+            # Without an index, readers expect a single `model.safetensors`.
             weight_map = {
                 name: file for file, names in shards.items() for name in names
             }
@@ -111,6 +114,8 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         >>> ql.io.older_config_keys({"rope_parameters": rope})
         {'rope_theta': 500000.0}
     """
+    # `rope_parameters` holds the settings themselves, or a section for each kind of
+    # layer; Gemma 3 has a base frequency for its local (sliding) layers.
     sections = config.get("rope_parameters") or {}
     rope = sections.get("full_attention", sections)
     local = sections.get("sliding_attention") or {}
@@ -119,6 +124,7 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         # Readers of the older form expect the key `type`, some also `rope_type`.
         keys["rope_scaling"] = {**rope, "type": rope["rope_type"]}
+    # The same for the number of experts, which transformers 5 has renamed.
     if config.get("model_type") == "qwen3_moe":
         keys["num_experts"] = config.get("num_local_experts")
     return {k: x for k, x in keys.items() if x is not None and config.get(k) is None}

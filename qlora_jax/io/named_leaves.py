@@ -61,10 +61,12 @@ class NamedLeaf:
 def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
     """Returns the leaf at a path; raises ValueError if the name table lacks it."""
     roles = names.roles(path)
-    if "k" not in roles:
+    if "k" not in roles:  # not a kernel
         batch_shape = shape[: names.num_batch_axes(path)]
         tensors = names.of(path, batch_shape)
         return NamedLeaf(path, shape, None, bool(roles), tensors)
+    # A convolution contracts its window, so w counts as k: a kernel "wwkn" of shape
+    # [3, 3, K, N] has matrices [9 K, N].
     geometry = Geometry.contracting(roles.replace("w", "k"), shape)
     tensors = names.of(path, geometry.matrix_shape(shape)[:-2])
     # Roles describe the trailing axes, so they are aligned from the right.
@@ -80,6 +82,7 @@ def find_leaves(
     leaves: dict[str, NamedLeaf] = {}
     unnamed, missing, mismatched = [], [], []
     used: set[str] = set()
+    # First go through the leaves, and record which tensors they use.
     for path, array in leaves_by_path(like).items():
         try:
             leaves[path] = leaf = leaf_of(path, tuple(array.shape), names)
@@ -97,6 +100,7 @@ def find_leaves(
                 mismatched.append(f"{name} (must be {leaf.tensor_shape}, is {shape})")
             elif dtype not in FLOAT_DTYPES:
                 mismatched.append(f"{name} (must be floating, is {dtype})")
+    # Then every other tensor must be ignored by the table, or have no effect.
     unexpected = [
         name
         for name in tensors
@@ -129,6 +133,7 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
                 f"`quantize` kernels that are trained. Got {type(value).__name__} at "
                 f"{path}."
             )
+        # Other processes may hold parts of the arrays, which only they can read.
         arrays = [a for a in jax.tree.leaves(value) if isinstance(a, jax.Array)]
         if not all(a.is_fully_addressable for a in arrays):
             raise ValueError(f"{path} must be on the devices of this process.")
@@ -176,6 +181,7 @@ def float_tensors_of(leaf: NamedLeaf, value: Any) -> dict[str, DeferredTensor]:
 def _float_tensor(leaf: NamedLeaf, value: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns one tensor of a leaf in the checkpoint's layout, `[N, K]`."""
     if is_packed(value):
+        # Slice and decode one matrix [K, N], so that memory holds no other.
         matrix = jax.tree.map(lambda part: part.make(), matrix_of(value, index))
         return np.asarray(matrix.dequantize_matrix()).T
     slices: list[int | slice] = [slice(None)] * len(leaf.shape)

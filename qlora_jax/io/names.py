@@ -55,6 +55,7 @@ class Entry:
     parameter: str | None = None
 
     def __post_init__(self):
+        # "nn" describes the axes of a bias, not of a kernel.
         if self.roles and not re.fullmatch("n+", self.roles):
             check_contract(self.roles.replace("w", "k"))
         if not self.names or not all(isinstance(n, str) and n for n in self._templates):
@@ -112,7 +113,7 @@ class Names:
             path: entry if isinstance(entry, Entry) else Entry(entry)
             for path, entry in self.entries.items()
         }
-        object.__setattr__(self, "entries", entries)
+        object.__setattr__(self, "entries", entries)  # the dataclass is frozen
         for path, entry in entries.items():
             if unnamed := {*_PLACEHOLDER.findall(path)} - {*entry._placeholders}:
                 raise ValueError(
@@ -137,23 +138,21 @@ class Names:
             ValueError: If no entry has that path and that number of batch axes.
         """
         entry, numbers, axes = self._find(path)
-        has_name_axis = not isinstance(entry.names, str)
         templates = entry._templates
-        expected_axes = [*axes, len(templates)] if has_name_axis else axes
-        if len(batch_shape) != len(expected_axes) or (
-            has_name_axis and batch_shape[-1] != len(templates)
-        ):
+        has_name_axis = not isinstance(entry.names, str)
+        expected = [*axes, len(templates)] if has_name_axis else axes
+        is_wrong = len(batch_shape) != len(expected)
+        if is_wrong or has_name_axis and batch_shape[-1] != len(templates):
             raise ValueError(
-                f"{path} must have batch axes {expected_axes}. Got sizes "
+                f"{path} must have batch axes {expected}. Got sizes "
                 f"{list(batch_shape)}."
             )
         names = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
             template = templates[index[-1] if has_name_axis else 0]
-            # An index has one element more than `axes` if its last one selects a name.
-            names[index] = template.format(
-                **numbers, **dict(zip(axes, index, strict=False))
-            )
+            # `strict` is false because the last number may select a template.
+            fields = dict(zip(axes, index, strict=False))
+            names[index] = template.format(**numbers, **fields)
         return names
 
     def roles(self, path: str) -> str:
@@ -197,9 +196,12 @@ class Names:
             for path in filter(pattern.fullmatch, batch_shapes):
                 _, numbers, axes = self._find(path)
                 for index in np.ndindex(*batch_shapes[path]):
-                    indices = dict(zip(axes, index, strict=False))
-                    name = template.format(**numbers, **indices)
-                    parts = parameters.setdefault(name, {})
+                    # The parameter of all experts has no {expert}, so all indices of
+                    # experts are appended to the same list.
+                    fields = dict(zip(axes, index, strict=False))
+                    parts = parameters.setdefault(
+                        template.format(**numbers, **fields), {}
+                    )
                     parts.setdefault(path, []).append(index)
         return parameters
 

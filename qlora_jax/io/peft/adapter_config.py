@@ -107,6 +107,7 @@ class PeftConfig:
     saved_base_weights: tuple[str, ...] = ()
 
     def __post_init__(self):
+        # JSON has lists; tuples are hashable and cannot change.
         for setting in fields(self):
             value = getattr(self, setting.name)
             if isinstance(value, list):
@@ -116,6 +117,7 @@ class PeftConfig:
     @property
     def trained_tokens(self) -> dict[str, tuple[int, ...]]:
         """The ids of the trained rows, by the end of an embedding's name."""
+        # PEFT applies a bare list to the input embedding.
         indices = self.trainable_token_indices or {}
         by_name = indices if isinstance(indices, Mapping) else {"embed_tokens": indices}
         return {module: tuple(rows) for module, rows in by_name.items()}
@@ -168,6 +170,7 @@ class PeftConfig:
             )
         field_names = {f.name for f in fields(cls)} - {*_NOT_SETTINGS}
         settings, extra_settings, problems = {}, {}, []
+        # Settings that would change the result must not be ignored silently.
         for key, value in raw.items():
             if key in field_names:
                 # PEFT writes null or an empty value for a default.
@@ -195,6 +198,7 @@ class PeftConfig:
             if setting.name not in _NOT_SETTINGS:
                 value = getattr(self, setting.name)
                 raw[setting.name] = list(value) if isinstance(value, tuple) else value
+        # PEFT writes null for these if they are empty.
         nullable = ("exclude_modules", "modules_to_save", "layers_pattern")
         for name in (*nullable, "target_parameters"):
             raw[name] = raw[name] or None
@@ -229,6 +233,7 @@ def is_targeted(
 
 
 def _layer_of(module: str, layer_prefixes: tuple[str, ...]) -> int | None:
+    # The first prefix that matches decides, as in PEFT.
     for pattern in map(_layer_regex, layer_prefixes or ("",)):
         if match := re.match(pattern, module):
             return int(match["layer"]) if match["layer"] else None
@@ -236,11 +241,13 @@ def _layer_of(module: str, layer_prefixes: tuple[str, ...]) -> int | None:
 
 
 def _layer_regex(prefix: str) -> str:
+    # Without a prefix, the first number between dots is the layer's.
     start = rf"(?:^|.*?\.){prefix}" if prefix else r".*?\.[^.]*"
     return rf"{start}\.(?P<layer>\d+)\."
 
 
 def _key_regex(key: str) -> str:
+    # A key matches the end of a name after a dot, and may be a regular expression.
     return rf"(.*\.)?({key})$"
 
 

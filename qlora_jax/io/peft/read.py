@@ -110,6 +110,7 @@ def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
     folder = pathlib.Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).exists():
+            # Older versions of PEFT wrote pickles by default.
             is_pickled = (folder / "adapter_model.bin").exists()
             hint = " adapter_model.bin is a pickle, which can run code." * is_pickled
             raise CheckpointError(
@@ -128,6 +129,7 @@ def _base_keys(
     for name in (*layout.saved, *layout.optional):
         keys = layout.keys_of(name)
         present = [key for key in keys if key in file]
+        # A missing tensor gets the key that PEFT writes, for the error message.
         if present or name in layout.saved:
             base_keys[name] = (*present, keys[0])[0]
     return base_keys
@@ -142,6 +144,8 @@ def _expected_shapes(
     """Returns the shape of each tensor of the file, by key."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
+        # [N, K] for a linear module, [N, K, *window] for a convolution, and [V, D] for
+        # an embedding, where V is K.
         n, k, *window = model.tensor_shape(f"{module}.weight")
         if module in model.tables:
             n, k = k, n
@@ -154,6 +158,7 @@ def _expected_shapes(
         factor_shapes = parameter_shapes(name, model, config.rank_of(name))
         keys = layout.array_keys(module)
         shapes |= {keys[factor]: shape for factor, shape in factor_shapes.items()}
+    # Trained rows are stored as rows of the table, [rows, D].
     for module, rows in layout.rows.items():
         width = model.tensor_shape(f"{module}.weight")[-1]
         shapes[layout.rows_key(module)] = (len(rows), width)
@@ -190,6 +195,7 @@ def _module_adapter(
     }
     # Embeddings have no dropout: their input is one token.
     dropout = 0.0 if module in model.tables else float(config.lora_dropout)
+    # The adapter of one matrix [K, N]; `_stack_all` gives it the kernel's axes.
     settings = (config.scaling_of(module), dropout, Geometry())
     return layout.kind(**module_arrays, **dict(zip(SETTINGS, settings, strict=True)))
 
@@ -243,6 +249,7 @@ def _replaced(
 ) -> Array:
     """Returns a leaf in float with some of its tensors replaced."""
     is_kernel = isinstance(leaf, Kernel)
+    # [*batch, K, N] for a kernel; other leaves have the tensor's axes after the batch.
     matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
     dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
     num_tensors = np.prod(matrix.shape[: len(next(iter(tensors)))])

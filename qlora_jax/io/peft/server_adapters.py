@@ -29,7 +29,7 @@ from .adapter_config import CONFIG_FILE, PREFIX, PeftConfig
 from .adapter_file import array_keys
 from .write import adapter_tensors, alpha_of, pattern_of, peft_config
 
-_MLX_WEIGHTS = "adapters.safetensors"
+_MLX_WEIGHTS = "adapters.safetensors"  # the name that mlx-lm requires
 
 
 def portable(base: Tree, lora: Tree) -> Tree:
@@ -70,6 +70,7 @@ def portable(base: Tree, lora: Tree) -> Tree:
         "adapters for servers must be LoRA: export others in the format merged. Got",
         {path: kind for path, kind in kinds.items() if kind != "LoRA"},
     )
+    # One rank for all: servers may read the rank of the config only.
     rank = max((x.rank for x in adapters.values()), default=0)
     return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
 
@@ -130,6 +131,7 @@ class PlainLoRA:
         Raises:
             ValueError: If an adapter is not a LoRA or does not fit its kernel.
         """
+        # One rank and scaling 1, because this form has one alpha for all modules.
         lora = portable(base, lora)
         config = peft_config(base, lora, names)
         if config.target_parameters:
@@ -153,6 +155,7 @@ class PlainLoRA:
             # A hostile file may lack A, or hold a scalar; `load_peft` reports those.
             shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
             ranks[module] = (*shape, 0)[0]
+        # The most common rank is the default, and other ranks are exceptions.
         rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
         config = PeftConfig(
             r=rank,
@@ -200,6 +203,7 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
     parameters = {"rank": rank, "scale": adapter.alpha / rank, "keys": keys}
     parameters["dropout"] = adapter.dropout
     settings = {"fine_tune_type": "lora", "num_layers": num_layers}
+    # mlx-lm has A [K, rank] and B [rank, N].
     tensors = {
         f"{module}.lora_{name}": np.ascontiguousarray(x.T)
         for module, arrays in adapter.factors.items()
@@ -236,10 +240,11 @@ def read_mlx(path: Path) -> PlainLoRA:
     problems = []
     for name, tensor in open_safetensors(member(folder, _MLX_WEIGHTS)).items():
         module, _, kind = name.rpartition(".lora_")
+        # Keys are names in a layer, or full names outside the layers.
         is_listed = keys is None or {module, _in_layer(module)} & {*keys}
         if not module or kind not in ("a", "b") or not is_listed:
             problems.append(f"{name}: unexpected")
-        # A is [K, rank] and B is [rank, N] in the file.
+        # A is [K, rank] and B is [rank, N].
         elif len(shape := tensor.shape) != 2 or shape[kind == "a"] != rank:
             problems.append(f"{name}: its rank must be {rank}. Got shape {shape}")
         else:
@@ -260,6 +265,7 @@ def _mlx_settings(raw: dict[str, Any]) -> tuple[int, float, float, list[str] | N
     unknown = sorted(settings.keys() - {"rank", "scale", "dropout", "keys"})
     problems = [f"`{key}` is not known." for key in unknown]
     rank, scale = settings.get("rank", 0), settings.get("scale", 0)
+    # `type`, because `isinstance(True, int)` is true.
     if type(rank) is not int or rank < 1:
         problems.append(f"`rank` must be a positive integer. Got {rank!r:.80}.")
     if type(scale) not in (int, float) or not 0 < scale < 1e9:

@@ -10,7 +10,7 @@ both, and B is zero outside two blocks. If one has no adapter, its half of B is 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +37,7 @@ def stack(
     first = next(iter(adapters.values()))
     if len(adapters) < math.prod(batch_shape):
         _check_can_be_zero(first)
+    # Factors can be padded to the rank of the stack; magnitudes have no rank.
     factors = [name for name, roles in first.roles.items() if "r" in roles]
     dtypes = {x.arrays[name].dtype for x in adapters.values() for name in factors}
     if dtype is None and len(dtypes) > 1:
@@ -52,7 +53,7 @@ def stack(
         shape = (*batch_shape, *(sizes[role] for role in first.roles[name]))
         stacked = np.zeros(shape, stacked_dtype)
         for index, adapter in adapters.items():
-            array = adapter.arrays[name]
+            array = adapter.arrays[name]  # may have a smaller rank than the stack
             stacked[index][tuple(map(slice, array.shape))] = array
         return jnp.asarray(stacked)
 
@@ -85,7 +86,7 @@ def unstack(adapter: Adapter, index: BatchIndex, rank: int) -> Adapter:
 
     def cut(name: str, x: Array) -> Array | np.ndarray:
         axis = matrix.roles[name].find("r")
-        if axis < 0:
+        if axis < 0:  # magnitudes
             return x
         remaining, removed = np.split(x, [rank], axis=axis)
         if removed.any():
@@ -95,20 +96,30 @@ def unstack(adapter: Adapter, index: BatchIndex, rank: int) -> Adapter:
     return replace_arrays(matrix, cut)
 
 
+def _columns(name: str, model: NamedBase) -> dict[str, slice]:
+    """Returns the columns of N that each kernel of a parameter has, by path."""
+    columns, start = {}, 0
+    for path in model.parameters[name]:
+        stop = start + model.named[path].tensor_shape[0]
+        columns[path] = slice(start, stop)
+        start = stop
+    return columns
+
+
+def _blocks(rank: int, count: int) -> list[slice]:
+    """Returns equal parts of a rank, one for each kernel of a parameter."""
+    size = rank // count
+    return [slice(i * size, (i + 1) * size) for i in range(count)]
+
+
 def parameter_shapes(
     name: str, model: NamedBase, rank: int
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of PEFT's A and B for a parameter that holds all experts."""
-    parts = model.parameters[name]
-    num_experts = len(next(iter(parts.values())))
-    (_, k), *_ = (model.named[path].tensor_shape for path in parts)
-    n = sum(_widths(name, model).values())
-    return {"a": (rank * num_experts, k), "b": (n, rank * num_experts)}
-
-
-def _widths(name: str, model: NamedBase) -> dict[str, int]:
-    """Returns the N of each kernel that a parameter holds, by path."""
-    return {path: model.named[path].tensor_shape[0] for path in model.parameters[name]}
+    path, indices = next(iter(model.parameters[name].items()))
+    _, k = model.named[path].tensor_shape
+    n = max(columns.stop for columns in _columns(name, model).values())
+    return {"a": (rank * len(indices), k), "b": (n, rank * len(indices))}
 
 
 def split_parameter(
@@ -118,26 +129,27 @@ def split_parameter(
     parts = model.parameters[name]
     a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)  # [E, K, r]
     b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)  # [E, r, N]
-    ends = np.cumsum([*_widths(name, model).values()])
-    b_parts = np.split(b, ends[:-1], axis=2)
-    # If B is zero outside blocks, each kernel has its part of the rank; otherwise all
-    # kernels share one A of the full rank.
-    block_of_rank = np.arange(rank) * len(parts) // rank
-    is_block = rank % len(parts) == 0 and b.any()
-    if is_block and not any(
-        x[:, block_of_rank != i].any() for i, x in enumerate(b_parts)
-    ):
-        masks = [block_of_rank == i for i in range(len(parts))]
-    else:
-        masks = [np.ones(rank, bool) for _ in parts]
-    settings = {"scaling": scaling, "dropout": 0.0, "geometry": Geometry()}
-    return {
-        Position(path, index): LoRA(a[i][:, mask], b_part[i][mask], **settings)
-        for (path, indices), b_part, mask in zip(
-            parts.items(), b_parts, masks, strict=True
+    kernel_bs = [b[..., columns] for columns in _columns(name, model).values()]
+    # If each kernel's B is zero outside its block of the rank, the kernel gets the
+    # block. Otherwise all kernels get copies of A, which has the full rank.
+    blocks = _blocks(rank, len(parts))
+    is_block_diagonal = (
+        rank % len(parts) == 0
+        and b.any()
+        and not any(
+            np.delete(kernel_b, block, axis=1).any()
+            for kernel_b, block in zip(kernel_bs, blocks, strict=True)
         )
-        for i, index in enumerate(indices)
-    }
+    )
+    if not is_block_diagonal:
+        blocks = [slice(rank)] * len(parts)
+    settings = {"scaling": scaling, "dropout": 0.0, "geometry": Geometry()}
+    adapters = {}
+    for path, kernel_b, block in zip(parts, kernel_bs, blocks, strict=True):
+        for expert, index in enumerate(parts[path]):
+            factors = a[expert][:, block], kernel_b[expert][block]  # [K, r], [r, N]
+            adapters[Position(path, index)] = LoRA(*factors, **settings)
+    return adapters
 
 
 def join_parameter(
@@ -147,73 +159,57 @@ def join_parameter(
     scaling: float,
     rank: int,
 ) -> dict[str, np.ndarray]:
-    """Inverts `split_parameter`; raises ValueError if the adapters have no such form.
-
-    The kernels' adapters must have one scaling. If they share one A, the parameter has
-    their rank; otherwise each kernel gets an equal part of `rank`.
-    """
+    """Inverts `split_parameter`; raises ValueError if that is not possible."""
     parts = model.parameters[name]
     adapted = {path: indices for path, indices in parts.items() if path in adapters}
+    # A parameter has one scaling, and no magnitudes.
     for path, indices in adapted.items():
         if not isinstance(adapter := adapters[path], LoRA):
             raise ValueError(f"its type must be LoRA. Got {type(adapter).__name__}.")
-        for expert_scaling in (scaling_at(adapter, index) for index in indices):
-            if np.float32(expert_scaling) != np.float32(scaling):
-                raise ValueError(
-                    f"its scalings must be {scaling}. Got {expert_scaling}."
-                )
-    # First try: one A for all kernels.
+        for actual in (scaling_at(adapter, index) for index in indices):
+            if np.float32(actual) != np.float32(scaling):
+                raise ValueError(f"its scalings must be {scaling}. Got {actual}.")
+    a, kernel_bs, blocks = _factors_and_blocks(adapted, adapters, rank)
+    # Kernels without an adapter have columns of zeros.
+    columns = _columns(name, model)
+    n = max(part.stop for part in columns.values())
+    b = np.zeros((len(a), rank, n), np.result_type(*kernel_bs))
+    for path, kernel_b, block in zip(adapted, kernel_bs, blocks, strict=True):
+        b[:, block, columns[path]] = kernel_b
+    # To PEFT's layout: from [E, K, r] to [E r, K], and from [E, r, N] to [N, r E].
+    a = a.swapaxes(1, 2).reshape(-1, a.shape[1])
+    b = b.transpose(2, 1, 0).reshape(n, -1)
+    return {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
+
+
+def _factors_and_blocks(
+    adapted: Mapping[str, list[BatchIndex]], adapters: Mapping[str, Adapter], rank: int
+) -> tuple[np.ndarray, list[np.ndarray], list[slice]]:
+    """Returns A of a parameter, and the B and the part of the rank of each kernel."""
+
+    def cut_factors(rank: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        # A [E, K, r] and B [E, r, N] of each kernel, cut to a rank.
+        kernels = [
+            [unstack(adapters[path], index, rank).arrays for index in indices]
+            for path, indices in adapted.items()
+        ]
+        a = [np.stack([arrays["a"] for arrays in experts]) for experts in kernels]
+        b = [np.stack([arrays["b"] for arrays in experts]) for experts in kernels]
+        return a, b
+
+    # Kernels that share A, as PEFT trains them, use the full rank together.
     if len(adapted) == 1 or min(adapters[path].rank for path in adapted) >= rank:
-        a, b = _factors(adapted, adapters, rank)
+        a, b = cut_factors(rank)
         if all(np.array_equal(x, a[0]) for x in a):
-            return _stored(a[0], _side_by_side(name, model, adapted, b))
+            return a[0], b, [slice(rank)] * len(b)
+    # Otherwise each kernel needs a block of the rank for its own A.
     if rank % len(adapted):
         raise ValueError(
             f"its kernels must share one A, because the rank {rank} cannot be divided "
             f"by {len(adapted)}."
         )
-    # Second try: a block of the rank for each kernel.
     try:
-        a, b = _factors(adapted, adapters, rank // len(adapted))
+        a, b = cut_factors(rank // len(adapted))
     except ValueError as error:
         raise ValueError(f"its kernels have several A. {error}") from error
-    blocks = [np.zeros((len(x), rank, x.shape[2]), x.dtype) for x in b]
-    ranks = np.split(np.arange(rank), len(b))
-    for block, block_ranks, x in zip(blocks, ranks, b, strict=True):
-        block[:, block_ranks] = x
-    joined_b = _side_by_side(name, model, adapted, blocks)
-    return _stored(np.concatenate(a, axis=2), joined_b)
-
-
-def _side_by_side(
-    name: str, model: NamedBase, adapted: Iterable[str], factors: list[np.ndarray]
-) -> np.ndarray:
-    """Returns B `[E, r, N]` of a parameter; zero where a kernel has no adapter."""
-    by_path = dict(zip(adapted, factors, strict=True))
-    num_experts, rank, _ = factors[0].shape
-    columns = [
-        by_path[path]
-        if path in by_path
-        else np.zeros((num_experts, rank, width), factors[0].dtype)
-        for path, width in _widths(name, model).items()
-    ]
-    return np.concatenate(columns, axis=2)
-
-
-def _factors(
-    parts: Mapping[str, list[BatchIndex]], adapters: Mapping[str, Adapter], rank: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns A `[E, K, r]` and B `[E, r, N]` of each kernel, cut to a rank."""
-    kernels = [
-        [unstack(adapters[path], index, rank).arrays for index in indices]
-        for path, indices in parts.items()
-    ]
-    a = [np.stack([arrays["a"] for arrays in experts]) for experts in kernels]
-    b = [np.stack([arrays["b"] for arrays in experts]) for experts in kernels]
-    return a, b
-
-
-def _stored(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-    a, b = a.swapaxes(1, 2), b.transpose(2, 1, 0)  # [E, r, K] and [N, r, E]
-    factors = {"a": a.reshape(-1, a.shape[2]), "b": b.reshape(len(b), -1)}
-    return {name: np.ascontiguousarray(x) for name, x in factors.items()}
+    return np.concatenate(a, axis=2), b, _blocks(rank, len(b))

@@ -88,6 +88,7 @@ def peft_config(
     if not positions:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
     adapter_of = {name: adapters[position.path] for name, position in positions.items()}
+    # A PEFT adapter is either LoRA or DoRA for all modules.
     kinds = {*map(type, adapter_of.values())}
     if len(kinds) > 1:
         kind_names = sorted(kind.__name__ for kind in kinds)
@@ -111,6 +112,7 @@ def peft_config(
         target_modules = _shortest_ends(modules, model.modules, _last)
         target_parameters = _shortest_ends(parameters, model.parameters, _in_layer)
     trained_tensors = [n for n, p in model.tensors.items() if p.path in trained]
+    # Biases and modules that are `Trained` must be saved in full.
     biased_modules, saved = _trained_modules(trained_tensors, model.tensors)
     if biased_modules and bias == "none":
         bias = "lora_only" if biased_modules <= modules.keys() else "all"
@@ -138,6 +140,7 @@ def _adapted_parameters(
     model: NamedBase, adapters: Mapping[str, Adapter], fused: bool
 ) -> dict[str, Position]:
     """Returns an adapted position of each parameter that is written as a parameter."""
+    # Adapters of modules are read by all versions of transformers.
     if not fused and _can_convert_modules(model, adapters):
         return {}
     parameters = {}
@@ -168,11 +171,13 @@ def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> b
 
 def _ranks(adapter: Adapter) -> np.ndarray:
     """Returns the rank of each matrix; the rank that it uses, if scalings differ."""
+    # Matrices with different scalings may have different ranks, padded with zeros.
     ranks = np.zeros(adapter.batch_shape, int)
     arrays = adapter.arrays.values()
     has_values = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
     if isinstance(adapter.scaling, tuple) and has_values:
         ranks = used_ranks(adapter)
+    # The adapter of a matrix that is all zeros keeps the full rank.
     return np.where(ranks, ranks, adapter.rank)
 
 
@@ -190,6 +195,7 @@ def _most_common(values: Mapping[str, N]) -> N:
 
 def pattern_of(values: Mapping[str, N], common: N) -> dict[str, N]:
     """Returns the values that differ from the common one, by the end of a name."""
+    # The last part of a name is enough if all modules with it have the same value.
     values_by_end: dict[str, set[N]] = {}
     for module, value in values.items():
         values_by_end.setdefault(_last(module), set()).add(value)
@@ -269,6 +275,7 @@ def save_peft(
     """
     if config is None:
         config = peft_config(base, lora, names)
+    # All checks come before the first byte is written.
     tensors = adapter_tensors(base, lora, names, config)
     with new_folder(path) as folder:
         write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
@@ -280,6 +287,7 @@ def adapter_tensors(
 ) -> dict[str, np.ndarray]:
     """Returns the tensors that PEFT stores for adapters with these settings, by key."""
     adapters = jax.tree.map(np.asarray, adapters_of_each(base, lora))
+    # Leaves that are `Trained` replace those of the base, so that they are written.
     model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)
     low_rank = _low_rank_adapters(adapters, model, layout)
@@ -344,7 +352,7 @@ def _low_rank_tensors(
                 )
             adapter = unstack(adapter, position.index, rank)
             scaling, expected = scaling_at(adapter, ()), config.scaling_of(module)
-            # Products use float32, so differences beyond it do not matter.
+            # Scalings must be equal up to the rounding to float32.
             if rank and np.float32(scaling) != np.float32(expected):
                 raise ValueError(f"its scaling must be {expected}. Got {scaling}.")
         except ValueError as error:
@@ -374,6 +382,7 @@ def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
     position = model.tensors[name]
     leaf = model.leaves[position.path]
     if isinstance(leaf, Kernel):
+        # Kernels [K, N] are stored as A is: transposed, with the window moved.
         matrix = np.asarray(leaf.dequantize_matrix())[position.index]
         tensor = to_stored("a", matrix, model.named[position.path].window)
     else:
