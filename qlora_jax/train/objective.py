@@ -123,7 +123,7 @@ def _pairwise_loss(
     uses_reference = objective in _USES_REFERENCE
 
     def loss(lora, base, batch, dropout_key):
-        losses = compute_token_losses(lora, base, batch, dropout_key)
+        losses = compute_token_losses(lora, base, batch, dropout_key)  # [B, P]
         log_ratios, num_tokens = _completion_log_probs(losses, batch)  # [N] each
         if uses_reference:
             reference_losses = compute_token_losses({}, base, batch, None)
@@ -131,7 +131,7 @@ def _pairwise_loss(
         means = log_ratios / jnp.maximum(num_tokens, 1)
         scores = means if objective in _IS_LENGTH_NORMALIZED else log_ratios
         # Rows alternate between chosen and rejected completions of the same prompt.
-        chosen, rejected = scores.reshape(-1, 2).T
+        chosen, rejected = scores.reshape(-1, 2).T  # [N / 2] each
         likelihood = {}
         if objective == "orpo":  # `weights` are 0 for rejected completions
             total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
@@ -165,8 +165,10 @@ def _kto_loss(compute_token_losses: Callable[..., Any], beta: float) -> Loss:
         frozen_lora = jax.lax.stop_gradient(lora)
         divergences = log_probs(frozen_lora, base, mismatched, dropout_key)[0]
         divergences -= reference[:, 1]
+        # Negative estimates of the divergence, which cannot be negative, become 0.
         total, count = _sum_and_count(divergences, is_completion)
         kl = jnp.maximum(total / jnp.maximum(count, 1), 0)
+        # `answers` is 1 at the targets of good completions, and -1 at those of bad ones.
         is_good = jnp.sum(completions.answers, axis=-1).reshape(-1) > 0
         completion_losses = ql.losses.kto(log_ratios, is_good, kl, beta=beta)
         chosen, rejected = (

@@ -144,5 +144,6 @@ def make_optimizer(
         raise ValueError(
             f"`name` must be one of {get_args(OptimizerName)}. Got {name!r}."
         )
+    # The norm is global, so clipping cannot be part of the layerwise transformation.
     tx = optim.offload(tx, layerwise=True) if offload else tx
     return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)

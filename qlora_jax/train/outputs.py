@@ -93,7 +93,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
         >>> train.read_metrics(path)
         [{'step': 1, 'loss': 2.5}]
     """
-    lines = pathlib.Path(path).read_text("utf-8").split("\n")
+    lines = pathlib.Path(path).read_text("utf-8").split("\n")  # the last has no end
     return [json.loads(line) for line in lines[:-1]]
 
 
@@ -265,6 +265,7 @@ def save_adapter(
         >>> sorted(file.name for file in folder.iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
+    # The folder appears with all of its files, or not at all.
     settings = ql.io.peft_config(base, lora, names, base_model=base_model)
     with ql.io.new_path(folder) as new_folder:
         ql.io.save_peft(new_folder, base, lora, names, settings)

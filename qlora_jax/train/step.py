@@ -196,6 +196,7 @@ class _Compiler:
         self._compiled = functools.cache(self._compile)
 
     def __call__(self, states: tuple[State, ...]) -> Programs:
+        # States of the same shardings and structure share compiled programs.
         leaves, structure = jax.tree.flatten(states)
         is_sharded = mesh_of(states) is not None
         shardings = tuple(x.sharding for x in leaves) if is_sharded else None

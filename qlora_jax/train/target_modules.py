@@ -48,6 +48,7 @@ def find_target_paths(
             for path, layers in modules.items()
             if not any(map(_EXCLUDED.fullmatch, layers))
         )
+    # All problems are collected, so that one message lists them.
     targets, problems = set(), []
     for name, pattern in _compile_patterns(target_modules).items():
         is_used = False

@@ -419,7 +419,7 @@ OUTSIDE = "must not reach outside its sandbox"
         ("{{ range(10**9) }}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
-        (["x"], "must be text, or a list of named ones"),
+        (["x"], "must be text, or a list of objects"),
         ("{{ ''.__class__.__mro__ }}", OUTSIDE),
         ("{{ messages.append(1) }}", OUTSIDE),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", OUTSIDE),

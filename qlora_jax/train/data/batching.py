@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # are found one by one, which is slow.
 _MAX_WINDOW = 512
 Sizes = tuple[np.ndarray, np.ndarray]  # the lengths and the target counts of rows
+Groups = Sequence[Sequence[Row]]  # the rows of a data set in each row of a batch
 
 
 class Batch(NamedTuple):
@@ -170,7 +171,7 @@ class _Padded:
             for width in self.choices
         }
 
-    def collate(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
+    def collate(self, groups: Groups, size: int) -> Batch:
         rows = self._sequences([row for [row] in groups])
         longest = max(len(row.ids) for row in rows)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
@@ -201,7 +202,7 @@ class _Packed:
         self.sequences, self.width = sequences, int(ordering.round_up(longest))
         self.step = int(ordering.round_up(-(-self.width // ordering.MAX_WIDTHS)))
 
-    def collate(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
+    def collate(self, groups: Groups, size: int) -> Batch:
         rows = [[x for row in group for x in row.sequences] for group in groups]
         most = max(sum(row.num_trained for row in group) for group in rows)
         num_targets = int(ordering.round_up(most, self.step))
@@ -287,8 +288,8 @@ class _Source:
             self.layout = _Packed(max(x.longest for x in packs), sequences)
         else:
             self.layout = _Padded(rows, sizes, max_length)
-            settings = self.layout.widths, batch_size, window, self.count, seed
-            self.similar = ordering.SimilarLengths(self.order, *settings)
+            arguments = self.layout.widths, (batch_size, window, self.count), seed
+            self.similar = ordering.SimilarLengths(self.order, *arguments)
 
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
@@ -305,17 +306,13 @@ class _Source:
 
 
 def collate(
-    groups: Sequence[Sequence[Row]],
-    size: int,
-    width: int,
-    num_targets: int,
-    sequences: int = 0,
+    groups: Groups, size: int, width: int, num_targets: int, sequences: int = 0
 ) -> Batch:
     """Returns a batch of `size` rows. Each group of sequences fills one of them."""
-    ids, segments, positions = np.zeros((3, size, width), np.int32)
-    select, targets = np.zeros((2, size, num_targets), np.int32)
+    ids, segments, positions = np.zeros((3, size, width), np.int32)  # [B, T]
+    select, targets = np.zeros((2, size, num_targets), np.int32)  # [B, P]
     weights = np.zeros((size, num_targets), np.float32)
-    answers = np.zeros((size, sequences, num_targets), np.float32)
+    answers = np.zeros((size, sequences, num_targets), np.float32)  # [B, S, P]
     # Padding counts its own positions, since attention kernels require that they rise.
     positions[len(groups) :] = np.arange(width)
     for i, group in enumerate(groups):

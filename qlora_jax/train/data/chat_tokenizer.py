@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .rendering import Rendering, Template
 
 Message = Mapping[str, Any]
+Messages = Sequence[Message]
+Tools = Sequence[Any] | None  # descriptions of tools
 _ROLES = ("system", "user", "assistant", "tool")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _PROBE = "a key that no template reads"
@@ -239,7 +241,7 @@ class Chat:
             ) from error
         return {name: Template(text, self.now) for name, text in self.sources.items()}
 
-    def template(self, tools: Sequence[Any] | None) -> "Template":
+    def template(self, tools: Tools) -> "Template":
         """Returns the template for messages with or without tools."""
         for name in ("tool_use", "default") if tools else ("default",):
             if name in self.sources:
@@ -252,9 +254,7 @@ class Chat:
             "a template, or rows of `prompt` and `completion`."
         )
 
-    def check_roles(
-        self, row: Mapping[str, Sequence[Message]], tools: Sequence[Any] | None
-    ) -> None:
+    def check_roles(self, row: Mapping[str, Messages], tools: Tools) -> None:
         """Rejects roles that the template would write, but does not name."""
         # `row` has the messages by their names in error messages.
         allowed = {*_ROLES, *self.template(tools).literals}
@@ -269,9 +269,7 @@ class Chat:
                 f"names. Got {', '.join(unknown)}."
             )
 
-    def adapt_contents(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None
-    ) -> Sequence[Message]:
+    def adapt_contents(self, messages: Messages, tools: Tools) -> Messages:
         """Joins contents that are lists of texts if the template expects strings."""
         has_parts = [isinstance(m.get("content"), list) for m in messages]
         if not any(has_parts) or self._supports_parts(messages, tools):
@@ -289,9 +287,7 @@ class Chat:
             adapted.append({**message, "content": text} if is_list else message)
         return adapted
 
-    def _supports_parts(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None
-    ) -> bool:
+    def _supports_parts(self, messages: Messages, tools: Tools) -> bool:
         # A template that reads parts ignores the key that is added to each of them. One
         # that expects a string writes the whole list, with that key.
         probed, texts = [], []
@@ -312,28 +308,21 @@ class Chat:
         return has_texts and _without_space(_PROBE) not in rendered
 
     def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None = None,
-        add_generation_prompt: bool = False,
+        self, messages: Messages, tools: Tools, add_generation_prompt: bool = False
     ) -> "Rendering":
         """Renders messages. The result has the answers that the template marks."""
-        return self.template(tools).render(
-            {
-                **self.special,
-                "messages": [_normalize(message) for message in messages],
-                "tools": tools,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        # The variables of transformers, some of which templates test for.
+        variables = {
+            **self.special,
+            "messages": [_normalize(message) for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self.template(tools).render(variables)
 
     def find_answers(
-        self,
-        rendering: "Rendering",
-        messages: Sequence[Message],
-        turns: Sequence[int],
-        tools: Sequence[Any] | None,
+        self, rendering: "Rendering", messages: Messages, turns: list[int], tools: Tools
     ) -> Marked:
         """Finds the answers of the messages `turns` of the assistant in a rendering."""
         if not turns:

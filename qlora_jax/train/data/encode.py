@@ -1,13 +1,13 @@
 """Turns raw rows into tokens and labels."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import kinds
-from .chat_tokenizer import Marked, Message, Tokenizer
+from .chat_tokenizer import Marked, Messages, Tokenizer, Tools
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
@@ -142,7 +142,7 @@ class Encoder:
                 f"the row must be of the kind of the first row, {kind}. Got "
                 f"{fields.kind}."
             )
-        self.unused |= dict.fromkeys(fields.unused)
+        self.unused |= dict.fromkeys(fields.unused)  # for a note, at the end
         if fields.kind == "input_ids":
             encoded = Encoded(self._encode_ids(fields, place))
         elif fields.kind == "text":
@@ -165,7 +165,7 @@ class Encoder:
 
     def _encode_text(self, fields: kinds.Fields, place: str) -> Row:
         ids = self.tokenizer.encode(kinds.check_text("text", fields.values["text"]))
-        eos = self.tokenizer.eos_id
+        eos = self.tokenizer.eos_id  # some tokenizers add it by themselves
         if self.ends_text and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         ids = self._check_ids("the ids of its text", ids)
@@ -223,9 +223,7 @@ class Encoder:
             return Marked(text, [(len(prompt), len(text))], False)
         return self._render(groups, groups.pop("tools"))
 
-    def _render(
-        self, groups: Mapping[str, Sequence[Message]], tools: Sequence[Any] | None
-    ) -> Marked:
+    def _render(self, groups: Mapping[str, Messages], tools: Tools) -> Marked:
         chat = self.tokenizer.chat
         chat.check_roles(groups, tools)
         # 1. Remove `weight` and `train`, and adapt contents to the template.

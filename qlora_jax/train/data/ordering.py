@@ -10,6 +10,8 @@ import numpy as np
 MULTIPLE = 8  # widths are multiples of this number of tokens
 MAX_WIDTHS = 8  # each width is compiled as a program of its own
 _PADDING = 0.05  # the share of padding that is not worth another program
+# The batch size, the batches of a window, and the number of rows or None for no end.
+WindowSizes = tuple[int, int, int | None]
 
 
 def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
@@ -35,7 +37,7 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
         cost, best = np.empty(len(widths)), np.zeros(len(widths), int)
         for j, width in enumerate(widths):
             num_last = num_up_to[j + 1] - num_up_to[: j + 1]
-            candidates = old_cost[: j + 1] + num_last * width
+            candidates = old_cost[: j + 1] + num_last * width  # for each i
             best[j] = int(candidates.argmin())
             cost[j] = candidates[best[j]]
         previous.append(best)
@@ -129,17 +131,10 @@ class SimilarLengths:
     """Batches of rows of similar length, from an order of single rows."""
 
     def __init__(
-        self,
-        order: Sequence[Any],
-        widths: np.ndarray,
-        batch_size: int,
-        window: int,
-        count: int | None,
-        seed: int,
+        self, order: Sequence[Any], widths: np.ndarray, sizes: WindowSizes, seed: int
     ):
-        """`window` is in batches. `count` is the number of rows, or None for no end."""
-        self._order, self._widths, self._batch_size = order, widths, batch_size
-        self._count, self._seed, self._window = count, seed, window
+        self._order, self._widths, self._seed = order, widths, seed
+        self._batch_size, self._window, self._count = sizes
         self._batches = functools.lru_cache(2)(self._cut_window)
 
     def batch(self, index: int) -> list[np.ndarray]:
