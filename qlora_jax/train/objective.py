@@ -168,7 +168,7 @@ def _kto_loss(compute_token_losses: Callable[..., Any], beta: float) -> Loss:
         # Negative estimates of the divergence, which cannot be negative, become 0.
         total, count = _sum_and_count(divergences, is_completion)
         kl = jnp.maximum(total / jnp.maximum(count, 1), 0)
-        # `answers` is 1 at the targets of good completions, and -1 at those of bad ones.
+        # `answers` is 1 at targets of good completions, and -1 at those of bad ones.
         is_good = jnp.sum(completions.answers, axis=-1).reshape(-1) > 0
         completion_losses = ql.losses.kto(log_ratios, is_good, kl, beta=beta)
         chosen, rejected = (

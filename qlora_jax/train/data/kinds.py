@@ -118,7 +118,7 @@ def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
         )
 
 
-def _check_no_label(kind: str, label: Any) -> None:
+def _check_no_label(kind: str, label: object) -> None:
     # Labels of other kinds, such as topics, are ignored.
     if kind not in ("text", "input_ids") and str(label).lower() in _LABELS:
         raise ValueError(
@@ -271,7 +271,7 @@ def _is_placeholder(part: dict[str, Any]) -> bool:
     return part.get("type") != "text" and not has_value
 
 
-def _is_tool_call(call: Any) -> bool:
+def _is_tool_call(call: object) -> bool:
     return isinstance(call, dict) and isinstance(call.get("function", {}), dict)
 
 
@@ -281,7 +281,7 @@ def _is_empty(content: str | list | None) -> bool:
     return not any(x.strip() if isinstance(x, str) else x for x in texts)
 
 
-def check_text(name: str, value: Any, *, allow_empty: bool = False) -> str:
+def check_text(name: str, value: object, *, allow_empty: bool = False) -> str:
     """Returns `value`, after checking that it is a string and not empty."""
     if not isinstance(value, str) or not (value or allow_empty):
         raise ValueError(f"`{name}` must be text. Got {value!r:.40}.")

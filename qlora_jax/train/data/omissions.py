@@ -72,7 +72,7 @@ class _Search:
             return [path]
         return [part for paths in omitted for part in paths]
 
-    def _appears_once(self, value: Any) -> bool:
+    def _appears_once(self, value: object) -> bool:
         forms = _dense_forms(value)
         return (
             len(forms[-1]) >= _MIN_UNIQUE
@@ -87,7 +87,7 @@ class _Search:
         except ValueError:  # the template needs the value
             return False
 
-    def _is_partly_omitted(self, path: Path, value: Any) -> bool:
+    def _is_partly_omitted(self, path: Path, value: object) -> bool:
         # Whether a character of a value can change while the text stays the same.
         forms = _dense_forms(value)
         if not isinstance(value, str) or any(x in self.dense_text for x in forms):
@@ -130,7 +130,7 @@ def _redundant_paths(row: dict[str, Any]) -> Iterator[Path]:
                 calls = [*message["tool_calls"]]
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return value in (None, [], {}) or (isinstance(value, str) and not value.strip())
 
 
@@ -159,11 +159,11 @@ def _without_space(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def _to_json(value: Any) -> str:
+def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _dense_forms(value: Any) -> list[str]:
+def _dense_forms(value: object) -> list[str]:
     # Templates write a string as it is or, inside JSON, with escapes.
     form = _without_space(_to_json(value))
     return [_without_space(value), form[1:-1]] if isinstance(value, str) else [form]
