@@ -75,8 +75,8 @@ def read_float_leaf(
                 for axis, i in sorted(zip(batch_axes, cell, strict=True)):
                     start.insert(axis, i)
                 x = jax.device_put(x, device)
-                place = tuple(start), layout, batch_axes
-                buffer, is_finite = _write_floats(buffer, x, *place)
+                position = tuple(start), layout, batch_axes
+                buffer, is_finite = _write_floats(buffer, x, *position)
                 check(is_finite)
             count(math.prod(sizes_of(index)))
         return (buffer,)

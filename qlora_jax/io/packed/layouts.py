@@ -140,10 +140,9 @@ def _read_compressed(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     require("weight_scale" in parts, "`weight_scale` must be given. Got none.")
     packed, scales = parts["weight_packed"], parts["weight_scale"]
     dtypes = str(packed.dtype), str(scales.dtype)
-    message = (
-        f"codes and scales must have dtypes {[*_COMPRESSED_FORMATS]}. Got {dtypes}."
-    )
-    require(dtypes in _COMPRESSED_FORMATS, message)
+    choices = [*_COMPRESSED_FORMATS]
+    message = f"codes and scales must have dtypes {choices}. Got {dtypes}."
+    require(dtypes in choices, message)
     fmt, dtype = _COMPRESSED_FORMATS[dtypes]
     require(len(packed.shape) == 2, f"codes must have two axes. Got {packed.shape}.")
     format_parts = {"nvfp4": ("weight_global_scale",), "mxfp4": ()}
@@ -264,8 +263,8 @@ def _gguf_weight(
 
 
 def _read_q4_0(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    weight = _gguf_weight(parts, "weight_q4_0", "q4_0", "float32", np.float16)
-    return {"weight": weight}
+    name = "weight_q4_0"
+    return {"weight": _gguf_weight(parts, name, "q4_0", "float32", np.float16)}
 
 
 def _read_gguf_mxfp4(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
@@ -287,7 +286,6 @@ def _read_gpt_oss(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     require(list(scales.shape) == shape and block_bytes == 16, message)
     num_experts, n, num_blocks = shape
     codes = blocks.reshape(num_experts, n, num_blocks * 16)  # [E, N, K / 2]
-
     weights = {}
     for i in range(num_experts):
         arrays = swap_nibbles(_expert_matrix(codes, i)), _expert_matrix(scales, i)
@@ -296,11 +294,9 @@ def _read_gpt_oss(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
 
 
 def _expert_matrix(stack: SliceableTensor, index: int) -> View:
+    # Lazy tensors take only slices.
     expert = slice(index, index + 1)
-    shape = tuple(stack.shape[1:])
-    return View(
-        shape, stack.dtype, lambda rows, columns: stack[expert, rows, columns][0]
-    )
+    return View(stack.shape[1:], stack.dtype, lambda *part: stack[expert, *part][0])
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:

@@ -145,9 +145,8 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     method = stored.get("quant_method", default_method)
     is_supported = isinstance(method, str) and method in _SUPPORTED_SETTINGS
     methods = ", ".join(_SUPPORTED_SETTINGS)
-    require(
-        is_supported, f"`quant_method` must be one of {methods}. Got {method!r:.80}."
-    )
+    message = f"`quant_method` must be one of {methods}. Got {method!r:.80}."
+    require(is_supported, message)
     settings = _use_first_names({**stored, "quant_method": method})
     _check_settings(settings, method)
     if method == "bitsandbytes":
@@ -173,7 +172,7 @@ def _find_settings(folder: pathlib.Path) -> Any:
 
 
 def _use_first_names(settings: dict[str, Any]) -> dict[str, Any]:
-    # `format` is a newer name of these two settings.
+    # Newer files call these two settings `format`.
     first_names = {"awq": "version", "gptq": "checkpoint_format"}
     key = first_names.get(settings["quant_method"])
     value = settings.get(key or "", settings.get("format"))
@@ -184,10 +183,8 @@ def _use_first_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_settings(settings: dict[str, Any], method: str) -> None:
     for key, supported in _SUPPORTED_SETTINGS[method].items():
-        value, choices = (
-            settings.get(key, supported[0]),
-            " or ".join(map(str, supported)),
-        )
+        value = settings.get(key, supported[0])
+        choices = " or ".join(map(str, supported))
         message = f"`{key}` of {method} must be {choices}. Got {value!r:.80}."
         require(value in supported, message)
     message = "`load_in_8bit` must be false: 8-bit weights are not supported. Got true."
@@ -199,8 +196,9 @@ def _check_settings(settings: dict[str, Any], method: str) -> None:
     if method != "compressed-tensors" or not isinstance(groups, dict):
         return
     for name, group in groups.items():
-        get = group.get if isinstance(group, dict) else {}.get
-        has_activations = get("input_activations") or get("output_activations")
+        section = group if isinstance(group, dict) else {}
+        kinds = ("input_activations", "output_activations")
+        has_activations = any(section.get(kind) for kind in kinds)
         message = f"{name} must quantize only weights, not activations. Got {group}."
         require(not has_activations, message)
 

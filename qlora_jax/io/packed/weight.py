@@ -163,10 +163,9 @@ def packed_weight(
         scales = _repeat_column(scales, num_blocks)
         biases = None if biases is None else _repeat_column(biases, num_blocks)
         input_blocks = None  # all inputs have the same scale
-    packing, factors = Packing(fmt, k // num_blocks, False), scale_scales
-    return PackedWeight(
-        packing, jnp.dtype(dtype), codes, scales, factors, biases, input_blocks
-    )
+    packing = Packing(fmt, k // num_blocks, False)
+    arrays = codes, scales, scale_scales, biases, input_blocks
+    return PackedWeight(packing, jnp.dtype(dtype), *arrays)
 
 
 def _repeat_column(column: SliceableTensor, count: int) -> View:
