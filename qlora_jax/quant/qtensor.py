@@ -255,8 +255,8 @@ def _check_parts(
     blocks = math.ceil(k / packing.block_size)
     codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
     scales = packing.scheme.arrays((*batch, blocks, n))._asdict()
-    types: list[str] = []  # errors about types, and about values below
-    values: list[str] = []
+    types: list[str] = []  # messages about wrong types
+    values: list[str] = []  # messages about wrong values
     for name, expected in {"codes": codes, **scales}.items():
         part = parts[name]
         if expected is None:
@@ -283,7 +283,6 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, ceil(K / B), N]`, without a gradient."""
     if q.scales.dtype == np.float32:  # not encoded, in any format
         return lax.stop_gradient(q.scales)
-
     scales = call_in_auto_mode(
         q.packing.scheme.decode,
         lambda mesh: fitting_spec(mesh, spec_of(q.scales), q.scales.shape),
@@ -300,7 +299,7 @@ def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTenso
 def axes_of_array(
     matrix_axes: Sequence[Entry], ndim: int, unsplit: Entry
 ) -> tuple[Entry, ...]:
-    """Returns how a stored array of `ndim` axes is split, from its matrix form."""
+    """Returns how a stored array of `ndim` axes is split, as its kernel's matrix is."""
     # Codes and block scales are split as the matrix form; other arrays are tiny, so
     # that only their batch axes are.
     batch = tuple(matrix_axes[:-2])
