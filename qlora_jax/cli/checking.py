@@ -172,9 +172,6 @@ def _describe_devices() -> dict[str, Any]:
     return kind | {"count": len(devices), "bytes": size}
 
 
-# Products
-
-
 def check_products() -> list[dict[str, Any]]:
     """Returns the errors of products in each format, dtype and direction."""
     cases = [*itertools.product(FORMATS, _DTYPES)]
@@ -303,9 +300,6 @@ def on_cpu() -> Iterator[bool]:
         return
     with jax.default_device(cpu):
         yield jax.default_backend() != "cpu"
-
-
-# A training step
 
 
 def check_step(rounds: int) -> dict[str, Any]:

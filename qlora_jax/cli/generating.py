@@ -91,7 +91,7 @@ def generate(
     checked before the model's weights are read.
 
     Args:
-        config: The model, the text and the sampling.
+        config: The model, the text and the sampling settings.
         write: Called with each piece of an answer as soon as it is generated; for a
             file of prompts, with the lines of all answers unless `out` is set.
 

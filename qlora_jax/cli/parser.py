@@ -113,12 +113,10 @@ def _replace_run_configs(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         is_config = argument.startswith(prefix)
         parts += ["--config", argument[len(prefix) :]] if is_config else [argument]
-    fields = (
-        getattr(COMMANDS.get(parts[0]), "__dataclass_fields__", ()) if parts else ()
-    )
+    takes_run = bool(parts) and hasattr(COMMANDS.get(parts[0]), "run")
     for index, (flag, value) in enumerate(itertools.pairwise(parts)):
         folder = pathlib.Path(value).parent
-        if flag == "--config" and "run" in fields and is_run(folder):
+        if flag == "--config" and takes_run and is_run(folder):
             parts[index : index + 2] = ["--run", str(folder)]
     return parts
 

@@ -39,9 +39,6 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     Settings, data, module names, the folder and (with `resume`) the settings of the
     resumed run are checked before the model is read.
 
-    Args:
-        config: The model, the data, the run's folder and the settings.
-
     Returns:
         The result of the run, or of a sweep over learning rates or seeds whose runs are
         trained side by side. The folder holds more. With `preview`, the rows to show.
@@ -49,8 +46,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     Raises:
         ValueError: If settings, data and model are wrong or do not fit, if `out` is not
             empty or in use by another run, or if the resumed run had other settings.
-        FloatingPointError: If the loss or gradient is not finite and `on_nan` is
-            "stop".
+        FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last complete state remains.
         ImportError: If a library of the extra `train` is not installed.
         KeyboardInterrupt: At SIGINT, once the state after the step is saved.
