@@ -52,7 +52,6 @@ class PartsLayout:
 
 
 # AWQ (the GEMM version) and GPTQ: weight = (code - zero point) * scale.
-#
 # Both store `scales` [K / B, N], and `qzeros` [K / B, N / 8], eight zero points to an
 # int32. AWQ packs outputs, `qweight` [K, N / 8], in an interleaved order. GPTQ packs
 # inputs, `qweight` [K / 8, N], and `g_idx` [K] is the block of each input. The first
@@ -117,7 +116,6 @@ def _read_awq_or_gptq(parts: Parts, settings: Settings) -> dict[str, PackedWeigh
 
 
 # compressed-tensors: pack-quantized, mxfp4-pack-quantized and nvfp4-pack-quantized.
-#
 # A weight [N, K] is `weight_packed`, first code in the lowest bits, and `weight_scale`
 # [N, K / B]. Integer codes are packed into int32, and their scales are floats.
 # `weight_shape` is [N, K], and there may be a `weight_zero_point` [N / 8, K / B] and a
@@ -221,7 +219,6 @@ def _read_mlx(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
 
 
 # GGUF's Q4_0 and MXFP4: a scale and 16 bytes for every 32 inputs of an output.
-#
 # A row of `weight_q4_0` [N, 18 * K / 32] consists of blocks with a float16 scale each;
 # a row of `NAME_mxfp4` [N, 17 * K / 32], of blocks with an E8M0 exponent each. The low
 # half of byte i is the code of input i, and the high half that of input i + 16.
