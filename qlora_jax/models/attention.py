@@ -66,18 +66,16 @@ def rotary_table(
     if rope is None:
         angle = jnp.zeros((*positions.shape, 1, half), jnp.float32)
         return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
-
-    def divide(frequency: Array, divisors: tuple[float, ...]) -> Array:
-        return frequency / jnp.asarray(divisors, jnp.float32)[None, None, None]
-
     # Pair i is rotated by position * theta ** (-2 i / dim) / divisors[i].
     frequency = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    frequency = frequency[None, None, None]  # [1, 1, 1, half]
-    divided = divide(frequency, rope.divisors) if rope.divisors else frequency
+    divided, long_divided = (  # [1, 1, 1, half], to broadcast over B, T and heads
+        (frequency / jnp.asarray(divisors or 1, jnp.float32))[None, None, None]
+        for divisors in (rope.divisors, rope.long_divisors)
+    )
     if rope.long_divisors:
         is_long = jnp.asarray(lengths) > rope.original_length
         is_long = jnp.broadcast_to(is_long, positions.shape)[:, :, None, None]
-        divided = jnp.where(is_long, divide(frequency, rope.long_divisors), divided)
+        divided = jnp.where(is_long, long_divided, divided)
     angle = positions[:, :, None, None].astype(jnp.float32) * divided
     table = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
     return table if rope.scale == 1 else table * rope.scale
@@ -123,31 +121,27 @@ class Attention(nn.Module):
         table = tokens.tables[0 if scalars.rope is None else scalars.rope]
         operands = rotate(query, table), rotate(key, table), value, sinks
         if cache is None and self.attention != "xla":
-            mixed, new = self._attend_in_order(*operands, tokens, scalars), None
+            mixed, new_kv = self._attend_in_order(*operands, tokens, scalars), None
         else:
-            mixed, new = self._attend_by_position(*operands, tokens, scalars, cache)
+            mixed, new_kv = self._attend_by_position(*operands, tokens, scalars, cache)
         mixed = mixed.reshape(*x.shape[:2], -1)  # [B, T, H * Dh]
         # The result of the splash kernel already has a name for checkpoint policies.
         if self.attention != "splash" or cache is not None:
             mixed = name_product(mixed)
         output = make_dense(c.hidden_size, c.o_bias, self.dtype, "o_proj")
-        return name_product(output(mixed)), new
+        return name_product(output(mixed)), new_kv
 
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
-        """Returns query, key and value, by heads."""
         c = self.config
-
-        def project(width: int, name: str) -> Array:
-            return name_product(make_dense(width, c.qkv_bias, self.dtype, name)(x))
-
+        dense = functools.partial(make_dense, use_bias=c.qkv_bias, dtype=self.dtype)
         heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
         widths = [num_heads * c.head_dim for num_heads in heads]
         if c.fused:
-            fused = project(sum(widths), "qkv_proj")
+            fused = name_product(dense(sum(widths), name="qkv_proj")(x))
             parts = jnp.split(fused, [widths[0], sum(widths[:2])], axis=-1)
         else:
-            names = "q_proj", "k_proj", "v_proj"
-            parts = [project(*pair) for pair in zip(widths, names, strict=True)]
+            pairs = zip(widths, ("q_proj", "k_proj", "v_proj"), strict=True)
+            parts = [name_product(dense(n, name=name)(x)) for n, name in pairs]
         return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
 
     def _normalize(self, x: Float[Array, "B T _ Dh"], name: str) -> Array:
@@ -183,16 +177,16 @@ class Attention(nn.Module):
         self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars, cache
     ):
         """Returns the result of `attend`, and the keys and values to cache."""
-        c, new = self.config, None
+        c, new_kv = self.config, None
         positions = key_positions = tokens.positions
         # 1. Each key is in the cache at its position. Padding after a prompt fills
         # positions that are overwritten before a query sees them.
         if cache is not None:
             rows = jnp.arange(query.shape[0])[:, None]
-            new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
+            new_kv = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
             key, value = (  # [B, K, S, Dh] in the cache, [B, S, K, Dh] here
                 old.at[rows, :, positions].set(x).swapaxes(1, 2).astype(self.dtype)
-                for old, x in zip(cache, new, strict=True)
+                for old, x in zip(cache, new_kv, strict=True)
             )
             key_positions = jnp.arange(key.shape[1])[None]
         # 2. The mask [B, T, S].
@@ -206,8 +200,8 @@ class Attention(nn.Module):
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
         if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
-            return attend(*operands, **settings)[..., : c.head_dim], new
-        return attend(query, key, value, visible, **settings), new
+            return attend(*operands, **settings)[..., : c.head_dim], new_kv
+        return attend(query, key, value, visible, **settings), new_kv
 
 
 def with_sinks(
@@ -250,17 +244,16 @@ def attend(
         soft_cap=soft_cap,
         block=BLOCK if query.shape[1] > MANY_QUERIES and not is_split else None,
     )
-
-    def attend_elsewhere(query, key, value, visible):
-        mask = visible[:, None]
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
-
-    # JAX's attention does not support a soft-cap. On CPUs, plain products are faster.
     operands = query, key, value, visible
+    # JAX's attention does not support a soft-cap. On CPUs, plain products are faster.
     if soft_cap is not None:
         return attend_on_cpu(*operands)
     return jax.lax.platform_dependent(
-        *operands, cpu=attend_on_cpu, default=attend_elsewhere
+        *operands,
+        cpu=attend_on_cpu,
+        default=lambda query, key, value, visible: jax.nn.dot_product_attention(
+            query, key, value, mask=visible[:, None], scale=scale
+        ),
     )
 
 

@@ -50,18 +50,14 @@ def attend_in_blocks(
 
     N is B times the number of key heads, G the number of query heads for each of them.
     """
+    # Pad to whole blocks. Padded queries and keys see nothing and are not seen.
     tokens = query.shape[2]
-    rows, columns = -tokens % block, -key.shape[1] % block
-
-    def pad_tokens(x: Array, padding: int) -> Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)])
-
-    # Padded queries and keys see nothing and are not seen.
-    query, key = pad_tokens(query, rows), pad_tokens(key, columns)
-    visible = jnp.pad(visible, ((0, 0), (0, rows), (0, columns)))
-    settings, mask = _Settings(scale, soft_cap, block), _find_ranges(visible, block)
+    rows, columns = (0, -tokens % block), (0, -key.shape[1] % block)
+    query = jnp.pad(query, ((0, 0), (0, 0), rows, (0, 0)))
+    key, value = (jnp.pad(x, ((0, 0), columns, (0, 0))) for x in (key, value))
+    mask = _find_ranges(jnp.pad(visible, ((0, 0), rows, columns)), block)
     # pyright loses the type of a custom VJP with static arguments.
-    mixed: Any = _attend(settings, query, key, pad_tokens(value, columns), mask)
+    mixed: Any = _attend(_Settings(scale, soft_cap, block), query, key, value, mask)
     return mixed[:, :, :tokens]
 
 
@@ -108,8 +104,10 @@ def _get_block(x: Array, index: Array, block: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, index * block, block, axis)
 
 
-def _set_block(x: Array, new: Array, index: Array, block: int, axis: int) -> Array:
-    return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), index * block, axis)
+def _set_block(x: Array, update: Array, index: Array, block: int, axis: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(
+        x, update.astype(x.dtype), index * block, axis
+    )
 
 
 def _run_forward(settings, query, key, value, mask):
@@ -201,11 +199,9 @@ def _attend_bwd(settings, residuals, g):
         return _set_block(d_query, d_q, i, block, 2), *d_keys_values
 
     sums = [jnp.zeros(x.shape, jnp.float32) for x in (key, value)]
+    start = jnp.zeros(query.shape, query.dtype), *sums
     d_query, d_key, d_value = lax.fori_loop(
-        0,
-        query.shape[2] // block,
-        visit_queries,
-        (jnp.zeros(query.shape, query.dtype), *sums),
+        0, query.shape[2] // block, visit_queries, start
     )
     return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
 

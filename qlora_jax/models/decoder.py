@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of this call, S keys in the cache, D hidden size, H qu
 heads, K key heads, Dh size of a head, R kinds of rotary positions, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -42,18 +43,15 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Returns the output, without the residual."""
-        c = self.config
-
-        def project(x: Array, width: int, name: str) -> Array:
-            return make_dense(width, c.mlp_bias, self.dtype, name)(x)
-
+        c, width = self.config, self.config.intermediate_size
+        dense = functools.partial(make_dense, use_bias=c.mlp_bias, dtype=self.dtype)
         if c.fused:
-            fused = name_product(project(x, 2 * c.intermediate_size, "gate_up_proj"))
+            fused = name_product(dense(2 * width, name="gate_up_proj")(x))
             gate, up = jnp.split(fused, 2, axis=-1)
         else:
-            gate = name_product(project(x, c.intermediate_size, "gate_proj"))
-            up = name_product(project(x, c.intermediate_size, "up_proj"))
-        return project(apply_gate(c, gate, up), c.hidden_size, "down_proj")
+            gate = name_product(dense(width, name="gate_proj")(x))
+            up = name_product(dense(width, name="up_proj")(x))
+        return dense(c.hidden_size, name="down_proj")(apply_gate(c, gate, up))
 
 
 class Layer(nn.Module):
@@ -74,7 +72,7 @@ class Layer(nn.Module):
 
         x = ql.memory.layer_input(x)
         attention = Attention(c, dtype, self.attention, name="self_attn")
-        y, new = attention(normalize(x, "input"), tokens, scalars, cache)
+        y, new_kv = attention(normalize(x, "input"), tokens, scalars, cache)
         # In Gemma, Llama's name of the norm before the MLP is that of the norm after
         # attention.
         if c.post_norms:
@@ -87,7 +85,7 @@ class Layer(nn.Module):
             y = normalize(y, "post_feedforward")
         # Return only the new keys and values: a scan that returned the cache of each
         # layer would copy it.
-        return x + y.astype(x.dtype), new
+        return x + y.astype(x.dtype), new_kv
 
 
 class Decoder(nn.Module):
@@ -192,7 +190,7 @@ class Decoder(nn.Module):
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
         # 2. Run the layers.
         described = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
-        x, new = self._scan_layers()(x, described, layer_scalars(c), cache)
+        x, new_kv = self._scan_layers()(x, described, layer_scalars(c), cache)
         # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)
@@ -204,12 +202,11 @@ class Decoder(nn.Module):
         rows = jnp.arange(tokens.shape[0])[:, None]
         keys, values = (
             old.at[:, rows, :, described.positions].set(jnp.moveaxis(x, 0, 2))
-            for old, x in zip(cache, new, strict=True)
+            for old, x in zip(cache, new_kv, strict=True)
         )
         return output, (keys, values)
 
     def _scan_layers(self) -> Callable[..., Any]:
-        """Returns the layers as one scanned module, with rematerialization."""
         policy = None if self.remat else keep_products
         if self.remat == "offload":
             policy = ql.memory.offload_layer_inputs()

@@ -57,8 +57,8 @@ class ExpertMLPs(nn.Module):
             return ExpertsDense(*settings, name=name)(x, group_sizes)
 
         if experts.interleaved:
-            both = name_product(project(x, 2 * c.intermediate_size, "gate_up_proj"))
-            gate, up = split_alternating(both)
+            gate_up = name_product(project(x, 2 * c.intermediate_size, "gate_up_proj"))
+            gate, up = split_alternating(gate_up)
         else:
             gate = name_product(project(x, c.intermediate_size, "gate_proj"))
             up = name_product(project(x, c.intermediate_size, "up_proj"))
@@ -128,15 +128,15 @@ def balance_loss(
         >>> [round(float(balance_loss(logits, w, two)), 2) for w in (even, uneven)]
         [1.0, 2.0]
     """
-    total = jnp.sum(weights) * len(logits)
-
-    def average(x: Float[Array, "L M E"]) -> Float[Array, " E"]:
-        return jnp.einsum("lme,m->e", x, weights) / total
-
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     _, chosen = lax.top_k(probabilities, experts.per_token)  # [L, M, C]
     loads = jnp.sum(jax.nn.one_hot(chosen, experts.count), axis=2)
-    return experts.count * jnp.sum(average(loads) * average(probabilities))
+    # The means over all tokens of all layers, [E].
+    total = jnp.sum(weights) * len(logits)
+    mean_load, mean_probability = (
+        jnp.einsum("lme,m->e", x, weights) / total for x in (loads, probabilities)
+    )
+    return experts.count * jnp.sum(mean_load * mean_probability)
 
 
 def choose_experts(

@@ -189,7 +189,6 @@ def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that Gemma 2 and 3 read in the same way."""
     if raw.get("use_bidirectional_attention"):
         raise ValueError("`use_bidirectional_attention` must be false. Got true.")
     gelu = ("hidden_activation", "gelu_pytorch_tanh")

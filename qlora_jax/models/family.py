@@ -278,7 +278,6 @@ def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _linear(values, frequency, theta) -> dict[str, Any]:
-    """Divides positions by a factor."""
     return {"divisors": (number(values["factor"]),) * len(frequency)}
 
 

@@ -1,5 +1,6 @@
 """Generates tokens for many prompts at once."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,8 +87,7 @@ def generate(
         )
     fill = eos_ids[0] if len(eos_ids) else 0
 
-    def decode(tokens, step, cache, **indices):
-        return next_tokens(apply, sampling, tokens, cache, key, step, **indices)
+    decode = functools.partial(next_tokens, apply, sampling, key=key)
 
     def is_end(token):
         return jnp.isin(token, np.asarray(eos_ids, tokens.dtype))
@@ -99,12 +99,12 @@ def generate(
     def extend(state):
         step, output, token, has_ended, cache = state
         positions = (lengths + step - 1)[:, None]  # [B, 1]
-        token, cache = decode(token[:, None], step, cache, positions=positions)
+        token, cache = decode(token[:, None], cache, step=step, positions=positions)
         token = jnp.where(has_ended, fill, token)
         has_ended |= is_end(token)
         return step + 1, output.at[:, step].set(token), token, has_ended, cache
 
-    first, cache = decode(tokens, 0, cache, select=lengths[:, None] - 1)
+    first, cache = decode(tokens, cache, step=0, select=lengths[:, None] - 1)
     output = jnp.full((tokens.shape[0], max_new_tokens), fill, tokens.dtype)
     output = output.at[:, 0].set(first)
     state = (jnp.int32(1), output, first, is_end(first), cache)

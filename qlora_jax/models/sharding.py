@@ -87,22 +87,21 @@ def _candidate_specs(
     # The leading axes are those of the layers, and of experts.
     stack = (None,) * (2 if "experts" in parents else 1)
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
-    both = tuple(axis for axis in (tensor, fsdp) if axis)
+    fused_axes = tuple(axis for axis in (tensor, fsdp) if axis)
     if name == "embedding" or module == "lm_head":
         for axes in ((fsdp, tensor), (fsdp,), (tensor,), ()):
             yield None, tuple(filter(None, axes)) or None
     elif name == "kernel" and module in _SPLIT_OUTPUTS:
         is_kv = module in ("k_proj", "v_proj")
         if is_kv and config.num_kv_heads % sizes.get("tensor", 1):
-            tensor, both = None, both[bool(tensor) :]
+            tensor, fused_axes = None, fused_axes[bool(tensor) :]
         yield *stack, fsdp, tensor
-        yield *stack, None, both
+        yield *stack, None, fused_axes
     elif name == "kernel" and module in _SPLIT_INPUTS:
         yield *stack, tensor, fsdp
 
 
 def _select_axes(names: Iterable[str], sizes: dict[str, int]) -> tuple[str, ...]:
-    """Returns those of the mesh axes that a mesh has."""
     return tuple(name for name in names if name in sizes)
 
 

@@ -106,18 +106,18 @@ class Stream:
         answer = self._answer = object()
         max_length = len(prompt) + max_new_tokens
         self._reserve(len(prompt), max_length)
-        new = prompt[len(self._ids) :]
+        new_ids = prompt[len(self._ids) :]
         for step in range(max_new_tokens):
             if self._answer is not answer:
                 raise RuntimeError(
                     "the stream must be on the last prompt that it was called with."
                 )
-            self._reserve(len(self._ids) + len(new), max_length)
-            token = self._add(new, step, key)
+            self._reserve(len(self._ids) + len(new_ids), max_length)
+            token = self._add(new_ids, step, key)
             yield token
             if token in eos_ids:
                 return
-            new = [token]
+            new_ids = [token]
 
     def _reserve(self, length: int, max_length: int) -> None:
         """Makes room for `length` positions; the answer has at most `max_length`."""
@@ -133,30 +133,26 @@ class Stream:
         if cache is None or (ropes and cache_length(cache) != size):
             self._cache, self._ids = init_cache(config, 1, size), []
         elif cache_length(cache) < size:
+            # [L, B, K, S, Dh]: grow S.
             widths = [(0, 0)] * 3 + [(0, size - cache_length(cache)), (0, 0)]
             self._cache = jnp.pad(cache[0], widths), jnp.pad(cache[1], widths)
 
-    def _add(self, new: list[int], step: int, key: Key[Array, ""] | None) -> int:
+    def _add(self, new_ids: list[int], step: int, key: Key[Array, ""] | None) -> int:
         """Adds tokens to the cache; returns the next token."""
-        width = 1 if len(new) == 1 else padded_length(len(new))
+        width = 1 if len(new_ids) == 1 else padded_length(len(new_ids))
         tokens = np.zeros((1, width), np.int32)
-        tokens[0, : len(new)] = new
+        tokens[0, : len(new_ids)] = new_ids
         cache, self._cache = self._cache, None  # `_extend` donates its arrays
-        counts = np.array([len(self._ids), len(new) - 1, step], np.int32)
+        counts = np.array([len(self._ids), len(new_ids) - 1, step], np.int32)
+        static = {"model": self.model, "sampling": self.sampling}
         operands = self.variables, tokens, counts, cache, key
-        token, self._cache = _extend(
-            *operands, model=self.model, sampling=self.sampling
-        )
-        self._ids += new
+        token, self._cache = _extend(*operands, **static)
+        self._ids += new_ids
         return int(token)
 
 
 def _speed_up(variables: PyTree) -> PyTree:
     """Returns variables with the same values that take less time for each token."""
-
-    def is_packed(x: object) -> bool:
-        return isinstance(x, ql.QTensor)
-
     # XLA on CPUs slices in 32 bits before JAX 0.11: a scan over layers would convert
     # all of them first, at each token.
     widens = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
@@ -169,7 +165,9 @@ def _speed_up(variables: PyTree) -> PyTree:
             return x.astype(jnp.float32)
         return x
 
-    return tree_map_with_path(convert_leaf, variables, is_leaf=is_packed)
+    return tree_map_with_path(
+        convert_leaf, variables, is_leaf=lambda x: isinstance(x, ql.QTensor)
+    )
 
 
 @functools.partial(
@@ -182,12 +180,9 @@ def _extend(variables, tokens, counts, cache, key, *, model, sampling: Sampling)
     that were drawn before.
     """
     start, last, step = counts
-    # Padding gets positions past the end, which are overwritten before a query sees
-    # them.
-    indices = {
-        "positions": start + jnp.arange(tokens.shape[1])[None],
-        "select": last[None, None],
-    }
+    # Padding gets positions past the end, which are overwritten before they are seen.
+    positions = start + jnp.arange(tokens.shape[1])[None]
+    indices = {"positions": positions, "select": last[None, None]}
     apply = functools.partial(model.apply, variables)
     token, cache = next_tokens(apply, sampling, tokens, cache, key, step, **indices)
     return token[0], cache

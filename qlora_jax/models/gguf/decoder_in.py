@@ -99,14 +99,14 @@ class GGUFTensor:
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         import gguf
 
-        rows, *others = index if isinstance(index, tuple) else (index,)
+        rows, *trailing = index if isinstance(index, tuple) else (index,)
         stored = self.stored[rows if self.rows is None else self.rows[rows]]
         # The package decodes 16 rows at a time: short rows are faster in groups.
         group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
         grouped = stored.reshape(len(stored) // group, -1)
         x = gguf.dequantize(grouped, self.tensor_type)
         x = x.reshape(len(stored), *self.shape[1:])
-        x = x[(slice(None), *others)] if others else x
+        x = x[(slice(None), *trailing)] if trailing else x
         return np.asarray(x - self.offset if self.offset else x, self.dtype)
 
 

@@ -170,8 +170,6 @@ def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> No
 
 
 class _PlannedTensor(NamedTuple):
-    """A tensor to write."""
-
     name: str
     hf_name: str  # its name in the Hugging Face model
     path: str  # of the leaf that holds it

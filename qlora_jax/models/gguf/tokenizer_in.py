@@ -101,12 +101,11 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
     unknown = next(iter(_tokens_of_types(tokens, types, UNKNOWN)), None)
     unmerged = _tokens_of_types(tokens, types, SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)
     vocab = {token: i for i, token in enumerate(tokens)}
-
-    def merge_order(pair: tuple[str, str]) -> tuple[float, int, int]:
-        return scores[vocab["".join(pair)]], len(pair[0]), len(pair[1])
-
     pairs = [p for t in vocab.keys() - {*unmerged} for p in split_pairs(t, vocab)]
-    pairs.sort(key=merge_order, reverse=True)
+    # The highest score merges first; of equal scores, the pair with longer tokens.
+    pairs.sort(
+        key=lambda p: (scores[vocab["".join(p)]], len(p[0]), len(p[1])), reverse=True
+    )
     bpe = models.BPE(
         vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
@@ -184,16 +183,16 @@ def _tokens_of_types(
 def _add_tokens(
     tokenizer: "Tokenizer", tokens: Sequence[str], types: Sequence[int]
 ) -> None:
-    """Adds the special and the user-defined tokens."""
     from tokenizers import AddedToken
 
     special = _tokens_of_types(tokens, types, SPECIAL, UNKNOWN)
     user_defined = _tokens_of_types(tokens, types, USER_DEFINED)
+    flags = {"normalized": False}
     tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in special]
+        [AddedToken(text, special=True, **flags) for text in special]
     )
     tokenizer.add_tokens(
-        [AddedToken(text, special=False, normalized=False) for text in user_defined]
+        [AddedToken(text, special=False, **flags) for text in user_defined]
     )
 
 

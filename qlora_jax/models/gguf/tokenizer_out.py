@@ -126,7 +126,6 @@ def write_gguf_tokenizer(
 def _token_type(
     raw: Mapping[str, Any], token: str, added: Mapping[str, Any] | None, is_spm: bool
 ) -> int:
-    """Returns llama.cpp's type of a token."""
     if is_spm and token == raw["model"].get("unk_token"):
         return UNKNOWN
     if added is not None:

@@ -27,11 +27,8 @@ _BIAS_TENSORS = {
 }
 # Other fields that an architecture always has.
 _FIXED_FIELDS: dict[str, dict[str, Any]] = {
-    OSS: {
-        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "sinks"), True),
-        "activation": "clamped_swiglu",
-        "tie_embeddings": False,
-    },
+    OSS: {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "sinks": True}
+    | {"activation": "clamped_swiglu", "tie_embeddings": False},
     "olmoe": {"qk_norms": "whole", "tie_embeddings": False},
 }
 # Required keys, by field of `DecoderConfig`, and by field of `Experts`.
@@ -235,7 +232,7 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         values["rope.scaling.type"] = "yarn"
         values["rope.scaling.factor"] = float(rope.divisors[-1])
         values["rope.scaling.original_context_length"] = rope.original_length
-    elif rope.divisors and not _has_different_divisors(rope):
+    elif len(set(rope.divisors)) == 1:
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = float(rope.divisors[0])
     return values
@@ -248,9 +245,8 @@ def factors_of(config: DecoderConfig, architecture: str) -> Factors:
         return {}
     if architecture == "phi3":
         return {LONG: rope.long_divisors or rope.divisors, SHORT: rope.divisors}
-    if architecture == "llama" and _has_different_divisors(rope):
-        return {FREQUENCIES: rope.divisors}
-    return {}
+    is_llama3 = architecture == "llama" and len(set(rope.divisors)) > 1
+    return {FREQUENCIES: rope.divisors} if is_llama3 else {}
 
 
 def gguf_architecture(config: DecoderConfig, context: int) -> str:
@@ -273,16 +269,14 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
         for name in fields
         if _round(getattr(config, name)) != _round(getattr(computed, name))
     ]
-
-    # 2. Compare the layers. A window that holds the whole context has no effect.
-    def effective_windows(c: DecoderConfig) -> list[int | None]:
-        windows = [layer.window for layer in c.layers]
-        return [None if w is None or w >= context else w for w in windows]
-
-    windows = effective_windows(config)
-    ignores_windows = architecture == "phi3"  # in llama.cpp
-    is_ignored = ignores_windows and any(windows)
-    if is_ignored or windows != effective_windows(computed):
+    # 2. Compare the layers. A window that holds the whole context has no effect, and
+    # llama.cpp ignores the windows of "phi3".
+    windows, computed_windows = (
+        [min(layer.window or context, context) for layer in c.layers]
+        for c in (config, computed)
+    )
+    is_ignored = architecture == "phi3" and min(windows) < context
+    if is_ignored or windows != computed_windows:
         differences += ["these sliding windows"]
     ropes, computed_ropes = (
         _round(tuple(layer.rope for layer in c.layers)) for c in (config, computed)
@@ -291,8 +285,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
         differences += ["these rotary positions"]
     # 3. Some architectures require that the heads are together as wide as the model.
     heads = {config.num_heads}
-    if architecture == "olmoe":
-        heads.add(config.num_kv_heads)
+    heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
     is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
     if architecture in ("phi3", "olmoe") and not is_wide:
         differences += ["heads that are not as wide as the model together"]
@@ -337,12 +330,8 @@ def _gpt_oss_rope(
     theta: float, dim: int, factor: float, original: int, *, truncate: bool = False
 ) -> Rope:
     """Returns gpt-oss's rotary positions; truncated, those that llama.cpp computes."""
-    section = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "truncate": truncate,
-        "original_max_position_embeddings": original,
-    }
+    section = {"rope_type": "yarn", "factor": factor, "truncate": truncate}
+    section["original_max_position_embeddings"] = original
     return read_rope({}, dim, theta=theta, section=section)
 
 
@@ -375,8 +364,7 @@ def _read_layers(
         window = values.get("attention.sliding_window", 4096)
         kinds = LayerKind(local, window), LayerKind(full)
         return tuple(kinds[i % period == period - 1] for i in range(count))
-    has_window = architecture == "phi3"
-    window = values.get("attention.sliding_window", 0) if has_window else 0
+    window = values.get("attention.sliding_window") if architecture == "phi3" else None
     return (LayerKind(full, window or None),) * count
 
 
@@ -384,10 +372,6 @@ def _main_layer(config: DecoderConfig) -> LayerKind:
     """Returns a kind of layer with rotary positions that sees farthest."""
     layers = config.layers
     return max(layers, key=lambda kind: (kind.rope is not None, kind.window is None))
-
-
-def _has_different_divisors(rope: Rope) -> bool:
-    return len(set(rope.divisors)) > 1
 
 
 def _round(x: object) -> object:
