@@ -270,17 +270,18 @@ def attend_by_matrices(
     """Computes `attend` by plain matrix products, one for each key head."""
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
+    # One batch axis N of B and K: query [N, H / K, T, Dh], key and value [N, S, Dh].
     query = query.swapaxes(1, 2).reshape(b * k, h // k, t, d)
     key, value = (x.swapaxes(1, 2).reshape(b * k, s, d) for x in (key, value))
     if block is not None:
         mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
     else:
-        # B and K are one axis here. XLA on CPUs computes sums over two axes, which the
+        # XLA on CPUs computes sums over two axes, which the
         # gradients need, in 16 bits, and sums over one axis in float32.
-        scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale
+        scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale  # [N, H / K, T, S]
         scores = ql.losses.soft_cap(scores, soft_cap)
         by_row = scores.reshape(b, k, *scores.shape[1:])  # [B, K, H / K, T, S]
         by_row = jnp.where(visible[:, None, None], by_row, -jnp.inf)
         weights = nn.softmax(by_row, axis=-1).astype(value.dtype).reshape(scores.shape)
         mixed = einsum_f32("ngts,nsd->ngtd", weights, value).astype(value.dtype)
-    return mixed.reshape(b, h, t, d).swapaxes(1, 2)
+    return mixed.reshape(b, h, t, d).swapaxes(1, 2)  # [B, T, H, Dh]

@@ -24,17 +24,17 @@ _MASKED = -1e30
 
 
 class _Settings(NamedTuple):
-    scale: float
+    scale: float  # factor of the products of queries and keys
     soft_cap: float | None
-    block: int
+    block: int  # number of queries in a block, and of keys
 
 
 class _Mask(NamedTuple):
     """The mask, and the range of key blocks that each block of queries visits."""
 
-    visible: Bool[Array, "B T S"]
-    first: Int[Array, " blocks"]
-    stop: Int[Array, " blocks"]
+    visible: Bool[Array, "B T S"]  # T and S are padded to whole blocks
+    first: Int[Array, " blocks"]  # the first key block of each block of queries
+    stop: Int[Array, " blocks"]  # one past its last key block
 
 
 def attend_in_blocks(
@@ -121,16 +121,16 @@ def _run_forward(settings, query, key, value, mask):
         visible_rows = _get_block(mask.visible, i, block, 1)  # [B, block, S]
 
         def visit_keys(j, carry):
-            highest, total, acc = carry  # m, l and a
+            highest, total, acc = carry  # m, l and a of the derivation
             visible = _get_block(visible_rows, j, block, 2)
             scores = _compute_scores(settings, q, _get_block(key, j, block, 1), visible)
             new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
-            weights = jnp.exp(scores - new_highest[..., None])
+            weights = jnp.exp(scores - new_highest[..., None])  # unnormalized
             factor = jnp.exp(highest - new_highest)
             total = total * factor + jnp.sum(weights, axis=-1)
             weights = weights.astype(value.dtype)
             v = _get_block(value, j, block, 1)
-            part = einsum_f32("ngts,nsd->ngtd", weights, v)
+            part = einsum_f32("ngts,nsd->ngtd", weights, v)  # [N, G, block, Dh]
             return new_highest, total, acc * factor[..., None] + part
 
         lowest = jnp.full((n, g, block), _MASKED, jnp.float32)
@@ -174,9 +174,9 @@ def _attend_bwd(settings, residuals, g):
             k, v = _get_block(key, j, block, 1), _get_block(value, j, block, 1)
             visible = _get_block(visible_rows, j, block, 2)
             scores = _compute_scores(settings, q, k, visible)
-            weights = jnp.exp(scores - log[..., None])
-            d_weights = einsum_f32("ngtd,nsd->ngts", g_rows, v)
-            d_scores = weights * (d_weights - dot[..., None])
+            weights = jnp.exp(scores - log[..., None])  # p
+            d_weights = einsum_f32("ngtd,nsd->ngts", g_rows, v)  # dp
+            d_scores = weights * (d_weights - dot[..., None])  # ds
             if settings.soft_cap is not None:
                 # Masked scores are not capped; their weights, and ds, are 0.
                 capped = jnp.where(scores == _MASKED, 0, scores / settings.soft_cap)

@@ -193,7 +193,7 @@ class Decoder(nn.Module):
         x, new_kv = self._scan_layers()(x, described, layer_scalars(c), cache)
         # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
-            x = jnp.take_along_axis(x, select[:, :, None], axis=1)
+            x = jnp.take_along_axis(x, select[:, :, None], axis=1)  # [B, P, D]
         x = make_norm(c, self.dtype, "norm")(x)
         output = x if return_hidden else self._compute_logits(x, embed)
         if cache is None:

@@ -27,7 +27,7 @@ class ExpertsDense(nn.Module):
     def __call__(self, x, group_sizes):
         """Multiplies each group of rows by the kernel of its expert."""
         init = nn.initializers.lecun_normal(batch_axis=(0,))
-        shape = self.experts, x.shape[-1], self.features
+        shape = self.experts, x.shape[-1], self.features  # [E, K, N]
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         y = lax.ragged_dot(x, kernel, group_sizes, preferred_element_type=jnp.float32)
         if self.use_bias:
@@ -81,10 +81,10 @@ class MixtureOfExperts(nn.Module):
         logits = router(rows[None])[0]  # [M, E]
         # Training reads the logits for the balance loss, if it makes "router" mutable.
         self.sow("router", "logits", logits)
-        weights, chosen = choose_experts(logits, experts)
+        weights, chosen = choose_experts(logits, experts)  # [M, C] each
         # One row for each pair of a token and one of its experts, sorted by expert.
         order = jnp.argsort(chosen.reshape(-1))
-        group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)
+        group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)  # [E]
         mlps = ExpertMLPs(self.config, self.dtype, name="experts")
         y = mlps(rows[order // experts.per_token], group_sizes.astype(jnp.int32))
         # Back to the order of tokens: [M, C, D].

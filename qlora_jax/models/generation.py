@@ -104,8 +104,9 @@ def generate(
         has_ended |= is_end(token)
         return step + 1, output.at[:, step].set(token), token, has_ended, cache
 
+    # The prompts give the first token of each answer; the loop extends them.
     first, cache = decode(tokens, cache, step=0, select=lengths[:, None] - 1)
-    output = jnp.full((tokens.shape[0], max_new_tokens), fill, tokens.dtype)
+    output = jnp.full((tokens.shape[0], max_new_tokens), fill, tokens.dtype)  # [B, N]
     output = output.at[:, 0].set(first)
     state = (jnp.int32(1), output, first, is_end(first), cache)
     return jax.lax.while_loop(is_unfinished, extend, state)[1]

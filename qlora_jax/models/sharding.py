@@ -152,12 +152,8 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
     XLA does not partition a kernel such as that of `ql.memory.splash_attention`.
     """
 
-    def attend_split(
-        query: Float[Array, "B T H Dh"],
-        key: Float[Array, "B S K Dh"],
-        value: Float[Array, "B S K Dh"],
-        **settings: Any,
-    ) -> Float[Array, "B T H Dh"]:
+    # Query is [B, T, H, Dh], key and value [B, S, K, Dh].
+    def attend_split(query: Array, key: Array, value: Array, **settings: Any) -> Array:
         array_names = {"segment_ids", "sinks"} & {*settings}
         arrays = {name: settings.pop(name) for name in array_names}
 

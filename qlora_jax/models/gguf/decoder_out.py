@@ -232,6 +232,7 @@ def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
     if tensor.fmt in _PACKED:
         return _block_bytes(leaf, tensor.index, tensor.columns)
     values = np.empty(tensor.shape, np.float32)
+    # One matrix at a time, so that only one is in float.
     for expert in np.ndindex(tensor.shape[:-2]):
         x = _merge_matrix(leaf, lora, (*tensor.index, *expert))[..., tensor.columns]
         values[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
