@@ -82,8 +82,7 @@ def by_tiles(
     def call_by_tiles(x: Float[Array, "*batch T D"]) -> Any:
         if x.ndim < 2:
             raise ValueError(
-                "`x` must have at least two axes, tokens and features. Got shape "
-                f"{x.shape}."
+                f"`x` must have axes of tokens and of features. Got {x.shape}."
             )
         num_tokens = x.shape[-2]
         num_tiles = -(-num_tokens // tile)
