@@ -23,6 +23,10 @@ from ..matmul.einsum import kernel_kinds
 OutSharding = NamedSharding | PartitionSpec | None
 
 
+def _always(module: object) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Rule:
     """Describes the product of a module class with its kernel."""
@@ -31,7 +35,7 @@ class Rule:
     kinds: Callable[[Any], str | None]  # returns None if only calls determine them
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
     # Whether the call is all that a module computes.
-    supports: Callable[[Any], bool] = lambda module: True
+    supports: Callable[[Any], bool] = _always
     is_partial: bool = False  # whether other methods read the kernel in float
 
 

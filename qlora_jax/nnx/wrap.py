@@ -121,7 +121,7 @@ def wrap(
     adapters = leaves_by_path(lora)
     for path, site in (targets | trained).items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
-    by_module: dict[int, list[Site]] = {}
+    by_module: dict[int, list[Site]] = {}  # by id: modules may not be hashable
     for site in (targets | rows).values():
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():

@@ -181,7 +181,7 @@ def place(
         >>> tuple(layer.kernel.get_value().codes.sharding.spec)
         ('fsdp', None)
     """
-    specs = None
+    specs = None  # a tree like the base tree
     if rules is None:
         specs = nested(
             {
@@ -251,7 +251,7 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
             "`model` must have adapters: wrap it first. Got "
             f"{type(model).__name__} without any."
         )
-    was_enabled = [adapter.enabled for adapter in adapters]
+    was_enabled = [adapter.enabled for adapter in adapters]  # contexts may be nested
 
     def enable(flags: list[bool]) -> None:
         for (holder, name), adapter, flag in zip(kernels, adapters, flags, strict=True):

@@ -56,7 +56,7 @@ def adapters_of_each(base: Tree, lora: Tree) -> dict[str, Adapter]:
 def adapters_of(lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters of a lora tree by path; raises for any other leaf."""
     leaves = leaves_by_path(lora)
-    for kind in KINDS.values():
+    for kind in KINDS.values():  # LoRA has arrays a and b, DoRA m too
         check_structure(leaves, frozenset(kind.roles))
     wrong = [path for path, leaf in leaves.items() if not isinstance(leaf, Adapter)]
     if wrong:
@@ -88,7 +88,7 @@ def check_structure(
     """Raises ValueError where a kernel or adapter became a dict of its arrays."""
     # Checkpoint readers that do not know the classes return such dicts. A dict that
     # has all of the names is taken for a kernel or adapter that lost its class.
-    siblings: dict[str, set[str]] = {}
+    siblings: dict[str, set[str]] = {}  # names of arrays, by the path of their dict
     for path, leaf in leaves.items():
         if not is_tree_leaf(leaf):
             parent, _, name = path.rpartition("/")
@@ -233,7 +233,7 @@ def value_and_grad(
     def wrapped(tree: Tree, *args: object, **kwargs: object) -> tuple[Any, Tree]:
         # Differentiate a function of the trained leaves alone, and fill in the others.
         leaves, treedef = jax.tree.flatten(tree)
-        mask = jax.tree.leaves(lora_mask(tree))
+        mask = jax.tree.leaves(lora_mask(tree))  # True for trained arrays
 
         # Puts `fill(leaf)` where a leaf is frozen.
         def rebuild(trained: list, fill: Callable[[Any], Any]) -> Tree:

@@ -1,5 +1,6 @@
 """Banks of adapters, which share one base in one batch."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class Bank:
             ValueError: If adapters do not fit; all are listed.
         """
         index = self._checked_index(place)
-        first_place = lambda tree: jax.tree.map(lambda x: x[0], tree)
+        first_place = functools.partial(jax.tree.map, lambda x: x[0])
         templates = leaves_by_keys(jax.eval_shape(first_place, self.lora))
         new = _stack_adapters([lora], templates, 1)  # a bank with one place
         return jax.tree.map(lambda old, x: old.at[index].set(x[0]), self, new)
@@ -213,7 +214,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         # front of the axis of places, and each layer gets a copy of the ids.
         scaling = bank.scaling[path]  # [E, *batch]
         batch = scaling.shape[1:]
-        places_last = lambda x: jnp.moveaxis(x, 0, len(batch))
+        places_last = functools.partial(jnp.moveaxis, source=0, destination=len(batch))
         return SELECTED[type(stack)](
             **{name: places_last(x) for name, x in stack.arrays.items()},
             scaling=places_last(scaling),
@@ -250,7 +251,7 @@ def _stack_adapters(
         if (reason := _why_not(tree.get(keys), templates.get(keys))) is not None
     ]
     refuse_listed("these adapters cannot be in one bank", problems)
-    lora, scaling = {}, {}
+    lora, scaling = {}, {}  # by key path, and by path
     for keys, template in templates.items():
         # None stands for an adapter that lacks the path, and for an unused place.
         loras = [tree.get(keys) for tree in trees] + [None] * (num_places - len(trees))
@@ -309,7 +310,7 @@ def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
 
 
 def _batch_scaling(adapter: Adapter | None, batch: tuple[int, ...]) -> np.ndarray:
-    scaling = 1.0 if adapter is None else adapter.scaling
+    scaling = 1.0 if adapter is None else adapter.scaling  # a number or a tuple
     # A tuple has one scaling for each matrix of a stack, in row-major order.
     per_matrix = np.reshape(scaling, batch if np.ndim(scaling) else ())
     return np.broadcast_to(per_matrix, batch)

@@ -182,7 +182,7 @@ def quantize(
     if isinstance(params, Mapping):
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
     if isinstance(params, StraightThrough):
-        w, q = params.value, params.to_qtensor()
+        w, q = params.value, params.to_qtensor()  # in the settings of its training
     else:
         check_kernel(params)
         packing = Packing(fmt, block_size, double_quant)

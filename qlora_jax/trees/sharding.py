@@ -95,7 +95,7 @@ def place(
     """
     # 1. Check the arguments, and find the spec of each leaf.
     adapters = adapters_by_path(base, lora)
-    row_axes = tuple(axes_of(entry) for entry in rows)
+    row_axes = tuple(axes_of(entry) for entry in rows)  # a tuple for each row axis
     leaves = leaves_by_path(base)
     leaf_specs = _resolve_specs(base, rules, specs, logical_axes or {})
     _check_rows(mesh, row_axes)
@@ -134,7 +134,7 @@ def _resolve_specs(
                 f"every rule must match a leaf. Got {unmatched}, which match none of "
                 f"{sorted(leaves)}."
             )
-        return {path: first_match(rules, path, ()) for path in leaves}
+        return {path: first_match(rules, path, ()) for path in leaves}  # () replicates
     spec_leaves = leaves if specs is None else boxed_by_path(specs)
     if unknown := sorted(set(spec_leaves) - set(leaves)):
         raise ValueError(
@@ -244,7 +244,7 @@ class _Plan:
                 f"K = {k} is not a multiple of the block size {leaf.block_size}, so it "
                 f"cannot be split. Got {k_axes}. Split the outputs."
             )
-        blocks = leaf.scales.shape[-2]
+        blocks = leaf.scales.shape[-2]  # of [*batch, blocks, N]
         self._check_divides(
             f"the {blocks} blocks of {leaf.block_size} along K = {k}", k_axes, blocks
         )

@@ -99,7 +99,7 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
         base: 520 parameters, 304 bytes (2,080 in float)
         adapters: 144 parameters, 576 bytes; trained parameters: 144
     """
-    if lora is None:
+    if lora is None:  # a combined tree, or one without adapters
         base, lora = split(base)
     rows = [
         tuple(_row(path, leaf) for path, leaf in leaves_by_path(tree).items())
@@ -115,7 +115,7 @@ def _row(path: str, leaf: Leaf) -> LeafRow:
         )
     if isinstance(leaf, Adapter):
         shape = "".join(_brackets(x.shape) for x in leaf.arrays.values())
-        sizes = leaf.size, leaf.nbytes, leaf.nbytes
+        sizes = leaf.size, leaf.nbytes, leaf.nbytes  # adapters are never packed
         return LeafRow(path, shape, leaf.label, *sizes, True)
     kernel = as_kernel(leaf)
     shape, float_nbytes = _brackets(kernel.shape), kernel.size * kernel.dtype.itemsize
