@@ -182,7 +182,7 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
         x = split_embedded(embed(tokens).astype(jnp.float32))
-        if c.embedding_scale != 1:  # rounded to the dtype of training, as elsewhere
+        if c.embedding_scale != 1:  # Gemma rounds this factor to its dtype
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
         if positions is not None and cache is None and self.attention != "xla":

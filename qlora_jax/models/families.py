@@ -37,18 +37,11 @@ MIXTRAL_EXPERTS = {
     "names": ("w1", "w3", "w2"),
     "kernel": "block_sparse_moe.experts.{expert}.NAME.weight",
 }
-GPT_OSS_EXPERTS = {
-    "interleaved": True,
-    "router": "mlp.router",
-    "kernel": "mlp.experts.NAME.{expert}",
-}
-# The rotary positions of a gpt-oss whose file has none.
-_GPT_OSS_ROPE = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
+GPT_OSS_EXPERTS = {"interleaved": True, "router": "mlp.router"}
+GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
+# The rotary positions of gpt-oss, if a file has none.
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
+_GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _GEMMA3 = ("Gemma3ForCausalLM",)
 # transformers' defaults for the config of a text half.
 _TEXT_DEFAULTS = {
@@ -248,6 +241,11 @@ def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
     return replace(_read_gemma3(text_config(raw)), module="model.language_model")
 
 
+# The keys that each family reads, besides those that all families read.
+_LLAMA_KEYS = "attention_bias hidden_act mlp_bias sliding_window"
+_MISTRAL_KEYS = "hidden_act layer_types sliding_window"
+_MIXTRAL_KEYS = f"hidden_act sliding_window {EXPERT_KEYS}"
+_OLMOE_KEYS = f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}"
 _QWEN_KEYS = f"hidden_act max_window_layers use_sliding_window {WINDOW_KEYS}"
 _SMOLLM3_KEYS = "attention_bias hidden_act max_window_layers mlp_bias no_rope_layers"
 _SMOLLM3_KEYS += f" no_rope_layer_interval use_sliding_window {WINDOW_KEYS}"
@@ -261,40 +259,19 @@ _GPT_OSS_KEYS += f" swiglu_alpha swiglu_limit {WINDOW_KEYS} {EXPERT_KEYS}"
 _GEMMA_KEYS = "attention_bias attn_logit_softcapping final_logit_softcapping hidden_act"
 _GEMMA_KEYS += " hidden_activation query_pre_attn_scalar use_bidirectional_attention"
 _GEMMA_KEYS += f" {WINDOW_KEYS}"
-_GEMMA3_KEYS = (
-    f"_sliding_window_pattern rope_local_base_freq sliding_window_pattern {_GEMMA_KEYS}"
-)
+_GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_pattern"
+_GEMMA3_KEYS += f" {_GEMMA_KEYS}"
 _VISION_KEYS = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
 _VISION_KEYS += f" text_config vision_config {_GEMMA3_KEYS}"
 _FAMILIES = (
-    Family(
-        "llama",
-        ("LlamaForCausalLM",),
-        _read_llama,
-        "attention_bias hidden_act mlp_bias sliding_window",
-    ),
-    Family(
-        "mistral",
-        ("MistralForCausalLM",),
-        _read_mistral,
-        "hidden_act layer_types sliding_window",
-    ),
+    Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
+    Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
     Family("qwen2", ("Qwen2ForCausalLM",), _read_qwen2, _QWEN_KEYS),
     Family("qwen3", ("Qwen3ForCausalLM",), _read_qwen3, f"attention_bias {_QWEN_KEYS}"),
     Family("smollm3", ("SmolLM3ForCausalLM",), _read_smollm3, _SMOLLM3_KEYS),
     Family("phi3", ("Phi3ForCausalLM",), _read_phi3, "hidden_act sliding_window"),
-    Family(
-        "mixtral",
-        ("MixtralForCausalLM",),
-        _read_mixtral,
-        f"hidden_act sliding_window {EXPERT_KEYS}",
-    ),
-    Family(
-        "olmoe",
-        ("OlmoeForCausalLM",),
-        _read_olmoe,
-        f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}",
-    ),
+    Family("mixtral", ("MixtralForCausalLM",), _read_mixtral, _MIXTRAL_KEYS),
+    Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
     Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
     Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),

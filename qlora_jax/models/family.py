@@ -283,9 +283,8 @@ def _linear(values, frequency, theta) -> dict[str, Any]:
 
 def _llama3(values, frequency, theta) -> dict[str, Any]:
     """Llama 3.1: divides slow frequencies by `factor`, and keeps fast ones."""
-    # What counts is how often a pair rotates within the original context. Frequencies
-    # with fewer than `low` rotations are divided, those with more than `high` are
-    # unchanged, and those between are interpolated.
+    # Pairs with fewer than `low` rotations in the original context are divided, those
+    # with more than `high` are unchanged, and those between are interpolated.
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     rotations = values["original"] * frequency / (2 * np.pi)
     unchanged = np.clip((rotations - low) / (high - low), 0, 1)
