@@ -359,9 +359,8 @@ def _problems_of(config: PeftConfig) -> list[str]:
             "`lora_dropout` must be 0 and `use_dora` false with `target_parameters`, "
             f"as in PEFT. Got {config.lora_dropout} and {config.use_dora}."
         ]
-    if isinstance(config.target_modules, str) and (
-        config.layers_to_transform is not None or config.layers_pattern
-    ):
+    has_layers = config.layers_to_transform is not None or config.layers_pattern
+    if isinstance(config.target_modules, str) and has_layers:
         return [
             "`layers_to_transform` and `layers_pattern` must be left out if "
             "`target_modules` is a regular expression."

@@ -92,9 +92,9 @@ def _with_named_axes(leaf: Any, named: NamedLeaf) -> Any:
     if named.geometry is None:
         return leaf
     kernel = as_kernel(leaf, named.geometry)
-    roles, named_roles = (
-        geometry.roles(kernel.ndim) for geometry in (kernel.geometry, named.geometry)
-    )
+    # The same axes may have other roles if `contract` differs from the names.
+    geometries = kernel.geometry, named.geometry
+    roles, named_roles = (geometry.roles(kernel.ndim) for geometry in geometries)
     if roles != named_roles:
         raise ValueError(
             f"it has axes {roles!r} (b batch, k contracted, n output); its names need "

@@ -14,15 +14,7 @@ from ...adapters.config import is_table
 from ...adapters.lora import LoRA
 from ...trees.adapters import adapters_of_each
 from ...trees.paths import Tree, nested, refuse_listed
-from ..files import (
-    CheckpointError,
-    Path,
-    member,
-    new_folder,
-    read_json,
-    refuse,
-    write_json,
-)
+from ..files import Path, member, new_folder, read_json, refuse, require, write_json
 from ..names import Names
 from ..safetensors import open_safetensors, write_safetensors
 from .adapter_config import CONFIG_FILE, PREFIX, PeftConfig
@@ -62,14 +54,13 @@ def portable(base: Tree, lora: Tree) -> Tree:
         ((8, 4), 1.0)
     """
     adapters = adapters_of_each(base, lora)
-    kinds = {
+    unsupported = {
         path: type(x).__name__ + " of a table" * is_table(path)
         for path, x in adapters.items()
+        if type(x) is not LoRA or is_table(path)
     }
-    refuse_listed(
-        "adapters for servers must be LoRA: export others in the format merged. Got",
-        {path: kind for path, kind in kinds.items() if kind != "LoRA"},
-    )
+    title = "adapters for servers must be LoRA: export others in the format merged. Got"
+    refuse_listed(title, unsupported)
     # One rank for all: servers may read the rank of the config only.
     rank = max((x.rank for x in adapters.values()), default=0)
     return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
@@ -86,10 +77,8 @@ def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
     rank_padding = (0, rank - adapter.rank)
     a = np.pad(a, [*no_padding, (0, 0), rank_padding]).astype(np.float32)
     b = np.pad(b, [*no_padding, rank_padding, (0, 0)]).astype(np.float32)
-    arrays: dict[str, Any] = {"a": a, "b": b}
-    return LoRA(
-        **arrays, scaling=1.0, dropout=adapter.dropout, geometry=adapter.geometry
-    )
+    # NumPy arrays, so that a large adapter is not copied to a device.
+    return LoRA(a, b, 1.0, adapter.dropout, adapter.geometry)  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -253,15 +242,14 @@ def read_mlx(path: Path) -> PlainLoRA:
     return PlainLoRA(alpha_of(scale, rank), factors, dropout)
 
 
-def _mlx_settings(raw: dict[str, Any]) -> tuple[int, float, float, list[str] | None]:
+def _mlx_settings(raw: Mapping[str, Any]) -> tuple[int, float, float, list[str] | None]:
     """Returns the rank, scaling, dropout and names of modules, or None for all."""
-    if (kind := raw.get("fine_tune_type", "lora")) != "lora":
-        raise CheckpointError(
-            f'`fine_tune_type` must be "lora". Got {kind!r:.80}: fuse the model.'
-        )
-    settings = raw.get("lora_parameters")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"`lora_parameters` must be given. Got {settings!r:.80}.")
+    kind = raw.get("fine_tune_type", "lora")
+    settings: Any = raw.get("lora_parameters")
+    hint = f"Got {kind!r:.80}: fuse the model."
+    require(kind == "lora", f'`fine_tune_type` must be "lora". {hint}')
+    is_given = isinstance(settings, dict)
+    require(is_given, f"`lora_parameters` must be given. Got {settings!r:.80}.")
     unknown = sorted(settings.keys() - {"rank", "scale", "dropout", "keys"})
     problems = [f"`{key}` is not known." for key in unknown]
     rank, scale = settings.get("rank", 0), settings.get("scale", 0)
