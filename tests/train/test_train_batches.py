@@ -132,7 +132,7 @@ def test_widths_are_few_and_the_best_ones(lengths):
     [
         ({"rows": []}, "`rows` must have a row"),
         ({"batch_size": 0}, "`batch_size` must be positive"),
-        ({"max_length": 8}, r"at most 8 tokens. Longer rows: \['d:1'\]"),
+        ({"max_length": 8}, r"at most 8 tokens. Got \['d:1'\]"),
         ({"num_epochs": 0}, "`num_epochs` must be positive"),
         ({"mix": [(1, 1.0)]}, "`mix` must have the counts of all 2 rows"),
         ({"mix": [(1, 1.0), (1, 0.0)]}, "`mix` must have .*positive weights"),

@@ -247,8 +247,7 @@ class _Source:
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
             both = ", both answers of a pair together" * bool(rows[0].rejected)
             raise ValueError(
-                f"rows must have at most {max_length} tokens{both * packing}. Longer "
-                f"rows: {long}."
+                f"rows must have at most {max_length} tokens{both * packing}. Got {long}."
             )
         if packing and _is_labelled(rows[0]):
             raise ValueError("`packing` must be false for answers with a label.")

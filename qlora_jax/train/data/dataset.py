@@ -116,8 +116,7 @@ def read_dataset(
     """
     if too_long not in ("refuse", "drop", "truncate", "split"):
         raise ValueError(
-            '`too_long` must be "refuse", "drop", "truncate" or "split". Got '
-            f"{too_long!r}."
+            f"`too_long` must be refuse, drop, truncate or split. Got {too_long!r}."
         )
     if max_length < 2:
         raise ValueError(f"`max_length` must be at least 2. Got {max_length}.")

@@ -33,8 +33,7 @@ def check_nothing_omitted(
     if names := [*map(_dotted, paths)]:
         raise ValueError(
             f"the chat template does not write all of {', '.join(names)}: the text is "
-            "the same without. Leave it out of the row, or use a template that writes "
-            "it."
+            "the same without. Remove it from the row, or use another template."
         )
 
 
