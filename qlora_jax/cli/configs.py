@@ -54,7 +54,7 @@ class ScoreConfig:
         fmt: Number format to pack the linear layers in; none to keep that of the files.
             Defaults to that of the adapter's run, if the adapter is in its folder.
         block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
-        double_quant: With `fmt`: whether to quantize the scales too, if it can.
+        double_quant: With `fmt`: also quantize the scales; by default if `fmt` can.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: Maximum number of tokens in a batch, including padding.
         recode: Whether to read, as floats, 4-bit weights with zero points or reordered
@@ -108,8 +108,8 @@ class ExportConfig:
             compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a
             server: the format that training packed a float model in, by default that of
             the adapter's run. A model that is in 4 bits already is written as it is.
-        block_size: For 4 bits: weights per scale; by default 128 for int4_f16, else 64.
-        double_quant: For bitsandbytes: whether to quantize the scales too, the default.
+        block_size: Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4.
+        double_quant: For bitsandbytes: also quantize the scales; true by default.
         dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
         gguf_type: For gguf: the type of the weights, by default F16. Q4_0 keeps weights
             in int4_f16 or q4_0 with blocks of 32 as they are, and packs floats.
@@ -274,7 +274,7 @@ class GenerateConfig:
         fmt: Number format to pack the linear layers in; none to keep that of the files.
             Defaults to that of the adapter's run, if the adapter is in its folder.
         block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
-        double_quant: With `fmt`: whether to quantize the scales too, if it can.
+        double_quant: With `fmt`: also quantize the scales; by default if `fmt` can.
         dtype: Dtype of the computation; norms and softmax are float32.
         recode: Whether to read, as floats, 4-bit weights with zero points or reordered
             inputs, which no format here supports, and to pack them again in `fmt`.

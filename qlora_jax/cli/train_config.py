@@ -36,7 +36,7 @@ class TrainConfig:
         fmt: Number format of the frozen linear layers; none for float (plain LoRA). By
             default that of a 4-bit model, and nf4 for a float model.
         block_size: Weights per scale; by default 64, or what `fmt` has.
-        double_quant: Whether to quantize the scales too; by default if `fmt` can.
+        double_quant: Whether to also quantize the scales; by default if `fmt` can.
         recode: Whether to pack a 4-bit model again, in `fmt`. Needed for zero points
             and reordered inputs, which no format here supports.
         learning_rate: Peak learning rate; or several, such as 1e-4,3e-4, which train
