@@ -61,7 +61,10 @@ def inputs(case: dict) -> tuple[np.ndarray, np.ndarray]:
     k = case.get("k", case.get("width"))
     n = case.get("n", case.get("width"))
     rng = np.random.default_rng(1)
-    draw = lambda m: rng.standard_normal((case["rows"], m), dtype=np.float32)
+
+    def draw(m):
+        return rng.standard_normal((case["rows"], m), dtype=np.float32)
+
     return draw(k), draw(n)
 
 

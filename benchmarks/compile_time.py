@@ -77,9 +77,10 @@ def cases(layers: int, width: int) -> dict:
 
     def trees(fmt):
         settings = ql.QLoRAConfig(rank=8, fmt=fmt, targets=TARGETS)
-        init = lambda params: ql.linen.init(
-            jax.random.key(1), model, params, settings, tokens
-        )
+
+        def init(params):
+            return ql.linen.init(jax.random.key(1), model, params, settings, tokens)
+
         base, lora = jax.eval_shape(init, params)
         return lora, base, tokens
 

@@ -88,7 +88,10 @@ def product_row(runs: dict, rounds: int) -> list[str]:
 
     times = interleave({p: sampler(*run) for p, run in runs.items()}, rounds)
     ours, dense, best = (times[p] for p in ("qlora_jax", "dense", "dense-best"))
-    ms = lambda seconds: f"{seconds * 1e3:.2f}"
+
+    def ms(seconds):
+        return f"{seconds * 1e3:.2f}"
+
     return [
         f"{ours.median / dense.median:.2f}",
         f"{ours.median / best.median:.2f}",
@@ -113,7 +116,10 @@ def quantize_rows(
         bar.set_description(f"{dtype} quantize {size}")
         case = {"kind": "quantize", "dtype": dtype, "rows": 1, "k": size, "n": size}
         w = jnp.asarray(weights(case), dtype)
-        quantize = lambda w=w: jax.block_until_ready(ql.quantize(w, "nf4"))
+
+        def quantize(w=w):
+            return jax.block_until_ready(ql.quantize(w, "nf4"))
+
         samplers = {"ours": timed(quantize)}
         worker = Worker(python, "bitsandbytes", case) if python else None
         if worker is not None and "error" not in worker.facts:

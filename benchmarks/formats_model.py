@@ -121,7 +121,9 @@ def train(config, ids: np.ndarray, steps: int) -> dict:
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, tokens):
-        loss = lambda params: mean_loss(config, params, tokens)
+        def loss(params):
+            return mean_loss(config, params, tokens)
+
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value

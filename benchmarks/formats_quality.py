@@ -132,7 +132,10 @@ def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
     x = norm(
         "embeddings.LayerNorm", x + w["embeddings.token_type_embeddings.weight"][0]
     )
-    heads = lambda x: x.reshape(*x.shape[:-1], HEADS, -1)
+
+    def heads(x):
+        return x.reshape(*x.shape[:-1], HEADS, -1)
+
     count = len({name.split(".")[2] for name in w if name.startswith("encoder.layer")})
     for layer in (f"encoder.layer.{i}" for i in range(count)):
         query, key, value = (
@@ -189,7 +192,9 @@ class LanguageModel:
 
         @jax.jit
         def log_probabilities(params, batches):
-            apply = lambda rows: decoder.apply({"params": params}, rows[:, :-1])
+            def apply(rows):
+                return decoder.apply({"params": params}, rows[:, :-1])
+
             return lax.map(lambda rows: jax.nn.log_softmax(apply(rows)), batches)
 
         self._predict = partial(log_probabilities, batches=self.rows)

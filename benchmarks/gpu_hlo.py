@@ -66,10 +66,18 @@ PRODUCT = re.compile(r"__triton\w*gemm\w*|__cublas[\w$]*|__cudnn[\w$]*")
 
 def cases(m, backend):
     """Yields a name, a function and its arguments for each direction."""
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
+    def shape(*dims):
+        return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
     q = jax.eval_shape(lambda w: ql.quantize(w, "nf4", block_size=BLOCK), shape(K, N))
-    product = lambda x, q: ql.matmul(x, q, backend=backend)
-    gradient = lambda x, q, g: jax.vjp(lambda x: product(x, q), x)[1](g)[0]
+
+    def product(x, q):
+        return ql.matmul(x, q, backend=backend)
+
+    def gradient(x, q, g):
+        return jax.vjp(lambda x: product(x, q), x)[1](g)[0]
+
     yield "x @ W", product, (shape(m, K), q)
     yield "g @ W.T", gradient, (shape(m, K), q, shape(m, N))
 
@@ -109,7 +117,10 @@ def examine(compiled):
     kernels = [name for name in entry if entry[name][2] not in NOT_KERNELS]
     (product,) = [name for name in kernels if PRODUCT.search(entry[name][4])]
     before = ancestors(entry, product)
-    whole = lambda name: entry[name][1] == K * N
+
+    def whole(name):
+        return entry[name][1] == K * N
+
     decode, scales = [], []
     for name in kernels:
         if name in before:

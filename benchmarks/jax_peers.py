@@ -92,10 +92,11 @@ def contestant(peer: str, w: jax.Array):
         from ejkernel.quantization import prepack_quantized_weights
 
         how = {"mode": "nf4", "group_size": BLOCK_SIZE, "axis": "row"}
+
         # Its result is float32.
-        product = lambda x, q: quantized_matmul(x, *q, **how, platform="xla").astype(
-            x.dtype
-        )
+        def product(x, q):
+            return quantized_matmul(x, *q, **how, platform="xla").astype(x.dtype)
+
         return prepack_quantized_weights(w.T, **how), product
     return w, {"dense": dot, "dense-best": best_dot}[peer]
 
@@ -122,7 +123,10 @@ def product_job(peer: str, case: dict) -> Job:
         "temporaries": temporaries(function, *args),
         "bits": 8 * stored_bytes(stored) / (case["k"] * case["n"]),
     }
-    call = lambda: jax.block_until_ready(function(*args))
+
+    def call():
+        return jax.block_until_ready(function(*args))
+
     return Job(call, lambda: float32(forward(x, stored)), facts)
 
 
@@ -131,8 +135,13 @@ def quantize_job(case: dict) -> Job:
     import qlora_jax as ql
 
     w = jnp.asarray(weights(case), case["dtype"])
-    run = lambda: ql.quantize(w, "nf4", block_size=BLOCK_SIZE, double_quant=True)
-    call = lambda: jax.block_until_ready(run())
+
+    def run():
+        return ql.quantize(w, "nf4", block_size=BLOCK_SIZE, double_quant=True)
+
+    def call():
+        return jax.block_until_ready(run())
+
     return Job(call, lambda: float32(inputs(case)[0] @ float32(ql.dequantize(run()))))
 
 
@@ -240,7 +249,10 @@ def generate_job(peer: str, case: dict) -> Job:
             yield from stream([1] * 32, max_new_tokens=NEW_TOKENS, eos_ids=())
 
     endless = tokens()
-    call = lambda: [next(endless) for _ in range(case["tokens"])]
+
+    def call():
+        return [next(endless) for _ in range(case["tokens"])]
+
     return Job(call, lambda: None, {"bits": bits})
 
 
@@ -286,8 +298,13 @@ def our_stack(case: dict, unrolled: bool):
 
     w = jnp.asarray(weights(case), case["dtype"])
     config = ql.QLoRAConfig(rank=case["rank"], block_size=BLOCK_SIZE)
-    init = lambda w: ql.init(jax.random.key(0), {"kernel": w}, config)
-    layer = lambda base, lora, h: h + jnp.tanh(ql.apply(base, lora, h))
+
+    def init(w):
+        return ql.init(jax.random.key(0), {"kernel": w}, config)
+
+    def layer(base, lora, h):
+        return h + jnp.tanh(ql.apply(base, lora, h))
+
     base, lora = zip(*map(init, w), strict=True) if unrolled else init(w)
     return base, lora, stacked(layer, unrolled, case["layers"])
 

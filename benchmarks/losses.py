@@ -66,11 +66,17 @@ def row(tokens: int, words: int, width: int, runs: bool, rounds: int) -> list[st
     name = f"{tokens:,} x {words:,} x {width:,}"
     if not runs:
         return [name, "-", "-", "-", *memory]
-    draw = lambda shape: rng.standard_normal(shape, dtype=np.float32)
+
+    def draw(shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
     hidden = jnp.asarray(draw((tokens, width)), jnp.bfloat16)
     head = jnp.asarray(draw((words, width)) / np.sqrt(width), jnp.bfloat16)
     labels = jnp.asarray(rng.integers(0, words, tokens), jnp.int32)
-    sample = lambda f: timed(lambda: jax.block_until_ready(f(hidden, head, labels)))
+
+    def sample(f):
+        return timed(lambda: jax.block_until_ready(f(hidden, head, labels)))
+
     times = interleave({n: sample(f) for n, f in functions.items()}, rounds)
     ours, theirs = times["chunked"].median, times["whole"].median
     return [name, f"{ours / theirs:.2f}", f"{ours:.2f}", f"{theirs:.2f}", *memory]

@@ -131,7 +131,10 @@ def step_memory(
     optimizer = ql.train.make_optimizer("adamw", schedule)
     state = jax.eval_shape(lambda x: ql.train.State.create(x, optimizer, 0), lora)
     rows, tokens, answer = shape
-    of = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, n), dtype)
+
+    def of(n, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((rows, n), dtype)
+
     every, some = of(tokens), of(answer)
     shapes: Any = (every, every, every, some, some, of(answer, jnp.float32))
     batch = ql.train.Batch(*shapes)

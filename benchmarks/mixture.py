@@ -123,7 +123,10 @@ def main(argv=None):
     old, _ = formats_model.split(chapters[: formats_model.OLD])
     new, held_out = formats_model.split(chapters[formats_model.OLD :])
     tokenizer = formats_model.train_tokenizer(old, CONFIG.vocab_size)
-    encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)
+
+    def encode(text):
+        return np.asarray(tokenizer.encode(text).ids, np.int32)
+
     params = fit(
         lambda params, x: balanced_loss(params, {}, x),
         formats_model.init(CONFIG),

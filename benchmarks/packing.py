@@ -92,7 +92,10 @@ def measure(case: dict, longest: int, rounds: int) -> list[list[str]]:
         run(batches)
     times = interleave({name: partial(run, x) for name, x in timed.items()}, rounds)
     found, tokens = [], lambda batches: sum(batch.num_tokens for batch in batches)
-    rate = lambda name: times[name].median / tokens(timed[name])
+
+    def rate(name):
+        return times[name].median / tokens(timed[name])
+
     for name, batches in ways.items():
         padding = 1 - tokens(batches) / sum(batch.ids.size for batch in batches)
         ratio, each = rate(name) / rate("packed"), 1e3 * rate(name)

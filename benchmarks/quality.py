@@ -153,7 +153,10 @@ class Bench:
             return None
         is_full = self.arm.rank is None
         parts = (trained, {}) if is_full else (self.base, trained)
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+
+        def encode(text):
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
         longest = max(len(encode(example.answer)) for example in examples)
         found = answers(
             self.model,
@@ -177,15 +180,21 @@ class Bench:
     def fit(self, seed: int, rates: Sequence[float]) -> list[dict[str, Any]]:
         """Returns the record of a run at each learning rate."""
         task, began = self.task, time.perf_counter()
-        schedule = lambda rate: ql.train.make_schedule(
-            "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
-        )
+
+        def schedule(rate):
+            return ql.train.make_schedule(
+                "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
+            )
+
         optimizers = [
             ql.train.make_optimizer("adamw", schedule(rate), beta2=0.99)
             for rate in rates
         ]
+
         # Each state is donated.
-        copy = lambda: jax.tree.map(jnp.copy, self.init(seed))
+        def copy():
+            return jax.tree.map(jnp.copy, self.init(seed))
+
         states = [ql.train.State.create(copy(), x, seed) for x in optimizers]
         step = ql.train.make_joint_step(self.loss, optimizers)
         batches = ql.train.batches(
@@ -254,7 +263,10 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: float):
     """Trains an arm to its end, or until a time; appends its records to a file."""
     about = {"task": task.name, "arm": arm.name}
-    mine = lambda: [x for x in read_records(path) if x.items() >= about.items()]
+
+    def mine():
+        return [x for x in read_records(path) if x.items() >= about.items()]
+
     start = task.full_rate if arm.rank is None else task.rate
     bench = None
     while time.monotonic() < end:

@@ -97,7 +97,10 @@ def _words() -> dict[str, Iterable[dict]]:
     training, held_out = make_data.make_splits(
         training=TRAINING, held_out=TESTS + TESTS // 2
     )
-    row = lambda example: {"messages": make_data.messages(example)}
+
+    def row(example):
+        return {"messages": make_data.messages(example)}
+
     return _splits([*map(row, training)], [*map(row, held_out)])
 
 

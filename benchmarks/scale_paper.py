@@ -113,7 +113,10 @@ def estimate(record: dict) -> Estimate:
     times = {"all-reduce": 2, "reduce-scatter": int(mesh.get("tensor", 1))}
     for x in record.get("collectives", ()):
         moved += x["bytes"] * times.get(x["operation"], 1)
-    at = lambda amount, peak, share: amount / (peak * SHARES[share])
+
+    def at(amount, peak, share):
+        return amount / (peak * SHARES[share])
+
     return Estimate(
         products=at(operations / chips, chip.flops, "products"),
         attention=at(

@@ -63,7 +63,10 @@ def seconds(record: dict) -> str:
     if chip_of(record) not in CHIPS or MODELS[record["model"]].experts:
         return ""
     found = estimate(record)
-    show = lambda x: f"{x:.2g}" if x < 100 else f"{x:.0f}"
+
+    def show(x):
+        return f"{x:.2g}" if x < 100 else f"{x:.0f}"
+
     return f"{show(found.best)} to {show(found.worst)}"
 
 

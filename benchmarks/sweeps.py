@@ -37,8 +37,13 @@ def measure(case: dict, count: int, rounds: int) -> list:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
     loss = train.decoder_loss(model)
     one = train.make_step(loss, optimizer)
-    copies = lambda: jax.tree.map(lambda x: x + 0, lora)
-    begin = lambda seed: train.State.create(copies(), optimizer, seed)
+
+    def copies():
+        return jax.tree.map(lambda x: x + 0, lora)
+
+    def begin(seed):
+        return train.State.create(copies(), optimizer, seed)
+
     joint = train.make_joint_step(loss, [optimizer] * count)
     alone, several = begin(0), [begin(seed) for seed in range(count)]
     kept = [(state.lora, state.opt_state) for state in several]

@@ -107,9 +107,14 @@ def machine() -> str:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Returns a Markdown table, padded so that it reads well in a terminal too."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    line = lambda row: (
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-    )
+
+    def line(row):
+        return (
+            "| "
+            + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+            + " |"
+        )
+
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
 

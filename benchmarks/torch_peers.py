@@ -93,8 +93,13 @@ def quantize_job(case: dict) -> Job:
     w = as_torch(weights(case), case["dtype"]).T.contiguous()
     x = torch.from_numpy(inputs(case)[0])
     kind = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "compress_statistics": True}
-    call = lambda: bnb.quantize_4bit(w, **kind)
-    decoded = lambda: bnb.dequantize_4bit(*call()).float()
+
+    def call():
+        return bnb.quantize_4bit(w, **kind)
+
+    def decoded():
+        return bnb.dequantize_4bit(*call()).float()
+
     return Job(call, lambda: (x @ decoded().T).numpy())
 
 

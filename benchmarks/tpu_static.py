@@ -145,7 +145,10 @@ def scan_call(form, vmem_mib, by_index, layers=32):
 
     def call(x, codes, scales):
         if by_index:
-            step = lambda x, layer: both(x, codes, scales[layer], layer)
+
+            def step(x, layer):
+                return both(x, codes, scales[layer], layer)
+
             return jax.lax.scan(step, x, jnp.arange(layers))[0]
         return jax.lax.scan(lambda x, w: both(x, *w), x, (codes, scales))[0]
 
@@ -189,7 +192,10 @@ def compile_here(chip, case):
         import qlora_jax as ql
 
         _, state_on_host, base_on_host = CHOICES[case["choice"]]
-        on_host = lambda x: put(x, "pinned_host" if x.ndim else "device")
+
+        def on_host(x):
+            return put(x, "pinned_host" if x.ndim else "device")
+
         if state_on_host:
             args[1] = jax.tree.map(on_host, args[1])
         if base_on_host:

@@ -84,7 +84,9 @@ def base_products(base: dict, rows: int) -> dict:
 
     def forward(x, kernels):
         def layer(x, index):
-            product = lambda x, name: ql.matmul(x, kernels[name], layer=index)
+            def product(x, name):
+                return ql.matmul(x, kernels[name], layer=index)
+
             query, key, value = (product(x, f"{name}_proj") for name in "qkv")
             pair = jnp.concatenate([key, value], axis=-1)
             times = -(-query.shape[-1] // pair.shape[-1])
@@ -110,7 +112,10 @@ def base_products(base: dict, rows: int) -> dict:
         "both": (jax.jit(both), kernels),
         "head": (jax.jit(logits), head),
     }
-    bind = lambda f, weights: lambda: jax.block_until_ready(f(x, weights))
+
+    def bind(f, weights):
+        return lambda: jax.block_until_ready(f(x, weights))
+
     return {name: bind(*pair) for name, pair in compiled.items()}
 
 

@@ -60,7 +60,10 @@ def forget_peak() -> bool:
 def main() -> None:
     """Serves one case until standard input closes."""
     peer, case = sys.argv[1], json.loads(sys.argv[2])
-    say = lambda answer: print(json.dumps(answer), flush=True)
+
+    def say(answer):
+        return print(json.dumps(answer), flush=True)
+
     try:
         name = peer.partition("-")[0]
         others = {"bitsandbytes": torch_job, "torch": torch_job, "llama.cpp": llama_job}

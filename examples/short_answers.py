@@ -68,7 +68,10 @@ def wins(answer: str, right: str) -> bool:
 def win_rates(run: pathlib.Path) -> dict[str, float]:
     """Returns the share of wins before and after a run of `qlora-jax train`."""
     rows = [json.loads(x) for x in (run / "answers.jsonl").read_text().splitlines()]
-    share = lambda when: sum(wins(x[when], x["right"]) for x in rows) / len(rows)
+
+    def share(when):
+        return sum(wins(x[when], x["right"]) for x in rows) / len(rows)
+
     return {when: share(when) for when in ("before", "after")}
 
 

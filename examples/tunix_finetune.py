@@ -75,7 +75,10 @@ def train(dim: int, depth: int, steps: int) -> tuple[nnx.Module, float, float]:
         peft_trainer.TrainingConfig(eval_every_n_steps=steps, max_steps=steps),
     ).with_gen_model_input_fn(model_inputs)
     (held_out,) = batches(1, seed=1, size=64)
-    loss = lambda: float(trainer.loss_fn(model, **model_inputs(held_out)))
+
+    def loss():
+        return float(trainer.loss_fn(model, **model_inputs(held_out)))
+
     before = loss()
     trainer.train(batches(steps, seed=0))
     return model, before, loss()

@@ -39,7 +39,9 @@ class Draw:
 
 
 def draw_program(rng, seed):
-    pick = lambda options: options[rng.integers(len(options))]
+    def pick(options):
+        return options[rng.integers(len(options))]
+
     form, mode = FORMS[seed % len(FORMS)], MODES[seed // len(FORMS) % len(MODES)]
     sizes = pick(MESHES)
     explicit, auto = AxisType.Explicit, AxisType.Auto
@@ -93,7 +95,10 @@ def draw_layers(rng, draw):
         shapes = {"stack": (2, *batch, k, k)}
     elif draw.form == "steps":
         shapes = {"first": (*batch, k, 64), "second": (*batch, 64, 16)}
-    normal = lambda shape: rng.normal(size=shape).astype(np.float32)
+
+    def normal(shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     params = {n: {"kernel": normal(s) / np.sqrt(s[-2])} for n, s in shapes.items()}
     config = ql.QLoRAConfig(
         rank=int(rng.choice([4, 8])),
@@ -151,7 +156,10 @@ def model(draw, base, lora, x):
 
         return jax.lax.scan(step, x, (base["stack"], lora["stack"]))[0]
     if draw.form == "vmap":
-        run = lambda x: ql.apply(base["only"], lora["only"], x)
+
+        def run(x):
+            return ql.apply(base["only"], lora["only"], x)
+
         return jax.vmap(run, int(draw.has_experts), int(draw.has_experts))(x)
     for name in base:
         x = ql.apply(base[name], lora[name], x)
@@ -163,19 +171,28 @@ def compute(draw, base, lora, x):
     """Gradients of A, B and x; or A, B and x after two steps; or merged kernels."""
     if draw.form == "merge":
         return ql.merge(base, lora)
-    loss = lambda lora, x: jnp.sum(jnp.sin(model(draw, base, lora, x)))
+
+    def loss(lora, x):
+        return jnp.sum(jnp.sin(model(draw, base, lora, x)))
+
     if draw.form != "steps":
         return jax.grad(loss, (0, 1))(lora, x)
     for _ in range(2):
         grads = jax.grad(loss, (0, 1))(lora, x)
-        update = lambda p, g: p - RATE * like(g, p)
+
+        def update(p, g):
+            return p - RATE * like(g, p)
+
         lora, x = jax.tree.map(update, (lora, x), grads)
     return lora, x
 
 
 def in_numpy(draw, base, lora, x):
     """What `compute` is to return: its leaves, in float64."""
-    wide = lambda a: np.asarray(a, np.float64)
+
+    def wide(a):
+        return np.asarray(a, np.float64)
+
     layers = []
     for name in base:
         kernel, adapter = base[name]["kernel"], lora[name]["kernel"]
@@ -203,7 +220,10 @@ def in_numpy(draw, base, lora, x):
 
 def gradients(layers, has_tanh, x):
     """Gradients of the sum of sin y in each layer's A and B, and in x."""
-    turned = lambda a: np.swapaxes(a, -1, -2)
+
+    def turned(a):
+        return np.swapaxes(a, -1, -2)
+
     inputs, outputs = [], []
     for (w, a, b), bend in zip(layers, has_tanh, strict=True):
         inputs.append(x)
@@ -229,7 +249,10 @@ def run(seed):
     want = in_numpy(draw, base, lora, x)
     base, lora = on_mesh(rng, draw, base, lora)
     x = split(rng, draw.mesh, x)
-    specs = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
+
+    def specs(tree):
+        return jax.tree.map(lambda a: a.sharding, tree)
+
     draw.specs = [s.spec for s in jax.tree.leaves(specs((x, base, lora)))]
     out = specs((lora, x)) if draw.form == "steps" else None
     with jax.set_mesh(draw.mesh):

@@ -247,7 +247,10 @@ def assert_same(got, want):
 def assert_same_bits(got, want):
     """The same bits too: a NaN's, and the sign of a zero."""
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
-    same = lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+    def same(a, b):
+        return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
     chex.assert_trees_all_equal_comparator(same, lambda a, b: f"{a}\n{b}", got, want)
 
 

@@ -159,7 +159,10 @@ INTEGRATIONS = {"linen": Linen, "nnx": NNX}
 
 def leaves_at(tree, paths):
     """The one array at or below each path."""
-    text = lambda keys: f"{jax.tree_util.keystr(keys, simple=True, separator='/')}/"
+
+    def text(keys):
+        return f"{jax.tree_util.keystr(keys, simple=True, separator='/')}/"
+
     flat = jax.tree_util.tree_leaves_with_path(tree)
     found = {p: [x for q, x in flat if text(q).startswith(f"{p}/")] for p in paths}
     return {path: leaf for path, (leaf,) in found.items()}

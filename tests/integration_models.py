@@ -44,7 +44,9 @@ class LinenTwoKernels(nn.Module):
 
 class NNXTwoKernels(nnx.Module):
     def __init__(self, *, rngs):
-        make = lambda: nnx.Param(INIT(rngs.params(), (DIM, HIDDEN)))
+        def make():
+            return nnx.Param(INIT(rngs.params(), (DIM, HIDDEN)))
+
         self.gate, self.up = make(), make()
 
     def __call__(self, x):
@@ -67,7 +69,9 @@ class LinenMLP(nn.Module):
 
 class NNXMLP(nnx.Module):
     def __init__(self, dtype=None, dim=DIM, hidden=HIDDEN, *, rngs):
-        make = lambda *sizes: nnx.Linear(*sizes, dtype=dtype, rngs=rngs)
+        def make(*sizes):
+            return nnx.Linear(*sizes, dtype=dtype, rngs=rngs)
+
         self.gate, self.up = make(dim, hidden), make(dim, hidden)
         self.down = make(hidden, dim)
 
@@ -175,7 +179,9 @@ class NNXStack(nnx.Module):
         self.remat = remat
 
     def __call__(self, x):
-        body = lambda layer, x: layer(x)
+        def body(layer, x):
+            return layer(x)
+
         body = nnx.remat(body) if self.remat else body
         scan = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return scan(self.layers, x)

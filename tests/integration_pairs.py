@@ -78,9 +78,12 @@ MLP = {"gate/kernel": (DIM, HIDDEN), "up/kernel": (DIM, HIDDEN)}
 MLP |= {"down/kernel": (HIDDEN, DIM)}
 BLOCK = {f"attention/{path}": shape for path, shape in ATTENTION.items()}
 BLOCK |= {f"mlp/{path}": shape for path, shape in MLP.items()}
-stacked = lambda layer: {
-    f"layers/layer/{path}": (LAYERS, *matrix) for path, matrix in layer.items()
-}
+
+
+def stacked(layer):
+    return {f"layers/layer/{path}": (LAYERS, *matrix) for path, matrix in layer.items()}
+
+
 OWN_STACKED = {"layers/layer/w": (LAYERS, DIM, DIM)}
 
 PAIRS = {

@@ -15,7 +15,10 @@ def draw_peft(folder, shapes, rank=4, **settings):
     """Writes an adapter of modules with weights `[N, K]`; returns A and B of each."""
     rng, factors = np.random.default_rng(1), {}
     for module, (n, k) in shapes.items():
-        draw = lambda *shape: (0.2 * rng.normal(size=shape)).astype(np.float32)
+
+        def draw(*shape):
+            return (0.2 * rng.normal(size=shape)).astype(np.float32)
+
         factors[module] = draw(rank, k), draw(n, rank)
     write_peft(folder, factors, **settings)
     return factors

@@ -55,7 +55,10 @@ def test_every_function_that_looks_at_values_is_in_the_table():
                 name.id for name in ast.walk(node) if isinstance(name, ast.Name)
             }:
                 found.add((path.relative_to(package).as_posix(), node))
-    inner = lambda node: {n for n in ast.walk(node) if n is not node}
+
+    def inner(node):
+        return {n for n in ast.walk(node) if n is not node}
+
     outer = [(p, n) for p, n in found if any((p, m) in found for m in inner(n))]
     names = {f"{path} {node.name}" for path, node in found - {*outer}}
     assert names == CHECKED.keys()
@@ -82,9 +85,15 @@ def cases():
     facts = {"shape": stack.shape, "fmt": "nf4", "block_size": 16, "dtype": "float32"}
     layer = nn.Dense(8)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-    init = lambda **more: ql.init(jax.random.key(0), params, config, **more)
+
+    def init(**more):
+        return ql.init(jax.random.key(0), params, config, **more)
+
     offloaded = ql.optim.offload(optax.adam(1e-3))
-    apply = lambda lora, x: ql.apply(base["kernel"], lora["kernel"], x)
+
+    def apply(lora, x):
+        return ql.apply(base["kernel"], lora["kernel"], x)
+
     return {
         "select": lambda y: apply(ql.select(bank, ids), x * y),
         "select, NumPy": lambda y: apply(ql.select(bank, np.array([1, 0])), x * y),
@@ -170,6 +179,9 @@ def test_values_that_a_trace_knows_are_refused_if_wrong():
     }
     for words, call in calls.items():
         for value in (7, np.array(7), jnp.array(7)):
-            run = lambda _, call=call, value=value: call(value)
+
+            def run(_, call=call, value=value):
+                return call(value)
+
             with pytest.raises((ValueError, IndexError), match=words):
                 jax.eval_shape(run, 0.0)

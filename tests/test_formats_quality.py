@@ -12,7 +12,10 @@ NF4 = {"fmt": "nf4", "block_size": 64, "double_quant": False}
 
 def test_errors_are_root_mean_squares_over_layers():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     layers = [(draw(64, 8), draw(5, 64)), (3 * draw(128, 4), draw(5, 128))]
     weights, outputs = [], []
     for w, x in layers:

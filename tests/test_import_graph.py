@@ -105,7 +105,10 @@ def test_public_jax_only(name):
 )
 def test_who_may_import(library, folders):
     """Exactly these folders import the library."""
-    is_used = lambda n: n == library or n.startswith(library + ".")
+
+    def is_used(n):
+        return n == library or n.startswith(library + ".")
+
     imports = {name: imported_names(name) for name in SOURCES}
     assert {folder(n) for n in SOURCES if any(map(is_used, imports[n]))} == folders
 

@@ -58,8 +58,13 @@ def test_random_shapes_equal_optax(lead, width, vocab, chunk_size, contract, cap
     hidden, head, labels, g = problem(seed, lead, width, vocab)
     stored = head if contract == -1 else head.T
     settings = {"contract": contract, "chunk_size": chunk_size, "logit_soft_cap": cap}
-    loss = lambda x: chunked_cross_entropy(x, stored, labels, **settings)
-    exact = lambda x: whole(x, head, labels, cap)
+
+    def loss(x):
+        return chunked_cross_entropy(x, stored, labels, **settings)
+
+    def exact(x):
+        return whole(x, head, labels, cap)
+
     losses, dx = value_and_pull(loss, hidden, g)
     expected, expected_dx = value_and_pull(exact, hidden, g)
     assert_close(losses, expected)
@@ -72,9 +77,15 @@ def test_random_shapes_equal_optax(lead, width, vocab, chunk_size, contract, cap
 def test_16_bits_are_summed_in_float32(dtype):
     # 5000 words: most probabilities are below the normal numbers of float16.
     hidden, head, labels, g = problem(0, (3, 20), 64, 5000, dtype)
-    loss = lambda x: chunked_cross_entropy(x, head, labels, chunk_size=16)
+
+    def loss(x):
+        return chunked_cross_entropy(x, head, labels, chunk_size=16)
+
     losses, dx = value_and_pull(loss, hidden, g)
-    exact = lambda x: whole(x, head.astype(jnp.float32), labels)
+
+    def exact(x):
+        return whole(x, head.astype(jnp.float32), labels)
+
     expected, expected_dx = value_and_pull(exact, hidden.astype(jnp.float32), g)
     assert losses.dtype == jnp.float32 and dx.dtype == dtype
     assert_close(losses, expected)  # sums of exact products
@@ -102,7 +113,10 @@ def test_packed_head_equals_the_dequantized_one(contract, dtype):
     expected, expected_dx = value_and_pull(lambda x: whole(x, w, labels), hidden, g)
     trained = [ql.StraightThrough(weight, q.packing, q.geometry)] * (contract == -2)
     for kernel in [q, *trained]:
-        loss = lambda x, k=kernel: chunked_cross_entropy(x, k, labels, chunk_size=16)
+
+        def loss(x, k=kernel):
+            return chunked_cross_entropy(x, k, labels, chunk_size=16)
+
         losses, dx = value_and_pull(loss, hidden, g)
         assert losses.dtype == jnp.float32
         # Logits of a packed head are rounded, and so are their gradients.
@@ -113,7 +127,10 @@ def test_packed_head_equals_the_dequantized_one(contract, dtype):
 def test_labels_outside_the_vocabulary_give_nan_alone():
     hidden, head, labels, _ = problem(0, (3, 5), 8, 40)
     wrong = labels.at[0, 1].set(-100).at[2, 4].set(40).at[1, 0].set(-1)
-    loss = lambda x, y: chunked_cross_entropy(x, head, y, chunk_size=4)
+
+    def loss(x, y):
+        return chunked_cross_entropy(x, head, y, chunk_size=4)
+
     expected = np.array(loss(hidden, labels))
     expected[[0, 2, 1], [1, 4, 0]] = np.nan
     np.testing.assert_array_equal(jax.jit(loss)(hidden, wrong), expected)
@@ -140,7 +157,9 @@ TOKENS, WIDTH, VOCAB, CHUNK = 2048, 64, 4096, 256
 
 
 def compiled(loss):
-    mean = lambda x, w, y: jnp.mean(loss(x, w, y))
+    def mean(x, w, y):
+        return jnp.mean(loss(x, w, y))
+
     sizes = (4, TOKENS // 4, WIDTH), (VOCAB, WIDTH), (4, TOKENS // 4)
     shapes = map(jax.ShapeDtypeStruct, sizes, (jnp.float32, jnp.float32, jnp.int32))
     return jax.jit(jax.value_and_grad(mean)).lower(*shapes).compile()
@@ -162,7 +181,9 @@ def test_logits_of_all_tokens_are_never_held():
 
 @jax.jit
 def loss_on_a_mesh(hidden, head, labels, g):
-    loss = lambda x: chunked_cross_entropy(x, head, labels, chunk_size=32)
+    def loss(x):
+        return chunked_cross_entropy(x, head, labels, chunk_size=32)
+
     return value_and_pull(loss, hidden, g)
 
 
@@ -230,7 +251,10 @@ def test_differentiated_head_is_refused(wrap):
     loss = wrap(lambda w: jnp.sum(chunked_cross_entropy(hidden, w, labels)))
     with pytest.raises(ValueError, match="`head` must be frozen"):
         jax.grad(lambda w: loss(w) + jnp.sum(w))(head)
-    frozen = lambda w: loss(jax.lax.stop_gradient(w)) + jnp.sum(w)
+
+    def frozen(w):
+        return loss(jax.lax.stop_gradient(w)) + jnp.sum(w)
+
     np.testing.assert_array_equal(jax.grad(frozen)(head), jnp.ones_like(head))
 
 
@@ -276,8 +300,13 @@ def test_losses_of_preferences():
     """Against the formulas of the papers, in float64, and where floats end."""
     rng = np.random.default_rng(0)
     chosen, rejected, nll = -rng.exponential(2, (3, 8))
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))
-    odds = lambda x: np.exp(x) / (1 - np.exp(x))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def odds(x):
+        return np.exp(x) / (1 - np.exp(x))
+
     desirable, kl = rng.random(8) < 0.5, 0.7
     signed = np.where(desirable, chosen - kl, kl - chosen)
     expected = {
@@ -295,8 +324,14 @@ def test_losses_of_preferences():
             getattr(ql.losses, name), beta=0.3, **more.get(name, {})
         )
         assert_close(loss(*two), right)
+
     # A probability of 1 has no odds; a kl below 0 counts as 0, and gets no gradient.
-    odd = lambda x: jnp.sum(ql.losses.orpo(x, pairs[1][:3], jnp.zeros(3)))
+    def odd(x):
+        return jnp.sum(ql.losses.orpo(x, pairs[1][:3], jnp.zeros(3)))
+
     assert np.isfinite(jax.grad(odd)(jnp.array([0.0, -1e-9, -1e4]))).all()
-    of_kl = lambda kl: ql.losses.kto(jnp.float32(2), jnp.bool_(True), kl)
+
+    def of_kl(kl):
+        return ql.losses.kto(jnp.float32(2), jnp.bool_(True), kl)
+
     assert of_kl(-3.0) == of_kl(0.0) and jax.grad(of_kl)(1.0) == 0

@@ -85,10 +85,15 @@ def test_bytes_of_steps_are_the_trees_and_the_temporaries():
 
 
 def test_the_picture_of_a_run_shows_its_numbers_and_answers(tmp_path):
-    write = lambda name, rows: write_rows(tmp_path / name, rows)
+    def write(name, rows):
+        return write_rows(tmp_path / name, rows)
+
     texts, right = ["Pay Ann.", "Pay Bob.", "Pay Eve."], ['{"a": 1}', "{}", "[]"]
     after = [*right[:2], "{}"]
-    say = lambda text: [{"role": "user", "content": text}, {"role": "assistant"}]
+
+    def say(text):
+        return [{"role": "user", "content": text}, {"role": "assistant"}]
+
     write("valid.jsonl", [{"messages": say(text)} for text in texts])
     before = "```\nno JSON"
     answers = zip(right, after, strict=True)

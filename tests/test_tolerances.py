@@ -66,7 +66,10 @@ def test_sums_over_devices_have_noise_of_their_own(start, kind):
 
 def test_gradients_and_other_platforms_are_as_before(start):
     loss = jax.value_and_grad(lambda w: jnp.sum(jnp.sin(X @ w)))
-    lower = lambda: jax.jit(loss).trace(W).lower(lowering_platforms=("tpu",)).as_text()
+
+    def lower():
+        return jax.jit(loss).trace(W).lower(lowering_platforms=("tpu",)).as_text()
+
     want, jaxpr = lower(), str(jax.make_jaxpr(loss)(W))
     start(1)
     assert lower() == want and str(jax.make_jaxpr(loss)(W)) == jaxpr

@@ -46,7 +46,10 @@ def tables():
     trees = {}
     for name, more in ("low", {}), ("rows", {"trainable_rows": {"embedding": [63, 2]}}):
         config = ql.QLoRAConfig(rank=2, targets=() if more else "embedding", **more)
-        init = lambda w, c=config: ql.init(jax.random.key(0), {"embedding": w}, c)
+
+        def init(w, c=config):
+            return ql.init(jax.random.key(0), {"embedding": w}, c)
+
         lora = jax.vmap(init)(params()["kernel"])[1]["embedding"]
         trees[name] = jax.tree.map(lambda x: x + 0.1, lora)
     return trees
@@ -80,7 +83,10 @@ def loss(tree, x):
 def labelled(tree):
     """Each array times the number of its label: no transformation returns text."""
     order = ["frozen", "lora", "kernel"]
-    times = lambda x, name: x * jnp.asarray(order.index(name), x.dtype)
+
+    def times(x, name):
+        return x * jnp.asarray(order.index(name), x.dtype)
+
     return jax.tree.map(times, tree, ql.lora_labels(tree))
 
 
@@ -121,16 +127,47 @@ def on_one_tree(base, lora):
 
 einsum = functools.partial(ql.einsum, "BTD,DNH->BTNH")
 narrow_einsum = functools.partial(einsum, backend="reference", precision="highest")
-apply = lambda x, base, lora: ql.apply(base, lora, x)
-dense = lambda params, x: x @ params["kernel"] + params["bias"][None]
-float_layer = lambda x, base, lora: ql.with_float_kernels(dense)(base, lora, x)
-lookup = lambda lora, q, ids: [ql.lookup(q, lora[name], ids) for name in lora]
-layer = lambda x, q: ql.matmul(x, q, layer=1)
-ragged = lambda x, q, sizes, layer=None: ql.ragged_dot(x, q, sizes, layer=layer)
+
+
+def apply(x, base, lora):
+    return ql.apply(base, lora, x)
+
+
+def dense(params, x):
+    return x @ params["kernel"] + params["bias"][None]
+
+
+def float_layer(x, base, lora):
+    return ql.with_float_kernels(dense)(base, lora, x)
+
+
+def lookup(lora, q, ids):
+    return [ql.lookup(q, lora[name], ids) for name in lora]
+
+
+def layer(x, q):
+    return ql.matmul(x, q, layer=1)
+
+
+def ragged(x, q, sizes, layer=None):
+    return ql.ragged_dot(x, q, sizes, layer=layer)
+
+
 token_losses = functools.partial(chunked_cross_entropy, chunk_size=3)
-quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
-init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
-deep = lambda q: jax.tree.map(lambda a: jnp.stack([a[::-1], a], 1), q)
+
+
+def quantize(p):
+    return (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
+
+
+def init(i, p):
+    return ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
+
+
+def deep(q):
+    return jax.tree.map(lambda a: jnp.stack([a[::-1], a], 1), q)
+
+
 FUNCTIONS = {
     "quantize": Entry(quantize, lambda: (params(),)),
     "dequantize": Entry(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
@@ -176,11 +213,16 @@ FUNCTIONS = {
 
 def modes(run):
     """One program with all of them: a function of the stacked arguments."""
-    step = lambda _, args: (None, jax.checkpoint(run)(*args))
-    of = lambda *args: {
-        "vmap": jax.vmap(run)(*args),
-        "scan and remat": jax.lax.scan(step, None, args)[1],
-    }
+
+    def step(_, args):
+        return (None, jax.checkpoint(run)(*args))
+
+    def of(*args):
+        return {
+            "vmap": jax.vmap(run)(*args),
+            "scan and remat": jax.lax.scan(step, None, args)[1],
+        }
+
     # Compiling takes most of the time, so LLVM does not optimize.
     return jax.jit(of, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -41,7 +41,9 @@ def make(config):
 def through_safetensors(tree, like, folder):
     from safetensors.numpy import load_file, save_file
 
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    def name(path):
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
     leaves = jax.tree.leaves_with_path(tree)
     save_file({name(path): np.asarray(x) for path, x in leaves}, folder / "file")
     found = load_file(folder / "file")
@@ -52,7 +54,10 @@ def through_orbax(tree, like, folder):
     import orbax.checkpoint as ocp
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "state", tree)
         checkpointer.wait_until_finished()

@@ -36,13 +36,19 @@ def make(shape=(K, N), **options):
     """A kernel, and its adapter after some training."""
     config = dataclasses.replace(CONFIG, **options)
     base, lora = ql.init(jax.random.key(0), {"kernel": normal(0, shape)}, config)
-    moved = lambda x: x + normal(x.size, x.shape, scale=0.1)
+
+    def moved(x):
+        return x + normal(x.size, x.shape, scale=0.1)
+
     return base["kernel"], jax.tree.map(moved, lora["kernel"])
 
 
 def oracle(w, lora, x, g):
     """Product, merged weight and gradients of `sum(y * g)`; norms are constants."""
-    f64 = lambda v: np.asarray(v, np.float64)
+
+    def f64(v):
+        return np.asarray(v, np.float64)
+
     w, a, b, m, x, g = map(f64, (w, lora.a, lora.b, lora.m, x, g))
     v = w + SCALING * a @ b
     scale = m / np.sqrt((v**2).sum(-2))
@@ -138,7 +144,10 @@ def test_columns_of_zeros_stay_zero_and_cancelled_ones_finite():
     lora = lora["kernel"]
     b = jnp.zeros((1, N)).at[0, 1].set(1)
     lora = dataclasses.replace(lora, a=jnp.asarray(-w[:, 1:2]), b=b)
-    loss = lambda lora, x: jnp.sum(ql.apply(base["kernel"], lora, x) ** 2)
+
+    def loss(lora, x):
+        return jnp.sum(ql.apply(base["kernel"], lora, x) ** 2)
+
     x = jnp.ones((3, K))
     y, grads = ql.apply(base["kernel"], lora, x), jax.grad(loss, (0, 1))(lora, x)
     assert not np.asarray(y[:, 0]).any()

@@ -46,7 +46,10 @@ def test_weights_are_cast_to_the_bits_of_a_plain_cast(dtype, jit):
         want = awkward_values().astype(jnp.dtype(dtype))
     is_number = ~np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), ~is_number)
-    bits = lambda x: x[is_number].view(f"uint{8 * x.itemsize}")
+
+    def bits(x):
+        return x[is_number].view(f"uint{8 * x.itemsize}")
+
     np.testing.assert_array_equal(bits(got), bits(want))
 
 
@@ -57,7 +60,9 @@ def test_gradients_pass_the_cast_unchanged():
         h = floats.float_product(x, lora.a.astype(x.dtype)).astype(x.dtype)
         return 2.0 * floats.float_product(h, lora.b.astype(x.dtype))
 
-    square = lambda run: lambda lora: jnp.sum(run(lora) ** 2)
+    def square(run):
+        return lambda lora: jnp.sum(run(lora) ** 2)
+
     got = jax.grad(square(lambda lora: lora_product(x, lora)))(make_lora())
     want = jax.grad(square(plain))(make_lora())
     jax.tree.map(np.testing.assert_array_equal, got, want)

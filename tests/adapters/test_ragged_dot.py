@@ -44,7 +44,9 @@ def test_product_and_gradients(dtype, config, scaling):
     q, lora = trees(config)
     lora = dataclasses.replace(lora, scaling=scaling)
     x = normal(1, (ROWS, K), dtype, scale=0.1)
-    ours = lambda x, lora: ql.ragged_dot(x, q, SIZES, lora)
+
+    def ours(x, lora):
+        return ql.ragged_dot(x, q, SIZES, lora)
 
     def wanted(x, lora):
         w = merged(ql.dequantize(q), lora)
@@ -77,15 +79,22 @@ def test_vmap(mapped, config):
     given = {"x": x[0], "lora": lora, "sizes": SIZES}
     given |= {mapped: {"x": x, "lora": many, "sizes": sizes}[mapped]}
     axes = [0 if name == mapped else None for name in given]
-    at = lambda name, i: jax.tree.map(lambda a: a[i], given[name])
+
+    def at(name, i):
+        return jax.tree.map(lambda a: a[i], given[name])
 
     def run(product, x, lora, sizes):
         return jax.grad(lambda *args: loss(product, *args, sizes), (0, 1))(x, lora)
 
-    ours = lambda x, lora, sizes: ql.ragged_dot(x, q, sizes, lora)
+    def ours(x, lora, sizes):
+        return ql.ragged_dot(x, q, sizes, lora)
+
     got = jax.jit(jax.vmap(functools.partial(run, ours), axes))(*given.values())
     w = ql.dequantize(q)
-    wanted = lambda x, lora, sizes: jax.lax.ragged_dot(x, merged(w, lora), sizes)
+
+    def wanted(x, lora, sizes):
+        return jax.lax.ragged_dot(x, merged(w, lora), sizes)
+
     for i in range(3):
         own = (at(name, i) if name == mapped else given[name] for name in given)
         want = run(wanted, *own)
@@ -107,7 +116,10 @@ def test_what_experts_do_not_use_of_the_largest_rank_stays_zero():
 
     def step(carry, _):
         lora, state = carry
-        of = lambda lora: loss(ql.ragged_dot, x, base["kernel"], sizes, lora["kernel"])
+
+        def of(lora):
+            return loss(ql.ragged_dot, x, base["kernel"], sizes, lora["kernel"])
+
         change, state = optimizer.update(jax.grad(of)(lora), state, lora)
         return (optax.apply_updates(lora, change), state), None
 
@@ -121,7 +133,10 @@ def test_layer_of_a_stack():
     stack, lora = trees(), trees()[1]
     q = jax.tree.map(lambda a: jnp.stack([0 * a, a]), stack[0])
     x = normal(1, (ROWS, K))
-    layer = lambda i: ql.ragged_dot(x, q, SIZES, lora, layer=i)
+
+    def layer(i):
+        return ql.ragged_dot(x, q, SIZES, lora, layer=i)
+
     wanted = ql.ragged_dot(x, stack[0], SIZES, lora)
     assert_close(jax.jit(layer)(1), wanted, terms=64)
 
@@ -129,10 +144,16 @@ def test_layer_of_a_stack():
 def test_experts_that_are_trained_through_their_quantization():
     kernel, lora = trees(dataclasses.replace(CONFIG, freeze_base=False))
     x = normal(1, (ROWS, K))
-    ours = lambda x, kernel, lora: ql.ragged_dot(x, kernel, SIZES, lora)
+
+    def ours(x, kernel, lora):
+        return ql.ragged_dot(x, kernel, SIZES, lora)
+
     got = jax.grad(functools.partial(loss, ours), 1)(x, kernel, lora)
     w = kernel.dequantize()
-    wanted = lambda x, w: jax.lax.ragged_dot(x, merged(w, lora), SIZES)
+
+    def wanted(x, w):
+        return jax.lax.ragged_dot(x, merged(w, lora), SIZES)
+
     # Its gradient is that of the quantized weights (Bengio et al. 2013).
     want = jax.grad(functools.partial(loss, wanted), 1)(x, w)
     assert_close(got.value, want)
@@ -143,7 +164,10 @@ def test_dropout_acts_on_the_input_of_the_adapter():
     x = normal(1, (ROWS, K))
     frozen = ql.ragged_dot(x, q, SIZES)
     key = jax.random.key(3)
-    product = lambda x, key: ql.ragged_dot(x, q, SIZES, lora, dropout_key=key)
+
+    def product(x, key):
+        return ql.ragged_dot(x, q, SIZES, lora, dropout_key=key)
+
     keep = jax.random.bernoulli(key, 0.5, x.shape)
     want = frozen + product(2 * x * keep, None) - ql.ragged_dot(2 * x * keep, q, SIZES)
     assert_close(product(x, key), want)
@@ -155,9 +179,12 @@ def test_gradients_keep_codes_and_no_weights():
     config = ql.QLoRAConfig(rank=RANK)
     lora = ql.init(jax.random.key(0), {"kernel": q}, config)[1]["kernel"]
     x, sizes = normal(1, (64, width)), jnp.full(experts, 4)
-    run = lambda x, q, lora, sizes: jax.grad(
-        lambda x, lora: loss(ql.ragged_dot, x, q, sizes, lora), (0, 1)
-    )(x, lora)
+
+    def run(x, q, lora, sizes):
+        return jax.grad(lambda x, lora: loss(ql.ragged_dot, x, q, sizes, lora), (0, 1))(
+            x, lora
+        )
+
     compiled = jax.jit(run).lower(x, q, lora, sizes).compile()
     temp = compiled.memory_analysis().temp_size_in_bytes
     assert temp < 4 * (2 * width * width + 3 * lora.size) < 4 * q.size / 4

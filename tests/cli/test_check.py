@@ -61,7 +61,10 @@ def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
         "not finite": lambda y: y * np.inf,
     }
     right = ql.matmul
-    wrong = lambda *args, **settings: faults[fault](right(*args, **settings))
+
+    def wrong(*args, **settings):
+        return faults[fault](right(*args, **settings))
+
     monkeypatch.setattr(ql, "matmul", wrong)
     checking._compute_products.clear_cache()
     file = tmp_path / "report.json"

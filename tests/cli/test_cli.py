@@ -67,7 +67,10 @@ def adapter(folder):
     settings = dict(alpha_pattern={"layers.0.self_attn.q_proj": 3})
     settings |= dict(target_modules=["q_proj", "down_proj"])
     factors = draw_peft(path, shapes, **settings)
-    scaling = lambda module: 0.75 if "0.self_attn.q_proj" in module else 2
+
+    def scaling(module):
+        return 0.75 if "0.self_attn.q_proj" in module else 2
+
     return path, {module: (*x, scaling(module)) for module, x in factors.items()}
 
 
@@ -151,7 +154,10 @@ def test_adapters_are_scored_merged_and_exported(
         assert_close(score["loss"], adapted["loss"])
 
     asked, out = [], ("--format=merged", "--out", tmp_path / "merged")
-    pushed = lambda *given: asked.append((*given, (tmp_path / "merged").exists()))
+
+    def pushed(*given):
+        return asked.append((*given, (tmp_path / "merged").exists()))
+
     monkeypatch.setattr("qlora_jax.cli.writing.push", pushed)
     status, written, _ = run(capsys, "export", *model, *out, "--push-to-hub=a/b")
     assert (status, written["format"]) == (0, "merged")
@@ -181,7 +187,10 @@ def test_adapters_are_scored_merged_and_exported(
     out = ("--format", "peft", "--out", tmp_path / "peft")
     assert run(capsys, "export", *own, *out)[0] == 0
     assert_same_bits(tensors_of(tmp_path / "peft"), tensors_of(path))
-    kind = lambda p: run(capsys, "inspect", p)[1]
+
+    def kind(p):
+        return run(capsys, "inspect", p)[1]
+
     assert kind(path)["kind"] == kind(tmp_path / "peft")["kind"] == "PEFT adapter"
     assert [leaf["rank"] for leaf in kind(path)["leaves"]] == [4] * 4
     for own_path in (tmp_path, tmp_path / "adapter.safetensors"):
@@ -257,10 +266,13 @@ def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_p
         packed[name] = (TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)).T
         leaf = re.sub(r"model\.layers\.\d+(.*)weight", r"layers\1kernel", name)
         leaves.setdefault(leaf.replace(".", "/"), []).append(name)
-    whole = lambda tensors, names=packed: np.concatenate(
-        [tensors[name].ravel() for name in names]
-    )
-    error = lambda names: relative_error(whole(packed, names), whole(merged, names))
+
+    def whole(tensors, names=packed):
+        return np.concatenate([tensors[name].ravel() for name in names])
+
+    def error(names):
+        return relative_error(whole(packed, names), whole(merged, names))
+
     errors = {leaf: error(names) for leaf, names in leaves.items()}
     change = whole(merged) - whole(base)
 

@@ -172,7 +172,10 @@ def test_prompts_of_a_file_are_answered_each_by_itself(capsys, folder, write, tm
         wanted = dict(prompt=[*row.values()][0], text=text, prompt_tokens=size)
         assert answer == wanted | dict(new_tokens=len(made), finished=END in made)
     assert "`out` must be new" in run(capsys, *flags, "--out", out)[2]
-    draw = lambda seed: run(capsys, *flags, "--temperature=3", f"--seed={seed}")[1]
+
+    def draw(seed):
+        return run(capsys, *flags, "--temperature=3", f"--seed={seed}")[1]
+
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -268,7 +271,10 @@ def test_prompts_are_taken_as_they_are(capsys, prompt):
 
 def test_pieces_are_the_text_and_end_with_whole_characters():
     rng, text = np.random.default_rng(0), "aé漢🙂 ü"
-    decode = lambda ids: bytes(ids).decode("utf-8", "replace")
+
+    def decode(ids):
+        return bytes(ids).decode("utf-8", "replace")
+
     for _ in range(300):
         data = list(text.encode() * 2)
         for place in rng.integers(0, len(data), rng.integers(0, 4)):
@@ -285,6 +291,9 @@ def test_pieces_are_the_text_and_end_with_whole_characters():
 def test_decoders_that_treat_the_first_token_differently():
     """As those of SentencePiece do, which drop the space before it."""
     words = ["▁the", "▁user", "s", "▁and"]
-    decode = lambda ids: "".join(words[i] for i in ids).replace("▁", " ").lstrip()
+
+    def decode(ids):
+        return "".join(words[i] for i in ids).replace("▁", " ").lstrip()
+
     stream = TextStream(decode)
     assert [stream.add(i) for i in range(4)] == ["the", " user", "s", " and"]

@@ -122,7 +122,10 @@ def test_scores_are_those_of_the_base_of_the_run(models, capsys):
 
     wanted = {fmt: score("--model", models / fmt)[0] for fmt in ("nf4", "none")}
     assert abs(wanted["nf4"] - wanted["none"]) > 1e-4
-    near = lambda loss, fmt: abs(loss / wanted[fmt] - 1) < rounding(128)
+
+    def near(loss, fmt):
+        return abs(loss / wanted[fmt] - 1) < rounding(128)
+
     for options in (["--run", models / "run"], [*base, "--adapter", adapter]):
         loss, err = score(*options)
         assert near(loss, "nf4") and err == ""
@@ -238,8 +241,11 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     assert yaml.safe_load(written["config.yaml"])["model"] == COPY
     raw = json.loads(written["adapter/adapter_config.json"])
     assert raw["base_model_name_or_path"] == COPY
+
     # It is not pushed: its readers would load it on other weights.
-    pushed = lambda *given: pytest.fail("it was pushed")
+    def pushed(*given):
+        return pytest.fail("it was pushed")
+
     for module in ("run", "writing"):
         monkeypatch.setattr(f"qlora_jax.cli.{module}.push", pushed)
     other = settings(SMOLLM2, rows, tmp_path / "other", push_to_hub="some/new")
@@ -249,8 +255,11 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
         config = cli.ExportConfig(model, run=str(out), push_to_hub="some/new")
         with pytest.raises(ValueError, match=f"It was trained on {COPY}, "):
             cli.export(config)
+
     # Once the hub answers, the run keeps its weights, and others are not silent.
-    hub = lambda name: folder / "base" if name == SMOLLM2 else pathlib.Path(name)
+    def hub(name):
+        return folder / "base" if name == SMOLLM2 else pathlib.Path(name)
+
     monkeypatch.setattr(ql.io, "fetch", hub)
     score = ["score", "--data", rows]
     assert (

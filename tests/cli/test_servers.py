@@ -75,7 +75,10 @@ def adapter(tmp_path_factory):
 def table(**settings):
     found = cli.pairs(cli.PairsConfig(**settings))
     assert tuple(x.server for x in found.servers) == SERVERS
-    row = lambda x: f"{x.base} {x.adapter}{'' if x.exact else ' *'}"
+
+    def row(x):
+        return f"{x.base} {x.adapter}{'' if x.exact else ' *'}"
+
     return found, tuple(map(row, found.servers))
 
 

@@ -67,16 +67,25 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     # The command that scores computes the same of the adapter and plain tokens.
     options = dict(vocab_size=259, max_length=16, chat=False)
     found = ql.train.read_dataset(data, ql.train.open_tokenizer(folder), **options)
-    row = lambda r: {"input_ids": r.ids.tolist(), "labels": r.labels.tolist()}
+
+    def row(r):
+        return {"input_ids": r.ids.tolist(), "labels": r.labels.tolist()}
+
     plain = map(row, found.valid)
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
     scored = cli.ScoreConfig(folder, str(tmp_path / "plain.jsonl"), result.adapter)
     assert_close(result.valid_loss, cli.score(scored).loss)
+
     # Exact match is that of the written answers.
-    read = lambda path: list(map(json.loads, path.read_text().splitlines()))
+    def read(path):
+        return list(map(json.loads, path.read_text().splitlines()))
+
     rows, wanted = read(out / "answers.jsonl"), read(data / "valid.jsonl")
     assert [row["right"] for row in rows] == [row["completion"] for row in wanted]
-    share = lambda key: sum(row[key].strip() == row["right"] for row in rows) / 6
+
+    def share(key):
+        return sum(row[key].strip() == row["right"] for row in rows) / 6
+
     found = result.exact_before, result.exact_after
     assert (share("before"), share("after")) == found
     names = "adapter answers.jsonl config.yaml loss.png metrics.jsonl result.json state"
@@ -211,7 +220,10 @@ def test_plain_texts_are_names_of_modules(given):
 
 def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path):
     rows, out = data / "train.jsonl", tmp_path / "run"
-    prepare = lambda **options: make_run(settings(folder, rows, out, **options), "")
+
+    def prepare(**options):
+        return make_run(settings(folder, rows, out, **options), "")
+
     today = dict(date="2026-11-29", validation_split=0.25)
     run = prepare(**today, packing=True)
     assert (len(run.data.train), len(run.data.valid)) == (30, 10)
@@ -411,7 +423,10 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
 
 def check_export(folder, out, tmp_path):
     """The adapter of the last state is the run's own, and of an earlier one another."""
-    of_run = lambda **more: cli.export(cli.ExportConfig(run=str(out), **more))
+
+    def of_run(**more):
+        return cli.export(cli.ExportConfig(run=str(out), **more))
+
     last, other = of_run(), str(tmp_path / "other")
     assert last.out == str(out / "adapter-6") and last.format == "peft"
     assert state_of(last.out).items() <= state_of(out / "adapter").items()
@@ -461,10 +476,16 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
 @pytest.mark.slow
 def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys):
     losses, asked = iter([9.0, 5.0, 2.0, 3.0, 2.0, 2.5]), []
-    mean = lambda *given: asked.append(len(given[-1])) or {"loss": next(losses)}
+
+    def mean(*given):
+        return asked.append(len(given[-1])) or {"loss": next(losses)}
+
     monkeypatch.setattr(evaluation, "make_means", lambda loss: mean)
+
     # It is pushed too, to a repository that is made first.
-    pushed = lambda name, path=None: asked.append([name, path]) or "there"
+    def pushed(name, path=None):
+        return asked.append([name, path]) or "there"
+
     for module in ("run", "training"):
         monkeypatch.setattr(f"qlora_jax.cli.{module}.push", pushed)
     monkeypatch.setattr(

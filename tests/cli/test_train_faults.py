@@ -44,7 +44,10 @@ def main(config, out, resume, on_nan):
     from qlora_jax import cli
 
     make_step = ql.train.make_joint_step
-    nan = lambda x: x * np.nan if x.dtype == np.float32 else x
+
+    def nan(x):
+        return x * np.nan if x.dtype == np.float32 else x
+
     sizes = pathlib.Path(f"{out}.rss").open("a")
 
     def make_faulty_step(*args):
@@ -88,7 +91,10 @@ def rows_of(out):
 def kill_at(step, process, out, rng):
     """Kills the process after a step, every second time while it saves."""
     state = out / "state"
-    is_saving = lambda: any(state.glob("*.orbax-checkpoint-tmp"))
+
+    def is_saving():
+        return any(state.glob("*.orbax-checkpoint-tmp"))
+
     while process.poll() is None and rows_of(out) < step:
         time.sleep(0.005)
     what = "training"
@@ -242,10 +248,13 @@ def check_same(two, one):
     assert int(wanted["skipped"]) == 1
     file = "adapter/adapter_model.safetensors"
     assert (one / file).read_bytes() == (two / file).read_bytes()
-    numbers = lambda out: [
-        (row["step"], row["loss"], row["grad_norm"])
-        for row in ql.train.read_metrics(out / "metrics.jsonl")
-    ]
+
+    def numbers(out):
+        return [
+            (row["step"], row["loss"], row["grad_norm"])
+            for row in ql.train.read_metrics(out / "metrics.jsonl")
+        ]
+
     assert numbers(two) == numbers(one)
     assert [step for step, *_ in numbers(two)] == list(range(1, STEPS + 1))
     assert not list((two / "state").glob("*tmp*"))

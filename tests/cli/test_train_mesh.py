@@ -57,7 +57,10 @@ def test_a_run_goes_on_on_another_mesh(
     In the last part the optimizer's state is in host memory.
     """
     choose, ends = Trainer.choose_adapter, []
-    record = lambda trainer, state: ends.append(state) or choose(trainer, state)
+
+    def record(trainer, state):
+        return ends.append(state) or choose(trainer, state)
+
     monkeypatch.setattr(Trainer, "choose_adapter", record)
     free_programs()
     one = cli.train(settings(folder, data, tmp_path / "one", steps=7))

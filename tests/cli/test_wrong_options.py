@@ -99,8 +99,14 @@ WRONG = [
         ["train", *BASE, *OUT, "--data=surrogate.jsonl"],
         "line 2: the text must not have half a",
     ),
-    (["score", *BASE, "--data=surrogate.jsonl"], "line 2: the text must not have half a"),
-    (["generate", *BASE, "--prompts=prompts.jsonl"], "line 2: the text must not have half a"),
+    (
+        ["score", *BASE, "--data=surrogate.jsonl"],
+        "line 2: the text must not have half a",
+    ),
+    (
+        ["generate", *BASE, "--prompts=prompts.jsonl"],
+        "line 2: the text must not have half a",
+    ),
     (["generate", *BASE, "--prompt", "\udcff"], "the text must not have half a"),
 ]
 

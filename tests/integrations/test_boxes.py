@@ -113,7 +113,10 @@ def test_merge_gives_the_structure_of_the_parameters(name):
 @pytest.mark.slow
 def test_other_ways_to_pack_keep_boxes_too():
     base, _ = linen_init(PARAMS, PACKED)
-    init = lambda params: linen_init(params, PACKED)[0]
+
+    def init(params):
+        return linen_init(params, PACKED)[0]
+
     contract = {"q/kernel": -3, "out/kernel": (-3, -2)}
     config = dataclasses.replace(PACKED, contract=contract)
     for tree in (
@@ -130,7 +133,10 @@ def test_place_reads_them(mode):
     mesh = make_mesh(mode, axes=("a", "b"))
     base, lora = linen_init(PARAMS, PACKED)
     axes = {"mlp": "b"}
-    place = lambda *trees: ql.sharding.place(*trees, mesh, logical_axes=axes)
+
+    def place(*trees):
+        return ql.sharding.place(*trees, mesh, logical_axes=axes)
+
     placed, _ = place(base, lora)
     for path, leaf in kernels(placed).items():
         codes = nn.meta.unbox(leaf).codes
@@ -141,7 +147,10 @@ def test_place_reads_them(mode):
     with jax.set_mesh(mesh):
         inside = jax.jit(place)(base, lora)[0]
     assert jax.tree.structure(inside) == jax.tree.structure(placed)
-    same = lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+    def same(a, b):
+        return a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
     assert jax.tree.all(jax.tree.map(same, inside, placed))
 
 
@@ -192,6 +201,11 @@ def test_nnx_keeps_metadata():
         assert specs == [P("a", "b"), P(None, "b")]
         merged = ql.nnx.merge(placed)
         assert_close(placed(x), merged(x))
-    flat = lambda model: nnx.to_flat_state(nnx.state(model, nnx.Param))
-    metadata = lambda model: [(path, v.get_metadata()) for path, v in flat(model)]
+
+    def flat(model):
+        return nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+    def metadata(model):
+        return [(path, v.get_metadata()) for path, v in flat(model)]
+
     assert metadata(merged) == metadata(model)

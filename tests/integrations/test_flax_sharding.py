@@ -32,10 +32,12 @@ def x():
 
 
 def place(params, layout, mesh):
-    put = lambda layer, kernel, bias: {
-        "kernel": spread(layer["kernel"], mesh, *kernel),
-        "bias": spread(layer["bias"], mesh, *bias),
-    }
+    def put(layer, kernel, bias):
+        return {
+            "kernel": spread(layer["kernel"], mesh, *kernel),
+            "bias": spread(layer["bias"], mesh, *bias),
+        }
+
     return {name: put(params[name], *specs) for name, specs in LAYOUTS[layout].items()}
 
 

@@ -89,8 +89,12 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
     wrapped, lora, x = build(flax, name, config)
     frozen, _, _ = build(flax, name, dataclasses.replace(config, freeze_base=True))
 
-    loss = lambda apply: lambda weights: jnp.sum(apply(weights, x) ** 2)
-    packed = lambda rest, x: wrapped.apply(lora, rest, x)
+    def loss(apply):
+        return lambda weights: jnp.sum(apply(weights, x) ** 2)
+
+    def packed(rest, x):
+        return wrapped.apply(lora, rest, x)
+
     merged = frozen.merge(lora, frozen.rest)
     got, grads = jax.jit(jax.value_and_grad(loss(packed)))(wrapped.rest)
     want, grad_w = jax.jit(jax.value_and_grad(loss(frozen.plain)))(merged)

@@ -32,10 +32,13 @@ def test_vmap_over_inputs_adapters_and_bases(flax, name):
     stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
     alone = jax.jit(wrapped.apply)
     for axes in [(None, None, 0), (0, None, 0), (0, 0, 0)]:
-        pick = lambda mapped, axes: [
-            both[0][place] if axis is None else mapped[place]
-            for place, axis in enumerate(axes)
-        ]
+
+        def pick(mapped, axes):
+            return [
+                both[0][place] if axis is None else mapped[place]
+                for place, axis in enumerate(axes)
+            ]
+
         got = jax.jit(jax.vmap(wrapped.apply, axes))(*pick(stacks, axes))
         assert_close(got[0], alone(*both[0]))
         assert_close(got[1], alone(*pick(other, axes)))
@@ -44,7 +47,10 @@ def test_vmap_over_inputs_adapters_and_bases(flax, name):
 @pytest.mark.parametrize("name", ["mlp", "own"])
 def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
     wrapped, lora, x = build(flax, name)
-    run = lambda apply: value_and_gradients(apply, wrapped.rest)(lora, x)
+
+    def run(apply):
+        return value_and_gradients(apply, wrapped.rest)(lora, x)
+
     assert_close(run(jax.checkpoint(wrapped.apply)), run(wrapped.apply))
 
 
@@ -60,7 +66,9 @@ def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     @chex.assert_max_traces(1)
     def step(lora, state, rest):
-        loss = lambda lora: jnp.mean((wrapped.apply(lora, rest, x) - target) ** 2)
+        def loss(lora):
+            return jnp.mean((wrapped.apply(lora, rest, x) - target) ** 2)
+
         value, grads = jax.value_and_grad(loss)(lora)
         updates, state = tx.update(grads, state, lora)
         return optax.apply_updates(lora, updates), state, value
@@ -103,10 +111,16 @@ def test_float_kernels_are_not_kept_for_the_backward_pass(flax, name, mapped):
     """Nor where vmap gives A, B or both one more axis."""
     wrapped, lora, x = build(flax, name)
     factors, treedef = jax.tree.flatten(lora)
-    run = lambda lora, x: wrapped.apply(treedef.unflatten(lora), wrapped.rest, x)
+
+    def run(lora, x):
+        return wrapped.apply(treedef.unflatten(lora), wrapped.rest, x)
+
     if mapped:
         axes = [0 if name in mapped else None for name in "ab" * (len(factors) // 2)]
-        twice = lambda a, axis: a if axis is None else jnp.stack([a, a])
+
+        def twice(a, axis):
+            return a if axis is None else jnp.stack([a, a])
+
         factors, x = [*map(twice, factors, axes)], twice(x, 0)
         run = jax.vmap(run, (axes, 0))
     _, pullback = jax.vjp(run, factors, x)

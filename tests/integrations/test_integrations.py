@@ -50,7 +50,10 @@ def test_eager_is_jitted(flax, name):
     want = jax.jit(wrapped.apply)(lora, wrapped.rest, x)
     assert_close(wrapped.apply(lora, wrapped.rest, x), want)
     if name in ("own", "dense"):
-        loss = lambda lora: jnp.sum(jnp.square(wrapped.apply(lora, wrapped.rest, x)))
+
+        def loss(lora):
+            return jnp.sum(jnp.square(wrapped.apply(lora, wrapped.rest, x)))
+
         grads = jax.grad(loss)(lora)
         with jax.disable_jit():
             assert_close(wrapped.apply(lora, wrapped.rest, x), want)
@@ -177,7 +180,10 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
     high_x = x.astype(jnp.float32)
     (w_lora, w_x, _), w_y = value_and_gradients(high.merged, high.rest)(lora, high_x)
     assert y.dtype == g_x.dtype == jnp.bfloat16
-    floats = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    def floats(tree):
+        return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
     want = w_lora, w_x, w_y
     assert_close(floats((g_lora, g_x, y)), want, dtype=jnp.bfloat16, roundings=8)
 
@@ -199,7 +205,10 @@ def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
     assert lora["kernel"].a.dtype == lora["kernel"].b.dtype == jnp.float32
     inputs = [x, x.astype(jnp.bfloat16)]
     for x in inputs:
-        run = lambda apply, x=x: jax.jit(apply)(wrapped.lora, wrapped.rest, x)
+
+        def run(apply, x=x):
+            return jax.jit(apply)(wrapped.lora, wrapped.rest, x)
+
         got, want = run(wrapped.apply), run(wrapped.merged)
         assert got.dtype == want.dtype
         assert_close(got, want)

@@ -76,7 +76,9 @@ def linen(reads, config):
     params = model.init(jax.random.key(0), x)["params"]
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
     wrapped = ql.linen.wrap(model)
-    run = lambda model, variables, x: model.apply(variables, x, mutable=["sums"])
+
+    def run(model, variables, x):
+        return model.apply(variables, x, mutable=["sums"])
 
     def packed(lora, x):
         y, sums = run(wrapped, {"params": base, "lora": lora}, x)
@@ -139,7 +141,9 @@ def test_results_and_gradients_are_those_of_merged_weights(make, reads, dtype, k
     lora, x = randomized(lora), normal(1, (ROWS, DIM), dtype)
 
     def both(run, lora, x):
-        loss = lambda *args: jnp.sum(jnp.square(run(*args)[0].astype(jnp.float32)))
+        def loss(*args):
+            return jnp.sum(jnp.square(run(*args)[0].astype(jnp.float32)))
+
         return run(lora, x), jax.grad(loss, (0, 1))(lora, x)
 
     lowered = jax.jit(functools.partial(both, packed)).lower(lora, x)

@@ -171,7 +171,10 @@ def test_out(saved, tmp_path, fmt, nested):
             torch.testing.assert_close(found, x, rtol=1e-5, atol=0)
         else:
             assert torch.equal(found, x), name
-    read = lambda f: json.loads((f / "config.json").read_text())
+
+    def read(f):
+        return json.loads((f / "config.json").read_text())
+
     ours, wanted = read(out), read(theirs)
     skipped = ours["quantization_config"].pop("llm_int8_skip_modules")
     del wanted["quantization_config"]["llm_int8_skip_modules"]
@@ -208,7 +211,10 @@ def test_out_with_a_layer_left_in_float(tmp_path, tied):
     config, base, names = packed(source, targets=f".*{chosen}/kernel")
     io.save_bitsandbytes(tmp_path / "x", base, names, source, progress=False)
     model = assert_served(tmp_path / "x", config, base)
-    is_packed = lambda layer: isinstance(layer, bnb.nn.Linear4bit)
+
+    def is_packed(layer):
+        return isinstance(layer, bnb.nn.Linear4bit)
+
     assert is_packed(model.model.layers[1].mlp.down_proj) is not tied
     assert is_packed(model.lm_head) is not tied
 

@@ -207,7 +207,10 @@ def check_loss(model, bound, *files):
     """Checks that llama.cpp's loss of random tokens is that of transformers."""
     tokens = np.random.default_rng(0).integers(3, 256, 64).tolist()
     logs = jax.nn.log_softmax(llama.logits_of(model, [tokens])[0])
-    loss = lambda logs: -np.mean([x[i] for x, i in zip(logs, tokens[1:], strict=False)])
+
+    def loss(logs):
+        return -np.mean([x[i] for x, i in zip(logs, tokens[1:], strict=False)])
+
     with llama_cpp(*files) as ask:
         found = [log_probabilities(ask, tokens[:i]) for i in range(1, len(tokens))]
     assert_close(loss(found), loss(logs), dtype=np.float16)
@@ -305,7 +308,10 @@ def test_sentencepiece_is_that_of_llama_cpp(tmp_path, kind):
     texts = [*filter(str.strip, lines), " two  spaces\tand   three", "\n\n x", "é漢 🙂"]
     body = {"add_special": True, "parse_special": True}
     with llama_cpp(path) as ask:
-        tokens = lambda text: ask("/tokenize", body | {"content": text})["tokens"]
+
+        def tokens(text):
+            return ask("/tokenize", body | {"content": text})["tokens"]
+
         for text in texts:
             want = [1, *theirs.encode(text)]
             assert tokens(text) == want, text
@@ -354,7 +360,10 @@ def test_an_adapter_that_mlx_trains_is_read(tmp_path):
     model.freeze()
     settings = {"rank": 4, "scale": 2.5, "dropout": 0.0}
     linear_to_lora_layers(model, 1, settings)
-    noise = lambda x: mx.array(np.random.default_rng(0).normal(size=x.shape) * 0.2)
+
+    def noise(x):
+        return mx.array(np.random.default_rng(0).normal(size=x.shape) * 0.2)
+
     trained = tree_flatten(model.trainable_parameters())
     model.load_weights([(k, noise(x)) for k, x in trained], strict=False)
     folder.mkdir()

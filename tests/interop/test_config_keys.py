@@ -92,7 +92,10 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     settings = SIZES | COUNT.get(kind, {})
     theirs = transformers.AutoConfig.for_model(kind, **settings)
     filled = json.loads(theirs.to_json_string(use_diff=False))
-    ours = lambda **changes: repr(config_from_hf(filled | changes))
+
+    def ours(**changes):
+        return repr(config_from_hf(filled | changes))
+
     plain, accepted, counted = ours(), {}, set()
     values = {key: other(key, value) for key, value in filled.items()} | MORE
     values |= {"rope_parameters": LONG} if kind == "phi3" else {}

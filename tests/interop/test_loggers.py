@@ -81,6 +81,8 @@ def test_a_logger_that_cannot_start_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))  # has no login
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(ValueError, match="`log` must name loggers that can start. wandb: "):
+    with pytest.raises(
+        ValueError, match="`log` must name loggers that can start. wandb: "
+    ):
         with open_loggers(run, None):
             pass

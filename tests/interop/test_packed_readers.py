@@ -28,7 +28,10 @@ def read(tensors, **kwargs):
 def of_mlx(parts, **how):
     """Parts as a file has them, and what MLX decodes them to in float32."""
     weight, scales, *biases = parts
-    wide = lambda x: x if x.dtype == mx.uint8 else x.astype(mx.float32)
+
+    def wide(x):
+        return x if x.dtype == mx.uint8 else x.astype(mx.float32)
+
     values = mx.dequantize(weight, wide(scales), *map(wide, biases), bits=4, **how)
     names = ("weight", "scales", "biases")[: len(parts)]
     tensors = {f"up.{name}": np.array(x) for name, x in zip(names, parts, strict=True)}

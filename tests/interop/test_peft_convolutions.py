@@ -66,7 +66,10 @@ class NNX(nnx.Module):
 def from_torch(model):
     """The parameters in Flax's layout."""
     w = {name: x.detach().numpy() for name, x in model.state_dict().items()}
-    turn = lambda x: jnp.asarray(np.moveaxis(x, (0, 1), (-1, -2)))
+
+    def turn(x):
+        return jnp.asarray(np.moveaxis(x, (0, 1), (-1, -2)))
+
     return {
         "image": {"kernel": turn(w["image.weight"]), "bias": w["image.bias"]},
         "line": {"kernel": turn(w["line.weight"])},

@@ -112,7 +112,10 @@ def test_sharded_model_and_the_cache(hub, tmp_path):
     assert (folder / "config.json").is_symlink()
     assert sorted(open_safetensors(folder)) == ["a", "b"]
     left_out = {"consolidated.safetensors", "pytorch_model.bin"}
-    names = lambda folder: {file.name for file in folder.iterdir()}
+
+    def names(folder):
+        return {file.name for file in folder.iterdir()}
+
     assert names(folder) == names(hub.folder) - left_out
     count = len(hub.asked)
     assert fetch("some/model", cache=cache, offline=True) == folder
@@ -169,7 +172,9 @@ def test_gated_models_need_a_token(hub, tmp_path):
 
 
 def test_what_cannot_be_fetched(hub, tmp_path):
-    get = lambda *args, **kwargs: fetch(*args, cache=tmp_path / "cache", **kwargs)
+    def get(*args, **kwargs):
+        return fetch(*args, cache=tmp_path / "cache", **kwargs)
+
     with pytest.raises(FileNotFoundError, match="other/model could not be fetched"):
         get("other/model")
     with pytest.raises(FileNotFoundError, match="could not be fetched"):

@@ -47,7 +47,10 @@ SHAPES = {
 def make(dtype=np.float32, seed=0):
     """A checkpoint, and the tree that it is, made axis by axis with NumPy alone."""
     rng = np.random.default_rng(seed)
-    new = lambda *shape: rng.normal(size=shape).astype(np.float32).astype(dtype)
+
+    def new(*shape):
+        return rng.normal(size=shape).astype(np.float32).astype(dtype)
+
     tensors = {"embed.weight": new(V, D), "rotary.inv_freq": new(4)}
     kernels = {"up": (F, D), "q": (D, D), "out": (D, D)}
     kernels |= {"k": (2 * D // H, D), "v": (2 * D // H, D)}
@@ -55,7 +58,10 @@ def make(dtype=np.float32, seed=0):
         tensors |= {f"layers.{i}.norm.weight": new(D), f"layers.{i}.q.bias": new(D)}
         tensors |= {f"layers.{i}.{x}.weight": new(*s) for x, s in kernels.items()}
     tensors |= {f"heads.{i}.weight": new(6, D) for i in range(2)}
-    stack = lambda name: np.stack([tensors[f"layers.{i}.{name}"] for i in range(L)])
+
+    def stack(name):
+        return np.stack([tensors[f"layers.{i}.{name}"] for i in range(L)])
+
     kv = np.stack([stack("k.weight"), stack("v.weight")], axis=1)
     kv = kv.reshape(L, 2, 2, D // H, D).swapaxes(-1, -2)
     q = stack("q.weight").swapaxes(1, 2).reshape(L, D, H, D // H)
@@ -82,7 +88,9 @@ load = functools.partial(ql.io.load, progress=False)
 
 
 def like():
-    shape = lambda s: jax.ShapeDtypeStruct(s, jnp.float32)
+    def shape(s):
+        return jax.ShapeDtypeStruct(s, jnp.float32)
+
     return jax.tree.map(shape, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -155,7 +163,10 @@ def test_each_device_gets_its_part(tmp_path, kind, is_packed, memory, in_pieces)
     config, wanted = packed(params)
     kinds = (AxisType[kind],) * 2
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=kinds)
-    place = lambda base: ql.sharding.place(base, {}, mesh, RULES, memory=memory)[0]
+
+    def place(base):
+        return ql.sharding.place(base, {}, mesh, RULES, memory=memory)[0]
+
     config, wanted = (config, wanted) if is_packed else (None, params)
     found = load(tmp_path, NAMES, like(), config, place=place)
     placed = place(wanted)
@@ -178,7 +189,9 @@ def test_last_axes_of_float_kernels_may_be_split():
         sharding = NamedSharding(mesh, specs.get(x.shape, P()))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    place = lambda tree: jax.tree.map(put, tree)
+    def place(tree):
+        return jax.tree.map(put, tree)
+
     assert_same_bits(load(tensors, NAMES, like(), place=place), params)
 
 
@@ -186,8 +199,13 @@ def test_last_axes_of_float_kernels_may_be_split():
 def test_one_other_device():
     tensors, params = make()
     sharding = SingleDeviceSharding(jax.devices()[3])
-    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    place = lambda tree: jax.tree.map(put, tree)
+
+    def put(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def place(tree):
+        return jax.tree.map(put, tree)
+
     config, wanted = packed(params)
     found = load(tensors, NAMES, like(), config, place=place)
     assert_same_bits(found, wanted)

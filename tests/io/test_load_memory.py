@@ -29,7 +29,10 @@ MIB = 1 << 20
 def make(folder: pathlib.Path) -> int:
     """Writes a checkpoint in bfloat16, in two files; returns its bytes."""
     rng = np.random.default_rng(0)
-    new = lambda *shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+
+    def new(*shape):
+        return rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+
     # All layers have the same numbers: memory does not depend on them.
     kernels = {x: new(n, k) for x, (k, n) in KERNELS.items()}
     for i in range(L):
@@ -48,7 +51,10 @@ def memory(key: str) -> int:
 
 def measure(folder: str) -> None:
     """Prints by how much memory peaks while a folder is loaded, and what is held."""
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
+    def shape(*dims):
+        return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
     layers = {x: {"kernel": shape(L, *dims)} for x, dims in KERNELS.items()}
     shapes = {"embed": {"embedding": shape(V, D)}, "layers": layers}
     config = ql.QLoRAConfig()
@@ -88,12 +94,18 @@ def measure_gguf(folder: str) -> None:
     path = pathlib.Path(folder)
     (path / "config.json").write_text(json.dumps(CONFIG | SIZES))
     config = ql.QLoRAConfig(targets=".*_proj/kernel")
-    zeros = lambda x: jnp.zeros(x.shape)
+
+    def zeros(x):
+        return jnp.zeros(x.shape)
+
     base = jax.tree.map(zeros, abstract_params(read_config(path)))
     base = ql.quantize(base, config)
-    write = lambda: save_gguf(
-        path / "model.gguf", path, base, tokenizer=False, progress=False
-    )
+
+    def write():
+        return save_gguf(
+            path / "model.gguf", path, base, tokenizer=False, progress=False
+        )
+
     write()  # compiles
     before = memory("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")

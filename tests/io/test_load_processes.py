@@ -31,7 +31,10 @@ def work(rank: int, port: int, folder: pathlib.Path, kind: str) -> None:
 
     kinds = (AxisType[kind],) * 2
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=kinds)
-    place = lambda base: ql.sharding.place(base, {}, mesh, RULES)[0]
+
+    def place(base):
+        return ql.sharding.place(base, {}, mesh, RULES)[0]
+
     config, whole = packed(make()[1])
     tensors.File.read_into = counted
     base = load(folder, NAMES, like(), config, place=place)

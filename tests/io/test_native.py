@@ -30,7 +30,10 @@ CONFIG = ql.QLoRAConfig(
 def make(config=CONFIG):
     """Packed stacks, an odd K, a list of layers, bfloat16, and adapters."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     params = {
         "stack": {"kernel": normal(2, 128, 24), "bias": normal(2, 24)},
         "odd": [{"kernel": normal(5, 67).astype(jnp.bfloat16)}, {"scale": normal(3)}],
@@ -63,7 +66,10 @@ def test_round_trip(tmp_path, name):
     save(tmp_path / "x", tree, config)
     found = restore(tmp_path / "x")
     assert_same_bits(found.tree, tree)
-    as_text = lambda c: (c.rank_pattern, c.contract, c.alpha, c.fmt, c.packing)
+
+    def as_text(c):
+        return (c.rank_pattern, c.contract, c.alpha, c.fmt, c.packing)
+
     assert as_text(found.config) == as_text(config)
     assert found.config.is_target("stack/kernel")
     assert found.config.is_target("odd/0/kernel") == config.is_target("odd/0/kernel")
@@ -93,7 +99,10 @@ def test_each_device_gets_its_part(tmp_path):
     save(tmp_path / "x", tree)
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
     rules = {"up/kernel": P("fsdp", None), "b": P("fsdp")}
-    place = lambda base: ql.sharding.place(base, {}, mesh, rules)[0]
+
+    def place(base):
+        return ql.sharding.place(base, {}, mesh, rules)[0]
+
     found = restore(tmp_path / "x", place=place).tree
     assert_same_bits(found, place(tree))
     assert found["b"].sharding == NamedSharding(mesh, P("fsdp"))

@@ -206,11 +206,17 @@ def test_devices_read_their_parts(name):
     axes = dict(axis_types=(AxisType.Auto,) * 2)
     mesh = jax.make_mesh((2, 4), ("k", "n"), **axes)
     rules = {"up/kernel": PartitionSpec("k", "n")}
-    place = lambda tree: ql.sharding.place(tree, {}, mesh, rules)[0]
+
+    def place(tree):
+        return ql.sharding.place(tree, {}, mesh, rules)[0]
+
     tensors = changed(FILES[name][0])
     q, want = load(tensors, place=place), load(tensors)
     assert len(q.codes.sharding.device_set) == 8
-    parts = lambda q: [np.asarray(x) for x in jax.tree.leaves(q)]
+
+    def parts(q):
+        return [np.asarray(x) for x in jax.tree.leaves(q)]
+
     assert_same_bits(parts(q), parts(want))
 
 

@@ -72,7 +72,9 @@ def test_each_weight_gets_its_own_adapter(base, tmp_path):
         a, b = (factors[part].T.astype(np.float64) for part in parts)
         return scaling * a @ b
 
-    minus = lambda x, y: np.asarray(x) - np.asarray(y, np.float64)
+    def minus(x, y):
+        return np.asarray(x) - np.asarray(y, np.float64)
+
     change = jax.tree.map(minus, ql.merge(base, lora), ql.dequantize(base))
     q = np.stack([delta(Q.format(layer), s) for layer, s in enumerate((1.5, 2, 2))])
     kv = np.zeros((LAYERS, 2, K, N))
@@ -104,7 +106,10 @@ def test_padding_stays_zero_in_training(base, tmp_path):
     write(tmp_path)
     _, lora, _ = ql.io.load_peft(tmp_path, base, NAMES)
     x = jnp.asarray(draw(LAYERS, 5, K))
-    loss = lambda lora: jnp.sum(jnp.sin(ql.apply(base["layers"]["q_proj"], lora, x)))
+
+    def loss(lora):
+        return jnp.sum(jnp.sin(ql.apply(base["layers"]["q_proj"], lora, x)))
+
     grads = jax.grad(loss)(lora["layers"]["q_proj"])["kernel"]
     assert len(jax.tree.leaves(grads)) == 2  # scalings are not trained
     assert not grads.a[0, :, 2:].any() and not grads.b[0, 2:].any()
@@ -281,9 +286,13 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
         config = config or ql.io.peft_config(params, lora, names, fused=True)
         ql.io.save_peft(tmp_path / "new", params, lora, names, config)
 
-    make = lambda **more: randomized(
-        ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2, fmt=None, **more))[1]
-    )
+    def make(**more):
+        return randomized(
+            ql.init(
+                jax.random.key(0), params, ql.QLoRAConfig(rank=2, fmt=None, **more)
+            )[1]
+        )
+
     for more, message in [
         ({"alpha_pattern": {"up/.*": 3}}, "gate_up: its scalings must be 1.0. Got 1.5"),
         (
@@ -323,8 +332,13 @@ def test_experts_share_or_have_their_own_ranks(fused, tmp_path):
     shared = dict(shared="(gate|up)/.*", rank_pattern=ranks)
     config = ql.QLoRAConfig(rank=2, alpha=4, fmt=None, **shared)
     _, lora = ql.init(jax.random.key(0), params, config)
-    give_b = lambda x: dataclasses.replace(x, b=x.a.swapaxes(-1, -2))
-    is_lora = lambda x: isinstance(x, ql.LoRA)
+
+    def give_b(x):
+        return dataclasses.replace(x, b=x.a.swapaxes(-1, -2))
+
+    def is_lora(x):
+        return isinstance(x, ql.LoRA)
+
     lora = jax.tree.map(give_b, lora, is_leaf=is_lora)
     config = ql.io.peft_config(params, lora, names, fused=fused)
     ql.io.save_peft(tmp_path / "new", params, lora, names, config)

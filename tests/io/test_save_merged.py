@@ -15,10 +15,12 @@ def save(path, base, lora, **settings):
 
 
 def test_a_trained_leaf_of_another_size_is_refused(tmp_path):
-    tree = lambda n: {
-        "norm": {"scale": jnp.ones(n)},
-        "up": {"kernel": jnp.ones((4, 2))},
-    }
+    def tree(n):
+        return {
+            "norm": {"scale": jnp.ones(n)},
+            "up": {"kernel": jnp.ones((4, 2))},
+        }
+
     save(tmp_path / "base", tree(4), {})
     config = ql.QLoRAConfig(fmt=None, targets="up/.*", trainable="norm/.*", rank=1)
     for size in (4, 5):

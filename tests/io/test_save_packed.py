@@ -24,7 +24,10 @@ LIKE = {"layers": LIKE | {"norm/scale": jax.ShapeDtypeStruct((2, K), jnp.bfloat1
 def floats():
     """A checkpoint whose projections are of different sizes."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+
     tensors = {f"model.layers.{i}.norm.weight": draw(K) for i in range(2)}
     for i, module in np.ndindex(2, 3):
         name = f"model.layers.{i}.{MODULES[module]}.weight"
@@ -128,8 +131,11 @@ def test_the_dtype_holds_the_scales(tmp_path):
     config = {"model_type": "gemma3_text"}  # which overflows in float16
     *_, found = write(tmp_path / "gemma", base, "awq", config)
     assert found["dtype"] == found["torch_dtype"] == "bfloat16"
+
     # Scales of a checkpoint in bfloat16 stay that.
-    halve = lambda x: x.astype(jnp.bfloat16).astype(jnp.float16)
+    def halve(x):
+        return x.astype(jnp.bfloat16).astype(jnp.float16)
+
     base = jax.tree.map(lambda x: halve(x) if x.dtype == "float16" else x, base)
     tensors, found = write(tmp_path / "held", base, "compressed-tensors")
     assert tensors["model.layers.1.mlp.up_proj.weight_scale"].dtype == "bfloat16"
@@ -142,7 +148,9 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path):
     names = ql.io.Names({f"{x}/kernel": f"{x}.weight" for x in "ab"})
 
     def pack(fmt, n=N, size=None):
-        how = lambda w: ql.quantize(w, fmt, block_size=size)
+        def how(w):
+            return ql.quantize(w, fmt, block_size=size)
+
         return jax.eval_shape(how, jnp.ones((K, n)))
 
     def refused(match, layout, a, b):
@@ -176,7 +184,10 @@ def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
     # A tree is packed likewise; kernels alone are not, and are refused.
     config = ql.QLoRAConfig(rank=4, fmt="nvfp4", targets=".*_proj/kernel")
     wide = ql.io.load(tensors, NAMES, LIKE, progress=False)
-    pack = lambda tree: ql.init(jax.random.key(0), tree, config)[0]
+
+    def pack(tree):
+        return ql.init(jax.random.key(0), tree, config)[0]
+
     for found in (ql.quantize(wide, config), pack(wide), jax.jit(pack)(wide)):
         helpers.assert_same_bits(*map(jax.tree.leaves, (found, base)))
     alone = ql.quantize(wide["layers"]["self_attn.q_proj/kernel"], "nvfp4")

@@ -127,14 +127,19 @@ class Lifted(nn.Module):
     @nn.compact
     def __call__(self, x):
         layer = nn.Dense(64, name="layer")
-        call = lambda layer, x: layer(x)
+
+        def call(layer, x):
+            return layer(x)
+
         if self.is_initializing():
             return layer(x)
         if self.how == "vjp":
             y, backward = nn.vjp(call, layer, x)
             return y, backward(jnp.sin(y))[1]
         if self.how == "custom_vjp":
-            forward = lambda layer, x: nn.vjp(call, layer, x)
+
+            def forward(layer, x):
+                return nn.vjp(call, layer, x)
 
             def backward(residuals, g):
                 params, *inputs = residuals(g)
@@ -143,8 +148,13 @@ class Lifted(nn.Module):
             return nn.custom_vjp(call, forward, backward)(layer, x)
         if self.how == "jvp":
             return nn.jvp(call, layer, (x,), (x,), variable_tangents={})
-        cond = lambda layer, carry: carry[0] < 2
-        body = lambda layer, carry: (carry[0] + 1, jnp.tanh(layer(carry[1])))
+
+        def cond(layer, carry):
+            return carry[0] < 2
+
+        def body(layer, carry):
+            return (carry[0] + 1, jnp.tanh(layer(carry[1])))
+
         return nn.while_loop(cond, body, layer, (0, x))[1]
 
 
@@ -153,11 +163,19 @@ class Lifted(nn.Module):
 def test_functions_of_a_layer_may_be_lifted(how, x):
     model = Lifted(how)
     variables = variables_of(model, x)
-    packed = lambda x: ql.linen.wrap(model).apply(variables, x)
-    plain = lambda x: model.apply(merged(variables), x)
+
+    def packed(x):
+        return ql.linen.wrap(model).apply(variables, x)
+
+    def plain(x):
+        return model.apply(merged(variables), x)
+
     assert_close(jax.jit(packed)(x), jax.jit(plain)(x))
     if how == "custom_vjp":
-        grad = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(f(x)))))(x)
+
+        def grad(f):
+            return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(f(x)))))(x)
+
         assert_close(grad(packed), grad(plain))
 
 
@@ -169,9 +187,14 @@ class Mapped(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        double = lambda variables: jax.tree.map(lambda w: 2 * w, variables)
+        def double(variables):
+            return jax.tree.map(lambda w: 2 * w, variables)
+
         layer = nn.Dense(64, name="layer")
-        call = lambda layer, x: layer(x)
+
+        def call(layer, x):
+            return layer(x)
+
         if self.in_scan:
             body = nn.scan(
                 lambda layer, x, _: (layer(x), None),
@@ -179,7 +202,10 @@ class Mapped(nn.Module):
                 split_rngs={"params": True},
                 length=2,
             )
-            call = lambda layer, x: body(layer, x, None)[0]
+
+            def call(layer, x):
+                return body(layer, x, None)[0]
+
         return nn.map_variables(call, self.collection, double, init=True)(layer, x)
 
 

@@ -45,7 +45,9 @@ class Heads(nn.Module):
 
 
 def test_the_equation_of_a_registered_class_may_be_an_argument(x):
-    name = lambda module: module.weight_name
+    def name(module):
+        return module.weight_name
+
     ql.linen.register(Project, kernel=name, einsum="equation")
     config = ql.QLoRAConfig(rank=2, targets=".*/w", block_size=16, dropout=0.1)
     variables = variables_of(Heads(), x, config)
@@ -61,8 +63,13 @@ def test_one_tree_has_the_gradients_of_two(x):
     """Optimizers on one tree: tests/optim/test_optim.py."""
     wrapped = ql.linen.wrap(LinenMLP())
     _, base, lora = setup(LinenMLP(), x)
-    loss = lambda params: jnp.mean((wrapped.apply({"params": params}, x) - x) ** 2)
-    loss_of_two = lambda lora: loss(ql.combine(base, lora))
+
+    def loss(params):
+        return jnp.mean((wrapped.apply({"params": params}, x) - x) ** 2)
+
+    def loss_of_two(lora):
+        return loss(ql.combine(base, lora))
+
     value, grads = jax.jit(ql.value_and_grad(loss))(ql.combine(base, lora))
     found = value, ql.split(grads)[1]
     assert_close(found, jax.jit(jax.value_and_grad(loss_of_two))(lora))
@@ -169,9 +176,12 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array(deterministi
     model, rngs = Outside(), {"dropout": jax.random.key(3)}
     variables = variables_of(model, x, CONFIG, True, mutable="counts")
     variables["counts"] = {"inside": {"calls": jnp.array(5)}}
-    call = lambda apply, variables: jax.jit(
-        lambda v: apply(v, x, deterministic, rngs=rngs, mutable="counts")
-    )(variables)
+
+    def call(apply, variables):
+        return jax.jit(
+            lambda v: apply(v, x, deterministic, rngs=rngs, mutable="counts")
+        )(variables)
+
     got = call(ql.linen.wrap(model).apply, variables)
     assert_close(got, call(model.apply, merged(variables)))
     assert int(got[1]["counts"]["inside"]["calls"]) == 6
@@ -194,7 +204,10 @@ def test_arguments_that_are_not_arrays_stay_as_they_are(x):
 def test_shapes_in_place_of_parameters_give_shapes(x):
     params = LinenMLP().init(KEY, x)["params"]
     shapes = jax.eval_shape(lambda: params)
-    run = lambda params: ql.linen.init(KEY, LinenMLP(), params, CONFIG, x)
+
+    def run(params):
+        return ql.linen.init(KEY, LinenMLP(), params, CONFIG, x)
+
     got = jax.eval_shape(lambda: run(shapes))
     assert jax.tree.structure(got) == jax.tree.structure(run(params))
 
@@ -306,7 +319,10 @@ def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(x):
     params = model.init(KEY, x)["params"]
     config = ql.QLoRAConfig(rank=4, dropout=0.1, targets=".*")
     variables = dict(zip(("params", "lora"), ql.init(KEY, params, config), strict=True))
-    apply = lambda **more: ql.linen.wrap(model).apply(variables, x, **more)
+
+    def apply(**more):
+        return ql.linen.wrap(model).apply(variables, x, **more)
+
     assert_close(apply(), model.apply(merged(variables), x))
     why = ": .*reads it itself.*dropout=0.1"
     with pytest.raises(ValueError, match=f"(?s)gate{why}.*up{why}"):
@@ -406,7 +422,10 @@ def test_a_plain_model_refuses_packed_kernels(name, fmt):
     """Codes of int8 have the shape of the kernel."""
     x = jnp.ones((2, 64), jnp.int32 if name == "embed" else jnp.float32)
     params = MODULES[name].init(KEY, x)["params"]
-    pack = lambda w: ql.quantize(w, fmt, contract=-w.ndim)
+
+    def pack(w):
+        return ql.quantize(w, fmt, contract=-w.ndim)
+
     base = {k: w if k == "bias" else pack(w) for k, w in params.items()}
     # What Flax says of a shape, or what a QTensor says of its use as an array.
     match = 'For parameter "(kernel|embedding)"|QTensor is not an array'

@@ -95,8 +95,13 @@ def test_values_and_gradients_are_the_same_bit_for_bit(name, jit, x):
 
     def run(**options):
         apply = apply_to(variables, STACKS[name], **options)
-        loss = lambda lora, x: jnp.sum(jnp.square(apply(lora, x)))
-        both = lambda *args: (apply(*args), jax.grad(loss, argnums=(0, 1))(*args))
+
+        def loss(lora, x):
+            return jnp.sum(jnp.square(apply(lora, x)))
+
+        def both(*args):
+            return (apply(*args), jax.grad(loss, argnums=(0, 1))(*args))
+
         return (jax.jit(both) if jit else both)(variables["lora"], x)
 
     got = run(scanned="layers")
@@ -112,10 +117,15 @@ def test_no_scan_slices_codes_or_stacks_them_up(name, x):
 
     def found(**options):
         apply = apply_to(variables, STACKS[name], **options)
-        loss = lambda lora: apply(lora, x).sum()
+
+        def loss(lora):
+            return apply(lora, x).sum()
+
         return scanned_bytes(jax.make_jaxpr(jax.grad(loss))(variables["lora"]).jaxpr)
 
-    is_packed = lambda node: isinstance(node, ql.QTensor)
+    def is_packed(node):
+        return isinstance(node, ql.QTensor)
+
     kernels = jax.tree.leaves(variables["params"]["layers"], is_leaf=is_packed)
     assert found() >= {q.codes.shape for q in kernels if is_packed(q)}
     assert found(scanned="layers") == set()
@@ -126,13 +136,19 @@ def test_no_scan_slices_codes_or_stacks_them_up(name, x):
 @pytest.mark.parametrize("remat", [False, True])
 def test_memory_is_that_of_packed_weights(remat):
     """Neither float weights nor codes are stacked up for the backward pass."""
-    dense = lambda name: nn.Dense(512, use_bias=False, name=name)
+
+    def dense(name):
+        return nn.Dense(512, use_bias=False, name=name)
+
     model, x = LinenStack(dense, length=16, remat=remat), jnp.ones((8, 512))
     params, base, lora = setup(model, x)
 
     def temporaries(**options):
         wrapped = ql.linen.wrap(model, **options)
-        loss = lambda lora, base, x: wrapped.apply({"params": base, "lora": lora}, x)
+
+        def loss(lora, base, x):
+            return wrapped.apply({"params": base, "lora": lora}, x)
+
         grad = jax.jit(jax.grad(lambda *args: loss(*args).sum()))
         memory = grad.lower(lora, base, x).compile().memory_analysis()
         return memory.temp_size_in_bytes
@@ -147,7 +163,10 @@ def test_memory_is_that_of_packed_weights(remat):
 def test_a_scan_in_a_scan_is_sliced_as_ever(x):
     model = LinenStack(lambda name: LinenStack(LinenBlock, length=2, name=name))
     variables = variables_of(model, x)
-    run = lambda **options: ql.linen.wrap(model, **options).apply(variables, x)
+
+    def run(**options):
+        return ql.linen.wrap(model, **options).apply(variables, x)
+
     for scanned in ("layers", "layers/layer/layers"):
         np.testing.assert_array_equal(run(scanned=scanned), run())
 

@@ -85,14 +85,19 @@ def test_forward_and_backward(mesh, layout):
     w_spec, x_spec, y_spec, forward, backward = LAYOUTS[layout]
     q, x = operands(packing=FORMATS.get(layout, ("nf4", 64)))
     w = dequantize(q)
-    at = lambda spec: NamedSharding(mesh, spec)
+
+    def at(spec):
+        return NamedSharding(mesh, spec)
+
     qs, xs = sharded(q, mesh, w_spec, x_spec[:1]), spread(x, mesh, *x_spec)
     run = jax.jit(ql.matmul, out_shardings=at(y_spec)).lower(xs, qs).compile()
     assert collectives(run) == sorted(forward)
     y = run(xs, qs)
     assert_close(y, x @ w)
 
-    pull = lambda x, q, g: jax.vjp(lambda x: ql.matmul(x, q), x)[1](g)[0]
+    def pull(x, q, g):
+        return jax.vjp(lambda x: ql.matmul(x, q), x)[1](g)[0]
+
     back = jax.jit(pull, out_shardings=at(x_spec)).lower(xs, qs, y).compile()
     assert collectives(back) == sorted(backward)
     assert_close(back(xs, qs, y), np.asarray(y) @ w.T)
@@ -126,7 +131,10 @@ def test_shard_map(mesh, layout):
     q, x = operands()
     q = ql.quantize(np.asarray(ql.dequantize(q)), double_quant=double_quant)
     specs = jax.tree.map(lambda a: w_spec if a.ndim > 1 else P(), q)
-    put = lambda a, spec: spread(a, mesh, *spec)
+
+    def put(a, spec):
+        return spread(a, mesh, *spec)
+
     xs, qs = put(x, x_spec), jax.tree.map(put, q, specs)
 
     def local(x, q):
@@ -137,7 +145,10 @@ def test_shard_map(mesh, layout):
     compiled = jax.jit(run).lower(xs, qs).compile()
     assert collectives(compiled) == forward
     assert_close(compiled(xs, qs), x @ dequantize(q))
-    loss = lambda x, q: jnp.sum(run(x, q) ** 2)
+
+    def loss(x, q):
+        return jnp.sum(run(x, q) ** 2)
+
     with jax.set_mesh(mesh):
         grad = jax.jit(jax.grad(loss)).lower(xs, qs).compile()
     assert collectives(grad) == sorted(forward + backward)
@@ -151,10 +162,16 @@ def test_shard_map_with_nested_scales(mesh):
     q, x = operands()
     w = dequantize(q)
     xs, ws = spread(x, mesh, "a"), spread(w, mesh, None, "b")
+
     # One mean for each device, along an axis in front.
-    pack = lambda w: jax.tree.map(lambda a: a[None], ql.quantize(w))
+    def pack(w):
+        return jax.tree.map(lambda a: a[None], ql.quantize(w))
+
     pack = jax.shard_map(pack, mesh=mesh, in_specs=P(None, "b"), out_specs=P("b"))
-    product = lambda x, q: ql.matmul(x, jax.tree.map(lambda a: a[0], q))
+
+    def product(x, q):
+        return ql.matmul(x, jax.tree.map(lambda a: a[0], q))
+
     specs = {"in_specs": (P("a"), P("b")), "out_specs": P("a", "b")}
     product = jax.shard_map(product, mesh=mesh, **specs)
     qs = jax.jit(pack)(ws)
@@ -172,10 +189,16 @@ def test_adapters_learn_under_shard_map(mesh):
     """Data-parallel: the same adapters on all devices, their gradients summed."""
     base, lora = trees_of({"kernel": normal(0, (64, 8))}, rank=2)
     x = normal(1, (8, 64))
-    loss = lambda lora, base, x: jnp.sum(ql.apply(base, lora, x) ** 2)
+
+    def loss(lora, base, x):
+        return jnp.sum(ql.apply(base, lora, x) ** 2)
+
     want = jax.jit(jax.grad(loss))(lora, ql.dequantize(base), x)
     specs = P(), P(), P(("a", "b"))
-    summed = lambda *args: jax.lax.psum(loss(*args), ("a", "b"))
+
+    def summed(*args):
+        return jax.lax.psum(loss(*args), ("a", "b"))
+
     shards = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
     args = spread(lora, mesh), spread(base, mesh), spread(x, mesh, ("a", "b"))
     with jax.set_mesh(mesh):

@@ -36,7 +36,10 @@ def loss(kind, lora, kernel, x):
 
 def hessian_vector_product(kind, lora, kernel, x):
     gradient = jax.grad(functools.partial(loss, kind))
-    along = lambda lora: sum(map(jnp.sum, jax.tree.leaves(gradient(lora, kernel, x))))
+
+    def along(lora):
+        return sum(map(jnp.sum, jax.tree.leaves(gradient(lora, kernel, x))))
+
     return jax.grad(along)(lora)
 
 
@@ -55,7 +58,10 @@ def operands(kind, fmt, block_size, double_quant):
 def test_every_format_is_traced(packing):
     """JAX may take constants of a custom gradient for its arguments."""
     make = functools.partial(operands, "shared", *packing)
-    run = lambda: hessian_vector_product("shared", *make())
+
+    def run():
+        return hessian_vector_product("shared", *make())
+
     want = jax.eval_shape(lambda: make()[0])
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(run), want)
 
@@ -78,5 +84,7 @@ def test_equals_that_of_the_float_kernel(kind):
             y = jnp.tanh(y)
         return jnp.sum(y**2)
 
-    along = lambda lora: sum(map(jnp.sum, jax.tree.leaves(jax.grad(dense)(lora))))
+    def along(lora):
+        return sum(map(jnp.sum, jax.tree.leaves(jax.grad(dense)(lora))))
+
     assert_close(got, jax.jit(jax.grad(along))(lora))

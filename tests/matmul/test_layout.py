@@ -64,10 +64,14 @@ def run(layout, sizes, x, codes, scales, shape):
     devices = [dict(zip(sizes, at, strict=True)) for at in np.ndindex(*sizes.values())]
 
     def gathered(a, at):
-        stored = lambda at: part(a, layout.weights, sizes, at)
-        columns = lambda at: np.concatenate(
-            [stored(other) for other in others(at, layout.n.gathered, sizes)], -1
-        )
+        def stored(at):
+            return part(a, layout.weights, sizes, at)
+
+        def columns(at):
+            return np.concatenate(
+                [stored(other) for other in others(at, layout.n.gathered, sizes)], -1
+            )
+
         rows = others(at, layout.k.gathered, sizes)
         return np.concatenate([columns(other) for other in rows], -2)
 

@@ -166,7 +166,10 @@ def products_with_identity(q, dtype, backend="tiled"):
     """Returns W and its transpose, by the product and by its gradient."""
     *batch, k, n = q.shape
     rows = max(k, n)
-    eye = lambda size: jnp.tile(jnp.eye(rows, size, dtype=dtype), (*batch, 1, 1))
+
+    def eye(size):
+        return jnp.tile(jnp.eye(rows, size, dtype=dtype), (*batch, 1, 1))
+
     y, back = product_and_gradient(eye(k), q, eye(n), backend)
     return y[..., :k, :], back[..., :n, :]
 
@@ -188,7 +191,10 @@ def test_weights_of_any_size_round_to_nearest_bfloat16():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_are_float32_for_bfloat16_inputs(backend, rows):
     """4,096 ones times 1/16: a bfloat16 sum would stall near 16."""
-    product = lambda x, q: ql.matmul(x, q, backend=backend)
+
+    def product(x, q):
+        return ql.matmul(x, q, backend=backend)
+
     long = ql.quantize(np.full((4096, 2), 1 / 16, np.float32))
     y = product(jnp.ones((rows, 4096), jnp.bfloat16), long)
     np.testing.assert_array_equal(np.asarray(y, np.float32), 256)
@@ -202,13 +208,19 @@ def test_sums_are_float32_for_bfloat16_inputs(backend, rows):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend):
     q, x = pack(CASES["short last block"]), inputs(CASES["short last block"], 2)
-    run = lambda x: ql.matmul(x, q, backend=backend)
+
+    def run(x):
+        return ql.matmul(x, q, backend=backend)
+
     check_grads(run, (x,), order=2, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_packed_weights_get_no_gradient():
     q, x = pack(CASES["plain"]), inputs(CASES["plain"])
-    loss = lambda q: jnp.sum(ql.matmul(x, q))
+
+    def loss(q):
+        return jnp.sum(ql.matmul(x, q))
+
     grads = jax.grad(loss, allow_int=True)(q)
     assert grads.codes.dtype == jax.dtypes.float0
     assert not np.asarray(grads.scales).any()
@@ -219,9 +231,14 @@ class TestTransformations:
     @pytest.mark.slow
     @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
     def test_vmap_over_x_over_weights_over_both(self, axes, backend):
-        pick = lambda a, axis: a if axis == 0 else jax.tree.map(lambda a: a[0], a)
+        def pick(a, axis):
+            return a if axis == 0 else jax.tree.map(lambda a: a[0], a)
+
         x, q = map(pick, (inputs(CASES["stack"]), pack(CASES["stack"])), axes)
-        run = lambda x, q: product_and_gradient(x, q, None, backend)
+
+        def run(x, q):
+            return product_and_gradient(x, q, None, backend)
+
         y, dx = jax.vmap(run, axes)(x, q)
         w, wide = dequantize(q), np.asarray(x, np.float64)
         assert_close(y, wide @ w)
@@ -233,8 +250,13 @@ class TestTransformations:
         case = CASES["plain"]._replace(shape=(64, 64))
         q, x = pack(case), inputs(case)
         y, w = expected(x, q), dequantize(q)
-        product = lambda x, q: ql.matmul(x, q, backend=backend)
-        grad = lambda x, q: jax.grad(lambda x: jnp.sum(product(x, q) ** 2))(x)
+
+        def product(x, q):
+            return ql.matmul(x, q, backend=backend)
+
+        def grad(x, q):
+            return jax.grad(lambda x: jnp.sum(product(x, q) ** 2))(x)
+
         for run, want in ((product, y), (grad, 2 * y @ w.T)):
             donated = jnp.array(x)
             got = jax.jit(run, donate_argnums=0)(donated, q)
@@ -256,7 +278,10 @@ class TestMemory:
     @pytest.mark.parametrize("remat", fast_and_slow([True], [False]))
     def test_a_scanned_stack_is_never_held_in_float(self, dtype, remat):
         """Peers keep it: 2.3 MB of temporaries here; ours are below one sixth of 4."""
-        layer = lambda x, q: jnp.tanh(ql.matmul(x, q))
+
+        def layer(x, q):
+            return jnp.tanh(ql.matmul(x, q))
+
         layer = jax.checkpoint(layer) if remat else layer
 
         def run(x, q):
@@ -269,7 +294,9 @@ class TestMemory:
         """Neither forward nor backward pass holds a second copy of the codes."""
 
         def run(x, q):
-            step = lambda x, i: (jnp.tanh(ql.matmul(x, q, layer=i)), None)
+            def step(x, i):
+                return (jnp.tanh(ql.matmul(x, q, layer=i)), None)
+
             return jnp.sum(jax.lax.scan(step, x, jnp.arange(64))[0])
 
         assert self.temporaries(run, 64) < 64 * 256 * 256 / 2  # the codes' bytes
@@ -281,7 +308,9 @@ class TestMemory:
         x = jax.ShapeDtypeStruct((16, 512), jnp.float32)
 
         def size(backend):
-            product = lambda x, q: ql.matmul(x, q, backend=backend)
+            def product(x, q):
+                return ql.matmul(x, q, backend=backend)
+
             gradient = jax.grad(lambda x, q: product(x, q).sum())
             run = {"forward": product, "gradient": gradient}[work]
             analysis = jax.jit(run).lower(x, q).compile().memory_analysis()
@@ -423,10 +452,18 @@ def test_the_tpu_kernel_under_vmap_scan_and_remat(backend, monkeypatch):
         step = jax.checkpoint(lambda x, i: (jnp.tanh(product(x, i)), None))
         return jnp.sum(jax.lax.scan(step, x, jnp.arange(2))[0] ** 2)
 
-    exact = lambda x, i: jnp.matmul(x, w[i], precision="highest")
-    packed = lambda x, i: ql.matmul(x, q, layer=i, backend=backend) / 8
-    run = lambda product: jax.vmap(jax.grad(functools.partial(loss, product)))(x)
-    over_kernels = lambda q: ql.matmul(x[0], q, backend=backend)
+    def exact(x, i):
+        return jnp.matmul(x, w[i], precision="highest")
+
+    def packed(x, i):
+        return ql.matmul(x, q, layer=i, backend=backend) / 8
+
+    def run(product):
+        return jax.vmap(jax.grad(functools.partial(loss, product)))(x)
+
+    def over_kernels(q):
+        return ql.matmul(x[0], q, backend=backend)
+
     got = jax.jit(lambda: run(packed))()
     each = jax.vmap(over_kernels)(q)
     assert_close(got, run(exact))
@@ -492,7 +529,10 @@ def test_export_for_every_platform(name):
     """One artefact, of the product or its gradient; a back end chosen where it runs."""
     q, x = pack(CASES[name]), inputs(CASES[name])
     leaves, treedef = jax.tree.flatten(q)
-    product = lambda x, *leaves: ql.matmul(x, jax.tree.unflatten(treedef, leaves))
+
+    def product(x, *leaves):
+        return ql.matmul(x, jax.tree.unflatten(treedef, leaves))
+
     gradient = jax.grad(lambda *args: jnp.sum(product(*args)))
     run, want = product, expected(x, q)
     if name == "odd K":
@@ -513,8 +553,13 @@ def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():
         return jnp.sum(x)
 
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
-    text = lambda n: jax.jit(jax.grad(run)).lower(x, [q] * n).as_text()
-    dots = lambda n: text(n).count("stablehlo.dot_general")
+
+    def text(n):
+        return jax.jit(jax.grad(run)).lower(x, [q] * n).as_text()
+
+    def dots(n):
+        return text(n).count("stablehlo.dot_general")
+
     assert dots(32) == dots(1) > 0
 
 

@@ -37,7 +37,9 @@ def pack(fmt="nf4", block_size=64, double_quant=False, shape=(EXPERTS, K, N), se
 
 @functools.partial(jax.jit, static_argnames="backend")
 def product_and_gradient(x, q, sizes, g, backend=None, layer=None):
-    product = lambda x: ql.ragged_dot(x, q, sizes, backend=backend, layer=layer)
+    def product(x):
+        return ql.ragged_dot(x, q, sizes, backend=backend, layer=layer)
+
     y, pull = jax.vjp(product, x)
     return y, pull(g)[0]
 
@@ -95,7 +97,10 @@ X, Q, S = "x", "q", "sizes"
 )
 def test_vmap_maps_any_operand(mapped):
     size = 3
-    lead = lambda name: (size,) * (name in mapped)
+
+    def lead(name):
+        return (size,) * (name in mapped)
+
     layers = (2,) * ("layer" in mapped)
     q = pack(shape=(*lead(Q), *layers, EXPERTS, K, N))
     x, g = normal(1, (*lead(X), ROWS, K)), normal(2, (size, ROWS, N))
@@ -109,7 +114,10 @@ def test_vmap_maps_any_operand(mapped):
         lambda x: product(x, q, sizes, layer), x
     )
     (dx,) = pull(g)
-    at = lambda array, name, i: array[i] if name in mapped else array
+
+    def at(array, name, i):
+        return array[i] if name in mapped else array
+
     total = np.zeros(dx.shape)
     for i in range(size):
         w = at(dequantize(q), Q, i)

@@ -43,7 +43,10 @@ def operands(**settings):
     q = ql.quantize(w, double_quant=False)
     config = ql.QLoRAConfig(rank=RANK, alpha=8, targets="w", **settings)
     _, lora = ql.init(jax.random.key(0), {"w": q}, config)
-    draw = lambda a: rng.normal(size=a.shape).astype(np.float32) / 10
+
+    def draw(a):
+        return rng.normal(size=a.shape).astype(np.float32) / 10
+
     return jax.tree.map(np.asarray, q), jax.tree.map(draw, lora["w"]), x
 
 
@@ -65,7 +68,10 @@ def test_forward_and_backward(mesh, layout):
     run = jitted.lower(x, q, sizes).compile()
     y = run(x, q, sizes)
     assert_close(y, ragged_product(operands()[2], w, SIZES))
-    pull = lambda x, q, sizes, g: jax.vjp(lambda x: ql.ragged_dot(x, q, sizes), x)[1](g)
+
+    def pull(x, q, sizes, g):
+        return jax.vjp(lambda x: ql.ragged_dot(x, q, sizes), x)[1](g)
+
     jitted = jax.jit(pull, out_shardings=(at(x_spec),))
     back = jitted.lower(x, q, sizes, y).compile()
     (dx,) = back(x, q, sizes, y)

@@ -42,7 +42,10 @@ def test_adapters(program):
 def test_adapters_that_xla_would_compute_wrong(name):
     rng = np.random.default_rng(0)
     mesh = jax.make_mesh((2, 2, 2), tuple("abc"), axis_types=(AxisType.Explicit,) * 3)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     has_experts = name == "experts"
     batch = (4,) * has_experts
     params = {"only": {"kernel": normal(*batch, 64, 32)}}
@@ -54,7 +57,10 @@ def test_adapters_that_xla_would_compute_wrong(name):
     x = normal(*batch, 4, 64)
     draw = fuzz_layouts.Draw("gradient", "", mesh, has_experts, (4,), "nf4", False)
     want = fuzz_layouts.in_numpy(draw, base, lora, x)
-    put = lambda a, spec: spread(a, mesh, *spec)
+
+    def put(a, spec):
+        return spread(a, mesh, *spec)
+
     if name == "end":
         q = base["only"]["kernel"]
         codes, scales = put(q.codes, P("a", ("b", "c"))), put(q.scales, P("b"))

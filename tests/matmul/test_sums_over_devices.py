@@ -49,7 +49,10 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
     rng = np.random.default_rng(SEED * len(CASES) + case)
     has_experts, is_packed = product != "packed", product != "float experts"
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=MESHES[mesh])
-    normal = lambda *shape: rng.normal(size=shape).astype(jnp.dtype(dtype))
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(jnp.dtype(dtype))
+
     w = normal(*(EXPERTS,) * has_experts, K, N)
     x, g = normal(ROWS, K), normal(ROWS, N)
 
@@ -72,9 +75,14 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
         kernel = spread(jnp.asarray(w), mesh, *spec)
 
     def run(x, kernel, g, sizes):
-        multiply = lambda x: ql.matmul(x, kernel)
+        def multiply(x):
+            return ql.matmul(x, kernel)
+
         if has_experts:
-            multiply = lambda x: ql.ragged_dot(x, kernel, sizes)
+
+            def multiply(x):
+                return ql.ragged_dot(x, kernel, sizes)
+
         y, pull = jax.vjp(multiply, x)
         return y, pull(fuzz_layouts.like(g, y))[0]
 
@@ -83,12 +91,18 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
         program = jax.jit(run).lower(*operands, spread(SIZES, mesh)).compile()
         y, dx = program(*operands, spread(SIZES, mesh))
     assert y.dtype == dx.dtype == dtype
-    wide = lambda *arrays: [np.asarray(a, np.float64) for a in arrays]
+
+    def wide(*arrays):
+        return [np.asarray(a, np.float64) for a in arrays]
+
     x, g, w = wide(x, g, w)
     turned = w.swapaxes(-1, -2)
     multiply = np.matmul
     if has_experts:
-        multiply = lambda x, w: ragged_product(x, w, SIZES)
+
+        def multiply(x, w):
+            return ragged_product(x, w, SIZES)
+
     for got, left, right in ((y, x, w), (dx, g, turned)):
         magnitudes = multiply(np.abs(left), np.abs(right))
         assert_rounded_once(got, multiply(left, right), magnitudes, dtype)

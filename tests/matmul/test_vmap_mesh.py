@@ -31,7 +31,10 @@ def draw(fmt, lead=()):
     settings = {"rank": 4, "block_size": 16, "double_quant": False, "contract": -2}
     base, lora = trees_of(params, fmt=fmt, **settings)
     w = dequantize(base["kernel"]) if fmt else np.asarray(params["kernel"])
-    wide = lambda a: np.asarray(a, np.float64)
+
+    def wide(a):
+        return np.asarray(a, np.float64)
+
     layer = [wide(w), *map(wide, jax.tree.leaves(lora))]
     ((da, db),), dx = gradients([layer], [False], wide(x))
     if not lead:  # of one adapter for all rows
@@ -54,7 +57,9 @@ def test_rows(fmt, name, kind):
     x = spread(x, mesh, *x_spec)
 
     def loss(lora, x):
-        run = lambda x: ql.apply(base, lora, x)
+        def run(x):
+            return ql.apply(base, lora, x)
+
         for _ in range(nested):
             run = jax.vmap(run, spmd_axis_name=axis)
         return jnp.sum(jnp.sin(run(x)))

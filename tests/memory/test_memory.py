@@ -68,7 +68,9 @@ def test_splash_equals_its_formula(soft_cap, window, segments, sinks):
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(attention, qkv):
-        call = lambda *x: attention(*x[:3], sinks=x[3], **settings)
+        def call(*x):
+            return attention(*x[:3], sinks=x[3], **settings)
+
         out, pull = jax.vjp(call, *qkv)
         return out, pull(g)
 
@@ -91,9 +93,15 @@ def test_splash_rounds_16_bit_queries_once():
 
 def test_splash_is_for_tpus():
     *qkv, _ = operands(128)
-    total = lambda *x: ql.memory.splash_attention(*x).sum()
+
+    def total(*x):
+        return ql.memory.splash_attention(*x).sum()
+
     grad = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*qkv)
-    lower = lambda name: grad.lower(lowering_platforms=(name,)).as_text()
+
+    def lower(name):
+        return grad.lower(lowering_platforms=(name,)).as_text()
+
     assert lower("tpu").count("tpu_custom_call") == 3  # forward, and two backward
     for platform in ("cpu", "cuda"):
         with pytest.raises(NotImplementedError, match=f"TPU.* Got {platform}"):
@@ -151,7 +159,9 @@ def test_tiles_compute_what_the_function_does(tokens, tile):
             mlp = ql.memory.tiled(lambda x: jnp.sin(x @ w) @ w.T, tile)
             return x + mlp(x), None
 
-        loss = lambda w, x: jnp.mean(jax.lax.scan(layer, x, w)[0] ** 2)
+        def loss(w, x):
+            return jnp.mean(jax.lax.scan(layer, x, w)[0] ** 2)
+
         return jax.value_and_grad(loss, argnums=(0, 1))(w, x)
 
     whole = functools.partial(run, tile=None)
@@ -162,14 +172,21 @@ def test_tiles_hold_one_tile():
     w = jax.ShapeDtypeStruct((64, 2048), jnp.float32)
 
     def temporaries(tokens, tile):
-        mlp = lambda w, x: jnp.sin(x @ w) @ w.T
-        run = lambda w, x: ql.memory.tiled(functools.partial(mlp, w), tile)(x).sum()
+        def mlp(w, x):
+            return jnp.sin(x @ w) @ w.T
+
+        def run(w, x):
+            return ql.memory.tiled(functools.partial(mlp, w), tile)(x).sum()
+
         x = jax.ShapeDtypeStruct((1, tokens, 64), jnp.float32)
         compiled = jax.jit(jax.grad(run, argnums=(0, 1))).lower(w, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     inside = 4 * 2048  # bytes of what the function holds for a token
-    grown = lambda tile: temporaries(2048, tile) - temporaries(1024, tile)
+
+    def grown(tile):
+        return temporaries(2048, tile) - temporaries(1024, tile)
+
     assert grown(None) >= 1024 * inside > 10 * grown(128)
 
 
@@ -201,7 +218,9 @@ def test_nnx_modules_in_tiles():
 
     @functools.partial(nnx.jit, static_argnums=1)
     def run(model, tile):
-        loss = lambda model: jnp.mean(ql.memory.tiled(model, tile)(x) ** 2)
+        def loss(model):
+            return jnp.mean(ql.memory.tiled(model, tile)(x) ** 2)
+
         argnums = nnx.DiffState(0, nnx.LoRAParam)
         return nnx.value_and_grad(loss, argnums=argnums)(model)
 
@@ -223,10 +242,15 @@ def scanned(policy):
 def test_layer_inputs_are_in_host_memory():
     w, x = normal(0, (5, 8, 8)), normal(1, (3, 8))
     policy = ql.memory.offload_layer_inputs()
-    run = lambda policy: jax.value_and_grad(scanned(policy), argnums=(0, 1))
-    stacks = lambda policy: re.findall(
-        r"f32(?:<(\w+)>)?\[5,3,8\]", str(jax.make_jaxpr(run(policy))(w, x))
-    )
+
+    def run(policy):
+        return jax.value_and_grad(scanned(policy), argnums=(0, 1))
+
+    def stacks(policy):
+        return re.findall(
+            r"f32(?:<(\w+)>)?\[5,3,8\]", str(jax.make_jaxpr(run(policy))(w, x))
+        )
+
     assert {*stacks(policy)} == {"host"} and {*stacks(None)} == {""}
     assert_same(*(jax.jit(run(p))(w, x) for p in (policy, None)))
 
@@ -281,7 +305,10 @@ def test_choices_compute_what_the_plain_decoder_does(trees):
 def test_a_stream_in_16_bits_stays_near(trees):
     base, lora = trees
     variables = {"params": base, "lora": lora}
-    run = lambda model: jax.jit(ql.linen.wrap(model).apply)(variables, IDS)
+
+    def run(model):
+        return jax.jit(ql.linen.wrap(model).apply)(variables, IDS)
+
     got = run(Decoder(CONFIG, stream_dtype=jnp.bfloat16))
     assert 0 < relative_error(got, run(Decoder(CONFIG))) < 0.03
 
@@ -289,7 +316,10 @@ def test_a_stream_in_16_bits_stays_near(trees):
 @pytest.mark.slow
 def test_offloading_keeps_the_bits_of_remat(trees):
     base, lora = trees
-    run = lambda how: value_and_gradient(Decoder(CONFIG, remat=how))(lora, base)
+
+    def run(how):
+        return value_and_gradient(Decoder(CONFIG, remat=how))(lora, base)
+
     assert_same(run("offload"), run(True))
 
 
@@ -297,7 +327,10 @@ def test_the_stream_is_kept_in_its_dtype():
     def stacks(dtype):
         model = Decoder(CONFIG, jnp.bfloat16, remat=True, stream_dtype=dtype)
         params = jax.eval_shape(model.init, jax.random.key(0), IDS)
-        loss = lambda params: jnp.sum(model.apply(params, IDS))
+
+        def loss(params):
+            return jnp.sum(model.apply(params, IDS))
+
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
         return {*re.findall(r"\b(\w+)\[4,2,40,32\]", text)}
 
@@ -308,7 +341,10 @@ def test_the_stream_is_kept_in_its_dtype():
 def test_positions_that_do_not_count_up_give_nan_not_other_numbers(trees):
     def apply(model, positions):
         hidden = functools.partial(ql.linen.wrap(model).apply, return_hidden=True)
-        trees_of = lambda base, lora: {"params": base, "lora": lora}
+
+        def trees_of(base, lora):
+            return {"params": base, "lora": lora}
+
         return jax.jit(lambda *trees: hidden(trees_of(*trees), IDS, positions))
 
     positions = jnp.asarray(np.tile(np.arange(40), (2, 1)))

@@ -76,7 +76,9 @@ def by_hand(rows=64):
 
 
 def by_index(x, q):
-    layer = lambda x, i: (jnp.tanh(ql.matmul(x, q, layer=i)) @ mixer(q), None)
+    def layer(x, i):
+        return (jnp.tanh(ql.matmul(x, q, layer=i)) @ mixer(q), None)
+
     return layer, jnp.arange(LAYERS)
 
 
@@ -119,8 +121,12 @@ def test_codes_that_are_moved_outside_of_a_checkpoint_are_kept():
     _, host, x = by_hand()
 
     def loss(x, q):
-        one = lambda i: ql.memory.to_device(q, i)
-        layer = lambda x, i: (jnp.tanh(ql.matmul(x, one(i))) @ mixer(q), None)
+        def one(i):
+            return ql.memory.to_device(q, i)
+
+        def layer(x, i):
+            return (jnp.tanh(ql.matmul(x, one(i))) @ mixer(q), None)
+
         return jnp.sum(jax.lax.scan(layer, x, jnp.arange(LAYERS))[0])
 
     assert moved_and_held(jax.grad(loss), x, host)[1] == LAYERS * 32 * 24
@@ -140,8 +146,13 @@ def test_by_hand_in_tiles_a_layer_is_moved_once():
         def layer(x, i):
             own = ql.memory.to_device(mlp, i) if to_device else mlp
             at = {} if to_device else {"layer": i}
-            inner = lambda x: jnp.tanh(ql.matmul(x, own["up"], **at))
-            fn = lambda x: x + ql.matmul(inner(x), own["down"], **at)
+
+            def inner(x):
+                return jnp.tanh(ql.matmul(x, own["up"], **at))
+
+            def fn(x):
+                return x + ql.matmul(inner(x), own["down"], **at)
+
             return ql.memory.tiled(fn, 4)(x), None
 
         layer = jax.checkpoint(layer, prevent_cse=False)
@@ -181,10 +192,13 @@ def test_place_moves_codes_of_stacks_alone():
     assert [placed[0][name].memory for name in ("stack", "one")] == ["host", "device"]
     # As shapes, and under jit.
     shapes = place(*jax.eval_shape(lambda: (base, lora)))
-    described = lambda tree: [
-        (x.shape, x.dtype, x.sharding.memory_kind or "device")
-        for x in jax.tree.leaves(tree)
-    ]
+
+    def described(tree):
+        return [
+            (x.shape, x.dtype, x.sharding.memory_kind or "device")
+            for x in jax.tree.leaves(tree)
+        ]
+
     assert described(shapes) == described(placed)
     assert described(jax.jit(place)(base, lora)) == described(placed)
     assert jax.tree.structure(shapes) == jax.tree.structure(placed)
@@ -216,7 +230,10 @@ def test_what_reads_the_weights_reads_the_same(tmp_path):
     assert host["up"]["kernel"].shape == base["up"]["kernel"].shape
     filled = LAYERS * (24 - 22) * 24  # 22 rows of codes in three tiles
     assert host["up"]["kernel"].nbytes == base["up"]["kernel"].nbytes + filled
-    down = lambda *trees: str(ql.summary(*({"down": tree["down"]} for tree in trees)))
+
+    def down(*trees):
+        return str(ql.summary(*({"down": tree["down"]} for tree in trees)))
+
     assert down(host, host_lora) == down(base, lora)
     paths = tmp_path / "resident.safetensors", tmp_path / "host.safetensors"
     for path, tree in zip(paths, (base, host), strict=True):
@@ -308,7 +325,10 @@ def nnx_grad(model, remat, tile):
 
     def loss(lora, rest):
         rest = jax.tree.map(lambda v: v, rest)  # variables of this trace
-        body = lambda block, x: block(x, tile)
+
+        def body(block, x):
+            return block(x, tile)
+
         body = nnx.remat(body) if remat else body
         scan = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return jnp.mean(jnp.square(scan(nnx.merge(graphdef, lora, rest), x)))
@@ -343,7 +363,9 @@ def test_on_a_mesh(spec):
     x = spread(normal(1, (8, 128)), mesh, "fsdp")
 
     def loss(lora, base):
-        layer = lambda x, args: (jnp.tanh(ql.apply(*args, x)), None)
+        def layer(x, args):
+            return (jnp.tanh(ql.apply(*args, x)), None)
+
         args = base["kernel"], lora["kernel"]
         return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, args)[0]))
 

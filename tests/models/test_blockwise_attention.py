@@ -71,13 +71,17 @@ def test_a_sink_is_a_score_without_a_value():
     sinks = jnp.array([-1.0, 0.5, 2.0, 8.0])
 
     operands = query, key, value, visible
-    plain = lambda sinks: attention(*operands, 0.4, xp=jnp, sinks=sinks)
+
+    def plain(sinks):
+        return attention(*operands, 0.4, xp=jnp, sinks=sinks)
 
     def ours(sinks, block):
         operands = with_sinks(query, key, value, visible, sinks / 0.4)
         return attend_by_matrices(*operands, scale=0.4, block=block)[..., :8]
 
-    run = lambda f: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.cos(f(x)))))
+    def run(f):
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.cos(f(x)))))
+
     want = run(plain)(sinks)
     for block in (None, 16):
         assert_close(run(partial(ours, block=block))(sinks), want)

@@ -59,8 +59,12 @@ def test_experts_are_packed_and_routers_are_not(folder):
     model = ql.linen.wrap(Decoder(config, remat=True), scanned=Decoder.scanned)
 
     def both(model, base, lora):
-        apply = lambda lora: model.apply({"params": base, "lora": lora}, tokens)
-        loss = lambda lora: jnp.sum(jnp.square(apply(lora)))
+        def apply(lora):
+            return model.apply({"params": base, "lora": lora}, tokens)
+
+        def loss(lora):
+            return jnp.sum(jnp.square(apply(lora)))
+
         return apply(lora), jax.grad(loss)(lora)
 
     run = jax.jit(partial(both, model)).lower(base, lora)
@@ -79,18 +83,26 @@ def test_routers_are_frozen_adapted_or_trained_by_pattern(folder):
 
     @partial(jax.jit, static_argnums=0)
     def gradient(model, params, lora):
-        variables = lambda lora: {"params": params, "lora": lora}
-        loss = lambda lora: jnp.sum(jnp.square(model.apply(variables(lora), x)))
+        def variables(lora):
+            return {"params": params, "lora": lora}
+
+        def loss(lora):
+            return jnp.sum(jnp.square(model.apply(variables(lora), x)))
+
         return jax.grad(loss)(lora)["router"]["kernel"]
 
     @jax.jit
     def plain(params):
-        loss = lambda params: jnp.sum(jnp.square(model.apply({"params": params}, x)))
+        def loss(params):
+            return jnp.sum(jnp.square(model.apply({"params": params}, x)))
+
         return jax.grad(loss)(params)["router"]["kernel"]
 
-    init = lambda **more: ql.init(
-        jax.random.key(0), params, ql.QLoRAConfig(rank=1, fmt=None, **more)
-    )
+    def init(**more):
+        return ql.init(
+            jax.random.key(0), params, ql.QLoRAConfig(rank=1, fmt=None, **more)
+        )
+
     experts, router, want = "experts/.*/kernel", "router/kernel", plain(params)
     assert [*init(targets=experts)[1]] == ["experts"] and np.abs(want).max() > 1e-3
     _, lora = init(targets=[experts, router])
@@ -147,7 +159,10 @@ def test_adapters_of_experts_are_merged_one_by_one(folder, tmp_path, own):
 def test_each_expert_is_split_as_an_mlp(folder):
     config, mesh = read_config(folder), AbstractMesh((2, 2), ("fsdp", "tensor"))
     rules = place_arguments(config, abstract_params(config), mesh)["rules"]
-    of = lambda name: tuple(rules[f"layers/mlp/{name}/kernel"])
+
+    def of(name):
+        return tuple(rules[f"layers/mlp/{name}/kernel"])
+
     assert (
         of("experts/gate_proj")
         == of("experts/up_proj")
@@ -167,14 +182,22 @@ def test_the_kernel_computes_the_sinks_of_gpt_oss():
     attention = params["layers"]["self_attn"]
     attention["sinks"] = jax.random.normal(jax.random.key(1), attention["sinks"].shape)
     splash = partial(ql.memory.splash_attention, interpret=True)
-    run = lambda decoder: jax.jit(decoder.apply)({"params": params}, tokens)
+
+    def run(decoder):
+        return jax.jit(decoder.apply)({"params": params}, tokens)
+
     assert_close(run(Decoder(config, attention=splash)), run(Decoder(config)))
 
 
 def test_the_gradient_of_columns_by_turns_does_not_pad_between_them():
     x = jax.random.normal(jax.random.key(0), (3, 10))
-    plain = lambda x: (x[:, ::2], x[:, 1::2])
-    total = lambda split: lambda x: jnp.sum(jnp.sin(split(x)[0]) * split(x)[1])
+
+    def plain(x):
+        return (x[:, ::2], x[:, 1::2])
+
+    def total(split):
+        return lambda x: jnp.sum(jnp.sin(split(x)[0]) * split(x)[1])
+
     ours, want = (jax.grad(total(split)) for split in (split_alternating, plain))
     assert_close(ours(x), want(x))
     assert " pad" not in str(jax.make_jaxpr(ours)(x))

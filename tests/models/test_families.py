@@ -45,7 +45,9 @@ def test_gradients_do_not_depend_on_remat(mixed):
     model, params, tokens = mixed
 
     def grad(model):
-        loss = lambda p: jnp.mean(jnp.square(model.apply({"params": p}, tokens)))
+        def loss(p):
+            return jnp.mean(jnp.square(model.apply({"params": p}, tokens)))
+
         return jax.jit(jax.grad(loss))
 
     again = grad(Decoder(model.config, remat=True))(params)
@@ -85,9 +87,15 @@ def test_qlora_on_a_mixed_decoder_equals_the_merged_one(mixed):
     base, lora = trees_of(params, rank=2, block_size=16, targets=targets)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
     got = jax.jit(wrapped.apply)({"params": base, "lora": lora}, tokens)
-    merged = lambda params: jax.jit(model.apply)({"params": params}, tokens)
+
+    def merged(params):
+        return jax.jit(model.apply)({"params": params}, tokens)
+
     assert_equal_but_for_rounding(got, merged, ql.merge(base, lora))
-    apply = lambda lora: wrapped.apply({"params": base, "lora": lora}, tokens)
+
+    def apply(lora):
+        return wrapped.apply({"params": base, "lora": lora}, tokens)
+
     grads = jax.jit(jax.grad(lambda lora: jnp.sum(apply(lora) ** 2)))(lora)
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
 

@@ -46,7 +46,10 @@ def test_a_stream_in_bfloat16_writes_as_the_plain_decoder(tiny):
 
 def test_one_row_in_16_bits_is_multiplied_beside_zeros():
     x, w = jnp.ones((1, 1, 64), jnp.bfloat16), jnp.ones((96, 64), jnp.bfloat16)
-    head = lambda x, w: einsum_f32("btd,vd->btv", x, w)
+
+    def head(x, w):
+        return einsum_f32("btd,vd->btv", x, w)
+
     np.testing.assert_array_equal(head(x, w), np.full((1, 1, 96), 64.0))
     lowered = jax.jit(head).lower(x, w).as_text()
     assert "tensor<1x2x64xbf16>, tensor<96x64xbf16>" in lowered
@@ -120,7 +123,10 @@ def test_what_is_drawn_from_is_the_definition(temperature, top_k, top_p):
 
 def test_ties_with_the_last_one_kept_are_kept():
     logits = jnp.array([0.0, 2.0, 1.0, 1.0])
-    kept = lambda **settings: np.isfinite(Sampling(1.0, **settings).filtered(logits))
+
+    def kept(**settings):
+        return np.isfinite(Sampling(1.0, **settings).filtered(logits))
+
     assert kept(top_k=2).tolist() == [False, True, True, True]
     assert kept(top_p=0.6).tolist() == [False, True, True, True]  # .53, .20, .20, .07
 

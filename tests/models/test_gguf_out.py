@@ -76,7 +76,10 @@ def test_f16_is_exact(tmp_path, name):
     path = tmp_path / "model.gguf"
     save_gguf(path, DATA / name, params, tokenizer=False, progress=False)
     _, read = load(path, progress=False)
-    is_exact = lambda path: path[-1].key in ("scale", "bias")
+
+    def is_exact(path):
+        return path[-1].key in ("scale", "bias")
+
     want = jax.tree.map_with_path(lambda p, x: x if is_exact(p) else in_f16(x), params)
     chex.assert_trees_all_equal(read, want)
     # From a GGUF file, everything that it holds stays.
@@ -102,7 +105,10 @@ def test_q8_0_is_within_half_a_step(tmp_path, qwen3):
         if path.endswith("scale"):
             np.testing.assert_array_equal(read[path], want)
             continue
-        turn = lambda x, path=path: x.swapaxes(-1, -2) if "kernel" in path else x
+
+        def turn(x, path=path):
+            return x.swapaxes(-1, -2) if "kernel" in path else x
+
         want, got = (np.reshape(turn(x), (-1, 32)) for x in (want, read[path]))
         step, error = np.abs(want).max(1, keepdims=True) / 127, np.abs(got - want)
         # Half a step, and the scale's rounding to 11 bits times a code of 127 at most.
@@ -199,7 +205,10 @@ def test_the_tokenizer_comes_along(tmp_path, qwen3, copied, pre):
         found = load_tokenizer(tmp_path / file)
         assert found.encode(text).ids == tokenizer.encode(text).ids
         fields = gguf.GGUFReader(str(tmp_path / file)).fields
-        get = lambda key, fields=fields: fields[f"tokenizer.{key}"].contents()
+
+        def get(key, fields=fields):
+            return fields[f"tokenizer.{key}"].contents()
+
         assert get("ggml.pre") == pre and get("chat_template") == "{{ messages }}"
         assert len(get("ggml.tokens")) == QWEN3["vocab_size"]
         assert get("ggml.eos_token_id") == tokenizer.token_to_id("<|end|>")
@@ -236,7 +245,10 @@ def test_the_tokenizer_is_that_of_training(tmp_path, qwen3, copied):
         != Tokenizer.from_file(str(copied / "tokenizer.json")).encode(text).ids
     )
     fields = gguf.GGUFReader(str(path)).fields
-    get = lambda key: fields[f"tokenizer.ggml.{key}"].contents()
+
+    def get(key):
+        return fields[f"tokenizer.ggml.{key}"].contents()
+
     assert get("pre") == "gpt-2"
     assert get("eos_token_id") == trained.token_to_id("<end>")
     assert get("token_type")[trained.token_to_id("<late>")] == 4  # user-defined
@@ -342,7 +354,10 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(change, message):
 def test_what_llama_cpp_rounds_in_gpt_oss_is_said():
     """The bounds of the ramp of YaRN, 8.09 and 17.40, are 8 and 18 there."""
     raw = {**QWEN3, "model_type": "gpt_oss", "head_dim": 64}
-    ramp = lambda i, low, high: 1 - 31 / 32 * np.clip((i - low) / (high - low), 0, 1)
+
+    def ramp(i, low, high):
+        return 1 - 31 / 32 * np.clip((i - low) / (high - low), 0, 1)
+
     low, high = (32 * np.log(4096 / (n * 2 * np.pi)) / np.log(150_000) for n in (32, 1))
     pairs = np.arange(32)
     share = np.abs(ramp(pairs, low, high) / ramp(pairs, 8, 18) - 1).max()
@@ -373,9 +388,12 @@ def test_a_refused_model_is_refused_before_it_is_read(tmp_path):
 
 def test_bad_arguments_are_refused(tmp_path, qwen3):
     folder, params = qwen3
-    save = lambda params, *more, **kwargs: save_gguf(
-        tmp_path / "model.gguf", folder, params, *more, progress=False, **kwargs
-    )
+
+    def save(params, *more, **kwargs):
+        return save_gguf(
+            tmp_path / "model.gguf", folder, params, *more, progress=False, **kwargs
+        )
+
     fewer = {k: v for k, v in params.items() if k != "norm"}
     large = {**params, "embed_tokens": {"embedding": jnp.full((320, 32), 1e5)}}
     other = {"other": {"kernel": jnp.ones(1)}}

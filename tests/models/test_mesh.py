@@ -58,7 +58,10 @@ def make_mesh(sizes, kind="Auto"):
 
 def in_numpy(tree):
     """The tree with NumPy arrays, which JAX splits without a program for each shape."""
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+    def is_key(x):
+        return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
     return jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), tree)
 
 
@@ -79,7 +82,10 @@ def wrapped(config, tile=None):
 def placed(config, mesh):
     base, lora = trees(config)
     arguments = place_arguments(config, base, mesh)
-    put = lambda batch: put_rows(batch, mesh, arguments["rows"][0])
+
+    def put(batch):
+        return put_rows(batch, mesh, arguments["rows"][0])
+
     return *ql.sharding.place(base, lora, mesh, **arguments), put
 
 
@@ -179,7 +185,10 @@ def test_five_steps_of_an_nnx_model_equal_those_of_one_device(kind):
     mesh = make_mesh(MESHES["all"], kind)
     arguments = place_arguments(CONFIG, trees(CONFIG)[0], mesh)
     model = ql.nnx.place(nnx_model(), mesh, **arguments)
-    put = lambda batch: put_rows(batch, mesh, arguments["rows"][0])
+
+    def put(batch):
+        return put_rows(batch, mesh, arguments["rows"][0])
+
     with jax.set_mesh(mesh):
         got = run_nnx(model, put)
     assert_equal_runs(got, nnx_on_one_device())
@@ -199,7 +208,10 @@ def compiled(config, sizes, *, gradient=True, kind="Auto", tile=None):
     mesh = make_mesh(sizes, kind)
     base, lora, put = placed(config, mesh)
     loss = train.decoder_loss(wrapped(config, tile))
-    run = lambda lora, base, batch: loss(lora, base, batch, None)[0]
+
+    def run(lora, base, batch):
+        return loss(lora, base, batch, None)[0]
+
     out = None
     if gradient:
         run = jax.value_and_grad(run)
@@ -257,20 +269,30 @@ def test_tensor_parallel_sums_twice_a_layer_forward(config):
 def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
     """Also where `tensor` does not divide the key heads, and without a mesh."""
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.normal(size=(2, 128, n, 8)).astype(np.float32)
+
+    def draw(n):
+        return rng.normal(size=(2, 128, n, 8)).astype(np.float32)
+
     operands = draw(8), draw(heads), draw(heads), jnp.linspace(-1.0, 2.0, 8)
     ids = (np.arange(128) > np.array([[40], [70]])).astype(np.int32)
     splash = functools.partial(ql.memory.splash_attention, interpret=True)
     split = functools.partial(split_attention(splash), segment_ids=ids)
-    on_devices = lambda q, k, v, sinks: split(q, k, v, sinks=sinks)
+
+    def on_devices(q, k, v, sinks):
+        return split(q, k, v, sinks=sinks)
 
     visible = (ids[:, :, None] == ids[:, None]) & np.tri(128, dtype=bool)
     settings = {"visible": visible, "scale": 8**-0.5, "xp": jnp}
-    wanted = lambda q, k, v, sinks: attention(q, k, v, sinks=sinks, **settings)
-    total = lambda attend: lambda *x: jnp.sum(jnp.square(attend(*x)))
-    run = lambda attend: jax.jit(jax.value_and_grad(total(attend), (0, 1, 2, 3)))(
-        *operands
-    )
+
+    def wanted(q, k, v, sinks):
+        return attention(q, k, v, sinks=sinks, **settings)
+
+    def total(attend):
+        return lambda *x: jnp.sum(jnp.square(attend(*x)))
+
+    def run(attend):
+        return jax.jit(jax.value_and_grad(total(attend), (0, 1, 2, 3)))(*operands)
+
     with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
         found = run(on_devices)
     assert_close(found, run(wanted))

@@ -75,7 +75,10 @@ def test_layers_keep_products_alone():
     config = DecoderConfig(64, 32, 96, 3, num_heads=4, num_kv_heads=2)
     model, tokens = Decoder(config, jnp.bfloat16), jnp.zeros((2, 40), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    loss = lambda params: jnp.sum(model.apply(params, tokens))
+
+    def loss(params):
+        return jnp.sum(model.apply(params, tokens))
+
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     kept = {*re.findall(r"\b(\w+)\[3,2,40,96\]", text)}
     assert kept == {"bf16"}
@@ -88,7 +91,10 @@ def test_einsum_f32_gradients(dtype):
     a = jnp.asarray(rng.normal(size=(2, 5, 4)), dtype)
     b = jnp.asarray(rng.normal(size=(4, 3)), dtype)
     weights = jnp.asarray(rng.normal(size=(2, 5, 3)), dtype).astype(jnp.float32)
-    loss = lambda f: lambda a, b: jnp.sum(f(a, b) * weights)
+
+    def loss(f):
+        return lambda a, b: jnp.sum(f(a, b) * weights)
+
     ours = loss(partial(einsum_f32, "btk,kn->btn"))
     exact = loss(lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32))
     with jax.numpy_rank_promotion("allow"):

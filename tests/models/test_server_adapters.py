@@ -44,7 +44,10 @@ def model(tmp_path_factory):
 
 def draw(ranks):
     rng = np.random.default_rng(0)
-    pair = lambda r, n, k: (rng.normal(size=(r, k)), rng.normal(size=(n, r)))
+
+    def pair(r, n, k):
+        return (rng.normal(size=(r, k)), rng.normal(size=(n, r)))
+
     return {
         module: [x.astype(np.float16) for x in pair(ranks[module], *shape)]
         for module, shape in SHAPES.items()
@@ -61,9 +64,10 @@ def test_what_we_write_is_read_to_the_bit(model, tmp_path):
         again = model.export("peft", tmp_path / f"{name}-peft", file)
         assert_same_bits(model.load(again)[0], want)
         twice = model.export(form, tmp_path / f"2-{name}", file)
-        read = lambda x: [
-            f.read_bytes() for f in sorted((x, *x.rglob("*"))) if f.is_file()
-        ]
+
+        def read(x):
+            return [f.read_bytes() for f in sorted((x, *x.rglob("*"))) if f.is_file()]
+
         assert read(twice) == read(file)
     kinds = [cli.inspect(cli.InspectConfig(str(tmp_path / n))) for n in ("mlx", name)]
     assert [x.kind for x in kinds] == ["MLX adapter", "MLX adapter"]

@@ -81,7 +81,9 @@ def test_linen_modules_inside_of_nnx_models(name):
 
     @nnx.jit
     def run(model, x):
-        loss = lambda model, x: jnp.sum(jnp.square(model(x)))
+        def loss(model, x):
+            return jnp.sum(jnp.square(model(x)))
+
         return nnx.value_and_grad(loss, argnums=(0, 1))(model, x)
 
     y, (grads, grad_x) = run(wrapped, x)
@@ -122,7 +124,10 @@ def test_a_bridge_keeps_methods_and_variables_that_change():
 
 def assert_no_float_kernel_is_kept(wrapped, x):
     graphdef, state = nnx.split(wrapped)
-    own = lambda: jax.tree.map(lambda v: v, state)  # variables of this trace
+
+    def own():
+        return jax.tree.map(lambda v: v, state)  # variables of this trace
+
     _, pullback = jax.vjp(lambda x: nnx.merge(graphdef, own())(x), x)
     sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
     assert max(sizes) < 32 * 32
@@ -194,7 +199,10 @@ def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
     assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == 8
     merged = ql.nnx.merge(wrapped)
     assert_close(wrapped(x), merged(x))
-    loss = lambda model, x: jnp.sum(jnp.square(model(x)))
+
+    def loss(model, x):
+        return jnp.sum(jnp.square(model(x)))
+
     grads, grad_w = nnx.grad(loss)(wrapped, x), nnx.grad(loss)(merged, x)
     lora = ql.nnx.split(wrapped)[1]
     check_gradient_of_a("linen/layers_1/mlp/up/kernel", lora, grads, grad_w)
@@ -205,7 +213,10 @@ def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
 def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
     wrapped, x = make_bridged(**how)
     merged = ql.nnx.merge(wrapped)
-    loss = lambda model: jnp.sum(jnp.square(model(x)))
+
+    def loss(model):
+        return jnp.sum(jnp.square(model(x)))
+
     assert_close(loss(wrapped), loss(merged))
     grads = dict(nnx.to_flat_state(nnx.grad(loss)(wrapped)))
     expected = dict(nnx.to_flat_state(nnx.grad(loss)(merged)))

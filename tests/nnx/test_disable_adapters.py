@@ -76,7 +76,10 @@ def test_one_step_compares_both(name):
         return jnp.mean((model(x) - reference) ** 2)
 
     reference = base(x)
-    plain = lambda model: jnp.mean((model(x) - reference) ** 2)
+
+    def plain(model):
+        return jnp.mean((model(x) - reference) ** 2)
+
     want = nnx.value_and_grad(plain, argnums=wrt)(model)
     assert_close(nnx.jit(nnx.value_and_grad(loss, argnums=wrt))(model, x), want)
 

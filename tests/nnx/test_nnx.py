@@ -41,7 +41,9 @@ def stack(make, length=3, out_axes=0) -> Any:
 
 
 def scan(layers, x, axes=0):
-    run = lambda layer, x: layer(x)
+    def run(layer, x):
+        return layer(x)
+
     return nnx.scan(run, in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)(layers, x)
 
 
@@ -98,7 +100,9 @@ def test_a_packed_kernel_is_no_array():
 @pytest.mark.slow
 def test_a_step_on_donated_arrays_is_that_on_kept_ones(x):
     def step(model, optimizer, x):
-        loss = lambda model: jnp.mean(model(x) ** 2)
+        def loss(model):
+            return jnp.mean(model(x) ** 2)
+
         grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
         optimizer.update(model, grads)
 
@@ -172,7 +176,10 @@ def test_residuals_of_a_module_that_reads_its_kernel_are_its_product_and_codes()
     """No float weights, and no product of A and B, which is as large."""
     model = wrap(Sine(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, targets="kernel"))
     graph, state = nnx.split(model)
-    run = lambda x, state: nnx.merge(graph, state, copy=True)(x)
+
+    def run(x, state):
+        return nnx.merge(graph, state, copy=True)(x)
+
     _, pull = jax.vjp(run, normal(1, (5, 64)), state)
     shapes = {a.shape for a in jax.tree.leaves(pull)}
     assert (5, 256) in shapes and (32, 256) in shapes and (64, 256) not in shapes
@@ -191,14 +198,20 @@ class Kernels(nnx.Module):
 def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
     config = ql.QLoRAConfig(rank=4, targets=r".*/(kernel|embedding)")
     names = [f"  {name}/" for name in ("linear", "general", "einsum", "conv", "embed")]
-    run = lambda: wrap(stack(Kernels, out_axes=1), config)
+
+    def run():
+        return wrap(stack(Kernels, out_axes=1), config)
+
     refusal(run, "axes of a stack must come before", *names)
 
 
 @pytest.mark.slow
 def test_layers_of_a_stack_may_have_scalings_of_their_own():
     """As `load_peft` may give them: here 3 and 1/2 times alpha / rank."""
-    make = lambda rngs: nnx.Conv(8, 8, (3,), rngs=rngs)
+
+    def make(rngs):
+        return nnx.Conv(8, 8, (3,), rngs=rngs)
+
     wrapped, x = randomize_b(wrap(stack(make, length=2))), normal(1, (2, 5, 8))
     base, lora = ql.nnx.split(wrapped)
     lora["kernel"] = dataclasses.replace(lora["kernel"], scaling=(6.0, 1.0))
@@ -229,7 +242,10 @@ class Odd(nnx.Module):
 
 def test_leaves_that_cannot_be_targets_are_all_named_in_one_error():
     names = "proj/bias", "tied/kernel", "many/0", "unread/w", "ints", "gain"
-    run = lambda: wrap(Odd(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, targets=r".*"))
+
+    def run():
+        return wrap(Odd(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, targets=r".*"))
+
     assert "proj/kernel" not in refusal(run, *names)
 
 
@@ -339,7 +355,10 @@ def test_kinds_are_read_from_the_shapes_of_features():
     assert wrapped.kernel_lora.a.shape == (32, 4)
     x = normal(1, (3, 2, 16))
     assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
-    make = lambda rngs: FeatureShapes((16,), (2, 8), rngs=rngs)
+
+    def make(rngs):
+        return FeatureShapes((16,), (2, 8), rngs=rngs)
+
     with pytest.raises(ValueError, match="before .*16, 2, 8.*param_scan_axis=0"):
         wrap(stack(make, out_axes=1))
 
@@ -404,7 +423,10 @@ def test_a_model_of_an_outer_scope_is_wrapped_in_a_trace(create):
 @pytest.mark.slow
 def test_an_abstract_wrapped_model_takes_a_restored_state(x):
     """The idiom of checkpoints: no weights are made for what is restored."""
-    create = lambda: wrap(NNXMLP(rngs=nnx.Rngs(0)))
+
+    def create():
+        return wrap(NNXMLP(rngs=nnx.Rngs(0)))
+
     saved = randomize_b(create())
     graphdef, state = nnx.split(nnx.eval_shape(create))
     leaves = jax.tree.leaves(nnx.state(saved))

@@ -40,7 +40,9 @@ def train_in_a_scan(tx, tree, gradients, steps):
         updates, state = tx.update(gradients(tree, seed), state, tree)
         return (optax.apply_updates(tree, updates), state), None
 
-    many = lambda *both: jax.lax.scan(step, both, jnp.arange(steps))[0]
+    def many(*both):
+        return jax.lax.scan(step, both, jnp.arange(steps))[0]
+
     return jax.jit(many)(tree, tx.init(tree))
 
 

@@ -21,7 +21,10 @@ def dynamic_map(signed):
     """The sorted map, from the definition in the paper, in float64."""
     top = 6 if signed else 7
     decades = range(0 if signed else 1, top + 1)
-    value = lambda e, j: 10.0 ** (e - top) * (0.1 + 0.9 * (j + 0.5) / 2**e)
+
+    def value(e, j):
+        return 10.0 ** (e - top) * (0.1 + 0.9 * (j + 0.5) / 2**e)
+
     positive = [value(e, j) for e in decades for j in range(2**e)]
     negative = [-x for x in positive] if signed else []
     return np.array(sorted([*negative, 0.0, *positive, 1.0]))
@@ -109,9 +112,15 @@ def test_blocks_of_any_shape(name):
     if len(shape) > 2:
         for i in range(layers):
             np.testing.assert_array_equal(got[i], round_trip(x[i : i + 1], True)[0])
-    view = lambda x: x.reshape(layers, -1)
+
+    def view(x):
+        return x.reshape(layers, -1)
+
     if grid.axis is not None:
-        view = lambda x: np.moveaxis(x, grid.axis, -1)
+
+        def view(x):
+            return np.moveaxis(x, grid.axis, -1)
+
     flat, found = view(x).reshape(layers, -1), view(got).reshape(layers, -1)
     missing = -flat.shape[1] % BLOCK
     flat = np.pad(flat, ((0, 0), (0, missing))).reshape(-1, BLOCK)
@@ -163,7 +172,10 @@ def make_tree(rank=8):
 def gradients(tree, seed):
     """Of very different sizes, so that blocks use all of the map."""
     leaves, treedef = jax.tree.flatten(tree)
-    wave = lambda i, x: jnp.sin(jnp.arange(x.size) * (i + 1.3) + seed).reshape(x.shape)
+
+    def wave(i, x):
+        return jnp.sin(jnp.arange(x.size) * (i + 1.3) + seed).reshape(x.shape)
+
     return treedef.unflatten([wave(i, x) ** 3 * 1e-2 for i, x in enumerate(leaves)])
 
 
@@ -224,13 +236,19 @@ def test_steps_are_those_of_the_algorithm():
 
 def test_small_arrays_are_those_of_adamw():
     tree = {"bias": jnp.arange(4095.0) / 100, "none": None, "scalar": jnp.float32(3)}
-    train = lambda adamw: run(adamw(1e-2, weight_decay=0.1, eps_root=1e-12), tree)
+
+    def train(adamw):
+        return run(adamw(1e-2, weight_decay=0.1, eps_root=1e-12), tree)
+
     alike(train(ql.optim.adamw8bit), train(optax.adamw))
 
 
 def test_the_state_takes_a_quarter_of_the_bytes():
     tree = {"a": jnp.zeros((3, 512, 8)), "b": jnp.zeros((3, 8, 1024))}
-    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    def size(tree):
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
     state = ql.optim.adamw8bit(1e-2).init(tree)
     # A byte for a value and four for a block.
     assert size(state[0].mu) == size(state[0].nu) == size(tree) / 4 * (1 + 4 / 256)
@@ -246,7 +264,10 @@ def test_a_scan_over_steps():
 def test_vmap():
     tx = ql.optim.adamw8bit(1e-2)
     trees = {"w": jnp.asarray(values((2, 16, 256), True))}
-    step = lambda tree: tx.update(tree, tx.init(tree), tree)
+
+    def step(tree):
+        return tx.update(tree, tx.init(tree), tree)
+
     got = jax.jit(jax.vmap(step))(trees)
     for i in range(2):
         one = jax.tree.map(lambda x, i=i: x[i], trees)
@@ -269,7 +290,10 @@ def test_schedules_masks_and_what_optax_wraps():
     assert_same(some["head"], tree["head"])
     # Without weight decay the parameters do not matter.
     w, zeros = {"w": jnp.ones((16, 256))}, {"w": jnp.zeros((16, 256))}
-    update = lambda tx, params: tx.update(w, tx.init(w), params)[0]
+
+    def update(tx, params):
+        return tx.update(w, tx.init(w), params)[0]
+
     mask = {"weight_decay": 1.0, "mask": lambda p: {"w": False}}
     want = update(ql.optim.adamw8bit(0.1), zeros)
     assert_same(update(ql.optim.adamw8bit(0.1, **mask), w), want)
@@ -342,7 +366,10 @@ def language_model_losses(name):
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw8bit, offloaded"])
 def test_losses_of_a_language_model_are_close_to_those_of_adamw(name):
     """In the end within 3% of the perplexity; smoothed over a pass over the data."""
-    smooth = lambda x: np.convolve(x, np.ones(8) / 8, "valid")
+
+    def smooth(x):
+        return np.convolve(x, np.ones(8) / 8, "valid")
+
     got, want = map(smooth, map(language_model_losses, (name, "adamw")))
     assert want[-1] < 0.2 * want[0]
     assert np.abs(got - want).max() < 0.06
@@ -378,7 +405,10 @@ def test_over_several_devices(mesh):
         split = {k: spread(x, mesh, *SPECS[k]) for k, x in tree.items()}
         got = tx.init(split)
         for seed in range(2):
-            scaled = lambda tree, n=seed + 1.0: jax.tree.map(lambda x: x * n, tree)
+
+            def scaled(tree, n=seed + 1.0):
+                return jax.tree.map(lambda x: x * n, tree)
+
             updates, got = step(scaled(split), got, split)
             wanted, want = step(scaled(tree), want, tree)
             alike(updates, wanted)

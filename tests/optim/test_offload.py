@@ -32,7 +32,10 @@ STEPS = 50
 @functools.cache
 def make_trees(**settings):
     """Stacks of two numbers of layers, and an adapter that is no stack."""
-    kernel = lambda *shape: {"kernel": normal(len(shape), shape, scale=1 / 8)}
+
+    def kernel(*shape):
+        return {"kernel": normal(len(shape), shape, scale=1 / 8)}
+
     params = {
         "layers": {"q": kernel(5, 32, 16), "k": kernel(5, 32, 8)},
         "experts": kernel(2, 3, 32, 16),
@@ -51,9 +54,14 @@ def make_lora():
 def gradients(tree, seed):
     """Those of `sum((p - target)**2) / 2`, where targets change from step to step."""
     leaves, treedef = jax.tree.flatten(tree)
+
     # Sums alone: a product and a sum may be rounded once or twice, before the cosine.
-    wave = lambda i, size: jnp.cos(jnp.arange(size) + 1.7 * i + seed)
-    target = lambda i, x: wave(i, x.size).reshape(x.shape)
+    def wave(i, size):
+        return jnp.cos(jnp.arange(size) + 1.7 * i + seed)
+
+    def target(i, x):
+        return wave(i, x.size).reshape(x.shape)
+
     grads = [(x - target(i, x)).astype(x.dtype) for i, x in enumerate(leaves)]
     return treedef.unflatten(grads)
 
@@ -225,7 +233,12 @@ def test_other_dependences_are_followed_or_found(name):
 
 clipped = optax.chain(optax.clip_by_global_norm(0.1), paged(ADAMW))
 several = optax.MultiSteps(paged(ADAMW), 3)
-paged_adamw = lambda learning_rate: paged(optax.adamw(learning_rate))
+
+
+def paged_adamw(learning_rate):
+    return paged(optax.adamw(learning_rate))
+
+
 injected = optax.inject_hyperparams(paged_adamw)(learning_rate=SCHEDULE)
 # Transformations around the paged one, where its state is, and the terms: the first
 # steps of injected hyperparameters divide by 1 - b2**count, which cancels.
@@ -260,7 +273,10 @@ def test_hyperparams_of_the_state_can_be_set():
 def test_extra_arguments_are_passed_on():
     settings = {"factor": 0.5, "patience": 2, "accumulation_size": 1}
     tx = optax.chain(ADAMW, optax.contrib.reduce_on_plateau(**settings))
-    steps = lambda tx: run(tx, make_lora(), 10, value=jnp.float32(3.0))
+
+    def steps(tx):
+        return run(tx, make_lora(), 10, value=jnp.float32(3.0))
+
     got, want = steps(paged(tx)), steps(tx)
     assert float(want[1][1].scale) < 1
     close(got, want)
@@ -309,7 +325,10 @@ def test_one_tree(how):
     close(got_lora, want)
     # Moments of adapters alone, all of them in host memory.
     assert is_paged(state)
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+
+    def count(tree):
+        return sum(x.size for x in jax.tree.leaves(tree))
+
     assert count(state) == count(want_state)
 
 
@@ -318,7 +337,10 @@ def test_an_nnx_optimizer():
     @nnx.jit
     def step(model, optimizer, x):
         wrt = nnx.DiffState(0, nnx.LoRAParam)
-        fn = lambda model: jnp.mean((model(x) - 1) ** 2)
+
+        def fn(model):
+            return jnp.mean((model(x) - 1) ** 2)
+
         optimizer.update(model, nnx.grad(fn, argnums=wrt)(model))
 
     def train(tx):
@@ -335,7 +357,9 @@ def test_an_nnx_optimizer():
 
 
 def plain_tree():
-    array = lambda *shape: normal(sum(shape), shape)
+    def array(*shape):
+        return normal(sum(shape), shape)
+
     return {
         "layers": {"scale": array(4, 16), "gate": array(4), "one": array(4, 1)},
         "other": {"scale": array(3, 16)},
@@ -439,7 +463,9 @@ def test_over_several_devices(spec, mesh):
 
 @pytest.mark.slow
 def test_a_scan_over_steps():
-    train = lambda tx: train_in_a_scan(tx, make_lora(), gradients, 10)
+    def train(tx):
+        return train_in_a_scan(tx, make_lora(), gradients, 10)
+
     got = train(paged(ADAMW))
     assert is_paged(got[1])
     close(got, train(ADAMW))
@@ -504,7 +530,10 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
     lora = jax.eval_shape(make, jax.random.key(0))
     tx = paged(tx) if on_host else tx
     state = jax.eval_shape(tx.init, lora)
-    memory = lambda x: "pinned_host" if on_host and x.ndim else "device"
+
+    def memory(x):
+        return "pinned_host" if on_host and x.ndim else "device"
+
     state = jax.tree.map(lambda x: put(x, memory(x)), state)
 
     def step(lora, state):

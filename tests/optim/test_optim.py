@@ -42,7 +42,9 @@ def two_trees(tx, base, lora, x, y):
 
 
 def one_tree(tx, base, lora, x, y):
-    both = lambda tree, _: ql.value_and_grad(one_tree_loss)(tree, x, y)[1]
+    def both(tree, _):
+        return ql.value_and_grad(one_tree_loss)(tree, x, y)[1]
+
     return train_tree(tx, ql.combine(base, lora), both, STEPS)
 
 
@@ -50,7 +52,10 @@ def array_bytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
 
 
-several = lambda tx, n: optax.MultiSteps(tx, n).gradient_transformation()
+def several(tx, n):
+    return optax.MultiSteps(tx, n).gradient_transformation()
+
+
 ADAMW = {"adamw": optax.adamw(1e-2), "MultiSteps": several(optax.adamw(1e-2), 2)}
 
 
@@ -107,7 +112,10 @@ class TestTraps:
 def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
     base, lora, x, y = setup(freeze_base=False)
     tree = ql.combine(base, lora)
-    fun = lambda tree, x: (one_tree_loss(tree, x, y), x.shape)
+
+    def fun(tree, x):
+        return (one_tree_loss(tree, x, y), x.shape)
+
     (value, aux), grads = ql.value_and_grad(fun, has_aux=True)(tree, x)
     assert aux == x.shape
     assert value == pytest.approx(float(loss(base, lora, x, y)))

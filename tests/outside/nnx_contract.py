@@ -11,7 +11,9 @@ from qlora_jax.trees.paths import leaves_by_path
 
 @nnx.jit(static_argnames=("logits", "wrt"))
 def gradient(model, logits, wrt):
-    loss = lambda model: jnp.sum(jnp.square(logits(model)))
+    def loss(model):
+        return jnp.sum(jnp.square(logits(model)))
+
     return nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model)
 
 

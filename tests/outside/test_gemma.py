@@ -46,7 +46,10 @@ def make_model(num_kv_heads: int, transpose: bool):
     model = _transformer.Transformer(config=config, dtype=jnp.float32)
     params = model.init(jax.random.key(0), TOKENS)["params"]
     rng = np.random.default_rng(1)
-    draw = lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype)
+
+    def draw(x):
+        return jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype)
+
     return model, jax.tree.map(lambda x: draw(x) if x.ndim > 1 else x, params)
 
 
@@ -64,7 +67,10 @@ def wrap(num_kv_heads=2, transpose=True):
 )
 def test_wrapped_model_equals_the_model_on_merged_weights(num_kv_heads, transpose):
     model, wrapped, base, lora = wrap(num_kv_heads, transpose)
-    run = lambda lora: wrapped.apply({"params": base, "lora": lora}, TOKENS).logits
+
+    def run(lora):
+        return wrapped.apply({"params": base, "lora": lora}, TOKENS).logits
+
     dequantized = ql.dequantize(base)
     assert_close(run(lora), model.apply({"params": dequantized}, TOKENS).logits)
     lora = randomized(lora)
@@ -171,7 +177,10 @@ def test_adapter_of_peft_is_that_of_the_same_weights(num_kv_heads, transpose, tm
     sizes = {"q": (64, 32), "o": (32, 64), "gate": (48, 32), "up": (48, 32)}
     sizes |= {"k": (16 * num_kv_heads, 32), "v": (16 * num_kv_heads, 32)}
     sizes["down"] = (32, 48)
-    size_of = lambda name: sizes[name.split(".")[1].removesuffix("_proj")]
+
+    def size_of(name):
+        return sizes[name.split(".")[1].removesuffix("_proj")]
+
     modules = {f"model.layers.{i}.{n}": size_of(n) for i in (0, 1) for n in PROJECTIONS}
     factors = draw_peft(tmp_path, modules, target_modules=".*_proj")
     deltas = {module: 2 * b @ a for module, (a, b) in factors.items()}

@@ -139,7 +139,9 @@ def test_wrapped_linen_transformer_equals_the_one_on_merged_weights(scan_layers)
         variables = {"params": ql.merge(base, lora)}
         return model.apply(variables, *call, enable_dropout=False)
 
-    loss = lambda run: lambda lora: jnp.sum(jnp.square(run(lora)))
+    def loss(run):
+        return lambda lora: jnp.sum(jnp.square(run(lora)))
+
     assert_close(jax.jit(packed)(lora), jax.jit(merged)(lora))
     grads = jax.jit(jax.grad(loss(packed)))(lora)
     assert_close(grads, jax.jit(jax.grad(loss(merged)))(lora))

@@ -59,7 +59,10 @@ def make_gemma():
 def fill(model):
     """Random kernels: some of the models' initializers give zeros."""
     state = nnx.state(model, nnx.Param)
-    draw = lambda x, y: 2 * y if x.ndim > 1 else x
+
+    def draw(x, y):
+        return 2 * y if x.ndim > 1 else x
+
     nnx.update(model, jax.tree.map(draw, state, randomized(state)))
     return model
 

@@ -85,7 +85,10 @@ def test_the_base_is_in_memory_once(trained):
 
 def test_the_rollout_has_the_actor_s_adapters_and_the_reference_none(trained):
     actor, rollout, reference = roles(trained[0])
-    adapters = lambda model: buffers(nnx.state(model, nnx.LoRAParam))
+
+    def adapters(model):
+        return buffers(nnx.state(model, nnx.LoRAParam))
+
     assert adapters(actor) == adapters(rollout)
     found = models.logits(reference)
     assert not np.allclose(found, models.logits(actor), atol=0.1)

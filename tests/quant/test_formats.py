@@ -88,7 +88,10 @@ def test_codes_scales_products_and_trained_kernels(ours):
     x = np.random.default_rng(1).normal(size=(3, K)).astype(np.float32)
     g = np.random.default_rng(2).normal(size=(3, N)).astype(np.float32)
     for backend in ("reference", "tiled"):
-        run = lambda x, backend=backend: ql.matmul(x, q, backend=backend)
+
+        def run(x, backend=backend):
+            return ql.matmul(x, q, backend=backend)
+
         y, pull = jax.vjp(run, jnp.asarray(x))
         assert_close(y, x @ want, terms=64)
         assert_close(pull(jnp.asarray(g))[0], g @ want.T, terms=64)

@@ -76,8 +76,11 @@ def test_codes_and_scales_equal_bitsandbytes(name):
     case = CASES[name]
     stored = stored_of(case)
     n, k = case["shape"]
+
     # One program for both: they differ in the scales alone.
-    both = lambda w: [packed(case, w, double_quant=d) for d in BOTH]
+    def both(w):
+        return [packed(case, w, double_quant=d) for d in BOTH]
+
     plain, double = jax.jit(both)(jnp.asarray(weight_of(case).T))
     assert plain.shape == (k, n) and plain.dtype == jnp.dtype(case["dtype"])
     theirs = stored["codes"].T

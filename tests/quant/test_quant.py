@@ -42,7 +42,10 @@ def pack(case, w=None):
 def test_what_no_normal_float32_holds_is_zero(fmt):
     """The definition with subnormal numbers as zeros, which bitsandbytes keeps."""
     tiny = np.finfo(np.float32).tiny
-    flushed = lambda x: np.where(np.abs(x) < tiny, np.float32(0), x)
+
+    def flushed(x):
+        return np.where(np.abs(x) < tiny, np.float32(0), x)
+
     w = np.random.default_rng(0).uniform(-1, 1, (64, 5))
     w[7] = 1
     largest = np.array([0.5, 1.5, 3, 200, 1e6]) * float(PEAK[fmt]) * tiny
@@ -189,7 +192,9 @@ def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
 
 
 def test_quantizing_what_was_quantized_changes_nothing():
-    again = lambda w: ql.dequantize(ql.quantize(w, double_quant=False))
+    def again(w):
+        return ql.dequantize(ql.quantize(w, double_quant=False))
+
     once = again(weights(CASES["plain"]))
     np.testing.assert_array_equal(once, again(once))
 
@@ -334,7 +339,10 @@ def test_bad_input_is_refused(call, error, words):
 def test_nan_under_jit_stays_in_its_block(n, dtype):
     """XLA's maximum on CPUs drops NaN, in some shapes."""
     run = jax.jit(lambda w: ql.dequantize(ql.quantize(w, "nf4", double_quant=False)))
-    decoded = lambda w: run(jnp.asarray(w, dtype)).astype(jnp.float32)
+
+    def decoded(w):
+        return run(jnp.asarray(w, dtype)).astype(jnp.float32)
+
     plain = np.random.default_rng(0).standard_normal((128, n)).astype(np.float32)
     want = np.array(decoded(plain))
     for row in (0, 63, 64, 101):
@@ -484,7 +492,10 @@ def test_packed_kernels_behave_as_pytrees():
 )
 def test_eager_jit_and_vmap_agree_to_the_bit(fmt, double_quant, shape):
     w = jnp.asarray(weights(Case(shape)))
-    run = lambda w: ql.quantize(w, fmt, double_quant=double_quant)
+
+    def run(w):
+        return ql.quantize(w, fmt, double_quant=double_quant)
+
     eager = run(w)
     chex.assert_trees_all_equal(eager, jax.vmap(run)(w), jax.jit(run)(w))
     scanned = jax.lax.scan(lambda _, q: (None, ql.dequantize(q)), None, eager)[1]

@@ -93,7 +93,10 @@ def both(mesh, **others):
     answers = None if rows == 8 else np.zeros((rows, 1, 8), np.float32)
     batch = ql.train.Batch(*[ids] * 5, weights, answers)
     if on is None:
-        put = lambda tree: jax.device_put(tree, devices[0])
+
+        def put(tree):
+            return jax.device_put(tree, devices[0])
+
         return lowered, program.step.lower(*map(put, (state, base, batch)))
     with jax.set_mesh(on):
         return lowered, program.step.lower(state, base, make_put(on)(batch))
@@ -153,9 +156,10 @@ ENTRY %main (x: bf16[8,4]) -> f32[2] {
   ROOT %z = f32[2] fusion(%w), calls=%other
 }
 """
-    row = lambda *cells: dict(
-        zip(("operation", "dtype", "count", "bytes"), cells, strict=True)
-    )
+
+    def row(*cells):
+        return dict(zip(("operation", "dtype", "count", "bytes"), cells, strict=True))
+
     assert collectives(program) == [
         row("all-gather", "u8", 10, 5 * (8 * 64 + 16 + 8)),
         row("all-reduce", "bf16", 5, 5 * 64),

@@ -60,7 +60,10 @@ PADDED = {("odd sizes", False), ("odd sizes", True), ("small", False), ("small",
 def compile_cases(chip):
     """Compiles every case for one chip; yields its name and temporary bytes."""
     put = on_one(chip)
-    shape = lambda *dims, dtype: put(jax.ShapeDtypeStruct(dims, dtype))
+
+    def shape(*dims, dtype):
+        return put(jax.ShapeDtypeStruct(dims, dtype))
+
     for number, (name, case) in enumerate(CASES.items()):
         m, rows, cols, fmt, block_size, dtype, form, lead, pick = case
         batch = lead[1:] if pick else lead
@@ -86,8 +89,13 @@ NARROW = {"nf4": (4096, 14336), "mxfp4": (1024, 2048), "nvfp4": (1024, 2048)}
 def compile_narrow(chip):
     """Compiles `ql.matmul` with scales of 8 bits; yields temporary bytes, and most."""
     put, backend = on_one(chip), f"pallas_tpu_{chip}"
-    product = lambda x, q: ql.matmul(x, q, backend=backend)
-    back = lambda x, q, g: jax.vjp(lambda x: product(x, q), x)[1](g)[0]
+
+    def product(x, q):
+        return ql.matmul(x, q, backend=backend)
+
+    def back(x, q, g):
+        return jax.vjp(lambda x: product(x, q), x)[1](g)[0]
+
     for fmt, (k, n) in NARROW.items():
         w = jax.ShapeDtypeStruct((k, n), jnp.bfloat16)
         q = put(jax.eval_shape(lambda w, fmt=fmt: ql.quantize(w, fmt), w))
@@ -118,18 +126,26 @@ SHARDED += [("Explicit", name) for name in ("column", "row", "fsdp and row")]
 def compile_sharded(chip):
     """Compiles `ql.matmul` for four chips; yields what it moves, and its kernels."""
     packed = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct((2048, 1024), "bfloat16"))
-    forward = lambda x, q: ql.matmul(x, q, backend=f"pallas_tpu_{chip}")
-    backward = lambda x, q, g: jax.vjp(lambda x: forward(x, q), x)[1](g)[0]
+
+    def forward(x, q):
+        return ql.matmul(x, q, backend=f"pallas_tpu_{chip}")
+
+    def backward(x, q, g):
+        return jax.vjp(lambda x: forward(x, q), x)[1](g)[0]
+
     for mode, name in SHARDED:
         w_spec, x_spec, y_spec, *_ = LAYOUTS[name]
         sizes = {"b": 2, "c": 2} if " and " in name else {"a": 4}
         types = (getattr(AxisType, mode),) * len(sizes)
         chips = chips_of(chip).reshape(*sizes.values())
         mesh = Mesh(chips, tuple(sizes), axis_types=types)
-        at = lambda spec, mesh=mesh: NamedSharding(mesh, PartitionSpec(*spec))
-        rows = lambda size, spec, at=at: jax.ShapeDtypeStruct(
-            (64, size), jnp.bfloat16, sharding=at(spec)
-        )
+
+        def at(spec, mesh=mesh):
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        def rows(size, spec, at=at):
+            return jax.ShapeDtypeStruct((64, size), jnp.bfloat16, sharding=at(spec))
+
         x, g = rows(2048, x_spec), rows(1024, y_spec)
         rules = {"q": PartitionSpec(*w_spec)}
         tree, _ = ql.sharding.place({"q": packed}, {}, mesh, rules, rows=x_spec[:1])
@@ -157,8 +173,13 @@ RAGGED = [
 def compile_ragged(chip):
     """Compiles `ql.ragged_dot` or its gradient; yields temporary bytes and kernels."""
     put = on_one(chip)
-    shape = lambda *dims, dtype: put(jax.ShapeDtypeStruct(dims, dtype))
-    quantize = lambda w: ql.quantize(w, double_quant=False)
+
+    def shape(*dims, dtype):
+        return put(jax.ShapeDtypeStruct(dims, dtype))
+
+    def quantize(w):
+        return ql.quantize(w, double_quant=False)
+
     for rows, k, n, dtype, transpose, pick in RAGGED:
         w = jax.ShapeDtypeStruct((*(3,) * pick, EXPERTS, k, n), dtype)
         q = put(jax.eval_shape(quantize, w))
@@ -167,7 +188,10 @@ def compile_ragged(chip):
 
         def run(x, q, sizes, g, transpose=transpose, layer=1 if pick else None):
             backend = f"pallas_tpu_{chip}"
-            dot = lambda x: ql.ragged_dot(x, q, sizes, layer=layer, backend=backend)
+
+            def dot(x):
+                return ql.ragged_dot(x, q, sizes, layer=layer, backend=backend)
+
             return jax.vjp(dot, x)[1](g)[0] if transpose else dot(x)
 
         compiled = jax.jit(run).lower(x, q, sizes, g).compile()

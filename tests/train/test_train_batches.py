@@ -63,7 +63,10 @@ def test_data_sets_are_mixed_by_weights(packing):
     settings = dict(batch_size=10, max_length=64, seed=0, packing=packing, mix=mix)
     iterator, found = batches(rows, **settings), []
     of = {ids: i for i, (ids, _) in enumerate(expected(rows))}
-    part = lambda ids: int(np.searchsorted([30, 39], of[ids], side="right"))
+
+    def part(ids):
+        return int(np.searchsorted([30, 39], of[ids], side="right"))
+
     for _ in range(80):  # 800 rows: two periods, in which shares are whole
         batch = next(iterator)
         first = zip(batch.ids, batch.segment_ids == 1, strict=True)
@@ -114,11 +117,16 @@ def test_packing_is_best_fit_decreasing(lengths, capacity):
 def test_widths_are_few_and_the_best_ones(lengths):
     widths, lengths = choose_widths(np.array(lengths)), np.array(lengths)
     rounded = sorted({-(-n // 8) * 8 for n in lengths.tolist()})
-    padded = lambda widths: sum(min(w for w in widths if w >= n) for n in lengths)
-    least = lambda k: min(
-        padded([*chosen, rounded[-1]])
-        for chosen in itertools.combinations(rounded[:-1], k - 1)
-    )
+
+    def padded(widths):
+        return sum(min(w for w in widths if w >= n) for n in lengths)
+
+    def least(k):
+        return min(
+            padded([*chosen, rounded[-1]])
+            for chosen in itertools.combinations(rounded[:-1], k - 1)
+        )
+
     assert {*widths.tolist()} <= {*rounded}
     assert padded(widths.tolist()) == least(len(widths))
     # No more than are needed.

@@ -53,7 +53,10 @@ def read_raw(folder, tmp_path, *rows, **settings):
 
 def trained(folder, row):
     """The text of a row, and of each run of trained tokens."""
-    decode = lambda ids: open_tokenizer(folder).decode(ids, skip_special_tokens=False)
+
+    def decode(ids):
+        return open_tokenizer(folder).decode(ids, skip_special_tokens=False)
+
     is_trained = row.labels != -100
     assert np.array_equal(row.labels[is_trained], row.ids[is_trained])
     cuts = np.flatnonzero(np.diff(is_trained.astype(int))) + 1
@@ -253,7 +256,10 @@ def test_nothing_is_left_of_the_copy_of_a_stream(folder, tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_no_damage_of_the_file(folder, tmp_path, monkeypatch):
     path = zipped(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
-    full = lambda: (os.open("/dev/full", os.O_RDWR), str(tmp_path / "copy"))
+
+    def full():
+        return (os.open("/dev/full", os.O_RDWR), str(tmp_path / "copy"))
+
     monkeypatch.setattr(tempfile, "mkstemp", full)
     with pytest.raises(OSError, match="No space left"):
         read(folder, path, stream=True)
@@ -301,7 +307,10 @@ def test_the_pieces_of_a_text_are_split_too(plain, tmp_path):
     found = [len(data.train), len(data.valid)]
     assert abs(found[1] - sum(found) / 4) < 1
     whole = read(plain, tmp_path / "d.txt", max_length=8).train
-    tokens = lambda rows: sorted(row.ids.tolist() for row in rows)
+
+    def tokens(rows):
+        return sorted(row.ids.tolist() for row in rows)
+
     assert tokens([*data.train, *data.valid]) == tokens(whole)
 
 

@@ -80,13 +80,18 @@ def start(optimizer):
 def test_adapters_that_train_together_train_as_alone(name):
     rates = 0.1, 0.02, 0.3
     optimizers = [train.make_optimizer(name, rate, weight_decay=0.01) for rate in rates]
-    noisy = lambda lora, base, batch, key: loss(
-        {"w": lora["w"] + 0.1 * jax.random.normal(key, (5,))}, base, batch, key
-    )
-    begin = lambda: [
-        train.State.create({"w": jnp.full(5, 0.1 * i)}, x, seed=i)
-        for i, x in enumerate(optimizers)
-    ]
+
+    def noisy(lora, base, batch, key):
+        return loss(
+            {"w": lora["w"] + 0.1 * jax.random.normal(key, (5,))}, base, batch, key
+        )
+
+    def begin():
+        return [
+            train.State.create({"w": jnp.full(5, 0.1 * i)}, x, seed=i)
+            for i, x in enumerate(optimizers)
+        ]
+
     together = train.make_joint_step(noisy, optimizers)
     states, alone = begin(), begin()
     for number in range(3):
@@ -216,7 +221,9 @@ def test_a_step_with_nan_is_named_and_nothing_of_it_saved(tmp_path):
 
 
 def test_each_step_and_each_batch_of_it_draws_anew():
-    draw = lambda lora, _, batch, key: (jax.random.uniform(key) + 0 * lora["w"][0], 1.0)
+    def draw(lora, _, batch, key):
+        return (jax.random.uniform(key) + 0 * lora["w"][0], 1.0)
+
     step, drawn = train.make_step(draw, OPTIMIZER), []
     for batches in (1, 2):
         state = start(OPTIMIZER)
@@ -287,7 +294,10 @@ def test_a_split_state_in_host_memory_is_restored(tmp_path, name):
     lora = spread(lora, make_mesh("Auto"), *spec)
     optimizer = train.make_optimizer(name, 0.1, offload=True)
     state = train.State.create(lora, optimizer, seed=0)
-    ones = lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
+
+    def ones(x):
+        return jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
+
     filled = state._replace(opt_state=jax.tree.map(ones, state.opt_state))
     with train.Checkpoints(tmp_path) as states:
         states.save(filled, {})
@@ -344,7 +354,10 @@ def test_steps_that_compile_are_marked(tmp_path):
 
     step = train.make_step(counted, OPTIMIZER)
     loop = train.Loop(12, lambda step: 0.1, accumulation=2)
-    watch = lambda row: steps.append((row.get("is_compiled", False), len(traced)))
+
+    def watch(row):
+        return steps.append((row.get("is_compiled", False), len(traced)))
+
     fit(tmp_path, loop, step, start(OPTIMIZER), Widths(), watch=watch)
     counts = np.diff([0] + [count for _, count in steps])
     assert [is_compiled for is_compiled, _ in steps] == [x > 0 for x in counts]
@@ -387,7 +400,10 @@ def test_progress_is_shown_with_the_validation_loss(
 
     settings = dict(eval_every=eval_every, log_every=log_every)
     loop = train.Loop(18, lambda step: 0.1, **settings)
-    watch = lambda row: numbers.append(row["step"])
+
+    def watch(row):
+        return numbers.append(row["step"])
+
     options = dict(evaluate=evaluate, watch=watch)
     fit(tmp_path, loop, STEP, start(OPTIMIZER), Data(), **options)
     assert numbers == [*watched]

@@ -41,7 +41,10 @@ def as_csv(rows):
     file = io.StringIO()
     writer = csv.DictWriter(file, [*rows[0]])
     writer.writeheader()
-    text = lambda x: x if isinstance(x, str) else json.dumps(x)
+
+    def text(x):
+        return x if isinstance(x, str) else json.dumps(x)
+
     writer.writerows({key: text(x) for key, x in row.items()} for row in rows)
     return file.getvalue()
 

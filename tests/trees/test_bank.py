@@ -94,12 +94,18 @@ def test_a_bank_on_a_mesh(kind):
     rules = {"up/kernel": P("fsdp", "tensor"), "down/kernel": P("tensor", "fsdp")}
     rules |= {"stack/kernel": P(None, "fsdp", "tensor")}
     base, loras = trees()
-    place = lambda lora: ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
+
+    def place(lora):
+        return ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
+
     bank = ql.bank([place(lora)[1] for lora in loras])
     a = bank.lora["up"]["kernel"].a
     assert tuple(a.sharding.spec)[:2] == (None, ("fsdp", "tensor"))
     put = jax.device_put(x, jax.NamedSharding(mesh, P("fsdp")))
-    loss = lambda lora, base, x: sum_of_squares(bank, base, IDS, x)(lora)
+
+    def loss(lora, base, x):
+        return sum_of_squares(bank, base, IDS, x)(lora)
+
     with jax.set_mesh(mesh):
         got = jax.jit(jax.value_and_grad(loss))(bank.lora, place(loras[0])[0], put)
     bank = ql.bank(loras)
@@ -162,7 +168,10 @@ def test_each_adapter_may_have_an_optimizer_of_its_own():
     for place, rate in enumerate([1e-3, 1e-2]):
         alone, own = loras[0], optax.adamw(rate)
         state = own.init(alone)
-        loss = lambda lora: jnp.sum(forward(base, lora, x[:2]) ** 2)
+
+        def loss(lora):
+            return jnp.sum(forward(base, lora, x[:2]) ** 2)
+
         for _ in range(2):
             updates, state = own.update(jax.jit(jax.grad(loss))(alone), state, alone)
             alone = optax.apply_updates(alone, updates)
@@ -199,7 +208,10 @@ def test_models_of_flax_take_chosen_adapters(use_dora):
 def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
     """At 6.0 MB an adapter (MaxText 5129 reports 1,194 MB for one of 6.1)."""
     config = ql.QLoRAConfig(rank=16)
-    params = lambda: {"kernel": jnp.zeros((23, 2048, 2048), jnp.bfloat16)}
+
+    def params():
+        return {"kernel": jnp.zeros((23, 2048, 2048), jnp.bfloat16)}
+
     base, lora = jax.eval_shape(lambda: ql.init(jax.random.key(0), params(), config))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lora))
     assert size == 23 * 2 * 2048 * 16 * 4
@@ -207,19 +219,29 @@ def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
     assert bank.nbytes == 8 * (size + 23 * 4)
 
     def forward(base, lora, x):
-        layer = lambda x, args: (ql.apply(*args, x), None)
+        def layer(x, args):
+            return (ql.apply(*args, x), None)
+
         return jax.lax.scan(layer, x, (base["kernel"], lora["kernel"]))[0]
 
-    run = lambda base, bank, ids, x: forward(base, ql.select(bank, ids), x)
+    def run(base, bank, ids, x):
+        return forward(base, ql.select(bank, ids), x)
+
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)
     x = jax.ShapeDtypeStruct((8, 1, 2048), jnp.float32)
     one = jax.jit(forward).lower(base, lora, x).compile()
     several = jax.jit(run).lower(base, bank, ids, x).compile()
-    loops = lambda program: program.as_text().count(" while(")
+
+    def loops(program):
+        return program.as_text().count(" while(")
+
     assert loops(several) == loops(one) > 0
-    more = lambda name: (
-        getattr(several.memory_analysis(), name) - getattr(one.memory_analysis(), name)
-    )
+
+    def more(name):
+        return getattr(several.memory_analysis(), name) - getattr(
+            one.memory_analysis(), name
+        )
+
     assert more("argument_size_in_bytes") == bank.nbytes - size + 8 * 4
     # A transposed copy, [layers, 8, ...], and A and B of each row of one layer.
     assert more("temp_size_in_bytes") < 1.4 * bank.nbytes
@@ -237,7 +259,10 @@ def test_gradients_keep_no_adapters_of_rows(use_dora):
 
     def loss(tree, base, bank, ids, x):
         chosen = ql.select(dataclasses.replace(bank, lora=tree), ids)
-        layer = lambda x, args: (jnp.tanh(ql.apply(*args, x)), None)
+
+        def layer(x, args):
+            return (jnp.tanh(ql.apply(*args, x)), None)
+
         return jnp.sum(jax.lax.scan(layer, x, (base["kernel"], chosen["kernel"]))[0])
 
     ids = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
@@ -293,7 +318,10 @@ def test_what_does_not_fit_is_refused():
     bank = ql.bank([two, two], capacity=3)
     half = ql.bank([jax.tree.map(lambda x: x.astype(jnp.bfloat16), two)])
     other = {"up": {"kernel": one["down"]["kernel"]}}
-    choose = lambda *ids: ql.select(bank, np.array(ids))
+
+    def choose(*ids):
+        return ql.select(bank, np.array(ids))
+
     for call, words in (
         (lambda: ql.bank([one, two], capacity=1), "and at most `capacity`. Got 2"),
         (lambda: ql.bank([one, other]), "up/kernel, adapter 1: it must be a lora"),

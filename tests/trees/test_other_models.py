@@ -131,14 +131,21 @@ class TestFloatKernels:
         layers, size = 8, 256
         base, lora = trees_of({"kernel": normal(0, (layers, size, size))}, rank=2)
         x = normal(1, (4, size))
-        layer = lambda params, x: jnp.tanh(x @ params["kernel"])
+
+        def layer(params, x):
+            return jnp.tanh(x @ params["kernel"])
+
         run = ql.with_float_kernels(layer)
 
         def loss(call, lora, x):
-            step = lambda x, both: (call(*both, x), None)
+            def step(x, both):
+                return (call(*both, x), None)
+
             return jnp.sum(jax.lax.scan(step, x, (base, lora))[0])
 
-        plain = lambda base, lora, x: layer(ql.merge(base, lora), x)
+        def plain(base, lora, x):
+            return layer(ql.merge(base, lora), x)
+
         grads, temporaries = [], []
         for call in (run, plain):
             grad = jax.jit(jax.grad(functools.partial(loss, call), argnums=(0, 1)))

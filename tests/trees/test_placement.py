@@ -23,7 +23,9 @@ RULES = {
 
 
 def trees():
-    array = lambda *shape: normal(len(shape), shape, scale=1 / 8)
+    def array(*shape):
+        return normal(len(shape), shape, scale=1 / 8)
+
     params = {
         "up": {"kernel": array(64, 128), "bias": array(128)},
         "down": {"kernel": array(128, 64)},
@@ -39,8 +41,13 @@ def input_of(*lead):
 
 def leaf_specs(tree):
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    text = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    spec = lambda a: tuple(a.sharding.spec) + (None,) * (a.ndim - len(a.sharding.spec))
+
+    def text(path):
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    def spec(a):
+        return tuple(a.sharding.spec) + (None,) * (a.ndim - len(a.sharding.spec))
+
     return {text(path): spec(leaf) for path, leaf in flat}
 
 
@@ -64,7 +71,10 @@ def test_where_the_leaves_are(mesh):
 
 def test_inside_jit_and_on_shapes(mesh):
     base, lora = trees()
-    place = lambda base, lora: ql.sharding.place(base, lora, mesh, RULES)
+
+    def place(base, lora):
+        return ql.sharding.place(base, lora, mesh, RULES)
+
     want = place(base, lora)
     with jax.set_mesh(mesh):
         got = jax.jit(place)(base, lora)
@@ -80,7 +90,10 @@ def test_inside_jit_and_on_shapes(mesh):
 def test_specs_from_boxes_and_trees(mesh):
     """Models in boxes: tests/integrations/test_boxes.py."""
     base, lora = ({k: tree[k] for k in ("up", "down")} for tree in trees())
-    of = lambda cls, *names: cls(jnp.zeros(1), names)
+
+    def of(cls, *names):
+        return cls(jnp.zeros(1), names)
+
     up = {"kernel": of(nn.Partitioned, "a", "b")}
     up["bias"] = of(nn.Partitioned, "b")
     boxed = {"up": up, "down": {"kernel": of(nn.LogicallyPartitioned, "mlp", "embed")}}
@@ -88,9 +101,10 @@ def test_specs_from_boxes_and_trees(mesh):
         "up": {"kernel": P("a", "b"), "bias": P("b")},
         "down": {"kernel": P("b", "a")},
     }
-    place = lambda specs, **names: ql.sharding.place(
-        base, lora, mesh, specs=specs, rows=["a"], **names
-    )
+
+    def place(specs, **names):
+        return ql.sharding.place(base, lora, mesh, specs=specs, rows=["a"], **names)
+
     by_boxes = place(boxed, logical_axes={"mlp": "b", "embed": "a"})
     assert leaf_specs(by_boxes) == leaf_specs(place(specs))
 
@@ -114,7 +128,10 @@ def test_auto_axes_and_inputs_without_a_sharding():
     mesh = make_mesh("Auto")
     base, lora = trees()
     x = input_of()
-    run = lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2)
+
+    def run(x):
+        return jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2)
+
     want = jax.grad(run)(x)
     with jax.set_mesh(mesh):
         got = jax.jit(jax.grad(run))(x)
@@ -178,7 +195,9 @@ def test_an_nnx_model(mesh):
     model = ql.nnx.wrap(Model(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
     x = input_of()
 
-    loss = lambda model, x: jnp.mean(model(x) ** 2)
+    def loss(model, x):
+        return jnp.mean(model(x) ** 2)
+
     grad = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)))
     want = model(x), grad(model, x)
     names = {"embed": "a", "mlp": "b"}

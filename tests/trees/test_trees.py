@@ -136,9 +136,14 @@ class TestInit:
         """Kernels alone are freed, one by one, though the caller holds the tree."""
         config = ql.QLoRAConfig(rank=4)
         tree = params()
-        run = lambda: ql.quantize(tree, config, donate=True)
+
+        def run():
+            return ql.quantize(tree, config, donate=True)
+
         if function == "init":
-            run = lambda: ql.init(KEY, tree, config, donate=True)[0]
+
+            def run():
+                return ql.init(KEY, tree, config, donate=True)[0]
         elif function != "quantize":
             tree = ql.quantize(tree, ql.QLoRAConfig(freeze_base=False))
         want = jax.tree.leaves(ql.quantize(tree, config))
@@ -146,9 +151,10 @@ class TestInit:
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]
         sizes = [x.nbytes for x in leaves]
         smallest = min(sizes)  # adapters are smaller
-        floats = lambda: sum(
-            x.nbytes for x in jax.live_arrays() if x.nbytes >= smallest
-        )
+
+        def floats():
+            return sum(x.nbytes for x in jax.live_arrays() if x.nbytes >= smallest)
+
         gc.collect()  # arrays in cycles, of earlier tests
         seen, started = [], floats()
         pack = quantize_module.quantize_checked
@@ -198,7 +204,10 @@ class TestInit:
 
     def test_each_weight_is_checked_once(self, monkeypatch):
         calls: list = []
-        check = lambda w, limit: calls.append(w.shape) or True
+
+        def check(w, limit):
+            return calls.append(w.shape) or True
+
         monkeypatch.setattr(kernel_module, "all_below", check)
         init()
         assert calls == [(64, 24), (64, 24), (3, 64, 32)]
@@ -213,7 +222,10 @@ class TestInit:
     def test_weights_that_a_trace_closes_over(self):
         """The idiom for restoring a checkpoint."""
         tree = params()
-        run = lambda: init(tree, donate=True, rank=4)
+
+        def run():
+            return init(tree, donate=True, rank=4)
+
         shapes = jax.eval_shape(run)
         base, lora = jax.jit(run)()
         assert not any(is_deleted(tree))
@@ -279,7 +291,10 @@ class TestInit:
         base, lora = init(rank=4)
         kernel, adapter = base["stack"]["kernel"], lora["stack"]["kernel"]
         x = jnp.ones((3, 2, 64))
-        of_float = lambda a: ql.apply(jnp.ones(kernel.shape), a, x)
+
+        def of_float(a):
+            return ql.apply(jnp.ones(kernel.shape), a, x)
+
         for run, at in (
             (lambda a: ql.apply(kernel, a, x), adapter),
             (of_float, adapter),
@@ -342,7 +357,10 @@ class TestInit:
     def test_adapters_larger_than_their_kernels_are_refused(self):
         tree = {"head": {"kernel": jnp.ones((64, 1))}, **params()}
         shape = "head/kernel: shape (64, 1) with axes 'kn' (b batch, k contracted, n ou"
-        refuse = lambda: init(tree, donate=True)
+
+        def refuse():
+            return init(tree, donate=True)
+
         assert "stack" not in refusal(refuse, "larger than their kernels", shape)
         heads = {"o": {"kernel": jnp.ones((8, 8, 64))}}
         match = r"o/kernel: shape .* is \[8, 64\] in matr"
@@ -403,7 +421,10 @@ class TestFunctions:
     def test_apply_drops_out_only_with_a_key(self):
         base, lora = trees(rank=4, dropout=0.5)
         layer, adapter = base["layers"][0]["q_proj"], lora["layers"]["0"]["q_proj"]
-        run = lambda key: ql.apply(layer, adapter, jnp.ones((3, 64)), dropout_key=key)
+
+        def run(key):
+            return ql.apply(layer, adapter, jnp.ones((3, 64)), dropout_key=key)
+
         off, on = run(None), run(jax.random.key(0))
         assert not np.allclose(on, off)
         np.testing.assert_array_equal(run(jax.random.PRNGKey(0)), on)
@@ -440,7 +461,10 @@ class TestFunctions:
         base, lora = init(rank=2)
         lora["layers"] = jax.tree.map(lambda x: x * jnp.nan, lora["layers"])
         words = [f"{path}: weights must be finite" for path in KERNELS[:2]]
-        run = lambda: ql.merge(base, lora, requantize=True)
+
+        def run():
+            return ql.merge(base, lora, requantize=True)
+
         assert "stack" not in refusal(run, "cannot be packed", *words)
 
     @pytest.mark.slow
@@ -449,7 +473,10 @@ class TestFunctions:
         del lora["layers"]
         with pytest.warns(UserWarning, match="requantizing moved"):
             packed = ql.merge(base, lora, requantize=True)
-        codes = lambda w: ql.quantize(w, "int4").codes
+
+        def codes(w):
+            return ql.quantize(w, "int4").codes
+
         merged = ql.merge(base, lora)["stack"]["kernel"]
         np.testing.assert_array_equal(packed["stack"]["kernel"].codes, codes(merged))
         first = params()["layers"][0]["q_proj"]["kernel"]
@@ -576,7 +603,10 @@ class TestOneTree:
         tree = ql.combine(base, lora)
         labels, mask = ql.lora_labels(tree), ql.lora_mask(tree)
         assert jax.tree.structure(labels) == jax.tree.structure(tree)
-        count = lambda tree, value: sum(x == value for x in jax.tree.leaves(tree))
+
+        def count(tree, value):
+            return sum(x == value for x in jax.tree.leaves(tree))
+
         assert count(labels, "lora") == len(jax.tree.leaves(lora)) == count(mask, True)
         assert count(labels, "frozen") == len(jax.tree.leaves(base))
         kernel = labels["stack"]["kernel"]
@@ -610,7 +640,10 @@ class TestStraightThrough:
     def test_the_gradient_passes_the_quantizer_in_the_kernels_dtype(self, dtype):
         base = ql.quantize(params(dtype), self.config)["stack"]
         x = jnp.broadcast_to(jnp.arange(64.0) / 64, (3, 2, 64))
-        loss = lambda base: jnp.sum(ql.apply(base, None, x))
+
+        def loss(base):
+            return jnp.sum(ql.apply(base, None, x))
+
         got = jax.grad(loss)(base)["kernel"].kernel
         assert got.dtype == dtype
         want = np.broadcast_to(2 * np.arange(64)[:, None] / 64, (3, 64, 32))
@@ -622,7 +655,10 @@ class TestStraightThrough:
         settings = "Packing(fmt={!r}, block_size={}, double_quant=True)".format
         both = f"{settings('nf4', 64)}; the config has {settings('int4', 32)}"
         words = [f"{path}: it is trained through" for path in KERNELS[:2]]
-        run = lambda: ql.quantize(base, config, donate=True)
+
+        def run():
+            return ql.quantize(base, config, donate=True)
+
         assert "stack" not in refusal(run, TARGETS, both, *words)
 
     @pytest.mark.slow
@@ -659,7 +695,10 @@ class TestSettingsOfJAX:
         base, lora = trees(params(dtype), rank=2, freeze_base=freeze_base)
         layer, adapter = ql.dequantize(base)["stack"], lora["stack"]
         wide = ql.dequantize(base, jnp.float32)["stack"]
-        loss = lambda x, layer: jnp.sum(ql.apply(layer, adapter, x))
+
+        def loss(x, layer):
+            return jnp.sum(ql.apply(layer, adapter, x))
+
         run = jax.value_and_grad(loss)
         found = [
             run(jnp.ones((3, 2, 64), x), kind)
@@ -694,7 +733,10 @@ class TestSummary:
         tree = params()
         base, lora = init(tree, rank=4)
         summary = ql.summary(base, lora)
-        bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+
+        def bytes_of(tree):
+            return sum(x.nbytes for x in jax.tree.leaves(tree))
+
         assert summary.float_bytes == bytes_of(tree)
         assert summary.base_bytes == bytes_of(base)
         assert summary.lora_bytes == bytes_of(lora)

@@ -43,7 +43,10 @@ def ties(fmt: str) -> np.ndarray:
     """
     bounds = ops._get_4bit_quantize_bounds(fmt, torch.device("cpu"))[0].numpy()
     tiny = np.float32(1e-20)
-    beside = lambda s: np.where(bounds == 0, s * tiny, np.nextafter(bounds, s))
+
+    def beside(s):
+        return np.where(bounds == 0, s * tiny, np.nextafter(bounds, s))
+
     around = map(beside, np.float32([-2, 2]))
     edge = np.concatenate([bounds, *around, [0.0, -0.0, 1.0]]).astype(np.float32)
     edge = np.resize(edge, 64)

@@ -36,7 +36,10 @@ def run(case: dict, dtype: torch.dtype) -> dict[str, np.ndarray]:
     """Returns forward, gradients and merged weight of one case."""
     rng = np.random.default_rng(case["seed"])
     shapes = ((ROWS, K), (N, K), (case["rank"], K), (N, case["rank"]))
-    draw = lambda shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+    def draw(shape):
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
     x, w, a, b = map(draw, shapes)
     linear = torch.nn.Linear(K, N, bias=False, dtype=dtype)
     linear.weight.data.copy_(w)
