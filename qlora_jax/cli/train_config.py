@@ -79,7 +79,7 @@ class TrainConfig:
         eval_examples: Number of validation prompts that the model answers in an
             evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Prompts that are answered at the same time.
-        max_new_tokens: Maximum tokens of an answer; by default the longest right + 16.
+        max_new_tokens: Maximum tokens of an answer; by default the longest answer + 16.
         samples: Number of answers to print.
         keep_best: Whether to write the adapter of the step with the lowest validation
             loss, instead of the last one. Each evaluation then covers all rows.
@@ -102,7 +102,7 @@ class TrainConfig:
         train_on: Target tokens of rows with prompts or messages: completions; last, the
             assistant's last message only; or all. With all, the cross entropy of orpo
             includes prompts, as in TRL.
-        keys: Other names of the rows' keys: the name here to the name in the file.
+        keys: Mapping from the expected names of the rows' keys to those in the file.
         chat: Whether prompts and completions become messages, if the model has a chat
             template.
         template: File with a chat template that replaces the model's.
