@@ -247,7 +247,8 @@ class _Source:
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
             both = ", both answers of a pair together" * bool(rows[0].rejected)
             raise ValueError(
-                f"rows must have at most {max_length} tokens{both * packing}. Got {long}."
+                f"rows must have at most {max_length} tokens{both * packing}. Got "
+                f"{long}."
             )
         if packing and _is_labelled(rows[0]):
             raise ValueError("`packing` must be false for answers with a label.")
@@ -259,14 +260,7 @@ class _Source:
             )
         self.rows, self.batch_size = rows, batch_size
         # 1. The order of the rows, or packs of rows, of each data set.
-        orders: list[ordering.ShuffledOrder | ordering.PackedOrder] = []
-        bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
-        for order_seed, (first, last) in enumerate(bounds, seed):
-            part = lengths[first:last]
-            if packing:
-                orders.append(ordering.PackedOrder(part, max_length, order_seed, first))
-            else:
-                orders.append(ordering.ShuffledOrder(len(part), order_seed, first))
+        orders = _make_orders(lengths, counts, seed, max_length if packing else None)
         # 2. The mixture of these orders. `count` is the number of its entries, until
         # the data set that ends first would start again.
         epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
@@ -302,6 +296,21 @@ class _Source:
             entries = [self.order[i] for i in range(start, stop)]
         groups = [[self.rows[i] for i in entry] for entry in entries]
         return self.layout.collate(groups, self.batch_size)
+
+
+def _make_orders(
+    lengths: np.ndarray, counts: Sequence[int], seed: int, capacity: int | None
+) -> list[ordering.ShuffledOrder | ordering.PackedOrder]:
+    # Each data set is shuffled by itself: its order does not depend on the others.
+    orders = []
+    bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
+    for order_seed, (first, last) in enumerate(bounds, seed):
+        part = lengths[first:last]
+        if capacity is None:
+            orders.append(ordering.ShuffledOrder(len(part), order_seed, first))
+        else:
+            orders.append(ordering.PackedOrder(part, capacity, order_seed, first))
+    return orders
 
 
 def collate(
