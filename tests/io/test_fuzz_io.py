@@ -393,7 +393,7 @@ def read_model_config(files: Files, rng: random.Random):
     for _ in range(rng.randint(1, 3)):
         raw = change_json(rng, raw)
     with refusals("must"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "These keys of config.json are not known")
+        warnings.filterwarnings("ignore", "These keys of config.json are unknown")
         hash(config_from_hf(raw)) if isinstance(raw, dict) else None
 
 
