@@ -16,7 +16,7 @@ from qlora_jax.cli import checking
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two formats, and no step."""
+    """Checks only two formats, and replaces the training step by a fixed result."""
     monkeypatch.setattr(checking, "FORMATS", ["nf4", "mxfp4"])
     monkeypatch.setitem(checking._TIMED_SHAPES, "cpu", (64, 128))
     step = {"loss": 5.0, "cpu": None, "is_right": True, "tokens_per_s": 900.0}
@@ -40,9 +40,9 @@ def test_a_right_device_passes(small, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_step_is_compared_with_the_cpu(monkeypatch):
-    """With itself here, as if the CPU were another device."""
-    other = contextlib.nullcontext(True)
-    monkeypatch.setattr(checking, "on_cpu", lambda: other)
+    """The test device is a CPU itself, and is treated as if it were another device."""
+    null_context = contextlib.nullcontext(True)
+    monkeypatch.setattr(checking, "on_cpu", lambda: null_context)
     step = checking.check_step(1)
     assert step["is_right"] and step["cpu"] == step["loss"]
     assert step["loss"] == pytest.approx(np.log(512), rel=0.1)  # random weights
@@ -60,12 +60,12 @@ def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
         "rounded": lambda y: y.astype("bfloat16").astype(y.dtype),
         "not finite": lambda y: y * np.inf,
     }
-    right = ql.matmul
+    exact_matmul = ql.matmul
 
-    def wrong(*args, **settings):
-        return faults[fault](right(*args, **settings))
+    def faulty_matmul(*args, **settings):
+        return faults[fault](exact_matmul(*args, **settings))
 
-    monkeypatch.setattr(ql, "matmul", wrong)
+    monkeypatch.setattr(ql, "matmul", faulty_matmul)
     checking._compute_products.clear_cache()
     file = tmp_path / "report.json"
     status, out, _ = commands.run(capsys, "check", "--out", file)
@@ -73,18 +73,18 @@ def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
     assert status == 1 and "wrong: {'format': 'nf4'" in out
     products = json.loads(file.read_text())["products"]
     missed = [x for x in products if x["is_right"]]
-    # Results in bfloat16 are rounded anyway.
+    # Products in bfloat16 are rounded even without the fault.
     assert not [x for x in missed if (fault, x["dtype"]) != ("rounded", "bfloat16")]
 
 
-def test_weights_that_decode_otherwise_are_found(small, monkeypatch, capsys):
-    right, calls = ql.dequantize, []
+def test_weights_that_decode_differently_are_found(small, monkeypatch, capsys):
+    exact_dequantize, calls = ql.dequantize, []
 
-    def wrong(q):
+    def faulty_dequantize(q):
         calls.append(q)
-        w = right(q)
+        w = exact_dequantize(q)
         return w if len(calls) % 2 else w.at[3, 5].add(w[3, 5] / 64)
 
-    monkeypatch.setattr(ql, "dequantize", wrong)
+    monkeypatch.setattr(ql, "dequantize", faulty_dequantize)
     status, out, _ = commands.run(capsys, "check")
     assert status == 1 and "'decodes_exactly': False" in out

@@ -1,4 +1,4 @@
-"""The command line: its results, its exit status, what it prints where."""
+"""The command line: its results, its exit status, its stdout and stderr."""
 
 import json
 import os
@@ -39,7 +39,7 @@ SCORE, RUN = ["score", "--model=m", "--data=d"], ["--run=r", "--out=o"]
 
 
 def run(capsys, *arguments):
-    """Runs a command in this process: its status, its JSON, its errors."""
+    """Runs a command with `--json`; returns its status, its JSON and its stderr."""
     status, out, err = run_command(capsys, *arguments, "--json")
     return status, json.loads(out) if out else None, err
 
@@ -60,7 +60,7 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def adapter(folder):
-    """An adapter of PEFT; returns its folder and its factors with their scalings."""
+    """The folder of a PEFT adapter, and (A, B, scaling) of each of its modules."""
     path, tensors = folder.parent / "adapter", tensors_of(folder)
     shapes = {name.removesuffix(".weight"): x.shape for name, x in tensors.items()}
     shapes = {name: shape for name, shape in shapes.items() if name.endswith(MODULES)}
@@ -75,10 +75,10 @@ def adapter(folder):
 
 
 def merged_by_hand(folder, factors):
-    wanted = tensors_of(folder)
+    tensors = tensors_of(folder)
     for module, (a, b, scaling) in factors.items():
-        wanted[f"{module}.weight"] += scaling * b @ a
-    return wanted
+        tensors[f"{module}.weight"] += scaling * b @ a
+    return tensors
 
 
 def test_score_is_the_mean_of_the_tokens_that_count(capsys, tmp_path):
@@ -93,16 +93,16 @@ def test_score_is_the_mean_of_the_tokens_that_count(capsys, tmp_path):
     counts[0] = labels[0, 1:] != -100
     data = [{"input_ids": row.tolist(), "text": "not read"} for row in tokens]
     data[0]["labels"] = labels[0].tolist()
-    # Two short rows and one without a token that counts are computed as one.
+    # Two short rows and one without target tokens share a batch.
     data += [{"input_ids": tokens[0, :9].tolist()}, {"input_ids": [3]}]
     data += [{"input_ids": tokens[1, :7].tolist()}]
-    wanted = np.concatenate([losses[counts], losses[0, :8], losses[1, :6]])
+    target_losses = np.concatenate([losses[counts], losses[0, :8], losses[1, :6]])
     rows = write_rows(tmp_path / "d.jsonl", data)
     options = ("--model", GOLDEN, "--data", rows, "--batch-tokens=17")
-    status, found, err = run(capsys, "score", *options)
-    assert status == 0 and found["tokens"] == len(wanted)
-    assert_close(found["loss"], wanted.mean())
-    assert found["rows"] == len(data) and "scoring" not in err
+    status, score, err = run(capsys, "score", *options)
+    assert status == 0 and score["tokens"] == len(target_losses)
+    assert_close(score["loss"], target_losses.mean())
+    assert score["rows"] == len(data) and "scoring" not in err
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_text_is_tokenized(capsys, folder, rows, tmp_path):
 
 
 def test_an_adapter_of_the_head_is_scored(capsys, folder, rows, tmp_path):
-    """As the model whose head has the product added by NumPy."""
+    """The reference model has B A added to its head by NumPy."""
     head = tensors_of(folder)["lm_head.weight"]
     factors = draw_peft(
         tmp_path / "adapter", {"lm_head": head.shape}, target_modules=["lm_head"]
@@ -125,15 +125,22 @@ def test_an_adapter_of_the_head_is_scored(capsys, folder, rows, tmp_path):
     tensors = tensors_of(folder) | {"lm_head.weight": head + 2 * b @ a}
     ql.io.write_safetensors(merged / "model.safetensors", tensors)
     score = ("score", "--data", rows, "--model")
-    status, found, _ = run(capsys, *score, folder, "--adapter", tmp_path / "adapter")
-    wanted = run(capsys, *score, merged)[1]
-    assert status == 0 and found["tokens"] == wanted["tokens"]
-    assert relative_error(found["loss"], wanted["loss"]) < rounding(head.shape[1])
-    assert relative_error(found["loss"], run(capsys, *score, folder)[1]["loss"]) > 1e-2
+    status, adapted_score, _ = run(
+        capsys, *score, folder, "--adapter", tmp_path / "adapter"
+    )
+    merged_score = run(capsys, *score, merged)[1]
+    assert status == 0 and adapted_score["tokens"] == merged_score["tokens"]
+    assert relative_error(adapted_score["loss"], merged_score["loss"]) < rounding(
+        head.shape[1]
+    )
+    assert (
+        relative_error(adapted_score["loss"], run(capsys, *score, folder)[1]["loss"])
+        > 1e-2
+    )
 
 
 def tokens_of(rows):
-    """All but the first of each row."""
+    """Counts the target tokens: all but the first of each row."""
     lines = rows.read_text().splitlines()
     return sum(len(json.loads(line)["input_ids"]) - 1 for line in lines)
 
@@ -148,23 +155,23 @@ def test_adapters_are_scored_merged_and_exported(
     _, adapted, _ = run(capsys, "score", *model, "--data", rows)
     assert abs(bare["loss"] - adapted["loss"]) > 0.01
     shutil.copytree(path, tmp_path / "again")
-    several = "--adapter", json.dumps([str(path), str(tmp_path / "again")])
-    found = run(capsys, "score", "--model", folder, *several, "--data", rows)[1]
-    for score in found["scores"].values():
+    both_adapters = "--adapter", json.dumps([str(path), str(tmp_path / "again")])
+    scored = run(capsys, "score", "--model", folder, *both_adapters, "--data", rows)[1]
+    for score in scored["scores"].values():
         assert_close(score["loss"], adapted["loss"])
 
-    asked, out = [], ("--format=merged", "--out", tmp_path / "merged")
+    pushes, out = [], ("--format=merged", "--out", tmp_path / "merged")
 
-    def pushed(*given):
-        return asked.append((*given, (tmp_path / "merged").exists()))
+    def record_push(*arguments):
+        return pushes.append((*arguments, (tmp_path / "merged").exists()))
 
-    monkeypatch.setattr("qlora_jax.cli.writing.push", pushed)
+    monkeypatch.setattr("qlora_jax.cli.writing.push", record_push)
     status, written, _ = run(capsys, "export", *model, *out, "--push-to-hub=a/b")
     assert (status, written["format"]) == (0, "merged")
-    assert asked == [("a/b", False), ("a/b", tmp_path / "merged", True)]
+    assert pushes == [("a/b", False), ("a/b", tmp_path / "merged", True)]
     merged = tensors_of(tmp_path / "merged")
-    wanted = merged_by_hand(folder, factors)
-    assert_close(merged, wanted, terms=64)
+    expected = merged_by_hand(folder, factors)
+    assert_close(merged, expected, terms=64)
     _, merged, _ = run(capsys, "score", "--model", tmp_path / "merged", "--data", rows)
     assert_close(merged["loss"], adapted["loss"])
 
@@ -177,24 +184,28 @@ def test_adapters_are_scored_merged_and_exported(
     status, _, err = run(capsys, "export", *model, *out)
     assert status == 1 and "`out` must be new" in err
 
-    # The same adapter in our own format, and back.
+    # The same adapter in the format of qlora_jax, and back.
     config = read_config(folder)
     shapes, names = abstract_params(config), decoder_names(config)
     _, lora, _ = ql.io.load_peft(path, shapes, names)
     ql.io.save(tmp_path / "adapter.safetensors", lora)
-    own = ("--model", folder, "--adapter", tmp_path / "adapter.safetensors")
-    assert run(capsys, "score", *own, "--data", rows)[1] == adapted
+    tree_model = ("--model", folder, "--adapter", tmp_path / "adapter.safetensors")
+    assert run(capsys, "score", *tree_model, "--data", rows)[1] == adapted
     out = ("--format", "peft", "--out", tmp_path / "peft")
-    assert run(capsys, "export", *own, *out)[0] == 0
+    assert run(capsys, "export", *tree_model, *out)[0] == 0
     assert_same_bits(tensors_of(tmp_path / "peft"), tensors_of(path))
 
-    def kind(p):
-        return run(capsys, "inspect", p)[1]
+    def inspect_path(adapter_path):
+        return run(capsys, "inspect", adapter_path)[1]
 
-    assert kind(path)["kind"] == kind(tmp_path / "peft")["kind"] == "PEFT adapter"
-    assert [leaf["rank"] for leaf in kind(path)["leaves"]] == [4] * 4
-    for own_path in (tmp_path, tmp_path / "adapter.safetensors"):
-        assert kind(own_path)["kind"] == "qlora_jax tree"
+    assert (
+        inspect_path(path)["kind"]
+        == inspect_path(tmp_path / "peft")["kind"]
+        == "PEFT adapter"
+    )
+    assert [leaf["rank"] for leaf in inspect_path(path)["leaves"]] == [4] * 4
+    for tree_path in (tmp_path, tmp_path / "adapter.safetensors"):
+        assert inspect_path(tree_path)["kind"] == "qlora_jax tree"
 
 
 @pytest.mark.slow
@@ -228,11 +239,11 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == kind
     assert (out / "tokenizer.json").is_file()
-    _, found, _ = run(capsys, "inspect", out)
-    formats = {leaf["name"]: leaf["format"] for leaf in found["leaves"]}
+    _, inspected, _ = run(capsys, "inspect", out)
+    formats = {leaf["name"]: leaf["format"] for leaf in inspected["leaves"]}
     assert formats["model.layers.1.mlp.up_proj.weight"] == stored
     assert formats["lm_head.weight"] == "float32"
-    # `train` keeps the packing of the model, if no other is asked for.
+    # By default, `train` keeps the packing of the model.
     train = cli.TrainConfig(model=str(out), data=str(rows), out=str(copy), steps=1)
     trained = make_run(train, "2026-11-28")
     fmt, _, size, *_ = stored.split()
@@ -246,7 +257,7 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
         assert (out / file).read_bytes() == (copy / file).read_bytes()
     if kind != "awq":
         return
-    # Through llama.cpp's Q4_0, which is kept as it is.
+    # Through llama.cpp's Q4_0, which is read without repacking.
     file, last = tmp_path / "model.gguf", tmp_path / "last"
     to_file = ("export", "--format=gguf", "--gguf-type=Q4_0", "--model", out)
     assert run(capsys, *to_file, "--out", file)[0] == 0
@@ -257,7 +268,7 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
 
 
 @pytest.mark.slow
-def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_path):
+def test_a_merge_into_4_bits_reports_its_cost(capsys, folder, adapter, rows, tmp_path):
     path, factors = adapter
     base, merged = tensors_of(folder), merged_by_hand(folder, factors)
     packed, leaves = {}, {}
@@ -267,53 +278,62 @@ def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_p
         leaf = re.sub(r"model\.layers\.\d+(.*)weight", r"layers\1kernel", name)
         leaves.setdefault(leaf.replace(".", "/"), []).append(name)
 
-    def whole(tensors, names=packed):
+    def concat_kernels(tensors, names=packed):
         return np.concatenate([tensors[name].ravel() for name in names])
 
-    def error(names):
-        return relative_error(whole(packed, names), whole(merged, names))
+    def rounding_error(names):
+        return relative_error(
+            concat_kernels(packed, names), concat_kernels(merged, names)
+        )
 
-    errors = {leaf: error(names) for leaf, names in leaves.items()}
-    change = whole(merged) - whole(base)
+    errors = {leaf: rounding_error(names) for leaf, names in leaves.items()}
+    change = concat_kernels(merged) - concat_kernels(base)
 
     pack = ("export", "--format=bitsandbytes", "--double-quant=false", "--model")
     out, alone, onto = tmp_path / "packed", tmp_path / "alone", ("--adapter", path)
-    told = (*onto, "--data", rows, "--out", out)
-    status, written, _ = run(capsys, *pack, folder, *told)
+    merge_options = (*onto, "--data", rows, "--out", out)
+    status, written, _ = run(capsys, *pack, folder, *merge_options)
     cost, worst = written["cost"], max(errors, key=errors.get)
     assert status == 0 and cost["worst_kernel"] == worst
     score = ("score", "--data", rows, "--model")
     run(capsys, *pack, folder, "--out", alone)
-    wanted = {
-        "error": error(packed),
+    expected_cost = {
+        "error": rounding_error(packed),
         "worst_error": errors[worst],
-        "change": relative_error(whole(base), whole(merged)),
-        "kept": (whole(packed) - whole(base)) @ change / (change @ change),
+        "change": relative_error(concat_kernels(base), concat_kernels(merged)),
+        "kept": (concat_kernels(packed) - concat_kernels(base))
+        @ change
+        / (change @ change),
         "loss_before": run(capsys, *score, folder, *onto)[1]["loss"],
         "loss_beside": run(capsys, *score, alone, *onto)[1]["loss"],
         "loss_after": run(capsys, *score, out)[1]["loss"],
     }
-    assert_close({k: cost[k] for k in wanted}, {k: float(x) for k, x in wanted.items()})
+    assert_close(
+        {k: cost[k] for k in expected_cost},
+        {k: float(x) for k, x in expected_cost.items()},
+    )
 
-    told = (*onto, "--data", rows, "--block-size=32", "--out")
+    merge_options = (*onto, "--data", rows, "--block-size=32", "--out")
     for form in ("awq", "mxfp4"):
-        written = ("--format", form, "--model", folder, *told, tmp_path / form)
-        loss = run(capsys, "export", *written)[1]["cost"]["loss_after"]
-        found = run(capsys, *score, tmp_path / form)[1]["loss"]
-        assert_close(loss, found)
+        arguments = ("--format", form, "--model", folder, *merge_options)
+        arguments += (tmp_path / form,)
+        loss = run(capsys, "export", *arguments)[1]["cost"]["loss_after"]
+        packed_loss = run(capsys, *score, tmp_path / form)[1]["loss"]
+        assert_close(loss, packed_loss)
 
     file = tmp_path / "model.gguf"
     q4_0 = ("--format=gguf", "--gguf-type=Q4_0", "--tokenizer=false", "--out", file)
     status, written, _ = run(capsys, "export", "--model", folder, *onto, *q4_0)
     assert status == 0 and written["cost"]["loss_after"] is None
     stored = {x.name: x.data for x in gguf.GGUFReader(str(file)).tensors}
-    want = gguf.quantize(np.float32(merged[f"{DOWN}.weight"]), Q4_0)
+    expected_data = gguf.quantize(np.float32(merged[f"{DOWN}.weight"]), Q4_0)
     decoded = (
-        gguf.dequantize(x, Q4_0) for x in (stored["blk.1.ffn_down.weight"], want)
+        gguf.dequantize(x, Q4_0)
+        for x in (stored["blk.1.ffn_down.weight"], expected_data)
     )
     assert_close(*decoded)
 
-    # A small change of weights that are in this format already.
+    # The base is in this format already, so that a small change is rounded away.
     config, params = load(alone, progress=False)
     targets = {"fmt": None, "targets": ".*_proj/kernel"}
     _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2, **targets))
@@ -406,14 +426,16 @@ def test_wrong_input_is_an_error_without_a_traceback(
 def test_wrong_command_line_exits_with_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    *said, last = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and re.search(message, " ".join(said))
-    assert said[0].startswith("qlora-jax") and re.fullmatch("See .*--help.", last)
+    *message_lines, last_line = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and re.search(message, " ".join(message_lines))
+    assert message_lines[0].startswith("qlora-jax") and re.fullmatch(
+        "See .*--help.", last_line
+    )
 
 
 @pytest.mark.slow
 def test_nobody_reads_on(folder):
-    """As behind `| head`: the exit status is that of programs that SIGPIPE ends."""
+    """As with `| head`: the exit status is 128 + SIGPIPE."""
     reader, writer = os.pipe()
     os.close(reader)
     done = run_python(*PROGRAM, "inspect", folder, stdout=writer)

@@ -1,4 +1,4 @@
-"""`qlora-jax generate`: what it answers, in a conversation too, and what it refuses."""
+"""`qlora-jax generate`: answers to prompts, conversations, and wrong arguments."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ NEW = 9  # tokens of an answer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with a chat template, and its tokenizer."""
+    """The folder of a model with a chat template, and its tokenizer."""
     folder = tmp_path_factory.mktemp("generate") / "base"
     save_tiny(folder, vocab_size=400)
     (folder / "chat_template.jinja").unlink()
@@ -42,31 +42,37 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def write(folder):
-    """Writes greedily by the definition: the whole text anew for each token."""
+    """The definition of greedy decoding: a full forward pass for each new token."""
     config, params = load(folder[0], progress=False)
     run = jax.jit(lambda params, x: Decoder(config).apply({"params": params}, x))
 
-    def write(text, *, bos=False, params=params, new=NEW):
+    def write_greedily(text, *, bos=False, params=params, max_new_tokens=NEW):
         tokenizer = folder[1]
         ids = tokenizer.encode(text, add_special_tokens=bos).ids
         assert (ids[0] == SPECIAL.index("<s>")) == bos
-        made = []
-        while len(made) < new and END not in made:
+        new_tokens = []
+        while len(new_tokens) < max_new_tokens and END not in new_tokens:
             tokens = np.zeros((1, 256), np.int32)
-            tokens[0, : len(ids) + len(made)] = ids + made
-            logits = run(params, tokens)[0, len(ids) + len(made) - 1]
-            made.append(int(jnp.argmax(logits)))
-        return tokenizer.decode([x for x in made if x != END]), len(ids), made
+            tokens[0, : len(ids) + len(new_tokens)] = ids + new_tokens
+            logits = run(params, tokens)[0, len(ids) + len(new_tokens) - 1]
+            new_tokens.append(int(jnp.argmax(logits)))
+        return (
+            tokenizer.decode([x for x in new_tokens if x != END]),
+            len(ids),
+            new_tokens,
+        )
 
-    return write
+    return write_greedily
 
 
 ROLES = "user", "assistant", "user"
 
 
 def chatml(*turns):
-    said = [f"<|im_start|>{ROLES[i]}\n{x}<|im_end|>\n" for i, x in enumerate(turns)]
-    return "".join(said) + "<|im_start|>assistant\n"
+    rendered_turns = [
+        f"<|im_start|>{ROLES[i]}\n{x}<|im_end|>\n" for i, x in enumerate(turns)
+    ]
+    return "".join(rendered_turns) + "<|im_start|>assistant\n"
 
 
 def run(capsys, *arguments):
@@ -75,7 +81,7 @@ def run(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
-    """An adapter of PEFT, and the parameters with it merged."""
+    """The folder of a PEFT adapter, and the parameters merged with it."""
     config, params = load(folder[0], progress=False)
     base, lora = trees_of(params, rank=4, fmt=None, targets=r"layers/.*_proj/kernel")
     path = tmp_path_factory.mktemp("adapter") / "peft"
@@ -86,15 +92,19 @@ def adapter(folder, tmp_path_factory):
 @pytest.mark.slow
 def test_a_prompt_is_a_users_turn(capsys, folder, write):
     prompt = "one and one?"
-    text, prompt_tokens, made = write(chatml(prompt))
+    text, prompt_tokens, new_tokens = write(chatml(prompt))
     flags = "--model", folder[0], "--prompt", prompt
     assert run(capsys, *flags)[:2] == (0, text + "\n")
     status, out, _ = run(capsys, *flags, "--json")
     [answer] = json.loads(out)["answers"]
     assert status == 0 and answer.pop("seconds") > 0
-    found = dict(prompt=prompt, text=text, prompt_tokens=prompt_tokens)
-    found |= {"new_tokens": len(made), "finished": END in made, "adapter": None}
-    assert answer == found
+    expected = dict(prompt=prompt, text=text, prompt_tokens=prompt_tokens)
+    expected |= {
+        "new_tokens": len(new_tokens),
+        "finished": END in new_tokens,
+        "adapter": None,
+    }
+    assert answer == expected
 
 
 @pytest.mark.slow
@@ -111,20 +121,27 @@ def test_adapters_write_as_merged_models_one_after_the_other(
     config, params = load(folder[0], progress=False)
     names = decoder_names(config)
     base, lora, _ = ql.io.load_peft(adapter[0], params, names)
-    other, both = tmp_path / "other", f"{adapter[0]},{tmp_path / 'other'}"
-    one = dataclasses.replace(ql.io.peft_config(base, lora, names), lora_dropout=0.1)
-    ql.io.save_peft(other, base, jax.tree.map(lambda x: 3 * x, lora), names, one)
+    scaled_adapter, adapters = tmp_path / "other", f"{adapter[0]},{tmp_path / 'other'}"
+    scaled_config = dataclasses.replace(
+        ql.io.peft_config(base, lora, names), lora_dropout=0.1
+    )
+    ql.io.save_peft(
+        scaled_adapter, base, jax.tree.map(lambda x: 3 * x, lora), names, scaled_config
+    )
     flags = "--model", folder[0], "--prompt", "one?"
-    texts = [run(capsys, *flags, "--adapter", path)[1] for path in (adapter[0], other)]
+    texts = [
+        run(capsys, *flags, "--adapter", path)[1]
+        for path in (adapter[0], scaled_adapter)
+    ]
     assert texts[0] == write(chatml("one?"), params=adapter[1])[0] + "\n"
     assert len({*texts, write(chatml("one?"))[0] + "\n"}) == 3
-    want = f"{adapter[0]}:\n{texts[0]}{other}:\n{texts[1]}"
-    assert run(capsys, *flags, "--adapter", both)[1] == want
+    want = f"{adapter[0]}:\n{texts[0]}{scaled_adapter}:\n{texts[1]}"
+    assert run(capsys, *flags, "--adapter", adapters)[1] == want
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "one?"}])
     flags = "--model", folder[0], "--prompts", prompts
-    lines = run(capsys, *flags, "--adapter", both)[1].splitlines()
-    found = [(row["adapter"], row["text"] + "\n") for row in map(json.loads, lines)]
-    assert found == [(str(adapter[0]), texts[0]), (str(other), texts[1])]
+    lines = run(capsys, *flags, "--adapter", adapters)[1].splitlines()
+    answers = [(row["adapter"], row["text"] + "\n") for row in map(json.loads, lines)]
+    assert answers == [(str(adapter[0]), texts[0]), (str(scaled_adapter), texts[1])]
 
 
 @pytest.mark.slow
@@ -158,19 +175,25 @@ def test_a_conversation_on_a_terminal_keeps_its_history(folder, write):
 
 @pytest.mark.slow
 def test_prompts_of_a_file_are_answered_each_by_itself(capsys, folder, write, tmp_path):
-    talk = [dict(role=ROLES[i], content="abc"[i]) for i in range(3)]
-    rows = [{"prompt": "one and one?"}, {"messages": talk}, {"prompt": "the user"}]
-    wanted = [chatml("one and one?"), chatml("a", "b", "c"), chatml("the user")]
+    conversation = [dict(role=ROLES[i], content="abc"[i]) for i in range(3)]
+    rows = [
+        {"prompt": "one and one?"},
+        {"messages": conversation},
+        {"prompt": "the user"},
+    ]
+    texts = [chatml("one and one?"), chatml("a", "b", "c"), chatml("the user")]
     file = write_rows(tmp_path / "prompts.jsonl", rows)
     out = tmp_path / "answers.jsonl"
     flags = "--model", folder[0], "--prompts", file, "--batch-size=2"
     assert run(capsys, *flags, "--out", out)[:2] == (0, "")
     assert run(capsys, *flags)[:2] == (0, out.read_text())
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    for row, text, answer in zip(rows, wanted, found, strict=True):
-        text, size, made = write(text)
-        wanted = dict(prompt=[*row.values()][0], text=text, prompt_tokens=size)
-        assert answer == wanted | dict(new_tokens=len(made), finished=END in made)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    for row, text, answer in zip(rows, texts, answers, strict=True):
+        text, size, new_tokens = write(text)
+        expected = dict(prompt=[*row.values()][0], text=text, prompt_tokens=size)
+        assert answer == expected | dict(
+            new_tokens=len(new_tokens), finished=END in new_tokens
+        )
     assert "`out` must be new" in run(capsys, *flags, "--out", out)[2]
 
     def draw(seed):
@@ -179,12 +202,12 @@ def test_prompts_of_a_file_are_answered_each_by_itself(capsys, folder, write, tm
     assert draw(1) == draw(1) != draw(2)
 
 
-# What is refused, before the weights are read
+# Errors that are raised before the weights are read
 
 
 @pytest.fixture
 def without_weights(folder, tmp_path):
-    """The model's folder, whose weights cannot be read."""
+    """A copy of the model whose weights file is broken."""
     path = shutil.copytree(folder[0], tmp_path / "base")
     (path / "model.safetensors").write_bytes(b"broken")
     return path
@@ -199,7 +222,7 @@ PACKED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "flags", "says"),
+    ("changes", "flags", "message"),
     [
         ({}, [], "model.safetensors"),  # the weights are read last
         ({}, ["--adapter=nowhere"], "must be a path or a hub id"),
@@ -215,16 +238,16 @@ PACKED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
         ({"num_hidden_layers": 1}, ["--adapter", "OTHER"], "layers.1"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    capsys, without_weights, adapter, changes, flags, says
+def test_settings_that_do_not_fit_the_model_are_refused(
+    capsys, without_weights, adapter, changes, flags, message
 ):
     flags = [adapter[0] if flag == "OTHER" else flag for flag in flags]
-    of_tokenizer = "chat_template" in changes
-    file = "tokenizer_config.json" if of_tokenizer else "config.json"
+    is_template_change = "chat_template" in changes
+    file = "tokenizer_config.json" if is_template_change else "config.json"
     edit(without_weights / file, **changes)
     flags = "--model", without_weights, "--prompt", "one", *flags
     status, out, err = run(capsys, *flags)
-    assert (status, out) == (1, "") and says in err
+    assert (status, out) == (1, "") and message in err
 
 
 def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
@@ -277,8 +300,8 @@ def test_pieces_are_the_text_and_end_with_whole_characters():
 
     for _ in range(300):
         data = list(text.encode() * 2)
-        for place in rng.integers(0, len(data), rng.integers(0, 4)):
-            data[place] = int(rng.integers(256))
+        for index in rng.integers(0, len(data), rng.integers(0, 4)):
+            data[index] = int(rng.integers(256))
         data = data[: rng.integers(1, len(data) + 1)]
         stream = TextStream(decode)
         pieces = [stream.add(byte) for byte in data]
@@ -289,7 +312,7 @@ def test_pieces_are_the_text_and_end_with_whole_characters():
 
 
 def test_decoders_that_treat_the_first_token_differently():
-    """As those of SentencePiece do, which drop the space before it."""
+    """SentencePiece decoders drop the space before the first token of a text."""
     words = ["▁the", "▁user", "s", "▁and"]
 
     def decode(ids):

@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.cli.main import main
 from qlora_jax.cli.parser import COMMANDS, GROUPS
 
-# What Python calls types, and what stands for a value that is not there.
+# Python's names of types and of missing values, which no help text may contain.
 NO_WORDS = r"Any|Union|Optional|Literal|NoneType|None|null|<class|typing|MISSING"
 
 

@@ -19,8 +19,11 @@ needs_pages = pytest.mark.skipif(
 
 
 def run(*command, **variables):
-    kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    return run_python(*command, env={**kept, **variables})
+    """Runs Python with `variables`, and without the tunables of this process."""
+    environment_variables = {
+        k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"
+    }
+    return run_python(*command, env={**environment_variables, **variables})
 
 
 # Prints a line in each process that reaches the end.
@@ -36,9 +39,9 @@ print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8
 @needs_pages
 def test_process_starts_again_once_with_its_command_line():
     done = run("-X", "utf8", "-c", CODE, "a b", "--verbose")
-    first, second, found = done.stdout.splitlines()
+    first, second, state = done.stdout.splitlines()
     assert first == second == "begins"
-    assert json.loads(found) == [SETTINGS, ["a b", "--verbose"], 1]
+    assert json.loads(state) == [SETTINGS, ["a b", "--verbose"], 1]
     assert done.stderr.count("Restarting with huge pages") == 1
 
 
@@ -54,9 +57,9 @@ def test_process_starts_again_once_with_its_command_line():
 )
 def test_settings_of_the_user_stay(variables, begins, settings):
     done = run("-c", CODE, **variables)
-    *begun, found = done.stdout.splitlines()
+    *begun, state = done.stdout.splitlines()
     assert begun == ["begins"] * begins and not done.stderr
-    assert json.loads(found)[0] == settings
+    assert json.loads(state)[0] == settings
 
 
 @pytest.mark.slow
@@ -96,9 +99,9 @@ WRONG = ["train", "--model=none", "--data=nowhere/no", "--out"]
 
 @pytest.mark.slow
 @needs_pages
-@pytest.mark.parametrize("more, starts", [([], 1), (["--huge-pages=false"], 0)])
-def test_command_line(more, starts, tmp_path):
-    done = run(*PROGRAM, *WRONG, str(tmp_path), "--verbose", *more)
+@pytest.mark.parametrize("flags, starts", [([], 1), (["--huge-pages=false"], 0)])
+def test_command_line(flags, starts, tmp_path):
+    done = run(*PROGRAM, *WRONG, str(tmp_path), "--verbose", *flags)
     assert done.returncode == 1 and done.stderr.count("huge pages") == starts
     assert done.stderr.count("qlora-jax train: ") == 1
 

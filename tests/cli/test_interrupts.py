@@ -1,4 +1,4 @@
-"""Ctrl-C ends `qlora-jax` with status 130 and one line at any time."""
+"""Ctrl-C ends `qlora-jax` at any time, with status 130 and one line on stderr."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ from qlora_jax.models.tiny import save_tiny
 INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT
 SEED = int(os.environ.get("QLORA_JAX_SEED", 0))
 TRIES = int(os.environ.get("QLORA_JAX_INTERRUPTS", 4))
-# The program, which says when Python has started and the handler is there.
+# The program, which prints a line once Python has started and the handler is set.
 CODE = """
 import signal, qlora_jax_program
 signal.signal(signal.SIGINT, qlora_jax_program.end)
@@ -35,7 +35,10 @@ qlora_jax_program.process()
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """SIGINT is not ignored, in background jobs of a shell too, nor by processes."""
+    """SIGINT raises KeyboardInterrupt here and in child processes.
+
+    Background jobs of a shell would ignore it.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -52,9 +55,9 @@ def data(tmp_path_factory):
 
 
 def interrupt(command, seconds, file):
-    """Sends SIGINT some time after the start: the status, the output, the errors.
+    """Sends SIGINT after some seconds; returns the status, the output and the errors.
 
-    The output, which goes to a file, is that of before the signal.
+    The output, which goes to a file, is read just before the signal.
     """
     with file.open("w") as target:
         pipes = dict(stdout=target, stderr=subprocess.PIPE)
@@ -68,7 +71,7 @@ def interrupt(command, seconds, file):
     return process.returncode, out, err
 
 
-# A program in which all exceptions are lost, as they are in callbacks of JAX's C++.
+# A program that loses all exceptions, as callbacks of JAX's C++ code do.
 LOSES = """
 class Lost:
     def __del__(self):
@@ -132,9 +135,9 @@ def test_an_interrupt_leaves_no_unfinished_file(tmp_path, monkeypatch, capfd):
 
 
 def check_ended(status, out, err, run):
-    """One line, or two of which the second says where the state is."""
+    """Checks that stderr has one line, or two if a state was saved."""
     if status == 0 and out.replace("begins\n", ""):
-        return  # its result was there before the signal
+        return  # it had finished before the signal
     assert status == STATUS, err
     assert "Traceback" not in err and "Exception" not in err
     if "the run stops after this step" in err:
@@ -158,7 +161,7 @@ def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
     for number in range(TRIES):
         out = tmp_path / f"run{number}"
         command = generate if number % 3 == 2 else [*train, "--out", out]
-        # More of them early, while modules are imported.
+        # More signals come early, while modules are imported.
         seconds = lasts * ((number + draw.random()) / TRIES) ** 2
         done = interrupt(command, seconds, tmp_path / "out.txt")
         print(f"{command[2]}, {seconds:.2f} of {lasts:.2f} s: {done}")

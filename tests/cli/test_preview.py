@@ -1,4 +1,4 @@
-"""`qlora-jax train --preview`: rows as they would be trained."""
+"""`qlora-jax train --preview` shows rows as training would see them."""
 
 import dataclasses
 import json
@@ -34,6 +34,7 @@ def no_weights(monkeypatch):
 
 
 def show(folder, tmp_path, *rows, preview=3, **options):
+    """Previews the training of `rows`, which must not create the run folder."""
     path = write_rows(tmp_path / "d.jsonl", rows)
     options = dict(batch_size=2, max_length=200, chat=True) | options
     config = commands.settings(folder, path, tmp_path / "run", **options)
@@ -42,13 +43,14 @@ def show(folder, tmp_path, *rows, preview=3, **options):
     return shown
 
 
-def lines(shown, tmp_path):
+def text_of(shown, tmp_path):
+    """The text of a preview, with paths relative to `tmp_path`."""
     return str(shown).replace(f"{tmp_path}/", "")
 
 
 def test_targets_of_a_conversation_are_marked(folder, tmp_path, capsys):
     shown = show(folder, tmp_path, {"messages": MESSAGES})
-    assert lines(shown, tmp_path) == (
+    assert text_of(shown, tmp_path) == (
         "row 1, d.jsonl:1: 62 tokens, 10 targets\n"
         + f"{PROMPT.format('one?')}two<|im_end|>\n{PROMPT.format('and?')}"
         + "⟦é€𝄞<|im_end|>⟧"
@@ -56,7 +58,7 @@ def test_targets_of_a_conversation_are_marked(folder, tmp_path, capsys):
     assert "1 row of messages and 0 for validation; 16.1% of" in capsys.readouterr().err
 
 
-# In the order of the batches: with one row each there is one order.
+# Previews are in the order of the batches. One row each leaves a single order.
 CASES = {
     "all": (
         {"prompt": "a", "completion": "bc"},
@@ -97,7 +99,7 @@ CASES = {
             "one?⟦three<|im_end|>⟧",
         ],
     ),
-    # The cross entropy of ORPO is of the chosen answer alone.
+    # The cross entropy of ORPO is that of the chosen completion alone.
     "all of pairs": (
         PAIR,
         {"objective": "orpo", "chat": False, "train_on": "all"},
@@ -128,9 +130,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_each_kind_are_shown(folder, tmp_path, case):
-    row, options, wanted = CASES[case]
+    row, options, expected_lines = CASES[case]
     shown = show(folder, tmp_path, row, **options)
-    assert lines(shown, tmp_path) == "\n".join(wanted)
+    assert text_of(shown, tmp_path) == "\n".join(expected_lines)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -141,7 +143,7 @@ def test_as_many_rows_as_are_asked_for(folder, tmp_path, packing):
     names = [row["name"] for row in shown.rows]
     assert {name.partition(",")[0] for name in names} == {"row 1", "row 2"}
     assert packing == (len(names) > 2) == any("sequence 2" in name for name in names)
-    # All rows that are trained, once each.
+    # Each training row appears once.
     shown = show(folder, tmp_path, *rows, preview=99, **options)
     sources = [row["source"] for row in shown.rows]
     assert len({*sources}) == len(sources) == 9
@@ -155,7 +157,7 @@ def test_as_many_rows_as_are_asked_for(folder, tmp_path, packing):
 
 
 def test_a_character_of_several_tokens_is_not_cut(folder, tmp_path):
-    """Its bytes are the model's tokens; here the second byte begins the targets."""
+    """Each byte is a token of this model, and the second byte is the first target."""
     ids = open_tokenizer(folder).encode("aé€")
     labels = [-100, -100, *ids[2:]]
     shown = show(folder, tmp_path, {"input_ids": ids, "labels": labels})
@@ -167,22 +169,22 @@ def test_the_command_shows_rows_and_leaves_nothing(
     folder, tmp_path, capsys, monkeypatch
 ):
     path = write_rows(tmp_path / "d.jsonl", [PAIR | {"completion": "two"}] * 4)
-    given = "train", "--model", folder, "--data", path, "--out", tmp_path
-    given += "--preview", 1, "--objective", "dpo", "--chat", "false"
-    given += "--learning-rate", "1e-3,1e-4", "--push-to-hub", "some/name"
-    given += "--log", "tensorboard"
-    status, out, error = commands.run(capsys, *given)
+    arguments = "train", "--model", folder, "--data", path, "--out", tmp_path
+    arguments += "--preview", 1, "--objective", "dpo", "--chat", "false"
+    arguments += "--learning-rate", "1e-3,1e-4", "--push-to-hub", "some/name"
+    arguments += "--log", "tensorboard"
+    status, out, error = commands.run(capsys, *arguments)
     assert status == 0 and out.count("⟦") == out.count("row 1, ") == 2, error
     assert [x.name for x in tmp_path.iterdir()] == ["d.jsonl"]
-    status, out, _ = commands.run(capsys, *given, "--json")
+    status, out, _ = commands.run(capsys, *arguments, "--json")
     [chosen, _] = json.loads(out)["rows"]
     assert status == 0 and chosen["pieces"][1] == ["two<|im_end|>", True]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    _, out, _ = commands.run(capsys, *given)
+    _, out, _ = commands.run(capsys, *arguments)
     assert "one?\033[4;32mtwo<|im_end|>\033[0m\n" in out and "⟦" not in out
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "⟦" in commands.run(capsys, *given)[1]
-    # Rows that are wrong are listed, as in training.
+    assert "⟦" in commands.run(capsys, *arguments)[1]
+    # Invalid rows are listed, as in training.
     write_rows(path, [PAIR | {"chosen": "three"}])
-    status, _, error = commands.run(capsys, *given)
+    status, _, error = commands.run(capsys, *arguments)
     assert status == 1 and "line 1: `chosen` and `rejected` must differ" in error

@@ -1,4 +1,4 @@
-"""`qlora-jax` keeps compiled programs for its next run."""
+"""`qlora-jax` caches compiled programs for its next run."""
 
 import os
 
@@ -31,9 +31,9 @@ print([getattr(jax.config, name) for name in {NAMES}])
 
 
 def run(home, **variables):
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    keep |= {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", **variables}
-    done = run_python("-c", KEEPS, env=keep)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", **variables}
+    done = run_python("-c", KEEPS, env=environment)
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
     return done.stdout
 
@@ -52,5 +52,5 @@ def test_programs_that_were_cut_off_are_deleted(tmp_path):
         if name != "new-cache":
             os.utime(tmp_path / name, (0, 0))
     delete_unfinished_programs(tmp_path)
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == ["new-cache", "whole-atime", "whole-cache"]
+    remaining = sorted(path.name for path in tmp_path.iterdir())
+    assert remaining == ["new-cache", "whole-atime", "whole-cache"]

@@ -1,4 +1,4 @@
-"""The base of a run: its weights and its format, wherever its adapter is used."""
+"""Commands that use the adapter of a run use the weights and the format of its base."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(folder):
-    """What NumPy gets by adding the adapter to float weights and to those in nf4."""
+    """The adapter added with NumPy to the float weights and to the weights in nf4."""
     adapter = tensors_of(folder / "run" / "adapter")
     raw = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
     floats = tensors_of(folder / "base")
@@ -58,26 +58,28 @@ def merged(folder):
     return {"none": floats, "nf4": packed}
 
 
-def is_equal(found, wanted):
-    assert found.keys() == wanted.keys()
-    return all(relative_error(x, wanted[k]) < rounding(64) for k, x in found.items())
+def is_equal(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    return all(
+        relative_error(x, expected[k]) < rounding(64) for k, x in tensors.items()
+    )
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "none"])
-@pytest.mark.parametrize("given", ["run", "adapter"])
+@pytest.mark.parametrize("source_kind", ["run", "adapter"])
 def test_merged_models_have_the_base_of_the_run(
-    folder, merged, tmp_path, capsys, fmt, given
+    folder, merged, tmp_path, capsys, fmt, source_kind
 ):
     out = tmp_path / "merged"
     source = ["--run", folder / "run"]
-    if given == "adapter":
+    if source_kind == "adapter":
         source = ["--model", folder / "base", "--adapter", folder / "run" / "adapter"]
     options = ["--fmt=none"] * (fmt == "none")
     command = ["export", *source, "--format=merged", "--out", out, *options]
     status, _, err = run(capsys, *command)
     assert status == 0 and is_equal(tensors_of(out), merged[fmt])
-    other = {"nf4": "none", "none": "nf4"}[fmt]
-    assert not is_equal(tensors_of(out), merged[other])
+    other_fmt = {"nf4": "none", "none": "nf4"}[fmt]
+    assert not is_equal(tensors_of(out), merged[other_fmt])
     assert ("was trained on" in err and " with fmt nf4." in err) == (fmt == "none")
     assert len(err.splitlines()) == (fmt == "none")
 
@@ -89,13 +91,13 @@ def test_gguf_and_mlx_have_it_too(folder, merged, tmp_path, capsys):
     to_file = ["--format=gguf", "--tokenizer=false", "--out", file]
     assert run(capsys, *source, *to_file)[0] == 0
     stored = {x.name: x.data for x in gguf.GGUFReader(str(file)).tensors}
-    found = np.float32(stored["blk.1.ffn_down.weight"])
+    down = np.float32(stored["blk.1.ffn_down.weight"])
     half = np.finfo(np.float16).eps
-    assert relative_error(found, merged["nf4"][DOWN]) < half
-    assert relative_error(found, merged["none"][DOWN]) > 10 * half
+    assert relative_error(down, merged["nf4"][DOWN]) < half
+    assert relative_error(down, merged["none"][DOWN]) > 10 * half
     assert run(capsys, *source, "--for=mlx", "--out", out)[0] == 0
     assert is_equal(tensors_of(out / "model"), merged["nf4"])
-    # Into 4 bits the adapter is merged from floats, and a line says so.
+    # Exports to 4 bits merge the adapter into the float weights, and print a note.
     packed = ["--format=bitsandbytes", "--out", tmp_path / "packed"]
     status, _, err = run(capsys, *source, *packed)
     assert status == 0 and "note: the adapter was trained on nf4. It is merged" in err
@@ -120,25 +122,25 @@ def test_scores_are_those_of_the_base_of_the_run(models, capsys):
         assert status == 0
         return json.loads(out)["loss"], err
 
-    wanted = {fmt: score("--model", models / fmt)[0] for fmt in ("nf4", "none")}
-    assert abs(wanted["nf4"] - wanted["none"]) > 1e-4
+    merged_losses = {fmt: score("--model", models / fmt)[0] for fmt in ("nf4", "none")}
+    assert abs(merged_losses["nf4"] - merged_losses["none"]) > 1e-4
 
-    def near(loss, fmt):
-        return abs(loss / wanted[fmt] - 1) < rounding(128)
+    def is_near(loss, fmt):
+        return abs(loss / merged_losses[fmt] - 1) < rounding(128)
 
     for options in (["--run", models / "run"], [*base, "--adapter", adapter]):
         loss, err = score(*options)
-        assert near(loss, "nf4") and err == ""
+        assert is_near(loss, "nf4") and err == ""
         loss, err = score(*options, "--fmt=none")
-        assert near(loss, "none") and err.startswith("note: ")
-    # The same base by another name is another one, as far as a name tells.
+        assert is_near(loss, "none") and err.startswith("note: ")
+    # A base is recognized by its name alone, so that a renamed copy gives a note.
     shutil.copytree(models / "base", models / "renamed")
     _, err = score("--model", models / "renamed", "--adapter", adapter)
     assert err.startswith(f"note: {models / 'run'} was trained on {models / 'base'}")
-    # Of an adapter outside of its run's folder nothing is known.
+    # The base of an adapter outside of its run's folder is unknown.
     shutil.copytree(adapter, models / "moved" / "adapter")
     loss, err = score(*base, "--adapter", models / "moved" / "adapter")
-    assert near(loss, "none") and err == ""
+    assert is_near(loss, "none") and err == ""
 
 
 def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
@@ -147,16 +149,16 @@ def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
     text = (models / "run" / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("float32", "bfloat16"))
     adapter = str(run / "adapter")
-    for fmt in (None, "nf4"):  # also where the run's own format is asked for
+    for fmt in (None, "nf4"):  # also if the format of the run is requested
         config = cli.ScoreConfig(str(models / "base"), "d", adapter, fmt=fmt)
-        model, _, how = open_adapted(config)
-        base = read_as_trained(model, how, "float32").base
+        model, _, packing = open_adapted(config)
+        base = read_as_trained(model, packing, "float32").base
         w = tensors_of(models / "base")[DOWN].T.astype(ml_dtypes.bfloat16)
         codes, scales = quantize(np.float32(w), "nf4", 64)
         kernel = base["layers"]["mlp"]["down_proj"]["kernel"]
-        want = TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)
-        found = np.float32(ql.dequantize(kernel)[1])
-        assert_same_bits(found, np.float32(want.astype(ml_dtypes.bfloat16)))
+        expected = TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)
+        decoded = np.float32(ql.dequantize(kernel)[1])
+        assert_same_bits(decoded, np.float32(expected.astype(ml_dtypes.bfloat16)))
         assert base["embed_tokens"]["embedding"].dtype == np.float32
 
 
@@ -180,9 +182,9 @@ def test_a_run_is_inspected(folder, capsys):
     status, out, _ = run(capsys, "inspect", folder / "run", "--json")
     contents = json.loads(out)
     assert status == 0 and contents["kind"] == "run" and contents["leaves"]
-    about = contents["about"]
-    assert (about["fmt"], about["finished steps"]) == ("nf4", 6)
-    assert about["source"] == f"local files in {folder / 'base'}"
+    run_settings = contents["about"]
+    assert (run_settings["fmt"], run_settings["finished steps"]) == ("nf4", 6)
+    assert run_settings["source"] == f"local files in {folder / 'base'}"
     assert "run\n  model: " in run(capsys, "inspect", folder / "run")[1]
 
 
@@ -207,7 +209,7 @@ def test_a_format_is_needed_for_its_options(folder, capsys):
     assert status == 1 and "`block_size` must be given with the `fmt`" in err
 
 
-# The copy of a model that a package has
+# The copy of a model in a Python package
 
 
 @pytest.mark.slow
@@ -217,7 +219,7 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     file = tmp_path / COPY.rpartition("/")[2]
     export(folder / "base", "gguf", file)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
-    monkeypatch.setattr(download, "fetch_from_package", lambda *given: file)
+    monkeypatch.setattr(download, "fetch_from_package", lambda *arguments: file)
     monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path / "cache"))
     rows = write_rows(tmp_path / "d.jsonl", [{"input_ids": [3, 4, 5, 6]}] * 4)
     out = tmp_path / "run"
@@ -242,30 +244,30 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     raw = json.loads(written["adapter/adapter_config.json"])
     assert raw["base_model_name_or_path"] == COPY
 
-    # It is not pushed: its readers would load it on other weights.
-    def pushed(*given):
+    # The adapter is not pushed, since readers would load it on the original weights.
+    def fail_push(*arguments):
         return pytest.fail("it was pushed")
 
     for module in ("run", "writing"):
-        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", pushed)
-    other = settings(SMOLLM2, rows, tmp_path / "other", push_to_hub="some/new")
+        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", fail_push)
+    pushed_run = settings(SMOLLM2, rows, tmp_path / "other", push_to_hub="some/new")
     with pytest.raises(ValueError, match=f"trained on {COPY}, which is not on the hub"):
-        cli.train(other)
+        cli.train(pushed_run)
     for model in (None, SMOLLM2):
         config = cli.ExportConfig(model, run=str(out), push_to_hub="some/new")
         with pytest.raises(ValueError, match=f"It was trained on {COPY}, "):
             cli.export(config)
 
-    # Once the hub answers, the run keeps its weights, and others are not silent.
-    def hub(name):
+    # Once the hub answers, the run still uses its copy, and other weights give a note.
+    def fetch_from_hub(name):
         return folder / "base" if name == SMOLLM2 else pathlib.Path(name)
 
-    monkeypatch.setattr(ql.io, "fetch", hub)
+    monkeypatch.setattr(ql.io, "fetch", fetch_from_hub)
     score = ["score", "--data", rows]
     assert (
         run(capsys, *score, "--run", out)[2] == f"weights: {COPY}, a copy in 4 bits\n"
     )
-    given = ["--model", SMOLLM2, "--adapter", out / "adapter"]
-    status, _, err = run(capsys, *score, *given)
+    options = ["--model", SMOLLM2, "--adapter", out / "adapter"]
+    status, _, err = run(capsys, *score, *options)
     assert status == 0 and f"{SMOLLM2} on the Hugging Face hub, revision base" in err
     assert f"note: {out} was trained on {COPY} with fmt nf4. The base here" in err

@@ -1,4 +1,4 @@
-"""What each server reads right: `qlora-jax pairs` and `export --for`."""
+"""Formats that each server supports: `qlora-jax pairs` and `export --for`."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ LAYERS = r"layers/.*/kernel"
 MODULES = {f"model.layers.{i}.mlp.down_proj": (64, 128) for i in range(2)}
 SUM = "added to the base"
 VLLM, MLX, PEFT, LLAMA = "peft-portable", "mlx", "peft", "gguf-lora"
-# Format and block size of the base, and what to write: base and adapter for vLLM,
-# SGLang, llama.cpp, Ollama, mlx-lm, transformers. * is not exact.
+# Format and block size of the base, and the formats of base and adapter to write for
+# vLLM, SGLang, llama.cpp, Ollama, mlx-lm and transformers. * marks inexact pairs.
 WHOLE = f"gguf {SUM} *"
 TABLE = {
     (None, None): (
@@ -73,37 +73,37 @@ def adapter(tmp_path_factory):
 
 
 def table(**settings):
-    found = cli.pairs(cli.PairsConfig(**settings))
-    assert tuple(x.server for x in found.servers) == SERVERS
+    result = cli.pairs(cli.PairsConfig(**settings))
+    assert tuple(pair.server for pair in result.servers) == SERVERS
 
-    def row(x):
-        return f"{x.base} {x.adapter}{'' if x.exact else ' *'}"
+    def describe_pair(pair):
+        return f"{pair.base} {pair.adapter}{'' if pair.exact else ' *'}"
 
-    return found, tuple(map(row, found.servers))
+    return result, tuple(map(describe_pair, result.servers))
 
 
 @pytest.mark.parametrize("fmt, block_size", TABLE)
 def test_pairs(model, adapter, fmt, block_size):
     base = {"model": model, "adapter": adapter}
-    found, rows = table(**base, fmt=fmt, block_size=block_size)
+    result, rows = table(**base, fmt=fmt, block_size=block_size)
     assert rows == TABLE[fmt, block_size]
-    lines = str(found).splitlines()
+    lines = str(result).splitlines()
     assert len(lines) == 8 and lines[0].startswith("base: ")
     assert [line.split()[0] for line in lines[2:]] == [*SERVERS]
 
 
-def test_options_that_say_nothing_are_refused(model, adapter):
+def test_a_block_size_without_a_format_is_refused(model, adapter):
     with pytest.raises(ValueError, match="`block_size` must be given with the `fmt`"):
         table(model=model, adapter=adapter, block_size=32)
 
 
-def test_what_a_run_packed_is_what_counts(model, tmp_path):
+def test_the_packing_of_the_run_is_used(model, tmp_path):
     settings = cli.TrainConfig(model, "d", str(tmp_path), fmt="nf4", block_size=64)
     text = yaml.safe_dump(dataclasses.asdict(settings))
     (tmp_path / "config.yaml").write_text(text)
     adapter = write_adapter(tmp_path / "adapter")
-    found, rows = table(model=model, adapter=adapter)
-    assert found.packed == "nf4 in blocks of 64" and rows == TABLE["nf4", 64]
+    result, rows = table(model=model, adapter=adapter)
+    assert result.packed == "nf4 in blocks of 64" and rows == TABLE["nf4", 64]
 
 
 def test_adapters_that_servers_do_not_load_are_added(model, tmp_path):
@@ -128,8 +128,8 @@ def test_stored_bases_are_served_as_they_are(model, adapter, tmp_path):
     assert rows[2] == f"as it is {LLAMA}" and rows[0] == f"awq {VLLM}"
     out = tmp_path / "served"
     export(file, None, out, adapter, server="llama.cpp")
-    assert f"llama-server -m {file} --lora ./adapter.gguf" in said(out)
-    assert files(out) == ["README.md", "adapter.gguf"]
+    assert f"llama-server -m {file} --lora ./adapter.gguf" in readme_of(out)
+    assert files_in(out) == ["README.md", "adapter.gguf"]
     out = tmp_path / "mlx"
     export(file, None, out, adapter, server="mlx")
     bases = (load(path, np.float32, progress=False)[1] for path in (out / "base", file))
@@ -144,11 +144,11 @@ def kernels(tree):
     }
 
 
-def said(out):
+def readme_of(out):
     return (out / "README.md").read_text()
 
 
-def files(out):
+def files_in(out):
     return sorted(str(x.relative_to(out)) for x in out.iterdir())
 
 
@@ -163,7 +163,7 @@ COMMANDS = {
 }
 
 
-# Of each server: the port, and what a request must say to get the adapter.
+# The port of each server, and the fields of a request that select the adapter.
 REQUESTS = {
     "vllm": (8000, {"model": "adapter"}),
     "sglang": (30000, {"model": "./base", "lora_path": "adapter"}),
@@ -175,8 +175,10 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 def request_of(out):
-    """The URL and the body of the request in a README, as a shell reads it."""
-    lines = [line for line in said(out).splitlines() if line.startswith("    curl ")]
+    """The URL and the body of the curl command in a README, parsed as a shell does."""
+    lines = [
+        line for line in readme_of(out).splitlines() if line.startswith("    curl ")
+    ]
     _, url, flag, header, data, body = shlex.split(*lines)
     assert (flag, header, data) == ("-H", "Content-Type: application/json", "-d")
     return url, json.loads(body)
@@ -184,49 +186,49 @@ def request_of(out):
 
 def check_request(server, out):
     if server not in REQUESTS:
-        assert "curl" not in said(out)
+        assert "curl" not in readme_of(out)
         return
     port, names = REQUESTS[server]
     url = f"http://localhost:{port}/v1/chat/completions"
     assert request_of(out) == (url, names | HELLO)
-    assert ("names the adapter" in said(out)) == (server != "ollama")
+    assert ("names the adapter" in readme_of(out)) == (server != "ollama")
 
 
 def test_a_request_fits_what_is_served(model, adapter, tmp_path):
-    """Of a model without a chat template, whose folder has an odd name."""
+    """The model has no chat template, and its folder needs quotes in a shell."""
     folder = shutil.copytree(model, tmp_path / "it's a model")
     (folder / "chat_template.jinja").unlink()
-    merged, apart = tmp_path / "merged", tmp_path / "apart"
-    asked = {"prompt": "Hello", "max_tokens": 100}
+    merged, unmerged = tmp_path / "merged", tmp_path / "apart"
+    request = {"prompt": "Hello", "max_tokens": 100}
     export(folder, None, merged, adapter, server="vllm", fmt="int4", block_size=64)
     url = "http://localhost:8000/v1/completions"
-    assert request_of(merged) == (url, {"model": "./model"} | asked)
-    assert "vllm serve ./model\n" in said(merged)
-    assert "names the adapter" not in said(merged)
-    export(folder, None, apart, adapter, server="sglang")
-    _, body = request_of(apart)
-    assert body == {"model": str(folder), "lora_path": "adapter"} | asked
+    assert request_of(merged) == (url, {"model": "./model"} | request)
+    assert "vllm serve ./model\n" in readme_of(merged)
+    assert "names the adapter" not in readme_of(merged)
+    export(folder, None, unmerged, adapter, server="sglang")
+    _, body = request_of(unmerged)
+    assert body == {"model": str(folder), "lora_path": "adapter"} | request
 
 
 @pytest.mark.slow
 def test_base_and_adapter_are_written(model, adapter, tmp_path):
-    """Of a float model that training packed as int4 in groups of 32."""
+    """The model is in float, and training packed it as int4 in groups of 32."""
     settings = ql.QLoRAConfig(fmt="int4_f16", block_size=32, targets=LAYERS)
-    _, wanted = load(model, qlora=settings, progress=False)
+    _, expected_base = load(model, qlora=settings, progress=False)
     packing = dict(fmt="int4_f16", block_size=32)
     for server, command in COMMANDS.items():
         out = tmp_path / server
         written = export(model, None, out, adapter, server=server, **packing)
-        assert command in said(out) and written.pair is not None
-        assert ("not exact" in said(out)) == (server == "ollama")
+        assert command in readme_of(out) and written.pair is not None
+        assert ("not exact" in readme_of(out)) == (server == "ollama")
         check_request(server, out)
         if server == "ollama":
-            assert files(out) == ["Modelfile", "README.md", "model.gguf"]
+            assert files_in(out) == ["Modelfile", "README.md", "model.gguf"]
             assert (out / "Modelfile").read_text() == "FROM ./model.gguf\n"
             continue
         suffix = ".gguf" if server == "llama.cpp" else ""
-        assert files(out) == ["README.md", f"adapter{suffix}", f"base{suffix}"]
+        assert files_in(out) == ["README.md", f"adapter{suffix}", f"base{suffix}"]
         _, base = load(out / f"base{suffix}", np.float32, progress=False)
-        assert_same_bits(kernels(base), kernels(wanted))
+        assert_same_bits(kernels(base), kernels(expected_base))
     with pytest.raises(ValueError, match="`out` must be new"):
         export(model, None, tmp_path, adapter, server="vllm", **packing)

@@ -1,4 +1,4 @@
-"""`qlora-jax train` of several learning rates and seeds."""
+"""`qlora-jax train` with several learning rates and seeds."""
 
 import json
 import re
@@ -16,8 +16,8 @@ OPTIONS = dict(steps=6, save_every=2, eval_every=3, eval_examples=2, lora_dropou
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A sweep, and its folder."""
+def sweep(tmp_path_factory):
+    """The settings of a sweep, its result, and its folder."""
     work = tmp_path_factory.mktemp("sweep")
     (work / "data").mkdir()
     folder, data = save_tiny(work / "base"), commands.write_letters(work / "data")
@@ -27,27 +27,27 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_each_run_is_one_of_its_own(made):
-    config, result, work = made
+def test_each_run_equals_a_run_alone(sweep):
+    config, result, work = sweep
     names = [f"learning_rate={x}_seed={s}" for x in (0.001, 0.02) for s in (0, 3)]
     assert [*result.runs] == names
     for name in names[1:3]:
         rate, seed = re.findall(r"=([^_]*)", name)
-        own = dict(learning_rate=float(rate), seed=int(seed), data_seed=1)
-        alone = settings(config.model, config.data, work / name, **OPTIONS, **own)
-        want = cli.train(alone)
-        rows = zip(rows_of(work / "out" / name), rows_of(work / name), strict=True)
-        for got, row in rows:
-            for key in {*row} - {"seconds", "tokens_per_s"}:
-                assert_close(got[key], row[key])
-        assert_close(result.runs[name].valid_loss, want.valid_loss)
+        overrides = dict(learning_rate=float(rate), seed=int(seed), data_seed=1)
+        alone = settings(config.model, config.data, work / name, **OPTIONS, **overrides)
+        expected = cli.train(alone)
+        row_pairs = zip(rows_of(work / "out" / name), rows_of(work / name), strict=True)
+        for row, expected_row in row_pairs:
+            for key in {*expected_row} - {"seconds", "tokens_per_s"}:
+                assert_close(row[key], expected_row[key])
+        assert_close(result.runs[name].valid_loss, expected.valid_loss)
         a, b = (tensors_of(x / name / "adapter") for x in (work / "out", work))
         assert_close(a, b)
 
 
 @pytest.mark.slow
-def test_the_best_is_kept_and_all_are_exported(made):
-    config, result, work = made
+def test_the_best_is_kept_and_all_are_exported(sweep):
+    config, result, work = sweep
     out, runs = work / "out", result.runs
     best = min(runs, key=lambda name: runs[name].valid_loss)
     files = [(out / x / ADAPTER).read_bytes() for x in (best, ".")]
@@ -63,17 +63,17 @@ def test_the_best_is_kept_and_all_are_exported(made):
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_and_one_that_fails_ends_alone(made, capfd):
-    config, _, work = made
+def test_a_sweep_resumes_and_goes_on_without_a_failed_run(sweep, capfd):
+    config, _, work = sweep
     rates = dict(learning_rate=[0.02, 1e38], seed=3, data_seed=1)
     options = dict(OPTIONS, eval_examples=0, **rates)
-    there = config.model, config.data, work / "again"
-    first = cli.train(settings(*there, **options | dict(steps=3)))
+    paths = config.model, config.data, work / "again"
+    first = cli.train(settings(*paths, **options | dict(steps=3)))
     good, bad = "learning_rate=0.02", "learning_rate=1e+38"
     assert first.runs[bad] is None and first.best == good
     assert f"{bad} failed: step 3 has loss" in capfd.readouterr().err
-    last = cli.train(settings(*there, **options, resume=True))
+    last = cli.train(settings(*paths, **options, resume=True))
     assert "Resuming after step 3 of 6" in capfd.readouterr().err
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
-    whole = losses(work / "out" / f"{good}_seed=3")
-    assert_close(losses(work / "again" / good), whole)
+    expected_losses = losses(work / "out" / f"{good}_seed=3")
+    assert_close(losses(work / "again" / good), expected_losses)

@@ -1,4 +1,4 @@
-"""`qlora-jax train`: what a run computes, leaves, refuses and survives."""
+"""`qlora-jax train`: results, files, wrong settings, and interrupted runs."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, data, tmp_path_factory):
-    """A run on the float base with all that a run can have."""
+    """The settings, result and folder of a run that uses most options."""
     out = tmp_path_factory.mktemp("runs") / "run"
     options = dict(fmt="none", accumulation=2, lora_dropout=0.1, log="tensorboard")
     options |= dict(schedule="cosine", warmup=None, save_every=10, eval_every=3)
@@ -64,38 +64,39 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     assert result.valid_loss == rows[-1]["valid_loss"] < rows[0]["valid_loss"] / 2
     for row in evaluated:
         assert row["valid_perplexity"] == pytest.approx(math.exp(row["valid_loss"]))
-    # The command that scores computes the same of the adapter and plain tokens.
+    # `qlora-jax score` computes the same loss from the adapter and rows of tokens.
     options = dict(vocab_size=259, max_length=16, chat=False)
-    found = ql.train.read_dataset(data, ql.train.open_tokenizer(folder), **options)
+    dataset = ql.train.read_dataset(data, ql.train.open_tokenizer(folder), **options)
 
-    def row(r):
-        return {"input_ids": r.ids.tolist(), "labels": r.labels.tolist()}
+    def as_tokens(row):
+        return {"input_ids": row.ids.tolist(), "labels": row.labels.tolist()}
 
-    plain = map(row, found.valid)
-    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    token_rows = map(as_tokens, dataset.valid)
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, token_rows)))
     scored = cli.ScoreConfig(folder, str(tmp_path / "plain.jsonl"), result.adapter)
     assert_close(result.valid_loss, cli.score(scored).loss)
 
-    # Exact match is that of the written answers.
-    def read(path):
+    # The reported exact match is that of the answers in answers.jsonl.
+    def read_jsonl(path):
         return list(map(json.loads, path.read_text().splitlines()))
 
-    rows, wanted = read(out / "answers.jsonl"), read(data / "valid.jsonl")
-    assert [row["right"] for row in rows] == [row["completion"] for row in wanted]
+    rows = read_jsonl(out / "answers.jsonl")
+    valid_rows = read_jsonl(data / "valid.jsonl")
+    assert [row["right"] for row in rows] == [row["completion"] for row in valid_rows]
 
-    def share(key):
+    def exact_share(key):
         return sum(row[key].strip() == row["right"] for row in rows) / 6
 
-    found = result.exact_before, result.exact_after
-    assert (share("before"), share("after")) == found
+    exact_match = result.exact_before, result.exact_after
+    assert (exact_share("before"), exact_share("after")) == exact_match
     names = "adapter answers.jsonl config.yaml loss.png metrics.jsonl result.json state"
     names = [*names.split(), "tensorboard"]
     assert sorted(path.name for path in out.iterdir()) == names
 
 
 def test_preferences_do_not_drop_the_loss_that_balances_experts():
-    two = Experts(count=2, per_token=1, balance=0.1)
-    decoder = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2, experts=two)
+    experts = Experts(count=2, per_token=1, balance=0.1)
+    decoder = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2, experts=experts)
     config = settings("model", "data", "out", objective="dpo")
     with pytest.raises(ValueError, match="must be false for preferences, .*'dpo'"):
         make_program(config, decoder)
@@ -118,7 +119,7 @@ def test_a_mixture_of_experts_is_trained_scored_and_written(data, tmp_path, caps
         cli.score(cli.ScoreConfig(model, str(data / "valid.jsonl"), adapter)).loss
         for model, adapter in ((folder, None), (folder, result.adapter), (merged, None))
     ]
-    assert scores[2] < scores[0]  # packed for training, where its adapter fits
+    assert scores[2] < scores[0]  # the packed base, on which the adapter was trained
     assert abs(scores[1] - scores[2]) < 0.1  # errors of 4 bits
     options = "--fmt", "nf4", "--prompt", "ab=", "--max_new_tokens", 3
     options += "--adapter", result.adapter
@@ -144,6 +145,7 @@ def test_the_card_names_the_base_and_the_settings(run, folder):
 
 
 def state_of(out):
+    """Returns the contents of all files in a folder."""
     files = [path for path in pathlib.Path(out).rglob("*") if path.is_file()]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
@@ -207,15 +209,16 @@ def test_a_finished_run_is_written_again_as_it_was(run):
 
 
 @pytest.mark.parametrize(
-    "given", ["q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"], r".*\.(q|up)_proj"]
+    "target_modules",
+    ["q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"], r".*\.(q|up)_proj"],
 )
-def test_plain_texts_are_names_of_modules(given):
+def test_plain_texts_are_names_of_modules(target_modules):
     config = DecoderConfig(8, 8, 8, 2, num_heads=2, num_kv_heads=1)
     shapes, names = abstract_params(config), decoder_names(config)
-    found = ql.train.find_target_paths(given, shapes, names)
-    assert {path.split("/")[-2] for path in found} == {"q_proj", "up_proj"}
-    [one] = ql.train.find_target_paths("q_proj", shapes, names)
-    assert one.endswith("q_proj/kernel")
+    paths = ql.train.find_target_paths(target_modules, shapes, names)
+    assert {path.split("/")[-2] for path in paths} == {"q_proj", "up_proj"}
+    [path] = ql.train.find_target_paths("q_proj", shapes, names)
+    assert path.endswith("q_proj/kernel")
 
 
 def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path):
@@ -224,8 +227,8 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
     def prepare(**options):
         return make_run(settings(folder, rows, out, **options), "")
 
-    today = dict(date="2026-11-29", validation_split=0.25)
-    run = prepare(**today, packing=True)
+    split_options = dict(date="2026-11-29", validation_split=0.25)
+    run = prepare(**split_options, packing=True)
     assert (len(run.data.train), len(run.data.valid)) == (30, 10)
     held_out = {row.place for row in run.data.valid}
     assert not held_out & {row.place for row in run.data.train}
@@ -233,23 +236,26 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
     assert sum(batch.num_tokens for batch in batches) == sum(
         len(row.ids) for row in run.data.train
     )
-    # A resumed run has the same ones, or is refused.
+    # A resumed run has the same validation rows, or raises an error.
     assert run.stamp["validation_split"] == 0.25
-    other = prepare(**today | {"validation_split": 0.5}, packing=True)
+    other_split = prepare(**split_options | {"validation_split": 0.5}, packing=True)
     with pytest.raises(ValueError, match="validation_split was 0.25, is 0.5"):
-        check_stamp(run.stamp, other.stamp, str(out))
-    plain = prepare(date="2026-11-29", packing=True)
-    assert "validation_split" not in plain.stamp  # nor in states of before
+        check_stamp(run.stamp, other_split.stamp, str(out))
+    unsplit = prepare(date="2026-11-29", packing=True)
+    assert "validation_split" not in unsplit.stamp  # as in states of earlier versions
     with pytest.raises(ValueError, match="validation_split was not set, is 0.25"):
-        check_stamp(plain.stamp, run.stamp, str(out))
-    # All runs of a sweep share those of its first seed, or of the seed of its data.
+        check_stamp(unsplit.stamp, run.stamp, str(out))
+    # Runs of a sweep share the validation rows of its first seed, or of `data_seed`.
     for options in (dict(seed="0,5"), dict(seed="5,6", data_seed=0)):
-        [first, *_] = members_of(settings(folder, rows, out, **today, **options))
+        [first, *_] = members_of(
+            settings(folder, rows, out, **split_options, **options)
+        )
         assert {row.place for row in make_run(first, "").data.valid} == held_out
-    moved, kept = prepare(**today, seed=5), prepare(**today, seed=5, data_seed=0)
+    other_seed = prepare(**split_options, seed=5)
+    same_split = prepare(**split_options, seed=5, data_seed=0)
     with pytest.raises(ValueError, match="data_seed was not set, is 0"):
-        check_stamp(moved.stamp, kept.stamp, str(out))
-    assert {row.place for row in moved.data.valid} != held_out
+        check_stamp(other_seed.stamp, same_split.stamp, str(out))
+    assert {row.place for row in other_seed.data.valid} != held_out
 
 
 OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
@@ -303,10 +309,10 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     folder, data, tmp_path, options, message, monkeypatch
 ):
     monkeypatch.setattr(BaseModel, "read", None)
-    given = settings(folder, data, tmp_path / "run")
+    config = settings(folder, data, tmp_path / "run")
     monkeypatch.chdir(data)
     with pytest.raises(ValueError, match=message):
-        cli.train(dataclasses.replace(given, **options))
+        cli.train(dataclasses.replace(config, **options))
     assert not (tmp_path / "run").exists()
 
 
@@ -362,9 +368,9 @@ def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys)
     options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]
     options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--chat=false"]
     options += ["--target-modules=[q_proj]", "--data", data / "train.jsonl"]
-    given = "train", "--model", folder, "--out", out, *options
-    status, told, error = commands.run(capsys, *given)
-    assert status == 1 and told == "" and "Traceback" not in error
+    arguments = "train", "--model", folder, "--out", out, *options
+    status, output, error = commands.run(capsys, *arguments)
+    assert status == 1 and output == "" and "Traceback" not in error
     assert "qlora-jax train: step 2 has loss nan" in error
     assert "No checkpoint exists" in error
     assert not [*(out / "state").iterdir()] and not (out / "adapter").exists()
@@ -378,28 +384,33 @@ def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path, capsys):
         "target_modules: [q_proj, mlp.down_proj]\nlora_r: 2\nmax_length: 16\n"
         "chat: false\n"
     )
-    given = "train", "--json", "--config", file, "--out", tmp_path / "run"
-    done = run_python(*PROGRAM, *given)
+    arguments = "train", "--json", "--config", file, "--out", tmp_path / "run"
+    done = run_python(*PROGRAM, *arguments)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
     assert "40 rows of prompt/completion and 6 for validation" in done.stderr
     assert "answers are exact" in done.stderr
-    # Bars are for terminals.
+    # Progress bars are for terminals only.
     assert re.search(r"step 2 of 3: loss .*, validation sample .* at", done.stderr)
     assert "it/s" not in done.stderr
     assert not [x for x in done.stderr.splitlines() if "\r" in x or "|" in x]
-    # Between the first evaluation and the last one it is the loss of some rows alone.
+    # Only the first and the last evaluation use all validation rows.
     names = ("valid_sample_loss", "valid_loss", "valid_perplexity", "exact_match")
-    found = [[name in row for name in names] for row in rows_of(tmp_path / "run")]
-    ends, between = [True] * 4, [True, False, False, False]
-    assert found == [ends, between, between, ends]
+    logged = [[name in row for name in names] for row in rows_of(tmp_path / "run")]
+    full_evaluation, sample_evaluation = [True] * 4, [True, False, False, False]
+    assert logged == [
+        full_evaluation,
+        sample_evaluation,
+        sample_evaluation,
+        full_evaluation,
+    ]
     adapter = ql.io.PeftConfig.read(tmp_path / "run" / "adapter")
     assert adapter.target_modules == ("down_proj", "q_proj")
-    # The folder is that of a run now, and `out` of the file is not used.
-    status, told, _ = commands.run(capsys, *given, "--resume")
-    assert status == 0 and json.loads(told)["steps"] == 3
-    status, told, error = commands.run(capsys, *given)
-    assert status == 1 and told == "" and "`out` must be new or empty" in error
+    # The folder holds a run now. `--out` takes precedence over `out` in the file.
+    status, output, _ = commands.run(capsys, *arguments, "--resume")
+    assert status == 0 and json.loads(output)["steps"] == 3
+    status, output, error = commands.run(capsys, *arguments)
+    assert status == 1 and output == "" and "`out` must be new or empty" in error
     assert "Traceback" not in error and not (commands.ROOT / "nowhere").exists()
 
 
@@ -410,38 +421,38 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
     packed, file = tmp_path / "packed", tmp_path / "model.gguf"
     export(folder, "bitsandbytes", packed)
     export(folder, "gguf", file)
-    found = {}
+    results = {}
     for name, model in {"float": folder, "4 bit": packed, "gguf": file}.items():
         rows, options = data / "train.jsonl", dict(steps=3, packing=True)
         config = settings(model, rows, tmp_path / name, **options)
-        found[name] = cli.train(config)
-    assert_same_bits(*(tensors_of(found[x].adapter) for x in ("float", "4 bit")))
-    assert_close(found["gguf"].loss, found["float"].loss, dtype="float16")
+        results[name] = cli.train(config)
+    assert_same_bits(*(tensors_of(results[x].adapter) for x in ("float", "4 bit")))
+    assert_close(results["gguf"].loss, results["float"].loss, dtype="float16")
     with pytest.raises(ValueError, match="`fmt` must be none or nf4"):
         cli.train(settings(packed, data, tmp_path / "other", fmt="int8"))
 
 
 def check_export(folder, out, tmp_path):
-    """The adapter of the last state is the run's own, and of an earlier one another."""
+    """Exports of the last state equal the adapter of the run; earlier ones differ."""
 
-    def of_run(**more):
-        return cli.export(cli.ExportConfig(run=str(out), **more))
+    def export_run(**overrides):
+        return cli.export(cli.ExportConfig(run=str(out), **overrides))
 
-    last, other = of_run(), str(tmp_path / "other")
+    last, earlier = export_run(), str(tmp_path / "other")
     assert last.out == str(out / "adapter-6") and last.format == "peft"
     assert state_of(last.out).items() <= state_of(out / "adapter").items()
-    of_run(step=4, out=other)
-    changed = state_of(other).items() - state_of(last.out).items()
+    export_run(step=4, out=earlier)
+    changed = state_of(earlier).items() - state_of(last.out).items()
     assert [name for name, _ in changed] == ["adapter_model.safetensors"]
-    of_run(format="merged", out=str(tmp_path / "one"))
+    export_run(format="merged", out=str(tmp_path / "one"))
     export(folder, "merged", tmp_path / "two", out / "adapter")
     assert state_of(tmp_path / "one") == state_of(tmp_path / "two")
     with pytest.raises(
         ValueError, match="`step` must be the step of a checkpoint .* Got 5"
     ):
-        of_run(step=5, out=str(tmp_path / "five"))
+        export_run(step=5, out=str(tmp_path / "five"))
     with pytest.raises(ValueError, match="`run` must be the folder of a run"):
-        cli.export(cli.ExportConfig(run=other))
+        cli.export(cli.ExportConfig(run=earlier))
 
 
 @pytest.mark.slow
@@ -449,7 +460,7 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     out = tmp_path / "run"
     config = settings(folder, data / "train.jsonl", out)
     cli.train(config)
-    whole, metrics = (out / ADAPTER).read_bytes(), out / "metrics.jsonl"
+    adapter, metrics = (out / ADAPTER).read_bytes(), out / "metrics.jsonl"
     check_export(folder, out, tmp_path)
     largest = max((out / "state" / "6").rglob("*"), key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
@@ -457,37 +468,37 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     lines = metrics.read_bytes()
     with pytest.raises(ValueError, match="step 6 .* `--resume_step 4` on the command"):
         cli.train(again)
-    assert metrics.read_bytes() == lines  # nothing of the run is changed
+    assert metrics.read_bytes() == lines  # the run is unchanged
     capsys.readouterr()
     cli.train(dataclasses.replace(again, resume_step=4))
-    found = capsys.readouterr().err
-    assert "Resuming after step 4 of 6; later states are deleted\n" in found
-    assert (out / ADAPTER).read_bytes() == whole
-    # Without any state a run begins again, and says so.
+    messages = capsys.readouterr().err
+    assert "Resuming after step 4 of 6; later states are deleted\n" in messages
+    assert (out / ADAPTER).read_bytes() == adapter
+    # Without any state a run starts again, and prints a note.
     for step in ("4", "6"):
         shutil.rmtree(out / "state" / step)
     cli.train(again)
     assert "run has no saved state. The run starts again" in capsys.readouterr().err
-    assert (out / ADAPTER).read_bytes() == whole
+    assert (out / ADAPTER).read_bytes() == adapter
     assert [row["step"] for row in rows_of(out)] == list(range(1, 7))
     assert not yaml.safe_load((out / "config.yaml").read_text())["resume_step"]
 
 
 @pytest.mark.slow
 def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys):
-    losses, asked = iter([9.0, 5.0, 2.0, 3.0, 2.0, 2.5]), []
+    losses, calls = iter([9.0, 5.0, 2.0, 3.0, 2.0, 2.5]), []
 
-    def mean(*given):
-        return asked.append(len(given[-1])) or {"loss": next(losses)}
+    def fake_mean(*arguments):
+        return calls.append(len(arguments[-1])) or {"loss": next(losses)}
 
-    monkeypatch.setattr(evaluation, "make_means", lambda loss: mean)
+    monkeypatch.setattr(evaluation, "make_means", lambda loss: fake_mean)
 
-    # It is pushed too, to a repository that is made first.
-    def pushed(name, path=None):
-        return asked.append([name, path]) or "there"
+    # The adapter is pushed too, to a repository that is created before training.
+    def record_push(name, path=None):
+        return calls.append([name, path]) or "there"
 
     for module in ("run", "training"):
-        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", pushed)
+        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", record_push)
     monkeypatch.setattr(
         "qlora_jax.cli.base_model.fetch", lambda name: pathlib.Path(folder)
     )
@@ -497,12 +508,12 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     weights = f"{data}=3,{data / 'train.jsonl'}=1"
     config = settings("some/base", weights, out, **options)
     result = cli.train(config)
-    said = f"The validation loss of {out} has not fallen in 2 evaluations. Stopped "
-    assert f"{said}after step 4.\n" in capsys.readouterr().err
-    assert asked.pop(0) == ["some/new", None]
-    assert asked.pop() == ["some/new", out / "adapter"]
+    message = f"The validation loss of {out} has not fallen in 2 evaluations. Stopped "
+    assert f"{message}after step 4.\n" in capsys.readouterr().err
+    assert calls.pop(0) == ["some/new", None]
+    assert calls.pop() == ["some/new", out / "adapter"]
     assert (result.steps, result.best_step, result.valid_loss) == (4, 2, 2.5)
-    assert len(asked) == 6 and {*asked} == {2}  # the best one is evaluated again
+    assert len(calls) == 6 and {*calls} == {2}  # the best state is evaluated again
     assert str(result).endswith(f"the adapter of step 2 is in {out}/adapter")
     assert sorted(path.name for path in (out / "state").iterdir()) == ["2", "4"]
     best = cli.export(cli.ExportConfig(run=str(out), step=2))
@@ -510,9 +521,11 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     card = (out / "adapter" / "README.md").read_text()
     assert "| best step | 2 |" in card
     assert f"fine-tuned on {data.name} and train.jsonl" in card
-    other = dataclasses.replace(config, data=weights.replace("=3,", "=2,"), resume=True)
+    reweighted = dataclasses.replace(
+        config, data=weights.replace("=3,", "=2,"), resume=True
+    )
     with pytest.raises(ValueError, match=r"rows and weights was \[\[40, 3.0\], .* is"):
-        cli.train(other)
+        cli.train(reweighted)
 
 
 @pytest.mark.slow
@@ -520,30 +533,32 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
     out, rows, file = tmp_path / "run", data / "train.jsonl", tmp_path / "run.yaml"
     endless = settings(folder, rows, out, steps=10**5, save_every=10**5)
     file.write_text(yaml.safe_dump(vars(endless) | dict(huge_pages=False)))
-    given = "train", "--config", file
-    process = commands.start_python(*PROGRAM, *given, stderr=subprocess.PIPE, text=True)
+    arguments = "train", "--config", file
+    process = commands.start_python(
+        *PROGRAM, *arguments, stderr=subprocess.PIPE, text=True
+    )
     metrics = out / "metrics.jsonl"
     while not (metrics.is_file() and len(ql.train.read_metrics(metrics)) >= 3):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in told
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in error
     step = ql.train.read_metrics(metrics)[-1]["step"]
     assert 3 <= step < 10**5
     config = out / "config.yaml"
-    assert told.endswith(
+    assert error.endswith(
         f"The state of step {step:,} is saved in {out}/state. To resume: qlora-jax "
         f"train --config {config} --resume\n"
     )
     assert [path.name for path in (out / "state").iterdir()] == [str(step)]
-    # Its adapter can be had as it is.
-    status, told, _ = commands.run(capsys, "export", "--run", out)
-    assert status == 0 and f"{out}/adapter-{step}: peft" in told
+    # The adapter of this state can be exported.
+    status, output, _ = commands.run(capsys, "export", "--run", out)
+    assert status == 0 and f"{out}/adapter-{step}: peft" in output
     assert ql.io.PeftConfig.read(out / f"adapter-{step}").r == 4
 
 
-# Two signals, the second one while the main thread is in a call that does not end.
+# Sends two signals, the second one while the main thread is in an endless call.
 SIGNALS = """
 import hashlib, os, signal, threading, time
 from qlora_jax.cli.processes import catch_signals
@@ -593,7 +608,7 @@ def test_signals_are_as_before_behind_a_run(interruptible):
 
 @pytest.mark.slow
 def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
-    """With DoRA, whose norms read the packed weights too, and trained norms."""
+    """The run uses DoRA, whose norms read the packed weights too, and trains norms."""
 
     def train(out, **options):
         options |= dict(eval_examples=0, steps=3, use_dora=True)

@@ -1,7 +1,7 @@
-"""A run with faults at random moments ends as one without.
+"""A run with faults at random moments ends with the same bits as one without.
 
-It is killed, sent SIGTERM, stopped by a NaN, and finds its disk full; its optimizer's
-state has 8 bits and is in host memory. The whole form:
+It is killed, sent SIGTERM, stopped by a NaN, and finds its disk full. Its optimizer
+state is in 8 bits and in host memory. The long form of the test:
 QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/cli/test_train_faults.py -s
 """
 
@@ -45,7 +45,7 @@ def main(config, out, resume, on_nan):
 
     make_step = ql.train.make_joint_step
 
-    def nan(x):
+    def to_nan(x):
         return x * np.nan if x.dtype == np.float32 else x
 
     sizes = pathlib.Path(f"{out}.rss").open("a")
@@ -56,11 +56,13 @@ def main(config, out, resume, on_nan):
         def run(states, base, batches):
             number = int(states[0].step) + 1
             is_bad = number == NAN_STEP
-            found = step(states, jax.tree.map(nan, base) if is_bad else base, batches)
+            results = step(
+                states, jax.tree.map(to_nan, base) if is_bad else base, batches
+            )
             pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
             size = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
             print(number, os.getpid(), round(size, 2), file=sizes, flush=True)
-            return found
+            return results
 
         return run
 
@@ -89,7 +91,7 @@ def rows_of(out):
 
 
 def kill_at(step, process, out, rng):
-    """Kills the process after a step, every second time while it saves."""
+    """Kills the process after a step, in half of the cases while it saves."""
     state = out / "state"
 
     def is_saving():
@@ -97,23 +99,26 @@ def kill_at(step, process, out, rng):
 
     while process.poll() is None and rows_of(out) < step:
         time.sleep(0.005)
-    what = "training"
+    activity = "training"
     if rng.random() < 0.5:
-        until = time.monotonic() + 5
-        while process.poll() is None and not is_saving() and time.monotonic() < until:
+        deadline = time.monotonic() + 5
+        while (
+            process.poll() is None and not is_saving() and time.monotonic() < deadline
+        ):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
-        what = "saving"
+        activity = "saving"
     process.kill()
-    return process.wait(), what if not is_saving() else f"{what}, a state half-written"
+    status = process.wait()
+    return status, activity + ", a state half-written" * is_saving()
 
 
 def kill_some(count, span, config, out, rng):
     for _ in range(count):
         process = start(config, out)
         step = min(rows_of(out) + rng.randint(1, span), STEPS - 3)
-        status, what = kill_at(step, process, out, rng)
-        print(f"killed after step {rows_of(out)} of {STEPS}, while {what}")
+        status, activity = kill_at(step, process, out, rng)
+        print(f"killed after step {rows_of(out)} of {STEPS}, while {activity}")
         assert status == -9, log_of(config, out)
 
 
@@ -121,8 +126,8 @@ def kill_some(count, span, config, out, rng):
 def small_disk(folder):
     """Makes a folder on a small disk where we may mount one (as root, on Linux).
 
-    Elsewhere the size of each file that this process writes is limited. Gives what
-    writing says in the end.
+    Elsewhere the size of each file that this process writes is limited. Yields the
+    error message that a failed write contains.
     """
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}k", "tmpfs", folder]
@@ -141,9 +146,9 @@ def small_disk(folder):
 
 
 @contextlib.contextmanager
-def full(folder, is_mounted):
+def full_disk(folder, is_mounted):
     """A disk with room for metrics but not for a state."""
-    if not is_mounted:  # The size of files is limited then.
+    if not is_mounted:  # The size of files is limited instead.
         yield
         return
     ballast = folder / "ballast"
@@ -156,7 +161,8 @@ def full(folder, is_mounted):
         ballast.unlink()
 
 
-def arrays(out):
+def arrays_of(out):
+    """Returns the arrays of the last state of a run."""
     with ocp.CheckpointManager(out / "state") as manager:
         assert manager.latest_step() == STEPS
         args = ocp.args.Composite(state=ocp.args.StandardRestore())
@@ -164,7 +170,7 @@ def arrays(out):
 
 
 def states_of(out):
-    """The steps of whole states."""
+    """Returns the steps of complete states, in order."""
     names = [path.name for path in (out / "state").iterdir()]
     return sorted(int(name) for name in names if name.isdecimal())
 
@@ -188,25 +194,25 @@ def write_config(folder):
 @pytest.mark.slow
 def test_a_run_with_faults_ends_with_the_bits_of_one_without(tmp_path):
     rng = random.Random(0)
-    config, one = write_config(tmp_path), tmp_path / "one"
-    assert start(config, one).wait() == 0, log_of(config, one)
+    config, undisturbed = write_config(tmp_path), tmp_path / "one"
+    assert start(config, undisturbed).wait() == 0, log_of(config, undisturbed)
     with small_disk(tmp_path / "disk") as reason:
-        two = tmp_path / "disk" / "two"
+        disturbed = tmp_path / "disk" / "two"
         is_mounted = "space" in reason
-        before = (KILLS + 1) // 2
-        span = NAN_STEP // (before + 2)  # few enough that none passes the NaN
-        kill_some(before, span, config, two, rng)
-        stop_by_signal(config, two)
-        stop_at_nan(config, two)
-        run_on_a_full_disk(config, two, is_mounted, reason)
-        kill_some(KILLS - before, span, config, two, rng)
-        assert start(config, two).wait() == 0, log_of(config, two)
-        check_same(two, one)
-    check_memory(pathlib.Path(f"{one}.rss"))
+        kills_before_nan = (KILLS + 1) // 2
+        span = NAN_STEP // (kills_before_nan + 2)  # few enough that none passes the NaN
+        kill_some(kills_before_nan, span, config, disturbed, rng)
+        stop_by_signal(config, disturbed)
+        stop_at_nan(config, disturbed)
+        run_on_a_full_disk(config, disturbed, is_mounted, reason)
+        kill_some(KILLS - kills_before_nan, span, config, disturbed, rng)
+        assert start(config, disturbed).wait() == 0, log_of(config, disturbed)
+        check_same(disturbed, undisturbed)
+    check_memory(pathlib.Path(f"{undisturbed}.rss"))
 
 
 def stop_by_signal(config, out):
-    """The run saves the state of the step that it was at."""
+    """After SIGTERM the run saves the state of its current step."""
     process, sizes = start(config, out), pathlib.Path(f"{out}.rss")
     while process.poll() is None and f" {process.pid} " not in sizes.read_text():
         time.sleep(0.001)
@@ -227,9 +233,9 @@ def stop_at_nan(config, out):
 
 
 def run_on_a_full_disk(config, out, is_mounted, reason):
-    """The run stops, and the state that was the last one stays."""
+    """With a full disk the run stops, and keeps its last state."""
     before = states_of(out)
-    with full(out.parent, is_mounted):
+    with full_disk(out.parent, is_mounted):
         assert start(config, out).wait() == 1
     assert f"{reason}. The last checkpoint is that of step {before[-1]}" in log_of(
         config, out
@@ -238,32 +244,32 @@ def run_on_a_full_disk(config, out, is_mounted, reason):
     print(f"stopped at a full disk after the state of step {before[-1]}")
 
 
-def check_same(two, one):
-    found, wanted = arrays(two), arrays(one)
-    assert_same_bits(found, wanted)
+def check_same(disturbed, undisturbed):
+    state, expected = arrays_of(disturbed), arrays_of(undisturbed)
+    assert_same_bits(state, expected)
     # A and B of three kernels, with codes and scales of two moments for each; two
     # counts, the key, the step and the steps that were skipped.
-    assert len(found) == 3 * 2 * (1 + 2 * 2) + 5
-    assert any(x.dtype == np.uint32 and x.ndim == 3 for x in wanted.values())
-    assert int(wanted["skipped"]) == 1
+    assert len(state) == 3 * 2 * (1 + 2 * 2) + 5
+    assert any(x.dtype == np.uint32 and x.ndim == 3 for x in expected.values())
+    assert int(expected["skipped"]) == 1
     file = "adapter/adapter_model.safetensors"
-    assert (one / file).read_bytes() == (two / file).read_bytes()
+    assert (undisturbed / file).read_bytes() == (disturbed / file).read_bytes()
 
-    def numbers(out):
+    def numbers_of(out):
         return [
             (row["step"], row["loss"], row["grad_norm"])
             for row in ql.train.read_metrics(out / "metrics.jsonl")
         ]
 
-    assert numbers(two) == numbers(one)
-    assert [step for step, *_ in numbers(two)] == list(range(1, STEPS + 1))
-    assert not list((two / "state").glob("*tmp*"))
+    assert numbers_of(disturbed) == numbers_of(undisturbed)
+    assert [step for step, *_ in numbers_of(disturbed)] == list(range(1, STEPS + 1))
+    assert not list((disturbed / "state").glob("*tmp*"))
 
 
 def check_memory(path):
     """Resident memory is flat from a tenth of the steps on, or from the tenth step.
 
-    It may grow by as much a step as 2% from one tenth of the steps to the last.
+    The allowed growth per step is 2% over the steps from the first tenth to the last.
     """
     lines = [line.split() for line in path.read_text().splitlines()]
     sizes = np.array([float(size) for _, _, size in lines])

@@ -35,11 +35,11 @@ def data(tmp_path_factory):
     return write_letters(tmp_path_factory.mktemp("data"))
 
 
-def settings(folder, data, out, **others):
-    """One target is split by columns, one by rows; test_mesh.py trains all kernels."""
-    small = dict(batch_size=8, save_every=3, optimizer="adamw", warmup=0, remat=True)
-    small |= dict(fmt="nvfp4")  # whose blocks are of 16
-    return commands.settings(folder, data, out, **(small | others))
+def settings(folder, data, out, **overrides):
+    """Targets are split by columns and by rows; test_mesh.py trains all kernels."""
+    defaults = dict(batch_size=8, save_every=3, optimizer="adamw", warmup=0, remat=True)
+    defaults |= dict(fmt="nvfp4")  # whose blocks are of 16
+    return commands.settings(folder, data, out, **(defaults | overrides))
 
 
 def test_meshes_are_written_in_two_forms():
@@ -52,18 +52,18 @@ def test_meshes_are_written_in_two_forms():
 def test_a_run_goes_on_on_another_mesh(
     folder, data, tmp_path, monkeypatch, free_programs
 ):
-    """Eight devices, then one, then eight that split otherwise, as one throughout.
+    """A run on 8 devices, then 1, then 8 with another split, equals one on 1 device.
 
-    In the last part the optimizer's state is in host memory.
+    In the last part the optimizer state is in host memory.
     """
-    choose, ends = Trainer.choose_adapter, []
+    choose_adapter, final_states = Trainer.choose_adapter, []
 
-    def record(trainer, state):
-        return ends.append(state) or choose(trainer, state)
+    def record_state(trainer, state):
+        return final_states.append(state) or choose_adapter(trainer, state)
 
-    monkeypatch.setattr(Trainer, "choose_adapter", record)
+    monkeypatch.setattr(Trainer, "choose_adapter", record_state)
     free_programs()
-    one = cli.train(settings(folder, data, tmp_path / "one", steps=7))
+    single = cli.train(settings(folder, data, tmp_path / "one", steps=7))
     paged = dict(optimizer="adamw", offload_optimizer=True)
     changes = [
         dict(mesh="fsdp=2,tensor=4", steps=1),
@@ -71,9 +71,9 @@ def test_a_run_goes_on_on_another_mesh(
         dict(mesh="fsdp=4,tensor=2", steps=7, resume=True, **paged),
     ]
     for change in changes:
-        free_programs()  # a mesh has programs of its own, and they are large
-        two = cli.train(settings(folder, data, tmp_path / "two", **change))
-    lora, (_, (adam, *_)) = ends[-1].lora, ends[-1].opt_state
+        free_programs()  # each mesh compiles its own large programs
+        meshed = cli.train(settings(folder, data, tmp_path / "two", **change))
+    lora, (_, (adam, *_)) = final_states[-1].lora, final_states[-1].opt_state
     for moments in (adam.mu, adam.nu):
         for x, y in zip(*map(jax.tree.leaves, (moments, lora)), strict=True):
             on_host = y.sharding.with_memory_kind("pinned_host")
@@ -81,16 +81,23 @@ def test_a_run_goes_on_on_another_mesh(
             assert x.sharding.is_equivalent_to(on_host, x.ndim)
             assert not x.sharding.is_fully_replicated
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
-    found, wanted = (tensors_of(tmp_path / x / "adapter") for x in ("two", "one"))
-    assert found.keys() == wanted.keys() and len(wanted) == 2 * 2 * 2
-    for name, x in wanted.items():
+    adapter, expected_adapter = (
+        tensors_of(tmp_path / x / "adapter") for x in ("two", "one")
+    )
+    assert (
+        adapter.keys() == expected_adapter.keys() and len(expected_adapter) == 2 * 2 * 2
+    )
+    for name, x in expected_adapter.items():
         # Adam divides each entry of a gradient by its size. The smallest of n entries
         # is about n times smaller than the others, and all are rounded by the bound of
         # 64 terms of the usual one at most: n times that in an entry of a step is
         # sqrt(n) times that in the norm. There are 7 steps.
-        assert_close(found[name], x, terms=7**2 * x.size * 64)
-    assert_close(two.valid_loss, one.valid_loss)
-    assert (two.exact_before, two.exact_after) == (one.exact_before, one.exact_after)
+        assert_close(adapter[name], x, terms=7**2 * x.size * 64)
+    assert_close(meshed.valid_loss, single.valid_loss)
+    assert (meshed.exact_before, meshed.exact_after) == (
+        single.exact_before,
+        single.exact_after,
+    )
     answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("one", "two")]
     assert answers[0] == answers[1]
 
@@ -104,14 +111,14 @@ def free_port():
         return free.getsockname()[1]
 
 
-# JAX's own handler lets a process go on.
+# JAX's own handler of SIGTERM would let the process continue.
 SIGNAL = """
 import os, signal, sys, time
 from qlora_jax.cli import TrainConfig
 from qlora_jax.cli.processes import start_distributed
-own = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
-own |= dict(mesh="fsdp=1", distributed=True)
-start_distributed(TrainConfig("model", "data", "out", **own))
+options = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
+options |= dict(mesh="fsdp=1", distributed=True)
+start_distributed(TrainConfig("model", "data", "out", **options))
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
 """
@@ -124,13 +131,19 @@ def test_a_signal_before_the_first_step_ends_a_process_of_several():
 
 def start_two(config, out, resume=False):
     """Starts two processes of one run, of one device each."""
-    given = ["--config", config, "--out", out, "--mesh=fsdp=2", "--distributed"]
-    given += ["--coordinator-address", f"localhost:{free_port()}", "--num-processes=2"]
-    command, processes = [*PROGRAM, "train", *given, *["--resume"] * resume], []
+    arguments = ["--config", config, "--out", out, "--mesh=fsdp=2", "--distributed"]
+    arguments += [
+        "--coordinator-address",
+        f"localhost:{free_port()}",
+        "--num-processes=2",
+    ]
+    command, processes = [*PROGRAM, "train", *arguments, *["--resume"] * resume], []
     for rank in range(2):
         with (out.parent / f"{out.name}.{rank}.log").open("ab") as log:
-            own = f"--process-id={rank}"
-            process = commands.start_python(*command, own, stdout=log, stderr=log)
+            process_id = f"--process-id={rank}"
+            process = commands.start_python(
+                *command, process_id, stdout=log, stderr=log
+            )
             processes.append(process)
     return processes
 
@@ -145,21 +158,21 @@ def wait_for_two(processes, out):
 def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     folder, data, tmp_path
 ):
-    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    single, distributed, killed = (tmp_path / name for name in ("one", "two", "killed"))
     (data / "valid.jsonl").rename(data / "unused.jsonl")
     options = dict(steps=STEPS, save_every=10, huge_pages=False, learning_rate=2e-3)
-    config = settings(folder, data, one, **options)
+    config = settings(folder, data, single, **options)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(vars(config)))
-    wait_for_two(start_two(file, two), two)
+    wait_for_two(start_two(file, distributed), distributed)
     cli.train(config)
-    assert_close(losses(two), losses(one))
-    # Process 0 alone tells and writes.
+    assert_close(losses(distributed), losses(single))
+    # Only process 0 prints and writes.
     assert f"step 40 of {STEPS}: loss" in (tmp_path / "two.0.log").read_text()
     log = (tmp_path / "two.1.log").read_text()
     assert "loss" not in log
     names = ["adapter", "config.yaml", "loss.png", "metrics.jsonl", "result.json"]
-    assert sorted(path.name for path in two.iterdir()) == [*names, "state"]
+    assert sorted(path.name for path in distributed.iterdir()) == [*names, "state"]
 
     processes = start_two(file, killed)
     while not (killed / "state" / "10").exists():
@@ -169,13 +182,13 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     assert processes[0].wait(120) != 0
     assert processes[1].wait() == -signal.SIGKILL
     assert len(losses(killed)) < STEPS
-    # A signal to one of them ends both after the same step.
-    seen = len(losses(killed))
+    # A signal to one process ends both after the same step.
+    num_steps = len(losses(killed))
     processes = start_two(file, killed, resume=True)
     log = tmp_path / "killed.0.log"
-    while "going on after" not in log.read_text() or len(losses(killed)) == seen:
+    while "going on after" not in log.read_text() or len(losses(killed)) == num_steps:
         assert all(process.poll() is None for process in processes), log.read_text()
-        seen = min(seen, len(losses(killed)))
+        num_steps = min(num_steps, len(losses(killed)))
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:
@@ -184,8 +197,8 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     assert step < STEPS and f"the state of step {step} is in" in log.read_text()
     assert "config.yaml --resume" not in (tmp_path / "killed.1.log").read_text()
     wait_for_two(start_two(file, killed, resume=True), killed)
-    assert losses(killed) == losses(two)
-    assert (killed / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
+    assert losses(killed) == losses(distributed)
+    assert (killed / ADAPTER).read_bytes() == (distributed / ADAPTER).read_bytes()
 
 
 @pytest.mark.slow
@@ -196,22 +209,30 @@ def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path)
     ]
     for name in ("train", "valid"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
-    one, two = tmp_path / "one", tmp_path / "two"
+    single, distributed = tmp_path / "one", tmp_path / "two"
     options = dict(objective="dpo", learning_rate=[2e-3, 2e-2], huge_pages=False)
     options |= dict(steps=4, save_every=2, eval_every=2, eval_examples=0)
-    config = settings(folder, tmp_path, one, **options, keep_best=True)
+    config = settings(folder, tmp_path, single, **options, keep_best=True)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(vars(config)))
-    wait_for_two(start_two(file, two), two)
-    want = cli.train(config)
-    got = json.loads((two / "result.json").read_text())
-    assert got["best"] == want.best and got["runs"].keys() == want.runs.keys()
-    for name in want.runs:
-        for row, other in zip(rows_of(one / name), rows_of(two / name), strict=True):
+    wait_for_two(start_two(file, distributed), distributed)
+    expected = cli.train(config)
+    result = json.loads((distributed / "result.json").read_text())
+    assert (
+        result["best"] == expected.best
+        and result["runs"].keys() == expected.runs.keys()
+    )
+    for name in expected.runs:
+        for row, distributed_row in zip(
+            rows_of(single / name), rows_of(distributed / name), strict=True
+        ):
             # At first all pairs are ties, so rounding decides what is accurate.
             unequal = [key for key in row if key.endswith("accuracies")]
             for key in {*row} - {"seconds", "tokens_per_s", *unequal}:
                 # Rewards are differences of log probabilities, which are above 1.
                 magnitude = max(1.0, abs(row[key]))
-                assert_close(other[key], row[key], magnitude=magnitude)
-        assert sorted(x.name for x in (two / name / "state").iterdir()) == ["2", "4"]
+                assert_close(distributed_row[key], row[key], magnitude=magnitude)
+        assert sorted(x.name for x in (distributed / name / "state").iterdir()) == [
+            "2",
+            "4",
+        ]

@@ -1,4 +1,4 @@
-"""Wrong values of options: each error names its option, in words, on few lines."""
+"""Errors of wrong option values name the option, in words and on a few lines."""
 
 import json
 
@@ -18,7 +18,7 @@ SURROGATE = "\ud800 x"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a model, an adapter, rows, and what is no run."""
+    """A folder with a model, an adapter, rows, and a folder that is not a run."""
     folder = tmp_path_factory.mktemp("wrong")
     save_tiny(folder / "base")
     draw_peft(folder / "adapter", MODULES, target_modules=[*MODULES])
@@ -39,7 +39,7 @@ BASE, ROWS = ["--model", "base"], ["--data", "rows.jsonl"]
 OUT = ["--out", "new"]
 TRAIN, SCORE = ["train", *BASE, *ROWS, *OUT], ["score", *BASE, *ROWS]
 GENERATE, EXPORT = ["generate", *BASE, "--prompt=p"], ["export", *BASE, *OUT]
-# Of what is missing: the option, and the command line before its value.
+# Options whose path does not exist, and the command line, which ends with the path.
 MISSING = [
     ("model", ["train", *ROWS, *OUT, "--model", "nothing"]),
     ("model", ["score", *ROWS, "--model", "no/thing"]),
@@ -65,7 +65,7 @@ MISSING = [
     ("config", ["train", "--config", "nothing.yaml"]),
     ("config", ["score", "--config", "nothing.yaml"]),
 ]
-# What is there, and wrong: the command line, and what the error says.
+# Command lines with wrong values, and a part of the error message.
 WRONG = [
     ([*SCORE, "--dtype=f64"], "`dtype` must be float32, bfloat16 or float16. Got f64."),
     ([*TRAIN, "--fmt=nf5"], "mxfp4, nvfp4 or none. Got nf5."),
@@ -112,12 +112,12 @@ WRONG = [
 
 
 @pytest.fixture
-def refused(files, tmp_path, monkeypatch, capsys):
-    """Runs a wrong command line where the files are; returns its error."""
+def run_wrong_command(files, tmp_path, monkeypatch, capsys):
+    """Runs a wrong command line in the folder of `files`; returns its error message."""
     monkeypatch.chdir(files)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
 
-    def refused(arguments):
+    def run_wrong_command(arguments):
         capsys.readouterr()
         try:
             status = main(arguments)
@@ -131,29 +131,29 @@ def refused(files, tmp_path, monkeypatch, capsys):
         assert not any(word in err for word in ("Traceback", "Subtypes", "typing."))
         return err
 
-    return refused
+    return run_wrong_command
 
 
 @pytest.mark.parametrize("option, arguments", MISSING)
-def test_what_is_missing_is_called_so(refused, option, arguments):
-    err = refused(arguments)
+def test_what_is_missing_is_called_so(run_wrong_command, option, arguments):
+    err = run_wrong_command(arguments)
     assert f"`{option}` " in err.splitlines()[0] and "missing" in err
     assert arguments[-1].split(",")[-1].split("/")[-1] in err
-    others = {name for name, _ in MISSING} - {option}
-    assert not [name for name in others if f"`{name}`" in err]
+    other_options = {name for name, _ in MISSING} - {option}
+    assert not [name for name in other_options if f"`{name}`" in err]
 
 
-@pytest.mark.parametrize("arguments, says", WRONG)
-def test_what_is_wrong_is_named(refused, arguments, says):
-    err = refused(arguments)
-    assert says in err and len(err.splitlines()) <= 5
+@pytest.mark.parametrize("arguments, message", WRONG)
+def test_what_is_wrong_is_named(run_wrong_command, arguments, message):
+    err = run_wrong_command(arguments)
+    assert message in err and len(err.splitlines()) <= 5
     assert "`--resume`" not in err
 
 
-def test_the_last_state_of_memory_is_one_line(refused, files, monkeypatch):
+def test_an_error_for_lack_of_memory_is_one_line(run_wrong_command, files, monkeypatch):
     def ask_for_a_petabyte(config):
         return jax.block_until_ready(jnp.zeros(1 << 50))
 
     monkeypatch.setattr(cli, "score", ask_for_a_petabyte)
-    [line] = refused(SCORE).splitlines()
+    [line] = run_wrong_command(SCORE).splitlines()
     assert "the device is out of memory" in line and str(1 << 52) in line
