@@ -60,16 +60,16 @@ def compile_here(row: dict) -> dict:
     config = TrainConfig(row["model"], "", "", steps=1000, warmup=20, **row["settings"])
     start = time.process_time()
     lowered = lower_step(config, model, devices[: row["chips"]], backend)
-    found: dict[str, Any] = {"lower_seconds": round(time.process_time() - start, 1)}
+    record: dict[str, Any] = {"lower_seconds": round(time.process_time() - start, 1)}
     start = time.process_time()
     try:
         compiled = lowered.compile()
     except Exception as error:  # the compiler's own: what it says is the result
-        found["error"] = str(error)
-    found["compile_seconds"] = round(time.process_time() - start, 1)
-    if "error" in found:
-        return found
-    return found | measure(compiled)
+        record["error"] = str(error)
+    record["compile_seconds"] = round(time.process_time() - start, 1)
+    if "error" in record:
+        return record
+    return record | measure(compiled)
 
 
 def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
@@ -79,13 +79,13 @@ def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
 
     topology, chip = row["topology"], chip_of(row)
     if chip in CHIPS:
-        found = get_topology_desc(topology, "tpu")
-        return found.devices, [f"pallas_tpu_{chip}", "reference"]
+        description = get_topology_desc(topology, "tpu")
+        return description.devices, [f"pallas_tpu_{chip}", "reference"]
     from gpu_hlo import H100
 
     shape = topology.partition(":")[2]
-    found = get_topology_desc("", "cuda", target_config=H100, topology=shape)
-    return found.devices, ["reference"]
+    description = get_topology_desc("", "cuda", target_config=H100, topology=shape)
+    return description.devices, ["reference"]
 
 
 def measure(compiled: Any) -> dict:
@@ -94,8 +94,8 @@ def measure(compiled: Any) -> dict:
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     names = "argument_size", "temp_size", "host_argument_size", "host_temp_size"
-    found = {name: getattr(memory, f"{name}_in_bytes") for name in names}
-    return found | {
+    sizes = {name: getattr(memory, f"{name}_in_bytes") for name in names}
+    return sizes | {
         "collectives": collectives(text),
         "kernels": text.count("tpu_custom_call"),
     }
@@ -125,15 +125,15 @@ def compile_row(row: dict, timeout: float) -> dict:
         lines = [x for x in run.stdout.splitlines() if x.startswith("RESULT ")]
         if not lines:
             raise RuntimeError(f"{row}: {run.stderr[-3000:]}")
-        found = json.loads(lines[-1].removeprefix("RESULT "))
-        if "error" not in found:
+        record = json.loads(lines[-1].removeprefix("RESULT "))
+        if "error" not in record:
             colors = bytes_by_color(dump)
-            found |= {"hbm": colors[0], "host": colors.get(5, 0)}
-    if "error" in found:
-        found |= _why(found["error"])
-    elif found["hbm"] > HBM[chip]:
-        found["error"] = "out of memory"
-    return row | found
+            record |= {"hbm": colors[0], "host": colors.get(5, 0)}
+    if "error" in record:
+        record |= _why(record["error"])
+    elif record["hbm"] > HBM[chip]:
+        record["error"] = "out of memory"
+    return row | record
 
 
 def _why(error: str) -> dict:
@@ -162,17 +162,19 @@ def read_results(path: pathlib.Path = RESULTS) -> list[dict]:
 
 def add_result(record: dict, path: pathlib.Path = RESULTS) -> None:
     """Writes a record into a file, in the place of the one of the same row."""
-    kept = [x for x in read_results(path) if key_of(x) != key_of(record)]
+    other_records = [x for x in read_results(path) if key_of(x) != key_of(record)]
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(x) + "\n" for x in [*kept, record]), "utf-8")
+    part.write_text(
+        "".join(json.dumps(x) + "\n" for x in [*other_records, record]), "utf-8"
+    )
     part.replace(path)
 
 
 def versions() -> dict:
     """Returns the versions that a result depends on."""
     names = "jax", "libtpu", "jax-cuda13-pjrt", "flax", "optax"
-    found = {x.metadata["Name"] for x in importlib.metadata.distributions()}
-    return {x: importlib.metadata.version(x) for x in names if x in found}
+    installed = {x.metadata["Name"] for x in importlib.metadata.distributions()}
+    return {x: importlib.metadata.version(x) for x in names if x in installed}
 
 
 def can_compile(row: dict) -> bool:
@@ -204,17 +206,17 @@ def main():
     for row in ROWS:
         if args.only not in row["name"] or not can_compile(row):
             continue
-        known = {key_of(x) for x in read_results()}
-        if key_of(row) in known and not args.again:
+        measured_keys = {key_of(x) for x in read_results()}
+        if key_of(row) in measured_keys and not args.again:
             continue
         print(row["name"], flush=True)
         try:
-            found = compile_row(row, args.timeout) | {"versions": versions()}
+            record = compile_row(row, args.timeout) | {"versions": versions()}
         except RuntimeError as error:  # a fault here, not a program that does not fit
             print(error, file=sys.stderr, flush=True)
             continue
-        add_result(found)
-        shown = {k: v for k, v in found.items() if k not in ("settings", "versions")}
+        add_result(record)
+        shown = {k: v for k, v in record.items() if k not in ("settings", "versions")}
         print(json.dumps(shown), flush=True)
 
 

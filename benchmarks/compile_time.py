@@ -121,8 +121,10 @@ def main() -> None:
             times[name].append(at_depth(depth, functools.partial(seconds, *case)))
     rows = []
     dense = statistics.median(map(sum, times["dense"][1:]))
-    for name, found in times.items():
-        trace, compile_, both = zip(*((a, b, a + b) for a, b in found[1:]), strict=True)
+    for name, samples in times.items():
+        trace, compile_, both = zip(
+            *((a, b, a + b) for a, b in samples[1:]), strict=True
+        )
         medians = [statistics.median(part) for part in (trace, compile_, both)]
         ratio = f"{medians[-1] / dense:.2f}"
         rows.append([name, *(f"{s:.2f}" for s in medians), ratio])

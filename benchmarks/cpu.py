@@ -67,13 +67,15 @@ def product_rows(sizes: dict, rounds: int, bar: tqdm) -> list[list[str]]:
         w = jnp.asarray(weights(sizes), dtype)
         peers = ("qlora_jax", "dense", "dense-best")
         stored = {peer: contestant(peer, w) for peer in peers}
-        compiled = {p: product_functions(product) for p, (_, product) in stored.items()}
+        compiled = {
+            peer: product_functions(product) for peer, (_, product) in stored.items()
+        }
         for i, work in enumerate(("forward", "forward + input gradient")):
             for m in sizes["rows"]:
                 x, g = (jnp.asarray(v, dtype) for v in inputs(sizes | {"rows": m}))
                 runs = {}
-                for p in peers:
-                    runs[p] = (compiled[p][i], (x, stored[p][0], g)[: 2 + i])
+                for peer in peers:
+                    runs[peer] = (compiled[peer][i], (x, stored[peer][0], g)[: 2 + i])
                 bar.set_description(f"{dtype} {work} {m}")
                 rows.append([dtype, work, str(m), *product_row(runs, rounds)])
                 bar.update()
@@ -86,8 +88,8 @@ def product_row(runs: dict, rounds: int) -> list[str]:
     def sampler(function, args):
         return timed(lambda: jax.block_until_ready(function(*args)))
 
-    times = interleave({p: sampler(*run) for p, run in runs.items()}, rounds)
-    ours, dense, best = (times[p] for p in ("qlora_jax", "dense", "dense-best"))
+    times = interleave({peer: sampler(*run) for peer, run in runs.items()}, rounds)
+    ours, dense, best = (times[peer] for peer in ("qlora_jax", "dense", "dense-best"))
 
     def ms(seconds):
         return f"{seconds * 1e3:.2f}"

@@ -63,8 +63,8 @@ def _read_chapters(file: pathlib.Path) -> list[str]:
     )
     chapters: dict[tuple, list[str]] = {}
     with contextlib.closing(sqlite3.connect(file)) as database:
-        for *chapter, first, rest in database.execute(query):
-            verses = re.sub(r"\d+:\d+ ", "", f"{first} {rest or ''}").split()
+        for *chapter, first, remainder in database.execute(query):
+            verses = re.sub(r"\d+:\d+ ", "", f"{first} {remainder or ''}").split()
             chapters.setdefault(tuple(chapter), []).append(" ".join(verses))
     return ["\n".join(verses) + "\n" for verses in chapters.values()]
 

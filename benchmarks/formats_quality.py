@@ -116,11 +116,11 @@ def encoder_layers(folder: pathlib.Path, text: str) -> list[tuple]:
 
 def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
     """Runs BERT on rows without padding; returns its linear layers and their inputs."""
-    found = []
+    inputs = []
 
     def linear(name, x):
         kernel = w[f"{name}.weight"].T
-        found.append((kernel, x.reshape(-1, x.shape[-1])))
+        inputs.append((kernel, x.reshape(-1, x.shape[-1])))
         return x @ kernel + w[f"{name}.bias"]
 
     def norm(name, x):
@@ -148,7 +148,7 @@ def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
         inner = linear(f"{layer}.intermediate.dense", x)
         inner = linear(f"{layer}.output.dense", jax.nn.gelu(inner, approximate=False))
         x = norm(f"{layer}.output.LayerNorm", x + inner)
-    return found
+    return inputs
 
 
 @jax.jit
@@ -203,9 +203,9 @@ class LanguageModel:
 
     def compare(self, params: dict) -> tuple[np.ndarray, np.ndarray]:
         """Returns the loss of each row, and the divergence from the float model."""
-        found = self._predict(params)
-        losses = -jnp.take_along_axis(found, self.rows[..., 1:, None], -1)
-        return row_means(losses), row_means(divergences(found, self._exact))
+        log_probs = self._predict(params)
+        losses = -jnp.take_along_axis(log_probs, self.rows[..., 1:, None], -1)
+        return row_means(losses), row_means(divergences(log_probs, self._exact))
 
     def measure(self, settings: dict) -> tuple[float, ...]:
         """Returns the fields of `Quality` from `lm_weights` on."""
@@ -214,17 +214,20 @@ class LanguageModel:
         kernels = map(matrices, (decoded, self.params))
         errors = [relative_error(*pair) for pair in zip(*kernels, strict=True)]
         losses, diverging = self.compare(decoded)
-        more = losses - self.float_losses
-        ratio, error = np.exp(more.mean()), more.std() / np.sqrt(len(more))
+        loss_increases = losses - self.float_losses
+        ratio, error = (
+            np.exp(loss_increases.mean()),
+            loss_increases.std() / np.sqrt(len(loss_increases)),
+        )
         changes = 100 * (ratio - 1), 100 * ratio * error
         divergence = 1000 * diverging.mean()
         return percent(errors), divergence, float(np.exp(losses.mean())), *changes
 
 
 @jax.jit
-def divergences(found: jax.Array, exact: jax.Array) -> jax.Array:
+def divergences(log_probs: jax.Array, exact: jax.Array) -> jax.Array:
     """Returns the Kullback-Leibler divergence of each token's probabilities."""
-    return jnp.sum(jnp.exp(exact) * (exact - found), -1)
+    return jnp.sum(jnp.exp(exact) * (exact - log_probs), -1)
 
 
 def row_means(x: jax.Array) -> np.ndarray:
@@ -245,7 +248,7 @@ def measure(case: tuple, layers: list[tuple], lm: LanguageModel) -> Quality:
     return Quality(name, *encoder_errors(layers, settings), *lm.measure(settings))
 
 
-def draw(found: list[Quality]) -> Figure:
+def draw(qualities: list[Quality]) -> Figure:
     """Draws the errors of outputs and the divergences by bits a weight."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     panels = {
@@ -255,13 +258,13 @@ def draw(found: list[Quality]) -> Figure:
             "divergence from float32, thousandths of a nat",
         ),
     }
-    found = [x for x in found if x.bits < 6]
+    qualities = [x for x in qualities if x.bits < 6]
     for axes, field in zip(figure.subplots(1, 2), panels, strict=True):
         for color, label, names in (
             ("#0072B2", "float32 or double-quantized scales", ("nf4", "fp4", "int4,")),
             ("#D55E00", "formats of servers", ("int4_f16", "q4_0", "mxfp4", "nvfp4")),
         ):
-            some = [x for x in found if x.name.startswith(names)]
+            some = [x for x in qualities if x.name.startswith(names)]
             places = [x.bits for x in some], [getattr(x, field) for x in some]
             axes.plot(*places, "o", color=color, label=label)
         title, label = panels[field]
@@ -270,7 +273,7 @@ def draw(found: list[Quality]) -> Figure:
         axes.set_xlabel("bits a weight")
         axes.set_xlim(3.8, 5.2)
         axes.spines[["top", "right"]].set_visible(False)
-        _label(axes, [(x.bits, getattr(x, field), x.name) for x in found])
+        _label(axes, [(x.bits, getattr(x, field), x.name) for x in qualities])
     figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside lower center",
@@ -308,11 +311,11 @@ def main(argv: list[str] | None = None) -> None:
     lm = LanguageModel(args.folder)
     with tempfile.TemporaryDirectory() as scratch:
         layers = encoder_layers(pathlib.Path(scratch), lm.text)
-    found = [measure(case, layers, lm) for case in tqdm(CASES, unit="format")]
+    qualities = [measure(case, layers, lm) for case in tqdm(CASES, unit="format")]
     print(f"perplexity in float32: {np.exp(lm.float_losses.mean()):.3f}")
-    print_table(HEADER, [x.row() for x in found], args.markdown)
+    print_table(HEADER, [x.row() for x in qualities], args.markdown)
     if args.picture:
-        draw(found).savefig(args.picture, dpi=110, facecolor="white")
+        draw(qualities).savefig(args.picture, dpi=110, facecolor="white")
 
 
 if __name__ == "__main__":

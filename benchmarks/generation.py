@@ -51,8 +51,8 @@ def measure(case: dict, pythons: dict[str, str], rounds: int) -> list[list[str]]
         ready = {n: w for n, w in workers.items() if "error" not in w.facts}
         times = interleave({n: w.sample for n, w in ready.items()}, rounds)
         for name, worker in workers.items():
-            found = worker.facts.get("versions", {})
-            title = f"qlora_jax, JAX {found.get('jax')}"
+            versions = worker.facts.get("versions", {})
+            title = f"qlora_jax, JAX {versions.get('jax')}"
             if name == "torch":
                 title = "transformers"
                 if torch == "bitsandbytes":

@@ -90,24 +90,24 @@ def first_array(text):
 
 def read_entry(hlo):
     """Returns `name -> (type, size, opcode, operands, attributes)` of the entry."""
-    found = {}
+    instructions = {}
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
         if match := INSTRUCTION.match(line):
-            name, kind, opcode, operands, rest = match.groups()
+            name, kind, opcode, operands, attributes = match.groups()
             operands = re.findall(r"%([\w.-]+)", operands)
-            found[name] = (*first_array(kind), opcode, operands, rest)
-    return found
+            instructions[name] = (*first_array(kind), opcode, operands, attributes)
+    return instructions
 
 
 def ancestors(entry, name):
     """Returns the names that `name` is computed from."""
-    found, todo = set(), list(entry[name][3])
+    reached, todo = set(), list(entry[name][3])
     while todo:
         name = todo.pop()
-        if name not in found:
-            found.add(name)
+        if name not in reached:
+            reached.add(name)
             todo += entry[name][3]
-    return found
+    return reached
 
 
 def examine(compiled):
@@ -118,16 +118,18 @@ def examine(compiled):
     (product,) = [name for name in kernels if PRODUCT.search(entry[name][4])]
     before = ancestors(entry, product)
 
-    def whole(name):
+    def is_weight_sized(name):
         return entry[name][1] == K * N
 
     decode, scales = [], []
     for name in kernels:
         if name in before:
-            weight_sized = whole(name) or any(map(whole, entry[name][3]))
+            weight_sized = is_weight_sized(name) or any(
+                map(is_weight_sized, entry[name][3])
+            )
             (decode if weight_sized else scales).append(name)
     after = [name for name in kernels if name not in {product, *decode, *scales}]
-    copied = any(whole(name) and entry[name][0] == "f32" for name in before)
+    copied = any(is_weight_sized(name) and entry[name][0] == "f32" for name in before)
     gathers = re.findall(r" = (\S+) gather\(", hlo)
     gather = max((first_array(text)[1] for text in gathers), default=0)
     writes = [entry[name][0] for name in decode]
@@ -156,19 +158,23 @@ def main():
     topology = {"target_config": H100, "topology": "1x1x1"}
     devices = topologies.get_topology_desc("", "cuda", **topology).devices
     place = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    wanted = [
-        p for p in sorted(found) if re.match(r"jax(lib|-cuda|$)|nvidia-cublas", p)
+    installed = {
+        d.metadata["Name"]: d.version for d in importlib.metadata.distributions()
+    }
+    relevant = [
+        package
+        for package in sorted(installed)
+        if re.match(r"jax(lib|-cuda|$)|nvidia-cublas", package)
     ]
-    print(*[f"{p} {found[p]}" for p in wanted], sep=", ")
+    print(*[f"{package} {installed[package]}" for package in relevant], sep=", ")
     print(f"{K} x {N}, bfloat16, nf4 in blocks of {BLOCK}, double quantization, H100\n")
     heads = ["M", "direction", "gemm", "decode", "writes", "f32 weight", "gather"]
     heads += ["scale kernels", "product", "result", "after", "temporary"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
     good = True
     for m in args.rows or (512, 4096):
-        for name, function, given in cases(m, args.backend):
-            lowered = jax.jit(function, in_shardings=place).lower(*given)
+        for name, function, arguments in cases(m, args.backend):
+            lowered = jax.jit(function, in_shardings=place).lower(*arguments)
             for gemm, triton in GEMMS.items():
                 options = {"xla_gpu_enable_triton_gemm": triton}
                 row, fits = examine(lowered.compile(compiler_options=options))

@@ -14,7 +14,7 @@ _CALLED = re.compile(
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # XLA on CPUs
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # XLA on CPUs
 _CONSTANT = re.compile(r"%?([\w.\-]+) = ([su]32)\[\]\S* constant\((\d+)\)")
 _LESS = re.compile(
     r"ROOT .* compare\((?:.*?[ %])?([\w.\-]+), (?:.*[ %])?([\w.\-]+)\), direction=LT"
@@ -76,8 +76,8 @@ def collectives(text: str) -> list[dict]:
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     name, lines = "", []
     for line in text.split("\n"):
-        if found := _HEAD.match(line):
-            name, lines = found[1], []
+        if head := _HEAD.match(line):
+            name, lines = head[1], []
         elif line == "}" and name:  # kernels' metadata has lines that begin with one
             yield name, lines
             name = ""
@@ -97,13 +97,13 @@ def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None
         runs[name] = None if times is None or before is None else before + times
         for line in computations.get(name, ()):
             loop = _LOOP.search(line)
-            for many, one in _CALLED.findall(line):
-                for called in re.split(r",\s*", many) if many else [one]:
+            for many, single in _CALLED.findall(line):
+                for called in re.split(r",\s*", many) if many else [single]:
                     called = called.strip().removeprefix("%")
                     inner = times
                     if loop and called == loop[2]:
-                        known = _KNOWN.search(line)
-                        trips = int(known[1]) if known else None
+                        trip_count = _TRIP_COUNT.search(line)
+                        trips = int(trip_count[1]) if trip_count else None
                         trips = trips or _trips(
                             *(computations[x] for x in loop.groups())
                         )
@@ -149,9 +149,9 @@ def _step(body: str, index: str | None) -> int | None:
 def _operations(lines: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yields the name of each collective, and its arrays."""
     for line in lines:
-        if not (found := _OPERATION.search(line)):
+        if not (match := _OPERATION.search(line)):
             continue
-        result, operation, start = found.groups()
+        result, operation, start = match.groups()
         arrays = _ARRAY.findall(result)
         # An asynchronous operation gives its operands too, and permutes give flags.
         if start and result.startswith("(") and operation != "all-reduce":

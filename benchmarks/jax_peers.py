@@ -91,13 +91,15 @@ def contestant(peer: str, w: jax.Array):
         from ejkernel.modules.operations.quantized_matmul import quantized_matmul
         from ejkernel.quantization import prepack_quantized_weights
 
-        how = {"mode": "nf4", "group_size": BLOCK_SIZE, "axis": "row"}
+        format_options = {"mode": "nf4", "group_size": BLOCK_SIZE, "axis": "row"}
 
         # Its result is float32.
         def product(x, q):
-            return quantized_matmul(x, *q, **how, platform="xla").astype(x.dtype)
+            return quantized_matmul(x, *q, **format_options, platform="xla").astype(
+                x.dtype
+            )
 
-        return prepack_quantized_weights(w.T, **how), product
+        return prepack_quantized_weights(w.T, **format_options), product
     return w, {"dense": dot, "dense-best": best_dot}[peer]
 
 
@@ -282,7 +284,9 @@ def stacked(layer, unrolled: bool, layers: int):
     """Returns a stack's function of (base, lora, x): a scan, or a Python loop."""
 
     def scanned(base, lora, h):
-        return jax.lax.scan(lambda h, p: (layer(*p, h), None), h, (base, lora))[0]
+        return jax.lax.scan(
+            lambda h, layer_params: (layer(*layer_params, h), None), h, (base, lora)
+        )[0]
 
     def looped(base, lora, h):
         for i in range(layers):
@@ -384,7 +388,7 @@ def qwix_stack(case: dict, unrolled: bool):
 
 
 def _adapters(proj: dict) -> dict:
-    found = {k: v for k, v in proj.items() if "lora" in k}
-    if len(found) != 2:
+    adapter_arrays = {k: v for k, v in proj.items() if "lora" in k}
+    if len(adapter_arrays) != 2:
         raise ValueError(f"qwix made no adapter: {list(proj)}")
-    return found
+    return adapter_arrays

@@ -34,8 +34,8 @@ def build(peer: str, case: dict) -> Job:
         ids[:] = ids or [1] * 32
         body = {"prompt": ids, "n_predict": case["tokens"], "temperature": 0}
         body |= {"return_tokens": True, "ignore_eos": True, "cache_prompt": True}
-        found = httpx.post(f"{server.listening_address}/completion", json=body).json()
-        ids.extend(found["tokens"])
+        reply = httpx.post(f"{server.listening_address}/completion", json=body).json()
+        ids.extend(reply["tokens"])
         if len(ids) >= 32 + NEW_TOKENS:
             ids.clear()
 

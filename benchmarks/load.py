@@ -137,14 +137,14 @@ def bitsandbytes(folder, s):
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    how = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return lambda: AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=how, dtype=torch.bfloat16
+        folder, quantization_config=quantization, dtype=torch.bfloat16
     )
 
 
@@ -159,10 +159,10 @@ def work(way: str, folder: str, s: dict) -> None:
     before = status("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start = time.perf_counter()
-    kept = load()
+    model = load()
     seconds = time.perf_counter() - start
     peak = status("VmHWM")
-    del kept
+    del model
     print(json.dumps([seconds, peak, peak - before]))
 
 
@@ -183,13 +183,13 @@ def main():
     pythons["transformers + bitsandbytes"] = find_python(
         args.torch_python, "bitsandbytes"
     )
-    found = {way: [] for way, python in pythons.items() if python}
+    samples_of_way = {way: [] for way, python in pythons.items() if python}
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory() as folder:
         size = make(pathlib.Path(folder), sizes)
         for _ in tqdm(range(args.rounds)):
-            for way in found:
+            for way in samples_of_way:
                 command = [pythons[way], __file__, "--work", WAYS[way], folder]
                 done = subprocess.run(
                     command + settings,
@@ -197,19 +197,21 @@ def main():
                     text=True,
                     check=True,
                 )
-                found[way].append(json.loads(done.stdout.splitlines()[-1]))
-    first = statistics.median(x[0] for x in found["packed as read"])
+                samples_of_way[way].append(json.loads(done.stdout.splitlines()[-1]))
+    first = statistics.median(x[0] for x in samples_of_way["packed as read"])
     rows = []
-    for way, samples in found.items():
+    for way, samples in samples_of_way.items():
         seconds, peak, grown = map(statistics.median, zip(*samples, strict=True))
         rows.append(
             [way, f"{seconds / first:.2f}", f"{seconds:.1f}", mib(peak), mib(grown)]
         )
     header = ["way", "time, ratio", "s", "process peak MiB", "beyond imports MiB"]
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = f"{machine()}\n{known}\nCheckpoint: {mib(size)} MiB in bfloat16\n\n"
+    version_list = ", ".join(
+        f"{name} {version}" for name, version in versions().items()
+    )
+    text = f"{machine()}\n{version_list}\nCheckpoint: {mib(size)} MiB in bfloat16\n\n"
     text += table(header, rows)
-    for way in pythons.keys() - found.keys():
+    for way in pythons.keys() - samples_of_way.keys():
         text += f"\nNot measured, since no Python has it: {way}"
     print(text)
     write_markdown(args.markdown, text)

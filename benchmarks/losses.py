@@ -44,7 +44,7 @@ def chunked(hidden, head, labels):
     return jnp.mean(ql.losses.chunked_cross_entropy(hidden, head, labels))
 
 
-def whole(hidden, head, labels):
+def unchunked(hidden, head, labels):
     """Optax's loss on float32 logits: its mean."""
     logits = einsum_f32("td,vd->tv", hidden, head)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
@@ -60,7 +60,7 @@ def row(tokens: int, words: int, width: int, runs: bool, rounds: int) -> list[st
     ]
     functions = {
         loss.__name__: jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
-        for loss in (chunked, whole)
+        for loss in (chunked, unchunked)
     }
     memory = [mib(f.memory_analysis().temp_size_in_bytes) for f in functions.values()]
     name = f"{tokens:,} x {words:,} x {width:,}"

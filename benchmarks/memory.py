@@ -132,25 +132,25 @@ def step_memory(
     state = jax.eval_shape(lambda x: ql.train.State.create(x, optimizer, 0), lora)
     rows, tokens, answer = shape
 
-    def of(n, dtype=jnp.int32):
+    def shape_struct(n, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, n), dtype)
 
-    every, some = of(tokens), of(answer)
-    shapes: Any = (every, every, every, some, some, of(answer, jnp.float32))
+    every, some = shape_struct(tokens), shape_struct(answer)
+    shapes: Any = (every, every, every, some, some, shape_struct(answer, jnp.float32))
     batch = ql.train.Batch(*shapes)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
     step = ql.train.make_step(ql.train.decoder_loss(wrapped), optimizer)
     jitted = jax.jit(step, donate_argnums=0)
     compiled = jitted.lower(state, base, [batch]).compile()
-    found: Any = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     held = nbytes((base, state, batch))
-    if found.argument_size_in_bytes != held:
+    if analysis.argument_size_in_bytes != held:
         raise RuntimeError(
             f"The step's arguments must have {held} bytes. Got "
-            f"{found.argument_size_in_bytes}."
+            f"{analysis.argument_size_in_bytes}."
         )
     # Results are written over the adapter and the state, which are donated.
-    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return _row(base, lora, state.opt_state) | {
-        "temporaries": found.temp_size_in_bytes + new
+        "temporaries": analysis.temp_size_in_bytes + new
     }

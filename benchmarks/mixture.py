@@ -58,9 +58,9 @@ def run(base, lora, tokens):
     """Returns the mean loss, and the routers' logits `[L, M, E]`."""
     model = ql.linen.wrap(Decoder(CONFIG), scanned=Decoder.scanned)
     variables = {"params": base, "lora": lora}
-    logits, made = model.apply(variables, tokens[:, :-1], mutable="router")
+    logits, collections = model.apply(variables, tokens[:, :-1], mutable="router")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return jnp.mean(losses), made["router"]["layers"]["mlp"]["logits"][0]
+    return jnp.mean(losses), collections["router"]["layers"]["mlp"]["logits"][0]
 
 
 def balanced_loss(base, lora, tokens):
@@ -103,13 +103,13 @@ def row(fmt, params, ids, tokens, steps, expected):
     loads = np.stack([np.bincount(x.ravel(), minlength=count) for x in chosen])
     loads = loads / loads.mean(axis=1, keepdims=True)
     same = 100 * np.mean(chosen == (chosen if expected is None else expected))
-    found = [
+    measurements = [
         f"{before:.3f}",
         f"{after:.3f}",
         f"{loads.max():.2f}",
         f"{loads.min():.2f}",
     ]
-    return [fmt or "float32", *found, f"{same:.1f}"], chosen
+    return [fmt or "float32", *measurements, f"{same:.1f}"], chosen
 
 
 def main(argv=None):
@@ -137,9 +137,9 @@ def main(argv=None):
     tokens = encode(held_out)[: 128 * (LENGTH + 1)].reshape(128, -1)
     rows, first = [], None
     for fmt in FORMATS:
-        found, chosen = row(fmt, params, encode(new), tokens, args.tuning_steps, first)
+        cells, chosen = row(fmt, params, encode(new), tokens, args.tuning_steps, first)
         first = chosen if first is None else first
-        rows.append(found)
+        rows.append(cells)
     print_table(HEADER, rows, args.markdown)
 
 

@@ -91,17 +91,17 @@ def measure(case: dict, longest: int, rounds: int) -> list[list[str]]:
     for batches in tqdm(timed.values(), desc="compiling"):
         run(batches)
     times = interleave({name: partial(run, x) for name, x in timed.items()}, rounds)
-    found, tokens = [], lambda batches: sum(batch.num_tokens for batch in batches)
+    rows, tokens = [], lambda batches: sum(batch.num_tokens for batch in batches)
 
     def rate(name):
         return times[name].median / tokens(timed[name])
 
     for name, batches in ways.items():
         padding = 1 - tokens(batches) / sum(batch.ids.size for batch in batches)
-        ratio, each = rate(name) / rate("packed"), 1e3 * rate(name)
-        numbers = f"{ratio:.2f}", f"{each:.2f}", f"{100 * padding:.1f}%"
-        found.append([name, *numbers])
-    return found
+        ratio, tokens_per_ms = rate(name) / rate("packed"), 1e3 * rate(name)
+        numbers = f"{ratio:.2f}", f"{tokens_per_ms:.2f}", f"{100 * padding:.1f}%"
+        rows.append([name, *numbers])
+    return rows
 
 
 def main() -> None:

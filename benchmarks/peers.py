@@ -93,29 +93,29 @@ def cases(quick: bool) -> list[tuple[str, dict, tuple[str, ...]]]:
     """Returns (title, case, peers) for every table."""
     k, n, rows = (512, 1024, (1, 16)) if quick else (2048, 8192, (1, 16, 512))
     stacks = ((2, 256), (4, 256)) if quick else ((2, 2048), (16, 1024))
-    found = []
+    all_cases = []
     for dtype in ("float32", "bfloat16"):
         for m in rows:
             for backward in (False, True):
                 case = {"kind": "product", "dtype": dtype, "rows": m, "k": k, "n": n}
-                what = "forward + input gradient" if backward else "forward"
-                title = f"{what}, {m} x {k} x {n}, {dtype}"
-                found.append((title, case | {"backward": backward}, PRODUCT_PEERS))
+                direction = "forward + input gradient" if backward else "forward"
+                title = f"{direction}, {m} x {k} x {n}, {dtype}"
+                all_cases.append((title, case | {"backward": backward}, PRODUCT_PEERS))
     for dtype in ("float32", "bfloat16"):
         for layers, width in stacks:
             m = 64 if quick else 512
             case = {"kind": "step", "dtype": dtype, "rows": m, "rank": 16}
             case |= {"layers": layers, "width": width}
             title = f"training step, {layers} layers of {width}, {m} rows, {dtype}"
-            found.append((title, case, STEP_PEERS))
+            all_cases.append((title, case, STEP_PEERS))
     case = {"kind": "model", "dtype": "bfloat16", "rows": 16, "length": 75, "rank": 16}
     case["model"] = TINY_LLAMA if quick else SMOLLM2_135M
     title = "training step of a language model, 16 x 75 tokens, bfloat16"
-    found.append((title, case, MODEL_PEERS))
+    all_cases.append((title, case, MODEL_PEERS))
     case = {"kind": "train", "dtype": "bfloat16", "rows": 4, "packed": 4, "rank": 16}
     case["model"] = TINY_LLAMA if quick else SMOLLM2_135M
     title = "fine-tuning step on packed rows, 16 sequences of 64 to 84 tokens, bfloat16"
-    return [*found, (title, case, TRAIN_PEERS)]
+    return [*all_cases, (title, case, TRAIN_PEERS)]
 
 
 def python_of(peer: str, pythons: dict[str, str | None]) -> str | None:
@@ -141,8 +141,8 @@ def run_case(case: dict, peers, pythons: dict, rounds: int) -> tuple[list, dict]
 
 def measure(workers: dict[str, Worker], rounds: int) -> tuple[list, dict]:
     """Returns the table's rows, and versions by peer."""
-    ready = {p: w for p, w in workers.items() if "error" not in w.facts}
-    times = interleave({p: w.sample for p, w in ready.items()}, rounds)
+    ready = {peer: w for peer, w in workers.items() if "error" not in w.facts}
+    times = interleave({peer: w.sample for peer, w in ready.items()}, rounds)
     dense = times["dense"].median if "dense" in times else float("nan")
     rows, versions = [], {}
     for peer, worker in workers.items():
@@ -178,10 +178,10 @@ def main() -> None:
     parser.add_argument("--ejkernel-python", help="a Python with ejkernel")
     parser.add_argument("--only", default="", help="run tables whose title holds this")
     args = parser.parse_args()
-    known = cases(args.quick)
-    chosen = [case for case in known if args.only in case[0]]
+    all_cases = cases(args.quick)
+    chosen = [case for case in all_cases if args.only in case[0]]
     if not chosen:
-        titles = [title for title, _, _ in known]
+        titles = [title for title, _, _ in all_cases]
         parser.error(f"`--only` must be part of one of {titles}. Got {args.only!r}.")
     pythons = {
         "qwix": find_python(args.qwix_python, "qwix"),
@@ -192,13 +192,16 @@ def main() -> None:
     for name, python in pythons.items():
         if python is None:
             lines.append(f"{name} was left out: no Python here or named can import it.")
-    seen = {}
+    versions_of = {}
     for title, case, peers in tqdm(chosen, disable=None):
         rows, versions = run_case(case, peers, pythons, args.rounds)
-        seen |= versions
+        versions_of |= versions
         lines += [f"\n### {title[0].upper()}{title[1:]}\n", table(HEADER, rows)]
         tqdm.write("\n".join(lines[-2:]))
-    named = [f"{p}: " + " ".join(f"{k} {v}" for k, v in seen[p].items()) for p in seen]
+    named = [
+        f"{peer}: " + " ".join(f"{k} {v}" for k, v in versions_of[peer].items())
+        for peer in versions_of
+    ]
     report = "\n".join([lines[0], *named, *lines[1:], "", NOTES])
     print("\n".join([lines[0], *named, "", NOTES]))
     write_markdown(args.markdown, report)

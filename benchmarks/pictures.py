@@ -73,7 +73,7 @@ def draw_memory(totals: dict[str, dict[str, int]]) -> Figure:
         axes.axhline(size, color=GREY, linestyle="--", linewidth=1)
         axes.text(len(totals) - 0.62, size, f"{size} GB device", va="center", size=11)
     for way, (label, color, marker) in WAYS.items():
-        sizes = [of[way] / 1e9 for of in totals.values()]
+        sizes = [total[way] / 1e9 for total in totals.values()]
         axes.plot(places, sizes, color=color, marker=marker, label=label, linewidth=2)
         for place, size in zip(places, sizes, strict=True):
             text = f"{size:.2g}" if size < 10 else f"{size:.0f}"

@@ -87,8 +87,8 @@ class Bench:
     """A task and an arm, ready to train."""
 
     def __init__(self, folder: pathlib.Path, task: Task, arm: Arm):
-        own = folder / task.model
-        model = open_model(str(own) if own.exists() else task.model)
+        local_model = folder / task.model
+        model = open_model(str(local_model) if local_model.exists() else task.model)
         self.task, self.arm = task, arm
         is_full = arm.rank is None
         module = Decoder(model.config, dtype=jnp.bfloat16)
@@ -130,8 +130,10 @@ class Bench:
             segment_ids=batch.segment_ids,
             select=batch.select,
         )
-        found = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-        return jnp.sum(found * batch.weights), jnp.sum(batch.weights)
+        token_losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch.targets
+        )
+        return jnp.sum(token_losses * batch.weights), jnp.sum(batch.weights)
 
     def init(self, seed: int) -> Any:
         """Returns what is trained, before the first step."""
@@ -158,7 +160,7 @@ class Bench:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
         longest = max(len(encode(example.answer)) for example in examples)
-        found = answers(
+        generated = answers(
             self.model,
             dict(zip(("params", "lora"), parts, strict=True)),
             self.tokenizer,
@@ -167,7 +169,7 @@ class Bench:
             batch_size=TESTS // 4,
             progress=False,
         )
-        return exact_match([answer.text for answer in found], examples)
+        return exact_match([answer.text for answer in generated], examples)
 
     def before(self) -> dict[str, Any]:
         """Returns the record of the model that is not trained."""
@@ -207,14 +209,16 @@ class Bench:
         for batch in tqdm(itertools.islice(batches, task.steps), total=task.steps):
             states = [state for state, _ in step(states, self.base, [batch])]
         losses = [self.mean(state.lora, self.data.valid) for state in states]
-        found = [{"valid": x if math.isfinite(x) else None} for x in losses]
+        rows = [{"valid": x if math.isfinite(x) else None} for x in losses]
         best = losses.index(min(losses, key=_order))
-        found[best] |= self._more(states[best].lora)
+        rows[best] |= self._measure_merged(states[best].lora)
         seconds = (time.perf_counter() - began) / len(rates)
-        own = {"seed": seed, "seconds": round(seconds, 1)}
-        return [{"rate": r} | own | row for r, row in zip(rates, found, strict=True)]
+        run_facts = {"seed": seed, "seconds": round(seconds, 1)}
+        return [
+            {"rate": r} | run_facts | row for r, row in zip(rates, rows, strict=True)
+        ]
 
-    def _more(self, trained: Any) -> dict[str, Any]:
+    def _measure_merged(self, trained: Any) -> dict[str, Any]:
         """Returns what only the best of several runs is asked."""
         row: dict[str, Any] = {"exact": self.exact(trained)}
         row["test"] = self.mean(trained, self.data.test)
@@ -262,10 +266,10 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: float):
     """Trains an arm to its end, or until a time; appends its records to a file."""
-    about = {"task": task.name, "arm": arm.name}
+    study_key = {"task": task.name, "arm": arm.name}
 
     def mine():
-        return [x for x in read_records(path) if x.items() >= about.items()]
+        return [x for x in read_records(path) if x.items() >= study_key.items()]
 
     start = task.full_rate if arm.rank is None else task.rate
     bench = None
@@ -275,8 +279,8 @@ def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: f
         if rows and left is None:
             return
         bench = bench or Bench(folder, task, arm)
-        found = [bench.before()] if not rows else bench.fit(*(left or (0, [])))
-        lines = [json.dumps(about | row) + "\n" for row in found]
+        new_rows = [bench.before()] if not rows else bench.fit(*(left or (0, [])))
+        lines = [json.dumps(study_key | row) + "\n" for row in new_rows]
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
         print(*lines, sep="", end="", flush=True)

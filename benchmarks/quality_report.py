@@ -45,8 +45,8 @@ class Results:
 
     def values(self, name: str) -> np.ndarray:
         """Returns a number of each seed at the best rate; empty if there is none."""
-        found = [row.get(name) for row in self.best]
-        return np.array([x for x in found if x is not None], np.float64)
+        entries = [row.get(name) for row in self.best]
+        return np.array([x for x in entries if x is not None], np.float64)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -63,8 +63,8 @@ def shown(values: np.ndarray, digits: int) -> str:
     if not values.size:
         return ""
     mean, half = interval(values)
-    more = "" if math.isnan(half) else f" ± {half:.{digits}f}"
-    return f"{mean:.{digits}f}{more}"
+    margin = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+    return f"{mean:.{digits}f}{margin}"
 
 
 def by_arm(records: Sequence[dict[str, Any]], task: str) -> dict[str, Results]:
@@ -73,25 +73,27 @@ def by_arm(records: Sequence[dict[str, Any]], task: str) -> dict[str, Results]:
     for record in records:
         if record["task"] == task:
             rows.setdefault(record["arm"], []).append(record)
-    return {arm: Results(found) for arm, found in rows.items() if len(found) > 1}
+    return {
+        arm: Results(arm_rows) for arm, arm_rows in rows.items() if len(arm_rows) > 1
+    }
 
 
 def table(arms: dict[str, Results], is_text: bool) -> list[list[str]]:
     """Returns the rows of a task's table."""
     scale, digits = (np.exp, 2) if is_text else (np.asarray, 4)
     rows = []
-    for arm, found in arms.items():
-        losses = (found.values(x) for x in ("test", "merged", "packed again"))
+    for arm, results in arms.items():
+        losses = (results.values(x) for x in ("test", "merged", "packed again"))
         after, merged, again = (shown(scale(x), digits) for x in losses)
-        had = found.before["exact"]
+        had = results.before["exact"]
         rows.append(
             [
                 arm,
-                f"{found.rate:.1e}",
-                f"{scale(found.before['test']):.{digits}f}",
+                f"{results.rate:.1e}",
+                f"{scale(results.before['test']):.{digits}f}",
                 after,
                 "" if had is None else f"{100 * had:.1f}",
-                shown(100 * found.values("exact"), 1),
+                shown(100 * results.values("exact"), 1),
                 merged,
                 again,
             ]
@@ -101,10 +103,10 @@ def table(arms: dict[str, Results], is_text: bool) -> list[list[str]]:
 
 def untrained(arms: dict[str, Results]) -> list[list[str]]:
     """Returns the rows of the table of the bases before training, the best first."""
-    found = {arm: x.before for arm, x in arms.items() if arm in BASES}
-    exact = found["lora"]["old"]
+    before = {arm: x.before for arm, x in arms.items() if arm in BASES}
+    exact = before["lora"]["old"]
     rows = []
-    for arm, row in sorted(found.items(), key=lambda pair: pair[1]["old"]):
+    for arm, row in sorted(before.items(), key=lambda pair: pair[1]["old"]):
         old, new = np.exp(row["old"]), np.exp(row["test"])
         change = 100 * math.expm1(row["old"] - exact)
         rows.append([BASES[arm], f"{old:.3f}", f"{change:+.2f}", f"{new:.3f}"])
@@ -116,10 +118,10 @@ def draw(tasks: dict[str, dict[str, Results]]) -> Figure:
     figure = Figure(figsize=(12, 4 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(2, 3))
     for (task, arms), (left, right) in zip(tasks.items(), panels, strict=True):
-        for place, (arm, found) in enumerate(arms.items()):
-            values = found.values("test")
+        for place, (arm, results) in enumerate(arms.items()):
+            values = results.values("test")
             mean, half = interval(values)
-            (line,) = right.plot(*zip(*found.curve.items(), strict=True), "o-")
+            (line,) = right.plot(*zip(*results.curve.items(), strict=True), "o-")
             line.set_label(arm)
             color = line.get_color()
             left.plot(np.full(values.shape, place), values, "o", color=color, alpha=0.5)

@@ -118,8 +118,8 @@ def _sums() -> dict[str, Iterable[dict]]:
         min_digits=1,
         max_digits=2,
     )
-    found = {x["question"]: x["answer"] for x in drawn}  # none is asked twice
-    rows = [{"prompt": q, "completion": a} for q, a in found.items()][:count]
+    answer_of = {x["question"]: x["answer"] for x in drawn}  # none is asked twice
+    rows = [{"prompt": q, "completion": a} for q, a in answer_of.items()][:count]
     return _splits(rows[:TRAINING], rows[TRAINING:])
 
 

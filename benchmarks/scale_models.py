@@ -9,7 +9,7 @@ from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.families import config_from_hf
 
 
-def _decoder(*sizes: int, heads: int, rope: Rope, **others: Any) -> DecoderConfig:
+def _decoder(*sizes: int, heads: int, rope: Rope, **options: Any) -> DecoderConfig:
     """`sizes` are the vocabulary, the hidden size, the MLP's and the layers."""
     return DecoderConfig(
         *sizes,
@@ -17,16 +17,16 @@ def _decoder(*sizes: int, heads: int, rope: Rope, **others: Any) -> DecoderConfi
         layers=(LayerKind(rope),),
         num_kv_heads=8,
         tie_embeddings=False,
-        **others,
+        **options,
     )
 
 
 def _gpt_oss(layers: int, experts: int) -> DecoderConfig:
     sizes = {"hidden_size": 2880, "intermediate_size": 2880, "vocab_size": 201088}
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
-    own = {"num_hidden_layers": layers, "num_local_experts": experts}
-    own |= {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
-    return config_from_hf({**sizes, **heads, **own, "num_experts_per_tok": 4})
+    overrides = {"num_hidden_layers": layers, "num_local_experts": experts}
+    overrides |= {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    return config_from_hf({**sizes, **heads, **overrides, "num_experts_per_tok": 4})
 
 
 _QWEN: dict[str, Any] = {"heads": 40, "rope": Rope(1e6), "qkv_bias": True}

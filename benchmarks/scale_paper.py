@@ -92,8 +92,10 @@ def estimate(record: dict) -> Estimate:
     if settings.get("objective") == "dpo":  # a pair; forward without the adapter too
         rows, reference = 2 * rows, 1
     base_passes = passes - 1 + reference
-    each = base_passes * linear + passes * adapter + (2 + reference) * head
-    operations = 2 * rows * tokens * each
+    operations_per_token = (
+        base_passes * linear + passes * adapter + (2 + reference) * head
+    )
+    operations = 2 * rows * tokens * operations_per_token
     scores = tokens**2 * c.num_heads * c.head_dim  # two operations, half of them seen
     attention = (passes - 3 + reference) * 2 + 9
     stored = 2 * linear if settings.get("fmt") == "none" else PACKED * linear
@@ -137,7 +139,7 @@ def break_even(chip: str) -> int:
     Args:
         chip: A name in `CHIPS`.
     """
-    found = CHIPS[chip]
-    comes = 2 * PACKED / (found.host_rate * SHARES["host"])
-    token = 3 * 2 / (found.flops * SHARES["products"])
+    chip_rates = CHIPS[chip]
+    comes = 2 * PACKED / (chip_rates.host_rate * SHARES["host"])
+    token = 3 * 2 / (chip_rates.flops * SHARES["products"])
     return math.ceil(comes / token)

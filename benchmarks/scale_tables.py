@@ -48,10 +48,10 @@ def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 def moved(record: dict) -> str:
     """Says what the collectives give, in GB by operation and element type."""
-    found = sorted(record.get("collectives", ()), key=lambda x: -x["bytes"])
+    collectives = sorted(record.get("collectives", ()), key=lambda x: -x["bytes"])
     shown = [
         f"{x['operation']} {x['dtype']} {gb(x['bytes'])}"
-        for x in found
+        for x in collectives
         if x["bytes"] >= 5e6
     ]
     return "<br>".join(shown) or "none"
@@ -62,12 +62,12 @@ def seconds(record: dict) -> str:
     # The estimate is not made for experts.
     if chip_of(record) not in CHIPS or MODELS[record["model"]].experts:
         return ""
-    found = estimate(record)
+    estimated = estimate(record)
 
     def show(x):
         return f"{x:.2g}" if x < 100 else f"{x:.0f}"
 
-    return f"{show(found.best)} to {show(found.worst)}"
+    return f"{show(estimated.best)} to {show(estimated.worst)}"
 
 
 def memory_cells(record: dict) -> list[str]:
@@ -156,7 +156,7 @@ def fill(page: str, records: list[dict]) -> str:
     for name, table in tables(records).items():
         start = f"<!-- {name} -->\n"
         if start in page:
-            before, rest = page.split(start)
-            after = rest.split("<!-- end -->", 1)[1]
+            before, remainder = page.split(start)
+            after = remainder.split("<!-- end -->", 1)[1]
             page = f"{before}{start}\n{table}\n\n<!-- end -->{after}"
     return page

@@ -36,7 +36,7 @@ def measure(case: dict, count: int, rounds: int) -> list:
     batch = train.Batch(ids, ids * 0 + 1, places, places, np.roll(ids, -1, 1), weights)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
     loss = train.decoder_loss(model)
-    one = train.make_step(loss, optimizer)
+    single_step = train.make_step(loss, optimizer)
 
     def copies():
         return jax.tree.map(lambda x: x + 0, lora)
@@ -46,19 +46,19 @@ def measure(case: dict, count: int, rounds: int) -> list:
 
     joint = train.make_joint_step(loss, [optimizer] * count)
     alone, several = begin(0), [begin(seed) for seed in range(count)]
-    kept = [(state.lora, state.opt_state) for state in several]
-    size = sum(x.nbytes for x in jax.tree.leaves(kept))
+    all_states = [(state.lora, state.opt_state) for state in several]
+    size = sum(x.nbytes for x in jax.tree.leaves(all_states))
 
     def run_one():
         nonlocal alone
-        alone, report = one(alone, base, [batch])
+        alone, report = single_step(alone, base, [batch])
         jax.block_until_ready(report)
 
     def run_joint():
         nonlocal several
-        made = joint(several, base, [batch])
-        several = [state for state, _ in made]
-        jax.block_until_ready(made[0][1])
+        results = joint(several, base, [batch])
+        several = [state for state, _ in results]
+        jax.block_until_ready(results[0][1])
 
     def sampler(call):
         def sample():
@@ -70,9 +70,12 @@ def measure(case: dict, count: int, rounds: int) -> list:
         return sample
 
     calls = {"one": sampler(run_one), "joint": sampler(run_joint)}
-    lowered: list = [one.lower(alone, base, batch), joint.lower(several, base, batch)]
+    lowered: list = [
+        single_step.lower(alone, base, batch),
+        joint.lower(several, base, batch),
+    ]
     analyses = [program.compile().memory_analysis() for program in lowered]
-    temporaries = [found.temp_size_in_bytes for found in analyses]
+    temporaries = [analysis.temp_size_in_bytes for analysis in analyses]
     times = interleave(calls, rounds)
     joint_s, one_s = times["joint"].median, times["one"].median
     return [

@@ -65,27 +65,27 @@ def _seconds(call, repeats: int) -> float:
 
 def interleave(samplers: dict, rounds: int = ROUNDS) -> dict:
     """Returns a Timing for each name, from `rounds` rounds of every sampler."""
-    seen = {name: [] for name in samplers}
+    samples = {name: [] for name in samplers}
     names = list(samplers)
     for i in range(rounds):
         for j in range(len(names)):
             name = names[(i + j) % len(names)]
-            seen[name].append(samplers[name]())
+            samples[name].append(samplers[name]())
     return {
         name: Timing(min(values), statistics.median(values))
-        for name, values in seen.items()
+        for name, values in samples.items()
     }
 
 
 def versions() -> dict[str, str]:
     """Returns the installed versions of what is compared, and Python's."""
-    found = {"python": platform.python_version()}
+    version_of = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            version_of[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return version_of
 
 
 def machine() -> str:
@@ -100,8 +100,10 @@ def machine() -> str:
                 flags = set(value.split())
     except OSError:
         pass
-    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    return f"{name}, {cores or '?'} logical cores ({' '.join(known)})"
+    extensions = [
+        f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags
+    ]
+    return f"{name}, {cores or '?'} logical cores ({' '.join(extensions)})"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -178,10 +180,10 @@ class Worker:
                 return json.loads(line)
         return {"error": f"the worker ended ({self._process.wait()})"}
 
-    def ask(self, what: str) -> dict:
+    def ask(self, request: str) -> dict:
         """Returns the answer to "time", "memory" or "error"."""
         assert self._process.stdin is not None
-        self._process.stdin.write(what + "\n")
+        self._process.stdin.write(request + "\n")
         self._process.stdin.flush()
         return self._read()
 
@@ -208,9 +210,9 @@ def has_module(python: str | None, module: str) -> bool:
     return run.stdout.strip() == "True"
 
 
-def find_python(given: str | None, module: str) -> str | None:
+def find_python(requested: str | None, module: str) -> str | None:
     """Returns `given`, or else this interpreter, if it can import `module`."""
-    for python in (given, sys.executable):
+    for python in (requested, sys.executable):
         if has_module(python, module):
             return python
     return None

@@ -132,7 +132,7 @@ def step_job(peer: str, case: dict) -> Job:
     model = peft.get_peft_model(stack, config)
     with torch.no_grad():
         start = model(x).float().numpy()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [param for param in model.parameters() if param.requires_grad]
     assert len(trained) == 2 * case["layers"]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
 
@@ -167,7 +167,7 @@ def language_model(peer: str, case: dict):
     if form == "remat":
         llama.gradient_checkpointing_enable({"use_reentrant": False})
     model = peft.get_peft_model(llama, lora).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [param for param in model.parameters() if param.requires_grad]
     assert len(trained) == 2 * len(packed)
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     return model, trained, optimizer, facts
@@ -195,12 +195,14 @@ def train_job(peer: str, case: dict) -> Job:
     for i, row in enumerate(sequences(case)):
         start = 0
         for segment, (sequence, prompt) in enumerate(row, 1):
-            here = slice(start, start + len(sequence))
-            ids[i, here] = torch.from_numpy(sequence).long()
-            segments[i, here] = segment
-            positions[i, here] = torch.arange(len(sequence))
-            labels[i, start + prompt : here.stop] = ids[i, start + prompt : here.stop]
-            start = here.stop
+            columns = slice(start, start + len(sequence))
+            ids[i, columns] = torch.from_numpy(sequence).long()
+            segments[i, columns] = segment
+            positions[i, columns] = torch.arange(len(sequence))
+            labels[i, start + prompt : columns.stop] = ids[
+                i, start + prompt : columns.stop
+            ]
+            start = columns.stop
     same = segments[:, None, :, None] == segments[:, None, None, :]
     mask = same & torch.ones(size[1], size[1], dtype=torch.bool).tril()
     batch = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}

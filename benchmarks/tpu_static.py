@@ -103,9 +103,9 @@ def packed_plan(m, transpose, form, vmem_mib, chunk=None, fmt="nf4"):
     from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip, plan
 
     spec = product_spec(transpose, fmt)
-    found = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
-    assert not isinstance(found, str), found
-    return dataclasses.replace(found, chunk=chunk) if chunk else found
+    tiling = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
+    assert not isinstance(tiling, str), tiling
+    return dataclasses.replace(tiling, chunk=chunk) if chunk else tiling
 
 
 def packed_call(plan):
@@ -227,10 +227,10 @@ def in_subprocess(chip, case, *flags, dump=None):
         capture_output=True,
         text=True,
     )
-    found = [x for x in run.stdout.splitlines() if x.startswith("RESULT ")]
-    if not found:
+    result_lines = [x for x in run.stdout.splitlines() if x.startswith("RESULT ")]
+    if not result_lines:
         raise RuntimeError(run.stderr[-2000:])
-    return json.loads(found[0].removeprefix("RESULT "))
+    return json.loads(result_lines[0].removeprefix("RESULT "))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +294,8 @@ def bytes_by_color(dump):
     pattern = os.path.join(dump, "**", "*memory-usage-report.txt")
     for file in glob.glob(pattern, recursive=True):
         with open(file) as report:
-            found = re.findall(r"color=(\d+)\)\nTotal bytes: (\d+)", report.read())
-        for color, size in found:
+            matches = re.findall(r"color=(\d+)\)\nTotal bytes: (\d+)", report.read())
+        for color, size in matches:
             sizes[int(color)] = max(sizes.get(int(color), 0), int(size))
     return sizes
 
@@ -317,7 +317,7 @@ def print_steps(chips, sequences, with_offload, is_long, model):
         case["model"] = model
         with tempfile.TemporaryDirectory() as dump:
             try:
-                found = in_subprocess(chip, case, dump=dump)
+                record = in_subprocess(chip, case, dump=dump)
             except RuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -325,10 +325,10 @@ def print_steps(chips, sequences, with_offload, is_long, model):
                 continue
             colors = bytes_by_color(dump)
         names = "argument_size", "temp_size", "peak_memory"
-        sizes = [found[name] for name in names] + [colors[0], colors.get(5, 0)]
-        sizes = [f"{size / 1e9:.2f}" for size in (*sizes, found["host_temp_size"])]
+        sizes = [record[name] for name in names] + [colors[0], colors.get(5, 0)]
+        sizes = [f"{size / 1e9:.2f}" for size in (*sizes, record["host_temp_size"])]
         name = choice if is_long else ", ".join(filter(None, (row, choice)))
-        cells = [chip, sequence, name, *sizes, f"{found['seconds']:.0f} s"]
+        cells = [chip, sequence, name, *sizes, f"{record['seconds']:.0f} s"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
@@ -350,10 +350,10 @@ def measure_dense(chip, m, transpose):
         if 4 * contracted * (tile + tile_m) > 90 * 2**20:  # blocks, twice, in VMEM
             continue
         case = {"m": m, "transpose": transpose, "tile": tile, "tile_m": tile_m}
-        found = compile_case(chip, kind="dense", **case)
-        step, steps = found.bundles, (outputs // tile, m // tile_m)
+        compiled = compile_case(chip, kind="dense", **case)
+        step, steps = compiled.bundles, (outputs // tile, m // tile_m)
         row = {"kernel": "dense", "block": f"{tile_m}x{tile}", "step": step, "tile": ""}
-        row["temporary"] = found.temporary
+        row["temporary"] = compiled.temporary
         row["call"] = step * steps[0] * steps[1]
         rows.append(estimate(chip, m, transpose, row, steps, 2, 0))
     return min(rows, key=lambda row: row["time"]), min(row["call"] for row in rows)
@@ -366,7 +366,7 @@ def measure_packed(chip, m, transpose, fmt):
     outputs = ROWS if transpose else COLS
     steps = -(-outputs // plan.tile), -(-m // plan.tile_m)
     case = {"kind": "packed", "m": m, "transpose": transpose, "fmt": fmt}
-    found = compile_case(chip, **case)
+    compiled = compile_case(chip, **case)
     # Two steps that divide the axis, so that both loop: the difference is a tile's.
     short = min(plan.chunk, 1024)
     at = [
@@ -374,19 +374,19 @@ def measure_packed(chip, m, transpose, fmt):
     ]
     per_column = (at[1] - at[0]) / short
     repeats = plan.contracted // plan.chunk - 1
-    again = repeats * found.loops[0] if repeats else 0
-    every, first = found.bundles - found.first, found.first
+    again = repeats * compiled.loops[0] if repeats else 0
+    every, first = compiled.bundles - compiled.first, compiled.first
     if plan.keep:
         call = steps[0] * (steps[1] * every + first + again)
     else:
         call = steps[0] * (every + again) + first
     row = {"kernel": f"{fmt}, {form}", "block": f"{plan.tile_m}x{plan.tile}"}
     row |= {
-        "step": found.bundles,
+        "step": compiled.bundles,
         "tile": round(per_column * 512 * 512 / plan.tile),
         "call": call,
     }
-    row["temporary"] = found.temporary
+    row["temporary"] = compiled.temporary
     bytes_a_weight = 0.5 + 4 / plan.spec.block_size  # scales in float32
     alone = steps[0] * per_column * plan.contracted if plan.keep else 0
     return estimate(chip, m, transpose, row, steps, bytes_a_weight, alone)
@@ -448,10 +448,12 @@ def main():
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     for chip in [] if args.fmt else args.chip or CHIPS:
         for by_index in (False, True):
-            found = compile_case(chip, kind="scan", by_index=by_index)
-            how = "stack and layer index" if by_index else "slices of the stack"
-            size = f"{found.temporary / 1e6:.1f} MB"
-            print(f"{chip}, 32 layers in a scan, {how}: {size}")
+            compiled = compile_case(chip, kind="scan", by_index=by_index)
+            layer_access = (
+                "stack and layer index" if by_index else "slices of the stack"
+            )
+            size = f"{compiled.temporary / 1e6:.1f} MB"
+            print(f"{chip}, 32 layers in a scan, {layer_access}: {size}")
 
 
 if __name__ == "__main__":

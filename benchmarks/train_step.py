@@ -138,14 +138,14 @@ def measure(case: dict, rounds: int) -> list[dict]:
         return sample
 
     times = interleave({name: sampler(call) for name, call in calls.items()}, rounds)
-    found = []
+    records = []
     for name in NAMES:
         products = times["both"].median + times["head"].median
         if name.endswith("remat"):
             products += times["forward"].median
         record = {"step": times[name].median, "products": products}
-        found.append({"name": name, "temporaries": temporaries[name]} | record)
-    return found
+        records.append({"name": name, "temporaries": temporaries[name]} | record)
+    return records
 
 
 def in_process(memory: str, arguments: list[str]) -> list[dict]:
@@ -175,10 +175,16 @@ def main() -> None:
     rows = []
     for memory in MEMORY:
         flags = ["--rounds", str(args.rounds), *["--quick"][: args.quick]]
-        for found in in_process(memory, flags):
-            ratio, nbytes = found["step"] / found["products"], found["temporaries"]
-            numbers = f"{ratio:.2f}", f"{found['step']:.2f}", f"{found['products']:.2f}"
-            rows.append([memory, NAMES[found["name"]], *numbers, f"{nbytes / 1e6:.0f}"])
+        for record in in_process(memory, flags):
+            ratio, nbytes = record["step"] / record["products"], record["temporaries"]
+            numbers = (
+                f"{ratio:.2f}",
+                f"{record['step']:.2f}",
+                f"{record['products']:.2f}",
+            )
+            rows.append(
+                [memory, NAMES[record["name"]], *numbers, f"{nbytes / 1e6:.0f}"]
+            )
     print_table(HEADER, rows, args.markdown)
 
 

@@ -61,29 +61,33 @@ def main() -> None:
     """Serves one case until standard input closes."""
     peer, case = sys.argv[1], json.loads(sys.argv[2])
 
-    def say(answer):
+    def reply(answer):
         return print(json.dumps(answer), flush=True)
 
     try:
         name = peer.partition("-")[0]
-        others = {"bitsandbytes": torch_job, "torch": torch_job, "llama.cpp": llama_job}
-        job = others.get(name, jax_job)(peer, case)
+        foreign_jobs = {
+            "bitsandbytes": torch_job,
+            "torch": torch_job,
+            "llama.cpp": llama_job,
+        }
+        job = foreign_jobs.get(name, jax_job)(peer, case)
         sample = timed(job.call)
     except Exception as error:  # an error is the peer's result
-        return say({"error": f"{type(error).__name__}: {error}"[:200]})
+        return reply({"error": f"{type(error).__name__}: {error}"[:200]})
     reset = forget_peak()
-    say(job.facts | {"versions": versions(), "peak_reset": reset})
+    reply(job.facts | {"versions": versions(), "peak_reset": reset})
     for line in sys.stdin:
         if line.strip() == "time":
-            say({"seconds": sample()})
+            reply({"seconds": sample()})
         elif line.strip() == "memory":
-            say({"peak": status_bytes("VmHWM"), "resident": status_bytes("VmRSS")})
+            reply({"peak": status_bytes("VmHWM"), "resident": status_bytes("VmRSS")})
         else:
             want, error = exact_output(case), None
             if want is not None:
                 error = np.linalg.norm(job.output() - want) / np.linalg.norm(want)
                 error = float(error)
-            say({"error_to_float": error})
+            reply({"error_to_float": error})
 
 
 if __name__ == "__main__":

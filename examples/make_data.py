@@ -91,11 +91,11 @@ class Example:
 def number_in_words(n: int) -> str:
     """Spells 0 to 9999: 7365 is "seven thousand three hundred sixty-five"."""
     if n >= 1000:
-        rest = f" {number_in_words(n % 1000)}" if n % 1000 else ""
-        return f"{ONES[n // 1000]} thousand{rest}"
+        lower_digits = f" {number_in_words(n % 1000)}" if n % 1000 else ""
+        return f"{ONES[n // 1000]} thousand{lower_digits}"
     if n >= 100:
-        rest = f" {number_in_words(n % 100)}" if n % 100 else ""
-        return f"{ONES[n // 100]} hundred{rest}"
+        lower_digits = f" {number_in_words(n % 100)}" if n % 100 else ""
+        return f"{ONES[n // 100]} hundred{lower_digits}"
     if n >= 20:
         return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
     return ONES[n]
@@ -168,12 +168,12 @@ def make_splits(
     phrasings = TRAINING_PHRASINGS, HELD_OUT_PHRASINGS
     splits = []
     for side, count in enumerate((training, held_out)):
-        made: dict[str, Example] = {}
-        while len(made) < count:
+        examples: dict[str, Example] = {}
+        while len(examples) < count:
             chosen = [rng.choice(pool[side]) for pool in pools]
             example = _example(rng, rng.choice(phrasings[side]), *chosen)
-            made.setdefault(example.text, example)
-        splits.append(list(made.values()))
+            examples.setdefault(example.text, example)
+        splits.append(list(examples.values()))
     return splits[0], splits[1]
 
 
@@ -194,12 +194,12 @@ def _example(rng, phrasing, name, amount, date, time) -> Example:
 
 def messages(example: Example) -> list[dict[str, str]]:
     """Returns the conversation: the instruction, the sentence, the right answer."""
-    said = (
+    turns = (
         ("system", INSTRUCTION),
         ("user", example.text),
         ("assistant", example.answer),
     )
-    return [{"role": role, "content": content} for role, content in said]
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def write(path: pathlib.Path, examples: list[Example]) -> None:

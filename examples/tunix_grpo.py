@@ -82,10 +82,10 @@ def make_cluster(actor: nnx.Module, words: Words, length: int, steps: int):
     # The definition of the second says that its adapters are off. It shares all arrays.
     with ql.nnx.disable_adapters(actor):
         reference = nnx.merge(*nnx.split(actor))
-    here = jax.sharding.Mesh(np.empty((), object), ())  # no axes: nothing is moved
+    mesh = jax.sharding.Mesh(np.empty((), object), ())  # no axes: nothing is moved
     roles = rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT
     config = rl_cluster.ClusterConfig(
-        role_to_mesh=dict.fromkeys(roles, here),
+        role_to_mesh=dict.fromkeys(roles, mesh),
         training_config=rl_cluster.RLTrainingConfig(
             actor_optimizer=optax.adamw(5e-3), eval_every_n_steps=steps, max_steps=steps
         ),

@@ -18,6 +18,6 @@ def attention(query, key, value, visible, scale, soft_cap=None, xp=np, sinks=Non
     return xp.einsum("bhts,bshd->bthd", weights, value)
 
 
-def in_float64(query, key, value, *rest):
+def in_float64(query, key, value, *options):
     operands = (np.asarray(x, np.float64) for x in (query, key, value))
-    return attention(*operands, *map(np.asarray, rest[:1]), *rest[1:])
+    return attention(*operands, *map(np.asarray, options[:1]), *options[1:])

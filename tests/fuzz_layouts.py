@@ -76,11 +76,13 @@ def draw_spec(rng, mesh, shape):
     return P(*(entry if len(entry) != 1 else entry[0] for entry in entries))
 
 
-def split(rng, mesh, tree, whole=0):
+def split(rng, mesh, tree, num_unsplit=0):
     """Puts every array of a tree on the mesh, split at random behind `whole` axes."""
 
     def put(a):
-        spec = P(*[None] * whole, *draw_spec(rng, mesh, np.shape(a)[whole:]))
+        spec = P(
+            *[None] * num_unsplit, *draw_spec(rng, mesh, np.shape(a)[num_unsplit:])
+        )
         return jax.device_put(a, NamedSharding(mesh, spec))
 
     return jax.tree.map(put, tree)
@@ -115,27 +117,27 @@ def draw_layers(rng, draw):
 def declare(rng, mesh, tree):
     """Gives every packed kernel of a tree a placement at random, or none."""
 
-    def one(q):
+    def declare_leaf(q):
         if not isinstance(q, ql.QTensor) or rng.integers(2):
             return q
         axes = (draw_axes(rng, mesh.shape, n) for n in (q.codes.ndim, 2))
         placement = Placement((*mesh.shape.items(),), *axes)
         return dataclasses.replace(q, placement=placement)
 
-    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, ql.QTensor))
+    return jax.tree.map(declare_leaf, tree, is_leaf=lambda x: isinstance(x, ql.QTensor))
 
 
 def on_mesh(rng, draw, base, lora):
-    whole = draw.form == "scan"  # JAX does not scan over a split axis
+    num_unsplit = draw.form == "scan"  # JAX does not scan over a split axis
     if not draw.is_placed:
-        base, lora = (split(rng, draw.mesh, tree, whole) for tree in (base, lora))
+        base, lora = (split(rng, draw.mesh, tree, num_unsplit) for tree in (base, lora))
         return (declare(rng, draw.mesh, base) if draw.mode == "Auto" else base), lora
     rules = {}
     for name, layer in base.items():
-        *batch, k, n = layer["kernel"].shape[whole:]
+        *batch, k, n = layer["kernel"].shape[num_unsplit:]
         units = (*batch, k // 16 if draw.fmt else k, n)  # whole blocks
         spec = draw_spec(rng, draw.mesh, units)
-        rules[f"{name}/kernel"] = P(*[None] * whole, *spec)
+        rules[f"{name}/kernel"] = P(*[None] * num_unsplit, *spec)
     rows = tuple(draw_spec(rng, draw.mesh, draw.rows))
     return ql.sharding.place(base, lora, draw.mesh, rules, rows=rows)
 
@@ -180,8 +182,8 @@ def compute(draw, base, lora, x):
     for _ in range(2):
         grads = jax.grad(loss, (0, 1))(lora, x)
 
-        def update(p, g):
-            return p - RATE * like(g, p)
+        def update(param, g):
+            return param - RATE * like(g, param)
 
         lora, x = jax.tree.map(update, (lora, x), grads)
     return lora, x
@@ -199,7 +201,9 @@ def in_numpy(draw, base, lora, x):
         w = dequantize(kernel) if draw.fmt else kernel
         parts = [wide(w), wide(adapter.a), wide(adapter.b)]
         of_scan = draw.form == "scan"
-        layers += [list(p) for p in zip(*parts, strict=True)] if of_scan else [parts]
+        layers += (
+            [list(part) for part in zip(*parts, strict=True)] if of_scan else [parts]
+        )
     if draw.form == "merge":
         return [w + a @ b for w, a, b in layers]
     shape, batch = x.shape, x.shape[: draw.has_experts]
@@ -209,10 +213,12 @@ def in_numpy(draw, base, lora, x):
         grads, dx = gradients(layers, has_tanh, x)
         if draw.form == "steps":
             for layer, grad in zip(layers, grads, strict=True):
-                layer[1:] = [p - RATE * g for p, g in zip(layer[1:], grad, strict=True)]
+                layer[1:] = [
+                    param - RATE * g for param, g in zip(layer[1:], grad, strict=True)
+                ]
             x = x - RATE * dx
     if draw.form == "steps":
-        return [*(p for layer in layers for p in layer[1:]), x.reshape(shape)]
+        return [*(param for layer in layers for param in layer[1:]), x.reshape(shape)]
     if draw.form == "scan":
         grads = [[np.stack(g) for g in zip(*grads, strict=True)]]
     return [*(g for grad in grads for g in grad), dx.reshape(shape)]
@@ -230,15 +236,15 @@ def gradients(layers, has_tanh, x):
         y = x @ w + x @ a @ b
         x = np.tanh(y) if bend else y
         outputs.append(x)
-    dx, found = np.cos(x), []
+    dx, lora_grads = np.cos(x), []
     for (w, a, b), bend, x, y in reversed(
         [*zip(layers, has_tanh, inputs, outputs, strict=True)]
     ):
         dy = dx * (1 - y**2) if bend else dx
         dh = dy @ turned(b)
-        found.append([turned(x) @ dh, turned(x @ a) @ dy])
+        lora_grads.append([turned(x) @ dh, turned(x @ a) @ dy])
         dx = dy @ turned(w) + dh @ turned(a)
-    return found[::-1], dx
+    return lora_grads[::-1], dx
 
 
 def run(seed):

@@ -79,7 +79,7 @@ GOLDEN = pathlib.Path(__file__).parent / "data" / "bitsandbytes" / "golden.npz"
 DYNAMIC_MAP = np.load(GOLDEN)["table_nested"]
 # The magnitude that the largest weight of a block is mapped to.
 _PEAKS = (1, 1, 7, 127, 7.5, 8, 4, 6)
-PEAK = {name: np.float32(p) for name, p in zip(TABLES, _PEAKS, strict=True)}
+PEAK = {name: np.float32(peak) for name, peak in zip(TABLES, _PEAKS, strict=True)}
 # The widest half gap of each table, in units of the block's largest magnitude. A scale
 # in float16 may be off by half an eps, and in e4m3 by a sixteenth; q4_0 has no 8.
 HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
@@ -160,9 +160,9 @@ def quantize_for_servers(w, fmt, block_size):
         scales = np.ldexp(f32(1), exponent - 3 + (mantissa >= 0.875))
         scales[largest == 0] = 2.0**-127
     else:
-        whole = (f32(1) / largest.max()) * f32(448 * 6)
-        scales = (whole * (largest / f32(6))).astype(ml_dtypes.float8_e4m3fn)
-        scales = np.where(scales == 0, f32(0.125), scales.astype(f32)) / whole
+        global_scale = (f32(1) / largest.max()) * f32(448 * 6)
+        scales = (global_scale * (largest / f32(6))).astype(ml_dtypes.float8_e4m3fn)
+        scales = np.where(scales == 0, f32(0.125), scales.astype(f32)) / global_scale
     x = blocks / scales[:, None]
     # To nearest, ties to even: odd codes have what is above their lower midpoint.
     middle = (E2M1_MAGNITUDES[1:] + E2M1_MAGNITUDES[:-1]) / f32(2)
@@ -171,7 +171,7 @@ def quantize_for_servers(w, fmt, block_size):
     return codes.reshape(w.shape), scales
 
 
-def check_compressed_tensors(name, w, found):
+def check_compressed_tensors(name, w, arrays):
     """Our bits are those that its compressor stores for weights [N, K]."""
     fmt, block_size = name.split()
     q = ql.quantize(jnp.asarray(w.T), fmt, block_size=int(block_size))
@@ -185,7 +185,7 @@ def check_compressed_tensors(name, w, found):
     ours = {"packed": packed, "scale": scale, "values": np.asarray(q.dequantize()).T}
     if fmt == "nvfp4":
         ours |= {"scale": scale.view(np.uint8), "global_scale": q.scale_scales[1:]}
-    assert_same_bits(ours, found)
+    assert_same_bits(ours, arrays)
 
 
 def dequantize(q):
@@ -263,7 +263,7 @@ def refusal(run, *words):
     return text
 
 
-def write_peft(folder, factors, more=None, **settings):
+def write_peft(folder, factors, extra_tensors=None, **settings):
     """Writes PEFT's files of an adapter, and returns its tensors.
 
     Those are A `[r, K]` and B `[N, r]` of each module, and `more`, where None is none.
@@ -275,7 +275,9 @@ def write_peft(folder, factors, more=None, **settings):
     for module, (a, b) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
-    tensors = {key: x for key, x in (tensors | (more or {})).items() if x is not None}
+    tensors = {
+        key: x for key, x in (tensors | (extra_tensors or {})).items() if x is not None
+    }
     ql.io.write_safetensors(folder / "adapter_model.safetensors", tensors)
     return tensors
 

@@ -15,12 +15,12 @@ def operations(text):
 
     An operation on a tuple has each of its types once: `all-gather f32 u8`.
     """
-    found = OPERATION.findall(text)
+    matches = OPERATION.findall(text)
 
     def types(result):
         return " ".join(sorted({t for t, _ in ELEMENT.findall(result)}))
 
-    return sorted(f"{name} {types(result)}" for result, name in found)
+    return sorted(f"{name} {types(result)}" for result, name in matches)
 
 
 def most_floats(text):

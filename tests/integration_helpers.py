@@ -27,39 +27,39 @@ class Wrapped:
     the merged parameters as nested dicts; `plain(params, x)` is the model as it was.
     """
 
-    def merged(self, lora, rest, x):
+    def merged(self, lora, base, x):
         """The output of the plain model on the merged parameters."""
-        return self.plain(self.merge(lora, rest), x)
+        return self.plain(self.merge(lora, base), x)
 
     def check(self, lora, x):
         """Compares output and gradients with the plain model's on merged parameters."""
-        packed = value_and_gradients(self.apply, self.rest)
-        merged = value_and_gradients(self.merged, self.rest)
+        packed = value_and_gradients(self.apply, self.base)
+        merged = value_and_gradients(self.merged, self.base)
         assert_close(packed(lora, x), merged(lora, x))
         return packed, merged
 
 
 class LinenWrapped(Wrapped):
     def __init__(self, model, base, lora, wrapped=None):
-        self.model, self.rest, self.lora = model, base, lora
+        self.model, self.base, self.lora = model, base, lora
         scanned = getattr(model, "scanned", ())
         self.wrapped = wrapped or ql.linen.wrap(model, scanned=scanned)
 
-    def apply(self, lora, rest, x, dropout=None):
+    def apply(self, lora, base, x, dropout=None):
         rngs = {} if dropout is None else {"dropout": jax.random.key(dropout)}
-        return self.wrapped.apply({"params": rest, "lora": lora}, x, rngs=rngs)
+        return self.wrapped.apply({"params": base, "lora": lora}, x, rngs=rngs)
 
-    def trees(self, lora, rest):
-        return rest, lora
+    def trees(self, lora, base):
+        return base, lora
 
-    def merge(self, lora, rest):
-        return ql.merge(rest, lora)
+    def merge(self, lora, base):
+        return ql.merge(base, lora)
 
     def plain(self, params, x):
         return self.model.apply({"params": params}, x)
 
     def copied(self, copy):
-        wrapped, base, lora = copy((self.wrapped, self.rest, self.lora))
+        wrapped, base, lora = copy((self.wrapped, self.base, self.lora))
         assert wrapped == self.wrapped
         return LinenWrapped(self.model, base, lora, wrapped)
 
@@ -71,7 +71,7 @@ class Linen:
     @staticmethod
     def make(pair, place=lambda params: params, **options):
         """A model and its parameters, which may be placed; biases away from zero."""
-        if pair.own:  # it is made with its config
+        if pair.with_config:  # it is made with its config
             return pair, options
         model = pair.linen(**options)
         x = jnp.zeros(pair.shape)
@@ -79,13 +79,15 @@ class Linen:
         return model, place(put(params, randomized(biases(params))))
 
     @staticmethod
-    def wrap(made, config, x):
-        if isinstance(made[0], Pair):
-            pair, options = made
-            plain, own = (f(**options) for f in (pair.linen, pair.own(config)[0]))
-            variables = jax.jit(own.init)(jax.random.key(0), x)
-            return LinenWrapped(plain, variables["params"], variables["lora"], own)
-        model, params = made
+    def wrap(model_and_params, config, x):
+        if isinstance(model_and_params[0], Pair):
+            pair, options = model_and_params
+            plain, wrapped = (
+                f(**options) for f in (pair.linen, pair.with_config(config)[0])
+            )
+            variables = jax.jit(wrapped.init)(jax.random.key(0), x)
+            return LinenWrapped(plain, variables["params"], variables["lora"], wrapped)
+        model, params = model_and_params
         base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
         return LinenWrapped(model, base, lora)
 
@@ -93,14 +95,14 @@ class Linen:
 class NNXWrapped(Wrapped):
     def __init__(self, model, wrapped):
         self.float_model, self.original = model, nnx.split(model)
-        self.graphdef, self.lora, self.rest = nnx.split(wrapped, nnx.LoRAParam, ...)
+        self.graphdef, self.lora, self.base = nnx.split(wrapped, nnx.LoRAParam, ...)
 
-    def model(self, lora, rest) -> Any:
-        fresh = jax.tree.map(lambda x: x, (lora, rest))  # variables of this trace
+    def model(self, lora, base) -> Any:
+        fresh = jax.tree.map(lambda x: x, (lora, base))  # variables of this trace
         return nnx.merge(self.graphdef, *fresh)
 
-    def apply(self, lora, rest, x, dropout=None):
-        model = self.model(lora, rest)
+    def apply(self, lora, base, x, dropout=None):
+        model = self.model(lora, base)
         if dropout is None:
             model.eval()
         else:
@@ -109,11 +111,11 @@ class NNXWrapped(Wrapped):
             nnx.update(model, jax.tree.map(lambda n: n + dropout, counts))
         return model(x)
 
-    def trees(self, lora, rest):
-        return ql.nnx.split(self.model(lora, rest))
+    def trees(self, lora, base):
+        return ql.nnx.split(self.model(lora, base))
 
-    def merge(self, lora, rest):
-        merged = ql.nnx.merge(self.model(lora, rest))
+    def merge(self, lora, base):
+        merged = ql.nnx.merge(self.model(lora, base))
         return nnx.to_pure_dict(nnx.state(merged, nnx.Param))
 
     def plain(self, params, x):
@@ -123,7 +125,7 @@ class NNXWrapped(Wrapped):
         return nnx.merge(graphdef, state)(x)
 
     def copied(self, copy):
-        again = NNXWrapped(self.float_model, copy(self.model(self.lora, self.rest)))
+        again = NNXWrapped(self.float_model, copy(self.model(self.lora, self.base)))
         assert again.graphdef == self.graphdef
         return again
 
@@ -135,7 +137,7 @@ class NNX:
     @staticmethod
     def make(pair, place=lambda params: params, **options):
         """A model, whose parameters may be placed; biases away from zero."""
-        if pair.own:
+        if pair.with_config:
             return pair, options
         model = pair.nnx(rngs=nnx.Rngs(0), **options)
         state = nnx.state(model, nnx.Param)
@@ -145,13 +147,13 @@ class NNX:
         return model
 
     @staticmethod
-    def wrap(made, config, x):
+    def wrap(model, config, x):
         del x
-        if isinstance(made, tuple):
-            pair, options = made
-            both = pair.nnx, pair.own(config)[1]
+        if isinstance(model, tuple):
+            pair, options = model
+            both = pair.nnx, pair.with_config(config)[1]
             return NNXWrapped(*(make(rngs=nnx.Rngs(0), **options) for make in both))
-        return NNXWrapped(made, ql.nnx.wrap(made, config, rngs=nnx.Rngs(1)))
+        return NNXWrapped(model, ql.nnx.wrap(model, config, rngs=nnx.Rngs(1)))
 
 
 INTEGRATIONS = {"linen": Linen, "nnx": NNX}
@@ -164,8 +166,10 @@ def leaves_at(tree, paths):
         return f"{jax.tree_util.keystr(keys, simple=True, separator='/')}/"
 
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    found = {p: [x for q, x in flat if text(q).startswith(f"{p}/")] for p in paths}
-    return {path: leaf for path, (leaf,) in found.items()}
+    leaves = {
+        path: [x for q, x in flat if text(q).startswith(f"{path}/")] for path in paths
+    }
+    return {path: leaf for path, (leaf,) in leaves.items()}
 
 
 def make_x(pair, dtype=jnp.float32):
@@ -181,15 +185,15 @@ def build(flax, name, config=CONFIG):
     return wrapped, randomized(wrapped.lora), x
 
 
-def value_and_gradients(apply, rest):
+def value_and_gradients(apply, base):
     """Returns a function that gives the output and the gradients of a model."""
 
     def loss(lora, x, biases):
-        y = apply(lora, put(rest, biases), x)
+        y = apply(lora, put(base, biases), x)
         return jnp.sum(jnp.square(y.astype(jnp.float32))), y
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    return lambda lora, x: run(lora, x, biases(rest))
+    return lambda lora, x: run(lora, x, biases(base))
 
 
 def refused(error):

@@ -150,8 +150,8 @@ class LinenMapped(nn.Module):
     @nn.compact
     def __call__(self, x):
         axes, rngs = {"params": 0}, {"params": True}
-        how = {"variable_axes": axes, "split_rngs": rngs, "axis_size": LAYERS}
-        run = nn.vmap(lambda layer, x: layer(x), in_axes=None, **how)
+        options = {"variable_axes": axes, "split_rngs": rngs, "axis_size": LAYERS}
+        run = nn.vmap(lambda layer, x: layer(x), in_axes=None, **options)
         return run(self.make(name="heads"), x)
 
 

@@ -20,7 +20,7 @@ class Pair(NamedTuple):
     shape: tuple[int, ...]
     matrices: dict[str, tuple[int, ...]]  # by path, blocks running along K
     # Of a config: both with layers that have adapters of their own.
-    own: Any = None
+    with_config: Any = None
 
 
 def dense(features, inputs=DIM, **options):
@@ -55,7 +55,7 @@ def attention(**options):
     return linen, partial(nnx.MultiHeadAttention, HEADS, DIM, decode=False, **options)
 
 
-def own(equation, shape):
+def own_layer(equation, shape):
     return partial(models.LinenOwn, shape, equation), partial(
         models.NNXOwn, shape, equation
     )
@@ -71,7 +71,7 @@ def mapped(linen, flax_nnx):
 
 
 SEQUENCE = (2, 5, DIM)
-SQUARE = own("btd,df->btf", (DIM, DIM))
+SQUARE = own_layer("btd,df->btf", (DIM, DIM))
 CONVOLUTION = partial(nn.Conv, 24, (3,)), partial(nnx.Conv, DIM, 24, (3,))
 ATTENTION = {f"{n}/kernel": (DIM, DIM) for n in ("query", "key", "value", "out")}
 MLP = {"gate/kernel": (DIM, HIDDEN), "up/kernel": (DIM, HIDDEN)}
@@ -136,6 +136,6 @@ PAIRS = {
 DEEP = {
     "dense": Pair(*stack(*dense(256, 256, use_bias=False), length=16), (8, 256),
                   {"layers/layer/kernel": (16, 256, 256)}),
-    "own": Pair(*stack(*own("bd,df->bf", (512, 512)), length=16), (4, 512),
+    "own": Pair(*stack(*own_layer("bd,df->bf", (512, 512)), length=16), (4, 512),
                      {"layers/layer/w": (16, 512, 512)}),
 }  # fmt: skip

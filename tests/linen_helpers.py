@@ -23,8 +23,8 @@ def setup(model, x, config=CONFIG):
 
 def variables_of(model, x, config=CONFIG, *args, **options):
     """What a wrapped model's `apply` takes, adapters away from zero."""
-    _, base, lora, others = _setup(model, x, config, *args, **options)
-    return {"params": base, "lora": randomized(lora), **others}
+    _, base, lora, collections = _setup(model, x, config, *args, **options)
+    return {"params": base, "lora": randomized(lora), **collections}
 
 
 def _setup(model, x, *args, **options):
@@ -36,29 +36,29 @@ def _setup(model, x, *args, **options):
 @functools.cache
 def _cached(model, shape, config, *args, **options):
     x = jnp.zeros(shape.shape, shape.dtype)
-    others = jax.jit(lambda x: model.init(jax.random.key(0), x, *args))(x)
-    params = others.pop("params")
+    collections = jax.jit(lambda x: model.init(jax.random.key(0), x, *args))(x)
+    params = collections.pop("params")
     params = put(params, randomized(biases(params)))
-    key, options = jax.random.key(1), {"other_variables": others, **options}
+    key, options = jax.random.key(1), {"other_variables": collections, **options}
     base, lora = ql.linen.init(key, model, params, config, x, *args, **options)
-    return params, base, lora, others
+    return params, base, lora, collections
 
 
 def merged(variables):
-    others = {n: v for n, v in variables.items() if n not in ("params", "lora")}
-    return {**others, "params": ql.merge(variables["params"], variables["lora"])}
+    collections = {n: v for n, v in variables.items() if n not in ("params", "lora")}
+    return {**collections, "params": ql.merge(variables["params"], variables["lora"])}
 
 
 def assert_as_merged(model, x, variables, gradients=True, **call):
     """A wrapped model's results, and gradients, are those on merged weights."""
-    wrapped, others = ql.linen.wrap(model), dict(variables)
-    lora = others.pop("lora")
+    wrapped, collections = ql.linen.wrap(model), dict(variables)
+    lora = collections.pop("lora")
 
     def packed(lora, x):
-        return wrapped.apply({**others, "lora": lora}, x, **call)
+        return wrapped.apply({**collections, "lora": lora}, x, **call)
 
     def plain(lora, x):
-        return model.apply(merged({**others, "lora": lora}), x, **call)
+        return model.apply(merged({**collections, "lora": lora}), x, **call)
 
     def loss(apply):
         def sum_of_squares(lora, x):

@@ -72,17 +72,17 @@ ERRORS += ("KeyboardInterrupt", "SystemExit")
 def section(value, title):
     """The names that a section of a docstring lists; None without such a section."""
     doc = inspect.getdoc(value) or ""
-    found = re.search(rf"^{title}:\n((?: {{4}}.*\n?|\n)+)", doc, re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{title}:\n((?: {{4}}.*\n?|\n)+)", doc, re.MULTILINE)
+    if match is None:
         return None
-    return re.findall(r"^ {4}(\*{0,2}\w+):", found[1], re.MULTILINE)
+    return re.findall(r"^ {4}(\*{0,2}\w+):", match[1], re.MULTILINE)
 
 
 def parameters(function):
     """The parameters of a function, as a docstring names them."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    found = list(inspect.signature(function).parameters.values())
-    names = [stars.get(p.kind, "") + p.name for p in found]
+    params = list(inspect.signature(function).parameters.values())
+    names = [stars.get(param.kind, "") + param.name for param in params]
     is_method = "." in function.__qualname__
     return names[is_method:]
 
@@ -128,8 +128,8 @@ def private_classes():
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
     ]
-    found = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
-    return found - {name.rpartition(".")[2] for name in PUBLIC}
+    classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    return classes - {name.rpartition(".")[2] for name in PUBLIC}
 
 
 PRIVATE = private_classes()
@@ -158,5 +158,5 @@ def test_messages_have_no_article_before_the_name_of_a_type():
     """ "a AdaptedKernel" would be wrong, and "an LoRA"."""
     for path in pathlib.Path(ql.__file__).parent.rglob("*.py"):
         text = re.sub(r'"\s*f?"', "", path.read_text())  # strings are joined
-        found = re.findall(r"\b[Aa]n? \{(?:type\(\w+\)|\w+)\.__name__\}", text)
-        assert not found, (path, found)
+        articles = re.findall(r"\b[Aa]n? \{(?:type\(\w+\)|\w+)\.__name__\}", text)
+        assert not articles, (path, articles)

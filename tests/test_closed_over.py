@@ -48,19 +48,23 @@ CHECKED = {
 
 
 def test_every_function_that_looks_at_values_is_in_the_table():
-    package, found = pathlib.Path(ql.__file__).parent, set()
+    package, functions = pathlib.Path(ql.__file__).parent, set()
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and LOOKS_AT_VALUES & {
                 name.id for name in ast.walk(node) if isinstance(name, ast.Name)
             }:
-                found.add((path.relative_to(package).as_posix(), node))
+                functions.add((path.relative_to(package).as_posix(), node))
 
     def inner(node):
         return {n for n in ast.walk(node) if n is not node}
 
-    outer = [(p, n) for p, n in found if any((p, m) in found for m in inner(n))]
-    names = {f"{path} {node.name}" for path, node in found - {*outer}}
+    outer = [
+        (path, n)
+        for path, n in functions
+        if any((path, m) in functions for m in inner(n))
+    ]
+    names = {f"{path} {node.name}" for path, node in functions - {*outer}}
     assert names == CHECKED.keys()
     assert {*CHECKED.values()} <= cases().keys()
 
@@ -86,8 +90,8 @@ def cases():
     layer = nn.Dense(8)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
 
-    def init(**more):
-        return ql.init(jax.random.key(0), params, config, **more)
+    def init(**options):
+        return ql.init(jax.random.key(0), params, config, **options)
 
     offloaded = ql.optim.offload(optax.adam(1e-3))
 

@@ -23,21 +23,21 @@ def test_errors_are_root_mean_squares_over_layers():
         decoded = TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)
         weights.append(relative_error(decoded, w))
         outputs.append(relative_error(x @ decoded, x @ w))
-    wanted = [100 * np.sqrt(np.mean(np.square(x))) for x in (weights, outputs)]
+    expected = [100 * np.sqrt(np.mean(np.square(x))) for x in (weights, outputs)]
     layers = [(jnp.asarray(w), jnp.asarray(x)) for w, x in layers]
-    found = formats_quality.encoder_errors(layers, NF4)
-    assert_close(list(found), [4 + 32 / 64, *wanted])
+    errors = formats_quality.encoder_errors(layers, NF4)
+    assert_close(list(errors), [4 + 32 / 64, *expected])
 
 
 def test_names_in_the_picture_do_not_overlap():
-    found = [
+    qualities = [
         formats_quality.Quality(name, bits, 0, 9 + 0.01 * i, 0, 3, 36, 0.4, 0.05)
         for i, (name, bits) in enumerate(
             [("nf4, 64", 4.5), ("q4_0, 32", 4.5), ("mxfp4, 32", 4.25), ("int8", 8.1)]
         )
     ]
-    assert len(found[0].row()) == len(formats_quality.HEADER)
-    figure = formats_quality.draw(found)
+    assert len(qualities[0].row()) == len(formats_quality.HEADER)
+    figure = formats_quality.draw(qualities)
     figure.draw_without_rendering()
     for axes in figure.axes:
         boxes = [Text.get_window_extent(text) for text in axes.texts]  # no lines

@@ -29,7 +29,7 @@ def module_name(path: pathlib.Path) -> str:
 
 
 # What `from flax import ...` may name that is a module and not an attribute.
-FLAX = {f"flax.{found.name}" for found in pkgutil.iter_modules(flax.__path__)}
+FLAX = {f"flax.{module.name}" for module in pkgutil.iter_modules(flax.__path__)}
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
@@ -38,10 +38,10 @@ def imported_names(name: str) -> set[str]:
     """Every dotted name that a module imports anywhere in its code."""
     is_package = SOURCES[name].name == "__init__.py"
     package = name if is_package else name.rpartition(".")[0]
-    found = set()
+    names = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parts = package.split(".")
             parents = parts[: len(parts) - node.level + 1] if node.level else []
@@ -49,8 +49,8 @@ def imported_names(name: str) -> set[str]:
             for alias in node.names:
                 inside = f"{source}.{alias.name}"
                 is_module = inside in SOURCES or inside in FLAX
-                found.add(inside if is_module else source)
-    return found
+                names.add(inside if is_module else source)
+    return names
 
 
 GRAPH = {name: {n for n in imported_names(name) if n in SOURCES} for name in SOURCES}
@@ -67,14 +67,14 @@ def test_every_module_has_a_layer():
 
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"qlora_jax"}))
 def test_imports_run_down(name):
-    def is_allowed(other):
-        if folder(other) in (folder(name), *ABOVE.get(folder(name), ())):
+    def is_allowed(imported):
+        if folder(imported) in (folder(name), *ABOVE.get(folder(name), ())):
             return True
         # As a user's code: public names only, and progress bars.
         if folder(name) in ("models", "train", "cli"):
-            is_public = other.count(".") == 1 and folder(other) in INTEGRATIONS
-            return is_public or other in AS_USERS
-        return LAYER[folder(other)] < LAYER[folder(name)]
+            is_public = imported.count(".") == 1 and folder(imported) in INTEGRATIONS
+            return is_public or imported in AS_USERS
+        return LAYER[folder(imported)] < LAYER[folder(name)]
 
     assert [n for n in sorted(GRAPH[name]) if not is_allowed(n)] == []
 

@@ -20,7 +20,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, head_arguments
 
 
-def whole(hidden, head, labels, cap=None, dtype=jnp.float32):
+def unchunked_losses(hidden, head, labels, cap=None, dtype=jnp.float32):
     """Optax on the logits of all tokens, for a head `[V, D]`."""
     product = functools.partial(jnp.einsum, "...d,vd->...v")
     logits = product(hidden, head.astype(hidden.dtype), preferred_element_type=dtype)
@@ -63,7 +63,7 @@ def test_random_shapes_equal_optax(lead, width, vocab, chunk_size, contract, cap
         return chunked_cross_entropy(x, stored, labels, **settings)
 
     def exact(x):
-        return whole(x, head, labels, cap)
+        return unchunked_losses(x, head, labels, cap)
 
     losses, dx = value_and_pull(loss, hidden, g)
     expected, expected_dx = value_and_pull(exact, hidden, g)
@@ -84,7 +84,7 @@ def test_16_bits_are_summed_in_float32(dtype):
     losses, dx = value_and_pull(loss, hidden, g)
 
     def exact(x):
-        return whole(x, head.astype(jnp.float32), labels)
+        return unchunked_losses(x, head.astype(jnp.float32), labels)
 
     expected, expected_dx = value_and_pull(exact, hidden.astype(jnp.float32), g)
     assert losses.dtype == jnp.float32 and dx.dtype == dtype
@@ -110,7 +110,9 @@ def test_packed_head_equals_the_dequantized_one(contract, dtype):
     q = ql.quantize(weight, contract=contract)
     w = ql.dequantize(q, dtype)
     w = w if contract == -1 else w.T
-    expected, expected_dx = value_and_pull(lambda x: whole(x, w, labels), hidden, g)
+    expected, expected_dx = value_and_pull(
+        lambda x: unchunked_losses(x, w, labels), hidden, g
+    )
     trained = [ql.StraightThrough(weight, q.packing, q.geometry)] * (contract == -2)
     for kernel in [q, *trained]:
 
@@ -143,14 +145,14 @@ def test_labels_outside_the_vocabulary_give_nan_alone():
 def test_narrow_labels():
     hidden, head, _, _ = problem(0, (2,), 8, 300)
     losses = chunked_cross_entropy(hidden, head, jnp.array([255, 3], jnp.uint8))
-    assert_close(losses, whole(hidden, head, jnp.array([255, 3])))
+    assert_close(losses, unchunked_losses(hidden, head, jnp.array([255, 3])))
 
 
 def test_large_logits_do_not_overflow():
     hidden, head, labels, _ = problem(0, (6,), 8, 40)
     losses = chunked_cross_entropy(1e4 * hidden, head, labels)
     assert np.isfinite(losses).all() and float(jnp.max(losses)) > 1e3
-    assert_close(losses, whole(1e4 * hidden, head, labels))
+    assert_close(losses, unchunked_losses(1e4 * hidden, head, labels))
 
 
 TOKENS, WIDTH, VOCAB, CHUNK = 2048, 64, 4096, 256
@@ -168,14 +170,14 @@ def compiled(loss):
 def test_logits_of_all_tokens_are_never_held():
     chunked = compiled(functools.partial(chunked_cross_entropy, chunk_size=CHUNK))
     logits = 4 * TOKENS * VOCAB
-    assert compiled(whole).memory_analysis().temp_size_in_bytes > logits
+    assert compiled(unchunked_losses).memory_analysis().temp_size_in_bytes > logits
     # A chunk's logits, their exponentials and their gradient, and a few `[tokens, D]`.
     bound = 3 * logits * CHUNK // TOKENS + 4 * 4 * TOKENS * WIDTH
     assert bound < logits / 2
     assert chunked.memory_analysis().temp_size_in_bytes < bound
     # No array in the program has so many elements.
-    found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", chunked.as_text())
-    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in found]
+    shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", chunked.as_text())
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in shapes]
     assert len(sizes) > 20 and max(sizes) <= CHUNK * VOCAB
 
 
@@ -194,14 +196,14 @@ def loss_on_a_mesh(hidden, head, labels, g):
 def test_sharded(mesh, rows, words):
     """A head whose words are split is never gathered: hidden states move, or sums."""
     hidden, head, labels, g = problem(0, (8, 12), 16, 64)
-    expected = value_and_pull(lambda x: whole(x, head, labels), hidden, g)
+    expected = value_and_pull(lambda x: unchunked_losses(x, head, labels), hidden, g)
     hidden, labels, g = spread((hidden, labels, g), mesh, rows)
     args = hidden, spread(head, mesh, words), labels, g
     with jax.set_mesh(mesh):
-        found = loss_on_a_mesh(*args)
+        result = loss_on_a_mesh(*args)
         text = loss_on_a_mesh.lower(*args).compile().as_text()
-    assert_close(found, expected)
-    assert found[1].sharding.is_equivalent_to(hidden.sharding, hidden.ndim)
+    assert_close(result, expected)
+    assert result[1].sharding.is_equivalent_to(hidden.sharding, hidden.ndim)
     gathered = re.findall(r"= \S*\[([\d,]+)\]\S* all-gather", text)
     assert bool(gathered) == (rows == words)
     assert not {"64,16", "16,64", "96,16"} & {*gathered}  # the head, all tokens
@@ -218,9 +220,11 @@ def test_inside_shard_map():
 
     specs = {"in_specs": (P(axes), P(), P(axes)), "out_specs": P()}
     mean = jax.shard_map(mean, mesh=mesh, **specs)
-    found = jax.jit(jax.value_and_grad(mean))(hidden, head, labels)
-    exact = jax.value_and_grad(lambda x: jnp.mean(whole(x, head, labels)))(hidden)
-    assert_close(found, exact)
+    result = jax.jit(jax.value_and_grad(mean))(hidden, head, labels)
+    exact = jax.value_and_grad(lambda x: jnp.mean(unchunked_losses(x, head, labels)))(
+        hidden
+    )
+    assert_close(result, exact)
 
 
 @pytest.mark.parametrize(
@@ -316,12 +320,12 @@ def test_losses_of_preferences():
         "orpo": nll - 0.3 * np.log(sigmoid(np.log(odds(chosen) / odds(rejected)))),
         "kto": 1 - sigmoid(0.3 * signed),
     }
-    more = {"simpo": {"gamma": 0.4}, "orpo": {"nll": jnp.asarray(nll)}}
+    options = {"simpo": {"gamma": 0.4}, "orpo": {"nll": jnp.asarray(nll)}}
     pairs = jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32)
     for name, right in expected.items():
         two = (pairs[0], desirable, jnp.float32(kl)) if name == "kto" else pairs
         loss = functools.partial(
-            getattr(ql.losses, name), beta=0.3, **more.get(name, {})
+            getattr(ql.losses, name), beta=0.3, **options.get(name, {})
         )
         assert_close(loss(*two), right)
 

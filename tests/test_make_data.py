@@ -30,8 +30,8 @@ ORDINALS = (
     ],
 )
 def test_words(function, words):
-    say = getattr(make_data, f"{function}_in_words")
-    assert {given: say(*given) for given in words} == words
+    in_words = getattr(make_data, f"{function}_in_words")
+    assert {arguments: in_words(*arguments) for arguments in words} == words
 
 
 def test_different_values_have_different_words():
@@ -51,8 +51,8 @@ def test_splits_share_no_part():
     assert len({e.text for e in held_out}) == 120
     assert not {e.phrasing for e in training} & {e.phrasing for e in held_out}
     for part in range(4):
-        seen = {example.values[part] for example in training}
-        assert not seen & {example.values[part] for example in held_out}
+        training_values = {example.values[part] for example in training}
+        assert not training_values & {example.values[part] for example in held_out}
 
 
 def test_splits_follow_the_seed():
@@ -73,9 +73,12 @@ def test_files_hold_the_conversations(tmp_path):
     for name, examples in zip(("train", "valid"), splits, strict=True):
         lines = (out / f"{name}.jsonl").read_text("utf-8").splitlines()
         for line, example in zip(lines, examples, strict=True):
-            said = json.loads(line)["messages"]
-            assert [x["role"] for x in said] == ["system", "user", "assistant"]
-            assert [x["content"] for x in said[1:]] == [example.text, example.answer]
+            messages = json.loads(line)["messages"]
+            assert [x["role"] for x in messages] == ["system", "user", "assistant"]
+            assert [x["content"] for x in messages[1:]] == [
+                example.text,
+                example.answer,
+            ]
             values = zip(
                 ["name", "amount", "date", "time"], example.values, strict=True
             )

@@ -49,8 +49,11 @@ FUNCTIONS = {
 # Arguments that errors name by what they are.
 NAMED_AS = {"base": "`base`|a kernel must", "ids": "ids", "equation": "equation"}
 NAMED_AS["x"] = r"`x`|to x and the result.* Got .* axes\."
-OTHERS = {"with_adapter": {"lora": LORA}}
-OTHERS["init"] = {"params": {"kernel": normal(0, (64, 8))}, "config": ql.QLoRAConfig()}
+EXTRA_ARGUMENTS = {"with_adapter": {"lora": LORA}}
+EXTRA_ARGUMENTS["init"] = {
+    "params": {"kernel": normal(0, (64, 8))},
+    "config": ql.QLoRAConfig(),
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -60,7 +63,7 @@ def test_an_argument_of_a_wrong_type_is_named(name):
     for argument in arguments:
         for wrong in WRONG:
             try:
-                call(**arguments | OTHERS.get(name, {}) | {argument: wrong})
+                call(**arguments | EXTRA_ARGUMENTS.get(name, {}) | {argument: wrong})
             except (TypeError, ValueError, IndexError) as error:
                 text = str(error).partition("\n")[0]
                 named = NAMED_AS.get(argument, f"`{argument}`")

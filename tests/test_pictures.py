@@ -25,7 +25,7 @@ def linear(c):
     return [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
 
 
-def others(c):
+def num_other_params(c):
     """Weights that are in no layer's linear module."""
     tables = 1 if c.tie_embeddings else 2
     return c.vocab_size * c.hidden_size * tables + (
@@ -34,7 +34,7 @@ def others(c):
 
 
 def in_bfloat16(c):
-    return 2 * (others(c) + c.num_layers * sum(k * n for k, n in linear(c)))
+    return 2 * (num_other_params(c) + c.num_layers * sum(k * n for k, n in linear(c)))
 
 
 def in_nf4(c):
@@ -44,7 +44,7 @@ def in_nf4(c):
     for k, n in linear(c):
         scales = math.ceil(k / 64) * n
         total += k * n // 2 + scales + 4 * math.ceil(scales / 256) + 4
-    return 2 * others(c) + c.num_layers * total
+    return 2 * num_other_params(c) + c.num_layers * total
 
 
 def adapter(c):
@@ -80,8 +80,8 @@ def test_bytes_of_steps_are_the_trees_and_the_temporaries():
         assert row["optimizer"] == 2 * lora + 8  # the schedule has a count too
         assert row["temporaries"] >= lora  # the gradients
     # At least the inputs of each layer's linear modules are kept.
-    kept = 2 * 4 * 64 * sum(k for k, _ in {*linear(SMALL)}) * SMALL.num_layers
-    assert steps[False]["temporaries"] - steps[True]["temporaries"] >= kept / 2
+    saved_bytes = 2 * 4 * 64 * sum(k for k, _ in {*linear(SMALL)}) * SMALL.num_layers
+    assert steps[False]["temporaries"] - steps[True]["temporaries"] >= saved_bytes / 2
 
 
 def test_the_picture_of_a_run_shows_its_numbers_and_answers(tmp_path):
@@ -91,10 +91,10 @@ def test_the_picture_of_a_run_shows_its_numbers_and_answers(tmp_path):
     texts, right = ["Pay Ann.", "Pay Bob.", "Pay Eve."], ['{"a": 1}', "{}", "[]"]
     after = [*right[:2], "{}"]
 
-    def say(text):
+    def conversation(text):
         return [{"role": "user", "content": text}, {"role": "assistant"}]
 
-    write("valid.jsonl", [{"messages": say(text)} for text in texts])
+    write("valid.jsonl", [{"messages": conversation(text)} for text in texts])
     before = "```\nno JSON"
     answers = zip(right, after, strict=True)
     rows = [{"right": r, "before": before, "after": f" {a}\n"} for r, a in answers]

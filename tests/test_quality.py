@@ -18,7 +18,7 @@ def row(rate, valid, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("rows", "wanted"),
+    ("rows", "expected_plan"),
     [
         ([], (0, [1, 2, 4])),
         ([row(1, 0.1), row(2, 0.2), row(4, None)], (0, [0.5])),
@@ -27,14 +27,14 @@ def row(rate, valid, seed=0):
         ([row(1, 0.3), row(2, 0.1), row(4, 0.2), row(2, 0.5, seed=1)], None),
     ],
 )
-def test_rates_are_searched_until_the_best_is_between_others(rows, wanted):
-    assert quality.plan(rows, 2, seeds=2) == wanted
+def test_rates_are_searched_until_the_best_is_between_others(rows, expected_plan):
+    assert quality.plan(rows, 2, seeds=2) == expected_plan
 
 
 def test_intervals_are_by_students_t():
     # 4.303 = t(0.975) of two degrees of freedom; the standard error is 1 / sqrt(3).
-    found = quality_report.interval(np.array([1.0, 2.0, 3.0]))
-    assert found == pytest.approx((2.0, 2.484), abs=1e-3)
+    interval = quality_report.interval(np.array([1.0, 2.0, 3.0]))
+    assert interval == pytest.approx((2.0, 2.484), abs=1e-3)
 
 
 @pytest.mark.slow
@@ -54,12 +54,14 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
     records = quality.read_records(results)
     quality.study(tmp_path, task, NF4, results, end=float("inf"))
     assert quality.read_records(results) == records
-    found = quality_report.by_arm(records, "task")
-    assert len(found["nf4"].best) == 2 and len(found["full"].best) == 1
-    assert found["nf4"].values("merged") == pytest.approx(
-        found["nf4"].values("test"), rel=1e-2
+    results_of_arm = quality_report.by_arm(records, "task")
+    assert (
+        len(results_of_arm["nf4"].best) == 2 and len(results_of_arm["full"].best) == 1
     )
-    for arm in found.values():
+    assert results_of_arm["nf4"].values("merged") == pytest.approx(
+        results_of_arm["nf4"].values("test"), rel=1e-2
+    )
+    for arm in results_of_arm.values():
         assert min(arm.values("test")) < arm.before["test"]
-    quality_report.draw({"task": found}).draw_without_rendering()
-    assert len(quality_report.table(found, is_text=False)) == 2
+    quality_report.draw({"task": results_of_arm}).draw_without_rendering()
+    assert len(quality_report.table(results_of_arm, is_text=False)) == 2

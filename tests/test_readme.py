@@ -36,9 +36,9 @@ def run(page: str, capsys) -> dict:
     The plain block behind one of Python, if there is one, has what it prints.
     """
     fence = r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?"
-    found = re.findall(fence, read(page), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(fence, read(page), re.DOTALL | re.MULTILINE)
     names: dict = {}
-    for number, (code, printed) in enumerate(found):
+    for number, (code, printed) in enumerate(blocks):
         exec(compile(code, f"{page}, block {number}", "exec"), names)
         assert capsys.readouterr().out == printed or not printed
     return names
@@ -72,7 +72,9 @@ def test_the_readme_is_short():
 
 
 def test_every_public_name_is_in_the_api_reference():
-    reference = "".join(map(read, (p for p in DOCS if p.startswith("docs/api/"))))
+    reference = "".join(
+        map(read, (page for page in DOCS if page.startswith("docs/api/")))
+    )
     listed = re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE)
     assert len(listed) == len(set(listed))
     public = [f"qlora_jax.{name}" for name in ql.__all__]
@@ -81,8 +83,10 @@ def test_every_public_name_is_in_the_api_reference():
             public.remove(f"qlora_jax.{name}")
             public += [f"qlora_jax.{name}.{inside}" for inside in module.__all__]
     public += [f"qlora_jax.cli.{name}" for name in cli.__all__]
-    others = [name for name in listed if not name.startswith("qlora_jax.models.")]
-    assert sorted(others) == sorted(public)
+    outside_models = [
+        name for name in listed if not name.startswith("qlora_jax.models.")
+    ]
+    assert sorted(outside_models) == sorted(public)
 
 
 def test_commands_name_what_exists():
@@ -119,16 +123,18 @@ def test_the_command_line_takes_the_commands_of_all_pages(tmp_path):
     def prepare(config):
         raise Read(config)
 
-    found = [line for page in PAGES for line in commands_of(page)]
-    assert len(found) > 20
-    for line in found:
-        _, *given = shlex.split(line, comments=True)
-        if "--config" in given:
-            given[given.index("--config") + 1] = str(file)
-        file.write_text("{model: M, data: D%s}" % (", out: R" * (given[0] == "train")))
+    commands = [line for page in PAGES for line in commands_of(page)]
+    assert len(commands) > 20
+    for line in commands:
+        _, *arguments = shlex.split(line, comments=True)
+        if "--config" in arguments:
+            arguments[arguments.index("--config") + 1] = str(file)
+        file.write_text(
+            "{model: M, data: D%s}" % (", out: R" * (arguments[0] == "train"))
+        )
         try:
             with pytest.raises(Read):
-                main._run(given, prepare)
+                main._run(arguments, prepare)
         except SystemExit:
             pytest.fail(line)
 

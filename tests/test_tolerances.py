@@ -39,8 +39,8 @@ def test_products_are_off_by_up_to_two_units(start, seed):
     assert_close(noisy, EXACT, terms=64)
     # The same sums have the same noise, and what is exact has none.
     np.testing.assert_array_equal(noisy, X @ jnp.asarray(W))
-    whole = np.arange(64.0).reshape(8, 8).astype(np.float32)
-    np.testing.assert_array_equal(jnp.asarray(whole) @ whole, whole @ whole)
+    integers = np.arange(64.0).reshape(8, 8).astype(np.float32)
+    np.testing.assert_array_equal(jnp.asarray(integers) @ integers, integers @ integers)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

@@ -32,7 +32,9 @@ def params():
 def trees(freeze_base=True):
     """Stacked base and lora trees, B not zero."""
     config = dataclasses.replace(CONFIG, freeze_base=freeze_base)
-    base, lora = jax.vmap(lambda p: ql.init(jax.random.key(0), p, config))(params())
+    base, lora = jax.vmap(
+        lambda member_params: ql.init(jax.random.key(0), member_params, config)
+    )(params())
     return base, jax.tree.map(lambda x: x + 0.1, lora)
 
 
@@ -44,8 +46,13 @@ def packed(contract=-2):
 def tables():
     """Stacked adapters of a table: of low rank, and of some rows."""
     trees = {}
-    for name, more in ("low", {}), ("rows", {"trainable_rows": {"embedding": [63, 2]}}):
-        config = ql.QLoRAConfig(rank=2, targets=() if more else "embedding", **more)
+    for name, options in (
+        ("low", {}),
+        ("rows", {"trainable_rows": {"embedding": [63, 2]}}),
+    ):
+        config = ql.QLoRAConfig(
+            rank=2, targets=() if options else "embedding", **options
+        )
 
         def init(w, c=config):
             return ql.init(jax.random.key(0), {"embedding": w}, c)
@@ -107,8 +114,8 @@ def with_gradient(run):
     No scalar of the result: in a sum over all of it large terms cancel.
     """
 
-    def derivative(x, *rest):
-        y, pull = jax.vjp(lambda x: run(x, *rest), x)
+    def derivative(x, *other_args):
+        y, pull = jax.vjp(lambda x: run(x, *other_args), x)
         return y, pull(jax.tree.map(cotangent, y))
 
     return derivative
@@ -156,12 +163,12 @@ def ragged(x, q, sizes, layer=None):
 token_losses = functools.partial(chunked_cross_entropy, chunk_size=3)
 
 
-def quantize(p):
-    return (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
+def quantize(params):
+    return (ql.quantize(params["kernel"]), ql.quantize(params, CONFIG))
 
 
-def init(i, p):
-    return ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
+def init(i, params):
+    return ql.init(jax.random.fold_in(jax.random.key(0), i), params, CONFIG)
 
 
 def deep(q):
@@ -217,28 +224,28 @@ def modes(run):
     def step(_, args):
         return (None, jax.checkpoint(run)(*args))
 
-    def of(*args):
+    def run_function(*args):
         return {
             "vmap": jax.vmap(run)(*args),
             "scan and remat": jax.lax.scan(step, None, args)[1],
         }
 
     # Compiling takes most of the time, so LLVM does not optimize.
-    return jax.jit(of, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(run_function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
 def expected(name):
     """Member by member, by plain calls."""
     run, args = FUNCTIONS[name]
-    each = [run(*jax.tree.map(lambda a, i=i: a[i], args())) for i in range(MEMBERS)]
-    return jax.tree.map(lambda *members: np.stack(members), *each)
+    results = [run(*jax.tree.map(lambda a, i=i: a[i], args())) for i in range(MEMBERS)]
+    return jax.tree.map(lambda *members: np.stack(members), *results)
 
 
 def compare(name, args):
     want = expected(name)
-    found = modes(FUNCTIONS[name].run)(*args)
-    for got in found.values():
+    results = modes(FUNCTIONS[name].run)(*args)
+    for got in results.values():
         chex.assert_trees_all_equal_dtypes(got, want)
         assert_close(got, want)
 
@@ -247,8 +254,8 @@ def compare(name, args):
 def test_transformed_as_plain(name):
     compare(name, FUNCTIONS[name].args())
     run, args = FUNCTIONS[name]
-    one = jax.jit(run)(*jax.tree.map(lambda a: a[1], args()))
-    assert_close(one, jax.tree.map(lambda a: a[1], expected(name)))
+    member = jax.jit(run)(*jax.tree.map(lambda a: a[1], args()))
+    assert_close(member, jax.tree.map(lambda a: a[1], expected(name)))
 
 
 # Of those left out one differs in what is computed, not in what is sharded;

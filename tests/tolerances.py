@@ -139,8 +139,8 @@ def assert_equal_but_for_rounding(got, run, *args, times=10):
     or down by chance. In each leaf the norm of the difference is at most `times` that.
     """
     want = jax.tree.leaves(run(*args))
-    others = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
-    for x, y, *moved in zip(jax.tree.leaves(got), want, *others, strict=True):
+    moved_results = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
+    for x, y, *moved in zip(jax.tree.leaves(got), want, *moved_results, strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape
         least = norm(y) * rounding(1)
         check(distance(x, y), times * max(least, *(distance(z, y) for z in moved)))

@@ -46,8 +46,8 @@ def through_safetensors(tree, like, folder):
 
     leaves = jax.tree.leaves_with_path(tree)
     save_file({name(path): np.asarray(x) for path, x in leaves}, folder / "file")
-    found = load_file(folder / "file")
-    return jax.tree.map_with_path(lambda path, x: found[name(path)], like)
+    tensors = load_file(folder / "file")
+    return jax.tree.map_with_path(lambda path, x: tensors[name(path)], like)
 
 
 def through_orbax(tree, like, folder):
@@ -85,8 +85,8 @@ THROUGH = [through_safetensors, through_orbax, through_flax, through_pickle]
 @pytest.mark.parametrize("name", CONFIGS)
 def test_base_and_adapters_come_back(name, through, tmp_path):
     tree = make(CONFIGS[name])
-    found = through(tree, jax.eval_shape(lambda: make(CONFIGS[name])), tmp_path)
-    assert_same(found, tree)  # settings too: they are in the structure
+    restored = through(tree, jax.eval_shape(lambda: make(CONFIGS[name])), tmp_path)
+    assert_same(restored, tree)  # settings too: they are in the structure
 
 
 def kinds_of_nodes():
@@ -108,8 +108,8 @@ def test_every_kind_of_node_is_copied(through):
 
 def test_configs_are_pickled():
     config = ql.QLoRAConfig(rank=2, rank_pattern={"a": 3}, contract={"b": "nk"})
-    found = pickle.loads(pickle.dumps(config))
-    assert found == config and hash(found) == hash(config)
+    unpickled = pickle.loads(pickle.dumps(config))
+    assert unpickled == config and hash(unpickled) == hash(config)
 
 
 @pytest.mark.parametrize("integration", ["linen", "nnx"])
@@ -162,16 +162,16 @@ def test_exported_programs_take_packed_trees():
 
     @jax.jit
     def run(tree, x):
-        one = ql.merge(*ql.split(tree["one"]))["kernel"]
+        merged_kernel = ql.merge(*ql.split(tree["one"]))["kernel"]
         trained = ql.apply(tree["trained"], tree["lora"], x)
-        return x @ one + trained, tree
+        return x @ merged_kernel + trained, tree
 
     exported = jax.export.export(run)(tree, x)
     again = jax.export.deserialize(exported.serialize())
     assert again.in_tree == exported.in_tree
-    y, found = again.call(tree, x)
+    y, returned_tree = again.call(tree, x)
     assert_close(y, run(tree, x)[0], terms=64)
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    assert jax.tree.structure(returned_tree) == jax.tree.structure(tree)
     packed = ql.quantize({"kernel": jnp.ones((64, 8))}, CONFIGS["nf4"])
     with pytest.raises(ValueError, match="tree"):
         again.call({**tree, "packed": packed}, x)
@@ -192,7 +192,7 @@ def test_exported_programs_take_any_number_of_rows():
     batch = jax.export.symbolic_shape("b, t")
     x = jax.ShapeDtypeStruct((*batch, 64), jnp.float32)
     exported = jax.export.export(jax.jit(run))(lora, base, x)
-    a, b = (np.asarray(p, np.float64) for p in jax.tree.leaves(lora))
+    a, b = (np.asarray(factor, np.float64) for factor in jax.tree.leaves(lora))
     scaling = lora["kernel"].scaling
     for rows in (1, 1), (2, 3):
         x = np.asarray(normal(1, (*rows, 64)))
@@ -200,8 +200,8 @@ def test_exported_programs_take_any_number_of_rows():
         want = x @ dequantize(base["kernel"]) + scaling * (x @ a) @ b
         assert_close(y, want)
         x, g = x.reshape(-1, 64), scaling * np.cos(want).reshape(-1, 32)
-        wanted = x.T @ (g @ b.T), (x @ a).T @ g
-        for got, want in zip(jax.tree.leaves(grads), wanted, strict=True):
+        expected = x.T @ (g @ b.T), (x @ a).T @ g
+        for got, want in zip(jax.tree.leaves(grads), expected, strict=True):
             assert_close(got, want)
 
 

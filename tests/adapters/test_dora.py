@@ -91,9 +91,9 @@ def test_values_and_gradients_are_those_of_the_formula(name):
     assert_close(dx, want["x"], terms=64)
     for name, value in grads.arrays.items():
         assert_close(value, want[name], terms=64)
-    found = ql.merge(kernel, lora)
-    assert found.shape == shape
-    assert_close(found.reshape(merged.shape), merged, terms=64)
+    merged_by_library = ql.merge(kernel, lora)
+    assert merged_by_library.shape == shape
+    assert_close(merged_by_library.reshape(merged.shape), merged, terms=64)
 
 
 def test_it_starts_by_adding_nothing():
@@ -117,11 +117,11 @@ def test_dropout_acts_on_both_products_as_in_peft():
     kernel, lora = make(dropout=0.5)
     x = normal(1, (5, K))
     key = jax.random.key(2)
-    kept = np.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * np.asarray(x), 0)
+    dropped_x = np.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * np.asarray(x), 0)
     w = np.asarray(ql.dequantize(kernel), np.float64)
     a, b, m = (np.asarray(v, np.float64) for v in (lora.a, lora.b, lora.m))
     scale = m / np.sqrt(((w + SCALING * a @ b) ** 2).sum(0))
-    want = x @ w + (scale - 1) * (kept @ w) + scale * SCALING * (kept @ a @ b)
+    want = x @ w + (scale - 1) * (dropped_x @ w) + scale * SCALING * (dropped_x @ a @ b)
     assert_close(ql.apply(kernel, lora, x, dropout_key=key), want, terms=64)
 
 
@@ -269,11 +269,11 @@ def test_files_and_trees_know_its_arrays(tmp_path):
     kernel, lora = make()
     base, adapters = {"kernel": kernel}, {"kernel": lora}
     ql.io.save(tmp_path / "lora", adapters)
-    found = ql.io.restore(tmp_path / "lora").tree["kernel"]
+    restored = ql.io.restore(tmp_path / "lora").tree["kernel"]
     assert ql.linen  # registers state dicts
     state = serialization.from_bytes(lora, serialization.to_bytes(lora))
-    for other in (found, state):
-        assert_same(other, lora)
+    for copy in (restored, state):
+        assert_same(copy, lora)
     row = ql.summary(base, adapters).lora[0]
     assert (row.shape, row.fmt) == (f"[{K},{RANK}][{RANK},{N}][{N}]", "dora")
     labels = ql.lora_labels(ql.combine(base, adapters))
@@ -304,14 +304,14 @@ def test_peft_files_have_its_magnitudes_and_all_weights_of_a_stack(tmp_path):
     file = ql.io.open_safetensors(tmp_path / "a" / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.q_proj.lora_magnitude_vector"
     np.testing.assert_array_equal(file[key][...], lora.m[1])
-    _, found, settings = ql.io.load_peft(tmp_path / "a", base, names)
-    assert_same(found["q_proj"]["kernel"], lora)
-    _, found, _ = ql.io.load_peft(tmp_path / "a", base, names, dtype="bfloat16")
-    assert found["q_proj"]["kernel"].a.dtype == jnp.bfloat16
-    assert found["q_proj"]["kernel"].m.dtype == jnp.float32
-    one = dataclasses.replace(settings, layers_to_transform=1)
+    _, loaded, settings = ql.io.load_peft(tmp_path / "a", base, names)
+    assert_same(loaded["q_proj"]["kernel"], lora)
+    _, loaded, _ = ql.io.load_peft(tmp_path / "a", base, names, dtype="bfloat16")
+    assert loaded["q_proj"]["kernel"].a.dtype == jnp.bfloat16
+    assert loaded["q_proj"]["kernel"].m.dtype == jnp.float32
+    single_layer = dataclasses.replace(settings, layers_to_transform=1)
     with pytest.raises(ValueError, match="each weight of a stack must have an adapter"):
-        ql.io.save_peft(tmp_path / "b", base, adapters, names, one)
+        ql.io.save_peft(tmp_path / "b", base, adapters, names, single_layer)
     plain = dataclasses.replace(settings, use_dora=False)
     with pytest.raises(ValueError, match="its type must be LoRA.* Got DoRA"):
         ql.io.save_peft(tmp_path / "b", base, adapters, names, plain)

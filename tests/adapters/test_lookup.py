@@ -83,29 +83,32 @@ IDS_BY_DTYPE = {
 @functools.cache
 def lookups():
     """Functions of ids by name, each with the merged table that it takes rows of."""
-    found = {}
+    lookups_by_name = {}
     params = {"embedding": normal(0, (NUM_ROWS, 32))}
     for name, settings in TABLES.items():
         config = ql.QLoRAConfig(rank=2, **{"targets": "embedding", **settings})
         base, lora = ql.init(jax.random.key(0), params, config)
         table, lora = base["embedding"], randomized(lora)
         run = functools.partial(ql.lookup, table, lora["embedding"])
-        found[name] = run, ql.merge(base, lora)["embedding"]
+        lookups_by_name[name] = run, ql.merge(base, lora)["embedding"]
         if name in ("LoRA", "DoRA"):
             bank = ql.bank([lora, lora])
             for ids in (1, np.array([0])):
                 chosen = ql.select(bank, ids)["embedding"]
                 run = functools.partial(ql.lookup, table, chosen)
-                found[f"{name} of a bank, {ids}"] = run, found[name][1]
+                lookups_by_name[f"{name} of a bank, {ids}"] = (
+                    run,
+                    lookups_by_name[name][1],
+                )
     linen, config = nn.Embed(NUM_ROWS, 32), ql.QLoRAConfig(targets="embedding")
     base, lora = ql.linen.init(jax.random.key(0), linen, params, config, IDS)
     variables = {"params": base, "lora": lora}
     run = functools.partial(ql.linen.wrap(linen).apply, variables)
-    found["linen"] = run, ql.merge(base, lora)["embedding"]
+    lookups_by_name["linen"] = run, ql.merge(base, lora)["embedding"]
     model = nnx.Embed(NUM_ROWS, 32, rngs=nnx.Rngs(0))
     model = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))
-    found["nnx"] = model, ql.merge(*ql.nnx.split(model))["embedding"]
-    return found
+    lookups_by_name["nnx"] = model, ql.merge(*ql.nnx.split(model))["embedding"]
+    return lookups_by_name
 
 
 @pytest.mark.parametrize("dtype", IDS_BY_DTYPE)

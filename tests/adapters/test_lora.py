@@ -106,9 +106,11 @@ def test_defaults_are_the_references():
 
 def test_a_config_is_a_static_argument():
     settings = {"targets": ["a", "b"], "contract": {"a": [-3, -2]}}
-    one, same = (ql.QLoRAConfig(rank_pattern={"a": 2}, **settings) for _ in range(2))
-    assert one == same and hash(one) == hash(same)
-    assert one != ql.QLoRAConfig(rank_pattern={"a": 3}, **settings)
+    config, equal_config = (
+        ql.QLoRAConfig(rank_pattern={"a": 2}, **settings) for _ in range(2)
+    )
+    assert config == equal_config and hash(config) == hash(equal_config)
+    assert config != ql.QLoRAConfig(rank_pattern={"a": 3}, **settings)
     # The first pattern that matches wins, so their order counts.
     first, last = ({"a.*": 2, ".*b": 4}, {".*b": 4, "a.*": 2})
     assert first == last

@@ -48,12 +48,12 @@ def test_product_and_gradients(dtype, config, scaling):
     def ours(x, lora):
         return ql.ragged_dot(x, q, SIZES, lora)
 
-    def wanted(x, lora):
+    def reference(x, lora):
         w = merged(ql.dequantize(q), lora)
         return jax.lax.ragged_dot(x.astype(jnp.float32), w, SIZES)
 
     for run in (lambda f: f, lambda f: jax.grad(functools.partial(loss, f), (0, 1))):
-        got, want = run(ours)(x, lora), run(wanted)(x, lora)
+        got, want = run(ours)(x, lora), run(reference)(x, lora)
         # The products with W, A and B are rounded, and so is their sum.
         assert_close(got, want, dtype=dtype, roundings=4)
     assert ours(x, lora).dtype == x.dtype
@@ -63,8 +63,8 @@ def test_product_and_gradients(dtype, config, scaling):
     assert_close(ql.merge(q, lora), weights, terms=64)
     if dtype == "float32":  # each expert with rows of its own
         x = normal(2, (EXPERTS, 3, K))
-        each = jnp.einsum("emk,ekn->emn", x, weights)
-        assert_close(ql.apply(q, lora, x), each)
+        products = jnp.einsum("emk,ekn->emn", x, weights)
+        assert_close(ql.apply(q, lora, x), products)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_vmap(mapped, config):
     x = normal(1, (3, ROWS, K))
     sizes = jnp.stack([SIZES, SIZES[::-1], 0 * SIZES])
     many = jax.tree.map(lambda a: jnp.stack([a, 2 * a, -a]), lora)
-    given = {"x": x[0], "lora": lora, "sizes": SIZES}
-    given |= {mapped: {"x": x, "lora": many, "sizes": sizes}[mapped]}
-    axes = [0 if name == mapped else None for name in given]
+    operands = {"x": x[0], "lora": lora, "sizes": SIZES}
+    operands |= {mapped: {"x": x, "lora": many, "sizes": sizes}[mapped]}
+    axes = [0 if name == mapped else None for name in operands]
 
     def at(name, i):
-        return jax.tree.map(lambda a: a[i], given[name])
+        return jax.tree.map(lambda a: a[i], operands[name])
 
     def run(product, x, lora, sizes):
         return jax.grad(lambda *args: loss(product, *args, sizes), (0, 1))(x, lora)
@@ -89,15 +89,17 @@ def test_vmap(mapped, config):
     def ours(x, lora, sizes):
         return ql.ragged_dot(x, q, sizes, lora)
 
-    got = jax.jit(jax.vmap(functools.partial(run, ours), axes))(*given.values())
+    got = jax.jit(jax.vmap(functools.partial(run, ours), axes))(*operands.values())
     w = ql.dequantize(q)
 
-    def wanted(x, lora, sizes):
+    def reference(x, lora, sizes):
         return jax.lax.ragged_dot(x, merged(w, lora), sizes)
 
     for i in range(3):
-        own = (at(name, i) if name == mapped else given[name] for name in given)
-        want = run(wanted, *own)
+        member_operands = (
+            at(name, i) if name == mapped else operands[name] for name in operands
+        )
+        want = run(reference, *member_operands)
         for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             assert_close(a[i], b)
 
@@ -117,10 +119,10 @@ def test_what_experts_do_not_use_of_the_largest_rank_stays_zero():
     def step(carry, _):
         lora, state = carry
 
-        def of(lora):
+        def lora_loss(lora):
             return loss(ql.ragged_dot, x, base["kernel"], sizes, lora["kernel"])
 
-        change, state = optimizer.update(jax.grad(of)(lora), state, lora)
+        change, state = optimizer.update(jax.grad(lora_loss)(lora), state, lora)
         return (optax.apply_updates(lora, change), state), None
 
     start = lora, optimizer.init(lora)
@@ -137,8 +139,8 @@ def test_layer_of_a_stack():
     def layer(i):
         return ql.ragged_dot(x, q, SIZES, lora, layer=i)
 
-    wanted = ql.ragged_dot(x, stack[0], SIZES, lora)
-    assert_close(jax.jit(layer)(1), wanted, terms=64)
+    expected = ql.ragged_dot(x, stack[0], SIZES, lora)
+    assert_close(jax.jit(layer)(1), expected, terms=64)
 
 
 def test_experts_that_are_trained_through_their_quantization():
@@ -151,11 +153,11 @@ def test_experts_that_are_trained_through_their_quantization():
     got = jax.grad(functools.partial(loss, ours), 1)(x, kernel, lora)
     w = kernel.dequantize()
 
-    def wanted(x, w):
+    def reference(x, w):
         return jax.lax.ragged_dot(x, merged(w, lora), SIZES)
 
     # Its gradient is that of the quantized weights (Bengio et al. 2013).
-    want = jax.grad(functools.partial(loss, wanted), 1)(x, w)
+    want = jax.grad(functools.partial(loss, reference), 1)(x, w)
     assert_close(got.value, want)
 
 
@@ -209,6 +211,6 @@ def test_adapters_of_other_kinds_and_shapes_are_refused():
             ql.init(jax.random.key(0), {"kernel": KERNEL}, config)
     with pytest.raises(ValueError, match="a shared lora cannot be in a bank"):
         ql.bank([{"kernel": trees(SHARED)[1]}])
-    one = jax.tree.map(lambda a: a[:1], lora)
+    single_adapter = jax.tree.map(lambda a: a[:1], lora)
     with pytest.raises(ValueError, match="`lora` must be the adapter of the experts"):
-        ql.ragged_dot(x, q, SIZES, one)
+        ql.ragged_dot(x, q, SIZES, single_adapter)

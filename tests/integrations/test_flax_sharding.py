@@ -53,17 +53,17 @@ def test_models(flax, kind, layout, freeze_base, x):
     pair = Pair(linen, functools.partial(NNXMLP, None, 128, 128), x.shape, {})
     config = dataclasses.replace(CONFIG, freeze_base=freeze_base)
     wrapped = flax.wrap(flax.make(pair), config, x)
-    made = flax.make(pair, lambda params: place(params, layout, mesh))
-    on_mesh = flax.wrap(made, config, x)
+    model = flax.make(pair, lambda params: place(params, layout, mesh))
+    on_mesh = flax.wrap(model, config, x)
     if freeze_base:
-        base, _ = on_mesh.trees(on_mesh.lora, on_mesh.rest)
+        base, _ = on_mesh.trees(on_mesh.lora, on_mesh.base)
         for name, (spec, _) in LAYOUTS[layout].items():
             codes = base[name]["kernel"].codes
             assert codes.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
     lora = randomized(wrapped.lora)
-    want = value_and_gradients(wrapped.merged, wrapped.rest)(lora, x)
+    want = value_and_gradients(wrapped.merged, wrapped.base)(lora, x)
     arguments = spread(lora, mesh), spread(x, mesh, "a", None)
-    assert_close(value_and_gradients(on_mesh.apply, on_mesh.rest)(*arguments), want)
+    assert_close(value_and_gradients(on_mesh.apply, on_mesh.base)(*arguments), want)
 
 
 @pytest.mark.slow

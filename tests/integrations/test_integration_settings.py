@@ -36,9 +36,9 @@ KINDS = ["dense", "layer", "own", "general out", "attention", "mlp stack"]
 def test_dropout_is_on_exactly_when_asked_for(flax, name):
     wrapped, lora, x = build(flax, name, DROPOUT)
     # The seed is traced: one program with dropout and one without.
-    apply = jax.jit(functools.partial(wrapped.apply, rest=wrapped.rest, x=x))
+    apply = jax.jit(functools.partial(wrapped.apply, base=wrapped.base, x=x))
     off, first = apply(lora), apply(lora, dropout=0)
-    assert_close(off, wrapped.merged(lora, wrapped.rest, x))
+    assert_close(off, wrapped.merged(lora, wrapped.base, x))
     assert not np.allclose(first, off)
     np.testing.assert_array_equal(apply(lora, dropout=0), first)
     assert not np.allclose(apply(lora, dropout=1), first)
@@ -52,7 +52,7 @@ def masks_alone(flax, name):
     config = ql.QLoRAConfig(rank=64, dropout=0.5, fmt=None)
     wrapped = flax.wrap(flax.make(PAIRS[name]), config, x)
     eye = jax.tree.map(lambda a: jnp.eye(*a.shape), wrapped.lora)
-    zero = jax.tree.map(lambda a: a * 0 if a.dtype == jnp.float32 else a, wrapped.rest)
+    zero = jax.tree.map(lambda a: a * 0 if a.dtype == jnp.float32 else a, wrapped.base)
     return np.asarray(x), np.asarray(wrapped.apply(eye, zero, x, dropout=3))
 
 
@@ -60,9 +60,9 @@ def masks_alone(flax, name):
 def test_dropout_scales_what_it_keeps(flax):
     """Half dropped, the rest doubled."""
     x, y = masks_alone(flax, "square")
-    kept = y != 0
-    assert_close(y[kept], 2 * x[kept], terms=64)
-    assert 0.4 < kept.mean() < 0.6
+    is_kept = y != 0
+    assert_close(y[is_kept], 2 * x[is_kept], terms=64)
+    assert 0.4 < is_kept.mean() < 0.6
 
 
 @pytest.mark.slow
@@ -92,30 +92,30 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
     def loss(apply):
         return lambda weights: jnp.sum(apply(weights, x) ** 2)
 
-    def packed(rest, x):
-        return wrapped.apply(lora, rest, x)
+    def packed(base, x):
+        return wrapped.apply(lora, base, x)
 
-    merged = frozen.merge(lora, frozen.rest)
-    got, grads = jax.jit(jax.value_and_grad(loss(packed)))(wrapped.rest)
+    merged = frozen.merge(lora, frozen.base)
+    got, grads = jax.jit(jax.value_and_grad(loss(packed)))(wrapped.base)
     want, grad_w = jax.jit(jax.value_and_grad(loss(frozen.plain)))(merged)
     assert_close(got, want)
     paths = [
         *PAIRS[name].matrices,
-        *(p for p in ql.leaves_by_path(grad_w) if p.endswith("bias")),
+        *(path for path in ql.leaves_by_path(grad_w) if path.endswith("bias")),
     ]
     assert_close(leaves_at(grads, paths), leaves_at(grad_w, paths))
     # Packed, it is what the model has computed with.
-    base, _ = wrapped.trees(lora, wrapped.rest)
-    found, want = ql.dequantize(ql.quantize(base, config)), ql.dequantize(base)
-    jax.tree.map(np.testing.assert_array_equal, found, want)
+    base, _ = wrapped.trees(lora, wrapped.base)
+    values, want = ql.dequantize(ql.quantize(base, config)), ql.dequantize(base)
+    jax.tree.map(np.testing.assert_array_equal, values, want)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_plain_lora_on_a_float_base(flax, name):
     wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, fmt=None))
-    base, _ = wrapped.trees(lora, wrapped.rest)
-    plain = wrapped.merge(lora, wrapped.rest)
+    base, _ = wrapped.trees(lora, wrapped.base)
+    plain = wrapped.merge(lora, wrapped.base)
     assert jax.tree.structure(base) == jax.tree.structure(plain)
     wrapped.check(lora, x)
 
@@ -126,7 +126,7 @@ def test_plain_lora_on_a_float_base(flax, name):
 def test_dora_has_the_values_and_gradients_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, use_dora=True))
     wrapped.check(lora, x)
-    both = wrapped.lora, wrapped.rest  # with B = 0
+    both = wrapped.lora, wrapped.base  # with B = 0
     assert_close(wrapped.apply(*both, x), wrapped.merged(*both, x))
 
 
@@ -142,7 +142,7 @@ def test_formats_and_settings_reach_every_kernel(flax, fmt):
     x = make_x(pair)
     wrapped = flax.wrap(flax.make(pair), config, x)
     lora = randomized(wrapped.lora)
-    base, adapters = wrapped.trees(lora, wrapped.rest)
+    base, adapters = wrapped.trees(lora, wrapped.base)
     assert set(adapters) == {"gate", "up"}
     assert base["down"]["kernel"].dtype == jnp.float32
     for name, rank, alpha in (("gate", 4, 8), ("up", 2, 16)):
@@ -150,8 +150,8 @@ def test_formats_and_settings_reach_every_kernel(flax, fmt):
         assert (q.fmt, q.block_size, q.double_quant) == (fmt, 32, False)
         assert adapter.a.dtype == adapter.b.dtype == jnp.bfloat16
         assert (adapter.rank, adapter.scaling) == (rank, alpha / rank**0.5)
-    got = wrapped.apply(lora, wrapped.rest, x)
-    assert_close(got, wrapped.merged(lora, wrapped.rest, x))
+    got = wrapped.apply(lora, wrapped.base, x)
+    assert_close(got, wrapped.merged(lora, wrapped.base, x))
 
 
 EQUATION = "btd,ndh->btnh"
@@ -190,7 +190,7 @@ def registered(flax, request):
 
 def remakes(wrapped, x):
     """Whether a float kernel is made: the call of its module is then a checkpoint."""
-    jaxpr = str(jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.rest, x))
+    jaxpr = str(jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.base, x))
     return "checkpoint" in jaxpr or "remat" in jaxpr
 
 
@@ -200,17 +200,17 @@ def remakes(wrapped, x):
 def test_a_registered_class_takes_the_packed_product(flax, pair):
     x = make_x(pair)
     wrapped = flax.wrap(flax.make(pair), DROPOUT, x)
-    own, _, _ = build(flax, "own")
-    assert remakes(own, x) and not remakes(wrapped, x)
-    base, _ = wrapped.trees(wrapped.lora, wrapped.rest)
+    wrapped_own, _, _ = build(flax, "own")
+    assert remakes(wrapped_own, x) and not remakes(wrapped, x)
+    base, _ = wrapped.trees(wrapped.lora, wrapped.base)
     assert base["w"].scales.shape == (64 // 16, 16)
     lora = randomized(wrapped.lora)
     wrapped.check(lora, x)
     low = x.astype(jnp.bfloat16)  # jnp.einsum promotes it
-    got = wrapped.apply(lora, wrapped.rest, low)
-    assert_close(got, wrapped.merged(lora, wrapped.rest, low))
-    dropped = wrapped.apply(lora, wrapped.rest, x, dropout=0)
-    assert not np.allclose(dropped, wrapped.apply(lora, wrapped.rest, x))
+    got = wrapped.apply(lora, wrapped.base, low)
+    assert_close(got, wrapped.merged(lora, wrapped.base, low))
+    dropped = wrapped.apply(lora, wrapped.base, x, dropout=0)
+    assert not np.allclose(dropped, wrapped.apply(lora, wrapped.base, x))
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_a_subclass_that_overrides_call_is_not_registered(flax):
     wrapped = flax.wrap(flax.make(OVERRIDES), CONFIG, x)
     lora = randomized(wrapped.lora)
     assert_close(
-        wrapped.apply(lora, wrapped.rest, x), wrapped.merged(lora, wrapped.rest, x)
+        wrapped.apply(lora, wrapped.base, x), wrapped.merged(lora, wrapped.base, x)
     )
 
 
@@ -244,7 +244,7 @@ def test_a_wrong_input_names_the_layer(flax):
     wrapped, lora, x = build(flax, "mlp")
     match = r"gate/kernel: `x` must have shape \(2, 5, 64\) .* Got \(2, 5, 33\)"
     with pytest.raises(ValueError, match=match):
-        wrapped.apply(lora, wrapped.rest, x[..., :33])
+        wrapped.apply(lora, wrapped.base, x[..., :33])
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_bad_configs_are_refused(flax, config, error, words):
 def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
     """Biases have two axes, as kernels have, of heads and, with scales, in a stack."""
     wrapped, _, x = build(flax, name)
-    base, _ = wrapped.trees(wrapped.lora, wrapped.rest)
+    base, _ = wrapped.trees(wrapped.lora, wrapped.base)
     with pytest.raises(ValueError, match="cannot be targets") as error:
         config = dataclasses.replace(CONFIG, targets=".*")
         flax.wrap(flax.make(PAIRS[name]), config, x)
@@ -275,7 +275,7 @@ def kernels(flax, **settings):
     """The packed kernel and the adapter of a layer that has them of its own."""
     pair = PAIRS["layer"]
     wrapped = flax.wrap(flax.make(pair), ql.QLoRAConfig(**settings), make_x(pair))
-    return [tree["kernel"] for tree in wrapped.trees(wrapped.lora, wrapped.rest)]
+    return [tree["kernel"] for tree in wrapped.trees(wrapped.lora, wrapped.base)]
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])

@@ -26,9 +26,9 @@ pytestmark = [
 )
 def test_vmap_over_inputs_adapters_and_bases(flax, name):
     wrapped, lora, x = build(flax, name)
-    rest = wrapped.rest
-    other = randomized(lora, 50), put(rest, randomized(biases(rest), 60)), 2 * x
-    both = (lora, rest, x), other
+    base = wrapped.base
+    second = randomized(lora, 50), put(base, randomized(biases(base), 60)), 2 * x
+    both = (lora, base, x), second
     stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
     alone = jax.jit(wrapped.apply)
     for axes in [(None, None, 0), (0, None, 0), (0, 0, 0)]:
@@ -41,7 +41,7 @@ def test_vmap_over_inputs_adapters_and_bases(flax, name):
 
         got = jax.jit(jax.vmap(wrapped.apply, axes))(*pick(stacks, axes))
         assert_close(got[0], alone(*both[0]))
-        assert_close(got[1], alone(*pick(other, axes)))
+        assert_close(got[1], alone(*pick(second, axes)))
 
 
 @pytest.mark.parametrize("name", ["mlp", "own"])
@@ -49,7 +49,7 @@ def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
     wrapped, lora, x = build(flax, name)
 
     def run(apply):
-        return value_and_gradients(apply, wrapped.rest)(lora, x)
+        return value_and_gradients(apply, wrapped.base)(lora, x)
 
     assert_close(run(jax.checkpoint(wrapped.apply)), run(wrapped.apply))
 
@@ -58,16 +58,16 @@ def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
 def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
     wrapped, _, x = build(flax, name)
     lora = jax.tree.map(jnp.copy, wrapped.lora)
-    before = jax.tree.map(np.asarray, wrapped.rest)
+    before = jax.tree.map(np.asarray, wrapped.base)
     target, tx = normal(3, x.shape), optax.adamw(1e-2)
 
     chex.clear_trace_counter()  # that of other cases: functions count by their text
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     @chex.assert_max_traces(1)
-    def step(lora, state, rest):
+    def step(lora, state, base):
         def loss(lora):
-            return jnp.mean((wrapped.apply(lora, rest, x) - target) ** 2)
+            return jnp.mean((wrapped.apply(lora, base, x) - target) ** 2)
 
         value, grads = jax.value_and_grad(loss)(lora)
         updates, state = tx.update(grads, state, lora)
@@ -78,15 +78,15 @@ def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
     assert held <= 2 * sum(a.size for a in jax.tree.leaves(lora)) + 2
     for _ in range(10):
         donated = jax.tree.leaves(lora)
-        lora, state, value = step(lora, state, wrapped.rest)
+        lora, state, value = step(lora, state, wrapped.base)
         assert all(a.is_deleted() for a in donated)
         losses.append(float(value))
     assert losses[-1] < 0.9 * losses[0]
-    jax.tree.map(np.testing.assert_array_equal, wrapped.rest, before)
+    jax.tree.map(np.testing.assert_array_equal, wrapped.base, before)
 
 
 def gradient(wrapped):
-    return jax.grad(lambda lora, rest, x: jnp.sum(wrapped.apply(lora, rest, x)))
+    return jax.grad(lambda lora, base, x: jnp.sum(wrapped.apply(lora, base, x)))
 
 
 @pytest.mark.parametrize(("name", "part"), [("dense", 4), ("own", 2)])
@@ -94,7 +94,7 @@ def test_scanned_layers_never_hold_the_float_stack(flax, name, part):
     pair = DEEP[name]
     x = jnp.ones(pair.shape)
     wrapped = flax.wrap(flax.make(pair), CONFIG, x)
-    lowered = jax.jit(gradient(wrapped)).lower(wrapped.lora, wrapped.rest, x)
+    lowered = jax.jit(gradient(wrapped)).lower(wrapped.lora, wrapped.base, x)
     memory: Any = lowered.compile().memory_analysis()
     ((_, shape),) = pair.matrices.items()
     assert memory.temp_size_in_bytes < 4 * np.prod(shape) / part
@@ -113,7 +113,7 @@ def test_float_kernels_are_not_kept_for_the_backward_pass(flax, name, mapped):
     factors, treedef = jax.tree.flatten(lora)
 
     def run(lora, x):
-        return wrapped.apply(treedef.unflatten(lora), wrapped.rest, x)
+        return wrapped.apply(treedef.unflatten(lora), wrapped.base, x)
 
     if mapped:
         axes = [0 if name in mapped else None for name in "ab" * (len(factors) // 2)]

@@ -47,16 +47,16 @@ def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
 )
 def test_eager_is_jitted(flax, name):
     wrapped, lora, x = build(flax, name)
-    want = jax.jit(wrapped.apply)(lora, wrapped.rest, x)
-    assert_close(wrapped.apply(lora, wrapped.rest, x), want)
+    want = jax.jit(wrapped.apply)(lora, wrapped.base, x)
+    assert_close(wrapped.apply(lora, wrapped.base, x), want)
     if name in ("own", "dense"):
 
         def loss(lora):
-            return jnp.sum(jnp.square(wrapped.apply(lora, wrapped.rest, x)))
+            return jnp.sum(jnp.square(wrapped.apply(lora, wrapped.base, x)))
 
         grads = jax.grad(loss)(lora)
         with jax.disable_jit():
-            assert_close(wrapped.apply(lora, wrapped.rest, x), want)
+            assert_close(wrapped.apply(lora, wrapped.base, x), want)
             assert_close(jax.grad(loss)(lora), grads)
 
 
@@ -64,8 +64,8 @@ def test_eager_is_jitted(flax, name):
 def test_merged_kernels_are_the_sum_in_numpy(flax, name):
     """The stored format and `W + scaling * A B`, each by its definition."""
     wrapped, lora, _ = build(flax, name)
-    base, adapters = wrapped.trees(lora, wrapped.rest)
-    merged = ql.leaves_by_path(wrapped.merge(lora, wrapped.rest))
+    base, adapters = wrapped.trees(lora, wrapped.base)
+    merged = ql.leaves_by_path(wrapped.merge(lora, wrapped.base))
     adapters = ql.leaves_by_path(adapters)
     for path, q in ql.leaves_by_path(base).items():
         if path not in PAIRS[name].matrices:
@@ -84,11 +84,11 @@ def test_leaves_that_are_trained_in_full_replace_those_of_the_base(flax, name):
     wrapped, _, x = build(flax, name, config)
     lora = randomized(wrapped.lora, seed=50)
     wrapped.check(lora, x)
-    base, adapters = map(ql.leaves_by_path, wrapped.trees(lora, wrapped.rest))
-    start = ql.leaves_by_path(wrapped.trees(wrapped.lora, wrapped.rest)[1])
-    plain = ql.leaves_by_path(wrapped.merge(lora, wrapped.rest))
-    trained = {p for p, x in adapters.items() if isinstance(x, ql.Trained)}
-    assert trained == {p for p in base if config.is_trained(p)}
+    base, adapters = map(ql.leaves_by_path, wrapped.trees(lora, wrapped.base))
+    start = ql.leaves_by_path(wrapped.trees(wrapped.lora, wrapped.base)[1])
+    plain = ql.leaves_by_path(wrapped.merge(lora, wrapped.base))
+    trained = {path for path, x in adapters.items() if isinstance(x, ql.Trained)}
+    assert trained == {path for path in base if config.is_trained(path)}
     for path in trained:
         np.testing.assert_array_equal(start[path].value, base[path])
         np.testing.assert_array_equal(plain[path], adapters[path].value)
@@ -102,9 +102,9 @@ def test_rows_of_a_table_are_trained_alone(flax):
     wrapped, _, x = build(flax, "embedding", config)
     lora = randomized(wrapped.lora, seed=50)
     wrapped.check(lora, x)
-    base, adapters = map(ql.leaves_by_path, wrapped.trees(lora, wrapped.rest))
-    start = ql.leaves_by_path(wrapped.trees(wrapped.lora, wrapped.rest)[1])
-    merged = np.asarray(ql.leaves_by_path(wrapped.merge(lora, wrapped.rest))[path])
+    base, adapters = map(ql.leaves_by_path, wrapped.trees(lora, wrapped.base))
+    start = ql.leaves_by_path(wrapped.trees(wrapped.lora, wrapped.base)[1])
+    merged = np.asarray(ql.leaves_by_path(wrapped.merge(lora, wrapped.base))[path])
     np.testing.assert_array_equal(start[path].rows, base[path][jnp.array([0, 3, 47])])
     want = np.array(base[path])
     want[[0, 3, 47]] = adapters[path].rows
@@ -116,8 +116,8 @@ def test_rows_of_a_table_are_trained_alone(flax):
 def test_pickles_and_copies_compute_the_same(flax, name, copy):
     wrapped, lora, x = build(flax, name)
     again = wrapped.copied(copy)
-    assert jax.tree.structure(again.rest) == jax.tree.structure(wrapped.rest)
-    got, want = (w.apply(lora, w.rest, x) for w in (again, wrapped))
+    assert jax.tree.structure(again.base) == jax.tree.structure(wrapped.base)
+    got, want = (w.apply(lora, w.base, x) for w in (again, wrapped))
     np.testing.assert_array_equal(got, want)
 
 
@@ -127,8 +127,8 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
     """qwix 0.1.8 gives the 2,048 weights of an out-projection one scale."""
     pair = PAIRS[name]
     wrapped, _, _ = build(flax, name)
-    base, lora = map(ql.leaves_by_path, wrapped.trees(wrapped.lora, wrapped.rest))
-    plain = ql.leaves_by_path(wrapped.merge(wrapped.lora, wrapped.rest))
+    base, lora = map(ql.leaves_by_path, wrapped.trees(wrapped.lora, wrapped.base))
+    plain = ql.leaves_by_path(wrapped.merge(wrapped.lora, wrapped.base))
     packed = {path: q for path, q in base.items() if isinstance(q, ql.QTensor)}
     assert set(packed) == set(lora) == set(pair.matrices)
     for path, (*batch, k, n) in pair.matrices.items():
@@ -142,29 +142,29 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
         assert not np.any(adapter.a if is_table else adapter.b) and adapter.scaling == 2
         assert not is_table or 0.8 < np.std(adapter.b) < 1.2
     factors = [np.asarray(adapter.a) for adapter in lora.values()]
-    for i, one in enumerate(factors):  # no two adapters, or layers, start alike
-        rows = one if one.ndim == 3 else [one]
-        others = [*rows[1:], *factors[i + 1 :]]
-        assert not any(np.array_equal(rows[0], other) for other in others)
+    for i, factor in enumerate(factors):  # no two adapters, or layers, start alike
+        rows = factor if factor.ndim == 3 else [factor]
+        other_factors = [*rows[1:], *factors[i + 1 :]]
+        assert not any(np.array_equal(rows[0], factor_b) for factor_b in other_factors)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "two kernels", "mlp stack"])
-@pytest.mark.parametrize("how", ["jit", "eval_shape"])
-def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
+@pytest.mark.parametrize("transform", ["jit", "eval_shape"])
+def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, transform):
     """qwix 0.1.8 loses those of attention and of one of two kernels, silently."""
     pair = PAIRS[name]
     x = make_x(pair)
 
     def create():
         wrapped = flax.wrap(flax.make(pair), CONFIG, x)
-        return wrapped.lora, wrapped.rest
+        return wrapped.lora, wrapped.base
 
-    got = jax.jit(create)() if how == "jit" else jax.eval_shape(create)
+    got = jax.jit(create)() if transform == "jit" else jax.eval_shape(create)
     wrapped, _, _ = build(flax, name)
-    want = wrapped.lora, wrapped.rest
+    want = wrapped.lora, wrapped.base
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
-    if how == "jit":
+    if transform == "jit":
         assert_close(got[0], want[0])
 
 
@@ -176,9 +176,9 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
     low = flax.wrap(flax.make(pair, dtype=jnp.bfloat16), CONFIG, x)
     high = flax.wrap(flax.make(pair, dtype=jnp.float32), CONFIG, x)
     lora = randomized(low.lora)
-    (g_lora, g_x, _), y = value_and_gradients(low.apply, low.rest)(lora, x)
+    (g_lora, g_x, _), y = value_and_gradients(low.apply, low.base)(lora, x)
     high_x = x.astype(jnp.float32)
-    (w_lora, w_x, _), w_y = value_and_gradients(high.merged, high.rest)(lora, high_x)
+    (w_lora, w_x, _), w_y = value_and_gradients(high.merged, high.base)(lora, high_x)
     assert y.dtype == g_x.dtype == jnp.bfloat16
 
     def floats(tree):
@@ -198,16 +198,16 @@ DENSE = ["dense", "layer", "general"]
 def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
     dtype, param_dtype = dtype and jnp.dtype(dtype), jnp.dtype(param_dtype)
     x = make_x(PAIRS[name])
-    made = flax.make(PAIRS[name], dtype=dtype, param_dtype=param_dtype)
-    wrapped = flax.wrap(made, CONFIG, x)
-    base, lora = wrapped.trees(wrapped.lora, wrapped.rest)
+    model = flax.make(PAIRS[name], dtype=dtype, param_dtype=param_dtype)
+    wrapped = flax.wrap(model, CONFIG, x)
+    base, lora = wrapped.trees(wrapped.lora, wrapped.base)
     assert base["kernel"].dtype == base["bias"].dtype == param_dtype
     assert lora["kernel"].a.dtype == lora["kernel"].b.dtype == jnp.float32
     inputs = [x, x.astype(jnp.bfloat16)]
     for x in inputs:
 
         def run(apply, x=x):
-            return jax.jit(apply)(wrapped.lora, wrapped.rest, x)
+            return jax.jit(apply)(wrapped.lora, wrapped.base, x)
 
         got, want = run(wrapped.apply), run(wrapped.merged)
         assert got.dtype == want.dtype
@@ -218,9 +218,9 @@ def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
 def test_precision_of_the_module_reaches_every_product(flax, name):
     pair = PAIRS[name]
     x = make_x(pair)
-    made = flax.make(pair, precision=jax.lax.Precision.HIGHEST)
-    wrapped = flax.wrap(made, CONFIG, x)
-    jaxpr = jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.rest, x)
+    model = flax.make(pair, precision=jax.lax.Precision.HIGHEST)
+    wrapped = flax.wrap(model, CONFIG, x)
+    jaxpr = jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.base, x)
     products = str(jaxpr).split("dot_general[")[1:]
     assert len(products) >= 3  # W, A and B
     assert all("precision=(Precision.HIGHEST" in text[:400] for text in products)
@@ -231,9 +231,9 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(flax):
     """float32 out of bfloat16 operands, without a rounding in between."""
     pair = PAIRS["einsum"]
     x = make_x(pair)
-    made = flax.make(pair, dtype=jnp.bfloat16, preferred_element_type=jnp.float32)
-    wrapped = flax.wrap(made, CONFIG, x)
+    model = flax.make(pair, dtype=jnp.bfloat16, preferred_element_type=jnp.float32)
+    wrapped = flax.wrap(model, CONFIG, x)
     lora = randomized(wrapped.lora)
-    got, want = (run(lora, wrapped.rest, x) for run in (wrapped.apply, wrapped.merged))
+    got, want = (run(lora, wrapped.base, x) for run in (wrapped.apply, wrapped.merged))
     assert got.dtype == jnp.float32
     assert_close(got, want)

@@ -192,11 +192,11 @@ class Files:
             base = {"up": {"kernel": ql.quantize(w, double_quant=double)}}
             names, where = ql.io.Names({"up/kernel": f"{i}.weight"}), folder / str(i)
             ql.io.save_bitsandbytes(where, base, names, CONFIGS[0], progress=False)
-            found = ql.io.open_safetensors(where)
-            packed |= {name: np.asarray(x) for name, x in found.items()}
+            stored = ql.io.open_safetensors(where)
+            packed |= {name: np.asarray(x) for name, x in stored.items()}
         for maker, (tensors, *_) in FILES.items():
-            own = changed(tensors).items()
-            packed |= {key.replace("up", maker, 1): x for key, x in own}
+            changed_tensors = changed(tensors).items()
+            packed |= {key.replace("up", maker, 1): x for key, x in changed_tensors}
         packed["e_blocks"] = rng.integers(0, 256, (2, 4, 1, 16), np.uint8)
         packed["e_scales"] = np.full((2, 4, 1), 120, "u1")
         self.packed = self.written(packed)

@@ -39,34 +39,34 @@ class Hub(http.server.BaseHTTPRequestHandler):
             etag = hashlib.sha1(data).hexdigest()
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA}
             return self.answer(200, data, headers, body)
-        found = [self.listed(file) for file in files]
+        listing = [self.listed(file) for file in files]
         if "/tree/" not in path:
             siblings = [{"rfilename": file.name} for file in files]
-            found = {"id": "some/model", "sha": SHA, "siblings": siblings}
-        self.answer(200, json.dumps(found).encode(), {}, body)
+            listing = {"id": "some/model", "sha": SHA, "siblings": siblings}
+        self.answer(200, json.dumps(listing).encode(), {}, body)
 
     def do_POST(self):
         """Takes what is pushed, as one file or as lines of JSON."""
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        path, given = self.path, [json.loads(line) for line in body.splitlines()]
-        type(self).asked.append((path, given))
-        status, found, url = 200, {}, f"http://{self.headers['Host']}"
+        path, messages = self.path, [json.loads(line) for line in body.splitlines()]
+        type(self).asked.append((path, messages))
+        status, reply, url = 200, {}, f"http://{self.headers['Host']}"
         if path == "/api/repos/create":
-            status = 200 if given[0]["name"] == "new" else 403
-            found = {"url": f"{url}/some/new"}
+            status = 200 if messages[0]["name"] == "new" else 403
+            reply = {"url": f"{url}/some/new"}
         if "/preupload/" in path:
-            files = [{"path": x["path"]} for x in given[0]["files"]]
-            about = {"uploadMode": "regular", "shouldIgnore": False}
-            found = {"files": [file | about for file in files]}
+            files = [{"path": x["path"]} for x in messages[0]["files"]]
+            upload = {"uploadMode": "regular", "shouldIgnore": False}
+            reply = {"files": [file | upload for file in files]}
         if "/commit/" in path:
             commit = f"{url}/some/new/commit/{SHA}"
-            found = {"commitUrl": commit, "commitOid": SHA, "success": True}
-        self.answer(status, json.dumps(found).encode(), {}, True)
+            reply = {"commitUrl": commit, "commitOid": SHA, "success": True}
+        self.answer(status, json.dumps(reply).encode(), {}, True)
 
     def listed(self, file):
         oid = hashlib.sha1(file.read_bytes()).hexdigest()
-        about = {"type": "file", "path": file.name, "oid": oid}
-        return about | {"size": file.stat().st_size}
+        entry = {"type": "file", "path": file.name, "oid": oid}
+        return entry | {"size": file.stat().st_size}
 
     def answer(self, status, data, headers, body):
         self.send_response(status)
@@ -151,21 +151,21 @@ def test_folders_and_files_are_pushed(hub, tmp_path, monkeypatch):
     (tmp_path / "adapter" / "b" / "c").write_bytes(b"\xff")
     for path in (None, tmp_path / "a", tmp_path / "adapter"):
         assert push("some/new", path).endswith("/some/new")
-    made = [given for path, given in hub.asked if path == "/api/repos/create"]
-    assert len(made) == 3 and all(x["visibility"] == "private" for [x] in made)
-    commits = [given for path, given in hub.asked if "/commit/" in path]
-    files = [x["value"] for given in commits for x in given if x["key"] == "file"]
+    created = [messages for path, messages in hub.asked if path == "/api/repos/create"]
+    assert len(created) == 3 and all(x["visibility"] == "private" for [x] in created)
+    commits = [messages for path, messages in hub.asked if "/commit/" in path]
+    files = [x["value"] for messages in commits for x in messages if x["key"] == "file"]
     content = {x["path"]: base64.b64decode(x["content"]) for x in files}
     assert content == {"a": b"one", "b/c": b"\xff"}
-    said = "`push_to_hub` must name a repository that can be written. some/other: "
-    with pytest.raises(OSError, match=said):
+    message = "`push_to_hub` must name a repository that can be written. some/other: "
+    with pytest.raises(OSError, match=message):
         push("some/other")
 
 
 def test_gated_models_need_a_token(hub, tmp_path):
     hub.gated = True
-    said = "some/model is gated: accept its terms"
-    with pytest.raises(FileNotFoundError, match=said):
+    message = "some/model is gated: accept its terms"
+    with pytest.raises(FileNotFoundError, match=message):
         fetch("some/model", cache=tmp_path / "cache")
     folder = fetch("some/model", cache=tmp_path / "cache", token="let-me-in")
     assert (folder / "config.json").exists()

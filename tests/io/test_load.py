@@ -112,9 +112,9 @@ def in_pieces(monkeypatch):
 def test_float_tree(tmp_path, dtype, in_pieces):
     params = write(tmp_path, dtype)
     assert_same_bits(load(tmp_path, NAMES, like()), params)
-    found = load(tmp_path, NAMES, like(), dtype=jnp.float32)
+    loaded = load(tmp_path, NAMES, like(), dtype=jnp.float32)
     wide = jax.tree.map(lambda x: x.astype(np.float32), params)
-    assert_same_bits(found, wide)
+    assert_same_bits(loaded, wide)
 
 
 @pytest.mark.slow
@@ -129,11 +129,11 @@ def test_float_tree(tmp_path, dtype, in_pieces):
 def test_packed_tree_equals_one_that_is_packed_whole(
     tmp_path, dtype, settings, in_pieces
 ):
-    config, wanted = packed(write(tmp_path, dtype), **settings)
-    found = load(tmp_path, NAMES, like(), config)
-    assert_same_bits(found, wanted)
+    config, expected = packed(write(tmp_path, dtype), **settings)
+    loaded = load(tmp_path, NAMES, like(), config)
+    assert_same_bits(loaded, expected)
     # As other new arrays, these may be used on any devices.
-    assert not any(x.committed for x in jax.tree.leaves(found))
+    assert not any(x.committed for x in jax.tree.leaves(loaded))
 
 
 RULES = {
@@ -160,18 +160,18 @@ RULES = {
 )
 def test_each_device_gets_its_part(tmp_path, kind, is_packed, memory, in_pieces):
     params = write(tmp_path)
-    config, wanted = packed(params)
+    config, expected = packed(params)
     kinds = (AxisType[kind],) * 2
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=kinds)
 
     def place(base):
         return ql.sharding.place(base, {}, mesh, RULES, memory=memory)[0]
 
-    config, wanted = (config, wanted) if is_packed else (None, params)
-    found = load(tmp_path, NAMES, like(), config, place=place)
-    placed = place(wanted)
-    assert_same_bits(found, placed)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(placed), strict=True):
+    config, expected = (config, expected) if is_packed else (None, params)
+    loaded = load(tmp_path, NAMES, like(), config, place=place)
+    placed = place(expected)
+    assert_same_bits(loaded, placed)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(placed), strict=True):
         assert a.sharding == b.sharding
 
 
@@ -206,10 +206,10 @@ def test_one_other_device():
     def place(tree):
         return jax.tree.map(put, tree)
 
-    config, wanted = packed(params)
-    found = load(tensors, NAMES, like(), config, place=place)
-    assert_same_bits(found, wanted)
-    assert {x.sharding for x in jax.tree.leaves(found)} == {sharding}
+    config, expected = packed(params)
+    loaded = load(tensors, NAMES, like(), config, place=place)
+    assert_same_bits(loaded, expected)
+    assert {x.sharding for x in jax.tree.leaves(loaded)} == {sharding}
 
 
 def test_all_wrong_tensors_are_listed():
@@ -232,7 +232,7 @@ def test_all_wrong_tensors_are_listed():
         assert line in text, text
 
 
-def one(value, where=(1, 5), **settings):
+def load_single_weight(value, where=(1, 5), **settings):
     """Loads one kernel that holds a value."""
     w = np.ones((2, 64), np.float32)
     w[where] = value
@@ -245,21 +245,23 @@ def one(value, where=(1, 5), **settings):
 @pytest.mark.parametrize("settings", [{}, {"fmt": "nf4"}], ids=["float", "packed"])
 def test_nan_is_refused_by_name(value, settings):
     with pytest.raises(CheckpointError, match="w must be finite"):
-        one(value, **settings)
+        load_single_weight(value, **settings)
 
 
 def test_weights_that_decode_to_infinity_are_refused_by_name():
     """Those that decode to finite numbers are packed."""
     settings = {"fmt": "mxfp4", "block_size": None, "double_quant": None}
-    assert one(2e38, **settings)["kernel"].fmt == "mxfp4"
+    assert load_single_weight(2e38, **settings)["kernel"].fmt == "mxfp4"
     with pytest.raises(CheckpointError, match="w must be .* small enough for mxfp4"):
-        one(3.3e38, **settings)
+        load_single_weight(3.3e38, **settings)
 
 
 def test_overflow_of_scales_is_refused():
-    assert one(3e38, fmt="nf4", double_quant=False)["kernel"].fmt == "nf4"
+    assert (
+        load_single_weight(3e38, fmt="nf4", double_quant=False)["kernel"].fmt == "nf4"
+    )
     with pytest.raises(CheckpointError, match="kernel must be smaller"):
-        one(3e38, ..., fmt="nf4")
+        load_single_weight(3e38, ..., fmt="nf4")
 
 
 def test_targets_that_are_no_kernels_are_refused():

@@ -35,10 +35,10 @@ def work(rank: int, port: int, folder: pathlib.Path, kind: str) -> None:
     def place(base):
         return ql.sharding.place(base, {}, mesh, RULES)[0]
 
-    config, whole = packed(make()[1])
+    config, expected = packed(make()[1])
     tensors.File.read_into = counted
     base = load(folder, NAMES, like(), config, place=place)
-    for x, y in zip(*map(jax.tree.leaves, (base, whole)), strict=True):
+    for x, y in zip(*map(jax.tree.leaves, (base, expected)), strict=True):
         assert len(x.addressable_shards) == 2
         for shard in x.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(y)[shard.index])
@@ -51,13 +51,17 @@ def test_each_process_reads_its_parts(tmp_path, kind):
     write(tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        given = [str(free.getsockname()[1]), str(tmp_path), kind]
-    own = pathlib.Path(__file__).parents
-    env = {**os.environ, "PYTHONPATH": f"{own[2]}{os.pathsep}{own[1]}"}
+        arguments = [str(free.getsockname()[1]), str(tmp_path), kind]
+    test_folders = pathlib.Path(__file__).parents
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{test_folders[2]}{os.pathsep}{test_folders[1]}",
+    }
     settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     command = [sys.executable, __file__]
     processes = [
-        subprocess.Popen([*command, str(rank), *given], **settings) for rank in range(2)
+        subprocess.Popen([*command, str(rank), *arguments], **settings)
+        for rank in range(2)
     ]
     for process in processes:
         out, error = process.communicate(timeout=300)

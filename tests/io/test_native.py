@@ -64,34 +64,34 @@ def test_round_trip(tmp_path, name):
     config = CONFIGS[name]
     tree = make(config)
     save(tmp_path / "x", tree, config)
-    found = restore(tmp_path / "x")
-    assert_same_bits(found.tree, tree)
+    restored = restore(tmp_path / "x")
+    assert_same_bits(restored.tree, tree)
 
     def as_text(c):
         return (c.rank_pattern, c.contract, c.alpha, c.fmt, c.packing)
 
-    assert as_text(found.config) == as_text(config)
-    assert found.config.is_target("stack/kernel")
-    assert found.config.is_target("odd/0/kernel") == config.is_target("odd/0/kernel")
-    save(tmp_path / "x", found.tree, found.config)  # in place of itself
-    assert restore(tmp_path / "x").config == found.config
+    assert as_text(restored.config) == as_text(config)
+    assert restored.config.is_target("stack/kernel")
+    assert restored.config.is_target("odd/0/kernel") == config.is_target("odd/0/kernel")
+    save(tmp_path / "x", restored.tree, restored.config)  # in place of itself
+    assert restore(tmp_path / "x").config == restored.config
     assert os.listdir(tmp_path) == ["x"]
 
 
 def test_a_leaf_alone_and_no_config(tmp_path):
     q = ql.quantize(jnp.ones((64, 3)))
     save(tmp_path / "x", q)
-    found = restore(tmp_path / "x")
-    assert_same_bits(found.tree, q)
-    assert found.config is None
+    restored = restore(tmp_path / "x")
+    assert_same_bits(restored.tree, q)
+    assert restored.config is None
     # What it says is written down: others may read it.
     with safetensors.safe_open(tmp_path / "x", "numpy") as file:
         metadata = file.metadata()
     assert (metadata["format"], metadata["version"]) == ("qlora_jax", "1")
     [leaf] = json.loads(metadata["leaves"])
     settings = dict(fmt="nf4", block_size=64, double_quant=True, dtype="float32")
-    about = dict(keys=[], kind="QTensor", shape=[64, 3], axes="kn")
-    assert leaf == about | settings
+    entry = dict(keys=[], kind="QTensor", shape=[64, 3], axes="kn")
+    assert leaf == entry | settings
 
 
 def test_each_device_gets_its_part(tmp_path):
@@ -103,9 +103,9 @@ def test_each_device_gets_its_part(tmp_path):
     def place(base):
         return ql.sharding.place(base, {}, mesh, rules)[0]
 
-    found = restore(tmp_path / "x", place=place).tree
-    assert_same_bits(found, place(tree))
-    assert found["b"].sharding == NamedSharding(mesh, P("fsdp"))
+    restored = restore(tmp_path / "x", place=place).tree
+    assert_same_bits(restored, place(tree))
+    assert restored["b"].sharding == NamedSharding(mesh, P("fsdp"))
 
 
 def test_what_is_no_leaf_is_listed(tmp_path):

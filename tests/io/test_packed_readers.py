@@ -32,18 +32,18 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def load(source, *args, shape=(K, N), **kwargs):
     like = {"up": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
-    found = ql.io.load(source, NAMES, like, *args, progress=False, **kwargs)
-    return found["up"]["kernel"]
+    loaded = ql.io.load(source, NAMES, like, *args, progress=False, **kwargs)
+    return loaded["up"]["kernel"]
 
 
 def words(codes, order=range(8)):
     """Codes `[R, C]` as int32 `[R, C / 8]`: word by word, in an order of each eight."""
-    found = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
-    for row, eight in np.ndindex(*found.shape):
+    packed = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
+    for row, eight in np.ndindex(*packed.shape):
         for place, column in enumerate(order):
             code = int(codes[row, 8 * eight + column])
-            found[row, eight] |= np.uint32(code << 4 * place)
-    return found.view(np.int32)
+            packed[row, eight] |= np.uint32(code << 4 * place)
+    return packed.view(np.int32)
 
 
 def awq(codes=CODES, zeros=EIGHTS, scales=SCALES, order=AWQ_ORDER):
@@ -77,8 +77,8 @@ def values(codes=CODES, zeros=EIGHTS, scales=SCALES, block=BLOCK):
 
 
 def mlx(codes=CODES, scales=SCALES, biases=-8 * SCALES):
-    found = {"weight": words(codes.T).view(np.uint32), "scales": scales.T}
-    return {f"up.{part}": x for part, x in found.items()} | {"up.biases": biases.T}
+    tensors = {"weight": words(codes.T).view(np.uint32), "scales": scales.T}
+    return {f"up.{part}": x for part, x in tensors.items()} | {"up.biases": biases.T}
 
 
 def pairs(codes):
@@ -89,11 +89,11 @@ def pairs(codes):
 E2M1 = np.concatenate([E2M1_MAGNITUDES, -E2M1_MAGNITUDES])
 POWERS = RNG.integers(110, 130, (K // 32, N)).astype(np.uint8)
 E4M3 = RNG.uniform(0.1, 400, (K // 16, N)).astype(ml_dtypes.float8_e4m3fn)
-WHOLE = np.float32(0.0123)
+GLOBAL_SCALE = np.float32(0.0123)
 MODELOPT = {
     "up.weight": pairs(CODES.T),
     "up.weight_scale": E4M3.T,
-    "up.weight_scale_2": WHOLE,
+    "up.weight_scale_2": GLOBAL_SCALE,
 }
 
 
@@ -106,8 +106,8 @@ def q4_0(codes=CODES, scales=SCALES):
     rows = [b"" for _ in range(N)]
     for n in range(N):
         for block, scale in enumerate(scales[:, n]):
-            own = codes[32 * block : 32 * block + 32, n]
-            low_high = [own[i] + 16 * own[i + 16] for i in range(16)]
+            block_codes = codes[32 * block : 32 * block + 32, n]
+            low_high = [block_codes[i] + 16 * block_codes[i + 16] for i in range(16)]
             rows[n] += scale.tobytes() + bytes(low_high)
     return {"up.weight_q4_0": np.stack([np.frombuffer(row, np.uint8) for row in rows])}
 
@@ -170,7 +170,7 @@ FILES = {name: of_compressed(name) for name in SCHEMES} | {
     "modelopt": (
         MODELOPT,
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-        *("nvfp4", "bfloat16", E4M3, e2m1(OF_E4M3 * WHOLE)),
+        *("nvfp4", "bfloat16", E4M3, e2m1(OF_E4M3 * GLOBAL_SCALE)),
     ),
 }
 
@@ -188,11 +188,11 @@ def test_weights_are_those_of_the_file(name, tmp_path):
     assert_same_bits(np.asarray(q.dequantize()), want.astype(dtype))
     wide = load(path, dtype="float32", shape=want.shape)
     assert_same_bits(np.asarray(wide.dequantize()), want)
-    found = ql.io.packed_tensors(ql.io.open_safetensors(path))["up.weight"]
+    tensor = ql.io.packed_tensors(ql.io.open_safetensors(path))["up.weight"]
     for rows in (slice(0, want.shape[1]), slice(3, 7)):
-        assert_same_bits(found.decode(rows), want.T[rows])
+        assert_same_bits(tensor.decode(rows), want.T[rows])
     # Parts that a device of a mesh reads begin inside words.
-    codes, scales = found.rows()
+    codes, scales = tensor.rows()
     assert_same_bits(codes[3:7, 9:35], np.asarray(q.codes).T[3:7, 9:35])
     assert_same_bits(scales[3:7, 1:3], stored.T[3:7, 1:3])
     (leaf,) = cli.inspect(cli.InspectConfig(str(path))).leaves
@@ -243,7 +243,7 @@ def test_biases_of_zeros_that_a_model_lacks_are_left_out():
 
 SHORT_BLOCKS = {"up_blocks": np.ones((2, 3, 4, 8), "u1")}
 SHORT_BLOCKS |= {"up_scales": np.ones((2, 3, 4), "u1")}
-OTHER = RNG.integers(1, 16, SCALES.shape)
+ZEROS = RNG.integers(1, 16, SCALES.shape)
 ACT = RNG.permutation(BLOCK)
 ACT_ORDER = {"quant_method": "gptq", "desc_act": True}
 
@@ -251,8 +251,8 @@ ACT_ORDER = {"quant_method": "gptq", "desc_act": True}
 @pytest.mark.parametrize(
     ("tensors", "want", "says"),
     [
-        (awq(zeros=OTHER), values(zeros=OTHER), "up.weight has zero points other"),
-        (gptq(zeros=OTHER), values(zeros=OTHER), "up.weight has zero points other"),
+        (awq(zeros=ZEROS), values(zeros=ZEROS), "up.weight has zero points other"),
+        (gptq(zeros=ZEROS), values(zeros=ZEROS), "up.weight has zero points other"),
         (gptq(block=ACT), values(block=ACT), "up.weight has reordered inputs"),
     ],
 )
@@ -306,14 +306,14 @@ def test_experts_of_gpt_oss_are_stacks(tmp_path):
         tensors[f"{name}_scales"] = powers[layer]
     table = ql.io.Names({"experts/kernel": names + ".{expert}"})
     like = {"experts": {"kernel": jax.ShapeDtypeStruct((2, 3, K, N), "float32")}}
-    found = ql.io.load(tensors, table, like, progress=False)["experts"]["kernel"]
-    assert (found.fmt, found.dtype) == ("mxfp4", "bfloat16")
+    loaded = ql.io.load(tensors, table, like, progress=False)["experts"]["kernel"]
+    assert (loaded.fmt, loaded.dtype) == ("mxfp4", "bfloat16")
     scales = np.repeat(np.exp2(powers.astype(np.float32) - 127), 32, axis=-1)
     want = (E2M1[codes].astype(np.float32) * scales).swapaxes(-1, -2)
     want = want.astype(jnp.bfloat16)
-    assert_same_bits(np.asarray(found.dequantize()), want)
+    assert_same_bits(np.asarray(loaded.dequantize()), want)
     # In float, too, one tensor [E, K, N] has the experts of a layer.
-    base = {"experts": {"kernel": found}}
+    base = {"experts": {"kernel": loaded}}
     ql.io.save_merged(tmp_path, base, {}, table, {}, progress=False)
     written = ql.io.open_safetensors(tmp_path)
     assert sorted(written) == [names.format(layer=layer) for layer in range(layers)]
@@ -330,15 +330,15 @@ def test_layers_of_several_kinds_are_read_in_float():
     tensors["1.weight"] = values().T
     with pytest.raises(ql.io.CheckpointError, match="of different kinds"):
         ql.io.load(tensors, names, like, progress=False)
-    found = ql.io.load(tensors, names, like, recode=True, progress=False)
-    assert_same_bits(np.asarray(found["up"]["kernel"]), np.stack([values()] * 2))
+    loaded = ql.io.load(tensors, names, like, recode=True, progress=False)
+    assert_same_bits(np.asarray(loaded["up"]["kernel"]), np.stack([values()] * 2))
 
 
 def test_what_is_for_activations_is_left_out(tmp_path):
-    tensors = MODELOPT | {"up.input_scale": WHOLE, "up.k_scale": WHOLE}
+    tensors = MODELOPT | {"up.input_scale": GLOBAL_SCALE, "up.k_scale": GLOBAL_SCALE}
     path = folder_of(tmp_path / "model", tensors)
-    said = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
-    (path / "hf_quant_config.json").write_text(json.dumps(said))
+    config = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+    (path / "hf_quant_config.json").write_text(json.dumps(config))
     assert ql.io.read_quantization(path)["fmt"] == "nvfp4"
     with pytest.warns(UserWarning, match="up.input_scale and 1 others"):
         assert load(path).fmt == "nvfp4"
@@ -349,9 +349,9 @@ def test_embeddings_are_read_in_float():
     like = {"embed": jax.ShapeDtypeStruct((N, K), jnp.float32)}
     biases = RNG.normal(size=SCALES.shape).astype(np.float32)
     tensors = mlx(scales=SCALES.astype("f4"), biases=biases)
-    found = ql.io.load(tensors, names, like, progress=False)["embed"]
+    loaded = ql.io.load(tensors, names, like, progress=False)["embed"]
     want = CODES * SCALES.astype(np.float32)[BLOCK] + biases[BLOCK]
-    assert_same_bits(np.asarray(found), want.T.astype(np.float32))
+    assert_same_bits(np.asarray(loaded), want.T.astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,10 @@ def test_embeddings_are_read_in_float():
         (changed(MODELOPT, weight_scale=None), "`weight_scale` must be given"),
         (changed(MODELOPT, weight_scale_2=np.ones(2, "f4")), "must be one number"),
         (changed(MODELOPT, weight_scale_2=None), "mis-shaped: up.weight"),
-        (changed(MODELOPT, pre_quant_scale=WHOLE), "unexpected: up.pre_quant_scale"),
+        (
+            changed(MODELOPT, pre_quant_scale=GLOBAL_SCALE),
+            "unexpected: up.pre_quant_scale",
+        ),
         (changed(MODELOPT, weight_scale=E4M3[::2].T), "`block_size` must be 16"),
         ({"up.weight_blocks": CODES.astype("u1")}, "`blocks` must have dtype uint8"),
         (SHORT_BLOCKS, "`blocks` have 16 bytes each"),

@@ -22,12 +22,12 @@ def test_rows_decode_to_what_was_packed(tmp_path, fmt, double_quant):
     like = {"up": {"kernel": jax.ShapeDtypeStruct((128, 24), "float32")}}
     # `bnb_4bit_quant_storage`: the same bytes as other numbers, in a file and outside.
     for storage in (jnp.bfloat16, jnp.float16, jnp.float32):
-        others = {name: np.asarray(x) for name, x in tensors.items()}
-        others["up.weight"] = others["up.weight"].reshape(-1).view(storage)[:, None]
+        arrays = {name: np.asarray(x) for name, x in tensors.items()}
+        arrays["up.weight"] = arrays["up.weight"].reshape(-1).view(storage)[:, None]
         path = tmp_path.parent / f"{tmp_path.name}.safetensors"
-        ql.io.write_safetensors(path, others)
-        for source in (others, path):
-            found = ql.io.load(source, names, like, progress=False)["up"]["kernel"]
-            np.testing.assert_array_equal(found.codes, q.codes)
-    found = ql.io.load(tmp_path, names, like, progress=False)
-    np.testing.assert_array_equal(ql.dequantize(found["up"]["kernel"]), want.T)
+        ql.io.write_safetensors(path, arrays)
+        for source in (arrays, path):
+            loaded = ql.io.load(source, names, like, progress=False)["up"]["kernel"]
+            np.testing.assert_array_equal(loaded.codes, q.codes)
+    loaded = ql.io.load(tmp_path, names, like, progress=False)
+    np.testing.assert_array_equal(ql.dequantize(loaded["up"]["kernel"]), want.T)

@@ -53,13 +53,13 @@ def base() -> Any:
 
 def write(folder, settings=None, tensors=None):
     """Writes an adapter of q in all layers and of v in layer 1."""
-    own = {"target_modules": ["q_proj", "layers.1.attn.v_proj"]}
-    own |= {"rank_pattern": {"layers.0.attn.q_proj": 2}, **(settings or {})}
+    config = {"target_modules": ["q_proj", "layers.1.attn.v_proj"]}
+    config |= {"rank_pattern": {"layers.0.attn.q_proj": 2}, **(settings or {})}
     ranks = {Q.format(0): 2, Q.format(1): 4, Q.format(2): 4, V.format(1): 4}
     factors = {}
     for seed, (module, rank) in enumerate(ranks.items()):
         factors[module] = draw(rank, K, seed=seed), draw(N, rank, seed=seed)
-    return write_peft(folder, factors, tensors, **own)
+    return write_peft(folder, factors, tensors, **config)
 
 
 def test_each_weight_gets_its_own_adapter(base, tmp_path):
@@ -182,8 +182,8 @@ def test_one_error_lists_every_wrong_tensor(base, tmp_path):
     with pytest.raises(ql.io.CheckpointError) as error:
         ql.io.load_peft(tmp_path, base, NAMES)
     listed = str(error.value).splitlines()[1:]
-    found = [line.strip().removeprefix("base_model.model.model.") for line in listed]
-    assert found == [
+    names = [line.strip().removeprefix("base_model.model.model.") for line in listed]
+    assert names == [
         "layers.0.attn.q_proj.lora_A.weight: missing",
         "layers.1.attn.q_proj.base_layer.bias: missing",
         "layers.1.attn.q_proj.lora_A.weight: shape must be (4, 64). Got (4, 65)",
@@ -286,14 +286,14 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
         config = config or ql.io.peft_config(params, lora, names, fused=True)
         ql.io.save_peft(tmp_path / "new", params, lora, names, config)
 
-    def make(**more):
+    def make(**options):
         return randomized(
             ql.init(
-                jax.random.key(0), params, ql.QLoRAConfig(rank=2, fmt=None, **more)
+                jax.random.key(0), params, ql.QLoRAConfig(rank=2, fmt=None, **options)
             )[1]
         )
 
-    for more, message in [
+    for options, message in [
         ({"alpha_pattern": {"up/.*": 3}}, "gate_up: its scalings must be 1.0. Got 1.5"),
         (
             {"rank_pattern": {"up/.*": 1}},
@@ -303,7 +303,7 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
         ({"use_dora": True}, "`use_dora` false with"),
     ]:
         with pytest.raises(ValueError, match=message):
-            save(make(**more))
+            save(make(**options))
     # One A for both, as PEFT has it, until they are trained here.
     shared = ql.io.PeftConfig(r=2, target_parameters=("gate_up",), lora_alpha=2)
     lora = make(targets="(gate|up)/.*")
@@ -346,13 +346,13 @@ def test_experts_share_or_have_their_own_ranks(fused, tmp_path):
         modules = [f"experts.{i}.down" for i in range(3)]
         assert [*map(config.rank_of, modules)] == [1, 2, 4]
         assert [*map(config.scaling_of, modules)] == [4.0, 2.0, 1.0]
-    _, found, _ = ql.io.load_peft(tmp_path / "new", params, names)
-    assert type(found["gate"]["kernel"]) is ql.LoRA
+    _, loaded, _ = ql.io.load_peft(tmp_path / "new", params, names)
+    assert type(loaded["gate"]["kernel"]) is ql.LoRA
     for name in kinds:
         a = np.asarray(lora[name]["kernel"].a)
         scaling = np.reshape(lora[name]["kernel"].scaling, (-1, 1, 1))
         want = 1 + np.broadcast_to(scaling * a @ a.swapaxes(1, 2), (3, 8, 8))
-        for tree in (lora, found):
+        for tree in (lora, loaded):
             kernel = ql.merge(params, tree)[name]["kernel"]
             assert_close(kernel, want, terms=64)
     if fused:
@@ -371,8 +371,8 @@ def test_kernels_must_have_the_axes_of_the_names(base):
     config = ql.QLoRAConfig(targets="layers/kv/w")
     params = {"layers": {"kv": {"w": jnp.ones((LAYERS, 2, 4, K, 12))}}}
     packed = ql.quantize(params, config)
-    said = "axes 'bbbkn' .* need 'bbnkn'. Set `contract`"
-    with pytest.raises(ValueError, match=said):
+    message = "axes 'bbbkn' .* need 'bbnkn'. Set `contract`"
+    with pytest.raises(ValueError, match=message):
         ql.io.peft_config(packed, {}, NAMES)
     with pytest.raises(ValueError, match="`path` must be one of .* Got 'other'"):
         ql.io.peft_config({"other": jnp.ones(3)}, {}, NAMES)
@@ -383,8 +383,8 @@ def test_biases_of_several_axes_are_vectors_there(tmp_path):
     names = ql.io.Names({path: ql.io.Entry(*x) for path, x in entries.items()})
     base = {"q": {"kernel": jnp.zeros((8, 2, 3)), "bias": jnp.zeros((2, 3))}}
     a, b, bias = draw(4, 8), draw(6, 4), draw(6)
-    more = {"base_model.model.q.base_layer.bias": bias}
-    write_peft(tmp_path, {"q": (a, b)}, more, target_modules=["q"], bias="all")
+    biases = {"base_model.model.q.base_layer.bias": bias}
+    write_peft(tmp_path, {"q": (a, b)}, biases, target_modules=["q"], bias="all")
     new, lora, _ = ql.io.load_peft(tmp_path, base, names)
     assert new["q"]["bias"] is base["q"]["bias"]
     np.testing.assert_array_equal(lora["q"]["bias"].value, bias.reshape(2, 3))
@@ -395,5 +395,5 @@ def test_dropout_is_that_of_kernels_where_a_table_is_adapted(base):
     """Adapters of tables have none."""
     config = ql.QLoRAConfig(dropout=0.1, targets="embed/.*|layers/q_proj/kernel")
     _, lora = ql.init(jax.random.key(0), base, config)
-    found = ql.io.peft_config(base, lora, NAMES)
-    assert (found.lora_dropout, len(found.target_modules)) == (0.1, 2)
+    written_config = ql.io.peft_config(base, lora, NAMES)
+    assert (written_config.lora_dropout, len(written_config.target_modules)) == (0.1, 2)

@@ -32,9 +32,9 @@ def test_reads_what_the_package_writes(tmp_path):
     safetensors.numpy.save_file(TENSORS, path, metadata={"format": "pt"})
     tensors = open_safetensors(path)
     assert tensors.metadata == {"format": "pt"} and tensors.keys() == TENSORS.keys()
-    for name, wanted in TENSORS.items():
-        assert tensors[name].shape == wanted.shape
-        assert_same_bits(np.asarray(tensors[name]), wanted)
+    for name, expected in TENSORS.items():
+        assert tensors[name].shape == expected.shape
+        assert_same_bits(np.asarray(tensors[name]), expected)
 
 
 def test_the_package_reads_what_is_written(tmp_path):
@@ -71,16 +71,16 @@ def folder_of(path, files, index=None):
 
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-ONE, TWO = {"a": np.ones(2)}, {"b": np.zeros((1, 2))}
+TENSOR_A, TENSOR_B = {"a": np.ones(2)}, {"b": np.zeros((1, 2))}
 
 
 @pytest.mark.parametrize(
     "files, index, names",
     [
-        ({A: ONE, B: TWO}, {"a": A, "b": B}, ["a", "b"]),
-        ({A: ONE, B: TWO}, None, ["a", "b"]),
-        ({"model.safetensors": ONE, "other.safetensors": TWO}, None, ["a"]),
-        ({A: ONE, B: TWO}, {"a": A}, ["a"]),  # other files are not looked at
+        ({A: TENSOR_A, B: TENSOR_B}, {"a": A, "b": B}, ["a", "b"]),
+        ({A: TENSOR_A, B: TENSOR_B}, None, ["a", "b"]),
+        ({"model.safetensors": TENSOR_A, "other.safetensors": TENSOR_B}, None, ["a"]),
+        ({A: TENSOR_A, B: TENSOR_B}, {"a": A}, ["a"]),  # other files are not looked at
     ],
 )
 def test_folders(tmp_path, files, index, names):
@@ -90,14 +90,18 @@ def test_folders(tmp_path, files, index, names):
 @pytest.mark.parametrize(
     "files, index, message",
     [
-        ({A: ONE}, {"a": A, "b": B}, "must be a file"),
-        ({A: ONE, B: TWO}, {"a": A, "b": A}, r"Missing in the files: \['b'\]"),
-        ({A: {**ONE, **TWO}}, {"a": A}, r"Missing in the index: \['b'\]"),
-        ({A: ONE}, {"a": "../" + A}, "list plain file names"),
-        ({A: ONE}, {"a": "/etc/x.safetensors"}, "list plain file names"),
-        ({A: ONE}, {"a": "config.json"}, "must have a `weight_map`"),
-        ({A: ONE}, [A], "must have a `weight_map`"),
-        ({A: ONE, B: ONE}, None, r"duplicate tensors: \['a'\]"),
+        ({A: TENSOR_A}, {"a": A, "b": B}, "must be a file"),
+        (
+            {A: TENSOR_A, B: TENSOR_B},
+            {"a": A, "b": A},
+            r"Missing in the files: \['b'\]",
+        ),
+        ({A: {**TENSOR_A, **TENSOR_B}}, {"a": A}, r"Missing in the index: \['b'\]"),
+        ({A: TENSOR_A}, {"a": "../" + A}, "list plain file names"),
+        ({A: TENSOR_A}, {"a": "/etc/x.safetensors"}, "list plain file names"),
+        ({A: TENSOR_A}, {"a": "config.json"}, "must have a `weight_map`"),
+        ({A: TENSOR_A}, [A], "must have a `weight_map`"),
+        ({A: TENSOR_A, B: TENSOR_A}, None, r"duplicate tensors: \['a'\]"),
         ({}, None, "must hold .safetensors files"),
     ],
 )
@@ -109,7 +113,7 @@ def test_wrong_folders_are_refused(tmp_path, files, index, message):
 
 
 def test_links_stay_inside(tmp_path):
-    outside = folder_of(tmp_path / "outside", {"model.safetensors": ONE})
+    outside = folder_of(tmp_path / "outside", {"model.safetensors": TENSOR_A})
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
@@ -173,8 +177,8 @@ def test_metadata_may_be_null(tmp_path):
     """As mlx writes it where there is none."""
     path = tmp_path / "adapters.safetensors"
     path.write_bytes(file_of({"__metadata__": None, "a": entry()}))
-    found = open_safetensors(path)
-    assert (found.metadata, [*found]) == ({}, ["a"])
+    tensors = open_safetensors(path)
+    assert (tensors.metadata, [*tensors]) == ({}, ["a"])
 
 
 @pytest.mark.parametrize("name", BROKEN)

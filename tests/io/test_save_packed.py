@@ -91,55 +91,58 @@ def test_folders_are_what_vllm_asks_for(fmt, size, kind, tmp_path):
     for i, module in np.ndindex(2, 3):
         module = f"model.layers.{i}.{MODULES[module]}"
         for part, (dtype, shape) in parts.items():
-            found = tensors[f"{module}.{part}"]
+            tensor = tensors[f"{module}.{part}"]
             dtype = {"float16": of_int4}.get(dtype, dtype)
-            wanted = eval(shape, {"N": N, "K": K, "G": size})  # noqa: S307
-            assert (str(found.dtype), found.shape) == (dtype, wanted), part
+            expected_shape = eval(shape, {"N": N, "K": K, "G": size})  # noqa: S307
+            assert (str(tensor.dtype), tensor.shape) == (dtype, expected_shape), part
     assert len(tensors) == 6 * len(parts) + 2
     norm = tensors["model.layers.1.norm.weight"]
     assert norm.dtype == "bfloat16"
     assert config["dtype"] == ("bfloat16" if "fp4" in fmt else of_int4)
     assert "torch_dtype" not in config
-    found = config["quantization_config"]
+    quantization = config["quantization_config"]
     if kind == "awq":
-        wanted = dict(quant_method="awq", bits=4, group_size=size, zero_point=True)
-        wanted |= dict(version="gemm", modules_to_not_convert=["lm_head"])
-        assert found == wanted
+        expected = dict(quant_method="awq", bits=4, group_size=size, zero_point=True)
+        expected |= dict(version="gemm", modules_to_not_convert=["lm_head"])
+        assert quantization == expected
     else:
-        check_scheme(found, kind, size)
+        check_scheme(quantization, kind, size)
     # And back: the same bits, of which the same files are made.
     again = ql.io.load(tmp_path / "one", NAMES, LIKE, progress=False)
     helpers.assert_same_bits(*map(jax.tree.leaves, (again, base)))
     ql.io.save_packed(tmp_path / "two", again, NAMES, tmp_path / "one", layout)
     for file in ("model.safetensors", "config.json"):
-        one, two = (tmp_path / folder / file for folder in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes()
+        first, second = (tmp_path / folder / file for folder in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
 
 
-def check_scheme(found, kind, size):
+def check_scheme(quantization, kind, size):
     """The config of compressed-tensors is that of weights in this scheme alone."""
-    assert (found["quant_method"], found["format"]) == ("compressed-tensors", kind)
-    assert found["ignore"] == ["lm_head"]
-    (group,) = found["config_groups"].values()
+    assert (quantization["quant_method"], quantization["format"]) == (
+        "compressed-tensors",
+        kind,
+    )
+    assert quantization["ignore"] == ["lm_head"]
+    (group,) = quantization["config_groups"].values()
     assert (group["targets"], group["input_activations"]) == (["Linear"], None)
-    wanted = SCHEMES[kind] | dict(group_size=size, symmetric=True, dynamic=False)
-    assert wanted.items() <= group["weights"].items()
+    expected = SCHEMES[kind] | dict(group_size=size, symmetric=True, dynamic=False)
+    assert expected.items() <= group["weights"].items()
 
 
 def test_the_dtype_holds_the_scales(tmp_path):
     base = read("int4_f16", 128)
     config = {"model_type": "gemma3_text"}  # which overflows in float16
-    *_, found = write(tmp_path / "gemma", base, "awq", config)
-    assert found["dtype"] == found["torch_dtype"] == "bfloat16"
+    *_, written_config = write(tmp_path / "gemma", base, "awq", config)
+    assert written_config["dtype"] == written_config["torch_dtype"] == "bfloat16"
 
     # Scales of a checkpoint in bfloat16 stay that.
     def halve(x):
         return x.astype(jnp.bfloat16).astype(jnp.float16)
 
     base = jax.tree.map(lambda x: halve(x) if x.dtype == "float16" else x, base)
-    tensors, found = write(tmp_path / "held", base, "compressed-tensors")
+    tensors, written_config = write(tmp_path / "held", base, "compressed-tensors")
     assert tensors["model.layers.1.mlp.up_proj.weight_scale"].dtype == "bfloat16"
-    assert found["dtype"] == "bfloat16"
+    assert written_config["dtype"] == "bfloat16"
     again = ql.io.load(tensors, NAMES, LIKE, progress=False)
     helpers.assert_same_bits(*map(jax.tree.leaves, (again, base)))
 
@@ -148,10 +151,10 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path):
     names = ql.io.Names({f"{x}/kernel": f"{x}.weight" for x in "ab"})
 
     def pack(fmt, n=N, size=None):
-        def how(w):
+        def quantize(w):
             return ql.quantize(w, fmt, block_size=size)
 
-        return jax.eval_shape(how, jnp.ones((K, n)))
+        return jax.eval_shape(quantize, jnp.ones((K, n)))
 
     def refused(match, layout, a, b):
         base = {"a": {"kernel": a}, "b": {"kernel": b}}
@@ -179,8 +182,8 @@ def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
         for part in ("codes", "scales"):
             ours = [np.asarray(getattr(x, part)[i]) for x in (q, k)]
             helpers.assert_same_bits(np.concatenate(ours, 1), getattr(both, part))
-        for x, wanted in ((q, both), (k, both), (up, alone)):
-            helpers.assert_same_bits(x.scale_scales[i], wanted.scale_scales)
+        for x, expected in ((q, both), (k, both), (up, alone)):
+            helpers.assert_same_bits(x.scale_scales[i], expected.scale_scales)
     # A tree is packed likewise; kernels alone are not, and are refused.
     config = ql.QLoRAConfig(rank=4, fmt="nvfp4", targets=".*_proj/kernel")
     wide = ql.io.load(tensors, NAMES, LIKE, progress=False)
@@ -188,8 +191,8 @@ def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
     def pack(tree):
         return ql.init(jax.random.key(0), tree, config)[0]
 
-    for found in (ql.quantize(wide, config), pack(wide), jax.jit(pack)(wide)):
-        helpers.assert_same_bits(*map(jax.tree.leaves, (found, base)))
+    for packed in (ql.quantize(wide, config), pack(wide), jax.jit(pack)(wide)):
+        helpers.assert_same_bits(*map(jax.tree.leaves, (packed, base)))
     alone = ql.quantize(wide["layers"]["self_attn.q_proj/kernel"], "nvfp4")
     base["layers"]["self_attn.q_proj/kernel"] = alone
     message = r"theirs differ.*\n.*0.self_attn.k_proj.weight, .*0.self_attn.q_proj"

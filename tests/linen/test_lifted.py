@@ -94,11 +94,11 @@ def test_nn_jit_takes_no_trace_of_another_back_end_or_registration(x):
     with pytest.raises(ValueError, match="Got 'nothing'"):
         traces(backend="nothing")
 
-    class Other(nn.Module):
+    class OtherLayer(nn.Module):
         pass
 
     for _ in range(2):  # again too: it may have another equation
-        ql.linen.register(Other, kernel="w", einsum="ab,bc->ac")
+        ql.linen.register(OtherLayer, kernel="w", einsum="ab,bc->ac")
         assert traces() == 1
 
 
@@ -122,7 +122,7 @@ def test_a_model_under_nn_jit_is_traced_anew_each_time(x):
 class Lifted(nn.Module):
     """Calls the layer that owns the kernel in a function under a lifted transform."""
 
-    how: str
+    transform: str
 
     @nn.compact
     def __call__(self, x):
@@ -133,10 +133,10 @@ class Lifted(nn.Module):
 
         if self.is_initializing():
             return layer(x)
-        if self.how == "vjp":
+        if self.transform == "vjp":
             y, backward = nn.vjp(call, layer, x)
             return y, backward(jnp.sin(y))[1]
-        if self.how == "custom_vjp":
+        if self.transform == "custom_vjp":
 
             def forward(layer, x):
                 return nn.vjp(call, layer, x)
@@ -146,7 +146,7 @@ class Lifted(nn.Module):
                 return params, *(2 * g for g in inputs)
 
             return nn.custom_vjp(call, forward, backward)(layer, x)
-        if self.how == "jvp":
+        if self.transform == "jvp":
             return nn.jvp(call, layer, (x,), (x,), variable_tangents={})
 
         def cond(layer, carry):
@@ -159,9 +159,9 @@ class Lifted(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["vjp", "custom_vjp", "while_loop"])
-def test_functions_of_a_layer_may_be_lifted(how, x):
-    model = Lifted(how)
+@pytest.mark.parametrize("transform", ["vjp", "custom_vjp", "while_loop"])
+def test_functions_of_a_layer_may_be_lifted(transform, x):
+    model = Lifted(transform)
     variables = variables_of(model, x)
 
     def packed(x):
@@ -171,7 +171,7 @@ def test_functions_of_a_layer_may_be_lifted(how, x):
         return model.apply(merged(variables), x)
 
     assert_close(jax.jit(packed)(x), jax.jit(plain)(x))
-    if how == "custom_vjp":
+    if transform == "custom_vjp":
 
         def grad(f):
             return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(f(x)))))(x)

@@ -18,7 +18,7 @@ from tolerances import assert_close
 import qlora_jax as ql
 
 KEY = jax.random.key(0)
-OWN = LinenOwn((64, 32), "btd,df->btf")
+OWN_MODEL = LinenOwn((64, 32), "btd,df->btf")
 DROPOUT = ql.QLoRAConfig(rank=4, dropout=0.5)
 LINEAR = nnx.bridge.to_linen(nnx.Linear, 64, 8)
 
@@ -36,12 +36,12 @@ class Project(nn.Module):
 
 
 class Heads(nn.Module):
-    how: tuple = ()
+    options: tuple = ()
 
     @nn.compact
     def __call__(self, x):
         project = Project((4, 64, 16), name="heads")
-        return project("BTD,NDH->BTNH", x, **dict(self.how))
+        return project("BTD,NDH->BTNH", x, **dict(self.options))
 
 
 def test_the_equation_of_a_registered_class_may_be_an_argument(x):
@@ -71,14 +71,14 @@ def test_one_tree_has_the_gradients_of_two(x):
         return loss(ql.combine(base, lora))
 
     value, grads = jax.jit(ql.value_and_grad(loss))(ql.combine(base, lora))
-    found = value, ql.split(grads)[1]
-    assert_close(found, jax.jit(jax.value_and_grad(loss_of_two))(lora))
+    result = value, ql.split(grads)[1]
+    assert_close(result, jax.jit(jax.value_and_grad(loss_of_two))(lora))
 
 
 def test_without_adapters_it_is_the_model_on_dequantized_weights(x):
-    _, base, _ = setup(OWN, x, ql.QLoRAConfig(targets="w"))
-    want = OWN.apply({"params": ql.dequantize(base)}, x)
-    assert_close(ql.linen.wrap(OWN).apply({"params": base}, x), want)
+    _, base, _ = setup(OWN_MODEL, x, ql.QLoRAConfig(targets="w"))
+    want = OWN_MODEL.apply({"params": ql.dequantize(base)}, x)
+    assert_close(ql.linen.wrap(OWN_MODEL).apply({"params": base}, x), want)
 
 
 @pytest.mark.slow
@@ -217,8 +217,8 @@ def test_attention_with_a_cache_decodes_as_the_merged_model(x):
     model = nn.MultiHeadDotProductAttention(4, qkv_features=64, decode=True)
     variables = model.init(KEY, x)
     cache, tokens = variables["cache"], jnp.split(x, x.shape[1], axis=1)
-    others = {"other_variables": {"cache": cache}, "mutable": "cache"}
-    trees = ql.linen.init(KEY, model, variables["params"], CONFIG, tokens[0], **others)
+    options = {"other_variables": {"cache": cache}, "mutable": "cache"}
+    trees = ql.linen.init(KEY, model, variables["params"], CONFIG, tokens[0], **options)
     variables = {"params": trees[0], "lora": randomized(trees[1])}
 
     def decode(apply, variables):
@@ -276,8 +276,8 @@ def test_a_dot_general_of_a_modules_own_is_not_called_where_there_is_an_adapter(
 @pytest.mark.slow
 def test_a_wrapped_model_may_call_another(x):
     """Both read kernels at the path "w"."""
-    own = ql.QLoRAConfig(rank=4, block_size=16, targets="w")
-    inner = variables_of(OWN, x, own)
+    inner_config = ql.QLoRAConfig(rank=4, block_size=16, targets="w")
+    inner = variables_of(OWN_MODEL, x, inner_config)
 
     class Outer(nn.Module):
         @nn.compact
@@ -285,9 +285,9 @@ def test_a_wrapped_model_may_call_another(x):
             w = self.param("w", INIT, (32, 16))
             return jnp.einsum("btd,df->btf", inner.apply(params, x), w)
 
-    plain, packed = (OWN, merged(inner)), (ql.linen.wrap(OWN), inner)
+    plain, packed = (OWN_MODEL, merged(inner)), (ql.linen.wrap(OWN_MODEL), inner)
     params = Outer().init(KEY, x, *plain)["params"]
-    base, lora = ql.linen.init(KEY, Outer(), params, own, x, *plain)
+    base, lora = ql.linen.init(KEY, Outer(), params, inner_config, x, *plain)
     variables = {"params": base, "lora": randomized(lora)}
     got = ql.linen.wrap(Outer()).apply(variables, x, *packed)
     assert_close(got, Outer().apply(merged(variables), x, *plain))
@@ -320,8 +320,8 @@ def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(x):
     config = ql.QLoRAConfig(rank=4, dropout=0.1, targets=".*")
     variables = dict(zip(("params", "lora"), ql.init(KEY, params, config), strict=True))
 
-    def apply(**more):
-        return ql.linen.wrap(model).apply(variables, x, **more)
+    def apply(**options):
+        return ql.linen.wrap(model).apply(variables, x, **options)
 
     assert_close(apply(), model.apply(merged(variables), x))
     why = ": .*reads it itself.*dropout=0.1"
@@ -338,8 +338,8 @@ def test_a_wrapped_model_is_wrapped_once(x):
 
 def applied(**renamed):
     variables = variables_of(nn.Dense(8), make_x())
-    found = {name: variables[old] for name, old in renamed.items()}
-    return ql.linen.wrap(nn.Dense(8)).apply(found, make_x())
+    collections = {name: variables[old] for name, old in renamed.items()}
+    return ql.linen.wrap(nn.Dense(8)).apply(collections, make_x())
 
 
 NNX = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
@@ -392,7 +392,7 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(x):
         ql.linen.init(KEY, Refused(), params, config, x)
     lines = str(error.value).splitlines()[1:]
     reasons = dict(line.strip().split(": ", 1) for line in lines)
-    wanted = {
+    expected = {
         "tied/kernel": r"must be contracted in one way. Got several: \['kn', 'nk'\]",
         "gate/kernel": "must contract the kernel.*Got 'btd,td->btd'",
         "mapped/kernel": "must be stacked along axis 0.*Got axis 1",
@@ -400,8 +400,8 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(x):
         "unused/kernel": "no module that ran owns it",
         "ints/kernel": "no module that ran owns it",
     }
-    assert set(reasons) == set(wanted)
-    for path, reason in wanted.items():
+    assert set(reasons) == set(expected)
+    for path, reason in expected.items():
         assert re.search(reason, reasons[path]), reasons[path]
     params["mapped"] = ql.quantize(params["mapped"], CONFIG)
     with pytest.raises(ValueError, match="mapped/kernel: .*Got axis 1"):

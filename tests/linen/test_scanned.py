@@ -13,7 +13,7 @@ from tolerances import assert_close
 import qlora_jax as ql
 
 BLOCKS = LinenStack(LinenBlock)
-OWN = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=".*/(kernel|w)")
+CONFIG = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=".*/(kernel|w)")
 
 
 class MixedBlock(nn.Module):
@@ -58,21 +58,21 @@ STACKS = {
 
 def scanned_bytes(jaxpr):
     """Shapes of uint8 arrays that a scan slices, or stacks up."""
-    found = set()
+    shapes = set()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
             body = eqn.params["jaxpr"].jaxpr
             outside = [v.aval for v in (*eqn.invars, *eqn.outvars)]
             inside = [v.aval for v in (*body.invars, *body.outvars)]
-            found |= {
-                whole.shape
-                for whole, part in zip(outside, inside, strict=True)
-                if whole.dtype == jnp.uint8 and whole.shape != part.shape
+            shapes |= {
+                stack.shape
+                for stack, part in zip(outside, inside, strict=True)
+                if stack.dtype == jnp.uint8 and stack.shape != part.shape
             }
         for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
             if is_jaxpr(value):
-                found |= scanned_bytes(getattr(value, "jaxpr", value))
-    return found
+                shapes |= scanned_bytes(getattr(value, "jaxpr", value))
+    return shapes
 
 
 def is_jaxpr(value):
@@ -91,7 +91,7 @@ def apply_to(variables, model, **options):
     [("scan", False), ("scan", True), ("mixed-remat", True), ("mixed-jit", True)],
 )
 def test_values_and_gradients_are_the_same_bit_for_bit(name, jit, x):
-    variables = variables_of(STACKS[name], x, OWN)
+    variables = variables_of(STACKS[name], x, CONFIG)
 
     def run(**options):
         apply = apply_to(variables, STACKS[name], **options)
@@ -113,9 +113,9 @@ def test_values_and_gradients_are_the_same_bit_for_bit(name, jit, x):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["scan", "remat", "mixed", "mixed-remat"])
 def test_no_scan_slices_codes_or_stacks_them_up(name, x):
-    variables = variables_of(STACKS[name], x, OWN)
+    variables = variables_of(STACKS[name], x, CONFIG)
 
-    def found(**options):
+    def scanned_shapes(**options):
         apply = apply_to(variables, STACKS[name], **options)
 
         def loss(lora):
@@ -127,8 +127,8 @@ def test_no_scan_slices_codes_or_stacks_them_up(name, x):
         return isinstance(node, ql.QTensor)
 
     kernels = jax.tree.leaves(variables["params"]["layers"], is_leaf=is_packed)
-    assert found() >= {q.codes.shape for q in kernels if is_packed(q)}
-    assert found(scanned="layers") == set()
+    assert scanned_shapes() >= {q.codes.shape for q in kernels if is_packed(q)}
+    assert scanned_shapes(scanned="layers") == set()
 
 
 @pytest.mark.without_noise  # which takes memory

@@ -58,8 +58,8 @@ def test_operations_are_read_with_all_their_types():
   %t = (f32[4]{0}, /*index=1*/f32[4]{0}) all-reduce(%a, %b), to_apply=%add
   %u = f32[4]{0} fusion(%t), calls=%all-gather.1
 """
-    found = ["all-gather f32 u8", "all-gather u8", "all-reduce f32"]
-    assert operations(program) == [*found, "ragged-all-to-all bf16"]
+    gathers = ["all-gather f32 u8", "all-gather u8", "all-reduce f32"]
+    assert operations(program) == [*gathers, "ragged-all-to-all bf16"]
     assert most_floats(program) == 8
 
 
@@ -244,12 +244,14 @@ def test_tiles_of_tokens_gather_a_kernel_once(mesh, w_spec):
         y = x.astype(np.float64) @ w
         # A cosine's error is that of its angle: the magnitude is the angle's.
         assert_close(value, np.cos(np.sin(y)).sum(), magnitude=float(np.linalg.norm(y)))
-        wanted = (-np.sin(np.sin(y)) * np.cos(y)) @ w.T
-        assert_close(dx, wanted, magnitude=y.std() * wanted)
+        expected = (-np.sin(np.sin(y)) * np.cos(y)) @ w.T
+        assert_close(dx, expected, magnitude=y.std() * expected)
     assert gathers[4] == gathers[None]
     # Half a byte of codes a weight and float32 scales. XLA may share them between the
     # passes.
-    (found,) = gathers[4]
+    (gather,) = gathers[4]
     share = 1 if w_spec == P("a") else mesh.shape["b"]
-    whole = (256 * 32 // 2 + 4 * 256 // 64 * 32) // share
-    assert found["count"] in (1, 2) and found["bytes"] == found["count"] * whole
+    kernel_bytes = (256 * 32 // 2 + 4 * 256 // 64 * 32) // share
+    assert (
+        gather["count"] in (1, 2) and gather["bytes"] == gather["count"] * kernel_bytes
+    )

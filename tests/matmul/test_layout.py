@@ -27,15 +27,15 @@ def part(array, spec, sizes, at):
     """The part of an array that the device at these places of the mesh has: a view."""
     for axis, entry in enumerate(spec):
         for name in names_of(entry):
-            length, rest = divmod(array.shape[axis], sizes[name])
-            assert rest == 0, (array.shape, spec, sizes)
+            length, remainder = divmod(array.shape[axis], sizes[name])
+            assert remainder == 0, (array.shape, spec, sizes)
             index = [slice(None)] * array.ndim
             index[axis] = slice(at[name] * length, (at[name] + 1) * length)
             array = array[tuple(index)]
     return array
 
 
-def others(at, axes, sizes):
+def peers(at, axes, sizes):
     """The devices that differ from one in these mesh axes, in the order of parts."""
     for places in itertools.product(*(range(sizes[name]) for name in axes)):
         yield at | dict(zip(axes, places, strict=True))
@@ -69,11 +69,11 @@ def run(layout, sizes, x, codes, scales, shape):
 
         def columns(at):
             return np.concatenate(
-                [stored(other) for other in others(at, layout.n.gathered, sizes)], -1
+                [stored(peer) for peer in peers(at, layout.n.gathered, sizes)], -1
             )
 
-        rows = others(at, layout.k.gathered, sizes)
-        return np.concatenate([columns(other) for other in rows], -2)
+        rows = peers(at, layout.k.gathered, sizes)
+        return np.concatenate([columns(peer) for peer in rows], -2)
 
     def product(at):
         args = part(x, layout.x, sizes, at), gathered(codes, at), gathered(scales, at)
@@ -82,11 +82,13 @@ def run(layout, sizes, x, codes, scales, shape):
     products = {(*at.values(),): product(at) for at in devices}
     result, parts = np.full(shape, np.nan), []
     for at in devices:
-        summed = others(at, layout.contracted, sizes)
-        parts.append(sum(products[(*other.values(),)] for other in summed))
+        summed = peers(at, layout.contracted, sizes)
+        parts.append(sum(products[(*peer.values(),)] for peer in summed))
         part(result, layout.result, sizes, at)[...] = parts[-1]
-    for at, found in zip(devices, parts, strict=True):  # the same on each that has it
-        np.testing.assert_array_equal(part(result, layout.result, sizes, at), found)
+    for at, computed in zip(
+        devices, parts, strict=True
+    ):  # the same on each that has it
+        np.testing.assert_array_equal(part(result, layout.result, sizes, at), computed)
     return result
 
 
@@ -135,8 +137,8 @@ def test_every_layout_computes_the_product(seed):
         stays = not spec.batch and divides(
             sizes, weight_axes, (blocks, codes.shape[-1])
         )
-        for split, given in zip((layout.k, layout.n), weight_axes[-2:], strict=True):
-            assert not (stays and given) or split.stored == given, case
+        for split, expected in zip((layout.k, layout.n), weight_axes[-2:], strict=True):
+            assert not (stays and expected) or split.stored == expected, case
             assert not split.gathered or split.gathered[0] in lead, case
         kinds.add((spec.transpose, layout.is_gathered, bool(layout.contracted)))
     assert len(kinds) == 8  # each way, with and without a gather and a sum

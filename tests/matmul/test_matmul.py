@@ -103,9 +103,9 @@ def test_any_number_of_row_axes(name, rows, backend):
     b = "b" if lead else ""
     want = np.einsum(f"{b}...k,{b}kn->{b}...n", x, w)
     back = np.einsum(f"{b}...n,{b}kn->{b}...k", want, w)
-    for got, wanted in ((y, want), (dx, back)):
-        assert got.shape == wanted.shape
-        assert_close(got, wanted.astype(np.float64))
+    for got, expected_array in ((y, want), (dx, back)):
+        assert got.shape == expected_array.shape
+        assert_close(got, expected_array.astype(np.float64))
 
 
 @pytest.mark.parametrize("backend", fast_and_slow(["tiled"], ["reference"]))
@@ -129,8 +129,8 @@ def test_odd_k_with_batch_axes(backend, fmt):
     w = dequantize(q)
     assert_close(y, expected(x, q))
     assert_close(dx, np.asarray(y) @ np.swapaxes(w, -1, -2))
-    one = ql.matmul(x[1, 1], jax.tree.map(lambda a: a[:, 1], q), layer=1)
-    assert_close(one, expected(x, q)[1, 1])
+    product = ql.matmul(x[1, 1], jax.tree.map(lambda a: a[:, 1], q), layer=1)
+    assert_close(product, expected(x, q)[1, 1])
 
 
 # Every pair of a format and dtypes, with the one shape and the other in turn.
@@ -358,8 +358,8 @@ def test_einsum(name):
 
     got, dx = jax.jit(lambda: run(lambda *args: ql.einsum(*args, q)))()
     assert_close(got, want)
-    wanted = jax.jit(lambda: run(lambda *args: jnp.einsum(*args, w))[1])()
-    assert_close(dx, wanted)
+    expected_dx = jax.jit(lambda: run(lambda *args: jnp.einsum(*args, w))[1])()
+    assert_close(dx, expected_dx)
 
 
 @pytest.mark.parametrize(
@@ -379,27 +379,28 @@ def test_bad_equations_are_refused(equation, words):
         ql.einsum(equation, jnp.ones((5, 64)), ql.quantize(jnp.ones((64, 64))))
 
 
-X, ONE, STACK = np.ones((2, 64), np.float32), (64, 8), (3, 64, 8)
+X, KERNEL, STACK = np.ones((2, 64), np.float32), (64, 8), (3, 64, 8)
 UNSUPPORTED = NotImplementedError
 # x, the shape of the kernel, options of the product, and the error.
 BAD = [
-    (X.astype(int), ONE, {}, TypeError, "`x` must be floating-point. Got int"),
-    (X[:, :8], ONE, {}, ValueError, r"`x` must have shape \[..., 64\]. Got"),
+    (X.astype(int), KERNEL, {}, TypeError, "`x` must be floating-point. Got int"),
+    (X[:, :8], KERNEL, {}, ValueError, r"`x` must have shape \[..., 64\]. Got"),
     (X, STACK, {}, ValueError, r"shape \[3, ..., 64\]. Got \(2, 64\)"),
-    (X, ONE, {"backend": "cuda"}, ValueError, "`backend` must be one of .* Got 'cuda'"),
-    (X, ONE, {"backend": []}, ValueError, "`backend` must be one of"),
-    (X, ONE, {"backend": ["tiled", "none"]}, ValueError, "`backend` must be one of"),
-    (X, ONE, {"layer": 0}, ValueError, "`layer` needs a stack of kernels"),
+    (X, KERNEL, {"backend": "cuda"}, ValueError,
+     "`backend` must be one of .* Got 'cuda'"),
+    (X, KERNEL, {"backend": []}, ValueError, "`backend` must be one of"),
+    (X, KERNEL, {"backend": ["tiled", "none"]}, ValueError, "`backend` must be one of"),
+    (X, KERNEL, {"layer": 0}, ValueError, "`layer` needs a stack of kernels"),
     (X, STACK, {"layer": np.arange(2)}, ValueError, "must be an integer scalar. Got"),
     (X, STACK, {"layer": 0.0}, ValueError, "`layer` must be an integer scalar. Got"),
     (X, STACK, {"layer": -1}, ValueError, "must be from 0 to 2, of 3 kernels"),
     (X, STACK, {"layer": 3}, ValueError, "must be from 0 to 2, of 3 kernels"),
     (X, STACK, {"layer": np.int32(3)}, ValueError, "must be from 0 to 2, of 3 kernels"),
-    (X, ONE, {"backend": "pallas_tpu", "fmt": "int8", "block_size": 16}, UNSUPPORTED,
+    (X, KERNEL, {"backend": "pallas_tpu", "fmt": "int8", "block_size": 16}, UNSUPPORTED,
      "not support this product. `block_size` must be at least 32"),
-    (X, ONE, {"backend": "pallas_tpu_v5e", "precision": "highest"}, UNSUPPORTED,
+    (X, KERNEL, {"backend": "pallas_tpu_v5e", "precision": "highest"}, UNSUPPORTED,
      "It supports no `precision`. Got precision='highest'"),
-    (X, ONE, {"backend": "pallas_tpu", "dtype": "bfloat16"}, UNSUPPORTED,
+    (X, KERNEL, {"backend": "pallas_tpu", "dtype": "bfloat16"}, UNSUPPORTED,
      "It rounds weights once, so .* Got bfloat16 weights and float32 inputs"),
 ]  # fmt: skip
 
@@ -415,9 +416,9 @@ def test_bad_operands_are_refused(x, shape, options, error, words):
 
 def test_floats_are_no_packed_kernel():
     with pytest.raises(TypeError, match="`q` must be a QTensor. Got ndarray"):
-        ql.matmul(X, np.ones(ONE))
+        ql.matmul(X, np.ones(KERNEL))
     with pytest.raises(TypeError, match="`q` must be a QTensor"):
-        ql.einsum("ab,bc->ac", X, np.ones(ONE))
+        ql.einsum("ab,bc->ac", X, np.ones(KERNEL))
 
 
 @pytest.mark.slow
@@ -465,9 +466,9 @@ def test_the_tpu_kernel_under_vmap_scan_and_remat(backend, monkeypatch):
         return ql.matmul(x[0], q, backend=backend)
 
     got = jax.jit(lambda: run(packed))()
-    each = jax.vmap(over_kernels)(q)
+    products = jax.vmap(over_kernels)(q)
     assert_close(got, run(exact))
-    assert_close(each, np.asarray(x[0]) @ (np.asarray(w) * 8))
+    assert_close(products, np.asarray(x[0]) @ (np.asarray(w) * 8))
 
 
 def test_the_docstring_names_every_back_end():

@@ -101,7 +101,7 @@ def check_case(case, interpret=True):
 # m, rows, columns and block size.
 ONE_BLOCK = 5, 256, 128, 64
 PADDED = 3, 192, 200, 32  # lanes and rows are padded, two scales in a slab
-KEPT = 70, 1152, 136, 128  # many rows keep the stripe
+KEPT_STRIPE = 70, 1152, 136, 128  # many rows keep the stripe
 FEW_ROWS = 9, 320, 640, 64
 MANY_ROWS = 70, 768, 130, 256
 PRODUCTS = [
@@ -112,11 +112,11 @@ PRODUCTS = [
         for j, form in enumerate(FORMS)
         for k, dtype in enumerate([BF16, F32])
     ),
-    (*KEPT, "nf4", "shuffle", BF16, False),
-    (*KEPT, "nf4", "shuffle", BF16, True),
-    (*KEPT, "nf4", "sublane", BF16, True),
-    (*KEPT, "nf4", "select", BF16, False),
-    (*KEPT, "nf4", "sublane", F32, True),
+    (*KEPT_STRIPE, "nf4", "shuffle", BF16, False),
+    (*KEPT_STRIPE, "nf4", "shuffle", BF16, True),
+    (*KEPT_STRIPE, "nf4", "sublane", BF16, True),
+    (*KEPT_STRIPE, "nf4", "select", BF16, False),
+    (*KEPT_STRIPE, "nf4", "sublane", F32, True),
     # Each format once a direction, few rows for one and many for the other.
     (*FEW_ROWS, "fp4", "shuffle", BF16, False),
     (*MANY_ROWS, "fp4", "shuffle", BF16, True),
@@ -190,10 +190,10 @@ def test_the_emulation_packs_as_the_tpu_does():
     ids=str,
 )
 def test_no_axis_is_a_multiple_of_its_tile(case):
-    found = case.plan
-    assert isinstance(found, Tiling) and found.keep and case.m % found.tile_m
+    tiling = case.plan
+    assert isinstance(tiling, Tiling) and tiling.keep and case.m % tiling.tile_m
     sizes = (case.rows, case.cols) if case.transpose else (case.cols, case.rows)
-    assert sizes[0] % found.tile and sizes[1] % found.chunk
+    assert sizes[0] % tiling.tile and sizes[1] % tiling.chunk
     check_case(case)
 
 
@@ -211,10 +211,10 @@ def test_no_axis_is_a_multiple_of_its_tile(case):
 def test_bytes_of_a_plan_are_those_of_the_compiler(k, n, transpose, dtype, block, mib):
     """`used_scoped_memory_configs` of programs for v5e (JAX 0.12.0.1), in MiB."""
     spec = product_spec("nf4", 64, k, transpose)
-    found = plan(spec, 2048, n, jnp.dtype(dtype), Chip("sublane", 10**4))
-    assert isinstance(found, Tiling)
-    found = dataclasses.replace(found, tile_m=block[0], tile=block[1])
-    assert 0 <= vmem_bytes(found, jnp.dtype(dtype).itemsize) / 2**20 - mib < 1
+    tiling = plan(spec, 2048, n, jnp.dtype(dtype), Chip("sublane", 10**4))
+    assert isinstance(tiling, Tiling)
+    tiling = dataclasses.replace(tiling, tile_m=block[0], tile=block[1])
+    assert 0 <= vmem_bytes(tiling, jnp.dtype(dtype).itemsize) / 2**20 - mib < 1
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -230,13 +230,13 @@ def test_plans_fit_the_memory_of_the_chip(transpose, dtype):
     ):
         k, n = (8192, contracted) if transpose else (contracted, 8192)
         spec = product_spec("nf4", 64, k, transpose)
-        found = plan(spec, m, n, jnp.dtype(dtype), chip)
-        if isinstance(found, str):
+        tiling = plan(spec, m, n, jnp.dtype(dtype), chip)
+        if isinstance(tiling, str):
             assert contracted == 53248 or (dtype is F32 and contracted == 28672)
             continue
-        rows = copies * found.tile_m + found.tile if found.keep else 2 * m
+        rows = copies * tiling.tile_m + tiling.tile if tiling.keep else 2 * m
         size = itemsize * contracted * rows
-        size += 2 * contracted * found.tile // 2  # codes
+        size += 2 * contracted * tiling.tile // 2  # codes
         assert size <= chip.vmem_mib * 2**20 * 5 // 4, (chip, contracted, m)
 
 
@@ -309,10 +309,10 @@ def test_no_races(case, capfd):
 )
 def test_weights_are_rounded_once(fmt, block_size, dtype, form):
     codes, scales, weight = make_weight(fmt, 128, 128, block_size)
-    operands, how = (jnp.eye(128, dtype=dtype), codes, scales), {"interpret": True}
+    operands, options = (jnp.eye(128, dtype=dtype), codes, scales), {"interpret": True}
     for transpose in (False, True):
         spec = product_spec(fmt, block_size, 128, transpose)
-        got = fused.product(spec, *operands, chip=Chip(form, 48), **how)
+        got = fused.product(spec, *operands, chip=Chip(form, 48), **options)
         want = weight.astype(dtype)
         np.testing.assert_array_equal(got, want.T if transpose else want)
 

@@ -64,8 +64,8 @@ def test_product_and_input_gradient(fmt, backend):
     for sizes in SIZES[: 3 if fmt != "nf4" else None]:
         y = check(q, x, sizes, g, backend)
         w = q.dequantize(x.dtype)
-        wanted = jax.lax.ragged_dot(x, w, jnp.array(sizes, jnp.int32))
-        assert_close(y, wanted, roundings=2)  # of each
+        expected = jax.lax.ragged_dot(x, w, jnp.array(sizes, jnp.int32))
+        assert_close(y, expected, roundings=2)  # of each
 
 
 def test_tiles_of_an_expert_and_of_a_gradient(monkeypatch):
@@ -122,9 +122,9 @@ def test_vmap_maps_any_operand(mapped):
     for i in range(size):
         w = at(dequantize(q), Q, i)
         w = w[int(layer[i])] if layers else w
-        own = at(np.asarray(sizes), S, i)
-        assert_close(y[i], ragged_product(at(x, X, i), w, own))
-        part = ragged_product(g[i], w.swapaxes(-1, -2), own)
+        member_sizes = at(np.asarray(sizes), S, i)
+        assert_close(y[i], ragged_product(at(x, X, i), w, member_sizes))
+        part = ragged_product(g[i], w.swapaxes(-1, -2), member_sizes)
         total += part if X not in mapped else np.eye(size)[i][:, None, None] * part
     assert_close(dx, total)
 
@@ -163,7 +163,7 @@ def test_no_more_floats_than_those_of_an_expert(backend):
 def test_what_does_not_fit_is_refused(changes, message):
     if isinstance(changes.get("q"), tuple):
         changes = {"q": pack(shape=changes["q"])}
-    given = {"x": jnp.ones((ROWS, K)), "q": pack(), "sizes": SIZES[0], **changes}
-    x, q, sizes = (given.pop(name) for name in (X, Q, S))
+    arguments = {"x": jnp.ones((ROWS, K)), "q": pack(), "sizes": SIZES[0], **changes}
+    x, q, sizes = (arguments.pop(name) for name in (X, Q, S))
     with pytest.raises((TypeError, ValueError), match=message):
-        ql.ragged_dot(x, q, jnp.array(sizes), **given)
+        ql.ragged_dot(x, q, jnp.array(sizes), **arguments)

@@ -98,7 +98,7 @@ def check_gradients(mesh, layout, **settings):
     whole_q, whole_lora, whole_x = operands(**settings)
     w = dequantize(whole_q)
 
-    def wanted(x, lora):
+    def reference(x, lora):
         merged = w + 2 * jnp.einsum("ekr,ern->ekn", lora.a, lora.b)
         return jnp.sum(jnp.square(jax.lax.ragged_dot(x, merged, jnp.array(SIZES)) / 9))
 
@@ -106,7 +106,7 @@ def check_gradients(mesh, layout, **settings):
         return jnp.sum(jnp.square(ql.ragged_dot(x, q, sizes, lora) / 9))
 
     got = jax.jit(jax.value_and_grad(loss, (0, 2)))(x, q, lora, sizes)
-    want = jax.jit(jax.value_and_grad(wanted, (0, 1)))(whole_x, whole_lora)
+    want = jax.jit(jax.value_and_grad(reference, (0, 1)))(whole_x, whole_lora)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         assert_close(a, b)
 

@@ -61,9 +61,9 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
     units = np.array([*w.shape[:-2], K // 16, N])
     spec = [None] * w.ndim
     spec[case // 2 % w.ndim] = summed
-    other = "b" if case % 2 else "a"
+    second_axis = "b" if case % 2 else "a"
     free = [i for i, entry in enumerate(spec) if entry is None]
-    spec[rng.choice(free)] = other
+    spec[rng.choice(free)] = second_axis
     assert all(units % [mesh.shape.get(entry, 1) for entry in spec] == 0)
     x_spec, g_spec = (fuzz_layouts.draw_spec(rng, mesh, a.shape) for a in (x, g))
     if is_packed:
@@ -117,15 +117,15 @@ def test_traffic_of_a_sum_in_16_bits(rows):
     x = spread(jnp.ones((rows, K), jnp.float16), mesh, None, "a")
     with jax.set_mesh(mesh):
         text = jax.jit(ql.matmul).lower(x, q).compile().as_text()
-    found = {
+    traffic = {
         (row["operation"], row["dtype"]): row["bytes"]
         for row in hlo_collectives.collectives(text)
     }
     size = math.prod((rows, N))
     if rows == ROWS:
-        assert found == {
+        assert traffic == {
             ("reduce-scatter", "f32"): 4 * size // 8,
             ("all-gather", "f16"): 2 * size,
         }
     else:
-        assert found == {("all-reduce", "f32"): 4 * size}
+        assert traffic == {("all-reduce", "f32"): 4 * size}

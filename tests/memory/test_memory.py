@@ -164,8 +164,8 @@ def test_tiles_compute_what_the_function_does(tokens, tile):
 
         return jax.value_and_grad(loss, argnums=(0, 1))(w, x)
 
-    whole = functools.partial(run, tile=None)
-    assert_equal_but_for_rounding(run(w, x, tile), whole, w, x)
+    untiled = functools.partial(run, tile=None)
+    assert_equal_but_for_rounding(run(w, x, tile), untiled, w, x)
 
 
 def test_tiles_hold_one_tile():
@@ -252,7 +252,7 @@ def test_layer_inputs_are_in_host_memory():
         )
 
     assert {*stacks(policy)} == {"host"} and {*stacks(None)} == {""}
-    assert_same(*(jax.jit(run(p))(w, x) for p in (policy, None)))
+    assert_same(*(jax.jit(run(remat_policy))(w, x) for remat_policy in (policy, None)))
 
 
 def test_layer_inputs_stay_on_gpus(monkeypatch):
@@ -317,8 +317,8 @@ def test_a_stream_in_16_bits_stays_near(trees):
 def test_offloading_keeps_the_bits_of_remat(trees):
     base, lora = trees
 
-    def run(how):
-        return value_and_gradient(Decoder(CONFIG, remat=how))(lora, base)
+    def run(remat):
+        return value_and_gradient(Decoder(CONFIG, remat=remat))(lora, base)
 
     assert_same(run("offload"), run(True))
 
@@ -348,8 +348,8 @@ def test_positions_that_do_not_count_up_give_nan_not_other_numbers(trees):
         return jax.jit(lambda *trees: hidden(trees_of(*trees), IDS, positions))
 
     positions = jnp.asarray(np.tile(np.arange(40), (2, 1)))
-    other = positions.at[1, 9].set(8)
-    got = apply(Decoder(CONFIG, attention=splash), other)(*trees)
+    gapped = positions.at[1, 9].set(8)
+    got = apply(Decoder(CONFIG, attention=splash), gapped)(*trees)
     assert np.isnan(got[1]).all()
     plain = apply(Decoder(CONFIG), positions)
     assert_equal_but_for_rounding(got[0], lambda *trees: plain(*trees)[0], *trees)

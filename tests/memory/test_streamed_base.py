@@ -90,8 +90,8 @@ def mixer(q):
     return jnp.ones((q.shape[-1], q.shape[-2])) / 9
 
 
-def loss_by_hand(x, q, how, remat):
-    layer, xs = how(x, q)
+def loss_by_hand(x, q, split, remat):
+    layer, xs = split(x, q)
     if remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
     return jnp.sum(jnp.square(jax.lax.scan(layer, x, xs)[0]))
@@ -99,20 +99,20 @@ def loss_by_hand(x, q, how, remat):
 
 # Rows of codes that fill up tiles of 8, and rows that do not.
 @pytest.mark.parametrize("rows", fast_and_slow([43], [64, 72]))
-@pytest.mark.parametrize("how", [by_index, by_slices])
-def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, how):
+@pytest.mark.parametrize("split", [by_index, by_slices])
+def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, split):
     q, host, x = by_hand(rows)
     for remat in (False, True):
-        loss = functools.partial(loss_by_hand, how=how, remat=remat)
+        loss = functools.partial(loss_by_hand, split=split, remat=remat)
         fn = jax.jit(jax.value_and_grad(loss))
         assert_same(fn(x, host), fn(x, q))
 
 
-@pytest.mark.parametrize("how", [by_index, by_slices])
+@pytest.mark.parametrize("split", [by_index, by_slices])
 @pytest.mark.parametrize("remat", [False, True])
-def test_the_device_holds_the_codes_of_one_layer(how, remat):
+def test_the_device_holds_the_codes_of_one_layer(split, remat):
     _, host, x = by_hand()
-    grad = jax.grad(functools.partial(loss_by_hand, how=how, remat=remat))
+    grad = jax.grad(functools.partial(loss_by_hand, split=split, remat=remat))
     moves, largest = moved_and_held(grad, x, host)
     assert set(moves) == {1} and largest == 64 * 24
 
@@ -121,11 +121,11 @@ def test_codes_that_are_moved_outside_of_a_checkpoint_are_kept():
     _, host, x = by_hand()
 
     def loss(x, q):
-        def one(i):
+        def fetch_layer(i):
             return ql.memory.to_device(q, i)
 
         def layer(x, i):
-            return (jnp.tanh(ql.matmul(x, one(i))) @ mixer(q), None)
+            return (jnp.tanh(ql.matmul(x, fetch_layer(i))) @ mixer(q), None)
 
         return jnp.sum(jax.lax.scan(layer, x, jnp.arange(LAYERS))[0])
 
@@ -144,14 +144,14 @@ def test_by_hand_in_tiles_a_layer_is_moved_once():
 
     def loss(x, mlp, to_device):
         def layer(x, i):
-            own = ql.memory.to_device(mlp, i) if to_device else mlp
+            layer_mlp = ql.memory.to_device(mlp, i) if to_device else mlp
             at = {} if to_device else {"layer": i}
 
             def inner(x):
-                return jnp.tanh(ql.matmul(x, own["up"], **at))
+                return jnp.tanh(ql.matmul(x, layer_mlp["up"], **at))
 
             def fn(x):
-                return x + ql.matmul(inner(x), own["down"], **at)
+                return x + ql.matmul(inner(x), layer_mlp["down"], **at)
 
             return ql.memory.tiled(fn, 4)(x), None
 
@@ -320,20 +320,20 @@ def nnx_model():
 
 def nnx_grad(model, remat, tile):
     """The gradient of a loss in the adapters, and its arguments."""
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    graphdef, lora, other_state = nnx.split(model, nnx.LoRAParam, ...)
     x = normal(5, (2, 24, 32))
 
-    def loss(lora, rest):
-        rest = jax.tree.map(lambda v: v, rest)  # variables of this trace
+    def loss(lora, other_state):
+        other_state = jax.tree.map(lambda v: v, other_state)  # variables of this trace
 
         def body(block, x):
             return block(x, tile)
 
         body = nnx.remat(body) if remat else body
         scan = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        return jnp.mean(jnp.square(scan(nnx.merge(graphdef, lora, rest), x)))
+        return jnp.mean(jnp.square(scan(nnx.merge(graphdef, lora, other_state), x)))
 
-    return jax.value_and_grad(loss), (lora, rest)
+    return jax.value_and_grad(loss), (lora, other_state)
 
 
 @pytest.mark.slow

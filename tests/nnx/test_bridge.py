@@ -99,8 +99,8 @@ def check_gradient_of_a(path, lora, grads, grad_w):
     adapter, (*parents, kernel) = leaves_by_path(lora)[path], path.split("/")
     g = dict(nnx.to_flat_state(grad_w))[*parents, kernel].get_value()
     g = np.asarray(adapter.geometry.to_matrix(g))
-    found = dict(nnx.to_flat_state(grads))[*parents, f"{kernel}_lora", "a"]
-    assert_close(found.get_value(), 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2))
+    grad_a = dict(nnx.to_flat_state(grads))[*parents, f"{kernel}_lora", "a"]
+    assert_close(grad_a.get_value(), 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2))
 
 
 def make_bridged(**config):
@@ -125,10 +125,10 @@ def test_a_bridge_keeps_methods_and_variables_that_change():
 def assert_no_float_kernel_is_kept(wrapped, x):
     graphdef, state = nnx.split(wrapped)
 
-    def own():
+    def own_trees():
         return jax.tree.map(lambda v: v, state)  # variables of this trace
 
-    _, pullback = jax.vjp(lambda x: nnx.merge(graphdef, own())(x), x)
+    _, pullback = jax.vjp(lambda x: nnx.merge(graphdef, own_trees())(x), x)
     sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
     assert max(sizes) < 32 * 32
 
@@ -209,9 +209,9 @@ def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
     assert_no_float_kernel_is_kept(wrapped, x)
 
 
-@pytest.mark.parametrize("how", [{"freeze_base": False}, {"fmt": None}])
-def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
-    wrapped, x = make_bridged(**how)
+@pytest.mark.parametrize("options", [{"freeze_base": False}, {"fmt": None}])
+def test_a_bridge_runs_kernels_that_are_trained_or_in_float(options):
+    wrapped, x = make_bridged(**options)
     merged = ql.nnx.merge(wrapped)
 
     def loss(model):

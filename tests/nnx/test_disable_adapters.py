@@ -21,9 +21,9 @@ def make(name, config=CONFIG) -> tuple[Any, Any, Any]:
     """A wrapped model, adapters away from zero; the same without; and an input."""
     x = make_x(PAIRS[name])
     wrapped = NNX.wrap(NNX.make(PAIRS[name]), config, x)
-    rest = jax.tree.map(jnp.copy, wrapped.rest)
-    zero = wrapped.model(jax.tree.map(jnp.copy, wrapped.lora), rest)
-    return wrapped.model(randomized(wrapped.lora), wrapped.rest), ql.nnx.merge(zero), x
+    base = jax.tree.map(jnp.copy, wrapped.base)
+    zero = wrapped.model(jax.tree.map(jnp.copy, wrapped.lora), base)
+    return wrapped.model(randomized(wrapped.lora), wrapped.base), ql.nnx.merge(zero), x
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tolerances import assert_close
 import qlora_jax as ql
 from qlora_jax.nnx.rules import RULES
 
-OWN = NNXOwn((64, 96), "btd,df->btf", rngs=nnx.Rngs(0))
+OWN_MODEL = NNXOwn((64, 96), "btd,df->btf", rngs=nnx.Rngs(0))
 
 
 def wrap(model, config=CONFIG, *args, **kwargs) -> Any:
@@ -80,9 +80,9 @@ def test_state_holds_packed_and_lora_variables_and_no_other(x):
     wrapped = wrap(NNXBlock(rngs=nnx.Rngs(0)))
     filters = nnx.LoRAParam, ql.nnx.Packed, ...
     graphdef, *states = nnx.split(wrapped, *filters)
-    lora, packed, rest = map(nnx.to_flat_state, states)
+    lora, packed, other_state = map(nnx.to_flat_state, states)
     assert (len(lora), len(packed)) == (14, 7)
-    assert {path[-1] for path, _ in rest} == {"bias", "scale"}
+    assert {path[-1] for path, _ in other_state} == {"bias", "scale"}
     params = nnx.to_flat_state(nnx.state(wrapped, nnx.Param))
     assert not set(params.paths) & set(packed.paths)
     np.testing.assert_array_equal(nnx.merge(graphdef, *states)(x), wrapped(x))
@@ -123,7 +123,7 @@ def test_wrap_leaves_the_model_alone_and_donate_converts_it_in_place(x):
     wrapped = wrap(model)
     assert type(model.gate) is nnx.Linear
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
-    kernels = [p.get_value() for p in (model.gate.kernel, model.down.kernel)]
+    kernels = [param.get_value() for param in (model.gate.kernel, model.down.kernel)]
     assert wrap(model, donate=True) is model
     assert all(kernel.is_deleted() for kernel in kernels)
     np.testing.assert_array_equal(model(x), wrapped(x))
@@ -139,7 +139,7 @@ def test_donate_refuses_an_array_that_another_variable_holds():
 
 
 def test_a_base_that_is_trained_stays_a_param():
-    wrapped = wrap(OWN, dataclasses.replace(CONFIG, freeze_base=False))
+    wrapped = wrap(OWN_MODEL, dataclasses.replace(CONFIG, freeze_base=False))
     assert type(wrapped.w) is nnx.Param
     merged = ql.nnx.merge(wrapped)
     assert type(merged) is NNXOwn and type(merged.w) is nnx.Param
@@ -329,10 +329,10 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array(x):
     wrapped = randomize_b(wrap(Stateful(rngs=nnx.Rngs(0, dropout=3))))
     merged = ql.nnx.merge(wrapped)
     for deterministic in (True, False, False):
-        found = wrapped(x, deterministic=deterministic)
-        assert_close(found, merged(x, deterministic=deterministic))
-    found = wrapped(x, nnx.Rngs(dropout=5), deterministic=False)
-    assert_close(found, merged(x, nnx.Rngs(dropout=5), deterministic=False))
+        y = wrapped(x, deterministic=deterministic)
+        assert_close(y, merged(x, deterministic=deterministic))
+    y = wrapped(x, nnx.Rngs(dropout=5), deterministic=False)
+    assert_close(y, merged(x, nnx.Rngs(dropout=5), deterministic=False))
     assert int(wrapped.count[...]) == 4
     assert wrapped.project(x)[1] == "plain"
     assert_close(wrapped.project(x, "other"), merged.project(x, "other"))
@@ -416,8 +416,8 @@ def test_a_class_that_is_not_registered_here_is_named_when_unpickled(monkeypatch
 def test_a_model_of_an_outer_scope_is_wrapped_in_a_trace(create):
     model = NNXMLP(rngs=nnx.Rngs(0))
     wrapped = create(lambda: wrap(model))
-    found, want = nnx.state(wrapped), nnx.state(wrap(model))
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, want)
+    state, want = nnx.state(wrapped), nnx.state(wrap(model))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, want)
 
 
 @pytest.mark.slow

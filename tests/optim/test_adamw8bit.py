@@ -121,16 +121,16 @@ def test_blocks_of_any_shape(name):
         def view(x):
             return np.moveaxis(x, grid.axis, -1)
 
-    flat, found = view(x).reshape(layers, -1), view(got).reshape(layers, -1)
+    flat, decoded = view(x).reshape(layers, -1), view(got).reshape(layers, -1)
     missing = -flat.shape[1] % BLOCK
     flat = np.pad(flat, ((0, 0), (0, missing))).reshape(-1, BLOCK)
-    found = np.pad(found, ((0, 0), (0, missing))).reshape(-1, BLOCK)
+    decoded = np.pad(decoded, ((0, 0), (0, missing))).reshape(-1, BLOCK)
     codes, scales, near = definition(flat, True)
     want = MAPS[True][codes] * scales[:, None]
     is_clear = near > 1e-6
-    np.testing.assert_array_equal(found[is_clear] == 0, want[is_clear] == 0)
+    np.testing.assert_array_equal(decoded[is_clear] == 0, want[is_clear] == 0)
     is_clear &= want != 0
-    ratios = found[is_clear] / want[is_clear]
+    ratios = decoded[is_clear] / want[is_clear]
     assert_close(ratios, np.ones_like(ratios), terms=4)
 
 
@@ -270,8 +270,8 @@ def test_vmap():
 
     got = jax.jit(jax.vmap(step))(trees)
     for i in range(2):
-        one = jax.tree.map(lambda x, i=i: x[i], trees)
-        alike(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(one))
+        member = jax.tree.map(lambda x, i=i: x[i], trees)
+        alike(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(member))
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_schedules_masks_and_what_optax_wraps():
     def update(tx, params):
         return tx.update(w, tx.init(w), params)[0]
 
-    mask = {"weight_decay": 1.0, "mask": lambda p: {"w": False}}
+    mask = {"weight_decay": 1.0, "mask": lambda params: {"w": False}}
     want = update(ql.optim.adamw8bit(0.1), zeros)
     assert_same(update(ql.optim.adamw8bit(0.1, **mask), w), want)
 
@@ -344,8 +344,10 @@ def language_model_losses(name):
 
     def loss(lora, batch):
         logits = model.apply({"params": base, "lora": lora}, batch[:, :-1])
-        found = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
-        return found.mean()
+        token_losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch[:, 1:]
+        )
+        return token_losses.mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(lora, state, batch):
@@ -399,7 +401,7 @@ def test_over_several_devices(mesh):
     shapes = {"a": (2, 1024, 8), "b": (2, 8, 520), "m": (512, 16)}
     tree = {k: jnp.asarray(values(shape, True)) for k, shape in shapes.items()}
     tx = ql.optim.adamw8bit(1e-2)
-    step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+    step = jax.jit(lambda g, s, params: tx.update(g, s, params))
     want, got = tx.init(tree), None
     with jax.set_mesh(mesh):
         split = {k: spread(x, mesh, *SPECS[k]) for k, x in tree.items()}
@@ -410,8 +412,8 @@ def test_over_several_devices(mesh):
                 return jax.tree.map(lambda x: x * n, tree)
 
             updates, got = step(scaled(split), got, split)
-            wanted, want = step(scaled(tree), want, tree)
-            alike(updates, wanted)
+            expected_updates, want = step(scaled(tree), want, tree)
+            alike(updates, expected_updates)
             alike(got, want)
     for k, x in updates.items():
         assert x.sharding.is_equivalent_to(split[k].sharding, x.ndim)

@@ -161,11 +161,11 @@ def test_layer_by_layer_is_the_same_within_rounding(name):
 def test_what_mixes_layers_takes_whole_leaves_or_is_refused(name):
     tx, lora = transformation(name), make_lora()
     assert carried(ql.optim.offload(tx), lora) == set()
-    demanding, what = paged(tx), MIXING[name][1]
+    demanding, reason = paged(tx), MIXING[name][1]
     with pytest.raises(ValueError) as error:
         demanding.update(lora, demanding.init(lora), lora)
     # The arrays that are mixed are named.
-    words = f"`layerwise` must be None or False.*{what}"
+    words = f"`layerwise` must be None or False.*{reason}"
     for match in (words, r"experts/kernel/a.*layers/q/kernel/b"):
         assert error.match(match)
 
@@ -309,15 +309,15 @@ def test_a_host_state_whose_update_drops_skip_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ONE_TREE)
-def test_one_tree(how):
+@pytest.mark.parametrize("kind", ONE_TREE)
+def test_one_tree(kind):
     base, lora = make_trees()
 
     def of_one_tree(tree, seed):
         frozen, lora = ql.split(tree)
         return ql.combine(jax.tree.map(jnp.zeros_like, frozen), gradients(lora, seed))
 
-    tx = ONE_TREE[how](paged(ADAMW))
+    tx = ONE_TREE[kind](paged(ADAMW))
     tree, state = train_tree(tx, ql.combine(base, lora), of_one_tree, 10)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
@@ -425,8 +425,8 @@ def test_init():
     for init in (off.init, jax.jit(off.init)):
         assert is_paged(init(lora))
         assert_same(init(lora), want)
-    found = jax.eval_shape(off.init, lora)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, want)
+    state = jax.eval_shape(off.init, lora)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, want)
 
 
 @pytest.mark.slow
@@ -457,8 +457,8 @@ def test_over_several_devices(spec, mesh):
         assert is_paged(got[1])
         close(got, want)
         moments = got[1][0].mu["layers"].sharding
-    wanted = NamedSharding(mesh, PartitionSpec(*spec), memory_kind="pinned_host")
-    assert moments.is_equivalent_to(wanted, 3)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec), memory_kind="pinned_host")
+    assert moments.is_equivalent_to(sharding, 3)
 
 
 @pytest.mark.slow
@@ -549,10 +549,10 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
         lowered = jax.jit(tx.init, out_shardings=places).lower(lora)
     else:
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(lora, state)
-    found = lowered.compile().memory_analysis()
+    analysis = lowered.compile().memory_analysis()
     names = ["argument_size", "temp_size"]
     names += [f"host_{n}_size" for n in ("argument", "output", "alias", "temp")]
-    return {name: getattr(found, f"{name}_in_bytes") for name in names}
+    return {name: getattr(analysis, f"{name}_in_bytes") for name in names}
 
 
 @functools.cache
@@ -587,13 +587,13 @@ def test_on_a_tpu_the_first_state_is_made_layer_by_layer():
 
     Those in float32 then pass through the device array by array.
     """
-    whole, split, packed = (compiled_for_tpu()[name] for name in INITS)
-    assert whole["host_output_size"] == 4 * MOMENTS
+    unsplit, split, packed = (compiled_for_tpu()[name] for name in INITS)
+    assert unsplit["host_output_size"] == 4 * MOMENTS
     assert split["host_output_size"] == MOMENTS
     assert MOMENTS / 4 < packed["host_output_size"] < 1.1 * MOMENTS / 4
-    for found in (whole, split, packed):
-        assert found["host_temp_size"] == 0
-        assert found["temp_size"] < 2 * found["host_output_size"] / LAYERS
+    for sizes in (unsplit, split, packed):
+        assert sizes["host_temp_size"] == 0
+        assert sizes["temp_size"] < 2 * sizes["host_output_size"] / LAYERS
 
 
 UPDATES = ("resident", "offloaded", "8 bits", "four chips")

@@ -84,7 +84,7 @@ def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     assert_same(got_base, base)
     # Ten equal gradients, averaged, applied once: one step of plain SGD.
     grads = gradients(base, lora, x, y)
-    want = jax.tree.map(lambda p, g: p - g, lora, grads)
+    want = jax.tree.map(lambda param, g: param - g, lora, grads)
     assert_close(got_lora, want)
     assert array_bytes(state) < 2 * array_bytes(lora)
 

@@ -33,5 +33,5 @@ def assert_equals_merged(wrapped, model, logits, names):
     for path, lora in leaves_by_path(ql.nnx.split(wrapped)[1]).items():
         *parents, name = (int(x) if x.isdigit() else x for x in path.split("/"))
         g = lora.geometry.to_matrix(grad_w[*parents, name].get_value())
-        found = grads[*parents, f"{name}_lora", "a"].get_value()
-        assert_close(found, 2 * g @ jnp.swapaxes(lora.b, -1, -2))
+        grad_a = grads[*parents, f"{name}_lora", "a"].get_value()
+        assert_close(grad_a, 2 * g @ jnp.swapaxes(lora.b, -1, -2))

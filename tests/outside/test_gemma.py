@@ -39,10 +39,10 @@ def make_model(num_kv_heads: int, transpose: bool):
     kinds = _modules.AttentionType
     sizes = dict(num_embed=60, embed_dim=32, hidden_dim=48, num_heads=4, head_dim=16)
     sizes |= dict(num_kv_heads=num_kv_heads, sliding_window_size=4)
-    more = dict(use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True)
-    more |= dict(attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL))
-    more |= dict(final_logit_softcap=30.0, transpose_gating_einsum=transpose)
-    config = _config.TransformerConfig(**sizes, **more)
+    options = dict(use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True)
+    options |= dict(attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL))
+    options |= dict(final_logit_softcap=30.0, transpose_gating_einsum=transpose)
+    config = _config.TransformerConfig(**sizes, **options)
     model = _transformer.Transformer(config=config, dtype=jnp.float32)
     params = model.init(jax.random.key(0), TOKENS)["params"]
     rng = np.random.default_rng(1)
@@ -107,11 +107,13 @@ def test_gradients_equal_those_of_the_merged_model():
     grads, grad_w = jax.grad(loss)(lora), jax.grad(float_loss)(ql.merge(base, lora))
     for layer, path in [("layer_0", ("attn", "q_einsum", "w")), ("layer_1", ("mlp",))]:
         parts = [layer, *path] if path != ("mlp",) else [layer, "mlp", "linear"]
-        found, g, adapter = grads, grad_w, lora
+        adapter_grads, g, adapter = grads, grad_w, lora
         for part in parts:
-            found, g, adapter = found[part], g[part], adapter[part]
+            adapter_grads, g, adapter = adapter_grads[part], g[part], adapter[part]
         g = np.asarray(adapter.geometry.to_matrix(g))
-        assert_close(found.a, 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2))
+        assert_close(
+            adapter_grads.a, 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2)
+        )
 
 
 class Registered(_layers.Einsum):
@@ -132,8 +134,8 @@ def test_registered_einsum_takes_the_fast_path():
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
     assert lora["heads"]["w"].a.shape == (32, 4)
     lora = randomized(lora)
-    found = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
-    assert_close(found, model.apply({"params": ql.merge(base, lora)}, x))
+    y = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    assert_close(y, model.apply({"params": ql.merge(base, lora)}, x))
 
 
 def merged_by_hand(params, deltas, num_kv_heads, transpose):
@@ -187,8 +189,8 @@ def test_adapter_of_peft_is_that_of_the_same_weights(num_kv_heads, transpose, tm
     base, lora, peft_config = ql.io.load_peft(tmp_path, params, names)
     run = ql.linen.wrap(model).apply
     logits = run({"params": base, "lora": lora}, TOKENS).logits
-    wanted = merged_by_hand(params, deltas, num_kv_heads, transpose)
-    assert_close(logits, model.apply({"params": wanted}, TOKENS).logits)
+    expected = merged_by_hand(params, deltas, num_kv_heads, transpose)
+    assert_close(logits, model.apply({"params": expected}, TOKENS).logits)
     before = model.apply({"params": params}, TOKENS).logits
     assert np.abs(before - logits).max() > 0.1
     ql.io.save_peft(tmp_path / "again", base, lora, names, peft_config)

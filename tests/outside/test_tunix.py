@@ -49,10 +49,10 @@ def make_qwen_experts():
 
 
 def make_gemma():
-    own: dict[str, Any] = dict(num_embed=60, final_logit_softcap=30.0)
-    own |= dict(use_post_attn_norm=True, use_post_ffw_norm=True)
-    own |= dict(attention_types=[gemma.AttentionType.GLOBAL] * 2)
-    config = gemma.ModelConfig(**own, **SIZES)
+    options: dict[str, Any] = dict(num_embed=60, final_logit_softcap=30.0)
+    options |= dict(use_post_attn_norm=True, use_post_ffw_norm=True)
+    options |= dict(attention_types=[gemma.AttentionType.GLOBAL] * 2)
+    config = gemma.ModelConfig(**options, **SIZES)
     return fill(gemma.Gemma(config, rngs=nnx.Rngs(0)))
 
 

@@ -90,7 +90,7 @@ def test_the_rollout_has_the_actor_s_adapters_and_the_reference_none(trained):
         return buffers(nnx.state(model, nnx.LoRAParam))
 
     assert adapters(actor) == adapters(rollout)
-    found = models.logits(reference)
-    assert not np.allclose(found, models.logits(actor), atol=0.1)
+    reference_logits = models.logits(reference)
+    assert not np.allclose(reference_logits, models.logits(actor), atol=0.1)
     with ql.nnx.disable_adapters(actor):
-        assert_close(found, models.logits(actor))
+        assert_close(reference_logits, models.logits(actor))

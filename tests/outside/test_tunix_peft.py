@@ -91,14 +91,14 @@ def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
     folder, merged = tmp_path / "adapter", dict(tensors)
     for module, (a, b) in draw_peft(folder, shapes, target_modules=".*_proj").items():
         merged[f"{module}.weight"] = tensors[f"{module}.weight"] + 2 * b @ a
-    wanted = load_there(tmp_path / "merged", merged, like, params)
+    expected = load_there(tmp_path / "merged", merged, like, params)
     base, lora, peft_config = ql.io.load_peft(folder, ql.nnx.split(model)[0], names)
     targets = [re.escape(path) for path in leaves_by_path(lora)]
     contract = CONTRACT if "gemma" in name else {}
     config = ql.QLoRAConfig(fmt=None, targets=targets, contract=contract)
     wrapped = ql.nnx.wrap(model, config, rngs=nnx.Rngs(0))
     wrapped = ql.nnx.join(wrapped, base, lora)
-    logits = models.logits(wanted)
+    logits = models.logits(expected)
     assert_close(models.logits(wrapped), logits)
     assert np.abs(models.logits(model) - logits).max() > 0.1
 

@@ -115,8 +115,8 @@ def test_mxfp4_is_ocps_but_for_blocks_that_ocp_cuts_off():
     low, high = (np.searchsorted(middles, np.abs(scaled), s) for s in ("left", "right"))
     codes = np.where(low % 2, high, low) + 8 * np.signbit(w)  # ties to even
     is_same = ~np.repeat(is_cut, 32, axis=0)
-    found = helpers.unpack(np.asarray(q.codes), "nf4", K)
-    np.testing.assert_array_equal(found[is_same], codes[is_same])
+    unpacked = helpers.unpack(np.asarray(q.codes), "nf4", K)
+    np.testing.assert_array_equal(unpacked[is_same], codes[is_same])
 
 
 def test_trees_files_and_meshes(ours, tmp_path, monkeypatch):
@@ -159,8 +159,8 @@ def test_trees_files_and_meshes(ours, tmp_path, monkeypatch):
 
 def test_users_read_of_all_formats():
     """In the docstring of `quantize`, where others refer to, and in the commands."""
-    said = re.search("number format, one of (.*?);", ql.quantize.__doc__, re.DOTALL)
-    assert set(re.findall(r'"(\w+)"', said[1])) == {*FORMATS}
+    listed = re.search("number format, one of (.*?);", ql.quantize.__doc__, re.DOTALL)
+    assert set(re.findall(r'"(\w+)"', listed[1])) == {*FORMATS}
     assert {*get_args(Fmt)} == {*FORMATS, "none"}
 
 
@@ -175,7 +175,7 @@ def test_a_format_that_says_nothing_has_both_schemes(monkeypatch):
 
 # Of formats of servers: what they have by default, and how many bits that is.
 @pytest.mark.parametrize(
-    ("fmt", "block_size", "bits", "other"),
+    ("fmt", "block_size", "bits", "allowed"),
     [
         ("int4_f16", 128, 4.125, "32 or 64 or 128"),
         ("q4_0", 32, 4.5, "32"),
@@ -183,24 +183,24 @@ def test_a_format_that_says_nothing_has_both_schemes(monkeypatch):
         ("nvfp4", 16, 4.5, "16"),
     ],
 )
-def test_what_a_format_does_not_have_is_refused(fmt, block_size, bits, other):
+def test_what_a_format_does_not_have_is_refused(fmt, block_size, bits, allowed):
     q = ql.quantize(np.ones((512, 64), np.float32), fmt)
     assert (q.block_size, q.double_quant) == (block_size, False)
     assert q.bits_per_param == pytest.approx(bits, abs=2e-3)
     config = ql.QLoRAConfig(fmt=fmt, targets=".*")
     assert (config.block_size, config.double_quant) == (block_size, False)
-    with pytest.raises(ValueError, match=f"must be {other} for '{fmt}'. Got 256"):
+    with pytest.raises(ValueError, match=f"must be {allowed} for '{fmt}'. Got 256"):
         ql.quantize(weights(), fmt, block_size=256)
     with pytest.raises(ValueError, match=f"must be False for '{fmt}', whose scales"):
         ql.quantize(weights(), fmt, double_quant=True)
-    whole = f"a multiple of {block_size}, the block size, for '{fmt}'.*Got 200"
-    with pytest.raises(ValueError, match=whole):
+    message = f"a multiple of {block_size}, the block size, for '{fmt}'.*Got 200"
+    with pytest.raises(ValueError, match=message):
         ql.quantize(np.ones((200, 4), np.float32), fmt)
-    with pytest.raises(ValueError, match=f"(?s)up: .*{whole}"):
+    with pytest.raises(ValueError, match=f"(?s)up: .*{message}"):
         ql.init(jax.random.key(0), {"up": jnp.ones((200, 64))}, config)
     parts = {"codes": jnp.zeros((100, 4), jnp.uint8), "scales": q.scales[:1, :4]}
     facts = {"fmt": fmt, "block_size": block_size, "dtype": "float32"}
-    with pytest.raises(ValueError, match=whole):
+    with pytest.raises(ValueError, match=message):
         ql.QTensor.from_parts(**parts, shape=(200, 4), **facts)
 
 

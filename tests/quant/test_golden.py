@@ -187,8 +187,8 @@ def test_lora_and_its_merged_kernel_equal_peft(case, dtype):
     merged = ql.merge(base, lora)["proj"]["kernel"]
     assert y.dtype == merged.dtype == x.dtype
     leaf = grads["proj"]["kernel"]
-    found = {"y": y, "grad_x": grad_x, "grad_a": leaf.a.T, "grad_b": leaf.b.T}
-    for key, got in {**found, "merged": merged.T}.items():
+    results = {"y": y, "grad_x": grad_x, "grad_a": leaf.a.T, "grad_b": leaf.b.T}
+    for key, got in {**results, "merged": merged.T}.items():
         # The products with W, A and B are rounded, and so is their sum.
         assert_close(got, want[key], dtype=dtype, roundings=4)
 

@@ -111,8 +111,8 @@ def check_properties(case, q):
 @pytest.mark.parametrize("block_size", slow_but_every(3, [16 * 2**i for i in range(9)]))
 @pytest.mark.parametrize("fmt", ANY_BLOCK)
 def test_codes_and_scales_are_the_oracles(fmt, block_size):
-    others = [(1, 7), (2, 128, 3)] if block_size == 64 else []
-    for shape in [(67, 5), (3 * block_size // 2, 3), *others]:
+    more_shapes = [(1, 7), (2, 128, 3)] if block_size == 64 else []
+    for shape in [(67, 5), (3 * block_size // 2, 3), *more_shapes]:
         w = weights(Case(shape), seed=block_size)
         codes, scales = helpers.quantize(w, fmt, block_size)
         q = ql.quantize(w, fmt, block_size=block_size, double_quant=False)
@@ -133,8 +133,8 @@ def test_a_short_last_block_is_divided_by_its_scale(fmt):
     by_reciprocal, _ = helpers.quantize(w, fmt, 2)  # a block that is whole
     assert (codes != by_reciprocal).any()
     q = ql.quantize(w, fmt, double_quant=False)
-    found = helpers.unpack(np.asarray(q.codes), fmt, 2)
-    np.testing.assert_array_equal(found, codes)
+    unpacked = helpers.unpack(np.asarray(q.codes), fmt, 2)
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 85), (5, 103), (2, 4, 200)])
@@ -365,9 +365,12 @@ def test_the_largest_weights_stay_finite(fmt, largest):
     assert error < HALF_GAP[fmt] * largest * (1 + rounding(64))
     with pytest.raises(ValueError, match="the sum of the scales overflows"):
         ql.quantize(w.astype(np.float32), fmt)
-    one = np.zeros_like(w, np.float32)
-    one[:64, 0] = w[:64, 0] / 8
-    error = np.abs(np.asarray(ql.dequantize(ql.quantize(one, fmt)), np.float64) - one)
+    single_block = np.zeros_like(w, np.float32)
+    single_block[:64, 0] = w[:64, 0] / 8
+    error = np.abs(
+        np.asarray(ql.dequantize(ql.quantize(single_block, fmt)), np.float64)
+        - single_block
+    )
     assert error.max() < HALF_GAP[fmt] * largest / 8 * 1.05
 
 
@@ -468,12 +471,14 @@ def test_packed_kernels_behave_as_pytrees():
         jax.tree.unflatten(treedef, [filler] * len(leaves))
     labels = jax.tree.map(lambda _: "label", q)
     assert repr(labels) == "QTensor(nf4, codes='label', scales='label')"
-    one = jax.tree.map(lambda x: x[1], q)
-    assert one.shape == (128, 24)
-    np.testing.assert_array_equal(ql.dequantize(one), ql.dequantize(q)[1])
-    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(q)]
+    layer = jax.tree.map(lambda x: x[1], q)
+    assert layer.shape == (128, 24)
+    np.testing.assert_array_equal(ql.dequantize(layer), ql.dequantize(q)[1])
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(q)
+    ]
     assert paths == [".codes", ".scales", ".scale_scales", ".scale_offset"]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), one, one)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), layer, layer)
     assert stacked.shape == (2, 128, 24)
 
 

@@ -57,15 +57,15 @@ STEPS = {
 }
 
 
-def settings(**others):
-    return TrainConfig("model", "data", "out", **{**SETTINGS, **others})
+def settings(**overrides):
+    return TrainConfig("model", "data", "out", **{**SETTINGS, **overrides})
 
 
 def model_of(decoder):
     return BaseModel(pathlib.Path("model"), decoder, abstract_params(decoder))
 
 
-def both(mesh, **others):
+def both(mesh, **overrides):
     """Lowers a step from shapes alone, and from the arrays of a run."""
     decoder = DecoderConfig(64, 128, 256, 2, num_heads=4, num_kv_heads=2)
     config = settings(
@@ -74,7 +74,7 @@ def both(mesh, **others):
         batch_size=8,
         mesh=mesh,
         block_size=16,
-        **others,
+        **overrides,
     )
     model = model_of(decoder)
     devices = jax.devices()[: 8 if mesh else 1]
@@ -107,17 +107,17 @@ ON_HOST = {"offload_optimizer": True, "base_memory": "host"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, others",
+    "mesh, overrides",
     [
         (None, {"objective": "dpo"}),
         ("fsdp=4,tensor=2", {}),
         ("fsdp=4,tensor=2", ON_HOST),
     ],
 )
-def test_shapes_lower_to_the_program_of_the_arrays(mesh, others):
+def test_shapes_lower_to_the_program_of_the_arrays(mesh, overrides):
     """What is compiled from shapes alone is what a run compiles from its arrays."""
-    lowered, wanted = both(mesh, **others)
-    assert lowered.as_text() == wanted.as_text()
+    lowered, expected = both(mesh, **overrides)
+    assert lowered.as_text() == expected.as_text()
 
 
 def test_collectives_count_what_loops_repeat():
@@ -192,8 +192,8 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   ROOT %z = f32[8,4] get-tuple-element(%w), index=0
 }
 """
-    (found,) = collectives(program)
-    assert (found["count"], found["bytes"]) == (4, 4 * 8)  # 0, 2, 4 and 6
+    (collective,) = collectives(program)
+    assert (collective["count"], collective["bytes"]) == (4, 4 * 8)  # 0, 2, 4 and 6
     with pytest.raises(ValueError, match="must count to a constant"):
         collectives(program.replace("add(%at, %two)", "add(%at, %three)"))
 
@@ -219,21 +219,21 @@ def test_a_step_on_paper_is_bytes_and_operations_over_rates():
         "chips": 1,
         "settings": {"lora_r": 64, "max_length": 1000, "batch_size": 1} | on_host,
     }
-    found = scale_paper.estimate(record)
+    estimated = scale_paper.estimate(record)
     operations = 2 * 1000 * (3 * linear + 4 * adapter + 2 * 128256 * 4096)
-    assert found.products == pytest.approx(operations / (0.6 * 197e12))
+    assert estimated.products == pytest.approx(operations / (0.6 * 197e12))
     scores = 32 * 1000**2 * 4096  # heads times their size; half seen, two operations
-    assert found.attention == pytest.approx(11 * scores / (0.4 * 197e12))
+    assert estimated.attention == pytest.approx(11 * scores / (0.4 * 197e12))
     inputs = 32 * 1000 * 4096 * 2
     host = 2 * inputs + 16 * adapter + 2 * linear * 4.127 / 8
-    assert found.host == pytest.approx(host / 14e9)
-    assert found.ici == 0
+    assert estimated.host == pytest.approx(host / 14e9)
+    assert estimated.ici == 0
     # A pair has two rows, and a pass without the adapter.
     record = record | {"settings": record["settings"] | {"objective": "dpo"}}
     operations += 2 * 1000 * (linear + 128256 * 4096)
     products = scale_paper.estimate(record).products
     assert products == pytest.approx(2 * operations / (0.6 * 197e12))
-    assert found.best == found.host
+    assert estimated.best == estimated.host
     # Where the link takes as long as the products of the base's weights alone.
     tokens = scale_paper.break_even("v5e")
     comes, products = 2 * 4.127 / 8 / 14e9, tokens * 6 / (0.6 * 197e12)
@@ -296,15 +296,17 @@ def compiled():
 @pytest.mark.slow
 @pytest.mark.newest
 def test_memory_of_a_step_is_what_the_formulas_say():
-    one, many, _ = (compiled()[name] for name in STEPS)
-    assert argument_bytes() <= one["argument_size"] <= 1.02 * argument_bytes()
+    single, sharded, _ = (compiled()[name] for name in STEPS)
+    assert argument_bytes() <= single["argument_size"] <= 1.02 * argument_bytes()
     # Layer inputs are in host memory, and nothing else is.
-    assert one["host_argument_size"] == many["host_temp_size"] == 0
-    assert one["host_temp_size"] == 2 * LAYERS * TOKENS * WIDTH
+    assert single["host_argument_size"] == sharded["host_temp_size"] == 0
+    assert single["host_temp_size"] == 2 * LAYERS * TOKENS * WIDTH
     # Of JAX 0.12.0.1, and 3% for another compiler.
-    assert one["temp_size"] <= 1.03 * 14_223_360
-    assert many["temp_size"] <= 1.03 * 8_279_552
-    assert argument_bytes() / 4 <= many["argument_size"] <= 1.04 * argument_bytes() / 4
+    assert single["temp_size"] <= 1.03 * 14_223_360
+    assert sharded["temp_size"] <= 1.03 * 8_279_552
+    assert (
+        argument_bytes() / 4 <= sharded["argument_size"] <= 1.04 * argument_bytes() / 4
+    )
 
 
 @needs_libtpu
@@ -312,9 +314,9 @@ def test_memory_of_a_step_is_what_the_formulas_say():
 @pytest.mark.newest
 def test_each_layer_is_gathered_packed_once_a_direction():
     """Beside it: adapters in 16 bits, hidden states for the loss, and gradients."""
-    one, many, both = (compiled()[name] for name in STEPS)
-    assert one["collectives"] == []
-    moved = {(x["operation"], x["dtype"]): x for x in many["collectives"]}
+    single, sharded, both = (compiled()[name] for name in STEPS)
+    assert single["collectives"] == []
+    moved = {(x["operation"], x["dtype"]): x for x in sharded["collectives"]}
     packed = moved.pop(("all-gather", "u8"))
     assert packed["bytes"] == 2 * gathered_bytes()
     assert packed["count"] == 2 * len(LINEAR) * LAYERS
@@ -336,7 +338,7 @@ def test_each_layer_is_gathered_packed_once_a_direction():
             assert x["bytes"] <= 1.05 * floats["bytes"] + sums
         else:
             assert x["bytes"] <= 2 * hidden * x["count"]
-    assert min(x["kernels"] for x in (one, many, both)) >= 2 * len(LINEAR)
+    assert min(x["kernels"] for x in (single, sharded, both)) >= 2 * len(LINEAR)
 
 
 def compile_steps():
@@ -344,10 +346,10 @@ def compile_steps():
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
-    for name, others in STEPS.items():
-        own = devices if "mesh" in others else devices[:1]
-        config, model = settings(**others), model_of(DECODER)
-        lowered = lower_step(config, model, own, "pallas_tpu_v5e")
+    for name, overrides in STEPS.items():
+        step_devices = devices if "mesh" in overrides else devices[:1]
+        config, model = settings(**overrides), model_of(DECODER)
+        lowered = lower_step(config, model, step_devices, "pallas_tpu_v5e")
         yield [name, aot_scale.measure(lowered.compile())]
 
 

@@ -68,10 +68,10 @@ def compile_cases(chip):
         m, rows, cols, fmt, block_size, dtype, form, lead, pick = case
         batch = lead[1:] if pick else lead
         codes_rows = rows if fmt == "int8" else rows // 2
-        own = Chip(form or FORMS[chip], 48)
+        chip_spec = Chip(form or FORMS[chip], 48)
         for transpose in directions(chip, number):
             packing = Packing(fmt, block_size)
-            lowered = jax.jit(functools.partial(fused.product, chip=own)).lower(
+            lowered = jax.jit(functools.partial(fused.product, chip=chip_spec)).lower(
                 ProductSpec(packing, dtype, rows, transpose=transpose),
                 shape(*batch, m, cols if transpose else rows, dtype=dtype),
                 shape(*lead, codes_rows, cols, dtype=jnp.uint8),
@@ -251,25 +251,25 @@ def test_few_rows_take_few_bundles(chip, fmt, most, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(root))
     tpu_static = importlib.import_module("tpu_static")
     case = {"kind": "packed", "m": 16, "transpose": False, "fmt": fmt}
-    found = tpu_static.compile_case(chip, **case)
-    assert (found.temporary, found.loops) == (0, [])
+    compiled = tpu_static.compile_case(chip, **case)
+    assert (compiled.temporary, compiled.loops) == (0, [])
     tiles = tpu_static.ROWS * 1024 / 512**2
     # The older compiler schedules the same kernel a little less densely.
     newest = tuple(map(int, version("jax").split(".")[:2])) >= (0, 12)
-    assert 0 < found.bundles / tiles <= most * (1 if newest else 1.2)
+    assert 0 < compiled.bundles / tiles <= most * (1 if newest else 1.2)
     if chip == "v5e":
         # One operation rounds and packs the table of 64 rows and 128 columns, and in
         # integers 16 rows of weights.
-        packs = re.findall(r"vpack\.i\.(?:f32\.)?bf16", found.text)
+        packs = re.findall(r"vpack\.i\.(?:f32\.)?bf16", compiled.text)
         rows = 64 if fmt == "nf4" else 16
         assert len(packs) == tiles * 512**2 / (rows * 128)
     else:
-        assert 0 < found.first < 100  # x is put in order at the first stripe only
+        assert 0 < compiled.first < 100  # x is put in order at the first stripe only
 
 
 @functools.cache
-def run_for(chip, what):
-    return run_script(__file__, chip, what)
+def run_for(chip, task):
+    return run_script(__file__, chip, task)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ def compile_steps():
         assert memory is not None
         inputs = re.escape(f"bf16[{LAYERS},1,{tokens},{WIDTH}]") + r"{[^}]*}"
         factors = rf"bf16\[{LAYERS},(?:{RANK},\d+|\d+,{RANK})\]"
-        found = {
+        sizes = {
             "kernels": sorted({*re.findall(r"splash_mha_(fwd|dq|dkv)", text)}),
             "layer inputs": sorted({*re.findall(inputs, text)}),
             "factors": re.findall(factors, text),
             "device": memory.temp_size_in_bytes,
             "host": memory.host_temp_size_in_bytes,
         }
-        yield [name, found]
+        yield [name, sizes]
 
 
 @functools.cache
@@ -60,16 +60,16 @@ def test_splash_is_in_both_passes_and_no_stack_of_adapters_is_cast(name):
 @pytest.mark.parametrize("name", STEPS)
 def test_layer_inputs_are_in_host_memory_if_asked(name):
     _, _, tokens = STEPS[name]
-    found = steps()[name]
-    is_on_host = ["S(5)" in layout for layout in found["layer inputs"]]
+    sizes = steps()[name]
+    is_on_host = ["S(5)" in layout for layout in sizes["layer inputs"]]
     offloads = STEPS[name][0]["remat"] == "offload"
     assert is_on_host and {*is_on_host} == {offloads}
-    assert found["host"] == (2 * LAYERS * tokens * WIDTH if offloads else 0)
+    assert sizes["host"] == (2 * LAYERS * tokens * WIDTH if offloads else 0)
 
 
 @needs_libtpu
 def test_tiles_hold_one_tile_of_the_mlp():
-    device = {name: found["device"] for name, found in steps().items()}
+    device = {name: sizes["device"] for name, sizes in steps().items()}
     grown = device["offload, long"] - device["offload"]
     in_tiles = device["tiled, long"] - device["tiled"]
     assert grown - in_tiles > 2 * (LONG - SHORT) * INNER  # an array of the MLP's width

@@ -57,14 +57,14 @@ def compile_steps(chip):
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory is not None
         stacks = rf"u8\[{LAYERS},\d+,8,\d+\]{{[^}}]*}}"
-        found = {
+        sizes = {
             "host temporaries": memory.host_temp_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "arguments": memory.argument_size_in_bytes,
             "stacks": sorted({*re.findall(stacks, text)}),
             "moves": len(re.findall(r" dynamic-slice-start\(", text)),
         }
-        yield [name, found]
+        yield [name, sizes]
 
 
 @functools.cache
@@ -76,23 +76,23 @@ def steps(chip):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_slice_is_copied_as_it_is(chip):
     """Where the shape is that of the codes, the whole stack is laid out again."""
-    found, size = steps(chip), LAYERS * INNER * INNER
-    assert found["rows"]["host temporaries"] >= size
-    assert found["rows"]["temporaries"] >= size
-    assert found["tiles of rows"]["host temporaries"] == 0
-    assert found["tiles of rows"]["temporaries"] < size / 2
+    sizes_of, size = steps(chip), LAYERS * INNER * INNER
+    assert sizes_of["rows"]["host temporaries"] >= size
+    assert sizes_of["rows"]["temporaries"] >= size
+    assert sizes_of["tiles of rows"]["host temporaries"] == 0
+    assert sizes_of["tiles of rows"]["temporaries"] < size / 2
 
 
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_stacks_of_codes_stay_and_a_layer_is_moved_once_in_each_direction(chip, name):
-    found = steps(chip)[name]
-    assert found["host temporaries"] == 0
-    assert found["stacks"] and all("S(5)" in layout for layout in found["stacks"])
-    less = steps(chip)["resident"]["arguments"] - found["arguments"]
+    sizes = steps(chip)[name]
+    assert sizes["host temporaries"] == 0
+    assert sizes["stacks"] and all("S(5)" in layout for layout in sizes["stacks"])
+    less = steps(chip)["resident"]["arguments"] - sizes["arguments"]
     assert less >= 3 * STACK  # the MLP's; arguments are those on the device
-    assert (found["moves"], steps(chip)["resident"]["moves"]) == (2 * 7, 0)
+    assert (sizes["moves"], steps(chip)["resident"]["moves"]) == (2 * 7, 0)
 
 
 if __name__ == "__main__":

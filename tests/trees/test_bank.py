@@ -30,16 +30,16 @@ def trees(**settings):
     params = {
         k: {"kernel": normal(i, s) / 8} for i, (k, s) in enumerate(SHAPES.items())
     }
-    made = [
+    initialized = [
         trees_of(params, rank=rank, alpha=3.0, block_size=16, **settings)
         for rank in (4, 2, 3)
     ]
-    loras = [randomized(lora, seed) for seed, (_, lora) in enumerate(made)]
+    loras = [randomized(lora, seed) for seed, (_, lora) in enumerate(initialized)]
     stack = loras[2]["stack"]["kernel"]
     if not settings:
         loras[2]["stack"]["kernel"] = dataclasses.replace(stack, scaling=(0.5, 2.0))
         del loras[1]["down"]
-    return made[0][0], loras
+    return initialized[0][0], loras
 
 
 def forward(base, lora, x):
@@ -60,11 +60,14 @@ def by_hand(base, loras, ids, x):
     weights = jax.tree.map(lambda w: np.asarray(w, np.float64), ql.dequantize(base))
 
     def kernel(name, place):
-        own = loras[place].get(name) if place >= 0 else None
-        if own is None:
+        adapter = loras[place].get(name) if place >= 0 else None
+        if adapter is None:
             return weights[name]["kernel"]
-        a, b = (np.asarray(x, np.float64) for x in (own["kernel"].a, own["kernel"].b))
-        scaling = np.reshape(own["kernel"].scaling, (-1, 1, 1))
+        a, b = (
+            np.asarray(x, np.float64)
+            for x in (adapter["kernel"].a, adapter["kernel"].b)
+        )
+        scaling = np.reshape(adapter["kernel"].scaling, (-1, 1, 1))
         return weights[name]["kernel"] + (scaling * (a @ b)).reshape(SHAPES[name])
 
     rows = []
@@ -125,10 +128,10 @@ def test_rows_give_gradients_to_their_adapters():
     grads = jax.jit(jax.grad(sum_of_squares(bank, base, IDS, x)))(bank.lora)
     alone = jax.jit(jax.grad(lambda lora, x: jnp.sum(forward(base, lora, x) ** 2)))
     for place, lora in enumerate(loras):
-        wanted = jax.tree.leaves(alone(lora, x[IDS == place]))
-        for got, want in zip(jax.tree.leaves(grads), wanted, strict=True):
-            own = tuple(map(slice, want.shape))
-            assert_close(got[place][own], want)
+        expected = jax.tree.leaves(alone(lora, x[IDS == place]))
+        for got, want in zip(jax.tree.leaves(grads), expected, strict=True):
+            own_block = tuple(map(slice, want.shape))
+            assert_close(got[place][own_block], want)
             assert np.count_nonzero(got[place]) == np.count_nonzero(want)
     assert not any(np.any(got[3]) for got in jax.tree.leaves(grads))
 
@@ -147,8 +150,10 @@ def test_adapters_come_and_go_without_compiling():
         bank = bank.with_adapter(place, lora)
         got = run(bank, np.full(8, place))
         assert_close(got, by_hand(base, [lora], [0] * 8, x))
-    found = jax.tree.map(np.asarray, [bank[0], bank[2]])
-    chex.assert_trees_all_equal(found, jax.tree.map(np.asarray, [loras[0], loras[2]]))
+    adapters = jax.tree.map(np.asarray, [bank[0], bank[2]])
+    chex.assert_trees_all_equal(
+        adapters, jax.tree.map(np.asarray, [loras[0], loras[2]])
+    )
 
 
 def test_each_adapter_may_have_an_optimizer_of_its_own():
@@ -166,14 +171,15 @@ def test_each_adapter_may_have_an_optimizer_of_its_own():
         lora = optax.apply_updates(lora, updates)
     trained = dataclasses.replace(bank, lora=lora)
     for place, rate in enumerate([1e-3, 1e-2]):
-        alone, own = loras[0], optax.adamw(rate)
-        state = own.init(alone)
+        alone, alone_optimizer = loras[0], optax.adamw(rate)
+        state = alone_optimizer.init(alone)
 
         def loss(lora):
             return jnp.sum(forward(base, lora, x[:2]) ** 2)
 
         for _ in range(2):
-            updates, state = own.update(jax.jit(jax.grad(loss))(alone), state, alone)
+            grads = jax.jit(jax.grad(loss))(alone)
+            updates, state = alone_optimizer.update(grads, state, alone)
             alone = optax.apply_updates(alone, updates)
         assert_close(trained[place], alone)
 
@@ -200,9 +206,9 @@ def test_models_of_flax_take_chosen_adapters(use_dora):
     run = nnx.jit(lambda model, x: model(x))
     got = run(ql.nnx.join(layer, base, ql.select(ql.bank(loras), ids)), x)
     for row, place in enumerate(ids):
-        other = ql.nnx.join(layer, base, loras[max(place, 0)])
-        with ql.nnx.disable_adapters(other) if place < 0 else contextlib.nullcontext():
-            assert_close(got[row], run(other, x)[row])
+        joined = ql.nnx.join(layer, base, loras[max(place, 0)])
+        with ql.nnx.disable_adapters(joined) if place < 0 else contextlib.nullcontext():
+            assert_close(got[row], run(joined, x)[row])
 
 
 def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
@@ -229,22 +235,22 @@ def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
 
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)
     x = jax.ShapeDtypeStruct((8, 1, 2048), jnp.float32)
-    one = jax.jit(forward).lower(base, lora, x).compile()
+    single = jax.jit(forward).lower(base, lora, x).compile()
     several = jax.jit(run).lower(base, bank, ids, x).compile()
 
     def loops(program):
         return program.as_text().count(" while(")
 
-    assert loops(several) == loops(one) > 0
+    assert loops(several) == loops(single) > 0
 
-    def more(name):
+    def extra_bytes(name):
         return getattr(several.memory_analysis(), name) - getattr(
-            one.memory_analysis(), name
+            single.memory_analysis(), name
         )
 
-    assert more("argument_size_in_bytes") == bank.nbytes - size + 8 * 4
+    assert extra_bytes("argument_size_in_bytes") == bank.nbytes - size + 8 * 4
     # A transposed copy, [layers, 8, ...], and A and B of each row of one layer.
-    assert more("temp_size_in_bytes") < 1.4 * bank.nbytes
+    assert extra_bytes("temp_size_in_bytes") < 1.4 * bank.nbytes
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -278,8 +284,8 @@ def test_gradients_keep_no_adapters_of_rows(use_dora):
 def test_rows_of_a_table_have_their_adapters(contract):
     settings = dict(contract=contract, targets="embedding", alpha=3.0)
     table = {"embedding": normal(0, (512, 64))}
-    (base, one), (_, two) = (trees_of(table, rank=r, **settings) for r in (4, 2))
-    loras = [randomized(lora, seed) for seed, lora in enumerate((one, two))]
+    (base, first), (_, second) = (trees_of(table, rank=r, **settings) for r in (4, 2))
+    loras = [randomized(lora, seed) for seed, lora in enumerate((first, second))]
     ids, places = np.array([[0, 3, 511], [3, 7, -1], [3, 0, 9]]), np.array([1, -1, 0])
 
     def rows(bank, places):
@@ -293,9 +299,12 @@ def test_rows_of_a_table_have_their_adapters(contract):
     ]
     full = [w + (delta if contract == "kn" else delta.T) for delta in deltas] + [w]
     bank = ql.bank(loras, capacity=3)
-    for given in (places, 0, 1, -1):
-        want = [full[p][i] for p, i in zip(np.broadcast_to(given, 3), ids, strict=True)]
-        got = jax.jit(rows)(bank, given)
+    for adapter_ids in (places, 0, 1, -1):
+        want = [
+            full[adapter_id][i]
+            for adapter_id, i in zip(np.broadcast_to(adapter_ids, 3), ids, strict=True)
+        ]
+        got = jax.jit(rows)(bank, adapter_ids)
         assert_close(got, want)
     compiled = jax.jit(rows).lower(bank, places).compile()
     # An A for each row would be 3 x 512 x 4 floats.
@@ -313,23 +322,27 @@ def test_rows_of_a_table_have_their_adapters(contract):
 
 
 def test_what_does_not_fit_is_refused():
-    base, (one, two, three) = trees()
+    base, (first, second, third) = trees()
     _, (dora, *_) = trees(use_dora=True)
-    bank = ql.bank([two, two], capacity=3)
-    half = ql.bank([jax.tree.map(lambda x: x.astype(jnp.bfloat16), two)])
-    other = {"up": {"kernel": one["down"]["kernel"]}}
+    bank = ql.bank([second, second], capacity=3)
+    half = ql.bank([jax.tree.map(lambda x: x.astype(jnp.bfloat16), second)])
+    misplaced = {"up": {"kernel": first["down"]["kernel"]}}
 
     def choose(*ids):
         return ql.select(bank, np.array(ids))
 
     for call, words in (
-        (lambda: ql.bank([one, two], capacity=1), "and at most `capacity`. Got 2"),
-        (lambda: ql.bank([one, other]), "up/kernel, adapter 1: it must be a lora"),
-        (lambda: ql.bank([dora, one]), "must be a dora .* Got a lora"),
+        (lambda: ql.bank([first, second], capacity=1), "and at most `capacity`. Got 2"),
+        (lambda: ql.bank([first, misplaced]),
+         "up/kernel, adapter 1: it must be a lora"),
+        (lambda: ql.bank([dora, first]), "must be a dora .* Got a lora"),
         (lambda: ql.bank([dora, {"up": dora["up"]}]), "zeros would change a dora"),
-        (lambda: bank.with_adapter(0, one), "up/kernel, adapter 0: its rank must be a"),
-        (lambda: bank.with_adapter(0, two | {"down": one["down"]}), "no adapter there"),
-        (lambda: half.with_adapter(0, two), "A must fit the bank's dtype bfloat16. Go"),
+        (lambda: bank.with_adapter(0, first),
+         "up/kernel, adapter 0: its rank must be a"),
+        (lambda: bank.with_adapter(0, second | {"down": first["down"]}),
+         "no adapter there"),
+        (lambda: half.with_adapter(0, second),
+         "A must fit the bank's dtype bfloat16. Go"),
         (lambda: ql.select(bank, np.array(3)), "`ids` must be from -1 to 2"),
         (lambda: choose(0, -2), "`ids` must be from -1 to 2"),
         (lambda: forward(base, choose(0, 1), jnp.ones((3, 64))),
@@ -347,27 +360,27 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_chosen_adapter_merges_as_itself():
-    base, (one, *_, three) = trees(use_dora=True)
-    bank = ql.bank([one, three])
-    for place, want in [(0, ql.merge(base, one)), (-1, ql.dequantize(base))]:
+    base, (first, *_, third) = trees(use_dora=True)
+    bank = ql.bank([first, third])
+    for place, want in [(0, ql.merge(base, first)), (-1, ql.dequantize(base))]:
         chex.assert_trees_all_equal(ql.merge(base, ql.select(bank, place)), want)
 
 
 def test_an_adapter_on_an_adapted_model():
     """The first is frozen: loss and gradient are those on merged weights."""
-    base, (one, two, _) = trees()
+    base, (first, second, _) = trees()
     x = normal(9, (8, 3, 64))
 
     def loss(new, first):
         return jnp.sum(forward(base, ql.merge_adapters([first, new], [1, 1]), x) ** 2)
 
     def on_merged(new):
-        return jnp.sum(forward(ql.merge(base, one), {"down": None, **new}, x) ** 2)
+        return jnp.sum(forward(ql.merge(base, first), {"down": None, **new}, x) ** 2)
 
-    got, grads = jax.jit(jax.value_and_grad(loss))(two, one)
-    want, wanted = jax.value_and_grad(on_merged)(two)
+    got, grads = jax.jit(jax.value_and_grad(loss))(second, first)
+    want, expected_grads = jax.value_and_grad(on_merged)(second)
     assert_close(got, want)
-    assert_close(grads, wanted)
-    merged = ql.merge(base, one, requantize=False)
+    assert_close(grads, expected_grads)
+    merged = ql.merge(base, first, requantize=False)
     again, new = ql.init(jax.random.key(0), merged, ql.QLoRAConfig(rank=2))
-    assert relative_error(forward(again, new, x), forward(base, one, x)) < 0.2
+    assert relative_error(forward(again, new, x), forward(base, first, x)) < 0.2

@@ -61,7 +61,7 @@ def test_dropout_is_that_of_all():
 
 
 def test_what_cannot_be_merged_is_refused():
-    two, other = adapters(), adapters(dropouts=(0.0, 0.1))
+    two, with_dropout = adapters(), adapters(dropouts=(0.0, 0.1))
     wide = {"kernel": dataclasses.replace(two[0]["kernel"], b=jnp.ones((4, 8)))}
     for arguments, words in (
         (([], []), "Got 0 weights for 0 adapters"),
@@ -79,11 +79,11 @@ def test_what_cannot_be_merged_is_refused():
         ((two, [1, 1], "svd", True), "`rank` must be a positive integer. Got True."),
         ((two, [1, 1], "svd", 0), "`rank` must be a positive integer. Got 0."),
         ((two, [1, 1], "svd", 2.0), "`rank` must be a positive integer. Got 2.0."),
-        ((other, [1, 1]), "kernel: dropout must be equal. Got [0.0, 0.1]."),
+        ((with_dropout, [1, 1]), "kernel: dropout must be equal. Got [0.0, 0.1]."),
         (([two[0], wide], [1, 1]), "kernel: each must be of one kernel"),
         ((two, [1, 1], "linear"), "ranks must be equal"),
     ):
-        trees, weights, *more = arguments
-        settings = dict(zip(("method", "rank"), more, strict=False))
+        trees, weights, *optional_arguments = arguments
+        settings = dict(zip(("method", "rank"), optional_arguments, strict=False))
         run = functools.partial(ql.merge_adapters, trees, weights, **settings)
         refusal(run, words)

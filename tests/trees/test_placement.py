@@ -91,12 +91,15 @@ def test_specs_from_boxes_and_trees(mesh):
     """Models in boxes: tests/integrations/test_boxes.py."""
     base, lora = ({k: tree[k] for k in ("up", "down")} for tree in trees())
 
-    def of(cls, *names):
+    def make_box(cls, *names):
         return cls(jnp.zeros(1), names)
 
-    up = {"kernel": of(nn.Partitioned, "a", "b")}
-    up["bias"] = of(nn.Partitioned, "b")
-    boxed = {"up": up, "down": {"kernel": of(nn.LogicallyPartitioned, "mlp", "embed")}}
+    up = {"kernel": make_box(nn.Partitioned, "a", "b")}
+    up["bias"] = make_box(nn.Partitioned, "b")
+    boxed = {
+        "up": up,
+        "down": {"kernel": make_box(nn.LogicallyPartitioned, "mlp", "embed")},
+    }
     specs = {
         "up": {"kernel": P("a", "b"), "bias": P("b")},
         "down": {"kernel": P("b", "a")},

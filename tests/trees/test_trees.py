@@ -57,7 +57,7 @@ class TestInit:
         tree = params()
         base, lora = init(tree, rank=4)
         leaves, adapters = map(ql.leaves_by_path, (base, lora))
-        packed = [p for p, x in leaves.items() if isinstance(x, ql.QTensor)]
+        packed = [path for path, x in leaves.items() if isinstance(x, ql.QTensor)]
         assert packed == KERNELS and sorted(adapters) == KERNELS
         assert base["norm"]["scale"] is tree["norm"]["scale"]
         assert adapters["stack/kernel"].a.shape == (3, 64, 4)
@@ -109,10 +109,10 @@ class TestInit:
         tree = params(jnp.bfloat16)
         kernel = "layers/1/q_proj/kernel"
         base, lora = init(tree, trainable=[kernel, "norm/.*"])
-        leaves, found = map(ql.leaves_by_path, (base, lora))
-        assert sorted(found) == sorted([*KERNELS, "norm/scale"])
+        leaves, trained = map(ql.leaves_by_path, (base, lora))
+        assert sorted(trained) == sorted([*KERNELS, "norm/scale"])
         for path in (kernel, "norm/scale"):
-            x = found[path].value
+            x = trained[path].value
             assert x.dtype == jnp.float32 and leaves[path].dtype == jnp.bfloat16
             np.testing.assert_array_equal(x, leaves[path])
         assert ql.merge(base, lora)["norm"]["scale"].dtype == jnp.bfloat16
@@ -156,17 +156,17 @@ class TestInit:
             return sum(x.nbytes for x in jax.live_arrays() if x.nbytes >= smallest)
 
         gc.collect()  # arrays in cycles, of earlier tests
-        seen, started = [], floats()
+        observations, started = [], floats()
         pack = quantize_module.quantize_checked
 
         def spy(*args):
-            seen.append((is_deleted(leaves), started - floats()))
+            observations.append((is_deleted(leaves), started - floats()))
             return pack(*args)
 
         monkeypatch.setattr(quantize_module, "quantize_checked", spy)
         got = jax.tree.leaves(run())
-        assert len(seen) == len(leaves) == 3
-        for turn, (deleted, freed) in enumerate(seen):
+        assert len(observations) == len(leaves) == 3
+        for turn, (deleted, freed) in enumerate(observations):
             assert deleted == [i < turn for i in range(3)]
             assert freed == sum(sizes[:turn])
         assert is_deleted(tree) == [x.ndim > 1 for x in jax.tree.leaves(tree)]
@@ -177,8 +177,8 @@ class TestInit:
     def test_donating_an_array_at_two_paths_is_refused(self, alias):
         config, tree = ql.QLoRAConfig(), params()
         tree["tied"] = {"kernel": alias(tree["stack"]["kernel"])}
-        other = tree["layers"][1]["q_proj"]["kernel"]
-        tree["spare"] = jax.device_put(other, jax.devices()[0])
+        array = tree["layers"][1]["q_proj"]["kernel"]
+        tree["spare"] = jax.device_put(array, jax.devices()[0])
         trained = ql.quantize(tree, ql.QLoRAConfig(freeze_base=False))
         for run in (
             lambda: init(tree, donate=True),
@@ -506,7 +506,7 @@ def wrong_bias(bias, kernel=(64, 2, 4), contract=-3, x=(3, 64)):
 
 
 STACK_X = jnp.ones((3, 2, 64))
-ONE = "`lora` must be one layer's"
+ONE_LAYER_MESSAGE = "`lora` must be one layer's"
 REFUSED = [
     (lambda b, l: ql.init(KEY, params(), {"rank": 4}), TypeError,
      "`config` must be a QLoRAConfig. Got dict"),
@@ -517,9 +517,9 @@ REFUSED = [
     (lambda b, l: ql.quantize(params()), TypeError,
      "a tree must be given with a QLoRAConfig"),
     *(
-        (lambda b, l, more=more: ql.quantize(b, ql.QLoRAConfig(), **more), ValueError,
-         "must not be given with a config")
-        for more in ({"block_size": 32}, {"double_quant": False}, {"contract": -3})
+        (lambda b, l, options=options: ql.quantize(b, ql.QLoRAConfig(), **options),
+         ValueError, "must not be given with a config")
+        for options in ({"block_size": 32}, {"double_quant": False}, {"contract": -3})
     ),
     (lambda b, l: ql.dequantize(b["stack"]["kernel"], jnp.int8), TypeError,
      "`dtype` must be floating-point. Got int8"),
@@ -531,9 +531,12 @@ REFUSED = [
      ValueError, r"`x` must end in axes \(64,\). Got"),
     (lambda b, l: ql.apply(b["stack"], None, STACK_X.astype(int)), TypeError,
      "`x` must be floating-point. Got int32"),
-    (lambda b, l: ql.apply(b["stack"], l, STACK_X), ValueError, ONE),
-    (lambda b, l: ql.apply(b["stack"], l["layers"], STACK_X), ValueError, ONE),
-    (lambda b, l: ql.apply(b["stack"], {"kernels": None}, STACK_X), ValueError, ONE),
+    (lambda b, l: ql.apply(b["stack"], l, STACK_X), ValueError,
+     ONE_LAYER_MESSAGE),
+    (lambda b, l: ql.apply(b["stack"], l["layers"], STACK_X), ValueError,
+     ONE_LAYER_MESSAGE),
+    (lambda b, l: ql.apply(b["stack"], {"kernels": None}, STACK_X), ValueError,
+     ONE_LAYER_MESSAGE),
     (lambda b, l: ql.apply(b["stack"], l["layers"]["0"]["q_proj"], STACK_X),
      ValueError, "`lora` must be the adapter of the ker"),
     (lambda b, l: ql.merge(*square_of_other_axes()), ValueError,
@@ -700,11 +703,11 @@ class TestSettingsOfJAX:
             return jnp.sum(ql.apply(layer, adapter, x))
 
         run = jax.value_and_grad(loss)
-        found = [
+        outputs = [
             run(jnp.ones((3, 2, 64), x), kind)
             for kind, x in ((wide, jnp.float32), (base["stack"], dtype))
         ]
-        return base, lora, layer, wide, found, ql.merge(base, lora)
+        return base, lora, layer, wide, outputs, ql.merge(base, lora)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("freeze_base", [True, False])

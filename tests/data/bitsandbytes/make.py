@@ -44,10 +44,10 @@ def ties(fmt: str) -> np.ndarray:
     bounds = ops._get_4bit_quantize_bounds(fmt, torch.device("cpu"))[0].numpy()
     tiny = np.float32(1e-20)
 
-    def beside(s):
+    def add_neighbors(s):
         return np.where(bounds == 0, s * tiny, np.nextafter(bounds, s))
 
-    around = map(beside, np.float32([-2, 2]))
+    around = map(add_neighbors, np.float32([-2, 2]))
     edge = np.concatenate([bounds, *around, [0.0, -0.0, 1.0]]).astype(np.float32)
     edge = np.resize(edge, 64)
     edge[-1] = 1.0
@@ -87,16 +87,18 @@ def quantize(w: torch.Tensor, fmt: str, block_size: int) -> dict[str, torch.Tens
     """Returns the stored arrays of `w` [N, K]; rows apart where K % block_size != 0."""
     n, k = w.shape
     parts = w if k % block_size else [w]
-    out = [bnb.quantize_4bit(p, blocksize=block_size, quant_type=fmt) for p in parts]
+    out = [
+        bnb.quantize_4bit(part, blocksize=block_size, quant_type=fmt) for part in parts
+    ]
     absmax = torch.cat([state.absmax for _, state in out])
     offset = absmax.mean()
     nested, nested_state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
     if k % block_size == 0:  # the same call, done whole
         settings = dict(quant_type=fmt, compress_statistics=True)
-        _, whole = bnb.quantize_4bit(w, blocksize=block_size, **settings)
-        assert torch.equal(whole.absmax, nested)
-        assert torch.equal(whole.state2.absmax, nested_state.absmax)
-        assert torch.equal(whole.offset, offset)
+        _, state = bnb.quantize_4bit(w, blocksize=block_size, **settings)
+        assert torch.equal(state.absmax, nested)
+        assert torch.equal(state.state2.absmax, nested_state.absmax)
+        assert torch.equal(state.offset, offset)
     return {
         "codes": torch.cat([codes.reshape(-1) for codes, _ in out]).reshape(n, -1),
         "absmax": absmax.reshape(n, -1),
@@ -128,8 +130,8 @@ def kernel_agrees(stored, values, fmt, block_size) -> bool | None:
         return None
     arrays = stored["codes"].reshape(-1, 1), stored["absmax"].reshape(-1)
     settings = block_size, fmt, values.shape, values.dtype
-    own = torch.ops.bitsandbytes.dequantize_4bit.default(*arrays, *settings)
-    return bool(torch.equal(own.reshape(values.shape), values))
+    decoded = torch.ops.bitsandbytes.dequantize_4bit.default(*arrays, *settings)
+    return bool(torch.equal(decoded.reshape(values.shape), values))
 
 
 def cases() -> list[dict]:

@@ -51,15 +51,15 @@ def stored(name: str, weights: np.ndarray) -> dict[str, np.ndarray]:
     args, compressor = SCHEMES[name]
     w = torch.from_numpy(weights)
     blocks = w.unflatten(-1, (-1, args.group_size))
-    whole = None
+    global_scale = None
     if name.startswith("nvfp4"):
-        whole = generate_gparam(w.amin(), w.amax())
+        global_scale = generate_gparam(w.amin(), w.amax())
     scale, _ = calculate_qparams(
-        blocks.amin(-1), blocks.amax(-1), args, global_scale=whole
+        blocks.amin(-1), blocks.amax(-1), args, global_scale=global_scale
     )
     state = {"weight": w, "weight_scale": scale}
-    if whole is not None:
-        state["weight_global_scale"] = whole
+    if global_scale is not None:
+        state["weight_global_scale"] = global_scale
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     written = compressor.compress(state, scheme)
     packed = written["weight_packed"]
@@ -67,16 +67,16 @@ def stored(name: str, weights: np.ndarray) -> dict[str, np.ndarray]:
         codes = unpack_from_int32(packed, 4, w.shape).float()
     else:
         codes = unpack_fp4_from_uint8(packed, *w.shape, dtype=torch.float32)
-    values = dequantize(codes, scale, args=args, global_scale=whole)
+    values = dequantize(codes, scale, args=args, global_scale=global_scale)
     stored_scale = written["weight_scale"]
     if args.scale_dtype == torch.float16:
         stored_scale = stored_scale.to(torch.float16)
     if stored_scale.dtype == torch.float8_e4m3fn:
         stored_scale = stored_scale.view(torch.uint8)
-    found = {"packed": packed, "scale": stored_scale, "values": values}
-    if whole is not None:
-        found["global_scale"] = whole
-    return {key: value.numpy() for key, value in found.items()}
+    tensors = {"packed": packed, "scale": stored_scale, "values": values}
+    if global_scale is not None:
+        tensors["global_scale"] = global_scale
+    return {key: value.numpy() for key, value in tensors.items()}
 
 
 def weights() -> np.ndarray:
@@ -102,6 +102,6 @@ def weights() -> np.ndarray:
 if __name__ == "__main__":
     arrays = {"weights": weights()}
     for name in SCHEMES:
-        found = stored(name, arrays["weights"])
-        arrays |= {f"{name} {key}": value for key, value in found.items()}
+        tensors = stored(name, arrays["weights"])
+        arrays |= {f"{name} {key}": value for key, value in tensors.items()}
     np.savez_compressed(FOLDER / "golden.npz", **arrays)

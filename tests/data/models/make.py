@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-HERE = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parent
 SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
 SIZES |= dict(max_position_embeddings=128)
@@ -43,15 +43,15 @@ def small(name, config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for key, p in model.named_parameters():
+        for key, param in model.named_parameters():
             if "norm" in key or key.endswith("bias"):
-                p.add_(0.3 * torch.randn_like(p))
+                param.add_(0.3 * torch.randn_like(param))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens)).logits.numpy()
-    model.save_pretrained(HERE / name, safe_serialization=True)
-    (HERE / name / "generation_config.json").unlink(missing_ok=True)
-    np.savez_compressed(HERE / name / "golden.npz", tokens=tokens, logits=logits)
+    model.save_pretrained(FOLDER / name, safe_serialization=True)
+    (FOLDER / name / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(FOLDER / name / "golden.npz", tokens=tokens, logits=logits)
 
 
 def real(path):
@@ -69,7 +69,7 @@ def real(path):
     new = out[0, tokens.shape[1] :].tolist()
     columns = np.arange(0, logits.shape[-1], 97)
     np.savez_compressed(
-        HERE / "smollm2.npz", columns=columns, logits=logits[0][:, columns]
+        FOLDER / "smollm2.npz", columns=columns, logits=logits[0][:, columns]
     )
     golden = {
         "prompt": PROMPT,
@@ -81,7 +81,7 @@ def real(path):
             for t in TEXTS
         ],
     }
-    (HERE / "smollm2.json").write_text(json.dumps(golden, indent=1) + "\n", "utf-8")
+    (FOLDER / "smollm2.json").write_text(json.dumps(golden, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
