@@ -1,4 +1,4 @@
-"""The loss of preferences in a step: padded, packed and filled rows, and memory."""
+"""The loss of preferences: padded, packed and empty rows, and memory."""
 
 import functools
 import pathlib
@@ -22,7 +22,8 @@ from qlora_jax.train.objective import make_means
 CONFIG = DecoderConfig(64, 32, 64, 1, num_heads=4, num_kv_heads=2)
 
 
-def answer(rng, prompt, size, label):
+def make_row(rng, prompt, size, label):
+    """Returns the prompt with a random completion."""
     ids = np.concatenate([prompt, rng.integers(1, 64, size)]).astype(np.int32)
     labels = np.where(np.arange(len(ids)) < len(prompt), -100, ids).astype(np.int32)
     return train.Row(ids, labels, "d:1", len(prompt), label)
@@ -33,7 +34,9 @@ def pairs(count=5):
     rng, rows = np.random.default_rng(0), []
     for _ in range(count):
         prompt = rng.integers(1, 64, rng.integers(1, 6))
-        good, bad = (answer(rng, prompt, rng.integers(1, 6), x) for x in (True, False))
+        good, bad = (
+            make_row(rng, prompt, rng.integers(1, 6), x) for x in (True, False)
+        )
         rows.append(good._replace(rejected=bad))
     return rows
 
@@ -46,30 +49,32 @@ def trees():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def of(objective, lora, batch):
-    """The mean loss on a batch, and the means of the metrics."""
+def loss_and_metrics(objective, lora, batch):
+    """Returns the mean loss on a batch, and the means of the metrics."""
     loss = train.preference_loss(ql.linen.wrap(Decoder(CONFIG)), objective, beta=0.5)
     total, count, metrics = loss(lora, trees()[0], batch, None)
     return total / count, {name: x / n for name, (x, n) in metrics.items()}
 
 
-def test_packed_and_filled_rows_are_those_of_their_own():
+def test_packed_rows_have_the_loss_of_padded_rows():
     lora, rows = trees()[1], pairs()
-    whole = train.eval_batches(rows, batch_size=5, max_length=48)
+    padded = train.eval_batches(rows, batch_size=5, max_length=48)
     settings = dict(batch_size=4, max_length=48, packing=True)
     packed = train.eval_batches(rows, **settings)  # with empty rows
-    assert whole[0].ids.shape[0] == 10 and packed[0].answers.shape[1] > 2
-    assert len(packed) == 1 and packed[0].num_trained == whole[0].num_trained
-    expected, found = (of("ipo", lora, x) for [x] in (whole, packed))
+    assert padded[0].ids.shape[0] == 10 and packed[0].answers.shape[1] > 2
+    assert len(packed) == 1 and packed[0].num_trained == padded[0].num_trained
+    padded_loss, packed_loss = (
+        loss_and_metrics("ipo", lora, x) for [x] in (padded, packed)
+    )
     # Rewards are differences of log probabilities, each a sum over the tokens of a row.
-    tokens = whole[0].num_trained / len(whole[0].ids)
+    tokens = padded[0].num_trained / len(padded[0].ids)
     magnitude = float(tokens * np.log(CONFIG.vocab_size))
-    assert_close(found, expected, magnitude=magnitude)
+    assert_close(packed_loss, padded_loss, magnitude=magnitude)
 
 
 def test_metrics_without_values_are_nan_without_a_warning():
     rng, prompt = np.random.default_rng(0), np.array([1, 2])
-    rows = [answer(rng, prompt, 3, True) for _ in range(2)]  # none is undesirable
+    rows = [make_row(rng, prompt, 3, True) for _ in range(2)]  # none is undesirable
     batches = train.eval_batches(rows, batch_size=2, max_length=8)
     loss = train.preference_loss(ql.linen.wrap(Decoder(CONFIG)), "kto")
     means = make_means(loss)(*trees(), batches)
@@ -82,13 +87,13 @@ def test_there_is_no_second_model_in_memory():
     decoder = DecoderConfig(512, 256, 512, 4, num_heads=4, num_kv_heads=2)
     model = BaseModel(pathlib.Path("model"), decoder, abstract_params(decoder))
 
-    def memory(objective):
+    def memory_of(objective):
         options = dict(objective=objective, batch_size=1, max_length=32, lora_r=4)
         config = TrainConfig("model", "data", "out", steps=9, warmup=1, **options)
         lowered = lower_step(config, model, jax.devices()[:1])
         return lowered.compile().memory_analysis()
 
-    own, bare = memory("dpo"), memory("simpo")  # simpo has no reference
-    assert own.argument_size_in_bytes == bare.argument_size_in_bytes
+    dpo, simpo = memory_of("dpo"), memory_of("simpo")  # SimPO has no reference
+    assert dpo.argument_size_in_bytes == simpo.argument_size_in_bytes
     packed = sum(x.size for x in jax.tree.leaves(model.base["layers"])) / 2
-    assert own.temp_size_in_bytes - bare.temp_size_in_bytes < packed / 20
+    assert dpo.temp_size_in_bytes - simpo.temp_size_in_bytes < packed / 20

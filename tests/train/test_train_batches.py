@@ -1,4 +1,4 @@
-"""Batches: each row once an epoch, packed or not; a place to go on from."""
+"""Batches: each row once an epoch, packed or not; iterators that resume."""
 
 import itertools
 
@@ -23,22 +23,23 @@ def rows_of(lengths, vocab=90):
 
 
 def sequences(batch):
-    """The (tokens, trained tokens with their places) of a batch."""
+    """Yields the tokens of each sequence, and its targets with their positions."""
     assert are_in_order(batch.positions, batch.segment_ids).all()  # padding too
     for row in range(len(batch.ids)):
         for segment in range(1, batch.segment_ids[row].max() + 1):
-            (places,) = np.nonzero(batch.segment_ids[row] == segment)
-            assert batch.positions[row, places].tolist() == [*range(len(places))]
-            inside = np.isin(batch.select[row], places) & (batch.weights[row] > 0)
-            chosen = batch.select[row][inside] - places[0] + 1
-            found = zip(chosen, batch.targets[row][inside], strict=True)
-            yield tuple(batch.ids[row, places]), tuple(found)
+            (indices,) = np.nonzero(batch.segment_ids[row] == segment)
+            assert batch.positions[row, indices].tolist() == [*range(len(indices))]
+            is_inside = np.isin(batch.select[row], indices) & (batch.weights[row] > 0)
+            positions = batch.select[row][is_inside] - indices[0] + 1
+            targets = zip(positions, batch.targets[row][is_inside], strict=True)
+            yield tuple(batch.ids[row, indices]), tuple(targets)
 
 
-def expected(rows):
+def expected_sequences(rows):
+    """Yields what `sequences` yields, from the rows themselves."""
     for row in rows:
-        places = [i for i in range(1, len(row.ids)) if row.labels[i] != -100]
-        yield tuple(row.ids), tuple((i, row.labels[i]) for i in places)
+        positions = [i for i in range(1, len(row.ids)) if row.labels[i] != -100]
+        yield tuple(row.ids), tuple((i, row.labels[i]) for i in positions)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -46,52 +47,59 @@ def expected(rows):
 def test_each_row_comes_once_an_epoch(packing, count, size):
     rows = rows_of(np.random.default_rng(1).integers(2, 60, count))
     settings = dict(batch_size=size, max_length=64, packing=packing)
-    found = [*batches(rows, **settings, seed=0, num_epochs=3)]
-    wanted = sorted([*expected(rows)] * 3)
-    assert sorted(s for b in found for s in sequences(b)) == wanted
-    assert len({(b.ids.shape, b.select.shape) for b in found}) <= 8
-    assert all(b.ids.shape[0] == size and b.ids.shape[1] <= 64 for b in found)
-    other = [*batches(rows, **settings, seed=1, num_epochs=3)]
-    assert count == 8 or not all(map(np.array_equal, found[0], other[0]))
+    epoch_batches = [*batches(rows, **settings, seed=0, num_epochs=3)]
+    expected_rows = sorted([*expected_sequences(rows)] * 3)
+    assert sorted(s for b in epoch_batches for s in sequences(b)) == expected_rows
+    assert len({(b.ids.shape, b.select.shape) for b in epoch_batches}) <= 8
+    assert all(b.ids.shape[0] == size and b.ids.shape[1] <= 64 for b in epoch_batches)
+    reshuffled_batches = [*batches(rows, **settings, seed=1, num_epochs=3)]
+    assert count == 8 or not all(
+        map(np.array_equal, epoch_batches[0], reshuffled_batches[0])
+    )
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_data_sets_are_mixed_by_weights(packing):
-    """Each goes through its own rows before it begins again; resumed, too."""
+    """Each data set yields all of its rows before it starts again; resumed, too."""
     rows = rows_of(np.random.default_rng(1).integers(2, 60, 43))
     mix = [(30, 2.0), (9, 0.5), (4, 1.5)]
     settings = dict(batch_size=10, max_length=64, seed=0, packing=packing, mix=mix)
-    iterator, found = batches(rows, **settings), []
-    of = {ids: i for i, (ids, _) in enumerate(expected(rows))}
+    iterator, batch_rows = batches(rows, **settings), []
+    index_of = {ids: i for i, (ids, _) in enumerate(expected_sequences(rows))}
 
-    def part(ids):
-        return int(np.searchsorted([30, 39], of[ids], side="right"))
+    def data_set_of(ids):
+        return int(np.searchsorted([30, 39], index_of[ids], side="right"))
 
-    for _ in range(80):  # 800 rows: two periods, in which shares are whole
+    for _ in range(80):  # 800 rows: two periods, with whole numbers as shares
         batch = next(iterator)
         first = zip(batch.ids, batch.segment_ids == 1, strict=True)
-        found.append([tuple(ids[inside]) for ids, inside in first])
-    rows_in = [part(ids) for batch in found for ids in batch]
+        batch_rows.append([tuple(ids[inside]) for ids, inside in first])
+    rows_in = [data_set_of(ids) for batch in batch_rows for ids in batch]
     assert np.bincount(rows_in).tolist() == [400, 100, 300]
     if not packing:
-        seen = [of[ids] for batch in found for ids in batch]
+        row_indices = [index_of[ids] for batch in batch_rows for ids in batch]
         for first, last in ((0, 30), (30, 39), (39, 43)):
-            times = np.bincount([i for i in seen if first <= i < last])[first:last]
+            times = np.bincount([i for i in row_indices if first <= i < last])
+            times = times[first:last]
             assert times.max() - times.min() <= 1
-    again = batches(rows, **settings)
-    again.set_state({"next_index": 79})
-    for x, y in zip(batch, next(again), strict=True):
+    resumed = batches(rows, **settings)
+    resumed.set_state({"next_index": 79})
+    for x, y in zip(batch, next(resumed), strict=True):
         np.testing.assert_array_equal(x, y)
-    # An epoch ends before one of them would begin again: 4 rows are 3 / 8 of it.
-    one = sum(len([*sequences(x)]) for x in batches(rows, **settings, num_epochs=1))
-    assert packing or one == 10
+    # An epoch ends before a data set would start again: 4 rows are 3 / 8 of it.
+    num_rows = sum(
+        len([*sequences(x)]) for x in batches(rows, **settings, num_epochs=1)
+    )
+    assert packing or num_rows == 10
 
 
 def test_evaluation_has_each_row_in_order():
     rows = rows_of([5, 40, 7, 9, 3])
-    found = eval_batches(rows, batch_size=2, max_length=64)
-    assert [s for b in found for s in sequences(b)] == [*expected(rows)]
-    assert all(len(b.ids) == 2 for b in found)
+    batches_in_order = eval_batches(rows, batch_size=2, max_length=64)
+    assert [s for b in batches_in_order for s in sequences(b)] == [
+        *expected_sequences(rows)
+    ]
+    assert all(len(b.ids) == 2 for b in batches_in_order)
 
 
 @given(
@@ -129,14 +137,14 @@ def test_widths_are_few_and_the_best_ones(lengths):
 
     assert {*widths.tolist()} <= {*rounded}
     assert padded(widths.tolist()) == least(len(widths))
-    # No more than are needed.
+    # There are no more widths than needed.
     is_most = len(widths) in (8, len(rounded))
     assert least(len(widths)) * 0.95 <= lengths.sum() or is_most
     assert len(widths) == 1 or least(len(widths) - 1) * 0.95 > lengths.sum()
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    "overrides, message",
     [
         ({"rows": []}, "`rows` must have a row"),
         ({"batch_size": 0}, "`batch_size` must be positive"),
@@ -146,7 +154,7 @@ def test_widths_are_few_and_the_best_ones(lengths):
         ({"mix": [(1, 1.0), (1, 0.0)]}, "`mix` must have .*positive weights"),
     ],
 )
-def test_arguments_are_checked(wrong, message):
+def test_arguments_are_checked(overrides, message):
     settings = dict(rows=rows_of([5, 9]), batch_size=2, max_length=16, seed=0)
     with pytest.raises(ValueError, match=message):
-        batches(**settings | {"packing": True} | wrong)
+        batches(**settings | {"packing": True} | overrides)

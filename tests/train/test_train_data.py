@@ -1,4 +1,4 @@
-"""Rows of training data: their kinds, what is trained of them, what is refused."""
+"""Rows of training data: their kinds, their target tokens, and invalid rows."""
 
 import gc
 import gzip
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A model without one, whose tokenizer adds a token for the beginning."""
+    """A model without a chat template, whose tokenizer adds a beginning token."""
     folder = tmp_path_factory.mktemp("data") / "plain"
     save_tokenizer(folder, template=None, eos="<|endoftext|>", bos=True)
     return folder
@@ -52,7 +52,7 @@ def read_raw(folder, tmp_path, *rows, **settings):
 
 
 def trained(folder, row):
-    """The text of a row, and of each run of trained tokens."""
+    """Returns the text of a row, and of each run of target tokens."""
 
     def decode(ids):
         return open_tokenizer(folder).decode(ids, skip_special_tokens=False)
@@ -77,7 +77,7 @@ def trained(folder, row):
     ],
 )
 def test_half_a_character_is_refused_by_its_line(folder, tmp_path, row, chat):
-    """A surrogate without its other half, which JSON may have and UTF-8 may not."""
+    """A lone surrogate is valid in JSON, but not in UTF-8."""
     path = tmp_path / "d.jsonl"
     row = json.dumps(row).replace('"gpt"', '"gpt", "value": "a"')
     lines = row.replace("HALF", "half"), row.replace("HALF", r"\ud800")
@@ -134,18 +134,23 @@ def test_prompts_with_completions(
 ):
     path = write_rows(tmp_path / "d.jsonl", [row])
     prompt, completion = by_plain.split("|")
-    found = trained(plain, read(plain, path, keys=keys).train[0])
+    text_and_targets = trained(plain, read(plain, path, keys=keys).train[0])
     end = "<|endoftext|>"
-    assert found == (f"<s>{prompt}{completion}{end}", [completion + end])
-    found = trained(folder, read(folder, path, keys=keys, chat=False).train[0])
-    assert found == (f"{prompt}{completion}<|im_end|>", [f"{completion}<|im_end|>"])
+    assert text_and_targets == (f"<s>{prompt}{completion}{end}", [completion + end])
+    text_and_targets = trained(
+        folder, read(folder, path, keys=keys, chat=False).train[0]
+    )
+    assert text_and_targets == (
+        f"{prompt}{completion}<|im_end|>",
+        [f"{completion}<|im_end|>"],
+    )
     prompt, completion = by_chat.split("|")
-    found = trained(folder, read(folder, path, keys=keys).train[0])
+    text_and_targets = trained(folder, read(folder, path, keys=keys).train[0])
     text = f"{BEGIN}{prompt}{ANSWER}{completion}<|im_end|>\n"
-    assert found == (text, [f"{completion}<|im_end|>"])
+    assert text_and_targets == (text, [f"{completion}<|im_end|>"])
 
 
-def test_texts_count_whole_and_end(plain, tmp_path):
+def test_all_tokens_of_texts_are_targets(plain, tmp_path):
     [row] = read_raw(plain, tmp_path, {"text": "one two"}).train
     text = "<s>one two<|endoftext|>"
     assert trained(plain, row) == (text, [text])
@@ -154,8 +159,8 @@ def test_texts_count_whole_and_end(plain, tmp_path):
 def test_tokens_are_taken_as_they_are(tmp_path):
     raw = [{"input_ids": [3, 4, 5]}, {"input_ids": [3, 4], "labels": [-100, 7]}]
     data = read_raw(tmp_path / "no model", tmp_path, *raw)
-    found = [(row.ids.tolist(), row.labels.tolist()) for row in data.train]
-    assert found == [([3, 4, 5], [3, 4, 5]), ([3, 4], [-100, 7])]
+    ids_and_labels = [(row.ids.tolist(), row.labels.tolist()) for row in data.train]
+    assert ids_and_labels == [([3, 4, 5], [3, 4, 5]), ([3, 4], [-100, 7])]
     assert data.trained_share == 3 / 5 and data.kind == "input_ids"
 
 
@@ -172,29 +177,29 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
 
 def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     pair = {"prompt": "one?", "completion": "two"}
-    one = write_rows(tmp_path / "one.jsonl", [{"text": "one"}] * 2)
+    texts = write_rows(tmp_path / "one.jsonl", [{"text": "one"}] * 2)
     (tmp_path / "two").mkdir()
     for split, count in (("train", 3), ("valid", 1)):
         write_rows(tmp_path / "two" / f"{split}.jsonl", [pair] * count)
-    data = read(folder, f"{one}=0.7, {tmp_path}/two=0.3")
+    data = read(folder, f"{texts}=0.7, {tmp_path}/two=0.3")
     assert data.mix == ((2, 0.7), (3, 0.3))
     assert data.kind == "text and prompt/completion"
     places = [row.place for row in data.train[1:3]]
-    assert places == [f"{one}:2", f"{tmp_path}/two/train.jsonl:1"]
+    assert places == [f"{texts}:2", f"{tmp_path}/two/train.jsonl:1"]
     assert (len(data.valid), len(data.valid_examples)) == (1, 1)
-    same = read(folder, {str(one): 0.7, f"{tmp_path}/two": 0.3})
-    assert same.mix == data.mix
-    # Of pairs, KTO takes each answer by itself.
+    by_mapping = read(folder, {str(texts): 0.7, f"{tmp_path}/two": 0.3})
+    assert by_mapping.mix == data.mix
+    # KTO trains on each answer of a pair separately.
     pair = {"prompt": "one?", "chosen": "two", "rejected": "the end"}
     pairs = [write_rows(tmp_path / f"{n}.jsonl", [pair] * n) for n in (1, 2)]
     data = read(folder, dict.fromkeys(map(str, pairs), 1), objective="kto")
     assert data.mix == ((2, 1.0), (4, 1.0)) and len(data.train) == 6
-    # A name with a sign for equality, as it is.
-    odd = write_rows(tmp_path / "a=1.jsonl", [{"text": "one"}])
-    assert read(folder, odd).mix == ()
+    # A file name with "=" is not a weight.
+    odd_name = write_rows(tmp_path / "a=1.jsonl", [{"text": "one"}])
+    assert read(folder, odd_name).mix == ()
 
 
-def zipped(path):
+def compress(path):
     new = path.with_name(path.name + ".gz")
     new.write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
@@ -205,23 +210,27 @@ def zipped(path):
 def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_long):
     texts = [{"text": "the user " * n} for n in (1, 9, 2, 30, 3, 4)]
     pairs = [{"prompt": "one?", "completion": "two " * n} for n in (1, 2, 3, 9)]
-    one = write_rows(tmp_path / "one.jsonl", texts)
-    one.write_text("\n \n".join(one.read_text().splitlines()))  # empty lines, too
-    two = write_rows(tmp_path / "two.jsonl", pairs[: 3 + (too_long != "split")])
-    two = zipped(two)
+    text_file = write_rows(tmp_path / "one.jsonl", texts)
+    # Lines without a row are skipped.
+    text_file.write_text("\n \n".join(text_file.read_text().splitlines()))
+    pair_file = write_rows(tmp_path / "two.jsonl", pairs[: 3 + (too_long != "split")])
+    pair_file = compress(pair_file)
     settings = dict(too_long=too_long, max_length=24)
-    want, got = (read(folder, f"{one}=1,{two}=2", stream=x, **settings) for x in (0, 1))
-    assert len(want.train) != 10 or too_long == "truncate"
-    chex.assert_trees_all_equal([*got.train], [*want.train])
-    assert got[1:] == want[1:]
+    in_memory, streamed = (
+        read(folder, f"{text_file}=1,{pair_file}=2", stream=x, **settings)
+        for x in (0, 1)
+    )
+    assert len(in_memory.train) != 10 or too_long == "truncate"
+    chex.assert_trees_all_equal([*streamed.train], [*in_memory.train])
+    assert streamed[1:] == in_memory[1:]
     for packing in (True, False):
         options = dict(batch_size=3, max_length=24, seed=0, packing=packing)
-        whole = batches(want.train, mix=want.mix, **options)
-        found = [next(whole) for _ in range(9)]
-        again = batches(got.train, mix=got.mix, **options)
-        again.set_state({"next_index": 4})
-        for batch in found[4:]:
-            chex.assert_trees_all_equal(next(again), batch)
+        iterator = batches(in_memory.train, mix=in_memory.mix, **options)
+        expected_batches = [next(iterator) for _ in range(9)]
+        resumed = batches(streamed.train, mix=streamed.mix, **options)
+        resumed.set_state({"next_index": 4})
+        for batch in expected_batches[4:]:
+            chex.assert_trees_all_equal(next(resumed), batch)
 
 
 def test_streams_are_checked(folder, tmp_path):
@@ -244,7 +253,7 @@ def test_streams_are_checked(folder, tmp_path):
 def test_nothing_is_left_of_the_copy_of_a_stream(folder, tmp_path, monkeypatch):
     (tmp_path / "copies").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
-    path = zipped(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
+    path = compress(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
     data = read(folder, path, stream=True)
     [copy] = (tmp_path / "copies").iterdir()
     assert data.train[0].place == f"{path}:1" and copy.read_text() == '{"text": "a"}\n'
@@ -255,17 +264,17 @@ def test_nothing_is_left_of_the_copy_of_a_stream(folder, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_no_damage_of_the_file(folder, tmp_path, monkeypatch):
-    path = zipped(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
+    path = compress(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
 
-    def full():
+    def open_full_device():
         return (os.open("/dev/full", os.O_RDWR), str(tmp_path / "copy"))
 
-    monkeypatch.setattr(tempfile, "mkstemp", full)
+    monkeypatch.setattr(tempfile, "mkstemp", open_full_device)
     with pytest.raises(OSError, match="No space left"):
         read(folder, path, stream=True)
 
 
-def places(rows):
+def line_numbers(rows):
     return [int(row.place.rpartition(":")[2]) for row in rows]
 
 
@@ -277,75 +286,80 @@ def test_a_share_of_the_rows_is_held_out(folder, tmp_path, count, share, stream)
     settings = dict(stream=stream, validation_split=share)
     data = read(folder, path, **settings, seed=3)
     assert abs(len(data.valid) - count * share) < 1
-    assert sorted(places(data.valid) + places(data.train)) == [*range(1, count + 1)]
-    # As much from each part of the file.
-    halves = [sum((x <= count / 2) == y for x in places(data.valid)) for y in (0, 1)]
+    assert sorted(line_numbers(data.valid) + line_numbers(data.train)) == [
+        *range(1, count + 1)
+    ]
+    # Both halves of the file give about the same number of rows.
+    halves = [
+        sum((x <= count / 2) == y for x in line_numbers(data.valid)) for y in (0, 1)
+    ]
     assert abs(halves[0] - halves[1]) <= 2
-    same = read(folder, path, **settings, seed=3)
-    assert places(same.valid) == places(data.valid) and same.hash == data.hash
-    others = [read(folder, path, **settings, seed=seed) for seed in range(4)]
-    assert len({tuple(places(x.valid)) for x in others}) > 1
-    # All of it is as in two files.
-    both = tmp_path / "both"
-    both.mkdir()
+    same_seed = read(folder, path, **settings, seed=3)
+    assert line_numbers(same_seed.valid) == line_numbers(data.valid)
+    assert same_seed.hash == data.hash
+    other_seeds = [read(folder, path, **settings, seed=seed) for seed in range(4)]
+    assert len({tuple(line_numbers(x.valid)) for x in other_seeds}) > 1
+    # The result equals that of two files.
+    split_folder = tmp_path / "both"
+    split_folder.mkdir()
     for name in ("train", "valid"):
-        some = [rows[i - 1] for i in places(getattr(data, name))]
-        write_rows(both / f"{name}.jsonl", some)
-    want = read(folder, both)
-    assert data.valid_examples == want.valid_examples
-    assert data.trained_share == want.trained_share
+        split_rows = [rows[i - 1] for i in line_numbers(getattr(data, name))]
+        write_rows(split_folder / f"{name}.jsonl", split_rows)
+    expected = read(folder, split_folder)
+    assert data.valid_examples == expected.valid_examples
+    assert data.trained_share == expected.trained_share
     for name in ("train", "valid"):
-        pairs = zip(getattr(data, name), getattr(want, name), strict=True)
+        pairs = zip(getattr(data, name), getattr(expected, name), strict=True)
         assert all(x.ids.tolist() == y.ids.tolist() for x, y in pairs)
     with pytest.raises(ValueError, match="left out for data with validation rows. Go"):
-        read(folder, both, **settings)
+        read(folder, split_folder, **settings)
 
 
 def test_the_pieces_of_a_text_are_split_too(plain, tmp_path):
     (tmp_path / "d.txt").write_text("the user " * 100)
     data = read(plain, tmp_path / "d.txt", max_length=8, validation_split=0.25)
-    found = [len(data.train), len(data.valid)]
-    assert abs(found[1] - sum(found) / 4) < 1
-    whole = read(plain, tmp_path / "d.txt", max_length=8).train
+    counts = [len(data.train), len(data.valid)]
+    assert abs(counts[1] - sum(counts) / 4) < 1
+    unsplit = read(plain, tmp_path / "d.txt", max_length=8).train
 
-    def tokens(rows):
+    def sorted_ids(rows):
         return sorted(row.ids.tolist() for row in rows)
 
-    assert tokens([*data.train, *data.valid]) == tokens(whole)
+    assert sorted_ids([*data.train, *data.valid]) == sorted_ids(unsplit)
 
 
 def test_the_answers_of_a_pair_stay_together(folder, tmp_path):
     pairs = [{"prompt": f"{i}?", "chosen": "two", "rejected": "one"} for i in range(9)]
     settings = dict(objective="kto", validation_split=0.3)
     data = read_raw(folder, tmp_path, *pairs, **settings)
-    for numbers in (places(data.train), places(data.valid)):
+    for numbers in (line_numbers(data.train), line_numbers(data.valid)):
         assert numbers[::2] == numbers[1::2] and numbers
-    # A share of each of several data sets, as far as they have rows.
+    # Each of several data sets is split by the same share.
     text = write_rows(tmp_path / "text.jsonl", [{"text": "a"}] * 6)
-    two = write_rows(tmp_path / "two.jsonl", [{"text": "b"}] * 10)
-    data = read(folder, f"{text}=1,{two}=1", validation_split=0.5)
+    other_text = write_rows(tmp_path / "two.jsonl", [{"text": "b"}] * 10)
+    data = read(folder, f"{text}=1,{other_text}=1", validation_split=0.5)
     assert data.mix == ((3, 1.0), (5, 1.0)) and len(data.valid) == 8
 
 
 @pytest.mark.parametrize("share, side", [(0.001, "validate on"), (0.999, "train on")])
 def test_a_split_leaves_rows_on_both_sides(folder, tmp_path, share, side):
-    said = f"both sides. Got {share}, with which .*d.jsonl has none to {side}"
-    with pytest.raises(ValueError, match=said):
+    message = f"both sides. Got {share}, with which .*d.jsonl has none to {side}"
+    with pytest.raises(ValueError, match=message):
         read_raw(folder, tmp_path, *[{"text": "a"}] * 3, validation_split=share)
 
 
 def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
     row = {"messages": [m | {"tool_calls": None} for m in MESSAGES], "tools": None}
     splits, notes = {"train": [row], "dev": [row], "extra": [row]}, []
-    found = rows.sources_of("user/name", splits, notes)
-    assert found["train"].name == "user/name/train"
-    assert found["valid"].name == "user/name/dev" and len(found) == 2
-    assert [*found["train"].rows] == [(0, {"messages": MESSAGES})]
+    sources = rows.sources_of("user/name", splits, notes)
+    assert sources["train"].name == "user/name/train"
+    assert sources["valid"].name == "user/name/dev" and len(sources) == 2
+    assert [*sources["train"].rows] == [(0, {"messages": MESSAGES})]
     [note] = notes
     assert note.startswith("user/name: ignored") and note.endswith(": extra")
 
 
-# Lines that are wrong, and what is said of them, in a file whose other rows have a
+# Invalid lines, and a part of the error message, in a file whose other rows have a
 # prompt and a completion.
 WRONG = {
     "[1]": "must be a JSON object",
@@ -383,14 +397,14 @@ def test_wrong_rows_are_listed_by_line(folder, tmp_path):
 
 
 def test_a_fault_that_recurs_is_listed_once(folder, tmp_path):
-    """However the rows differ in what they have instead."""
+    """Rows with the same error share a line, even if their values differ."""
     raw = [{"q": i} if i % 2 else {"prompt": "a", "completion": i} for i in range(14)]
     with pytest.raises(ValueError) as raised:
         read_raw(folder, tmp_path, *raw)
     _, first, second = str(raised.value).split("\n")
     assert "line 1: `prompt` and `completion` must both be text" in first
     assert first.endswith("... and 6 more rows like it, lines 3, 5, 7, 9, 11, ...")
-    assert "Got ['q']. `--keys " in second  # how to name other keys
+    assert "Got ['q']. `--keys " in second  # the option that maps keys
     assert second.endswith("... and 6 more rows like it, lines 4, 6, 8, 10, 12, ...")
 
 
@@ -430,9 +444,9 @@ def test_folders_that_are_wrong(folder, tmp_path):
 
 
 def test_rows_that_are_too_long(plain, tmp_path):
-    """Of 4, 9 and 12 tokens with both ends; the third one's prompt alone has 11."""
+    """Rows have 4, 9 and 12 tokens with both ends; the third prompt alone has 11."""
     raw = [("z", "y"), ("z", "yyyyyy"), ("z" * 9, "y")]
-    raw = [{"prompt": p, "completion": c} for p, c in raw]
+    raw = [{"prompt": prompt, "completion": text} for prompt, text in raw]
     path = write_rows(tmp_path / "d.jsonl", raw)
     with pytest.raises(ValueError) as raised:
         read(plain, path, max_length=6)
@@ -530,28 +544,33 @@ WHOLE = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
     ids=["texts", "implicit texts", "messages", "implicit messages", "both"],
 )
 def test_forms_of_preferences(folder, tmp_path, row, prompt):
-    """TRL's: see its page on data sets, and `extract_prompt`."""
+    """The forms are those of TRL: see its page on data sets, and `extract_prompt`."""
     answers = ("the end", "one") if "role" in str(row) else (" two", " one")
     [pair] = read_raw(folder, tmp_path, row, objective="dpo").train
-    found = [trained(folder, one) for one in pair.sequences]
-    assert [text for _, [text] in found] == [f"{text}<|im_end|>" for text in answers]
-    begins = {x.rpartition(y)[0] for (x, _), y in zip(found, answers, strict=True)}
-    assert len(begins) == 1 and (prompt is None or begins == {prompt})
-    assert [one.label for one in pair.sequences] == [True, False]
-    for one in pair.sequences:
-        assert (one.labels[: one.start] == -100).all() and one.labels[one.start] != -100
-    one, other = read(folder, tmp_path / "d.jsonl", objective="kto").train
-    assert (one.label, other.label, one.rejected) == (True, False, None)
-    np.testing.assert_array_equal(other.ids, pair.rejected.ids)
-    # With all tokens trained the answer is known still.
-    [whole] = read(folder, tmp_path / "d.jsonl", objective="orpo", train_on="all").train
-    assert whole.start == pair.start and (whole.labels == whole.ids).all()
+    texts_and_targets = [trained(folder, sequence) for sequence in pair.sequences]
+    assert [text for _, [text] in texts_and_targets] == [
+        f"{text}<|im_end|>" for text in answers
+    ]
+    prompts = {
+        x.rpartition(y)[0] for (x, _), y in zip(texts_and_targets, answers, strict=True)
+    }
+    assert len(prompts) == 1 and (prompt is None or prompts == {prompt})
+    assert [sequence.label for sequence in pair.sequences] == [True, False]
+    for sequence in pair.sequences:
+        assert (sequence.labels[: sequence.start] == -100).all()
+        assert sequence.labels[sequence.start] != -100
+    good, bad = read(folder, tmp_path / "d.jsonl", objective="kto").train
+    assert (good.label, bad.label, good.rejected) == (True, False, None)
+    np.testing.assert_array_equal(bad.ids, pair.rejected.ids)
+    # If all tokens are targets, `start` is still that of the answer.
+    [row] = read(folder, tmp_path / "d.jsonl", objective="orpo", train_on="all").train
+    assert row.start == pair.start and (row.labels == row.ids).all()
 
 
 def test_bad_preferences_are_named_by_line(folder, tmp_path):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     empty = [{"role": "assistant", "content": ""}]
-    told = {"prompt": ASKED, "chosen": GOOD, "rejected": empty}
+    empty_answer = {"prompt": ASKED, "chosen": GOOD, "rejected": empty}
     wrong = {
         "`chosen` and `rejected` must differ": good | {"rejected": "b"},
         "the row must have `chosen` and `rejected`. Got": {
@@ -559,13 +578,15 @@ def test_bad_preferences_are_named_by_line(folder, tmp_path):
             "chosen": "b",
         },
         "`rejected` must be text": good | {"rejected": ""},
-        "`rejected[0]` must have content": told,
+        "`rejected[0]` must have content": empty_answer,
         "must both be text or messages": good | {"rejected": 5},
         "the row must have a `prompt`, or": {"chosen": "b", "rejected": "c"},
     }
-    other = {"prompt": "x", "chosen": MESSAGES, "rejected": MESSAGES[:3]}
+    conversations = {"prompt": "x", "chosen": MESSAGES, "rejected": MESSAGES[:3]}
     with pytest.raises(ValueError) as error:
-        read_raw(folder, tmp_path, good, *wrong.values(), other, objective="dpo")
+        read_raw(
+            folder, tmp_path, good, *wrong.values(), conversations, objective="dpo"
+        )
     for line, text in enumerate(wrong, 2):
         assert re.search(f"line {line}: .*{re.escape(text)}", str(error.value))
     assert "1 more row like it, line 8" in str(error.value)
@@ -596,7 +617,7 @@ PAIR_HINT = "`chosen` and `rejected` need `--objective dpo`, ipo, orpo, simpo or
         ({"prompt": "a"} | PAIR, {}, PAIR_HINT),
         ({"messages": MESSAGES, "chosen": GOOD, "rejected": BAD}, {}, PAIR_HINT),
         ({"text": "a"} | PAIR, {}, PAIR_HINT),
-        # What says which answer to train on, or is of another kind, is no preference.
+        # Keys that select an answer, or other kinds of labels, are not preferences.
         (PAIR, {"text": "chosen"}, None),
         (MARKED | {"label": "sports"}, {}, None),
         ({"text": "a", "label": 1}, {}, None),
@@ -620,8 +641,8 @@ def test_pairs_that_are_cut_to_nothing_are_dropped(folder, tmp_path):
     ]
     settings = dict(objective="dpo", max_length=40, too_long="truncate", chat=False)
     data = read_raw(folder, tmp_path, *rows, **settings)
-    assert [len(one.ids) for one in data.train[0].sequences] == [33, 38]
-    # Of the second pair, what is left of both answers is the same.
+    assert [len(sequence.ids) for sequence in data.train[0].sequences] == [33, 38]
+    # After truncation, both answers of the second pair are the same.
     assert len(data.train) == 1 and "1 are dropped and 0 truncated" in data.notes[-1]
     with pytest.raises(ValueError, match=r"d.jsonl:2 \(48 tokens\)"):
         read(folder, tmp_path / "d.jsonl", **settings | {"too_long": "refuse"})

@@ -25,7 +25,7 @@ from qlora_jax.models.decoder import Decoder
 
 
 class Points(NamedTuple):
-    """A batch: a linear model is to find `targets`; each row has its weights."""
+    """A batch for a linear regression onto `targets`, with a weight for each target."""
 
     ids: np.ndarray  # [B, T, K]
     targets: np.ndarray
@@ -40,7 +40,7 @@ class Points(NamedTuple):
         return int(self.weights.sum())
 
 
-def points(seed, rows=4, width=3, k=5):
+def make_points(seed, rows=4, width=3, k=5):
     rng = np.random.default_rng(seed)
     ids = rng.normal(size=(rows, width, k)).astype(np.float32)
     targets = rng.normal(size=(rows, width)).astype(np.float32)
@@ -57,7 +57,7 @@ class Data:
 
     def __next__(self):
         self.place += 1
-        batch = points(self.place)
+        batch = make_points(self.place)
         if self.place == self.wrong_step:
             batch.ids[0, 0, 0] = np.nan
         return batch
@@ -81,32 +81,34 @@ def test_adapters_that_train_together_train_as_alone(name):
     rates = 0.1, 0.02, 0.3
     optimizers = [train.make_optimizer(name, rate, weight_decay=0.01) for rate in rates]
 
-    def noisy(lora, base, batch, key):
+    def noisy_loss(lora, base, batch, key):
         return loss(
             {"w": lora["w"] + 0.1 * jax.random.normal(key, (5,))}, base, batch, key
         )
 
-    def begin():
+    def make_states():
         return [
             train.State.create({"w": jnp.full(5, 0.1 * i)}, x, seed=i)
             for i, x in enumerate(optimizers)
         ]
 
-    together = train.make_joint_step(noisy, optimizers)
-    states, alone = begin(), begin()
+    together = train.make_joint_step(noisy_loss, optimizers)
+    states, alone = make_states(), make_states()
     for number in range(3):
-        batches = [points(2 * number), points(2 * number + 1)]
-        if number == 1:  # NaN in one of them: its update alone is skipped
+        batches = [make_points(2 * number), make_points(2 * number + 1)]
+        if number == 1:  # one adapter is NaN, so that only its own update is skipped
             states[1], alone[1] = (
                 s._replace(lora={"w": jnp.full(5, jnp.nan)})
                 for s in (states[1], alone[1])
             )
-        made = together(states, {}, batches)
-        states = [state for state, _ in made]
+        results = together(states, {}, batches)
+        states = [state for state, _ in results]
         for i, optimizer in enumerate(optimizers):
-            alone[i], report = train.make_step(noisy, optimizer)(alone[i], {}, batches)
+            alone[i], report = train.make_step(noisy_loss, optimizer)(
+                alone[i], {}, batches
+            )
             want = (alone[i]._replace(key=0), report)
-            got = (states[i]._replace(key=0), made[i][1])
+            got = (states[i]._replace(key=0), results[i][1])
             assert_close(got, want)
 
 
@@ -114,21 +116,23 @@ def test_adapters_that_train_together_train_as_alone(name):
 def test_accumulated_batches_step_as_one_large_one(name):
     optimizer = train.make_optimizer(name, 0.1, clip=0.5, weight_decay=0.01)
     step = train.make_step(loss, optimizer)
-    parts = [points(seed) for seed in range(3)]  # with 7 to 9 trained points each
-    whole = Points(*(np.concatenate(x) for x in zip(*parts, strict=True)))
-    one, many = start(optimizer), start(optimizer)
+    parts = [make_points(seed) for seed in range(3)]  # with 7 to 9 trained points each
+    large_batch = Points(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    large_state, accumulated_state = start(optimizer), start(optimizer)
     for _ in range(3):
-        one, found = step(one, {}, [whole])
-        many, sums = step(many, {}, parts)
-        assert_close(found, sums)
-    assert_close(one.lora, many.lora)
-    assert float(sums.tokens) == whole.weights.sum()
-    assert_close(sums.metrics["target"], whole.targets.mean(dtype=np.float64))
+        large_state, report_of_large = step(large_state, {}, [large_batch])
+        accumulated_state, accumulated_report = step(accumulated_state, {}, parts)
+        assert_close(report_of_large, accumulated_report)
+    assert_close(large_state.lora, accumulated_state.lora)
+    assert float(accumulated_report.tokens) == large_batch.weights.sum()
+    assert_close(
+        accumulated_report.metrics["target"], large_batch.targets.mean(dtype=np.float64)
+    )
     # The gradient is that of the mean over all trained points.
-    w, x = np.asarray(one.lora["w"], np.float64), whole.ids.reshape(-1, 5)
-    errors = (x @ w - whole.targets.ravel()) * whole.weights.ravel()
-    _, report = step(one, {}, parts)
-    mean = (2 * errors[:, None] * x).sum(0) / whole.weights.sum()
+    w, x = np.asarray(large_state.lora["w"], np.float64), large_batch.ids.reshape(-1, 5)
+    errors = (x @ w - large_batch.targets.ravel()) * large_batch.weights.ravel()
+    _, report = step(large_state, {}, parts)
+    mean = (2 * errors[:, None] * x).sum(0) / large_batch.weights.sum()
     assert_close(report.grad_norm, np.linalg.norm(mean))
 
 
@@ -166,7 +170,7 @@ def test_schedules(name, want):
     for step in range(51):
         share = (step - 10) / 40
         expected = step / 10 if step < 10 else want(share)
-        # A share of the steps is rounded, and so is its cosine: of magnitude 1.
+        # The share of the steps and its cosine are rounded; both have a magnitude of 1.
         assert_close(float(schedule(step)), 2 * expected, terms=64, magnitude=2.0)
 
 
@@ -180,9 +184,9 @@ def test_schedules(name, want):
     ],
 )
 def test_wrong_schedules_are_refused(options, message):
-    given = {"name": "cosine", "learning_rate": 1.0, "steps": 9} | options
+    arguments = {"name": "cosine", "learning_rate": 1.0, "steps": 9} | options
     with pytest.raises(ValueError, match=message):
-        train.make_schedule(**given)
+        train.make_schedule(**arguments)
 
 
 OPTIMIZER = optax.adam(0.1)
@@ -195,13 +199,13 @@ def run(folder, steps, data, state=None, after=None, **options):
     return fit(folder, loop, STEP, state, data, after)
 
 
-def fit(folder, loop, step, state, data, after=None, **others):
+def fit(folder, loop, step, state, data, after=None, **options):
     with (
         train.Checkpoints(folder / "state") as states,
         train.Metrics(folder / "metrics.jsonl", after=after) as metrics,
     ):
-        others |= dict(states=states, metrics=metrics)
-        return train.fit(loop, step, state, {}, data, **others)
+        options |= dict(states=states, metrics=metrics)
+        return train.fit(loop, step, state, {}, data, **options)
 
 
 def metrics_of(folder, *names):
@@ -213,8 +217,8 @@ def test_a_step_with_nan_is_named_and_nothing_of_it_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="step 6 has loss nan.*that of step 4"):
         run(tmp_path, 9, Data(wrong_step=6))
     with train.Checkpoints(tmp_path / "state") as states:
-        state, about = states.restore(start(OPTIMIZER))
-    assert int(state.step) == 4 and about["position"] == {"place": 4}
+        state, metadata = states.restore(start(OPTIMIZER))
+    assert int(state.step) == 4 and metadata["position"] == {"place": 4}
     assert np.isfinite(state.lora["w"]).all()
     is_nan = [loss is None for (loss,) in metrics_of(tmp_path, "loss")]
     assert is_nan == [False] * 5 + [True]
@@ -228,7 +232,7 @@ def test_each_step_and_each_batch_of_it_draws_anew():
     for batches in (1, 2):
         state = start(OPTIMIZER)
         for _ in range(3):
-            state, report = step(state, {}, [points(0)] * batches)
+            state, report = step(state, {}, [make_points(0)] * batches)
             drawn.append(float(report.loss))
     assert len({*drawn}) == 6
 
@@ -237,17 +241,17 @@ def test_a_skipped_step_leaves_adapter_and_optimizer_as_they_were(tmp_path, caps
     state = run(tmp_path, 6, Data(wrong_step=4), on_nan="skip")
     assert "step 4 has loss nan" in capsys.readouterr().err
     assert (int(state.step), int(state.skipped)) == (6, 1)
-    same = start(OPTIMIZER)
+    expected = start(OPTIMIZER)
     for place in (1, 2, 3, 5, 6):
-        same, _ = STEP(same, {}, [points(place)])
-    chex.assert_trees_all_equal(state[2:4], same[2:4])
+        expected, _ = STEP(expected, {}, [make_points(place)])
+    chex.assert_trees_all_equal(state[2:4], expected[2:4])
 
 
 def test_an_exploding_adapter_stops_a_run_that_skips(tmp_path):
     optimizer = optax.chain(optax.scale(1e3), optax.sgd(3e38))
     step = train.make_step(loss, optimizer)
     loop = train.Loop(5, lambda step: 3e38, on_nan="skip")
-    state, report = step(start(optimizer), {}, [points(1)])
+    state, report = step(start(optimizer), {}, [make_points(1)])
     assert np.isfinite(report.loss) and np.isfinite(report.grad_norm)
     assert not report.is_finite and not np.asarray(state.lora["w"]).any()
     with pytest.raises(
@@ -264,26 +268,28 @@ def memory_kinds(state):
 def test_a_state_in_host_memory_is_skipped_and_restored(tmp_path):
     optimizer = train.make_optimizer("adamw", 0.1, clip=0.5, offload=True)
     step = train.make_step(loss, optimizer)
-    nan = points(2)
-    nan.ids[0, 0, 0] = np.nan
-    state, _ = step(start(optimizer), {}, [points(1)])
+    nan_batch = make_points(2)
+    nan_batch.ids[0, 0, 0] = np.nan
+    state, _ = step(start(optimizer), {}, [make_points(1)])
     with train.Checkpoints(tmp_path) as states:
         states.save(state, {})
         states.wait()
-        state, report = step(state, {}, [nan])
+        state, report = step(state, {}, [nan_batch])
         assert not report.is_finite and int(state.skipped) == 1
         again, _ = states.restore(state)
     assert memory_kinds(again.opt_state) == memory_kinds(state.opt_state)
     assert {*memory_kinds(state.opt_state)} == {"pinned_host"}
     assert {*memory_kinds(again.lora)} == {"device"}
-    # What follows a skipped step is what follows the state before it, as on the device.
+    # The step after a skipped one equals the step from the state before it.
     resident = train.make_optimizer("adamw", 0.1, clip=0.5)
-    want = start(resident)
+    expected = start(resident)
     for place in (1, 3):
-        want, _ = train.make_step(loss, resident)(want, {}, [points(place)])
-    for found in (state, again):
-        found, _ = step(found, {}, [points(3)])
-        np.testing.assert_array_equal(found.lora["w"], want.lora["w"])
+        expected, _ = train.make_step(loss, resident)(
+            expected, {}, [make_points(place)]
+        )
+    for next_state in (state, again):
+        next_state, _ = step(next_state, {}, [make_points(3)])
+        np.testing.assert_array_equal(next_state.lora["w"], expected.lora["w"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -302,63 +308,67 @@ def test_a_split_state_in_host_memory_is_restored(tmp_path, name):
     with train.Checkpoints(tmp_path) as states:
         states.save(filled, {})
         states.wait()
-        found, _ = states.restore(state)
-    chex.assert_trees_all_equal(found, filled)
-    for x, y in zip(*map(jax.tree.leaves, (found, filled)), strict=True):
+        restored, _ = states.restore(state)
+    chex.assert_trees_all_equal(restored, filled)
+    for x, y in zip(*map(jax.tree.leaves, (restored, filled)), strict=True):
         assert x.sharding == y.sharding
-    for x in jax.tree.leaves(found.opt_state):
+    for x in jax.tree.leaves(restored.opt_state):
         assert not x.ndim or x.sharding.memory_kind == "pinned_host"
         assert not x.ndim or name == "adamw8bit" or x.sharding.spec == spec
 
 
-LOSSES = [1.0, 9.0, 7.0, 5.0, 6.0, math.nan, 5.0, 4.0]  # that of the base first
+LOSSES = [1.0, 9.0, 7.0, 5.0, 6.0, math.nan, 5.0, 4.0]  # the first is of the base
 
 
 def test_the_best_state_is_kept_and_a_run_without_a_better_one_ends(tmp_path):
-    """Whether it was interrupted or not; only a lower loss is a better one."""
-    kept = {}
+    """Both with and without interruptions; an equal loss is not better."""
+    steps_of_states = {}
     for name, stops in (("one", ()), ("two", (4, 6))):
         folder, state, data, after = tmp_path / name, start(OPTIMIZER), Data(), None
         folder.mkdir()
         best = train.Best()
         for stop in (*stops, 8):
-            others: dict = dict(best=best, stop=lambda x=data, at=stop: x.place == at)
-            others["evaluate"] = lambda base, x: {"valid_loss": LOSSES[int(x.step)]}
+            fit_options: dict = dict(
+                best=best, stop=lambda x=data, at=stop: x.place == at
+            )
+            fit_options["evaluate"] = lambda base, x: {
+                "valid_loss": LOSSES[int(x.step)]
+            }
             options = dict(save_every=100, eval_every=1, patience=3)
             loop = train.Loop(8, lambda step: 0.1, **options)
-            state = fit(folder, loop, STEP, state, data, after, **others)
+            state = fit(folder, loop, STEP, state, data, after, **fit_options)
             with train.Checkpoints(folder / "state") as states:
-                steps, (state, about) = states.steps, states.restore(state)
-            after, best = int(state.step), train.Best(**about["best"])
+                steps, (state, metadata) = states.steps, states.restore(state)
+            after, best = int(state.step), train.Best(**metadata["best"])
         assert best == train.Best(3, 5.0, since=3) and after == 6
-        kept[name] = steps
-    assert kept == {"one": [3, 6], "two": [3, 4, 6]}
-    # A run that has ended does nothing more.
-    assert int(fit(folder, loop, STEP, state, data, after, **others).step) == 6
+        steps_of_states[name] = steps
+    assert steps_of_states == {"one": [3, 6], "two": [3, 4, 6]}
+    # Resuming a run that has ended runs no steps.
+    assert int(fit(folder, loop, STEP, state, data, after, **fit_options).step) == 6
 
 
 class Widths(Data):
-    """Batches of some widths, two of them in each step."""
+    """Batches of two widths, two batches in each step."""
 
     def __next__(self):
         self.place += 1
-        return points(self.place, width=(3, 3, 5, 3, 3, 5, 5, 5)[self.place % 8])
+        return make_points(self.place, width=(3, 3, 5, 3, 3, 5, 5, 5)[self.place % 8])
 
 
 def test_steps_that_compile_are_marked(tmp_path):
     traced, steps = [], []
 
-    def counted(*args):  # runs where a program is traced
+    def counted_loss(*args):  # runs where a program is traced
         traced.append(1)
         return loss(*args)
 
-    step = train.make_step(counted, OPTIMIZER)
+    step = train.make_step(counted_loss, OPTIMIZER)
     loop = train.Loop(12, lambda step: 0.1, accumulation=2)
 
-    def watch(row):
+    def record_step(row):
         return steps.append((row.get("is_compiled", False), len(traced)))
 
-    fit(tmp_path, loop, step, start(OPTIMIZER), Widths(), watch=watch)
+    fit(tmp_path, loop, step, start(OPTIMIZER), Widths(), watch=record_step)
     counts = np.diff([0] + [count for _, count in steps])
     assert [is_compiled for is_compiled, _ in steps] == [x > 0 for x in counts]
     assert 3 <= sum(counts > 0) < 6
@@ -370,10 +380,13 @@ def test_times_are_without_the_steps_that_compile(tmp_path):
     rows += [row | dict(step=1, seconds=90.0, is_compiled=True)]
     rows += [row | dict(step=n, seconds=n / 10) for n in (2, 3, 7)]
     state = start(OPTIMIZER)
-    found = run_results._make_result("out", rows, {}, state, {})
-    assert (found.step_seconds, found.tokens_per_s) == (0.3, pytest.approx(300 / 1.2))
-    only = run_results._make_result("out", rows[:2], {}, state, {})
-    assert (only.step_seconds, only.tokens_per_s) == (90, pytest.approx(100 / 90))
+    result = run_results._make_result("out", rows, {}, state, {})
+    assert (result.step_seconds, result.tokens_per_s) == (0.3, pytest.approx(300 / 1.2))
+    compiled_only = run_results._make_result("out", rows[:2], {}, state, {})
+    assert (compiled_only.step_seconds, compiled_only.tokens_per_s) == (
+        90,
+        pytest.approx(100 / 90),
+    )
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -395,16 +408,16 @@ def test_progress_is_shown_with_the_validation_loss(
     def evaluate(base, state):
         step = int(state.step)
         losses = {"valid_sample_loss": 2 + step / 8}
-        # The evaluations between the first one and the last one are of some rows.
+        # Only the first and the last evaluation use all validation rows.
         return losses | ({"valid_loss": step / 8} if step in (0, 18) else {})
 
     settings = dict(eval_every=eval_every, log_every=log_every)
     loop = train.Loop(18, lambda step: 0.1, **settings)
 
-    def watch(row):
+    def record_step(row):
         return numbers.append(row["step"])
 
-    options = dict(evaluate=evaluate, watch=watch)
+    options = dict(evaluate=evaluate, watch=record_step)
     fit(tmp_path, loop, STEP, start(OPTIMIZER), Data(), **options)
     assert numbers == [*watched]
     assert metrics_of(tmp_path, "step") == [(step,) for step in range(19)]
@@ -426,14 +439,14 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     with train.Checkpoints(tmp_path) as states:
         states.save(start(OPTIMIZER), {})
         states.wait()
-        other = train.State.create({"v": jnp.ones(2)}, OPTIMIZER, seed=0)
-        said = r"lora.v was nothing, is float32\[2\].*"
-        said += r"lora.w was float32\[5\], is nothing"
-        with pytest.raises(ValueError, match=said):
-            states.restore(other)
+        other_state = train.State.create({"v": jnp.ones(2)}, OPTIMIZER, seed=0)
+        message = r"lora.v was nothing, is float32\[2\].*"
+        message += r"lora.w was float32\[5\], is nothing"
+        with pytest.raises(ValueError, match=message):
+            states.restore(other_state)
 
 
-def test_metrics_end_with_a_whole_line_where_the_disk_is_full(tmp_path):
+def test_metrics_end_with_a_complete_line_if_the_disk_is_full(tmp_path):
     path = tmp_path / "metrics.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with train.Metrics(path) as metrics:
@@ -447,7 +460,7 @@ def test_metrics_end_with_a_whole_line_where_the_disk_is_full(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": null}\n'
 
 
-def test_metrics_go_on_behind_the_step_of_the_state(tmp_path):
+def test_metrics_go_on_after_the_step_of_the_state(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(5)]
     path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
@@ -461,21 +474,21 @@ def test_the_plot_has_a_point_for_each_evaluation(tmp_path, monkeypatch):
     canvas, drawn = matplotlib.backends.backend_agg.FigureCanvasAgg, []
     write = canvas.print_figure
 
-    def keep(self, *args, **rest):
+    def record_lines(self, *args, **options):
         [axes] = self.figure.axes
         lines = [(x.get_label(), x.get_marker(), x.get_xydata()) for x in axes.lines]
         drawn.append({label: (mark, xy.tolist()) for label, mark, xy in lines})
-        return write(self, *args, **rest)
+        return write(self, *args, **options)
 
-    monkeypatch.setattr(canvas, "print_figure", keep)
+    monkeypatch.setattr(canvas, "print_figure", record_lines)
     rows = [{"step": step, "loss": 1 / step} for step in range(1, 101)]
     for row in rows[9::10]:
         row["valid_sample_loss"] = 2 / row["step"]
     rows[99]["valid_loss"] = 0.5
     train.plot_loss(rows, tmp_path / "loss.png")
     train.plot_loss([{"step": 1, "loss": 1.0, "valid_loss": 2.0}], tmp_path / "one.png")
-    some = [[float(step), 2 / step] for step in range(10, 101, 10)]
-    assert drawn[0]["validation, some rows"] == ("o", some)
+    sample_points = [[float(step), 2 / step] for step in range(10, 101, 10)]
+    assert drawn[0]["validation, some rows"] == ("o", sample_points)
     assert drawn[0]["validation, all rows"] == ("D", [[100, 0.5]])
     mark, means = drawn[0]["mean of 5 steps"]
     assert means[0] == [5, pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5)]
@@ -502,19 +515,19 @@ def test_the_loss_of_rows_is_that_of_optax_on_each_row_alone(packing, count):
 
     ids, labels = np.zeros((2, 5, 9), np.int32)
     labels -= 100
-    for place, row in enumerate(rows):
-        ids[place, : len(row.ids)] = row.ids
-        labels[place, : len(row.ids)] = row.labels
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = row.ids
+        labels[index, : len(row.ids)] = row.labels
     counts = labels[:, 1:] != -100
 
-    def mean(lora):
+    def mean_loss(lora):
         logits = model.apply({"params": base, "lora": lora}, ids)[:, :-1]
-        labels_ = np.maximum(labels[:, 1:], 0)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels_)
+        token_labels = np.maximum(labels[:, 1:], 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, token_labels)
         return jnp.sum(losses * counts) / counts.sum()
 
-    loss, grads = jax.jit(jax.value_and_grad(mean))(lora)
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(lora)
     assert_close(report.loss, loss)
     assert_close(report.grad_norm, optax.tree.norm(grads))
-    want = jax.tree.map(lambda x, g: x - g, lora, grads)
-    assert_close(state.lora, want, terms=64)
+    expected = jax.tree.map(lambda x, g: x - g, lora, grads)
+    assert_close(state.lora, expected, terms=64)

@@ -1,4 +1,4 @@
-"""Files of rows: whatever kind of file they are in, they are the same tokens."""
+"""Files of rows give the same tokens in every file format."""
 
 import csv
 import gzip
@@ -37,15 +37,15 @@ def tokens(rows):
 
 
 def as_csv(rows):
-    """What a file has whose rows hold texts alone: the rest of them is JSON."""
+    """Returns a CSV file of the rows, whose values other than text are JSON."""
     file = io.StringIO()
     writer = csv.DictWriter(file, [*rows[0]])
     writer.writeheader()
 
-    def text(x):
+    def as_text(x):
         return x if isinstance(x, str) else json.dumps(x)
 
-    writer.writerows({key: text(x) for key, x in row.items()} for row in rows)
+    writer.writerows({key: as_text(x) for key, x in row.items()} for row in rows)
     return file.getvalue()
 
 
@@ -60,43 +60,48 @@ WRITERS = {
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_are_those_of_the_jsonl_file(tokenizer, tmp_path, kind, suffix, zipped):
-    wanted = read_rows_of(tokenizer, tmp_path, *ROWS[kind])
+    expected = read_rows_of(tokenizer, tmp_path, *ROWS[kind])
     data = WRITERS[suffix](ROWS[kind]).encode()
     path = tmp_path / f"rows{suffix}{'.gz' * zipped}"
     path.write_bytes(gzip.compress(data) if zipped else data)
-    found = read(tokenizer, path)
-    assert tokens(found.train) == tokens(wanted.train) and found.kind == wanted.kind
+    dataset = read(tokenizer, path)
+    assert (
+        tokens(dataset.train) == tokens(expected.train)
+        and dataset.kind == expected.kind
+    )
     first = {".jsonl": 1, ".json": 0, ".csv": 2}[suffix]
-    assert found.train[0].place == f"{path}:{first}"
+    assert dataset.train[0].place == f"{path}:{first}"
     if not zipped:  # with a byte order mark, as on Windows
         path.write_bytes(b"\xef\xbb\xbf" + data)
-        assert tokens(read(tokenizer, path).train) == tokens(wanted.train)
+        assert tokens(read(tokenizer, path).train) == tokens(expected.train)
 
 
 def test_a_json_file_may_have_a_row_on_each_line(tokenizer, tmp_path):
     path = write_rows(tmp_path / "d.json", ROWS["pairs"])
-    found = read(tokenizer, path).train
-    assert found[-1].place == f"{path}:3"
-    wanted = read_rows_of(tokenizer, tmp_path, *ROWS["pairs"])
-    assert tokens(found) == tokens(wanted.train)
+    rows = read(tokenizer, path).train
+    assert rows[-1].place == f"{path}:3"
+    expected = read_rows_of(tokenizer, tmp_path, *ROWS["pairs"])
+    assert tokens(rows) == tokens(expected.train)
 
 
-@pytest.mark.parametrize("more", [{}, {"system": "be brief"}])
-def test_conversations_of_sharegpt_are_messages(tokenizer, tmp_path, more):
-    system = [{"role": "system", "content": "be brief"}] if more else []
-    told = [{"from": "tool", "value": "sun"}, {"from": "gpt", "value": "it is"}]
-    rest = [{"role": "tool", "content": "sun"}]
-    rest += [{"role": "assistant", "content": "it is"}]
-    row = {"messages": [*system, *MESSAGES, *rest]}
-    wanted = read_rows_of(tokenizer, tmp_path, row).train
-    for talk in (TALK + told, MESSAGES + rest):
-        row = {"conversations": talk} | more
-        found = read_rows_of(tokenizer, tmp_path, row)
-        assert tokens(found.train) == tokens(wanted) and found.kind == "sharegpt"
+@pytest.mark.parametrize("system_setting", [{}, {"system": "be brief"}])
+def test_conversations_of_sharegpt_are_messages(tokenizer, tmp_path, system_setting):
+    system = [{"role": "system", "content": "be brief"}] if system_setting else []
+    tool_turns = [{"from": "tool", "value": "sun"}, {"from": "gpt", "value": "it is"}]
+    tool_messages = [{"role": "tool", "content": "sun"}]
+    tool_messages += [{"role": "assistant", "content": "it is"}]
+    row = {"messages": [*system, *MESSAGES, *tool_messages]}
+    expected = read_rows_of(tokenizer, tmp_path, row).train
+    for talk in (TALK + tool_turns, MESSAGES + tool_messages):
+        row = {"conversations": talk} | system_setting
+        dataset = read_rows_of(tokenizer, tmp_path, row)
+        assert tokens(dataset.train) == tokens(expected) and dataset.kind == "sharegpt"
 
 
-def test_what_is_not_known_of_a_conversation_is_refused(tokenizer, tmp_path):
-    rows = [{"conversations": [*TALK, {"from": who, "value": "a"}]} for who in "xyz"]
+def test_unknown_senders_of_a_conversation_are_refused(tokenizer, tmp_path):
+    rows = [
+        {"conversations": [*TALK, {"from": sender, "value": "a"}]} for sender in "xyz"
+    ]
     with pytest.raises(ValueError, match=r"line 1: `conv.*\[2\]` must be from on") as e:
         read_rows_of(tokenizer, tmp_path, *rows)
     assert str(e.value).endswith("Got 'x'. ... and 2 more rows like it, lines 2, 3")
@@ -112,31 +117,32 @@ def test_other_keys_of_pairs_are_refused_but_a_system(tokenizer, tmp_path, keys)
     row |= {"system": "c"}
     with pytest.raises(ValueError, match="line 1: .*`system` need a chat template"):
         read_rows_of(tokenizer, tmp_path, row, chat=False)
-    [found] = read_rows_of(tokenizer, tmp_path, row).train
-    assert tokenizer.decode(found.ids) == "system\nc\nuser\na\nassistant\nb\n"
+    [encoded] = read_rows_of(tokenizer, tmp_path, row).train
+    assert tokenizer.decode(encoded.ids) == "system\nc\nuser\na\nassistant\nb\n"
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
 def test_a_text_is_cut_into_rows_and_all_of_it_is_trained(tokenizer, tmp_path, suffix):
     text = "one and two\r\n\r\nthe user, é\n" * 9
     path = write_rows(tmp_path / "d.jsonl", [{"text": text}])
-    [whole] = read(tokenizer, path, max_length=999).train
+    [full_row] = read(tokenizer, path, max_length=999).train
     data = gzip.compress(text.encode()) if suffix == ".txt.gz" else text.encode()
     (tmp_path / f"d{suffix}").write_bytes(data)
-    for size in (2, 16, len(whole.ids) - 1, len(whole.ids), 999):
+    for size in (2, 16, len(full_row.ids) - 1, len(full_row.ids), 999):
         data = read(tokenizer, tmp_path / f"d{suffix}", max_length=size)
-        rows, count = data.train, -(-(len(whole.ids) - 1) // (size - 1))
+        rows, count = data.train, -(-(len(full_row.ids) - 1) // (size - 1))
         assert len(rows) == count and all(2 <= len(row.ids) <= size for row in rows)
         ids = np.concatenate([rows[0].ids[:1], *(row.ids[1:] for row in rows)])
-        np.testing.assert_array_equal(ids, whole.ids)
-        # Each row begins with the end of that before it, so each token is predicted.
+        np.testing.assert_array_equal(ids, full_row.ids)
+        # Each row begins with the last token of the one before: all tokens are targets.
         assert all(a.ids[-1] == b.ids[0] for a, b in zip(rows, rows[1:], strict=False))
-        assert sum(row.num_trained for row in rows) == whole.num_trained
+        assert sum(row.num_trained for row in rows) == full_row.num_trained
         assert bool(data.notes) == (count > 1)
         split = read(tokenizer, path, max_length=size, too_long="split").train
         assert tokens(split) == tokens(rows)
     rows = read_rows(tmp_path / f"d{suffix}", tokenizer, vocab_size=320, max_length=9)
-    assert sum(row.num_trained for row in rows) == whole.num_trained - 1  # no end
+    # The rows have no end token.
+    assert sum(row.num_trained for row in rows) == full_row.num_trained - 1
     with pytest.raises(ValueError, match="or to split, which is for rows of `text`"):
         read(tokenizer, path, max_length=9)
     path = write_rows(tmp_path / "d.jsonl", ROWS["pairs"])
@@ -155,12 +161,12 @@ def test_a_folder_has_validation_rows_by_any_of_their_names(tokenizer, tmp_path,
     assert (len(data.train), len(data.valid), data.test) == (3, 1, [])
     [note] = data.notes
     assert note.startswith(f"{tmp_path}: ignored") and note.endswith(": more.jsonl")
-    for twice in (f"{name}.json.gz", "train.jsonl"):
-        (tmp_path / twice).touch()
+    for second_file in (f"{name}.json.gz", "train.jsonl"):
+        (tmp_path / second_file).touch()
         with pytest.raises(ValueError, match="must have one of .* all of them") as e:
             read(tokenizer, tmp_path)
-        assert twice in str(e.value)
-        (tmp_path / twice).unlink()
+        assert second_file in str(e.value)
+        (tmp_path / second_file).unlink()
 
 
 LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
@@ -190,7 +196,7 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
         ("d.jsonl", b'{"text": "\xff"}', "line 1: the row must be JSON. 'utf-8' codec"),
         ("d.jsonl", LONG_LINE, "line 1: the row must have at"),
         ("d.jsonl.gz", b'{"text": "a"}', "must be a .jsonl.gz file. Not a gzipped"),
-        # Workers must name it alike: without the time.
+        # Without the time, so that all workers of pytest name this case alike.
         ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], "must be a .jsonl.gz file"),
         ("d.csv", b"", "d.csv must have rows. Got none"),
         ("d.csv", b"text\n", "d.csv must have rows. Got none"),
@@ -230,8 +236,8 @@ def test_a_csv_file_has_long_fields_and_other_readers_their_limit(tokenizer, tmp
     rows = [{"text": "a" * (limit + 1)}]
     (tmp_path / "d.csv").write_text(as_csv(rows))
     name = readers.split_name(tmp_path / "d.csv")
-    _, found = readers.open_rows(tmp_path / "d.csv", name)
-    assert next(found) == (2, rows[0]) and csv.field_size_limit() == limit
+    _, read_back = readers.open_rows(tmp_path / "d.csv", name)
+    assert next(read_back) == (2, rows[0]) and csv.field_size_limit() == limit
 
 
 def test_parquet_needs_a_library(tokenizer, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Damaged states: named, with the newest whole one; never read as other values."""
+"""Damaged states raise errors that name the newest intact state."""
 
 import hashlib
 import random
@@ -37,10 +37,10 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def assert_whole(states, step=2):
-    found, about = states.restore(make_state(0), step)
-    assert about == ABOUT
-    chex.assert_trees_all_equal(found, make_state(step))
+def assert_intact(states, step=2):
+    state, metadata = states.restore(make_state(0), step)
+    assert metadata == ABOUT
+    chex.assert_trees_all_equal(state, make_state(step))
 
 
 def size_of(path):
@@ -54,7 +54,7 @@ def flip(path, bit):
 
 
 def damage(rng):
-    """Yields a name of each kind of damage, and what does it to a file."""
+    """Yields pairs: a part of the error message, and a function that damages a file."""
     for _ in range(FLIPS):
         yield "contents", lambda path: flip(path, rng.randrange(8 * size_of(path)))
     yield "contents", lambda path: path.write_bytes(path.read_bytes()[:-1])
@@ -63,27 +63,29 @@ def damage(rng):
 
 
 def test_a_damaged_state_is_named_or_has_the_same_values(folder):
-    """Bits of every file are flipped, files are cut short, and deleted."""
-    rng, refused, same = random.Random(0), 0, set()
+    """Bits of each file are flipped, and files are truncated, emptied and deleted."""
+    rng, num_errors, harmless = random.Random(0), 0, set()
     for path in files_of(folder / "2"):
         data, name = path.read_bytes(), path.relative_to(folder / "2").as_posix()
-        for kind, harm in damage(rng):
-            harm(path)
+        for kind, damage_file in damage(rng):
+            damage_file(path)
             with train.Checkpoints(folder) as states:
                 try:
-                    assert_whole(states)
-                    same.add(name)
+                    assert_intact(states)
+                    harmless.add(name)
                 except ValueError as error:
-                    said = f"the checkpoint of step 2 in {folder} is damaged: {name} "
-                    assert said in str(error) and kind in str(error)
+                    message = (
+                        f"the checkpoint of step 2 in {folder} is damaged: {name} "
+                    )
+                    assert message in str(error) and kind in str(error)
                     assert "intact checkpoint is that of step 1: pass" in str(error)
-                    refused += 1
+                    num_errors += 1
             path.write_bytes(data)
-    # Two notes of Orbax's have no values.
-    assert same == {"_CHECKPOINT_METADATA", "commit_success.txt"}
-    assert refused == (len(files_of(folder / "2")) - 2) * (FLIPS + 3) >= 70
+    # Two files of Orbax hold no values, so that damage to them is harmless.
+    assert harmless == {"_CHECKPOINT_METADATA", "commit_success.txt"}
+    assert num_errors == (len(files_of(folder / "2")) - 2) * (FLIPS + 3) >= 70
     with train.Checkpoints(folder) as states:
-        assert_whole(states)
+        assert_intact(states)
 
 
 @pytest.mark.parametrize("part", ["state", "about", "."])
@@ -92,16 +94,16 @@ def test_a_state_of_which_a_part_is_missing_is_named(folder, part):
     (folder / "2").mkdir(exist_ok=True)
     with train.Checkpoints(folder) as states:
         for read in (states.metadata, lambda: states.restore(make_state())):
-            said = "checkpoint of step 2 .* is missing.* of step 1:"
-            with pytest.raises(ValueError, match=said):
+            message = "checkpoint of step 2 .* is missing.* of step 1:"
+            with pytest.raises(ValueError, match=message):
                 read()
-        # What the error says: go on from the other one.
+        # As the error says, the run can resume from the other state.
         assert states.metadata(1) == ABOUT
-        assert_whole(states, 1)
+        assert_intact(states, 1)
         assert states.remove_after(1) == [2]
         states.save(make_state(2), ABOUT)
         states.wait()
-        assert_whole(states)
+        assert_intact(states)
 
 
 def test_all_damaged_files_are_named(folder):
@@ -109,12 +111,12 @@ def test_all_damaged_files_are_named(folder):
         for file in files_of(folder / str(step) / "about"):
             file.write_bytes(b"")
     with train.Checkpoints(folder) as states:
-        said = "about/commit_success.txt has other contents than were saved; "
-        said += "about/metadata has .*No other checkpoint is intact"
-        with pytest.raises(ValueError, match=said):
+        message = "about/commit_success.txt has other contents than were saved; "
+        message += "about/metadata has .*No other checkpoint is intact"
+        with pytest.raises(ValueError, match=message):
             states.metadata()
-        said = r"must be the step of a checkpoint .*\[1, 2\]. Got 7"
-        with pytest.raises(ValueError, match=said):
+        message = r"must be the step of a checkpoint .*\[1, 2\]. Got 7"
+        with pytest.raises(ValueError, match=message):
             states.metadata(7)
 
 
@@ -122,9 +124,9 @@ def test_checksums_are_those_of_sha256sum(folder):
     text = (folder / "2" / "checksums.txt").read_text()
     *lines, last = text.splitlines(keepends=True)
     for line in lines:
-        wanted, name = re.fullmatch("([0-9a-f]{64})  (.*)\n", line).groups()
+        checksum, name = re.fullmatch("([0-9a-f]{64})  (.*)\n", line).groups()
         data = (folder / "2" / name).read_bytes()
-        assert hashlib.sha256(data).hexdigest() == wanted
+        assert hashlib.sha256(data).hexdigest() == checksum
     assert last == f"# {hashlib.sha256(''.join(lines).encode()).hexdigest()}\n"
 
 

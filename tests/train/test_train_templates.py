@@ -1,4 +1,4 @@
-"""Chat templates: whose they are, what they may do, which answers they mark."""
+"""Chat templates: where they come from, what they may do, which answers they mark."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ MARKED = (
     "{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# Drops thoughts, and writes earlier turns otherwise, as some models' templates do.
+# Drops thoughts, and renders earlier turns differently, as some templates do.
 FORGETFUL = (
     "{% for m in messages %}{{ m.role }}: {% if loop.last and m.role != 'user' %}"
     "({{ m.thought }}){% endif %}{{ m.content.split('</think>')[-1] }}<|im_end|>"
@@ -43,7 +43,7 @@ def read(tokenizer, tmp_path, messages, **settings):
     return read_rows_of(tokenizer, tmp_path, {"messages": messages}, **settings)
 
 
-def answers(tokenizer, tmp_path, messages, **settings):
+def trained_texts_of(tokenizer, tmp_path, messages, **settings):
     row = read(tokenizer, tmp_path, messages, **settings).train[0]
     cuts = np.flatnonzero(np.diff((row.labels == -100).astype(int))) + 1
     runs = [ids for ids in np.split(row.labels, cuts) if ids[0] != -100]
@@ -54,9 +54,9 @@ def test_marked_answers_are_trained_and_begin_once(tmp_path):
     tokenizer = tokenizer_with(tmp_path, MARKED, bos=True)
     text = tokenizer.render([*TALK, *TALK])
     assert text == "<s>" + "user: one?\nassistant: two<|im_end|>\n" * 2
-    # The token " two" holds the end of the prompt too, and counts.
-    found = answers(tokenizer, tmp_path, [*TALK, *TALK])
-    assert found == [" two<|im_end|>"] * 2
+    # The token " two" also holds the end of the prompt, and is a target.
+    trained_texts = trained_texts_of(tokenizer, tmp_path, [*TALK, *TALK])
+    assert trained_texts == [" two<|im_end|>"] * 2
     data = read(tokenizer, tmp_path, TALK)
     assert "in 1 rows one token holds the end of the prompt" in data.notes[0]
     [row] = data.train
@@ -68,7 +68,7 @@ def test_marked_answers_are_trained_and_begin_once(tmp_path):
         read(tokenizer, tmp_path, [ASK[0], TALK[1] | {"content": "\ufdd0"}])
 
 
-# This one marks the header of the answer too.
+# This template marks the header of the answer too.
 WHOLE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
     "assistant: {{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
@@ -88,13 +88,13 @@ def test_a_completion_is_trained_without_the_answers_before_it(tmp_path, templat
 def test_answers_that_cannot_be_found_are_refused(tmp_path):
     tokenizer = tokenizer_with(tmp_path, FORGETFUL)
     thoughtful = [*ASK, TALK[1] | {"thought": "1 + 1"}]
-    assert answers(tokenizer, tmp_path, thoughtful) == ["(1 + 1)two<|im_end|>"]
+    assert trained_texts_of(tokenizer, tmp_path, thoughtful) == ["(1 + 1)two<|im_end|>"]
     twice = [*TALK, *thoughtful]
     with pytest.raises(ValueError, match="line 1: the answer in message 1 cannot be"):
         read(tokenizer, tmp_path, twice)
-    [found] = answers(tokenizer, tmp_path, twice, train_on="all")
-    assert found == tokenizer.render(twice)
-    # A preference must know its answer, whatever is trained.
+    [trained_text] = trained_texts_of(tokenizer, tmp_path, twice, train_on="all")
+    assert trained_text == tokenizer.render(twice)
+    # Pairs need the boundaries of their answers, even if all tokens are targets.
     pair = {"prompt": twice[:1], "chosen": twice[1:], "rejected": TALK[1:]}
     with pytest.raises(ValueError, match="line 1: the answer in message 1 cannot be"):
         read_rows_of(tokenizer, tmp_path, pair, objective="orpo", train_on="all")
@@ -134,9 +134,9 @@ def test_roles_that_a_template_does_not_name(tmp_path, template, row, unknown):
     if unknown is None:
         assert len(read_rows_of(tokenizer, tmp_path, row).train) == 1
         return
-    said = f"line 1: roles must be system, user, .* Got {re.escape(unknown)}"
+    message = f"line 1: roles must be system, user, .* Got {re.escape(unknown)}"
     for train_on in ("completions", "all"):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read_rows_of(tokenizer, tmp_path, row, train_on=train_on)
     pair = {"prompt": [turn("usr")], "chosen": TALK[1:], "rejected": [turn("usr")]}
     with pytest.raises(ValueError, match=r"Got 'usr' in `prompt\[0\]`"):
@@ -174,20 +174,22 @@ def test_messages_with_a_weight_of_0_are_not_trained(
         for i, m in enumerate(CHAT)
     ]
     data = read_rows_of(tokenizer, tmp_path, row, {"messages": CHAT})
-    other = read_rows_of(tokenizer, tmp_path, {"conversations": turns})
-    row, plain = data.train
-    assert row.ids.tolist() == plain.ids.tolist()  # a mark is not written
-    assert row.labels.tolist() == other.train[0].labels.tolist()
-    found = "".join(re.findall(r"two(\d)", tokenizer.decode(targets(row))))
-    assert found == trained
-    # All that is trained of the others is as without weights, and nothing else.
-    kept = [x for x in runs(plain) if tokenizer.decode(x).rstrip()[-1] in trained]
-    assert runs(row) == kept
+    sharegpt = read_rows_of(tokenizer, tmp_path, {"conversations": turns})
+    row, unweighted = data.train
+    assert row.ids.tolist() == unweighted.ids.tolist()  # a mark is not rendered
+    assert row.labels.tolist() == sharegpt.train[0].labels.tolist()
+    trained_numbers = "".join(re.findall(r"two(\d)", tokenizer.decode(targets(row))))
+    assert trained_numbers == trained
+    # The targets of the other answers are the same as without weights.
+    expected_runs = [
+        x for x in runs(unweighted) if tokenizer.decode(x).rstrip()[-1] in trained
+    ]
+    assert runs(row) == expected_runs
     if trained[-1] != "2":
         return
     row = {"prompt": messages[:4], "completion": messages[4:]}
     [row] = read_rows_of(tokenizer, tmp_path, row).train
-    assert runs(row) == kept[-1:]
+    assert runs(row) == expected_runs[-1:]
 
 
 def targets(row):
@@ -205,32 +207,32 @@ def test_the_last_answer_alone_is_trained(tmp_path, template):
     tokenizer = tokenizer_with(tmp_path, template)
     rows = [
         {"messages": CHAT},
-        {"messages": CHAT + ASK},  # a question that nothing answers
+        {"messages": CHAT + ASK},  # a question without an answer
         {"prompt": CHAT[:3], "completion": CHAT[3:]},
     ]
     for row in rows:
-        [found] = read_rows_of(tokenizer, tmp_path, row, train_on="last").train
-        [run] = runs(found)
+        [encoded] = read_rows_of(tokenizer, tmp_path, row, train_on="last").train
+        [run] = runs(encoded)
         assert tokenizer.decode(run).removeprefix("assistant:").strip() == "two2"
     with pytest.raises(
         ValueError, match="the row must have a message of the assistant to"
     ):
-        last = [*CHAT[:5], CHAT[5] | {"weight": 0}]
-        read(tokenizer, tmp_path, last, train_on="last")
+        messages = [*CHAT[:5], CHAT[5] | {"weight": 0}]
+        read(tokenizer, tmp_path, messages, train_on="last")
 
 
 def test_the_last_answer_is_found_where_earlier_ones_are_not(tmp_path):
-    """A template may drop the thoughts of earlier turns, as those of Qwen3 do."""
+    """A template may drop the thoughts of earlier turns, as that of Qwen3 does."""
     tokenizer = tokenizer_with(tmp_path, FORGETFUL)
     messages = [*TALK, *ASK, TALK[1] | {"thought": "1 + 1"}]
     with pytest.raises(ValueError, match='or train on "last" or "all"'):
         read(tokenizer, tmp_path, messages)
-    found = answers(tokenizer, tmp_path, messages, train_on="last")
-    assert found == ["(1 + 1)two<|im_end|>"]
+    trained_texts = trained_texts_of(tokenizer, tmp_path, messages, train_on="last")
+    assert trained_texts == ["(1 + 1)two<|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    "message, train_on, said",
+    "message, train_on, error",
     [
         (ASK[0] | {"weight": 1}, "completions", r"`messages\[0\]` must not have a"),
         (ASK[0] | {"train": True}, "completions", "only messages of the assistant are"),
@@ -241,10 +243,10 @@ def test_the_last_answer_is_found_where_earlier_ones_are_not(tmp_path):
         (TALK[1] | {"weight": 0}, "completions", "a message of the assistant to train"),
     ],
 )
-def test_wrong_weights_are_refused(tmp_path, message, train_on, said):
+def test_wrong_weights_are_refused(tmp_path, message, train_on, error):
     tokenizer = tokenizer_with(tmp_path, CHATML)
     talk = [message, TALK[1]] if message["role"] == "user" else [ASK[0], message]
-    with pytest.raises(ValueError, match=f"line 1: .*{said}"):
+    with pytest.raises(ValueError, match=f"line 1: .*{error}"):
         read(tokenizer, tmp_path, talk, train_on=train_on)
 
 
@@ -252,7 +254,7 @@ CALL = {"name": "weather", "arguments": {"where": "Kiel", "day": "today"}}
 ASKED = [*ASK, {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]}]
 TOLD = [*ASKED, {"role": "tool", "content": "sun"}, *TALK[1:]]
 LONG = "a content that is long enough to be found without a second rendering"
-# Writes tools and calls, but of a call's arguments the first alone.
+# Renders tools and calls, but only the first argument of a call.
 CALLING = CHATML.replace(
     "m['content'] +", "m['content'] + (call(m) if m.tool_calls else '') +"
 )
@@ -291,11 +293,11 @@ def thinking(text):
         (CALLING, ODD, ODD_NAMES),
         (CHATML, [ASK[0] | {"name": LONG}, TALK[1]], "messages[0].name"),
         (CHATML, {"prompt": "a", "completion": "b", "tools": [TOOL]}, "tools"),
-        # What else has the same text is no proof.
+        # The same text in another field does not prove that a field is rendered.
         (CHATML, [TWICE, TALK[1]], "messages[0].name"),
         (FORGETFUL, thinking("<think>1 + 1</think>two"), "messages[1].content"),
         (FORGETFUL, thinking(f"<think>ok</think>{LONG} ok"), "messages[1].content"),
-        # A result that is not in the place of its call.
+        # A tool result that does not follow its call.
         (CHATML, [*ASK, RESULT, TALK[1]], "messages[1].name"),
     ],
 )
@@ -304,13 +306,13 @@ def test_what_is_not_written_is_refused(tmp_path, template, row, lost, train_on)
     tokenizer = tokenizer_with(tmp_path, template)
     row = row if isinstance(row, dict) else {"messages": row}
     names = re.escape(", ".join(f"`{name}`" for name in lost.split()))
-    said = f"line 1: the chat template does not write all of {names}: the"
-    with pytest.raises(ValueError, match=said):
+    message = f"line 1: the chat template does not write all of {names}: the"
+    with pytest.raises(ValueError, match=message):
         read_rows_of(tokenizer, tmp_path, row, max_length=400, train_on=train_on)
 
 
 def test_what_need_not_be_written(tmp_path):
-    """Ids, empty values, the name of the call that a tool's answer follows."""
+    """Ids, empty values and the name of the call before a result may be left out."""
     tokenizer = tokenizer_with(tmp_path, CALLING)
     call = {"name": "weather", "arguments": {"where": "Kiel"}}
     calls = {"tool_calls": [{"id": "1", "type": "function", "function": call}]}
@@ -335,7 +337,7 @@ def test_empty_turns_of_the_assistant_are_refused(tmp_path, empty):
         read(tokenizer, tmp_path, [*ASK, {"role": "assistant", "content": empty}])
 
 
-# Loops over the parts of a content, as templates of models that see do.
+# Loops over the parts of a content, as templates of vision models do.
 PARTED = CHATML.replace("m['content'] +", "text(m['content']) +")
 PARTED = (
     "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
@@ -352,10 +354,12 @@ def test_parts_are_joined_where_a_template_reads_texts(tmp_path, template):
     talk = [{"role": "user", "content": parts("on", "e?")}]
     talk += [{"role": "assistant", "content": parts("two")}]
     assert tokenizer.render(talk) == tokenizer.render(TALK)
-    none = [ASK[0] | {"content": []}, talk[1]]
-    empty = [ASK[0] | {"content": ""}, TALK[1]]
-    assert tokenizer.render(none) == tokenizer.render(empty)
-    assert answers(tokenizer, tmp_path, talk) == answers(tokenizer, tmp_path, TALK)
+    no_parts = [ASK[0] | {"content": []}, talk[1]]
+    empty_text = [ASK[0] | {"content": ""}, TALK[1]]
+    assert tokenizer.render(no_parts) == tokenizer.render(empty_text)
+    assert trained_texts_of(tokenizer, tmp_path, talk) == trained_texts_of(
+        tokenizer, tmp_path, TALK
+    )
     talk[0]["content"].append({"type": "image", "url": "a.png"})
     with pytest.raises(ValueError, match="line 1: the chat template reads contents"):
         read(tokenizer, tmp_path, talk)
@@ -370,37 +374,39 @@ def test_parts_are_kept_where_a_template_reads_them(tmp_path):
     talk[0]["content"].append({"type": "image", "url": "a.png"})
     with pytest.raises(ValueError, match=r"write all of `messages\[0\].content\[2\]`"):
         read(tokenizer, tmp_path, talk)
-    talk[0]["content"][2].pop("url")  # a place for an image that is not there
-    said = r"`messages\[0\]` must have parts with text"
-    with pytest.raises(ValueError, match=said):
+    talk[0]["content"][2].pop("url")  # a placeholder without an image
+    message = r"`messages\[0\]` must have parts with text"
+    with pytest.raises(ValueError, match=message):
         read(tokenizer, tmp_path, talk)
 
 
 def test_a_template_is_the_models_own(tmp_path):
-    named = {"default": "plain", "tool_use": "tools"}
-    named = [{"name": name, "template": text} for name, text in named.items()]
-    tokenizer = tokenizer_with(tmp_path, named)
+    templates = {"default": "plain", "tool_use": "tools"}
+    templates = [{"name": name, "template": text} for name, text in templates.items()]
+    tokenizer = tokenizer_with(tmp_path, templates)
     assert tokenizer.render(ASK) == "plain"
     assert tokenizer.render(ASK, tools=[{"name": "f"}]) == "tools"
     (tmp_path / "model" / "chat_template.jinja").write_text("from the file")
     assert open_tokenizer(tmp_path / "model").render(ASK) == "from the file"
-    other = tmp_path / "other.jinja"
-    other.write_text("by option")
-    tokenizer = open_tokenizer(tmp_path / "model", template=other)
+    template_file = tmp_path / "other.jinja"
+    template_file.write_text("by option")
+    tokenizer = open_tokenizer(tmp_path / "model", template=template_file)
     assert tokenizer.render(ASK, tools=[{}]) == "by option"
     with pytest.raises(ValueError, match="nowhere must be a file"):
         open_tokenizer(tmp_path / "model", template=tmp_path / "nowhere")
-    only = tokenizer_with(tmp_path / "model", [{"name": "rag", "template": "x"}])
+    without_default = tokenizer_with(
+        tmp_path / "model", [{"name": "rag", "template": "x"}]
+    )
     with pytest.raises(ValueError, match=r"has templates \['rag'\], but no default"):
-        only.render(ASK)
+        without_default.render(ASK)
 
 
 def test_the_end_of_an_answer_is_known(tmp_path):
-    """From the files, and from what the template writes behind one."""
+    """End tokens come from the files, and from the template's text after an answer."""
     tokenizer = tokenizer_with(tmp_path, CHATML, eos="<|endoftext|>")
     assert tokenizer.end_ids == (0, 2) and tokenizer.eos_id == 0
-    more = tmp_path / "model" / "generation_config.json"
-    more.write_text(json.dumps({"eos_token_id": [2, 1]}))
+    generation_config = tmp_path / "model" / "generation_config.json"
+    generation_config.write_text(json.dumps({"eos_token_id": [2, 1]}))
     assert open_tokenizer(tmp_path / "model").end_ids == (0, 2, 1)
 
 
@@ -438,7 +444,7 @@ def test_a_template_can_do_what_it_needs(tmp_path):
         "{{ x ~ 'a' * 2 }}{% else %}none{% endfor %}"
         "{{ {'é': '<'}|tojson }}{{ '%d'|format(250000) }}{{ 'ab'[::-1] }}"
         "{{ none|default(1000000, true) }}{{ '{:>4}'.format(7) }}{{ 7 * 1.5 }}"
-        "{% if true %}\n  {% endif %}|"  # leaves no lines
+        "{% if true %}\n  {% endif %}|"  # leaves no newlines
     )
     tokenizer = tokenizer_with(tmp_path, template)
     assert tokenizer.render(ASK) == '2aa{"é": "<"}250000ba1000000   710.5|'
@@ -457,20 +463,20 @@ def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypa
     templates = {"default": CHATML, "tool_use": "{{ tools }}"}
     (tokens / "chat_template.jinja").write_text(CHATML)
     (tokens / "additional_chat_templates").mkdir()
-    more = tokens / "additional_chat_templates" / "tool_use.jinja"
-    more.write_text(templates["tool_use"])
+    tool_template = tokens / "additional_chat_templates" / "tool_use.jinja"
+    tool_template.write_text(templates["tool_use"])
     settings = {"eos_token": "<|im_end|>", "chat_template": "older than the file"}
     (tokens / "tokenizer_config.json").write_text(json.dumps(settings))
     config, params = load(tokens, progress=False)
     ql.io.save_merged(tmp_path / "copy", tokens, {}, decoder_names(config))
     assert open_tokenizer(tmp_path / "copy").chat.sources == templates
-    path, write = tmp_path / "model.gguf", decoder_out.write_gguf_tokenizer
+    path, write_tokenizer = tmp_path / "model.gguf", decoder_out.write_gguf_tokenizer
 
-    def with_another_end(writer, *rest):
-        write(writer, *rest)
+    def write_another_end(writer, *arguments):
+        write_tokenizer(writer, *arguments)
         writer.add_eot_token_id(7)
 
-    monkeypatch.setattr(decoder_out, "write_gguf_tokenizer", with_another_end)
+    monkeypatch.setattr(decoder_out, "write_gguf_tokenizer", write_another_end)
     save_gguf(path, tokens, params, progress=False)
     ours, theirs = open_tokenizer(path), open_tokenizer(tokens)
     assert ours.render(TALK) == theirs.render(TALK) and ours.has_template
@@ -478,6 +484,9 @@ def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypa
     text = ours.render(TALK)
     assert ours.encode(text) == theirs.encode(text)
     with folder_of_gguf(path) as folder:
-        again = open_tokenizer(folder)
-        assert again.chat.sources == ours.chat.sources == templates
-        assert again.end_ids == ours.end_ids and again.eos_id == theirs.eos_id
+        unpacked = open_tokenizer(folder)
+        assert unpacked.chat.sources == ours.chat.sources == templates
+        assert (
+            unpacked.end_ids == ours.end_ids
+            and unpacked.eos_id == theirs.eos_id
+        )
