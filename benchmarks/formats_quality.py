@@ -264,9 +264,9 @@ def draw(qualities: list[Quality]) -> Figure:
             ("#0072B2", "float32 or double-quantized scales", ("nf4", "fp4", "int4,")),
             ("#D55E00", "formats of servers", ("int4_f16", "q4_0", "mxfp4", "nvfp4")),
         ):
-            some = [x for x in qualities if x.name.startswith(names)]
-            places = [x.bits for x in some], [getattr(x, field) for x in some]
-            axes.plot(*places, "o", color=color, label=label)
+            plotted = [x for x in qualities if x.name.startswith(names)]
+            points = [x.bits for x in plotted], [getattr(x, field) for x in plotted]
+            axes.plot(*points, "o", color=color, label=label)
         title, label = panels[field]
         axes.set_title(title, size=13)
         axes.set_ylabel(label)
@@ -288,14 +288,20 @@ def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
     low, high = axes.get_ylim()
     for column, shift in ((4.13, -0.05), (4.25, 0.04), (4.5, 0.05), (5.0, 0.05)):
         near = [(y, x, name) for x, y, name in points if abs(x - column) < 0.05]
-        at = low
+        height = low
         for y, x, name in sorted(near):
-            at = max(y, at + 0.04 * (high - low))
+            height = max(y, height + 0.04 * (high - low))
             side = "left" if shift > 0 else "right"
             line = {"arrowstyle": "-", "color": "#BBBBBB"}
-            place = column + shift, at
+            text_position = column + shift, height
             axes.annotate(
-                name, (x, y), place, va="center", ha=side, size=10, arrowprops=line
+                name,
+                (x, y),
+                text_position,
+                va="center",
+                ha=side,
+                size=10,
+                arrowprops=line,
             )
 
 

@@ -157,7 +157,7 @@ def main():
     args = parser.parse_args()
     topology = {"target_config": H100, "topology": "1x1x1"}
     devices = topologies.get_topology_desc("", "cuda", **topology).devices
-    place = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+    sharding = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     installed = {
         d.metadata["Name"]: d.version for d in importlib.metadata.distributions()
     }
@@ -171,17 +171,17 @@ def main():
     heads = ["M", "direction", "gemm", "decode", "writes", "f32 weight", "gather"]
     heads += ["scale kernels", "product", "result", "after", "temporary"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
-    good = True
+    all_fit = True
     for m in args.rows or (512, 4096):
         for name, function, arguments in cases(m, args.backend):
-            lowered = jax.jit(function, in_shardings=place).lower(*arguments)
+            lowered = jax.jit(function, in_shardings=sharding).lower(*arguments)
             for gemm, triton in GEMMS.items():
                 options = {"xla_gpu_enable_triton_gemm": triton}
                 row, fits = examine(lowered.compile(compiler_options=options))
-                good &= fits
+                all_fit &= fits
                 cells = [m, name, gemm, *row]
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    if not good:
+    if not all_fit:
         raise SystemExit("Decoding is not one fusion that writes bfloat16.")
 
 

@@ -97,8 +97,8 @@ def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None
         runs[name] = None if times is None or before is None else before + times
         for line in computations.get(name, ()):
             loop = _LOOP.search(line)
-            for many, single in _CALLED.findall(line):
-                for called in re.split(r",\s*", many) if many else [single]:
+            for name_list, single in _CALLED.findall(line):
+                for called in re.split(r",\s*", name_list) if name_list else [single]:
                     called = called.strip().removeprefix("%")
                     inner = times
                     if loop and called == loop[2]:
@@ -118,15 +118,15 @@ def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None
 def _trips(condition: Iterable[str], body: Iterable[str]) -> int | None:
     """Returns how often a loop runs that counts from 0 to a constant; else None."""
     test, work = "\n".join(condition), "\n".join(body)
-    if not (less := _LESS.search(test)):
+    if not (comparison := _LESS.search(test)):
         return None
     limits = {name: (kind, int(size)) for name, kind, size in _CONSTANT.findall(test)}
-    if less[2] not in limits:
+    if comparison[2] not in limits:
         return None
-    kind, limit = limits[less[2]]
+    kind, limit = limits[comparison[2]]
     if kind == "s32":  # a scan of JAX, which counts by ones
         return limit
-    step = _step(work, dict(_ELEMENT.findall(test)).get(less[1]))
+    step = _step(work, dict(_ELEMENT.findall(test)).get(comparison[1]))
     return -(-limit // step) if step else None
 
 

@@ -226,15 +226,15 @@ def train_job(peer: str, case: dict) -> Job:
         ]
         for row in sequences(case)
     ]
-    places = max(sum(row.num_trained for row in group) for group in groups)
-    batch = collate(groups, case["rows"], width(case), -(-places // 16) * 16)
+    num_trained = max(sum(row.num_trained for row in group) for group in groups)
+    batch = collate(groups, case["rows"], width(case), -(-num_trained // 16) * 16)
     optimizer = train.make_optimizer("adamw", lambda step: RATE, clip=1.0)
     step = train.make_step(train.decoder_loss(model), optimizer)
-    held = {"state": train.State.create(lora, optimizer, seed=0)}
+    carried = {"state": train.State.create(lora, optimizer, seed=0)}
 
     def call():
-        held["state"], report = step(held["state"], base, [batch])
-        jax.block_until_ready((held, report))
+        carried["state"], report = step(carried["state"], base, [batch])
+        jax.block_until_ready((carried, report))
 
     return Job(call, lambda: None, {"bits": bits})
 
@@ -270,12 +270,14 @@ def training(loss, lora, base) -> tuple[Any, dict]:
         return optax.apply_updates(lora, updates), state, value
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    held = {"lora": lora, "state": optimizer.init(lora)}
-    facts = {"temporaries": temporaries(step, held["lora"], held["state"], base)}
+    carried = {"lora": lora, "state": optimizer.init(lora)}
+    facts = {"temporaries": temporaries(step, carried["lora"], carried["state"], base)}
 
     def call():
-        held["lora"], held["state"], value = step(held["lora"], held["state"], base)
-        jax.block_until_ready((held, value))
+        carried["lora"], carried["state"], value = step(
+            carried["lora"], carried["state"], base
+        )
+        jax.block_until_ready((carried, value))
 
     return call, facts
 

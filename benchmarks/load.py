@@ -70,8 +70,10 @@ def make(folder: pathlib.Path, s) -> int:
             tensors["model.norm.weight"] = new(s["width"])
         ql.io.write_safetensors(folder / file, tensors, metadata={"format": "pt"})
     files = sorted(folder.glob("*.safetensors"))
-    where = {name: file.name for file in files for name in ql.io.open_safetensors(file)}
-    index = {"metadata": {}, "weight_map": where}
+    weight_map = {
+        name: file.name for file in files for name in ql.io.open_safetensors(file)
+    }
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -201,9 +203,9 @@ def main():
     first = statistics.median(x[0] for x in samples_of_way["packed as read"])
     rows = []
     for way, samples in samples_of_way.items():
-        seconds, peak, grown = map(statistics.median, zip(*samples, strict=True))
+        seconds, peak, growth = map(statistics.median, zip(*samples, strict=True))
         rows.append(
-            [way, f"{seconds / first:.2f}", f"{seconds:.1f}", mib(peak), mib(grown)]
+            [way, f"{seconds / first:.2f}", f"{seconds:.1f}", mib(peak), mib(growth)]
         )
     header = ["way", "time, ratio", "s", "process peak MiB", "beyond imports MiB"]
     version_list = ", ".join(

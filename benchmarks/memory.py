@@ -135,18 +135,25 @@ def step_memory(
     def shape_struct(n, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, n), dtype)
 
-    every, some = shape_struct(tokens), shape_struct(answer)
-    shapes: Any = (every, every, every, some, some, shape_struct(answer, jnp.float32))
+    all_tokens, trained_tokens = shape_struct(tokens), shape_struct(answer)
+    shapes: Any = (
+        all_tokens,
+        all_tokens,
+        all_tokens,
+        trained_tokens,
+        trained_tokens,
+        shape_struct(answer, jnp.float32),
+    )
     batch = ql.train.Batch(*shapes)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
     step = ql.train.make_step(ql.train.decoder_loss(wrapped), optimizer)
     jitted = jax.jit(step, donate_argnums=0)
     compiled = jitted.lower(state, base, [batch]).compile()
     analysis: Any = compiled.memory_analysis()
-    held = nbytes((base, state, batch))
-    if analysis.argument_size_in_bytes != held:
+    argument_bytes = nbytes((base, state, batch))
+    if analysis.argument_size_in_bytes != argument_bytes:
         raise RuntimeError(
-            f"The step's arguments must have {held} bytes. Got "
+            f"The step's arguments must have {argument_bytes} bytes. Got "
             f"{analysis.argument_size_in_bytes}."
         )
     # Results are written over the adapter and the state, which are donated.

@@ -62,10 +62,10 @@ def make_ways(rows: list[Row], longest: int) -> dict[str, list[Batch]]:
     size = max(1, round(ROWS * longest * len(rows) / tokens))
     settings = {"max_length": longest, "seed": 0, "num_epochs": 1}
     packed = train.batches(rows, batch_size=ROWS, packing=True, **settings)
-    alike = train.batches(rows, batch_size=size, packing=False, **settings)
+    similar = train.batches(rows, batch_size=size, packing=False, **settings)
     return {
         "packed": list(packed),
-        "padded, of similar lengths": list(alike),
+        "padded, of similar lengths": list(similar),
         "padded, as drawn": list(as_drawn(rows, size)),
     }
 

@@ -68,22 +68,24 @@ def draw_memory(totals: dict[str, dict[str, int]]) -> Figure:
     """Draws gigabytes by model and way to train; `totals[model][way]` is in bytes."""
     figure = Figure(figsize=(8.5, 5.4), layout="constrained")
     axes = figure.subplots()
-    places = range(len(totals))
+    positions = range(len(totals))
     for size in (16, 24):
         axes.axhline(size, color=GREY, linestyle="--", linewidth=1)
         axes.text(len(totals) - 0.62, size, f"{size} GB device", va="center", size=11)
     for way, (label, color, marker) in WAYS.items():
         sizes = [total[way] / 1e9 for total in totals.values()]
-        axes.plot(places, sizes, color=color, marker=marker, label=label, linewidth=2)
-        for place, size in zip(places, sizes, strict=True):
+        axes.plot(
+            positions, sizes, color=color, marker=marker, label=label, linewidth=2
+        )
+        for position, size in zip(positions, sizes, strict=True):
             text = f"{size:.2g}" if size < 10 else f"{size:.0f}"
             offset, side = ((6, -15), "left") if way == "qlora" else ((-4, 6), "right")
             note = axes.annotate(
-                text, (place, size), offset, textcoords="offset points", ha=side
+                text, (position, size), offset, textcoords="offset points", ha=side
             )
             note.set_path_effects([withStroke(linewidth=4, foreground="white")])
     names = [name.replace("-", " ").replace(" ", "\n", 1) for name in totals]
-    axes.set_xticks(places, names)
+    axes.set_xticks(positions, names)
     axes.set_yscale("log")
     axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     axes.set_ylim(0.08, 1000)
@@ -109,9 +111,9 @@ def draw_step_memory(rows: dict[str, dict[str, int]]) -> Figure:
         if part == "temporaries":
             axes.bar_label(bars, [f"{x:,.0f}" for x in sizes], label_type="center")
         start += sizes
-    for place, (name, total) in enumerate(zip(names, start, strict=True)):
+    for position, (name, total) in enumerate(zip(names, start, strict=True)):
         base = rows[name]["base"] / 1e6
-        axes.text(total, place, f"  {total:,.0f} MB (base {base:.0f})", va="center")
+        axes.text(total, position, f"  {total:,.0f} MB (base {base:.0f})", va="center")
     axes.set_xlim(0, max(start) * 1.35)
     axes.set_xlabel("MB (10⁶ bytes)")
     axes.tick_params(axis="y", length=0)
@@ -134,7 +136,7 @@ def draw_loss(run: pathlib.Path, shown: int = 2) -> Figure:
     result = json.loads((run / "result.json").read_text("utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
     valid = _rows(pathlib.Path(config["data"]) / "valid.jsonl")
-    asked = [row["messages"][-2]["content"] for row in valid]
+    questions = [row["messages"][-2]["content"] for row in valid]
     figure = Figure(figsize=(9, 4 + 1.6 * shown), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(4, 1.6 * shown))
     _draw_curve(above, metrics)
@@ -149,7 +151,7 @@ def draw_loss(run: pathlib.Path, shown: int = 2) -> Figure:
     )
     shown_rows = [
         {"text": text} | row
-        for text, row in zip(asked[:shown], answers[:shown], strict=True)
+        for text, row in zip(questions[:shown], answers[:shown], strict=True)
     ]
     _write_answers(below, shown_rows)
     return figure
@@ -173,8 +175,8 @@ def _draw_curve(axes: Axes, metrics: list[dict]) -> None:
         ("valid_sample_loss", "some held-out rows", "o", "#E39A6F"),
     ):
         if valid := [row for row in metrics if key in row]:
-            places, losses = [r["step"] for r in valid], [r[key] for r in valid]
-            axes.plot(places, losses, mark, color=color, label=label)
+            train_steps, losses = [r["step"] for r in valid], [r[key] for r in valid]
+            axes.plot(train_steps, losses, mark, color=color, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("step")
@@ -187,11 +189,11 @@ def _write_answers(axes: Axes, answers: list[dict]) -> None:
     axes.set_axis_off()
     line = 0.0
     for answer in answers:
-        good = answer["after"].strip() == answer["right"].strip()
+        is_right = answer["after"].strip() == answer["right"].strip()
         for label, text, color in (
             ("sentence", answer["text"], "black"),
             ("before", answer["before"].strip(), RED),
-            ("after", answer["after"].strip(), BLUE if good else RED),
+            ("after", answer["after"].strip(), BLUE if is_right else RED),
         ):
             text = textwrap.fill(
                 text, 74, max_lines=2, placeholder=" ...", break_on_hyphens=False

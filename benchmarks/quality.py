@@ -268,13 +268,13 @@ def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: f
     """Trains an arm to its end, or until a time; appends its records to a file."""
     study_key = {"task": task.name, "arm": arm.name}
 
-    def mine():
+    def read_own_rows():
         return [x for x in read_records(path) if x.items() >= study_key.items()]
 
     start = task.full_rate if arm.rank is None else task.rate
     bench = None
     while time.monotonic() < end:
-        rows = mine()
+        rows = read_own_rows()
         left = plan([x for x in rows if x["rate"] is not None], start, arm.seeds)
         if rows and left is None:
             return

@@ -85,14 +85,14 @@ def table(arms: dict[str, Results], is_text: bool) -> list[list[str]]:
     for arm, results in arms.items():
         losses = (results.values(x) for x in ("test", "merged", "packed again"))
         after, merged, again = (shown(scale(x), digits) for x in losses)
-        had = results.before["exact"]
+        exact_before = results.before["exact"]
         rows.append(
             [
                 arm,
                 f"{results.rate:.1e}",
                 f"{scale(results.before['test']):.{digits}f}",
                 after,
-                "" if had is None else f"{100 * had:.1f}",
+                "" if exact_before is None else f"{100 * exact_before:.1f}",
                 shown(100 * results.values("exact"), 1),
                 merged,
                 again,
@@ -118,15 +118,17 @@ def draw(tasks: dict[str, dict[str, Results]]) -> Figure:
     figure = Figure(figsize=(12, 4 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(2, 3))
     for (task, arms), (left, right) in zip(tasks.items(), panels, strict=True):
-        for place, (arm, results) in enumerate(arms.items()):
+        for position, (arm, results) in enumerate(arms.items()):
             values = results.values("test")
             mean, half = interval(values)
             (line,) = right.plot(*zip(*results.curve.items(), strict=True), "o-")
             line.set_label(arm)
             color = line.get_color()
-            left.plot(np.full(values.shape, place), values, "o", color=color, alpha=0.5)
+            left.plot(
+                np.full(values.shape, position), values, "o", color=color, alpha=0.5
+            )
             if not math.isnan(half):
-                left.errorbar(place, mean, half, fmt="_", color=color, capsize=6)
+                left.errorbar(position, mean, half, fmt="_", color=color, capsize=6)
         left.set_xticks(range(len(arms)), list(arms), rotation=30, ha="right")
         left.set_title(f"{task}: test loss at the best rate", size=12)
         right.set_title(f"{task}: loss on validation rows by learning rate", size=12)

@@ -87,7 +87,7 @@ def _text() -> dict[str, Iterable[dict]]:
     text = [chapter for i, chapter in enumerate(new) if i % 10 != 5]
     splits = {"train": text, "valid": held_out[::2], "test": held_out[1::2]}
     splits["old"] = [formats_model.split(old)[1]]
-    return {name: [{"text": x} for x in some] for name, some in splits.items()}
+    return {name: [{"text": x} for x in texts] for name, texts in splits.items()}
 
 
 def _words() -> dict[str, Iterable[dict]]:
@@ -109,7 +109,7 @@ def _sums() -> dict[str, Iterable[dict]]:
     import reasoning_gym
 
     count = TRAINING + TESTS + TESTS // 2
-    drawn = reasoning_gym.create_dataset(
+    examples = reasoning_gym.create_dataset(
         "chain_sum",
         size=2 * count,
         seed=0,
@@ -118,7 +118,7 @@ def _sums() -> dict[str, Iterable[dict]]:
         min_digits=1,
         max_digits=2,
     )
-    answer_of = {x["question"]: x["answer"] for x in drawn}  # none is asked twice
+    answer_of = {x["question"]: x["answer"] for x in examples}  # none is asked twice
     rows = [{"prompt": q, "completion": a} for q, a in answer_of.items()][:count]
     return _splits(rows[:TRAINING], rows[TRAINING:])
 

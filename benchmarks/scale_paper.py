@@ -109,24 +109,24 @@ def estimate(record: dict) -> Estimate:
         host += 4 * 4 * adapter / chips
     if settings.get("base_memory") == "host":
         host += (2 + reference) * stored
-    moved = 0.0
+    moved_bytes = 0.0
     # Sums of products are scattered over the axis `tensor`, and each chip has its part.
     mesh = dict(x.split("=") for x in settings.get("mesh", "").split(",") if x)
     times = {"all-reduce": 2, "reduce-scatter": int(mesh.get("tensor", 1))}
     for x in record.get("collectives", ()):
-        moved += x["bytes"] * times.get(x["operation"], 1)
+        moved_bytes += x["bytes"] * times.get(x["operation"], 1)
 
-    def at(amount, peak, share):
+    def seconds_at(amount, peak, share):
         return amount / (peak * SHARES[share])
 
     return Estimate(
-        products=at(operations / chips, chip.flops, "products"),
-        attention=at(
+        products=seconds_at(operations / chips, chip.flops, "products"),
+        attention=seconds_at(
             rows * c.num_layers * attention * scores / chips, chip.flops, "attention"
         ),
-        hbm=at(hbm, chip.hbm_rate, "hbm"),
-        host=at(host, chip.host_rate, "host"),
-        ici=at(moved * (1 - 1 / chips), chip.ici_rate, "ici"),
+        hbm=seconds_at(hbm, chip.hbm_rate, "hbm"),
+        host=seconds_at(host, chip.host_rate, "host"),
+        ici=seconds_at(moved_bytes * (1 - 1 / chips), chip.ici_rate, "ici"),
     )
 
 
@@ -140,6 +140,6 @@ def break_even(chip: str) -> int:
         chip: A name in `CHIPS`.
     """
     chip_rates = CHIPS[chip]
-    comes = 2 * PACKED / (chip_rates.host_rate * SHARES["host"])
+    transfer = 2 * PACKED / (chip_rates.host_rate * SHARES["host"])
     token = 3 * 2 / (chip_rates.flops * SHARES["products"])
-    return math.ceil(comes / token)
+    return math.ceil(transfer / token)

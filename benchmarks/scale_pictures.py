@@ -17,17 +17,17 @@ def draw_fit(records: list[dict]) -> Figure:
     limit = HBM["v5e"] / 1e9
     last = [words(x["settings"]).split(", ")[-1] for x in rows]
     names = [x if x in ("nothing", "splash") else f"+ {x}" for x in last]
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     for kind, color, offset in (("hbm", BLUE, 0.19), ("host", ORANGE, -0.19)):
         sizes = [x.get(kind, 0) / 1e9 for x in rows]
         shown = [min(size, 1.6 * limit) for size in sizes]
         colors = [color if fits(x) else RED for x in rows]
-        bars = axes.barh(places + offset, shown, 0.36, color=colors)
+        bars = axes.barh(positions + offset, shown, 0.36, color=colors)
         texts = [f" {x:.2f}" if x else "" for x in sizes]
         axes.bar_label(bars, texts, size=11)
     axes.axvline(limit, color=GREY, linestyle="--", linewidth=1)
     axes.text(limit, len(rows) - 0.45, f" {limit:.1f} GB: a v5e chip", color=GREY)
-    axes.set_yticks(places, names)
+    axes.set_yticks(positions, names)
     axes.set_xlim(0, 1.75 * limit)
     axes.set_ylim(-0.6, len(rows) - 0.1)
     axes.set_xlabel("GB (10⁹ bytes); red: does not fit")
@@ -46,33 +46,40 @@ def draw_models(records: list[dict]) -> Figure:
     """Draws HBM of each model's largest row beside LoRA on a bfloat16 base."""
     groups: dict[tuple, dict[bool, dict]] = {}
     for x in records:
-        place = list(SHORT).index(x["model"]), x["chips"], chip_of(x)
+        group_key = list(SHORT).index(x["model"]), x["chips"], chip_of(x)
         is_lora = x["settings"].get("fmt") == "none"
-        best = groups.setdefault(place, {}).get(is_lora)
+        best = groups.setdefault(group_key, {}).get(is_lora)
         is_sft = "objective" not in x["settings"]
         if is_sft and "hbm" in x and (best is None or _rank(x) > _rank(best)):
-            groups[place][is_lora] = x
-    places = sorted(key for key, group in groups.items() if False in group)[::-1]
-    figure = Figure(figsize=(9.5, 0.5 * len(places) + 1.4), layout="constrained")
+            groups[group_key][is_lora] = x
+    group_keys = sorted(key for key, group in groups.items() if False in group)[::-1]
+    figure = Figure(figsize=(9.5, 0.5 * len(group_keys) + 1.4), layout="constrained")
     axes = figure.subplots()
-    for at, key in enumerate(places):
+    for position, key in enumerate(group_keys):
         limit = HBM[key[2]] / 1e9
-        axes.plot([limit, limit], [at - 0.42, at + 0.42], color=GREY, linestyle="--")
+        axes.plot(
+            [limit, limit],
+            [position - 0.42, position + 0.42],
+            color=GREY,
+            linestyle="--",
+        )
         for is_lora, offset, color in ((False, 0.2, BLUE), (True, -0.2, ORANGE)):
             if (x := groups[key].get(is_lora)) is None:
                 continue
             size = x["hbm"] / 1e9
             color = color if fits(x) else RED
-            axes.barh(at + offset, size, 0.38, color=color)
+            axes.barh(position + offset, size, 0.38, color=color)
             text, style = f"{size:.3g}, {_tokens(x)}", {"ha": "right", "va": "center"}
-            axes.text(size * 0.98, at + offset, text, color="white", size=10, **style)
+            axes.text(
+                size * 0.98, position + offset, text, color="white", size=10, **style
+            )
     axes.set_xscale("log")
     ticks = [1, 2, 5, 10, 20, 50, 100, 200]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlim(1, 400)
     names = list(SHORT.values())
     axes.set_yticks(
-        range(len(places)), [f"{names[m]} on {n} {c}" for m, n, c in places]
+        range(len(group_keys)), [f"{names[m]} on {n} {c}" for m, n, c in group_keys]
     )
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("GB of HBM a chip, log scale, and tokens of a row")

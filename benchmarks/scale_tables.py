@@ -108,8 +108,8 @@ def models_table(records: list[dict]) -> str:
 def _order(record: dict) -> tuple:
     s, models = record["settings"], list(NAMES.values())
     is_lora = s.get("fmt") == "none"
-    place = models.index(record["model"]), record["chips"], chip_of(record)
-    return *place, is_lora, s["max_length"], -len(words(s))
+    group_key = models.index(record["model"]), record["chips"], chip_of(record)
+    return *group_key, is_lora, s["max_length"], -len(words(s))
 
 
 def fit_rows(records: list[dict]) -> list[dict]:

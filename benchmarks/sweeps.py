@@ -31,9 +31,11 @@ def measure(case: dict, count: int, rounds: int) -> list:
     """Returns the row of a number of adapters."""
     model, base, lora, _ = language_model("qlora_jax-remat", case)
     ids = tokens(case).astype(np.int32)
-    places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     weights = np.ones(ids.shape, np.float32)
-    batch = train.Batch(ids, ids * 0 + 1, places, places, np.roll(ids, -1, 1), weights)
+    batch = train.Batch(
+        ids, ids * 0 + 1, positions, positions, np.roll(ids, -1, 1), weights
+    )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
     loss = train.decoder_loss(model)
     single_step = train.make_step(loss, optimizer)

@@ -52,10 +52,10 @@ def stored_bits(layers) -> float:
     size, count = 0, 0
     for layer in layers:
         state = getattr(layer.weight, "quant_state", None)
-        held = [layer.weight]
+        buffers = [layer.weight]
         if state is not None:
-            held += [state.absmax, state.state2.absmax, state.offset]
-        size += sum(x.numel() * x.element_size() for x in held)
+            buffers += [state.absmax, state.state2.absmax, state.offset]
+        size += sum(x.numel() * x.element_size() for x in buffers)
         count += layer.in_features * layer.out_features
     return 8 * size / count
 

@@ -184,8 +184,8 @@ def compile_here(chip, case):
     mesh = Mesh(np.array(devices[:1]), ("x",))
 
     def put(x, memory):
-        place = NamedSharding(mesh, PartitionSpec(), memory_kind=memory)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=memory)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     args = jax.tree.map(lambda x: put(x, "device"), args)
     if kind == "step":
@@ -271,9 +271,9 @@ def read_branches(text):
     """Reads what `Schedule.first` and `Schedule.loops` say from a list of bundles."""
     started, forward, first, loops, address = {}, [], 0, [], 0
     for line in text.splitlines():
-        if at := re.match(r"\s*0x([0-9a-f]+)\s+(PF)?", line):
-            address = int(at[1], 16)
-            if at[2] and forward:  # where a branch forward leads
+        if match := re.match(r"\s*0x([0-9a-f]+)\s+(PF)?", line):
+            address = int(match[1], 16)
+            if match[2] and forward:  # where a branch forward leads
                 begin = forward.pop()
                 # The outermost skips a whole step, while the pipeline starts.
                 first += address - begin if len(forward) == 1 else 0
@@ -369,17 +369,17 @@ def measure_packed(chip, m, transpose, fmt):
     compiled = compile_case(chip, **case)
     # Two steps that divide the axis, so that both loop: the difference is a tile's.
     short = min(plan.chunk, 1024)
-    at = [
+    bundles = [
         compile_case(chip, **case, chunk=chunk).bundles for chunk in (short, 2 * short)
     ]
-    per_column = (at[1] - at[0]) / short
+    per_column = (bundles[1] - bundles[0]) / short
     repeats = plan.contracted // plan.chunk - 1
     again = repeats * compiled.loops[0] if repeats else 0
-    every, first = compiled.bundles - compiled.first, compiled.first
+    every_step, first = compiled.bundles - compiled.first, compiled.first
     if plan.keep:
-        call = steps[0] * (steps[1] * every + first + again)
+        call = steps[0] * (steps[1] * every_step + first + again)
     else:
-        call = steps[0] * (every + again) + first
+        call = steps[0] * (every_step + again) + first
     row = {"kernel": f"{fmt}, {form}", "block": f"{plan.tile_m}x{plan.tile}"}
     row |= {
         "step": compiled.bundles,
@@ -400,11 +400,13 @@ def estimate(chip, m, transpose, row, steps, bytes_a_weight, alone):
     *_, ghz, macs, hbm = CHIPS[chip]
     contracted, outputs = (COLS, ROWS) if transpose else (ROWS, COLS)
     x_reads = steps[0] if steps[1] > 1 else 1
-    moved = ROWS * COLS * bytes_a_weight + 2 * m * (x_reads * contracted + outputs)
+    moved_bytes = ROWS * COLS * bytes_a_weight + 2 * m * (
+        x_reads * contracted + outputs
+    )
     row |= {"chip": chip, "M": m, "product": "g @ W.T" if transpose else "x @ W"}
     row["issue"] = row["call"] / ghz / 1e3
     row["mxu"] = (m * ROWS * COLS / macs + alone) / ghz / 1e3
-    row["hbm"] = moved / hbm
+    row["hbm"] = moved_bytes / hbm
     row["time"] = max(row["issue"], row["mxu"], row["hbm"])
     return row
 

@@ -66,12 +66,12 @@ def make_step(loss: str, remat: bool, case: dict):
         updates, state = optimizer.update(grads, state, lora)
         return optax.apply_updates(lora, updates), state, loss
 
-    held = [lora, optimizer.init(lora)]
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*held, base).compile()
+    carried = [lora, optimizer.init(lora)]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carried, base).compile()
 
     def call():
-        *held[:], loss = compiled(*held, base)
-        jax.block_until_ready((held, loss))
+        *carried[:], loss = compiled(*carried, base)
+        jax.block_until_ready((carried, loss))
 
     return call, base, compiled.memory_analysis().temp_size_in_bytes
 

@@ -128,23 +128,23 @@ def time_in_words(hour: int, minute: int, style: int) -> str:
         if hour < 18
         else "in the evening"
     )
-    this = ONES[(hour - 1) % 12 + 1]
+    hour_word = ONES[(hour - 1) % 12 + 1]
     if minute == 0:
-        clock = f"{this} o'clock"
+        clock = f"{hour_word} o'clock"
     elif style == 0 and minute == 15:
-        clock = f"a quarter past {this}"
+        clock = f"a quarter past {hour_word}"
     elif style == 0 and minute == 30:
-        clock = f"half past {this}"
+        clock = f"half past {hour_word}"
     else:
-        clock = f"{this} {'oh ' * (minute < 10)}{number_in_words(minute)}"
+        clock = f"{hour_word} {'oh ' * (minute < 10)}{number_in_words(minute)}"
     return f"at {clock} {half}"
 
 
 def _split(values, share, rng):
     values = list(values)
     rng.shuffle(values)
-    cut = round(len(values) * share)
-    return values[cut:], values[:cut]
+    num_held_out = round(len(values) * share)
+    return values[num_held_out:], values[:num_held_out]
 
 
 def make_splits(

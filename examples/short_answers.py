@@ -69,10 +69,10 @@ def win_rates(run: pathlib.Path) -> dict[str, float]:
     """Returns the share of wins before and after a run of `qlora-jax train`."""
     rows = [json.loads(x) for x in (run / "answers.jsonl").read_text().splitlines()]
 
-    def share(when):
-        return sum(wins(x[when], x["right"]) for x in rows) / len(rows)
+    def share(answer_key):
+        return sum(wins(x[answer_key], x["right"]) for x in rows) / len(rows)
 
-    return {when: share(when) for when in ("before", "after")}
+    return {answer_key: share(answer_key) for answer_key in ("before", "after")}
 
 
 def main():
@@ -82,8 +82,8 @@ def main():
     parser.add_argument("--run", type=pathlib.Path)
     args = parser.parse_args()
     if args.run is not None:
-        for when, share in win_rates(args.run).items():
-            print(f"{when}: {share:.1%} of the answers win")
+        for answer_key, share in win_rates(args.run).items():
+            print(f"{answer_key}: {share:.1%} of the answers win")
         return
     args.out.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", 640), ("valid", 60)):

@@ -64,9 +64,9 @@ def make_base(task, words: Words, dim: int, depth: int, steps: int) -> nnx.Modul
 
     def batches():
         for _ in range(steps):
-            asked, drawn = rng.integers(len(task), size=(2, 64))
-            answered = np.where(rng.random(64) < 0.5, asked, drawn)
-            pairs = zip(asked.tolist(), answered.tolist(), strict=True)
+            questions, drawn_answers = rng.integers(len(task), size=(2, 64))
+            answered = np.where(rng.random(64) < 0.5, questions, drawn_answers)
+            pairs = zip(questions.tolist(), answered.tolist(), strict=True)
             texts = [f"{task[i]['question']} {task[j]['answer']}" for i, j in pairs]
             tokens = np.array([[words.bos_id(), *words.encode(text)] for text in texts])
             yield peft_trainer.TrainingInput(tokens, np.ones(tokens.shape, bool))

@@ -11,9 +11,9 @@ def attention(query, key, value, visible, scale, soft_cap=None, xp=np, sinks=Non
     if soft_cap is not None:
         scores = soft_cap * xp.tanh(scores / soft_cap)
     scores = xp.where(visible[:, None], scores, -xp.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = xp.exp(scores - top)
-    sink = 0 if sinks is None else xp.exp(sinks[None, :, None, None] - top)
+    largest = scores.max(axis=-1, keepdims=True)
+    weights = xp.exp(scores - largest)
+    sink = 0 if sinks is None else xp.exp(sinks[None, :, None, None] - largest)
     weights /= weights.sum(axis=-1, keepdims=True) + sink
     return xp.einsum("bhts,bshd->bthd", weights, value)
 

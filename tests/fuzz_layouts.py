@@ -227,23 +227,23 @@ def in_numpy(draw, base, lora, x):
 def gradients(layers, has_tanh, x):
     """Gradients of the sum of sin y in each layer's A and B, and in x."""
 
-    def turned(a):
+    def transposed(a):
         return np.swapaxes(a, -1, -2)
 
     inputs, outputs = [], []
-    for (w, a, b), bend in zip(layers, has_tanh, strict=True):
+    for (w, a, b), applies_tanh in zip(layers, has_tanh, strict=True):
         inputs.append(x)
         y = x @ w + x @ a @ b
-        x = np.tanh(y) if bend else y
+        x = np.tanh(y) if applies_tanh else y
         outputs.append(x)
     dx, lora_grads = np.cos(x), []
-    for (w, a, b), bend, x, y in reversed(
+    for (w, a, b), applies_tanh, x, y in reversed(
         [*zip(layers, has_tanh, inputs, outputs, strict=True)]
     ):
-        dy = dx * (1 - y**2) if bend else dx
-        dh = dy @ turned(b)
-        lora_grads.append([turned(x) @ dh, turned(x @ a) @ dy])
-        dx = dy @ turned(w) + dh @ turned(a)
+        dy = dx * (1 - y**2) if applies_tanh else dx
+        dh = dy @ transposed(b)
+        lora_grads.append([transposed(x) @ dh, transposed(x @ a) @ dy])
+        dx = dy @ transposed(w) + dh @ transposed(a)
     return lora_grads[::-1], dx
 
 

@@ -48,8 +48,8 @@ def add_noise(x, seed):
     for shift, factor in (16, 0x85EBCA6B), (13, 0xC2B2AE35):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
     units = (mixed >> 16) % jnp.uint32(2 * UNITS + 1)
-    moved = bits + units.astype(kind) - jnp.asarray(UNITS, kind)
-    noisy = lax.bitcast_convert_type(moved, x.dtype)
+    noisy_bits = bits + units.astype(kind) - jnp.asarray(UNITS, kind)
+    noisy = lax.bitcast_convert_type(noisy_bits, x.dtype)
     is_exact = bits & jnp.asarray(2 ** ZERO_BITS[width] - 1, kind) == 0
     # Near zero and infinity the bits would be those of another kind of number.
     is_normal = (jnp.abs(x) >= 4 * jnp.finfo(x.dtype).tiny) & jnp.isfinite(noisy)

@@ -92,9 +92,9 @@ def test_functions_say_what_they_take_and_return(name):
     function = FUNCTIONS[name]
     assert (section(function, "Args") or []) == parameters(function)
     is_procedure = function.__annotations__["return"] is None
-    gives = [section(function, title) for title in ("Returns", "Yields")]
+    results = [section(function, title) for title in ("Returns", "Yields")]
     # A first sentence may say what is returned, as in Google's style.
-    is_said = gives != [None, None] or inspect.getdoc(function).startswith("Returns ")
+    is_said = results != [None, None] or inspect.getdoc(function).startswith("Returns ")
     assert is_said != is_procedure
     # The class has an example. A method may have the docstring of its protocol.
     assert name in MEMBERS or ">>>" in function.__doc__

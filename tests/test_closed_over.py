@@ -83,7 +83,7 @@ def cases():
     layers = trees_of({"kernel": normal(3, (2, 64, 8))}, rank=2, block_size=16)
     rules = {".*": P(None, "a", "b")}
     split_layers = ql.sharding.place(*layers, make_mesh("Auto"), rules)[1]
-    ids, place, sizes = jnp.array([1, 0]), jnp.array(1), jnp.array([1, 1])
+    ids, index, sizes = jnp.array([1, 0]), jnp.array(1), jnp.array([1, 1])
     x, mesh = jnp.ones((2, 64)), make_mesh("Auto")
     parts = {name: getattr(stack, name) for name in ("codes", "scales")}
     facts = {"shape": stack.shape, "fmt": "nf4", "block_size": 16, "dtype": "float32"}
@@ -102,11 +102,11 @@ def cases():
         "select": lambda y: apply(ql.select(bank, ids), x * y),
         "select, NumPy": lambda y: apply(ql.select(bank, np.array([1, 0])), x * y),
         "select, number": lambda y: apply(ql.select(bank, 1), x * y),
-        "with_adapter": lambda y: bank.with_adapter(place, lora).lora,
+        "with_adapter": lambda y: bank.with_adapter(index, lora).lora,
         "with_adapter, number": lambda y: bank.with_adapter(1, lora).lora,
-        "a place of a bank": lambda y: apply(bank[place], x * y),
+        "a place of a bank": lambda y: apply(bank[index], x * y),
         "bank": lambda y: ql.bank([lora, lora]).lora,
-        "matmul": lambda y: ql.matmul(x * y, stack, layer=place),
+        "matmul": lambda y: ql.matmul(x * y, stack, layer=index),
         "ragged_dot": lambda y: ql.ragged_dot(x * y, stack, sizes),
         "lookup": lambda y: ql.lookup(base["embedding"], lora["embedding"], ids) * y,
         "lookup of a bank": lambda y: ql.lookup(

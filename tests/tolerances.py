@@ -83,8 +83,8 @@ def assert_close(got, want, terms=TERMS, *, roundings=1, dtype=None, magnitude=N
     sizes = jax.tree.leaves(want if magnitude is None else magnitude)
     norms = [norm(x) if is_float(x) else 0.0 for x in sizes]
     least = 0.1 * max(norms, default=0)
-    wants = jax.tree.leaves(want)
-    for (path, x), y, size in zip(leaves, wants, norms, strict=True):
+    want_leaves = jax.tree.leaves(want)
+    for (path, x), y, size in zip(leaves, want_leaves, norms, strict=True):
         x, y, name = np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
         assert x.shape == y.shape, (name, x.shape, y.shape)
         assert has_dtype_of(x, y), (name, x.dtype, y.dtype)
@@ -140,10 +140,14 @@ def assert_equal_but_for_rounding(got, run, *args, times=10):
     """
     want = jax.tree.leaves(run(*args))
     moved_results = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
-    for x, y, *moved in zip(jax.tree.leaves(got), want, *moved_results, strict=True):
+    for x, y, *moved_leaves in zip(
+        jax.tree.leaves(got), want, *moved_results, strict=True
+    ):
         assert x.dtype == y.dtype and x.shape == y.shape
         least = norm(y) * rounding(1)
-        check(distance(x, y), times * max(least, *(distance(z, y) for z in moved)))
+        check(
+            distance(x, y), times * max(least, *(distance(z, y) for z in moved_leaves))
+        )
 
 
 def _moved(tree, seed):
@@ -210,7 +214,9 @@ def pytest_terminal_summary(terminalreporter, config):
     for report in terminalreporter.stats.get("", []):
         for name, shares in report.user_properties:
             if name == "closeness":
-                lines += [(share, at, report.nodeid) for at, share in shares.items()]
+                lines += [
+                    (share, line, report.nodeid) for line, share in shares.items()
+                ]
     terminalreporter.section("share of its bound that each comparison used, by test")
     for share, at, name in sorted(lines, reverse=True):
         terminalreporter.line(f"{share:6.3f}  {at}  {name}")

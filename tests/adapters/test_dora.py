@@ -37,10 +37,10 @@ def make(shape=(K, N), **options):
     config = dataclasses.replace(CONFIG, **options)
     base, lora = ql.init(jax.random.key(0), {"kernel": normal(0, shape)}, config)
 
-    def moved(x):
+    def add_noise(x):
         return x + normal(x.size, x.shape, scale=0.1)
 
-    return base["kernel"], jax.tree.map(moved, lora["kernel"])
+    return base["kernel"], jax.tree.map(add_noise, lora["kernel"])
 
 
 def oracle(w, lora, x, g):
@@ -279,8 +279,8 @@ def test_files_and_trees_know_its_arrays(tmp_path):
     labels = ql.lora_labels(ql.combine(base, adapters))
     assert jax.tree.leaves(labels["kernel"].lora) == ["lora"] * 3
     short = jax.tree.map(lambda x: x[..., :-1] if x.ndim == 1 else x, lora)
-    why = why_not(short, kernel)
-    assert why is not None and "M [24]" in why and "[23]" in why
+    reason = why_not(short, kernel)
+    assert reason is not None and "M [24]" in reason and "[23]" in reason
 
 
 def test_an_nnx_model_takes_adapters_of_another_kind():

@@ -137,8 +137,8 @@ def test_an_operation_is_that_of_numpy_or_refused(kind, operation, kernel, selec
         return
     frozen = np.asarray(q.dequantize(), np.float64)
     weights = [*(adapted_weights(frozen, lora, roles) for lora in loras), frozen]
-    places = np.broadcast_to(1 if ids is None else ids, 3)
-    of_rows = [weights[place] for place in places]
+    adapter_ids = np.broadcast_to(1 if ids is None else ids, 3)
+    of_rows = [weights[adapter_id] for adapter_id in adapter_ids]
     if operation == "product":
         matrices = of_rows[0] if roles == "bkn" else of_rows
         matrices = [w.T if roles == "nk" else w for w in matrices]

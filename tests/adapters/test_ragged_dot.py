@@ -75,12 +75,12 @@ def test_vmap(mapped, config):
     q, lora = trees(config)
     x = normal(1, (3, ROWS, K))
     sizes = jnp.stack([SIZES, SIZES[::-1], 0 * SIZES])
-    many = jax.tree.map(lambda a: jnp.stack([a, 2 * a, -a]), lora)
+    members = jax.tree.map(lambda a: jnp.stack([a, 2 * a, -a]), lora)
     operands = {"x": x[0], "lora": lora, "sizes": SIZES}
-    operands |= {mapped: {"x": x, "lora": many, "sizes": sizes}[mapped]}
+    operands |= {mapped: {"x": x, "lora": members, "sizes": sizes}[mapped]}
     axes = [0 if name == mapped else None for name in operands]
 
-    def at(name, i):
+    def member_of(name, i):
         return jax.tree.map(lambda a: a[i], operands[name])
 
     def run(product, x, lora, sizes):
@@ -97,7 +97,8 @@ def test_vmap(mapped, config):
 
     for i in range(3):
         member_operands = (
-            at(name, i) if name == mapped else operands[name] for name in operands
+            member_of(name, i) if name == mapped else operands[name]
+            for name in operands
         )
         want = run(reference, *member_operands)
         for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):

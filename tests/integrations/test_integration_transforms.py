@@ -74,8 +74,8 @@ def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
         return optax.apply_updates(lora, updates), state, value
 
     state, losses = tx.init(lora), []
-    held = sum(a.size for a in jax.tree.leaves(state))
-    assert held <= 2 * sum(a.size for a in jax.tree.leaves(lora)) + 2
+    state_size = sum(a.size for a in jax.tree.leaves(state))
+    assert state_size <= 2 * sum(a.size for a in jax.tree.leaves(lora)) + 2
     for _ in range(10):
         donated = jax.tree.leaves(lora)
         lora, state, value = step(lora, state, wrapped.base)

@@ -120,8 +120,8 @@ def change_json(rng: random.Random, value):
         return value
     if isinstance(value, list) and value and rng.random() < 0.7:
         value = list(value)
-        place = rng.randrange(len(value))
-        value[place] = change_json(rng, value[place])
+        index = rng.randrange(len(value))
+        value[index] = change_json(rng, value[index])
         return value
     if type(value) is int and rng.random() < 0.5:
         return value + rng.choice([-64, -8, -1, 1, 2, 8, 64])
@@ -187,12 +187,12 @@ class Files:
         (folder / "index").mkdir()
         (folder / "index" / "a.safetensors").write_bytes(self.floats)
         packed = {}
-        for i, double in enumerate((True, False)):
+        for i, double_quant in enumerate((True, False)):
             w = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
-            base = {"up": {"kernel": ql.quantize(w, double_quant=double)}}
-            names, where = ql.io.Names({"up/kernel": f"{i}.weight"}), folder / str(i)
-            ql.io.save_bitsandbytes(where, base, names, CONFIGS[0], progress=False)
-            stored = ql.io.open_safetensors(where)
+            base = {"up": {"kernel": ql.quantize(w, double_quant=double_quant)}}
+            names, path = ql.io.Names({"up/kernel": f"{i}.weight"}), folder / str(i)
+            ql.io.save_bitsandbytes(path, base, names, CONFIGS[0], progress=False)
+            stored = ql.io.open_safetensors(path)
             packed |= {name: np.asarray(x) for name, x in stored.items()}
         for maker, (tensors, *_) in FILES.items():
             changed_tensors = changed(tensors).items()
@@ -401,12 +401,12 @@ def read_rows(files: Files, rng: random.Random):
     """Files of all kinds of rows, with templates that may be hostile."""
     rows = rng.choice(ROWS)
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
-    for place in range(len(lines)):
+    for number in range(len(lines)):
         if rng.random() < 0.2:
-            lines[place] = change_bytes(rng, lines[place])
+            lines[number] = change_bytes(rng, lines[number])
         elif rng.random() < 0.4:
-            row = change_json(rng, json.loads(lines[place]))
-            lines[place] = json.dumps(row).encode()
+            row = change_json(rng, json.loads(lines[number]))
+            lines[number] = json.dumps(row).encode()
     suffix = rng.choice([".jsonl"] * 3 + [".json", ".csv", ".txt", ".json.gz"])
     data = b"\n".join(lines)
     if suffix.startswith(".json") and suffix != ".jsonl" and rng.random() < 0.7:
@@ -469,8 +469,8 @@ def test_only_our_own_errors_come_out(tmp_path):
         except Exception as error:
             raise AssertionError(name) from error
         counts[reader.__name__][refused] += 1
-        seconds, grown = time.process_time() - start, resident() - before
+        seconds, growth = time.process_time() - start, resident() - before
         assert seconds < SECONDS, f"{name}: {seconds:.1f} s"
-        assert grown < BYTES, f"{name}: {grown >> 20} MiB"
+        assert growth < BYTES, f"{name}: {growth >> 20} MiB"
         (files.folder / "config.json").unlink(missing_ok=True)
     assert all(refused > CASES // 12 for _, refused in counts.values()), counts

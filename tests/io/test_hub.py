@@ -85,8 +85,10 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "repository"
     write_safetensors(folder / "model-00001-of-00002.safetensors", {"a": np.ones(3)})
     write_safetensors(folder / "model-00002-of-00002.safetensors", {"b": np.ones(2)})
-    where = {x: f"model-0000{i}-of-00002.safetensors" for i, x in ((1, "a"), (2, "b"))}
-    index = json.dumps({"metadata": {}, "weight_map": where})
+    weight_map = {
+        x: f"model-0000{i}-of-00002.safetensors" for i, x in ((1, "a"), (2, "b"))
+    }
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
     (folder / "config.json").write_text("{}")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights again")

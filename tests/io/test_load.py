@@ -232,10 +232,10 @@ def test_all_wrong_tensors_are_listed():
         assert line in text, text
 
 
-def load_single_weight(value, where=(1, 5), **settings):
+def load_single_weight(value, index=(1, 5), **settings):
     """Loads one kernel that holds a value."""
     w = np.ones((2, 64), np.float32)
-    w[where] = value
+    w[index] = value
     shapes = {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)}
     config = ql.QLoRAConfig(**settings) if settings else None
     return load({"w": w}, Names({"kernel": "w"}), shapes, config)

@@ -143,9 +143,9 @@ def refused(tmp_path, data, match):
 
 def test_changed_and_truncated_files_are_refused(tmp_path, written):
     rng = np.random.default_rng(0)
-    for place in rng.integers(0, len(written), 40):
+    for position in rng.integers(0, len(written), 40):
         data = bytearray(written)
-        data[place] ^= 1 << rng.integers(8)
+        data[position] ^= 1 << rng.integers(8)
         refused(tmp_path, data, "broken")
     for size in (0, 7, 100, len(written) // 2, len(written) - 1):
         refused(tmp_path, written[:size], "broken")

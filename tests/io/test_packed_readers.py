@@ -40,9 +40,9 @@ def words(codes, order=range(8)):
     """Codes `[R, C]` as int32 `[R, C / 8]`: word by word, in an order of each eight."""
     packed = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
     for row, eight in np.ndindex(*packed.shape):
-        for place, column in enumerate(order):
+        for slot, column in enumerate(order):
             code = int(codes[row, 8 * eight + column])
-            packed[row, eight] |= np.uint32(code << 4 * place)
+            packed[row, eight] |= np.uint32(code << 4 * slot)
     return packed.view(np.int32)
 
 
@@ -54,10 +54,10 @@ def awq(codes=CODES, zeros=EIGHTS, scales=SCALES, order=AWQ_ORDER):
     }
 
 
-def gptq(codes=CODES, zeros=EIGHTS, scales=SCALES, block=BLOCK, less=1):
+def gptq(codes=CODES, zeros=EIGHTS, scales=SCALES, block=BLOCK, zero_offset=1):
     return {
         "up.qweight": words(codes.T).T,
-        "up.qzeros": words(zeros - less),
+        "up.qzeros": words(zeros - zero_offset),
         "up.scales": scales,
         "up.g_idx": block.astype(np.int32),
     }
@@ -149,7 +149,7 @@ INT4 = "int4_f16", "float16", SCALES, values()
 FILES = {name: of_compressed(name) for name in SCHEMES} | {
     "awq": (awq(), {"quant_method": "awq", "bits": 4, "version": "gemm"}, *INT4),
     "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "desc_act": True}, *INT4),
-    "gptq_v2": (gptq(less=0), V2, *INT4),
+    "gptq_v2": (gptq(zero_offset=0), V2, *INT4),
     "mlx": (mlx(), GROUPS | {"mode": "affine"}, *INT4),
     "gguf mxfp4": (
         {"up.weight_mxfp4": q4_0(scales=POWERS)["up.weight_q4_0"]},
@@ -249,15 +249,15 @@ ACT_ORDER = {"quant_method": "gptq", "desc_act": True}
 
 
 @pytest.mark.parametrize(
-    ("tensors", "want", "says"),
+    ("tensors", "want", "message"),
     [
         (awq(zeros=ZEROS), values(zeros=ZEROS), "up.weight has zero points other"),
         (gptq(zeros=ZEROS), values(zeros=ZEROS), "up.weight has zero points other"),
         (gptq(block=ACT), values(block=ACT), "up.weight has reordered inputs"),
     ],
 )
-def test_what_is_not_exact_is_refused_or_packed_again(tensors, want, says):
-    with pytest.raises(ql.io.CheckpointError, match=f"{says}.*Use recode=True"):
+def test_what_is_not_exact_is_refused_or_packed_again(tensors, want, message):
+    with pytest.raises(ql.io.CheckpointError, match=f"{message}.*Use recode=True"):
         load(tensors)
     assert_same_bits(np.asarray(load(tensors, recode=True, dtype="float32")), want)
     config = ql.QLoRAConfig(fmt="int4_f16", block_size=32)
@@ -369,7 +369,7 @@ def test_embeddings_are_read_in_float():
         (changed(awq(), qweight=np.ones((K, 5), "i4")), r"or for AWQ \[K, 16 / 8\]"),
         (gptq(block=BLOCK + 1), "`g_idx` must be 128 numbers from 0 to 3"),
         (gptq(block=BLOCK[:64]), "`g_idx` must be 128 numbers"),
-        (gptq(less=0), "has zero points other than 8"),  # of another version
+        (gptq(zero_offset=0), "has zero points other than 8"),  # of another version
         ({"up.weight_q4_0": np.ones((N, 71), "u1")}, "whole blocks of 18 bytes"),
         (changed(mlx(), scales=None), "`scales` must be given"),
         (changed(mlx(), biases=None), "`biases` must be given"),

@@ -229,13 +229,13 @@ def test_save_refuses_what_the_settings_do_not_say(base, tmp_path):
     ones = jax.tree.map(jnp.ones_like, lora)
     q = lora["layers"]["q_proj"]["kernel"]
     wrong = ql.LoRA(q.a, q.b, 1.0, 0.0, q.geometry)
-    for bad, message in [
+    for bad_adapters, message in [
         (ones, r"\(model.layers.0.attn.q_proj\): A and B must be zero beyond rank 2"),
         ({"layers": {"q_proj": {"kernel": wrong}}}, r"its scaling must be 4.0. Got 1"),
         ({"layers": {"kv": lora["layers"]["kv"]}}, "q_proj/kernel: it has no adapter"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ql.io.save_peft(tmp_path / "new", new, bad, NAMES, config)
+            ql.io.save_peft(tmp_path / "new", new, bad_adapters, NAMES, config)
         assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="must be new or empty"):
         ql.io.save_peft(tmp_path, new, lora, NAMES, config)

@@ -185,9 +185,9 @@ def test_metadata_may_be_null(tmp_path):
 def test_broken_files_are_refused(tmp_path, name):
     path = tmp_path / "model.safetensors"
     path.write_bytes(BROKEN[name])
-    for where in (path, tmp_path):
+    for source in (path, tmp_path):
         with pytest.raises(CheckpointError, match="model.safetensors"):
-            open_safetensors(where)
+            open_safetensors(source)
 
 
 def test_no_path(tmp_path):

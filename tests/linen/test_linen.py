@@ -324,15 +324,15 @@ def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(x):
         return ql.linen.wrap(model).apply(variables, x, **options)
 
     assert_close(apply(), model.apply(merged(variables), x))
-    why = ": .*reads it itself.*dropout=0.1"
-    with pytest.raises(ValueError, match=f"(?s)gate{why}.*up{why}"):
+    reason = ": .*reads it itself.*dropout=0.1"
+    with pytest.raises(ValueError, match=f"(?s)gate{reason}.*up{reason}"):
         apply(rngs={"dropout": KEY})
 
 
 def test_a_wrapped_model_is_wrapped_once(x):
-    once = ql.linen.wrap(nn.Dense(8))
-    assert ql.linen.wrap(once) is once
-    base, _ = ql.linen.init(KEY, once, once.init(KEY, x)["params"], CONFIG, x)
+    wrapped = ql.linen.wrap(nn.Dense(8))
+    assert ql.linen.wrap(wrapped) is wrapped
+    base, _ = ql.linen.init(KEY, wrapped, wrapped.init(KEY, x)["params"], CONFIG, x)
     assert base["kernel"].shape == (64, 8)
 
 

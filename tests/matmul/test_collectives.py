@@ -86,11 +86,11 @@ def test_forward_and_backward(mesh, layout):
     q, x = operands(packing=FORMATS.get(layout, ("nf4", 64)))
     w = dequantize(q)
 
-    def at(spec):
+    def sharded_by(spec):
         return NamedSharding(mesh, spec)
 
     qs, xs = sharded(q, mesh, w_spec, x_spec[:1]), spread(x, mesh, *x_spec)
-    run = jax.jit(ql.matmul, out_shardings=at(y_spec)).lower(xs, qs).compile()
+    run = jax.jit(ql.matmul, out_shardings=sharded_by(y_spec)).lower(xs, qs).compile()
     assert collectives(run) == sorted(forward)
     y = run(xs, qs)
     assert_close(y, x @ w)
@@ -98,7 +98,7 @@ def test_forward_and_backward(mesh, layout):
     def pull(x, q, g):
         return jax.vjp(lambda x: ql.matmul(x, q), x)[1](g)[0]
 
-    back = jax.jit(pull, out_shardings=at(x_spec)).lower(xs, qs, y).compile()
+    back = jax.jit(pull, out_shardings=sharded_by(x_spec)).lower(xs, qs, y).compile()
     assert collectives(back) == sorted(backward)
     assert_close(back(xs, qs, y), np.asarray(y) @ w.T)
 

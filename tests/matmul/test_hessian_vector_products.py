@@ -12,7 +12,9 @@ from tolerances import assert_close
 import qlora_jax as ql
 
 SIZE, ROWS, LAYERS = 256, 8, 3
-PACKINGS = [(fmt, 64, double) for fmt in ANY_BLOCK for double in (False, True)]
+PACKINGS = [
+    (fmt, 64, double_quant) for fmt in ANY_BLOCK for double_quant in (False, True)
+]
 PACKINGS += [(fmt, size, False) for fmt, size in SERVED if size != 64]
 KINDS = ["shared", "scanned", "layer"]
 

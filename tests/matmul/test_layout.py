@@ -23,22 +23,22 @@ def names_of(entry):
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def part(array, spec, sizes, at):
+def part(array, spec, sizes, device):
     """The part of an array that the device at these places of the mesh has: a view."""
     for axis, entry in enumerate(spec):
         for name in names_of(entry):
             length, remainder = divmod(array.shape[axis], sizes[name])
             assert remainder == 0, (array.shape, spec, sizes)
             index = [slice(None)] * array.ndim
-            index[axis] = slice(at[name] * length, (at[name] + 1) * length)
+            index[axis] = slice(device[name] * length, (device[name] + 1) * length)
             array = array[tuple(index)]
     return array
 
 
-def peers(at, axes, sizes):
+def peers(device, axes, sizes):
     """The devices that differ from one in these mesh axes, in the order of parts."""
-    for places in itertools.product(*(range(sizes[name]) for name in axes)):
-        yield at | dict(zip(axes, places, strict=True))
+    for indices in itertools.product(*(range(sizes[name]) for name in axes)):
+        yield device | dict(zip(axes, indices, strict=True))
 
 
 def decode(codes, scales, k, fmt):
@@ -61,34 +61,43 @@ def multiply(spec, x, codes, scales):
 
 def run(layout, sizes, x, codes, scales, shape):
     """What the devices of a mesh compute by a layout, in NumPy."""
-    devices = [dict(zip(sizes, at, strict=True)) for at in np.ndindex(*sizes.values())]
+    devices = [
+        dict(zip(sizes, indices, strict=True))
+        for indices in np.ndindex(*sizes.values())
+    ]
 
-    def gathered(a, at):
-        def stored(at):
-            return part(a, layout.weights, sizes, at)
+    def gathered(a, device):
+        def stored(device):
+            return part(a, layout.weights, sizes, device)
 
-        def columns(at):
+        def columns(device):
             return np.concatenate(
-                [stored(peer) for peer in peers(at, layout.n.gathered, sizes)], -1
+                [stored(peer) for peer in peers(device, layout.n.gathered, sizes)], -1
             )
 
-        rows = peers(at, layout.k.gathered, sizes)
+        rows = peers(device, layout.k.gathered, sizes)
         return np.concatenate([columns(peer) for peer in rows], -2)
 
-    def product(at):
-        args = part(x, layout.x, sizes, at), gathered(codes, at), gathered(scales, at)
+    def product(device):
+        args = (
+            part(x, layout.x, sizes, device),
+            gathered(codes, device),
+            gathered(scales, device),
+        )
         return multiply(layout.local, *args)
 
-    products = {(*at.values(),): product(at) for at in devices}
+    products = {(*device.values(),): product(device) for device in devices}
     result, parts = np.full(shape, np.nan), []
-    for at in devices:
-        summed = peers(at, layout.contracted, sizes)
+    for device in devices:
+        summed = peers(device, layout.contracted, sizes)
         parts.append(sum(products[(*peer.values(),)] for peer in summed))
-        part(result, layout.result, sizes, at)[...] = parts[-1]
-    for at, computed in zip(
+        part(result, layout.result, sizes, device)[...] = parts[-1]
+    for device, computed in zip(
         devices, parts, strict=True
     ):  # the same on each that has it
-        np.testing.assert_array_equal(part(result, layout.result, sizes, at), computed)
+        np.testing.assert_array_equal(
+            part(result, layout.result, sizes, device), computed
+        )
     return result
 
 

@@ -346,8 +346,8 @@ def test_no_rows():
     ],
 )
 def test_what_it_refuses(rows, dtype, fmt, block_size, reason):
-    says = Product(4, rows, 128, block_size, fmt, "select", dtype, False).plan
-    assert isinstance(says, str) and reason in says
+    refusal = Product(4, rows, 128, block_size, fmt, "select", dtype, False).plan
+    assert isinstance(refusal, str) and reason in refusal
 
 
 def test_refusal_is_not_implemented():

@@ -57,8 +57,8 @@ def check(q, x, sizes, g, backend=None, layer=None):
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_product_and_input_gradient(fmt, backend):
-    double = fmt == "nf4" and backend == "tiled"
-    q = pack(fmt, FORMATS[fmt].block_size, double)
+    double_quant = fmt == "nf4" and backend == "tiled"
+    q = pack(fmt, FORMATS[fmt].block_size, double_quant)
     dtype = jnp.bfloat16 if backend == "reference" else jnp.float32
     x, g = normal(1, (ROWS, K), dtype), normal(2, (ROWS, N), dtype)
     for sizes in SIZES[: 3 if fmt != "nf4" else None]:
@@ -115,15 +115,15 @@ def test_vmap_maps_any_operand(mapped):
     )
     (dx,) = pull(g)
 
-    def at(array, name, i):
+    def member_of(array, name, i):
         return array[i] if name in mapped else array
 
     total = np.zeros(dx.shape)
     for i in range(size):
-        w = at(dequantize(q), Q, i)
+        w = member_of(dequantize(q), Q, i)
         w = w[int(layer[i])] if layers else w
-        member_sizes = at(np.asarray(sizes), S, i)
-        assert_close(y[i], ragged_product(at(x, X, i), w, member_sizes))
+        member_sizes = member_of(np.asarray(sizes), S, i)
+        assert_close(y[i], ragged_product(member_of(x, X, i), w, member_sizes))
         part = ragged_product(g[i], w.swapaxes(-1, -2), member_sizes)
         total += part if X not in mapped else np.eye(size)[i][:, None, None] * part
     assert_close(dx, total)

@@ -63,8 +63,8 @@ def placed(mesh, layout, **settings):
 def test_forward_and_backward(mesh, layout):
     _, x_spec, y_spec, forward, backward = LAYOUTS[layout]
     q, _, x, sizes = placed(mesh, layout)
-    w, at = dequantize(operands()[0]), lambda spec: NamedSharding(mesh, spec)
-    jitted = jax.jit(ql.ragged_dot, out_shardings=at(y_spec))
+    w, sharded_by = dequantize(operands()[0]), lambda spec: NamedSharding(mesh, spec)
+    jitted = jax.jit(ql.ragged_dot, out_shardings=sharded_by(y_spec))
     run = jitted.lower(x, q, sizes).compile()
     y = run(x, q, sizes)
     assert_close(y, ragged_product(operands()[2], w, SIZES))
@@ -72,7 +72,7 @@ def test_forward_and_backward(mesh, layout):
     def pull(x, q, sizes, g):
         return jax.vjp(lambda x: ql.ragged_dot(x, q, sizes), x)[1](g)
 
-    jitted = jax.jit(pull, out_shardings=(at(x_spec),))
+    jitted = jax.jit(pull, out_shardings=(sharded_by(x_spec),))
     back = jitted.lower(x, q, sizes, y).compile()
     (dx,) = back(x, q, sizes, y)
     assert_close(dx, ragged_product(y, w.swapaxes(1, 2), SIZES))

@@ -34,11 +34,11 @@ CASES = [
 
 def assert_rounded_once(got, want, magnitudes, dtype):
     """The error is half a unit in the last place, and that of float32 sums."""
-    once = float(jnp.finfo(dtype).eps) / 2 * np.abs(want)
+    one_rounding = float(jnp.finfo(dtype).eps) / 2 * np.abs(want)
     smallest = float(jnp.finfo(dtype).smallest_subnormal)
     assert np.all(
         np.abs(np.asarray(got, np.float64) - want)
-        <= ((1 + rounding(1)) * once + rounding(K) * magnitudes + smallest)
+        <= ((1 + rounding(1)) * one_rounding + rounding(K) * magnitudes + smallest)
     )
 
 
@@ -96,14 +96,14 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
         return [np.asarray(a, np.float64) for a in arrays]
 
     x, g, w = wide(x, g, w)
-    turned = w.swapaxes(-1, -2)
+    transposed = w.swapaxes(-1, -2)
     multiply = np.matmul
     if has_experts:
 
         def multiply(x, w):
             return ragged_product(x, w, SIZES)
 
-    for got, left, right in ((y, x, w), (dx, g, turned)):
+    for got, left, right in ((y, x, w), (dx, g, transposed)):
         magnitudes = multiply(np.abs(left), np.abs(right))
         assert_rounded_once(got, multiply(left, right), magnitudes, dtype)
 

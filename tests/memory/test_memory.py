@@ -184,10 +184,10 @@ def test_tiles_hold_one_tile():
 
     inside = 4 * 2048  # bytes of what the function holds for a token
 
-    def grown(tile):
+    def growth(tile):
         return temporaries(2048, tile) - temporaries(1024, tile)
 
-    assert grown(None) >= 1024 * inside > 10 * grown(128)
+    assert growth(None) >= 1024 * inside > 10 * growth(128)
 
 
 class Tiled(nn.Module):

@@ -145,13 +145,13 @@ def test_by_hand_in_tiles_a_layer_is_moved_once():
     def loss(x, mlp, to_device):
         def layer(x, i):
             layer_mlp = ql.memory.to_device(mlp, i) if to_device else mlp
-            at = {} if to_device else {"layer": i}
+            layer_option = {} if to_device else {"layer": i}
 
             def inner(x):
-                return jnp.tanh(ql.matmul(x, layer_mlp["up"], **at))
+                return jnp.tanh(ql.matmul(x, layer_mlp["up"], **layer_option))
 
             def fn(x):
-                return x + ql.matmul(inner(x), layer_mlp["down"], **at)
+                return x + ql.matmul(inner(x), layer_mlp["down"], **layer_option)
 
             return ql.memory.tiled(fn, 4)(x), None
 
@@ -370,8 +370,8 @@ def test_on_a_mesh(spec):
         return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, args)[0]))
 
     def run(memory):
-        where = {"rows": ["fsdp"], "memory": memory}
-        placed = ql.sharding.place(base, lora, mesh, rules, **where)
+        options = {"rows": ["fsdp"], "memory": memory}
+        placed = ql.sharding.place(base, lora, mesh, rules, **options)
         with jax.set_mesh(mesh):
             return jax.jit(jax.value_and_grad(loss))(*placed[::-1])
 

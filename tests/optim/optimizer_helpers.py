@@ -40,23 +40,23 @@ def train_in_a_scan(tx, tree, gradients, steps):
         updates, state = tx.update(gradients(tree, seed), state, tree)
         return (optax.apply_updates(tree, updates), state), None
 
-    def many(*both):
+    def run_steps(*both):
         return jax.lax.scan(step, both, jnp.arange(steps))[0]
 
-    return jax.jit(many)(tree, tx.init(tree))
+    return jax.jit(run_steps)(tree, tx.init(tree))
 
 
-def run_donated(step, held):
+def run_donated(step, trees):
     """Three steps on donated trees: each frees what it is given, and nothing leaks."""
     live = []
     for _ in range(3):
-        before = jax.tree.leaves(held)
-        held = step(*held)
+        before = jax.tree.leaves(trees)
+        trees = step(*trees)
         assert all(x.is_deleted() for x in before)
         del before
         live.append(len(jax.live_arrays()))
     assert live[1] == live[2]
-    return held
+    return trees
 
 
 def is_paged(state):

@@ -19,11 +19,11 @@ from qlora_jax.optim.blocks import BLOCK, Blocks, from_blocks, grid_of, to_block
 
 def dynamic_map(signed):
     """The sorted map, from the definition in the paper, in float64."""
-    top = 6 if signed else 7
-    decades = range(0 if signed else 1, top + 1)
+    top_decade = 6 if signed else 7
+    decades = range(0 if signed else 1, top_decade + 1)
 
     def value(e, j):
-        return 10.0 ** (e - top) * (0.1 + 0.9 * (j + 0.5) / 2**e)
+        return 10.0 ** (e - top_decade) * (0.1 + 0.9 * (j + 0.5) / 2**e)
 
     positive = [value(e, j) for e in decades for j in range(2**e)]
     negative = [-x for x in positive] if signed else []
@@ -43,8 +43,10 @@ def definition(x, signed):
     codes = np.searchsorted(ties, shares)
     if not signed:
         codes = np.where((x > 0) & (codes == 0), 1, codes)
-    places = np.clip(np.searchsorted(ties, shares), 1, 254)
-    near = np.minimum(np.abs(shares - ties[places]), np.abs(shares - ties[places - 1]))
+    indices = np.clip(np.searchsorted(ties, shares), 1, 254)
+    near = np.minimum(
+        np.abs(shares - ties[indices]), np.abs(shares - ties[indices - 1])
+    )
     return codes, scales, near / np.maximum(np.abs(shares), 1e-12)
 
 
@@ -134,10 +136,12 @@ def test_blocks_of_any_shape(name):
     assert_close(ratios, np.ones_like(ratios), terms=4)
 
 
-@pytest.mark.parametrize(("place", "bad"), [(0, np.nan), (100, np.inf), (255, -np.inf)])
-def test_a_value_that_is_not_finite_shows(place, bad):
+@pytest.mark.parametrize(
+    ("column", "value"), [(0, np.nan), (100, np.inf), (255, -np.inf)]
+)
+def test_a_value_that_is_not_finite_shows(column, value):
     x = values((16, 512), True)
-    x[3, place] = bad
+    x[3, column] = value
     got = np.asarray(round_trip(x, True))
     wrong = np.zeros((16, 512), bool)
     wrong[3, :256] = True
@@ -188,7 +192,7 @@ def trained():
     return run(ql.optim.adamw8bit(1e-2), make_tree())
 
 
-def alike(got, want):
+def assert_alike(got, want):
     """Few values differ: moments at a tie, by a code, and what follows from them.
 
     Compilers round the sums of another program in another way. At a learning rate of
@@ -240,7 +244,7 @@ def test_small_arrays_are_those_of_adamw():
     def train(adamw):
         return run(adamw(1e-2, weight_decay=0.1, eps_root=1e-12), tree)
 
-    alike(train(ql.optim.adamw8bit), train(optax.adamw))
+    assert_alike(train(ql.optim.adamw8bit), train(optax.adamw))
 
 
 def test_the_state_takes_a_quarter_of_the_bytes():
@@ -258,7 +262,7 @@ def test_the_state_takes_a_quarter_of_the_bytes():
 @pytest.mark.slow
 def test_a_scan_over_steps():
     tx = ql.optim.adamw8bit(1e-2)
-    alike(train_in_a_scan(tx, make_tree(), gradients, 4), trained())
+    assert_alike(train_in_a_scan(tx, make_tree(), gradients, 4), trained())
 
 
 def test_vmap():
@@ -271,7 +275,7 @@ def test_vmap():
     got = jax.jit(jax.vmap(step))(trees)
     for i in range(2):
         member = jax.tree.map(lambda x, i=i: x[i], trees)
-        alike(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(member))
+        assert_alike(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(member))
 
 
 @pytest.mark.slow
@@ -280,14 +284,14 @@ def test_schedules_masks_and_what_optax_wraps():
     schedule = optax.linear_schedule(1e-2, 1e-3, 4)
     plain = run(ql.optim.adamw8bit(schedule), tree)
     injected = run(optax.inject_hyperparams(ql.optim.adamw8bit)(schedule), tree)
-    alike(injected[0], plain[0])
+    assert_alike(injected[0], plain[0])
     several = optax.MultiSteps(ql.optim.adamw8bit(1e-2), 2)
     assert int(run(several, tree)[1].inner_opt_state[0].count) == 2
     labels = {"layers": "a", "experts": "b", "head": "b"}
     parts = {"a": ql.optim.adamw8bit(1e-2), "b": optax.set_to_zero()}
-    some = run(optax.partition(parts, labels), tree)[0]
-    alike(some["layers"], trained()[0]["layers"])
-    assert_same(some["head"], tree["head"])
+    partitioned = run(optax.partition(parts, labels), tree)[0]
+    assert_alike(partitioned["layers"], trained()[0]["layers"])
+    assert_same(partitioned["head"], tree["head"])
     # Without weight decay the parameters do not matter.
     w, zeros = {"w": jnp.ones((16, 256))}, {"w": jnp.zeros((16, 256))}
 
@@ -385,7 +389,7 @@ def test_offloaded_moments(layerwise):
     off = ql.optim.offload(ql.optim.adamw8bit(1e-2), layerwise=layerwise)
     got = run(off, tree)
     assert is_paged(got[1])
-    alike(got, trained())
+    assert_alike(got, trained())
     if layerwise:
         # The stacks of moments that loops carry have layers as their first axis.
         host = carried(off, tree)
@@ -413,8 +417,8 @@ def test_over_several_devices(mesh):
 
             updates, got = step(scaled(split), got, split)
             expected_updates, want = step(scaled(tree), want, tree)
-            alike(updates, expected_updates)
-            alike(got, want)
+            assert_alike(updates, expected_updates)
+            assert_alike(got, want)
     for k, x in updates.items():
         assert x.sharding.is_equivalent_to(split[k].sharding, x.ndim)
     # Columns run along what is split, so that each device has a quarter of the codes.

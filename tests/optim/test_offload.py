@@ -302,8 +302,10 @@ def test_a_skipped_update_leaves_the_state_on_the_host(layerwise):
 
 def test_a_host_state_whose_update_drops_skip_is_refused():
     lora, off = make_lora(), ql.optim.offload(ADAMW)
-    deaf = optax.GradientTransformation(off.init, lambda *args: off.update(*args))
-    tx = ql.optim.skippable(deaf)
+    without_keywords = optax.GradientTransformation(
+        off.init, lambda *args: off.update(*args)
+    )
+    tx = ql.optim.skippable(without_keywords)
     with pytest.raises(ValueError, match=r"`tx` must keep.*'0/mu/experts/kernel/a'"):
         jax.eval_shape(lambda s: tx.update(lora, s, lora, skip=True), tx.init(lora))
 
@@ -545,8 +547,8 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
 
     lora = jax.tree.map(put, lora)
     if only_init:
-        places = jax.tree.map(lambda x: x.sharding, state)
-        lowered = jax.jit(tx.init, out_shardings=places).lower(lora)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        lowered = jax.jit(tx.init, out_shardings=shardings).lower(lora)
     else:
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(lora, state)
     analysis = lowered.compile().memory_analysis()
@@ -563,15 +565,15 @@ def compiled_for_tpu():
 @pytest.mark.slow
 @needs_libtpu
 def test_on_a_tpu_moments_stay_in_host_memory():
-    plain, moved, packed, split = (compiled_for_tpu()[name] for name in UPDATES)
+    plain, offloaded, packed, split = (compiled_for_tpu()[name] for name in UPDATES)
     for name in ("argument", "output", "alias"):
-        assert moved[f"host_{name}_size"] == MOMENTS, name
+        assert offloaded[f"host_{name}_size"] == MOMENTS, name
         assert split[f"host_{name}_size"] == MOMENTS / 4, name  # of each chip
-    assert moved["host_temp_size"] == split["host_temp_size"] == 0
-    saved = plain["argument_size"] - moved["argument_size"]
+    assert offloaded["host_temp_size"] == split["host_temp_size"] == 0
+    saved = plain["argument_size"] - offloaded["argument_size"]
     assert MOMENTS <= saved < 1.01 * MOMENTS
     # A few layers at once, out of 16.
-    assert moved["temp_size"] < MOMENTS / 3
+    assert offloaded["temp_size"] < MOMENTS / 3
     assert split["temp_size"] < MOMENTS / 12
     # Moments in 8 bits: no array of the stack is copied, whole or in another layout.
     for name in ("argument", "output", "alias"):

@@ -60,12 +60,12 @@ ADAMW = {"adamw": optax.adamw(1e-2), "MultiSteps": several(optax.adamw(1e-2), 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ONE_TREE)
+@pytest.mark.parametrize("method", ONE_TREE)
 @pytest.mark.parametrize("name", ADAMW)
-def test_one_tree_trains_as_two_and_leaves_the_base_alone(name, road):
+def test_one_tree_trains_as_two_and_leaves_the_base_alone(name, method):
     base, lora, x, y = setup()
     want, want_state = two_trees(ADAMW[name], base, lora, x, y)
-    tree, state = one_tree(ONE_TREE[road](ADAMW[name]), base, lora, x, y)
+    tree, state = one_tree(ONE_TREE[method](ADAMW[name]), base, lora, x, y)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
     # Adam divides by the size of the gradient: an error of rounding in a small one is
@@ -135,9 +135,9 @@ def test_a_donated_step():
         return base, optax.apply_updates(lora, updates), moments
 
     start = base, lora, tx.init(lora)
-    want, held = start, jax.tree.map(jnp.array, start)
+    want, trees = start, jax.tree.map(jnp.array, start)
     for _ in range(3):
         want = jax.jit(step)(*want)
-    held = run_donated(jax.jit(step, donate_argnums=(0, 1, 2)), held)
-    assert_same(held, want)
-    assert_same(held[0], base)
+    trees = run_donated(jax.jit(step, donate_argnums=(0, 1, 2)), trees)
+    assert_same(trees, want)
+    assert_same(trees[0], base)

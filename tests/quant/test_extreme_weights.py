@@ -10,7 +10,9 @@ from helpers import ANY_BLOCK, HALF_GAP, SERVED, refusal
 import qlora_jax as ql
 
 FORMATS_PAGE = pathlib.Path(__file__).parents[2] / "docs" / "formats.md"
-PACKINGS = [(fmt, 64, double) for fmt in ANY_BLOCK for double in (False, True)]
+PACKINGS = [
+    (fmt, 64, double_quant) for fmt in ANY_BLOCK for double_quant in (False, True)
+]
 PACKINGS += [(fmt, size, False) for fmt, size in SERVED if size != 64]
 DTYPES = ["float32", "bfloat16", "float16"]
 BLOCKS, N = 4, 3

@@ -81,20 +81,20 @@ def test_codes_and_scales_equal_bitsandbytes(name):
     def both(w):
         return [packed(case, w, double_quant=d) for d in BOTH]
 
-    plain, double = jax.jit(both)(jnp.asarray(weight_of(case).T))
+    plain, nested = jax.jit(both)(jnp.asarray(weight_of(case).T))
     assert plain.shape == (k, n) and plain.dtype == jnp.dtype(case["dtype"])
     theirs = stored["codes"].T
-    for q in (plain, double):
+    for q in (plain, nested):
         assert q.codes.shape == theirs.shape
         codes = (unpack(np.asarray(c), case["fmt"], k) for c in (q.codes, theirs))
         np.testing.assert_array_equal(*codes)
     if k % 2 == 0:
-        np.testing.assert_array_equal(double.codes, theirs)
+        np.testing.assert_array_equal(nested.codes, theirs)
     # An empty last block that is shorter than the others has 1e-38 there, for 0.
     absmax = flushed(stored["absmax"])
     assert plain.scales.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(plain.scales).T, absmax)
-    check_double_quantization(double, stored)
+    check_double_quantization(nested, stored)
 
 
 def flushed(values):

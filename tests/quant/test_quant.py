@@ -82,8 +82,8 @@ def test_each_case_is_stored_and_decoded_as_defined(name):
     parts = [q.codes, q.scales, q.scale_scales, q.scale_offset]
     as_numpy = [None if part is None else np.asarray(part) for part in parts]
     settings = dict(shape=case.shape, fmt=case.fmt, block_size=case.block_size)
-    for some in (parts, jax.eval_shape(lambda parts: parts, parts), as_numpy):
-        built = ql.QTensor.from_parts(*some, **settings, dtype="float32")
+    for held_parts in (parts, jax.eval_shape(lambda parts: parts, parts), as_numpy):
+        built = ql.QTensor.from_parts(*held_parts, **settings, dtype="float32")
         assert jax.tree.structure(built) == jax.tree.structure(q)
         assert built.shape == q.shape
     np.testing.assert_array_equal(ql.dequantize(built), floats)
@@ -181,9 +181,12 @@ def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
     table = np.sort(np.unique(TABLES[fmt]))
     peak = PEAK[fmt]
     table = table[np.abs(table) <= peak]
-    mid = ((table[1:] + table[:-1]) / np.float32(2)).astype(np.float32)
-    up, down = np.nextafter(mid, np.float32(9e9)), np.nextafter(mid, np.float32(-9e9))
-    probes = np.concatenate([mid, up, down]).astype(np.float32)
+    midpoints = ((table[1:] + table[:-1]) / np.float32(2)).astype(np.float32)
+    up, down = (
+        np.nextafter(midpoints, np.float32(9e9)),
+        np.nextafter(midpoints, np.float32(-9e9)),
+    )
+    probes = np.concatenate([midpoints, up, down]).astype(np.float32)
     want = np.concatenate([table[:-1], table[1:], table[:-1]])
     w = np.full((16, len(probes)), peak, np.float32)
     w[3] = probes
@@ -195,8 +198,8 @@ def test_quantizing_what_was_quantized_changes_nothing():
     def again(w):
         return ql.dequantize(ql.quantize(w, double_quant=False))
 
-    once = again(weights(CASES["plain"]))
-    np.testing.assert_array_equal(once, again(once))
+    first_weights = again(weights(CASES["plain"]))
+    np.testing.assert_array_equal(first_weights, again(first_weights))
 
 
 def test_nf4_with_double_quantization_takes_at_most_4_13_bits():
@@ -291,8 +294,8 @@ def test_any_geometry_is_inverted(kinds):
 ONES = np.ones((64, 4), np.float32)
 
 
-def infinite(bad):
-    return jnp.ones((2, 64, 3), jnp.bfloat16).at[1, 63, 2].set(bad)
+def infinite(value):
+    return jnp.ones((2, 64, 3), jnp.bfloat16).at[1, 63, 2].set(value)
 
 
 BLOCKS = "power of two from 16 to 4096"

@@ -236,8 +236,8 @@ def test_a_step_on_paper_is_bytes_and_operations_over_rates():
     assert estimated.best == estimated.host
     # Where the link takes as long as the products of the base's weights alone.
     tokens = scale_paper.break_even("v5e")
-    comes, products = 2 * 4.127 / 8 / 14e9, tokens * 6 / (0.6 * 197e12)
-    assert comes == pytest.approx(products, rel=1e-3)
+    transfer, products = 2 * 4.127 / 8 / 14e9, tokens * 6 / (0.6 * 197e12)
+    assert transfer == pytest.approx(products, rel=1e-3)
 
 
 def test_pictures_show_the_results():
@@ -316,15 +316,15 @@ def test_each_layer_is_gathered_packed_once_a_direction():
     """Beside it: adapters in 16 bits, hidden states for the loss, and gradients."""
     single, sharded, both = (compiled()[name] for name in STEPS)
     assert single["collectives"] == []
-    moved = {(x["operation"], x["dtype"]): x for x in sharded["collectives"]}
-    packed = moved.pop(("all-gather", "u8"))
+    traffic = {(x["operation"], x["dtype"]): x for x in sharded["collectives"]}
+    packed = traffic.pop(("all-gather", "u8"))
     assert packed["bytes"] == 2 * gathered_bytes()
     assert packed["count"] == 2 * len(LINEAR) * LAYERS
     hidden = 2 * TOKENS * WIDTH
-    floats = moved.pop(("all-gather", "bf16"))
+    floats = traffic.pop(("all-gather", "bf16"))
     assert floats["bytes"] == 2 * 2 * adapter_weights() + 4 * hidden
-    assert moved.pop(("all-to-all", "bf16"))["bytes"] == hidden  # embedded tokens
-    assert sum(x["bytes"] for x in moved.values()) < 2 * adapter_weights()
+    assert traffic.pop(("all-to-all", "bf16"))["bytes"] == hidden  # embedded tokens
+    assert sum(x["bytes"] for x in traffic.values()) < 2 * adapter_weights()
     # Each half of a kernel is gathered alone, and other floats are of the size of the
     # hidden states of a device's two rows, or smaller.
     # Sums over `tensor` are scattered in float32 and gathered in bfloat16.

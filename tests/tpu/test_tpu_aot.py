@@ -140,11 +140,13 @@ def compile_sharded(chip):
         chips = chips_of(chip).reshape(*sizes.values())
         mesh = Mesh(chips, tuple(sizes), axis_types=types)
 
-        def at(spec, mesh=mesh):
+        def sharded_by(spec, mesh=mesh):
             return NamedSharding(mesh, PartitionSpec(*spec))
 
-        def rows(size, spec, at=at):
-            return jax.ShapeDtypeStruct((64, size), jnp.bfloat16, sharding=at(spec))
+        def rows(size, spec, sharded_by=sharded_by):
+            return jax.ShapeDtypeStruct(
+                (64, size), jnp.bfloat16, sharding=sharded_by(spec)
+            )
 
         x, g = rows(2048, x_spec), rows(1024, y_spec)
         rules = {"q": PartitionSpec(*w_spec)}
@@ -152,7 +154,9 @@ def compile_sharded(chip):
         for transpose, (run, out, args) in enumerate(
             ((forward, y_spec, (x, tree["q"])), (backward, x_spec, (x, tree["q"], g)))
         ):
-            compiled = jax.jit(run, out_shardings=at(out)).lower(*args).compile()
+            compiled = (
+                jax.jit(run, out_shardings=sharded_by(out)).lower(*args).compile()
+            )
             kernels = compiled.as_text().count("tpu_custom_call")
             yield [mode, name, transpose, collectives(compiled), kernels]
 
@@ -233,9 +237,9 @@ def test_the_kernel_takes_part_in_sharded_products():
     """On one chip: the others' forms of the kernel take the same operands."""
     results = run_for("v5e", "sharded")
     assert len(results) == 2 * len(SHARDED)
-    for mode, name, transpose, moved, kernels in results:
+    for mode, name, transpose, traffic, kernels in results:
         case = f"{mode}, {name}, {transpose=}"
-        assert moved == sorted(LAYOUTS[name][3 + transpose]), case
+        assert traffic == sorted(LAYOUTS[name][3 + transpose]), case
         assert kernels == 1, case
 
 

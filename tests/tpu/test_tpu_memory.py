@@ -70,9 +70,9 @@ def test_layer_inputs_are_in_host_memory_if_asked(name):
 @needs_libtpu
 def test_tiles_hold_one_tile_of_the_mlp():
     device = {name: sizes["device"] for name, sizes in steps().items()}
-    grown = device["offload, long"] - device["offload"]
+    growth = device["offload, long"] - device["offload"]
     in_tiles = device["tiled, long"] - device["tiled"]
-    assert grown - in_tiles > 2 * (LONG - SHORT) * INNER  # an array of the MLP's width
+    assert growth - in_tiles > 2 * (LONG - SHORT) * INNER  # an array of the MLP's width
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def test_stacks_of_codes_stay_and_a_layer_is_moved_once_in_each_direction(chip, 
     sizes = steps(chip)[name]
     assert sizes["host temporaries"] == 0
     assert sizes["stacks"] and all("S(5)" in layout for layout in sizes["stacks"])
-    less = steps(chip)["resident"]["arguments"] - sizes["arguments"]
-    assert less >= 3 * STACK  # the MLP's; arguments are those on the device
+    saved = steps(chip)["resident"]["arguments"] - sizes["arguments"]
+    assert saved >= 3 * STACK  # the MLP's; arguments are those on the device
     assert (sizes["moves"], steps(chip)["resident"]["moves"]) == (2 * 7, 0)
 
 

@@ -59,8 +59,8 @@ def by_hand(base, loras, ids, x):
     """Each row alone, by weights of NumPy in float64."""
     weights = jax.tree.map(lambda w: np.asarray(w, np.float64), ql.dequantize(base))
 
-    def kernel(name, place):
-        adapter = loras[place].get(name) if place >= 0 else None
+    def kernel(name, adapter_id):
+        adapter = loras[adapter_id].get(name) if adapter_id >= 0 else None
         if adapter is None:
             return weights[name]["kernel"]
         a, b = (
@@ -71,9 +71,9 @@ def by_hand(base, loras, ids, x):
         return weights[name]["kernel"] + (scaling * (a @ b)).reshape(SHAPES[name])
 
     rows = []
-    for place, row in zip(ids, np.asarray(x, np.float64), strict=True):
-        h = np.tanh(row @ kernel("up", place)) @ kernel("down", place)
-        for w in kernel("stack", place):
+    for adapter_id, row in zip(ids, np.asarray(x, np.float64), strict=True):
+        h = np.tanh(row @ kernel("up", adapter_id)) @ kernel("down", adapter_id)
+        for w in kernel("stack", adapter_id):
             h = h + np.tanh(h @ w)
         rows.append(h)
     return np.stack(rows)
@@ -84,9 +84,9 @@ def test_each_row_has_its_adapter():
     bank, x = ql.bank(loras, capacity=5), normal(9, (8, 3, 64))
     got = jax.jit(lambda ids: forward(base, ql.select(bank, ids), x))(IDS)
     assert_close(got, by_hand(base, loras, IDS, x))
-    for place in (-1, 2):
-        want = by_hand(base, loras, [place] * 8, x)
-        assert_close(forward(base, ql.select(bank, place), x), want)
+    for adapter_id in (-1, 2):
+        want = by_hand(base, loras, [adapter_id] * 8, x)
+        assert_close(forward(base, ql.select(bank, adapter_id), x), want)
     alone = jax.jit(forward)(base, {"up": {}, "stack": {"kernel": None}}, x)
     assert_close(got[2], alone[2], terms=64)
 
@@ -98,10 +98,10 @@ def test_a_bank_on_a_mesh(kind):
     rules |= {"stack/kernel": P(None, "fsdp", "tensor")}
     base, loras = trees()
 
-    def place(lora):
+    def reshard(lora):
         return ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
 
-    bank = ql.bank([place(lora)[1] for lora in loras])
+    bank = ql.bank([reshard(lora)[1] for lora in loras])
     a = bank.lora["up"]["kernel"].a
     assert tuple(a.sharding.spec)[:2] == (None, ("fsdp", "tensor"))
     put = jax.device_put(x, jax.NamedSharding(mesh, P("fsdp")))
@@ -110,7 +110,7 @@ def test_a_bank_on_a_mesh(kind):
         return sum_of_squares(bank, base, IDS, x)(lora)
 
     with jax.set_mesh(mesh):
-        got = jax.jit(jax.value_and_grad(loss))(bank.lora, place(loras[0])[0], put)
+        got = jax.jit(jax.value_and_grad(loss))(bank.lora, reshard(loras[0])[0], put)
     bank = ql.bank(loras)
     assert_close(got, jax.jit(jax.value_and_grad(loss))(bank.lora, base, x))
 
@@ -127,12 +127,12 @@ def test_rows_give_gradients_to_their_adapters():
     bank, x = ql.bank(loras, capacity=4), normal(9, (8, 3, 64))
     grads = jax.jit(jax.grad(sum_of_squares(bank, base, IDS, x)))(bank.lora)
     alone = jax.jit(jax.grad(lambda lora, x: jnp.sum(forward(base, lora, x) ** 2)))
-    for place, lora in enumerate(loras):
-        expected = jax.tree.leaves(alone(lora, x[IDS == place]))
+    for adapter_id, lora in enumerate(loras):
+        expected = jax.tree.leaves(alone(lora, x[IDS == adapter_id]))
         for got, want in zip(jax.tree.leaves(grads), expected, strict=True):
             own_block = tuple(map(slice, want.shape))
-            assert_close(got[place][own_block], want)
-            assert np.count_nonzero(got[place]) == np.count_nonzero(want)
+            assert_close(got[adapter_id][own_block], want)
+            assert np.count_nonzero(got[adapter_id]) == np.count_nonzero(want)
     assert not any(np.any(got[3]) for got in jax.tree.leaves(grads))
 
 
@@ -146,9 +146,9 @@ def test_adapters_come_and_go_without_compiling():
         return forward(base, ql.select(bank, ids), x)
 
     bank = ql.bank(loras[:1], capacity=3)
-    for place, lora in [(1, loras[1]), (2, loras[2]), (1, loras[2])]:
-        bank = bank.with_adapter(place, lora)
-        got = run(bank, np.full(8, place))
+    for adapter_id, lora in [(1, loras[1]), (2, loras[2]), (1, loras[2])]:
+        bank = bank.with_adapter(adapter_id, lora)
+        got = run(bank, np.full(8, adapter_id))
         assert_close(got, by_hand(base, [lora], [0] * 8, x))
     adapters = jax.tree.map(np.asarray, [bank[0], bank[2]])
     chex.assert_trees_all_equal(
@@ -170,7 +170,7 @@ def test_each_adapter_may_have_an_optimizer_of_its_own():
         updates, state = jax.vmap(optimizer.update)(grads, state, lora)
         lora = optax.apply_updates(lora, updates)
     trained = dataclasses.replace(bank, lora=lora)
-    for place, rate in enumerate([1e-3, 1e-2]):
+    for adapter_id, rate in enumerate([1e-3, 1e-2]):
         alone, alone_optimizer = loras[0], optax.adamw(rate)
         state = alone_optimizer.init(alone)
 
@@ -181,7 +181,7 @@ def test_each_adapter_may_have_an_optimizer_of_its_own():
             grads = jax.jit(jax.grad(loss))(alone)
             updates, state = alone_optimizer.update(grads, state, alone)
             alone = optax.apply_updates(alone, updates)
-        assert_close(trained[place], alone)
+        assert_close(trained[adapter_id], alone)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -195,19 +195,23 @@ def test_models_of_flax_take_chosen_adapters(use_dora):
     bank, wrapped = ql.bank(loras), ql.linen.wrap(model, scanned="layers")
     run = jax.jit(lambda lora: wrapped.apply({"params": base, "lora": lora}, x))
     got = run(ql.select(bank, ids))
-    for row, place in enumerate(ids):
-        want = run({} if place < 0 else loras[place])
+    for row, adapter_id in enumerate(ids):
+        want = run({} if adapter_id < 0 else loras[adapter_id])
         assert_close(got[row], want[row])
-        assert_close(run(ql.select(bank, place))[row], want[row])
+        assert_close(run(ql.select(bank, adapter_id))[row], want[row])
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     layer = ql.nnx.wrap(layer, config, rngs=nnx.Rngs(1))
     base, lora = ql.nnx.split(layer)
     loras = [randomized(lora, seed) for seed in (1, 2)]
     run = nnx.jit(lambda model, x: model(x))
     got = run(ql.nnx.join(layer, base, ql.select(ql.bank(loras), ids)), x)
-    for row, place in enumerate(ids):
-        joined = ql.nnx.join(layer, base, loras[max(place, 0)])
-        with ql.nnx.disable_adapters(joined) if place < 0 else contextlib.nullcontext():
+    for row, adapter_id in enumerate(ids):
+        joined = ql.nnx.join(layer, base, loras[max(adapter_id, 0)])
+        with (
+            ql.nnx.disable_adapters(joined)
+            if adapter_id < 0
+            else contextlib.nullcontext()
+        ):
             assert_close(got[row], run(joined, x)[row])
 
 
@@ -286,10 +290,13 @@ def test_rows_of_a_table_have_their_adapters(contract):
     table = {"embedding": normal(0, (512, 64))}
     (base, first), (_, second) = (trees_of(table, rank=r, **settings) for r in (4, 2))
     loras = [randomized(lora, seed) for seed, lora in enumerate((first, second))]
-    ids, places = np.array([[0, 3, 511], [3, 7, -1], [3, 0, 9]]), np.array([1, -1, 0])
+    ids, row_adapters = (
+        np.array([[0, 3, 511], [3, 7, -1], [3, 0, 9]]),
+        np.array([1, -1, 0]),
+    )
 
-    def rows(bank, places):
-        chosen = ql.select(bank, places)
+    def rows(bank, adapter_ids):
+        chosen = ql.select(bank, adapter_ids)
         return ql.lookup(base["embedding"], chosen["embedding"], ids)
 
     w = np.float64(ql.dequantize(base["embedding"]))
@@ -299,17 +306,19 @@ def test_rows_of_a_table_have_their_adapters(contract):
     ]
     full = [w + (delta if contract == "kn" else delta.T) for delta in deltas] + [w]
     bank = ql.bank(loras, capacity=3)
-    for adapter_ids in (places, 0, 1, -1):
+    for adapter_ids in (row_adapters, 0, 1, -1):
         want = [
             full[adapter_id][i]
             for adapter_id, i in zip(np.broadcast_to(adapter_ids, 3), ids, strict=True)
         ]
         got = jax.jit(rows)(bank, adapter_ids)
         assert_close(got, want)
-    compiled = jax.jit(rows).lower(bank, places).compile()
+    compiled = jax.jit(rows).lower(bank, row_adapters).compile()
     # An A for each row would be 3 x 512 x 4 floats.
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 512 * 4 * 4
-    grads = jax.grad(lambda b: (rows(dataclasses.replace(bank, lora=b), places)).sum())
+    grads = jax.grad(
+        lambda b: (rows(dataclasses.replace(bank, lora=b), row_adapters)).sum()
+    )
     a = grads(bank.lora)["embedding"].arrays["a" if contract == "kn" else "b"]
     used = np.abs(a).sum(-1 if contract == "kn" else -2) > 0
     assert [np.nonzero(rows)[0].tolist() for rows in used] == [
@@ -362,8 +371,8 @@ def test_what_does_not_fit_is_refused():
 def test_a_chosen_adapter_merges_as_itself():
     base, (first, *_, third) = trees(use_dora=True)
     bank = ql.bank([first, third])
-    for place, want in [(0, ql.merge(base, first)), (-1, ql.dequantize(base))]:
-        chex.assert_trees_all_equal(ql.merge(base, ql.select(bank, place)), want)
+    for adapter_id, want in [(0, ql.merge(base, first)), (-1, ql.dequantize(base))]:
+        chex.assert_trees_all_equal(ql.merge(base, ql.select(bank, adapter_id)), want)
 
 
 def test_an_adapter_on_an_adapted_model():

@@ -295,14 +295,14 @@ class TestInit:
         def of_float(a):
             return ql.apply(jnp.ones(kernel.shape), a, x)
 
-        for run, at in (
+        for run, primal in (
             (lambda a: ql.apply(kernel, a, x), adapter),
             (of_float, adapter),
             (lambda x: ql.apply(kernel, None, x), x),
             (lambda x: ql.matmul(x, kernel), x),
         ):
             with pytest.raises(TypeError, match="in reverse mode: jax.grad"):
-                jax.jvp(run, (at,), (at,))
+                jax.jvp(run, (primal,), (primal,))
         # As docs/limits.md says.
         with pytest.raises(TypeError, match="forward-mode .* custom_vjp"):
             jax.jvp(jax.jit(of_float), (adapter,), (adapter,))
@@ -496,8 +496,8 @@ class TestFunctions:
 def square_of_other_axes():
     """A kernel, and the adapter of one that is stored the other way."""
     square = {"kernel": jnp.ones((64, 64))}
-    _, turned = init(square, contract="nk")
-    return ql.quantize(square, ql.QLoRAConfig()), turned
+    _, transposed = init(square, contract="nk")
+    return ql.quantize(square, ql.QLoRAConfig()), transposed
 
 
 def wrong_bias(bias, kernel=(64, 2, 4), contract=-3, x=(3, 64)):
@@ -596,8 +596,8 @@ class TestRefused:
             lambda: ql.dequantize({**base, **lost}),
             lambda: ql.merge(base, {**lora, **lost_lora}),
         ):
-            where = "stack/kernel: an array for each of"
-            refusal(run, "without its structure", where)
+            message = "stack/kernel: an array for each of"
+            refusal(run, "without its structure", message)
 
 
 class TestOneTree:

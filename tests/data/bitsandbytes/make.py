@@ -164,12 +164,12 @@ def quality() -> list[dict]:
     rows = []
     for fmt in ("nf4", "fp4"):
         stored = quantize(w, fmt, 64)
-        for double in (False, True):
-            absmax = nested_scales(stored) if double else stored["absmax"]
+        for double_quant in (False, True):
+            absmax = nested_scales(stored) if double_quant else stored["absmax"]
             error = (decode(stored, absmax, fmt, 64, 1024) - w).double()
             means = {"mean_abs": error.abs(), "mean_squared": error.square()}
             means = {name: x.mean().item() for name, x in means.items()}
-            rows.append({"fmt": fmt, "double_quant": double} | means)
+            rows.append({"fmt": fmt, "double_quant": double_quant} | means)
     return rows
 
 
