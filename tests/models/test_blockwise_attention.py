@@ -1,4 +1,4 @@
-"""Attention in blocks: against NumPy, JAX's own attention, and its memory."""
+"""Attention in blocks against NumPy and JAX's attention, and its memory."""
 
 from functools import partial
 
@@ -34,11 +34,11 @@ def draw(b, t, h, k, d, seed=0, dtype=jnp.float32):
 
 
 def value_and_pull(function, query, key, value, visible):
-    def both(query, key, value):
+    def output_and_gradients(query, key, value):
         y, pull = jax.vjp(lambda *x: function(*x, visible), query, key, value)
         return y, pull(jnp.cos(y))
 
-    return jax.jit(both)(query, key, value)
+    return jax.jit(output_and_gradients)(query, key, value)
 
 
 blocks = partial(attend_by_matrices, scale=0.4, block=16)
@@ -79,12 +79,12 @@ def test_a_sink_is_a_score_without_a_value():
         operands = with_sinks(query, key, value, visible, sinks / 0.4)
         return attend_by_matrices(*operands, scale=0.4, block=block)[..., :8]
 
-    def run(f):
+    def value_and_grad(f):
         return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.cos(f(x)))))
 
-    want = run(plain)(sinks)
+    expected = value_and_grad(plain)(sinks)
     for block in (None, 16):
-        assert_close(run(partial(ours, block=block))(sinks), want)
+        assert_close(value_and_grad(partial(ours, block=block))(sinks), expected)
 
 
 def test_keys_of_another_length():
@@ -102,14 +102,16 @@ def test_keys_of_another_length():
 def test_gradients_equal_those_of_the_definition(soft_cap):
     operands = draw(2, 50, 6, 2, 8)
     functions = (partial(f, soft_cap=soft_cap) for f in (blocks, plain))
-    ours, wanted = (value_and_pull(f, *operands) for f in functions)
-    for found, exact in zip(*map(jax.tree.leaves, (ours, wanted)), strict=True):
-        assert_close(found, exact, terms=64)
+    ours, expected = (value_and_pull(f, *operands) for f in functions)
+    for gradient, exact_gradient in zip(
+        *map(jax.tree.leaves, (ours, expected)), strict=True
+    ):
+        assert_close(gradient, exact_gradient, terms=64)
 
 
 @pytest.mark.without_noise  # which takes memory
 def test_many_queries_are_attended_in_blocks():
-    """Forward and backward hold no scores of all queries and keys."""
+    """Neither direction holds the scores of all queries and keys."""
     t = 2 * MANY_QUERIES
     operands = draw(1, t, 2, 1, 16)
     function = partial(attend, scale=0.25)
@@ -123,7 +125,7 @@ def test_many_queries_are_attended_in_blocks():
 
 @pytest.mark.slow
 def test_in_a_scan_with_remat():
-    """Under the policy of the decoder, which keeps the result for the gradient."""
+    """The policy is that of the decoder, which saves the result for the gradient."""
     query, key, value, visible = draw(1, 40, 4, 2, 8)
 
     def stack(key, function):

@@ -46,19 +46,19 @@ def test_experts_are_packed_and_routers_are_not(folder):
     up, router = mlp["experts"]["up_proj"]["kernel"], mlp["router"]["kernel"]
     assert (up.fmt, up.shape, router.shape) == ("nf4", (2, 4, 64, 32), (2, 64, 4))
     assert router.dtype == jnp.float32
-    # Each expert's codes are those of its tensor.
+    # Packing all experts together equals packing the tensor of each.
     tensors = ql.io.open_safetensors(folder)
-    one = tensors["model.layers.1.mlp.experts.2.up_proj.weight"][...]
-    alone = ql.quantize(jnp.asarray(one.T), "nf4")
-    np.testing.assert_array_equal(up.codes[1, 2], alone.codes)
-    found = train.find_target_paths("all-linear", base, names)
-    assert [*found] == [f"layers/self_attn/{x}_proj/kernel" for x in "koqv"]
-    # Packed experts and adapters compute what their weights in float do.
+    expert_weight = tensors["model.layers.1.mlp.experts.2.up_proj.weight"][...]
+    packed_alone = ql.quantize(jnp.asarray(expert_weight.T), "nf4")
+    np.testing.assert_array_equal(up.codes[1, 2], packed_alone.codes)
+    target_paths = train.find_target_paths("all-linear", base, names)
+    assert [*target_paths] == [f"layers/self_attn/{x}_proj/kernel" for x in "koqv"]
+    # Packed experts with adapters compute the same as their decoded weights.
     base, lora = trees_of(base, rank=2, targets="layers/.*_proj/kernel")
     tokens = jnp.arange(10).reshape(2, 5)
     model = ql.linen.wrap(Decoder(config, remat=True), scanned=Decoder.scanned)
 
-    def both(model, base, lora):
+    def output_and_gradients(model, base, lora):
         def apply(lora):
             return model.apply({"params": base, "lora": lora}, tokens)
 
@@ -67,11 +67,11 @@ def test_experts_are_packed_and_routers_are_not(folder):
 
         return apply(lora), jax.grad(loss)(lora)
 
-    run = jax.jit(partial(both, model)).lower(base, lora)
+    run = jax.jit(partial(output_and_gradients, model)).lower(base, lora)
     plain = ql.dequantize(base)
-    want = jax.jit(partial(both, model))(plain, lora)
-    assert_close(run.compile()(base, lora), want)
-    # No array has the weights of several experts in float.
+    expected = jax.jit(partial(output_and_gradients, model))(plain, lora)
+    assert_close(run.compile()(base, lora), expected)
+    # The program never decodes the weights of several experts at once.
     assert not re.search("tensor<(2x)?4x(64x32|32x64)xf32>", run.as_text())
 
 
@@ -92,18 +92,18 @@ def test_routers_are_frozen_adapted_or_trained_by_pattern(folder):
         return jax.grad(loss)(lora)["router"]["kernel"]
 
     @jax.jit
-    def plain(params):
+    def float_gradient(params):
         def loss(params):
             return jnp.sum(jnp.square(model.apply({"params": params}, x)))
 
         return jax.grad(loss)(params)["router"]["kernel"]
 
-    def init(**more):
+    def init(**settings):
         return ql.init(
-            jax.random.key(0), params, ql.QLoRAConfig(rank=1, fmt=None, **more)
+            jax.random.key(0), params, ql.QLoRAConfig(rank=1, fmt=None, **settings)
         )
 
-    experts, router, want = "experts/.*/kernel", "router/kernel", plain(params)
+    experts, router, want = "experts/.*/kernel", "router/kernel", float_gradient(params)
     assert [*init(targets=experts)[1]] == ["experts"] and np.abs(want).max() > 1e-3
     _, lora = init(targets=[experts, router])
     got = gradient(ql.linen.wrap(model), params, lora)
@@ -119,57 +119,61 @@ def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):
     save_gguf(path, folder, params, **options)
     names = {tensor.name: [*tensor.shape] for tensor in open_gguf(path).tensors}
     assert names["blk.1.ffn_up_exps.weight"] == [64, 32, 4]  # GGUF's order of axes
-    again, found = load(path, progress=False)
-    with folder_of_gguf(path) as there:
-        assert again == config == read_config(there)
-    was, mlp = params["layers"]["mlp"], found["layers"]["mlp"]
-    np.testing.assert_array_equal(mlp["router"]["kernel"], was["router"]["kernel"])
+    again, read_params = load(path, progress=False)
+    with folder_of_gguf(path) as unpacked:
+        assert again == config == read_config(unpacked)
+    original_mlp, mlp = params["layers"]["mlp"], read_params["layers"]["mlp"]
+    np.testing.assert_array_equal(
+        mlp["router"]["kernel"], original_mlp["router"]["kernel"]
+    )
     for name in ("gate_proj", "up_proj", "down_proj"):
-        want = ql.quantize(was["experts"][name]["kernel"], "q4_0")
-        assert_same_bits(mlp["experts"][name]["kernel"], want)
+        expected = ql.quantize(original_mlp["experts"][name]["kernel"], "q4_0")
+        assert_same_bits(mlp["experts"][name]["kernel"], expected)
     raw = json.loads((pathlib.Path(folder) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"norm_topk_prob": False}))
     with pytest.raises(ValueError, match="does not compute `experts`=.*=False"):
         save_gguf(tmp_path / "new.gguf", tmp_path, params, **options)
-    one = ql.io.PlainLoRA(1.0, {"model.layers.0.mlp.experts.0.up_proj": {}})
+    expert_adapter = ql.io.PlainLoRA(1.0, {"model.layers.0.mlp.experts.0.up_proj": {}})
     with pytest.raises(ValueError, match="none of experts: .* Got 1, as model.lay"):
-        save_gguf_lora(tmp_path / "new.gguf", folder, one)
+        save_gguf_lora(tmp_path / "new.gguf", folder, expert_adapter)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "own", [{"shared": ".*"}, {"rank_pattern": {".*up.*": (1, 2, 4, 3)}}]
+    "expert_settings", [{"shared": ".*"}, {"rank_pattern": {".*up.*": (1, 2, 4, 3)}}]
 )
-def test_adapters_of_experts_are_merged_one_by_one(folder, tmp_path, own):
-    """An adapter that experts share, and ranks with their own scaling."""
+def test_adapters_of_experts_are_merged_one_by_one(folder, tmp_path, expert_settings):
+    """Experts share an adapter, or have ranks with different scalings."""
     path, targets = tmp_path / "model.gguf", "layers/mlp/experts/.*_proj/kernel"
     _, params = load(folder, progress=False)
     settings = dict(
-        trainable=["norm/scale", ".*/input_layernorm/scale"], alpha=2.0, **own
+        trainable=["norm/scale", ".*/input_layernorm/scale"],
+        alpha=2.0,
+        **expert_settings,
     )
     base, lora = trees_of(params, rank=2, targets=targets, fmt="mxfp4", **settings)
     save_gguf(path, folder, base, lora, tokenizer=False, progress=False)
-    read, want = load(path, progress=False)[1], ql.merge(base, lora)
-    experts = [tree["layers"]["mlp"]["experts"] for tree in (read, want)]
+    read_params, merged = load(path, progress=False)[1], ql.merge(base, lora)
+    experts = [tree["layers"]["mlp"]["experts"] for tree in (read_params, merged)]
     assert_close(*experts, roundings=1, dtype=np.float16)
-    for at in (lambda x: x["norm"], lambda x: x["layers"]["input_layernorm"]):
-        assert_same_bits(at(read), at(want))
+    for select in (lambda x: x["norm"], lambda x: x["layers"]["input_layernorm"]):
+        assert_same_bits(select(read_params), select(merged))
 
 
 def test_each_expert_is_split_as_an_mlp(folder):
     config, mesh = read_config(folder), AbstractMesh((2, 2), ("fsdp", "tensor"))
     rules = place_arguments(config, abstract_params(config), mesh)["rules"]
 
-    def of(name):
+    def spec_of(name):
         return tuple(rules[f"layers/mlp/{name}/kernel"])
 
     assert (
-        of("experts/gate_proj")
-        == of("experts/up_proj")
+        spec_of("experts/gate_proj")
+        == spec_of("experts/up_proj")
         == (None, None, "fsdp", "tensor")
     )
-    assert of("experts/down_proj") == (None, None, "tensor", "fsdp")
-    assert "layers/mlp/router/kernel" not in rules  # each device has it whole
+    assert spec_of("experts/down_proj") == (None, None, "tensor", "fsdp")
+    assert "layers/mlp/router/kernel" not in rules  # replicated on all devices
 
 
 @pytest.mark.slow

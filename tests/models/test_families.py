@@ -45,8 +45,8 @@ def test_gradients_do_not_depend_on_remat(mixed):
     model, params, tokens = mixed
 
     def grad(model):
-        def loss(p):
-            return jnp.mean(jnp.square(model.apply({"params": p}, tokens)))
+        def loss(params):
+            return jnp.mean(jnp.square(model.apply({"params": params}, tokens)))
 
         return jax.jit(jax.grad(loss))
 
@@ -62,7 +62,7 @@ def test_attention_is_jaxs_off_cpus():
         traced = jax.jit(partial(attend, scale=1.0, soft_cap=cap)).trace(*shapes)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    fill = "-2.38197633E+38"  # 0.7 of the smallest float32: what JAX masks scores with
+    fill = "-2.38197633E+38"  # 0.7 of the smallest float32, with which JAX masks scores
     assert fill in text(None, "cuda") and fill in text(None, "tpu")
     assert fill not in text(None, "cpu") and fill not in text(2.0, "cuda")
 
@@ -72,12 +72,14 @@ def test_a_token_sees_its_window_and_its_own_sequence():
     sizes = dict(num_layers=1, num_heads=4, num_kv_heads=2, layers=(kind,))
     model, tokens = Decoder(DecoderConfig(64, 32, 48, **sizes)), jnp.arange(7)[None]
     weights = jax.jit(model.init)(jax.random.key(0), tokens)
-    last = jax.jit(lambda x, ids: model.apply(weights, x, segment_ids=ids)[0, -1])
-    two = jnp.array([[1, 1, 1, 1, 1, 2, 2]])  # sequences in a row
-    for ids, seen in ((tokens * 0 + 1, 3), (two, 2)):
-        moved = [last(tokens.at[0, i].set(9), ids) for i in range(7)]
-        is_seen = [bool((x != last(tokens, ids)).any()) for x in moved]
-        assert is_seen == [False] * (7 - seen) + [True] * seen
+    last_logits = jax.jit(
+        lambda x, ids: model.apply(weights, x, segment_ids=ids)[0, -1]
+    )
+    two_sequences = jnp.array([[1, 1, 1, 1, 1, 2, 2]])  # sequences in a row
+    for ids, num_visible in ((tokens * 0 + 1, 3), (two_sequences, 2)):
+        logits = [last_logits(tokens.at[0, i].set(9), ids) for i in range(7)]
+        is_visible = [bool((x != last_logits(tokens, ids)).any()) for x in logits]
+        assert is_visible == [False] * (7 - num_visible) + [True] * num_visible
 
 
 @pytest.mark.slow
@@ -107,7 +109,7 @@ def test_segments_do_not_come_with_a_cache(mixed):
         model.apply({"params": params}, tokens, cache=cache, segment_ids=tokens)
 
 
-# What published files of each family hold, besides what all have.
+# Keys of the published config.json of each family, besides the common ones.
 COMMON = {"_name_or_path": "x", "torch_dtype": "bfloat16", "use_cache": True}
 COMMON |= {"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3]}
 COMMON |= {"initializer_range": 0.02, "transformers_version": "4.45.0.dev0"}
@@ -186,9 +188,9 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path):
     embedding = tensors["model.embed_tokens.weight"]
     ql.io.write_safetensors(file, tensors | {"lm_head.weight": embedding})
     load(folder, progress=False)
-    other = embedding.copy()
-    other[-1, -1] += 1
-    for head in (other, embedding[1:]):
+    changed_head = embedding.copy()
+    changed_head[-1, -1] += 1
+    for head in (changed_head, embedding[1:]):
         ql.io.write_safetensors(file, tensors | {"lm_head.weight": head})
         with pytest.raises(ValueError, match="`tie_word_embeddings` in config.json"):
             load(folder, progress=False)
@@ -196,7 +198,7 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configs_are_read_without_a_word(name):
+def test_published_configs_are_read_without_a_warning(name):
     raw = {"model_type": name.split(",")[0], **SIZES, **COMMON, **PUBLISHED[name]}
     assert config_from_hf(raw).num_layers == 4
 
@@ -259,6 +261,6 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
     ],
 )
-def test_configs_that_ask_for_more_are_refused(kind, change, message):
+def test_unsupported_configs_are_refused(kind, change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({"model_type": kind} | SIZES | change)

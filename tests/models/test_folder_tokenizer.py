@@ -1,4 +1,4 @@
-"""What a folder's files make of its tokenizer.json; transformers' is in interop."""
+"""How other files of a folder change its tokenizer.json; see also interop/."""
 
 import json
 
@@ -36,15 +36,16 @@ def test_where_llama_puts_a_space(tmp_path, changes, pieces):
 
 def test_tokens_of_other_files_are_added(tmp_path):
     folder = tmp_path / "model"
-    known = save_tokenizer(folder).get_vocab_size()
-    added = {str(known): {"content": "<late>", "special": False}}
+    vocab_size = save_tokenizer(folder).get_vocab_size()
+    added = {str(vocab_size): {"content": "<late>", "special": False}}
     extra = {"image_token": "<image>"}
     changes = {"added_tokens_decoder": added, "extra_special_tokens": extra}
     change_settings(folder, eos_token="<end>", **changes)
     tokenizer = open_tokenizer(folder)
-    assert tokenizer.encode("<late><end><image>") == [known, known + 1, known + 2]
-    assert tokenizer.eos_id == known + 1
-    assert tokenizer.decode([known, known + 1, known + 2]) == "<late>"
+    added_ids = [vocab_size, vocab_size + 1, vocab_size + 2]
+    assert tokenizer.encode("<late><end><image>") == added_ids
+    assert tokenizer.eos_id == vocab_size + 1
+    assert tokenizer.decode(added_ids) == "<late>"
     assert FolderTokenizer(folder).special["image_token"] == "<image>"
 
 

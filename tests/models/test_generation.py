@@ -26,7 +26,7 @@ ONE = dict(max_new_tokens=1, eos_ids=())
 @pytest.mark.slow
 @pytest.mark.newest
 def test_a_stream_in_bfloat16_writes_as_the_plain_decoder(tiny):
-    """The definition: the whole text anew, with rounded weights in float32."""
+    """The definition is a full forward pass in float32 with the rounded weights."""
     model, variables, tokens = tiny
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
     base, lora = trees_of(rounded, rank=4, block_size=16, double_quant=True)
@@ -36,11 +36,11 @@ def test_a_stream_in_bfloat16_writes_as_the_plain_decoder(tiny):
         variables = {"params": params, "lora": adapter}
         stream = Stream(wrapped, variables)
         prompt = tokens[0, :9].tolist()
-        made = list(stream(prompt, max_new_tokens=6, eos_ids=()))
-        text = jnp.asarray([prompt + made])
+        new_tokens = list(stream(prompt, max_new_tokens=6, eos_ids=()))
+        text = jnp.asarray([prompt + new_tokens])
         logits = jax.jit(wrapped.apply)(variables, text)[0, 8:-1]
-        # Sums in another order: a token within their roundings of the best one.
-        chosen = jnp.take_along_axis(logits, jnp.asarray(made)[:, None], 1)[:, 0]
+        # Sums have another order, so each token is the best one up to their rounding.
+        chosen = jnp.take_along_axis(logits, jnp.asarray(new_tokens)[:, None], 1)[:, 0]
         assert np.all(np.asarray(logits.max(1) - chosen) <= 0.02 * np.ptp(logits))
 
 
@@ -94,17 +94,17 @@ def softmax(x):
 
 
 def filtered_probabilities(logits, temperature, top_k, top_p):
-    """By the definition, one row at a time; no two logits of a row are equal."""
-    out = []
+    """Follows the definition, one row at a time; all logits of a row differ."""
+    rows = []
     for row in logits.astype(np.float64) / temperature:
         order = np.argsort(-row)[: top_k or len(row)]
-        p = softmax(row[order])
-        # The smallest set of the most probable whose sum is `top_p` or more.
-        size = 1 + int(np.sum(np.cumsum(p)[:-1] < top_p))
-        kept = np.zeros(len(row))
-        kept[order[:size]] = p[:size] / p[:size].sum()
-        out.append(kept)
-    return np.array(out)
+        probabilities = softmax(row[order])
+        # The smallest set of the most probable tokens with a sum of at least `top_p`.
+        size = 1 + int(np.sum(np.cumsum(probabilities)[:-1] < top_p))
+        filtered = np.zeros(len(row))
+        filtered[order[:size]] = probabilities[:size] / probabilities[:size].sum()
+        rows.append(filtered)
+    return np.array(rows)
 
 
 DRAWS = [(1.0, None, 1.0), (0.7, None, 1.0), (1.5, 5, 1.0), (1.0, 1, 1.0)]
@@ -124,24 +124,25 @@ def test_what_is_drawn_from_is_the_definition(temperature, top_k, top_p):
 def test_ties_with_the_last_one_kept_are_kept():
     logits = jnp.array([0.0, 2.0, 1.0, 1.0])
 
-    def kept(**settings):
+    def is_allowed(**settings):
         return np.isfinite(Sampling(1.0, **settings).filtered(logits))
 
-    assert kept(top_k=2).tolist() == [False, True, True, True]
-    assert kept(top_p=0.6).tolist() == [False, True, True, True]  # .53, .20, .20, .07
+    assert is_allowed(top_k=2).tolist() == [False, True, True, True]
+    # The sorted probabilities are .53, .20, .20 and .07.
+    assert is_allowed(top_p=0.6).tolist() == [False, True, True, True]
 
 
 @pytest.mark.slow
 def test_draws_follow_the_probabilities():
     logits = np.random.default_rng(1).normal(0, 1.5, (1, 12)).astype(np.float32)
     sampling, count = Sampling(1.2, 9, 0.9), 20_000
-    p = filtered_probabilities(logits, 1.2, 9, 0.9)[0]
-    many = jnp.broadcast_to(jnp.asarray(logits), (count, 12))
-    drawn = np.asarray(sampling.choose(many, jax.random.key(0)))
-    seen = np.bincount(drawn, minlength=12)
-    assert not seen[p == 0].any()
-    expected = count * p[p > 0]
-    chi_square = np.sum((seen[p > 0] - expected) ** 2 / expected)
+    probabilities = filtered_probabilities(logits, 1.2, 9, 0.9)[0]
+    repeated = jnp.broadcast_to(jnp.asarray(logits), (count, 12))
+    drawn = np.asarray(sampling.choose(repeated, jax.random.key(0)))
+    counts = np.bincount(drawn, minlength=12)
+    assert not counts[probabilities == 0].any()
+    expected = count * probabilities[probabilities > 0]
+    chi_square = np.sum((counts[probabilities > 0] - expected) ** 2 / expected)
     freedom = len(expected) - 1
     assert freedom >= 3 and chi_square < freedom + 4 * np.sqrt(2 * freedom)
 
@@ -152,13 +153,13 @@ def test_several_end_tokens_end_rows_of_a_batch(tiny):
     lengths, prompts = jnp.array([9, 4]), tokens[:, :9]
 
     @partial(jax.jit, static_argnames="ends")
-    def new(ends):
+    def generate_rows(ends):
         apply, cache = partial(model.apply, variables), init_cache(model.config, 2, 17)
         return generate(apply, prompts, lengths, cache, max_new_tokens=8, eos_ids=ends)
 
-    free = new(()).tolist()
+    free = generate_rows(()).tolist()
     ends = free[0][5], free[1][2]
-    for row, stopped in zip(free, new(ends).tolist(), strict=True):
+    for row, stopped in zip(free, generate_rows(ends).tolist(), strict=True):
         first = min(row.index(end) for end in ends if end in row)
         assert stopped == row[: first + 1] + [ends[0]] * (7 - first)
 
@@ -175,34 +176,35 @@ def test_a_stream_equals_the_batch_and_continues_a_conversation(tiny):
     @jax.jit
     def run(tokens, length):
         apply, cache = partial(model.apply, variables), init_cache(model.config, 1, 64)
-        make = partial(generate, apply, tokens, length, cache, max_new_tokens=8)
-        return make(eos_ids=[]), make(eos_ids=[], key=key, **settings)
+        options = dict(max_new_tokens=8, eos_ids=[])
+        generate_new = partial(generate, apply, tokens, length, cache, **options)
+        return generate_new(), generate_new(key=key, **settings)
 
-    def batch(prompt):
+    def generate_batch(prompt):
         tokens = jnp.array([prompt + [0] * (32 - len(prompt))])
         return [x[0].tolist() for x in run(tokens, jnp.array([len(prompt)]))]
 
-    greedy, drawn = batch(prompt)
+    greedy, drawn = generate_batch(prompt)
     assert greedy != drawn
     stream = Stream(model, variables)
     assert list(stream(prompt, max_new_tokens=8, eos_ids=())) == greedy
     sampled = Stream(model, variables, Sampling(**settings))
     assert list(sampled(prompt, max_new_tokens=8, eos_ids=(), key=key)) == drawn
 
-    # The next turn starts as the last one; another one only partly, or not at all.
+    # The next prompt continues the last one, shares its beginning, or is different.
     for next_prompt in (prompt + greedy + [3, 4], prompt[:5] + [9] * 3, [8, 1]):
-        want = batch(next_prompt)[0]
+        want = generate_batch(next_prompt)[0]
         assert list(stream(next_prompt, max_new_tokens=8, eos_ids=())) == want
     end = want[3]
     short = list(stream([8, 1], max_new_tokens=8, eos_ids=(end,)))
     assert short == want[: want.index(end) + 1]
 
 
-def written_greedily(model, variables, prompt, new):
-    """Whether each new token is the most probable one after those before it."""
-    tokens = jnp.array([prompt + new])
+def is_greedy(model, variables, prompt, new_tokens):
+    """Whether each new token is the most probable one after the tokens before it."""
+    tokens = jnp.array([prompt + new_tokens])
     best = jnp.argmax(jax.jit(model.apply)(variables, tokens)[0], axis=-1)
-    return best[len(prompt) - 1 : -1].tolist() == new
+    return best[len(prompt) - 1 : -1].tolist() == new_tokens
 
 
 @pytest.mark.slow
@@ -210,12 +212,12 @@ def test_a_cache_grows_with_the_text(tiny):
     model, variables, tokens = tiny
     stream, prompt = Stream(model, variables), tokens[0, :9].tolist()
     new = list(stream(prompt, max_new_tokens=260, eos_ids=()))
-    assert written_greedily(model, variables, prompt, new)
+    assert is_greedy(model, variables, prompt, new)
 
 
 @pytest.mark.slow
 def test_long_rotary_positions_are_those_of_the_texts_length(tiny):
-    """Those of up to 12 tokens differ from those of longer texts."""
+    """Texts of up to 12 tokens have other divisors than longer texts."""
     short, long = (1.0, 1.0, 1.0, 1.0), (9.0, 7.0, 3.0, 2.0)
     model, variables, tokens = tiny
     rope = Rope(1e4, short, long, original_length=12)
@@ -227,8 +229,8 @@ def test_long_rotary_positions_are_those_of_the_texts_length(tiny):
         new = list(stream(prompt, max_new_tokens=count, eos_ids=()))
         plain = dataclasses.replace(rope, divisors=short if count < 5 else long)
         plain = dataclasses.replace(plain, long_divisors=(), original_length=0)
-        same = Decoder(dataclasses.replace(config, layers=(LayerKind(plain),)))
-        assert written_greedily(same, variables, prompt, new)
+        plain_model = Decoder(dataclasses.replace(config, layers=(LayerKind(plain),)))
+        assert is_greedy(plain_model, variables, prompt, new)
 
 
 @pytest.mark.slow
@@ -237,12 +239,12 @@ def test_an_abandoned_answer_does_not_change_the_next(tiny):
     prompt = tokens[0, :7].tolist()
     stream = Stream(model, variables)
     want = list(stream(prompt, max_new_tokens=6, eos_ids=()))
-    other = stream(tokens[1, :9].tolist(), max_new_tokens=6, eos_ids=())
+    abandoned = stream(tokens[1, :9].tolist(), max_new_tokens=6, eos_ids=())
     for _ in range(2):
-        next(other)
+        next(abandoned)
     assert list(stream(prompt, max_new_tokens=6, eos_ids=())) == want
     with pytest.raises(RuntimeError, match="must be on the last prompt"):
-        next(other)
+        next(abandoned)
 
 
 # Answers to examples
@@ -267,10 +269,10 @@ def test_answers_are_those_of_each_prompt_alone(tiny):
     examples = [Example(free[n][0], "", (end,) if n != 11 else ()) for n in free]
     settings = dict(max_new_tokens=6, batch_size=3, progress=False)
     got = answers(model, variables, Numbers(), examples, **settings)
-    for found, (length, (_, ids)) in zip(got, free.items(), strict=True):
+    for answer, (length, (_, ids)) in zip(got, free.items(), strict=True):
         if end in ids and length != 11:
             ids = ids[: ids.index(end)]
-        assert found.text == Numbers().decode(ids)
+        assert answer.text == Numbers().decode(ids)
 
 
 def test_exact_match_is_equality_without_the_spaces_around():

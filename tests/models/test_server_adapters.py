@@ -1,4 +1,4 @@
-"""Adapters in the files of llama.cpp and mlx-lm, which these and we write."""
+"""Adapters in the formats of llama.cpp and mlx-lm, written by them and by qlora_jax."""
 
 import json
 import pathlib
@@ -65,23 +65,23 @@ def test_what_we_write_is_read_to_the_bit(model, tmp_path):
         assert_same_bits(model.load(again)[0], want)
         twice = model.export(form, tmp_path / f"2-{name}", file)
 
-        def read(x):
+        def read_bytes(x):
             return [f.read_bytes() for f in sorted((x, *x.rglob("*"))) if f.is_file()]
 
-        assert read(twice) == read(file)
+        assert read_bytes(twice) == read_bytes(file)
     kinds = [cli.inspect(cli.InspectConfig(str(tmp_path / n))) for n in ("mlx", name)]
     assert [x.kind for x in kinds] == ["MLX adapter", "MLX adapter"]
-    found = cli.inspect(cli.InspectConfig(str(tmp_path / "lora.gguf")))
-    assert found.kind == "GGUF adapter"
+    gguf_adapter = cli.inspect(cli.InspectConfig(str(tmp_path / "lora.gguf")))
+    assert gguf_adapter.kind == "GGUF adapter"
 
 
-def write_gguf(path, factors, alpha=12.0, kind="llama", more=None):
-    """As llama.cpp's convert_lora_to_gguf.py: alpha for all, ranks may differ."""
+def write_gguf(path, factors, alpha=12.0, kind="llama", unsupported=None):
+    """Writes as llama.cpp's convert_lora_to_gguf.py does: one alpha, any ranks."""
     writer = gguf.GGUFWriter(path, kind)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
-    if more == "alora":
+    if unsupported == "alora":
         writer.add_array("adapter.alora.invocation_tokens", [1, 2])
     for name, x in factors.items():
         writer.add_tensor(name, np.ascontiguousarray(x))
@@ -105,13 +105,13 @@ def test_llama_cpp_files_are_read(model, tmp_path):
     write_gguf(tmp_path / "x.gguf", gguf_factors())
     lora, config = model.load(read_gguf_lora(tmp_path / "x.gguf", model.config))
     assert {m: config.scaling_of(m) for m in SHAPES} == {Q: 3, DOWN: 6}  # alpha / rank
-    check(model, lora, config, tmp_path, draw(RANKS))
+    check_adapter(model, lora, config, tmp_path, draw(RANKS))
 
 
-def check(model, lora, config, tmp_path, factors):
+def check_adapter(model, lora, config, tmp_path, factors):
     ql.io.save_peft(tmp_path / "peft", model.base, lora, model.names, config)
-    wanted = write_peft(tmp_path / "wanted", factors)
-    chex.assert_trees_all_equal(tensors_of(tmp_path / "peft"), wanted)
+    expected = write_peft(tmp_path / "wanted", factors)
+    chex.assert_trees_all_equal(tensors_of(tmp_path / "peft"), expected)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,11 @@ def check(model, lora, config, tmp_path, factors):
     [
         ({}, {"kind": "qwen2"}, "`general.architecture` must be 'llama'. Got 'qwen2'"),
         ({}, {"alpha": 0.0}, "`adapter.lora.alpha` must be a positive number. Got 0.0"),
-        ({}, {"more": "alora"}, "`adapter.alora.invocation_tokens` is not supported"),
+        (
+            {},
+            {"unsupported": "alora"},
+            "`adapter.alora.invocation_tokens` is not supported",
+        ),
         ({"blk.0.attn_q.weight.lora_b": None}, {}, "q_proj.lora_B.weight: missing"),
         ({"blk.0.attn_q.weight.lora_a": (3, 64)}, {}, r"\(64, 3\). Got \(64, 4"),
         ({"blk.0.attn_q.weight.lora_b": (60, 4)}, {}, r"\(64, 4\). Got \(60, 4"),
@@ -138,7 +142,7 @@ def test_gguf_files_are_refused_by_name(model, tmp_path, change, settings, messa
 
 
 def write_mlx(folder, factors, change=None, **settings):
-    """As `mlx_lm.lora`: A is `[K, rank]`, B `[rank, N]`."""
+    """Writes as `mlx_lm.lora` does: A is `[K, rank]`, and B is `[rank, N]`."""
     folder.mkdir()
     tensors = {
         f"{module}.lora_{part}": x.T
@@ -161,7 +165,7 @@ def test_mlx_folders_are_read(model, tmp_path):
     lora, config = model.load(ql.io.read_mlx(tmp_path / "mlx"))
     assert {config.scaling_of(module) for module in SHAPES} == {20}
     assert config.lora_dropout == 0.05
-    check(model, lora, config, tmp_path, factors)
+    check_adapter(model, lora, config, tmp_path, factors)
 
 
 FEW = {"rank": 4, "scale": 20.0, "keys": ["mlp.down_proj"]}
