@@ -111,7 +111,7 @@ def test_adapters_that_servers_do_not_load_are_added(model, tmp_path):
         f"base_model.model.{name}.lora_magnitude_vector": np.ones(n, np.float32)
         for name, (n, _) in MODULES.items()
     }
-    adapter = write_adapter(tmp_path / "dora", use_dora=True, more=zeros)
+    adapter = write_adapter(tmp_path / "dora", use_dora=True, extra_tensors=zeros)
     _, rows = table(model=model, adapter=adapter, fmt="nf4", block_size=64)
     merged = f"merged {SUM} *"
     assert rows == (merged, merged, WHOLE, WHOLE, merged, f"bitsandbytes {PEFT}")

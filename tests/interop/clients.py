@@ -1,4 +1,4 @@
-"""Programs that users run our files with: llama.cpp and mlx-lm."""
+"""Programs that users serve exported files with: llama.cpp and mlx-lm."""
 
 import contextlib
 import subprocess
@@ -29,12 +29,12 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def llama_cpp(*files):
-    """Gives a function that asks llama.cpp's server by a path and a body.
+    """Yields a function that sends a request, a path and a body, to llama.cpp's server.
 
     Files are a model and perhaps an adapter.
 
-    In a process of its own, which is killed: a server that has hardly begun may wait
-    for ever when it is told to end.
+    The server is in a child process, which is killed, since a server that has just
+    started may hang when it is asked to end.
     """
     command = [sys.executable, "-c", SERVER, *map(str, files)]
     pipe = subprocess.PIPE
@@ -43,27 +43,28 @@ def llama_cpp(*files):
         address = process.stdout.readline().strip()
 
         try:
-            yield lambda where, x: httpx.post(
-                address + where, json=x, timeout=120
+            yield lambda path, body: httpx.post(
+                address + path, json=body, timeout=120
             ).json()
         finally:
             process.kill()
 
 
 def log_probabilities(ask, tokens, count=272):
-    """Returns those of the next token by llama.cpp, of `count` tokens.
+    """Returns llama.cpp's log-probabilities of `count` tokens as the next token.
 
-    The server gives none for a token that is no whole character, so that it is told to
-    say "A", which changes what is chosen and not what is given.
+    The server returns none if it chooses a token that is not a whole character. A bias
+    makes it choose "A", and does not change the log-probabilities.
     """
     body = {"prompt": tokens, "n_predict": 1, "n_probs": count, "cache_prompt": False}
     body |= {"temperature": 0, "logit_bias": [[33, 1000]]}
     (answer,) = ask("/completion", body)["completion_probabilities"]
-    found = {x["id"]: x["logprob"] for x in answer["top_logprobs"]}
-    return np.array([found[i] for i in range(count)])
+    log_probs = {x["id"]: x["logprob"] for x in answer["top_logprobs"]}
+    return np.array([log_probs[i] for i in range(count)])
 
 
 def mlx_logits(tokens, folder, *adapters):
+    """Returns the logits of mlx-lm with a model and perhaps an adapter."""
     mx = pytest.importorskip("mlx.core")
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model

@@ -15,20 +15,21 @@ OLMOE = {"num_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = OLMOE | {"moe_intermediate_size": 32}  # of Qwen3-MoE
 
 
-def longrope(pairs, original, **more):
+def longrope(pairs, original, **overrides):
+    """Returns the settings of LongRoPE for `pairs` of rotated entries."""
     rope = THETA | {
         "rope_type": "longrope",
         "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
         "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
     }
-    rope |= more
+    rope |= overrides
     return {"rope_parameters": rope, "original_max_position_embeddings": original}
 
 
 def random_model(kind, settings):
     """Returns a random model of transformers, whose norms and biases are random too.
 
-    F16 holds its kernels.
+    Its kernels are exact in F16.
     """
     import torch
     import transformers
@@ -39,9 +40,9 @@ def random_model(kind, settings):
         config, attn_implementation="eager", dtype=torch.float32
     ).eval()
     with torch.no_grad():
-        for key, p in model.named_parameters():
+        for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith("bias"):
-                p.add_(0.3 * torch.randn_like(p))
+                parameter.add_(0.3 * torch.randn_like(parameter))
             else:
-                p.copy_(p.half().float())
+                parameter.copy_(parameter.half().float())
     return model

@@ -37,11 +37,11 @@ def save_4bit(
     storage=torch.uint8,
 ):
     """Packs a saved model with bitsandbytes and saves it, before any forward pass."""
-    how = dict(load_in_4bit=True, bnb_4bit_quant_type=fmt)
-    how |= dict(bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=torch.float32)
-    how |= dict(bnb_4bit_quant_storage=storage)
+    packing = dict(load_in_4bit=True, bnb_4bit_quant_type=fmt)
+    packing |= dict(bnb_4bit_use_double_quant=nested, bnb_4bit_quant_storage=storage)
+    packing |= dict(bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32
+        source, quantization_config=BitsAndBytesConfig(**packing), dtype=torch.float32
     )
     model.save_pretrained(folder)
     return folder
@@ -50,8 +50,8 @@ def save_4bit(
 def their_model(folder: pathlib.Path, adapter=None, **options):
     """Loads a model for float32, perhaps with an adapter of PEFT.
 
-    In training mode, without dropout: in evaluation bitsandbytes computes in bfloat16
-    on CPUs that have AVX512-BF16, and packs the weights anew.
+    It is in training mode, without dropout: in evaluation mode bitsandbytes packs the
+    weights again, and computes in bfloat16 on CPUs with AVX512-BF16.
     """
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -62,7 +62,7 @@ def their_model(folder: pathlib.Path, adapter=None, **options):
 
 
 def gradients_of(model):
-    """Those of a model of PEFT, named as in its files."""
+    """Returns the gradients of a PEFT model, named as in its files."""
     return {
         name.replace(".default", "").replace("vector.weight", "vector"): x.grad.numpy()
         for name, x in model.named_parameters()
@@ -76,7 +76,7 @@ def logits_of(model, tokens=TOKENS):
 
 
 def draw_adapters(model):
-    """Moves what is trained in a model of PEFT at random."""
+    """Adds random numbers to the trainable parameters of a PEFT model."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -90,5 +90,5 @@ def our_logits(config, base, lora=None, tokens=TOKENS):
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(model, variables, tokens):
-    """The model's output, by one program for all variables of one structure."""
+    """Returns the output; all variables of one structure share a compiled program."""
     return ql.linen.wrap(model).apply(variables, tokens)

@@ -22,7 +22,7 @@ from qlora_jax.models.decoder_names import decoder_names
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Saved models, each made once: floats, or in a format."""
+    """Returns a function that saves a model, in float or 4 bits, once."""
     root = tmp_path_factory.mktemp("models")
 
     @functools.cache
@@ -71,7 +71,7 @@ def test_in(saved, fmt, nested):
         for layer, w in enumerate(np.asarray(ql.dequantize(q))):
             name = f"model.layers.{layer}.{path.replace('/', '.')}.weight"
             np.testing.assert_array_equal(w.T, definition(stored, name))
-            # Bytes are moved.
+            # The bytes are only rearranged.
             mine = np.asarray(q.codes[layer]).T.reshape(-1, 1)
             np.testing.assert_array_equal(mine, stored[name].numpy())
     theirs = llama.logits_of(llama.their_model(folder))
@@ -81,15 +81,17 @@ def test_in(saved, fmt, nested):
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
 def test_in_from_another_storage(saved, tmp_path, storage):
-    """FSDP splits arrays of one dtype, so codes are stored as that; bytes are equal."""
+    """FSDP needs arrays of one dtype: codes may be stored in it, with equal bytes."""
     folder = llama.save_4bit(
         tmp_path, saved(), "nf4", True, storage=getattr(torch, storage)
     )
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert stored[name].dtype == getattr(torch, storage)
-    found, want = (load(x, progress=False)[1] for x in (folder, saved("nf4", True)))
-    chex.assert_trees_all_equal(found, want)
+    params, expected = (
+        load(x, progress=False)[1] for x in (folder, saved("nf4", True))
+    )
+    chex.assert_trees_all_equal(params, expected)
 
 
 def test_in_of_8_bits_is_refused(saved, tmp_path):
@@ -103,7 +105,7 @@ def test_in_of_8_bits_is_refused(saved, tmp_path):
 
 @pytest.mark.parametrize("shape", [(64, 128), (256, 512), (2048, 1024)])
 def test_how_far_nested_scales_are_equal(shape):
-    """docs/compatibility.md says so; bitsandbytes runs on the CPU here."""
+    """docs/compatibility.md has these tolerances; bitsandbytes runs on the CPU."""
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32) / 50
     codes, state = bnb.functional.quantize_4bit(
         torch.from_numpy(w), blocksize=64, quant_type="nf4", compress_statistics=True
@@ -118,7 +120,7 @@ def test_how_far_nested_scales_are_equal(shape):
     apart = ours != state.absmax.numpy()
     assert apart.mean() < 0.01
 
-    # Where they differ, ours is the nearest of the map to the exact scale.
+    # Where they differ, our code is the nearest one to the exact scale.
     table = state.state2.code.numpy().astype(np.float64)
     scales = np.abs(w.reshape(-1, 64)).max(1).astype(np.float64)
     group = np.repeat(np.asarray(q.scale_scales, np.float64), 256)[: len(scales)]
@@ -130,7 +132,7 @@ def test_how_far_nested_scales_are_equal(shape):
 
 
 def test_nested_scales_whose_sum_is_exact_are_equal():
-    """Then the order of the sum, which depends on the processor, does not matter."""
+    """An exact sum does not depend on its order, which differs between processors."""
     w = np.random.default_rng(0).integers(-255, 256, (512, 1024)) / np.float32(256)
     w[:, ::64] = 0.5 + np.random.default_rng(1).integers(0, 2, (512, 16))
     w = w.astype(np.float32)
@@ -143,7 +145,7 @@ def test_nested_scales_whose_sum_is_exact_are_equal():
 
 
 def packed(folder, **settings):
-    """A float checkpoint, packed: its config, base and names."""
+    """Packs a float checkpoint; returns its config, base and names."""
     settings = {"targets": llama.PACKED} | settings
     config, base = load(folder, qlora=ql.QLoRAConfig(**settings), progress=False)
     return config, base, decoder_names(config)
@@ -154,37 +156,37 @@ def test_out(saved, tmp_path, fmt, nested):
     source, theirs, out = saved(), saved(fmt, nested), tmp_path / "out"
     _, base, names = packed(source, fmt=fmt, double_quant=nested)
     io.save_bitsandbytes(out, base, names, source, progress=False)
-    ours, wanted = (load_file(f / "model.safetensors") for f in (out, theirs))
-    assert ours.keys() == wanted.keys()
-    for name, x in wanted.items():
-        found = ours[name]
-        assert (found.dtype, found.shape) == (x.dtype, x.shape) or "state" in name
+    ours, expected = (load_file(f / "model.safetensors") for f in (out, theirs))
+    assert ours.keys() == expected.keys()
+    for name, x in expected.items():
+        tensor = ours[name]
+        assert (tensor.dtype, tensor.shape) == (x.dtype, x.shape) or "state" in name
         if nested and name.endswith(".absmax"):
-            difference = (found.int() - x.int()).abs()
+            difference = (tensor.int() - x.int()).abs()
             assert difference.max() <= 1 and (difference != 0).float().mean() < 0.01
         elif "quant_state" in name:
-            found, x = map(state_of, (found, x))
-            offsets = found.pop("nested_offset", 0), x.pop("nested_offset", 0)
+            tensor, x = map(state_of, (tensor, x))
+            offsets = tensor.pop("nested_offset", 0), x.pop("nested_offset", 0)
             assert_close(*offsets, terms=64)
-            assert found == x
+            assert tensor == x
         elif name.endswith("nested_absmax"):
-            torch.testing.assert_close(found, x, rtol=1e-5, atol=0)
+            torch.testing.assert_close(tensor, x, rtol=1e-5, atol=0)
         else:
-            assert torch.equal(found, x), name
+            assert torch.equal(tensor, x), name
 
-    def read(f):
+    def read_config(f):
         return json.loads((f / "config.json").read_text())
 
-    ours, wanted = read(out), read(theirs)
+    ours, expected = read_config(out), read_config(theirs)
     skipped = ours["quantization_config"].pop("llm_int8_skip_modules")
-    del wanted["quantization_config"]["llm_int8_skip_modules"]
+    del expected["quantization_config"]["llm_int8_skip_modules"]
     # mlx-lm reads the older key.
-    wanted["rope_theta"] = wanted["rope_parameters"]["rope_theta"]
-    assert ours == wanted and skipped == ["lm_head"]
+    expected["rope_theta"] = expected["rope_parameters"]["rope_theta"]
+    assert ours == expected and skipped == ["lm_head"]
 
 
 def assert_served(folder, config, base):
-    """What transformers and bitsandbytes compute is what we do; returns their model."""
+    """Checks the logits of transformers with bitsandbytes; returns their model."""
     model = llama.their_model(folder)
     ours, theirs = llama.our_logits(config, base), llama.logits_of(model)
     assert_close(ours, theirs)
@@ -229,18 +231,18 @@ def test_blocks_that_cross_rows(width, nested):
     )
     parts = state.as_dict(packed=True).items()
     stored = {"up.weight": data} | {f"up.weight.{key}": x for key, x in parts}
-    wanted = definition(stored, "up.weight")
+    expected = definition(stored, "up.weight")
     names = io.Names({"up/kernel": "up.weight"})
     like = {"up": {"kernel": jax.ShapeDtypeStruct((width, 6), "float32")}}
-    read = functools.partial(
+    load_kernel = functools.partial(
         io.load, {name: x.numpy() for name, x in stored.items()}, names, like
     )
     with pytest.raises(io.CheckpointError, match="Use recode=True"):
-        read(progress=False)
-    kernel = read(recode=True, progress=False)["up"]["kernel"]
+        load_kernel(progress=False)
+    kernel = load_kernel(recode=True, progress=False)["up"]["kernel"]
     if width == 96:
         assert (kernel.block_size, kernel.double_quant) == (32, False)
-    np.testing.assert_array_equal(np.asarray(ql.dequantize(kernel)).T, wanted)
-    kernel = read(ql.QLoRAConfig(fmt="int8"), recode=True, progress=False)
-    again = ql.quantize(wanted.T, "int8")
+    np.testing.assert_array_equal(np.asarray(ql.dequantize(kernel)).T, expected)
+    kernel = load_kernel(ql.QLoRAConfig(fmt="int8"), recode=True, progress=False)
+    again = ql.quantize(expected.T, "int8")
     np.testing.assert_array_equal(kernel["up"]["kernel"].codes, again.codes)

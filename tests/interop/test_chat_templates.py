@@ -1,4 +1,4 @@
-"""Chat templates are written, and their answers found, as transformers does it."""
+"""Chat templates are rendered, and answers marked, as transformers does."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
 from qlora_jax.train import open_tokenizer, read_dataset
 
-# In the shapes of Llama 3's, Mistral's and Qwen's.
+# Templates like those of Llama 3, Mistral and Qwen.
 DATA = pathlib.Path(__file__).parent.parent / "data" / "templates"
 TEMPLATES = {path.stem: path.read_text("utf-8") for path in DATA.iterdir()}
 TEMPLATES["chatml"] = CHATML
@@ -50,8 +50,8 @@ def test_texts_and_tokens_are_those_of_transformers(tmp_path, name, messages, to
         settings = dict(tools=tools, add_generation_prompt=prompt)
         text = ours.render(messages, **settings)
         assert text == theirs.apply_chat_template(messages, tokenize=False, **settings)
-        wanted = theirs.apply_chat_template(messages, return_dict=False, **settings)
-        assert ours.encode(text, add_special_tokens=False) == wanted
+        expected = theirs.apply_chat_template(messages, return_dict=False, **settings)
+        assert ours.encode(text, add_special_tokens=False) == expected
     assert ours.eos_id == theirs.eos_token_id
     assert ours.end_ids == (theirs.eos_token_id,)
     assert ours.encode("one and é") == theirs("one and é").input_ids
@@ -74,22 +74,22 @@ def test_marked_answers_are_those_of_transformers(
 ):
     settings = {"sentencepiece": sentencepiece, "class_name": class_name}
     ours, theirs = open_both(tmp_path, "thoughts", **settings)
-    row = {"messages": messages, "tools": json.dumps(tools)}
-    path = write_rows(tmp_path / "d.jsonl", [row])
+    raw_row = {"messages": messages, "tools": json.dumps(tools)}
+    path = write_rows(tmp_path / "d.jsonl", [raw_row])
     sizes = dict(vocab_size=500, max_length=999)
-    [found] = read_dataset(path, ours, **sizes).train
-    wanted = theirs.apply_chat_template(
+    [row] = read_dataset(path, ours, **sizes).train
+    expected = theirs.apply_chat_template(
         messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
     )
-    assert found.ids.tolist() == wanted["input_ids"]
-    is_trained = [int(label != -100) for label in found.labels]
-    assert is_trained == wanted["assistant_masks"] and 0 < sum(is_trained)
-    # Of the last answer, and of the first one, it is their part of that mask.
+    assert row.ids.tolist() == expected["input_ids"]
+    is_trained = [int(label != -100) for label in row.labels]
+    assert is_trained == expected["assistant_masks"] and 0 < sum(is_trained)
+    # The masks of the last answer and of the first one are parts of that mask.
     cut = np.flatnonzero(np.diff(is_trained, prepend=0) == 1)[1]
     last = np.where(np.arange(len(is_trained)) >= cut, is_trained, 0)
-    [found] = read_dataset(path, ours, **sizes, train_on="last").train
-    assert ((found.labels != -100) == last).all() and 0 < last.sum() < sum(is_trained)
+    [row] = read_dataset(path, ours, **sizes, train_on="last").train
+    assert ((row.labels != -100) == last).all() and 0 < last.sum() < sum(is_trained)
     messages = [*messages[:-1], messages[-1] | {"weight": 0}]
-    write_rows(path, [row | {"messages": messages}])
-    [found] = read_dataset(path, ours, **sizes).train
-    assert ((found.labels != -100) == is_trained - last).all()
+    write_rows(path, [raw_row | {"messages": messages}])
+    [row] = read_dataset(path, ours, **sizes).train
+    assert ((row.labels != -100) == is_trained - last).all()

@@ -1,7 +1,7 @@
-"""Programs that users serve our files with: llama.cpp reads GGUF, mlx-lm folders.
+"""Programs that users serve exported files with: llama.cpp and mlx-lm.
 
-Each must continue prompts as transformers does. llama.cpp rounds what it multiplies
-with weights in F16 to F16 itself, so the best token leads at each of the prompts.
+Each must continue prompts as transformers does. llama.cpp rounds the inputs of weights
+in F16 to F16, so the prompts are those whose best tokens have a margin.
 """
 
 import json
@@ -77,9 +77,9 @@ def save_model(folder, name, **changes):
 
 
 def continue_greedily(model):
-    """Returns the most decided of 16 prompts, and what the model says after it.
+    """Returns the prompt of 16 that the model continues with the largest margins.
 
-    The tokens, and the log-probabilities after the prompt and after all.
+    Also returns the new tokens, and log-probabilities after the prompt and at the end.
     """
     prompts = torch.randint(3, 256, (16, 32))
     tokens, leads, logs = prompts, [], []
@@ -103,9 +103,9 @@ def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
     path = tmp_path / "model.gguf"
     config, params = load(tmp_path, progress=False)
     save_gguf(path, tmp_path, params, progress=False)
-    again, found = load(path, progress=False)
+    again, read_params = load(path, progress=False)
     assert again.num_layers == config.num_layers
-    assert_close(found, params, terms=64)
+    assert_close(read_params, params, terms=64)
     check_llama_cpp(prompt, text, logs, path)
 
 
@@ -114,23 +114,23 @@ def check_llama_cpp(prompt, text, logs, *files):
     body |= {"return_tokens": True, "ignore_eos": True}
     with llama_cpp(*files) as ask:
         assert ask("/completion", body)["tokens"] == text
-        given = [log_probabilities(ask, x) for x in (prompt, prompt + text)]
-    for got, want in zip(given, logs, strict=True):
-        # llama.cpp rounds what it multiplies to 16 bits, seven times a layer.
+        log_probs = [log_probabilities(ask, x) for x in (prompt, prompt + text)]
+    for got, want in zip(log_probs, logs, strict=True):
+        # llama.cpp rounds the inputs of seven products a layer to 16 bits.
         assert_close(got, want, dtype=np.float16, roundings=64)
 
 
 def adapt(model, folder, size=0.2):
     """Adds an adapter of several ranks and scalings by PEFT, and saves it."""
-    own = {"rank_pattern": {"down_proj": 2}, "r": 4, "lora_alpha": 6}
-    own |= {"alpha_pattern": {"0.self_attn.o_proj": 3}, "use_rslora": True}
-    own |= {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
-    settings = peft.LoraConfig(**own)
+    options = {"rank_pattern": {"down_proj": 2}, "r": 4, "lora_alpha": 6}
+    options |= {"alpha_pattern": {"0.self_attn.o_proj": 3}, "use_rslora": True}
+    options |= {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    settings = peft.LoraConfig(**options)
     model = peft.get_peft_model(model, settings).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(size * torch.randn_like(p))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
 
@@ -148,7 +148,8 @@ def test_clients_add_an_adapter_as_peft_does(tmp_path, name):
     export(base, "gguf", files[0])
     export(base, "gguf-lora", files[1], adapter)
     check_llama_cpp(prompt, text, logs, *files)
-    if name == "llama":  # mlx-lm computes this Phi-3 otherwise, without adapter too
+    # mlx-lm computes this Phi-3 differently, even without an adapter.
+    if name == "llama":
         export(base, "mlx", tmp_path / "mlx", adapter)
         check_mlx(prompt, text, logs, base, tmp_path / "mlx")
 
@@ -161,7 +162,7 @@ PACKED = dict(fmt="int4_f16", block_size=32)
 def trained(tmp_path_factory):
     """A float model that training packs as int4 in groups of 32, and an adapter.
 
-    Returns them, and transformers' model of the decoded weights with the adapter added.
+    Also the model of transformers with the decoded weights plus the adapter.
     """
     folder = tmp_path_factory.mktemp("trained")
     base, adapter = folder / "base", folder / "adapter"
@@ -175,7 +176,7 @@ def trained(tmp_path_factory):
 
 
 def serve(trained, server, out):
-    """Writes what a server reads, and returns the paths of base and adapter."""
+    """Exports for a server; returns the paths of base and adapter."""
     base, adapter, _ = trained
     written = export(base, None, out, adapter, server=server, **PACKED)
     assert written.pair is not None and written.pair.exact
@@ -186,16 +187,16 @@ def serve(trained, server, out):
 def test_llama_cpp_runs_the_very_base_of_the_adapter(trained, tmp_path):
     """Its loss is that of the decoded weights.
 
-    llama.cpp rounds what it multiplies with Q4_0 to 8 bits, which changed the loss by
-    4e-4 here; what it multiplies with the same weights in F16 to F16 (4e-6).
+    llama.cpp rounds the inputs of weights in Q4_0 to 8 bits, which changed the loss by
+    4e-4 here, and those of the same weights in F16 to F16, which changed it by 4e-6.
     """
     model = trained[-1]
     prompt, text, _ = continue_greedily(model)
     base, lora = serve(trained, "llama.cpp", tmp_path / "served")
     body = {"prompt": prompt, "n_predict": NEW, "temperature": 0}
     with llama_cpp(base, lora) as ask:
-        found = ask("/completion", body | {"return_tokens": True, "ignore_eos": True})
-    assert found["tokens"] == text
+        answer = ask("/completion", body | {"return_tokens": True, "ignore_eos": True})
+    assert answer["tokens"] == text
     again, floats = tmp_path / "floats", tmp_path / "floats.gguf"
     export(base, "merged", again)
     export(again, "gguf", floats)
@@ -208,12 +209,12 @@ def check_loss(model, bound, *files):
     tokens = np.random.default_rng(0).integers(3, 256, 64).tolist()
     logs = jax.nn.log_softmax(llama.logits_of(model, [tokens])[0])
 
-    def loss(logs):
+    def mean_loss(logs):
         return -np.mean([x[i] for x, i in zip(logs, tokens[1:], strict=False)])
 
     with llama_cpp(*files) as ask:
-        found = [log_probabilities(ask, tokens[:i]) for i in range(1, len(tokens))]
-    assert_close(loss(found), loss(logs), dtype=np.float16)
+        log_probs = [log_probabilities(ask, tokens[:i]) for i in range(1, len(tokens))]
+    assert_close(mean_loss(log_probs), mean_loss(logs), dtype=np.float16)
 
 
 def test_llama_cpp_runs_the_very_experts_in_mxfp4(tmp_path):
@@ -223,12 +224,15 @@ def test_llama_cpp_runs_the_very_experts_in_mxfp4(tmp_path):
     config, params = load(base, qlora=settings, progress=False)
     save_gguf(path, base, params, progress=False)
     stored = {x.name: x for x in gguf.GGUFReader(str(path)).tensors}
-    _, found = load(path, progress=False)
-    gate_up, found = (
-        x["layers"]["mlp"]["experts"]["gate_up_proj"]["kernel"] for x in (params, found)
+    _, read_params = load(path, progress=False)
+    gate_up, read_kernel = (
+        x["layers"]["mlp"]["experts"]["gate_up_proj"]["kernel"]
+        for x in (params, read_params)
     )
-    assert found.fmt == "mxfp4"
-    chex.assert_trees_all_equal([found.codes, found.scales], jax.tree.leaves(gate_up))
+    assert read_kernel.fmt == "mxfp4"
+    chex.assert_trees_all_equal(
+        [read_kernel.codes, read_kernel.scales], jax.tree.leaves(gate_up)
+    )
     decoded = gate_up.dequantize(jax.numpy.float32)
     for i, name in enumerate(("gate", "up")):
         x = stored[f"blk.1.ffn_{name}_exps.weight"]
@@ -242,7 +246,7 @@ def test_llama_cpp_runs_the_very_experts_in_mxfp4(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
 @pytest.mark.parametrize("server", ["mlx", "transformers"])
 def test_clients_run_the_very_base_of_the_adapter(trained, tmp_path, server):
-    """In float16, which is what AWQ's and compressed-tensors' scales are in."""
+    """The scales of AWQ and compressed-tensors are in float16."""
     base, adapter = serve(trained, server, tmp_path / "served")
     tokens = np.random.default_rng(0).integers(3, 256, (1, 64))
     want = llama.logits_of(trained[-1], tokens)
@@ -332,8 +336,8 @@ def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):
         save_gguf(path, folder, params, progress=False)
         body = {"content": text, "add_special": True, "parse_special": True}
         with llama_cpp(path) as ask:
-            found = ask("/tokenize", body)["tokens"]
-        assert found == ours.encode(text).ids, pre
+            tokens = ask("/tokenize", body)["tokens"]
+        assert tokens == ours.encode(text).ids, pre
 
 
 def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):
@@ -361,16 +365,20 @@ def test_an_adapter_that_mlx_trains_is_read(tmp_path):
     settings = {"rank": 4, "scale": 2.5, "dropout": 0.0}
     linear_to_lora_layers(model, 1, settings)
 
-    def noise(x):
+    def draw_like(x):
         return mx.array(np.random.default_rng(0).normal(size=x.shape) * 0.2)
 
     trained = tree_flatten(model.trainable_parameters())
-    model.load_weights([(k, noise(x)) for k, x in trained], strict=False)
+    model.load_weights([(k, draw_like(x)) for k, x in trained], strict=False)
     folder.mkdir()
     trained = dict(tree_flatten(model.trainable_parameters()))
     mx.save_safetensors(str(folder / "adapters.safetensors"), trained)
-    about = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
-    save_config(about, folder / "adapter_config.json")
+    adapter_config = {
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "lora_parameters": settings,
+    }
+    save_config(adapter_config, folder / "adapter_config.json")
     tokens = np.random.default_rng(1).integers(3, 256, (1, 32))
     want = np.array(model(mx.array(tokens)).astype(mx.float32))
     config, params = load(base, progress=False)
@@ -383,8 +391,8 @@ def test_an_adapter_that_mlx_trains_is_read(tmp_path):
 
 
 def check_mlx(prompt, text, logs, *folders):
-    """Of a model and perhaps an adapter."""
+    """Checks the tokens and log-probabilities of mlx-lm, with or without an adapter."""
     logits = mlx_logits([prompt + text], *folders)[0]
     assert logits[31:-1].argmax(-1).tolist() == text
-    given = jax.nn.log_softmax(logits[[31, -1]])
-    assert_close(given, logs)
+    log_probs = jax.nn.log_softmax(logits[[31, -1]])
+    assert_close(log_probs, logs)

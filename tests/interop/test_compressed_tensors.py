@@ -1,4 +1,4 @@
-"""Formats of servers against compressed-tensors itself."""
+"""Formats of servers against the compressed-tensors package."""
 
 import importlib.util
 import pathlib
@@ -29,9 +29,9 @@ def test_stored_bits_are_equal(name):
     helpers.assert_same_bits(stored, {key: golden[key] for key in stored})
     rng = np.random.default_rng(1)
     w = rng.standard_normal((96, 1024)) * np.exp(rng.normal(size=(96, 1024)))
-    for one in (w, w * 1e-3, np.round(w * 16) / 16):
-        one = one.astype(np.float32)
-        helpers.check_compressed_tensors(name, one, make.stored(name, one))
+    for weight in (w, w * 1e-3, np.round(w * 16) / 16):
+        weight = weight.astype(np.float32)
+        helpers.check_compressed_tensors(name, weight, make.stored(name, weight))
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -49,11 +49,11 @@ def test_transformers_computes_what_is_written(name, tmp_path):
     ours = llama.our_logits(config, ql.dequantize(base))
     # On CPUs transformers runs E2M1 in bfloat16, or decodes it to that.
     decoded = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    how = {} if is_int else decoded
-    read = AutoModelForCausalLM.from_pretrained
-    theirs = llama.logits_of(read(folder, dtype=torch.float32, **how))
+    options = {} if is_int else decoded
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+    theirs = llama.logits_of(from_pretrained(folder, dtype=torch.float32, **options))
     assert_close(ours, theirs)
-    theirs = llama.logits_of(read(folder))  # in the dtype that the config says
+    theirs = llama.logits_of(from_pretrained(folder))  # in the dtype of the config
     assert_close(ours, theirs, dtype="bfloat16", roundings=8)
 
 
@@ -66,15 +66,15 @@ def test_zero_points_are_read_in_float():
     scale, zero = make.calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     state = {"weight": w, "weight_scale": scale, "weight_zero_point": zero}
     scheme = make.QuantizationScheme(targets=["Linear"], weights=args)
-    found = make.PackedQuantizationCompressor.compress(state, scheme)
-    codes = make.unpack_from_int32(found["weight_packed"], 4, w.shape).float()
-    want = make.dequantize(codes, scale, zero, args).float().numpy()
-    found["weight_scale"] = found["weight_scale"].to(half)
-    tensors = {f"up.{part}": x.numpy() for part, x in found.items()}
+    compressed = make.PackedQuantizationCompressor.compress(state, scheme)
+    codes = make.unpack_from_int32(compressed["weight_packed"], 4, w.shape).float()
+    expected = make.dequantize(codes, scale, zero, args).float().numpy()
+    compressed["weight_scale"] = compressed["weight_scale"].to(half)
+    tensors = {f"up.{part}": x.numpy() for part, x in compressed.items()}
     names = ql.io.Names({"up/kernel": "up.weight"})
     like = {"up": {"kernel": jnp.ones((128, 16))}}
     with pytest.raises(ql.io.CheckpointError, match="zero points other than 8"):
         ql.io.load(tensors, names, like, progress=False)
     options: dict = dict(dtype="float32", recode=True, progress=False)
-    read = ql.io.load(tensors, names, like, **options)["up"]["kernel"]
-    helpers.assert_same_bits(np.asarray(read), want.T)
+    weight = ql.io.load(tensors, names, like, **options)["up"]["kernel"]
+    helpers.assert_same_bits(np.asarray(weight), expected.T)

@@ -1,4 +1,4 @@
-"""Each key of each family's `config.json`: computed, refused by name, or harmless."""
+"""Each key of each family's `config.json` counts, raises an error, or is harmless."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}
 WINDOWS = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
 USED = {"use_sliding_window": True}
 CAPS = {"attn_logit_softcapping": 9.0, "final_logit_softcapping": 9.0}
-# Settings with which each of a family's keys counts.
+# Settings with which each key of a family has an effect.
 COUNT = {
     "mistral": {"sliding_window": 8},
     "qwen2": USED | WINDOWS,
@@ -35,7 +35,7 @@ COUNT = {
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
 }
-# Another value of each key of which none can be made of the first.
+# Other values of keys, where none can be derived from the first value.
 OTHERS = {
     "architectures": ["OtherForCausalLM"],
     "attn_logit_softcapping": 2.0,
@@ -60,18 +60,18 @@ OTHERS = {
     "use_bidirectional_attention": True,
     "_sliding_window_pattern": 3,
 }
-# Keys of no config class, some of which transformers reads in each config.
+# Keys that no config class has, some of which transformers reads in any config.
 MORE = {"is_causal": False, "attention_chunk_size": 4, "per_layer_config": {"0": {}}}
 MORE |= {"sliding_window": 5, "partial_rotary_factor": 0.5, "new_key": 1}
 MORE |= {"layer_types": [FULL, SLIDING, SLIDING], "lm_head_bias": True}
-# Changes that the joint model goes without: they need other weights or another output,
-# or take the effect of others away.
+# Changes that the model with all changes leaves out: they need other weights or another
+# output, or remove the effect of other changes.
 APART = ("num_hidden_layers", "return_dict", "use_sliding_window")
 LONG = longrope(2, 16, rope_theta=5e4, partial_rotary_factor=0.5)["rope_parameters"]
 
 
-def other(key, value):
-    """Another value of a key."""
+def changed_value(key, value):
+    """Returns another value of a key."""
     if key in OTHERS:
         return OTHERS[key]
     if isinstance(value, bool):
@@ -84,26 +84,26 @@ def other(key, value):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3"}))
 def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
-    """A changed key is refused or warned of by its name, or counts as it does there.
+    """A changed key gives an error or a warning, or has its effect in transformers.
 
-    That is tested on one random model in which all keys are changed that are accepted
-    without a word: those that we read, and those that are harmless.
+    The effects are tested on one random model with all changes that give neither an
+    error nor a warning: those of keys that qlora_jax reads, and of harmless keys.
     """
     settings = SIZES | COUNT.get(kind, {})
     theirs = transformers.AutoConfig.for_model(kind, **settings)
     filled = json.loads(theirs.to_json_string(use_diff=False))
 
-    def ours(**changes):
+    def describe_config(**changes):
         return repr(config_from_hf(filled | changes))
 
-    plain, accepted, counted = ours(), {}, set()
-    values = {key: other(key, value) for key, value in filled.items()} | MORE
+    plain, accepted, counted = describe_config(), {}, set()
+    values = {key: changed_value(key, value) for key, value in filled.items()} | MORE
     values |= {"rope_parameters": LONG} if kind == "phi3" else {}
     for key in values.keys() - {"model_type"}:
         try:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
-                changed = ours(**{key: values[key]})
+                changed = describe_config(**{key: values[key]})
         except ValueError as error:
             names = (key, "layer_types", "no_rope_layers", "sliding_window")
             assert any(f"`{name}`" in str(error) for name in names), (key, error)
@@ -122,8 +122,8 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     config, params = load(tmp_path, progress=False)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 24))
     logits = jax.jit(Decoder(config).apply)({"params": params}, tokens)
-    # A key that is passed over moves them by more than 1%. With all keys changed at
-    # once the attention's scores are large, and roundings in them count more than once.
+    # A key without its effect moves the logits by more than 1%. With all changes, the
+    # attention scores are large, which amplifies their rounding errors.
     assert_close(logits, llama.logits_of(model, tokens), terms=2**17)
 
 

@@ -80,19 +80,19 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    """A family's random model: config, decoder, tokens, their logits in transformers.
+    """A random model: its config, decoder, tokens, and their logits in transformers.
 
-    Those of whole rows, and of 17 and 23 tokens alone.
+    The logits are those of the rows, and of their first 17 and 23 tokens alone.
     """
     model = random_model(request.param.split(",")[0], SIZES | CASES[request.param])
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 40)).numpy()
     parts = tokens, tokens[:1, :17], tokens[1:, :23]
-    whole, *alone = (llama.logits_of(model, x) for x in parts)
+    row_logits, *part_logits = (llama.logits_of(model, x) for x in parts)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     config, params = load(folder, progress=False)
     apply = jax.jit(partial(Decoder(config).apply, {"params": params}))
-    return config, apply, jnp.asarray(tokens), whole, alone
+    return config, apply, jnp.asarray(tokens), row_logits, part_logits
 
 
 def test_logits_equal_transformers(case):
@@ -169,7 +169,7 @@ def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
     expected = llama.logits_of(model, tokens)
     logits = llama.our_logits(config, params, tokens=tokens)
     assert_close(logits, expected)
-    # Written in float, it is a model of transformers again.
+    # Written in float, transformers loads it as any model.
     names = decoder_names(config)
     out = tmp_path / "merged"
     ql.io.save_merged(out, tmp_path, {}, names, dtype=jnp.float32, progress=False)
@@ -180,9 +180,9 @@ def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("fmt", ["F16", "Q8_0"])
 def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
-    # Its reader knows no head size of Qwen3 but 128.
-    own = {"initializer_range": 0.1, "head_dim": 128 if kind == "qwen3" else 8}
-    model = random_model(kind, SIZES | own)
+    # The reader of transformers assumes a head size of 128 for Qwen3.
+    changes = {"initializer_range": 0.1, "head_dim": 128 if kind == "qwen3" else 8}
+    model = random_model(kind, SIZES | changes)
     model.save_pretrained(tmp_path)
     _, params = load(tmp_path, progress=False)
     path = tmp_path / "m.gguf"

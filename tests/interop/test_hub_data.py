@@ -1,4 +1,4 @@
-"""Data sets of the hub and Parquet files hold what the JSONL file held."""
+"""Data sets of the hub and Parquet files give the rows of the JSONL file."""
 
 import datasets
 import numpy as np
@@ -10,7 +10,7 @@ from tokenizer_helpers import save_tokenizer, write_rows
 from qlora_jax.train import open_tokenizer, read_dataset
 
 ASK = {"role": "user", "content": "one?"}
-# Arrow gives each message each key of them all.
+# Arrow gives each message the keys of all messages.
 ROWS = [
     {"messages": [ASK, {"role": "assistant", "content": "two", "reasoning": "1 + 1"}]},
     {"messages": [ASK, {"role": "assistant", "content": "two"}]},
@@ -24,10 +24,10 @@ TEMPLATE = (
 def test_rows_are_those_of_the_file(tmp_path, monkeypatch):
     save_tokenizer(tmp_path / "model", template=TEMPLATE)
     tokenizer = open_tokenizer(tmp_path / "model")
-    asked = []
+    loaded = []
 
     def load_dataset(*name):
-        asked.append(name)
+        loaded.append(name)
         rows = datasets.Dataset.from_list(ROWS)
         assert rows[1]["messages"][1]["reasoning"] is None
         return datasets.DatasetDict({"train": rows, "validation": rows})
@@ -35,21 +35,21 @@ def test_rows_are_those_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = dict(vocab_size=400, max_length=99)
     path = write_rows(tmp_path / "d.jsonl", ROWS)
-    wanted = read_dataset(path, tokenizer, **settings).train
+    expected = read_dataset(path, tokenizer, **settings).train
     path = tmp_path / "d.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=1)
-    of_parquet = read_dataset(path, tokenizer, **settings).train
-    assert of_parquet[1].place == f"{path}:1"
+    parquet_rows = read_dataset(path, tokenizer, **settings).train
+    assert parquet_rows[1].place == f"{path}:1"
     data = read_dataset("user/name:subset", tokenizer, **settings)
-    assert asked == [("user/name", "subset")]
-    for found in (data.train, data.valid, of_parquet):
-        for x, y in zip(found, wanted, strict=True):
+    assert loaded == [("user/name", "subset")]
+    for source_rows in (data.train, data.valid, parquet_rows):
+        for x, y in zip(source_rows, expected, strict=True):
             np.testing.assert_array_equal(x.ids, y.ids)
             np.testing.assert_array_equal(x.labels, y.labels)
     assert data.train[1].place == "user/name:subset/train:1"
 
 
-def test_an_error_of_the_hub_is_told(tmp_path, monkeypatch):
+def test_an_error_of_the_hub_is_reported(tmp_path, monkeypatch):
     def load_dataset(*name):
         raise ConnectionError("no network")
 

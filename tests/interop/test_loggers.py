@@ -1,4 +1,4 @@
-"""What `--log` writes, as W&B and trackio have it, without a network."""
+"""What `--log` writes, read from the files of W&B and trackio, without a network."""
 
 import contextlib
 import json
@@ -22,15 +22,15 @@ def run(tmp_path):
 
 
 def read_wandb(path):
-    """The run's id, and the numbers of each step."""
+    """Returns the id of a run, and the step and loss of each row."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, rows, name = path.read_bytes(), 7, [], None
-    while at < len(data):  # a checksum, the length, 1 for what is whole
-        _, length, kind = struct.unpack_from("<IHB", data, at)
+    data, offset, rows, name = path.read_bytes(), 7, [], None
+    while offset < len(data):  # a checksum, the length, and 1 for a complete record
+        _, length, kind = struct.unpack_from("<IHB", data, offset)
         assert kind == 1 and len(data) < 1 << 15  # one block
-        record = Record.FromString(data[at + 7 : at + 7 + length])
-        at, name = at + 7 + length, record.run.run_id or name
+        record = Record.FromString(data[offset + 7 : offset + 7 + length])
+        offset, name = offset + 7 + length, record.run.run_id or name
         items = record.history.item
         row = {x.key or x.nested_key[0]: json.loads(x.value_json) for x in items}
         rows += [(row["_step"], row["loss"])] if row else []
@@ -39,7 +39,7 @@ def read_wandb(path):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """The steps and losses that W&B and trackio have of a run."""
+    """Returns a function that reads a run's steps and losses from W&B and trackio."""
     import trackio.utils
     import wandb
     from trackio.sqlite_storage import SQLiteStorage
@@ -51,18 +51,18 @@ def offline(tmp_path, monkeypatch):
     def read(folder, number):
         wandb.teardown()  # the service has written its files
         files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-        found = [*map(read_wandb, files)]
-        assert {name for name, _ in found} == {number}
+        wandb_runs = [*map(read_wandb, files)]
+        assert {name for name, _ in wandb_runs} == {number}
         logs = SQLiteStorage.get_logs("qlora-jax", f"{folder.name}-{number}")
         assert not any("valid_loss" in row for row in logs)
         pairs = [(row["step"], row["loss"]) for row in logs]
-        return [pair for _, rows in found for pair in rows], pairs
+        return [pair for _, rows in wandb_runs for pair in rows], pairs
 
     return read
 
 
 def test_wandb_and_trackio_have_the_metrics(run, tmp_path, offline, capsys):
-    """Of runs side by side, each its own, and of those that go on."""
+    """Two concurrent runs have separate logs, also after they resume."""
     (tmp_path / "two").mkdir()
     runs = [run, SimpleNamespace(config=run.config, folder=tmp_path / "two")]
     for after, rows in ((None, ROWS[:2]), (2, ROWS[2:])):
@@ -71,7 +71,7 @@ def test_wandb_and_trackio_have_the_metrics(run, tmp_path, offline, capsys):
             for row in rows:
                 watches[0](row)
                 watches[1](row | {"loss": 2 * row["loss"]})
-    assert capsys.readouterr().out == ""  # it is for the result
+    assert capsys.readouterr().out == ""  # stdout is for the result
     for run, times in zip(runs, (1, 2), strict=True):
         want = [(row["step"], times * row["loss"]) for row in ROWS]
         assert offline(run.folder, (run.folder / "log_id").read_text()) == (want, want)

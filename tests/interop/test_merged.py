@@ -1,4 +1,4 @@
-"""Merged models: what transformers computes with them is what we compute unmerged."""
+"""Merged models in transformers compute the same as unmerged models here."""
 
 import json
 
@@ -23,7 +23,7 @@ from qlora_jax.models.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A float checkpoint, its packed base, an adapter that counts, and names."""
+    """A float checkpoint, its config, its packed base, a nonzero adapter, and names."""
     source = llama.save_float(tmp_path_factory.mktemp("merged") / "float")
     (source / "tokenizer.json").write_text("{}")
     config, params = load(source, progress=False)
@@ -50,7 +50,7 @@ def test_merged_logits(trained, tmp_path, onto):
 
 
 def test_a_merged_mixture_of_experts(tmp_path):
-    """transformers computes what we do with packed experts and an adapter."""
+    """transformers computes the same as packed experts with an adapter."""
     sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     source, tokens = tmp_path / "base", llama.TOKENS % 64
     random_model("qwen3_moe", SIZES | sizes).save_pretrained(source)
@@ -91,8 +91,8 @@ def test_wrong_adapters_are_refused(trained, tmp_path):
     lora = {"layers": {"mlp": {**mlp, "down_proj": up}, "other": up}}
     with pytest.raises(ValueError) as error:
         save_merged(tmp_path / "out", source, lora, names, progress=False)
-    for said in ("down_proj.weight of shape (128, 256): A must be", "layers/other"):
-        assert said in str(error.value)
+    for message in ("down_proj.weight of shape (128, 256): A must be", "layers/other"):
+        assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -129,7 +129,8 @@ def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": named}
     settings |= {"eos_token": "<|im_end|>"}
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "base" / "chat_template.jinja").unlink()  # it would go before those
+    # This file would take precedence over the templates in the settings.
+    (tmp_path / "base" / "chat_template.jinja").unlink()
     file, out = tmp_path / "model.gguf", tmp_path / "out"
     export(folder, "gguf", file)
     export(file, "merged", out)

@@ -1,4 +1,4 @@
-"""Weights in 4 bits against the makers that read them: MLX, mlx-lm, transformers."""
+"""Packed weights against the libraries that read them: MLX, mlx-lm, transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +19,42 @@ NAMES = ql.io.Names({"up/kernel": "up.weight"})
 RNG = np.random.default_rng(0)
 
 
-def read(tensors, **kwargs):
-    """The weights `[N, K]` that are read of tensors, in float32."""
-    found = ql.io.load(tensors, NAMES, LIKE, dtype="float32", progress=False, **kwargs)
-    return np.asarray(ql.dequantize(found["up"]["kernel"])).T
+def read_weights(tensors, **kwargs):
+    """Returns the weights `[N, K]` that qlora_jax reads from tensors, in float32."""
+    params = ql.io.load(tensors, NAMES, LIKE, dtype="float32", progress=False, **kwargs)
+    return np.asarray(ql.dequantize(params["up"]["kernel"])).T
 
 
-def of_mlx(parts, **how):
-    """Parts as a file has them, and what MLX decodes them to in float32."""
+def decode_with_mlx(parts, **options):
+    """Returns the tensors of a file, and the weights that MLX decodes, in float32."""
     weight, scales, *biases = parts
 
-    def wide(x):
+    def widen(x):
         return x if x.dtype == mx.uint8 else x.astype(mx.float32)
 
-    values = mx.dequantize(weight, wide(scales), *map(wide, biases), bits=4, **how)
+    values = mx.dequantize(
+        weight, widen(scales), *map(widen, biases), bits=4, **options
+    )
     names = ("weight", "scales", "biases")[: len(parts)]
     tensors = {f"up.{name}": np.array(x) for name, x in zip(names, parts, strict=True)}
     return tensors, np.array(values.astype(mx.float32))
 
 
 def test_awq_as_mlx_lm_reads_it():
-    """Also what it makes of it: MLX's form, in which zero points of 8 are exact."""
+    """Also in the layout that mlx-lm converts to, where zero points of 8 are exact."""
     codes = RNG.integers(-(1 << 31), 1 << 31, (K, N // 8)).astype(np.int32)
     awq = {
         "up.qweight": codes.view(np.uint32),
         "up.qzeros": np.full((K // 32, N // 8), 0x88888888, np.uint32),
         "up.scales": RNG.uniform(0.01, 0.1, (K // 32, N)).astype(np.float16),
     }
-    given, config = {k: mx.array(x) for k, x in awq.items()}, {"group_size": 32}
-    made, _ = mlx_lm.utils._transform_awq_weights(given, config)
-    parts = [made[f"up.{x}"] for x in ("weight", "scales", "biases")]
-    tensors, want = of_mlx(parts, group_size=32, mode="affine")
-    assert_same_bits(read(tensors), want)
+    awq_arrays, config = {k: mx.array(x) for k, x in awq.items()}, {"group_size": 32}
+    mlx_arrays, _ = mlx_lm.utils._transform_awq_weights(awq_arrays, config)
+    parts = [mlx_arrays[f"up.{x}"] for x in ("weight", "scales", "biases")]
+    tensors, want = decode_with_mlx(parts, group_size=32, mode="affine")
+    assert_same_bits(read_weights(tensors), want)
     signed = {k: x.view(np.int32) if x.itemsize == 4 else x for k, x in awq.items()}
-    assert_same_bits(read(signed), want)
+    assert_same_bits(read_weights(signed), want)
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "affine"])

@@ -1,6 +1,6 @@
-"""Adapters of PEFT, read and written: logits, bytes and settings are PEFT's own.
+"""Adapters of PEFT, read and written: equal logits, bytes and settings.
 
-A tiny random Llama with biases; adapters with random A and B.
+The models are tiny random Llamas with biases; the adapters have random A and B.
 """
 
 import json
@@ -25,7 +25,7 @@ from qlora_jax.models.decoder_names import decoder_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Families whose modules are called, or fused, otherwise than Llama's.
+# Families whose modules are named or fused differently from Llama's.
 FAMILIES = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
 LINEAR = dict(target_modules=["q_proj", "o_proj", "down_proj"])
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
@@ -50,7 +50,7 @@ torch_logits = partial(llama.logits_of, tokens=TOKENS)
 
 
 def train_there(folder, out, **settings):
-    """Saves an adapter with random A, B and biases; returns the model's logits."""
+    """Saves an adapter of PEFT with random A, B and biases; returns the logits."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(llama.their_model(folder), config)
     torch.manual_seed(1)
@@ -60,7 +60,7 @@ def train_there(folder, out, **settings):
 
 
 def assert_there_and_back(config, params, tmp_path, logits):
-    """The adapter computes here what it does there, and is written as it was read."""
+    """Checks that the adapter has equal logits here, and is written unchanged."""
     names = decoder_names(config)
     new, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, names)
     assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
@@ -75,7 +75,8 @@ def settings_of(folder):
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(raw[name], list):
             raw[name] = sorted(raw[name])
-    raw["target_parameters"] = raw["target_parameters"] or None  # [] means none too
+    # An empty list means the same as None.
+    raw["target_parameters"] = raw["target_parameters"] or None
     return raw
 
 
@@ -157,7 +158,7 @@ def test_adapters_of_other_families(family, tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "base"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    # PEFT's "all-linear" has a mixture's experts and routers too.
+    # PEFT's "all-linear" includes experts and routers.
     targets = [f"{x}_proj" for x in "qkvo"] if "moe" in family else "all-linear"
     settings = dict(r=2, lora_alpha=4, target_modules=targets)
     logits = train_there(folder, tmp_path / "theirs", **settings)
@@ -166,9 +167,9 @@ def test_adapters_of_other_families(family, tmp_path):
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"])
 def test_adapters_of_experts(kind, tmp_path):
-    """PEFT fuses those of modules: all experts', and gate's and up's in twice the rank.
+    """PEFT fuses adapters of all experts, and those of gate and up in twice the rank.
 
-    Its own of gate and up have one A.
+    PEFT's own adapters of gate and up share one A.
     """
     local = kind in ("mixtral", "gpt_oss")
     sizes = {"num_local_experts" if local else "num_experts": 4}
@@ -207,7 +208,7 @@ def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, tmp_path):
 
 
 def assert_gradients(folder, adapter, tmp_path):
-    """Of a sum of logits by random numbers, in training, without dropout."""
+    """Compares gradients of a random weighted sum of logits, without dropout."""
     config, params = load(folder, progress=False)
     names = decoder_names(config)
     _, lora, settings = ql.io.load_peft(adapter, params, names)
@@ -226,7 +227,7 @@ def assert_gradients(folder, adapter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "overrides",
     [
         {"trainable": [r"layers/self_attn/._proj/bias"]},
         {"use_dora": True},
@@ -235,9 +236,9 @@ def assert_gradients(folder, adapter, tmp_path):
         {"trainable_rows": {".*/embedding": [63, 5]}},
     ],
 )
-def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
+def test_adapter_made_here_loads_there(overrides, folder, base, tmp_path):
     config, params = base
-    settings = {"targets": r"layers/.*_proj/kernel"} | more
+    settings = {"targets": r"layers/.*_proj/kernel"} | overrides
     settings = ql.QLoRAConfig(
         rank=4, alpha=6, fmt=None, rank_pattern={".*/v_proj/kernel": 3}, **settings
     )
@@ -253,7 +254,7 @@ def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
     ql.io.save_merged(tmp_path / "merged", folder, lora, decoder_names(config))
     merged = llama.their_model(tmp_path / "merged")
     assert_close(torch_logits(merged), logits)
-    # PEFT writes all that we wrote, as we wrote it.
+    # PEFT writes the adapter again with the same settings.
     model.save_pretrained(tmp_path / "again")
     assert settings_of(tmp_path / "again") | {"base_model_name_or_path": None} == (
         settings_of(tmp_path)
@@ -261,7 +262,7 @@ def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
 
 
 def two_adapters(folder, params, names, tmp_path, ranks=(4, 2)):
-    """PEFT's model with two adapters, and those two here."""
+    """Returns a PEFT model with two adapters, and both adapters in qlora_jax."""
     loras = []
     for name, rank in zip("ab", ranks, strict=True):
         train_there(folder, tmp_path / name, **LINEAR, r=rank, lora_alpha=3 * rank + 1)
@@ -304,8 +305,8 @@ def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
     ours = our_logits(config, params, lora)
     assert_close(ours, torch_logits(model))
     factors = lora["layers"]["mlp"]["down_proj"]["kernel"]
-    wanted = {"cat": 6, "svd": 3, "linear": 4}
-    assert (factors.rank, factors.scaling) == (wanted[method], 1.0)
+    expected_ranks = {"cat": 6, "svd": 3, "linear": 4}
+    assert (factors.rank, factors.scaling) == (expected_ranks[method], 1.0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
     ],
 )
 def test_a_tied_embedding(settings, refused, tmp_path):
-    """PEFT trains its rows for the head too, but no copy and no LoRA of it."""
+    """PEFT can train rows that the head shares, but not a copy or a LoRA."""
     tied = configs.SIZES | {"tie_word_embeddings": True}
     configs.random_model("llama", tied).save_pretrained(tmp_path / "base")
     settings = {"target_modules": ["q_proj"], **settings}

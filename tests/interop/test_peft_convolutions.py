@@ -1,4 +1,4 @@
-"""Adapters of convolutions, read and written: outputs and bytes are PEFT's own."""
+"""Adapters of convolutions of PEFT, read and written: equal outputs and bytes."""
 
 import dataclasses
 
@@ -64,16 +64,16 @@ class NNX(nnx.Module):
 
 
 def from_torch(model):
-    """The parameters in Flax's layout."""
+    """Returns the parameters in Flax's layout."""
     w = {name: x.detach().numpy() for name, x in model.state_dict().items()}
 
-    def turn(x):
+    def transpose(x):
         return jnp.asarray(np.moveaxis(x, (0, 1), (-1, -2)))
 
     return {
-        "image": {"kernel": turn(w["image.weight"]), "bias": w["image.bias"]},
-        "line": {"kernel": turn(w["line.weight"])},
-        "out": {"kernel": turn(w["out.weight"])},
+        "image": {"kernel": transpose(w["image.weight"]), "bias": w["image.bias"]},
+        "line": {"kernel": transpose(w["line.weight"])},
+        "out": {"kernel": transpose(w["out.weight"])},
     }
 
 
@@ -113,5 +113,5 @@ def test_an_adapter_of_nnx_loads_there(tmp_path):
     settings = dataclasses.replace(settings, extra_settings={"task_type": None})
     ql.io.save_peft(tmp_path / "ours", *trees, NAMES, settings)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
-    there = model(torch.tensor(X)).detach().numpy()
-    assert_close(ours(X), there)
+    expected = model(torch.tensor(X)).detach().numpy()
+    assert_close(ours(X), expected)

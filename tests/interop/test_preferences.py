@@ -1,4 +1,4 @@
-"""Losses, gradients and metrics of preferences are those of TRL, from the rows on."""
+"""Losses, gradients and metrics of preferences equal those of TRL on the same rows."""
 
 import warnings
 
@@ -57,12 +57,12 @@ def folder(tmp_path_factory):
 
 
 def train_there(folder, out, trainer, config, settings, rows):
-    """Saves a random adapter; returns a batch's loss, gradients and metrics."""
+    """Saves a random adapter; returns TRL's loss, gradients and metrics of a batch."""
     names = dict(eos_token="<|im_end|>", pad_token="<|im_start|>")
-    given = dict(report_to="none", train_sampling_strategy="sequential", beta=0.3)
-    given |= dict(bf16=False, use_cpu=True, per_device_train_batch_size=len(rows))
-    arguments = config(output_dir=str(out / "trl"), **given, **settings)
-    own = trainer(
+    options = dict(report_to="none", train_sampling_strategy="sequential", beta=0.3)
+    options |= dict(bf16=False, use_cpu=True, per_device_train_batch_size=len(rows))
+    arguments = config(output_dir=str(out / "trl"), **options, **settings)
+    trl_trainer = trainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(folder),
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows),
@@ -72,18 +72,20 @@ def train_there(folder, out, trainer, config, settings, rows):
         ),
     )
     torch.manual_seed(1)
-    llama.draw_adapters(own.model)
-    own.model.save_pretrained(out / "adapter")
-    own.model.train()
-    loss = own.compute_loss(own.model, next(iter(own.get_train_dataloader())))
+    llama.draw_adapters(trl_trainer.model)
+    trl_trainer.model.save_pretrained(out / "adapter")
+    trl_trainer.model.train()
+    loss = trl_trainer.compute_loss(
+        trl_trainer.model, next(iter(trl_trainer.get_train_dataloader()))
+    )
     loss.backward()
-    stored = getattr(own, "_stored_metrics", None) or own._metrics
+    stored = getattr(trl_trainer, "_stored_metrics", None) or trl_trainer._metrics
     metrics = {k: v[0] for k, v in stored["train"].items()}
-    return float(loss), llama.gradients_of(own.model), metrics
+    return float(loss), llama.gradients_of(trl_trainer.model), metrics
 
 
 def train_here(folder, out, rows, objective, gamma=0.5, train_on="completions"):
-    """The same with the saved adapter."""
+    """Returns the same from qlora_jax, with the saved adapter."""
     config, base = load(folder, progress=False)
     path, tokenizer = write_rows(out / "d.jsonl", rows), train.open_tokenizer(folder)
     settings = dict(chat=False, objective=objective, train_on=train_on)
@@ -94,24 +96,26 @@ def train_here(folder, out, rows, objective, gamma=0.5, train_on="completions"):
     model = ql.linen.wrap(Decoder(config))
     loss = train.preference_loss(model, objective, beta=0.3, gamma=gamma)
 
-    def mean(lora):
+    def mean_loss(lora):
         total, count, metrics = loss(lora, base, batch, None)
         return total / count, {k: x / n for k, (x, n) in metrics.items()}
 
-    (value, metrics), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(lora)
+    (value, metrics), grads = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(lora)
     ql.io.save_peft(out / "grads", base, grads, names)
     return float(value), tensors_of(out / "grads"), metrics
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_trl(folder, tmp_path, name):
-    *there, rows, settings = CASES[name]
-    loss, grads, metrics = train_there(folder, tmp_path, *there, rows)
-    own = train_here(folder, tmp_path, rows, name, **settings)
-    assert_close(own[0], loss)
+    *trl_arguments, rows, settings = CASES[name]
+    loss, grads, metrics = train_there(folder, tmp_path, *trl_arguments, rows)
+    our_loss, our_grads, our_metrics = train_here(
+        folder, tmp_path, rows, name, **settings
+    )
+    assert_close(our_loss, loss)
     assert len(grads) == 8
-    assert_close(own[1], grads)
+    assert_close(our_grads, grads)
     assert max(np.abs(grad).max() for grad in grads.values()) > 1e-3
-    assert len(own[2]) == 4
-    same = {key: metrics[key] for key in own[2]}
-    assert_close(own[2], same)
+    assert len(our_metrics) == 4
+    expected_metrics = {key: metrics[key] for key in our_metrics}
+    assert_close(our_metrics, expected_metrics)

@@ -1,6 +1,6 @@
-"""Train here and serve there, and the reverse, on a 4-bit base.
+"""An adapter trained here is served there, and the reverse, on a 4-bit base.
 
-There is transformers with bitsandbytes and PEFT on the CPU.
+"There" is transformers with bitsandbytes and PEFT on the CPU.
 """
 
 import functools
@@ -58,19 +58,21 @@ def train_here(config, base, lora):
 
 
 def train_there(model):
-    tx = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimizer = torch.optim.AdamW(
+        [x for x in model.parameters() if x.requires_grad], lr=RATE
+    )
     tokens, losses = torch.tensor(TRAINING), []
     for _ in range(STEPS):
         loss = model(tokens, labels=tokens).loss
-        tx.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        tx.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
 
 
-def assert_same(config, base, lora, model, folder):
-    """Logits, and gradients of each A and B."""
+def assert_equal_models(config, base, lora, model, folder):
+    """Compares the logits, and the gradients of each A and B."""
     tokens = torch.tensor(llama.TOKENS)
     output = model(tokens, labels=tokens)
     theirs = output.logits.detach().numpy()
@@ -85,9 +87,9 @@ def assert_same(config, base, lora, model, folder):
     loss = functools.partial(loss_here, config)
     grads = jax.jit(jax.grad(loss, argnums=1))(base, lora, llama.TOKENS)
     ql.io.save_peft(folder / "gradients", base, grads, decoder_names(config))
-    found = tensors_of(folder / "gradients")
-    assert len(found) == 2 * 7 * config.num_layers
-    assert_close(found, llama.gradients_of(model))
+    gradients = tensors_of(folder / "gradients")
+    assert len(gradients) == 2 * 7 * config.num_layers
+    assert_close(gradients, llama.gradients_of(model))
 
 
 def test_trained_here_is_served_there(floats, tmp_path):
@@ -99,7 +101,7 @@ def test_trained_here_is_served_there(floats, tmp_path):
     ql.io.save_peft(tmp_path / "adapter", base, lora, names)
     adapter = tmp_path / "adapter"
     model = llama.their_model(tmp_path / "base", adapter, is_trainable=True)
-    assert_same(config, base, lora, model, tmp_path)
+    assert_equal_models(config, base, lora, model, tmp_path)
 
 
 def test_trained_there_is_served_here(floats, tmp_path):
@@ -115,4 +117,4 @@ def test_trained_there_is_served_here(floats, tmp_path):
     config, base = load(tmp_path / "base", progress=False)
     names = decoder_names(config)
     base, lora, _ = ql.io.load_peft(tmp_path / "adapter", base, names)
-    assert_same(config, base, lora, model, tmp_path)
+    assert_equal_models(config, base, lora, model, tmp_path)

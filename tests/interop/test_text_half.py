@@ -65,9 +65,9 @@ def test_adapters_are_those_of_the_whole_model(model, tmp_path):
     described = ql.io.peft_config(base, lora, names, base_model=str(folder))
     ql.io.save_peft(tmp_path / "adapter", base, lora, names, described)
     adapted = llama.their_model(folder, tmp_path / "adapter")
-    found = [key for key, _ in adapted.named_parameters() if "lora" in key]
-    assert len(found) == 2 * 7 * 7
-    assert not [key for key in found if "vision" in key]
+    lora_names = [key for key, _ in adapted.named_parameters() if "lora" in key]
+    assert len(lora_names) == 2 * 7 * 7
+    assert not [key for key in lora_names if "vision" in key]
     again = ql.io.load_peft(tmp_path / "adapter", params, names)[1]
     chex.assert_trees_all_equal(again, lora)
     ours = llama.our_logits(config, base, lora, TOKENS)
@@ -80,7 +80,7 @@ def test_adapters_are_those_of_the_whole_model(model, tmp_path):
 
 
 def test_what_its_config_leaves_out_is_what_transformers_takes():
-    # What the published 4B's holds.
+    # The text settings of the published 4B model.
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     text |= {"model_type": "gemma3_text", "sliding_window": 1024}
     text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}

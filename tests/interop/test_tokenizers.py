@@ -1,4 +1,4 @@
-"""A folder's tokenizer gives the tokens of transformers, or is refused by name."""
+"""A folder's tokenizer gives the tokens of transformers, or raises a named error."""
 
 import ast
 import contextlib
@@ -91,7 +91,7 @@ def file_of(kind, begins=True):
     return tokenizer.to_str()
 
 
-# The keys of published files: (model_type, `tokenizer_class`, tokenizer.json, others).
+# Published files: model_type, `tokenizer_class`, kind of tokenizer.json, other keys.
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 FLAGS = dict(lstrip=False, normalized=False, rstrip=False, single_word=False)
 ADDED = {
@@ -342,14 +342,16 @@ def change_file(raw, change):
 
 
 def read_by_transformers(folder):
-    """Returns what transformers computes; None if it cannot."""
+    """Returns the results of transformers, or None if it fails."""
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         texts = [theirs.apply_chat_template(MESSAGES, tokenize=False)]
         ids = [theirs(x, add_special_tokens=False).input_ids for x in [*TEXTS, *texts]]
         ids += [theirs(text).input_ids for text in TEXTS]
         texts += [
-            theirs.decode(x, skip_special_tokens=s) for x in ids for s in (True, False)
+            theirs.decode(x, skip_special_tokens=skip)
+            for x in ids
+            for skip in (True, False)
         ]
     except Exception:
         return None
@@ -363,14 +365,16 @@ def read_by_us(folder):
     texts = [ours.render(MESSAGES)]
     ids = [ours.encode(x, add_special_tokens=False) for x in [*TEXTS, *texts]]
     ids += [ours.encode(text) for text in TEXTS]
-    texts += [ours.decode(x, skip_special_tokens=s) for x in ids for s in (True, False)]
+    texts += [
+        ours.decode(x, skip_special_tokens=skip) for x in ids for skip in (True, False)
+    ]
     special = read_model_files(folder).special
     values = special, [ours.inner.token_to_id(text) for text in special.values()]
     return *values, ours.eos_id, ids, texts
 
 
 def difference(folder, keys):
-    """Returns what differs from transformers, "" for nothing; None if refused."""
+    """Returns the names of differing results, or None for a named error."""
     with contextlib.suppress(ValueError):  # nothing else is raised
         assert open_tokenizer(folder).has_template
     theirs = read_by_transformers(folder)
@@ -382,8 +386,8 @@ def difference(folder, keys):
         is_named = any(f"`{key}`" in str(error) for key in keys)
         return None if is_named else f"refused without a name: {error}"
     names = "special ids eos tokens texts".split()
-    found = [name for name, x, y in zip(names, ours, theirs, strict=True) if x != y]
-    return " ".join(found)
+    differing = [name for name, x, y in zip(names, ours, theirs, strict=True) if x != y]
+    return " ".join(differing)
 
 
 def edited_keys(edits):

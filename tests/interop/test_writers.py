@@ -1,6 +1,6 @@
-"""Each format of `export`, in the program that it is for, over random targets.
+"""Each format of `export` in a program that reads it, with random targets.
 
-There the adapter must change the logits, and they must be ours.
+The adapter must change the logits of the program, which must equal those of qlora_jax.
 """
 
 import functools
@@ -29,7 +29,7 @@ from qlora_jax.models.decoder import Decoder
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
 
 TOKENS = np.random.default_rng(0).integers(3, 256, (1, 24))
-# Blocks of 32 and 64 fit, and the adapter counts in 4 bits.
+# Blocks of 32 and 64 fit, and the adapter has an effect in 4 bits.
 SIZES = SIZES | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 272}
 SIZES |= {"num_hidden_layers": 2, "initializer_range": 0.1}
 SETTINGS = {
@@ -52,8 +52,8 @@ class Model(NamedTuple):
     @property
     def kernels(self):
         """The paths of the kernels that may be adapted."""
-        every = (path for path, _ in sorted(ql.leaves_by_path(self.params).items()))
-        return [x for x in every if re.fullmatch(r"layers/.*/kernel", x)]
+        paths = (path for path, _ in sorted(ql.leaves_by_path(self.params).items()))
+        return [x for x in paths if re.fullmatch(r"layers/.*/kernel", x)]
 
 
 @pytest.fixture(scope="module")
@@ -132,20 +132,20 @@ def test_each_format_has_a_client():
 def test_a_client_adds_an_adapter_of_random_targets(models, tmp_path, kind, form):
     model = models(kind)
     rng = np.random.default_rng([SEED, CASES.index((kind, form))])
-    every = model.kernels
-    experts = [x for x in every if "experts" in x]
-    subsets = [[x for x in every if rng.random() < 0.5] or every[:1]]
-    if experts and form != "merged":  # gate and up; each alone; both and others
-        subsets += [experts[1:], [experts[1 - len(experts) % 2]], every]
+    kernels = model.kernels
+    experts = [x for x in kernels if "experts" in x]
+    subsets = [[x for x in kernels if rng.random() < 0.5] or kernels[:1]]
+    if experts and form != "merged":  # all but one kernel, one kernel, and all
+        subsets += [experts[1:], [experts[1 - len(experts) % 2]], kernels]
     for i, targets in enumerate(subsets):
         # Gate and up have one rank in one parameter.
         dense = [x for x in targets if x not in experts]
         ranks = {x: 3 for x in dense[:1]} if form in PEFT and i == 0 else {}
         settings = dict(rank=2, alpha=4, targets=targets, rank_pattern=ranks)
-        check(model, form, tmp_path / str(i), **settings)
+        check_client(model, form, tmp_path / str(i), **settings)
 
 
-def check(model, form, folder, **settings):
+def check_client(model, form, folder, **settings):
     base, lora = trees_of(model.params, fmt=None, **settings)
     bare, adapted = map(model.logits, (base, ql.merge(base, lora)))
     folder.mkdir()
@@ -153,7 +153,7 @@ def check(model, form, folder, **settings):
     ql.io.save(adapter, lora, ql.QLoRAConfig(fmt=None, **settings))
     sizes = {"block_size": 32} if form in ("awq", "compressed-tensors") else {}
     export(model.folder, form, out, adapter, **sizes)
-    if form in get_args(BaseFormat):  # packing rounds the sum
+    if form in get_args(BaseFormat):  # the merged weights are packed again
         _, packed = load(out, jnp.float32, progress=False)
         adapted = model.logits(ql.dequantize(packed))
     got = CLIENTS[form](model, out)
