@@ -68,25 +68,50 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @abc.abstractmethod
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
-        """Returns the adapted product of x `[*batch, ..., K]`, in the dtype of x."""
+        """Returns the adapted product of x `[*batch, ..., K]`, in the dtype of x.
+
+        Args:
+            x: The input, `[*batch, ..., K]`.
+            kernel: The frozen kernel.
+            call: The settings of the call, such as the dropout key.
+        """
 
     @abc.abstractmethod
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:
-        """Returns the weights of `product` in the kernel's shape and dtype."""
+        """Returns the weights of `product` in the kernel's shape and dtype.
+
+        Args:
+            kernel: The frozen kernel.
+        """
 
     def ragged_product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
-        """Returns the product of rows `[M, K]`, sorted by expert, with the experts."""
+        """Returns the product of rows `[M, K]`, sorted by expert, with the experts.
+
+        Args:
+            x: Rows `[M, K]`, sorted by expert.
+            kernel: The frozen kernels of the experts, `[E, K, N]`.
+            call: The settings of the call, such as the group sizes.
+        """
         raise NotImplementedError(
             "adapters of experts must be LoRA in a ragged product, and not chosen from "
             f"a bank. Got {type(self).__name__}."
         )
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
-        """Returns rows of the adapted table `[V, D]`, for int32 ids; V returns NaN."""
+        """Returns rows of the adapted table `[V, D]`, for int32 ids; V returns NaN.
+
+        Args:
+            ids: int32 ids of rows.
+            kernel: The frozen table, `[V, D]`.
+        """
         return jnp.take(self.merged(kernel), ids, axis=0)
 
     def unshared(self, kernel: PyTree) -> "Adapter":
-        """Returns the adapter with arrays for each matrix of a kernel or its shape."""
+        """Returns the adapter with arrays for each matrix of a kernel or its shape.
+
+        Args:
+            kernel: The kernel, or its shape.
+        """
         return self
 
     @property

@@ -186,28 +186,46 @@ class QLoRAConfig:
         """Returns whether the leaf at `path` is quantized and adapted.
 
         It must match `targets` and none of `exclude`, `trainable` and `trainable_rows`.
+
+        Args:
+            path: The path of a leaf.
         """
         exceptions = (self.exclude, self.trainable, self.trainable_rows)
         is_exception = any(matches(patterns, path) for patterns in exceptions)
         return matches(self.targets, path) and not is_exception
 
     def is_trained(self, path: str) -> bool:
-        """Returns whether the leaf at `path` is trained in full, by `trainable`."""
+        """Returns whether the leaf at `path` is trained in full, by `trainable`.
+
+        Args:
+            path: The path of a leaf.
+        """
         return matches(self.trainable, path)
 
     def rows_of(self, path: str) -> tuple[int, ...] | None:
-        """Returns the rows of the table at `path` to train, by `trainable_rows`."""
+        """Returns the rows of the table at `path` to train, by `trainable_rows`.
+
+        Args:
+            path: The path of a table.
+        """
         return first_match(cast(Mapping, self.trainable_rows), path, None)
 
     def rank_of(self, path: str) -> int:
         """Returns the rank of the adapter of the kernel at `path`.
 
         If experts have different ranks, this is the largest one.
+
+        Args:
+            path: The path of a kernel.
         """
         return max(self.ranks_of(path) or (cast(int, self._rank_setting(path)),))
 
     def ranks_of(self, path: str) -> tuple[int, ...] | None:
-        """Returns the ranks of experts, by `rank_pattern`; None for one rank."""
+        """Returns the ranks of experts, by `rank_pattern`; None for one rank.
+
+        Args:
+            path: The path of a kernel.
+        """
         rank = self._rank_setting(path)
         return rank if isinstance(rank, tuple) else None
 
@@ -219,6 +237,9 @@ class QLoRAConfig:
 
         It is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`; a tuple if
         experts have different ranks.
+
+        Args:
+            path: The path of a kernel.
         """
         alpha = first_match(self.alpha_pattern, path, self.alpha)
         power = 0.5 if self.rank_stabilized else 1
@@ -233,6 +254,9 @@ class QLoRAConfig:
         """Returns the contracted axes of the kernel at `path`, or roles as letters.
 
         None if no pattern matches.
+
+        Args:
+            path: The path of a kernel.
         """
         return first_match(cast(Mapping, self.contract), path, None)
 

@@ -107,8 +107,9 @@ class LoRA(Adapter):
     ) -> dict[str, Any]:
         """Returns the arrays for some rows of a table; invalid ids return NaN.
 
-        `index` holds int32 ids of rows, or places of a bank and ids of rows. Arrays
-        without an axis of rows pass through `take`.
+        Args:
+            index: int32 ids of rows, or places of a bank and ids of rows.
+            take: A function for arrays that have no axis of rows.
         """
         arrays = {}
         for name, x in self.arrays.items():
@@ -122,13 +123,19 @@ class LoRA(Adapter):
         return arrays
 
     def table_norms(self, kernel: Kernel) -> Array | None:
-        """Returns what `adapted_rows` needs of the full table, here nothing."""
+        """Returns what `adapted_rows` needs of the full table, here nothing.
+
+        Args:
+            kernel: The frozen table.
+        """
         return None
 
     def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:
         """Returns adapted rows `[..., D]` in float32, from rows of the frozen table.
 
-        `arrays` are those of `arrays_at` with the "scaling", and "norms" of the table.
+        Args:
+            rows: Rows of the frozen table, `[..., D]`.
+            arrays: Those of `arrays_at`, with the "scaling", and "norms" of the table.
         """
         # Rows of a table are products of one-hot rows, so with k as the axis of rows,
         # a row changes by A[id] B. With n, the table is transposed: B[:, id]^T A^T.

@@ -130,6 +130,9 @@ def check(config: CheckConfig) -> Checked:
     Products are compared with NumPy's in float64, on the weights that a CPU decodes. A
     training step is compared with the same step on a CPU, if the device is not a CPU.
 
+    Args:
+        config: What to compare, and how many rounds to measure.
+
     Raises:
         OSError: If the report cannot be written.
 

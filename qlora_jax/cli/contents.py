@@ -91,6 +91,9 @@ def format_table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
 def inspect(config: InspectConfig) -> Contents:
     """Returns the kind, the settings and the leaves of a file or a folder.
 
+    Args:
+        config: The path.
+
     Raises:
         ValueError: If the path is not supported, or its contents are damaged.
 

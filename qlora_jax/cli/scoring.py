@@ -65,6 +65,9 @@ def score(config: ScoreConfig) -> Score | Scores:
 
     Several adapters are scored on one base, which is read once.
 
+    Args:
+        config: The model, the adapter and the rows.
+
     Raises:
         ValueError: If the model, the adapter or the data cannot be read or do not fit,
             if there is no target token, or if the loss is not finite.

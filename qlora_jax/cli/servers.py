@@ -11,6 +11,7 @@ from typing import Any
 import qlora_jax as ql
 
 from ..models.families import text_config
+from ..models.gguf.decoder_out import check_gguf_source
 from .base_model import (
     BaseModel,
     LoadOptions,
@@ -22,6 +23,7 @@ from .configs import FMTS, ExportConfig, PairsConfig
 from .contents import format_table
 
 AS_IS, MERGED = "as it is", "added to the base"
+NOT_RUN = "none"  # the form of a model that the server cannot run
 _INT4 = FMTS["awq"]
 
 
@@ -179,6 +181,9 @@ def pairs(config: PairsConfig) -> Pairs:
     Reads no weights. The adapter counts as trained on the model as it is stored, unless
     `fmt` or the adapter's run says how the model was packed.
 
+    Args:
+        config: The model and the adapter.
+
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit.
 
@@ -213,11 +218,14 @@ def _find_packing(model: BaseModel, options: LoadOptions) -> tuple[str, int] | N
     return None if packing is None else (packing.fmt, packing.block_size)
 
 
-def pair_for(name: str, model: BaseModel, options: LoadOptions) -> Pair:
+def pair_for(
+    name: str, model: BaseModel, options: LoadOptions, *, tokenizer: bool = True
+) -> Pair:
     """Returns the formats for a server, of a model that training read with `options`.
 
     Adapters that the server cannot load are merged. Otherwise the base keeps its form,
-    if the server reads that, or gets the server's form of its number format.
+    if the server reads that, or gets the server's form of its number format. `tokenizer`
+    is false if a GGUF file need not contain the tokenizer.
     """
     server, packing = SERVERS[name], _find_packing(model, options)
 
@@ -227,6 +235,11 @@ def pair_for(name: str, model: BaseModel, options: LoadOptions) -> Pair:
     def merged(why: str) -> Pair:
         return pair(server.floats, MERGED, False, f"{why}: the sum is rounded")
 
+    if server.floats == "gguf":
+        try:
+            check_gguf_source(model.path, tokenizer=tokenizer)
+        except ValueError as error:
+            return pair(NOT_RUN, NOT_RUN, False, str(error))
     # Does the server load such adapters?
     adapters = ql.leaves_by_path(model.lora)
     kinds = {*map(type, adapters.values())}

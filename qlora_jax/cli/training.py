@@ -39,6 +39,9 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     Settings, data, module names, the folder and (with `resume`) the settings of the
     resumed run are checked before the model is read.
 
+    Args:
+        config: The model, the data and the settings of the run.
+
     Returns:
         The result of the run, or of a sweep over learning rates or seeds whose runs are
         trained side by side. The folder holds more. With `preview`, the rows to show.

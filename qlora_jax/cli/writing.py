@@ -27,7 +27,7 @@ from .configs import FMTS, AdapterFormat, ExportConfig
 from .processes import log
 from .pushing import check_base, push
 from .scoring import Score, make_scorer
-from .servers import AS_IS, MERGED, Pair, open_pair, pair_for, write_start
+from .servers import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for, write_start
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,12 @@ def export(config: ExportConfig) -> Written:
     a 4-bit format, the adapter is merged into the weights of the files, and the sum is
     packed. Memory then holds both models.
 
+    Args:
+        config: The model, the adapter and the format.
+
+    Returns:
+        The path, the format and the size.
+
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, if the
             format cannot hold them, or if `out` is not empty.
@@ -184,7 +190,9 @@ def _export_for_server(config: ExportConfig) -> Written:
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, options = open_pair(config)
-    pair = pair_for(server, model, options)
+    pair = pair_for(server, model, options, tokenizer=config.tokenizer)
+    if pair.base == NOT_RUN:
+        raise ValueError(f"{server} cannot run {model.name}: {pair.why}")
     base_only = dataclasses.replace(model, lora={}, adapter=None)
     with ql.io.new_path(out) as new:  # renamed to `out` once it is complete
         new.mkdir()

@@ -110,7 +110,7 @@ class _Target(meta.AxisMetadata):
     def unbox(self) -> jax.Array:
         return self.value
 
-    def replace_boxed(self, val: jax.Array) -> "_Target":
+    def replace_boxed(self, val: Leaf) -> "_Target":
         return _Target(val, self.path, self.recorder)
 
     # A scan or vmap removes the stacked axis from a parameter, and adds it again.

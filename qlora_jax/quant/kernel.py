@@ -137,7 +137,11 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @abc.abstractmethod
     def product_input(self, dtype: DTypeLike) -> PackedInput | Array:
-        """Returns packed weights, or `[*batch, K, N]` in the `dtype` of a product."""
+        """Returns packed weights, or `[*batch, K, N]` in the `dtype` of a product.
+
+        Args:
+            dtype: The dtype in which the product is computed.
+        """
 
     @property
     def value(self) -> Any:
@@ -159,7 +163,11 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return self
 
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:
-        """Returns the weights of `dequantize` in matrix form, `[*batch, K, N]`."""
+        """Returns the weights of `dequantize` in matrix form, `[*batch, K, N]`.
+
+        Args:
+            dtype: The dtype of the result; by default that of the kernel.
+        """
         return to_matrix(self.geometry, self.dequantize(dtype))
 
     def to_device(self) -> "Kernel":

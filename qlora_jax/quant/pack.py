@@ -141,7 +141,7 @@ class StraightThrough(ArrayKernel):
     """
 
     kernel: Array
-    packing: Packing
+    packing: Packing  # pyright: ignore[reportIncompatibleVariableOverride]
     geometry: Geometry
     is_trained = True
 

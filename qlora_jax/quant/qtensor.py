@@ -181,7 +181,7 @@ class QTensor(Kernel):
         return with_scales(self, float_scales(self))
 
     @property
-    def packing(self) -> Packing:
+    def packing(self) -> Packing:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Format, block size and `double_quant`: the settings it was packed with."""
         return Packing(self.fmt, self.block_size, self.double_quant)
 
@@ -194,7 +194,7 @@ class QTensor(Kernel):
         return tuple(self.geometry.kernel_spec(spec_of(self.codes), self.ndim))
 
     @property
-    def memory(self) -> str:  # noqa: D102  pyright: ignore[reportIncompatibleVariableOverride]
+    def memory(self) -> str:  # noqa: D102  # pyright: ignore[reportIncompatibleVariableOverride]
         return "host" if isinstance(self.codes, HostCodes) else "device"
 
     def to_device(self) -> "QTensor":  # noqa: D102

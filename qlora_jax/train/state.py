@@ -202,6 +202,9 @@ class Checkpoints:
 
         Args:
             step: The step from which a run resumes.
+
+        Returns:
+            The steps of the deleted states.
         """
         later_steps = [x for x in self.steps if x > step]
         for later_step in later_steps:

@@ -173,7 +173,7 @@ class _PlannedTensor(NamedTuple):
     name: str
     hf_name: str  # its name in the Hugging Face model
     path: str  # of the leaf that holds it
-    index: tuple[int, ...]  # on the leaf's batch axes
+    batch_index: tuple[int, ...]  # on the leaf's batch axes
     columns: slice  # the columns of the leaf that it has
     is_kernel: bool  # then its last two axes are transposed
     shape: tuple[int, ...]
@@ -230,11 +230,13 @@ def _choose_format(
 def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
     """Returns a tensor's values, or bytes if its kernels are packed in its format."""
     if tensor.fmt in _PACKED:
-        return _block_bytes(leaf, tensor.index, tensor.columns)
+        return _block_bytes(leaf, tensor.batch_index, tensor.columns)
     values = np.empty(tensor.shape, np.float32)
     # One matrix at a time, so that only one is in float.
     for expert in np.ndindex(tensor.shape[:-2]):
-        x = _merge_matrix(leaf, lora, (*tensor.index, *expert))[..., tensor.columns]
+        x = _merge_matrix(leaf, lora, (*tensor.batch_index, *expert))[
+            ..., tensor.columns
+        ]
         values[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
     return values
 

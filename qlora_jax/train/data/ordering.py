@@ -88,7 +88,8 @@ class ShuffledOrder(Sequence[Any]):
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    # Slices are not supported.
+    def __getitem__(self, index: Any) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         epoch, position = divmod(index, self.epoch)
         return self._permutation(epoch)[position]
 
@@ -114,7 +115,8 @@ class PackedOrder(Sequence[Any]):
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    # Slices are not supported.
+    def __getitem__(self, index: Any) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         epoch, position = divmod(index, self.epoch)
         rows, packs = self._permutation(epoch)
         return rows[self._packs[packs[position]]]
