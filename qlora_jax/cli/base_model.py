@@ -24,7 +24,7 @@ from ..models.checkpoint import (
 )
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from ..models.download import fetch, weights_of
+from ..models.download import PYPI, fetch, weights_of
 from ..models.gguf.decoder_in import gguf_fmt, read_gguf, read_gguf_lora
 from ..models.gguf.folder import folder_of_gguf
 from ..train.data.readers import describe_path
@@ -62,6 +62,13 @@ class BaseModel:
     def is_local(self) -> bool:
         """Whether the name is a path on this machine."""
         return pathlib.Path(self.name).expanduser().exists()
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model from the hub; None for other weights."""
+        is_on_hub = not self.is_local and not self.name.startswith(PYPI)
+        # The hub's cache names the folder of a snapshot after its commit.
+        return self.path.name if is_on_hub else None
 
     @property
     def names(self) -> "ql.io.Names":
@@ -316,7 +323,9 @@ def open_run(
     with quiet_orbax(), ql.train.Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
-    peft = ql.io.peft_config(base, lora, model.names, base_model=model.name)
+    peft = ql.io.peft_config(
+        base, lora, model.names, base_model=model.name, revision=model.revision
+    )
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 

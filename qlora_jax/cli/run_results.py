@@ -141,6 +141,7 @@ def _write_results(
         state.lora,
         run.model.names,
         base_model=config.model,
+        revision=run.model.revision,
         card=card,
     )
     ql.train.plot_loss(rows, folder / "loss.png", f"{name}, {config.fmt}")

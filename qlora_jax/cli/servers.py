@@ -224,8 +224,8 @@ def pair_for(
     """Returns the formats for a server, of a model that training read with `options`.
 
     Adapters that the server cannot load are merged. Otherwise the base keeps its form,
-    if the server reads that, or gets the server's form of its number format. `tokenizer`
-    is false if a GGUF file need not contain the tokenizer.
+    if the server reads that, or gets the server's form of its number format. If
+    `tokenizer` is false, a GGUF file need not contain the tokenizer.
     """
     server, packing = SERVERS[name], _find_packing(model, options)
 

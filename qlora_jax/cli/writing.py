@@ -231,7 +231,9 @@ def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
     model = model.read() if model.replaces_weights else model.with_adapter()
     base, lora, names, peft = model.base, model.lora, model.names, model.peft
     if peft is None:
-        peft = ql.io.peft_config(base, lora, names, base_model=model.name)
+        peft = ql.io.peft_config(
+            base, lora, names, base_model=model.name, revision=model.revision
+        )
     ql.io.save_peft(out, base, lora, names, peft)
 
 
@@ -239,8 +241,11 @@ def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -
     model = _with_plain_adapter(config, model)
     base, lora = model.base, ql.io.portable(model.base, model.lora)
     settings = model.peft.extra_settings if model.peft else {}
-    base_model = settings.get("base_model_name_or_path") or model.name
-    peft = ql.io.peft_config(base, lora, model.names, base_model=base_model)
+    source = {"base_model": model.name, "revision": model.revision}
+    if "base_model_name_or_path" in settings:  # of the adapter that was read
+        keys = ("base_model_name_or_path", "revision")
+        source = dict(zip(source, map(settings.get, keys), strict=True))
+    peft = ql.io.peft_config(base, lora, model.names, **source)
     ql.io.save_peft(out, base, lora, model.names, peft)
 
 

@@ -239,6 +239,7 @@ def save_adapter(
     names: "ql.io.Names",
     *,
     base_model: str,
+    revision: str | None = None,
     card: str,
 ) -> None:
     """Writes a PEFT adapter with its model card, and replaces an older one.
@@ -249,6 +250,7 @@ def save_adapter(
         lora: The lora tree.
         names: The Hugging Face names of the leaves of `base`.
         base_model: The hub id or the path of the base model.
+        revision: The commit of the base model on the hub, if it was read from there.
         card: The text of the card, from `model_card`.
 
     Raises:
@@ -266,7 +268,9 @@ def save_adapter(
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     # The folder appears with all of its files, or not at all.
-    settings = ql.io.peft_config(base, lora, names, base_model=base_model)
+    settings = ql.io.peft_config(
+        base, lora, names, base_model=base_model, revision=revision
+    )
     with ql.io.new_path(folder) as new_folder:
         ql.io.save_peft(new_folder, base, lora, names, settings)
         (new_folder / "README.md").write_text(card, "utf-8")

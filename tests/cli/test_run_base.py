@@ -209,6 +209,31 @@ def test_a_format_is_needed_for_its_options(folder, capsys):
     assert status == 1 and "`block_size` must be given with the `fmt`" in err
 
 
+@pytest.mark.slow
+def test_an_adapter_names_the_commit_of_its_base(folder, tmp_path, monkeypatch):
+    """As PEFT does: its AutoPeftModel loads the base at the adapter's `revision`."""
+    snapshot = tmp_path / "0123abc"  # as the hub's cache names folders
+    shutil.copytree(folder / "base", snapshot)
+
+    def fetch_from_hub(name):
+        return snapshot if name == SMOLLM2 else pathlib.Path(name)
+
+    monkeypatch.setattr(ql.io, "fetch", fetch_from_hub)
+    rows = write_rows(tmp_path / "d.jsonl", [{"input_ids": [3, 4, 5, 6]}] * 4)
+    out = tmp_path / "run"
+    cli.train(settings(SMOLLM2, rows, out, steps=1, save_every=1, warmup=0))
+    for form in ("peft", "peft-portable"):
+        cli.export(cli.ExportConfig(None, form, str(tmp_path / form), run=str(out)))
+        export(SMOLLM2, form, tmp_path / f"again {form}", out / "adapter")
+    written = [out / "adapter", *tmp_path.glob("*peft*")]
+    assert len(written) == 5
+    for adapter in written:
+        raw = json.loads((adapter / "adapter_config.json").read_text())
+        assert (raw["base_model_name_or_path"], raw["revision"]) == (SMOLLM2, "0123abc")
+    raw = json.loads((folder / "run/adapter/adapter_config.json").read_text())
+    assert raw["revision"] is None  # of local files
+
+
 # The copy of a model in a Python package
 
 
@@ -242,7 +267,7 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     assert [name for name, text in written.items() if SMOLLM2 in text] == []
     assert yaml.safe_load(written["config.yaml"])["model"] == COPY
     raw = json.loads(written["adapter/adapter_config.json"])
-    assert raw["base_model_name_or_path"] == COPY
+    assert (raw["base_model_name_or_path"], raw["revision"]) == (COPY, None)
 
     # The adapter is not pushed, since readers would load it on the original weights.
     def fail_push(*arguments):

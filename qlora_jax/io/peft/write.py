@@ -32,6 +32,7 @@ def peft_config(
     names: Names,
     *,
     base_model: str | None = None,
+    revision: str | None = None,
     bias: str = "none",
     use_rslora: bool = False,
     modules_to_save: Iterable[str] = (),
@@ -45,6 +46,7 @@ def peft_config(
         names: The names of the leaves of `base` in the Hugging Face model.
         base_model: Hub id or path of the base model, for programs that load the
             adapter.
+        revision: The commit of the base model on the hub, if it was read from there.
         bias: Which biases of `base` to save: "none", "all" or "lora_only"; at least
             those that are `Trained`.
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
@@ -117,7 +119,8 @@ def peft_config(
     if biased_modules and bias == "none":
         bias = "lora_only" if biased_modules <= modules.keys() else "all"
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    source = {"base_model_name_or_path": base_model}
+    source = {"base_model_name_or_path": base_model, "revision": revision}
+    source = {key: value for key, value in source.items() if value is not None}
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
@@ -132,7 +135,7 @@ def peft_config(
         trainable_token_indices=rows or None,
         rank_pattern=pattern_of(ranks, rank),
         alpha_pattern=pattern_of(alphas, alpha),
-        extra_settings={} if base_model is None else source,
+        extra_settings=source,
     )
 
 
