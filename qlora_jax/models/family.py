@@ -76,11 +76,21 @@ class Family:
         """Returns the keys that are not read, but may change the logits."""
         known_keys = {*_SIZES, *_COMMON_KEYS.split(), *self.keys.split()}
         known_keys |= HARMLESS_KEYS
-        return sorted(
+        unknown = [
             key
             for key, value in raw.items()
             if key not in known_keys and value not in (None, _NEUTRAL.get(key))
-        )
+        ]
+        for name in ("rope_parameters", "rope_scaling"):
+            section = raw.get(name) or {}
+            nested = [x for x in section.values() if isinstance(x, Mapping)]
+            for rope in nested or [section]:  # one for each kind of layer, or for all
+                unknown += [
+                    f"{name}.{key}"
+                    for key, value in rope.items()
+                    if key not in _ROPE_KEYS and value is not None
+                ]
+        return sorted(unknown)
 
 
 def shared_fields(
@@ -215,6 +225,12 @@ def number(value: object) -> float:
 
 
 # Numbers of a rotary section that must not be negative, if they are present.
+_ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("original_max_position_embeddings", "attention_factor", "truncate"),
+    *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+}
 _POSITIVE = ("factor", "original", "longest", "low_freq_factor", "high_freq_factor")
 _POSITIVE += ("beta_fast", "beta_slow", "attention_factor")
 

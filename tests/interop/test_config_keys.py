@@ -1,6 +1,7 @@
 """Each key of each family's `config.json` counts, raises an error, or is harmless."""
 
 import json
+import typing
 import warnings
 
 import jax
@@ -8,8 +9,10 @@ import llama
 import numpy as np
 import pytest
 import transformers
-from configs import SIZES, YARN, longrope, random_model
+from configs import LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
 from tolerances import assert_close
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
@@ -125,6 +128,62 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     # A key without its effect moves the logits by more than 1%. With all changes, the
     # attention scores are large, which amplifies their rounding errors.
     assert_close(logits, llama.logits_of(model, tokens), terms=2**17)
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "linear": LINEAR,
+    "llama3": LLAMA3,
+    "yarn": YARN,
+    "longrope": longrope(4, 64)["rope_parameters"],
+}
+# Other values of keys of `rope_parameters`, or values if the section lacks the key.
+ROPE_VALUES = {
+    "factor": 3.0,
+    "attention_factor": 1.5,
+    "beta_fast": 20.0,
+    "beta_slow": 2.0,
+    "high_freq_factor": 3.0,
+    "long_factor": [3.0, 2.0, 4.0, 1.5],
+    "low_freq_factor": 1.5,
+    "mrope_section": [1, 1, 2],
+    "mscale": 0.7,
+    "mscale_all_dim": 0.4,
+    "original_max_position_embeddings": 24,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 5e4,
+    "rope_type": "proportional",
+    "short_factor": [1.2, 1.0, 2.0, 1.4],
+    "truncate": False,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ROPES)
+def test_no_key_of_rope_parameters_is_passed_over(kind):
+    """A changed key gives an error or a warning, or transformers' frequencies."""
+    assert ROPE_VALUES.keys() == typing.get_type_hints(RopeParameters).keys()
+    raw = {"model_type": "llama", **SIZES}
+    changes = [{key: value} for key, value in ROPE_VALUES.items()]
+    changes += [{}, {"mscale": 0.7, "mscale_all_dim": 0.4}, {"new_key": 1}]
+    for change in changes:
+        section = {"rope_parameters": ROPES[kind] | change}
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                rope = config_from_hf(raw | section).layers[0].rope
+        except ValueError as error:
+            assert any(f"`{key}`" in str(error) for key in change), (change, error)
+            continue
+        if warned:
+            (key,) = change
+            assert f"'rope_parameters.{key}'" in str(warned[0].message)
+            continue
+        theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**SIZES | section))
+        frequencies = rope.theta ** (-np.arange(0, 8, 2) / 8)
+        got = frequencies / np.asarray(rope.divisors or 1)
+        assert_close(got, theirs.inv_freq.numpy(), terms=16)
+        assert_close(rope.scale, theirs.attention_scaling, terms=16)
 
 
 def test_an_unknown_key_is_named():
