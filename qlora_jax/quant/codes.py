@@ -1,8 +1,8 @@
 """Blockwise quantization of `[*batch, K, N]` arrays, in float32, as in bitsandbytes.
 
-A *block* is `block_size` values along K in one column that share a scale. A byte holds
-one 8-bit code or two 4-bit ones: row 2i in the high nibble and row 2i + 1 in the low
-one, which are the bytes of a bitsandbytes `[N, K]` weight, transposed.
+A *block* is a run of `block_size` values along K, in one column, with a common scale. A
+byte holds one 8-bit code or two 4-bit codes: row 2i in the high nibble and row 2i + 1
+in the low nibble. These are the bytes of a bitsandbytes `[N, K]` weight, transposed.
 """
 
 import functools
@@ -25,8 +25,9 @@ def quantize_blocks(
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
     """Returns the codes and the scale of each block.
 
-    An odd K ends with the code of zero. `largest`, if passed, is the kernel's largest
-    scale, for `ScaleScheme.encode`.
+    With 4-bit codes, an odd K is padded with the code of zero. `largest`, if passed, is
+    the kernel's largest scale, for `ScaleScheme.encode`. Only kernels in full blocks
+    use it.
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks
@@ -35,8 +36,8 @@ def quantize_blocks(
     tail = w[..., num_full:, :]
     if packing.format.bits == 4 and (k - num_full) % 2:
         tail = jnp.pad(tail, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
-    # bitsandbytes divides in a last, partial block, and multiplies by the reciprocal
-    # in full ones; the two differ in the last bit.
+    # In a partial last block, bitsandbytes divides by the scale. In full blocks, it
+    # multiplies by the reciprocal of the scale, which differs in the last bit.
     parts = [_quantize_rows(tail, packing, tail.shape[-2], divide=True)]
     if num_full:
         full = w[..., :num_full, :]
@@ -55,19 +56,19 @@ def _quantize_rows(
     blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
     scales = _exact_scales(blocks, fmt)
     blocks = blocks.astype(jnp.float32)
-    # 2. Normalize with the scales that the format uses: exact ones, or as stored.
+    # 2. Normalize with the exact scales, or with the stored ones if the scheme says so.
     used_scales = scales
     if scheme.rounds:
         used_scales = scheme.decode(scheme.encode(scales, *largest))
     if fmt.ties == "even" or (divide and fmt.peak == 1 and fmt.scales is FLOAT32):
-        # The divisor is the block's scale, since no weight is more than 16 times its
-        # scale. The maximum hides the broadcast from XLA, which would turn the division
-        # into a product with the reciprocal.
+        # No weight is larger than 16 times its scale, so `divisor` equals the scale.
+        # The maximum hides from XLA that the scale is broadcast: XLA would replace the
+        # division by a product with the reciprocal.
         bound = jnp.abs(blocks) * np.float32(2.0**-4)
         divisor = jnp.maximum(bound, used_scales[..., None, :])
         normalized = blocks / jnp.maximum(divisor, SMALLEST_NORMAL)
     else:
-        # Above 2**125 the reciprocal is subnormal and would be flushed to zero.
+        # Above 2**125, the reciprocal may be subnormal and be flushed to zero.
         shrink = jnp.where(used_scales > 2.0**125, np.float32(2.0**-4), np.float32(1))
         inverse = reciprocal(used_scales * shrink)[..., None, :]
         normalized = (blocks * shrink[..., None, :]) * inverse
@@ -83,7 +84,7 @@ def _exact_scales(
 ) -> Float32[Array, "*blocks n"]:
     """Returns the scale of each block before it is stored."""
     if fmt.ties == "upper":
-        # The weight itself, not its magnitude: the scale has its sign.
+        # Take the weight instead of its magnitude: the scale has the weight's sign.
         first = jnp.argmax(jnp.abs(blocks), axis=-2, keepdims=True)
         largest = jnp.take_along_axis(blocks, first, axis=-2)[..., 0, :]
     else:
@@ -103,9 +104,9 @@ def _largest_magnitude(
     largest = jnp.max(jnp.abs(blocks), axis=-2, initial=0.0)
     if blocks.dtype != jnp.float32:
         return largest
-    # XLA's maximum on CPUs may drop NaN, in float32 only. A sum of squares is NaN
-    # exactly if a weight is, and needs no array of the weights' size, as
-    # `jnp.isnan(blocks)` would.
+    # XLA's maximum on CPUs may drop NaN, in float32 only. The sum of squares is NaN
+    # exactly if a weight is NaN. Unlike `jnp.isnan(blocks)`, it does not need an array
+    # as large as the weights.
     return jnp.where(jnp.isnan(jnp.sum(blocks * blocks, axis=-2)), jnp.nan, largest)
 
 
@@ -113,20 +114,20 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
     """Returns the code of the value nearest to `x`; see `Format` for midpoints."""
     low, high = fmt.table[0], fmt.table[-1]
     if fmt.is_uniform and fmt.ties == "upper":
-        # The clip keeps XLA and LLVM from fusing the product in `x` and the sum.
+        # The clip keeps XLA and LLVM from fusing this sum with the product in `x`.
         shifted = jnp.floor(jnp.clip(x, low, -low) + (np.float32(0.5) - low))
         return jnp.minimum(shifted, high - low).astype(jnp.uint8)
     if fmt.is_uniform and fmt.ties == "even":
         return (jnp.clip(jnp.round(x), low, high) - low).astype(jnp.uint8)
     if fmt.is_uniform:
-        # Rounds half down. `ceil(x - 0.5)` would not: just above -0.5, the difference
-        # rounds to an integer. The fraction, in contrast, is exact.
+        # Round half down. `ceil(x - 0.5)` would be wrong just above -0.5, where the
+        # difference rounds to -1. The fraction below is exact.
         integer = jnp.trunc(x)
         frac = x - integer
         steps = (frac > 0.5).astype(jnp.float32) - (frac <= -0.5).astype(jnp.float32)
         return (jnp.clip(integer + steps, low, high) - low).astype(jnp.uint8)
-    # A binary search: four comparisons locate x among the 16 sorted values. Each one
-    # sets a bit of its rank, the highest first.
+    # A binary search: four comparisons find the rank of x among the 16 sorted values.
+    # Each comparison gives one bit of the rank, the highest bit first.
     rank_bits: list[Array] = []
     for bit in reversed(range(fmt.bits)):
         half = 1 << bit
@@ -139,7 +140,7 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
 
 
 def choose(index_bits: Iterable[Array], values: Iterable[Any]) -> Any:
-    """Returns `values[i]` by a tree of selects on the bits of i, the lowest first."""
+    """Returns `values[i]` with a tree of selects on the bits of i, lowest bit first."""
     level = list(values)
     for bit in index_bits:
         pairs = zip(level[::2], level[1::2], strict=True)
@@ -156,13 +157,13 @@ def pack_nibbles(codes: UInt8[Array, "*batch rows n"]) -> UInt8[Array, "*batch h
 
 def unpack_nibbles(packed: UInt8[Array, "*b half n"]) -> UInt8[Array, "*b rows n"]:
     """Inverts `pack_nibbles`: twice as many rows, values below 16."""
-    # A shift by a constant for each row fuses and vectorizes; a concatenation does not.
+    # Shifts by a constant per row are fused and vectorized; a concatenation is not.
     return _unpack(packed, lambda x, is_low: (x >> (4 - 4 * is_low)) & np.uint8(15))
 
 
 def choose_nibbles(packed: UInt8[Array, "*b half n"]) -> UInt8[Array, "*b rows n"]:
-    """Equals `unpack_nibbles`, for CPUs, which have no shifts by varying amounts."""
-    # On TPUs it takes more memory: 2.94 GB instead of 2.59 in a step of an 8B model.
+    """Does the same without shifts by varying amounts, which CPUs do not have."""
+    # On TPUs, this takes more memory: 2.94 GB instead of 2.59 in a step of an 8B model.
     return _unpack(
         packed, lambda x, is_low: jnp.where(is_low != 0, x & np.uint8(15), x >> 4)
     )
@@ -187,15 +188,15 @@ def select_values(
         codes = unpack(codes)
     if fmt.is_uniform:
         return codes.astype(jnp.float32) + fmt.table[0]
-    # A zero that depends on the codes, which XLA folds away. Without it, JAX would
-    # compute broadcast constants outside of a scan and carry 16 arrays of the kernel's
-    # size into it. Subtracted, it keeps the sign of -0.0.
+    # This zero depends on the codes, until XLA folds it away. Without it, JAX would
+    # compute the broadcast constants outside of a scan, and carry 16 arrays of the
+    # kernel's size into the scan. Subtracting it, unlike adding it, keeps -0.0.
     zero = (codes & np.uint8(0)).astype(jnp.float32)
     return choose(bits_of(codes, fmt), [value - zero for value in fmt.table])
 
 
 def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]:
-    """Returns which bits of the codes are set, the lowest first."""
+    """Returns which bits of the codes are set, starting with the lowest bit."""
     return [(codes & np.uint8(1 << bit)) != 0 for bit in range(fmt.bits)]
 
 
@@ -203,17 +204,17 @@ def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]
 def gather_values(
     codes: UInt8[Array, "*batch rows n"], fmt: Format
 ) -> Float32[Array, "*batch k n"]:
-    """Equals `select_values`, by a gather: a tenth of the operations to compile."""
-    # Jitted to be traced once for each shape, and so that the table is a constant of
-    # this function instead of its caller.
+    """Equals `select_values`, but a gather is a tenth of the operations to compile."""
+    # Jitted so that it is traced once for each shape, and so that the table is a
+    # constant of this function instead of its caller.
     if fmt.is_uniform:
         return select_values(codes, fmt)
     if fmt.bits == 8:
         return look_up(fmt.table, codes.astype(jnp.int32))
     *batch, rows, n = codes.shape
-    # A table of bytes [2, 256]: the values of the high and of the low nibble. With a
-    # table [256, 2], products would take up to 1.6 times as long. A plain gather, since
-    # each operation costs compile time in every product of an unrolled model.
+    # The table [2, 256] maps each byte to the values of its high and its low nibble.
+    # With a table [256, 2], products would take up to 1.6 times as long. `jnp.take` has
+    # more operations, which cost compile time in every product of an unrolled model.
     table = np.stack([np.repeat(fmt.table, 16), np.tile(fmt.table, 16)])
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(codes.ndim - 1,), collapsed_slice_dims=(1,), start_index_map=(1,)

@@ -22,15 +22,16 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 class Format:
     """A table of values, the rule that assigns a code to a number, and its scales.
 
-    A normalized number takes the code of the nearest table value. `ties` says which one
-    at a float32 midpoint, and how numbers are normalized:
+    A normalized number gets the code of the nearest table value. `ties` selects the
+    value for a number at a float32 midpoint, and how weights are normalized:
 
-    * ``"lower"``: the lower value. Weights are multiplied by the reciprocal of their
-      scale, which is the block's largest magnitude times `1 / peak` (bitsandbytes).
-    * ``"even"``: the even code. Weights are divided by their scale, and the magnitude
-      by `peak` (IEEE 754; compressed-tensors).
-    * ``"upper"``: the upper value, for integers: the number plus 8.5 is cut off. The
-      largest weight keeps its sign: it is mapped to `peak` itself (llama.cpp).
+    * ``"lower"``: the lower value. The scale is the block's largest magnitude times
+      `1 / peak`, and weights are multiplied by its reciprocal (bitsandbytes).
+    * ``"even"``: the value with the even code. The scale is the largest magnitude
+      divided by `peak`, and weights are divided by it (IEEE 754; compressed-tensors).
+    * ``"upper"``: the upper value, for integers only: add 8.5 and drop the fraction.
+      The scale has a sign, so that the block's largest weight is mapped to `peak`,
+      whatever its own sign is (llama.cpp).
     """
 
     name: str  # the name that users type
@@ -41,8 +42,8 @@ class Format:
     # For double quantization; None if the format does not support it.
     double_scales: ScaleScheme | None = schemes.DOUBLE
     ties: str = "lower"
-    # The block sizes of files in this format, the usual one first. If there are any,
-    # K must be a multiple of the block size. An empty tuple allows any block size.
+    # The block sizes that files in this format have, the usual one first; K must then
+    # be a multiple of the block size. An empty tuple allows any block size and any K.
     block_sizes: tuple[int, ...] = ()
 
     @property
@@ -51,9 +52,9 @@ class Format:
         return 8 // self.bits
 
     def is_double(self, stored: StoredScales) -> bool:
-        """Whether scales are in arrays that `self.scales` does not use."""
+        """Whether the scales are double-quantized: in arrays that `scales` lacks."""
         pairs = zip(stored, self.scales.arrays((1, 1)), strict=True)
-        return any(x is not None and plain is None for x, plain in pairs)
+        return any(x is not None and shape is None for x, shape in pairs)
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -73,14 +74,14 @@ class Format:
 
     @cached_property
     def midpoints(self) -> np.ndarray:
-        """The largest number that is rounded to each value but the last, ascending."""
+        """The largest number that rounds to each value but the highest, ascending."""
         ascending = self.table[self.order]
         middle = (ascending[1:] + ascending[:-1]) / np.float32(2)
         if self.ties != "even":
             return middle
-        # A midpoint whose upper neighbor has the even code belongs to that one: the
-        # threshold is the float32 below it. Between -0.0 and 0.0, that is the largest
-        # negative number that is not flushed to zero.
+        # If the upper neighbor of a midpoint has the even code, the midpoint rounds up,
+        # and the threshold is the float32 below the midpoint. Below the midpoint of
+        # -0.0 and 0.0, it is the largest negative number that is not flushed to zero.
         below = np.nextafter(middle, -np.inf)
         below = np.where(middle == 0, -schemes.SMALLEST_NORMAL, below)
         return np.where(self.order[1:] % 2 == 0, below, middle).astype(np.float32)
@@ -107,7 +108,8 @@ FP4 = Format("fp4", 4, _FP4 + tuple(-v + 0.0 for v in _FP4), 1.0)
 INT4 = Format("int4", 4, tuple(float(v) for v in range(-8, 8)), 7.0)
 INT8 = Format("int8", 8, tuple(float(v) for v in range(-128, 128)), 127.0)
 
-# The values of AWQ, GPTQ and compressed-tensors, by the rule of the latter for
+# The values of AWQ, GPTQ and compressed-tensors, with the scales and ties of
+# compressed-tensors for
 # `QuantizationArgs(num_bits=4, symmetric=True, scale_dtype=torch.float16)`.
 INT4_F16 = Format(
     "int4_f16",
@@ -119,15 +121,15 @@ INT4_F16 = Format(
     "even",
     (128, 64, 32),
 )
-# The same values, by the rule of GGUF's Q4_0.
+# The same values, with the scales and ties of GGUF's Q4_0.
 Q4_0 = Format("q4_0", 4, INT4.values, -8.0, schemes.FLOAT16, None, "upper", (32,))
 
 # OCP Microscaling Formats 1.0, section 5.3.3 (E2M1): sign, two exponent bits, one
-# mantissa bit. bitsandbytes' FP4 differs: it has 1/16 in the place of 1/2.
+# mantissa bit. bitsandbytes' FP4 differs: it has 1/16 instead of 1/2.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, schemes.E2M1_MAX)
 _E2M1 += tuple(-value for value in _E2M1)
-# The scale is a power of two, so a block's largest weight is mapped to a number from 4
-# up to 8: 4 is the largest power of two among the values.
+# The scale is a power of two, so a block's largest weight is mapped to a number from
+# 3.5 up to 7, instead of to `peak`. 4 is the largest power of two among the values.
 MXFP4 = Format("mxfp4", 4, _E2M1, 4.0, schemes.E8M0, None, "even", (32,))
 # The peak is 1 because E4M3 itself divides the largest weight by 6.
 NVFP4 = Format("nvfp4", 4, _E2M1, 1.0, schemes.E4M3, None, "even", (16,))
@@ -160,7 +162,7 @@ class Packing:
     """The number format, block size, and whether the scales are quantized too."""
 
     fmt: str = "nf4"
-    # None selects the format's default, so that these are an int and a bool afterwards.
+    # None selects the format's default. After `__post_init__`, these are int and bool.
     block_size: Any = None
     double_quant: Any = None
 
@@ -190,10 +192,10 @@ class Packing:
         """Raises ValueError if the format needs full blocks and K has a partial one."""
         if self.format.block_sizes and k % self.block_size:
             sizes = [str(size) for size in self.format.block_sizes if k % size == 0]
-            hint = f", which {' and '.join(sizes)} divide" if sizes else ""
+            hint = f" Use block_size={' or '.join(sizes)}." if sizes else ""
             raise ValueError(
                 f"the contracted size must be a multiple of {self.block_size}, the "
-                f"block size, for {self.fmt!r}, whose blocks are whole. Got {k}{hint}."
+                f"block size, for {self.fmt!r}, which needs full blocks. Got {k}.{hint}"
             )
 
     @property

@@ -27,7 +27,7 @@ UNKNOWN_AXES = (
 
 
 def check_contract(contract: Contract) -> tuple[int, ...] | str:
-    """Returns `contract` as a tuple of axes, or as roles; ValueError if invalid."""
+    """Returns `contract` as a tuple of axes, or as roles; raises if it is invalid."""
     if isinstance(contract, str):
         if not set(contract) <= set("bkn") or "k" not in contract:
             raise ValueError(
@@ -57,9 +57,9 @@ class Geometry:
     """
 
     kinds: str = "kn"
-    # The size of each axis, or -1 for batch axes, the first k and the first n. Those
-    # are read from the stored arrays, so that slicing and sharding cannot make them
-    # stale. An empty kernel keeps all sizes.
+    # The size of each axis, or -1 for batch axes, the first k and the first n. Sizes
+    # of -1 are derived from the stored arrays, so that slicing and sharding cannot make
+    # them stale. A kernel without weights keeps all sizes but those of batch axes.
     sizes: tuple[int, ...] = (-1, -1)
 
     @classmethod
@@ -86,8 +86,8 @@ class Geometry:
     def contracting(cls, contract: Contract, shape: Sequence[int]) -> "Geometry":
         """Returns the geometry of a kernel of `shape` from `QLoRAConfig.contract`.
 
-        Axes after the first contracted one are outputs. If all of them are contracted,
-        the axis in front is the output: -1 means `[out, in]`.
+        Axes after the first contracted axis that are not contracted are outputs. If
+        there are none, the axis in front of it is the output: -1 means `[out, in]`.
         """
         contract = check_contract(contract)
         if isinstance(contract, str):
@@ -133,7 +133,7 @@ class Geometry:
         return jnp.transpose(matrix, [order.index(a) for a in sorted(order)])
 
     def matrix_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the matrix form of a kernel of that shape."""
+        """Shape of the matrix form of a kernel of shape `kernel_shape`."""
         ndim = len(kernel_shape)
         order = self._permutation(ndim)
         batch = (kernel_shape[a] for a in order[: self.batch_ndim(ndim)])
@@ -141,7 +141,7 @@ class Geometry:
         return (*batch, k, n)
 
     def kernel_shape(self, matrix_shape: Sequence[int]) -> tuple[int, ...]:
-        """The kernel's own shape, from that of its matrix form `[*batch, K, N]`."""
+        """The kernel's own shape, from the shape `(*batch, K, N)` of its matrix."""
         *batch, k, n = matrix_shape
         num_leading = len(batch) - self.kinds.count("b")
         inner_batch = iter(batch[num_leading:])
@@ -159,8 +159,8 @@ class Geometry:
         return tuple(shape)
 
     def matrix_spec(self, spec: Sequence[SpecEntry], ndim: int) -> PartitionSpec:
-        """Returns the PartitionSpec of the matrix form from that of the kernel."""
-        # K and N keep the mesh axes of their first axis; a reshape cannot keep others.
+        """Returns the PartitionSpec of the matrix form, from the kernel's `spec`."""
+        # K and N merge several axes. The reshape keeps only the split of the first one.
         padded = [*spec, *[None] * (ndim - len(spec))]
         order = self._permutation(ndim)
         batch = [padded[a] for a in order[: self.batch_ndim(ndim)]]
@@ -181,7 +181,7 @@ class Geometry:
 
 
 def roles_fit(stored: str, required: str) -> bool:
-    """Whether axes are stored as required; an output axis may be a batch axis."""
+    """Whether stored roles equal the required ones; b may be stored for n."""
     pairs = zip(stored, required, strict=False)
     is_allowed = all(a == b or (a, b) == ("b", "n") for a, b in pairs)
     return is_allowed and len(stored) == len(required)

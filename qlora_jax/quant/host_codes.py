@@ -1,8 +1,9 @@
 """The codes of a packed kernel in host memory.
 
-On TPUs, arrays are tiled by 32 x 128 bytes on the device and by 8 x 128 where a program
-slices one in host memory. With codes `[L, rows, N]`, a loop over layers would convert
-the stack on the device in every step. An axis of 8 rows before the last avoids that.
+On TPUs, arrays are tiled by 32 x 128 bytes on the device, but by 8 x 128 in host memory
+if a program slices them there. With codes `[L, rows, N]`, a loop over layers would
+convert the stack on the device in every step. An axis of 8 rows, in front of the last
+axis, avoids this conversion.
 """
 
 import functools
@@ -24,15 +25,15 @@ from .._jax.specs import Axes
 
 ROWS = 8  # of a tile
 
-# Returns an array on a mesh: `put(array, axes, memory_kind)`.
+# Puts an array on a mesh and returns it: `put(array, axes, memory_kind)`.
 Put = Callable[[Any, Sequence[Axes], str | None], Any]
 
 
 @dataclass(frozen=True, eq=False)
 class HostCodes:
-    """Codes `[*batch, rows, N]` in host memory, in the place of a QTensor's `codes`.
+    """Codes `[*batch, rows, N]` in host memory, as the `codes` of a QTensor.
 
-    An index returns the codes of one kernel, on the device.
+    Indexing returns the codes of one kernel, on the device.
     """
 
     array: Array  # uint8 `[*batch, ceil(rows / 8), 8, N]`, padded with zeros
@@ -78,12 +79,12 @@ def placed_codes(
 
 @dataclass(frozen=True)
 class HostShaped:
-    """Slices codes `[*batch, rows, N]`, such as those of a file, in the host's shape.
+    """Codes `[*batch, rows, N]`, as in a file, which are sliced like `HostCodes.array`.
 
-    An index has the axes of `HostCodes.array`: batch, tiles, rows of a tile, and N.
+    The axes of an index are batch, tiles, rows of a tile, and N.
     """
 
-    codes: Any  # anything with a shape that returns NumPy arrays for slices
+    codes: Any  # has a shape, and returns a NumPy array for slices
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         *batch, tiles, _, columns = index
@@ -107,11 +108,11 @@ def to_host_shape(codes: PyTree) -> HostCodes:
 
 
 def on_device(codes: PyTree) -> Any:
-    """Copies `HostCodes` to codes `[*batch, rows, N]` on the device; arrays pass."""
+    """Copies `HostCodes` to the device, as `[*batch, rows, N]`; returns other codes."""
     if not isinstance(codes, HostCodes):
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):
-        # The sharding without the entry of the axis of 8 rows.
+        # Remove the entry for the axis of 8 rows from the sharding.
         host, sharding = codes.array.sharding, None
         if isinstance(host, NamedSharding):
             *batch, tiles, _, n = host.spec
@@ -125,7 +126,7 @@ def on_device(codes: PyTree) -> Any:
 
 def to_host(codes: Array, like: HostCodes) -> HostCodes:
     """Moves codes to host memory, with the shapes and the sharding of `like`."""
-    # One kernel at a time: moved at once, the stack would be on the device twice.
+    # Move one kernel at a time. A move of all would need the stack on the device twice.
     array = like.array
     buffer = jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
     return HostCodes(_fill_on_host(array.sharding)(buffer, codes), like.rows)

@@ -27,11 +27,14 @@ ARRAY_ATTRIBUTES = frozenset(
 
 
 class NotAnArrayError(TypeError, AttributeError):
-    """A kernel is used as an array. An AttributeError too, so that `hasattr` works."""
+    """A kernel was used as an array.
+
+    This is also an AttributeError, so that `hasattr` works.
+    """
 
 
 class NotAnArray:
-    """Base of kernels: using one as an array raises an error that says what to use."""
+    """Base of kernels. Using one as an array raises an error with alternatives."""
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         del args, kwargs
@@ -56,7 +59,7 @@ class NotAnArray:
     if not TYPE_CHECKING:  # with `__getattr__`, type checkers allow any attribute
 
         def __getattr__(self, name: str) -> object:
-            """Refuses the attributes of arrays; others are missing as usual."""
+            """Raises NotAnArrayError for attributes of arrays, else AttributeError."""
             if name in ARRAY_ATTRIBUTES:
                 self._refuse()
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
@@ -66,8 +69,8 @@ class NotAnArray:
 class Placement:
     """The sharding of a packed kernel over Auto mesh axes, as a static field.
 
-    The types of arrays do not tell it while a program is traced. A placement that is
-    out of date costs a reshard, but never gives a wrong number.
+    While a program is traced, the types of arrays do not contain this sharding. An
+    outdated placement costs a reshard, but never changes a result.
     """
 
     sizes: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes
@@ -94,9 +97,9 @@ class Placement:
 
 
 class PackedInput(NamedTuple):
-    """Packed weights to multiply by: a QTensor, and an index if it is a stack."""
+    """Packed weights to multiply by: a QTensor, and a layer index if it is a stack."""
 
-    q: Any  # a QTensor, whose module imports this one
+    q: Any  # a QTensor, which cannot be imported here: its module imports this one
     layer: Array | None
 
 
@@ -109,17 +112,17 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     is_packed = False  # whether weights are stored as codes
     is_trained = False  # whether the kernel itself is trained, like its adapter
     placement: Placement | None = None  # over Auto mesh axes, if declared
-    memory: str = "device"  # of weights between products: "device" or "host"
+    memory: str = "device"  # where weights are between products: "device" or "host"
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The kernel's shape, as its module has it."""
+        """The shape of the kernel in its module."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> np.dtype:
-        """The logical dtype, to which its weights are rounded."""
+        """The logical dtype, to which decoded weights are rounded."""
 
     @property
     @abc.abstractmethod
@@ -129,15 +132,15 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     @property
     @abc.abstractmethod
     def spec(self) -> tuple[SpecEntry, ...]:
-        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        """The Explicit mesh axes that split each axis of the kernel."""
 
     @abc.abstractmethod
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """The weights in the kernel's shape, rounded to `self.dtype` first."""
+        """The weights in the kernel's shape, rounded to its dtype, then to `dtype`."""
 
     @abc.abstractmethod
     def product_input(self, dtype: DTypeLike) -> PackedInput | Array:
-        """Returns packed weights, or `[*batch, K, N]` in the `dtype` of a product.
+        """Returns packed weights, or float weights `[*batch, K, N]` in `dtype`.
 
         Args:
             dtype: The dtype in which the product is computed.
@@ -150,7 +153,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @property
     def is_stack(self) -> bool:
-        """Whether a scan or a vmap has added axes to those of its geometry."""
+        """Whether a scan or a vmap has added axes in front of those of `geometry`."""
         return self.ndim > len(self.geometry.kinds)
 
     @property
@@ -159,14 +162,14 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return self.geometry.matrix_shape(self.shape)
 
     def take(self) -> "Kernel":
-        """Returns the kernel, cut out of its stack if it is a layer of one."""
+        """Returns the kernel; `LayerOfStack` copies its layer out of the stack."""
         return self
 
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:
         """Returns the weights of `dequantize` in matrix form, `[*batch, K, N]`.
 
         Args:
-            dtype: The dtype of the result; by default that of the kernel.
+            dtype: The dtype of the result; by default the kernel's dtype.
         """
         return to_matrix(self.geometry, self.dequantize(dtype))
 

@@ -25,7 +25,7 @@ from .schemes import StoredScales
 def quantize_kernel(
     w: Float[Array, "..."], packing: Packing, geometry: Geometry
 ) -> QTensor:
-    """Returns the QTensor of a floating-point kernel; raises as `check_values`."""
+    """Quantizes a floating-point kernel; raises the errors of `check_values`."""
     check_values(w, packing, geometry)
     return quantize_checked(w, packing, geometry)
 
@@ -33,16 +33,16 @@ def quantize_kernel(
 def quantize_checked(
     w: Array | np.ndarray, packing: Packing, geometry: Geometry, *largest: Array
 ) -> QTensor:
-    """Returns `quantize_kernel` without its checks, which read the weights once more.
+    """Does the same as `quantize_kernel` without the checks, which read all weights.
 
-    `largest` `[*batch]`, if passed, replaces the kernel's largest weight.
+    `largest` `[*batch]`, if passed, is used instead of the kernel's largest weight.
     """
     w = jnp.asarray(w)
     return _quantize(w, packing, Geometry.of(geometry.kinds, w.shape), *largest)
 
 
 def check_kernel(w: PyTree) -> None:
-    """Raises TypeError unless `w` is a float array, ValueError if it lacks axes."""
+    """Raises an error unless `w` is a float array with at least two axes."""
     if isinstance(w, jax.ShapeDtypeStruct):
         raise TypeError(
             "weights must be arrays. Got a ShapeDtypeStruct. For shapes, call the "
@@ -60,12 +60,12 @@ def check_kernel(w: PyTree) -> None:
 
 
 def check_values(w: Array | np.ndarray, packing: Packing, geometry: Geometry) -> None:
-    """Raises ValueError if weights do not fit a format; their values if concrete."""
+    """Raises ValueError if the shape, or a known value, does not fit the format."""
     packing.check_rows(geometry.matrix_shape(w.shape)[-2])
     if not is_concrete(w):
         return
-    # One cheap pass decides for ordinary weights. Only larger ones are packed and
-    # decoded, to see which step overflows.
+    # For ordinary weights, one cheap pass is enough. Only kernels with larger weights
+    # are packed and decoded, to find out which step overflows.
     scheme = packing.scheme
     if all_below(w, min(scheme.limit(w.size), surely_decoded_below(w.dtype))):
         return
@@ -84,8 +84,8 @@ def check_values(w: Array | np.ndarray, packing: Packing, geometry: Geometry) ->
 
 
 def surely_decoded_below(dtype: DTypeLike) -> float:
-    """Returns a magnitude below which every format decodes weights to finite ones."""
-    # A decoded weight is less than twice the largest one of its kernel.
+    """Returns a magnitude below which decoded weights are finite in every format."""
+    # A decoded weight is less than twice the largest weight of its kernel.
     return float(min(jnp.finfo(dtype).max, np.finfo(np.float32).max)) / 2
 
 
@@ -97,8 +97,8 @@ def _quantize(
         codes, scales = quantize_blocks(geometry.to_matrix(w), packing, *largest)
         return codes, packing.scheme.encode(scales, *largest)
 
-    # The stored arrays are split over Explicit mesh axes as the weights are, where the
-    # axes divide them.
+    # The stored arrays are split over the same Explicit mesh axes as the weights, where
+    # the mesh axes divide their sizes.
     def stored_specs(mesh: AnyMesh) -> PyTree:
         spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
         operands = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (w, *largest)]
@@ -116,15 +116,15 @@ def _quantize(
 
 @dataclass(frozen=True, eq=False)
 class StraightThrough(ArrayKernel):
-    """A float kernel that the forward pass sees quantized, and that is trained.
+    """A trained float kernel that the forward pass quantizes.
 
     The gradient passes the quantizer as if it were the identity (the straight-through
-    estimator, Bengio et al. 2013), so `to_qtensor` returns exactly the weights that the
-    forward pass saw. `init` makes one for each target if `freeze_base=False`. Like a
-    QTensor, it is not an array.
+    estimator, Bengio et al. 2013). The weights of `to_qtensor` are exactly those that
+    the forward pass used. `init` makes one for each target if `freeze_base=False`. Like
+    a QTensor, it is not an array.
 
     Attributes:
-        kernel: The float kernel, in its own shape and dtype: the only leaf.
+        kernel: The float kernel, in its own shape and dtype. It is the only leaf.
         packing: How the forward pass quantizes it: `packing.fmt`, `packing.block_size`
             and `packing.double_quant`.
         geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
@@ -146,7 +146,7 @@ class StraightThrough(ArrayKernel):
     is_trained = True
 
     def stacked(self) -> "StraightThrough":
-        """Returns the kernel with a bool for its array: whether it is a stack."""
+        """Returns a copy whose array is replaced by a bool: whether it is a stack."""
         ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 
@@ -162,22 +162,22 @@ class StraightThrough(ArrayKernel):
         """Returns the QTensor that `quantize` returns for the kernel.
 
         Raises:
-            ValueError: Outside jit, as `quantize`: if a weight is not finite, or so
+            ValueError: Outside jit, as in `quantize`: if a weight is not finite, or so
                 large that the sum of the scales overflows in double quantization.
         """
         return quantize_kernel(self.kernel, self.packing, self.geometry)
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """Returns the weights that the forward pass sees.
+        """Returns the weights that the forward pass uses.
 
-        Gradients pass to `kernel` unchanged.
+        The gradient of the result is passed to `kernel` unchanged.
 
         Args:
             dtype: Dtype of the result; by default the kernel's own. Weights are rounded
                 to the kernel's own dtype first.
 
         Raises:
-            ValueError: Outside jit, as `to_qtensor`.
+            ValueError: Outside jit, as in `to_qtensor`.
         """
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         return _round_trip(self.packing, self.geometry, dtype, self.kernel)

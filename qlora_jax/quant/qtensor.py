@@ -29,35 +29,39 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QTensor(Kernel):
-    """A quantized kernel. Made by `quantize`, read by `dequantize` and `matmul`.
+    """A quantized kernel. `quantize` makes it; `dequantize` and `matmul` read it.
 
-    With `B = block_size`, in float32 and rounded once to `dtype` (QLoRA, Dettmers et
-    al. 2023, section 3: blocks, NormalFloat, double quantization),
+    Its weights, computed in float32 and rounded once to `dtype`, are
 
         w[..., k, n] = table[codes[..., k, n]] * scales[..., k // B, n]
 
-    A pytree of four arrays; `from_parts` builds one and checks them. It is not an
-    array: operators, indexing, conversion and attributes of arrays such as `.T` raise a
+    with `B = block_size` and decoded scales (QLoRA, Dettmers et al. 2023, section 3:
+    blocks, NormalFloat, double quantization).
+
+    It is a pytree of four arrays, which `from_parts` checks. It is not an array itself:
+    operators, indexing, conversion and attributes of arrays such as `.T` raise a
     TypeError that names `matmul` and `dequantize`.
 
     Attributes:
-        codes: Codes, uint8: `[*batch, ceil(K / 2), N]` for 4-bit formats, the even rows
-            in the high nibbles; `[*batch, K, N]` for int8. If they are in host memory
+        codes: The uint8 codes: `[*batch, ceil(K / 2), N]` for 4-bit formats, with even
+            rows in the high nibbles; `[*batch, K, N]` for int8. In host memory
             (`memory="host"` of `qlora_jax.sharding.place`), an object of that shape.
-        scales: Block scales `[*batch, ceil(K / B), N]`: float32, or uint8 when
-            double-quantized.
-        scale_scales: Float32 scales of 256 scales each, `[*batch,
-            ceil(N * ceil(K / B) / 256)]`, or None.
-        scale_offset: The mean that was subtracted from the scales, float32 `[*batch]`,
-            or None.
+        scales: Block scales `[*batch, ceil(K / B), N]`: uint8 if double-quantized, else
+            float32 in nf4, fp4, int4 and int8, float16 in int4_f16 and q4_0, uint8
+            (exponents) in mxfp4, and float8_e4m3fn in nvfp4.
+        scale_scales: If double-quantized, float32 scales of 256 scales each, `[*batch,
+            ceil(N * ceil(K / B) / 256)]`. In nvfp4, a float32 factor and divisor of all
+            scales, `[*batch, 2]`. Else None.
+        scale_offset: If double-quantized, the mean that was subtracted from the scales,
+            float32 `[*batch]`. Else None.
         fmt: Name of the number format, as in `quantize`.
-        block_size: Weights along the contracted axes that share a scale.
+        block_size: Number of weights along the contracted axes that share a scale.
         dtype_name: The logical dtype, such as "bfloat16".
-        pad: Rows of codes beyond K (1 where K is odd).
+        pad: Number of rows of codes beyond K (1 for 4-bit codes and an odd K, else 0).
         geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
             letter for each trailing axis: b (batch), k (contracted) or n (output).
-        placement: How it is sharded over Auto mesh axes, if `qlora_jax.sharding.place`
-            put it on a mesh; else None.
+        placement: The sharding over Auto mesh axes, if `qlora_jax.sharding.place` put
+            the kernel on a mesh; else None.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -68,8 +72,8 @@ class QTensor(Kernel):
         ((128, 4), (64, 4), (2, 4))
     """
 
-    # JAX also puts shapes, shardings or other placeholders in the place of arrays, and
-    # `codes` is a `HostCodes` in host memory.
+    # JAX may replace these arrays by shapes, shardings or other placeholders. In host
+    # memory, `codes` is a `HostCodes`.
     codes: Array
     scales: Array
     scale_scales: Array | None
@@ -96,17 +100,18 @@ class QTensor(Kernel):
         dtype: DTypeLike,
         contract: Contract = -2,
     ) -> "QTensor":
-        """Returns the QTensor of its arrays, such as those of a checkpoint.
+        """Returns a QTensor from its arrays, such as those of a checkpoint.
+
+        The arrays are those of `QTensor`. They may also be `jax.ShapeDtypeStruct`s.
 
         Args:
-            codes: As in `QTensor`, and so the other three: arrays, or
-                `jax.ShapeDtypeStruct` leaves.
+            codes: The uint8 codes.
             scales: Block scales.
-            scale_scales: Scales of the scales; None if the scales are float32.
-            scale_offset: The mean of the scales; None if the scales are float32.
+            scale_scales: Scales of the scales, if the format has them; else None.
+            scale_offset: The mean of the scales if double-quantized; else None.
             shape: The kernel's own shape.
             fmt: The number format.
-            block_size: Weights along K that share a scale.
+            block_size: Number of weights along K that share a scale.
             dtype: The logical dtype.
             contract: The contracted axes, as in `quantize`.
 
@@ -152,7 +157,7 @@ class QTensor(Kernel):
 
     @property
     def bits_per_param(self) -> float:
-        """Stored bits for each weight, scales included."""
+        """Stored bits per weight, including the scales."""
         return 8 * self.nbytes / self.size if self.size else 0.0
 
     @property
@@ -162,14 +167,14 @@ class QTensor(Kernel):
 
     @property
     def stored_scales(self) -> StoredScales:
-        """The arrays that hold the scales."""
+        """The arrays in which the scales are stored."""
         return StoredScales(self.scales, self.scale_scales, self.scale_offset)
 
     def with_float_scales(self) -> "QTensor":
         """Returns the same kernel with scales that are not quantized.
 
-        It takes more memory (half a bit a weight in blocks of 64), and less time in
-        products with few rows, as in generating text.
+        Without double quantization, it takes more memory (0.37 bits per weight in
+        blocks of 64), but less time in products with few rows, as in text generation.
 
         Example:
             >>> import jax.numpy as jnp, qlora_jax as ql
@@ -248,7 +253,7 @@ register(
 def _check_parts(
     parts: Mapping[str, PyTree], packing: Packing, shape: tuple, matrix_shape: tuple
 ) -> None:
-    """Raises an error that lists every array that does not fit such a kernel."""
+    """Raises an error that lists every array with a wrong type, shape or value."""
     *batch, k, n = matrix_shape
     packing.check_rows(k)
     rows = math.ceil(k / packing.format.codes_per_byte)
@@ -281,7 +286,7 @@ def _check_parts(
 
 def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, ceil(K / B), N]`, without a gradient."""
-    if q.scales.dtype == np.float32:  # not encoded, in any format
+    if q.scales.dtype == np.float32:  # every scheme stores float32 scales as they are
         return lax.stop_gradient(q.scales)
     scales = call_in_auto_mode(
         q.packing.scheme.decode,
@@ -292,16 +297,16 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
 
 
 def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:
-    """Returns the kernel with float32 scales, not encoded, for products."""
+    """Returns the kernel with decoded float32 scales, for products."""
     return replace(q, **StoredScales(scales)._asdict())
 
 
 def axes_of_array(
     matrix_axes: Sequence[Entry], ndim: int, unsplit: Entry
 ) -> tuple[Entry, ...]:
-    """Returns how a stored array of `ndim` axes is split, as its kernel's matrix is."""
-    # Codes and block scales are split as the matrix form; other arrays are tiny, so
-    # that only their batch axes are.
+    """Returns the mesh axes of a stored array, from those of its kernel's matrix."""
+    # Codes and block scales are split like the matrix form. The other arrays are tiny,
+    # so only their batch axes are split.
     batch = tuple(matrix_axes[:-2])
     if ndim == len(batch) + 2:
         return tuple(matrix_axes)
@@ -309,7 +314,7 @@ def axes_of_array(
 
 
 def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
-    """Returns the kernel with its arrays on a mesh, its codes in `memory`."""
+    """Returns the kernel with its arrays on a mesh, and its codes in `memory`."""
     axes = placement.kernel
 
     def put_scales(x: Array) -> Array:

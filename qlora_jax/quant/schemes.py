@@ -16,8 +16,8 @@ from .._jax.memory import all_below
 
 SCALES_PER_BLOCK = 256  # in double quantization
 
-# bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers, so
-# the reciprocal of everything below the smallest normal number is written out.
+# bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers to
+# zero, so `reciprocal` returns 1e38 for all numbers below the smallest normal one.
 SMALLEST_NORMAL = np.float32(np.finfo(np.float32).tiny)
 _LARGEST_RECIPROCAL = np.float32(1e38)
 
@@ -26,7 +26,7 @@ class StoredScales(NamedTuple):
     """The arrays that hold the scales of a kernel, or their shapes."""
 
     scales: Array  # one for each block, `[*batch, blocks, N]`, in any dtype
-    scale_scales: Array | None = None  # few for each kernel, `[*batch, count]`
+    scale_scales: Array | None = None  # a few for each kernel, `[*batch, count]`
     scale_offset: Array | None = None  # one for each kernel, `[*batch]`
 
     def is_finite(self) -> bool:
@@ -40,9 +40,9 @@ class StoredScales(NamedTuple):
 class ScaleScheme:
     """A way to store float32 scales `[*batch, blocks, N]` in at most three arrays."""
 
-    name: str  # of the scales, in errors
-    # Maps the scales to the stored arrays. If the scheme `needs_largest`, a second
-    # argument is the kernel's largest scale, if that is not among the scales.
+    name: str  # what error messages call the scales
+    # Maps the scales to the stored arrays. If the scheme `needs_largest`, an optional
+    # second argument replaces the largest scale, as for kernels that servers fuse.
     encode: Callable[..., StoredScales]
     # Maps the stored arrays to float32 scales, up to the rounding of `encode`.
     decode: Callable[[StoredScales], Array]
@@ -52,12 +52,12 @@ class ScaleScheme:
     rounds: bool = False
     # Whether the stored scales depend on the largest weight of the kernel.
     needs_largest: bool = False
-    # Maps a number of weights to a magnitude below which scales cannot overflow.
+    # Maps the number of weights to a magnitude. If all are below, no scale overflows.
     limit: Callable[[int], float] = field(default=lambda num_weights: math.inf)
-    overflow: str = ""  # ends "weights must be ..." in the error for overflowing scales
+    overflow: str = ""  # completes "weights must be ..." if stored scales overflow
 
 
-_shape_struct: Any = jax.ShapeDtypeStruct  # in the place of arrays in `StoredScales`
+_shape_struct: Any = jax.ShapeDtypeStruct  # `Any`, to replace arrays in `StoredScales`
 
 
 def _scales_of_dtype(dtype: DTypeLike) -> Callable[[tuple[int, ...]], StoredScales]:
@@ -82,7 +82,7 @@ FLOAT16 = ScaleScheme(
 
 
 def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
-    """Returns `1 / x`, or 1e38 below the smallest normal number, as bitsandbytes."""
+    """Returns `1 / x`, or 1e38 below the smallest normal number: bitsandbytes' rule."""
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
 
 
@@ -93,10 +93,11 @@ def quotient(
 
     The divisor must be positive, and x positive or 0.
     """
-    # The maximum equals `divisor`. It hides the broadcast from XLA, which would turn
-    # the division into a product with the reciprocal and round twice. JAX would compute
-    # a select from a constant outside of a scan, and mistake it for an argument of the
-    # surrounding product with a custom gradient in Hessian-vector products.
+    # The maximum equals `divisor`. It hides from XLA that the divisor is a constant or
+    # broadcast: XLA would replace the division by a product with the reciprocal, which
+    # rounds twice. A select between constants would not do. JAX would move it out of a
+    # scan, and in Hessian-vector products would then mistake it for an argument of the
+    # surrounding product, which has a custom gradient.
     return x / jnp.maximum(divisor, jnp.minimum(x, 0))
 
 
@@ -195,16 +196,17 @@ def _dequantize_scales(stored: StoredScales) -> Float32[Array, "*batch blocks n"
     assert scale_scales is not None and offset is not None
     *batch, num_blocks, n = codes.shape
     count = num_blocks * n
-    # Repeat each scale of scales for its 256 codes, in the layout of the codes. Codes
-    # in the layout of their groups would move between devices if they are sharded.
+    # Repeat each scale of scales for its 256 codes, in the layout of the codes. If the
+    # codes are sharded, grouping them by 256 instead would move them between devices.
     groups = (*scale_scales.shape, SCALES_PER_BLOCK)
     multipliers = lax.broadcast_in_dim(scale_scales, groups, range(scale_scales.ndim))
     if count != scale_scales.shape[-1] * SCALES_PER_BLOCK:
         multipliers = multipliers.reshape(*batch, math.prod(groups[-2:]))[..., :count]
     multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
     scaled = look_up(DYNAMIC_MAP, codes.astype(jnp.int32)) * multipliers
-    # The maximum changes no value. It keeps XLA and LLVM from fusing product and sum
-    # into one rounding; some versions look through barriers and `reduce_precision`.
+    # The maximum changes no value. It keeps XLA and LLVM from fusing the product and
+    # the sum, which would round once. Barriers and `reduce_precision` do not prevent
+    # this in some versions.
     unfused = jnp.maximum(scaled, np.finfo(np.float32).min)
     return unfused + lax.broadcast_in_dim(offset, codes.shape, tuple(range(len(batch))))
 
@@ -241,7 +243,7 @@ FLOAT16_NOT_ZERO = replace(FLOAT16, encode=_encode_nonzero_float16, rounds=True)
 
 
 def _encode_e8m0(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
-    """Returns the exponent of the power of two below, or above from 1.75 on."""
+    """Returns the exponent of a power of two: rounded up for mantissas from 1.75."""
     # The bits of a positive float are ordered like its value. Adding a quarter of the
     # mantissa's range carries into the exponent exactly for mantissas of at least 1.75.
     bits = lax.bitcast_convert_type(scales, jnp.uint32) + np.uint32(1 << 21)
@@ -254,9 +256,9 @@ def _decode_e8m0(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-# OCP Microscaling Formats 1.0, section 5.4.1. The specification takes the power below;
-# compressed-tensors (`generate_mx_scales`) takes the next one where elements would
-# saturate.
+# OCP Microscaling Formats 1.0, section 5.4.1. The specification rounds down to a power
+# of two. compressed-tensors (`generate_mx_scales`) rounds up where elements would
+# saturate otherwise.
 E8M0 = ScaleScheme(
     "e8m0", _encode_e8m0, _decode_e8m0, arrays=_scales_of_dtype(np.uint8), rounds=True
 )
@@ -268,13 +270,14 @@ def _encode_e4m3(
     scales: Float32[Array, "*batch blocks n"],
     largest: Float32[Array, "*batch"] | None = None,
 ) -> StoredScales:
-    """Stores a sixth of each scale in e4m3, and the float32 divisor of the kernel."""
+    """Stores a sixth of each scale in e4m3, multiplied by a float32 divisor."""
     if largest is None:
         largest = jnp.max(scales, axis=(-1, -2), initial=0.0)
     largest = largest[..., None, None]
-    # divisor = 448 * 6 / largest, which maps the largest scale to the largest e4m3.
-    # Above 2**125 the reciprocal would be subnormal and flushed to zero, so both sides
-    # are scaled by 2**-4. Below 7.9e-36 the divisor would overflow.
+    # divisor = 448 * 6 / largest, which maps the largest scale to the largest e4m3. For
+    # a larger scale than 2**125, the reciprocal may be subnormal and be flushed to
+    # zero, so numerator and denominator are multiplied by 2**-4. Below 7.9e-36, the
+    # divisor would overflow, so it is clipped.
     shrink = jnp.where(largest > 2.0**125, np.float32(2.0**-4), np.float32(1))
     inverse = 1 / jnp.maximum(largest * shrink, SMALLEST_NORMAL)
     divisor = inverse * (np.float32(E4M3_MAX * E2M1_MAX) * shrink)
@@ -282,7 +285,7 @@ def _encode_e4m3(
     divisor = jnp.where(largest < SMALLEST_NORMAL, np.float32(1), divisor)
     stored = divisor * quotient(scales, np.float32(E2M1_MAX))
     stored = stored.astype(jnp.float8_e4m3fn)
-    # No scale is zero: 0.125 is the eps of e4m3.
+    # No stored scale may be zero: a zero becomes 0.125, the eps of e4m3.
     stored = jnp.where(stored == 0, 0.125, stored.astype(np.float32))
     # [*batch, 1, 2] without the axis of blocks: [*batch, 2].
     factors = jnp.concatenate([jnp.ones_like(divisor), divisor], axis=-1)[..., 0, :]
@@ -299,7 +302,7 @@ def _decode_e4m3(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
 # `scale_scales` holds a factor and a divisor, one of which is 1: ModelOpt multiplies by
 # a float32 and compressed-tensors divides by its reciprocal, which rounds differently.
 E4M3 = ScaleScheme(
-    "e4m3 under a float32",
+    "float8 e4m3 with a float32 factor",
     encode=_encode_e4m3,
     decode=_decode_e4m3,
     arrays=lambda shape: StoredScales(

@@ -19,13 +19,13 @@ from .qtensor import QTensor, float_scales, round_to
 
 @dataclass(frozen=True, eq=False)
 class LayerOfStack(Kernel):
-    """One kernel of a packed stack `[L, *kernel]`, read in place."""
+    """One kernel of a packed stack `[L, *kernel]`, which products read in place."""
 
     stack: QTensor
     index: Array
     is_packed = True
 
-    # These properties are those of the stack.
+    # These properties have the values of the stack.
     dtype, geometry, packing, label, placement, memory = (  # pyright: ignore
         property(operator.attrgetter(f"stack.{name}"))
         for name in ("dtype", "geometry", "packing", "label", "placement", "memory")
@@ -66,23 +66,23 @@ register(LayerOfStack, ("stack", "index"), ())
 def product_arrays(
     q: QTensor, layer: Array | None
 ) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
-    """Returns codes on the device, float32 scales, and the layer still to be taken."""
+    """Returns device codes, float32 scales, and the layer if `codes` are a stack."""
     codes = q.codes
     if layer is not None:
-        # There are few scales: those of one layer are cut out before they are decoded.
+        # There are few scales, so those of the layer are copied, and then decoded.
         q = replace(q, **take_layer(q.stored_scales, layer)._asdict())
     scales = float_scales(q)
     if isinstance(codes, HostCodes):
-        # Cut before the copy, so that one layer is moved to the device.
+        # Slice before the copy, so that only one layer is moved to the device.
         codes = on_device(codes if layer is None else take_layer(codes, layer))
         layer = None
     return codes, scales, layer
 
 
 def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
-    """Returns rows of a table `[V, D]`, for int32 ids from 0; an id of V returns NaN.
+    """Returns rows of a table `[V, D]`, for int32 ids from 0 to V; V returns NaN.
 
-    Only the codes and scales of these rows of a packed table are gathered and decoded.
+    In a packed table, only the codes and scales of these rows are read and decoded.
     """
     q = kernel.take().to_device()
     if not isinstance(q, QTensor) or q.geometry.roles(q.ndim) not in ("kn", "nk"):
