@@ -4,19 +4,18 @@
     python benchmarks/aot_scale.py [--only 70B] [--timeout 3600]
     python benchmarks/aot_scale.py --table
 
-The first environment compiles the rows of TPUs, the second, of 4.6 GB, those of GPUs.
+The first environment compiles the rows for TPUs, the second (4.6 GB) those for GPUs.
 
 Each row of `scale_rows.ROWS` is compiled from shapes alone by `cli.program.lower_step`:
-the decoder, loss, adapters, optimizer and step are those of the command. A row is a
-process of its own with a time limit. Results are added to `aot_scale.jsonl`; rows that
-are there are not compiled again, unless `--again` is given. `--table` writes the
-tables of docs/scale from that file.
+the decoder, loss, adapters, optimizer and step are those of the command. Each row runs
+in a separate process with a time limit. Results are added to `aot_scale.jsonl`, and
+rows in that file are only compiled again with `--again`. `--table` writes the tables of
+docs/scale from that file.
 
-How memory is read: HBM and host memory are from XLA's buffer assignment (its
-memory-usage report: color 0 is HBM, color 5 pinned host memory). Where anything is in
-host memory, `memory_analysis().peak_memory_in_bytes` counts that too, and is not used.
-Where a program does not fit, the TPU compiler says how much it would use; that of GPUs
-compiles it all the same.
+HBM and host memory are read from XLA's buffer assignment (its memory-usage report:
+color 0 is HBM, color 5 pinned host memory). `memory_analysis().peak_memory_in_bytes` is
+not used, since it also counts host memory. If a program does not fit, the TPU compiler
+reports how much it would use; the GPU compiler compiles it nevertheless.
 """
 
 import argparse
@@ -64,7 +63,7 @@ def compile_here(row: dict) -> dict:
     start = time.process_time()
     try:
         compiled = lowered.compile()
-    except Exception as error:  # the compiler's own: what it says is the result
+    except Exception as error:  # errors of the compiler are results
         record["error"] = str(error)
     record["compile_seconds"] = round(time.process_time() - start, 1)
     if "error" in record:
@@ -73,7 +72,7 @@ def compile_here(row: dict) -> dict:
 
 
 def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
-    """Returns devices to compile for, and the back ends that products have on them."""
+    """Returns devices to compile for, and the backends of products on them."""
     from jax.experimental.topologies import get_topology_desc
     from scale_models import CHIPS, chip_of
 
@@ -102,7 +101,7 @@ def measure(compiled: Any) -> dict:
 
 
 def compile_row(row: dict, timeout: float) -> dict:
-    """Compiles a row in a process of its own; returns its record."""
+    """Compiles a row in a separate process; returns its record."""
     from scale_models import CHIPS, HBM, chip_of
     from tpu_static import bytes_by_color
 
@@ -110,7 +109,7 @@ def compile_row(row: dict, timeout: float) -> dict:
     with tempfile.TemporaryDirectory() as dump:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_dump_to={dump}",
-            # JAX looks for the CUDA compiler where no platform is named.
+            # JAX looks for the CUDA compiler if no platform is named.
             "JAX_PLATFORMS": "cpu" if chip in CHIPS else "",
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -137,7 +136,7 @@ def compile_row(row: dict, timeout: float) -> dict:
 
 
 def _why(error: str) -> dict:
-    """Reads what the compiler says of a program that does not fit."""
+    """Parses the compiler's error for a program that does not fit."""
     total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", error) or re.search(
         r"required for HLO temporaries \(([\d.]+)([KMG])\)", error
     )
@@ -148,20 +147,20 @@ def _why(error: str) -> dict:
 
 
 def key_of(row: dict) -> str:
-    """What tells rows apart."""
+    """Returns the values that identify a row."""
     names = "model", "topology", "chips", "settings"
     return json.dumps({name: row[name] for name in names}, sort_keys=True)
 
 
 def read_results(path: pathlib.Path = RESULTS) -> list[dict]:
-    """Returns the records of a file; none if there is no such file."""
+    """Returns the records of a file, or an empty list if it does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def add_result(record: dict, path: pathlib.Path = RESULTS) -> None:
-    """Writes a record into a file, in the place of the one of the same row."""
+    """Writes a record to a file, replacing the record of the same row."""
     other_records = [x for x in read_results(path) if key_of(x) != key_of(record)]
     part = path.with_suffix(".part")
     part.write_text(
@@ -212,7 +211,7 @@ def main():
         print(row["name"], flush=True)
         try:
             record = compile_row(row, args.timeout) | {"versions": versions()}
-        except RuntimeError as error:  # a fault here, not a program that does not fit
+        except RuntimeError as error:  # an error other than a program that does not fit
             print(error, file=sys.stderr, flush=True)
             continue
         add_result(record)

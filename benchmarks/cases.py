@@ -1,4 +1,4 @@
-"""The cases that peers.py and cpu.py pass to their workers, and what a worker returns.
+"""The cases that peers.py and cpu.py pass to their workers, and the workers' jobs.
 
 A case is a dict, passed as JSON: `kind` ("product", "step", "model", "train",
 "generate" or "quantize"), `dtype`, `rows`, and `k`, `n`, `backward` or `layers`,
@@ -14,8 +14,8 @@ import numpy as np
 
 BLOCK_SIZE = 64
 RATE = 1e-4
-NEW_TOKENS = 192  # of an answer, before it starts again
-# A Llama's shape, by the names of its `config.json`.
+NEW_TOKENS = 192  # tokens of an answer before generation restarts
+# The shape of a Llama, with the keys of its `config.json`.
 SMOLLM2_135M = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -77,8 +77,8 @@ def tokens(case: dict) -> np.ndarray:
 def sequences(case: dict) -> list[list[tuple[np.ndarray, int]]]:
     """Returns the sequences packed in each row, with the tokens of their prompts.
 
-    Their lengths are as those of the example's rows: some 45 tokens and an answer of
-    some 30, on which the loss is.
+    Lengths are like those of the example data: about 45 tokens, then an answer of about
+    30 target tokens.
     """
     rng = np.random.default_rng(3)
 

@@ -2,16 +2,17 @@
 
     python benchmarks/compile_time.py [--layers 32] [--width 256] [--rounds 7]
 
-A decoder whose layers run in a Python loop: its gradient in all weights, that of LoRA
-on float kernels, and that of QLoRA (nf4, double quantization). Prints medians of one
-run, in which the three take turns after a warm-up, and ratios to the first.
+The decoder's layers run in a Python loop. Its rows are the gradient in all weights,
+that of LoRA on float kernels, and that of QLoRA (nf4, double quantization). Prints the
+medians of one run, in which the three take turns after a warm-up, and ratios to the
+first.
 
-Python keeps the frames of its stack in chunks of 16 KB, and unmaps a chunk as soon as
-it is empty. Where a loop's calls begin a chunk, each maps memory and takes 3.8 us, not
-0.02. Which loops those are depends on the depth of the stack: at one depth tracing took
-3.2 s for the dense model and 3.4 s for QLoRA, 32 frames deeper 4.3 s and 3.1 s. So each
-round traces at another depth, all three at the same, and the rounds together cover one
-chunk.
+Python allocates stack frames in chunks of 16 KB, and unmaps a chunk as soon as it is
+empty. If the calls of a loop start a new chunk, each call maps memory and takes 3.8 us
+instead of 0.02. Which loops are affected depends on the depth of the stack: at one
+depth tracing took 3.2 s for the dense model and 3.4 s for QLoRA, and 32 frames deeper
+4.3 s and 3.1 s. So each round traces all three at the same new depth, and the rounds
+together cover one chunk.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Layer, describe_tokens
 
 TARGETS = r".*_proj/kernel"
-# Frames of `at_depth` that fill about one chunk of Python's stack.
+# This many frames of `at_depth` fill about one chunk of Python's stack.
 FRAMES = 140
 
 
@@ -63,7 +64,7 @@ def loss(logits, tokens):
 
 
 def cases(layers: int, width: int) -> dict:
-    """Returns, for each row, a gradient and the shapes that it takes."""
+    """Returns a gradient function and the shapes of its arguments for each row."""
     config = DecoderConfig(512, width, 3 * width, layers, num_heads=4, num_kv_heads=2)
     model, tokens = Unrolled(config), jnp.zeros((2, 32), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -92,7 +93,7 @@ def cases(layers: int, width: int) -> dict:
 
 
 def at_depth(depth: int, run: Callable[[], Any]) -> Any:
-    """Returns `run()`, called from so many more frames."""
+    """Returns `run()`, called this many frames deeper."""
     return at_depth(depth - 1, run) if depth else run()
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/cpu.py [--torch-python PATH] [--markdown FILE]
 
-Prints ratios of medians from one run in which the contestants take turns. A ratio above
-1 means that this library is slower.
+Prints ratios of medians from one run, in which the contestants take turns. A ratio
+above 1 means that this library is slower.
 """
 
 import os

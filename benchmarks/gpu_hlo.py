@@ -3,10 +3,11 @@
     pip install . 'jax[cuda13]'          # about 4.5 GB
     python benchmarks/gpu_hlo.py [--rows 512 --rows 4096] [--backend reference]
 
-Compiles `x @ W` and the input gradient `g @ W.T` ahead of time, 4096 x 14336 weights in
-nf4 (blocks of 64, double quantization), x in bfloat16, and reads the optimized HLO. The
-*weight's size* is its number of elements; only what comes before the product is looked
-at for it, since at 4096 rows a result has that size too. Columns:
+Compiles `x @ W` and the input gradient `g @ W.T` ahead of time, with 4096 x 14336
+weights in nf4 (blocks of 64, double quantization) and x in bfloat16, and reads the
+optimized HLO. The *weight's size* is its number of elements. Only instructions before
+the product are compared with it, since at 4096 rows a result has that size too.
+Columns:
 
 * gemm: "as compiled" is XLA's choice without a GPU; with one, it times Triton's and the
   vendor's GEMMs. "vendor" forbids Triton's;
@@ -15,13 +16,13 @@ at for it, since at 4096 rows a result has that size too. Columns:
 * f32 weight: whether a float32 buffer of the weight's size exists before the product;
 * gather: elements of the largest gather of the module, inside fusions too;
 * scale kernels: the other kernels before the product;
-* product, result: what multiplies, and the type it writes;
-* after: kernels behind the product, with the type that they write;
-* temporary: MB that the compiler sets aside besides arguments and results. It may put
+* product, result: the kernel that multiplies, and the type it writes;
+* after: kernels after the product, with the types that they write;
+* temporary: MB that the compiler allocates besides arguments and results. It may put
   intermediates in the result's memory; those are not counted.
 
 Ends with an error unless one bfloat16 fusion decodes, without such a buffer or gather.
-Nothing here has run: it shows which kernels there are, not how long they take.
+Nothing is executed: the output shows which kernels there are, not how long they take.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import math
 import os
 import re
 
-# Before JAX starts: look for the CUDA plugin, and let it load without a driver.
+# Set before JAX starts: look for the CUDA plugin, and let it load without a driver.
 os.environ["JAX_PLATFORMS"] = ""
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
@@ -58,7 +59,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-GEMMS = {"as compiled": True, "vendor": False}  # whether Triton's are allowed
+GEMMS = {"as compiled": True, "vendor": False}  # whether Triton GEMMs are allowed
 NOT_KERNELS = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.+?) ([a-z][\w-]*)\(([^)]*)\)(.*)$")
 PRODUCT = re.compile(r"__triton\w*gemm\w*|__cublas[\w$]*|__cudnn[\w$]*")

@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, loops counted as often as they run."""
+"""What a compiled program moves between devices, with all iterations of loops."""
 
 import collections
 import math
@@ -40,8 +40,8 @@ def collectives(text: str) -> list[dict]:
 
     Raises:
         ValueError: If a loop with a collective in it does not count from 0 to a
-            constant, as JAX's scans do, and those in which XLA multiplies one gathered
-            part after another.
+            constant. JAX's scans do, and so do the loops in which XLA multiplies
+            gathered parts one by one.
 
     Example:
         >>> collectives('''ENTRY %main (x: u8[4]) -> u8[16] {
@@ -54,7 +54,7 @@ def collectives(text: str) -> list[dict]:
     totals: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
     for name, times in _runs(text, computations).items():
         # A collective that XLA fuses with other work is in three computations: where it
-        # starts, where it goes on and where it ends.
+        # starts, where it continues and where it ends.
         if name in fused and not any(_START in x for x in computations[name]):
             continue
         for operation, arrays in _operations(computations[name]):
@@ -86,7 +86,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None]:
-    """How often each computation runs; None if inside a loop of unknown length."""
+    """Returns how often each computation runs; None inside a loop of unknown length."""
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     if entry is None:
         raise ValueError("`text` must have an ENTRY computation. Got none.")
@@ -116,7 +116,7 @@ def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None
 
 
 def _trips(condition: Iterable[str], body: Iterable[str]) -> int | None:
-    """Returns how often a loop runs that counts from 0 to a constant; else None."""
+    """Returns the trip count of a loop that counts from 0 to a constant; else None."""
     test, work = "\n".join(condition), "\n".join(body)
     if not (comparison := _LESS.search(test)):
         return None
@@ -153,7 +153,7 @@ def _operations(lines: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, str
             continue
         result, operation, start = match.groups()
         arrays = _ARRAY.findall(result)
-        # An asynchronous operation gives its operands too, and permutes give flags.
+        # Results of asynchronous operations include operands; of permutes, also flags.
         if start and result.startswith("(") and operation != "all-reduce":
             if operation == "collective-permute":
                 arrays = arrays[1:2]

@@ -1,9 +1,9 @@
 """The JAX contestants: this library, dense JAX in two forms, qwix, ejkernel.
 
-Products: `x @ W`, or that and the input gradient. Steps: a stack of
+Products are `x @ W`, perhaps with the input gradient. Steps train a stack of
 `h + tanh(h @ W + LoRA)` with squared loss and AdamW on the adapters, or a whole
-language model. A peer's name may end in "-unrolled", a Python loop over the layers in
-place of a scan, or, for the model, in "-remat": layers are recomputed.
+language model. A peer's name may end in "-unrolled" for a Python loop over the layers
+instead of a scan, or, for the model, in "-remat" for recomputed layers.
 """
 
 import math
@@ -63,7 +63,7 @@ def dot(x, w):
 
 @jax.custom_vjp
 def best_dot(x, w):
-    """The product with float32 results asked for: its fast form in bfloat16."""
+    """The product with a float32 result, which is its fast form in bfloat16."""
     return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
@@ -166,7 +166,7 @@ def step_job(peer: str, case: dict) -> Job:
 
 
 def language_model(peer: str, case: dict) -> tuple[Any, Any, Any, float]:
-    """Returns `qlora_jax.models`' Llama wrapped, base, adapters, and bits a weight."""
+    """Returns this library's wrapped Llama, base, adapters, and bits per weight."""
     import qlora_jax as ql
     from qlora_jax.models.config import DecoderConfig
     from qlora_jax.models.decoder import Decoder
@@ -259,7 +259,7 @@ def generate_job(peer: str, case: dict) -> Job:
 
 
 def training(loss, lora, base) -> tuple[Any, dict]:
-    """Returns a call that takes a step, its state carried and donated, and facts."""
+    """Returns a call that takes a step with a donated state, and facts."""
     import optax
 
     optimizer = optax.adamw(RATE, weight_decay=0.0)
@@ -283,7 +283,7 @@ def training(loss, lora, base) -> tuple[Any, dict]:
 
 
 def stacked(layer, unrolled: bool, layers: int):
-    """Returns a stack's function of (base, lora, x): a scan, or a Python loop."""
+    """Returns a function of (base, lora, x) that scans or loops over the layers."""
 
     def scanned(base, lora, h):
         return jax.lax.scan(

@@ -30,7 +30,7 @@ def build(peer: str, case: dict) -> Job:
     ids: list[int] = []
 
     def call():
-        # The server keeps what it has read, so that it reads one token, as all others.
+        # The server caches the prompt, so it reads one token per step like others.
         ids[:] = ids or [1] * 32
         body = {"prompt": ids, "n_predict": case["tokens"], "temperature": 0}
         body |= {"return_tokens": True, "ignore_eos": True, "cache_prompt": True}

@@ -3,9 +3,10 @@
     python benchmarks/load.py [--torch-python PATH] [--rounds 3] [--layers 8]
 
 Makes a Llama-shaped checkpoint in bfloat16 and loads it in three ways, each in a fresh
-process: packed as it is read, read in float and packed then, and by transformers with
-bitsandbytes. Time and memory begin after imports; time includes compiling. The kernels
-of the decoder's layers are packed in NF4 with double quantization.
+process: packed while it is read, read in float and then packed, and by transformers
+with bitsandbytes. Time and memory are measured from after the imports, and time
+includes compiling. The kernels of the decoder's layers are packed in NF4 with double
+quantization.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TARGETS = r".*_proj/kernel"
 
 
 def shapes(s) -> dict[str, tuple[int, int]]:
-    """The linear layers of a decoder layer, `[out, in]`."""
+    """Returns the shapes `[out, in]` of the linear modules of a decoder layer."""
     kv = s["width"] * s["kv_heads"] // s["heads"]
     return {
         "self_attn.q_proj": (s["width"], s["width"]),
@@ -47,7 +48,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def make(folder: pathlib.Path, s) -> int:
-    """Writes the checkpoint; returns its bytes."""
+    """Writes the checkpoint, and returns its bytes."""
     import ml_dtypes
     import numpy as np
 
@@ -92,7 +93,7 @@ def make(folder: pathlib.Path, s) -> int:
 
 
 def ours(folder, s, float_first=False):
-    """Returns a function that loads the folder here."""
+    """Returns a function that loads the folder with this library."""
     import jax
     import jax.numpy as jnp
 
@@ -156,7 +157,7 @@ def status(key: str) -> int:
 
 
 def work(way: str, folder: str, s: dict) -> None:
-    """Loads once, and prints seconds, and peak bytes: in all, and beyond imports."""
+    """Loads once; prints seconds, peak bytes, and peak bytes beyond the imports."""
     load = globals()[way](folder, s)
     before = status("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak

@@ -1,10 +1,11 @@
-"""The chunked loss beside Optax's on the logits of all tokens: time and memory.
+"""Time and memory of the chunked loss and of Optax's on the logits of all tokens.
 
     python benchmarks/losses.py [--rounds 7] [--markdown FILE]
 
-The loss of a language model and its gradient in the hidden states, in bfloat16, with a
-frozen head. Both take turns in one process; a ratio is that of medians. Temporaries:
-`memory_analysis()` of the compiled function. The largest case is compiled only.
+Measures the loss of a language model and its gradient in the hidden states, in
+bfloat16, with a frozen head. Both take turns in one process. Ratios are ratios of
+medians. Temporaries are from `memory_analysis()` of the compiled function. The largest
+case is only compiled.
 """
 
 import os
@@ -22,7 +23,7 @@ import qlora_jax as ql
 from qlora_jax.models.products import einsum_f32
 
 ROUNDS = 7
-# Tokens, words, width, and whether to run it.
+# Tokens, vocabulary size, width, and whether to run the case.
 CASES = [
     (2048, 49152, 576, True),
     (8192, 49152, 576, True),
@@ -40,12 +41,12 @@ HEADER = [
 
 
 def chunked(hidden, head, labels):
-    """The library's loss: its mean."""
+    """Returns the mean of this library's loss."""
     return jnp.mean(ql.losses.chunked_cross_entropy(hidden, head, labels))
 
 
 def unchunked(hidden, head, labels):
-    """Optax's loss on float32 logits: its mean."""
+    """Returns the mean of Optax's loss on float32 logits."""
     logits = einsum_f32("td,vd->tv", hidden, head)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 

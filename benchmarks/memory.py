@@ -1,4 +1,4 @@
-"""What training holds in memory, from shapes alone: no weight is made.
+"""Memory that training needs, computed from shapes alone without any weights.
 
 Bytes of trees are those of `jax.eval_shape`; bytes of a step are those of the compiled
 program (`memory_analysis()`).
@@ -80,7 +80,7 @@ def abstract_trees(model: Decoder, fmt: str | None, rank: int = RANK):
 
 
 def model_memory(config: DecoderConfig) -> dict[str, dict[str, int]]:
-    """Bytes of weights, adapters and AdamW's state, by way to train a model.
+    """Returns the bytes of weights, adapters and AdamW's state for each way to train.
 
     Args:
         config: The model's shapes.
@@ -109,7 +109,7 @@ def _row(base: Any, lora: Any, state: Any) -> dict[str, int]:
 def step_memory(
     config: DecoderConfig, fmt: str | None, remat: bool, shape: tuple[int, int, int]
 ) -> dict[str, int]:
-    """Bytes that a step of `qlora-jax train` holds at its peak.
+    """Returns the bytes that a step of `qlora-jax train` needs at its peak.
 
     Args:
         config: The model's shapes.
@@ -118,12 +118,12 @@ def step_memory(
         shape: Rows, tokens of a row, and how many of them are trained.
 
     Returns:
-        The bytes of "base", "adapter", "optimizer", and "temporaries": what the
-        compiled program allocates beside its arguments, such as activations, gradients
-        and decoded weights.
+        The bytes of "base", "adapter", "optimizer", and "temporaries", which the
+        compiled program allocates besides its arguments for activations, gradients and
+        decoded weights.
 
     Raises:
-        RuntimeError: If the program's arguments are not those trees.
+        RuntimeError: If the size of the program's arguments is not that of the trees.
     """
     model = Decoder(config, dtype=jnp.bfloat16, remat=remat)
     _, base, lora = abstract_trees(model, fmt)

@@ -2,12 +2,12 @@
 
     python benchmarks/mixture.py [--steps 400] [--tuning-steps 100] [--markdown FILE]
 
-A Qwen3-MoE of 2 layers with 8 experts, of which 2 compute a token, learns the Old
-Testament in float32, with the loss that balances experts. Then LoRA of attention and
-experts is trained on the New Testament, beside the base in float and in number formats.
-The table has the loss on held-out chapters of that, in nats a token, before and after;
-the loads of the busiest and of the idlest expert, in multiples of an even load; and the
-share of choices of experts that are those of the run in float.
+A Qwen3-MoE of 2 layers with 8 experts, of which 2 are active per token, learns the Old
+Testament in float32, with a load-balancing loss. Then LoRA of attention and experts is
+trained on the New Testament, over the base in float and in several number formats. The
+table has the loss on held-out chapters of the New Testament, in nats per token, before
+and after; the loads of the busiest and of the idlest expert, in multiples of an even
+load; and the share of expert choices that equal those of the run in float.
 """
 
 import os
@@ -71,7 +71,7 @@ def balanced_loss(base, lora, tokens):
 
 
 def fit(loss, trained, ids, steps, rate):
-    """Returns what is trained, after steps on random pieces of a text."""
+    """Returns the trained parameters after steps on random pieces of a text."""
     rates = optax.linear_schedule(rate, rate / 10, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rates))
 

@@ -1,15 +1,15 @@
-"""What packing gains: batches of sequences of many lengths, packed and padded.
+"""The gain of packing: batches of sequences of many lengths, packed and padded.
 
     python benchmarks/packing.py [--rounds 7] [--markdown FILE]
 
-2,000 sequences of instruction data's lengths (log-normal, median 77 tokens, 8 to 512),
-all of them trained. An epoch's batches are packed rows of 512 tokens, as `qlora-jax
-train` makes them; padded ones of sequences of similar length, as it makes them with
-`--packing false`; and padded ones of sequences as they are drawn, which is what a loop
-without either does. All have as many tokens a batch, on average. The time is that of
-the gradient, of two batches of each way drawn at random: SmolLM2-135M's shape, random
-weights, bfloat16, nf4, rank 16, remat, chunked loss. The ways take turns in one
-process; a ratio is that of medians of the time a token.
+The data are 2,000 sequences with lengths like instruction data (log-normal, median 77
+tokens, 8 to 512), and all tokens are targets. An epoch has packed rows of 512 tokens,
+as in `qlora-jax train`; padded batches of sequences of similar length, as with
+`--packing false`; or padded batches of sequences in random order, as in a simple loop.
+All have the same number of tokens per batch, on average. The measured time is that of
+the gradient, for two random batches of each way: SmolLM2-135M's shape, random weights,
+bfloat16, nf4, rank 16, remat, chunked loss. The ways take turns in one process. Ratios
+are ratios of medians of the time per token.
 """
 
 import os
@@ -40,7 +40,7 @@ HEADER = ["batches", "time a token / packed", "ms a token", "padding in an epoch
 
 
 def draw(number: int, vocabulary: int, longest: int) -> list[Row]:
-    """Returns sequences of random tokens, all of them trained."""
+    """Returns sequences of random tokens, all of them targets."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(np.log(0.15 * longest), 0.8, number))
     lengths = np.clip(lengths, longest // 64, longest).astype(int)

@@ -3,9 +3,9 @@
     python benchmarks/peers.py [--torch-python PATH] [--qwix-python PATH]
         [--ejkernel-python PATH]
 
-Runs the same product and the same QLoRA training step in every peer that can be
-imported, here or by the named Python, and prints ratios to dense JAX. The peers of a
-table are separate processes, which take turns.
+Runs the same product and the same QLoRA training step in every peer that this or the
+given Python can import, and prints ratios to dense JAX. The peers of a table are
+separate processes, which take turns.
 """
 
 import sys
@@ -126,7 +126,7 @@ def python_of(peer: str, pythons: dict[str, str | None]) -> str | None:
 
 
 def run_case(case: dict, peers, pythons: dict, rounds: int) -> tuple[list, dict]:
-    """Returns the rows of one table, and the versions that the workers named."""
+    """Returns the rows of a table, and the versions that the workers reported."""
     workers = {}
     try:
         for peer in peers:

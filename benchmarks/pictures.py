@@ -37,7 +37,7 @@ matplotlib.rcParams.update(
     }
 )
 ASSETS = pathlib.Path(__file__).parent.parent / "docs" / "assets"
-# The palette of Okabe and Ito, which the colour-blind can tell apart.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 WAYS = {
     "full": ("Full fine-tuning, bfloat16", RED, "o"),

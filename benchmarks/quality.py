@@ -1,15 +1,16 @@
-"""The quality of fine-tuning over a base in 4 bits, beside 16 bits and all weights.
+"""The quality of fine-tuning over a 4-bit base, a 16-bit base, and of all weights.
 
     python benchmarks/quality.py FOLDER [--tasks text,words,sums] [--minutes 600]
 
-Each arm of a task is trained at three learning rates, side by side over one base, and
-then at higher or lower ones until the best is none of the ends; the rows that choose it
-are not those of the results. Two more seeds, of adapters and of the order of the data,
-are trained at the best rate. Every run appends its results to `quality.jsonl`, and
-those that are there are not run again: stop it and go on at any time.
+Each arm of a task is trained at three learning rates, together over one base, and then
+at higher or lower rates until the best rate is neither the highest nor the lowest. The
+validation rows that select it differ from the test rows. Two more seeds for adapters
+and data order are trained at the best rate. Every run appends its results to
+`quality.jsonl`, and finished runs are skipped, so the script can be stopped and
+restarted at any time.
 
-The model of `text` is trained from scratch, once, and kept in FOLDER. `sums` needs
-`reasoning-gym`. Draw the results by `quality_report.py`.
+The model of `text` is trained from scratch once, and saved in FOLDER. `sums` needs
+`reasoning-gym`. `quality_report.py` draws the results.
 """
 
 import os
@@ -47,7 +48,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained over what.
+    """The trained parameters and the base of a run.
 
     Attributes:
         name: Its name.
@@ -105,7 +106,7 @@ class Bench:
         self.trained = base if is_full else {}
         self.loss = self._loss_of_all if is_full else loss
         self._mean = ql.train.make_mean_loss(self.loss)
-        now = datetime.datetime(2026, 11, 28)  # as templates write it
+        now = datetime.datetime(2026, 11, 28)  # a date for chat templates
         self.tokenizer = ql.train.open_tokenizer(model.path, now=now)
         self.data = self._read(folder / task.name)
         old = folder / task.name / "old.jsonl"
@@ -122,7 +123,7 @@ class Bench:
         )
 
     def _loss_of_all(self, params: Any, _: Any, batch: Any, key: Any) -> tuple:
-        """Returns the loss of a batch from its logits, whose head is trained too."""
+        """Returns the loss of a batch where all weights are trained, the head too."""
         logits = self.model.apply(
             {"params": params},
             batch.ids,
@@ -136,14 +137,14 @@ class Bench:
         return jnp.sum(token_losses * batch.weights), jnp.sum(batch.weights)
 
     def init(self, seed: int) -> Any:
-        """Returns what is trained, before the first step."""
+        """Returns the trained parameters before the first step."""
         if self.arm.rank is None:
             return self.trained
         config = ql.QLoRAConfig(rank=self.arm.rank, fmt=None, targets=self.arm.targets)
         return ql.init(jax.random.key(seed), self.base, config)[1]
 
     def mean(self, trained: Any, rows: Sequence, base: Any = None) -> float:
-        """Returns the loss of rows, in nats a token."""
+        """Returns the mean loss of rows, in nats per token."""
         size, length = 4 * self.task.batch_size, self.task.max_length
         batches = ql.train.eval_batches(rows, batch_size=size, max_length=length)
         return self._mean(self.base if base is None else base, trained, batches)
@@ -172,7 +173,7 @@ class Bench:
         return exact_match([answer.text for answer in generated], examples)
 
     def before(self) -> dict[str, Any]:
-        """Returns the record of the model that is not trained."""
+        """Returns the record of the untrained model."""
         trained = self.init(0)
         row = {"rate": None, "seed": None, "exact": self.exact(trained)}
         if self.old:
@@ -219,7 +220,7 @@ class Bench:
         ]
 
     def _measure_merged(self, trained: Any) -> dict[str, Any]:
-        """Returns what only the best of several runs is asked."""
+        """Returns measurements that only the best of several runs gets."""
         row: dict[str, Any] = {"exact": self.exact(trained)}
         row["test"] = self.mean(trained, self.data.test)
         if self.arm.fmt is not None:
@@ -231,7 +232,7 @@ class Bench:
 
 
 def _order(loss: float | None) -> float:
-    """Returns what puts losses in order: one that is not finite is the highest."""
+    """Returns a sort key for losses, in which non-finite losses are the highest."""
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
@@ -242,7 +243,7 @@ def plan(
 
     Args:
         rows: The records of an arm's runs.
-        start: The middle one of the first three rates.
+        start: The middle of the first three rates.
         seeds: How many seeds are trained at the best rate.
     """
     first = {row["rate"]: _order(row["valid"]) for row in rows if row["seed"] == 0}
@@ -265,7 +266,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: float):
-    """Trains an arm to its end, or until a time; appends its records to a file."""
+    """Trains an arm until it is finished or time is up, and appends its records."""
     study_key = {"task": task.name, "arm": arm.name}
 
     def read_own_rows():
@@ -287,7 +288,7 @@ def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: f
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains what is not in the results yet."""
+    """Trains all arms that have no results yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--tasks", default=",".join(TASKS))

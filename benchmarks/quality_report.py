@@ -1,9 +1,9 @@
-"""Tables and a picture of what `quality.py` found.
+"""Tables and a picture of the results of `quality.py`.
 
     python benchmarks/quality_report.py [--picture FILE]
 
-Losses are in nats a token of the test rows; the text's are perplexities. A mean over
-seeds has its 95% interval by Student's t.
+Losses are in nats per token of the test rows; for the task `text`, perplexities. Means
+over seeds have 95% intervals by Student's t.
 """
 
 import argparse
@@ -44,13 +44,13 @@ class Results:
         self.best = [row for row in runs if row["rate"] == self.rate]
 
     def values(self, name: str) -> np.ndarray:
-        """Returns a number of each seed at the best rate; empty if there is none."""
+        """Returns a number for each seed at the best rate; empty if there is none."""
         entries = [row.get(name) for row in self.best]
         return np.array([x for x in entries if x is not None], np.float64)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean, and half of its 95% interval: nan for one value."""
+    """Returns the mean and half of its 95% interval, or nan for a single value."""
     count = len(values)
     if count < 2:
         return float(values.mean()), math.nan

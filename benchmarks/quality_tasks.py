@@ -17,7 +17,7 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
 }
-PRETRAINING = 900  # steps, of 2,048 tokens
+PRETRAINING = 900  # steps of 2,048 tokens
 TRAINING = 1000  # rows
 TESTS = 120  # rows that an adapter is tested on; half as many choose its learning rate
 
@@ -30,7 +30,7 @@ class Task:
         name: Its name.
         model: A hub id, or the name of a folder.
         rate: Where the search for LoRA's learning rate begins.
-        full_rate: Likewise for full fine-tuning.
+        full_rate: The same for full fine-tuning.
         steps: Steps of a run.
         max_length: The most tokens of a row.
         batch_size: Rows of a step.
@@ -80,7 +80,7 @@ def _make_model(folder: pathlib.Path) -> None:
 
 
 def _text() -> dict[str, Iterable[dict]]:
-    """The New Testament; and held-out chapters of the Old, which the model learnt."""
+    """The New Testament, and held-out chapters of the Old, which the model learned."""
     chapters = formats_model.read_chapters()
     old, new = chapters[: formats_model.OLD], chapters[formats_model.OLD :]
     held_out = new[5::10]
@@ -118,7 +118,7 @@ def _sums() -> dict[str, Iterable[dict]]:
         min_digits=1,
         max_digits=2,
     )
-    answer_of = {x["question"]: x["answer"] for x in examples}  # none is asked twice
+    answer_of = {x["question"]: x["answer"] for x in examples}  # questions are unique
     rows = [{"prompt": q, "completion": a} for q, a in answer_of.items()][:count]
     return _splits(rows[:TRAINING], rows[TRAINING:])
 

@@ -10,7 +10,7 @@ from qlora_jax.models.families import config_from_hf
 
 
 def _decoder(*sizes: int, heads: int, rope: Rope, **options: Any) -> DecoderConfig:
-    """`sizes` are the vocabulary, the hidden size, the MLP's and the layers."""
+    """Takes `sizes` as vocabulary, hidden size, MLP size and number of layers."""
     return DecoderConfig(
         *sizes,
         num_heads=heads,
@@ -65,13 +65,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip does in a second.
+    """Rates of a chip, per second.
 
     Attributes:
         flops: Peak of bfloat16 products.
         hbm_rate: HBM's bandwidth.
-        ici_rate: What a chip sends to its neighbours, all links together, one way.
-        host_rate: What passes between the host and a chip, one way.
+        ici_rate: Bytes sent to neighbours, over all links together, one way.
+        host_rate: Bytes between the host and a chip, one way.
     """
 
     flops: float
@@ -87,8 +87,8 @@ CHIPS = {
     "v5e": Chip(197e12, 819e9, 200e9, 14e9),
     "v6e": Chip(918e12, 1640e9, 448e9, 14e9),
 }
-# Bytes that a program may use: of TPUs as the compiler says, of an H100 what XLA's
-# description of it has.
+# Bytes that a program may use, as the TPU compiler reports them, or as in XLA's
+# description of an H100.
 HBM = {"v5e": 15.75 * 2**30, "v6e": 31.24 * 2**30, "h100": 84_978_434_048}
 
 

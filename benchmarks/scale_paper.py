@@ -2,22 +2,24 @@
 
 Nothing here is measured. The assumptions:
 
-- **Operations.** A linear module with a frozen kernel is multiplied three times for a
-  token: forward, forward again (`remat`), and for the input's gradient; an adapter also
-  for its own. Causal attention by splash is eleven products of half the scores: two
-  forward, two again, and seven in its two backward kernels. The head is multiplied
-  twice (`losses.chunked_cross_entropy`).
-  The reference of dpo is one more forward pass, without adapters.
-- **HBM** is what the three passes read of base and adapters, and what the optimizer
-  reads and writes. Activations are left out: their products are bound by arithmetic.
-- **The host's link** carries each layer's input out and back where they are offloaded,
-  Adam's moments in and out where they are, and a streamed base twice.
-- **Between chips**: what the compiled program's collectives give, an all-reduce twice,
-  a reduce-scatter as often as it has parts, each without the part that a chip has
-  already.
+- **Operations.** A linear module with a frozen kernel is multiplied three times per
+  token: in the forward pass, in its recomputation (`remat`), and for the input's
+  gradient. An adapter is multiplied once more for its own gradient. Causal splash
+  attention takes eleven products of half the scores: two forward, two recomputed, and
+  seven in its two backward kernels. The head is multiplied twice
+  (`losses.chunked_cross_entropy`). The reference of DPO takes another forward pass,
+  without adapters.
+- **HBM** traffic is base and adapters, read in the three passes, and what the optimizer
+  reads and writes. Activations are left out, since their products are compute-bound.
+- **The host's link** carries each layer's input out and back if they are offloaded,
+  Adam's moments in and out if they are offloaded, and a streamed base twice.
+- **Between chips**: the bytes of the compiled program's collectives, an all-reduce
+  counted twice, a reduce-scatter as often as it has parts, each without the part that a
+  chip already has.
 - **Rates** are a share of the peaks in `scale_models.CHIPS`: see `SHARES`.
 
-All parts at once (`best`) is the slowest alone; one after another (`worst`) is the sum.
+If all parts overlap (`best`), a step takes as long as the slowest part. If none do
+(`worst`), it takes the sum.
 """
 
 import math
@@ -27,14 +29,14 @@ from scale_models import CHIPS, MODELS, chip_of
 
 from qlora_jax.models.config import DecoderConfig
 
-# Shares of the peaks: products and attention are guesses, as no TPU ran this.
+# Shares of the peaks. Those of products and attention are guesses: no TPU ran this.
 SHARES = {"products": 0.6, "attention": 0.4, "hbm": 0.8, "host": 1.0, "ici": 0.7}
 PACKED = 4.127 / 8  # bytes of a weight in nf4, blocks of 64, double quantization
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step, each part alone.
+    """The seconds of each part of a step.
 
     Attributes:
         products: Products of linear modules, adapters and head.
@@ -52,13 +54,13 @@ class Estimate:
 
     @property
     def best(self) -> float:
-        """All parts at once."""
+        """The seconds of a step if all parts overlap."""
         arithmetic = self.products + self.attention  # on the same unit
         return max(arithmetic, self.hbm, self.host, self.ici)
 
     @property
     def worst(self) -> float:
-        """One part after another."""
+        """The seconds of a step if no parts overlap."""
         return self.products + self.attention + self.hbm + self.host + self.ici
 
 
@@ -89,7 +91,7 @@ def estimate(record: dict) -> Estimate:
     head = c.vocab_size * c.hidden_size
     passes = 4 if settings.get("remat", True) else 3
     reference = 0
-    if settings.get("objective") == "dpo":  # a pair; forward without the adapter too
+    if settings.get("objective") == "dpo":  # pairs, and a forward pass without adapter
         rows, reference = 2 * rows, 1
     base_passes = passes - 1 + reference
     operations_per_token = (
@@ -99,7 +101,7 @@ def estimate(record: dict) -> Estimate:
     scores = tokens**2 * c.num_heads * c.head_dim  # two operations, half of them seen
     attention = (passes - 3 + reference) * 2 + 9
     stored = 2 * linear if settings.get("fmt") == "none" else PACKED * linear
-    # Gathered weights are read by each chip of a group that splits rows.
+    # Each chip of a group that splits rows reads the gathered weights.
     split = chips if "fsdp" not in settings.get("mesh", "") else 1
     hbm = base_passes * stored / split + (4 * passes + 20) * adapter / chips
     host = 0.0
@@ -110,7 +112,7 @@ def estimate(record: dict) -> Estimate:
     if settings.get("base_memory") == "host":
         host += (2 + reference) * stored
     moved_bytes = 0.0
-    # Sums of products are scattered over the axis `tensor`, and each chip has its part.
+    # Sums of products are scattered over the axis `tensor`: each chip has a part.
     mesh = dict(x.split("=") for x in settings.get("mesh", "").split(",") if x)
     times = {"all-reduce": 2, "reduce-scatter": int(mesh.get("tensor", 1))}
     for x in record.get("collectives", ()):
@@ -133,8 +135,8 @@ def estimate(record: dict) -> Estimate:
 def break_even(chip: str) -> int:
     """Returns the tokens of a step from which a streamed base costs no time.
 
-    Each weight comes twice, and is multiplied three times for each token, so the number
-    of weights cancels; attention, which only helps, is left out.
+    Each weight is transferred twice, and multiplied three times per token, so the
+    number of weights cancels. Attention is left out, which overestimates the tokens.
 
     Args:
         chip: A name in `CHIPS`.

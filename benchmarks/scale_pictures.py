@@ -10,7 +10,7 @@ BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"
 
 
 def draw_fit(records: list[dict]) -> Figure:
-    """Draws HBM and host memory of an 8B model, one more choice in each bar."""
+    """Draws HBM and host memory of an 8B model; each bar has one more option."""
     rows = fit_rows(records)[::-1]
     figure = Figure(figsize=(9.5, 0.55 * len(rows) + 1.9), layout="constrained")
     axes = figure.subplots()
@@ -43,7 +43,7 @@ def draw_fit(records: list[dict]) -> Figure:
 
 
 def draw_models(records: list[dict]) -> Figure:
-    """Draws HBM of each model's largest row beside LoRA on a bfloat16 base."""
+    """Draws HBM of each model's largest row next to LoRA on a bfloat16 base."""
     groups: dict[tuple, dict[bool, dict]] = {}
     for x in records:
         group_key = list(SHORT).index(x["model"]), x["chips"], chip_of(x)

@@ -1,7 +1,7 @@
 """The rows of `aot_scale.py`: a model, chips, tokens, settings of `qlora-jax train`.
 
-All have rank 64 on the seven linear modules of a layer in float32, AdamW, and one
-row of a batch a chip; with a `tensor` axis, one for each of its groups.
+All have adapters of rank 64 in float32 on the seven linear modules of a layer, AdamW,
+and one batch row per chip, or per group of chips along a `tensor` axis.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ NAMES = {
     "gpt-oss-120b": "gpt-oss-120b",
 }
 TOPOLOGIES = {1: "2x2", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
-# Each choice with those before it, in the order in which docs/scale/fit.md has them.
+# Each option includes those before it, in the order of docs/scale/fit.md.
 PLAIN: dict[str, Any] = {"attention": "xla"}
 SPLASH = {"attention": "splash"}
 STREAM = SPLASH | {"stream_dtype": "bfloat16"}
@@ -28,7 +28,7 @@ HOST = TILES | {"offload_optimizer": True}
 STREAMED = HOST | {"base_memory": "host"}
 LORA = {"fmt": "none"}
 DPO = {"objective": "dpo"}
-# Adapters of attention alone: those of all experts are as large as a model.
+# Only attention has adapters. Adapters of all experts would be as large as a model.
 EXPERTS: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 MIXED = OFFLOAD | EXPERTS
 MXFP4 = MIXED | {"fmt": "mxfp4"}
@@ -45,7 +45,7 @@ def row(
         model: Its short name.
         chip: "v5e", "v6e" or "h100".
         tokens: Tokens of a sequence.
-        settings: Settings beside those that all rows have.
+        settings: Settings in addition to those that all rows have.
         mesh: As in `TrainConfig`; one chip where empty.
         chips: How many chips.
     """
@@ -88,7 +88,7 @@ ROWS = [
     row("70B", "v6e", 512, LORA | TILES),
     row("70B", "v5e", 512, LORA | TILES, "fsdp=4", 4),
     row("405B", "v5e", 512, LORA | TILES, "fsdp=16", 16),
-    # The largest model that fits the same chips so.
+    # The largest model that fits the same chips in this way.
     row("3B", "v5e", 8192, LORA | TILES),
     row("8B", "v6e", 8192, LORA | TILES),
     row("14B", "v5e", 8192, LORA | TILES, "fsdp=4", 4),
@@ -100,7 +100,7 @@ ROWS = [
     row("8B", "v5e", 8192, OFFLOAD),
     row("8B", "v5e", 8192, HOST),
     row("8B", "v5e", 8192, STREAMED),
-    # The longest with nothing turned on, of powers of two.
+    # The longest power of two that fits with nothing turned on.
     row("8B", "v5e", 4096, PLAIN),
     # Other models and chips.
     row("14B", "v5e", 16384, HOST),
@@ -123,7 +123,7 @@ ROWS = [
     row("gpt-oss-20b", "v5e", 512, LORA | MIXED),
     row("gpt-oss-120b", "v6e", 512, LORA | MIXED, "fsdp=4", 4),
     row("gpt-oss-120b", "v5e", 512, LORA | MIXED, "fsdp=16", 16),
-    # By the CUDA compiler. Splash and host memory are refused on GPUs.
+    # Compiled by the CUDA compiler. Splash and host memory are not supported on GPUs.
     row("8B", "h100", 8192, H100),
     row("8B", "h100", 8192, LORA | H100),
     row("32B", "h100", 4096, H100),

@@ -7,7 +7,7 @@ from scale_paper import break_even, estimate
 from scale_rows import NAMES
 
 SHORT = {long: short for short, long in NAMES.items()}
-# What a row has turned on, by setting and value, as the tables call it.
+# Names in the tables for the options that a row has turned on, by setting and value.
 WORDS = {
     ("objective", "dpo"): "dpo",
     ("attention", "splash"): "splash",
@@ -21,22 +21,22 @@ FIT_TOKENS = 8192
 
 
 def fits(record: dict) -> bool:
-    """Whether the program compiled."""
+    """Returns whether the program compiled, and so fits."""
     return "error" not in record
 
 
 def gb(size: float) -> str:
-    """Shows bytes in units of 1e9."""
+    """Formats bytes in units of 1e9."""
     return f"{size / 1e9:.2f}" if size < 100e9 else f"{size / 1e9:.0f}"
 
 
 def turned_on(settings: dict) -> list[str]:
-    """Returns what a row has turned on."""
+    """Returns the options that a row has turned on."""
     return [word for (key, value), word in WORDS.items() if settings.get(key) == value]
 
 
 def words(settings: dict) -> str:
-    """Says what a row has turned on."""
+    """Returns the options that a row has turned on, as text."""
     return ", ".join(turned_on(settings)) or "nothing"
 
 
@@ -47,7 +47,7 @@ def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def moved(record: dict) -> str:
-    """Says what the collectives give, in GB by operation and element type."""
+    """Returns the GB that collectives move, by operation and element type, as text."""
     collectives = sorted(record.get("collectives", ()), key=lambda x: -x["bytes"])
     shown = [
         f"{x['operation']} {x['dtype']} {gb(x['bytes'])}"
@@ -58,7 +58,7 @@ def moved(record: dict) -> str:
 
 
 def seconds(record: dict) -> str:
-    """Says how long a step takes on paper, if that can be estimated."""
+    """Returns the estimated seconds of a step as text, if they can be estimated."""
     # The estimate is not made for experts.
     if chip_of(record) not in CHIPS or MODELS[record["model"]].experts:
         return ""
@@ -71,7 +71,7 @@ def seconds(record: dict) -> str:
 
 
 def memory_cells(record: dict) -> list[str]:
-    """HBM, whether it fits, host memory."""
+    """Returns cells: HBM, whether the program fits, and host memory."""
     limit = HBM[chip_of(record)]
     if fits(record):
         return [gb(record["hbm"]), "yes", gb(record["host"])]
@@ -81,7 +81,7 @@ def memory_cells(record: dict) -> list[str]:
 
 
 def models_table(records: list[dict]) -> str:
-    """The table by model and chips."""
+    """Returns the table by model and chips."""
     heads = ["model", "chips", "mesh", "tokens a row", "base", "turned on", "HBM"]
     heads += ["fits", "host", "collectives, GB a step", "s a step, on paper", "compile"]
     rows = []
@@ -113,7 +113,7 @@ def _order(record: dict) -> tuple:
 
 
 def fit_rows(records: list[dict]) -> list[dict]:
-    """The records of an 8B model on one v5e chip, one more thing on in each."""
+    """Returns records of an 8B model on one v5e chip; each turns one more option on."""
     chosen = [
         x
         for x in records
@@ -124,7 +124,7 @@ def fit_rows(records: list[dict]) -> list[dict]:
 
 
 def fit_table(records: list[dict]) -> str:
-    """The table of `fit_rows`."""
+    """Returns the table of `fit_rows`."""
     heads = ["turned on", "HBM", "fits", "host", "s a step, on paper"]
     rows = [
         [words(x["settings"]), *memory_cells(x), seconds(x) if fits(x) else ""]
@@ -134,7 +134,7 @@ def fit_table(records: list[dict]) -> str:
 
 
 def break_even_table() -> str:
-    """The tokens from which a streamed base costs no time."""
+    """Returns a table of the tokens from which a streamed base costs no time."""
     rows = [[chip, f"{break_even(chip):,}"] for chip in CHIPS]
     return markdown(["chip", "tokens a step"], rows)
 
@@ -152,7 +152,7 @@ def tables(records: list[dict]) -> dict[str, str]:
 
 
 def fill(page: str, records: list[dict]) -> str:
-    """Returns a page with its tables made anew."""
+    """Returns a page with its tables replaced."""
     for name, table in tables(records).items():
         start = f"<!-- {name} -->\n"
         if start in page:

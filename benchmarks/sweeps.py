@@ -1,11 +1,11 @@
-"""A step of several adapters over one base, beside steps of each alone.
+"""A joint step of several adapters over one base against separate steps.
 
     python benchmarks/sweeps.py [--rounds 7] [--markdown FILE]
 
-SmolLM2-135M's shape: random weights, 8 x 75 tokens, all of them trained, bfloat16, nf4,
-rank 16 on all seven kinds of layer, AdamW with clipping, remat, the chunked loss. The
-joint step and one alone take turns in one process. A ratio is that of the median of the
-joint step to as many times the median of the one alone.
+SmolLM2-135M's shape with random weights, 8 x 75 tokens, all of them targets, bfloat16,
+nf4, rank 16 on all seven kinds of layer, AdamW with clipping, remat, chunked loss. The
+joint step and a single step take turns in one process. The ratio is the median of the
+joint step over the number of adapters times the median of the single step.
 """
 
 import os
@@ -28,7 +28,7 @@ HEADER += ["of one alone MB", "states MB"]
 
 
 def measure(case: dict, count: int, rounds: int) -> list:
-    """Returns the row of a number of adapters."""
+    """Returns the row for a number of adapters."""
     model, base, lora, _ = language_model("qlora_jax-remat", case)
     ids = tokens(case).astype(np.int32)
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)

@@ -33,17 +33,17 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, fastest and median of the rounds."""
+    """Seconds per call, fastest and median of the rounds."""
 
     fastest: float
     median: float
 
 
 def timed(call, *, at_least: float = 1e-2):
-    """Returns a function that gives seconds a call, with short calls repeated.
+    """Returns a function that measures seconds per call, with short calls repeated.
 
-    Each sample starts with a call that is not counted: another contestant has filled
-    the caches, and this one's threads were idle.
+    Each sample starts with an uncounted call, since another contestant has filled the
+    caches, and the threads of this one were idle.
 
     Args:
         call: Runs the work and waits for it. It is called a few times here, to warm up.
@@ -78,7 +78,7 @@ def interleave(samplers: dict, rounds: int = ROUNDS) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Returns the installed versions of what is compared, and Python's."""
+    """Returns the installed versions of the compared packages, and Python's."""
     version_of = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -127,11 +127,11 @@ def mib(size: float | None) -> str:
 
 
 def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """Returns a parser of what benchmarks have in common.
+    """Returns a parser with the options that all benchmarks have.
 
     Args:
         doc: The module's docstring.
-        rounds: By default.
+        rounds: The default number of rounds.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds)
@@ -149,7 +149,7 @@ def print_table(header: list[str], rows: list[list[str]], path: str | None) -> N
 
 
 def write_markdown(path: str | None, text: str) -> None:
-    """Writes the report to a file where one is named."""
+    """Writes the report to a file, if a path is given."""
     if path is not None:
         Path(path).write_text(text + "\n")
 
@@ -188,7 +188,7 @@ class Worker:
         return self._read()
 
     def sample(self) -> float:
-        """Returns seconds a call, run now."""
+        """Runs the call, and returns seconds per call."""
         return self.ask("time")["seconds"]
 
     def close(self) -> None:
@@ -199,7 +199,7 @@ class Worker:
 
 
 def has_module(python: str | None, module: str) -> bool:
-    """Whether a Python interpreter can import a module."""
+    """Returns whether a Python interpreter can import a module."""
     if python is None:
         return False
     code = f"import importlib.util as u; print(u.find_spec({module!r}) is not None)"
@@ -211,7 +211,7 @@ def has_module(python: str | None, module: str) -> bool:
 
 
 def find_python(requested: str | None, module: str) -> str | None:
-    """Returns `given`, or else this interpreter, if it can import `module`."""
+    """Returns `requested`, or else this interpreter, if it can import `module`."""
     for python in (requested, sys.executable):
         if has_module(python, module):
             return python

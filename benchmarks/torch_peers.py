@@ -48,7 +48,7 @@ def linear(peer: str, w: torch.Tensor) -> torch.nn.Module:
 
 
 def stored_bits(layers) -> float:
-    """Returns stored bits a weight, counted from the buffers."""
+    """Returns stored bits per weight, counted from the buffers."""
     size, count = 0, 0
     for layer in layers:
         state = getattr(layer.weight, "quant_state", None)
@@ -87,7 +87,7 @@ def product_job(peer: str, case: dict) -> Job:
 
 
 def quantize_job(case: dict) -> Job:
-    """The function that Linear4bit calls, double quantization included."""
+    """The quantization that Linear4bit calls, including double quantization."""
     import bitsandbytes.functional as bnb
 
     w = as_torch(weights(case), case["dtype"]).T.contiguous()
@@ -187,7 +187,7 @@ def model_job(peer: str, case: dict) -> Job:
 
 
 def train_job(peer: str, case: dict) -> Job:
-    """A step on packed rows: each sequence sees itself, the loss is on the answers."""
+    """A step on packed rows: sequences see only themselves, and answers are targets."""
     model, trained, optimizer, facts = language_model(peer, case)
     size = case["rows"], width(case)
     ids, segments, positions = torch.zeros((3, *size), dtype=torch.long)

@@ -8,28 +8,27 @@
     python benchmarks/tpu_static.py --step --long [--rows 8192] [--model 70B]
 
 The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
-bundle issues in a cycle. A loop's body is counted once. The list of bundles shows where
-it branches, so the size of a loop's body, which the table multiplies, and of what only
-the first step runs, which is in a call once. Columns:
+bundle issues in a cycle. A loop's body is counted once. The branches in the list of
+bundles give the size of a loop's body, which the table multiplies, and of the code that
+only the first step runs, which is counted once per call. Columns:
 
 * step: bundles of one grid step as the compiler wrote it, loops counted once;
-* tile: bundles that decode (and, with few rows, multiply) 512 x 512 weights: what two
-  compilations with another step along the contracted axis differ in;
+* tile: bundles that decode (and, with few rows, multiply) 512 x 512 weights, from the
+  difference of two compilations with other steps along the contracted axis;
 * call: bundles that all grid steps run, in thousands;
 * issue, mxu, hbm: microseconds for each alone: the bundles; the multiplications at the
   matrix unit's peak, with the decoding that cannot overlap them; and the bytes moved;
 * time: the longest of these;
-* call/dense, time/dense: over the dense tiling of fewest bundles, of least time.
+* call/dense, time/dense: relative to the dense tiling of fewest bundles, of least time.
 
 `--step` compiles a whole training step of an 8B Llama (`tpu_step.py`) and prints its
-memory on one chip, by how the packed kernels are multiplied; rows are tokens. HBM and
-host are from XLA's buffer assignment: where anything is in host memory, the peak counts
-that too. `--offload` compares the fastest of these with the same step whose optimizer
-keeps its state in host memory (`ql.optim.offload`); `--long` adds, one after another,
-what a long context needs (`CHOICES` of `tpu_step.py`), and prints what does not fit as
-such.
+memory on one chip for each way to multiply packed kernels; rows are tokens. HBM and
+host memory are from XLA's buffer assignment, since XLA's peak also counts host memory.
+`--offload` compares the fastest way with the same step whose optimizer state is in host
+memory (`ql.optim.offload`). `--long` adds the options for long contexts (`CHOICES` of
+`tpu_step.py`) one after another, and marks steps that do not fit.
 
-Nothing here has run: see docs/development/kernels.md for what a schedule does not show.
+Nothing is executed: docs/development/kernels.md explains what a schedule does not show.
 """
 
 import argparse
@@ -45,8 +44,8 @@ import tempfile
 import time
 
 ROWS, COLS, BLOCK = 4096, 14336, 64
-# topology, form, VMEM for blocks (MiB), GHz (inferred from the peak), multiplications a
-# cycle, HBM bytes a microsecond
+# topology, form, VMEM for blocks (MiB), GHz (inferred from the peak), multiplications
+# per cycle, HBM bytes per microsecond
 CHIPS = {
     "v5e": ("v5e:2x2", "sublane", 96, 1.5, 65536, 819e3),
     "v6e": ("v6e:2x2", "shuffle", 96, 1.75, 262144, 1640e3),
@@ -89,7 +88,7 @@ def dense_call(m, transpose, tile, tile_m):
 
 
 def product_spec(transpose, fmt="nf4"):
-    """The product of every case here."""
+    """Returns the product spec that all cases here use."""
     from qlora_jax.matmul.spec import ProductSpec
     from qlora_jax.quant.formats import Packing
 
@@ -97,7 +96,7 @@ def product_spec(transpose, fmt="nf4"):
 
 
 def packed_plan(m, transpose, form, vmem_mib, chunk=None, fmt="nf4"):
-    """The plan that `product` makes, or the same with another step along K (or N)."""
+    """Returns the plan of `product`, or the same with another step along K (or N)."""
     import jax.numpy as jnp
 
     from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip, plan
@@ -235,12 +234,12 @@ def in_subprocess(chip, case, *flags, dump=None):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What the compiler wrote for a kernel.
+    """The schedule that the compiler wrote for a kernel.
 
     Attributes:
         bundles: Bundles of a grid step, loops counted once.
-        first: Those that only the first step along an axis runs (`pl.when`).
-        loops: Those of the body of each loop in a step.
+        first: Bundles that only the first step along an axis runs (`pl.when`).
+        loops: Bundles of the body of each loop in a step.
         text: All bundles, as the compiler prints them.
         temporary: Bytes that the program sets aside.
     """
@@ -268,14 +267,14 @@ def compile_case(chip, **case):
 
 
 def read_branches(text):
-    """Reads what `Schedule.first` and `Schedule.loops` say from a list of bundles."""
+    """Reads `Schedule.first` and `Schedule.loops` from a list of bundles."""
     started, forward, first, loops, address = {}, [], 0, [], 0
     for line in text.splitlines():
         if match := re.match(r"\s*0x([0-9a-f]+)\s+(PF)?", line):
             address = int(match[1], 16)
             if match[2] and forward:  # where a branch forward leads
                 begin = forward.pop()
-                # The outermost skips a whole step, while the pipeline starts.
+                # The outermost branch skips a whole step, while the pipeline starts.
                 first += address - begin if len(forward) == 1 else 0
         for region in re.findall(r"Start region (\d+)", line):
             started[region] = address
@@ -301,7 +300,7 @@ def bytes_by_color(dump):
 
 
 def print_steps(chips, sequences, with_offload, is_long, model):
-    """Prints memory of a whole step, in GB of 1e9 bytes, by how kernels multiply."""
+    """Prints memory of a whole step in GB (1e9 bytes) for each way to multiply."""
     from tpu_step import CHOICES, ROWS
 
     fastest, choices = list(ROWS)[-1], list(CHOICES)
@@ -333,7 +332,7 @@ def print_steps(chips, sequences, with_offload, is_long, model):
 
 
 def count_bundles(path):
-    """Counts the rows of numbers in a file of the compiler's: one for each bundle."""
+    """Counts the rows of numbers in a compiler dump, which has one for each bundle."""
     if "pre-delay" in path:
         return 0
     with open(path) as lines:
@@ -367,7 +366,7 @@ def measure_packed(chip, m, transpose, fmt):
     steps = -(-outputs // plan.tile), -(-m // plan.tile_m)
     case = {"kind": "packed", "m": m, "transpose": transpose, "fmt": fmt}
     compiled = compile_case(chip, **case)
-    # Two steps that divide the axis, so that both loop: the difference is a tile's.
+    # Two step sizes that divide the axis, so both loop. They differ by one tile.
     short = min(plan.chunk, 1024)
     bundles = [
         compile_case(chip, **case, chunk=chunk).bundles for chunk in (short, 2 * short)
@@ -393,7 +392,7 @@ def measure_packed(chip, m, transpose, fmt):
 
 
 def estimate(chip, m, transpose, row, steps, bytes_a_weight, alone):
-    """Adds to a row the time of its counts on the chip, in microseconds.
+    """Adds the times of a row's counts on the chip, in microseconds.
 
     `alone` is the bundles of decoding that cannot overlap the matrix unit's work.
     """

@@ -1,4 +1,4 @@
-"""A whole QLoRA step of a Llama, as shapes: for `tpu_static.py --step`."""
+"""A whole QLoRA step of a Llama as shapes, for `tpu_static.py --step`."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ LLAMA_3_70B = dataclasses.replace(
     layers=LLAMA_3_8B.layers[:1],
 )
 MODELS = {"8B": LLAMA_3_8B, "70B": LLAMA_3_70B}
-# Whether the kernel multiplies or XLA decodes, and which modules are not sliced.
+# Whether the TPU kernel multiplies or XLA decodes, and which modules are not sliced.
 ROWS = {
     "XLA decodes": (False, ()),
     "kernel, slices of the stack": (True, ()),
@@ -43,8 +43,8 @@ SPLASH = {"attention": "splash"}
 LOW = SPLASH | {"stream_dtype": jnp.bfloat16}
 TILES = {"mlp_tile": 2048}
 OFFLOAD = LOW | TILES | {"remat": "offload"}
-# What the decoder is given, and whether the optimizer's state and the packed base are
-# in host memory.
+# Arguments of the decoder, and whether the optimizer's state and the packed base are in
+# host memory.
 CHOICES = {
     "": ({}, False, False),
     "state on the host": ({}, True, False),

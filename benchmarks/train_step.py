@@ -1,14 +1,14 @@
-"""A training step on this machine's CPU beside its base products alone.
+"""A training step on this machine's CPU, compared with its base products alone.
 
     python benchmarks/train_step.py [--rounds 7] [--markdown FILE]
 
-A step of SmolLM2-135M's shape: random weights, 16 x 75 tokens, all of them trained,
+A step of SmolLM2-135M's shape: random weights, 16 x 75 tokens, all of them targets,
 bfloat16, nf4, rank 16 on all seven kinds of layer, AdamW with clipping. Its *base
-products* are those of the frozen weights, packed as the step has them: of the layers
-forward and the input gradient (forward twice with remat), and the head's logits and
-their gradient. Here they are chained, with as little else as makes each depend on the
-one before. The steps and the products take turns in one process, one process for each
-way to take memory; a ratio is that of medians.
+products* are those of the frozen weights, packed as in the step: products of the layers
+forward and for the input gradient (forward twice with remat), and the head's logits and
+their gradient. Here they are chained, with minimal work to make each depend on the one
+before. The steps and the products take turns in a process, with a process for each
+memory setting. Ratios are ratios of medians.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def make_step(loss: str, remat: bool, case: dict):
 
 
 def base_products(base: dict, rows: int) -> dict:
-    """Returns calls: the layers' products, those with gradients, and the head's."""
+    """Returns calls: the products of the layers, with gradients too, and of the head."""
     layers = {**base["layers"]["self_attn"], **base["layers"]["mlp"]}
     kernels = {name: module["kernel"] for name, module in layers.items()}
     head = base["embed_tokens"]["embedding"]
@@ -149,7 +149,7 @@ def measure(case: dict, rounds: int) -> list[dict]:
 
 
 def in_process(memory: str, arguments: list[str]) -> list[dict]:
-    """Runs `measure` in a process that takes memory so."""
+    """Runs `measure` in a process with this memory setting."""
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     settings = MEMORY[memory]
     if settings:

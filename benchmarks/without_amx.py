@@ -1,9 +1,9 @@
-"""Runs a benchmark as on a processor without AMX, Intel's matrix unit (Linux, x86-64).
+"""Runs a benchmark without AMX, Intel's matrix unit (Linux, x86-64).
 
     python benchmarks/without_amx.py benchmarks/train_step.py
 
-A process must ask Linux for AMX before it uses it. Here the kernel refuses that to this
-process and its children, so that libraries multiply bfloat16 by AVX-512 instead.
+A process must request AMX from Linux before using it. A filter makes Linux deny that to
+this process and its children, so libraries multiply bfloat16 by AVX-512 instead.
 """
 
 import ctypes

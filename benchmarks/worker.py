@@ -2,8 +2,8 @@
 
     python worker.py PEER JSON
 
-builds the case (see cases.py), warms up, prints a line of facts, and then answers each
-line on standard input ("time", "memory", "error") with a line of JSON.
+This builds the case (see cases.py), warms up, prints a line of facts, and then answers
+each line on standard input ("time", "memory", "error") with a line of JSON.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def status_bytes(key: str) -> int:
 
 
 def forget_peak() -> bool:
-    """Gives freed memory back and resets the high-water mark; False if refused."""
+    """Frees unused memory and resets the high-water mark; False if denied."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

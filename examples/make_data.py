@@ -1,4 +1,4 @@
-"""Makes data to fine-tune on: dates, times and amounts in words, to strict JSON.
+"""Makes training data: sentences with dates, times and amounts in words, and JSON.
 
     python examples/make_data.py
 
@@ -6,9 +6,9 @@
     twenty-eighth, at a quarter past four in the afternoon."
     {"name": "Pablo", "amount": 7365, "date": "10-28", "time": "16:15"}
 
-It writes `train.jsonl` and `valid.jsonl` to `--out`, a row of messages on each line.
-Everything is drawn from a seed. Training and held-out examples share neither a phrasing
-nor a name, an amount, a date or a time.
+It writes `train.jsonl` and `valid.jsonl` to `--out`, with a row of messages per line.
+The data depends only on a seed. Training and held-out examples share no phrasing, name,
+amount, date or time.
 """
 
 import argparse
@@ -73,7 +73,7 @@ INSTRUCTION = "Name, amount, date, time as JSON."
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One input in words, and the JSON expected for it.
+    """A sentence, and the JSON expected for it.
 
     Attributes:
         text: The sentence.
@@ -193,7 +193,7 @@ def _example(rng, phrasing, name, amount, date, time) -> Example:
 
 
 def messages(example: Example) -> list[dict[str, str]]:
-    """Returns the conversation: the instruction, the sentence, the right answer."""
+    """Returns the conversation: the instruction, the sentence and the answer."""
     turns = (
         ("system", INSTRUCTION),
         ("user", example.text),

@@ -1,7 +1,7 @@
 """QLoRA on a Flax NNX model, start to finish: python examples/nnx_finetune.py
 
-A small decoder of Flax layers learns to write words backwards, in float. It is then
-wrapped: its kernels are packed in 4 bits and frozen. The adapters learn another task:
+A small decoder of Flax layers learns to write words backwards, in float. Wrapping the
+model packs its kernels in 4 bits and freezes them. The adapters learn another task:
 to write words backwards with every letter shifted by one (abz -> acb). About a minute
 on two CPU cores; `--tiny` runs every step in seconds and learns nothing.
 """
@@ -17,7 +17,7 @@ from flax import nnx
 import qlora_jax as ql
 
 LETTERS, LENGTH = 26, 6
-VOCABULARY = LETTERS + 1  # the last one separates a word from its answer
+VOCABULARY = LETTERS + 1  # the last token separates a word from its answer
 
 
 class Block(nnx.Module):
@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
 
 
 def make_batch(rng: np.random.Generator, size: int, shift: int):
-    """Words, a separator, and the words backwards with each letter moved by `shift`."""
+    """Returns words, a separator, and the reversed words shifted by `shift` letters."""
     words = rng.integers(0, LETTERS, (size, LENGTH))
     answers = (words[:, ::-1] + shift) % LETTERS
     separator = np.full((size, 1), LETTERS)
@@ -106,7 +106,7 @@ def train(model, wrt, *, shift: int, steps: int, learning_rate: float, seed: int
 
 
 def exact_match(model, shift: int, size: int = 256) -> float:
-    """Share of words whose answer is right in every letter, written greedily."""
+    """Returns the share of words for which greedy decoding gets every letter right."""
     sequences = make_batch(np.random.default_rng(12345), size, shift)
     run = nnx.jit(lambda model, tokens: model(tokens))
     written = jnp.where(jnp.arange(2 * LENGTH + 1) > LENGTH, 0, sequences)

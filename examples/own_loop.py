@@ -2,8 +2,8 @@
 
     python examples/make_data.py && python examples/own_loop.py
 
-What `qlora-jax train` does, without its states, evaluation and files. `--tiny` takes a
-few steps on a random model.
+It trains like `qlora-jax train`, without checkpoints, evaluation and output files.
+`--tiny` takes a few steps on a random model.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(argv=None):
         data.train, batch_size=16, max_length=512, seed=0, packing=False
     )
 
-    # The base in 4 bits, the adapters, and the model that takes both.
+    # The base in 4 bits, the adapters, and the model that is called with both.
     config, params = load(path, jnp.bfloat16)
     model = Decoder(config, dtype=jnp.bfloat16, remat=True)
     qlora = ql.QLoRAConfig(rank=16, targets=r"layers/.*_proj/kernel")

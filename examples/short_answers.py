@@ -1,18 +1,18 @@
-"""Makes pairs of answers, a short one preferred to a long one, and counts wins.
+"""Makes preference pairs in which short answers are preferred, and counts wins.
 
     python examples/short_answers.py
     qlora-jax train --config examples/short_answers.yaml
     python examples/short_answers.py --run runs/short_answers
 
 The first command writes `train.jsonl` and `valid.jsonl` to `--out`, the second trains
-with orpo, and the third counts the held-out questions that the model answered before
-and after: an answer wins if it has the right word, and three words at most.
+with ORPO, and the third counts wins among the held-out questions before and after
+training: an answer wins if it has the right word and at most three words.
 
     {"prompt": "Rosa has a green boat. What colour is it?",
      "chosen": "Green.",
      "rejected": "Rosa has a green boat."}
 
-Everything is drawn from a seed. Training and held-out questions share no name or thing.
+The data depends only on a seed. Training and held-out questions share no name or thing.
 """
 
 import argparse
@@ -36,15 +36,15 @@ FACTS = (
     ("{name} left a {colour} {thing} in the {place}.", "Where was it left?", "place"),
 )
 LONG = (
-    "{fact}",  # what the model says itself
+    "{fact}",  # a sentence, as the model answers before training
     "You say: {fact} So the answer to your question is {right}.",
     "Since you ask, and from what you have told me, I would say that it is {right}.",
 )
-HELD_OUT = 4  # of the names, and of the things
+HELD_OUT = 4  # number of held-out names, and of held-out things
 
 
 def make_rows(seed: int, count: int, *, held_out: bool) -> list[dict[str, str]]:
-    """Draws pairs of answers, no question twice."""
+    """Draws pairs of answers to distinct questions."""
     rng, rows = random.Random(f"{seed} {held_out}"), {}
     part = slice(-HELD_OUT, None) if held_out else slice(-HELD_OUT)
     names, things = NAMES.split()[part], THINGS.split()[part]
@@ -60,7 +60,7 @@ def make_rows(seed: int, count: int, *, held_out: bool) -> list[dict[str, str]]:
 
 
 def wins(answer: str, right: str) -> bool:
-    """Whether an answer has the right word, and three words at most."""
+    """Returns whether an answer has the right word and at most three words."""
     words = re.findall(r"\w+", answer.lower())
     return len(words) <= 3 and right.rstrip(".").lower() in words
 

@@ -2,9 +2,9 @@
 
     pip install '.[outside]' && python examples/tunix_finetune.py
 
-A Llama of Tunix with random weights stands for one that its loaders read. Its kernels
-are packed in 4 bits, Tunix's `PeftTrainer` trains the adapters on sequences that count,
-and they are written as PEFT has them. Half a minute; `--tiny` takes a few steps.
+A Tunix Llama with random weights takes the place of a loaded checkpoint. Its kernels
+are packed in 4 bits, Tunix's `PeftTrainer` trains the adapters on counting sequences,
+and they are saved in PEFT's format. It takes half a minute; `--tiny` takes a few steps.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def make_model(dim: int, depth: int) -> nnx.Module:
 
 
 def batches(steps: int, seed: int, size: int = 16):
-    """Sequences that count up by 1 to 5, from anywhere."""
+    """Yields sequences that count up by 1 to 5 from a random start."""
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         start, stride = rng.integers(0, VOCABULARY, size), rng.integers(1, 6, size)
@@ -53,7 +53,7 @@ def batches(steps: int, seed: int, size: int = 16):
 
 
 def model_inputs(batch: peft_trainer.TrainingInput) -> dict:
-    """What Tunix's loss takes; it has one for language models."""
+    """Returns the arguments of Tunix's language model loss."""
     mask = jnp.asarray(batch.input_mask)
     return {
         "input_tokens": batch.input_tokens,
@@ -64,7 +64,7 @@ def model_inputs(batch: peft_trainer.TrainingInput) -> dict:
 
 
 def train(dim: int, depth: int, steps: int) -> tuple[nnx.Module, float, float]:
-    """Returns the wrapped model, and its loss on other sequences before and after."""
+    """Returns the wrapped model, and its loss on new sequences before and after."""
     config = ql.QLoRAConfig(rank=16, targets=TARGETS)
     model = make_model(dim, depth)
     model = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1), donate=True)

@@ -2,10 +2,11 @@
 
     pip install '.[outside]' && python examples/tunix_grpo.py
 
-A small Llama of Tunix learns to add: an answer that is right is worth 1, and Tunix's
+A small Tunix Llama learns to add: a correct answer has reward 1, and Tunix's
 `GRPOLearner` trains the adapter (Shao et al. 2024, "DeepSeekMath"). Actor, rollout and
 reference share one base in 4 bits. The reference is the base alone, and the rollout
-reads the actor's own variables: nothing is copied. Minutes; `--tiny` takes 60 steps.
+reads the actor's variables, so nothing is copied. It takes minutes, and 60 steps with
+`--tiny`.
 
 The task has the interface of a data set of reasoning-gym, which is not required: it
 brings 17 packages, of which one is compiled from C.
@@ -28,7 +29,7 @@ import qlora_jax as ql
 
 
 class Sums(list):
-    """Sums up to 9: entries, and a score for an answer."""
+    """Sums up to 9: a data set of questions with a score function for answers."""
 
     def __init__(self):
         pairs = [(a, b) for a in range(10) for b in range(10 - a)]
@@ -41,7 +42,7 @@ class Sums(list):
 
 
 class Words:
-    """A tokenizer of a task's words, with the methods that Tunix's sampler calls."""
+    """A tokenizer of the task's words, with the methods that Tunix's sampler calls."""
 
     pad_id, bos_id, eos_id = (lambda self: 0), (lambda self: 1), (lambda self: 2)
 
@@ -58,7 +59,7 @@ class Words:
 
 
 def make_base(task, words: Words, dim: int, depth: int, steps: int) -> nnx.Module:
-    """A float model that knows the task badly: half the answers it saw were drawn."""
+    """Returns a float model that is bad at the task: it learns half random answers."""
     model = make_model(dim, depth)
     rng = np.random.default_rng(0)
 
@@ -79,10 +80,10 @@ def make_base(task, words: Words, dim: int, depth: int, steps: int) -> nnx.Modul
 
 def make_cluster(actor: nnx.Module, words: Words, length: int, steps: int):
     """The actor, its rollout and its reference, on the device where the actor is."""
-    # The definition of the second says that its adapters are off. It shares all arrays.
+    # Adapters are disabled in the graph definition of the second. Arrays are shared.
     with ql.nnx.disable_adapters(actor):
         reference = nnx.merge(*nnx.split(actor))
-    mesh = jax.sharding.Mesh(np.empty((), object), ())  # no axes: nothing is moved
+    mesh = jax.sharding.Mesh(np.empty((), object), ())  # no axes, so nothing moves
     roles = rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT
     config = rl_cluster.ClusterConfig(
         role_to_mesh=dict.fromkeys(roles, mesh),
@@ -102,7 +103,7 @@ def make_cluster(actor: nnx.Module, words: Words, length: int, steps: int):
 
 
 def train(base: nnx.Module, task, words: Words, steps: int, seed: int = 0):
-    """Packs and trains. Returns the cluster and the mean reward of each step."""
+    """Packs and trains; returns the cluster and the mean reward of each step."""
     config = ql.QLoRAConfig(rank=16, targets=TARGETS)
     actor = ql.nnx.wrap(base, config, rngs=nnx.Rngs(1))
     length = 1 + max(len(words.encode(entry["question"])) for entry in task)

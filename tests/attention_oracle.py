@@ -1,10 +1,10 @@
-"""Attention as it is defined."""
+"""A reference implementation of attention, straight from its definition."""
 
 import numpy as np
 
 
 def attention(query, key, value, visible, scale, soft_cap=None, xp=np, sinks=None):
-    """Attention of `[B, T, H, D]` to what is visible, in NumPy or `jax.numpy`."""
+    """Attention of `[B, T, H, D]` under a visibility mask, in NumPy or `jax.numpy`."""
     groups = query.shape[2] // key.shape[2]
     key, value = (xp.repeat(x, groups, axis=2) for x in (key, value))
     scores = xp.einsum("bthd,bshd->bhts", query, key) * scale

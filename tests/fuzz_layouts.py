@@ -1,10 +1,10 @@
-"""Adapters that are split over a mesh at random, in programs drawn at random.
+"""Random programs on adapters that are split over a mesh at random.
 
-Layers of matrices and of experts, float and packed, whose arrays are split by the user
-(perhaps not as their kernel says) or by `place` with random rules, on meshes of
-Explicit axes, Auto axes or both: their gradients under jit, `vmap` and `scan`, steps of
-two layers, and `merge`. Each equals NumPy's in float64. `test_random_layouts.py` runs
-some draws, and others with another QLORA_JAX_SEED.
+A program has layers of matrices or of experts, float or packed. Their arrays are split
+by hand (perhaps not as their kernel says) or by `place` with random rules, on meshes of
+Explicit axes, Auto axes or both. It computes gradients under jit, `vmap` and `scan`,
+optimizer steps of two layers, or `merge`, and must equal NumPy's result in float64.
+`test_random_layouts.py` runs some draws; another QLORA_JAX_SEED gives other draws.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def draw_program(rng, seed):
 
 
 def draw_axes(rng, names, count):
-    """Mesh axes for some axes of an array, whether or not they divide them."""
+    """Draws mesh axes for some axes of an array, whether or not the sizes divide."""
     axes = [()] * count
     for name in rng.permutation([*names]):
         if (axis := rng.integers(-1, count)) >= 0:
@@ -64,7 +64,7 @@ def draw_axes(rng, names, count):
 
 
 def draw_spec(rng, mesh, shape):
-    """Gives each mesh axis to one axis of an array that it divides, or to none."""
+    """Assigns each mesh axis to an array axis that it divides, or to none."""
     entries = [() for _ in shape]
     for name in rng.permutation(mesh.axis_names):
         axis = rng.integers(-1, len(shape)) if shape else -1
@@ -77,7 +77,7 @@ def draw_spec(rng, mesh, shape):
 
 
 def split(rng, mesh, tree, num_unsplit=0):
-    """Puts every array of a tree on the mesh, split at random behind `whole` axes."""
+    """Splits all arrays of a tree at random, except along `num_unsplit` first axes."""
 
     def put(a):
         spec = P(
@@ -89,7 +89,7 @@ def split(rng, mesh, tree, num_unsplit=0):
 
 
 def draw_layers(rng, draw):
-    """The two trees and an input, on one device. A scan has its layers stacked."""
+    """Draws both trees and an input, on one device. Layers are stacked for a scan."""
     batch = (4,) * draw.has_experts
     k = int(rng.choice([64, 96]))
     shapes = {"only": (*batch, k, int(rng.choice([8, 32])))}
@@ -115,7 +115,7 @@ def draw_layers(rng, draw):
 
 
 def declare(rng, mesh, tree):
-    """Gives every packed kernel of a tree a placement at random, or none."""
+    """Gives every packed kernel of a tree a random placement, or none."""
 
     def declare_leaf(q):
         if not isinstance(q, ql.QTensor) or rng.integers(2):
@@ -128,7 +128,7 @@ def declare(rng, mesh, tree):
 
 
 def on_mesh(rng, draw, base, lora):
-    num_unsplit = draw.form == "scan"  # JAX does not scan over a split axis
+    num_unsplit = draw.form == "scan"  # JAX does not scan over a split axis.
     if not draw.is_placed:
         base, lora = (split(rng, draw.mesh, tree, num_unsplit) for tree in (base, lora))
         return (declare(rng, draw.mesh, base) if draw.mode == "Auto" else base), lora
@@ -143,7 +143,7 @@ def on_mesh(rng, draw, base, lora):
 
 
 def like(x, y):
-    """Returns x, split as y is where types say so."""
+    """Returns x with the sharding of y, if the types have one (Explicit axes)."""
     sharding = jax.typeof(y).sharding
     is_typed = AxisType.Explicit in sharding.mesh.axis_types
     return reshard(x, sharding) if is_typed else x
@@ -170,7 +170,7 @@ def model(draw, base, lora, x):
 
 
 def compute(draw, base, lora, x):
-    """Gradients of A, B and x; or A, B and x after two steps; or merged kernels."""
+    """Returns gradients of A, B and x, their values after two steps, or kernels."""
     if draw.form == "merge":
         return ql.merge(base, lora)
 
@@ -190,7 +190,7 @@ def compute(draw, base, lora, x):
 
 
 def in_numpy(draw, base, lora, x):
-    """What `compute` is to return: its leaves, in float64."""
+    """Returns the leaves that `compute` should return, computed in float64."""
 
     def wide(a):
         return np.asarray(a, np.float64)
@@ -225,7 +225,7 @@ def in_numpy(draw, base, lora, x):
 
 
 def gradients(layers, has_tanh, x):
-    """Gradients of the sum of sin y in each layer's A and B, and in x."""
+    """Returns the gradients of sum(sin y) in A and B of each layer, and in x."""
 
     def transposed(a):
         return np.swapaxes(a, -1, -2)
@@ -248,7 +248,7 @@ def gradients(layers, has_tanh, x):
 
 
 def run(seed):
-    """Returns the results of a draw, the right ones, and the draw."""
+    """Returns the computed and the expected results of a draw, and the draw."""
     rng = np.random.default_rng(seed)
     draw = draw_program(rng, seed)
     base, lora, x = draw_layers(rng, draw)

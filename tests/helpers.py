@@ -18,12 +18,12 @@ from tolerances import rounding as rounding
 
 import qlora_jax as ql
 
-# Tests that draw their cases draw others with another one.
+# Tests that draw random cases draw others with another seed.
 SEED = int(os.environ.get("QLORA_JAX_SEED", "0"))
 
 
 class Case(NamedTuple):
-    """One kernel: its shape, format, block size, and whether scales are packed."""
+    """A kernel: its shape, format, block size, and whether its scales are packed."""
 
     shape: tuple
     fmt: str = "nf4"
@@ -50,7 +50,7 @@ CASES = {
     "nvfp4": Case((2, 128, 24), "nvfp4", 16),
 }
 
-# The published tables, not the library's own.
+# These are the published tables, not imports from the library.
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -69,9 +69,9 @@ TABLES = {
     "mxfp4": np.concatenate([E2M1_MAGNITUDES, -E2M1_MAGNITUDES]),
     "nvfp4": np.concatenate([E2M1_MAGNITUDES, -E2M1_MAGNITUDES]),
 }
-# Those with any block size, cut short or not, and double quantization.
+# Formats that allow any block size, a short last block and double quantization.
 ANY_BLOCK = ("nf4", "fp4", "int4", "int8")
-# Those of servers, and their block sizes.
+# Formats of inference servers, and their block sizes.
 SERVED = [("int4_f16", 32), ("int4_f16", 64), ("int4_f16", 128), ("q4_0", 32)]
 SERVED += [("mxfp4", 32), ("nvfp4", 16)]
 # bitsandbytes' signed dynamic map, which it computes in float32.
@@ -87,12 +87,12 @@ HALF_GAP |= {"int4_f16": 0.504 / 7.5, "q4_0": 1.004 / 8, "mxfp4": 1 / 4, "nvfp4"
 
 
 def weights(case, seed=0, dtype=np.float32):
-    """Normal weights of a case."""
+    """Draws the normal weights of a case."""
     return np.random.default_rng(seed).normal(size=case.shape).astype(dtype)
 
 
 def unpack(codes, fmt, k):
-    """Codes `[..., rows, N]` to table indices `[..., K, N]`, one byte at a time."""
+    """Unpacks codes `[..., rows, N]` into table indices `[..., K, N]`."""
     if fmt == "int8":
         return codes
     rows = []
@@ -121,7 +121,7 @@ def scales_of(q):
 
 
 def quantize(w, fmt, block_size):
-    """The definition, block by block: codes `[..., K, N]`, one each, and scales."""
+    """Quantizes block by block, by definition: codes `[..., K, N]` and scales."""
     order = np.argsort(TABLES[fmt], kind="stable")
     ascending = TABLES[fmt][order]
     midpoints = (ascending[1:] + ascending[:-1]) / np.float32(2)
@@ -129,7 +129,7 @@ def quantize(w, fmt, block_size):
     for start in range(0, w.shape[-2], block_size):
         block = w[..., start : start + block_size, :].astype(np.float32)
         scale = np.abs(block).max(-2) * (np.float32(1) / PEAK[fmt])
-        # bitsandbytes divides in a block that is cut short.
+        # bitsandbytes divides by the scale in a short last block.
         is_short = block.shape[-2] < block_size and fmt in ("nf4", "fp4")
         up = block / scale[..., None, :]
         if not is_short:
@@ -140,7 +140,7 @@ def quantize(w, fmt, block_size):
 
 
 def quantize_for_servers(w, fmt, block_size):
-    """The makers' definitions for `[K, N]`: codes and the scales that are decoded."""
+    """Quantizes `[K, N]` as each format's reference does: codes and decoded scales."""
     f32 = np.float32
     blocks = w.astype(f32).reshape(-1, block_size, w.shape[-1])
     largest = np.abs(blocks).max(1)
@@ -164,7 +164,7 @@ def quantize_for_servers(w, fmt, block_size):
         scales = (global_scale * (largest / f32(6))).astype(ml_dtypes.float8_e4m3fn)
         scales = np.where(scales == 0, f32(0.125), scales.astype(f32)) / global_scale
     x = blocks / scales[:, None]
-    # To nearest, ties to even: odd codes have what is above their lower midpoint.
+    # Round to nearest, ties to even: an odd code excludes its lower midpoint.
     middle = (E2M1_MAGNITUDES[1:] + E2M1_MAGNITUDES[:-1]) / f32(2)
     least = np.where(np.arange(7) % 2, middle, np.nextafter(middle, f32(9)))
     codes = np.searchsorted(least, np.abs(x), side="right") + 8 * (x < 0)
@@ -172,7 +172,7 @@ def quantize_for_servers(w, fmt, block_size):
 
 
 def check_compressed_tensors(name, w, arrays):
-    """Our bits are those that its compressor stores for weights [N, K]."""
+    """Checks that our bits are those of the package's compressor for weights [N, K]."""
     fmt, block_size = name.split()
     q = ql.quantize(jnp.asarray(w.T), fmt, block_size=int(block_size))
     codes = unpack(np.asarray(q.codes), fmt, q.shape[0]).T
@@ -189,7 +189,7 @@ def check_compressed_tensors(name, w, arrays):
 
 
 def dequantize(q):
-    """The definition: table value times scale in float32, rounded once."""
+    """Dequantizes by definition: table value times scale in float32, rounded once."""
     *_, k, _ = q.matrix_shape
     index = unpack(np.asarray(q.codes), q.fmt, k)
     scales = np.repeat(scales_of(q), q.block_size, axis=-2)[..., :k, :]
@@ -198,7 +198,7 @@ def dequantize(q):
 
 
 def ragged_product(x, w, sizes):
-    """Rows times their experts in float64; zeros where rows have none."""
+    """Multiplies rows by their experts in float64; rows without an expert get zeros."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     y, ends = np.zeros((len(x), w.shape[-1])), np.cumsum(sizes)
     for start, end, expert in zip(ends - sizes, ends, w, strict=True):
@@ -212,40 +212,40 @@ def normal(seed, shape, dtype=jnp.float32, scale=1.0):
 
 
 def randomized(tree, seed=2):
-    """Small normal values in place of every leaf: adapters (B = 0) then count."""
+    """Replaces every leaf by small normal values, so that B of adapters is not zero."""
     leaves, treedef = jax.tree.flatten(tree)
     leaves = [normal(seed + i, x.shape, x.dtype, 0.1) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(treedef, leaves)
 
 
 def trees_of(params, **settings):
-    """The base tree and the lora tree of parameters, B not zero."""
+    """Returns the base tree and the lora tree of parameters, with B not zero."""
     base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(**settings))
     return base, randomized(lora)
 
 
 def biases(tree):
-    """The biases of a tree by path."""
+    """Returns the biases of a tree by path."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in flat}
     return {path: leaf for path, leaf in named.items() if "'bias'" in path}
 
 
 def put(tree, leaves):
-    """The tree with other leaves at their paths."""
+    """Returns the tree with some leaves replaced, by path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), tree
     )
 
 
 def assert_same(got, want):
-    """Trees of the same structure, shapes, dtypes and values."""
+    """Asserts that trees have the same structure, shapes, dtypes and values."""
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     chex.assert_trees_all_equal(got, want)
 
 
 def assert_same_bits(got, want):
-    """The same bits too: a NaN's, and the sign of a zero."""
+    """Asserts that trees are equal to the bit, including NaNs and signs of zeros."""
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
 
     def same(a, b):
@@ -255,7 +255,7 @@ def assert_same_bits(got, want):
 
 
 def refusal(run, *words):
-    """What the ValueError of a call says, these words among it."""
+    """Returns the message of the ValueError of a call, which must match these words."""
     with pytest.raises(ValueError) as error:
         run()
     text = str(error.value)
@@ -266,7 +266,8 @@ def refusal(run, *words):
 def write_peft(folder, factors, extra_tensors=None, **settings):
     """Writes PEFT's files of an adapter, and returns its tensors.
 
-    Those are A `[r, K]` and B `[N, r]` of each module, and `more`, where None is none.
+    The tensors are A `[r, K]` and B `[N, r]` of each module, and `extra_tensors`, in
+    which None removes a tensor.
     """
     pathlib.Path(folder).mkdir(exist_ok=True)
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
@@ -283,23 +284,23 @@ def write_peft(folder, factors, extra_tensors=None, **settings):
 
 
 def make_mesh(*kinds, axes=("a", "b")):
-    """A 4 x 2 mesh whose axes are "Auto" or "Explicit", both or each its own kind."""
+    """Returns a 4 x 2 mesh; its axes are "Auto" or "Explicit", or one of each."""
     types = tuple(getattr(AxisType, kind) for kind in (kinds[0], kinds[-1]))
     return jax.make_mesh((4, 2), axes, axis_types=types)
 
 
 def spread(tree, mesh, *spec):
-    """The arrays of a tree, each split over a mesh in this way."""
+    """Returns the arrays of a tree, each split over a mesh by this spec."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def fast_and_slow(fast, slow):
-    """Cases for `pytest.mark.parametrize`, of which some are marked slow."""
+    """Returns cases for `pytest.mark.parametrize`, some of them marked slow."""
     return [*fast, *(_marked(case) for case in slow)]
 
 
 def slow_but_every(step, cases):
-    """The same, each `step`th of all cases being a fast one."""
+    """Returns the cases for `parametrize`, all but every `step`th one marked slow."""
     return [_marked(c) if i % step else c for i, c in enumerate(cases)]
 
 

@@ -11,9 +11,9 @@ ELEMENT = re.compile(r"\b(\w+)\[([\d,]*)\]")
 
 
 def operations(text):
-    """Names and element types, such as `all-gather u8`, in alphabetical order.
+    """Returns names and element types, such as `all-gather u8`, in alphabetical order.
 
-    An operation on a tuple has each of its types once: `all-gather f32 u8`.
+    An operation on a tuple lists each of its types once: `all-gather f32 u8`.
     """
     matches = OPERATION.findall(text)
 
@@ -24,7 +24,7 @@ def operations(text):
 
 
 def most_floats(text):
-    """Size of the largest array that a collective moves, bytes left out."""
+    """Returns the size of the largest array that a collective moves, except bytes."""
     parts = [
         part
         for result, _ in OPERATION.findall(text)

@@ -21,14 +21,15 @@ DROPOUT = dataclasses.replace(CONFIG, dropout=0.5)
 class Wrapped:
     """A wrapped model as pure functions.
 
-    Of its adapters, `lora`, in which B = 0, and of `rest`, all other state: packed
-    kernels, biases and, in NNX, dropout's streams. `apply(lora, rest, x, dropout)` has
-    dropout if there is a seed for it, `trees` gives the base and the lora tree, `merge`
-    the merged parameters as nested dicts; `plain(params, x)` is the model as it was.
+    The functions take its adapters, `lora`, in which B = 0, and `base`, all other
+    state: packed kernels, biases and, in NNX, dropout streams. `apply(lora, base, x,
+    dropout)` applies dropout if it gets a seed, `trees` returns the base and the lora
+    tree, `merge` the merged parameters as nested dicts. `plain(params, x)` runs the
+    model without adapters.
     """
 
     def merged(self, lora, base, x):
-        """The output of the plain model on the merged parameters."""
+        """Returns the output of the plain model on the merged parameters."""
         return self.plain(self.merge(lora, base), x)
 
     def check(self, lora, x):
@@ -70,8 +71,8 @@ class Linen:
 
     @staticmethod
     def make(pair, place=lambda params: params, **options):
-        """A model and its parameters, which may be placed; biases away from zero."""
-        if pair.with_config:  # it is made with its config
+        """Returns a model and its parameters, perhaps placed, with nonzero biases."""
+        if pair.with_config:  # its class takes the config
             return pair, options
         model = pair.linen(**options)
         x = jnp.zeros(pair.shape)
@@ -136,7 +137,7 @@ class NNX:
 
     @staticmethod
     def make(pair, place=lambda params: params, **options):
-        """A model, whose parameters may be placed; biases away from zero."""
+        """Returns a model, its parameters perhaps placed, with nonzero biases."""
         if pair.with_config:
             return pair, options
         model = pair.nnx(rngs=nnx.Rngs(0), **options)
@@ -160,7 +161,7 @@ INTEGRATIONS = {"linen": Linen, "nnx": NNX}
 
 
 def leaves_at(tree, paths):
-    """The one array at or below each path."""
+    """Returns the single array at or below each path."""
 
     def text(keys):
         return f"{jax.tree_util.keystr(keys, simple=True, separator='/')}/"
@@ -178,7 +179,7 @@ def make_x(pair, dtype=jnp.float32):
 
 @functools.cache
 def build(flax, name, config=CONFIG):
-    """A wrapped model, its adapters away from zero, and an input."""
+    """Returns a wrapped model, adapters in which B is not zero, and an input."""
     pair = PAIRS[name]
     x = make_x(pair)
     wrapped = flax.wrap(flax.make(pair), config, x)
@@ -197,6 +198,6 @@ def value_and_gradients(apply, base):
 
 
 def refused(error):
-    """The paths that an error lists, one a line."""
+    """Returns the paths that an error lists, one per line."""
     lines = str(error.value).splitlines()[1:]
     return {line.strip().partition(":")[0] for line in lines}

@@ -1,4 +1,4 @@
-"""Models in pairs, one of linen and one of NNX, with the same names and shapes."""
+"""Pairs of models, one in linen and one in NNX, with the same names and shapes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -119,7 +119,7 @@ class NNXBlock(nnx.Module):
 
 
 class LinenLayer(nn.Module):
-    """What a scan runs: any module, and a nonlinearity."""
+    """The body of a scan: any module, and a nonlinearity."""
 
     make: Callable[..., Any]
 

@@ -13,13 +13,13 @@ import qlora_jax as ql
 
 
 class Pair(NamedTuple):
-    """One model in both, the shape of its input, and its kernels `[..., K, N]`."""
+    """A model in linen and NNX, its input's shape, and its kernels `[..., K, N]`."""
 
     linen: Callable[..., Any]
     nnx: Callable[..., Any]  # takes `rngs`
     shape: tuple[int, ...]
-    matrices: dict[str, tuple[int, ...]]  # by path, blocks running along K
-    # Of a config: both with layers that have adapters of their own.
+    matrices: dict[str, tuple[int, ...]]  # by path; blocks run along K
+    # Takes a config and returns both models, built from layers with built-in adapters.
     with_config: Any = None
 
 
@@ -29,7 +29,7 @@ def dense(features, inputs=DIM, **options):
 
 
 def layers(config, features=24, inputs=DIM):
-    """Both layers that stand for dense ones."""
+    """Both layers that replace dense layers."""
     linen = partial(ql.linen.QLoRADense, features, config)
     return linen, partial(ql.nnx.QLoRALinear, inputs, features, config)
 

@@ -17,12 +17,12 @@ def make_x():
 
 
 def setup(model, x, config=CONFIG):
-    """Parameters with nonzero biases, and their base and lora trees."""
+    """Returns parameters with nonzero biases, and their base and lora trees."""
     return _setup(model, x, config)[:3]
 
 
 def variables_of(model, x, config=CONFIG, *args, **options):
-    """What a wrapped model's `apply` takes, adapters away from zero."""
+    """Returns the variables of a wrapped model; B of the adapters is not zero."""
     _, base, lora, collections = _setup(model, x, config, *args, **options)
     return {"params": base, "lora": randomized(lora), **collections}
 
@@ -30,7 +30,7 @@ def variables_of(model, x, config=CONFIG, *args, **options):
 def _setup(model, x, *args, **options):
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     trees = _cached(model, shape, *args, **options)
-    return jax.tree.map(lambda leaf: leaf, trees)  # dicts of the caller's own
+    return jax.tree.map(lambda leaf: leaf, trees)  # new dicts for the caller
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def merged(variables):
 
 
 def assert_as_merged(model, x, variables, gradients=True, **call):
-    """A wrapped model's results, and gradients, are those on merged weights."""
+    """Asserts that results and gradients are those of the model on merged weights."""
     wrapped, collections = ql.linen.wrap(model), dict(variables)
     lora = collections.pop("lora")
 

@@ -1,4 +1,4 @@
-"""Rounding noise: what another processor could make of each product of floats.
+"""Rounding noise: simulates the different rounding of products on other processors.
 
 `pytest --rounding-noise SEED` changes each entry of a product of floats, and of a sum
 over devices, by up to two units in its last place. A bound that holds by luck on one
@@ -6,12 +6,12 @@ processor then fails on this one. The noise is a hash of the entry's bits and of
 seed: the same bits get the same noise, so a program that runs twice gives the same bits
 twice, and results that differ in one bit get noise that is independent.
 
-What is not changed: results whose last bits are all zero, such as whole numbers and
-sums of products of these, since another order of addition would not change them either;
-zeros, infinities and NaNs; programs for other platforms than CPUs, such as those that
-tests compile for TPUs; and processes that tests start. Only the rule that writes a
-primitive as HLO is another one: jaxprs, gradients and transformations are those without
-noise. Tests that read what XLA compiled, or its memory, are marked `without_noise`.
+Noise does not change results whose last bits are all zero, such as whole numbers and
+sums of products of these, since another order of addition would not change them either.
+It does not change zeros, infinities and NaNs, programs for platforms other than CPUs
+(such as those that tests compile for TPUs), and processes that tests start. Only the
+lowering rule of a primitive is replaced: jaxprs, gradients and transformations have no
+noise. Tests that read a compiled program or its memory are marked `without_noise`.
 """
 
 import jax
@@ -19,23 +19,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import mlir
 
-# Products, and sums over devices by `psum` and `psum_scatter`, each with its kin for
-# arrays whose types say how they vary over devices. `ragged_dot` becomes products.
+# Products, and sums over devices by `psum` and `psum_scatter`, each with its variant
+# for arrays whose types track how they vary over devices. `ragged_dot` lowers to
+# products.
 PRIMITIVES = {
     *("dot_general", "conv_general_dilated"),
     *("psum", "psum_invariant", "unreduced_psum"),
     *("reduce_scatter", "unreduced_reduce_scatter"),
 }
 UNITS = 2
-# A result is exact if so many of its last bits are zero, by its bits: of float32, whole
-# numbers up to 2**16 and their quotients by powers of two.
+# A result counts as exact if this many of its last bits are zero, by its width. In
+# float32 these are whole numbers up to 2**16, divided by powers of two.
 ZERO_BITS = {16: 2, 32: 8, 64: 16}
 
-rules = {}  # those of JAX, by primitive
+rules = {}  # JAX's own rules by primitive
 
 
 def add_noise(x, seed):
-    """The floats, each changed by up to `UNITS` of its last place."""
+    """Returns the floats, each changed by up to `UNITS` in its last place."""
     if x.dtype == jnp.bfloat16 or x.dtype == jnp.float16:
         kind = jnp.uint16
     else:
@@ -51,13 +52,13 @@ def add_noise(x, seed):
     noisy_bits = bits + units.astype(kind) - jnp.asarray(UNITS, kind)
     noisy = lax.bitcast_convert_type(noisy_bits, x.dtype)
     is_exact = bits & jnp.asarray(2 ** ZERO_BITS[width] - 1, kind) == 0
-    # Near zero and infinity the bits would be those of another kind of number.
+    # Near zero and infinity, changed bits could give a subnormal or infinite number.
     is_normal = (jnp.abs(x) >= 4 * jnp.finfo(x.dtype).tiny) & jnp.isfinite(noisy)
     return jnp.where(is_exact | ~is_normal, x, noisy)
 
 
 def noisy_rule(rule, seed):
-    """The rule, with noise on the floats that it gives."""
+    """Returns the lowering rule with noise on its floating-point results."""
 
     def lower(context, *operands, **settings):
         results = rule(context, *operands, **settings)
@@ -70,7 +71,7 @@ def noisy_rule(rule, seed):
         return jnp.issubdtype(aval.dtype, jnp.floating) and aval.dtype.itemsize > 1
 
     def add(context, result, aval):
-        # Without its sharding, which XLA finds by itself.
+        # Drop the sharding, which XLA infers by itself.
         plain = jax.core.ShapedArray(aval.shape, aval.dtype)
         context = context.replace(avals_in=[plain], avals_out=[plain])
         noise = jax.jit(lambda x: add_noise(x, seed))
@@ -80,7 +81,7 @@ def noisy_rule(rule, seed):
 
 
 def start(seed):
-    """From here on, programs for CPUs are compiled with the noise of this seed."""
+    """Compiles all following CPU programs with the noise of this seed."""
     common, on_cpus = mlir._lowerings, mlir._platform_specific_lowerings["cpu"]
     for primitive in {*common, *on_cpus}:
         if primitive.name in PRIMITIVES:
@@ -92,7 +93,7 @@ def start(seed):
 
 
 def stop():
-    """From here on, programs are compiled without noise again."""
+    """Compiles all following programs without noise."""
     on_cpus = mlir._platform_specific_lowerings["cpu"]
     for primitive, entry in rules.items():
         if entry is None:

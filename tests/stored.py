@@ -1,4 +1,4 @@
-"""What files hold, and adapters of PEFT with random factors."""
+"""Helpers that read stored tensors, and write PEFT adapters with random factors."""
 
 import numpy as np
 from helpers import write_peft
@@ -7,7 +7,7 @@ import qlora_jax as ql
 
 
 def tensors_of(path):
-    """The tensors of a file or of a folder's files, such as those of an adapter."""
+    """Returns the tensors of a file, or of all files in a folder."""
     return {name: np.asarray(x) for name, x in ql.io.open_safetensors(path).items()}
 
 
@@ -25,8 +25,8 @@ def draw_peft(folder, shapes, rank=4, **settings):
 
 
 def export(model, form, out, adapter=None, **options):
-    """Runs `qlora-jax export`, which takes paths as texts."""
-    from qlora_jax import cli  # tests/outside is without what it needs
+    """Runs `qlora-jax export`, with paths as strings."""
+    from qlora_jax import cli  # tests/outside lacks its dependencies
 
     adapter = None if adapter is None else str(adapter)
     config = cli.ExportConfig(str(model), form, str(out), adapter, **options)

@@ -1,6 +1,6 @@
-"""The docstrings of public names are the contract: each says what the signature needs.
+"""Docstrings of public names must describe what their signatures have.
 
-Their examples run as doctests.
+Examples in docstrings run as doctests.
 """
 
 import ast
@@ -20,9 +20,9 @@ MODELS = PACKAGE.parent / "docs" / "api" / "models.md"
 
 
 def public_objects():
-    """The functions and classes that `__all__` of the package and its modules name.
+    """Yields the functions and classes in `__all__` of the package and its modules.
 
-    Those of `models`, which has none, are the ones that its page lists.
+    `models` has no `__all__`: its public names are those that its page lists.
     """
     for name in ql.__all__:
         value = getattr(ql, name)
@@ -39,7 +39,7 @@ def public_objects():
 
 
 def members(name, cls):
-    """What this package defines in a public class, by name: methods and properties."""
+    """Yields names and values of methods and properties defined in a public class."""
     for attribute in dir(cls):
         if attribute.startswith("_") and attribute != "__call__":
             continue
@@ -70,7 +70,7 @@ ERRORS += ("KeyboardInterrupt", "SystemExit")
 
 
 def section(value, title):
-    """The names that a section of a docstring lists; None without such a section."""
+    """Returns the names that a docstring section lists, or None without the section."""
     doc = inspect.getdoc(value) or ""
     match = re.search(rf"^{title}:\n((?: {{4}}.*\n?|\n)+)", doc, re.MULTILINE)
     if match is None:
@@ -79,7 +79,7 @@ def section(value, title):
 
 
 def parameters(function):
-    """The parameters of a function, as a docstring names them."""
+    """Returns the parameters of a function, as a docstring names them."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     params = list(inspect.signature(function).parameters.values())
     names = [stars.get(param.kind, "") + param.name for param in params]
@@ -93,7 +93,7 @@ def test_functions_say_what_they_take_and_return(name):
     assert (section(function, "Args") or []) == parameters(function)
     is_procedure = function.__annotations__["return"] is None
     results = [section(function, title) for title in ("Returns", "Yields")]
-    # A first sentence may say what is returned, as in Google's style.
+    # Google's style allows a first sentence that describes what is returned.
     is_said = results != [None, None] or inspect.getdoc(function).startswith("Returns ")
     assert is_said != is_procedure
     # The class has an example. A method may have the docstring of its protocol.
@@ -122,7 +122,7 @@ def test_properties_have_a_docstring_and_a_type(name):
 
 
 def private_classes():
-    """Names of this package's classes that are not public."""
+    """Returns the names of private classes of this package."""
     nodes = [
         node
         for path in PACKAGE.rglob("*.py")
@@ -155,7 +155,7 @@ def test_exports_are_sorted_and_real():
 
 
 def test_messages_have_no_article_before_the_name_of_a_type():
-    """ "a AdaptedKernel" would be wrong, and "an LoRA"."""
+    """ "a AdaptedKernel" would be wrong, and so would "an LoRA"."""
     for path in pathlib.Path(ql.__file__).parent.rglob("*.py"):
         text = re.sub(r'"\s*f?"', "", path.read_text())  # strings are joined
         articles = re.findall(r"\b[Aa]n? \{(?:type\(\w+\)|\w+)\.__name__\}", text)

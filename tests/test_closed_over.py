@@ -1,7 +1,7 @@
 """Functions that look at values, in a trace that closes over the arrays.
 
-Such arrays have values, but operations on them are traced: a check that computes with
-them by JAX would fail. Values that are wrong are refused there too.
+Such arrays have values, but operations on them are traced, so a check that computes
+with them in JAX would fail. Invalid values must raise there too.
 """
 
 import ast
@@ -24,7 +24,7 @@ from qlora_jax.quant.geometry import Geometry
 
 LOOKS_AT_VALUES = {"is_concrete", "known_values", "checked_integers", "all_below"}
 LOOKS_AT_VALUES |= {"_is_deletable"}
-# Functions that ask for values, each with the case below that runs it.
+# Functions that read values of arrays, each with the case below that runs it.
 CHECKED = {
     "_jax/arguments.py checked_integers": "select",
     "_jax/memory.py _is_deletable": "init, donated",
@@ -71,7 +71,7 @@ def test_every_function_that_looks_at_values_is_in_the_table():
 
 @functools.cache
 def cases():
-    """Functions of a traced number, which close over all other arguments."""
+    """Returns functions of a traced number that close over all other arguments."""
     params = {"kernel": normal(0, (64, 8)), "embedding": normal(1, (64, 16))}
     settings = {"rank": 2, "block_size": 16, "targets": ".*"}
     base, lora = trees_of(params, **settings)

@@ -1,4 +1,4 @@
-"""The numbers of the quality of formats, and their picture."""
+"""The quality numbers of benchmarks/formats_quality.py, and its picture."""
 
 import formats_quality
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Imports run down the layers, without cycles, and load nothing heavy."""
+"""Imports go down the layers without cycles, and load no heavy libraries."""
 
 import ast
 import graphlib
@@ -28,14 +28,14 @@ def module_name(path: pathlib.Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# What `from flax import ...` may name that is a module and not an attribute.
+# The modules, as opposed to attributes, that `from flax import ...` may name.
 FLAX = {f"flax.{module.name}" for module in pkgutil.iter_modules(flax.__path__)}
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
 def imported_names(name: str) -> set[str]:
-    """Every dotted name that a module imports anywhere in its code."""
+    """Returns every dotted name that a module imports anywhere in its code."""
     is_package = SOURCES[name].name == "__init__.py"
     package = name if is_package else name.rpartition(".")[0]
     names = set()
@@ -57,7 +57,7 @@ GRAPH = {name: {n for n in imported_names(name) if n in SOURCES} for name in SOU
 
 
 def folder(name: str) -> str:
-    """The folder or file at the top of the package that a module belongs to."""
+    """Returns the top-level folder or file of the package that a module belongs to."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
@@ -70,7 +70,7 @@ def test_imports_run_down(name):
     def is_allowed(imported):
         if folder(imported) in (folder(name), *ABOVE.get(folder(name), ())):
             return True
-        # As a user's code: public names only, and progress bars.
+        # Like user code, these import public names only, and progress bars.
         if folder(name) in ("models", "train", "cli"):
             is_public = imported.count(".") == 1 and folder(imported) in INTEGRATIONS
             return is_public or imported in AS_USERS
@@ -104,7 +104,7 @@ def test_public_jax_only(name):
     ],
 )
 def test_who_may_import(library, folders):
-    """Exactly these folders import the library."""
+    """Checks that exactly these folders import the library."""
 
     def is_used(n):
         return n == library or n.startswith(library + ".")

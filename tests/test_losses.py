@@ -1,4 +1,4 @@
-"""The chunked loss against optax's on whole logits."""
+"""The chunked loss against Optax's loss on the logits of all tokens."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ from qlora_jax.models.decoder import Decoder, head_arguments
 
 
 def unchunked_losses(hidden, head, labels, cap=None, dtype=jnp.float32):
-    """Optax on the logits of all tokens, for a head `[V, D]`."""
+    """Returns Optax's loss on the logits of all tokens, for a head `[V, D]`."""
     product = functools.partial(jnp.einsum, "...d,vd->...v")
     logits = product(hidden, head.astype(hidden.dtype), preferred_element_type=dtype)
     if cap is not None:
@@ -30,7 +30,7 @@ def unchunked_losses(hidden, head, labels, cap=None, dtype=jnp.float32):
 
 
 def problem(seed, lead, width, vocab, dtype=jnp.float32):
-    """Hidden states, a head `[V, D]`, labels, and cotangents of the losses."""
+    """Returns hidden states, a head `[V, D]`, labels, and cotangents of the losses."""
     hidden = normal(seed, (*lead, width), dtype)
     head = normal(seed + 1, (vocab, width), dtype, scale=2 / np.sqrt(width))
     labels = np.random.default_rng(seed + 2).integers(0, vocab, lead)
@@ -69,13 +69,13 @@ def test_random_shapes_equal_optax(lead, width, vocab, chunk_size, contract, cap
     expected, expected_dx = value_and_pull(exact, hidden, g)
     assert_close(losses, expected)
     assert_close(dx, expected_dx)
-    # The same without a gradient, where another program computes the losses.
+    # Without a gradient, another program computes the losses.
     assert_close(jax.jit(loss)(hidden), losses, terms=64)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bits_are_summed_in_float32(dtype):
-    # 5000 words: most probabilities are below the normal numbers of float16.
+    # With 5000 words, most probabilities are below float16's normal numbers.
     hidden, head, labels, g = problem(0, (3, 20), 64, 5000, dtype)
 
     def loss(x):
@@ -121,7 +121,7 @@ def test_packed_head_equals_the_dequantized_one(contract, dtype):
 
         losses, dx = value_and_pull(loss, hidden, g)
         assert losses.dtype == jnp.float32
-        # Logits of a packed head are rounded, and so are their gradients.
+        # Logits of a packed head and their gradients are rounded.
         assert_close(losses, expected, dtype=dtype, roundings=2)
         assert_close(dx, expected_dx, dtype=dtype, roundings=2)
 
@@ -171,11 +171,11 @@ def test_logits_of_all_tokens_are_never_held():
     chunked = compiled(functools.partial(chunked_cross_entropy, chunk_size=CHUNK))
     logits = 4 * TOKENS * VOCAB
     assert compiled(unchunked_losses).memory_analysis().temp_size_in_bytes > logits
-    # A chunk's logits, their exponentials and their gradient, and a few `[tokens, D]`.
+    # Memory for a chunk's logits, exponentials and gradient, and some `[tokens, D]`.
     bound = 3 * logits * CHUNK // TOKENS + 4 * 4 * TOKENS * WIDTH
     assert bound < logits / 2
     assert chunked.memory_analysis().temp_size_in_bytes < bound
-    # No array in the program has so many elements.
+    # No array in the program has as many elements as all logits.
     shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", chunked.as_text())
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in shapes]
     assert len(sizes) > 20 and max(sizes) <= CHUNK * VOCAB
@@ -194,7 +194,7 @@ def loss_on_a_mesh(hidden, head, labels, g):
     "rows, words", [("a", None), (None, "b"), ("a", "b"), ("a", "a")]
 )
 def test_sharded(mesh, rows, words):
-    """A head whose words are split is never gathered: hidden states move, or sums."""
+    """A head that is split over words is never gathered; hidden states or sums move."""
     hidden, head, labels, g = problem(0, (8, 12), 16, 64)
     expected = value_and_pull(lambda x: unchunked_losses(x, head, labels), hidden, g)
     hidden, labels, g = spread((hidden, labels, g), mesh, rows)
@@ -301,7 +301,7 @@ def test_adapted_head_is_refused_by_name():
 
 
 def test_losses_of_preferences():
-    """Against the formulas of the papers, in float64, and where floats end."""
+    """Compares with the papers' formulas in float64, also at extreme inputs."""
     rng = np.random.default_rng(0)
     chosen, rejected, nll = -rng.exponential(2, (3, 8))
 
@@ -329,7 +329,7 @@ def test_losses_of_preferences():
         )
         assert_close(loss(*two), right)
 
-    # A probability of 1 has no odds; a kl below 0 counts as 0, and gets no gradient.
+    # A probability of 1 has infinite odds. A negative kl counts as 0, without gradient.
     def odd(x):
         return jnp.sum(ql.losses.orpo(x, pairs[1][:3], jnp.zeros(3)))
 

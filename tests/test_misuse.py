@@ -1,4 +1,4 @@
-"""Arguments of a wrong type are refused in a sentence that names them."""
+"""Arguments of a wrong type raise an error that names them."""
 
 import re
 
@@ -46,7 +46,7 @@ FUNCTIONS = {
     "with_adapter": (BANK.with_adapter, {"place": 0}),
     "init": (ql.init, {"key": jax.random.key(0)}),
 }
-# Arguments that errors name by what they are.
+# Arguments that errors describe instead of naming them.
 NAMED_AS = {"base": "`base`|a kernel must", "ids": "ids", "equation": "equation"}
 NAMED_AS["x"] = r"`x`|to x and the result.* Got .* axes\."
 EXTRA_ARGUMENTS = {"with_adapter": {"lora": LORA}}

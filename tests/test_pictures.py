@@ -1,4 +1,4 @@
-"""The numbers of docs/pictures.md: bytes by formulas, and what is drawn."""
+"""The numbers of docs/pictures.md, computed by formulas, and the drawn pictures."""
 
 import math
 
@@ -9,7 +9,7 @@ from memory import DecoderConfig
 from tokenizer_helpers import write_rows
 
 SMALL = DecoderConfig(96, 128, 160, 3, num_heads=4, num_kv_heads=2)
-# As the models' pages on the Hugging Face hub count them.
+# Numbers of parameters from the models' pages on the Hugging Face hub.
 PUBLISHED = {
     "SmolLM2-135M": 134_515_008,
     "Llama-3.2-1B": 1_235_814_400,
@@ -20,13 +20,13 @@ PUBLISHED = {
 
 
 def linear(c):
-    """[K, N] of a layer's linear modules."""
+    """Returns [K, N] of each linear module of a layer."""
     d, f, kv = c.hidden_size, c.intermediate_size, c.num_kv_heads * c.head_dim
     return [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
 
 
 def num_other_params(c):
-    """Weights that are in no layer's linear module."""
+    """Returns the number of weights outside the linear modules of layers."""
     tables = 1 if c.tie_embeddings else 2
     return c.vocab_size * c.hidden_size * tables + (
         (2 * c.num_layers + 1) * c.hidden_size
@@ -79,7 +79,7 @@ def test_bytes_of_steps_are_the_trees_and_the_temporaries():
         assert row["base"] == in_nf4(SMALL) and row["adapter"] == lora
         assert row["optimizer"] == 2 * lora + 8  # the schedule has a count too
         assert row["temporaries"] >= lora  # the gradients
-    # At least the inputs of each layer's linear modules are kept.
+    # Without remat, at least the inputs of all linear modules are kept.
     saved_bytes = 2 * 4 * 64 * sum(k for k, _ in {*linear(SMALL)}) * SMALL.num_layers
     assert steps[False]["temporaries"] - steps[True]["temporaries"] >= saved_bytes / 2
 

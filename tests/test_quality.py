@@ -1,4 +1,4 @@
-"""The study of the quality of fine-tuning."""
+"""The study of fine-tuning quality, benchmarks/quality.py."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The README and the site are what they say: code runs, commands and links exist."""
+"""Code in the README and on the site runs, and commands and links are valid."""
 
 import importlib.metadata
 import pathlib
@@ -33,7 +33,7 @@ def blocks(text: str, language: str) -> list[str]:
 def run(page: str, capsys) -> dict:
     """Runs a page's blocks in order, and compares what they print with the page.
 
-    The plain block behind one of Python, if there is one, has what it prints.
+    A plain block directly after a Python block has the expected output.
     """
     fence = r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?"
     blocks = re.findall(fence, read(page), re.DOTALL | re.MULTILINE)
@@ -56,7 +56,7 @@ WITH_CODE = [page for page in DOCS if blocks(read(page), "python") and page != T
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_pages_run(page, capsys):
-    # Users have JAX's own default, and so do the libraries that guides use.
+    # Use JAX's default option, as users and the libraries in the guides do.
     with jax.numpy_rank_promotion("allow"):
         assert run(page, capsys)
 
@@ -103,7 +103,7 @@ def test_commands_name_what_exists():
 
 
 def commands_of(page: str) -> list[str]:
-    """The command lines of `qlora-jax` in a page's blocks of bash."""
+    """Returns the `qlora-jax` command lines in the bash blocks of a page."""
     lines = "".join(blocks(read(page), "bash")).replace("\\\n", " ").splitlines()
     return [
         part.partition(" < ")[0]
@@ -114,11 +114,11 @@ def commands_of(page: str) -> list[str]:
 
 
 class Read(Exception):
-    """A command line was read."""
+    """Raised once a command line has been parsed, to stop before it runs."""
 
 
 def test_the_command_line_takes_the_commands_of_all_pages(tmp_path):
-    file = tmp_path / "run.yaml"  # where a page speaks of one
+    file = tmp_path / "run.yaml"  # for pages that use a config file
 
     def prepare(config):
         raise Read(config)

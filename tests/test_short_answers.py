@@ -1,4 +1,4 @@
-"""The pairs of answers that examples/short_answers.py makes, and its rule."""
+"""The pairs of answers that examples/short_answers.py makes, and its rule for wins."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Bounds catch what they are to catch, and rounding noise is what it says."""
+"""Bounds catch the errors that they should, and rounding noise is as documented."""
 
 import ast
 import pathlib
@@ -37,7 +37,7 @@ def test_products_are_off_by_up_to_two_units(start, seed):
     counts = np.bincount(np.ravel(bits(noisy) - plain) + 2)
     assert len(counts) == 5 and 0.15 < counts.min() / X.size
     assert_close(noisy, EXACT, terms=64)
-    # The same sums have the same noise, and what is exact has none.
+    # Equal sums get equal noise, and exact results get none.
     np.testing.assert_array_equal(noisy, X @ jnp.asarray(W))
     integers = np.arange(64.0).reshape(8, 8).astype(np.float32)
     np.testing.assert_array_equal(jnp.asarray(integers) @ integers, integers @ integers)
@@ -75,7 +75,7 @@ def test_gradients_and_other_platforms_are_as_before(start):
     assert lower() == want and str(jax.make_jaxpr(loss)(W)) == jaxpr
 
 
-# What a product may do wrong, by little.
+# Small errors that a product may have.
 WRONG = {
     "a term is left out": lambda: X[:, 1:].astype(float) @ W[1:],
     "a term of 4096 is left out": lambda: EXACT - EXACT / 4096,
@@ -102,13 +102,13 @@ def test_wrong_products_are_out_of_bounds(name):
 
 
 def test_bounds_follow_magnitudes_dtypes_and_leaves():
-    # A sum in which large terms cancel is compared by the terms.
+    # If large terms cancel in a sum, the terms give the magnitude.
     terms = np.array([1e4, -1e4, 1.0])
     got = np.float32(terms.sum() + 2e-4)
     with pytest.raises(AssertionError, match="and roundings explain"):
         assert_close(got, terms.sum(), terms=3)
     assert_close(got, terms.sum(), terms=3, magnitude=float(np.abs(terms).sum()))
-    # A leaf that is zero but for roundings, as the gradient of a key's bias.
+    # A leaf that is zero except for rounding, such as the gradient of a key's bias.
     assert_close({"w": X, "b": X * 0 + 1e-9}, {"w": X, "b": X * 0})
     low = X.astype(jnp.bfloat16)
     assert_close(low, X.astype(np.float64))
@@ -125,12 +125,12 @@ def test_bounds_follow_magnitudes_dtypes_and_leaves():
 
 TESTS = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
 COMPARISONS = {"assert_allclose", "assert_trees_all_close", "isclose", "allclose"}
-# Less than this is a tolerance for roundings; what a method may err by is more.
+# Smaller tolerances are for rounding errors; larger ones for errors of a method.
 SMALL = 1e-3
 
 
 def chosen_tolerances(tree):
-    """The lines that compare floats by a tolerance that somebody chose."""
+    """Returns the lines that compare floats by a hand-chosen tolerance."""
     negated = [x.operand for x in ast.walk(tree) if isinstance(x, ast.UnaryOp)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node not in negated:

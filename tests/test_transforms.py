@@ -1,7 +1,7 @@
-"""Every function plain, under each transformation, and sharded, from one table.
+"""Every function called directly, under each transformation, and sharded.
 
-Other tests check what the functions compute. Here a transformed call must give what the
-plain one gives, for each member of a stack.
+Other tests check what the functions compute. Here a transformed call must equal the
+direct call for each member of a stack.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import qlora_jax as ql
 from qlora_jax.losses import chunked_cross_entropy
 
 CONFIG = ql.QLoRAConfig(fmt="int4", rank=2, block_size=16, trainable="bias")
-MEMBERS = 2  # of a stack: what vmap maps over and scan runs through
+MEMBERS = 2  # size of the axis that vmap maps and scan loops over
 
 
 def params():
@@ -30,7 +30,7 @@ def params():
 
 @functools.cache
 def trees(freeze_base=True):
-    """Stacked base and lora trees, B not zero."""
+    """Returns stacked base and lora trees, with B not zero."""
     config = dataclasses.replace(CONFIG, freeze_base=freeze_base)
     base, lora = jax.vmap(
         lambda member_params: ql.init(jax.random.key(0), member_params, config)
@@ -44,7 +44,7 @@ def packed(contract=-2):
 
 
 def tables():
-    """Stacked adapters of a table: of low rank, and of some rows."""
+    """Returns stacked adapters of a table: of low rank, and of some rows."""
     trees = {}
     for name, options in (
         ("low", {}),
@@ -63,7 +63,7 @@ def tables():
 
 
 def ids():
-    """Both halves of bytes, trained rows, and one from the end."""
+    """Returns ids that read both halves of bytes, trained rows, and a negative id."""
     return jnp.array([[0, 3, 63, -1], [2, 2, 31, 1]])
 
 
@@ -88,7 +88,7 @@ def loss(tree, x):
 
 
 def labelled(tree):
-    """Each array times the number of its label: no transformation returns text."""
+    """Multiplies arrays by numbers of their labels, since jit cannot return strings."""
     order = ["frozen", "lora", "kernel"]
 
     def times(x, name):
@@ -102,16 +102,16 @@ def masked(tree):
 
 
 class Entry(NamedTuple):
-    """A function of arrays and stacked arguments, axis 0 being the members."""
+    """A function of arrays, and stacked arguments whose axis 0 is the members."""
 
     run: Callable
     args: Callable[[], tuple]
 
 
 def with_gradient(run):
-    """The result, and its derivative in the first argument for fixed cotangents.
+    """Returns the result, and its VJP in the first argument for fixed cotangents.
 
-    No scalar of the result: in a sum over all of it large terms cancel.
+    Cotangents, since large terms would cancel in a sum over the result.
     """
 
     def derivative(x, *other_args):
@@ -122,7 +122,7 @@ def with_gradient(run):
 
 
 def cotangent(y):
-    """Numbers that differ by entry, and zero where there is no number."""
+    """Returns numbers that differ by entry, with zero where the entry is NaN."""
     factors = jnp.sin(1 + jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
     return jnp.where(jnp.isnan(y), 0, factors)
 
@@ -219,7 +219,7 @@ FUNCTIONS = {
 
 
 def modes(run):
-    """One program with all of them: a function of the stacked arguments."""
+    """Returns a single program that runs all transformations on stacked arguments."""
 
     def step(_, args):
         return (None, jax.checkpoint(run)(*args))
@@ -236,7 +236,7 @@ def modes(run):
 
 @functools.cache
 def expected(name):
-    """Member by member, by plain calls."""
+    """Computes the expected results member by member, by direct calls."""
     run, args = FUNCTIONS[name]
     results = [run(*jax.tree.map(lambda a, i=i: a[i], args())) for i in range(MEMBERS)]
     return jax.tree.map(lambda *members: np.stack(members), *results)
@@ -258,7 +258,7 @@ def test_transformed_as_plain(name):
     assert_close(member, jax.tree.map(lambda a: a[1], expected(name)))
 
 
-# Of those left out one differs in what is computed, not in what is sharded;
+# The einsum in bfloat16 is sharded in the same way as the one in float32.
 # tests/matmul/test_ragged_sharding.py has ragged products, and test_losses.py the loss.
 LEFT_OUT = {"einsum in bfloat16", "ragged", "ragged layer", "chunked_cross_entropy"}
 SHARDED = FUNCTIONS.keys() - LEFT_OUT
@@ -267,7 +267,7 @@ SHARDED = FUNCTIONS.keys() - LEFT_OUT
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SHARDED))
 def test_sharded_as_plain(name, mesh):
-    """Rows of x over one mesh axis, outputs of kernels over the other."""
+    """Rows of x are split over one mesh axis, outputs of kernels over the other."""
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path[-1:])

@@ -1,4 +1,4 @@
-"""What type checkers infer; pyright checks this file (.ci/run)."""
+"""The types that type checkers infer. pyright checks this file (.ci/run)."""
 
 # pyright: reportAttributeAccessIssue=true, reportUnnecessaryTypeIgnoreComment=true
 

@@ -35,8 +35,8 @@ def save_tokenizer(
 ):
     """Writes a tokenizer's files and returns it.
 
-    It is one of bytes, as GPT-2's, whose tokens' places leave out their first space; or
-    one of characters with "▁" for a space, which it puts at the start, as Llama 2's.
+    It is a byte-level tokenizer like GPT-2's, whose offsets leave out a leading space,
+    or one of characters like Llama 2's, which writes "▁" for spaces and at the start.
     """
     folder.mkdir(exist_ok=True)
     tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=sentencepiece))
@@ -82,7 +82,7 @@ def save_split_tokenizer(folder, pre="qwen2"):
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, ignore_merges=skips)
     )
-    # What the tokenizers of the real models have.
+    # Settings of the tokenizers of real models.
     first = splits.Digits(individual_digits=True)
     if pre not in ("gpt-2", "smollm"):
         digits = {
@@ -107,8 +107,8 @@ def save_split_tokenizer(folder, pre="qwen2"):
         [tokenizers.AddedToken("<tool>", special=False, normalized=False)]
     )
     end = {"eos_token": "<|end|>", "chat_template": "{{ messages }}"}
-    end["tokenizer_class"] = "PreTrainedTokenizerFast"  # takes the file as it is
-    if pre == "llama-bpe":  # begins with a token
+    end["tokenizer_class"] = "PreTrainedTokenizerFast"  # loads the file unchanged
+    if pre == "llama-bpe":  # texts begin with a BOS token
         end["bos_token"] = "<|end|>"
         ends = [("<|end|>", tokenizer.token_to_id("<|end|>"))]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -130,5 +130,5 @@ def read(tokenizer, path, **settings):
 
 
 def read_rows_of(tokenizer, folder, *rows, **settings):
-    """What is read of a file of rows."""
+    """Returns the rows that are read from a file."""
     return read(tokenizer, write_rows(folder / "d.jsonl", rows), **settings)

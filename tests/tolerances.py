@@ -1,15 +1,15 @@
-"""How far a computed float may be from the right one, by the roundings in it.
+"""How far a computed float may be from the exact result, by its rounding errors.
 
-All comparisons of computed floats are one of two. `assert_close` bounds the norm of the
+There are two ways to compare computed floats. `assert_close` bounds the norm of the
 difference by the magnitude of the terms that were summed. Where terms cancel in a way
-that no formula says, as in gradients of a deep model, `assert_equal_but_for_rounding`
-runs the reference again, and measures how far roundings move it. Neither has a
-tolerance that somebody chose. Both compare norms of whole arrays: an error in one entry
-of 30,000 is still hundreds of bounds away.
+that has no formula, as in gradients of a deep model, `assert_equal_but_for_rounding`
+runs the reference again, and measures how far rounding moves it. Neither has a
+hand-chosen tolerance. Both compare norms of whole arrays: an error in a single entry
+of 30,000 still exceeds the bound hundreds of times.
 
-`pytest --closeness 0.5` prints what share of its bound each comparison used, and fails
-those that used more than half: the rest is for other processors. `--rounding-noise`
-(rounding_noise.py) finds bounds that hold by luck.
+`pytest --closeness 0.5` prints which share of its bound each comparison used, and fails
+those that used more than half, which leaves a margin for other processors.
+`--rounding-noise` (rounding_noise.py) finds bounds that hold by luck.
 """
 
 import pathlib
@@ -19,60 +19,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# More terms than the sums along any path through the tests' small models have together,
-# there and back. What these bounds are to find is further away: a product with 10 bits
-# of mantissa (TF32) errs by 30 times as much, and one with 8 (bfloat16) by 250 times.
+# More terms than the sums have along any path through the small models of the tests,
+# forward and backward. Real errors are larger than these bounds: a product with 10 bits
+# of mantissa (TF32) is off by 30 times as much, and bfloat16's 8 bits by 250 times.
 TERMS = 2**12
 ARRAYS = (np.ndarray, jax.Array)
 
 
 def rounding(terms, dtype=np.float32):
-    """Bounds the relative error of sums of so many products, whatever their order.
+    """Bounds the relative error of sums of this many products, in any order.
 
-    Each addition rounds its partial sum by half an eps of that at most. Signs are by
-    chance: sums of n products, and the n roundings in each, grow by the root of n. The
-    bound is twice the root of n half eps, as Higham and Mary (2019) have it. In a chain
-    of products the terms of each count.
+    Each addition rounds its partial sum by at most half an eps of it. Signs are random,
+    so sums of n products, and the n roundings in each, grow with the root of n. The
+    bound is twice the root of n times half an eps, as in Higham and Mary (2019). In a
+    chain of products, the terms of all of them count.
     """
     return float(np.sqrt(terms) * jnp.finfo(dtype).eps)
 
 
 def norm(x):
-    """The Frobenius norm of what is finite, in float64."""
+    """Returns the Frobenius norm of the finite entries, in float64."""
     x = np.asarray(x, np.float64).ravel()
     return np.linalg.norm(x[np.isfinite(x)])
 
 
 def relative_error(got, want):
-    """Frobenius norm of the difference, relative to that of `want`.
+    """Returns the Frobenius norm of the difference, relative to that of `want`.
 
-    For errors that a method makes, such as those of 4-bit weights. Those of roundings
-    are the matter of `assert_close`.
+    This is for errors of a method, such as those of 4-bit weights. Use `assert_close`
+    for rounding errors.
     """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
 
 
 def assert_close(got, want, terms=TERMS, *, roundings=1, dtype=None, magnitude=None):
-    """`got` is `want` but for roundings: an array, or each leaf of a tree.
+    """Asserts that `got` equals `want` except for rounding: an array, or each leaf.
 
-    Leaves that are no floats are equal. Dtypes are equal too, but that a reference of
-    floats may be wider.
+    Leaves that are not floats must be equal. Dtypes must be equal too, except that a
+    floating-point reference may be wider.
 
     Args:
-      got: What the code under test computed.
-      want: The right values, of the same structure and shapes.
-      terms: How many terms the sums along a path to the result have together.
-      roundings: How often a path rounds to 16 bits, where the result has 16 bits. The
-        sums are in float32 there.
-      dtype: What was computed in. By default the dtype of `got` or `want` that has the
-        fewer bits; float32 if that is float64, as in numbers that Python read.
-      magnitude: The sums' magnitudes: what `want` is with the magnitudes of the terms
-        that are summed. A tree like `want`, or a number for every leaf. By default
-        `want` itself, which is right where terms do not cancel: in arrays of many
-        entries, by chance. A leaf's is at least a tenth of the largest leaf's: the
-        gradient of a key's bias is zero, for one, and a sum of terms as large as those
-        of the query's.
+      got: The values that the code under test computed.
+      want: The expected values, with the same structure and shapes.
+      terms: How many terms the sums along a path to the result have in total.
+      roundings: How often a path rounds to 16 bits, if the result has 16 bits. The
+        sums are in float32 then.
+      dtype: The dtype of the computation. Defaults to the dtype of `got` or `want` with
+        fewer bits, or float32 if that is float64, as for numbers that Python parsed.
+      magnitude: The magnitudes of the sums: `want`, computed with the magnitudes of the
+        summed terms. A tree like `want`, or a number for every leaf. Defaults to
+        `want`, which is correct where terms do not cancel, as in arrays of many random
+        entries. The magnitude of a leaf is at least a tenth of the largest leaf's. For
+        example, the gradient of a key's bias is zero, but its terms are as large as
+        those of the query's.
     """
     if isinstance(got, ARRAYS) or isinstance(want, ARRAYS):
         got, want = np.asarray(got), np.asarray(want)
@@ -96,9 +96,9 @@ def assert_close(got, want, terms=TERMS, *, roundings=1, dtype=None, magnitude=N
 
 
 def has_dtype_of(x, y):
-    """Whether y has the dtype of x, or is a wider reference.
+    """Returns whether y has the dtype of x, or is a wider reference.
 
-    What is float64 was read by Python, such as a server's answer.
+    Python parsed what is float64, such as a server's answer.
     """
     wider = {np.dtype(np.float64), np.dtype(np.int64)}
     if is_float(x) and jnp.finfo(x.dtype).bits < 32:
@@ -111,7 +111,7 @@ def is_float(x):
 
 
 def distance(x, y, name=""):
-    """The norm of the difference; infinities and NaNs must be the same."""
+    """Returns the norm of the difference; infinities and NaNs must be equal."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     finite = np.isfinite(y)
     np.testing.assert_array_equal(x[~finite], y[~finite], err_msg=name)
@@ -119,24 +119,25 @@ def distance(x, y, name=""):
 
 
 def coarser(*arrays):
-    """float32, or the dtype of the arrays that has the fewest bits of mantissa."""
+    """Returns float32, or the dtype of the arrays with the fewest bits of mantissa."""
     kinds = [x.dtype for x in arrays if is_float(x)]
     return max([np.dtype("f4"), *kinds], key=lambda kind: jnp.finfo(kind).eps)
 
 
 def relative_bound(terms, roundings, dtype):
-    """By `rounding`: of sums in float32 at least, and of results in 16 bits."""
+    """Bounds the relative error of sums in at least float32 and of 16-bit results."""
     if jnp.finfo(dtype).bits < 32:
         return rounding(terms) + rounding(roundings, dtype)
     return rounding(terms, dtype)
 
 
 def assert_equal_but_for_rounding(got, run, *args, times=10):
-    """`got` is what `run(*args)` computes, by sums in another order.
+    """Asserts that `got` equals `run(*args)` except for the order of sums.
 
-    How far roundings move a result depends on what cancels in it, as in gradients of a
-    deep model. So that is measured: by `run` with each float of `args` rounded once, up
-    or down by chance. In each leaf the norm of the difference is at most `times` that.
+    How far rounding moves a result depends on how much cancels in it, as in gradients
+    of a deep model. This is measured by `run` with each float of `args` moved by an
+    eps, up or down at random. In each leaf the norm of the difference is at most
+    `times` that.
     """
     want = jax.tree.leaves(run(*args))
     moved_results = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
@@ -151,7 +152,7 @@ def assert_equal_but_for_rounding(got, run, *args, times=10):
 
 
 def _moved(tree, seed):
-    """The tree with each of its floats multiplied by 1 + eps or 1 - eps."""
+    """Returns the tree with each float multiplied by 1 + eps or 1 - eps."""
     rng = np.random.default_rng(seed)
 
     def move(x):
@@ -165,12 +166,12 @@ def _moved(tree, seed):
 
 # `pytest --closeness LIMIT`
 
-closest = {}  # of the test that runs: the largest share by the line that compared
-limit = 1.0  # the share of its bound that an error may have
+closest = {}  # in the current test, the largest share by the line that compared
+limit = 1.0  # the largest share of its bound that an error may use
 
 
 def check(error, bound, name=""):
-    """Asserts that an error is within its bound, and keeps what share of it that is."""
+    """Asserts that an error is within its bound, and records the share it uses."""
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__") == __name__ and frame.f_back:
         frame = frame.f_back

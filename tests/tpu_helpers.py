@@ -1,7 +1,7 @@
-"""Programs by the TPU's own compiler, on a machine that has no TPU.
+"""Compiles programs with the TPU compiler on a machine without a TPU.
 
-`libtpu` supports one process, and the tests' JAX is set to eight CPU devices: a test
-file compiles in a process of its own, which runs the file as a script.
+`libtpu` supports a single process, and JAX in the tests is set to eight CPU devices. So
+a test file compiles in a separate process, which runs the file as a script.
 """
 
 import importlib.util
@@ -54,12 +54,12 @@ def run_script(*arguments):
 
 
 def chips_of(chip):
-    """Four chips of a kind."""
+    """Returns four chips of a kind."""
     return np.array(topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices)
 
 
 def on_one(chip):
-    """A function that gives shapes their place on one chip."""
+    """Returns a function that places shapes on one chip."""
     place = NamedSharding(Mesh(chips_of(chip)[:1], ("x",)), PartitionSpec())
     return lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree

@@ -1,4 +1,4 @@
-"""A packed base keeps its bits and settings in files of several kinds.
+"""A packed base keeps its bits and settings when it is saved in other file formats.
 
 Leaves are arrays of dtypes that every format knows; the settings are in the tree's
 structure, which `jax.eval_shape` makes again from the config without any weights.
@@ -90,7 +90,7 @@ def test_base_and_adapters_come_back(name, through, tmp_path):
 
 
 def kinds_of_nodes():
-    """A tree with each kind of node that users hold."""
+    """A tree with every kind of node that a user's tree can contain."""
     params = {"kernel": normal(0, (64, 8))}
     trained, lora = trees_of(params, rank=2, dropout=0.1, freeze_base=False)
     packed = ql.quantize(params, ql.QLoRAConfig(fmt="int4"))
@@ -155,7 +155,7 @@ def test_flax_refuses_the_state_of_another_format():
 
 @pytest.mark.slow
 def test_exported_programs_take_packed_trees():
-    """`jax.export` stores the structure of the arguments with the program."""
+    """`jax.export` stores the tree structure of the arguments with the program."""
     pytest.importorskip("flatbuffers")  # which JAX needs for it
     tree = kinds_of_nodes()
     x = jnp.ones((2, 64))

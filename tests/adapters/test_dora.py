@@ -1,4 +1,4 @@
-"""DoRA against its formula in float64; PEFT judges it in tests/interop/test_peft.py."""
+"""DoRA against its formula in float64. tests/interop/test_peft.py has PEFT's."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ CONFIG = ql.QLoRAConfig(rank=RANK, alpha=8, block_size=16, use_dora=True)
 
 
 def make(shape=(K, N), **options):
-    """A kernel, and its adapter after some training."""
+    """A kernel and its adapter, with noise added as if it had been trained."""
     config = dataclasses.replace(CONFIG, **options)
     base, lora = ql.init(jax.random.key(0), {"kernel": normal(0, shape)}, config)
 
@@ -44,7 +44,7 @@ def make(shape=(K, N), **options):
 
 
 def oracle(w, lora, x, g):
-    """Product, merged weight and gradients of `sum(y * g)`; norms are constants."""
+    """Product, merged weight and gradients of `sum(y * g)`, with constant norms."""
 
     def f64(v):
         return np.asarray(v, np.float64)
@@ -156,7 +156,7 @@ def test_columns_of_zeros_stay_zero_and_cancelled_ones_finite():
 
 
 def test_norms_take_no_float_kernel():
-    """On one device, some columns are decoded at a time; the last ones overlap."""
+    """One device decodes a few columns at a time. The last group overlaps another."""
     k, n = 1024, 2100
     q = ql.quantize(normal(0, (k, n)))
     lora = ql.LoRA(jnp.ones((k, 2)), jnp.zeros((2, n)), 1.0, 0.0, q.geometry)
@@ -167,7 +167,7 @@ def test_norms_take_no_float_kernel():
 
 
 def on_one_device(run):
-    """The function inside a `shard_map` over one device, as with one device alone."""
+    """The function inside a `shard_map` over one device."""
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     return jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P())
 
@@ -183,7 +183,7 @@ def table_gradient(lora, table, ids, g):
 @pytest.mark.parametrize("place", ["eight devices", "one device", "Auto", "Explicit"])
 @pytest.mark.parametrize("contract", ["kn", "nk"])
 def test_rows_of_a_table_and_their_gradients(contract, place):
-    """A lookup is a product of rows of ones and zeros; of "nk", columns of a result."""
+    """A lookup equals a product with one-hot rows, for both storage orders."""
     table, lora = make((K, 32) if contract == "kn" else (32, K), contract=contract)
     ids = jnp.array([[5, 0, -1], [5, 31, 8]])
     flat = np.asarray(ids).ravel() % len(table.dequantize())
@@ -213,7 +213,7 @@ def test_rows_of_a_table_and_their_gradients(contract, place):
 
 
 def test_rows_of_a_table_take_no_float_table():
-    """On one device, some rows are decoded at a time; the last ones are not there."""
+    """One device decodes a few rows at a time. The last group runs past the end."""
     size, width = 33_333, 64
     config = dataclasses.replace(CONFIG, targets="embedding")
     params = {"embedding": jax.ShapeDtypeStruct((size, width), jnp.float32)}
@@ -224,7 +224,7 @@ def test_rows_of_a_table_take_no_float_table():
     run = on_one_device(table_gradient)
     program = jax.jit(run).lower(lora["embedding"], base["embedding"], ids, g)
     memory = program.compile().memory_analysis()
-    # Half of a float table, where two of them were held.
+    # Half the size of a float table. An earlier version held two of them.
     assert memory.temp_size_in_bytes < 4 * size * width / 2
     table, lora = make((size, width))
     norms = jax.jit(on_one_device(type(lora).table_norms))(lora, table)
@@ -253,14 +253,14 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(kind):
     want = step(lora, kernel, x)
     trees, rules = ({"k": kernel}, {"k": lora}), {"k": P(None, "fsdp", "tensor")}
     base, adapters = ql.sharding.place(*trees, mesh, rules, rows=["fsdp"])
-    # As B: over the axes of N, then of K.
+    # Sharded as B is: over the axes of N, then of K.
     assert adapters["k"].m.sharding.spec == P(None, ("tensor", "fsdp"))
     with jax.set_mesh(mesh):
         args = adapters["k"], base["k"], spread(x, mesh, "fsdp")
         placed = step.lower(*args).compile()
         got = placed(*args)
     if kind == "Auto":
-        # Packed weights for the product and for its gradient; none for the norms.
+        # Packed weights are gathered for the product and its gradient, not for norms.
         assert len(re.findall(r" = u8\[.*? all-gather\(", placed.as_text())) == 2
     assert_close(jax.tree.leaves(got), jax.tree.leaves(want))
 

@@ -1,6 +1,7 @@
 """Every kind of adapter, in every operation, alone and chosen from a bank.
 
-Each case equals the adapted weights of NumPy in float64, or is refused in words.
+Each case equals a product with NumPy's adapted weights in float64, or raises an error
+with the expected message.
 """
 
 import functools
@@ -18,7 +19,7 @@ from qlora_jax.quant.kernel import FloatKernel
 
 K, N, EXPERTS, RANK, SCALING = 64, 48, 3, 4, 2.0
 TRAINED_ROWS = (2, 31)
-# Of each row of the first axis of an input, the place in the bank.
+# The adapter in the bank for each row along the first axis of an input.
 PLACES = np.array([1, -1, 0])
 SELECTIONS = {"alone": None, "by one id": 1, "the base": -1, "by row": PLACES}
 SHAPES = {"kn": (K, N), "nk": (N, K), "bkn": (EXPERTS, K, N)}
@@ -68,7 +69,7 @@ def test_every_kind_is_in_the_table():
 
 
 def adapted_weights(w, lora, roles):
-    """The weights that an adapter stands for, by its formula."""
+    """The weights that an adapter stands for, computed by its formula."""
     arrays = {name: np.asarray(x, np.float64) for name, x in lora.arrays.items()}
     if "value" in arrays:
         return arrays["value"]
@@ -83,7 +84,7 @@ def adapted_weights(w, lora, roles):
 
 
 def refusal_of(kind, operation, roles, selection):
-    """The words of a case's error; None where it is computed."""
+    """The error message of a case; None for a case that is supported."""
     if selection != "alone" and kind not in ("LoRA", "DoRA"):
         return "cannot be in a bank"
     if operation == "ragged" and (

@@ -1,4 +1,4 @@
-"""Rows of tables of embeddings: those of the decoded, merged table."""
+"""Looking up embeddings equals taking rows of the decoded, merged table."""
 
 import functools
 
@@ -55,7 +55,7 @@ def test_a_lookup_adds_the_rows_of_a_b(contract):
         ql.lookup(base["embedding"], lora, np.float32(IDS))
 
 
-NUM_ROWS = 300  # more than ids of 8 bits can count
+NUM_ROWS = 300  # more rows than 8-bit ids can address
 TABLES = {
     "LoRA": {},
     "LoRA of nk": {"contract": "nk"},
@@ -65,7 +65,7 @@ TABLES = {
     "trained rows": {"targets": (), "trainable_rows": {".*": [3, 299]}},
     "trained": {"targets": (), "trainable": ".*"},
 }
-# Ids of each dtype: those of both ends, and then those that the table does not have.
+# Ids of each dtype: some at both ends of the table, and then out-of-range ones.
 IDS_BY_DTYPE = {
     "int4": [0, 7, -1, -8],
     "uint4": [0, 7, 15],
@@ -82,7 +82,7 @@ IDS_BY_DTYPE = {
 
 @functools.cache
 def lookups():
-    """Functions of ids by name, each with the merged table that it takes rows of."""
+    """Lookup functions by name, each with the merged table that it should read."""
     lookups_by_name = {}
     params = {"embedding": normal(0, (NUM_ROWS, 32))}
     for name, settings in TABLES.items():
@@ -113,7 +113,7 @@ def lookups():
 
 @pytest.mark.parametrize("dtype", IDS_BY_DTYPE)
 def test_ids_of_every_dtype_count_from_either_end(dtype):
-    """NaN beyond. JAX's own `take` has row 43 of 300 for -1 in 8 bits."""
+    """Out-of-range ids return NaN. JAX's `take` returns row 43 of 300 for int8 -1."""
     values = (IDS_BY_DTYPE[dtype] * 8)[:8]  # of one shape, to compile once
     ids = np.array([values], dtype) if "64" in dtype else jnp.array([values], dtype)
     is_inside = [-NUM_ROWS <= i < NUM_ROWS for i in values]
@@ -127,7 +127,7 @@ def test_ids_of_every_dtype_count_from_either_end(dtype):
 
 @pytest.mark.parametrize("is_nnx", [False, True])
 def test_a_table_of_one_row_takes_any_id(is_nnx):
-    """As those of Flax."""
+    """Flax's `Embed` does the same."""
     ids, config = jnp.array([0, 5]), ql.QLoRAConfig(rank=1, targets="embedding")
     if is_nnx:
         model = nnx.Embed(1, 32, rngs=nnx.Rngs(0))
@@ -145,7 +145,7 @@ def test_a_table_of_one_row_takes_any_id(is_nnx):
 
 @pytest.mark.parametrize("is_nnx", [False, True])
 def test_a_table_is_not_decoded(is_nnx):
-    """A quarter of a mebibyte in float; a program needs less than its 16th."""
+    """The float table has 0.25 MiB; the program may use less than a 16th of that."""
     x, config = jnp.asarray(IDS), ql.QLoRAConfig(rank=2, targets="embedding")
     if is_nnx:
         model = ql.nnx.wrap(

@@ -1,4 +1,4 @@
-"""The adapter and its config. PEFT's golden files are in test_golden.py."""
+"""The adapter and its config. test_golden.py compares with PEFT's golden files."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def make_lora(k=64, n=24):
 
 
 def awkward_values():
-    """Float32: ties, subnormals, zeros, infinities, NaN, and every scale between."""
+    """Float32 values: ties, subnormals, zeros, infinities, NaN, and many magnitudes."""
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
     ties = np.arange(2**16, dtype=np.uint32) << 16 | 0x8000
     near = np.concatenate([ties, ties - 1, ties + 1, ties - 0x8000])
@@ -72,7 +72,7 @@ def test_gradients_pass_the_cast_unchanged():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])
 def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
-    """Few rows and many, whose gradient of A is computed transposed."""
+    """With many rows, the gradient of A is computed transposed."""
     k, n = 256, 24
     assert (np.prod(rows) * k > floats.LARGEST_UNSWAPPED) == (len(rows) == 3)
     lora, x, g = make_lora(k, n), normal(1, (*rows, k), dtype), normal(2, (*rows, n))
@@ -111,7 +111,7 @@ def test_a_config_is_a_static_argument():
     )
     assert config == equal_config and hash(config) == hash(equal_config)
     assert config != ql.QLoRAConfig(rank_pattern={"a": 3}, **settings)
-    # The first pattern that matches wins, so their order counts.
+    # The first pattern that matches wins, so the order of patterns matters.
     first, last = ({"a.*": 2, ".*b": 4}, {".*b": 4, "a.*": 2})
     assert first == last
     assert ql.QLoRAConfig(rank_pattern=first) != ql.QLoRAConfig(rank_pattern=last)

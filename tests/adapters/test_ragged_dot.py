@@ -157,7 +157,7 @@ def test_experts_that_are_trained_through_their_quantization():
     def reference(x, w):
         return jax.lax.ragged_dot(x, merged(w, lora), SIZES)
 
-    # Its gradient is that of the quantized weights (Bengio et al. 2013).
+    # The gradient is taken at the quantized weights (straight-through, Bengio 2013).
     want = jax.grad(functools.partial(loss, reference), 1)(x, w)
     assert_close(got.value, want)
 

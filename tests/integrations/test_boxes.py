@@ -1,4 +1,4 @@
-"""Kernels stay in their boxes (`nn.Partitioned`), which say how they are sharded."""
+"""Kernels stay in their boxes (`nn.Partitioned`), which describe their sharding."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A stack of layers, and attention's kernel of three axes, with and without box."""
+    """A stack of layers, and an attention kernel of three axes, boxed or not."""
 
     @nn.compact
     def __call__(self, x):
@@ -71,7 +71,7 @@ SPECS = {  # of the float kernels
 
 
 def without_values(tree):
-    """The tree's structure, boxes with their names too."""
+    """Returns the tree's structure, including boxes and their axis names."""
     return jax.tree.structure(jax.tree.map(lambda _: 0, tree))
 
 
@@ -80,7 +80,7 @@ def linen_init(params, config):
 
 
 def kernels(tree):
-    """The kernels by the path of their module, in their boxes."""
+    """Returns the boxed kernels by the path of their module."""
     flat = boxed_by_path(tree).items()
     return {path[:-7]: x for path, x in flat if path.endswith("/kernel")}
 

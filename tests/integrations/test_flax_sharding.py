@@ -17,7 +17,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 
-# Of the MLP, `gate` and `up` are split by columns and `down` by rows, or all by "a".
+# `gate` and `up` of the MLP are split by columns and `down` by rows, or all by "a".
 COLUMNS, ROWS, FSDP = (P(None, "b"), P("b")), (P("b", None), P()), (P("a", None), P())
 LAYOUTS = {
     "tensor": {"gate": COLUMNS, "up": COLUMNS, "down": ROWS},
@@ -47,7 +47,7 @@ def place(params, layout, mesh):
     [*MODELS, (Linen, "Explicit", "tensor", False)],
 )
 def test_models(flax, kind, layout, freeze_base, x):
-    """Against the merged model on one device; stacks: tests/models/test_mesh.py."""
+    """Compares with the merged model on one device. test_mesh.py has stacks."""
     mesh = make_mesh(kind)
     linen = functools.partial(LinenMLP, hidden=128)
     pair = Pair(linen, functools.partial(NNXMLP, None, 128, 128), x.shape, {})

@@ -42,12 +42,12 @@ def test_dropout_is_on_exactly_when_asked_for(flax, name):
     assert not np.allclose(first, off)
     np.testing.assert_array_equal(apply(lora, dropout=0), first)
     assert not np.allclose(apply(lora, dropout=1), first)
-    # It acts on the adapters alone.
+    # Dropout acts on the adapters alone.
     assert_close(apply(wrapped.lora, dropout=0), apply(wrapped.lora), terms=64)
 
 
 def masks_alone(flax, name):
-    """The input, and the result of a model with W = 0 and A = B = identity."""
+    """Returns x, and the output with W = 0 and A = B = identity: the masked x."""
     x = make_x(PAIRS[name])
     config = ql.QLoRAConfig(rank=64, dropout=0.5, fmt=None)
     wrapped = flax.wrap(flax.make(PAIRS[name]), config, x)
@@ -58,7 +58,7 @@ def masks_alone(flax, name):
 
 @pytest.mark.slow
 def test_dropout_scales_what_it_keeps(flax):
-    """Half dropped, the rest doubled."""
+    """Half of the entries are dropped, and the others doubled."""
     x, y = masks_alone(flax, "square")
     is_kept = y != 0
     assert_close(y[is_kept], 2 * x[is_kept], terms=64)
@@ -67,7 +67,7 @@ def test_dropout_scales_what_it_keeps(flax):
 
 @pytest.mark.slow
 def test_each_kernel_draws_its_own_mask(flax):
-    """An eighth passes gate, up and down; a quarter, were two masks the same."""
+    """1/8 passes gate, up and down. It would be 1/4 if two masks were equal."""
     _, y = masks_alone(flax, "mlp")
     assert 0.08 < (y != 0).mean() < 0.18
 
@@ -104,7 +104,7 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
         *(path for path in ql.leaves_by_path(grad_w) if path.endswith("bias")),
     ]
     assert_close(leaves_at(grads, paths), leaves_at(grad_w, paths))
-    # Packed, it is what the model has computed with.
+    # Packed again, the trained base has the values that the model computed with.
     base, _ = wrapped.trees(lora, wrapped.base)
     values, want = ql.dequantize(ql.quantize(base, config)), ql.dequantize(base)
     jax.tree.map(np.testing.assert_array_equal, values, want)
@@ -189,7 +189,7 @@ def registered(flax, request):
 
 
 def remakes(wrapped, x):
-    """Whether a float kernel is made: the call of its module is then a checkpoint."""
+    """Whether a float kernel is decoded; its module is then a `jax.checkpoint`."""
     jaxpr = str(jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.base, x))
     return "checkpoint" in jaxpr or "remat" in jaxpr
 
@@ -262,7 +262,7 @@ def test_bad_configs_are_refused(flax, config, error, words):
 
 @pytest.mark.parametrize("name", fast_and_slow(["mlp", "general"], ["attention stack"]))
 def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
-    """Biases have two axes, as kernels have, of heads and, with scales, in a stack."""
+    """Biases of heads and stacked biases have two axes, as kernels have."""
     wrapped, _, x = build(flax, name)
     base, _ = wrapped.trees(wrapped.lora, wrapped.base)
     with pytest.raises(ValueError, match="cannot be targets") as error:
@@ -272,7 +272,7 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
 
 
 def kernels(flax, **settings):
-    """The packed kernel and the adapter of a layer that has them of its own."""
+    """Returns the packed kernel and the adapter of a layer with built-in adapters."""
     pair = PAIRS["layer"]
     wrapped = flax.wrap(flax.make(pair), ql.QLoRAConfig(**settings), make_x(pair))
     return [tree["kernel"] for tree in wrapped.trees(wrapped.lora, wrapped.base)]

@@ -61,7 +61,8 @@ def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
     before = jax.tree.map(np.asarray, wrapped.base)
     target, tx = normal(3, x.shape), optax.adamw(1e-2)
 
-    chex.clear_trace_counter()  # that of other cases: functions count by their text
+    # chex identifies functions by their source, so traces of other cases would count.
+    chex.clear_trace_counter()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     @chex.assert_max_traces(1)
@@ -108,7 +109,7 @@ KERNELS = ["dense", "own", "two kernels", "convolution"]
     [*itertools.product(KERNELS, ["", "ab"]), ("own", "a"), ("own", "b")],
 )
 def test_float_kernels_are_not_kept_for_the_backward_pass(flax, name, mapped):
-    """Nor where vmap gives A, B or both one more axis."""
+    """The same holds where vmap gives A, B or both one more axis."""
     wrapped, lora, x = build(flax, name)
     factors, treedef = jax.tree.flatten(lora)
 

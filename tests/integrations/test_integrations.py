@@ -1,10 +1,10 @@
 """One contract for both Flax integrations: what a wrapped model computes.
 
-The contract is on pairs of models (integration_pairs.py), one of linen and one of NNX,
-that the tests see as pure functions (integration_helpers.py). Its other parts are
-`test_integration_settings.py` and `test_integration_transforms.py`. What only one of
-the two has (lifted transforms and collections of linen, variables and graphs of NNX) is
-tested in other files.
+The contract covers pairs of models (integration_pairs.py), one in linen and one in NNX,
+which the tests see as pure functions (integration_helpers.py). It continues in
+`test_integration_settings.py` and `test_integration_transforms.py`. Features of only
+one integration (lifted transforms and collections of linen, variables and graphs of
+NNX) are tested in other files.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ SLOW = [name for name in PAIRS if name not in FAST]
 def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name)
     packed, merged = wrapped.check(lora, x)
-    # Without an adapter's product: B = 0.
+    # B = 0, so the adapters add nothing.
     assert_close(packed(wrapped.lora, x)[1], merged(wrapped.lora, x)[1])
 
 
@@ -62,7 +62,7 @@ def test_eager_is_jitted(flax, name):
 
 @pytest.mark.parametrize("name", fast_and_slow(FAST, SLOW))
 def test_merged_kernels_are_the_sum_in_numpy(flax, name):
-    """The stored format and `W + scaling * A B`, each by its definition."""
+    """NumPy decodes the stored format and computes `W + scaling * A B`."""
     wrapped, lora, _ = build(flax, name)
     base, adapters = wrapped.trees(lora, wrapped.base)
     merged = ql.leaves_by_path(wrapped.merge(lora, wrapped.base))
@@ -78,7 +78,7 @@ def test_merged_kernels_are_the_sum_in_numpy(flax, name):
 
 @pytest.mark.parametrize("name", fast_and_slow(["mlp"], ["attention stack"]))
 def test_leaves_that_are_trained_in_full_replace_those_of_the_base(flax, name):
-    """Biases, norms, and a kernel, which is then no target."""
+    """Biases, norms, and a kernel, which is then not a target."""
     patterns = [".*bias", *[".*scale", ".*/out/kernel"] * (name != "mlp")]
     config = dataclasses.replace(CONFIG, trainable=patterns)
     wrapped, _, x = build(flax, name, config)
@@ -96,7 +96,7 @@ def test_leaves_that_are_trained_in_full_replace_those_of_the_base(flax, name):
 
 
 def test_rows_of_a_table_are_trained_alone(flax):
-    """The table, of which a LoRA would need A for each row, stays as it is."""
+    """The table stays frozen; a LoRA would need an entry of A for each row."""
     path, rows = "embed/embedding", [47, 0, 3]
     config = ql.QLoRAConfig(targets=(), trainable_rows={path: rows})
     wrapped, _, x = build(flax, "embedding", config)
@@ -142,7 +142,8 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
         assert not np.any(adapter.a if is_table else adapter.b) and adapter.scaling == 2
         assert not is_table or 0.8 < np.std(adapter.b) < 1.2
     factors = [np.asarray(adapter.a) for adapter in lora.values()]
-    for i, factor in enumerate(factors):  # no two adapters, or layers, start alike
+    # No two adapters or layers start with the same factors.
+    for i, factor in enumerate(factors):
         rows = factor if factor.ndim == 3 else [factor]
         other_factors = [*rows[1:], *factors[i + 1 :]]
         assert not any(np.array_equal(rows[0], factor_b) for factor_b in other_factors)
@@ -152,7 +153,7 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
 @pytest.mark.parametrize("name", ["attention", "two kernels", "mlp stack"])
 @pytest.mark.parametrize("transform", ["jit", "eval_shape"])
 def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, transform):
-    """qwix 0.1.8 loses those of attention and of one of two kernels, silently."""
+    """qwix 0.1.8 silently loses those of attention and of one of two kernels."""
     pair = PAIRS[name]
     x = make_x(pair)
 
@@ -228,7 +229,7 @@ def test_precision_of_the_module_reaches_every_product(flax, name):
 
 @pytest.mark.slow
 def test_sums_are_kept_in_the_element_type_that_is_preferred(flax):
-    """float32 out of bfloat16 operands, without a rounding in between."""
+    """bfloat16 operands give a float32 result without a rounding in between."""
     pair = PAIRS["einsum"]
     x = make_x(pair)
     model = flax.make(pair, dtype=jnp.bfloat16, preferred_element_type=jnp.float32)

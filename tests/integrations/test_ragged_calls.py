@@ -26,7 +26,7 @@ FLOAT_BYTES = 4 * 2 * EXPERTS * DIM * HIDDEN
 
 
 def products(x, up, down):
-    """One product in float32 and jitted, and one with a kernel `[E, out, in]`."""
+    """Two products: one jitted in float32, and one with a kernel `[E, out, in]`."""
     dot = functools.partial(lax.ragged_dot, group_sizes=SIZES)
     wide = functools.partial(dot, preferred_element_type=jnp.float32)
     h = nn.silu(jax.jit(wide)(x, up.astype(x.dtype))).astype(x.dtype)
@@ -34,7 +34,7 @@ def products(x, up, down):
 
 
 def one_by_one(x, up, down):
-    """Experts that are indexed, as those of Tunix's Qwen3, each of five rows."""
+    """Indexes the experts one by one, as Tunix's Qwen3 does, each with five rows."""
     rows = enumerate(jnp.split(x, EXPERTS))
     h = [nn.silu(part @ up[i].astype(x.dtype)) for i, part in rows]
     y = [part @ down[i].T.astype(x.dtype) for i, part in enumerate(h)]
@@ -71,7 +71,7 @@ class NNXExperts(nnx.Module):
 
 
 def linen(reads, config):
-    """Functions of `(lora, x)`: packed and merged; the first adapters."""
+    """Returns packed and merged functions of `(lora, x)`, and the initial adapters."""
     model, x = LinenExperts(reads), jnp.ones((ROWS, DIM))
     params = model.init(jax.random.key(0), x)["params"]
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
@@ -92,7 +92,7 @@ def linen(reads, config):
 
 
 def in_nnx(reads, config):
-    """As `linen`."""
+    """Returns what `linen` returns, for an NNX model."""
     model = NNXExperts(reads, rngs=nnx.Rngs(0))
     model = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))
     lora = nnx.state(model, nnx.LoRAParam)

@@ -1,7 +1,7 @@
 """Broken files for every reader of the package: only our own errors may come out.
 
-Starts from files that are right, and changes bytes, cuts, or changes what their JSON
-says. The whole form: QLORA_JAX_CASES=1000 pytest tests/io/test_fuzz_io.py
+Starts from valid files, and changes bytes, truncates, or changes values in their JSON.
+For a long run: QLORA_JAX_CASES=1000 pytest tests/io/test_fuzz_io.py
 """
 
 import contextlib
@@ -63,7 +63,7 @@ CASES = int(os.environ.get("QLORA_JAX_CASES", "60"))  # of each reader
 SECONDS, BYTES = 1.0, 200 << 20
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MLX = ("adapter_config.json", "adapters.safetensors")
-# Patterns that are matched with names: wrong, slow, or such that match all.
+# Patterns that are matched with names: invalid, slow, or matching everything.
 PATTERNS = ["(", "(a+)+b", ".*" * 9, "(a|a)*c", ".*", "up|head", "x" * 5000]
 PATTERNS += ["a{1,99}" * 9]
 ASK = {"role": "user", "content": "one and é?"}
@@ -90,7 +90,7 @@ TEMPLATE = (
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>"
     "assistant: {% endif %}"
 )
-# Templates that reach for Python, or are broken.
+# Templates that try to reach Python objects, or are broken.
 TEMPLATES = [
     "{{ messages[0].content.__class__ }}",
     "{% generation %}{{ messages[0].content }}",
@@ -170,7 +170,7 @@ def change_file(rng: random.Random, data: bytes) -> bytes:
 
 
 class Files:
-    """Files that are right, and a folder to write broken ones to."""
+    """Valid files, and a folder to write broken copies to."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -238,7 +238,7 @@ class Files:
 
 @contextlib.contextmanager
 def refusals(word="", *, length=1000):
-    """Takes a ValueError for a refusal: the file is whole, what it says is wrong."""
+    """Treats a ValueError as a refusal: the file is intact, but its content invalid."""
     try:
         yield
     except CheckpointError:
@@ -277,7 +277,7 @@ def read_packed(files: Files, rng: random.Random):
         config = {"quantization_config": change_json(rng, rng.choice(SETTINGS))}
         (files.folder / "config.json").write_text(json.dumps(config))
         opened = ql.io.open_safetensors(files.folder)
-    is_own = rng.random() < 0.5  # bitsandbytes', which are named by 0 and 1
+    is_own = rng.random() < 0.5  # weights of bitsandbytes, which are named 0 and 1
     tensors = {n: x for n, x in opened.items() if (n[:2] in ("0.", "1.")) == is_own}
     for name in tensors:
         if ".quant_state" in name and rng.random() < 0.7:
@@ -307,7 +307,7 @@ def read_leaves(files: Files, rng: random.Random):
 
 
 def read_native(files: Files, rng: random.Random):
-    """Our own files: changed, and changed with a checksum that fits again."""
+    """Our own files with changed bytes, with the old checksum or a corrected one."""
     data = change_file(rng, files.native)
     if rng.random() < 0.8:
         header, tensors = split(files.native)
@@ -356,7 +356,7 @@ def read_adapter(files: Files, rng: random.Random):
 
 
 def read_server_adapter(files: Files, rng: random.Random):
-    """Adapters of llama.cpp and mlx-lm, that fit a decoder or do not."""
+    """Adapters of llama.cpp and mlx-lm that may or may not fit a decoder."""
     base, names, config = files.decoder
     if rng.random() < 0.5:
         path = files.folder / "lora.gguf"
@@ -388,7 +388,7 @@ def read_gguf(files: Files, rng: random.Random):
 
 
 def read_model_config(files: Files, rng: random.Random):
-    """What a family reads of a config, and what a decoder checks of it."""
+    """Model configs, as a model family reads them and a decoder checks them."""
     raw = dict(rng.choice(CONFIGS))
     for _ in range(rng.randint(1, 3)):
         raw = change_json(rng, raw)
@@ -398,7 +398,7 @@ def read_model_config(files: Files, rng: random.Random):
 
 
 def read_rows(files: Files, rng: random.Random):
-    """Files of all kinds of rows, with templates that may be hostile."""
+    """Data files with rows of all kinds, and templates that may be hostile."""
     rows = rng.choice(ROWS)
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     for number in range(len(lines)):
@@ -421,7 +421,7 @@ def read_rows(files: Files, rng: random.Random):
 
 
 def read_template(files: Files, rng: random.Random):
-    """What a model's files say of its texts, and broken templates."""
+    """Tokenizer configs and chat templates of a model, some of them broken."""
     settings = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
     if rng.random() < 0.3:
         settings["chat_template"] = [{"name": "default", "template": TEMPLATE}]
@@ -455,7 +455,7 @@ def resident() -> int:
 
 
 def test_only_our_own_errors_come_out(tmp_path):
-    """Each file is read or refused, in a second and in little memory."""
+    """Each file is read or refused within a second and with little memory."""
     counts, files = {reader.__name__: [0, 0] for reader in READERS}, Files(tmp_path)
     for case in range(CASES * len(READERS)):
         reader, rng = READERS[case % len(READERS)], random.Random(f"{SEED}-{case}")

@@ -1,4 +1,4 @@
-"""Fetching from a hub: a server on this machine that answers as the real one does."""
+"""Fetching from a hub, which is a local server that answers as the real one does."""
 
 import base64
 import hashlib
@@ -46,7 +46,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer(200, json.dumps(listing).encode(), {}, body)
 
     def do_POST(self):
-        """Takes what is pushed, as one file or as lines of JSON."""
+        """Accepts a push, as a single file or as lines of JSON."""
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         path, messages = self.path, [json.loads(line) for line in body.splitlines()]
         type(self).asked.append((path, messages))
@@ -110,7 +110,7 @@ def hub(tmp_path, monkeypatch):
 def test_sharded_model_and_the_cache(hub, tmp_path):
     cache = tmp_path / "cache"
     folder = fetch("some/model", cache=cache)
-    # Files of the cache are links out of the folder, to the blobs of the repository.
+    # Cached files are links to the repository's blobs, outside the snapshot folder.
     assert (folder / "config.json").is_symlink()
     assert sorted(open_safetensors(folder)) == ["a", "b"]
     left_out = {"consolidated.safetensors", "pytorch_model.bin"}

@@ -1,4 +1,4 @@
-"""Loading: what is read and packed piece by piece equals what is packed whole."""
+"""Reading and packing a checkpoint piece by piece equals packing the whole tree."""
 
 import functools
 
@@ -45,7 +45,7 @@ SHAPES = {
 
 
 def make(dtype=np.float32, seed=0):
-    """A checkpoint, and the tree that it is, made axis by axis with NumPy alone."""
+    """Returns a checkpoint and its tree, whose axes NumPy arranges one by one."""
     rng = np.random.default_rng(seed)
 
     def new(*shape):
@@ -78,7 +78,7 @@ def make(dtype=np.float32, seed=0):
 
 
 def write(folder, dtype=np.float32):
-    """Writes the checkpoint; returns the tree that it is."""
+    """Writes the checkpoint, and returns its tree."""
     tensors, params = make(dtype)
     ql.io.write_safetensors(folder / "model.safetensors", tensors)
     return params
@@ -95,7 +95,7 @@ def like():
 
 
 def packed(params, **settings):
-    """The whole tree packed at once."""
+    """Returns a config, and the whole tree packed at once."""
     contract = {"layers/up/kernel": "kn", "layers/q/kernel": "knn"}
     contract |= {"layers/kv/w": "bnkn", "layers/out/w": "nkk"}
     settings |= dict(targets=r"layers/.*(kernel|w)", contract=contract, rank=4)
@@ -132,7 +132,7 @@ def test_packed_tree_equals_one_that_is_packed_whole(
     config, expected = packed(write(tmp_path, dtype), **settings)
     loaded = load(tmp_path, NAMES, like(), config)
     assert_same_bits(loaded, expected)
-    # As other new arrays, these may be used on any devices.
+    # Loaded arrays are uncommitted, so they may be used on any device.
     assert not any(x.committed for x in jax.tree.leaves(loaded))
 
 
@@ -233,7 +233,7 @@ def test_all_wrong_tensors_are_listed():
 
 
 def load_single_weight(value, index=(1, 5), **settings):
-    """Loads one kernel that holds a value."""
+    """Loads a kernel of ones with this value at `index`."""
     w = np.ones((2, 64), np.float32)
     w[index] = value
     shapes = {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)}
@@ -249,7 +249,7 @@ def test_nan_is_refused_by_name(value, settings):
 
 
 def test_weights_that_decode_to_infinity_are_refused_by_name():
-    """Those that decode to finite numbers are packed."""
+    """Weights that decode to finite numbers are packed."""
     settings = {"fmt": "mxfp4", "block_size": None, "double_quant": None}
     assert load_single_weight(2e38, **settings)["kernel"].fmt == "mxfp4"
     with pytest.raises(CheckpointError, match="w must be .* small enough for mxfp4"):

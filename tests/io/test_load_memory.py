@@ -1,6 +1,6 @@
-"""Loading holds the packed model and little more: measured on half a gigabyte.
+"""Loading needs memory for the packed model and little more, measured on 0.5 GB.
 
-Writing a mixture of packed experts as GGUF holds a layer of them in float.
+Writing a mixture of packed experts as GGUF holds the experts of a layer in float.
 """
 
 import json
@@ -27,13 +27,13 @@ MIB = 1 << 20
 
 
 def make(folder: pathlib.Path) -> int:
-    """Writes a checkpoint in bfloat16, in two files; returns its bytes."""
+    """Writes a checkpoint in bfloat16 as two files, and returns its bytes."""
     rng = np.random.default_rng(0)
 
     def new(*shape):
         return rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
 
-    # All layers have the same numbers: memory does not depend on them.
+    # All layers have the same weights, on which memory does not depend.
     kernels = {x: new(n, k) for x, (k, n) in KERNELS.items()}
     for i in range(L):
         tensors = {f"layers.{i}.{x}.weight": w for x, w in kernels.items()}
@@ -43,14 +43,14 @@ def make(folder: pathlib.Path) -> int:
 
 
 def memory(key: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
+    """Reads a line of /proc/self/status, in bytes."""
     text = pathlib.Path("/proc/self/status").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith(key + ":")]
     return int(line.split()[1]) * 1024
 
 
 def measure(folder: str) -> None:
-    """Prints by how much memory peaks while a folder is loaded, and what is held."""
+    """Prints by how much loading a folder raises peak memory, and the base's bytes."""
 
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
@@ -91,7 +91,7 @@ EXPERTS = 8 * 4 * 512 * 1024 * 4  # bytes of one kernel of all layers in float32
 
 
 def measure_gguf(folder: str) -> None:
-    """Prints by how much memory peaks while a mixture of packed experts is written."""
+    """Prints the growth of peak memory while a mixture of packed experts is written."""
     path = pathlib.Path(folder)
     (path / "config.json").write_text(json.dumps(CONFIG | SIZES))
     config = ql.QLoRAConfig(targets=".*_proj/kernel")
@@ -121,7 +121,7 @@ def test_a_mixture_is_written_by_layers(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = int(done.stdout)
     print(f"kernel in float {EXPERTS / MIB:.0f}, peak {peak / MIB:.0f} MiB")
-    # A layer in float32 and F16, and what checks that it fits.
+    # A layer in float32 and in F16, and temporaries of the check that it fits F16.
     assert peak < EXPERTS / 2
 
 

@@ -17,7 +17,7 @@ from qlora_jax.io import tensors
 
 
 def work(rank: int, port: int, folder: pathlib.Path, kind: str) -> None:
-    """Loads in one process, compares its parts, and prints how many bytes it read."""
+    """Loads in a process, compares its parts, and prints how many bytes it read."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", 2, rank)

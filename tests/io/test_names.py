@@ -54,7 +54,7 @@ def test_wrong_tables_are_refused(call, message):
 
 
 def test_models_with_convolutions_are_refused(tmp_path):
-    """Only adapters have them."""
+    """Convolutions are supported in adapters only."""
     names = ql.io.Names({"k/kernel": ql.io.Entry("k.weight", "wkn")})
     params = {"k": {"kernel": jnp.ones((3, 16, 8))}}
     with pytest.raises(ValueError, match="k/kernel: convolutions are not read or writ"):

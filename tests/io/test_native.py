@@ -1,4 +1,4 @@
-"""Our own format: to the bit and back, and nothing that has changed since."""
+"""Our own format round-trips to the bit, and changed files are refused."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CONFIG = ql.QLoRAConfig(
 
 
 def make(config=CONFIG):
-    """Packed stacks, an odd K, a list of layers, bfloat16, and adapters."""
+    """Returns packed stacks, an odd K, a list of layers, bfloat16, and adapters."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -84,7 +84,7 @@ def test_a_leaf_alone_and_no_config(tmp_path):
     restored = restore(tmp_path / "x")
     assert_same_bits(restored.tree, q)
     assert restored.config is None
-    # What it says is written down: others may read it.
+    # The header is a documented format, which other programs may read.
     with safetensors.safe_open(tmp_path / "x", "numpy") as file:
         metadata = file.metadata()
     assert (metadata["format"], metadata["version"]) == ("qlora_jax", "1")

@@ -1,9 +1,9 @@
-"""Weights of other makers are read as they are, from files written by their layouts.
+"""Weights that other tools packed are read exactly.
 
-Files are written a code at a time, as the layouts of AutoAWQ
-(`WQLinear_GEMM.from_linear`), GPTQModel, ModelOpt (`NVFP4QTensor`), gpt-oss and MLX
-have them, and expected weights are their formulas in float32; tests/data has the bits
-of compressed-tensors. tests/interop has makers that install.
+The tests write files code by code, in the layouts of AutoAWQ
+(`WQLinear_GEMM.from_linear`), GPTQModel, ModelOpt (`NVFP4QTensor`), gpt-oss and MLX,
+and compute the expected weights by their formulas in float32. tests/data has the bits
+of compressed-tensors. tests/interop runs the tools that can be installed.
 """
 
 import json
@@ -37,7 +37,7 @@ def load(source, *args, shape=(K, N), **kwargs):
 
 
 def words(codes, order=range(8)):
-    """Codes `[R, C]` as int32 `[R, C / 8]`: word by word, in an order of each eight."""
+    """Packs codes `[R, C]` into int32 `[R, C / 8]`; `order` permutes each eight."""
     packed = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
     for row, eight in np.ndindex(*packed.shape):
         for slot, column in enumerate(order):
@@ -82,7 +82,7 @@ def mlx(codes=CODES, scales=SCALES, biases=-8 * SCALES):
 
 
 def pairs(codes):
-    """Codes `[..., K]` two a byte, the first in the low bits."""
+    """Packs codes `[..., K]` two to a byte, the first in the low bits."""
     return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
 
 
@@ -102,7 +102,7 @@ def e2m1(scales):
 
 
 def q4_0(codes=CODES, scales=SCALES):
-    """Rows of blocks: a scale, and codes i and i + 16 in a byte."""
+    """Packs rows of blocks: a scale, then bytes that hold codes i and i + 16."""
     rows = [b"" for _ in range(N)]
     for n in range(N):
         for block, scale in enumerate(scales[:, n]):
@@ -117,7 +117,7 @@ SCHEMES = sorted({key.rpartition(" ")[0] for key in COMPRESSED} - {""})
 
 
 def compressed(name, **changes):
-    """Weights [8, 256] of a scheme of compressed-tensors, with parts changed."""
+    """Weights [8, 256] in a scheme of compressed-tensors, with parts changed."""
     parts = {part: COMPRESSED[f"{name} {part}"] for part in ("packed", "scale")}
     if name.startswith("int4"):
         parts["shape"] = np.array([8, 256])
@@ -128,7 +128,7 @@ def compressed(name, **changes):
 
 
 def changed(tensors, **parts):
-    """Tensors with parts changed; None leaves one out."""
+    """Returns the tensors with parts changed; None removes a part."""
     prefix = "up.weight_" if "up.weight_packed" in tensors else "up."
     parts = {prefix + part: x for part, x in parts.items()}
     return {k: x for k, x in (tensors | parts).items() if x is not None}
@@ -191,7 +191,7 @@ def test_weights_are_those_of_the_file(name, tmp_path):
     tensor = ql.io.packed_tensors(ql.io.open_safetensors(path))["up.weight"]
     for rows in (slice(0, want.shape[1]), slice(3, 7)):
         assert_same_bits(tensor.decode(rows), want.T[rows])
-    # Parts that a device of a mesh reads begin inside words.
+    # The part that a device reads may begin inside a word.
     codes, scales = tensor.rows()
     assert_same_bits(codes[3:7, 9:35], np.asarray(q.codes).T[3:7, 9:35])
     assert_same_bits(scales[3:7, 1:3], stored.T[3:7, 1:3])
@@ -202,7 +202,7 @@ def test_weights_are_those_of_the_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "gguf", "mlx nvfp4"])
 def test_devices_read_their_parts(name):
-    """Parts of four outputs, half a word of AWQ's, and of half the inputs."""
+    """A part has four outputs, which is half a word of AWQ, or half the inputs."""
     axes = dict(axis_types=(AxisType.Auto,) * 2)
     mesh = jax.make_mesh((2, 4), ("k", "n"), **axes)
     rules = {"up/kernel": PartitionSpec("k", "n")}
@@ -231,7 +231,7 @@ def test_a_merged_folder_is_in_float(tmp_path):
 
 
 def test_biases_of_zeros_that_a_model_lacks_are_left_out():
-    """AutoGPTQ's first versions wrote them for all layers."""
+    """The first versions of AutoGPTQ wrote biases for all layers."""
     tensors = gptq() | {"up.bias": np.zeros(N, np.float16)}
     assert load(tensors).fmt == "int4_f16"
     tensors["up.bias"][3] = 1
@@ -275,7 +275,7 @@ def test_compressed_tensors_are_packed_and_written_alike(name, tmp_path):
     base = {"up": {"kernel": q}}
     ql.io.save_packed(tmp_path, base, NAMES, {}, "compressed-tensors", progress=False)
     assert_same_bits(tensors_of(tmp_path), compressed(name))
-    # Packed again in other settings, from these weights.
+    # Packing again with other settings starts from these weights.
     settings = dict(block_size=32, double_quant=False)
     config = ql.QLoRAConfig(fmt="int4", **settings)
     with pytest.raises(ValueError, match="recode=True packs it again"):
@@ -312,7 +312,7 @@ def test_experts_of_gpt_oss_are_stacks(tmp_path):
     want = (E2M1[codes].astype(np.float32) * scales).swapaxes(-1, -2)
     want = want.astype(jnp.bfloat16)
     assert_same_bits(np.asarray(loaded.dequantize()), want)
-    # In float, too, one tensor [E, K, N] has the experts of a layer.
+    # In float checkpoints, too, one tensor [E, K, N] has all experts of a layer.
     base = {"experts": {"kernel": loaded}}
     ql.io.save_merged(tmp_path, base, {}, table, {}, progress=False)
     written = ql.io.open_safetensors(tmp_path)
@@ -422,7 +422,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
 @pytest.mark.parametrize("recode", [False, True])
 @pytest.mark.parametrize("kind", ["compressed-tensors", "gptq", "awq"])
 def test_a_scale_for_each_channel(kind, recode):
-    """It is the scale of each of the channel's blocks."""
+    """Every block of a channel gets the channel's scale."""
     scales = RNG.uniform(0.001, 0.1, (1, N)).astype(np.float16)
     tensors = {
         "awq": lambda: awq(zeros=EIGHTS[:1], scales=scales),

@@ -1,4 +1,4 @@
-"""4-bit weights in bitsandbytes' files; tests/interop has the library as the judge."""
+"""4-bit weights in bitsandbytes' files. tests/interop compares with the library."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def test_rows_decode_to_what_was_packed(tmp_path, fmt, double_quant):
     for rows in (slice(0, 24), slice(5, 7)):
         np.testing.assert_array_equal(tensor.decode(rows), want[rows])
     like = {"up": {"kernel": jax.ShapeDtypeStruct((128, 24), "float32")}}
-    # `bnb_4bit_quant_storage`: the same bytes as other numbers, in a file and outside.
+    # `bnb_4bit_quant_storage` stores the same bytes in arrays of another dtype.
     for storage in (jnp.bfloat16, jnp.float16, jnp.float32):
         arrays = {name: np.asarray(x) for name, x in tensors.items()}
         arrays["up.weight"] = arrays["up.weight"].reshape(-1).view(storage)[:, None]

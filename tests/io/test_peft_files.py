@@ -1,4 +1,4 @@
-"""PEFT adapters in and out, without PEFT; tests/interop has it as the judge."""
+"""Reads and writes PEFT adapters without PEFT. tests/interop compares with PEFT."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def draw(*shape, seed=0, dtype=np.float32) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    """Packed stacks: q [L, K, N], and k and v as one [L, 2, heads, K, N / heads]."""
+    """Packed stacks: q [L, K, N], and k and v in one [L, 2, heads, K, N / heads]."""
     params = {
         "embed": {"embedding": draw(8, K)},
         "layers": {
@@ -254,7 +254,7 @@ EXPERTS = {
     [("(gate|up|down)", False), ("(gate|up)", True), ("gate", True), ("down", True)],
 )
 def test_experts_are_one_parameter_unless_all_kernels_are_adapted(targets, is_fused):
-    """PEFT computes the bare model for gate's and up's as modules, without an error."""
+    """PEFT would ignore separate modules for gate and up without an error."""
     params = {name: {"kernel": jnp.ones((2, 8, 8))} for name in ("gate", "up", "down")}
     settings = ql.QLoRAConfig(rank=2, fmt=None, targets=f"{targets}/kernel")
     base, lora = ql.init(jax.random.key(0), params, settings)
@@ -304,7 +304,7 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             save(make(**options))
-    # One A for both, as PEFT has it, until they are trained here.
+    # Both share one A, as in PEFT, until they are trained here.
     shared = ql.io.PeftConfig(r=2, target_parameters=("gate_up",), lora_alpha=2)
     lora = make(targets="(gate|up)/.*")
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_experts_share_or_have_their_own_ranks(fused, tmp_path):
-    """Each gets a copy of what they share, and the rank that it uses."""
+    """Each expert gets a copy of the shared factors, and the rank that it uses."""
     names, kinds = ql.io.Names(EXPERTS), ("gate", "up", "down")
     params = {name: {"kernel": jnp.ones((3, 8, 8))} for name in kinds}
     ranks = {} if fused else {"down/.*": (1, 2, 4)}
@@ -392,7 +392,7 @@ def test_biases_of_several_axes_are_vectors_there(tmp_path):
 
 
 def test_dropout_is_that_of_kernels_where_a_table_is_adapted(base):
-    """Adapters of tables have none."""
+    """Adapters of embedding tables have no dropout."""
     config = ql.QLoRAConfig(dropout=0.1, targets="embed/.*|layers/q_proj/kernel")
     _, lora = ql.init(jax.random.key(0), base, config)
     written_config = ql.io.peft_config(base, lora, NAMES)

@@ -1,4 +1,4 @@
-"""Safetensors files: read lazily, equal to what the `safetensors` package reads."""
+"""Safetensors files are read lazily and equal what the `safetensors` package reads."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_links_stay_inside(tmp_path):
     (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
     with pytest.raises(CheckpointError, match="must be in its folder"):
         open_safetensors(folder)
-    # The hub's cache: blobs beside snapshots.
+    # The layout of the hub's cache: blobs next to snapshots.
     blobs = tmp_path / "models--a--b" / "blobs"
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
@@ -174,7 +174,7 @@ BROKEN = {
 
 
 def test_metadata_may_be_null(tmp_path):
-    """As mlx writes it where there is none."""
+    """mlx writes null if there is no metadata."""
     path = tmp_path / "adapters.safetensors"
     path.write_bytes(file_of({"__metadata__": None, "a": entry()}))
     tensors = open_safetensors(path)

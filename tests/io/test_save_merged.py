@@ -1,4 +1,4 @@
-"""Refusals of `save_merged`; tests/interop compares what it writes with PEFT."""
+"""Errors of `save_merged`. tests/interop compares its files with PEFT."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Packed bases as servers load them; tests/interop has their clients."""
+"""Packed bases in the layouts of inference servers. tests/interop loads them there."""
 
 import json
 
@@ -41,17 +41,17 @@ def read(fmt, size=None):
 
 
 def write(folder, base, layout, config=()):
-    """What is written: the tensors and the config."""
+    """Saves a packed base; returns the written tensors and config."""
     config = {"dtype": "bfloat16", "torch_dtype": "bfloat16", **dict(config)}
     ql.io.save_packed(folder, base, NAMES, config, layout, progress=False)
     tensors = ql.io.open_safetensors(folder)
     return tensors, json.loads((folder / "config.json").read_text())
 
 
-# What vLLM's loaders ask for, for a weight [N, K] in groups of G (November 2026:
+# What vLLM's loaders require for a weight [N, K] in groups of G (November 2026:
 # quantization/auto_awq.py and compressed_tensors/schemes/compressed_tensors_{wNa16,
-# w4a16_mxfp4,w4a16_nvfp4}.py): names, dtypes and shapes. It casts scales of int4 to
-# the dtype of the model. Those of q4_0 are eighths of weights, so bfloat16 holds them.
+# w4a16_mxfp4,w4a16_nvfp4}.py): names, dtypes and shapes. vLLM casts the scales of int4
+# to the model's dtype. Scales of q4_0 are eighths of weights, so bfloat16 holds them.
 WORDS = {"weight_packed": ("int32", "N, K // 8"), "weight_shape": ("int64", "2,")}
 VLLM = {
     "awq": {
@@ -70,8 +70,8 @@ VLLM = {
         "weight_global_scale": ("float32", "1,"),
     },
 }
-# How its methods tell weights without quantized activations apart, and the dtypes of
-# the model that they support.
+# The config by which vLLM recognizes weight-only quantization, and the model dtypes
+# that each method supports.
 SCHEMES = {
     "pack-quantized": dict(num_bits=4, type="int", strategy="group"),
     "mxfp4-pack-quantized": dict(num_bits=4, type="float", strategy="group"),
@@ -107,7 +107,7 @@ def test_folders_are_what_vllm_asks_for(fmt, size, kind, tmp_path):
         assert quantization == expected
     else:
         check_scheme(quantization, kind, size)
-    # And back: the same bits, of which the same files are made.
+    # Loading restores the same bits, and saving them again writes the same files.
     again = ql.io.load(tmp_path / "one", NAMES, LIKE, progress=False)
     helpers.assert_same_bits(*map(jax.tree.leaves, (again, base)))
     ql.io.save_packed(tmp_path / "two", again, NAMES, tmp_path / "one", layout)
@@ -117,7 +117,7 @@ def test_folders_are_what_vllm_asks_for(fmt, size, kind, tmp_path):
 
 
 def check_scheme(quantization, kind, size):
-    """The config of compressed-tensors is that of weights in this scheme alone."""
+    """Checks that the config describes weight-only quantization in this scheme."""
     assert (quantization["quant_method"], quantization["format"]) == (
         "compressed-tensors",
         kind,
@@ -135,7 +135,7 @@ def test_the_dtype_holds_the_scales(tmp_path):
     *_, written_config = write(tmp_path / "gemma", base, "awq", config)
     assert written_config["dtype"] == written_config["torch_dtype"] == "bfloat16"
 
-    # Scales of a checkpoint in bfloat16 stay that.
+    # Scales of a bfloat16 checkpoint stay in bfloat16.
     def halve(x):
         return x.astype(jnp.bfloat16).astype(jnp.float16)
 
@@ -172,7 +172,7 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path):
 
 
 def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
-    """It multiplies q, k and v, or gate and up, by the largest one of theirs."""
+    """vLLM multiplies q, k and v, or gate and up, by the largest of their factors."""
     base, tensors = read("nvfp4"), floats()
     q, k, up = (base["layers"][f"{module}/kernel"] for module in MODULES)
     for i in range(2):  # as if they were one weight, by the rule of llm-compressor
@@ -184,7 +184,7 @@ def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
             helpers.assert_same_bits(np.concatenate(ours, 1), getattr(both, part))
         for x, expected in ((q, both), (k, both), (up, alone)):
             helpers.assert_same_bits(x.scale_scales[i], expected.scale_scales)
-    # A tree is packed likewise; kernels alone are not, and are refused.
+    # Packing a tree shares the factor. Kernels packed separately are refused.
     config = ql.QLoRAConfig(rank=4, fmt="nvfp4", targets=".*_proj/kernel")
     wide = ql.io.load(tensors, NAMES, LIKE, progress=False)
 

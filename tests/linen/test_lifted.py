@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 @pytest.mark.slow
 def test_methods_of_unbound_modules_and_lifted_models_are_no_reads(x):
-    """Flax runs the latter's setup without parameters first."""
+    """Flax first runs the setup of a lifted model without parameters."""
 
     class Doubled(nn.Module):
         def double(self, x):
@@ -180,7 +180,7 @@ def test_functions_of_a_layer_may_be_lifted(transform, x):
 
 
 class Mapped(nn.Module):
-    """Maps its layer's variables, perhaps in a scan."""
+    """Transforms its layer's variables by `nn.map_variables`, perhaps in a scan."""
 
     collection: str = "params"
     in_scan: bool = False

@@ -24,7 +24,7 @@ LINEAR = nnx.bridge.to_linen(nnx.Linear, 64, 8)
 
 
 class Project(nn.Module):
-    """Its equation is an argument of the call, as in the `gemma` package."""
+    """A layer that gets its equation as an argument of the call, as in `gemma`."""
 
     shape: tuple
     weight_name: str = "w"
@@ -60,7 +60,7 @@ def test_the_equation_of_a_registered_class_may_be_an_argument(x):
 
 @pytest.mark.slow
 def test_one_tree_has_the_gradients_of_two(x):
-    """Optimizers on one tree: tests/optim/test_optim.py."""
+    """tests/optim/test_optim.py has optimizers on one tree."""
     wrapped = ql.linen.wrap(LinenMLP())
     _, base, lora = setup(LinenMLP(), x)
 
@@ -275,7 +275,7 @@ def test_a_dot_general_of_a_modules_own_is_not_called_where_there_is_an_adapter(
 
 @pytest.mark.slow
 def test_a_wrapped_model_may_call_another(x):
-    """Both read kernels at the path "w"."""
+    """Both models have a kernel at the path "w"."""
     inner_config = ql.QLoRAConfig(rank=4, block_size=16, targets="w")
     inner = variables_of(OWN_MODEL, x, inner_config)
 
@@ -296,7 +296,7 @@ def test_a_wrapped_model_may_call_another(x):
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_dropout_takes_the_keys_that_flax_takes(wrapped, x):
-    """`make_rng("dropout")` draws from "params" where there is no "dropout"."""
+    """`make_rng("dropout")` falls back to the "params" stream."""
     if wrapped:
         variables = variables_of(nn.Dense(8), x, DROPOUT)
         apply = ql.linen.wrap(nn.Dense(8)).apply
@@ -314,7 +314,7 @@ def test_dropout_takes_the_keys_that_flax_takes(wrapped, x):
 
 @pytest.mark.slow
 def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(x):
-    """Without `linen.init`, which refuses it earlier."""
+    """This is without `linen.init`, which would refuse dropout earlier."""
     model = LinenTwoKernels()
     params = model.init(KEY, x)["params"]
     config = ql.QLoRAConfig(rank=4, dropout=0.1, targets=".*")
@@ -371,7 +371,7 @@ def test_bad_arguments_are_refused(call, error, words, x):
 
 
 class Refused(nn.Module):
-    """Contracted in two ways, in none, along a wrong axis; and one that is unused."""
+    """Contracted in two ways, in none, or along a wrong axis; and an unused kernel."""
 
     @nn.compact
     def __call__(self, x):
@@ -419,7 +419,7 @@ MODULES = {
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_plain_model_refuses_packed_kernels(name, fmt):
-    """Codes of int8 have the shape of the kernel."""
+    """int8 codes have the kernel's shape, so Flax's check of shapes accepts them."""
     x = jnp.ones((2, 64), jnp.int32 if name == "embed" else jnp.float32)
     params = MODULES[name].init(KEY, x)["params"]
 
@@ -427,7 +427,7 @@ def test_a_plain_model_refuses_packed_kernels(name, fmt):
         return ql.quantize(w, fmt, contract=-w.ndim)
 
     base = {k: w if k == "bias" else pack(w) for k, w in params.items()}
-    # What Flax says of a shape, or what a QTensor says of its use as an array.
+    # The error is Flax's about a shape, or a QTensor's about its use as an array.
     match = 'For parameter "(kernel|embedding)"|QTensor is not an array'
     with pytest.raises((TypeError, ScopeParamShapeError), match=match):
         MODULES[name].apply({"params": base}, x)
@@ -461,7 +461,7 @@ def test_a_wrapped_model_may_hold_layers_with_adapters(scanned, x):
 
 
 class Projections(nnx.Module):
-    """Kernels in a list, and one that is no matrix."""
+    """Kernels in a list, and a kernel that is not a matrix."""
 
     def __init__(self, rngs):
         self.layers = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(2)])

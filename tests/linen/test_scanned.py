@@ -17,7 +17,7 @@ CONFIG = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=".*/(kernel|w)")
 
 
 class MixedBlock(nn.Module):
-    """With partitioned parameters, experts, and a kernel that its module reads."""
+    """Partitioned parameters, experts, and a kernel that the block reads itself."""
 
     @nn.compact
     def __call__(self, x, _):
@@ -57,7 +57,7 @@ STACKS = {
 
 
 def scanned_bytes(jaxpr):
-    """Shapes of uint8 arrays that a scan slices, or stacks up."""
+    """Returns the shapes of uint8 arrays that a scan slices or stacks."""
     shapes = set()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
@@ -80,7 +80,7 @@ def is_jaxpr(value):
 
 
 def apply_to(variables, model, **options):
-    """A function of the adapters and the input."""
+    """Returns the wrapped model as a function of the adapters and the input."""
     wrapped = ql.linen.wrap(model, **options)
     return lambda lora, x: wrapped.apply({**variables, "lora": lora}, x)
 
@@ -131,7 +131,7 @@ def test_no_scan_slices_codes_or_stacks_them_up(name, x):
     assert scanned_shapes(scanned="layers") == set()
 
 
-@pytest.mark.without_noise  # which takes memory
+@pytest.mark.without_noise  # noise takes memory
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_memory_is_that_of_packed_weights(remat):

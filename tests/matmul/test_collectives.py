@@ -25,7 +25,7 @@ P = PartitionSpec
 NONE: list[str] = []
 REDUCE = ["all-reduce f32"]
 GATHER = ["all-gather u8"]
-# How W [K, N], x [M, K] and y [M, N] are split; what each pass must move.
+# How W [K, N], x [M, K] and y [M, N] are split, and what each pass must move.
 LAYOUTS = {
     "replicated": (P(), P(), P(), NONE, NONE),
     "data": (P(), P("a"), P("a"), NONE, NONE),
@@ -40,7 +40,7 @@ LAYOUTS = {
     "fsdp and row": (P("b", "a"), P("a", "b"), P("a"), GATHER + REDUCE, GATHER),
     "2d": (P("a", "b"), P(None, "a"), P(None, "b"), REDUCE, REDUCE),
 }
-# The format of a layout, and its block size; nf4 in the others.
+# The format and block size of some layouts. The others have nf4.
 FORMATS = {
     "fsdp along N": ("mxfp4", 32),
     "fsdp over both": ("int4_f16", 32),
@@ -64,14 +64,14 @@ def test_operations_are_read_with_all_their_types():
 
 
 def sharded(q, mesh, spec, rows=()):
-    """The packed weights, split as their float kernel would be."""
+    """Returns the packed weights, split as their float kernel would be."""
     tree, _ = ql.sharding.place({"w": q}, {}, mesh, {"w": spec}, rows=rows)
     return tree["w"]
 
 
 @functools.cache
 def operands(k=512, n=64, lead=(), packing=("nf4", 64)):
-    """In NumPy: its arrays are split over devices without a program for each shape."""
+    """Makes operands in NumPy: splitting its arrays compiles nothing."""
     rng = np.random.default_rng(0)
     fmt, block_size = packing
     w = rng.normal(size=(*lead, k, n)).astype(np.float32)
@@ -114,8 +114,8 @@ def test_experts_stay_with_their_device(mesh):
     assert_close(run(xs, qs), x @ dequantize(q))
 
 
-# How x, W and the result are split, and whether parts of the result, or of the gradient
-# of x, have to be summed.
+# How x, W and the result are split, and whether partial sums of the result, or of the
+# gradient of x, have to be added.
 BY_HAND = {
     "row": (P("a", "b"), P("b"), P("a"), REDUCE, NONE),
     "column": (P("a"), P(None, "b"), P("a", "b"), NONE, REDUCE),
@@ -125,7 +125,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("layout", slow_but_every(3, BY_HAND))
 def test_shard_map(mesh, layout):
-    """Each device multiplies what it has; packed scales follow from whole columns."""
+    """Each device multiplies its part. Its packed scales belong to whole columns."""
     x_spec, w_spec, y_spec, forward, backward = BY_HAND[layout]
     double_quant = layout == "data"
     q, x = operands()
@@ -158,12 +158,12 @@ def test_shard_map(mesh, layout):
 
 @pytest.mark.slow
 def test_shard_map_with_nested_scales(mesh):
-    """Column-parallel: each device packs its columns, with their own mean."""
+    """Column-parallel: each device packs its columns, with a mean scale of its own."""
     q, x = operands()
     w = dequantize(q)
     xs, ws = spread(x, mesh, "a"), spread(w, mesh, None, "b")
 
-    # One mean for each device, along an axis in front.
+    # The means have a leading axis with one entry per device.
     def pack(w):
         return jax.tree.map(lambda a: a[None], ql.quantize(w))
 
@@ -186,7 +186,7 @@ def test_shard_map_with_nested_scales(mesh):
 
 @pytest.mark.slow
 def test_adapters_learn_under_shard_map(mesh):
-    """Data-parallel: the same adapters on all devices, their gradients summed."""
+    """Data-parallel: all devices have the same adapters, and gradients are summed."""
     base, lora = trees_of({"kernel": normal(0, (64, 8))}, rank=2)
     x = normal(1, (8, 64))
 
@@ -209,7 +209,7 @@ def test_adapters_learn_under_shard_map(mesh):
 
 
 def test_auto_mode_made_explicit():
-    """An Auto program may state its sharding by Explicit axes."""
+    """A program in Auto mode may make its axes Explicit."""
     mesh = make_mesh("Auto")
     q, x = operands()
     qs, xs = sharded(q, mesh, P("a")), spread(x, mesh, "a")
@@ -223,7 +223,7 @@ def test_auto_mode_made_explicit():
 
 @pytest.mark.parametrize("w_spec", [P("a"), P("b", "a")])
 def test_tiles_of_tokens_gather_a_kernel_once(mesh, w_spec):
-    """The rows of x are split over `a`; `b` splits what is contracted, and stays."""
+    """`a` splits the rows of x, and `b` the contracted axis, which stays split."""
     q, _ = operands(k=256, n=32)
     x = np.random.default_rng(1).normal(size=(4, 12, 256)).astype(np.float32)
     w = dequantize(q)
@@ -242,13 +242,13 @@ def test_tiles_of_tokens_gather_a_kernel_once(mesh, w_spec):
         gathers[tile] = [r for r in rows if r["dtype"] == "u8"]
         value, dx = program(xs, qs)
         y = x.astype(np.float64) @ w
-        # A cosine's error is that of its angle: the magnitude is the angle's.
+        # The error of a cosine is that of its angle, so the angle gives the magnitude.
         assert_close(value, np.cos(np.sin(y)).sum(), magnitude=float(np.linalg.norm(y)))
         expected = (-np.sin(np.sin(y)) * np.cos(y)) @ w.T
         assert_close(dx, expected, magnitude=y.std() * expected)
     assert gathers[4] == gathers[None]
-    # Half a byte of codes a weight and float32 scales. XLA may share them between the
-    # passes.
+    # Half a byte of codes per weight, and float32 scales. XLA may share the gathered
+    # arrays between the passes.
     (gather,) = gathers[4]
     share = 1 if w_spec == P("a") else mesh.shape["b"]
     kernel_bytes = (256 * 32 // 2 + 4 * 256 // 64 * 32) // share

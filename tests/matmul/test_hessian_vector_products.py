@@ -58,7 +58,7 @@ def operands(kind, fmt, block_size, double_quant):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_every_format_is_traced(packing):
-    """JAX may take constants of a custom gradient for its arguments."""
+    """JAX may treat constants of a custom gradient as its arguments."""
     make = functools.partial(operands, "shared", *packing)
 
     def run():

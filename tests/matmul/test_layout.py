@@ -1,4 +1,4 @@
-"""`lay_out` on thousands of drawn meshes: NumPy runs each layout, device by device.
+"""`lay_out` on thousands of random meshes: NumPy runs each layout, device by device.
 
 Numbers are small integers in float64, so that every sum is exact.
 """
@@ -24,7 +24,7 @@ def names_of(entry):
 
 
 def part(array, spec, sizes, device):
-    """The part of an array that the device at these places of the mesh has: a view."""
+    """Returns a view of the part of an array that a device of the mesh has."""
     for axis, entry in enumerate(spec):
         for name in names_of(entry):
             length, remainder = divmod(array.shape[axis], sizes[name])
@@ -36,13 +36,13 @@ def part(array, spec, sizes, device):
 
 
 def peers(device, axes, sizes):
-    """The devices that differ from one in these mesh axes, in the order of parts."""
+    """Yields the devices that differ from `device` in these mesh axes, in order."""
     for indices in itertools.product(*(range(sizes[name]) for name in axes)):
         yield device | dict(zip(axes, indices, strict=True))
 
 
 def decode(codes, scales, k, fmt):
-    """Weights `[..., K, N]` of integer codes: those of 4 bits two in a byte."""
+    """Decodes weights `[..., K, N]` from integer codes, two to a byte in 4 bits."""
     if fmt == "int4":
         pairs = np.stack([codes >> 4, codes & 15], axis=-2)
         codes = pairs.reshape(*codes.shape[:-2], -1, codes.shape[-1])
@@ -60,7 +60,7 @@ def multiply(spec, x, codes, scales):
 
 
 def run(layout, sizes, x, codes, scales, shape):
-    """What the devices of a mesh compute by a layout, in NumPy."""
+    """Computes in NumPy what the devices of a mesh compute by a layout."""
     devices = [
         dict(zip(sizes, indices, strict=True))
         for indices in np.ndindex(*sizes.values())
@@ -94,7 +94,7 @@ def run(layout, sizes, x, codes, scales, shape):
         part(result, layout.result, sizes, device)[...] = parts[-1]
     for device, computed in zip(
         devices, parts, strict=True
-    ):  # the same on each that has it
+    ):  # equal on all devices that have this part
         np.testing.assert_array_equal(
             part(result, layout.result, sizes, device), computed
         )
@@ -102,12 +102,12 @@ def run(layout, sizes, x, codes, scales, shape):
 
 
 def draw(rng):
-    """A product, a mesh, and how x and the weights are split over it."""
+    """Draws a product, a mesh, and how x and the weights are split over it."""
     sizes = dict(zip("abc", MESHES[rng.integers(len(MESHES))], strict=False))
     fmt = str(rng.choice(["int4", "int8"]))
     batch = (4,) * int(rng.integers(2))
     rows = ROWS[rng.integers(len(ROWS))]
-    # Whole blocks, or a last one that is cut short.
+    # Whole blocks, or a short last block.
     k, n = int(rng.choice([33, 40, 64, 96, 128])), int(rng.choice([4, 6, 8, 24]))
     transpose = bool(rng.integers(2))
     packing = Packing(fmt, BLOCK_SIZE)
@@ -139,7 +139,7 @@ def test_every_layout_computes_the_product(seed):
         np.testing.assert_array_equal(
             run(layout, sizes, *arrays, want.shape), want, err_msg=f"{layout} {case}"
         )
-        # Parts that are whole blocks stay where they are, and are gathered only where
+        # Parts that are whole blocks stay on their devices. They are gathered only if
         # rows of x are split over the same mesh axes.
         lead = {name for axes in layout.lead for name in axes}
         blocks = scales.shape[-2] if spec.k % BLOCK_SIZE == 0 else 1

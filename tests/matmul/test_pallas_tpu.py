@@ -1,4 +1,4 @@
-"""The TPU kernel in interpret mode against NumPy; tests/tpu compiles it."""
+"""The TPU kernel in interpret mode against NumPy. tests/tpu compiles it."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ FORMS = ("shuffle", "sublane", "select")
 
 
 def make_weight(fmt, rows, cols, block_size, lead=(), seed=0):
-    """Random codes and scales, and the float32 weight that they encode."""
+    """Returns random codes and scales, and the float32 weight that they encode."""
     rng = np.random.default_rng(seed)
     scales = (0.5 + rng.random((*lead, rows // block_size, cols))).astype(F32)
     stored = rows if fmt == "int8" else rows // 2
@@ -105,7 +105,7 @@ KEPT_STRIPE = 70, 1152, 136, 128  # many rows keep the stripe
 FEW_ROWS = 9, 320, 640, 64
 MANY_ROWS = 70, 768, 130, 256
 PRODUCTS = [
-    # With either shape, each form has either dtype, one of them transposed.
+    # For either shape, each form appears with either dtype, one of them transposed.
     *(
         (*shape, "nf4", form, dtype, (i + j + k) % 2 == 1)
         for i, shape in enumerate([ONE_BLOCK, PADDED])
@@ -117,15 +117,15 @@ PRODUCTS = [
     (*KEPT_STRIPE, "nf4", "sublane", BF16, True),
     (*KEPT_STRIPE, "nf4", "select", BF16, False),
     (*KEPT_STRIPE, "nf4", "sublane", F32, True),
-    # Each format once a direction, few rows for one and many for the other.
+    # Each format once in each direction, with few rows in one and many in the other.
     (*FEW_ROWS, "fp4", "shuffle", BF16, False),
     (*MANY_ROWS, "fp4", "shuffle", BF16, True),
     (*MANY_ROWS, "int4", "shuffle", BF16, False),
     (*FEW_ROWS, "int4", "shuffle", BF16, True),
     (*FEW_ROWS, "int8", "shuffle", BF16, False),
     (*MANY_ROWS, "int8", "shuffle", BF16, True),
-    # Short and odd axes. 2304 rows have 9 scales of 256: one more than a load of eight
-    # holds.
+    # Short and odd axes. 2304 rows in blocks of 256 have 9 scales, one more than a
+    # single load of eight.
     *(
         (4, rows, 130, block_size, "nf4", "sublane", BF16, transpose)
         for rows, block_size in [(64, 64), (96, 32), (2304, 256)]
@@ -157,9 +157,9 @@ def test_many_columns_of_few_rows_have_wide_stripes(form, transpose):
 
 
 def test_the_emulation_packs_as_the_tpu_does():
-    """JAX's own test of `pltpu.pack_elementwise` on TPUs says: the first is low.
+    """The first operand is in the low bits, as JAX tests for `pltpu.pack_elementwise`.
 
-    It compares with a cast to bfloat16: to nearest, ties to even.
+    That test compares with a cast to bfloat16: round to nearest, ties to even.
     """
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, 4096, np.uint32)
@@ -220,7 +220,7 @@ def test_bytes_of_a_plan_are_those_of_the_compiler(k, n, transpose, dtype, block
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_plans_fit_the_memory_of_the_chip(transpose, dtype):
-    """A block of x is spilled: three times its bytes in bfloat16, six in float32."""
+    """Spilling a block of x takes three times its bytes in bfloat16, six in float32."""
     copies = 3 if dtype is BF16 else 6
     itemsize = np.dtype(dtype).itemsize
     for chip, contracted, m in itertools.product(
@@ -241,7 +241,7 @@ def test_plans_fit_the_memory_of_the_chip(transpose, dtype):
 
 
 def racing(params):
-    """Two steps of a parallel axis write one block."""
+    """A kernel with a race: two steps of a parallel axis write the same block."""
 
     def add(x, out):
         out[...] = x[...] + 1
@@ -259,9 +259,10 @@ def racing(params):
 
 @contextlib.contextmanager
 def no_races(capfd):
-    """Gives parameters that find races; raises where JAX 0.10 only prints them.
+    """Yields interpreter parameters that detect races, and raises if there is any.
 
-    One core takes a parallel axis step by step, and there is nothing to find.
+    JAX 0.10 only prints races. A single core runs a parallel axis step by step, so
+    there would be nothing to detect.
     """
     capfd.readouterr()
     yield pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
@@ -284,7 +285,8 @@ RACES = [
 ]
 
 
-# Few and many rows, alone and of a stack, in both directions; the other forms in one.
+# Few and many rows, with a kernel and with a stack, in both directions. The other
+# forms are tested in one direction.
 @pytest.mark.parametrize(
     "case",
     [
@@ -297,7 +299,7 @@ RACES = [
 )
 def test_no_races(case, capfd):
     *case, transpose, layer = case
-    # Little memory makes small blocks, and several.
+    # With little memory there are several small blocks.
     with no_races(capfd) as params:
         check_case(Product(*case, bool(transpose), 1, layer), params)
 
@@ -444,7 +446,7 @@ def test_visits_are_all_blocks_and_each_expert_in_them(size):
         assert [*zip(block[active], expert[active], strict=True)] == pairs
         np.testing.assert_array_equal(first[active], offsets[expert[active]])
         np.testing.assert_array_equal(end[active], offsets[expert[active] + 1])
-        # A block is visited without a break, so that it stays in VMEM.
+        # All visits of a block are consecutive, so it stays in VMEM.
         runs = [key for key, _ in itertools.groupby(block)]
         assert runs == [*range(-(-rows // size))] and is_new.sum() == len(runs)
         assert [*expert[decodes == 1]] == [

@@ -18,7 +18,7 @@ EXPERTS, ROWS, K, N, RANK = 8, 64, 512, 128, 4
 SIZES = np.array([5, 0, 17, 9, 1, 20, 0, 8], np.int32)  # 60 of 64 rows
 NONE: list[str] = []
 REDUCE, GATHER = ["all-reduce f32"], ["all-gather u8"]
-# How W [E, K, N], x [M, K] and y [M, N] are split; what each pass must move.
+# How W [E, K, N], x [M, K] and y [M, N] are split, and what each pass must move.
 LAYOUTS = {
     "experts": (P("a"), P(), P(), REDUCE, REDUCE),
     "data": (P(), P("a"), P("a"), NONE, NONE),
@@ -93,7 +93,7 @@ def test_gradients_of_a_shared_adapter(mesh, layout):
 
 
 def check_gradients(mesh, layout, **settings):
-    """Those of `lax.ragged_dot` on one device, by the formula of LoRA."""
+    """Compares with gradients of `lax.ragged_dot` and LoRA's formula on one device."""
     q, lora, x, sizes = placed(mesh, layout, **settings)
     whole_q, whole_lora, whole_x = operands(**settings)
     w = dequantize(whole_q)

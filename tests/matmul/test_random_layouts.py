@@ -1,6 +1,7 @@
-"""Programs on operands that are split over a mesh at random equal NumPy's.
+"""Programs on operands that are split over a mesh at random equal NumPy's results.
 
-QLORA_JAX_SEED draws all anew. test_layout.py runs thousands of layouts in NumPy.
+Another QLORA_JAX_SEED gives other draws. test_layout.py runs thousands of layouts in
+NumPy.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ import qlora_jax as ql
 
 P = PartitionSpec
 PROGRAMS = len(fuzz_layouts.FORMS) * len(fuzz_layouts.MODES)
-# x [.., 64 or 96], A and B of adapters whose gradients XLA would compute wrong, and one
-# for which XLA of JAX 0.12.0.1 would end the process.
+# Specs of x [.., 64 or 96], A and B for which XLA alone would compute wrong gradients,
+# and one for which XLA of JAX 0.12.0.1 would end the process.
 TRAPS = {
     "A": [P("c", "a"), P("c", ("b", "a")), P()],
     "A and B": [P("c"), P(("b", "a"), "c"), P("a", "c")],

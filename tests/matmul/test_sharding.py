@@ -30,7 +30,7 @@ def arrays():
 @pytest.mark.parametrize("spec", [P("b"), P("a"), P("a", "b")])
 @pytest.mark.parametrize("freeze_base", [True, False])
 def test_merge(mesh, spec, freeze_base):
-    """Six blocks of K, which no mesh axis of four divides."""
+    """K has six blocks, which the mesh axis of size four does not divide."""
     tree = {"kernel": np.asarray(normal(0, (384, 64)))}
     settings = {"rank": 4, "freeze_base": freeze_base}
     base, lora = trees_of(tree, **settings)
@@ -68,7 +68,7 @@ def test_an_explicit_result_has_its_sharding_in_its_type():
     assert jax.typeof(ql.dequantize(q)).sharding.spec == P(None, "b")
 
 
-# The shape of W, its format, block size and spec; all layouts: test_collectives.py.
+# The shape of W, its format, block size and spec. test_collectives.py has all layouts.
 KERNELS = {
     "rows and columns": ((256, 64), "nf4", 64, P("a", "b")),
     "rows and columns of 8 bits": ((256, 64), "int8", 64, P("a", "b")),
@@ -124,7 +124,7 @@ def test_attention_kernels(mesh, name):
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
     want = run(lora, ql.dequantize(base), x)
     base = ql.quantize(spread(params, mesh, *spec), ql.QLoRAConfig(**settings))
-    # Heads and what is within them are one axis of the stored matrix.
+    # Heads and head features are a single axis of the stored matrix.
     stored = NamedSharding(mesh, P(spec[0], spec[-1]))
     assert base["kernel"].codes.sharding.is_equivalent_to(stored, 2)
     with jax.set_mesh(mesh):

@@ -1,6 +1,6 @@
-"""Products that sum over devices round the sum once, also in 16 bits.
+"""Products that sum over devices round the sum once, in 16 bits too.
 
-QLORA_JAX_SEED draws other layouts.
+Another QLORA_JAX_SEED gives other layouts.
 """
 
 import math
@@ -33,7 +33,7 @@ CASES = [
 
 
 def assert_rounded_once(got, want, magnitudes, dtype):
-    """The error is half a unit in the last place, and that of float32 sums."""
+    """Bounds the error by half a unit in the last place plus that of float32 sums."""
     one_rounding = float(jnp.finfo(dtype).eps) / 2 * np.abs(want)
     smallest = float(jnp.finfo(dtype).smallest_subnormal)
     assert np.all(
@@ -56,7 +56,7 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
     w = normal(*(EXPERTS,) * has_experts, K, N)
     x, g = normal(ROWS, K), normal(ROWS, N)
 
-    # Split along what one of the two products sums over, and at random besides.
+    # One axis that a product sums over is split; other axes are split at random.
     summed = "a" if case % 2 else "b"
     units = np.array([*w.shape[:-2], K // 16, N])
     spec = [None] * w.ndim

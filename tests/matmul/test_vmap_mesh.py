@@ -1,4 +1,4 @@
-"""`vmap` over an axis that a mesh splits: Explicit axes, as Equinox batches."""
+"""`vmap` over an axis that a mesh splits, with Explicit axes, as Equinox batches."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ ROWS = {
 
 
 def draw(fmt, lead=()):
-    """Both trees, an input, and the gradients of the sum of sin y in A, B and x."""
+    """Returns both trees, an input, and the gradients of sum(sin y) in A, B and x."""
     params, x = {"kernel": normal(0, (*lead, 64, 32))}, normal(1, (8, 4, 64))
     settings = {"rank": 4, "block_size": 16, "double_quant": False, "contract": -2}
     base, lora = trees_of(params, fmt=fmt, **settings)
@@ -37,7 +37,7 @@ def draw(fmt, lead=()):
 
     layer = [wide(w), *map(wide, jax.tree.leaves(lora))]
     ((da, db),), dx = gradients([layer], [False], wide(x))
-    if not lead:  # of one adapter for all rows
+    if not lead:  # all rows share one adapter
         da, db = da.sum(0), db.sum(0)
     return base, lora, x, [da, db, dx]
 
@@ -71,7 +71,7 @@ def test_rows(fmt, name, kind):
 
 @pytest.mark.parametrize("is_inside", [False, True], ids=["vmap", "gradients in it"])
 def test_kernels_and_their_adapters(is_inside):
-    """Each has rows of its own; the mesh splits the stack."""
+    """Each kernel has its own rows, and the mesh splits the stack."""
     mesh = make_mesh("Explicit")
     base, lora, x, want = draw("nf4", lead=(8,))
     base, lora = spread((base, lora), mesh, "a", "b")

@@ -1,4 +1,4 @@
-"""What keeps activations small computes what the plain form computes."""
+"""Memory-saving forms compute the same as the plain forms."""
 
 import functools
 import re
@@ -46,7 +46,7 @@ def plain(
 
 
 def operands(tokens, dtype=jnp.float32):
-    """Queries, keys, values, and a cotangent."""
+    """Returns queries, keys, values, and a cotangent."""
     return [normal(i, (2, tokens, n, 16), dtype) for i, n in enumerate((4, 2, 2, 4))]
 
 
@@ -182,7 +182,7 @@ def test_tiles_hold_one_tile():
         compiled = jax.jit(jax.grad(run, argnums=(0, 1))).lower(w, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    inside = 4 * 2048  # bytes of what the function holds for a token
+    inside = 4 * 2048  # bytes per token inside the function
 
     def growth(tile):
         return temporaries(2048, tile) - temporaries(1024, tile)

@@ -1,4 +1,4 @@
-"""Packed stacks in host memory: the same bits, moved once a layer in each direction."""
+"""Packed stacks in host memory: same results, and each pass moves a layer once."""
 
 import functools
 
@@ -42,9 +42,9 @@ def has_program(value):
 
 
 def moved_and_held(fn, *args):
-    """Loops around each move to the device; the largest array of bytes made there.
+    """Returns the depth of loops around each move, and the largest uint8 array made.
 
-    A byte holds two codes of a layer, or one where it is decoded.
+    A byte holds two packed codes, or one code while a layer is decoded.
     """
     moves, largest = [], 0
     for eqn, loops in equations(jax.make_jaxpr(fn)(*args).jaxpr):
@@ -70,7 +70,7 @@ def stack(rows=64, columns=24, double_quant=True):
 
 
 def by_hand(rows=64):
-    """A stack on the device, the same on the host, and inputs."""
+    """Returns a stack on the device, the same on the host, and inputs."""
     q = stack(rows)
     return q, place({"kernel": q})[0]["kernel"], normal(1, (5, rows))
 
@@ -164,7 +164,8 @@ def test_by_hand_in_tiles_a_layer_is_moved_once():
     assert_same(jax.jit(grad)(x, host), want)
     moves, largest = moved_and_held(grad, x, host)
     assert moves == [1] * 4 and largest == 64 * 32  # two kernels, each way
-    assert set(moved_and_held(plain, x, host)[0]) == {2}  # what it is for
+    # Without `to_device`, layers are moved inside the loop over tiles.
+    assert set(moved_and_held(plain, x, host)[0]) == {2}
 
 
 # Trees
@@ -202,7 +203,7 @@ def test_place_moves_codes_of_stacks_alone():
     assert described(shapes) == described(placed)
     assert described(jax.jit(place)(base, lora)) == described(placed)
     assert jax.tree.structure(shapes) == jax.tree.structure(placed)
-    # There and back.
+    # To the host and back.
     back = place(*placed, memory="device")
     assert_same(jax.tree.leaves(back), jax.tree.leaves((base, lora)))
     assert back[0]["stack"].codes.sharding.memory_kind == "device"
@@ -280,7 +281,8 @@ OPTIONS = {
 }
 
 
-# The tests' programs are not (conftest.py): sums of tiles are rounded otherwise then.
+# LLVM optimizes here, unlike in other tests (conftest.py). Without that, sums of tiles
+# would be rounded differently.
 OPTIMIZED = {"xla_backend_optimization_level": 3}
 OPTIMIZED |= {"xla_llvm_disable_expensive_passes": False}
 
@@ -299,7 +301,7 @@ def test_a_scanned_linen_model_moves_a_layer_at_a_time(name):
     base, lora = place(*decoder_trees())
     grad = jax.grad(decoder_loss(**OPTIONS[name]))
     moves, largest = moved_and_held(grad, lora, base)
-    # In the loop over the layers, and never in the loop over tiles inside it.
+    # Moves are in the loop over layers, never in the inner loop over tiles.
     assert set(moves) == {1} and largest == 32 * 48
 
 
@@ -319,7 +321,7 @@ def nnx_model():
 
 
 def nnx_grad(model, remat, tile):
-    """The gradient of a loss in the adapters, and its arguments."""
+    """Returns the gradient function of a loss in the adapters, and its arguments."""
     graphdef, lora, other_state = nnx.split(model, nnx.LoRAParam, ...)
     x = normal(5, (2, 24, 32))
 

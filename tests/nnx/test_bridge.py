@@ -95,7 +95,7 @@ def test_linen_modules_inside_of_nnx_models(name):
 
 
 def check_gradient_of_a(path, lora, grads, grad_w):
-    """That of an adapter's A follows from that of the merged kernel."""
+    """Checks that A's gradient follows from the merged kernel's."""
     adapter, (*parents, kernel) = leaves_by_path(lora)[path], path.split("/")
     g = dict(nnx.to_flat_state(grad_w))[*parents, kernel].get_value()
     g = np.asarray(adapter.geometry.to_matrix(g))
@@ -182,7 +182,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nn.Module):
-    """A linen decoder of nnx layers, as MaxText builds one."""
+    """A linen decoder made of nnx layers, as in MaxText."""
 
     @nn.compact
     def __call__(self, x):

@@ -18,7 +18,7 @@ import qlora_jax as ql
 
 
 def make(name, config=CONFIG) -> tuple[Any, Any, Any]:
-    """A wrapped model, adapters away from zero; the same without; and an input."""
+    """Returns a wrapped model (B is not zero), its merged B = 0 copy, and an input."""
     x = make_x(PAIRS[name])
     wrapped = NNX.wrap(NNX.make(PAIRS[name]), config, x)
     base = jax.tree.map(jnp.copy, wrapped.base)
@@ -66,7 +66,7 @@ def test_each_state_is_one_program():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "own", "mlp stack"])
 def test_one_step_compares_both(name):
-    """A preference loss: the reference has no gradient, and adds nothing to it."""
+    """In a preference loss, the reference contributes nothing to the gradient."""
     model, base, x = make(name)
     wrt = nnx.DiffState(0, nnx.LoRAParam)
 

@@ -55,7 +55,7 @@ def x():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "general"])
 def test_sums_are_kept_in_the_element_type_that_is_preferred(name, x):
-    """float32 out of bfloat16 operands, without a rounding in between."""
+    """bfloat16 operands give a float32 result without a rounding in between."""
     dtypes = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32}
     bias = nnx.initializers.normal()
     layer = PAIRS[name].nnx(**dtypes, bias_init=bias, rngs=nnx.Rngs(0))
@@ -173,7 +173,7 @@ class Sine(nnx.Module):
 
 
 def test_residuals_of_a_module_that_reads_its_kernel_are_its_product_and_codes():
-    """No float weights, and no product of A and B, which is as large."""
+    """Neither float weights nor the equally large product of A and B are kept."""
     model = wrap(Sine(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, targets="kernel"))
     graph, state = nnx.split(model)
 
@@ -207,7 +207,7 @@ def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
 
 @pytest.mark.slow
 def test_layers_of_a_stack_may_have_scalings_of_their_own():
-    """As `load_peft` may give them: here 3 and 1/2 times alpha / rank."""
+    """`load_peft` may return such adapters: here 3 and 1/2 times alpha / rank."""
 
     def make(rngs):
         return nnx.Conv(8, 8, (3,), rngs=rngs)
@@ -306,7 +306,7 @@ def test_custom_dot_general_is_still_called(x):
 
 
 class Stateful(nnx.Module):
-    """Reads its kernel, counts its calls, draws from its stream, calls itself."""
+    """Reads its kernel, counts its calls, draws from its stream, calls its methods."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.w = nnx.Param(nnx.initializers.normal(0.1)(rngs.params(), (64, 16)))
@@ -339,7 +339,7 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array(x):
 
 
 class FeatureShapes(nnx.Module):
-    """As MaxText's DenseGeneral has it."""
+    """Stores its features as MaxText's DenseGeneral does."""
 
     def __init__(self, inputs, outputs, *, rngs: nnx.Rngs):
         self.in_features_shape, self.out_features_shape = inputs, outputs
@@ -406,7 +406,7 @@ def test_a_class_that_is_not_registered_here_is_named_when_unpickled(monkeypatch
     ql.nnx.register(Registered, kernel="w", einsum="equation")
     layer = Registered((32, 16), "bd,df->bf", rngs=nnx.Rngs(0))
     data = pickle.dumps(wrap(layer))
-    monkeypatch.setattr(RULES, "_rules", {})  # as a process that registered nothing
+    monkeypatch.setattr(RULES, "_rules", {})  # as in a process without registrations
     with pytest.raises(TypeError, match="`Registered` must be registered before it is"):
         pickle.loads(data)
 
@@ -422,7 +422,7 @@ def test_a_model_of_an_outer_scope_is_wrapped_in_a_trace(create):
 
 @pytest.mark.slow
 def test_an_abstract_wrapped_model_takes_a_restored_state(x):
-    """The idiom of checkpoints: no weights are made for what is restored."""
+    """The usual way to restore a checkpoint: no weights are made before it is read."""
 
     def create():
         return wrap(NNXMLP(rngs=nnx.Rngs(0)))

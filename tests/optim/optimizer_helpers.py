@@ -8,7 +8,7 @@ import optax
 
 import qlora_jax as ql
 
-# A transformation of adapters as one of a combined tree.
+# Ways to apply a transformation of adapters to a combined tree.
 ONE_TREE = {
     "partition": lambda tx: optax.partition(
         {"lora": tx, "frozen": optax.set_to_zero()}, ql.lora_labels
@@ -33,7 +33,7 @@ def train_tree(tx, tree, gradients, steps, **extra):
 
 
 def train_in_a_scan(tx, tree, gradients, steps):
-    """The same in one program."""
+    """Trains as `train_tree` does, in a scan within a single program."""
 
     def step(carry, seed):
         tree, state = carry
@@ -47,7 +47,7 @@ def train_in_a_scan(tx, tree, gradients, steps):
 
 
 def run_donated(step, trees):
-    """Three steps on donated trees: each frees what it is given, and nothing leaks."""
+    """Runs three steps on donated trees: each frees its inputs, and nothing leaks."""
     live = []
     for _ in range(3):
         before = jax.tree.leaves(trees)
@@ -68,7 +68,7 @@ def is_paged(state):
 
 
 def carried(off, tree):
-    """Shapes of host arrays that the loops of an update carry."""
+    """Returns the shapes of host arrays that loops of an update carry."""
     program = jax.make_jaxpr(off.update)(tree, off.init(tree), tree)
     loops = [e for e in program.jaxpr.eqns if e.primitive.name in ("scan", "while")]
     host = jax.memory.Space.Host

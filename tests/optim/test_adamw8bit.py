@@ -1,4 +1,4 @@
-"""8-bit AdamW against a NumPy definition of its codes, and beside optax.adamw."""
+"""8-bit AdamW against a NumPy definition of its codes, and against optax.adamw."""
 
 import functools
 
@@ -18,7 +18,7 @@ from qlora_jax.optim.blocks import BLOCK, Blocks, from_blocks, grid_of, to_block
 
 
 def dynamic_map(signed):
-    """The sorted map, from the definition in the paper, in float64."""
+    """Returns the sorted map in float64, from the definition in the paper."""
     top_decade = 6 if signed else 7
     decades = range(0 if signed else 1, top_decade + 1)
 
@@ -35,7 +35,7 @@ SIGNED = pytest.mark.parametrize("signed", [True, False])
 
 
 def definition(x, signed):
-    """Codes and scales of `[blocks, 256]`, and how near a value is to a tie."""
+    """Returns codes and scales of `[blocks, 256]`, and the distances to ties."""
     table = MAPS[signed]
     scales = np.abs(x).max(1)
     shares = x.astype(np.float64) / np.where(scales > 0, scales, 1)[:, None]
@@ -51,7 +51,7 @@ def definition(x, signed):
 
 
 def codes_of(blocks):
-    """The codes of a grid `[layers, rows, columns]`, from the bytes of its words."""
+    """Returns codes of a grid `[layers, rows, columns]` from the bytes of its words."""
     words = np.asarray(blocks.codes)
     layers, quarter, columns = words.shape
     codes = [(words >> (8 * i)) & 255 for i in range(4)]
@@ -78,17 +78,17 @@ def values(shape, signed, seed=0):
 def test_every_code_stands_for_the_value_of_the_map(signed):
     table = MAPS[signed]
     assert len(table) == 256
-    # Rows are blocks whose scale is 1, with all codes in each.
+    # Each row is a block that has all codes and whose scale is 1.
     code = np.tile(np.arange(256, dtype=np.uint32) * 0x01010101, (1, 4, 1))
     blocks = Blocks(jnp.asarray(code), jnp.ones((1, 4, 4)))
     like = jnp.zeros((16, 256))
     got = np.asarray(from_blocks(blocks, like, signed))
     is_zero = table == 0
     assert not got[:, is_zero].any()
-    # Entry by entry, also those that are 1e-7 of the largest.
+    # Compare entry by entry, also entries of 1e-7 times the largest.
     ratios = got[:, ~is_zero] / table[~is_zero]
     assert_close(ratios, np.ones_like(ratios), terms=4)
-    # The value of a code has that code.
+    # Encoding the value of a code gives that code again.
     np.testing.assert_array_equal(codes_of(pack(got, signed)), codes_of(blocks))
 
 
@@ -110,7 +110,7 @@ def test_blocks_of_any_shape(name):
     layers = shape[0] if len(shape) > 2 else 1
     assert blocks.codes.shape[0] == blocks.scales.shape[0] == layers
     got = np.asarray(round_trip(x, True))
-    # Each layer is what it is alone, and each block too.
+    # Layers and blocks are encoded independently of each other.
     if len(shape) > 2:
         for i in range(layers):
             np.testing.assert_array_equal(got[i], round_trip(x[i : i + 1], True)[0])
@@ -146,7 +146,7 @@ def test_a_value_that_is_not_finite_shows(column, value):
     wrong = np.zeros((16, 512), bool)
     wrong[3, :256] = True
     np.testing.assert_array_equal(np.isnan(got), wrong)
-    # Other rows share words with it.
+    # Other rows share its words.
     clean = np.where(np.isfinite(x), x, 0)
     np.testing.assert_array_equal(got[~wrong], round_trip(clean, True)[~wrong])
 
@@ -174,7 +174,7 @@ def make_tree(rank=8):
 
 
 def gradients(tree, seed):
-    """Of very different sizes, so that blocks use all of the map."""
+    """Returns gradients of very different sizes, so that blocks use all of the map."""
     leaves, treedef = jax.tree.flatten(tree)
 
     def wave(i, x):
@@ -193,10 +193,11 @@ def trained():
 
 
 def assert_alike(got, want):
-    """Few values differ: moments at a tie, by a code, and what follows from them.
+    """Asserts that trees agree, except for a few values that follow from ties.
 
-    Compilers round the sums of another program in another way. At a learning rate of
-    1e-2 that is less than a twentieth of an update.
+    Another program rounds sums differently. A moment at a tie may then get a
+    neighboring code. At a learning rate of 1e-2 that is less than a twentieth of an
+    update.
     """
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -231,7 +232,7 @@ def test_steps_are_those_of_the_algorithm():
             assert is_clear.mean() > 0.99
             np.testing.assert_array_equal(got[is_clear], codes[is_clear])
             assert_close(moment.scales.ravel(), scales)
-            # Both go on from the same codes.
+            # Both continue from the same codes.
             x[:] = MAPS[signed][got] * np.asarray(moment.scales, np.float64).reshape(
                 16, 1
             )
@@ -254,7 +255,7 @@ def test_the_state_takes_a_quarter_of_the_bytes():
         return sum(x.nbytes for x in jax.tree.leaves(tree))
 
     state = ql.optim.adamw8bit(1e-2).init(tree)
-    # A byte for a value and four for a block.
+    # A byte per value and four bytes per block.
     assert size(state[0].mu) == size(state[0].nu) == size(tree) / 4 * (1 + 4 / 256)
     assert 3.9 < size(optax.adamw(1e-2).init(tree)) / size(state) < 4
 
@@ -292,7 +293,7 @@ def test_schedules_masks_and_what_optax_wraps():
     partitioned = run(optax.partition(parts, labels), tree)[0]
     assert_alike(partitioned["layers"], trained()[0]["layers"])
     assert_same(partitioned["head"], tree["head"])
-    # Without weight decay the parameters do not matter.
+    # Without weight decay, updates do not depend on the parameters.
     w, zeros = {"w": jnp.ones((16, 256))}, {"w": jnp.zeros((16, 256))}
 
     def update(tx, params):
@@ -318,10 +319,10 @@ def test_optax_tree_utils():
 
 @functools.cache
 def language_model():
-    """A small decoder, its adapters, and sequences that repeat.
+    """Returns a small decoder, its adapters, and batches that repeat.
 
-    Rows are of a random Markov chain in which each of 64 tokens has four successors of
-    equal chance: no model is better than log 4 nats on new rows.
+    Rows come from a random Markov chain in which each of 64 tokens has four equally
+    likely successors, so no model has a loss below log 4 nats on new rows.
     """
     rng = np.random.default_rng(0)
     successors = rng.integers(0, 64, (64, 4))
@@ -371,7 +372,7 @@ def language_model_losses(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw8bit, offloaded"])
 def test_losses_of_a_language_model_are_close_to_those_of_adamw(name):
-    """In the end within 3% of the perplexity; smoothed over a pass over the data."""
+    """Final perplexities, averaged over a pass over the data, agree to 3%."""
 
     def smooth(x):
         return np.convolve(x, np.ones(8) / 8, "valid")
@@ -391,7 +392,7 @@ def test_offloaded_moments(layerwise):
     assert is_paged(got[1])
     assert_alike(got, trained())
     if layerwise:
-        # The stacks of moments that loops carry have layers as their first axis.
+        # Loops carry the stacks of moments with layers as the first axis.
         host = carried(off, tree)
         stacks = {(3, 2, 512), (3, 4, 4), (2, 6, 512), (2, 4, 12)}
         assert stacks <= host and {shape[0] for shape in host} == {2, 3}
@@ -421,7 +422,7 @@ def test_over_several_devices(mesh):
             assert_alike(got, want)
     for k, x in updates.items():
         assert x.sharding.is_equivalent_to(split[k].sharding, x.ndim)
-    # Columns run along what is split, so that each device has a quarter of the codes.
+    # Columns run along the split axis, so each device has a quarter of the codes.
     codes = got[0].mu["a"].codes
     assert codes.sharding.shard_shape(codes.shape) == (2, 2, 256)
 

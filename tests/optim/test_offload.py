@@ -1,4 +1,4 @@
-"""The paged optimizer: `ql.optim.offload` against the transformation on the device."""
+"""`ql.optim.offload` against the same transformation on the device."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ STEPS = 50
 
 @functools.cache
 def make_trees(**settings):
-    """Stacks of two numbers of layers, and an adapter that is no stack."""
+    """Returns stacks of two different depths, and an adapter without layers."""
 
     def kernel(*shape):
         return {"kernel": normal(len(shape), shape, scale=1 / 8)}
@@ -46,16 +46,16 @@ def make_trees(**settings):
 
 
 def make_lora():
-    """Adapters of a stack of five layers, of a stack of two, and of no stack."""
+    """Returns adapters of stacks of five and of two layers, and of a single layer."""
     lora = make_trees()[1]
     return {**lora, "layers": {"q": lora["layers"]["q"]}}
 
 
 def gradients(tree, seed):
-    """Those of `sum((p - target)**2) / 2`, where targets change from step to step."""
+    """Gradients of `sum((p - target)**2) / 2`, with another target in each step."""
     leaves, treedef = jax.tree.flatten(tree)
 
-    # Sums alone: a product and a sum may be rounded once or twice, before the cosine.
+    # Only sums: a product with a sum may be rounded once or twice.
     def wave(i, size):
         return jnp.cos(jnp.arange(size) + 1.7 * i + seed)
 
@@ -72,7 +72,7 @@ def run(tx, tree, steps=STEPS, **extra):
 
 @functools.cache
 def on_device(name):
-    """What the transformation does without `offload`."""
+    """Returns the transformation without `offload`."""
     return run(transformation(name), make_lora())
 
 
@@ -82,7 +82,7 @@ def transformation(name):
 
 
 def paged(tx):
-    """Refuses what cannot go layer by layer."""
+    """Returns the offloaded transformation, which must work layer by layer."""
     return ql.optim.offload(tx, layerwise=True)
 
 
@@ -90,7 +90,7 @@ ADAMW = optax.adamw(1e-2)
 
 
 def close(got, want, terms=64, **settings):
-    """Updates have a magnitude of 0.01, and sums of them may nearly cancel."""
+    """Compares trees. Updates have a magnitude of 0.01, and their sums may cancel."""
 
     def without_keys(x):
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -120,7 +120,7 @@ ENTRYWISE = {
         {"layers": ADAMW, "rest": optax.lion(1e-3)},
         lambda tree: {k: "layers" if k == "layers" else "rest" for k in tree},
     ),
-    # XLA takes long to compile Threefry, for each leaf.
+    # XLA takes long to compile Threefry for each leaf.
     "add_noise": lambda: optax.chain(
         optax.add_noise(0.1, 0.5, jax.random.key(0, impl="unsafe_rbg")),
         optax.sgd(1e-2, momentum=0.9),
@@ -152,7 +152,7 @@ def test_whole_leaves_are_bit_identical(name):
 def test_layer_by_layer_is_the_same_within_rounding(name):
     got, want = run(paged(transformation(name)), make_lora()), on_device(name)
     assert is_paged(got[1])
-    # One rounding of a bfloat16 moment may differ.
+    # A bfloat16 moment may differ by one rounding.
     dtype = "bfloat16" if "bfloat16" in name else None
     close(got, want, dtype=dtype)
 
@@ -164,7 +164,7 @@ def test_what_mixes_layers_takes_whole_leaves_or_is_refused(name):
     demanding, reason = paged(tx), MIXING[name][1]
     with pytest.raises(ValueError) as error:
         demanding.update(lora, demanding.init(lora), lora)
-    # The arrays that are mixed are named.
+    # The error names the arrays whose layers are mixed.
     words = f"`layerwise` must be None or False.*{reason}"
     for match in (words, r"experts/kernel/a.*layers/q/kernel/b"):
         assert error.match(match)
@@ -240,8 +240,8 @@ def paged_adamw(learning_rate):
 
 
 injected = optax.inject_hyperparams(paged_adamw)(learning_rate=SCHEDULE)
-# Transformations around the paged one, where its state is, and the terms: the first
-# steps of injected hyperparameters divide by 1 - b2**count, which cancels.
+# Transformations around the offloaded one, where its state is, and `terms`. The first
+# steps of injected hyperparameters divide by 1 - b2**count, where terms cancel.
 AROUND = {
     "clip_by_global_norm": (clipped, lambda s: s[1], 64),
     "MultiSteps": (several, lambda s: s.inner_opt_state, 64),
@@ -325,7 +325,7 @@ def test_one_tree(kind):
     assert_same(got_base, base)
     want, want_state = run(ADAMW, lora, 10)
     close(got_lora, want)
-    # Moments of adapters alone, all of them in host memory.
+    # There are moments of adapters only, all of them in host memory.
     assert is_paged(state)
 
     def count(tree):
@@ -375,7 +375,7 @@ def shapes(*trees):
     return {x.shape for x in jax.tree.leaves(trees)}
 
 
-# A tree, the arrays named as stacks, and the shapes that pass layer by layer.
+# A tree, the arrays declared as stacks, and the shapes that move layer by layer.
 STACKS = {
     "adapters": (
         lambda: make_trees()[1], (), lambda t: shapes(t["layers"], t["experts"])
@@ -451,7 +451,7 @@ def test_an_eager_update():
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [("a", None, None), (None, "a", None)], ids=str)
 def test_over_several_devices(spec, mesh):
-    """Moments are sharded as their parameters are, in host memory."""
+    """Moments in host memory are sharded as their parameters are."""
     tree = {"layers": spread(normal(0, (4, 8, 6)), mesh, *spec)}
     off = ql.optim.offload(ADAMW, stacks="layers")
     with jax.set_mesh(mesh):
@@ -518,7 +518,7 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
     mesh = Mesh(chips, axes, axis_types=(AxisType.Auto,) * 2)
 
     def put(x, memory="device"):
-        # The longer axis of factors and moments is split.
+        # Split the longer axis of factors and of moments.
         longest = max(x.shape, default=0)
         spec = [axes if i and n == longest else None for i, n in enumerate(x.shape)]
         place = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
@@ -539,8 +539,8 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
     state = jax.tree.map(lambda x: put(x, memory(x)), state)
 
     def step(lora, state):
-        # A TPU gives gradients that it computes its own layout: at a rank of less than
-        # 128 it swaps the axes of A's, and of A's moments.
+        # A TPU chooses the layout of gradients: at ranks below 128 it swaps the axes of
+        # the gradients of A, and of the moments of A.
         grads = jax.tree.map(jnp.sin, lora)
         updates, state = tx.update(grads, state, lora)
         return optax.apply_updates(lora, updates), state
@@ -572,10 +572,10 @@ def test_on_a_tpu_moments_stay_in_host_memory():
     assert offloaded["host_temp_size"] == split["host_temp_size"] == 0
     saved = plain["argument_size"] - offloaded["argument_size"]
     assert MOMENTS <= saved < 1.01 * MOMENTS
-    # A few layers at once, out of 16.
+    # A few of the 16 layers at once.
     assert offloaded["temp_size"] < MOMENTS / 3
     assert split["temp_size"] < MOMENTS / 12
-    # Moments in 8 bits: no array of the stack is copied, whole or in another layout.
+    # 8-bit moments: no array of the stack is copied as a whole or to another layout.
     for name in ("argument", "output", "alias"):
         assert MOMENTS / 4 < packed[f"host_{name}_size"] < 1.1 * MOMENTS / 4, name
     assert packed["host_temp_size"] == 0
@@ -585,9 +585,9 @@ def test_on_a_tpu_moments_stay_in_host_memory():
 @pytest.mark.slow
 @needs_libtpu
 def test_on_a_tpu_the_first_state_is_made_layer_by_layer():
-    """At a rank of less than 128, a TPU swaps the axes of A's moments in memory.
+    """At ranks below 128, a TPU swaps the axes of A's moments in memory.
 
-    Those in float32 then pass through the device array by array.
+    Moments in float32 then pass through the device array by array.
     """
     unsplit, split, packed = (compiled_for_tpu()[name] for name in INITS)
     assert unsplit["host_output_size"] == 4 * MOMENTS

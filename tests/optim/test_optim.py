@@ -1,4 +1,4 @@
-"""Optax on two trees and on one; other optimizers on lora trees: test_offload.py."""
+"""Optax on two trees and on one. test_offload.py has other optimizers."""
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +68,8 @@ def test_one_tree_trains_as_two_and_leaves_the_base_alone(name, method):
     tree, state = one_tree(ONE_TREE[method](ADAMW[name]), base, lora, x, y)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
-    # Adam divides by the size of the gradient: an error of rounding in a small one is
-    # as large as in others, of steps of 1e-2.
+    # Adam divides by the size of the gradient, so rounding errors of small gradients
+    # change updates as much as those of large ones. Steps are 1e-2.
     assert_close(got_lora, want, terms=64)
     # No moments for frozen leaves.
     assert array_bytes(state) == array_bytes(want_state)
@@ -90,7 +90,7 @@ def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
 
 
 class TestTraps:
-    """What goes wrong without `ql.value_and_grad`; see docs/development/traps.md."""
+    """Errors that happen without `ql.value_and_grad`: see docs/development/traps.md."""
 
     def test_float0_gradients_break_apply_updates(self):
         base, lora, x, y = setup()

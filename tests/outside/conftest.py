@@ -1,4 +1,4 @@
-"""Fixtures for models that know nothing of this library."""
+"""Fixtures for models of other libraries."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What every wrapped nnx model is held to."""
+"""The contract that every wrapped nnx model must fulfil."""
 
 import jax.numpy as jnp
 from flax import nnx

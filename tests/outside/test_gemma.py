@@ -141,8 +141,7 @@ def test_registered_einsum_takes_the_fast_path():
 def merged_by_hand(params, deltas, num_kv_heads, transpose):
     """Adds what adapters add to Hugging Face's weights `[out, in]`.
 
-    As its conversion of these models has it: heads are rows of q, k and v, and columns
-    of o.
+    Follows the package's conversion: heads are rows of q, k and v, and columns of o.
     """
     params = jax.tree.map(np.array, params)
 

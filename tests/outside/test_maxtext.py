@@ -1,7 +1,7 @@
-"""MaxText's transformer, which is independent of this library: NNX, and in bridges.
+"""MaxText's transformer, which is independent of this library, in NNX and in bridges.
 
-Small configs, random weights. Its `DenseGeneral` and experts read their kernels
-themselves; its scan over layers and its two bridges are its own.
+The configs are small and the weights random. MaxText's `DenseGeneral` and experts read
+their kernels themselves. MaxText has its own scan over layers and two own bridges.
 """
 
 import os
@@ -34,7 +34,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 8)))
 POSITIONS = jnp.broadcast_to(jnp.arange(8), TOKENS.shape)
 DENSE = [f"self_attention/{name}/kernel" for name in ("key", "out", "query", "value")]
 DENSE += [f"mlp/{name}/kernel" for name in ("wi_0", "wi_1", "wo")]
-# What a bridge holds is contracted as the config says.
+# The config defines the contracted axes of kernels inside a bridge.
 CONTRACT = {r".*/(query|key|value)/kernel": -3, r".*/out/kernel": (-3, -2)}
 CONFIG = ql.QLoRAConfig(rank=4, alpha=8, contract=CONTRACT)
 

@@ -1,6 +1,7 @@
 """Models of google-tunix, which is independent of this library: wrap, train, merge.
 
-Small configs, random weights. Its `Einsum` and experts read their kernels themselves.
+The configs are small and the weights random. Tunix's `Einsum` and experts read their
+kernels themselves.
 """
 
 import re
@@ -57,7 +58,7 @@ def make_gemma():
 
 
 def fill(model):
-    """Random kernels: some of the models' initializers give zeros."""
+    """Draws random kernels, since some initializers of these models return zeros."""
     state = nnx.state(model, nnx.Param)
 
     def draw(x, y):

@@ -25,7 +25,7 @@ STEPS = 60
 
 @pytest.fixture(autouse=True, scope="module")
 def rank_promotion():
-    """For all threads: Tunix samples in one of its own."""
+    """Sets the option for all threads, since Tunix samples in another thread."""
     before = jax.config.jax_numpy_rank_promotion
     jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
@@ -39,8 +39,8 @@ def base():
 
 @pytest.fixture(scope="module")
 def trained(base):
-    """The learner's cluster, the rewards, and the codes that it put on the device."""
-    before = device_codes()  # and keeps them, so that no buffer is used again
+    """Returns the learner's cluster, its rewards, and new codes on the device."""
+    before = device_codes()  # keeps them, so no buffer is reused
     cluster, rewards = example.train(base, TASK, WORDS, STEPS)
     return cluster, rewards, device_codes().keys() - before.keys()
 

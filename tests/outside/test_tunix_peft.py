@@ -1,7 +1,7 @@
-"""PEFT adapters for models of google-tunix. Its own loader of checkpoints is the judge.
+"""PEFT adapters for models of google-tunix, compared with Tunix's checkpoint loader.
 
-An adapter that is loaded beside the weights must equal the model that Tunix makes of a
-Hugging Face checkpoint with the adapter merged into its tensors.
+A model with a loaded adapter must equal the model that Tunix loads from a Hugging Face
+checkpoint with the adapter merged into its tensors.
 """
 
 import re
@@ -114,7 +114,7 @@ def test_tunixs_trainer_trains_the_adapters_that_are_exported(tmp_path):
     names = ql.io.tunix_names("llama3")
     ql.io.save_peft(tmp_path / "adapter", base, lora, names)
 
-    # The same model before training, with what PEFT would read, is the trained one.
+    # The untrained model with the saved adapter equals the trained model.
     config = ql.QLoRAConfig(rank=16, targets=example.TARGETS)
     again = ql.nnx.wrap(example.make_model(32, 2), config, rngs=nnx.Rngs(1))
     fresh, _ = ql.nnx.split(again)

@@ -17,12 +17,11 @@ PACKINGS += [(fmt, size, False) for fmt, size in SERVED if size != 64]
 DTYPES = ["float32", "bfloat16", "float16"]
 BLOCKS, N = 4, 3
 LARGEST, SMALLEST_NORMAL = 2.0**128, 2.0**-126
-# From which weights on a format is refused: by float16's scales, which round to
-# infinity from 65,520 on; and where the power of two that is the scale, times 4, is
-# the next one above the dtype.
+# The smallest weight that a format with float16 scales refuses: its scale rounds to
+# infinity from 65,520 on.
 FLOAT16_SCALES = {"int4_f16": 7.5 * 65520, "q4_0": 8 * 65520}
-# The largest weight of a block that decodes to zeros on CPUs: scales are floats that
-# are normal, or half of float16's smallest, which rounds to zero.
+# A block whose largest weight is below this decodes to zeros on CPUs: its scale would
+# be subnormal, or at most half of float16's smallest number, and rounds to zero.
 TO_ZERO = {
     "nf4": SMALLEST_NORMAL,
     "fp4": SMALLEST_NORMAL,
@@ -33,7 +32,7 @@ TO_ZERO = {
     "mxfp4": 4 * SMALLEST_NORMAL,
     "nvfp4": 6 * SMALLEST_NORMAL,
 }
-# As the table of the guide has them.
+# The limits as the table in the guide prints them.
 IN_DOCS = {
     "nf4": ("none", "1.2e-38"),
     "fp4": ("none", "1.2e-38"),
@@ -48,19 +47,19 @@ IN_DOCS = {
 
 def refused_from(fmt, dtype, double_quant):
     """The smallest weight that may be refused."""
-    if fmt == "mxfp4":
+    if fmt == "mxfp4":  # 4 times the power-of-two scale exceeds the dtype
         return 1.75 * 2.0**15 if dtype == "float16" else 1.75 * 2.0**127
     if fmt == "int4_f16" and dtype == "float16":
         return 61_400.0  # minus eight times its scale may be above 65,504
     if double_quant and dtype == "float16":
-        return 65504.0 / 2  # of some blocks, whose scale is rounded up
+        return 65504.0 / 2  # for blocks whose scale is rounded up
     if double_quant:
         return LARGEST / (BLOCKS * N)  # the sum of the scales is above all floats
     return FLOAT16_SCALES.get(fmt, LARGEST)
 
 
 def kernels(magnitude, block_size, dtype):
-    """Kernels whose largest weight is of a magnitude, in all blocks or in one."""
+    """Kernels whose largest weight has this magnitude, in all blocks or in one."""
     rng = np.random.default_rng(0)
     shape = BLOCKS * block_size, N
     spread = rng.uniform(-1, 1, shape)
@@ -77,7 +76,7 @@ def error_bounds(w, fmt, block_size, double_quant):
     largest = np.abs(wide).reshape(BLOCKS, block_size, N).max(1)
     bounds = HALF_GAP[fmt] * largest
     bounds += 2 * float(jnp.finfo(w.dtype).eps) * largest + SMALLEST_NORMAL
-    if double_quant:  # a code of 8 bits for the difference from the mean scale
+    if double_quant:  # an 8-bit code for the difference from the mean scale
         bounds += 2.0**-6 * largest.max()
     if fmt in FLOAT16_SCALES:  # half of the smallest float16, times the largest code
         bounds += 8 * 2.0**-25

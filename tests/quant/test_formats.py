@@ -1,5 +1,5 @@
-"""A format is one record in `FORMATS`: formats that only this module knows do what the
-others do. The formats of servers equal their makers' to the bit."""
+"""A format is a record in `FORMATS`, so formats defined here work like all others. The
+formats of inference servers equal their references to the bit."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ def weights(seed=0):
 
 
 def oracle(ours, w):
-    """Codes `[K, N]` and weights, by the definition."""
+    """Returns codes `[K, N]` and weights by definition."""
     _, fmt, size, _ = ours
     if fmt in OURS:
         table = np.asarray(OURS[fmt].values, np.float32)
@@ -101,7 +101,7 @@ def test_codes_scales_products_and_trained_kernels(ours):
 
 
 def test_mxfp4_is_ocps_but_for_blocks_that_ocp_cuts_off():
-    """OCP Microscaling Formats 1.0, section 6.3: the exponent is rounded down."""
+    """OCP Microscaling Formats 1.0, section 6.3, rounds the exponent down."""
     w = weights()
     q = ql.quantize(w, "mxfp4")
     largest = np.abs(w.reshape(K // 32, 32, N)).max(1)
@@ -140,7 +140,7 @@ def test_trees_files_and_meshes(ours, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, restored, base)
     names = ql.io.Names({"up/kernel": "up.weight"})
     shapes = {"up": {"kernel": jax.ShapeDtypeStruct((K, N), jnp.float32)}}
-    if ours.fmt == "nvfp4":  # whose codes need the largest weight of all pieces
+    if ours.fmt == "nvfp4":  # its codes depend on the largest weight of all pieces
         monkeypatch.setattr(device_shards, "PIECE", 3 * K)
     loaded = ql.io.load({"up.weight": w.T}, names, shapes, config, progress=False)
     jax.tree.map(np.testing.assert_array_equal, loaded, base)
@@ -158,7 +158,7 @@ def test_trees_files_and_meshes(ours, tmp_path, monkeypatch):
 
 
 def test_users_read_of_all_formats():
-    """In the docstring of `quantize`, where others refer to, and in the commands."""
+    """The docstring of `quantize` and the commands list all formats."""
     listed = re.search("number format, one of (.*?);", ql.quantize.__doc__, re.DOTALL)
     assert set(re.findall(r'"(\w+)"', listed[1])) == {*FORMATS}
     assert {*get_args(Fmt)} == {*FORMATS, "none"}
@@ -173,7 +173,7 @@ def test_a_format_that_says_nothing_has_both_schemes(monkeypatch):
         ql.matmul(jnp.ones((8, K)), q, backend="pallas_tpu_v6e")
 
 
-# Of formats of servers: what they have by default, and how many bits that is.
+# The default block size of server formats, and their bits per weight.
 @pytest.mark.parametrize(
     ("fmt", "block_size", "bits", "allowed"),
     [
@@ -220,7 +220,7 @@ def test_parts_of_two_levels_are_all_needed(missing):
 
 
 def probes(fmt, block_size):
-    """Ties and their neighbours at several scales, zeros, both signs of the largest."""
+    """Returns ties and their neighbors at several scales, zeros, and both signs."""
     table = np.unique(helpers.TABLES[fmt]).astype(np.float32)
     middle = (table[1:] + table[:-1]) / np.float32(2)
     up, down = (
@@ -269,7 +269,7 @@ def test_q4_0_is_that_of_gguf():
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q4_0).T
     ours = {"scales": np.asarray(q.scales), "values": np.asarray(q.dequantize())}
     helpers.assert_same_bits(ours, {"scales": scales, "values": values})
-    # What a file holds is what its weights are packed as again.
+    # Packing the decoded weights again gives the stored arrays.
     again = ql.quantize(jnp.asarray(values), "q4_0")
     np.testing.assert_array_equal(again.codes, q.codes)
     np.testing.assert_array_equal(again.scales, q.scales)

@@ -1,8 +1,8 @@
 """Codes, scales and values against files made by bitsandbytes, adapters against PEFT.
 
-The recipes and what the arrays mean: tests/data/bitsandbytes/make.py, tests/data/peft.
-bitsandbytes keeps a weight as [N, K]; ours is [K, N], so all of its arrays appear here
-transposed. Only the arrays come from there: NumPy decodes them, in helpers.py.
+tests/data/bitsandbytes/make.py and tests/data/peft/make.py explain the arrays.
+bitsandbytes stores a weight as [N, K] and this library as [K, N], so all of its arrays
+appear here transposed. helpers.py decodes them in NumPy.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PEFT_HEAD = json.loads((DATA / "peft" / "golden.json").read_text())
 TINY = 1.2e-38  # below the smallest normal float32, which XLA may flush to zero
 
 CASES = {case["name"]: case for case in BNB_HEAD["cases"]}
-ORDINARY = [name for name in CASES if "extremes" not in name]  # those: test_quant.py
+ORDINARY = [name for name in CASES if "extremes" not in name]  # see test_quant.py
 BOTH = [False, True]
 LEAVES = ("codes", "absmax", "nested_codes", "nested_absmax", "offset")
 
@@ -42,7 +42,7 @@ def bits(x):
 
 
 def weight_of(case):
-    """Returns the weight [N, K] that bitsandbytes was given, in its dtype."""
+    """Returns the weight [N, K] that bitsandbytes quantized, in its dtype."""
     if "array" in case:
         w = BNB[case["array"]]
     else:
@@ -77,7 +77,7 @@ def test_codes_and_scales_equal_bitsandbytes(name):
     stored = stored_of(case)
     n, k = case["shape"]
 
-    # One program for both: they differ in the scales alone.
+    # Compile both in one program, since they differ in the scales only.
     def both(w):
         return [packed(case, w, double_quant=d) for d in BOTH]
 
@@ -90,7 +90,7 @@ def test_codes_and_scales_equal_bitsandbytes(name):
         np.testing.assert_array_equal(*codes)
     if k % 2 == 0:
         np.testing.assert_array_equal(nested.codes, theirs)
-    # An empty last block that is shorter than the others has 1e-38 there, for 0.
+    # bitsandbytes stores 1e-38 instead of 0 for a short last block of zeros.
     absmax = flushed(stored["absmax"])
     assert plain.scales.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(plain.scales).T, absmax)
@@ -98,23 +98,23 @@ def test_codes_and_scales_equal_bitsandbytes(name):
 
 
 def flushed(values):
-    """The values, with 0 in the place of those that XLA may flush to zero."""
+    """Returns the values, with 0 instead of those that XLA may flush to zero."""
     return np.where(np.abs(values) < TINY, np.float32(0), values)
 
 
 def check_double_quantization(q, stored):
     assert q.scales.dtype == jnp.uint8 and q.scale_scales.dtype == jnp.float32
-    # The mean is summed in another order, and its rounding is in every difference.
+    # The mean is summed in another order. Its rounding affects every difference.
     mean = TINY + abs(float(np.squeeze(stored["offset"])))
     rounding = TINY + 1e-6 * mean
     offset, nested = map(flushed, (stored["offset"], stored["nested_absmax"]))
     assert_close(q.scale_offset, offset, terms=64, magnitude=mean)
     magnitude = mean + float(np.abs(nested).mean())
     assert_close(q.scale_scales, nested, terms=64, magnitude=magnitude)
-    # Its CPU build looks codes up by the first 16 bits of a value, so some codes are
-    # off by one. For a scale that equals the mean it stores 131 (2e-5) and not 127 (0),
-    # in the two bfloat16 weights with blocks of 2048. In a group of equal scales every
-    # code decodes to the offset.
+    # The CPU build of bitsandbytes looks codes up by the first 16 bits of a value, so
+    # some codes are off by one. For a scale that equals the mean, as in the two
+    # bfloat16 weights with blocks of 2048, it stores 131 (2e-5) instead of 127 (0). In
+    # a group of equal scales every code decodes to the offset.
     ours, theirs = np.asarray(q.scales).T, stored["nested_codes"]
     steps = np.repeat(stored["nested_absmax"], 256)[: ours.size].reshape(ours.shape)
     apart = np.abs(ours.astype(int) - theirs)
@@ -133,7 +133,7 @@ def test_stored_values_decode_bit_for_bit(name, double_quant):
     with np.errstate(all="ignore"):
         values = dequantize(q)
     key = "nested_values_sha256" if double_quant else "values_sha256"
-    assert digest(values.T) == case[key]  # torch says the same
+    assert digest(values.T) == case[key]  # torch has the same values
     ours = ql.dequantize(q)
     assert ours.dtype == values.dtype
     if np.max(np.abs(scales_of(q))) < TINY:

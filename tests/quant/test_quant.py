@@ -1,5 +1,5 @@
-"""Packed numbers against the NumPy oracle in helpers.py; bitsandbytes' golden files are
-in test_golden.py."""
+"""Packed numbers against the NumPy oracle in helpers.py. test_golden.py has the golden
+files of bitsandbytes."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def pack(case, w=None):
 
 @pytest.mark.parametrize("fmt", ANY_BLOCK)
 def test_what_no_normal_float32_holds_is_zero(fmt):
-    """The definition with subnormal numbers as zeros, which bitsandbytes keeps."""
+    """Subnormal numbers become zeros, although bitsandbytes keeps them."""
     tiny = np.finfo(np.float32).tiny
 
     def flushed(x):
@@ -78,7 +78,7 @@ def test_each_case_is_stored_and_decoded_as_defined(name):
     slack = 0 if not case.double_quant else np.max(q.scale_scales) / 64 * peak
     bound = HALF_GAP[case.fmt] * np.abs(scales) * peak * (1 + 1e-6) + slack
     assert (np.abs(floats - w) <= bound).all()
-    # The same from its parts, whatever holds them.
+    # Rebuilding from parts gives the same, whichever container holds the parts.
     parts = [q.codes, q.scales, q.scale_scales, q.scale_offset]
     as_numpy = [None if part is None else np.asarray(part) for part in parts]
     settings = dict(shape=case.shape, fmt=case.fmt, block_size=case.block_size)
@@ -123,14 +123,14 @@ def test_codes_and_scales_are_the_oracles(fmt, block_size):
 
 @pytest.mark.parametrize("fmt", ["nf4", "fp4"])
 def test_a_short_last_block_is_divided_by_its_scale(fmt):
-    """As bitsandbytes does; by the reciprocal, some midpoints get the code above."""
+    """As in bitsandbytes. The reciprocal would move some midpoints one code up."""
     rng = np.random.default_rng(0)
     table = np.sort(TABLES[fmt])
     midpoints = rng.choice((table[1:] + table[:-1]) / np.float32(2), 4096)
     scales = rng.uniform(0.1, 10, 4096).astype(np.float32)
     w = np.stack([scales, midpoints * scales])
     codes, _ = helpers.quantize(w, fmt, 64)
-    by_reciprocal, _ = helpers.quantize(w, fmt, 2)  # a block that is whole
+    by_reciprocal, _ = helpers.quantize(w, fmt, 2)  # a full block
     assert (codes != by_reciprocal).any()
     q = ql.quantize(w, fmt, double_quant=False)
     unpacked = helpers.unpack(np.asarray(q.codes), fmt, 2)
@@ -155,7 +155,7 @@ def test_scales_take_the_nearest_value_of_the_map(shape):
 @pytest.mark.without_noise  # sums of one product are exact
 @pytest.mark.parametrize("fmt", TABLES)
 def test_every_code_is_decoded(fmt):
-    """Codes too that `quantize` never gives, such as -8 in int4."""
+    """Including codes that `quantize` never produces, such as -8 in int4."""
     rows = 64 if fmt == "int8" else 128
     q = ql.quantize(weights(Case((rows, 4))), fmt)
     codes = np.arange(256, dtype=np.uint8).reshape(64, 4)
@@ -209,7 +209,7 @@ def test_nf4_with_double_quantization_takes_at_most_4_13_bits():
 
 
 def test_error_of_int4_on_normal_weights_is_torchaos():
-    """Figures of torchao's symmetric grid, block 64; bitsandbytes': test_golden.py."""
+    """Compares with torchao's symmetric grid in blocks of 64."""
     w = np.random.default_rng(0).normal(size=(2048, 1024)).astype(np.float32)
     error = np.asarray(ql.dequantize(ql.quantize(w, "int4", double_quant=False))) - w
     assert np.abs(error).mean() == pytest.approx(0.0913, rel=3e-3)
@@ -340,7 +340,7 @@ def test_bad_input_is_refused(call, error, words):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("n", [8, 64, 300])
 def test_nan_under_jit_stays_in_its_block(n, dtype):
-    """XLA's maximum on CPUs drops NaN, in some shapes."""
+    """XLA's maximum on CPUs drops NaN for some shapes."""
     run = jax.jit(lambda w: ql.dequantize(ql.quantize(w, "nf4", double_quant=False)))
 
     def decoded(w):
@@ -523,7 +523,7 @@ def test_donating_deletes_the_float_array():
 BFLOAT16_PART = 1 / 4 if jax.__version_info__ >= (0, 12) else 2.04
 
 
-@pytest.mark.without_noise  # which takes memory
+@pytest.mark.without_noise  # noise takes memory
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype", "fmt", "contract", "part"),
@@ -531,9 +531,9 @@ BFLOAT16_PART = 1 / 4 if jax.__version_info__ >= (0, 12) else 2.04
         ((2048, 2048), "float32", "nf4", -2, 1 / 4),
         ((8, 512, 512), "bfloat16", "nf4", -2, BFLOAT16_PART),
         ((1024, 1024), "bfloat16", "int8", -2, BFLOAT16_PART),
-        ((2000, 2048), "float32", "nf4", -2, 1.03),  # whole blocks are cut out
+        ((2000, 2048), "float32", "nf4", -2, 1.03),  # slices of whole blocks
         ((512, 16, 64), "float32", "nf4", -3, 1 / 4),
-        ((16, 512, 64), "float32", "nf4", (-3, -1), 2.1),  # and here transposed
+        ((16, 512, 64), "float32", "nf4", (-3, -1), 2.1),  # transposed slices
     ],
 )
 def test_quantizing_allocates_little_beyond_its_result(

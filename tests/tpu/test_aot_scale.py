@@ -1,7 +1,7 @@
 """The whole step of `qlora-jax train` from shapes alone: its memory and collectives.
 
-The TPU programs are compiled by a separate process (this file, run as a script), as in
-test_tpu_aot.py; expected numbers are formulas of the shapes.
+A separate process (this file, run as a script) compiles the TPU programs, as in
+test_tpu_aot.py. Expected numbers are computed from the shapes by formulas.
 """
 
 import functools
@@ -115,7 +115,7 @@ ON_HOST = {"offload_optimizer": True, "base_memory": "host"}
     ],
 )
 def test_shapes_lower_to_the_program_of_the_arrays(mesh, overrides):
-    """What is compiled from shapes alone is what a run compiles from its arrays."""
+    """Shapes alone lower to the same program as the arrays of a run."""
     lowered, expected = both(mesh, **overrides)
     assert lowered.as_text() == expected.as_text()
 
@@ -170,7 +170,7 @@ ENTRY %main (x: bf16[8,4]) -> f32[2] {
 
 
 def test_collectives_count_loops_that_count_by_twos():
-    """The TPU compiler multiplies gathered parts so, one after another."""
+    """The TPU compiler writes such loops to multiply gathered parts one by one."""
     program = """
 %body (p: (f32[8,4], u32[])) -> (f32[8,4], u32[]) {
   %at = u32[]{:T(128)} get-tuple-element(%p), index=1
@@ -206,7 +206,7 @@ def test_tables_of_the_docs_are_those_of_the_results(page):
 
 
 def test_a_step_on_paper_is_bytes_and_operations_over_rates():
-    """A layer of 8B on a v5e at 1000 tokens, its base streamed, by hand."""
+    """By hand: a layer of the 8B model on a v5e, 1000 tokens, with a streamed base."""
     c = scale_models.MODELS["Llama-3.1-8B"]
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert scale_paper.linear_weights(c) == linear
@@ -228,13 +228,13 @@ def test_a_step_on_paper_is_bytes_and_operations_over_rates():
     host = 2 * inputs + 16 * adapter + 2 * linear * 4.127 / 8
     assert estimated.host == pytest.approx(host / 14e9)
     assert estimated.ici == 0
-    # A pair has two rows, and a pass without the adapter.
+    # A preference pair has two rows, and an extra pass without the adapter.
     record = record | {"settings": record["settings"] | {"objective": "dpo"}}
     operations += 2 * 1000 * (linear + 128256 * 4096)
     products = scale_paper.estimate(record).products
     assert products == pytest.approx(2 * operations / (0.6 * 197e12))
     assert estimated.best == estimated.host
-    # Where the link takes as long as the products of the base's weights alone.
+    # Break-even: the link takes as long as the products of the base's weights.
     tokens = scale_paper.break_even("v5e")
     transfer, products = 2 * 4.127 / 8 / 14e9, tokens * 6 / (0.6 * 197e12)
     assert transfer == pytest.approx(products, rel=1e-3)
@@ -268,7 +268,7 @@ def adapter_weights():
 
 
 def argument_bytes():
-    """Bytes of a step's arguments on one chip, by formula.
+    """Returns the bytes of a step's arguments on one chip, by formula.
 
     nf4 in blocks of 64, double quantization (QLoRA, section 3): half a byte a weight,
     one a block, and a float32 for 256 blocks and for each kernel. Embedding, head and
@@ -280,7 +280,7 @@ def argument_bytes():
 
 
 def gathered_bytes():
-    """Bytes of all layers' packed kernels where they are gathered.
+    """Returns the bytes of all layers' packed kernels when they are gathered.
 
     Half a byte of codes a weight, and a float32 scale for each block of 64.
     """
@@ -301,7 +301,7 @@ def test_memory_of_a_step_is_what_the_formulas_say():
     # Layer inputs are in host memory, and nothing else is.
     assert single["host_argument_size"] == sharded["host_temp_size"] == 0
     assert single["host_temp_size"] == 2 * LAYERS * TOKENS * WIDTH
-    # Of JAX 0.12.0.1, and 3% for another compiler.
+    # The number is from JAX 0.12.0.1; 3% are for other compiler versions.
     assert single["temp_size"] <= 1.03 * 14_223_360
     assert sharded["temp_size"] <= 1.03 * 8_279_552
     assert (
@@ -313,7 +313,7 @@ def test_memory_of_a_step_is_what_the_formulas_say():
 @pytest.mark.slow
 @pytest.mark.newest
 def test_each_layer_is_gathered_packed_once_a_direction():
-    """Beside it: adapters in 16 bits, hidden states for the loss, and gradients."""
+    """Adapters in 16 bits, hidden states for the loss, and gradients move too."""
     single, sharded, both = (compiled()[name] for name in STEPS)
     assert single["collectives"] == []
     traffic = {(x["operation"], x["dtype"]): x for x in sharded["collectives"]}
@@ -325,8 +325,8 @@ def test_each_layer_is_gathered_packed_once_a_direction():
     assert floats["bytes"] == 2 * 2 * adapter_weights() + 4 * hidden
     assert traffic.pop(("all-to-all", "bf16"))["bytes"] == hidden  # embedded tokens
     assert sum(x["bytes"] for x in traffic.values()) < 2 * adapter_weights()
-    # Each half of a kernel is gathered alone, and other floats are of the size of the
-    # hidden states of a device's two rows, or smaller.
+    # Each half of a kernel is gathered separately. Other gathered floats are at most as
+    # large as the hidden states of a device's two rows.
     # Sums over `tensor` are scattered in float32 and gathered in bfloat16.
     scattered = [x for x in both["collectives"] if x["operation"] == "reduce-scatter"]
     sums = 2 * hidden * sum(x["count"] for x in scattered)

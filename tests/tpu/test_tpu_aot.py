@@ -1,4 +1,4 @@
-"""The TPU kernel through the real TPU compiler, a process for each chip's cases."""
+"""Compiles the TPU kernel with the real TPU compiler, in one process per chip."""
 
 import functools
 import importlib
@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 FORMS = {"v5e": "sublane", "v5p": "sublane", "v6e": "shuffle", "tpu7x": "shuffle"}
 
-# name: rows of x, weight rows, weight columns, format, block size, dtype, form (None:
-# the chip's), axes before the weight's, whether a layer is picked
+# name: rows of x, weight rows, weight columns, format, block size, dtype, form (None
+# for the chip's default), leading axes of the weight, whether a layer is picked
 CASES = {
     "few rows": (16, 4096, 8192, "nf4", 64, "bfloat16", None, (), False),
     "many rows": (300, 1024, 1536, "nf4", 64, "bfloat16", None, (), False),
@@ -44,16 +44,16 @@ CASES = {
     "experts": (16, 512, 384, "nf4", 64, "bfloat16", None, (3,), False),
     "stacked experts": (70, 512, 384, "nf4", 64, "bfloat16", None, (2, 3), True),
 }
-# The other chips have the forms of these two, and compile each case in one direction.
+# Other chips use the forms of these two. They compile each case in one direction.
 BOTH = ("v5e", "v6e")
 
 
 def directions(chip, number):
-    """Whether a case is transposed on a chip: no and yes, or the one or the other."""
+    """Returns the directions to compile on a chip: both, or one of them."""
     return (False, True) if chip in BOTH else ((number + (chip == "v5p")) % 2 == 1,)
 
 
-# Where what is contracted is not a multiple of 128, x and scales are padded.
+# If the contracted axis is not a multiple of 128, x and scales are padded.
 PADDED = {("odd sizes", False), ("odd sizes", True), ("small", False), ("small", True)}
 
 
@@ -82,12 +82,12 @@ def compile_cases(chip):
             yield [name, transpose, memory.temp_size_in_bytes]
 
 
-# K, N of weights whose scales are stored in 8 bits.
+# K and N of weights with 8-bit scales.
 NARROW = {"nf4": (4096, 14336), "mxfp4": (1024, 2048), "nvfp4": (1024, 2048)}
 
 
 def compile_narrow(chip):
-    """Compiles `ql.matmul` with scales of 8 bits; yields temporary bytes, and most."""
+    """Compiles `ql.matmul` with 8-bit scales; yields temporary bytes, and a bound."""
     put, backend = on_one(chip), f"pallas_tpu_{chip}"
 
     def product(x, q):
@@ -106,8 +106,8 @@ def compile_narrow(chip):
             yield [fmt, len(args) == 3, memory.temp_size_in_bytes, scales]
 
 
-# How W [K, N], x and y are split over four chips, as a 4 or a 2 x 2 mesh; what a pass
-# moves: forward, backward.
+# How W [K, N], x and y are split over a 4 or a 2 x 2 mesh of chips, and what the
+# forward and the backward pass move.
 # A sum is rounded between its two halves.
 REDUCE, GATHER = ["all-gather bf16", "reduce-scatter f32"], ["all-gather u8"]
 LAYOUTS = {
@@ -118,13 +118,13 @@ LAYOUTS = {
     "fsdp and column": (("b", "c"), ("b",), ("b", "c"), GATHER, GATHER + REDUCE),
     "fsdp and row": (("c", "b"), ("b", "c"), ("b",), GATHER + REDUCE, GATHER),
 }
-# tests/matmul/test_collectives.py has every layout in either mode, on CPUs.
+# tests/matmul/test_collectives.py has every layout in both modes, on CPUs.
 SHARDED = [("Auto", name) for name in LAYOUTS]
 SHARDED += [("Explicit", name) for name in ("column", "row", "fsdp and row")]
 
 
 def compile_sharded(chip):
-    """Compiles `ql.matmul` for four chips; yields what it moves, and its kernels."""
+    """Compiles `ql.matmul` for four chips; yields its collectives and kernels."""
     packed = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct((2048, 1024), "bfloat16"))
 
     def forward(x, q):
@@ -206,7 +206,7 @@ def compile_ragged(chip):
 @needs_libtpu
 @pytest.mark.parametrize("chip", BOTH)
 def test_ragged_products_compile_for(chip):
-    """No float copy, not of one expert: what is left are the numbers of the visits."""
+    """No expert is copied in float. The temporaries are numbers of the block visits."""
     results = run_for(chip, "ragged")
     for case, (size, temporary, kernels) in zip(RAGGED, results, strict=True):
         assert (kernels, temporary < size) == (1, True), (case, temporary)
@@ -234,7 +234,7 @@ def test_scales_of_8_bits_are_expanded_and_no_more(chip):
 
 @needs_libtpu
 def test_the_kernel_takes_part_in_sharded_products():
-    """On one chip: the others' forms of the kernel take the same operands."""
+    """One chip is enough: the other forms of the kernel take the same operands."""
     results = run_for("v5e", "sharded")
     assert len(results) == 2 * len(SHARDED)
     for mode, name, transpose, traffic, kernels in results:
@@ -249,7 +249,7 @@ def test_the_kernel_takes_part_in_sharded_products():
     [("v5e", "nf4", 460), ("v5e", "int4_f16", 375), ("v6e", "nf4", 200)],
 )
 def test_few_rows_take_few_bundles(chip, fmt, most, monkeypatch):
-    """A 512 x 512 tile's share of a whole step, all that the step carries included."""
+    """Bounds the bundles per 512 x 512 tile, including the overhead of a grid step."""
     root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(root / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(root))
@@ -262,13 +262,13 @@ def test_few_rows_take_few_bundles(chip, fmt, most, monkeypatch):
     newest = tuple(map(int, version("jax").split(".")[:2])) >= (0, 12)
     assert 0 < compiled.bundles / tiles <= most * (1 if newest else 1.2)
     if chip == "v5e":
-        # One operation rounds and packs the table of 64 rows and 128 columns, and in
-        # integers 16 rows of weights.
+        # One operation rounds and packs 64 rows and 128 columns of the table, or 16
+        # rows of integer weights.
         packs = re.findall(r"vpack\.i\.(?:f32\.)?bf16", compiled.text)
         rows = 64 if fmt == "nf4" else 16
         assert len(packs) == tiles * 512**2 / (rows * 128)
     else:
-        assert 0 < compiled.first < 100  # x is put in order at the first stripe only
+        assert 0 < compiled.first < 100  # x is reordered in the first stripe only
 
 
 @functools.cache

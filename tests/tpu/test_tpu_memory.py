@@ -1,4 +1,4 @@
-"""Steps of the decoder with its choices for memory, by the real TPU compiler."""
+"""Compiles decoder steps with memory-saving options by the real TPU compiler."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Steps on a base in host memory, by the real TPU compiler."""
+"""Compiles steps on a base in host memory by the real TPU compiler."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ CHIPS = ["v5e", "v6e"]
 
 
 def lower_loop(mesh, shape):
-    """Lowers a loop over a stack of codes in host memory that has a shape."""
+    """Lowers a loop over a stack of codes in host memory, stored in this shape."""
     place = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
     codes = jax.ShapeDtypeStruct((LAYERS, *shape), jnp.uint8, sharding=place)
 
@@ -75,7 +75,7 @@ def steps(chip):
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_slice_is_copied_as_it_is(chip):
-    """Where the shape is that of the codes, the whole stack is laid out again."""
+    """A stack stored in the shape of the codes would be copied to another layout."""
     sizes_of, size = steps(chip), LAYERS * INNER * INNER
     assert sizes_of["rows"]["host temporaries"] >= size
     assert sizes_of["rows"]["temporaries"] >= size
@@ -91,7 +91,7 @@ def test_stacks_of_codes_stay_and_a_layer_is_moved_once_in_each_direction(chip, 
     assert sizes["host temporaries"] == 0
     assert sizes["stacks"] and all("S(5)" in layout for layout in sizes["stacks"])
     saved = steps(chip)["resident"]["arguments"] - sizes["arguments"]
-    assert saved >= 3 * STACK  # the MLP's; arguments are those on the device
+    assert saved >= 3 * STACK  # the stacks of the MLP are not on the device
     assert (sizes["moves"], steps(chip)["resident"]["moves"]) == (2 * 7, 0)
 
 

@@ -25,8 +25,9 @@ SHAPES = {"up": (64, 128), "down": (128, 64), "stack": (2, 64, 64)}
 
 
 def trees(**settings):
-    """A base, and three adapters of other ranks and scalings; stacks have one for each
-    layer."""
+    """Returns a base, and three adapters of different ranks and scalings.
+
+    Stacks have a scaling for each layer."""
     params = {
         k: {"kernel": normal(i, s) / 8} for i, (k, s) in enumerate(SHAPES.items())
     }
@@ -43,7 +44,7 @@ def trees(**settings):
 
 
 def forward(base, lora, x):
-    """A layer up and one down, then a scan over two."""
+    """Runs a layer up and a layer down, then a scan over two layers."""
     h = jnp.tanh(ql.apply(base["up"], lora["up"], x))
     h = ql.apply(base["down"], lora.get("down"), h)
 
@@ -56,7 +57,7 @@ def forward(base, lora, x):
 
 
 def by_hand(base, loras, ids, x):
-    """Each row alone, by weights of NumPy in float64."""
+    """Computes each row separately with NumPy's weights in float64."""
     weights = jax.tree.map(lambda w: np.asarray(w, np.float64), ql.dequantize(base))
 
     def kernel(name, adapter_id):
@@ -122,7 +123,7 @@ def sum_of_squares(bank, base, ids, x):
 
 
 def test_rows_give_gradients_to_their_adapters():
-    """As those of a batch of its rows alone; padding and other places get zeros."""
+    """Gradients equal those of the adapter's own rows. Padding and others get zeros."""
     base, loras = trees(dropout=0.1)
     bank, x = ql.bank(loras, capacity=4), normal(9, (8, 3, 64))
     grads = jax.jit(jax.grad(sum_of_squares(bank, base, IDS, x)))(bank.lora)
@@ -216,7 +217,7 @@ def test_models_of_flax_take_chosen_adapters(use_dora):
 
 
 def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
-    """At 6.0 MB an adapter (MaxText 5129 reports 1,194 MB for one of 6.1)."""
+    """6.0 MB per adapter (MaxText issue 5129 reports 1,194 MB for one of 6.1)."""
     config = ql.QLoRAConfig(rank=16)
 
     def params():
@@ -253,13 +254,13 @@ def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
         )
 
     assert extra_bytes("argument_size_in_bytes") == bank.nbytes - size + 8 * 4
-    # A transposed copy, [layers, 8, ...], and A and B of each row of one layer.
+    # Allows a transposed copy [layers, 8, ...], and A and B of each row in one layer.
     assert extra_bytes("temp_size_in_bytes") < 1.4 * bank.nbytes
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_gradients_keep_no_adapters_of_rows(use_dora):
-    """Nor need layers be under `jax.checkpoint`. Kept, they took twice as much."""
+    """This needs no `jax.checkpoint`. Keeping them took twice as much memory."""
     layers, width, rank, num_rows = 16, 512, 16, 8
     config = ql.QLoRAConfig(rank=rank, use_dora=use_dora)
     params = {"kernel": jax.ShapeDtypeStruct((layers, width, width), jnp.float32)}
@@ -280,7 +281,7 @@ def test_gradients_keep_no_adapters_of_rows(use_dora):
     program = jax.jit(jax.grad(loss)).lower(bank.lora, base, bank, ids, x).compile()
     of_all_layers = 4 * layers * num_rows * 2 * width * rank
     used = program.memory_analysis().temp_size_in_bytes
-    # DoRA keeps a product of each layer too, for the gradient of m.
+    # DoRA also keeps a product of each layer for the gradient of m.
     assert used < (1.5 if use_dora else 1) * of_all_layers
 
 
@@ -376,7 +377,7 @@ def test_a_chosen_adapter_merges_as_itself():
 
 
 def test_an_adapter_on_an_adapted_model():
-    """The first is frozen: loss and gradient are those on merged weights."""
+    """The first adapter is frozen. Loss and gradient are those on merged weights."""
     base, (first, second, _) = trees()
     x = normal(9, (8, 3, 64))
 

@@ -1,4 +1,4 @@
-"""`ql.merge_adapters`: sums of adapters, against NumPy; PEFT's in tests/interop."""
+"""`ql.merge_adapters` against sums in NumPy. tests/interop compares with PEFT."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def test_a_sum_of_adapters(weights):
 @pytest.mark.parametrize("method", ["cat", "svd", "linear"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_the_dtype_holds_those_of_all(method, order):
-    """In either order: it is not that of the first."""
+    """The result does not depend on the order of the adapters."""
     pairs = [("bfloat16", "float32"), ("bfloat16", "float16"), ("bfloat16", "bfloat16")]
     for dtypes in pairs:
         loras = adapters((2, 2), dtypes=dtypes)

@@ -1,4 +1,4 @@
-"""Models of plain JAX in the forms of other libraries, and float kernels."""
+"""Plain JAX models in the style of other libraries, and float kernels."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ class Linear(NamedTuple):
 )
 @dataclasses.dataclass
 class Module:
-    """A layer with attributes, as Equinox has them: `[out, in]`."""
+    """A layer with attributes, as in Equinox. Its weight is `[out, in]`."""
 
     weight: Any
     bias: Any
@@ -127,7 +127,7 @@ class TestOtherLibraries:
 class TestFloatKernels:
     @pytest.mark.slow
     def test_weights_are_made_again_for_the_backward_pass(self):
-        """A layer that needs its weights in float keeps none of them."""
+        """A layer that decodes its weights does not keep them for the backward pass."""
         layers, size = 8, 256
         base, lora = trees_of({"kernel": normal(0, (layers, size, size))}, rank=2)
         x = normal(1, (4, size))

@@ -61,7 +61,8 @@ def test_where_the_leaves_are(mesh):
     assert specs["stack/kernel/codes"] == (None, "a", "b")
     assert specs["up/bias"] == (None,)
     assert specs["embedding"] == ("b", None)
-    # A along K and B along N, over all axes of the kernel, the own ones first.
+    # A is split along K and B along N, over all mesh axes of the kernel. Mesh axes that
+    # split this axis of the kernel come first.
     assert specs["lora/up/kernel/a"] == (("a", "b"), None)
     assert specs["lora/up/kernel/b"] == (None, ("b", "a"))
     assert specs["lora/down/kernel/a"] == (("b", "a"), None)
@@ -88,7 +89,7 @@ def test_inside_jit_and_on_shapes(mesh):
 
 
 def test_specs_from_boxes_and_trees(mesh):
-    """Models in boxes: tests/integrations/test_boxes.py."""
+    """tests/integrations/test_boxes.py has models in boxes."""
     base, lora = ({k: tree[k] for k in ("up", "down")} for tree in trees())
 
     def make_box(cls, *names):
@@ -183,7 +184,7 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
 
 @pytest.mark.slow
 def test_an_nnx_model(mesh):
-    """By the metadata of its variables; by rules: tests/models/test_mesh.py."""
+    """Placed by the metadata of its variables. tests/models/test_mesh.py has rules."""
 
     class Model(nnx.Module):
         def __init__(self, rngs):

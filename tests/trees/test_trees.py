@@ -1,4 +1,4 @@
-"""Trees: what is chosen, what is refused, and which functions are inverses."""
+"""Trees: which leaves are packed, what is refused, and which functions are inverses."""
 
 import functools
 import gc
@@ -37,13 +37,13 @@ def params(dtype=jnp.float32):
 
 
 def init(tree=None, *, donate=False, **settings):
-    """Both trees, with B = 0."""
+    """Returns both trees, with B = 0."""
     tree = params() if tree is None else tree
     return ql.init(KEY, tree, ql.QLoRAConfig(**settings), donate=donate)
 
 
 def trees(tree=None, **settings):
-    """Both trees, adapters away from zero."""
+    """Returns both trees, with B not zero."""
     base, lora = init(tree, **settings)
     return base, jax.tree.map(lambda x: normal(x.size, x.shape, x.dtype), lora)
 
@@ -61,7 +61,7 @@ class TestInit:
         assert packed == KERNELS and sorted(adapters) == KERNELS
         assert base["norm"]["scale"] is tree["norm"]["scale"]
         assert adapters["stack/kernel"].a.shape == (3, 64, 4)
-        # Every adapter has a key of its own.
+        # Every adapter has its own random key.
         first, second = (lora["layers"][i]["q_proj"]["kernel"].a for i in "01")
         assert not np.array_equal(first, second)
 
@@ -105,7 +105,7 @@ class TestInit:
         assert "layers/0" not in text
 
     def test_leaves_that_are_trained_in_full(self):
-        """No targets; at least in float32; copies, since a step may donate them."""
+        """They are not targets. They are float32 copies, as a step may donate them."""
         tree = params(jnp.bfloat16)
         kernel = "layers/1/q_proj/kernel"
         base, lora = init(tree, trainable=[kernel, "norm/.*"])
@@ -133,7 +133,7 @@ class TestInit:
 
     @pytest.mark.parametrize("function", ["init", "quantize", "pack what was trained"])
     def test_memory_peaks_at_the_float_tree_and_one_leaf(self, function, monkeypatch):
-        """Kernels alone are freed, one by one, though the caller holds the tree."""
+        """Only kernels are freed, one by one, although the caller holds the tree."""
         config = ql.QLoRAConfig(rank=4)
         tree = params()
 
@@ -147,7 +147,7 @@ class TestInit:
         elif function != "quantize":
             tree = ql.quantize(tree, ql.QLoRAConfig(freeze_base=False))
         want = jax.tree.leaves(ql.quantize(tree, config))
-        del tree["embed"]  # kernels are most of the rest
+        del tree["embed"]  # the remaining leaves are mostly kernels
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]
         sizes = [x.nbytes for x in leaves]
         smallest = min(sizes)  # adapters are smaller
@@ -155,7 +155,7 @@ class TestInit:
         def floats():
             return sum(x.nbytes for x in jax.live_arrays() if x.nbytes >= smallest)
 
-        gc.collect()  # arrays in cycles, of earlier tests
+        gc.collect()  # arrays of earlier tests that are in reference cycles
         observations, started = [], floats()
         pack = quantize_module.quantize_checked
 
@@ -220,7 +220,7 @@ class TestInit:
 
     @pytest.mark.slow
     def test_weights_that_a_trace_closes_over(self):
-        """The idiom for restoring a checkpoint."""
+        """This is the usual way to restore a checkpoint."""
         tree = params()
 
         def run():
@@ -303,7 +303,7 @@ class TestInit:
         ):
             with pytest.raises(TypeError, match="in reverse mode: jax.grad"):
                 jax.jvp(run, (primal,), (primal,))
-        # As docs/limits.md says.
+        # docs/limits.md documents this.
         with pytest.raises(TypeError, match="forward-mode .* custom_vjp"):
             jax.jvp(jax.jit(of_float), (adapter,), (adapter,))
 
@@ -318,7 +318,7 @@ class TestInit:
     @pytest.mark.parametrize("shape", [(64, 64), (32, 64)])
     @pytest.mark.parametrize("fmt", ["int8", None])
     def test_a_float_weight_needs_its_axes(self, shape, fmt):
-        """Square, it would be transposed without a word."""
+        """A square weight would otherwise be transposed silently."""
         tree = {"one": {"weight": jnp.ones(shape)}, "two": {"weight": 1.0}}
         config = ql.QLoRAConfig(rank=2, fmt=fmt, targets="one/weight")
         for function in (ql.quantize, functools.partial(ql.init, KEY)):
@@ -380,7 +380,7 @@ class TestFunctions:
         want = ql.dequantize(ql.quantize(tree["stack"]["kernel"]))
         np.testing.assert_array_equal(floats["stack"]["kernel"], want)
         np.testing.assert_array_equal(floats["norm"]["scale"], tree["norm"]["scale"])
-        # As merging adapters with B = 0 does, with the tree's structure.
+        # The result and its structure are those of merging adapters with B = 0.
         merged = ql.merge(*init(tree))
         chex.assert_trees_all_equal(merged, floats)
         chex.assert_trees_all_equal_structs(merged, floats, tree)
@@ -494,7 +494,7 @@ class TestFunctions:
 
 
 def square_of_other_axes():
-    """A kernel, and the adapter of one that is stored the other way."""
+    """Returns a kernel, and an adapter of the same kernel stored transposed."""
     square = {"kernel": jnp.ones((64, 64))}
     _, transposed = init(square, contract="nk")
     return ql.quantize(square, ql.QLoRAConfig()), transposed
@@ -627,7 +627,7 @@ class TestStraightThrough:
 
     @pytest.mark.slow
     def test_the_forward_pass_sees_rounded_weights(self):
-        """Compiled, a cast to bfloat16 and back is one that XLA may drop."""
+        """XLA may drop a cast to bfloat16 and back in a compiled program."""
         base = ql.quantize(params(jnp.bfloat16), self.config)["stack"]
         want = dequantize(ql.quantize(base["kernel"])).astype(np.float32)
         eye = jnp.broadcast_to(jnp.eye(64), (3, 64, 64))
@@ -692,7 +692,7 @@ class TestStraightThrough:
 
 
 class TestSettingsOfJAX:
-    """What other settings of JAX must not change."""
+    """Other settings of JAX must not change results."""
 
     def results(self, dtype, freeze_base=True):
         base, lora = trees(params(dtype), rank=2, freeze_base=freeze_base)

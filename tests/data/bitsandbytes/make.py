@@ -1,4 +1,4 @@
-"""Makes golden.npz and golden.json: what bitsandbytes stores for known weights.
+"""Writes golden.npz and golden.json: what bitsandbytes stores for fixed weights.
 
 Run it in a separate environment with torch (CPU) and bitsandbytes:
 
@@ -10,9 +10,9 @@ codes, nested absmax and offset are what bitsandbytes returns. Dequantized value
 are its definition, table * absmax in float32 and one rounding to the weight's dtype.
 The JSON holds their digests, and notes per case whether the kernel agreed.
 
-bitsandbytes lets blocks run across rows. Where K is no multiple of the block, each row
-is therefore quantized as a separate tensor, and the double quantization sees the
-absmax of all rows, row after row.
+bitsandbytes lets blocks run across rows. Where K is not a multiple of the block size,
+each row is therefore quantized as a separate tensor, and double quantization gets the
+absmax values of all rows, row after row.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ def blocks_of_all_kinds() -> np.ndarray:
 
 
 def extremes() -> np.ndarray:
-    """Returns [3, 64]: blocks where a library that flushes denormals is wrong.
+    """Returns [3, 64]: blocks that a library gets wrong if it flushes denormals.
 
     Row 0 is denormal throughout, row 1 has a largest magnitude just above the smallest
     normal number, row 2 has one whose reciprocal is denormal.
@@ -84,7 +84,7 @@ def extremes() -> np.ndarray:
 
 
 def quantize(w: torch.Tensor, fmt: str, block_size: int) -> dict[str, torch.Tensor]:
-    """Returns the stored arrays of `w` [N, K]; rows apart where K % block_size != 0."""
+    """Returns the stored arrays of `w` [N, K], row by row where K % block_size != 0."""
     n, k = w.shape
     parts = w if k % block_size else [w]
     out = [
@@ -93,7 +93,7 @@ def quantize(w: torch.Tensor, fmt: str, block_size: int) -> dict[str, torch.Tens
     absmax = torch.cat([state.absmax for _, state in out])
     offset = absmax.mean()
     nested, nested_state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
-    if k % block_size == 0:  # the same call, done whole
+    if k % block_size == 0:  # One call for all rows must store the same.
         settings = dict(quant_type=fmt, compress_statistics=True)
         _, state = bnb.quantize_4bit(w, blocksize=block_size, **settings)
         assert torch.equal(state.absmax, nested)
@@ -117,7 +117,7 @@ def decode(stored: dict[str, torch.Tensor], absmax: torch.Tensor, fmt, block_siz
 
 
 def nested_scales(stored: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the float32 scales that double-quantized storage stands for."""
+    """Returns the float32 scales that double-quantized storage decodes to."""
     table = bnb.create_dynamic_map()
     flat = table[stored["nested_codes"].reshape(-1).long()]
     steps = stored["nested_absmax"].repeat_interleave(256)[: len(flat)]
@@ -125,7 +125,7 @@ def nested_scales(stored: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def kernel_agrees(stored, values, fmt, block_size) -> bool | None:
-    """Says whether bitsandbytes' own kernel gives `values`; None if not tried."""
+    """Returns whether bitsandbytes' own kernel gives `values`; None if not run."""
     if values.shape[1] % block_size:
         return None
     arrays = stored["codes"].reshape(-1, 1), stored["absmax"].reshape(-1)
@@ -135,7 +135,7 @@ def kernel_agrees(stored, values, fmt, block_size) -> bool | None:
 
 
 def cases() -> list[dict]:
-    """Returns every case: its name, format, dtype, block size, shape and input."""
+    """Returns the name, format, dtype, block size, shape and input of every case."""
     table = []
     for fmt in ("nf4", "fp4"):
         for dtype in DTYPES:
@@ -144,7 +144,7 @@ def cases() -> list[dict]:
                 k = max(512, 2 * block)
                 shape = [12288 // k if k < 4096 else 16384 // k, k]
                 table.append(common | {"block_size": block, "shape": shape, "seed": i})
-            # The last but one has 576 blocks: three nested ones, the last partial.
+            # The last shape but one has 576 blocks: 3 nested blocks, the last partial.
             ragged = [(64, 5, 96), (64, 7, 100), (64, 3, 65), (64, 4, 1), (32, 6, 33)]
             ragged += [(32, 96, 160 + 16), (4096, 2, 5000)]
             for i, (block, n, k) in enumerate(ragged):

@@ -1,11 +1,12 @@
-"""Makes golden.npz: what compressed-tensors stores for known weights.
+"""Writes golden.npz: what compressed-tensors stores for fixed weights.
 
 Run it in an environment with torch (CPU) and compressed-tensors:
 
     python tests/data/compressed_tensors/make.py
 
-For each scheme: `packed` and `scale` (and `global_scale`) as its compressor writes
-them, and `values`, what it decodes them to in float32. Weights are [N, K].
+The file has, for each scheme, `packed` and `scale` (and `global_scale`) as its
+compressor writes them, and `values`, the weights that it decodes in float32. Weights
+are [N, K].
 tests/interop/test_compressed_tensors.py calls `stored` on other weights.
 """
 
@@ -85,7 +86,7 @@ def weights() -> np.ndarray:
     sizes = np.float32(2.0) ** rng.integers(-9, 6, (8, 16, 1))
     w = rng.standard_normal((8, 16, 16), np.float32) * sizes
     w = w.reshape(8, 256).astype(np.float32)
-    # Halves and quarters in blocks whose largest magnitude is 7.5, 6 or 4: ties.
+    # Ties: halves and quarters in blocks whose largest magnitude is 7.5, 6 or 4.
     ties = np.arange(-16, 16, dtype=np.float32) / 4
     for row, largest in enumerate((7.5, 6, 4, -7.5)):
         w[row, :32] = ties
