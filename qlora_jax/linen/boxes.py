@@ -35,10 +35,11 @@ WRONG_AXIS = (
 
 
 class Stacks:
-    """The packed stacks of one `apply` by path, which scans do not slice."""
+    """The packed stacks of one `apply`, by path. Scans do not slice them."""
 
-    # TPU kernels read from HBM, and the slices of a scan are copies. So the body of the
-    # scan closes over the whole stack, and the scan slices the indices of the layers.
+    # Slicing a stack in a scan would copy the codes of each layer in the HBM of a TPU.
+    # So the body of the scan closes over the whole stack, and the scan slices only the
+    # indices of the layers.
 
     def __init__(self):
         self.by_path: dict[str, QTensor] = {}
@@ -47,16 +48,16 @@ class Stacks:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # `nn.jit` caches traces, and with them this object.
+        # `nn.jit` caches traces, which refer to this object and so to the kernels.
         self.by_path.clear()
 
     def add(self, path: str, kernel: Leaf) -> Leaf:
-        """Stores a packed stack and returns its `StackIndex`; returns others as is."""
+        """Stores a packed stack and returns its `StackIndex`. Returns other leaves."""
         base, lora, key = parts_of(kernel)
         # The arrays of adapters are small, so scans slice them.
         if lora is not None:
             return AdaptedKernel(self.add(path, base), lora, key)
-        # Nested scans slice a kernel with two axes of layers like any parameter.
+        # Kernels without a layer axis, or with two (nested scans), stay parameters.
         if not is_packed(kernel) or kernel.ndim != 1 + len(kernel.geometry.kinds):
             return kernel
         self.by_path[path] = kernel
@@ -65,7 +66,7 @@ class Stacks:
 
 @dataclass(frozen=True, eq=False)
 class StackIndex(TreeLeaf):
-    """Replaces a packed stack by the indices of its layers, which a scan slices."""
+    """Stands for a packed stack: the indices of its layers, which a scan slices."""
 
     index: Int32[Array, "..."]  # [L], or [] in the body of a scan
     stacks: Stacks
@@ -85,7 +86,7 @@ register(StackIndex, ("index",), ("stacks", "path"))
 
 
 def is_inside(patterns: Sequence[str], path: str) -> bool:
-    """Whether a module around the leaf at `path` has a path that matches."""
+    """Whether a pattern matches the path of a module that contains the leaf `path`."""
     names = path.split("/")
     # From the root, "", to the module that owns the leaf.
     modules = ["/".join(names[:i]) for i in range(len(names))]
@@ -106,13 +107,13 @@ def check_scanned(patterns: Sequence[str], params: Tree) -> None:
 class KernelBox(meta.AxisMetadata):
     """A kernel, or an `AdaptedKernel`, where a model expects a float array."""
 
-    # Flax unboxes the parameters that a module reads. A module that reads its kernel
-    # itself therefore gets the float weights, with the adapter merged in.
+    # Flax unboxes the parameters that a module reads. A module that no rule describes
+    # therefore gets the float weights, with the adapter merged in.
 
     def __init__(self, kernel: Leaf, version: Hashable, path: str):
         self.kernel = kernel
         self.version = version  # `nn.jit` traces again if it changes
-        self.path = Note(path)  # for errors; equal to any other, so no trace depends
+        self.path = Note(path)  # for errors; all notes are equal, so `jit` ignores it
 
     def unbox(self) -> Float[Array, "..."]:
         """Returns the float weights."""
@@ -127,7 +128,7 @@ class KernelBox(meta.AxisMetadata):
         return val
 
     def add_axis(self, index: int, params: dict) -> Self:
-        """Returns the box, whose arrays already say which axes are stacked."""
+        """Returns the box unchanged: only axis 0 of its arrays may be stacked."""
         if index != 0:
             raise ValueError(f"{self.path}: {WRONG_AXIS.format(index)}")
         return self
@@ -163,7 +164,7 @@ register(KernelBox, ("kernel",), ("version", "path"))
 
 
 def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
-    """Returns the boxes of a class that a module reads, by parameter name or path."""
+    """Returns the boxes of type `cls` that a module reads, by name or path."""
 
     def by_path(params: Tree) -> dict[str, Leaf]:
         flat = jax.tree_util.tree_leaves_with_path(
@@ -245,7 +246,7 @@ def run_in_float(
         return nn.remat(fn)
 
     def is_traced(leaf: object) -> bool:
-        # Flax lifts the scopes of bound modules among the arguments.
+        # Bound modules count too, since Flax lifts the scopes of those in arguments.
         is_bound = isinstance(leaf, nn.Module) and leaf.scope is not None
         return is_array(leaf) or is_bound
 

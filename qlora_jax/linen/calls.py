@@ -22,7 +22,7 @@ from .dense import QLoRADense
 def _module_call(
     module: nn.Module, kernel: str, equation: str, x: Array, is_complete: bool = True
 ) -> ModuleCall:
-    # Registered classes need not have any of these options.
+    # Registered classes may lack the bias, `promote_dtype` and `precision`.
     bias = module.variables.get("params", {}).get("bias")
     # A registered class promotes its input as `jnp.einsum` does.
     promote = promote_to_kernel
@@ -57,21 +57,21 @@ def _einsum(
     module: nn.Einsum, inputs: Array, einsum_str: str | None = None
 ) -> ModuleCall:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
-    # The packed product rounds its sums to the dtype of x. It cannot return another.
+    # The packed product always rounds its sums to the dtype of x.
     is_complete = module.preferred_element_type is None
     return _module_call(module, "kernel", equation, inputs, is_complete)
 
 
 def _embed(module: nn.Embed, inputs: Array) -> Lookup | None:
-    # Flax broadcasts a table of one row over any input, even one that is not integer.
+    # Flax broadcasts a table of one row over any input, even a non-integer one.
     if module.num_embeddings == 1:
         return None
     cast = functools.partial(module.promote_dtype, dtype=module.dtype, inexact=False)
     return Lookup("embedding", inputs, lambda rows: cast(rows)[0])
 
 
-# Rules are functions `(module, *args, **kwargs) -> ModuleCall`. `register` adds to this
-# registry, which is the only module-level state of the linen integration.
+# Rules are functions of `(module, *args, **kwargs)` that return a ModuleCall, a Lookup
+# or None. `register` adds rules; no other state is global in the linen integration.
 RULES = Registry(
     {
         nn.Dense: _dense,
@@ -89,19 +89,21 @@ def register(
     kernel: str | Callable[[Any], str] = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
-    """Registers the einsum of a module class that reads its kernel itself.
+    """Registers the einsum that a custom module class computes with its kernel.
 
     The packed product replaces the `__call__` of the class, and its adapter may have
     dropout. Classes that are not registered get float weights during their call. The
-    rule holds for the process; registering a class again replaces it.
+    rule applies to the whole process; registering a class again replaces it.
 
     Args:
         cls: The module class. Its `__call__` computes only the einsum of one input, and
             may add a parameter named `bias`. Subclasses that inherit `__call__` are
             included.
-        kernel: Name of the kernel's parameter, or a function from the module to it.
+        kernel: Name of the kernel's parameter, or a function that returns the name for
+            a module.
         einsum: The explicit equation of input and kernel, the name of the attribute or
-            argument of `__call__` that holds it, or a function from the module to it.
+            `__call__` argument with the equation, or a function that returns the
+            equation for a module.
 
     Raises:
         TypeError: If `cls` is not a linen module class.
@@ -127,7 +129,7 @@ def register(
         raise TypeError(f"`cls` must be a linen module class. Got {cls!r}.")
     registered = RegisteredEinsum(cls, kernel, einsum)
 
-    # The signature of `__call__` says which argument is the input.
+    # `operands` uses the signature of `__call__` to find the input.
     def rule(module: nn.Module, *args: object, **kwargs: object) -> ModuleCall:
         equation, x = registered.operands(module, args, kwargs)
         return _module_call(module, registered.kernel_of(module), equation, x)

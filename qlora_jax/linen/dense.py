@@ -30,10 +30,10 @@ class QLoRADense(nn.Module):
 
     Attributes:
         features: Number of outputs.
-        config: How the kernel is packed and adapted. It must not name other leaves.
-            Dropout is active in `apply` with a "dropout" rng or, as in Flax, a "params"
-            rng.
-        use_bias: As in `nn.Dense`, like all that follow.
+        config: How the kernel is packed and adapted. Settings by pattern are not
+            allowed. Dropout is active in `apply` with a "dropout" rng or, as in Flax, a
+            "params" rng.
+        use_bias: Whether to add a bias.
         dtype: Dtype of the computation; by default inferred from input and parameters.
         param_dtype: Logical dtype of the kernel, and dtype of the bias.
         precision: As in `jax.lax.dot_general`.
@@ -66,7 +66,7 @@ class QLoRADense(nn.Module):
         packing, pack = self.config.packing, self.config.freeze_base
         return freeze(FloatKernel(w, Geometry()), packing, pack=pack)
 
-    # The adapter of a float kernel has the same shapes, so `config.fmt` may be None.
+    # A float kernel (`config.fmt=None`) gets an adapter of the same shapes.
     def _init_lora(self, kernel: Leaf) -> Adapter:
         key = self.make_rng("params")
         return new_adapter(key, as_kernel(kernel), self.config, "kernel")

@@ -42,8 +42,8 @@ def init(
     """Returns a model's parameters with quantized targets, and a tree of adapters.
 
     Like `qlora_jax.init`, but one abstract trace of `model.apply` finds the contracted
-    axes. `config.contract` is only needed where another axis than -2 is contracted by a
-    module that reads its kernel itself, or by an nnx module (`nnx.bridge.ToLinen`).
+    axes. `config.contract` is needed only if an axis other than -2 is contracted by a
+    custom module that is not registered, or by an nnx module (`nnx.bridge.ToLinen`).
 
     Args:
         key: PRNG key for A.
@@ -59,11 +59,11 @@ def init(
     Raises:
         TypeError: If `key` is not a PRNG key, `model` is not a linen module, or
             `config` is not a `QLoRAConfig`.
-        ValueError: As `qlora_jax.init`; for targets that belong to no module that the
-            call runs, are contracted in several ways, stacked along another axis than
-            0, transformed by `nn.map_variables`, differentiated by `nn.jvp` or, with
-            dropout, read by their module itself, which are all listed; or if the model
-            holds a `QLoRADense`.
+        ValueError: As `qlora_jax.init`; if the model contains a `QLoRADense`; or if
+            targets cannot be packed, which are all listed: no module of the sample call
+            has them, or they are contracted in several ways, stacked along an axis
+            other than 0, transformed by `nn.map_variables`, differentiated by `nn.jvp`
+            or, with dropout, read by a module that computes on float weights.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -77,7 +77,7 @@ def init(
     module = linen_module(model)
     check_config(config)
     params = _with_arrays(params)
-    # The trace finds the roles of axes, and targets whose module cannot run packed.
+    # The trace finds the roles of axes, and the targets that cannot be packed.
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
@@ -90,7 +90,7 @@ def _with_arrays(params: Tree) -> Tree:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
 
-    # Without a trace, `init` raises for shapes.
+    # Outside of a trace, shapes stay, and `init` raises an error for them.
     is_traced = not is_concrete(jnp.zeros(()))
     return jax.tree.map(to_array, params) if is_traced else params
 
@@ -123,26 +123,26 @@ class _Target(meta.AxisMetadata):
         return self
 
 
-# Path and recorder are static and compare equal to no others. So `nn.jit` traces each
-# module again, and the recorder sees it.
+# Path and recorder are static, and each recorder is equal only to itself. So `nn.jit`
+# does not reuse an earlier trace, and the recorder sees each module.
 register(_Target, ("value",), ("path", "recorder"))
 
 
 class _Recorder:
     """Interceptor that records the targets of every module that runs in one trace."""
 
-    # Recorders are compared by identity. All records are by path.
+    # Recorders are compared by identity. The keys of all records are parameter paths.
 
     def __init__(self, paths: list[str]):
-        # The kinds of axes (see `Geometry`) in each different call of the kernel.
+        # The kinds of axes (see `Geometry`) in the calls that use each kernel.
         self.kinds: dict[str, set[str]] = {path: set() for path in paths}
-        self.values: dict[str, jax.Array] = {}  # as they were given to `apply`
+        self.values: dict[str, jax.Array] = {}  # as passed to `apply`
         self.owned: set[str] = set()  # parameters of modules that ran
-        self.self_read: set[str] = set()  # parameters that their module reads itself
+        self.read_in_float: set[str] = set()  # parameters that a module reads in float
         self.unfit: dict[str, str] = {}  # why a parameter cannot be a target
         self.stacked: dict[str, int] = {}  # the axis of a stack, if it is not 0
-        # Modules in a call that a rule describes: the packed product replaces the call,
-        # so the methods that it calls read nothing.
+        # Paths of modules whose current call a rule describes. The packed product
+        # replaces the call, so the methods that it calls will read nothing.
         self.described: list[tuple] = []
 
     def __call__(
@@ -194,7 +194,7 @@ class _Recorder:
     def _record_kinds(
         self, target: _Target, module: nn.Module, call: ModuleCall | Lookup | None
     ) -> None:
-        # In a stack, a bias has two axes too. In its module, it has one.
+        # A stacked bias has two axes too, but only one inside its module.
         ndim = target.value.ndim
         if ndim < 2:
             raise ValueError(
@@ -205,21 +205,21 @@ class _Recorder:
         if call is not None and call.kernel != target.name:
             raise ValueError(
                 f"it is the {target.name} of its module, {type(module).__name__}: "
-                "nothing is contracted with it."
+                "no axis of it is contracted."
             )
-        # Rows of a table are selected: only `contract` may name its axes.
+        # A look-up contracts no axis, so only `config.contract` can set the roles.
         if isinstance(call, Lookup):
             return
         if call is not None:
             equation = parse_equation(call.equation, jnp.ndim(call.x), ndim)
             self.kinds[target.path].add(equation.kinds)
             if not call.is_complete:
-                self.self_read.add(target.path)
+                self.read_in_float.add(target.path)
             elif is_in_forward_mode(module):
                 raise ValueError(FORWARD_MODE)
             return
-        # No rule describes the module: it reads its kernel itself.
-        self.self_read.add(target.path)
+        # No rule describes the module, so it reads its kernel in float.
+        self.read_in_float.add(target.path)
         # Convolutions contract all axes of their kernel but the last.
         if isinstance(module, nn.Conv | nn.ConvTranspose):
             self.kinds[target.path].add("k" * (ndim - 1) + "n")
@@ -239,7 +239,7 @@ class _Recorder:
                 )
             elif path in self.stacked:
                 problems[path] = WRONG_AXIS.format(self.stacked[path])
-            elif config.dropout and path in self.self_read and not is_table(path):
+            elif config.dropout and path in self.read_in_float and not is_table(path):
                 problems[path] = NO_DROPOUT.format(config.dropout)
         return self.unfit | problems
 
@@ -278,7 +278,7 @@ def trace_kinds(
 
 
 def _in_float(leaf: Leaf) -> Leaf:
-    # The shape of a kernel's float array is all that a trace needs; an array is itself.
+    # A trace needs only the shape of a packed kernel's float array. Arrays stay as is.
     leaf, *_ = parts_of(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
 

@@ -30,11 +30,11 @@ class Interceptor:
     """Runs methods of modules as products of packed kernels, or on float weights."""
 
     # The float weights exist only during a call: the backward pass decodes them again.
-    # A checkpoint policy that saves products would save A B, as large as the kernel.
+    # A checkpoint policy that saves products would save A @ B, as large as the kernel.
 
     def __init__(self, backend: Backend):
         self.backend = backend
-        self.kernels: dict[str, Leaf] = {}  # as they were given to `apply`, by path
+        self.kernels: dict[str, Leaf] = {}  # as passed to `apply`, by path
         self.in_float: list[tuple] = []  # paths of modules that run on float weights
 
     def __call__(
@@ -54,7 +54,7 @@ class Interceptor:
         if method is None:
             return next_fun(*args, **kwargs)
         self._refuse_mapped(module, boxes.values())
-        # 2. `setup` may read the kernels, and later methods use what it made of them.
+        # 2. `setup` may read kernels, and store results that later methods use.
         if method == "setup":
             if isinstance(module, nn.Embed) or RULES.find(type(module)) is None:
                 _refuse_dropout(boxes.values())
@@ -66,7 +66,7 @@ class Interceptor:
             if is_in_forward_mode(module):
                 raise ValueError(f"{box.path}: {FORWARD_MODE}")
             return adapted_call(call, *box.parts(), path=box.path, backend=self.backend)
-        # 4. Run any other method on float weights, and its inner methods with it.
+        # 4. Run any other method, and the methods that it calls, on float weights.
         _refuse_dropout(boxes.values())
         self.in_float.append(module.path)
         try:
@@ -75,7 +75,7 @@ class Interceptor:
             self.in_float.pop()
 
     def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
-        # A wrapped model inside this one has kernels that this `apply` did not get.
+        # The kernels of a wrapped model inside this one are not in `self.kernels`.
         pairs = [(box, self.kernels.get(str(box.path), box.kernel)) for box in boxes]
         mapped = [b for b, original in pairs if is_mapped(module, b.kernel, original)]
         refuse_listed(
@@ -83,7 +83,7 @@ class Interceptor:
         )
 
 
-# Dropout acts on the input of A. A module that gets merged weights does not have one.
+# Dropout acts on the input of A. With merged weights, A has no input of its own.
 def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
     refuse_listed(
         "these kernels cannot have dropout",
@@ -92,7 +92,7 @@ def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
 
 
 def method_of(context: nn.module.InterceptorContext) -> str | None:
-    """Returns the name of the called method; None for a function of a module."""
+    """Returns the name of the called method, or None if a function was called."""
     # Lifted transforms call functions, as in `nn.vjp(lambda m, x: m(x), m, x)`, as if
     # they were methods of the module. A method is found in the class of the module.
     function = inspect.unwrap(getattr(context.orig_method, "func"))  # noqa: B009
@@ -108,7 +108,7 @@ def is_mapped(module: nn.Module, leaf: Leaf, original: Leaf) -> bool:
     """Whether `nn.map_variables` may have changed the arrays of `original`."""
     if not any("map_variables(" in name for name in _transforms(module)):
         return False
-    # If it maps other collections alone, it passes on the same arrays.
+    # If it maps only other collections, the parameters are still the same arrays.
     arrays, originals = jax.tree.leaves(leaf), jax.tree.leaves(original)
     return [id(x) for x in arrays] != [id(x) for x in originals]
 

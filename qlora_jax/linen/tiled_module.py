@@ -12,7 +12,7 @@ from .boxes import KernelBox
 
 
 def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
-    """Returns a module's call, on at most `tile` tokens of each sequence at a time.
+    """Returns a function that runs a module on at most `tile` tokens at a time.
 
     Like `qlora_jax.memory.tiled`, for a linen module inside another module. Packed
     kernels and adapters are moved and gathered once for all tiles. Modules such as
@@ -21,9 +21,9 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
 
     Args:
         module: A module inside a compact method, or made in `setup`. It maps an array
-            `[..., T, D]` to an array `[..., T, D2]`, treats each token independently
-            and alike, and changes no variable.
-        tile: The largest number of tokens in a tile; None for all at once.
+            `[..., T, D]` to an array `[..., T, D2]`, treats all tokens independently
+            and in the same way, and changes no variable.
+        tile: The largest number of tokens of each sequence in a tile; None for all.
 
     Raises:
         ValueError: If `tile` is not positive, or, when the function is called, if
@@ -46,8 +46,8 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
 
     def run_tile(module: nn.Module, carry: None, tokens: Array) -> tuple[None, Array]:
         refuse_listed(
-            "these adapters must have no dropout in tiles of tokens, which would all "
-            "drop the same entries",
+            "these adapters must have no dropout in tiles of tokens, since all tiles "
+            "would drop the same entries",
             [f"{box.path}: {box.dropout}" for box in _boxes(module) if box.dropout],
         )
         return carry, module(tokens)
@@ -75,8 +75,8 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     return by_tiles(module, run_tiles, tile)
 
 
-# Every box inside of the module, not only those that the module itself reads.
 def _boxes(module: nn.Module) -> list[KernelBox]:
+    # Returns the boxes of the module and of all modules inside it.
     leaves = jax.tree.leaves(
         module.variables.get("params", {}),
         is_leaf=lambda node: isinstance(node, KernelBox),

@@ -83,16 +83,16 @@ class WrappedModel:
         mutable: CollectionFilter = False,
         **kwargs: Any,
     ) -> Tree:
-        """Returns the output for packed kernels, as `nn.Module.apply` for float ones.
+        """Runs the model on packed kernels, like `nn.Module.apply` on float ones.
 
         Args:
             variables: A dict of collections: `"params"` is the base tree or a combined
                 tree; `"lora"` is the lora tree, if it is separate; others are those of
                 the model.
             *args: Passed to the model.
-            rngs: As for the model. The adapters' dropout is active only with a key: as
-                in Flax, the `"dropout"` key, or else the `"params"` key, which a single
-                key is.
+            rngs: As for the model. The adapters' dropout is active only with a key: the
+                `"dropout"` key or, as in Flax, otherwise the `"params"` key. A single
+                key counts as the `"params"` key.
             mutable: As for the model: if it is not False, a pair of the output and the
                 mutable collections is returned. Kernels and adapters do not change.
             **kwargs: Passed to `nn.Module.apply`.
@@ -101,11 +101,11 @@ class WrappedModel:
             TypeError: If `"params"` is a combined tree and there is a `"lora"` too.
             ValueError: If an adapter does not fit its kernel, or the back end is
                 unknown; if `"params"` is missing, or a collection other than `"lora"`
-                holds adapters; if a pattern in `scanned` matches no module with
-                parameters, or one that no scan slices; if packed kernels are stacked
-                along another axis than 0, transformed by `nn.map_variables`, or
-                differentiated by `nn.jvp`; or if a kernel with dropout is read by its
-                module itself.
+                contains adapters; if a pattern in `scanned` matches no module with
+                parameters, or a module that runs outside of a scan; if packed kernels
+                are stacked along an axis other than 0, transformed by
+                `nn.map_variables`, or differentiated by `nn.jvp`; or if an adapter has
+                dropout and its module computes on float weights.
             NotImplementedError: If the requested back end does not support a product.
 
         Example:
@@ -172,8 +172,8 @@ def _check_collections(collections: Mapping) -> None:
 
 
 def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
-    # A leaf that is trained in full replaces the frozen one. Scans slice arrays and no
-    # tuples, so several scalings become an array.
+    # A leaf that is trained in full replaces the frozen one. Scans slice arrays but not
+    # tuples, so a tuple of scalings becomes an array.
     key, count = _dropout_key(rngs), 0
 
     def prepare(_: str, leaf: Leaf) -> Leaf:
@@ -198,7 +198,7 @@ def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
     key: Any = rngs.get("dropout", rngs.get("params"))  # as Flax's `make_rng`
     if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    # An old-style key, as of `jax.random.PRNGKey`.
+    # An old-style key, as returned by `jax.random.PRNGKey`.
     return jax.random.wrap_key_data(key)
 
 
@@ -238,21 +238,20 @@ def wrap(
     """Returns the model with an `apply` that takes packed kernels and adapters.
 
     Dense, DenseGeneral, Einsum and registered classes multiply by packed weights. Other
-    modules get float weights during their call, which the backward pass decodes again.
-    So do `nn.WeightNorm` and `nn.SpectralNorm`, for the layer inside, and
-    `nnx.bridge.ToLinen`. In these modules, `jax.lax.ragged_dot` multiplies by packed
-    experts directly (`ql.ragged_dot`). Packed kernels do not use a module's
-    `dot_general`.
+    modules, including `nnx.bridge.ToLinen` and the layers inside `nn.WeightNorm` and
+    `nn.SpectralNorm`, get float weights during their call, which the backward pass
+    decodes again. In these modules, `jax.lax.ragged_dot` multiplies by packed experts
+    directly (`ql.ragged_dot`). Packed kernels do not use a module's `dot_general`.
 
     Args:
-        model: A linen model, also with `nn.scan` and `nn.remat`. A wrapped one is
-            returned unchanged, or wrapped with the options of this call alone if there
-            are any.
-        scanned: Pattern, or several, for the full paths of modules under `nn.scan` with
+        model: A linen model, which may use `nn.scan` and `nn.remat`. A wrapped model is
+            returned unchanged, unless this call has options, which then replace all of
+            its options.
+        scanned: One or more patterns for the full paths of modules under `nn.scan` with
             `variable_axes={"params": 0}`: "layers", "decoder/blocks". The scan passes
             the index of the layer, and products read the layer in the packed stack.
             Results are the same, and a TPU does not copy each layer's codes.
-        backend: A back end, or several, as in `qlora_jax.matmul`, for all products.
+        backend: The back end or back ends of all products, as in `qlora_jax.matmul`.
 
     Raises:
         TypeError: If `model` is not a linen module.

@@ -33,7 +33,7 @@ from .variables import (
 
 @functools.cache
 def packed_linen(cls: type) -> type:
-    """Returns the subclass of a bridge class that runs its linen module packed."""
+    """Returns a subclass of a bridge class that runs linen on packed kernels."""
 
     def call(self: Any, *args: object, **kwargs: object) -> Tree:
         return _run(self, wrap(self.to_nnx__module), args, kwargs)
@@ -42,8 +42,8 @@ def packed_linen(cls: type) -> type:
 
 
 def _run(self: Any, linen: object, args: tuple, kwargs: dict) -> Tree:
-    # A bridge of the original class runs `linen`, a wrapped model, on the variables of
-    # this one, in which the kernels have their adapters.
+    # Makes a bridge of the original class around `linen`, gives it the variables of
+    # this bridge, with adapters added to the kernels, and calls it.
     bridge = self.qlora_original(linen)
     variables = {name: _to_linen(self, name) for name in linen_attributes(self)}
     for name, value in variables.items():
@@ -70,7 +70,7 @@ def _to_linen(holder: Holder, name: str) -> Tree:
     if lora is None:
         return nnx.Param(base)
     if key is None:
-        # Otherwise, a "dropout" key of the linen module would switch dropout on.
+        # Dropout is off, but a "dropout" key of the linen module would turn it on.
         lora = replace_arrays(lora, lambda _, x: x, dropout=0.0)
     else:
         key = dropout_keys(lora, key)
@@ -91,7 +91,7 @@ def _write_back(holder: Holder, name: str, value: Tree) -> None:
     set_attribute(holder, name, value if isinstance(holder, dict) else nnx.data(value))
 
 
-# The kinds of axes of targets, and why some are unfit, both by path.
+# The kinds of axes of targets, and the reasons why some are unfit, both by path.
 TracedKinds = tuple[dict[str, str], dict[str, str]]
 
 
@@ -128,7 +128,8 @@ def kinds_of_linen(
             prefix = f"{join_path(path)}/" if path else ""
             inner = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
             if runs_linen(module) and inner:
-                # Only the targets: settings by pattern may name paths outside.
+                # The config has only these targets, and no settings by pattern, whose
+                # paths may lie outside of the module.
                 targets = tuple(map(re.escape, inner))
                 linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
                 cls = _recording(type(module), linen_config, prefix, records)

@@ -15,7 +15,7 @@ DEFAULT = QLoRAConfig()
 
 
 class QLoRALinear(nnx.Linear):
-    """`nnx.Linear` with a packed kernel and a LoRA, for use in its place.
+    """A drop-in replacement for `nnx.Linear`, with a packed kernel and a LoRA.
 
     It computes `x W + scaling * (x A) B + bias` (QLoRA, Dettmers et al. 2023, section
     3): W is a `ql.nnx.Packed` in `kernel`, and A `[in, r]` and B `[r, out]` are
@@ -47,7 +47,7 @@ class QLoRALinear(nnx.Linear):
         Args:
             in_features: Size of the input's last axis.
             out_features: Size of the output's last axis.
-            config: How the kernel is packed and adapted. It must not name other leaves.
+            config: How the kernel is packed and adapted, without settings by pattern.
             rngs: As in `nnx.Linear`; with dropout, it needs a stream `dropout` too.
             **linear: The options of `nnx.Linear`: `use_bias`, `dtype`, `param_dtype`,
                 `precision`, `kernel_init`, `bias_init` and so on.

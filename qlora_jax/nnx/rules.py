@@ -34,7 +34,7 @@ class Rule:
     kernel: Callable[[Any], str]  # returns the name of the kernel's attribute
     kinds: Callable[[Any], str | None]  # returns None if only calls determine them
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
-    # Whether the call is all that a module computes.
+    # Whether the rule applies to a module: `call` must be all that it computes.
     supports: Callable[[Any], bool] = _always
     is_partial: bool = False  # whether other methods read the kernel in float
 
@@ -84,7 +84,7 @@ def _embed(
     def cast(rows: Array) -> Array:
         return module.promote_dtype((rows,), dtype=module.dtype, inexact=False)[0]
 
-    # Flax returns the only row of a table for any input, even one that is no id.
+    # Flax returns the only row of a table for any input, even one that is not an id.
     if module.num_embeddings == 1:
         inputs = jnp.zeros_like(inputs)
     return Lookup("embedding", inputs, cast, out_sharding)
@@ -96,7 +96,7 @@ def _general_kinds(module: nnx.LinearGeneral) -> str:
 
 
 def _is_plain(module: nnx.Module) -> bool:
-    # A packed product replaces the layer's own, so the user must not have chosen one.
+    # The packed product replaces the layer's product, so it must be the default one.
     options = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
     values = [getattr(module, option, None) for option in options]
     # `in` would compare by equality, which arrays do not support.
@@ -134,11 +134,11 @@ def register(
     kernel: str | Callable[[Any], str] = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
-    """Registers the einsum of a module class that reads its kernel itself.
+    """Registers the einsum that a custom module class computes with its kernel.
 
     The class multiplies by the packed kernel, and its adapter may have dropout. Classes
-    that are not registered get their float kernel during each call. The rule holds for
-    the process; registering a class again replaces it.
+    that are not registered get a float kernel during each call. The rule applies to the
+    whole process; registering a class again replaces it.
 
     Args:
         cls: The module class. Its `__call__` computes only the einsum of one input and
@@ -181,7 +181,7 @@ def register(
     RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of))
 
 
-# A stack has more axes than its module says. Those in front are batch axes.
+# A stacked kernel has more axes than its module declares: the first are batch axes.
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
     """Returns the kernel's shape without stacked axes; None if unknown."""
     match module, name:
@@ -200,7 +200,7 @@ def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
 
 
 def _maxtext_shapes(module: nnx.Module) -> tuple[tuple[int, ...], ...] | None:
-    # The sizes of the contracted and of the output axes of MaxText's linear layers.
+    # Returns the sizes of contracted and output axes of MaxText's linear layers.
     inputs = getattr(module, "in_features_shape", None)
     outputs = getattr(module, "out_features_shape", None)
     if isinstance(inputs, tuple) and isinstance(outputs, tuple):
@@ -209,9 +209,9 @@ def _maxtext_shapes(module: nnx.Module) -> tuple[tuple[int, ...], ...] | None:
 
 
 def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
-    """Guesses the kinds of axes of a kernel that its module reads itself."""
+    """Guesses the kinds of axes of a kernel that no rule describes."""
     # The module computes with float weights, so that results are right even if the
-    # guess is wrong. Only the blocks of the codes then run along another axis.
+    # guess is wrong. The quantization blocks then run along another axis.
     shape = kernel_shape(module, name)
     if shape is not None and isinstance(module, nnx.LinearGeneral):
         return _general_kinds(module)
@@ -219,7 +219,7 @@ def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
         return "k" * (len(shape) - 1) + "n"
     if name == "kernel" and (shapes := _maxtext_shapes(module)) is not None:
         return "k" * len(shapes[0]) + "n" * len(shapes[1])
-    # An attribute that is an equation is probably that of the kernel.
+    # If an attribute is an einsum equation, it is probably the one of the kernel.
     candidates = set()
     for value in vars(module).values():
         try:

@@ -86,7 +86,7 @@ def _entries(module: nnx.Module) -> Iterator[tuple[KeyPath, Holder, str]]:
 
 
 def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
-    """Returns the rule of a module that can multiply by `names`, or None."""
+    """Returns the rule by which a module computes with its targets `names`, or None."""
     rule = RULES.find(type(module))
     if rule is None or names != [rule.kernel(module)] or not rule.supports(module):
         return None
@@ -114,7 +114,7 @@ def why_not_trained(site: Site) -> str | None:
     return None
 
 
-def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
+def _why_not_target(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
     if reason := why_not_trained(site):
         return reason
     module, name = site.module, site.name
@@ -129,9 +129,9 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
     if packed_rule(module, names) is not None:
         return None
     cls = type(module).__name__
-    # In a stack, biases and scales have two axes, as kernels have.
+    # Stacked biases and scales have two axes, like kernels.
     if name in ("bias", "scale"):
-        return f"it is the {name} of its module, {cls}: nothing contracts it."
+        return f"it is the {name} of its module, {cls}: no axis of it is contracted."
     if runs_linen(module):
         return None
     if not methods_reading(type(module), name):
@@ -145,7 +145,7 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
 
 
 def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    # A rule knows them, then the config, then the names and attributes of the module.
+    # The kinds come from a rule, or else from the config, or else from a guess.
     rule = packed_rule(site.module, names)
     if rule is not None:
         return rule.kinds(site.module)
@@ -168,7 +168,7 @@ def check_targets(
     for path, site in targets.items():
         names = names_by_module[id(site.module)] if site.holders else []
         try:
-            if reason := _why_not(site, names, config):
+            if reason := _why_not_target(site, names, config):
                 problems[path] = reason
             elif (site_kinds := _kinds(site, names, config)) is not None:
                 kinds[path] = site_kinds

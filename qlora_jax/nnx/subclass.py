@@ -29,7 +29,7 @@ Method = Callable[..., Any]
 def subclass(
     cls: type, methods: dict[str, Method], recipe: tuple, rule: Rule | None = None
 ) -> type:
-    """Returns a subclass with other methods, which pickles as the call `recipe`."""
+    """Returns a subclass with these methods. It pickles as the call `recipe`."""
     body = {
         **methods,
         "__module__": cls.__module__,
@@ -37,7 +37,7 @@ def subclass(
         "qlora_recipe": recipe,
         "qlora_rule": rule,
     }
-    # A subclass is a pytree if its base is one; Flax asks for that explicitly.
+    # A subclass is a pytree if its base is one, which Flax does not infer.
     is_pytree = getattr(cls, "_pytree__is_pytree", True)
     metaclass: Any = _picklable(type(cls))
     return metaclass(f"Wrapped{cls.__name__}", (cls,), body, pytree=is_pytree)
@@ -124,7 +124,7 @@ def materializing(cls: type, names: tuple[str, ...]) -> type:
         {method for name in names for method in methods_reading(cls, name)}
     )
     methods = {m: _with_float_kernels(getattr(cls, m)) for m in reading}
-    # A table is packed in look-ups, and in float in `attend`.
+    # Look-ups use the packed table, and `attend` reads it in float.
     rule = RULES.find(cls)
     if rule is not None and rule.is_partial:
         methods["__call__"] = packed_call
@@ -134,7 +134,7 @@ def materializing(cls: type, names: tuple[str, ...]) -> type:
 def _with_float_kernels(method: Method) -> Method:
     @functools.wraps(method)
     def call(self: nnx.Module, *args: object, **kwargs: object) -> Tree:
-        # A leaf that is trained in full is in its place already.
+        # The module already reads the trained array of a leaf that is trained in full.
         names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
         kernels = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
         expert_weights: list[Array] = []  # set while experts are traced
@@ -147,9 +147,9 @@ def _with_float_kernels(method: Method) -> Method:
         if any(is_experts(*kernel) for kernel in kernels):
             transform = functools.partial(_with_experts, kernels, expert_weights)
         else:
-            # The policy saves products but no kernel: the backward pass decodes again.
-            # The product of an adapter's factors, as large as the kernel, has a custom
-            # gradient, into which policies do not look.
+            # The policy saves products, but not the kernels, which the backward pass
+            # decodes again. The product of an adapter's factors, as large as the
+            # kernel, is not saved: policies do not look into its custom gradient.
             variables = (x for _, x in nnx.iter_graph(self))
             variables = [x for x in variables if isinstance(x, nnx.Variable)]
             transform = nnx.remat(
@@ -180,7 +180,7 @@ def _with_experts(
             expert_weights[:] = weights
             modules = nnx.merge(graph, state, copy=True)
             outputs = run(*modules)
-            # Variables that did not change may be those of an outer trace.
+            # Unchanged variables may belong to an outer trace, and are not results.
             new = nnx.to_flat_state(nnx.state(modules))
             changed = {path: x for path, x in new if value_of(x) is not old.get(path)}
             return outputs, nnx.from_flat_state(changed)
@@ -196,11 +196,12 @@ def _with_experts(
 def _float_kernels(
     module: nnx.Module, names: list[str], expert_weights: list[Array]
 ) -> Iterator[None]:
-    # With the original class, methods call each other directly, and not under `remat`.
+    # The module gets its original class, so that inner calls do not use `remat` again.
     cls: Any = type(module)
     variables = {name: getattr(module, name) for name in names}
     for i, (name, variable) in enumerate(variables.items()):
-        # The weights of a trace stand for packed ones. Others are decoded and merged.
+        # In a trace of experts, traced weights replace the kernels. Otherwise, the
+        # kernels are decoded and merged with their adapters.
         if expert_weights:
             value = expert_weights[i]
         else:

@@ -14,7 +14,7 @@ from ..quant.pack import StraightThrough
 from ..quant.qtensor import QTensor
 from ..trees.paths import KeyPath, Leaf
 
-# What holds a variable: a module, or a dict of linen variables in `nnx.bridge.ToNNX`.
+# The owner of a variable: a module, or a dict of linen variables in `nnx.bridge.ToNNX`.
 Holder = nnx.Module | dict[str, Any]
 P = TypeVar("P", bound="Packed")
 
@@ -48,11 +48,11 @@ class Packed(nnx.Variable[QTensor]):
 
 
 class Inputs(Packed):
-    """Arrays of an adapter that are not trained, sliced with a stack's kernels."""
+    """Untrained arrays of an adapter, which scans slice with the kernels of a stack."""
 
 
 class Frozen(Packed):
-    """The array of a leaf that is trained in full, which a trained array replaces."""
+    """The original array of a leaf that is trained in full and has been replaced."""
 
     __getitem__ = nnx.Variable.__getitem__
 
@@ -80,8 +80,8 @@ class AdapterModule(nnx.Module):
         self.frozen = nnx.data(frozen)
         self.kind, self.rate = type(adapter), adapter.dropout
         self.set(adapter)
-        self.trained = trained  # packing of a float kernel that is trained through it
-        self.path = Note(path)  # for errors; equal to any other in graph definitions
+        self.trained = trained  # the packing of a kernel trained through its quantizer
+        self.path = Note(path)  # for errors; all notes are equal in graph definitions
         self.deterministic = False  # set by `model.train()` and `model.eval()`
         self.enabled = True  # set by `disable_adapters`
         self.rngs = rngs if adapter.dropout else nnx.data(None)
@@ -107,10 +107,10 @@ class AdapterModule(nnx.Module):
                 setattr(self, name, nnx.LoRAParam(x))
         self.geometry = adapter.geometry
         self.indices = getattr(adapter, "indices", None)
-        # A tuple of scalings is static. Scans slice it as the array in `inputs`.
+        # A tuple of scalings is static. So `inputs` has an array that scans can slice.
         self.scaling = None if adapter.inputs else adapter.scaling
-        by_scan = sliced(adapter)
-        inputs: Any = {name: getattr(by_scan, name) for name in by_scan.inputs}
+        sliceable = sliced(adapter)
+        inputs: Any = {name: getattr(sliceable, name) for name in sliceable.inputs}
         self.inputs: Any = Inputs(inputs) if inputs else nnx.data(None)
 
     @property
@@ -119,7 +119,7 @@ class AdapterModule(nnx.Module):
         kind: Any = self.kind
         arrays = {name: variable[...] for name, variable in self.variables.items()}
         inputs = self.inputs.get_value() if kind.inputs else {"scaling": self.scaling}
-        # `TrainedRows` has the indices of its rows.
+        # `TrainedRows` also needs the indices of its rows.
         if self.indices is not None:
             inputs |= {"indices": self.indices}
         return kind(**arrays, **inputs, dropout=self.rate, geometry=self.geometry)
@@ -226,5 +226,5 @@ def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
 
 
 def join_path(path: KeyPath) -> str:
-    """Returns a path as patterns see it: "layers/0/q_proj/kernel"."""
+    """Returns a path as a string that patterns can match: "layers/0/q_proj/kernel"."""
     return "/".join(map(str, path))

@@ -45,12 +45,12 @@ def wrap(
     the packed kernel. Other modules get a float kernel during each call (the adapter
     merged in, rounded to the kernel's dtype), which the backward pass decodes again. In
     these modules, `jax.lax.ragged_dot` multiplies by packed experts directly
-    (`ql.ragged_dot`). Stacks made by `nnx.vmap` stay stacks. The class of a module
-    becomes a subclass of it.
+    (`ql.ragged_dot`). Stacks made by `nnx.vmap` stay stacks. Each module with a target
+    gets a subclass of its class.
 
     The initialized linen module inside an `nnx.bridge.ToNNX` runs as in
     `ql.linen.wrap`. If its kernels have more than two axes, an abstract trace of a
-    sample call finds the contracted ones.
+    sample call finds the contracted axes.
 
     Packed kernels are `ql.nnx.Packed`, and the adapter of a kernel `name` is the
     attribute `name_lora` of the same module, with A `[*batch, K, r]` in `a` and B
@@ -72,9 +72,9 @@ def wrap(
         TypeError: If `model` is not an nnx module, or `config` is not a `QLoRAConfig`.
         ValueError: Before any work, if a pattern matches nothing; if parameters that
             match cannot be targets (not floating-point, shared, held by a container,
-            read by no method, adapted already, a bias or scale, stacked along another
-            axis than the first), all listed with the reason; or if a donated target
-            shares its array with another variable.
+            not read by any method, already adapted, a bias or scale, or stacked along
+            an axis other than the first), which are all listed with the reason; or if a
+            donated target shares its array with another variable.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -143,7 +143,7 @@ def _unknown_axes(
 ) -> dict[str, str]:
     # Linen kernels of two axes are [K, N].
     reason = (
-        "its linen module alone knows which of its {} axes it contracts. Pass the "
+        "only its linen module knows which of its {} axes are contracted. Pass the "
         "arguments of a sample call to ql.nnx.wrap, or set config.contract."
     )
     return {
@@ -157,7 +157,7 @@ def adapt(
     holder: Holder, name: str, path: str, base: Leaf, lora: Adapter, rngs: nnx.Rngs
 ) -> None:
     """Replaces a float kernel by a frozen kernel and its adapter."""
-    # A leaf that is trained in full: the module reads the variable of the adapter.
+    # If a leaf is trained in full, its module reads the variable of the adapter.
     if isinstance(lora, Trained):
         frozen = pack(attributes(holder)[name], base, Frozen)
         module = AdapterModule(lora, None, path=path, frozen=frozen)

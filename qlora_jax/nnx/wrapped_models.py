@@ -1,4 +1,4 @@
-"""Functions of wrapped models: merge, split, join, place, and adapters off and on."""
+"""Functions for wrapped models: merge, split, join, place and `disable_adapters`."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def merge(model: M) -> M:
-    """Returns a plain float model, with the adapters added as by `qlora_jax.merge`.
+    """Returns a plain float model with merged adapters, as `qlora_jax.merge` for trees.
 
     Kernels get their dtype, variable type and metadata back, and modules their class.
 
@@ -53,7 +53,7 @@ def merge(model: M) -> M:
         set_attribute(holder, name, unpack(variable_of(holder, name), value))
         del_attribute(holder, f"{name}_lora")
     for _, module in nnx.iter_modules(model):
-        original = getattr(type(module), "qlora_original", None)  # the class before
+        original = getattr(type(module), "qlora_original", None)  # before `wrap`
         if original is not None:
             object.__setattr__(module, "__class__", original)
     return model
@@ -87,13 +87,13 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
 def join(model: M, base: Tree, lora: Tree) -> M:
     """Returns a new model with the parameters of two trees: the inverse of `split`.
 
-    Use it to load adapters from a file into a wrapped model, also of other ranks.
+    Use it to load adapters from a file into a wrapped model. Their ranks may differ.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
         base: A base tree with the same leaves as that of `split`.
-        lora: A lora tree with adapters at the same paths as that of `split`. Dropout
-            stays that of the model.
+        lora: A lora tree with adapters at the same paths as that of `split`. The
+            dropout rates of the model do not change.
 
     Raises:
         ValueError: If leaves are missing, unexpected, or differ in type or shape from
@@ -133,7 +133,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     for path, holder, name in adapted_kernels(model):
         adapter, path = adapter_of(holder, name), join_path(path)
         adapter.set(adapters[path])
-        # `base` has the frozen leaf, and the adapter the trained one.
+        # The adapter now has the trained array. The frozen one comes from `base`.
         if adapter.frozen is not None:
             adapter.frozen.set_value(leaves[path])
     return model
@@ -153,7 +153,7 @@ def place(
     rows: Sequence[MeshAxes] = (),
     memory: Literal["device", "host"] = "device",
 ) -> M:
-    """Returns a wrapped model on a mesh, as `qlora_jax.sharding.place` two trees.
+    """Places a wrapped model on a mesh, as `qlora_jax.sharding.place` does with trees.
 
     Codes and scales are split as the float kernel would be, A along K and B along N.
     All other variables are replicated.

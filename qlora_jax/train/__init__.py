@@ -2,5 +2,6 @@
 
 import lazy_loader
 
-# __init__.pyi has the names and their homes. Reading rows loads no Grain, and so on.
+# `__init__.pyi` maps names to modules, which are imported on first use. Reading rows,
+# for example, does not import Grain.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

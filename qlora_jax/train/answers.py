@@ -71,8 +71,8 @@ def answers(
 def _group(
     examples: Sequence["Example"], batch_size: int
 ) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
-    # Yields the end tokens, the example indices and the size of each batch. Its
-    # examples have the same end tokens, and prompts of similar length.
+    # Yields the end tokens, the example indices and the number of rows of each batch.
+    # The examples of a batch have the same end tokens and prompts of similar length.
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
         groups.setdefault(tuple(examples[index].end_ids), []).append(index)
@@ -90,7 +90,7 @@ def exact_match(texts: Sequence[str], examples: Sequence["Example"]) -> float:
 
 
 def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    # `padded_length` has few values, each of which compiles a program.
+    # `padded_length` returns few different lengths, since each compiles a program.
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), padded_length(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -52,7 +52,7 @@ def with_shardings(
 
 
 def put_rows(batch: PyTree, mesh: Mesh, axes: Sequence[str]) -> PyTree:
-    """Splits the rows of a batch, which all processes hold, over axes of a mesh."""
+    """Splits the rows of a batch over mesh axes. Each process has the whole batch."""
     sharding = NamedSharding(mesh, PartitionSpec(tuple(axes) or None))
 
     def put(x):
@@ -79,7 +79,7 @@ def copy_to_save(x: jax.Array) -> jax.Array | np.ndarray:
     if mesh_of(x) is None:
         return np.array(x)
     # Orbax copies an accelerator's arrays to the host before `save` returns. It may
-    # keep views of arrays of a CPU, and of arrays in host memory.
+    # keep views of arrays on a CPU or in host memory, so these are copied here.
     is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
     if not is_cpu and x.sharding.memory_kind == "device":
         return x
@@ -118,7 +118,7 @@ def changes(
 def check_same_arrays(
     saved: Mapping[str, Any], expected: Mapping[str, Any], folder: pathlib.Path
 ) -> None:
-    """Raises a ValueError if a checkpoint has other arrays than a run."""
+    """Raises a ValueError if the arrays of a checkpoint differ from those of a run."""
 
     def describe(x):
         return f"{np.dtype(x.dtype)}{list(x.shape)}"

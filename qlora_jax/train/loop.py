@@ -33,15 +33,17 @@ class Loop:
         schedule: The learning rate, a function of the number of updates so far.
         accumulation: The number of batches per step.
         save_every: The number of steps between checkpoints.
-        eval_every: The number of steps between evaluations. None evaluates at the end.
+        eval_every: The number of steps between evaluations. With None, evaluations run
+            only before the first step and after the last one.
         log_every: The number of steps between calls of `watch` and, without a terminal,
-            between lines on stderr. Steps with an evaluation always have both. None
-            calls `watch` at each step, and prints about ten lines.
+            between lines on stderr. Steps with an evaluation always have both. With
+            None, `watch` is called at each step, and about ten lines are printed.
         patience: With a `Best`: stop after this many evaluations in a row without a
             lower validation loss. None never stops early.
-        on_nan: If the loss or the gradient is not finite: "stop" with an error, or
-            "skip" the update. If only the new adapter is not finite, a run stops.
-        stamp: JSON values to save with each state and its position in the data.
+        on_nan: What to do if the loss or the gradient is not finite: "stop" with an
+            error, or "skip" the update. If only the new adapter is not finite, the run
+            always stops.
+        stamp: JSON values to save with each state, besides its position in the data.
 
     Example:
         >>> from qlora_jax import train
@@ -124,11 +126,14 @@ def fit(
             It runs before the first step, every `eval_every` steps, and after the last.
         best: Finds the step with the lowest `valid_loss` that `evaluate` returns, after
             the first step. The state of that step is kept too.
-        watch: Called with metrics, for other loggers, as `loop.log_every` says.
-        stop: Called after each step: whether to end. All processes must agree.
+        watch: Called with the metrics of the steps that `loop.log_every` selects, for
+            other loggers.
+        stop: Called after each step. Returns whether to stop the run, in which all
+            processes must agree.
 
     Returns:
-        The state after the last step, which is saved. `loop.patience` may end earlier.
+        The state after the last step, which is saved. `loop.patience` may end the run
+        earlier.
 
     Raises:
         FloatingPointError: If the loss or the gradient is not finite and `on_nan` is
@@ -162,7 +167,7 @@ def fit(
 # Yields the state and the batches of each step. It is sent the new state, a report, and
 # the seconds that the step took. It returns the last state.
 Steps = Generator[tuple[State, list[Batch]], tuple[State, Report, float], State]
-# Validation losses as the progress bar names them. Of several, the first is shown.
+# The names of validation losses in the progress bar, which shows the first one it has.
 _VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
 
 
@@ -174,8 +179,8 @@ def drive(
     """Trains runs with the same batches side by side, and returns their last states."""
     # If a run fails because of NaN, its state is None, the other runs continue, and
     # `on_error` is called with its index. Without `on_error`, the error is raised.
-    # The joint step is compiled for all runs. One that has failed or finished leaves
-    # `live`, but its state is still updated, without an effect.
+    # The joint step is compiled for all runs. A run that has failed or finished leaves
+    # `live`. The step still updates its state, but the result is ignored.
     live, batches = {*range(len(runs))}, []
     states: list[Any] = [None] * len(runs)
     last_states: list[Any] = [None] * len(runs)
@@ -235,10 +240,10 @@ class Training:
         """Yields the state and the batches of each step, and is sent the results."""
         loop, first = self.loop, int(self.state.step)
         is_shown = self.progress and jax.process_index() == 0
-        # Later metrics are compared with those of the initial adapter.
+        # Evaluate the initial adapter, so that later metrics can be compared with it.
         if first == 0 and self.evaluate is not None:
             self._record({"step": 0})
-        # A run may be resumed after it has stopped early.
+        # A run that is resumed after it has stopped early takes no more steps.
         last = first if self._is_patience_over() else loop.steps
         settings: dict[str, Any] = {"initial": first, "total": loop.steps}
         with progress_bar("training", "step", is_shown, **settings) as bar:
@@ -295,13 +300,14 @@ class Training:
             **{name: float(x) for name, x in report.metrics.items()},
             "learning_rate": learning_rate,
         }
-        # A program is compiled on first use. The program for the first batch has no
-        # sums yet, that for the last batch updates, and other shapes have their own.
+        # A program is compiled on first use. The first batch of a step has no sums to
+        # add to, and the last one also updates the adapter, so each has a program of
+        # its own. So does each shape of a batch.
         last = len(batches) - 1
         shapes = [tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches]
         programs = {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}
         if not programs <= self._compiled:
-            row["is_compiled"] = True  # the speed says nothing about later steps
+            row["is_compiled"] = True  # the time of this step includes compilation
         self._compiled |= programs
         return row
 

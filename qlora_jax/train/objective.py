@@ -80,16 +80,16 @@ def preference_loss(
     """Returns the loss of a decoder on a batch of preferences, for `make_step`.
 
     The reference model is the base without the adapter. Its log-probabilities are
-    computed inside the step, without gradient. No second model is held in memory.
+    computed inside the step, without gradient, so no second model is in memory.
 
     Args:
         model: A decoder of `qlora_jax.models`, wrapped by `qlora_jax.linen.wrap`.
         objective: The name of a loss in `ql.losses`.
-        beta: The argument of that loss.
+        beta: The `beta` argument of that loss.
         gamma: The margin of simpo.
 
     Returns:
-        A function with the arguments of that of `decoder_loss`. It returns the sum of
+        A function like the one that `decoder_loss` returns. Its results are the sum of
         the losses of pairs (for kto: of completions), their number, and metrics named
         as in TRL. A reward is `beta` times the log-ratio of a completion or, without a
         reference model, times its mean log-probability.
@@ -152,8 +152,9 @@ def _kto_loss(compute_token_losses: Callable[..., Any], beta: float) -> Loss:
         return _completion_log_probs(losses, batch)
 
     def loss(lora, base, batch, dropout_key):
-        # Rows alternate between a completion, and one of another row to its prompt.
-        # The log-ratios of the mismatched completions estimate the KL divergence.
+        # Rows alternate between a prompt with its own completion, and the same prompt
+        # with the completion of another row. The log-ratios of these mismatched
+        # completions estimate the KL divergence.
         reference = log_probs({}, base, batch, None)[0].reshape(-1, 2)
         completions, mismatched = (
             jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], batch)
@@ -172,8 +173,8 @@ def _kto_loss(compute_token_losses: Callable[..., Any], beta: float) -> Loss:
         is_good = jnp.sum(completions.answers, axis=-1).reshape(-1) > 0
         completion_losses = ql.losses.kto(log_ratios, is_good, kl, beta=beta)
         chosen, rejected = (
-            jnp.stack(_sum_and_count(beta * log_ratios, is_completion & is_kind))
-            for is_kind in (is_good, ~is_good)
+            jnp.stack(_sum_and_count(beta * log_ratios, is_completion & mask))
+            for mask in (is_good, ~is_good)
         )
         # A batch without completions of both kinds has no margin: sum and count are 0.
         has_both = (chosen[1] > 0) & (rejected[1] > 0)
@@ -215,7 +216,7 @@ def _sum_and_count(
 
 
 def _in_auto_axes(loss: Loss) -> Loss:
-    """Allows a loss to be called where axes of the mesh are Explicit."""
+    """Allows a loss to be called on a mesh with Explicit axes."""
 
     @functools.wraps(loss)
     def call(*args):
@@ -230,7 +231,7 @@ def _in_auto_axes(loss: Loss) -> Loss:
 
 
 def token_losses(model: Any) -> Callable[..., Any]:
-    """Returns the function of the cross entropies of a batch's targets, `[B, P]`."""
+    """Returns a function that computes the cross entropy of each target, `[B, P]`."""
 
     # If `mutable` names collections, the function returns them too.
     def compute_token_losses(lora, base, batch, dropout_key, mutable=False):
@@ -244,7 +245,7 @@ def token_losses(model: Any) -> Callable[..., Any]:
             rngs=None if dropout_key is None else {"dropout": dropout_key},
             mutable=mutable,
         )
-        # Only the hidden states before a target, `[B, P, D]`, reach the head.
+        # Only the hidden states that predict a target, `[B, P, D]`, reach the head.
         hidden, *collections = result if mutable else (result,)
         losses = ql.losses.chunked_cross_entropy(
             hidden,
@@ -257,10 +258,10 @@ def token_losses(model: Any) -> Callable[..., Any]:
 
 
 def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
-    """Returns `f(base, lora, batches)`: the mean loss in nats per token, no dropout.
+    """Returns `f(base, lora, batches)`: the mean loss per token, without dropout.
 
     Args:
-        loss: As for `make_step`. Its key is None.
+        loss: As for `make_step`. It is called with the key None.
 
     Example:
         >>> import jax.numpy as jnp

@@ -24,8 +24,9 @@ def make_schedule(
     """Returns the learning rate as a function of the number of updates so far.
 
     It rises linearly from 0 during the warmup. Then "cosine" and "linear" decay to
-    `end` at the last step, and "constant" stays. "wsd" (warmup, stable, decay; Hu et
-    al. 2024, MiniCPM, section 4) stays, and decays linearly over the last steps.
+    `end` at the last step, and "constant" does not change. "wsd" (warmup, stable,
+    decay; Hu et al. 2024, MiniCPM, section 4) stays at the peak, and decays linearly
+    over the last steps.
 
     Args:
         name: The schedule.
@@ -97,11 +98,11 @@ def make_optimizer(
             8 bits: `ql.optim.adamw8bit`), "lion" (Chen et al. 2023), or "adafactor"
             (Shazeer and Stern 2018) without its relative step.
         schedule: The learning rate, or a function of the step.
-        clip: The largest global norm of the gradient. None does not clip.
+        clip: The largest global norm of the gradient, or None for no clipping.
         weight_decay: The share of a weight that an update subtracts at learning rate 1.
         beta1: The decay of the first moment. Unused by adafactor.
         beta2: The decay of the second moment, by default 0.999. For lion, the decay of
-            the momentum, by default 0.99. Adafactor has a schedule instead.
+            the momentum, by default 0.99. Unused by adafactor, which varies the decay.
         offload: Whether to keep the state in host memory between steps, and to move one
             layer at a time to the device (`ql.optim.offload`). Not for adafactor.
 

@@ -1,4 +1,4 @@
-"""What a run writes: metrics, plots of the loss, an adapter and its model card."""
+"""Writes the outputs of a run: metrics, loss plots, an adapter and its model card."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ import qlora_jax as ql
 
 
 class Metrics:
-    """Writes `metrics.jsonl`, one line per step and never part of a line.
+    """Writes `metrics.jsonl`, one line per step. Lines are never written in part.
 
     Example:
         >>> import pathlib, tempfile
@@ -93,7 +93,8 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
         >>> train.read_metrics(path)
         [{'step': 1, 'loss': 2.5}]
     """
-    lines = pathlib.Path(path).read_text("utf-8").split("\n")  # the last has no end
+    # The text after the last line break is empty, or an incomplete line.
+    lines = pathlib.Path(path).read_text("utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
@@ -126,8 +127,8 @@ def plot_loss(
             label = f"mean of {window} steps"
             axes.plot(*means, color="#1f4e8c", linewidth=2, label=label)
         if valid[0]:
-            # With samples in between, all rows are evaluated only first and last. A
-            # line from one to the other would look like values.
+            # If samples are evaluated in between, all rows are evaluated only at the
+            # start and at the end. A line between these two points would mislead.
             marker, scope = ("D", ", all rows") if sampled[0] else ("o-", "")
             label = f"validation{scope}"
             axes.plot(*valid, marker, color="#c8553d", markersize=5, label=label)

@@ -19,10 +19,10 @@ from .arrays import check_same_arrays, copy_to_save, leaves_by_name, mesh_of
 from .step import State
 
 _UNFINISHED = ".orbax-checkpoint-tmp*"
-_CHECKSUMS = "checksums.txt"  # as written by `sha256sum`, with its own hash at the end
-# Orbax writes the first two during or after the checksums. They hold no values.
+_CHECKSUMS = "checksums.txt"  # as written by `sha256sum`, and a hash of these lines
+# Orbax writes the first two during or after the checksums. They contain no arrays.
 _UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt", _CHECKSUMS)
-# What can be wrong with a file. The code of a fault is its index, from 1.
+# The possible faults of a file. The code of a fault is its index plus 1.
 _FAULTS = ("is missing", "has other contents than were saved", "cannot be read")
 
 
@@ -53,7 +53,7 @@ class Checkpoints:
         Args:
             folder: The folder, which is created if it does not exist.
             keep: The number of newest states to keep.
-            read_only: Whether to delete and create nothing, as a run may be active.
+            read_only: Whether to leave the folder as it is, since a run may be active.
 
         Raises:
             ValueError: If `keep` is not positive.
@@ -285,7 +285,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Processes open a manager together, but perhaps only this one failed.
+            # Only a single process can reopen the manager: all processes must open it
+            # together, and the others may not have failed.
             if jax.process_count() == 1:
                 self._close_manager()
                 self._open()
@@ -297,7 +298,7 @@ class Checkpoints:
             ) from error
 
     def _close_manager(self) -> None:
-        # An error of a thread ends `close` early, but each one is raised only once.
+        # An error of a thread ends `close` early, but is raised only once: try again.
         for _ in range(8):
             with contextlib.suppress(Exception):
                 return self._manager.close()

@@ -79,7 +79,7 @@ class State(NamedTuple):
         def create(lora):
             return cls.create(lora, optimizer, 0)
 
-        # Without shardings, `create` puts nothing on a mesh while it is traced.
+        # Shapes without shardings keep `create` from calling `device_put` in a trace.
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
         # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
         avals = jax.make_jaxpr(create)(bare).out_avals
@@ -139,7 +139,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
     stay unchanged (`ql.optim.skippable`), and only the step counters advance. If only
     the new adapter is not finite, the old one is kept, but the state of the optimizer
     has already been updated in place, since it may be in host memory. `fit` then stops.
-    Go back to an earlier state, with a smaller learning rate.
+    Resume from an earlier state, with a smaller learning rate.
 
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key. It
@@ -204,18 +204,19 @@ class _Compiler:
 
     def _compile(self, shardings: tuple | None, structure: Any) -> Programs:
         sum_shardings = result_shardings = None
-        # On a mesh, results get the shardings of the arguments. The partitioner may
-        # choose others otherwise, and the next step would be compiled again.
+        # On a mesh, results get the shardings of the arguments. Otherwise the
+        # partitioner may choose other ones, and the next step would be compiled again.
         if shardings is not None:
-            states, free = jax.tree.unflatten(structure, shardings), None
-            sum_shardings = [_Sums(free, free, x.lora, free) for x in states]  # type: ignore
-            result_shardings = [(state, free) for state in states]
+            # The partitioner chooses the shardings that are None.
+            states = jax.tree.unflatten(structure, shardings)
+            sum_shardings = [_Sums(None, None, x.lora, None) for x in states]  # type: ignore
+            result_shardings = [(state, None) for state in states]
         add = jax.jit(self._add_batch, donate_argnums=0, out_shardings=sum_shardings)
         finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
         return add, finish
 
     def _add_batch(self, sums, states, base, batch, index) -> list[_Sums]:
-        """Adds the losses and gradients of the batch with an index in its step."""
+        """Adds the losses and gradients of batch number `index` of a step."""
 
         def sum_losses(lora, key, step):
             # A resumed run derives the same dropout key for each batch of each step.
@@ -232,7 +233,7 @@ class _Compiler:
         adapters = [(state.lora, state.key, state.step) for state in states]
         if len(adapters) == 1:
             batch_sums = [sum_losses(*adapters[0])]
-        else:  # `vmap` over the adapters, which get a leading axis of their number
+        else:  # `vmap` over the adapters, which are stacked along a new leading axis
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
             stacked_sums, batch_sums = jax.vmap(sum_losses)(*stacked), []
             for i in range(len(adapters)):
@@ -247,11 +248,12 @@ class _Compiler:
 def _update(
     sums: _Sums, state: State, optimizer: optax.GradientTransformationExtraArgs
 ) -> tuple[State, Report]:
-    # One division at the end: a mean of means would weight tokens by their batch.
+    # Divide once, at the end: in a mean of batch means, the weight of a token would
+    # depend on the size of its batch.
     total, weight, grads, metrics = sums
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     mean, norm = total / weight, optax.tree.norm(grads)
-    # The old state is donated, so it must be selected here, before it is gone.
+    # The old state is donated, so a skipped update must keep it inside this program.
     skip = ~_all_finite([mean, norm])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, skip=skip)
     lora = optax.apply_updates(state.lora, updates)
@@ -274,7 +276,7 @@ class JointStep:
 
     Attributes:
         programs: Maps a tuple of states to two jitted functions: one adds the gradient
-            of a batch, the other adds that of the last batch and updates.
+            of a batch; the other adds the last gradient and updates the adapters.
 
     Example:
         >>> import jax.numpy as jnp, optax

@@ -21,11 +21,11 @@ def find_target_paths(
     """Returns the paths of the kernels that `target_modules` selects, in tree order.
 
     Args:
-        target_modules: "all-linear" for all linear layers except the head (as in PEFT),
-            experts and their routers. Or the names of modules, or of parameters that
-            hold experts, or the ends of such names after a dot, such as "q_proj", as a
-            sequence or separated by commas. Or one regular expression that matches full
-            names: text with characters that names do not have is an expression.
+        target_modules: One of the following. "all-linear": all linear layers except the
+            head (as in PEFT), experts and their routers. A sequence of names, or names
+            separated by commas: each is the name of a module, or of a parameter that
+            contains experts, or its end after a dot, such as "q_proj". Any other text:
+            a regular expression that matches full names.
         params: The parameters, or their shapes.
         names: The Hugging Face names of the parameters.
 
@@ -91,16 +91,16 @@ def _compile_patterns(target_modules: str | Sequence[str]) -> dict[str, re.Patte
 
 
 def _modules_by_path(params: PyTree, names: "ql.io.Names") -> dict[str, list[str]]:
-    """Returns the modules of each linear kernel by its path, one for each layer."""
+    """Returns, by path, the module names of each linear kernel, one for each layer."""
 
     def module_of(name: str) -> str:
-        # Experts are selected by the parameter that holds them, not by a module.
+        # Experts are selected by the name of their parameter, not of a module.
         stem = name.rpartition(".")[0]
         return stem if names.is_stack(stem) else name.removesuffix(".weight")
 
     modules = {}
     for path, leaf in ql.leaves_by_path(params).items():
-        if names.roles(path) == "kn":  # a matrix, in front of which are batch axes
+        if names.roles(path) == "kn":  # a matrix, after any batch axes
             batch_shape = leaf.shape[: names.num_batch_axes(path)]
             modules[path] = [*map(module_of, names.of(path, batch_shape).flat)]
     return modules

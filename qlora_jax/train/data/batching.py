@@ -15,11 +15,11 @@ from .rows import StreamedRows
 if TYPE_CHECKING:
     import grain
 
-# The most batches of a mixture that are sorted by length at once. The rows of a mixture
-# are found one by one, which is slow.
+# The largest number of batches of a mixture that are sorted by length together. Looking
+# up the rows of a mixture one by one is slow.
 _MAX_WINDOW = 512
 Sizes = tuple[np.ndarray, np.ndarray]  # the lengths and the target counts of rows
-Groups = Sequence[Sequence[Row]]  # the rows of a data set in each row of a batch
+Groups = Sequence[Sequence[Row]]  # for each row of a batch, the data rows in it
 
 
 class Batch(NamedTuple):
@@ -27,7 +27,8 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: The tokens, int32 `[B, T]`, padded on the right.
-        segment_ids: The number of each token's sequence, from 1, or 0, int32 `[B, T]`.
+        segment_ids: The number of each token's sequence, which starts at 1 in each row,
+            or 0 for padding, int32 `[B, T]`.
         positions: The position of each token in its sequence, int32 `[B, T]`.
         select: Indices into T whose next token is a target, int32 `[B, P]`.
         targets: These next tokens, int32 `[B, P]`.
@@ -35,8 +36,9 @@ class Batch(NamedTuple):
             targets of good completions have 1.
         answers: For preferences: for each of the S sequences of a row, 1 for the
             targets of a good completion, -1 for those of a bad one, 0 for all others,
-            float32 `[B, S, P]`; otherwise None. Sequences alternate between chosen and
-            rejected completions; or a labelled one and one of another row's prompt.
+            float32 `[B, S, P]`; otherwise None. Sequences of pairs alternate between
+            chosen and rejected completions. Labelled completions alternate with the
+            same prompt followed by the completion of another row.
 
     Example:
         >>> from qlora_jax.train import eval_batches
@@ -92,9 +94,10 @@ def batches(
         seed: The seed of the order.
         packing: Whether sequences share a row.
         num_epochs: The number of epochs, or None for an endless iterator.
-        mix: For several data sets: the number of rows of each, in the order of `rows`,
-            and its weight: its share of the rows or, with `packing`, of packed rows,
-            to within a percent. An epoch ends before any data set would start again.
+        mix: For several data sets: the number of rows and the weight of each, in the
+            order of `rows`. Its share of the rows (with `packing`: of packed rows) is
+            proportional to its weight, to within a percent. An epoch ends before any
+            data set would start again.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
@@ -165,7 +168,7 @@ class _Padded:
             widest = int(ordering.round_up(min(prompt + completion, max_length)))
             self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
         self.widths = self.choices[np.searchsorted(self.choices, lengths)]
-        # One number of targets for each width, so that there are as many shapes.
+        # One number of targets for each width, so that each width has one shape.
         self.num_targets = {
             int(width): int(ordering.round_up(num_targets[self.widths <= width].max()))
             for width in self.choices
@@ -175,7 +178,7 @@ class _Padded:
         rows = self._sequences([row for [row] in groups])
         longest = max(len(row.ids) for row in rows)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
-        size = size * len(rows) // len(groups)  # a pair has two rows of a batch
+        size = size * len(rows) // len(groups)  # a pair fills two rows of a batch
         num_targets, sequences = self.num_targets[width], int(rows[0].label is not None)
         return collate([[row] for row in rows], size, width, num_targets, sequences)
 
@@ -214,7 +217,7 @@ def _sizes(rows: Sequence[Row], packing: bool) -> Sizes:
     if isinstance(rows, StreamedRows):
         lengths, num_targets = rows.sizes
         return lengths, num_targets
-    # Where sequences share a row, the two of a pair share one.
+    # With packing, both sequences of a pair are in the same row.
     join = sum if packing else max
     lengths = [join(len(x.ids) for x in row.sequences) for row in rows]
     num_targets = [max(x.num_trained for x in row.sequences) for row in rows]
@@ -222,7 +225,7 @@ def _sizes(rows: Sequence[Row], packing: bool) -> Sizes:
 
 
 def _is_labelled(row: Row) -> bool:
-    # A labelled completion by itself, and not a pair.
+    # Whether the row is a single completion with a label, and not a pair.
     return row.label is not None and row.rejected is None
 
 
@@ -245,10 +248,10 @@ class _Source:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
         sizes = lengths, _ = _sizes(rows, packing)
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
-            both = ", both answers of a pair together" * bool(rows[0].rejected)
+            is_joint = packing and rows[0].rejected is not None
+            scope = ", both answers of a pair together" if is_joint else ""
             raise ValueError(
-                f"rows must have at most {max_length} tokens{both * packing}. Got "
-                f"{long}."
+                f"rows must have at most {max_length} tokens{scope}. Got {long}."
             )
         if packing and _is_labelled(rows[0]):
             raise ValueError("`packing` must be false for answers with a label.")
@@ -261,7 +264,7 @@ class _Source:
         self.rows, self.batch_size = rows, batch_size
         # 1. The order of the rows, or packs of rows, of each data set.
         orders = _make_orders(lengths, counts, seed, max_length if packing else None)
-        # 2. The mixture of these orders. `count` is the number of its entries, until
+        # 2. The mixture of these orders. `count` is the number of its entries before
         # the data set that ends first would start again.
         epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
         self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
@@ -321,7 +324,7 @@ def collate(
     select, targets = np.zeros((2, size, num_targets), np.int32)  # [B, P]
     weights = np.zeros((size, num_targets), np.float32)
     answers = np.zeros((size, sequences, num_targets), np.float32)  # [B, S, P]
-    # Padding counts its own positions, since attention kernels require that they rise.
+    # Padding has positions from 0, since attention kernels require rising positions.
     positions[len(groups) :] = np.arange(width)
     for i, group in enumerate(groups):
         start, filled = 0, 0  # the tokens and the targets of the sequences so far

@@ -48,7 +48,7 @@ class Tokenizer:
         template: str | None = None,
         now: datetime.datetime | None = None,
     ):
-        """Reads nothing yet.
+        """Stores the arguments. Files are read on first use.
 
         Args:
             path: The folder or the `.gguf` file of a model.
@@ -191,8 +191,8 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of a model, with its chat template.
 
-    A folder gives the tokens of transformers 5.24, a `.gguf` file those of llama.cpp.
-    Settings that would give other tokens raise a ValueError on first use.
+    Tokens are the same as in transformers 5.24 for a folder, and as in llama.cpp for a
+    `.gguf` file. Settings that would change them raise a ValueError on first use.
 
     Args:
         path: A folder with tokenizer.json, or a `.gguf` file.
@@ -255,7 +255,7 @@ class Chat:
         )
 
     def check_roles(self, row: Mapping[str, Messages], tools: Tools) -> None:
-        """Rejects roles that the template would write, but does not name."""
+        """Rejects roles that the template does not handle by name."""
         # `row` has the messages by their names in error messages.
         allowed = {*_ROLES, *self.template(tools).literals}
         if unknown := [
@@ -274,7 +274,7 @@ class Chat:
         has_parts = [isinstance(m.get("content"), list) for m in messages]
         if not any(has_parts) or self._supports_parts(messages, tools):
             return messages
-        # Such a template would write a list as Python or JSON does.
+        # A template that expects strings would write a list as Python or JSON code.
         adapted = []
         for message, is_list in zip(messages, has_parts, strict=True):
             parts = message["content"] if is_list else []
@@ -311,7 +311,7 @@ class Chat:
         self, messages: Messages, tools: Tools, add_generation_prompt: bool = False
     ) -> "Rendering":
         """Renders messages. The result has the answers that the template marks."""
-        # The variables of transformers, some of which templates test for.
+        # The same variables as in transformers. Templates test whether some exist.
         variables = {
             **self.special,
             "messages": [_normalize(message) for message in messages],
@@ -324,7 +324,7 @@ class Chat:
     def find_answers(
         self, rendering: "Rendering", messages: Messages, turns: list[int], tools: Tools
     ) -> Marked:
-        """Finds the answers of the messages `turns` of the assistant in a rendering."""
+        """Finds the answers in a rendering. `turns` are the indices of the messages."""
         if not turns:
             raise ValueError(
                 "the row must have a message of the assistant to train on."
@@ -332,7 +332,7 @@ class Chat:
         text, answers = rendering
 
         def find_end(count, turn, add_generation_prompt):
-            # Where the first messages end in the text.
+            # Returns where the first `count` messages end in the text.
             beginning = self.render(messages[:count], tools, add_generation_prompt).text
             if not text.startswith(beginning):
                 raise ValueError(
@@ -353,7 +353,7 @@ class Chat:
             return Marked(text, [find_span(turn) for turn in turns], True)
         assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         # The template has marked the answers of all messages. Remove those that are not
-        # in `turns`: the ones before the first turn with a single rendering.
+        # in `turns`. A single rendering is enough for those before the first turn.
         if assistant[0] < turns[0]:
             start = find_end(turns[0], turns[0], True)
             answers = [span for span in answers if span[1] > start]

@@ -76,23 +76,24 @@ def read_dataset(
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
     Args:
-        path: A .jsonl, .json, .csv or .txt file (each also with .gz), or .parquet. Or a
-            folder with such a file named train, and optionally files named valid (or
-            validation, val, dev, eval) and test. Or the id of a data set on the hub,
-            "user/name" or "user/name:subset". A .txt file is one text, which is split
-            into rows of `max_length` tokens. Or several of these with their weights, as
-            in "a.jsonl=0.7,b.jsonl=0.3" or `{"a.jsonl": 0.7, ...}`.
+        path: A .jsonl, .json, .csv or .txt file (each optionally with .gz), a .parquet
+            file, a folder, or the id of a data set on the hub, "user/name" or
+            "user/name:subset". A folder has such a file named train, and optionally
+            files named valid (or validation, val, dev, eval) and test. A .txt file is
+            one text, which is split into rows of `max_length` tokens. To mix several of
+            these, pass their weights, as in "a.jsonl=0.7,b.jsonl=0.3" or
+            `{"a.jsonl": 0.7, ...}`.
         tokenizer: The tokenizer of the model.
         vocab_size: All ids must be below this number.
         max_length: The largest number of tokens of a row.
-        keys: The names in the rows of our keys, such as
+        keys: Maps our keys to the keys of the rows, such as
             `{"prompt": "question", "completion": "answer"}`.
-        train_on: The target tokens: those of completions and of the messages of the
-            assistant, those of the last such message, or all tokens. Rows of
-            `input_ids` have `labels` instead.
+        train_on: The target tokens. "completions": those of completions and of the
+            messages of the assistant. "last": those of the last such message. "all":
+            all tokens. Unused for rows of `input_ids`, which have `labels` instead.
         too_long: What to do with longer rows. "split" is only for rows of `text`.
-        chat: Whether prompts and completions that are texts, and rows of Alpaca, become
-            messages of a user and an assistant if the model has a chat template.
+        chat: If the model has a chat template: whether to turn text prompts and
+            completions, and rows of Alpaca, into messages of a user and an assistant.
         objective: The purpose of the rows: sft (supervised fine-tuning), or the
             preference losses dpo, ipo, orpo, simpo and kto.
         stream: Whether training rows stay in their files, which must be .jsonl. They
@@ -185,7 +186,7 @@ class _Splits(NamedTuple):
 
 
 class _Reader:
-    """Reads data sets one after the other, and holds the rows of all of them."""
+    """Reads data sets one after the other, and collects their rows."""
 
     def __init__(
         self,
@@ -231,8 +232,8 @@ class _Reader:
         # Reads the rows of a split, and returns their kind.
         file = None
         if self._stream and split == "train":
-            # Not a method: the rows would refer to this reader, and the reader to the
-            # rows, so that temporary files would outlive the data set.
+            # `encode` is not a method: the rows and this reader would refer to each
+            # other, so that temporary files would outlive the data set.
             encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
             file = JsonLines(source.name, encode)
             source = file.source
@@ -287,7 +288,7 @@ class _Reader:
         if self.num_straddling:
             notes.append(
                 f"in {self.num_straddling:,} rows one token holds the end of the "
-                "prompt and the beginning of the answer, and is trained: does the "
+                "prompt and the beginning of the answer, and is a target. Does the "
                 "prompt end with a space?"
             )
         return tuple(notes)
@@ -300,7 +301,7 @@ def read_rows(
     vocab_size: int,
     max_length: int | None = None,
 ) -> list[Row]:
-    """Returns the rows of one file, of any length. A `text` gets no end token.
+    """Returns the rows of one file, of any length. Rows of `text` get no end token.
 
     Args:
         path: The file, as in `read_dataset`.
@@ -354,15 +355,15 @@ def _encode_pieces(
 def cut_row(
     kind: str, encoded: Encoded, max_length: int, too_long: str
 ) -> list[Encoded]:
-    """Returns the pieces of a row: the row itself if it fits, or is to be refused."""
+    """Returns the pieces of a row, or the row itself if it fits or will be refused."""
     ids, labels, place, *_ = row = encoded.row
     if row.longest <= max_length or too_long == "refuse":
         return [encoded]
     if too_long == "split":
         if kind != "text":
             return [encoded]
-        # A piece begins with the last token of the piece before it, whose prediction
-        # of the next token counts there. So each token but the first is a target once.
+        # A piece begins with the last token of the piece before it, from which its
+        # second token is predicted. So each token but the first is a target once.
         starts = range(0, len(ids) - 1, max_length - 1)
         spans = [slice(start, start + max_length) for start in starts]
         return [Encoded(Row(ids[span], labels[span], place)) for span in spans]

@@ -102,7 +102,7 @@ class _Tokens(NamedTuple):
     """Tokens, and the characters of the text that each of them covers."""
 
     ids: list[int]
-    starts: np.ndarray  # includes white space before it that no token covers
+    starts: np.ndarray  # including white space before the token that none covers
     ends: np.ndarray
     added: np.ndarray  # whether the tokenizer added the token, which covers no text
 
@@ -263,7 +263,7 @@ class Encoder:
         except ModelError:
             raise
         except ValueError:
-            # To train on all tokens of sft, no answer needs to be found.
+            # To train on all tokens in sft, answers need not be found.
             if self.train_on != "all" or self.kinds is not kinds.KINDS:
                 raise
             return Marked(rendering.text, [], True)

@@ -20,7 +20,7 @@ class Keys(NamedTuple):
 
 
 Kinds = Mapping[str, Keys]
-# A row that has the keys of several kinds is of the first of them.
+# A row with the keys of several kinds belongs to the first of them.
 KINDS = {
     "input_ids": Keys(("input_ids",), ("labels",)),
     "messages": Keys(("messages",), ("tools", "system")),
@@ -45,7 +45,7 @@ _CONTENT_KEYS |= {"chat_template_kwargs"}
 # The roles of ShareGPT's conversations.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
-# Keys that say whether to train on a message: first OpenAI's, then those of axolotl.
+# Keys that decide whether to train on a message: OpenAI's, and then those of axolotl.
 _TRAIN_KEYS = ("weight", "train", "training")
 # Values of `label` in KTO data, in lower case. Some files hold only strings.
 _LABELS = {"true", "false", "1", "0"}
@@ -149,7 +149,7 @@ def _parse_field(name: str, value: Any) -> Any:
 
 
 def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
-    """Returns the messages of a row by the names in error messages, and `tools`."""
+    """Returns the tools and messages of a row, by their names in error messages."""
     # Without `is_chat`, a prompt and a completion of strings are returned as they are.
     kind, values, _ = fields
     groups, tools = {}, _check_tools(values.get("tools"))
@@ -241,7 +241,7 @@ def _check_message(name: str, message: Any) -> None:
             f"`{name}.tool_calls` must be a list of objects, each with a `function`. "
             f"Got {calls!r:.40}."
         )
-    # An empty user turn may be meant. An empty answer would train on its end alone.
+    # An empty user turn may be intended. An empty answer would only train its end.
     if _is_empty(content) and not calls:
         if message["role"] == "assistant" or content is None:
             raise ValueError(f"`{name}` must have content. Got {message}.")
@@ -266,7 +266,7 @@ def split_trained(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], b
 
 
 def _is_placeholder(part: dict[str, Any]) -> bool:
-    # Data sets mark the place of an image or a sound by a part without any content.
+    # Data sets mark the position of an image or a sound by a part without content.
     has_value = any(part[key] for key in part if key != "type")
     return part.get("type") != "text" and not has_value
 
@@ -313,8 +313,8 @@ def find_completions(fields: Fields) -> list[tuple[str, bool, Fields]]:
 
 
 def _split_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
-    # Returns a kind, a prompt and two completions. Without a prompt of its own, a row
-    # has the longest common beginning of the completions as its prompt.
+    # Returns a kind, a prompt and two completions. If a row has no prompt, the longest
+    # common beginning of its completions is the prompt.
     prompt, chosen, rejected = (values[x] for x in ("prompt", "chosen", "rejected"))
     if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
         raise ValueError("`chosen` and `rejected` must both be text or messages.")

@@ -9,13 +9,13 @@ from ...models.tokenizer import FolderTokenizer, folder_templates, read_object
 
 
 class ModelError(ValueError):
-    """The files of a model are wrong or lack something. No row is to blame."""
+    """The files of a model are wrong or incomplete. The fault is not in a row."""
 
 
 class ModelFiles(NamedTuple):
     """The chat templates and the special tokens of a model."""
 
-    templates: dict[str, str]  # by name, and the usual one is "default"
+    templates: dict[str, str]  # by name; the usual one is named "default"
     special: dict[str, str]  # by the names of variables in templates: "eos_token", ...
     end_ids: tuple[int, ...]  # tokens that end generation
 

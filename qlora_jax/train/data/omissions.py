@@ -1,7 +1,7 @@
 """Rejects rows of which a chat template omits a part.
 
-A part is omitted if the text does not change without it. Rendering is slow, so a long
-part that appears in the text, and nowhere else in the row or template, is not tried.
+A part is omitted if its removal does not change the text. Rendering is slow, so removal
+is not tried for a long part in the text that is nowhere else in the row or template.
 """
 
 import bisect
@@ -20,7 +20,7 @@ _MAX_TRIALS = 32  # characters that are changed in a value that may be omitted i
 _REMOVED = object()
 # Keys with the type or the number of a part, which need not be written.
 _LABEL_KEYS = {"role", "type", "id", "index"}
-# Keys whose parts are not searched: a schema has more than a model should see.
+# Keys whose parts are not searched: templates need not write all of a JSON schema.
 _OPAQUE_KEYS = {"parameters"}
 
 
@@ -33,7 +33,7 @@ def check_nothing_omitted(
     if names := [*map(_dotted, paths)]:
         raise ValueError(
             f"the chat template does not write all of {', '.join(names)}: the text is "
-            "the same without. Remove it from the row, or use another template."
+            "the same without it. Remove it from the row, or use another template."
         )
 
 
@@ -91,8 +91,8 @@ class _Search:
         forms = _dense_forms(value)
         if not isinstance(value, str) or any(x in self.dense_text for x in forms):
             return False
-        # The template may write a part of the value. The longest prefix and the longest
-        # suffix that are in the text are written. Between them, letters are changed.
+        # The template may write a part of the value: the longest prefix and the longest
+        # suffix that are in the text. Test it by changing letters between these two.
         indices = [i for i, x in enumerate(value) if not x.isspace()]
         letters, size = _without_space(value), len(indices)
 
@@ -114,7 +114,7 @@ class _Search:
 
 def _redundant_paths(row: dict[str, Any]) -> Iterator[Path]:
     # Tool results name their call by its id or function. If the order of the messages
-    # tells the same, templates need not write these keys.
+    # already identifies the call, templates need not write these keys.
     calls: list[dict[str, Any]] = []  # those that still wait for a result
     for name, messages in row.items():
         for index, message in enumerate([] if name == "tools" else messages):
@@ -138,7 +138,7 @@ def _part_keys(value: Any, path: Path) -> list[Any]:
         return []
     if isinstance(value, list):
         return [index for index, x in enumerate(value) if not _is_empty(x)]
-    # The arguments of a call are the user's: any of their keys must be written.
+    # The arguments of a call are the user's, so all of their keys must be written.
     labels = () if "arguments" in path else _LABEL_KEYS
     return [k for k, x in value.items() if not _is_empty(x) and k not in labels]
 

@@ -27,7 +27,8 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
     # tokens with padding, where i - 1 is the index of the second largest width.
     widths, counts = np.unique(round_up(lengths), return_counts=True)
     num_tokens = lengths.sum()
-    num_up_to = np.concatenate([[0], np.cumsum(counts)])  # sequences below `widths[j]`
+    # The number of sequences that are narrower than widths[j].
+    num_up_to = np.concatenate([[0], np.cumsum(counts)])
     cost = num_up_to[1:] * widths  # one width for all
     # For each n, and each j: the index plus 1 of the second largest width, or 0.
     previous = [np.zeros(len(widths), int)]
@@ -50,10 +51,10 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs lengths, in falling order, and returns the indices in each pack."""
-    # Best-fit decreasing uses at most 11/9 of the fewest packs, plus 4: Johnson et al.
-    # 1974, "Worst-case performance bounds for simple one-dimensional packing
-    # algorithms".
+    """Packs lengths that are sorted from long to short. Returns the indices by pack."""
+    # Best-fit decreasing needs at most 11/9 times the minimal number of packs, plus 4:
+    # Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional
+    # packing algorithms".
     packs: list[list[int]] = []
     packs_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     # Bit r is set if a pack has room for r tokens, which finds the best fit without a
@@ -76,13 +77,13 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class ShuffledOrder(Sequence[Any]):
-    """Single rows, in a new order each epoch, without an end."""
+    """An endless sequence of single rows, in a new order each epoch."""
 
     def __init__(self, count: int, seed: int, first: int = 0):
         """Orders `count` rows, whose indices start at `first`."""
         self.epoch, self._seed, self._first = count, seed, first
-        # Two epochs, since a batch may have rows of two. Not a cache of the class,
-        # which would keep this object alive.
+        # Cache two epochs, since a batch may have rows of two. A decorator on the
+        # method would keep this object alive.
         self._permutation = functools.lru_cache(2)(self._shuffle)
 
     def __len__(self) -> int:
@@ -99,11 +100,11 @@ class ShuffledOrder(Sequence[Any]):
 
 
 class PackedOrder(Sequence[Any]):
-    """Packs of rows, in a new order each epoch, which has each row once."""
+    """An endless sequence of packs of rows, with each row once per epoch."""
 
     def __init__(self, lengths: np.ndarray, capacity: int, seed: int, first: int = 0):
         # Each epoch packs the same lengths, so that it has the same number of packs.
-        # Rows of equal length trade places.
+        # Only rows of equal length swap places.
         self._lengths, self._seed, self._first = lengths, seed, first
         falling = -np.sort(-lengths)
         self._packs = pack_lengths(falling.tolist(), capacity)
@@ -122,7 +123,8 @@ class PackedOrder(Sequence[Any]):
         return rows[self._packs[packs[position]]]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        # The row indices by falling length, with ties in random order, and the packs.
+        # Returns the row indices from long to short, with ties in random order, and a
+        # random order of the packs.
         generator = np.random.default_rng([self._seed, epoch])
         shuffled = generator.permutation(len(self._lengths))
         rows = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
@@ -140,7 +142,7 @@ class SimilarLengths:
         self._batches = functools.lru_cache(2)(self._cut_window)
 
     def batch(self, index: int) -> list[np.ndarray]:
-        """Returns the index of the sequence in each row of a batch."""
+        """Returns the index of the data row in each row of a batch."""
         window, position = divmod(index, self._window)
         return [*self._batches(window)[position].reshape(-1, 1)]
 

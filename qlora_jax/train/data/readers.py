@@ -17,7 +17,7 @@ MAX_BYTES = 64 << 20  # of a line, or of a file with one text
 _BOM = b"\xef\xbb\xbf"  # Windows programs write it at the start of UTF-8 files
 # The errors of damaged files.
 _DAMAGE = (ValueError, OSError, EOFError, zlib.error)
-Rows = Iterator[tuple[int, Any]]  # numbers, each with a raw row or an error
+Rows = Iterator[tuple[int, Any]]  # the number of a row, and the raw row or an error
 
 
 class FileName(NamedTuple):
@@ -39,7 +39,7 @@ def split_name(path: pathlib.Path) -> FileName | None:
 
 
 def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
-    """Returns "line" if rows are counted from 1, else "row" from 0, and the rows."""
+    """Returns the unit of row numbers ("line" from 1, "row" from 0) and the rows."""
     unit, read = READERS[name.suffix]
     if name.suffix == ".json" and _has_row_per_line(path, name.is_zipped):
         unit, read = READERS[".jsonl"]
@@ -67,7 +67,7 @@ def describe_path(path: str | pathlib.Path) -> str:
 def rows_of(
     path: pathlib.Path, name: FileName, read: Callable[[BinaryIO], Rows]
 ) -> Rows:
-    """Yields the rows of a file, which must not change meanwhile."""
+    """Yields the rows of a file, which must not change while it is read."""
     is_empty = True
     with _open(path, name.is_zipped) as file:
         stamp_before = file_stamp(file.fileno())
@@ -84,7 +84,7 @@ def rows_of(
         stamp_after = file_stamp(file.fileno())
     # The path may name another file by now.
     if not stamp_before == stamp_after == (path.exists() and file_stamp(path)):
-        raise ValueError(f"{path} must not change while it is read. It did.")
+        raise ValueError(f"{path} must not change while it is read, but it has.")
     if is_empty:
         raise ValueError(f"{path} must have rows. Got none.")
 

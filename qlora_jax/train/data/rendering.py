@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from .model_files import ModelError
 
 T = TypeVar("T")
-# Mark the answers in a rendered text. They are noncharacters, which texts do not have.
+# These mark answers in a rendered text. They are noncharacters, which no text contains.
 _START, _END = "\ufdd0", "\ufdd1"
 
 
@@ -56,7 +56,7 @@ class Template:
 
 
 def _call_guarded(function: Callable[[], T]) -> T:
-    # A broken template is an error of the model, others are errors of a row.
+    # A broken template is a fault of the model. All other errors are faults of a row.
     try:
         return function()
     except exceptions.SecurityError as error:
@@ -75,7 +75,7 @@ def _call_guarded(function: Callable[[], T]) -> T:
 
 
 def _find_marks(marked_text: str) -> Rendering:
-    # Removes the marks from a text, and returns the positions of answers without them.
+    # Removes the marks from a text, and finds the answers in the text without marks.
     parts, answers, length = [], [], 0
     for index, piece in enumerate(marked_text.split(_START)):
         # The first piece is before all answers. Each later one is an answer, an end
@@ -83,8 +83,8 @@ def _find_marks(marked_text: str) -> Rendering:
         answer, mark, text = piece.partition(_END)
         if bool(mark) != (index > 0) or _END in text:
             raise ValueError(
-                "texts must not hold the noncharacters U+FDD0 and U+FDD1, nor a chat "
-                "template an answer in an answer."
+                "texts must not hold the noncharacters U+FDD0 and U+FDD1, and a chat "
+                "template must not nest `{% generation %}` blocks."
             )
         if answer and mark:
             answers.append((length, length + len(answer)))

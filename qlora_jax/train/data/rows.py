@@ -108,7 +108,7 @@ def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, fl
 
 def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
     """Returns the splits of a file ("train"), a folder, or a data set on the hub."""
-    # A path that exists is never taken for a hub id. Ignored files go into `notes`.
+    # An existing path is never treated as a hub id. `notes` lists ignored files.
     path = pathlib.Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
@@ -152,7 +152,7 @@ def _assign_splits(
 
 
 def open_file(path: str | pathlib.Path, option: str = "data") -> Source:
-    """Returns the rows of a file, which is the value of an option, without reading."""
+    """Returns the rows of a file, without reading it. Errors name the option."""
     path = pathlib.Path(path)
     name = split_name(path) if path.is_file() else None
     if name is None:
@@ -212,7 +212,7 @@ class JsonLines:
             )
         read = self._read_unzipped if parts.is_zipped else self._read
         self.source = Source(name, "line", readers.rows_of(self.path, parts, read))
-        # Of the line that was read last: the byte where it begins, and its number.
+        # The byte where the line that was read last begins, and the number of the line.
         self.offset = self.line_number = 0
 
     def _read_unzipped(self, file: BinaryIO) -> Rows:
@@ -237,7 +237,7 @@ class JsonLines:
         """Returns the raw row of the line that begins at a byte."""
         with self.path.open("rb") as file:
             if readers.file_stamp(file.fileno()) != self._stamp:
-                raise ValueError(f"{self.path} must not change during a run. It did.")
+                raise ValueError(f"{self.path} must not change during a run, but has.")
             file.seek(offset)
             return next(readers.read_jsonl(file))[1]
 
@@ -251,7 +251,7 @@ class StreamedRows(Sequence["Row"]):
         self._numbers = array("q")
 
     def add(self, file: JsonLines, piece: int, row: "Row") -> None:
-        """Adds a piece of the line of a file that was read last."""
+        """Adds a piece of the line that `file` has read last."""
         if file not in self._files[-1:]:
             self._files.append(file)
         place = len(self._files) - 1, file.offset, file.line_number, piece
