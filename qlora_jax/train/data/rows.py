@@ -237,7 +237,9 @@ class JsonLines:
         """Returns the raw row of the line that begins at a byte."""
         with self.path.open("rb") as file:
             if readers.file_stamp(file.fileno()) != self._stamp:
-                raise ValueError(f"{self.path} must not change during a run, but has.")
+                raise ValueError(
+                    f"{self.path} must not change during a run, but it has."
+                )
             file.seek(offset)
             return next(readers.read_jsonl(file))[1]
 
