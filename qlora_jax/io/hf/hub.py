@@ -47,7 +47,7 @@ def fetch(
     if path.exists():
         return path
     name = str(model)
-    no_path = f"`model` must be a path or a hub id. The path {name!r} is missing"
+    no_path = f"`model` must be a path or a hub id. Got {name!r}. This path is missing"
     # "folder/model.gguf" has the form of an id, but is meant as a path.
     if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
         raise FileNotFoundError(f"{no_path}.")
