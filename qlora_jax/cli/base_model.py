@@ -1,4 +1,4 @@
-"""Finds and reads models, adapters and the adapters of runs."""
+"""Finds and reads models, adapters, and the adapters of training runs."""
 
 import contextlib
 import dataclasses
@@ -46,16 +46,16 @@ LoadOptions = dict[str, Any]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model and perhaps an adapter, as files or as trees."""
+    """A model, perhaps with an adapter: files that are read later, or trees."""
 
     path: pathlib.Path  # a folder or a .gguf file
     config: DecoderConfig
-    base: PyTree  # parameters; their shapes before `read`
+    base: PyTree  # parameters; before `read`, only their shapes
     lora: PyTree = dataclasses.field(default_factory=dict)
     adapter: pathlib.Path | None = None  # an adapter that is not read yet
     peft: "ql.io.PeftConfig | None" = None  # the adapter's PEFT settings, if known
-    recode: bool = False  # whether 4-bit weights may be packed again
-    name: str = ""  # identifies the weights: the name of the model or of a copy of it
+    recode: bool = False  # whether 4-bit weights may be decoded and packed again
+    name: str = ""  # the weights: a hub id, a path, or a copy in a package
     source: str = ""  # describes where the weights were found
 
     @property
@@ -77,7 +77,7 @@ class BaseModel:
 
     @property
     def exported_names(self) -> "ql.io.Names":
-        """The names in an exported model: the text half of a model becomes a model."""
+        """The names in an exported model, which has no vision part."""
         return decoder_names(dataclasses.replace(self.config, module="model"))
 
     @property
@@ -89,7 +89,7 @@ class BaseModel:
 
     @property
     def stored_fmt(self) -> str | None:
-        """The number format of the weights in the files; None for floats."""
+        """The number format of the weights in the files; None for float weights."""
         return self.quantization.get("fmt")
 
     @property
@@ -122,19 +122,19 @@ class BaseModel:
     def packing(
         self, fmt: str, block_size: int | None, double_quant: bool | None
     ) -> "ql.QLoRAConfig | None":
-        """Returns how to pack the layers as they are read; None to keep their form."""
+        """Returns how to pack the layers while reading; None to read them as stored."""
         stored_fmt = self.stored_fmt
         if fmt == "none" or (fmt == stored_fmt and not self.recode):
             self._check_stored(block_size=block_size, double_quant=double_quant)
             return None
         quantization = self.quantization
-        if fmt == stored_fmt and block_size is None:  # packed again, in the same format
+        if fmt == stored_fmt and block_size is None:  # pack again, in the same format
             block_size = quantization.get("group_size")
         is_gguf = quantization.get("quant_method") == "gguf"  # decoded to floats anyway
         if stored_fmt is not None and not self.recode and not is_gguf:
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
-                f"is in 4 bits already. Use `recode` to pack it again. Got {fmt!r}."
+                f"is already in 4 bits. Use `recode` to pack it again. Got {fmt!r}."
             )
         return ql.QLoRAConfig(
             fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
@@ -148,24 +148,24 @@ class BaseModel:
             stored = getattr(packing, name, value)
             if value != stored:
                 raise ValueError(
-                    f"`{name}` must be {stored}, that of the model, which is in 4 bits "
-                    f"already. Got {value}."
+                    f"`{name}` must be {stored}, as in the model, which is already in "
+                    f"4 bits. Got {value}."
                 )
 
     def read(
         self,
         *,
-        dtype: Any = None,  # that of the files by default
+        dtype: Any = None,  # by default, the dtype in the files
         packing: "ql.QLoRAConfig | None" = None,
         place: Callable[[PyTree], PyTree] | None = None,
         progress: bool = True,
     ) -> "BaseModel":
-        """Returns the model with parameters and adapter; the arguments are `load`'s."""
-        # The shapes suffice to check most adapters, which is done before the weights
-        # are read. An adapter that replaces weights needs the weights.
+        """Reads the parameters and the adapter; the arguments are passed to `load`."""
+        # Most adapters can be checked against shapes, so read them before the weights.
+        # An adapter that replaces weights needs the weights.
         needs_weights = self.replaces_weights
         model = self if needs_weights else self.with_adapter()
-        # Formats whose bytes may have no equivalent here, but whose values have one.
+        # Some byte layouts of these formats are not supported. `recode` decodes them.
         method = self.quantization.get("quant_method")
         is_recodable = method in ("gguf", "bitsandbytes")
         _, base = load(
@@ -189,13 +189,13 @@ class BaseModel:
         elif (self.adapter / MLX_ADAPTER).exists():
             plain_lora = ql.io.read_mlx(self.adapter)
         if plain_lora is not None:
-            # Servers load the text half of a model as a model.
+            # Servers load the text part of a multimodal model as a model of its own.
             base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
         elif _is_peft(self.adapter):
             base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
         else:
             base, lora = self.base, _read_native(self.adapter)
-            ql.combine(base, lora)  # raises if they do not fit
+            ql.combine(base, lora)  # raises if the adapter does not fit
         return dataclasses.replace(self, base=base, lora=lora, peft=peft, adapter=None)
 
 
@@ -213,14 +213,14 @@ def _read_native(adapter: pathlib.Path) -> PyTree:
             f"Got {str(adapter)!r}."
         )
     tree = ql.io.restore(file).tree
-    # The file may hold only the lora tree, or an object with the entry `lora`.
+    # The file has the lora tree itself, or a dict with the lora tree under `lora`.
     return tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree
 
 
 def open_model(
     source: str, adapter: str | None = None, recode: bool = False
 ) -> BaseModel:
-    """Returns a model and an adapter in any form; only reads the model's config."""
+    """Finds a model and an adapter in any format; reads only the model's config."""
     path = fetch(source)
     config = read_config(path)
     adapter_path = None if adapter is None else _fetch_adapter(adapter)
@@ -290,7 +290,7 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
 def runs_of(
     adapters: str | Sequence[str] | None, run: str | None = None
 ) -> list[TrainConfig]:
-    """Returns the settings of a run, or of the runs whose folders hold the adapters."""
+    """Returns the settings of a run, or of the runs that wrote the adapters."""
     if run is not None:
         return [TrainConfig(**read_settings(pathlib.Path(run) / CONFIG))]
     runs = []
@@ -305,10 +305,10 @@ def runs_of(
 def open_run(
     out: str, step: int | None = None, source: str | None = None
 ) -> tuple[BaseModel, int | None]:
-    """Returns the model of a run with the adapter of a state, and the state's step.
+    """Returns a run's model with the adapter of a saved state, and the state's step.
 
-    The newest state is the default. The run is not changed, and may be unfinished.
-    `source` replaces the model of the run.
+    By default, the state is the newest. The run may be unfinished, and is not changed.
+    If `source` is set, it is used instead of the model in the run's settings.
     """
     folder = pathlib.Path(out)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
@@ -337,11 +337,11 @@ def init_shapes(base: PyTree, config: "ql.QLoRAConfig") -> tuple[PyTree, PyTree]
 def training_load_options(
     config: PairsConfig | ExportConfig | ScoreConfig | GenerateConfig, model: BaseModel
 ) -> LoadOptions:
-    """Returns how to read a model with the weights that its adapter was trained on.
+    """Returns options to read a model with the weights its adapter was trained on.
 
-    The options are those of the adapter's run, unless `config` packs the model in
-    another way. They are empty if the model is used as it is stored. A line on stderr
-    names each run that was trained on other weights.
+    They are those of the adapter's run, unless `config` packs the model in another way,
+    and are empty if the model is used as it is stored. Prints a note on stderr for each
+    adapter whose run used other weights.
     """
     runs = runs_of(config.adapter, config.run)
     is_like_run = bool(runs) and not _packs_differently(config, runs[0])
@@ -350,12 +350,12 @@ def training_load_options(
         for name in _PACKING_OPTIONS[1:]:
             if (value := getattr(settings, name, None)) is not None:
                 raise ValueError(
-                    f"`{name}` must be given with the `fmt` that training packed the "
-                    f"model in. Got {value}."
+                    f"`{name}` must be given with the `fmt` in which training "
+                    f"packed the model. Got {value}."
                 )
     for run in runs:
-        is_other = os.path.realpath(model.name) != os.path.realpath(run.model)
-        if is_other or _packs_differently(settings, run):
+        is_other_model = os.path.realpath(model.name) != os.path.realpath(run.model)
+        if is_other_model or _packs_differently(settings, run):
             fmt = settings.fmt or model.stored_fmt or "none"
             log(
                 f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
@@ -371,7 +371,7 @@ def training_load_options(
 
 
 def _packs_differently(config: object, run: TrainConfig) -> bool:
-    # None is the default of the command, which is to follow the run.
+    # None, the default of an option, means the value of the run.
     options = [(getattr(config, x, None), getattr(run, x)) for x in _PACKING_OPTIONS]
     return any(value not in (None, trained) for value, trained in options)
 
@@ -379,7 +379,7 @@ def _packs_differently(config: object, run: TrainConfig) -> bool:
 def read_as_trained(
     model: BaseModel, options: LoadOptions, dtype: DTypeLike
 ) -> BaseModel:
-    """Returns a model with the weights of training, for products in `dtype`."""
+    """Reads the weights that training used, for a computation in `dtype`."""
     model = model.read(**{"dtype": dtype, **options})
 
     def is_packed(leaf: object) -> bool:
@@ -397,7 +397,7 @@ def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":
     return ql.QLoRAConfig(
         rank=config.lora_r,
         alpha=config.lora_alpha,
-        fmt=None,  # kernels are packed as they are read
+        fmt=None,  # reading the model has already packed its kernels
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
         dropout=config.lora_dropout,

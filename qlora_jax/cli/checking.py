@@ -32,18 +32,18 @@ from .run_folder import write_text
 
 _PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "numpy"
 FORMATS = tuple(fmt for fmt in get_args(Fmt) if fmt != "none")
-_SHAPE = 512, 768  # of the checked kernels: whole blocks in every format
-_ROWS = 16, 512  # typical for generation and for training
+_SHAPE = 512, 768  # of the checked kernels, in whole blocks for every format
+_ROWS = 16, 512  # of the inputs; typical of generation and of training
 _DTYPES = "float32", "bfloat16"
 _DIRECTIONS = "x W", "x W^T"
-# Shapes of the timed kernels. A product takes a CPU a few milliseconds.
+# Shapes of the timed kernels. On a CPU, a product takes a few milliseconds.
 _TIMED_SHAPES = {"cpu": (2048, 2048)}
 _TIMED_SHAPE_ELSEWHERE = 4096, 14336
 # The model and the batch `[rows, tokens]` of the training step.
 _MODEL_SIZES = dict(hidden_size=256, intermediate_size=768, vocab_size=512)
 _BATCH_SHAPE = 8, 128
-# Largest relative difference of the loss from the CPU's. Other devices sum in another
-# order and round activations to 8 bits of precision; the loss is a mean of many tokens.
+# Largest allowed relative difference between the losses of a device and of a CPU. They
+# sum in different orders and round to bfloat16, but a loss is a mean over many tokens.
 _LOSS_BOUND = 0.01
 
 
@@ -56,10 +56,10 @@ class Checked:
         machine: The operating system and the processor.
         devices: The kind of the devices, their number and their memory in bytes.
         products: For each format, dtype, direction and number of rows: the back end,
-            why earlier ones were not used, the error and its bound.
-        times: The seconds of products with packed and with dense kernels.
-        step: The loss after a training step and that of the CPU, its time, its memory,
-            and the memory that the compiler planned.
+            why preferred ones were not used, the error and its bound.
+        times: The seconds of matrix products with packed and with dense kernels.
+        step: The losses after training on the device and on the CPU, and the time, the
+            peak memory and the planned memory of a training step.
 
     Example:
         >>> from qlora_jax import cli
@@ -127,8 +127,8 @@ class Checked:
 def check(config: CheckConfig) -> Checked:
     """Returns a report on this machine's devices.
 
-    Products are compared with NumPy's in float64, on the weights that a CPU decodes. A
-    training step is compared with the same step on a CPU, if the device is not a CPU.
+    Matrix products are compared with NumPy's in float64, whose weights are decoded on a
+    CPU. If the device is not a CPU, training is compared with the same steps on a CPU.
 
     Args:
         config: What to compare, and how many rounds to measure.
@@ -176,7 +176,7 @@ def _describe_devices() -> dict[str, Any]:
 
 
 def check_products() -> list[dict[str, Any]]:
-    """Returns the errors of products in each format, dtype and direction."""
+    """Returns the errors of matrix products in each format, dtype and direction."""
     cases = [*itertools.product(FORMATS, _DTYPES)]
     bar = progress_bar("checking products", " kernels", iterable=cases, leave=False)
     return [product for case in bar for product in _check_kernels(*case)]
@@ -207,7 +207,7 @@ def _check_directions(
     inputs = [draw(rows, _SHAPE[is_transposed]) for rows, is_transposed in cases]
     outputs = _compute_products(inputs, q)
     for (rows, is_transposed), x, y in zip(cases, inputs, outputs, strict=True):
-        # Maps each back end to the reason why it is not used; the last one is used.
+        # Maps back ends to the reasons why they are not used. The last one is used.
         backends = ql.explain_backend(x, q, transpose=is_transposed)
         error, bound = _relative_error(y, x, weight.T if is_transposed else weight)
         yield {
@@ -237,19 +237,19 @@ def _compute_product(x: jax.Array, q: ql.QTensor, is_transposed: bool) -> jax.Ar
 
 @jax.jit
 def _compute_products(xs: list[jax.Array], q: ql.QTensor) -> list[jax.Array]:
-    # All in one program, because most of the time goes into compilation.
+    # One program computes all products, because compiling takes most of the time.
     return [_compute_product(x, q, x.shape[1] != q.shape[0]) for x in xs]
 
 
 def _relative_error(
     y: jax.Array, x: jax.Array, weight: np.ndarray
 ) -> tuple[float, float]:
-    """Returns the error of `y = x @ weight` and its bound, relative Frobenius norms."""
+    """Returns the relative error of `y = x @ weight` (Frobenius norm) and its bound."""
     inputs = np.asarray(x, np.float64)
     expected = inputs @ weight
     norm = np.linalg.norm(expected)
-    # A float32 sum of K products errs by at most K 2^-24 |x| |W|, and the result is
-    # rounded to its dtype, by at most half a unit in the last place.
+    # The error of a float32 sum of K products is at most K 2^-24 |x| |W|. Rounding the
+    # result to its dtype adds at most half a unit in the last place.
     magnitudes = np.linalg.norm(np.abs(inputs) @ np.abs(weight))
     bound = len(weight) * 2.0**-24 * magnitudes / norm
     bound += float(jnp.finfo(y.dtype).eps) / 2
@@ -258,7 +258,7 @@ def _relative_error(
 
 
 def time_products(rounds: int) -> list[dict[str, Any]]:
-    """Returns the median seconds of nf4 products and of dense ones, in bfloat16."""
+    """Returns the median seconds of products with nf4 and dense kernels in bfloat16."""
     shape = _TIMED_SHAPES.get(jax.default_backend(), _TIMED_SHAPE_ELSEWHERE)
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
@@ -282,7 +282,7 @@ def time_products(rounds: int) -> list[dict[str, Any]]:
 def _median_seconds(
     calls: dict[str, Callable[[], object]], rounds: int
 ) -> dict[str, float]:
-    # The calls take turns, so that a change of the machine's speed affects all of them.
+    # The calls alternate, so that a change of the machine's speed affects all of them.
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds + 1):
         for name, call in calls.items():
@@ -295,7 +295,7 @@ def _median_seconds(
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[bool]:
-    """Computes on a CPU if JAX has one, and yields whether that is another device."""
+    """Computes on a CPU if JAX has one; yields whether JAX otherwise uses another."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # for example with JAX_PLATFORMS=tpu
@@ -306,7 +306,7 @@ def on_cpu() -> Iterator[bool]:
 
 
 def check_step(rounds: int) -> dict[str, Any]:
-    """Returns the loss of a tiny Llama after two steps in nf4, the time and memory."""
+    """Trains a tiny Llama in nf4; returns its loss, and a step's time and memory."""
     loss, run_step, planned_bytes = _train(steps=2)
     with on_cpu() as is_other_device:
         cpu_loss = _train(steps=2)[0] if is_other_device else None
@@ -314,7 +314,7 @@ def check_step(rounds: int) -> dict[str, Any]:
     is_right = math.isfinite(loss)
     if cpu_loss is not None:
         is_right &= abs(loss - cpu_loss) <= _LOSS_BOUND * abs(cpu_loss)
-    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
+    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have no statistics
     return {
         "loss": loss if math.isfinite(loss) else None,
         "cpu": cpu_loss,
@@ -328,10 +328,10 @@ def check_step(rounds: int) -> dict[str, Any]:
 
 
 def _train(steps: int) -> tuple[float, Callable[[], jax.Array], int]:
-    """Returns the loss after `steps`, a call of the next step, and its planned bytes.
+    """Returns the loss after `steps`, a function for the next step, and planned bytes.
 
-    The steps build the model and its adapters, then a batch of random tokens, compile
-    the step for its memory analysis, and train.
+    This builds the model, its adapters and a batch of random tokens, compiles the step
+    to analyze its memory, and trains.
     """
     config, rng = config_from_hf({**CONFIG, **_MODEL_SIZES}), np.random.default_rng(0)
     params = random_params(config)
@@ -359,6 +359,6 @@ def _train(steps: int) -> tuple[float, Callable[[], jax.Array], int]:
         state, report = step(state, base, [batch])
         return report.loss
 
-    # A step reports the loss before its update, so that one more step is needed.
+    # A step reports the loss before its update, so one more step is needed.
     *_, loss = [float(run_step()) for _ in range(steps + 1)]
     return loss, run_step, planned_bytes

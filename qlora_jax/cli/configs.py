@@ -12,9 +12,9 @@ Fmt = Literal[
 ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-# Options that describe how training packed the base, for the formats and servers below.
+# Options that describe how training packed the base, for servers and these formats.
 _PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
-_TRAINED_BASES = ("merged", "gguf")  # formats that hold the base of training
+_TRAINED_BASES = ("merged", "gguf")  # with the base as training packed it
 # The number formats of each `BaseFormat`; the first one is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
 FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
@@ -43,22 +43,24 @@ class ScoreConfig:
     Attributes:
         model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
             `run`, defaults to the model of the run.
-        data: A file of rows, in any form that train supports. In rows of `text`, all
-            tokens but the first are targets. So they are in rows of `input_ids`, which
-            need no tokenizer, unless `labels` excludes tokens by -100. In other rows,
-            completions and messages of the assistant are targets. A .txt file is cut
-            into rows of `batch_tokens`.
-        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
-            several, such as a,b, with a result for each.
-        run: The folder of a run of train, finished or not, whose newest adapter to use.
-        fmt: Number format to pack the linear layers in; none to keep that of the files.
-            Defaults to that of the adapter's run, if the adapter is in its folder.
-        block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
-        double_quant: With `fmt`: also quantize the scales; by default if `fmt` can.
+        data: A file of rows, in any form that train supports. In rows with `text` or
+            `input_ids`, all tokens but the first are targets, except where `labels` are
+            -100. Rows with `input_ids` need no tokenizer. In other rows, completions
+            and the assistant's messages are targets. A .txt file is cut into rows of
+            `batch_tokens` tokens.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library. Several, such as a,b, are scored separately.
+        run: Folder of a training run, finished or not. Its newest adapter is used.
+        fmt: Number format to pack the linear layers in; none keeps that of the files.
+            Defaults to the format of the run if the adapter is in a run's folder.
+        block_size: With `fmt`: weights per scale; by default the usual number for
+            `fmt`, such as 64 for nf4.
+        double_quant: With `fmt`: whether to also quantize the scales; by default true
+            if `fmt` supports it.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: Maximum number of tokens in a batch, including padding.
-        recode: Whether to read, as floats, 4-bit weights with zero points or reordered
-            inputs, which no format here supports.
+        recode: Whether to decode 4-bit weights that no format here supports, such as
+            those with zero points or reordered inputs, to floats.
 
     Example:
         >>> from qlora_jax import cli
@@ -94,33 +96,36 @@ class ExportConfig:
     Attributes:
         model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
             `run`, defaults to the model of the run.
-        format: What to write. An adapter: for PEFT (the default), for servers that load
-            PEFT's folders (peft-portable: one rank, no scaling), for llama.cpp
-            (gguf-lora) or for mlx-lm (mlx). Or a model, with any adapter merged: in
-            float (merged), as GGUF, or in 4 bits, for bitsandbytes, for AWQ or in the
-            formats of compressed-tensors (int4, mxfp4 or nvfp4).
-        out: The folder to write, new or empty; for gguf and gguf-lora, the file. With
-            `run`, the adapter for PEFT goes to adapter-STEP in its folder by default.
-        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
-        run: The folder of a run of train, finished or not, whose adapter to export.
+        format: What to write. Either an adapter: for PEFT (peft, the default), for
+            servers that load PEFT's folders (peft-portable, with one rank and without
+            scaling), for llama.cpp (gguf-lora) or for mlx-lm (mlx). Or a model, with
+            the adapter merged if there is one: in float (merged), as GGUF (gguf), or in
+            4 bits: bitsandbytes, awq, compressed-tensors (int4), mxfp4 or nvfp4.
+        out: The folder to write, new or empty; for gguf and gguf-lora, a new file. With
+            `run`, an adapter for PEFT is by default written to the folder adapter-STEP
+            in the run's folder.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library.
+        run: Folder of a training run, finished or not, whose adapter is exported.
         step: With `run`, the step of the saved state to export; by default the newest.
         fmt: The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and
             compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a
-            server: the format that training packed a float model in, by default that of
-            the adapter's run. A model that is in 4 bits already is written as it is.
+            server: the format in which training packed a float model, by default that
+            of the adapter's run. A model that is already in 4 bits keeps its format.
         block_size: Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4.
-        double_quant: For bitsandbytes: also quantize the scales; true by default.
+        double_quant: For bitsandbytes: whether to also quantize the scales; by default
+            true.
         dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
-        gguf_type: For gguf: the type of the weights, by default F16. Q4_0 keeps weights
-            in int4_f16 or q4_0 with blocks of 32 as they are, and packs floats.
+        gguf_type: For gguf: the type of the weights, by default F16. Q4_0 copies
+            weights in int4_f16 or q4_0 with blocks of 32, and packs float weights.
         tokenizer: For gguf: whether to include the tokenizer.
-        data: For an adapter that is merged into 4 bits: rows to compute the loss on
+        data: If an adapter is merged into 4 bits: rows on which to compute the loss
             before and after, in any form that score supports.
-        server: Target server, instead of `--format` (also spelled `--for`). Picks
-            formats that the server supports, and writes the command that starts it; see
-            the command pairs.
+        server: Target server, instead of `--format`. Selects formats that the server
+            supports (see the command pairs), and writes the command that starts it.
+            `--for` is the same option.
         push_to_hub: Repository on the Hugging Face hub to push the result to, such as
-            user/name. It is created as a private one if it does not exist.
+            user/name. If it does not exist, a private repository is created.
 
     Example:
         >>> from qlora_jax import cli
@@ -169,7 +174,7 @@ class ExportConfig:
             raise ValueError(
                 f"`adapter` or `run` must be given for {target}. Got none."
             )
-        # The data measure what packing costs.
+        # The rows of `data` measure how packing changes the loss.
         is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
         is_packed = is_q4 or self.format in get_args(BaseFormat)
         if self.data is not None and not (is_packed and has_adapter):
@@ -177,7 +182,7 @@ class ExportConfig:
                 "`data` must be left out unless an adapter is merged into 4 bits. Got "
                 f"{self.data!r} for {target}."
             )
-        if self.out is None and self.format != "peft":  # goes into the run's folder
+        if self.out is None and self.format != "peft":  # peft has a default folder
             raise ValueError(f"`out` must be given for {target}. Got None.")
 
     def _check_formats(self, options: set[str], target: str) -> None:
@@ -186,13 +191,13 @@ class ExportConfig:
             is_server_option = self.server is not None and name in _PACKING_OPTIONS
             if name in options and target not in formats and not is_server_option:
                 raise ValueError(
-                    f"`{name}` must be left out for other formats than "
+                    f"`{name}` must be left out unless the format is one of "
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
         if self.gguf_type == "Q4_0" and self.fmt is not None:
             raise ValueError(
-                "`fmt` must be left out with Q4_0, in which the weights of `model` are "
-                f"packed. Got {self.fmt!r}."
+                "`fmt` must be left out with `gguf_type` Q4_0, which sets the number "
+                f"format. Got {self.fmt!r}."
             )
         fmts = FMTS.get(target, get_args(Fmt))
         if self.fmt is not None and self.fmt not in fmts:
@@ -203,15 +208,15 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Lists the formats for each server, and whether the server is exact with them.
+    """Lists the formats for each server, and whether they keep the weights exactly.
 
     Attributes:
         model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
             `run`, defaults to the model of the run.
-        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library. If it is
-            in the folder of its run, the defaults of `fmt` are those of the run.
-        run: The folder of a run of train, finished or not, whose adapter to use.
-        fmt: The number format that training packed a float model in.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library. If it is in a run's folder, `fmt` defaults to that of the run.
+        run: Folder of a training run, finished or not. Its newest adapter is used.
+        fmt: The number format in which training packed a float model.
         block_size: With `fmt`: weights per scale.
 
     Example:
@@ -254,30 +259,34 @@ class GenerateConfig:
     Attributes:
         model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
             `run`, defaults to the model of the run.
-        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
-            several, such as a,b, with a result for each.
-        run: The folder of a run of train, finished or not, whose newest adapter to use.
-        prompt: The text to answer; by default stdin, on a terminal line by line.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library. Several, such as a,b, answer separately.
+        run: Folder of a training run, finished or not. Its newest adapter is used.
+        prompt: The text to answer. By default it is read from stdin; on a terminal,
+            each line is a prompt.
         prompts: A file of rows with a `prompt` (a text or messages) or `messages`, and
             optionally `system` and `tools`. Each row is answered separately.
-        out: With `prompts`: a new file for the answers, one line of JSON for each. By
-            default they go to stdout.
-        batch_size: With `prompts`: prompts that are answered at the same time.
-        chat: Whether texts are turns of a conversation, in the model's chat template,
-            and not texts to continue. By default true if the model has a template.
+        out: With `prompts`: a new file for the answers, with one line of JSON for each.
+            By default they are written to stdout.
+        batch_size: With `prompts`: the number of prompts that are answered at a time.
+        chat: Whether prompts are turns of a conversation, rendered with the model's
+            chat template, rather than texts to continue. By default true if the model
+            has a template.
         system: The system message at the start of the conversation.
         max_new_tokens: Maximum number of tokens of an answer.
-        temperature: Divisor of the logits; 0 always takes the most probable token.
+        temperature: Divisor of the logits; with 0, the most probable token is selected.
         top_k: Sample from this many of the most probable tokens; by default from all.
-        top_p: Sample from the fewest tokens whose probabilities add up to this.
+        top_p: Sample from the most probable tokens whose probabilities add up to this.
         seed: Seed of the sampling.
-        fmt: Number format to pack the linear layers in; none to keep that of the files.
-            Defaults to that of the adapter's run, if the adapter is in its folder.
-        block_size: With `fmt`: weights per scale; by default 64, or what `fmt` has.
-        double_quant: With `fmt`: also quantize the scales; by default if `fmt` can.
+        fmt: Number format to pack the linear layers in; none keeps that of the files.
+            Defaults to the format of the run if the adapter is in a run's folder.
+        block_size: With `fmt`: weights per scale; by default the usual number for
+            `fmt`, such as 64 for nf4.
+        double_quant: With `fmt`: whether to also quantize the scales; by default true
+            if `fmt` supports it.
         dtype: Dtype of the computation; norms and softmax are float32.
-        recode: Whether to read, as floats, 4-bit weights with zero points or reordered
-            inputs, which no format here supports, and to pack them again in `fmt`.
+        recode: Whether to decode 4-bit weights that no format here supports, such as
+            those with zero points or reordered inputs, and to pack them again in `fmt`.
 
     Example:
         >>> from qlora_jax import cli
@@ -318,19 +327,21 @@ class GenerateConfig:
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {self.seed}.")
         if self.chat is False and self.system is not None:
-            raise ValueError("`system` must be left out without `chat`. Got both.")
+            raise ValueError(
+                f"`system` must be left out with `chat` false. Got {self.system!r}."
+            )
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError(f"`prompt` must have text. Got {self.prompt!r}.")
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Checks this machine's devices: products, a training step, times and memory.
+    """Checks this machine's devices: matrix products, training, times and memory.
 
     Attributes:
-        out: File to write the report to as JSON, for an issue or for the table in
-            docs/compatibility.
-        rounds: Number of measurements of a time; the median is reported.
+        out: File to write the report to as JSON. Attach it to an issue, or add it to
+            the table in docs/compatibility.
+        rounds: How often each time is measured; the median is reported.
 
     Example:
         >>> from qlora_jax import cli

@@ -47,8 +47,8 @@ class Contents:
     """The result of `inspect`; `str` prints it as a table.
 
     Attributes:
-        kind: One of "model", "bitsandbytes model", "PEFT adapter", "GGUF model",
-            "qlora_jax tree", "run" and "safetensors".
+        kind: Such as "model", "bitsandbytes model", "PEFT adapter", "MLX adapter",
+            "GGUF model", "qlora_jax tree", "run" or "safetensors".
         about: The most important settings.
         leaves: A `Leaf` for each tensor or adapter.
         bytes: The size of all leaves in bytes.
@@ -113,7 +113,7 @@ def inspect(config: InspectConfig) -> Contents:
     if not path.exists():
         described = describe_path(path)
         raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
-    # A run holds an adapter and a model of a folder may hold one, so the order matters.
+    # Runs contain an adapter, and a model's folder may too, so the order matters.
     if path.suffix == ".gguf":
         return _inspect_gguf(path)
     if is_run(path):
@@ -140,7 +140,7 @@ def _inspect_run(path: pathlib.Path) -> Contents:
     # The step of the newest metrics; the newest saved state may be older.
     about["finished steps"] = max((row["step"] for row in rows), default=0)
     about |= {k: result[k] for k in ("source", "loss", "valid_loss") if k in result}
-    adapter = path / "adapter"  # not there before the run is finished
+    adapter = path / "adapter"  # exists once the run has finished
     leaves = _inspect_adapter(adapter).leaves if adapter.is_dir() else ()
     return Contents("run", about, leaves)
 
@@ -184,17 +184,17 @@ def _inspect_adapter(path: pathlib.Path) -> Contents:
         config, tensors = ql.io.read_mlx(path).to_peft()
     leaves = []
     modules = {key.partition(".lora_")[0] for key in tensors}
-    for module in sorted(modules - {*tensors}):  # without ".lora_", a key is no module
+    for module in sorted(modules - {*tensors}):  # other keys name tensors
         keys = [key for key in tensors if key.startswith(f"{module}.lora_")]
         parts = {key.removeprefix(module): tensors.pop(key) for key in keys}
         a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
-            raise ValueError(f"{module} must have lora_A and lora_B of two axes.")
+            raise ValueError(f"{module} must have lora_A and lora_B with two axes.")
         shape, rank = (b.shape[0], a.shape[1]), a.shape[0]  # A [rank, K], B [N, rank]
-        size = sum(part.nbytes for part in parts.values())  # with DoRA's magnitudes
+        size = sum(part.nbytes for part in parts.values())  # includes DoRA's magnitudes
         kind = "dora" if config.use_dora else "lora"
         leaves.append(Leaf(module, shape, f"{kind} {a.dtype.name}", size, rank))
-    leaves += _make_leaves(tensors)  # weights that replace those of the base
+    leaves += _make_leaves(tensors)  # weights that replace weights of the base
     about = {
         "base model": config.extra_settings.get("base_model_name_or_path"),
         "target modules": config.target_modules,

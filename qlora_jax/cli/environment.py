@@ -1,4 +1,4 @@
-"""Prepares the process of `qlora-jax`: huge pages, and a cache of compiled programs.
+"""Prepares the process of `qlora-jax`: huge pages and a cache of compiled programs.
 
 A training step on a CPU allocates and frees gigabytes. By default glibc maps that
 memory anew in each step, and Linux clears it in pages of 4 kB. Huge pages avoid both,
@@ -27,14 +27,14 @@ SETTINGS = {
     "glibc.malloc.mmap_threshold": _NEVER,
     "glibc.malloc.trim_threshold": _NEVER,
 }
-# Marks the second process, so that it does not start a third. GLIBC_TUNABLES alone is
-# not enough: a wrapper may remove it from the environment.
+# Set in the restarted process, so that it does not restart again. GLIBC_TUNABLES does
+# not suffice as a mark, because a wrapper may remove it from the environment.
 RESTARTED = "QLORA_JAX_HUGE_PAGES"
 _STALE_SECONDS = 600
 
 
 def restart_with_huge_pages(verbose: bool = False) -> None:
-    """Replaces this process by one with huge pages, if available and not configured."""
+    """Restarts this process with huge pages, if available and not set by the user."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if RESTARTED in os.environ or HUGE_PAGES in tunables or not has_huge_pages():
         return
@@ -50,7 +50,7 @@ def restart_with_huge_pages(verbose: bool = False) -> None:
     missing = [f"{k}={v}" for k, v in SETTINGS.items() if f"{k}=" not in tunables]
     tunables = ":".join([*filter(None, [tunables]), *missing])
     environment = {**os.environ, "GLIBC_TUNABLES": tunables, RESTARTED: "1"}
-    # The mask is inherited, so SIGINT waits until the second process has a handler.
+    # The new process inherits the mask. SIGINT then waits until it has a handler.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     # `execve` keeps the process id and open files. `orig_argv` has Python's options.
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
@@ -68,7 +68,7 @@ def has_huge_pages() -> bool:
 
 
 def enable_compilation_cache() -> None:
-    """Turns on JAX's compilation cache in the user's cache folder, unless it is set."""
+    """Turns on JAX's compilation cache in a folder of the user, unless one is set."""
     import jax
 
     names = "enable_compilation_cache", "compilation_cache_dir"
@@ -80,7 +80,7 @@ def enable_compilation_cache() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         delete_unfinished_programs(folder)
     except OSError:
-        return  # such as a home folder that is read-only: compile without a cache
+        return  # for example, the home folder is read-only: go without a cache
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Above this size (in bytes) JAX deletes the least recently used programs. Setting
     # it also makes JAX lock the folder, so that several processes can share it.

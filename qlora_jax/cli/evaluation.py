@@ -18,14 +18,14 @@ from .program import Program, make_put
 from .run import Run
 from .run_folder import ANSWERS, write_text
 
-_EXTRA_TOKENS = 16  # by which an answer may exceed the longest right answer
-_SHOWN_CHARACTERS = 200  # of a prompt or an answer
+_EXTRA_TOKENS = 16  # how much longer an answer may be than the longest expected one
+_SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer
 
 
 def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
-    """Returns the few batches of evaluations during training; empty for all batches."""
-    # At most a hundredth of the training batches, so that ten evaluations (of forward
-    # passes) cost a few percent. Batches are ordered by length, so take every n-th.
+    """Returns the batches for evaluations during training; empty to use all batches."""
+    # At most one per 100 training batches, so that ten evaluations add a few percent to
+    # the time (forward passes only). Batches are ordered by length: take every n-th.
     num_batches, size = len(batches), max(1, num_training_batches // 100)
     if size >= num_batches:
         return []
@@ -45,7 +45,7 @@ class Evaluation:
             run.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
         self._batches = [*map(make_put(run.mesh), batches)]
-        # Empty if every evaluation takes all batches.
+        # Empty if every evaluation uses all batches.
         num_training_batches = (config.steps or 0) * config.accumulation
         is_full = config.eval_every or config.keep_best
         self._sample = [] if is_full else sample(self._batches, num_training_batches)
@@ -79,15 +79,15 @@ class Evaluation:
         return numbers
 
     def _evaluate_answers(self, base: PyTree, state: "ql.train.State") -> float:
-        """Returns the share of exact answers; prints a few, and writes all."""
+        """Returns the share of exact answers. Prints a few answers, and writes all."""
         config, step = self._config, int(state.step)
         max_new_tokens = config.max_new_tokens
         if max_new_tokens is None:
-            rights = (
+            expected_ids = (
                 self._tokenizer.encode(x.answer, add_special_tokens=False)
                 for x in self._examples
             )
-            max_new_tokens = max(map(len, rights)) + _EXTRA_TOKENS
+            max_new_tokens = max(map(len, expected_ids)) + _EXTRA_TOKENS
         generated = answers(
             self._model,
             {"params": base, "lora": state.lora},
@@ -114,7 +114,7 @@ class Evaluation:
         tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar
 
     def _write(self, texts: list[str], key: str) -> None:
-        """Writes the answers into the rows of earlier evaluations, if they match."""
+        """Writes the answers, next to those of earlier evaluations of the same rows."""
         pairs = zip(self._prompts, self._examples, strict=True)
         rows = [{"prompt": prompt, "right": x.answer} for prompt, x in pairs]
         if self._path.is_file():

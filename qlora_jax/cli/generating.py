@@ -42,7 +42,7 @@ class Answer:
         prompt_tokens: The number of tokens before the answer, including earlier turns.
         new_tokens: The number of tokens of the answer, including the end token.
         finished: Whether the model ended the answer with an end token.
-        seconds: The time that it took; for a file, the mean over all answers.
+        seconds: The time that the answer took; for a file, the mean over all answers.
         adapter: The adapter, if there are several.
 
     Example:
@@ -97,7 +97,7 @@ def generate(
 
     Raises:
         ValueError: If the model, its template or the adapter cannot be read or do not
-            fit, if there is no text, or if rows of a file are wrong. It lists all rows.
+            fit, if there is no text, or if rows of a file are wrong. All are listed.
 
     Example:
         >>> import tempfile
@@ -124,7 +124,7 @@ def generate(
     is_typed = not isinstance(prompts, list)
     if adapters and is_typed:
         raise ValueError("`prompt` must be given with several adapters. Got none.")
-    # What a user will type is unknown: a stand-in checks the template.
+    # The template is checked with a placeholder if the prompts are not known yet.
     conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, options, dtype)
@@ -152,7 +152,7 @@ def generate(
 
 def _to_json_line(answer: Answer) -> str:
     row = dataclasses.asdict(answer)
-    del row["seconds"]  # it is the same for all answers
+    del row["seconds"]  # a mean, which is the same for all answers
     if answer.adapter is None:
         del row["adapter"]
     return json.dumps(row) + "\n"
@@ -187,7 +187,7 @@ class _Conversation:
             return self.tokenizer.encode(prompt)
         messages = [*self.messages, {"role": "user", "content": prompt}]
         text = self.tokenizer.render(messages, add_generation_prompt=True)
-        # The template has written the special tokens.
+        # The template has already added the special tokens.
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def add_turn(self, prompt: str, answer: str) -> None:
@@ -232,7 +232,7 @@ def _read_typed_lines() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Calls a handler at SIGINT in the block, if this is the main thread."""
+    """Calls a handler on SIGINT within the block, if this is the main thread."""
     # Only the main thread may set handlers.
     is_main = threading.current_thread() is threading.main_thread()
     old_handler = signal.signal(signal.SIGINT, handler) if is_main else None
@@ -311,7 +311,7 @@ def _answer_prompts(
 ) -> Iterator[Answer]:
     config = conversation.config
     for index, prompt in enumerate(prompts):
-        key = None  # greedy sampling without a key compiles two programs less
+        key = None  # greedy sampling without a key compiles two programs fewer
         if not stream.sampling.is_greedy:
             key = jax.random.fold_in(jax.random.key(config.seed), index)
         yield _answer(conversation, prompt, stream, key, write)

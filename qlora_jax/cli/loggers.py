@@ -42,8 +42,8 @@ def open_loggers(
         with all_or_none():
             for name in run.config.loggers if is_first() else ():  # one log per run
                 open_logger = _tensorboard if name == "tensorboard" else _wandb_like
-                opened = stack.enter_context(open_logger(name, run, resume_after))
-                log_functions.append(opened)
+                log_step = stack.enter_context(open_logger(name, run, resume_after))
+                log_functions.append(log_step)
 
         def log_row(row: Mapping[str, Any]) -> None:
             numbers = {k: x for k, x in row.items() if k not in _NOT_LOGGED}
@@ -71,7 +71,7 @@ def _tensorboard(name: str, run: Run, resume_after: int | None) -> Iterator[LogS
 
 @contextlib.contextmanager
 def _wandb_like(name: str, run: Run, resume_after: int | None) -> Iterator[LogStep]:
-    """Opens W&B or trackio, which have one interface."""
+    """Opens W&B or trackio, which share an interface."""
     del resume_after  # both continue a run that has the same name
     path = run.folder / LOG_ID
     if not path.is_file():
@@ -88,14 +88,14 @@ def _wandb_like(name: str, run: Run, resume_after: int | None) -> Iterator[LogSt
     with contextlib.redirect_stdout(sys.stderr):
         try:
             init = importlib.import_module(name).init
-            # In the same context, trackio would end a run that is still open.
-            opened = contextvars.Context().run(init, project=_PROJECT, **settings)
+            # trackio ends a run that is still open in the same context.
+            logger = contextvars.Context().run(init, project=_PROJECT, **settings)
         except Exception as error:  # each library has its own exceptions
             raise ValueError(
                 f"`log` must name loggers that can start. {name}: {error}"
             ) from error
     try:
-        yield opened.log
+        yield logger.log
     finally:
         with contextlib.redirect_stdout(sys.stderr):
-            opened.finish()
+            logger.finish()

@@ -18,16 +18,16 @@ from .environment import enable_compilation_cache, restart_with_huge_pages
 # Errors about the input or from a run, which are printed without a traceback.
 ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
 ERRORS += TypeError, ValueError
-_STDOUT_CLOSED = 128 + 13  # the status of a program that SIGPIPE ended
+_STDOUT_CLOSED = 128 + 13  # the usual exit status after SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default the process's, and returns the exit status."""
+    """Runs the arguments, by default those of `sys.argv`; returns the exit status."""
     return _run(sys.argv[1:] if arguments is None else arguments, lambda config: None)
 
 
 def process() -> None:
-    """Runs the program `qlora-jax`: `main`, perhaps after a restart of the process."""
+    """Runs `qlora-jax` as a program: `main`, after preparing the process."""
 
     def prepare(config: object) -> None:
         if getattr(config, "huge_pages", False):
@@ -62,7 +62,7 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
             function(config, _write)  # prints answers as they are generated
             return 0
         result = function(config)
-        if getattr(config, "distributed", False):  # prints the result once
+        if getattr(config, "distributed", False):  # the first process prints the result
             processes = importlib.import_module(".processes", __package__)
             if not processes.is_first():
                 return 0
@@ -70,11 +70,11 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
         if settings.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)
     except KeyboardInterrupt:
-        if name != "train":  # it has printed how to resume
+        if name != "train":  # `train` has already printed how to resume
             print("qlora-jax: interrupted", file=sys.stderr)
         return 130
     except (*ERRORS, MemoryError, RuntimeError) as error:
-        # JAX raises the same class for a full device as for other errors of XLA.
+        # JAX has no exception of its own for a device that is out of memory.
         is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if not (is_full or isinstance(error, ERRORS)):
             raise

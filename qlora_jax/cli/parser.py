@@ -27,7 +27,7 @@ COMMANDS: dict[str, type] = {
     "pairs": configs.PairsConfig,
     "check": configs.CheckConfig,
 }
-# For each command: the first option of each group in the help -> the group's title.
+# Groups of options in the help of each command: first option -> title of the group.
 GROUPS = {
     "train": {
         "model": "model and data",
@@ -107,7 +107,7 @@ def normalize_flags(arguments: Sequence[str]) -> list[str]:
 def _replace_run_configs(arguments: Sequence[str]) -> list[str]:
     """Turns `--config RUN/config.yaml` into `--run RUN` if a command has that option.
 
-    The file of a run has the settings of `train`, which are not those of the command.
+    That file has the settings of `train`, which the other commands do not accept.
     """
     prefix, parts = "--config=", []
     for argument in arguments:
@@ -183,8 +183,8 @@ def _make_command(name: str, config_type: type) -> "Parser":
 
 
 def _describe_option(option: str, hint: object) -> str:
-    if hint is Any:  # an option of which a sweep takes several values
-        return f"{_TYPE_NAMES[SWEPT[option]]}, or several with commas between them"
+    if hint is Any:  # an option that may have several values, for a sweep
+        return f"{_TYPE_NAMES[SWEPT[option]]}, or several separated by commas"
     return describe_type(hint)
 
 
@@ -199,13 +199,13 @@ def describe_type(hint: object) -> str:
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors name an option and the values that it takes."""
+    """A parser whose errors name an option and the values that it accepts."""
 
     types: dict[str, Any] = {}  # the types of the options, by name
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error without the usage, and exits with status 2."""
-        # jsonargparse calls the program's parser for an error of a command.
+        # jsonargparse reports the errors of a command through the program's parser.
         parser = getattr(ex, "subcommand_parser", self)
         prog = parser.prog.replace(" [options]", "")
         wrong_value = re.match(_WRONG_VALUE, message, re.S)

@@ -12,20 +12,20 @@ import qlora_jax as ql
 
 from .run import Run, make_batches
 
-# Strings before and after a target: green and underlined on terminals, else brackets.
+# Strings before and after targets: green underlined text on terminals, or brackets.
 _COLORED, _BRACKETED = ("\033[4;32m", "\033[0m"), ("⟦", "⟧")
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Rows as they would be trained, from `train` with `preview`.
+    """The result of `train` with `preview`: rows as they would be trained.
 
     As text, targets are green and underlined on a terminal, and in brackets elsewhere.
 
     Attributes:
         rows: For each sequence of the first rows of the batches: its `name`, its
-            `source` ("" if unknown), the numbers of its `tokens` and `targets`, and its
-            text in `pieces`, each with whether its tokens are targets.
+            `source` ("" if unknown), the numbers of its `tokens` and `targets`, and
+            `pieces`: pairs of a text and whether its tokens are targets.
 
     Example:
         >>> from qlora_jax import cli
@@ -59,7 +59,7 @@ class _Sequence:
     """A sequence of a batch."""
 
     starts_row: bool  # whether it is the first sequence of a row
-    suffix: str  # of the row's name, such as ", chosen"
+    suffix: str  # added to the row's name, such as ", chosen"
     ids: np.ndarray
     is_target: np.ndarray
 
@@ -98,9 +98,7 @@ def _split_batch(run: Run, batch: "ql.train.Batch") -> Iterator[_Sequence]:
     names = "chosen", "rejected"
     for index, segments in enumerate(batch.segment_ids):
         has_weight = batch.weights[index] != 0
-        if (
-            answers is not None
-        ):  # `[rows, answers, targets]`: the weights of each answer
+        if answers is not None:  # weights `[rows, answers, targets]`
             has_weight |= answers[index].any(axis=0)
         # `select` has the positions whose next token is a target.
         is_target = np.zeros(len(segments), bool)
@@ -126,7 +124,7 @@ def _split_batch(run: Run, batch: "ql.train.Batch") -> Iterator[_Sequence]:
 def _cut(
     tokenizer: "ql.train.Tokenizer", ids: np.ndarray, is_target: np.ndarray
 ) -> tuple[tuple[str, bool], ...]:
-    """Cuts the text of tokens where targets start and end."""
+    """Decodes tokens, and cuts their text where targets start and end."""
     tokens = ids.tolist()
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     pieces, start = [], 0

@@ -1,4 +1,4 @@
-"""Keeps the processes of a run in step, and stops them after a step at a signal."""
+"""Synchronizes the processes of a run, and stops them between steps on a signal."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ from jax.experimental import multihost_utils
 from .train_config import TrainConfig
 
 _HEARTBEAT = 60  # seconds without a heartbeat after which the other processes stop
-_MAX_BYTES = 1 << 14  # of a text that the first process broadcasts
-_SHARED_SECONDS = 60  # within which all processes must see a new file
+_MAX_BYTES = 1 << 14  # the maximum size of a text to broadcast
+_SHARED_SECONDS = 60  # the time in which all processes must see a new file
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -82,7 +82,7 @@ def all_or_none() -> Iterator[None]:
         yield
         has_failed = False
     finally:
-        # Every process gets here, also when it raises. Otherwise the others would wait.
+        # Every process gets here, even if its block raised; otherwise the others hang.
         failed = np.flatnonzero(gather_numbers(has_failed)).tolist()
     if failed:
         raise ValueError(f"Processes {failed} failed; see their logs.")
@@ -99,7 +99,7 @@ def only_in_first(context: contextlib.AbstractContextManager[object]) -> Iterato
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Raises ValueError in all processes unless all of them share a folder."""
+    """Raises ValueError in all processes unless all of them see the same folder."""
     if jax.process_count() == 1:
         return
     file = folder / broadcast_text(f".shared-{secrets.token_hex(8)}")
@@ -123,15 +123,15 @@ class Stop:
     """The signal that asked a run to stop, if any."""
 
     received = 0  # the number of the first signal to this process; 0 for none
-    number = 0  # the largest number of all processes, after `is_due`
+    number = 0  # the largest `received` of all processes; set by `is_due`
 
     def is_due(self) -> bool:
-        """Returns whether any process received a signal; all must call this."""
+        """Returns whether any process got a signal; all processes must call this."""
         self.number = int(gather_numbers(self.received).max())
         return self.number > 0
 
     def end(self) -> None:
-        """Raises what the signal would have raised in Python."""
+        """Raises KeyboardInterrupt for SIGINT, and SystemExit for SIGTERM."""
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.number)
@@ -147,7 +147,7 @@ def catch_signals() -> Iterator[Stop]:
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     # Signals that are ignored stay ignored, as in background jobs of a shell.
     handlers = {k: old for k, old in handlers.items() if old != signal.SIG_IGN}
-    # Python runs handlers in the main thread, after the program of a step returns. A
+    # Python runs handlers in the main thread, only once the running step returns. A
     # thread that reads the numbers of signals from a pipe reacts immediately.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -29,12 +29,12 @@ from .train_config import TrainConfig
 
 
 class Program(NamedTuple):
-    """The functions that a run computes."""
+    """The model of a run, and the functions that train and evaluate it."""
 
     model: Any  # the wrapped decoder
     loss: Callable[..., tuple]  # for `ql.train.make_step`
     eval_loss: Callable[..., tuple]  # the loss without terms that only help training
-    optimizer: Any  # this package does not import Optax
+    optimizer: Any  # Optax's, which this package does not import
     step: "ql.train.Step"
 
 
@@ -63,7 +63,7 @@ def make_program(
         beta2=config.beta2,
         offload=config.offload_optimizer,
     )
-    # The weight of the loss that keeps the load of experts balanced.
+    # The weight of the loss that balances the load of the experts.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
     if config.objective == "sft":
         eval_loss = ql.train.decoder_loss(model)
@@ -101,8 +101,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
     if (count := math.prod(sizes.values())) != len(devices):
         described = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"`mesh` must have as many devices as there are, {len(devices)}. Got "
-            f"{count}: {described}."
+            f"`mesh` must have {len(devices)} devices, which is the number available. "
+            f"Got {count}: {described}."
         )
     return _make_auto_mesh(sizes, devices)
 
@@ -121,7 +121,7 @@ def make_place(
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Returns a function that puts base and lora on the mesh, or on one device."""
     if mesh is None and memory == "device":
-        return lambda base, lora: (base, lora)  # arrays are there already
+        return lambda base, lora: (base, lora)  # already on the device
     # Host memory needs shardings, and hence a mesh of one device.
     target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
 
@@ -133,9 +133,9 @@ def make_place(
 
 
 def make_put(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
-    """Returns a function that splits a batch's rows over `data` and `fsdp`.
+    """Returns a function that splits a batch's rows over the axes `data` and `fsdp`.
 
-    Each process has the full batch, so that results do not depend on their number.
+    Each process has the full batch, so results do not depend on how many there are.
     """
     if mesh is None:
         return lambda batch: batch
@@ -154,8 +154,8 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
 
-    A batch of preferences has two sequences for each row. All tokens are targets.
-    Devices may be those of `jax.experimental.topologies`; then name a `backend`.
+    With preferences, a batch has two sequences for each row. All tokens are targets.
+    If the devices are from `jax.experimental.topologies`, `backend` must be set.
     """
     mesh = make_mesh(config.mesh_sizes, devices)
     place = make_place(model.config, mesh, config.base_memory, devices[:1])

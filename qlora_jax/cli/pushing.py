@@ -6,9 +6,9 @@ from ..models.download import PYPI
 
 
 def push(name: str, path: pathlib.Path | None = None) -> str:
-    """Uploads a folder or a file, if any, to a repository, and returns its URL.
+    """Uploads a folder or a file to a repository, and returns the repository's URL.
 
-    Creates the repository, as a private one, if it does not exist.
+    If the repository does not exist, a private one is created, also without a path.
 
     Raises:
         OSError: If the repository cannot be written.
@@ -31,9 +31,9 @@ def push(name: str, path: pathlib.Path | None = None) -> str:
 
 
 def check_base(trained_on: str, base_model: str | None = None) -> None:
-    """Raises ValueError unless users of a pushed adapter would get the right weights.
+    """Raises ValueError unless the hub has the base that an adapter was trained on.
 
-    `base_model` is the model that the adapter's files name, if it differs.
+    `base_model` is the base that the adapter's files name; by default `trained_on`.
     """
     if base_model not in (None, trained_on):
         problem = f"not on {base_model}"
@@ -42,6 +42,6 @@ def check_base(trained_on: str, base_model: str | None = None) -> None:
     else:
         return
     raise ValueError(
-        "`model` must be a hub id with `push_to_hub`, that of the weights which the "
+        "`model` must be a hub id with `push_to_hub`: the id of the weights that the "
         f"adapter was trained on. It was trained on {trained_on}, {problem}."
     )

@@ -1,4 +1,4 @@
-"""Checks the runs of `train` before the model is read."""
+"""Prepares the runs of `train`, and checks them before the model is read."""
 
 import dataclasses
 import datetime
@@ -28,8 +28,8 @@ from .pushing import check_base, push
 from .run_folder import CONFIG, FAILED, read_settings
 from .train_config import LOGGERS, SWEPT, TrainConfig
 
-# Settings that may change when a run is resumed. They do not change the final
-# parameters, or only through the model's files and the data, which the stamp hashes.
+# Settings that may change when a run is resumed. They do not affect the final weights,
+# except through the model's files and the data, whose hashes are in the stamp.
 NOT_STAMPED = """
 out preview data model epochs keys template date stream
 eval_batch_size eval_every eval_examples max_new_tokens samples
@@ -41,7 +41,7 @@ mesh distributed coordinator_address num_processes process_id
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose settings, data and model are known to fit together."""
+    """A run whose settings, data and model were checked to be compatible."""
 
     config: TrainConfig  # with every setting resolved
     model: BaseModel  # with shapes instead of parameters
@@ -116,15 +116,15 @@ def _check_environment(config: TrainConfig) -> None:
             "`attention` must be xla without a TPU, because splash is a kernel for "
             f"TPUs. Got splash, and devices of the platform {platform}."
         )
-    wrong = "XLA computes wrong gradients if the inputs of layers are in host memory"
+    reason = "XLA computes wrong gradients if the inputs of layers are in host memory"
     if config.remat == "offload" and platform == "gpu":
         raise ValueError(
-            f"`remat` must be true or false on a GPU, where {wrong}. Got offload."
+            f"`remat` must be true or false on a GPU, where {reason}. Got offload."
         )
     if config.base_memory == "host" and platform == "gpu":
         raise ValueError(
             "`base_memory` must be device on a GPU, where a base in host memory is not "
-            f"tested, and {wrong}. Got host."
+            f"tested, and {reason}. Got host."
         )
 
 
@@ -136,10 +136,10 @@ def _check_model_fits(
     mesh: Mesh | None,
 ) -> None:
     base, lora = init_shapes(model.base, adapters)
-    ql.io.peft_config(base, lora, model.names)  # raises if PEFT has no such adapters
+    ql.io.peft_config(base, lora, model.names)  # raises if PEFT does not support them
     if packing is not None:
         base, _ = init_shapes(model.base, packing)
-    make_place(model.config, mesh, "device")(base, {})  # raises if axes do not divide
+    make_place(model.config, mesh, "device")(base, {})  # raises if it cannot split them
     if config.base_memory == "host" and packing is None and model.stored_fmt is None:
         raise ValueError(
             "`base_memory` must be device for a float model, because only packed "
@@ -191,9 +191,9 @@ def make_batches(
 def _resolve(
     config: TrainConfig, data: "ql.train.Dataset", stored_packing: Any
 ) -> TrainConfig:
-    """Returns the settings with values for all that were left open.
+    """Returns the settings with a value for each that was left unset.
 
-    `stored_packing` is that of a base which stays as it is in its files.
+    `stored_packing` is the packing of a base that is used as stored, otherwise None.
     """
     steps = config.steps
     if steps is None:
@@ -214,7 +214,7 @@ def _resolve(
         block_size=packing.block_size,
         double_quant=packing.double_quant,
     )
-    make_schedule(resolved)  # raises if its settings do not fit the steps
+    make_schedule(resolved)  # raises if the schedule does not fit the steps
     return resolved
 
 
@@ -261,13 +261,13 @@ def make_sibling(run: Run, config: TrainConfig) -> Run:
 def _make_stamp(
     config: TrainConfig, model: BaseModel, data: "ql.train.Dataset"
 ) -> dict[str, Any]:
-    """Returns everything that determines a run's final parameters, as JSON."""
+    """Returns everything that determines a run's final parameters, as JSON values."""
     settings = dataclasses.asdict(config)
     settings = {k: x for k, x in settings.items() if k not in NOT_STAMPED}
     if config.schedule == "constant":
         del settings["steps"]  # such a run may be extended
-    # These settings are newer than some saved states, which lack them. Unset values are
-    # left out. `is False` rather than `==`, because a `data_seed` of 0 is set.
+    # Older saved states lack these settings, which are therefore left out if unset.
+    # `is False` rather than `== False`, because `data_seed` may be set to 0.
     names = "recode", "data_seed", "validation_split"
     unset = [x for x in names if settings[x] is None or settings[x] is False]
     if config.objective == "sft":
@@ -282,17 +282,17 @@ def _make_stamp(
 
 
 def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
-    """Raises ValueError that lists the settings in which a resumed run differs."""
+    """Raises a ValueError that lists the settings that a resumed run has changed."""
     if differences := changes(saved, now, _describe_value, missing="not set"):
         raise ValueError(
-            f"`resume` must have the settings of the run in {out}. Got different ones: "
+            f"`resume` must be used with the settings of the run in {out}. Got others: "
             f"{'; '.join(differences)}. Use the same settings, or start a new run in "
             "another `out`."
         )
 
 
 def _describe_value(value: object) -> str:
-    # YAML reads 16 as an integer where the settings have 16.0, which is no difference.
+    # YAML reads 16 as an integer where the settings have 16.0, which must be equal.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return repr(value)

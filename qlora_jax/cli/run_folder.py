@@ -1,4 +1,4 @@
-"""Locks, reads and writes the folder of a run, in which Orbax writes states."""
+"""Locks, reads and writes the folder of a run, where Orbax also saves states."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ LOG_ID = "log_id"  # identifies the run for W&B and trackio
 
 
 def is_run(folder: pathlib.Path) -> bool:
-    """Returns whether a folder is that of a run of train."""
+    """Returns whether a folder is the folder of a training run."""
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
 
 
@@ -33,13 +33,13 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     has_config = (folder / CONFIG).is_file()
     if resume and not has_config:
         raise ValueError(
-            f"`resume` must find a run in `out`. Got {folder}, which has no {CONFIG}."
+            f"`out` must have a run to resume. Got {folder}, which has no {CONFIG}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(folder):
             if not resume and any(folder.iterdir()):
-                contents = "a run. Give `--resume` to continue it"
+                contents = "a run. Use `--resume` to continue it"
                 contents = contents if has_config else "other files"
                 raise ValueError(
                     f"`out` must be new or empty. Got {folder}, which has {contents}."
@@ -53,7 +53,7 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
-    # The system releases the lock whenever the process ends, also when it is killed.
+    # The system releases the lock when the process ends, even if it is killed.
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -88,17 +88,17 @@ def write_settings(config: TrainConfig, path: pathlib.Path, source: str) -> None
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a file of `write_settings`."""
+    """Reads a file that `write_settings` wrote."""
     import yaml
 
     try:
         settings = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be the settings of a run. {error}") from error
+        raise ValueError(f"{path} must have the settings of a run. {error}") from error
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     required = {"model", "data", "out"}
     if not isinstance(settings, dict) or not required <= {*settings} <= names:
-        raise ValueError(f"{path} must be the settings of a run.")
+        raise ValueError(f"{path} must have the settings of a run.")
     return settings
 
 

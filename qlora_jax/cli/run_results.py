@@ -31,15 +31,15 @@ class TrainResult:
         adapter: The folder of the adapter, in PEFT's format.
         steps: The number of steps.
         skipped: The number of steps whose update was skipped.
-        loss: The mean loss of the last 20 steps, in nats a token.
+        loss: The mean loss of the last 20 steps, in nats per token.
         valid_loss: The loss of the adapter on the validation rows, if there are any.
         exact_before: The share of exact answers before the first step, if the
             validation rows have answers.
         exact_after: The share of exact answers with the adapter.
         step_seconds: The median time of the steps that did not compile a program.
         tokens_per_s: Tokens per second in these steps.
-        bytes: Memory by use, and the peak.
-        best_step: With `keep_best`, the step of the adapter.
+        bytes: Bytes of memory for each purpose, such as "adapter", and the peak.
+        best_step: With `keep_best`, the step from which the adapter is.
         source: Where the weights of the model were found.
 
     Example:
@@ -92,7 +92,7 @@ def finish(
 ) -> TrainResult:
     """Writes the results in process 0, and returns them in all processes.
 
-    `best` has the numbers of the adapter, unless it is that of the last step.
+    `best` has the metrics of the adapter, or is empty if it is from the last step.
     """
     lora = gather(state.lora)  # on a mesh, all processes take part
     if is_first():
@@ -115,7 +115,7 @@ def _write_results(
     card = ql.train.model_card(
         config.model,
         title=f"{name}, fine-tuned on {' and '.join(datasets)}",
-        # Without paths and settings that do not affect the result.
+        # Leaves out paths and settings that do not affect the result.
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
@@ -242,7 +242,7 @@ def finish_sweep(
     """Copies the best adapter, plots the losses and writes the results of a sweep."""
     folder = pathlib.Path(config.out)
     results_by_name = dict(zip((x.folder.name for x in runs), results, strict=True))
-    # Runs that failed before this one was resumed.
+    # Add the runs that failed before the sweep was resumed.
     for path in sorted(folder.glob(f"*/{FAILED}")):
         results_by_name.setdefault(path.parent.name, None)
     losses = {
@@ -255,7 +255,7 @@ def finish_sweep(
     result = SweepResult(config.out, results_by_name, best, adapter)
     if is_first():
         if best is not None and adapter is not None:
-            # A resumed sweep may choose another run than before.
+            # A resumed sweep may choose a different run than before.
             shutil.rmtree(adapter, ignore_errors=True)
             shutil.copytree(folder / best / "adapter", adapter)
         rows = {x: ql.train.read_metrics(folder / x / METRICS) for x in results_by_name}

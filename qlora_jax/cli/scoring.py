@@ -22,7 +22,7 @@ class Score:
     """The result of `score`.
 
     Attributes:
-        loss: The mean cross entropy of the target tokens, in nats a token.
+        loss: The mean cross entropy of the target tokens, in nats per token.
         tokens: The number of target tokens.
         rows: The number of rows.
 
@@ -83,7 +83,7 @@ def score(config: ScoreConfig) -> Score | Scores:
         3
     """
     model, adapters, options = open_adapted(config)
-    # Reads the rows, whose errors must not wait for the weights.
+    # The rows are read before the weights, so that their errors are reported early.
     score = make_scorer(model, str(config.data), config.batch_tokens, config.dtype)
     model = read_as_trained(model, options, config.dtype)
     if not adapters:
@@ -102,7 +102,7 @@ def make_scorer(
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:
         raise ValueError(f"{data} must have at least one target token. Got none.")
-    # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch.
+    # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch alone.
     short = [row for row in rows if len(row.ids) <= batch_tokens]
     long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
@@ -116,7 +116,7 @@ def make_scorer(
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     chunked_loss = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
     logits_loss = ql.train.make_mean_loss(_make_logits_loss(wrapped))
-    # Tied heads are the embedding table.
+    # A tied head uses the embedding table.
     head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
     def score(base: PyTree, lora: PyTree) -> Score:

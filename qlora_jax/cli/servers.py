@@ -29,7 +29,7 @@ _INT4 = FMTS["awq"]
 
 @dataclass(frozen=True)
 class Server:
-    """How a server loads a base and an adapter; forms are formats of `export`."""
+    """How a server loads a base and an adapter. A form is a format of `export`."""
 
     bases: Mapping[str, str]  # number format of a packed base -> its form
     reads: tuple[str, ...]  # the `quant_method`s of folders that need no export
@@ -39,7 +39,7 @@ class Server:
     option: str = ""  # added to the command for an adapter
     # Form of the base -> more options of the command.
     flags: Mapping[str, str] = field(default_factory=dict)
-    # Number formats that the server rounds -> what it does.
+    # Number formats of weights that the server rounds -> how it rounds them.
     rounded: Mapping[str, str] = field(default_factory=dict)
     port: int | None = None  # of the OpenAI-compatible API; None without one
     model: str = "{base}"  # the name of the base in requests
@@ -51,7 +51,7 @@ _BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
 _VLLM_BASES = {**_BITSANDBYTES, **dict.fromkeys(_INT4, "awq")}
 _E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 _METHODS = ("bitsandbytes", "compressed-tensors", "awq", "gptq")
-# PEFT silently skips modules that stay packed.
+# PEFT silently skips packed modules, so transformers must decode them.
 _DECODED = ", quantization_config=transformers.CompressedTensorsConfig("
 _DECODED += "run_compressed=False)"
 # Each entry was checked in the server's code or, if it runs on a CPU, by running it.
@@ -63,7 +63,7 @@ SERVERS = {
         adapter="peft-portable",
         command="vllm serve {base}",
         option=" --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}",
-        rounded={"nvfp4": "its kernel rounds the float32 of a tensor to bfloat16"},
+        rounded={"nvfp4": "its kernel rounds a tensor's float32 scale to bfloat16"},
         port=8000,
         with_adapter={"model": "adapter"},
     ),
@@ -130,8 +130,8 @@ class Pair:
         server: The server.
         base: The format of `export` for the base, or "as it is".
         adapter: The format of the adapter, or "added to the base".
-        exact: Whether the server has exactly the weights that the adapter is for.
-        why: The reason.
+        exact: Whether the server uses exactly the weights that training used.
+        why: Why it is exact or not.
 
     Example:
         >>> from qlora_jax import cli
@@ -176,10 +176,10 @@ class Pairs:
 
 
 def pairs(config: PairsConfig) -> Pairs:
-    """Returns the formats for each server, and whether the server is exact with them.
+    """Returns the formats for each server, and whether they keep the weights exactly.
 
-    Reads no weights. The adapter counts as trained on the model as it is stored, unless
-    `fmt` or the adapter's run says how the model was packed.
+    Reads no weights. Assumes that the adapter was trained on the model as it is stored,
+    unless `fmt` or the settings of the adapter's run differ.
 
     Args:
         config: The model and the adapter.
@@ -213,7 +213,7 @@ def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, LoadOption
 
 
 def _find_packing(model: BaseModel, options: LoadOptions) -> tuple[str, int] | None:
-    """Returns number format and block size of the base in training; None for floats."""
+    """Returns the format and block size of the base in training; None for floats."""
     packing = options.get("packing") or model.stored_packing
     return None if packing is None else (packing.fmt, packing.block_size)
 
@@ -221,11 +221,11 @@ def _find_packing(model: BaseModel, options: LoadOptions) -> tuple[str, int] | N
 def pair_for(
     name: str, model: BaseModel, options: LoadOptions, *, tokenizer: bool = True
 ) -> Pair:
-    """Returns the formats for a server, of a model that training read with `options`.
+    """Returns the formats for a server, if training read the model with `options`.
 
-    Adapters that the server cannot load are merged. Otherwise the base keeps its form,
-    if the server reads that, or gets the server's form of its number format. If
-    `tokenizer` is false, a GGUF file need not contain the tokenizer.
+    An adapter that the server cannot load is merged. Otherwise the base keeps its form
+    if the server reads it, or is exported in the server's form for its number format.
+    If `tokenizer` is false, a GGUF file need not contain the tokenizer.
     """
     server, packing = SERVERS[name], _find_packing(model, options)
 
@@ -245,7 +245,7 @@ def pair_for(
     kinds = {*map(type, adapters.values())}
     is_plain = not model.replaces_weights and kinds <= {ql.LoRA}
     if server.adapter is None:
-        return merged("it supports no adapters")
+        return merged("it does not support adapters")
     if server.adapter != "peft" and not is_plain:
         return merged("it supports only plain LoRA adapters")
     is_gguf, needs_gguf = model.path.suffix == ".gguf", server.floats == "gguf"
@@ -253,7 +253,7 @@ def pair_for(
     if has_experts and server.floats == "merged":
         return merged("it is not known to load experts in 4 bits")
     if name in ("mlx", "llama.cpp") and any("/experts/" in path for path in adapters):
-        return merged("it supports no adapters of experts")
+        return merged("it does not support adapters of experts")
     # A float base keeps its form if that is the server's.
     problem = _mlx_problem(model) if name == "mlx" else None
     if packing is None:
@@ -283,16 +283,16 @@ def pair_for(
 
 
 def _has_older_keys(model: BaseModel) -> bool:
-    """Returns whether a folder's config has keys that have an older form too."""
+    """Returns whether a folder's config has keys with an older form that it lacks."""
     return model.path.is_dir() and bool(
         ql.io.older_config_keys(ql.io.read_config_json(model.path))
     )
 
 
-# Options that mlx-lm 0.32 supports in some families only.
+# Options that mlx-lm 0.32 supports only in some families.
 _MLX_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
 _MLX_BIASES = ("llama", "olmoe", "qwen2", "smollm3")
-# Families in which it takes the hidden size over the number of heads as head size.
+# Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.
 _MLX_HEADS = ("qwen2", "mixtral", "phi3")
 
 
@@ -305,7 +305,7 @@ def _mlx_problem(model: BaseModel) -> str | None:
     family, is_gemma3 = raw["model_type"], raw["model_type"] == "gemma3_text"
     rope = (raw | ql.io.older_config_keys(raw)).get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    # mlx-lm has windows in Gemma 3 only: in all layers but each `period`-th.
+    # mlx-lm has windows only in Gemma 3, in all layers except every `period`-th.
     max_length = raw.get("max_position_embeddings") or math.inf
     has_window = [(x.window or math.inf) < max_length for x in config.layers]
     period = raw.get("sliding_window_pattern") or 6
@@ -353,8 +353,8 @@ def write_start(
     files: Mapping[str, pathlib.Path],
 ) -> None:
     """Writes a README with the command that starts a server and a request to it."""
-    # What the command and the request call the base and the adapter: the files in this
-    # folder, or the model itself.
+    # The base and the adapter in the command and the request: the files in this folder,
+    # or the path or name of the model.
     paths = {part: f"./{file.name}" for part, file in files.items()}
     local = pathlib.Path(model.name)
     paths.setdefault("base", str(local.absolute()) if local.exists() else model.name)

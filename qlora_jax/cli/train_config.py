@@ -15,96 +15,101 @@ SWEPT: dict[str, type] = {"learning_rate": float, "seed": int}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tunes a model on data: an adapter on a base in 4 bits.
+    """Fine-tunes a model on data: trains an adapter on a base in 4 bits.
 
     Attributes:
         model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
         data: A file of rows (.jsonl, .json, .csv, .txt, optionally with .gz, or
             .parquet), a folder with such files named train and optionally valid and
-            test, or the id of a data set on the hub. Or several with weights, as
+            test, or the id of a data set on the hub. Write several with weights, as
             "a.jsonl=0.7,b.jsonl=0.3" or {a.jsonl: 0.7, b.jsonl: 0.3}.
         out: The run's folder, new or empty; with `resume`, the folder of the run.
         lora_r: Rank of the adapters.
-        lora_alpha: Adapters are scaled by `lora_alpha / lora_r`; by default the rank.
+        lora_alpha: Adapters are scaled by `lora_alpha / lora_r`; `lora_r` by default.
         lora_dropout: Dropout rate of the adapters' input.
-        use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
+        use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)` instead.
         use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
         target_modules: "all-linear" (except the head), names of modules such as q_proj
             or q_proj,v_proj, or a regular expression for full names, as in PEFT.
         trainable: Regular expression for paths of float weights to train in full, such
             as layers/.*norm/scale.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA). By
-            default that of a 4-bit model, and nf4 for a float model.
-        block_size: Weights per scale; by default 64, or what `fmt` has.
-        double_quant: Whether to also quantize the scales; by default if `fmt` can.
-        recode: Whether to pack a 4-bit model again, in `fmt`. Needed for zero points
-            and reordered inputs, which no format here supports.
-        learning_rate: Peak learning rate; or several, such as 1e-4,3e-4, which train
-            one adapter each, side by side over one base, in subfolders of `out`.
+            default a 4-bit model keeps its format, and a float model is packed in nf4.
+        block_size: Weights per scale; by default the usual number for `fmt`, such as 64
+            for nf4.
+        double_quant: Whether to also quantize the scales; by default true if `fmt`
+            supports it.
+        recode: Whether to pack a 4-bit model again, in `fmt`. Needed if it has zero
+            points or reordered inputs, which no format here supports.
+        learning_rate: Peak learning rate. With several, such as 1e-4,3e-4, one adapter
+            is trained for each, side by side on one base, in subfolders of `out`.
         schedule: Learning-rate schedule; wsd is warmup, stable, decay.
         warmup: Warmup steps; by default a tenth of the steps, at most 20.
         end_learning_rate: The final learning rate; unused for constant.
         decay: For wsd: the share of the steps in which the learning rate decays.
         steps: Number of training steps; alternatively, set `epochs`.
-        epochs: Passes over the data; 1 if neither is set.
+        epochs: Passes over the data; 1 if `steps` is not set either.
         objective: sft for supervised fine-tuning, or a preference loss: dpo, ipo, orpo,
             simpo or kto. The reference model is the base without the adapter.
         beta: For preferences: strength of the pull towards the reference (dpo, ipo,
             kto), scale of the rewards (simpo) or weight of the odds ratio (orpo).
         gamma: For simpo: the target margin between the rewards.
-        batch_size: Sequences or pairs of answers per batch; with packing, full rows.
-        accumulation: Gradient accumulation steps: batches per training step.
+        batch_size: Sequences or pairs of answers, or with `packing` rows, in a batch.
+        accumulation: Gradient accumulation steps: batches in a training step.
         max_length: Maximum number of tokens of a sequence.
         packing: Whether several sequences share a row.
         optimizer: The optimizer.
-        offload_optimizer: Whether its state is in host memory; not with adafactor.
+        offload_optimizer: Whether the optimizer's state is in host memory; not with
+            adafactor.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
         clip: Maximum norm of the gradient; 0 for no clipping.
         dtype: Dtype of the computation and of float weights; adapters are float32.
-        remat: Whether to recompute activations in the backward pass, to save memory; or
-            offload, which also keeps the layers' inputs in host memory (not on GPUs).
+        remat: Whether to recompute activations in the backward pass, to save memory.
+            offload also keeps the layers' inputs in host memory (not on GPUs).
         attention: xla, which computes all scores, or splash, JAX's kernel for TPUs.
         stream_dtype: Dtype of the residual stream, to which layers add.
         mlp_tile: Maximum number of tokens in the MLP at a time, to save memory.
-        base_memory: Memory of the packed layers: device; or host, from which each layer
-            is moved when it is needed, to save device memory (not on GPUs).
-        seed: Seed of the adapters, the order of the data and the dropout; or several,
-            as for `learning_rate`.
+        base_memory: Where the packed layers are stored: device, or host to save device
+            memory (not on GPUs). From the host, layers are moved when they are needed.
+        seed: Seed of the adapters, the order of the data and the dropout. With several,
+            one adapter is trained for each, as for `learning_rate`.
         data_seed: Seed of the order of the data; by default the first `seed`.
-        eval_every: Steps between evaluations on the validation rows, with one before
-            the first step and one after the last. By default there are about ten, and
-            only the first and last cover all rows and generate answers.
+        eval_every: Steps between evaluations on the validation rows. There is also one
+            before the first step and one after the last. By default there are about
+            ten, of which only the first and the last use all rows and generate answers.
         eval_examples: Number of validation prompts that the model answers in an
             evaluation, for the share of exact answers; 0 for none.
-        eval_batch_size: Prompts that are answered at the same time.
-        max_new_tokens: Maximum tokens of an answer; by default the longest answer + 16.
-        samples: Number of answers to print.
+        eval_batch_size: Number of prompts that are answered at a time.
+        max_new_tokens: Maximum number of tokens of an answer; by default 16 more than
+            the longest expected answer has.
+        samples: Number of answers to print in an evaluation.
         keep_best: Whether to write the adapter of the step with the lowest validation
-            loss, instead of the last one. Each evaluation then covers all rows.
-        early_stopping_patience: With `keep_best`: evaluations in a row without a lower
-            validation loss after which training stops.
+            loss, instead of the last one. Each evaluation then uses all rows.
+        early_stopping_patience: With `keep_best`: training stops after this many
+            consecutive evaluations without a new lowest validation loss.
         save_every: Steps between saved states.
         keep: Number of states to keep.
         resume: Whether to continue the run in `out` from its newest state.
         resume_step: With `resume`, the step to resume from; later states are deleted.
-        on_nan: Whether to stop, or skip a step, if loss or gradient are not finite.
+        on_nan: If the loss or the gradient is not finite: stop, or skip the update.
         push_to_hub: Repository on the Hugging Face hub to push the adapter to, such as
-            user/name. It is created as a private one if it does not exist.
+            user/name. If it does not exist, a private repository is created.
         preview: Number of rows to show as they would be trained, instead of training.
             Target tokens are green on a terminal, and in brackets elsewhere.
-        log_every: Steps between lines of progress if stderr is not a terminal, and
-            between steps that `log` gets; evaluations are always included. By default
-            about ten lines, and all steps. The file metrics.jsonl has all steps.
+        log_every: Steps between progress lines, which are printed if stderr is not a
+            terminal, and between the steps that go to `log`. Evaluations are always
+            included. By default, about ten lines are printed, and all steps go to
+            `log`. The file metrics.jsonl always has all steps.
         log: More destinations for the metrics: tensorboard, wandb and trackio.
-        verbose: Whether to print when the process is restarted.
-        train_on: Target tokens of rows with prompts or messages: completions; last, the
-            assistant's last message only; or all. With all, the cross entropy of orpo
-            includes prompts, as in TRL.
-        keys: Mapping from the expected names of the rows' keys to those in the file.
-        chat: Whether prompts and completions become messages, if the model has a chat
-            template.
+        verbose: Whether to print a message when `huge_pages` restarts the process.
+        train_on: Which tokens of rows with prompts or messages are targets:
+            completions, last (only the assistant's last message) or all. With all, the
+            cross entropy of orpo includes prompts, as in TRL.
+        keys: Mapping from the keys that rows should have to the keys in the file.
+        chat: Whether to convert prompts and completions to messages, if the model has a
+            chat template.
         template: File with a chat template that replaces the model's.
         date: Today's date for templates that contain it, such as 2026-11-26; by default
             the day on which the run starts.
@@ -115,9 +120,9 @@ class TrainConfig:
         too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
             truncate; or split, for rows of `text`.
         mesh: Devices along each axis: data splits the rows of a batch, fsdp splits rows
-            and weights, and tensor splits heads and the width of the MLP. As
+            and weights, and tensor splits heads and the width of the MLP. Written as
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
-        distributed: Whether several processes run this command, with the same files.
+        distributed: Whether several processes, which share the files, run this command.
         coordinator_address: With `distributed`: host and port of the first process.
         num_processes: With `distributed`: the number of processes.
         process_id: With `distributed`: the index of this process, from 0.
@@ -233,7 +238,7 @@ class TrainConfig:
     @property
     def eval_steps(self) -> int:
         """The steps between evaluations; by default there are about ten evaluations."""
-        return self.eval_every or math.ceil((self.steps or 0) / 10)  # steps: resolved
+        return self.eval_every or math.ceil((self.steps or 0) / 10)  # resolved by now
 
     def __post_init__(self):
         # Flags and YAML files give text, numbers or lists.
@@ -255,18 +260,19 @@ class TrainConfig:
                     raise ValueError(f"`{name}` must be {description}. Got {value}.")
 
     def _check_training(self) -> None:
-        """Checks the settings that determine what is trained, and how."""
+        """Checks the settings of the adapter, the optimizer and the objective."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
         if self.lora_dropout and self.mlp_tile is not None:
             raise ValueError(
-                "`lora_dropout` must be 0 with `mlp_tile`, or all tiles would drop the "
-                f"same entries. Got {self.lora_dropout}."
+                "`lora_dropout` must be 0 with `mlp_tile`; otherwise all tiles drop "
+                f"the same entries. Got {self.lora_dropout}."
             )
         if self.offload_optimizer and self.optimizer == "adafactor":
             raise ValueError(
                 "`optimizer` must be adamw, adamw8bit or lion with "
-                "`offload_optimizer`, since adafactor mixes layers. Got adafactor."
+                "`offload_optimizer`, because adafactor mixes the values of different "
+                "layers. Got adafactor."
             )
         if self.train_on == "all" and self.objective not in ("sft", "orpo"):
             raise ValueError(
@@ -299,7 +305,7 @@ class TrainConfig:
             )
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(
-                f"`log` must have names of {', '.join(LOGGERS)}. Got {unknown}."
+                f"`log` must only contain {', '.join(LOGGERS)}. Got {unknown}."
             )
 
     def _check_mesh(self) -> None:
@@ -307,13 +313,13 @@ class TrainConfig:
         num_parts = math.prod(self.mesh_sizes.get(name, 1) for name in ROW_AXES)
         if self.batch_size % num_parts:
             raise ValueError(
-                f"`batch_size` must be a multiple of {num_parts}, the devices among "
-                f"which `mesh` splits the rows of a batch. Got {self.batch_size}."
+                f"`batch_size` must be a multiple of {num_parts}, the number of "
+                f"parts into which `mesh` splits a batch. Got {self.batch_size}."
             )
         if self.distributed and not self.mesh_sizes:
             raise ValueError("`mesh` must be given with `distributed`. Got none.")
         names = ("coordinator_address", "num_processes", "process_id")
-        # Clusters that JAX knows need none of these.
+        # On clusters that JAX detects, none of these is needed.
         settings = [name for name in names if getattr(self, name) is not None]
         if settings and not self.distributed:
             raise ValueError(f"`distributed` must be set with {settings}. Got false.")
@@ -335,8 +341,8 @@ def _is_date(text: str) -> bool:
     return True
 
 
-# A description, its check, and the settings in that range. `make_schedule` checks the
-# settings of schedules.
+# Ranges: a description, a function that checks a value, and the settings in the range.
+# `make_schedule` checks the settings of schedules.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive", lambda x: x >= 1, _COUNTS),
     (
@@ -359,14 +365,14 @@ def _parse_numbers(name: str, number_type: type, value: Any) -> Any:
     parts = value.split(",") if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
     try:
-        # By way of text, so that int() rejects 1.5 instead of rounding it.
+        # Convert through text, because int("1.5") fails, but int(1.5) is 1.
         numbers = [number_type(str(part)) for part in parts]
         if not numbers or len({*numbers}) < len(numbers):
             raise ValueError
     except ValueError:
         raise ValueError(
             f"`{name}` must be of type {number_type.__name__}, or several that differ, "
-            f"with commas between them. Got {value!r}."
+            f"separated by commas. Got {value!r}."
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
 
@@ -387,5 +393,5 @@ def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
             f"`mesh` must have positive sizes for some of {', '.join(MESH_AXES)}, such "
             f'as "fsdp=4,tensor=2". Got {mesh!r}.'
         ) from None
-    # Always in the order of MESH_AXES, since the order assigns devices.
+    # Always in the order of MESH_AXES, which determines the place of each device.
     return {name: sizes[name] for name in MESH_AXES if name in sizes}

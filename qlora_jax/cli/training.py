@@ -29,7 +29,7 @@ from .run_folder import CONFIG, METRICS, STATE, quiet_orbax, run_folder, write_s
 from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
 from .train_config import SWEPT, TrainConfig
 
-# The last state of a run with the chosen adapter, and the numbers of that adapter.
+# The last state of a run, with the adapter to write, and the metrics of that adapter.
 Outcome = tuple["ql.train.State", Mapping[str, float]]
 
 
@@ -44,12 +44,12 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
 
     Returns:
         The result of the run, or of a sweep over learning rates or seeds whose runs are
-        trained side by side. The folder holds more. With `preview`, the rows to show.
+        trained side by side. The folder has more files. With `preview`, rows to show.
 
     Raises:
         ValueError: If settings, data and model are wrong or do not fit, if `out` is not
-            empty or in use by another run, or if the resumed run had other settings.
-        FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
+            empty or is in use by another run, or if the resumed run had other settings.
+        FloatingPointError: If loss or gradient is not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last complete state remains.
         ImportError: If a library of the extra `train` is not installed.
         KeyboardInterrupt: At SIGINT, once the state after the step is saved.
@@ -93,7 +93,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         model = run.model.read(
             dtype=jnp.dtype(config.dtype),
             packing=run.packing,
-            place=lambda base: run.place(base, {})[0],  # adapters come later
+            place=lambda base: run.place(base, {})[0],  # places the base alone
             progress=is_first(),
         )
         if run.mesh is not None:  # inner functions look up the mesh
@@ -133,7 +133,7 @@ def _make_runs(config: TrainConfig) -> list[Run]:
 def _log_data(run: Run, num_adapters: int) -> None:
     data, config = run.data, run.config
     log(
-        # Opening the model has printed the source of downloaded weights.
+        # `open_model` has already printed the source of downloaded weights.
         *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
@@ -146,7 +146,7 @@ def _log_data(run: Run, num_adapters: int) -> None:
 def _find_resumed_step(
     runs: Sequence[Run], states: Sequence["ql.train.Checkpoints"]
 ) -> int | None:
-    """Returns the step to resume after, with its settings checked; None if new."""
+    """Checks the settings of the step to resume after, and returns it; None if new."""
     config = runs[0].config
     step = config.resume_step
     if step is None:  # the newest state that all runs have
@@ -174,7 +174,7 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
     with all_or_none():
         if is_first():
             run = runs[0]
-            # The sweep's file has the lists of values, and resolves everything else.
+            # The sweep's file has lists of swept values, and all others resolved.
             swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
             resolved = dataclasses.replace(run.config, **swept)
             path = pathlib.Path(config.out) / CONFIG
@@ -184,7 +184,7 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
 
 
 class Trainer:
-    """What a run needs besides the base, at the step from which it starts."""
+    """The state, batches and loop of a run, new or restored from a saved step."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class Trainer:
             log(f"The best state, of step {best['step']:,}, no longer exists.")
 
     def choose_adapter(self, last: "ql.train.State") -> Outcome:
-        """Returns the last state with the adapter to write, and that one's numbers."""
+        """Returns the last state with the adapter to write, and its metrics."""
         best = self.best
         if best is None or self.evaluate is None or best.step is None:
             return last, {}
@@ -249,7 +249,7 @@ class Trainer:
 
 
 def _init_adapters(run: Run, base: PyTree, key: jax.Array) -> PyTree:
-    key = jax.random.fold_in(key, 0)  # dropout has keys of its own
+    key = jax.random.fold_in(key, 0)  # differs from the keys of dropout
 
     def init_adapters(base: PyTree) -> PyTree:
         return ql.init(key, base, run.adapters)[1]
@@ -270,11 +270,11 @@ def _fit(
     resume_after: int | None,
     log_rows: list[Callable[[Mapping[str, Any]], None]],
 ) -> list[Outcome | None]:
-    """Trains the runs to the last step or a signal; a run that failed gives None.
+    """Trains the runs to the last step or a signal; returns None for failed runs.
 
     All runs take each step together, in one program that reads the base once: `drive`
     collects a state and batches from the loop of each run, calls the joint step, and
-    hands the results back.
+    returns the results to the loops.
     """
     run = runs[0]
     # Learning rates, and hence optimizers, differ between the runs of a sweep.
@@ -310,14 +310,14 @@ def _fit(
                 evaluate=trainer.evaluate,
                 best=trainer.best,
                 watch=log_row,
-                # The first loop asks all processes. The others use its answer, so that
-                # all runs end after the same step.
+                # The first loop checks the signals of all processes. The others use the
+                # result, so that all runs end after the same step.
                 stop=(lambda: stop.number > 0) if index else stop.is_due,
                 progress=not index,
             )
             loops.append(loop)
         last_states = drive(loops, take_step, on_error if config.is_sweep else None)
-    if stop.is_due():  # perhaps since the last step
+    if stop.is_due():  # a signal may have arrived after the last check
         step = max((int(state.step) for state in last_states if state), default=0)
         _end_at_signal(stop, step, pathlib.Path(config.out))
     return [
@@ -328,7 +328,7 @@ def _fit(
 
 def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
     """Prints how to resume the run in a folder, and ends as the signal would."""
-    states = folder / STATE  # the runs of a sweep have their own
+    states = folder / STATE  # not in a sweep, whose runs have their own folders
     log(
         f"The state of step {step:,} is saved in "
         f"{states if states.is_dir() else folder}. To resume: qlora-jax train --config "

@@ -38,7 +38,7 @@ class Repacked:
 
     Attributes:
         error: The error of all packed kernels together.
-        worst_error: The error of the kernel with the largest one.
+        worst_error: The largest error of a kernel.
         worst_kernel: The path of that kernel.
         change: The change of all kernels by the adapter.
         kept: The share of that change which survives packing: the projection of the
@@ -112,9 +112,9 @@ def export(config: ExportConfig) -> Written:
     """Writes a model or an adapter in a format that other programs load.
 
     Merged weights are read, computed and written one at a time. On a 4-bit base, the
-    adapter is added to the decoded weights, which are those that it was trained on. For
-    a 4-bit format, the adapter is merged into the weights of the files, and the sum is
-    packed. Memory then holds both models.
+    adapter is added to the decoded weights, the ones it was trained on. For a 4-bit
+    format, the adapter is merged into the weights of the files, and the sum is packed;
+    both models are then in memory.
 
     Args:
         config: The model, the adapter and the format.
@@ -124,8 +124,8 @@ def export(config: ExportConfig) -> Written:
 
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, if the
-            format cannot hold them, or if `out` is not empty.
-        OSError: If it cannot be pushed.
+            format cannot represent them, or if `out` is not empty.
+        OSError: If the result cannot be pushed to the hub.
 
     Example:
         >>> import os, tempfile
@@ -200,7 +200,7 @@ def _export_for_server(config: ExportConfig) -> Written:
         for part, form in {"base": pair.base, "adapter": pair.adapter}.items():
             if form in (AS_IS, MERGED):
                 continue
-            # With the adapter merged, the base becomes a model.
+            # If the adapter is merged into the base, the file is named model.
             stem = "model" if pair.adapter == MERGED else part
             files[part] = new / (stem + ".gguf" * form.startswith("gguf"))
             is_base_only = part == "base" and pair.adapter != MERGED
@@ -227,7 +227,7 @@ def _export_for_server(config: ExportConfig) -> Written:
 
 
 def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
-    # The weights are only needed if the adapter replaces some of them.
+    # The base's weights are needed only if the adapter replaces some of them.
     model = model.read() if model.replaces_weights else model.with_adapter()
     base, lora, names, peft = model.base, model.lora, model.names, model.peft
     if peft is None:
@@ -268,9 +268,9 @@ def _with_plain_adapter(config: ExportConfig, model: BaseModel) -> BaseModel:
     """Returns a model with its adapter read, if servers can load the adapter."""
     if model.replaces_weights:
         raise ValueError(
-            f"`adapter` must not have biases or modules for {config.format}, because "
-            f"servers do not load them. Got {config.adapter!r}, which has some. Export "
-            "the model in the format merged."
+            f"`adapter` must not replace biases or modules for {config.format}, since "
+            f"servers do not load them. Got {config.adapter!r}, which does. Use the "
+            "format merged."
         )
     return model.with_adapter()
 
@@ -324,8 +324,8 @@ def _write_gguf(
         base, cost = _read_packed(config, model, options, "q4_0", None, None)
         save_gguf(out, model.path, base, {}, **settings)
         return cost
-    # Weights without an exact format here can be read as floats, which are exact. Q4_0
-    # would round them again, so that it needs a model that is stored exactly.
+    # 4-bit weights that no format here supports can be decoded to floats exactly. Q4_0
+    # would round those floats, so it rejects such weights.
     recode = config.gguf_type != "Q4_0"
     model = dataclasses.replace(model, recode=recode).read(**options)
     save_gguf(out, model.path, model.base, model.lora, **settings)
@@ -368,12 +368,12 @@ def _read_packed(
     block_size: int | None,
     double_quant: bool | None,
 ) -> tuple[PyTree, Repacked | None]:
-    """Returns the base in 4 bits; an adapter is merged first, at a cost."""
+    """Returns the base in 4 bits, and the cost of merging an adapter, if any."""
     if model.adapter is None and not model.lora:
         packing = model.packing(fmt, block_size, double_quant)
         return model.read(**(options or {"packing": packing})).base, None
     score = make_scorer(model, config.data) if config.data else None
-    # Weights without an exact format here are read as floats, which are exact.
+    # 4-bit weights that no format here supports are decoded to floats exactly.
     model = dataclasses.replace(model, recode=True)
     packing = model.packing(fmt, block_size, double_quant)
     assert packing is not None  # `recode` always packs
@@ -392,8 +392,8 @@ def _repack(
     if cost.kept < 0.5:
         message = (
             f"Packing keeps {cost.kept:.0%} of what the adapter changed. Weights that "
-            "are in 4 bits already return to their old values if the change is small. "
-            "Merge into the float model, or serve the adapter with the base."
+            "were already in 4 bits round back to their old values if the change is "
+            "small. Merge into the float model, or serve the adapter with the base."
         )
         warnings.warn(message, UserWarning, stacklevel=2)
     if score is None:
@@ -411,13 +411,13 @@ def _repack(
 def _compare(
     base: Mapping[str, Any], merged: Mapping[str, Any], packed: Mapping[str, Any]
 ) -> Repacked:
-    """Compares the packed kernels with the merged ones; leaves are by path."""
+    """Compares the packed kernels with the merged ones, given leaves by path."""
     paths = [path for path, leaf in packed.items() if isinstance(leaf, ql.QTensor)]
     sums = [_sum_products(base[p], merged[p], packed[p]) for p in paths]
     sums = np.asarray(jax.device_get(sums), np.float64)  # [kernels, 4]
     error, change, norm, product = sums.sum(0)
     errors = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1e-30))
-    worst, norm = int(np.argmax(errors)), max(norm, 1e-30)  # of zeros: no division by 0
+    worst, norm = int(np.argmax(errors)), max(norm, 1e-30)  # no division by 0
     # The packed change is C + E, for the change C and the error E. Its projection on C
     # is <C + E, C> / <C, C> = 1 + <E, C> / <C, C>.
     kept = float(1 + product / change) if change else 1.0

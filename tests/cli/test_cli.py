@@ -251,7 +251,7 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     assert settings == (fmt, int(size), None)
     again = ("export", "--format", flags[0], "--model", out, "--out", copy)
     status, _, err = run(capsys, *again, "--block-size=128")
-    assert status == 1 and f"`block_size` must be {size}, that of the model" in err
+    assert status == 1 and f"`block_size` must be {size}, as in the model" in err
     assert run(capsys, *again)[0] == 0
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (copy / file).read_bytes()
@@ -405,15 +405,15 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
         (["export", *RUN, "--format=gguf", "--data=d"], "unless an adapter is merged"),
-        (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out for other"),
+        (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out unless"),
         # MLX is a format and a server: only the server has a base.
         (
             ["export", "--run=r", "--out=o", "--format=mlx", "--fmt=nf4"],
-            "`fmt` must be left out for other",
+            "`fmt` must be left out unless",
         ),
         (
             ["export", "--run=r", "--block-size=64"],
-            "than .* nvfp4, merged, gguf. Got 64 for peft",
+            "one of .* nvfp4, merged, gguf. Got 64 for peft",
         ),
         ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),
         ([*GENERATE, "--top-k=3"], "`temperature` must be positive with `top_k` or"),

@@ -36,7 +36,7 @@ def test_help_is_in_words(capsys, command):
     if command != "train":
         return
     words = " ".join(out.split())
-    assert "(a number, or several with commas between them; default: 0.0002)" in words
+    assert "(a number, or several separated by commas; default: 0.0002)" in words
     assert "(an integer; default: 16)" in words
     usage = "usage: qlora-jax train --model MODEL --data DATA --out OUT [options]\n"
     assert out.startswith(usage)

@@ -88,7 +88,7 @@ WRONG = [
         "`out` must be new or empty. Got no_run,",
     ),
     (["train", *BASE, *ROWS, "--out=rows.jsonl"], "`out` must be a folder."),
-    ([*TRAIN, "--resume"], "`resume` must find a run in `out`. Got new, which has no"),
+    ([*TRAIN, "--resume"], "`out` must have a run to resume. Got new, which has no"),
     (["export", "--run=base"], "`run` must be the folder of a run of train, with"),
     (["export", "--run=rows.jsonl"], "`run` must be the folder of a run of train, "),
     ([*SCORE, "--adapter=no_run"], "`adapter` must be a folder with adapter_config"),

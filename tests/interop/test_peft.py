@@ -142,7 +142,7 @@ def test_a_portable_adapter_needs_no_setting_but_its_rank(name, folder, tmp_path
     "settings, message",
     [
         (CASES["dora"] | {"bias": "none"}, r"must be LoRA: .*\n  layers/.*: DoRA"),
-        (CASES["own_biases"], "must not have biases or modules for peft-portable"),
+        (CASES["own_biases"], "must not replace biases or modules for peft-portable"),
     ],
 )
 def test_what_servers_do_not_load_is_refused(settings, message, folder, tmp_path):
