@@ -295,7 +295,7 @@ def _median_seconds(
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[bool]:
-    """Computes on a CPU if JAX has one; yields whether JAX otherwise uses another."""
+    """Computes on a CPU if there is one; yields whether the default device differs."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # for example with JAX_PLATFORMS=tpu

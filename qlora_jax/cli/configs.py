@@ -111,7 +111,7 @@ class ExportConfig:
         fmt: The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and
             compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a
             server: the format in which training packed a float model, by default that
-            of the adapter's run. A model that is already in 4 bits keeps its format.
+            of the adapter's run. Leave it out for a model that is already in 4 bits.
         block_size: Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4.
         double_quant: For bitsandbytes: whether to also quantize the scales; by default
             true.

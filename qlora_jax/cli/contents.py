@@ -184,7 +184,7 @@ def _inspect_adapter(path: pathlib.Path) -> Contents:
         config, tensors = ql.io.read_mlx(path).to_peft()
     leaves = []
     modules = {key.partition(".lora_")[0] for key in tensors}
-    for module in sorted(modules - {*tensors}):  # other keys name tensors
+    for module in sorted(modules - {*tensors}):  # keys without ".lora_" are tensors
         keys = [key for key in tensors if key.startswith(f"{module}.lora_")]
         parts = {key.removeprefix(module): tensors.pop(key) for key in keys}
         a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")
