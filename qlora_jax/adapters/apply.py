@@ -37,23 +37,23 @@ def apply(
 
     This is equation 5 of QLoRA (Dettmers et al. 2023, section 3). Both products of the
     adapter are computed in the dtype of `x` with float32 sums; the result is
-    `[..., *outputs]`. In reverse mode differentiable in `x`, the adapter and the bias,
-    and in a kernel that is not packed.
+    `[..., *outputs]`. Reverse-mode differentiation is supported in `x`, the adapter and
+    the bias, and in a kernel that is not packed.
 
     Args:
-        base: A kernel (QTensor, StraightThrough or float array), or a layer that holds
-            it: a dict, a named tuple or a dataclass that is a pytree. A layer's kernel
-            is called `kernel`, `weight` or `w`, and its bias `bias` or `b`:
-            `[*outputs]`, or `[*batch, *outputs]`, with the sizes of the kernel's output
-            axes. Both may be in boxes such as `nn.Partitioned`.
+        base: A kernel (QTensor, StraightThrough or float array), or a layer with one: a
+            dict, a named tuple or a dataclass that is a pytree. A layer's kernel is
+            called `kernel`, `weight` or `w`, and its bias `bias` or `b`. The bias has
+            the kernel's output axes, `[*outputs]`, or also its batch axes, `[*batch,
+            *outputs]`. Both may be in boxes such as `nn.Partitioned`.
         lora: The LoRA, or a layer with the LoRA under the name of the kernel and
-            possibly a `Trained` under that of the bias. Pass None or an empty dict for
-            a layer without an adapter.
+            possibly a `Trained` under the name of the bias. Pass None or an empty dict
+            for a layer without an adapter.
         x: A floating-point array `[..., K]`. Where a kernel has several contracted
             axes, they are the last axes of `x`; its batch axes are the first.
         contract: The contracted axes of a float kernel without an adapter, as in
             `quantize`; -2 by default. A `weight` needs it, since `[out, in]` and
-            `[in, out]` are both common. Packed kernels and adapters store their axes.
+            `[in, out]` are both common. Packed kernels and adapters know their axes.
         dropout_key: PRNG key of the adapter's dropout; None for no dropout.
         backend: Name of a back end, as in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
@@ -77,7 +77,7 @@ def apply(
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
     # 1. Find the kernel, the bias and their adapters. Arrays that are trained in full
-    #    replace the frozen ones.
+    #    (`Trained`) replace the frozen ones.
     name, w, bias = _layer_parts(base)
     kernel_lora, bias_lora = _adapter_parts(lora, name)
     w, kernel_lora = _with_trained("kernel", w, kernel_lora)
@@ -115,11 +115,11 @@ def _add_bias(
 
 
 def lookup(table: PyTree, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Array:
-    """Returns rows of a table of embeddings and its adapter, `[..., D]`.
+    """Returns rows of an embedding table with its adapter, `[..., D]`.
 
-    They are those of `ql.merge`. Only these rows of a packed table and of its adapter
-    are decoded and multiplied. The norms of the columns of a table with a DoRA need all
-    rows, which are decoded a few at a time.
+    They equal the rows of the table that `ql.merge` returns, but only these rows are
+    decoded and multiplied by the adapter. A DoRA also needs the norms of the table's
+    columns, for which all rows are decoded, a few at a time.
 
     Args:
         table: A float array or QTensor, `[V, D]`.
@@ -157,14 +157,14 @@ def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
         return None
     if isinstance(node, Mapping):
         return {name: unbox(part) for name, part in node.items()}
-    # The names are those of pytree paths, which dataclasses have if registered so.
+    # The names come from key paths. A dataclass has them if it is registered with keys.
     flat, _ = jax.tree_util.tree_flatten_with_path(node, lambda n: n is not node)
     keys = [path[-1] if path else None for path, _ in flat]
     part_names = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
     if not all(isinstance(name, str) for name in part_names):
         hint = ""
         if dataclasses.is_dataclass(node):
-            hint = " Register the dataclass, as by jax.tree_util.register_dataclass."
+            hint = " Register the dataclass with jax.tree_util.register_dataclass."
         raise ValueError(
             f"`{argument}` must be a layer: a dict, a named tuple or a dataclass "
             f"that is a pytree. Got {type(node).__name__}.{hint}"
@@ -181,8 +181,8 @@ def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
         return None, base, None
     if {"codes", "scales"} <= set(parts):
         raise ValueError(
-            "a layer must hold its kernel. Got the arrays of a QTensor, from a tree "
-            "that was restored without its structure. Use ql.QTensor.from_parts."
+            "a layer must have a kernel. Got the arrays of a QTensor, from a tree that "
+            "was restored without its structure. Use ql.QTensor.from_parts."
         )
     for name, bias in BIAS_NAMES.items():
         if name in parts and set(parts) <= {name, bias}:
@@ -194,7 +194,7 @@ def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
 
 
 def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
-    """Returns the adapters, or None, of the kernel called `name` and of its bias."""
+    """Returns the adapters of the kernel called `name` and of its bias, or None."""
     name = name or "kernel"
     bias_name = BIAS_NAMES[name]
     parts = _named_parts("lora", lora)
@@ -202,7 +202,7 @@ def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
         parts = {name: lora}
     if not set(parts) <= {name, bias_name}:
         raise ValueError(
-            f"`lora` must be one layer's, with at most a {name!r} and a "
+            f"`lora` must be one layer's adapters: at most a {name!r} and a "
             f"{bias_name!r}. Got {sorted(parts)}."
         )
     adapters = [parts.get(name), parts.get(bias_name)]
@@ -218,7 +218,7 @@ def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
 def _with_trained(
     part_name: str, leaf: PyTree, lora: Adapter | None
 ) -> tuple[PyTree, Adapter | None]:
-    """Replaces a part of a layer by its adapter, if that is a `Trained`."""
+    """Replaces a part of a layer by its adapter if the adapter is a `Trained`."""
     if not isinstance(lora, Trained):
         return leaf, lora
     reason = "there is none" if leaf is None else why_not(lora, leaf)
@@ -232,7 +232,7 @@ def _with_trained(
 def _checked_kernel(
     name: str | None, w: PyTree, lora: Adapter | None, contract: Contract | None
 ) -> Kernel:
-    """Returns a layer's kernel, having checked that its axes are known."""
+    """Returns a layer's kernel, after checking that its axes are known."""
     if isinstance(w, Mapping) or not hasattr(w, "shape"):
         raise ValueError(
             "a kernel must be a QTensor, a StraightThrough or a float array. Got "

@@ -36,16 +36,17 @@ class ProductCall(NamedTuple):
     multiply: Multiply  # computes products with the frozen kernel
     dropout_key: Array | None = None  # None for no dropout
     precision: lax.PrecisionLike = None
-    offsets: Array | None = None  # of the rows of each expert, int32 `[E + 1]`
+    offsets: Array | None = None  # where each expert's rows start, int32 `[E + 1]`
 
 
-# One multiplier, one for each matrix of a stack, or an array of those in a scan.
+# One multiplier, or a tuple of one for each matrix of a stack; in a scan, an array.
 Scaling = float | tuple[float, ...] | Array
 
 A = TypeVar("A", bound="Adapter")
 
-# Every kind of adapter, by its name in files, and the class of its sliced form.
+# Every kind of adapter, by its name in files.
 KINDS: dict[str, type["Adapter"]] = {}
+# The class of each kind's sliced form, in which the scaling is an array.
 _SLICED: dict[type["Adapter"], type["Adapter"]] = {}
 SETTINGS = ("scaling", "dropout", "geometry")
 
@@ -56,7 +57,7 @@ class Adapter(TreeLeaf, abc.ABC):
     # The roles of the axes of its arrays, after the kernel's batch axes, by name: k (of
     # size K), n (of size N), r (the rank) or e (the places of a bank).
     roles: ClassVar[Mapping[str, str]]
-    label: ClassVar[str]  # in `summary`
+    label: ClassVar[str]  # the name of this kind of adapter in `summary`
     settings: ClassVar[tuple[str, ...]] = SETTINGS  # the names of its static fields
     trained_as: ClassVar[str] = "lora"  # the label of its arrays in `lora_labels`
     inputs: ClassVar[tuple[str, ...]] = ()  # its arrays that are not trained
@@ -78,7 +79,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @abc.abstractmethod
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:
-        """Returns the weights of `product` in the kernel's shape and dtype.
+        """Returns the weights that `product` applies, in the kernel's shape and dtype.
 
         Args:
             kernel: The frozen kernel.
@@ -98,25 +99,25 @@ class Adapter(TreeLeaf, abc.ABC):
         )
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
-        """Returns rows of the adapted table `[V, D]`, for int32 ids; V returns NaN.
+        """Returns rows of the adapted table `[V, D]`; an id of V returns NaN.
 
         Args:
-            ids: int32 ids of rows.
+            ids: int32 ids of rows, from 0 to V.
             kernel: The frozen table, `[V, D]`.
         """
         return jnp.take(self.merged(kernel), ids, axis=0)
 
     def unshared(self, kernel: PyTree) -> "Adapter":
-        """Returns the adapter with arrays for each matrix of a kernel or its shape.
+        """Returns the adapter with its own arrays for each matrix of a kernel.
 
         Args:
-            kernel: The kernel, or its shape.
+            kernel: The kernel, or a `jax.ShapeDtypeStruct`.
         """
         return self
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """Its trained arrays by name."""
+        """The trained arrays by name."""
         return {name: getattr(self, name) for name in self.roles}
 
     @property
@@ -133,7 +134,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @property
     def rank(self) -> int:
-        """The rank r of the low-rank product; 1 if there is none."""
+        """The rank r of the low-rank product; 1 for an adapter without one."""
         return self._size("r")
 
     def _size(self, role: str) -> int:
@@ -148,11 +149,11 @@ class Adapter(TreeLeaf, abc.ABC):
         return sum(math.prod(x.shape) for x in self.arrays.values())
 
     def stacked(self) -> Self:
-        """Returns the adapter with a bool for each array: whether it is a stack."""
+        """Returns a copy with each array replaced by a bool: whether it is a stack."""
 
         def is_stack(name: str, x: PyTree) -> PyTree:
             ndim = len(self.roles[name])
-            # The axes of a `Trained` have no roles, so that a stack is not recognized.
+            # The axes of a `Trained` have no roles, so stacks of it are not recognized.
             return jax.tree.map(lambda leaf: 0 < ndim < jnp.ndim(leaf), x)
 
         return replace_arrays(self, is_stack)
@@ -169,14 +170,14 @@ def register_adapter(cls: type[Adapter]) -> None:
 
 
 def sliced_kind(kind: type[Adapter]) -> Callable[..., Adapter]:
-    """Returns the class of a kind's adapters whose scaling is an array."""
+    """Returns the class of a kind's sliced form, in which the scaling is an array."""
     return _SLICED[kind]
 
 
 def sliced(lora: A, scaling: Array | None = None) -> A:
-    """Makes a tuple of scalings an array `[*batch]`, which scans slice.
+    """Returns the adapter with a tuple of scalings as an array, which scans can slice.
 
-    `scaling` is that array if a scan has sliced it already.
+    The array is `[*batch]`. Pass it as `scaling` if a scan has sliced it already.
     """
     if not isinstance(lora.scaling, tuple):
         return lora
@@ -190,19 +191,19 @@ def sliced(lora: A, scaling: Array | None = None) -> A:
 
 
 def replace_arrays(lora: A, fn: Callable[[str, Array], PyTree], **settings: Any) -> A:
-    """Returns an adapter with `fn(name, array)` for each array, and other settings."""
+    """Returns the adapter with `fn(name, array)` for each array, and new settings."""
     changes = {name: fn(name, x) for name, x in lora.arrays.items()}
     return dataclasses.replace(lora, **changes, **settings)  # pyright: ignore
 
 
 def used_ranks(lora: Adapter) -> np.ndarray:
-    """Returns the rank of each matrix, `[*batch]`, without zeros at its end."""
+    """Returns the rank of each matrix, `[*batch]`, without counting trailing zeros."""
     batch_ndim, is_used = len(lora.batch_shape), np.zeros(lora.rank, bool)
     for name, x in lora.arrays.items():
         if "r" in (roles := lora.roles[name]):
             axes = (batch_ndim + i for i, role in enumerate(roles) if role != "r")
             is_used = is_used | np.asarray(jnp.any(x != 0, tuple(axes)))
-    # [*batch, r]: the largest index, from 1, of a used one.
+    # `is_used` is [*batch, r]. Find the largest used index, counted from 1.
     return np.max(is_used * np.arange(1, lora.rank + 1), axis=-1)
 
 
@@ -225,7 +226,7 @@ def dropout_keys(lora: Adapter, key: Array) -> Array:
 
 
 def check_adapter(lora: object, leaf: PyTree, leaf_name: str) -> None:
-    """Raises unless `lora` is None or the adapter of a leaf."""
+    """Raises an error unless `lora` is None or an adapter that fits a leaf."""
     if lora is None:
         return
     if not isinstance(lora, Adapter):
@@ -240,12 +241,12 @@ def check_adapter(lora: object, leaf: PyTree, leaf_name: str) -> None:
 def why_not(lora: Adapter, leaf: PyTree) -> str | None:
     """Returns why an adapter does not fit a kernel or array, or None if it does.
 
-    Placeholders without a shape pass. The reason is a sentence for an error.
+    A placeholder without a shape always fits. The reason is for an error message.
     """
     leaves = (leaf, *lora.arrays.values())
     if not all(isinstance(getattr(x, "shape", None), tuple) for x in leaves):
         return None
-    # 1. The kernel has the axes that the adapter was made for.
+    # 1. The kernel must have the axes that the adapter was made for.
     shape = tuple(leaf.shape)
     adapter_roles = lora.geometry.roles(len(shape))
     kernel_roles = as_kernel(leaf, lora.geometry).geometry.roles(len(shape))
@@ -254,15 +255,15 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
             f"its kernel has axes {kernel_roles!r} (b batch, k contracted, n output); "
             f"it was made for {adapter_roles!r}."
         )
-    # 2. A table has the rows of a `TrainedRows`.
+    # 2. The table of a `TrainedRows` must have the trained rows.
     *batch, k, n = lora.geometry.matrix_shape(shape)
     if lora.is_shared and batch:
         batch[-1] = 1
     indices = getattr(lora, "indices", ())
     if max(indices, default=0) >= max(k, 1):
-        return f"its table has {k} rows. Got one for rows {indices}."
+        return f"its table has {k} rows. Got an adapter of rows {indices}."
 
-    # 3. Every array has the shape that follows from the roles of its axes.
+    # 3. Every array must have the shape that follows from the roles of its axes.
     def expected_shapes(rank: int | str) -> list[list]:
         sizes = {"k": k, "n": n, "e": lora._size("e"), "r": rank}
         return [[*batch, *map(sizes.get, roles)] for roles in lora.roles.values()]
@@ -273,7 +274,7 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
         listed = " and ".join(f"{name.upper()} {shape}" for name, shape in expected)
         received = " and ".join(map(str, shapes))
         return f"{listed.replace(' ', ' must be ', 1)}. Got {received}."
-    # 4. Several scalings are one for each matrix.
+    # 4. A tuple must have one scaling for each matrix.
     if isinstance(lora.scaling, tuple) and len(lora.scaling) != math.prod(batch):
         return (
             "it has a scaling for each matrix of a stack: apply the whole stack, or "
@@ -286,9 +287,9 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
 def stored_axes(
     lora: Adapter, kernel_spec: Sequence[SpecEntry], sizes: Mapping[str, int]
 ) -> dict[str, tuple[Axes, ...]]:
-    """Returns the mesh axes of each axis of the stored arrays, from the kernel's.
+    """Returns the mesh axes of each axis of the stored arrays, from the kernel's spec.
 
-    K and N are split over all mesh axes of the kernel, and so is optimizer state.
+    K and N are split over all mesh axes of the kernel, and so is the optimizer state.
     """
     spec = lora.geometry.matrix_spec(kernel_spec, len(kernel_spec))
     *batch, k, n = (specs.axes_of(entry) for entry in spec)
@@ -296,12 +297,12 @@ def stored_axes(
 
 
 def constrained(lora: A, placement: Placement | None) -> A:
-    """Returns the adapter, split as the product of its placed kernel needs it."""
+    """Returns the adapter, split as products with its placed kernel need it."""
     mesh = declared_mesh(placement)
     if placement is None or mesh is None or explicit_mesh(lora) is not None:
         return lora
     # The stored arrays are split over more mesh axes than the kernel. Without the
-    # constraint, XLA would gather activations to match them, which are larger.
+    # constraint, XLA would gather the activations, which are larger, to match them.
     auto = axes_of_type(mesh, AxisType.Auto)
     row_axes = {axis for axes in placement.rows for axis in axes}
     *batch, k, n = (
@@ -336,7 +337,7 @@ def _fitting_axes(
 
 @dataclass(frozen=True, eq=False)
 class AdaptedKernel(TreeLeaf):
-    """A kernel with its adapter: one leaf of a combined tree, which `combine` makes.
+    """A kernel with its adapter: one leaf of the combined tree that `combine` returns.
 
     Attributes:
         base: The kernel: a QTensor, a StraightThrough or a float array.
@@ -361,7 +362,7 @@ register(AdaptedKernel, ("base", "lora", "dropout_key"), (), "qlora_jax.AdaptedK
 
 
 def parts_of(node: PyTree) -> tuple[PyTree, Adapter | None, Array | None]:
-    """Returns a leaf's kernel, its adapter or None, and its dropout key or None."""
+    """Returns the kernel, adapter and dropout key of a leaf; None for missing parts."""
     if isinstance(node, AdaptedKernel):
         return node.base, node.lora, node.dropout_key
     return node, None, None

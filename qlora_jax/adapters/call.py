@@ -35,7 +35,7 @@ def general_equation(
 ) -> str:
     """Returns the einsum of Flax's `DenseGeneral` and `LinearGeneral`.
 
-    `ndim` is that of the input, whose `axes` are contracted.
+    `ndim` is the input's number of axes, of which `axes` are contracted.
     """
     x, outputs = ascii_letters[:ndim], ascii_letters[ndim:][:num_outputs]
     contracted, batch = (sorted(a % ndim for a in group) for group in (axes, batch))
@@ -59,14 +59,14 @@ class ModuleCall:
 
     kernel: str  # name of the kernel's parameter
     equation: str  # explicit, of the input and the kernel
-    x: Any  # an array, or what JAX converts to one
+    x: Any  # an array, or a value that JAX converts to one
     # Its axes are the kernel's batch and output axes, in the order of the result.
     bias: Array | None = None
-    # Casts the input, the kernel and the bias as the module does. It reads only the
-    # kernel's dtype, so that a scalar replaces the kernel.
+    # Casts the input, the kernel and the bias as the module does. Of the kernel, only
+    # the dtype is read, so `adapted_call` passes a scalar instead of the kernel.
     promote: Callable[[Any, Any, Any], Sequence[Any]] = promote_to_kernel
     precision: lax.PrecisionLike = None
-    out_sharding: OutSharding = None  # of the product (Explicit axes)
+    out_sharding: OutSharding = None  # of the product, over Explicit mesh axes
     # If False, the module must compute its product itself, on float weights.
     is_complete: bool = True
 
@@ -76,7 +76,7 @@ class Lookup:
     """One lookup of rows in a module's table `[V, D]`."""
 
     kernel: str  # name of the table's parameter
-    ids: Any  # an array, or what JAX converts to one
+    ids: Any  # an array, or a value that JAX converts to one
     cast: Callable[[Any], Any]  # casts the rows as the module casts its table
     out_sharding: OutSharding = None
     equation: ClassVar = "v,vd->d"  # as a product: the ids are one-hot rows
@@ -90,7 +90,7 @@ class Lookup:
             raise ValueError(f"ids of a table must be integers. Got {ids.dtype}.")
         kernel = as_kernel(table, lora and lora.geometry)
         # From here on, ids are 0 to V - 1, or V, which returns NaN. They are int32,
-        # because ids of 8 bits would wrap around at 256 rows.
+        # because 8-bit ids would wrap around at 256 rows.
         size, ids = kernel.shape[0], as_int32(ids)
         ids = jnp.where(ids < 0, ids + size, ids)
         ids = jnp.where((ids < 0) | (ids > size), size, ids)
@@ -141,7 +141,7 @@ def adapted_call(
         y = jax.sharding.reshard(y, call.out_sharding)
     if bias is None:
         return y
-    # The bias has a size of 1 where an axis of the result is not one of the kernel.
+    # The bias gets a size of 1 for each axis of the result that the kernel lacks.
     sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
     return y + split_as(bias.reshape([sizes.get(c, 1) for c in equation.out]), y)
 
@@ -175,7 +175,7 @@ class RegisteredEinsum:
     def operands(
         self, module: object, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[str, Any]:
-        """Returns the equation and the input of a call; else raises TypeError."""
+        """Returns the equation and the one input of a call, or raises TypeError."""
         signature = inspect.signature(getattr(self.cls, "__call__"))  # noqa: B009, B004
         _, *arguments = signature.bind(module, *args, **kwargs).arguments.items()
         inputs, equation = dict(arguments), self.equation_of(module)
@@ -192,8 +192,8 @@ class RegisteredEinsum:
 class Registry(Generic[Rule]):
     """Rules by module class: the product that a class computes with its kernel.
 
-    A rule holds for its class and for subclasses that inherit its `__call__`. Traces of
-    another `version`, the number of rules that users added, are stale.
+    A rule applies to its class and to subclasses that inherit its `__call__`. `version`
+    counts the rules that users added. Traces from an older version are stale.
     """
 
     def __init__(self, rules: dict[type, Rule]):

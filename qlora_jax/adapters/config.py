@@ -41,12 +41,12 @@ def first_match(settings: Mapping[Any, T], path: str, default: D) -> T | D:
 
 @dataclass(frozen=True, eq=False)
 class QLoRAConfig:
-    """Which kernels are quantized and adapted, and how. Hashable, so static under jit.
+    """Settings of quantization and adapters. Hashable, so it can be static under jit.
 
     The method is QLoRA (Dettmers et al. 2023, section 3) with the adapters of LoRA (Hu
     et al. 2021, section 4.1).
 
-    Patterns are regular expressions (text or compiled) that must match a leaf's full
+    Patterns are regular expressions (strings or compiled) that must match a leaf's full
     path, such as `"layer/q_proj/kernel"`.
 
     Attributes:
@@ -58,22 +58,23 @@ class QLoRAConfig:
             `quantize`.
         double_quant: Whether the scales are quantized too, as in `quantize`.
         targets: Pattern, or several, of the kernels to quantize and adapt.
-        exclude: Pattern, or several, of leaves to leave alone even if `targets` match.
+        exclude: Pattern, or several, of leaves that are not targets, even if `targets`
+            matches them.
         trainable: Pattern, or several, of float leaves to train in full, such as biases
-            and norms. They are not targets, even if `targets` match: PEFT's
-            `modules_to_save`.
-        trainable_rows: The indices of rows of tables to train, such as those of new
-            tokens, by pattern; other rows stay frozen. These tables are not targets:
-            PEFT's `trainable_token_indices`.
+            and norms, as PEFT's `modules_to_save`. They are not targets, even if
+            `targets` matches them.
+        trainable_rows: The indices of rows of tables to train, by pattern, such as the
+            rows of new tokens, as PEFT's `trainable_token_indices`. Other rows stay
+            frozen. These tables are not targets.
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
         rank_pattern: Ranks by pattern: the first pattern that matches wins. A sequence
-            sets a rank for each expert of a stack. A and B then have the largest rank,
-            and zeros, which stay zero in training, beyond the rank of an expert.
+            sets a rank for each expert of a stack. A and B then have the largest rank.
+            Beyond the rank of an expert they are zero, and stay zero in training.
         alpha_pattern: Alphas by pattern: the first pattern that matches wins.
-        shared: Pattern, or several, of stacks of experts of which each has one adapter
-            for all of its experts.
+        shared: Pattern, or several, of stacks of experts. All experts of such a stack
+            share one adapter.
         rank_stabilized: Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA,
             Kalajdzievski 2023).
         use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu
@@ -83,15 +84,15 @@ class QLoRAConfig:
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
             the role of each trailing axis, as letters: "kn" for `[in, out]`, "nk" for
             `[out, in]`, "bnk" for experts `[E, out, in]` (b batch, k contracted, n
-            output). Axes in front of those are batch axes. A `weight` needs it: [out,
-            in] and [in, out] are both common. The Flax integrations find the roles from
-            the modules.
+            output). Axes in front of those are batch axes. A `weight` needs it, since
+            [out, in] and [in, out] are both common. The Flax integrations get the roles
+            from the modules.
         lora_dtype: Dtype of A and B: "bfloat16", "float16", "float32" or "float64".
             Leaves that are trained in full have this dtype or their own, whichever is
             more precise.
 
     Raises:
-        TypeError: If patterns are not text or compiled from text, if settings by
+        TypeError: If patterns are not strings or compiled from strings, if settings by
             pattern are not a dict, or if `lora_dtype` is not one of those dtypes.
         ValueError: If any other setting is out of its range, if a pattern is not a
             regular expression, or if `freeze_base` is False where `fmt` is None.
@@ -131,7 +132,7 @@ class QLoRAConfig:
         def set_field(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        # 1. Patterns become tuples, and settings by pattern dicts of checked values.
+        # 1. Convert patterns to tuples, and check the settings by pattern.
         for name in ("targets", "exclude", "trainable", "shared"):
             set_field(name, _as_patterns(name, getattr(self, name)))
         if not isinstance(self.contract, Mapping):
@@ -140,7 +141,7 @@ class QLoRAConfig:
         checks |= {"trainable_rows": _as_rows, "alpha_pattern": _as_alpha}
         for name, check in checks.items():
             set_field(name, _by_pattern(name, getattr(self, name), check))
-        # 2. Numbers are checked and converted.
+        # 2. Check and convert numbers.
         set_field("rank", as_rank(self.rank))
         if self.alpha is not None:
             set_field("alpha", _as_alpha(self.alpha))
@@ -148,7 +149,7 @@ class QLoRAConfig:
             raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
         set_field("dropout", float(self.dropout))
         check_dtype("lora_dtype", self.lora_dtype)
-        # 3. Combinations of settings, and defaults that depend on the format.
+        # 3. Check combinations of settings, and set defaults that depend on the format.
         if self.fmt is None and not self.freeze_base:
             raise ValueError(
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
@@ -253,7 +254,7 @@ class QLoRAConfig:
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
         """Returns the contracted axes of the kernel at `path`, or roles as letters.
 
-        None if no pattern matches.
+        Returns None if no pattern matches.
 
         Args:
             path: The path of a kernel.
@@ -267,7 +268,7 @@ def is_table(path: str) -> bool:
 
 
 def settings_by_pattern(config: QLoRAConfig) -> tuple[Pattern, ...]:
-    """Returns the patterns that set something for targets; each must match one."""
+    """Returns the patterns of settings for targets; each must match a target."""
     contract = cast(Mapping[Pattern, Contract], config.contract)
     shared = cast(tuple[Pattern, ...], config.shared)
     return (*config.rank_pattern, *config.alpha_pattern, *contract, *shared)
@@ -331,7 +332,7 @@ def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
     if isinstance(value, Pattern):
         value = (value,)
     patterns = tuple(value) if isinstance(value, Iterable) else None
-    # Compiled patterns may also be of bytes, which do not match paths.
+    # A pattern may also be compiled from bytes, which cannot match paths.
     if patterns is None or not all(
         isinstance(getattr(p, "pattern", p), str) for p in patterns
     ):

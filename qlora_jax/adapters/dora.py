@@ -40,7 +40,7 @@ from .lora import (
 )
 from .product import adapted_product
 
-# Bytes in float32 of the columns, or rows of a table, that are decoded at a time.
+# The columns, or rows of a table, that are decoded at a time have this size in float32.
 TILE_BYTES = 2**20
 
 
@@ -50,11 +50,11 @@ class DoRA(LoRA):
 
     The product of its kernel is `(x W + scaling * (x A) B) * m / c`, where c are the
     norms of the columns of `W + scaling * A B`, without a gradient (DoRA, Liu et al.
-    2024, section 4). `init` makes it where the config has `use_dora`. It has the
+    2024, section 4). `init` makes it if the config has `use_dora`. It has the
     attributes of a `LoRA`, and one more.
 
     Attributes:
-        m: The magnitudes, `[*batch, N]`, at first the norms of the columns of the
+        m: The magnitudes, `[*batch, N]`. They start as the norms of the columns of the
             packed W.
 
     Example:
@@ -74,8 +74,9 @@ class DoRA(LoRA):
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of
-        # its columns. As in PEFT, c gets no gradient (section 4.3) and dropout acts on
-        # the input of both products.
+        # its columns, which get no gradient (section 4.3). As in PEFT, dropout acts
+        # only on the change of the frozen product: x W + (d V * m / c - d W), with d
+        # for x after dropout.
         dropped = apply_dropout(x, self.dropout, call.dropout_key)
         y = call.multiply(dropped, kernel)
         norms = column_norms(self, kernel, call.multiply, x.dtype)
@@ -87,7 +88,7 @@ class DoRA(LoRA):
         # not save it would compute both products again.
         v = checkpoint_name(v, "dora_product").astype(jnp.float32)
         result = (v * split_as(scale, v)).astype(x.dtype)
-        # Dropout must not act on the frozen product: replace its part in the result.
+        # Replace d W, which is in the result, by x W.
         return result if dropped is x else result + (call.multiply(x, kernel) - y)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
@@ -101,8 +102,8 @@ class DoRA(LoRA):
     def table_norms(self, kernel: Kernel) -> Array | None:  # noqa: D102
         if self.row_role != "k":  # each row has its own magnitude and norm
             return None
-        # `column_norms` decodes some columns at a time, with all of a table's rows,
-        # which are many.
+        # `column_norms` decodes a few columns at a time, each with the many rows of the
+        # table. On one device, `_table_norms` decodes a few rows at a time instead.
         return _table_norms(self, kernel) if is_local() else column_norms(self, kernel)
 
     def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:  # noqa: D102
@@ -118,12 +119,12 @@ register_adapter(DoRA)
 
 
 def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> LoRA:
-    """Returns the adapter of a kernel, which is already packed, that adds nothing yet.
+    """Returns a new adapter, which adds nothing yet, of a kernel of the base tree.
 
     A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
-    al. 2015), PEFT's default. B is zero. Magnitudes start as the norms. In a table of
-    embeddings, whose batches use few rows, A is zero and B is normal, as in PEFT, and
-    there is no dropout.
+    al. 2015), PEFT's default. B is zero. Magnitudes start as the norms of the columns.
+    For an embedding table, of which a batch uses few rows, A is zero and B is drawn
+    from a normal distribution, as in PEFT, and there is no dropout.
     """
     *batch, k, n = kernel.matrix_shape
     rank, scaling = config.rank_of(path), config.scaling_of(path)
@@ -139,7 +140,8 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> L
     else:
         a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*batch, rank, n), dtype)
-    # 2. Experts with smaller ranks: zeros beyond the rank of each, and their scalings.
+    # 2. For experts of different ranks, set A and B to zero beyond each rank, and
+    #    repeat the scalings for each layer.
     if ranks := config.ranks_of(path):
         is_used = np.arange(rank) < np.array(ranks)[:, None]  # [E, r]
         a = jnp.where(jnp.broadcast_to(is_used[:, None, :], a.shape), a, 0)
@@ -164,11 +166,11 @@ def column_norms(
 ) -> Float32[Array, "*batch n"]:
     """Returns the norms of the columns of `W + scaling * A B`, without a gradient.
 
-    The product with W is computed in `dtype`, that of the input.
+    The product with W is computed in `dtype`, the dtype of the input.
     """
-    # V = W + s A B is as large as the float kernel. Without it, for column n,
+    # V = W + s A B is as large as the float kernel, so it is not computed. Instead,
     #   c^2 = |W[:, n]|^2 + s sum_r B[r, n] (2 (A^T W)[r, n] + s (A^T A B)[r, n])
-    # and A^T W is a product of r rows with the packed kernel.
+    # for column n, where A^T W is a product of r rows with the packed kernel.
     kernel = lax.stop_gradient(_without_row_axes(kernel))
     lora = constrained(lax.stop_gradient(lora), kernel.placement)
     a, b = cast(lora.a, dtype), cast(lora.b, dtype).astype(jnp.float32)
@@ -179,15 +181,15 @@ def column_norms(
     inner = 2 * at_w + split_as(scaled(at_ab, lora), at_w)
     change = jnp.sum(split_as(b, at_w) * inner, -2)
     squares = split_as(_column_squares(kernel), change)
-    # If the adapter cancels a column of W, rounding may make the difference negative.
+    # If the adapter cancels a column of W, rounding may make the sum negative.
     norms = _safe_sqrt(jnp.maximum(squares + scaled(change, lora), 1e-7 * squares))
     return checkpoint_name(norms, "dora_norms")
 
 
 def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     """Returns the sums of the squares of a kernel's columns."""
-    # They are not stored: an optimizer would change them among the trained arrays, and
-    # with the packed kernel they could become stale.
+    # The sums are not stored. Among the trained arrays, an optimizer would change them.
+    # With the packed kernel, they could become stale.
     q = kernel.take().to_device()
     if not isinstance(q, QTensor) or not is_local():
         return jnp.sum(jnp.square(q.dequantize_matrix(jnp.float32)), -2)
@@ -225,7 +227,7 @@ def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
         ids = i * tile_rows + jnp.arange(tile_rows)
         arrays = {**lora.arrays_at((ids,)), "scaling": lora.scaling}
         v = LoRA.adapted_rows(lora, take_rows(kernel, ids), arrays)
-        # Ids beyond the table return NaN.
+        # Ids beyond the table, in the last tile, return NaN.
         v = jnp.where((ids < size)[:, None], v, 0)
         return squares + jnp.sum(jnp.square(v), 0)
 
@@ -235,8 +237,9 @@ def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
 
 
 def _without_row_axes(kernel: Kernel) -> Kernel:
-    """Returns the kernel for an input that every device has, such as A^T."""
-    # With mesh axes of rows (FSDP), the product would gather the weights over them.
+    """Returns the kernel for products with an input that every device has: A^T."""
+    # If a placement has mesh axes of rows (FSDP), products gather the weights over
+    # these axes, which this input does not need.
     if kernel.placement is None:
         return kernel
     placement = replace(kernel.placement, rows=())
@@ -252,5 +255,5 @@ def _without_row_axes(kernel: Kernel) -> Kernel:
 
 
 def _safe_sqrt(squares: Array) -> Array:
-    """Returns norms that are never zero, so that a column of zeros stays zero."""
+    """Returns positive square roots, so that columns of zeros stay zero."""
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))

@@ -34,7 +34,7 @@ CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
 @dataclass(frozen=True, eq=False)
 class LoRA(Adapter):
-    """A low-rank adapter of one kernel: its two leaves are all that is trained.
+    """A low-rank adapter of one kernel. Only its two arrays are trained.
 
     It adds `scaling * (x A) B` to the product of its kernel (LoRA, Hu et al. 2021,
     section 4.1). `init` makes adapters; `apply` and the integrations compute with them.
@@ -45,8 +45,8 @@ class LoRA(Adapter):
         b: B, `[*batch, r, N]` in the same dtype, zero at first: N runs over the
             kernel's output axes.
         scaling: Multiplier of the product: `alpha / rank`, or `alpha / sqrt(rank)` if
-            it is rank-stabilized. A stack with a scaling for each matrix, as
-            `ql.io.load_peft` makes it, has a tuple in the order of its batch axes.
+            it is rank-stabilized. If each matrix of a stack has its own, as after
+            `ql.io.load_peft`, a tuple in the order of the batch axes.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
         geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
 
@@ -99,7 +99,7 @@ class LoRA(Adapter):
 
     @property
     def row_role(self) -> str | None:
-        """The role of the rows of a table `[V, D]`; None for a kernel of other axes."""
+        """The role of the rows of a table `[V, D]`; None for any other kernel."""
         return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
 
     def arrays_at(
@@ -109,7 +109,7 @@ class LoRA(Adapter):
 
         Args:
             index: int32 ids of rows, or places of a bank and ids of rows.
-            take: A function for arrays that have no axis of rows.
+            take: A function that is applied to arrays without an axis of rows.
         """
         arrays = {}
         for name, x in self.arrays.items():
@@ -123,7 +123,7 @@ class LoRA(Adapter):
         return arrays
 
     def table_norms(self, kernel: Kernel) -> Array | None:
-        """Returns what `adapted_rows` needs of the full table, here nothing.
+        """Returns the norms of columns if `adapted_rows` needs them, as for a DoRA.
 
         Args:
             kernel: The frozen table.
@@ -135,10 +135,11 @@ class LoRA(Adapter):
 
         Args:
             rows: Rows of the frozen table, `[..., D]`.
-            arrays: Those of `arrays_at`, with the "scaling", and "norms" of the table.
+            arrays: The arrays of `arrays_at`, "scaling", and the "norms" of
+                `table_norms`.
         """
-        # Rows of a table are products of one-hot rows, so with k as the axis of rows,
-        # a row changes by A[id] B. With n, the table is transposed: B[:, id]^T A^T.
+        # If the rows of the table are along K, a lookup is a product with one-hot rows,
+        # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
         a, b = (arrays[name].astype(jnp.float32) for name in ("a", "b"))
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
         change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
@@ -151,8 +152,8 @@ register_adapter(LoRA)
 class SharedLoRA(LoRA):
     """One LoRA for all experts of a stack `[*batch, E, K, N]`.
 
-    `init` makes it where the config's `shared` says so. It has the attributes of a
-    `LoRA`, with A `[*batch, 1, K, r]` and B `[*batch, 1, r, N]`.
+    `init` makes it for the kernels that the config's `shared` matches. It has the
+    attributes of a `LoRA`, with A `[*batch, 1, K, r]` and B `[*batch, 1, r, N]`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -173,7 +174,7 @@ class SharedLoRA(LoRA):
     def ragged_product(  # noqa: D102
         self, x: Array, kernel: Kernel, call: ProductCall
     ) -> Array:
-        # All rows are one group; rows beyond it result in zero.
+        # The rows of all experts are one group. Rows after the group give zeros.
         assert call.offsets is not None
         ends = call.offsets[jnp.array([0, -1])]
         return super().ragged_product(x, kernel, call._replace(offsets=ends))
@@ -241,8 +242,8 @@ def cast(w: Array, dtype: DTypeLike) -> Array:
     """Returns `w.astype(dtype)`, bit for bit, in a form that stays inside loops."""
     # XLA moves a cast of each layer's A and B out of a scan and keeps the copies of all
     # layers: 0.34 GB for an 8B model at rank 64. It does not move a `reduce_precision`.
-    # That flushes subnormal numbers of float16 to zero, so the dtypes must share an
-    # exponent range, as float32 and bfloat16 do.
+    # `reduce_precision` flushes subnormal numbers of float16 to zero, so it is used
+    # only if both dtypes have the same exponent range, as float32 and bfloat16 do.
     source, target = jnp.finfo(w.dtype), jnp.finfo(dtype)
     if source.nexp == target.nexp and source.nmant > target.nmant:
         w = lax.reduce_precision(w, int(target.nexp), int(target.nmant))
@@ -253,8 +254,8 @@ def apply_dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Applies inverted dropout to an input, if there is a key."""
     if key is None or rate == 0:
         return x
-    # `jax.random.PRNGKey` makes raw keys. A batch has a key for each matrix, of which
-    # the first one serves all of `x`.
+    # `jax.random.PRNGKey` makes raw keys, which are wrapped. A stack has a key for each
+    # matrix; the first key is used for all of `x`.
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     keys: Array = key if is_typed else jax.random.wrap_key_data(key)
     first_key = keys.reshape(-1)[0] if keys.ndim else keys

@@ -1,7 +1,7 @@
-"""Functions of float experts whose ragged products are computed with packed ones.
+"""Calls functions of float experts with packed experts.
 
-JAX traces the function. Its program then runs with products of packed experts instead
-of `lax.ragged_dot`.
+JAX traces the function. The traced program then runs with products of packed experts
+instead of `lax.ragged_dot`.
 """
 
 import functools
@@ -23,24 +23,24 @@ from .base import Adapter, sliced
 from .product import product
 
 Backends = str | tuple[str, ...] | None
-# Returns the results of an operation for the values of its operands.
+# Computes the results of an operation from the values of its operands.
 ComputeEqn = Callable[[JaxprEqn, list], Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class _ExpertsView:
-    """Packed experts in the place of their float weights in a function."""
+    """Packed experts that stand in for their float weights in a traced program."""
 
     kernel: Kernel
     lora: Adapter | None
-    # The kernel's axes in the order of the function's array. The axis of a single
-    # expert is missing where the function has squeezed it.
+    # The kernel's axes in the order of the program's array. The axis of experts is
+    # missing if there is a single expert and the program has squeezed the axis.
     axes: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def float_weights(self) -> Array:
-        """The decoded weights, as the function expects them."""
+        """The decoded weights, as the array that the program expects."""
         kernel = self.kernel
         w = kernel.dequantize() if self.lora is None else self.lora.merged(kernel)
         squeezed = tuple({*range(w.ndim)} - {*self.axes})
@@ -48,7 +48,7 @@ class _ExpertsView:
         return w.squeeze(range(len(squeezed)))
 
     def after(self, eqn: JaxprEqn) -> "_ExpertsView | None":
-        """Returns the view that an operation returns, or None if it is not a view."""
+        """Returns the result of an operation as a view, or None if it cannot be one."""
         name = eqn.primitive.name
         if name == "transpose":
             axes = tuple(self.axes[axis] for axis in eqn.params["permutation"])
@@ -103,7 +103,7 @@ class _ExpertsView:
             return is_plain and has_dtype and self._roles(self.axes)[w_axes[0]] == "k"
         if name != "ragged_dot_general" or params["group_offset"]:
             return False
-        # x [M, K] with ragged rows, and w with one axis each of groups, K and N.
+        # Requires x [M, K] with ragged rows, and w with the axes groups, K and N.
         numbers = params["ragged_dot_dimension_numbers"]
         (x_axes, (k, *more_axes)), batch = numbers.dot_dimension_numbers
         (group,) = numbers.rhs_group_dimensions or (k,)
@@ -128,8 +128,8 @@ def call_with_experts(
     """Returns `fn(weights)` for the float weights of kernels with their adapters.
 
     Ragged products with packed experts use the packed weights. If `fn` uses weights in
-    another way, they are decoded, and `fn` runs under `jax.checkpoint`: the backward
-    pass decodes them again.
+    any other operation, they are decoded, and `fn` runs under `jax.checkpoint`, so that
+    the backward pass decodes them again.
     """
     # 1. Trace the function for the shapes of the float weights.
     views = []
@@ -139,7 +139,7 @@ def call_with_experts(
     weights = jax.eval_shape(lambda: [view.float_weights for view in views])
     program, out = jax.make_jaxpr(fn, return_shape=True)(weights)
     operands = [*program.consts, *views]
-    # 2. A dry run, without values, collects the views that are not only multiplied.
+    # 2. A dry run without values collects the views that must be decoded.
     decoded: list[_ExpertsView] = []
 
     def collect_views(eqn: JaxprEqn, values: list) -> list:
@@ -149,7 +149,7 @@ def call_with_experts(
     results = _run(program.jaxpr, operands, collect_views, lambda eqn, values: [None])
     decoded.extend(value for value in results if isinstance(value, _ExpertsView))
 
-    # 3. The run itself.
+    # 3. Run the program.
     def compute(eqn: JaxprEqn, values: list) -> list:
         return bind(eqn, map(_decoded, values))
 
@@ -166,7 +166,7 @@ def _run(
 ) -> list:
     """Runs a program in which some values are views of experts.
 
-    `multiply` computes products with those, and `compute` other operations.
+    `multiply` computes products with these views, and `compute` all other operations.
     """
 
     def run_eqn(eqn: JaxprEqn, values: list) -> Sequence[Any]:

@@ -32,12 +32,12 @@ def adapted_product(
 ) -> Float[Array, "..."]:
     """Returns the product of x `[*batch, ..., K]` with a kernel and its adapter.
 
-    The result has the dtype of `x`. For one layer of a stack, the adapter is that
-    layer's. With `offsets`, the product is ragged, x is `[M, K]`, and `result` may set
-    another dtype of the result.
+    The result has the dtype of `x`. If the kernel is one layer of a stack, pass the
+    adapter of this layer. With `offsets`, the product is ragged, x is `[M, K]`, and
+    `result` may set another dtype of the result.
     """
     if lora is not None:
-        # The adapter calls this function without itself for the frozen kernel.
+        # For the frozen kernel, the adapter calls this function without an adapter.
         settings: dict[str, Any] = {"backend": backend, "precision": precision}
         settings |= {"offsets": offsets, "result": result}
         multiply = functools.partial(adapted_product, **settings)
@@ -73,10 +73,10 @@ def ragged_dot(
     """Returns `jax.lax.ragged_dot` of x with packed experts, in the dtype of `x`.
 
     The first `group_sizes[0]` rows of x are multiplied by expert 0, the next by expert
-    1, and so on; rows beyond their sum result in zero. Experts are decoded one after
-    another (or a tile of one), each once for all of its rows, and only those that have
-    rows. Rounding and sums are those of `matmul`. Differentiable in `x` and the
-    adapter.
+    1, and so on; rows beyond the sum of the sizes give zeros. Experts, or tiles of
+    them, are decoded one after another, once for all of their rows; experts without
+    rows are not decoded. Rounding and sums are those of `matmul`. The result is
+    differentiable in `x` and the adapter.
 
     On a mesh, experts may be split over mesh axes: each device has all rows, multiplies
     those of its experts, and the results are summed. Where the same axes split the rows
@@ -84,12 +84,12 @@ def ragged_dot(
 
     Args:
         x: Floating-point `[M, K]`, rows sorted by expert.
-        experts: A QTensor, another kernel or a float array, `[E, K, N]`; or such a leaf
-            of a combined tree, with its adapter.
+        experts: A QTensor, another kernel or a float array, `[E, K, N]`; or an
+            `AdaptedKernel` of one, as in a combined tree.
         group_sizes: The number of rows of each expert, integers `[E]`.
         lora: The LoRA of the experts, with A `[E, K, r]` and B `[E, r, N]`, or None.
-        layer: As in `matmul`: `experts` is a packed stack `[L, E, K, N]`. The adapter
-            is that of the layer.
+        layer: The index of a layer, as in `matmul`, if `experts` is a packed stack
+            `[L, E, K, N]`. The adapter is then the adapter of this layer.
         dropout_key: PRNG key of the adapter's dropout; None for no dropout.
         backend: As in `matmul`, for packed experts.
         precision: As in `jax.lax.dot_general`.
@@ -116,7 +116,7 @@ def ragged_dot(
             "`experts` must be one stack [E, K, N] in one format. Got "
             f"{len(experts)} kernels in {kinds}."
         )
-    # A leaf of a combined tree has its own adapter and key.
+    # A leaf of a combined tree brings its own adapter and dropout key.
     experts, leaf_lora, leaf_key = parts_of(experts)
     lora = leaf_lora if lora is None else lora
     dropout_key = leaf_key if dropout_key is None else dropout_key

@@ -30,7 +30,7 @@ class Selected(LoRA):
     Its arrays have one more axis after the batch axes: the E places of the bank.
     """
 
-    kind: ClassVar[Callable[..., Any]]  # of the adapters in the bank
+    kind: ClassVar[Callable[..., Any]]  # class of the adapters in the bank
     # int32 `[*batch]`, or `[R]` for each row of the first axis of the input; -1 selects
     # the frozen kernel without an adapter.
     ids: Array
@@ -38,8 +38,8 @@ class Selected(LoRA):
     inputs = ("scaling", "ids")
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        # 1. The adapters are taken from the bank when x is ready. Without the barrier,
-        #    XLA takes those of all layers first, as it does on CPUs in 0.10.2.
+        # 1. Take adapters from the bank only when x is ready. Without the barrier, XLA
+        #    takes the adapters of all layers first, as on CPUs in JAX 0.10.2.
         batch_ndim = len(self.batch_shape)
         ids = lax.optimization_barrier((lax.stop_gradient(x), self.ids))[1]
 
@@ -75,8 +75,8 @@ class Selected(LoRA):
 
         # 3. One adapter for each row, under a vmap. Products with the kernel fold the
         #    mapped axis into their rows, so that the kernel is decoded once. The
-        #    backward pass takes A and B of each row again: saved, those of all layers
-        #    would be in memory.
+        #    backward pass takes A and B of each row again, because saving them would
+        #    keep those of all layers in memory.
         @functools.partial(jax.checkpoint, policy=_SAVE_PRODUCTS)
         def adapt_rows(bank: Selected, x: Array, ids: Array, keys: PyTree) -> Array:
             by_row = bank._take_adapters(ids), ids == -1, keys
@@ -111,12 +111,13 @@ class Selected(LoRA):
         def take_by_row(stored: Array) -> Array:
             return self._take(stored, self.ids)
 
-        # Index the bank and the table at once: otherwise, XLA takes a full A for each
-        # row of the input.
+        # Index the places of the bank and the rows of the table at once. Otherwise, XLA
+        # takes a full A for each row of the input.
         place = jnp.where(self.ids < -1, self.scaling.shape[0], self.ids)
         place = jnp.expand_dims(place, tuple(range(1, ids.ndim)))
         arrays = self.arrays_at((place, ids), take_by_row)
-        # Norms of each adapter of the bank: by row, each one would need its full A.
+        # Compute norms for each adapter of the bank. For each row, they would need a
+        # full A per row.
         adapters = self._new_adapters({**self.arrays, "scaling": self.scaling})
         norms = jax.vmap(lambda lora: lora.table_norms(kernel))(adapters)
         arrays |= jax.tree.map(take_by_row, {"scaling": self.scaling, "norms": norms})
@@ -127,7 +128,7 @@ class Selected(LoRA):
     ragged_product = Adapter.ragged_product
 
     def _take_adapters(self, ids: Array) -> LoRA:
-        """Returns the adapters of the ids, whose arrays are zero for an id of -1."""
+        """Returns the adapters of the ids. For an id of -1, their arrays are zero."""
         stored = {**self.arrays, "scaling": self.scaling}
         taken = {name: self._take(array, ids) for name, array in stored.items()}
         return self._new_adapters(taken)
@@ -140,7 +141,7 @@ class Selected(LoRA):
         batch_ndim = len(self.batch_shape)
 
         def take(stored: Array, ids: Array) -> Array:
-            # Ids that are not in the bank return NaN, and -1 zeros.
+            # An id of -1 returns zeros; other ids that are not in the bank return NaN.
             index = jnp.where(ids < -1, stored.shape[0], ids)
             taken = stored.at[index].get(mode="fill", fill_value=jnp.nan)
             is_off = jnp.expand_dims(ids == -1, tuple(range(ids.ndim, taken.ndim)))

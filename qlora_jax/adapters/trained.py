@@ -20,17 +20,17 @@ BATCH_AXES_ONLY = Geometry("", ())
 
 @dataclass(frozen=True, eq=False)
 class Trained(Adapter):
-    """An array that is trained in the place of a frozen leaf: a bias, a norm, a head.
+    """A trained array that replaces a frozen leaf, such as a bias, a norm or a head.
 
-    `init` makes one for each leaf that `trainable` of the config matches. It is in the
-    lora tree like any adapter, so that optimizers and files treat it as one; the base
+    `init` makes one for each leaf that the config's `trainable` matches. It is in the
+    lora tree, so optimizers and files treat it like any other adapter. The base tree
     keeps the original leaf.
 
     Attributes:
         value: The trained array, in the leaf's shape, initialized with the leaf. Its
-            dtype is at least the config's `lora_dtype`. The model sees it in the leaf's
-            dtype.
-        scaling: Unused: an attribute of all adapters.
+            dtype is at least as precise as the config's `lora_dtype`. The model uses it
+            in the leaf's dtype.
+        scaling: Unused; every adapter has this attribute.
         dropout: Unused.
         geometry: Unused.
 
@@ -62,7 +62,7 @@ register_adapter(Trained)
 
 
 def new_trained(leaf: PyTree, dtype: DTypeLike) -> Trained:
-    """Returns a copy of a leaf to train, whose dtype is at least `dtype`."""
+    """Returns a copy of a leaf to train; its dtype is promoted with `dtype`."""
     # Without a copy, a training step that donates the lora tree would free the base.
     return Trained(jnp.array(leaf, jnp.promote_types(leaf.dtype, dtype), copy=True))
 
@@ -71,12 +71,12 @@ def new_trained(leaf: PyTree, dtype: DTypeLike) -> Trained:
 class TrainedRows(Adapter):
     """Rows of a table `[V, D]` that are trained, such as those of new tokens.
 
-    `init` makes it where `trainable_rows` of the config says so: PEFT's
-    `trainable_token_indices`.
+    `init` makes one for each table that the config's `trainable_rows` matches, as
+    PEFT's `trainable_token_indices`.
 
     Attributes:
         rows: The trained rows, `[*batch, t, D]`, initialized with those of the table.
-        scaling: Unused: an attribute of all adapters.
+        scaling: Unused; every adapter has this attribute.
         dropout: Unused.
         geometry: The table's axes, "kn".
         indices: The indices of the rows, in ascending order.
@@ -114,7 +114,7 @@ class TrainedRows(Adapter):
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         indices = jnp.array(self.indices)
-        # The position of each id among the trained rows, if it is one of them.
+        # Find the position of each id among the trained rows, if it is one of them.
         position = jnp.searchsorted(indices, ids)
         is_trained = jnp.take(indices, position, mode="clip") == ids
         rows = self.rows.astype(kernel.dtype)
@@ -134,7 +134,7 @@ register_adapter(TrainedRows)
 def new_trained_rows(
     kernel: Kernel, indices: tuple[int, ...], dtype: DTypeLike
 ) -> TrainedRows:
-    """Returns copies of a table's rows to train, whose dtype is at least `dtype`."""
+    """Returns copies of a table's rows to train, promoted with `dtype`."""
     rows = lax.stop_gradient(take_rows(kernel, jnp.array(indices)))
     rows = rows.astype(jnp.promote_types(rows.dtype, dtype))
     return TrainedRows(rows, 1.0, 0.0, kernel.geometry, indices)
