@@ -73,7 +73,7 @@ def cases(layers: int, width: int) -> dict:
     def dense(params, tokens):
         return loss(model.apply({"params": params}, tokens), tokens)
 
-    def adapted(lora, base, tokens):
+    def adapted_loss(lora, base, tokens):
         return loss(wrapped.apply({"params": base, "lora": lora}, tokens), tokens)
 
     def trees(fmt):
@@ -87,8 +87,8 @@ def cases(layers: int, width: int) -> dict:
 
     return {
         "dense": (dense, (params, tokens)),
-        "LoRA on float": (adapted, trees(None)),
-        "QLoRA, nf4": (adapted, trees("nf4")),
+        "LoRA on float": (adapted_loss, trees(None)),
+        "QLoRA, nf4": (adapted_loss, trees("nf4")),
     }
 
 

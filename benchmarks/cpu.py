@@ -91,17 +91,17 @@ def product_row(runs: dict, rounds: int) -> list[str]:
     times = interleave({peer: sampler(*run) for peer, run in runs.items()}, rounds)
     ours, dense, best = (times[peer] for peer in ("qlora_jax", "dense", "dense-best"))
 
-    def ms(seconds):
+    def format_ms(seconds):
         return f"{seconds * 1e3:.2f}"
 
     return [
         f"{ours.median / dense.median:.2f}",
         f"{ours.median / best.median:.2f}",
-        ms(ours.fastest),
-        ms(ours.median),
-        ms(dense.fastest),
-        ms(dense.median),
-        ms(best.median),
+        format_ms(ours.fastest),
+        format_ms(ours.median),
+        format_ms(dense.fastest),
+        format_ms(dense.median),
+        format_ms(best.median),
         mib(temporaries(runs["qlora_jax"][0], *runs["qlora_jax"][1])),
         mib(temporaries(runs["dense"][0], *runs["dense"][1])),
     ]

@@ -134,13 +134,13 @@ def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
         "embeddings.LayerNorm", x + w["embeddings.token_type_embeddings.weight"][0]
     )
 
-    def heads(x):
+    def split_heads(x):
         return x.reshape(*x.shape[:-1], HEADS, -1)
 
     count = len({name.split(".")[2] for name in w if name.startswith("encoder.layer")})
     for layer in (f"encoder.layer.{i}" for i in range(count)):
         query, key, value = (
-            heads(linear(f"{layer}.attention.self.{name}", x))
+            split_heads(linear(f"{layer}.attention.self.{name}", x))
             for name in ("query", "key", "value")
         )
         mixed = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)

@@ -68,19 +68,21 @@ PRODUCT = re.compile(r"__triton\w*gemm\w*|__cublas[\w$]*|__cudnn[\w$]*")
 def cases(m, backend):
     """Yields a name, a function and its arguments for each direction."""
 
-    def shape(*dims):
+    def shape_struct(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
 
-    q = jax.eval_shape(lambda w: ql.quantize(w, "nf4", block_size=BLOCK), shape(K, N))
+    q = jax.eval_shape(
+        lambda w: ql.quantize(w, "nf4", block_size=BLOCK), shape_struct(K, N)
+    )
 
     def product(x, q):
         return ql.matmul(x, q, backend=backend)
 
-    def gradient(x, q, g):
+    def input_gradient(x, q, g):
         return jax.vjp(lambda x: product(x, q), x)[1](g)[0]
 
-    yield "x @ W", product, (shape(m, K), q)
-    yield "g @ W.T", gradient, (shape(m, K), q, shape(m, N))
+    yield "x @ W", product, (shape_struct(m, K), q)
+    yield "g @ W.T", input_gradient, (shape_struct(m, K), q, shape_struct(m, N))
 
 
 def first_array(text):

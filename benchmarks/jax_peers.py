@@ -106,11 +106,11 @@ def contestant(peer: str, w: jax.Array):
 def product_functions(product):
     """Returns the jitted forward, and forward with input gradient."""
 
-    def both(x, w, g):
+    def product_and_gradient(x, w, g):
         y, pullback = jax.vjp(lambda x: product(x, w), x)
         return y, pullback(g)[0]
 
-    return jax.jit(lambda x, w: product(x, w)), jax.jit(both)
+    return jax.jit(lambda x, w: product(x, w)), jax.jit(product_and_gradient)
 
 
 def product_job(peer: str, case: dict) -> Job:
@@ -290,12 +290,12 @@ def stacked(layer, unrolled: bool, layers: int):
             lambda h, layer_params: (layer(*layer_params, h), None), h, (base, lora)
         )[0]
 
-    def looped(base, lora, h):
+    def loop_over_layers(base, lora, h):
         for i in range(layers):
             h = layer(base[i], lora[i], h)
         return h
 
-    return looped if unrolled else scanned
+    return loop_over_layers if unrolled else scanned
 
 
 def our_stack(case: dict, unrolled: bool):

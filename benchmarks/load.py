@@ -56,19 +56,21 @@ def make(folder: pathlib.Path, s) -> int:
 
     rng = np.random.default_rng(0)
 
-    def new(*shape):
+    def draw_weight(*shape):
         x = rng.standard_normal(shape, np.float32) * np.float32(0.02)
         return x.astype(ml_dtypes.bfloat16)
 
     for i in range(s["layers"]):
         name = f"model.layers.{i}."
-        tensors = {f"{name}{x}.weight": new(*size) for x, size in shapes(s).items()}
-        tensors |= {f"{name}{x}.weight": new(s["width"]) for x in NORMS}
+        tensors = {
+            f"{name}{x}.weight": draw_weight(*size) for x, size in shapes(s).items()
+        }
+        tensors |= {f"{name}{x}.weight": draw_weight(s["width"]) for x in NORMS}
         file = f"model-{i:05d}-of-{s['layers']:05d}.safetensors"
         if i == 0:
-            tensors["model.embed_tokens.weight"] = new(s["vocab"], s["width"])
-            tensors["lm_head.weight"] = new(s["vocab"], s["width"])
-            tensors["model.norm.weight"] = new(s["width"])
+            tensors["model.embed_tokens.weight"] = draw_weight(s["vocab"], s["width"])
+            tensors["lm_head.weight"] = draw_weight(s["vocab"], s["width"])
+            tensors["model.norm.weight"] = draw_weight(s["width"])
         ql.io.write_safetensors(folder / file, tensors, metadata={"format": "pt"})
     files = sorted(folder.glob("*.safetensors"))
     weight_map = {

@@ -71,12 +71,12 @@ def abstract_trees(model: Decoder, fmt: str | None, rank: int = RANK):
     config = ql.QLoRAConfig(rank=rank, fmt=fmt, targets=TARGETS)
     tokens = jnp.zeros((1, 8), jnp.int32)
 
-    def make(key):
+    def make_trees(key):
         params = model.init(key, tokens)["params"]
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         return params, *ql.linen.init(key, model, params, config, tokens)
 
-    return jax.eval_shape(make, jax.random.key(0))
+    return jax.eval_shape(make_trees, jax.random.key(0))
 
 
 def model_memory(config: DecoderConfig) -> dict[str, dict[str, int]]:

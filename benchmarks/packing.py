@@ -93,12 +93,15 @@ def measure(case: dict, longest: int, rounds: int) -> list[list[str]]:
     times = interleave({name: partial(run, x) for name, x in timed.items()}, rounds)
     rows, tokens = [], lambda batches: sum(batch.num_tokens for batch in batches)
 
-    def rate(name):
+    def seconds_per_token(name):
         return times[name].median / tokens(timed[name])
 
     for name, batches in ways.items():
         padding = 1 - tokens(batches) / sum(batch.ids.size for batch in batches)
-        ratio, tokens_per_ms = rate(name) / rate("packed"), 1e3 * rate(name)
+        ratio, tokens_per_ms = (
+            seconds_per_token(name) / seconds_per_token("packed"),
+            1e3 * seconds_per_token(name),
+        )
         numbers = f"{ratio:.2f}", f"{tokens_per_ms:.2f}", f"{100 * padding:.1f}%"
         rows.append([name, *numbers])
     return rows

@@ -184,13 +184,13 @@ class Bench:
         """Returns the record of a run at each learning rate."""
         task, began = self.task, time.perf_counter()
 
-        def schedule(rate):
+        def make_schedule(rate):
             return ql.train.make_schedule(
                 "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
             )
 
         optimizers = [
-            ql.train.make_optimizer("adamw", schedule(rate), beta2=0.99)
+            ql.train.make_optimizer("adamw", make_schedule(rate), beta2=0.99)
             for rate in rates
         ]
 

@@ -98,10 +98,10 @@ def _words() -> dict[str, Iterable[dict]]:
         training=TRAINING, held_out=TESTS + TESTS // 2
     )
 
-    def row(example):
+    def as_row(example):
         return {"messages": make_data.messages(example)}
 
-    return _splits([*map(row, training)], [*map(row, held_out)])
+    return _splits([*map(as_row, training)], [*map(as_row, held_out)])
 
 
 def _sums() -> dict[str, Iterable[dict]]:

@@ -40,11 +40,11 @@ def measure(case: dict, count: int, rounds: int) -> list:
     loss = train.decoder_loss(model)
     single_step = train.make_step(loss, optimizer)
 
-    def copies():
+    def copy_lora():
         return jax.tree.map(lambda x: x + 0, lora)
 
     def begin(seed):
-        return train.State.create(copies(), optimizer, seed)
+        return train.State.create(copy_lora(), optimizer, seed)
 
     joint = train.make_joint_step(loss, [optimizer] * count)
     alone, several = begin(0), [begin(seed) for seed in range(count)]

@@ -110,7 +110,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Returns a Markdown table, padded so that it reads well in a terminal too."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
-    def line(row):
+    def format_line(row):
         return (
             "| "
             + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
@@ -118,7 +118,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         )
 
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    return "\n".join([format_line(header), rule, *map(format_line, rows)])
 
 
 def mib(size: float | None) -> str:

@@ -75,14 +75,14 @@ def product_job(peer: str, case: dict) -> Job:
     def forward():
         return layer(x)
 
-    def both():
+    def product_and_gradient():
         leaf = x.detach().requires_grad_()
         y = layer(leaf)
         return y, torch.autograd.grad(y, leaf, g)
 
     if not case["backward"]:
         layer.eval()
-    call = both if case["backward"] else forward
+    call = product_and_gradient if case["backward"] else forward
     return Job(call, lambda: forward().float().numpy(), facts)
 
 
@@ -97,10 +97,10 @@ def quantize_job(case: dict) -> Job:
     def call():
         return bnb.quantize_4bit(w, **kind)
 
-    def decoded():
+    def decode():
         return bnb.dequantize_4bit(*call()).float()
 
-    return Job(call, lambda: (x @ decoded().T).numpy())
+    return Job(call, lambda: (x @ decode().T).numpy())
 
 
 class Stack(torch.nn.Module):

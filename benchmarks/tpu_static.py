@@ -136,7 +136,7 @@ def scan_call(form, vmem_mib, by_index, layers=32):
 
     chip = Chip(form, vmem_mib)
 
-    def both(x, codes, scales, layer=None):
+    def forward_and_backward(x, codes, scales, layer=None):
         y = fused.product(product_spec(False), x, codes, scales, layer, chip=chip)
         return fused.product(
             product_spec(True), y, codes, scales, layer, chip=chip
@@ -146,10 +146,12 @@ def scan_call(form, vmem_mib, by_index, layers=32):
         if by_index:
 
             def step(x, layer):
-                return both(x, codes, scales[layer], layer)
+                return forward_and_backward(x, codes, scales[layer], layer)
 
             return jax.lax.scan(step, x, jnp.arange(layers))[0]
-        return jax.lax.scan(lambda x, w: both(x, *w), x, (codes, scales))[0]
+        return jax.lax.scan(
+            lambda x, w: forward_and_backward(x, *w), x, (codes, scales)
+        )[0]
 
     args = [
         jax.ShapeDtypeStruct((512, ROWS), jnp.bfloat16),
@@ -192,11 +194,11 @@ def compile_here(chip, case):
 
         _, state_on_host, base_on_host = CHOICES[case["choice"]]
 
-        def on_host(x):
+        def put_on_host(x):
             return put(x, "pinned_host" if x.ndim else "device")
 
         if state_on_host:
-            args[1] = jax.tree.map(on_host, args[1])
+            args[1] = jax.tree.map(put_on_host, args[1])
         if base_on_host:
             args[2], args[0] = ql.sharding.place(args[2], args[0], mesh, memory="host")
     lowered = jax.jit(call, donate_argnums=donated).lower(*args)

@@ -60,12 +60,12 @@ CHOICES = {
 def abstract_trees(model, tokens):
     """Shapes of the base and lora trees of a bfloat16 model."""
 
-    def make(key):
+    def make_trees(key):
         params = model.init(key, tokens)["params"]
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         return ql.linen.init(key, model, params, CONFIG, tokens)
 
-    return jax.eval_shape(make, jax.random.key(0))
+    return jax.eval_shape(make_trees, jax.random.key(0))
 
 
 def step_call(row, chip, sequence, choice="", config=LLAMA_3_8B):

@@ -77,7 +77,7 @@ def make_step(loss: str, remat: bool, case: dict):
 
 
 def base_products(base: dict, rows: int) -> dict:
-    """Returns calls: the products of the layers, with gradients too, and of the head."""
+    """Returns calls: products of the layers, with gradients too, and of the head."""
     layers = {**base["layers"]["self_attn"], **base["layers"]["mlp"]}
     kernels = {name: module["kernel"] for name, module in layers.items()}
     head = base["embed_tokens"]["embedding"]
@@ -98,7 +98,7 @@ def base_products(base: dict, rows: int) -> dict:
 
         return jax.lax.scan(layer, x, jnp.arange(kernels["q_proj"].shape[0]))[0]
 
-    def both(x, kernels):
+    def products_and_gradients(x, kernels):
         y, pull = jax.vjp(lambda x: forward(x, kernels), x)
         return pull(y)[0]
 
@@ -109,7 +109,7 @@ def base_products(base: dict, rows: int) -> dict:
     x = jnp.ones((rows, head.shape[1]), head.dtype)
     compiled = {
         "forward": (jax.jit(forward), kernels),
-        "both": (jax.jit(both), kernels),
+        "both": (jax.jit(products_and_gradients), kernels),
         "head": (jax.jit(logits), head),
     }
 

@@ -98,10 +98,10 @@ def draw_layers(rng, draw):
     elif draw.form == "steps":
         shapes = {"first": (*batch, k, 64), "second": (*batch, 64, 16)}
 
-    def normal(shape):
+    def draw_normal(shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    params = {n: {"kernel": normal(s) / np.sqrt(s[-2])} for n, s in shapes.items()}
+    params = {n: {"kernel": draw_normal(s) / np.sqrt(s[-2])} for n, s in shapes.items()}
     config = ql.QLoRAConfig(
         rank=int(rng.choice([4, 8])),
         block_size=16,
@@ -110,8 +110,8 @@ def draw_layers(rng, draw):
         double_quant=bool(rng.integers(2)) and draw.fmt == "nf4",
     )
     base, lora = ql.init(jax.random.key(0), params, config)
-    lora = jax.tree.map(lambda a: a + normal(a.shape) / 8, lora)
-    return base, lora, normal((*batch, *draw.rows, k))
+    lora = jax.tree.map(lambda a: a + draw_normal(a.shape) / 8, lora)
+    return base, lora, draw_normal((*batch, *draw.rows, k))
 
 
 def declare(rng, mesh, tree):
@@ -192,14 +192,14 @@ def compute(draw, base, lora, x):
 def in_numpy(draw, base, lora, x):
     """Returns the leaves that `compute` should return, computed in float64."""
 
-    def wide(a):
+    def to_float64(a):
         return np.asarray(a, np.float64)
 
     layers = []
     for name in base:
         kernel, adapter = base[name]["kernel"], lora[name]["kernel"]
         w = dequantize(kernel) if draw.fmt else kernel
-        parts = [wide(w), wide(adapter.a), wide(adapter.b)]
+        parts = [to_float64(w), to_float64(adapter.a), to_float64(adapter.b)]
         of_scan = draw.form == "scan"
         layers += (
             [list(part) for part in zip(*parts, strict=True)] if of_scan else [parts]
@@ -207,7 +207,7 @@ def in_numpy(draw, base, lora, x):
     if draw.form == "merge":
         return [w + a @ b for w, a, b in layers]
     shape, batch = x.shape, x.shape[: draw.has_experts]
-    x = wide(x).reshape(*batch, -1, shape[-1])
+    x = to_float64(x).reshape(*batch, -1, shape[-1])
     has_tanh = [draw.form == "scan" or i < len(layers) - 1 for i in range(len(layers))]
     for _ in range(1 + (draw.form == "steps")):
         grads, dx = gradients(layers, has_tanh, x)

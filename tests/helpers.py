@@ -248,10 +248,12 @@ def assert_same_bits(got, want):
     """Asserts that trees are equal to the bit, including NaNs and signs of zeros."""
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
 
-    def same(a, b):
+    def has_same_bits(a, b):
         return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
-    chex.assert_trees_all_equal_comparator(same, lambda a, b: f"{a}\n{b}", got, want)
+    chex.assert_trees_all_equal_comparator(
+        has_same_bits, lambda a, b: f"{a}\n{b}", got, want
+    )
 
 
 def refusal(run, *words):

@@ -17,10 +17,10 @@ def operations(text):
     """
     matches = OPERATION.findall(text)
 
-    def types(result):
+    def format_types(result):
         return " ".join(sorted({t for t, _ in ELEMENT.findall(result)}))
 
-    return sorted(f"{name} {types(result)}" for result, name in matches)
+    return sorted(f"{name} {format_types(result)}" for result, name in matches)
 
 
 def most_floats(text):

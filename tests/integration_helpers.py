@@ -163,12 +163,13 @@ INTEGRATIONS = {"linen": Linen, "nnx": NNX}
 def leaves_at(tree, paths):
     """Returns the single array at or below each path."""
 
-    def text(keys):
+    def path_text(keys):
         return f"{jax.tree_util.keystr(keys, simple=True, separator='/')}/"
 
     flat = jax.tree_util.tree_leaves_with_path(tree)
     leaves = {
-        path: [x for q, x in flat if text(q).startswith(f"{path}/")] for path in paths
+        path: [x for q, x in flat if path_text(q).startswith(f"{path}/")]
+        for path in paths
     }
     return {path: leaf for path, (leaf,) in leaves.items()}
 

@@ -44,10 +44,10 @@ class LinenTwoKernels(nn.Module):
 
 class NNXTwoKernels(nnx.Module):
     def __init__(self, *, rngs):
-        def make():
+        def make_param():
             return nnx.Param(INIT(rngs.params(), (DIM, HIDDEN)))
 
-        self.gate, self.up = make(), make()
+        self.gate, self.up = make_param(), make_param()
 
     def __call__(self, x):
         return nnx.silu(x @ self.gate[...]) * (x @ self.up[...])
@@ -69,11 +69,11 @@ class LinenMLP(nn.Module):
 
 class NNXMLP(nnx.Module):
     def __init__(self, dtype=None, dim=DIM, hidden=HIDDEN, *, rngs):
-        def make(*sizes):
+        def make_linear(*sizes):
             return nnx.Linear(*sizes, dtype=dtype, rngs=rngs)
 
-        self.gate, self.up = make(dim, hidden), make(dim, hidden)
-        self.down = make(hidden, dim)
+        self.gate, self.up = make_linear(dim, hidden), make_linear(dim, hidden)
+        self.down = make_linear(hidden, dim)
 
     def __call__(self, x):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))

@@ -62,11 +62,11 @@ def test_random_shapes_equal_optax(lead, width, vocab, chunk_size, contract, cap
     def loss(x):
         return chunked_cross_entropy(x, stored, labels, **settings)
 
-    def exact(x):
+    def exact_losses(x):
         return unchunked_losses(x, head, labels, cap)
 
     losses, dx = value_and_pull(loss, hidden, g)
-    expected, expected_dx = value_and_pull(exact, hidden, g)
+    expected, expected_dx = value_and_pull(exact_losses, hidden, g)
     assert_close(losses, expected)
     assert_close(dx, expected_dx)
     # Without a gradient, another program computes the losses.
@@ -83,10 +83,10 @@ def test_16_bits_are_summed_in_float32(dtype):
 
     losses, dx = value_and_pull(loss, hidden, g)
 
-    def exact(x):
+    def exact_losses(x):
         return unchunked_losses(x, head.astype(jnp.float32), labels)
 
-    expected, expected_dx = value_and_pull(exact, hidden.astype(jnp.float32), g)
+    expected, expected_dx = value_and_pull(exact_losses, hidden.astype(jnp.float32), g)
     assert losses.dtype == jnp.float32 and dx.dtype == dtype
     assert_close(losses, expected)  # sums of exact products
     assert_close(dx, np.asarray(expected_dx, np.float64), roundings=2)
@@ -256,10 +256,10 @@ def test_differentiated_head_is_refused(wrap):
     with pytest.raises(ValueError, match="`head` must be frozen"):
         jax.grad(lambda w: loss(w) + jnp.sum(w))(head)
 
-    def frozen(w):
+    def frozen_loss(w):
         return loss(jax.lax.stop_gradient(w)) + jnp.sum(w)
 
-    np.testing.assert_array_equal(jax.grad(frozen)(head), jnp.ones_like(head))
+    np.testing.assert_array_equal(jax.grad(frozen_loss)(head), jnp.ones_like(head))
 
 
 def small_decoder(tied, **changes):
@@ -330,12 +330,12 @@ def test_losses_of_preferences():
         assert_close(loss(*two), right)
 
     # A probability of 1 has infinite odds. A negative kl counts as 0, without gradient.
-    def odd(x):
+    def loss_of_odd_rows(x):
         return jnp.sum(ql.losses.orpo(x, pairs[1][:3], jnp.zeros(3)))
 
-    assert np.isfinite(jax.grad(odd)(jnp.array([0.0, -1e-9, -1e4]))).all()
+    assert np.isfinite(jax.grad(loss_of_odd_rows)(jnp.array([0.0, -1e-9, -1e4]))).all()
 
-    def of_kl(kl):
+    def loss_of_kl(kl):
         return ql.losses.kto(jnp.float32(2), jnp.bool_(True), kl)
 
-    assert of_kl(-3.0) == of_kl(0.0) and jax.grad(of_kl)(1.0) == 0
+    assert loss_of_kl(-3.0) == loss_of_kl(0.0) and jax.grad(loss_of_kl)(1.0) == 0

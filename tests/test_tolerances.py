@@ -48,11 +48,11 @@ def test_sums_over_devices_have_noise_of_their_own(start, kind):
     mesh = make_mesh(kind)
     specs = {"in_specs": P("a", None), "out_specs": (P(), P("a", None))}
 
-    def sums(x):
+    def sum_over_devices(x):
         return jax.lax.psum(x, "a"), jax.lax.psum_scatter(x, "a", tiled=True)
 
     def run():
-        return jax.jit(jax.shard_map(sums, mesh=mesh, **specs))(x)
+        return jax.jit(jax.shard_map(sum_over_devices, mesh=mesh, **specs))(x)
 
     x = spread(X, mesh, "a")
     plain = run()

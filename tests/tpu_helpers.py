@@ -74,12 +74,12 @@ def lower_step(chip, tokens, memory="device", windows=(None,), **options):
     model = Decoder(config, jnp.bfloat16, **options)
     targets = ql.QLoRAConfig(rank=RANK, targets="layers/.*_proj/kernel")
 
-    def make(key):
+    def make_trees(key):
         params = Decoder(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         return ql.init(key, params, targets)
 
-    shapes = jax.eval_shape(make, jax.random.key(0))
+    shapes = jax.eval_shape(make_trees, jax.random.key(0))
     mesh = Mesh(chips_of(chip)[:1], ("x",))
     base, lora = ql.sharding.place(*shapes, mesh, memory=memory)
     model = ql.linen.wrap(model, scanned=model.scanned, backend=f"pallas_tpu_{chip}")

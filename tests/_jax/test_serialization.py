@@ -41,13 +41,13 @@ def make(config):
 def through_safetensors(tree, like, folder):
     from safetensors.numpy import load_file, save_file
 
-    def name(path):
+    def name_of(path):
         return jax.tree_util.keystr(path, simple=True, separator="/")
 
     leaves = jax.tree.leaves_with_path(tree)
-    save_file({name(path): np.asarray(x) for path, x in leaves}, folder / "file")
+    save_file({name_of(path): np.asarray(x) for path, x in leaves}, folder / "file")
     tensors = load_file(folder / "file")
-    return jax.tree.map_with_path(lambda path, x: tensors[name(path)], like)
+    return jax.tree.map_with_path(lambda path, x: tensors[name_of(path)], like)
 
 
 def through_orbax(tree, like, folder):

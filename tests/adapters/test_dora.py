@@ -46,10 +46,10 @@ def make(shape=(K, N), **options):
 def oracle(w, lora, x, g):
     """Product, merged weight and gradients of `sum(y * g)`, with constant norms."""
 
-    def f64(v):
+    def to_float64(v):
         return np.asarray(v, np.float64)
 
-    w, a, b, m, x, g = map(f64, (w, lora.a, lora.b, lora.m, x, g))
+    w, a, b, m, x, g = map(to_float64, (w, lora.a, lora.b, lora.m, x, g))
     v = w + SCALING * a @ b
     scale = m / np.sqrt((v**2).sum(-2))
     gs, t = g * scale[..., None, :], lambda z: np.swapaxes(z, -1, -2)

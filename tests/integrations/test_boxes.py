@@ -148,10 +148,10 @@ def test_place_reads_them(mode):
         inside = jax.jit(place)(base, lora)[0]
     assert jax.tree.structure(inside) == jax.tree.structure(placed)
 
-    def same(a, b):
+    def has_same_sharding(a, b):
         return a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
-    assert jax.tree.all(jax.tree.map(same, inside, placed))
+    assert jax.tree.all(jax.tree.map(has_same_sharding, inside, placed))
 
 
 def test_a_state_dict_comes_back():
@@ -202,10 +202,10 @@ def test_nnx_keeps_metadata():
         merged = ql.nnx.merge(placed)
         assert_close(placed(x), merged(x))
 
-    def flat(model):
+    def flatten_params(model):
         return nnx.to_flat_state(nnx.state(model, nnx.Param))
 
     def metadata(model):
-        return [(path, v.get_metadata()) for path, v in flat(model)]
+        return [(path, v.get_metadata()) for path, v in flatten_params(model)]
 
     assert metadata(merged) == metadata(model)

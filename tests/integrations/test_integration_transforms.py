@@ -119,10 +119,10 @@ def test_float_kernels_are_not_kept_for_the_backward_pass(flax, name, mapped):
     if mapped:
         axes = [0 if name in mapped else None for name in "ab" * (len(factors) // 2)]
 
-        def twice(a, axis):
+        def stack_twice(a, axis):
             return a if axis is None else jnp.stack([a, a])
 
-        factors, x = [*map(twice, factors, axes)], twice(x, 0)
+        factors, x = [*map(stack_twice, factors, axes)], stack_twice(x, 0)
         run = jax.vmap(run, (axes, 0))
     _, pullback = jax.vjp(run, factors, x)
     sizes = [a.size for a in jax.tree.leaves(pullback) if a.dtype != jnp.uint8]

@@ -182,11 +182,11 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
     (w_lora, w_x, _), w_y = value_and_gradients(high.merged, high.base)(lora, high_x)
     assert y.dtype == g_x.dtype == jnp.bfloat16
 
-    def floats(tree):
+    def to_float32(tree):
         return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
 
     want = w_lora, w_x, w_y
-    assert_close(floats((g_lora, g_x, y)), want, dtype=jnp.bfloat16, roundings=8)
+    assert_close(to_float32((g_lora, g_x, y)), want, dtype=jnp.bfloat16, roundings=8)
 
 
 DENSE = ["dense", "layer", "general"]

@@ -140,20 +140,23 @@ def test_results_and_gradients_are_those_of_merged_weights(make, reads, dtype, k
     packed, merged, lora = make(reads, config)
     lora, x = randomized(lora), normal(1, (ROWS, DIM), dtype)
 
-    def both(run, lora, x):
+    def value_and_gradients(run, lora, x):
         def loss(*args):
             return jnp.sum(jnp.square(run(*args)[0].astype(jnp.float32)))
 
         return run(lora, x), jax.grad(loss, (0, 1))(lora, x)
 
-    lowered = jax.jit(functools.partial(both, packed)).lower(lora, x)
+    lowered = jax.jit(functools.partial(value_and_gradients, packed)).lower(lora, x)
     compiled = lowered.compile()
     if reads == "one":  # XLA on CPUs has floats of several experts side by side
         assert not re.search(rf"<{EXPERTS}x\d\d+x\d\d+xf32>", lowered.as_text())
     else:
         temp = compiled.memory_analysis().temp_size_in_bytes
         assert (temp < FLOAT_BYTES / 2) == (not reads)
-    got, want = compiled(lora, x), jax.jit(functools.partial(both, merged))(lora, x)
+    got, want = (
+        compiled(lora, x),
+        jax.jit(functools.partial(value_and_gradients, merged))(lora, x),
+    )
     assert got[0][0].dtype == want[0][0].dtype
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         assert_close(a, b, dtype=dtype, roundings=6)

@@ -48,16 +48,21 @@ def make(dtype=np.float32, seed=0):
     """Returns a checkpoint and its tree, whose axes NumPy arranges one by one."""
     rng = np.random.default_rng(seed)
 
-    def new(*shape):
+    def draw_normal(*shape):
         return rng.normal(size=shape).astype(np.float32).astype(dtype)
 
-    tensors = {"embed.weight": new(V, D), "rotary.inv_freq": new(4)}
+    tensors = {"embed.weight": draw_normal(V, D), "rotary.inv_freq": draw_normal(4)}
     kernels = {"up": (F, D), "q": (D, D), "out": (D, D)}
     kernels |= {"k": (2 * D // H, D), "v": (2 * D // H, D)}
     for i in range(L):
-        tensors |= {f"layers.{i}.norm.weight": new(D), f"layers.{i}.q.bias": new(D)}
-        tensors |= {f"layers.{i}.{x}.weight": new(*s) for x, s in kernels.items()}
-    tensors |= {f"heads.{i}.weight": new(6, D) for i in range(2)}
+        tensors |= {
+            f"layers.{i}.norm.weight": draw_normal(D),
+            f"layers.{i}.q.bias": draw_normal(D),
+        }
+        tensors |= {
+            f"layers.{i}.{x}.weight": draw_normal(*s) for x, s in kernels.items()
+        }
+    tensors |= {f"heads.{i}.weight": draw_normal(6, D) for i in range(2)}
 
     def stack(name):
         return np.stack([tensors[f"layers.{i}.{name}"] for i in range(L)])
@@ -88,10 +93,10 @@ load = functools.partial(ql.io.load, progress=False)
 
 
 def like():
-    def shape(s):
+    def shape_struct(s):
         return jax.ShapeDtypeStruct(s, jnp.float32)
 
-    return jax.tree.map(shape, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(shape_struct, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def packed(params, **settings):

@@ -30,15 +30,17 @@ def make(folder: pathlib.Path) -> int:
     """Writes a checkpoint in bfloat16 as two files, and returns its bytes."""
     rng = np.random.default_rng(0)
 
-    def new(*shape):
+    def draw_normal(*shape):
         return rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
 
     # All layers have the same weights, on which memory does not depend.
-    kernels = {x: new(n, k) for x, (k, n) in KERNELS.items()}
+    kernels = {x: draw_normal(n, k) for x, (k, n) in KERNELS.items()}
     for i in range(L):
         tensors = {f"layers.{i}.{x}.weight": w for x, w in kernels.items()}
         write_safetensors(folder / f"model-{i}.safetensors", tensors)
-    write_safetensors(folder / "model-x.safetensors", {"embed.weight": new(V, D)})
+    write_safetensors(
+        folder / "model-x.safetensors", {"embed.weight": draw_normal(V, D)}
+    )
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
@@ -52,13 +54,13 @@ def memory(key: str) -> int:
 def measure(folder: str) -> None:
     """Prints by how much loading a folder raises peak memory, and the base's bytes."""
 
-    def shape(*dims):
+    def shape_struct(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
 
-    layers = {x: {"kernel": shape(L, *dims)} for x, dims in KERNELS.items()}
-    shapes = {"embed": {"embedding": shape(V, D)}, "layers": layers}
+    layers = {x: {"kernel": shape_struct(L, *dims)} for x, dims in KERNELS.items()}
+    shapes = {"embed": {"embedding": shape_struct(V, D)}, "layers": layers}
     config = ql.QLoRAConfig()
-    small, like = {"w": np.ones((2, 64), jnp.bfloat16)}, {"kernel": shape(64, 2)}
+    small, like = {"w": np.ones((2, 64), jnp.bfloat16)}, {"kernel": shape_struct(64, 2)}
     load(small, Names({"kernel": "w"}), like, config, progress=False)
     before = memory("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -96,10 +98,10 @@ def measure_gguf(folder: str) -> None:
     (path / "config.json").write_text(json.dumps(CONFIG | SIZES))
     config = ql.QLoRAConfig(targets=".*_proj/kernel")
 
-    def zeros(x):
+    def make_zeros(x):
         return jnp.zeros(x.shape)
 
-    base = jax.tree.map(zeros, abstract_params(read_config(path)))
+    base = jax.tree.map(make_zeros, abstract_params(read_config(path)))
     base = ql.quantize(base, config)
 
     def write():

@@ -24,7 +24,7 @@ def work(rank: int, port: int, folder: pathlib.Path, kind: str) -> None:
     read = 0
     read_into = tensors.File.read_into
 
-    def counted(self, buffer, start):
+    def count_and_read(self, buffer, start):
         nonlocal read
         read += len(buffer)
         read_into(self, buffer, start)
@@ -36,7 +36,7 @@ def work(rank: int, port: int, folder: pathlib.Path, kind: str) -> None:
         return ql.sharding.place(base, {}, mesh, RULES)[0]
 
     config, expected = packed(make()[1])
-    tensors.File.read_into = counted
+    tensors.File.read_into = count_and_read
     base = load(folder, NAMES, like(), config, place=place)
     for x, y in zip(*map(jax.tree.leaves, (base, expected)), strict=True):
         assert len(x.addressable_shards) == 2

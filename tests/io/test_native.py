@@ -31,14 +31,17 @@ def make(config=CONFIG):
     """Returns packed stacks, an odd K, a list of layers, bfloat16, and adapters."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape):
+    def draw_normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     params = {
-        "stack": {"kernel": normal(2, 128, 24), "bias": normal(2, 24)},
-        "odd": [{"kernel": normal(5, 67).astype(jnp.bfloat16)}, {"scale": normal(3)}],
-        "norm": normal(24).astype(jnp.float16),
-        "linear/~/w": normal(),
+        "stack": {"kernel": draw_normal(2, 128, 24), "bias": draw_normal(2, 24)},
+        "odd": [
+            {"kernel": draw_normal(5, 67).astype(jnp.bfloat16)},
+            {"scale": draw_normal(3)},
+        ],
+        "norm": draw_normal(24).astype(jnp.float16),
+        "linear/~/w": draw_normal(),
         "step": jnp.int32(7),
     }
     base, lora = ql.init(jax.random.key(0), params, config)
@@ -175,11 +178,11 @@ CHANGES += [dict(keys=["a"] * 100_000), dict(keys=[0.5]), None]
 def test_wrong_descriptions_with_a_right_checksum(tmp_path, monkeypatch, change):
     describe = native.describe
 
-    def wrong(keys, leaf):
+    def describe_wrongly(keys, leaf):
         entry, arrays = describe(keys, leaf)
         return entry | change if change else {}, arrays
 
-    monkeypatch.setattr(native, "describe", wrong)
+    monkeypatch.setattr(native, "describe", describe_wrongly)
     save(tmp_path / "x", {"a": ql.quantize(jnp.ones((64, 3)))})
     with pytest.raises(CheckpointError, match="must describe a tree of qlora_jax"):
         restore(tmp_path / "x")

@@ -67,18 +67,20 @@ def test_each_weight_gets_its_own_adapter(base, tmp_path):
     _, lora, config = ql.io.load_peft(tmp_path, base, NAMES)
     assert [config.rank_of(Q.format(i)) for i in (0, 1)] == [2, 4]
 
-    def delta(module, scaling):
+    def merged_delta(module, scaling):
         parts = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
         a, b = (factors[part].T.astype(np.float64) for part in parts)
         return scaling * a @ b
 
-    def minus(x, y):
+    def subtract(x, y):
         return np.asarray(x) - np.asarray(y, np.float64)
 
-    change = jax.tree.map(minus, ql.merge(base, lora), ql.dequantize(base))
-    q = np.stack([delta(Q.format(layer), s) for layer, s in enumerate((1.5, 2, 2))])
+    change = jax.tree.map(subtract, ql.merge(base, lora), ql.dequantize(base))
+    q = np.stack(
+        [merged_delta(Q.format(layer), s) for layer, s in enumerate((1.5, 2, 2))]
+    )
     kv = np.zeros((LAYERS, 2, K, N))
-    kv[1, 1] = delta(V.format(1), 2)
+    kv[1, 1] = merged_delta(V.format(1), 2)
     kv = kv.reshape(LAYERS, 2, K, 4, N // 4).swapaxes(2, 3)
     assert_close(change["layers"]["q_proj"]["kernel"], q)
     assert_close(change["layers"]["kv"]["w"], kv)
@@ -286,7 +288,7 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
         config = config or ql.io.peft_config(params, lora, names, fused=True)
         ql.io.save_peft(tmp_path / "new", params, lora, names, config)
 
-    def make(**options):
+    def make_adapters(**options):
         return randomized(
             ql.init(
                 jax.random.key(0), params, ql.QLoRAConfig(rank=2, fmt=None, **options)
@@ -303,10 +305,10 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
         ({"use_dora": True}, "`use_dora` false with"),
     ]:
         with pytest.raises(ValueError, match=message):
-            save(make(**options))
+            save(make_adapters(**options))
     # Both share one A, as in PEFT, until they are trained here.
     shared = ql.io.PeftConfig(r=2, target_parameters=("gate_up",), lora_alpha=2)
-    lora = make(targets="(gate|up)/.*")
+    lora = make_adapters(targets="(gate|up)/.*")
     with pytest.raises(
         ValueError, match="gate_up: .*several A. A and B must be zero beyond"
     ):
@@ -320,7 +322,7 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"must hold adapters of modules.*experts.down"
     ):
-        ql.io.PlainLoRA.of(params, make(targets="down/.*"), names)
+        ql.io.PlainLoRA.of(params, make_adapters(targets="down/.*"), names)
 
 
 @pytest.mark.parametrize("fused", [False, True])

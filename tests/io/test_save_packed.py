@@ -156,7 +156,7 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path):
 
         return jax.eval_shape(quantize, jnp.ones((K, n)))
 
-    def refused(match, layout, a, b):
+    def check_refused(match, layout, a, b):
         base = {"a": {"kernel": a}, "b": {"kernel": b}}
         with pytest.raises(ValueError, match=match):
             ql.io.save_packed(tmp_path / "x", base, names, {}, layout)
@@ -164,11 +164,11 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path):
 
     both = "AWQ cannot store these kernels:\n  a/kernel: .* int4_f16 or q4_0. Got nf4\n"
     both += "  b/kernel: its outputs must be a multiple of 8. Got 12"
-    refused(both, "awq", pack("nf4"), pack("int4_f16", 12))
-    refused("Got int8", "compressed-tensors", pack("int8"), pack("mxfp4"))
-    refused("same settings", "compressed-tensors", pack("mxfp4"), pack("nvfp4"))
-    refused("same settings", "awq", pack("int4_f16"), pack("int4_f16", N, 32))
-    refused("same settings", "awq", jnp.ones((K, N)), jnp.ones((K, N)))
+    check_refused(both, "awq", pack("nf4"), pack("int4_f16", 12))
+    check_refused("Got int8", "compressed-tensors", pack("int8"), pack("mxfp4"))
+    check_refused("same settings", "compressed-tensors", pack("mxfp4"), pack("nvfp4"))
+    check_refused("same settings", "awq", pack("int4_f16"), pack("int4_f16", N, 32))
+    check_refused("same settings", "awq", jnp.ones((K, N)), jnp.ones((K, N)))
 
 
 def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):

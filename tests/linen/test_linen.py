@@ -45,10 +45,10 @@ class Heads(nn.Module):
 
 
 def test_the_equation_of_a_registered_class_may_be_an_argument(x):
-    def name(module):
+    def get_weight_name(module):
         return module.weight_name
 
-    ql.linen.register(Project, kernel=name, einsum="equation")
+    ql.linen.register(Project, kernel=get_weight_name, einsum="equation")
     config = ql.QLoRAConfig(rank=2, targets=".*/w", block_size=16, dropout=0.1)
     variables = variables_of(Heads(), x, config)
     assert variables["params"]["heads"]["w"].scales.shape == (64 // 16, 4 * 16)

@@ -99,10 +99,12 @@ def test_values_and_gradients_are_the_same_bit_for_bit(name, jit, x):
         def loss(lora, x):
             return jnp.sum(jnp.square(apply(lora, x)))
 
-        def both(*args):
+        def value_and_gradients(*args):
             return (apply(*args), jax.grad(loss, argnums=(0, 1))(*args))
 
-        return (jax.jit(both) if jit else both)(variables["lora"], x)
+        return (jax.jit(value_and_gradients) if jit else value_and_gradients)(
+            variables["lora"], x
+        )
 
     got = run(scanned="layers")
     assert_same(got, run())
@@ -182,14 +184,14 @@ class Tower(nn.Module):
 def test_modules_are_named_by_patterns_for_their_whole_paths(x):
     variables = variables_of(Tower(), x)
 
-    def sliced(scanned):
+    def count_sliced(scanned):
         apply = apply_to(variables, Tower(), scanned=scanned)
         jaxpr = jax.make_jaxpr(lambda lora: apply(lora, x))(variables["lora"])
         return len(scanned_bytes(jaxpr.jaxpr))
 
-    assert sliced(()) == sliced("left/layers") > 0  # the same shapes, once
-    assert sliced(["left/layers", "right/layers"]) == 0
-    assert sliced("(left|right)/layers") == sliced("left|right") == 0
+    assert count_sliced(()) == count_sliced("left/layers") > 0  # the same shapes, once
+    assert count_sliced(["left/layers", "right/layers"]) == 0
+    assert count_sliced("(left|right)/layers") == count_sliced("left|right") == 0
 
 
 @pytest.mark.slow

@@ -95,10 +95,14 @@ def test_forward_and_backward(mesh, layout):
     y = run(xs, qs)
     assert_close(y, x @ w)
 
-    def pull(x, q, g):
+    def input_gradient(x, q, g):
         return jax.vjp(lambda x: ql.matmul(x, q), x)[1](g)[0]
 
-    back = jax.jit(pull, out_shardings=sharded_by(x_spec)).lower(xs, qs, y).compile()
+    back = (
+        jax.jit(input_gradient, out_shardings=sharded_by(x_spec))
+        .lower(xs, qs, y)
+        .compile()
+    )
     assert collectives(back) == sorted(backward)
     assert_close(back(xs, qs, y), np.asarray(y) @ w.T)
 
@@ -137,11 +141,13 @@ def test_shard_map(mesh, layout):
 
     xs, qs = put(x, x_spec), jax.tree.map(put, q, specs)
 
-    def local(x, q):
+    def multiply_local(x, q):
         y = ql.matmul(x, q)
         return jax.lax.psum(y, "b") if forward else y
 
-    run = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, specs), out_specs=y_spec)
+    run = jax.shard_map(
+        multiply_local, mesh=mesh, in_specs=(x_spec, specs), out_specs=y_spec
+    )
     compiled = jax.jit(run).lower(xs, qs).compile()
     assert collectives(compiled) == forward
     assert_close(compiled(xs, qs), x @ dequantize(q))
@@ -196,13 +202,13 @@ def test_adapters_learn_under_shard_map(mesh):
     want = jax.jit(jax.grad(loss))(lora, ql.dequantize(base), x)
     specs = P(), P(), P(("a", "b"))
 
-    def summed(*args):
+    def summed_loss(*args):
         return jax.lax.psum(loss(*args), ("a", "b"))
 
     shards = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
     args = spread(lora, mesh), spread(base, mesh), spread(x, mesh, ("a", "b"))
     with jax.set_mesh(mesh):
-        outside = jax.jit(jax.grad(shards(summed)))(*args)
+        outside = jax.jit(jax.grad(shards(summed_loss)))(*args)
         inside = jax.jit(shards(jax.grad(loss)))(*args)
     for got in (outside, inside):
         assert_close(got, want)

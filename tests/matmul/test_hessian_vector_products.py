@@ -39,10 +39,10 @@ def loss(kind, lora, kernel, x):
 def hessian_vector_product(kind, lora, kernel, x):
     gradient = jax.grad(functools.partial(loss, kind))
 
-    def along(lora):
+    def sum_of_gradient(lora):
         return sum(map(jnp.sum, jax.tree.leaves(gradient(lora, kernel, x))))
 
-    return jax.grad(along)(lora)
+    return jax.grad(sum_of_gradient)(lora)
 
 
 def operands(kind, fmt, block_size, double_quant):
@@ -86,7 +86,7 @@ def test_equals_that_of_the_float_kernel(kind):
             y = jnp.tanh(y)
         return jnp.sum(y**2)
 
-    def along(lora):
+    def sum_of_gradient(lora):
         return sum(map(jnp.sum, jax.tree.leaves(jax.grad(dense)(lora))))
 
-    assert_close(got, jax.jit(jax.grad(along))(lora))
+    assert_close(got, jax.jit(jax.grad(sum_of_gradient))(lora))

@@ -66,23 +66,24 @@ def run(layout, sizes, x, codes, scales, shape):
         for indices in np.ndindex(*sizes.values())
     ]
 
-    def gathered(a, device):
-        def stored(device):
+    def gather_part(a, device):
+        def stored_part(device):
             return part(a, layout.weights, sizes, device)
 
-        def columns(device):
+        def gather_columns(device):
             return np.concatenate(
-                [stored(peer) for peer in peers(device, layout.n.gathered, sizes)], -1
+                [stored_part(peer) for peer in peers(device, layout.n.gathered, sizes)],
+                -1,
             )
 
         rows = peers(device, layout.k.gathered, sizes)
-        return np.concatenate([columns(peer) for peer in rows], -2)
+        return np.concatenate([gather_columns(peer) for peer in rows], -2)
 
     def product(device):
         args = (
             part(x, layout.x, sizes, device),
-            gathered(codes, device),
-            gathered(scales, device),
+            gather_part(codes, device),
+            gather_part(scales, device),
         )
         return multiply(layout.local, *args)
 

@@ -307,7 +307,7 @@ class TestMemory:
         q = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct((512, 8192), jnp.float32))
         x = jax.ShapeDtypeStruct((16, 512), jnp.float32)
 
-        def size(backend):
+        def temporary_size(backend):
             def product(x, q):
                 return ql.matmul(x, q, backend=backend)
 
@@ -316,9 +316,11 @@ class TestMemory:
             analysis = jax.jit(run).lower(x, q).compile().memory_analysis()
             return analysis.temp_size_in_bytes
 
-        assert size("reference") >= 4 * 512 * 8192
-        assert size("tiled") < 6 * 2**20  # a tile of 4 MiB, inputs and outputs
-        assert size(None) == size("tiled")  # the default on CPUs
+        assert temporary_size("reference") >= 4 * 512 * 8192
+        assert (
+            temporary_size("tiled") < 6 * 2**20
+        )  # a tile of 4 MiB, inputs and outputs
+        assert temporary_size(None) == temporary_size("tiled")  # the default on CPUs
 
     @pytest.mark.parametrize("fmt", fast_and_slow(["nf4", "int8"], ["fp4", "int4"]))
     @pytest.mark.parametrize("double_quant", [False, True])
@@ -453,21 +455,21 @@ def test_the_tpu_kernel_under_vmap_scan_and_remat(backend, monkeypatch):
         step = jax.checkpoint(lambda x, i: (jnp.tanh(product(x, i)), None))
         return jnp.sum(jax.lax.scan(step, x, jnp.arange(2))[0] ** 2)
 
-    def exact(x, i):
+    def exact_product(x, i):
         return jnp.matmul(x, w[i], precision="highest")
 
-    def packed(x, i):
+    def packed_product(x, i):
         return ql.matmul(x, q, layer=i, backend=backend) / 8
 
     def run(product):
         return jax.vmap(jax.grad(functools.partial(loss, product)))(x)
 
-    def over_kernels(q):
+    def multiply_by_kernel(q):
         return ql.matmul(x[0], q, backend=backend)
 
-    got = jax.jit(lambda: run(packed))()
-    products = jax.vmap(over_kernels)(q)
-    assert_close(got, run(exact))
+    got = jax.jit(lambda: run(packed_product))()
+    products = jax.vmap(multiply_by_kernel)(q)
+    assert_close(got, run(exact_product))
     assert_close(products, np.asarray(x[0]) @ (np.asarray(w) * 8))
 
 
@@ -555,13 +557,13 @@ def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():
 
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
 
-    def text(n):
+    def lowered_text(n):
         return jax.jit(jax.grad(run)).lower(x, [q] * n).as_text()
 
-    def dots(n):
-        return text(n).count("stablehlo.dot_general")
+    def count_dots(n):
+        return lowered_text(n).count("stablehlo.dot_general")
 
-    assert dots(32) == dots(1) > 0
+    assert count_dots(32) == count_dots(1) > 0
 
 
 @pytest.mark.slow

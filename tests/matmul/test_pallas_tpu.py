@@ -170,12 +170,12 @@ def test_the_emulation_packs_as_the_tpu_does():
     )
     low, high = words.reshape(2, 16, 128).view(F32)
 
-    def rounded(values):
+    def round_to_bfloat16(values):
         bits = values.view(np.uint32)
         return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
     actual = np.asarray(decode.pack_emulated(jnp.asarray(low), jnp.asarray(high)))
-    want = rounded(low) | rounded(high) << 16
+    want = round_to_bfloat16(low) | round_to_bfloat16(high) << 16
     np.testing.assert_array_equal(actual.view(np.uint32), want)
 
 

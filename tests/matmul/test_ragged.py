@@ -98,12 +98,12 @@ X, Q, S = "x", "q", "sizes"
 def test_vmap_maps_any_operand(mapped):
     size = 3
 
-    def lead(name):
+    def leading_axes(name):
         return (size,) * (name in mapped)
 
     layers = (2,) * ("layer" in mapped)
-    q = pack(shape=(*lead(Q), *layers, EXPERTS, K, N))
-    x, g = normal(1, (*lead(X), ROWS, K)), normal(2, (size, ROWS, N))
+    q = pack(shape=(*leading_axes(Q), *layers, EXPERTS, K, N))
+    x, g = normal(1, (*leading_axes(X), ROWS, K)), normal(2, (size, ROWS, N))
     sizes = jnp.array(SIZES[:size] if S in mapped else SIZES[0])
     layer = jnp.array([1, 0, 1]) if layers else None
     axes = [0 if name in mapped else None for name in (X, Q, S, "layer")]

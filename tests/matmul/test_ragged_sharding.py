@@ -69,10 +69,10 @@ def test_forward_and_backward(mesh, layout):
     y = run(x, q, sizes)
     assert_close(y, ragged_product(operands()[2], w, SIZES))
 
-    def pull(x, q, sizes, g):
+    def input_gradient(x, q, sizes, g):
         return jax.vjp(lambda x: ql.ragged_dot(x, q, sizes), x)[1](g)
 
-    jitted = jax.jit(pull, out_shardings=(sharded_by(x_spec),))
+    jitted = jax.jit(input_gradient, out_shardings=(sharded_by(x_spec),))
     back = jitted.lower(x, q, sizes, y).compile()
     (dx,) = back(x, q, sizes, y)
     assert_close(dx, ragged_product(y, w.swapaxes(1, 2), SIZES))

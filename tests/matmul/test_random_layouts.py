@@ -44,18 +44,18 @@ def test_adapters_that_xla_would_compute_wrong(name):
     rng = np.random.default_rng(0)
     mesh = jax.make_mesh((2, 2, 2), tuple("abc"), axis_types=(AxisType.Explicit,) * 3)
 
-    def normal(*shape):
+    def draw_normal(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
     has_experts = name == "experts"
     batch = (4,) * has_experts
-    params = {"only": {"kernel": normal(*batch, 64, 32)}}
+    params = {"only": {"kernel": draw_normal(*batch, 64, 32)}}
     config = ql.QLoRAConfig(
         rank=8, block_size=16, double_quant=False, contract="bkn" if has_experts else -2
     )
     base, lora = ql.init(jax.random.key(0), params, config)
-    lora = jax.tree.map(lambda a: a + normal(*a.shape) / 8, lora)
-    x = normal(*batch, 4, 64)
+    lora = jax.tree.map(lambda a: a + draw_normal(*a.shape) / 8, lora)
+    x = draw_normal(*batch, 4, 64)
     draw = fuzz_layouts.Draw("gradient", "", mesh, has_experts, (4,), "nf4", False)
     want = fuzz_layouts.in_numpy(draw, base, lora, x)
 

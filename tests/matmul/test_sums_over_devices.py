@@ -50,11 +50,11 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
     has_experts, is_packed = product != "packed", product != "float experts"
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=MESHES[mesh])
 
-    def normal(*shape):
+    def draw_normal(*shape):
         return rng.normal(size=shape).astype(jnp.dtype(dtype))
 
-    w = normal(*(EXPERTS,) * has_experts, K, N)
-    x, g = normal(ROWS, K), normal(ROWS, N)
+    w = draw_normal(*(EXPERTS,) * has_experts, K, N)
+    x, g = draw_normal(ROWS, K), draw_normal(ROWS, N)
 
     # One axis that a product sums over is split; other axes are split at random.
     summed = "a" if case % 2 else "b"
@@ -92,10 +92,10 @@ def test_a_sum_is_rounded_once(mesh, product, dtype):
         y, dx = program(*operands, spread(SIZES, mesh))
     assert y.dtype == dx.dtype == dtype
 
-    def wide(*arrays):
+    def to_float64(*arrays):
         return [np.asarray(a, np.float64) for a in arrays]
 
-    x, g, w = wide(x, g, w)
+    x, g, w = to_float64(x, g, w)
     transposed = w.swapaxes(-1, -2)
     multiply = np.matmul
     if has_experts:

@@ -32,11 +32,11 @@ def draw(fmt, lead=()):
     base, lora = trees_of(params, fmt=fmt, **settings)
     w = dequantize(base["kernel"]) if fmt else np.asarray(params["kernel"])
 
-    def wide(a):
+    def to_float64(a):
         return np.asarray(a, np.float64)
 
-    layer = [wide(w), *map(wide, jax.tree.leaves(lora))]
-    ((da, db),), dx = gradients([layer], [False], wide(x))
+    layer = [to_float64(w), *map(to_float64, jax.tree.leaves(lora))]
+    ((da, db),), dx = gradients([layer], [False], to_float64(x))
     if not lead:  # all rows share one adapter
         da, db = da.sum(0), db.sum(0)
     return base, lora, x, [da, db, dx]

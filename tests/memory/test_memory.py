@@ -94,10 +94,10 @@ def test_splash_rounds_16_bit_queries_once():
 def test_splash_is_for_tpus():
     *qkv, _ = operands(128)
 
-    def total(*x):
+    def summed_attention(*x):
         return ql.memory.splash_attention(*x).sum()
 
-    grad = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*qkv)
+    grad = jax.jit(jax.grad(summed_attention, argnums=(0, 1, 2))).trace(*qkv)
 
     def lower(name):
         return grad.lower(lowering_platforms=(name,)).as_text()
@@ -246,12 +246,12 @@ def test_layer_inputs_are_in_host_memory():
     def run(policy):
         return jax.value_and_grad(scanned(policy), argnums=(0, 1))
 
-    def stacks(policy):
+    def find_stacks(policy):
         return re.findall(
             r"f32(?:<(\w+)>)?\[5,3,8\]", str(jax.make_jaxpr(run(policy))(w, x))
         )
 
-    assert {*stacks(policy)} == {"host"} and {*stacks(None)} == {""}
+    assert {*find_stacks(policy)} == {"host"} and {*find_stacks(None)} == {""}
     assert_same(*(jax.jit(run(remat_policy))(w, x) for remat_policy in (policy, None)))
 
 
@@ -324,7 +324,7 @@ def test_offloading_keeps_the_bits_of_remat(trees):
 
 
 def test_the_stream_is_kept_in_its_dtype():
-    def stacks(dtype):
+    def find_stacks(dtype):
         model = Decoder(CONFIG, jnp.bfloat16, remat=True, stream_dtype=dtype)
         params = jax.eval_shape(model.init, jax.random.key(0), IDS)
 
@@ -334,7 +334,7 @@ def test_the_stream_is_kept_in_its_dtype():
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
         return {*re.findall(r"\b(\w+)\[4,2,40,32\]", text)}
 
-    assert stacks(jnp.float32) == {"f32"} and stacks(jnp.bfloat16) == {"bf16"}
+    assert find_stacks(jnp.float32) == {"f32"} and find_stacks(jnp.bfloat16) == {"bf16"}
 
 
 @pytest.mark.slow

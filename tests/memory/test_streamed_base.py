@@ -150,10 +150,10 @@ def test_by_hand_in_tiles_a_layer_is_moved_once():
             def inner(x):
                 return jnp.tanh(ql.matmul(x, layer_mlp["up"], **layer_option))
 
-            def fn(x):
+            def apply_mlp(x):
                 return x + ql.matmul(inner(x), layer_mlp["down"], **layer_option)
 
-            return ql.memory.tiled(fn, 4)(x), None
+            return ql.memory.tiled(apply_mlp, 4)(x), None
 
         layer = jax.checkpoint(layer, prevent_cse=False)
         return jnp.sum(jnp.square(jax.lax.scan(layer, x, jnp.arange(LAYERS))[0]))
@@ -194,14 +194,14 @@ def test_place_moves_codes_of_stacks_alone():
     # As shapes, and under jit.
     shapes = place(*jax.eval_shape(lambda: (base, lora)))
 
-    def described(tree):
+    def describe_leaves(tree):
         return [
             (x.shape, x.dtype, x.sharding.memory_kind or "device")
             for x in jax.tree.leaves(tree)
         ]
 
-    assert described(shapes) == described(placed)
-    assert described(jax.jit(place)(base, lora)) == described(placed)
+    assert describe_leaves(shapes) == describe_leaves(placed)
+    assert describe_leaves(jax.jit(place)(base, lora)) == describe_leaves(placed)
     assert jax.tree.structure(shapes) == jax.tree.structure(placed)
     # To the host and back.
     back = place(*placed, memory="device")

@@ -209,10 +209,10 @@ def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
 def test_layers_of_a_stack_may_have_scalings_of_their_own():
     """`load_peft` may return such adapters: here 3 and 1/2 times alpha / rank."""
 
-    def make(rngs):
+    def make_conv(rngs):
         return nnx.Conv(8, 8, (3,), rngs=rngs)
 
-    wrapped, x = randomize_b(wrap(stack(make, length=2))), normal(1, (2, 5, 8))
+    wrapped, x = randomize_b(wrap(stack(make_conv, length=2))), normal(1, (2, 5, 8))
     base, lora = ql.nnx.split(wrapped)
     lora["kernel"] = dataclasses.replace(lora["kernel"], scaling=(6.0, 1.0))
     scaled = ql.nnx.join(wrapped, base, lora)
@@ -356,11 +356,11 @@ def test_kinds_are_read_from_the_shapes_of_features():
     x = normal(1, (3, 2, 16))
     assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
 
-    def make(rngs):
+    def make_feature_shapes(rngs):
         return FeatureShapes((16,), (2, 8), rngs=rngs)
 
     with pytest.raises(ValueError, match="before .*16, 2, 8.*param_scan_axis=0"):
-        wrap(stack(make, out_axes=1))
+        wrap(stack(make_feature_shapes, out_axes=1))
 
 
 class Argument(nnx.Module):

@@ -115,15 +115,18 @@ def test_blocks_of_any_shape(name):
         for i in range(layers):
             np.testing.assert_array_equal(got[i], round_trip(x[i : i + 1], True)[0])
 
-    def view(x):
+    def view_as_blocks(x):
         return x.reshape(layers, -1)
 
     if grid.axis is not None:
 
-        def view(x):
+        def view_as_blocks(x):
             return np.moveaxis(x, grid.axis, -1)
 
-    flat, decoded = view(x).reshape(layers, -1), view(got).reshape(layers, -1)
+    flat, decoded = (
+        view_as_blocks(x).reshape(layers, -1),
+        view_as_blocks(got).reshape(layers, -1),
+    )
     missing = -flat.shape[1] % BLOCK
     flat = np.pad(flat, ((0, 0), (0, missing))).reshape(-1, BLOCK)
     decoded = np.pad(decoded, ((0, 0), (0, missing))).reshape(-1, BLOCK)
@@ -251,13 +254,17 @@ def test_small_arrays_are_those_of_adamw():
 def test_the_state_takes_a_quarter_of_the_bytes():
     tree = {"a": jnp.zeros((3, 512, 8)), "b": jnp.zeros((3, 8, 1024))}
 
-    def size(tree):
+    def bytes_of(tree):
         return sum(x.nbytes for x in jax.tree.leaves(tree))
 
     state = ql.optim.adamw8bit(1e-2).init(tree)
     # A byte per value and four bytes per block.
-    assert size(state[0].mu) == size(state[0].nu) == size(tree) / 4 * (1 + 4 / 256)
-    assert 3.9 < size(optax.adamw(1e-2).init(tree)) / size(state) < 4
+    assert (
+        bytes_of(state[0].mu)
+        == bytes_of(state[0].nu)
+        == bytes_of(tree) / 4 * (1 + 4 / 256)
+    )
+    assert 3.9 < bytes_of(optax.adamw(1e-2).init(tree)) / bytes_of(state) < 4
 
 
 @pytest.mark.slow
@@ -413,11 +420,11 @@ def test_over_several_devices(mesh):
         got = tx.init(split)
         for seed in range(2):
 
-            def scaled(tree, n=seed + 1.0):
+            def scale_by(tree, n=seed + 1.0):
                 return jax.tree.map(lambda x: x * n, tree)
 
-            updates, got = step(scaled(split), got, split)
-            expected_updates, want = step(scaled(tree), want, tree)
+            updates, got = step(scale_by(split), got, split)
+            expected_updates, want = step(scale_by(tree), want, tree)
             assert_alike(updates, expected_updates)
             assert_alike(got, want)
     for k, x in updates.items():

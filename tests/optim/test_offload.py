@@ -59,10 +59,10 @@ def gradients(tree, seed):
     def wave(i, size):
         return jnp.cos(jnp.arange(size) + 1.7 * i + seed)
 
-    def target(i, x):
+    def target_of(i, x):
         return wave(i, x.size).reshape(x.shape)
 
-    grads = [(x - target(i, x)).astype(x.dtype) for i, x in enumerate(leaves)]
+    grads = [(x - target_of(i, x)).astype(x.dtype) for i, x in enumerate(leaves)]
     return treedef.unflatten(grads)
 
 
@@ -274,10 +274,10 @@ def test_extra_arguments_are_passed_on():
     settings = {"factor": 0.5, "patience": 2, "accumulation_size": 1}
     tx = optax.chain(ADAMW, optax.contrib.reduce_on_plateau(**settings))
 
-    def steps(tx):
+    def run_ten_steps(tx):
         return run(tx, make_lora(), 10, value=jnp.float32(3.0))
 
-    got, want = steps(paged(tx)), steps(tx)
+    got, want = run_ten_steps(paged(tx)), run_ten_steps(tx)
     assert float(want[1][1].scale) < 1
     close(got, want)
 
@@ -315,12 +315,12 @@ def test_a_host_state_whose_update_drops_skip_is_refused():
 def test_one_tree(kind):
     base, lora = make_trees()
 
-    def of_one_tree(tree, seed):
+    def one_tree_gradients(tree, seed):
         frozen, lora = ql.split(tree)
         return ql.combine(jax.tree.map(jnp.zeros_like, frozen), gradients(lora, seed))
 
     tx = ONE_TREE[kind](paged(ADAMW))
-    tree, state = train_tree(tx, ql.combine(base, lora), of_one_tree, 10)
+    tree, state = train_tree(tx, ql.combine(base, lora), one_tree_gradients, 10)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
     want, want_state = run(ADAMW, lora, 10)
@@ -340,10 +340,10 @@ def test_an_nnx_optimizer():
     def step(model, optimizer, x):
         wrt = nnx.DiffState(0, nnx.LoRAParam)
 
-        def fn(model):
+        def model_loss(model):
             return jnp.mean((model(x) - 1) ** 2)
 
-        optimizer.update(model, nnx.grad(fn, argnums=wrt)(model))
+        optimizer.update(model, nnx.grad(model_loss, argnums=wrt)(model))
 
     def train(tx):
         config = ql.QLoRAConfig(rank=4, block_size=32)
@@ -359,15 +359,19 @@ def test_an_nnx_optimizer():
 
 
 def plain_tree():
-    def array(*shape):
+    def normal_array(*shape):
         return normal(sum(shape), shape)
 
     return {
-        "layers": {"scale": array(4, 16), "gate": array(4), "one": array(4, 1)},
-        "other": {"scale": array(3, 16)},
-        "temperature": array(),
-        "bias": array(16),
-        "row": array(1, 4),
+        "layers": {
+            "scale": normal_array(4, 16),
+            "gate": normal_array(4),
+            "one": normal_array(4, 1),
+        },
+        "other": {"scale": normal_array(3, 16)},
+        "temperature": normal_array(),
+        "bias": normal_array(16),
+        "row": normal_array(1, 4),
     }
 
 
@@ -524,19 +528,19 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
         place = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    def make(key):
+    def make_trees(key):
         params = {"kernel": jnp.zeros((LAYERS, *WIDTHS), jnp.bfloat16)}
         config = ql.QLoRAConfig(rank=rank, fmt=None)
         return ql.init(key, params, config)[1]
 
-    lora = jax.eval_shape(make, jax.random.key(0))
+    lora = jax.eval_shape(make_trees, jax.random.key(0))
     tx = paged(tx) if on_host else tx
     state = jax.eval_shape(tx.init, lora)
 
-    def memory(x):
+    def memory_kind(x):
         return "pinned_host" if on_host and x.ndim else "device"
 
-    state = jax.tree.map(lambda x: put(x, memory(x)), state)
+    state = jax.tree.map(lambda x: put(x, memory_kind(x)), state)
 
     def step(lora, state):
         # A TPU chooses the layout of gradients: at ranks below 128 it swaps the axes of

@@ -42,10 +42,10 @@ def two_trees(tx, base, lora, x, y):
 
 
 def one_tree(tx, base, lora, x, y):
-    def both(tree, _):
+    def lora_gradients(tree, _):
         return ql.value_and_grad(one_tree_loss)(tree, x, y)[1]
 
-    return train_tree(tx, ql.combine(base, lora), both, STEPS)
+    return train_tree(tx, ql.combine(base, lora), lora_gradients, STEPS)
 
 
 def array_bytes(tree):
@@ -113,10 +113,10 @@ def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
     base, lora, x, y = setup(freeze_base=False)
     tree = ql.combine(base, lora)
 
-    def fun(tree, x):
+    def loss_with_aux(tree, x):
         return (one_tree_loss(tree, x, y), x.shape)
 
-    (value, aux), grads = ql.value_and_grad(fun, has_aux=True)(tree, x)
+    (value, aux), grads = ql.value_and_grad(loss_with_aux, has_aux=True)(tree, x)
     assert aux == x.shape
     assert value == pytest.approx(float(loss(base, lora, x, y)))
     want = jax.grad(loss)(base, lora, x, y)["up"]["kernel"].kernel

@@ -145,14 +145,14 @@ def merged_by_hand(params, deltas, num_kv_heads, transpose):
     """
     params = jax.tree.map(np.array, params)
 
-    def heads(delta):  # [N * H, D] -> [N, D, H]
+    def split_heads(delta):  # [N * H, D] -> [N, D, H]
         return delta.reshape(-1, 16, 32).swapaxes(1, 2)
 
     for layer in range(2):
         d = {n: deltas[f"model.layers.{layer}.{n}"] for n in PROJECTIONS}
         attention = params[f"layer_{layer}"]["attn"]
         mlp = params[f"layer_{layer}"]["mlp"]
-        q, k, v = (heads(d[f"self_attn.{n}_proj"]) for n in "qkv")
+        q, k, v = (split_heads(d[f"self_attn.{n}_proj"]) for n in "qkv")
         if num_kv_heads == 4:
             attention["qkv_einsum"]["w"] += np.stack([q, k, v])
         else:

@@ -78,10 +78,10 @@ def test_codes_and_scales_equal_bitsandbytes(name):
     n, k = case["shape"]
 
     # Compile both in one program, since they differ in the scales only.
-    def both(w):
+    def pack_both(w):
         return [packed(case, w, double_quant=d) for d in BOTH]
 
-    plain, nested = jax.jit(both)(jnp.asarray(weight_of(case).T))
+    plain, nested = jax.jit(pack_both)(jnp.asarray(weight_of(case).T))
     assert plain.shape == (k, n) and plain.dtype == jnp.dtype(case["dtype"])
     theirs = stored["codes"].T
     for q in (plain, nested):

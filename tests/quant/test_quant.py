@@ -43,7 +43,7 @@ def test_what_no_normal_float32_holds_is_zero(fmt):
     """Subnormal numbers become zeros, although bitsandbytes keeps them."""
     tiny = np.finfo(np.float32).tiny
 
-    def flushed(x):
+    def flush_subnormals(x):
         return np.where(np.abs(x) < tiny, np.float32(0), x)
 
     w = np.random.default_rng(0).uniform(-1, 1, (64, 5))
@@ -51,9 +51,11 @@ def test_what_no_normal_float32_holds_is_zero(fmt):
     largest = np.array([0.5, 1.5, 3, 200, 1e6]) * float(PEAK[fmt]) * tiny
     w = (w * largest).astype(np.float32)
     got = ql.dequantize(ql.quantize(w, fmt, double_quant=False))
-    codes, scales = helpers.quantize(flushed(w[:, 1:]), fmt, 64)
+    codes, scales = helpers.quantize(flush_subnormals(w[:, 1:]), fmt, 64)
     np.testing.assert_array_equal(got[:, 0], np.zeros(64))
-    np.testing.assert_array_equal(got[:, 1:], flushed(TABLES[fmt][codes] * scales))
+    np.testing.assert_array_equal(
+        got[:, 1:], flush_subnormals(TABLES[fmt][codes] * scales)
+    )
     assert (got[7, 1:] != 0).all()
 
 
@@ -195,11 +197,11 @@ def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
 
 
 def test_quantizing_what_was_quantized_changes_nothing():
-    def again(w):
+    def requantize(w):
         return ql.dequantize(ql.quantize(w, double_quant=False))
 
-    first_weights = again(weights(CASES["plain"]))
-    np.testing.assert_array_equal(first_weights, again(first_weights))
+    first_weights = requantize(weights(CASES["plain"]))
+    np.testing.assert_array_equal(first_weights, requantize(first_weights))
 
 
 def test_nf4_with_double_quantization_takes_at_most_4_13_bits():
@@ -343,15 +345,15 @@ def test_nan_under_jit_stays_in_its_block(n, dtype):
     """XLA's maximum on CPUs drops NaN for some shapes."""
     run = jax.jit(lambda w: ql.dequantize(ql.quantize(w, "nf4", double_quant=False)))
 
-    def decoded(w):
+    def run_in_float32(w):
         return run(jnp.asarray(w, dtype)).astype(jnp.float32)
 
     plain = np.random.default_rng(0).standard_normal((128, n)).astype(np.float32)
-    want = np.array(decoded(plain))
+    want = np.array(run_in_float32(plain))
     for row in (0, 63, 64, 101):
         w, block = plain.copy(), slice(row // 64 * 64, row // 64 * 64 + 64)
         w[row, n // 2] = np.nan
-        got = np.array(decoded(w))
+        got = np.array(run_in_float32(w))
         assert np.isnan(got[block, n // 2]).all()
         got[block, n // 2] = want[block, n // 2]
         np.testing.assert_array_equal(got, want)

@@ -157,13 +157,13 @@ ENTRY %main (x: bf16[8,4]) -> f32[2] {
 }
 """
 
-    def row(*cells):
+    def as_row(*cells):
         return dict(zip(("operation", "dtype", "count", "bytes"), cells, strict=True))
 
     assert collectives(program) == [
-        row("all-gather", "u8", 10, 5 * (8 * 64 + 16 + 8)),
-        row("all-reduce", "bf16", 5, 5 * 64),
-        row("collective-permute", "f32", 1, 8),
+        as_row("all-gather", "u8", 10, 5 * (8 * 64 + 16 + 8)),
+        as_row("all-reduce", "bf16", 5, 5 * 64),
+        as_row("collective-permute", "f32", 1, 8),
     ]
     with pytest.raises(ValueError, match="must count to a constant"):
         collectives(program.replace("direction=LT", "direction=NE"))

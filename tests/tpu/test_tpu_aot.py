@@ -61,7 +61,7 @@ def compile_cases(chip):
     """Compiles every case for one chip; yields its name and temporary bytes."""
     put = on_one(chip)
 
-    def shape(*dims, dtype):
+    def shape_struct(*dims, dtype):
         return put(jax.ShapeDtypeStruct(dims, dtype))
 
     for number, (name, case) in enumerate(CASES.items()):
@@ -73,10 +73,10 @@ def compile_cases(chip):
             packing = Packing(fmt, block_size)
             lowered = jax.jit(functools.partial(fused.product, chip=chip_spec)).lower(
                 ProductSpec(packing, dtype, rows, transpose=transpose),
-                shape(*batch, m, cols if transpose else rows, dtype=dtype),
-                shape(*lead, codes_rows, cols, dtype=jnp.uint8),
-                shape(*batch, rows // block_size, cols, dtype=jnp.float32),
-                shape(dtype=jnp.int32) if pick else None,
+                shape_struct(*batch, m, cols if transpose else rows, dtype=dtype),
+                shape_struct(*lead, codes_rows, cols, dtype=jnp.uint8),
+                shape_struct(*batch, rows // block_size, cols, dtype=jnp.float32),
+                shape_struct(dtype=jnp.int32) if pick else None,
             )
             memory = lowered.compile().memory_analysis()
             yield [name, transpose, memory.temp_size_in_bytes]
@@ -93,7 +93,7 @@ def compile_narrow(chip):
     def product(x, q):
         return ql.matmul(x, q, backend=backend)
 
-    def back(x, q, g):
+    def input_gradient(x, q, g):
         return jax.vjp(lambda x: product(x, q), x)[1](g)[0]
 
     for fmt, (k, n) in NARROW.items():
@@ -101,7 +101,7 @@ def compile_narrow(chip):
         q = put(jax.eval_shape(lambda w, fmt=fmt: ql.quantize(w, fmt), w))
         x, g = (put(jax.ShapeDtypeStruct((16, size), jnp.bfloat16)) for size in (k, n))
         scales = 4 * k // q.block_size * n
-        for run, args in ((product, (x, q)), (back, (x, q, g))):
+        for run, args in ((product, (x, q)), (input_gradient, (x, q, g))):
             memory = jax.jit(run).lower(*args).compile().memory_analysis()
             yield [fmt, len(args) == 3, memory.temp_size_in_bytes, scales]
 
@@ -143,12 +143,12 @@ def compile_sharded(chip):
         def sharded_by(spec, mesh=mesh):
             return NamedSharding(mesh, PartitionSpec(*spec))
 
-        def rows(size, spec, sharded_by=sharded_by):
+        def rows_struct(size, spec, sharded_by=sharded_by):
             return jax.ShapeDtypeStruct(
                 (64, size), jnp.bfloat16, sharding=sharded_by(spec)
             )
 
-        x, g = rows(2048, x_spec), rows(1024, y_spec)
+        x, g = rows_struct(2048, x_spec), rows_struct(1024, y_spec)
         rules = {"q": PartitionSpec(*w_spec)}
         tree, _ = ql.sharding.place({"q": packed}, {}, mesh, rules, rows=x_spec[:1])
         for transpose, (run, out, args) in enumerate(
@@ -178,7 +178,7 @@ def compile_ragged(chip):
     """Compiles `ql.ragged_dot` or its gradient; yields temporary bytes and kernels."""
     put = on_one(chip)
 
-    def shape(*dims, dtype):
+    def shape_struct(*dims, dtype):
         return put(jax.ShapeDtypeStruct(dims, dtype))
 
     def quantize(w):
@@ -187,8 +187,8 @@ def compile_ragged(chip):
     for rows, k, n, dtype, transpose, pick in RAGGED:
         w = jax.ShapeDtypeStruct((*(3,) * pick, EXPERTS, k, n), dtype)
         q = put(jax.eval_shape(quantize, w))
-        x, g = (shape(rows, size, dtype=dtype) for size in (k, n))
-        sizes = shape(EXPERTS, dtype=jnp.int32)
+        x, g = (shape_struct(rows, size, dtype=dtype) for size in (k, n))
+        sizes = shape_struct(EXPERTS, dtype=jnp.int32)
 
         def run(x, q, sizes, g, transpose=transpose, layer=1 if pick else None):
             backend = f"pallas_tpu_{chip}"

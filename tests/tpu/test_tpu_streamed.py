@@ -31,7 +31,7 @@ def lower_loop(mesh, shape):
     place = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
     codes = jax.ShapeDtypeStruct((LAYERS, *shape), jnp.uint8, sharding=place)
 
-    def total(codes):
+    def sum_layers(codes):
         def add(i, x):
             layer = jax.lax.dynamic_index_in_dim(codes, i, keepdims=False)
             layer = jax.device_put(layer, jax.memory.Space.Device)
@@ -39,7 +39,7 @@ def lower_loop(mesh, shape):
 
         return jax.lax.fori_loop(0, LAYERS, add, jnp.ones((8, INNER)))
 
-    return jax.jit(total).lower(codes)
+    return jax.jit(sum_layers).lower(codes)
 
 
 def compile_steps(chip):

@@ -220,10 +220,12 @@ def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
     """6.0 MB per adapter (MaxText issue 5129 reports 1,194 MB for one of 6.1)."""
     config = ql.QLoRAConfig(rank=16)
 
-    def params():
+    def make_params():
         return {"kernel": jnp.zeros((23, 2048, 2048), jnp.bfloat16)}
 
-    base, lora = jax.eval_shape(lambda: ql.init(jax.random.key(0), params(), config))
+    base, lora = jax.eval_shape(
+        lambda: ql.init(jax.random.key(0), make_params(), config)
+    )
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lora))
     assert size == 23 * 2 * 2048 * 16 * 4
     bank = jax.eval_shape(lambda *loras: ql.bank(loras), *[lora] * 8)
@@ -296,7 +298,7 @@ def test_rows_of_a_table_have_their_adapters(contract):
         np.array([1, -1, 0]),
     )
 
-    def rows(bank, adapter_ids):
+    def look_up_rows(bank, adapter_ids):
         chosen = ql.select(bank, adapter_ids)
         return ql.lookup(base["embedding"], chosen["embedding"], ids)
 
@@ -312,13 +314,13 @@ def test_rows_of_a_table_have_their_adapters(contract):
             full[adapter_id][i]
             for adapter_id, i in zip(np.broadcast_to(adapter_ids, 3), ids, strict=True)
         ]
-        got = jax.jit(rows)(bank, adapter_ids)
+        got = jax.jit(look_up_rows)(bank, adapter_ids)
         assert_close(got, want)
-    compiled = jax.jit(rows).lower(bank, row_adapters).compile()
+    compiled = jax.jit(look_up_rows).lower(bank, row_adapters).compile()
     # An A for each row would be 3 x 512 x 4 floats.
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 512 * 4 * 4
     grads = jax.grad(
-        lambda b: (rows(dataclasses.replace(bank, lora=b), row_adapters)).sum()
+        lambda b: (look_up_rows(dataclasses.replace(bank, lora=b), row_adapters)).sum()
     )
     a = grads(bank.lora)["embedding"].arrays["a" if contract == "kn" else "b"]
     used = np.abs(a).sum(-1 if contract == "kn" else -2) > 0
@@ -328,7 +330,7 @@ def test_rows_of_a_table_have_their_adapters(contract):
         [],
     ]
     with pytest.raises(ValueError, match=r"a table \[V, D\]. Got 2 for ids \(3, 3\)"):
-        rows(bank, np.array([0, 1]))
+        look_up_rows(bank, np.array([0, 1]))
 
 
 def test_what_does_not_fit_is_refused():

@@ -143,11 +143,11 @@ class TestFloatKernels:
 
             return jnp.sum(jax.lax.scan(step, x, (base, lora))[0])
 
-        def plain(base, lora, x):
+        def run_merged(base, lora, x):
             return layer(ql.merge(base, lora), x)
 
         grads, temporaries = [], []
-        for call in (run, plain):
+        for call in (run, run_merged):
             grad = jax.jit(jax.grad(functools.partial(loss, call), argnums=(0, 1)))
             memory = grad.lower(lora, x).compile().memory_analysis()
             temporaries.append(memory.temp_size_in_bytes)

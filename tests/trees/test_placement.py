@@ -23,14 +23,14 @@ RULES = {
 
 
 def trees():
-    def array(*shape):
+    def draw_array(*shape):
         return normal(len(shape), shape, scale=1 / 8)
 
     params = {
-        "up": {"kernel": array(64, 128), "bias": array(128)},
-        "down": {"kernel": array(128, 64)},
-        "stack": {"kernel": array(3, 64, 64)},
-        "embedding": array(10, 64),
+        "up": {"kernel": draw_array(64, 128), "bias": draw_array(128)},
+        "down": {"kernel": draw_array(128, 64)},
+        "stack": {"kernel": draw_array(3, 64, 64)},
+        "embedding": draw_array(10, 64),
     }
     return trees_of(params, rank=4, block_size=16, trainable="up/bias")
 
@@ -42,13 +42,13 @@ def input_of(*lead):
 def leaf_specs(tree):
     flat = jax.tree_util.tree_leaves_with_path(tree)
 
-    def text(path):
+    def path_text(path):
         return jax.tree_util.keystr(path, simple=True, separator="/")
 
     def spec(a):
         return tuple(a.sharding.spec) + (None,) * (a.ndim - len(a.sharding.spec))
 
-    return {text(path): spec(leaf) for path, leaf in flat}
+    return {path_text(path): spec(leaf) for path, leaf in flat}
 
 
 @pytest.mark.slow

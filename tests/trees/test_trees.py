@@ -152,15 +152,15 @@ class TestInit:
         sizes = [x.nbytes for x in leaves]
         smallest = min(sizes)  # adapters are smaller
 
-        def floats():
+        def live_float_bytes():
             return sum(x.nbytes for x in jax.live_arrays() if x.nbytes >= smallest)
 
         gc.collect()  # arrays of earlier tests that are in reference cycles
-        observations, started = [], floats()
+        observations, started = [], live_float_bytes()
         pack = quantize_module.quantize_checked
 
         def spy(*args):
-            observations.append((is_deleted(leaves), started - floats()))
+            observations.append((is_deleted(leaves), started - live_float_bytes()))
             return pack(*args)
 
         monkeypatch.setattr(quantize_module, "quantize_checked", spy)
@@ -292,12 +292,12 @@ class TestInit:
         kernel, adapter = base["stack"]["kernel"], lora["stack"]["kernel"]
         x = jnp.ones((3, 2, 64))
 
-        def of_float(a):
+        def apply_to_float_kernel(a):
             return ql.apply(jnp.ones(kernel.shape), a, x)
 
         for run, primal in (
             (lambda a: ql.apply(kernel, a, x), adapter),
-            (of_float, adapter),
+            (apply_to_float_kernel, adapter),
             (lambda x: ql.apply(kernel, None, x), x),
             (lambda x: ql.matmul(x, kernel), x),
         ):
@@ -305,7 +305,7 @@ class TestInit:
                 jax.jvp(run, (primal,), (primal,))
         # docs/limits.md documents this.
         with pytest.raises(TypeError, match="forward-mode .* custom_vjp"):
-            jax.jvp(jax.jit(of_float), (adapter,), (adapter,))
+            jax.jvp(jax.jit(apply_to_float_kernel), (adapter,), (adapter,))
 
     def test_the_gradient_of_packed_codes_is_what_docs_quote(self):
         quoted = pathlib.Path(__file__).parents[2] / "docs/guides/one_tree.md"
