@@ -1,4 +1,4 @@
-"""Lora trees: checks them against their base trees, and combines and splits both."""
+"""Checks lora trees against base trees, and combines and splits the two."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,7 +47,7 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
 
 
 def adapters_of_each(base: Tree, lora: Tree) -> dict[str, Adapter]:
-    """Returns the checked adapters by path, with a copy for each expert that shares."""
+    """Returns the checked adapters by path; a shared one is copied for each expert."""
     kernels = leaves_by_path(base)
     adapters = adapters_by_path(base, lora).items()
     return {path: adapter.unshared(kernels[path]) for path, adapter in adapters}
@@ -86,8 +86,8 @@ def check_structure(
     leaves: Mapping[str, Leaf], array_names: frozenset[str] = PACKED_ARRAYS
 ) -> None:
     """Raises ValueError where a kernel or adapter became a dict of its arrays."""
-    # Checkpoint readers that do not know the classes return such dicts. A dict that
-    # has all of the names is taken for a kernel or adapter that lost its class.
+    # Checkpoint readers that do not know the classes return such dicts. A dict with all
+    # of the names must have been a kernel or an adapter.
     siblings: dict[str, set[str]] = {}  # names of arrays, by the path of their dict
     for path, leaf in leaves.items():
         if not is_tree_leaf(leaf):
@@ -178,16 +178,17 @@ def lora_labels(tree: Tree) -> Tree:
         label = label_of(node) or "frozen"
         return jax.tree.map(lambda _: label, node)
 
-    # Kernels and adapters know their label. An `AdaptedKernel` has none, so the map
-    # descends to its parts.
+    # Kernels and adapters have a label. An `AdaptedKernel` has none, so the map goes on
+    # to its parts.
     return jax.tree.map(label_arrays, tree, is_leaf=lambda x: label_of(x) is not None)
 
 
 def lora_mask(tree: Tree) -> Tree:
     """Returns a bool for each array: whether it is trained, for `optax.masked`.
 
-    `optax.masked` passes on the *raw gradients* of the other arrays. `value_and_grad`
-    gives zeros there, and `optax.partition` sets them to zero.
+    For the other arrays, `optax.masked` returns the *raw gradients* as updates. The
+    gradients of `value_and_grad` are zero there, and `optax.partition` with
+    `optax.set_to_zero` returns zeros.
 
     Args:
         tree: A combined tree, or a base or lora tree.
@@ -212,7 +213,7 @@ def value_and_grad(
 
     Args:
         fun: A scalar function of a combined tree and other arguments.
-        has_aux: Whether `fun` returns a pair, the second being auxiliary.
+        has_aux: Whether `fun` returns a pair of its value and auxiliary data.
 
     Raises:
         TypeError: When the returned function is called, if `fun` does not return a
@@ -235,7 +236,7 @@ def value_and_grad(
         leaves, treedef = jax.tree.flatten(tree)
         mask = jax.tree.leaves(lora_mask(tree))  # True for trained arrays
 
-        # Puts `fill(leaf)` where a leaf is frozen.
+        # Returns the tree with `trained` leaves, and `fill(leaf)` for frozen leaves.
         def rebuild(trained: list, fill: Callable[[Any], Any]) -> Tree:
             values = iter(trained)
             pairs = zip(leaves, mask, strict=True)

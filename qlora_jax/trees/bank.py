@@ -1,4 +1,4 @@
-"""Banks of adapters, which share one base in one batch."""
+"""Banks: adapters of one base, of which a batch may use several."""
 
 import functools
 import math
@@ -33,10 +33,10 @@ class Bank:
     """Adapters of one base, stacked in one tree with room for more; see `ql.bank`.
 
     Attributes:
-        lora: The trained arrays: a tree whose arrays have one more axis in front, the E
-            places of the bank. `jax.vmap(optimizer.init)(bank.lora)` therefore gives
-            each adapter its own state. Ranks are padded with zeros, whose gradient is
-            zero.
+        lora: The trained arrays: a lora tree whose arrays have one more axis in front,
+            the E places of the bank. Thus `jax.vmap(optimizer.init)(bank.lora)` gives
+            each adapter its own state. Smaller ranks are padded with zeros, whose
+            gradient is zero.
         scaling: The scalings by path, float32 `[E, *batch]`. They are not trained.
 
     Example:
@@ -71,7 +71,7 @@ class Bank:
         if not isinstance(index, int) or not all(map(is_concrete, arrays)):
             raise TypeError(
                 "a place of a bank must be read outside jit, since ranks depend on "
-                "values. Inside jit, choose adapters by `ql.select`."
+                "values. Inside jit, choose adapters with `ql.select`."
             )
 
         def read_adapter(path: str, stack: Adapter) -> Adapter:
@@ -91,12 +91,12 @@ class Bank:
 
         Args:
             place: From 0 to `len(bank) - 1`.
-            lora: A lora tree of the same base, with ranks of at most those of the bank.
+            lora: A lora tree of the same base, whose ranks are at most the bank's.
 
         Raises:
-            IndexError: If the bank does not have the place, unless it is traced.
+            IndexError: If the bank does not have the place, unless `place` is traced.
             TypeError: If the place is not an integer.
-            ValueError: If adapters do not fit; all are listed.
+            ValueError: If adapters do not fit the bank; all of them are listed.
         """
         index = self._checked_index(place)
         first_place = functools.partial(jax.tree.map, lambda x: x[0])
@@ -125,21 +125,21 @@ def bank(
     capacity: int | None = None,
     dropout: float | None = None,
 ) -> Bank:
-    """Returns a bank of adapters of one base, which share it in one batch.
+    """Returns a bank of adapters of one base, of which a batch may use several.
 
-    `select` chooses from it. Where an adapter lacks a path, it gets zeros there, which
-    add nothing.
+    `select` chooses from the bank. If an adapter lacks a path that others have, it gets
+    zeros there, which add nothing.
 
     Args:
         adapters: Lora trees of one base. Their ranks, scalings and targets may differ.
             Adapters that are placed on a mesh keep their placement.
         capacity: The number of places, with room for adapters that come later
             (`Bank.with_adapter`); by default the number of adapters.
-        dropout: The dropout rate; by default that of the adapters, which must be equal.
+        dropout: The dropout rate. By default, all adapters must have the same rate.
 
     Raises:
-        ValueError: If there are no adapters or more than places, or if two differ in
-            kind, kernel or dropout at a path; all such paths are listed.
+        ValueError: If there are no adapters or more adapters than places, or if two
+            differ in kind, kernel or dropout at a path; all such paths are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -182,11 +182,12 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         bank: The bank.
         ids: Places in the bank: one for all rows, or `[R]`, one for each row of the
             first axis of the kernels' inputs. -1 selects the base alone. Out-of-range
-            ids return NaN where they are traced.
+            ids return NaN if they are traced.
 
     Raises:
         TypeError: If `bank` is not a Bank, or `ids` are not integers.
-        ValueError: If `ids` have more than one axis, or are known and out of range.
+        ValueError: If `ids` have more than one axis, or are not traced and out of
+            range.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -200,7 +201,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         raise TypeError(
             f"`bank` must be a Bank, as `ql.bank` returns. Got {type(bank).__name__}."
         )
-    places, values = checked_integers("ids", ids)  # values are None in a trace
+    places, values = checked_integers("ids", ids)  # None if traced
     if places.ndim > 1:
         raise ValueError(f"`ids` must have at most one axis. Got shape {places.shape}.")
     if values is not None and not np.all((values >= -1) & (values < len(bank))):
@@ -227,7 +228,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
 
 
 def _common_template(first: Adapter, second: Adapter) -> Adapter:
-    # The larger rank has room for both; so has the promoted dtype.
+    # The larger rank and the promoted dtype have room for both adapters.
     larger, smaller = first, second
     if second.rank > first.rank:
         larger, smaller = second, first
@@ -272,12 +273,12 @@ def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
         return (
             None
             if adds_nothing
-            else f"it is missing, and zeros would change a {label}."
+            else f"it is missing. Filling in zeros would change a {label}."
         )
     if type(adapter) not in SELECTED:
         return f"a {adapter.label} cannot be in a bank."
     expected, actual = _describe(template), _describe(adapter)
-    # Geometries also differ in the sizes of merged axes, which the text leaves out.
+    # Geometries may also differ in the sizes of merged axes, which the texts leave out.
     if actual != expected or adapter.geometry != template.geometry:
         return f"it must be {expected}. Got {actual}."
     if adapter.rank > template.rank:
@@ -297,8 +298,8 @@ def _describe(adapter: Adapter) -> str:
 
 
 def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
-    # Zeros in A and B add nothing, and their gradient is zero. The scaling is 1, since
-    # the bank stores scalings as arrays.
+    # Zeros in A and B add nothing, and their gradient is zero. The scaling is set to 1,
+    # since `Bank.scaling` stores the scalings as arrays.
     def pad_array(name: str, target: Array) -> Array:
         if adapter is None:
             return jnp.zeros(target.shape, target.dtype)
@@ -317,7 +318,7 @@ def _batch_scaling(adapter: Adapter | None, batch: tuple[int, ...]) -> np.ndarra
 
 
 def _without_padding(adapter: Adapter) -> Adapter:
-    # The ranks of the matrices of a stack may differ, so the largest one counts. An
+    # The matrices of a stack may have different ranks, so keep the largest rank. An
     # adapter of zeros, in an unused place, keeps rank 1.
     rank = max(int(used_ranks(adapter).max()), 1)
 

@@ -42,7 +42,7 @@ def init(
         params: Any pytree of arrays, which may be in boxes such as `nn.Partitioned`.
             Targets are bfloat16, float16, float32 or float64 and have at least two
             axes.
-        config: The targets, and how to pack and adapt them.
+        config: Selects the targets, and sets how they are packed and adapted.
         donate: Delete each targeted float array once it is quantized, so that memory
             peaks at the float tree plus one packed leaf. Has no effect under jit, on
             NumPy arrays, or where targets stay in float.
@@ -59,10 +59,10 @@ def init(
         ValueError: Before any work: if a pattern matches nothing; if leaves that match
             cannot be targets (not a float array, too few axes, a weight that is not
             finite, a float array called `weight` without `config.contract`), all listed
-            with the reason; if an adapter would be larger than its kernel, whose axes
-            are not in `contract`, and no `rank_pattern` matches it; if two paths have
-            the same spelling; or if a donated target shares its array with another
-            leaf.
+            with the reason; if K or N of a target is 1, or a target of three axes or
+            more would be smaller than its adapter and `contract` does not match it,
+            unless `rank_pattern` matches it; if two paths have the same spelling; or if
+            a donated target shares its array with another leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -83,12 +83,12 @@ def init_checked(
     *,
     donate: bool,
 ) -> tuple[Tree, dict]:
-    """Checks everything and returns the two trees; for `kinds`, see `find_targets`."""
+    """Checks the arguments as `find_targets` does, and returns the two trees."""
     check_key("key", key)
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, kinds, problems, accept=is_packed)
-    # An integration knows the contracted axes. Without one, a huge adapter hints at
-    # axes that were guessed wrong.
+    # An integration passes the roles of axes in `kinds`. Without it, a huge adapter is
+    # a sign that the contracted axes were guessed wrong.
     if kinds is None:
         check_adapter_sizes(leaves, config, geometries)
     if donate and config.freeze_base and config.packing is not None:
@@ -104,7 +104,7 @@ def init_targets(
     *,
     donate: bool = False,
 ) -> tuple[Tree, dict]:
-    """Packs, frees and adapts one checked target after the other."""
+    """Packs and adapts checked targets one by one, and deletes donated arrays."""
     keys = iter(jax.random.split(key, len(geometries)))
     adapters: dict[KeyPath, Adapter] = {}
     leaves = leaves_by_path(params)

@@ -55,16 +55,17 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     """Returns a plain parameter tree, with the adapters added to their kernels.
 
     Each kernel becomes `W + scaling * A B` (LoRA, Hu et al. 2021, section 4.1), summed
-    in float32 and rounded once to the kernel's dtype. Differentiable in the adapters.
+    in float32 and rounded once to its dtype. The result is differentiable in the
+    adapters.
 
     Args:
         base: The base tree, or one kernel.
         lora: The lora tree, or one adapter.
-        requantize: Pack the merged kernels again, each in its format, unless it has
-            none. A change of less than half a step is then rounded away, and most of
-            the adapter is lost. To merge into 4 bits, merge into the original float
-            weights, and `quantize` those. Packs kernels that are trained through their
-            quantization too.
+        requantize: Pack the merged kernels again, each in its own format. Kernels
+            without a format stay in float; kernels that are trained through their
+            quantization are packed too. Changes of less than half a step are then
+            rounded away, and most of the adapter is lost. To merge into 4 bits, merge
+            into the original float weights instead, and `quantize` the result.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -73,8 +74,8 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
             are to be packed are not finite. All of these kernels are listed.
 
     Warns:
-        UserWarning: Outside jit, by how many percent requantizing and the adapters
-            changed the kernels (relative Frobenius norm).
+        UserWarning: Outside jit, with the largest changes of a kernel by requantizing
+            and by the adapter, in percent (relative Frobenius norm).
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -89,8 +90,8 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
     def merge_leaf(path: str, leaf: Leaf) -> Leaf:
         adapter = adapters.get(path)
-        # 1. A packed kernel without an adapter keeps its codes: packing its decoded
-        # weights again could change them.
+        # 1. Keep the codes of a packed kernel without an adapter: packing its decoded
+        #    weights again could change them.
         if requantize and adapter is None and is_packed(leaf):
             return leaf
         # 2. Add the adapter, in float.
@@ -98,7 +99,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         packing = as_kernel(leaf).packing
         if not requantize or packing is None:
             return merged
-        # 3. Pack again, and compare both changes.
+        # 3. Pack again, and measure the changes by the packing and by the adapter.
         try:
             check_values(merged, packing, leaf.geometry)
         except ValueError as error:
@@ -141,8 +142,8 @@ def with_float_kernels(
 ) -> Callable[..., Any]:
     """Returns `fn(merge(base, lora), ...)` as a function of a base and a lora tree.
 
-    For layers that need float weights, such as convolutions. The merged float weights
-    exist only during the call. The backward pass computes them and `fn` again
+    Use it for layers that need float weights, such as convolutions. The merged float
+    weights exist only during the call. The backward pass computes them and `fn` again
     (`jax.checkpoint`), so wrap a layer instead of a model. `lora` may be None.
 
     Args:
@@ -152,8 +153,8 @@ def with_float_kernels(
             `A B`, which is as large as the kernels.
 
     Raises:
-        TypeError: When the returned function is called, as by `merge`.
-        ValueError: When the returned function is called, as by `merge`.
+        TypeError: When the returned function is called, as in `merge`.
+        ValueError: When the returned function is called, as in `merge`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -190,14 +191,15 @@ def merge_adapters(
     the dtypes of all adapters.
 
     Args:
-        adapters: Lora trees of one base. An adapter without a path adds nothing there.
+        adapters: Lora trees of one base. A tree that lacks a path adds nothing there.
         weights: One finite weight for each adapter; negative weights subtract.
         method: "cat" is the exact sum, and its rank is the sum of the ranks. "svd" is
             the best approximation of the sum at a given rank, in the Frobenius norm.
             "linear" adds the adapters' A and B, each times the square root of its
-            weight and scaling. This differs from the sum of their products, since it
-            multiplies one adapter's A with another's B; ranks must be equal.
-        rank: The rank for "svd", by default the largest of the adapters; else None.
+            weight times its scaling. The result differs from the sum, since it also
+            multiplies one adapter's A by another's B; ranks must be equal.
+        rank: The rank for "svd", by default the largest rank of the adapters. Must be
+            None for other methods.
 
     Raises:
         ValueError: If there are no adapters, the number of weights differs, a weight is
@@ -219,8 +221,8 @@ def merge_adapters(
         raise ValueError(f"`method` must be one of {[*_METHODS]}. Got {method!r}.")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
-            "`weights` must have one weight for each adapter, of at least one. Got "
-            f"{len(weights)} weights for {len(adapters)} adapters."
+            "`weights` must have one weight for each adapter, and `adapters` at least "
+            f"one. Got {len(weights)} weights for {len(adapters)} adapters."
         )
     if not all(map(_is_finite_number, weights)):
         raise ValueError(f"`weights` must be finite numbers. Got {[*weights]}.")
@@ -262,7 +264,7 @@ class _Factors(NamedTuple):
     factor: Float32[Array, "..."]  # weight * scaling, [*batch, 1, 1] or []
 
 
-# A and B of a merged adapter, which may still have to be cast.
+# A and B of a merged adapter, before they are cast to the result's dtype.
 _Merged = tuple[Float[Array, "*batch k r"], Float[Array, "*batch r n"]]
 
 
@@ -284,15 +286,15 @@ def _linear(terms: list[_Factors], _: int) -> _Merged:
     # The sign goes into A alone, since the root of a negative factor is not real.
     roots = [jnp.sqrt(jnp.abs(term.factor)) for term in terms]
     pairs = list(zip(terms, roots, strict=True))
-    # sqrt(f1 f2) A1 B2 is in the result too: PEFT's method accepts that.
+    # The result also has terms such as sqrt(f1 f2) A1 B2, as in PEFT.
     a = sum(jnp.sign(term.factor) * root * term.a for term, root in pairs)
     return jnp.asarray(a), jnp.asarray(sum(root * term.b for term, root in pairs))
 
 
 def _svd(terms: list[_Factors], rank: int) -> _Merged:
-    # With A = Q R and B^T = P L, A B = Q (R L^T) P^T, where Q and P are orthogonal.
-    # So only R L^T is decomposed, whose size is the sum of the ranks, and no matrix is
-    # as large as the kernel.
+    # With A = Q R and B^T = P L, A B = Q (R L^T) P^T, where Q and P have orthonormal
+    # columns. So only R L^T is decomposed. Its size s is the sum of the ranks, and no
+    # matrix is as large as the kernel.
     a, b = _cat(terms, rank)
     q, r = jnp.linalg.qr(a)  # [*batch, K, s] and [*batch, s, s]
     p, left = jnp.linalg.qr(b.swapaxes(-1, -2))  # [*batch, N, s] and [*batch, s, s]
@@ -314,7 +316,8 @@ def _why_not(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
     if other_kinds := [x.label for x in loras if type(x) is not LoRA]:
         return f"each must be a lora. Got {other_kinds}."
     if len({(x.matrix_shape, x.geometry) for x in loras}) > 1:
-        return f"each must be of one kernel. Got {[x.matrix_shape for x in loras]}."
+        shapes = [x.matrix_shape for x in loras]
+        return f"each must be of one kernel, with equal axes. Got shapes {shapes}."
     if len(rates := {x.dropout for x in loras}) > 1:
         return f"dropout must be equal. Got {sorted(rates)}."
     ranks = [x.rank for x in loras]

@@ -12,8 +12,8 @@ Tree = Any  # a pytree, mostly of parameters, with kernels and adapters as leave
 Leaf = Any  # an array or its shape, a kernel, an adapter, or an `AdaptedKernel`
 KeyPath = tuple[Any, ...]  # as in `jax.tree_util`
 
-# Leaves may be in boxes, such as Flax's `nn.Partitioned`. Functions open them for the
-# caller, and put their results into them.
+# Leaves may be in boxes, such as Flax's `nn.Partitioned`. These functions pass the
+# contents of the boxes to the caller, and put results back into the boxes.
 
 
 def _is_leaf(node: object) -> bool:
@@ -21,7 +21,7 @@ def _is_leaf(node: object) -> bool:
 
 
 def path_string(keys: KeyPath) -> str:
-    """Returns a key path as patterns see it: `"layers/0/q_proj/kernel"`."""
+    """Returns a key path as a string for patterns: `"layers/0/q_proj/kernel"`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
@@ -47,11 +47,11 @@ def leaves_by_keys(tree: Tree) -> dict[KeyPath, Leaf]:
 
 
 def leaves_by_path(tree: Tree) -> dict[str, Leaf]:
-    """Returns the leaves of a tree by path, as patterns and rules see them.
+    """Returns the leaves of a tree by path. Patterns and rules match these paths.
 
     Args:
-        tree: A base, lora or combined tree. Its kernels and adapters are leaves. Boxes,
-            such as `nn.Partitioned`, are opened.
+        tree: A base, lora or combined tree. Its kernels and adapters are leaves. Leaves
+            in boxes, such as `nn.Partitioned`, are returned without the box.
 
     Raises:
         ValueError: If two paths have the same spelling, as in
@@ -72,14 +72,14 @@ def leaves_by_path(tree: Tree) -> dict[str, Leaf]:
                 jax.tree_util.keystr(keys)
             )
         refuse_listed(
-            "paths must differ. These are spelled alike; rename a key",
+            "paths must differ. These are spelled alike; rename one of the keys",
             {p: " and ".join(ts) for p, ts in key_texts.items() if len(ts) > 1},
         )
     return leaves
 
 
 def map_by_keys(fn: Callable[[KeyPath, Leaf], Leaf], tree: Tree) -> Tree:
-    """Maps `fn(keys, leaf)` over leaves; a box stays unless `fn` returns a box."""
+    """Maps `fn(keys, leaf)` over leaves; keeps a box unless `fn` returns a box."""
 
     def map_leaf(keys: KeyPath, leaf: Leaf) -> Leaf:
         return rebox(leaf, fn(keys, unbox(leaf)))
@@ -99,7 +99,7 @@ def nested(by_path: Mapping[str, Leaf]) -> dict:
 
 def nested_by_keys(by_keys: Mapping[KeyPath, Leaf]) -> Tree:
     """Returns a nested dict with each leaf under the names of its keys."""
-    # An empty key path belongs to a tree that is itself a leaf.
+    # If there is an empty key path, the tree is itself a leaf.
     if () in by_keys:
         return by_keys[()]
     return _nested((map(_key_name, keys), leaf) for keys, leaf in by_keys.items())
@@ -128,7 +128,7 @@ def refuse_listed(
     error: type[Exception] = ValueError,
 ) -> None:
     """Raises an error that lists all problems, sorted by path if they have paths."""
-    # A problem that is None is no problem: checks return a reason or None.
+    # Checks return a reason or None, so entries that are None are skipped.
     if isinstance(problems, Mapping):
         by_path = sorted(problems.items())
         problems = [f"{path}: {reason}" for path, reason in by_path if reason]
@@ -138,9 +138,9 @@ def refuse_listed(
 
 
 def fused_with(name: str) -> list[str]:
-    """Returns the names of the weights that servers fuse with this one, and its own."""
+    """Returns the names of all weights that servers fuse, of which this is one."""
     # Inference servers compute q, k and v in one product, and gate and up in another.
-    # Names of Hugging Face have dots between their parts, paths have slashes.
+    # The parts of names are separated by dots in Hugging Face, and by slashes in paths.
     for modules in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         pattern = rf"\b({'|'.join(modules)})(?=[./])"
         if re.search(pattern, name):

@@ -35,7 +35,7 @@ def freeze(
     donate: bool = False,
     largest: Array | None = None,
 ) -> Leaf:
-    """Returns the base leaf for a float kernel: packed, trained or still float."""
+    """Returns the base leaf of a float kernel: a QTensor, StraightThrough or array."""
     w, geometry = kernel.value, kernel.geometry
     if packing is None:  # LoRA on float weights
         return w
@@ -53,9 +53,9 @@ def largest_by_path(
     packing: Packing | None,
 ) -> dict[str, Float32[Array, "*batch"]]:
     """Returns, by target, the largest weight of all kernels that are fused with it."""
-    # Servers fuse q, k and v, or gate and up, and NVFP4 then has one float32 factor for
-    # all of them. Other formats need none, and neither do kernels that were trained
-    # with their own factor.
+    # Servers fuse q, k and v, or gate and up. In NVFP4, the fused kernels must have the
+    # same float32 factor, which depends on the largest weight. Other formats have no
+    # factor, and kernels that were trained with their own factor keep it.
     if packing is None or not packing.scheme.needs_largest:
         return {}
     kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
@@ -131,11 +131,12 @@ def quantize(
     Blockwise k-bit quantization with a table of values (QLoRA, Dettmers et al. 2023,
     section 3). Codes and scales equal those of bitsandbytes for "nf4" and "fp4", of
     compressed-tensors for "int4_f16" (also the form of AWQ and GPTQ), "mxfp4" and
-    "nvfp4", and of llama.cpp for "q4_0". The scale is the largest weight in "nf4" and
-    "fp4", a seventh of it in "int4" and 1/127 of it in "int8". A block whose scale is
-    below 1.18e-38, the smallest normal float32, decodes to 0 (bitsandbytes keeps it on
-    CPUs). Kernels that were trained through their quantization (`freeze_base=False`)
-    are packed in the settings of their training, which the config must have too.
+    "nvfp4", and of llama.cpp for "q4_0". The scale is the largest magnitude of a block
+    in "nf4" and "fp4", a seventh of it in "int4" and 1/127 of it in "int8". A block
+    whose scale is below 1.18e-38, the smallest normal float32, decodes to 0
+    (bitsandbytes keeps it on CPUs). Kernels that were trained through their
+    quantization (`freeze_base=False`) are packed with the settings of their training; a
+    config must have the same settings.
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
@@ -143,8 +144,9 @@ def quantize(
         fmt: The number format, one of "fp4", "int4", "int8", "nf4", "int4_f16", "q4_0",
             "mxfp4" and "nvfp4"; or a `QLoRAConfig` with all settings.
         block_size: The number of weights along K that share a scale: a power of two, 16
-            to 4096, by default 64. "int4_f16" has 128 (its default), 64 or 32, "q4_0"
-            and "mxfp4" 32, "nvfp4" 16, and K must be a multiple of it.
+            to 4096, by default 64. It must be 128 (the default), 64 or 32 for
+            "int4_f16", 32 for "q4_0" and "mxfp4", and 16 for "nvfp4", and K must be a
+            multiple of it in these formats.
         double_quant: Whether to quantize the scales too, to 8 bits. Defaults to True
             for "fp4", "int4", "int8" and "nf4"; the other formats already store scales
             in 8 or 16 bits.
@@ -178,11 +180,11 @@ def quantize(
         raise TypeError(
             f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
         )
-    # Only mappings are surely trees: an array may be of any class.
+    # Only a mapping is certainly a tree, since an array may be of any class.
     if isinstance(params, Mapping):
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
     if isinstance(params, StraightThrough):
-        w, q = params.value, params.to_qtensor()  # in the settings of its training
+        w, q = params.value, params.to_qtensor()  # with the settings of its training
     else:
         check_kernel(params)
         packing = Packing(fmt, block_size, double_quant)
@@ -201,14 +203,14 @@ def dequantize(tree: Tree, dtype: DTypeLike | None = None) -> Tree:
     """Returns float arrays for the kernels of a tree, or for one kernel.
 
     Args:
-        tree: A QTensor or StraightThrough, or a tree that holds some. Other leaves are
+        tree: A QTensor or StraightThrough, or a tree with such leaves. Other leaves are
             returned unchanged.
-        dtype: The dtype of the result, by default that of the kernel, to which weights
-            are always rounded first.
+        dtype: The dtype of the result, by default the kernel's own. Weights are rounded
+            to the kernel's own dtype first.
 
     Raises:
-        TypeError: If the tree holds an adapter (use `merge`), or `dtype` is not
-            floating.
+        TypeError: If the tree contains an adapter (use `merge`), or `dtype` is not
+            floating-point.
         ValueError: If the tree was restored without its structure.
 
     Example:

@@ -1,4 +1,4 @@
-"""Puts the two trees on a mesh; packed kernels record their sharding."""
+"""Puts base and lora trees on a mesh; packed kernels record their sharding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,13 +48,12 @@ def place(
     """Returns the base and the lora tree on a mesh, with the same values.
 
     Codes and scales are split as the float kernel would be. Packed kernels also get a
-    static `placement`: over Auto mesh axes, their products run as a `shard_map`, and
-    weights are gathered packed. A is split along K and B along N, over all mesh axes of
-    the kernel, and so is the optimizer's state.
+    static `placement`: over Auto mesh axes, their products run as a `shard_map`, which
+    gathers weights in packed form. A is split along K and B along N, over all mesh axes
+    of the kernel, and so is the optimizer's state.
 
-    Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
-    `jax.ShapeDtypeStruct`, whose `sharding` is set, for `jit(...).lower` and
-    checkpoints.
+    It uses `jax.device_put` for arrays, and a sharding constraint inside `jit`. It sets
+    the `sharding` of a `jax.ShapeDtypeStruct`, for `jit(...).lower` and checkpoints.
 
     Args:
         base: The base tree, of arrays or `jax.ShapeDtypeStruct`.
@@ -62,13 +61,13 @@ def place(
         mesh: The mesh, with Auto axes, Explicit axes or both.
         rules: Specs by path pattern, for the shape of the float kernel. The first
             pattern that matches the full path is used. Other leaves are replicated.
-        specs: Instead of rules, a tree like the float parameters: PartitionSpecs, or
-            boxes that hold names, such as `nn.Partitioned`. By default the boxes in
-            `base`.
+        specs: Instead of rules, a tree like the float parameters, of PartitionSpecs or
+            of boxes with names of axes, such as `nn.Partitioned`. By default, the boxes
+            in `base` are used.
         logical_axes: Maps names in boxes that are not mesh axes to mesh axes, or to
             None for an axis that is not split.
         rows: The mesh axes that split the row axes of inputs: batch, then perhaps
-            sequence. Each entry is a name, several, or None.
+            sequence. Each entry is one name, several names, or None.
         memory: Where the codes of packed stacks are stored between products. Stacks are
             kernels with an axis of layers, as in a scan. With "host", each product
             moves the codes of its layer to the device. "device" moves them back.
@@ -169,7 +168,9 @@ def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:
     if unknown := sorted({*names} - {*mesh.axis_names}):
         raise ValueError(f"the mesh has axes {mesh.axis_names}. Got {unknown}.")
     if len({*names}) < len(names):
-        raise ValueError(f"each mesh axis must split one axis. Got {tuple(spec)}.")
+        raise ValueError(
+            f"each mesh axis must split one axis at most. Got {tuple(spec)}."
+        )
     if len(axes) > ndim:
         raise ValueError(f"a spec must have at most {ndim} entries. Got {tuple(spec)}.")
     return axes + ((),) * (ndim - len(axes))  # as in JAX, other axes are not split
@@ -218,7 +219,7 @@ class _Plan:
     mesh: Mesh
     rows: tuple[Axes, ...]  # mesh axes of the inputs' rows
     axes: tuple[Axes, ...]  # mesh axes of each axis of the leaf
-    memory: str  # where its codes are between products
+    memory: str  # where its codes are stored between products
 
     def check(self, leaf: Leaf) -> None:
         """Raises ValueError if the leaf cannot be split this way."""
@@ -226,16 +227,16 @@ class _Plan:
             self._check_divides(f"axis {axis} of {tuple(leaf.shape)}", axes, size)
         if not is_packed(leaf):
             return
-        # Codes merge all contracted axes into K, and all outputs into N. Contiguous
-        # parts of the merged axis are parts of its first axis only.
+        # Codes merge all contracted axes into K, and all outputs into N. Only parts of
+        # the first of these axes are contiguous in the merged axis.
         geometry, ndim = leaf.geometry, len(leaf.shape)
         for axes in (geometry.axes(kind, ndim) for kind in "kn"):
             for axis in axes[1:]:
                 if self.axes[axis]:
                     raise ValueError(
-                        f"axes {axes} are stored as one, of which only the first can "
-                        f"be split. Got {self.axes[axis]} for axis {axis}. Split axis "
-                        f"{axes[0]}."
+                        f"axes {axes} are stored as one axis, so only the first of "
+                        f"them can be split. Got {self.axes[axis]} for axis {axis}. "
+                        f"Split axis {axes[0]}."
                     )
         # A block has a single scale, so no block may be cut.
         k, k_axes = leaf.matrix_shape[-2], self._matrix_axes(leaf)[-2]
@@ -283,7 +284,7 @@ class _Plan:
     ) -> Array | jax.ShapeDtypeStruct:
         spec = make_spec(*axes)
         sharding = NamedSharding(self.mesh, spec, memory_kind=memory_kind)
-        # Shapes are for `jit(...).lower` and for readers of checkpoints.
+        # Callers pass shapes for `jit(...).lower`, or to read checkpoints into them.
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         # Under jit, only `device_put` can change the memory of an array.

@@ -73,10 +73,10 @@ class Summary:
 def summary(base: Tree, lora: Tree | None = None) -> Summary:
     """Returns a table of every leaf: its shape, format, bits per parameter and bytes.
 
-    It has a row for each leaf in `base` and `lora` (`path`, `shape`, `fmt`, `params`,
-    `nbytes`, `float_nbytes`, `trainable`), totals in bytes, `float_bytes` (the base
-    without packing), `base_bytes` and `lora_bytes`, and the number of
-    `trainable_params`.
+    Its attributes `base` and `lora` have a row for each leaf, with `path`, `shape`,
+    `fmt`, `params`, `nbytes`, `float_nbytes` and `trainable`. Its totals in bytes are
+    `float_bytes` (the base without packing), `base_bytes` and `lora_bytes`. Its
+    `trainable_params` is the number of trained weights.
 
     Args:
         base: The base tree, or a combined tree.

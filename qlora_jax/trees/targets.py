@@ -29,9 +29,10 @@ def find_targets(
     accept: Callable[[Kernel], bool] = lambda kernel: False,
 ) -> dict[str, Geometry]:
     """Returns the geometry of each target; raises one error for all problems."""
-    # An integration passes what it knows by path: `kinds` are the roles of axes (see
-    # `Geometry`), which replace `config.contract`, and `problems` say why leaves cannot
-    # be targets. `accept` selects kernels that can be targets, besides float arrays.
+    # An integration passes what it knows, by path: `kinds` has the roles of axes (see
+    # `Geometry`), which replace `config.contract`, and `problems` has reasons why some
+    # leaves cannot be targets. `accept` returns whether a kernel can be a target, as
+    # float arrays can.
     check_config(config)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
     _check_patterns(leaves, targets, config)
@@ -40,8 +41,8 @@ def find_targets(
     problems = dict(problems or {})
     for path, leaf in targets.items():
         try:
-            # By convention, a `weight` may be [in, out] or [out, in]. Only an
-            # integration can tell.
+            # A `weight` may be [in, out] or [out, in]. Only an integration knows which
+            # of the two.
             is_weight = path.rpartition("/")[2] == "weight" and not is_tree_leaf(leaf)
             if kinds is None and is_weight and config.contract_of(path) is None:
                 raise ValueError(UNKNOWN_AXES)
@@ -58,7 +59,7 @@ def find_targets(
     )
     tables = {path: x for path, x in leaves.items() if config.rows_of(path)}
     refuse_listed(
-        "these leaves have no such rows to train",
+        "`trainable_rows` do not fit these leaves",
         {path: _why_no_rows(x, config.rows_of(path)) for path, x in tables.items()},
     )
     return geometries
@@ -91,7 +92,7 @@ def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> No
     is_shared, batch = matches(config.shared, path), shape[:-2]  # of [*batch, K, N]
     if is_shared and not batch:
         raise ValueError("`shared` needs a stack of experts.")
-    # Experts are the last batch axis; layers come before it.
+    # The last batch axis has the experts; layers come before it.
     experts = 1 if is_shared or not batch else batch[-1]
     if (ranks := config.ranks_of(path)) and len(ranks) != experts:
         raise ValueError(
@@ -125,7 +126,7 @@ def _geometry(
         # A config may turn output axes of a module into batch axes.
         is_refinement = isinstance(contract, str) and roles_fit(contract, kinds)
         contract = contract if is_refinement else kinds
-    # Kernels keep the geometry and the packing that they have.
+    # Leaves that are kernels already keep their geometry and packing.
     if accept(as_kernel(leaf)):
         _check_settings(leaf, config)
         _check_roles(leaf, contract, is_module=kinds is not None)
@@ -140,7 +141,7 @@ def _geometry(
 
 
 def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
-    # A packed kernel has no float weights, which training and packing would need.
+    # A packed kernel has no float weights to train.
     if not kernel.is_trained:
         if not config.freeze_base:
             raise ValueError("it is packed already; `freeze_base` must be True.")
@@ -169,13 +170,13 @@ def _check_roles(kernel: Kernel, contract: Contract | None, *, is_module: bool) 
 def check_adapter_sizes(
     leaves: Mapping[str, Leaf], config: QLoRAConfig, geometries: Mapping[str, Geometry]
 ) -> None:
-    """Raises ValueError if adapters are larger than their kernels."""
+    """Raises ValueError if adapters would be larger than their kernels."""
     problems = []
     for path, geometry in geometries.items():
         shape = tuple(leaves[path].shape)
         *_, k, n = geometry.matrix_shape(shape)
-        # A and B have rank * (K + N) entries. With three axes or more, the default
-        # contraction is often wrong, and a large adapter is a sign of it.
+        # A and B have rank * (K + N) entries. For kernels of three axes or more, the
+        # default of `contract` is often wrong, and a large adapter is a sign of it.
         is_default = len(shape) > 2 and config.contract_of(path) is None
         is_larger = min(k, n) == 1 or (
             is_default and config.rank_of(path) * (k + n) > k * n
@@ -186,7 +187,7 @@ def check_adapter_sizes(
                 f"batch, k contracted, n output) is [{k}, {n}] in matrix form"
             )
     refuse_listed(
-        "these adapters would be larger than their kernels. Say in `contract` which "
-        "axes are contracted, exclude them, or name them in `rank_pattern`",
+        "these adapters would be larger than their kernels. Set the contracted axes in "
+        "`contract`, exclude these kernels, or match them in `rank_pattern`",
         problems,
     )
