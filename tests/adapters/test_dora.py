@@ -310,7 +310,8 @@ def test_peft_files_have_its_magnitudes_and_all_weights_of_a_stack(tmp_path):
     assert loaded["q_proj"]["kernel"].a.dtype == jnp.bfloat16
     assert loaded["q_proj"]["kernel"].m.dtype == jnp.float32
     single_layer = dataclasses.replace(settings, layers_to_transform=1)
-    with pytest.raises(ValueError, match="each weight of a stack must have an adapter"):
+    message = "every weight of a stack must have an adapter"
+    with pytest.raises(ValueError, match=message):
         ql.io.save_peft(tmp_path / "b", base, adapters, names, single_layer)
     plain = dataclasses.replace(settings, use_dora=False)
     with pytest.raises(ValueError, match="its type must be LoRA.* Got DoRA"):
