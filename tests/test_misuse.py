@@ -42,7 +42,7 @@ FUNCTIONS = {
     "einsum": (ql.einsum, {"equation": "mk,kn->mn", "x": X, "q": KERNEL}),
     "explain_backend": (ql.explain_backend, {"x": X, "q": KERNEL}),
     "select": (ql.select, {"bank": BANK, "ids": 0}),
-    "a place": (lambda index: BANK[index], {"place": 0}),
+    "a place": (lambda place: BANK[place], {"place": 0}),
     "with_adapter": (BANK.with_adapter, {"place": 0}),
     "init": (ql.init, {"key": jax.random.key(0)}),
 }
