@@ -13,24 +13,26 @@ from jaxtyping import Array
 from ..quant.host_codes import HostShaped
 from .files import CheckpointError
 
-PIECE = 1 << 21  # weights read at once: 8 MiB in float32
+PIECE = 1 << 21  # the number of weights to read at once: 8 MiB in float32
 
-Device = Any  # a `jax.Device`, which pyright does not accept as a type; or None
+Device = Any  # None or a `jax.Device`, which pyright does not accept as a type
 Index = tuple[slice, ...]
 Arrays = tuple[Array, ...]
 
 
 def on_devices(
     structs: Sequence[Array | jax.ShapeDtypeStruct],
-    make: Callable[[Device, Sequence[Index]], Sequence[Array]],
+    compute_shards: Callable[[Device, Sequence[Index]], Sequence[Array]],
 ) -> Arrays:
-    """Returns arrays that `make(device, parts)` computes for each device.
+    """Returns arrays whose shards `compute_shards(device, parts)` computes.
 
-    `parts` are the slices that the device holds, one index for each array. All
-    `structs` are on the same devices; without a sharding, on JAX's default device.
+    `parts` has one index for each array: the slices that the device holds. All
+    `structs` must be on the same devices. Without shardings, the arrays are on JAX's
+    default device.
     """
     if structs[0].sharding is None:  # entire arrays on one device
-        return tuple(make(None, [tuple(slice(0, n) for n in s.shape) for s in structs]))
+        parts = [tuple(slice(0, n) for n in s.shape) for s in structs]
+        return tuple(compute_shards(None, parts))
     shardings: list[Any] = [s.sharding for s in structs]
     index_maps = [
         sharding.addressable_devices_indices_map(struct.shape)
@@ -47,22 +49,23 @@ def on_devices(
             parts.append(tuple(slice(*i.indices(n)[:2]) for i, n in sizes))
         key = tuple((i.start, i.stop) for part in parts for i in part)  # hashable
         if key not in computed:
-            computed[key] = make(device, parts)
-        for x, sharding, shard in zip(computed[key], shardings, shards, strict=True):
+            computed[key] = compute_shards(device, parts)
+        zipped = zip(computed[key], shardings, shards, strict=True)
+        for x, sharding, array_shards in zipped:
             kind = sharding.memory_kind
             target = SingleDeviceSharding(device, memory_kind=kind)
-            shard.append(jax.device_put(x, target))
+            array_shards.append(jax.device_put(x, target))
     return tuple(
-        jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, shard)
-        for struct, shard in zip(structs, shards, strict=True)
+        jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, parts)
+        for struct, parts in zip(structs, shards, strict=True)
     )
 
 
 def put(x: Any, struct: Array | jax.ShapeDtypeStruct) -> Array:
-    """Puts an array or lazy tensor on its sharding; each device reads its part."""
+    """Places an array or lazy tensor like `struct`; each device reads only its part."""
     if struct.sharding is None:  # an array that is not committed to a device
         return jnp.asarray(np.asarray(x))
-    if tuple(x.shape) != struct.shape:  # codes have another shape in host memory
+    if tuple(x.shape) != struct.shape:  # codes have a different shape in host memory
         x = HostShaped(x)
     return jax.make_array_from_callback(
         struct.shape, struct.sharding, lambda index: np.asarray(x[index])
@@ -79,15 +82,15 @@ def empty(device: Device, index: Index, dtype: DTypeLike) -> Array:
     return jnp.zeros(sizes_of(index), dtype, device=device)
 
 
-def cells(batch: Index) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields each batch index of a part, in the entire array and in the part."""
+def batch_indices(batch: Index) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yields each batch index of a part twice: in the entire array, and in the part."""
     for local in np.ndindex(*sizes_of(batch)):
         yield tuple(i.start + n for i, n in zip(batch, local, strict=True)), local
 
 
 def pieces(part: slice, row_size: int) -> Iterator[slice]:
-    """Yields slices of rows of at most `PIECE` weights, but of at least one row."""
-    # All slices but the last have one size, so XLA compiles at most two programs.
+    """Yields slices of rows, each of one row or of at most `PIECE` weights."""
+    # All slices but the last have the same size, so XLA compiles at most two programs.
     count = part.stop - part.start
     step = max(1, min(count, PIECE // max(row_size, 1)))
     for start in range(part.start, part.stop, step):
@@ -99,20 +102,20 @@ def read(tensor: Any, index: Index, dtype: DTypeLike) -> np.ndarray:
     return np.asarray(tensor[index]).astype(dtype, copy=False)
 
 
-def checked_cells(
+def checked_tensors(
     names: np.ndarray,
     batch: Index,
     problem: str = "must be finite. Got NaN or infinity.",
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[Array], None]]]:
     """Yields each tensor's name, its index in the part, and a function `check`.
 
-    The caller passes a boolean scalar for each piece of the tensor to `check`; it need
-    not be computed yet. If one is false, CheckpointError names the tensor.
+    For each piece of the tensor, the caller passes a boolean scalar to `check`; JAX may
+    still be computing it. If one is false, a CheckpointError names the tensor.
     """
-    for index, local in cells(batch):
+    for index, local in batch_indices(batch):
         flags: list[Array] = []
 
-        # The default binds the list of this iteration.
+        # The default value binds the list of this iteration, not of a later one.
         def check(is_finite: Array, flags: list[Array] = flags) -> None:
             flags.append(is_finite)
             if len(flags) > 1:

@@ -18,8 +18,8 @@ Path = str | pathlib.Path
 # without running `finally` blocks deletes them with `delete_unfinished`.
 _unfinished: set[str] = set()
 
-# A hostile file can cause thousands of problems with names of any length, so error
-# messages are cut: names of each kind, lines, and characters of a line.
+# A hostile file can cause thousands of problems with names of any length. These limits
+# apply to error messages: the names of each kind, the lines, and a line's length.
 _MAX_NAMES, _MAX_LINES, _MAX_LINE_LENGTH = 200, 60, 320
 
 
@@ -34,13 +34,13 @@ class CheckpointError(ValueError):
 
 
 def require(is_valid: bool, message: str) -> None:
-    """Raises CheckpointError with `message` unless `is_valid`."""
+    """Raises a CheckpointError with `message` unless `is_valid`."""
     if not is_valid:
         raise CheckpointError(message)
 
 
 def refuse(title: str, problems: Iterable[str]) -> None:
-    """Raises CheckpointError that lists the distinct problems, if there are any."""
+    """Raises a CheckpointError that lists the distinct problems, if there are any."""
     lines = [line[:_MAX_LINE_LENGTH] for line in dict.fromkeys(problems)]
     num_hidden = len(lines) - _MAX_LINES
     ending = [f"and {num_hidden} more"] if num_hidden > 0 else []
@@ -48,7 +48,7 @@ def refuse(title: str, problems: Iterable[str]) -> None:
 
 
 def refuse_names(**names_by_problem: Iterable[str]) -> None:
-    """Raises CheckpointError that lists tensor names by problem, if there are any."""
+    """Raises a CheckpointError that lists names by problem, if there are any."""
     lines = []
     for problem, names in names_by_problem.items():
         if listed := sorted(names):
@@ -59,11 +59,11 @@ def refuse_names(**names_by_problem: Iterable[str]) -> None:
 
 
 def parse_json(data: bytes, source: str) -> Any:
-    """Returns the value of strict JSON.
+    """Returns the value that strict JSON describes.
 
     Args:
         data: The JSON, in UTF-8.
-        source: Where the JSON is from, for error messages.
+        source: The origin of the JSON, for error messages.
 
     Raises:
         CheckpointError: If the JSON is not valid UTF-8 JSON, or has duplicate keys, NaN
@@ -102,7 +102,7 @@ def parse_json(data: bytes, source: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; raises CheckpointError for other JSON."""
+    """Returns the JSON object in a file; raises CheckpointError for other values."""
     value = parse_json(pathlib.Path(path).read_bytes(), str(path))
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
@@ -118,8 +118,8 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 def member(folder: Path, name: str) -> pathlib.Path:
     """Returns the path of a file in a folder, for a name that may be hostile.
 
-    A checkpoint's index holds such names. A name with a slash, or a link that leaves
-    the folder, could read any file of the user.
+    Such names come from a checkpoint's index. Without the checks, a name with a slash,
+    or a link out of the folder, could expose any file that the user can read.
     """
     folder = pathlib.Path(folder)
     if not re.fullmatch(r"[^/\\\x00-\x1f:]+", name) or name in (".", ".."):
@@ -148,7 +148,8 @@ def member(folder: Path, name: str) -> pathlib.Path:
 def new_path(path: Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path, and renames it to `path` if the block succeeds.
 
-    A file or folder that exists at `path` is replaced. After an error, nothing is left.
+    A file or folder that exists at `path` is replaced. If the block raises, `path` is
+    unchanged, and the temporary path is deleted.
 
     Args:
         path: The file or the folder. Its parent is created if it does not exist.
@@ -177,8 +178,8 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
             # Otherwise a power failure after the rename could leave an empty file.
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-        # Between the two renames, the temporary folder holds the old folder, which
-        # `delete_unfinished` must not delete.
+        # Between the two renames below, the temporary folder contains the old folder,
+        # which `delete_unfinished` must not delete.
         _unfinished.discard(temporary)
         if new.is_dir() and path.is_dir():
             # A rename cannot replace a folder that has files.
@@ -187,14 +188,14 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
 
 
 def delete_unfinished() -> None:
-    """Deletes the temporary folders of `new_path`, before an exit without `finally`."""
+    """Deletes the folders of `new_path`, for an exit that skips `finally` blocks."""
     for folder in _unfinished:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[pathlib.Path]:
-    """Yields a folder as `new_path` does; `path` must not exist or must be empty."""
+    """Yields a folder as `new_path` does. `path` must be missing or an empty folder."""
     path = pathlib.Path(path)
     if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"the folder to write must be new or empty. Got {path}.")

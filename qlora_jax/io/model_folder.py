@@ -36,8 +36,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         folder: The folder.
 
     Raises:
-        CheckpointError: If the file does not exist, is a link out of the folder, or is
-            not a strict JSON object (duplicate keys, NaN).
+        CheckpointError: If the file does not exist, is a link out of the folder, is
+            not a JSON object, or has duplicate keys, NaN or infinity.
 
     Example:
         >>> import pathlib, tempfile, qlora_jax as ql
@@ -67,7 +67,7 @@ def write_folder(
     source = config if isinstance(config, Mapping) else read_config_json(config)
     merged = {**source, **changes}
     if "quantization_config" in changes:
-        merged.pop("quantization", None)  # MLX's name of the same settings
+        merged.pop("quantization", None)  # MLX's name for the same settings
     settings = {k: x for k, x in merged.items() if x is not None or k not in changes}
     # mlx-lm and older versions of transformers read the older keys.
     settings |= older_config_keys(settings)
@@ -96,11 +96,11 @@ def write_folder(
 
 
 def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys by which older `config.json` files describe rotary positions.
+    """Returns the keys that older `config.json` files have for renamed settings.
 
-    transformers 5 writes `rope_parameters`, for all layers or by the kind of layer, and
-    reads both forms. mlx-lm reads the older keys for most families. Folders that this
-    library writes have both.
+    They describe rotary embeddings, and the experts of Qwen3 MoE. transformers 5 writes
+    `rope_parameters`, for all layers or by the kind of layer, and reads both forms.
+    mlx-lm reads the older keys for most families. This library writes both.
 
     Args:
         config: The content of a `config.json`.
@@ -124,7 +124,7 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         # Readers of the older form expect the key `type`, some also `rope_type`.
         keys["rope_scaling"] = {**rope, "type": rope["rope_type"]}
-    # The same for the number of experts, which transformers 5 has renamed.
+    # transformers 5 has also renamed the number of experts.
     if config.get("model_type") == "qwen3_moe":
         keys["num_experts"] = config.get("num_local_experts")
     return {k: x for k, x in keys.items() if x is not None and config.get(k) is None}
@@ -132,7 +132,7 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
     for name in _COPIED:
-        # A dangling link is an error of `member`, not a missing file.
+        # `member` rejects a dangling link, which is not the same as a missing file.
         if (source / name).exists() or (source / name).is_symlink():
             shutil.copyfile(member(source, name), folder / name)
     for file in (source / _TEMPLATES).glob("*.jinja"):
@@ -146,7 +146,7 @@ def _nbytes(x: TensorLike) -> int:
 
 
 def _shards(tensors: Mapping[str, TensorLike], max_bytes: int) -> dict[str, list[str]]:
-    """Returns the names of the tensors in each file, in their order."""
+    """Returns the names of the tensors in each file, in the order of `tensors`."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, x in tensors.items():

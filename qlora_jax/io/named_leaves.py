@@ -28,7 +28,7 @@ class NamedLeaf:
 
     path: str
     shape: tuple[int, ...]
-    # None for other leaves than kernels: their axes are batch axes, then the tensor's.
+    # None if the leaf is not a kernel: it has batch axes, then the axes of its tensors.
     geometry: Geometry | None
     is_vector: bool  # a bias of several axes, which is a vector in the checkpoint
     tensors: np.ndarray  # the names, in the shape of the leaf's batch axes
@@ -43,9 +43,9 @@ class NamedLeaf:
         return [axis for axis, role in enumerate(roles) if role == "b"]
 
     def check_is_matrix(self) -> None:
-        """Raises ValueError for a convolution, which only adapters of PEFT support."""
+        """Raises ValueError for a convolution, which only PEFT adapters support."""
         if self.window:
-            raise ValueError("convolutions are not read or written")
+            raise ValueError("convolutions cannot be loaded or saved")
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -78,11 +78,11 @@ def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
 def find_leaves(
     tensors: Mapping[str, TensorLike], names: Names, like: Tree
 ) -> dict[str, NamedLeaf]:
-    """Returns the leaves of `like` by path; lists all tensors that do not match."""
+    """Returns the leaves of `like` by path; an error lists all mismatched tensors."""
     leaves: dict[str, NamedLeaf] = {}
     unnamed, missing, mismatched = [], [], []
     used: set[str] = set()
-    # First go through the leaves, and record which tensors they use.
+    # Check the leaves, and record which tensors they use.
     for path, array in leaves_by_path(like).items():
         try:
             leaves[path] = leaf = leaf_of(path, tuple(array.shape), names)
@@ -99,8 +99,8 @@ def find_leaves(
             if shape != leaf.tensor_shape:
                 mismatched.append(f"{name} (must be {leaf.tensor_shape}, is {shape})")
             elif dtype not in FLOAT_DTYPES:
-                mismatched.append(f"{name} (must be floating, is {dtype})")
-    # Then every other tensor must be ignored by the table, or have no effect.
+                mismatched.append(f"{name} (must be floating-point, is {dtype})")
+    # The table must ignore every other tensor, unless the tensor has no effect.
     unexpected = [
         name
         for name in tensors
@@ -119,21 +119,21 @@ def find_leaves(
 def _is_zero_bias(name: str, tensors: Mapping[str, Any]) -> bool:
     # Old GPTQ files store a bias of zeros for packed modules that have no bias.
     stem, _, kind = name.rpartition(".")
-    is_packed = kind == "bias" and packing_of(tensors.get(f"{stem}.weight")) is not None
-    return is_packed and not np.asarray(tensors[name][...]).any()
+    weight = tensors.get(f"{stem}.weight") if kind == "bias" else None
+    return packing_of(weight) is not None and not np.asarray(tensors[name][...]).any()
 
 
 def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
-    """Returns the named leaves of a base tree with their values; lists all problems."""
+    """Returns a base tree's named leaves with their values; an error lists problems."""
     leaves, problems = [], []
     for path, value in leaves_by_path(base).items():
         if is_tree_leaf(value) and not is_packed(value):
             raise TypeError(
-                "`base` must hold arrays and packed kernels: `split` a combined tree, "
-                f"`quantize` kernels that are trained. Got {type(value).__name__} at "
-                f"{path}."
+                "`base` must contain arrays and packed kernels. Use `split` on a "
+                "combined tree, and `quantize` on trained kernels. Got "
+                f"{type(value).__name__} at {path}."
             )
-        # Other processes may hold parts of the arrays, which only they can read.
+        # Parts of the arrays on the devices of other processes cannot be read here.
         arrays = [a for a in jax.tree.leaves(value) if isinstance(a, jax.Array)]
         if not all(a.is_fully_addressable for a in arrays):
             raise ValueError(f"{path} must be on the devices of this process.")
@@ -144,8 +144,8 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
             problems.append(f"{path}: {error}")
             continue
         if is_packed(value):
-            # Blocks run along the contracted axes, so packed kernels with other axes
-            # cannot be written without packing them again.
+            # Blocks run along the contracted axes, so a kernel that was packed along
+            # other axes cannot be written without packing it again.
             roles = value.geometry.roles(value.ndim)
             named_roles = leaf.geometry and leaf.geometry.roles(value.ndim)
             if roles != named_roles:
@@ -181,8 +181,8 @@ def float_tensors_of(leaf: NamedLeaf, value: Any) -> dict[str, DeferredTensor]:
 def _float_tensor(leaf: NamedLeaf, value: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns one tensor of a leaf in the checkpoint's layout, `[N, K]`."""
     if is_packed(value):
-        # Slice and decode one matrix [K, N], so that memory holds no other.
-        matrix = jax.tree.map(lambda part: part.make(), matrix_of(value, index))
+        # Only one decoded matrix [K, N] is in memory at a time.
+        matrix = jax.tree.map(lambda part: part.compute(), matrix_of(value, index))
         return np.asarray(matrix.dequantize_matrix()).T
     slices: list[int | slice] = [slice(None)] * len(leaf.shape)
     for axis, i in zip(leaf.batch_axes, index, strict=True):

@@ -1,6 +1,6 @@
 """Maps Flax paths to Hugging Face tensor names.
 
-Each kernel of a matrix form `[*batch, K, N]` (see `QLoRAConfig.contract`) is the
+Each matrix `[K, N]` of a kernel `[*batch, K, N]` (see `QLoRAConfig.contract`) is the
 transpose of a weight `[N, K]`, so a table only needs names and the roles of axes.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 from ..quant.geometry import check_contract
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-# Without leading zeros, so that a path has one spelling; and short, so that a hostile
-# name cannot hold a number that takes long to convert.
+# Leading zeros are not allowed, so that a path has only one spelling. The length is
+# limited, because converting a huge number in a hostile name would take long.
 _NUMBER = r"0|[1-9][0-9]{0,8}"
 
 BatchIndex = tuple[int, ...]
@@ -27,20 +27,20 @@ class Entry:
     """The names of one leaf's tensors.
 
     Attributes:
-        names: A name with a placeholder such as `{layer}` or `{expert}` for each
-            number; or several such names, which form the last batch axis. A name that
-            ends in a dot and a placeholder is a part of a tensor, such as an expert of
-            gpt-oss.
-        roles: The role of each trailing axis of a kernel, as letters (b batch, k
-            contracted, n output: "kn", "knn", "bnkn"), with a w for each axis of the
-            window of a convolution in Flax's layout: "wwkn"; "nn" for a bias of several
-            axes that is a vector in the checkpoint; "" for other leaves, whose axes are
-            the batch axes followed by the tensor's. None means "kn" for a leaf named
-            `kernel` and "" for others.
-        parameter: The name of its parameter in transformers' model, where PEFT adapts
-            it as one of `target_parameters`. A parameter of all experts has no
-            {expert}. Leaves of the same parameter are side by side along N. The
-            parameters of a module are listed in the order of the module.
+        names: A name in which a placeholder, such as `{layer}` or `{expert}`, stands
+            for each number; or several such names, which form the last batch axis. A
+            name that ends in a dot and a placeholder is a part of a tensor, such as one
+            expert of gpt-oss.
+        roles: The role of each trailing axis of a kernel, as a letter (b batch, k
+            contracted, n output): "kn", "knn", "bnkn". In "wwkn", each w is an axis of
+            the window of a convolution in Flax's layout. "nn" is a bias that has
+            several axes, but is a vector in the checkpoint. "" is any other leaf; its
+            axes are the batch axes and then the tensor's. None means "kn" for a leaf
+            named `kernel`, and "" for others.
+        parameter: The name of the leaf's parameter in transformers' model, if PEFT can
+            adapt it as one of `target_parameters`. It has no {expert} if the parameter
+            holds all experts. Leaves of the same parameter are concatenated along N.
+            List the parameters of a module in the order in which it defines them.
 
     Example:
         >>> import qlora_jax as ql
@@ -79,9 +79,9 @@ class Entry:
 class Names:
     r"""A table of a model's leaves and their names in a Hugging Face model.
 
-    Paths may hold placeholders too, for models that have a leaf for each layer. The
-    other placeholders of the names are batch axes of the leaf, in the order of the
-    first name. Several names in an entry form one more batch axis, the last.
+    Paths may have placeholders too, for models that have a leaf for each layer. A
+    placeholder that is only in the names is a batch axis of the leaf; these axes have
+    the order of the first name. Several names in an entry add a last batch axis.
 
     Attributes:
         entries: An `Entry` for each leaf path; or the names, which become an `Entry`.
@@ -120,22 +120,22 @@ class Names:
                     f"placeholders of a path must be in its names. Got "
                     f"{sorted(unnamed)} in {path!r} for {entry.names!r}."
                 )
-        # Names that differ in their placeholders only are the same tensors.
+        # Names that differ only in their placeholders refer to the same tensors.
         templates = [_PLACEHOLDER.sub("{}", name) for name in self._all_templates()]
         if duplicates := sorted({n for n in templates if templates.count(n) > 1}):
             raise ValueError(
-                f"each name must belong to one leaf. Got twice: {duplicates}."
+                f"each name must belong to one leaf. Got duplicates: {duplicates}."
             )
 
     def of(self, path: str, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Returns the names of a leaf's tensors, an array of strings `batch_shape`.
+        """Returns the names of a leaf's tensors, as an array of shape `batch_shape`.
 
         Args:
             path: The leaf's path.
             batch_shape: The sizes of its batch axes.
 
         Raises:
-            ValueError: If no entry has that path and that number of batch axes.
+            ValueError: If no entry has that path, or if it has other batch axes.
         """
         entry, numbers, axes = self._find(path)
         templates = entry._templates
@@ -150,7 +150,7 @@ class Names:
         names = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
             template = templates[index[-1] if has_name_axis else 0]
-            # `strict` is false because the last number may select a template.
+            # `strict` is false because the last index may select a template.
             fields = dict(zip(axes, index, strict=False))
             names[index] = template.format(**numbers, **fields)
         return names
@@ -184,7 +184,7 @@ class Names:
     def parameters(
         self, batch_shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, dict[str, list[BatchIndex]]]:
-        """Returns the batch indices that each `Entry.parameter` holds, by leaf path.
+        """Returns the leaves of each `Entry.parameter`, as batch indices by leaf path.
 
         Args:
             batch_shapes: The sizes of the leaves' batch axes, by path.
@@ -214,7 +214,7 @@ class Names:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def is_stack(self, name: str) -> bool:
-        """Returns whether the table names parts of a tensor: `name.0`, `name.1`, ...
+        """Returns whether the table names this tensor's parts: `name.0`, `name.1`, ...
 
         Args:
             name: The name of a tensor in a checkpoint.
@@ -240,7 +240,7 @@ class Names:
 
     @functools.cached_property
     def _stacks(self) -> list[re.Pattern]:
-        # The tensor of `experts.{expert}` is `experts`.
+        # `experts.{expert}` names the parts of a tensor called `experts`.
         matches = (re.fullmatch(r"(.*)\.\{[a-z_]+\}", n) for n in self._all_templates())
         return [_pattern(match[1]) for match in matches if match]
 

@@ -1,7 +1,7 @@
 """The format of this library: packed kernels and adapters in one safetensors file."""
 
-# The metadata in the header has the format, its version, a description of each leaf as
-# JSON, the config, and a checksum of the file.
+# The metadata in the header contains the name and the version of the format, a
+# description of each leaf as JSON, the config, and a checksum of the file.
 
 import hashlib
 import json
@@ -32,18 +32,19 @@ from .tensors import TensorLike, Tensors
 
 FORMAT = "qlora_jax"
 VERSION = "1"
-UNKNOWN = "0" * 64  # stands for the checksum while it is computed
+UNKNOWN = "0" * 64  # a placeholder for the checksum while it is computed
 _CHUNK_BYTES = 8 << 20
 
 LeafJson = dict[str, Any]  # describes a leaf
 
-# What reading a description raises that `save` did not write.
+# The errors that are raised while reading a description that `save` did not write.
 _DESCRIPTION_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError)
 _DESCRIPTION_ERRORS += (TypeError, ValueError)
 _PATTERN_LISTS = ("targets", "exclude", "trainable", "shared")
 _PATTERN_DICTS = ("rank_pattern", "alpha_pattern", "contract", "trainable_rows")
 _FLAGS = {"a": re.A, "i": re.I, "m": re.M, "s": re.S, "x": re.X}
-_PACKING = ("fmt", "block_size", "double_quant")  # in the order of `Packing`
+_PACKING = ("fmt", "block_size", "double_quant")  # in the order of `Packing`'s fields
+# The attributes that contain arrays, by the kind of leaf; "" is the leaf itself.
 _ARRAYS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}}
 
 
@@ -72,12 +73,13 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     Args:
         path: The file, which is replaced if it exists.
         tree: A base tree, a lora tree, or both as `{"base": base, "lora": lora}`, in
-            dicts and lists. Boxes such as `nn.Partitioned` are not stored: after
-            `restore`, pass rules or specs to `qlora_jax.sharding.place`.
-        config: A config to store with it.
+            dicts and lists; tuples are restored as lists. Boxes such as
+            `nn.Partitioned` are not stored: after `restore`, pass rules or specs to
+            `qlora_jax.sharding.place`.
+        config: A config to store with the tree.
 
     Raises:
-        TypeError: If the tree has other leaves, which are listed. Tuples become lists.
+        TypeError: If the tree has nodes or leaves of other types, which are listed.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
@@ -97,7 +99,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
             problems.append(f"{path_string(keys)}: {error}")
             continue
         if leaf_arrays.keys() & arrays.keys():
-            problems.append(f"{path_string(keys)}: another leaf has that path.")
+            problems.append(f"{path_string(keys)}: another leaf has the same path.")
         entries.append(entry)
         arrays |= leaf_arrays
     refuse_listed("these leaves cannot be saved", problems, TypeError)
@@ -118,7 +120,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
 
         write_hashed(header)
         write_tensors(write_hashed, arrays, order)
-        # Filled in last, so that each tensor is computed only once.
+        # The checksum is filled in last, so that each tensor is computed only once.
         file.seek(header.index(UNKNOWN.encode()))
         file.write(hasher.hexdigest().encode())
 
@@ -128,7 +130,8 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
 
     Args:
         path: The file.
-        place: As in `load`: puts shardings on the tree of shapes; devices read parts.
+        place: A function that puts shardings on the tree of shapes, as in `load`. Each
+            device then reads only its part.
 
     Raises:
         CheckpointError: If `save` did not write the file, if it has another version, if
@@ -150,9 +153,9 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
         )
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} must be of version {VERSION}. Got {metadata.get('version')!r}."
+            f"{path} must have version {VERSION}. Got {metadata.get('version')!r}."
         )
-    _check_sum(pathlib.Path(path), metadata.get("checksum", ""))
+    _check_checksum(pathlib.Path(path), metadata.get("checksum", ""))
     entries = parse_json(metadata.get("leaves", "").encode(), f"`leaves` of {path}")
     stored = parse_json(metadata.get("config", "").encode(), f"`config` of {path}")
     try:
@@ -167,7 +170,7 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
     return Restored(jax.tree.unflatten(treedef, arrays), config)
 
 
-def _check_sum(path: pathlib.Path, checksum: str) -> None:
+def _check_checksum(path: pathlib.Path, checksum: str) -> None:
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -201,12 +204,12 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
 
 
 def _kind_settings(kind: type[Adapter]) -> tuple[str, ...]:
-    """Returns the settings that only this kind of adapter has: lists of integers."""
+    """Returns the settings of this kind of adapter only, which are integer lists."""
     return tuple(name for name in kind.settings if name not in SETTINGS)
 
 
 def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the names of a leaf's tensors, by the attributes that hold them."""
+    """Returns the names of a leaf's tensors by the attributes of the leaf."""
     path = "/".join(map(str, entry["keys"]))
     if entry["kind"] == "QTensor":
         attributes = Packing(*(entry[name] for name in _PACKING)).arrays
@@ -227,7 +230,7 @@ def _json_key(key: Any) -> str | int:
 
 
 def _check_array(leaf: object, x: Any) -> None:
-    arrays = jax.tree.leaves(x)  # codes in host memory are a node with one array
+    arrays = jax.tree.leaves(x)  # codes in host memory are a pytree node
     are_arrays = all(isinstance(a, np.ndarray | jax.Array) for a in arrays)
     if is_tree_leaf(x) or not are_arrays:
         kind = type(leaf).__name__
@@ -243,7 +246,7 @@ def _check_array(leaf: object, x: Any) -> None:
 
 
 def _trees_of(entries: list[LeafJson], tensors: Tensors) -> tuple[Tree, Tree]:
-    """Returns the described tree as shapes, and as names of tensors."""
+    """Returns the described tree twice: with shapes and with tensor names as leaves."""
     shapes, names, unused = {}, {}, set(tensors)
     for entry in entries:
         leaf_names = _tensor_names(entry).values()
@@ -267,7 +270,7 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
     if entry["kind"] == "array":
         return structs[0]
     if entry["kind"] == "QTensor":
-        # NumPy evaluates the text of some dtypes, so only these names reach it.
+        # NumPy evaluates some strings as dtypes, so it only gets these names.
         if entry["dtype"] not in FLOAT_DTYPES:
             raise ValueError(f"a dtype must be one of {FLOAT_DTYPES}.")
         settings = {
@@ -292,11 +295,11 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
 
 
 def _insert(tree: dict, keys: list, leaf: Tree) -> None:
-    *parents, last = ["", *keys]  # the root has a key too, in case it is a leaf
+    *parents, last = ["", *keys]  # the root gets a key too, because it may be a leaf
     for key in parents:
         tree = tree.setdefault(key, {})
     if last in tree:
-        raise ValueError(f"two leaves must not have the keys {keys}.")
+        raise ValueError(f"two leaves must not have the same keys {keys}.")
     tree[last] = leaf
 
 
@@ -318,11 +321,12 @@ def _config_to_json(config: QLoRAConfig) -> dict[str, Any]:
     for name in _PATTERN_LISTS:
         values[name] = [_pattern_text(pattern) for pattern in values[name]]
     for name in _PATTERN_DICTS:
-        # JSON has no order of keys and no tuples. `_config_from_json` restores both.
+        # A list of pairs keeps the order, which a JSON object might lose. Tuples become
+        # lists; `_config_from_json` restores them.
         pairs = [(_pattern_text(p), value) for p, value in values[name].items()]
         values[name] = [[p, [*x] if isinstance(x, tuple) else x] for p, x in pairs]
     if not config.shared:
-        del values["shared"]  # older versions reject a key that they do not know
+        del values["shared"]  # older versions reject unknown keys
     return values | {"lora_dtype": jnp.dtype(config.lora_dtype).name}
 
 
@@ -331,7 +335,7 @@ def _config_from_json(stored: dict[str, Any]) -> QLoRAConfig:
     for name in _PATTERN_DICTS:
         pairs = settings.get(name, ())
         settings[name] = {p: tuple(x) if isinstance(x, list) else x for p, x in pairs}
-    if settings["lora_dtype"] not in FLOAT_DTYPES:  # as in `_leaf_of`
+    if settings["lora_dtype"] not in FLOAT_DTYPES:  # see `_leaf_of`
         raise ValueError(f"`lora_dtype` must be one of {FLOAT_DTYPES}.")
     return QLoRAConfig(**settings)
 

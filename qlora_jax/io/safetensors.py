@@ -1,7 +1,7 @@
 """Reads safetensors files lazily and strictly, and writes them as a stream.
 
-A file is the header's length (8 bytes), the header (JSON with the dtype, the shape and
-the bytes of each tensor) and the tensors' bytes without gaps.
+A file consists of the header's length (8 bytes), the header (JSON with the dtype, the
+shape and the byte offsets of each tensor) and the tensors' bytes without gaps.
 """
 
 import json
@@ -18,7 +18,8 @@ from .tensors import File, LazyTensor, TensorLike, Tensors
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 16 << 20
-# The dtypes that NumPy has. The 4-bit and 6-bit ones of newer files are rejected.
+# The dtypes that NumPy and ml_dtypes have. The 4-bit and 6-bit dtypes of newer files
+# are rejected.
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -36,7 +37,7 @@ _DTYPES = {
     "I64": np.dtype("<i8"),
     "F64": np.dtype("<f8"),
 }
-# The codes of NumPy's dtypes. Keys are little-endian, as the values in a file.
+# The codes of NumPy's dtypes. The keys are little-endian, like the values in a file.
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -62,10 +63,10 @@ def open_safetensors(path: Path) -> Tensors:
     """
     path = pathlib.Path(path)
     if not path.is_dir():
-        # A device such as /dev/zero is neither: reading it would not end.
+        # A device such as /dev/zero is rejected, because reading it would never end.
         require(path.is_file(), f"{path} must be a file or a folder.")
         return _open_file(path)
-    # A dangling link to an index is an error of `member`, not a folder without index.
+    # `member` rejects a dangling link, which does not mean that there is no index.
     if (path / INDEX).exists() or (path / INDEX).is_symlink():
         return _open_indexed(path)
     file_names = ["model.safetensors"]
@@ -78,8 +79,9 @@ def open_safetensors(path: Path) -> Tensors:
 def _union(folder: pathlib.Path, files: Mapping[str, Tensors]) -> Tensors:
     union: dict[str, LazyTensor] = {}
     for tensors in files.values():
-        twice = sorted(union.keys() & tensors.keys())[:5]
-        require(not twice, f"the files of {folder} have duplicate tensors: {twice}.")
+        duplicates = sorted(union.keys() & tensors.keys())[:5]
+        message = f"the files of {folder} have duplicate tensors: {duplicates}."
+        require(not duplicates, message)
         union |= tensors
     # An index may list no files at all.
     first = next(iter(files.values()), None)
@@ -90,7 +92,7 @@ def _open_indexed(folder: pathlib.Path) -> Tensors:
     weight_map = read_json(member(folder, INDEX)).get("weight_map")
     is_map = isinstance(weight_map, dict)
     file_of_tensor: dict[str, Any] = weight_map if is_map else {}
-    # JSON values that are not strings do not end in .safetensors.
+    # The text of a JSON value that is not a string never ends in .safetensors.
     file_names = {*map(str, file_of_tensor.values())}
     require(
         is_map and all(name.endswith(".safetensors") for name in file_names),
@@ -102,8 +104,8 @@ def _open_indexed(folder: pathlib.Path) -> Tensors:
     unlisted = sorted(tensors.keys() - file_of_tensor.keys())
     require(
         not missing and not unlisted,
-        f"{folder / INDEX} must list the tensors of its files. Missing in the "
-        f"files: {missing[:5]}. Missing in the index: {unlisted[:5]}.",
+        f"{folder / INDEX} must list the tensors of its files. Missing from the "
+        f"files: {missing[:5]}. Missing from the index: {unlisted[:5]}.",
     )
     return tensors
 
@@ -118,7 +120,7 @@ def _open_file(path: pathlib.Path) -> Tensors:
     require(
         2 <= length <= min(_MAX_HEADER_BYTES, file.size - 8),
         f"{path} must have a header of 2 to {_MAX_HEADER_BYTES} bytes within the file. "
-        f"Got {length} of {file.size} bytes.",
+        f"Got a header of {length} bytes in a file of {file.size} bytes.",
     )
     header = bytearray(length)
     file.read_into(memoryview(header), 8)
@@ -141,7 +143,7 @@ class _Extent(NamedTuple):
 def _parse_header(
     header: bytes, size: int, file: str
 ) -> tuple[dict[str, _Extent], dict[str, str]]:
-    """Returns the extent of each tensor, of `size` bytes in all, and the metadata."""
+    """Returns the tensors' extents, which must fill `size` bytes, and the metadata."""
     require(header[:1] == b"{", f"the header of {file} must be a JSON object.")
     entries = parse_json(header, f"the header of {file}")
     # MLX writes null if there is no metadata.
@@ -174,7 +176,7 @@ def _parse_header(
     return extents, metadata
 
 
-def _is_sizes(value: object) -> bool:
+def _is_size_list(value: object) -> bool:
     if not isinstance(value, list) or len(value) > 16:
         return False
     # `True` is an int for `isinstance`, and JSON's integers may have any length.
@@ -191,9 +193,12 @@ def _parse_entry(tensor: str, entry: Any) -> _Extent:
         f"the dtype of {tensor} must be one of {', '.join(_DTYPES)}. Got "
         f"{str(code)[:20]!r}.",
     )
-    require(_is_sizes(shape), f"the shape of {tensor} must be a list of sizes.")
-    require(_is_sizes(offsets), f"the offsets of {tensor} must be two sizes.")
-    # NumPy refuses long axes even if another axis is empty.
+    require(_is_size_list(shape), f"the shape of {tensor} must be a list of sizes.")
+    require(
+        _is_size_list(offsets),
+        f"the offsets of {tensor} must be a list of byte offsets.",
+    )
+    # NumPy rejects long axes even if another axis is empty.
     is_small = math.prod(max(n, 1) for n in shape) < 1 << 60
     require(is_small, f"the shape of {tensor} must be smaller.")
     size = math.prod(shape) * _DTYPES[code].itemsize
@@ -214,9 +219,9 @@ def write_safetensors(
 
     Args:
         path: The file.
-        tensors: By name: NumPy or JAX arrays, or other objects with a dtype and a shape
-            that `numpy.asarray` converts; each is converted once.
-        metadata: Text for the header.
+        tensors: The tensors by name: NumPy or JAX arrays, or other objects with a dtype
+            and a shape that `numpy.asarray` converts. Each is converted once.
+        metadata: Strings to store in the header.
 
     Raises:
         TypeError: If safetensors does not support a dtype.
@@ -261,14 +266,14 @@ def write_tensors(
     tensors: Mapping[str, TensorLike],
     order: Sequence[str],
 ) -> None:
-    """Writes the bytes of the tensors in the order of a header."""
+    """Writes the bytes of the tensors in the order that `make_header` returned."""
     for name in order:
-        planned = tensors[name]
-        x = np.asarray(planned)
-        # The header is already written, so another shape or dtype would corrupt it.
-        if (x.shape, x.dtype) != (tuple(planned.shape), planned.dtype):
+        tensor = tensors[name]
+        x = np.asarray(tensor)
+        # The header is already written, so another shape or dtype would break the file.
+        if (x.shape, x.dtype) != (tuple(tensor.shape), tensor.dtype):
             raise ValueError(
-                f"{name} must have shape {planned.shape}, dtype {planned.dtype}. "
+                f"{name} must have shape {tensor.shape}, dtype {tensor.dtype}. "
                 f"Got {x.shape}, {x.dtype}."
             )
         # Big-endian values are converted to little-endian ones here.

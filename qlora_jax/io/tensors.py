@@ -32,21 +32,22 @@ class File:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._file = path.open("rb", buffering=0)
-        # The file is closed with its last tensor, so nobody has to close it.
+        # The file is closed when its last tensor is deleted.
         weakref.finalize(self, self._file.close)
         self._lock = threading.Lock()
         self.size = self._file.seek(0, 2)
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fills `buffer` with the bytes of the file from `start` on."""
-        # Threads share the position of the file, so seek and read are one step.
+        # Threads share the file's position, so another seek must not come in between.
         with self._lock:
             self._file.seek(start)
             while buffer:
                 # An unbuffered read may return fewer bytes than requested.
                 count = self._file.readinto(buffer)
                 if not count:
-                    raise CheckpointError(f"{self.path} ended before a tensor did.")
+                    message = f"{self.path} is too short: it ends inside a tensor."
+                    raise CheckpointError(message)
                 buffer = buffer[count:]
 
 
@@ -101,7 +102,10 @@ class LazyTensor:
             ValueError: If the number of values differs.
         """
         if math.prod(shape) != math.prod(self.shape):
-            raise ValueError(f"a tensor of shape {self.shape} cannot have {shape}.")
+            raise ValueError(
+                f"a tensor of shape {self.shape} must keep its number of values. Got "
+                f"shape {shape}."
+            )
         return dataclasses.replace(self, shape=shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -114,8 +118,8 @@ class LazyTensor:
         # JAX's CPU backend copies arrays that do not begin at a multiple of 64 bytes.
         buffer = np.empty(math.prod(shape) * itemsize + 64, np.uint8)
         buffer = buffer[-buffer.ctypes.data % 64 :][: math.prod(shape) * itemsize]
-        # All axes after the last one that is cut are read entirely, so the values from
-        # that axis on are contiguous in the file: one read for each index before it.
+        # The axes after the last one that is cut are read in full. From that axis on,
+        # values are therefore contiguous in the file for each index of the axes before.
         cut_axes = [axis for axis, n in enumerate(self.shape) if shape[axis] != n]
         axis = cut_axes[-1] if cut_axes else 0
         run_size = math.prod(shape[axis:]) * itemsize
@@ -130,17 +134,17 @@ class LazyTensor:
 
 @dataclass(frozen=True, eq=False)
 class DeferredTensor:
-    """A tensor whose values `make` computes when they are needed."""
+    """A tensor whose values `compute` returns when they are needed."""
 
     dtype: Any
     shape: tuple[int, ...]
-    make: Callable[[], ArrayLike]
+    compute: Callable[[], ArrayLike]
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return np.asarray(self)[index]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.make(), dtype)
+        return np.asarray(self.compute(), dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,7 +152,7 @@ class Tensors(Mapping[str, LazyTensor]):
     """The tensors of a file or a folder by name, as `open_safetensors` returns them.
 
     Attributes:
-        metadata: The text in the header of the file. For a folder, the first file's.
+        metadata: The metadata in the header of the file, or of a folder's first file.
         folder: The folder that was opened; None for a file.
 
     Example:

@@ -231,7 +231,7 @@ def test_all_wrong_tensors_are_listed():
         "missing: layers.1.norm.weight",
         "unexpected: other.weight",
         r"mis-shaped: layers.0.up.weight (must be (256, 128), is (128, 256)), "
-        "layers.2.q.bias (must be floating, is int32)",
+        "layers.2.q.bias (must be floating-point, is int32)",
         "no name: more/kernel",
     ]:
         assert line in text, text

@@ -164,7 +164,7 @@ def test_other_formats_and_versions_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "VERSION", "2")
     save(tmp_path / "x", {"a": jnp.ones(2)})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="must be of version 1. Got '2'"):
+    with pytest.raises(CheckpointError, match="must have version 1. Got '2'"):
         restore(tmp_path / "x")
 
 

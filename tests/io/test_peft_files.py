@@ -152,12 +152,12 @@ UNSUPPORTED = [
     ({"rank_pattern": {"up": 2}}, "`rank_pattern`: 'up' matches no"),
     ({"modules_to_save": ["score"]}, "'score' matches no module"),
     ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
-    ({"target_modules": ["embed_tokens"], "use_dora": True}, "cannot be a DoRA"),
+    ({"target_modules": ["embed_tokens"], "use_dora": True}, "cannot have DoRA"),
     ({"target_modules": ["norm"]}, r"adapters of norms .* \['model.norm'\]"),
     ({"trainable_token_indices": [1, 1]}, "distinct token ids"),
-    ({"trainable_token_indices": [99]}, "'embed_tokens' has 8 rows. Got 99"),
+    ({"trainable_token_indices": [99]}, "'embed_tokens' has 8 rows. Got row 99"),
     ({"trainable_token_indices": {"norm": [1]}}, "'norm' must match one embedding"),
-    (TWICE, "'embed_tokens' is adapted or saved in other ways"),
+    (TWICE, "'embed_tokens' is also adapted or saved"),
 ]
 
 
@@ -310,7 +310,7 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
     shared = ql.io.PeftConfig(r=2, target_parameters=("gate_up",), lora_alpha=2)
     lora = make_adapters(targets="(gate|up)/.*")
     with pytest.raises(
-        ValueError, match="gate_up: .*several A. A and B must be zero beyond"
+        ValueError, match="gate_up: .*different A matrices. A and B must be zero beyond"
     ):
         save(lora, shared)
     both = shared.__class__(**vars(shared) | {"target_modules": ("up",)})

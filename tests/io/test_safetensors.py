@@ -94,9 +94,9 @@ def test_folders(tmp_path, files, index, names):
         (
             {A: TENSOR_A, B: TENSOR_B},
             {"a": A, "b": A},
-            r"Missing in the files: \['b'\]",
+            r"Missing from the files: \['b'\]",
         ),
-        ({A: {**TENSOR_A, **TENSOR_B}}, {"a": A}, r"Missing in the index: \['b'\]"),
+        ({A: {**TENSOR_A, **TENSOR_B}}, {"a": A}, r"Missing from the index: \['b'\]"),
         ({A: TENSOR_A}, {"a": "../" + A}, "list plain file names"),
         ({A: TENSOR_A}, {"a": "/etc/x.safetensors"}, "list plain file names"),
         ({A: TENSOR_A}, {"a": "config.json"}, "must have a `weight_map`"),
@@ -201,7 +201,7 @@ def test_file_that_shrinks(tmp_path):
     write_safetensors(path, {"a": np.ones(1000)})
     tensor = open_safetensors(path)["a"]
     os.truncate(path, 500)
-    with pytest.raises(CheckpointError, match="ended before a tensor did"):
+    with pytest.raises(CheckpointError, match="it ends inside a tensor"):
         np.asarray(tensor)
 
 

@@ -176,7 +176,7 @@ ODD = FEW | {"alpha": 16}
     ("change", "settings", "message"),
     [
         ({}, {"fine_tune_type": "dora"}, "`fine_tune_type` must be .lora.. Got 'dora'"),
-        ({}, {"fine_tune_type": "full"}, "Got 'full': fuse the model"),
+        ({}, {"fine_tune_type": "full"}, "Got 'full': fuse it into the model"),
         ({}, {"lora_parameters": None}, "`lora_parameters` must be given"),
         ({}, {"lora_parameters": ODD}, "`alpha` is not known"),
         ({}, {"lora_parameters": FEW}, "q_proj.lora_a: unexpected"),

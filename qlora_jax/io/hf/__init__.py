@@ -1,1 +1,1 @@
-"""Float checkpoints of Hugging Face models: fetched, loaded, merged with adapters."""
+"""Fetches and loads Hugging Face checkpoints, and writes merged models."""

@@ -51,7 +51,7 @@ def fetch(
     # "folder/model.gguf" has the form of an id, but is meant as a path.
     if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
         raise FileNotFoundError(f"{no_path}.")
-    # Imported late, because it takes long and local paths do not need it.
+    # Imported here, because the import is slow and local paths do not need it.
     import huggingface_hub
     from huggingface_hub import errors
 

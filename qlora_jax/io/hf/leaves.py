@@ -1,7 +1,7 @@
-"""Reads the leaves of a tree: transposed, stacked, sharded and, if asked, packed."""
+"""Reads the leaves of a tree: transposed, stacked, sharded and optionally packed."""
 
-# Each function reads a leaf in pieces that are written to their place in a buffer on
-# the device. The buffers are donated, so that no copy of the stack is made.
+# Each function reads a leaf in pieces, and writes each piece to its position in a
+# buffer on the device. The buffers are donated, so that no copy of the stack is made.
 
 import functools
 import math
@@ -26,8 +26,8 @@ from ..device_shards import (
     Arrays,
     Device,
     Index,
-    cells,
-    checked_cells,
+    batch_indices,
+    checked_tensors,
     empty,
     on_devices,
     pieces,
@@ -41,7 +41,7 @@ from ..packed.weight import SliceableTensor, packing_of
 
 Count = Callable[[int], object]  # adds a number of weights to the progress bar
 Tensors = Mapping[str, Any]
-Largest = tuple[np.float32, ...]  # the largest weight, if the format needs it
+Largest = tuple[np.float32, ...]  # empty, or the largest weight if a format needs it
 _Start = tuple[int, ...]  # the position of a piece in a buffer
 
 
@@ -50,13 +50,13 @@ class _KernelLayout(NamedTuple):
 
     shape: tuple[int, ...]  # [*N, *K], which the piece is reshaped to first
     order: tuple[int, ...]  # the transposition from [*N, *K] to the kernel's axes
-    cuts: tuple[tuple[int, int | None], ...]  # the slice of each axis to take last
+    cuts: tuple[tuple[int, int | None], ...]  # the slice of each kernel axis to keep
 
 
 def read_float_leaf(
     leaf: NamedLeaf, struct: jax.ShapeDtypeStruct, tensors: Tensors, count: Count
 ) -> Array:
-    """Returns a leaf in float."""
+    """Returns a leaf as a float array."""
     batch_axes = tuple(leaf.batch_axes)
 
     def read_part(device: Device, parts: Sequence[Index]) -> Arrays:
@@ -64,7 +64,7 @@ def read_float_leaf(
         buffer = empty(device, part, struct.dtype)
         batch = tuple(part[axis] for axis in batch_axes)
         index = tuple(i for axis, i in enumerate(part) if axis not in batch_axes)
-        for name, cell, check in checked_cells(leaf.tensors, batch):
+        for name, local_index, check in checked_tensors(leaf.tensors, batch):
             tensor = tensors[name]
             # XLA converts 16-bit floats to float32 faster than NumPy does.
             is_widened = tensor.dtype.itemsize == 2 and struct.dtype == jnp.float32
@@ -72,7 +72,7 @@ def read_float_leaf(
             for x, layout, inner_start in _float_pieces(leaf, tensor, index, dtype):
                 start = list(inner_start)
                 # In ascending order, each insertion lands at its final position.
-                for axis, i in sorted(zip(batch_axes, cell, strict=True)):
+                for axis, i in sorted(zip(batch_axes, local_index, strict=True)):
                     start.insert(axis, i)
                 x = jax.device_put(x, device)
                 position = tuple(start), layout, batch_axes
@@ -89,7 +89,7 @@ def _float_pieces(
 ) -> Iterator[tuple[np.ndarray, _KernelLayout | None, _Start]]:
     """Yields pieces of one tensor as stored, their layout, and where they start.
 
-    `index` and the starts have an axis for each axis of the leaf but the batch axes.
+    `index` and the starts have an entry for each axis of the leaf except batch axes.
     """
     if leaf.geometry is not None:
         kinds = leaf.geometry.kinds.replace("b", "")
@@ -115,8 +115,8 @@ def _kernel_pieces(
     sizes = [n for axis, n in enumerate(leaf.shape) if axis not in leaf.batch_axes]
     n_axes = [axis for axis, kind in enumerate(kinds) if kind == "n"]
     k_axes = [axis for axis, kind in enumerate(kinds) if kind == "k"]
-    # N and K may be several axes each, which are flattened in the file. A slice of the
-    # first axis of each is contiguous there. The others are read in full and cut later.
+    # N and K may each be several axes, which are flattened in the file. A slice of the
+    # first of these axes is a range in the file. The others are read in full, then cut.
     n_index = index[n_axes[0]] if n_axes else slice(0, 1)
     k_index = index[k_axes[0]]
     n_sizes, k_sizes = ([sizes[a] for a in axes[1:]] for axes in (n_axes, k_axes))
@@ -180,18 +180,21 @@ def pack_float_leaf(
         first_input = code_rows.start * codes_per_byte
         inputs = slice(first_input, min(code_rows.stop * codes_per_byte, k_size))
         num_inputs = inputs.stop - inputs.start
-        for name, cell, check in checked_cells(leaf.tensors, tuple(batch), problem):
+        for name, local_index, check in checked_tensors(
+            leaf.tensors, tuple(batch), problem
+        ):
             for outputs in pieces(columns, num_inputs):
                 x = read(tensors[name], (outputs, inputs), q.dtype)
                 x = jax.device_put(x, device)
-                start = (*cell, 0, outputs.start - columns.start)
+                start = (*local_index, 0, outputs.start - columns.start)
                 arguments = start, packing, x, *largest_weight(name)
                 buffers, is_decodable = _pack_piece(buffers, *arguments)
                 check(is_decodable)
             count(math.prod(sizes_of((columns, inputs))))
         return buffers
 
-    # Scales are gathered in float32. Some schemes need all scales of a kernel at once.
+    # Scales are collected in float32, because some schemes encode all scales of a
+    # kernel at once.
     sharding = q.scales.sharding
     float_scales = jax.ShapeDtypeStruct(q.scales.shape, jnp.float32, sharding=sharding)
     structs: list[Any] = [q.codes, float_scales]
@@ -202,7 +205,7 @@ def pack_float_leaf(
 
 
 def _largest_fused(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
-    """Returns the largest magnitude of a weight and those that servers fuse with it."""
+    """Returns the largest magnitude in a weight and in the weights fused with it."""
     largest = np.float32(0)
     stored = [tensors[fused] for fused in fused_with(name) if fused in tensors]
     for x in [x for x in stored if packing_of(x) is None]:
@@ -222,8 +225,8 @@ def _pack_piece(
     scales = _write_matrix(buffers[1], new_scales, start)
 
     def is_decodable() -> Array:
-        # These are the quantized scales of this piece. Those of the entire kernel,
-        # which differ, are checked in `_store_scales`.
+        # This quantizes the scales of this piece alone. The scales of the entire kernel
+        # differ, and `_store_scales` raises an error if they are not finite.
         stored = packing.scheme.encode(new_scales, *largest)
         decoded_scales = packing.scheme.decode(stored)
         w = dequantize_blocks(new_codes, decoded_scales, packing, x.shape[1])
@@ -237,7 +240,7 @@ def _pack_piece(
 
 
 def _write_matrix(stack: Array, x: Array, start: _Start) -> Array:
-    """Writes a part of one matrix of a stack; `start` may have more axes than it."""
+    """Writes a part of one matrix of a stack; extra axes of `start` are ignored."""
     x = jnp.expand_dims(x, tuple(range(stack.ndim - x.ndim)))
     return lax.dynamic_update_slice(stack, x, start[: stack.ndim])
 
@@ -247,17 +250,17 @@ def _store_scales(
 ) -> StoredScales:
     """Encodes the float scales of a stack `[*batch, blocks, N]`, kernel by kernel."""
     # 1. Gather the scales on one device: double quantization subtracts their mean, and
-    # its last bits would depend on the sharding.
+    # the last bits of the mean would otherwise depend on the sharding.
     sharding = scales.sharding
     if isinstance(sharding, NamedSharding):
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
         scales = jax.device_put(scales, replicated).addressable_data(0)
-    # Arrays without a sharding are not committed to a device, and must stay that.
+    # Arrays without a sharding must stay uncommitted, as they are in `q`.
     device = None if q.scales.sharding is None else [*scales.devices()][0]
     stored = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype, device=device), q.stored_scales
     )
-    # 2. Encode one kernel at a time. A program for all of them takes long to compile.
+    # 2. Encode one kernel at a time. A program for all of them would compile slowly.
     for index, name in np.ndenumerate(leaf.tensors):
         largest = largest_weight(name)
         stored = _store_matrix_scales(stored, scales, index, q.packing, *largest)
@@ -284,12 +287,12 @@ def _store_matrix_scales(
 def move_packed_leaf(
     leaf: NamedLeaf, q: QTensor, tensors: Tensors, count: Count
 ) -> Arrays:
-    """Returns the arrays of a QTensor with the bytes of 4-bit weights in files."""
+    """Returns the arrays of a QTensor with the same bytes as 4-bit weights in files."""
 
     def move_part(device: Device, parts: Sequence[Index]) -> Arrays:
         codes = empty(device, parts[0], q.codes.dtype)
         buffers = [codes, empty(device, parts[1], q.scales.dtype)]
-        for index, cell in cells(parts[0][:-2]):
+        for index, local_index in batch_indices(parts[0][:-2]):
             name = leaf.tensors[index]
             for i, stored in enumerate(tensors[name].rows()):
                 rows, columns = parts[i][-2:]
@@ -297,8 +300,8 @@ def move_packed_leaf(
                 if x.dtype == np.float32 and not np.isfinite(x).all():
                     raise CheckpointError(f"{name}.absmax must be finite.")
                 x = jax.device_put(x, device)
-                buffers[i] = _write_transposed(buffers[i], x, (*cell, 0, 0))
-            # Otherwise, transfers of several tensors would be in host memory at once.
+                buffers[i] = _write_transposed(buffers[i], x, (*local_index, 0, 0))
+            # Without this, the host copies of several tensors would be alive at once.
             jax.block_until_ready(buffers)
             # A row of codes holds two inputs.
             count(math.prod(sizes_of(parts[0][-2:])) * 2)
@@ -306,7 +309,7 @@ def move_packed_leaf(
 
     structs: list[Any] = [q.codes, q.scales]
     moved = on_devices(structs, move_part)
-    # The remaining arrays hold few numbers: they are read at once, then split.
+    # The remaining arrays are small: they are read in full, then split.
     for part in ("scale_scales", "scale_offset"):
         struct = getattr(q, part)
         if struct is None:

@@ -29,7 +29,7 @@ from ..safetensors import open_safetensors
 from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
-Packings = Mapping[str, Packing | None]  # by path; None for leaves in float
+Packings = Mapping[str, Packing | None]  # by path; None for float leaves
 
 
 def load(
@@ -43,34 +43,36 @@ def load(
     place: Callable[[Tree], Tree] | None = None,
     progress: bool = True,
 ) -> Tree:
-    """Returns a model's parameters, a tree like `like`, packed where `config` says.
+    """Returns a model's parameters as a tree like `like`, and packs the targets.
 
     Tensors are read a piece at a time, transposed, stacked and, if `config` targets
-    them, packed: host memory holds the packed model and at most one tensor. Weights in
-    the 4-bit formats that `packed_tensors` lists become a `QTensor` of the same bytes,
-    without a config; embeddings in these formats are read in float.
+    them, packed, so host memory holds the packed model and at most one tensor. Weights
+    in the 4-bit formats that `packed_tensors` lists become a `QTensor` with the same
+    bytes, even without a config. Embeddings in these formats are decoded to floats.
 
     Args:
         source: A `.safetensors` file or a folder of them, as in `open_safetensors`; or
             a mapping from names to tensors, which have a shape and a dtype and are read
             when they are indexed by slices.
-        names: Which leaf is which tensor.
+        names: The names of the leaves' tensors in the checkpoint.
         like: The tree of the model's parameters: arrays or `jax.ShapeDtypeStruct`.
         config: Which kernels to pack, and how.
         dtype: The dtype of the parameters, and of the weights of packed kernels; by
             default, that of each tensor. Weights of bitsandbytes keep their dtype.
-        recode: Convert packed weights whose byte layout has no equivalent here. A
-            weight whose blocks cross its rows is stored in smaller blocks, or in float
-            if those would be below 16; one with zero points or reordered inputs, in
-            float: all are exact. A target whose settings differ from the config's, or
-            whose bytes cannot be moved, is packed again, which rounds it once more.
+        recode: Whether to convert packed weights whose byte layout has no equivalent
+            here. A weight whose blocks cross rows is stored in smaller blocks, or in
+            float if these would be below 16; a weight with zero points or reordered
+            inputs is stored in float. These conversions are exact. A target whose
+            settings differ from the config's, or whose layout has no equivalent, is
+            packed again, which rounds it once more.
         place: A function that puts shardings on the tree of shapes; devices then read
             their parts: `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`.
         progress: Whether to show a progress bar.
 
     Raises:
-        CheckpointError: If a file is broken or holds NaN or infinity; if tensors are
-            missing, unexpected, mis-shaped, or packed in another way. All are listed.
+        CheckpointError: If a file is broken or contains NaN or infinity; if tensors are
+            missing, unexpected, mis-shaped, or packed in a way that needs `recode`. All
+            such tensors are listed.
         ValueError: If the config does not fit the tree.
 
     Example:
@@ -130,24 +132,24 @@ def _abstract_base(
     config: QLoRAConfig | None,
     dtype: DTypeLike | None,
 ) -> Tree:
-    """Returns the tree to load, as shapes; lists the leaves that cannot be read."""
-    # 1. The packing and the dtype of each leaf, which all of its tensors must share.
+    """Returns the tree to load, as shapes; an error lists all unreadable leaves."""
+    # 1. Find the packing and dtype of each leaf, which all of its tensors must share.
     stored_packings: dict[str, Packing | None] = {}
     dtypes: dict[str, Any] = {}
     problems: dict[str, str | None] = {}
     for path, leaf in leaves.items():
         stored = {name: tensors[name] for name in leaf.tensors.ravel()}
-        kinds = {_kind_of(tensor, dtype) for tensor in stored.values()}
-        stored_packings[path], dtypes[path] = next(iter(kinds), (None, dtype))
-        problems[path] = _stack_problem(stored, kinds)
+        storages = {_packing_and_dtype(tensor, dtype) for tensor in stored.values()}
+        stored_packings[path], dtypes[path] = next(iter(storages), (None, dtype))
+        problems[path] = _stack_problem(stored, storages)
     refuse_listed("these leaves cannot be read", problems, CheckpointError)
     shapes = map_by_path(
         lambda path, x: jax.ShapeDtypeStruct(leaves[path].shape, dtypes[path]), like
     )
 
-    # 2. The packed tree. `eval_shape` computes no values.
+    # 2. Build the packed tree. `eval_shape` computes no values.
     def pack(tree: Tree) -> Tree:
-        targets = _pack_targets(tree, leaves, config, stored_packings)
+        targets = _check_targets(tree, leaves, config, stored_packings)
         packings = stored_packings | targets
 
         def pack_leaf(path: str, w: Array) -> Array | QTensor:
@@ -161,7 +163,9 @@ def _abstract_base(
     return jax.eval_shape(pack, shapes)
 
 
-def _kind_of(tensor: Any, dtype: DTypeLike | None) -> tuple[Packing | None, np.dtype]:
+def _packing_and_dtype(
+    tensor: Any, dtype: DTypeLike | None
+) -> tuple[Packing | None, np.dtype]:
     packing = packing_of(tensor)
     keeps_dtype = packing is not None and tensor.keeps_dtype
     leaf_dtype = tensor.dtype if dtype is None or keeps_dtype else dtype
@@ -169,21 +173,21 @@ def _kind_of(tensor: Any, dtype: DTypeLike | None) -> tuple[Packing | None, np.d
 
 
 def _stack_problem(
-    stored: Mapping[str, Any], kinds: set[tuple[Packing | None, np.dtype]]
+    stored: Mapping[str, Any], storages: set[tuple[Packing | None, np.dtype]]
 ) -> str | None:
     """Returns why tensors cannot form one leaf, or None if they can."""
     for name, tensor in stored.items():
         if packing_of(tensor) and tensor.problem:
             return f"{name} {tensor.problem}. Use recode=True to convert it"
-    if len(kinds) > 1:
+    if len(storages) > 1:
         listed = sorted(
-            f"{dtype} {packing or 'not packed'}" for packing, dtype in kinds
+            f"{dtype} {packing or 'not packed'}" for packing, dtype in storages
         )
         return f"its tensors are of different kinds: {', '.join(listed)}"
     return None
 
 
-def _pack_targets(
+def _check_targets(
     tree: Tree, leaves: Leaves, config: QLoRAConfig | None, packings: Packings
 ) -> dict[str, Packing]:
     """Checks the targets of the config, and returns their packing."""

@@ -40,7 +40,7 @@ def save_merged(
 ) -> None:
     """Writes a float checkpoint of the model with the adapters added to its kernels.
 
-    Memory holds one merged tensor at a time, besides the trees.
+    Besides the trees, only one merged tensor is in memory at a time.
 
     Args:
         path: The folder to write, new or empty.
@@ -48,7 +48,7 @@ def save_merged(
             checkpoint, float or 4-bit, whose tensors are read one at a time and keep
             their names. Adapters trained on a packed base fit its decoded weights best.
         lora: The lora tree; {} writes the base alone.
-        names: Which leaf is which tensor.
+        names: The names of the leaves' tensors in the checkpoint.
         config: As in `save_bitsandbytes`; by default `base`, if that is a folder.
         dtype: The dtype of the tensors; by default, that of each tensor.
         max_shard_bytes: The largest size of a file, unless one tensor is larger.
@@ -118,7 +118,7 @@ def _merged_tensors(
     names: Names,
     dtype: DTypeLike | None,
 ) -> dict[str, DeferredTensor]:
-    """Returns the tensors with an adapter; lists all adapters that do not fit."""
+    """Returns the adapted tensors, merged; an error lists all that do not fit."""
     merged: dict[str, DeferredTensor] = {}
     problems, missing = [], []
     for path, lora in adapters.items():
@@ -157,7 +157,7 @@ def _batch_shape(
 ) -> tuple[int, ...]:
     """Returns the batch shape of an adapter's kernel."""
     shape = lora.batch_shape
-    # A shared adapter does not know the number of experts: count their tensors.
+    # A shared adapter does not store the number of experts, so count their tensors.
     while lora.is_shared:
         larger = *shape[:-1], shape[-1] + 1
         if names.of(path, larger).flat[-1] not in tensors:
@@ -191,6 +191,6 @@ def _cast(name: str, x: TensorLike, dtype: DTypeLike) -> np.ndarray:
         values = np.asarray(x).astype(dtype)
     if not np.isfinite(values.astype(np.float32)).all():
         raise CheckpointError(
-            f"{name} must be finite once merged. Got NaN or infinity."
+            f"{name} must be finite after merging. Got NaN or infinity."
         )
     return values

@@ -20,14 +20,14 @@ def tunix_names(
     Args:
         model: "llama3" (`tunix.models.llama3`), "qwen3", "gemma2"
             (`tunix.models.gemma`) or "gemma3". For Gemma models, wrap with
-            `contract={r".*/kv_einsum/w": "bnkn"}`, or `qkv_einsum`, so that k and v
-            have separate adapters.
+            `contract={r".*/kv_einsum/w": "bnkn"}` (or `qkv_einsum`, if the model has
+            it), so that k and v have separate adapters.
         qkv_einsum: Whether q, k and v of a Gemma model are one kernel, as they are if
             they have the same number of heads.
-        prefix: The start of the names; "model.language_model." if it reads images too.
+        prefix: The start of the names; "model.language_model." for multimodal models.
 
     Raises:
-        ValueError: If `model` is another model.
+        ValueError: If `model` is not one of these.
 
     Example:
         >>> import qlora_jax as ql
@@ -62,13 +62,13 @@ def gemma_names(
 
     When packing the parameters, set `contract` to these roles: "nkn" for `q_einsum/w`,
     "bnkn" for `kv_einsum/w` and `qkv_einsum/w`, "kkn" for `attn_vec_einsum/w`, and
-    "bnk" (not transposed: "bkn") for `gating_einsum`.
+    "bnk" for `gating_einsum` (or "bkn", without `transpose_gating_einsum`).
 
     Args:
         qkv_einsum: Whether q, k and v are one kernel, as they are if they have the
             same number of heads.
-        transpose_gating_einsum: As in the transformer's config.
-        prefix: The start of the names; "model.language_model." if it reads images too.
+        transpose_gating_einsum: The setting of this name in the transformer's config.
+        prefix: The start of the names; "model.language_model." for multimodal models.
 
     Example:
         >>> import qlora_jax as ql

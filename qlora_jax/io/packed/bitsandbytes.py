@@ -40,7 +40,7 @@ class BitsAndBytesWeight:
     scales: _FileTensor  # float32 or uint8, [ceil(N * K / B)]
     scale_scales: _FileTensor | None = None  # float32, one for 256 scales
     scale_offset: np.float32 | None = None  # the mean of the scales
-    keeps_dtype = True  # decoded weights are rounded to `dtype`, whatever `load` gets
+    keeps_dtype = True  # decoded weights have `dtype`, even if `load` gets another
 
     @property
     def problem(self) -> str | None:
@@ -51,7 +51,7 @@ class BitsAndBytesWeight:
 
     @property
     def common_block(self) -> int:
-        """The largest block size for which each block is in one row and one block."""
+        """The largest size of blocks that cross neither a row nor a stored block."""
         return math.gcd(self.shape[1], self.packing.block_size)
 
     def rows(self) -> tuple[SliceableTensor, SliceableTensor]:
@@ -70,7 +70,7 @@ class BitsAndBytesWeight:
         return DYNAMIC_MAP[scales] * nested_scales + self.scale_offset
 
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
-        """Returns rows of the weight: table value times scale, rounded to its dtype."""
+        """Returns rows of the weight: table values times scales, rounded to `dtype`."""
         k, block_size = self.shape[1], self.packing.block_size
         start, stop = rows.start * k, rows.stop * k
         first_block = start // block_size
@@ -171,11 +171,12 @@ def _read_settings(
 
 
 def _view_as_bytes(codes: _FileTensor) -> _FileTensor:
-    # `bnb_4bit_quant_storage` is bfloat16 for FSDP, which splits arrays of one dtype.
+    # FSDP shards arrays of one dtype only, so it needs bfloat16 as the dtype of codes
+    # (`bnb_4bit_quant_storage`).
     if str(codes.dtype) not in FLOAT_DTYPES:
         return codes
     nbytes = math.prod(codes.shape) * codes.dtype.itemsize
-    if isinstance(codes, LazyTensor):  # changes the description; reads nothing
+    if isinstance(codes, LazyTensor):  # changes only the metadata
         return replace(codes, dtype=np.dtype(np.uint8), shape=(nbytes, 1))
     return np.asarray(codes).reshape(-1, 1).view(np.uint8).reshape(nbytes, 1)
 
@@ -194,6 +195,6 @@ def _read_nested_offset(state: dict[str, Any]) -> np.float32:
 
 def _check_table(tensor: SliceableTensor, table: np.ndarray) -> None:
     stored = np.asarray(tensor)
-    message = "the table of values must be that of bitsandbytes. Got one that begins "
+    message = "the table of values must equal bitsandbytes' table. Got one that begins "
     message += f"with {stored[:3].tolist()}."
     require(np.array_equal(stored, table), message)

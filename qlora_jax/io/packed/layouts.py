@@ -1,10 +1,10 @@
 """The layouts in which other libraries store 4-bit weights, each with its reader."""
 
-# To support another layout: write a function from the parts of a weight (tensors by the
-# ends of their names) and the settings of the folder to `PackedWeight`s. Describe it by
-# a `PartsLayout`, and add that to `LAYOUTS`. List in `readers.py` which settings are
-# supported. Reject everything else with `require`. Add the layout to
-# tests/io/test_packed_readers.py; test_fuzz_io.py then corrupts its files. Loading,
+# To support another layout, write a function from the parts of a weight (tensors by the
+# ends of their names) and the settings of the folder to one or more `PackedWeight`s.
+# Reject everything that is not supported with `require`. Add a `PartsLayout` with the
+# function to `LAYOUTS`, list the supported settings in `readers.py`, and add the layout
+# to tests/io/test_packed_readers.py; test_fuzz_io.py then corrupts its files. Loading,
 # slicing, re-packing and their errors need no further code.
 
 from collections.abc import Callable, Mapping
@@ -52,12 +52,12 @@ class PartsLayout:
 
 
 # AWQ (the GEMM version) and GPTQ: weight = (code - zero point) * scale.
-# Both store `scales` [K / B, N], and `qzeros` [K / B, N / 8], eight zero points to an
-# int32. AWQ packs outputs, `qweight` [K, N / 8], in an interleaved order. GPTQ packs
-# inputs, `qweight` [K / 8, N], and `g_idx` [K] is the block of each input. The first
-# version of GPTQ files stores each zero point minus one.
+# Both store `scales` [K / B, N], and `qzeros` [K / B, N / 8] with eight zero points per
+# int32. AWQ packs eight outputs into a word of `qweight` [K, N / 8], in an interleaved
+# order. GPTQ packs eight inputs into a word of `qweight` [K / 8, N], and `g_idx` [K] is
+# the block of each input. The first version of GPTQ stores each zero point minus one.
 
-# The nibble of AWQ's word, from the lowest, that holds each of eight outputs.
+# The position of each of the eight outputs in AWQ's word; 0 is the lowest nibble.
 _AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -86,28 +86,28 @@ def _read_awq_or_gptq(parts: Parts, settings: Settings) -> dict[str, PackedWeigh
     check_4bit_words("qzeros", zeros, n)
     # Without settings, the length of a row of `qweight` tells the two apart.
     row_sizes = {"awq": n // 8, "gptq": n}
-    fitting = [name for name, size in row_sizes.items() if words.shape[1] == size]
-    method = settings.get("quant_method", fitting[0] if fitting else None)
+    candidates = [name for name, size in row_sizes.items() if words.shape[1] == size]
+    method = settings.get("quant_method", candidates[0] if candidates else None)
     message = f"`qweight` must be [K / 8, {n}], or for AWQ [K, {n} / 8]. Got "
-    require(method in fitting, f"{message}{list(words.shape)}.")
+    require(method in candidates, f"{message}{list(words.shape)}.")
     is_awq = method == "awq"
     k = words.shape[0] * (1 if is_awq else 8)
-    is_fitting = tuple(zeros.shape) == (num_blocks, n // 8) and n % 8 == 0
+    has_valid_zeros = tuple(zeros.shape) == (num_blocks, n // 8) and n % 8 == 0
     message = f"`qzeros` must be [{num_blocks}, {n} / 8]. Got {list(zeros.shape)}."
-    require(is_fitting, message)
+    require(has_valid_zeros, message)
     require(k % 2 == 0, f"`qweight` must have an even number of inputs. Got {k}.")
     scales = transposed(scales)
     if is_awq:
         codes, input_blocks = _awq_codes(words), None
         biases = zero_point_biases(zeros, scales, _AWQ_POSITIONS)
     else:
-        message = "`g_idx` must be given, as `desc_act` is true. Got none."
+        message = "`g_idx` must be given, because `desc_act` is true. Got none."
         require("g_idx" in parts or not settings.get("desc_act"), message)
         codes = swap_nibbles(transposed(words))
         input_blocks = read_input_blocks(parts, "g_idx", k, num_blocks)
         is_first_version = settings.get("checkpoint_format", "gptq") == "gptq"
-        # One is added to all eight zero points of a word by a single sum, as in
-        # GPTQModel, so that a zero point of 16 carries into the next one.
+        # As in GPTQModel, a single sum adds one to all eight zero points of a word. A
+        # stored 15 therefore carries into the next zero point.
         offset = 0x11111111 if is_first_version else 0
         biases = zero_point_biases(zeros, scales, offset=offset)
     fmt, dtype = INTEGER_FORMATS[str(scales.dtype)]
@@ -116,11 +116,11 @@ def _read_awq_or_gptq(parts: Parts, settings: Settings) -> dict[str, PackedWeigh
 
 
 # compressed-tensors: pack-quantized, mxfp4-pack-quantized and nvfp4-pack-quantized.
-# A weight [N, K] is `weight_packed`, first code in the lowest bits, and `weight_scale`
-# [N, K / B]. Integer codes are packed into int32, and their scales are floats.
+# A weight [N, K] is stored as `weight_packed`, with the first code in the lowest bits,
+# and `weight_scale` [N, K / B]. Integer codes are in int32 and have float scales.
 # `weight_shape` is [N, K], and there may be a `weight_zero_point` [N / 8, K / B] and a
-# `weight_g_idx` [K]. E2M1 codes are packed into bytes. Their scales are E8M0, or E4M3
-# with a `weight_global_scale`.
+# `weight_g_idx` [K]. E2M1 codes are in bytes. Their scales are E8M0, or E4M3 with a
+# `weight_global_scale`.
 
 # Arguments of `packed_weight` by the dtypes of codes and scales. compressed-tensors
 # decodes E2M1 to bfloat16.
@@ -171,16 +171,16 @@ def _read_compressed(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
 def _check_compressed_shape(parts: Parts, n: int, k: int) -> None:
     stored = parts.get("weight_shape")
     shape = None if stored is None else np.asarray(stored[...]).tolist()
-    # Name the number of bits if only that explains the length of the rows.
+    # Report the number of bits if another number explains the length of the rows.
     if isinstance(shape, list) and len(shape) == 2 and shape[0] == n and shape[1] > 0:
         check_4bit_words("weight_packed", parts["weight_packed"], shape[1])
     message = f"`weight_shape` must be [{n}, {k}], for 4 bits. Got {shape}."
     require(shape == [n, k], message)
 
 
-# ModelOpt's NVFP4: `weight` [N, K / 2], two codes to a byte, `weight_scale` [N, K / 16]
-# in E4M3, and `weight_scale_2`, a factor. Activations and key-value caches stay in
-# float here, as servers may do as well, so their scales are ignored.
+# ModelOpt's NVFP4: `weight` [N, K / 2] with two codes per byte, `weight_scale`
+# [N, K / 16] in E4M3, and the factor `weight_scale_2`. The scales of activations and
+# key-value caches are ignored: both stay in float here, which servers may also choose.
 
 _ACTIVATIONS = ("input_scale", "k_scale", "v_scale")
 
@@ -192,9 +192,9 @@ def _read_modelopt(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     return {"weight": packed_weight("nvfp4", "bfloat16", codes, scales, factors)}
 
 
-# MLX: `weight` [N, K / 8], eight codes to a uint32, first code in the lowest bits, and
-# `scales` [N, K / B]. In mode affine, weight = code * scale + bias, with `biases`
-# [N, K / B]. In modes mxfp4 and nvfp4, a weight is E2M1 times a scale, which is a byte:
+# MLX: `weight` [N, K / 8] has eight codes per uint32, with the first code in the lowest
+# bits, and `scales` are [N, K / B]. In mode affine, weight = code * scale + bias, with
+# `biases` [N, K / B]. In modes mxfp4 and nvfp4, codes are E2M1 and a scale is one byte:
 # E8M0 for 32 weights, or E4M3 for 16.
 
 
@@ -210,7 +210,7 @@ def _read_mlx(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
         return {"weight": packed_weight(*fmt, codes, scales, biases=biases)}
     message = "`biases` must be left out if `scales` are uint8. Got some."
     require("biases" not in parts, message)
-    if codes.shape[1] * 2 != scales.shape[1] * 16:
+    if codes.shape[1] * 2 != scales.shape[1] * 16:  # the weights per scale
         return {"weight": packed_weight("mxfp4", "bfloat16", codes, scales)}
     e4m3 = np.dtype(ml_dtypes.float8_e4m3fn)
     e4m3_scales = View(scales.shape, e4m3, lambda *index: scales[index].view(e4m3))
@@ -218,10 +218,10 @@ def _read_mlx(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     return {"weight": packed_weight("nvfp4", "bfloat16", codes, e4m3_scales, factors)}
 
 
-# GGUF's Q4_0 and MXFP4: a scale and 16 bytes for every 32 inputs of an output.
-# A row of `weight_q4_0` [N, 18 * K / 32] consists of blocks with a float16 scale each;
-# a row of `NAME_mxfp4` [N, 17 * K / 32], of blocks with an E8M0 exponent each. The low
-# half of byte i is the code of input i, and the high half that of input i + 16.
+# GGUF's Q4_0 and MXFP4: every 32 inputs of an output are a block, which consists of a
+# scale and 16 bytes. The scale is float16 in `weight_q4_0` [N, 18 * K / 32], and E8M0
+# in `NAME_mxfp4` [N, 17 * K / 32]. The low half of byte i is the code of input i, and
+# the high half is the code of input i + 16.
 
 
 def _gguf_weight(
@@ -268,10 +268,10 @@ def _read_gguf_mxfp4(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     return {"": _gguf_weight(parts, "mxfp4", "mxfp4", "bfloat16", np.uint8)}
 
 
-# gpt-oss's experts: one tensor holds all experts of a layer. In MXFP4, `NAME_blocks`
-# [E, N, K / 32, 16], first code in the low bits, and `NAME_scales` [E, N, K / 32] in
-# E8M0. In float, `NAME` [E, K, N]. Here they are E weights [N, K] called `NAME.0`,
-# `NAME.1` ..., as in other models and in tables of names.
+# gpt-oss stores all experts of a layer together. In MXFP4, they are `NAME_blocks`
+# [E, N, K / 32, 16], with the first code in the low bits, and `NAME_scales`
+# [E, N, K / 32] in E8M0. In float, they are `NAME` [E, K, N]. Here they become weights
+# [N, K] called `NAME.0`, `NAME.1` ..., as in other models and in name tables.
 
 
 def _read_gpt_oss(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
@@ -291,13 +291,13 @@ def _read_gpt_oss(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
 
 
 def _expert_matrix(stack: SliceableTensor, index: int) -> View:
-    # Lazy tensors take only slices.
+    # Lazy tensors can be indexed only by slices.
     expert = slice(index, index + 1)
     return View(stack.shape[1:], stack.dtype, lambda *part: stack[expert, *part][0])
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """Replaces float stacks `NAME` `[E, K, N]` by `NAME.0`, `NAME.1` ... `[N, K]`."""
+    """Splits float stacks `NAME` `[E, K, N]` into `NAME.0`, `NAME.1` ... `[N, K]`."""
     split: dict[str, Any] = {}
     for name, x in tensors.items():
         if len(x.shape) == 3 and names.is_stack(name):

@@ -30,9 +30,9 @@ _SUPPORTED_SETTINGS: dict[str, dict[str, tuple]] = {
     "mxfp4": {},
     "mlx": {"mode": ("affine", "mxfp4", "nvfp4")},
 }
-# Sections of the settings in which numbers of bits are not those of weights.
+# Sections of the settings whose numbers of bits do not describe weights.
 _NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme", "meta")
-# Our formats by the names that the settings use. All other names mean int4_f16.
+# Our formats, by the names in the settings. All other names mean int4_f16.
 _FORMATS = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
 _FORMATS |= {"modelopt": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}
 # The packing that the config asks for, by the names of its targets; None for float.
@@ -43,10 +43,11 @@ SMALLEST_COMMON_BLOCK = 16
 
 
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's tensors; a 4-bit weight is one, and has a `packing`.
+    """Returns a checkpoint's tensors, with the parts of each 4-bit weight joined.
 
-    Weights are those of bitsandbytes, compressed-tensors, AWQ, GPTQ, ModelOpt (NVFP4),
-    gpt-oss (MXFP4, each expert a tensor `NAME.0`, `NAME.1` ...) and MLX.
+    Each 4-bit weight becomes one tensor, which has a `packing`. The formats are those
+    of bitsandbytes, compressed-tensors, AWQ, GPTQ, ModelOpt (NVFP4), MLX, GGUF (Q4_0
+    and MXFP4) and gpt-oss (MXFP4; the experts become tensors `NAME.0`, `NAME.1` ...).
 
     Args:
         tensors: From `open_safetensors`. A folder's quantization config is checked too.
@@ -80,8 +81,8 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
                 problems.append(f"{stem}: {error}")
     if ignored:
         warnings.warn(
-            "activations and key-value caches stay in float. Ignored their scales: "
-            f"{ignored[0]} and {len(ignored) - 1} others.",
+            "activations and key-value caches stay in float, so their scales are "
+            f"ignored: {ignored[0]} and {len(ignored) - 1} others.",
             stacklevel=2,
         )
     refuse_listed("these 4-bit weights cannot be read", problems, CheckpointError)
@@ -97,7 +98,7 @@ def _is_marker(layout: PartsLayout, name: str, tensor: SliceableTensor) -> bool:
 def _replace_parts(
     tensors: dict[str, Any], layout: PartsLayout, name: str, settings: Settings
 ) -> list[str]:
-    """Replaces the parts of a weight by the weight; returns the ignored tensors."""
+    """Replaces the parts of a weight with the weight; returns the ignored names."""
     stem = name.removesuffix(layout.marker)
     names = (layout.marker, *layout.optional)
     parts = {part: tensors[stem + part] for part in names if stem + part in tensors}
@@ -118,9 +119,9 @@ def _replace_parts(
 def read_quantization(folder: Path) -> dict[str, Any]:
     """Returns the settings of a model folder's packed weights.
 
-    They are the `quantization_config` of its `config.json` (`quantization` for MLX, and
-    `hf_quant_config.json` for ModelOpt), with the `quant_method` and the `fmt` of the
-    weights; {} for a model in float.
+    They are the `quantization_config` in its `config.json` (`quantization` for MLX, or
+    `hf_quant_config.json` for ModelOpt). `quant_method` and `fmt`, the format of the
+    weights here, are added. A float model has no settings: {}.
 
     Args:
         folder: The model's folder.
@@ -147,7 +148,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     methods = ", ".join(_SUPPORTED_SETTINGS)
     message = f"`quant_method` must be one of {methods}. Got {method!r:.80}."
     require(is_supported, message)
-    settings = _use_first_names({**stored, "quant_method": method})
+    settings = _use_older_names({**stored, "quant_method": method})
     _check_settings(settings, method)
     if method == "bitsandbytes":
         return settings | {"fmt": settings.get("bnb_4bit_quant_type", "fp4")}
@@ -158,7 +159,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
 def _find_settings(folder: pathlib.Path) -> Any:
     """Returns the JSON value of the settings, or None if the folder has none."""
     raw = read_config_json(folder)
-    # Models of images and text have a config of their language model inside.
+    # The config of a multimodal model contains the config of its language model.
     inner = raw.get("text_config")
     for config in (raw, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "quantization"):
@@ -171,12 +172,12 @@ def _find_settings(folder: pathlib.Path) -> Any:
     return {**stored, "quant_method": "modelopt"} if stored else None
 
 
-def _use_first_names(settings: dict[str, Any]) -> dict[str, Any]:
-    # Newer files call these two settings `format`.
-    first_names = {"awq": "version", "gptq": "checkpoint_format"}
-    key = first_names.get(settings["quant_method"])
+def _use_older_names(settings: dict[str, Any]) -> dict[str, Any]:
+    # Newer files call both of these settings `format`.
+    older_names = {"awq": "version", "gptq": "checkpoint_format"}
+    key = older_names.get(settings["quant_method"])
     value = settings.get(key or "", settings.get("format"))
-    if settings.get("backend") == "llm-awq":  # transformers' name for that version
+    if settings.get("backend") == "llm-awq":  # transformers' name for a version of AWQ
         value = "llm-awq"
     return settings | ({key: str(value).lower()} if key and value else {})
 
@@ -204,7 +205,7 @@ def _check_settings(settings: dict[str, Any], method: str) -> None:
 
 
 def _other_bits(settings: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yields the numbers of bits other than 4 of weights or modules, by their keys."""
+    """Yields the keys and values of settings that give weights other than 4 bits."""
     for key, value in settings.items():
         if isinstance(value, dict) and key not in _NOT_WEIGHTS:
             yield from ((f"{key}.{inner}", bits) for inner, bits in _other_bits(value))
@@ -213,7 +214,7 @@ def _other_bits(settings: dict[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 class ReblockedWeight:
-    """A weight with equal values, in blocks so small that none crosses a row."""
+    """A weight with the same values, in smaller blocks that do not cross rows."""
 
     scale_scales = scale_offset = problem = None
     keeps_dtype = True
@@ -231,7 +232,7 @@ class ReblockedWeight:
         weight, (n, k) = self.weight, self.shape
         old_size, new_size = weight.packing.block_size, self.packing.block_size
         scales = weight.float_scales(slice(0, -(-n * k // old_size)))
-        # The old block of each new block.
+        # The old block that contains each new block.
         old_blocks = np.arange(n * k // new_size) * new_size // old_size
         return weight.codes.reshape(n, k // 2), scales[old_blocks].reshape(n, -1)
 

@@ -13,14 +13,14 @@ from ...quant.formats import Packing, get_format
 from ..files import require
 from ..tensors import TensorLike
 
-# The formats for integer codes, with the dtype of the weights, by the dtype of the
-# scales: arguments of `packed_weight`.
+# The format and the dtype of weights with integer codes (the first two arguments of
+# `packed_weight`), by the dtype of the scales.
 INTEGER_FORMATS = {
     "float16": ("int4_f16", "float16"),
     "bfloat16": ("int4_f16", "bfloat16"),
     "float32": ("int4", "float32"),
 }
-_ROWS_PER_CHECK = 4096  # bounds the memory in which scales and biases are compared
+_ROWS_PER_CHECK = 4096  # bounds the memory for comparing scales and biases
 
 
 class SliceableTensor(TensorLike, Protocol):
@@ -33,7 +33,7 @@ Parts = Mapping[str, Any]  # the tensors of one weight, by the ends of their nam
 
 
 def packing_of(tensor: object) -> Packing | None:
-    """Returns how a tensor is packed in its file, or None for an array of numbers."""
+    """Returns how a tensor is packed in its file, or None if it is not packed."""
     return getattr(tensor, "packing", None)
 
 
@@ -70,7 +70,7 @@ class PackedWeight:
     nbytes: int = 0  # of all of its tensors
     scale_offset = None
     keeps_dtype = False
-    common_block = 1  # a weight whose bytes cannot be moved is decoded
+    common_block = 1  # such a weight is never re-blocked, only moved or decoded
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,8 +106,8 @@ class PackedWeight:
             is_exact = scales.astype(np.float32) == stored.astype(np.float32)
             # E8M0 scales are exponents in bytes, in which 255 is NaN.
             is_finite = scales != 255 if dtype == np.uint8 else np.isfinite(scales)
-            message = f"the scales of {self.name} must hold finite {scales.dtype.name} "
-            message += f"numbers. Got others in {stored.dtype}."
+            message = f"the scales of {self.name} must be finite and exact in "
+            message += f"{scales.dtype.name}. Got {stored.dtype} values that are not."
             require(bool((is_exact & is_finite).all()), message)
             return scales
 
@@ -144,7 +144,7 @@ def packed_weight(
     biases: SliceableTensor | None = None,
     input_blocks: np.ndarray | None = None,
 ) -> PackedWeight:
-    """Returns a weight of a format; its block size follows from the shapes."""
+    """Returns a weight of a format; the shapes determine its block size."""
     n, k = codes.shape[0], 2 * codes.shape[1]
     shape = tuple(scales.shape)
     num_blocks = shape[-1] if shape else 0
@@ -153,7 +153,7 @@ def packed_weight(
     require(is_matrix and k % num_blocks == 0, message)
     block_sizes = get_format(fmt).block_sizes or (k,)
     if num_blocks == 1 and k not in block_sizes:
-        # A scale for a whole channel is the scale of each of the channel's blocks.
+        # There is one scale per output, which is repeated for each block of the output.
         divisors = [size for size in block_sizes if k % size == 0]
         message = (
             f"{k} inputs with one scale must be a multiple of one of {block_sizes}."
@@ -204,7 +204,7 @@ def unpack_words(
 ) -> np.ndarray:
     """Returns the codes of int32 words, `[R, C]` to `[R, 8 * C]`.
 
-    `positions` are the nibbles of each word to take, where 0 is the lowest.
+    `positions` selects nibbles of each word, in order; 0 is the lowest nibble.
     """
     packed = np.ascontiguousarray(words).view(np.uint8)
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape, 8)
@@ -255,7 +255,7 @@ def require_part(parts: Parts, name: str, dtypes: str, axes: int = 2) -> Any:
 
 
 def check_4bit_words(name: str, words: SliceableTensor, count: int) -> None:
-    """Raises if rows of words hold `count` codes of another size than 4 bits."""
+    """Raises an error if rows of `count` codes would need another size than 4 bits."""
     bits = 8 * words.dtype.itemsize * words.shape[1] / count
     message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
     require(bits not in (1, 2, 3, 5, 6, 8), message)

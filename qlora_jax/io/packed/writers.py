@@ -19,12 +19,12 @@ from ..names import Names
 from ..tensors import DeferredTensor
 
 Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
-Config = Mapping[str, Any]  # what `config.json` holds
+Config = Mapping[str, Any]  # the content of `config.json`
 
 _INT4_FORMATS = ("int4_f16", "q4_0")
 _INT32 = np.dtype("<i4")
 _SMALLEST_BITSANDBYTES_BLOCK = 32
-# The output that each nibble of AWQ's words belongs to, from the lowest nibble on.
+# The output whose code is in each nibble of AWQ's words, from the lowest nibble on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -39,12 +39,12 @@ def save_bitsandbytes(
 ) -> None:
     """Writes a 4-bit checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
-    Codes and scales are written byte for byte; other kernels stay in float.
+    Packed kernels keep their codes and scales to the byte; others stay in float.
 
     Args:
         path: The folder to write, new or empty.
         base: The base tree, with packed kernels.
-        names: Which leaf is which tensor.
+        names: The names of the leaves' tensors in the checkpoint.
         config: A folder with the float model's `config.json` and tokenizer files, which
             are copied; or the content of that `config.json`.
         max_shard_bytes: The largest size of a file, unless one tensor is larger.
@@ -81,15 +81,15 @@ def save_packed(
 ) -> None:
     """Writes a 4-bit checkpoint that vLLM and transformers load.
 
-    Codes and scales are those of the tree, to the bit; other kernels stay in float.
+    Packed kernels keep their codes and scales to the bit; others stay in float.
 
     Args:
         path: The folder to write, as in `save_bitsandbytes`.
-        base: The base tree. Packed kernels are `int4_f16` or `q4_0`; for
-            compressed-tensors they may be `mxfp4` or `nvfp4`.
-        names: Which leaf is which tensor.
+        base: The base tree. Packed kernels must be `int4_f16` or `q4_0`; for
+            compressed-tensors, `mxfp4` and `nvfp4` are also possible.
+        names: The names of the leaves' tensors in the checkpoint.
         config: As in `save_bitsandbytes`.
-        layout: How kernels are stored.
+        layout: The layout of packed kernels in the files.
         max_shard_bytes: The largest size of a file, unless one tensor is larger.
         progress: Whether to show a progress bar.
 
@@ -115,7 +115,7 @@ def save_packed(
 class PackedLayout:
     """The layout in which a library stores packed kernels."""
 
-    name: str  # in errors
+    name: str  # for error messages
     formats: tuple[str, ...]
     # Returns the tensors of a kernel `[K, N]` whose weight has a name `module.weight`.
     tensors: Callable[[str, QTensor], dict[str, Any]]
@@ -139,7 +139,7 @@ def _convert(
     refuse_listed(f"{layout.name} cannot store these kernels", problems)
     settings = {tuple(getattr(q, name) for name in layout.shared) for _, q in packed}
     if len(settings) != 1:
-        message = "`base` must have packed kernels, all of the same settings for "
+        message = "`base` must have packed kernels, all with the same settings for "
         raise ValueError(f"{message}{layout.name}. Got {sorted(settings)}.")
     # 2. List the tensors of all leaves. Their values are computed when written.
     tensors: dict[str, Any] = {}
@@ -310,8 +310,8 @@ def _compressed_tensors(name: str, q: QTensor) -> dict[str, Any]:
     return tensors
 
 
-# By our format: compressed-tensors' name for it, the type of the values, the dtype of
-# the scales, and the strategy.
+# For each of our formats: its name in compressed-tensors, the type of the values, the
+# dtype of the scales, and the strategy.
 _INTEGERS = ("pack-quantized", "int", None, "group")
 _COMPRESSED_FORMATS = {
     **dict.fromkeys(_INT4_FORMATS, _INTEGERS),
@@ -338,7 +338,7 @@ def _check_fused_factors(kernels: Kernels) -> None:
     factors = {name: tuple(np.asarray(q.scale_scales)) for name, q in kernels.items()}
     pairs = [(a, b) for a in factors for b in fused_with(a) if b in factors]
     differing = [f"{a}, {b}" for a, b in pairs if factors[a] != factors[b]]
-    title = "vLLM has a single float32 factor for both of these weights, but theirs "
+    title = "vLLM uses one float32 factor for both of these weights, but theirs "
     refuse_listed(title + "differ: pack them as one tree", differing)
 
 
@@ -353,7 +353,7 @@ def _integer_scale_dtype(q: QTensor) -> np.dtype:
 def _model_dtype(kernels: Kernels, old_config: Config) -> dict[str, Any]:
     """Returns the dtype of the model, to which servers cast scales and activations."""
     # vLLM does not support MXFP4 in float16, and transformers supports E2M1 only in
-    # bfloat16. Gemma overflows in float16, so its dtype stays.
+    # bfloat16. Gemma overflows in float16, so its dtype is kept.
     is_int = next(iter(kernels.values())).fmt in _INT4_FORMATS
     if is_int and str(old_config.get("model_type")).startswith("gemma"):
         return {}

@@ -1,1 +1,1 @@
-"""PEFT adapters in and out, without PEFT: `adapter_config.json` and safetensors."""
+"""Reads and writes PEFT adapters (JSON and safetensors) without importing PEFT."""

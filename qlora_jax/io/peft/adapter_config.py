@@ -38,7 +38,7 @@ _UNSUPPORTED: dict[str, Any] = {
 _BIASES = ("none", "all", "lora_only")
 # With other initializations, such as PiSSA, PEFT changes the base weights.
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Settings of later versions of PEFT may be ignored if they are off.
+# Unknown settings, of later versions of PEFT, are ignored if they have these values.
 _OFF = (None, False, {}, [], "")
 # Fields of `PeftConfig` that are not settings of PEFT under that name.
 _NOT_SETTINGS = ("extra_settings", "saved_base_weights")
@@ -51,11 +51,11 @@ class PeftConfig:
     Attributes:
         r: Rank of the adapters.
         lora_alpha: Alpha: the scaling is `lora_alpha / r`.
-        target_modules: Names of modules, or ends of names after a dot; or one regular
-            expression for full names; or "all-linear".
-        target_parameters: Names of parameters, or ends of names after a dot, that hold
-            all experts; each expert's part is adapted.
-        exclude_modules: Modules to leave out, in the form of `target_modules`.
+        target_modules: Names of modules, or the ends of names, split at a dot; or one
+            regular expression for full names; or "all-linear".
+        target_parameters: Names of parameters that hold all experts, or the ends of
+            these names, split at a dot. Each expert's part is adapted.
+        exclude_modules: Modules to leave out, in the same form as `target_modules`.
         lora_dropout: Rate of dropout on the adapter's input.
         bias: Which biases the adapter holds: "none", "all" or "lora_only".
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
@@ -64,16 +64,17 @@ class PeftConfig:
         trainable_token_indices: The ids of the embedding's rows that are trained; or a
             mapping from the end of an embedding's name to the ids.
         layers_to_transform: Number or numbers of layers with adapters; None for all.
-        layers_pattern: Text before a layer's number in a name, or several.
+        layers_pattern: The text before a layer's number in a name, or several texts.
         rank_pattern: Ranks by the end of a module's name; the first match wins.
         alpha_pattern: Alphas by the end of a module's name; the first match wins.
         extra_settings: Settings that have no effect on a trained adapter, such as
             `base_model_name_or_path`; `save_peft` writes them.
-        saved_base_weights: Names of unchanged base weights that the adapter holds, as
-            PEFT saves those of an adapted `lm_head`. They are not in the JSON.
+        saved_base_weights: Names of unchanged base weights in the adapter's file, such
+            as the weight of an adapted `lm_head`. They are not in the JSON.
 
     Raises:
-        CheckpointError: If settings have the wrong type or are out of range; lists all.
+        CheckpointError: If settings have the wrong type or are out of range. All are
+            listed.
 
     Example:
         >>> import qlora_jax as ql
@@ -135,7 +136,7 @@ class PeftConfig:
         return (patterns,) if isinstance(patterns, str) else patterns
 
     def rank_of(self, module: str) -> int:
-        """Returns the rank of a module's adapter: that of `rank_pattern`, or `r`.
+        """Returns the rank of a module's adapter: from `rank_pattern`, or else `r`.
 
         Args:
             module: The module's name in the model, or the name of a parameter.
@@ -160,7 +161,7 @@ class PeftConfig:
             folder: The folder.
 
         Raises:
-            CheckpointError: If the file is missing, is not that of a LoRA, or has
+            CheckpointError: If the file is missing, does not describe a LoRA, or has
                 settings that are not supported.
         """
         raw = read_json(member(folder, CONFIG_FILE))
@@ -173,7 +174,7 @@ class PeftConfig:
         # Settings that would change the result must not be ignored silently.
         for key, value in raw.items():
             if key in field_names:
-                # PEFT writes null or an empty value for a default.
+                # null and empty values mean that PEFT uses the default.
                 if value not in (None, [], ""):
                     settings[key] = value
             elif key in _UNSUPPORTED:
@@ -209,7 +210,7 @@ class PeftConfig:
         return dict(sorted(raw.items()))
 
 
-# The matching of names, as PEFT does it.
+# These functions match names as PEFT does.
 
 
 def is_targeted(
@@ -271,12 +272,12 @@ def is_saved(parameter: str, modules_to_save: Iterable[str]) -> bool:
 
 def is_inside_saved(module: str, modules_to_save: Iterable[str]) -> bool:
     """Returns whether PEFT adds no adapter to a module because it is saved."""
-    # Unlike in `is_saved`, names are compared between dots.
+    # Unlike `is_saved`, this compares only whole parts of names, between dots.
     escaped = map(re.escape, modules_to_save)
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in escaped)
 
 
-# The checks of settings, which may come from a hostile file.
+# These functions check settings, which may come from a hostile file.
 
 
 def _is_integer(value: object, minimum: int = 1) -> bool:
@@ -316,7 +317,7 @@ def _is_dict_of(check: Callable[[Any], bool], value: object) -> bool:
 _NAMES = (_is_names, "a list of names")
 _NAMES_OR_REGEX = (_is_names_or_regex, "a list of names or a regular expression")
 _BOOL = (lambda x: isinstance(x, bool), "true or false")
-# The check of each setting, and what an error message says that it must be.
+# The check of each setting, and its requirement in words for error messages.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_integer, "a positive integer"),
     "lora_alpha": (_is_number, "a positive number"),
@@ -351,7 +352,7 @@ def _problems_of(config: PeftConfig) -> list[str]:
         for name, (is_valid, requirement) in _CHECKS.items()
         if not is_valid(value := getattr(config, name))
     ]
-    # The further checks need settings of the right types.
+    # The checks below need settings of the right types.
     if problems:
         return problems
     if config.target_parameters and (config.lora_dropout or config.use_dora):
@@ -368,7 +369,7 @@ def _problems_of(config: PeftConfig) -> list[str]:
     for name, pattern in _regexes_of(config):
         try:
             re.compile(pattern)
-        # Besides its own error, `re` raises the others for huge patterns.
+        # `re` raises the last two errors for huge patterns.
         except (re.error, RecursionError, OverflowError) as error:
             problems.append(
                 f"`{name}` must be a regular expression. Got {pattern!r}: {error}."

@@ -1,4 +1,4 @@
-"""Lists the tensors of a PEFT adapter of a model."""
+"""Determines which tensors a PEFT adapter of a model contains."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class NamedBase:
 
     @classmethod
     def of(cls, base: Tree, names: Names) -> "NamedBase":
-        """Returns the leaves of a base tree with their names; lists all problems."""
+        """Returns a base tree's leaves with their names; an error lists problems."""
         adapters_by_path(base, {})  # checks the structure of `base`
         model = cls({}, {}, {}, {}, set(), names.is_ignored(f"{_HEAD}.weight"), {})
         problems = []
@@ -88,7 +88,7 @@ class NamedBase:
 
 
 def _with_named_axes(leaf: Any, named: NamedLeaf) -> Any:
-    """Returns a kernel as a `Kernel` if its axes match the names, and other leaves."""
+    """Returns a kernel as a `Kernel`, after checking its axes; keeps other leaves."""
     if named.geometry is None:
         return leaf
     kernel = as_kernel(leaf, named.geometry)
@@ -116,15 +116,15 @@ class AdapterTensors:
     tables: Collection[str]  # the modules that are embeddings
 
     def array_keys(self, module: str) -> dict[str, str]:
-        """Returns PEFT's keys of the arrays of a module's adapter, by name."""
+        """Returns PEFT's keys for the arrays of a module's adapter, by name."""
         return array_keys(self.kind, module, module in self.tables)
 
     def rows_key(self, module: str) -> str:
-        """Returns PEFT's key of the trained rows of an embedding."""
+        """Returns PEFT's key for the trained rows of an embedding."""
         return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
     def keys_of(self, name: str) -> tuple[str, ...]:
-        """Returns PEFT's keys of a base tensor: it writes the first, and reads all."""
+        """Returns PEFT's keys for a base tensor. It writes the first, but reads all."""
         module, _, kind = name.rpartition(".")
         key = PREFIX + name
         is_wrapped = any(n.rpartition(".")[0] == module for n in self.parameters)
@@ -136,7 +136,7 @@ class AdapterTensors:
 def array_keys(
     kind: type[Adapter], module: str, is_table: bool = False
 ) -> dict[str, str]:
-    """Returns PEFT's keys of a module's arrays, by name."""
+    """Returns PEFT's keys for the arrays of a module's adapter, by name."""
     keys = _EMBEDDING_KEYS if is_table else _KEYS
     return {name: f"{PREFIX}{module}.{keys[name]}" for name in kind.roles}
 
@@ -158,12 +158,12 @@ def from_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray
 
 
 def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
-    """Returns the tensors of an adapter with these settings; lists all mismatches."""
+    """Returns the tensors of an adapter by its settings; an error lists mismatches."""
     problems: list[str] = []
-    # First the tensors of adapters: of modules, and of parameters that hold experts.
+    # First, find the adapters of modules and of parameters that hold all experts.
     adapted = _adapted_modules(config, model, problems)
     parameters = _adapted_parameters(config, model, adapted, problems)
-    # Then the tensors that the file holds in full.
+    # Then find the tensors that the file contains in full.
     saved = []
     for name in model.tensors:
         module, _, kind = name.rpartition(".")
@@ -174,12 +174,12 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
         if model.is_tied and _nth_last(2, name) == _EMBEDDING:
             problems.append(
                 f"`modules_to_save`: {module} is also the head, but PEFT would train a "
-                "copy that is not."
+                "copy that the head does not use."
             )
     embeddings = [n for n in model.tensors if _nth_last(2, n) in (_EMBEDDING, _HEAD)]
     optional = [n for n in embeddings if n.endswith(".weight") and n not in saved]
     rows = _trained_rows(config, model, adapted, problems)
-    # Last, patterns that match nothing, which are probably misspelled.
+    # Last, report patterns that match nothing, which are probably misspelled.
     for module in config.modules_to_save:
         if not any(is_saved(name, [module]) for name in model.tensors):
             problems.append(f"`modules_to_save`: {module!r} matches no module.")
@@ -195,6 +195,7 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
 
 
 def _nth_last(n: int, name: str) -> str:
+    # The parts of a name are between dots.
     return ("." + name).split(".")[-n]
 
 
@@ -220,11 +221,11 @@ def _adapted_modules(
         problems.append(f"`use_dora`: {sorted(convolutions)} must be linear.")
     tables = sorted(chosen & model.tables)
     if tables and config.use_dora:
-        problems.append(f"`target_modules`: {tables} cannot be a DoRA.")
+        problems.append(f"`target_modules`: {tables} cannot have DoRA adapters.")
     elif tables and model.is_tied:
         problems.append(
             f"`target_modules`: {tables} cannot also be the head, because PEFT would "
-            "adapt one of them only."
+            "adapt only one of the two."
         )
     if not targets and not config.target_parameters:
         problems.append("`target_modules` must name at least one module. Got none.")
@@ -248,7 +249,7 @@ def _adapted_parameters(
     adapted: Mapping[str, Position],
     problems: list[str],
 ) -> dict[str, str]:
-    """Returns PEFT's modules of adapted parameters; adds to `problems`."""
+    """Returns PEFT's modules of adapted parameters; adds mismatches to `problems`."""
     targets = config.target_parameters
     by_module: dict[str, list[str]] = {}
     adapted_paths = {position.path for position in adapted.values()}
@@ -276,7 +277,7 @@ def _trained_rows(
     adapted: Mapping[str, Position],
     problems: list[str],
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the trained rows of each embedding; adds to `problems`."""
+    """Returns the trained rows of each embedding; adds mismatches to `problems`."""
     rows_by_module = {}
     for target, rows in config.trained_tokens.items():
         modules = [m for m in model.tables if is_targeted(m, (target,))]
@@ -287,10 +288,10 @@ def _trained_rows(
         (module,) = modules
         num_rows, _ = model.tensor_shape(f"{module}.weight")
         if max(rows) >= num_rows:
-            problems.append(f"{subject} has {num_rows} rows. Got {max(rows)}.")
+            problems.append(f"{subject} has {num_rows} rows. Got row {max(rows)}.")
         is_replaced = is_inside_saved(module, config.modules_to_save)
         if module in adapted or is_replaced or module in rows_by_module:
-            problems.append(f"{subject} is adapted or saved in other ways, too.")
+            problems.append(f"{subject} is also adapted or saved in another way.")
         rows_by_module[module] = rows
     return rows_by_module
 

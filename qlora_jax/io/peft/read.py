@@ -27,7 +27,7 @@ from .stacked import parameter_shapes, split_parameter, stack
 
 T = TypeVar("T")
 
-# JAX would read float64 as float32.
+# float64 is rejected, because JAX would silently read it as float32.
 _STORED_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -41,19 +41,19 @@ def load_peft(
     """Returns a base tree, a lora tree and the settings of a LoRA that PEFT wrote.
 
     Every target, pattern and tensor must belong to the model, and every tensor that the
-    settings require must be in the file. Adapters of a stack of weights whose ranks
-    differ are padded with zeros, which stay zero in training; if their scalings differ,
-    `LoRA.scaling` has one for each. Biases and modules in the file become `Trained`
-    leaves of the lora tree; if they are only some of the layers of a stack, they
-    replace those of `base`.
+    settings require must be in the file. If the adapters of a stack have different
+    ranks, they are padded with zeros, which stay zero in training. If they have
+    different scalings, `LoRA.scaling` is a tuple with one for each. Biases and modules
+    in the file become `Trained` leaves of the lora tree; if the file has only some
+    layers of a stack, these replace the layers of `base` instead.
 
     Args:
         path: A folder with `adapter_config.json` and `adapter_model.safetensors`; or
             the adapters of another file, as `read_mlx` returns them.
         base: The base tree that the adapter is for: float, packed or partly packed.
         names: The names of the leaves of `base` in the Hugging Face model.
-        dtype: Dtype of A and B, by default the file's. `Trained` leaves have at least
-            this dtype.
+        dtype: The dtype of A and B; by default, that of the file. `Trained` leaves have
+            at least this precision.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -83,7 +83,7 @@ def load_peft(
     arrays = {key: tensor[...] for key, tensor in file.items()}
     not_finite = [key for key, x in arrays.items() if not np.isfinite(x).all()]
     refuse("these tensors of the adapter must be finite", not_finite)
-    # Build the adapters: low-rank ones, then trained rows, then leaves in full.
+    # Build the adapters: low-rank ones, then trained rows, then fully trained leaves.
     by_position: dict[Position, Adapter] = {
         position: _module_adapter(arrays, module, config, model, layout)
         for module, position in layout.adapted.items()
@@ -110,7 +110,7 @@ def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
     folder = pathlib.Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).exists():
-            # Older versions of PEFT wrote pickles by default.
+            # Older versions of PEFT wrote pickles by default, which are never read here.
             is_pickled = (folder / "adapter_model.bin").exists()
             hint = " adapter_model.bin is a pickle, which can run code." * is_pickled
             raise CheckpointError(
@@ -124,7 +124,7 @@ def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
 def _base_keys(
     file: Mapping[str, LazyTensor | np.ndarray], layout: AdapterTensors
 ) -> dict[str, str]:
-    """Returns the keys of base tensors in the file by name, and of missing ones."""
+    """Returns the keys of base tensors that the file has or must have, by name."""
     base_keys = {}
     for name in (*layout.saved, *layout.optional):
         keys = layout.keys_of(name)
@@ -203,7 +203,7 @@ def _module_adapter(
 def _by_path(
     by_position: Mapping[Position, T],
 ) -> Iterator[tuple[str, dict[BatchIndex, T]]]:
-    """Yields the values of each leaf, by batch index."""
+    """Yields the path of each leaf and its values by batch index."""
     by_path: dict[str, dict[BatchIndex, T]] = {}
     for position, value in by_position.items():
         by_path.setdefault(position.path, {})[position.index] = value
@@ -231,12 +231,12 @@ def _replace(
     tensors: Mapping[str, np.ndarray],
     dtype: DTypeLike | None,
 ) -> tuple[Tree, dict[str, Adapter]]:
-    """Returns the base tree with tensors replaced, and the leaves trained in full."""
+    """Returns the base tree with replaced tensors, and the fully trained leaves."""
     by_position = {model.tensors[name]: x for name, x in tensors.items()}
     changed, trained = {}, {}
     for path, parts in _by_path(by_position):
         leaf = _replaced(model.leaves[path], parts, model.named[path].window)
-        # A stack of which only some layers were trained stays in the base.
+        # If the file has only some layers of a stack, the stack stays in the base.
         if {*model.named[path].tensors.flat} <= {*layout.saved}:
             trained[path] = new_trained(leaf, dtype or leaf.dtype)
         else:
@@ -249,7 +249,7 @@ def _replaced(
 ) -> Array:
     """Returns a leaf in float with some of its tensors replaced."""
     is_kernel = isinstance(leaf, Kernel)
-    # [*batch, K, N] for a kernel; other leaves have the tensor's axes after the batch.
+    # [*batch, K, N] for a kernel; other leaves are [*batch, *tensor].
     matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
     dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
     num_tensors = np.prod(matrix.shape[: len(next(iter(tensors)))])

@@ -25,10 +25,10 @@ _MLX_WEIGHTS = "adapters.safetensors"  # the name that mlx-lm requires
 
 
 def portable(base: Tree, lora: Tree) -> Tree:
-    """Returns adapters of the same products in float32, of one rank and scaling 1.
+    """Returns equivalent adapters in float32, all with the same rank and scaling 1.
 
-    B includes the scaling, and zeros pad smaller ranks. Servers that ignore patterns of
-    ranks and alphas, or rsLoRA, therefore compute the same.
+    B is multiplied by the scaling, and smaller ranks are padded with zeros. Servers
+    that ignore rsLoRA, or patterns of ranks and alphas, therefore get equal results.
 
     Args:
         base: The base tree, or its shapes.
@@ -59,9 +59,9 @@ def portable(base: Tree, lora: Tree) -> Tree:
         for path, x in adapters.items()
         if type(x) is not LoRA or is_table(path)
     }
-    title = "adapters for servers must be LoRA: export others in the format merged. Got"
+    title = "adapters for servers must be LoRA: export others as a merged model. Got"
     refuse_listed(title, unsupported)
-    # One rank for all: servers may read the rank of the config only.
+    # All get one rank, because servers may read only the rank in the config.
     rank = max((x.rank for x in adapters.values()), default=0)
     return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
 
@@ -71,19 +71,19 @@ def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
     a, b = map(np.asarray, adapter.arrays.values())  # [*batch, K, r], [*batch, r, N]
     indices = np.ndindex(*batch_shape)
     scalings = np.reshape([scaling_at(adapter, i) for i in indices], batch_shape)
-    # In float64, so that the product is rounded once, to float32.
+    # The product is computed in float64, so that it is rounded only once, to float32.
     b = b.astype(np.float64) * scalings[..., None, None]
     no_padding = [(0, 0)] * len(batch_shape)
     rank_padding = (0, rank - adapter.rank)
     a = np.pad(a, [*no_padding, (0, 0), rank_padding]).astype(np.float32)
     b = np.pad(b, [*no_padding, rank_padding, (0, 0)]).astype(np.float32)
-    # NumPy arrays, so that a large adapter is not copied to a device.
+    # The arrays stay in NumPy, so that a large adapter is not copied to a device.
     return LoRA(a, b, 1.0, adapter.dropout, adapter.geometry)  # pyright: ignore
 
 
 @dataclass(frozen=True)
 class PlainLoRA:
-    """Adapters by module, as the files of llama.cpp and of mlx-lm hold them.
+    """Adapters by module, as llama.cpp and mlx-lm store them in files.
 
     `load_peft` accepts one instead of a folder.
 
@@ -110,7 +110,7 @@ class PlainLoRA:
 
     @classmethod
     def of(cls, base: Tree, lora: Tree, names: Names) -> "PlainLoRA":
-        """Returns a lora tree in this form, after `portable`.
+        """Returns a lora tree in this form, after converting it with `portable`.
 
         Args:
             base: The base tree, or its shapes.
@@ -125,8 +125,8 @@ class PlainLoRA:
         config = peft_config(base, lora, names)
         if config.target_parameters:
             raise ValueError(
-                "the file must hold adapters of modules: export others in the format "
-                f"merged. Got {list(config.target_parameters)}."
+                "the file must hold adapters of modules: export others as a merged "
+                f"model. Got {list(config.target_parameters)}."
             )
         factors: dict[str, dict[str, np.ndarray]] = {}
         for key, x in adapter_tensors(base, lora, names, config).items():
@@ -141,7 +141,7 @@ class PlainLoRA:
         for module, arrays in self.factors.items():
             keys = array_keys(LoRA, module)
             tensors |= {keys[name]: x for name, x in arrays.items()}
-            # A hostile file may lack A, or hold a scalar; `load_peft` reports those.
+            # A hostile file may lack A, or contain a scalar; `load_peft` reports both.
             shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
             ranks[module] = (*shape, 0)[0]
         # The most common rank is the default, and other ranks are exceptions.
@@ -165,8 +165,8 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
         num_layers: The number of the model's layers.
 
     Raises:
-        ValueError: If `path` has files, if ranks differ, or if adapters are of experts,
-            which are one tensor in mlx-lm: it would ignore them.
+        ValueError: If `path` has files, if ranks differ, or if experts have adapters.
+            mlx-lm has one tensor for all experts, and would ignore these adapters.
 
     Example:
         >>> import numpy as np, qlora_jax as ql, tempfile
@@ -179,8 +179,8 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
     """
     if experts := sorted(name for name in adapter.factors if ".experts." in name):
         raise ValueError(
-            "adapters for mlx-lm must not include adapters of experts: export the sum, "
-            f"in the format merged. Got {len(experts)}, such as {experts[0]}."
+            "adapters for mlx-lm must not include adapters of experts: export a merged "
+            f"model. Got {len(experts)}, such as {experts[0]}."
         )
     ranks = {len(arrays["a"]) for arrays in adapter.factors.values()}
     if len(ranks) != 1:
@@ -210,8 +210,8 @@ def read_mlx(path: Path) -> PlainLoRA:
         path: A folder with `adapter_config.json` and `adapters.safetensors`.
 
     Raises:
-        CheckpointError: If the adapters are not LoRA (but DoRA or full fine-tuning), or
-            if tensors or ranks do not match the settings.
+        CheckpointError: If the adapters are not LoRA (for example DoRA), or if tensors
+            or ranks do not match the settings.
 
     Example:
         >>> import numpy as np, qlora_jax as ql, tempfile
@@ -229,7 +229,7 @@ def read_mlx(path: Path) -> PlainLoRA:
     problems = []
     for name, tensor in open_safetensors(member(folder, _MLX_WEIGHTS)).items():
         module, _, kind = name.rpartition(".lora_")
-        # Keys are names in a layer, or full names outside the layers.
+        # Keys are names within a layer, or full names of modules outside the layers.
         is_listed = keys is None or {module, _in_layer(module)} & {*keys}
         if not module or kind not in ("a", "b") or not is_listed:
             problems.append(f"{name}: unexpected")
@@ -243,10 +243,10 @@ def read_mlx(path: Path) -> PlainLoRA:
 
 
 def _mlx_settings(raw: Mapping[str, Any]) -> tuple[int, float, float, list[str] | None]:
-    """Returns the rank, scaling, dropout and names of modules, or None for all."""
+    """Returns the rank, scaling, dropout and module names (None for all modules)."""
     kind = raw.get("fine_tune_type", "lora")
     settings: Any = raw.get("lora_parameters")
-    hint = f"Got {kind!r:.80}: fuse the model."
+    hint = f"Got {kind!r:.80}: fuse it into the model."
     require(kind == "lora", f'`fine_tune_type` must be "lora". {hint}')
     is_given = isinstance(settings, dict)
     require(is_given, f"`lora_parameters` must be given. Got {settings!r:.80}.")
@@ -267,5 +267,5 @@ def _mlx_settings(raw: Mapping[str, Any]) -> tuple[int, float, float, list[str] 
 
 
 def _in_layer(module: str) -> str:
-    """Returns a module's name in its layer; in the model, if it is in no layer."""
+    """Returns a module's name within its layer, or its full name without a layer."""
     return re.sub(r".*\.layers\.\d+\.", "", module)

@@ -1,12 +1,14 @@
-"""Converts between PEFT's adapters, one for each weight, and those of stacks here.
+"""Converts between PEFT's adapters of single weights and this library's of stacks.
 
 A stack has one rank. An adapter of a smaller rank is padded with zero columns of A and
-zero rows of B: A B is unchanged, and their gradients are zero, so they stay zero.
+zero rows of B. This does not change A B. The gradients of the padding are zero, so it
+stays zero in training.
 
 PEFT also has adapters of parameters that hold all experts (`target_parameters`). For E
 experts of rank r, A is `[E r, K]`, expert by expert, and B is `[N, r E]`, rank by rank.
-Gate and up are halves of one parameter. If their adapters differ, A has the columns of
-both, and B is zero outside two blocks. If one has no adapter, its half of B is zero.
+The gate and up kernels are the halves of one parameter. If their adapters differ, A has
+the columns of both, and B is zero outside two blocks. If only one of them has an
+adapter, the other's half of B is zero.
 """
 
 import math
@@ -28,9 +30,9 @@ from .adapter_file import NamedBase, Position
 def stack(
     kernel: Kernel, adapters: Mapping[BatchIndex, Adapter], dtype: DTypeLike | None
 ) -> Adapter:
-    """Returns a kernel's adapter from those of its weights, by batch index.
+    """Returns a kernel's adapter, stacked from its weights' adapters by batch index.
 
-    `dtype` None keeps the dtypes. Magnitudes are at least float32.
+    If `dtype` is None, the dtypes are kept. Magnitudes are at least float32.
     """
     *batch_shape, k, n = kernel.geometry.matrix_shape(kernel.shape)
     sizes = {"k": k, "n": n, "r": max(x.rank for x in adapters.values())}
@@ -57,7 +59,7 @@ def stack(
             stacked[index][tuple(map(slice, array.shape))] = array
         return jnp.asarray(stacked)
 
-    # Weights without an adapter have zero factors, so any scaling will do.
+    # Weights without an adapter have zero factors, so their scaling has no effect.
     indices = np.ndindex(*batch_shape)
     scalings = tuple(scaling_at(adapters.get(index, first), ()) for index in indices)
     scaling = first.scaling if len({*scalings}) == 1 else scalings
@@ -90,14 +92,14 @@ def unstack(adapter: Adapter, index: BatchIndex, rank: int) -> Adapter:
             return x
         remaining, removed = np.split(x, [rank], axis=axis)
         if removed.any():
-            raise ValueError(f"A and B must be zero beyond rank {rank} of the config.")
+            raise ValueError(f"A and B must be zero beyond rank {rank}.")
         return remaining
 
     return replace_arrays(matrix, cut)
 
 
 def _columns(name: str, model: NamedBase) -> dict[str, slice]:
-    """Returns the columns of N that each kernel of a parameter has, by path."""
+    """Returns the range of N of each kernel of a parameter, by path."""
     columns, start = {}, 0
     for path in model.parameters[name]:
         stop = start + model.named[path].tensor_shape[0]
@@ -107,7 +109,7 @@ def _columns(name: str, model: NamedBase) -> dict[str, slice]:
 
 
 def _blocks(rank: int, count: int) -> list[slice]:
-    """Returns equal parts of a rank, one for each kernel of a parameter."""
+    """Returns equal slices of a rank, one for each kernel of a parameter."""
     size = rank // count
     return [slice(i * size, (i + 1) * size) for i in range(count)]
 
@@ -130,8 +132,8 @@ def split_parameter(
     a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)  # [E, K, r]
     b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)  # [E, r, N]
     kernel_bs = [b[..., columns] for columns in _columns(name, model).values()]
-    # If each kernel's B is zero outside its block of the rank, the kernel gets the
-    # block. Otherwise all kernels get copies of A, which has the full rank.
+    # If each kernel's B is zero outside the kernel's block of the rank, each kernel
+    # gets its block. Otherwise every kernel gets a copy of A, with the full rank.
     blocks = _blocks(rank, len(parts))
     is_block_diagonal = (
         rank % len(parts) == 0
@@ -185,7 +187,7 @@ def join_parameter(
 def _factors_and_blocks(
     adapted: Mapping[str, list[BatchIndex]], adapters: Mapping[str, Adapter], rank: int
 ) -> tuple[np.ndarray, list[np.ndarray], list[slice]]:
-    """Returns A of a parameter, and the B and the part of the rank of each kernel."""
+    """Returns a parameter's A, and each kernel's B and block of the rank."""
 
     def cut_factors(rank: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         # A [E, K, r] and B [E, r, N] of each kernel, cut to a rank.
@@ -211,5 +213,5 @@ def _factors_and_blocks(
     try:
         a, b = cut_factors(rank // len(adapted))
     except ValueError as error:
-        raise ValueError(f"its kernels have several A. {error}") from error
+        raise ValueError(f"its kernels have different A matrices. {error}") from error
     return np.concatenate(a, axis=2), b, _blocks(rank, len(b))

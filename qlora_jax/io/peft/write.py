@@ -1,4 +1,4 @@
-"""Describes adapters by PEFT's settings, and writes them as PEFT does."""
+"""Finds the PEFT settings of adapters, and writes adapters as PEFT does."""
 
 import math
 import pathlib
@@ -47,20 +47,21 @@ def peft_config(
         base_model: Hub id or path of the base model, for programs that load the
             adapter.
         revision: The commit of the base model on the hub, if it was read from there.
-        bias: Which biases of `base` to save: "none", "all" or "lora_only"; at least
-            those that are `Trained`.
-        use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
+        bias: Which biases of `base` to save: "none", "all" or "lora_only". If any are
+            `Trained`, "none" becomes "lora_only" or "all".
+        use_rslora: Whether PEFT should compute scalings as `alpha / sqrt(r)`.
         modules_to_save: Ends of the names of modules to save, such as "lm_head"; those
             that are `Trained` are added.
         fused: Whether to write the adapters of experts and routers for the parameters
             of transformers 5 (`target_parameters`), instead of for the modules of
-            transformers 4. They always are if PEFT would not convert the modules to
-            parameters: if the experts have no modules, if only some of their kernels
+            transformers 4. This is always done if PEFT could not convert the modules
+            to parameters: if the experts have no modules, if only some of their kernels
             have adapters, or if ranks or scalings differ.
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If there is no adapter, one does not fit, or its kernel has no name.
+        ValueError: If there is no adapter, or if one does not fit its kernel, or if its
+            kernel has no name.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -74,7 +75,7 @@ def peft_config(
     """
     adapters = adapters_of_each(base, lora)
     model = NamedBase.of(base, names)
-    # First, set aside the adapters that are not of low rank.
+    # First, separate the adapters that are not low-rank.
     trained = {path for path, x in adapters.items() if isinstance(x, Trained)}
     tables = {m: adapters.get(model.modules[m].path) for m in sorted(model.tables)}
     rows = {m: x.indices for m, x in tables.items() if isinstance(x, TrainedRows)}
@@ -105,7 +106,7 @@ def peft_config(
     for name, position in positions.items():
         scaling = scaling_at(adapter_of[name], position.index)
         alphas[name] = alpha_of(scaling, ranks[name], use_rslora)
-    # Last, describe all of them by common values, exceptions and the ends of names.
+    # Last, find the common values, the exceptions and the shortest ends of names.
     if any(pattern.endswith(r"\..*") for pattern in names.ignored):
         # An ignored part of the checkpoint, such as a vision tower, may have modules
         # with the same last names.
@@ -142,8 +143,8 @@ def peft_config(
 def _adapted_parameters(
     model: NamedBase, adapters: Mapping[str, Adapter], fused: bool
 ) -> dict[str, Position]:
-    """Returns an adapted position of each parameter that is written as a parameter."""
-    # Adapters of modules are read by all versions of transformers.
+    """Returns a position in each parameter that is adapted instead of its modules."""
+    # Adapters of modules are preferred: all versions of transformers can read them.
     if not fused and _can_convert_modules(model, adapters):
         return {}
     parameters = {}
@@ -154,9 +155,9 @@ def _adapted_parameters(
 
 
 def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> bool:
-    # PEFT converts adapters of experts' modules to those of parameters when it loads
-    # them. If only some kernels of a layer's experts have adapters, it silently
-    # computes the bare model, and it drops patterns of ranks and alphas.
+    # When PEFT loads adapters of experts' modules, it converts them to adapters of
+    # parameters. This drops patterns of ranks and alphas, and if only some kernels of a
+    # layer's experts have adapters, PEFT silently ignores the adapters.
     module_paths = {position.path for position in model.modules.values()}
     kernels: dict[str, set[str]] = {}
     for name, parts in model.parameters.items():
@@ -166,21 +167,22 @@ def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> b
         paths <= adapters.keys() or not paths & adapters.keys()
         for paths in kernels.values()
     )
-    # Experts of one kernel that differ have no form as a parameter: PEFT raises.
-    have_no_form = any(isinstance(x.scaling, tuple) for x in adapters.values())
+    # A parameter has one scaling. Kernels whose experts have different scalings must be
+    # written as modules, for which PEFT raises an error.
+    need_modules = any(isinstance(x.scaling, tuple) for x in adapters.values())
     are_uniform = len({(x.rank, x.scaling) for x in adapters.values()}) == 1
-    return have_modules and are_complete and (have_no_form or are_uniform)
+    return have_modules and are_complete and (need_modules or are_uniform)
 
 
 def _ranks(adapter: Adapter) -> np.ndarray:
-    """Returns the rank of each matrix; the rank that it uses, if scalings differ."""
+    """Returns the rank of each matrix, without zero padding if scalings differ."""
     # Matrices with different scalings may have different ranks, padded with zeros.
     ranks = np.zeros(adapter.batch_shape, int)
     arrays = adapter.arrays.values()
     has_values = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
     if isinstance(adapter.scaling, tuple) and has_values:
         ranks = used_ranks(adapter)
-    # The adapter of a matrix that is all zeros keeps the full rank.
+    # An adapter that is all zeros keeps the full rank.
     return np.where(ranks, ranks, adapter.rank)
 
 
@@ -197,7 +199,7 @@ def _most_common(values: Mapping[str, N]) -> N:
 
 
 def pattern_of(values: Mapping[str, N], common: N) -> dict[str, N]:
-    """Returns the values that differ from the common one, by the end of a name."""
+    """Returns the values that differ from `common`, by name or by the end of a name."""
     # The last part of a name is enough if all modules with it have the same value.
     values_by_end: dict[str, set[N]] = {}
     for module, value in values.items():
@@ -214,14 +216,14 @@ def _last(name: str) -> str:
 
 
 def _in_layer(name: str) -> str:
-    """Returns the end of a name after the number of a layer."""
+    """Returns the part of a name after its layer's number."""
     return re.sub(r".*\.\d+\.", "", name)
 
 
 def _shortest_ends(
     adapted: Collection[str], names: Iterable[str], end_of: Callable[[str], str]
 ) -> list[str]:
-    """Returns ends of names that match the adapted ones only, or the full names."""
+    """Returns the ends of the adapted names; a full name if its end matches others."""
     other_ends = {end_of(name) for name in names if name not in adapted}
     ends = {name: end_of(name) for name in adapted}
     return sorted({name if end in other_ends else end for name, end in ends.items()})
@@ -230,7 +232,7 @@ def _shortest_ends(
 def _trained_modules(
     trained: Iterable[str], tensors: Iterable[str]
 ) -> tuple[set[str], list[str]]:
-    """Returns the modules of trained biases, and the ends of names of other modules."""
+    """Returns the modules of trained biases, and name ends of other trained modules."""
     biases = {name for name in trained if _last(name) == "bias"}
     saved = {name.rpartition(".")[0] for name in trained if name not in biases}
     modules = {name.rpartition(".")[0] for name in tensors}
@@ -300,7 +302,7 @@ def adapter_tensors(
         is_trained = isinstance(adapter, TrainedRows)
         if not is_trained or adapter.indices != tuple(sorted(rows)):
             raise ValueError(
-                f"{module} must have the trained rows of `config`, {rows}. Got others."
+                f"{module} must have the trained rows {rows} of `config`. Got others."
             )
         # The rows here are sorted by token; those of PEFT are in the order of `rows`.
         order = np.searchsorted(adapter.indices, rows)
@@ -335,7 +337,7 @@ def _low_rank_tensors(
     layout: AdapterTensors,
     config: PeftConfig,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of the low-rank adapters by key; lists all mismatches."""
+    """Returns the arrays of the low-rank adapters by key; an error lists problems."""
     in_parameters = {path for n in layout.parameters for path in model.parameters[n]}
     adapted = {position.path for position in layout.adapted.values()}
     problems = [f"{path}: it has no adapter." for path in adapted - set(adapters)]
@@ -350,7 +352,7 @@ def _low_rank_tensors(
         try:
             if type(adapter) is not layout.kind:
                 raise ValueError(
-                    f"its type must be {layout.kind.__name__}, by `use_dora`. Got "
+                    f"its type must be {layout.kind.__name__}, from `use_dora`. Got "
                     f"{type(adapter).__name__}."
                 )
             adapter = unstack(adapter, position.index, rank)
@@ -372,10 +374,10 @@ def _low_rank_tensors(
             problems.append(f"{name}: {error}")
             continue
         tensors |= {key: arrays[x] for x, key in layout.array_keys(module).items()}
-    # Last, adapters of weights that PEFT cannot adapt, such as those of norms.
+    # Last, report adapters of weights that PEFT cannot adapt, such as norms.
     named = {position.path for position in model.modules.values()} | in_parameters
     unnamed = set(adapters) - named
-    problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
+    problems += [f"{path}: PEFT cannot adapt such weights." for path in unnamed]
     refuse_listed("these adapters do not match `config`", sorted(problems))
     return tensors
 
