@@ -110,7 +110,7 @@ def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
     folder = pathlib.Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).exists():
-            # Older versions of PEFT wrote pickles by default, which are never read here.
+            # Older versions of PEFT wrote pickles by default. They are never read here.
             is_pickled = (folder / "adapter_model.bin").exists()
             hint = " adapter_model.bin is a pickle, which can run code." * is_pickled
             raise CheckpointError(
