@@ -380,10 +380,8 @@ def on_matrix(
         w = change(kernel.dequantize_matrix(jnp.float32), *arrays)
         return kernel.geometry.from_matrix(w.astype(kernel.dtype))
 
-    spec, shape = kernel.spec, kernel.shape
-    return call_in_auto_mode(
-        change_matrix,
-        lambda mesh: specs.fitting_spec(mesh, spec, shape),
-        kernel,
-        arrays,
-    )
+    # The spec is only read on a mesh: codes in host memory do not have one.
+    def spec_on(mesh: specs.AnyMesh) -> specs.PartitionSpec:
+        return specs.fitting_spec(mesh, kernel.spec, kernel.shape)
+
+    return call_in_auto_mode(change_matrix, spec_on, kernel, arrays)

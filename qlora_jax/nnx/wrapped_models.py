@@ -153,7 +153,7 @@ def place(
     rows: Sequence[MeshAxes] = (),
     memory: Literal["device", "host"] = "device",
 ) -> M:
-    """Places a wrapped model on a mesh, as `qlora_jax.sharding.place` does with trees.
+    """Returns a wrapped model on a mesh, as `qlora_jax.sharding.place` does for trees.
 
     Codes and scales are split as the float kernel would be, A along K and B along N.
     All other variables are replicated.
