@@ -1,1 +1,1 @@
-"""Models written with the public names only."""
+"""Models, checkpoints and tokenizers, built on the public API."""

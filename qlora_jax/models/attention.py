@@ -19,7 +19,7 @@ from .products import einsum_f32, make_dense, make_norm, name_product
 from .sharding import split_attention
 
 MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
-NO_WINDOW = 2**31 - 1  # stands for None where windows are data
+NO_WINDOW = 2**31 - 1  # replaces None in arrays of windows
 
 
 class Tokens(NamedTuple):
@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 
 
 class LayerScalars(NamedTuple):
-    """One layer's kind as data, so that one scan can run layers of several kinds.
+    """One layer's kind as arrays, so that one scan can run layers of several kinds.
 
     A field is None if all layers have the same value, which is then static.
     """
@@ -57,26 +57,26 @@ def rotary_table(
     dim: int,
     lengths: Int[Array, "B _"] | int | None = None,
 ) -> Float[Array, "2 B T 1 dim/2"]:
-    """Returns cosine and sine of each pair's angle; without a `rope`, those of 0.
+    """Returns the cosine and sine of each pair's angle, which is 0 without a `rope`.
 
-    Rotary positions: RoPE, arXiv:2104.09864. `lengths` holds the number of tokens of
-    each token's sequence, which only `rope.long_divisors` need.
+    Rotary positions: RoPE, arXiv:2104.09864. `lengths` are the lengths of the tokens'
+    sequences; they are needed only if there are `rope.long_divisors`.
     """
     half = dim // 2
     if rope is None:
         angle = jnp.zeros((*positions.shape, 1, half), jnp.float32)
         return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
     # Pair i is rotated by position * theta ** (-2 i / dim) / divisors[i].
-    frequency = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    divided, long_divided = (  # [1, 1, 1, half], to broadcast over B, T and heads
-        (frequency / jnp.asarray(divisors or 1, jnp.float32))[None, None, None]
+    undivided = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency, long_frequency = (  # [1, 1, 1, half], to broadcast over B, T and heads
+        (undivided / jnp.asarray(divisors or 1, jnp.float32))[None, None, None]
         for divisors in (rope.divisors, rope.long_divisors)
     )
     if rope.long_divisors:
         is_long = jnp.asarray(lengths) > rope.original_length
         is_long = jnp.broadcast_to(is_long, positions.shape)[:, :, None, None]
-        divided = jnp.where(is_long, long_divided, divided)
-    angle = positions[:, :, None, None].astype(jnp.float32) * divided
+        frequency = jnp.where(is_long, long_frequency, frequency)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     table = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
     return table if rope.scale == 1 else table * rope.scale
 
@@ -84,12 +84,12 @@ def rotary_table(
 def rotate(
     x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
 ) -> Float[Array, "B T H Dh"]:
-    """Rotates the pairs (i, i + half) of each head; later values stay as they are."""
+    """Rotates the pairs (i, i + half) of each head; later values do not change."""
     cos, sin = table
     half = cos.shape[-1]
     rotary, unrotated = x[..., : 2 * half], x[..., 2 * half :]
     low, high = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
-    # Cast before concatenating: XLA on CPUs writes the operands of a concatenation.
+    # Cast first: XLA on CPUs writes the operands of a concatenation to memory.
     halves = low * cos - high * sin, high * cos + low * sin
     rotated = jnp.concatenate([part.astype(x.dtype) for part in halves], axis=-1)
     if not unrotated.shape[-1]:
@@ -100,8 +100,9 @@ def rotate(
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    "xla" and calls with a cache mask by position. Any other `attention` masks by order
-    in the row; `Decoder` sets rows to NaN where the two differ.
+    The mask depends on positions if `attention` is "xla" or there is a cache. Any other
+    `attention` masks by order in the row. `Decoder` fills a row with NaN if the two
+    differ.
     """
 
     config: DecoderConfig
@@ -153,7 +154,7 @@ class Attention(nn.Module):
     def _attend_in_order(
         self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars
     ):
-        """Calls the user's or the splash attention, which take a static window."""
+        """Calls splash attention or the user's function, which need static windows."""
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
@@ -167,7 +168,7 @@ class Attention(nn.Module):
         windows = [*dict.fromkeys(kind.window for kind in c.layers)]
         if scalars.window is None:
             return attend_window(query, key, value, window=windows[0])
-        # The window of this layer is data: switch between one program for each window.
+        # The window of this layer is traced: switch between one branch per window.
         values = jnp.array([window or NO_WINDOW for window in windows])
         index = jnp.argmax(values == scalars.window)
         branches = [functools.partial(attend_window, window=w) for w in windows]
@@ -179,8 +180,8 @@ class Attention(nn.Module):
         """Returns the result of `attend`, and the keys and values to cache."""
         c, new_kv = self.config, None
         positions = key_positions = tokens.positions
-        # 1. Each key is in the cache at its position. Padding after a prompt fills
-        # positions that are overwritten before a query sees them.
+        # 1. Write each key into the cache at its position. Padding after a prompt is
+        # overwritten before a query sees it.
         if cache is not None:
             rows = jnp.arange(query.shape[0])[:, None]
             new_kv = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
@@ -196,7 +197,7 @@ class Attention(nn.Module):
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
-        # 3. Attention. Scores are multiplied by the scale, but sinks are not.
+        # 3. Attention. It multiplies scores by the scale, so divide the sinks by it.
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
         if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
@@ -211,10 +212,10 @@ def with_sinks(
     visible: Bool[Array, "B T S"],
     sinks: Float[Array, " H"],
 ) -> tuple[Array, ...]:
-    """Returns the operands of `attend` with one more key, whose product is the sink.
+    """Returns the operands of `attend` with a key whose product with a query is a sink.
 
-    Each head becomes one value longer: the sink in queries, 1 in the new key, and 0 in
-    all other keys. The new key has a value of zeros, and all queries see it.
+    Each head gets one more entry: the sink in queries, 1 in the new key, and 0 in all
+    other keys. The value of the new key is zero, and all queries see it.
     """
     shape = *query.shape[:-1], 1
     sink_column = jnp.broadcast_to(sinks.astype(query.dtype)[:, None], shape)
@@ -234,23 +235,24 @@ def attend(
     scale: float,
     soft_cap: float | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """Mixes the values that each query sees; H / K query heads share a key head."""
-    # Blocks are slices, which JAX does not support along axes that are split by type.
+    """Computes masked attention, in which H / K query heads share a key head."""
+    # Blocks are slices, which JAX does not support along axes that an Explicit mesh
+    # splits.
     mesh = getattr(jax.typeof(query).sharding, "mesh", None)
     is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
-    attend_on_cpu = functools.partial(
+    attend_plain = functools.partial(
         attend_by_matrices,
         scale=scale,
         soft_cap=soft_cap,
         block=BLOCK if query.shape[1] > MANY_QUERIES and not is_split else None,
     )
     operands = query, key, value, visible
-    # JAX's attention does not support a soft-cap. On CPUs, plain products are faster.
+    # JAX's attention has no soft-cap, and plain products are faster on CPUs.
     if soft_cap is not None:
-        return attend_on_cpu(*operands)
+        return attend_plain(*operands)
     return jax.lax.platform_dependent(
         *operands,
-        cpu=attend_on_cpu,
+        cpu=attend_plain,
         default=lambda query, key, value, visible: jax.nn.dot_product_attention(
             query, key, value, mask=visible[:, None], scale=scale
         ),
@@ -267,7 +269,7 @@ def attend_by_matrices(
     soft_cap: float | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """Computes `attend` by plain matrix products, one for each key head."""
+    """Computes `attend` with plain matrix products, one for each key head."""
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
     # One batch axis N of B and K: query [N, H / K, T, Dh], key and value [N, S, Dh].
@@ -276,8 +278,8 @@ def attend_by_matrices(
     if block is not None:
         mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
     else:
-        # XLA on CPUs computes sums over two axes, which the
-        # gradients need, in 16 bits, and sums over one axis in float32.
+        # XLA on CPUs computes sums over one axis in float32, but sums over two axes,
+        # which the gradients need, in 16 bits.
         scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale  # [N, H / K, T, S]
         scores = ql.losses.soft_cap(scores, soft_cap)
         by_row = scores.reshape(b, k, *scores.shape[1:])  # [B, K, H / K, T, S]

@@ -1,7 +1,8 @@
-"""Attention in blocks, without the scores of all queries and keys (FlashAttention).
+"""Attention in blocks, which never stores all scores at once (FlashAttention).
 
-Dao et al. 2022, sections 3.1 and B.4; Dao 2023, section 3.1. Blocks of keys that no
-query of a block sees are skipped: half in causal attention, most in packed rows.
+See Dao et al. 2022, sections 3.1 and B.4, and Dao 2023, section 3.1. A block of queries
+skips the blocks of keys that none of its queries sees: half of all blocks in causal
+attention, and most blocks in packed rows.
 """
 
 import functools
@@ -18,8 +19,8 @@ import qlora_jax as ql
 from .products import einsum_f32
 
 BLOCK = 128  # number of queries in a block, and of keys
-# The score of a key that is not visible. It is finite, so that a query has a maximum in
-# a block in which it sees no key.
+# The score of a key that is not visible. It is finite, so that the running maximum of a
+# query is finite even after a block in which it sees no key.
 _MASKED = -1e30
 
 
@@ -48,7 +49,7 @@ def attend_in_blocks(
 ) -> Float[Array, "N G T Dh"]:
     """Computes attention in blocks.
 
-    N is B times the number of key heads, G the number of query heads for each of them.
+    N is B times the number of key heads; G query heads share each key head.
     """
     # Pad to whole blocks. Padded queries and keys see nothing and are not seen.
     tokens = query.shape[2]
@@ -75,8 +76,8 @@ def _find_ranges(visible: Bool[Array, "B T S"], block: int) -> _Mask:
 #   m' = max(m, max s)
 #   l' = l exp(m - m') + sum exp(s - m')
 #   a' = a exp(m - m') + exp(s - m') V
-# The result is o = a / l. Saved for the backward pass: the operands, o and
-# L = m + log l, one number for each query, which gives the weights: p = exp(s - L).
+# The result is o = a / l. The backward pass needs the operands, o, and L = m + log l.
+# L is one number for each query, and gives the weights: p = exp(s - L).
 #
 # Backward, for the cotangent g of o:
 #   dV = p^T g

@@ -26,7 +26,7 @@ from .decoder_names import decoder_names
 from .families import config_from_hf, text_config
 from .gguf.decoder_in import read_gguf
 
-# Suffixes of the files of a folder that hold settings, not weights.
+# Suffixes of the files in a folder that contain settings, not weights.
 _SETTINGS_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _HEAD_ROWS = 4096  # number of rows of the head that are compared at a time
 
@@ -45,15 +45,15 @@ def load(
     Args:
         path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
         dtype: Dtype of all parameters except weights in bitsandbytes' 4-bit format.
-        qlora: The kernels to pack as they are read, and settings; None to pack none.
+        qlora: Which kernels to pack while reading, and how; None to pack none.
         recode: As in `ql.io.load`: re-pack 4-bit weights whose byte layout has no
             equivalent here.
         place: As in `ql.io.load`: gives the parameters their shardings.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `Decoder` lacks a part, tensors do not fit, or the file of a tied
-            model holds a different head.
+        ValueError: If `Decoder` does not support the model, if the tensors do not match
+            the config, or if the head is tied but the file has a different one.
 
     Example:
         >>> import tempfile
@@ -88,7 +88,7 @@ def load(
 
 
 def _check_head(tensors: "ql.io.Tensors", config: DecoderConfig) -> None:
-    """Raises if a tied model stores another head, which transformers would use."""
+    """Raises if a tied head is stored with other values; transformers uses those."""
     names = "lm_head.weight", f"{config.module}.embed_tokens.weight"
     if not config.tie_embeddings or not set(names) <= tensors.keys():
         return
@@ -100,8 +100,8 @@ def _check_head(tensors: "ql.io.Tensors", config: DecoderConfig) -> None:
         np.array_equal(head[part], embedding[part]) for part in parts
     ):
         raise ValueError(
-            "`tie_word_embeddings` in config.json must be false, as the file holds "
-            f"a {names[0]} that differs from {names[1]}. Got true."
+            "`tie_word_embeddings` in config.json must be false, since the file has "
+            f"an {names[0]} that differs from {names[1]}. Got true."
         )
 
 
@@ -112,7 +112,7 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
         path: A folder with `config.json`, or a `.gguf` file.
 
     Raises:
-        ValueError: If it asks for parts that `Decoder` lacks.
+        ValueError: If `Decoder` does not support the model.
 
     Example:
         >>> import tempfile
@@ -159,11 +159,11 @@ def _open_text_tensors(folder: pathlib.Path, config: DecoderConfig) -> "ql.io.Te
     tensors, names = ql.io.open_safetensors(folder), decoder_names(config)
     ignored = [name for name in tensors if names.is_ignored(name)]
     warnings.warn(
-        f"{folder} has a vision part. Its {len(ignored)} tensors are left out: only "
+        f"{folder} has a vision part. Its {len(ignored)} tensors are ignored: only "
         "the text half is read.",
         stacklevel=3,
     )
-    # Files have older names than transformers' modules, after which adapters are named.
+    # Adapters use the names of transformers' modules. Those in the files are older.
     renamed = {}
     for name in tensors:
         new_name = re.sub(r"^language_model\.model\.", f"{config.module}.", name)
@@ -178,7 +178,7 @@ def folder_of_text(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as temporary:
         text_folder = pathlib.Path(temporary)
         for file in folder.iterdir():
-            is_index = file.name.endswith(".index.json")  # of the weights' files
+            is_index = file.name.endswith(".index.json")  # lists the weights' files
             if file.suffix in _SETTINGS_SUFFIXES and not is_index:
                 shutil.copyfile(file, text_folder / file.name)
         if (templates := folder / "additional_chat_templates").is_dir():

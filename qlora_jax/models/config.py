@@ -17,12 +17,12 @@ class Rope:
 
     Attributes:
         theta: Base of the frequencies.
-        divisors: Divisor of each frequency, to stretch the context; empty for 1.
+        divisors: One divisor per frequency, to extend the context length; empty if
+            all are 1.
         long_divisors: The divisors in sequences of more than `original_length` tokens
             (LongRoPE, arXiv:2402.13753); empty if they are the same.
-        original_length: Number of tokens up to which `divisors` hold. For YaRN, the
-            context length before stretching.
-        scale: Factor of the rotated queries and keys.
+        original_length: The context length before it was extended, in tokens.
+        scale: Factor that multiplies the rotated queries and keys.
 
     Example:
         >>> Rope(theta=1e6).divisors
@@ -38,7 +38,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """Settings in which the layers of a decoder differ.
+    """Settings that may differ between the layers of a decoder.
 
     Attributes:
         rope: The rotary positions, or None for a layer without them.
@@ -66,11 +66,11 @@ class Experts:
         per_token: Number of experts that process a token.
         normalized: Whether the weights of a token's experts sum to 1.
         interleaved: Whether gate and up are one kernel with alternating columns.
-        router: Name of the router in the Hugging Face model, after that of the layer.
-        kernel: Name of an expert's kernel there, with NAME for "gate_proj" and so on.
-            If it ends in {expert}, the kernels of all experts are one tensor.
-        names: The value of NAME for each of `kernels`, if it is not the kernel's name.
-        balance: Factor of the loss that balances the experts' loads in training.
+        router: Name of the router in the Hugging Face model, relative to the layer.
+        kernel: Name of an expert's kernel there; NAME stands for "gate_proj" and so on.
+            If it ends in {expert}, one tensor contains the kernels of all experts.
+        names: The value of NAME for each of `kernels`; empty to use these names.
+        balance: Weight of the load-balancing loss in training.
 
     Example:
         >>> Experts(count=128, per_token=8).kernels
@@ -84,7 +84,7 @@ class Experts:
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
-    # Two models that differ in a training option only are the same decoder.
+    # Not compared: decoders that differ only in a training option are the same.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
     def __post_init__(self):
@@ -92,8 +92,8 @@ class Experts:
         is_int = all(type(size) is int for size in sizes)
         if not is_int or not 0 < self.per_token <= self.count <= _MAX_EXPERTS:
             raise ValueError(
-                f"`count` must be at most {_MAX_EXPERTS}, and `per_token` from 1 to "
-                f"`count`. Got {sizes}."
+                f"`count` must be an integer up to {_MAX_EXPERTS}, and `per_token` an "
+                f"integer from 1 to `count`. Got {sizes}."
             )
 
     @property
@@ -118,25 +118,26 @@ class DecoderConfig:
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
-        rms_norm_eps: Added to the mean square.
+        rms_norm_eps: Epsilon, which norms add to the mean square.
         unit_offset_norms: Whether norms multiply by one plus their scale.
         post_norms: Whether the outputs of attention and MLP are normalized too.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
         activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
             "clamped_swiglu", gpt-oss's function of gate and up.
-        fused: Whether q, k, v are one kernel `qkv_proj`, and gate, up one
-            `gate_up_proj`.
+        fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
+            another, `gate_up_proj`.
         qkv_bias: Whether q, k and v have a bias.
         o_bias: Whether the output projection has a bias.
         mlp_bias: Whether the projections of the MLP, and the router, have a bias.
-        sinks: Whether each head has a sink: a score without a value in its softmax.
-        embedding_scale: Factor of the embedded tokens.
+        sinks: Whether each head has an attention sink: a trained score that takes part
+            in the softmax but has no value.
+        embedding_scale: Factor that multiplies the embedded tokens.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
-        attention_soft_cap: Bound of the scores, `cap * tanh(scores / cap)`, or None.
-        logit_soft_cap: Bound of the logits, with the same formula, or None.
+        attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
+        logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
         tie_embeddings: Whether the head is the transposed embedding.
-        module: Name of the decoder in its Hugging Face model.
+        module: Path of the decoder's module in the Hugging Face model.
         experts: The mixture of experts that replaces MLPs, or None.
 
     Example:
@@ -182,8 +183,8 @@ class DecoderConfig:
             raise ValueError(
                 f"`activation` must be one of {ACTIVATIONS}. Got {self.activation!r}."
             )
-        # Resolve defaults once, so that configs that mean the same compare equal. The
-        # later defaults depend on `head_dim`.
+        # Resolve defaults once, so that configs that mean the same compare equal. Some
+        # defaults depend on `head_dim`.
         head_dim = self.head_dim or self.hidden_size // self.num_heads
         resolved = {
             "head_dim": head_dim,
@@ -200,7 +201,7 @@ class DecoderConfig:
     def _check_layers(self):
         if len(self.layers) != self.num_layers:
             raise ValueError(
-                "`layers` must be one kind or as many as `num_layers`. "
+                "`layers` must have one entry, or one for each layer. "
                 f"Got {len(self.layers)} for {self.num_layers} layers."
             )
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
@@ -213,8 +214,8 @@ class DecoderConfig:
             sizes = len(rope.divisors), len(rope.long_divisors)
             if not set(sizes) <= {0, num_pairs}:
                 raise ValueError(
-                    f"`divisors` and `long_divisors` must be empty or {num_pairs}, one "
-                    f"for each pair. Got {sizes}."
+                    f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
+                    f"values, one for each pair. Got {sizes}."
                 )
         windows = {kind.window for kind in self.layers if kind.window is not None}
         if wrong := sorted(window for window in windows if window < 1):

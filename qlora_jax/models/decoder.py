@@ -1,6 +1,7 @@
-"""A decoder in Flax linen, written as a user of the library would.
+"""A decoder in Flax linen, which uses the library as any user would.
 
-Layers run under one `nn.scan`: `layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`.
+One `nn.scan` runs the layers, so that their parameters have a leading axis of L layers:
+`layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`.
 Shapes: B batch, T tokens of this call, S keys in the cache, D hidden size, H query
 heads, K key heads, Dh size of a head, R kinds of rotary positions, V vocabulary.
 """
@@ -55,7 +56,7 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on a normalized copy, added to the residual stream."""
+    """Adds attention and an MLP of the normalized stream to the residual stream."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -73,8 +74,8 @@ class Layer(nn.Module):
         x = ql.memory.layer_input(x)
         attention = Attention(c, dtype, self.attention, name="self_attn")
         y, new_kv = attention(normalize(x, "input"), tokens, scalars, cache)
-        # In Gemma, Llama's name of the norm before the MLP is that of the norm after
-        # attention.
+        # Llama calls the norm before the MLP "post_attention". Gemma has a norm of this
+        # name after attention.
         if c.post_norms:
             y = normalize(y, "post_attention")
         x = x + y.astype(x.dtype)
@@ -94,18 +95,20 @@ class Decoder(nn.Module):
     Attributes:
         config: Sizes, constants and parts.
         dtype: Dtype of the computation; norms, softmax and logits are float32.
-        remat: Whether the backward pass computes each layer again, to save memory. If
-            not, products with kernels and the attention's result are saved. "offload"
-            also computes again, and saves the layers' inputs in host memory: see
+        remat: Whether the backward pass recomputes each layer, to save memory. If not,
+            products with kernels and the attention's result are saved. "offload"
+            recomputes too, and saves the layers' inputs in host memory: see
             `qlora_jax.memory.offload_layer_inputs`.
-        attention: Attention without a cache. "xla" forms the scores of all queries and
-            keys. "splash" is `qlora_jax.memory.splash_attention`, on TPUs; on an
-            ambient mesh of Auto axes each device computes its rows and heads. A
-            function with that signature is also accepted. With a cache, attention is
-            always "xla".
-        stream_dtype: Dtype of the residual stream, to which layers add.
+        attention: Attention without a cache. "xla" computes the scores of all queries
+            and keys, except on CPUs and with a soft-cap, where long inputs are
+            processed in blocks. "splash" is `qlora_jax.memory.splash_attention`, on
+            TPUs; on an ambient mesh with Auto axes, each device computes its rows and
+            heads. A function with the same signature is also accepted. With a cache,
+            attention is always "xla".
+        stream_dtype: Dtype of the residual stream.
         mlp_tile: The maximum number of tokens of each sequence that the MLP processes
-            at a time, to save memory; None for all. Adapters then cannot have dropout.
+            at a time, to save memory; None for all. If set, adapters cannot have
+            dropout.
         scanned: Paths of the modules that run under `nn.scan`.
 
     Example:
@@ -155,7 +158,8 @@ class Decoder(nn.Module):
         """Computes float32 logits, and the new cache if `cache` is not None.
 
         Args:
-            tokens: Token ids. Pad on the right: no query looks to its right.
+            tokens: Token ids. Pad on the right: attention is causal, so that tokens do
+                not depend on padding after them.
             positions: Position of each token in its sequence; by default 0, 1, 2, ...
                 in each segment. If `attention` is not "xla", a row whose positions do
                 not count up by one in each segment becomes NaN.
@@ -163,21 +167,22 @@ class Decoder(nn.Module):
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states instead of logits.
             segment_ids: For each token, the sequence in its row that it belongs to.
-                Tokens see only their sequence: packed sequences have the same logits
-                as in rows of their own.
+                Tokens see only their own sequence, so that packed sequences have the
+                same logits as in separate rows.
 
         Returns:
             Logits `[B, T, V]`, or hidden states `[B, T, D]`.
 
         Raises:
-            ValueError: If segments come with a cache, which holds one sequence a row.
+            ValueError: If both `segment_ids` and `cache` are given, since each row of a
+                cache is one sequence.
         """
         c = self.config
         if segment_ids is not None and cache is not None:
             raise ValueError("`segment_ids` must be None with a `cache`. Got both.")
-        # 1. Embed the tokens. A residual stream in float32 is more exact, and XLA on
-        # CPUs has no bfloat16 updates: each time the scan saves a layer's input, it
-        # would convert the stack of all of them.
+        # 1. Embed the tokens. A residual stream in float32 is more exact. It is also
+        # faster on CPUs, where XLA has no bfloat16 updates: it would convert the whole
+        # stack of saved layer inputs each time that the scan adds one.
         embed = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
@@ -189,8 +194,8 @@ class Decoder(nn.Module):
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
         # 2. Run the layers.
-        described = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
-        x, new_kv = self._scan_layers()(x, described, layer_scalars(c), cache)
+        token_data = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
+        x, new_kv = self._scan_layers()(x, token_data, layer_scalars(c), cache)
         # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)  # [B, P, D]
@@ -201,7 +206,7 @@ class Decoder(nn.Module):
         # 4. Write the new keys and values `[L, B, T, K, Dh]` of all layers at once.
         rows = jnp.arange(tokens.shape[0])[:, None]
         keys, values = (
-            old.at[:, rows, :, described.positions].set(jnp.moveaxis(x, 0, 2))
+            old.at[:, rows, :, token_data.positions].set(jnp.moveaxis(x, 0, 2))
             for old, x in zip(cache, new_kv, strict=True)
         )
         return output, (keys, values)
@@ -218,7 +223,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,
             length=self.config.num_layers,
-            check_constancy_invariants=False,  # it would trace the layer once more
+            check_constancy_invariants=False,  # the check would trace the layer again
         )(self.config, self.dtype, self.attention, self.mlp_tile, name="layers")
 
     def _compute_logits(self, x, embed: nn.Embed) -> Float[Array, "B T V"]:
@@ -250,7 +255,7 @@ def are_in_order(
 def head_arguments(
     config: DecoderConfig, params: dict, lora: dict | None = None
 ) -> dict[str, Any]:
-    """Returns the arguments of `ql.losses.chunked_cross_entropy` about the head.
+    """Returns the arguments of `ql.losses.chunked_cross_entropy` for the head.
 
     Args:
         config: The decoder's config.
@@ -259,7 +264,7 @@ def head_arguments(
 
     Returns:
         The arguments `head` (the embedding `[V, D]` if it is tied, or the kernel
-        `[D, V]` of `lm_head`, in float or packed), `contract` and `logit_soft_cap`.
+        `[D, V]` of `lm_head`, float or packed), `contract` and `logit_soft_cap`.
 
     Raises:
         ValueError: If the head is adapted or trained: the loss has no gradient for it.
@@ -302,8 +307,8 @@ def describe_tokens(
     cache: Cache | None = None,
 ) -> Tokens:
     """Returns positions, segments and rotary tables of the tokens of a call."""
-    # 1. The position of each token in its segment: its index, less that of the latest
-    # start of a segment.
+    # 1. The position of each token in its segment: its index in the row, minus the
+    # index at which the segment starts.
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
         if segment_ids is not None:
@@ -344,8 +349,8 @@ def init_cache(
         >>> init_cache(config, batch=3, length=7)[0].shape
         (2, 3, 2, 7, 8)
     """
-    # Heads come before positions, as attention multiplies: XLA on CPUs would otherwise
-    # transpose the whole cache at each token.
+    # Heads come before positions, as in the products of attention. Otherwise, XLA on
+    # CPUs would transpose the whole cache for each new token.
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 

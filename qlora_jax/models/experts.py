@@ -1,7 +1,7 @@
 """A mixture of experts: a router, and an MLP for each expert.
 
-Rows of tokens are sorted by expert and multiplied in groups, each by the kernel of its
-expert; none is dropped. Shapes: M tokens, C experts of each token, E experts.
+The rows of tokens are sorted by expert, and the kernel of each expert multiplies its
+group of rows. No token is dropped. Shapes: M tokens, C experts per token, E experts.
 """
 
 import jax
@@ -16,7 +16,7 @@ from .products import apply_gate, make_dense, name_product
 
 
 class ExpertsDense(nn.Module):
-    """A linear layer for each expert, of rows that are sorted by expert."""
+    """One linear layer per expert, for rows that are sorted by expert."""
 
     experts: int
     features: int
@@ -48,7 +48,7 @@ class ExpertMLPs(nn.Module):
 
     @nn.compact
     def __call__(self, x, group_sizes):
-        """Applies to each group of rows the MLP of its expert."""
+        """Applies each expert's MLP to its group of rows."""
         c, experts = self.config, self.config.experts
         assert experts is not None
 
@@ -66,7 +66,7 @@ class ExpertMLPs(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The weighted sum of each token's experts."""
+    """The weighted sum of the outputs of each token's experts."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -79,7 +79,7 @@ class MixtureOfExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # [M, D]
         router = make_dense(experts.count, self.config.mlp_bias, self.dtype, "router")
         logits = router(rows[None])[0]  # [M, E]
-        # Training reads the logits for the balance loss, if it makes "router" mutable.
+        # For the balance loss, training makes "router" mutable and reads the logits.
         self.sow("router", "logits", logits)
         weights, chosen = choose_experts(logits, experts)  # [M, C] each
         # One row for each pair of a token and one of its experts, sorted by expert.
@@ -87,7 +87,7 @@ class MixtureOfExperts(nn.Module):
         group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)  # [E]
         mlps = ExpertMLPs(self.config, self.dtype, name="experts")
         y = mlps(rows[order // experts.per_token], group_sizes.astype(jnp.int32))
-        # Back to the order of tokens: [M, C, D].
+        # Restore the order of the tokens: [M, C, D].
         y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
         mixed = jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
         return mixed.astype(x.dtype).reshape(x.shape)
@@ -99,9 +99,9 @@ def split_alternating(x: Float[Array, "M both"]) -> tuple[Array, Array]:
     return x[:, ::2], x[:, 1::2]
 
 
-# The gradient interleaves the cotangents of the two. JAX's own gradient pads between
-# columns, for which XLA's compiler for TPUs took more than 20 GB (5,760 columns, JAX
-# 0.12.0.1).
+# The gradient interleaves the two cotangents. JAX's own gradient would pad between the
+# columns, and XLA's compiler for TPUs needed more than 20 GB of memory for that (5,760
+# columns, JAX 0.12.0.1).
 split_alternating.defvjp(
     lambda x: (split_alternating(x), None),
     lambda _, g: (jnp.stack(g, axis=-1).reshape(len(g[0]), -1),),
@@ -113,13 +113,13 @@ def balance_loss(
 ) -> Float[Array, ""]:
     """Returns the loss that balances the loads of experts, as in transformers.
 
-    Its minimum is `per_token`, where all experts process equally many tokens (Switch
-    Transformers, arXiv:2101.03961, equations 4 to 6, over all layers at once).
+    It is `per_token` if all experts process equally many tokens (Switch Transformers,
+    arXiv:2101.03961, equations 4 to 6, over all layers at once).
 
     Args:
         logits: The logits of the routers of all layers.
         weights: 1 for a token, 0 for padding.
-        experts: The mixture.
+        experts: The decoder's mixture of experts.
 
     Example:
         >>> two = Experts(count=2, per_token=1)

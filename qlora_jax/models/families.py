@@ -25,13 +25,13 @@ from .family import (
 # - SmolLM3 has no rotary positions in every fourth layer.
 # - Phi-3 and Phi-4-mini have fused projections, LongRoPE and partial rotary positions.
 # - Mixtral is a Mistral with experts.
-# - In gpt-oss, experts have biases, attention has sinks, every other layer a window.
-# - Gemma 2 and 3 have norms around both blocks. Gemma 2 has soft-caps, and a window in
-#   every other layer. Gemma 3, of which the text half is computed, has two kinds of
-#   rotary positions, and a window in five layers of six.
+# - In gpt-oss, experts have biases, heads have sinks, and every other layer a window.
+# - Gemma 2 and 3 have norms before and after attention and the MLP. Gemma 2 has
+#   soft-caps, and a window in every other layer. Gemma 3 has two kinds of rotary
+#   positions, and a window in five of six layers; only its text half is computed.
 
-_LONGROPE = ("longrope", "su", "yarn")  # older files of Phi have the last two names
-# Fields of `Experts`, which GGUF's configs share.
+_LONGROPE = ("longrope", "su", "yarn")  # older Phi files use the last two names
+# Fields of `Experts` that the GGUF reader also uses.
 MIXTRAL_EXPERTS = {
     "router": "block_sparse_moe.gate",
     "names": ("w1", "w3", "w2"),
@@ -39,11 +39,11 @@ MIXTRAL_EXPERTS = {
 }
 GPT_OSS_EXPERTS = {"interleaved": True, "router": "mlp.router"}
 GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
-# The rotary positions of gpt-oss, if a file has none.
+# The rotary section of gpt-oss, for files without one.
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _GEMMA3 = ("Gemma3ForCausalLM",)
-# transformers' defaults for the config of a text half.
+# transformers' defaults for the text half of Gemma 3.
 _TEXT_DEFAULTS = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
@@ -121,7 +121,7 @@ def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, eps=1e-5)
     original = raw.get("original_max_position_embeddings", 4096)
     raw = {**raw, "original_max_position_embeddings": original}
-    # Here `partial_rotary_factor` is supported; `read_rope` would reject it.
+    # Phi-4-mini sets `partial_rotary_factor`, which `read_rope` would reject.
     section = dict(rope_section(raw))
     share = raw.pop("partial_rotary_factor", None)
     share = section.pop("partial_rotary_factor", share)
@@ -210,7 +210,7 @@ def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
     require(raw, {"attn_logit_softcapping": None})
     fields = _gemma_fields(raw)
-    # Newer files have a section of rotary positions for each kind of layer.
+    # Newer files have one rotary section for each kind of layer.
     sections = raw.get("rope_parameters") or {}
     full = raw.get("rope_scaling") or sections.get("full_attention") or {}
     local = {"rope_theta": raw.get("rope_local_base_freq")}
@@ -227,7 +227,7 @@ def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `config.json` of the text half, as that of a text-only model."""
+    """Returns a config without its vision part, as a text-only model has it."""
     if raw.get("model_type") != "gemma3":
         return dict(raw)
     family = {"architectures": [*_GEMMA3], "model_type": "gemma3_text"}
@@ -241,7 +241,7 @@ def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
     return replace(_read_gemma3(text_config(raw)), module="model.language_model")
 
 
-# The keys that each family reads, besides those that all families read.
+# The keys that each family reads besides the common ones.
 _LLAMA_KEYS = "attention_bias hidden_act mlp_bias sliding_window"
 _MISTRAL_KEYS = "hidden_act layer_types sliding_window"
 _MIXTRAL_KEYS = f"hidden_act sliding_window {EXPERT_KEYS}"
@@ -252,7 +252,7 @@ _SMOLLM3_KEYS += f" no_rope_layer_interval use_sliding_window {WINDOW_KEYS}"
 _QWEN3_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size"
 _QWEN3_MOE_KEYS += " attention_bias hidden_act max_window_layers norm_topk_prob"
 _QWEN3_MOE_KEYS += f" sliding_window use_sliding_window {EXPERT_KEYS}"
-# `experts_per_token` and `initial_context_length` repeat other keys in published files.
+# `experts_per_token` and `initial_context_length` in published files repeat other keys.
 _GPT_OSS_KEYS = "attention_bias experts_per_token hidden_act initial_context_length"
 _GPT_OSS_KEYS += f" swiglu_alpha swiglu_limit {WINDOW_KEYS} {EXPERT_KEYS}"
 # Published files have `hidden_act`, but transformers reads `hidden_activation`.
@@ -284,7 +284,7 @@ FAMILIES = {family.model_type: family for family in _FAMILIES}
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Returns the decoder's config in a `config.json`.
+    """Returns the decoder config that a `config.json` describes.
 
     Warns about keys that are not read, unless they are known not to change the logits.
 
@@ -315,7 +315,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         keys = {**raw, **(raw.get("text_config") or {})}
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"config.json must hold values of the expected types. Got {error!r}."
+            f"config.json must have values of the expected types. Got {error!r}."
         ) from error
     if unknown := family.unknown_keys(keys):
         warnings.warn(

@@ -1,4 +1,4 @@
-"""The record of a model family, and helpers that read a `config.json`."""
+"""The `Family` class, and helpers that read a `config.json`."""
 
 import dataclasses
 import json
@@ -19,8 +19,8 @@ num_key_value_heads original_max_position_embeddings partial_rotary_factor
 per_layer_config rms_norm_eps rope_parameters rope_scaling rope_theta
 tie_word_embeddings
 """
-# Keys that do not change a trained model's logits: of files, tokens, training,
-# generation and classifiers, and those of other programs.
+# Keys that do not change a trained model's logits. They concern files, tokens,
+# training, generation or classifiers, or are written by other programs.
 HARMLESS_KEYS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path
@@ -42,13 +42,13 @@ HARMLESS_KEYS = frozenset(
     unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
-# Keys of families with experts, and of families with windows.
+# Keys that families with experts read, and keys that families with windows read.
 EXPERT_KEYS = """
 num_experts num_local_experts num_experts_per_tok output_router_logits
 router_aux_loss_coef
 """
 WINDOW_KEYS = "layer_types sliding_window"
-# Keys in published files whose value means what all models compute.
+# Keys in published files that change nothing if they have this value.
 _NEUTRAL = {
     "attention_bias": False,
     "full_attn_mod": 1,
@@ -58,7 +58,8 @@ _NEUTRAL = {
     "rope_interleaved": False,
     "use_mrope": False,
 }
-# Far above any published model; larger values are errors, and would take all memory.
+# Limits far above any published model. Larger values are errors in the file, and would
+# use up all memory.
 _MAX_LAYERS, _MAX_HEAD_DIM, _MAX_COUNT = 10_000, 1 << 16, 1 << 31
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -68,9 +69,9 @@ class Family:
     """A model family: its names in transformers, and how to read its config."""
 
     model_type: str  # in `config.json`
-    architectures: tuple[str, ...]  # classes of transformers
+    architectures: tuple[str, ...]  # names of classes in transformers
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    keys: str  # of `config.json`, besides those that every family reads
+    keys: str  # keys that it reads besides the common ones, separated by spaces
 
     def unknown_keys(self, raw: Mapping[str, Any]) -> list[str]:
         """Returns the keys that are not read, but may change the logits."""
@@ -84,7 +85,7 @@ class Family:
         for name in ("rope_parameters", "rope_scaling"):
             section = raw.get(name) or {}
             nested = [x for x in section.values() if isinstance(x, Mapping)]
-            for rope in nested or [section]:  # one for each kind of layer, or for all
+            for rope in nested or [section]:  # one per kind of layer, or one for all
                 unknown += [
                     f"{name}.{key}"
                     for key, value in rope.items()
@@ -104,8 +105,8 @@ def shared_fields(
 ) -> dict[str, Any]:
     """Returns the fields of `DecoderConfig` that all families read in the same way.
 
-    The settings are the family's values for missing keys. `activation` is the key of
-    the activation, and the value that it must have.
+    The keyword arguments are the family's defaults for missing keys. `activation` is
+    the key of the activation, and the only value that the family supports.
     """
     # 1. Check the sizes, including optional ones that are present.
     limits = {"num_hidden_layers": _MAX_LAYERS}
@@ -137,7 +138,7 @@ def shared_fields(
 
 
 def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns which projections have biases, as most families read them."""
+    """Returns whether q, k, v and o have biases, by the key of most families."""
     has_bias = bool(raw.get("attention_bias", False))
     return {"qkv_bias": has_bias, "o_bias": has_bias}
 
@@ -150,9 +151,10 @@ def read_experts(
     factor: float = 0.001,
     **settings: Any,
 ) -> Experts:
-    """Returns the mixture of experts, with the family's values for missing keys.
+    """Returns the mixture of experts.
 
-    `factor` is that of the loss that balances experts, which is off by default.
+    `count`, `per_token` and `factor` are the family's defaults for missing keys.
+    `factor` is the weight of the load-balancing loss, which is off by default.
     """
     balance = number(raw.get("router_aux_loss_coef", factor))
     return Experts(
@@ -164,7 +166,7 @@ def read_experts(
 
 
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raises if keys have other values than these; keys may be missing."""
+    """Raises a ValueError if `raw` has one of these keys with a different value."""
     if wrong := [
         f"`{key}` must be {json.dumps(value)}. Got {raw[key]!r}."
         for key, value in values.items()
@@ -182,8 +184,8 @@ def read_layers(
 ) -> tuple[LayerKind, ...]:
     """Returns the kinds of layers that `layer_types` lists.
 
-    If it is missing, `is_sliding` tells which layers have a window, by their index.
-    These layers have the rotary positions `local`, if those differ.
+    If this key is missing, the layers `i` with `is_sliding(i)` have a window. Layers
+    with a window have the rotary positions `local`, or `rope` if `local` is None.
     """
     count, types = raw["num_hidden_layers"], raw.get("layer_types")
     if types is None:
@@ -203,7 +205,7 @@ def read_layers(
 def one_window(
     raw: Mapping[str, Any], rope: Rope, default: int | None
 ) -> tuple[LayerKind, ...]:
-    """Returns layers that all have the window `sliding_window`, if not null."""
+    """Returns one kind for all layers, with `sliding_window` unless it is null."""
     window = raw.get("sliding_window", default)
     if window is not None and not is_count(window):
         raise ValueError(
@@ -224,7 +226,7 @@ def number(value: object) -> float:
     return float(value)
 
 
-# Numbers of a rotary section that must not be negative, if they are present.
+# Known keys of a rotary section, and numbers that must be positive if present.
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "attention_factor", "truncate"),
@@ -261,7 +263,7 @@ def read_rope(
         raise ValueError(
             f'`rope_type` "{kind}" must come with {missing}. Got {section}.'
         )
-    # 2. The numbers. Without a factor, it is the ratio of the two lengths.
+    # 2. The numbers. A missing factor is the ratio of the two context lengths.
     theta = number(section.get("rope_theta") or raw.get("rope_theta") or theta)
     longest = raw.get("max_position_embeddings")
     key = "original_max_position_embeddings"
@@ -309,7 +311,7 @@ def _llama3(values, frequency, theta) -> dict[str, Any]:
 
 
 def _yarn(values, frequency, theta) -> dict[str, Any]:
-    """YaRN (arXiv:2309.00071, section 3.2): a ramp between pairs, and a scale."""
+    """YaRN (arXiv:2309.00071): divisors that rise in a ramp over pairs, and a scale."""
     half, original = len(frequency), values["original"]
     factor = values.get("factor") or values["longest"] / original
 
@@ -329,16 +331,16 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
     stretched = np.clip((np.arange(half) - low) / width, 0, 1)
     divisors = 1 / (stretched / factor + (1 - stretched))
 
-    # 2. The scale: the temperature of the paper, as a factor of q and k.
-    def temperature(mscale: float) -> float:
+    # 2. The factor of q and k, sqrt(1 / t) for the temperature t of the paper.
+    def compute_scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
     scale = values.get("attention_factor")
     if scale is None:
-        scale = temperature(1)
+        scale = compute_scale(1)
         mscale, mscale_all = values.get("mscale"), values.get("mscale_all_dim")
         if mscale and mscale_all:
-            scale = temperature(mscale) / temperature(mscale_all)
+            scale = compute_scale(mscale) / compute_scale(mscale_all)
     return {
         "divisors": _floats(divisors.tolist()),
         "original_length": int(original),
@@ -347,7 +349,7 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
 
 
 def _longrope(values, frequency, theta) -> dict[str, Any]:
-    """LongRoPE (arXiv:2402.13753): one divisor per pair, others for long sequences."""
+    """LongRoPE (arXiv:2402.13753): divisors for short and for long sequences."""
     half, original = len(frequency), values["original"]
     for key in ("short_factor", "long_factor"):
         if (count := len(values[key])) != half:

@@ -52,7 +52,7 @@ def generate(
         apply: `functools.partial(model.apply, variables)`.
         tokens: Prompts, padded on the right.
         lengths: The number of tokens of each prompt, at least 1.
-        cache: From `init_cache`, with room for T + `max_new_tokens`.
+        cache: From `init_cache`, with at least T + `max_new_tokens` positions.
         max_new_tokens: N, the length of the answer.
         eos_ids: Tokens that end an answer; the first one fills the rest of the row.
         key: PRNG key; needed if `temperature` is not 0.
@@ -61,7 +61,8 @@ def generate(
         top_p: As in `Sampling`.
 
     Raises:
-        ValueError: If the cache is too small, a setting out of range, or a key missing.
+        ValueError: If the cache is too small, a setting is out of range, or the key is
+            missing.
 
     Example:
         >>> from functools import partial
@@ -104,7 +105,7 @@ def generate(
         has_ended |= is_end(token)
         return step + 1, output.at[:, step].set(token), token, has_ended, cache
 
-    # The prompts give the first token of each answer; the loop extends them.
+    # The prompts give the first token of each answer, and the loop gives the others.
     first, cache = decode(tokens, cache, step=0, select=lengths[:, None] - 1)
     output = jnp.full((tokens.shape[0], max_new_tokens), fill, tokens.dtype)  # [B, N]
     output = output.at[:, 0].set(first)
@@ -123,8 +124,9 @@ def next_tokens(
 ) -> tuple[Int[Array, " B"], Cache]:
     """Returns the next token of each row, and the cache with `tokens` added.
 
-    `indices` has the decoder's `positions` and `select`, which selects one token of
-    each row. `step` is the number of tokens that were drawn before.
+    `indices` are the decoder's arguments `positions` and `select`. If T is not 1,
+    `select` must choose one token of each row. `step` is the number of tokens drawn
+    so far.
     """
     logits, cache = apply(tokens, cache=cache, **indices)
     step_key = None if key is None else jax.random.fold_in(key, step)

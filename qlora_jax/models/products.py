@@ -35,8 +35,8 @@ def _einsum(spec, a, b) -> Array:
     is_row = math.prod(a.shape[:-1]) == 1 and left[-2] not in right
     if a.dtype.itemsize > 2 or not is_row:
         return multiply(a)
-    # XLA on CPUs converts the whole matrix to float32 for a single row, which takes up
-    # to ten times as long as the product of two rows. The second row is zeros.
+    # To multiply a single row, XLA on CPUs converts the whole matrix to float32, which
+    # takes up to ten times as long as multiplying two rows. So add a row of zeros.
     return lax.platform_dependent(a, cpu=multiply_two_rows, default=multiply)
 
 
@@ -44,9 +44,9 @@ def _einsum_fwd(spec, a, b):
     return _einsum(spec, a, b), (a, b)
 
 
-# y sums a * b over the letters that are missing in its output. Its gradient for a sums
-# g * b over the letters that a lacks: an einsum whose output has the letters of a.
-# The gradient for b sums a * g in the same way.
+# An einsum sums a * b over the letters that its output lacks. The gradient for a sums
+# g * b over the letters that a lacks, which is an einsum whose output has the letters
+# of a. The gradient for b sums a * g in the same way.
 def _einsum_bwd(spec, residuals, g):
     a, b = residuals
     inputs, output = spec.split("->")
@@ -67,7 +67,7 @@ def dense_dot(x, kernel, dims, precision=None, **unused):
 
 
 def make_dense(features: int, use_bias: bool, dtype: DTypeLike, name: str) -> nn.Dense:
-    """Returns a linear layer that multiplies by `dense_dot`."""
+    """Returns a linear layer that multiplies with `dense_dot`."""
     return nn.Dense(features, use_bias, dtype, dot_general=dense_dot, name=name)
 
 
@@ -89,10 +89,10 @@ def name_product(x: Array) -> Array:
     return checkpoint_name(x, "product")
 
 
-# Layers save their products for the backward pass. Norms and activations are computed
-# again: their float32 arrays would be most of a step's memory, and take longer to write
-# and read than to compute.
-# "attention" is what `ql.memory.splash_attention` needs in its backward pass.
+# Layers save their products for the backward pass, which recomputes norms and
+# activations: their float32 arrays would be most of a step's memory, and would take
+# longer to write and read than to compute.
+# "attention" names what `ql.memory.splash_attention` needs in its backward pass.
 keep_products = jax.checkpoint_policies.save_only_these_names(
     "product", "lora_product", "dora_product", "dora_norms", "attention"
 )
@@ -110,12 +110,12 @@ class UnitOffsetRMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        # Users may set `jax_numpy_rank_promotion` to "raise".
+        # Expand explicitly, as `jax_numpy_rank_promotion` may be set to "raise".
         scale = jnp.expand_dims(1 + scale.astype(jnp.float32), range(x.ndim - 1))
         return (x / jnp.sqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
 
 
 def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
-    """Returns the kind of norm that the decoder uses."""
+    """Returns a norm layer of the kind that the decoder uses."""
     norm = UnitOffsetRMSNorm if config.unit_offset_norms else nn.RMSNorm
     return norm(epsilon=config.rms_norm_eps, dtype=dtype, name=name)

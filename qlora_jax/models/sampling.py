@@ -20,7 +20,7 @@ class Sampling:
         top_k: The number of most probable tokens to draw from, plus ties; None for all.
         top_p: The least probable tokens whose probabilities sum to at most 1 - `top_p`
             are dropped (Holtzman et al. 2020, section 3.1), except those that are as
-            probable as the last remaining one. The most probable token always remains.
+            probable as a remaining token. The most probable token always remains.
 
     Example:
         >>> logits = jnp.array([1.0, 3.0, 2.0])
@@ -46,16 +46,16 @@ class Sampling:
         if self.is_greedy and (self.top_k is not None or self.top_p < 1):
             raise ValueError(
                 "`temperature` must be positive with `top_k` or `top_p`: at 0 the most "
-                f"probable token is always taken. Got {self}."
+                f"probable token is always chosen. Got {self}."
             )
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """Whether the most probable token is always chosen."""
         return self.temperature == 0
 
     def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """Returns the logits over the temperature; -inf for tokens that are dropped.
+        """Returns the logits divided by the temperature, and -inf for dropped tokens.
 
         Args:
             logits: Float32 logits of the model.
@@ -86,7 +86,7 @@ class Sampling:
 
         Args:
             logits: Float32 logits of the model.
-            key: PRNG key; None if greedy.
+            key: PRNG key; unused if greedy.
         """
         if self.is_greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)

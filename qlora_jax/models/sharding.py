@@ -1,8 +1,9 @@
 """Sharding rules of a decoder's parameters, for axes `data`, `fsdp` and `tensor`.
 
-`data` splits the rows of a batch. `fsdp` splits them and every kernel, which is
-gathered where it is used. `tensor` splits the outputs of the first kernels of attention
-and MLP and the inputs of the last ones: one all-reduce each.
+`data` splits the rows of a batch. `fsdp` splits these rows too, and every kernel;
+kernels are gathered where they are used. In attention and in the MLP, `tensor` splits
+the outputs of the first kernels and the inputs of the last one, so that each of the two
+needs only one all-reduce.
 """
 
 import math
@@ -22,7 +23,7 @@ from .config import DecoderConfig
 
 ROW_AXES = ("data", "fsdp")
 MESH_AXES = (*ROW_AXES, "tensor")
-# Kernels whose outputs, and kernels whose contracted inputs, are split over `tensor`.
+# Kernels that `tensor` splits along their outputs, and along their contracted inputs.
 _SPLIT_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj")
 _SPLIT_OUTPUTS += ("gate_up_proj",)
 _SPLIT_INPUTS = ("o_proj", "down_proj")
@@ -33,13 +34,13 @@ def place_arguments(
 ) -> dict[str, Any]:
     """Returns the arguments `rules` and `rows` of `ql.sharding.place` for a decoder.
 
-    The rows of inputs are split over `data` and `fsdp`. A kernel is split over `fsdp`
-    along the hidden size, if this splits no quantization block, or else along its
-    outputs; and over `tensor` along heads or the width of the MLP. The kernels of keys
-    and values are not split over `tensor` if it does not divide their heads. The
-    embedding is split along the hidden size over both axes, and the head along the
-    vocabulary, so that neither is ever gathered. Axes that do not divide are not split;
-    norms and biases are replicated.
+    `data` and `fsdp` split the rows of inputs. `fsdp` splits a kernel along the hidden
+    size if this cuts no quantization block, and otherwise along its outputs. `tensor`
+    splits it along the heads or the width of the MLP, but leaves the kernels of keys
+    and values whole if it does not divide their heads. Both axes split the embedding
+    along the hidden size and the head along the vocabulary, so that neither is ever
+    gathered; an axis that does not divide these sizes is not used. `place` raises an
+    error for other kernels that cannot be split. Norms and biases are replicated.
 
     Args:
         config: The decoder's config.
@@ -84,7 +85,7 @@ def _candidate_specs(
 ) -> Iterator[tuple]:
     """Yields the specs that may split a leaf, the best one first."""
     *parents, module, name = ("", *path.split("/"))
-    # The leading axes are those of the layers, and of experts.
+    # The leading axes are layers and, in a mixture, experts.
     stack = (None,) * (2 if "experts" in parents else 1)
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
     fused_axes = tuple(axis for axis in (tensor, fsdp) if axis)
@@ -120,9 +121,9 @@ def _divides(leaf: Array, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
 
 
 def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Splits embedded tokens by rows, as the ambient mesh splits a batch."""
+    """Splits embedded tokens by rows, in the same way as the batch."""
     # The embedding is split along D, so the look-up returns columns of all rows.
-    # Without constraints, XLA would sum the rows of all devices on each of them.
+    # Without constraints, an all-reduce would give every device all rows.
     sizes = _auto_axes()
     rows = _select_axes(ROW_AXES, sizes)
     if not rows or x.shape[0] % _num_parts(rows, sizes):
@@ -131,14 +132,14 @@ def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     while columns and x.shape[2] % _num_parts(columns, sizes) == 0:
         data = "data" if "data" in sizes else None
         x = lax.with_sharding_constraint(x, PartitionSpec(data, None, columns))
-        columns = columns[:-1]  # one axis at a time; XLA does not do well with several
+        columns = columns[:-1]  # one axis at a time: XLA is inefficient for several
     return lax.with_sharding_constraint(x, PartitionSpec(rows))
 
 
 def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Splits an embedding that is used as the head along the vocabulary."""
-    # It is stored split along D, for look-ups. Each device sends its columns of a part
-    # of the vocabulary to the device with that part: nothing is gathered.
+    """Splits a tied embedding along the vocabulary, for its use as the head."""
+    # For look-ups, it is stored split along D. Here, devices exchange columns for rows
+    # of the vocabulary, so that no device has the whole embedding.
     sizes = _auto_axes()
     axes = _select_axes(("fsdp", "tensor"), sizes)
     if not axes or embedding.shape[0] % _num_parts(axes, sizes):
@@ -147,9 +148,9 @@ def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
 
 
 def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
-    """Makes each device compute an attention on its own rows and heads.
+    """Wraps an attention function; each device then computes its rows and heads.
 
-    XLA does not partition a kernel such as that of `ql.memory.splash_attention`.
+    XLA cannot partition a kernel such as that of `ql.memory.splash_attention`.
     """
 
     # Query is [B, T, H, Dh], key and value [B, S, K, Dh].
@@ -165,7 +166,7 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
         rows, tensor = _select_axes(ROW_AXES, sizes), sizes.get("tensor", 1)
         if query.shape[0] % _num_parts(rows, sizes):
             rows = ()
-        # Repeat key heads that `tensor` does not divide until it does.
+        # If `tensor` does not divide the number of key heads, repeat the heads.
         repeats = math.lcm(key.shape[2], tensor) // key.shape[2]
         if repeats > 1:
             key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))

@@ -48,8 +48,8 @@ class Stream:
 
         Args:
             model: A `Decoder`, wrapped or not.
-            variables: The variables for `model.apply`. Scales are kept in float32. So
-                are layers of 16 bits, on CPUs before JAX 0.11.
+            variables: The variables for `model.apply`. For speed, quantization scales
+                are stored in float32; on CPUs before JAX 0.11, so are 16-bit layers.
             sampling: The sampling settings.
         """
         self.model, self.sampling = model, sampling
@@ -75,11 +75,11 @@ class Stream:
             key: PRNG key; needed unless sampling is greedy.
 
         Returns:
-            A lazy iterator of the new tokens, including the one that ends them. It
-            raises a RuntimeError if the stream has been called again since.
+            A lazy iterator over the new tokens, including the one that ends the answer.
+            It raises a RuntimeError once the stream has been called again.
 
         Raises:
-            ValueError: If the prompt is empty, or there is no key to draw with.
+            ValueError: If the prompt is empty, or if a key is needed but missing.
         """
         if not len(prompt):
             raise ValueError("`prompt` must have at least one token. Got none.")
@@ -110,7 +110,7 @@ class Stream:
         for step in range(max_new_tokens):
             if self._answer is not answer:
                 raise RuntimeError(
-                    "the stream must be on the last prompt that it was called with."
+                    "an iterator must not be used after its stream is called again."
                 )
             self._reserve(len(self._ids) + len(new_ids), max_length)
             token = self._add(new_ids, step, key)
@@ -120,13 +120,13 @@ class Stream:
             new_ids = [token]
 
     def _reserve(self, length: int, max_length: int) -> None:
-        """Makes room for `length` positions; the answer has at most `max_length`."""
+        """Makes room for `length` positions; the answer ends by `max_length`."""
         config: DecoderConfig = self.model.config
-        # LongRoPE's keys depend on the size of the cache. It therefore gets its final
-        # size at once, and starts anew if that changes.
+        # In LongRoPE, keys depend on the size of the cache. It therefore gets its final
+        # size at once, and is cleared if that size changes.
         ropes = [rope for rope in config.ropes if rope and rope.long_divisors]
         size = power_of_two(max(max_length if ropes else length, _MIN_CACHE_LENGTH))
-        for rope in ropes:
+        for rope in ropes:  # rounding up must not select `long_divisors`
             if max_length <= rope.original_length < size:
                 size = rope.original_length
         cache = self._cache
@@ -153,8 +153,8 @@ class Stream:
 
 def _speed_up(variables: PyTree) -> PyTree:
     """Returns variables with the same values that take less time for each token."""
-    # XLA on CPUs slices in 32 bits before JAX 0.11: a scan over layers would convert
-    # all of them first, at each token.
+    # Before JAX 0.11, XLA on CPUs slices arrays in 32 bits: for each token, a scan
+    # would first convert all 16-bit layers.
     widens = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
 
     def convert_leaf(path: KeyPath, x: "Array | ql.QTensor") -> "Array | ql.QTensor":
@@ -176,8 +176,8 @@ def _speed_up(variables: PyTree) -> PyTree:
 def _extend(variables, tokens, counts, cache, key, *, model, sampling: Sampling):
     """Returns the token after `tokens[0, last]`, and the cache with the tokens added.
 
-    `counts` holds the number of tokens in the cache, `last`, and the number of tokens
-    that were drawn before.
+    `counts` are the number of tokens in the cache, `last`, and the number of tokens
+    drawn so far.
     """
     start, last, step = counts
     # Padding gets positions past the end, which are overwritten before they are seen.
@@ -194,16 +194,16 @@ class TextStream:
     def __init__(self, decode: Callable[[Sequence[int]], str]):
         self._decode = decode
         self._ids: list[int] = []
-        self._start = self._end = 0  # of the tokens of the last piece
+        self._start = self._end = 0  # range of the tokens of the last piece
 
     def add(self, token: int) -> str:
-        """Adds a token; returns the text that is now complete, perhaps none."""
+        """Adds a token; returns the text that is now complete, which may be empty."""
         self._ids.append(token)
         text = self._decode(self._ids[self._start :])
         return "" if text.endswith(_REPLACEMENT) else self._cut(text)
 
     def flush(self) -> str:
-        """Returns the text that was held back, after the last token."""
+        """Returns the incomplete text that remains after the last token."""
         return self._cut(self._decode(self._ids[self._start :]))
 
     def _cut(self, text: str) -> str:

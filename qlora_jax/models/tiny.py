@@ -1,4 +1,4 @@
-"""Writes a small random checkpoint, to try things without a download."""
+"""Writes a small random checkpoint, for trying things without a download."""
 
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,9 @@ CHAT_TEMPLATE = (  # ChatML
 
 
 def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> str:
-    """Returns a Hugging Face folder with a random Llama, which it writes.
+    """Writes a Hugging Face folder with a random Llama, and returns the folder.
 
-    The model has a tokenizer of bytes and a chat template.
+    The model has a byte-level tokenizer and a chat template.
 
     Args:
         folder: A new or empty folder.
@@ -77,7 +77,7 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
 
 
 def random_params(config: DecoderConfig, seed: int = 0) -> dict[str, Any]:
-    """Returns a decoder's parameters, float32: scales of 1, and normal weights."""
+    """Returns float32 parameters: ones as norm scales, normally distributed weights."""
     rng = np.random.default_rng(seed)
 
     def draw_leaf(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -89,7 +89,7 @@ def random_params(config: DecoderConfig, seed: int = 0) -> dict[str, Any]:
 
 
 def byte_tokenizer() -> "Tokenizer":
-    """Returns a tokenizer of bytes, "in" and ChatML's special tokens."""
+    """Returns a tokenizer with tokens for bytes, "in" and ChatML's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,9 +1,9 @@
 """Reads the tokenizers of folders and GGUF files, and the chat templates of folders.
 
-The tokenizer of a folder is built as transformers 5.24 does. For some values of
-`tokenizer_class` only, transformers uses `tokenizer.json` as it is. For the others, it
-takes the vocabulary, the merges and the post-processor from the file, and splits text
-as the class does. Then it adds the tokens that the other files name.
+A folder's tokenizer is built in the same way as by transformers 5.24, which uses
+`tokenizer.json` unchanged only for some values of `tokenizer_class`. For the others, it
+takes the vocabulary, the merges and the post-processor from that file, and the class
+determines how text is split. Then it adds the tokens that the other files define.
 """
 
 import json
@@ -23,11 +23,13 @@ from .gguf.tokenizer_in import (
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
+# The keys of special tokens in `tokenizer_config.json`.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 NAMED += ("cls_token", "mask_token")
-AS_IN_FILE = "PreTrainedTokenizerFast"  # uses `tokenizer.json` as it is
+# The class that uses `tokenizer.json` unchanged, and its other names.
+AS_IN_FILE = "PreTrainedTokenizerFast"
 _ALIASES = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
-# The special tokens of each class, for those that the files do not name.
+# The special tokens of each class, where the files do not define them.
 _END = "<|endoftext|>"
 _GPT2 = dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END)
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -77,9 +79,9 @@ def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
 
 
 def folder_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Returns the chat templates of a folder by name; the usual one is "default".
+    """Returns the chat templates of a folder by name; the main one is "default".
 
-    `settings` holds the values of its `tokenizer_config.json`.
+    `settings` are the values in its `tokenizer_config.json`.
     """
     if (file := folder / "chat_template.jinja").exists():
         templates = {"default": read_text(file)}
@@ -124,10 +126,10 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 class FolderTokenizer:
-    """The special tokens of a folder, and how its tokenizer is built.
+    """Finds the special tokens of a folder, and builds its tokenizer.
 
     Attributes:
-        class_name: The class that transformers uses.
+        class_name: The tokenizer class that transformers uses.
         special: The text of each special token by its name, such as `eos_token`.
     """
 
@@ -171,7 +173,7 @@ class FolderTokenizer:
             raise ValueError("the folder must contain tokenizer.json.")
         is_rebuilt = self.class_name != AS_IN_FILE
         tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
-        # Tokens of the vocabulary keep their ids. Others are numbered in this order.
+        # Tokens in the vocabulary keep their ids. The others get ids in this order.
         tokens: list[str | AddedToken] = [
             self._added[index] for index in sorted(self._added)
         ]
@@ -193,12 +195,12 @@ class FolderTokenizer:
         return tokenizer
 
     def _rebuild(self) -> "Tokenizer":
-        """Returns the file's vocabulary and merges, with the parts of the class."""
+        """Returns the file's vocabulary and merges, with the class's other parts."""
         from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
         name, space = self.class_name, self._settings.get("add_prefix_space")
-        # 1. The model, without the other parts of the file, except the post-processor,
-        # which only GPT-NeoX drops.
+        # 1. Keep the file's model and, except in GPT-NeoX, its post-processor. Drop the
+        # other parts.
         is_spm = name in ("LlamaTokenizer", "GemmaTokenizer")
         model = dict(self._raw["model"], dropout=None, ignore_merges=False)
         model |= {"fuse_unk": is_spm, "byte_fallback": is_spm, "unk_token": None}
@@ -208,7 +210,7 @@ class FolderTokenizer:
         dropped += ("post_processor",) * (name == "GPTNeoXTokenizer")
         raw = self._raw | dict.fromkeys(dropped) | {"model": model, "added_tokens": []}
         tokenizer = Tokenizer.from_str(json.dumps(raw))
-        # 2. The parts of the class.
+        # 2. Add the parts that the class defines.
         if name == "LlamaTokenizer":
             space = space is None or bool(space)
             scheme = "always" if self._settings.get("legacy") else "first"
@@ -249,8 +251,8 @@ def _parse_tokens(value: Any) -> Any:
 def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings, and this model's additional special tokens by name.
 
-    Such a token is `image_token`. `special_tokens_map.json` is read if the newer
-    `added_tokens_decoder` is missing.
+    An example of such a token is `image_token`. `special_tokens_map.json` is read only
+    if there is no `added_tokens_decoder`, which is newer.
     """
     settings = _parse_tokens(read_object(folder / "tokenizer_config.json"))
     if _OLDER_EXTRA in settings and not settings.get(_EXTRA):
@@ -279,7 +281,7 @@ def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]
 def _read_added(
     folder: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]
 ) -> "dict[int, AddedToken]":
-    """Returns the added tokens by index, from the newest source that exists."""
+    """Returns the added tokens by index, from `added_tokens_decoder` if present."""
     from tokenizers import AddedToken
 
     if "added_tokens_decoder" in settings:
@@ -314,7 +316,7 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
 
 
 def _check_settings(settings: dict[str, Any], name: str, model: dict[str, Any]) -> None:
-    """Rejects the class and settings that change tokens and are not supported."""
+    """Rejects classes and settings that change tokens and are not supported."""
     is_bpe = model.get("type", "BPE") == "BPE"
     rejected = [key for key in _UNSUPPORTED if settings.get(key)]
     if settings.get(_CLEANUP) and (not is_bpe or settings.get(_FORCED_CLEANUP)):
@@ -326,6 +328,6 @@ def _check_settings(settings: dict[str, Any], name: str, model: dict[str, Any]) 
         values = {key: settings.get(key) for key in rejected}
         raise ValueError(
             f"{names} in tokenizer_config.json would change tokens in a way that is "
-            f"not supported. Got {values}. If tokenizer.json is right as it is, remove "
+            f"not supported. Got {values}. If tokenizer.json is correct, remove "
             f"{names}, or set `tokenizer_class` to {AS_IN_FILE}."
         )

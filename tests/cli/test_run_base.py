@@ -251,7 +251,7 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     train = settings(SMOLLM2, rows, out, steps=1, save_every=1, warmup=0)
     result = cli.train(train)
     err = capsys.readouterr().err
-    assert f"Taking other weights: {COPY}" in err and f"weights: {COPY}" in err
+    assert f"Using other weights: {COPY}" in err and f"weights: {COPY}" in err
     assert "None" not in (out / "adapter" / "README.md").read_text()
     assert str(result).startswith(f"{out}: loss ") and " after 1 step, " in str(result)
     written = {

@@ -46,7 +46,7 @@ def logits_of(model):
 
 def test_the_text_half_equals_transformers(model, tmp_path):
     theirs, folder = model
-    with pytest.warns(UserWarning, match="has a vision part. Its .. tensors are left"):
+    with pytest.warns(UserWarning, match="has a vision part. Its .. tensors are ign"):
         config, params = load(folder, progress=False)
     ours = llama.our_logits(config, params, tokens=TOKENS)
     assert_close(ours, logits_of(theirs))

@@ -225,7 +225,7 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3, copied):
     raw = json.loads((copied / "tokenizer.json").read_text())
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "x"}
     (copied / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="a byte-level BPE that splits text as one"):
+    with pytest.raises(ValueError, match="a byte-level BPE that splits text like one"):
         save_gguf(tmp_path / "model.gguf", copied, qwen3[1], progress=False)
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
 
@@ -287,7 +287,7 @@ LETTERS = dict(zip([*BYTES, *"abcd", "ab", "cd", "abcd"], range(263), strict=Tru
     [
         (["a b", "c d", "ab cd"], "", None),
         (["a b", "ab cd", "c d"], "", None),
-        (["a b", "c d"], "", "the merges must hold ..'ab', 'cd'"),
+        (["a b", "c d"], "", "the merges must contain ..'ab', 'cd'"),
         (["a b", "c d", "ab cd", "a b"], "", "make 'ab' must follow each other"),
         (["a b", "c d", "ab cd"], "<0x0A>", "the tokenizer must have ..<0x0A>"),
     ],
@@ -336,13 +336,13 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
         ({"layers": (LayerKind(Rope(scale=1.5)),)}, "these rotary positions"),
         ({"layers": (LayerKind(), LayerKind(None))}, '"smollm3" .*these rotary'),
         ({"fused": True, "layers": (LayerKind(window=8),)}, "these sliding windows"),
-        ({"fused": True, "head_dim": 16}, "heads that are not as wide"),
+        ({"fused": True, "head_dim": 16}, "heads whose total width"),
         (GEMMA | {"attention_soft_cap": None}, "`attention_soft_cap`=None"),
         (GEMMA | {"attention_scale": 0.1}, '"gemma2" .*`attention_scale`=0.1'),
         (GEMMA | {"tie_embeddings": False}, "`tie_embeddings`=False"),
         (GEMMA | {"o_bias": True}, "`o_bias`=True"),
         (GEMMA | {"layers": (LayerKind(window=8),)}, "these sliding windows"),
-        (OLMOE | {"num_kv_heads": 2}, '"olmoe" .*heads that are not as wide'),
+        (OLMOE | {"num_kv_heads": 2}, '"olmoe" .*heads whose total width'),
         (OLMOE | {"experts": Experts(4, 2)}, "`experts`=.*normalized=True"),
         (MIXTRAL | {"layers": (LayerKind(window=8),)}, '"llama" .*sliding windows'),
         (OSS | {"qkv_bias": False}, '"gpt-oss" .*`qkv_bias`=False'),

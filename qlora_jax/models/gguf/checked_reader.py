@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file, and checks each size."""
+"""Reads the header of a GGUF file, and checks every size in it."""
 
 import math
 import struct
@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 _STRING, _ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
-_TRUNCATED = "It ends too early."
+_TRUNCATED = "The file ends too early."
 
 
 class Reader(gguf.GGUFReader):
     """The reader of the gguf package, with checks of sizes and counts.
 
-    Every read advances or raises, so that a wrong count ends with the file.
+    Every read advances or raises, so that no count can lead beyond the end of the file.
     """
 
     # The package sets `data` to a memmap, whose slices take three times as long as
@@ -76,7 +76,7 @@ class Reader(gguf.GGUFReader):
             block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
             count = math.prod(shape)
             if not 1 <= len(shape) <= 4 or not count or shape[0] % block:
-                raise ValueError(f"A tensor has shape {shape} in blocks of {block}.")
+                raise ValueError(f"A tensor has shape {shape} for blocks of {block}.")
             end = int(start_offs) + offset[0] + count // block * block_bytes
             if offset[0] % self.alignment or end > len(self._data):
                 raise ValueError("A tensor lies outside the file, or is misaligned.")

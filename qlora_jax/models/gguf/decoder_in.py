@@ -1,4 +1,4 @@
-"""Reads decoders and adapters from GGUF files, by their Hugging Face names."""
+"""Reads decoders and adapters from GGUF files, under Hugging Face names."""
 
 import dataclasses
 import math
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
     from gguf.gguf_reader import ReaderTensor
 
-# Replacements that turn names of experts and sinks into names that gguf's map knows: it
-# has one tensor of all experts, and parameters that end in ".weight" or ".bias".
+# Replacements that turn names of experts and sinks into names in gguf's map, in which
+# all experts are one tensor, and all names end in ".weight" or ".bias".
 _NAME_PATTERNS = {
     r"\.experts\.\d+\.": ".experts.",
     r"(\.experts\.\w+_proj)\.\d+$": r"\1.weight",
@@ -44,7 +44,7 @@ _NAME_PATTERNS = {
 # llama.cpp writes Mistral as "llama".
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe", "olmoe")
 ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3", OSS)
-# The keys of a file of adapters.
+# The keys of an adapter file.
 _ALPHA = "adapter.lora.alpha"
 _ADAPTER_KEYS = ("adapter.type", _ALPHA)
 _ADAPTER_KEYS += ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
@@ -59,7 +59,7 @@ class _Alternating:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of both together."""
+        """The shape of the two arrays together."""
         return 2 * len(self.first), self.first.shape[1]
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ class _Alternating:
 
 @dataclass(frozen=True, eq=False)
 class GGUFBytes:
-    """The bytes of the rows of a tensor of a GGUF file."""
+    """A tensor of a GGUF file as bytes: each row is the bytes of a row of weights."""
 
     shape: tuple[int, ...]
     stored: np.ndarray | _Alternating
@@ -93,7 +93,7 @@ class GGUFTensor:
     stored: np.ndarray | _Alternating
     tensor_type: "GGMLQuantizationType"
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
-    offset: float = 0.0  # that llama.cpp added to the values
+    offset: float = 0.0  # number that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
@@ -101,7 +101,7 @@ class GGUFTensor:
 
         rows, *trailing = index if isinstance(index, tuple) else (index,)
         stored = self.stored[rows if self.rows is None else self.rows[rows]]
-        # The package decodes 16 rows at a time: short rows are faster in groups.
+        # The package decodes 16 rows at a time, so group short rows into longer ones.
         group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
         grouped = stored.reshape(len(stored) // group, -1)
         x = gguf.dequantize(grouped, self.tensor_type)
@@ -113,9 +113,9 @@ class GGUFTensor:
 def read_gguf(
     path: str | pathlib.Path,
 ) -> tuple[DecoderConfig, dict[str, GGUFTensor | GGUFBytes]]:
-    """Returns the config and the tensors by Hugging Face name, not yet decoded.
+    """Returns the config, and the tensors by Hugging Face name, not yet decoded.
 
-    `ql.io.packed_tensors` reads the bytes of weights in Q4_0 and MXFP4.
+    Weights in Q4_0 and MXFP4 are bytes, which `ql.io.packed_tensors` reads.
     """
     reader = open_gguf(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -166,7 +166,7 @@ def _read_gguf_config(
 
 
 class _JoinedTensor(NamedTuple):
-    """A tensor of gate and up, whose rows alternate."""
+    """Gate and up as one tensor, in which their rows alternate."""
 
     tensor_type: "GGMLQuantizationType"
     shape: tuple[int, ...]  # in GGUF's order, from the last axis to the first
@@ -176,7 +176,7 @@ class _JoinedTensor(NamedTuple):
 def _join_gate_up(
     stored: "Mapping[str, ReaderTensor]",
 ) -> "dict[str, ReaderTensor | _JoinedTensor]":
-    """Joins the tensors of gate and up of experts, under the name of gate."""
+    """Joins the gate and up tensors of experts, under the name of the gate."""
     joined: dict[str, ReaderTensor | _JoinedTensor] = dict(stored)
     for name, gate in stored.items():
         up = stored.get(name.replace("_gate_", "_up_"))
@@ -205,7 +205,7 @@ def _name_tensors(
 ) -> Iterator[tuple[str, GGUFTensor | GGUFBytes]]:
     """Yields the parts of a stored tensor with their names.
 
-    Matrices in Q4_0 and MXFP4 are bytes, whose names end in the format.
+    Matrices in Q4_0 and MXFP4 are yielded as bytes, and their names end in the format.
     """
     shape = tuple(int(n) for n in reversed(tensor.shape))
     parts: Any = [tensor.data]
@@ -226,13 +226,13 @@ def gguf_fmt(path: pathlib.Path) -> str | None:
     """Returns the format of a GGUF file's packed layers, or None."""
     layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
     formats = {x.tensor_type.name for x in layers if len(x.shape) > 1}
-    if "MXFP4" in formats:  # of experts; the other layers are in float
+    if "MXFP4" in formats:  # only of experts; the other kernels are in float
         return "mxfp4"
     return "q4_0" if formats == {"Q4_0"} else None
 
 
 def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
-    """Maps a decoder's Hugging Face tensor names to GGUF names, experts' in order."""
+    """Maps Hugging Face tensor names to GGUF names; experts are in order."""
     import gguf
 
     # llama.cpp has no architecture called "mistral".
@@ -255,7 +255,7 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
 
 
 def context_of(source: pathlib.Path) -> int:
-    """Returns the number of tokens that a model was trained with."""
+    """Returns the context length of a model, in tokens."""
     if source.suffix == ".gguf":
         reader = open_gguf(source)
         key = f"{field(reader, 'general.architecture')}.context_length"
@@ -269,7 +269,7 @@ def context_of(source: pathlib.Path) -> int:
 
 
 def permuted_heads(name: str, config: DecoderConfig, architecture: str) -> int | None:
-    """Returns the heads of a tensor whose rows llama.cpp reorders, else None."""
+    """Returns the number of heads if llama.cpp reorders a tensor's rows, else None."""
     if architecture not in PERMUTED:
         return None
     if ".q_proj." in name:
@@ -282,14 +282,14 @@ def stored_rows(
 ) -> np.ndarray | None:
     """Returns the stored row of each row of a tensor, or None if they are in order."""
     heads = permuted_heads(name, config, architecture)
-    # A wrong number of rows is reported later, with the shape that is expected.
+    # A wrong number of rows is reported later, with the expected shape.
     if heads is None or shape[0] % (2 * heads):
         return None
     return np.argsort(permute(np.arange(shape[0]), heads))
 
 
 def offset_of(name: str, architecture: str) -> float:
-    """Returns the number that llama.cpp adds to a tensor."""
+    """Returns the number that llama.cpp adds to the values of a tensor."""
     is_norm = architecture in OFFSET_NORMS and name.endswith("norm.weight")
     return 1.0 if is_norm else 0.0
 
@@ -302,10 +302,10 @@ def permute(x: np.ndarray, heads: int) -> np.ndarray:
 def read_gguf_lora(
     path: str | pathlib.Path, config: DecoderConfig
 ) -> "ql.io.PlainLoRA":
-    """Returns the adapters that llama.cpp adds to a model, for `ql.io.load_peft`.
+    """Returns the adapters in a file for llama.cpp, for `ql.io.load_peft`.
 
-    `config` is that of the model. Names are those of a text-only model. Raises a
-    CheckpointError if the file is broken, not a LoRA, or of another architecture.
+    `config` is the model's config. The names are those of a text-only model. Raises a
+    CheckpointError if the file is broken, not a LoRA, or for another architecture.
     """
     # 1. Check the metadata.
     reader, architecture = open_gguf(path), architecture_of(config)

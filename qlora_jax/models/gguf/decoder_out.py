@@ -25,7 +25,7 @@ from .values import factors_of, gguf_architecture, values_of
 
 FORMATS = ("F16", "Q8_0", "Q4_0")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
-# Formats whose bytes are computed from the codes and scales of packed kernels.
+# Formats in which packed kernels are written with their codes and scales.
 _PACKED = ("Q4_0", "MXFP4")
 _Q4_0_FORMATS = ("int4_f16", "q4_0")  # formats with the codes and scales of Q4_0
 _LAYER_KERNELS = r"layers/(?!.*/router/).*/kernel"  # kernels that Q4_0 packs
@@ -46,27 +46,28 @@ def save_gguf(
 ) -> None:
     """Writes a GGUF file, a tensor at a time, under a temporary name until complete.
 
-    Norms and biases are float32; kernels and the embedding have the format `fmt`. Q8_0
-    has blocks of 32 inputs: tensors whose inputs 32 does not divide are F16. With F16
-    and Q8_0, experts in mxfp4 without adapters keep their codes and scales. Q4_0 is for
-    the layers' kernels: kernels with such codes and scales keep them, and floats are
-    packed by its rule. All other tensors are then F16 if that represents each number
-    exactly, and F32 if not.
+    Norms, biases, sinks and routers are F32. With F16 and Q8_0, other tensors have the
+    format `fmt`, with two exceptions: mxfp4 experts without adapters keep their codes
+    and scales, and Q8_0 tensors become F16 if 32, the block size, does not divide their
+    number of inputs. With Q4_0, only the layers' kernels have this format: packed
+    kernels keep their codes and scales, and float kernels are packed by llama.cpp's
+    rule. All other tensors are then F16 if that represents each number exactly, and F32
+    if not.
 
     Args:
         path: The file.
-        source: The folder or `.gguf` file that the model was loaded from: it has the
+        source: The folder or `.gguf` file that the model was loaded from, for the
             config, the context length and the tokenizer.
-        base: The parameters of the `Decoder`; F16 and Q8_0 decode other packed
-            kernels, a matrix at a time.
-        lora: Adapters to merge into them; must be None for Q4_0.
+        base: The parameters of the `Decoder`. With F16 and Q8_0, packed kernels other
+            than mxfp4 experts are decoded.
+        lora: Adapters to merge into the kernels; must be None for Q4_0.
         fmt: "F16", "Q8_0" or "Q4_0".
         tokenizer: Whether to write the tokenizer too.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If GGUF, as written here, lacks a part of the model or tokenizer; if
-            the parameters are not the model's; or if a value does not fit.
+        ValueError: If a part of the model or tokenizer cannot be written as GGUF; if
+            the parameters are not the model's; or if a value does not fit the format.
 
     Example:
         >>> import tempfile
@@ -162,7 +163,7 @@ def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> No
     actual = {path: tuple(x.shape) for path, x in leaves.items()}
     if wrong := sorted({path for path, _ in expected.items() ^ actual.items()}):
         raise ValueError(
-            f"`base` must hold the model's parameters. Missing, unexpected or of "
+            f"`base` must contain the model's parameters. Missing, unexpected or of "
             f"another shape: {wrong}."
         )
     if unknown := sorted(adapters.keys() - leaves.keys()):
@@ -172,10 +173,10 @@ def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> No
 class _PlannedTensor(NamedTuple):
     name: str
     hf_name: str  # its name in the Hugging Face model
-    path: str  # of the leaf that holds it
-    batch_index: tuple[int, ...]  # on the leaf's batch axes
-    columns: slice  # the columns of the leaf that it has
-    is_kernel: bool  # then its last two axes are transposed
+    path: str  # path of the leaf that contains it
+    batch_index: tuple[int, ...]  # its index on the leaf's batch axes
+    columns: slice  # its columns in the leaf
+    is_kernel: bool  # whether its last two axes are transposed
     shape: tuple[int, ...]
     fmt: str  # "F32", "MXFP4" or one of `FORMATS`
 
@@ -186,12 +187,12 @@ def _plan_tensors(
     names, gguf_name_of = decoder_names(config), gguf_names(config, architecture)
     tensors = []
     for path, leaf in leaves.items():
-        # 1. The names, one for each matrix of a stack; experts are one tensor.
+        # 1. The names, one for each layer. All experts of a layer are one tensor.
         batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
         hf_names = names.of(path, leaf.shape[:batch_axes])
         if hf_names.ndim > 1:
             hf_names, batch_axes = hf_names[:, 0], 1
-        # 2. The shape. Alternating columns of gate and up are two tensors.
+        # 2. The shape. Alternating columns of gate and up become two tensors.
         shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
         if "/experts/gate_up_proj/" in path:
             shape = (*shape[:-1], shape[-1] // 2)
@@ -228,11 +229,11 @@ def _choose_format(
 
 
 def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
-    """Returns a tensor's values, or bytes if its kernels are packed in its format."""
+    """Returns a tensor's values, or its bytes if the format is in `_PACKED`."""
     if tensor.fmt in _PACKED:
         return _block_bytes(leaf, tensor.batch_index, tensor.columns)
     values = np.empty(tensor.shape, np.float32)
-    # One matrix at a time, so that only one is in float.
+    # Decode and merge one matrix at a time, to save memory.
     for expert in np.ndindex(tensor.shape[:-2]):
         x = _merge_matrix(leaf, lora, (*tensor.batch_index, *expert))[
             ..., tensor.columns
@@ -266,8 +267,8 @@ def _add_info(
 ) -> None:
     raw_dtype, dtype = gguf.GGMLQuantizationType[fmt], np.dtype(np.float32)
     size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, raw_dtype)))
-    # `raw_dtype` overrides the dtype. With a dtype of bytes, the package would convert
-    # the shape.
+    # `raw_dtype` overrides the dtype. If the dtype were uint8, the package would
+    # convert the shape.
     writer.add_tensor_info(name, shape, dtype, size, raw_dtype=raw_dtype)
 
 
@@ -306,7 +307,7 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
 def _block_bytes(
     q: "ql.QTensor", index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
-    """Returns the bytes of `[*experts, K, N]` of a stack, one row for each column."""
+    """Returns the bytes of the part `[*experts, K, N]` at an index, by column."""
     parts = (np.asarray(x[index])[..., columns] for x in (q.codes, q.scales))
     # [*experts, N, K / 2] and [*experts, N, K / 32]
     packed, scales = (x.swapaxes(-1, -2) for x in parts)
@@ -321,16 +322,16 @@ def _block_bytes(
 def save_gguf_lora(
     path: str | pathlib.Path, source: str | pathlib.Path, adapter: "ql.io.PlainLoRA"
 ) -> None:
-    """Writes adapters for llama.cpp, which adds them to their model's GGUF file.
+    """Writes adapters for llama.cpp, which applies them to their model's GGUF file.
 
     `source` is the folder or `.gguf` file of the model. Raises a ValueError if
-    llama.cpp does not compute the model as we do, or if adapters are of experts, which
-    are one tensor in GGUF.
+    llama.cpp would compute other logits, or if there are adapters of experts, since all
+    experts of a layer are one tensor in GGUF.
     """
     if experts := sorted(name for name in adapter.factors if ".experts." in name):
         raise ValueError(
-            "a file of adapters for llama.cpp must have none of experts: write the "
-            f"merged model as GGUF. Got {len(experts)}, as {experts[0]}."
+            "an adapter file for llama.cpp must not contain adapters of experts: write "
+            f"the merged model as GGUF. Got {len(experts)}, such as {experts[0]}."
         )
     config, architecture = check_gguf_source(pathlib.Path(source), tokenizer=False)
     names = gguf_names(config, architecture)

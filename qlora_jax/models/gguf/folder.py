@@ -62,7 +62,7 @@ def _tokenizer_config(
 
 
 def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
-    """Returns the `config.json` of a decoder that a GGUF file can hold."""
+    """Returns a `config.json` for a decoder from a GGUF file."""
     c, architecture = config, architecture_of(config)
     is_mixture = c.experts is not None
     model_type = _MODEL_TYPES.get((architecture, is_mixture), architecture)
@@ -81,24 +81,24 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
         "rms_norm_eps": c.rms_norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": c.o_bias,
-        # gpt-oss always has these biases, and no key for them.
+        # gpt-oss always has these biases, but its config has no key for them.
         **({} if model_type == "gpt_oss" else {"mlp_bias": c.mlp_bias}),
         **_FAMILY_KEYS.get(model_type, _rope_keys)(c),
     }
     if config_from_hf(raw) != config:
         raise ValueError(
-            "a GGUF model must have a Hugging Face config that describes it. This "
-            f"{architecture} has none. For example, a GGUF file holds stretched rotary "
-            "positions without the rule that made them."
+            "a GGUF model must have an equivalent Hugging Face config. This "
+            f"{architecture} has none. For example, a GGUF file has the frequencies of "
+            "an extended context, but not the rule that produced them."
         )
     return raw
 
 
-# Each function below returns the keys of a family that differ from the shared ones.
+# Each function below returns a family's keys besides those that all families share.
 
 
 def _rope_keys(c: DecoderConfig) -> dict[str, Any]:
-    rope = c.ropes[0] or c.ropes[1]  # SmolLM3's layers have one or none
+    rope = c.ropes[0] or c.ropes[1]  # None for some layers of SmolLM3
     assert rope is not None
     # transformers 5 reads `rope_parameters`, older versions `rope_theta`.
     return {"rope_theta": rope.theta, "rope_parameters": _rope_section(rope)}
@@ -199,8 +199,8 @@ def _gpt_oss_keys(c: DecoderConfig) -> dict[str, Any]:
     return _window_keys(c) | _expert_keys(c) | fixed
 
 
-# The model type of an architecture, which may be a mixture of experts. Others have the
-# same name.
+# The model type by architecture and whether there are experts. Other architectures have
+# the same name as their model type.
 _MODEL_TYPES = {
     ("gemma3", False): "gemma3_text",
     ("qwen3moe", True): "qwen3_moe",

@@ -10,7 +10,7 @@ import qlora_jax as ql
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-# What reading a damaged file may raise.
+# Exceptions that reading a damaged file may raise.
 _READ_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _READ_ERRORS += (struct.error,)
 
@@ -24,7 +24,7 @@ def open_gguf(path: str | pathlib.Path) -> "GGUFReader":
     return _open(path.absolute(), (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
 
-# A command opens the same file for the config, the tokenizer and the weights.
+# Cached, as commands open a file for the config, the tokenizer and the weights.
 @functools.lru_cache(maxsize=1)
 def _open(path: pathlib.Path, version: tuple[int, ...]) -> "GGUFReader":
     del version  # a part of the cache's key, so that a changed file is read again

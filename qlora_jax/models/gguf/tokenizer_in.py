@@ -1,4 +1,4 @@
-"""Makes a tokenizer from the values of a GGUF file.
+"""Builds a tokenizer from the metadata of a GGUF file.
 
 GGUF calls byte-level BPE "gpt2", and SentencePiece's BPE (Gemma, Llama 2, Phi-3)
 "llama". A `tokenizer.json` lists the merges in order. For "llama", GGUF has a score for
@@ -25,18 +25,18 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 _PREFIX = "tokenizer.ggml."
 _BPE_KEYS = ("model", "pre", "tokens", "token_type", "merges")
-# Special tokens: llama.cpp's name, and Hugging Face's. "eot" and "eom", which end a
-# turn like "eos", have no name there.
+# Special tokens: llama.cpp's name, and Hugging Face's. "eot" and "eom" end a turn, like
+# "eos", but Hugging Face has no name for them.
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
 _SPECIAL |= {"padding": "pad_token", "eot": "", "eom": ""}
-# How Llama 3 and Qwen2 split text; %s is their expression for numbers.
+# The expression by which Llama 3 and Qwen2 split text; %s is the part for numbers.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# For llama.cpp's name of a pre-tokenizer: the expression that text is split by ("" for
-# GPT-2's, None for GPT-2's after single digits), the normalizer, and whether a word
-# that is a token skips the merges.
+# By llama.cpp's name of a pre-tokenizer: the expression by which it splits text ("" for
+# GPT-2's; None to split off single digits first, and then use GPT-2's), the normalizer,
+# and whether a word that is itself a token skips the merges.
 PRE_TOKENIZERS = {
     "gpt-2": ("", None, False),
     "smollm": (None, None, False),
@@ -68,9 +68,9 @@ def _read_bpe(reader: "GGUFReader") -> "Tokenizer":
     model, pre, tokens, types, merges = (_get(reader, key) for key in _BPE_KEYS)
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
-            'The GGUF tokenizer must be "llama" or "gpt2" with a pre-tokenizer of '
-            f"{tuple(PRE_TOKENIZERS)}. Got {(model, pre)}. Use a folder with "
-            "tokenizer.json."
+            'The GGUF tokenizer must be "llama", or "gpt2" with one of the '
+            f"pre-tokenizers {tuple(PRE_TOKENIZERS)}. Got {(model, pre)}. Use a folder "
+            "with tokenizer.json."
         )
     _, normalizer, ignores_merges = PRE_TOKENIZERS[pre]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -97,12 +97,12 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
             "tokens, token_type and scores must have the same length, and at least one "
             f"item. Got {sizes}."
         )
-    # 1. All tokens are made by merges, except special and added ones.
+    # 1. Merges make all tokens except special and added ones.
     unknown = next(iter(_tokens_of_types(tokens, types, UNKNOWN)), None)
     unmerged = _tokens_of_types(tokens, types, SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [p for t in vocab.keys() - {*unmerged} for p in split_pairs(t, vocab)]
-    # The highest score merges first; of equal scores, the pair with longer tokens.
+    # Higher scores merge first; with equal scores, pairs with a longer left token.
     pairs.sort(
         key=lambda p: (scores[vocab["".join(p)]], len(p[0]), len(p[1])), reverse=True
     )
@@ -110,7 +110,7 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
         vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = Tokenizer(bpe)
-    # 2. Spaces: Llama and Phi put one before a text, Gemma does not.
+    # 2. Spaces: Llama and Phi put one before a text, but Gemma does not.
     if _get(reader, "add_space_prefix", True):
         replace = normalizers.Replace(" ", SPACE)
         prepend = normalizers.Prepend(SPACE)
@@ -118,14 +118,14 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
         tokenizer.decoder = spm_decoder(strips=True)
     else:
         split_as_gemma(tokenizer)
-    # 3. The tokens that no merge makes, and those around a text.
+    # 3. Add the tokens that no merge makes, and set those that surround a text.
     _add_tokens(tokenizer, tokens, types)
     _add_ends(tokenizer, reader, adds_bos=True)
     return tokenizer
 
 
 def split_pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of tokens that make a token; none for a byte token."""
+    """Yields the pairs of tokens that concatenate to a token, unless it is a byte."""
     if token in BYTE_TOKENS:
         return
     for i in range(1, len(token)):
@@ -151,7 +151,7 @@ def split_as_gemma(tokenizer: "Tokenizer") -> None:
 
 
 def special_tokens(reader: "GGUFReader") -> tuple[dict[str, int], list[int]]:
-    """Returns the ids of special tokens by their Hugging Face name, and the end ids."""
+    """Returns special token ids by Hugging Face name, and the ids that end a turn."""
     num_tokens = len(_get(reader, "tokens") or ())
     ids = {name: _get(reader, f"{name}_token_id") for name in _SPECIAL}
     ids = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < num_tokens}
@@ -161,14 +161,14 @@ def special_tokens(reader: "GGUFReader") -> tuple[dict[str, int], list[int]]:
 
 
 def chat_templates(reader: "GGUFReader") -> dict[str, str]:
-    """Returns the chat templates by name; the usual one is "default"."""
+    """Returns the chat templates by name; the main one is "default"."""
     prefix = "tokenizer.chat_template"
     keys = [k for k in reader.fields if k == prefix or k.startswith(f"{prefix}.")]
     names = [key.removeprefix(prefix).removeprefix(".") or "default" for key in keys]
     templates = dict(zip(names, (field(reader, key) for key in keys), strict=True))
     if wrong := [name for name, text in templates.items() if not isinstance(text, str)]:
         raise ql.io.CheckpointError(
-            "the chat templates of a GGUF file must be text. Got values that are not: "
+            "the chat templates of a GGUF file must be text. Got other values for "
             f"{wrong}."
         )
     return templates
@@ -199,7 +199,7 @@ def _add_tokens(
 def _add_ends(tokenizer: "Tokenizer", reader: "GGUFReader", adds_bos: bool) -> None:
     """Makes a tokenizer add the tokens that llama.cpp adds around a text.
 
-    `adds_bos` is llama.cpp's default for a file that does not say.
+    `adds_bos` is llama.cpp's default for files without `add_bos_token`.
     """
     from tokenizers import processors
 
@@ -216,9 +216,9 @@ def _add_ends(tokenizer: "Tokenizer", reader: "GGUFReader", adds_bos: bool) -> N
 
 
 def make_pre_tokenizer(name: str, space: bool = False) -> "PreTokenizer":
-    """Returns the pre-tokenizer that llama.cpp calls by this name.
+    """Returns the pre-tokenizer that has this name in llama.cpp.
 
-    With `space`, it puts a space before a text.
+    If `space` is true, the pre-tokenizer puts a space before a text.
     """
     from tokenizers import Regex, pre_tokenizers
 

@@ -30,8 +30,8 @@ from .tokenizer_in import (
     split_pairs,
 )
 
-# The parts of a `tokenizer.json` that is SentencePiece's BPE. It splits at spaces, of
-# which `_REPLACE` leaves none.
+# Parts of a `tokenizer.json` with SentencePiece's BPE. `_SPLIT` has no effect, since it
+# splits at spaces, and `_REPLACE` leaves none.
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {
     "type": "Sequence",
@@ -72,8 +72,8 @@ def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
 def write_gguf_tokenizer(
     writer: gguf.GGUFWriter, source: pathlib.Path, vocab_size: int
 ) -> None:
-    """Adds a tokenizer; embedding rows without a token get unused ones."""
-    # 1. A GGUF file's own keys are copied.
+    """Adds a tokenizer; embedding rows without a token get unused tokens."""
+    # 1. The keys of a GGUF file are copied.
     if source.suffix == ".gguf":
         for key, field in open_gguf(source).fields.items():
             if key.startswith("tokenizer."):
@@ -81,7 +81,7 @@ def write_gguf_tokenizer(
                 item_type = item_types[-1] if item_types else None
                 writer.add_key_value(key, field.contents(), value_type, item_type)
         return
-    # 2. The ids and texts of a folder's tokens.
+    # 2. For a folder, find the ids, texts and types of the tokens.
     files = FolderTokenizer(source)
     raw = _read_tokenizer(files)
     scores = _find_scores(raw) if _is_spm(raw) else None
@@ -96,7 +96,7 @@ def write_gguf_tokenizer(
     for token, index in ids.items():
         tokens[index] = token
         types[index] = _token_type(raw, token, added.get(token), scores is not None)
-    # 3. The model.
+    # 3. Write the tokenizer's model.
     writer.add_tokenizer_model("gpt2" if scores is None else "llama")
     if scores is None:
         writer.add_tokenizer_pre(_find_pre_tokenizer(raw))
@@ -111,7 +111,8 @@ def write_gguf_tokenizer(
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     # 4. Merges, special tokens and templates. gguf-py reads special tokens from one
-    # file only. It prefers older files of templates, and reads none without them.
+    # file only. It reads templates only if there is a `tokenizer_config.json`, and
+    # prefers the one in that file.
     vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
     for name in NAMED:
         index = ids.get(files.special.get(name, ""))
@@ -134,7 +135,7 @@ def _token_type(
 
 
 def _set_ends(vocab: gguf.SpecialVocab, source: pathlib.Path) -> None:
-    """Sets which tokens are added around a text, where llama.cpp would guess."""
+    """Sets which tokens are added around a text, so that llama.cpp need not guess."""
     tokenizer = load_tokenizer(source)
     ids = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
@@ -146,7 +147,7 @@ def _set_ends(vocab: gguf.SpecialVocab, source: pathlib.Path) -> None:
         if added not in ([], [token_id]):
             raise ValueError(
                 f"a tokenizer in GGUF must add `{name}_token` to a text, or nothing. "
-                f"Got the ids {added}; `{name}_token` has {token_id}."
+                f"Got the ids {added}; `{name}_token` has the id {token_id}."
             )
         vocab.add_special_token[name] = bool(added)
 
@@ -172,12 +173,12 @@ def _find_scores(raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the score of each token that merges make; later ones score less.
+    """Returns the score of each token that merges make, lower for later merges.
 
-    Raises a ValueError if no scores make llama.cpp merge in the same order.
+    Raises a ValueError if no scores would make llama.cpp merge in the same order.
     """
     vocab = raw["model"]["vocab"]
-    merges = [  # older files write a merge as one text
+    merges = [  # in older files, a merge is one string
         tuple(merge.split(" ") if isinstance(merge, str) else merge)
         for merge in raw["model"]["merges"]
     ]
@@ -188,11 +189,11 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
             scores[token] = -float(len(scores))
         elif merged[i - 1] != token:
             raise ValueError(f"the merges that make {token!r} must follow each other.")
-    # llama.cpp merges any two tokens that make a token, whether or not a merge says so.
+    # llama.cpp merges any two tokens that make a token, even if no merge lists them.
     added = {t["content"] for t in raw.get("added_tokens") or []}
     pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
     if missing := sorted(pairs - set(merges)):
-        raise ValueError(f"the merges must hold {missing[:3]}.")
+        raise ValueError(f"the merges must contain {missing[:3]}.")
     # If a byte has no token, llama.cpp uses the character itself, as for Gemma's tab.
     missing = [
         token
@@ -218,8 +219,8 @@ def _find_pre_tokenizer(raw: Mapping[str, Any]) -> str:
         if model.get("type") == "BPE" and is_same:
             return name
     raise ValueError(
-        "a tokenizer in GGUF must be SentencePiece's BPE, as Gemma's, or a byte-level "
-        f"BPE that splits text as one of {tuple(PRE_TOKENIZERS)} do. Got "
+        "a tokenizer in GGUF must be SentencePiece's BPE, like Gemma's, or a "
+        f"byte-level BPE that splits text like one of {tuple(PRE_TOKENIZERS)}. Got "
         f"{model.get('type')!r} with {settings}. Use tokenizer=False to write the "
         "model alone."
     )

@@ -11,21 +11,21 @@ from ..config import DecoderConfig, Experts, LayerKind, Rope
 from ..families import GPT_OSS_EXPERTS, MIXTRAL_EXPERTS
 from ..family import is_count, number, read_rope
 
-# Tensors of the divisors of frequencies, for the fields of `Rope`.
+# Names of the tensors that contain `Rope.divisors` and `Rope.long_divisors`.
 FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
-PERMUTED = ("llama", "smollm3")  # the rows of their q and k are in another order
+PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
 OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
-# The biases that llama.cpp reads, by architecture, and a tensor that tells whether a
-# file has them.
+# The biases that llama.cpp reads, by architecture, and for each of them a tensor that a
+# file contains only if it has these biases.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
 _BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
     "o_bias": "blk.0.attn_output.bias",
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
-# Other fields that an architecture always has.
+# Other fields of `DecoderConfig` that are constant for an architecture.
 _FIXED_FIELDS: dict[str, dict[str, Any]] = {
     OSS: {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "sinks": True}
     | {"activation": "clamped_swiglu", "tie_embeddings": False},
@@ -46,11 +46,14 @@ _EXPERT_FIELDS: dict[str, dict[str, Any]] = {
     "llama": MIXTRAL_EXPERTS,
     "olmoe": {"normalized": False},
 }
-# Number of layers of Gemma's 27B models, which scale queries by the width of the model
-# over the number of heads.
+# Number of layers by which Gemma's 27B models are recognized. They scale scores by
+# `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-_WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}  # each 2nd or 6th has no window
-_NO_ROPE_PERIOD = 4  # each 4th layer of SmolLM3 has no rotary positions
+# Every 2nd or 6th layer has no window, and every 4th layer of SmolLM3 has no rotary
+# positions.
+_WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}
+_NO_ROPE_PERIOD = 4
+# Further YaRN keys, with the only values that are supported.
 _YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
 
 Values = Mapping[str, Any]  # metadata values by key, without the architecture's name
@@ -64,13 +67,13 @@ def _size_keys(architecture: str) -> dict[str, str]:
 
 
 def _is_mixture(architecture: str, values: Values) -> bool:
-    # Mixtral is a "llama" with experts.
+    # llama.cpp stores Mixtral as a "llama" with experts.
     has_experts = architecture != "llama" or bool(values.get("expert_count"))
     return architecture in _EXPERT_FIELDS and has_experts
 
 
 def architecture_of(config: DecoderConfig) -> str:
-    """Returns the architecture of llama.cpp that is most like a decoder."""
+    """Returns the llama.cpp architecture that is most similar to a decoder."""
     c = config
     if c.experts is not None:
         if c.sinks:
@@ -96,11 +99,11 @@ def config_from_values(
     vocab_size: int,
     factors: Factors,
 ) -> DecoderConfig:
-    """Returns the decoder that llama.cpp computes from an architecture's values.
+    """Returns the config of the decoder that llama.cpp builds from metadata values.
 
-    `names` are those of the file's tensors.
+    `names` are the names of the file's tensors.
     """
-    # 1. The sizes. Missing values are llama.cpp's defaults, here and below.
+    # 1. The sizes. Here and below, missing values get llama.cpp's defaults.
     get = values.get
     sizes = {name: values[key] for name, key in _size_keys(architecture).items()}
     width, heads = sizes["hidden_size"], sizes["num_heads"]
@@ -146,7 +149,7 @@ def config_from_values(
 
 
 def check_values(architecture: str, values: Values, names: Collection[str]) -> None:
-    """Raises for missing values, and for those that `Decoder` does not support."""
+    """Raises a ValueError for missing values and values that are not supported."""
     # 1. Required keys, and counts among optional keys.
     get = values.get
     required = [*_size_keys(architecture).values()]
@@ -160,7 +163,7 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     if architecture in ("gemma3", OSS) and "attention.sliding_window" not in values:
         missing += ["attention.sliding_window"]
     missing = [f"{architecture}.{key}" for key in missing]
-    # Each layer has tensors. A larger count would take memory before it is reported.
+    # Each layer has tensors. For a larger count, later code would use up all memory.
     if not is_count(get("block_count"), len(names)):
         missing = [f"{architecture}.block_count of at most {len(names)}"]
     if "token_embd.weight" not in names:
@@ -197,7 +200,7 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
 
 
 def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[str, Any]:
-    """Returns the values of a config for which the architecture has keys."""
+    """Returns the metadata values of a config for an architecture."""
     # 1. The values that all architectures have.
     c, main_layer = config, _main_layer(config)
     rope = main_layer.rope or Rope()
@@ -250,9 +253,9 @@ def factors_of(config: DecoderConfig, architecture: str) -> Factors:
 
 
 def gguf_architecture(config: DecoderConfig, context: int) -> str:
-    """Returns the architecture of a decoder, if llama.cpp computes the same logits.
+    """Returns a decoder's architecture; raises if llama.cpp's logits would differ.
 
-    It does if reading the values that would be written returns the same config.
+    They are the same if reading the values that would be written gives the same config.
     """
     architecture = architecture_of(config)
     names = set() if config.tie_embeddings else {"output.weight"}
@@ -269,7 +272,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
         for name in fields
         if _round(getattr(config, name)) != _round(getattr(computed, name))
     ]
-    # 2. Compare the layers. A window that holds the whole context has no effect, and
+    # 2. Compare the layers. A window that covers the whole context has no effect, and
     # llama.cpp ignores the windows of "phi3".
     windows, computed_windows = (
         [min(layer.window or context, context) for layer in c.layers]
@@ -283,16 +286,16 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     )
     if ropes != computed_ropes:
         differences += ["these rotary positions"]
-    # 3. Some architectures require that the heads are together as wide as the model.
+    # 3. Some architectures require `num_heads * head_dim == hidden_size`.
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
     is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
     if architecture in ("phi3", "olmoe") and not is_wide:
-        differences += ["heads that are not as wide as the model together"]
+        differences += ["heads whose total width is not `hidden_size`"]
     if differences:
         raise ValueError(
-            "a model in GGUF must be one that llama.cpp computes. As "
-            f'"{architecture}" it does not compute {", ".join(differences)}.'
+            "a model in GGUF must be one that llama.cpp supports. As "
+            f'"{architecture}" it does not support {", ".join(differences)}.'
         )
     if architecture == OSS:
         _warn_about_yarn(config)
@@ -302,7 +305,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
 def _read_ropes(
     architecture: str, values: Values, rotary_dim: int, factors: Factors
 ) -> tuple[Rope, Rope]:
-    """Returns the rotary positions of layers without and with a window."""
+    """Returns the rotary positions of layers without a window, and with one."""
     get = values.get
     theta = number(get("rope.freq_base", 10_000.0))
     factor = number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
@@ -329,7 +332,7 @@ def _read_ropes(
 def _gpt_oss_rope(
     theta: float, dim: int, factor: float, original: int, *, truncate: bool = False
 ) -> Rope:
-    """Returns gpt-oss's rotary positions; truncated, those that llama.cpp computes."""
+    """Returns gpt-oss's rotary positions; llama.cpp computes them with `truncate`."""
     section = {"rope_type": "yarn", "factor": factor, "truncate": truncate}
     section["original_max_position_embeddings"] = original
     return read_rope({}, dim, theta=theta, section=section)
@@ -369,7 +372,7 @@ def _read_layers(
 
 
 def _main_layer(config: DecoderConfig) -> LayerKind:
-    """Returns a kind of layer with rotary positions that sees farthest."""
+    """Returns a kind of layer, if possible with rotary positions and no window."""
     layers = config.layers
     return max(layers, key=lambda kind: (kind.rope is not None, kind.window is None))
 
