@@ -158,8 +158,8 @@ class Decoder(nn.Module):
         """Computes float32 logits, and the new cache if `cache` is not None.
 
         Args:
-            tokens: Token ids. Pad on the right: attention is causal, so that tokens do
-                not depend on padding after them.
+            tokens: Token ids. Pad on the right: attention is causal, so that no token
+                sees the padding after it.
             positions: Position of each token in its sequence; by default 0, 1, 2, ...
                 in each segment. If `attention` is not "xla", a row whose positions do
                 not count up by one in each segment becomes NaN.
