@@ -91,7 +91,7 @@ def test_an_argument_of_a_wrong_type_is_named(name):
          "the kernel of `base` must have at least 2 axes. Got shape (64,)."),
         (lambda: BANK[0:1], "`place` must be integers. Got slice."),
         (lambda: ql.init(0, {"kernel": jnp.ones((64, 8))}, ql.QLoRAConfig()),
-         "`key` must be a PRNG key, as jax.random.key(0) is. Got int."),
+         "`key` must be a PRNG key, such as jax.random.key(0). Got int."),
     ],
 )  # fmt: skip
 def test_mistakes_of_users(call, words):

@@ -241,11 +241,13 @@ def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -
     model = _with_plain_adapter(config, model)
     base, lora = model.base, ql.io.portable(model.base, model.lora)
     settings = model.peft.extra_settings if model.peft else {}
-    source = {"base_model": model.name, "revision": model.revision}
-    if "base_model_name_or_path" in settings:  # of the adapter that was read
-        keys = ("base_model_name_or_path", "revision")
-        source = dict(zip(source, map(settings.get, keys), strict=True))
-    peft = ql.io.peft_config(base, lora, model.names, **source)
+    # An adapter that was read keeps the base that it names.
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not name:
+        name, revision = model.name, model.revision
+    peft = ql.io.peft_config(
+        base, lora, model.names, base_model=name, revision=revision
+    )
     ql.io.save_peft(out, base, lora, model.names, peft)
 
 

@@ -152,17 +152,16 @@ def test_a_table_is_not_decoded(is_nnx):
             nnx.Embed(2048, 32, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1)
         )
         graph, state = nnx.split(model)
-
-        def run(state):
-            return nnx.merge(graph, state)(x)
     else:
         model = nn.Embed(2048, 32)
         params = model.init(jax.random.key(0), x)["params"]
         base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
-        state = {"params": base, "lora": lora}
+        graph, state = None, {"params": base, "lora": lora}
 
-        def run(state):
-            return ql.linen.wrap(model).apply(state, x)
+    def run(state):
+        if is_nnx:
+            return nnx.merge(graph, state)(x)
+        return ql.linen.wrap(model).apply(state, x)
 
     memory = jax.jit(run).lower(state).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2048 * 32 * 4 / 16

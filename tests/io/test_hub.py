@@ -76,7 +76,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def log_message(self, *unused):
+    def log_message(self, format, *args):
         pass
 
 

@@ -344,7 +344,7 @@ def test_no_rows():
         (96, "bfloat16", "int8", 16, "`block_size` must be at least 32"),
         (96, "bfloat16", "nf4", 64, "`block_size` must divide the rows"),
         (64, "float16", "nf4", 64, "x must be bfloat16 or float32. Got float"),
-        (2**24, "bfloat16", "nf4", 64, "overflows VMEM"),
+        (2**24, "bfloat16", "nf4", 64, "VMEM is too small"),
     ],
 )
 def test_what_it_refuses(rows, dtype, fmt, block_size, reason):

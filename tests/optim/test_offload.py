@@ -183,7 +183,7 @@ def test_a_state_from_elsewhere_is_moved_to_the_host(layerwise):
 def test_a_state_of_other_parameters_is_refused():
     lora, off = make_lora(), paged(ADAMW)
     for tree in (lora["head"], jax.tree.map(lambda x: x[:1], lora)):
-        with pytest.raises(ValueError, match="`state` is not what `init` returns"):
+        with pytest.raises(ValueError, match="`state` does not come from `init`"):
             off.update(lora, off.init(tree), lora)
 
 
