@@ -12,9 +12,10 @@ Fmt = Literal[
 ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-# Options that describe how training packed the base, for servers and these formats.
+# For a `BaseFormat`, these options describe the result. For a server and for
+# `_TRAINED_BASES`, they describe how training packed the base.
 _PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
-_TRAINED_BASES = ("merged", "gguf")  # with the base as training packed it
+_TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
 # The number formats of each `BaseFormat`; the first one is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
 FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))

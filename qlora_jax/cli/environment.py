@@ -50,7 +50,8 @@ def restart_with_huge_pages(verbose: bool = False) -> None:
     missing = [f"{k}={v}" for k, v in SETTINGS.items() if f"{k}=" not in tunables]
     tunables = ":".join([*filter(None, [tunables]), *missing])
     environment = {**os.environ, "GLIBC_TUNABLES": tunables, RESTARTED: "1"}
-    # The new process inherits the mask. SIGINT then waits until it has a handler.
+    # The new process inherits this mask, so that SIGINT waits until it has a handler of
+    # its own.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     # `execve` keeps the process id and open files. `orig_argv` has Python's options.
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

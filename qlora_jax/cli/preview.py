@@ -98,7 +98,9 @@ def _split_batch(run: Run, batch: "ql.train.Batch") -> Iterator[_Sequence]:
     names = "chosen", "rejected"
     for index, segments in enumerate(batch.segment_ids):
         has_weight = batch.weights[index] != 0
-        if answers is not None:  # weights `[rows, answers, targets]`
+        # Targets of bad answers have weight 0, but they are not 0 in `answers`, which
+        # has the axes `[rows, sequences, targets]`.
+        if answers is not None:
             has_weight |= answers[index].any(axis=0)
         # `select` has the positions whose next token is a target.
         is_target = np.zeros(len(segments), bool)

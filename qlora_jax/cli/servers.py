@@ -283,13 +283,14 @@ def pair_for(
 
 
 def _has_older_keys(model: BaseModel) -> bool:
-    """Returns whether a folder's config has keys with an older form that it lacks."""
+    """Returns whether a folder's config lacks the older keys for renamed settings."""
     return model.path.is_dir() and bool(
         ql.io.older_config_keys(ql.io.read_config_json(model.path))
     )
 
 
-# Options that mlx-lm 0.32 supports only in some families.
+# Of mlx-lm 0.32: the types of rotary positions that it supports in families with fewer
+# than others, and the families in which it supports biases.
 _MLX_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
 _MLX_BIASES = ("llama", "olmoe", "qwen2", "smollm3")
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.

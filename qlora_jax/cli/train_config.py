@@ -238,7 +238,8 @@ class TrainConfig:
     @property
     def eval_steps(self) -> int:
         """The steps between evaluations; by default there are about ten evaluations."""
-        return self.eval_every or math.ceil((self.steps or 0) / 10)  # resolved by now
+        # `steps` is set once the settings are resolved.
+        return self.eval_every or math.ceil((self.steps or 0) / 10)
 
     def __post_init__(self):
         # Flags and YAML files give text, numbers or lists.

@@ -146,7 +146,10 @@ def _log_data(run: Run, num_adapters: int) -> None:
 def _find_resumed_step(
     runs: Sequence[Run], states: Sequence["ql.train.Checkpoints"]
 ) -> int | None:
-    """Checks the settings of the step to resume after, and returns it; None if new."""
+    """Returns the step to resume after, or None for a new run.
+
+    Checks that the settings that were saved at that step are those of the runs.
+    """
     config = runs[0].config
     step = config.resume_step
     if step is None:  # the newest state that all runs have

@@ -168,8 +168,9 @@ def _export(config: ExportConfig) -> Written:
         # The packing options describe the result here, not the base of training.
         unset = dict(fmt=None, block_size=None, double_quant=None)
         trained = training_load_options(dataclasses.replace(config, **unset), model)
-        # Merging into floats loses less of the adapter than merging into the packed
-        # weights of training, whose values the sum would be rounded to again.
+        # The adapter is merged into the weights of the files. The packed weights of
+        # training already have values of the format. The sum of such a weight and a
+        # small change would be rounded to the old value, which loses the change.
         if trained:
             log(
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
@@ -297,7 +298,7 @@ def _write_merged(
 def _write_packed(
     config: ExportConfig, model: BaseModel, out: pathlib.Path, options: LoadOptions
 ) -> Repacked | None:
-    """Writes a folder for bitsandbytes, AWQ or compressed-tensors."""
+    """Writes a folder in one of the formats of `FMTS`."""
     default, stored = FMTS[str(config.format)][0], model.stored_fmt
     if config.format == "bitsandbytes" and not model.path.is_file():  # nf4 or fp4
         default = stored or default

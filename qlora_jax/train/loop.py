@@ -164,8 +164,8 @@ def fit(
     return drive([run], lambda states, batches: [step(*states, base, batches)])[0]
 
 
-# Yields the state and the batches of each step. It is sent the new state, a report, and
-# the seconds that the step took. It returns the last state.
+# A generator that yields the state and the batches of each step. It is then sent the
+# new state, a report, and the seconds that the step took. It returns the last state.
 Steps = Generator[tuple[State, list[Batch]], tuple[State, Report, float], State]
 # The names of validation losses in the progress bar, which shows the first one it has.
 _VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}

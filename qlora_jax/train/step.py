@@ -79,7 +79,7 @@ class State(NamedTuple):
         def create(lora):
             return cls.create(lora, optimizer, 0)
 
-        # Shapes without shardings keep `create` from calling `device_put` in a trace.
+        # With shardings, `create` would call `device_put` while it is traced.
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
         # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
         avals = jax.make_jaxpr(create)(bare).out_avals
@@ -126,7 +126,7 @@ class _Sums(NamedTuple):
     loss: Float[Array, ""]
     weight: Float[Array, ""]  # the number of target tokens
     grads: PyTree  # of the summed loss
-    metrics: list[dict[str, tuple[Array, Array]]]  # at most one dict
+    metrics: list[dict[str, tuple[Array, Array]]]  # empty if the loss returns none
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
@@ -137,8 +137,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
 
     If the loss or the norm of the gradient is not finite, the adapter and the optimizer
     stay unchanged (`ql.optim.skippable`), and only the step counters advance. If only
-    the new adapter is not finite, the old one is kept, but the state of the optimizer
-    has already been updated in place, since it may be in host memory. `fit` then stops.
+    the new adapter is not finite, the old adapter is kept, but not the old state of the
+    optimizer: it may be in host memory, where it is updated in place. `fit` then stops.
     Resume from an earlier state, with a smaller learning rate.
 
     Args:

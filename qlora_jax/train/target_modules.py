@@ -23,9 +23,10 @@ def find_target_paths(
     Args:
         target_modules: One of the following. "all-linear": all linear layers except the
             head (as in PEFT), experts and their routers. A sequence of names, or names
-            separated by commas: each is the name of a module, or of a parameter that
-            contains experts, or its end after a dot, such as "q_proj". Any other text:
-            a regular expression that matches full names.
+            separated by commas: each is the full name of a module, or of a parameter
+            that contains experts, or only the end of such a name, from behind a dot,
+            such as "q_proj". Any other text: a regular expression that matches full
+            names.
         params: The parameters, or their shapes.
         names: The Hugging Face names of the parameters.
 
@@ -45,29 +46,29 @@ def find_target_paths(
     if target_modules == ALL_LINEAR:
         return tuple(
             path
-            for path, layers in modules.items()
-            if not any(map(_EXCLUDED.fullmatch, layers))
+            for path, layer_names in modules.items()
+            if not any(map(_EXCLUDED.fullmatch, layer_names))
         )
     # All problems are collected, so that one message lists them.
     targets, problems = set(), []
     for name, pattern in _compile_patterns(target_modules).items():
         is_used = False
-        for path, layers in modules.items():
-            matches = [*filter(pattern.fullmatch, layers)]
-            if len(matches) == len(layers):
+        for path, layer_names in modules.items():
+            matches = [*filter(pattern.fullmatch, layer_names)]
+            if len(matches) == len(layer_names):
                 targets.add(path)
             elif matches:
                 problems.append(
-                    f"{name!r} selects {len(matches)} of the {len(layers)} layers of "
-                    f"{path}, which are one stack: select all or none"
+                    f"{name!r} selects {len(matches)} of the {len(layer_names)} layers "
+                    f"of {path}, which are one stack: select all or none"
                 )
-            if matches and HEAD in layers:
+            if matches and HEAD in layer_names:
                 problems.append(f"{name!r} selects {HEAD}, which must stay frozen")
             is_used |= bool(matches)
         if not is_used:
             problems.append(f"{name!r} selects no module")
     if problems or not targets:
-        ends = sorted({layers[0].rpartition(".")[2] for layers in modules.values()})
+        ends = sorted({x[0].rpartition(".")[2] for x in modules.values()})
         raise ValueError(
             f"`target_modules` must select linear layers: {ALL_LINEAR!r}, or some of "
             f"{ends}. Got: {'; '.join(problems) or 'none'}."
@@ -100,7 +101,8 @@ def _modules_by_path(params: PyTree, names: "ql.io.Names") -> dict[str, list[str
 
     modules = {}
     for path, leaf in ql.leaves_by_path(params).items():
-        if names.roles(path) == "kn":  # a matrix, after any batch axes
+        # A matrix: after any batch axes, the input axis k and the output axis n.
+        if names.roles(path) == "kn":
             batch_shape = leaf.shape[: names.num_batch_axes(path)]
             modules[path] = [*map(module_of, names.of(path, batch_shape).flat)]
     return modules

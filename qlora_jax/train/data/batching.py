@@ -81,8 +81,9 @@ def batches(
     """Returns training batches, as a Grain iterator with a small state.
 
     Each epoch has each row once, in an order that depends only on `seed` and the epoch.
-    The last rows of an epoch share a batch with the first rows of the next one. One of
-    the last batches is filled up with padding rows. Batches have at most eight shapes.
+    The last rows of an epoch share a batch with the first rows of the next one. If the
+    rows of all epochs do not fill the batches, one of the last batches is filled up
+    with padding rows. Batches have at most eight shapes.
 
     With `packing`, several sequences share a row of at most `max_length` tokens, by
     best-fit decreasing. Otherwise, sequences of similar length share a batch.
@@ -199,10 +200,11 @@ class _Padded:
 
 
 class _Packed:
-    """The shapes of packed batches: one width, and few numbers of targets."""
+    """The shapes of packed batches: one width, and at most a few numbers of targets."""
 
     def __init__(self, longest: int, sequences: int):
         self.sequences, self.width = sequences, int(ordering.round_up(longest))
+        # Numbers of targets are rounded up to a multiple of this.
         self.step = int(ordering.round_up(-(-self.width // ordering.MAX_WIDTHS)))
 
     def collate(self, groups: Groups, size: int) -> Batch:

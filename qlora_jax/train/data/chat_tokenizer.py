@@ -324,7 +324,7 @@ class Chat:
     def find_answers(
         self, rendering: "Rendering", messages: Messages, turns: list[int], tools: Tools
     ) -> Marked:
-        """Finds the answers in a rendering. `turns` are the indices of the messages."""
+        """Finds answers in a rendering. `turns` are the indices of their messages."""
         if not turns:
             raise ValueError(
                 "the row must have a message of the assistant to train on."

@@ -38,7 +38,8 @@ class Dataset(NamedTuple):
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
             "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
         notes: Notes for the user, one line each.
-        mix: For several data sets: the rows of each in `train`, and its weight.
+        mix: For several data sets: the number of rows of each in `train`, and its
+            weight.
         hash: A hash of the tokens and labels in `train` and `valid`.
 
     Example:
@@ -158,13 +159,14 @@ _NO_ROWS = (
 
 def draw_splits(share: float | None, seed: int) -> Iterator[str]:
     """Yields the split of each row. One of every `1 / share` rows is for validation."""
-    # The share is therefore exact to within one row, whatever the number of rows.
+    # The rows are cut into strata of about `1 / share` rows, each with one row for
+    # validation. So the share is exact to within one row, whatever the number of rows.
     if share is None:
         yield from itertools.repeat("train")
         return
     generator, first = np.random.default_rng(seed), 0
     for stratum in itertools.count(1):
-        # Rounded bounds, so that strata of a fractional size average to `1 / share`.
+        # The ends of strata are rounded, so that their mean size is `1 / share`.
         size = round(stratum / share) - first
         chosen = generator.integers(size)
         yield from ("valid" if i == chosen else "train" for i in range(size))
@@ -232,8 +234,9 @@ class _Reader:
         # Reads the rows of a split, and returns their kind.
         file = None
         if self._stream and split == "train":
-            # `encode` is not a method: the rows and this reader would refer to each
-            # other, so that temporary files would outlive the data set.
+            # Not a method of this reader: the reader has the rows, which have the file.
+            # If the file had the reader, this cycle of references would keep temporary
+            # files after the data set is deleted.
             encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
             file = JsonLines(source.name, encode)
             source = file.source

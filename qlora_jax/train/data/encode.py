@@ -102,7 +102,7 @@ class _Tokens(NamedTuple):
     """Tokens, and the characters of the text that each of them covers."""
 
     ids: list[int]
-    starts: np.ndarray  # including white space before the token that none covers
+    starts: np.ndarray  # of the token, or of uncovered white space before it
     ends: np.ndarray
     added: np.ndarray  # whether the tokenizer added the token, which covers no text
 

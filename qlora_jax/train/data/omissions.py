@@ -1,7 +1,8 @@
 """Rejects rows of which a chat template omits a part.
 
-A part is omitted if its removal does not change the text. Rendering is slow, so removal
-is not tried for a long part in the text that is nowhere else in the row or template.
+A part is omitted if its removal does not change the text. Rendering is slow, so the
+removal is not tried if the text clearly has the part: if the part is long, is found in
+the text, and is nowhere else in the row or in the template.
 """
 
 import bisect
@@ -65,9 +66,10 @@ class _Search:
             is_omitted = is_omitted or self._is_partly_omitted(path, value)
             return [path] if is_omitted else []
         omitted = [self.find(part, value[part[-1]]) for part in part_paths]
-        is_message = path[0] != "tools" and len(path) < 3
+        # Of messages, and of a list of them, the omitted parts are always listed.
+        is_messages = path[0] != "tools" and len(path) < 3
         is_total = all(x == [y] for x, y in zip(omitted, part_paths, strict=True))
-        if is_total and not is_message:
+        if is_total and not is_messages:
             return [path]
         return [part for paths in omitted for part in paths]
 

@@ -27,9 +27,9 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
     # tokens with padding, where i - 1 is the index of the second largest width.
     widths, counts = np.unique(round_up(lengths), return_counts=True)
     num_tokens = lengths.sum()
-    # The number of sequences that are narrower than widths[j].
-    num_up_to = np.concatenate([[0], np.cumsum(counts)])
-    cost = num_up_to[1:] * widths  # one width for all
+    # For each j: the number of sequences that are narrower than widths[j].
+    num_narrower = np.concatenate([[0], np.cumsum(counts)])
+    cost = num_narrower[1:] * widths  # one width for all
     # For each n, and each j: the index plus 1 of the second largest width, or 0.
     previous = [np.zeros(len(widths), int)]
     max_widths = min(MAX_WIDTHS, len(widths))
@@ -37,7 +37,7 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
         old_cost = np.concatenate([[np.inf], cost])
         cost, best = np.empty(len(widths)), np.zeros(len(widths), int)
         for j, width in enumerate(widths):
-            num_last = num_up_to[j + 1] - num_up_to[: j + 1]
+            num_last = num_narrower[j + 1] - num_narrower[: j + 1]
             candidates = old_cost[: j + 1] + num_last * width  # for each i
             best[j] = int(candidates.argmin())
             cost[j] = candidates[best[j]]
@@ -57,8 +57,8 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     # packing algorithms".
     packs: list[list[int]] = []
     packs_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    # Bit r is set if a pack has room for r tokens, which finds the best fit without a
-    # search: the lowest bit at or above `length`.
+    # Bit r is set if a pack has room for exactly r tokens. The best fit is then found
+    # without a search: it is the lowest bit that is set at or above `length`.
     has_room = 0
     for index, length in enumerate(lengths):
         fitting = has_room >> length

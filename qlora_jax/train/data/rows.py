@@ -44,10 +44,9 @@ class Source(NamedTuple):
 def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
     """Yields `convert(number, row)` for each row, and at the end rejects bad rows."""
     # A `ModelError` is raised at once. Other errors are collected, since a user wants
-    # to fix all of them together.
-    errors: dict[
-        str, tuple[Exception, list[int]]
-    ] = {}  # the first, and all row numbers
+    # to fix all of them together: for each message, the first error with it, and the
+    # numbers of all its rows.
+    errors: dict[str, tuple[Exception, list[int]]] = {}
     title, rows = f"reading {source.name}", source.rows
     bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
     for number, raw in bar:
