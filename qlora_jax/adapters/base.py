@@ -54,8 +54,8 @@ SETTINGS = ("scaling", "dropout", "geometry")
 class Adapter(TreeLeaf, abc.ABC):
     """An adapter of one kernel, whose matrix form is `[*batch, K, N]`."""
 
-    # The roles of the axes of its arrays, after the kernel's batch axes, by name: k (of
-    # size K), n (of size N), r (the rank) or e (the places of a bank).
+    # By the name of each array, the roles of its axes that follow the kernel's batch
+    # axes: k (of size K), n (of size N), r (the rank) or e (the places of a bank).
     roles: ClassVar[Mapping[str, str]]
     label: ClassVar[str]  # the name of this kind of adapter in `summary`
     settings: ClassVar[tuple[str, ...]] = SETTINGS  # the names of its static fields

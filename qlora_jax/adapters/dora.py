@@ -74,9 +74,9 @@ class DoRA(LoRA):
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of
-        # its columns, which get no gradient (section 4.3). As in PEFT, dropout acts
-        # only on the change of the frozen product: x W + (d V * m / c - d W), with d
-        # for x after dropout.
+        # its columns, which get no gradient (section 4.3). As in PEFT, dropout does not
+        # act on the frozen product x W, but only on the adapter's change of it: with d,
+        # the input after dropout, y = x W + (d V * m / c - d W).
         dropped = apply_dropout(x, self.dropout, call.dropout_key)
         y = call.multiply(dropped, kernel)
         norms = column_norms(self, kernel, call.multiply, x.dtype)
@@ -188,8 +188,8 @@ def column_norms(
 
 def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     """Returns the sums of the squares of a kernel's columns."""
-    # The sums are not stored. Among the trained arrays, an optimizer would change them.
-    # With the packed kernel, they could become stale.
+    # The sums are computed in each call. If they were stored among the trained arrays,
+    # an optimizer would change them; with the packed kernel, they could become stale.
     q = kernel.take().to_device()
     if not isinstance(q, QTensor) or not is_local():
         return jnp.sum(jnp.square(q.dequantize_matrix(jnp.float32)), -2)

@@ -116,8 +116,8 @@ class Selected(LoRA):
         place = jnp.where(self.ids < -1, self.scaling.shape[0], self.ids)
         place = jnp.expand_dims(place, tuple(range(1, ids.ndim)))
         arrays = self.arrays_at((place, ids), take_by_row)
-        # Compute norms for each adapter of the bank. For each row, they would need a
-        # full A per row.
+        # Compute the norms once for each adapter of the bank. To compute them for each
+        # row of the input, XLA would take a full A for each row.
         adapters = self._new_adapters({**self.arrays, "scaling": self.scaling})
         norms = jax.vmap(lambda lora: lora.table_norms(kernel))(adapters)
         arrays |= jax.tree.map(take_by_row, {"scaling": self.scaling, "norms": norms})

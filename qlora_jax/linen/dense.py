@@ -66,7 +66,7 @@ class QLoRADense(nn.Module):
         packing, pack = self.config.packing, self.config.freeze_base
         return freeze(FloatKernel(w, Geometry()), packing, pack=pack)
 
-    # A float kernel (`config.fmt=None`) gets an adapter of the same shapes.
+    # The adapter has the same shapes whether the kernel is packed or in float.
     def _init_lora(self, kernel: Leaf) -> Adapter:
         key = self.make_rng("params")
         return new_adapter(key, as_kernel(kernel), self.config, "kernel")

@@ -128,8 +128,8 @@ def kinds_of_linen(
             prefix = f"{join_path(path)}/" if path else ""
             inner = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
             if runs_linen(module) and inner:
-                # The config has only these targets, and no settings by pattern, whose
-                # paths may lie outside of the module.
+                # The config has only these targets. It has no settings by pattern: the
+                # patterns may be meant for paths outside of this module.
                 targets = tuple(map(re.escape, inner))
                 linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
                 cls = _recording(type(module), linen_config, prefix, records)

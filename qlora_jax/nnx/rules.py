@@ -210,8 +210,8 @@ def _maxtext_shapes(module: nnx.Module) -> tuple[tuple[int, ...], ...] | None:
 
 def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
     """Guesses the kinds of axes of a kernel that no rule describes."""
-    # The module computes with float weights, so that results are right even if the
-    # guess is wrong. The quantization blocks then run along another axis.
+    # The module computes with float weights, so results are right even if the guess is
+    # wrong: only the quantization blocks then run along another axis.
     shape = kernel_shape(module, name)
     if shape is not None and isinstance(module, nnx.LinearGeneral):
         return _general_kinds(module)

@@ -29,7 +29,10 @@ Method = Callable[..., Any]
 def subclass(
     cls: type, methods: dict[str, Method], recipe: tuple, rule: Rule | None = None
 ) -> type:
-    """Returns a subclass with these methods. It pickles as the call `recipe`."""
+    """Returns a subclass with these methods.
+
+    It is pickled as a call: `recipe` is a function and its arguments.
+    """
     body = {
         **methods,
         "__module__": cls.__module__,

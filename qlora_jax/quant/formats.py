@@ -52,7 +52,8 @@ class Format:
         return 8 // self.bits
 
     def is_double(self, stored: StoredScales) -> bool:
-        """Whether the scales are double-quantized: in arrays that `scales` lacks."""
+        """Whether stored scales are double-quantized, by the arrays that they have."""
+        # Only double-quantized scales have arrays that the scheme `self.scales` lacks.
         pairs = zip(stored, self.scales.arrays((1, 1)), strict=True)
         return any(x is not None and shape is None for x, shape in pairs)
 
@@ -74,14 +75,18 @@ class Format:
 
     @cached_property
     def midpoints(self) -> np.ndarray:
-        """The largest number that rounds to each value but the highest, ascending."""
+        """The largest number that rounds to a value, for each value but the highest.
+
+        They are in ascending order.
+        """
         ascending = self.table[self.order]
         middle = (ascending[1:] + ascending[:-1]) / np.float32(2)
         if self.ties != "even":
             return middle
         # If the upper neighbor of a midpoint has the even code, the midpoint rounds up,
-        # and the threshold is the float32 below the midpoint. Below the midpoint of
-        # -0.0 and 0.0, it is the largest negative number that is not flushed to zero.
+        # and the threshold is the float32 below the midpoint. For -0.0 and 0.0, whose
+        # midpoint is 0, the threshold is the largest negative number that is not
+        # flushed to zero.
         below = np.nextafter(middle, -np.inf)
         below = np.where(middle == 0, -schemes.SMALLEST_NORMAL, below)
         return np.where(self.order[1:] % 2 == 0, below, middle).astype(np.float32)
@@ -147,7 +152,7 @@ def get_format(name: str) -> Format:
 
 
 def check_dtype(argument: str, dtype: DTypeLike) -> str:
-    """Returns a dtype's name; raises TypeError for other than `FLOAT_DTYPES`."""
+    """Returns a dtype's name; raises TypeError if it is not in `FLOAT_DTYPES`."""
     dtype_name = jnp.dtype(dtype).name
     if dtype_name not in FLOAT_DTYPES:
         raise TypeError(

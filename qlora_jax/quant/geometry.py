@@ -181,7 +181,7 @@ class Geometry:
 
 
 def roles_fit(stored: str, required: str) -> bool:
-    """Whether stored roles equal the required ones; b may be stored for n."""
+    """Whether stored roles equal the required ones, except that b may replace n."""
     pairs = zip(stored, required, strict=False)
     is_allowed = all(a == b or (a, b) == ("b", "n") for a, b in pairs)
     return is_allowed and len(stored) == len(required)

@@ -35,7 +35,8 @@ def quantize_checked(
 ) -> QTensor:
     """Does the same as `quantize_kernel` without the checks, which read all weights.
 
-    `largest` `[*batch]`, if passed, is used instead of the kernel's largest weight.
+    `largest` `[*batch]`, if passed, is used instead of the largest magnitude of the
+    kernel's weights. Only NVFP4 needs it, where this is also the largest scale.
     """
     w = jnp.asarray(w)
     return _quantize(w, packing, Geometry.of(geometry.kinds, w.shape), *largest)

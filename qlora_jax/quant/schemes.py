@@ -42,14 +42,15 @@ class ScaleScheme:
 
     name: str  # what error messages call the scales
     # Maps the scales to the stored arrays. If the scheme `needs_largest`, an optional
-    # second argument replaces the largest scale, as for kernels that servers fuse.
+    # second argument is used instead of the largest of these scales. Kernels that
+    # servers fuse get the same one.
     encode: Callable[..., StoredScales]
     # Maps the stored arrays to float32 scales, up to the rounding of `encode`.
     decode: Callable[[StoredScales], Array]
     # Maps the shape of the scales to the shape and dtype of each stored array.
     arrays: Callable[[tuple[int, ...]], StoredScales]
     # Whether codes are assigned with the stored scales instead of the exact ones.
-    rounds: bool = False
+    uses_stored_scales: bool = False
     # Whether the stored scales depend on the largest weight of the kernel.
     needs_largest: bool = False
     # Maps the number of weights to a magnitude. If all are below, no scale overflows.
@@ -239,7 +240,9 @@ def _encode_nonzero_float16(scales: Float32[Array, "*batch blocks n"]) -> Stored
 
 
 # As in `calculate_qparams` of compressed-tensors 0.20, no scale is zero.
-FLOAT16_NOT_ZERO = replace(FLOAT16, encode=_encode_nonzero_float16, rounds=True)
+FLOAT16_NOT_ZERO = replace(
+    FLOAT16, encode=_encode_nonzero_float16, uses_stored_scales=True
+)
 
 
 def _encode_e8m0(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
@@ -260,7 +263,11 @@ def _decode_e8m0(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
 # of two. compressed-tensors (`generate_mx_scales`) rounds up where elements would
 # saturate otherwise.
 E8M0 = ScaleScheme(
-    "e8m0", _encode_e8m0, _decode_e8m0, arrays=_scales_of_dtype(np.uint8), rounds=True
+    "e8m0",
+    _encode_e8m0,
+    _decode_e8m0,
+    arrays=_scales_of_dtype(np.uint8),
+    uses_stored_scales=True,
 )
 
 E4M3_MAX, E2M1_MAX = 448.0, 6.0  # the largest numbers of float8 e4m3 and float4 e2m1
@@ -270,7 +277,7 @@ def _encode_e4m3(
     scales: Float32[Array, "*batch blocks n"],
     largest: Float32[Array, "*batch"] | None = None,
 ) -> StoredScales:
-    """Stores a sixth of each scale in e4m3, multiplied by a float32 divisor."""
+    """Stores `divisor * scale / 6` in e4m3; decoding divides by `divisor` again."""
     if largest is None:
         largest = jnp.max(scales, axis=(-1, -2), initial=0.0)
     largest = largest[..., None, None]
@@ -309,6 +316,6 @@ E4M3 = ScaleScheme(
         _shape_struct(shape, jnp.float8_e4m3fn),
         _shape_struct((*shape[:-2], 2), np.float32),
     ),
-    rounds=True,
+    uses_stored_scales=True,
     needs_largest=True,
 )

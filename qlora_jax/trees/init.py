@@ -59,10 +59,10 @@ def init(
         ValueError: Before any work: if a pattern matches nothing; if leaves that match
             cannot be targets (not a float array, too few axes, a weight that is not
             finite, a float array called `weight` without `config.contract`), all listed
-            with the reason; if K or N of a target is 1, or a target of three axes or
-            more would be smaller than its adapter and `contract` does not match it,
-            unless `rank_pattern` matches it; if two paths have the same spelling; or if
-            a donated target shares its array with another leaf.
+            with the reason; if a target that `rank_pattern` does not match has a K or N
+            of 1, or has three axes or more, no match in `contract` and fewer weights
+            than its adapter; if two paths have the same spelling; or if a donated
+            target shares its array with another leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -195,9 +195,10 @@ def merge_adapters(
         weights: One finite weight for each adapter; negative weights subtract.
         method: "cat" is the exact sum, and its rank is the sum of the ranks. "svd" is
             the best approximation of the sum at a given rank, in the Frobenius norm.
-            "linear" adds the adapters' A and B, each times the square root of its
-            weight times its scaling. The result differs from the sum, since it also
-            multiplies one adapter's A by another's B; ranks must be equal.
+            "linear" adds up all A, and all B, each multiplied by
+            `sqrt(weight * scaling)` of its adapter. The result differs from the sum,
+            since it also multiplies one adapter's A by another's B; ranks must be
+            equal.
         rank: The rank for "svd", by default the largest rank of the adapters. Must be
             None for other methods.
 

@@ -138,7 +138,7 @@ def refuse_listed(
 
 
 def fused_with(name: str) -> list[str]:
-    """Returns the names of all weights that servers fuse, of which this is one."""
+    """Returns the names of the weights that servers fuse with this one, and its own."""
     # Inference servers compute q, k and v in one product, and gate and up in another.
     # The parts of names are separated by dots in Hugging Face, and by slashes in paths.
     for modules in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
