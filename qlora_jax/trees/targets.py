@@ -31,8 +31,8 @@ def find_targets(
     """Returns the geometry of each target; raises one error for all problems."""
     # An integration passes what it knows, by path: `kinds` has the roles of axes (see
     # `Geometry`), which replace `config.contract`, and `problems` has reasons why some
-    # leaves cannot be targets. A float array can always be a target; `accept` returns
-    # whether a leaf that is a kernel already can be one too.
+    # leaves cannot be targets. Float arrays can be targets; `accept` returns whether
+    # a leaf that is a kernel already can be one too.
     check_config(config)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
     _check_patterns(leaves, targets, config)
