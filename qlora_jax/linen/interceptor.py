@@ -30,7 +30,6 @@ class Interceptor:
     """Runs methods of modules as products of packed kernels, or on float weights."""
 
     # The float weights exist only during a call: the backward pass decodes them again.
-    # A checkpoint policy that saves products would save A @ B, as large as the kernel.
 
     def __init__(self, backend: Backend):
         self.backend = backend

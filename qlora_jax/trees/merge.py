@@ -149,8 +149,8 @@ def with_float_kernels(
     Args:
         fn: A function of a tree of float parameters, and of other arguments.
         policy: The policy of `jax.checkpoint`: which values of `fn` are saved, by
-            default none. A policy that saves matrix products also saves the adapters'
-            `A B`, which is as large as the kernels.
+            default none. It does not see the products `A B` of adapters, which are
+            inside a custom gradient and are never saved.
 
     Raises:
         TypeError: When the returned function is called, as in `merge`.
