@@ -1,1 +1,1 @@
-"""JAX plumbing: nothing here is about quantization."""
+"""General JAX utilities, which do not depend on quantization."""

@@ -26,19 +26,20 @@ def check_key(name: str, key: object) -> None:
     if not is_typed_key and (dtype != jnp.uint32 or not shape):
         kind = type(key).__name__ if dtype is None else f"{dtype}{[*shape]}"
         raise TypeError(
-            f"`{name}` must be a PRNG key, as jax.random.key(0) is. Got {kind}."
+            f"`{name}` must be a PRNG key, such as jax.random.key(0). Got {kind}."
         )
 
 
 def known_values(x: PyTree) -> np.ndarray | None:
     """Returns an argument as a NumPy array, or None if its values are not available.
 
-    The values of tracers and of arrays on other processes are not available. Checks use
-    NumPy, because a trace would record operations of `jax.numpy`, even on constants.
+    The values of tracers are not available, nor are those of arrays that are partly on
+    other processes. Checks use NumPy because a trace would record operations of
+    `jax.numpy`, even on constants.
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
         return None
-    # Other processes may hold a part of the array.
+    # Other processes may have a part of the array.
     is_addressable = not isinstance(x, jax.Array) or x.is_fully_addressable
     return np.asarray(x) if is_addressable else None
 

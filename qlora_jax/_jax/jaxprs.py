@@ -11,7 +11,7 @@ def run_program(
     arguments: Iterable[object],
     compute: Callable[[JaxprEqn, list[Any]], Sequence[object]],
 ) -> list[Any]:
-    """Returns the results of a jaxpr whose equations `compute(eqn, values)` runs.
+    """Runs a jaxpr with `compute(eqn, values)` for each equation. Returns its results.
 
     `arguments` are the constants followed by the inputs. Values may be of any type that
     `compute` accepts.

@@ -25,12 +25,12 @@ def _all_below(w: Array, limit: float) -> Bool[Array, ""]:
 
 
 def all_below(w: Array | np.ndarray, limit: float) -> bool:
-    """Whether the magnitude of every value is below `limit`. NaN never is."""
+    """Whether the magnitude of every value is below `limit`. False if any is NaN."""
     if w.dtype.itemsize == 1:  # some float8 types have no infinity
         w = w.astype(np.float32)
     if limit > float(jnp.finfo(w.dtype).max):
         limit = math.inf
-    # Inside a trace, a concrete array that the function closes over is checked too.
+    # This also checks a concrete array that a traced function closes over.
     with jax.ensure_compile_time_eval():
         return bool(_all_below(w, limit))
 
@@ -48,7 +48,7 @@ def delete(w: object, q: PyTree) -> None:
 
 
 def check_donated(leaves: Mapping[str, PyTree], paths: Container[str]) -> None:
-    """Raises ValueError if a float array at one of `paths` is also at another path."""
+    """Raises ValueError if a float array at one of `paths` is shared with another."""
     paths_by_buffer: dict[Hashable, list[str]] = {}
     for path, leaf in leaves.items():
         for array in jax.tree.leaves(leaf):
@@ -62,7 +62,7 @@ def check_donated(leaves: Mapping[str, PyTree], paths: Container[str]) -> None:
     if shared:
         raise ValueError(
             "`donate` must be False where leaves share an array, because deleting one "
-            f"would delete the others. Got {shared}. Copy all but one of each first."
+            f"would delete the others. Got {shared}. Copy all but one of each group."
         )
 
 

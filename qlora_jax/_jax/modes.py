@@ -1,4 +1,4 @@
-"""Explicit sharding mode: the meshes of arrays, and functions that run in Auto mode."""
+"""Utilities for meshes with Explicit axes, for Auto mode and for `shard_map`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,16 +28,16 @@ def explicit_mesh(*trees: PyTree) -> AnyMesh | None:
 
 
 def axes_of_type(mesh: AnyMesh, axis_type: AxisType) -> frozenset[str]:
-    """Returns the names of a mesh's axes that have a type."""
+    """Returns the names of the mesh axes of one type."""
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return frozenset(name for name, kind in axes if kind == axis_type)
 
 
 def explicit_axes(mesh: AnyMesh) -> frozenset[str]:
-    """Returns the names of a mesh's Explicit axes, except those that split a vmap."""
-    # Types inside `jax.vmap` do not tell which mesh axes split the mapped axis. But a
-    # `shard_map` without axis names is manual over all axes except those, so the names
-    # can be read inside one that is traced for this purpose.
+    """Returns a mesh's Explicit axes, except those that split the axis of a vmap."""
+    # Types inside `jax.vmap` do not show which mesh axes split the mapped axis. But a
+    # `shard_map` without axis names is manual over all axes except these. So this
+    # traces such a `shard_map` to read its manual axes.
     manual_axes: list[frozenset[str]] = []
 
     def record_manual_axes() -> None:
@@ -55,7 +55,7 @@ def split_by(x: Array, mesh: AnyMesh, spec: Iterable[SpecEntry]) -> Array:
 
 
 def without_mapped_axes(mesh: AnyMesh, *trees: PyTree) -> PyTree:
-    """Gathers arrays that are split over the same mesh axes as an enclosing vmap."""
+    """Gathers arrays over the mesh axes that split the axis of an enclosing vmap."""
     # JAX already splits the results of the vmap over these axes, and raises an error if
     # a mesh axis is used twice.
     explicit_names = explicit_axes(mesh)
@@ -80,14 +80,14 @@ def is_manual() -> bool:
 
 
 def is_local() -> bool:
-    """Whether arrays without a declared sharding are certainly on one device."""
+    """Whether arrays without a declared sharding are known to be on one device."""
     return is_manual() or jax.device_count() == 1
 
 
 def varying_with(x: Array, *trees: PyTree) -> Array:
-    """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over."""
-    # A custom gradient has the type of its operand. If x is the same on all devices and
-    # other operands are not, the mark makes JAX sum the gradient over the devices.
+    """Marks `x` as varying over each `shard_map` axis that a leaf varies over."""
+    # A custom gradient must have the type of its operand. If x is the same on all
+    # devices but other operands differ, this cast makes JAX sum the gradient over them.
     x_type, *types = map(jax.typeof, jax.tree.leaves((x, trees)))
     axes = set().union(*(leaf_type.manual_axis_type.varying for leaf_type in types))
     missing = tuple(sorted(axes - x_type.manual_axis_type.varying))
@@ -95,7 +95,7 @@ def varying_with(x: Array, *trees: PyTree) -> Array:
 
 
 def for_product(x: Array, *trees: PyTree) -> tuple[PyTree, ...]:
-    """Returns the Explicit mesh of a product or None, and the operands ready for it."""
+    """Returns the Explicit mesh of a product or None, and its adapted operands."""
     x = varying_with(x, *trees)
     mesh = explicit_mesh(x, trees)
     if mesh is None:
@@ -106,7 +106,7 @@ def for_product(x: Array, *trees: PyTree) -> tuple[PyTree, ...]:
 def split_as(x: Array, y: Array) -> Array:
     """Returns `x`, which broadcasts to `y`, split like `y` so that they can be added.
 
-    Both have the same number of axes. Those of `x` have the size of `y`'s or size 1.
+    Both have the same number of axes. An axis of `x` has the size of that of `y`, or 1.
     """
     # Explicit mode raises an error for sums of arrays that are split differently.
     if explicit_mesh(x, y) is None:

@@ -1,4 +1,4 @@
-"""Progress bars, and counts in words."""
+"""Progress bars, and counts with their nouns."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ def progress_bar(
     """Returns a tqdm bar on stderr, which is shown only if stderr is a terminal."""
     from tqdm import tqdm
 
-    disable = None if is_shown else True  # tqdm shows None on terminals only
+    disable = None if is_shown else True  # None: only on terminals
     return tqdm(desc=description, unit=unit, disable=disable, **settings)
 
 

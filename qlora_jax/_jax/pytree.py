@@ -1,4 +1,4 @@
-"""Pytree nodes: their registration and serialization, and trees for tracing."""
+"""Registers and serializes pytree nodes, and splits trees for tracing."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def is_tree_leaf(node: object) -> bool:
 
 
 class Note(str):
-    """A static string that is equal to any other, so that `jit` does not retrace."""
+    """A static string that equals every other Note, so that `jit` does not retrace."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Note)
@@ -223,13 +223,13 @@ def on_arrays(
     *state: PyTree,
     split: Callable[[PyTree], tuple[list, Callable]] = split_arrays,
 ) -> PyTree:
-    """Returns `transform(fn)(*state, inputs)`, tracing only the arrays of `inputs`.
+    """Returns `transform(fn)(*state, inputs)`, which traces only arrays of `inputs`.
 
     `transform` is `jax.checkpoint` or a version of it in Flax. The flags in the inputs
     and outputs of `fn` remain Python values.
     """
     arrays, rebuild = split(inputs)
-    # Tracing `fn` reveals the structure of its outputs. The last trace counts.
+    # Tracing `fn` shows the structure of its outputs. The last trace is used.
     rebuild_outputs: list[Callable[[list], PyTree]] = []
 
     def run_on_arrays(*operands: PyTree) -> list:

@@ -1,6 +1,6 @@
 """Computes with PartitionSpecs.
 
-The *axes* of an array axis are the mesh axes that split it, outermost first.
+Here, the `Axes` of an array axis are the mesh axes that split it, outermost first.
 """
 
 import math
@@ -31,13 +31,14 @@ def make_spec(*axes: Axes) -> PartitionSpec:
 
 
 def ways(sizes: Mapping[str, int], axes: Axes) -> int:
-    """Returns into how many parts mesh axes of these sizes split an array axis."""
+    """Returns the number of parts into which mesh axes split an array axis."""
     return math.prod(sizes[axis] for axis in axes)
 
 
 def unused(axes: Axes, used: set[str]) -> Axes:
     """Returns the axes before the first used one."""
-    # Leading axes split into contiguous parts; any others would interleave them.
+    # Leading axes split an array into contiguous parts. Without one of them, the parts
+    # would be interleaved.
     for i, axis in enumerate(axes):
         if axis in used:
             return axes[:i]
@@ -59,14 +60,14 @@ def spec_of(x: Array) -> tuple[SpecEntry, ...]:
 
 
 def typed_axes(x: Array) -> list[Axes]:
-    """Returns the Explicit mesh axes that split each axis of `x`, by its type."""
+    """Returns the Explicit mesh axes that split each axis of `x`, from its type."""
     return [axes_of(entry) for entry in spec_of(x)]
 
 
 def fitting_spec(
     mesh: AnyMesh, spec: Iterable[SpecEntry], shape: Sequence[int]
 ) -> PartitionSpec:
-    """Drops entries that do not divide `shape` or that repeat a mesh axis."""
+    """Drops entries that do not divide their axis or that repeat a mesh axis."""
     used: set[str] = set()
     entries: list[SpecEntry] = []
     for entry, size in zip(spec, shape, strict=True):

@@ -1,4 +1,4 @@
-"""Cross entropy that never holds the logits of all tokens.
+"""Cross entropy that never stores the logits of all tokens at once.
 
 The logits, float32 `[tokens, V]`, are often the largest array of a training step.
 """
@@ -25,8 +25,8 @@ from ..quant.kernel import Kernel, as_kernel, is_kernel
 # entire head, so products with fewer rows would be bound by memory bandwidth.
 CHUNK_BYTES, FEWEST_TOKENS = 64 * 2**20, 256
 # The gradients with respect to logits are multiplied by this factor before they are
-# cast. In float16, numbers below 6e-5, as most probabilities are, lose precision. A
-# power of two changes no other bits.
+# cast. Otherwise, most of them would lose precision in float16, because probabilities
+# are often below 6e-5. A power of two changes only exponents.
 GRADIENT_SCALE = 1024.0
 
 
@@ -42,7 +42,7 @@ def chunked_cross_entropy(
     """Returns the cross entropy of each token in nats, from hidden states and the head.
 
     It equals optax's `softmax_cross_entropy_with_integer_labels` of the logits, but
-    holds the logits of only `chunk_size` tokens at a time. The head is frozen. Only
+    stores the logits of only `chunk_size` tokens at a time. The head is frozen. Only
     `hidden` gets a gradient, which the forward pass computes while it has the logits.
 
     To mask tokens, weight the losses: `jnp.sum(losses * weights) / jnp.sum(weights)`. A
@@ -56,13 +56,13 @@ def chunked_cross_entropy(
     Args:
         hidden: The hidden states after the last norm.
         head: The weights of the head: `[V, D]`, as in an embedding, or `[D, V]`, as in
-            the kernel of a dense layer. A float array or a kernel of any kind.
+            the kernel of a dense layer. It is a float array or a kernel of any kind.
         labels: The correct token for each hidden state.
         contract: The axis of the head that is contracted: -1 for `[V, D]`, -2 for
             `[D, V]`. Ignored for a kernel.
-        chunk_size: The largest number of tokens whose logits are held at once. By
-            default, as many as have logits of 64 MiB, and at least 256.
-        logit_soft_cap: A bound of the logits, as in `soft_cap`. Pass None for no bound.
+        chunk_size: The largest number of tokens whose logits are stored at once. By
+            default, the number whose logits take 64 MiB, but at least 256.
+        logit_soft_cap: The bound to pass to `soft_cap`. Pass None for no bound.
 
     Raises:
         TypeError: If `hidden` or `head` is not floating-point, or `labels` are not
@@ -95,7 +95,7 @@ def chunked_cross_entropy(
         bytes_per_token = 4 * max(kernel.matrix_shape[-1], 1)
         chunk_size = max(CHUNK_BYTES // bytes_per_token, FEWEST_TOKENS)
     if labels.dtype.itemsize < 4:
-        # Labels are compared with an iota over the vocabulary in their own dtype.
+        # Labels are compared with all token ids in the dtype of the labels.
         labels = labels.astype(jnp.int32)
     settings = _LossSettings(chunk_size, logit_soft_cap)
     return _losses(settings, varying_with(hidden, kernel, labels), kernel, labels)
@@ -196,7 +196,7 @@ def _compute(
     labels: Array,
     has_gradient: bool,
 ) -> tuple[Array, Array | None]:
-    """Returns the losses and, with `has_gradient`, the gradient of each in `hidden`."""
+    """Returns the losses and, with `has_gradient`, their gradients in `hidden`."""
 
     def compute_by_chunks(
         hidden: Array, head: Kernel, labels: Array
@@ -272,7 +272,7 @@ def _linear(head: Kernel, dtype: np.dtype) -> Linear:
 def _compute_chunk(
     linear: Linear, cap: float | None, has_gradient: bool, chunk: tuple[Array, Array]
 ) -> tuple[Array, Array | None]:
-    """Returns the loss of each row of a chunk, and its gradient in the row."""
+    """Returns the loss of each row of a chunk, and its gradient with respect to it."""
     rows, labels = chunk
     logits, pull_back = linear(rows)
     logits = soft_cap(logits, cap)

@@ -1,8 +1,9 @@
 """Preference losses for pairs of answers, or for single answers.
 
-They take log-probabilities of answers, which are sums or means over the tokens of an
-answer: minus the cross entropy of each token. A log-ratio is the log-probability under
-the trained model minus the one under the reference, the model before training.
+Their inputs are log-probabilities of answers. The log-probability of a token is minus
+its cross entropy, and that of an answer is the sum or the mean over its tokens. A
+log-ratio is the log-probability under the trained model minus the log-probability under
+the reference, which is the model before training.
 """
 
 import jax
@@ -54,7 +55,7 @@ def simpo(
 ) -> Pairs:
     """Returns the losses of simple preference optimization (Meng et al., 2024).
 
-    `-log(sigmoid(beta * (chosen - rejected) - gamma))`. There is no reference.
+    `-log(sigmoid(beta * (chosen - rejected) - gamma))`. It uses no reference model.
 
     Args:
         chosen: The mean log-probability of the tokens of each chosen answer.
@@ -76,8 +77,8 @@ def orpo(
     """Returns the losses of odds ratio preference optimization (Hong et al., 2024).
 
     `nll - beta * log(sigmoid(log(odds(chosen) / odds(rejected))))`, where an answer
-    whose tokens have the (geometric) mean probability p has odds `p / (1 - p)`. There
-    is no reference.
+    whose tokens have the (geometric) mean probability p has odds `p / (1 - p)`. It uses
+    no reference model.
 
     Args:
         chosen: The mean log-probability of the tokens of each chosen answer.
@@ -109,10 +110,10 @@ def kto(
 
     Args:
         answers: The log-ratio of each answer, summed over its tokens.
-        is_desirable: Whether the model should give such an answer.
+        is_desirable: Whether the model should learn to give the answer, or to avoid it.
         kl: The mean log-ratio of answers to other prompts, an estimate of the
             divergence from the reference. It gets no gradient, and negative values
-            count as 0.
+            are replaced with 0.
         beta: The strength of the pull towards the reference.
 
     Example:

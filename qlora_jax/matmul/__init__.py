@@ -1,1 +1,1 @@
-"""Products of arrays and packed kernels."""
+"""Matrix products of arrays with packed kernels (quantized weight matrices)."""

@@ -40,7 +40,7 @@ PREFERRED = {
 def checked_backend(
     backend: str | Sequence[str] | None,
 ) -> str | tuple[str, ...] | None:
-    """Returns a back end or a tuple of several. Raises ValueError for unknown ones."""
+    """Returns one name or a tuple of names. Raises ValueError if one is unknown."""
     backends = (backend,) if isinstance(backend, str) else backend
     if backends is not None and (not backends or not {*backends} <= {*BACKENDS}):
         raise ValueError(
@@ -67,8 +67,8 @@ def refusals(
 
 
 def default_backends(platform: str, is_local: bool) -> list[str]:
-    """Returns the back ends that are tried on a platform, in this order."""
-    # The TPU kernel is tuned for the chip of this process, so this must have one.
+    """Returns the back ends to try on a platform, in order of preference."""
+    # The TPU kernel is tuned for the chip of this process, which must have a TPU.
     has_platform = platform != "tpu" or jax.default_backend() == "tpu"
     may_be_opaque = is_local and has_platform
     backends = PREFERRED[platform]
@@ -76,12 +76,12 @@ def default_backends(platform: str, is_local: bool) -> list[str]:
 
 
 def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
-    """Computes the product with the requested back end, or with the platform's.
+    """Computes the product with the requested back end, or with the platform's default.
 
-    If the arrays are not `is_local`, XLA may have to partition the product, which it
-    cannot do with a kernel.
+    `is_local` is whether the arrays are on one device. Otherwise, XLA may have to
+    partition the product, which it cannot do with an opaque back end.
     """
-    # Back ends take a single axis of rows.
+    # Back ends accept a single axis of rows.
     x = operands.x
     num_rows = math.prod(x.shape[spec.batch : -1])
     shape = *x.shape[: spec.batch], num_rows, x.shape[-1]

@@ -1,4 +1,4 @@
-"""What products move between devices: gathered packed weights and summed results."""
+"""Collectives of products: they gather packed weights and sum results."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +12,17 @@ from .._jax.specs import Axes
 def sum_over(
     part: Float[Array, "*rows n"], axes: Axes, dtype: np.dtype
 ) -> Float[Array, "*rows n"]:
-    """Returns the sum of the devices' parts over mesh axes, rounded once to `dtype`.
+    """Returns the sum of all devices' parts over mesh axes, rounded once to `dtype`.
 
     Call it inside a `shard_map`. The parts are float32 if `dtype` has 16 bits.
     """
     if not axes:
         return part.astype(dtype)
     # An all-reduce is a reduce-scatter followed by an all-gather, and only the first
-    # needs float32. Rounding in between moves 1.5 times the bytes of an all-reduce in
-    # 16 bits, and an all-reduce in float32 twice as many. If no row axis divides, there
-    # are few rows. In a partly manual program, XLA may split rows over other axes.
+    # needs float32. Rounding between the two moves 1.5 times the bytes of a 16-bit
+    # all-reduce, and a float32 all-reduce moves twice the bytes. The latter is still
+    # used if no row axis is divisible, because there are then few rows, and in partly
+    # manual programs, where XLA may also split the rows over other mesh axes.
     ways = lax.axis_size(axes)
     divisible = [i for i, size in enumerate(part.shape[:-1]) if size % ways == 0]
     if part.dtype == dtype or not divisible or not is_manual():
@@ -38,14 +39,15 @@ def gather(
     array_axis: int,
 ) -> tuple[Array, Array]:
     """Gathers codes and scales along N (-1), K (-2) or experts (-3), as one array."""
-    # Float32 scales `[..., s, n]` become bytes `[..., 4 s, n]` below the codes.
+    # Float32 scales `[..., s, n]` become bytes `[..., 4 s, n]`, and follow the codes as
+    # more rows.
     *lead, num_blocks, n = scales.shape
     scale_bytes = lax.bitcast_convert_type(scales, jnp.uint8)  # [..., s, n, 4]
     scale_bytes = jnp.moveaxis(scale_bytes, -1, -2).reshape(*lead, 4 * num_blocks, n)
     num_rows = codes.shape[-2]
     both = jnp.concatenate([codes, scale_bytes], axis=-2)
-    # Along K, the parts of devices get an axis of their own, because the codes of each
-    # have to be separated from its scales before they are joined.
+    # Along K, devices are gathered along a new axis, because the codes of each device
+    # have to be separated from its scales before the codes of all devices are joined.
     is_tiled = array_axis != -2
     both = lax.all_gather(both, axes, axis=both.ndim + array_axis, tiled=is_tiled)
     lead = both.shape[: len(lead)]

@@ -33,8 +33,8 @@ def einsum(
 
     Raises:
         TypeError: If `q` is not a QTensor, or `x` is not floating-point.
-        ValueError: If the equation has another form or does not match the shapes, or
-            the back end is unknown.
+        ValueError: If the equation is not of this form or does not match the shapes, or
+            if the back end is unknown.
         NotImplementedError: As in `matmul`.
 
     Example:
@@ -74,13 +74,13 @@ class Equation(NamedTuple):
 
 
 def split_equation(equation: str) -> Equation:
-    """Returns the labels of an equation as they are written, with an ellipsis."""
+    """Splits an equation into its labels, without expanding an ellipsis."""
     operands, arrow, out = equation.replace(" ", "").partition("->")
     x, comma, kernel = operands.partition(",")
     if not arrow or not comma or "," in kernel or "." in kernel:
         raise ValueError(
-            "an einsum must be an explicit equation of two operands, the kernel on the "
-            f"right, without an ellipsis. Got {equation!r}."
+            "an einsum must be an explicit equation of two operands, x and the kernel, "
+            f"with no ellipsis in the kernel. Got {equation!r}."
         )
     return Equation(x, kernel, out)
 
@@ -98,20 +98,21 @@ def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
     for part, ndim in zip(parsed, (x_ndim, kernel_ndim, len(out)), strict=True):
         if len(part) != ndim or len(set(part)) != ndim or "." in part:
             raise ValueError(
-                f"`equation` must give each axis one label, and an ellipsis only to x "
-                f"and the result. Got {equation!r} for {x_ndim} and {kernel_ndim} axes."
+                "`equation` must have one label for each axis, and an ellipsis only in "
+                f"x and the result. Got {equation!r} for {x_ndim} and {kernel_ndim} "
+                "axes."
             )
     summed_alone = (set(x) ^ set(kernel)) - set(out)
     if summed_alone or not set(out) <= set(x + kernel) or "k" not in parsed.kinds:
         raise ValueError(
-            "`equation` must contract the kernel with x and sum no axis of one operand "
-            f"alone. Got {equation!r}."
+            "`equation` must contract the kernel with x, and must not sum over a label "
+            f"of only one operand. Got {equation!r}."
         )
     return parsed
 
 
 def kernel_kinds(equation: str) -> str:
-    """Returns the kinds of the kernel's axes in an equation for x of any rank."""
+    """Returns the kinds of the kernel's axes. The rank of x need not be known."""
     kinds = split_equation(equation).kinds
     if "k" not in kinds:
         raise ValueError(f"`einsum` must contract the kernel. Got {equation!r}.")
@@ -140,11 +141,11 @@ def through_matrix(
     kernel_shape: tuple[int, ...],
     multiply: Callable[[Array], Array],
 ) -> Array:
-    """Computes an einsum with the kernel's matrix form.
+    """Computes an einsum as one product with the kernel's matrix form.
 
     `multiply` maps `[*batch, ..., K]` to `[*batch, ..., N]`.
     """
-    # 1. Sort the labels of the kernel by the kind of axis that is stored.
+    # 1. Group the labels of the kernel by the kinds of its stored axes: b, k or n.
     stored = geometry.roles(len(kernel_shape))
     if not roles_fit(stored, equation.kinds):
         raise ValueError(
@@ -163,8 +164,8 @@ def through_matrix(
     row_shape = x.shape[len(x_batch) : len(x_batch) + len(rows)]
     for axis, label in enumerate(labels["b"]):
         if label not in x_batch:
-            # The kernel is stored as a batch along an axis that x lacks. The axis is an
-            # output axis of the equation, so x is broadcast along it.
+            # The kernel is stored with a batch axis that x does not have, and that is
+            # an output axis of the equation. So x is broadcast along it.
             shape = (*x.shape[:axis], sizes[label], *x.shape[axis:])
             x = jnp.broadcast_to(jnp.expand_dims(x, axis), shape)
 

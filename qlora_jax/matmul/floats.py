@@ -23,7 +23,7 @@ from .._jax.specs import AnyMesh, Axes, make_spec, spec_of, typed_axes, unused
 from .backends.reference import accumulator_dtype, dot
 from .collectives import sum_over
 
-# With up to this many elements of x, the gradient of w is not computed transposed.
+# If x has at most this many elements, `_compute_w_gradient` does not swap operands.
 LARGEST_UNSWAPPED = 2**16
 
 # Each of x, w and y = x w is a product of the two others: dx = g w^T, dw = x^T g, where
@@ -39,14 +39,14 @@ OPERANDS: dict[Name, tuple[Name, Name]] = {
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Product:
-    """One of the products among x `[*batch, *rows, K]`, w `[*batch, K, N]` and y."""
+    """How to compute x `[*batch, *rows, K]`, w `[*batch, K, N]` or y from the rest."""
 
     output: Name
     batch: int  # the number of batch axes
     precision: PrecisionLike
-    k: Axes = ()  # mesh axes of K in a product, except those of batch and rows
+    k: Axes = ()  # mesh axes that split K, unless batch or row axes use them
     n: Axes = ()  # the same for N
-    mesh: AnyMesh | None = None  # with Explicit axes, from the types of operands
+    mesh: AnyMesh | None = None  # with Explicit axes, from the operands' types
 
 
 def float_product(
@@ -54,7 +54,8 @@ def float_product(
 ) -> Array:
     """Returns `x @ w` in float32, for x `[*batch, *rows, K]`.
 
-    On a mesh, x moves to the parts of w along K, or w to those of x with `w_moves`.
+    If x and w are split differently along K on a mesh, x is resharded to match w. With
+    `w_moves`, w is resharded to match x.
     """
     mesh, x, w = for_product(x, varying_with(w, x))
     product = _Product("y", w.ndim - 2, precision)
@@ -76,8 +77,8 @@ def _compute(product: _Product, left: Array, right: Array) -> Array:
 
 
 # y = x w, so dx = g w^T and dw = x^T g, summed over rows. Autodiff would multiply the
-# float32 g by bfloat16 operands: a float32 product, which is several times slower where
-# bfloat16 has matrix units. The custom gradient casts g first.
+# float32 g by bfloat16 operands. This is a float32 product, which is several times
+# slower on devices with bfloat16 matrix units. The custom gradient casts g first.
 _multiply = jax.custom_vjp(_compute, nondiff_argnums=(0,))
 
 
@@ -160,8 +161,8 @@ def _compute_on_mesh(product: _Product, left: Array, right: Array) -> Array:
 def _compute_batch_on_mesh(
     size: int, is_batched: list, product: _Product, left: Array, right: Array
 ) -> tuple[Array, bool]:
-    # The mapped axis becomes one more row axis if w has none, and otherwise one more
-    # batch axis.
+    # The mapped axis becomes one more row axis if w is not mapped, and otherwise one
+    # more batch axis.
     _, left_batched, right_batched = is_batched
     if product.output != "w" and not right_batched:
         y = _compute_on_mesh(product, jnp.moveaxis(left, 0, product.batch), right)
@@ -175,16 +176,16 @@ def _compute_batch_on_mesh(
 def _compute_w_gradient(product: _Product, x: Array, g: Array) -> Array:
     num_batch = product.batch
     if is_local():
-        # To sum over several axes of rows, XLA copies the operands, so the axes are
-        # merged. On a mesh they stay separate, since each may be split over other axes.
+        # XLA would copy the operands to sum over several row axes, so they are merged.
+        # On a mesh they stay separate, because different mesh axes may split them.
         shape = *x.shape[:num_batch], math.prod(x.shape[num_batch:-1])
         x, g = (array.reshape(*shape, array.shape[-1]) for array in (x, g))
     batch = tuple(range(num_batch))
     rows = tuple(range(num_batch, x.ndim - 1))
-    # XLA transposes the left operand in memory, which therefore should be the narrow
-    # one, whose last axis is the rank. The barrier hides the transposition of the
-    # result, or XLA would swap the operands back. Both take time to compile; for a
-    # small x they save less than 0.1 ms on two cores.
+    # XLA transposes the left operand in memory, so the narrow operand (whose last axis
+    # is the LoRA rank) should be on the left. The barrier hides the transposition of
+    # the result, because XLA would otherwise swap the operands back. Swapping takes
+    # time to compile, and saves less than 0.1 ms for a small x on two CPU cores.
     is_large = not export.is_symbolic_dim(x.size) and x.size > LARGEST_UNSWAPPED
     is_swapped = is_large and x.shape[-1] > g.shape[-1]
     dw = lax.dot_general(

@@ -1,10 +1,10 @@
 """Decides how a product is split over a mesh.
 
-Weights stay where they are. If they are split over their outputs (column-parallel),
-nothing moves. If they are split over K (row-parallel) or over experts, there is one
-all-reduce; with experts, each device has all rows and multiplies those of its experts.
-The exception is when rows of `x` are split over the same mesh axes (FSDP): each device
-then gathers codes and scales in one all-gather.
+Weights that are split over their outputs (column-parallel) need no communication.
+Weights that are split over K (row-parallel) or over experts need one all-reduce of the
+result. With experts, each device has all rows and multiplies those of its own experts.
+Weights are moved only if the same mesh axes also split the rows of `x` (FSDP): each
+device then gathers codes and scales in one all-gather.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,10 @@ from .spec import ProductSpec
 class Split:
     """The mesh axes that split one axis of the weights."""
 
-    active: Axes = ()  # those that still split it while a device multiplies
-    gathered: Axes = ()  # those gathered first: the inner ones, so parts are contiguous
+    active: Axes = ()  # those that still split it during the multiplication
+    # Those over which parts are gathered first. They are the innermost axes, so that
+    # the gathered parts are contiguous.
+    gathered: Axes = ()
 
     @property
     def stored(self) -> Axes:
@@ -34,7 +36,7 @@ class Layout:
     """Which parts each device stores, gathers, multiplies and sums."""
 
     local: ProductSpec  # the product of one device's parts
-    lead: tuple[Axes, ...]  # mesh axes of the batch and the rows, of x and the result
+    lead: tuple[Axes, ...]  # mesh axes of batch and rows, in x and the result
     batch: tuple[Axes, ...]  # mesh axes of the batch axes of the weights
     k: Split
     n: Split
@@ -91,8 +93,9 @@ def lay_out(
     scales_shape: Sequence[int],
 ) -> Layout:
     """Returns the layout for weights `[*batch, K, N]` that `weight_axes` split."""
-    # An array cannot use a mesh axis twice. Axes are assigned in the order of priority:
-    # batch, stored weights, rows of x. Whatever the rows take is gathered.
+    # A mesh axis can split only one axis of an array. Mesh axes are assigned in order
+    # of priority: batch, stored weights, rows of x. If a mesh axis splits both the rows
+    # and the stored weights, the weights are gathered over it.
     used: set[str] = set()
 
     # 1. Batch axes, which x and the weights share.
@@ -102,8 +105,8 @@ def lay_out(
         batch.append(fitting(unused(weight_entry or x_entry, used), sizes, size))
         used.update(batch[-1])
 
-    # 2. The stored weights. A device stores and multiplies complete blocks, and as many
-    #    as the others.
+    # 2. The stored weights. All devices store and multiply the same number of complete
+    #    blocks.
     *_, num_blocks, n = scales_shape
     k_parts = num_blocks if spec.k == num_blocks * spec.block_size else 1
     stored_experts: Axes = ()
@@ -123,11 +126,11 @@ def lay_out(
         rows.append(fitting(unused(x_entry, used), sizes, size))
         used.update(rows[-1])
 
-    # 4. The weights while a device multiplies: those axes that rows do not use.
+    # 4. The weights during the multiplication: only axes that the rows do not use.
     def split(stored_axes: Axes, length: int = 1, is_contracted: bool = False) -> Split:
         active = unused(stored_axes, used)
         if is_contracted and not stored_axes:
-            # If only x is split along the contracted axis, weights are cut to match.
+            # If only x is split along the contracted axis, weights are split to match.
             active = fitting(unused(x_axes[-1], used | stored), sizes, length)
         return Split(active, stored_axes[len(active) :])
 

@@ -1,4 +1,4 @@
-"""`x @ QTensor`, and its gradient."""
+"""The product `x @ q` with a QTensor, and its gradient."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -28,26 +28,28 @@ def matmul(
     backend: str | Sequence[str] | None = None,
     precision: PrecisionLike = None,
 ) -> Float[Array, "*rows n"]:
-    """Returns `x @ dequantize(q)`, `[*batch, ..., N]`, without storing all weights.
+    """Returns `x @ dequantize(q)`, of shape `[*batch, ..., N]`.
 
     Weights are rounded to `q.dtype`, cast to `x.dtype` and multiplied with sums in
-    float32. The product is differentiable in `x`.
+    float32. The product is differentiable in `x`. The backward pass decodes the weights
+    again, so decoded weights are not stored in between.
 
     Args:
         x: A floating-point array `[..., K]`, or `[*batch, ..., K]` for a kernel with
-            batch axes. K runs over all contracted axes of the kernel, and N over all
+            batch axes. K is all contracted axes of the kernel, flattened, and N all
             output axes (`einsum` keeps them separate).
         q: The quantized kernel.
-        layer: An integer scalar. `q` is then a stack `[L, *batch, K, N]`, and x is
-            multiplied by its kernel `layer`. In a `lax.scan` over layers, closing over
-            the stack and scanning over `jnp.arange(L)` lets a TPU kernel read the layer
-            inside the stack. Scanning over `q` copies each slice first.
+        layer: The index of a layer, an integer scalar. `q` is then a stack
+            `[L, *batch, K, N]`, and x is multiplied by this layer's kernel. In a
+            `lax.scan` over layers, close over the stack and scan over `jnp.arange(L)`,
+            so that a TPU kernel can read the layer inside the stack. Scanning over `q`
+            copies each slice first.
         backend: "reference" and "tiled" run anywhere. "rounding" is "reference" for
             large results in bfloat16 on GPUs. "pallas_tpu" is the TPU kernel for the
             chip of this process, and "pallas_tpu_v5e", "pallas_tpu_v5p",
-            "pallas_tpu_v6e" and "pallas_tpu_7x" are the kernels for a chip by name. If
-            there are several, the first that supports the product is used. By default,
-            this is the platform's list.
+            "pallas_tpu_v6e" and "pallas_tpu_7x" are the kernels for a named chip. Of a
+            sequence of names, the first one that supports the product is used. The
+            default depends on the platform.
         precision: As in `jax.lax.dot_general`.
 
     Raises:
@@ -101,8 +103,8 @@ def explain_backend(
             x `[M, N]`.
 
     Returns:
-        The reason why each back end does not support the product, in the order in which
-        they are tried. The last one supports it, and its reason is None.
+        The back ends in the order in which they are tried, each with the reason why it
+        does not support the product. The last one supports it, and its reason is None.
 
     Raises:
         TypeError: If `q` is not a QTensor, or `x` has no shape and dtype.
@@ -138,7 +140,7 @@ def as_float(x: object) -> Array:
 
 
 def checked_layer(layer: object, batch: Sequence[int]) -> Array:
-    """Returns a layer's index. Raises ValueError if it is not in the stack."""
+    """Returns a layer's index as int32. Raises ValueError if the stack lacks it."""
     value, array = known_values(layer), as_array("layer", layer)
     if not batch:
         raise ValueError("`layer` needs a stack of kernels. Got a single kernel.")
@@ -148,15 +150,15 @@ def checked_layer(layer: object, batch: Sequence[int]) -> Array:
         )
     if value is not None and not 0 <= value < batch[0]:
         raise ValueError(
-            f"`layer` must be from 0 to {batch[0] - 1}, of {batch[0]} kernels. Got "
-            f"{value}."
+            f"`layer` must be from 0 to {batch[0] - 1} for a stack of {batch[0]} "
+            f"kernels. Got {value}."
         )
     return as_int32(array)
 
 
 @contextlib.contextmanager
 def reverse_mode() -> Iterator[None]:
-    """Replaces JAX's error for forward mode by one that says what to use instead."""
+    """Replaces JAX's error for forward mode with one that names the alternatives."""
     # JAX's own message remains if the caller differentiates a `jit` of the product.
     try:
         yield
@@ -171,9 +173,9 @@ def reverse_mode() -> Iterator[None]:
 
 
 # y = x W is linear in x, so dx = g W^T, which is a product with the same packed
-# weights. These are frozen, so codes and scales get no gradient. The backward pass
-# decodes them again, so that a stack of layers never holds its float weights (QLoRA,
-# Dettmers et al. 2023, section 3).
+# weights. These weights are frozen, so codes and scales get no gradient. The backward
+# pass decodes them again, so that the float weights of all layers are never in memory
+# at once (QLoRA, Dettmers et al. 2023, section 3).
 @jax.custom_vjp
 def _packed_product(
     spec: ProductSpec,
@@ -188,9 +190,9 @@ def _packed_product(
 
 
 # Jitted so that products of the same shape are traced once. The custom gradient is
-# inside: in Hessian-vector products through a scan, JAX takes the constants of a jitted
-# function inside a custom gradient, such as the table of quantized scales, for its
-# arguments.
+# inside `jit`. With `jit` inside the custom gradient, JAX would mistake constants, such
+# as the table of quantized scales, for arguments of the jitted function (in
+# Hessian-vector products through a scan).
 packed_product = jax.jit(_packed_product)
 
 

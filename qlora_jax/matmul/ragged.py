@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert with a stack of experts, packed or not."""
+"""Products of rows, sorted by expert, with their experts, which are packed or float."""
 
 import functools
 from collections.abc import Sequence
@@ -56,7 +56,11 @@ def ragged_matmul(
     precision: PrecisionLike = None,
     result: DTypeLike | None = None,
 ) -> Float[Array, "m n"]:
-    """Returns the product of each row of x with its packed expert, as `matmul` does."""
+    """Returns the product of each row of x with its packed expert.
+
+    Rows `offsets[e]` to `offsets[e + 1]` belong to expert e. Weights and sums are
+    rounded as in `matmul`.
+    """
     mesh, x, q, layer, offsets = for_product(x, w.q, w.layer, offsets)
     spec = replace(
         product_spec(q),
@@ -73,7 +77,7 @@ def ragged_matmul(
 def offsets_of(
     group_sizes: Int[Array, " experts"], num_rows: int, num_experts: int
 ) -> Int32[Array, " experts_and_1"]:
-    """Returns where the rows of each expert begin and end."""
+    """Returns offsets: rows `offsets[e]` to `offsets[e + 1]` belong to expert e."""
     sizes = as_array("group_sizes", group_sizes)
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise TypeError(f"`group_sizes` must be integers. Got {sizes.dtype}.")
@@ -90,7 +94,7 @@ def offsets_of(
                 f"`group_sizes` must sum to at most the {num_rows} rows of `x`. Got "
                 f"{values.sum()}."
             )
-    # Inside a trace, sizes that sum to more rows are cut off.
+    # Inside a trace, the sum cannot be checked. Ends after the last row are clipped.
     ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
 
@@ -98,13 +102,13 @@ def offsets_of(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _RaggedProduct:
-    """One of the products among the rows x and y and the experts w `[E, K, N]`."""
+    """How to compute the rows x, the rows y or the experts w from the other two."""
 
     output: Name
     precision: PrecisionLike
-    result: DTypeLike | None  # the dtype of y; None for that of x
-    # On a mesh, the product is a `shard_map` over `axis_names`, which also split the
-    # rows, the experts, K and N.
+    result: DTypeLike | None  # the dtype of y; None for the dtype of x
+    # On a mesh, the product is a `shard_map` over `axis_names`. The fields after it are
+    # the mesh axes that split the rows, the experts, K and N.
     mesh: AnyMesh | None = None
     axis_names: frozenset[str] = frozenset()
     rows: Axes = ()
@@ -124,12 +128,12 @@ def ragged_float_product(
 ) -> Float[Array, "m n"]:
     """Returns the product of each row of x, sorted by expert, with its expert.
 
-    The result is in the dtype `result`, or else in that of `x`. The placement is that
-    of the experts' kernel over Auto mesh axes, and `roles` says which of the kernel's
-    axes `w` has: K, N or both.
+    The result has the dtype `result`, or else the dtype of `x`. `placement` is the
+    placement of the experts' kernel, which is used for Auto mesh axes. `roles` lists
+    the axes that `w` shares with this kernel: "k", "n" or "kn".
     """
-    # The mesh axes that split the rows, the experts, K and N come from types with
-    # Explicit axes, or from the placement over Auto axes.
+    # The mesh axes that split the rows, the experts, K and N come from the operands'
+    # types (Explicit axes) or from the placement (Auto axes).
     mesh, x, w, offsets = for_product(x, varying_with(w, x, offsets), offsets)
     product = _RaggedProduct("y", precision, result)
     if mesh is not None:
@@ -143,7 +147,7 @@ def ragged_float_product(
     else:
         return _multiply(product, x, w, offsets)
     if axis_names:
-        # An array cannot use a mesh axis twice, and axes have to divide the sizes.
+        # A mesh axis can split only one axis of an array, and has to divide its size.
         sizes = {name: mesh.shape[name] for name in axis_names}
         used: set[str] = set()
         split_axes: list[Axes] = []
@@ -165,7 +169,7 @@ def _compute(
     mesh = product.mesh
     if mesh is None:
         compute = functools.partial(_compute_in_loops, product, result)
-        # Explicit mode has no rules for the slices of rows in these loops.
+        # Explicit mode has no sharding rules for the slices of rows in these loops.
         return call_in_auto_mode(
             compute, lambda _: PartitionSpec(), left, right, offsets
         )
@@ -175,8 +179,9 @@ def _compute(
         "w": make_spec(expert_axes, k, n),
         "y": make_spec(row_axes, n),
     }
-    # The mesh axes that split what the product contracts. Where experts are split, each
-    # device computes zeros for the rows of other devices' experts.
+    # Results are summed over the mesh axes that split a contracted axis. They are also
+    # summed over those that split experts, because each device computes zeros for rows
+    # of other devices' experts.
     summed = {"y": expert_axes + k, "x": expert_axes + n, "w": row_axes}[product.output]
 
     def compute_on_device(left: Array, right: Array, offsets: Array) -> Array:
@@ -238,8 +243,8 @@ def _compute_batch(
     right: Array,
     offsets: Array,
 ) -> tuple[Array, bool]:
-    # The rows of all products are sorted by expert again, for a single product. On a
-    # mesh, XLA decides how sorted rows are split.
+    # Sorts the rows of all products in the batch by expert, and computes one product.
+    # On a mesh, XLA decides how the sorted rows are split.
     if product.mesh is not None:
         product = _RaggedProduct(product.output, product.precision, product.result)
     _, left_batched, right_batched, offsets_batched = is_batched
@@ -265,7 +270,7 @@ def _compute_batch(
 
 
 # For the rows x_e of expert e, y_e = x_e w_e. So dx_e = g_e w_e^T and dw_e = x_e^T g_e,
-# where g is cast to the dtype of x, for the reason that `floats` gives.
+# where g is first cast to the dtype of x. See `_multiply` in floats.py for the reason.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: _RaggedProduct, x: Array, w: Array, offsets: Array) -> Array:
     return _compute(product, x, w, offsets)

@@ -1,7 +1,8 @@
-"""Runs packed products on one device, or on many in a `shard_map` over a `Layout`.
+"""Runs packed products on one device, or on several in a `shard_map`.
 
-Explicit mesh axes are read from types, and Auto axes from the kernel's `Placement`. In
-Auto mode without a placement, XLA's partitioner decides, and gathers decoded weights.
+A `Layout` describes how arrays are split. Explicit mesh axes are read from types, and
+Auto axes from the kernel's `Placement`. In Auto mode without a placement, XLA's
+partitioner decides how to split the product, and gathers decoded weights.
 """
 
 import functools
@@ -39,14 +40,14 @@ from .spec import Operands, ProductSpec, product_spec
 
 
 class MeshLayout(NamedTuple):
-    """The layout of a product, and the mesh axes over which it is a `shard_map`."""
+    """The layout of a product, and the mesh axes of its `shard_map`."""
 
     layout: Layout
     mesh: AnyMesh
     axis_names: frozenset[str]
 
     def shard_map(self, fn: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
-        """Returns `fn(layout, ...)`, a function of one device's parts, over arrays."""
+        """Returns a function that runs `fn(layout, ...)` on each device's parts."""
         return jax.shard_map(
             functools.partial(fn, self.layout),
             mesh=self.mesh,
@@ -66,8 +67,8 @@ def find_layout(
 ) -> MeshLayout | None:
     """Returns the layout of a product on its mesh, or None if no mesh is known.
 
-    `x_axes` and `weight_axes` come from types, for a mesh with Explicit axes. For Auto
-    axes, the kernel's placement replaces them.
+    For Explicit axes, `x_axes` and `weight_axes` come from the operands' types. For
+    Auto axes, they are ignored, and the kernel's placement is used instead.
     """
     if spec.mesh is not None:
         sizes = spec.mesh.shape
@@ -91,7 +92,7 @@ def find_layout(
 
 
 def declared_mesh(placement: Placement | None) -> AnyMesh | None:
-    """Returns the mesh of a kernel's placement, or None if it does not apply here."""
+    """Returns the mesh for a placement, or None if the current mesh differs from it."""
     if placement is None:
         return None
     mesh, context = placement.mesh, get_abstract_mesh()
@@ -104,7 +105,7 @@ def declared_mesh(placement: Placement | None) -> AnyMesh | None:
 @custom_vmap
 def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
     """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
-    # 1. Find the layout. Without a mesh, this is the product of one device, or XLA's.
+    # 1. Find the layout. Without one, the product runs on one device, or XLA splits it.
     x, codes, scales, layer, offsets = operands
     x_axes, weight_axes = (), ()
     if spec.mesh is not None:
@@ -120,7 +121,7 @@ def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
     # 2. With Explicit axes, split the operands as the layout needs them.
     if spec.mesh is not None:
         if {*mesh.axis_types} != {AxisType.Explicit}:
-            # Types do not show how other axes split, so the product runs in Auto mode.
+            # Types show only Explicit axes. This mesh has others, so use Auto mode.
             run = functools.partial(sharded_product, replace(spec, mesh=None))
             return in_auto_mode(run, mesh, layout.result)(operands)
         x, codes = split_by(x, mesh, layout.x), split_by(codes, mesh, codes_spec)
@@ -151,7 +152,8 @@ def _batched_product(
         operands = operands._replace(x=jnp.moveaxis(x, 0, spec.batch))
         return jnp.moveaxis(sharded_product(spec, operands), spec.batch, 0), True
     if layer is not None and layer_batched:
-        # A kernel reads a single layer of a stack, so different layers are cut out.
+        # Back ends read only one layer of a stack. If the products read different
+        # layers, slice them first.
         axes = (0 if codes_batched else None, 0)
         codes = jax.vmap(take_layer, axes)(codes, layer)
         layer, codes_batched = None, True
@@ -167,7 +169,7 @@ def _batched_product(
 def _batched_ragged_product(
     size: int, is_batched: Operands, spec: ProductSpec, operands: Operands
 ) -> Array:
-    # The rows of all products are sorted by expert again, for a single product.
+    # Sorts the rows of all products in the batch by expert, and computes one product.
     if spec.mesh is not None:  # types do not show how sorted rows are split
         run = functools.partial(
             _batched_ragged_product, size, is_batched, replace(spec, mesh=None)
@@ -196,15 +198,15 @@ def _multiply_on_device(
     scales: Array,
     layer_and_offsets: tuple[Array | None, Array | None],
 ) -> Array:
-    """Gathers weights, multiplies and sums, as the layout says, in a `shard_map`."""
+    """Gathers weights, multiplies and sums in a `shard_map`, following the layout."""
     # 1. Gather the weights of a single layer.
     layer, offsets = layer_and_offsets
     if layer is not None and layout.is_gathered:
         codes, layer = take_layer(codes, layer), None
     codes, scales = gather_weights(layout, codes, scales)
 
-    # 2. Check that the weights match x along the contracted axis: the mesh axes that
-    #    split x split them, and no others do (`Layout.contracted`).
+    # 2. Check that the same mesh axes split x and the weights along the contracted axis
+    #    (`Layout.contracted`).
     spec = layout.local
     per_byte = spec.format.codes_per_byte
     num_rows = codes.shape[-2] * per_byte
@@ -218,7 +220,7 @@ def _multiply_on_device(
             offsets, x.shape[0], row_axes, num_experts, expert_axes
         )
 
-    # 3. Multiply, and sum float32 parts over the mesh axes that split the contraction.
+    # 3. Multiply, and sum float32 parts over the mesh axes in `Layout.summed`.
     result = jnp.dtype(spec.result or x.dtype)
     if layout.summed:
         spec = replace(spec, result=accumulator_dtype(result).name)
@@ -240,7 +242,7 @@ def device_offsets(
 
 
 def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, Array]:
-    """Gathers one device's codes and scales, as a layout says, in a `shard_map`."""
+    """Gathers codes and scales in a `shard_map`, following the layout."""
     if layout.experts.gathered:
         codes, scales = gather(codes, scales, layout.experts.gathered, -3)
     if layout.n.gathered:
@@ -253,12 +255,12 @@ def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, 
 # Products gather the weights of a kernel each time (FSDP). The next two functions
 # gather them once, for several products.
 def find_gather(q: Any, x: Array) -> MeshLayout | None:
-    """Returns the layout of products with rows like x if they gather, or None."""
+    """Returns the layout of products with rows like x if they gather, else None."""
     if not q.is_packed:
         return None
     mesh = explicit_mesh(x, q)
     if mesh is not None and {*mesh.axis_types} != {AxisType.Explicit}:
-        return None  # types do not show how other axes split
+        return None  # types show only Explicit axes
     spec, scales_shape = replace(product_spec(q), mesh=mesh), q.scales.shape
     x_shape = *scales_shape[: spec.batch], *x.shape[:-1], spec.k
     weight_axes = typed_axes(q.codes)
@@ -270,7 +272,7 @@ def find_gather(q: Any, x: Array) -> MeshLayout | None:
 
 
 def gathered(q: QTensor, mesh_layout: MeshLayout) -> QTensor:
-    """Returns a kernel on the device with its codes and float32 scales gathered."""
+    """Returns a kernel in device memory with its codes and float32 scales gathered."""
     layout, mesh = mesh_layout.layout, mesh_layout.mesh
     arrays = [q.codes, float_scales(q)]
     if AxisType.Explicit in mesh.axis_types:

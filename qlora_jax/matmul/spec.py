@@ -1,4 +1,4 @@
-"""The static facts of a product, and the interface of the back ends that compute it."""
+"""The static description of a product, and the interface of its back ends."""
 
 import abc
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from ..quant.qtensor import QTensor
 
 
 class Operands(NamedTuple):
-    """The arrays of a product."""
+    """The arrays of a product. A dot in a shape is a contracted or a packed axis."""
 
     # `[*batch, *rows, .]`. A back end gets a single axis of rows, `[*batch, M, .]`.
     x: Array
@@ -25,27 +25,27 @@ class Operands(NamedTuple):
     scales: Array  # float32 `[*batch, blocks, N]`, always of a single layer
     layer: Array | None
     # For a ragged product, int32 `[E + 1]`: x is `[M, .]`, and its rows `offsets[e]` to
-    # `offsets[e + 1]` are multiplied by expert e. The results of other rows are zero.
+    # `offsets[e + 1]` are multiplied by expert e. Rows without an expert give zeros.
     offsets: Array | None = None
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ProductSpec:
-    """The static facts of a product of `x [*batch, *rows, K]` with packed weights.
+    """Describes the product of `x [*batch, *rows, K]` with packed weights.
 
     It is a pytree without leaves, so transformations accept it as an argument.
     """
 
     packing: Packing  # with float32 scales, as products receive them
-    dtype_name: str  # the logical dtype, to which weights are rounded first
+    dtype_name: str  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
-    batch: int = 0  # the number of batch axes, without the axis of experts
+    batch: int = 0  # the number of batch axes, not counting experts
     transpose: bool = False  # whether to multiply by the transposed weights
     backend: str | tuple[str, ...] | None = None  # None selects by platform
     precision: PrecisionLike = None
     placement: Placement | None = None  # of the weights, if declared
-    mesh: AnyMesh | None = None  # with Explicit axes, from the types of operands
+    mesh: AnyMesh | None = None  # with Explicit axes, from the operands' types
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
     result: str | None = None  # the dtype of the result; None for the dtype of x
 
@@ -73,12 +73,12 @@ def product_spec(q: QTensor) -> ProductSpec:
 
 
 class Backend(abc.ABC):
-    """Computes the product of one device's arrays, with the results of `Reference`.
+    """Computes the product of one device's arrays, to the same result as `Reference`.
 
-    Results are in the dtype `spec.result`, or else in that of x.
+    The result has the dtype `spec.result`, or else the dtype of x.
     """
 
-    is_opaque = False  # whether XLA cannot partition the product, as for a kernel
+    is_opaque = False  # whether XLA cannot partition the product (a Pallas kernel)
 
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int

@@ -1,4 +1,4 @@
-"""Parts of a model that keep the memory of a training step small."""
+"""Parts of a model that reduce the memory of a training step."""
 
 from .by_tiles import tiled
 from .host_memory import layer_input, offload_layer_inputs, to_device

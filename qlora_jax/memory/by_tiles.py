@@ -1,4 +1,4 @@
-"""Runs a function of tokens on one tile of tokens at a time."""
+"""Runs a function on one tile of tokens at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +19,14 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
 
     `fn` must treat each token in the same way and independently of the others, as an
     MLP or a norm does. The backward pass computes each tile again from its input, so
-    memory holds the intermediate values of one tile, whatever the length of the
+    only the intermediate values of one tile are in memory, whatever the length of the
     sequence. The values equal those of `fn`. The gradients of arrays that `fn` closes
     over are sums over tiles, so their last bits may differ.
 
     If `fn` is a pytree with packed kernels, such as an nnx module, its kernels are
-    moved from host memory and gathered (FSDP) once for all tiles. For kernels that it
-    closes over, call `to_device` first; they are gathered again for each tile.
+    moved from host memory and gathered (FSDP) once for all tiles. Kernels that it
+    closes over are moved and gathered again for each tile. To move them once, call
+    `to_device` on them first.
 
     In linen, use `qlora_jax.linen.tiled`, because linen modules cannot run inside JAX's
     loops. An nnx module can, unless it changes a variable, as dropout does.
@@ -33,11 +34,11 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     Args:
         fn: A function from an array `[..., T, D]` to an array `[..., T, D2]`, where T
             are the tokens. Arrays that it closes over are differentiated too.
-        tile: The largest number of tokens in a tile. Pass None for `fn` itself.
+        tile: The largest number of tokens in a tile. Pass None to get `fn` itself.
 
     Raises:
         ValueError: If `tile` is not positive. The returned function raises it if its
-            argument has less than two axes.
+            argument has fewer than two axes.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -49,7 +50,7 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     """
 
     def run(fn: Callable, tiles: Array) -> Array:
-        # Common subexpressions cannot be merged with their recomputation in a loop, so
+        # In a loop, XLA cannot merge the recomputed values with the original ones, so
         # the barriers of `prevent_cse` are not needed.
         return lax.map(jax.checkpoint(fn, prevent_cse=False), tiles)
 
@@ -62,8 +63,8 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     def run_tiles(tiles: Array) -> Array:
         nodes = jax.tree.leaves(fn, is_leaf=is_tree_leaf)
         if any(needs_fetch(node, tiles[0]) for node in nodes):
-            # The checkpoint fetches again in the backward pass. Otherwise, the fetched
-            # kernels would be kept on the device in between.
+            # With the checkpoint, the backward pass fetches kernels again. Otherwise,
+            # the fetched kernels would stay on the device until then.
             return jax.checkpoint(fetch_and_run, prevent_cse=False)(fn, tiles)
         return run(fn, tiles)
 
@@ -82,7 +83,7 @@ def by_tiles(
     def call_by_tiles(x: Float[Array, "*batch T D"]) -> Any:
         if x.ndim < 2:
             raise ValueError(
-                f"`x` must have axes of tokens and of features. Got {x.shape}."
+                f"`x` must have shape [..., tokens, features]. Got {x.shape}."
             )
         num_tokens = x.shape[-2]
         num_tiles = -(-num_tokens // tile)

@@ -1,4 +1,4 @@
-"""Layer inputs and packed kernels that are kept in host memory between uses."""
+"""Keeps layer inputs and packed kernels in host memory between their uses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from .._jax.memory import HOST_KIND
 from .._jax.pytree import take_layer
 from ..quant.kernel import is_kernel
 
-LAYER_INPUT = "layer_input"  # the name that `jax.checkpoint` policies know
+LAYER_INPUT = "layer_input"  # the name for `jax.checkpoint` policies
 
 
 def layer_input(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns a layer's input with a name, for `offload_layer_inputs`.
+    """Names the input of a layer, so that `offload_layer_inputs` can offload it.
 
-    Call it first in a layer, and use only the result from there on. Otherwise, the
-    argument of the layer stays in device memory too.
+    Call it first in a layer, and then use only its result. Otherwise, the argument of
+    the layer stays in device memory too.
 
     Args:
         x: The input.
@@ -79,16 +79,16 @@ def offload_layer_inputs() -> Callable[..., Any]:
 def to_device(tree: PyTree, layer: Int[Array, ""] | int | None = None) -> PyTree:
     """Returns a tree whose packed kernels have their codes on the device.
 
-    Each product does this for its kernel, in the forward pass and again in the backward
-    pass. Call it if a kernel is read several times, for example by a function of
-    `tiled`. Call it inside the `jax.checkpoint` of a layer: otherwise the result is
-    kept for the backward pass.
+    Products move codes from host memory by themselves, once in the forward pass and
+    again in the backward pass. Call this function if a kernel is read several times,
+    for example by a function that `tiled` runs. Call it inside the `jax.checkpoint` of
+    a layer: otherwise the result stays in device memory for the backward pass.
 
     Args:
         tree: Any pytree that contains a `QTensor`, such as the base tree of a layer, an
             nnx module or a kernel. Other leaves stay as they are.
-        layer: The layer to take from the arrays in `tree`, all of which are stacks.
-            Pass None for all layers.
+        layer: The index of a layer to take. All arrays in `tree` must then be stacks of
+            layers. Pass None to keep all layers.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -1,4 +1,4 @@
-"""Attention that does not store its scores, by JAX's splash kernel for TPUs."""
+"""Attention that does not store all scores, with JAX's splash kernel for TPUs."""
 
 import math
 from typing import Any, NoReturn
@@ -9,10 +9,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-LANES = 128  # the kernel needs lengths that are multiples of it
+LANES = 128  # the kernel needs lengths that are a multiple of this
 BLOCK_SIZES = 512, 256, 128  # tokens, best first
-# The name of the result and of the logarithms of the sums. Together with the operands,
-# they are all residuals of the kernel.
+# The name of the result and of the logarithms of the softmax sums for checkpoint
+# policies. These and the operands are all residuals of the kernel.
 RESIDUALS_NAME = "attention"
 
 
@@ -28,12 +28,12 @@ def splash_attention(
     sinks: Float[Array, " H"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H Dh"]:
-    """Returns causal attention in the dtype of `query`, by JAX's splash kernel.
+    """Returns causal attention in the dtype of `query`, with JAX's splash kernel.
 
-    The kernel is the one in jax.experimental.pallas.ops.tpu. In both passes, it holds
-    the scores of one block of queries and keys at a time. Each query attends to itself
-    and to the tokens before it in its row, segment and window. H / K query heads share
-    a key head.
+    The kernel is the one in jax.experimental.pallas.ops.tpu. In both passes, it stores
+    the scores of only one block of queries and keys at a time. Each query attends to
+    itself and to the tokens before it in its row, segment and window. H / K query heads
+    share a key head.
 
     Queries are scaled in float32 and rounded to their dtype. Scores, softmax and sums
     are float32. For checkpoint policies, the residuals of the backward pass (the result
@@ -45,21 +45,21 @@ def splash_attention(
         query: The queries.
         key: The keys.
         value: The values.
-        scale: A factor of the scores, by default `Dh ** -0.5`.
-        soft_cap: A bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
+        scale: The factor by which scores are multiplied, by default `Dh ** -0.5`.
+        soft_cap: Bounds the scores to `soft_cap * tanh(scores / soft_cap)`.
         window: The number of tokens that a query attends to, including itself. Pass
-            None for all tokens up to it.
+            None for no limit.
         segment_ids: The sequence that each token belongs to, for rows in which several
             sequences are packed.
-        sinks: One more score for each head, which has no value and is the same for all
-            queries (gpt-oss).
-        interpret: Whether to run Pallas' interpreter, which is slow and needs no TPU.
+        sinks: An extra score for each head, which has no value vector and is the same
+            for all queries (gpt-oss).
+        interpret: Whether to run Pallas' interpreter, which is slow but needs no TPU.
 
     Raises:
         ValueError: If the shapes do not match, or `window` or `soft_cap` is not
             positive.
-        NotImplementedError: If the program is compiled for another platform than a
-            TPU, without `interpret`.
+        NotImplementedError: If the program is compiled for a platform other than TPUs,
+            without `interpret`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -115,18 +115,18 @@ def _check(query, key, value, window, soft_cap, segment_ids) -> None:
     (*rows, heads, dim), (*key_rows, key_heads, key_dim) = query.shape, key.shape
     if value.shape != key.shape or rows != key_rows or dim != key_dim:
         raise ValueError(
-            "`query`, `key` and `value` must have the same shapes, except for the "
-            f"heads of `query`. Got {query.shape}, {key.shape} and {value.shape}."
+            "`query`, `key` and `value` must have the same shapes, but `query` may "
+            f"have more heads. Got {query.shape}, {key.shape} and {value.shape}."
         )
     if not key_heads or heads % key_heads:
         raise ValueError(
-            "the number of heads of `key` must divide those of `query`. Got "
+            "the number of heads of `key` must divide that of `query`. Got "
             f"{key_heads} and {heads}."
         )
     if window is not None and window < 1:
         raise ValueError(f"`window` must be positive or None. Got {window}.")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise ValueError(f"`soft_cap` must be positive or None. Got {soft_cap}.")
+        raise ValueError(f"`soft_cap` must be finite and positive. Got {soft_cap}.")
     if segment_ids is not None and [*segment_ids.shape] != rows:
         raise ValueError(
             f"`segment_ids` must have shape {tuple(rows)}. Got {segment_ids.shape}."
@@ -140,7 +140,7 @@ def _make_kernel(
     soft_cap: float | None,
     interpret: bool,
 ) -> Any:
-    """Returns a function of q `[H, T, Dh]`, k and v `[K, T, Dh]` and segments."""
+    """Returns a function of q `[H, T, Dh]`, k, v `[K, T, Dh]`, segments and sinks."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = num_tokens, num_tokens
@@ -148,8 +148,9 @@ def _make_kernel(
     if window is not None and window < num_tokens:
         mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     block = next(size for size in BLOCK_SIZES if num_tokens % size == 0)
-    # Sizes are given for the two backward kernels. The fused one would hold gradients
-    # of q for each block of keys, which grow with the square of the number of tokens.
+    # These are sizes for two separate backward kernels. A fused one would store
+    # gradients of q for each block of keys, which grow with the square of the number of
+    # tokens.
     axes = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
     sizes: dict[str, Any] = {f"block_{axis}": block for axis in axes}
     return splash.make_splash_mha(
@@ -164,8 +165,8 @@ def _make_kernel(
 
 
 # The platform of a program is known when it is lowered, and not yet when it is traced:
-# a machine without a TPU may compile for one. The check is therefore the lowering rule
-# of an operation, which is the identity on TPUs and raises an error elsewhere.
+# a machine without a TPU may compile for one. The check is therefore in the lowering
+# rule of an operation that is the identity on TPUs and raises an error elsewhere.
 _only_on_tpu = Primitive("only_on_tpu")
 
 
@@ -178,8 +179,8 @@ def _raise_off_tpu(ctx: Any, x: object, caller: str) -> NoReturn:
     del x
     raise NotImplementedError(
         f"{caller} must run on a TPU: its kernel does not compile for other platforms. "
-        f"Got {' and '.join(ctx.module_context.platforms)}. Choose attention by XLA, "
-        "or `interpret=True` for a test."
+        f"Got {' and '.join(ctx.module_context.platforms)}. Use attention in XLA, or "
+        "`interpret=True` for a test."
     )
 
 

@@ -38,7 +38,7 @@ def adamw8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW whose moments are kept in 8 bits, a quarter of float32's bytes.
 
-    Each block of 256 values shares one float32 scale, its largest magnitude. A code is
+    Each block of 256 values has one float32 scale, its largest magnitude. A code is
     the nearest value of the dynamic data type (Dettmers et al. 2022), signed for the
     first moment and unsigned for the second, as in bitsandbytes. Updates are computed
     in float32, and the new moments are then rounded. A positive second moment is never
@@ -112,7 +112,7 @@ def _scale_by_adam(
             from_blocks(mu, gradient, signed=True),
             from_blocks(nu, gradient, signed=False),
         )
-        # Optax types both as trees of any kind. Here, the only leaf is one array.
+        # Optax annotates both as trees of any kind. Here, each is one array.
         result: Any = adam.update(gradient.astype(jnp.float32), state)
         update, new_state = result
         new_mu = to_blocks(new_state.mu, signed=True)
@@ -193,6 +193,6 @@ def _check_state(updates: Tree, state: optax.ScaleByAdamState) -> None:
     fits = jax.tree.map(both_fit, updates, state.mu, state.nu)
     if wrong_paths := paths_where(operator.not_, fits):
         raise ValueError(
-            f"`state` must be what `init` returns for arrays of these shapes. Got "
+            "`state` must come from `init` for arrays shaped like `updates`. Got "
             f"moments of other shapes at {wrong_paths}."
         )

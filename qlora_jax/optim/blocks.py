@@ -5,7 +5,7 @@ of one row. The columns are the longest axis that is divisible by 256, so that b
 not extend over devices that split this axis.
 
 Codes are those of the dynamic data type (Dettmers et al. 2022, 8-bit Optimizers via
-Block-wise Quantization, section 1.3), whose encoder and decoder are at the end.
+Block-wise Quantization, section 1.3). Its encoder and decoder are at the end.
 """
 
 import functools
@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
     # A TPU can slice one layer of 32-bit words out of host memory. For an array of
     # bytes, it would copy the whole stack.
     codes: Any
-    # In the order of `[rows, columns / 256]`, whose last axis TPUs would pad to 128.
+    # Flattened from `[rows, columns / 256]`, whose last axis TPUs would pad to 128.
     scales: Any
 
 
@@ -49,7 +49,7 @@ Moment = Blocks | Array
 
 
 class Grid(NamedTuple):
-    """The view of an array: rows are a multiple of 4, and columns of 256."""
+    """The view of an array: rows are a multiple of 4, and columns a multiple of 256."""
 
     layers: int
     rows: int
@@ -174,18 +174,18 @@ def _from_grid(x: Array, shape: tuple[int, ...], grid: Grid) -> Array:
 def _encode_grid(x: Array, signed: bool) -> Blocks:
     layers, rows, columns = x.shape
     x = x.reshape(layers, rows, columns // BLOCK, BLOCK)
-    # As integers, the bits of magnitudes have the order of the magnitudes, and NaN is
-    # the largest. A maximum of floats may drop a NaN on CPUs.
+    # Read as integers, the bits of magnitudes sort like the magnitudes, and NaN is the
+    # largest. A maximum of floats may drop a NaN on CPUs.
     bits = lax.bitcast_convert_type(lax.abs(x), jnp.int32)
     scales = lax.bitcast_convert_type(bits.max(-1), jnp.float32)
     is_usable = jnp.isfinite(scales) & (scales > 0)
     divisor = jnp.where(is_usable, scales, 1.0)[..., None]
-    shares = jnp.where(is_usable[..., None], x / divisor, 0.0)
+    normalized = jnp.where(is_usable[..., None], x / divisor, 0.0)
     if not signed:
         # A quotient may underflow, but a positive second moment must not become zero.
         least = jnp.where(bits > 0, jnp.finfo(jnp.float32).tiny, 0.0)
-        shares = jnp.maximum(shares, least)
-    codes = encode(shares, signed).reshape(layers, rows, columns)
+        normalized = jnp.maximum(normalized, least)
+    codes = encode(normalized, signed).reshape(layers, rows, columns)
     # Four rows share a word: the code of row 4 * row + i is byte i.
     words = codes[:, ::_CODES_PER_WORD]
     for i in range(1, _CODES_PER_WORD):
@@ -207,18 +207,18 @@ def _decode_grid(blocks: Blocks, signed: bool) -> Array:
     return values.reshape(layers, rows, columns)
 
 
-# After the sign bit, the number of leading zeros of a code is a decimal exponent, and
-# the bits after the first 1 are a linear fraction. Decade `e`, the interval `[0.1, 1] *
-# 10**(e - top)`, has 2**e values: the centers of as many equal parts. Zero and 1 are
-# added. The unsigned map has one more bit of fraction. A code is a position in the
-# sorted map, and the *index* of a value is its position relative to zero. Values are
-# computed from the bits of a code, because a look-up in a table of 256 values is slow
-# on TPUs.
+# In the paper, the number of leading zeros of a code (after its sign bit) is a decimal
+# exponent, and the bits after the first 1 are a linear fraction. This gives decades:
+# decade `e` is the interval `[0.1, 1] * 10**(e - top)`, and its 2**e values are the
+# centers of 2**e equal parts. The map also has the values 0 and 1. The unsigned map has
+# one more bit of fraction. Here, a code is a position in the sorted map, and the
+# *index* of a value is its position relative to zero. Values are computed from the bits
+# of a code, because a look-up in a table of 256 values is slow on TPUs.
 #
 # The values of a decade are `step * (18 * index + offset)`. The factor in parentheses
 # is a small integer, so that each value is a single product of two float32 numbers,
-# which every device rounds in the same way. This is not so for sums of products. For
-# the value 1, the factor is 1.
+# which every device rounds in the same way. Devices may round a sum of products
+# differently. For the value 1, the factor is 1.
 class DynamicMap(NamedTuple):
     """Constants of a map, for nine groups of values: zero, seven decades, and 1."""
 
@@ -228,8 +228,8 @@ class DynamicMap(NamedTuple):
     step: np.ndarray
     least: np.ndarray  # the smallest magnitude that rounds to a value of the group
     low: np.ndarray  # the lower end of the decade
-    parts: np.ndarray  # the number of equal parts of the decade per unit
-    base: np.ndarray  # the index of its first value, plus `first`
+    parts: np.ndarray  # 1 / the width of the equal parts of the decade
+    base: np.ndarray  # the index of the first value of the group, plus `first`
 
 
 @functools.cache
@@ -281,8 +281,8 @@ def encode(x: Array, signed: bool) -> Array:
     if not signed:  # Adam divides by the root: a positive value must not become zero.
         group = lax.max(group, (x > 0).astype(jnp.int32))
     base = _pick(group, table.base)
-    # A difference and then a product: a compiler cannot contract these into one
-    # rounding.
+    # This is a difference and then a product, which a compiler cannot contract into a
+    # single operation that rounds once.
     part = jnp.floor((magnitude - _pick(group, table.low)) * _pick(group, table.parts))
     index = base + jnp.clip(part, 0.0, jnp.maximum(base - 1, 0.0)) - table.first
     if signed:  # The map has the value 1, but not -1.

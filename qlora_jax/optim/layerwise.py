@@ -1,9 +1,9 @@
-"""Runs an update of stacks of layers on one layer at a time.
+"""Runs an optimizer update on one layer at a time.
 
 A *stack* is an array `[layers, ...]`. The update is traced once, on whole stacks, and
-its jaxpr is then run with `[1, ...]` in place of each stack. Elementwise primitives
-give the entries of that layer. Primitives that mix the entries of different layers have
-no result for a single layer, and raise `NotByLayers`.
+its jaxpr is then run with an array `[1, ...]` in place of each stack. Elementwise
+primitives return the entries of that layer. Primitives that mix entries of different
+layers cannot be computed from a single layer, and raise `NotByLayers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,40 +37,40 @@ _CALLS = frozenset(
 
 
 class NotByLayers(Exception):
-    """Says why a function cannot be run layer by layer."""
+    """Raised, with the reason, if a function cannot be run layer by layer."""
 
 
 class OneLayer(NamedTuple):
-    """One layer of a stack, `[1, ...]`, where the other layers are not known."""
+    """One layer of a stack, `[1, ...]`. The other layers are not available."""
 
     layer: Any
 
 
-# What an equation of the program reads: a whole array, one layer of a stack, or None
-# for a value that is not known, because it depends on other layers.
+# A value in the program: a whole array, one layer of a stack, or None for a value that
+# is unknown because it depends on other layers.
 Value = Array | OneLayer | None
 
 
 def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     """Returns the number of layers of each array, or 0 if it is not a stack."""
 
-    def says_if_stacked(node: object) -> bool:
+    def can_be_stacked(node: object) -> bool:
         return hasattr(node, "stacked")
 
     def is_stacked(node: Any) -> Any:
-        return says_if_stacked(node) and node.stacked()
+        return can_be_stacked(node) and node.stacked()
 
-    stacked = jax.tree.leaves(jax.tree.map(is_stacked, tree, is_leaf=says_if_stacked))
+    stacked = jax.tree.leaves(jax.tree.map(is_stacked, tree, is_leaf=can_be_stacked))
     leaves, paths = jax.tree.leaves(tree), paths_where(lambda _: True, tree)
     patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
     unmatched = unmatched_by(patterns, paths)
-    # `optax.tree_utils` calls `init` on trees without arrays.
+    # `optax.tree_utils` calls `init` on trees without arrays, so these are accepted.
     if unmatched and any(hasattr(x, "shape") for x in leaves):
         raise ValueError(
             "every pattern of `stacks` must match the path of an array. Got "
             f"{unmatched}, which match none of {paths}."
         )
-    # There is no gain in updating a stack of one layer by layers.
+    # A stack of a single layer is updated as a whole, like arrays that are not stacks.
     return [
         x.shape[0] if can_be_sliced(x) and (is_stack or matches(patterns, path)) else 0
         for is_stack, path, x in zip(stacked, paths, leaves, strict=True)
@@ -78,17 +78,17 @@ def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
 
 
 def can_be_sliced(x: Array) -> bool:
-    """Whether layers on the first axis of an array can be taken one by one."""
+    """Whether an array has several layers on its first axis, which can be sliced."""
     if jnp.ndim(x) == 0 or x.shape[0] == 1:
         return False
-    # JAX does not slice an axis that devices split by type (Explicit mode).
+    # In Explicit mode, JAX does not slice an axis that is split over devices.
     return explicit_mesh(x) is None or spec_of(x)[0] is None
 
 
 def state_sizes(
     init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[int], Any]:
-    """Returns the shapes of a state's arrays, their numbers of layers, and its treedef.
+    """Returns the shapes and numbers of layers of a state's arrays, and its treedef.
 
     To find out which arrays of the state are stacks, `init` is traced a second time
     with one more layer in each stack of the parameters. An array of the state that
@@ -102,7 +102,7 @@ def state_sizes(
     state, state_def = jax.tree.flatten(jax.eval_shape(init, params))
     try:
         grown_state = jax.eval_shape(init, params_def.unflatten(grown_leaves))
-    except Exception as error:  # `init` is the user's, and may raise anything.
+    except Exception as error:  # the user's `init` may raise anything
         raise NotByLayers(f"`init` fails on arrays of other sizes: {error}") from error
     if jax.tree.structure(grown_state) != state_def:
         raise NotByLayers("the structure of the state depends on sizes")
@@ -130,12 +130,12 @@ def by_layers(
 ) -> list[Array]:
     """Returns `fn(*arguments)`, computed layer by layer for stacks.
 
-    `argument_layers` and `result_layers` are the numbers of layers, 0 for arrays that
-    are not stacks. With `in_place`, each result replaces the argument at its position.
-    `names` are the paths of the first results, for the message of NotByLayers.
+    `argument_layers` and `result_layers` are the numbers of layers, or 0 for arrays
+    that are not stacks. With `in_place`, each result replaces the argument at its
+    position. `names` are the paths of the first results, for the error message.
     """
-    # Traced on whole stacks, so that a number of layers in the program is the right
-    # one.
+    # The trace is on whole stacks, so that a program that reads the number of layers
+    # gets the right one.
     closed_jaxpr = jax.make_jaxpr(fn)(*arguments)
     update = _LayerwiseUpdate(closed_jaxpr, argument_layers, result_layers, [])
     update.check(arguments, names)
@@ -195,7 +195,7 @@ class _LayerwiseUpdate:
             paths = [names[j] for j in mixed if j < len(names)] or "the state"
             primitives = ", ".join(dict.fromkeys(self.mixing_primitives))
             raise NotByLayers(
-                f"the update of {paths} depends on other entries, by "
+                f"the update of {paths} depends on other entries, through "
                 f"{primitives or 'another array'}"
             )
 
@@ -281,9 +281,9 @@ class _LayerInterpreter:
     def _run_scan_over_layers(
         self, eqn: core.JaxprEqn, body: Any, values: Sequence[Any]
     ) -> list[Value] | None:
-        """Returns one layer of a scan's results; None if the scan carries a value."""
+        """Returns one layer of a scan's results, or None if the scan mixes layers."""
         # In the body of a scan, scanned arguments and stacked results have one axis
-        # less than outside. Carried and shared values have the same number of axes.
+        # fewer than outside. Carried and shared values have the same number of axes.
 
         def is_scanned(variable: Any, inner: ShapedArray) -> bool:
             return variable.aval.ndim > inner.ndim
@@ -307,14 +307,14 @@ class _LayerInterpreter:
     def _run_cond(
         self, branches: Sequence[core.ClosedJaxpr], index: Array, *operands: Value
     ) -> list[Value]:
-        """Runs a `cond` whose branches may differ in what they know of a result."""
+        """Runs a `cond`. Its branches may return different kinds of `Value`."""
 
         def branch_function(branch: core.ClosedJaxpr) -> Callable[..., list[Value]]:
             return lambda *operands: self.run(branch, operands)
 
         functions = list(map(branch_function, branches))
         kinds_by_branch = [jax.eval_shape(run, *operands) for run in functions]
-        kinds = list(zip(*kinds_by_branch, strict=True))  # of each result, by branch
+        kinds = list(zip(*kinds_by_branch, strict=True))  # the kinds of each result
 
         def align(x: Any, kinds: Sequence[Value]) -> Value:
             if None in kinds:
@@ -328,7 +328,7 @@ class _LayerInterpreter:
         return lax.switch(index, list(map(aligned, functions)), *operands)
 
     def _fills_stack(self, eqn: core.JaxprEqn) -> bool:
-        """Whether an equation broadcasts a scalar to a stack, such as one of zeros."""
+        """Whether an equation broadcasts a scalar to a stack, such as `jnp.zeros`."""
         if eqn.primitive.name != "broadcast_in_dim" or not self._size:
             return False
         spec = getattr(eqn.params["sharding"], "spec", ())
@@ -348,7 +348,7 @@ def _has_type(x: Array, aval: Any) -> bool:
 
 
 def _empty(aval: Any) -> Array:
-    """Returns an array of a type, whose values do not matter."""
+    """Returns an uninitialized array of a type."""
     is_typed = AxisType.Explicit in aval.sharding.mesh.axis_types
     sharding = aval.sharding if is_typed else None
     x = lax.empty(aval.shape, aval.dtype, out_sharding=sharding)

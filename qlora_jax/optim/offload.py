@@ -1,4 +1,4 @@
-"""Optimizer state in host memory between steps (QLoRA's paged optimizer)."""
+"""Keeps optimizer state in host memory between steps (QLoRA's paged optimizer)."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -17,8 +17,9 @@ from .paging import is_on_host, to_device, to_host
 from .skippable import skippable
 
 
-# The paged optimizer of Dettmers et al. 2023, section 3. Here, host memory is part of
-# the type of an array (`jax.memory.Space.Host`), and the compiler schedules the copies.
+# This is the paged optimizer of Dettmers et al. 2023, section 3. Here, host memory is
+# part of the type of an array (`jax.memory.Space.Host`), and the compiler schedules the
+# copies.
 def offload(
     tx: optax.GradientTransformation,
     *,
@@ -35,13 +36,14 @@ def offload(
     terminates if this result is an array on the device (JAX 0.10.2 to 0.12.0.1).
 
     Stacks are created and updated layer by layer, with the moments of one layer on the
-    device at a time. Stacks are adapters with a batch axis, such kernels that are
-    trained through their quantizer, and the arrays that `stacks` names. Results agree
-    within rounding. This requires that `tx` treats each layer separately, as most
-    transformations do. If it mixes layers, as Adafactor or clipping by global norm do,
-    the whole state is updated at once, on the device. Put such a part outside of
-    `offload`. Put `optax.MultiSteps` inside: around `offload`, it selects between two
-    states, and the TPU compiler refuses to donate them.
+    device at a time. Stacks are adapters with a batch axis, kernels with a batch axis
+    that are trained through their quantizer, and the arrays that `stacks` names.
+    Results equal those of `tx` up to rounding. Layers are updated one by one only if
+    `tx` treats each layer separately, as most transformations do. If it mixes layers,
+    as Adafactor or clipping by global norm do, the whole state is updated at once, on
+    the device. Put such a part outside `offload`. Put `optax.MultiSteps` inside: around
+    `offload`, it selects between two states, and the TPU compiler refuses to donate
+    them.
 
     `update` takes `skip`, as in `ql.optim.skippable`.
 
@@ -49,9 +51,9 @@ def offload(
         tx: The transformation whose state is kept in host memory.
         stacks: One or several patterns for the paths of other arrays whose first axis
             is an axis of layers, such as `"layers/.*/bias"` of a scanned model.
-        layerwise: Whether stacks are updated layer by layer. None: if this does not
-            change the result. True: always, and an error if it would change the result.
-            False: never.
+        layerwise: Whether stacks are updated layer by layer. By default (None), they
+            are if this does not change the result. With True, it is an error if this
+            would change the result. With False, they never are.
 
     Raises:
         TypeError: If `tx` is not a gradient transformation.
@@ -131,7 +133,7 @@ def _update_by_layers(
     state_leaves, state_def = jax.tree.flatten(state)
     shapes = [x.shape for x in state_leaves]
     if state_def != expected_def or shapes != expected_shapes:
-        raise NotByLayers("`state` is not what `init` returns for these parameters")
+        raise NotByLayers("`state` does not come from `init` with these parameters")
     state = jax.tree.map(to_host, state)
     leaves, treedef = jax.tree.flatten((updates, state, params))
     results_def = jax.tree.structure((updates, state))
@@ -179,9 +181,9 @@ def _init_by_layers(
             0 if _splits_layers(x) else size
             for x, size in zip(leaves, sizes, strict=True)
         ]
-        # In Auto mode, a program does not say how it splits its results. The state of
-        # a single layer, created outside of `jit`, shows it. A trace may close over the
-        # parameters, hence `ensure_compile_time_eval`.
+        # In Auto mode, a program does not declare how its results are split. This reads
+        # it from the state of a single layer, created outside `jit`. The parameters may
+        # be closed over by a trace, hence `ensure_compile_time_eval`.
         with jax.ensure_compile_time_eval():
             one_layer_leaves = [
                 jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding) if size else x

@@ -13,14 +13,14 @@ def is_on_host(x: Array) -> bool:
 
 
 def is_paged(x: Array) -> bool:
-    """Whether an array of the state is kept on the host. Scalars and keys are not."""
+    """Whether an array of the state should be on the host. Scalars and keys are not."""
     return jnp.ndim(x) > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 def to_host(x: Array) -> Array:
-    """Moves an array of the state to the host, if it is kept there."""
-    # To JAX, moving an array that is already on the host is a no-op. The TPU compiler
-    # copies it to the device and back if its layout there is not the default one.
+    """Moves an array of the state to the host, unless it is a scalar or a key."""
+    # In JAX, moving an array that is already on the host does nothing. But the TPU
+    # compiler copies it to the device and back if its host layout is not the default.
     if is_on_host(x) or not is_paged(x):
         return x
     return jax.device_put(x, jax.memory.Space.Host)

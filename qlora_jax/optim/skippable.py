@@ -17,10 +17,10 @@ def skippable(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` with updates that can be skipped, such as updates that are NaN.
 
-    `update` takes an extra argument `skip`, a bool or a scalar array of a bool. If it
-    is True, all updates are zero, and the state, which is that of `tx`, does not
-    change. `skip` is also passed on to `tx`. `skippable` can thus wrap a chain that
-    contains `ql.optim.offload`, which has to skip by itself, because `jnp.where` does
+    `update` takes an extra argument `skip`, a bool or a boolean scalar array. If it is
+    True, all updates are zero, and the state does not change. The state is that of
+    `tx`. `skip` is also passed on to `tx`. `skippable` can thus wrap a chain that
+    contains `ql.optim.offload`, which has to skip by itself because `jnp.where` does
     not accept arrays in host memory.
 
     Args:
@@ -81,8 +81,7 @@ def _check_depends_on_skip(
     if any(var is jaxpr.invars[0] for eqn in jaxpr.eqns for var in eqn.invars):
         return
     raise ValueError(
-        "`tx` must keep arrays in host memory by `ql.optim.offload`, and pass extra "
-        "arguments on to it. Got arrays in host memory, "
-        f"{paths_where(is_on_host, state)}, in a state whose update does not depend on "
-        "`skip`."
+        "`tx` must keep arrays in host memory with `ql.optim.offload`, and pass extra "
+        "arguments on to it. Got an update that does not depend on `skip`, of a state "
+        f"with arrays in host memory at {paths_where(is_on_host, state)}."
     )

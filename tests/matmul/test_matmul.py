@@ -370,7 +370,7 @@ def test_einsum(name):
         ("BD,DF", "must be an explicit equation of two"),
         ("BD,DF,FG->BG", "must be an explicit equation of two"),
         ("BDD,DF->BF", "must have one label for each axis"),
-        ("BD,...F->BF", "without an ellipsis"),
+        ("BD,...F->BF", "with no ellipsis in the kernel"),
         ("BD,DF->B", "must not sum over a label of only one operand"),
         ("BD,EF->BDEF", "must contract the kernel with x"),
         ("BD,FD->BF", "kernel is stored with axes 'kn'.*needs 'nk'"),

@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert, with one expert's weights at a time."""
+"""Products of rows that are sorted by expert, computed one expert at a time."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,19 +11,19 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from ..._jax.modes import varying_with
 
-# The rows that are multiplied at once. Products with fewer rows are slow. With more
-# rows, experts that have few rows waste more of a tile.
+# Bounds of the number of rows in a tile, which are multiplied at once. Products with
+# fewer rows are slow. With larger tiles, experts that have few rows waste more work.
 FEWEST_ROWS, MOST_ROWS = 8, 256
 
-# `carry = step(start, is_mine, carry)` for the tile of rows that begins at `start`, of
-# which `is_mine` marks the rows of the current expert.
+# `carry = step(start, is_expert_row, carry)`, for the tile of rows that begins at
+# `start`. `is_expert_row` marks the rows of the tile that belong to the current expert.
 TileStep = Callable[[Int32[Array, ""], Bool[Array, " tile"], PyTree], PyTree]
 # Runs a step on each tile of the current expert's rows and returns the last carry.
 ForEachTile = Callable[[TileStep, PyTree], PyTree]
 
 
 def rows_at_once(num_rows: int, num_experts: int) -> int:
-    """Returns the size of a tile: about a quarter of the rows of an average expert."""
+    """Returns the rows of a tile: about a quarter of those of an average expert."""
     if export.is_symbolic_dim(num_rows):  # there may be only one row
         return 1
     target = max(FEWEST_ROWS, num_rows // (4 * max(num_experts, 1)))
@@ -36,7 +36,7 @@ def for_each_expert(
     body: Callable[[Int32[Array, ""], ForEachTile, PyTree], PyTree],
     carry: PyTree,
 ) -> PyTree:
-    """Calls `carry = body(expert, for_each_tile, carry)` for experts that have rows."""
+    """Runs `carry = body(expert, for_each_tile, carry)` for each expert with rows."""
     num_experts = offsets.shape[0] - 1
     size = rows_at_once(num_rows, num_experts)
     if size == 0 or num_experts == 0:
@@ -50,8 +50,8 @@ def for_each_expert(
 
         def for_each_tile(step: TileStep, carry: PyTree) -> PyTree:
             def visit_tile(j: Array, carry: PyTree) -> PyTree:
-                # The last tile may begin earlier, so that it does not extend beyond the
-                # rows. The mask leaves out the rows that were visited before.
+                # The last tile may have to begin earlier, to end within x. The mask
+                # then excludes the rows of the tile before it.
                 first_in_tile = first + j * size
                 start = jnp.minimum(first_in_tile, num_rows - size)
                 row = start + jnp.arange(size, dtype=jnp.int32)
@@ -80,11 +80,11 @@ def grouped_product(
     def multiply_expert(expert: Array, for_each_tile: ForEachTile, y: Array) -> Array:
         w = weights(expert)
 
-        def multiply_tile(start: Array, is_mine: Array, y: Array) -> Array:
+        def multiply_tile(start: Array, is_expert_row: Array, y: Array) -> Array:
             x_tile = lax.dynamic_slice_in_dim(x, start, size)
             product = multiply(x_tile, w).astype(y.dtype)
             y_tile = lax.dynamic_slice_in_dim(y, start, size)
-            y_tile = jnp.where(is_mine[:, None], product, y_tile)
+            y_tile = jnp.where(is_expert_row[:, None], product, y_tile)
             return lax.dynamic_update_slice_in_dim(y, y_tile, start, 0)
 
         return for_each_tile(multiply_tile, y)
@@ -105,12 +105,12 @@ def grouped_gradient(
     size = rows_at_once(x.shape[0], shape[0])
 
     def sum_expert(expert: Array, for_each_tile: ForEachTile, dw: Array) -> Array:
-        def add_tile(start: Array, is_mine: Array, total: Array) -> Array:
-            def take_mine(rows: Array) -> Array:
+        def add_tile(start: Array, is_expert_row: Array, total: Array) -> Array:
+            def take_expert_rows(rows: Array) -> Array:
                 tile = lax.dynamic_slice_in_dim(rows, start, size)
-                return jnp.where(is_mine[:, None], tile, 0)
+                return jnp.where(is_expert_row[:, None], tile, 0)
 
-            return total + multiply(take_mine(x), take_mine(g))
+            return total + multiply(take_expert_rows(x), take_expert_rows(g))
 
         total = jax.eval_shape(multiply, x, g)
         zeros = varying_with(jnp.zeros(total.shape, total.dtype), x, g)
@@ -134,7 +134,8 @@ class SortedRows(NamedTuple):
     ) -> "SortedRows":
         """Sorts the rows by expert. Rows that belong to no expert come last.
 
-        Products share their experts, or each has its own, numbered `[B * E]`.
+        With `has_batch_of_experts`, each product has its own E experts, which are
+        numbered from 0 to B * E - 1. Otherwise, all products share E experts.
         """
         batch, num_experts = offsets.shape[0], offsets.shape[1] - 1
         total_experts = num_experts * (batch if has_batch_of_experts else 1)
@@ -152,7 +153,7 @@ class SortedRows(NamedTuple):
         return cls(jnp.argsort(expert, stable=True), offsets, (batch, num_rows))
 
     def take(self, x: Array) -> Array:
-        """Returns the rows of `[B, M, .]`, sorted."""
+        """Returns the rows of an array `[B, M, .]` in sorted order."""
         return x.reshape(-1, x.shape[-1])[self.order]
 
     def put_back(self, y: Array) -> Array:

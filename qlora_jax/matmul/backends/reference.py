@@ -1,4 +1,4 @@
-"""The definition of the product: dequantize, then dot. Other back ends equal it."""
+"""The reference product: dequantize, then dot. Other back ends give its results."""
 
 import math
 from collections.abc import Callable
@@ -20,8 +20,8 @@ TakeExpert = Callable[[Array], tuple[Array, Array]]
 
 
 def accumulator_dtype(dtype: DTypeLike) -> np.dtype:
-    """The dtype in which products of `dtype` are summed: float32, or float64."""
-    # By NumPy's rules, because JAX rejects this promotion in its strict mode.
+    """Returns the dtype in which products of `dtype` are summed: float32 or float64."""
+    # This follows NumPy's promotion rules, because JAX's strict mode rejects it.
     return np.promote_types(dtype, np.float32)
 
 
@@ -35,7 +35,7 @@ def dot(
 ) -> Float[Array, "*batch outputs"]:
     """Returns `x @ w` or `x @ w^T` over equal batch axes, summed in float32.
 
-    The dtype of the result is `result`, or else that of the sum.
+    The dtype of the result is `result`, or else the dtype of the sum.
     """
     batch = tuple(range(w.ndim - 2))
     contracted = w.ndim - 1 if transpose else w.ndim - 2
@@ -101,7 +101,7 @@ class Reference(Backend):
         assert offsets is not None
         num_experts, first = scales.shape[0], 0
         if layer is not None:
-            # Each expert is cut out of the stack `[L * E, ., N]`, to copy no layer.
+            # Experts are sliced from `[L * E, ., N]`, so that no whole layer is copied.
             codes, first = codes.reshape(-1, *codes.shape[-2:]), layer * num_experts
 
         def take_expert(expert: Array) -> tuple[Array, Array]:
@@ -128,27 +128,27 @@ class Reference(Backend):
 
 
 class Rounding(Reference):
-    """As `Reference`, except that the multiplication itself rounds to bfloat16."""
+    """Like `Reference`, but the multiplication itself rounds to bfloat16."""
 
-    # On a GPU, the vendor's GEMM then rounds, and no second kernel has to. If a result
-    # has too few tiles to keep the GPU busy, the GEMM may split sums and round their
-    # parts, so this is only for large results.
-    is_opaque = True  # XLA would add rounded parts of a sum that it partitions
-    smallest = 2**24  # elements: 512 tiles of 128 x 256, about four for each processor
+    # On a GPU, the vendor's GEMM then rounds its own result, without a second kernel.
+    # If a result has too few tiles to keep the GPU busy, the GEMM may split each sum
+    # and round the partial sums, so this back end accepts only large results.
+    is_opaque = True  # if XLA partitioned a sum, it would add rounded partial sums
+    smallest = 2**24  # elements: 512 tiles of 128 x 256, about 4 per multiprocessor
 
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
     ) -> str | None:
         """See `Backend.refusal`."""
         if dtype != np.dtype("bfloat16"):
-            return f"It is for inputs in bfloat16. Got {dtype}."
+            return f"It supports only bfloat16 inputs. Got {dtype}."
         outputs = spec.k if spec.transpose else columns
         num_rows = math.prod(shape[:-1])
         if export.is_symbolic_dim(num_rows):
-            return "It needs a number of rows that is not symbolic."
+            return "It does not support a symbolic number of rows."
         if num_rows * outputs < self.smallest:
             return (
-                f"It is for results of {self.smallest} elements or more. Got "
+                f"It supports only results of at least {self.smallest} elements. Got "
                 f"{num_rows} x {outputs}."
             )
         return None

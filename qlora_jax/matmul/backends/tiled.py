@@ -1,7 +1,7 @@
 """The product in tiles of columns, for CPUs: decoded weights stay in cache.
 
-Forward tiles are columns of the weights, and those of the input gradient are rows, so
-that nothing is summed across tiles.
+A tile is a range of outputs: of columns of the weights in the forward pass, and of rows
+in the gradient of the input. So nothing is summed across tiles.
 """
 
 import functools
@@ -31,14 +31,14 @@ from ..spec import Operands, ProductSpec
 from .grouped import grouped_product
 from .reference import Reference, TakeExpert, decode, dot
 
-# The bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
+# The size of a decoded tile in float32: the fastest of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
 # Narrower tiles are slower: a product packs its left operand again for every tile, and
 # a row of codes is read in as many pieces as there are tiles of columns.
 NARROWEST_COLUMNS, NARROWEST_ROWS = 256, 128
-# Limits of the tables of scaled values. In smaller blocks, computing the 16 products
-# of a table is no longer cheap compared with the products of the block itself. Tables
-# of more columns do not fit the first-level cache.
+# Limits for `_decode_scaled`, which computes a table of 16 scaled values per block and
+# column. For smaller blocks, computing the tables is too slow compared with scaling the
+# weights themselves. Tables for more columns do not fit the first-level cache.
 SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
 
 
@@ -48,10 +48,10 @@ class Tiled(Reference):
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.product`."""
         x, codes, scales, layer, _ = operands
-        if not _sums_pairs(spec, x):
+        if not _uses_row_product(spec, x):
             return super().product(spec, operands)
-        # The decoding depends on x here, so the codes need no barrier, which would copy
-        # them.
+        # `_multiply_row` decodes and multiplies together, so XLA cannot decode early.
+        # The codes then need no barrier, which would copy them.
         x, scales = lax.optimization_barrier((x, scales))
         codes = codes if layer is None else take_layer(codes, layer)
         return self._multiply(spec, x, codes, scales)
@@ -61,11 +61,10 @@ class Tiled(Reference):
     ) -> Array:
         num_matrices = math.prod(codes.shape[:-2])
         size, tile = _tile_outputs(spec, codes.shape[-1], num_matrices)
-        # XLA multiplies a single row in 16 bits by a routine that is several times
-        # slower than for two rows, but a row in float32 by a fast one. Casting does not
-        # change values of 16 bits.
-        is_narrow_row = _is_row(x) and x.dtype.itemsize == 2
-        left = x.astype(jnp.float32) if is_narrow_row else x
+        # XLA's routine for a single 16-bit row is several times slower than the one for
+        # two rows. Its routine for a float32 row is fast, and the cast is exact.
+        is_16_bit_row = _is_row(x) and x.dtype.itemsize == 2
+        left = x.astype(jnp.float32) if is_16_bit_row else x
         result = jnp.dtype(spec.result or x.dtype)
 
         def multiply(w: Array) -> Array:
@@ -73,16 +72,16 @@ class Tiled(Reference):
             y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
             return y.astype(result)
 
-        sums_pairs = _sums_pairs(spec, x)
-        if tile == size and sums_pairs:
+        uses_row_product = _uses_row_product(spec, x)
+        if tile == size and uses_row_product:
             return _multiply_row(spec, x, codes, scales)
         if tile == size:
-            # Outside of a loop, a gather is as fast as selects and compiles faster.
+            # Outside a loop, a gather is as fast as selects and compiles faster.
             return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
 
         def compute_tile(start: Array | int, tile: int) -> Array:
             part = _cut_tile(spec, codes, scales, start, tile)
-            if sums_pairs:
+            if uses_row_product:
                 return _multiply_row(spec, x, *part)
             return multiply(_decode_tile(spec, *part, x.dtype, tile))
 
@@ -117,7 +116,7 @@ class Tiled(Reference):
 
 
 def _tile_outputs(spec: ProductSpec, n: int, num_matrices: int) -> tuple[int, int]:
-    """Returns the number of outputs, and the number in a tile."""
+    """Returns the number of outputs, and the number of outputs in a tile."""
     size, unit, narrowest = n, 1, NARROWEST_COLUMNS
     if spec.transpose:
         # Tiles of rows consist of whole blocks.
@@ -126,17 +125,17 @@ def _tile_outputs(spec: ProductSpec, n: int, num_matrices: int) -> tuple[int, in
     num_tiles = min(-(-weight_bytes // TILE_BYTES), size // max(narrowest, unit))
     if num_tiles <= 1:
         return size, size
-    # Prefers tiles of equal size, because a smaller last one is compiled separately.
-    for fewer in range(num_tiles, num_tiles // 2, -1):
-        if size % (fewer * unit) == 0:
-            return size, size // fewer
+    # Prefers tiles of equal size, because a smaller last tile is compiled separately.
+    for count in range(num_tiles, num_tiles // 2, -1):
+        if size % (count * unit) == 0:
+            return size, size // count
     return size, size // num_tiles // unit * unit
 
 
 def _cut_tile(
     spec: ProductSpec, codes: Array, scales: Array, start: Array | int, tile: int
 ) -> tuple[Array, Array]:
-    """Returns the codes and scales of the `tile` outputs from `start` on."""
+    """Returns the codes and scales of `tile` outputs, beginning at output `start`."""
     if spec.transpose:
         per_byte = spec.format.codes_per_byte
         part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
@@ -166,8 +165,8 @@ def _join_tiles(
             y, compute_tile(i * tile, tile), i, y.ndim - 2
         )
 
-    # Tiles have an axis of their own. If they were columns of a matrix, some versions
-    # of XLA on CPUs would convert the entire 16-bit result at every step.
+    # The array has a separate axis of tiles. If tiles were columns of a matrix, some
+    # versions of XLA on CPUs would convert the entire 16-bit result at every step.
     num_tiles, num_left = divmod(size, tile)
     y = jnp.zeros((*rows, num_tiles, tile), dtype)
     y = lax.fori_loop(0, num_tiles, compute_and_store, y)
@@ -181,7 +180,7 @@ def _is_row(x: Array) -> bool:
     return not export.is_symbolic_dim(x.shape[-2]) and x.shape[-2] == 1
 
 
-def _sums_pairs(spec: ProductSpec, x: Array) -> bool:
+def _uses_row_product(spec: ProductSpec, x: Array) -> bool:
     """Whether `_multiply_row` computes the product."""
     is_at_most_float32 = x.dtype.itemsize <= 4
     is_4_bit = spec.format.bits == 4
@@ -190,8 +189,9 @@ def _sums_pairs(spec: ProductSpec, x: Array) -> bool:
 
 def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
     """Returns the product of a single row, without storing decoded weights."""
-    # Inside its loop over columns, XLA sums only what is written out: the two rows in a
-    # byte. The remaining sum over half as many rows is a product with ones.
+    # XLA fuses decoding and multiplication with sums that are written as additions,
+    # here of the two rows in each byte. The sum over the remaining rows, half as many,
+    # is written as a product with ones.
     blocks = split_blocks(codes, scales.shape[-2], spec.packing)
     high, low = _pair_values(blocks, spec.format)
     *batch, num_blocks, block_rows, n = high.shape
@@ -201,11 +201,11 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     scale = scales[..., None, :]  # [*batch, blocks, 1, n]
     first, second = pairs[..., :1], pairs[..., 1:]  # [*batch, blocks, block_rows, 1]
     if spec.dtype == x.dtype == jnp.float32:
-        # One multiplication by the scale for two weights. Before it, the values of int4
-        # are up to 8, so sums are finite for x below 2e37.
+        # Two weights share one multiplication by the scale. Unscaled int4 values have
+        # magnitudes of up to 8, so the sums are finite for x below 2e37.
         sums = (high * first + low * second) * scale
     else:
-        # Each weight is rounded, so it has to be scaled first.
+        # Weights are rounded after scaling, so each has to be scaled first.
         products = _round_in_float32(high * scale, spec.dtype, x.dtype) * first
         sums = products + _round_in_float32(low * scale, spec.dtype, x.dtype) * second
     sums = sums.reshape(*batch, num_blocks * block_rows, n)
@@ -214,7 +214,7 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     return y.astype(spec.result or x.dtype)
 
 
-# Jitted for the same reason as `gather_values`.
+# Jitted for the same reason as `gather_values` in quant/codes.py.
 @functools.partial(jax.jit, static_argnums=1)
 def _pair_values(
     codes: UInt8[Array, "*blocks rows n"], fmt: Format
@@ -238,8 +238,9 @@ def _decode_tile(
 ) -> Array:
     if spec.transpose:
         return _decode(spec, codes, scales, dtype, tile)
-    # Look-ups of values that are already scaled and rounded to 16 bits select twice as
-    # many at once. They are not for gradients, whose tiles are as wide as the kernel.
+    # Selecting among values that are already scaled and rounded to 16 bits handles
+    # twice as many weights at once. This is not used for gradients, whose tiles are as
+    # wide as the kernel.
     if (
         dtype.itemsize == 2
         and spec.format.bits == 4
@@ -268,7 +269,7 @@ def _decode_scaled(
     return lax.bitcast_convert_type(join_blocks(w, spec.k), dtype)
 
 
-# Jitted for the same reason as `gather_values`.
+# Jitted for the same reason as `gather_values` in quant/codes.py.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _scaled_tables(
     scales: Float32[Array, "*batch blocks n"],
@@ -277,7 +278,7 @@ def _scaled_tables(
     dtype: np.dtype,
 ) -> UInt16[Array, "*batch blocks 16 n"]:
     """Returns the bits of the 16 possible weights of each block and column."""
-    # Bits, because XLA on CPUs would convert bfloat16 to float32 for each select.
+    # Returns bits, because XLA on CPUs would convert bfloat16 to float32 to select it.
     table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
     products = scales[..., None, :] * table
     return lax.bitcast_convert_type(
@@ -286,8 +287,8 @@ def _scaled_tables(
 
 
 def _round_to(w: Array, dtype: np.dtype, result_dtype: np.dtype) -> Array:
-    """Equals `round_to`, with two thirds of XLA's operations for bfloat16 on CPUs."""
-    if not _is_to_bfloat16(dtype, result_dtype):
+    """Like `round_to`, but takes two thirds of the operations for bfloat16 on CPUs."""
+    if not _rounds_to_bfloat16(dtype, result_dtype):
         return round_to(w, dtype, result_dtype)
     bits = (_rounded_bits(w) >> np.uint32(16)).astype(jnp.uint16)
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
@@ -296,20 +297,20 @@ def _round_to(w: Array, dtype: np.dtype, result_dtype: np.dtype) -> Array:
 def _round_in_float32(
     w: Array, dtype: np.dtype, result_dtype: np.dtype
 ) -> Float32[Array, "..."]:
-    """Equals `round_to`, but returns the rounded values in float32."""
-    if not _is_to_bfloat16(dtype, result_dtype):
+    """Like `round_to`, but returns the rounded values in float32."""
+    if not _rounds_to_bfloat16(dtype, result_dtype):
         return round_to(w, dtype, result_dtype).astype(jnp.float32)
     bits = _rounded_bits(w) & np.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _is_to_bfloat16(dtype: np.dtype, result_dtype: np.dtype) -> bool:
+def _rounds_to_bfloat16(dtype: np.dtype, result_dtype: np.dtype) -> bool:
     return result_dtype == jnp.bfloat16 and dtype in (jnp.float32, jnp.bfloat16)
 
 
 def _rounded_bits(w: Array) -> Array:
-    # The upper half of the result is w in bfloat16, rounded to nearest even. This skips
-    # XLA's handling of NaN, which weights never are.
+    # The upper half of the result is w in bfloat16, rounded to nearest even. This omits
+    # XLA's handling of NaN, because weights are never NaN.
     bits = lax.bitcast_convert_type(w, jnp.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return bits + np.uint32(0x7FFF) + odd

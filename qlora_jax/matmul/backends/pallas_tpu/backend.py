@@ -18,7 +18,7 @@ class PallasTPU(Backend):
     is_opaque = True
 
     def __init__(self, chip_name: str | None = None):
-        """By default, the kernel is for the chip of this process."""
+        """`chip_name` is a key of `CHIPS`. None selects the chip of this process."""
         self._chip_name = chip_name
 
     @property
@@ -31,14 +31,14 @@ class PallasTPU(Backend):
     ) -> str | None:
         """See `Backend.refusal`."""
         if spec.precision is not None:
-            return f"It supports no `precision`. Got precision={spec.precision!r}."
+            return f"It does not support `precision`. Got {spec.precision!r}."
         if np.promote_types(spec.dtype, dtype) != spec.dtype:
             return (
-                "It rounds weights once, so x must not be wider than the weights. Got "
-                f"{spec.dtype} weights and {dtype} inputs."
+                "It rounds weights once, so the dtype of x must not be wider than that "
+                f"of the weights. Got {spec.dtype} weights and {dtype} inputs."
             )
         if export.is_symbolic_dim(shape[-2]):
-            return f"It needs a number of rows that is not symbolic. Got {shape[-2]}."
+            return f"It does not support a symbolic number of rows. Got {shape[-2]}."
         tiling = plan(spec, shape[-2], columns, dtype, self.chip)
         return tiling if isinstance(tiling, str) else None
 
@@ -46,7 +46,7 @@ class PallasTPU(Backend):
         """See `Backend.product`."""
         from . import fused
 
-        # The kernel takes at most one axis of experts, and one of layers for the codes.
+        # The kernel accepts one axis of experts, and for codes also one axis of layers.
         x, codes, scales, layer, _ = operands
         batch = x.shape[:-2]
         experts = (math.prod(batch),) if batch else ()

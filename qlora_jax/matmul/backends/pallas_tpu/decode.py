@@ -8,9 +8,9 @@ a way to look up the values of codes:
 * ``"sublane"``: a gather of 8 words along sublanes (v4, v5e, v5p; float32 anywhere).
 * ``"select"``: a tree of selects over the four bits of a code, on any chip.
 
-4-bit integers are computed instead, except where shuffles give bfloat16 in fewer
-operations. Every form gives `dtype(float32(table[code]) * float32(scale))`, rounded
-once.
+The values of int4 are computed without a look-up, except where shuffles give bfloat16
+in fewer operations. Every form gives `dtype(float32(table[code]) * float32(scale))`,
+rounded once.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,12 +41,12 @@ def decode_stripe(
     size: int,
     dtype: DTypeLike,
 ) -> Array:
-    """Returns `size` of a stripe's weights along the contracted axis, from `start` on.
+    """Returns `size` steps of a stripe along the contracted axis, beginning at `start`.
 
-    `base` is the row of the weight at which the block in the references begins.
+    `base` is the first row of the stripe, counted from the first row of `scales`.
     """
-    # The stripe is decoded in pieces of a few registers, because wider pieces would
-    # spill. The rows of a piece are decoded one slab at a time.
+    # The stripe is decoded in pieces of LANES columns, because wider pieces would spill
+    # registers. The rows of a piece are decoded one slab at a time.
     if tiling.spec.transpose:
         (first_row, num_rows), (first_col, num_cols) = (0, tiling.tile), (start, size)
     else:
@@ -107,7 +107,7 @@ def _scale_row(
 
 
 def divide(value: Array | int, divisor: int) -> Array | int:
-    """Returns `value // divisor` for a static or a traced number from 0."""
+    """Returns `value // divisor` for a static or a traced number of 0 or more."""
     return value // divisor if isinstance(value, int) else lax.div(value, divisor)
 
 
@@ -148,10 +148,10 @@ def decode_slab(
 
 
 def mix(values: Array, *, undo: bool = False) -> Array:
-    """Reorders columns of `[m, 128 i]` as `_shuffle_mixed` orders rows, or back."""
+    """Puts columns of `[m, 128 i]` in the row order of `_shuffle_mixed`, or back."""
     lane = lax.broadcasted_iota(jnp.int32, (values.shape[0], 128), 1)
-    # The six bits of an index, from the highest on. Natural order: r r r c o h; mixed
-    # order: h o r r r c.
+    # The six bits of an index, beginning with the highest, are r r r c o h in natural
+    # order and h o r r r c in mixed order.
     inner = lane & 63
     if undo:
         r, c, o, h = inner >> 3, (inner >> 2) & 1, (inner >> 1) & 1, inner & 1
@@ -182,7 +182,7 @@ def table_of(fmt: Format, n: int, form: str, dtype: DTypeLike) -> Array | None:
 
 
 def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
-    """bfloat16 weights by byte gathers: 5 operations for 16 rows, plus the tables."""
+    """Returns bfloat16 weights by byte gathers: tables + 5 operations for 16 rows."""
     n = codes.shape[1]
     position = lax.broadcasted_iota(jnp.int32, (32, n), 0)
     sublane = lax.broadcasted_iota(jnp.int32, (8, n), 0)
@@ -204,10 +204,10 @@ def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
         nibbles = _shift(jnp.where(sublane < 4, first, second), 4 * (sublane < 4))
         nibbles = pltpu.bitcast(nibbles & 0x0F0F0F0F, jnp.int8)
         for part in range(2):
-            # Each byte of codes gets four index bytes: high, high, low, low nibble ...
+            # Each byte of codes gives four index bytes: high, high, low, low nibble.
             source = 16 * ((position >> 1) & 1) + 8 * part + (position >> 2)
             index = _gather(nibbles, source.astype(jnp.int8))
-            # ... which alternately look up the low and the high byte of a bfloat16.
+            # They alternately look up the low and the high byte of a bfloat16.
             index = pltpu.bitcast(
                 pltpu.bitcast(index, jnp.int32) | 0x10001000, jnp.int8
             )
@@ -218,7 +218,7 @@ def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
 
 
 def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
-    """As `_shuffle`, with 4 of 26 operations less and rows in another order."""
+    """Like `_shuffle`, but with 22 instead of 26 operations and rows in mixed order."""
     # Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
     (scale,) = scales
     scaled_table = pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8)
@@ -226,7 +226,8 @@ def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
     is_odd = (lax.broadcasted_iota(jnp.int32, codes.shape, 0) & 1) == 1
     weights = []
     for nibble in (_shift(words, 3), words << 1):
-        # Bytes 2 * code: the row of the entry's low byte. The high byte follows it.
+        # Each byte is 2 * code: the row of the entry's low byte in the table. The next
+        # row has its high byte.
         index = nibble & 0x1E1E1E1E
         low = _gather(scaled_table, pltpu.bitcast(index, jnp.int8))
         high = _gather(scaled_table, pltpu.bitcast(index | 0x01010101, jnp.int8))
@@ -242,7 +243,7 @@ def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
 
 
 def _sublane(codes: Array, scales: list[Array], table: Array, emulate: bool) -> Array:
-    """bfloat16 weights: a gather fetches entries c and c + 8, and a shift picks one."""
+    """Returns bfloat16 weights: gathers entries c and c + 8, and shifts to pick one."""
     pack = pack_emulated if emulate else _pack
     tables = [pack(table[:8] * scale, table[8:] * scale) for scale in scales]
 
@@ -254,13 +255,13 @@ def _sublane(codes: Array, scales: list[Array], table: Array, emulate: bool) -> 
 
 
 def _pack(low: Array, high: Array) -> Array:
-    """Rounds two float32 arrays to bfloat16, in the halves of int32 words."""
+    """Rounds two float32 arrays to bfloat16, and packs them into int32 words."""
     words = pltpu.pack_elementwise([low, high], packed_dtype=jnp.bfloat16)
     return lax.bitcast_convert_type(words, jnp.int32)
 
 
 def pack_emulated(low: Array, high: Array) -> Array:
-    """Equals `_pack`. `pltpu.pack_elementwise` runs on TPUs only."""
+    """Does the same as `_pack`, whose `pltpu.pack_elementwise` runs only on TPUs."""
 
     def to_bits(values: Array) -> Array:
         return lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
@@ -270,7 +271,7 @@ def pack_emulated(low: Array, high: Array) -> Array:
 
 
 def _sublane_f32(codes: Array, scales: list[Array], table: Array) -> Array:
-    """float32 weights from two tables of eight entries."""
+    """Returns float32 weights from two tables of eight entries."""
     tables = [(table[:8] * scale, table[8:] * scale) for scale in scales]
 
     def pick(nibbles: Array, halves: tuple[Array, Array]) -> Array:
@@ -283,7 +284,7 @@ def _sublane_f32(codes: Array, scales: list[Array], table: Array) -> Array:
 
 
 def _select(codes: Array, scales: list[Array], table: Array, dtype: DTypeLike) -> Array:
-    """Weights by a tree of 15 selects, one level for each bit of the code."""
+    """Returns weights by a tree of 15 selects, one level for each bit of the code."""
 
     def pick(nibbles: Array, scale: Array) -> Array:
         is_set = ((nibbles & (1 << bit)) != 0 for bit in range(4))
@@ -295,7 +296,7 @@ def _select(codes: Array, scales: list[Array], table: Array, dtype: DTypeLike) -
 def _integers(
     codes: Array, scales: list[Array], dtype: DTypeLike, emulate: bool
 ) -> Array:
-    """Weights of int4, whose codes 0 to 15 stand for -8 to 7."""
+    """Returns the weights of int4, whose codes 0 to 15 stand for -8 to 7."""
 
     def pick(nibbles: Array, scale: Array) -> Array:
         return ((nibbles & 15).astype(jnp.float32) - 8.0) * scale
@@ -325,7 +326,7 @@ def _integers(
 def _by_rows(
     codes: Array, tables: Sequence[T], pick: Callable[[Array, T], Array]
 ) -> Array:
-    """Returns weights by `pick(nibbles, table)`, with up to four tables for 64 rows."""
+    """Returns `pick(nibbles, table)` of all rows. Up to four tables share 64 rows."""
     parts = [
         pick(nibbles, tables[i * len(tables) // 8])
         for i, nibbles in enumerate(_rows_of_nibbles(codes))
@@ -334,10 +335,10 @@ def _by_rows(
 
 
 def _rows_of_nibbles(codes: Array) -> list[Array]:
-    """Returns int32 `[8, n]`: the codes of eight rows, with junk above their 4 bits."""
-    # A word holds the nibbles of eight rows of a column. It is broadcast along the
-    # sublanes, each of which shifts it by another amount, so that the nibbles come in
-    # the order of rows.
+    """Returns arrays int32 `[8, n]` of codes. Bits above the lowest 4 are arbitrary."""
+    # A word has the nibbles of eight rows of a column. It is broadcast along the
+    # sublanes, and each sublane shifts it by a different amount, so that the nibbles
+    # are in the order of the rows.
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
     amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))

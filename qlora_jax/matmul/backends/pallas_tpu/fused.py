@@ -1,9 +1,9 @@
 """The fused TPU kernel: `x @ W` and `g @ W.T` from packed codes, without W in HBM.
 
-The grid does not cut the contracted axis. A decoded *stripe* of the weight (a tile of
-its output axis over all of the contracted axis) thus serves every block of rows of the
-left operand. If there is only one such block, each decoded chunk goes to the matrix
-unit at once. Otherwise, the stripe is decoded at the first block and stays in VMEM.
+The grid does not split the contracted axis. A decoded *stripe* of the weight (a tile of
+its output axis, over the full contracted axis) thus serves all blocks of rows of the
+left operand. If there is only one such block, each decoded chunk is multiplied
+immediately. Otherwise, the stripe is decoded at the first block and stays in VMEM.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ from ...spec import ProductSpec
 from . import decode
 from .tiling import Chip, Tiling, plan
 
-# Returns `size` of a stripe's weights along the contracted axis, from `start` on.
+# `decode_chunk(start, size)` returns weights of a stripe, from positions `start` to
+# `start + size` of the contracted axis.
 DecodeChunk = Callable[[Array | int, int], Array]
 
 
@@ -43,7 +44,8 @@ def product(
 
     x is `[M, .]`, codes uint8 `[K/2, N]` (int8: `[K, N]`), scales float32 `[K/B, N]`. A
     batch of weights, such as experts, adds an axis `E` in front of each. With a
-    `layer`, an int32 scalar, codes have an axis `L` before that, and are not sliced.
+    `layer`, an int32 scalar, codes also have an axis `L` in front, and the kernel reads
+    the layer without slicing the stack.
     """
     has_experts = x.ndim == 3
     if layer is None:
@@ -56,7 +58,7 @@ def product(
         raise NotImplementedError(tiling)
     if scales.shape != (codes.shape[1], rows // spec.block_size, cols):
         raise ValueError(
-            f"`scales` must be one for every {spec.block_size} rows of the weight. Got "
+            f"`scales` must have a row for every {spec.block_size} weight rows. Got "
             f"shapes {scales.shape} of `scales` and {codes.shape} of `codes`."
         )
     outputs = rows if spec.transpose else cols
@@ -71,8 +73,8 @@ def product(
 
 def pad(tiling: Tiling, x: Array, scales: Array) -> tuple[Array, Array]:
     """Pads the contracted axis of x and of the scales with zeros."""
-    # Codes are not padded, which would copy them. A block of codes may extend beyond
-    # the array, and whatever the kernel finds there has scales of zero.
+    # Codes are not padded, because this would copy them. A block of codes may extend
+    # beyond the array, but the weights that the kernel decodes there have zero scales.
 
     def pad_to(array: Array, rows: int, cols: int) -> Array:
         widths = [(0, 0)] * (array.ndim - 2)
@@ -93,10 +95,10 @@ def call(
     scales: Array,
     interpret: bool | pltpu.InterpretParams,
 ) -> Array:
-    """Runs the kernel on padded arrays, with weight `layer` (int32 `[1]`) of `L`.
+    """Runs the kernel on padded arrays, for layer `layer` (int32 `[1]`) of the codes.
 
-    Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]` of that
-    weight. Returns `[E, M, .]` in `spec.result`, or else in the dtype of `left`.
+    Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]` of this
+    layer. Returns `[E, M, .]` in `spec.result`, or else in the dtype of `left`.
     """
     spec = tiling.spec
     result = jnp.dtype(spec.result or left.dtype)
@@ -123,8 +125,8 @@ def call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(
                 "parallel",
-                # Left operands are mixed once, at the first stripe, so stripes have an
-                # order.
+                # Left operands are mixed once, at the first stripe, so the order of
+                # stripes matters.
                 "arbitrary" if tiling.mixed else "parallel",
                 "arbitrary",
             ),
@@ -136,7 +138,7 @@ def call(
 
 
 def weight_blocks(tiling: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-    """The blocks of codes and scales that a stripe of one layer's weight needs."""
+    """Returns the specs of the blocks of codes and scales for a stripe."""
     spec, (rows, cols) = tiling.spec, tiling.stripe_shape
 
     def stripe_index(j: Array) -> tuple[Array | int, Array | int]:
@@ -157,12 +159,13 @@ def weight_blocks(tiling: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
 
 
 def scratch(tiling: Tiling, dtype: np.dtype) -> list:
-    """The scratch memory: the stripe if it is kept, or the mixed left operand."""
+    """Returns the scratch memory: for a kept stripe, or for a mixed left operand."""
     if tiling.keep:
         rows, cols = tiling.stripe_shape
         if dtype == jnp.bfloat16:
-            # The layout of int32 words takes a decoded register as it is. The layout of
-            # bfloat16 would split and join it, four operations for 64 rows.
+            # As int32 words, a decoded register can be stored without changes. In the
+            # bfloat16 layout, it would have to be split and joined, which takes four
+            # operations for 64 rows.
             return [pltpu.VMEM((rows // 2, cols), jnp.int32)]
         return [pltpu.VMEM((rows, cols), dtype)]
     if tiling.mixed and not tiling.spec.transpose:
@@ -171,7 +174,7 @@ def scratch(tiling: Tiling, dtype: np.dtype) -> list:
 
 
 def _kernel(tiling: Tiling, *refs: jax.Ref) -> None:
-    # A step of the grid. Only the index maps read the layer.
+    # Runs one step of the grid. Only the index maps read the layer.
     _, left, codes, scales, out, *scratch = refs
     stripe, is_first = pl.program_id(1), pl.program_id(2) == 0
     y = block(tiling, left, codes, scales, scratch, stripe, is_first)
@@ -189,7 +192,7 @@ def block(
 ) -> Array:
     """Returns the product of a block of the left operand with a stripe, in float32.
 
-    `is_first` says whether it is the first block of rows for this stripe of a weight.
+    `is_first` is whether this is the first block of rows for the stripe.
     """
     base = stripe * tiling.tile if tiling.all_scales else 0
 
@@ -241,7 +244,7 @@ def _multiply_kept(
     is_first: Array,
 ) -> Array:
     """Decodes the stripe at the first block of rows, and multiplies by all of it."""
-    is_packed = left.dtype == jnp.bfloat16  # into words of two rows
+    is_packed = left.dtype == jnp.bfloat16  # two rows in a word
 
     def store_chunk(start: Array | int, size: int, carry: None) -> None:
         values = decode_chunk(start, size)

@@ -33,21 +33,21 @@ KINDS = {  # the names of chips by `device_kind`
     "TPU7x": "7x",
 }
 
-FEW_ROWS = 64  # with up to this many rows of x, decoded chunks are not kept
+FEW_ROWS = 64  # up to this many rows of x, decoded weights are not kept
 
-# The largest chunk of the contracted axis with few rows in bfloat16, which the compiler
-# unrolls; half of it in float32. In longer chunks, it overlaps decoding and
-# multiplication better, but compiles longer.
+# The largest chunk of the contracted axis for few rows of x, in bfloat16; half of it in
+# float32. The compiler unrolls the loop over a chunk. With longer chunks, decoding and
+# multiplication overlap better, but compilation takes longer.
 UNROLLED = {"shuffle": 4096, "sublane": 4096, "select": 512}
 
-# The output columns of a block with few rows, best first. Wide blocks have less
+# The output columns of a block if x has few rows, best first. Wide blocks have less
 # overhead. But nothing is computed while the first block is read, so they are used only
-# if at least MIN_WIDE_BLOCKS follow each other.
+# if there are at least MIN_WIDE_BLOCKS of them.
 FEW_ROWS_COLUMNS = (512, 256, 128)
 WIDE_COLUMNS, MIN_WIDE_BLOCKS = 1024, 8
 
-# The output columns and rows of a block, best first. Wide blocks read x less often, and
-# the matrix unit multiplies large ones in fewer instruction bundles.
+# The output columns and rows of a block, best first. With wide blocks, x is read less
+# often. The matrix unit multiplies large blocks in fewer instruction bundles.
 BLOCKS = (
     (1024, 1024),
     (512, 1024),
@@ -60,7 +60,8 @@ BLOCKS = (
     (128, 256),
     (128, 128),
     (128, 64),
-    # Transposed, these hold the scales of only their own rows (`all_scales` is False).
+    # In transposed products, these blocks need only the scales of their own rows
+    # (`all_scales` is False).
     (512, 128),
     (512, 64),
 )
@@ -68,7 +69,7 @@ BLOCKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """The static facts of one call of the kernel."""
+    """The static parameters of one call of the kernel."""
 
     spec: ProductSpec
     form: str  # as in `decode`
@@ -159,7 +160,7 @@ def plan(
             continue
         if vmem_bytes(tiling, itemsize) <= tiling.vmem_limit:
             return tiling
-    return f"A stripe of {contracted} overflows VMEM."
+    return f"VMEM is too small for a contracted axis of {contracted}."
 
 
 def _refusal(spec: ProductSpec, cols: int, dtype: DTypeLike) -> str | None:
@@ -173,14 +174,14 @@ def _refusal(spec: ProductSpec, cols: int, dtype: DTypeLike) -> str | None:
             f"block_size={spec.block_size} and {spec.k} rows."
         )
     if spec.format.bits == 8 and spec.format.values != INT8.values:
-        return f"It has no table of 256 values. Got {spec.packing.fmt!r}."
+        return f"It supports only int8 among 8-bit formats. Got {spec.packing.fmt!r}."
     if spec.k == 0 or cols == 0:
         return "The weight must not be empty."
     return None
 
 
 def _balanced_tile(size: int, max_tile: int) -> int:
-    """Returns a tile of at most `max_tile`, such that all tiles are about equal."""
+    """Returns a tile size up to `max_tile` that makes all tiles about equal."""
     return -(-size // -(-size // max_tile))
 
 
@@ -189,13 +190,13 @@ def _round_up(size: int, unit: int) -> int:
 
 
 def vmem_bytes(tiling: Tiling, itemsize: int) -> int:
-    """Returns a bound of the VMEM that the compiler takes for a tiling."""
-    # A block of the left operand is larger than the registers, so it is spilled if it
-    # is multiplied as a whole: one more copy of it, or four in float32, whose product
-    # at full precision consists of bfloat16 parts. Other spills are less than 512
-    # values for each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few
-    # rows, the compiler takes up to 4 MiB more than this bound, of the quarter that
-    # `plan` leaves.
+    """Returns an upper bound of the VMEM bytes that the compiler uses for a tiling."""
+    # With a kept stripe, a block of the left operand is multiplied as a whole. It is
+    # larger than the registers, so it is spilled: one more copy in bfloat16, or four in
+    # float32, because a product at full precision is computed from bfloat16 parts.
+    # Other spills are less than 512 values for each row of the block (libtpu of JAX
+    # 0.12.0.1, for v5e and v6e). With few rows, the compiler uses up to 4 MiB more than
+    # this bound, which the quarter that `plan` leaves to it covers.
     spilled = 0
     if tiling.keep:
         copies = 1 if itemsize == 2 else 4
@@ -204,7 +205,7 @@ def vmem_bytes(tiling: Tiling, itemsize: int) -> int:
 
 
 def _block_bytes(tiling: Tiling, itemsize: int) -> int:
-    # The pipeline holds two buffers of each block. There is only one stripe.
+    # The pipeline has two buffers for each block. There is only one stripe.
     is_transposed, result = tiling.spec.transpose, tiling.spec.result
     left = tiling.tile_m * tiling.contracted * itemsize
     codes = tiling.tile * tiling.contracted // tiling.spec.format.codes_per_byte

@@ -1,8 +1,9 @@
 """The kernel for rows that are sorted by expert.
 
 The last axis of the grid runs over *visits*: pairs of a block of rows and an expert
-that has rows in it. A block with rows of several experts is visited by each of them,
-and stays in VMEM meanwhile. The stripe of an expert is decoded at its first visit.
+that has rows in it. A block with rows of several experts is visited once for each of
+them, and stays in VMEM in between. The stripe of an expert is decoded at the expert's
+first visit.
 """
 
 import dataclasses
@@ -20,13 +21,14 @@ from ...spec import ProductSpec
 from . import fused
 from .tiling import FEW_ROWS, Chip, Tiling, plan
 
-# The rows of x in a block. A block in which the rows of an expert end is multiplied by
-# the next expert too, so smaller blocks waste less; larger ones are multiplied faster.
+# Bounds of the number of rows of x in a block. If the rows of an expert end inside a
+# block, the whole block is multiplied by the next expert too. Smaller blocks waste less
+# of this work, and larger blocks are multiplied faster.
 FEWEST_ROWS, MOST_ROWS = 128, 512
 
 
 class Visits(NamedTuple):
-    """The facts about each visit that the kernel reads. Each array is int32 `[T]`."""
+    """The properties of each visit that the kernel reads, as arrays int32 `[T]`."""
 
     block: Array  # the block of rows
     expert: Array
@@ -72,7 +74,8 @@ def product(
     x, scales = fused.pad(tiling, x, scales)
     visits = visit(offsets, x.shape[0], tiling.tile_m)
     if not tiling.keep:
-        # There is only one block of rows, which is mixed at the first of all visits.
+        # The kernel then uses `decodes` only to mix the left operand. There is a single
+        # block of rows, which is mixed at the very first visit.
         is_first_expert = jnp.cumsum(visits.decodes) == 1
         visits = visits._replace(decodes=visits.decodes * is_first_expert)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -84,7 +87,7 @@ def visit(offsets: Array, num_rows: int, size: int) -> Visits:
     """Returns all visits of blocks of `size` rows.
 
     Blocks in which no expert has rows are visited too, to write zeros. The number of
-    visits is static, and is the largest possible. Visits that are left over do nothing.
+    visits is static, and is the largest possible. Unused visits do nothing.
     """
     # 1. Count the visits of each expert, and the blocks before and after all rows of
     #    experts. Visits are numbered so that 0 is the first one of an expert.
@@ -98,7 +101,7 @@ def visit(offsets: Array, num_rows: int, size: int) -> Visits:
     end_block = jnp.where(total > 0, -(-offsets[-1] // size), 0)
     first_block_after = jnp.maximum(blocks_before, end_block)
 
-    # 2. Find the expert of each visit, and how many visits of it came before.
+    # 2. Find the expert of each visit, and the number of its earlier visits.
     number = jnp.arange(num_blocks + num_experts - 1, dtype=jnp.int32) - blocks_before
     is_active = (number >= 0) & (number < total)
     active = jnp.clip(number, 0, jnp.maximum(total - 1, 0))
@@ -106,7 +109,7 @@ def visit(offsets: Array, num_rows: int, size: int) -> Visits:
     expert = jnp.minimum(expert, num_experts - 1).astype(jnp.int32)
     num_earlier = active - (ends - counts)[expert]
 
-    # 3. Find the block of each visit: of an expert, before all experts, or after them.
+    # 3. Find the block of each visit: with an expert, or before or after all experts.
     block_after = first_block_after + jnp.maximum(number - total, 0)
     block_after = jnp.minimum(block_after, num_blocks - 1)
     block = jnp.where(is_active, first_block[expert] + num_earlier, block_after)
@@ -146,7 +149,7 @@ def _call(
         return block[t], j
 
     def for_visits(block_spec: pl.BlockSpec) -> pl.BlockSpec:
-        # In the grid of `fused`, the expert is an index and not prefetched.
+        # In `fused`, the expert is a grid index. Here, it is read from the visits.
         fused_index = block_spec.index_map
         assert fused_index is not None
 
@@ -168,7 +171,7 @@ def _call(
         ),
         out_shape=jax.ShapeDtypeStruct((tiling.m, out_cols), dtype),
         compiler_params=pltpu.CompilerParams(
-            # As in `fused`, mixing the left operand gives the stripes an order.
+            # As in `fused`, the order of stripes matters if the left operand is mixed.
             dimension_semantics=(
                 "arbitrary" if tiling.mixed else "parallel",
                 "arbitrary",
@@ -181,7 +184,7 @@ def _call(
 
 
 def _kernel(tiling: Tiling, layer: jax.Ref, *refs: jax.Ref) -> None:
-    # One visit of a block of rows. Only the index maps read the layer.
+    # Runs one visit of a block of rows. Only the index maps read the layer.
     del layer
     num_visits = len(Visits._fields)
     visits = Visits._make(refs[:num_visits])
@@ -199,8 +202,8 @@ def _kernel(tiling: Tiling, layer: jax.Ref, *refs: jax.Ref) -> None:
         y = fused.block(tiling, left, codes, scales, scratch, stripe, decodes)
         row = lax.broadcasted_iota(jnp.int32, out.shape, 0)
         row += visits.block[t] * tiling.tile_m
-        # Other rows of the block belong to experts of other visits.
+        # The other rows of the block belong to the experts of other visits.
         other_rows = out[...].astype(jnp.float32)
-        is_mine = (row >= first) & (row < end)
-        y = jnp.where(is_mine, y.astype(jnp.float32), other_rows)
+        is_expert_row = (row >= first) & (row < end)
+        y = jnp.where(is_expert_row, y.astype(jnp.float32), other_rows)
         out[...] = y.astype(out.dtype)
