@@ -1,6 +1,7 @@
 """The chunked loss against Optax's loss on the logits of all tokens."""
 
 import functools
+import math
 import re
 
 import jax
@@ -240,6 +241,7 @@ def test_inside_shard_map():
         ({"labels": jnp.ones(3, jnp.int32)}, ValueError, r"`labels` must .* \(2,\)"),
         ({"chunk_size": 0}, ValueError, "`chunk_size` must be positive. Got 0"),
         ({"logit_soft_cap": 0.0}, ValueError, "`logit_soft_cap` must be positive"),
+        ({"logit_soft_cap": math.inf}, ValueError, "`logit_soft_cap` must be positive"),
     ],
 )
 def test_refusals(change, error, match):

@@ -4,6 +4,7 @@ The logits, float32 `[tokens, V]`, are often the largest array of a training ste
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,8 +90,10 @@ def chunked_cross_entropy(
     _check(hidden, kernel, labels, contract)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"`chunk_size` must be positive. Got {chunk_size}.")
-    if logit_soft_cap is not None and not logit_soft_cap > 0:
-        raise ValueError(f"`logit_soft_cap` must be positive. Got {logit_soft_cap}.")
+    if logit_soft_cap is not None and not 0 < logit_soft_cap < math.inf:
+        raise ValueError(
+            f"`logit_soft_cap` must be positive and finite. Got {logit_soft_cap}."
+        )
     if chunk_size is None:
         bytes_per_token = 4 * max(kernel.matrix_shape[-1], 1)
         chunk_size = max(CHUNK_BYTES // bytes_per_token, FEWEST_TOKENS)

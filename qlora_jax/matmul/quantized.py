@@ -15,7 +15,7 @@ from .._jax.arguments import as_array, as_int32, known_values
 from .._jax.modes import for_product
 from ..quant.qtensor import QTensor
 from ..quant.views import product_arrays
-from .choose import checked_backend, default_backends, refusals
+from .choose import PREFERRED, checked_backend, default_backends, refusals
 from .sharded import sharded_product
 from .spec import Operands, ProductSpec, product_spec
 
@@ -121,6 +121,7 @@ def explain_backend(
     spec = replace(product_spec(q), transpose=transpose)
     platform = jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
+    platform = platform if platform in PREFERRED else "default"
     backends = default_backends(platform, is_local=True)
     return refusals(backends, spec, x.shape, x.dtype, q.codes.shape[-1])
 

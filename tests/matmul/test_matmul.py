@@ -486,6 +486,8 @@ def test_why_a_back_end_is_not_taken(monkeypatch):
     assert [*tried] == ["rounding", "reference"] and tried["reference"] is None
     with pytest.raises(NotImplementedError, match=re.escape(tried["rounding"])):
         ql.matmul(x, q, backend="rounding")
+    monkeypatch.setattr(jax, "default_backend", lambda: "another")
+    assert ql.explain_backend(x, q) == {"reference": None}
 
 
 @pytest.mark.parametrize("transpose", [False, True])
