@@ -83,7 +83,7 @@ class WrappedModel:
         mutable: CollectionFilter = False,
         **kwargs: Any,
     ) -> Tree:
-        """Returns the output on packed kernels, as `nn.Module.apply` does on float ones.
+        """Returns the output on packed kernels, like `nn.Module.apply` on float ones.
 
         Args:
             variables: A dict of collections: `"params"` is the base tree or a combined
