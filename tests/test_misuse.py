@@ -48,7 +48,7 @@ FUNCTIONS = {
 }
 # Arguments that errors describe instead of naming them.
 NAMED_AS = {"base": "`base`|a kernel must", "ids": "ids", "equation": "equation"}
-NAMED_AS["x"] = r"`x`|to x and the result.* Got .* axes\."
+NAMED_AS["x"] = r"`x`|in x and the result.* Got .* axes\."
 EXTRA_ARGUMENTS = {"with_adapter": {"lora": LORA}}
 EXTRA_ARGUMENTS["init"] = {
     "params": {"kernel": normal(0, (64, 8))},

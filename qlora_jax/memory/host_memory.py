@@ -15,7 +15,7 @@ LAYER_INPUT = "layer_input"  # the name for `jax.checkpoint` policies
 
 
 def layer_input(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Names the input of a layer, so that `offload_layer_inputs` can offload it.
+    """Returns a layer's input, named so that `offload_layer_inputs` can offload it.
 
     Call it first in a layer, and then use only its result. Otherwise, the argument of
     the layer stays in device memory too.

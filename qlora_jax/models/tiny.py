@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (  # ChatML
 
 
 def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> str:
-    """Writes a Hugging Face folder with a random Llama, and returns the folder.
+    """Returns a folder after writing a random Llama in Hugging Face's format to it.
 
     The model has a byte-level tokenizer and a chat template.
 

@@ -486,7 +486,4 @@ def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypa
     with folder_of_gguf(path) as folder:
         unpacked = open_tokenizer(folder)
         assert unpacked.chat.sources == ours.chat.sources == templates
-        assert (
-            unpacked.end_ids == ours.end_ids
-            and unpacked.eos_id == theirs.eos_id
-        )
+        assert unpacked.end_ids == ours.end_ids and unpacked.eos_id == theirs.eos_id
