@@ -361,7 +361,7 @@ def test_refusal_is_not_implemented():
 
 def test_shapes_that_contradict():
     codes, scales, _ = make_weight("nf4", 128, 256, 64)
-    with pytest.raises(ValueError, match="`scales` must be"):
+    with pytest.raises(ValueError, match="`scales` must have a row for every 64"):
         stack_product(jnp.zeros((4, 128)), codes, scales[:1])
 
 

@@ -126,7 +126,7 @@ CLIP = "`tile` must be positive or None. Got"
         (lambda: attend(window=0), "`window` must be positive or None. Got 0"),
         (lambda: attend(soft_cap=-1), "`soft_cap` must be finite and positive. Got -1"),
         (lambda: attend(segment_ids=jnp.ones((1, 9))), r"must have shape \(1, 8\)"),
-        (lambda: attend(query=ODD_QUERY), "divide those of `query`. Got 2 and 3"),
+        (lambda: attend(query=ODD_QUERY), "divide that of `query`. Got 2 and 3"),
         (lambda: attend(value=SHORT_VALUE), "must have the same shapes"),
         (lambda: attend(key=jnp.ones((8, 4))), "`query` and `key` must have four axes"),
         (lambda: ql.memory.tiled(jnp.sin, 0), CLIP + " 0"),
