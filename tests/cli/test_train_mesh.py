@@ -186,7 +186,9 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     num_steps = len(losses(killed))
     processes = start_two(file, killed, resume=True)
     log = tmp_path / "killed.0.log"
-    while "going on after" not in log.read_text() or len(losses(killed)) == num_steps:
+    while (
+        "Resuming after step" not in log.read_text() or len(losses(killed)) == num_steps
+    ):
         assert all(process.poll() is None for process in processes), log.read_text()
         num_steps = min(num_steps, len(losses(killed)))
         time.sleep(0.02)
@@ -194,7 +196,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     for process in processes:
         assert process.wait(120) == 128 + signal.SIGTERM, log.read_text()
     step = len(losses(killed))
-    assert step < STEPS and f"the state of step {step} is in" in log.read_text()
+    assert step < STEPS and f"The state of step {step} is saved in" in log.read_text()
     assert "config.yaml --resume" not in (tmp_path / "killed.1.log").read_text()
     wait_for_two(start_two(file, killed, resume=True), killed)
     assert losses(killed) == losses(distributed)

@@ -170,8 +170,13 @@ def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, transform):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["einsum", "mlp", "attention"])
-def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
+@pytest.mark.parametrize(
+    # A layer rounds its product, the two products of its adapter and their sum, and the
+    # backward pass as often. Attention is two layers in a row, and more in between.
+    "name, roundings",
+    [("einsum", 8), ("mlp", 16), ("attention", 24)],
+)
+def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name, roundings):
     pair = PAIRS[name]
     x = make_x(pair, jnp.bfloat16)
     low = flax.wrap(flax.make(pair, dtype=jnp.bfloat16), CONFIG, x)
@@ -186,7 +191,8 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
         return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
 
     want = w_lora, w_x, w_y
-    assert_close(to_float32((g_lora, g_x, y)), want, dtype=jnp.bfloat16, roundings=8)
+    got = to_float32((g_lora, g_x, y))
+    assert_close(got, want, dtype=jnp.bfloat16, roundings=roundings)
 
 
 DENSE = ["dense", "layer", "general"]

