@@ -95,7 +95,7 @@ def varying_with(x: Array, *trees: PyTree) -> Array:
 
 
 def for_product(x: Array, *trees: PyTree) -> tuple[PyTree, ...]:
-    """Returns the Explicit mesh of a product or None, and its adapted operands."""
+    """Returns the Explicit mesh of a product or None, and operands that fit it."""
     x = varying_with(x, *trees)
     mesh = explicit_mesh(x, trees)
     if mesh is None:

@@ -28,7 +28,8 @@ class NamedLeaf:
 
     path: str
     shape: tuple[int, ...]
-    # None if the leaf is not a kernel: it has batch axes, then the axes of its tensors.
+    # None if the leaf is not a kernel. Its axes are then the batch axes, followed by
+    # the axes of its tensors.
     geometry: Geometry | None
     is_vector: bool  # a bias of several axes, which is a vector in the checkpoint
     tensors: np.ndarray  # the names, in the shape of the leaf's batch axes

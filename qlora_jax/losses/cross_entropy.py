@@ -275,7 +275,7 @@ def _linear(head: Kernel, dtype: np.dtype) -> Linear:
 def _compute_chunk(
     linear: Linear, cap: float | None, has_gradient: bool, chunk: tuple[Array, Array]
 ) -> tuple[Array, Array | None]:
-    """Returns the loss of each row of a chunk, and its gradient with respect to it."""
+    """Returns the loss of each row of a chunk, and its gradient in the row."""
     rows, labels = chunk
     logits, pull_back = linear(rows)
     logits = soft_cap(logits, cap)

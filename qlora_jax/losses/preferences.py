@@ -111,9 +111,9 @@ def kto(
     Args:
         answers: The log-ratio of each answer, summed over its tokens.
         is_desirable: Whether the model should learn to give the answer, or to avoid it.
-        kl: The mean log-ratio of answers to other prompts, an estimate of the
-            divergence from the reference. It gets no gradient, and negative values
-            are replaced with 0.
+        kl: The mean log-ratio of answers that are paired with prompts of other
+            rows, an estimate of the divergence from the reference. It gets no gradient,
+            and negative values are replaced with 0.
         beta: The strength of the pull towards the reference.
 
     Example:

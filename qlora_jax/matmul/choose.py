@@ -79,7 +79,7 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     """Computes the product with the requested back end, or with the platform's default.
 
     `is_local` is whether the arrays are on one device. Otherwise, XLA may have to
-    partition the product, which it cannot do with an opaque back end.
+    partition the product, which opaque back ends do not allow.
     """
     # Back ends accept a single axis of rows.
     x = operands.x

@@ -78,7 +78,7 @@ class Backend(abc.ABC):
     The result has the dtype `spec.result`, or else the dtype of x.
     """
 
-    is_opaque = False  # whether XLA cannot partition the product (a Pallas kernel)
+    is_opaque = False  # whether XLA cannot or must not partition it
 
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int

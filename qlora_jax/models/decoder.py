@@ -100,7 +100,7 @@ class Decoder(nn.Module):
             recomputes too, and saves the layers' inputs in host memory: see
             `qlora_jax.memory.offload_layer_inputs`.
         attention: Attention without a cache. "xla" computes the scores of all queries
-            and keys, except on CPUs and with a soft-cap, where long inputs are
+            and keys, except on CPUs or with a soft-cap: long inputs are then
             processed in blocks. "splash" is `qlora_jax.memory.splash_attention`, on
             TPUs; on an ambient mesh with Auto axes, each device computes its rows and
             heads. A function with the same signature is also accepted. With a cache,

@@ -88,16 +88,16 @@ def _candidate_specs(
     # The leading axes are layers and, in a mixture, experts.
     stack = (None,) * (2 if "experts" in parents else 1)
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
-    fused_axes = tuple(axis for axis in (tensor, fsdp) if axis)
+    output_axes = tuple(axis for axis in (tensor, fsdp) if axis)
     if name == "embedding" or module == "lm_head":
         for axes in ((fsdp, tensor), (fsdp,), (tensor,), ()):
             yield None, tuple(filter(None, axes)) or None
     elif name == "kernel" and module in _SPLIT_OUTPUTS:
         is_kv = module in ("k_proj", "v_proj")
         if is_kv and config.num_kv_heads % sizes.get("tensor", 1):
-            tensor, fused_axes = None, fused_axes[bool(tensor) :]
+            tensor, output_axes = None, output_axes[bool(tensor) :]
         yield *stack, fsdp, tensor
-        yield *stack, None, fused_axes
+        yield *stack, None, output_axes
     elif name == "kernel" and module in _SPLIT_INPUTS:
         yield *stack, tensor, fsdp
 

@@ -209,11 +209,12 @@ def _decode_grid(blocks: Blocks, signed: bool) -> Array:
 
 # In the paper, the number of leading zeros of a code (after its sign bit) is a decimal
 # exponent, and the bits after the first 1 are a linear fraction. This gives decades:
-# decade `e` is the interval `[0.1, 1] * 10**(e - top)`, and its 2**e values are the
-# centers of 2**e equal parts. The map also has the values 0 and 1. The unsigned map has
-# one more bit of fraction. Here, a code is a position in the sorted map, and the
-# *index* of a value is its position relative to zero. Values are computed from the bits
-# of a code, because a look-up in a table of 256 values is slow on TPUs.
+# decade `e` is the interval `[0.1, 1] * 10**(e - top)` (`top` is 6, or 7 in the
+# unsigned map), and its 2**e values are the centers of 2**e equal parts. The map also
+# has the values 0 and 1. The unsigned map has one more bit of fraction. Here, a code is
+# a position in the sorted map, and the *index* of a value is its position relative to
+# zero. Values are computed from the bits of a code, because a look-up in a table of 256
+# values is slow on TPUs.
 #
 # The values of a decade are `step * (18 * index + offset)`. The factor in parentheses
 # is a small integer, so that each value is a single product of two float32 numbers,

@@ -31,7 +31,8 @@ def offload(
     Arrays are moved to the host. Scalars, such as the count, stay on the device, and
     the structure of the state does not change. Call `update` under `jax.jit` with the
     state donated (`donate_argnums`), so that the host's arrays are updated in place.
-    Donate the parameters of a step too, or the updates of `jax.jit(tx.update)`. JAX
+    Donate the arrays on the device that have the same shapes, too: the parameters of a
+    step, or the updates if `tx.update` itself is jitted. JAX
     assigns donated memory to the first result of the same shape, and a process on CPUs
     terminates if this result is an array on the device (JAX 0.10.2 to 0.12.0.1).
 

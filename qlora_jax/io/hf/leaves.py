@@ -205,7 +205,7 @@ def pack_float_leaf(
 
 
 def _largest_fused(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
-    """Returns the largest magnitude in a weight and in the weights fused with it."""
+    """Returns the largest magnitude in a weight and those that servers fuse with it."""
     largest = np.float32(0)
     stored = [tensors[fused] for fused in fused_with(name) if fused in tensors]
     for x in [x for x in stored if packing_of(x) is None]:
@@ -225,8 +225,8 @@ def _pack_piece(
     scales = _write_matrix(buffers[1], new_scales, start)
 
     def is_decodable() -> Array:
-        # This quantizes the scales of this piece alone. The scales of the entire kernel
-        # differ, and `_store_scales` raises an error if they are not finite.
+        # This encodes the scales of this piece alone, which may differ from the scales
+        # of the kernel. Infinite ones pass here, and `_store_scales` rejects them.
         stored = packing.scheme.encode(new_scales, *largest)
         decoded_scales = packing.scheme.decode(stored)
         w = dequantize_blocks(new_codes, decoded_scales, packing, x.shape[1])

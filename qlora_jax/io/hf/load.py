@@ -62,7 +62,8 @@ def load(
         recode: Whether to convert packed weights whose byte layout has no equivalent
             here. A weight whose blocks cross rows is stored in smaller blocks, or in
             float if these would be below 16; a weight with zero points or reordered
-            inputs is stored in float. These conversions are exact. A target whose
+            inputs is stored in float. Except for the rounding of floats to the dtype,
+            these conversions are exact. A target whose
             settings differ from the config's, or whose layout has no equivalent, is
             packed again, which rounds it once more.
         place: A function that puts shardings on the tree of shapes; devices then read

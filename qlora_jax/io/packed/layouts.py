@@ -210,7 +210,7 @@ def _read_mlx(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
         return {"weight": packed_weight(*fmt, codes, scales, biases=biases)}
     message = "`biases` must be left out if `scales` are uint8. Got some."
     require("biases" not in parts, message)
-    if codes.shape[1] * 2 != scales.shape[1] * 16:  # the weights per scale
+    if codes.shape[1] * 2 != scales.shape[1] * 16:  # not NVFP4
         return {"weight": packed_weight("mxfp4", "bfloat16", codes, scales)}
     e4m3 = np.dtype(ml_dtypes.float8_e4m3fn)
     e4m3_scales = View(scales.shape, e4m3, lambda *index: scales[index].view(e4m3))

@@ -255,9 +255,10 @@ def require_part(parts: Parts, name: str, dtypes: str, axes: int = 2) -> Any:
 
 
 def check_4bit_words(name: str, words: SliceableTensor, count: int) -> None:
-    """Raises an error if rows of `count` codes would need another size than 4 bits."""
+    """Raises an error if rows of `count` codes have another usual size than 4 bits."""
     bits = 8 * words.dtype.itemsize * words.shape[1] / count
     message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
+    # Other sizes mean that a shape is wrong, which the caller reports.
     require(bits not in (1, 2, 3, 5, 6, 8), message)
 
 

@@ -111,7 +111,7 @@ class AdapterTensors:
     adapted: Mapping[str, Position]  # modules with an adapter
     parameters: Mapping[str, str]  # adapted parameters, and PEFT's modules for them
     saved: tuple[str, ...]  # biases and tensors of `modules_to_save`
-    optional: tuple[str, ...]  # weights of embeddings, which a file may also hold
+    optional: tuple[str, ...]  # weights of tables, which a file may also hold
     rows: Mapping[str, tuple[int, ...]]  # trained rows, by module of the embedding
     tables: Collection[str]  # the modules that are embeddings
 
@@ -158,7 +158,7 @@ def from_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray
 
 
 def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
-    """Returns the tensors of an adapter by its settings; an error lists mismatches."""
+    """Returns the tensors that settings describe; an error lists what does not fit."""
     problems: list[str] = []
     # First, find the adapters of modules and of parameters that hold all experts.
     adapted = _adapted_modules(config, model, problems)

@@ -7,8 +7,8 @@ stays zero in training.
 PEFT also has adapters of parameters that hold all experts (`target_parameters`). For E
 experts of rank r, A is `[E r, K]`, expert by expert, and B is `[N, r E]`, rank by rank.
 The gate and up kernels are the halves of one parameter. If their adapters differ, A has
-the columns of both, and B is zero outside two blocks. If only one of them has an
-adapter, the other's half of B is zero.
+the vectors of both, one after the other, and B is zero outside two blocks. If only one
+of them has an adapter, the other's half of B is zero.
 """
 
 import math

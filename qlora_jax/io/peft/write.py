@@ -167,15 +167,16 @@ def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> b
         paths <= adapters.keys() or not paths & adapters.keys()
         for paths in kernels.values()
     )
-    # A parameter has one scaling. Kernels whose experts have different scalings must be
-    # written as modules, for which PEFT raises an error.
+    # A parameter has one scaling, so kernels whose experts have different scalings can
+    # only be written as modules. PEFT raises an error when it converts these, which is
+    # better than other scalings.
     need_modules = any(isinstance(x.scaling, tuple) for x in adapters.values())
     are_uniform = len({(x.rank, x.scaling) for x in adapters.values()}) == 1
     return have_modules and are_complete and (need_modules or are_uniform)
 
 
 def _ranks(adapter: Adapter) -> np.ndarray:
-    """Returns the rank of each matrix, without zero padding if scalings differ."""
+    """Returns the rank of each matrix. If scalings differ, padding does not count."""
     # Matrices with different scalings may have different ranks, padded with zeros.
     ranks = np.zeros(adapter.batch_shape, int)
     arrays = adapter.arrays.values()

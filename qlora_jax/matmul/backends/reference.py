@@ -21,7 +21,7 @@ TakeExpert = Callable[[Array], tuple[Array, Array]]
 
 def accumulator_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype in which products of `dtype` are summed: float32 or float64."""
-    # This follows NumPy's promotion rules, because JAX's strict mode rejects it.
+    # NumPy promotes here: in its strict mode, JAX raises an error for mixed dtypes.
     return np.promote_types(dtype, np.float32)
 
 
@@ -33,7 +33,7 @@ def dot(
     precision: PrecisionLike,
     result: DTypeLike | None = None,
 ) -> Float[Array, "*batch outputs"]:
-    """Returns `x @ w` or `x @ w^T` over equal batch axes, summed in float32.
+    """Returns `x @ w` or `x @ w^T` over equal batch axes, summed in float32 or more.
 
     The dtype of the result is `result`, or else the dtype of the sum.
     """

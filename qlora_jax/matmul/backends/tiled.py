@@ -189,9 +189,9 @@ def _uses_row_product(spec: ProductSpec, x: Array) -> bool:
 
 def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
     """Returns the product of a single row, without storing decoded weights."""
-    # XLA fuses decoding and multiplication with sums that are written as additions,
-    # here of the two rows in each byte. The sum over the remaining rows, half as many,
-    # is written as a product with ones.
+    # XLA fuses decoding and multiplication into additions, but not into a product. The
+    # two rows of each byte are therefore added first. The sums, half as many, are then
+    # added up by a product with ones.
     blocks = split_blocks(codes, scales.shape[-2], spec.packing)
     high, low = _pair_values(blocks, spec.format)
     *batch, num_blocks, block_rows, n = high.shape

@@ -5,7 +5,8 @@ column, or one int32 register of 8 sublanes), or 32 rows of an int8 weight. A *f
 a way to look up the values of codes:
 
 * ``"shuffle"``: a byte gather along sublanes, on chips that have one (v6e, tpu7x).
-* ``"sublane"``: a gather of 8 words along sublanes (v4, v5e, v5p; float32 anywhere).
+* ``"sublane"``: a gather of 8 words along sublanes (v5e and v5p; for float32 also v6e
+  and tpu7x).
 * ``"select"``: a tree of selects over the four bits of a code, on any chip.
 
 The values of int4 are computed without a look-up, except where shuffles give bfloat16
@@ -41,7 +42,7 @@ def decode_stripe(
     size: int,
     dtype: DTypeLike,
 ) -> Array:
-    """Returns `size` steps of a stripe along the contracted axis, beginning at `start`.
+    """Returns rows `start` to `start + size` of a stripe along the contracted axis.
 
     `base` is the first row of the stripe, counted from the first row of `scales`.
     """
@@ -89,7 +90,7 @@ def _scale_row(
         return scales[pl.ds(block, 1), columns]
     # A load cannot start at both a traced row and a traced column. Instead, this loads
     # eight aligned rows and rotates the requested one to the front. Rows past the end
-    # are padding, for which any scale will do.
+    # are padding whose results are cut off, so that any scale will do.
     num_blocks = tiling.rows // tiling.spec.block_size
     block = jnp.minimum(block, num_blocks - 1)
     num_aligned = num_blocks // 8 * 8
@@ -151,7 +152,8 @@ def mix(values: Array, *, undo: bool = False) -> Array:
     """Puts columns of `[m, 128 i]` in the row order of `_shuffle_mixed`, or back."""
     lane = lax.broadcasted_iota(jnp.int32, (values.shape[0], 128), 1)
     # The six bits of an index, beginning with the highest, are r r r c o h in natural
-    # order and h o r r r c in mixed order.
+    # order and h o r r r c in mixed order: r is the word, c the half of the word, o the
+    # byte of the half, and h the nibble of the byte.
     inner = lane & 63
     if undo:
         r, c, o, h = inner >> 3, (inner >> 2) & 1, (inner >> 1) & 1, inner & 1
@@ -182,7 +184,7 @@ def table_of(fmt: Format, n: int, form: str, dtype: DTypeLike) -> Array | None:
 
 
 def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
-    """Returns bfloat16 weights by byte gathers: tables + 5 operations for 16 rows."""
+    """Returns bfloat16 weights by byte gathers, in 5 operations for 16 rows."""
     n = codes.shape[1]
     position = lax.broadcasted_iota(jnp.int32, (32, n), 0)
     sublane = lax.broadcasted_iota(jnp.int32, (8, n), 0)
@@ -339,7 +341,7 @@ def _rows_of_nibbles(codes: Array) -> list[Array]:
     # A word has the nibbles of eight rows of a column. It is broadcast along the
     # sublanes, and each sublane shifts it by a different amount, so that the nibbles
     # are in the order of the rows.
-    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
     amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))
     return [

@@ -78,7 +78,7 @@ class Tiling:
     m: int  # rows of the left operand
     tile_m: int  # rows of the left operand in a block
     tile: int  # columns (transposed: rows) of the weight in a stripe
-    chunk: int  # of the contracted axis in one decoding step
+    chunk: int  # length of the contracted axis that is decoded at a time
     keep: bool  # whether the stripe is kept in scratch memory
     mixed: bool  # whether rows are decoded in the order of `decode.mix`
     all_scales: bool  # whether a block holds the scales of all rows (transposed)
@@ -190,13 +190,13 @@ def _round_up(size: int, unit: int) -> int:
 
 
 def vmem_bytes(tiling: Tiling, itemsize: int) -> int:
-    """Returns an upper bound of the VMEM bytes that the compiler uses for a tiling."""
+    """Returns an estimate of the VMEM bytes that the compiler uses for a tiling."""
     # With a kept stripe, a block of the left operand is multiplied as a whole. It is
     # larger than the registers, so it is spilled: one more copy in bfloat16, or four in
     # float32, because a product at full precision is computed from bfloat16 parts.
     # Other spills are less than 512 values for each row of the block (libtpu of JAX
     # 0.12.0.1, for v5e and v6e). With few rows, the compiler uses up to 4 MiB more than
-    # this bound, which the quarter that `plan` leaves to it covers.
+    # estimated, which the quarter that `plan` leaves to it covers.
     spilled = 0
     if tiling.keep:
         copies = 1 if itemsize == 2 else 4
