@@ -218,7 +218,8 @@ def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
 
         got, want = run(wrapped.apply), run(wrapped.merged)
         assert got.dtype == want.dtype
-        assert_close(got, want)
+        # Products round to 16 bits: the kernel's, the adapter's two, their sum, and W's.
+        assert_close(got, want, roundings=5)
 
 
 @pytest.mark.parametrize("name", fast_and_slow(["einsum"], DENSE))
