@@ -218,7 +218,7 @@ def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
 
         got, want = run(wrapped.apply), run(wrapped.merged)
         assert got.dtype == want.dtype
-        # Products round to 16 bits: the kernel's, the adapter's two, their sum, and W's.
+        # What rounds to 16 bits: products with W (in both), A and B, and the sum.
         assert_close(got, want, roundings=5)
 
 
