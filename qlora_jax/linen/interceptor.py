@@ -53,8 +53,8 @@ class Interceptor:
         if method is None:
             return next_fun(*args, **kwargs)
         self._refuse_mapped(module, boxes.values())
-        # 2. `setup` may read kernels, and store results that later methods use. Of
-        #    modules without a rule, and of tables, no later product can have dropout.
+        # 2. `setup` may read kernels, and store results that later methods use. Modules
+        #    without a rule, and tables, have no later product that can apply dropout.
         if method == "setup":
             if isinstance(module, nn.Embed) or RULES.find(type(module)) is None:
                 _refuse_dropout(boxes.values())

@@ -219,7 +219,7 @@ def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
         return "k" * (len(shape) - 1) + "n"
     if name == "kernel" and (shapes := _maxtext_shapes(module)) is not None:
         return "k" * len(shapes[0]) + "n" * len(shapes[1])
-    # If an attribute is an einsum equation, it is probably the one of the kernel.
+    # If an attribute is an einsum equation, it is probably the kernel's.
     candidates = set()
     for value in vars(module).values():
         try:

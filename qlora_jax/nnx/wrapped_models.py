@@ -31,7 +31,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def merge(model: M) -> M:
-    """Returns a plain float model with merged adapters, as `qlora_jax.merge` for trees.
+    """Returns a float model with merged adapters, as `qlora_jax.merge` does for trees.
 
     Kernels get their dtype, variable type and metadata back, and modules their class.
 
@@ -91,9 +91,9 @@ def join(model: M, base: Tree, lora: Tree) -> M:
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
-        base: A base tree with the same leaves as that of `split`.
-        lora: A lora tree with adapters at the same paths as that of `split`. The
-            dropout rates of the model do not change.
+        base: A base tree with the same leaves as the one that `split` returns.
+        lora: A lora tree with adapters at the same paths as in the one that `split`
+            returns. The dropout rates of the model do not change.
 
     Raises:
         ValueError: If leaves are missing, unexpected, or differ in type or shape from

@@ -201,7 +201,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         raise TypeError(
             f"`bank` must be a Bank, as `ql.bank` returns. Got {type(bank).__name__}."
         )
-    places, values = checked_integers("ids", ids)  # None if traced
+    places, values = checked_integers("ids", ids)  # `values` is None if traced
     if places.ndim > 1:
         raise ValueError(f"`ids` must have at most one axis. Got shape {places.shape}.")
     if values is not None and not np.all((values >= -1) & (values < len(bank))):
@@ -215,10 +215,10 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         # front of the axis of places, and each layer gets a copy of the ids.
         scaling = bank.scaling[path]  # [E, *batch]
         batch = scaling.shape[1:]
-        places_last = functools.partial(jnp.moveaxis, source=0, destination=len(batch))
+        move_places = functools.partial(jnp.moveaxis, source=0, destination=len(batch))
         return SELECTED[type(stack)](
-            **{name: places_last(x) for name, x in stack.arrays.items()},
-            scaling=places_last(scaling),
+            **{name: move_places(x) for name, x in stack.arrays.items()},
+            scaling=move_places(scaling),
             ids=jnp.broadcast_to(places, (*batch, *places.shape)),  # [*batch, R]
             dropout=stack.dropout,
             geometry=stack.geometry,
@@ -269,12 +269,9 @@ def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
     if adapter is None:
         # Zeros add nothing only if every array is a factor of the low-rank product.
         adds_nothing = all("r" in roles for roles in template.roles.values())
-        label = template.label
-        return (
-            None
-            if adds_nothing
-            else f"it is missing. Filling in zeros would change a {label}."
-        )
+        if adds_nothing:
+            return None
+        return f"it is missing. Filling in zeros would change a {template.label}."
     if type(adapter) not in SELECTED:
         return f"a {adapter.label} cannot be in a bank."
     expected, actual = _describe(template), _describe(adapter)
