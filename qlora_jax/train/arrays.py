@@ -111,7 +111,8 @@ def changes(
             describe(entries[name]) if name in entries else missing
             for entries in (before, after)
         )
-        lines += [f"{name} was {old}, is {new}"] * (old != new)
+        if old != new:
+            lines.append(f"{name} was {old}, is {new}")
     return lines
 
 

@@ -67,9 +67,8 @@ def make_schedule(
         boundaries.append(warmup)
     num_steps = steps - warmup
     if name == "cosine":
-        end_share = end / learning_rate if learning_rate else 0.0  # optax's `alpha`
-        decay_by_cosine = optax.cosine_decay_schedule
-        schedules.append(decay_by_cosine(learning_rate, num_steps, end_share))
+        alpha = end / learning_rate if learning_rate else 0.0
+        schedules.append(optax.cosine_decay_schedule(learning_rate, num_steps, alpha))
     elif name == "linear":
         schedules.append(optax.linear_schedule(learning_rate, end, num_steps))
     else:

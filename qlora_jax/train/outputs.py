@@ -268,10 +268,10 @@ def save_adapter(
         >>> sorted(file.name for file in folder.iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    # The folder appears with all of its files, or not at all.
     settings = ql.io.peft_config(
         base, lora, names, base_model=base_model, revision=revision
     )
+    # The folder appears with all of its files, or not at all.
     with ql.io.new_path(folder) as new_folder:
         ql.io.save_peft(new_folder, base, lora, names, settings)
         (new_folder / "README.md").write_text(card, "utf-8")

@@ -24,7 +24,7 @@ def find_target_paths(
         target_modules: One of the following. "all-linear": all linear layers except the
             head (as in PEFT), experts and their routers. A sequence of names, or names
             separated by commas: each is the full name of a module, or of a parameter
-            that contains experts, or only the end of such a name, from behind a dot,
+            that contains experts, or the part of such a name after one of its dots,
             such as "q_proj". Any other text: a regular expression that matches full
             names.
         params: The parameters, or their shapes.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.tokenizer import load_tokenizer, read_text
 from .model_files import ModelError, ModelFiles, read_model_files
+from .omissions import without_space
 
 if TYPE_CHECKING:
     import tokenizers
@@ -299,13 +300,13 @@ class Chat:
                 message = {**message, "content": [x | {_PROBE: _PROBE} for x in parts]}
             probed.append(message)
         try:
-            rendered = _without_space(self.render(probed, tools).text)
+            rendered = without_space(self.render(probed, tools).text)
         except ModelError:
             raise
         except ValueError:
             return False
-        has_texts = all(_without_space(text) in rendered for text in texts)
-        return has_texts and _without_space(_PROBE) not in rendered
+        has_texts = all(without_space(text) in rendered for text in texts)
+        return has_texts and without_space(_PROBE) not in rendered
 
     def render(
         self, messages: Messages, tools: Tools, add_generation_prompt: bool = False
@@ -368,10 +369,6 @@ class Chat:
 def _is_text(part: Any) -> bool:
     keys = isinstance(part, dict) and {key for key, x in part.items() if x is not None}
     return keys == {"type", "text"} and isinstance(part["text"], str)
-
-
-def _without_space(text: str) -> str:
-    return "".join(text.split())
 
 
 def _normalize(message: Message) -> dict[str, Any]:

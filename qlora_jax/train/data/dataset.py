@@ -126,9 +126,14 @@ def read_dataset(
         raise ValueError(
             f"`validation_split` must be between 0 and 1. Got {validation_split}."
         )
-    settings = {"vocab_size": vocab_size, "train_on": train_on, "keys": keys}
-    settings |= {"chat": chat, "objective": objective}
-    encoder = Encoder(tokenizer, **settings)
+    encoder = Encoder(
+        tokenizer,
+        vocab_size=vocab_size,
+        train_on=train_on,
+        keys=keys,
+        chat=chat,
+        objective=objective,
+    )
     if stream and objective != "sft":
         raise ValueError(f"`stream` must be false for {objective}. Got true.")
     limit = _LengthLimit(max_length, too_long)

@@ -49,11 +49,9 @@ class _Search:
     def __init__(self, render: Render, row: dict[str, Any], text: str, source: str):
         self.render, self.row, self.text = render, row, text
         # Texts are compared without white space, which templates often change.
-        self.dense_text, self.dense_source = (
-            _without_space(text),
-            _without_space(source),
-        )
-        self.dense_row = _without_space(_to_json(row))
+        self.dense_text = without_space(text)
+        self.dense_source = without_space(source)
+        self.dense_row = without_space(_to_json(row))
         self.redundant = {*_redundant_paths(row)}
 
     def find(self, path: Path, value: Any) -> list[Path]:
@@ -66,7 +64,7 @@ class _Search:
             is_omitted = is_omitted or self._is_partly_omitted(path, value)
             return [path] if is_omitted else []
         omitted = [self.find(part, value[part[-1]]) for part in part_paths]
-        # Of messages, and of a list of them, the omitted parts are always listed.
+        # For a message, or a list of messages, each omitted part is listed.
         is_messages = path[0] != "tools" and len(path) < 3
         is_total = all(x == [y] for x, y in zip(omitted, part_paths, strict=True))
         if is_total and not is_messages:
@@ -96,7 +94,7 @@ class _Search:
         # The template may write a part of the value: the longest prefix and the longest
         # suffix that are in the text. Test it by changing letters between these two.
         indices = [i for i, x in enumerate(value) if not x.isspace()]
-        letters, size = _without_space(value), len(indices)
+        letters, size = without_space(value), len(indices)
 
         def lacks_prefix(n):
             return letters[: n + 1] not in self.dense_text
@@ -123,8 +121,8 @@ def _redundant_paths(row: dict[str, Any]) -> Iterator[Path]:
             if message["role"] == "tool":
                 call = calls.pop(0) if calls else {}
                 function = {**call, **call.get("function", {})}
-                name_of_call = function.get("name")
-                expected = {"tool_call_id": call.get("id"), "name": name_of_call}
+                expected = {"tool_call_id": call.get("id")}
+                expected["name"] = function.get("name")
                 if all(message.get(key) in (None, x) for key, x in expected.items()):
                     yield from ((name, index, key) for key in expected)
             elif message.get("tool_calls"):
@@ -156,7 +154,8 @@ def _replace(row: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
     return row
 
 
-def _without_space(text: str) -> str:
+def without_space(text: str) -> str:
+    """Returns a text without its white space."""
     return re.sub(r"\s+", "", text)
 
 
@@ -166,5 +165,5 @@ def _to_json(value: object) -> str:
 
 def _dense_forms(value: object) -> list[str]:
     # Templates write a string as it is or, inside JSON, with escapes.
-    form = _without_space(_to_json(value))
-    return [_without_space(value), form[1:-1]] if isinstance(value, str) else [form]
+    form = without_space(_to_json(value))
+    return [without_space(value), form[1:-1]] if isinstance(value, str) else [form]

@@ -90,7 +90,7 @@ def rows_of(
 
 
 def file_stamp(file: pathlib.Path | int) -> tuple[int, ...]:
-    """Returns numbers that change with a file, a path or an open descriptor."""
+    """Returns numbers that change with a file, given its path or its descriptor."""
     stat = os.stat(file)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
