@@ -9,7 +9,7 @@ def progress_bar(
     """Returns a tqdm bar on stderr, which is shown only if stderr is a terminal."""
     from tqdm import tqdm
 
-    disable = None if is_shown else True  # None: only on terminals
+    disable = None if is_shown else True  # None: disabled unless on a terminal
     return tqdm(desc=description, unit=unit, disable=disable, **settings)
 
 

@@ -69,8 +69,8 @@ def chunked_cross_entropy(
         TypeError: If `hidden` or `head` is not floating-point, or `labels` are not
             integers.
         ValueError: If the shapes do not match, if `contract` is neither -1 nor -2, if
-            `chunk_size` or `logit_soft_cap` is not positive, or if the head is
-            differentiated.
+            `chunk_size` is not positive, if `logit_soft_cap` is not positive and
+            finite, or if the head is differentiated.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -199,7 +199,7 @@ def _compute(
     labels: Array,
     has_gradient: bool,
 ) -> tuple[Array, Array | None]:
-    """Returns the losses and, with `has_gradient`, their gradients in `hidden`."""
+    """Returns the losses and, with `has_gradient`, the gradient of each loss."""
 
     def compute_by_chunks(
         hidden: Array, head: Kernel, labels: Array
@@ -248,8 +248,8 @@ def _join(x: Array, num_tokens: int) -> Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:num_tokens]
 
 
-# A function from rows `[t, D]` to logits `[t, V]`, and a function from gradients with
-# respect to the logits to gradients with respect to the rows.
+# Maps rows `[t, D]` to their logits `[t, V]` and a second function. This one maps
+# gradients with respect to the logits to gradients with respect to the rows.
 Linear = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
 
 
@@ -275,7 +275,7 @@ def _linear(head: Kernel, dtype: np.dtype) -> Linear:
 def _compute_chunk(
     linear: Linear, cap: float | None, has_gradient: bool, chunk: tuple[Array, Array]
 ) -> tuple[Array, Array | None]:
-    """Returns the loss of each row of a chunk, and its gradient in the row."""
+    """Returns the loss of each row, and its gradient with respect to the row."""
     rows, labels = chunk
     logits, pull_back = linear(rows)
     logits = soft_cap(logits, cap)

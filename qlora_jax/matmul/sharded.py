@@ -255,7 +255,10 @@ def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, 
 # Products gather the weights of a kernel each time (FSDP). The next two functions
 # gather them once, for several products.
 def find_gather(q: Any, x: Array) -> MeshLayout | None:
-    """Returns the layout of products with an x that is split so, if they gather."""
+    """Returns the layout of products with rows that are split like those of `x`.
+
+    Returns None if these products do not gather weights.
+    """
     if not q.is_packed:
         return None
     mesh = explicit_mesh(x, q)

@@ -73,7 +73,7 @@ def product_spec(q: QTensor) -> ProductSpec:
 
 
 class Backend(abc.ABC):
-    """Computes the product of one device's arrays, to the same result as `Reference`.
+    """Computes the product of one device's arrays, with the same result as `Reference`.
 
     The result has the dtype `spec.result`, or else the dtype of x.
     """

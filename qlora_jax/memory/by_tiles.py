@@ -118,7 +118,7 @@ def _join(x: Float[Array, "tiles *batch t D"], num_tokens: int) -> Float[Array, 
 # A loop over tiles would move and gather a kernel again for each tile. The next two
 # functions do it once, before the loop.
 def needs_fetch(node: PyTree, x: Float[Array, "*rows D"]) -> bool:
-    """Whether products with an `x` that is split so would move or gather a kernel."""
+    """Whether a product with rows split like `x` would move or gather the kernel."""
     kernel, *_ = parts_of(node)
     if not is_kernel(kernel):
         return False

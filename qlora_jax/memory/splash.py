@@ -56,8 +56,8 @@ def splash_attention(
         interpret: Whether to run Pallas' interpreter, which is slow but needs no TPU.
 
     Raises:
-        ValueError: If the shapes do not match, or `window` or `soft_cap` is not
-            positive.
+        ValueError: If the shapes do not match, `window` is not positive, or `soft_cap`
+            is not positive and finite.
         NotImplementedError: If the program is compiled for a platform other than TPUs,
             without `interpret`.
 

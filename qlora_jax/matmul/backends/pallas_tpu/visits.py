@@ -70,9 +70,9 @@ def product(
     outputs = rows if spec.transpose else cols
     dtype = jnp.dtype(spec.result or x.dtype)
     if x.size == 0 or num_experts == 0:
-        return jnp.zeros((x.shape[0], outputs), dtype)
+        return jnp.zeros((num_rows, outputs), dtype)
     x, scales = fused.pad(tiling, x, scales)
-    visits = visit(offsets, x.shape[0], tiling.tile_m)
+    visits = visit(offsets, num_rows, tiling.tile_m)
     if not tiling.keep:
         # The kernel then uses `decodes` only to mix the left operand. There is a single
         # block of rows, which is mixed at the very first visit.
