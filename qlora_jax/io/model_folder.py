@@ -98,9 +98,10 @@ def write_folder(
 def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys that older `config.json` files have for renamed settings.
 
-    They describe rotary embeddings, and the experts of Qwen3 MoE. transformers 5 writes
-    `rope_parameters`, for all layers or by the kind of layer, and reads both forms.
-    mlx-lm reads the older keys for most families. This library writes both.
+    They describe rotary embeddings and the number of experts of Qwen3 MoE. For rotary
+    embeddings, transformers 5 writes `rope_parameters`, for all layers or by the kind
+    of layer, and reads both forms. mlx-lm reads the older keys for most families. This
+    library writes both.
 
     Args:
         config: The content of a `config.json`.

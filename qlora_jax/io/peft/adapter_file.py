@@ -297,9 +297,10 @@ def _trained_rows(
 
 
 def _unmatched(
-    patterns: str | tuple[str, ...], matched: Iterable[str], names: Iterable[str]
+    patterns: str | tuple[str, ...], matched: Collection[str], names: Iterable[str]
 ) -> list[str]:
     """Returns the patterns that match none of the names."""
+    # For a regular expression, `matched` has the names that it matches.
     if isinstance(patterns, str):
         return [] if matched or not patterns else [patterns]
     return [p for p in patterns if not any(is_targeted(name, (p,)) for name in names)]

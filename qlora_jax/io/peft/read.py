@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -200,14 +200,12 @@ def _module_adapter(
     return layout.kind(**module_arrays, **dict(zip(SETTINGS, settings, strict=True)))
 
 
-def _by_path(
-    by_position: Mapping[Position, T],
-) -> Iterator[tuple[str, dict[BatchIndex, T]]]:
-    """Yields the path of each leaf and its values by batch index."""
+def _by_path(by_position: Mapping[Position, T]) -> dict[str, dict[BatchIndex, T]]:
+    """Returns the values of each leaf by batch index, by the leaf's path."""
     by_path: dict[str, dict[BatchIndex, T]] = {}
     for position, value in by_position.items():
         by_path.setdefault(position.path, {})[position.index] = value
-    yield from by_path.items()
+    return by_path
 
 
 def _stack_all(
@@ -215,7 +213,7 @@ def _stack_all(
 ) -> dict[str, Adapter]:
     """Returns the adapters by path, stacked as their kernels are."""
     adapters, problems = {}, []
-    for path, parts in _by_path(by_position):
+    for path, parts in _by_path(by_position).items():
         try:
             adapters[path] = stack(as_kernel(model.leaves[path]), parts, dtype)
         except ValueError as error:
@@ -234,7 +232,7 @@ def _replace(
     """Returns the base tree with replaced tensors, and the fully trained leaves."""
     by_position = {model.tensors[name]: x for name, x in tensors.items()}
     changed, trained = {}, {}
-    for path, parts in _by_path(by_position):
+    for path, parts in _by_path(by_position).items():
         leaf = _replaced(model.leaves[path], parts, model.named[path].window)
         # If the file has only some layers of a stack, the stack stays in the base.
         if {*model.named[path].tensors.flat} <= {*layout.saved}:
@@ -245,7 +243,9 @@ def _replace(
 
 
 def _replaced(
-    leaf: Kernel | Any, tensors: Mapping[BatchIndex, np.ndarray], window: BatchIndex
+    leaf: Kernel | Any,
+    tensors: Mapping[BatchIndex, np.ndarray],
+    window: tuple[int, ...],
 ) -> Array:
     """Returns a leaf in float with some of its tensors replaced."""
     is_kernel = isinstance(leaf, Kernel)

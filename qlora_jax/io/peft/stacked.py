@@ -1,4 +1,4 @@
-"""Converts between PEFT's adapters of single weights and this library's of stacks.
+"""Converts PEFT's adapters of single weights to adapters of stacks, and back.
 
 A stack has one rank. An adapter of a smaller rank is padded with zero columns of A and
 zero rows of B. This does not change A B. The gradients of the padding are zero, so it
@@ -72,9 +72,9 @@ def _check_can_be_zero(adapter: Adapter) -> None:
     # would need magnitudes, which would then be trained.
     if not all("r" in roles for roles in adapter.roles.values()):
         raise ValueError(
-            "every weight of a stack must have an adapter if one has an adapter of type"
-            f" {type(adapter).__name__}, whose magnitudes are trained. Got some "
-            "without."
+            "every weight of a stack must have an adapter if one has a "
+            f"{type(adapter).__name__} adapter, whose magnitudes are trained. Got "
+            "weights without an adapter."
         )
 
 

@@ -231,7 +231,7 @@ def _shortest_ends(
 
 
 def _trained_modules(
-    trained: Iterable[str], tensors: Iterable[str]
+    trained: Collection[str], tensors: Iterable[str]
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and name ends of other trained modules."""
     biases = {name for name in trained if _last(name) == "bias"}
