@@ -36,7 +36,7 @@ class ProductCall(NamedTuple):
     multiply: Multiply  # computes products with the frozen kernel
     dropout_key: Array | None = None  # None for no dropout
     precision: lax.PrecisionLike = None
-    offsets: Array | None = None  # where each expert's rows start, int32 `[E + 1]`
+    offsets: Array | None = None  # bounds of each expert's rows, int32 `[E + 1]`
 
 
 # One multiplier, or a tuple of one for each matrix of a stack; in a scan, an array.
@@ -91,7 +91,7 @@ class Adapter(TreeLeaf, abc.ABC):
         Args:
             x: Rows `[M, K]`, sorted by expert.
             kernel: The frozen kernels of the experts, `[E, K, N]`.
-            call: The settings of the call, such as the group sizes.
+            call: The settings of the call. It must have `offsets`.
         """
         raise NotImplementedError(
             "adapters of experts must be LoRA in a ragged product, and not chosen from "
@@ -99,7 +99,7 @@ class Adapter(TreeLeaf, abc.ABC):
         )
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
-        """Returns rows of the adapted table `[V, D]`; an id of V returns NaN.
+        """Returns rows of the adapted table `[V, D]`, or NaN for an id of V.
 
         Args:
             ids: int32 ids of rows, from 0 to V.

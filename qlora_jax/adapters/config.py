@@ -61,10 +61,10 @@ class QLoRAConfig:
         exclude: Pattern, or several, of leaves that are not targets, even if `targets`
             matches them.
         trainable: Pattern, or several, of float leaves to train in full, such as biases
-            and norms, as PEFT's `modules_to_save`. They are not targets, even if
+            and norms (PEFT's `modules_to_save`). They are not targets, even if
             `targets` matches them.
         trainable_rows: The indices of rows of tables to train, by pattern, such as the
-            rows of new tokens, as PEFT's `trainable_token_indices`. Other rows stay
+            rows of new tokens (PEFT's `trainable_token_indices`). Other rows stay
             frozen. These tables are not targets.
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.

@@ -105,7 +105,7 @@ class LoRA(Adapter):
     def arrays_at(
         self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
     ) -> dict[str, Any]:
-        """Returns the arrays for some rows of a table; invalid ids return NaN.
+        """Returns the arrays for some rows of a table, with NaN for invalid ids.
 
         Args:
             index: int32 ids of rows, or places of a bank and ids of rows.
@@ -123,7 +123,7 @@ class LoRA(Adapter):
         return arrays
 
     def table_norms(self, kernel: Kernel) -> Array | None:
-        """Returns the norms of columns if `adapted_rows` needs them, as for a DoRA.
+        """Returns the norms of columns if `adapted_rows` needs them, else None.
 
         Args:
             kernel: The frozen table.

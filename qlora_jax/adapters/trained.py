@@ -71,8 +71,8 @@ def new_trained(leaf: PyTree, dtype: DTypeLike) -> Trained:
 class TrainedRows(Adapter):
     """Rows of a table `[V, D]` that are trained, such as those of new tokens.
 
-    `init` makes one for each table that the config's `trainable_rows` matches, as
-    PEFT's `trainable_token_indices`.
+    `init` makes one for each table that the config's `trainable_rows` matches. It
+    corresponds to PEFT's `trainable_token_indices`.
 
     Attributes:
         rows: The trained rows, `[*batch, t, D]`, initialized with those of the table.

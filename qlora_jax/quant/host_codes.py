@@ -108,7 +108,7 @@ def to_host_shape(codes: PyTree) -> HostCodes:
 
 
 def on_device(codes: PyTree) -> Any:
-    """Copies `HostCodes` to the device, as `[*batch, rows, N]`; returns other codes."""
+    """Copies `HostCodes` to the device, as `[*batch, rows, N]`; keeps other codes."""
     if not isinstance(codes, HostCodes):
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):

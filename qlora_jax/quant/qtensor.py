@@ -173,7 +173,7 @@ class QTensor(Kernel):
     def with_float_scales(self) -> "QTensor":
         """Returns the same kernel with scales that are not quantized.
 
-        Without double quantization, it takes more memory (0.37 bits per weight in
+        It takes more memory than a double-quantized kernel (0.37 bits per weight in
         blocks of 64), but less time in products with few rows, as in text generation.
 
         Example:
@@ -199,7 +199,8 @@ class QTensor(Kernel):
         return tuple(self.geometry.kernel_spec(spec_of(self.codes), self.ndim))
 
     @property
-    def memory(self) -> str:  # noqa: D102  # pyright: ignore[reportIncompatibleVariableOverride]
+    def memory(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the codes are between products: "device" or "host"."""
         return "host" if isinstance(self.codes, HostCodes) else "device"
 
     def to_device(self) -> "QTensor":  # noqa: D102

@@ -42,8 +42,8 @@ class ScaleScheme:
 
     name: str  # what error messages call the scales
     # Maps the scales to the stored arrays. If the scheme `needs_largest`, an optional
-    # second argument is used instead of the largest of these scales. Kernels that
-    # servers fuse get the same one.
+    # second argument is used instead of the largest of these scales. It is the same for
+    # all kernels that an inference server fuses.
     encode: Callable[..., StoredScales]
     # Maps the stored arrays to float32 scales, up to the rounding of `encode`.
     decode: Callable[[StoredScales], Array]
@@ -53,7 +53,8 @@ class ScaleScheme:
     uses_stored_scales: bool = False
     # Whether the stored scales depend on the largest weight of the kernel.
     needs_largest: bool = False
-    # Maps the number of weights to a magnitude. If all are below, no scale overflows.
+    # Maps the number of weights to a magnitude. If all weights are below it, no scale
+    # overflows.
     limit: Callable[[int], float] = field(default=lambda num_weights: math.inf)
     overflow: str = ""  # completes "weights must be ..." if stored scales overflow
 

@@ -66,7 +66,7 @@ register(LayerOfStack, ("stack", "index"), ())
 def product_arrays(
     q: QTensor, layer: Array | None
 ) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
-    """Returns device codes, float32 scales, and the layer if `codes` are a stack."""
+    """Returns device codes, float32 scales, and the layer if the codes are a stack."""
     codes = q.codes
     if layer is not None:
         # There are few scales, so those of the layer are copied, and then decoded.
