@@ -37,7 +37,7 @@ _CHUNK_BYTES = 8 << 20
 
 LeafJson = dict[str, Any]  # describes a leaf
 
-# The errors that are raised while reading a description that `save` did not write.
+# The errors that may occur while reading a description that `save` did not write.
 _DESCRIPTION_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError)
 _DESCRIPTION_ERRORS += (TypeError, ValueError)
 _PATTERN_LISTS = ("targets", "exclude", "trainable", "shared")

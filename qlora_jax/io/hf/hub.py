@@ -6,9 +6,15 @@ from ..files import Path
 
 # The files to download: safetensors, configs and tokenizers. Repositories often hold
 # the same weights in other formats too, which are large and are not needed.
-FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model", "model*.safetensors"]
-FILES += [
-    f"{name}.safetensors" for name in ("adapter_model*", "adapters", "gptq_model*")
+FILES = [
+    "*.json",
+    "*.jinja",
+    "adapter_model*.safetensors",
+    "adapters.safetensors",
+    "gptq_model*.safetensors",
+    "merges.txt",
+    "model*.safetensors",
+    "tokenizer.model",
 ]
 
 

@@ -161,8 +161,8 @@ def _read_settings(
     quant_type, dtype = state.get("quant_type"), state.get("dtype")
     message = (
         "`quant_type` must be nf4 or fp4, and equal the end of the tensor's name. "
+        f"Got {quant_type!r:.80} and {fmt!r:.80}."
     )
-    message += f"Got {quant_type!r:.80} and {fmt!r:.80}."
     require(quant_type == fmt and fmt in ("nf4", "fp4"), message)
     message = f"`dtype` must be floating-point. Got {dtype!r:.80}."
     require(dtype in FLOAT_DTYPES, message)

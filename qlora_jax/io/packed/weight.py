@@ -255,10 +255,10 @@ def require_part(parts: Parts, name: str, dtypes: str, axes: int = 2) -> Any:
 
 
 def check_4bit_words(name: str, words: SliceableTensor, count: int) -> None:
-    """Raises an error if rows of `count` codes have another usual size than 4 bits."""
+    """Raises CheckpointError if rows of `count` codes imply 1, 2, 3, 5, 6 or 8 bits."""
     bits = 8 * words.dtype.itemsize * words.shape[1] / count
     message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
-    # Other sizes mean that a shape is wrong, which the caller reports.
+    # Any other number means that a shape is wrong, which the caller reports.
     require(bits not in (1, 2, 3, 5, 6, 8), message)
 
 

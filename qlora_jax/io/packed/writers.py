@@ -81,7 +81,8 @@ def save_packed(
 ) -> None:
     """Writes a 4-bit checkpoint that vLLM and transformers load.
 
-    Packed kernels keep their codes, and their scales exactly; others stay in float.
+    Packed kernels keep their codes and the exact values of their scales; others stay
+    in float.
 
     Args:
         path: The folder to write, as in `save_bitsandbytes`.
