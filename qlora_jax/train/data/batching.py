@@ -29,7 +29,8 @@ class Batch(NamedTuple):
         ids: The tokens, int32 `[B, T]`, padded on the right.
         segment_ids: The number of each token's sequence, which starts at 1 in each row,
             or 0 for padding, int32 `[B, T]`.
-        positions: The position of each token in its sequence, int32 `[B, T]`.
+        positions: The position of each token in its sequence or in the padding behind
+            it, int32 `[B, T]`.
         select: Indices into T whose next token is a target, int32 `[B, P]`.
         targets: These next tokens, int32 `[B, P]`.
         weights: 1 for a target, 0 for padding, float32 `[B, P]`. For preferences, only
@@ -326,7 +327,7 @@ def collate(
     select, targets = np.zeros((2, size, num_targets), np.int32)  # [B, P]
     weights = np.zeros((size, num_targets), np.float32)
     answers = np.zeros((size, sequences, num_targets), np.float32)  # [B, S, P]
-    # Padding has positions from 0, since attention kernels require rising positions.
+    # Positions count up in padding too, as the decoder requires of each segment.
     positions[len(groups) :] = np.arange(width)
     for i, group in enumerate(groups):
         start, filled = 0, 0  # the tokens and the targets of the sequences so far
