@@ -28,7 +28,13 @@ from ..models.download import fetch, hub_commit, weights_of
 from ..models.gguf.decoder_in import gguf_fmt, read_gguf, read_gguf_lora
 from ..models.gguf.folder import folder_of_gguf
 from ..train.data.readers import describe_path
-from .configs import ExportConfig, GenerateConfig, PairsConfig, ScoreConfig
+from .configs import (
+    PACKING_OPTIONS,
+    ExportConfig,
+    GenerateConfig,
+    PairsConfig,
+    ScoreConfig,
+)
 from .processes import log
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
@@ -38,7 +44,6 @@ MLX_ADAPTER = "adapters.safetensors"
 # The linear layers that are packed. Like in transformers, the head stays in float, and
 # so do the routers of experts.
 LAYERS = r"layers/(?!.*/router/).*/kernel"
-_PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 
 # Arguments of `BaseModel.read` that reproduce the base of training: `packing`, `dtype`.
 LoadOptions = dict[str, Any]
@@ -345,7 +350,7 @@ def training_load_options(
     is_like_run = bool(runs) and not _packs_differently(config, runs[0])
     settings: Any = runs[0] if is_like_run else config
     if settings.fmt is None and model.stored_fmt is None:
-        for name in _PACKING_OPTIONS[1:]:
+        for name in PACKING_OPTIONS[1:]:
             if (value := getattr(settings, name, None)) is not None:
                 raise ValueError(
                     f"`{name}` must be given with the `fmt` in which training "
@@ -370,7 +375,7 @@ def training_load_options(
 
 def _packs_differently(config: object, run: TrainConfig) -> bool:
     # None, the default of an option, means the value of the run.
-    options = [(getattr(config, x, None), getattr(run, x)) for x in _PACKING_OPTIONS]
+    options = [(getattr(config, x, None), getattr(run, x)) for x in PACKING_OPTIONS]
     return any(value not in (None, trained) for value, trained in options)
 
 

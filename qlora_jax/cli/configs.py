@@ -14,7 +14,7 @@ AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
 # For a `BaseFormat`, these options describe the result. For a server and for
 # `_TRAINED_BASES`, they describe how training packed the base.
-_PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
+PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 _TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
 # The number formats of each `BaseFormat`; the first one is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
@@ -189,7 +189,7 @@ class ExportConfig:
     def _check_formats(self, options: set[str], target: str) -> None:
         """Checks that the options exist for the target and fit each other."""
         for name, formats in _FORMATS_OF_OPTIONS.items():
-            is_server_option = self.server is not None and name in _PACKING_OPTIONS
+            is_server_option = self.server is not None and name in PACKING_OPTIONS
             if name in options and target not in formats and not is_server_option:
                 raise ValueError(
                     f"`{name}` must be left out unless the format is one of "

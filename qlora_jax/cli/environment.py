@@ -1,8 +1,9 @@
 """Prepares the process of `qlora-jax`: huge pages and a cache of compiled programs.
 
 A training step on a CPU allocates and frees gigabytes. By default glibc maps that
-memory anew in each step, and Linux clears it in pages of 4 kB. Huge pages avoid both,
-but glibc reads its settings only when a process starts.
+memory anew in each step, and Linux clears it in pages of 4 kB. Settings of glibc keep
+freed memory in the process and request huge pages, but glibc reads them only when a
+process starts.
 """
 
 import hashlib

@@ -268,7 +268,7 @@ def _read_prompts(
 
 
 def _encode_messages(
-    value: Any,  # of JSON
+    value: Any,  # from JSON
     row: Mapping[str, Any],
     system: str | None,
     tokenizer: "ql.train.Tokenizer",

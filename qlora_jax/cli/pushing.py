@@ -1,4 +1,4 @@
-"""Pushes folders and files to the Hugging Face Hub."""
+"""Pushes folders and files to the Hugging Face hub."""
 
 import pathlib
 
@@ -22,7 +22,7 @@ def push(name: str, path: pathlib.Path | None = None) -> str:
             api.upload_folder(repo_id=name, folder_path=path)
         elif path is not None:
             api.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
-    except Exception as error:  # from the network, the Hub, or the client's own checks
+    except Exception as error:  # from the network, the hub, or the client's own checks
         raise OSError(
             f"`push_to_hub` must name a repository that can be written. {name}: {error}"
             + f" The files that were not pushed are in {path}." * (path is not None)

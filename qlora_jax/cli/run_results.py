@@ -39,7 +39,7 @@ class TrainResult:
         step_seconds: The median time of the steps that did not compile a program.
         tokens_per_s: Tokens per second in these steps.
         bytes: Bytes of memory for each purpose, such as "adapter", and the peak.
-        best_step: With `keep_best`, the step from which the adapter is.
+        best_step: With `keep_best`, the step at which the adapter was saved.
         source: Where the weights of the model were found.
 
     Example:

@@ -54,7 +54,8 @@ class TrainConfig:
         beta: For preferences: strength of the pull towards the reference (dpo, ipo,
             kto), scale of the rewards (simpo) or weight of the odds ratio (orpo).
         gamma: For simpo: the target margin between the rewards.
-        batch_size: Sequences or pairs of answers, or with `packing` rows, in a batch.
+        batch_size: Sequences in a batch; for preferences, pairs of answers; with
+            `packing`, rows of `max_length` tokens.
         accumulation: Gradient accumulation steps: batches in a training step.
         max_length: Maximum number of tokens of a sequence.
         packing: Whether several sequences share a row.
@@ -277,8 +278,8 @@ class TrainConfig:
             )
         if self.train_on == "all" and self.objective not in ("sft", "orpo"):
             raise ValueError(
-                "`train_on` must not be all with preferences, which compare answers to "
-                f"one prompt. Got all, and {self.objective}."
+                f"`train_on` must not be all with {self.objective}, whose loss depends "
+                "on answers only. Got all."
             )
         if self.objective == "kto" and (self.packing or self.batch_size < 2):
             raise ValueError(

@@ -112,7 +112,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
 
 def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
-    # The runs of a sweep see the same rows. Without the Hub and loggers, no account is
+    # The runs of a sweep see the same rows. Without the hub and loggers, no account is
     # needed.
     first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
     with all_or_none():
@@ -176,12 +176,11 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
     """Writes the settings of each run, and those of a sweep in its own folder."""
     with all_or_none():
         if is_first():
-            run = runs[0]
             # The sweep's file has lists of swept values, and all others resolved.
             swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
-            resolved = dataclasses.replace(run.config, **swept)
+            resolved = dataclasses.replace(runs[0].config, **swept)
             path = pathlib.Path(config.out) / CONFIG
-            write_settings(resolved, path, run.model.source)
+            write_settings(resolved, path, runs[0].model.source)
             for run in runs:
                 write_settings(run.config, run.folder / CONFIG, run.model.source)
 

@@ -114,7 +114,7 @@ def export(config: ExportConfig) -> Written:
     Merged weights are read, computed and written one at a time. On a 4-bit base, the
     adapter is added to the decoded weights, the ones it was trained on. For a 4-bit
     format, the adapter is merged into the weights of the files, and the sum is packed;
-    both models are then in memory.
+    the base, the sum and the packed sum are then in memory.
 
     Args:
         config: The model, the adapter and the format.
