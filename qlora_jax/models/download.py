@@ -70,7 +70,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
 def weights_of(model: str, path: pathlib.Path) -> tuple[str, str]:
     """Returns the name of the weights that `fetch` found at a path, and their source.
 
-    The name is `model`, or that of the copy in a package if `fetch` returned the copy.
+    The name is `model`, or the name of the copy if `fetch` returned one from a package.
 
     Example:
         >>> name, source = weights_of("org/model", pathlib.Path("snapshots/0123abc"))

@@ -24,11 +24,12 @@ from .family import (
 # - Qwen2 adds biases on q, k and v; Qwen3 adds norms of q and k.
 # - SmolLM3 has no rotary positions in every fourth layer.
 # - Phi-3 and Phi-4-mini have fused projections, LongRoPE and partial rotary positions.
-# - Mixtral is a Mistral with experts.
+# - Mixtral is a Mistral with experts, and Qwen3 MoE a Qwen3 with experts.
+# - OLMoE is a Llama with experts and norms of q and k.
 # - In gpt-oss, experts have biases, heads have sinks, and every other layer a window.
 # - Gemma 2 and 3 have norms before and after attention and the MLP. Gemma 2 has
 #   soft-caps, and a window in every other layer. Gemma 3 has two kinds of rotary
-#   positions, and a window in five of six layers; only its text half is computed.
+#   positions, and a window in five of six layers; only its text half is supported.
 
 _LONGROPE = ("longrope", "su", "yarn")  # older Phi files use the last two names
 # Fields of `Experts` that the GGUF reader also uses.
@@ -227,7 +228,7 @@ def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config without its vision part, as a text-only model has it."""
+    """Returns a config without its vision part, in the form for text-only models."""
     if raw.get("model_type") != "gemma3":
         return dict(raw)
     family = {"architectures": [*_GEMMA3], "model_type": "gemma3_text"}

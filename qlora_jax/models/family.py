@@ -138,7 +138,7 @@ def shared_fields(
 
 
 def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns whether q, k, v and o have biases, by the key of most families."""
+    """Returns whether q, k, v and o have biases, from the key of most families."""
     has_bias = bool(raw.get("attention_bias", False))
     return {"qkv_bias": has_bias, "o_bias": has_bias}
 

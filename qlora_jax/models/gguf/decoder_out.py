@@ -163,7 +163,7 @@ def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> No
     actual = {path: tuple(x.shape) for path, x in leaves.items()}
     if wrong := sorted({path for path, _ in expected.items() ^ actual.items()}):
         raise ValueError(
-            f"`base` must contain the model's parameters. Missing, unexpected or of "
+            "`base` must contain the model's parameters. Missing, unexpected or of "
             f"another shape: {wrong}."
         )
     if unknown := sorted(adapters.keys() - leaves.keys()):
@@ -235,9 +235,8 @@ def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
     values = np.empty(tensor.shape, np.float32)
     # Decode and merge one matrix at a time, to save memory.
     for expert in np.ndindex(tensor.shape[:-2]):
-        x = _merge_matrix(leaf, lora, (*tensor.batch_index, *expert))[
-            ..., tensor.columns
-        ]
+        x = _merge_matrix(leaf, lora, (*tensor.batch_index, *expert))
+        x = x[..., tensor.columns]
         values[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
     return values
 

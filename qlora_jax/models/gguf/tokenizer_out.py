@@ -58,9 +58,8 @@ def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
     if files.class_name == "LlamaTokenizer":
         reason = (
             "`tokenizer_class` in tokenizer_config.json must not be LlamaTokenizer: "
-            "unlike it, llama.cpp puts a space after each special token. "
-            f"Set it to {AS_IN_FILE} before training to train with "
-            "llama.cpp's tokens,"
+            "unlike it, llama.cpp puts a space after each special token. Set it to "
+            f"{AS_IN_FILE} before training to train with llama.cpp's tokens,"
         )
     elif tokenizer.encode_special_tokens:
         reason = "`split_special_tokens` in tokenizer_config.json must be false,"
