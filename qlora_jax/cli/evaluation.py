@@ -51,6 +51,15 @@ class Evaluation:
         self._sample = [] if is_full else sample(self._batches, num_training_batches)
         self._examples = run.data.valid_examples[: config.eval_examples]
         self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
+        max_new_tokens = config.max_new_tokens
+        if max_new_tokens is None:
+            expected_ids = (
+                self._tokenizer.encode(x.answer, add_special_tokens=False)
+                for x in self._examples
+            )
+            longest = max(map(len, expected_ids), default=0)
+            max_new_tokens = longest + _EXTRA_TOKENS
+        self._max_new_tokens = max_new_tokens
 
     def for_run(self, run: Run) -> "Evaluation":
         """Returns the evaluation of another run on the same rows."""
@@ -81,19 +90,12 @@ class Evaluation:
     def _evaluate_answers(self, base: PyTree, state: "ql.train.State") -> float:
         """Returns the share of exact answers. Prints a few answers, and writes all."""
         config, step = self._config, int(state.step)
-        max_new_tokens = config.max_new_tokens
-        if max_new_tokens is None:
-            expected_ids = (
-                self._tokenizer.encode(x.answer, add_special_tokens=False)
-                for x in self._examples
-            )
-            max_new_tokens = max(map(len, expected_ids)) + _EXTRA_TOKENS
         generated = answers(
             self._model,
             {"params": base, "lora": state.lora},
             self._tokenizer,
             self._examples,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._max_new_tokens,
             batch_size=config.eval_batch_size,
             progress=is_first(),
         )

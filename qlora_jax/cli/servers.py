@@ -261,7 +261,7 @@ def pair_for(
             return pair("gguf", server.adapter, False, "weights are rounded to float16")
         # mlx-lm does not read every config that transformers 5 writes.
         is_as_it_is = is_gguf == needs_gguf and not (
-            name == "mlx" and _has_older_keys(model)
+            name == "mlx" and _lacks_older_keys(model)
         )
         form = AS_IS if is_as_it_is else server.floats
         why = problem or "the weights are the same"
@@ -270,7 +270,7 @@ def pair_for(
     fmt, block_size = packing
     is_read = needs_gguf if is_gguf else _is_read(server, model, fmt)
     form = AS_IS if is_read and not options else server.bases.get(fmt)
-    if form == AS_IS and name == "mlx" and _has_older_keys(model):
+    if form == AS_IS and name == "mlx" and _lacks_older_keys(model):
         form = server.bases.get(fmt)
     # GGUF's Q4_0 has blocks of 32 weights.
     if form is None or (form == "gguf" and block_size != 32):
@@ -282,7 +282,7 @@ def pair_for(
     return pair(form, server.adapter, exact, why or "codes and scales are the same")
 
 
-def _has_older_keys(model: BaseModel) -> bool:
+def _lacks_older_keys(model: BaseModel) -> bool:
     """Returns whether a folder's config lacks the older keys for renamed settings."""
     return model.path.is_dir() and bool(
         ql.io.older_config_keys(ql.io.read_config_json(model.path))
