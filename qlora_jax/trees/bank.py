@@ -274,10 +274,9 @@ def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
         return f"it is missing. Filling in zeros would change a {template.label}."
     if type(adapter) not in SELECTED:
         return f"a {adapter.label} cannot be in a bank."
-    expected, actual = _describe(template), _describe(adapter)
-    # Geometries may also differ in the sizes of merged axes, which the texts leave out.
-    if actual != expected or adapter.geometry != template.geometry:
-        return f"it must be {expected}. Got {actual}."
+    names = "label", "matrix_shape", "geometry", "dropout"
+    if any(getattr(adapter, name) != getattr(template, name) for name in names):
+        return f"it must be {_describe(template)}. Got {_describe(adapter)}."
     if adapter.rank > template.rank:
         return f"its rank must be at most {template.rank}. Got {adapter.rank}."
     for name, x in adapter.arrays.items():

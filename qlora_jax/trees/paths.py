@@ -131,7 +131,9 @@ def refuse_listed(
     # Checks return a reason or None, so entries that are None are skipped.
     if isinstance(problems, Mapping):
         by_path = sorted(problems.items())
-        problems = [f"{path}: {reason}" for path, reason in by_path if reason]
+        problems = [
+            f"{path}: {reason}" for path, reason in by_path if reason is not None
+        ]
     if problems:
         listing = "\n  ".join(problems)
         raise error(f"{title}:\n  {listing}")

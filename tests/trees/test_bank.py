@@ -371,6 +371,13 @@ def test_what_does_not_fit_is_refused():
     assert np.isnan(out(3)).all() and not np.isnan(out(1)).any()
 
 
+@pytest.mark.parametrize("dropout", [0, np.float32(0)])
+def test_equal_dropouts_of_other_types_are_equal(dropout):
+    _, (first, *_) = trees()
+    bank = ql.bank([first], capacity=2, dropout=dropout)
+    assert len(bank.with_adapter(1, first)) == 2
+
+
 def test_a_chosen_adapter_merges_as_itself():
     base, (first, *_, third) = trees(use_dora=True)
     bank = ql.bank([first, third])
