@@ -11,7 +11,6 @@ from typing import Any
 import qlora_jax as ql
 
 from ..models.families import text_config
-from ..models.gguf.decoder_out import check_gguf_source
 from .base_model import (
     BaseModel,
     LoadOptions,
@@ -236,6 +235,9 @@ def pair_for(
         return pair(server.floats, MERGED, False, f"{why}: the sum is rounded")
 
     if server.floats == "gguf":
+        # Imported late, because gguf takes long to import and few commands need it.
+        from ..models.gguf.decoder_out import check_gguf_source
+
         try:
             check_gguf_source(model.path, tokenizer=tokenizer)
         except ValueError as error:

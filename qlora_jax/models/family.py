@@ -83,13 +83,17 @@ class Family:
             if key not in known_keys and value not in (None, _NEUTRAL.get(key))
         ]
         for name in ("rope_parameters", "rope_scaling"):
-            section = raw.get(name) or {}
+            section = raw.get(name)
+            if not isinstance(section, Mapping):
+                continue
+            # Each kind of layer may have a section of its own.
             nested = [x for x in section.values() if isinstance(x, Mapping)]
-            for rope in nested or [section]:  # one per kind of layer, or one for all
+            for rope in (section, *nested):
                 unknown += [
                     f"{name}.{key}"
                     for key, value in rope.items()
-                    if key not in _ROPE_KEYS and value is not None
+                    if key not in _ROPE_KEYS
+                    and not (value is None or isinstance(value, Mapping))
                 ]
         return sorted(unknown)
 

@@ -70,9 +70,9 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
     config = config_from_hf(raw)
     params, names = random_params(config, seed), decoder_names(config)
     ql.io.save_merged(folder, params, {}, names, raw, progress=False)
-    folder = pathlib.Path(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    path = pathlib.Path(folder)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
     return str(folder)
 
 

@@ -242,7 +242,8 @@ class _Compiler:
 
     def _finish(self, sums, states, *batch) -> list[tuple[State, Report]]:
         sums = self._add_batch(sums, states, *batch)
-        return [*map(_update, sums, states, self._optimizers)]
+        runs = zip(sums, states, self._optimizers, strict=True)
+        return [_update(*run) for run in runs]
 
 
 def _update(

@@ -55,7 +55,7 @@ def find_target_paths(
         is_used = False
         for path, layer_names in modules.items():
             matches = [*filter(pattern.fullmatch, layer_names)]
-            if len(matches) == len(layer_names):
+            if matches and len(matches) == len(layer_names):
                 targets.add(path)
             elif matches:
                 problems.append(

@@ -87,9 +87,11 @@ def save_merged(
     adapters = {p: x for p, x in adapters.items() if p not in trained}
     trained_tensors = float_tensors(nested(trained), names)
     _check_trained(trained_tensors, tensors)
-    changed = _merged_tensors(tensors, adapters, names, dtype)
-    for name, x in trained_tensors.items():
-        changed[name] = _cast_later(name, x, dtype or tensors[name].dtype)
+    changed = {
+        name: _cast_later(name, x, dtype or tensors[name].dtype)
+        for name, x in trained_tensors.items()
+    }
+    changed |= _merged_tensors(tensors, adapters, names, dtype)
     # 3. Write them and all other tensors.
     config_changes: dict[str, Any] = {"quantization_config": None}
     if dtype is not None:
