@@ -72,9 +72,8 @@ def _check_can_be_zero(adapter: Adapter) -> None:
     # would need magnitudes, which would then be trained.
     if not all("r" in roles for roles in adapter.roles.values()):
         raise ValueError(
-            "every weight of a stack must have an adapter if one has a "
-            f"{type(adapter).__name__} adapter, whose magnitudes are trained. Got "
-            "weights without an adapter."
+            "every weight of a stack must have an adapter if one adapter has trained "
+            f"magnitudes ({type(adapter).__name__}). Got weights without an adapter."
         )
 
 
