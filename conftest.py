@@ -58,9 +58,9 @@ settings.load_profile("steady")
 # These modules take plain arrays: the shapes in their annotations are checked at every
 # call. Elsewhere arguments come from users, and the code checks them itself.
 CHECKED = [
-    "qlora_jax.matmul.backends.reference",
-    "qlora_jax.matmul.backends.tiled",
-    "qlora_jax.matmul.collectives",
+    "qlora_jax.product.backends.reference",
+    "qlora_jax.product.backends.tiled",
+    "qlora_jax.product.collectives",
     "qlora_jax.quant.codes",
     "qlora_jax.quant.schemes",
 ]

@@ -89,7 +89,7 @@ def dense_call(m, transpose, tile, tile_m):
 
 def product_spec(transpose, fmt="nf4"):
     """Returns the product spec that all cases here use."""
-    from qlora_jax.matmul.spec import ProductSpec
+    from qlora_jax.product.spec import ProductSpec
     from qlora_jax.quant.formats import Packing
 
     return ProductSpec(Packing(fmt), "bfloat16", ROWS, transpose=transpose)
@@ -99,7 +99,7 @@ def packed_plan(m, transpose, form, vmem_mib, chunk=None, fmt="nf4"):
     """Returns the plan of `product`, or the same with another step along K (or N)."""
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip, plan
+    from qlora_jax.product.backends.pallas_tpu.tiling import Chip, plan
 
     spec = product_spec(transpose, fmt)
     tiling = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
@@ -112,7 +112,7 @@ def packed_call(plan):
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.backends.pallas_tpu import fused
+    from qlora_jax.product.backends.pallas_tpu import fused
 
     def call(x, codes, scales):
         layer = jnp.zeros(1, jnp.int32)
@@ -131,8 +131,8 @@ def scan_call(form, vmem_mib, by_index, layers=32):
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.backends.pallas_tpu import fused
-    from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip
+    from qlora_jax.product.backends.pallas_tpu import fused
+    from qlora_jax.product.backends.pallas_tpu.tiling import Chip
 
     chip = Chip(form, vmem_mib)
 

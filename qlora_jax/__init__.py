@@ -14,8 +14,8 @@ from .adapters.dora import DoRA
 from .adapters.lora import LoRA, SharedLoRA
 from .adapters.product import ragged_dot
 from .adapters.trained import Trained, TrainedRows
-from .matmul.einsum import einsum
-from .matmul.quantized import explain_backend, matmul
+from .product.einsum import einsum
+from .product.quantized import explain_backend, matmul
 from .quant.pack import StraightThrough
 from .quant.qtensor import QTensor
 from .trees import sharding

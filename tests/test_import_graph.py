@@ -14,7 +14,7 @@ import pytest
 import qlora_jax as ql
 
 PACKAGE = pathlib.Path(ql.__file__).parent
-LAYERS = [["_jax"], ["quant"], ["matmul"], ["adapters"], ["trees", "losses", "memory"]]
+LAYERS = [["_jax"], ["quant"], ["product"], ["adapters"], ["trees", "losses", "memory"]]
 LAYERS += [["linen", "optim", "io"], ["nnx"], ["models"], ["train"], ["cli"]]
 LAYERS += [["__init__"]]
 INTEGRATIONS = {"linen", "nnx", "optim", "io"}

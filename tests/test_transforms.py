@@ -259,7 +259,7 @@ def test_transformed_as_plain(name):
 
 
 # The einsum in bfloat16 is sharded in the same way as the one in float32.
-# tests/matmul/test_ragged_sharding.py has ragged products, and test_losses.py the loss.
+# tests/product/test_ragged_sharding.py has ragged products, test_losses.py the loss.
 LEFT_OUT = {"einsum in bfloat16", "ragged", "ragged layer", "chunked_cross_entropy"}
 SHARDED = FUNCTIONS.keys() - LEFT_OUT
 

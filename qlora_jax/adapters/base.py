@@ -22,7 +22,7 @@ from .._jax import specs
 from .._jax.modes import axes_of_type, call_in_auto_mode, explicit_mesh
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, SpecEntry
-from ..matmul.sharded import declared_mesh
+from ..product.sharded import declared_mesh
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement, as_kernel
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PyTree
 
 from .._jax.modes import is_local, split_as, varying_with
-from ..matmul.floats import float_product
+from ..product.floats import float_product
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
 from ..quant.views import take_rows

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PyTree
 
 from .._jax.modes import split_as
-from ..matmul.floats import float_product
-from ..matmul.ragged import ragged_float_product
+from ..product.floats import float_product
+from ..product.ragged import ragged_float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement
 from ..quant.views import take_rows

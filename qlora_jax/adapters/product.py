@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
-from ..matmul.choose import checked_backend
-from ..matmul.floats import float_product
-from ..matmul.quantized import as_float, checked_layer, matmul, reverse_mode
-from ..matmul.ragged import offsets_of, ragged_float_product, ragged_matmul
+from ..product.choose import checked_backend
+from ..product.floats import float_product
+from ..product.quantized import as_float, checked_layer, matmul, reverse_mode
+from ..product.ragged import offsets_of, ragged_float_product, ragged_matmul
 from ..quant.kernel import Kernel, PackedInput, as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack

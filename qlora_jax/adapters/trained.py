@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from ..matmul.floats import float_product
+from ..product.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, Kernel
 from ..quant.views import take_rows

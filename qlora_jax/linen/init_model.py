@@ -12,7 +12,7 @@ from .._jax.pytree import is_tree_leaf, register, split_arrays
 from ..adapters.base import parts_of
 from ..adapters.call import Lookup, ModuleCall
 from ..adapters.config import QLoRAConfig, check_config, is_table
-from ..matmul.einsum import parse_equation
+from ..product.einsum import parse_equation
 from ..trees.init import init_checked
 from ..trees.paths import Leaf, Tree, leaves_by_path, map_by_path
 from .boxes import NORMS, WRONG_AXIS, boxes_of, run_in_float

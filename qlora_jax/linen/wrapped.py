@@ -14,7 +14,7 @@ from flax.typing import PRNGKey, RNGSequences
 from .._jax.pytree import is_box, is_tree_leaf, unbox
 from ..adapters.base import AdaptedKernel, Adapter, dropout_keys, parts_of, sliced
 from ..adapters.trained import Trained
-from ..matmul.choose import checked_backend
+from ..product.choose import checked_backend
 from ..quant.kernel import as_kernel
 from ..trees.adapters import combine
 from ..trees.paths import (

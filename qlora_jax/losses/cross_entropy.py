@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._jax.modes import call_in_auto_mode, varying_with
 from .._jax.specs import spec_of
 from ..adapters.product import adapted_product
-from ..matmul.backends.reference import accumulator_dtype, dot
+from ..product.backends.reference import accumulator_dtype, dot
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel, is_kernel
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.base import AdaptedKernel, constrained, parts_of
-from ..matmul.sharded import find_gather, gathered
+from ..product.sharded import find_gather, gathered
 from ..quant.kernel import is_kernel
 
 

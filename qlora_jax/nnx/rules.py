@@ -18,7 +18,7 @@ from ..adapters.call import (
     Registry,
     general_equation,
 )
-from ..matmul.einsum import kernel_kinds
+from ..product.einsum import kernel_kinds
 
 OutSharding = NamedSharding | PartitionSpec | None
 

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from .._jax.pytree import on_arrays, split_arrays
 from ..adapters.call import adapted_call
 from ..adapters.packed_calls import call_with_experts, is_experts
-from ..matmul.einsum import split_equation
+from ..product.einsum import split_equation
 from ..trees.merge import merge
 from ..trees.paths import Tree
 from .rules import RULES, Rule

@@ -16,9 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tpu_helpers import TOPOLOGIES, chips_of, needs_libtpu, on_one, run_script
 
 import qlora_jax as ql
-from qlora_jax.matmul.backends.pallas_tpu import fused
-from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip
-from qlora_jax.matmul.spec import ProductSpec
+from qlora_jax.product.backends.pallas_tpu import fused
+from qlora_jax.product.backends.pallas_tpu.tiling import Chip
+from qlora_jax.product.spec import ProductSpec
 from qlora_jax.quant.formats import Packing
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest]
@@ -118,7 +118,7 @@ LAYOUTS = {
     "fsdp and column": (("b", "c"), ("b",), ("b", "c"), GATHER, GATHER + REDUCE),
     "fsdp and row": (("c", "b"), ("b", "c"), ("b",), GATHER + REDUCE, GATHER),
 }
-# tests/matmul/test_collectives.py has every layout in both modes, on CPUs.
+# tests/product/test_collectives.py has every layout in both modes, on CPUs.
 SHARDED = [("Auto", name) for name in LAYOUTS]
 SHARDED += [("Explicit", name) for name in ("column", "row", "fsdp and row")]
 

@@ -10,8 +10,8 @@ import pytest
 from fuzz_layouts import draw_axes
 from helpers import SEED
 
-from qlora_jax.matmul.layout import lay_out
-from qlora_jax.matmul.spec import ProductSpec
+from qlora_jax.product.layout import lay_out
+from qlora_jax.product.spec import ProductSpec
 from qlora_jax.quant.formats import Packing
 
 MESHES = [(8,), (2, 4), (4, 2), (2, 2, 2), (3, 2), (2, 3, 2)]

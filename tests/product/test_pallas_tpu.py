@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import assert_close
 
-from qlora_jax.matmul.backends.pallas_tpu import decode, fused
-from qlora_jax.matmul.backends.pallas_tpu import visits as ragged_kernel
-from qlora_jax.matmul.backends.pallas_tpu.tiling import Chip, Tiling, plan, vmem_bytes
-from qlora_jax.matmul.spec import ProductSpec
+from qlora_jax.product.backends.pallas_tpu import decode, fused
+from qlora_jax.product.backends.pallas_tpu import visits as ragged_kernel
+from qlora_jax.product.backends.pallas_tpu.tiling import Chip, Tiling, plan, vmem_bytes
+from qlora_jax.product.spec import ProductSpec
 from qlora_jax.quant.formats import Packing
 
 pytestmark = pytest.mark.slow

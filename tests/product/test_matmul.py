@@ -21,9 +21,9 @@ from jax.test_util import check_grads
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.matmul import choose
-from qlora_jax.matmul.backends.pallas_tpu import fused
-from qlora_jax.matmul.backends.reference import Rounding
+from qlora_jax.product import choose
+from qlora_jax.product.backends.pallas_tpu import fused
+from qlora_jax.product.backends.reference import Rounding
 from qlora_jax.quant.formats import Packing
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.pack import quantize_kernel

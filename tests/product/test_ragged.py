@@ -17,7 +17,7 @@ from helpers import (
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.matmul.backends import tiled
+from qlora_jax.product.backends import tiled
 
 ROWS, EXPERTS, K, N = 40, 5, 128, 24
 SIZES = [
