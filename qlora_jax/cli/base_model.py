@@ -41,8 +41,8 @@ from .train_config import TrainConfig
 
 NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
 MLX_ADAPTER = "adapters.safetensors"
-# The linear layers that are packed. Like in transformers, the head stays in float, and
-# so do the routers of experts.
+# The linear layers that are packed. As in transformers, the head stays in float, and so
+# do the routers of experts.
 LAYERS = r"layers/(?!.*/router/).*/kernel"
 
 # Arguments of `BaseModel.read` that reproduce the base of training: `packing`, `dtype`.
@@ -51,7 +51,7 @@ LoadOptions = dict[str, Any]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model, perhaps with an adapter: files that are read later, or trees."""
+    """A model, optionally with an adapter, before or after its weights are read."""
 
     path: pathlib.Path  # a folder or a .gguf file
     config: DecoderConfig
@@ -60,7 +60,7 @@ class BaseModel:
     adapter: pathlib.Path | None = None  # an adapter that is not read yet
     peft: "ql.io.PeftConfig | None" = None  # the adapter's PEFT settings, if known
     recode: bool = False  # whether 4-bit weights may be decoded and packed again
-    name: str = ""  # the weights: a hub id, a path, or a copy in a package
+    name: str = ""  # names the weights: a hub id, a path, or a file in a package
     source: str = ""  # describes where the weights were found
 
     @property
@@ -85,7 +85,7 @@ class BaseModel:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """The quantization settings in the model's files; empty for floats."""
+        """The quantization settings in the model's files; empty for float weights."""
         if self.path.is_file():
             return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
         return ql.io.read_quantization(self.path)
@@ -255,7 +255,7 @@ def open_adapted(
 ) -> tuple[BaseModel, dict[str, PyTree], LoadOptions]:
     """Returns a model, several adapters by name, and how to read the weights.
 
-    A single adapter belongs to the model, and the dict of adapters is empty.
+    A single adapter is part of the model, and the dict is then empty.
     """
     if config.run is not None:
         model, _ = open_run(config.run, None, config.model)
@@ -342,9 +342,9 @@ def training_load_options(
 ) -> LoadOptions:
     """Returns options to read a model with the weights its adapter was trained on.
 
-    They are those of the adapter's run, unless `config` packs the model in another way,
-    and are empty if the model is used as it is stored. Prints a note on stderr for each
-    adapter whose run used other weights.
+    The options are those of the adapter's run, unless `config` packs the model in
+    another way. If the model is used as it is stored, they are empty. Prints a note on
+    stderr for each adapter whose run used other weights.
     """
     runs = runs_of(config.adapter, config.run)
     is_like_run = bool(runs) and not _packs_differently(config, runs[0])
@@ -353,8 +353,8 @@ def training_load_options(
         for name in PACKING_OPTIONS[1:]:
             if (value := getattr(settings, name, None)) is not None:
                 raise ValueError(
-                    f"`{name}` must be given with the `fmt` in which training "
-                    f"packed the model. Got {value}."
+                    f"`fmt` must be given with `{name}`: the format in which training "
+                    f"packed the model. Got `{name}` {value}."
                 )
     for run in runs:
         is_other_model = os.path.realpath(model.name) != os.path.realpath(run.model)

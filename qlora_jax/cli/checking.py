@@ -32,7 +32,7 @@ from .run_folder import write_text
 
 _PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "numpy"
 FORMATS = tuple(fmt for fmt in get_args(Fmt) if fmt != "none")
-_SHAPE = 512, 768  # of the checked kernels, in whole blocks for every format
+_SHAPE = 512, 768  # of the checked kernels; multiples of every block size
 _ROWS = 16, 512  # of the inputs; typical of generation and of training
 _DTYPES = "float32", "bfloat16"
 _DIRECTIONS = "x W", "x W^T"
@@ -127,11 +127,12 @@ class Checked:
 def check(config: CheckConfig) -> Checked:
     """Returns a report on this machine's devices.
 
-    Matrix products are compared with NumPy's in float64, whose weights are decoded on a
-    CPU. If the device is not a CPU, training is compared with the same steps on a CPU.
+    Matrix products are compared with products in float64, which NumPy computes from
+    weights that were decoded on a CPU. If the device is not a CPU, training is compared
+    with the same steps on a CPU.
 
     Args:
-        config: What to compare, and how many rounds to measure.
+        config: Where to write the report, and how many rounds to measure.
 
     Raises:
         OSError: If the report cannot be written.
@@ -295,7 +296,7 @@ def _median_seconds(
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[bool]:
-    """Computes on a CPU if there is one; yields whether the default device differs."""
+    """Computes on a CPU, if any; yields whether the default device is another one."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # for example with JAX_PLATFORMS=tpu

@@ -32,7 +32,7 @@ _FORMATS_OF_OPTIONS = {
 
 def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
     if config.model is None and config.run is None:
-        raise ValueError("`model` must be given without `run`. Got None.")
+        raise ValueError("`model` must be given if `run` is not. Got None.")
     if None not in (config.adapter, config.run):
         raise ValueError("`adapter` or `run` must be left out. Got both.")
 
@@ -52,7 +52,7 @@ class ScoreConfig:
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library. Several, such as a,b, are scored separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
-        fmt: Number format to pack the linear layers in; none keeps that of the files.
+        fmt: Number format to pack the linear layers in; none keeps the stored format.
             Defaults to the format of the run if the adapter is in a run's folder.
         block_size: With `fmt`: weights per scale; by default the usual number for
             `fmt`, such as 64 for nf4.
@@ -111,8 +111,8 @@ class ExportConfig:
         step: With `run`, the step of the saved state to export; by default the newest.
         fmt: The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and
             compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a
-            server: the format in which training packed a float model, by default that
-            of the adapter's run. Leave it out for a model that is already in 4 bits.
+            server: the format in which training packed a float model, by default the
+            format of the adapter's run. Leave it out for a model already in 4 bits.
         block_size: Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4.
         double_quant: For bitsandbytes: whether to also quantize the scales; by default
             true.
@@ -164,7 +164,7 @@ class ExportConfig:
         """Checks where the model, the adapter and the data come from."""
         if self.run is None and (missing := {"model", "out"} - options):
             names = " and ".join(f"`{name}`" for name in sorted(missing))
-            raise ValueError(f"{names} must be given without `run`. Got None.")
+            raise ValueError(f"{names} must be given if `run` is not. Got None.")
         if self.step is not None and self.run is None:
             raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
         if {"adapter", "run"} <= options:
@@ -234,7 +234,7 @@ class PairsConfig:
 
     def __post_init__(self):
         if self.model is None and self.run is None:
-            raise ValueError("`model` must be given without `run`. Got None.")
+            raise ValueError("`model` must be given if `run` is not. Got None.")
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class GenerateConfig:
         top_k: Sample from this many of the most probable tokens; by default from all.
         top_p: Sample from the most probable tokens whose probabilities add up to this.
         seed: Seed of the sampling.
-        fmt: Number format to pack the linear layers in; none keeps that of the files.
+        fmt: Number format to pack the linear layers in; none keeps the stored format.
             Defaults to the format of the run if the adapter is in a run's folder.
         block_size: With `fmt`: weights per scale; by default the usual number for
             `fmt`, such as 64 for nf4.
@@ -342,7 +342,7 @@ class CheckConfig:
     Attributes:
         out: File to write the report to as JSON. Attach it to an issue, or add it to
             the table in docs/compatibility.
-        rounds: How often each time is measured; the median is reported.
+        rounds: Number of repetitions of each measurement; the median is reported.
 
     Example:
         >>> from qlora_jax import cli

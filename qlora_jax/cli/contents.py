@@ -113,7 +113,8 @@ def inspect(config: InspectConfig) -> Contents:
     if not path.exists():
         described = describe_path(path)
         raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
-    # Runs contain an adapter, and a model's folder may too, so the order matters.
+    # A run contains an adapter, and a model's folder may contain one too, so the order
+    # of these checks matters.
     if path.suffix == ".gguf":
         return _inspect_gguf(path)
     if is_run(path):

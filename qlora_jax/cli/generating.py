@@ -97,7 +97,7 @@ def generate(
 
     Raises:
         ValueError: If the model, its template or the adapter cannot be read or do not
-            fit, if there is no text, or if rows of a file are wrong. All are listed.
+            fit, if there is no text, or if rows are wrong. The message lists the rows.
 
     Example:
         >>> import tempfile
@@ -259,7 +259,7 @@ def _read_prompts(
         if conversation.is_chat or not isinstance(value, str):
             ids = _encode_messages(value, row, config.system, tokenizer)
         elif used := [name for name in ("system", "tools") if row.get(name)]:
-            raise ValueError(f"it must not have {used} without a chat template.")
+            raise ValueError(f"the row must not have {used} without a chat template.")
         else:
             ids = tokenizer.encode(check_text("prompt", value))
         return _Prompt(value, _check_ids(ids, value, vocab_size))
@@ -274,7 +274,8 @@ def _encode_messages(
     tokenizer: "ql.train.Tokenizer",
 ) -> list[int]:
     if value is None:
-        raise ValueError(f"it must have `prompt` or `messages`. Got {[*row]!s:.200}.")
+        keys = f"{[*row]!s:.200}"
+        raise ValueError(f"the row must have `prompt` or `messages`. Got {keys}.")
     if isinstance(value, str):
         value = [{"role": "user", "content": check_text("prompt", value)}]
     values = {"messages": value, "system": row.get("system") or system}
@@ -283,7 +284,7 @@ def _encode_messages(
     parts: Any = find_messages(Fields("messages", values, []), True)
     tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
     if messages[-1]["role"] == "assistant":
-        raise ValueError("its last message must not be an answer.")
+        raise ValueError("the last message of the row must not be an answer.")
     tokenizer.chat.check_roles(parts, tools)
     text = tokenizer.render(messages, tools, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -311,7 +312,7 @@ def _answer_prompts(
 ) -> Iterator[Answer]:
     config = conversation.config
     for index, prompt in enumerate(prompts):
-        key = None  # greedy sampling without a key compiles two programs fewer
+        key = None  # greedy sampling without a key compiles two fewer programs
         if not stream.sampling.is_greedy:
             key = jax.random.fold_in(jax.random.key(config.seed), index)
         yield _answer(conversation, prompt, stream, key, write)

@@ -157,7 +157,7 @@ def _make_command(name: str, config_type: type) -> "Parser":
         "--config", action="config", help="YAML file of settings; flags override it"
     )
     parser.add_class_arguments(config_type, as_group=False, as_positional=is_positional)
-    parser.types = get_type_hints(config_type)  # for the messages of errors
+    parser.types = get_type_hints(config_type)  # for error messages
     actions = {action.dest: action for action in parser._actions}
     group, options = None, parser._action_groups[1]  # 0 has positional arguments
     for option, field in fields.items():

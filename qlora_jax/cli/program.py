@@ -34,7 +34,7 @@ class Program(NamedTuple):
     model: Any  # the wrapped decoder
     loss: Callable[..., tuple]  # for `ql.train.make_step`
     eval_loss: Callable[..., tuple]  # the loss without terms that only help training
-    optimizer: Any  # Optax's, which this package does not import
+    optimizer: Any  # from Optax, which this package does not import
     step: "ql.train.Step"
 
 

@@ -8,7 +8,8 @@ from ..models.download import PYPI
 def push(name: str, path: pathlib.Path | None = None) -> str:
     """Uploads a folder or a file to a repository, and returns the repository's URL.
 
-    If the repository does not exist, a private one is created, also without a path.
+    If the repository does not exist, a private one is created. Without a path, nothing
+    is uploaded.
 
     Raises:
         OSError: If the repository cannot be written.

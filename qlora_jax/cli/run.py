@@ -51,7 +51,7 @@ class Run:
     data: "ql.train.Dataset"
     stamp: dict[str, Any]  # must be equal when the run is resumed
     mesh: Mesh | None  # None for one device
-    place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # base, lora to devices
+    place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # puts trees on devices
     folder: pathlib.Path
 
 
@@ -139,7 +139,8 @@ def _check_model_fits(
     ql.io.peft_config(base, lora, model.names)  # raises if PEFT does not support them
     if packing is not None:
         base, _ = init_shapes(model.base, packing)
-    make_place(model.config, mesh, "device")(base, {})  # raises if it cannot split them
+    # Raises if the mesh cannot split the weights.
+    make_place(model.config, mesh, "device")(base, {})
     if config.base_memory == "host" and packing is None and model.stored_fmt is None:
         raise ValueError(
             "`base_memory` must be device for a float model, because only packed "
@@ -191,7 +192,7 @@ def make_batches(
 def _resolve(
     config: TrainConfig, data: "ql.train.Dataset", stored_packing: Any
 ) -> TrainConfig:
-    """Returns the settings with a value for each that was left unset.
+    """Returns the settings, with values for those that were left unset.
 
     `stored_packing` is the packing of a base that is used as stored, otherwise None.
     """

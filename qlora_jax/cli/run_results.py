@@ -92,7 +92,7 @@ def finish(
 ) -> TrainResult:
     """Writes the results in process 0, and returns them in all processes.
 
-    `best` has the metrics of the adapter, or is empty if it is from the last step.
+    `best` has the metrics of the best step, or is empty if the last adapter is used.
     """
     lora = gather(state.lora)  # on a mesh, all processes take part
     if is_first():

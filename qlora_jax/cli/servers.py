@@ -256,16 +256,16 @@ def pair_for(
         return merged("it is not known to load experts in 4 bits")
     if name in ("mlx", "llama.cpp") and any("/experts/" in path for path in adapters):
         return merged("it does not support adapters of experts")
-    # A float base keeps its form if that is the server's.
+    # A float base keeps its form if the server reads it.
     problem = _mlx_problem(model) if name == "mlx" else None
     if packing is None:
         if needs_gguf and not is_gguf:
             return pair("gguf", server.adapter, False, "weights are rounded to float16")
         # mlx-lm does not read every config that transformers 5 writes.
-        is_as_it_is = is_gguf == needs_gguf and not (
+        keeps_form = is_gguf == needs_gguf and not (
             name == "mlx" and _lacks_older_keys(model)
         )
-        form = AS_IS if is_as_it_is else server.floats
+        form = AS_IS if keeps_form else server.floats
         why = problem or "the weights are the same"
         return pair(form, server.adapter, problem is None, why)
     # A packed base keeps its form if training used it as it is stored.
@@ -291,8 +291,8 @@ def _lacks_older_keys(model: BaseModel) -> bool:
     )
 
 
-# Of mlx-lm 0.32: the types of rotary positions that it supports in families with fewer
-# than others, and the families in which it supports biases.
+# For mlx-lm 0.32: the types of rotary positions that it supports, for families in which
+# it supports only a few, and the families in which it supports biases.
 _MLX_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
 _MLX_BIASES = ("llama", "olmoe", "qwen2", "smollm3")
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.

@@ -70,7 +70,7 @@ class TrainConfig:
         remat: Whether to recompute activations in the backward pass, to save memory.
             offload also keeps the layers' inputs in host memory (not on GPUs).
         attention: xla, which computes all scores, or splash, JAX's kernel for TPUs.
-        stream_dtype: Dtype of the residual stream, to which layers add.
+        stream_dtype: Dtype of the residual stream, to which layers add their outputs.
         mlp_tile: Maximum number of tokens in the MLP at a time, to save memory.
         base_memory: Where the packed layers are stored: device, or host to save device
             memory (not on GPUs). From the host, layers are moved when they are needed.
@@ -108,7 +108,7 @@ class TrainConfig:
         train_on: Which tokens of rows with prompts or messages are targets:
             completions, last (only the assistant's last message) or all. With all, the
             cross entropy of orpo includes prompts, as in TRL.
-        keys: Mapping from the keys that rows should have to the keys in the file.
+        keys: Mapping from standard keys, such as prompt, to the keys in the file.
         chat: Whether to convert prompts and completions to messages, if the model has a
             chat template.
         template: File with a chat template that replaces the model's.
@@ -373,8 +373,8 @@ def _parse_numbers(name: str, number_type: type, value: Any) -> Any:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"`{name}` must be of type {number_type.__name__}, or several that differ, "
-            f"separated by commas. Got {value!r}."
+            f"`{name}` must be of type {number_type.__name__}, or several different "
+            f"values separated by commas. Got {value!r}."
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
 

@@ -44,12 +44,13 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
 
     Returns:
         The result of the run, or of a sweep over learning rates or seeds whose runs are
-        trained side by side. The folder has more files. With `preview`, rows to show.
+        trained side by side. With `preview`, the rows to show.
 
     Raises:
-        ValueError: If settings, data and model are wrong or do not fit, if `out` is not
-            empty or is in use by another run, or if the resumed run had other settings.
-        FloatingPointError: If loss or gradient is not finite and `on_nan` is "stop".
+        ValueError: If settings, data or model are wrong or incompatible, if `out` is
+            not empty or is in use by another run, or if the resumed run had other
+            settings.
+        FloatingPointError: If a loss or gradient is not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last complete state remains.
         ImportError: If a library of the extra `train` is not installed.
         KeyboardInterrupt: At SIGINT, once the state after the step is saved.
@@ -176,7 +177,7 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
     """Writes the settings of each run, and those of a sweep in its own folder."""
     with all_or_none():
         if is_first():
-            # The sweep's file has lists of swept values, and all others resolved.
+            # In the sweep's file, swept settings are lists; all others are resolved.
             swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
             resolved = dataclasses.replace(runs[0].config, **swept)
             path = pathlib.Path(config.out) / CONFIG
@@ -243,7 +244,7 @@ class Trainer:
                 f"{int(last.step):,}."
             )
         best_state, _ = self.states.restore(last, best.step)
-        # The last row of metrics has the numbers of the last step.
+        # If the last step is the best, the last row of metrics has its numbers already.
         numbers = {"best_step": best.step}
         if best.step < self.loop.steps:
             numbers |= self.evaluate(self.base, best_state, is_end=True)

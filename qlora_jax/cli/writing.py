@@ -111,10 +111,10 @@ class Written:
 def export(config: ExportConfig) -> Written:
     """Writes a model or an adapter in a format that other programs load.
 
-    Merged weights are read, computed and written one at a time. On a 4-bit base, the
-    adapter is added to the decoded weights, the ones it was trained on. For a 4-bit
-    format, the adapter is merged into the weights of the files, and the sum is packed;
-    the base, the sum and the packed sum are then in memory.
+    Merged weights are read, computed and written one at a time. If training used a base
+    in 4 bits, the adapter is added to its decoded weights. For a 4-bit format, the
+    adapter is added to the weights in the files instead, and the sum is packed. The
+    base, the sum and the packed sum are then all in memory.
 
     Args:
         config: The model, the adapter and the format.
@@ -168,9 +168,9 @@ def _export(config: ExportConfig) -> Written:
         # The packing options describe the result here, not the base of training.
         unset = dict(fmt=None, block_size=None, double_quant=None)
         trained = training_load_options(dataclasses.replace(config, **unset), model)
-        # The adapter is merged into the weights of the files. The packed weights of
-        # training already have values of the format. The sum of such a weight and a
-        # small change would be rounded to the old value, which loses the change.
+        # The adapter is merged into the weights of the files, not into the weights that
+        # training packed. Those already have values of a 4-bit format, so packing the
+        # sum of such a weight and a small change would give the old value again.
         if trained:
             log(
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
@@ -242,7 +242,7 @@ def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -
     model = _with_plain_adapter(config, model)
     base, lora = model.base, ql.io.portable(model.base, model.lora)
     settings = model.peft.extra_settings if model.peft else {}
-    # An adapter that was read keeps the base that it names.
+    # If the adapter's files name a base model, the export names the same one.
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not name:
         name, revision = model.name, model.revision

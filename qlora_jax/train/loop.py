@@ -128,8 +128,8 @@ def fit(
             the first step. The state of that step is kept too.
         watch: Called with the metrics of the steps that `loop.log_every` selects, for
             other loggers.
-        stop: Called after each step. Returns whether to stop the run, in which all
-            processes must agree.
+        stop: Called after each step. Returns whether to stop the run, and must return
+            the same value in all processes.
 
     Returns:
         The state after the last step, which is saved. `loop.patience` may end the run
@@ -167,7 +167,7 @@ def fit(
 # A generator that yields the state and the batches of each step. It is then sent the
 # new state, a report, and the seconds that the step took. It returns the last state.
 Steps = Generator[tuple[State, list[Batch]], tuple[State, Report, float], State]
-# The names of validation losses in the progress bar, which shows the first one it has.
+# Validation losses and their labels. The progress bar shows the first that is computed.
 _VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
 
 

@@ -284,7 +284,7 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
             total, weight, *metrics = evaluate(lora, base, batch)
             for name, pair in {"loss": (total, weight), **dict(*metrics)}.items():
                 pairs.setdefault(name, []).append(pair)
-        # Summed in float64, and only now, so that batches run without waiting.
+        # Sum in float64. `np.asarray` waits for results, so it comes after all batches.
         sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in pairs.items()}
         with np.errstate(invalid="ignore"):  # a metric without entries has mean NaN
             return {name: float(x / n) for name, (x, n) in sums.items()}

@@ -34,7 +34,7 @@ def make_schedule(
         steps: The number of steps of the run, including the warmup.
         warmup: The number of warmup steps.
         end: The last learning rate. Unused by "constant".
-        decay: For "wsd": the share of the steps that decay, in (0, 1].
+        decay: For "wsd": the share of the steps in which the rate decays, in (0, 1].
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -119,8 +119,8 @@ def make_optimizer(
     """
     if offload and name == "adafactor":
         raise ValueError(
-            "`name` must be adamw, adamw8bit or lion with `offload`, since adafactor "
-            "mixes layers. Got adafactor."
+            "`name` must be adamw, adamw8bit or lion with `offload`, because adafactor "
+            "mixes the values of different layers. Got adafactor."
         )
     if beta2 is None:
         beta2 = 0.99 if name == "lion" else 0.999

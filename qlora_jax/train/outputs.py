@@ -185,7 +185,7 @@ def _loss_axes(
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
-    # Over more than about a decade, minor labels would overlap.
+    # If losses differ by more than about a factor of 20, minor labels would overlap.
     axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
     axes.grid(True, which="both", alpha=0.25)
     if axes.lines:
@@ -207,7 +207,7 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
 
 
 def memory_of(base: PyTree, lora: PyTree, opt_state: PyTree) -> dict[str, int]:
-    """Returns the bytes of each tree, and the peak of the device or the process.
+    """Returns the bytes of each tree, and the peak memory of the device or process.
 
     Args:
         base: The base tree.

@@ -53,7 +53,7 @@ class Checkpoints:
         Args:
             folder: The folder, which is created if it does not exist.
             keep: The number of newest states to keep.
-            read_only: Whether to leave the folder as it is, since a run may be active.
+            read_only: Whether to change nothing, since a run may be using the folder.
 
         Raises:
             ValueError: If `keep` is not positive.
@@ -328,7 +328,7 @@ def _saved_shapes(like: State) -> State:
         sharding = getattr(sharded, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    # The key is saved as its data.
+    # The PRNG key is saved as an array of integers, its key data.
     key = shape_of(jax.eval_shape(jax.random.key_data, like.key), like.key)
     return jax.tree.map(lambda x: shape_of(x, x), like._replace(key=key))
 
@@ -359,7 +359,8 @@ def _find_faults(states: pathlib.Path, step: int) -> list[str]:
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         return [f"{_CHECKSUMS} {_FAULTS[0 if is_missing else 2]}"]
-    # The code of each file, or 0. The maximum over processes has all codes.
+    # The fault code of each file, or 0 if it is intact or another process verifies it.
+    # The maximum over all processes then has the codes of all files.
     names, codes = sorted(hashes), np.zeros(len(hashes), np.int32)
     for index in range(jax.process_index(), len(names), jax.process_count()):
         codes[index] = _fault_code(folder / names[index], hashes[names[index]])

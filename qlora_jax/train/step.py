@@ -79,7 +79,7 @@ class State(NamedTuple):
         def create(lora):
             return cls.create(lora, optimizer, 0)
 
-        # With shardings, `create` would call `device_put` while it is traced.
+        # With shardings, `create` would call `device_put` during tracing, so drop them.
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
         # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
         avals = jax.make_jaxpr(create)(bare).out_avals
@@ -130,7 +130,7 @@ class _Sums(NamedTuple):
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
-    """Returns the function that makes one training step.
+    """Returns the function that performs one training step.
 
     A step may have several batches. Its gradient is that of the mean over all their
     target tokens, as if they were one large batch.
@@ -164,7 +164,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
 def make_joint_step(
     loss: Loss, optimizers: Sequence[optax.GradientTransformation]
 ) -> "JointStep":
-    """Returns the function that makes one step of several adapters over one base.
+    """Returns the function that performs one step of several adapters over one base.
 
     Each adapter is updated as by `make_step`, on the same batches. `jax.vmap` over the
     adapters computes all losses together, so that the base is decoded only once.
@@ -254,7 +254,7 @@ def _update(
     total, weight, grads, metrics = sums
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     mean, norm = total / weight, optax.tree.norm(grads)
-    # The old state is donated, so a skipped update must keep it inside this program.
+    # The old state is donated, so an update must be skipped inside this program.
     skip = ~_all_finite([mean, norm])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, skip=skip)
     lora = optax.apply_updates(state.lora, updates)

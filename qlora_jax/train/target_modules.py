@@ -68,10 +68,10 @@ def find_target_paths(
         if not is_used:
             problems.append(f"{name!r} selects no module")
     if problems or not targets:
-        ends = sorted({x[0].rpartition(".")[2] for x in modules.values()})
+        short_names = sorted({x[0].rpartition(".")[2] for x in modules.values()})
         raise ValueError(
             f"`target_modules` must select linear layers: {ALL_LINEAR!r}, or some of "
-            f"{ends}. Got: {'; '.join(problems) or 'none'}."
+            f"{short_names}. Got: {'; '.join(problems) or 'none'}."
         )
     return tuple(path for path in modules if path in targets)
 
@@ -95,13 +95,14 @@ def _modules_by_path(params: PyTree, names: "ql.io.Names") -> dict[str, list[str
     """Returns, by path, the module names of each linear kernel, one for each layer."""
 
     def module_of(name: str) -> str:
-        # Experts are selected by the name of their parameter, not of a module.
+        # The experts in one parameter are selected by its name: they have no modules.
         stem = name.rpartition(".")[0]
         return stem if names.is_stack(stem) else name.removesuffix(".weight")
 
     modules = {}
     for path, leaf in ql.leaves_by_path(params).items():
-        # A matrix: after any batch axes, the input axis k and the output axis n.
+        # Keep only matrices, which have an input axis k and an output axis n, besides
+        # any batch axes.
         if names.roles(path) == "kn":
             batch_shape = leaf.shape[: names.num_batch_axes(path)]
             modules[path] = [*map(module_of, names.of(path, batch_shape).flat)]

@@ -258,15 +258,15 @@ def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
     flags = "--model", without_weights, "--prompts", file
     status, out, err = run(capsys, *flags)
     assert (status, out) == (1, "") and f"lines of {file} are wrong" in err
-    assert "line 2: it must have `prompt` or `messages`. Got ['text']" in err
+    assert "line 2: the row must have `prompt` or `messages`. Got ['text']" in err
     assert "line 3: `messages` must be a list of messages. Got 1" in err
-    assert "line 4: its last message must not be an answer" in err
+    assert "line 4: the last message of the row must not be an answer" in err
     assert "line 5: roles must be system, user, " in err
     assert "names. Got 'usr' in `messages[0]`." in err
     assert "line 6: the row must be JSON" in err and "  line 1" not in err
     file.write_text('{"prompt": "one", "system": "s"}')
     err = run(capsys, *flags, "--chat=false")[2]
-    assert "line 1: it must not have ['system'] without a chat template" in err
+    assert "line 1: the row must not have ['system'] without a chat template" in err
     edit(without_weights / "tokenizer_config.json", chat_template="{% if %}")
     err = run(capsys, *flags)[2]
     assert "the chat template must be Jinja" in err and "are wrong" not in err

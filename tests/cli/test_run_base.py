@@ -206,7 +206,7 @@ def test_a_run_and_what_it_replaces(capsys, command):
 def test_a_format_is_needed_for_its_options(folder, capsys):
     options = ["--run", folder / "run", "--data", folder / "valid.jsonl"]
     status, _, err = run(capsys, "score", *options, "--block-size=32")
-    assert status == 1 and "`block_size` must be given with the `fmt`" in err
+    assert status == 1 and "`fmt` must be given with `block_size`" in err
 
 
 @pytest.mark.slow

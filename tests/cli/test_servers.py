@@ -93,7 +93,7 @@ def test_pairs(model, adapter, fmt, block_size):
 
 
 def test_a_block_size_without_a_format_is_refused(model, adapter):
-    with pytest.raises(ValueError, match="`block_size` must be given with the `fmt`"):
+    with pytest.raises(ValueError, match="`fmt` must be given with `block_size`"):
         table(model=model, adapter=adapter, block_size=32)
 
 

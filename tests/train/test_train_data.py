@@ -343,7 +343,7 @@ def test_the_answers_of_a_pair_stay_together(folder, tmp_path):
 
 @pytest.mark.parametrize("share, side", [(0.001, "validate on"), (0.999, "train on")])
 def test_a_split_leaves_rows_on_both_sides(folder, tmp_path, share, side):
-    message = f"both sides. Got {share}, with which .*d.jsonl has none to {side}"
+    message = f"Got {share}, which leaves .*d.jsonl without rows to {side}"
     with pytest.raises(ValueError, match=message):
         read_raw(folder, tmp_path, *[{"text": "a"}] * 3, validation_split=share)
 
@@ -467,7 +467,7 @@ def test_rows_that_are_too_long(plain, tmp_path):
 
 def test_rows_without_a_token_to_train_on_are_named(tmp_path):
     raw = [{"input_ids": [3, 4]}, {"input_ids": [3, 4], "labels": [3, -100]}]
-    with pytest.raises(ValueError, match=r"None in:\n  .*d.jsonl:2\n  .*d.jsonl:3$"):
+    with pytest.raises(ValueError, match=r"have none:\n  .*d.jsonl:2\n  .*d.jsonl:3$"):
         read_raw(tmp_path, tmp_path, *raw, {"input_ids": [5]})
 
 
@@ -475,7 +475,7 @@ def test_a_token_across_the_boundary_is_trained_and_noted(plain, tmp_path):
     """ " two" is one token, whose space ends the prompt."""
     data = read_raw(plain, tmp_path, {"prompt": "one ", "completion": "two"})
     assert trained(plain, data.train[0])[1] == [" two<|endoftext|>"]
-    assert "in 1 rows one token holds the end of the prompt" in data.notes[0]
+    assert "in 1 rows one token covers the end of the prompt" in data.notes[0]
     row = {"prompt": "one", "completion": " two"}
     assert read_raw(plain, tmp_path, row).notes == ()
 
@@ -499,7 +499,7 @@ def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeyp
         ({"max_length": 1}, "`max_length` must be"),
         ({"validation_split": 0}, "`validation_split` must be between 0 and 1. Got 0"),
         ({"validation_split": 5}, "`validation_split` must be between 0 and 1. Got 5"),
-        ({"keys": {"prompt": "q", "text": "a"}}, "`keys` must be of one kind"),
+        ({"keys": {"prompt": "q", "text": "a"}}, "`keys` must belong to a single kind"),
         ({"keys": {"text": 3}}, "`keys` must map names to names"),
         ({"vocab_size": 50}, "the ids of its text must be .* below 50"),
     ],

@@ -58,13 +58,13 @@ def test_marked_answers_are_trained_and_begin_once(tmp_path):
     trained_texts = trained_texts_of(tokenizer, tmp_path, [*TALK, *TALK])
     assert trained_texts == [" two<|im_end|>"] * 2
     data = read(tokenizer, tmp_path, TALK)
-    assert "in 1 rows one token holds the end of the prompt" in data.notes[0]
+    assert "in 1 rows one token covers the end of the prompt" in data.notes[0]
     [row] = data.train
     begin = SPECIAL.index("<s>")
     assert (row.ids == begin).sum() == 1 and row.ids[0] == begin
     # A plain text begins with the token that the tokenizer adds.
     assert tokenizer.encode("one")[0] == begin
-    with pytest.raises(ValueError, match="must not hold the noncharacters"):
+    with pytest.raises(ValueError, match="must not contain the noncharacters"):
         read(tokenizer, tmp_path, [ASK[0], TALK[1] | {"content": "\ufdd0"}])
 
 

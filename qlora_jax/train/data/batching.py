@@ -29,8 +29,8 @@ class Batch(NamedTuple):
         ids: The tokens, int32 `[B, T]`, padded on the right.
         segment_ids: The number of each token's sequence, which starts at 1 in each row,
             or 0 for padding, int32 `[B, T]`.
-        positions: The position of each token in its sequence or in the padding behind
-            it, int32 `[B, T]`.
+        positions: The position of each token in its sequence, or in the padding at the
+            end of the row, int32 `[B, T]`.
         select: Indices into T whose next token is a target, int32 `[B, P]`.
         targets: These next tokens, int32 `[B, P]`.
         weights: 1 for a target, 0 for padding, float32 `[B, P]`. For preferences, only
@@ -210,8 +210,8 @@ class _Packed:
 
     def collate(self, groups: Groups, size: int) -> Batch:
         rows = [[x for row in group for x in row.sequences] for group in groups]
-        most = max(sum(row.num_trained for row in group) for group in rows)
-        num_targets = int(ordering.round_up(most, self.step))
+        max_trained = max(sum(row.num_trained for row in group) for group in rows)
+        num_targets = int(ordering.round_up(max_trained, self.step))
         return collate(rows, size, self.width, num_targets, self.sequences)
 
 

@@ -281,7 +281,7 @@ class Chat:
             parts = message["content"] if is_list else []
             if wrong := [part for part in parts if not _is_text(part)]:
                 raise ValueError(
-                    "the chat template reads contents that are text: their parts must "
+                    "the chat template reads contents as strings, so all parts must "
                     f'be {{"type": "text", "text": ...}}. Got {wrong[0]!r:.60}.'
                 )
             text = "".join(part["text"] for part in parts)

@@ -99,8 +99,8 @@ def read_dataset(
             preference losses dpo, ipo, orpo, simpo and kto.
         stream: Whether training rows stay in their files, which must be .jsonl. They
             are read once to check and measure them, and again whenever needed.
-        validation_split: For data without validation rows: the share of the training
-            rows to use for validation, one out of `1 / validation_split` rows.
+        validation_split: The share of the training rows to use for validation, if the
+            data have no validation rows. One of every `1 / validation_split` is drawn.
         seed: The seed that selects the validation rows.
 
     Raises:
@@ -157,8 +157,8 @@ def read_dataset(
 
 
 _NO_ROWS = (
-    "`validation_split` must leave rows on both sides. Got {}, with which {} has none "
-    "to {}."
+    "`validation_split` must leave rows for training and for validation. Got {}, "
+    "which leaves {} without rows to {}."
 )
 
 
@@ -239,9 +239,9 @@ class _Reader:
         # Reads the rows of a split, and returns their kind.
         file = None
         if self._stream and split == "train":
-            # Not a method of this reader: the reader has the rows, which have the file.
-            # If the file had the reader, this cycle of references would keep temporary
-            # files after the data set is deleted.
+            # A bound method would create a cycle of references: this reader refers to
+            # the rows, the rows to the file, and the file to `encode`. The cycle would
+            # keep temporary files after the data set is deleted.
             encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
             file = JsonLines(source.name, encode)
             source = file.source
@@ -295,7 +295,7 @@ class _Reader:
             notes.append(f"ignored keys of rows: {', '.join(unused)}")
         if self.num_straddling:
             notes.append(
-                f"in {self.num_straddling:,} rows one token holds the end of the "
+                f"in {self.num_straddling:,} rows one token covers the end of the "
                 "prompt and the beginning of the answer, and is a target. Does the "
                 "prompt end with a space?"
             )
@@ -341,7 +341,7 @@ def _encode_rows(
 ) -> Iterator[tuple[str, str, Encoded]]:
     # Yields the split, the kind and the tokens of each row. Rows of other splits than
     # "train" have examples. Wrong rows are rejected together, at the end.
-    kind = None  # that of the first row, which all rows must have
+    kind = None  # the kind of the first row, which all other rows must have too
 
     def encode(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
@@ -420,7 +420,7 @@ class _Cutter:
             )
         if self._untrained:
             raise ValueError(
-                f"rows of {name} must have a token to train on. None in:\n  "
+                f"rows of {name} must have a token to train on. These have none:\n  "
                 + listing(self._untrained)
             )
         if num_long and self._too_long == "split":

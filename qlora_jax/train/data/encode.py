@@ -95,14 +95,14 @@ class Encoded(NamedTuple):
 
     row: Row
     example: Example | None = None
-    straddles: bool = False  # whether a token holds both prompt and answer text
+    straddles: bool = False  # whether a token covers text of both prompt and answer
 
 
 class _Tokens(NamedTuple):
     """Tokens, and the characters of the text that each of them covers."""
 
     ids: list[int]
-    starts: np.ndarray  # of the token, or of uncovered white space before it
+    starts: np.ndarray  # extended back over uncovered white space before the token
     ends: np.ndarray
     added: np.ndarray  # whether the tokenizer added the token, which covers no text
 
@@ -135,7 +135,7 @@ class Encoder:
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
     ) -> tuple[str, Encoded]:
-        """Returns the kind of a row, which must be `kind` if not None, and the row."""
+        """Returns the kind and tokens of a row. With `kind`, rejects other kinds."""
         fields = kinds.find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
@@ -214,7 +214,8 @@ class Encoder:
         return Encoded(Row(ids, labels, place, start), example, straddles)
 
     def _mark_answers(self, fields: kinds.Fields) -> Marked:
-        # A pair of texts that were split after their common beginning is not a chat.
+        # Two texts without a `prompt` have the kind "text". Their common beginning is
+        # the prompt, which may end anywhere, so it cannot be a message.
         is_chat = self.chat and self.tokenizer.has_template and fields.kind != "text"
         groups = kinds.find_messages(fields, is_chat)
         if isinstance(groups, tuple):
@@ -284,7 +285,7 @@ class Encoder:
     def _find_targets(
         self, tokens: _Tokens, marked: Marked
     ) -> tuple[np.ndarray, list[int], bool]:
-        # Returns the mask of targets, the last answer, and whether a token straddles:
+        # Returns the target mask, the tokens of the last answer, and whether a token
         # covers both the end of a prompt and the start of its answer.
         ids, starts, ends, added = tokens
         is_target, straddles = np.zeros(len(ids), bool), False

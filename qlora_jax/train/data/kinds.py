@@ -36,7 +36,7 @@ LABELLED = {
 }
 _OBJECTIVES: dict[str, Kinds] = {"sft": KINDS, "kto": PAIRS | LABELLED}
 _OBJECTIVES |= dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIRS)
-# Fields that may be JSON in a string, since files such as CSV hold only strings.
+# Fields that may be JSON in a string, since files such as CSV contain only strings.
 _JSON_FIELDS = ("input_ids", "labels", "label", "messages", "conversations", "tools")
 # Keys with content that a model should see. A row is rejected if they are unused.
 _CONTENT_KEYS = {"tools", "functions", "system", "system_prompt", "history"}
@@ -47,7 +47,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
 # Keys that decide whether to train on a message: OpenAI's, and then those of axolotl.
 _TRAIN_KEYS = ("weight", "train", "training")
-# Values of `label` in KTO data, in lower case. Some files hold only strings.
+# Values of `label` in KTO data, in lower case. Some files contain only strings.
 _LABELS = {"true", "false", "1", "0"}
 
 
@@ -75,7 +75,10 @@ def check_keys(keys: Mapping[str, str] | None, kinds: Kinds) -> dict[str, str]:
         kind: [*required, *optional] for kind, (required, optional) in kinds.items()
     }
     if not any({*keys} <= {*kind_names} for kind_names in names.values()):
-        raise ValueError(f"`keys` must be of one kind of {names}. Got {keys}.")
+        raise ValueError(
+            f"`keys` must belong to a single kind of row. The kinds are {names}. Got "
+            f"{keys}."
+        )
     if wrong := [name for name in keys.values() if not isinstance(name, str)]:
         raise ValueError(f"`keys` must map names to names. Got {wrong}.")
     return keys
@@ -107,7 +110,7 @@ def find_fields(
 
 
 def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    # In sft, `keys` must say which completion of a pair to train on.
+    # In sft, `keys` must select the completion of a pair to train on.
     required = PAIRS["preference"].required
     has_pair = all(row.get(key) is not None for key in required)
     if has_pair and not {*required} & {*keys.values()}:
@@ -149,8 +152,9 @@ def _parse_field(name: str, value: Any) -> Any:
 
 
 def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
-    """Returns the tools and messages of a row, by their names in error messages."""
-    # Without `is_chat`, a prompt and a completion of strings are returned as they are.
+    """Returns the messages and tools of a row in a dict, or a pair of strings."""
+    # The keys of the dict are the names for error messages. Without `is_chat`, a prompt
+    # and a completion that are strings are returned as they are.
     kind, values, _ = fields
     groups, tools = {}, _check_tools(values.get("tools"))
     # The system prompt comes first, as a message.
@@ -241,7 +245,7 @@ def _check_message(name: str, message: Any) -> None:
             f"`{name}.tool_calls` must be a list of objects, each with a `function`. "
             f"Got {calls!r:.40}."
         )
-    # An empty user turn may be intended. An empty answer would only train its end.
+    # An empty user turn may be intended. An empty answer would train only its end.
     if _is_empty(content) and not calls:
         if message["role"] == "assistant" or content is None:
             raise ValueError(f"`{name}` must have content. Got {message}.")

@@ -28,7 +28,7 @@ def read_model_files(path: pathlib.Path) -> ModelFiles:
         raise
     except ValueError as error:
         raise ModelError(str(error)) from error
-    except (AttributeError, KeyError, TypeError) as error:  # values of other types
+    except (AttributeError, KeyError, TypeError) as error:  # a wrong type
         raise ModelError(
             f"{path} must have tokenizer files that can be read. {error}"
         ) from error

@@ -1,8 +1,8 @@
-"""Rejects rows of which a chat template omits a part.
+"""Rejects a row if the chat template omits a part of it.
 
-A part is omitted if its removal does not change the text. Rendering is slow, so the
-removal is not tried if the text clearly has the part: if the part is long, is found in
-the text, and is nowhere else in the row or in the template.
+A part is omitted if removing it does not change the rendered text. Rendering is slow,
+so the removal is not tried if the text clearly contains the part: if the part is long,
+appears in the text, and appears nowhere else in the row or in the template.
 """
 
 import bisect
@@ -17,9 +17,10 @@ from typing import Any
 Path = tuple[str | int, ...]
 Render = Callable[[dict[str, Any]], str]  # renders a row
 _MIN_UNIQUE = 12  # characters: more than a date, which a template may add by itself
-_MAX_TRIALS = 32  # characters that are changed in a value that may be omitted in part
+# To find an omitted part inside a value, about this many characters are changed.
+_MAX_TRIALS = 32
 _REMOVED = object()
-# Keys with the type or the number of a part, which need not be written.
+# Keys with the type or the number of a part, which templates need not write.
 _LABEL_KEYS = {"role", "type", "id", "index"}
 # Keys whose parts are not searched: templates need not write all of a JSON schema.
 _OPAQUE_KEYS = {"parameters"}
@@ -91,16 +92,16 @@ class _Search:
         forms = _dense_forms(value)
         if not isinstance(value, str) or any(x in self.dense_text for x in forms):
             return False
-        # The template may write a part of the value: the longest prefix and the longest
-        # suffix that are in the text. Test it by changing letters between these two.
+        # The template may write only the beginning and the end of the value. Find the
+        # longest prefix and suffix that are in the text, and change letters in between.
         indices = [i for i, x in enumerate(value) if not x.isspace()]
-        letters, size = without_space(value), len(indices)
+        dense_value, size = without_space(value), len(indices)
 
         def lacks_prefix(n):
-            return letters[: n + 1] not in self.dense_text
+            return dense_value[: n + 1] not in self.dense_text
 
         def lacks_suffix(n):
-            return letters[size - n - 1 :] not in self.dense_text
+            return dense_value[size - n - 1 :] not in self.dense_text
 
         prefix = bisect.bisect(range(size), 0, key=lacks_prefix)
         suffix = bisect.bisect(range(size), 0, key=lacks_suffix)

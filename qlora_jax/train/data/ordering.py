@@ -106,9 +106,9 @@ class PackedOrder(Sequence[Any]):
         # Each epoch packs the same lengths, so that it has the same number of packs.
         # Only rows of equal length swap places.
         self._lengths, self._seed, self._first = lengths, seed, first
-        falling = -np.sort(-lengths)
-        self._packs = pack_lengths(falling.tolist(), capacity)
-        self.longest = max(int(falling[pack].sum()) for pack in self._packs)
+        descending = -np.sort(-lengths)
+        self._packs = pack_lengths(descending.tolist(), capacity)
+        self.longest = max(int(descending[pack].sum()) for pack in self._packs)
         self.most_rows = max(map(len, self._packs))
         self.epoch = len(self._packs)
         self._permutation = functools.lru_cache(2)(self._shuffle)

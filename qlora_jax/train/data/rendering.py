@@ -83,8 +83,8 @@ def _find_marks(marked_text: str) -> Rendering:
         answer, mark, text = piece.partition(_END)
         if bool(mark) != (index > 0) or _END in text:
             raise ValueError(
-                "texts must not hold the noncharacters U+FDD0 and U+FDD1, and a chat "
-                "template must not nest `{% generation %}` blocks."
+                "texts must not contain the noncharacters U+FDD0 and U+FDD1, and a "
+                "chat template must not nest `{% generation %}` blocks."
             )
         if answer and mark:
             answers.append((length, length + len(answer)))

@@ -44,8 +44,8 @@ class Source(NamedTuple):
 def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
     """Yields `convert(number, row)` for each row, and at the end rejects bad rows."""
     # A `ModelError` is raised at once. Other errors are collected, since a user wants
-    # to fix all of them together: for each message, the first error with it, and the
-    # numbers of all its rows.
+    # to fix all of them together. For each message, `errors` has the first error with
+    # this message, and the numbers of all rows that cause it.
     errors: dict[str, tuple[Exception, list[int]]] = {}
     title, rows = f"reading {source.name}", source.rows
     bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
@@ -211,7 +211,7 @@ class JsonLines:
             )
         read = self._read_unzipped if parts.is_zipped else self._read
         self.source = Source(name, "line", readers.rows_of(self.path, parts, read))
-        # The byte where the line that was read last begins, and the number of the line.
+        # Where the line that was read last begins, in bytes, and the line's number.
         self.offset = self.line_number = 0
 
     def _read_unzipped(self, file: BinaryIO) -> Rows:
