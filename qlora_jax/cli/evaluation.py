@@ -24,8 +24,8 @@ _SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer
 
 def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
     """Returns the batches for evaluations during training; empty to use all batches."""
-    # At most one per 100 training batches, so that ten evaluations add a few percent to
-    # the time (forward passes only). Batches are ordered by length: take every n-th.
+    # One for each 100 training batches, and at least one, so that ten evaluations add a
+    # few percent to the time. Batches are ordered by length, so take every n-th.
     num_batches, size = len(batches), max(1, num_training_batches // 100)
     if size >= num_batches:
         return []

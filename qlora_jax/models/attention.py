@@ -100,9 +100,9 @@ def rotate(
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    The mask depends on positions if `attention` is "xla" or there is a cache. Any other
-    `attention` masks by order in the row. `Decoder` fills a row with NaN if the two
-    differ.
+    If `attention` is "xla" or there is a cache, the mask depends on the positions of
+    tokens. Otherwise, it depends on their order in the row, and `Decoder` fills a row
+    with NaN if its positions do not follow this order.
     """
 
     config: DecoderConfig
@@ -197,7 +197,8 @@ class Attention(nn.Module):
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
-        # 3. Attention. It multiplies scores by the scale, so divide the sinks by it.
+        # 3. Attention. `attend` multiplies all scores by the scale, but sinks are final
+        # scores, so divide them by the scale.
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
         if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
@@ -212,10 +213,11 @@ def with_sinks(
     visible: Bool[Array, "B T S"],
     sinks: Float[Array, " H"],
 ) -> tuple[Array, ...]:
-    """Returns the operands of `attend` with a key whose product with a query is a sink.
+    """Adds a key to the operands of `attend`, whose products with queries are the sinks.
 
-    Each head gets one more entry: the sink in queries, 1 in the new key, and 0 in all
-    other keys. The value of the new key is zero, and all queries see it.
+    Queries and keys get one more entry: in a query, the sink of its head; in the new
+    key, 1; in all other keys, 0. The new key has a value of zero, and all queries see
+    it.
     """
     shape = *query.shape[:-1], 1
     sink_column = jnp.broadcast_to(sinks.astype(query.dtype)[:, None], shape)
@@ -278,8 +280,8 @@ def attend_by_matrices(
     if block is not None:
         mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
     else:
-        # XLA on CPUs computes sums over one axis in float32, but sums over two axes,
-        # which the gradients need, in 16 bits.
+        # `einsum_f32` is for the gradients of key and value, which sum over two axes:
+        # XLA on CPUs would compute such sums in 16 bits (sums over one in float32).
         scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale  # [N, H / K, T, S]
         scores = ql.losses.soft_cap(scores, soft_cap)
         by_row = scores.reshape(b, k, *scores.shape[1:])  # [B, K, H / K, T, S]

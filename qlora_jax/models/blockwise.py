@@ -18,7 +18,7 @@ import qlora_jax as ql
 
 from .products import einsum_f32
 
-BLOCK = 128  # number of queries in a block, and of keys
+BLOCK = 128  # size of the blocks of queries and of the blocks of keys
 # The score of a key that is not visible. It is finite, so that the running maximum of a
 # query is finite even after a block in which it sees no key.
 _MASKED = -1e30
@@ -27,7 +27,7 @@ _MASKED = -1e30
 class _Settings(NamedTuple):
     scale: float  # factor of the products of queries and keys
     soft_cap: float | None
-    block: int  # number of queries in a block, and of keys
+    block: int  # size of the blocks of queries and of the blocks of keys
 
 
 class _Mask(NamedTuple):
@@ -51,7 +51,8 @@ def attend_in_blocks(
 
     N is B times the number of key heads; G query heads share each key head.
     """
-    # Pad to whole blocks. Padded queries and keys see nothing and are not seen.
+    # Pad to whole blocks. The mask hides all keys from the queries that are padding,
+    # and the keys that are padding from all queries.
     tokens = query.shape[2]
     rows, columns = (0, -tokens % block), (0, -key.shape[1] % block)
     query = jnp.pad(query, ((0, 0), (0, 0), rows, (0, 0)))

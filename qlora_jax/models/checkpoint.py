@@ -66,7 +66,8 @@ def load(
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         config, source = read_gguf(path)
-        recode = True  # exact: blocks without an equivalent are decoded to float
+        # This keeps all values: blocks without an equivalent are decoded to float.
+        recode = True
     else:
         config = read_config(path)
         if has_vision(config):
@@ -88,7 +89,10 @@ def load(
 
 
 def _check_head(tensors: "ql.io.Tensors", config: DecoderConfig) -> None:
-    """Raises if a tied head is stored with other values; transformers uses those."""
+    """Raises if a file has a head that differs from the embedding that it is tied to.
+
+    transformers would use the head in the file.
+    """
     names = "lm_head.weight", f"{config.module}.embed_tokens.weight"
     if not config.tie_embeddings or not set(names) <= tensors.keys():
         return
@@ -143,7 +147,7 @@ def abstract_params(config: DecoderConfig) -> dict[str, Any]:
     return jax.tree.map(lambda x: x, _trace_params(config))
 
 
-@functools.cache  # a trace takes as long as reading a small model's config
+@functools.cache  # tracing takes much longer than reading a config
 def _trace_params(config: DecoderConfig) -> dict[str, Any]:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
@@ -163,7 +167,8 @@ def _open_text_tensors(folder: pathlib.Path, config: DecoderConfig) -> "ql.io.Te
         "the text half is read.",
         stacklevel=3,
     )
-    # Adapters use the names of transformers' modules. Those in the files are older.
+    # The files have names from older versions of transformers. Adapters use the names of
+    # its current modules.
     renamed = {}
     for name in tensors:
         new_name = re.sub(r"^language_model\.model\.", f"{config.module}.", name)

@@ -67,9 +67,10 @@ class Experts:
         normalized: Whether the weights of a token's experts sum to 1.
         interleaved: Whether gate and up are one kernel with alternating columns.
         router: Name of the router in the Hugging Face model, relative to the layer.
-        kernel: Name of an expert's kernel there; NAME stands for "gate_proj" and so on.
-            If it ends in {expert}, one tensor contains the kernels of all experts.
-        names: The value of NAME for each of `kernels`; empty to use these names.
+        kernel: Name of an expert's kernel, also relative to the layer; NAME stands for
+            "gate_proj" and so on. If it ends in {expert}, one tensor contains the
+            kernels of all experts.
+        names: What replaces NAME for each of `kernels`; empty to use `kernels` itself.
         balance: Weight of the load-balancing loss in training.
 
     Example:
@@ -118,7 +119,7 @@ class DecoderConfig:
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
-        rms_norm_eps: Epsilon, which norms add to the mean square.
+        rms_norm_eps: Epsilon that norms add to the mean square.
         unit_offset_norms: Whether norms multiply by one plus their scale.
         post_norms: Whether the outputs of attention and MLP are normalized too.
         qk_norms: Whether the query and key of each head are normalized; "whole" to

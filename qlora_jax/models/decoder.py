@@ -56,7 +56,10 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Adds attention and an MLP of the normalized stream to the residual stream."""
+    """Adds the outputs of attention and of an MLP to the residual stream.
+
+    The inputs of attention and of the MLP are normalized.
+    """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -99,12 +102,12 @@ class Decoder(nn.Module):
             products with kernels and the attention's result are saved. "offload"
             recomputes too, and saves the layers' inputs in host memory: see
             `qlora_jax.memory.offload_layer_inputs`.
-        attention: Attention without a cache. "xla" computes the scores of all queries
-            and keys, except on CPUs or with a soft-cap: long inputs are then
-            processed in blocks. "splash" is `qlora_jax.memory.splash_attention`, on
-            TPUs; on an ambient mesh with Auto axes, each device computes its rows and
-            heads. A function with the same signature is also accepted. With a cache,
-            attention is always "xla".
+        attention: How attention is computed without a cache. "xla" computes all scores
+            at once, except that long inputs are processed in blocks on CPUs or with a
+            soft-cap. "splash" is `qlora_jax.memory.splash_attention`, for TPUs; on an
+            ambient mesh with Auto axes, each device computes its rows and heads. A
+            function with the same signature is also accepted. With a cache, attention
+            is always "xla".
         stream_dtype: Dtype of the residual stream.
         mlp_tile: The maximum number of tokens of each sequence that the MLP processes
             at a time, to save memory; None for all. If set, adapters cannot have
@@ -181,8 +184,8 @@ class Decoder(nn.Module):
         if segment_ids is not None and cache is not None:
             raise ValueError("`segment_ids` must be None with a `cache`. Got both.")
         # 1. Embed the tokens. A residual stream in float32 is more exact. It is also
-        # faster on CPUs, where XLA has no bfloat16 updates: it would convert the whole
-        # stack of saved layer inputs each time that the scan adds one.
+        # faster on CPUs, where XLA cannot update bfloat16 arrays: it would convert the
+        # whole stack of saved layer inputs each time that the scan adds one.
         embed = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )

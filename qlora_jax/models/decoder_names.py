@@ -44,8 +44,8 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     if c.qk_norms:
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
-    # 3. The names of their leaves, here and in Hugging Face models, and the other
-    # parameters of a layer.
+    # 3. The leaves of norms and linear layers, with the leaf's name here and in Hugging
+    # Face models. Then the other parameters of a layer.
     layer = f"{c.module}.layers.{{layer}}"
     leaves = [(name, "scale", "weight") for name in norms]
     leaves += [(name, "kernel", "weight") for name in linear]

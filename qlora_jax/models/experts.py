@@ -113,8 +113,8 @@ def balance_loss(
 ) -> Float[Array, ""]:
     """Returns the loss that balances the loads of experts, as in transformers.
 
-    It is `per_token` if all experts process equally many tokens (Switch Transformers,
-    arXiv:2101.03961, equations 4 to 6, over all layers at once).
+    The loss is `experts.per_token` if all experts process equally many tokens (Switch
+    Transformers, arXiv:2101.03961, equations 4 to 6, over all layers at once).
 
     Args:
         logits: The logits of the routers of all layers.
@@ -142,9 +142,10 @@ def balance_loss(
 def choose_experts(
     logits: Float[Array, "M E"], experts: Experts
 ) -> tuple[Float[Array, "M C"], Int[Array, "M C"]]:
-    """Returns the weights of each token's experts, and the experts.
+    """Returns the weights of each token's experts, and the indices of these experts.
 
-    The softmax is over the chosen experts if weights are normalized, else over all.
+    The softmax is over the chosen experts if weights are normalized, and otherwise over
+    all experts.
     """
     logits = logits.astype(jnp.float32)
     largest, chosen = lax.top_k(logits, experts.per_token)

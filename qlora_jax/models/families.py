@@ -124,9 +124,9 @@ def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
     raw = {**raw, "original_max_position_embeddings": original}
     # Phi-4-mini sets `partial_rotary_factor`, which `read_rope` would reject.
     section = dict(rope_section(raw))
-    share = raw.pop("partial_rotary_factor", None)
-    share = section.pop("partial_rotary_factor", share)
-    dim = int(fields["head_dim"] * (1.0 if share is None else share))
+    fraction = raw.pop("partial_rotary_factor", None)
+    fraction = section.pop("partial_rotary_factor", fraction)
+    dim = int(fields["head_dim"] * (1.0 if fraction is None else fraction))
     kind = section.get("rope_type") or section.get("type") or "default"
     if kind not in ("default", *_LONGROPE):
         raise ValueError(f'`rope_type` must be "default" or "longrope". Got {kind!r}.')

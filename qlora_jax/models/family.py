@@ -250,14 +250,14 @@ def read_rope(
 ) -> Rope:
     """Reads `rope_parameters`, or `rope_scaling` in older files.
 
-    `dim` values of a head are rotated. `theta` is the family's default for
-    `rope_theta`. `section` replaces both keys.
+    `dim` is the number of values of a head that are rotated. `theta` is the family's
+    default for `rope_theta`. `section` replaces both keys.
     """
     # 1. The type.
     section = rope_section(raw) if section is None else section
-    share = section.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if share not in (None, 1):
-        raise ValueError(f"`partial_rotary_factor` must be 1. Got {share}.")
+    fraction = section.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if fraction not in (None, 1):
+        raise ValueError(f"`partial_rotary_factor` must be 1. Got {fraction}.")
     kind = section.get("rope_type", section.get("type")) or "default"
     if kind not in _ROPE_TYPES:
         names = tuple(_ROPE_TYPES)
@@ -305,8 +305,9 @@ def _linear(values, frequency, theta) -> dict[str, Any]:
 
 def _llama3(values, frequency, theta) -> dict[str, Any]:
     """Llama 3.1: divides slow frequencies by `factor`, and keeps fast ones."""
-    # Pairs with fewer than `low` rotations in the original context are divided, those
-    # with more than `high` are unchanged, and those between are interpolated.
+    # `factor` divides the frequencies of pairs with fewer than `low` rotations in the
+    # original context. Pairs with more than `high` rotations keep their frequencies,
+    # and the frequencies of the pairs in between are interpolated.
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     rotations = values["original"] * frequency / (2 * np.pi)
     unchanged = np.clip((rotations - low) / (high - low), 0, 1)
@@ -315,7 +316,7 @@ def _llama3(values, frequency, theta) -> dict[str, Any]:
 
 
 def _yarn(values, frequency, theta) -> dict[str, Any]:
-    """YaRN (arXiv:2309.00071): divisors that rise in a ramp over pairs, and a scale."""
+    """YaRN (arXiv:2309.00071): divisors that grow with the pair's index, and a scale."""
     half, original = len(frequency), values["original"]
     factor = values.get("factor") or values["longest"] / original
 
@@ -324,8 +325,8 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
         position = original / (rotations * 2 * math.pi)
         return half * math.log(position) / math.log(theta)
 
-    # 1. The ramp. Pairs that rotate more than `beta_fast` times keep their frequency;
-    # those that rotate less than `beta_slow` times are divided by the factor.
+    # 1. The ramp. Pairs that rotate more than `beta_fast` times keep their frequency.
+    # For pairs that rotate less than `beta_slow` times, the factor divides it.
     low = find_pair(values.get("beta_fast") or 32)
     high = find_pair(values.get("beta_slow") or 1)
     if values.get("truncate", True):

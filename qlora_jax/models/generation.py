@@ -54,7 +54,7 @@ def generate(
         lengths: The number of tokens of each prompt, at least 1.
         cache: From `init_cache`, with at least T + `max_new_tokens` positions.
         max_new_tokens: N, the length of the answer.
-        eos_ids: Tokens that end an answer; the first one fills the rest of the row.
+        eos_ids: Tokens that end an answer. `eos_ids[0]` fills the row after the end.
         key: PRNG key; needed if `temperature` is not 0.
         temperature: As in `Sampling`: greedy by default.
         top_k: As in `Sampling`.
@@ -105,7 +105,8 @@ def generate(
         has_ended |= is_end(token)
         return step + 1, output.at[:, step].set(token), token, has_ended, cache
 
-    # The prompts give the first token of each answer, and the loop gives the others.
+    # The first token of each answer comes from the pass over the prompts, and the loop
+    # computes the others.
     first, cache = decode(tokens, cache, step=0, select=lengths[:, None] - 1)
     output = jnp.full((tokens.shape[0], max_new_tokens), fill, tokens.dtype)  # [B, N]
     output = output.at[:, 0].set(first)

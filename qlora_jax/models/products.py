@@ -90,8 +90,8 @@ def name_product(x: Array) -> Array:
 
 
 # Layers save their products for the backward pass, which recomputes norms and
-# activations: their float32 arrays would be most of a step's memory, and would take
-# longer to write and read than to compute.
+# activations: the float32 arrays of norms and activations would be most of a step's
+# memory, and would take longer to write and read than to compute.
 # "attention" names what `ql.memory.splash_attention` needs in its backward pass.
 keep_products = jax.checkpoint_policies.save_only_these_names(
     "product", "lora_product", "dora_product", "dora_norms", "attention"

@@ -2,8 +2,8 @@
 
 `data` splits the rows of a batch. `fsdp` splits these rows too, and every kernel;
 kernels are gathered where they are used. In attention and in the MLP, `tensor` splits
-the outputs of the first kernels and the inputs of the last one, so that each of the two
-needs only one all-reduce.
+the outputs of the first kernels and the inputs of the last one, so that attention and
+the MLP need only one all-reduce each.
 """
 
 import math
@@ -110,7 +110,8 @@ def _divides(leaf: Array, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
     """Whether a spec splits a leaf evenly, and only between quantization blocks."""
     shape = list(leaf.shape)
     if isinstance(leaf, ql.QTensor):
-        # Count blocks along the contracted axis; a partial block cannot be split off.
+        # Count blocks instead of rows along the contracted axis. If the last block is
+        # partial, the count is 1, because the axis then cannot be split.
         blocks, remainder = divmod(shape[-2], leaf.block_size)
         shape[-2] = 1 if remainder else blocks
     for entry, size in zip(spec, shape, strict=False):

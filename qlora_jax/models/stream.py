@@ -48,8 +48,9 @@ class Stream:
 
         Args:
             model: A `Decoder`, wrapped or not.
-            variables: The variables for `model.apply`. For speed, quantization scales
-                are stored in float32; on CPUs before JAX 0.11, so are 16-bit layers.
+            variables: The variables for `model.apply`. For speed, the stream converts
+                quantization scales to float32, and on CPUs with JAX before 0.11 also
+                16-bit layers.
             sampling: The sampling settings.
         """
         self.model, self.sampling = model, sampling
@@ -120,7 +121,7 @@ class Stream:
             new_ids = [token]
 
     def _reserve(self, length: int, max_length: int) -> None:
-        """Makes room for `length` positions; the answer ends by `max_length`."""
+        """Makes room for `length` positions; `max_length` is the most that is needed."""
         config: DecoderConfig = self.model.config
         # In LongRoPE, keys depend on the size of the cache. It therefore gets its final
         # size at once, and is cleared if that size changes.
@@ -152,7 +153,7 @@ class Stream:
 
 
 def _speed_up(variables: PyTree) -> PyTree:
-    """Returns variables with the same values that take less time for each token."""
+    """Converts variables, without changing values, so that each token is faster."""
     # Before JAX 0.11, XLA on CPUs slices arrays in 32 bits: for each token, a scan
     # would first convert all 16-bit layers.
     widens = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
@@ -189,7 +190,7 @@ def _extend(variables, tokens, counts, cache, key, *, model, sampling: Sampling)
 
 
 class TextStream:
-    """Turns tokens into pieces of text that never end within a character."""
+    """Turns tokens into pieces of text that never end in the middle of a character."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
         self._decode = decode

@@ -1,4 +1,4 @@
-"""Writes a small random checkpoint, for trying things without a download."""
+"""Writes a small random checkpoint, for tests and examples without a download."""
 
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (  # ChatML
 
 
 def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> str:
-    """Returns a folder after writing a random Llama in Hugging Face's format to it.
+    """Writes a random Llama in Hugging Face's format to a folder, and returns its path.
 
     The model has a byte-level tokenizer and a chat template.
 

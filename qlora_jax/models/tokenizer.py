@@ -116,12 +116,12 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the JSON object of a file; an empty one if there is no file."""
+    """Returns the JSON object in a file, or an empty one if there is no file."""
     if not path.exists():
         return {}
     value = ql.io.parse_json(read_text(path).encode(), str(path))
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
+        raise ValueError(f"{path} must contain a JSON object.")
     return value
 
 
@@ -195,7 +195,7 @@ class FolderTokenizer:
         return tokenizer
 
     def _rebuild(self) -> "Tokenizer":
-        """Returns the file's vocabulary and merges, with the class's other parts."""
+        """Builds the tokenizer from the file's vocabulary and merges, and the class."""
         from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
         name, space = self.class_name, self._settings.get("add_prefix_space")

@@ -153,14 +153,23 @@ def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
     config = settings(folder, data, tmp_path / "run", **few)
     file.write_text(yaml.safe_dump(vars(config)))
     train = ["-c", CODE, "train", "--config", file]
-    prompt = "--max-new-tokens=4", "--prompt", "a"
-    generate = ["-c", CODE, "generate", "--model", folder, *prompt]
     began = time.monotonic()
     assert run_python(*train, "--out", tmp_path / "all").returncode == 0
     lasts, draw = time.monotonic() - began, random.Random(SEED)
+    run = "--run", tmp_path / "all"
+    others = [
+        ["generate", "--model", folder, "--max-new-tokens=4", "--prompt", "a"],
+        ["score", *run],
+        ["export", *run, "--format", "merged", "--out"],
+        ["inspect", tmp_path / "all"],
+        ["check"],
+        ["pairs", *run],
+    ]
     for number in range(TRIES):
         out = tmp_path / f"run{number}"
-        command = generate if number % 3 == 2 else [*train, "--out", out]
+        other = others[number // 2 % len(others)]
+        other = [*other, out] if other[-1] == "--out" else other
+        command = ["-c", CODE, *other] if number % 2 else [*train, "--out", out]
         # More signals come early, while modules are imported.
         seconds = lasts * ((number + draw.random()) / TRIES) ** 2
         done = interrupt(command, seconds, tmp_path / "out.txt")

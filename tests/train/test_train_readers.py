@@ -191,6 +191,11 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
             b'{"text":\n"a"}',
             r"The file must be a list of rows, or .* Got an object with \['text'\]",
         ),
+        (
+            "d.json",
+            b'{"data": [{"text": "a"}]}',
+            "line 1: the row must be a single row. Got an object whose `data` is",
+        ),
         ("d.jsonl", b"", "must have rows. Got none"),
         ("d.jsonl", b"\n \n", "must have rows. Got none"),
         ("d.jsonl", b'{"text": "\xff"}', "line 1: the row must be JSON. 'utf-8' codec"),
@@ -206,7 +211,7 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
         (
             "d.csv",
             b"text,b\na,b\nc\n",
-            "line 3: the row must have 2 fields, as the header",
+            "line 3: the row must have 2 fields, as the header has",
         ),
         (
             "d.csv",

@@ -15,7 +15,8 @@ _TRUNCATED = "The file ends too early."
 class Reader(gguf.GGUFReader):
     """The reader of the gguf package, with checks of sizes and counts.
 
-    Every read advances or raises, so that no count can lead beyond the end of the file.
+    Every read moves forward in the file or raises an error, so that a corrupt count
+    cannot make the reader go on after the end of the file.
     """
 
     # The package sets `data` to a memmap, whose slices take three times as long as
@@ -42,7 +43,7 @@ class Reader(gguf.GGUFReader):
     def _read_array(self, start: int) -> tuple[int, list, list[int], list]:
         """Reads an array at once; the package reads it item by item.
 
-        Returns its number of bytes, its parts, the indices of the parts that hold
+        Returns its number of bytes, its parts, the indices of the parts that contain
         items, and its types.
         """
         # The header: the type of the items in 4 bytes, and their number in 8.
@@ -76,7 +77,7 @@ class Reader(gguf.GGUFReader):
             block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
             count = math.prod(shape)
             if not 1 <= len(shape) <= 4 or not count or shape[0] % block:
-                raise ValueError(f"A tensor has shape {shape} for blocks of {block}.")
+                raise ValueError(f"Tensor shape {shape} is invalid for blocks of {block}.")
             end = int(start_offs) + offset[0] + count // block * block_bytes
             if offset[0] % self.alignment or end > len(self._data):
                 raise ValueError("A tensor lies outside the file, or is misaligned.")

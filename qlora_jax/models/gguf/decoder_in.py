@@ -41,7 +41,7 @@ _NAME_PATTERNS = {
     r"\.experts\.gate_up_proj\.": ".experts.gate_proj.",  # see `_join_gate_up`
     r"\.sinks$": ".sinks.weight",
 }
-# llama.cpp writes Mistral as "llama".
+# llama.cpp writes Mistral as "llama", but "mistral" is accepted too.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe", "olmoe")
 ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3", OSS)
 # The keys of an adapter file.
@@ -77,7 +77,7 @@ class GGUFBytes:
 
     shape: tuple[int, ...]
     stored: np.ndarray | _Alternating
-    rows: np.ndarray | None = None  # the stored row of each row; None: in order
+    rows: np.ndarray | None = None  # index in `stored` of each row; None: the same
     dtype: np.dtype = np.dtype(np.uint8)
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
@@ -92,7 +92,7 @@ class GGUFTensor:
     shape: tuple[int, ...]  # in the Hugging Face model
     stored: np.ndarray | _Alternating
     tensor_type: "GGMLQuantizationType"
-    rows: np.ndarray | None = None  # the stored row of each row; None: in order
+    rows: np.ndarray | None = None  # index in `stored` of each row; None: the same
     offset: float = 0.0  # number that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
 
@@ -226,7 +226,7 @@ def gguf_fmt(path: pathlib.Path) -> str | None:
     """Returns the format of a GGUF file's packed layers, or None."""
     layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
     formats = {x.tensor_type.name for x in layers if len(x.shape) > 1}
-    if "MXFP4" in formats:  # only of experts; the other kernels are in float
+    if "MXFP4" in formats:  # only experts have this format; other kernels are float
         return "mxfp4"
     return "q4_0" if formats == {"Q4_0"} else None
 
@@ -248,7 +248,7 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
             for pattern, replacement in _NAME_PATTERNS.items():
                 mapped = re.sub(pattern, replacement, mapped)
             gguf_name = name_map.get_name(mapped, try_suffixes=(".weight", ".bias"))
-            # Decoders that `gguf_architecture` accepts have a name for each tensor.
+            # No name is missing for decoders that `gguf_architecture` accepts.
             if gguf_name is not None:
                 gguf_name_of[hf_name] = gguf_name
     return gguf_name_of
@@ -280,7 +280,7 @@ def permuted_heads(name: str, config: DecoderConfig, architecture: str) -> int |
 def stored_rows(
     name: str, shape: tuple[int, ...], config: DecoderConfig, architecture: str
 ) -> np.ndarray | None:
-    """Returns the stored row of each row of a tensor, or None if they are in order."""
+    """Returns the index at which each row of a tensor is stored; None if in order."""
     heads = permuted_heads(name, config, architecture)
     # A wrong number of rows is reported later, with the expected shape.
     if heads is None or shape[0] % (2 * heads):
@@ -302,10 +302,10 @@ def permute(x: np.ndarray, heads: int) -> np.ndarray:
 def read_gguf_lora(
     path: str | pathlib.Path, config: DecoderConfig
 ) -> "ql.io.PlainLoRA":
-    """Returns the adapters in a file for llama.cpp, for `ql.io.load_peft`.
+    """Reads a file with adapters for llama.cpp; `ql.io.load_peft` accepts the result.
 
-    `config` is the model's config. The names are those of a text-only model. Raises a
-    CheckpointError if the file is broken, not a LoRA, or for another architecture.
+    `config` is the model's config. Modules have the names of a text-only model. Raises
+    a CheckpointError if the file is broken, not a LoRA, or for another architecture.
     """
     # 1. Check the metadata.
     reader, architecture = open_gguf(path), architecture_of(config)

@@ -44,7 +44,7 @@ def save_gguf(
     tokenizer: bool = True,
     progress: bool = True,
 ) -> None:
-    """Writes a GGUF file, a tensor at a time, under a temporary name until complete.
+    """Writes a GGUF file tensor by tensor, under a temporary name until it is complete.
 
     Norms, biases, sinks and routers are F32. With F16 and Q8_0, other tensors have the
     format `fmt`, with two exceptions: mxfp4 experts without adapters keep their codes
@@ -306,7 +306,7 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
 def _block_bytes(
     q: "ql.QTensor", index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
-    """Returns the bytes of the part `[*experts, K, N]` at an index, by column."""
+    """Returns the bytes of the part `[*experts, K, N]` at `index`; a row per column."""
     parts = (np.asarray(x[index])[..., columns] for x in (q.codes, q.scales))
     # [*experts, N, K / 2] and [*experts, N, K / 32]
     packed, scales = (x.swapaxes(-1, -2) for x in parts)
@@ -324,7 +324,7 @@ def save_gguf_lora(
     """Writes adapters for llama.cpp, which applies them to their model's GGUF file.
 
     `source` is the folder or `.gguf` file of the model. Raises a ValueError if
-    llama.cpp would compute other logits, or if there are adapters of experts, since all
+    llama.cpp would compute different logits, or if there are adapters of experts, since all
     experts of a layer are one tensor in GGUF.
     """
     if experts := sorted(name for name in adapter.factors if ".experts." in name):

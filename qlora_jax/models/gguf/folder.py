@@ -145,7 +145,7 @@ def _gemma3_keys(c: DecoderConfig) -> dict[str, Any]:
 
 
 def _smollm3_keys(c: DecoderConfig) -> dict[str, Any]:
-    # Despite its name, the key has 1 for layers with rotary positions.
+    # Despite its name, `no_rope_layers` has 1 for layers with rotary positions.
     has_rope = [int(layer.rope is not None) for layer in c.layers]
     return _rope_keys(c) | {"no_rope_layers": has_rope}
 
@@ -153,7 +153,7 @@ def _smollm3_keys(c: DecoderConfig) -> dict[str, Any]:
 def _phi3_keys(c: DecoderConfig) -> dict[str, Any]:
     (layer,) = set(c.layers)
     rope = layer.rope or Rope()
-    share = {"partial_rotary_factor": c.rotary_dim / c.head_dim}
+    fraction = {"partial_rotary_factor": c.rotary_dim / c.head_dim}
     section = {"rope_type": "default"}
     if rope.divisors:
         section = {
@@ -165,11 +165,11 @@ def _phi3_keys(c: DecoderConfig) -> dict[str, Any]:
     keys = {
         "sliding_window": layer.window,
         "rope_theta": rope.theta,
-        "rope_parameters": section | {"rope_theta": rope.theta} | share,
+        "rope_parameters": section | {"rope_theta": rope.theta} | fraction,
     }
     if rope.original_length:
         keys["original_max_position_embeddings"] = rope.original_length
-    return keys | share
+    return keys | fraction
 
 
 def _expert_keys(c: DecoderConfig, count: str = "num_local_experts") -> dict[str, Any]:

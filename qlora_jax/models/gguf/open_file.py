@@ -24,7 +24,7 @@ def open_gguf(path: str | pathlib.Path) -> "GGUFReader":
     return _open(path.absolute(), (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
 
-# Cached, as commands open a file for the config, the tokenizer and the weights.
+# Cached, because commands open a file for the config, the tokenizer and the weights.
 @functools.lru_cache(maxsize=1)
 def _open(path: pathlib.Path, version: tuple[int, ...]) -> "GGUFReader":
     del version  # a part of the cache's key, so that a changed file is read again

@@ -34,9 +34,11 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By llama.cpp's name of a pre-tokenizer: the expression by which it splits text ("" for
-# GPT-2's; None to split off single digits first, and then use GPT-2's), the normalizer,
-# and whether a word that is itself a token skips the merges.
+# For each of llama.cpp's names of pre-tokenizers:
+# - the expression by which it splits text; "" for GPT-2's expression, and None to split
+#   off single digits before GPT-2's expression is applied,
+# - the name of the normalizer,
+# - whether a word that is itself a token skips the merges.
 PRE_TOKENIZERS = {
     "gpt-2": ("", None, False),
     "smollm": (None, None, False),
@@ -97,7 +99,7 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
             "tokens, token_type and scores must have the same length, and at least one "
             f"item. Got {sizes}."
         )
-    # 1. Merges make all tokens except special and added ones.
+    # 1. Merges form all tokens except special and added ones.
     unknown = next(iter(_tokens_of_types(tokens, types, UNKNOWN)), None)
     unmerged = _tokens_of_types(tokens, types, SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -118,14 +120,14 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
         tokenizer.decoder = spm_decoder(strips=True)
     else:
         split_as_gemma(tokenizer)
-    # 3. Add the tokens that no merge makes, and set those that surround a text.
+    # 3. Add the tokens that no merge forms, and set the tokens that surround a text.
     _add_tokens(tokenizer, tokens, types)
     _add_ends(tokenizer, reader, adds_bos=True)
     return tokenizer
 
 
 def split_pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of tokens that concatenate to a token, unless it is a byte."""
+    """Yields the pairs of tokens that concatenate to a token; none for a byte token."""
     if token in BYTE_TOKENS:
         return
     for i in range(1, len(token)):
@@ -134,7 +136,7 @@ def split_pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str
 
 
 def spm_decoder(strips: bool) -> "Decoder":
-    """Returns SentencePiece's decoder, which may strip a space before the text."""
+    """Returns SentencePiece's decoder; if `strips`, it removes one leading space."""
     from tokenizers import decoders
 
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -142,7 +144,7 @@ def spm_decoder(strips: bool) -> "Decoder":
 
 
 def split_as_gemma(tokenizer: "Tokenizer") -> None:
-    """Makes a tokenizer write spaces as Gemma does, without one before the text."""
+    """Makes a tokenizer treat spaces as Gemma does: it adds none before the text."""
     from tokenizers import normalizers, pre_tokenizers
 
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)

@@ -58,8 +58,8 @@ def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
     if files.class_name == "LlamaTokenizer":
         reason = (
             "`tokenizer_class` in tokenizer_config.json must not be LlamaTokenizer: "
-            "unlike it, llama.cpp puts a space after each special token. Set it to "
-            f"{AS_IN_FILE} before training to train with llama.cpp's tokens,"
+            "llama.cpp puts a space after each special token, and this class does not. "
+            f"To train with llama.cpp's tokens, set it to {AS_IN_FILE} before training,"
         )
     elif tokenizer.encode_special_tokens:
         reason = "`split_special_tokens` in tokenizer_config.json must be false,"
@@ -109,9 +109,9 @@ def write_gguf_tokenizer(
                 tokens[ids[token]] = token.replace(SPACE, " ")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # 4. Merges, special tokens and templates. gguf-py reads special tokens from one
-    # file only. It reads templates only if there is a `tokenizer_config.json`, and
-    # prefers the one in that file.
+    # 4. Merges, special tokens and templates. The last two are set here, because gguf-py
+    # reads special tokens from one file only, and templates only if there is a
+    # `tokenizer_config.json`, whose template it prefers.
     vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
     for name in NAMED:
         index = ids.get(files.special.get(name, ""))
@@ -145,7 +145,7 @@ def _set_ends(vocab: gguf.SpecialVocab, source: pathlib.Path) -> None:
         token_id = vocab.special_token_ids.get(name)
         if added not in ([], [token_id]):
             raise ValueError(
-                f"a tokenizer in GGUF must add `{name}_token` to a text, or nothing. "
+                f"a tokenizer in GGUF must add `{name}_token` or no token to a text. "
                 f"Got the ids {added}; `{name}_token` has the id {token_id}."
             )
         vocab.add_special_token[name] = bool(added)
@@ -172,7 +172,7 @@ def _find_scores(raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the score of each token that merges make, lower for later merges.
+    """Returns the score of each token that a merge forms: later merges score lower.
 
     Raises a ValueError if no scores would make llama.cpp merge in the same order.
     """
@@ -187,8 +187,9 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
         if token not in scores:
             scores[token] = -float(len(scores))
         elif merged[i - 1] != token:
-            raise ValueError(f"the merges that make {token!r} must follow each other.")
-    # llama.cpp merges any two tokens that make a token, even if no merge lists them.
+            raise ValueError(f"the merges that make {token!r} must be consecutive.")
+    # llama.cpp merges any two tokens that concatenate to a token, even if no merge lists
+    # them.
     added = {t["content"] for t in raw.get("added_tokens") or []}
     pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
     if missing := sorted(pairs - set(merges)):

@@ -17,8 +17,8 @@ SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
 PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
 OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
-# The biases that llama.cpp reads, by architecture, and for each of them a tensor that a
-# file contains only if it has these biases.
+# The optional biases that llama.cpp reads, by architecture, as fields of `DecoderConfig`.
+# A field is true if the file contains the tensor that `_BIAS_TENSORS` lists for it.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
 _BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
@@ -163,7 +163,8 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     if architecture in ("gemma3", OSS) and "attention.sliding_window" not in values:
         missing += ["attention.sliding_window"]
     missing = [f"{architecture}.{key}" for key in missing]
-    # Each layer has tensors. For a larger count, later code would use up all memory.
+    # Each layer has at least one tensor, so a count above the number of tensors is wrong.
+    # It would make later code use up all memory.
     if not is_count(get("block_count"), len(names)):
         missing = [f"{architecture}.block_count of at most {len(names)}"]
     if "token_embd.weight" not in names:
@@ -255,7 +256,8 @@ def factors_of(config: DecoderConfig, architecture: str) -> Factors:
 def gguf_architecture(config: DecoderConfig, context: int) -> str:
     """Returns a decoder's architecture; raises if llama.cpp's logits would differ.
 
-    They are the same if reading the values that would be written gives the same config.
+    To find differences, this function computes the metadata values for the config, and
+    converts them back to a config, as llama.cpp would read them.
     """
     architecture = architecture_of(config)
     names = set() if config.tie_embeddings else {"output.weight"}
@@ -305,7 +307,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
 def _read_ropes(
     architecture: str, values: Values, rotary_dim: int, factors: Factors
 ) -> tuple[Rope, Rope]:
-    """Returns the rotary positions of layers without a window, and with one."""
+    """Returns the rotary positions of layers without a window, and of the others."""
     get = values.get
     theta = number(get("rope.freq_base", 10_000.0))
     factor = number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0

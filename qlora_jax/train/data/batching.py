@@ -84,7 +84,7 @@ def batches(
     Each epoch has each row once, in an order that depends only on `seed` and the epoch.
     The last rows of an epoch share a batch with the first rows of the next one. If the
     rows of all epochs do not fill the batches, one of the last batches is filled up
-    with padding rows. Batches have at most eight shapes.
+    with padding rows. Batches have at most eight shapes, and nine for KTO.
 
     With `packing`, several sequences share a row of at most `max_length` tokens, by
     best-fit decreasing. Otherwise, sequences of similar length share a batch.

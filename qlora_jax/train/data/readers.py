@@ -33,7 +33,7 @@ def split_name(path: pathlib.Path) -> FileName | None:
     is_zipped = path.name.lower().endswith(".gz")
     stem, suffix = os.path.splitext(path.name[:-3] if is_zipped else path.name)
     suffix = suffix.lower()
-    # Parquet compresses by itself, and is not read from start to end.
+    # Parquet files are compressed already, and are not read from start to end.
     is_supported = suffix in READERS and not (is_zipped and suffix == ".parquet")
     return FileName(stem, suffix, is_zipped) if is_supported else None
 
@@ -60,7 +60,7 @@ def _has_row_per_line(path: pathlib.Path, is_zipped: bool) -> bool:
 
 
 def describe_path(path: str | pathlib.Path) -> str:
-    """Returns a path for an error message, which mentions if nothing exists there."""
+    """Returns a path for an error message, and whether nothing exists there."""
     return f"{str(path)!r}{'' if pathlib.Path(path).exists() else ', which is missing'}"
 
 
@@ -127,6 +127,11 @@ def _read_json(file: BinaryIO) -> Rows:
 def _check_object(row: Any) -> Any:
     if not isinstance(row, dict):
         return ValueError(f"the row must be a JSON object. Got {row!r:.40}.")
+    if [*row] == ["data"] and isinstance(row["data"], list):
+        return ValueError(
+            "the row must be a single row. Got an object whose `data` is a list of "
+            "rows. Write only the list, or one row per line."
+        )
     return row
 
 
@@ -142,7 +147,7 @@ def _read_csv(file: BinaryIO) -> Rows:
         if record is None:
             return
         if record and len(record) != len(names):
-            problem = f"the row must have {len(names)} fields, as the header."
+            problem = f"the row must have {len(names)} fields, as the header has."
             yield number, ValueError(f"{problem} Got {len(record)}.")
         elif record:
             yield number, dict(zip(names, record, strict=True))
