@@ -213,7 +213,7 @@ def with_sinks(
     visible: Bool[Array, "B T S"],
     sinks: Float[Array, " H"],
 ) -> tuple[Array, ...]:
-    """Adds a key to the operands of `attend`, whose products with queries are the sinks.
+    """Adds a key to the operands of `attend`; its products with queries are the sinks.
 
     Queries and keys get one more entry: in a query, the sink of its head; in the new
     key, 1; in all other keys, 0. The new key has a value of zero, and all queries see

@@ -167,8 +167,8 @@ def _open_text_tensors(folder: pathlib.Path, config: DecoderConfig) -> "ql.io.Te
         "the text half is read.",
         stacklevel=3,
     )
-    # The files have names from older versions of transformers. Adapters use the names of
-    # its current modules.
+    # The files have names from older versions of transformers, but adapters use the
+    # names of its current modules.
     renamed = {}
     for name in tensors:
         new_name = re.sub(r"^language_model\.model\.", f"{config.module}.", name)

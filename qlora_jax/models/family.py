@@ -316,7 +316,7 @@ def _llama3(values, frequency, theta) -> dict[str, Any]:
 
 
 def _yarn(values, frequency, theta) -> dict[str, Any]:
-    """YaRN (arXiv:2309.00071): divisors that grow with the pair's index, and a scale."""
+    """YaRN (arXiv:2309.00071): divisors that grow with the pair index, and a scale."""
     half, original = len(frequency), values["original"]
     factor = values.get("factor") or values["longest"] / original
 

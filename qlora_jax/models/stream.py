@@ -121,7 +121,7 @@ class Stream:
             new_ids = [token]
 
     def _reserve(self, length: int, max_length: int) -> None:
-        """Makes room for `length` positions; `max_length` is the most that is needed."""
+        """Makes room for `length` positions, and later for up to `max_length`."""
         config: DecoderConfig = self.model.config
         # In LongRoPE, keys depend on the size of the cache. It therefore gets its final
         # size at once, and is cleared if that size changes.

@@ -77,7 +77,9 @@ class Reader(gguf.GGUFReader):
             block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
             count = math.prod(shape)
             if not 1 <= len(shape) <= 4 or not count or shape[0] % block:
-                raise ValueError(f"Tensor shape {shape} is invalid for blocks of {block}.")
+                raise ValueError(
+                    f"Tensor shape {shape} is invalid for blocks of {block}."
+                )
             end = int(start_offs) + offset[0] + count // block * block_bytes
             if offset[0] % self.alignment or end > len(self._data):
                 raise ValueError("A tensor lies outside the file, or is misaligned.")

@@ -324,8 +324,8 @@ def save_gguf_lora(
     """Writes adapters for llama.cpp, which applies them to their model's GGUF file.
 
     `source` is the folder or `.gguf` file of the model. Raises a ValueError if
-    llama.cpp would compute different logits, or if there are adapters of experts, since all
-    experts of a layer are one tensor in GGUF.
+    llama.cpp would compute different logits, or if there are adapters of experts, since
+    all experts of a layer are one tensor in GGUF.
     """
     if experts := sorted(name for name in adapter.factors if ".experts." in name):
         raise ValueError(

@@ -109,9 +109,9 @@ def write_gguf_tokenizer(
                 tokens[ids[token]] = token.replace(SPACE, " ")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # 4. Merges, special tokens and templates. The last two are set here, because gguf-py
-    # reads special tokens from one file only, and templates only if there is a
-    # `tokenizer_config.json`, whose template it prefers.
+    # 4. Merges, special tokens and templates. gguf-py reads the merges. The others are
+    # set here, because gguf-py reads special tokens from one file only, and templates
+    # only if there is a `tokenizer_config.json`, whose template it prefers.
     vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
     for name in NAMED:
         index = ids.get(files.special.get(name, ""))
@@ -188,8 +188,8 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
             scores[token] = -float(len(scores))
         elif merged[i - 1] != token:
             raise ValueError(f"the merges that make {token!r} must be consecutive.")
-    # llama.cpp merges any two tokens that concatenate to a token, even if no merge lists
-    # them.
+    # llama.cpp merges any two tokens that concatenate to a token, with or without a
+    # merge that lists them.
     added = {t["content"] for t in raw.get("added_tokens") or []}
     pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
     if missing := sorted(pairs - set(merges)):

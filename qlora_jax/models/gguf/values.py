@@ -17,8 +17,8 @@ SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
 PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
 OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
-# The optional biases that llama.cpp reads, by architecture, as fields of `DecoderConfig`.
-# A field is true if the file contains the tensor that `_BIAS_TENSORS` lists for it.
+# The optional biases that llama.cpp reads, by architecture. They are fields of
+# `DecoderConfig` that are true if a file contains their tensor in `_BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
 _BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
@@ -163,8 +163,8 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     if architecture in ("gemma3", OSS) and "attention.sliding_window" not in values:
         missing += ["attention.sliding_window"]
     missing = [f"{architecture}.{key}" for key in missing]
-    # Each layer has at least one tensor, so a count above the number of tensors is wrong.
-    # It would make later code use up all memory.
+    # Each layer has at least one tensor, so a count above the number of tensors is an
+    # error in the file. With it, later code would use up all memory.
     if not is_count(get("block_count"), len(names)):
         missing = [f"{architecture}.block_count of at most {len(names)}"]
     if "token_embd.weight" not in names:
