@@ -131,7 +131,7 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 # Doctests of these packages read a model and run it, as slow tests do.
-SLOW_DOCTESTS = "qlora_jax.cli.", "qlora_jax.models.", "qlora_jax.train."
+SLOW_DOCTESTS = "qlora_jax.llm.app.", "qlora_jax.llm.models.", "qlora_jax.llm.train."
 
 
 def pytest_collection_modifyitems(items):

@@ -32,7 +32,7 @@ def process() -> None:
     receiver = threading.Thread(target=is_imported.wait, daemon=True)
     receiver.start()
     change_mask(signal.SIG_BLOCK, [signal.SIGINT])
-    from qlora_jax.cli.main import process as run
+    from qlora_jax.llm.cli.main import process as run
 
     is_imported.set()
     receiver.join()

@@ -11,7 +11,7 @@ import sys
 import nbformat
 from nbclient import NotebookClient
 
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm.models.tiny import save_tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = """\

@@ -48,10 +48,10 @@ def compile_here(row: dict) -> dict:
     """
     from scale_models import MODELS
 
-    from qlora_jax.cli.base_model import BaseModel
-    from qlora_jax.cli.program import lower_step
-    from qlora_jax.cli.train_config import TrainConfig
-    from qlora_jax.models.checkpoint import abstract_params
+    from qlora_jax.llm.app.base_model import BaseModel
+    from qlora_jax.llm.app.program import lower_step
+    from qlora_jax.llm.app.train_config import TrainConfig
+    from qlora_jax.llm.models.checkpoint import abstract_params
 
     devices, backend = devices_of(row)
     decoder = MODELS[row["model"]]

@@ -33,9 +33,9 @@ from timing import ROUNDS, machine, table, versions
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.models.attention import LayerScalars
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Layer, describe_tokens
+from qlora_jax.llm.models.attention import LayerScalars
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Layer, describe_tokens
 
 TARGETS = r".*_proj/kernel"
 # This many frames of `at_depth` fill about one chunk of Python's stack.

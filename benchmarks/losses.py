@@ -20,7 +20,7 @@ from timing import interleave, make_parser, mib, print_table, timed
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.models.products import einsum_f32
+from qlora_jax.llm.models.products import einsum_f32
 
 ROUNDS = 7
 # Tokens, vocabulary size, width, and whether to run the case.

@@ -12,8 +12,16 @@ import optax
 from tpu_step import LLAMA_3_8B
 
 import qlora_jax as ql
-from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.data import Batch
+from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.train import (
+    State,
+    decoder_loss,
+    make_optimizer,
+    make_schedule,
+    make_step,
+)
 
 # Shapes of each model's `config.json`.
 MODELS = {
@@ -127,9 +135,9 @@ def step_memory(
     """
     model = Decoder(config, dtype=jnp.bfloat16, remat=remat)
     _, base, lora = abstract_trees(model, fmt)
-    schedule = ql.train.make_schedule("cosine", 2e-3, 200, warmup=20)
-    optimizer = ql.train.make_optimizer("adamw", schedule)
-    state = jax.eval_shape(lambda x: ql.train.State.create(x, optimizer, 0), lora)
+    schedule = make_schedule("cosine", 2e-3, 200, warmup=20)
+    optimizer = make_optimizer("adamw", schedule)
+    state = jax.eval_shape(lambda x: State.create(x, optimizer, 0), lora)
     rows, tokens, answer = shape
 
     def shape_struct(n, dtype=jnp.int32):
@@ -144,9 +152,9 @@ def step_memory(
         trained_tokens,
         shape_struct(answer, jnp.float32),
     )
-    batch = ql.train.Batch(*shapes)
+    batch = Batch(*shapes)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
-    step = ql.train.make_step(ql.train.decoder_loss(wrapped), optimizer)
+    step = make_step(decoder_loss(wrapped), optimizer)
     jitted = jax.jit(step, donate_argnums=0)
     compiled = jitted.lower(state, base, [batch]).compile()
     analysis: Any = compiled.memory_analysis()

@@ -26,9 +26,9 @@ from timing import print_table
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.experts import balance_loss, choose_experts
-from qlora_jax.models.families import config_from_hf
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.experts import balance_loss, choose_experts
+from qlora_jax.llm.models.families import config_from_hf
 
 CONFIG = config_from_hf(
     formats_model.CONFIG

@@ -26,10 +26,10 @@ from jax_peers import language_model
 from timing import interleave, make_parser, print_table
 from tqdm import tqdm
 
-from qlora_jax import train
-from qlora_jax.train.data.batching import Batch, collate
-from qlora_jax.train.data.encode import Row
-from qlora_jax.train.data.ordering import round_up
+from qlora_jax.llm import train
+from qlora_jax.llm.data.batching import Batch, collate
+from qlora_jax.llm.data.encode import Row
+from qlora_jax.llm.data.ordering import round_up
 
 ROUNDS = 7
 SEQUENCES = 2000

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from tqdm import tqdm
 
-import qlora_jax as ql
+from qlora_jax.llm.train import read_metrics
 
 matplotlib.rcParams.update(
     {
@@ -131,7 +131,7 @@ def draw_loss(run: pathlib.Path, shown: int = 2) -> Figure:
         run: The folder of a run of `qlora-jax train` on rows of messages.
         shown: How many rows.
     """
-    metrics = ql.train.read_metrics(run / "metrics.jsonl")
+    metrics = read_metrics(run / "metrics.jsonl")
     answers = _rows(run / "answers.jsonl")
     result = json.loads((run / "result.json").read_text("utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))

@@ -36,9 +36,19 @@ from quality_tasks import TASKS, TESTS, Task, make_task
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.cli.base_model import LAYERS, open_model
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.train.answers import answers, exact_match
+from qlora_jax.llm import data as llm_data
+from qlora_jax.llm import train as llm_train
+from qlora_jax.llm.app.base_model import LAYERS, open_model
+from qlora_jax.llm.data import Dataset, eval_batches, open_tokenizer, read_dataset
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.train import (
+    State,
+    decoder_loss,
+    make_joint_step,
+    make_mean_loss,
+    make_optimizer,
+)
+from qlora_jax.llm.train.answers import answers, exact_match
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -101,20 +111,20 @@ class Bench:
             )
         dtype = jnp.float32 if is_full else jnp.bfloat16
         base = model.read(dtype=dtype, packing=self.packing, progress=False).base
-        loss = ql.train.decoder_loss(self.model)
+        loss = decoder_loss(self.model)
         self.base = {} if is_full else base
         self.trained = base if is_full else {}
         self.loss = self._loss_of_all if is_full else loss
-        self._mean = ql.train.make_mean_loss(self.loss)
+        self._mean = make_mean_loss(self.loss)
         now = datetime.datetime(2026, 11, 28)  # a date for chat templates
-        self.tokenizer = ql.train.open_tokenizer(model.path, now=now)
+        self.tokenizer = open_tokenizer(model.path, now=now)
         self.data = self._read(folder / task.name)
         old = folder / task.name / "old.jsonl"
         self.old = self._read(old).train if old.exists() else []
 
-    def _read(self, path: pathlib.Path) -> "ql.train.Dataset":
+    def _read(self, path: pathlib.Path) -> "Dataset":
         is_text = self.task.name == "text"
-        return ql.train.read_dataset(
+        return read_dataset(
             str(path),
             self.tokenizer,
             vocab_size=self.model.config.vocab_size,
@@ -146,7 +156,7 @@ class Bench:
     def mean(self, trained: Any, rows: Sequence, base: Any = None) -> float:
         """Returns the mean loss of rows, in nats per token."""
         size, length = 4 * self.task.batch_size, self.task.max_length
-        batches = ql.train.eval_batches(rows, batch_size=size, max_length=length)
+        batches = eval_batches(rows, batch_size=size, max_length=length)
         return self._mean(self.base if base is None else base, trained, batches)
 
     def exact(self, trained: Any) -> float | None:
@@ -185,22 +195,21 @@ class Bench:
         task, began = self.task, time.perf_counter()
 
         def make_schedule(rate):
-            return ql.train.make_schedule(
+            return llm_train.make_schedule(
                 "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
             )
 
         optimizers = [
-            ql.train.make_optimizer("adamw", make_schedule(rate), beta2=0.99)
-            for rate in rates
+            make_optimizer("adamw", make_schedule(rate), beta2=0.99) for rate in rates
         ]
 
         # Each state is donated.
         def copy():
             return jax.tree.map(jnp.copy, self.init(seed))
 
-        states = [ql.train.State.create(copy(), x, seed) for x in optimizers]
-        step = ql.train.make_joint_step(self.loss, optimizers)
-        batches = ql.train.batches(
+        states = [State.create(copy(), x, seed) for x in optimizers]
+        step = make_joint_step(self.loss, optimizers)
+        batches = llm_data.batches(
             self.data.train,
             batch_size=task.batch_size,
             max_length=task.max_length,

@@ -5,8 +5,8 @@ from typing import Any
 
 from memory import MODELS as SMALLER
 
-from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
-from qlora_jax.models.families import config_from_hf
+from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.llm.models.families import config_from_hf
 
 
 def _decoder(*sizes: int, heads: int, rope: Rope, **options: Any) -> DecoderConfig:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from scale_models import CHIPS, MODELS, chip_of
 
-from qlora_jax.models.config import DecoderConfig
+from qlora_jax.llm.models.config import DecoderConfig
 
 # Shares of the peaks. Those of products and attention are guesses: no TPU ran this.
 SHARES = {"products": 0.6, "attention": 0.4, "hbm": 0.8, "host": 1.0, "ici": 0.7}

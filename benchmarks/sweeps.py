@@ -20,7 +20,7 @@ from cases import RATE, SMOLLM2_135M, TINY_LLAMA, tokens
 from jax_peers import language_model
 from timing import interleave, make_parser, print_table
 
-from qlora_jax import train
+from qlora_jax.llm import train
 
 ROUNDS = 7
 HEADER = ["adapters", "step / steps alone", "s", "one alone s", "temporaries MB"]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 import qlora_jax as ql
-from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
-from qlora_jax.models.decoder import Decoder, head_arguments
+from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.llm.models.decoder import Decoder, head_arguments
 
 LLAMA_3_8B = DecoderConfig(
     128256,

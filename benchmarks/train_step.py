@@ -29,9 +29,9 @@ from jax_peers import language_model
 from timing import interleave, make_parser, print_table
 
 import qlora_jax as ql
-from qlora_jax.cli.environment import SETTINGS
-from qlora_jax.models.decoder import head_arguments
-from qlora_jax.models.products import einsum_f32
+from qlora_jax.llm.app.environment import SETTINGS
+from qlora_jax.llm.models.decoder import head_arguments
+from qlora_jax.llm.models.products import einsum_f32
 
 ROUNDS = 7
 MEMORY = {"as glibc takes it": {}, "huge pages, kept": SETTINGS}

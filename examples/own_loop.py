@@ -18,11 +18,13 @@ import optax
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import load, read_config
-from qlora_jax.models.decoder import Decoder, head_arguments
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.download import fetch
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import data as llm_data
+from qlora_jax.llm.data import open_tokenizer, read_dataset
+from qlora_jax.llm.models.checkpoint import load, read_config
+from qlora_jax.llm.models.decoder import Decoder, head_arguments
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.download import fetch
+from qlora_jax.llm.models.tiny import save_tiny
 
 
 def parse_args(argv=None):
@@ -44,9 +46,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     path = fetch(args.model)
-    tokenizer, size = ql.train.open_tokenizer(path), read_config(path).vocab_size
-    data = ql.train.read_dataset(args.data, tokenizer, vocab_size=size, max_length=512)
-    batches = ql.train.batches(
+    tokenizer, size = open_tokenizer(path), read_config(path).vocab_size
+    data = read_dataset(args.data, tokenizer, vocab_size=size, max_length=512)
+    batches = llm_data.batches(
         data.train, batch_size=16, max_length=512, seed=0, packing=False
     )
 

@@ -1,6 +1,7 @@
 """QLoRA for JAX and Flax: frozen kernels in 4 bits and trainable LoRA adapters.
 
 `qlora_jax.linen` and `qlora_jax.nnx` integrate with Flax, and load on first use.
+`qlora_jax.llm` fine-tunes and serves language models with these parts.
 """
 
 import importlib
@@ -28,7 +29,7 @@ from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 
 if TYPE_CHECKING:
-    from . import io, linen, nnx, optim, train
+    from . import io, linen, nnx, optim
 
 __version__ = "0.2.0"
 
@@ -69,7 +70,6 @@ __all__ = [
     "sharding",
     "split",
     "summary",
-    "train",
     "value_and_grad",
     "with_float_kernels",
 ]

@@ -26,8 +26,8 @@ def draw_peft(folder, shapes, rank=4, **settings):
 
 def export(model, form, out, adapter=None, **options):
     """Runs `qlora-jax export`, with paths as strings."""
-    from qlora_jax import cli  # tests/outside lacks its dependencies
+    from qlora_jax.llm import app  # tests/outside lacks its dependencies
 
     adapter = None if adapter is None else str(adapter)
-    config = cli.ExportConfig(str(model), form, str(out), adapter, **options)
-    return cli.export(config)
+    config = app.ExportConfig(str(model), form, str(out), adapter, **options)
+    return app.export(config)

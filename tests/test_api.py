@@ -13,7 +13,7 @@ import re
 import pytest
 
 import qlora_jax as ql
-from qlora_jax import cli
+from qlora_jax.llm import app, data, train
 
 PACKAGE = pathlib.Path(ql.__file__).parent
 MODELS = PACKAGE.parent / "docs" / "api" / "models.md"
@@ -31,8 +31,9 @@ def public_objects():
             continue
         for inner in value.__all__:
             yield f"ql.{name}.{inner}", getattr(value, inner)
-    for name in cli.__all__:
-        yield f"cli.{name}", getattr(cli, name)
+    for module in (data, train, app):
+        for name in module.__all__:
+            yield f"{module.__name__}.{name}", getattr(module, name)
     for name in re.findall(r"^::: qlora_jax\.(\S+)$", MODELS.read_text(), re.M):
         module, _, last = name.rpartition(".")
         yield name, pkgutil.resolve_name(f"qlora_jax.{module}:{last}")
@@ -146,7 +147,7 @@ def test_docstrings_name_no_private_code(name):
 
 def test_exports_are_sorted_and_real():
     modules = ql.io, ql.linen, ql.losses, ql.memory, ql.nnx, ql.optim, ql.sharding
-    modules = *modules, ql.train, cli
+    modules = *modules, data, train, app
     for module in (ql, *modules):
         assert sorted(module.__all__) == [*module.__all__]
         assert module.__doc__

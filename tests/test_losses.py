@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 import qlora_jax as ql
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Decoder, head_arguments
 from qlora_jax.losses import chunked_cross_entropy
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder, head_arguments
 
 
 def unchunked_losses(hidden, head, labels, cap=None, dtype=jnp.float32):

@@ -8,7 +8,7 @@ import quality
 import quality_report
 from quality_tasks import Task
 
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm.models.tiny import save_tiny
 
 NF4 = quality.Arm("nf4", "nf4", False, rank=4, seeds=2)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.cli import main
+from qlora_jax.llm import app, data, train
+from qlora_jax.llm.cli import main
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -82,9 +82,10 @@ def test_every_public_name_is_in_the_api_reference():
         if isinstance(module := getattr(ql, name), types.ModuleType):
             public.remove(f"qlora_jax.{name}")
             public += [f"qlora_jax.{name}.{inside}" for inside in module.__all__]
-    public += [f"qlora_jax.cli.{name}" for name in cli.__all__]
+    for module in (data, train, app):
+        public += [f"{module.__name__}.{name}" for name in module.__all__]
     outside_models = [
-        name for name in listed if not name.startswith("qlora_jax.models.")
+        name for name in listed if not name.startswith("qlora_jax.llm.models.")
     ]
     assert sorted(outside_models) == sorted(public)
 

@@ -19,8 +19,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
-from qlora_jax.models.config import DecoderConfig, LayerKind
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.models.config import DecoderConfig, LayerKind
+from qlora_jax.llm.models.decoder import Decoder
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"

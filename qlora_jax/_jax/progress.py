@@ -1,4 +1,4 @@
-"""Progress bars, and counts with their nouns."""
+"""Progress bars."""
 
 from typing import Any
 
@@ -11,8 +11,3 @@ def progress_bar(
 
     disable = None if is_shown else True  # None: disabled unless on a terminal
     return tqdm(desc=description, unit=unit, disable=disable, **settings)
-
-
-def plural(number: int, noun: str, nouns: str | None = None) -> str:
-    """Returns a number and its noun, such as "1 step" and "1,200 steps"."""
-    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

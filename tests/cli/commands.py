@@ -8,8 +8,9 @@ import numpy as np
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.cli.main import main
+from qlora_jax.llm import app
+from qlora_jax.llm.cli.main import main
+from qlora_jax.llm.train import read_metrics
 
 ROOT = pathlib.Path(ql.__file__).parent.parent
 PROGRAM = ["-m", "qlora_jax_program"]
@@ -57,12 +58,12 @@ def settings(folder, data, out, **overrides):
     # share one compiled program.
     defaults |= dict(schedule="constant", warmup=1)
     defaults |= dict(target_modules=["q_proj", "down_proj"])
-    return cli.TrainConfig(str(folder), str(data), str(out), **(defaults | overrides))
+    return app.TrainConfig(str(folder), str(data), str(out), **(defaults | overrides))
 
 
 def rows_of(out):
     """Returns the rows of a run's metrics.jsonl."""
-    return ql.train.read_metrics(pathlib.Path(out) / "metrics.jsonl")
+    return read_metrics(pathlib.Path(out) / "metrics.jsonl")
 
 
 def losses(out):

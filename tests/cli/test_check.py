@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT
 
 import qlora_jax as ql
-from qlora_jax.cli import checking
+from qlora_jax.llm.app import checking
 
 
 @pytest.fixture

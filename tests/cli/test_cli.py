@@ -19,14 +19,14 @@ from tokenizer_helpers import write_rows
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.cli.main import main
-from qlora_jax.cli.parser import COMMANDS
-from qlora_jax.cli.run import make_run
-from qlora_jax.models.checkpoint import abstract_params, load, read_config
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.tiny import save_tiny
-from qlora_jax.models.tokenizer import load_tokenizer
+from qlora_jax.llm import app
+from qlora_jax.llm.app.run import make_run
+from qlora_jax.llm.cli.main import main
+from qlora_jax.llm.cli.parser import COMMANDS
+from qlora_jax.llm.models.checkpoint import abstract_params, load, read_config
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 GOLDEN = ROOT / "tests" / "data" / "models" / "llama_tied"
 TEXTS = ["five and nine", "two"]
@@ -165,7 +165,7 @@ def test_adapters_are_scored_merged_and_exported(
     def record_push(*arguments):
         return pushes.append((*arguments, (tmp_path / "merged").exists()))
 
-    monkeypatch.setattr("qlora_jax.cli.writing.push", record_push)
+    monkeypatch.setattr("qlora_jax.llm.app.writing.push", record_push)
     status, written, _ = run(capsys, "export", *model, *out, "--push-to-hub=a/b")
     assert (status, written["format"]) == (0, "merged")
     assert pushes == [("a/b", False), ("a/b", tmp_path / "merged", True)]
@@ -244,7 +244,7 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     assert formats["model.layers.1.mlp.up_proj.weight"] == stored
     assert formats["lm_head.weight"] == "float32"
     # By default, `train` keeps the packing of the model.
-    train = cli.TrainConfig(model=str(out), data=str(rows), out=str(copy), steps=1)
+    train = app.TrainConfig(model=str(out), data=str(rows), out=str(copy), steps=1)
     trained = make_run(train, "2026-11-28")
     fmt, _, size, *_ = stored.split()
     settings = trained.config.fmt, trained.config.block_size, trained.packing

@@ -20,12 +20,12 @@ from helpers import trees_of
 from tokenizer_helpers import SPECIAL, save_tokenizer, write_rows
 
 import qlora_jax as ql
-from qlora_jax.cli.main import main
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.stream import TextStream
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm.cli.main import main
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.stream import TextStream
+from qlora_jax.llm.models.tiny import save_tiny
 
 END = SPECIAL.index("<|im_end|>")
 NEW = 9  # tokens of an answer

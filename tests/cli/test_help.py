@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from qlora_jax.cli.main import main
-from qlora_jax.cli.parser import COMMANDS, GROUPS
+from qlora_jax.llm.cli.main import main
+from qlora_jax.llm.cli.parser import COMMANDS, GROUPS
 
 # Python's names of types and of missing values, which no help text may contain.
 NO_WORDS = r"Any|Union|Optional|Literal|NoneType|None|null|<class|typing|MISSING"

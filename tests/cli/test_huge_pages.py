@@ -7,8 +7,8 @@ import signal
 import pytest
 from commands import PROGRAM, run_python
 
-from qlora_jax.cli import environment
-from qlora_jax.cli.main import main
+from qlora_jax.llm.app import environment
+from qlora_jax.llm.cli.main import main
 
 TUNABLES, ARENAS = "GLIBC_TUNABLES", "glibc.malloc.arena_max=1:"
 MINE = "glibc.malloc.arena_max=3:glibc.malloc.tcache_count=9"
@@ -29,7 +29,7 @@ def run(*command, **variables):
 # Prints a line in each process that reaches the end.
 CODE = """
 import json, os, signal, sys
-from qlora_jax.cli.environment import restart_with_huge_pages
+from qlora_jax.llm.app.environment import restart_with_huge_pages
 print("begins", flush=True)
 restart_with_huge_pages("--verbose" in sys.argv)
 print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8_mode]))

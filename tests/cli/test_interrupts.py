@@ -17,9 +17,9 @@ from commands import PROGRAM, rows_of, run_python, settings, start_python
 
 import qlora_jax as ql
 import qlora_jax_program
-from qlora_jax import cli
-from qlora_jax.cli import environment, training
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.app import environment, training
+from qlora_jax.llm.models.tiny import save_tiny
 
 INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT
 SEED = int(os.environ.get("QLORA_JAX_SEED", 0))
@@ -191,7 +191,7 @@ def test_a_signal_after_the_last_step_ends_the_run(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "drive", drive_and_signal)
-        cli.train(config)
+        app.train(config)
     assert (
         f"The state of step 2 is saved in {config.out}/state" in capsys.readouterr().err
     )

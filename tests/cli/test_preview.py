@@ -8,10 +8,10 @@ import commands
 import pytest
 from tokenizer_helpers import write_rows
 
-from qlora_jax import cli
-from qlora_jax.cli.base_model import BaseModel
-from qlora_jax.models.tiny import save_tiny
-from qlora_jax.train import open_tokenizer
+from qlora_jax.llm import app
+from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.llm.train import open_tokenizer
 
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 MESSAGES = [
@@ -38,7 +38,7 @@ def show(folder, tmp_path, *rows, preview=3, **options):
     path = write_rows(tmp_path / "d.jsonl", rows)
     options = dict(batch_size=2, max_length=200, chat=True) | options
     config = commands.settings(folder, path, tmp_path / "run", **options)
-    shown = cli.train(dataclasses.replace(config, preview=preview))
+    shown = app.train(dataclasses.replace(config, preview=preview))
     assert not (tmp_path / "run").exists()
     return shown
 

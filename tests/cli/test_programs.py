@@ -5,7 +5,7 @@ import os
 import jax
 from commands import run_python
 
-from qlora_jax.cli.environment import (
+from qlora_jax.llm.app.environment import (
     delete_unfinished_programs,
     enable_compilation_cache,
 )
@@ -21,7 +21,7 @@ def test_a_folder_that_the_user_named_stays():
 
 
 KEEPS = f"""
-from qlora_jax.cli.environment import enable_compilation_cache
+from qlora_jax.llm.app.environment import enable_compilation_cache
 enable_compilation_cache()
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

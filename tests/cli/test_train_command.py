@@ -20,17 +20,19 @@ from stored import export, tensors_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.cli import evaluation
-from qlora_jax.cli.base_model import BaseModel
-from qlora_jax.cli.processes import catch_signals
-from qlora_jax.cli.program import make_program
-from qlora_jax.cli.run import check_stamp, make_batches, make_run, members_of
-from qlora_jax.cli.run_folder import run_folder
-from qlora_jax.models.checkpoint import abstract_params
-from qlora_jax.models.config import DecoderConfig, Experts
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.app import evaluation
+from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.app.processes import catch_signals
+from qlora_jax.llm.app.program import make_program
+from qlora_jax.llm.app.run import check_stamp, make_batches, make_run, members_of
+from qlora_jax.llm.app.run_folder import run_folder
+from qlora_jax.llm.data import open_tokenizer, read_dataset
+from qlora_jax.llm.models.checkpoint import abstract_params
+from qlora_jax.llm.models.config import DecoderConfig, Experts
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.llm.train import find_target_paths, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def run(folder, data, tmp_path_factory):
     options |= dict(schedule="cosine", warmup=None, save_every=10, eval_every=3)
     options |= dict(target_modules="all-linear", steps=30)
     config = settings(folder, data, out, **options)
-    return config, cli.train(config), out
+    return config, app.train(config), out
 
 
 @pytest.mark.slow
@@ -66,15 +68,15 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
         assert row["valid_perplexity"] == pytest.approx(math.exp(row["valid_loss"]))
     # `qlora-jax score` computes the same loss from the adapter and rows of tokens.
     options = dict(vocab_size=259, max_length=16, chat=False)
-    dataset = ql.train.read_dataset(data, ql.train.open_tokenizer(folder), **options)
+    dataset = read_dataset(data, open_tokenizer(folder), **options)
 
     def as_tokens(row):
         return {"input_ids": row.ids.tolist(), "labels": row.labels.tolist()}
 
     token_rows = map(as_tokens, dataset.valid)
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, token_rows)))
-    scored = cli.ScoreConfig(folder, str(tmp_path / "plain.jsonl"), result.adapter)
-    assert_close(result.valid_loss, cli.score(scored).loss)
+    scored = app.ScoreConfig(folder, str(tmp_path / "plain.jsonl"), result.adapter)
+    assert_close(result.valid_loss, app.score(scored).loss)
 
     # The reported exact match is that of the answers in answers.jsonl.
     def read_jsonl(path):
@@ -111,12 +113,12 @@ def test_a_mixture_of_experts_is_trained_scored_and_written(data, tmp_path, caps
     options = dict(fmt="nf4", target_modules=["q_proj", "gate_up_proj", "down_proj"])
     refused = settings(folder, data / "train.jsonl", run, **options, lora_dropout=0.1)
     with pytest.raises(ValueError, match="`lora_dropout` must be 0 .*Got 0.1"):
-        cli.train(refused)
-    result = cli.train(settings(folder, data / "train.jsonl", run, **options))
+        app.train(refused)
+    result = app.train(settings(folder, data / "train.jsonl", run, **options))
     assert losses(run)[-1] < losses(run)[0]
     export(folder, "merged", merged, result.adapter)
     scores = [
-        cli.score(cli.ScoreConfig(model, str(data / "valid.jsonl"), adapter)).loss
+        app.score(app.ScoreConfig(model, str(data / "valid.jsonl"), adapter)).loss
         for model, adapter in ((folder, None), (folder, result.adapter), (merged, None))
     ]
     assert scores[2] < scores[0]  # the packed base, on which the adapter was trained
@@ -175,7 +177,7 @@ def test_a_run_with_other_settings_is_not_resumed(
         options = dict(model=save_tiny(tmp_path / "model", seed=1))
     before = state_of(out)
     with pytest.raises(ValueError, match=message):
-        cli.train(dataclasses.replace(config, resume=True, **options))
+        app.train(dataclasses.replace(config, resume=True, **options))
     assert state_of(out) == before
 
 
@@ -189,11 +191,11 @@ def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
     data.write_text(json.dumps({"messages": rows}))
     options = dict(template=str(template), chat=True, steps=2)
     config = settings(folder, data, out, date="2026-01-30", **options)
-    cli.train(config)
+    app.train(config)
     again = dataclasses.replace(config, date=None, resume=True, steps=3)
-    assert cli.train(again).steps == 3
+    assert app.train(again).steps == 3
     with pytest.raises(ValueError, match="data was '"):
-        cli.train(dataclasses.replace(again, date="2026-01-31"))
+        app.train(dataclasses.replace(again, date="2026-01-31"))
 
 
 @pytest.mark.slow
@@ -201,7 +203,7 @@ def test_a_finished_run_is_written_again_as_it_was(run):
     config, result, out = run
     before = state_of(out)
     moved = dict(eval_every=7, save_every=5, keep=1, on_nan="skip")
-    again = cli.train(dataclasses.replace(config, resume=True, **moved))
+    again = app.train(dataclasses.replace(config, resume=True, **moved))
     for name in ("steps", "loss", "valid_loss", "exact_before", "exact_after"):
         assert getattr(again, name) == getattr(result, name)
     for name in (ADAPTER, "metrics.jsonl"):
@@ -215,9 +217,9 @@ def test_a_finished_run_is_written_again_as_it_was(run):
 def test_plain_texts_are_names_of_modules(target_modules):
     config = DecoderConfig(8, 8, 8, 2, num_heads=2, num_kv_heads=1)
     shapes, names = abstract_params(config), decoder_names(config)
-    paths = ql.train.find_target_paths(target_modules, shapes, names)
+    paths = find_target_paths(target_modules, shapes, names)
     assert {path.split("/")[-2] for path in paths} == {"q_proj", "up_proj"}
-    [path] = ql.train.find_target_paths("q_proj", shapes, names)
+    [path] = find_target_paths("q_proj", shapes, names)
     assert path.endswith("q_proj/kernel")
 
 
@@ -312,7 +314,7 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     config = settings(folder, data, tmp_path / "run")
     monkeypatch.chdir(data)
     with pytest.raises(ValueError, match=message):
-        cli.train(dataclasses.replace(config, **options))
+        app.train(dataclasses.replace(config, **options))
     assert not (tmp_path / "run").exists()
 
 
@@ -327,7 +329,7 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     ],
 )
 def test_ten_evaluations_take_little_time(options, every, chosen):
-    config = cli.TrainConfig("model", "data", "out", **options)
+    config = app.TrainConfig("model", "data", "out", **options)
     assert config.eval_steps == every
     trained = (config.steps or 0) * config.accumulation
     assert evaluation.sample([*range(8)], trained) == chosen
@@ -346,16 +348,16 @@ def test_a_folder_with_other_things_is_refused(
 ):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match=message):
-        cli.train(settings(folder, data, tmp_path / out, resume=resume))
+        app.train(settings(folder, data, tmp_path / out, resume=resume))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
     with run_folder(str(tmp_path / "run"), resume=False):
         with pytest.raises(ValueError, match="Another run is using `out`"):
-            cli.train(settings(folder, data, tmp_path / "run"))
+            app.train(settings(folder, data, tmp_path / "run"))
         code = (
-            "from qlora_jax.cli.run_folder import run_folder\n"
+            "from qlora_jax.llm.app.run_folder import run_folder\n"
             f"with run_folder({str(tmp_path / 'run')!r}, False): pass"
         )
         assert "Another run is using" in run_python("-c", code).stderr
@@ -425,18 +427,18 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
     for name, model in {"float": folder, "4 bit": packed, "gguf": file}.items():
         rows, options = data / "train.jsonl", dict(steps=3, packing=True)
         config = settings(model, rows, tmp_path / name, **options)
-        results[name] = cli.train(config)
+        results[name] = app.train(config)
     assert_same_bits(*(tensors_of(results[x].adapter) for x in ("float", "4 bit")))
     assert_close(results["gguf"].loss, results["float"].loss, dtype="float16")
     with pytest.raises(ValueError, match="`fmt` must be none or nf4"):
-        cli.train(settings(packed, data, tmp_path / "other", fmt="int8"))
+        app.train(settings(packed, data, tmp_path / "other", fmt="int8"))
 
 
 def check_export(folder, out, tmp_path):
     """Exports of the last state equal the adapter of the run; earlier ones differ."""
 
     def export_run(**overrides):
-        return cli.export(cli.ExportConfig(run=str(out), **overrides))
+        return app.export(app.ExportConfig(run=str(out), **overrides))
 
     last, earlier = export_run(), str(tmp_path / "other")
     assert last.out == str(out / "adapter-6") and last.format == "peft"
@@ -452,14 +454,14 @@ def check_export(folder, out, tmp_path):
     ):
         export_run(step=5, out=str(tmp_path / "five"))
     with pytest.raises(ValueError, match="`run` must be the folder of a run"):
-        cli.export(cli.ExportConfig(run=earlier))
+        app.export(app.ExportConfig(run=earlier))
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys):
     out = tmp_path / "run"
     config = settings(folder, data / "train.jsonl", out)
-    cli.train(config)
+    app.train(config)
     adapter, metrics = (out / ADAPTER).read_bytes(), out / "metrics.jsonl"
     check_export(folder, out, tmp_path)
     largest = max((out / "state" / "6").rglob("*"), key=lambda x: x.stat().st_size)
@@ -467,17 +469,17 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     again = dataclasses.replace(config, resume=True)
     lines = metrics.read_bytes()
     with pytest.raises(ValueError, match="step 6 .* `--resume_step 4` on the command"):
-        cli.train(again)
+        app.train(again)
     assert metrics.read_bytes() == lines  # the run is unchanged
     capsys.readouterr()
-    cli.train(dataclasses.replace(again, resume_step=4))
+    app.train(dataclasses.replace(again, resume_step=4))
     messages = capsys.readouterr().err
     assert "Resuming after step 4 of 6; later states are deleted\n" in messages
     assert (out / ADAPTER).read_bytes() == adapter
     # Without any state a run starts again, and prints a note.
     for step in ("4", "6"):
         shutil.rmtree(out / "state" / step)
-    cli.train(again)
+    app.train(again)
     assert "run has no saved state. The run starts again" in capsys.readouterr().err
     assert (out / ADAPTER).read_bytes() == adapter
     assert [row["step"] for row in rows_of(out)] == list(range(1, 7))
@@ -498,16 +500,16 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
         return calls.append([name, path]) or "there"
 
     for module in ("run", "training"):
-        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", record_push)
+        monkeypatch.setattr(f"qlora_jax.llm.app.{module}.push", record_push)
     monkeypatch.setattr(
-        "qlora_jax.cli.base_model.fetch", lambda name: pathlib.Path(folder)
+        "qlora_jax.llm.app.base_model.fetch", lambda name: pathlib.Path(folder)
     )
     out, options = tmp_path / "run", dict(keep_best=True, early_stopping_patience=2)
     options |= dict(push_to_hub="some/new", stream=True)
     options |= dict(steps=30, eval_every=1, save_every=30, eval_examples=2)
     weights = f"{data}=3,{data / 'train.jsonl'}=1"
     config = settings("some/base", weights, out, **options)
-    result = cli.train(config)
+    result = app.train(config)
     message = f"The validation loss of {out} has not fallen in 2 evaluations. Stopped "
     assert f"{message}after step 4.\n" in capsys.readouterr().err
     assert calls.pop(0) == ["some/new", None]
@@ -516,7 +518,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     assert len(calls) == 6 and {*calls} == {2}  # the best state is evaluated again
     assert str(result).endswith(f"the adapter of step 2 is in {out}/adapter")
     assert sorted(path.name for path in (out / "state").iterdir()) == ["2", "4"]
-    best = cli.export(cli.ExportConfig(run=str(out), step=2))
+    best = app.export(app.ExportConfig(run=str(out), step=2))
     assert_same_bits(*map(tensors_of, (best.out, result.adapter)))
     card = (out / "adapter" / "README.md").read_text()
     assert "| best step | 2 |" in card
@@ -525,7 +527,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
         config, data=weights.replace("=3,", "=2,"), resume=True
     )
     with pytest.raises(ValueError, match=r"rows and weights was \[\[40, 3.0\], .* is"):
-        cli.train(reweighted)
+        app.train(reweighted)
 
 
 @pytest.mark.slow
@@ -538,13 +540,13 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
         *PROGRAM, *arguments, stderr=subprocess.PIPE, text=True
     )
     metrics = out / "metrics.jsonl"
-    while not (metrics.is_file() and len(ql.train.read_metrics(metrics)) >= 3):
+    while not (metrics.is_file() and len(read_metrics(metrics)) >= 3):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in error
-    step = ql.train.read_metrics(metrics)[-1]["step"]
+    step = read_metrics(metrics)[-1]["step"]
     assert 3 <= step < 10**5
     config = out / "config.yaml"
     assert error.endswith(
@@ -561,8 +563,8 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
 # Sends two signals, the second one while the main thread is in an endless call.
 SIGNALS = """
 import hashlib, os, signal, threading, time
-from qlora_jax.cli.processes import catch_signals
-from qlora_jax.cli.program import make_program
+from qlora_jax.llm.app.processes import catch_signals
+from qlora_jax.llm.app.program import make_program
 
 def send():
     os.kill(os.getpid(), signal.SIGINT)
@@ -613,10 +615,10 @@ def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
     def train(out, **options):
         options |= dict(eval_examples=0, steps=3, use_dora=True)
         options |= dict(trainable=".*norm/scale")
-        cli.train(settings(folder, data / "train.jsonl", tmp_path / out, **options))
+        app.train(settings(folder, data / "train.jsonl", tmp_path / out, **options))
         return losses(tmp_path / out)
 
     got = train("small", remat="offload", mlp_tile=5, base_memory="host")
     assert_close(got, train("plain"))
-    leaves = cli.inspect(cli.InspectConfig(str(tmp_path / "small" / "adapter"))).leaves
+    leaves = app.inspect(app.InspectConfig(str(tmp_path / "small" / "adapter"))).leaves
     assert {leaf.format for leaf in leaves} == {"dora float32", "float32"}

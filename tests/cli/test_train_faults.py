@@ -23,8 +23,8 @@ from commands import ROOT, start_python
 from helpers import assert_same_bits
 from tokenizer_helpers import write_rows
 
-import qlora_jax as ql
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.llm.train import read_metrics
 
 KILLS = int(os.environ.get("QLORA_JAX_KILLS", "1"))
 STEPS = int(os.environ.get("QLORA_JAX_STEPS", "36"))
@@ -41,9 +41,10 @@ def main(config, out, resume, on_nan):
     """
     import jax
 
-    from qlora_jax import cli
+    from qlora_jax.llm import app
+    from qlora_jax.llm.app import training
 
-    make_step = ql.train.make_joint_step
+    make_step = training.make_joint_step
 
     def to_nan(x):
         return x * np.nan if x.dtype == np.float32 else x
@@ -66,9 +67,9 @@ def main(config, out, resume, on_nan):
 
         return run
 
-    ql.train.make_joint_step = make_faulty_step
+    training.make_joint_step = make_faulty_step
     settings = yaml.safe_load(pathlib.Path(config).read_text())
-    cli.train(cli.TrainConfig(**settings, out=out, resume=resume, on_nan=on_nan))
+    app.train(app.TrainConfig(**settings, out=out, resume=resume, on_nan=on_nan))
 
 
 def start(config, out, on_nan="skip"):
@@ -258,7 +259,7 @@ def check_same(disturbed, undisturbed):
     def numbers_of(out):
         return [
             (row["step"], row["loss"], row["grad_norm"])
-            for row in ql.train.read_metrics(out / "metrics.jsonl")
+            for row in read_metrics(out / "metrics.jsonl")
         ]
 
     assert numbers_of(disturbed) == numbers_of(undisturbed)

@@ -15,10 +15,10 @@ from stored import tensors_of
 from tokenizer_helpers import write_rows
 from tolerances import assert_close
 
-from qlora_jax import cli
-from qlora_jax.cli.train_config import parse_mesh
-from qlora_jax.cli.training import Trainer
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.app.train_config import parse_mesh
+from qlora_jax.llm.app.training import Trainer
+from qlora_jax.llm.models.tiny import save_tiny
 
 SIZES = dict(hidden_size=128, intermediate_size=256, vocab_size=260)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
@@ -63,7 +63,7 @@ def test_a_run_goes_on_on_another_mesh(
 
     monkeypatch.setattr(Trainer, "choose_adapter", record_state)
     free_programs()
-    single = cli.train(settings(folder, data, tmp_path / "one", steps=7))
+    single = app.train(settings(folder, data, tmp_path / "one", steps=7))
     paged = dict(optimizer="adamw", offload_optimizer=True)
     changes = [
         dict(mesh="fsdp=2,tensor=4", steps=1),
@@ -72,7 +72,7 @@ def test_a_run_goes_on_on_another_mesh(
     ]
     for change in changes:
         free_programs()  # each mesh compiles its own large programs
-        meshed = cli.train(settings(folder, data, tmp_path / "two", **change))
+        meshed = app.train(settings(folder, data, tmp_path / "two", **change))
     lora, (_, (adam, *_)) = final_states[-1].lora, final_states[-1].opt_state
     for moments in (adam.mu, adam.nu):
         for x, y in zip(*map(jax.tree.leaves, (moments, lora)), strict=True):
@@ -114,8 +114,8 @@ def free_port():
 # JAX's own handler of SIGTERM would let the process continue.
 SIGNAL = """
 import os, signal, sys, time
-from qlora_jax.cli import TrainConfig
-from qlora_jax.cli.processes import start_distributed
+from qlora_jax.llm.app import TrainConfig
+from qlora_jax.llm.app.processes import start_distributed
 options = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
 options |= dict(mesh="fsdp=1", distributed=True)
 start_distributed(TrainConfig("model", "data", "out", **options))
@@ -165,7 +165,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(vars(config)))
     wait_for_two(start_two(file, distributed), distributed)
-    cli.train(config)
+    app.train(config)
     assert_close(losses(distributed), losses(single))
     # Only process 0 prints and writes.
     assert f"step 40 of {STEPS}: loss" in (tmp_path / "two.0.log").read_text()
@@ -218,7 +218,7 @@ def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(vars(config)))
     wait_for_two(start_two(file, distributed), distributed)
-    expected = cli.train(config)
+    expected = app.train(config)
     result = json.loads((distributed / "result.json").read_text())
     assert (
         result["best"] == expected.best

@@ -8,9 +8,9 @@ import pytest
 from stored import draw_peft
 from tokenizer_helpers import write_rows
 
-from qlora_jax import cli
-from qlora_jax.cli.main import main
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.cli.main import main
+from qlora_jax.llm.models.tiny import save_tiny
 
 MODULES = {f"model.layers.{i}.mlp.down_proj": (64, 128) for i in range(2)}
 SURROGATE = "\ud800 x"
@@ -154,6 +154,6 @@ def test_an_error_for_lack_of_memory_is_one_line(run_wrong_command, files, monke
     def ask_for_a_petabyte(config):
         return jax.block_until_ready(jnp.zeros(1 << 50))
 
-    monkeypatch.setattr(cli, "score", ask_for_a_petabyte)
+    monkeypatch.setattr(app, "score", ask_for_a_petabyte)
     [line] = run_wrong_command(SCORE).splitlines()
     assert "the device is out of memory" in line and str(1 << 52) in line

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_jax as ql
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.models.decoder import Decoder
 
 TOKENS = np.random.default_rng(7).integers(0, 96, (2, 12))
 LINEAR = [f"self_attn/{x}_proj" for x in "qkvo"]

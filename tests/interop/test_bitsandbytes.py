@@ -16,8 +16,8 @@ from tolerances import assert_close, rounding
 
 import qlora_jax as ql
 from qlora_jax import io
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder_names import decoder_names
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from tolerances import assert_close
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder_names import decoder_names
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "compressed_tensors"
 _SPEC = importlib.util.spec_from_file_location("make_golden", DATA / "make.py")

@@ -14,10 +14,10 @@ from tolerances import assert_close
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.families import FAMILIES, config_from_hf
-from qlora_jax.models.family import HARMLESS_KEYS
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.families import FAMILIES, config_from_hf
+from qlora_jax.llm.models.family import HARMLESS_KEYS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}

@@ -1,4 +1,4 @@
-"""Each family of `qlora_jax.models` against transformers, on small random models."""
+"""Each family of models against transformers, on small random models."""
 
 import json
 import re
@@ -26,12 +26,12 @@ from safetensors.numpy import load_file, save_file
 from tolerances import assert_close, relative_error
 
 import qlora_jax as ql
-from qlora_jax import train
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder, init_cache
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.families import FAMILIES, config_from_hf
-from qlora_jax.models.gguf.decoder_out import save_gguf
+from qlora_jax.llm import train
+from qlora_jax.llm.gguf.decoder_out import save_gguf
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder, init_cache
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.families import FAMILIES, config_from_hf
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 # Activations are large enough to be clamped.

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_jax import cli
-from qlora_jax.cli.loggers import open_loggers
+from qlora_jax.llm import app
+from qlora_jax.llm.app.loggers import open_loggers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = [dict(step=step, loss=1 / step, valid_loss=None) for step in (1, 2, 3)]
@@ -16,7 +16,7 @@ ROWS = [dict(step=step, loss=1 / step, valid_loss=None) for step in (1, 2, 3)]
 
 @pytest.fixture
 def run(tmp_path):
-    config = cli.TrainConfig("m", "d", str(tmp_path / "run"), log="wandb, trackio")
+    config = app.TrainConfig("m", "d", str(tmp_path / "run"), log="wandb, trackio")
     (tmp_path / "run").mkdir()
     return SimpleNamespace(config=config, folder=tmp_path / "run")
 

@@ -9,7 +9,7 @@ from helpers import assert_same_bits
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import load
+from qlora_jax.llm.models.checkpoint import load
 
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")

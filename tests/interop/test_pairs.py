@@ -22,10 +22,10 @@ from stored import export
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.cli.servers import NOT_RUN, SERVERS
-from qlora_jax.models import tiny
-from qlora_jax.models.checkpoint import load
+from qlora_jax.llm import app
+from qlora_jax.llm.app.servers import NOT_RUN, SERVERS
+from qlora_jax.llm.models import tiny
+from qlora_jax.llm.models.checkpoint import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -162,7 +162,7 @@ def test_what_is_called_exact_has_our_logits(models, tmp_path, server, fmt, case
     packing = {} if fmt is None else {"fmt": fmt}
     if fmt in ("int4_f16", "q4_0"):
         packing["block_size"] = 32
-    table = cli.pairs(cli.PairsConfig(str(model), str(adapter), **packing))
+    table = app.pairs(app.PairsConfig(str(model), str(adapter), **packing))
     (row,) = (pair for pair in table.servers if pair.server == server)
     if row.base == NOT_RUN:
         with pytest.raises(ValueError, match=re.escape(row.why)):

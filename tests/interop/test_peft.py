@@ -20,8 +20,8 @@ from tolerances import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder_names import decoder_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

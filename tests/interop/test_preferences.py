@@ -15,11 +15,11 @@ from tokenizer_helpers import read, write_rows
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import train
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import train
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.tiny import save_tiny
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

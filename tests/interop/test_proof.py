@@ -17,9 +17,9 @@ from stored import tensors_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.decoder_names import decoder_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRAINING = np.random.default_rng(1).integers(0, 96, (4, 16))

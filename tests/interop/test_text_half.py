@@ -14,10 +14,10 @@ from stored import export
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.gguf.decoder_out import save_gguf
+from qlora_jax.llm.gguf.decoder_out import save_gguf
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.families import config_from_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

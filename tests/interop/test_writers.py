@@ -21,10 +21,10 @@ from helpers import SEED, relative_error, trees_of
 from stored import export
 
 import qlora_jax as ql
-from qlora_jax.cli.configs import AdapterFormat, BaseFormat
-from qlora_jax.models import tiny
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.app.configs import AdapterFormat, BaseFormat
+from qlora_jax.llm.models import tiny
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
 

@@ -9,9 +9,9 @@ import threading
 import numpy as np
 import pytest
 
-from qlora_jax.cli.pushing import push
 from qlora_jax.io import fetch, open_safetensors, write_safetensors
-from qlora_jax.models import download
+from qlora_jax.llm.app.pushing import push
+from qlora_jax.llm.models import download
 
 SHA = "0123456789" * 4
 

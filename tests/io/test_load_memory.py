@@ -15,9 +15,9 @@ import pytest
 
 import qlora_jax as ql
 from qlora_jax.io import Names, load, open_safetensors, write_safetensors
-from qlora_jax.models.checkpoint import abstract_params, read_config
-from qlora_jax.models.gguf.decoder_out import save_gguf
-from qlora_jax.models.tiny import CONFIG
+from qlora_jax.llm.gguf.decoder_out import save_gguf
+from qlora_jax.llm.models.checkpoint import abstract_params, read_config
+from qlora_jax.llm.models.tiny import CONFIG
 
 L, D, F, V = 8, 2048, 4096, 32_000
 KERNELS = {"up": (D, F), "gate": (D, F), "down": (F, D)}

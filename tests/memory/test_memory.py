@@ -22,10 +22,10 @@ from helpers import (
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.cli.run import make_run
-from qlora_jax.cli.train_config import TrainConfig
-from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.app.run import make_run
+from qlora_jax.llm.app.train_config import TrainConfig
+from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.llm.models.decoder import Decoder
 
 splash = functools.partial(ql.memory.splash_attention, interpret=True)
 

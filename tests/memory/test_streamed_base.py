@@ -13,8 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Decoder
 
 LAYERS = 3
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.decoder import Decoder
 
 FOLDER = pathlib.Path(__file__).parents[1] / "data" / "models" / "llama_tied"
 

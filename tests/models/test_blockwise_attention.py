@@ -13,13 +13,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
-from qlora_jax.models.attention import (
+from qlora_jax.llm.models.attention import (
     MANY_QUERIES,
     attend,
     attend_by_matrices,
     with_sinks,
 )
-from qlora_jax.models.products import keep_products
+from qlora_jax.llm.models.products import keep_products
 
 
 def draw(b, t, h, k, d, seed=0, dtype=jnp.float32):

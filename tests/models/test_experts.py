@@ -15,18 +15,18 @@ from jax.sharding import AbstractMesh
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import train
-from qlora_jax.cli.base_model import LAYERS
-from qlora_jax.models.checkpoint import abstract_params, load, read_config
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.experts import MixtureOfExperts, split_alternating
-from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.gguf.decoder_out import save_gguf, save_gguf_lora
-from qlora_jax.models.gguf.folder import folder_of_gguf
-from qlora_jax.models.gguf.open_file import open_gguf
-from qlora_jax.models.sharding import place_arguments
-from qlora_jax.models.tiny import CONFIG, save_tiny
+from qlora_jax.llm import train
+from qlora_jax.llm.app.base_model import LAYERS
+from qlora_jax.llm.gguf.decoder_out import save_gguf, save_gguf_lora
+from qlora_jax.llm.gguf.folder import folder_of_gguf
+from qlora_jax.llm.gguf.open_file import open_gguf
+from qlora_jax.llm.models.checkpoint import abstract_params, load, read_config
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.experts import MixtureOfExperts, split_alternating
+from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.sharding import place_arguments
+from qlora_jax.llm.models.tiny import CONFIG, save_tiny
 
 SIZES = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 QWEN = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], **SIZES)

@@ -8,12 +8,12 @@ import pytest
 from helpers import assert_equal_but_for_rounding, trees_of
 
 import qlora_jax as ql
-from qlora_jax.models.attention import attend
-from qlora_jax.models.checkpoint import load
-from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
-from qlora_jax.models.decoder import Decoder, init_cache
-from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm.models.attention import attend
+from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.llm.models.decoder import Decoder, init_cache
+from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.tiny import save_tiny
 
 LONG = Rope(1e4, (1.0, 1.5, 2.0), (3.0, 4.0, 5.0), original_length=9, scale=1.2)
 NEAR = Rope(1e2)

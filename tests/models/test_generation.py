@@ -11,14 +11,14 @@ from helpers import trees_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.models.config import LayerKind, Rope
-from qlora_jax.models.decoder import Decoder, init_cache
-from qlora_jax.models.generation import generate
-from qlora_jax.models.products import einsum_f32
-from qlora_jax.models.sampling import Sampling
-from qlora_jax.models.stream import Stream
-from qlora_jax.train.answers import answers, exact_match
-from qlora_jax.train.data.encode import Example
+from qlora_jax.llm.data.encode import Example
+from qlora_jax.llm.models.config import LayerKind, Rope
+from qlora_jax.llm.models.decoder import Decoder, init_cache
+from qlora_jax.llm.models.generation import generate
+from qlora_jax.llm.models.products import einsum_f32
+from qlora_jax.llm.models.sampling import Sampling
+from qlora_jax.llm.models.stream import Stream
+from qlora_jax.llm.train.answers import answers, exact_match
 
 ONE = dict(max_new_tokens=1, eos_ids=())
 

@@ -16,20 +16,20 @@ from tokenizer_helpers import save_split_tokenizer, save_tokenizer
 from tokenizers import Tokenizer, processors
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.models import families
-from qlora_jax.models.checkpoint import load, read_config
-from qlora_jax.models.config import DecoderConfig, Experts, LayerKind, Rope
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.gguf.decoder_in import gguf_names
-from qlora_jax.models.gguf.decoder_out import save_gguf
-from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
-from qlora_jax.models.gguf.tokenizer_out import scores_of
-from qlora_jax.models.gguf.values import gguf_architecture
-from qlora_jax.models.tiny import save_tiny
-from qlora_jax.models.tokenizer import load_tokenizer
+from qlora_jax.llm import app
+from qlora_jax.llm.gguf.decoder_in import gguf_names
+from qlora_jax.llm.gguf.decoder_out import save_gguf
+from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
+from qlora_jax.llm.gguf.tokenizer_out import scores_of
+from qlora_jax.llm.gguf.values import gguf_architecture
+from qlora_jax.llm.models import families
+from qlora_jax.llm.models.checkpoint import load, read_config
+from qlora_jax.llm.models.config import DecoderConfig, Experts, LayerKind, Rope
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "head_dim": 16}
 QWEN3 |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -390,7 +390,7 @@ def test_a_refused_model_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     out = str(tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="these sliding windows"):
-        cli.export(cli.ExportConfig(folder, "gguf", out))
+        app.export(app.ExportConfig(folder, "gguf", out))
 
 
 def test_bad_arguments_are_refused(tmp_path, qwen3):

@@ -16,11 +16,11 @@ from jax.sharding import AxisType, PartitionSpec
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import train
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.sharding import place_arguments, split_attention
-from qlora_jax.train.arrays import put_rows
+from qlora_jax.llm import train
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.sharding import place_arguments, split_attention
+from qlora_jax.llm.train.arrays import put_rows
 
 pytestmark = pytest.mark.slow
 SIZES = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=2)

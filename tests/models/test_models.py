@@ -16,15 +16,15 @@ from helpers import fast_and_slow, slow_but_every
 from safetensors.numpy import load_file, save_file
 from tolerances import assert_close
 
-from qlora_jax.models import download
-from qlora_jax.models.checkpoint import load, read_config
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder, init_cache
-from qlora_jax.models.generation import generate
-from qlora_jax.models.gguf.decoder_in import GGUFTensor
-from qlora_jax.models.gguf.open_file import field, open_gguf
-from qlora_jax.models.products import einsum_f32
-from qlora_jax.models.tokenizer import load_tokenizer
+from qlora_jax.llm.gguf.decoder_in import GGUFTensor
+from qlora_jax.llm.gguf.open_file import field, open_gguf
+from qlora_jax.llm.models import download
+from qlora_jax.llm.models.checkpoint import load, read_config
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Decoder, init_cache
+from qlora_jax.llm.models.generation import generate
+from qlora_jax.llm.models.products import einsum_f32
+from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
 SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]

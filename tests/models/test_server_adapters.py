@@ -12,11 +12,11 @@ from stored import export, tensors_of
 from test_models import finish
 
 import qlora_jax as ql
-from qlora_jax import cli
-from qlora_jax.models.checkpoint import abstract_params, read_config
-from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.gguf.decoder_in import read_gguf_lora
-from qlora_jax.models.tiny import save_tiny
+from qlora_jax.llm import app
+from qlora_jax.llm.gguf.decoder_in import read_gguf_lora
+from qlora_jax.llm.models.checkpoint import abstract_params, read_config
+from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.tiny import save_tiny
 
 Q, DOWN = (f"model.layers.{x}" for x in ("0.self_attn.q_proj", "1.mlp.down_proj"))
 SHAPES = {Q: (64, 64), DOWN: (64, 128)}  # [N, K] of the tiny model
@@ -69,9 +69,9 @@ def test_what_we_write_is_read_to_the_bit(model, tmp_path):
             return [f.read_bytes() for f in sorted((x, *x.rglob("*"))) if f.is_file()]
 
         assert read_bytes(twice) == read_bytes(file)
-    kinds = [cli.inspect(cli.InspectConfig(str(tmp_path / n))) for n in ("mlx", name)]
+    kinds = [app.inspect(app.InspectConfig(str(tmp_path / n))) for n in ("mlx", name)]
     assert [x.kind for x in kinds] == ["MLX adapter", "MLX adapter"]
-    gguf_adapter = cli.inspect(cli.InspectConfig(str(tmp_path / "lora.gguf")))
+    gguf_adapter = app.inspect(app.InspectConfig(str(tmp_path / "lora.gguf")))
     assert gguf_adapter.kind == "GGUF adapter"
 
 

@@ -12,8 +12,8 @@ from optimizer_helpers import carried, is_paged, train_in_a_scan, train_tree
 from tolerances import assert_close, rounding
 
 import qlora_jax as ql
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.optim.blocks import BLOCK, Blocks, from_blocks, grid_of, to_blocks
 
 

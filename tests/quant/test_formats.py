@@ -16,8 +16,8 @@ from helpers import Case, fast_and_slow
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.cli.configs import Fmt
 from qlora_jax.io import device_shards
+from qlora_jax.llm.app.configs import Fmt
 from qlora_jax.quant.formats import FORMATS, Format
 from qlora_jax.quant.schemes import DOUBLE, FLOAT32
 

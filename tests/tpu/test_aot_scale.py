@@ -21,17 +21,19 @@ from hlo_collectives import collectives
 from test_tpu_aot import needs_libtpu, run_script
 
 import qlora_jax as ql
-from qlora_jax.cli.base_model import BaseModel, adapters_for
-from qlora_jax.cli.program import (
+from qlora_jax.llm.app.base_model import BaseModel, adapters_for
+from qlora_jax.llm.app.program import (
     lower_step,
     make_mesh,
     make_place,
     make_program,
     make_put,
 )
-from qlora_jax.cli.train_config import TrainConfig
-from qlora_jax.models.checkpoint import abstract_params
-from qlora_jax.models.config import DecoderConfig
+from qlora_jax.llm.app.train_config import TrainConfig
+from qlora_jax.llm.data import Batch
+from qlora_jax.llm.models.checkpoint import abstract_params
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.train import State
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 3, 512, 1024, 4, 2, 2048
@@ -87,11 +89,11 @@ def both(mesh, **overrides):
     _, lora = ql.init(jax.random.key(0), base, adapters_for(config, model))
     base, lora = place(base, lora)
     program = make_program(config, decoder)
-    state = ql.train.State.create(lora, program.optimizer, 0)
+    state = State.create(lora, program.optimizer, 0)
     rows = 8 if config.objective == "sft" else 16  # both answers of a pair
     ids, weights = np.zeros((rows, 8), np.int32), np.zeros((rows, 8), np.float32)
     answers = None if rows == 8 else np.zeros((rows, 1, 8), np.float32)
-    batch = ql.train.Batch(*[ids] * 5, weights, answers)
+    batch = Batch(*[ids] * 5, weights, answers)
     if on is None:
 
         def put(tree):

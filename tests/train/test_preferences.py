@@ -10,14 +10,14 @@ from helpers import trees_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import train
-from qlora_jax.cli.base_model import BaseModel
-from qlora_jax.cli.program import lower_step
-from qlora_jax.cli.train_config import TrainConfig
-from qlora_jax.models.checkpoint import abstract_params
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.train.objective import make_means
+from qlora_jax.llm import train
+from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.app.program import lower_step
+from qlora_jax.llm.app.train_config import TrainConfig
+from qlora_jax.llm.models.checkpoint import abstract_params
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.train.objective import make_means
 
 CONFIG = DecoderConfig(64, 32, 64, 1, num_heads=4, num_kv_heads=2)
 

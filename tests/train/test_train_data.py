@@ -14,8 +14,8 @@ import pytest
 import tokenizer_helpers
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
-from qlora_jax.train import batches, open_tokenizer
-from qlora_jax.train.data import rows
+from qlora_jax.llm.data import rows
+from qlora_jax.llm.train import batches, open_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -481,7 +481,7 @@ def test_a_token_across_the_boundary_is_trained_and_noted(plain, tmp_path):
 
 
 def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeypatch):
-    for name in ("jinja2", "grain", "qlora_jax.train.data.rendering"):
+    for name in ("jinja2", "grain", "qlora_jax.llm.data.rendering"):
         monkeypatch.setitem(sys.modules, name, None)
     for raw in ({"text": "one"}, {"input_ids": [3, 4]}):
         assert len(read_raw(folder, tmp_path, raw).train) == 1

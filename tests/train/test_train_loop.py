@@ -18,10 +18,10 @@ from test_train_batches import rows_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax import train
-from qlora_jax.cli import run_results
-from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.llm import train
+from qlora_jax.llm.app import run_results
+from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.decoder import Decoder
 
 
 class Points(NamedTuple):
@@ -403,7 +403,7 @@ def test_progress_is_shown_with_the_validation_loss(
 ):
     bar, numbers = mock.MagicMock(disable=not terminal), []
     bar.__enter__.return_value = bar
-    monkeypatch.setattr("qlora_jax.train.loop.progress_bar", lambda *args, **kw: bar)
+    monkeypatch.setattr("qlora_jax.llm.train.loop.tqdm", lambda *args, **kw: bar)
 
     def evaluate(base, state):
         step = int(state.step)

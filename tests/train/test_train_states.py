@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from qlora_jax import train
+from qlora_jax.llm import train
 
 ABOUT = {"position": {"place": 3}}
 FLIPS = 4  # single bits in each file

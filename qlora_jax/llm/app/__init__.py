@@ -1,0 +1,51 @@
+"""The commands of `qlora-jax` as functions, and their settings."""
+
+from .checking import Checked, check
+from .configs import (
+    CheckConfig,
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    PairsConfig,
+    ScoreConfig,
+)
+from .contents import Contents, Leaf, inspect
+from .generating import Answer, Generated, generate
+from .preview import Preview
+from .run_results import SweepResult, TrainResult
+from .scoring import Score, Scores, score
+from .servers import Pair, Pairs, pairs
+from .train_config import TrainConfig
+from .training import train
+from .writing import Repacked, Written, export
+
+__all__ = [
+    "Answer",
+    "CheckConfig",
+    "Checked",
+    "Contents",
+    "ExportConfig",
+    "GenerateConfig",
+    "Generated",
+    "InspectConfig",
+    "Leaf",
+    "Pair",
+    "Pairs",
+    "PairsConfig",
+    "Preview",
+    "Repacked",
+    "Score",
+    "ScoreConfig",
+    "Scores",
+    "SweepResult",
+    "TrainConfig",
+    "TrainResult",
+    "Written",
+    "check",
+    "export",
+    "generate",
+    "inspect",
+    "pairs",
+    "score",
+    "train",
+]

@@ -1,0 +1,411 @@
+"""Finds and reads models, adapters, and the adapters of training runs."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+import qlora_jax as ql
+
+from ..data.readers import describe_path
+from ..gguf.decoder_in import gguf_fmt, read_gguf, read_gguf_lora
+from ..gguf.folder import folder_of_gguf
+from ..models.checkpoint import (
+    abstract_params,
+    folder_of_text,
+    has_vision,
+    load,
+    read_config,
+)
+from ..models.config import DecoderConfig
+from ..models.decoder_names import decoder_names
+from ..models.download import fetch, hub_commit, weights_of
+from ..train.state import Checkpoints
+from ..train.target_modules import find_target_paths
+from .configs import (
+    PACKING_OPTIONS,
+    ExportConfig,
+    GenerateConfig,
+    PairsConfig,
+    ScoreConfig,
+)
+from .processes import log
+from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
+from .train_config import TrainConfig
+
+NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
+MLX_ADAPTER = "adapters.safetensors"
+# The linear layers that are packed. As in transformers, the head stays in float, and so
+# do the routers of experts.
+LAYERS = r"layers/(?!.*/router/).*/kernel"
+
+# Arguments of `BaseModel.read` that reproduce the base of training: `packing`, `dtype`.
+LoadOptions = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model, optionally with an adapter, before or after its weights are read."""
+
+    path: pathlib.Path  # a folder or a .gguf file
+    config: DecoderConfig
+    base: PyTree  # parameters; before `read`, only their shapes
+    lora: PyTree = dataclasses.field(default_factory=dict)
+    adapter: pathlib.Path | None = None  # an adapter that is not read yet
+    peft: ql.io.PeftConfig | None = None  # the adapter's PEFT settings, if known
+    recode: bool = False  # whether 4-bit weights may be decoded and packed again
+    name: str = ""  # names the weights: a hub id, a path, or a file in a package
+    source: str = ""  # describes where the weights were found
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the name is a path on this machine."""
+        return pathlib.Path(self.name).expanduser().exists()
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model from the hub; None for other weights."""
+        return hub_commit(self.name, self.path)
+
+    @property
+    def names(self) -> ql.io.Names:
+        """The names of the parameters in the Hugging Face model."""
+        return decoder_names(self.config)
+
+    @property
+    def exported_names(self) -> ql.io.Names:
+        """The names in an exported model, which has no vision part."""
+        return decoder_names(dataclasses.replace(self.config, module="model"))
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The quantization settings in the model's files; empty for float weights."""
+        if self.path.is_file():
+            return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
+        return ql.io.read_quantization(self.path)
+
+    @property
+    def stored_fmt(self) -> str | None:
+        """The number format of the weights in the files; None for float weights."""
+        return self.quantization.get("fmt")
+
+    @property
+    def stored_packing(self) -> Any:
+        """The `Packing` of the first packed weight in the files; None for floats."""
+        if self.path.is_dir():
+            tensors = ql.io.open_safetensors(self.path)
+        else:
+            _, tensors = read_gguf(self.path)
+        packed = ql.io.packed_tensors(tensors).values()
+        packings = (getattr(tensor, "packing", None) for tensor in packed)
+        return next(filter(None, packings), None)
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether the adapter also has biases or modules that replace the base's."""
+        if self.adapter is None or not _is_peft(self.adapter):
+            return False
+        tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
+        return any(".lora_" not in key for key in tensors)
+
+    def open_description(self) -> contextlib.AbstractContextManager[pathlib.Path]:
+        """Yields a folder with the config and the tokenizer of the model."""
+        if self.path.is_file():
+            return folder_of_gguf(self.path)
+        if has_vision(self.config):
+            return folder_of_text(self.path)
+        return contextlib.nullcontext(self.path)
+
+    def packing(
+        self, fmt: str, block_size: int | None, double_quant: bool | None
+    ) -> ql.QLoRAConfig | None:
+        """Returns how to pack the layers while reading; None to read them as stored."""
+        stored_fmt = self.stored_fmt
+        if fmt == "none" or (fmt == stored_fmt and not self.recode):
+            self._check_stored(block_size=block_size, double_quant=double_quant)
+            return None
+        quantization = self.quantization
+        if fmt == stored_fmt and block_size is None:  # pack again, in the same format
+            block_size = quantization.get("group_size")
+        is_gguf = quantization.get("quant_method") == "gguf"  # decoded to floats anyway
+        if stored_fmt is not None and not self.recode and not is_gguf:
+            raise ValueError(
+                f"`fmt` must be none or {stored_fmt}, the format of the model, which "
+                f"is already in 4 bits. Use `recode` to pack it again. Got {fmt!r}."
+            )
+        return ql.QLoRAConfig(
+            fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
+        )
+
+    def _check_stored(self, **settings: int | bool | None) -> None:
+        """Raises ValueError if settings differ from those of the packed weights."""
+        requested = {k: value for k, value in settings.items() if value is not None}
+        packing = self.stored_packing if requested else None
+        for name, value in requested.items():
+            stored = getattr(packing, name, value)
+            if value != stored:
+                raise ValueError(
+                    f"`{name}` must be {stored}, as in the model, which is already in "
+                    f"4 bits. Got {value}."
+                )
+
+    def read(
+        self,
+        *,
+        dtype: Any = None,  # by default, the dtype in the files
+        packing: ql.QLoRAConfig | None = None,
+        place: Callable[[PyTree], PyTree] | None = None,
+        progress: bool = True,
+    ) -> "BaseModel":
+        """Reads the parameters and the adapter; the arguments are passed to `load`."""
+        # Most adapters can be checked against shapes, so read them before the weights.
+        # An adapter that replaces weights needs the weights.
+        needs_weights = self.replaces_weights
+        model = self if needs_weights else self.with_adapter()
+        # Some byte layouts of these formats are not supported. `recode` decodes them.
+        method = self.quantization.get("quant_method")
+        is_recodable = method in ("gguf", "bitsandbytes")
+        _, base = load(
+            self.path,
+            dtype,
+            packing,
+            recode=self.recode or is_recodable,
+            place=place,
+            progress=progress,
+        )
+        model = dataclasses.replace(model, base=base)
+        return model.with_adapter() if needs_weights else model
+
+    def with_adapter(self) -> "BaseModel":
+        """Returns the model with its adapter read, which may replace parameters."""
+        if self.adapter is None:
+            return self
+        peft, plain_lora = None, None
+        if self.adapter.suffix == ".gguf":  # of llama.cpp
+            plain_lora = read_gguf_lora(self.adapter, self.config)
+        elif (self.adapter / MLX_ADAPTER).exists():
+            plain_lora = ql.io.read_mlx(self.adapter)
+        if plain_lora is not None:
+            # Servers load the text part of a multimodal model as a model of its own.
+            base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
+        elif _is_peft(self.adapter):
+            base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
+        else:
+            base, lora = self.base, _read_native(self.adapter)
+            ql.combine(base, lora)  # raises if the adapter does not fit
+        return dataclasses.replace(self, base=base, lora=lora, peft=peft, adapter=None)
+
+
+def _is_peft(adapter: pathlib.Path) -> bool:
+    is_mlx = (adapter / MLX_ADAPTER).exists()  # its settings have the same file name
+    return (adapter / "adapter_config.json").exists() and not is_mlx
+
+
+def _read_native(adapter: pathlib.Path) -> PyTree:
+    file = adapter / NATIVE_ADAPTER if adapter.is_dir() else adapter
+    if not file.is_file():
+        raise ValueError(
+            "`adapter` must be a folder with adapter_config.json or "
+            f"{NATIVE_ADAPTER}, or a file of llama.cpp (.gguf) or qlora_jax.io.save. "
+            f"Got {str(adapter)!r}."
+        )
+    tree = ql.io.restore(file).tree
+    # The file has the lora tree itself, or a dict with the lora tree under `lora`.
+    return tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree
+
+
+def open_model(
+    source: str, adapter: str | None = None, recode: bool = False
+) -> BaseModel:
+    """Finds a model and an adapter in any format; reads only the model's config."""
+    path = fetch(source)
+    config = read_config(path)
+    adapter_path = None if adapter is None else _fetch_adapter(adapter)
+    name, description = weights_of(source, path)
+    model = BaseModel(
+        path,
+        config,
+        abstract_params(config),
+        adapter=adapter_path,
+        recode=recode or any(run.recode for run in runs_of(adapter)),
+        name=name,
+        source=description,
+    )
+    if not model.is_local:
+        log(f"weights: {description}")
+    return model
+
+
+def _fetch_adapter(adapter: str) -> pathlib.Path:
+    try:
+        return ql.io.fetch(adapter)
+    except FileNotFoundError as error:  # its message is about the option `model`
+        message = str(error).replace("`model`", "`adapter`")
+        raise FileNotFoundError(message) from error
+
+
+def open_adapted(
+    config: ScoreConfig | GenerateConfig,
+) -> tuple[BaseModel, dict[str, PyTree], LoadOptions]:
+    """Returns a model, several adapters by name, and how to read the weights.
+
+    A single adapter is part of the model, and the dict is then empty.
+    """
+    if config.run is not None:
+        model, _ = open_run(config.run, None, config.model)
+        return model, {}, training_load_options(config, model)
+    adapters = _split_adapters(config.adapter)
+    adapter = adapters[0] if len(adapters) == 1 else None
+    model = open_model(str(config.model), adapter, config.recode)
+    options = training_load_options(config, model)
+    if adapter is not None or not adapters:
+        return model, {}, options
+    bank = _read_bank(model, adapters)
+    return model, {x: ql.select(bank, i) for i, x in enumerate(adapters)}, options
+
+
+def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
+    if not isinstance(adapters, str):
+        return [*(adapters or [])]
+    # A path may contain commas.
+    return [adapters] if pathlib.Path(adapters).exists() else adapters.split(",")
+
+
+def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
+    loras = []
+    for adapter in adapters:
+        adapted = dataclasses.replace(model, adapter=_fetch_adapter(adapter))
+        if adapted.replaces_weights:
+            raise ValueError(
+                "`adapter` must not replace weights of the base if there are several "
+                f"adapters. Got {adapter!r}, which does."
+            )
+        loras.append(adapted.with_adapter().lora)
+    return ql.bank(loras, dropout=0.0)  # the dropout rates of training may differ
+
+
+def runs_of(
+    adapters: str | Sequence[str] | None, run: str | None = None
+) -> list[TrainConfig]:
+    """Returns the settings of a run, or of the runs that wrote the adapters."""
+    if run is not None:
+        return [TrainConfig(**read_settings(pathlib.Path(run) / CONFIG))]
+    runs = []
+    for adapter in _split_adapters(adapters):
+        path = pathlib.Path(adapter).parent / CONFIG
+        # Another program may have written a file of this name.
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            runs.append(TrainConfig(**read_settings(path)))
+    return runs
+
+
+def open_run(
+    out: str, step: int | None = None, source: str | None = None
+) -> tuple[BaseModel, int | None]:
+    """Returns a run's model with the adapter of a saved state, and the state's step.
+
+    By default, the state is the newest. The run may be unfinished, and is not changed.
+    If `source` is set, it is used instead of the model in the run's settings.
+    """
+    folder = pathlib.Path(out)
+    if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
+        raise ValueError(
+            f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
+            f"{STATE}. Got {describe_path(folder)}."
+        )
+    run = TrainConfig(**read_settings(folder / CONFIG))
+    model = open_model(source or run.model, recode=run.recode)
+    # Shapes are enough to restore the adapter, and to describe it for PEFT.
+    base, lora = init_shapes(model.base, adapters_for(run, model))
+    with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as states:
+        step = states.latest if step is None else step
+        lora = states.restore_lora(lora, step)
+    peft = ql.io.peft_config(
+        base, lora, model.names, base_model=model.name, revision=model.revision
+    )
+    return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
+
+
+def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
+    """Returns the shapes of the base and the lora tree of `ql.init`."""
+    return jax.eval_shape(lambda base: ql.init(jax.random.key(0), base, config), base)
+
+
+def training_load_options(
+    config: PairsConfig | ExportConfig | ScoreConfig | GenerateConfig, model: BaseModel
+) -> LoadOptions:
+    """Returns options to read a model with the weights its adapter was trained on.
+
+    The options are those of the adapter's run, unless `config` packs the model in
+    another way. If the model is used as it is stored, they are empty. Prints a note on
+    stderr for each adapter whose run used other weights.
+    """
+    runs = runs_of(config.adapter, config.run)
+    is_like_run = bool(runs) and not _packs_differently(config, runs[0])
+    settings: Any = runs[0] if is_like_run else config
+    if settings.fmt is None and model.stored_fmt is None:
+        for name in PACKING_OPTIONS[1:]:
+            if (value := getattr(settings, name, None)) is not None:
+                raise ValueError(
+                    f"`fmt` must be given with `{name}`: the format in which training "
+                    f"packed the model. Got `{name}` {value}."
+                )
+    for run in runs:
+        is_other_model = os.path.realpath(model.name) != os.path.realpath(run.model)
+        if is_other_model or _packs_differently(settings, run):
+            fmt = settings.fmt or model.stored_fmt or "none"
+            log(
+                f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
+                f"base here is a different one: {model.name} with fmt {fmt}"
+            )
+    double_quant = getattr(settings, "double_quant", None)
+    packing = model.packing(settings.fmt or "none", settings.block_size, double_quant)
+    if packing is None:
+        return {}
+    # Training rounded the weights to its dtype before it packed them.
+    dtype = {"dtype": settings.dtype} if isinstance(settings, TrainConfig) else {}
+    return {"packing": packing, **dtype}
+
+
+def _packs_differently(config: object, run: TrainConfig) -> bool:
+    # None, the default of an option, means the value of the run.
+    options = [(getattr(config, x, None), getattr(run, x)) for x in PACKING_OPTIONS]
+    return any(value not in (None, trained) for value, trained in options)
+
+
+def read_as_trained(
+    model: BaseModel, options: LoadOptions, dtype: DTypeLike
+) -> BaseModel:
+    """Reads the weights that training used, for a computation in `dtype`."""
+    model = model.read(**{"dtype": dtype, **options})
+
+    def is_packed(leaf: object) -> bool:
+        return isinstance(leaf, ql.QTensor)
+
+    base = jax.tree.map(
+        lambda x: x if is_packed(x) else x.astype(dtype), model.base, is_leaf=is_packed
+    )
+    return dataclasses.replace(model, base=base)
+
+
+def adapters_for(config: TrainConfig, model: BaseModel) -> ql.QLoRAConfig:
+    """Returns the settings of the adapters that a run trains."""
+    targets = find_target_paths(config.target_modules, model.base, model.names)
+    return ql.QLoRAConfig(
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        fmt=None,  # reading the model has already packed its kernels
+        targets=tuple(map(re.escape, targets)),
+        trainable=config.trainable or (),
+        dropout=config.lora_dropout,
+        rank_stabilized=config.use_rslora,
+        use_dora=config.use_dora,
+    )

@@ -1,0 +1,371 @@
+"""`qlora-jax check`: compares the results on this machine's devices with references."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import qlora_jax as ql
+
+from ... import __version__
+from ..data.batching import eval_batches
+from ..data.encode import Row
+from ..models.decoder import Decoder
+from ..models.families import config_from_hf
+from ..models.tiny import CONFIG, random_params
+from ..train.objective import decoder_loss
+from ..train.optimizer import make_optimizer
+from ..train.outputs import plural
+from ..train.step import State, make_step
+from .configs import CheckConfig, Fmt
+from .environment import read_cpuinfo
+from .run_folder import write_text
+
+_PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "numpy"
+FORMATS = tuple(fmt for fmt in get_args(Fmt) if fmt != "none")
+_SHAPE = 512, 768  # of the checked kernels; multiples of every block size
+_ROWS = 16, 512  # of the inputs; typical of generation and of training
+_DTYPES = "float32", "bfloat16"
+_DIRECTIONS = "x W", "x W^T"
+# Shapes of the timed kernels. On a CPU, a product takes a few milliseconds.
+_TIMED_SHAPES = {"cpu": (2048, 2048)}
+_TIMED_SHAPE_ELSEWHERE = 4096, 14336
+# The model and the batch `[rows, tokens]` of the training step.
+_MODEL_SIZES = dict(hidden_size=256, intermediate_size=768, vocab_size=512)
+_BATCH_SHAPE = 8, 128
+# Largest allowed relative difference between the losses of a device and of a CPU. They
+# sum in different orders and round to bfloat16, but a loss is a mean over many tokens.
+_LOSS_BOUND = 0.01
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A report on this machine's devices.
+
+    Attributes:
+        versions: The versions of this library, Python and the numerical packages.
+        machine: The operating system and the processor.
+        devices: The kind of the devices, their number and their memory in bytes.
+        products: For each format, dtype, direction and number of rows: the back end,
+            why preferred ones were not used, the error and its bound.
+        times: The seconds of matrix products with packed and with dense kernels.
+        step: The losses after training on the device and on the CPU, and the time, the
+            peak memory and the planned memory of a training step.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> product = {"error": 0.001, "bound": 0.004, "is_right": True}
+        >>> product |= {"backend": "tiled", "refused": {}}
+        >>> devices = {"kind": "cpu", "platform": "cpu", "count": 1, "bytes": None}
+        >>> step = {"loss": 5.0, "cpu": None, "tokens_per_s": 900.0, "is_right": True}
+        >>> step |= {"planned_bytes": 2**20, "peak_bytes": None}
+        >>> print(cli.Checked({"jax": "0.10.2"}, "Linux", devices, [product], [], step))
+        jax 0.10.2
+        Linux
+        1 x cpu
+        products: 1 of 1 are right, with at most 0.25 of the bound; by tiled
+        a step of training: loss 5.0000, 900 tokens/s, 1.0 MiB planned
+    """
+
+    versions: dict[str, str]
+    machine: str
+    devices: dict[str, Any]
+    products: list[dict[str, Any]]
+    times: list[dict[str, Any]]
+    step: dict[str, Any]
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether an error exceeds its bound."""
+        return not all(x["is_right"] for x in (*self.products, self.step))
+
+    def __str__(self):
+        devices, products, step = self.devices, self.products, self.step
+        size = f", {devices['bytes'] / 2**30:.1f} GiB each" if devices["bytes"] else ""
+        num_right = sum(x["is_right"] for x in products)
+        # Errors that are not finite are None.
+        ratios = [x["error"] / x["bound"] for x in products if x["error"] is not None]
+        backends = dict.fromkeys(x["backend"] for x in products)
+        reasons = (
+            f"not {k}: {why}" for x in products for k, why in x["refused"].items()
+        )
+        lines = [
+            ", ".join(f"{name} {x}" for name, x in self.versions.items()),
+            self.machine,
+            f"{devices['count']} x {devices['kind']}{size}",
+            f"products: {num_right} of {len(products)} are right, with at most "
+            f"{max(ratios, default=0.0):.2f} of the bound; by {', '.join(backends)}",
+            *dict.fromkeys(reasons),  # each reason once, in order
+        ]
+        for x in self.times:
+            lines.append(
+                f"{x['format']}, {plural(x['rows'], 'row')}, {x['direction']}: "
+                f"{x['seconds'] / x['dense_seconds']:.2f} of the dense product's "
+                f"{x['dense_seconds'] * 1e3:.2f} ms"
+            )
+        loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
+        cpu = f", {step['cpu']:.4f} on the CPU" if step["cpu"] is not None else ""
+        peak = step["peak_bytes"]
+        lines.append(
+            f"a step of training: loss {loss}{cpu}, {step['tokens_per_s']:,.0f} "
+            f"tokens/s, {step['planned_bytes'] / 2**20:.1f} MiB planned"
+            + (f", {peak / 2**20:.1f} MiB at the peak" if peak else "")
+        )
+        lines += [f"wrong: {x}" for x in (*products, step) if not x["is_right"]]
+        return "\n".join(lines)
+
+
+def check(config: CheckConfig) -> Checked:
+    """Returns a report on this machine's devices.
+
+    Matrix products are compared with products in float64, which NumPy computes from
+    weights that were decoded on a CPU. If the device is not a CPU, training is compared
+    with the same steps on a CPU.
+
+    Args:
+        config: Where to write the report, and how many rounds to measure.
+
+    Raises:
+        OSError: If the report cannot be written.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.check(cli.CheckConfig(rounds=1)).is_wrong
+        False
+    """
+    report = Checked(
+        _read_versions(),
+        f"{platform.system()} {platform.machine()}, {_describe_processor()}",
+        _describe_devices(),
+        check_products(),
+        time_products(config.rounds),
+        check_step(config.rounds),
+    )
+    if config.out is not None:
+        contents = dataclasses.asdict(report) | {"is_wrong": report.is_wrong}
+        text = json.dumps(contents, allow_nan=False)
+        write_text(pathlib.Path(config.out), text + "\n")
+    return report
+
+
+def _read_versions() -> dict[str, str]:
+    versions = {"qlora_jax": __version__, "python": platform.python_version()}
+    installed = {x.metadata["Name"]: x.version for x in metadata.distributions()}
+    return versions | {name: installed[name] for name in _PACKAGES if name in installed}
+
+
+def _describe_processor() -> str:
+    lines = read_cpuinfo()
+    names = [line.partition(": ")[2] for line in lines if "model name" in line]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def _describe_devices() -> dict[str, Any]:
+    device, *_ = devices = jax.local_devices()
+    size = (device.memory_stats() or {}).get("bytes_limit")
+    kind = {"kind": device.device_kind, "platform": device.platform}
+    return kind | {"count": len(devices), "bytes": size}
+
+
+def check_products() -> list[dict[str, Any]]:
+    """Returns the errors of matrix products in each format, dtype and direction."""
+    cases = [*itertools.product(FORMATS, _DTYPES)]
+    bar = tqdm(cases, "checking products", unit=" kernels", disable=None, leave=False)
+    return [product for case in bar for product in _check_kernels(*case)]
+
+
+def _check_kernels(fmt: str, dtype: str) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    kernel = draw(*_SHAPE)
+    packed = ql.quantize(kernel, fmt)
+    if packed.double_quant:  # the default where the format supports it
+        yield from _check_directions(packed, draw)
+        packed = ql.quantize(kernel, fmt, double_quant=False)
+    yield from _check_directions(packed, draw)
+
+
+def _check_directions(
+    q: ql.QTensor, draw: Callable[..., jax.Array]
+) -> Iterator[dict[str, Any]]:
+    with on_cpu():
+        weight = np.asarray(ql.dequantize(jax.device_get(q)), np.float64)
+    # All back ends round a weight in the same way, so decoding must be exact.
+    is_exact = np.array_equal(np.asarray(ql.dequantize(q), np.float64), weight)
+    cases = [*itertools.product(_ROWS, (False, True))]
+    inputs = [draw(rows, _SHAPE[is_transposed]) for rows, is_transposed in cases]
+    outputs = _compute_products(inputs, q)
+    for (rows, is_transposed), x, y in zip(cases, inputs, outputs, strict=True):
+        # Maps back ends to the reasons why they are not used. The last one is used.
+        backends = ql.explain_backend(x, q, transpose=is_transposed)
+        error, bound = _relative_error(y, x, weight.T if is_transposed else weight)
+        yield {
+            "format": q.fmt + " double" * q.double_quant,
+            "dtype": q.dtype.name,
+            "rows": rows,
+            "direction": _DIRECTIONS[is_transposed],
+            "backend": list(backends)[-1],
+            "refused": {k: why for k, why in backends.items() if why is not None},
+            "decodes_exactly": is_exact,
+            "error": error if np.isfinite(error) else None,
+            "bound": bound,
+            "is_right": is_exact and error <= bound,
+        }
+
+
+def _compute_product(x: jax.Array, q: ql.QTensor, is_transposed: bool) -> jax.Array:
+    def multiply(x: jax.Array) -> jax.Array:
+        return ql.matmul(x, q, precision="highest")
+
+    if not is_transposed:
+        return multiply(x)
+    # The product is linear, so its gradient at any input is the transposed product.
+    _, pull_back = jax.vjp(multiply, jnp.zeros((len(x), q.shape[0]), x.dtype))
+    return pull_back(x)[0]
+
+
+@jax.jit
+def _compute_products(xs: list[jax.Array], q: ql.QTensor) -> list[jax.Array]:
+    # One program computes all products, because compiling takes most of the time.
+    return [_compute_product(x, q, x.shape[1] != q.shape[0]) for x in xs]
+
+
+def _relative_error(
+    y: jax.Array, x: jax.Array, weight: np.ndarray
+) -> tuple[float, float]:
+    """Returns the relative error of `y = x @ weight` (Frobenius norm) and its bound."""
+    inputs = np.asarray(x, np.float64)
+    expected = inputs @ weight
+    norm = np.linalg.norm(expected)
+    # The error of a float32 sum of K products is at most K 2^-24 |x| |W|. Rounding the
+    # result to its dtype adds at most half a unit in the last place.
+    magnitudes = np.linalg.norm(np.abs(inputs) @ np.abs(weight))
+    bound = len(weight) * 2.0**-24 * magnitudes / norm
+    bound += float(jnp.finfo(y.dtype).eps) / 2
+    error = np.linalg.norm(np.asarray(y, np.float64) - expected) / norm
+    return float(error), float(bound)
+
+
+def time_products(rounds: int) -> list[dict[str, Any]]:
+    """Returns the median seconds of products with nf4 and dense kernels in bfloat16."""
+    shape = _TIMED_SHAPES.get(jax.default_backend(), _TIMED_SHAPE_ELSEWHERE)
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    packed, product = ql.quantize(weight), jax.jit(_compute_product, static_argnums=2)
+    dense = jax.jit(jnp.dot), jax.jit(lambda x, w: jnp.dot(x, w.T))  # per direction
+    cases = [*itertools.product((1, *_ROWS), (False, True))]
+    bar = tqdm(cases, "measuring products", unit=" products", disable=None, leave=False)
+    times = []
+    for rows, is_transposed in bar:
+        x = jnp.asarray(rng.normal(size=(rows, shape[is_transposed])), weight.dtype)
+        calls = {
+            "seconds": functools.partial(product, x, packed, is_transposed),
+            "dense_seconds": functools.partial(dense[is_transposed], x, weight),
+        }
+        case = {"format": "nf4 double", "shape": shape, "rows": rows}
+        case |= {"direction": _DIRECTIONS[is_transposed]}
+        times.append(case | _median_seconds(calls, rounds))
+    return times
+
+
+def _median_seconds(
+    calls: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, float]:
+    # The calls alternate, so that a change of the machine's speed affects all of them.
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if index > 0:  # round 0 compiles and warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[bool]:
+    """Computes on a CPU, if any; yields whether the default device is another one."""
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # for example with JAX_PLATFORMS=tpu
+        yield False
+        return
+    with jax.default_device(cpu):
+        yield jax.default_backend() != "cpu"
+
+
+def check_step(rounds: int) -> dict[str, Any]:
+    """Trains a tiny Llama in nf4; returns its loss, and a step's time and memory."""
+    loss, run_step, planned_bytes = _train(steps=2)
+    with on_cpu() as is_other_device:
+        cpu_loss = _train(steps=2)[0] if is_other_device else None
+    seconds = _median_seconds({"step": run_step}, rounds)["step"]
+    is_right = math.isfinite(loss)
+    if cpu_loss is not None:
+        is_right &= abs(loss - cpu_loss) <= _LOSS_BOUND * abs(cpu_loss)
+    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have no statistics
+    return {
+        "loss": loss if math.isfinite(loss) else None,
+        "cpu": cpu_loss,
+        "bound": _LOSS_BOUND,
+        "is_right": is_right,
+        "seconds": seconds,
+        "tokens_per_s": np.prod(_BATCH_SHAPE).item() / seconds,
+        "planned_bytes": planned_bytes,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def _train(steps: int) -> tuple[float, Callable[[], jax.Array], int]:
+    """Returns the loss after `steps`, a function for the next step, and planned bytes.
+
+    This builds the model, its adapters and a batch of random tokens, compiles the step
+    to analyze its memory, and trains.
+    """
+    config, rng = config_from_hf({**CONFIG, **_MODEL_SIZES}), np.random.default_rng(0)
+    params = random_params(config)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=16))
+    module = Decoder(config, dtype=jnp.dtype(jnp.bfloat16), remat=True)
+    model = ql.linen.wrap(module, scanned=module.scanned)
+    optimizer = make_optimizer("adamw", 1e-3)
+    step = make_step(decoder_loss(model), optimizer)
+    ids = rng.integers(0, config.vocab_size, _BATCH_SHAPE, np.int32)
+    rows = [Row(row, row, "random") for row in ids]
+    batch_size, max_length = _BATCH_SHAPE
+    [batch] = eval_batches(rows, batch_size=batch_size, max_length=max_length)
+    state = State.create(lora, optimizer, 0)
+    memory = step.lower(state, base, batch).compile().memory_analysis()
+    sizes = {
+        kind: getattr(memory, f"{kind}_size_in_bytes", 0)
+        for kind in ("argument", "output", "temp", "alias")
+    }
+    # Donated arguments are reused as outputs, and must not be counted twice.
+    planned_bytes = sum(sizes.values()) - 2 * sizes["alias"]
+
+    def run_step() -> jax.Array:
+        nonlocal state
+        state, report = step(state, base, [batch])
+        return report.loss
+
+    # A step reports the loss before its update, so one more step is needed.
+    *_, loss = [float(run_step()) for _ in range(steps + 1)]
+    return loss, run_step, planned_bytes

@@ -1,0 +1,236 @@
+"""`qlora-jax inspect`: the tensors of a checkpoint or an adapter."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import qlora_jax as ql
+
+from ..data.readers import describe_path
+from ..gguf.open_file import field, open_gguf
+from ..train.outputs import plural, read_metrics
+from .base_model import MLX_ADAPTER, NATIVE_ADAPTER
+from .configs import InspectConfig
+from .run_folder import CONFIG, METRICS, RESULT, is_run, read_settings
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor, or the adapter of one weight.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape; for a packed weight, the shape before packing.
+        format: Its dtype or number format; "lora" for an adapter.
+        bytes: Its size in bytes.
+        rank: The rank of an adapter; None for other leaves.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.Leaf("norm.weight", (64,), "float32", 256).rank is None
+        True
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    bytes: int
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The result of `inspect`; `str` prints it as a table.
+
+    Attributes:
+        kind: Such as "model", "bitsandbytes model", "PEFT adapter", "MLX adapter",
+            "GGUF model", "qlora_jax tree", "run" or "safetensors".
+        about: The most important settings.
+        leaves: A `Leaf` for each tensor or adapter.
+        bytes: The size of all leaves in bytes.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> leaf = cli.Leaf("norm.weight", (64,), "float32", 256)
+        >>> cli.Contents("safetensors", {}, (leaf,)).bytes
+        256
+    """
+
+    kind: str
+    about: Mapping[str, Any]
+    leaves: tuple[Leaf, ...]
+    bytes: int = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "bytes", sum(leaf.bytes for leaf in self.leaves))
+
+    def __str__(self):
+        lines = [self.kind, *(f"  {key}: {value}" for key, value in self.about.items())]
+        rows = [("leaf", "shape", "format", "rank", "bytes")]
+        for leaf in self.leaves:
+            shape = "[" + ",".join(map(str, leaf.shape)) + "]"
+            rank = "" if leaf.rank is None else str(leaf.rank)
+            rows.append((leaf.name, shape, leaf.format, rank, f"{leaf.bytes:,}"))
+        count = plural(len(self.leaves), "leaf", "leaves")
+        lines += [*format_table(rows, "<<<>>"), f"{count}, {self.bytes:,} bytes"]
+        return "\n".join(lines)
+
+
+def format_table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
+    """Returns the lines of a table, with columns aligned left (<) or right (>)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = zip(alignments, widths, strict=True)
+    line = "  ".join(f"{{:{alignment}{width}}}" for alignment, width in columns)
+    return [line.format(*row).rstrip() for row in rows]
+
+
+def inspect(config: InspectConfig) -> Contents:
+    """Returns the kind, the settings and the leaves of a file or a folder.
+
+    Args:
+        config: The path.
+
+    Raises:
+        ValueError: If the path is not supported, or its contents are damaged.
+
+    Example:
+        >>> import tempfile, numpy as np, qlora_jax as ql
+        >>> from qlora_jax import cli
+        >>> path = tempfile.mkdtemp() + "/x.safetensors"
+        >>> ql.io.write_safetensors(path, {"x": np.ones((2, 3), np.float32)})
+        >>> print(cli.inspect(cli.InspectConfig(path)))
+        safetensors
+        leaf  shape  format   rank  bytes
+        x     [2,3]  float32           24
+        1 leaf, 24 bytes
+    """
+    path = pathlib.Path(config.path)
+    supported = "a folder, a .safetensors or a .gguf file"
+    if not path.exists():
+        described = describe_path(path)
+        raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
+    # A run contains an adapter, and a model's folder may contain one too, so the order
+    # of these checks matters.
+    if path.suffix == ".gguf":
+        return _inspect_gguf(path)
+    if is_run(path):
+        return _inspect_run(path)
+    if (path / "adapter_config.json").is_file():
+        return _inspect_adapter(path)
+    if (path / "config.json").is_file():
+        return _inspect_model(path)
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        native = path / NATIVE_ADAPTER  # takes precedence over other tensors
+        path = native if native.is_file() else path
+        tensors = ql.io.open_safetensors(path)
+        if tensors.metadata.get("format") == "qlora_jax":
+            return _inspect_native(path)
+        return Contents("safetensors", tensors.metadata, _make_leaves(tensors))
+    raise ValueError(f"`path` must be {supported}. Got {str(path)!r}.")
+
+
+def _inspect_run(path: pathlib.Path) -> Contents:
+    settings, file = read_settings(path / CONFIG), path / RESULT
+    result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    rows = read_metrics(path / METRICS)
+    about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}
+    # The step of the newest metrics; the newest saved state may be older.
+    about["finished steps"] = max((row["step"] for row in rows), default=0)
+    about |= {k: result[k] for k in ("source", "loss", "valid_loss") if k in result}
+    adapter = path / "adapter"  # exists once the run has finished
+    leaves = _inspect_adapter(adapter).leaves if adapter.is_dir() else ()
+    return Contents("run", about, leaves)
+
+
+def _make_leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
+    """Returns a `Leaf` for each tensor, and one for all parts of a packed weight."""
+    leaves = []
+    for name, x in sorted(ql.io.packed_tensors(tensors).items()):
+        if (size := getattr(x, "nbytes", None)) is None:  # packed by bitsandbytes
+            prefix = f"{name}."
+            parts = [p for p in tensors if p == name or p.startswith(prefix)]
+            size = sum(tensors[part].nbytes for part in parts)
+        leaves.append(Leaf(name, tuple(x.shape), _describe_format(x), size))
+    return tuple(leaves)
+
+
+def _describe_format(x: Any) -> str:
+    if (packing := getattr(x, "packing", None)) is None:
+        return x.dtype.name
+    double = " double" * packing.double_quant
+    return f"{packing.fmt} block {packing.block_size}{double}"
+
+
+def _inspect_model(path: pathlib.Path) -> Contents:
+    raw = ql.io.read_config_json(path)
+    leaves = _make_leaves(ql.io.open_safetensors(path))
+    is_packed = any("block" in leaf.format for leaf in leaves)  # see _describe_format
+    keys = ("architectures", "model_type", "dtype", "torch_dtype")
+    about = {key: raw[key] for key in keys if key in raw}
+    about["parameters"] = sum(math.prod(leaf.shape) for leaf in leaves)
+    method = ql.io.read_quantization(path).get("quant_method", "bitsandbytes")
+    return Contents(f"{method} model" if is_packed else "model", about, leaves)
+
+
+def _inspect_adapter(path: pathlib.Path) -> Contents:
+    is_peft = not (path / MLX_ADAPTER).exists()
+    if is_peft:
+        config = ql.io.PeftConfig.read(path)
+        tensors = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
+    else:
+        config, tensors = ql.io.read_mlx(path).to_peft()
+    leaves = []
+    modules = {key.partition(".lora_")[0] for key in tensors}
+    for module in sorted(modules - {*tensors}):  # keys without ".lora_" are tensors
+        keys = [key for key in tensors if key.startswith(f"{module}.lora_")]
+        parts = {key.removeprefix(module): tensors.pop(key) for key in keys}
+        a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")
+        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
+            raise ValueError(f"{module} must have lora_A and lora_B with two axes.")
+        shape, rank = (b.shape[0], a.shape[1]), a.shape[0]  # A [rank, K], B [N, rank]
+        size = sum(part.nbytes for part in parts.values())  # includes DoRA's magnitudes
+        kind = "dora" if config.use_dora else "lora"
+        leaves.append(Leaf(module, shape, f"{kind} {a.dtype.name}", size, rank))
+    leaves += _make_leaves(tensors)  # weights that replace weights of the base
+    about = {
+        "base model": config.extra_settings.get("base_model_name_or_path"),
+        "target modules": config.target_modules,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "rank stabilized": config.use_rslora,
+        "bias": config.bias,
+    }
+    return Contents(f"{'PEFT' if is_peft else 'MLX'} adapter", about, tuple(leaves))
+
+
+def _inspect_native(path: pathlib.Path) -> Contents:
+    # A tree that `ql.io.save` wrote: parameters, packed kernels and adapters.
+    tree, config = ql.io.restore(path)
+    leaves = []
+    for name, x in ql.leaves_by_path(tree).items():
+        if (rank := getattr(x, "rank", None)) is None:  # not an adapter
+            shape, fmt = x.shape, _describe_format(x)
+        else:
+            shape, dtype = x.matrix_shape, next(iter(x.arrays.values())).dtype
+            fmt = f"{x.label} {dtype.name}"
+        leaves.append(Leaf(name, tuple(shape), fmt, x.nbytes, rank))
+    about = {} if config is None else {"rank": config.rank, "alpha": config.alpha}
+    return Contents("qlora_jax tree", about, tuple(leaves))
+
+
+def _inspect_gguf(path: pathlib.Path) -> Contents:
+    reader = open_gguf(path)
+    leaves = []
+    for x in reader.tensors:
+        shape = tuple(map(int, reversed(x.shape)))  # GGUF lists the fastest axis first
+        leaves.append(Leaf(x.name, shape, x.tensor_type.name, int(x.n_bytes)))
+    about = {
+        "architecture": field(reader, "general.architecture"),
+        "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
+    }
+    kind = field(reader, "general.type", "model")
+    return Contents(f"GGUF {kind}", about, tuple(leaves))

@@ -1,0 +1,128 @@
+"""Evaluates a run on its validation rows: loss, answers and samples."""
+
+import copy
+import json
+import math
+import sys
+from typing import Any
+
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+from ..data.batching import eval_batches
+from ..train.answers import answers, exact_match
+from ..train.objective import make_means
+from ..train.step import State
+from .processes import is_first
+from .program import Program, make_put
+from .run import Run
+from .run_folder import ANSWERS, write_text
+
+_EXTRA_TOKENS = 16  # how much longer an answer may be than the longest expected one
+_SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer
+
+
+def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
+    """Returns the batches for evaluations during training; empty to use all batches."""
+    # One for each 100 training batches, and at least one, so that ten evaluations add a
+    # few percent to the time. Batches are ordered by length, so take every n-th.
+    num_batches, size = len(batches), max(1, num_training_batches // 100)
+    if size >= num_batches:
+        return []
+    return [batches[(2 * i + 1) * num_batches // (2 * size)] for i in range(size)]
+
+
+class Evaluation:
+    """Evaluates an adapter on the validation rows of a run."""
+
+    def __init__(self, run: Run, program: Program):
+        """Prepares the batches and the prompts."""
+        config, self._tokenizer = run.config, run.tokenizer
+        self._config, self._model = config, program.model
+        self._compute_means = make_means(program.eval_loss)
+        self._path = run.folder / ANSWERS
+        batches = eval_batches(
+            run.data.valid, batch_size=config.batch_size, max_length=config.max_length
+        )
+        self._batches = [*map(make_put(run.mesh), batches)]
+        # Empty if every evaluation uses all batches.
+        num_training_batches = (config.steps or 0) * config.accumulation
+        is_full = config.eval_every or config.keep_best
+        self._sample = [] if is_full else sample(self._batches, num_training_batches)
+        self._examples = run.data.valid_examples[: config.eval_examples]
+        self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
+        max_new_tokens = config.max_new_tokens
+        if max_new_tokens is None:
+            expected_ids = (
+                self._tokenizer.encode(x.answer, add_special_tokens=False)
+                for x in self._examples
+            )
+            longest = max(map(len, expected_ids), default=0)
+            max_new_tokens = longest + _EXTRA_TOKENS
+        self._max_new_tokens = max_new_tokens
+
+    def for_run(self, run: Run) -> "Evaluation":
+        """Returns the evaluation of another run on the same rows."""
+        evaluation = copy.copy(self)  # shares the batches and the compiled programs
+        evaluation._path = run.folder / ANSWERS
+        return evaluation
+
+    def __call__(
+        self, base: PyTree, state: State, is_end: bool = False
+    ) -> dict[str, float]:
+        """Returns losses, perplexity and exact match; prints samples on stderr."""
+        numbers, step, config = {}, int(state.step), self._config
+        is_end = is_end or step in (0, config.steps)
+        if self._sample:
+            means = self._compute_means(base, state.lora, self._sample)
+            numbers |= {f"valid_sample_{name}": mean for name, mean in means.items()}
+        if is_end or not self._sample:
+            means = self._compute_means(base, state.lora, self._batches)
+            numbers |= {f"valid_{name}": mean for name, mean in means.items()}
+            loss = numbers["valid_loss"]
+            if config.objective == "sft":
+                # exp(709.8) is the largest float.
+                numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self._examples and (is_end or config.eval_every):
+            numbers["exact_match"] = self._evaluate_answers(base, state)
+        return numbers
+
+    def _evaluate_answers(self, base: PyTree, state: State) -> float:
+        """Returns the share of exact answers. Prints a few answers, and writes all."""
+        config, step = self._config, int(state.step)
+        generated = answers(
+            self._model,
+            {"params": base, "lora": state.lora},
+            self._tokenizer,
+            self._examples,
+            max_new_tokens=self._max_new_tokens,
+            batch_size=config.eval_batch_size,
+            progress=is_first(),
+        )
+        texts = [answer.text for answer in generated]
+        share = exact_match(texts, self._examples)
+        if is_first():  # all processes have generated all answers
+            self._show(texts, f"step {step}: {share:.1%} of the answers are exact")
+            self._write(texts, "before" if step == 0 else "after")
+        return share
+
+    def _show(self, texts: list[str], title: str) -> None:
+        lines, rows = [title], zip(self._examples, self._prompts, texts, strict=True)
+        for example, prompt, text in [*rows][: self._config.samples]:
+            verdict = "exact" if text.strip() == example.answer.strip() else "wrong"
+            prompt = prompt.strip()[-_SHOWN_CHARACTERS:]
+            answer = text[:_SHOWN_CHARACTERS]
+            lines.append(f"  ... {prompt!r}\n    {verdict}: {answer!r}")
+        tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar
+
+    def _write(self, texts: list[str], key: str) -> None:
+        """Writes the answers, next to those of earlier evaluations of the same rows."""
+        pairs = zip(self._prompts, self._examples, strict=True)
+        rows = [{"prompt": prompt, "right": x.answer} for prompt, x in pairs]
+        if self._path.is_file():
+            lines = self._path.read_text("utf-8").splitlines()
+            old_rows = [json.loads(line) for line in lines]
+            if [row["right"] for row in old_rows] == [row["right"] for row in rows]:
+                rows = old_rows
+        rows = [row | {key: text} for row, text in zip(rows, texts, strict=True)]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))

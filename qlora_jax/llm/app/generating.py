@@ -1,0 +1,383 @@
+"""`qlora-jax generate`: text from a prompt, or a chat."""
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import json
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import qlora_jax as ql
+
+from ..data.chat_tokenizer import Tokenizer, open_tokenizer
+from ..data.encode import Example
+from ..data.kinds import Fields, check_text, find_messages
+from ..data.rows import converted, open_file
+from ..models.decoder import Decoder
+from ..models.sampling import Sampling
+from ..models.stream import Stream, TextStream
+from ..train.answers import answers
+from .base_model import open_adapted, read_as_trained
+from .configs import GenerateConfig
+from .run_folder import write_text
+
+_TERMINAL_PROMPT = ">>> "
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to a text.
+
+    Attributes:
+        prompt: The text, or the messages of a row.
+        text: The answer.
+        prompt_tokens: The number of tokens before the answer, including earlier turns.
+        new_tokens: The number of tokens of the answer, including the end token.
+        finished: Whether the model ended the answer with an end token.
+        seconds: The time that the answer took; for a file, the mean over all answers.
+        adapter: The adapter, if there are several.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.Answer("Hello", "Hi!", 9, 3, True, 0.1).text
+        'Hi!'
+    """
+
+    prompt: str | list[Any]
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    finished: bool
+    seconds: float
+    adapter: str | None = None
+
+    def __str__(self):
+        return self.text if self.adapter is None else f"{self.adapter}:\n{self.text}"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The result of `generate`; `str` prints the answers one below the other.
+
+    Attributes:
+        answers: The answers, one for each text.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.Generated((cli.Answer("Hello", "Hi!", 9, 3, True, 0.1),)))
+        Hi!
+    """
+
+    answers: tuple[Answer, ...]
+
+    def __str__(self):
+        return "\n".join(map(str, self.answers))
+
+
+def generate(
+    config: GenerateConfig, write: Callable[[str], Any] | None = None
+) -> Generated:
+    """Returns a model's answers to a text, a file of prompts, or a user's input.
+
+    The settings, the tokenizer, the chat template, the first text and the adapter are
+    checked before the model's weights are read.
+
+    Args:
+        config: The model, the text and the sampling settings.
+        write: Called with each piece of an answer as soon as it is generated; for a
+            file of prompts, with the lines of all answers unless `out` is set.
+
+    Raises:
+        ValueError: If the model, its template or the adapter cannot be read or do not
+            fit, if there is no text, or if rows are wrong. The message lists the rows.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> config = cli.GenerateConfig(model, prompt="Hello", max_new_tokens=2)
+        >>> [answer] = cli.generate(config).answers
+        >>> answer.new_tokens <= 2
+        True
+    """
+    out = config.out and pathlib.Path(config.out)
+    if out and out.exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    # Everything is checked before the weights are read.
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    model, adapters, options = open_adapted(config)
+    conversation = _Conversation(config, open_tokenizer(model.path))
+    rows, prompts = [], []
+    if config.prompts is not None:
+        rows = _read_prompts(config, conversation, model.config.vocab_size)
+    else:
+        prompts = _open_prompts(config)
+    is_typed = not isinstance(prompts, list)
+    if adapters and is_typed:
+        raise ValueError("`prompt` must be given with several adapters. Got none.")
+    # The template is checked with a placeholder if the prompts are not known yet.
+    conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
+    dtype = jnp.dtype(config.dtype)
+    model = read_as_trained(model, options, dtype)
+    decoder = Decoder(model.config, dtype=dtype)
+    wrapped: Any = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    # Streams share the compiled programs, and keep one cache per conversation.
+    stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
+    results, write = [], write or (lambda text: None)
+    for adapter, lora in (adapters or {None: model.lora}).items():
+        adapted = stream.with_lora(lora)
+        if rows:
+            new = _answer_rows(config, conversation.tokenizer, rows, adapted)
+        else:
+            if adapter is not None:
+                write(f"{adapter}:\n")
+            # Each adapter starts a new conversation.
+            conversation = _Conversation(config, conversation.tokenizer)
+            new = _answer_prompts(conversation, prompts, adapted, write)
+        results += [dataclasses.replace(answer, adapter=adapter) for answer in new]
+    if rows:
+        lines = "".join(map(_to_json_line, results))
+        write_text(out, lines) if out else write(lines)
+    return Generated(tuple(results))
+
+
+def _to_json_line(answer: Answer) -> str:
+    row = dataclasses.asdict(answer)
+    del row["seconds"]  # a mean, which is the same for all answers
+    if answer.adapter is None:
+        del row["adapter"]
+    return json.dumps(row) + "\n"
+
+
+# Texts
+
+
+class _Conversation:
+    """The turns of a conversation, or a single text, and their tokens."""
+
+    def __init__(self, config: GenerateConfig, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.is_chat = tokenizer.has_template if config.chat is None else config.chat
+        self.messages: list[dict[str, str]] = []
+        if config.system is not None:
+            self.messages.append({"role": "system", "content": config.system})
+
+    def check(self, prompts: Iterable[str], vocab_size: int) -> None:
+        """Raises ValueError if texts cannot be rendered or encoded."""
+        reason = "the model has no chat template"
+        if self.config.system is not None and not self.is_chat:
+            raise ValueError(f"`system` must be left out: {reason}.")
+        if self.is_chat and not self.tokenizer.has_template:
+            raise ValueError(f"`chat` must be false: {reason}.")
+        for prompt in prompts:
+            _check_ids(self.encode(prompt), prompt, vocab_size)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Returns the tokens of a text; in a chat, with all earlier turns."""
+        if not self.is_chat:
+            return self.tokenizer.encode(prompt)
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        text = self.tokenizer.render(messages, add_generation_prompt=True)
+        # The template has already added the special tokens.
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def add_turn(self, prompt: str, answer: str) -> None:
+        """Adds a prompt and its answer to the history of a chat."""
+        if self.is_chat:  # the next prompt is rendered with all turns before it
+            self.messages.append({"role": "user", "content": prompt})
+            self.messages.append({"role": "assistant", "content": answer})
+
+
+def _open_prompts(config: GenerateConfig) -> list[str] | Iterator[str]:
+    """Returns a list of texts, or an iterator over the lines that a user types."""
+    if config.prompt is not None:
+        return [config.prompt]
+    if sys.stdin.isatty():
+        return _read_typed_lines()
+    text = sys.stdin.read().rstrip("\n")
+    if not text.strip():
+        raise ValueError("`prompt` must be given, or text on stdin. Got none.")
+    return [text]
+
+
+def _read_typed_lines() -> Iterator[str]:
+    with contextlib.suppress(ImportError):  # Windows has no readline
+        importlib.import_module("readline")  # lets `input` edit lines
+    print("Ctrl-C stops an answer, Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        prompt = _TERMINAL_PROMPT
+        if not sys.stdout.isatty():
+            # `input` would write its prompt into the output.
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
+        try:
+            # The program's handler of SIGINT exits at once. This one raises in `input`,
+            # which then restores the settings of the terminal.
+            with _on_interrupt(signal.default_int_handler):
+                text = input(prompt)
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Calls a handler on SIGINT within the block, if this is the main thread."""
+    # Only the main thread may set handlers.
+    is_main = threading.current_thread() is threading.main_thread()
+    old_handler = signal.signal(signal.SIGINT, handler) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:  # None stands for a handler that was not set by Python
+            signal.signal(signal.SIGINT, old_handler or signal.SIG_DFL)
+
+
+class _Prompt(NamedTuple):
+    value: str | list[Any]  # a text or messages
+    ids: list[int]
+
+
+def _read_prompts(
+    config: GenerateConfig, conversation: _Conversation, vocab_size: int
+) -> list[_Prompt]:
+    """Returns the prompts of a file; an error lists all rows that are wrong."""
+    tokenizer = conversation.tokenizer
+
+    def convert_row(_: int, row: dict[str, Any]) -> _Prompt:
+        value: Any = row.get("prompt", row.get("messages"))
+        if conversation.is_chat or not isinstance(value, str):
+            ids = _encode_messages(value, row, config.system, tokenizer)
+        elif used := [name for name in ("system", "tools") if row.get(name)]:
+            raise ValueError(f"the row must not have {used} without a chat template.")
+        else:
+            ids = tokenizer.encode(check_text("prompt", value))
+        return _Prompt(value, _check_ids(ids, value, vocab_size))
+
+    return [*converted(open_file(str(config.prompts), "prompts"), convert_row)]
+
+
+def _encode_messages(
+    value: Any,  # from JSON
+    row: Mapping[str, Any],
+    system: str | None,
+    tokenizer: Tokenizer,
+) -> list[int]:
+    if value is None:
+        keys = f"{[*row]!s:.200}"
+        raise ValueError(f"the row must have `prompt` or `messages`. Got {keys}.")
+    if isinstance(value, str):
+        value = [{"role": "user", "content": check_text("prompt", value)}]
+    values = {"messages": value, "system": row.get("system") or system}
+    values |= {"tools": row.get("tools")}
+    # Checks the messages, and separates the system message from the turns.
+    parts: Any = find_messages(Fields("messages", values, []), True)
+    tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message of the row must not be an answer.")
+    tokenizer.chat.check_roles(parts, tools)
+    text = tokenizer.render(messages, tools, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_ids(ids: list[int], prompt: object, vocab_size: int) -> list[int]:
+    if not ids:
+        raise ValueError(f"`prompt` must have tokens. Got {prompt!r}.")
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids must be less than {vocab_size}, the size of the "
+            f"model's vocabulary. Got {max(ids)}."
+        )
+    return ids
+
+
+# Answers
+
+
+def _answer_prompts(
+    conversation: _Conversation,
+    prompts: Iterable[str],
+    stream: Stream,
+    write: Callable[[str], object],
+) -> Iterator[Answer]:
+    config = conversation.config
+    for index, prompt in enumerate(prompts):
+        key = None  # greedy sampling without a key compiles two fewer programs
+        if not stream.sampling.is_greedy:
+            key = jax.random.fold_in(jax.random.key(config.seed), index)
+        yield _answer(conversation, prompt, stream, key, write)
+
+
+def _answer(
+    conversation: _Conversation,
+    prompt: str,
+    stream: Stream,
+    key: jax.Array | None,
+    write: Callable[[str], object],
+) -> Answer:
+    """Returns the answer to a text, or to the next turn of a conversation."""
+    config, tokenizer = conversation.config, conversation.tokenizer
+    start = time.perf_counter()
+    ids, pieces = conversation.encode(prompt), TextStream(tokenizer.decode)
+    num_new, is_finished, text = 0, False, ""
+    # On a terminal, Ctrl-C stops an answer and not the program.
+    is_typed = config.prompt is None and sys.stdin.isatty()
+    interrupts: list[int] = []
+    note_interrupt = _on_interrupt(lambda number, frame: interrupts.append(number))
+    with note_interrupt if is_typed else contextlib.nullcontext():
+        for token in stream(
+            ids,
+            max_new_tokens=config.max_new_tokens,
+            eos_ids=tokenizer.end_ids,
+            key=key,
+        ):
+            if interrupts:  # keep what was generated so far
+                break
+            num_new, is_finished = num_new + 1, token in tokenizer.end_ids
+            if not is_finished:
+                piece = pieces.add(token)
+                text += piece
+                write(piece)
+    piece = pieces.flush()  # the bytes of a character that was cut off
+    text += piece
+    write(piece + "\n")
+    conversation.add_turn(prompt, text)
+    seconds = time.perf_counter() - start
+    return Answer(prompt, text, len(ids), num_new, is_finished, seconds)
+
+
+def _answer_rows(
+    config: GenerateConfig,
+    tokenizer: Tokenizer,
+    prompts: list[_Prompt],
+    stream: Stream,
+) -> list[Answer]:
+    """Returns the answers to the prompts of a file, generated in batches."""
+    start, end_ids = time.perf_counter(), tokenizer.end_ids
+    generated = answers(
+        stream.model,
+        stream.variables,
+        tokenizer,
+        [Example(prompt.ids, "", end_ids) for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        sampling=stream.sampling,
+        key=None if stream.sampling.is_greedy else jax.random.key(config.seed),
+    )
+    seconds = (time.perf_counter() - start) / len(prompts)
+    return [
+        Answer(x.value, y.text, len(x.ids), y.new_tokens, y.finished, seconds)
+        for x, y in zip(prompts, generated, strict=True)
+    ]

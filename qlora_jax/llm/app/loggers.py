@@ -1,0 +1,100 @@
+"""Writes the numbers of each step: metrics.jsonl, TensorBoard, W&B and trackio."""
+
+import contextlib
+import contextvars
+import dataclasses
+import importlib
+import pathlib
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from ..train.outputs import Metrics
+from .processes import all_or_none, is_first
+from .run import Run
+from .run_folder import LOG_ID, METRICS, write_text
+
+_PROJECT = "qlora-jax"
+_NOT_LOGGED = ("step", "is_compiled")
+
+LogStep = Callable[[Mapping[str, Any], int], object]  # takes numbers and their step
+
+
+def open_metrics(
+    folder: pathlib.Path, resume_after: int | None
+) -> contextlib.AbstractContextManager[Any]:
+    """Opens metrics.jsonl in the first process, and a stand-in in the others."""
+    if is_first():
+        return Metrics(folder / METRICS, after=resume_after)
+    return contextlib.nullcontext(SimpleNamespace(write=lambda **row: None))
+
+
+@contextlib.contextmanager
+def open_loggers(
+    run: Run, resume_after: int | None
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yields a function that logs the numbers of a step with all loggers of a run."""
+    log_functions: list[LogStep] = []
+    with contextlib.ExitStack() as stack:
+        with all_or_none():
+            for name in run.config.loggers if is_first() else ():  # one log per run
+                open_logger = _tensorboard if name == "tensorboard" else _wandb_like
+                log_step = stack.enter_context(open_logger(name, run, resume_after))
+                log_functions.append(log_step)
+
+        def log_row(row: Mapping[str, Any]) -> None:
+            numbers = {k: x for k, x in row.items() if k not in _NOT_LOGGED}
+            numbers = {k: x for k, x in numbers.items() if x is not None}
+            for log_step in log_functions:
+                log_step(numbers, row["step"])
+
+        yield log_row
+
+
+@contextlib.contextmanager
+def _tensorboard(name: str, run: Run, resume_after: int | None) -> Iterator[LogStep]:
+    from tensorboardX import SummaryWriter
+
+    # Steps that a resumed run computes again are dropped from the earlier log.
+    purge_step = None if resume_after is None else resume_after + 1
+    with SummaryWriter(str(run.folder / name), purge_step=purge_step) as writer:
+
+        def log_step(numbers: Mapping[str, Any], step: int) -> None:
+            for key, number in numbers.items():
+                writer.add_scalar(key, number, step)
+
+        yield log_step
+
+
+@contextlib.contextmanager
+def _wandb_like(name: str, run: Run, resume_after: int | None) -> Iterator[LogStep]:
+    """Opens W&B or trackio, which share an interface."""
+    del resume_after  # both continue a run that has the same name
+    path = run.folder / LOG_ID
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4))
+    log_id = path.read_text("utf-8")
+    settings: dict[str, Any] = dict(
+        name=f"{run.folder.resolve().name}-{log_id}",
+        config=dataclasses.asdict(run.config),
+        resume="allow",
+    )
+    if name == "wandb":
+        settings |= dict(id=log_id, dir=str(run.folder), reinit="create_new")
+    # Both print on stdout, which is reserved for the result of the command.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            init = importlib.import_module(name).init
+            # trackio ends a run that is still open in the same context.
+            logger = contextvars.Context().run(init, project=_PROJECT, **settings)
+        except Exception as error:  # each library has its own exceptions
+            raise ValueError(
+                f"`log` must name loggers that can start. {name}: {error}"
+            ) from error
+    try:
+        yield logger.log
+    finally:
+        with contextlib.redirect_stdout(sys.stderr):
+            logger.finish()

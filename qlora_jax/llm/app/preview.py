@@ -1,0 +1,140 @@
+"""`qlora-jax train --preview`: shows rows with their target tokens."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..data.batching import Batch
+from ..data.chat_tokenizer import Tokenizer
+from .run import Run, make_batches
+
+# Strings before and after targets: green underlined text on terminals, or brackets.
+_COLORED, _BRACKETED = ("\033[4;32m", "\033[0m"), ("⟦", "⟧")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The result of `train` with `preview`: rows as they would be trained.
+
+    As text, targets are green and underlined on a terminal, and in brackets elsewhere.
+
+    Attributes:
+        rows: For each sequence of the first rows of the batches: its `name`, its
+            `source` ("" if unknown), the numbers of its `tokens` and `targets`, and
+            `pieces`: pairs of a text and whether its tokens are targets.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> row = dict(name="row 1", source="train.jsonl:17", tokens=8, targets=1)
+        >>> print(cli.Preview((row | {"pieces": (("2 + 2 = ", False), ("4", True))},)))
+        row 1, train.jsonl:17: 8 tokens, 1 target
+        2 + 2 = ⟦4⟧
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __str__(self):
+        # https://no-color.org
+        has_colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        start, end = _COLORED if has_colors else _BRACKETED
+        lines = []
+        for row in self.rows:
+            title = ", ".join(filter(None, (row["name"], row["source"])))
+            s = "s" * (row["targets"] != 1)
+            lines.append(f"{title}: {row['tokens']} tokens, {row['targets']} target{s}")
+            pieces = (
+                f"{start}{text}{end}" if is_target else text
+                for text, is_target in row["pieces"]
+            )
+            lines.append("".join(pieces).removesuffix("\n"))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A sequence of a batch."""
+
+    starts_row: bool  # whether it is the first sequence of a row
+    suffix: str  # added to the row's name, such as ", chosen"
+    ids: np.ndarray
+    is_target: np.ndarray
+
+
+def preview(run: Run) -> Preview:
+    """Returns the first `run.config.preview` rows of the batches of a run."""
+    rows, number = [], 0
+    for batch in make_batches(run.config, run.data, num_epochs=1):
+        for sequence in _split_batch(run, batch):
+            number += sequence.starts_row
+            if number > (run.config.preview or 0):
+                return Preview(tuple(rows))
+            row = {
+                "name": f"row {number}{sequence.suffix}",
+                "source": _find_source(run, sequence.ids),
+                "tokens": len(sequence.ids),
+                "targets": int(sequence.is_target.sum()),
+                "pieces": _cut(run.tokenizer, sequence.ids, sequence.is_target),
+            }
+            rows.append(row)
+    return Preview(tuple(rows))
+
+
+def _find_source(run: Run, ids: np.ndarray) -> str:
+    if run.config.stream:
+        return ""  # the search would read the whole file again
+    for row in run.data.train:
+        for sequence in row.sequences:
+            if np.array_equal(sequence.ids, ids):
+                return sequence.place
+    return ""
+
+
+def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
+    is_packed, answers = run.config.packing, batch.answers
+    names = "chosen", "rejected"
+    for index, segments in enumerate(batch.segment_ids):
+        has_weight = batch.weights[index] != 0
+        # Targets of bad answers have weight 0, but they are not 0 in `answers`, which
+        # has the axes `[rows, sequences, targets]`.
+        if answers is not None:
+            has_weight |= answers[index].any(axis=0)
+        # `select` has the positions whose next token is a target.
+        is_target = np.zeros(len(segments), bool)
+        is_target[batch.select[index, has_weight] + 1] = True
+        for segment in range(1, segments.max() + 1):  # 0 is padding
+            suffix = f", sequence {segment}" * is_packed
+            starts_row, tokens = segment == 1, segments == segment
+            if answers is not None:
+                # The two answers of a pair follow each other: in two rows of the batch
+                # or, if packed, in one.
+                is_second = bool((segment - 1 if is_packed else index) % 2)
+                starts_row &= not is_second
+                if run.config.objective == "kto":
+                    is_good = answers[index, segment - 1].max() > 0
+                    first = "good answer" if is_good else "bad answer"
+                    names = first, "with the answer of another row"
+                suffix += f", {names[is_second]}"
+            yield _Sequence(
+                starts_row, suffix, batch.ids[index, tokens], is_target[tokens]
+            )
+
+
+def _cut(
+    tokenizer: Tokenizer, ids: np.ndarray, is_target: np.ndarray
+) -> tuple[tuple[str, bool], ...]:
+    """Decodes tokens, and cuts their text where targets start and end."""
+    tokens = ids.tolist()
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    pieces, start = [], 0
+    for cut in [*np.flatnonzero(np.diff(is_target)) + 1, len(ids)]:
+        # Decode from the first token: without the tokens before them, tokens may lose a
+        # space or a part of a character.
+        decoded = tokenizer.decode(tokens[:cut], skip_special_tokens=False)
+        end = max(start, len(os.path.commonprefix([text, decoded])))
+        pieces.append((text[start:end], bool(is_target[cut - 1])))
+        start = end
+    return tuple(pieces)

@@ -1,0 +1,196 @@
+"""Builds the program of a training step, and places its arguments on a mesh."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+    set_mesh,
+)
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+import qlora_jax as ql
+from qlora_jax.llm import train as llm_train
+
+from ..data.batching import Batch
+from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
+from ..models.sharding import ROW_AXES, place_arguments
+from ..train.arrays import put_rows
+from ..train.objective import decoder_loss, preference_loss
+from ..train.optimizer import make_optimizer
+from ..train.step import State, Step, make_step
+from .base_model import BaseModel, adapters_for, init_shapes
+from .train_config import TrainConfig
+
+
+class Program(NamedTuple):
+    """The model of a run, and the functions that train and evaluate it."""
+
+    model: Any  # the wrapped decoder
+    loss: Callable[..., tuple]  # for `make_step`
+    eval_loss: Callable[..., tuple]  # the loss without terms that only help training
+    optimizer: Any  # from Optax, which this package does not import
+    step: Step
+
+
+def make_program(
+    config: TrainConfig,
+    decoder: DecoderConfig,
+    backend: str | Sequence[str] | None = None,
+) -> Program:
+    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`."""
+    module = Decoder(
+        decoder,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        attention=config.attention,
+        stream_dtype=jnp.dtype(config.stream_dtype),
+        mlp_tile=config.mlp_tile,
+    )
+    # Parameters may be packed, with adapters in the collection `lora`.
+    model = ql.linen.wrap(module, scanned=module.scanned, backend=backend)
+    optimizer = make_optimizer(
+        config.optimizer,
+        make_schedule(config),
+        clip=config.clip or None,  # 0 turns clipping off
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        offload=config.offload_optimizer,
+    )
+    # The weight of the loss that balances the load of the experts.
+    balance = 0.0 if decoder.experts is None else decoder.experts.balance
+    if config.objective == "sft":
+        eval_loss = decoder_loss(model)
+        loss = decoder_loss(model, balance) if balance else eval_loss
+    elif balance:
+        raise ValueError(
+            "`output_router_logits` in config.json must be false for preferences, "
+            "because their losses do not include the loss that balances experts. Got "
+            f"`objective` {config.objective!r}."
+        )
+    else:
+        eval_loss = loss = preference_loss(
+            model, config.objective, beta=config.beta, gamma=config.gamma
+        )
+    step = make_step(loss, optimizer)
+    return Program(model, loss, eval_loss, optimizer, step)
+
+
+def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step."""
+    return llm_train.make_schedule(
+        config.schedule,
+        config.learning_rate,
+        config.steps or 1,
+        warmup=config.warmup or 0,
+        end=config.end_learning_rate,
+        decay=config.decay,
+    )
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
+    """Returns a mesh of all devices; None without sizes."""
+    if not sizes:
+        return None
+    if (count := math.prod(sizes.values())) != len(devices):
+        described = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"`mesh` must have {len(devices)} devices, which is the number available. "
+            f"Got {count}: {described}."
+        )
+    return _make_auto_mesh(sizes, devices)
+
+
+def _make_auto_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> Mesh:
+    types = (AxisType.Auto,) * len(sizes)
+    shape, axes = (*sizes.values(),), (*sizes,)
+    return jax.make_mesh(shape, axes, axis_types=types, devices=devices)
+
+
+def make_place(
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    memory: Literal["device", "host"],
+    devices: Sequence[Any] | None = None,
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+    """Returns a function that puts base and lora on the mesh, or on one device."""
+    if mesh is None and memory == "device":
+        return lambda base, lora: (base, lora)  # already on the device
+    # Host memory needs shardings, and hence a mesh of one device.
+    target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
+
+    def place(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
+        arguments = place_arguments(config, base, target_mesh)
+        return ql.sharding.place(base, lora, target_mesh, memory=memory, **arguments)
+
+    return place
+
+
+def make_put(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
+    """Returns a function that splits a batch's rows over the axes `data` and `fsdp`.
+
+    Each process has the full batch, so results do not depend on how many there are.
+    """
+    if mesh is None:
+        return lambda batch: batch
+    return lambda batch: put_rows(batch, mesh, _row_axes(mesh))
+
+
+def _row_axes(mesh: Mesh) -> list[str]:
+    return [name for name in ROW_AXES if name in mesh.axis_names]
+
+
+def lower_step(
+    config: TrainConfig,
+    model: BaseModel,
+    devices: Sequence[Any],
+    backend: str | Sequence[str] | None = None,
+) -> jax.stages.Lowered:
+    """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
+
+    With preferences, a batch has two sequences for each row. All tokens are targets.
+    If the devices are from `jax.experimental.topologies`, `backend` must be set.
+    """
+    mesh = make_mesh(config.mesh_sizes, devices)
+    place = make_place(model.config, mesh, config.base_memory, devices[:1])
+    # The shapes and shardings of the base and the adapters.
+    dtype = jnp.dtype(config.dtype)
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
+    packing = model.packing(config.fmt or "nf4", config.block_size, config.double_quant)
+    if packing is not None:
+        base, _ = init_shapes(base, packing)
+    base, lora = place(*init_shapes(base, adapters_for(config, model)))
+    row_sharding = replicated = SingleDeviceSharding(devices[0])
+    if mesh is not None:
+        axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
+        row_sharding = NamedSharding(mesh, axes)
+        replicated = NamedSharding(mesh, PartitionSpec())
+    base, lora = jax.tree.map(
+        lambda x: x if x.sharding else x.update(sharding=replicated), (base, lora)
+    )
+    # The program, and the shapes of its state and of a batch.
+    program = make_program(config, model.config, backend)
+    state = State.shapes(lora, program.optimizer)
+    is_sft = config.objective == "sft"
+    num_rows, width = config.batch_size * (1 if is_sft else 2), config.max_length
+
+    def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
+
+    tokens = batch_array(jnp.int32, num_rows, width)
+    weights = batch_array(jnp.float32, num_rows, width)
+    answers = None if is_sft else batch_array(jnp.float32, num_rows, 1, width)
+    arrays: Any = (*[tokens] * 5, weights, answers)  # shapes instead of arrays
+    with nullcontext() if mesh is None else set_mesh(mesh):
+        return program.step.lower(state, base, Batch(*arrays))

@@ -1,0 +1,278 @@
+"""Writes the results of runs and sweeps: adapters, model cards, plots and numbers."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from ..data.rows import find_weights
+from ..train.arrays import gather
+from ..train.outputs import (
+    memory_of,
+    model_card,
+    plot_loss,
+    plot_losses,
+    plural,
+    read_metrics,
+    save_adapter,
+)
+from ..train.step import State
+from .processes import broadcast_text, is_first, log
+from .run import Run
+from .run_folder import FAILED, METRICS, RESULT, write_text
+from .train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a run.
+
+    Attributes:
+        out: The run's folder.
+        adapter: The folder of the adapter, in PEFT's format.
+        steps: The number of steps.
+        skipped: The number of steps whose update was skipped.
+        loss: The mean loss of the last 20 steps, in nats per token.
+        valid_loss: The loss of the adapter on the validation rows, if there are any.
+        exact_before: The share of exact answers before the first step, if the
+            validation rows have answers.
+        exact_after: The share of exact answers with the adapter.
+        step_seconds: The median time of the steps that did not compile a program.
+        tokens_per_s: Tokens per second in these steps.
+        bytes: Bytes of memory for each purpose, such as "adapter", and the peak.
+        best_step: With `keep_best`, the step at which the adapter was saved.
+        source: Where the weights of the model were found.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.TrainResult(
+        ...     "run", "run/adapter", steps=200, skipped=0, loss=0.02, valid_loss=0.03,
+        ...     exact_before=0.0, exact_after=0.975, step_seconds=2.5, tokens_per_s=600,
+        ...     bytes={"adapter": 19500000}))
+        run: loss 0.0200, validation 0.0300 after 200 steps, 2.50 s a step, 600 tokens/s
+        exact match 0.0% before, 97.5% after
+        adapter            19.5 MB
+        the adapter is in run/adapter
+    """
+
+    out: str
+    adapter: str
+    steps: int
+    skipped: int
+    loss: float | None
+    valid_loss: float | None
+    exact_before: float | None
+    exact_after: float | None
+    step_seconds: float
+    tokens_per_s: float
+    bytes: Mapping[str, int]
+    best_step: int | None = None
+    source: str | None = None
+
+    def __str__(self):
+        loss = "none" if self.loss is None else f"{self.loss:.4f}"
+        if self.valid_loss is not None:
+            loss += f", validation {self.valid_loss:.4f}"
+        lines = [
+            f"{self.out}: loss {loss} after {plural(self.steps, 'step')}, "
+            f"{self.step_seconds:.2f} s a step, {self.tokens_per_s:,.0f} tokens/s"
+        ]
+        if self.exact_after is not None:
+            before = self.exact_before
+            before = "" if before is None else f"{before:.1%} before, "
+            lines.append(f"exact match {before}{self.exact_after:.1%} after")
+        if self.skipped:
+            lines.append(f"skipped updates: {self.skipped:,}")
+        lines += [f"{name:14} {n / 1e6:8.1f} MB" for name, n in self.bytes.items()]
+        step = "" if self.best_step is None else f" of step {self.best_step:,}"
+        return "\n".join([*lines, f"the adapter{step} is in {self.adapter}"])
+
+
+def finish(
+    run: Run, base: PyTree, state: State, best: Mapping[str, float]
+) -> TrainResult:
+    """Writes the results in process 0, and returns them in all processes.
+
+    `best` has the metrics of the best step, or is empty if the last adapter is used.
+    """
+    lora = gather(state.lora)  # on a mesh, all processes take part
+    if is_first():
+        _write_results(run, base, state._replace(lora=lora), best)
+    broadcast_text()  # a barrier: the file is complete
+    return TrainResult(**json.loads((run.folder / RESULT).read_text("utf-8")))
+
+
+def _write_results(
+    run: Run, base: PyTree, state: State, best: Mapping[str, float]
+) -> None:
+    config, folder, data = run.config, run.folder, run.data
+    rows = read_metrics(folder / METRICS)
+    result = _make_result(config.out, rows, base, state, best)
+    result = dataclasses.replace(result, source=run.model.source)
+    name = pathlib.Path(config.model).name
+    datasets = [pathlib.Path(path).name for path in find_weights(config.data)]
+    settings = dataclasses.asdict(config)
+    best_step = {"best step": best["best_step"]} if "best_step" in best else {}
+    card = model_card(
+        config.model,
+        title=f"{name}, fine-tuned on {' and '.join(datasets)}",
+        # Leaves out paths and settings that do not affect the result.
+        settings={k: x for k, x in settings.items() if k in run.stamp},
+        data={
+            "base model": result.source,
+            "data": config.data,
+            "hash of the tokens": run.stamp["data"],  # identifies the data set
+            "kind of rows": data.kind,
+            "rows": len(data.train),
+            "validation rows": len(data.valid),
+            "share of tokens that is trained": data.trained_share,
+        },
+        results={
+            "steps": result.steps,
+            **best_step,
+            "loss (mean of the last 20 steps)": result.loss,
+            "validation loss": result.valid_loss,
+            "exact match before": result.exact_before,
+            "exact match after": result.exact_after,
+        },
+    )
+    save_adapter(
+        folder / "adapter",
+        base,
+        state.lora,
+        run.model.names,
+        base_model=config.model,
+        revision=run.model.revision,
+        card=card,
+    )
+    plot_loss(rows, folder / "loss.png", f"{name}, {config.fmt}")
+    _write_json(folder / RESULT, result)
+
+
+def _make_result(
+    out: str,
+    rows: list[dict[str, Any]],
+    base: PyTree,
+    state: State,
+    best: Mapping[str, float],
+) -> TrainResult:
+    steps = [row for row in rows if row["step"]]  # row 0 is the first evaluation
+    losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
+    # Steps that compiled a program are left out, unless all of them did.
+    timed = [row for row in steps if "is_compiled" not in row] or steps
+    seconds = [row["seconds"] for row in timed]
+    # The numbers of the best adapter replace those of the last step.
+    last = {**(rows[-1] if rows else {}), **best}
+    return TrainResult(
+        out=out,
+        adapter=str(pathlib.Path(out) / "adapter"),
+        steps=int(state.step),
+        skipped=int(state.skipped),
+        loss=float(np.mean(losses)) if losses else None,
+        valid_loss=last.get("valid_loss"),
+        exact_before=rows[0].get("exact_match") if rows else None,  # at step 0
+        exact_after=last.get("exact_match"),
+        step_seconds=float(np.median(seconds)),
+        tokens_per_s=sum(row["tokens"] for row in timed) / sum(seconds),
+        bytes=memory_of(base, state.lora, state.opt_state),
+        best_step=last.get("best_step"),
+    )
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of several runs that were trained side by side.
+
+    Attributes:
+        out: The folder of the runs.
+        runs: The result of each run, by the name of its folder in `out`; None if the
+            run failed.
+        best: The name of the run with the lowest validation loss; None without
+            validation rows.
+        adapter: The folder of the best run's adapter, in PEFT's format.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> result = cli.TrainResult(
+        ...     "runs/seed=0", "runs/seed=0/adapter", steps=9, skipped=0, loss=0.02,
+        ...     valid_loss=0.03, exact_before=None, exact_after=None, step_seconds=2.5,
+        ...     tokens_per_s=600, bytes={})
+        >>> runs = {"seed=0": result, "seed=1": None}
+        >>> print(cli.SweepResult("runs", runs, "seed=0", "runs/adapter"))
+        seed=0  loss 0.0200  validation 0.0300
+        seed=1  failed
+        the adapter of seed=0, of the lowest validation loss, is in runs/adapter
+    """
+
+    out: str
+    runs: Mapping[str, TrainResult | None]
+    best: str | None
+    adapter: str | None
+
+    def __str__(self):
+        width = max(map(len, self.runs))  # aligns the numbers
+        lines = [f"{name:{width}}  {_summarize(x)}" for name, x in self.runs.items()]
+        if self.best is not None:
+            lines.append(
+                f"the adapter of {self.best}, of the lowest validation loss, is in "
+                f"{self.adapter}"
+            )
+        return "\n".join(lines)
+
+
+def _summarize(result: TrainResult | None) -> str:
+    if result is None:
+        return "failed"
+    numbers = {"loss": result.loss, "validation": result.valid_loss}
+    parts = [f"{name} {x:.4f}" for name, x in numbers.items() if x is not None]
+    if result.exact_after is not None:
+        parts.append(f"exact {result.exact_after:.1%}")
+    return "  ".join(parts)
+
+
+def note_failure(run: Run, error: FloatingPointError) -> None:
+    """Prints that a run of a sweep failed, and writes the reason in its folder."""
+    log(f"{run.folder.name} failed: {error}")
+    if is_first():
+        write_text(run.folder / FAILED, f"{error}\n")
+
+
+def finish_sweep(
+    config: TrainConfig, runs: Sequence[Run], results: Sequence[TrainResult | None]
+) -> SweepResult:
+    """Copies the best adapter, plots the losses and writes the results of a sweep."""
+    folder = pathlib.Path(config.out)
+    results_by_name = dict(zip((x.folder.name for x in runs), results, strict=True))
+    # Add the runs that failed before the sweep was resumed.
+    for path in sorted(folder.glob(f"*/{FAILED}")):
+        results_by_name.setdefault(path.parent.name, None)
+    losses = {
+        name: result.valid_loss
+        for name, result in results_by_name.items()
+        if result is not None and result.valid_loss is not None
+    }
+    best = min(losses, key=losses.__getitem__, default=None)
+    adapter = None if best is None else str(folder / "adapter")
+    result = SweepResult(config.out, results_by_name, best, adapter)
+    if is_first():
+        if best is not None and adapter is not None:
+            # A resumed sweep may choose a different run than before.
+            shutil.rmtree(adapter, ignore_errors=True)
+            shutil.copytree(folder / best / "adapter", adapter)
+        rows = {x: read_metrics(folder / x / METRICS) for x in results_by_name}
+        title = f"{pathlib.Path(config.model).name}, {runs[0].config.fmt}"
+        plot_losses(rows, folder / "loss.png", title)
+        _write_json(folder / RESULT, result)
+    broadcast_text()  # a barrier: the files are complete
+    return result
+
+
+def _write_json(path: pathlib.Path, result: TrainResult | SweepResult) -> None:
+    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
+    write_text(path, text + "\n")

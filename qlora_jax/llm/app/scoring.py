@@ -1,0 +1,157 @@
+"""`qlora-jax score`: the mean loss of a model on data."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+import qlora_jax as ql
+
+from ..data.batching import Batch, eval_batches
+from ..data.chat_tokenizer import open_tokenizer
+from ..data.dataset import read_rows
+from ..models.decoder import Decoder
+from ..train.objective import decoder_loss, make_mean_loss
+from ..train.outputs import plural
+from .base_model import BaseModel, open_adapted, read_as_trained
+from .configs import ScoreConfig
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of `score`.
+
+    Attributes:
+        loss: The mean cross entropy of the target tokens, in nats per token.
+        tokens: The number of target tokens.
+        rows: The number of rows.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.Score(loss=0.5, tokens=1200, rows=3))
+        loss 0.500000 nats a token (1,200 tokens in 3 rows)
+    """
+
+    loss: float
+    tokens: int
+    rows: int
+
+    def __str__(self):
+        counts = f"{plural(self.tokens, 'token')} in {plural(self.rows, 'row')}"
+        return f"loss {self.loss:.6f} nats a token ({counts})"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result of `score` for several adapters.
+
+    Attributes:
+        scores: The score of each adapter, by its name in the config.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.Scores({"run/adapter": cli.Score(0.5, tokens=1200, rows=3)}))
+        run/adapter: loss 0.500000 nats a token (1,200 tokens in 3 rows)
+    """
+
+    scores: Mapping[str, Score]
+
+    def __str__(self):
+        return "\n".join(f"{name}: {score}" for name, score in self.scores.items())
+
+
+def score(config: ScoreConfig) -> Score | Scores:
+    """Returns the loss of a model, with or without an adapter, on the rows of a file.
+
+    Several adapters are scored on one base, which is read once.
+
+    Args:
+        config: The model, the adapter and the rows.
+
+    Raises:
+        ValueError: If the model, the adapter or the data cannot be read or do not fit,
+            if there is no target token, or if the loss is not finite.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> data = pathlib.Path(model) / "rows.jsonl"
+        >>> _ = data.write_text('{"text": "five"}')
+        >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
+        3
+    """
+    model, adapters, options = open_adapted(config)
+    # The rows are read before the weights, so that their errors are reported early.
+    score = make_scorer(model, str(config.data), config.batch_tokens, config.dtype)
+    model = read_as_trained(model, options, config.dtype)
+    if not adapters:
+        return score(model.base, model.lora)
+    return Scores({name: score(model.base, x) for name, x in adapters.items()})
+
+
+def make_scorer(
+    model: BaseModel, data: str, batch_tokens: int = 1024, dtype: str = "float32"
+) -> Callable[[PyTree, PyTree], Score]:
+    """Reads rows, and returns a function that scores a base and a lora tree on them."""
+    tokenizer = open_tokenizer(model.path)
+    rows = read_rows(
+        data, tokenizer, vocab_size=model.config.vocab_size, max_length=batch_tokens
+    )
+    num_targets = sum(row.num_trained for row in rows)
+    if not num_targets:
+        raise ValueError(f"{data} must have at least one target token. Got none.")
+    # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch alone.
+    short = [row for row in rows if len(row.ids) <= batch_tokens]
+    long = [row for row in rows if len(row.ids) > batch_tokens]
+    batches = []
+    for group, is_packed in ((short, True), (long, False)):
+        # All batches of a group have one width, so that one program is compiled.
+        max_length = max([batch_tokens, *(len(row.ids) for row in group)])
+        batches += group and eval_batches(
+            group, batch_size=1, max_length=max_length, packing=is_packed
+        )
+    decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
+    wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    chunked_loss = make_mean_loss(decoder_loss(wrapped))
+    logits_loss = make_mean_loss(_make_logits_loss(wrapped))
+    # A tied head uses the embedding table.
+    head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
+
+    def score(base: PyTree, lora: PyTree) -> Score:
+        bar = tqdm(batches, "scoring", unit=" batches", disable=None)
+        # The chunked loss saves memory, but does not support an adapter of the head.
+        loss = (logits_loss if head in lora else chunked_loss)(base, lora, bar)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss must be finite. Got {loss}.")
+        return Score(loss, num_targets, len(rows))
+
+    return score
+
+
+def _make_logits_loss(model: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Returns the loss of `decoder_loss`, computed on all logits at once."""
+
+    def compute_loss(
+        lora: PyTree, base: PyTree, batch: Batch, key: None
+    ) -> tuple[jax.Array, jax.Array]:
+        del key  # there is no dropout
+        logits = model.apply(
+            {"params": base, "lora": lora},
+            batch.ids,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            select=batch.select,
+        )
+        # [rows, selected, vocabulary] -> [rows, selected]
+        targets = jnp.asarray(batch.targets)[..., None]
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, -1)
+        return -jnp.sum(log_probs[..., 0] * batch.weights), jnp.sum(batch.weights)
+
+    return compute_loss

@@ -1,0 +1,340 @@
+"""`qlora-jax train`: fine-tunes a model on data."""
+
+import contextlib
+import dataclasses
+import datetime
+import pathlib
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import set_mesh
+from jaxtyping import PyTree
+
+import qlora_jax as ql
+
+from ..train.loop import Best, Loop, Training, drive
+from ..train.outputs import plural
+from ..train.state import Checkpoints
+from ..train.step import State, make_joint_step
+from . import processes
+from .evaluation import Evaluation
+from .loggers import open_loggers, open_metrics
+from .preview import Preview, preview
+from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
+from .program import Program, make_program, make_put, make_schedule
+from .pushing import push
+from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
+from .run_folder import CONFIG, METRICS, STATE, quiet_orbax, run_folder, write_settings
+from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
+from .train_config import SWEPT, TrainConfig
+
+# The last state of a run, with the adapter to write, and the metrics of that adapter.
+Outcome = tuple[State, Mapping[str, float]]
+
+
+def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
+    """Fine-tunes a model on data, and writes an adapter that PEFT loads.
+
+    Settings, data, module names, the folder and (with `resume`) the settings of the
+    resumed run are checked before the model is read.
+
+    Args:
+        config: The model, the data and the settings of the run.
+
+    Returns:
+        The result of the run, or of a sweep over learning rates or seeds whose runs are
+        trained side by side. With `preview`, the rows to show.
+
+    Raises:
+        ValueError: If settings, data or model are wrong or incompatible, if `out` is
+            not empty or is in use by another run, or if the resumed run had other
+            settings.
+        FloatingPointError: If a loss or gradient is not finite and `on_nan` is "stop".
+        OSError: If the disk is full. The last complete state remains.
+        ImportError: If a library of the extra `train` is not installed.
+        KeyboardInterrupt: At SIGINT, once the state after the step is saved.
+        SystemExit: At SIGTERM, once the state after the step is saved.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> data = pathlib.Path(model) / "rows.jsonl"
+        >>> _ = data.write_text('{"text": "five"}')
+        >>> config = cli.TrainConfig(model, str(data), model + "/run", steps=2)
+        >>> result = cli.train(config)
+        >>> result.steps, pathlib.Path(result.adapter).name
+        (2, 'adapter')
+    """
+    processes.start_distributed(config)
+    if config.preview is not None:
+        return _preview(config)
+    folder = pathlib.Path(config.out)
+    with contextlib.ExitStack() as stack:
+        # The folder is locked and everything is checked before anything is written.
+        stack.enter_context(only_in_first(run_folder(config.out, config.resume)))
+        stack.enter_context(quiet_orbax())
+        processes.check_shared(folder)
+        runs = _make_runs(config)
+        run = runs[0]
+        _log_data(run, len(runs))
+        # Each run of a sweep has its own folder and states.
+        states = [
+            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.keep))
+            for x in runs
+        ]
+        resume_after = _find_resumed_step(runs, states)
+        _write_all_settings(config, runs)
+        # The model is read, and all runs are trained over one base.
+        log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
+        model = run.model.read(
+            dtype=jnp.dtype(config.dtype),
+            packing=run.packing,
+            place=lambda base: run.place(base, {})[0],  # places the base alone
+            progress=is_first(),
+        )
+        if run.mesh is not None:  # inner functions look up the mesh
+            stack.enter_context(set_mesh(run.mesh))
+        outcomes = _fit(config, runs, states, model.base, resume_after, log_rows)
+        results = [
+            None if outcome is None else finish(run, model.base, *outcome)
+            for run, outcome in zip(runs, outcomes, strict=True)
+        ]
+    result = finish_sweep(config, runs, results) if config.is_sweep else results[0]
+    assert result is not None  # without a sweep, a failure raises
+    if is_first() and config.push_to_hub is not None:
+        log(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
+    return result
+
+
+def _preview(config: TrainConfig) -> Preview:
+    """Returns the first rows of a run, and writes nothing."""
+    # The runs of a sweep see the same rows. Without the hub and loggers, no account is
+    # needed.
+    first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
+    with all_or_none():
+        run = make_run(first, datetime.date.today().isoformat())
+    _log_data(run, 1)
+    return preview(run)
+
+
+def _make_runs(config: TrainConfig) -> list[Run]:
+    # Processes may start on different days.
+    today = broadcast_text(datetime.date.today().isoformat())
+    with all_or_none():
+        first, *siblings = members_of(config)
+        run = make_run(first, today)
+        return [run, *(make_sibling(run, member) for member in siblings)]
+
+
+def _log_data(run: Run, num_adapters: int) -> None:
+    data, config = run.data, run.config
+    log(
+        # `open_model` has already printed the source of downloaded weights.
+        *[f"weights: {run.model.source}"] * run.model.is_local,
+        f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
+        f"for validation; {data.trained_share:.1%} of the tokens are trained; "
+        f"{plural(config.steps or 0, 'step')}"
+        + (f" of {num_adapters} adapters" if num_adapters > 1 else ""),
+        *data.notes,
+    )
+
+
+def _find_resumed_step(
+    runs: Sequence[Run], states: Sequence[Checkpoints]
+) -> int | None:
+    """Returns the step to resume after, or None for a new run.
+
+    Checks that the settings that were saved at that step are those of the runs.
+    """
+    config = runs[0].config
+    step = config.resume_step
+    if step is None:  # the newest state that all runs have
+        steps = set.intersection(*({*run_states.steps} for run_states in states))
+        step = max(steps, default=None)
+    if step is None:
+        if config.resume:
+            log(
+                f"{config.out} has no saved state. The run starts again at step 0, and "
+                f"overwrites {METRICS}."
+            )
+        return None
+    saved_settings = [x.metadata(step)["settings"] for x in states]
+    with all_or_none():
+        for run, settings in zip(runs, saved_settings, strict=True):
+            check_stamp(settings, run.stamp, run.config.out)
+    is_newest = all(run_states.latest == step for run_states in states)
+    note = "" if is_newest else "; later states are deleted"
+    log(f"Resuming after step {step:,} of {config.steps:,}{note}")
+    return step
+
+
+def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
+    """Writes the settings of each run, and those of a sweep in its own folder."""
+    with all_or_none():
+        if is_first():
+            # In the sweep's file, swept settings are lists; all others are resolved.
+            swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
+            resolved = dataclasses.replace(runs[0].config, **swept)
+            path = pathlib.Path(config.out) / CONFIG
+            write_settings(resolved, path, runs[0].model.source)
+            for run in runs:
+                write_settings(run.config, run.folder / CONFIG, run.model.source)
+
+
+class Trainer:
+    """The state, batches and loop of a run, new or restored from a saved step."""
+
+    def __init__(
+        self,
+        run: Run,
+        states: Checkpoints,
+        base: PyTree,
+        program: Program,
+        evaluate: Evaluation | None,
+        resume_after: int | None,
+    ):
+        """Creates the state, or restores that of step `resume_after`."""
+        config = run.config
+        lora = _init_adapters(run, base, jax.random.key(config.seed))
+        self.run, self.states, self.base = run, states, base
+        self.state = State.create(lora, program.optimizer, config.seed)
+        self.best = Best() if config.keep_best else None
+        self.evaluate = evaluate
+        self.batches = make_batches(config, run.data)
+        if resume_after is not None:
+            self._restore(resume_after)
+        self.loop = Loop(
+            steps=config.steps or 0,
+            schedule=make_schedule(config),
+            accumulation=config.accumulation,
+            save_every=config.save_every,
+            eval_every=config.eval_steps,
+            log_every=config.log_every,
+            patience=config.early_stopping_patience,
+            on_nan=config.on_nan,
+            stamp={"settings": run.stamp},
+        )
+
+    def _restore(self, step: int) -> None:
+        self.state, metadata = self.states.restore(self.state, step)
+        self.batches.set_state(metadata["position"])
+        self.states.remove_after(step)  # the run writes them again
+        best = metadata.get("best", {})
+        if self.best is None or not best:
+            return
+        if best["step"] in (None, *self.states.steps):
+            self.best = Best(**best)
+        else:
+            log(f"The best state, of step {best['step']:,}, no longer exists.")
+
+    def choose_adapter(self, last: State) -> Outcome:
+        """Returns the last state with the adapter to write, and its metrics."""
+        best = self.best
+        if best is None or self.evaluate is None or best.step is None:
+            return last, {}
+        if int(last.step) < self.loop.steps:
+            log(
+                f"The validation loss of {self.run.folder} has not fallen in "
+                f"{plural(best.since, 'evaluation')}. Stopped after step "
+                f"{int(last.step):,}."
+            )
+        best_state, _ = self.states.restore(last, best.step)
+        # If the last step is the best, the last row of metrics has its numbers already.
+        numbers = {"best_step": best.step}
+        if best.step < self.loop.steps:
+            numbers |= self.evaluate(self.base, best_state, is_end=True)
+        return last._replace(lora=best_state.lora), numbers
+
+
+def _init_adapters(run: Run, base: PyTree, key: jax.Array) -> PyTree:
+    key = jax.random.fold_in(key, 0)  # differs from the keys of dropout
+
+    def init_adapters(base: PyTree) -> PyTree:
+        return ql.init(key, base, run.adapters)[1]
+
+    if run.mesh is None:
+        return init_adapters(base)
+    # Compiled with the final shardings, so that each device computes only its part.
+    _, placed = run.place(base, jax.eval_shape(init_adapters, base))
+    shardings = jax.tree.map(lambda x: x.sharding, placed)
+    return jax.jit(init_adapters, out_shardings=shardings)(base)
+
+
+def _fit(
+    config: TrainConfig,
+    runs: list[Run],
+    states: list[Checkpoints],
+    base: PyTree,
+    resume_after: int | None,
+    log_rows: list[Callable[[Mapping[str, Any]], None]],
+) -> list[Outcome | None]:
+    """Trains the runs to the last step or a signal; returns None for failed runs.
+
+    All runs take each step together, in one program that reads the base once: `drive`
+    collects a state and batches from the loop of each run, calls the joint step, and
+    returns the results to the loops.
+    """
+    run = runs[0]
+    # Learning rates, and hence optimizers, differ between the runs of a sweep.
+    programs = [make_program(x.config, x.model.config) for x in runs]
+    evaluation = Evaluation(run, programs[0]) if run.data.valid else None
+    trainers = [
+        Trainer(x, y, base, program, evaluation and evaluation.for_run(x), resume_after)
+        for x, y, program in zip(runs, states, programs, strict=True)
+    ]
+    optimizers = [program.optimizer for program in programs]
+    joint_step = make_joint_step(programs[0].loss, optimizers)
+    put = make_put(run.mesh)
+
+    def take_step(states: list[Any], batches: list[Any]) -> list[Any]:
+        return joint_step(states, base, [*map(put, batches)])
+
+    def on_error(index: int, error: FloatingPointError) -> None:
+        note_failure(runs[index], error)
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(processes.catch_signals())
+        loops = []
+        pairs = zip(trainers, log_rows, strict=True)
+        for index, (trainer, log_row) in enumerate(pairs):
+            metrics = open_metrics(trainer.run.folder, resume_after)
+            loop = Training(
+                trainer.loop,
+                trainer.state,
+                base,
+                trainer.batches,
+                states=trainer.states,
+                metrics=stack.enter_context(metrics),
+                evaluate=trainer.evaluate,
+                best=trainer.best,
+                watch=log_row,
+                # The first loop checks the signals of all processes. The others use the
+                # result, so that all runs end after the same step.
+                stop=(lambda: stop.number > 0) if index else stop.is_due,
+                progress=not index,
+            )
+            loops.append(loop)
+        last_states = drive(loops, take_step, on_error if config.is_sweep else None)
+    if stop.is_due():  # a signal may have arrived after the last check
+        step = max((int(state.step) for state in last_states if state), default=0)
+        _end_at_signal(stop, step, pathlib.Path(config.out))
+    return [
+        None if state is None else trainer.choose_adapter(state)
+        for trainer, state in zip(trainers, last_states, strict=True)
+    ]
+
+
+def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
+    """Prints how to resume the run in a folder, and ends as the signal would."""
+    states = folder / STATE  # not in a sweep, whose runs have their own folders
+    log(
+        f"The state of step {step:,} is saved in "
+        f"{states if states.is_dir() else folder}. To resume: qlora-jax train --config "
+        f"{shlex.quote(str(folder / CONFIG))} --resume"
+    )
+    stop.end()

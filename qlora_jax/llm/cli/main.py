@@ -1,0 +1,109 @@
+"""The command line `qlora-jax`.
+
+Results go to stdout, progress and errors to stderr. Exit status: 0 success, 1 wrong
+input, 2 wrong command line, 130 interrupt, 141 stdout closed (`| head`), 143 SIGTERM.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+try:
+    from .. import app
+    from ..app.environment import enable_compilation_cache, restart_with_huge_pages
+    from ..app.processes import is_first
+    from .parser import COMMANDS, make_parsers, normalize_flags
+except ImportError as error:
+    raise SystemExit(
+        f"qlora-jax needs: pip install 'qlora-jax[train]'. {error}"
+    ) from error
+
+# Errors about the input or from a run, which are printed without a traceback.
+ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
+ERRORS += TypeError, ValueError
+_STDOUT_CLOSED = 128 + 13  # the usual exit status after SIGPIPE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the arguments, by default those of `sys.argv`; returns the exit status."""
+    return _run(sys.argv[1:] if arguments is None else arguments, lambda config: None)
+
+
+def process() -> None:
+    """Runs `qlora-jax` as a program: `main`, after preparing the process."""
+
+    def prepare(config: object) -> None:
+        if getattr(config, "huge_pages", False):
+            restart_with_huge_pages(getattr(config, "verbose", False))
+        enable_compilation_cache()
+
+    with _exit_if_stdout_closed():
+        sys.exit(_run(sys.argv[1:], prepare))
+
+
+def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
+    """Runs a command line, and calls `prepare` with its config before the command."""
+    # Parse the arguments into the config of the command.
+    parser, commands = make_parsers()
+    namespace = parser.parse_args(normalize_flags(arguments))
+    name, settings = namespace.command, namespace[namespace.command]
+    config_type = COMMANDS[name]
+    try:
+        options = [field.name for field in dataclasses.fields(config_type)]
+        config = config_type(**{option: settings[option] for option in options})
+    except ValueError as error:
+        commands[name].error(str(error))
+    prepare(config)
+    # Call the function of the command, and print its result.
+    try:
+        function = getattr(app, name)
+        if config_type is app.GenerateConfig and not settings.json:
+            function(config, _write)  # prints answers as they are generated
+            return 0
+        result = function(config)
+        if getattr(config, "distributed", False):  # the first process prints the result
+            if not is_first():
+                return 0
+        text = str(result)
+        if settings.json:
+            text = json.dumps(dataclasses.asdict(result), allow_nan=False)
+    except KeyboardInterrupt:
+        if name != "train":  # `train` has already printed how to resume
+            print("qlora-jax: interrupted", file=sys.stderr)
+        return 130
+    except (*ERRORS, MemoryError, RuntimeError) as error:
+        # JAX has no exception of its own for a device that is out of memory.
+        is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if not (is_full or isinstance(error, ERRORS)):
+            raise
+        reason = "the device is out of memory. " * is_full
+        print(f"qlora-jax {name}: {reason}{error}", file=sys.stderr)
+        return 1
+    _write(text + "\n")
+    return int(getattr(result, "is_wrong", False))
+
+
+def _write(text: str) -> None:
+    with _exit_if_stdout_closed():
+        print(text, end="")
+
+
+@contextlib.contextmanager
+def _exit_if_stdout_closed() -> Iterator[None]:
+    """Exits quietly if nothing reads the output any more, as after `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits, which must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_STDOUT_CLOSED) from None
+
+
+if __name__ == "__main__":
+    process()

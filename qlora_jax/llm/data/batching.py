@@ -1,0 +1,351 @@
+"""Batches, packed or padded, from an iterator with a small state."""
+
+import importlib
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import ordering
+from .encode import IGNORED, Row
+from .rows import StreamedRows
+
+if TYPE_CHECKING:
+    import grain
+
+# The largest number of batches of a mixture that are sorted by length together. Looking
+# up the rows of a mixture one by one is slow.
+_MAX_WINDOW = 512
+Sizes = tuple[np.ndarray, np.ndarray]  # the lengths and the target counts of rows
+Groups = Sequence[Sequence[Row]]  # for each row of a batch, the data rows in it
+
+
+class Batch(NamedTuple):
+    """The arrays of one batch.
+
+    Attributes:
+        ids: The tokens, int32 `[B, T]`, padded on the right.
+        segment_ids: The number of each token's sequence, which starts at 1 in each row,
+            or 0 for padding, int32 `[B, T]`.
+        positions: The position of each token in its sequence, or in the padding at the
+            end of the row, int32 `[B, T]`.
+        select: Indices into T whose next token is a target, int32 `[B, P]`.
+        targets: These next tokens, int32 `[B, P]`.
+        weights: 1 for a target, 0 for padding, float32 `[B, P]`. For preferences, only
+            targets of good completions have 1.
+        answers: For preferences: for each of the S sequences of a row, 1 for the
+            targets of a good completion, -1 for those of a bad one, 0 for all others,
+            float32 `[B, S, P]`; otherwise None. Sequences of pairs alternate between
+            chosen and rejected completions. Labelled completions alternate with the
+            same prompt followed by the completion of another row.
+
+    Example:
+        >>> from qlora_jax.llm.train import eval_batches
+        >>> row = Row(np.array([5, 6, 7]), np.array([-100, 6, 7]), "train.jsonl:1")
+        >>> [batch] = eval_batches([row], batch_size=1, max_length=8)
+        >>> batch.select[0, :2], batch.targets[0, :2], batch.num_trained
+        (array([0, 1], dtype=int32), array([6, 7], dtype=int32), 2)
+    """
+
+    ids: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    select: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    answers: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens, without padding."""
+        return int(np.count_nonzero(self.segment_ids))
+
+    @property
+    def num_trained(self) -> int:
+        """The number of target tokens."""
+        targets = self.weights if self.answers is None else self.answers
+        return int(np.count_nonzero(targets))
+
+
+def batches(
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    packing: bool,
+    num_epochs: int | None = None,
+    mix: Sequence[tuple[int, float]] = (),
+) -> "grain.DatasetIterator[Batch]":
+    """Returns training batches, as a Grain iterator with a small state.
+
+    Each epoch has each row once, in an order that depends only on `seed` and the epoch.
+    The last rows of an epoch share a batch with the first rows of the next one. If the
+    rows of all epochs do not fill the batches, one of the last batches is filled up
+    with padding rows. Batches have at most eight shapes, and nine for KTO.
+
+    With `packing`, several sequences share a row of at most `max_length` tokens, by
+    best-fit decreasing. Otherwise, sequences of similar length share a batch.
+
+    Args:
+        rows: The rows, of at most `max_length` tokens.
+        batch_size: The number of rows per batch, in all processes together.
+        max_length: The largest number of tokens of a row.
+        seed: The seed of the order.
+        packing: Whether sequences share a row.
+        num_epochs: The number of epochs, or None for an endless iterator.
+        mix: For several data sets: the number of rows and the weight of each, in the
+            order of `rows`. Its share of the rows (with `packing`: of packed rows) is
+            proportional to its weight, to within a percent. An epoch ends before any
+            data set would start again.
+
+    Raises:
+        ValueError: If there are no rows, or an argument is out of its range.
+        ImportError: If Grain is not installed.
+
+    Example:
+        >>> ids = np.arange(5, dtype=np.int32)
+        >>> rows = [Row(ids[:n], ids[:n], "rows.jsonl:1") for n in (5, 3, 2, 5)]
+        >>> settings = dict(batch_size=2, max_length=16, seed=0, packing=True)
+        >>> iterator = batches(rows, **settings)
+        >>> next(iterator).ids.shape, iterator.get_state()
+        ((2, 16), {'next_index': 1})
+    """
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("batches need: pip install 'qlora-jax[train]'") from error
+    if num_epochs is not None and num_epochs < 1:
+        raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
+    source = _Source(rows, batch_size, max_length, packing, seed, num_epochs, mix)
+    # One thread prepares batches in advance, which is enough since they are cheap.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def eval_batches(
+    rows: Sequence[Row], *, batch_size: int, max_length: int, packing: bool = False
+) -> list[Batch]:
+    """Returns batches that have each row once, in order if not packed.
+
+    Args:
+        rows: The rows, of at most `max_length` tokens.
+        batch_size: The number of rows per batch. The last one is padded.
+        max_length: The largest number of tokens of a row.
+        packing: Whether sequences share a row, as in `batches`.
+
+    Raises:
+        ValueError: If there are no rows, or an argument is out of its range.
+
+    Example:
+        >>> ids = np.arange(5, dtype=np.int32)
+        >>> rows = [Row(ids, ids, f"valid.jsonl:{line}") for line in (1, 2, 3)]
+        >>> found = eval_batches(rows, batch_size=2, max_length=16)
+        >>> [batch.num_tokens for batch in found]
+        [10, 5]
+    """
+    source = _Source(rows, batch_size, max_length, packing)
+    if packing:
+        return [source[i] for i in range(len(source))]
+    groups = [[row] for row in rows]
+    return [
+        source.layout.collate(groups[i : i + batch_size], batch_size)
+        for i in range(0, len(rows), batch_size)
+    ]
+
+
+class _Padded:
+    """The shapes of batches with one sequence per row."""
+
+    def __init__(self, rows: Sequence[Row], sizes: Sizes, max_length: int):
+        self.max_length, (lengths, num_targets) = max_length, sizes
+        self.choices = ordering.choose_widths(lengths)
+        if _is_labelled(rows[0]):
+            # The prompt of a row is combined with the completion of another one, which
+            # may be longer than the completion of the row.
+            prompt = max(row.start for row in rows)
+            completion = max(len(row.ids) - row.start for row in rows)
+            widest = int(ordering.round_up(min(prompt + completion, max_length)))
+            self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
+        self.widths = self.choices[np.searchsorted(self.choices, lengths)]
+        # One number of targets for each width, so that each width has one shape.
+        self.num_targets = {
+            int(width): int(ordering.round_up(num_targets[self.widths <= width].max()))
+            for width in self.choices
+        }
+
+    def collate(self, groups: Groups, size: int) -> Batch:
+        rows = self._sequences([row for [row] in groups])
+        longest = max(len(row.ids) for row in rows)
+        width = int(self.choices[np.searchsorted(self.choices, longest)])
+        size = size * len(rows) // len(groups)  # a pair fills two rows of a batch
+        num_targets, sequences = self.num_targets[width], int(rows[0].label is not None)
+        return collate([[row] for row in rows], size, width, num_targets, sequences)
+
+    def _sequences(self, rows: list[Row]) -> list[Row]:
+        if not _is_labelled(rows[0]):
+            return [sequence for row in rows for sequence in row.sequences]
+        # KTO estimates the KL divergence from mismatched pairs. As in TRL, each prompt
+        # gets the completion of the row before it.
+        mismatched = map(self._mismatch, rows, rows[-1:] + rows[:-1])
+        return [*itertools.chain(*zip(rows, mismatched, strict=True))]
+
+    def _mismatch(self, row: Row, previous: Row) -> Row:
+        ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
+        untrained = np.full_like(row.ids[: row.start], IGNORED)
+        labels = np.concatenate([untrained, previous.labels[previous.start :]])
+        mismatched = row._replace(ids=ids, labels=labels, label=False)
+        return mismatched.truncated(self.max_length)
+
+
+class _Packed:
+    """The shapes of packed batches: one width, and at most a few numbers of targets."""
+
+    def __init__(self, longest: int, sequences: int):
+        self.sequences, self.width = sequences, int(ordering.round_up(longest))
+        # Numbers of targets are rounded up to a multiple of this.
+        self.step = int(ordering.round_up(-(-self.width // ordering.MAX_WIDTHS)))
+
+    def collate(self, groups: Groups, size: int) -> Batch:
+        rows = [[x for row in group for x in row.sequences] for group in groups]
+        max_trained = max(sum(row.num_trained for row in group) for group in rows)
+        num_targets = int(ordering.round_up(max_trained, self.step))
+        return collate(rows, size, self.width, num_targets, self.sequences)
+
+
+def _sizes(rows: Sequence[Row], packing: bool) -> Sizes:
+    # Returns the lengths of rows, and the largest target counts of their sequences.
+    if isinstance(rows, StreamedRows):
+        lengths, num_targets = rows.sizes
+        return lengths, num_targets
+    # With packing, both sequences of a pair are in the same row.
+    join = sum if packing else max
+    lengths = [join(len(x.ids) for x in row.sequences) for row in rows]
+    num_targets = [max(x.num_trained for x in row.sequences) for row in rows]
+    return np.array(lengths), np.array(num_targets)
+
+
+def _is_labelled(row: Row) -> bool:
+    # Whether the row is a single completion with a label, and not a pair.
+    return row.label is not None and row.rejected is None
+
+
+class _Source:
+    """Batches by index, as Grain reads them."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        max_length: int,
+        packing: bool,
+        seed: int = 0,
+        num_epochs: int | None = 1,
+        mix: Sequence[tuple[int, float]] = (),
+    ):
+        if not rows:
+            raise ValueError("`rows` must have a row. Got none.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
+        sizes = lengths, _ = _sizes(rows, packing)
+        if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
+            is_joint = packing and rows[0].rejected is not None
+            scope = ", both answers of a pair together" if is_joint else ""
+            raise ValueError(
+                f"rows must have at most {max_length} tokens{scope}. Got {long}."
+            )
+        if packing and _is_labelled(rows[0]):
+            raise ValueError("`packing` must be false for answers with a label.")
+        counts, weights = zip(*mix, strict=True) if mix else ((len(rows),), (1.0,))
+        if sum(counts) != len(rows) or min(counts) < 1 or min(weights) <= 0:
+            raise ValueError(
+                f"`mix` must have the counts of all {len(rows)} rows, and positive "
+                f"weights. Got {mix}."
+            )
+        self.rows, self.batch_size = rows, batch_size
+        # 1. The order of the rows, or packs of rows, of each data set.
+        orders = _make_orders(lengths, counts, seed, max_length if packing else None)
+        # 2. The mixture of these orders. `count` is the number of its entries before
+        # the data set that ends first would start again.
+        epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
+        self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
+        self.order: Sequence[Any] = orders[0]
+        window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
+        if mix:
+            dataset = importlib.import_module("grain").MapDataset
+            self.order = dataset.mix([*map(dataset.source, orders)], weights)
+            window = min(window, _MAX_WINDOW)
+        # 3. The shapes of batches, and for padded ones batches of similar lengths.
+        self.layout: _Packed | _Padded
+        self.similar: ordering.SimilarLengths | None = None
+        if packing:
+            packs = [x for x in orders if isinstance(x, ordering.PackedOrder)]
+            has_pairs = rows[0].label is not None
+            sequences = 2 * max(x.most_rows for x in packs) * has_pairs
+            self.layout = _Packed(max(x.longest for x in packs), sequences)
+        else:
+            self.layout = _Padded(rows, sizes, max_length)
+            arguments = self.layout.widths, (batch_size, window, self.count), seed
+            self.similar = ordering.SimilarLengths(self.order, *arguments)
+
+    def __len__(self) -> int:
+        return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        if self.similar is not None:
+            entries = self.similar.batch(index)
+        else:
+            start = index * self.batch_size
+            stop = min(start + self.batch_size, self.count or sys.maxsize)
+            entries = [self.order[i] for i in range(start, stop)]
+        groups = [[self.rows[i] for i in entry] for entry in entries]
+        return self.layout.collate(groups, self.batch_size)
+
+
+def _make_orders(
+    lengths: np.ndarray, counts: Sequence[int], seed: int, capacity: int | None
+) -> list[ordering.ShuffledOrder | ordering.PackedOrder]:
+    # Each data set is shuffled by itself: its order does not depend on the others.
+    orders = []
+    bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
+    for order_seed, (first, last) in enumerate(bounds, seed):
+        part = lengths[first:last]
+        if capacity is None:
+            orders.append(ordering.ShuffledOrder(len(part), order_seed, first))
+        else:
+            orders.append(ordering.PackedOrder(part, capacity, order_seed, first))
+    return orders
+
+
+def collate(
+    groups: Groups, size: int, width: int, num_targets: int, sequences: int = 0
+) -> Batch:
+    """Returns a batch of `size` rows. Each group of sequences fills one of them."""
+    ids, segments, positions = np.zeros((3, size, width), np.int32)  # [B, T]
+    select, targets = np.zeros((2, size, num_targets), np.int32)  # [B, P]
+    weights = np.zeros((size, num_targets), np.float32)
+    answers = np.zeros((size, sequences, num_targets), np.float32)  # [B, S, P]
+    # Positions count up in padding too, as the decoder requires of each segment.
+    positions[len(groups) :] = np.arange(width)
+    for i, group in enumerate(groups):
+        start, filled = 0, 0  # the tokens and the targets of the sequences so far
+        for segment, row in enumerate(group, 1):
+            span = slice(start, start + len(row.ids))
+            ids[i, span], segments[i, span] = row.ids, segment
+            positions[i, span] = np.arange(len(row.ids))
+            # The token at t predicts the label at t + 1.
+            (chosen,) = np.nonzero(row.labels[1:] != IGNORED)
+            target_span = slice(filled, filled + len(chosen))
+            select[i, target_span] = start + chosen
+            targets[i, target_span] = row.labels[1:][chosen]
+            weights[i, target_span] = row.label is not False
+            if row.label is not None:
+                sign = 1 if row.label else -1
+                is_completion = chosen + 1 >= row.start
+                answers[i, segment - 1, target_span] = sign * is_completion
+            start, filled = span.stop, target_span.stop
+        positions[i, start:] = np.arange(width - start)
+    arrays = ids, segments, positions, select, targets, weights
+    return Batch(*arrays, answers if sequences else None)

@@ -1,0 +1,381 @@
+"""The tokenizer of a model, with its chat templates."""
+
+import datetime
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..models.tokenizer import load_tokenizer, read_text
+from .model_files import ModelError, ModelFiles, read_model_files
+from .omissions import without_space
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from .rendering import Rendering, Template
+
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
+Tools = Sequence[Any] | None  # descriptions of tools
+_ROLES = ("system", "user", "assistant", "tool")
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_PROBE = "a key that no template reads"
+
+
+class Tokenizer:
+    """The tokenizer and the chat template of a model, read on first use.
+
+    Example:
+        >>> import json, tempfile, tokenizers
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> words = tokenizers.models.WordLevel({"hi": 0, "</s>": 1}, "hi")
+        >>> tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+        >>> template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+        >>> settings = {"eos_token": "</s>", "chat_template": template}
+        >>> _ = (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        >>> tokenizer = open_tokenizer(folder)
+        >>> tokenizer.render([{"role": "user", "content": "hi"}]), tokenizer.end_ids
+        ('hi</s>', (1,))
+        >>> tokenizer.decode(tokenizer.encode("hi"))
+        'hi'
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        template: str | None = None,
+        now: datetime.datetime | None = None,
+    ):
+        """Stores the arguments. Files are read on first use.
+
+        Args:
+            path: The folder or the `.gguf` file of a model.
+            template: The text of a chat template that replaces the model's.
+            now: The time for `strftime_now` in templates.
+        """
+        self._path, self._template, self._now = pathlib.Path(path), template, now
+
+    @functools.cached_property
+    def inner(self) -> "tokenizers.Tokenizer":
+        """The `tokenizers.Tokenizer`."""
+        try:
+            tokenizer = load_tokenizer(self._path)
+        except Exception as error:  # `tokenizers` raises no more specific type
+            raise ModelError(
+                f"{self._path} must have a tokenizer that can be read. {error}"
+            ) from error
+        # Some files enable these, which would change rows without a warning.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @functools.cached_property
+    def _files(self) -> ModelFiles:
+        return read_model_files(self._path)
+
+    @functools.cached_property
+    def chat(self) -> "Chat":
+        """The chat templates."""
+        sources = self._files.templates
+        if self._template is not None:
+            sources = {"default": self._template}
+        return Chat(str(self._path), sources, self._files.special, self._now)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model has a chat template."""
+        return bool(self.chat.sources)
+
+    @functools.cached_property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, or None if the model names none."""
+        token = self._files.special.get("eos_token")
+        token_id = self.inner.token_to_id(token) if token else None
+        return next(iter(self._files.end_ids), None) if token_id is None else token_id
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the model's, and the chat template's."""
+        ids = [self.eos_id, *self._files.end_ids, self._find_turn_end()]
+        return tuple(dict.fromkeys(x for x in ids if x is not None))
+
+    def _find_turn_end(self) -> int | None:
+        # The last special token that the template writes after an answer.
+        if not self.has_template:
+            return None
+        question, answer = ({"role": r, "content": "a"} for r in ("user", "assistant"))
+        try:
+            prompt = self.render([question], add_generation_prompt=True)
+            text = self.render([question, answer])
+        except ModelError:
+            raise
+        except ValueError:  # the template accepts only other messages
+            return None
+        if not text.startswith(prompt):
+            return None
+        added_tokens = self.inner.get_added_tokens_decoder()
+        ids = self.encode(text[len(prompt) :], add_special_tokens=False)
+        special = [i for i in ids if i in added_tokens and added_tokens[i].special]
+        return special[-1] if special else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the tokens of a text.
+
+        Args:
+            text: The text.
+            add_special_tokens: Whether to add special tokens, such as the one for the
+                beginning. Pass False for text from `render`, which has all of them.
+
+        Raises:
+            ValueError: If the text has a lone surrogate, which is not a character.
+        """
+        return self.encode_with_offsets(text, add_special_tokens).ids
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool
+    ) -> "tokenizers.Encoding":
+        """Returns the tokens of a text, with the characters that they cover.
+
+        Args:
+            text: The text.
+            add_special_tokens: As in `encode`.
+
+        Raises:
+            ValueError: As `encode`.
+        """
+        try:
+            return self.inner.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise ValueError(
+                f"the text must not have half a character (a surrogate). Got "
+                f"{text!r:.200}."
+            ) from error
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of tokens.
+
+        Args:
+            ids: The tokens.
+            skip_special_tokens: Whether to omit special tokens.
+        """
+        ids = [int(i) for i in ids]
+        return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Returns messages as the chat template of the model writes them.
+
+        Args:
+            messages: The messages, each with a `role` and usually a `content`.
+            tools: The descriptions of tools.
+            add_generation_prompt: Whether to write the text that precedes an answer.
+
+        Raises:
+            ValueError: If there is no template, or if it rejects the messages.
+        """
+        messages = self.chat.adapt_contents(messages, tools)
+        return self.chat.render(messages, tools, add_generation_prompt).text
+
+
+def open_tokenizer(
+    path: str | pathlib.Path,
+    *,
+    template: str | pathlib.Path | None = None,
+    now: datetime.datetime | None = None,
+) -> Tokenizer:
+    """Returns the tokenizer of a model, with its chat template.
+
+    Tokens are the same as in transformers 5.24 for a folder, and as in llama.cpp for a
+    `.gguf` file. Settings that would change them raise a ValueError on first use.
+
+    Args:
+        path: A folder with tokenizer.json, or a `.gguf` file.
+        template: A file with a chat template that replaces the model's.
+        now: The date for templates that write one. Defaults to the current date.
+
+    Raises:
+        ValueError: If `template` cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "template.jinja"
+        >>> _ = path.write_text("{{ messages[0].content }}")
+        >>> open_tokenizer("folder", template=path).has_template
+        True
+    """
+    source = None if template is None else read_text(pathlib.Path(template))
+    return Tokenizer(path, template=source, now=now)
+
+
+class Marked(NamedTuple):
+    """A text and the positions of its answers."""
+
+    text: str
+    answers: list[tuple[int, int]]  # the start and the end of each, in characters
+    is_rendered: bool  # whether a chat template wrote the text
+
+
+@dataclass(eq=False)
+class Chat:
+    """The chat templates of a model, with the special tokens that they write."""
+
+    owner: str  # the path of the model, for error messages
+    sources: Mapping[str, str]  # the templates by name
+    special: Mapping[str, Any]
+    now: datetime.datetime | None
+
+    @functools.cached_property
+    def _templates(self) -> "dict[str, Template]":
+        # Rows of text or tokens need no Jinja, which may be missing.
+        try:
+            from .rendering import Template
+        except ImportError as error:
+            raise ImportError(
+                "chat templates need: pip install 'qlora-jax[train]'"
+            ) from error
+        return {name: Template(text, self.now) for name, text in self.sources.items()}
+
+    def template(self, tools: Tools) -> "Template":
+        """Returns the template for messages with or without tools."""
+        for name in ("tool_use", "default") if tools else ("default",):
+            if name in self.sources:
+                return self._templates[name]
+        problem = "has none"
+        if self.sources:
+            problem = f"has templates {sorted(self.sources)}, but no default"
+        raise ModelError(
+            f"messages need a chat template: {self.owner} {problem}. Pass a file with "
+            "a template, or rows of `prompt` and `completion`."
+        )
+
+    def check_roles(self, row: Mapping[str, Messages], tools: Tools) -> None:
+        """Rejects roles that the template does not handle by name."""
+        # `row` has the messages by their names in error messages.
+        allowed = {*_ROLES, *self.template(tools).literals}
+        if unknown := [
+            f"{message['role']!r} in `{name}[{index}]`"
+            for name, messages in row.items()
+            for index, message in enumerate(messages)
+            if message["role"] not in allowed
+        ]:
+            raise ValueError(
+                f"roles must be {', '.join(_ROLES)}, or others that the chat template "
+                f"names. Got {', '.join(unknown)}."
+            )
+
+    def adapt_contents(self, messages: Messages, tools: Tools) -> Messages:
+        """Joins contents that are lists of texts if the template expects strings."""
+        has_parts = [isinstance(m.get("content"), list) for m in messages]
+        if not any(has_parts) or self._supports_parts(messages, tools):
+            return messages
+        # A template that expects strings would write a list as Python or JSON code.
+        adapted = []
+        for message, is_list in zip(messages, has_parts, strict=True):
+            parts = message["content"] if is_list else []
+            if wrong := [part for part in parts if not _is_text(part)]:
+                raise ValueError(
+                    "the chat template reads contents as strings, so all parts must "
+                    f'be {{"type": "text", "text": ...}}. Got {wrong[0]!r:.60}.'
+                )
+            text = "".join(part["text"] for part in parts)
+            adapted.append({**message, "content": text} if is_list else message)
+        return adapted
+
+    def _supports_parts(self, messages: Messages, tools: Tools) -> bool:
+        # A template that reads parts ignores the key that is added to each of them. One
+        # that expects a string writes the whole list, with that key.
+        probed, texts = [], []
+        for message in messages:
+            if isinstance(parts := message.get("content"), list):
+                if not all(isinstance(part, dict) for part in parts):
+                    return False
+                texts += [str(part["text"]) for part in parts if part.get("text")]
+                message = {**message, "content": [x | {_PROBE: _PROBE} for x in parts]}
+            probed.append(message)
+        try:
+            rendered = without_space(self.render(probed, tools).text)
+        except ModelError:
+            raise
+        except ValueError:
+            return False
+        has_texts = all(without_space(text) in rendered for text in texts)
+        return has_texts and without_space(_PROBE) not in rendered
+
+    def render(
+        self, messages: Messages, tools: Tools, add_generation_prompt: bool = False
+    ) -> "Rendering":
+        """Renders messages. The result has the answers that the template marks."""
+        # The same variables as in transformers. Templates test whether some exist.
+        variables = {
+            **self.special,
+            "messages": [_normalize(message) for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self.template(tools).render(variables)
+
+    def find_answers(
+        self, rendering: "Rendering", messages: Messages, turns: list[int], tools: Tools
+    ) -> Marked:
+        """Finds answers in a rendering. `turns` are the indices of their messages."""
+        if not turns:
+            raise ValueError(
+                "the row must have a message of the assistant to train on."
+            )
+        text, answers = rendering
+
+        def find_end(count, turn, add_generation_prompt):
+            # Returns where the first `count` messages end in the text.
+            beginning = self.render(messages[:count], tools, add_generation_prompt).text
+            if not text.startswith(beginning):
+                raise ValueError(
+                    f"the answer in message {turn} cannot be found: the chat template "
+                    "renders it, or the text before it, differently when messages "
+                    "follow. Mark answers by `{% generation %}` in the template, or "
+                    'train on "last" or "all".'
+                )
+            return len(beginning)
+
+        def find_span(turn):
+            # An answer is the difference between renderings with and without it.
+            is_last = turn + 1 == len(messages)
+            end = len(text) if is_last else find_end(turn + 1, turn, False)
+            return find_end(turn, turn, True), end
+
+        if not self.template(tools).marks_answers:
+            return Marked(text, [find_span(turn) for turn in turns], True)
+        assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        # The template has marked the answers of all messages. Remove those that are not
+        # in `turns`. A single rendering is enough for those before the first turn.
+        if assistant[0] < turns[0]:
+            start = find_end(turns[0], turns[0], True)
+            answers = [span for span in answers if span[1] > start]
+        for turn in {*assistant[assistant.index(turns[0]) :]} - {*turns}:
+            start, end = find_span(turn)
+            answers = [span for span in answers if span[1] <= start or span[0] >= end]
+        if not answers:
+            raise ValueError("the chat template must mark an answer in the row.")
+        return Marked(text, answers, True)
+
+
+def _is_text(part: Any) -> bool:
+    keys = isinstance(part, dict) and {key for key, x in part.items() if x is not None}
+    return keys == {"type", "text"} and isinstance(part["text"], str)
+
+
+def _normalize(message: Message) -> dict[str, Any]:
+    # Data sets fill missing fields with None, which templates would write. Templates
+    # read the reasoning under different names.
+    fields = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((fields[key] for key in _REASONING_KEYS if key in fields), None)
+    if reasoning is not None:
+        fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+    return fields

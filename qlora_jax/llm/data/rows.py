@@ -1,0 +1,280 @@
+"""Finds the raw rows of files, folders and data sets on the hub."""
+
+import importlib
+import math
+import pathlib
+import re
+import shutil
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from . import readers
+from .model_files import ModelError
+from .readers import FILES, Rows, describe_path, split_name
+
+if TYPE_CHECKING:
+    from .encode import Encoded, Row
+
+_MAX_LISTED, _MAX_CHARACTERS = 10, 500  # problems in a list, and characters of each
+_MAX_PLACES = 5  # places that are listed for rows with the same problem
+# The names of the files in a folder, without suffix, for each split.
+SPLITS = {
+    "train": ("train",),
+    "valid": ("valid", "validation", "val", "dev", "eval"),
+    "test": ("test",),
+}
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
+
+
+class Source(NamedTuple):
+    """A file or a split of a data set."""
+
+    name: str
+    unit: str  # in which rows are counted: "line" or "row"
+    rows: Rows
+    is_text: bool = False  # whether the whole file is one text
+
+
+def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
+    """Yields `convert(number, row)` for each row, and at the end rejects bad rows."""
+    # A `ModelError` is raised at once. Other errors are collected, since a user wants
+    # to fix all of them together. For each message, `errors` has the first error with
+    # this message, and the numbers of all rows that cause it.
+    errors: dict[str, tuple[Exception, list[int]]] = {}
+    bar = tqdm(
+        source.rows,
+        f"reading {source.name}",
+        unit=" rows",
+        disable=None,  # unless stderr is a terminal
+        delay=2,
+        leave=False,
+    )
+    for number, raw in bar:
+        try:
+            if isinstance(raw, Exception):
+                raise raw
+            row = convert(number, raw)
+        except ModelError:
+            raise
+        except (ValueError, RecursionError) as error:
+            # Errors that differ only in numbers and after "Got" are listed together.
+            message = re.sub(r"\d+", "0", str(error).partition(" Got ")[0])
+            errors.setdefault(message, (error, []))[1].append(number)
+        else:
+            yield row
+    unit, lines = source.unit, []
+    for error, (first, *repeats) in errors.values():
+        lines.append(f"{unit} {first}: {error!s:.{_MAX_CHARACTERS}}")
+        if repeats:
+            s, dots = "s" * (len(repeats) > 1), ", ..." * (len(repeats) > _MAX_PLACES)
+            places = ", ".join(map(str, repeats[:_MAX_PLACES])) + dots
+            lines[-1] += (
+                f" ... and {len(repeats):,} more row{s} like it, {unit}{s} {places}"
+            )
+    if lines:
+        raise ValueError(f"{unit}s of {source.name} are wrong:\n  {listing(lines)}")
+
+
+def listing(lines: list[str]) -> str:
+    """Returns the first few lines, and the number of the remaining ones."""
+    num_hidden = len(lines) - _MAX_LISTED
+    ending = [f"and {num_hidden:,} more"] if num_hidden > 0 else []
+    return "\n  ".join([*lines[:_MAX_LISTED], *ending])
+
+
+def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, float]:
+    """Returns data sets and their weights, also from "a.jsonl=0.7,b=0.3"."""
+    if isinstance(data, Mapping):
+        parts = [*data.items()]
+    else:
+        pairs = [part.rpartition("=") for part in str(data).split(",")]
+        # A path may contain commas and equals signs.
+        if pathlib.Path(data).exists() or not all(name for name, *_ in pairs):
+            return {str(data): 1.0}  # a single data set
+        parts = [(name.strip(), weight) for name, _, weight in pairs]
+    try:
+        weights = {name: float(weight) for name, weight in parts}
+        is_positive = all(0 < weight < math.inf for weight in weights.values())
+        if not weights or len(weights) < len(parts) or not is_positive:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            "`data` must list each data set once, with a positive weight, such as "
+            f"a.jsonl=0.7,b.jsonl=0.3. Got {data!r}."
+        ) from None
+    return weights
+
+
+def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
+    """Returns the splits of a file ("train"), a folder, or a data set on the hub."""
+    # An existing path is never treated as a hub id. `notes` lists ignored files.
+    path = pathlib.Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        names = {file.name: split_name(file) for file in files if file.name[0] != "."}
+        stems = {name: parts.stem for name, parts in names.items() if parts}
+        splits = _assign_splits(stems, str(path), "file", [*names], notes)
+        return {split: open_file(path / name) for split, name in splits.items()}
+    if path.exists() or split_name(path) or not _HUB_ID.fullmatch(str(path)):
+        return {"train": open_file(path)}
+    return _open_from_hub(str(path), notes)
+
+
+def _assign_splits(
+    stems: Mapping[str, str],
+    owner: str,
+    kind: str,
+    existing: Collection[str],
+    notes: list[str],
+) -> dict[str, str]:
+    # Returns the name of the file or of the hub's split for each of our splits.
+    splits = {}
+    for split, allowed in SPLITS.items():
+        names = [name for name, stem in stems.items() if stem in allowed]
+        if len(names) > 1:
+            raise ValueError(f"{owner} must have one of {names}. Got all of them.")
+        if names:
+            splits[split] = names[0]
+    if "train" not in splits:
+        suffixes = f" ({FILES})" if kind == "file" else ""
+        raise ValueError(
+            f"{owner} must have a {kind} named train{suffixes}. Got "
+            f"{[*existing][:_MAX_LISTED]}."
+        )
+    if ignored := [name for name in stems if name not in splits.values()]:
+        names = ", ".join(name for allowed in SPLITS.values() for name in allowed)
+        notes.append(
+            f"{owner}: ignored, since a {kind} must be named one of {names}: "
+            + ", ".join(ignored)
+        )
+    return splits
+
+
+def open_file(path: str | pathlib.Path, option: str = "data") -> Source:
+    """Returns the rows of a file, without reading it. Errors name the option."""
+    path = pathlib.Path(path)
+    name = split_name(path) if path.is_file() else None
+    if name is None:
+        expected = f"a file ({FILES})"
+        if option == "data":
+            expected += ", a folder with a file named train, or the id of a data set"
+        raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
+    unit, rows = readers.open_rows(path, name)
+    return Source(str(path), unit, rows, name.suffix == ".txt")
+
+
+def _open_from_hub(name: str, notes: list[str]) -> dict[str, Source]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ImportError(
+            f"`data` must be a file ({FILES}) or a folder. Got {describe_path(name)}. "
+            "To read it from the Hugging Face hub: pip install datasets"
+        ) from error
+    try:
+        splits = datasets.load_dataset(*name.split(":"))
+    except Exception as error:  # the hub, the network and the files raise many types
+        raise ValueError(
+            f"`data` must be a file ({FILES}), a folder or the id of a hub data set. "
+            f"Got {describe_path(name)}: {type(error).__name__}: {error}"
+        ) from error
+    return sources_of(name, splits, notes)
+
+
+def sources_of(
+    name: str, splits: Mapping[str, Any], notes: list[str]
+) -> dict[str, Source]:
+    """Returns the splits of a `datasets.DatasetDict`."""
+
+    def rows(hub_split):
+        for index, row in enumerate(splits[hub_split]):
+            yield index, readers.without_none(row)
+
+    hub_splits = _assign_splits({x: x for x in splits}, name, "split", splits, notes)
+    return {
+        split: Source(f"{name}/{hub_split}", "row", rows(hub_split))
+        for split, hub_split in hub_splits.items()
+    }
+
+
+class JsonLines:
+    """A .jsonl or .jsonl.gz file whose rows can be read again in any order."""
+
+    def __init__(self, name: str, encode: Callable[[Any, str], Sequence["Encoded"]]):
+        """Opens a file. `encode` turns a raw row and its place into pieces."""
+        self.path, self.encode = pathlib.Path(name), encode
+        parts = split_name(self.path)
+        if parts is None or parts.suffix != ".jsonl":
+            raise ValueError(
+                "`stream` must be false for files other than .jsonl and .jsonl.gz, "
+                f"whose rows cannot be read in any order. Got {name}."
+            )
+        read = self._read_unzipped if parts.is_zipped else self._read
+        self.source = Source(name, "line", readers.rows_of(self.path, parts, read))
+        # Where the line that was read last begins, in bytes, and the line's number.
+        self.offset = self.line_number = 0
+
+    def _read_unzipped(self, file: BinaryIO) -> Rows:
+        # gzip cannot seek without decompressing from the start, so later reads use a
+        # temporary copy, which is deleted together with this object.
+        descriptor, name = tempfile.mkstemp()
+        self.path = pathlib.Path(name)
+        weakref.finalize(self, self.path.unlink, missing_ok=True)
+        with open(descriptor, "w+b") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+            copy.seek(0)
+            yield from self._read(copy)
+
+    def _read(self, file: BinaryIO) -> Rows:
+        self._stamp = readers.file_stamp(file.fileno())
+        for number, row in readers.read_jsonl(file):
+            self.line_number = number
+            yield number, row
+            self.offset = file.tell()
+
+    def read_row(self, offset: int) -> Any:
+        """Returns the raw row of the line that begins at a byte."""
+        with self.path.open("rb") as file:
+            if readers.file_stamp(file.fileno()) != self._stamp:
+                raise ValueError(
+                    f"{self.path} must not change during a run, but it has."
+                )
+            file.seek(offset)
+            return next(readers.read_jsonl(file))[1]
+
+
+class StreamedRows(Sequence["Row"]):
+    """Rows that stay in their files. Only their places and sizes are in memory."""
+
+    def __init__(self):
+        self._files: list[JsonLines] = []
+        # For each row: file index, byte offset, line number, piece, tokens, targets.
+        self._numbers = array("q")
+
+    def add(self, file: JsonLines, piece: int, row: "Row") -> None:
+        """Adds a piece of the line that `file` has read last."""
+        if file not in self._files[-1:]:
+            self._files.append(file)
+        place = len(self._files) - 1, file.offset, file.line_number, piece
+        self._numbers.extend((*place, len(row.ids), row.num_trained))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The numbers of tokens and of target tokens of the rows, `[2, N]`."""
+        return np.frombuffer(self._numbers, np.int64).reshape(-1, 6).T[4:]
+
+    def __len__(self) -> int:
+        return len(self._numbers) // 6
+
+    def __getitem__(self, index: Any) -> Any:
+        start = 6 * range(len(self))[index]  # `range` handles negative indices
+        file_index, offset, number, piece = self._numbers[start : start + 4]
+        file = self._files[file_index]
+        place = f"{file.source.name}:{number}"
+        return file.encode(file.read_row(offset), place)[piece].row

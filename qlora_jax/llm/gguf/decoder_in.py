@@ -1,0 +1,343 @@
+"""Reads decoders and adapters from GGUF files, under Hugging Face names."""
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+import qlora_jax as ql
+
+from ..models.config import DecoderConfig
+from ..models.decoder_names import decoder_names
+from ..models.families import text_config
+from .open_file import field, open_gguf
+from .values import (
+    FREQUENCIES,
+    LONG,
+    OFFSET_NORMS,
+    OSS,
+    PERMUTED,
+    SHORT,
+    architecture_of,
+    check_values,
+    config_from_values,
+)
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.gguf_reader import ReaderTensor
+
+# Replacements that turn names of experts and sinks into names in gguf's map, in which
+# all experts are one tensor, and all names end in ".weight" or ".bias".
+_NAME_PATTERNS = {
+    r"\.experts\.\d+\.": ".experts.",
+    r"(\.experts\.\w+_proj)\.\d+$": r"\1.weight",
+    r"(\.experts\.\w+_proj)_bias$": r"\1.bias",
+    r"\.experts\.gate_up_proj\.": ".experts.gate_proj.",  # see `_join_gate_up`
+    r"\.sinks$": ".sinks.weight",
+}
+# llama.cpp writes Mistral as "llama", but "mistral" is accepted too.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe", "olmoe")
+ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3", OSS)
+# The keys of an adapter file.
+_ALPHA = "adapter.lora.alpha"
+_ADAPTER_KEYS = ("adapter.type", _ALPHA)
+_ADAPTER_KEYS += ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
+
+
+@dataclass(frozen=True, eq=False)
+class _Alternating:
+    """Two arrays of bytes whose rows alternate; indexing reads only the chosen rows."""
+
+    first: np.ndarray
+    second: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the two arrays together."""
+        return 2 * len(self.first), self.first.shape[1]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        indices = np.arange(self.shape[0])[rows]
+        chosen = np.empty((len(indices), self.shape[1]), self.first.dtype)
+        for parity, x in enumerate((self.first, self.second)):
+            is_from_x = indices % 2 == parity
+            chosen[is_from_x] = x[indices[is_from_x] // 2]
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFBytes:
+    """A tensor of a GGUF file as bytes: each row is the bytes of a row of weights."""
+
+    shape: tuple[int, ...]
+    stored: np.ndarray | _Alternating
+    rows: np.ndarray | None = None  # index in `stored` of each row; None: the same
+    dtype: np.dtype = np.dtype(np.uint8)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = index
+        return self.stored[rows if self.rows is None else self.rows[rows]][:, columns]
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFTensor:
+    """A tensor of a GGUF file: indexing decodes only the chosen rows."""
+
+    shape: tuple[int, ...]  # in the Hugging Face model
+    stored: np.ndarray | _Alternating
+    tensor_type: "GGMLQuantizationType"
+    rows: np.ndarray | None = None  # index in `stored` of each row; None: the same
+    offset: float = 0.0  # number that llama.cpp added to the values
+    dtype: np.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        import gguf
+
+        rows, *trailing = index if isinstance(index, tuple) else (index,)
+        stored = self.stored[rows if self.rows is None else self.rows[rows]]
+        # The package decodes 16 rows at a time, so group short rows into longer ones.
+        group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
+        grouped = stored.reshape(len(stored) // group, -1)
+        x = gguf.dequantize(grouped, self.tensor_type)
+        x = x.reshape(len(stored), *self.shape[1:])
+        x = x[(slice(None), *trailing)] if trailing else x
+        return np.asarray(x - self.offset if self.offset else x, self.dtype)
+
+
+def read_gguf(
+    path: str | pathlib.Path,
+) -> tuple[DecoderConfig, dict[str, GGUFTensor | GGUFBytes]]:
+    """Returns the config, and the tensors by Hugging Face name, not yet decoded.
+
+    Weights in Q4_0 and MXFP4 are bytes, which `ql.io.packed_tensors` reads.
+    """
+    reader = open_gguf(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    architecture = field(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"The architecture must be one of {ARCHITECTURES}. Got {architecture!r}."
+        )
+    # 1. The config. The divisors of frequencies are tensors, but not parameters.
+    factors = {
+        name: tuple(stored.pop(name).data.tolist())
+        for name in (FREQUENCIES, SHORT, LONG)
+        if name in stored
+    }
+    try:
+        config = _read_gguf_config(reader, architecture, stored.keys(), factors)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ql.io.CheckpointError(
+            f"{path} must have metadata values of the expected types. Got {error!r}."
+        ) from error
+    # 2. The Hugging Face names. One tensor may hold the kernels of all experts.
+    hf_names: dict[str, list[str]] = {}
+    for hf_name, gguf_name in gguf_names(config, architecture).items():
+        hf_names.setdefault(gguf_name, []).append(hf_name)
+    if config.experts is not None and config.experts.interleaved:
+        stored = _join_gate_up(stored)
+    # 3. The tensors; those without a Hugging Face name are reported by `ql.io.load`.
+    tensors = {}
+    for gguf_name, tensor in stored.items():
+        names = hf_names.get(gguf_name, [gguf_name])
+        tensors |= _name_tensors(tensor, names, config, architecture)
+    return config, tensors
+
+
+def _read_gguf_config(
+    reader: "GGUFReader",
+    architecture: str,
+    names: Collection[str],
+    factors: Mapping[str, tuple[float, ...]],
+) -> DecoderConfig:
+    prefix = f"{architecture}."
+    keys = [key for key in reader.fields if key.startswith(prefix)]
+    values = {key.removeprefix(prefix): field(reader, key) for key in keys}
+    check_values(architecture, values, names)
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+    vocab_size = int(shapes["token_embd.weight"][-1])  # `check_values` requires it
+    return config_from_values(architecture, values, names, vocab_size, factors)
+
+
+class _JoinedTensor(NamedTuple):
+    """Gate and up as one tensor, in which their rows alternate."""
+
+    tensor_type: "GGMLQuantizationType"
+    shape: tuple[int, ...]  # in GGUF's order, from the last axis to the first
+    data: list[_Alternating] | np.ndarray
+
+
+def _join_gate_up(
+    stored: "Mapping[str, ReaderTensor]",
+) -> "dict[str, ReaderTensor | _JoinedTensor]":
+    """Joins the gate and up tensors of experts, under the name of the gate."""
+    joined: dict[str, ReaderTensor | _JoinedTensor] = dict(stored)
+    for name, gate in stored.items():
+        up = stored.get(name.replace("_gate_", "_up_"))
+        if ".ffn_gate_exps." not in name or up is None:
+            continue
+        tensor_type, shape = gate.tensor_type, tuple(gate.shape)
+        if (up.tensor_type, tuple(up.shape)) != (tensor_type, shape):
+            continue  # `ql.io.load` rejects their shapes
+        del joined[up.name]
+        if len(shape) == 3:  # kernels, one for each expert
+            pairs = zip(gate.data, up.data, strict=True)
+            data = [_Alternating(*pair) for pair in pairs]
+            shape = (shape[0], 2 * shape[1], shape[2])
+        else:  # biases
+            shape = (2 * shape[0], *shape[1:])
+            data = np.stack([gate.data, up.data], axis=-1).reshape(shape[::-1])
+        joined[name] = _JoinedTensor(tensor_type, shape, data)
+    return joined
+
+
+def _name_tensors(
+    tensor: "ReaderTensor | _JoinedTensor",
+    names: list[str],
+    config: DecoderConfig,
+    architecture: str,
+) -> Iterator[tuple[str, GGUFTensor | GGUFBytes]]:
+    """Yields the parts of a stored tensor with their names.
+
+    Matrices in Q4_0 and MXFP4 are yielded as bytes, and their names end in the format.
+    """
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    parts: Any = [tensor.data]
+    if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:
+        parts, shape = tensor.data, shape[1:]  # one part for each expert
+    fmt = tensor.tensor_type.name
+    for name, data in zip(names, parts, strict=False):
+        rows = stored_rows(name, shape, config, architecture)
+        is_q4_0 = fmt == "Q4_0" and name.endswith(".weight")
+        if len(shape) == 2 and (is_q4_0 or fmt == "MXFP4"):
+            yield f"{name}_{fmt.lower()}", GGUFBytes(data.shape, data, rows)
+        else:
+            offset = offset_of(name, architecture)
+            yield name, GGUFTensor(shape, data, tensor.tensor_type, rows, offset)
+
+
+def gguf_fmt(path: pathlib.Path) -> str | None:
+    """Returns the format of a GGUF file's packed layers, or None."""
+    layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
+    formats = {x.tensor_type.name for x in layers if len(x.shape) > 1}
+    if "MXFP4" in formats:  # only experts have this format; other kernels are float
+        return "mxfp4"
+    return "q4_0" if formats == {"Q4_0"} else None
+
+
+def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
+    """Maps Hugging Face tensor names to GGUF names; experts are in order."""
+    import gguf
+
+    # llama.cpp has no architecture called "mistral".
+    arch = "LLAMA" if architecture == "mistral" else architecture.upper()
+    arch = gguf.MODEL_ARCH[arch.replace("-", "_")]
+    name_map = gguf.get_tensor_name_map(arch, config.num_layers)
+    names = decoder_names(config)
+    gguf_name_of: dict[str, str] = {}
+    sizes = config.num_layers, config.experts.count if config.experts else 1
+    for path in names.entries:
+        for hf_name in names.of(path, sizes[: names.num_batch_axes(path)]).flat:
+            mapped = hf_name
+            for pattern, replacement in _NAME_PATTERNS.items():
+                mapped = re.sub(pattern, replacement, mapped)
+            gguf_name = name_map.get_name(mapped, try_suffixes=(".weight", ".bias"))
+            # No name is missing for decoders that `gguf_architecture` accepts.
+            if gguf_name is not None:
+                gguf_name_of[hf_name] = gguf_name
+    return gguf_name_of
+
+
+def context_of(source: pathlib.Path) -> int:
+    """Returns the context length of a model, in tokens."""
+    if source.suffix == ".gguf":
+        reader = open_gguf(source)
+        key = f"{field(reader, 'general.architecture')}.context_length"
+        length = field(reader, key)
+    else:
+        key = "max_position_embeddings"
+        length = text_config(ql.io.read_config_json(source)).get(key)
+    if not length:
+        raise ValueError(f"{source} must have a context length, `{key}`.")
+    return int(length)
+
+
+def permuted_heads(name: str, config: DecoderConfig, architecture: str) -> int | None:
+    """Returns the number of heads if llama.cpp reorders a tensor's rows, else None."""
+    if architecture not in PERMUTED:
+        return None
+    if ".q_proj." in name:
+        return config.num_heads
+    return config.num_kv_heads if ".k_proj." in name else None
+
+
+def stored_rows(
+    name: str, shape: tuple[int, ...], config: DecoderConfig, architecture: str
+) -> np.ndarray | None:
+    """Returns the index at which each row of a tensor is stored; None if in order."""
+    heads = permuted_heads(name, config, architecture)
+    # A wrong number of rows is reported later, with the expected shape.
+    if heads is None or shape[0] % (2 * heads):
+        return None
+    return np.argsort(permute(np.arange(shape[0]), heads))
+
+
+def offset_of(name: str, architecture: str) -> float:
+    """Returns the number that llama.cpp adds to the values of a tensor."""
+    is_norm = architecture in OFFSET_NORMS and name.endswith("norm.weight")
+    return 1.0 if is_norm else 0.0
+
+
+def permute(x: np.ndarray, heads: int) -> np.ndarray:
+    """Interleaves rows i and i + Dh/2 of each head, as llama.cpp stores them."""
+    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def read_gguf_lora(path: str | pathlib.Path, config: DecoderConfig) -> ql.io.PlainLoRA:
+    """Reads a file with adapters for llama.cpp; `ql.io.load_peft` accepts the result.
+
+    `config` is the model's config. Modules have the names of a text-only model. Raises
+    a CheckpointError if the file is broken, not a LoRA, or for another architecture.
+    """
+    # 1. Check the metadata.
+    reader, architecture = open_gguf(path), architecture_of(config)
+    expected = {"general.type": "adapter", "adapter.type": "lora"}
+    expected["general.architecture"] = architecture
+    problems = [
+        f"`{key}` must be {value!r}. Got {actual!r:.80}."
+        for key, value in expected.items()
+        if (actual := field(reader, key)) != value
+    ]
+    alpha = field(reader, _ALPHA)
+    if not isinstance(alpha, float) or not 0 < alpha < math.inf:
+        problems.append(f"`{_ALPHA}` must be a positive number. Got {alpha!r:.80}.")
+    keys = [key for key in reader.fields if key.startswith("adapter.")]
+    unknown = [key for key in keys if key not in _ADAPTER_KEYS]
+    problems += [f"`{key}` is not supported." for key in unknown]
+    # 2. Decode the factors, `[rank, K]` and `[N, rank]`.
+    config = dataclasses.replace(config, module="model")
+    names = gguf_names(config, architecture)
+    hf_names = {gguf_name: hf_name for hf_name, gguf_name in names.items()}
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for tensor in reader.tensors:
+        gguf_name, _, part = tensor.name.rpartition(".lora_")
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if gguf_name not in hf_names or part not in ("a", "b") or len(shape) != 2:
+            problems.append(f"{tensor.name}: unexpected tensor of shape {shape}")
+            continue
+        name = hf_names[gguf_name]
+        is_b = part == "b"
+        rows = stored_rows(name, shape, config, architecture) if is_b else None
+        x = GGUFTensor(shape, tensor.data, tensor.tensor_type, rows)[:]
+        factors.setdefault(name.removesuffix(".weight"), {})[part] = x
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        raise ql.io.CheckpointError(f"{path} is not a LoRA for this model:\n  {lines}")
+    assert isinstance(alpha, float)
+    return ql.io.PlainLoRA(alpha, factors)

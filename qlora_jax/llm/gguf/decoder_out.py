@@ -1,0 +1,349 @@
+"""Writes decoders and adapters as GGUF files."""
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import gguf
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import PyTree, UInt8
+from tqdm import tqdm
+
+import qlora_jax as ql
+
+from ..models.checkpoint import abstract_params, read_config
+from ..models.config import DecoderConfig
+from ..models.decoder_names import decoder_names
+from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
+from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
+from .values import factors_of, gguf_architecture, values_of
+
+FORMATS = ("F16", "Q8_0", "Q4_0")
+BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
+# Formats in which packed kernels are written with their codes and scales.
+_PACKED = ("Q4_0", "MXFP4")
+_Q4_0_FORMATS = ("int4_f16", "q4_0")  # formats with the codes and scales of Q4_0
+_LAYER_KERNELS = r"layers/(?!.*/router/).*/kernel"  # kernels that Q4_0 packs
+_MAX_F16 = float(np.finfo(np.float16).max)
+
+Leaves = Mapping[str, Any]  # arrays and packed kernels, or adapters, by path
+
+
+def save_gguf(
+    path: str | pathlib.Path,
+    source: str | pathlib.Path,
+    base: Mapping[str, Any],
+    lora: Mapping[str, Any] | None = None,
+    *,
+    fmt: str = "F16",
+    tokenizer: bool = True,
+    progress: bool = True,
+) -> None:
+    """Writes a GGUF file tensor by tensor, under a temporary name until it is complete.
+
+    Norms, biases, sinks and routers are F32. With F16 and Q8_0, other tensors have the
+    format `fmt`, with two exceptions: mxfp4 experts without adapters keep their codes
+    and scales, and Q8_0 tensors become F16 if 32, the block size, does not divide their
+    number of inputs. With Q4_0, only the layers' kernels have this format: packed
+    kernels keep their codes and scales, and float kernels are packed by llama.cpp's
+    rule. All other tensors are then F16 if that represents each number exactly, and F32
+    if not.
+
+    Args:
+        path: The file.
+        source: The folder or `.gguf` file that the model was loaded from, for the
+            config, the context length and the tokenizer.
+        base: The parameters of the `Decoder`. With F16 and Q8_0, packed kernels other
+            than mxfp4 experts are decoded.
+        lora: Adapters to merge into the kernels; must be None for Q4_0.
+        fmt: "F16", "Q8_0" or "Q4_0".
+        tokenizer: Whether to write the tokenizer too.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If a part of the model or tokenizer cannot be written as GGUF; if
+            the parameters are not the model's; or if a value does not fit the format.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax.llm.models.checkpoint import load
+        >>> from qlora_jax.llm.models.tiny import save_tiny
+        >>> folder = save_tiny(tempfile.mkdtemp())
+        >>> _, params = load(folder, progress=False)
+        >>> path = folder + "/model.gguf"
+        >>> save_gguf(path, folder, params, tokenizer=False, progress=False)
+        >>> load(path, progress=False)[0].num_layers
+        2
+    """
+    # 1. Check everything before the file is created.
+    if fmt not in FORMATS:
+        raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
+    source = pathlib.Path(source)
+    config, architecture = check_gguf_source(source, tokenizer=tokenizer)
+    leaves = flatten_dict(base, sep="/")
+    adapters = flatten_dict(lora or {}, sep="/")
+    _check_leaves(config, leaves, adapters)
+    if fmt == "Q4_0":
+        if adapters:
+            raise ValueError(
+                "`lora` must be left out for Q4_0, since merged kernels would have to "
+                "be packed again."
+            )
+        leaves = _pack_q4_0(leaves)
+    with _open_writer(path, architecture) as writer:
+        # 2. The metadata, and the names and shapes of all tensors.
+        _add_values(writer, config, source, fmt)
+        if tokenizer:
+            write_gguf_tokenizer(writer, source, config.vocab_size)
+        tensors = _plan_tensors(config, architecture, leaves, adapters, fmt)
+        factors = factors_of(config, architecture)
+        for name, divisors in factors.items():
+            _add_info(writer, name, (len(divisors),), "F32")
+        for tensor in tensors:
+            _add_info(writer, tensor.name, tensor.shape, tensor.fmt)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        # 3. The data, in the same order.
+        for divisors in factors.values():
+            writer.write_tensor_data(np.asarray(divisors, np.float32))
+        # None hides the bar unless stderr is a terminal.
+        disable = None if progress else True
+        bar = tqdm(tensors, "writing", len(tensors), unit=" tensors", disable=disable)
+        for tensor in bar:
+            x = _read_tensor(tensor, leaves[tensor.path], adapters.get(tensor.path))
+            heads = permuted_heads(tensor.hf_name, config, architecture)
+            x = x if heads is None else permute(x, heads)
+            if tensor.fmt not in _PACKED:
+                x = x + np.float32(offset_of(tensor.hf_name, architecture))
+                x = _encode(tensor.name, x, tensor.fmt)
+            writer.write_tensor_data(np.ascontiguousarray(x))
+
+
+@contextlib.contextmanager
+def _open_writer(
+    path: str | pathlib.Path, architecture: str
+) -> Iterator[gguf.GGUFWriter]:
+    with ql.io.new_path(path) as new_path:
+        writer = gguf.GGUFWriter(str(new_path), architecture)
+        with contextlib.closing(writer):
+            yield writer
+
+
+def check_gguf_source(
+    source: pathlib.Path, *, tokenizer: bool
+) -> tuple[DecoderConfig, str]:
+    """Returns the config and llama.cpp's architecture; reads no weights."""
+    config = dataclasses.replace(read_config(source), module="model")
+    architecture = gguf_architecture(config, context_of(source))
+    if tokenizer:
+        check_gguf_tokenizer(source)
+    return config, architecture
+
+
+def _add_values(
+    writer: gguf.GGUFWriter, config: DecoderConfig, source: pathlib.Path, fmt: str
+) -> None:
+    writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    adders = {int: "uint32", float: "float32", str: "string"}
+    for key, value in values_of(config, writer.arch, context_of(source)).items():
+        getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
+
+
+def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:
+    params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
+    expected = {path: x.shape for path, x in params.items()}
+    actual = {path: tuple(x.shape) for path, x in leaves.items()}
+    if wrong := sorted({path for path, _ in expected.items() ^ actual.items()}):
+        raise ValueError(
+            "`base` must contain the model's parameters. Missing, unexpected or of "
+            f"another shape: {wrong}."
+        )
+    if unknown := sorted(adapters.keys() - leaves.keys()):
+        raise ValueError(f"`lora` must have the paths of kernels. Got {unknown}.")
+
+
+class _PlannedTensor(NamedTuple):
+    name: str
+    hf_name: str  # its name in the Hugging Face model
+    path: str  # path of the leaf that contains it
+    batch_index: tuple[int, ...]  # its index on the leaf's batch axes
+    columns: slice  # its columns in the leaf
+    is_kernel: bool  # whether its last two axes are transposed
+    shape: tuple[int, ...]
+    fmt: str  # "F32", "MXFP4" or one of `FORMATS`
+
+
+def _plan_tensors(
+    config: DecoderConfig, architecture: str, leaves: Leaves, adapters: Leaves, fmt: str
+) -> list[_PlannedTensor]:
+    names, gguf_name_of = decoder_names(config), gguf_names(config, architecture)
+    tensors = []
+    for path, leaf in leaves.items():
+        # 1. The names, one for each layer. All experts of a layer are one tensor.
+        batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
+        hf_names = names.of(path, leaf.shape[:batch_axes])
+        if hf_names.ndim > 1:
+            hf_names, batch_axes = hf_names[:, 0], 1
+        # 2. The shape. Alternating columns of gate and up become two tensors.
+        shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
+        if "/experts/gate_up_proj/" in path:
+            shape = (*shape[:-1], shape[-1] // 2)
+            parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
+        shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
+        # 3. The format. llama.cpp stores vectors, biases and routers in F32.
+        is_small = len(shape) == 1 or re.search("/router/|/bias$", path)
+        is_merged = path in adapters
+        tensor_fmt = "F32"
+        if not is_small:
+            tensor_fmt = _choose_format(path, leaf, shape, fmt, is_merged)
+        for index, hf_name in np.ndenumerate(hf_names):
+            for part, columns in parts.items():
+                name = gguf_name_of[hf_name].replace("_gate_", part)
+                location = name, hf_name, path, index, columns
+                tensors.append(_PlannedTensor(*location, is_kernel, shape, tensor_fmt))
+    return tensors
+
+
+def _choose_format(
+    path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
+) -> str:
+    is_packed = isinstance(leaf, ql.QTensor)
+    if is_packed and not is_merged and "/experts/" in path:
+        if (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
+            return "MXFP4"
+    if fmt != "Q4_0":
+        return fmt if shape[-1] % BLOCK == 0 else "F16"
+    if is_packed:
+        return fmt
+    x = np.asarray(leaf).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return "F16" if np.array_equal(x.astype(np.float16), x) else "F32"
+
+
+def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
+    """Returns a tensor's values, or its bytes if the format is in `_PACKED`."""
+    if tensor.fmt in _PACKED:
+        return _block_bytes(leaf, tensor.batch_index, tensor.columns)
+    values = np.empty(tensor.shape, np.float32)
+    # Decode and merge one matrix at a time, to save memory.
+    for expert in np.ndindex(tensor.shape[:-2]):
+        x = _merge_matrix(leaf, lora, (*tensor.batch_index, *expert))
+        x = x[..., tensor.columns]
+        values[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
+    return values
+
+
+def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Returns a part of a leaf, decoded and with its adapter added."""
+
+    def select(x: Any) -> Any:
+        # An axis of size 1 is shared by all indices, hence the remainder.
+        starts = [i % n for i, n in zip(index, x.shape, strict=False)]
+        return x[tuple(slice(i, i + 1) for i in starts)]
+
+    base: PyTree = {"x": jax.tree.map(select, leaf)}
+    adapters: PyTree = {}
+    if lora is not None:
+        adapter = jax.tree.map(select, lora)
+        if isinstance(lora.scaling, tuple):  # static, one number for each matrix
+            scaling = select(np.reshape(lora.scaling, lora.batch_shape)).ravel()
+            adapter = dataclasses.replace(adapter, scaling=tuple(scaling.tolist()))
+        adapters = {"x": adapter}
+    merged = ql.merge(base, adapters)["x"]
+    return np.asarray(merged).reshape(leaf.shape[len(index) :])
+
+
+def _add_info(
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], fmt: str
+) -> None:
+    raw_dtype, dtype = gguf.GGMLQuantizationType[fmt], np.dtype(np.float32)
+    size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, raw_dtype)))
+    # `raw_dtype` overrides the dtype. If the dtype were uint8, the package would
+    # convert the shape.
+    writer.add_tensor_info(name, shape, dtype, size, raw_dtype=raw_dtype)
+
+
+def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} must be finite. Got NaN or infinity.")
+    # Q8_0 stores a scale in float16, and codes up to 127.
+    limit = {"F32": np.inf, "Q8_0": _MAX_F16 * 127}.get(fmt, _MAX_F16)
+    if (largest := float(np.abs(x).max())) > limit:
+        raise ValueError(f"{name} must fit {fmt}. Got a value of {largest}.")
+    return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType[fmt])
+
+
+def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
+    """Packs the float kernels of all layers, except routers, by llama.cpp's rule.
+
+    Raises a ValueError that lists packed kernels with other codes or scales.
+    """
+    packed, problems = dict(leaves), []
+    for path, x in leaves.items():
+        if isinstance(x, ql.QTensor):
+            if x.fmt not in _Q4_0_FORMATS or x.block_size != BLOCK:
+                problems.append(f"{path}: {x.fmt} in blocks of {x.block_size}")
+        elif re.fullmatch(_LAYER_KERNELS, path) and x.shape[-2] % BLOCK == 0:
+            packed[path] = ql.quantize(x, "q4_0")
+    if problems:
+        raise ValueError(
+            f"packed kernels must be {' or '.join(_Q4_0_FORMATS)} in blocks of {BLOCK} "
+            "for Q4_0, since others would have to be packed again. Write F16, which "
+            f"decodes them. Got {'; '.join(sorted(problems))}."
+        )
+    return packed
+
+
+# Q4_0 and MXFP4 store blocks of 32 inputs: a scale, followed by 16 bytes of codes.
+def _block_bytes(
+    q: ql.QTensor, index: tuple[int, ...], columns: slice
+) -> UInt8[np.ndarray, "*experts n bytes"]:
+    """Returns the bytes of the part `[*experts, K, N]` at `index`; a row per column."""
+    parts = (np.asarray(x[index])[..., columns] for x in (q.codes, q.scales))
+    # [*experts, N, K / 2] and [*experts, N, K / 32]
+    packed, scales = (x.swapaxes(-1, -2) for x in parts)
+    codes = np.stack([packed >> 4, packed & 15], axis=-1)
+    codes = codes.reshape(*scales.shape, 2, BLOCK // 2)
+    # A byte has code i of a block in its low half, and code i + 16 in its high half.
+    halves = codes[..., 0, :] | codes[..., 1, :] << 4
+    scales = np.ascontiguousarray(scales)[..., None].view(np.uint8)
+    return np.concatenate([scales, halves], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def save_gguf_lora(
+    path: str | pathlib.Path, source: str | pathlib.Path, adapter: ql.io.PlainLoRA
+) -> None:
+    """Writes adapters for llama.cpp, which applies them to their model's GGUF file.
+
+    `source` is the folder or `.gguf` file of the model. Raises a ValueError if
+    llama.cpp would compute different logits, or if there are adapters of experts, since
+    all experts of a layer are one tensor in GGUF.
+    """
+    if experts := sorted(name for name in adapter.factors if ".experts." in name):
+        raise ValueError(
+            "an adapter file for llama.cpp must not contain adapters of experts: write "
+            f"the merged model as GGUF. Got {len(experts)}, such as {experts[0]}."
+        )
+    config, architecture = check_gguf_source(pathlib.Path(source), tokenizer=False)
+    names = gguf_names(config, architecture)
+    with _open_writer(path, architecture) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
+        for module, factors in adapter.factors.items():
+            hf_name = f"{module}.weight"
+            heads = permuted_heads(hf_name, config, architecture)
+            b = factors["b"] if heads is None else permute(factors["b"], heads)
+            writer.add_tensor(f"{names[hf_name]}.lora_a", factors["a"])
+            writer.add_tensor(f"{names[hf_name]}.lora_b", np.ascontiguousarray(b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()

@@ -1,0 +1,235 @@
+"""Writes a checkpoint's tokenizer into a GGUF file."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+
+from ..models.tokenizer import (
+    AS_IN_FILE,
+    NAMED,
+    FolderTokenizer,
+    folder_templates,
+    load_tokenizer,
+    read_object,
+)
+from .open_file import open_gguf
+from .tokenizer_in import (
+    BYTE,
+    BYTE_TOKENS,
+    NORMAL,
+    PRE_TOKENIZERS,
+    SPACE,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    make_pre_tokenizer,
+    split_pairs,
+)
+
+# Parts of a `tokenizer.json` with SentencePiece's BPE. `_SPLIT` has no effect, since it
+# splits at spaces, and `_REPLACE` leaves none.
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {
+    "type": "Sequence",
+    "normalizers": [{"type": "Prepend", "prepend": SPACE}, _REPLACE],
+}
+_SPLIT = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+
+
+def check_gguf_tokenizer(source: pathlib.Path) -> None:
+    """Raises if `write_gguf_tokenizer` does not support a checkpoint's tokenizer."""
+    if source.suffix != ".gguf":
+        raw = _read_tokenizer(FolderTokenizer(source))
+        _find_scores(raw) if _is_spm(raw) else _find_pre_tokenizer(raw)
+
+
+def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
+    """Returns the `tokenizer.json` of the tokenizer that training uses."""
+    tokenizer, reason = files.build(), None
+    if files.class_name == "LlamaTokenizer":
+        reason = (
+            "`tokenizer_class` in tokenizer_config.json must not be LlamaTokenizer: "
+            "llama.cpp puts a space after each special token, and this class does not. "
+            f"To train with llama.cpp's tokens, set it to {AS_IN_FILE} before training,"
+        )
+    elif tokenizer.encode_special_tokens:
+        reason = "`split_special_tokens` in tokenizer_config.json must be false,"
+    if reason:
+        raise ValueError(f"{reason} or use tokenizer=False to write the model alone.")
+    return json.loads(tokenizer.to_str())
+
+
+def write_gguf_tokenizer(
+    writer: gguf.GGUFWriter, source: pathlib.Path, vocab_size: int
+) -> None:
+    """Adds a tokenizer; embedding rows without a token get unused tokens."""
+    # 1. The keys of a GGUF file are copied.
+    if source.suffix == ".gguf":
+        for key, field in open_gguf(source).fields.items():
+            if key.startswith("tokenizer."):
+                value_type, *item_types = field.types
+                item_type = item_types[-1] if item_types else None
+                writer.add_key_value(key, field.contents(), value_type, item_type)
+        return
+    # 2. For a folder, find the ids, texts and types of the tokens.
+    files = FolderTokenizer(source)
+    raw = _read_tokenizer(files)
+    scores = _find_scores(raw) if _is_spm(raw) else None
+    added = {t["content"]: t for t in raw.get("added_tokens") or []}
+    ids = raw["model"]["vocab"] | {text: t["id"] for text, t in added.items()}
+    if (largest := max(ids.values())) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids must be less than {vocab_size}. Got {largest}."
+        )
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, index in ids.items():
+        tokens[index] = token
+        types[index] = _token_type(raw, token, added.get(token), scores is not None)
+    # 3. Write the tokenizer's model.
+    writer.add_tokenizer_model("gpt2" if scores is None else "llama")
+    if scores is None:
+        writer.add_tokenizer_pre(_find_pre_tokenizer(raw))
+    else:
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        writer.add_add_space_prefix(raw.get("normalizer") == _PREPEND)
+        # llama.cpp looks for added tokens before it replaces spaces.
+        for token, settings in added.items():
+            if settings.get("normalized") and not settings.get("special"):
+                tokens[ids[token]] = token.replace(SPACE, " ")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    # 4. Merges, special tokens and templates. gguf-py reads the merges. The others are
+    # set here, because gguf-py reads special tokens from one file only, and templates
+    # only if there is a `tokenizer_config.json`, whose template it prefers.
+    vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
+    for name in NAMED:
+        index = ids.get(files.special.get(name, ""))
+        if index is not None:
+            vocab.special_token_ids[name.removesuffix("_token")] = index
+    _set_ends(vocab, source)
+    templates = folder_templates(source, read_object(source / "tokenizer_config.json"))
+    vocab.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
+    vocab.add_to_gguf(writer, quiet=True)
+
+
+def _token_type(
+    raw: Mapping[str, Any], token: str, added: Mapping[str, Any] | None, is_spm: bool
+) -> int:
+    if is_spm and token == raw["model"].get("unk_token"):
+        return UNKNOWN
+    if added is not None:
+        return SPECIAL if added.get("special") else USER_DEFINED
+    return BYTE if is_spm and token in BYTE_TOKENS else NORMAL
+
+
+def _set_ends(vocab: gguf.SpecialVocab, source: pathlib.Path) -> None:
+    """Sets which tokens are added around a text, so that llama.cpp need not guess."""
+    tokenizer = load_tokenizer(source)
+    ids = tokenizer.encode("a").ids
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    # Find the ids of the text itself; the others were added before and after it.
+    start = next(i for i in range(len(ids) + 1) if ids[i : i + len(bare)] == bare)
+    ends = {"bos": ids[:start], "eos": ids[start + len(bare) :]}
+    for name, added in ends.items():
+        token_id = vocab.special_token_ids.get(name)
+        if added not in ([], [token_id]):
+            raise ValueError(
+                f"a tokenizer in GGUF must add `{name}_token` or no token to a text. "
+                f"Got the ids {added}; `{name}_token` has the id {token_id}."
+            )
+        vocab.add_special_token[name] = bool(added)
+
+
+def _is_spm(raw: Mapping[str, Any]) -> bool:
+    """Whether a `tokenizer.json` is SentencePiece's BPE, as llama.cpp computes it."""
+    model = raw.get("model") or {}
+    return (
+        model.get("type") == "BPE"
+        and bool(model.get("byte_fallback"))
+        and not model.get("ignore_merges")
+        and raw.get("normalizer") in (_REPLACE, _PREPEND)
+        and raw.get("pre_tokenizer") in (None, _SPLIT)
+    )
+
+
+def _find_scores(raw: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return scores_of(raw)
+    except ValueError as error:
+        message = f"a tokenizer in GGUF must be like llama.cpp's: {error}"
+        raise ValueError(message) from error
+
+
+def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the score of each token that a merge forms: later merges score lower.
+
+    Raises a ValueError if no scores would make llama.cpp merge in the same order.
+    """
+    vocab = raw["model"]["vocab"]
+    merges = [  # in older files, a merge is one string
+        tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        for merge in raw["model"]["merges"]
+    ]
+    merged = ["".join(pair) for pair in merges]
+    scores: dict[str, float] = {}
+    for i, token in enumerate(merged):
+        if token not in scores:
+            scores[token] = -float(len(scores))
+        elif merged[i - 1] != token:
+            raise ValueError(f"the merges that make {token!r} must be consecutive.")
+    # llama.cpp merges any two tokens that concatenate to a token, with or without a
+    # merge that lists them.
+    added = {t["content"] for t in raw.get("added_tokens") or []}
+    pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
+    if missing := sorted(pairs - set(merges)):
+        raise ValueError(f"the merges must contain {missing[:3]}.")
+    # If a byte has no token, llama.cpp uses the character itself, as for Gemma's tab.
+    missing = [
+        token
+        for token, byte in BYTE_TOKENS.items()
+        if token not in vocab and (byte >= 128 or chr(byte) not in vocab)
+    ]
+    if missing:
+        raise ValueError(f"the tokenizer must have {missing[:3]}.")
+    return scores
+
+
+def _find_pre_tokenizer(raw: Mapping[str, Any]) -> str:
+    """Returns llama.cpp's name of the pre-tokenizer of a `tokenizer.json`."""
+    model = raw.get("model") or {}
+    settings = (
+        _drop_offsets(raw.get("pre_tokenizer")),
+        (raw.get("normalizer") or {}).get("type"),
+        bool(model.get("ignore_merges")),
+    )
+    for name, (_, normalizer, ignores_merges) in PRE_TOKENIZERS.items():
+        split = _drop_offsets(json.loads(make_pre_tokenizer(name).__getstate__()))
+        is_same = settings == (split, normalizer, ignores_merges)
+        if model.get("type") == "BPE" and is_same:
+            return name
+    raise ValueError(
+        "a tokenizer in GGUF must be SentencePiece's BPE, like Gemma's, or a "
+        f"byte-level BPE that splits text like one of {tuple(PRE_TOKENIZERS)}. Got "
+        f"{model.get('type')!r} with {settings}. Use tokenizer=False to write the "
+        "model alone."
+    )
+
+
+def _drop_offsets(split: Any) -> Any:
+    """Drops the settings of a pre-tokenizer's JSON that do not change ids."""
+    if isinstance(split, dict):
+        return {k: _drop_offsets(v) for k, v in split.items() if k != "trim_offsets"}
+    if isinstance(split, list):
+        return [_drop_offsets(v) for v in split]
+    return split

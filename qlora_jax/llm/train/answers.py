@@ -1,0 +1,122 @@
+"""Generates answers to examples, and scores them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, Int
+from tqdm import tqdm
+
+from ..models.decoder import init_cache
+from ..models.generation import generate, padded_length
+from ..models.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from ..data.chat_tokenizer import Tokenizer
+    from ..data.encode import Example
+
+
+class Answered(NamedTuple):
+    """A generated answer, without special tokens."""
+
+    text: str
+    new_tokens: int  # including the token that ended the answer
+    finished: bool  # whether a token ended the answer
+
+
+def answers(
+    model: Any,
+    variables: Mapping[str, Any],
+    tokenizer: "Tokenizer",
+    examples: Sequence["Example"],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    key: Array | None = None,
+    progress: bool = True,
+) -> list[Answered]:
+    """Returns the answer to each example."""
+    answered: dict[int, Answered] = {}
+    # None hides the bar unless stderr is a terminal.
+    disable, total = None if progress else True, len(examples)
+    with tqdm(desc="answering", unit=" prompts", disable=disable, total=total) as bar:
+        for end_ids, indices, num_rows in _group(examples, batch_size):
+            prompts = [examples[index].prompt for index in indices]
+            new_tokens = _generate(
+                variables,
+                # The last batch of a group repeats a prompt until it has the size of
+                # the others, which saves compiling another program.
+                *_pad(prompts + prompts[-1:] * (num_rows - len(indices))),
+                key if key is None else jax.random.fold_in(key, indices[0]),
+                model=model,
+                max_new_tokens=max_new_tokens,
+                end_ids=end_ids,
+                sampling=sampling,
+            )
+            rows = np.asarray(new_tokens).tolist()
+            for index, ids in zip(indices, rows, strict=False):
+                end = next((i for i, x in enumerate(ids) if x in end_ids), None)
+                size = len(ids) if end is None else end + 1
+                text = tokenizer.decode(ids[:end])
+                answered[index] = Answered(text, size, end is not None)
+            bar.update(len(indices))
+    return [answered[index] for index in range(total)]
+
+
+def _group(
+    examples: Sequence["Example"], batch_size: int
+) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
+    # Yields the end tokens, the example indices and the number of rows of each batch.
+    # The examples of a batch have the same end tokens and prompts of similar length.
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
+        groups.setdefault(tuple(examples[index].end_ids), []).append(index)
+    for end_ids, group in groups.items():
+        size = min(batch_size, len(group))
+        for start in range(0, len(group), size):
+            yield end_ids, group[start : start + size], size
+
+
+def exact_match(texts: Sequence[str], examples: Sequence["Example"]) -> float:
+    """Returns the share of texts that equal the answer, ignoring outer white space."""
+    pairs = zip(texts, examples, strict=True)
+    matches = [text.strip() == example.answer.strip() for text, example in pairs]
+    return sum(matches) / len(matches)
+
+
+def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    # `padded_length` returns few different lengths, since each compiles a program.
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), padded_length(int(lengths.max()))), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "sampling")
+)
+def _generate(
+    variables, tokens, lengths, key, *, model, max_new_tokens, end_ids, sampling
+) -> Int[Array, "B N"]:
+    batch_size, width = tokens.shape  # padded prompts
+    new_tokens = generate(
+        functools.partial(model.apply, variables),
+        tokens,
+        lengths,
+        init_cache(model.config, batch_size, width + max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        eos_ids=end_ids,
+        key=key,
+        **dataclasses.asdict(sampling),
+    )
+    if get_abstract_mesh().empty:
+        return new_tokens
+    # On a mesh, each process needs the answers of all rows.
+    return lax.with_sharding_constraint(new_tokens, PartitionSpec())

@@ -1,0 +1,329 @@
+"""Writes the outputs of a run: metrics, loss plots, an adapter and its model card."""
+
+import contextlib
+import itertools
+import json
+import pathlib
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+import qlora_jax as ql
+
+
+class Metrics:
+    """Writes `metrics.jsonl`, one line per step. Lines are never written in part.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> with train.Metrics(path) as metrics:
+        ...     metrics.write(step=1, loss=2.5)
+        >>> train.read_metrics(path)
+        [{'step': 1, 'loss': 2.5}]
+    """
+
+    def __init__(self, path: str | pathlib.Path, *, after: int | None = None):
+        """Opens the file.
+
+        Args:
+            path: The file. Only its lines up to step `after` are kept.
+            after: The step from which a run resumes, or None for a new run.
+        """
+        self.path = pathlib.Path(path)
+        rows = []
+        if after is not None and self.path.is_file():
+            rows = [row for row in read_metrics(self.path) if row["step"] <= after]
+        with ql.io.new_path(self.path) as new_file:
+            new_file.write_text("".join(map(_to_line, rows)), "utf-8")
+        # Unbuffered, so that a killed run loses no line and `write` sees all errors.
+        self._file = self.path.open("ab", buffering=0)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, **row: Any) -> None:
+        """Writes a line.
+
+        Args:
+            **row: The metrics, including `step`.
+
+        Raises:
+            OSError: If the line cannot be written. Earlier lines are kept.
+        """
+        data, old_size = _to_line(row).encode(), self._file.tell()
+        try:
+            num_bytes = self._file.write(data)
+            if num_bytes != len(data):
+                raise OSError(f"only {num_bytes} of {len(data)} bytes were written")
+        except OSError as error:
+            self._file.truncate(old_size)
+            raise OSError(f"{self.path} cannot be written: {error}.") from error
+
+
+def _to_line(row: dict[str, Any]) -> str:
+    # JSON has no NaN or infinity, so these become null.
+    row = {
+        key: None if isinstance(x, float) and not np.isfinite(x) else x
+        for key, x in row.items()
+    }
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    r"""Returns the rows of a `metrics.jsonl`, a dict for each step.
+
+    Args:
+        path: The file. An incomplete last line is ignored.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> _ = path.write_text('{"step": 1, "loss": 2.5}\n{"ste')
+        >>> train.read_metrics(path)
+        [{'step': 1, 'loss': 2.5}]
+    """
+    # The text after the last line break is empty, or an incomplete line.
+    lines = pathlib.Path(path).read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def plot_loss(
+    rows: list[dict[str, Any]], path: str | pathlib.Path, title: str = ""
+) -> None:
+    """Plots the loss of each step, its running mean, and the validation losses.
+
+    Args:
+        rows: The metrics, from `read_metrics`.
+        path: The PNG file to write.
+        title: The title.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
+        >>> train.plot_loss([{"step": 1, "loss": 2.5, "valid_loss": 2.0}], path)
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    with _loss_axes(path, title, rows) as axes:
+        losses, valid, sampled = (
+            _points(rows, key) for key in ("loss", "valid_loss", "valid_sample_loss")
+        )
+        if losses[0]:
+            axes.plot(*losses, color="#9db7d5", linewidth=1, label="each step")
+        means, window = _running_mean(rows)
+        if window > 1:
+            label = f"mean of {window} steps"
+            axes.plot(*means, color="#1f4e8c", linewidth=2, label=label)
+        if valid[0]:
+            # If samples are evaluated in between, all rows are evaluated only at the
+            # start and at the end. A line between these two points would mislead.
+            marker, scope = ("D", ", all rows") if sampled[0] else ("o-", "")
+            label = f"validation{scope}"
+            axes.plot(*valid, marker, color="#c8553d", markersize=5, label=label)
+        if sampled[0]:
+            label = "validation, some rows"
+            axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
+
+
+def plot_losses(
+    rows: Mapping[str, list[dict[str, Any]]], path: str | pathlib.Path, title: str = ""
+) -> None:
+    """Plots the losses of several runs: running means, and validation losses as points.
+
+    Args:
+        rows: The metrics of each run, from `read_metrics`, by name.
+        path: The PNG file to write.
+        title: The title.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
+        >>> rows = {"seed=0": [{"step": 1, "loss": 2.5}], "seed=1": []}
+        >>> train.plot_losses(rows, path)
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    with _loss_axes(path, title, itertools.chain(*rows.values())) as axes:
+        for index, (name, run_rows) in enumerate(rows.items()):
+            (means, _), color = _running_mean(run_rows), f"C{index}"
+            axes.plot(*means, color=color, label=name)
+            axes.plot(*_points(run_rows, "valid_loss"), "D", color=color, markersize=5)
+            sampled = _points(run_rows, "valid_sample_loss")
+            axes.plot(*sampled, "o", color=color, markersize=3)
+
+
+@contextlib.contextmanager
+def _loss_axes(
+    path: str | pathlib.Path, title: str, rows: Iterable[Mapping[str, Any]]
+) -> Iterator[Any]:
+    # Importing matplotlib takes long, and only plots need it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # `matplotlib.pyplot` would keep global state and may want a display.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    yield axes
+    # The losses of preferences are not in nats per token.
+    unit = "" if any("rewards/margins" in row for row in rows) else ", nats per token"
+    axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    # If losses differ by more than about a factor of 20, minor labels would overlap.
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
+    axes.grid(True, which="both", alpha=0.25)
+    if axes.lines:
+        axes.legend(frameon=False)
+    with ql.io.new_path(path) as new_file:
+        canvas.print_figure(new_file, dpi=120, format="png")
+
+
+def _running_mean(rows: list[dict[str, Any]]) -> tuple[tuple[Any, Any], int]:
+    steps, losses = _points(rows, "loss")
+    window = max(1, len(steps) // 20)  # in steps
+    means = np.convolve(losses, np.ones(window) / window, "valid") if steps else []
+    return (steps[window - 1 :], means), window
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    rows = [row for row in rows if row.get(key) is not None]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def memory_of(base: PyTree, lora: PyTree, opt_state: PyTree) -> dict[str, int]:
+    """Returns the bytes of each tree, and the peak memory of the device or process.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+        opt_state: The state of the optimizer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qlora_jax import train
+        >>> train.memory_of({}, {"w": jnp.ones(4)}, {})["adapter"]
+        16
+    """
+    trees = {"base": base, "adapter": lora, "optimizer": opt_state}
+    sizes = {
+        name: sum(int(x.nbytes) for x in jax.tree.leaves(tree))
+        for name, tree in trees.items()
+    }
+    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
+    if "peak_bytes_in_use" in stats:
+        return sizes | {"device peak": int(stats["peak_bytes_in_use"])}
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else kilobytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return sizes | {"process peak": peak}
+
+
+def save_adapter(
+    folder: str | pathlib.Path,
+    base: PyTree,
+    lora: PyTree,
+    names: ql.io.Names,
+    *,
+    base_model: str,
+    revision: str | None = None,
+    card: str,
+) -> None:
+    """Writes a PEFT adapter with its model card, and replaces an older one.
+
+    Args:
+        folder: The folder to write.
+        base: The base tree.
+        lora: The lora tree.
+        names: The Hugging Face names of the leaves of `base`.
+        base_model: The hub id or the path of the base model.
+        revision: The commit of the base model on the hub, if it was read from there.
+        card: The text of the card, from `model_card`.
+
+    Raises:
+        ValueError: As `qlora_jax.io.save_peft`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, pathlib, qlora_jax as ql, tempfile
+        >>> from qlora_jax import train
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> folder = pathlib.Path(tempfile.mkdtemp()) / "adapter"
+        >>> train.save_adapter(folder, base, lora, names, base_model="org/m", card="#")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+    """
+    settings = ql.io.peft_config(
+        base, lora, names, base_model=base_model, revision=revision
+    )
+    # The folder appears with all of its files, or not at all.
+    with ql.io.new_path(folder) as new_folder:
+        ql.io.save_peft(new_folder, base, lora, names, settings)
+        (new_folder / "README.md").write_text(card, "utf-8")
+
+
+def model_card(
+    base_model: str,
+    *,
+    title: str,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    results: Mapping[str, Any],
+) -> str:
+    """Returns the README.md of an adapter, with the header that the hub reads.
+
+    Args:
+        base_model: The hub id or the path of the base model.
+        title: The title.
+        settings: The settings of the run.
+        data: Facts about the data.
+        results: Losses and other results.
+
+    Example:
+        >>> from qlora_jax import train
+        >>> card = train.model_card(
+        ...     "org/m", title="m", settings={"lora_r": 16}, data={}, results={})
+        >>> card.splitlines()[:3]
+        ['---', 'base_model: "org/m"', 'library_name: peft']
+    """
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base_model)}",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags: [lora, qlora, qlora-jax]",
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"A LoRA adapter of `{base_model}`, trained with qlora_jax {ql.__version__}.",
+        "It loads with PEFT: `PeftModel.from_pretrained(model, folder)`.",
+    ]
+    for heading, rows in (("Results", results), ("Data", data), ("Settings", settings)):
+        lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
+        for key, value in rows.items():
+            if value is not None:
+                cell = f"{value:.6g}" if isinstance(value, float) else str(value)
+                cell = cell.replace("|", "\\|").replace("\n", " ")
+                lines.append(f"| {key} | {cell} |")
+    return "\n".join(lines) + "\n"
+
+
+def plural(number: int, noun: str, nouns: str | None = None) -> str:
+    """Returns a number and its noun, such as "1 step" and "1,200 steps"."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

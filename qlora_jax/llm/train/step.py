@@ -1,0 +1,370 @@
+"""One training step: gradients, and an update unless it is skipped."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ... import optim
+from .arrays import mesh_of, put_on_mesh, with_shardings
+
+# A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
+# of the losses of all targets, the number of targets, and optionally metrics.
+Loss = Callable[..., tuple]
+# The jitted functions of a step. The first adds the gradient of a batch. The second
+# adds the gradient of the last batch, and updates.
+Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
+
+
+class State(NamedTuple):
+    """The training state.
+
+    Attributes:
+        step: The number of steps so far.
+        skipped: The number of steps whose update was skipped.
+        lora: The lora tree.
+        opt_state: The state of the optimizer.
+        key: The PRNG key of the run. Each step folds its number into it.
+
+    Example:
+        >>> import jax, optax
+        >>> from qlora_jax import train
+        >>> lora = {"w": jax.numpy.ones(3)}
+        >>> state = train.State.create(lora, optax.adam(0.1), seed=0)
+        >>> int(state.step)
+        0
+        >>> train.State.shapes(lora, optax.adam(0.1)).opt_state[0].mu["w"].shape
+        (3,)
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    lora: PyTree
+    opt_state: PyTree
+    key: Array
+
+    @classmethod
+    def create(
+        cls, lora: PyTree, optimizer: optax.GradientTransformation, seed: int
+    ) -> "State":
+        """Returns the state before the first step.
+
+        On a mesh, the state of the optimizer has the sharding of the adapters.
+
+        Args:
+            lora: The lora tree.
+            optimizer: The optimizer.
+            seed: The seed of the dropout.
+        """
+        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        state = cls(step, skipped, lora, optimizer.init(lora), jax.random.key(seed))
+        mesh = mesh_of(lora)
+        return state if mesh is None else put_on_mesh(state, mesh)
+
+    @classmethod
+    def shapes(cls, lora: PyTree, optimizer: optax.GradientTransformation) -> "State":
+        """Returns the shapes and shardings of the state that `create` returns.
+
+        Args:
+            lora: The lora tree, of `jax.ShapeDtypeStruct` with shardings.
+            optimizer: The optimizer.
+        """
+
+        def create(lora):
+            return cls.create(lora, optimizer, 0)
+
+        # With shardings, `create` would call `device_put` during tracing, so drop them.
+        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
+        # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
+        avals = jax.make_jaxpr(create)(bare).out_avals
+        structure = jax.tree.structure(jax.eval_shape(create, bare))
+        state: State = jax.tree.unflatten(structure, avals)
+        # The moments of the optimizer have the shardings of their adapters.
+        sharded_opt_state = optax.tree_utils.tree_map_params(
+            optimizer,
+            lambda x, adapter: adapter if x.shape == adapter.shape else None,
+            state.opt_state,
+            lora,
+            transform_non_params=lambda x: None,
+        )
+        sharded: Any = cls(None, None, lora, sharded_opt_state, None)  # type: ignore
+        return with_shardings(state, sharded, jax.tree.leaves(lora)[0])
+
+
+class Report(NamedTuple):
+    """The results of a step.
+
+    Attributes:
+        loss: The mean loss over the target tokens, in nats per token.
+        grad_norm: The global norm of the gradient, before clipping.
+        tokens: The number of target tokens, or of other items that the loss sums.
+        is_finite: Whether the loss, the gradient and the new adapter are finite.
+        metrics: The means of the other metrics of the loss, by name.
+
+    Example:
+        >>> from qlora_jax import train
+        >>> train.Report(2.5, 0.1, 30, True).loss
+        2.5
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    tokens: Float[Array, ""]
+    is_finite: Bool[Array, ""]
+    metrics: Mapping[str, Float[Array, ""]] = {}
+
+
+class _Sums(NamedTuple):
+    """Sums over the batches of a step."""
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]  # the number of target tokens
+    grads: PyTree  # of the summed loss
+    metrics: list[dict[str, tuple[Array, Array]]]  # empty if the loss returns none
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
+    """Returns the function that performs one training step.
+
+    A step may have several batches. Its gradient is that of the mean over all their
+    target tokens, as if they were one large batch.
+
+    If the loss or the norm of the gradient is not finite, the adapter and the optimizer
+    stay unchanged (`ql.optim.skippable`), and only the step counters advance. If only
+    the new adapter is not finite, the old adapter is kept, but not the old state of the
+    optimizer: it may be in host memory, where it is updated in place. `fit` then stops.
+    Resume from an earlier state, with a smaller learning rate.
+
+    Args:
+        loss: A function of the lora tree, the base tree, a batch and a PRNG key. It
+            returns the sum of the losses of the target tokens, the number of target
+            tokens, and optionally a dict of metrics, each a sum and its count.
+        optimizer: The optimizer. Its state may be in host memory (`ql.optim.offload`).
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> def loss(lora, base, batch, key):
+        ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+        >>> step = train.make_step(loss, optax.sgd(0.5))
+        >>> state, report = step(state, {}, [jnp.ones(3), 5 * jnp.ones(1)])
+        >>> float(state.lora["w"]), float(report.loss)
+        (2.0, 7.0)
+    """
+    return Step(_Compiler(loss, [optimizer]))
+
+
+def make_joint_step(
+    loss: Loss, optimizers: Sequence[optax.GradientTransformation]
+) -> "JointStep":
+    """Returns the function that performs one step of several adapters over one base.
+
+    Each adapter is updated as by `make_step`, on the same batches. `jax.vmap` over the
+    adapters computes all losses together, so that the base is decoded only once.
+
+    Args:
+        loss: As in `make_step`.
+        optimizers: The optimizer of each adapter.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> def loss(lora, base, batch, key):
+        ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+        >>> optimizers = optax.sgd(0.5), optax.sgd(0.25)
+        >>> states = [
+        ...     train.State.create({"w": jnp.zeros(())}, x, seed=0) for x in optimizers]
+        >>> step = train.make_joint_step(loss, optimizers)
+        >>> [float(x.lora["w"]) for x, _ in step(states, {}, [jnp.ones(3)])]
+        [1.0, 0.5]
+    """
+    return JointStep(_Compiler(loss, optimizers))
+
+
+class _Compiler:
+    """Compiles the steps of states that are trained together."""
+
+    def __init__(self, loss: Loss, optimizers: Sequence[optax.GradientTransformation]):
+        self._loss, self._optimizers = loss, [*map(optim.skippable, optimizers)]
+        self._compiled = functools.cache(self._compile)
+
+    def __call__(self, states: tuple[State, ...]) -> Programs:
+        # States of the same shardings and structure share compiled programs.
+        leaves, structure = jax.tree.flatten(states)
+        is_sharded = mesh_of(states) is not None
+        shardings = tuple(x.sharding for x in leaves) if is_sharded else None
+        return self._compiled(shardings, structure)
+
+    def _compile(self, shardings: tuple | None, structure: Any) -> Programs:
+        sum_shardings = result_shardings = None
+        # On a mesh, results get the shardings of the arguments. Otherwise the
+        # partitioner may choose other ones, and the next step would be compiled again.
+        if shardings is not None:
+            # The partitioner chooses the shardings that are None.
+            states = jax.tree.unflatten(structure, shardings)
+            sum_shardings = [_Sums(None, None, x.lora, None) for x in states]  # type: ignore
+            result_shardings = [(state, None) for state in states]
+        add = jax.jit(self._add_batch, donate_argnums=0, out_shardings=sum_shardings)
+        finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
+        return add, finish
+
+    def _add_batch(self, sums, states, base, batch, index) -> list[_Sums]:
+        """Adds the losses and gradients of batch number `index` of a step."""
+
+        def sum_losses(lora, key, step):
+            # A resumed run derives the same dropout key for each batch of each step.
+            dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+
+            def loss_and_counts(lora):
+                total, *counts = self._loss(lora, base, batch, dropout_key)
+                return total, counts
+
+            gradient = jax.value_and_grad(loss_and_counts, has_aux=True)
+            (total, (weight, *metrics)), grads = gradient(lora)
+            return _Sums(total, jnp.asarray(weight, jnp.float32), grads, metrics)
+
+        adapters = [(state.lora, state.key, state.step) for state in states]
+        if len(adapters) == 1:
+            batch_sums = [sum_losses(*adapters[0])]
+        else:  # `vmap` over the adapters, which are stacked along a new leading axis
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
+            stacked_sums, batch_sums = jax.vmap(sum_losses)(*stacked), []
+            for i in range(len(adapters)):
+                batch_sums.append(jax.tree.map(lambda x, i=i: x[i], stacked_sums))
+        return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
+
+    def _finish(self, sums, states, *batch) -> list[tuple[State, Report]]:
+        sums = self._add_batch(sums, states, *batch)
+        runs = zip(sums, states, self._optimizers, strict=True)
+        return [_update(*run) for run in runs]
+
+
+def _update(
+    sums: _Sums, state: State, optimizer: optax.GradientTransformationExtraArgs
+) -> tuple[State, Report]:
+    # Divide once, at the end: in a mean of batch means, the weight of a token would
+    # depend on the size of its batch.
+    total, weight, grads, metrics = sums
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    mean, norm = total / weight, optax.tree.norm(grads)
+    # The old state is donated, so an update must be skipped inside this program.
+    skip = ~_all_finite([mean, norm])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, skip=skip)
+    lora = optax.apply_updates(state.lora, updates)
+    # Finite gradients can still overflow the new adapter.
+    is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
+    lora = jax.tree.map(functools.partial(jnp.where, is_finite), lora, state.lora)
+    skipped = state.skipped + skip.astype(jnp.int32)
+    new_state = State(state.step + 1, skipped, lora, opt_state, state.key)
+    means = {name: x / n for group in metrics for name, (x, n) in group.items()}
+    return new_state, Report(mean, norm, weight, is_finite, means)
+
+
+def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
+
+
+@dataclass(frozen=True)
+class JointStep:
+    """One step of several adapters, from `make_joint_step`.
+
+    Attributes:
+        programs: Maps a tuple of states to two jitted functions: one adds the gradient
+            of a batch; the other adds the last gradient and updates the adapters.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
+        >>> step = train.make_joint_step(loss, [optax.sgd(0.5)] * 2)
+        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+        >>> len(step.lower([state, state], {}, jnp.ones(3)).out_info)
+        2
+    """
+
+    programs: Callable[[tuple[State, ...]], Programs]
+
+    def __call__(
+        self, states: Sequence[State], base: PyTree, batches: Sequence[PyTree]
+    ) -> list[tuple[State, Report]]:
+        """Returns the new state and a `Report` for each adapter.
+
+        Args:
+            states: The states, which are donated.
+            base: The base tree.
+            batches: The batches.
+        """
+        states = tuple(states)
+        add_batch, finish = self.programs(states)
+        sums = None
+        for index, batch in enumerate(batches[:-1]):
+            sums = add_batch(sums, states, base, batch, np.int32(index))
+        return finish(sums, states, base, batches[-1], np.int32(len(batches) - 1))
+
+    def lower(
+        self, states: Sequence[State], base: PyTree, batch: PyTree
+    ) -> jax.stages.Lowered:
+        """Returns the lowered program of a step of one batch, as `Step.lower` does.
+
+        Args:
+            states: The states, or their shapes.
+            base: The base tree, or its shapes with shardings.
+            batch: The batch, or its shapes with shardings.
+        """
+        states = tuple(states)
+        _, finish = self.programs(states)
+        return finish.lower(None, states, base, batch, np.int32(0))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, from `make_step`.
+
+    Attributes:
+        programs: As in `JointStep`, for a tuple of one state.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
+        >>> step = train.make_step(loss, optax.sgd(0.5))
+        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+        >>> program = step.lower(state, {}, jnp.ones(3)).compile()
+        >>> program.memory_analysis().host_temp_size_in_bytes
+        0
+    """
+
+    programs: Callable[[tuple[State, ...]], Programs]
+
+    def __call__(
+        self, state: State, base: PyTree, batches: Sequence[PyTree]
+    ) -> tuple[State, Report]:
+        """Returns the state after a step, and a `Report`.
+
+        Args:
+            state: The state, which is donated.
+            base: The base tree.
+            batches: The batches.
+        """
+        [result] = JointStep(self.programs)([state], base, batches)
+        return result
+
+    def lower(self, state: State, base: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """Lowers the program of a step of one batch, as `jax.jit(...).lower` does.
+
+        Args:
+            state: The state, or its shapes (`State.shapes`).
+            base: The base tree, or its shapes with shardings.
+            batch: The batch, or its shapes with shardings.
+
+        Returns:
+            The lowered program. It may be for devices that this machine does not have.
+        """
+        return JointStep(self.programs).lower([state], base, batch)

@@ -1,0 +1,109 @@
+"""Finds the kernels that PEFT's `target_modules` selects."""
+
+import re
+from collections.abc import Sequence
+
+from jaxtyping import PyTree
+
+import qlora_jax as ql
+
+ALL_LINEAR = "all-linear"
+HEAD = "lm_head"
+# Modules that "all-linear" leaves out: the head, experts and their routers.
+_EXCLUDED = re.compile(r"lm_head|.*\.(experts\..*|router|(mlp|block_sparse_moe)\.gate)")
+# Module names separated by commas. Other text is a regular expression.
+_NAME_LIST = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
+
+
+def find_target_paths(
+    target_modules: str | Sequence[str], params: PyTree, names: ql.io.Names
+) -> tuple[str, ...]:
+    """Returns the paths of the kernels that `target_modules` selects, in tree order.
+
+    Args:
+        target_modules: One of the following. "all-linear": all linear layers except the
+            head (as in PEFT), experts and their routers. A sequence of names, or names
+            separated by commas: each is the full name of a module, or of a parameter
+            that contains experts, or the part of such a name after one of its dots,
+            such as "q_proj". Any other text: a regular expression that matches full
+            names.
+        params: The parameters, or their shapes.
+        names: The Hugging Face names of the parameters.
+
+    Raises:
+        ValueError: If a name or the expression selects nothing, the head, or only some
+            layers of a stack. The message lists all problems.
+
+    Example:
+        >>> import jax, qlora_jax as ql
+        >>> from qlora_jax import train
+        >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((2, 8, 8), "float32")}}
+        >>> names = ql.io.Names({"up/kernel": "layers.{layer}.up.weight"})
+        >>> train.find_target_paths(["up"], params, names)
+        ('up/kernel',)
+    """
+    modules = _modules_by_path(params, names)
+    if target_modules == ALL_LINEAR:
+        return tuple(
+            path
+            for path, layer_names in modules.items()
+            if not any(map(_EXCLUDED.fullmatch, layer_names))
+        )
+    # All problems are collected, so that one message lists them.
+    targets, problems = set(), []
+    for name, pattern in _compile_patterns(target_modules).items():
+        is_used = False
+        for path, layer_names in modules.items():
+            matches = [*filter(pattern.fullmatch, layer_names)]
+            if matches and len(matches) == len(layer_names):
+                targets.add(path)
+            elif matches:
+                problems.append(
+                    f"{name!r} selects {len(matches)} of the {len(layer_names)} layers "
+                    f"of {path}, which are one stack: select all or none"
+                )
+            if matches and HEAD in layer_names:
+                problems.append(f"{name!r} selects {HEAD}, which must stay frozen")
+            is_used |= bool(matches)
+        if not is_used:
+            problems.append(f"{name!r} selects no module")
+    if problems or not targets:
+        short_names = sorted({x[0].rpartition(".")[2] for x in modules.values()})
+        raise ValueError(
+            f"`target_modules` must select linear layers: {ALL_LINEAR!r}, or some of "
+            f"{short_names}. Got: {'; '.join(problems) or 'none'}."
+        )
+    return tuple(path for path in modules if path in targets)
+
+
+def _compile_patterns(target_modules: str | Sequence[str]) -> dict[str, re.Pattern]:
+    if isinstance(target_modules, str) and _NAME_LIST.fullmatch(target_modules):
+        target_modules = re.split(r"\s*,\s*", target_modules)
+    if not isinstance(target_modules, str):
+        suffixes = {name: rf"(.*\.)?{re.escape(name)}" for name in target_modules}
+        return {name: re.compile(suffix) for name, suffix in suffixes.items()}
+    try:
+        return {target_modules: re.compile(target_modules)}
+    except re.error as error:
+        raise ValueError(
+            f"`target_modules` must be {ALL_LINEAR!r}, names of modules or a regular "
+            f"expression. Got {target_modules!r}: {error}."
+        ) from error
+
+
+def _modules_by_path(params: PyTree, names: ql.io.Names) -> dict[str, list[str]]:
+    """Returns, by path, the module names of each linear kernel, one for each layer."""
+
+    def module_of(name: str) -> str:
+        # The experts in one parameter are selected by its name: they have no modules.
+        stem = name.rpartition(".")[0]
+        return stem if names.is_stack(stem) else name.removesuffix(".weight")
+
+    modules = {}
+    for path, leaf in ql.leaves_by_path(params).items():
+        # Keep only matrices, which have an input axis k and an output axis n, besides
+        # any batch axes.
+        if names.roles(path) == "kn":
+            batch_shape = leaf.shape[: names.num_batch_axes(path)]
+            modules[path] = [*map(module_of, names.of(path, batch_shape).flat)]
+    return modules

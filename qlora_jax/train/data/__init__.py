@@ -1,1 +1,0 @@
-"""Training data: rows, chat templates, tokens, batches."""
