@@ -2,7 +2,7 @@
 
 It is killed, sent SIGTERM, stopped by a NaN, and finds its disk full. Its optimizer
 state is in 8 bits and in host memory. The long form of the test:
-QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/cli/test_train_faults.py -s
+QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/llm/cli/test_train_faults.py -s
 """
 
 import contextlib

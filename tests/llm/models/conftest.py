@@ -9,7 +9,7 @@ import pytest
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
 
-FOLDER = pathlib.Path(__file__).parents[1] / "data" / "models" / "llama_tied"
+FOLDER = pathlib.Path(__file__).parents[2] / "data" / "models" / "llama_tied"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from qlora_jax.llm.models.generation import generate
 from qlora_jax.llm.models.products import einsum_f32
 from qlora_jax.llm.models.tokenizer import load_tokenizer
 
-DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
+DATA = pathlib.Path(__file__).parents[2] / "data" / "models"
 SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
