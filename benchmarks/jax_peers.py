@@ -215,13 +215,13 @@ def model_job(peer: str, case: dict) -> Job:
 
 def train_job(peer: str, case: dict) -> Job:
     """One step of `qlora-jax train` on packed rows; "dense" is plain LoRA."""
-    from qlora_jax.llm import train
+    from qlora_jax.llm import data, train
     from qlora_jax.llm.data.batching import collate
 
     model, base, lora, bits = language_model(peer, case)
     groups = [
         [
-            train.Row(ids, np.where(np.arange(len(ids)) < prompt, -100, ids), "")
+            data.Row(ids, np.where(np.arange(len(ids)) < prompt, -100, ids), "")
             for ids, prompt in row
         ]
         for row in sequences(case)

@@ -26,7 +26,7 @@ from jax_peers import language_model
 from timing import interleave, make_parser, print_table
 from tqdm import tqdm
 
-from qlora_jax.llm import train
+from qlora_jax.llm import data, train
 from qlora_jax.llm.data.batching import Batch, collate
 from qlora_jax.llm.data.encode import Row
 from qlora_jax.llm.data.ordering import round_up
@@ -61,8 +61,8 @@ def make_ways(rows: list[Row], longest: int) -> dict[str, list[Batch]]:
     tokens = sum(len(row.ids) for row in rows)
     size = max(1, round(ROWS * longest * len(rows) / tokens))
     settings = {"max_length": longest, "seed": 0, "num_epochs": 1}
-    packed = train.batches(rows, batch_size=ROWS, packing=True, **settings)
-    similar = train.batches(rows, batch_size=size, packing=False, **settings)
+    packed = data.batches(rows, batch_size=ROWS, packing=True, **settings)
+    similar = data.batches(rows, batch_size=size, packing=False, **settings)
     return {
         "packed": list(packed),
         "padded, of similar lengths": list(similar),

@@ -20,7 +20,7 @@ from cases import RATE, SMOLLM2_135M, TINY_LLAMA, tokens
 from jax_peers import language_model
 from timing import interleave, make_parser, print_table
 
-from qlora_jax.llm import train
+from qlora_jax.llm import data, train
 
 ROUNDS = 7
 HEADER = ["adapters", "step / steps alone", "s", "one alone s", "temporaries MB"]
@@ -33,7 +33,7 @@ def measure(case: dict, count: int, rounds: int) -> list:
     ids = tokens(case).astype(np.int32)
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     weights = np.ones(ids.shape, np.float32)
-    batch = train.Batch(
+    batch = data.Batch(
         ids, ids * 0 + 1, positions, positions, np.roll(ids, -1, 1), weights
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))

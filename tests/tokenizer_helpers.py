@@ -12,8 +12,8 @@ from tokenizers import (
     trainers,
 )
 
+from qlora_jax.llm.data import read_dataset
 from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
-from qlora_jax.llm.train import read_dataset
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 TEXTS = ["the assistant answers the user and the system", "what is one and one? two"]

@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
-from qlora_jax.llm.train import open_tokenizer, read_dataset
+from qlora_jax.llm.data import open_tokenizer, read_dataset
 
 # Templates like those of Llama 3, Mistral and Qwen.
 DATA = pathlib.Path(__file__).parent.parent / "data" / "templates"

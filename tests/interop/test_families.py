@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from tolerances import assert_close, relative_error
 
 import qlora_jax as ql
-from qlora_jax.llm import train
+from qlora_jax.llm import data, train
 from qlora_jax.llm.gguf.decoder_out import save_gguf
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder, init_cache
@@ -136,8 +136,8 @@ def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, kind):
     labels = torch.where(mask == 1, ids, -100)
     expected = model(ids, attention_mask=mask, labels=labels)
     rows = [ids[0].numpy(), ids[1, :7].numpy()]
-    rows = [train.Row(x.astype(np.int32), x, "") for x in rows]
-    [batch] = train.eval_batches(rows, batch_size=2, max_length=12)
+    rows = [data.Row(x.astype(np.int32), x, "") for x in rows]
+    [batch] = data.eval_batches(rows, batch_size=2, max_length=12)
     loss = train.decoder_loss(ql.linen.wrap(Decoder(config)), config.experts.balance)
     total, count = jax.jit(loss)({}, params, batch, None)
     assert_close(total / count, expected.loss.item())

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 from tokenizer_helpers import save_tokenizer, write_rows
 
-from qlora_jax.llm.train import open_tokenizer, read_dataset
+from qlora_jax.llm.data import open_tokenizer, read_dataset
 
 ASK = {"role": "user", "content": "one?"}
 # Arrow gives each message the keys of all messages.

@@ -15,6 +15,7 @@ from tokenizer_helpers import read, write_rows
 from tolerances import assert_close
 
 import qlora_jax as ql
+from qlora_jax.llm import data as llm_data
 from qlora_jax.llm import train
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
@@ -87,10 +88,12 @@ def train_there(folder, out, trainer, config, settings, rows):
 def train_here(folder, out, rows, objective, gamma=0.5, train_on="completions"):
     """Returns the same from qlora_jax, with the saved adapter."""
     config, base = load(folder, progress=False)
-    path, tokenizer = write_rows(out / "d.jsonl", rows), train.open_tokenizer(folder)
+    path, tokenizer = write_rows(out / "d.jsonl", rows), llm_data.open_tokenizer(folder)
     settings = dict(chat=False, objective=objective, train_on=train_on)
     data = read(tokenizer, path, vocab_size=config.vocab_size, **settings)
-    [batch] = train.eval_batches(data.train, batch_size=len(data.train), max_length=64)
+    [batch] = llm_data.eval_batches(
+        data.train, batch_size=len(data.train), max_length=64
+    )
     names = decoder_names(config)
     base, lora, _ = ql.io.load_peft(out / "adapter", base, names)
     model = ql.linen.wrap(Decoder(config))

@@ -22,8 +22,8 @@ from tokenizers import (
     trainers,
 )
 
+from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.data.model_files import read_model_files
-from qlora_jax.llm.train import open_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|endoftext|>", "<bos>"]
 CORPUS = ["the user and the system  answer\n\nwhat is one and one? two 12 a.b", "’é 漢"]

@@ -27,6 +27,7 @@ from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.packed.bitsandbytes import BitsAndBytesWeight
 from qlora_jax.io.packed.readers import ReblockedWeight, decoded_weight
 from qlora_jax.io.packed.weight import PackedWeight
+from qlora_jax.llm.data import Tokenizer, read_dataset
 from qlora_jax.llm.data.model_files import ModelError
 from qlora_jax.llm.gguf.decoder_in import read_gguf as load_gguf
 from qlora_jax.llm.gguf.decoder_in import read_gguf_lora
@@ -36,7 +37,6 @@ from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.train import Tokenizer, read_dataset
 
 SIZES = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,

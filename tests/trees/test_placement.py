@@ -184,7 +184,7 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
 
 @pytest.mark.slow
 def test_an_nnx_model(mesh):
-    """Placed by the metadata of its variables. tests/llm/models/test_mesh.py has rules."""
+    """Placed by the metadata of its variables. llm/models/test_mesh.py has rules."""
 
     class Model(nnx.Module):
         def __init__(self, rngs):

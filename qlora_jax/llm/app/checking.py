@@ -68,13 +68,13 @@ class Checked:
             peak memory and the planned memory of a training step.
 
     Example:
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> product = {"error": 0.001, "bound": 0.004, "is_right": True}
         >>> product |= {"backend": "tiled", "refused": {}}
         >>> devices = {"kind": "cpu", "platform": "cpu", "count": 1, "bytes": None}
         >>> step = {"loss": 5.0, "cpu": None, "tokens_per_s": 900.0, "is_right": True}
         >>> step |= {"planned_bytes": 2**20, "peak_bytes": None}
-        >>> print(cli.Checked({"jax": "0.10.2"}, "Linux", devices, [product], [], step))
+        >>> print(app.Checked({"jax": "0.10.2"}, "Linux", devices, [product], [], step))
         jax 0.10.2
         Linux
         1 x cpu
@@ -144,8 +144,8 @@ def check(config: CheckConfig) -> Checked:
         OSError: If the report cannot be written.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.check(cli.CheckConfig(rounds=1)).is_wrong
+        >>> from qlora_jax.llm import app
+        >>> app.check(app.CheckConfig(rounds=1)).is_wrong
         False
     """
     report = Checked(

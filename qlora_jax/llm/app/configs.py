@@ -64,8 +64,8 @@ class ScoreConfig:
             those with zero points or reordered inputs, to floats.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.ScoreConfig(model="folder", data="rows.jsonl").dtype
+        >>> from qlora_jax.llm import app
+        >>> app.ScoreConfig(model="folder", data="rows.jsonl").dtype
         'float32'
     """
 
@@ -129,8 +129,8 @@ class ExportConfig:
             user/name. If it does not exist, a private repository is created.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.ExportConfig(model="folder", format="merged", out="new").adapter is None
+        >>> from qlora_jax.llm import app
+        >>> app.ExportConfig(model="folder", format="merged", out="new").adapter is None
         True
     """
 
@@ -221,8 +221,8 @@ class PairsConfig:
         block_size: With `fmt`: weights per scale.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.PairsConfig(model="folder", adapter="adapter").fmt is None
+        >>> from qlora_jax.llm import app
+        >>> app.PairsConfig(model="folder", adapter="adapter").fmt is None
         True
     """
 
@@ -245,8 +245,8 @@ class InspectConfig:
         path: Folder of a model, an adapter or a run; or a .safetensors or .gguf file.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.InspectConfig("folder").path
+        >>> from qlora_jax.llm import app
+        >>> app.InspectConfig("folder").path
         'folder'
     """
 
@@ -290,8 +290,8 @@ class GenerateConfig:
             those with zero points or reordered inputs, and to pack them again in `fmt`.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.GenerateConfig(model="folder", prompt="Hello").temperature
+        >>> from qlora_jax.llm import app
+        >>> app.GenerateConfig(model="folder", prompt="Hello").temperature
         0.0
     """
 
@@ -345,8 +345,8 @@ class CheckConfig:
         rounds: Number of repetitions of each measurement; the median is reported.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.CheckConfig().rounds
+        >>> from qlora_jax.llm import app
+        >>> app.CheckConfig().rounds
         7
     """
 

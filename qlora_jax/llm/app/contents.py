@@ -30,8 +30,8 @@ class Leaf:
         rank: The rank of an adapter; None for other leaves.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.Leaf("norm.weight", (64,), "float32", 256).rank is None
+        >>> from qlora_jax.llm import app
+        >>> app.Leaf("norm.weight", (64,), "float32", 256).rank is None
         True
     """
 
@@ -54,9 +54,9 @@ class Contents:
         bytes: The size of all leaves in bytes.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> leaf = cli.Leaf("norm.weight", (64,), "float32", 256)
-        >>> cli.Contents("safetensors", {}, (leaf,)).bytes
+        >>> from qlora_jax.llm import app
+        >>> leaf = app.Leaf("norm.weight", (64,), "float32", 256)
+        >>> app.Contents("safetensors", {}, (leaf,)).bytes
         256
     """
 
@@ -99,10 +99,10 @@ def inspect(config: InspectConfig) -> Contents:
 
     Example:
         >>> import tempfile, numpy as np, qlora_jax as ql
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> path = tempfile.mkdtemp() + "/x.safetensors"
         >>> ql.io.write_safetensors(path, {"x": np.ones((2, 3), np.float32)})
-        >>> print(cli.inspect(cli.InspectConfig(path)))
+        >>> print(app.inspect(app.InspectConfig(path)))
         safetensors
         leaf  shape  format   rank  bytes
         x     [2,3]  float32           24

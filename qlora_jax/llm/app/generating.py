@@ -48,8 +48,8 @@ class Answer:
         adapter: The adapter, if there are several.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.Answer("Hello", "Hi!", 9, 3, True, 0.1).text
+        >>> from qlora_jax.llm import app
+        >>> app.Answer("Hello", "Hi!", 9, 3, True, 0.1).text
         'Hi!'
     """
 
@@ -73,8 +73,8 @@ class Generated:
         answers: The answers, one for each text.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> print(cli.Generated((cli.Answer("Hello", "Hi!", 9, 3, True, 0.1),)))
+        >>> from qlora_jax.llm import app
+        >>> print(app.Generated((app.Answer("Hello", "Hi!", 9, 3, True, 0.1),)))
         Hi!
     """
 
@@ -103,11 +103,11 @@ def generate(
 
     Example:
         >>> import tempfile
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> from qlora_jax.llm.models.tiny import save_tiny
         >>> model = save_tiny(tempfile.mkdtemp())
-        >>> config = cli.GenerateConfig(model, prompt="Hello", max_new_tokens=2)
-        >>> [answer] = cli.generate(config).answers
+        >>> config = app.GenerateConfig(model, prompt="Hello", max_new_tokens=2)
+        >>> [answer] = app.generate(config).answers
         >>> answer.new_tokens <= 2
         True
     """

@@ -28,9 +28,9 @@ class Preview:
             `pieces`: pairs of a text and whether its tokens are targets.
 
     Example:
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> row = dict(name="row 1", source="train.jsonl:17", tokens=8, targets=1)
-        >>> print(cli.Preview((row | {"pieces": (("2 + 2 = ", False), ("4", True))},)))
+        >>> print(app.Preview((row | {"pieces": (("2 + 2 = ", False), ("4", True))},)))
         row 1, train.jsonl:17: 8 tokens, 1 target
         2 + 2 = ⟦4⟧
     """

@@ -50,8 +50,8 @@ class TrainResult:
         source: Where the weights of the model were found.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> print(cli.TrainResult(
+        >>> from qlora_jax.llm import app
+        >>> print(app.TrainResult(
         ...     "run", "run/adapter", steps=200, skipped=0, loss=0.02, valid_loss=0.03,
         ...     exact_before=0.0, exact_after=0.975, step_seconds=2.5, tokens_per_s=600,
         ...     bytes={"adapter": 19500000}))
@@ -198,13 +198,13 @@ class SweepResult:
         adapter: The folder of the best run's adapter, in PEFT's format.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> result = cli.TrainResult(
+        >>> from qlora_jax.llm import app
+        >>> result = app.TrainResult(
         ...     "runs/seed=0", "runs/seed=0/adapter", steps=9, skipped=0, loss=0.02,
         ...     valid_loss=0.03, exact_before=None, exact_after=None, step_seconds=2.5,
         ...     tokens_per_s=600, bytes={})
         >>> runs = {"seed=0": result, "seed=1": None}
-        >>> print(cli.SweepResult("runs", runs, "seed=0", "runs/adapter"))
+        >>> print(app.SweepResult("runs", runs, "seed=0", "runs/adapter"))
         seed=0  loss 0.0200  validation 0.0300
         seed=1  failed
         the adapter of seed=0, of the lowest validation loss, is in runs/adapter

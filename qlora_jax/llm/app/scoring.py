@@ -32,8 +32,8 @@ class Score:
         rows: The number of rows.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> print(cli.Score(loss=0.5, tokens=1200, rows=3))
+        >>> from qlora_jax.llm import app
+        >>> print(app.Score(loss=0.5, tokens=1200, rows=3))
         loss 0.500000 nats a token (1,200 tokens in 3 rows)
     """
 
@@ -54,8 +54,8 @@ class Scores:
         scores: The score of each adapter, by its name in the config.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> print(cli.Scores({"run/adapter": cli.Score(0.5, tokens=1200, rows=3)}))
+        >>> from qlora_jax.llm import app
+        >>> print(app.Scores({"run/adapter": app.Score(0.5, tokens=1200, rows=3)}))
         run/adapter: loss 0.500000 nats a token (1,200 tokens in 3 rows)
     """
 
@@ -79,12 +79,12 @@ def score(config: ScoreConfig) -> Score | Scores:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> from qlora_jax.llm.models.tiny import save_tiny
         >>> model = save_tiny(tempfile.mkdtemp())
         >>> data = pathlib.Path(model) / "rows.jsonl"
         >>> _ = data.write_text('{"text": "five"}')
-        >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
+        >>> app.score(app.ScoreConfig(model, str(data))).tokens
         3
     """
     model, adapters, options = open_adapted(config)

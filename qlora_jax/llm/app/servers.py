@@ -134,8 +134,8 @@ class Pair:
         why: Why it is exact or not.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.Pair("mlx", "as it is", "mlx", True, "the weights are the same").exact
+        >>> from qlora_jax.llm import app
+        >>> app.Pair("mlx", "as it is", "mlx", True, "the weights are the same").exact
         True
     """
 
@@ -159,8 +159,8 @@ class Pairs:
         servers: The formats for each server.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> print(cli.Pairs("nf4 in blocks of 64", ()).packed)
+        >>> from qlora_jax.llm import app
+        >>> print(app.Pairs("nf4 in blocks of 64", ()).packed)
         nf4 in blocks of 64
     """
 
@@ -189,10 +189,10 @@ def pairs(config: PairsConfig) -> Pairs:
 
     Example:
         >>> import tempfile
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> from qlora_jax.llm.models.tiny import save_tiny
         >>> model = save_tiny(tempfile.mkdtemp())
-        >>> found = cli.pairs(cli.PairsConfig(model, fmt="int4_f16", block_size=32))
+        >>> found = app.pairs(app.PairsConfig(model, fmt="int4_f16", block_size=32))
         >>> {x.server: (x.base, x.exact) for x in found.servers}["llama.cpp"]
         ('gguf', True)
     """

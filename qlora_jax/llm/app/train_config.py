@@ -131,8 +131,8 @@ class TrainConfig:
             steps on a CPU, but more memory.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> cli.TrainConfig(model="folder", data="rows.jsonl", out="run").lora_r
+        >>> from qlora_jax.llm import app
+        >>> app.TrainConfig(model="folder", data="rows.jsonl", out="run").lora_r
         16
     """
 

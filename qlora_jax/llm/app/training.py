@@ -60,13 +60,13 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> from qlora_jax.llm.models.tiny import save_tiny
         >>> model = save_tiny(tempfile.mkdtemp())
         >>> data = pathlib.Path(model) / "rows.jsonl"
         >>> _ = data.write_text('{"text": "five"}')
-        >>> config = cli.TrainConfig(model, str(data), model + "/run", steps=2)
-        >>> result = cli.train(config)
+        >>> config = app.TrainConfig(model, str(data), model + "/run", steps=2)
+        >>> result = app.train(config)
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """

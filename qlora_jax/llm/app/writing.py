@@ -48,8 +48,8 @@ class Repacked:
         loss_after: The loss of the merged and packed model.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> print(cli.Repacked(0.0936, 0.0984, "up/kernel", change=0.0128, kept=0.99))
+        >>> from qlora_jax.llm import app
+        >>> print(app.Repacked(0.0936, 0.0984, "up/kernel", change=0.0128, kept=0.99))
         packing changed the merged weights by 9.36% (up/kernel by 9.84%)
         the adapter had changed them by 1.28%, of which 99% is left
     """
@@ -90,8 +90,8 @@ class Written:
         pair: For a server: what was written, and whether it is exact.
 
     Example:
-        >>> from qlora_jax import cli
-        >>> print(cli.Written("new", "merged", 1200))
+        >>> from qlora_jax.llm import app
+        >>> print(app.Written("new", "merged", 1200))
         new: merged, 1,200 bytes
     """
 
@@ -129,11 +129,11 @@ def export(config: ExportConfig) -> Written:
 
     Example:
         >>> import os, tempfile
-        >>> from qlora_jax import cli
+        >>> from qlora_jax.llm import app
         >>> from qlora_jax.llm.models.tiny import save_tiny
         >>> model, out = save_tiny(tempfile.mkdtemp()), tempfile.mkdtemp()
-        >>> config = cli.ExportConfig(model, "bitsandbytes", out)
-        >>> cli.export(config).format
+        >>> config = app.ExportConfig(model, "bitsandbytes", out)
+        >>> app.export(config).format
         'bitsandbytes'
         >>> os.path.isfile(out + "/model.safetensors")
         True

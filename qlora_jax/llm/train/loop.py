@@ -45,7 +45,7 @@ class Loop:
         stamp: JSON values to save with each state, besides its position in the data.
 
     Example:
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> train.Loop(steps=10, schedule=lambda step: 1e-3).accumulation
         1
     """
@@ -71,7 +71,7 @@ class Best:
         since: The number of evaluations after that step.
 
     Example:
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> best = train.Best()
         >>> [best.see(step, loss) for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4))]
         [True, True, False]
@@ -141,9 +141,9 @@ def fit(
 
     Example:
         >>> import tempfile, jax.numpy as jnp, numpy as np, optax
-        >>> from qlora_jax import train
-        >>> rows = [train.Row(np.ones(3, np.int32), np.ones(3, np.int32), "")]
-        >>> data = train.batches(
+        >>> from qlora_jax.llm import data, train
+        >>> rows = [data.Row(np.ones(3, np.int32), np.ones(3, np.int32), "")]
+        >>> batches = data.batches(
         ...     rows, batch_size=1, max_length=3, seed=0, packing=False)
         >>> loss = lambda lora, base, batch, key: (
         ...     jnp.sum((lora["w"] - batch.targets) ** 2 * batch.weights),
@@ -154,7 +154,7 @@ def fit(
         >>> with (train.Checkpoints(f"{folder}/state") as states,
         ...       train.Metrics(f"{folder}/metrics.jsonl") as metrics):
         ...     kwargs = dict(states=states, metrics=metrics)
-        ...     state = train.fit(loop, step, state, {}, data, **kwargs)
+        ...     state = train.fit(loop, step, state, {}, batches, **kwargs)
         >>> float(state.lora["w"])
         0.75
     """

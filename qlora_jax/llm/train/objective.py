@@ -36,12 +36,12 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import data, train
         >>> from qlora_jax.llm.models.config import DecoderConfig
         >>> from qlora_jax.llm.models.decoder import Decoder
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> row = np.arange(4, dtype=np.int32)[None]
-        >>> batch = train.Batch(row, row * 0 + 1, row, row, row, np.ones((1, 4)))
+        >>> batch = data.Batch(row, row * 0 + 1, row, row, row, np.ones((1, 4)))
         >>> base = Decoder(config).init(jax.random.key(0), row)["params"]
         >>> loss = train.decoder_loss(ql.linen.wrap(Decoder(config)))
         >>> total, tokens = loss({}, base, batch, None)
@@ -96,14 +96,14 @@ def preference_loss(
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import data, train
         >>> from qlora_jax.llm.models.config import DecoderConfig
         >>> from qlora_jax.llm.models.decoder import Decoder
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> ids, answer = np.arange(4, dtype=np.int32), 2
-        >>> rejected = train.Row(ids[::-1], ids[::-1], "rejected", answer, False)
-        >>> pair = train.Row(ids, ids, "chosen", answer, True, rejected)
-        >>> [batch] = train.eval_batches([pair], batch_size=1, max_length=4)
+        >>> rejected = data.Row(ids[::-1], ids[::-1], "rejected", answer, False)
+        >>> pair = data.Row(ids, ids, "chosen", answer, True, rejected)
+        >>> [batch] = data.eval_batches([pair], batch_size=1, max_length=4)
         >>> base = Decoder(config).init(jax.random.key(0), ids[None])["params"]
         >>> loss = train.preference_loss(ql.linen.wrap(Decoder(config)), "dpo")
         >>> total, pairs, metrics = loss({}, base, batch, None)
@@ -265,7 +265,7 @@ def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> loss = lambda lora, base, batch, key: (jnp.sum(batch), batch.size)
         >>> train.make_mean_loss(loss)({}, {}, [jnp.ones(3), 5 * jnp.ones(1)])
         2.0

@@ -40,7 +40,7 @@ def make_schedule(
         ValueError: If a setting is out of its range.
 
     Example:
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> schedule = train.make_schedule("wsd", 1.0, 20, warmup=2, decay=0.4)
         >>> [float(schedule(step)) for step in (0, 1, 2, 12, 16, 20)]
         [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
@@ -110,7 +110,7 @@ def make_optimizer(
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> optimizer = train.make_optimizer("lion", 0.5, clip=None)
         >>> updates, _ = optimizer.update(x := jnp.array([3.0, -4.0]),
         ...                               optimizer.init(x), x)

@@ -21,7 +21,7 @@ class Metrics:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
         >>> with train.Metrics(path) as metrics:
         ...     metrics.write(step=1, loss=2.5)
@@ -87,7 +87,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
         >>> _ = path.write_text('{"step": 1, "loss": 2.5}\n{"ste')
         >>> train.read_metrics(path)
@@ -110,7 +110,7 @@ def plot_loss(
 
     Example:
         >>> import pathlib, tempfile
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
         >>> train.plot_loss([{"step": 1, "loss": 2.5, "valid_loss": 2.0}], path)
         >>> path.read_bytes()[1:4]
@@ -149,7 +149,7 @@ def plot_losses(
 
     Example:
         >>> import pathlib, tempfile
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
         >>> rows = {"seed=0": [{"step": 1, "loss": 2.5}], "seed=1": []}
         >>> train.plot_losses(rows, path)
@@ -216,7 +216,7 @@ def memory_of(base: PyTree, lora: PyTree, opt_state: PyTree) -> dict[str, int]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> train.memory_of({}, {"w": jnp.ones(4)}, {})["adapter"]
         16
     """
@@ -259,7 +259,7 @@ def save_adapter(
 
     Example:
         >>> import jax, jax.numpy as jnp, pathlib, qlora_jax as ql, tempfile
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
         >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
         >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
@@ -295,7 +295,7 @@ def model_card(
         results: Losses and other results.
 
     Example:
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> card = train.model_card(
         ...     "org/m", title="m", settings={"lora_r": 16}, data={}, results={})
         >>> card.splitlines()[:3]

@@ -35,7 +35,7 @@ class Checkpoints:
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> state = train.State.create({"w": jnp.ones(3)}, optax.adam(0.1), seed=0)
         >>> with train.Checkpoints(tempfile.mkdtemp(), keep=2) as states:
         ...     states.save(state, {"seed": 0})

@@ -34,7 +34,7 @@ class State(NamedTuple):
 
     Example:
         >>> import jax, optax
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> lora = {"w": jax.numpy.ones(3)}
         >>> state = train.State.create(lora, optax.adam(0.1), seed=0)
         >>> int(state.step)
@@ -108,7 +108,7 @@ class Report(NamedTuple):
         metrics: The means of the other metrics of the loss, by name.
 
     Example:
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> train.Report(2.5, 0.1, 30, True).loss
         2.5
     """
@@ -149,7 +149,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> def loss(lora, base, batch, key):
         ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
@@ -175,7 +175,7 @@ def make_joint_step(
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> def loss(lora, base, batch, key):
         ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
         >>> optimizers = optax.sgd(0.5), optax.sgd(0.25)
@@ -281,7 +281,7 @@ class JointStep:
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
         >>> step = train.make_joint_step(loss, [optax.sgd(0.5)] * 2)
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
@@ -332,7 +332,7 @@ class Step:
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
         >>> step = train.make_step(loss, optax.sgd(0.5))
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)

@@ -36,7 +36,7 @@ def find_target_paths(
 
     Example:
         >>> import jax, qlora_jax as ql
-        >>> from qlora_jax import train
+        >>> from qlora_jax.llm import train
         >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((2, 8, 8), "float32")}}
         >>> names = ql.io.Names({"up/kernel": "layers.{layer}.up.weight"})
         >>> train.find_target_paths(["up"], params, names)

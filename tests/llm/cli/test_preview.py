@@ -10,8 +10,8 @@ from tokenizer_helpers import write_rows
 
 from qlora_jax.llm import app
 from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.train import open_tokenizer
 
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 MESSAGES = [

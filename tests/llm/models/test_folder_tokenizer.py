@@ -5,8 +5,8 @@ import json
 import pytest
 from tokenizer_helpers import save_tokenizer
 
+from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.models.tokenizer import FolderTokenizer, load_tokenizer
-from qlora_jax.llm.train import open_tokenizer
 
 
 def change_settings(folder, **changes):

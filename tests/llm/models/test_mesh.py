@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.llm import train
+from qlora_jax.llm import data, train
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.sharding import place_arguments, split_attention
@@ -47,7 +47,7 @@ def batches(count=5, seed=0):
         positions = np.broadcast_to(np.arange(8, dtype=np.int32), ids.shape)
         weights = rng.integers(0, 2, ids.shape).astype(np.float32)
         targets = np.roll(ids, -1, 1)
-        batch = train.Batch(ids, ids * 0 + 1, positions, positions, targets, weights)
+        batch = data.Batch(ids, ids * 0 + 1, positions, positions, targets, weights)
         result.append(batch)
     return result
 

@@ -10,7 +10,7 @@ from helpers import trees_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.llm import train
+from qlora_jax.llm import data, train
 from qlora_jax.llm.app.base_model import BaseModel
 from qlora_jax.llm.app.program import lower_step
 from qlora_jax.llm.app.train_config import TrainConfig
@@ -26,7 +26,7 @@ def make_row(rng, prompt, size, label):
     """Returns the prompt with a random completion."""
     ids = np.concatenate([prompt, rng.integers(1, 64, size)]).astype(np.int32)
     labels = np.where(np.arange(len(ids)) < len(prompt), -100, ids).astype(np.int32)
-    return train.Row(ids, labels, "d:1", len(prompt), label)
+    return data.Row(ids, labels, "d:1", len(prompt), label)
 
 
 @functools.cache
@@ -58,9 +58,9 @@ def loss_and_metrics(objective, lora, batch):
 
 def test_packed_rows_have_the_loss_of_padded_rows():
     lora, rows = trees()[1], pairs()
-    padded = train.eval_batches(rows, batch_size=5, max_length=48)
+    padded = data.eval_batches(rows, batch_size=5, max_length=48)
     settings = dict(batch_size=4, max_length=48, packing=True)
-    packed = train.eval_batches(rows, **settings)  # with empty rows
+    packed = data.eval_batches(rows, **settings)  # with empty rows
     assert padded[0].ids.shape[0] == 10 and packed[0].answers.shape[1] > 2
     assert len(packed) == 1 and packed[0].num_trained == padded[0].num_trained
     padded_loss, packed_loss = (
@@ -75,7 +75,7 @@ def test_packed_rows_have_the_loss_of_padded_rows():
 def test_metrics_without_values_are_nan_without_a_warning():
     rng, prompt = np.random.default_rng(0), np.array([1, 2])
     rows = [make_row(rng, prompt, 3, True) for _ in range(2)]  # none is undesirable
-    batches = train.eval_batches(rows, batch_size=2, max_length=8)
+    batches = data.eval_batches(rows, batch_size=2, max_length=8)
     loss = train.preference_loss(ql.linen.wrap(Decoder(CONFIG)), "kto")
     means = make_means(loss)(*trees(), batches)
     assert np.isfinite(means["loss"]) and np.isnan(means["rewards/margins"])

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_jax.llm.data import Row, batches, eval_batches
 from qlora_jax.llm.data.ordering import choose_widths, pack_lengths
 from qlora_jax.llm.models.decoder import are_in_order
-from qlora_jax.llm.train import Row, batches, eval_batches
 
 
 def rows_of(lengths, vocab=90):

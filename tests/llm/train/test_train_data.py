@@ -14,8 +14,7 @@ import pytest
 import tokenizer_helpers
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
-from qlora_jax.llm.data import rows
-from qlora_jax.llm.train import batches, open_tokenizer
+from qlora_jax.llm.data import batches, open_tokenizer, rows
 
 MESSAGES = [
     {"role": "system", "content": "s"},

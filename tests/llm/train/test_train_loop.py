@@ -18,6 +18,7 @@ from test_train_batches import rows_of
 from tolerances import assert_close
 
 import qlora_jax as ql
+from qlora_jax.llm import data as llm_data
 from qlora_jax.llm import train
 from qlora_jax.llm.app import run_results
 from qlora_jax.llm.models.config import DecoderConfig
@@ -507,7 +508,7 @@ def test_the_loss_of_rows_is_that_of_optax_on_each_row_alone(packing, count):
     rows = rows_of((7, 3, 9, 4, 2), vocab=61)
     model = ql.linen.wrap(decoder, scanned=decoder.scanned)
     settings = dict(batch_size=2, max_length=16, seed=0, num_epochs=1)
-    batches = [*train.batches(rows, packing=packing, **settings)]
+    batches = [*llm_data.batches(rows, packing=packing, **settings)]
     assert len(batches) == count
     step = train.make_step(train.decoder_loss(model), optax.sgd(1.0))
     copy = jax.tree.map(jnp.copy, lora)  # the state is donated

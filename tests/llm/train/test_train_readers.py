@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from tokenizer_helpers import read, read_rows_of, save_tokenizer, write_rows
 
-from qlora_jax.llm.data import readers
-from qlora_jax.llm.train import open_tokenizer, read_rows
+from qlora_jax.llm.data import open_tokenizer, read_rows, readers
 
 TALK = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two,\n“three”"}]
 MESSAGES = [

@@ -9,13 +9,13 @@ import pytest
 from tokenizer_helpers import CHATML, SPECIAL, read_rows_of, save_tokenizer
 
 import qlora_jax as ql
+from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.gguf import decoder_out
 from qlora_jax.llm.gguf.decoder_out import save_gguf
 from qlora_jax.llm.gguf.folder import folder_of_gguf
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.train import open_tokenizer
 
 ASK = [{"role": "user", "content": "one?"}]
 TALK = [*ASK, {"role": "assistant", "content": "two"}]
