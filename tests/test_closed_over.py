@@ -32,7 +32,7 @@ CHECKED = {
     "_jax/memory.py delete": "init, donated",
     "linen/init_model.py _with_arrays": "linen.init",
     "product/quantized.py checked_layer": "matmul",
-    "product/ragged.py offsets_of": "ragged_dot",
+    "product/quantized.py offsets_of": "ragged_dot",
     "optim/blocks.py zero_blocks": "adamw8bit",
     "optim/offload.py _init_by_layers": "offload",
     "quant/pack.py check_values": "quantize",

@@ -94,15 +94,6 @@ def varying_with(x: Array, *trees: PyTree) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def for_product(x: Array, *trees: PyTree) -> tuple[PyTree, ...]:
-    """Returns the Explicit mesh of a product or None, and operands that fit it."""
-    x = varying_with(x, *trees)
-    mesh = explicit_mesh(x, trees)
-    if mesh is None:
-        return None, x, *trees
-    return mesh, *without_mapped_axes(mesh, x, *trees)
-
-
 def split_as(x: Array, y: Array) -> Array:
     """Returns `x`, which broadcasts to `y`, split like `y` so that they can be added.
 

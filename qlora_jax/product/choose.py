@@ -12,7 +12,7 @@ from jaxtyping import Array
 from .backends.pallas_tpu.backend import PallasTPU
 from .backends.reference import Reference, Rounding
 from .backends.tiled import Tiled
-from .spec import Backend, Operands, ProductSpec
+from .spec import Backend, Operands, ProductSpec, Unsupported
 
 BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
@@ -50,19 +50,25 @@ def checked_backend(
     return backend if backend is None or isinstance(backend, str) else tuple(backend)
 
 
-def refusals(
+def try_backends(
     backends: Sequence[str],
     spec: ProductSpec,
     shape: tuple[int, ...],
     dtype: np.dtype,
     columns: int,
 ) -> dict[str, str | None]:
-    """Returns why back ends do not support a product, up to the first that does."""
+    """Returns why back ends do not support a product, up to the first that does.
+
+    The reason of that back end, the last one, is None.
+    """
     reasons: dict[str, str | None] = {}
     for name in backends:
-        reasons[name] = BACKENDS[name].refusal(spec, shape, dtype, columns)
-        if reasons[name] is None:
-            break
+        try:
+            BACKENDS[name].check(spec, shape, dtype, columns)
+        except Unsupported as unsupported:
+            reasons[name] = str(unsupported)
+        else:
+            return reasons | {name: None}
     return reasons
 
 
@@ -82,16 +88,17 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     partition the product, which opaque back ends do not allow.
     """
     # Back ends accept a single axis of rows.
-    x = operands.x
+    x = operands.left
     num_rows = math.prod(x.shape[spec.batch : -1])
     shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
-    operands = operands._replace(x=x.reshape(shape))
+    operands = operands._replace(left=x.reshape(shape))
 
     def choose(backends: Sequence[str]) -> Backend:
-        reasons = refusals(backends, spec, shape, x.dtype, operands.codes.shape[-1])
-        for name, reason in reasons.items():
-            if reason is None:
-                return BACKENDS[name]
+        columns = operands.right.shape[-1]
+        reasons = try_backends(backends, spec, shape, x.dtype, columns)
+        name, reason = [*reasons.items()][-1]
+        if reason is None:
+            return BACKENDS[name]
         raise NotImplementedError(
             "\n".join(
                 f"`{name}` does not support this product. {reason}"
