@@ -81,7 +81,7 @@ def is_manual() -> bool:
 
 def is_local() -> bool:
     """Whether arrays without a declared sharding are known to be on one device."""
-    return is_manual() or jax.device_count() == 1
+    return jax.device_count() == 1 or is_manual()
 
 
 def varying_with(x: Array, *trees: PyTree) -> Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from jax.sharding import PartitionSpec
 
-from .._jax.specs import Axes, axes_of, fitting, make_spec, unused, ways
+from .._jax.specs import AnyMesh, Axes, axes_of, fitting, make_spec, unused, ways
 from .spec import OPERANDS, Name, ProductSpec
 
 
@@ -42,6 +42,8 @@ class Layout:
     k: Split
     n: Split
     experts: Split = Split()
+    mesh: AnyMesh | None = None  # of the `shard_map`, over the axes in `axis_names`
+    axis_names: frozenset[str] = frozenset()
 
     @property
     def summed(self) -> Axes:

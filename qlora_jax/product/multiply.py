@@ -1,7 +1,7 @@
 """Every product of an input with weights, which are packed or float.
 
-`multiply` describes the product by a `ProductSpec` and finds its mesh. The custom
-gradient and the batching rule are here, and `sharded` runs the product on devices.
+`multiply` describes the product by a `ProductSpec` and finds its mesh, the custom
+gradient is another such product, and `sharded.compute` runs it on devices.
 """
 
 from dataclasses import dataclass, replace
@@ -9,19 +9,14 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.lax import PrecisionLike
-from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.sharding import NamedSharding, reshard
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from .._jax.modes import with_mapped_axis
-from .._jax.pytree import take_layer
 from ..quant.kernel import PackedInput, Placement
 from ..quant.views import product_arrays
-from .backends.floats import float_product
-from .backends.grouped import SortedRows
-from .sharded import compute, find_mesh, in_auto_mode
+from .sharded import compute, find_mesh
 from .spec import OPERANDS, Name, Operands, ProductSpec, product_spec
 
 Weights = PackedInput | Array
@@ -82,11 +77,11 @@ def _differentiable_product(
     spec: ProductSpec, left: Array, weights: Weights, offsets: Array | None
 ) -> Array:
     if not isinstance(weights, PackedInput):
-        return _batchable_product(spec, Operands(left, weights, offsets=offsets))
+        return compute(spec, Operands(left, weights, offsets=offsets))
     # `product_arrays` moves codes from host memory. It is called here, so that the
     # backward pass moves them again instead of keeping them.
     arrays = product_arrays(weights.q, weights.layer)
-    return _batchable_product(spec, Operands(left, *arrays, offsets))
+    return compute(spec, Operands(left, *arrays, offsets))
 
 
 # Jitted so that products of the same shape are traced once. The custom gradient is
@@ -122,11 +117,8 @@ def _product_fwd(
 def _product_bwd(residuals: tuple, g: Array) -> tuple:
     spec, left, left_type, weights, offsets = residuals
     left_name, right_name = OPERANDS[spec.output]
-    arrays = {
-        left_name: left,
-        right_name: weights,
-        spec.output: g.astype(left_type.dtype),
-    }
+    g = g.astype(left_type.dtype)
+    arrays = {left_name: left, right_name: weights, spec.output: g}
 
     def gradient(name: Name, array_type: _ArrayType) -> Array:
         operands = [arrays[operand] for operand in OPERANDS[name]]
@@ -142,90 +134,3 @@ def _product_bwd(residuals: tuple, g: Array) -> tuple:
 
 
 _differentiable_product.defvjp(_product_fwd, _product_bwd)
-
-
-# Under `vmap`, XLA knows neither how to batch a TPU kernel nor, from types, how a mesh
-# splits the mapped axis. The rule turns the mapped axis into an axis of the operands.
-@custom_vmap
-def _batchable_product(spec: ProductSpec, operands: Operands) -> Array:
-    return compute(spec, operands)
-
-
-@_batchable_product.def_vmap
-def _batched_product(
-    size: int, is_batched: list, spec: ProductSpec, operands: Operands
-) -> tuple[Array, bool]:
-    mapped = Operands(*is_batched[1])
-    if spec.is_ragged:
-        return _batched_ragged_product(spec, operands, size, mapped), True
-    left, right, scales, layer, _ = operands
-    if spec.packing is None and spec.mesh is None:
-        # XLA batches products of floats without copying operands that are not mapped.
-        axes = 0 if mapped.left else None, 0 if mapped.right else None
-
-        def multiply_floats(left: Array, right: Array) -> Array:
-            return float_product(spec, Operands(left, right))
-
-        return jax.vmap(multiply_floats, axes)(left, right), True
-    # The mapped axis becomes one more row axis if only x has it, and otherwise one more
-    # batch axis.
-    is_of_weights = mapped.right or mapped.scales or mapped.layer
-    if spec.output != "w" and not is_of_weights:
-        operands = operands._replace(left=jnp.moveaxis(left, 0, spec.batch))
-        y = _batchable_product(spec, operands)
-        return jnp.moveaxis(y, spec.batch, 0), True
-    right, layer, right_mapped = _take_mapped_layers(operands, mapped)
-    right = with_mapped_axis(size, right, right_mapped)
-    if layer is not None:  # the axis of layers comes first
-        right = jnp.moveaxis(right, 0, 1)
-    left = with_mapped_axis(size, left, mapped.left)
-    if scales is not None:
-        scales = with_mapped_axis(size, scales, mapped.scales)
-    spec = replace(spec, batch=spec.batch + 1)
-    return _batchable_product(spec, Operands(left, right, scales, layer)), True
-
-
-def _batched_ragged_product(
-    spec: ProductSpec, operands: Operands, size: int, mapped: Operands
-) -> Array:
-    # Sorts the rows of all products in the batch by expert, and computes one product.
-    if spec.is_explicit:  # types do not show how sorted rows are split
-
-        def run(spec: ProductSpec, operands: Operands) -> Array:
-            return _batched_ragged_product(spec, operands, size, mapped)
-
-        return in_auto_mode(run, spec, PartitionSpec())(operands)
-    left, _, scales, _, offsets = operands
-    assert offsets is not None
-    right, layer, right_mapped = _take_mapped_layers(operands, mapped)
-    left = with_mapped_axis(size, left, mapped.left)
-    offsets = with_mapped_axis(size, offsets, mapped.offsets)
-    has_own_experts = bool(right_mapped or spec.output == "w")
-    rows = SortedRows.sort(offsets, left.shape[1], has_own_experts)
-    if spec.output == "w":
-        right = rows.take(with_mapped_axis(size, right, right_mapped))
-    elif right_mapped:
-        right = right.reshape(-1, *right.shape[2:])
-        scales = None if scales is None else scales.reshape(-1, *scales.shape[2:])
-    operands = Operands(rows.take(left), right, scales, layer, rows.offsets)
-    y = _batchable_product(spec, operands)
-    if spec.output == "w":
-        return y.reshape(size, -1, *y.shape[1:])
-    return rows.put_back(y)
-
-
-def _take_mapped_layers(
-    operands: Operands, mapped: Operands
-) -> tuple[Array, Array | None, bool]:
-    """Returns the right operand, a layer of it, and whether it has the mapped axis."""
-    # Back ends read only one layer of a stack. If the products read different layers,
-    # slice them first.
-    right, layer = operands.right, operands.layer
-    if (
-        layer is None
-        or not mapped.layer
-        and not (mapped.right and operands.offsets is not None)
-    ):
-        return right, layer, bool(mapped.right)
-    axes = 0 if mapped.right else None, 0 if mapped.layer else None
-    return jax.vmap(take_layer, axes)(right, layer), None, True

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Int32
 from .._jax.arguments import as_array, as_int32, known_values
 from ..quant.kernel import PackedInput
 from ..quant.qtensor import QTensor
-from .choose import PREFERRED, checked_backend, default_backends, try_backends
+from .choose import PREFERRED, checked_backend, choose, default_backends
 from .multiply import multiply
 from .spec import product_spec
 
@@ -107,7 +107,7 @@ def explain_backend(
     platform = "cuda" if platform == "gpu" else platform
     platform = platform if platform in PREFERRED else "default"
     backends = default_backends(platform, is_local=True)
-    return try_backends(backends, spec, x.shape, x.dtype, q.codes.shape[-1])
+    return choose(backends, spec, x.shape, x.dtype, q.codes.shape[-1])[1]
 
 
 def check_packed(q: object) -> None:

@@ -8,22 +8,24 @@ partitioner decides how to split the product, and gathers decoded weights.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, PyTree
 
 from .._jax import modes
-from .._jax.modes import axes_of_type, explicit_axes, explicit_mesh, split_by
+from .._jax.modes import explicit_axes, explicit_mesh, split_by, with_mapped_axis
 from .._jax.pytree import take_layer
 from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor, float_scales, with_scales
 from . import choose
 from .backends.floats import float_product
+from .backends.grouped import SortedRows
 from .backends.reference import accumulator_dtype
 from .collectives import gather, sum_over
 from .layout import Layout, lay_out
@@ -46,8 +48,8 @@ def find_mesh(
         weights = modes.varying_with(weights, x, offsets)
     mesh = explicit_mesh(x, weights, offsets)
     if mesh is None:
-        spec = replace(spec, mesh=declared_mesh(spec.placement))
-        return spec, x, weights, offsets
+        mesh = spec.placement and declared_mesh(spec.placement)
+        return replace(spec, mesh=mesh), x, weights, offsets
     operands = modes.without_mapped_axes(mesh, x, weights, offsets)
     if spec.packing is None:
         x, weights, _ = operands
@@ -86,32 +88,13 @@ def in_auto_mode(
     return modes.in_auto_mode(run_in_auto_mode, mesh, out_spec)
 
 
-class MeshLayout(NamedTuple):
-    """The layout of a product, and the mesh axes of its `shard_map`."""
-
-    layout: Layout
-    mesh: AnyMesh
-    axis_names: frozenset[str]
-
-    def shard_map(self, fn: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
-        """Returns a function that runs `fn(layout, ...)` on each device's parts."""
-        return jax.shard_map(
-            functools.partial(fn, self.layout),
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names={*self.axis_names},
-            check_vma=False,
-        )
-
-
 def find_layout(
     spec: ProductSpec,
     x_axes: Sequence[Axes],
     weight_axes: Sequence[Axes],
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
-) -> MeshLayout:
+) -> Layout:
     """Returns the layout of a product on its mesh.
 
     For Explicit axes, `x_axes` and `weight_axes` come from the operands' types. For
@@ -123,25 +106,24 @@ def find_layout(
         axis_names = explicit_axes(mesh)
     else:
         assert spec.placement is not None
-        axis_names = auto_axes = axes_of_type(mesh, AxisType.Auto)
+        axis_names = auto_axes = modes.axes_of_type(mesh, AxisType.Auto)
 
         def take_auto(entries: Sequence[Axes]) -> list[Axes]:
-            return [
-                tuple(axis for axis in axes if axis in auto_axes) for axes in entries
-            ]
+            return [tuple(a for a in axes if a in auto_axes) for axes in entries]
 
         weight_axes = take_auto(spec.placement.matrix_axes(len(scales_shape)))
         rows = take_auto(spec.placement.row_axes(len(x_shape) - 1 - spec.batch))
         x_axes = [*weight_axes[: spec.batch], *rows, ()]
     layout = lay_out(spec, mesh.shape, x_axes, weight_axes, x_shape, scales_shape)
-    return MeshLayout(layout, mesh, axis_names)
+    return replace(layout, mesh=mesh, axis_names=axis_names)
 
 
+@custom_vmap
 def compute(spec: ProductSpec, operands: Operands) -> Array:
     """Returns the product, sharded or not, in the dtype `spec.result`."""
     # 1. Without a mesh, the product runs on one device, or XLA splits it.
     if spec.mesh is None:
-        return _compute_local(spec, operands, is_local=modes.is_local())
+        return choose.run(spec, operands, is_local=modes.is_local())
     # 2. Find the layout.
     left, right, scales, layer, offsets = operands
     x_axes, weight_axes = (), ()
@@ -149,53 +131,107 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
         x_axes, weight_axes = typed_axes(left), typed_axes(right)[layer is not None :]
         if spec.weight_axes is not None:
             weight_axes = [*weight_axes[: spec.batch], *spec.weight_axes]
-    blocks = right if scales is None else scales
-    shape = blocks.shape
+    scales_shape = (right if scales is None else scales).shape
     if spec.output == "w":
         experts = () if offsets is None else (offsets.shape[0] - 1,)
-        shape = *left.shape[: spec.batch], *experts, spec.k, right.shape[-1]
-    mesh_layout = find_layout(spec, x_axes, weight_axes, left.shape, shape)
-    layout, mesh, axis_names = mesh_layout
-    right_spec = layout.right
-    if layer is not None:
-        right_spec = PartitionSpec(None, *right_spec)
+        scales_shape = *left.shape[: spec.batch], *experts, spec.k, right.shape[-1]
+    layout = find_layout(spec, x_axes, weight_axes, left.shape, scales_shape)
+    layers = () if layer is None else (None,)
+    right_spec = PartitionSpec(*layers, *layout.right)
+    specs = layout.left, right_spec, layout.right, PartitionSpec(), PartitionSpec()
 
     # 3. With Explicit axes, split the operands as the layout needs them.
     if spec.is_explicit:
         # Types show only Explicit axes, so a packed product uses Auto mode if the mesh
         # has other axes. Explicit mode has no rules for the loops of ragged products.
-        has_others = {*mesh.axis_types} != {AxisType.Explicit}
-        if (spec.packing and has_others) or (spec.is_ragged and not axis_names):
+        has_others = {*layout.mesh.axis_types} != {AxisType.Explicit}
+        if (spec.packing and has_others) or (spec.is_ragged and not layout.axis_names):
             return in_auto_mode(compute, spec, layout.result)(operands)
-        left, right = (
-            split_by(left, mesh, layout.left),
-            split_by(right, mesh, right_spec),
+        arrays = zip(operands, specs, strict=True)
+        operands = Operands(
+            *(a if a is None else split_by(a, layout.mesh, s) for a, s in arrays)
         )
-        if scales is not None:
-            scales = split_by(scales, mesh, layout.right)
-        if offsets is not None:
-            offsets = split_by(offsets, mesh, PartitionSpec())
-        if not axis_names:
-            operands = Operands(left, right, scales, layer, offsets)
-            return _compute_local(spec, operands, is_local=False)
+        if not layout.axis_names:
+            return choose.run(spec, operands, is_local=False)
 
     # 4. Multiply the parts of each device.
-    specs = Operands(
-        layout.left, right_spec, layout.right, PartitionSpec(), PartitionSpec()
-    )
-    run = mesh_layout.shard_map(_compute_on_device, (specs,), layout.result)
-    return run(Operands(left, right, scales, layer, offsets))
+    return _shard_map(_compute_on_device, layout, specs, layout.result)(*operands)
 
 
-def _compute_local(spec: ProductSpec, operands: Operands, is_local: bool) -> Array:
-    if spec.packing is None:
-        return float_product(spec, operands)
-    return choose.run(spec, operands, is_local=is_local)
-
-
-def _compute_on_device(layout: Layout, operands: Operands) -> Array:
-    """Gathers weights, multiplies and sums in a `shard_map`, following the layout."""
+@compute.def_vmap
+def _compute_batch(
+    size: int, is_batched: list, spec: ProductSpec, operands: Operands
+) -> tuple[Array, bool]:
     left, right, scales, layer, offsets = operands
+    _, (left_mapped, right_mapped, scales_mapped, layer_mapped, _) = is_batched
+    if spec.packing is None and spec.mesh is None and offsets is None:
+        # XLA batches float products without copying an operand that is not mapped.
+        axes = 0 if left_mapped else None, 0 if right_mapped else None
+
+        def multiply_floats(left: Array, right: Array) -> Array:
+            return float_product(spec, Operands(left, right))
+
+        return jax.vmap(multiply_floats, axes)(left, right), True
+    if spec.is_ragged and spec.is_explicit:
+        # Types do not show how the sorted rows of several products are split.
+        def run(spec: ProductSpec, operands: Operands) -> Array:
+            return _compute_batch(size, is_batched, spec, operands)[0]
+
+        return in_auto_mode(run, spec, PartitionSpec())(operands), True
+    # 1. Back ends read only one layer of a stack. If the products read different
+    #    layers, or layers of different stacks of experts, slice them first.
+    if layer is not None and (layer_mapped or (spec.is_ragged and right_mapped)):
+        axes = 0 if right_mapped else None, 0 if layer_mapped else None
+        right, layer = jax.vmap(take_layer, axes)(right, layer), None
+        right_mapped = True
+    # 2. A mapped axis that only x has becomes one more row axis.
+    if not (spec.is_ragged or spec.output == "w" or right_mapped or scales_mapped):
+        left = jnp.moveaxis(left, 0, spec.batch)
+        y = compute(spec, Operands(left, right, scales, layer))
+        return jnp.moveaxis(y, spec.batch, 0), True
+    left = with_mapped_axis(size, left, left_mapped)
+    # 3. The rows of all ragged products are sorted by expert, for a single product.
+    if offsets is not None:
+        offsets = with_mapped_axis(size, offsets, is_batched[1].offsets)
+        has_own_experts = bool(right_mapped or spec.output == "w")
+        rows = SortedRows.sort(offsets, left.shape[1], has_own_experts)
+        if spec.output == "w":
+            right = rows.take(with_mapped_axis(size, right, right_mapped))
+        elif right_mapped:
+            right = right.reshape(-1, *right.shape[2:])
+            scales = None if scales is None else scales.reshape(-1, *scales.shape[2:])
+        operands = Operands(rows.take(left), right, scales, layer, rows.offsets)
+        y = compute(spec, operands)
+        if spec.output == "w":
+            return y.reshape(size, -1, *y.shape[1:]), True
+        return rows.put_back(y), True
+    # 4. Any other mapped axis becomes one more batch axis.
+    right = with_mapped_axis(size, right, right_mapped)
+    if layer is not None:  # the axis of layers comes first
+        right = jnp.moveaxis(right, 0, 1)
+    if scales is not None:
+        scales = with_mapped_axis(size, scales, scales_mapped)
+    spec = replace(spec, batch=spec.batch + 1)
+    return compute(spec, Operands(left, right, scales, layer)), True
+
+
+def _shard_map(
+    fn: Callable, layout: Layout, in_specs: tuple, out_specs: PyTree
+) -> Callable:
+    """Returns a function that runs `fn(layout, ...)` on each device's parts."""
+    return jax.shard_map(
+        functools.partial(fn, layout),
+        mesh=layout.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={*layout.axis_names},
+        check_vma=False,
+    )
+
+
+def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
+    """Gathers weights, multiplies and sums in a `shard_map`, following the layout."""
+    left, right, scales, layer, offsets = arrays
     spec = layout.local
     if scales is not None:
         # 1. Gather the packed weights of a single layer.
@@ -218,7 +254,7 @@ def _compute_on_device(layout: Layout, operands: Operands) -> Array:
     if layout.summed:
         spec = replace(spec, result=accumulator_dtype(result).name)
     operands = Operands(left, right, scales, layer, offsets)
-    y = _compute_local(spec, operands, is_local=True)
+    y = choose.run(spec, operands, is_local=True)
     return sum_over(y, layout.summed, result)
 
 
@@ -248,7 +284,7 @@ def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, 
 
 # Products gather the weights of a kernel each time (FSDP). The next two functions
 # gather them once, for several products.
-def find_gather(q: Any, x: Array) -> MeshLayout | None:
+def find_gather(q: Any, x: Array) -> Layout | None:
     """Returns the layout of products with rows that are split like those of `x`.
 
     Returns None if these products do not gather weights.
@@ -265,19 +301,18 @@ def find_gather(q: Any, x: Array) -> MeshLayout | None:
     weight_axes = typed_axes(q.codes)
     x_axes = [*weight_axes[: spec.batch], *typed_axes(x)[:-1], ()]
     spec = replace(spec, mesh=mesh)
-    mesh_layout = find_layout(spec, x_axes, weight_axes, x_shape, scales_shape)
-    return mesh_layout if mesh_layout.layout.is_gathered else None
+    layout = find_layout(spec, x_axes, weight_axes, x_shape, scales_shape)
+    return layout if layout.is_gathered else None
 
 
-def gathered(q: QTensor, mesh_layout: MeshLayout) -> QTensor:
+def gathered(q: QTensor, layout: Layout) -> QTensor:
     """Returns a kernel in device memory with its codes and float32 scales gathered."""
-    layout, mesh = mesh_layout.layout, mesh_layout.mesh
     arrays = [q.codes, float_scales(q)]
-    if AxisType.Explicit in mesh.axis_types:
-        arrays = [split_by(array, mesh, layout.right) for array in arrays]
+    if AxisType.Explicit in layout.mesh.axis_types:
+        arrays = [split_by(array, layout.mesh, layout.right) for array in arrays]
     axes = (*layout.batch, layout.k.active, layout.n.active)
     in_specs, out_specs = (layout.right,) * 2, (make_spec(*axes),) * 2
-    gather_both = mesh_layout.shard_map(gather_weights, in_specs, out_specs)
+    gather_both = _shard_map(gather_weights, layout, in_specs, out_specs)
     codes, scales = gather_both(*arrays)
     placement = q.placement and replace(q.placement, kernel=axes)
     return with_scales(replace(q, codes=codes, placement=placement), scales)

@@ -1,7 +1,7 @@
 """The static description of a product, its operands, and the interface of back ends."""
 
 import abc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
@@ -96,7 +96,7 @@ class ProductSpec:
 def product_spec(q: QTensor) -> ProductSpec:
     """Returns the spec of products with a kernel, with default options."""
     *batch, k, _ = q.matrix_shape
-    packing = replace(q.packing, double_quant=False)
+    packing = Packing(q.fmt, q.block_size, double_quant=False)
     return ProductSpec(packing, q.dtype_name, k, len(batch), placement=q.placement)
 
 
