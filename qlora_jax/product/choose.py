@@ -94,7 +94,7 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     `is_local` is whether the arrays are on one device. Otherwise, XLA may have to
     partition the product, which opaque back ends do not allow.
     """
-    if spec.packing is None:
+    if spec.packed_as is None:
         return float_product(spec, operands)
     # Back ends accept a single axis of rows.
     x = operands.left

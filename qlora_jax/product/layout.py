@@ -144,7 +144,7 @@ def lay_out(
         if is_contracted and not stored_axes:
             # If only x is split along the contracted axis, weights are split to match.
             active = fitting(unused(x_axes[-1], used | stored), sizes, length)
-        return Split(active, stored_axes[len(active) :] if spec.packing else ())
+        return Split(active, stored_axes[len(active) :] if spec.packed_as else ())
 
     k_split = split(stored_k, k_parts, spec.output == "y")
     n_split = split(stored_n, n, spec.output == "x")

@@ -44,14 +44,14 @@ def find_mesh(
     `weights_move` is explained in `multiply`.
     """
     x = modes.varying_with(x, weights, offsets)
-    if spec.packing is None:
+    if spec.packed_as is None:
         weights = modes.varying_with(weights, x, offsets)
     mesh = explicit_mesh(x, weights, offsets)
     if mesh is None:
         mesh = spec.placement and declared_mesh(spec.placement)
         return replace(spec, mesh=mesh), x, weights, offsets
     operands = modes.without_mapped_axes(mesh, x, weights, offsets)
-    if spec.packing is None:
+    if spec.packed_as is None:
         x, weights, _ = operands
         *lead, w_k, n = typed_axes(weights)
         x_k = typed_axes(x)[-1]
@@ -122,7 +122,7 @@ def find_layout(
 def compute(spec: ProductSpec, operands: Operands) -> Array:
     """Returns the product, sharded or not, in the dtype `spec.result`."""
     # 1. Without a mesh, the product runs on one device, or XLA splits it.
-    if spec.mesh is None:
+    if (mesh := spec.mesh) is None:
         return choose.run(spec, operands, is_local=modes.is_local())
     # 2. Find the layout.
     left, right, scales, layer, offsets = operands
@@ -144,12 +144,15 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     if spec.is_explicit:
         # Types show only Explicit axes, so a packed product uses Auto mode if the mesh
         # has other axes. Explicit mode has no rules for the loops of ragged products.
-        has_others = {*layout.mesh.axis_types} != {AxisType.Explicit}
-        if (spec.packing and has_others) or (spec.is_ragged and not layout.axis_names):
+        has_others = {*mesh.axis_types} != {AxisType.Explicit}
+        if (spec.packed_as and has_others) or (
+            spec.is_ragged and not layout.axis_names
+        ):
             return in_auto_mode(compute, spec, layout.result)(operands)
         arrays = zip(operands, specs, strict=True)
-        operands = Operands(
-            *(a if a is None else split_by(a, layout.mesh, s) for a, s in arrays)
+        operands = Operands._make(
+            None if array is None else split_by(array, mesh, array_spec)
+            for array, array_spec in arrays
         )
         if not layout.axis_names:
             return choose.run(spec, operands, is_local=False)
@@ -164,7 +167,7 @@ def _compute_batch(
 ) -> tuple[Array, bool]:
     left, right, scales, layer, offsets = operands
     _, (left_mapped, right_mapped, scales_mapped, layer_mapped, _) = is_batched
-    if spec.packing is None and spec.mesh is None and offsets is None:
+    if spec.packed_as is None and spec.mesh is None and offsets is None:
         # XLA batches float products without copying an operand that is not mapped.
         axes = 0 if left_mapped else None, 0 if right_mapped else None
 
@@ -307,9 +310,9 @@ def find_gather(q: Any, x: Array) -> Layout | None:
 
 def gathered(q: QTensor, layout: Layout) -> QTensor:
     """Returns a kernel in device memory with its codes and float32 scales gathered."""
-    arrays = [q.codes, float_scales(q)]
-    if AxisType.Explicit in layout.mesh.axis_types:
-        arrays = [split_by(array, layout.mesh, layout.right) for array in arrays]
+    arrays, mesh = [q.codes, float_scales(q)], layout.mesh
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        arrays = [split_by(array, mesh, layout.right) for array in arrays]
     axes = (*layout.batch, layout.k.active, layout.n.active)
     in_specs, out_specs = (layout.right,) * 2, (make_spec(*axes),) * 2
     gather_both = _shard_map(gather_weights, layout, in_specs, out_specs)

@@ -49,7 +49,7 @@ class ProductSpec:
     It is a pytree without leaves, so transformations accept it as an argument.
     """
 
-    packing: Packing | None  # with float32 scales; None for float weights
+    packed_as: Packing | None  # with float32 scales; None for float weights
     dtype_name: str  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
     batch: int = 0  # the number of batch axes, not counting experts
@@ -67,15 +67,20 @@ class ProductSpec:
     result: str | None = None  # the dtype of the result; None for that of `left`
 
     @property
+    def packing(self) -> Packing:
+        """How packed weights are packed."""
+        assert self.packed_as is not None
+        return self.packed_as
+
+    @property
     def format(self) -> Format:
         """The number format of packed weights."""
-        assert self.packing is not None
         return self.packing.format
 
     @property
     def block_size(self) -> int:
         """The number of rows of the weights that share a scale."""
-        return 1 if self.packing is None else self.packing.block_size
+        return 1 if self.packed_as is None else self.packing.block_size
 
     @property
     def dtype(self) -> np.dtype:

@@ -98,7 +98,7 @@ class Reference(Backend):
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.ragged_product`."""
         x, codes, scales, layer, offsets = operands
-        assert offsets is not None
+        assert scales is not None and offsets is not None
         num_experts, first = scales.shape[0], 0
         if layer is not None:
             # Experts are sliced from `[L * E, ., N]`, so that no whole layer is copied.

@@ -51,6 +51,7 @@ class PallasTPU(Backend):
 
         # The kernel accepts one axis of experts, and for codes also one axis of layers.
         x, codes, scales, layer, _ = operands
+        assert scales is not None
         batch = x.shape[:-2]
         experts = (math.prod(batch),) if batch else ()
         stack = () if layer is None else codes.shape[:1]
@@ -69,5 +70,5 @@ class PallasTPU(Backend):
         from . import visits
 
         x, codes, scales, layer, offsets = operands
-        assert offsets is not None
+        assert scales is not None and offsets is not None
         return visits.product(spec, x, codes, scales, offsets, layer, chip=self.chip)
