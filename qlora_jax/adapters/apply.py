@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from .._jax.arguments import check_key
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
-from ..product.quantized import as_float, reverse_mode
+from ..product.matmul import as_float, reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import Adapter, check_adapter, why_not

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
 from ..product.choose import checked_backend
+from ..product.matmul import as_float, checked_layer, offsets_of, reverse_mode
 from ..product.multiply import multiply
-from ..product.quantized import as_float, checked_layer, offsets_of, reverse_mode
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
