@@ -92,7 +92,8 @@ def product_spec(transpose, fmt="nf4"):
     from qlora_jax.product.spec import ProductSpec
     from qlora_jax.quant.formats import Packing
 
-    return ProductSpec(Packing(fmt), "bfloat16", ROWS, transpose=transpose)
+    output = "x" if transpose else "y"
+    return ProductSpec(Packing(fmt), "bfloat16", ROWS, output=output)
 
 
 def packed_plan(m, transpose, form, vmem_mib, chunk=None, fmt="nf4"):
@@ -103,7 +104,6 @@ def packed_plan(m, transpose, form, vmem_mib, chunk=None, fmt="nf4"):
 
     spec = product_spec(transpose, fmt)
     tiling = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
-    assert not isinstance(tiling, str), tiling
     return dataclasses.replace(tiling, chunk=chunk) if chunk else tiling
 
 

@@ -16,7 +16,7 @@ from .adapters.lora import LoRA, SharedLoRA
 from .adapters.product import ragged_dot
 from .adapters.trained import Trained, TrainedRows
 from .product.einsum import einsum
-from .product.quantized import explain_backend, matmul
+from .product.matmul import explain_backend, matmul
 from .quant.pack import StraightThrough
 from .quant.qtensor import QTensor
 from .trees import sharding

@@ -81,7 +81,7 @@ def is_manual() -> bool:
 
 def is_local() -> bool:
     """Whether arrays without a declared sharding are known to be on one device."""
-    return is_manual() or jax.device_count() == 1
+    return jax.device_count() == 1 or is_manual()
 
 
 def varying_with(x: Array, *trees: PyTree) -> Array:
@@ -92,15 +92,6 @@ def varying_with(x: Array, *trees: PyTree) -> Array:
     axes = set().union(*(leaf_type.manual_axis_type.varying for leaf_type in types))
     missing = tuple(sorted(axes - x_type.manual_axis_type.varying))
     return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def for_product(x: Array, *trees: PyTree) -> tuple[PyTree, ...]:
-    """Returns the Explicit mesh of a product or None, and operands that fit it."""
-    x = varying_with(x, *trees)
-    mesh = explicit_mesh(x, trees)
-    if mesh is None:
-        return None, x, *trees
-    return mesh, *without_mapped_axes(mesh, x, *trees)
 
 
 def split_as(x: Array, y: Array) -> Array:

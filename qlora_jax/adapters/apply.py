@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from .._jax.arguments import check_key
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
-from ..product.quantized import as_float, reverse_mode
+from ..product.matmul import as_float, reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import Adapter, check_adapter, why_not
@@ -80,14 +80,16 @@ def apply(
     #    (`Trained`) replace the frozen ones.
     name, w, bias = _layer_parts(base)
     kernel_lora, bias_lora = _adapter_parts(lora, name)
-    w, kernel_lora = _with_trained("kernel", w, kernel_lora)
-    bias, bias_lora = _with_trained("bias", bias, bias_lora)
-    if bias_lora is not None:
+    if isinstance(kernel_lora, Trained):
+        w, kernel_lora = _trained_value("kernel", w, kernel_lora), None
+    if isinstance(bias_lora, Trained):
+        bias = _trained_value("bias", bias, bias_lora)
+    elif bias_lora is not None:
         raise ValueError(f"the adapter of a bias must be a Trained. Got {bias_lora!r}.")
     kernel = _checked_kernel(name, w, kernel_lora, contract)
     # 2. Fold the contracted axes: x [..., *contracted] -> [..., K].
     geometry, shape = kernel.geometry, kernel.shape
-    batch_ndim = geometry.batch_ndim(len(shape))
+    batch_ndim = len(kernel.matrix_shape) - 2
     contracted = tuple(shape[a] for a in geometry.axes("k", len(shape)))
     outputs = tuple(shape[a] for a in geometry.axes("n", len(shape)))
     row_ndim = x.ndim - len(contracted)
@@ -215,18 +217,14 @@ def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
     return adapters
 
 
-def _with_trained(
-    part_name: str, leaf: PyTree, lora: Adapter | None
-) -> tuple[PyTree, Adapter | None]:
-    """Replaces a part of a layer by its adapter if the adapter is a `Trained`."""
-    if not isinstance(lora, Trained):
-        return leaf, lora
+def _trained_value(part_name: str, leaf: PyTree, lora: Trained) -> PyTree:
+    """Returns the part of a layer, trained in full, that replaces a frozen one."""
     reason = "there is none" if leaf is None else why_not(lora, leaf)
     if reason is not None:
         raise ValueError(f"`lora` must be the adapter of the {part_name}: {reason}")
     value = lora.merged(as_kernel(leaf))
     is_kernel = isinstance(leaf, Kernel)
-    return FloatKernel(value, leaf.geometry) if is_kernel else value, None
+    return FloatKernel(value, leaf.geometry) if is_kernel else value
 
 
 def _checked_kernel(

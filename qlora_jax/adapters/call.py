@@ -17,7 +17,7 @@ from .._jax.arguments import as_array, as_int32
 from .._jax.modes import call_in_auto_mode, split_as
 from .._jax.specs import spec_of
 from ..product.einsum import kernel_kinds, parse_equation, through_matrix, why_no_fit
-from ..product.quantized import reverse_mode
+from ..product.matmul import reverse_mode
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.views import take_rows

@@ -13,8 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PyTree
 
 from .._jax.modes import split_as
-from ..product.floats import float_product
-from ..product.ragged import ragged_float_product
+from ..product.floats import float_product, ragged_float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement
 from ..quant.views import take_rows
@@ -81,7 +80,7 @@ class LoRA(Adapter):
         # Experts may have different scalings, so B is scaled instead of the product.
         b = scaled(self.b.astype(jnp.float32), self)
         a, b = cast(self.a, x.dtype), cast(b, x.dtype)
-        arguments: Any = (call.offsets, call.precision, None, kernel.placement)
+        arguments: Any = (call.offsets, call.precision, kernel.placement)
         h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
         h = checkpoint_name(h, CHECKPOINT_NAME)
         return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))

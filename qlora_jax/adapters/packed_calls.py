@@ -16,7 +16,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, primitives
 from jaxtyping import Array, PyTree
 
 from .._jax.jaxprs import bind, run_program
-from ..product.ragged import offsets_of
+from ..product.matmul import offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
 from .base import Adapter, sliced

@@ -11,10 +11,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
 from ..product.choose import checked_backend
-from ..product.floats import float_product
-from ..product.quantized import as_float, checked_layer, matmul, reverse_mode
-from ..product.ragged import offsets_of, ragged_float_product, ragged_matmul
-from ..quant.kernel import Kernel, PackedInput, as_kernel
+from ..product.matmul import as_float, checked_layer, offsets_of, reverse_mode
+from ..product.multiply import multiply
+from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
 from .base import Adapter, ProductCall, check_adapter, parts_of
@@ -40,18 +39,20 @@ def adapted_product(
         # For the frozen kernel, the adapter calls this function without an adapter.
         settings: dict[str, Any] = {"backend": backend, "precision": precision}
         settings |= {"offsets": offsets, "result": result}
-        multiply = functools.partial(adapted_product, **settings)
-        call = ProductCall(multiply, dropout_key, precision, offsets)
+        multiply_frozen = functools.partial(adapted_product, **settings)
+        call = ProductCall(multiply_frozen, dropout_key, precision, offsets)
         adapt = lora.product if offsets is None else lora.ragged_product
         return adapt(x, kernel, call)
-    w = kernel.product_input(x.dtype)
-    if offsets is not None:
-        if isinstance(w, PackedInput):
-            return ragged_matmul(x, w, offsets, backend, precision, result)
-        return ragged_float_product(x, w, offsets, precision, result, kernel.placement)
-    if isinstance(w, PackedInput):
-        return matmul(x, w.q, layer=w.layer, backend=backend, precision=precision)
-    return float_product(x, w, precision).astype(x.dtype)
+    return multiply(
+        x,
+        kernel.product_input(x.dtype),
+        offsets,
+        backend=backend,
+        precision=precision,
+        result=result,
+        placement=kernel.placement,
+        weights_move=offsets is not None,
+    )
 
 
 # Jitted so that layers of the same shape are traced once: in a model that unrolls its

@@ -131,6 +131,6 @@ def fetch(node: PyTree, x: Float[Array, "*rows D"]) -> PyTree:
         return node
     kernel, lora, key = parts_of(node)
     q = kernel.take().to_device()
-    if (mesh_layout := find_gather(q, x)) is not None:
-        q = gathered(q, mesh_layout)
+    if (layout := find_gather(q, x)) is not None:
+        q = gathered(q, layout)
     return q if lora is None else AdaptedKernel(q, constrained(lora, q.placement), key)

@@ -9,10 +9,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from .backends.floats import float_product
 from .backends.pallas_tpu.backend import PallasTPU
 from .backends.reference import Reference, Rounding
 from .backends.tiled import Tiled
-from .spec import Backend, Operands, ProductSpec
+from .spec import Backend, Operands, ProductSpec, Unsupported
 
 BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
@@ -50,20 +51,32 @@ def checked_backend(
     return backend if backend is None or isinstance(backend, str) else tuple(backend)
 
 
-def refusals(
+def choose(
     backends: Sequence[str],
     spec: ProductSpec,
     shape: tuple[int, ...],
     dtype: np.dtype,
     columns: int,
-) -> dict[str, str | None]:
-    """Returns why back ends do not support a product, up to the first that does."""
+) -> tuple[Backend, dict[str, str | None]]:
+    """Returns the first back end that supports a product, and those that were tried.
+
+    The second result has the reason why each back end does not support the product, or
+    None for the one that does. Raises `Unsupported` with all reasons if there is none.
+    """
     reasons: dict[str, str | None] = {}
     for name in backends:
-        reasons[name] = BACKENDS[name].refusal(spec, shape, dtype, columns)
-        if reasons[name] is None:
-            break
-    return reasons
+        try:
+            BACKENDS[name].check(spec, shape, dtype, columns)
+        except Unsupported as unsupported:
+            reasons[name] = str(unsupported)
+        else:
+            return BACKENDS[name], reasons | {name: None}
+    raise Unsupported(
+        "\n".join(
+            f"`{name}` does not support this product. {reason}"
+            for name, reason in reasons.items()
+        )
+    )
 
 
 def default_backends(platform: str, is_local: bool) -> list[str]:
@@ -76,40 +89,34 @@ def default_backends(platform: str, is_local: bool) -> list[str]:
 
 
 def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
-    """Computes the product with the requested back end, or with the platform's default.
+    """Computes a product with the requested back end, or with the platform's default.
 
     `is_local` is whether the arrays are on one device. Otherwise, XLA may have to
     partition the product, which opaque back ends do not allow.
     """
+    if spec.packed_as is None:
+        return float_product(spec, operands)
     # Back ends accept a single axis of rows.
-    x = operands.x
+    x = operands.left
     num_rows = math.prod(x.shape[spec.batch : -1])
     shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
-    operands = operands._replace(x=x.reshape(shape))
-
-    def choose(backends: Sequence[str]) -> Backend:
-        reasons = refusals(backends, spec, shape, x.dtype, operands.codes.shape[-1])
-        for name, reason in reasons.items():
-            if reason is None:
-                return BACKENDS[name]
-        raise NotImplementedError(
-            "\n".join(
-                f"`{name}` does not support this product. {reason}"
-                for name, reason in reasons.items()
-            )
-        )
+    operands = operands._replace(left=x.reshape(shape))
+    product = spec, shape, x.dtype, operands.right.shape[-1]
 
     # Choose one back end, or one for each platform: a jitted function may be lowered
     # for the CPU of a machine that has a TPU.
     if spec.backend is not None:
         backends = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
-        chosen = {"default": choose(backends)}
+        default, chosen = choose(backends, *product)[0], {}
     else:
-        chosen = {name: choose(default_backends(name, is_local)) for name in PREFERRED}
+        chosen = {
+            platform: choose(default_backends(platform, is_local), *product)[0]
+            for platform in PREFERRED
+        }
+        default = chosen["default"]
 
     # Branch on the platform when the program is lowered. Platforms that use the same
     # back end as the default share its branch, so that it is traced once.
-    default = chosen["default"]
     method = "ragged_product" if spec.is_ragged else "product"
     branches = {
         platform: functools.partial(getattr(backend, method), spec)

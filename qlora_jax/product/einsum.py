@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ..quant.geometry import Geometry, roles_fit
 from ..quant.qtensor import QTensor
-from .quantized import as_float, check_packed, matmul
+from .matmul import as_float, check_packed, matmul
 
 
 def einsum(

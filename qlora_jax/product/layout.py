@@ -4,7 +4,8 @@ Weights that are split over their outputs (column-parallel) need no communicatio
 Weights that are split over K (row-parallel) or over experts need one all-reduce of the
 result. With experts, each device has all rows and multiplies those of its own experts.
 Weights are moved only if the same mesh axes also split the rows of `x` (FSDP): each
-device then gathers codes and scales in one all-gather.
+device then gathers codes and scales in one all-gather. Float weights are resharded
+before the multiplication instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from jax.sharding import PartitionSpec
 
-from .._jax.specs import Axes, axes_of, fitting, make_spec, unused, ways
-from .spec import ProductSpec
+from .._jax.specs import AnyMesh, Axes, axes_of, fitting, make_spec, unused, ways
+from .spec import OPERANDS, Name, ProductSpec
 
 
 @dataclass(frozen=True)
@@ -36,50 +37,57 @@ class Layout:
     """Which parts each device stores, gathers, multiplies and sums."""
 
     local: ProductSpec  # the product of one device's parts
-    lead: tuple[Axes, ...]  # mesh axes of batch and rows, in x and the result
+    lead: tuple[Axes, ...]  # mesh axes of batch and rows, in x and y
     batch: tuple[Axes, ...]  # mesh axes of the batch axes of the weights
     k: Split
     n: Split
     experts: Split = Split()
+    mesh: AnyMesh | None = None  # of the `shard_map`, over the axes in `axis_names`
+    axis_names: frozenset[str] = frozenset()
 
     @property
     def summed(self) -> Axes:
         """The mesh axes over which results are summed."""
+        if self.local.output == "w":
+            return self.contracted
         return self.contracted + self.experts.active
 
     @property
     def contracted(self) -> Axes:
-        """The mesh axes that split the contracted axis."""
-        return (self.n if self.local.transpose else self.k).active
-
-    @property
-    def outputs(self) -> Axes:
-        """The mesh axes that split the outputs."""
-        return (self.k if self.local.transpose else self.n).active
+        """The mesh axes that split the contracted axes."""
+        rows = self.lead[len(self.batch) :]
+        contracted = {"y": self.k.active, "x": self.n.active, "w": sum(rows, ())}
+        return contracted[self.local.output]
 
     @property
     def is_gathered(self) -> bool:
         """Whether a device gathers weights before it multiplies."""
         return any(part.gathered for part in (self.experts, self.k, self.n))
 
-    @property
-    def x(self) -> PartitionSpec:
-        """The spec of x."""
-        return make_spec(*self.lead, self.contracted)
-
-    @property
-    def weights(self) -> PartitionSpec:
-        """The spec of codes and of scales, without an axis of layers."""
+    def spec_of(self, name: Name) -> PartitionSpec:
+        """Returns the spec of x, y, or the weights without an axis of layers."""
+        if name != "w":
+            return make_spec(*self.lead, (self.k if name == "x" else self.n).active)
         experts = [self.experts.stored] * self.local.is_ragged
         return make_spec(*self.batch, *experts, self.k.stored, self.n.stored)
 
     @property
+    def left(self) -> PartitionSpec:
+        """The spec of the left operand."""
+        return self.spec_of(OPERANDS[self.local.output][0])
+
+    @property
+    def right(self) -> PartitionSpec:
+        """The spec of the right operand, such as codes and scales of one layer."""
+        return self.spec_of(OPERANDS[self.local.output][1])
+
+    @property
     def result(self) -> PartitionSpec:
         """The spec of the result."""
-        return make_spec(*self.lead, self.outputs)
+        return self.spec_of(self.local.output)
 
     def __post_init__(self):
-        for spec in (self.x, self.weights, self.result):
+        for spec in (self.left, self.right, self.result):
             axes = [axis for entry in spec for axis in axes_of(entry)]
             assert len(axes) == len(set(axes)), f"a mesh axis is used twice: {spec}"
 
@@ -92,7 +100,11 @@ def lay_out(
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
 ) -> Layout:
-    """Returns the layout for weights `[*batch, K, N]` that `weight_axes` split."""
+    """Returns the layout for weights `[*batch, K, N]` that `weight_axes` split.
+
+    `x_axes` and `x_shape` are those of the left operand. `scales_shape` is
+    `[*batch, blocks, N]`, where a row of float weights is a block.
+    """
     # A mesh axis can split only one axis of an array. Mesh axes are assigned in order
     # of priority: batch, stored weights, rows of x. If a mesh axis splits both the rows
     # and the stored weights, the weights are gathered over it.
@@ -132,11 +144,11 @@ def lay_out(
         if is_contracted and not stored_axes:
             # If only x is split along the contracted axis, weights are split to match.
             active = fitting(unused(x_axes[-1], used | stored), sizes, length)
-        return Split(active, stored_axes[len(active) :])
+        return Split(active, stored_axes[len(active) :] if spec.packed_as else ())
 
-    k_split = split(stored_k, k_parts, not spec.transpose)
-    n_split = split(stored_n, n, spec.transpose)
+    k_split = split(stored_k, k_parts, spec.output == "y")
+    n_split = split(stored_n, n, spec.output == "x")
     local_k = spec.k // ways(sizes, k_split.active)
-    local = replace(spec, k=local_k, placement=None, mesh=None)
+    local = replace(spec, k=local_k, placement=None, mesh=None, weight_axes=None)
     lead = *batch, *rows
     return Layout(local, lead, tuple(batch), k_split, n_split, split(stored_experts))

@@ -1,4 +1,4 @@
-"""Runs packed products on one device, or on several in a `shard_map`.
+"""Runs a product on one device, or on several in a `shard_map`.
 
 A `Layout` describes how arrays are split. Explicit mesh axes are read from types, and
 Auto axes from the kernel's `Placement`. In Auto mode without a placement, XLA's
@@ -8,7 +8,7 @@ partitioner decides how to split the product, and gathers decoded weights.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,14 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, PyTree
 
-from .._jax.modes import (
-    axes_of_type,
-    explicit_axes,
-    explicit_mesh,
-    in_auto_mode,
-    is_local,
-    is_manual,
-    split_by,
-    with_mapped_axis,
-)
+from .._jax import modes
+from .._jax.modes import explicit_axes, explicit_mesh, split_by, with_mapped_axis
 from .._jax.pytree import take_layer
 from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor, float_scales, with_scales
 from . import choose
+from .backends.floats import float_product
 from .backends.grouped import SortedRows
 from .backends.reference import accumulator_dtype
 from .collectives import gather, sum_over
@@ -39,23 +32,60 @@ from .layout import Layout, lay_out
 from .spec import Operands, ProductSpec, product_spec
 
 
-class MeshLayout(NamedTuple):
-    """The layout of a product, and the mesh axes of its `shard_map`."""
+def find_mesh(
+    spec: ProductSpec,
+    x: Array,
+    weights: PyTree,
+    offsets: Array | None,
+    weights_move: bool,
+) -> tuple[ProductSpec, Array, PyTree, Array | None]:
+    """Returns the spec with the mesh of its operands, and operands that fit it.
 
-    layout: Layout
-    mesh: AnyMesh
-    axis_names: frozenset[str]
+    `weights_move` is explained in `multiply`.
+    """
+    x = modes.varying_with(x, weights, offsets)
+    if spec.packed_as is None:
+        weights = modes.varying_with(weights, x, offsets)
+    mesh = explicit_mesh(x, weights, offsets)
+    if mesh is None:
+        mesh = spec.placement and declared_mesh(spec.placement)
+        return replace(spec, mesh=mesh), x, weights, offsets
+    operands = modes.without_mapped_axes(mesh, x, weights, offsets)
+    if spec.packed_as is None:
+        x, weights, _ = operands
+        *lead, w_k, n = typed_axes(weights)
+        x_k = typed_axes(x)[-1]
+        k = x_k if weights_move else w_k or x_k
+        spec = replace(spec, weight_axes=(*lead[spec.batch :], k, n))
+    return replace(spec, mesh=mesh), *operands
 
-    def shard_map(self, fn: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
-        """Returns a function that runs `fn(layout, ...)` on each device's parts."""
-        return jax.shard_map(
-            functools.partial(fn, self.layout),
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names={*self.axis_names},
-            check_vma=False,
-        )
+
+def declared_mesh(placement: Placement | None) -> AnyMesh | None:
+    """Returns the mesh with Auto axes that a placement is for, if it is in use."""
+    if placement is None:
+        return None
+    mesh, context = placement.mesh, get_abstract_mesh()
+    if context.empty:
+        return mesh
+    # Inside a `shard_map` over some axes, the others are still Auto.
+    is_same = dict(context.shape) == dict(mesh.shape)
+    return context if is_same and AxisType.Auto in context.axis_types else None
+
+
+def in_auto_mode(
+    run: Callable[[ProductSpec, Operands], Array],
+    spec: ProductSpec,
+    out_spec: PartitionSpec,
+) -> Callable[[Operands], Array]:
+    """Wraps `run(spec, operands)` to run with all axes of an Explicit mesh as Auto."""
+    mesh = spec.mesh
+    assert mesh is not None
+
+    def run_in_auto_mode(operands: Operands) -> Array:
+        mesh = declared_mesh(spec.placement)
+        return run(replace(spec, mesh=mesh, weight_axes=None), operands)
+
+    return modes.in_auto_mode(run_in_auto_mode, mesh, out_spec)
 
 
 def find_layout(
@@ -64,178 +94,181 @@ def find_layout(
     weight_axes: Sequence[Axes],
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
-) -> MeshLayout | None:
-    """Returns the layout of a product on its mesh, or None if no mesh is known.
+) -> Layout:
+    """Returns the layout of a product on its mesh.
 
     For Explicit axes, `x_axes` and `weight_axes` come from the operands' types. For
     Auto axes, they are ignored, and the kernel's placement is used instead.
     """
-    if spec.mesh is not None:
-        sizes = spec.mesh.shape
-        layout = lay_out(spec, sizes, x_axes, weight_axes, x_shape, scales_shape)
-        return MeshLayout(layout, spec.mesh, explicit_axes(spec.mesh))
-    mesh = None if is_manual() else declared_mesh(spec.placement)
-    if mesh is None:
-        return None
-    assert spec.placement is not None
-    auto_axes = axes_of_type(mesh, AxisType.Auto)
+    mesh = spec.mesh
+    assert mesh is not None
+    if spec.is_explicit:
+        axis_names = explicit_axes(mesh)
+    else:
+        assert spec.placement is not None
+        axis_names = auto_axes = modes.axes_of_type(mesh, AxisType.Auto)
 
-    def take_auto(entries: Sequence[Axes]) -> list[Axes]:
-        return [tuple(axis for axis in axes if axis in auto_axes) for axes in entries]
+        def take_auto(entries: Sequence[Axes]) -> list[Axes]:
+            return [tuple(a for a in axes if a in auto_axes) for axes in entries]
 
-    weight_axes = take_auto(spec.placement.matrix_axes(len(scales_shape)))
-    rows = take_auto(spec.placement.row_axes(len(x_shape) - 1 - spec.batch))
-    x_axes = [*weight_axes[: spec.batch], *rows, ()]
-    sizes = {name: mesh.shape[name] for name in auto_axes}
-    layout = lay_out(spec, sizes, x_axes, weight_axes, x_shape, scales_shape)
-    return MeshLayout(layout, mesh, auto_axes)
-
-
-def declared_mesh(placement: Placement | None) -> AnyMesh | None:
-    """Returns the mesh for a placement, or None if the current mesh differs from it."""
-    if placement is None:
-        return None
-    mesh, context = placement.mesh, get_abstract_mesh()
-    if context.empty:
-        return mesh
-    # Inside a `shard_map` over some axes, the others are still Auto.
-    return context if dict(context.shape) == dict(mesh.shape) else None
+        weight_axes = take_auto(spec.placement.matrix_axes(len(scales_shape)))
+        rows = take_auto(spec.placement.row_axes(len(x_shape) - 1 - spec.batch))
+        x_axes = [*weight_axes[: spec.batch], *rows, ()]
+    layout = lay_out(spec, mesh.shape, x_axes, weight_axes, x_shape, scales_shape)
+    return replace(layout, mesh=mesh, axis_names=axis_names)
 
 
 @custom_vmap
-def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
-    """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
-    # 1. Find the layout. Without one, the product runs on one device, or XLA splits it.
-    x, codes, scales, layer, offsets = operands
+def compute(spec: ProductSpec, operands: Operands) -> Array:
+    """Returns the product, sharded or not, in the dtype `spec.result`."""
+    # 1. Without a mesh, the product runs on one device, or XLA splits it.
+    if (mesh := spec.mesh) is None:
+        return choose.run(spec, operands, is_local=modes.is_local())
+    # 2. Find the layout.
+    left, right, scales, layer, offsets = operands
     x_axes, weight_axes = (), ()
-    if spec.mesh is not None:
-        x_axes, weight_axes = typed_axes(x), typed_axes(codes)[layer is not None :]
-    mesh_layout = find_layout(spec, x_axes, weight_axes, x.shape, scales.shape)
-    if mesh_layout is None:
-        return choose.run(spec, operands, is_local=is_local())
-    layout, mesh, axis_names = mesh_layout
-    codes_spec = layout.weights
-    if layer is not None:
-        codes_spec = PartitionSpec(None, *codes_spec)
+    if spec.is_explicit:
+        x_axes, weight_axes = typed_axes(left), typed_axes(right)[layer is not None :]
+        if spec.weight_axes is not None:
+            weight_axes = [*weight_axes[: spec.batch], *spec.weight_axes]
+    scales_shape = (right if scales is None else scales).shape
+    if spec.output == "w":
+        experts = () if offsets is None else (offsets.shape[0] - 1,)
+        scales_shape = *left.shape[: spec.batch], *experts, spec.k, right.shape[-1]
+    layout = find_layout(spec, x_axes, weight_axes, left.shape, scales_shape)
+    layers = () if layer is None else (None,)
+    right_spec = PartitionSpec(*layers, *layout.right)
+    specs = layout.left, right_spec, layout.right, PartitionSpec(), PartitionSpec()
 
-    # 2. With Explicit axes, split the operands as the layout needs them.
-    if spec.mesh is not None:
-        if {*mesh.axis_types} != {AxisType.Explicit}:
-            # Types show only Explicit axes. This mesh has others, so use Auto mode.
-            run = functools.partial(sharded_product, replace(spec, mesh=None))
-            return in_auto_mode(run, mesh, layout.result)(operands)
-        x, codes = split_by(x, mesh, layout.x), split_by(codes, mesh, codes_spec)
-        scales = split_by(scales, mesh, layout.weights)
-        if offsets is not None:
-            offsets = split_by(offsets, mesh, PartitionSpec())
-        if not axis_names:
-            split_operands = Operands(x, codes, scales, layer, offsets)
-            return choose.run(spec, split_operands, is_local=False)
+    # 3. With Explicit axes, split the operands as the layout needs them.
+    if spec.is_explicit:
+        # Types show only Explicit axes, so a packed product uses Auto mode if the mesh
+        # has other axes. Explicit mode has no rules for the loops of ragged products.
+        has_others = {*mesh.axis_types} != {AxisType.Explicit}
+        if (spec.packed_as and has_others) or (
+            spec.is_ragged and not layout.axis_names
+        ):
+            return in_auto_mode(compute, spec, layout.result)(operands)
+        arrays = zip(operands, specs, strict=True)
+        operands = Operands._make(
+            None if array is None else split_by(array, mesh, array_spec)
+            for array, array_spec in arrays
+        )
+        if not layout.axis_names:
+            return choose.run(spec, operands, is_local=False)
 
-    # 3. Multiply the parts of each device.
-    in_specs = (layout.x, codes_spec, layout.weights, PartitionSpec())
-    run = mesh_layout.shard_map(_multiply_on_device, in_specs, layout.result)
-    return run(x, codes, scales, (layer, offsets))
+    # 4. Multiply the parts of each device.
+    return _shard_map(_compute_on_device, layout, specs, layout.result)(*operands)
 
 
-@sharded_product.def_vmap
-def _batched_product(
+@compute.def_vmap
+def _compute_batch(
     size: int, is_batched: list, spec: ProductSpec, operands: Operands
 ) -> tuple[Array, bool]:
-    # The mapped axis becomes one more row axis if only x has it, and otherwise one more
-    # batch axis.
-    x, codes, scales, layer, _ = operands
-    _, (x_batched, codes_batched, scales_batched, layer_batched, _) = is_batched
-    if spec.is_ragged:
-        return _batched_ragged_product(size, is_batched[1], spec, operands), True
-    if not (codes_batched or scales_batched or layer_batched):
-        operands = operands._replace(x=jnp.moveaxis(x, 0, spec.batch))
-        return jnp.moveaxis(sharded_product(spec, operands), spec.batch, 0), True
-    if layer is not None and layer_batched:
-        # Back ends read only one layer of a stack. If the products read different
-        # layers, slice them first.
-        axes = (0 if codes_batched else None, 0)
-        codes = jax.vmap(take_layer, axes)(codes, layer)
-        layer, codes_batched = None, True
-    codes = with_mapped_axis(size, codes, codes_batched)
-    if layer is not None:  # the axis of layers comes first
-        codes = jnp.moveaxis(codes, 0, 1)
-    x = with_mapped_axis(size, x, x_batched)
-    scales = with_mapped_axis(size, scales, scales_batched)
-    spec = replace(spec, batch=spec.batch + 1)
-    return sharded_product(spec, Operands(x, codes, scales, layer)), True
+    left, right, scales, layer, offsets = operands
+    _, (left_mapped, right_mapped, scales_mapped, layer_mapped, _) = is_batched
+    if spec.packed_as is None and spec.mesh is None and offsets is None:
+        # XLA batches float products without copying an operand that is not mapped.
+        axes = 0 if left_mapped else None, 0 if right_mapped else None
 
+        def multiply_floats(left: Array, right: Array) -> Array:
+            return float_product(spec, Operands(left, right))
 
-def _batched_ragged_product(
-    size: int, is_batched: Operands, spec: ProductSpec, operands: Operands
-) -> Array:
-    # Sorts the rows of all products in the batch by expert, and computes one product.
-    if spec.mesh is not None:  # types do not show how sorted rows are split
-        run = functools.partial(
-            _batched_ragged_product, size, is_batched, replace(spec, mesh=None)
-        )
-        return in_auto_mode(run, spec.mesh, PartitionSpec())(operands)
-    x, codes, scales, layer, offsets = operands
-    x_batched, experts_batched, _, layer_batched, offsets_batched = is_batched
-    if layer is not None and (experts_batched or layer_batched):
-        axes = (0 if experts_batched else None, 0 if layer_batched else None)
-        codes = jax.vmap(take_layer, axes)(codes, layer)
-        layer, experts_batched = None, True
-    if experts_batched:
-        codes, scales = (a.reshape(-1, *a.shape[2:]) for a in (codes, scales))
-    x = with_mapped_axis(size, x, bool(x_batched))
-    assert offsets is not None
-    offsets = with_mapped_axis(size, offsets, bool(offsets_batched))
-    rows = SortedRows.sort(offsets, x.shape[1], bool(experts_batched))
-    operands = Operands(rows.take(x), codes, scales, layer, rows.offsets)
-    return rows.put_back(sharded_product(spec, operands))
+        return jax.vmap(multiply_floats, axes)(left, right), True
+    if spec.is_ragged and spec.is_explicit:
+        # Types do not show how the sorted rows of several products are split.
+        def run(spec: ProductSpec, operands: Operands) -> Array:
+            return _compute_batch(size, is_batched, spec, operands)[0]
 
-
-def _multiply_on_device(
-    layout: Layout,
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer_and_offsets: tuple[Array | None, Array | None],
-) -> Array:
-    """Gathers weights, multiplies and sums in a `shard_map`, following the layout."""
-    # 1. Gather the weights of a single layer.
-    layer, offsets = layer_and_offsets
-    if layer is not None and layout.is_gathered:
-        codes, layer = take_layer(codes, layer), None
-    codes, scales = gather_weights(layout, codes, scales)
-
-    # 2. Check that the same mesh axes split x and the weights along the contracted axis
-    #    (`Layout.contracted`).
-    spec = layout.local
-    per_byte = spec.format.codes_per_byte
-    num_rows = codes.shape[-2] * per_byte
-    assert spec.k <= num_rows < spec.k + per_byte, (spec, codes.shape)
-    assert x.shape[-1] == (codes.shape[-1] if spec.transpose else spec.k), x.shape
-    assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
+        return in_auto_mode(run, spec, PartitionSpec())(operands), True
+    # 1. Back ends read only one layer of a stack. If the products read different
+    #    layers, or layers of different stacks of experts, slice them first.
+    if layer is not None and (layer_mapped or (spec.is_ragged and right_mapped)):
+        axes = 0 if right_mapped else None, 0 if layer_mapped else None
+        right, layer = jax.vmap(take_layer, axes)(right, layer), None
+        right_mapped = True
+    # 2. A mapped axis that only x has becomes one more row axis.
+    if not (spec.is_ragged or spec.output == "w" or right_mapped or scales_mapped):
+        left = jnp.moveaxis(left, 0, spec.batch)
+        y = compute(spec, Operands(left, right, scales, layer))
+        return jnp.moveaxis(y, spec.batch, 0), True
+    left = with_mapped_axis(size, left, left_mapped)
+    # 3. The rows of all ragged products are sorted by expert, for a single product.
     if offsets is not None:
-        (row_axes,), expert_axes = layout.lead, layout.experts.active
-        num_experts = scales.shape[0]
-        offsets = device_offsets(
-            offsets, x.shape[0], row_axes, num_experts, expert_axes
-        )
+        offsets = with_mapped_axis(size, offsets, is_batched[1].offsets)
+        has_own_experts = bool(right_mapped or spec.output == "w")
+        rows = SortedRows.sort(offsets, left.shape[1], has_own_experts)
+        if spec.output == "w":
+            right = rows.take(with_mapped_axis(size, right, right_mapped))
+        elif right_mapped:
+            right = right.reshape(-1, *right.shape[2:])
+            scales = None if scales is None else scales.reshape(-1, *scales.shape[2:])
+        operands = Operands(rows.take(left), right, scales, layer, rows.offsets)
+        y = compute(spec, operands)
+        if spec.output == "w":
+            return y.reshape(size, -1, *y.shape[1:]), True
+        return rows.put_back(y), True
+    # 4. Any other mapped axis becomes one more batch axis.
+    right = with_mapped_axis(size, right, right_mapped)
+    if layer is not None:  # the axis of layers comes first
+        right = jnp.moveaxis(right, 0, 1)
+    if scales is not None:
+        scales = with_mapped_axis(size, scales, scales_mapped)
+    spec = replace(spec, batch=spec.batch + 1)
+    return compute(spec, Operands(left, right, scales, layer)), True
+
+
+def _shard_map(
+    fn: Callable, layout: Layout, in_specs: tuple, out_specs: PyTree
+) -> Callable:
+    """Returns a function that runs `fn(layout, ...)` on each device's parts."""
+    return jax.shard_map(
+        functools.partial(fn, layout),
+        mesh=layout.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={*layout.axis_names},
+        check_vma=False,
+    )
+
+
+def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
+    """Gathers weights, multiplies and sums in a `shard_map`, following the layout."""
+    left, right, scales, layer, offsets = arrays
+    spec = layout.local
+    if scales is not None:
+        # 1. Gather the packed weights of a single layer.
+        if layer is not None and layout.is_gathered:
+            right, layer = take_layer(right, layer), None
+        right, scales = gather_weights(layout, right, scales)
+        # 2. Check that the same mesh axes split x and the weights along the contracted
+        #    axis (`Layout.contracted`).
+        per_byte = spec.format.codes_per_byte
+        num_rows = right.shape[-2] * per_byte
+        assert spec.k <= num_rows < spec.k + per_byte, (spec, right.shape)
+        k = right.shape[-1] if spec.transpose else spec.k
+        assert left.shape[-1] == k, (spec, left.shape)
+        assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
+    if offsets is not None:
+        offsets = device_offsets(layout, offsets, left.shape[0])
 
     # 3. Multiply, and sum float32 parts over the mesh axes in `Layout.summed`.
-    result = jnp.dtype(spec.result or x.dtype)
+    result = jnp.dtype(spec.result or left.dtype)
     if layout.summed:
         spec = replace(spec, result=accumulator_dtype(result).name)
-    y = choose.run(spec, Operands(x, codes, scales, layer, offsets), is_local=True)
+    operands = Operands(left, right, scales, layer, offsets)
+    y = choose.run(spec, operands, is_local=True)
     return sum_over(y, layout.summed, result)
 
 
-def device_offsets(
-    offsets: Array, num_rows: int, row_axes: Axes, num_experts: int, expert_axes: Axes
-) -> Array:
+def device_offsets(layout: Layout, offsets: Array, num_rows: int) -> Array:
     """Returns the offsets of one device's rows and experts, in a `shard_map`."""
+    (row_axes,), expert_axes = layout.lead, layout.experts.active
     if row_axes:
         first_row = lax.axis_index(row_axes) * num_rows
         offsets = jnp.clip(offsets - first_row, 0, num_rows)
     if expert_axes:
+        num_experts = (offsets.shape[0] - 1) // lax.axis_size(expert_axes)
         first = lax.axis_index(expert_axes) * num_experts
         offsets = lax.dynamic_slice_in_dim(offsets, first, num_experts + 1)
     return offsets
@@ -254,35 +287,35 @@ def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, 
 
 # Products gather the weights of a kernel each time (FSDP). The next two functions
 # gather them once, for several products.
-def find_gather(q: Any, x: Array) -> MeshLayout | None:
+def find_gather(q: Any, x: Array) -> Layout | None:
     """Returns the layout of products with rows that are split like those of `x`.
 
     Returns None if these products do not gather weights.
     """
     if not q.is_packed:
         return None
+    spec, scales_shape = product_spec(q), q.scales.shape
     mesh = explicit_mesh(x, q)
     if mesh is not None and {*mesh.axis_types} != {AxisType.Explicit}:
         return None  # types show only Explicit axes
-    spec, scales_shape = replace(product_spec(q), mesh=mesh), q.scales.shape
+    if (mesh := mesh or declared_mesh(q.placement)) is None:
+        return None
     x_shape = *scales_shape[: spec.batch], *x.shape[:-1], spec.k
     weight_axes = typed_axes(q.codes)
     x_axes = [*weight_axes[: spec.batch], *typed_axes(x)[:-1], ()]
-    mesh_layout = find_layout(spec, x_axes, weight_axes, x_shape, scales_shape)
-    if mesh_layout is None or not mesh_layout.layout.is_gathered:
-        return None
-    return mesh_layout
+    spec = replace(spec, mesh=mesh)
+    layout = find_layout(spec, x_axes, weight_axes, x_shape, scales_shape)
+    return layout if layout.is_gathered else None
 
 
-def gathered(q: QTensor, mesh_layout: MeshLayout) -> QTensor:
+def gathered(q: QTensor, layout: Layout) -> QTensor:
     """Returns a kernel in device memory with its codes and float32 scales gathered."""
-    layout, mesh = mesh_layout.layout, mesh_layout.mesh
-    arrays = [q.codes, float_scales(q)]
-    if AxisType.Explicit in mesh.axis_types:
-        arrays = [split_by(array, mesh, layout.weights) for array in arrays]
+    arrays, mesh = [q.codes, float_scales(q)], layout.mesh
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        arrays = [split_by(array, mesh, layout.right) for array in arrays]
     axes = (*layout.batch, layout.k.active, layout.n.active)
-    in_specs, out_specs = (layout.weights,) * 2, (make_spec(*axes),) * 2
-    gather_both = mesh_layout.shard_map(gather_weights, in_specs, out_specs)
+    in_specs, out_specs = (layout.right,) * 2, (make_spec(*axes),) * 2
+    gather_both = _shard_map(gather_weights, layout, in_specs, out_specs)
     codes, scales = gather_both(*arrays)
     placement = q.placement and replace(q.placement, kernel=axes)
     return with_scales(replace(q, codes=codes, placement=placement), scales)

@@ -1,29 +1,41 @@
-"""The static description of a product, and the interface of its back ends."""
+"""The static description of a product, its operands, and the interface of back ends."""
 
 import abc
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import PrecisionLike
+from jax.sharding import AxisType
 from jaxtyping import Array
 
-from .._jax.specs import AnyMesh
+from .._jax.specs import AnyMesh, Axes
 from ..quant.formats import Format, Packing
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor
+
+# Each of x, w and y = x w is a product of the two others: dx = g w^T, dw = x^T g, where
+# the gradient g has the shape of y. The operands of each are listed left, then right.
+Name = Literal["x", "w", "y"]
+OPERANDS: dict[Name, tuple[Name, Name]] = {
+    "y": ("x", "w"),
+    "x": ("y", "w"),
+    "w": ("x", "y"),
+}
 
 
 class Operands(NamedTuple):
     """The arrays of a product. A dot in a shape is a contracted or a packed axis."""
 
     # `[*batch, *rows, .]`. A back end gets a single axis of rows, `[*batch, M, .]`.
-    x: Array
-    codes: Array  # uint8 `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index
-    scales: Array  # float32 `[*batch, blocks, N]`, always of a single layer
-    layer: Array | None
+    left: Array
+    # uint8 codes `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index. For float
+    # weights, the weights `[*batch, K, N]`, or an array like `left`.
+    right: Array
+    scales: Array | None = None  # float32 `[*batch, blocks, N]` of a single layer
+    layer: Array | None = None
     # For a ragged product, int32 `[E + 1]`: x is `[M, .]`, and its rows `offsets[e]` to
     # `offsets[e + 1]` are multiplied by expert e. Rows without an expert give zeros.
     offsets: Array | None = None
@@ -32,44 +44,69 @@ class Operands(NamedTuple):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ProductSpec:
-    """Describes the product of `x [*batch, *rows, K]` with packed weights.
+    """Describes the product y of x `[*batch, *rows, K]` and w, or a gradient of it.
 
     It is a pytree without leaves, so transformations accept it as an argument.
     """
 
-    packing: Packing  # with float32 scales, as products receive them
+    packed_as: Packing | None  # with float32 scales; None for float weights
     dtype_name: str  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
     batch: int = 0  # the number of batch axes, not counting experts
-    transpose: bool = False  # whether to multiply by the transposed weights
+    output: Name = "y"  # what is computed from the two others
     backend: str | tuple[str, ...] | None = None  # None selects by platform
     precision: PrecisionLike = None
     placement: Placement | None = None  # of the weights, if declared
-    mesh: AnyMesh | None = None  # with Explicit axes, from the operands' types
+    # The mesh over which arrays are split, from their types (Explicit axes) or from the
+    # placement (Auto axes); None on a single device, or if XLA splits the product.
+    mesh: AnyMesh | None = None
+    # With Explicit axes, the mesh axes that split experts, K and N of float weights,
+    # so that a product and its gradients split them in the same way.
+    weight_axes: tuple[Axes, ...] | None = None
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
-    result: str | None = None  # the dtype of the result; None for the dtype of x
+    result: str | None = None  # the dtype of the result; None for that of `left`
+
+    @property
+    def packing(self) -> Packing:
+        """How packed weights are packed."""
+        assert self.packed_as is not None
+        return self.packed_as
 
     @property
     def format(self) -> Format:
-        """The number format itself."""
+        """The number format of packed weights."""
         return self.packing.format
 
     @property
     def block_size(self) -> int:
         """The number of rows of the weights that share a scale."""
-        return self.packing.block_size
+        return 1 if self.packed_as is None else self.packing.block_size
 
     @property
     def dtype(self) -> np.dtype:
         """The logical dtype."""
         return jnp.dtype(self.dtype_name)
 
+    @property
+    def transpose(self) -> bool:
+        """Whether the left operand is multiplied by the transposed weights."""
+        return self.output == "x"
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the mesh and how it splits the operands are read from their types."""
+        return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
+
 
 def product_spec(q: QTensor) -> ProductSpec:
     """Returns the spec of products with a kernel, with default options."""
     *batch, k, _ = q.matrix_shape
-    packing = replace(q.packing, double_quant=False)
+    packing = Packing(q.fmt, q.block_size, double_quant=False)
     return ProductSpec(packing, q.dtype_name, k, len(batch), placement=q.placement)
+
+
+class Unsupported(NotImplementedError):
+    """A back end does not support a product. The message is the reason."""
 
 
 class Backend(abc.ABC):
@@ -80,16 +117,15 @@ class Backend(abc.ABC):
 
     is_opaque = False  # whether XLA cannot or must not partition it
 
-    def refusal(
+    def check(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
-    ) -> str | None:
-        """Returns the reason why a product is not supported, or None if it is.
+    ) -> None:
+        """Raises `Unsupported`, with the reason, if a product is not supported.
 
         `shape` `[*batch, M, .]` and `dtype` are those of x, where M may be symbolic.
         `columns` is N.
         """
         del spec, shape, dtype, columns
-        return None
 
     @abc.abstractmethod
     def product(self, spec: ProductSpec, operands: Operands) -> Array:

@@ -17,6 +17,7 @@ from qlora_jax.adapters import lora as lora_module
 from qlora_jax.adapters.dora import new_adapter
 from qlora_jax.adapters.lora import lora_product
 from qlora_jax.product import floats
+from qlora_jax.product.backends.floats import LARGEST_UNSWAPPED
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.kernel import FloatKernel
 
@@ -74,7 +75,7 @@ def test_gradients_pass_the_cast_unchanged():
 def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
     """With many rows, the gradient of A is computed transposed."""
     k, n = 256, 24
-    assert (np.prod(rows) * k > floats.LARGEST_UNSWAPPED) == (len(rows) == 3)
+    assert (np.prod(rows) * k > LARGEST_UNSWAPPED) == (len(rows) == 3)
     lora, x, g = make_lora(k, n), normal(1, (*rows, k), dtype), normal(2, (*rows, n))
 
     def gradient(lora, x, g):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from ..._jax.pytree import take_layer
 from ...quant.codes import dequantize_blocks, select_values
 from ...quant.qtensor import round_to
-from ..spec import Backend, Operands, ProductSpec
+from ..spec import Backend, Operands, ProductSpec, Unsupported
 from .grouped import grouped_product
 
 # Returns the codes and the scales of an expert.
@@ -98,7 +98,7 @@ class Reference(Backend):
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.ragged_product`."""
         x, codes, scales, layer, offsets = operands
-        assert offsets is not None
+        assert scales is not None and offsets is not None
         num_experts, first = scales.shape[0], 0
         if layer is not None:
             # Experts are sliced from `[L * E, ., N]`, so that no whole layer is copied.
@@ -136,22 +136,21 @@ class Rounding(Reference):
     is_opaque = True  # if XLA partitioned a sum, it would add rounded partial sums
     smallest = 2**24  # elements: 512 tiles of 128 x 256, about 4 per multiprocessor
 
-    def refusal(
+    def check(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
-    ) -> str | None:
-        """See `Backend.refusal`."""
+    ) -> None:
+        """See `Backend.check`."""
         if dtype != np.dtype("bfloat16"):
-            return f"It supports only bfloat16 inputs. Got {dtype}."
+            raise Unsupported(f"It supports only bfloat16 inputs. Got {dtype}.")
         outputs = spec.k if spec.transpose else columns
         num_rows = math.prod(shape[:-1])
         if export.is_symbolic_dim(num_rows):
-            return "It does not support a symbolic number of rows."
+            raise Unsupported("It does not support a symbolic number of rows.")
         if num_rows * outputs < self.smallest:
-            return (
+            raise Unsupported(
                 f"It supports only results of at least {self.smallest} elements. Got "
                 f"{num_rows} x {outputs}."
             )
-        return None
 
     def _dot_dtype(self, dtype: np.dtype) -> np.dtype:
         return dtype

@@ -7,7 +7,7 @@ import numpy as np
 from jax import export
 from jaxtyping import Array
 
-from ...spec import Backend, Operands, ProductSpec
+from ...spec import Backend, Operands, ProductSpec, Unsupported
 from .tiling import CHIPS, KINDS, Chip, plan
 
 
@@ -26,21 +26,24 @@ class PallasTPU(Backend):
         """The chip that the kernel is for."""
         return CHIPS[self._chip_name or KINDS.get(jax.devices()[0].device_kind, "any")]
 
-    def refusal(
+    def check(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
-    ) -> str | None:
-        """See `Backend.refusal`."""
+    ) -> None:
+        """See `Backend.check`."""
         if spec.precision is not None:
-            return f"It does not support `precision`. Got {spec.precision!r}."
+            raise Unsupported(
+                f"It does not support `precision`. Got {spec.precision!r}."
+            )
         if np.promote_types(spec.dtype, dtype) != spec.dtype:
-            return (
+            raise Unsupported(
                 "It rounds weights once, so the dtype of x must not be wider than that "
                 f"of the weights. Got {spec.dtype} weights and {dtype} inputs."
             )
         if export.is_symbolic_dim(shape[-2]):
-            return f"It does not support a symbolic number of rows. Got {shape[-2]}."
-        tiling = plan(spec, shape[-2], columns, dtype, self.chip)
-        return tiling if isinstance(tiling, str) else None
+            raise Unsupported(
+                f"It does not support a symbolic number of rows. Got {shape[-2]}."
+            )
+        plan(spec, shape[-2], columns, dtype, self.chip)
 
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.product`."""
@@ -48,6 +51,7 @@ class PallasTPU(Backend):
 
         # The kernel accepts one axis of experts, and for codes also one axis of layers.
         x, codes, scales, layer, _ = operands
+        assert scales is not None
         batch = x.shape[:-2]
         experts = (math.prod(batch),) if batch else ()
         stack = () if layer is None else codes.shape[:1]
@@ -66,5 +70,5 @@ class PallasTPU(Backend):
         from . import visits
 
         x, codes, scales, layer, offsets = operands
-        assert offsets is not None
+        assert scales is not None and offsets is not None
         return visits.product(spec, x, codes, scales, offsets, layer, chip=self.chip)

@@ -54,8 +54,6 @@ def product(
         x, codes, scales = x[None], codes[:, None], scales[None]
     rows, cols = codes.shape[2] * spec.format.codes_per_byte, codes.shape[3]
     tiling = plan(spec, x.shape[1], cols, x.dtype, chip)
-    if isinstance(tiling, str):
-        raise NotImplementedError(tiling)
     if scales.shape != (codes.shape[1], rows // spec.block_size, cols):
         raise ValueError(
             f"`scales` must have a row for every {spec.block_size} weight rows. Got "
@@ -133,7 +131,7 @@ def call(
             vmem_limit_bytes=tiling.vmem_limit,
         ),
         interpret=interpret,
-        name=f"qlora_{spec.packing.fmt}_{'dx' if spec.transpose else 'fwd'}",
+        name=f"qlora_{spec.format.name}_{'dx' if spec.transpose else 'fwd'}",
     )(layer, left, codes, scales)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ....quant.formats import INT8
-from ...spec import ProductSpec
+from ...spec import ProductSpec, Unsupported
 
 
 class Chip(NamedTuple):
@@ -105,18 +105,16 @@ def plan(
     dtype: DTypeLike,
     chip: Chip,
     max_rows: int = 1024,
-) -> Tiling | str:
+) -> Tiling:
     """Returns the tiling for `m` rows of x and a weight `[spec.k, cols]`.
 
-    If the kernel does not support the product, returns the reason. A block has up to
-    `max_rows` rows of x.
+    A block has up to `max_rows` rows of x. Raises `Unsupported` if the kernel does not
+    support the product.
     """
     # 1. Pad the weight to whole lanes and blocks.
     # 2. Choose how to decode: into scratch memory or not, in which order of rows.
     # 3. Return the best shape of blocks that fits VMEM.
-    reason = _refusal(spec, cols, dtype)
-    if reason is not None:
-        return reason
+    _check(spec, cols, dtype)
     rows = spec.k
     if spec.transpose:
         cols = _round_up(cols, 128)
@@ -160,24 +158,26 @@ def plan(
             continue
         if vmem_bytes(tiling, itemsize) <= tiling.vmem_limit:
             return tiling
-    return f"VMEM is too small for a contracted axis of {contracted}."
+    raise Unsupported(f"VMEM is too small for a contracted axis of {contracted}.")
 
 
-def _refusal(spec: ProductSpec, cols: int, dtype: DTypeLike) -> str | None:
+def _check(spec: ProductSpec, cols: int, dtype: DTypeLike) -> None:
+    reason = None
     if dtype not in (jnp.bfloat16, jnp.float32):
-        return f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
-    if spec.block_size < 16 * spec.format.bits // 4:
-        return f"`block_size` must be at least 32 in 8 bits. Got {spec.block_size}."
-    if spec.k % spec.block_size:
-        return (
+        reason = f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
+    elif spec.block_size < 16 * spec.format.bits // 4:
+        reason = f"`block_size` must be at least 32 in 8 bits. Got {spec.block_size}."
+    elif spec.k % spec.block_size:
+        reason = (
             "`block_size` must divide the rows of the weight. Got "
             f"block_size={spec.block_size} and {spec.k} rows."
         )
-    if spec.format.bits == 8 and spec.format.values != INT8.values:
-        return f"It supports only int8 among 8-bit formats. Got {spec.packing.fmt!r}."
-    if spec.k == 0 or cols == 0:
-        return "The weight must not be empty."
-    return None
+    elif spec.format.bits == 8 and spec.format.values != INT8.values:
+        reason = f"It supports only int8 among 8-bit formats. Got {spec.format.name!r}."
+    elif spec.k == 0 or cols == 0:
+        reason = "The weight must not be empty."
+    if reason is not None:
+        raise Unsupported(reason)
 
 
 def _balanced_tile(size: int, max_tile: int) -> int:

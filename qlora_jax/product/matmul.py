@@ -1,23 +1,21 @@
-"""The product `x @ q` with a QTensor, and its gradient."""
+"""The product `x @ q` with a QTensor, and the checks of its arguments."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import PrecisionLike
-from jax.sharding import NamedSharding, reshard
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from .._jax.arguments import as_array, as_int32, known_values
-from .._jax.modes import for_product
+from ..quant.kernel import PackedInput
 from ..quant.qtensor import QTensor
-from ..quant.views import product_arrays
-from .choose import PREFERRED, checked_backend, default_backends, refusals
-from .sharded import sharded_product
-from .spec import Operands, ProductSpec, product_spec
+from .choose import PREFERRED, checked_backend, choose, default_backends
+from .multiply import multiply
+from .spec import product_spec
 
 
 def matmul(
@@ -69,25 +67,11 @@ def matmul(
         (1, 64)
     """
     check_packed(q)
-    x = as_float(x)
-    *batch, k, _ = q.matrix_shape
-    if layer is not None:
-        layer = checked_layer(layer, batch)
-        batch = batch[1:]
-    has_batch = x.ndim > len(batch) and x.shape[: len(batch)] == (*batch,)
-    if not has_batch or x.shape[-1] != k:
-        expected = ", ".join(map(str, [*batch, "...", k]))
-        raise ValueError(f"`x` must have shape [{expected}]. Got {x.shape}.")
-    mesh, x, q, layer = for_product(x, q, layer)
-    spec = replace(
-        product_spec(q),
-        batch=len(batch),
-        backend=checked_backend(backend),
-        precision=precision,
-        mesh=mesh,
-    )
+    x, backend = as_float(x), checked_backend(backend)
+    index = None if layer is None else checked_layer(layer, q.matrix_shape[:-2])
     with reverse_mode():
-        return packed_product(spec, x, q, layer)
+        weights = PackedInput(q, index)
+        return multiply(x, weights, backend=backend, precision=precision)
 
 
 def explain_backend(
@@ -118,12 +102,12 @@ def explain_backend(
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         kind = type(x).__name__
         raise TypeError(f"`x` must be an array or a ShapeDtypeStruct. Got {kind}.")
-    spec = replace(product_spec(q), transpose=transpose)
+    spec = replace(product_spec(q), output="x" if transpose else "y")
     platform = jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
     platform = platform if platform in PREFERRED else "default"
     backends = default_backends(platform, is_local=True)
-    return refusals(backends, spec, x.shape, x.dtype, q.codes.shape[-1])
+    return choose(backends, spec, x.shape, x.dtype, q.codes.shape[-1])[1]
 
 
 def check_packed(q: object) -> None:
@@ -157,6 +141,31 @@ def checked_layer(layer: object, batch: Sequence[int]) -> Array:
     return as_int32(array)
 
 
+def offsets_of(
+    group_sizes: Int[Array, " experts"], num_rows: int, num_experts: int
+) -> Int32[Array, " experts_and_1"]:
+    """Returns offsets: rows `offsets[e]` to `offsets[e + 1]` belong to expert e."""
+    sizes = as_array("group_sizes", group_sizes)
+    if not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise TypeError(f"`group_sizes` must be integers. Got {sizes.dtype}.")
+    if sizes.shape != (num_experts,):
+        raise ValueError(
+            f"`group_sizes` must have shape [{num_experts}], one for each expert. Got "
+            f"{sizes.shape}."
+        )
+    if (values := known_values(group_sizes)) is not None:
+        if np.any(values < 0):
+            raise ValueError(f"`group_sizes` must not be negative. Got {values}.")
+        if values.sum() > num_rows:
+            raise ValueError(
+                f"`group_sizes` must sum to at most the {num_rows} rows of `x`. Got "
+                f"{values.sum()}."
+            )
+    # Inside a trace, the sum cannot be checked. Ends after the last row are clipped.
+    ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+
+
 @contextlib.contextmanager
 def reverse_mode() -> Iterator[None]:
     """Replaces JAX's error for forward mode with one that names the alternatives."""
@@ -171,56 +180,3 @@ def reverse_mode() -> Iterator[None]:
             "reverse mode: jax.grad, jax.vjp or jax.jacrev. Got forward mode (jax.jvp, "
             "jax.jacfwd or jax.hessian)."
         ) from error
-
-
-# y = x W is linear in x, so dx = g W^T, which is a product with the same packed
-# weights. These weights are frozen, so codes and scales get no gradient. The backward
-# pass decodes them again, so that the float weights of all layers are never in memory
-# at once (QLoRA, Dettmers et al. 2023, section 3).
-@jax.custom_vjp
-def _packed_product(
-    spec: ProductSpec,
-    x: Array,
-    q: QTensor,
-    layer: Array | None,
-    offsets: Array | None = None,
-) -> Array:
-    # `product_arrays` moves codes from host memory. It is called here and not by
-    # `matmul`, so that the backward pass moves them again instead of keeping them.
-    return sharded_product(spec, Operands(x, *product_arrays(q, layer), offsets))
-
-
-# Jitted so that products of the same shape are traced once. The custom gradient is
-# inside `jit`. With `jit` inside the custom gradient, JAX would mistake constants, such
-# as the table of quantized scales, for arguments of the jitted function (in
-# Hessian-vector products through a scan).
-packed_product = jax.jit(_packed_product)
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _InputType:
-    """The dtype of an input, and the sharding that its gradient must have."""
-
-    dtype: np.dtype
-    sharding: NamedSharding | None
-
-
-def _product_fwd(
-    spec: ProductSpec, x: Array, q: QTensor, layer: Array | None, offsets: Array | None
-) -> tuple[Array, tuple]:
-    sharding = None if spec.mesh is None else jax.typeof(x).sharding
-    y = packed_product(spec, x, q, layer, offsets)
-    return y, (spec, q, layer, offsets, _InputType(x.dtype, sharding))
-
-
-def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None, None]:
-    spec, q, layer, offsets, x_type = residuals
-    spec = replace(spec, transpose=not spec.transpose, result=None)
-    dx = packed_product(spec, g.astype(x_type.dtype), q, layer, offsets)
-    if x_type.sharding is not None and not x_type.sharding.mesh.empty:
-        dx = reshard(dx, x_type.sharding)
-    return None, dx, None, None, None
-
-
-_packed_product.defvjp(_product_fwd, _product_bwd)

@@ -1,0 +1,136 @@
+"""Every product of an input with weights, which are packed or float.
+
+`multiply` describes the product by a `ProductSpec` and finds its mesh, the custom
+gradient is another such product, and `sharded.compute` runs it on devices.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import PrecisionLike
+from jax.sharding import NamedSharding, reshard
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from ..quant.kernel import PackedInput, Placement
+from ..quant.views import product_arrays
+from .sharded import compute, find_mesh
+from .spec import OPERANDS, Name, Operands, ProductSpec, product_spec
+
+Weights = PackedInput | Array
+
+
+def multiply(
+    x: Float[Array, "..."],
+    weights: Weights,
+    offsets: Int32[Array, " experts_and_1"] | None = None,
+    *,
+    backend: str | tuple[str, ...] | None = None,
+    precision: PrecisionLike = None,
+    result: DTypeLike | None = None,
+    placement: Placement | None = None,
+    weights_move: bool = False,
+) -> Array:
+    """Returns `x @ w` in the dtype `result`, or else in the dtype of `x`.
+
+    x is `[*batch, *rows, K]`. With `offsets`, x is `[M, K]`, and its rows `offsets[e]`
+    to `offsets[e + 1]` are multiplied by expert e of the weights. The product of float
+    weights is differentiable in both operands.
+
+    Float experts may have a `placement`, for Auto mesh axes. If x and float weights are
+    split differently along K over Explicit mesh axes, x is resharded to match them.
+    With `weights_move`, the weights are resharded to match x.
+    """
+    if isinstance(weights, PackedInput):
+        spec = product_spec(weights.q)
+        *batch, k, _ = weights.q.matrix_shape[weights.layer is not None :]
+    else:
+        *batch, k, _ = weights.shape
+        spec = ProductSpec(None, x.dtype.name, k, placement=placement)
+    is_ragged = offsets is not None
+    batch = batch[: len(batch) - is_ragged]
+    has_batch = x.ndim > len(batch) and x.shape[: len(batch)] == (*batch,)
+    if not has_batch or x.shape[-1] != k:
+        expected = ", ".join(map(str, [*batch, "...", k]))
+        raise ValueError(f"`x` must have shape [{expected}]. Got {x.shape}.")
+    spec = replace(
+        spec,
+        batch=len(batch),
+        backend=backend,
+        precision=precision,
+        is_ragged=is_ragged,
+        result=None if result is None else jnp.dtype(result).name,
+    )
+    return _product(*find_mesh(spec, x, weights, offsets, weights_move))
+
+
+# y = x w, so dx = g w^T and dw = x^T g, summed over rows, and likewise for products of
+# g (`OPERANDS`). First, g is cast to the dtype of x: autodiff would multiply float32 by
+# bfloat16 operands, which is several times slower on devices with bfloat16 matrix
+# units. Packed weights are frozen and get no gradient. The backward pass decodes them
+# again, so that the float weights of all layers are never in memory at once (QLoRA,
+# Dettmers et al. 2023, section 3).
+@jax.custom_vjp
+def _differentiable_product(
+    spec: ProductSpec, left: Array, weights: Weights, offsets: Array | None
+) -> Array:
+    if not isinstance(weights, PackedInput):
+        return compute(spec, Operands(left, weights, offsets=offsets))
+    # `product_arrays` moves codes from host memory. It is called here, so that the
+    # backward pass moves them again instead of keeping them.
+    arrays = product_arrays(weights.q, weights.layer)
+    return compute(spec, Operands(left, *arrays, offsets))
+
+
+# Jitted so that products of the same shape are traced once. The custom gradient is
+# inside `jit`. With `jit` inside the custom gradient, JAX would mistake constants, such
+# as the table of quantized scales, for arguments of the jitted function (in
+# Hessian-vector products through a scan).
+_product = jax.jit(_differentiable_product)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _ArrayType:
+    """The dtype of an operand, and the sharding that its gradient must have."""
+
+    dtype: np.dtype
+    sharding: NamedSharding | None
+
+
+def _type_of(spec: ProductSpec, x: Array) -> _ArrayType:
+    sharding = jax.typeof(x).sharding
+    has_sharding = spec.is_explicit and not sharding.mesh.empty
+    return _ArrayType(x.dtype, sharding if has_sharding else None)
+
+
+def _product_fwd(
+    spec: ProductSpec, left: Array, weights: Weights, offsets: Array | None
+) -> tuple[Array, tuple]:
+    y = _product(spec, left, weights, offsets)
+    kept = None if isinstance(weights, PackedInput) else left
+    return y, (spec, kept, _type_of(spec, left), weights, offsets)
+
+
+def _product_bwd(residuals: tuple, g: Array) -> tuple:
+    spec, left, left_type, weights, offsets = residuals
+    left_name, right_name = OPERANDS[spec.output]
+    g = g.astype(left_type.dtype)
+    arrays = {left_name: left, right_name: weights, spec.output: g}
+
+    def gradient(name: Name, array_type: _ArrayType) -> Array:
+        operands = [arrays[operand] for operand in OPERANDS[name]]
+        d = _product(replace(spec, output=name, result=None), *operands, offsets)
+        d = d.astype(array_type.dtype)
+        sharding = array_type.sharding
+        return d if sharding is None else reshard(d, sharding)
+
+    d_left = gradient(left_name, left_type)
+    if isinstance(weights, PackedInput):
+        return None, d_left, None, None
+    return None, d_left, gradient(right_name, _type_of(spec, weights)), None
+
+
+_differentiable_product.defvjp(_product_fwd, _product_bwd)
