@@ -17,7 +17,6 @@ from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import Adapter, check_adapter, why_not
 from .call import Lookup
 from .product import product
-from .trained import Trained
 
 # The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
 BIAS_NAMES = {"kernel": "bias", "weight": "bias", "w": "b"}
@@ -219,7 +218,7 @@ def _with_trained(
     part_name: str, leaf: PyTree, lora: Adapter | None
 ) -> tuple[PyTree, Adapter | None]:
     """Replaces a part of a layer by its adapter if the adapter is a `Trained`."""
-    if not isinstance(lora, Trained):
+    if lora is None or lora.replacement is None:
         return leaf, lora
     reason = "there is none" if leaf is None else why_not(lora, leaf)
     if reason is not None:

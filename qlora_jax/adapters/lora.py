@@ -1,12 +1,15 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -21,73 +24,72 @@ from ..quant.views import take_rows
 from .base import (
     Adapter,
     ProductCall,
-    Scaling,
     constrained,
     on_matrix,
     register_adapter,
     replace_arrays,
-    sliced,
 )
 
+SETTINGS = ("scaling", "dropout", "geometry")  # of every low-rank adapter
 CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
 
+# One multiplier, or a tuple of one for each matrix of a stack; an array in `sliceable`.
+Scaling = float | tuple[float, ...] | Array
+
+
 @dataclass(frozen=True, eq=False)
-class LoRA(Adapter):
-    """A low-rank adapter of one kernel. Only its two arrays are trained.
-
-    It adds `scaling * (x A) B` to the product of its kernel (LoRA, Hu et al. 2021,
-    section 4.1). `init` makes adapters; `apply` and the integrations compute with them.
-
-    Attributes:
-        a: A, `[*batch, K, r]` in the config's `lora_dtype`: K runs over the kernel's
-            contracted axes.
-        b: B, `[*batch, r, N]` in the same dtype, zero at first: N runs over the
-            kernel's output axes.
-        scaling: Multiplier of the product: `alpha / rank`, or `alpha / sqrt(rank)` if
-            it is rank-stabilized. If each matrix of a stack has its own, as after
-            `ql.io.load_peft`, a tuple in the order of the batch axes.
-        dropout: Rate of dropout on the adapter's input, in [0, 1).
-        geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> params = {"kernel": jnp.ones((64, 8))}
-        >>> config = ql.QLoRAConfig(rank=4, alpha=8)
-        >>> _, lora = ql.init(jax.random.key(0), params, config)
-        >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scaling
-        ((64, 4), (4, 8), 2.0)
-    """
+class LowRank(Adapter):
+    """An adapter that adds `scaling * A B` to its kernel, or to the direction of it."""
 
     a: Array
     b: Array
+    # The scaling must not be trained. It is therefore static in a lora tree, whose
+    # leaves are what optimizers change: weight decay would shrink an array, even if its
+    # gradient is zero. Scans and banks need an array, which `inputs` then names.
     scaling: Scaling
     dropout: float
     geometry: Geometry
+    inputs: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
 
     roles = {"a": "kr", "b": "rn"}
-    label = "lora"
+    settings = SETTINGS
 
-    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        y = call.multiply(x, kernel)
-        x = apply_dropout(x, self.dropout, call.dropout_key)
-        return add_change(y, lora_product(x, self, call.precision, kernel.placement))
+    @property
+    def scalings(self) -> np.ndarray:
+        """The static scaling of each matrix, `[*batch]`."""
+        # A tuple has one scaling for each matrix of a stack, in row-major order.
+        shape = self.batch_shape if isinstance(self.scaling, tuple) else ()
+        return np.broadcast_to(np.reshape(self.scaling, shape), self.batch_shape)
 
-    def ragged_product(  # noqa: D102
-        self, x: Array, kernel: Kernel, call: ProductCall
-    ) -> Array:
-        y = call.multiply(x, kernel)
-        x = apply_dropout(x, self.dropout, call.dropout_key)
-        # Experts may have different scalings, so B is scaled instead of the product.
-        b = scaled(self.b.astype(jnp.float32), self)
-        a, b = cast(self.a, x.dtype), cast(b, x.dtype)
-        arguments: Any = (call.offsets, call.precision, None, kernel.placement)
-        h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
-        h = checkpoint_name(h, CHECKPOINT_NAME)
-        return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))
+    def sliceable(self) -> Self:  # noqa: D102
+        if not isinstance(self.scaling, tuple):
+            return self
+        scaling = jnp.asarray(self.scaling, jnp.float32).reshape(self.batch_shape)
+        return self.with_array(scaling)
 
-    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        return on_matrix(kernel, jnp.add, lora_delta(self))
+    def with_array(self, scaling: Array) -> Self:
+        """Returns the adapter with an array as its scaling.
+
+        Args:
+            scaling: The scaling of each matrix, float32 `[*batch]`.
+        """
+        return dataclasses.replace(self, scaling=scaling, inputs=("scaling",))
+
+    def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
+        matrix = super().at(index)
+        if not isinstance(self.scaling, tuple):
+            return matrix
+        return dataclasses.replace(matrix, scaling=float(self.scalings[index]))
+
+    def misfit(self, batch: Sequence[int], k: int) -> str | None:  # noqa: D102
+        if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):
+            return None
+        return (
+            "it has a scaling for each matrix of a stack: apply the whole stack, or "
+            f"scan it in a wrapped model. Got batch axes {[*batch]} for "
+            f"{len(self.scaling)} scalings."
+        )
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
@@ -96,6 +98,21 @@ class LoRA(Adapter):
         arrays = self.arrays_at((ids,))
         arrays |= {"scaling": self.scaling, "norms": self.table_norms(kernel)}
         return self.adapted_rows(rows, arrays).astype(rows.dtype)
+
+    def lookup_by_row(  # noqa: D102
+        self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
+    ) -> Float[Array, "..."]:
+        if self.row_role is None:
+            return super().lookup_by_row(ids, kernel, places, take)
+        # Index the places of the bank and the rows of the table at once. Otherwise, XLA
+        # takes a full A for each row of the input.
+        places = jnp.expand_dims(places, tuple(range(1, ids.ndim)))
+        arrays = self.arrays_at((places, ids), take)
+        # Compute the norms once for each adapter of the bank. To compute them for each
+        # row of the input, XLA would take a full A for each row.
+        norms = jax.vmap(lambda lora: lora.table_norms(kernel))(self)
+        arrays |= jax.tree.map(take, {"scaling": self.scaling, "norms": norms})
+        return jax.vmap(self.adapted_rows)(take_rows(kernel, ids), arrays)
 
     @property
     def row_role(self) -> str | None:
@@ -118,7 +135,7 @@ class LoRA(Adapter):
                 arrays[name] = take(x)
             else:
                 # The axis of rows follows that of the bank, if there is one.
-                x = jnp.moveaxis(x, row_axis, len(index) - 1)
+                x = jnp.moveaxis(x, row_axis + len(index) - 1, len(index) - 1)
                 arrays[name] = x.at[index].get(mode="fill", fill_value=jnp.nan)
         return arrays
 
@@ -146,10 +163,56 @@ class LoRA(Adapter):
         return add_change(rows.astype(jnp.float32), arrays["scaling"] * change)
 
 
+@dataclass(frozen=True, eq=False)
+class LoRA(LowRank):
+    """A low-rank adapter of one kernel. Only its two arrays are trained.
+
+    It adds `scaling * (x A) B` to the product of its kernel (LoRA, Hu et al. 2021,
+    section 4.1). `init` makes adapters; `apply` and the integrations compute with them.
+
+    Attributes:
+        a: A, `[*batch, K, r]` in the config's `lora_dtype`: K runs over the kernel's
+            contracted axes.
+        b: B, `[*batch, r, N]` in the same dtype, zero at first: N runs over the
+            kernel's output axes.
+        scaling: Multiplier of the product: `alpha / rank`, or `alpha / sqrt(rank)` if
+            it is rank-stabilized. If each matrix of a stack has its own, as after
+            `ql.io.load_peft`, a tuple in the order of the batch axes.
+        dropout: Rate of dropout on the adapter's input, in [0, 1).
+        geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8))}
+        >>> config = ql.QLoRAConfig(rank=4, alpha=8)
+        >>> _, lora = ql.init(jax.random.key(0), params, config)
+        >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scaling
+        ((64, 4), (4, 8), 2.0)
+    """
+
+    label = "lora"
+    is_linear = True
+    can_be_in_bank = True
+
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
+        y = call.multiply(x, kernel)
+        x = apply_dropout(x, self.dropout, call.dropout_key)
+        return add_change(y, lora_product(x, self, call.precision, kernel.placement))
+
+    def ragged_product(  # noqa: D102
+        self, x: Array, kernel: Kernel, call: ProductCall
+    ) -> Array:
+        return _ragged_product(self, x, kernel, call, call.offsets)
+
+    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        return on_matrix(kernel, jnp.add, lora_delta(self))
+
+
 register_adapter(LoRA)
 
 
-class SharedLoRA(LoRA):
+@dataclass(frozen=True, eq=False)
+class SharedLoRA(LowRank):
     """One LoRA for all experts of a stack `[*batch, E, K, N]`.
 
     `init` makes it for the kernels that the config's `shared` matches. It has the
@@ -164,9 +227,9 @@ class SharedLoRA(LoRA):
         ((1, 64, 4), (1, 4, 16))
     """
 
-    is_shared = True
     label = "shared lora"
-    lookup = Adapter.lookup
+    is_linear = True
+    is_shared = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         return self.unshared(kernel).product(x, kernel, call)
@@ -177,7 +240,10 @@ class SharedLoRA(LoRA):
         # The rows of all experts are one group. Rows after the group give zeros.
         assert call.offsets is not None
         ends = call.offsets[jnp.array([0, -1])]
-        return super().ragged_product(x, kernel, call._replace(offsets=ends))
+        return _ragged_product(self, x, kernel, call, ends)
+
+    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        return on_matrix(kernel, jnp.add, lora_delta(self))
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
         num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
@@ -190,13 +256,28 @@ class SharedLoRA(LoRA):
         scaling = self.scaling
         if isinstance(scaling, tuple):
             scaling = tuple(s for s in scaling for _ in range(num_experts))
-        elif jnp.ndim(scaling):
+        elif self.inputs:
             scaling = jnp.repeat(jnp.asarray(scaling), num_experts, axis=-1)
         a, b = repeat_experts(self.a), repeat_experts(self.b)
-        return LoRA(a, b, scaling, self.dropout, self.geometry)
+        settings = scaling, self.dropout, self.geometry
+        return LoRA(a, b, *settings, inputs=self.inputs)
 
 
 register_adapter(SharedLoRA)
+
+
+def _ragged_product(
+    lora: LowRank, x: Array, kernel: Kernel, call: ProductCall, offsets: Array | None
+) -> Array:
+    y = call.multiply(x, kernel)
+    x = apply_dropout(x, lora.dropout, call.dropout_key)
+    # Experts may have different scalings, so B is scaled instead of the product.
+    b = scaled(lora.b.astype(jnp.float32), lora)
+    a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
+    arguments: Any = (offsets, call.precision, None, kernel.placement)
+    h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
+    h = checkpoint_name(h, CHECKPOINT_NAME)
+    return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))
 
 
 def add_change(y: Array, change: Array) -> Array:
@@ -206,7 +287,7 @@ def add_change(y: Array, change: Array) -> Array:
 
 def lora_product(
     x: Float[Array, "..."],
-    lora: LoRA,
+    lora: LowRank,
     precision: lax.PrecisionLike = None,
     placement: Placement | None = None,
 ) -> Float32[Array, "..."]:
@@ -221,16 +302,16 @@ def lora_product(
     return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
 
 
-def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
+def lora_delta(lora: LowRank) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
     delta = float_product(a, b, lax.Precision.HIGHEST, w_moves=True)
     return scaled(delta, lora)
 
 
-def scaled(y: Array, lora: LoRA) -> Array:
+def scaled(y: Array, lora: LowRank) -> Array:
     """Returns `scaling * y` for y `[*batch, ...]`."""
-    scaling: Any = sliced(lora).scaling
+    scaling: Any = lora.sliceable().scaling
     if isinstance(scaling, int | float):
         # A product with 1, the default, would only take time to compile.
         return y if scaling == 1 else y * scaling

@@ -10,10 +10,9 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from ...adapters.base import Adapter, scaling_at, used_ranks
+from ...adapters.base import Adapter, used_ranks
 from ...adapters.dora import DoRA
-from ...adapters.trained import Trained, TrainedRows
-from ...quant.kernel import Kernel
+from ...quant.kernel import is_kernel
 from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed
 from ..files import new_folder, write_json
@@ -76,9 +75,9 @@ def peft_config(
     adapters = adapters_of_each(base, lora)
     model = NamedBase.of(base, names)
     # First, separate the adapters that are not low-rank.
-    trained = {path for path, x in adapters.items() if isinstance(x, Trained)}
+    trained = {path for path, x in adapters.items() if x.replacement is not None}
     tables = {m: adapters.get(model.modules[m].path) for m in sorted(model.tables)}
-    rows = {m: x.indices for m, x in tables.items() if isinstance(x, TrainedRows)}
+    rows = {m: x.replaced_rows for m, x in tables.items() if x and x.replaced_rows}
     full_rank = trained | {model.modules[module].path for module in rows}
     adapters = {path: x for path, x in adapters.items() if path not in full_rank}
     # Then find a position for each adapted module and parameter, from which its rank
@@ -104,7 +103,7 @@ def peft_config(
         ranks[name] = adapter_of[name].rank * num_adapted
     alphas = {}
     for name, position in positions.items():
-        scaling = scaling_at(adapter_of[name], position.index)
+        scaling = float(adapter_of[name].scalings[position.index])
         alphas[name] = alpha_of(scaling, ranks[name], use_rslora)
     # Last, find the common values, the exceptions and the shortest ends of names.
     if any(pattern.endswith(r"\..*") for pattern in names.ignored):
@@ -300,14 +299,13 @@ def adapter_tensors(
     tensors = _low_rank_tensors(low_rank, model, layout, config)
     for module, rows in layout.rows.items():
         adapter = adapters.get(model.modules[module].path)
-        is_trained = isinstance(adapter, TrainedRows)
-        if not is_trained or adapter.indices != tuple(sorted(rows)):
+        if adapter is None or adapter.replaced_rows != tuple(sorted(rows)):
             raise ValueError(
                 f"{module} must have the trained rows {rows} of `config`. Got others."
             )
         # The rows here are sorted by token; those of PEFT are in the order of `rows`.
-        order = np.searchsorted(adapter.indices, rows)
-        tensors[layout.rows_key(module)] = np.asarray(adapter.rows)[order]
+        order = np.searchsorted(adapter.replaced_rows, rows)
+        tensors[layout.rows_key(module)] = np.asarray(adapter.arrays["rows"])[order]
     for name in (*layout.saved, *config.saved_base_weights):
         tensors[layout.keys_of(name)[0]] = _base_tensor(model, name)
     not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
@@ -319,8 +317,11 @@ def _low_rank_adapters(
     adapters: Mapping[str, Adapter], model: NamedBase, layout: AdapterTensors
 ) -> dict[str, Adapter]:
     """Returns the low-rank adapters, after checking that all others are saved."""
-    kinds = Trained | TrainedRows
-    low_rank = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
+    low_rank = {
+        path: x
+        for path, x in adapters.items()
+        if x.replacement is None and not x.replaced_rows
+    }
     trained = adapters.keys() - low_rank.keys()
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
     positions = model.tensors.items()
@@ -357,7 +358,7 @@ def _low_rank_tensors(
                     f"{type(adapter).__name__}."
                 )
             adapter = unstack(adapter, position.index, rank)
-            scaling, expected = scaling_at(adapter, ()), config.scaling_of(module)
+            scaling, expected = adapter.scaling, config.scaling_of(module)
             # Scalings must be equal up to the rounding to float32.
             if rank and np.float32(scaling) != np.float32(expected):
                 raise ValueError(f"its scaling must be {expected}. Got {scaling}.")
@@ -387,7 +388,7 @@ def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
     """Returns a tensor of the base tree in the checkpoint's layout."""
     position = model.tensors[name]
     leaf = model.leaves[position.path]
-    if isinstance(leaf, Kernel):
+    if is_kernel(leaf):
         # Kernels [K, N] are stored as A is: transposed, with the window moved.
         matrix = np.asarray(leaf.dequantize_matrix())[position.index]
         tensor = to_stored("a", matrix, model.named[position.path].window)

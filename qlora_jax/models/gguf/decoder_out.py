@@ -252,11 +252,7 @@ def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
     base: PyTree = {"x": jax.tree.map(select, leaf)}
     adapters: PyTree = {}
     if lora is not None:
-        adapter = jax.tree.map(select, lora)
-        if isinstance(lora.scaling, tuple):  # static, one number for each matrix
-            scaling = select(np.reshape(lora.scaling, lora.batch_shape)).ravel()
-            adapter = dataclasses.replace(adapter, scaling=tuple(scaling.tolist()))
-        adapters = {"x": adapter}
+        adapters = {"x": jax.tree.map(select, lora.sliceable())}
     merged = ql.merge(base, adapters)["x"]
     return np.asarray(merged).reshape(leaf.shape[len(index) :])
 
