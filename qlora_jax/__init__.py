@@ -16,6 +16,7 @@ from .adapters.product import ragged_dot
 from .adapters.trained import Trained, TrainedRows
 from .product.einsum import einsum
 from .product.quantized import explain_backend, matmul
+from .quant.kernel import is_packed
 from .quant.pack import StraightThrough
 from .quant.qtensor import QTensor
 from .trees import sharding
@@ -51,6 +52,7 @@ __all__ = [
     "explain_backend",
     "init",
     "io",
+    "is_packed",
     "leaves_by_path",
     "linen",
     "lookup",

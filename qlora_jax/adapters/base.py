@@ -130,6 +130,20 @@ class Adapter(TreeLeaf, abc.ABC):
         """
         return self
 
+    @property
+    def scalings(self) -> np.ndarray:
+        """The multiplier of each matrix's change, `[*batch]`, outside jit."""
+        return np.ones(self.batch_shape)
+
+    def with_scalings(self, scalings: np.ndarray | Array) -> Self:
+        """Returns the adapter with other scalings, if its kind has scalings.
+
+        Args:
+            scalings: `[*batch]`. They are static if they are a NumPy array; any other
+                array becomes a leaf.
+        """
+        return self
+
     def sliceable(self) -> Self:
         """Returns the adapter with settings of each matrix as arrays, as scans need."""
         return self

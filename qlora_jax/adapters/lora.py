@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,7 @@ class LowRank(Adapter):
     settings = SETTINGS
 
     @property
-    def scalings(self) -> np.ndarray:
-        """The static scaling of each matrix, `[*batch]`."""
+    def scalings(self) -> np.ndarray:  # noqa: D102
         # A tuple has one scaling for each matrix of a stack, in row-major order.
         shape = self.batch_shape if isinstance(self.scaling, tuple) else ()
         return np.broadcast_to(np.reshape(self.scaling, shape), self.batch_shape)
@@ -65,22 +64,18 @@ class LowRank(Adapter):
     def sliceable(self) -> Self:  # noqa: D102
         if not isinstance(self.scaling, tuple):
             return self
-        scaling = jnp.asarray(self.scaling, jnp.float32).reshape(self.batch_shape)
-        return self.with_array(scaling)
+        scaling = jnp.asarray(self.scaling, jnp.float32)
+        return self.with_scalings(scaling.reshape(self.batch_shape))
 
-    def with_array(self, scaling: Array) -> Self:
-        """Returns the adapter with an array as its scaling.
-
-        Args:
-            scaling: The scaling of each matrix, float32 `[*batch]`.
-        """
-        return dataclasses.replace(self, scaling=scaling, inputs=("scaling",))
+    def with_scalings(self, scalings: np.ndarray | Array) -> Self:  # noqa: D102
+        if not isinstance(scalings, np.ndarray):
+            return dataclasses.replace(self, scaling=scalings, inputs=("scaling",))
+        numbers = tuple(scalings.ravel().tolist())
+        scaling = numbers[0] if len({*numbers}) == 1 else numbers
+        return dataclasses.replace(self, scaling=scaling, inputs=())
 
     def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
-        matrix = super().at(index)
-        if not isinstance(self.scaling, tuple):
-            return matrix
-        return dataclasses.replace(matrix, scaling=float(self.scalings[index]))
+        return super().at(index).with_scalings(np.asarray(self.scalings[index]))
 
     def misfit(self, batch: Sequence[int], k: int) -> str | None:  # noqa: D102
         if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):
@@ -278,6 +273,11 @@ def _ragged_product(
     h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
     h = checkpoint_name(h, CHECKPOINT_NAME)
     return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))
+
+
+def is_low_rank(lora: Adapter) -> TypeGuard[LowRank]:
+    """Whether an adapter is a LoRA, a DoRA or a SharedLoRA."""
+    return isinstance(lora, LowRank)
 
 
 def add_change(y: Array, change: Array) -> Array:

@@ -19,6 +19,9 @@ from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter, ProductCall
 
+# A selected adapter has the attributes of the bank's adapters, as properties.
+# pyright: reportIncompatibleVariableOverride=false
+
 _SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
     "lora_product", "dora_product", "dora_norms"
 )

@@ -160,9 +160,7 @@ def _check_collections(collections: Mapping) -> None:
     # Adapters elsewhere would be passed to the model, which ignores them.
     names = sorted({*collections} - {"params"})
     leaves = {name: leaves_by_path(collections[name]).values() for name in names}
-    with_adapters = [
-        name for name in names if any(map(is_adapter, leaves[name]))
-    ]
+    with_adapters = [name for name in names if any(map(is_adapter, leaves[name]))]
     if with_adapters:
         raise ValueError(
             "`variables` must have its adapters in the collection 'lora'. Got adapters "

@@ -5,7 +5,6 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 from flax import nnx
-from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
@@ -129,7 +128,7 @@ class AdapterModule(nnx.Module):
         """The adapter of a call, perhaps of one layer; None if disabled."""
         return self._build(self.sliceable_structure) if self.enabled else None
 
-    def _build(self, structure: PyTreeDef) -> Adapter:
+    def _build(self, structure: Any) -> Adapter:
         arrays = [variable[...] for variable in self.variables.values()]
         # The inputs follow the arrays, unless they are static in this structure.
         inputs = {} if self.inputs is None else self.inputs.get_value()

@@ -52,7 +52,7 @@ class Bank:
     scaling: dict[str, Float[Array, "..."]]
 
     def __len__(self) -> int:
-        return jax.tree.leaves(self.lora)[0].shape[0]
+        return next(iter(self.scaling.values())).shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -75,14 +75,9 @@ class Bank:
             )
 
         def read_adapter(path: str, stack: Adapter) -> Adapter:
-            settings = {}
-            if path in self.scaling:
-                scalings = np.asarray(self.scaling[path][index]).ravel().tolist()
-                is_equal = len({*scalings}) == 1
-                settings = {"scaling": scalings[0] if is_equal else tuple(scalings)}
-            return _without_padding(
-                replace_arrays(stack, lambda _, x: x[index], **settings)
-            )
+            adapter = replace_arrays(stack, lambda _, x: x[index])
+            scalings = np.asarray(self.scaling[path][index])
+            return _without_padding(adapter.with_scalings(scalings))
 
         # A trace may close over a bank. Without this, the slices would be traced.
         with jax.ensure_compile_time_eval():
@@ -217,8 +212,7 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
     def select_adapter(path: str, stack: Adapter) -> Adapter:
         # Scans over layers slice the first axis of every array, so the batch axes go in
         # front of the axis of places, and each layer gets a copy of the ids.
-        if path in bank.scaling:
-            stack = stack.with_array(bank.scaling[path])  # [E, *batch]
+        stack = stack.with_scalings(jnp.asarray(bank.scaling[path]))  # [E, *batch]
         batch = stack.batch_shape[1:]
         move_places = functools.partial(jnp.moveaxis, source=0, destination=len(batch))
         ids = jnp.broadcast_to(places, (*batch, *places.shape))  # [*batch, R]
@@ -258,10 +252,9 @@ def _stack_adapters(
         loras = [tree.get(keys) for tree in trees] + [None] * (num_places - len(trees))
         padded = [_pad(adapter, template) for adapter in loras]
         lora[keys] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *padded)
-        if "scaling" in template.settings:
-            ones = np.ones(template.batch_shape)
-            scalings = [ones if x is None else x.scalings for x in loras]
-            scaling[path_string(keys)] = jnp.asarray(np.stack(scalings), jnp.float32)
+        ones = np.ones(template.batch_shape)
+        scalings = [ones if x is None else x.scalings for x in loras]
+        scaling[path_string(keys)] = jnp.asarray(np.stack(scalings), jnp.float32)
     return Bank(nested_by_keys(lora), scaling)
 
 
@@ -305,8 +298,7 @@ def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
         sizes = zip(target.shape, x.shape, strict=True)
         return jnp.pad(x.astype(target.dtype), [(0, to - size) for to, size in sizes])
 
-    settings = {"scaling": 1.0} if "scaling" in template.settings else {}
-    return replace_arrays(template, pad_array, **settings)
+    return replace_arrays(template, pad_array).with_scalings(np.ones(()))
 
 
 def _without_padding(adapter: Adapter) -> Adapter:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...adapters.base import Adapter
 from ...adapters.config import is_table
 from ...adapters.lora import LoRA
 from ...trees.adapters import adapters_of_each
@@ -65,7 +66,7 @@ def portable(base: Tree, lora: Tree) -> Tree:
     return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
 
 
-def _portable_lora(adapter: LoRA, rank: int) -> LoRA:
+def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
     batch_shape = adapter.batch_shape
     a, b = map(np.asarray, adapter.arrays.values())  # [*batch, K, r], [*batch, r, N]
     # The product is computed in float64, so that it is rounded only once, to float32.

@@ -61,10 +61,9 @@ def stack(
 
     # Weights without an adapter have zero factors, so their scaling has no effect.
     indices = np.ndindex(*batch_shape)
-    scalings = tuple(adapters.get(index, first).scaling for index in indices)
-    scaling = first.scaling if len({*scalings}) == 1 else scalings
-    settings = {"scaling": scaling, "geometry": kernel.geometry}
-    return replace_arrays(first, stack_arrays, **settings)
+    scalings = np.array([adapters.get(index, first).scalings for index in indices])
+    stacked = replace_arrays(first, stack_arrays, geometry=kernel.geometry)
+    return stacked.with_scalings(scalings)
 
 
 def _check_can_be_zero(adapter: Adapter) -> None:

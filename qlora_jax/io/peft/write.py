@@ -12,6 +12,7 @@ import numpy as np
 
 from ...adapters.base import Adapter, used_ranks
 from ...adapters.dora import DoRA
+from ...adapters.lora import LowRank, is_low_rank
 from ...quant.kernel import is_kernel
 from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed
@@ -78,8 +79,7 @@ def peft_config(
     trained = {path for path, x in adapters.items() if x.replacement is not None}
     tables = {m: adapters.get(model.modules[m].path) for m in sorted(model.tables)}
     rows = {m: x.replaced_rows for m, x in tables.items() if x and x.replaced_rows}
-    full_rank = trained | {model.modules[module].path for module in rows}
-    adapters = {path: x for path, x in adapters.items() if path not in full_rank}
+    adapters = {path: x for path, x in adapters.items() if is_low_rank(x)}
     # Then find a position for each adapted module and parameter, from which its rank
     # and scaling are read.
     parameters = _adapted_parameters(model, adapters, fused)
@@ -140,7 +140,7 @@ def peft_config(
 
 
 def _adapted_parameters(
-    model: NamedBase, adapters: Mapping[str, Adapter], fused: bool
+    model: NamedBase, adapters: Mapping[str, LowRank], fused: bool
 ) -> dict[str, Position]:
     """Returns a position in each parameter that is adapted instead of its modules."""
     # Adapters of modules are preferred: all versions of transformers can read them.
@@ -153,7 +153,7 @@ def _adapted_parameters(
     return parameters
 
 
-def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> bool:
+def _can_convert_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> bool:
     # When PEFT loads adapters of experts' modules, it converts them to adapters of
     # parameters. This drops patterns of ranks and alphas, and if only some kernels of a
     # layer's experts have adapters, PEFT silently ignores the adapters.
@@ -174,7 +174,7 @@ def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> b
     return have_modules and are_complete and (need_modules or are_uniform)
 
 
-def _ranks(adapter: Adapter) -> np.ndarray:
+def _ranks(adapter: LowRank) -> np.ndarray:
     """Returns the rank of each matrix. If scalings differ, padding does not count."""
     # Matrices with different scalings may have different ranks, padded with zeros.
     ranks = np.zeros(adapter.batch_shape, int)
@@ -315,13 +315,9 @@ def adapter_tensors(
 
 def _low_rank_adapters(
     adapters: Mapping[str, Adapter], model: NamedBase, layout: AdapterTensors
-) -> dict[str, Adapter]:
+) -> dict[str, LowRank]:
     """Returns the low-rank adapters, after checking that all others are saved."""
-    low_rank = {
-        path: x
-        for path, x in adapters.items()
-        if x.replacement is None and not x.replaced_rows
-    }
+    low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
     trained = adapters.keys() - low_rank.keys()
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
     positions = model.tensors.items()
@@ -358,7 +354,7 @@ def _low_rank_tensors(
                     f"{type(adapter).__name__}."
                 )
             adapter = unstack(adapter, position.index, rank)
-            scaling, expected = adapter.scaling, config.scaling_of(module)
+            scaling, expected = float(adapter.scalings), config.scaling_of(module)
             # Scalings must be equal up to the rounding to float32.
             if rank and np.float32(scaling) != np.float32(expected):
                 raise ValueError(f"its scaling must be {expected}. Got {scaling}.")

@@ -215,7 +215,7 @@ def _plan_tensors(
 def _choose_format(
     path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
 ) -> str:
-    is_packed = isinstance(leaf, ql.QTensor)
+    is_packed = ql.is_packed(leaf)
     if is_packed and not is_merged and "/experts/" in path:
         if (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
             return "MXFP4"
@@ -284,7 +284,7 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
     """
     packed, problems = dict(leaves), []
     for path, x in leaves.items():
-        if isinstance(x, ql.QTensor):
+        if ql.is_packed(x):
             if x.fmt not in _Q4_0_FORMATS or x.block_size != BLOCK:
                 problems.append(f"{path}: {x.fmt} in blocks of {x.block_size}")
         elif re.fullmatch(_LAYER_KERNELS, path) and x.shape[-2] % BLOCK == 0:
