@@ -63,6 +63,7 @@ class Adapter(TreeLeaf, abc.ABC):
     # Whether one adapter serves all matrices along the last batch axis.
     is_shared: ClassVar[bool] = False
     can_be_in_bank: ClassVar[bool] = False
+    can_be_ragged: ClassVar[bool] = False  # whether `product` supports `call.offsets`
     inputs: tuple[str, ...] = ()  # the names of its arrays that are not trained
     dropout: float  # the rate of dropout on its input
     geometry: Geometry  # how the kernel's axes map to `[*batch, K, N]`
@@ -72,7 +73,8 @@ class Adapter(TreeLeaf, abc.ABC):
         """Returns the adapted product of x `[*batch, ..., K]`, in the dtype of x.
 
         Args:
-            x: The input, `[*batch, ..., K]`.
+            x: The input, `[*batch, ..., K]`; with `call.offsets`, rows `[M, K]`, sorted
+                by expert.
             kernel: The frozen kernel.
             call: The settings of the call, such as the dropout key.
         """
@@ -84,19 +86,6 @@ class Adapter(TreeLeaf, abc.ABC):
         Args:
             kernel: The frozen kernel.
         """
-
-    def ragged_product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
-        """Returns the product of rows `[M, K]`, sorted by expert, with the experts.
-
-        Args:
-            x: Rows `[M, K]`, sorted by expert.
-            kernel: The frozen kernels of the experts, `[E, K, N]`.
-            call: The settings of the call. It must have `offsets`.
-        """
-        raise NotImplementedError(
-            "adapters of experts must be LoRA in a ragged product, and not chosen from "
-            f"a bank. Got {type(self).__name__}."
-        )
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
         """Returns rows of the adapted table `[V, D]`, or NaN for an id of V.

@@ -1,9 +1,7 @@
 """DoRA (Liu et al. 2024): LoRA with a trained magnitude for each output."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,16 +86,17 @@ class DoRA(LowRank):
 
         return on_matrix(kernel, adapt, lora_delta(self), self.m)
 
-    def table_norms(self, kernel: Kernel) -> Array | None:  # noqa: D102
+    def _table_norms(self, kernel: Kernel) -> Array | None:
         if self.row_role != "k":  # each row has its own magnitude and norm
             return None
         # `column_norms` decodes a few columns at a time, each with the many rows of the
-        # table. On one device, `_table_norms` decodes a few rows at a time instead.
-        return _table_norms(self, kernel) if is_local() else column_norms(self, kernel)
+        # table. On one device, `_norms_by_rows` decodes a few rows at a time instead.
+        return (
+            _norms_by_rows(self, kernel) if is_local() else column_norms(self, kernel)
+        )
 
-    def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:  # noqa: D102
-        v = super().adapted_rows(rows, arrays)
-        m, norms = arrays["m"].astype(jnp.float32), arrays["norms"]
+    def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
+        v, m = super()._adapt_rows(rows, norms), self.m.astype(jnp.float32)
         if norms is not None:
             return v * jnp.broadcast_to(m / norms, v.shape)
         norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
@@ -163,7 +162,7 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     return lax.fori_loop(0, num_tiles, add_tile, sums)
 
 
-def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
+def _norms_by_rows(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
     """Returns `column_norms` of a table on one device, decoding some rows at a time."""
     lora, kernel = lax.stop_gradient((lora, kernel.take().to_device()))
     if isinstance(kernel, QTensor):
@@ -174,8 +173,7 @@ def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
 
     def add_tile(i: Array, squares: Array) -> Array:
         ids = i * tile_rows + jnp.arange(tile_rows)
-        arrays = {**lora.arrays_at((ids,)), "scaling": lora.scaling}
-        v = LowRank.adapted_rows(lora, take_rows(kernel, ids), arrays)
+        v = LowRank._adapt_rows(lora._at_rows((ids,)), take_rows(kernel, ids), None)
         # Ids beyond the table, in the last tile, return NaN.
         v = jnp.where((ids < size)[:, None], v, 0)
         return squares + jnp.sum(jnp.square(v), 0)

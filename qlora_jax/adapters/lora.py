@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeGuard
 
@@ -90,9 +90,8 @@ class LowRank(Adapter):
         if self.row_role is None:
             return super().lookup(ids, kernel)
         rows = take_rows(kernel, ids)
-        arrays = self.arrays_at((ids,))
-        arrays |= {"scaling": self.scaling, "norms": self.table_norms(kernel)}
-        return self.adapted_rows(rows, arrays).astype(rows.dtype)
+        of_rows = self._at_rows((ids,))
+        return of_rows._adapt_rows(rows, self._table_norms(kernel)).astype(rows.dtype)
 
     def lookup_by_row(  # noqa: D102
         self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
@@ -102,60 +101,53 @@ class LowRank(Adapter):
         # Index the places of the bank and the rows of the table at once. Otherwise, XLA
         # takes a full A for each row of the input.
         places = jnp.expand_dims(places, tuple(range(1, ids.ndim)))
-        arrays = self.arrays_at((places, ids), take)
+        of_rows = self._at_rows((places, ids), take)
         # Compute the norms once for each adapter of the bank. To compute them for each
         # row of the input, XLA would take a full A for each row.
-        norms = jax.vmap(lambda lora: lora.table_norms(kernel))(self)
-        arrays |= jax.tree.map(take, {"scaling": self.scaling, "norms": norms})
-        return jax.vmap(self.adapted_rows)(take_rows(kernel, ids), arrays)
+        norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
+        of_rows, norms = (
+            of_rows.with_scalings(take(self.scaling)),
+            jax.tree.map(take, norms),
+        )
+        adapt = jax.vmap(lambda lora, *row: lora._adapt_rows(*row))
+        return adapt(of_rows, take_rows(kernel, ids), norms)
 
     @property
     def row_role(self) -> str | None:
         """The role of the rows of a table `[V, D]`; None for any other kernel."""
         return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
 
-    def arrays_at(
+    def _at_rows(
         self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
-    ) -> dict[str, Any]:
-        """Returns the arrays for some rows of a table, with NaN for invalid ids.
+    ) -> Self:
+        """Returns the adapter with the arrays of some rows, which are NaN for id V.
 
-        Args:
-            index: int32 ids of rows, or places of a bank and ids of rows.
-            take: A function that is applied to arrays without an axis of rows.
+        `index` is the ids of rows, or the places of a bank and the ids of rows. `take`
+        is applied to arrays without an axis of rows.
         """
-        arrays = {}
-        for name, x in self.arrays.items():
+
+        def take_entries(name: str, x: Array) -> Array:
             row_axis = self.roles[name].find(str(self.row_role))
             if row_axis < 0:
-                arrays[name] = take(x)
-            else:
-                # The axis of rows follows that of the bank, if there is one.
-                x = jnp.moveaxis(x, row_axis + len(index) - 1, len(index) - 1)
-                arrays[name] = x.at[index].get(mode="fill", fill_value=jnp.nan)
-        return arrays
+                return take(x)
+            # The axis of rows follows that of the bank, if there is one.
+            x = jnp.moveaxis(x, row_axis + len(index) - 1, len(index) - 1)
+            return x.at[index].get(mode="fill", fill_value=jnp.nan)
 
-    def table_norms(self, kernel: Kernel) -> Array | None:
-        """Returns the norms of columns if `adapted_rows` needs them, else None.
+        return replace_arrays(self, take_entries)
 
-        Args:
-            kernel: The frozen table.
-        """
+    def _table_norms(self, kernel: Kernel) -> Array | None:
+        """Returns the norms of columns if `_adapt_rows` needs them, else None."""
         return None
 
-    def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:
-        """Returns adapted rows `[..., D]` in float32, from rows of the frozen table.
-
-        Args:
-            rows: Rows of the frozen table, `[..., D]`.
-            arrays: The arrays of `arrays_at`, "scaling", and the "norms" of
-                `table_norms`.
-        """
+    def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
+        """Returns adapted rows `[..., D]` in float32, with the arrays of `_at_rows`."""
         # If the rows of the table are along K, a lookup is a product with one-hot rows,
         # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
-        a, b = (arrays[name].astype(jnp.float32) for name in ("a", "b"))
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
         change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
-        return add_change(rows.astype(jnp.float32), arrays["scaling"] * change)
+        return add_change(rows.astype(jnp.float32), self.scaling * change)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,16 +180,14 @@ class LoRA(LowRank):
     label = "lora"
     is_linear = True
     can_be_in_bank = True
+    can_be_ragged = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
+        if call.offsets is not None:
+            return _ragged_product(self, x, kernel, call, call.offsets)
         y = call.multiply(x, kernel)
         x = apply_dropout(x, self.dropout, call.dropout_key)
         return add_change(y, lora_product(x, self, call.precision, kernel.placement))
-
-    def ragged_product(  # noqa: D102
-        self, x: Array, kernel: Kernel, call: ProductCall
-    ) -> Array:
-        return _ragged_product(self, x, kernel, call, call.offsets)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
@@ -225,15 +215,12 @@ class SharedLoRA(LowRank):
     label = "shared lora"
     is_linear = True
     is_shared = True
+    can_be_ragged = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        return self.unshared(kernel).product(x, kernel, call)
-
-    def ragged_product(  # noqa: D102
-        self, x: Array, kernel: Kernel, call: ProductCall
-    ) -> Array:
+        if call.offsets is None:
+            return self.unshared(kernel).product(x, kernel, call)
         # The rows of all experts are one group. Rows after the group give zeros.
-        assert call.offsets is not None
         ends = call.offsets[jnp.array([0, -1])]
         return _ragged_product(self, x, kernel, call, ends)
 
@@ -262,7 +249,7 @@ register_adapter(SharedLoRA)
 
 
 def _ragged_product(
-    lora: LowRank, x: Array, kernel: Kernel, call: ProductCall, offsets: Array | None
+    lora: LowRank, x: Array, kernel: Kernel, call: ProductCall, offsets: Array
 ) -> Array:
     y = call.multiply(x, kernel)
     x = apply_dropout(x, lora.dropout, call.dropout_key)

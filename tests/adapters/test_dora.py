@@ -227,7 +227,7 @@ def test_rows_of_a_table_take_no_float_table():
     # Half the size of a float table. An earlier version held two of them.
     assert memory.temp_size_in_bytes < 4 * size * width / 2
     table, lora = make((size, width))
-    norms = jax.jit(on_one_device(type(lora).table_norms))(lora, table)
+    norms = jax.jit(on_one_device(type(lora)._table_norms))(lora, table)
     v = np.asarray(ql.dequantize(table), np.float64)
     v += SCALING * np.asarray(lora.a, np.float64) @ np.asarray(lora.b)
     assert relative_error(norms, np.sqrt((v**2).sum(0))) < rounding(size)
