@@ -146,13 +146,8 @@ class Adapter(TreeLeaf, abc.ABC):
         settings = {"geometry": Geometry()} if "geometry" in self.settings else {}
         return replace_arrays(self, lambda _, x: x[index], **settings)
 
-    def misfit(self, batch: Sequence[int], k: int) -> str | None:
-        """Returns why settings do not fit a kernel `[*batch, K, N]`, or None.
-
-        Args:
-            batch: The sizes of the kernel's batch axes.
-            k: The size of K.
-        """
+    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+        """Returns why settings do not fit a kernel `[*batch, K, N]`, or None."""
         return None
 
     @property
@@ -208,13 +203,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
         return replace_arrays(self, is_stack)
 
-    def replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
-        """Returns the adapter with other arrays and settings.
-
-        Args:
-            arrays: The new arrays by name.
-            **settings: The new settings by name.
-        """
+    def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
         return dataclasses.replace(self, **arrays, **settings)  # pyright: ignore
 
 
@@ -235,7 +224,7 @@ def is_adapter(node: object) -> TypeGuard[Adapter]:
 def replace_arrays(lora: A, fn: Callable[[str, Array], PyTree], **settings: Any) -> A:
     """Returns the adapter with `fn(name, array)` for each array, and new settings."""
     arrays = {name: fn(name, x) for name, x in lora.arrays.items()}
-    return lora.replace(arrays, **settings)
+    return lora._replace(arrays, **settings)
 
 
 def used_ranks(lora: Adapter) -> np.ndarray:
@@ -300,7 +289,7 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
         received = " and ".join(map(str, shapes))
         return f"{listed.replace(' ', ' must be ', 1)}. Got {received}."
     # 3. Its settings must fit the kernel.
-    return lora.misfit(batch, k)
+    return lora._misfit(batch, k)
 
 
 def stored_axes(

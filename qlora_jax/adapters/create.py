@@ -5,14 +5,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from ..quant.kernel import Kernel
+from ..quant.views import take_rows
 from .base import Adapter
 from .config import QLoRAConfig, is_table, matches
 from .dora import DoRA, column_norms
 from .lora import SETTINGS, LoRA, SharedLoRA
-from .trained import new_trained, new_trained_rows
+from .trained import TrainedRows, new_trained
 
 
 def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> Adapter:
@@ -21,7 +23,9 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> A
     The leaf is a target, or is trained in full or by rows. `key` is used for a target.
     """
     if rows := config.rows_of(path):
-        return new_trained_rows(kernel, rows, config.lora_dtype)
+        values = lax.stop_gradient(take_rows(kernel, jnp.array(rows)))
+        dtype = jnp.promote_types(values.dtype, config.lora_dtype)
+        return TrainedRows(values.astype(dtype), rows)
     if config.is_trained(path):
         return new_trained(kernel.value, config.lora_dtype)
     return _new_low_rank(key, kernel, config, path)

@@ -65,8 +65,8 @@ class Selected(Adapter):
     def geometry(self) -> Geometry:  # noqa: D102
         return self.adapters.geometry
 
-    def replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:  # noqa: D102
-        adapters = self.adapters.replace(arrays, **settings)
+    def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
+        adapters = self.adapters._replace(arrays, **settings)
         return dataclasses.replace(self, adapters=adapters)
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
@@ -103,7 +102,7 @@ class TrainedRows(Replacement):
     def replaced_rows(self) -> tuple[int, ...]:  # noqa: D102
         return self.indices
 
-    def misfit(self, batch: Sequence[int], k: int) -> str | None:  # noqa: D102
+    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
         if max(self.indices, default=0) < max(k, 1):
             return None
         return f"its table has {k} rows. Got an adapter of rows {self.indices}."
@@ -137,12 +136,3 @@ class TrainedRows(Replacement):
 
 
 register_adapter(TrainedRows)
-
-
-def new_trained_rows(
-    kernel: Kernel, indices: tuple[int, ...], dtype: DTypeLike
-) -> TrainedRows:
-    """Returns copies of a table's rows to train, promoted with `dtype`."""
-    rows = lax.stop_gradient(take_rows(kernel, jnp.array(indices)))
-    rows = rows.astype(jnp.promote_types(rows.dtype, dtype))
-    return TrainedRows(rows, indices)

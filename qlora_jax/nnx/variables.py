@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
-from ..adapters.base import Adapter
+from ..adapters.base import Adapter, replace_arrays
 from ..quant.formats import Packing
 from ..quant.pack import StraightThrough
 from ..quant.qtensor import QTensor
@@ -106,7 +106,7 @@ class AdapterModule(nnx.Module):
             else:
                 setattr(self, name, nnx.LoRAParam(x))
         if adapter.dropout != self.rate:
-            adapter = adapter.replace(adapter.arrays, dropout=self.rate)
+            adapter = replace_arrays(adapter, lambda _, x: x, dropout=self.rate)
         self.geometry = adapter.geometry
         # A tree structure has the kind of an adapter and its static settings.
         self.structure = jax.tree.structure(adapter)

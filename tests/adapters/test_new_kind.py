@@ -4,6 +4,7 @@ The kind is VeRA (Kopiczko et al. 2024): A and B are random, frozen and shared b
 kernels, and only two vectors are trained: `y = x W + ((x A) * d) B * b`.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -101,7 +102,7 @@ def test_it_multiplies_and_merges_by_its_formula(batch):
 def test_it_trains_its_two_vectors_alone():
     base, target = make()
     lora = jax.tree.map(jnp.zeros_like, target)
-    lora["kernel"] = lora["kernel"].replace({"d": jnp.full(RANK, 0.1)})
+    lora["kernel"] = dataclasses.replace(lora["kernel"], d=jnp.full(RANK, 0.1))
     x = normal(4, (32, K))
     want, optimizer = ql.apply(base, target, x), optax.adamw(0.05)
 
