@@ -17,6 +17,7 @@ from .adapters.product import ragged_dot
 from .adapters.trained import Trained, TrainedRows
 from .product.einsum import einsum
 from .product.matmul import explain_backend, matmul
+from .quant.kernel import is_packed
 from .quant.pack import StraightThrough
 from .quant.qtensor import QTensor
 from .trees import sharding
@@ -52,6 +53,7 @@ __all__ = [
     "explain_backend",
     "init",
     "io",
+    "is_packed",
     "leaves_by_path",
     "linen",
     "lookup",

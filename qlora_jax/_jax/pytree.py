@@ -69,32 +69,45 @@ def register(
     leaves: tuple[str, ...],
     static: tuple[str, ...],
     serialized_name: str | None = None,
+    *,
+    input_fields: tuple[str, ...] = (),
 ) -> T:
     """Registers a frozen dataclass with array fields and hashable static fields.
 
-    With a `serialized_name`, `jax.export` and Flax's state dicts support the class. Its
-    attribute `tree_fields` holds the names of the fields.
+    The static fields among `input_fields` are leaves in a node whose `inputs` name
+    them. With a `serialized_name`, `jax.export` and Flax's state dicts support the
+    class. Its attribute `tree_fields` holds the names of the leaves and static fields.
     """
 
+    def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (*leaves, *node.inputs) if input_fields else leaves, static
+
     def flatten(node: Any) -> tuple[tuple, tuple]:
-        aux = tuple(getattr(node, name) for name in static)
-        return tuple(getattr(node, name) for name in leaves), aux
+        names, _ = tree_fields(node)
+        # None marks a static field that is a leaf of this node.
+        aux = tuple(None if name in names else getattr(node, name) for name in static)
+        return tuple(getattr(node, name) for name in names), aux
 
     def flatten_with_keys(node: Any) -> tuple[tuple, tuple]:
         values, aux = flatten(node)
-        keys = (jax.tree_util.GetAttrKey(name) for name in leaves)
+        keys = (jax.tree_util.GetAttrKey(name) for name in tree_fields(node)[0])
         return tuple(zip(keys, values, strict=True)), aux
 
     def unflatten(aux: tuple, values: Iterable) -> Any:
         # Bypasses `__init__`: JAX rebuilds nodes with placeholders, PartitionSpecs and
         # None as leaves, which checks would reject.
         node = object.__new__(cls)
-        for name, value in zip((*leaves, *static), (*values, *aux), strict=True):
+        for name, value in zip(static, aux, strict=True):
+            object.__setattr__(node, name, value)
+        if input_fields:
+            inputs = tuple(x for x in input_fields if getattr(node, x) is None)
+            object.__setattr__(node, "inputs", inputs)
+        for name, value in zip(tree_fields(node)[0], values, strict=True):
             object.__setattr__(node, name, value)
         return node
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    setattr(cls, "tree_fields", (leaves, static))  # noqa: B010
+    setattr(cls, "tree_fields", property(tree_fields))  # noqa: B010
     if serialized_name is not None:
         register_export(cls, serialized_name, static)
     return cls
@@ -182,8 +195,9 @@ def register_states() -> None:
 
 
 def _settings(node: Any) -> str:
+    leaves, static = node.tree_fields
     # The placement is left out, because a later run may use another mesh.
-    field_names = tuple(name for name in node.tree_fields[1] if name != "placement")
+    field_names = tuple(name for name in static if name not in ("placement", *leaves))
     values = tuple(getattr(node, name) for name in field_names)
     return static_to_json(type(node), values, field_names)
 

@@ -17,7 +17,6 @@ from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import Adapter, check_adapter, why_not
 from .call import Lookup
 from .product import product
-from .trained import Trained
 
 # The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
 BIAS_NAMES = {"kernel": "bias", "weight": "bias", "w": "b"}
@@ -80,9 +79,9 @@ def apply(
     #    (`Trained`) replace the frozen ones.
     name, w, bias = _layer_parts(base)
     kernel_lora, bias_lora = _adapter_parts(lora, name)
-    if isinstance(kernel_lora, Trained):
+    if kernel_lora is not None and kernel_lora.replacement is not None:
         w, kernel_lora = _trained_value("kernel", w, kernel_lora), None
-    if isinstance(bias_lora, Trained):
+    if bias_lora is not None and bias_lora.replacement is not None:
         bias = _trained_value("bias", bias, bias_lora)
     elif bias_lora is not None:
         raise ValueError(f"the adapter of a bias must be a Trained. Got {bias_lora!r}.")
@@ -217,7 +216,7 @@ def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
     return adapters
 
 
-def _trained_value(part_name: str, leaf: PyTree, lora: Trained) -> PyTree:
+def _trained_value(part_name: str, leaf: PyTree, lora: Adapter) -> PyTree:
     """Returns the part of a layer, trained in full, that replaces a frozen one."""
     reason = "there is none" if leaf is None else why_not(lora, leaf)
     if reason is not None:

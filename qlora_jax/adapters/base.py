@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,40 +39,42 @@ class ProductCall(NamedTuple):
     offsets: Array | None = None  # bounds of each expert's rows, int32 `[E + 1]`
 
 
-# One multiplier, or a tuple of one for each matrix of a stack; in a scan, an array.
-Scaling = float | tuple[float, ...] | Array
-
 A = TypeVar("A", bound="Adapter")
 
 # Every kind of adapter, by its name in files.
 KINDS: dict[str, type["Adapter"]] = {}
-# The class of each kind's sliced form, in which the scaling is an array.
-_SLICED: dict[type["Adapter"], type["Adapter"]] = {}
-SETTINGS = ("scaling", "dropout", "geometry")
 
 
 class Adapter(TreeLeaf, abc.ABC):
-    """An adapter of one kernel, whose matrix form is `[*batch, K, N]`."""
+    """An adapter of one kernel, whose matrix form is `[*batch, K, N]`.
+
+    The kinds are `LowRank` and `Replacement`. Of a kind, other code asks only for the
+    attributes below, and never for its class.
+    """
 
     # By the name of each array, the roles of its axes that follow the kernel's batch
     # axes: k (of size K), n (of size N), r (the rank) or e (the places of a bank).
-    roles: ClassVar[Mapping[str, str]]
-    label: ClassVar[str]  # the name of this kind of adapter in `summary`
-    settings: ClassVar[tuple[str, ...]] = SETTINGS  # the names of its static fields
+    roles: Mapping[str, str]
+    label: str  # the name of this kind of adapter in `summary`
+    settings: ClassVar[tuple[str, ...]] = ()  # the names of its static fields
     trained_as: ClassVar[str] = "lora"  # the label of its arrays in `lora_labels`
-    inputs: ClassVar[tuple[str, ...]] = ()  # its arrays that are not trained
+    # Whether its change of the kernel is `scaling * A B`.
+    is_linear: ClassVar[bool] = False
     # Whether one adapter serves all matrices along the last batch axis.
     is_shared: ClassVar[bool] = False
-    scaling: Scaling
-    dropout: float
-    geometry: Geometry
+    can_be_in_bank: ClassVar[bool] = False
+    can_be_ragged: ClassVar[bool] = False  # whether `product` supports `call.offsets`
+    inputs: tuple[str, ...] = ()  # the names of its arrays that are not trained
+    dropout: float  # the rate of dropout on its input
+    geometry: Geometry  # how the kernel's axes map to `[*batch, K, N]`
 
     @abc.abstractmethod
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
         """Returns the adapted product of x `[*batch, ..., K]`, in the dtype of x.
 
         Args:
-            x: The input, `[*batch, ..., K]`.
+            x: The input, `[*batch, ..., K]`; with `call.offsets`, rows `[M, K]`, sorted
+                by expert.
             kernel: The frozen kernel.
             call: The settings of the call, such as the dropout key.
         """
@@ -85,19 +87,6 @@ class Adapter(TreeLeaf, abc.ABC):
             kernel: The frozen kernel.
         """
 
-    def ragged_product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
-        """Returns the product of rows `[M, K]`, sorted by expert, with the experts.
-
-        Args:
-            x: Rows `[M, K]`, sorted by expert.
-            kernel: The frozen kernels of the experts, `[E, K, N]`.
-            call: The settings of the call. It must have `offsets`.
-        """
-        raise NotImplementedError(
-            "adapters of experts must be LoRA in a ragged product, and not chosen from "
-            f"a bank. Got {type(self).__name__}."
-        )
-
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
         """Returns rows of the adapted table `[V, D]`, or NaN for an id of V.
 
@@ -106,6 +95,21 @@ class Adapter(TreeLeaf, abc.ABC):
             kernel: The frozen table, `[V, D]`.
         """
         return jnp.take(self.merged(kernel), ids, axis=0)
+
+    def lookup_by_row(
+        self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
+    ) -> Float[Array, "..."]:
+        """Returns `lookup` with another adapter for each row of `ids`, from a bank.
+
+        Args:
+            ids: int32 ids of rows of the table, `[R, ...]`.
+            kernel: The frozen table, `[V, D]`.
+            places: The places of the adapters in the bank, int32 `[R]`.
+            take: A function that takes the entries at these places from an array whose
+                first axis is that of the bank.
+        """
+        adapters = jax.tree.map(take, self)
+        return jax.vmap(lambda lora, ids: lora.lookup(ids, kernel))(adapters, ids)
 
     def unshared(self, kernel: PyTree) -> "Adapter":
         """Returns the adapter with its own arrays for each matrix of a kernel.
@@ -116,15 +120,56 @@ class Adapter(TreeLeaf, abc.ABC):
         return self
 
     @property
+    def scalings(self) -> np.ndarray:
+        """The multiplier of each matrix's change, `[*batch]`, outside jit."""
+        return np.ones(self.batch_shape)
+
+    def with_scalings(self, scalings: np.ndarray | Array) -> Self:
+        """Returns the adapter with other scalings, if its kind has scalings.
+
+        Args:
+            scalings: `[*batch]`. They are static if they are a NumPy array; any other
+                array becomes a leaf.
+        """
+        return self
+
+    def sliceable(self) -> Self:
+        """Returns the adapter with settings of each matrix as arrays, as scans need."""
+        return self
+
+    def at(self, index: tuple[int, ...]) -> Self:
+        """Returns the adapter of one matrix of a stack, without batch axes.
+
+        Args:
+            index: The index of the matrix along the batch axes.
+        """
+        settings = {"geometry": Geometry()} if "geometry" in self.settings else {}
+        return replace_arrays(self, lambda _, x: x[index], **settings)
+
+    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+        """Returns why settings do not fit a kernel `[*batch, K, N]`, or None."""
+        return None
+
+    @property
     def arrays(self) -> dict[str, Array]:
         """The trained arrays by name."""
         return {name: getattr(self, name) for name in self.roles}
 
     @property
+    def replacement(self) -> Array | None:
+        """The array that models read in place of the leaf; None if it stays in use."""
+        return None
+
+    @property
+    def replaced_rows(self) -> tuple[int, ...]:
+        """The rows of a table that its array replaces; other rows stay frozen."""
+        return ()
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """The sizes of the kernel's batch axes."""
         name, roles = next(iter(self.roles.items()))
-        shape = getattr(self, name).shape
+        shape = self.arrays[name].shape
         return tuple(shape[: len(shape) - len(roles)])
 
     @property
@@ -140,7 +185,7 @@ class Adapter(TreeLeaf, abc.ABC):
     def _size(self, role: str) -> int:
         for name, roles in self.roles.items():
             if role in roles:
-                return getattr(self, name).shape[roles.index(role) - len(roles)]
+                return self.arrays[name].shape[roles.index(role) - len(roles)]
         return 1
 
     @property
@@ -158,42 +203,28 @@ class Adapter(TreeLeaf, abc.ABC):
 
         return replace_arrays(self, is_stack)
 
-
-def register_adapter(cls: type[Adapter]) -> None:
-    """Registers a frozen dataclass of arrays and settings, and its sliced form."""
-    register(cls, (*cls.roles,), cls.settings, f"qlora_jax.{cls.__name__}")
-    # In the sliced form, the scaling is an array among the leaves.
-    sliced_cls: Any = type(f"Sliced{cls.__name__}", (cls,), {"inputs": ("scaling",)})
-    static = tuple(name for name in cls.settings if name != "scaling")
-    _SLICED[cls] = register(sliced_cls, (*cls.roles, "scaling"), static)
-    KINDS[cls.__name__] = cls
+    def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
+        return dataclasses.replace(self, **arrays, **settings)  # pyright: ignore
 
 
-def sliced_kind(kind: type[Adapter]) -> Callable[..., Adapter]:
-    """Returns the class of a kind's sliced form, in which the scaling is an array."""
-    return _SLICED[kind]
+def register_adapter(kind: type[Adapter]) -> None:
+    """Registers a kind of adapter: a frozen dataclass of arrays and settings."""
+    # A scaling may be an array, which is a leaf, instead of a static number.
+    input_fields = tuple(name for name in kind.settings if name == "scaling")
+    name = f"qlora_jax.{kind.__name__}"
+    register(kind, (*kind.roles,), kind.settings, name, input_fields=input_fields)
+    KINDS[kind.__name__] = kind
 
 
-def sliced(lora: A, scaling: Array | None = None) -> A:
-    """Returns the adapter with a tuple of scalings as an array, which scans can slice.
-
-    The array is `[*batch]`. Pass it as `scaling` if a scan has sliced it already.
-    """
-    if not isinstance(lora.scaling, tuple):
-        return lora
-    if scaling is None:
-        scaling = jnp.asarray(lora.scaling, jnp.float32).reshape(lora.batch_shape)
-    settings = {
-        name: getattr(lora, name) for name in lora.settings if name != "scaling"
-    }
-    cls: Any = sliced_kind(type(lora))
-    return cls(**lora.arrays, scaling=scaling, **settings)
+def is_adapter(node: object) -> TypeGuard[Adapter]:
+    """Whether a node of a tree is an adapter."""
+    return isinstance(node, Adapter)
 
 
 def replace_arrays(lora: A, fn: Callable[[str, Array], PyTree], **settings: Any) -> A:
     """Returns the adapter with `fn(name, array)` for each array, and new settings."""
-    changes = {name: fn(name, x) for name, x in lora.arrays.items()}
-    return dataclasses.replace(lora, **changes, **settings)  # pyright: ignore
+    arrays = {name: fn(name, x) for name, x in lora.arrays.items()}
+    return lora._replace(arrays, **settings)
 
 
 def used_ranks(lora: Adapter) -> np.ndarray:
@@ -205,19 +236,6 @@ def used_ranks(lora: Adapter) -> np.ndarray:
             is_used = is_used | np.asarray(jnp.any(x != 0, tuple(axes)))
     # `is_used` is [*batch, r]. Find the largest used index, counted from 1.
     return np.max(is_used * np.arange(1, lora.rank + 1), axis=-1)
-
-
-def matrix_at(lora: A, index: tuple[int, ...]) -> A:
-    """Returns the adapter of one matrix of a stack, without batch axes."""
-    settings = {"scaling": scaling_at(lora, index), "geometry": Geometry()}
-    return replace_arrays(lora, lambda _, x: x[index], **settings)
-
-
-def scaling_at(lora: Adapter, index: tuple[int, ...]) -> Any:
-    """Returns the scaling of one matrix of a stack, by the index of its batch axes."""
-    if not isinstance(lora.scaling, tuple):
-        return lora.scaling
-    return lora.scaling[np.ravel_multi_index(index, lora.batch_shape)]
 
 
 def dropout_keys(lora: Adapter, key: Array) -> Array:
@@ -255,15 +273,11 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
             f"its kernel has axes {kernel_roles!r} (b batch, k contracted, n output); "
             f"it was made for {adapter_roles!r}."
         )
-    # 2. The table of a `TrainedRows` must have the trained rows.
     *batch, k, n = lora.geometry.matrix_shape(shape)
     if lora.is_shared and batch:
         batch[-1] = 1
-    indices = getattr(lora, "indices", ())
-    if max(indices, default=0) >= max(k, 1):
-        return f"its table has {k} rows. Got an adapter of rows {indices}."
 
-    # 3. Every array must have the shape that follows from the roles of its axes.
+    # 2. Every array must have the shape that follows from the roles of its axes.
     def expected_shapes(rank: int | str) -> list[list]:
         sizes = {"k": k, "n": n, "e": lora._size("e"), "r": rank}
         return [[*batch, *map(sizes.get, roles)] for roles in lora.roles.values()]
@@ -274,14 +288,8 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
         listed = " and ".join(f"{name.upper()} {shape}" for name, shape in expected)
         received = " and ".join(map(str, shapes))
         return f"{listed.replace(' ', ' must be ', 1)}. Got {received}."
-    # 4. A tuple must have one scaling for each matrix.
-    if isinstance(lora.scaling, tuple) and len(lora.scaling) != math.prod(batch):
-        return (
-            "it has a scaling for each matrix of a stack: apply the whole stack, or "
-            f"scan it in a wrapped model. Got batch axes {batch} for "
-            f"{len(lora.scaling)} scalings."
-        )
-    return None
+    # 3. Its settings must fit the kernel.
+    return lora._misfit(batch, k)
 
 
 def stored_axes(

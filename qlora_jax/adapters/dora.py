@@ -1,13 +1,10 @@
 """DoRA (Liu et al. 2024): LoRA with a trained magnitude for each output."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -18,19 +15,9 @@ from ..product.floats import float_product
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
 from ..quant.views import take_rows
-from .base import (
-    SETTINGS,
-    Adapter,
-    Multiply,
-    ProductCall,
-    constrained,
-    on_matrix,
-    register_adapter,
-)
-from .config import QLoRAConfig, is_table, matches
+from .base import Multiply, ProductCall, constrained, on_matrix, register_adapter
 from .lora import (
-    LoRA,
-    SharedLoRA,
+    LowRank,
     add_change,
     apply_dropout,
     cast,
@@ -45,7 +32,7 @@ TILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class DoRA(LoRA):
+class DoRA(LowRank):
     """A LoRA that trains the magnitude of each output apart from its direction.
 
     The product of its kernel is `(x W + scaling * (x A) B) * m / c`, where c are the
@@ -68,9 +55,9 @@ class DoRA(LoRA):
 
     m: Array
 
-    roles = {**LoRA.roles, "m": "n"}
+    roles = {**LowRank.roles, "m": "n"}
     label = "dora"
-    ragged_product = Adapter.ragged_product
+    can_be_in_bank = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of
@@ -99,16 +86,17 @@ class DoRA(LoRA):
 
         return on_matrix(kernel, adapt, lora_delta(self), self.m)
 
-    def table_norms(self, kernel: Kernel) -> Array | None:  # noqa: D102
+    def _table_norms(self, kernel: Kernel) -> Array | None:
         if self.row_role != "k":  # each row has its own magnitude and norm
             return None
         # `column_norms` decodes a few columns at a time, each with the many rows of the
-        # table. On one device, `_table_norms` decodes a few rows at a time instead.
-        return _table_norms(self, kernel) if is_local() else column_norms(self, kernel)
+        # table. On one device, `_norms_by_rows` decodes a few rows at a time instead.
+        return (
+            _norms_by_rows(self, kernel) if is_local() else column_norms(self, kernel)
+        )
 
-    def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:  # noqa: D102
-        v = super().adapted_rows(rows, arrays)
-        m, norms = arrays["m"].astype(jnp.float32), arrays["norms"]
+    def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
+        v, m = super()._adapt_rows(rows, norms), self.m.astype(jnp.float32)
         if norms is not None:
             return v * jnp.broadcast_to(m / norms, v.shape)
         norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
@@ -118,48 +106,8 @@ class DoRA(LoRA):
 register_adapter(DoRA)
 
 
-def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> LoRA:
-    """Returns a new adapter, which adds nothing yet, of a kernel of the base tree.
-
-    A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
-    al. 2015), PEFT's default. B is zero. Magnitudes start as the norms of the columns.
-    For an embedding table, of which a batch uses few rows, A is zero and B is drawn
-    from a normal distribution, as in PEFT, and there is no dropout.
-    """
-    *batch, k, n = kernel.matrix_shape
-    rank, scaling = config.rank_of(path), config.scaling_of(path)
-    is_shared = matches(config.shared, path)
-    if is_shared:
-        batch[-1] = 1
-    # 1. Initial A [*batch, K, r] and B [*batch, r, N].
-    bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
-    dropout = 0.0 if is_table(path) else config.dropout
-    if is_table(path) and kernel.geometry.kinds == "kn":
-        a = jnp.zeros((*batch, k, rank))
-        b = jax.random.normal(key, (*batch, rank, n)).astype(dtype)
-    else:
-        a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
-        b = jnp.zeros((*batch, rank, n), dtype)
-    # 2. For experts of different ranks, set A and B to zero beyond each rank, and
-    #    repeat the scalings for each layer.
-    if ranks := config.ranks_of(path):
-        is_used = np.arange(rank) < np.array(ranks)[:, None]  # [E, r]
-        a = jnp.where(jnp.broadcast_to(is_used[:, None, :], a.shape), a, 0)
-        b = jnp.where(jnp.broadcast_to(is_used[:, :, None], b.shape), b, 0)
-    if isinstance(scaling, tuple):
-        scaling *= math.prod(batch[:-1])
-    kind = SharedLoRA if is_shared else LoRA
-    lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
-    if not config.use_dora:
-        return lora
-    # 3. The magnitudes of a DoRA.
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    m = jax.jit(column_norms)(lora, kernel).astype(dtype)
-    return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})
-
-
 def column_norms(
-    lora: LoRA,
+    lora: LowRank,
     kernel: Kernel,
     multiply: Multiply = adapted_product,
     dtype: DTypeLike = "float32",
@@ -214,7 +162,7 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     return lax.fori_loop(0, num_tiles, add_tile, sums)
 
 
-def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
+def _norms_by_rows(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
     """Returns `column_norms` of a table on one device, decoding some rows at a time."""
     lora, kernel = lax.stop_gradient((lora, kernel.take().to_device()))
     if isinstance(kernel, QTensor):
@@ -225,8 +173,7 @@ def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
 
     def add_tile(i: Array, squares: Array) -> Array:
         ids = i * tile_rows + jnp.arange(tile_rows)
-        arrays = {**lora.arrays_at((ids,)), "scaling": lora.scaling}
-        v = LoRA.adapted_rows(lora, take_rows(kernel, ids), arrays)
+        v = LowRank._adapt_rows(lora._at_rows((ids,)), take_rows(kernel, ids), None)
         # Ids beyond the table, in the last tile, return NaN.
         v = jnp.where((ids < size)[:, None], v, 0)
         return squares + jnp.sum(jnp.square(v), 0)

@@ -1,12 +1,15 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -20,19 +23,134 @@ from ..quant.views import take_rows
 from .base import (
     Adapter,
     ProductCall,
-    Scaling,
     constrained,
     on_matrix,
     register_adapter,
     replace_arrays,
-    sliced,
 )
 
+SETTINGS = ("scaling", "dropout", "geometry")  # of every low-rank adapter
 CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
 
+# One multiplier, or a tuple of one for each matrix of a stack; an array in `sliceable`.
+Scaling = float | tuple[float, ...] | Array
+
+
 @dataclass(frozen=True, eq=False)
-class LoRA(Adapter):
+class LowRank(Adapter):
+    """An adapter that adds `scaling * A B` to its kernel, or to the direction of it."""
+
+    a: Array
+    b: Array
+    # The scaling must not be trained. It is therefore static in a lora tree, whose
+    # leaves are what optimizers change: weight decay would shrink an array, even if its
+    # gradient is zero. Scans and banks need an array, which `inputs` then names.
+    scaling: Scaling
+    dropout: float
+    geometry: Geometry
+    inputs: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
+
+    roles = {"a": "kr", "b": "rn"}
+    settings = SETTINGS
+
+    @property
+    def scalings(self) -> np.ndarray:  # noqa: D102
+        # A tuple has one scaling for each matrix of a stack, in row-major order.
+        shape = self.batch_shape if isinstance(self.scaling, tuple) else ()
+        return np.broadcast_to(np.reshape(self.scaling, shape), self.batch_shape)
+
+    def sliceable(self) -> Self:  # noqa: D102
+        if not isinstance(self.scaling, tuple):
+            return self
+        scaling = jnp.asarray(self.scaling, jnp.float32)
+        return self.with_scalings(scaling.reshape(self.batch_shape))
+
+    def with_scalings(self, scalings: np.ndarray | Array) -> Self:  # noqa: D102
+        if not isinstance(scalings, np.ndarray):
+            return dataclasses.replace(self, scaling=scalings, inputs=("scaling",))
+        numbers = tuple(scalings.ravel().tolist())
+        scaling = numbers[0] if len({*numbers}) == 1 else numbers
+        return dataclasses.replace(self, scaling=scaling, inputs=())
+
+    def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
+        return super().at(index).with_scalings(np.asarray(self.scalings[index]))
+
+    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+        if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):
+            return None
+        return (
+            "it has a scaling for each matrix of a stack: apply the whole stack, or "
+            f"scan it in a wrapped model. Got batch axes {[*batch]} for "
+            f"{len(self.scaling)} scalings."
+        )
+
+    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        if self.row_role is None:
+            return super().lookup(ids, kernel)
+        rows = take_rows(kernel, ids)
+        of_rows = self._at_rows((ids,))
+        return of_rows._adapt_rows(rows, self._table_norms(kernel)).astype(rows.dtype)
+
+    def lookup_by_row(  # noqa: D102
+        self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
+    ) -> Float[Array, "..."]:
+        if self.row_role is None:
+            return super().lookup_by_row(ids, kernel, places, take)
+        # Index the places of the bank and the rows of the table at once. Otherwise, XLA
+        # takes a full A for each row of the input.
+        places = jnp.expand_dims(places, tuple(range(1, ids.ndim)))
+        of_rows = self._at_rows((places, ids), take)
+        # Compute the norms once for each adapter of the bank. To compute them for each
+        # row of the input, XLA would take a full A for each row.
+        norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
+        of_rows, norms = (
+            of_rows.with_scalings(take(self.scaling)),
+            jax.tree.map(take, norms),
+        )
+        adapt = jax.vmap(lambda lora, *row: lora._adapt_rows(*row))
+        return adapt(of_rows, take_rows(kernel, ids), norms)
+
+    @property
+    def row_role(self) -> str | None:
+        """The role of the rows of a table `[V, D]`; None for any other kernel."""
+        return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
+
+    def _at_rows(
+        self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
+    ) -> Self:
+        """Returns the adapter with the arrays of some rows, which are NaN for id V.
+
+        `index` is the ids of rows, or the places of a bank and the ids of rows. `take`
+        is applied to arrays without an axis of rows.
+        """
+
+        def take_entries(name: str, x: Array) -> Array:
+            row_axis = self.roles[name].find(str(self.row_role))
+            if row_axis < 0:
+                return take(x)
+            # The axis of rows follows that of the bank, if there is one.
+            x = jnp.moveaxis(x, row_axis + len(index) - 1, len(index) - 1)
+            return x.at[index].get(mode="fill", fill_value=jnp.nan)
+
+        return replace_arrays(self, take_entries)
+
+    def _table_norms(self, kernel: Kernel) -> Array | None:
+        """Returns the norms of columns if `_adapt_rows` needs them, else None."""
+        return None
+
+    def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
+        """Returns adapted rows `[..., D]` in float32, with the arrays of `_at_rows`."""
+        # If the rows of the table are along K, a lookup is a product with one-hot rows,
+        # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
+        change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
+        return add_change(rows.astype(jnp.float32), self.scaling * change)
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA(LowRank):
     """A low-rank adapter of one kernel. Only its two arrays are trained.
 
     It adds `scaling * (x A) B` to the product of its kernel (LoRA, Hu et al. 2021,
@@ -58,97 +176,27 @@ class LoRA(Adapter):
         ((64, 4), (4, 8), 2.0)
     """
 
-    a: Array
-    b: Array
-    scaling: Scaling
-    dropout: float
-    geometry: Geometry
-
-    roles = {"a": "kr", "b": "rn"}
     label = "lora"
+    is_linear = True
+    can_be_in_bank = True
+    can_be_ragged = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
+        if call.offsets is not None:
+            return _ragged_product(self, x, kernel, call, call.offsets)
         y = call.multiply(x, kernel)
         x = apply_dropout(x, self.dropout, call.dropout_key)
         return add_change(y, lora_product(x, self, call.precision, kernel.placement))
 
-    def ragged_product(  # noqa: D102
-        self, x: Array, kernel: Kernel, call: ProductCall
-    ) -> Array:
-        y = call.multiply(x, kernel)
-        x = apply_dropout(x, self.dropout, call.dropout_key)
-        # Experts may have different scalings, so B is scaled instead of the product.
-        b = scaled(self.b.astype(jnp.float32), self)
-        a, b = cast(self.a, x.dtype), cast(b, x.dtype)
-        arguments: Any = (call.offsets, call.precision, kernel.placement)
-        h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
-        h = checkpoint_name(h, CHECKPOINT_NAME)
-        return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))
-
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
-
-    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        if self.row_role is None:
-            return super().lookup(ids, kernel)
-        rows = take_rows(kernel, ids)
-        arrays = self.arrays_at((ids,))
-        arrays |= {"scaling": self.scaling, "norms": self.table_norms(kernel)}
-        return self.adapted_rows(rows, arrays).astype(rows.dtype)
-
-    @property
-    def row_role(self) -> str | None:
-        """The role of the rows of a table `[V, D]`; None for any other kernel."""
-        return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
-
-    def arrays_at(
-        self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
-    ) -> dict[str, Any]:
-        """Returns the arrays for some rows of a table, with NaN for invalid ids.
-
-        Args:
-            index: int32 ids of rows, or places of a bank and ids of rows.
-            take: A function that is applied to arrays without an axis of rows.
-        """
-        arrays = {}
-        for name, x in self.arrays.items():
-            row_axis = self.roles[name].find(str(self.row_role))
-            if row_axis < 0:
-                arrays[name] = take(x)
-            else:
-                # The axis of rows follows that of the bank, if there is one.
-                x = jnp.moveaxis(x, row_axis, len(index) - 1)
-                arrays[name] = x.at[index].get(mode="fill", fill_value=jnp.nan)
-        return arrays
-
-    def table_norms(self, kernel: Kernel) -> Array | None:
-        """Returns the norms of columns if `adapted_rows` needs them, else None.
-
-        Args:
-            kernel: The frozen table.
-        """
-        return None
-
-    def adapted_rows(self, rows: Array, arrays: Mapping[str, Any]) -> Array:
-        """Returns adapted rows `[..., D]` in float32, from rows of the frozen table.
-
-        Args:
-            rows: Rows of the frozen table, `[..., D]`.
-            arrays: The arrays of `arrays_at`, "scaling", and the "norms" of
-                `table_norms`.
-        """
-        # If the rows of the table are along K, a lookup is a product with one-hot rows,
-        # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
-        a, b = (arrays[name].astype(jnp.float32) for name in ("a", "b"))
-        left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
-        change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
-        return add_change(rows.astype(jnp.float32), arrays["scaling"] * change)
 
 
 register_adapter(LoRA)
 
 
-class SharedLoRA(LoRA):
+@dataclass(frozen=True, eq=False)
+class SharedLoRA(LowRank):
     """One LoRA for all experts of a stack `[*batch, E, K, N]`.
 
     `init` makes it for the kernels that the config's `shared` matches. It has the
@@ -163,20 +211,20 @@ class SharedLoRA(LoRA):
         ((1, 64, 4), (1, 4, 16))
     """
 
-    is_shared = True
     label = "shared lora"
-    lookup = Adapter.lookup
+    is_linear = True
+    is_shared = True
+    can_be_ragged = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        return self.unshared(kernel).product(x, kernel, call)
-
-    def ragged_product(  # noqa: D102
-        self, x: Array, kernel: Kernel, call: ProductCall
-    ) -> Array:
+        if call.offsets is None:
+            return self.unshared(kernel).product(x, kernel, call)
         # The rows of all experts are one group. Rows after the group give zeros.
-        assert call.offsets is not None
         ends = call.offsets[jnp.array([0, -1])]
-        return super().ragged_product(x, kernel, call._replace(offsets=ends))
+        return _ragged_product(self, x, kernel, call, ends)
+
+    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        return on_matrix(kernel, jnp.add, lora_delta(self))
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
         num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
@@ -189,13 +237,33 @@ class SharedLoRA(LoRA):
         scaling = self.scaling
         if isinstance(scaling, tuple):
             scaling = tuple(s for s in scaling for _ in range(num_experts))
-        elif jnp.ndim(scaling):
+        elif self.inputs:
             scaling = jnp.repeat(jnp.asarray(scaling), num_experts, axis=-1)
         a, b = repeat_experts(self.a), repeat_experts(self.b)
-        return LoRA(a, b, scaling, self.dropout, self.geometry)
+        settings = scaling, self.dropout, self.geometry
+        return LoRA(a, b, *settings, inputs=self.inputs)
 
 
 register_adapter(SharedLoRA)
+
+
+def _ragged_product(
+    lora: LowRank, x: Array, kernel: Kernel, call: ProductCall, offsets: Array
+) -> Array:
+    y = call.multiply(x, kernel)
+    x = apply_dropout(x, lora.dropout, call.dropout_key)
+    # Experts may have different scalings, so B is scaled instead of the product.
+    b = scaled(lora.b.astype(jnp.float32), lora)
+    a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
+    arguments: Any = (offsets, call.precision, kernel.placement)
+    h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
+    h = checkpoint_name(h, CHECKPOINT_NAME)
+    return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))
+
+
+def is_low_rank(lora: Adapter) -> TypeGuard[LowRank]:
+    """Whether an adapter is a LoRA, a DoRA or a SharedLoRA."""
+    return isinstance(lora, LowRank)
 
 
 def add_change(y: Array, change: Array) -> Array:
@@ -205,7 +273,7 @@ def add_change(y: Array, change: Array) -> Array:
 
 def lora_product(
     x: Float[Array, "..."],
-    lora: LoRA,
+    lora: LowRank,
     precision: lax.PrecisionLike = None,
     placement: Placement | None = None,
 ) -> Float32[Array, "..."]:
@@ -220,16 +288,16 @@ def lora_product(
     return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
 
 
-def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
+def lora_delta(lora: LowRank) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
     delta = float_product(a, b, lax.Precision.HIGHEST, w_moves=True)
     return scaled(delta, lora)
 
 
-def scaled(y: Array, lora: LoRA) -> Array:
+def scaled(y: Array, lora: LowRank) -> Array:
     """Returns `scaling * y` for y `[*batch, ...]`."""
-    scaling: Any = sliced(lora).scaling
+    scaling: Any = lora.sliceable().scaling
     if isinstance(scaling, int | float):
         # A product with 1, the default, would only take time to compile.
         return y if scaling == 1 else y * scaling

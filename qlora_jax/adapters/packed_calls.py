@@ -19,7 +19,7 @@ from .._jax.jaxprs import bind, run_program
 from ..product.matmul import offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
-from .base import Adapter, sliced
+from .base import Adapter
 from .product import product
 
 Backends = str | tuple[str, ...] | None
@@ -84,7 +84,7 @@ class _ExpertsView:
         q = replace(slice_arrays(q), placement=None)
         lora = self.lora
         if lora is not None and not lora.is_shared:
-            lora = slice_arrays(sliced(lora))
+            lora = slice_arrays(lora.sliceable())
         return replace(self, kernel=q, lora=lora)
 
     def is_multiplied(self, eqn: JaxprEqn) -> bool:

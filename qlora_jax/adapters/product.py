@@ -40,9 +40,13 @@ def adapted_product(
         settings: dict[str, Any] = {"backend": backend, "precision": precision}
         settings |= {"offsets": offsets, "result": result}
         multiply_frozen = functools.partial(adapted_product, **settings)
+        if offsets is not None and not lora.can_be_ragged:
+            raise NotImplementedError(
+                "adapters of experts must be LoRA in a ragged product, and not chosen "
+                f"from a bank. Got {type(lora).__name__}."
+            )
         call = ProductCall(multiply_frozen, dropout_key, precision, offsets)
-        adapt = lora.product if offsets is None else lora.ragged_product
-        return adapt(x, kernel, call)
+        return lora.product(x, kernel, call)
     return multiply(
         x,
         kernel.product_input(x.dtype),

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +14,60 @@ from jaxtyping import Array, Float, PyTree
 from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
 from .._jax.specs import Axes, make_spec, typed_axes, unused
+from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
-from .base import SETTINGS, Adapter, ProductCall, sliced_kind
-from .dora import DoRA
-from .lora import LoRA
+from .base import Adapter, ProductCall
+
+# A selected adapter has the attributes of the bank's adapters, as properties.
+# pyright: reportIncompatibleVariableOverride=false
 
 _SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
     "lora_product", "dora_product", "dora_norms"
 )
 
 
-class Selected(LoRA):
+@dataclass(frozen=True, eq=False)
+class Selected(Adapter):
     """An adapter that `ql.select` chooses from a bank, possibly different for each row.
 
-    Its arrays have one more axis after the batch axes: the E places of the bank.
+    Attributes:
+        adapters: The adapters of the bank as those of one stack, of which the last
+            batch axis has the E places of the bank.
+        ids: int32 `[*batch]`, or `[*batch, R]` for each row of the first axis of the
+            input; -1 selects the frozen kernel without an adapter.
     """
 
-    kind: ClassVar[Callable[..., Any]]  # class of the adapters in the bank
-    # int32 `[*batch]`, or `[R]` for each row of the first axis of the input; -1 selects
-    # the frozen kernel without an adapter.
+    adapters: Adapter
     ids: Array
-    scaling: Array  # float32 `[*batch, E]`
-    inputs = ("scaling", "ids")
+
+    @property
+    def arrays(self) -> dict[str, Array]:  # noqa: D102
+        return self.adapters.arrays
+
+    @property
+    def roles(self) -> dict[str, str]:  # noqa: D102
+        return {name: "e" + roles for name, roles in self.adapters.roles.items()}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (*self.adapters.inputs, "ids")
+
+    @property
+    def label(self) -> str:  # noqa: D102
+        return self.adapters.label
+
+    @property
+    def dropout(self) -> float:  # noqa: D102
+        return self.adapters.dropout
+
+    @property
+    def geometry(self) -> Geometry:  # noqa: D102
+        return self.adapters.geometry
+
+    def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
+        adapters = self.adapters._replace(arrays, **settings)
+        return dataclasses.replace(self, adapters=adapters)
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # 1. Take adapters from the bank only when x is ready. Without the barrier, XLA
@@ -44,7 +76,7 @@ class Selected(LoRA):
         ids = lax.optimization_barrier((lax.stop_gradient(x), self.ids))[1]
 
         def multiply_adapted(
-            x: Array, lora: LoRA, is_off: Array, key: Array | None
+            x: Array, lora: Adapter, is_off: Array, key: Array | None
         ) -> Array:
             frozen = call.multiply(x, kernel)
 
@@ -101,7 +133,7 @@ class Selected(LoRA):
         if self.ids.ndim == 0:
             adapted = self._take_adapters(self.ids).lookup(ids, kernel)
             return jnp.where(self.ids == -1, rows, adapted)
-        if self.row_role is None or ids.shape[:1] != self.ids.shape:
+        if ids.shape[:1] != self.ids.shape:
             raise ValueError(
                 "`ids` must be one number, or one for each row of the first axis of "
                 "the ids of a table [V, D]. Got "
@@ -111,30 +143,14 @@ class Selected(LoRA):
         def take_by_row(stored: Array) -> Array:
             return self._take(stored, self.ids)
 
-        # Index the places of the bank and the rows of the table at once. Otherwise, XLA
-        # takes a full A for each row of the input.
-        place = jnp.where(self.ids < -1, self.scaling.shape[0], self.ids)
-        place = jnp.expand_dims(place, tuple(range(1, ids.ndim)))
-        arrays = self.arrays_at((place, ids), take_by_row)
-        # Compute the norms once for each adapter of the bank. To compute them for each
-        # row of the input, XLA would take a full A for each row.
-        adapters = self._new_adapters({**self.arrays, "scaling": self.scaling})
-        norms = jax.vmap(lambda lora: lora.table_norms(kernel))(adapters)
-        arrays |= jax.tree.map(take_by_row, {"scaling": self.scaling, "norms": norms})
-        adapted = jax.vmap(self.adapted_rows)(rows, arrays)
+        places = jnp.where(self.ids < -1, self.adapters.batch_shape[-1], self.ids)
+        adapted = self.adapters.lookup_by_row(ids, kernel, places, take_by_row)
         is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, rows.ndim)))
         return jnp.where(is_off, rows, adapted.astype(rows.dtype))
 
-    ragged_product = Adapter.ragged_product
-
-    def _take_adapters(self, ids: Array) -> LoRA:
+    def _take_adapters(self, ids: Array) -> Adapter:
         """Returns the adapters of the ids. For an id of -1, their arrays are zero."""
-        stored = {**self.arrays, "scaling": self.scaling}
-        taken = {name: self._take(array, ids) for name, array in stored.items()}
-        return self._new_adapters(taken)
-
-    def _new_adapters(self, arrays: Mapping[str, Array]) -> LoRA:
-        return self.kind(**arrays, dropout=self.dropout, geometry=self.geometry)
+        return jax.tree.map(lambda stored: self._take(stored, ids), self.adapters)
 
     def _take(self, stored: Array, ids: Array) -> Array:
         """Takes the arrays of the ids from an array of the bank, `[*batch, E, ...]`."""
@@ -169,18 +185,4 @@ def _split_as_rows(array: Array, x: Array) -> Array:
     return split_by(array, mesh, make_spec(row_axes, *other_axes))
 
 
-def _selected_class(kind: type[Adapter]) -> Any:
-    """Returns the class `Selected{kind}`, a pytree with the arrays of the bank."""
-    name = f"Selected{kind.__name__}"
-    roles = {array_name: "e" + roles for array_name, roles in kind.roles.items()}
-    namespace = {"__module__": __name__, "kind": sliced_kind(kind), "roles": roles}
-    fields, bases = [("ids", Array)], (Selected, kind)
-    cls: Any = dataclasses.make_dataclass(
-        name, fields, bases=bases, namespace=namespace, frozen=True, eq=False
-    )
-    static = tuple(setting for setting in SETTINGS if setting not in Selected.inputs)
-    return register(cls, (*roles, *Selected.inputs), static, f"qlora_jax.{name}")
-
-
-SelectedLoRA, SelectedDoRA = _selected_class(LoRA), _selected_class(DoRA)
-SELECTED: dict[type[Adapter], Any] = {LoRA: SelectedLoRA, DoRA: SelectedDoRA}
+register(Selected, ("adapters", "ids"), (), "qlora_jax.Selected")

@@ -1,10 +1,10 @@
 """Leaves that are trained in full, and tables of which some rows are trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
@@ -12,14 +12,17 @@ from ..product.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, Kernel
 from ..quant.views import take_rows
-from .base import SETTINGS, Adapter, ProductCall, Scaling, on_matrix, register_adapter
+from .base import Adapter, ProductCall, on_matrix, register_adapter
 
-# The leaf need not be a kernel, so all of its axes are batch axes.
-BATCH_AXES_ONLY = Geometry("", ())
+
+class Replacement(Adapter):
+    """An adapter whose array replaces a leaf, or rows of it. It has no dropout."""
+
+    dropout = 0.0
 
 
 @dataclass(frozen=True, eq=False)
-class Trained(Adapter):
+class Trained(Replacement):
     """A trained array that replaces a frozen leaf, such as a bias, a norm or a head.
 
     `init` makes one for each leaf that the config's `trainable` matches. It is in the
@@ -30,9 +33,6 @@ class Trained(Adapter):
         value: The trained array, in the leaf's shape, initialized with the leaf. Its
             dtype is at least as precise as the config's `lora_dtype`. The model uses it
             in the leaf's dtype.
-        scaling: Unused; every adapter has this attribute.
-        dropout: Unused.
-        geometry: Unused.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -44,12 +44,15 @@ class Trained(Adapter):
     """
 
     value: Array
-    scaling: Scaling = 1.0
-    dropout: float = 0.0
-    geometry: Geometry = BATCH_AXES_ONLY
 
     roles = {"value": ""}
     label = "trained"
+    # The leaf need not be a kernel, so all of its axes are batch axes.
+    geometry = Geometry("", ())
+
+    @property
+    def replacement(self) -> Array:  # noqa: D102
+        return self.value
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         return call.multiply(x, FloatKernel(self.merged(kernel), kernel.geometry))
@@ -68,7 +71,7 @@ def new_trained(leaf: PyTree, dtype: DTypeLike) -> Trained:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedRows(Adapter):
+class TrainedRows(Replacement):
     """Rows of a table `[V, D]` that are trained, such as those of new tokens.
 
     `init` makes one for each table that the config's `trainable_rows` matches. It
@@ -76,9 +79,6 @@ class TrainedRows(Adapter):
 
     Attributes:
         rows: The trained rows, `[*batch, t, D]`, initialized with those of the table.
-        scaling: Unused; every adapter has this attribute.
-        dropout: Unused.
-        geometry: The table's axes, "kn".
         indices: The indices of the rows, in ascending order.
 
     Example:
@@ -91,14 +91,21 @@ class TrainedRows(Adapter):
     """
 
     rows: Array
-    scaling: Scaling
-    dropout: float
-    geometry: Geometry
     indices: tuple[int, ...]
 
     roles = {"rows": "rn"}
-    settings = (*SETTINGS, "indices")
+    settings = ("indices",)
     label = "trained rows"
+    geometry = Geometry()
+
+    @property
+    def replaced_rows(self) -> tuple[int, ...]:  # noqa: D102
+        return self.indices
+
+    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+        if max(self.indices, default=0) < max(k, 1):
+            return None
+        return f"its table has {k} rows. Got an adapter of rows {self.indices}."
 
     def _size(self, role: str) -> int:
         # The adapter does not store the table's number of rows; this is the minimum.
@@ -129,12 +136,3 @@ class TrainedRows(Adapter):
 
 
 register_adapter(TrainedRows)
-
-
-def new_trained_rows(
-    kernel: Kernel, indices: tuple[int, ...], dtype: DTypeLike
-) -> TrainedRows:
-    """Returns copies of a table's rows to train, promoted with `dtype`."""
-    rows = lax.stop_gradient(take_rows(kernel, jnp.array(indices)))
-    rows = rows.astype(jnp.promote_types(rows.dtype, dtype))
-    return TrainedRows(rows, 1.0, 0.0, kernel.geometry, indices)

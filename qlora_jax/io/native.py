@@ -18,8 +18,9 @@ import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.base import KINDS, SETTINGS, Adapter, why_not
+from ..adapters.base import KINDS, Adapter, is_adapter, why_not
 from ..adapters.config import QLoRAConfig
+from ..adapters.lora import SETTINGS
 from ..quant.formats import FLOAT_DTYPES, Packing
 from ..quant.geometry import Geometry
 from ..quant.kernel import is_packed
@@ -44,8 +45,6 @@ _PATTERN_LISTS = ("targets", "exclude", "trainable", "shared")
 _PATTERN_DICTS = ("rank_pattern", "alpha_pattern", "contract", "trainable_rows")
 _FLAGS = {"a": re.A, "i": re.I, "m": re.M, "s": re.S, "x": re.X}
 _PACKING = ("fmt", "block_size", "double_quant")  # in the order of `Packing`'s fields
-# The attributes that contain arrays, by the kind of leaf; "" is the leaf itself.
-_ARRAYS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}}
 
 
 class Restored(NamedTuple):
@@ -191,8 +190,10 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
         entry |= {"kind": "QTensor", "shape": [*leaf.shape]}
         entry |= {name: getattr(leaf, name) for name in _PACKING}
         entry |= {"dtype": leaf.dtype_name, "axes": leaf.geometry.kinds}
-    elif isinstance(leaf, Adapter):
-        entry |= {"kind": type(leaf).__name__, "scaling": leaf.scaling}
+    elif is_adapter(leaf) and not leaf.inputs:
+        # Version 1 of the format stores the settings of a LoRA for every kind.
+        scaling = getattr(leaf, "scaling", 1.0)
+        entry |= {"kind": type(leaf).__name__, "scaling": scaling}
         entry |= {"dropout": leaf.dropout, "axes": leaf.geometry.kinds}
         entry |= {"sizes": [*leaf.geometry.sizes]}
         entry |= {name: [*getattr(leaf, name)] for name in _kind_settings(type(leaf))}
@@ -213,8 +214,10 @@ def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
     path = "/".join(map(str, entry["keys"]))
     if entry["kind"] == "QTensor":
         attributes = Packing(*(entry[name] for name in _PACKING)).arrays
+    elif entry["kind"] == "array":
+        attributes = ("",)  # the leaf itself
     else:
-        attributes = _ARRAYS[entry["kind"]]
+        attributes = (*KINDS[entry["kind"]].roles,)
     return {name: f"{path}:{name}" if name else path for name in attributes}
 
 
@@ -287,6 +290,7 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
     settings["scaling"] = tuple(map(float, scaling)) if has_list else float(scaling)
     settings["dropout"] = float(entry["dropout"])
     settings["geometry"] = geometry = Geometry(entry["axes"], integers("sizes"))
+    settings = {name: settings[name] for name in kind.settings}
     adapter: Any = kind(**dict(zip(kind.roles, structs, strict=True)), **settings)
     kernel_shape = geometry.kernel_shape(adapter.matrix_shape)
     if reason := why_not(adapter, jax.ShapeDtypeStruct(kernel_shape, "float32")):

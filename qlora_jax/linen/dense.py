@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ..adapters.base import Adapter
 from ..adapters.call import DENSE, ModuleCall, adapted_call
 from ..adapters.config import QLoRAConfig, check_layer_config
-from ..adapters.dora import new_adapter
+from ..adapters.create import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
 from ..trees.paths import Leaf

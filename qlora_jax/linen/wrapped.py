@@ -12,8 +12,7 @@ from flax.core.scope import CollectionFilter, in_filter
 from flax.typing import PRNGKey, RNGSequences
 
 from .._jax.pytree import is_box, is_tree_leaf, unbox
-from ..adapters.base import AdaptedKernel, Adapter, dropout_keys, parts_of, sliced
-from ..adapters.trained import Trained
+from ..adapters.base import AdaptedKernel, dropout_keys, is_adapter, parts_of
 from ..product.choose import checked_backend
 from ..quant.kernel import as_kernel
 from ..trees.adapters import combine
@@ -161,9 +160,7 @@ def _check_collections(collections: Mapping) -> None:
     # Adapters elsewhere would be passed to the model, which ignores them.
     names = sorted({*collections} - {"params"})
     leaves = {name: leaves_by_path(collections[name]).values() for name in names}
-    with_adapters = [
-        name for name in names if any(isinstance(x, Adapter) for x in leaves[name])
-    ]
+    with_adapters = [name for name in names if any(map(is_adapter, leaves[name]))]
     if with_adapters:
         raise ValueError(
             "`variables` must have its adapters in the collection 'lora'. Got adapters "
@@ -181,12 +178,12 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
         base, adapter, keys = parts_of(leaf)
         if adapter is None:
             return leaf
-        if isinstance(adapter, Trained):
+        if adapter.replacement is not None:
             return adapter.merged(as_kernel(base))
         if key is not None and adapter.dropout:
             count += 1
             keys = dropout_keys(adapter, jax.random.fold_in(key, count))  # [*batch]
-        return AdaptedKernel(base, sliced(adapter), keys)
+        return AdaptedKernel(base, adapter.sliceable(), keys)
 
     return map_by_path(prepare, params)
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
-from ..adapters.base import Adapter, sliced
+from ..adapters.base import Adapter, replace_arrays
 from ..quant.formats import Packing
 from ..quant.pack import StraightThrough
 from ..quant.qtensor import QTensor
@@ -78,7 +78,7 @@ class AdapterModule(nnx.Module):
         frozen: Frozen | None = None,
     ):
         self.frozen = nnx.data(frozen)
-        self.kind, self.rate = type(adapter), adapter.dropout
+        self.names, self.rate = (*adapter.roles,), adapter.dropout
         self.set(adapter)
         self.trained = trained  # the packing of a kernel trained through its quantizer
         self.path = Note(path)  # for errors; all notes are equal in graph definitions
@@ -89,13 +89,13 @@ class AdapterModule(nnx.Module):
     @property
     def variables(self) -> dict[str, nnx.Variable]:
         """The variables of the arrays, by name."""
-        return {name: getattr(self, name) for name in self.kind.roles}
+        return {name: getattr(self, name) for name in self.names}
 
     def set(self, adapter: Adapter) -> None:
         """Takes over an adapter's arrays and settings, except its dropout."""
-        for name in {*self.kind.roles} - {*adapter.roles}:
+        for name in {*self.names} - {*adapter.roles}:
             delattr(self, name)
-        self.kind = type(adapter)
+        self.names = (*adapter.roles,)
         for name, x in adapter.arrays.items():
             # The module reads a `Trained` array in the dtype of the leaf.
             if self.frozen is not None:
@@ -105,34 +105,35 @@ class AdapterModule(nnx.Module):
                 getattr(self, name).set_value(x)
             else:
                 setattr(self, name, nnx.LoRAParam(x))
+        if adapter.dropout != self.rate:
+            adapter = replace_arrays(adapter, lambda _, x: x, dropout=self.rate)
         self.geometry = adapter.geometry
-        self.indices = getattr(adapter, "indices", None)
+        # A tree structure has the kind of an adapter and its static settings.
+        self.structure = jax.tree.structure(adapter)
         # A tuple of scalings is static. So `inputs` has an array that scans can slice.
-        self.scaling = None if adapter.inputs else adapter.scaling
-        sliceable = sliced(adapter)
-        inputs: Any = {name: getattr(sliceable, name) for name in sliceable.inputs}
+        sliceable = adapter.sliceable()
+        self.sliceable_structure = jax.tree.structure(sliceable)
+        self.input_names = sliceable.inputs
+        leaves = jax.tree.leaves(sliceable)[len(self.names) :]
+        inputs: Any = dict(zip(sliceable.inputs, leaves, strict=True))
         self.inputs: Any = Inputs(inputs) if inputs else nnx.data(None)
 
     @property
     def adapter(self) -> Adapter:
         """The adapter of the entire stack."""
-        kind: Any = self.kind
-        arrays = {name: variable[...] for name, variable in self.variables.items()}
-        inputs = self.inputs.get_value() if kind.inputs else {"scaling": self.scaling}
-        # `TrainedRows` also needs the indices of its rows.
-        if self.indices is not None:
-            inputs |= {"indices": self.indices}
-        return kind(**arrays, **inputs, dropout=self.rate, geometry=self.geometry)
+        return self._build(self.structure)
 
     @property
     def sliced(self) -> Adapter | None:
         """The adapter of a call, perhaps of one layer; None if disabled."""
-        if not self.enabled:
-            return None
-        if self.inputs is None or self.kind.inputs:
-            return self.adapter
-        # In a scan, `inputs` holds the scaling of one layer, and `scaling` that of all.
-        return sliced(self.adapter, self.inputs.get_value()["scaling"])
+        return self._build(self.sliceable_structure) if self.enabled else None
+
+    def _build(self, structure: Any) -> Adapter:
+        arrays = [variable[...] for variable in self.variables.values()]
+        # The inputs follow the arrays, unless they are static in this structure.
+        inputs = {} if self.inputs is None else self.inputs.get_value()
+        leaves = [*arrays, *(inputs[name] for name in self.input_names)]
+        return structure.unflatten(leaves[: structure.num_leaves])
 
     def dropout_key(self) -> jax.Array | None:
         """Returns a new key for the dropout of a call, or None without dropout."""

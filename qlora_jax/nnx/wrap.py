@@ -8,7 +8,6 @@ from jaxtyping import Array
 from .._jax.memory import check_donated
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig, check_config
-from ..adapters.trained import Trained
 from ..quant.kernel import as_kernel
 from ..trees.init import init_targets
 from ..trees.paths import Leaf, leaves_by_path
@@ -158,7 +157,7 @@ def adapt(
 ) -> None:
     """Replaces a float kernel by a frozen kernel and its adapter."""
     # If a leaf is trained in full, its module reads the variable of the adapter.
-    if isinstance(lora, Trained):
+    if lora.replacement is not None:
         frozen = pack(attributes(holder)[name], base, Frozen)
         module = AdapterModule(lora, None, path=path, frozen=frozen)
         set_attribute(holder, f"{name}_lora", module)

@@ -255,5 +255,14 @@ def is_kernel(node: object) -> TypeGuard[Kernel]:
 
 
 def is_packed(leaf: PyTree) -> bool:
-    """Whether a leaf of a base tree, a kernel or an array, is packed."""
+    """Whether a node of a tree is a packed kernel, for `is_leaf` of `jax.tree.map`.
+
+    Args:
+        leaf: A kernel, an array or another node of a tree.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> ql.is_packed(ql.quantize(jnp.ones((64, 8)))), ql.is_packed(jnp.ones(8))
+        (True, False)
+    """
     return as_kernel(leaf).is_packed

@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.base import KINDS, AdaptedKernel, Adapter, parts_of, why_not
-from ..adapters.trained import Trained
+from ..adapters.base import (
+    KINDS,
+    AdaptedKernel,
+    Adapter,
+    is_adapter,
+    parts_of,
+    why_not,
+)
 from .paths import (
     KeyPath,
     Leaf,
@@ -28,7 +34,7 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters by path, after checking that each fits its kernel."""
     # 1. Both trees must have the right kinds of leaves.
     kernels = leaves_by_path(base)
-    if combined := [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]:
+    if combined := [p for p, x in kernels.items() if parts_of(x)[1] is not None]:
         raise TypeError(
             "`base` must not hold adapters: `split` a combined tree first. Got "
             f"adapters at {combined}."
@@ -58,7 +64,7 @@ def adapters_of(lora: Tree) -> dict[str, Adapter]:
     leaves = leaves_by_path(lora)
     for kind in KINDS.values():  # LoRA has arrays a and b, DoRA m too
         check_structure(leaves, frozenset(kind.roles))
-    wrong = [path for path, leaf in leaves.items() if not isinstance(leaf, Adapter)]
+    wrong = [path for path, leaf in leaves.items() if not is_adapter(leaf)]
     if wrong:
         raise ValueError(
             f"every leaf of `lora` must be an adapter. Got other leaves at {wrong}."
@@ -77,7 +83,8 @@ def with_trained(base: Tree, adapters: Mapping[str, Adapter]) -> Tree:
 
     def replace_trained(path: str, leaf: Leaf) -> Leaf:
         adapter = adapters.get(path)
-        return adapter.value if isinstance(adapter, Trained) else leaf
+        value = None if adapter is None else adapter.replacement
+        return leaf if value is None else value
 
     return map_by_path(replace_trained, base)
 

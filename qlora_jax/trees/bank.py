@@ -15,7 +15,7 @@ from .._jax.arguments import checked_integers
 from .._jax.memory import is_concrete
 from .._jax.pytree import register
 from ..adapters.base import Adapter, replace_arrays, used_ranks
-from ..adapters.selected import SELECTED
+from ..adapters.selected import Selected
 from .adapters import adapters_by_keys
 from .paths import (
     KeyPath,
@@ -75,10 +75,9 @@ class Bank:
             )
 
         def read_adapter(path: str, stack: Adapter) -> Adapter:
-            scalings = np.asarray(self.scaling[path][index]).ravel().tolist()
-            scaling = scalings[0] if len({*scalings}) == 1 else tuple(scalings)
-            adapter = replace_arrays(stack, lambda _, x: x[index], scaling=scaling)
-            return _without_padding(adapter)
+            adapter = replace_arrays(stack, lambda _, x: x[index])
+            scalings = np.asarray(self.scaling[path][index])
+            return _without_padding(adapter.with_scalings(scalings))
 
         # A trace may close over a bank. Without this, the slices would be traced.
         with jax.ensure_compile_time_eval():
@@ -213,16 +212,11 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
     def select_adapter(path: str, stack: Adapter) -> Adapter:
         # Scans over layers slice the first axis of every array, so the batch axes go in
         # front of the axis of places, and each layer gets a copy of the ids.
-        scaling = bank.scaling[path]  # [E, *batch]
-        batch = scaling.shape[1:]
+        stack = stack.with_scalings(jnp.asarray(bank.scaling[path]))  # [E, *batch]
+        batch = stack.batch_shape[1:]
         move_places = functools.partial(jnp.moveaxis, source=0, destination=len(batch))
-        return SELECTED[type(stack)](
-            **{name: move_places(x) for name, x in stack.arrays.items()},
-            scaling=move_places(scaling),
-            ids=jnp.broadcast_to(places, (*batch, *places.shape)),  # [*batch, R]
-            dropout=stack.dropout,
-            geometry=stack.geometry,
-        )
+        ids = jnp.broadcast_to(places, (*batch, *places.shape))  # [*batch, R]
+        return Selected(jax.tree.map(move_places, stack), ids)
 
     return map_by_path(select_adapter, bank.lora)
 
@@ -258,8 +252,9 @@ def _stack_adapters(
         loras = [tree.get(keys) for tree in trees] + [None] * (num_places - len(trees))
         padded = [_pad(adapter, template) for adapter in loras]
         lora[keys] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *padded)
-        scalings = [_batch_scaling(x, template.batch_shape) for x in loras]
-        scaling[path_string(keys)] = jnp.asarray(scalings, jnp.float32)
+        ones = np.ones(template.batch_shape)
+        scalings = [ones if x is None else x.scalings for x in loras]
+        scaling[path_string(keys)] = jnp.asarray(np.stack(scalings), jnp.float32)
     return Bank(nested_by_keys(lora), scaling)
 
 
@@ -272,7 +267,7 @@ def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
         if adds_nothing:
             return None
         return f"it is missing. Filling in zeros would change a {template.label}."
-    if type(adapter) not in SELECTED:
+    if not adapter.can_be_in_bank:
         return f"a {adapter.label} cannot be in a bank."
     names = "label", "matrix_shape", "geometry", "dropout"
     if any(getattr(adapter, name) != getattr(template, name) for name in names):
@@ -303,14 +298,7 @@ def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
         sizes = zip(target.shape, x.shape, strict=True)
         return jnp.pad(x.astype(target.dtype), [(0, to - size) for to, size in sizes])
 
-    return replace_arrays(template, pad_array, scaling=1.0)
-
-
-def _batch_scaling(adapter: Adapter | None, batch: tuple[int, ...]) -> np.ndarray:
-    scaling = 1.0 if adapter is None else adapter.scaling  # a number or a tuple
-    # A tuple has one scaling for each matrix of a stack, in row-major order.
-    per_matrix = np.reshape(scaling, batch if np.ndim(scaling) else ())
-    return np.broadcast_to(per_matrix, batch)
+    return replace_arrays(template, pad_array).with_scalings(np.ones(()))
 
 
 def _without_padding(adapter: Adapter) -> Adapter:

@@ -8,8 +8,7 @@ from .._jax.arguments import check_key
 from .._jax.memory import check_donated
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
-from ..adapters.dora import new_adapter
-from ..adapters.trained import new_trained, new_trained_rows
+from ..adapters.create import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
 from .paths import (
@@ -112,15 +111,11 @@ def init_targets(
 
     def init_leaf(key_path: KeyPath, leaf: Leaf) -> Leaf:
         path = path_string(key_path)
-        if config.is_trained(path):
-            adapters[key_path] = new_trained(leaf, config.lora_dtype)
-        if rows := config.rows_of(path):
-            table = as_kernel(leaf)
-            adapters[key_path] = new_trained_rows(table, rows, config.lora_dtype)
-        if path not in geometries:
+        is_replaced = config.is_trained(path) or config.rows_of(path)
+        if path not in geometries and not is_replaced:
             return leaf
-        kernel = as_kernel(leaf, geometries[path])
-        if not kernel.is_packed:
+        kernel = as_kernel(leaf, geometries.get(path))
+        if path in geometries and not kernel.is_packed:
             leaf = freeze(
                 kernel,
                 config.packing,
@@ -129,8 +124,9 @@ def init_targets(
                 largest=largest.get(path),
             )
         # DoRA's magnitudes are the norms of the packed weights.
-        frozen = as_kernel(leaf, geometries[path])
-        adapters[key_path] = new_adapter(next(keys), frozen, config, path)
+        frozen = as_kernel(leaf, geometries.get(path))
+        adapter_key = next(keys) if path in geometries else key
+        adapters[key_path] = new_adapter(adapter_key, frozen, config, path)
         return leaf
 
     return map_by_keys(init_leaf, params), nested_by_keys(adapters)

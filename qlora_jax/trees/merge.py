@@ -314,7 +314,7 @@ _METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
 
 def _why_not(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
     loras = [lora for lora, _ in pairs]
-    if other_kinds := [x.label for x in loras if type(x) is not LoRA]:
+    if other_kinds := [x.label for x in loras if not x.is_linear or x.is_shared]:
         return f"each must be a lora. Got {other_kinds}."
     if len({(x.matrix_shape, x.geometry) for x in loras}) > 1:
         shapes = [x.matrix_shape for x in loras]

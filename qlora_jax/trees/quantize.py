@@ -14,7 +14,7 @@ from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.formats import Packing
 from ..quant.geometry import Contract, Geometry, to_matrix
-from ..quant.kernel import Kernel, as_kernel
+from ..quant.kernel import Kernel, as_kernel, is_kernel
 from ..quant.pack import (
     StraightThrough,
     check_kernel,
@@ -222,7 +222,7 @@ def dequantize(tree: Tree, dtype: DTypeLike | None = None) -> Tree:
         raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
 
     def dequantize_leaf(path: str, leaf: Leaf) -> Leaf:
-        if isinstance(leaf, Kernel):
+        if is_kernel(leaf):
             return leaf.dequantize(dtype)
         if is_tree_leaf(leaf):
             raise TypeError(

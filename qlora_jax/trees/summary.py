@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..adapters.base import AdaptedKernel, Adapter
+from ..adapters.base import is_adapter, parts_of
 from ..quant.kernel import as_kernel
 from .adapters import split
 from .paths import Leaf, Tree, leaves_by_path
@@ -109,11 +109,11 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
 
 
 def _row(path: str, leaf: Leaf) -> LeafRow:
-    if isinstance(leaf, AdaptedKernel):
+    if parts_of(leaf)[1] is not None:
         raise TypeError(
             f"`base` must not be combined if `lora` is given. Got {path!r}."
         )
-    if isinstance(leaf, Adapter):
+    if is_adapter(leaf):
         shape = "".join(_brackets(x.shape) for x in leaf.arrays.values())
         sizes = leaf.size, leaf.nbytes, leaf.nbytes  # adapters are never packed
         return LeafRow(path, shape, leaf.label, *sizes, True)

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.adapters.base import matrix_at, why_not
+from qlora_jax.adapters.base import why_not
 from qlora_jax.adapters.dora import column_norms
 from qlora_jax.quant.views import LayerOfStack
 
@@ -128,9 +128,9 @@ def test_dropout_acts_on_both_products_as_in_peft():
 def test_a_layer_of_a_stack_is_that_layer():
     kernel, lora = make((2, K, N))
     layer, x = jax.tree.map(lambda a: a[1], kernel), jnp.ones((3, K))
-    got = ql.apply(LayerOfStack(kernel, jnp.int32(1)), matrix_at(lora, (1,)), x)
-    np.testing.assert_array_equal(got, ql.apply(layer, matrix_at(lora, (1,)), x))
-    low = ql.apply(layer, matrix_at(lora, (1,)), x.astype(jnp.bfloat16))
+    got = ql.apply(LayerOfStack(kernel, jnp.int32(1)), lora.at((1,)), x)
+    np.testing.assert_array_equal(got, ql.apply(layer, lora.at((1,)), x))
+    low = ql.apply(layer, lora.at((1,)), x.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
     # Both products, their sum and the product with the scale are rounded.
     assert_close(low, np.asarray(got, np.float64), roundings=4)
@@ -227,7 +227,7 @@ def test_rows_of_a_table_take_no_float_table():
     # Half the size of a float table. An earlier version held two of them.
     assert memory.temp_size_in_bytes < 4 * size * width / 2
     table, lora = make((size, width))
-    norms = jax.jit(on_one_device(type(lora).table_norms))(lora, table)
+    norms = jax.jit(on_one_device(type(lora)._table_norms))(lora, table)
     v = np.asarray(ql.dequantize(table), np.float64)
     v += SCALING * np.asarray(lora.a, np.float64) @ np.asarray(lora.b)
     assert relative_error(norms, np.sqrt((v**2).sum(0))) < rounding(size)

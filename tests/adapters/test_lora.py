@@ -14,7 +14,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.adapters import lora as lora_module
-from qlora_jax.adapters.dora import new_adapter
+from qlora_jax.adapters.create import new_adapter
 from qlora_jax.adapters.lora import lora_product
 from qlora_jax.product import floats
 from qlora_jax.product.backends.floats import LARGEST_UNSWAPPED

@@ -10,8 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ...adapters.base import Adapter, matrix_at, replace_arrays, why_not
-from ...adapters.trained import Trained
+from ...adapters.base import Adapter, replace_arrays, why_not
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
@@ -83,7 +82,8 @@ def save_merged(
     if config is None:
         raise ValueError("`config` must be given if `base` is a tree. Got None.")
     # 2. The tensors that adapters replace or change.
-    trained = {p: x.value for p, x in adapters.items() if isinstance(x, Trained)}
+    replacements = {p: x.replacement for p, x in adapters.items()}
+    trained = {p: x for p, x in replacements.items() if x is not None}
     adapters = {p: x for p, x in adapters.items() if p not in trained}
     trained_tensors = float_tensors(nested(trained), names)
     _check_trained(trained_tensors, tensors)
@@ -138,7 +138,7 @@ def _merged_tensors(
                 continue
             x = tensors[name]
             # A shared adapter has a single position for all experts of a layer.
-            matrix_lora = matrix_at(lora, (*index[:-1], 0) if lora.is_shared else index)
+            matrix_lora = lora.at((*index[:-1], 0) if lora.is_shared else index)
             kernel_shape = x.shape if is_table else x.shape[::-1]
             kernel = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
             if reason := why_not(matrix_lora, kernel):

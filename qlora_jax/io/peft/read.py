@@ -10,11 +10,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ...adapters.base import SETTINGS, Adapter
+from ...adapters.base import Adapter
+from ...adapters.lora import SETTINGS
 from ...adapters.trained import TrainedRows, new_trained
 from ...quant.formats import FLOAT_DTYPES
 from ...quant.geometry import Geometry
-from ...quant.kernel import Kernel, as_kernel
+from ...quant.kernel import Kernel, as_kernel, is_kernel
 from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member, refuse
 from ..names import BatchIndex, Names
@@ -97,7 +98,7 @@ def load_peft(
         # `TrainedRows` has its rows in the order of their tokens.
         x = arrays[layout.rows_key(module)][np.argsort(rows)]
         x = jnp.asarray(x, jnp.promote_types(dtype or x.dtype, x.dtype))
-        trained_rows = TrainedRows(x, 1.0, 0.0, Geometry(), tuple(sorted(rows)))
+        trained_rows = TrainedRows(x, tuple(sorted(rows)))
         adapters[model.modules[module].path] = trained_rows
     tensors = {name: arrays[key] for name, key in base_keys.items()}
     base, trained = _replace(base, model, layout, tensors, dtype)
@@ -248,9 +249,9 @@ def _replaced(
     window: tuple[int, ...],
 ) -> Array:
     """Returns a leaf in float with some of its tensors replaced."""
-    is_kernel = isinstance(leaf, Kernel)
+    has_axes = is_kernel(leaf)
     # [*batch, K, N] for a kernel; other leaves are [*batch, *tensor].
-    matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
+    matrix = np.asarray(leaf.dequantize_matrix() if has_axes else leaf)
     dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
     num_tensors = np.prod(matrix.shape[: len(next(iter(tensors)))])
     if len(tensors) < num_tensors:
@@ -258,7 +259,7 @@ def _replaced(
         dtype = jnp.promote_types(dtype, matrix.dtype)
     matrix = matrix.astype(dtype)
     for index, tensor in tensors.items():
-        tensor = from_stored("a", tensor, window) if is_kernel else tensor
+        tensor = from_stored("a", tensor, window) if has_axes else tensor
         matrix[index] = tensor.reshape(matrix[index].shape)
     array = jnp.asarray(matrix)
-    return leaf.geometry.from_matrix(array) if is_kernel else array
+    return leaf.geometry.from_matrix(array) if has_axes else array

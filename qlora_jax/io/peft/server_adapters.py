@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...adapters.base import Adapter, scaling_at
+from ...adapters.base import Adapter
 from ...adapters.config import is_table
 from ...adapters.lora import LoRA
 from ...trees.adapters import adapters_of_each
@@ -57,7 +57,7 @@ def portable(base: Tree, lora: Tree) -> Tree:
     unsupported = {
         path: type(x).__name__ + " of a table" * is_table(path)
         for path, x in adapters.items()
-        if type(x) is not LoRA or is_table(path)
+        if not x.is_linear or is_table(path)
     }
     title = "adapters for servers must be LoRA: export others as a merged model. Got"
     refuse_listed(title, unsupported)
@@ -69,10 +69,8 @@ def portable(base: Tree, lora: Tree) -> Tree:
 def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
     batch_shape = adapter.batch_shape
     a, b = map(np.asarray, adapter.arrays.values())  # [*batch, K, r], [*batch, r, N]
-    indices = np.ndindex(*batch_shape)
-    scalings = np.reshape([scaling_at(adapter, i) for i in indices], batch_shape)
     # The product is computed in float64, so that it is rounded only once, to float32.
-    b = b.astype(np.float64) * scalings[..., None, None]
+    b = b.astype(np.float64) * adapter.scalings[..., None, None]
     no_padding = [(0, 0)] * len(batch_shape)
     rank_padding = (0, rank - adapter.rank)
     a = np.pad(a, [*no_padding, (0, 0), rank_padding]).astype(np.float32)

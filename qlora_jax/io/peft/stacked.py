@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ...adapters.base import Adapter, matrix_at, replace_arrays, scaling_at
+from ...adapters.base import Adapter, replace_arrays
 from ...adapters.lora import LoRA
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel
@@ -61,10 +61,9 @@ def stack(
 
     # Weights without an adapter have zero factors, so their scaling has no effect.
     indices = np.ndindex(*batch_shape)
-    scalings = tuple(scaling_at(adapters.get(index, first), ()) for index in indices)
-    scaling = first.scaling if len({*scalings}) == 1 else scalings
-    settings = {"scaling": scaling, "geometry": kernel.geometry}
-    return replace_arrays(first, stack_arrays, **settings)
+    scalings = np.array([adapters.get(index, first).scalings for index in indices])
+    stacked = replace_arrays(first, stack_arrays, geometry=kernel.geometry)
+    return stacked.with_scalings(scalings)
 
 
 def _check_can_be_zero(adapter: Adapter) -> None:
@@ -79,7 +78,7 @@ def _check_can_be_zero(adapter: Adapter) -> None:
 
 def unstack(adapter: Adapter, index: BatchIndex, rank: int) -> Adapter:
     """Returns the adapter of one weight, cut to `rank`; the part cut off must be 0."""
-    matrix = matrix_at(adapter, index)
+    matrix = adapter.at(index)
     if rank == 0:
         _check_can_be_zero(matrix)
     if rank > matrix.rank:
@@ -165,9 +164,9 @@ def join_parameter(
     adapted = {path: indices for path, indices in parts.items() if path in adapters}
     # A parameter has one scaling, and no magnitudes.
     for path, indices in adapted.items():
-        if not isinstance(adapter := adapters[path], LoRA):
+        if not (adapter := adapters[path]).is_linear:
             raise ValueError(f"its type must be LoRA. Got {type(adapter).__name__}.")
-        for actual in (scaling_at(adapter, index) for index in indices):
+        for actual in (adapter.scalings[index] for index in indices):
             if np.float32(actual) != np.float32(scaling):
                 raise ValueError(f"its scalings must be {scaling}. Got {actual}.")
     a, kernel_bs, blocks = _factors_and_blocks(adapted, adapters, rank)

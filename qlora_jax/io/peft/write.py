@@ -10,10 +10,10 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from ...adapters.base import Adapter, scaling_at, used_ranks
+from ...adapters.base import Adapter, used_ranks
 from ...adapters.dora import DoRA
-from ...adapters.trained import Trained, TrainedRows
-from ...quant.kernel import Kernel
+from ...adapters.lora import LowRank, is_low_rank
+from ...quant.kernel import is_kernel
 from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed
 from ..files import new_folder, write_json
@@ -76,11 +76,10 @@ def peft_config(
     adapters = adapters_of_each(base, lora)
     model = NamedBase.of(base, names)
     # First, separate the adapters that are not low-rank.
-    trained = {path for path, x in adapters.items() if isinstance(x, Trained)}
+    trained = {path for path, x in adapters.items() if x.replacement is not None}
     tables = {m: adapters.get(model.modules[m].path) for m in sorted(model.tables)}
-    rows = {m: x.indices for m, x in tables.items() if isinstance(x, TrainedRows)}
-    full_rank = trained | {model.modules[module].path for module in rows}
-    adapters = {path: x for path, x in adapters.items() if path not in full_rank}
+    rows = {m: x.replaced_rows for m, x in tables.items() if x and x.replaced_rows}
+    adapters = {path: x for path, x in adapters.items() if is_low_rank(x)}
     # Then find a position for each adapted module and parameter, from which its rank
     # and scaling are read.
     parameters = _adapted_parameters(model, adapters, fused)
@@ -104,7 +103,7 @@ def peft_config(
         ranks[name] = adapter_of[name].rank * num_adapted
     alphas = {}
     for name, position in positions.items():
-        scaling = scaling_at(adapter_of[name], position.index)
+        scaling = float(adapter_of[name].scalings[position.index])
         alphas[name] = alpha_of(scaling, ranks[name], use_rslora)
     # Last, find the common values, the exceptions and the shortest ends of names.
     if any(pattern.endswith(r"\..*") for pattern in names.ignored):
@@ -141,7 +140,7 @@ def peft_config(
 
 
 def _adapted_parameters(
-    model: NamedBase, adapters: Mapping[str, Adapter], fused: bool
+    model: NamedBase, adapters: Mapping[str, LowRank], fused: bool
 ) -> dict[str, Position]:
     """Returns a position in each parameter that is adapted instead of its modules."""
     # Adapters of modules are preferred: all versions of transformers can read them.
@@ -154,7 +153,7 @@ def _adapted_parameters(
     return parameters
 
 
-def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> bool:
+def _can_convert_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> bool:
     # When PEFT loads adapters of experts' modules, it converts them to adapters of
     # parameters. This drops patterns of ranks and alphas, and if only some kernels of a
     # layer's experts have adapters, PEFT silently ignores the adapters.
@@ -175,7 +174,7 @@ def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> b
     return have_modules and are_complete and (need_modules or are_uniform)
 
 
-def _ranks(adapter: Adapter) -> np.ndarray:
+def _ranks(adapter: LowRank) -> np.ndarray:
     """Returns the rank of each matrix. If scalings differ, padding does not count."""
     # Matrices with different scalings may have different ranks, padded with zeros.
     ranks = np.zeros(adapter.batch_shape, int)
@@ -300,14 +299,13 @@ def adapter_tensors(
     tensors = _low_rank_tensors(low_rank, model, layout, config)
     for module, rows in layout.rows.items():
         adapter = adapters.get(model.modules[module].path)
-        is_trained = isinstance(adapter, TrainedRows)
-        if not is_trained or adapter.indices != tuple(sorted(rows)):
+        if adapter is None or adapter.replaced_rows != tuple(sorted(rows)):
             raise ValueError(
                 f"{module} must have the trained rows {rows} of `config`. Got others."
             )
         # The rows here are sorted by token; those of PEFT are in the order of `rows`.
-        order = np.searchsorted(adapter.indices, rows)
-        tensors[layout.rows_key(module)] = np.asarray(adapter.rows)[order]
+        order = np.searchsorted(adapter.replaced_rows, rows)
+        tensors[layout.rows_key(module)] = np.asarray(adapter.arrays["rows"])[order]
     for name in (*layout.saved, *config.saved_base_weights):
         tensors[layout.keys_of(name)[0]] = _base_tensor(model, name)
     not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
@@ -317,10 +315,9 @@ def adapter_tensors(
 
 def _low_rank_adapters(
     adapters: Mapping[str, Adapter], model: NamedBase, layout: AdapterTensors
-) -> dict[str, Adapter]:
+) -> dict[str, LowRank]:
     """Returns the low-rank adapters, after checking that all others are saved."""
-    kinds = Trained | TrainedRows
-    low_rank = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
+    low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
     trained = adapters.keys() - low_rank.keys()
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
     positions = model.tensors.items()
@@ -357,7 +354,7 @@ def _low_rank_tensors(
                     f"{type(adapter).__name__}."
                 )
             adapter = unstack(adapter, position.index, rank)
-            scaling, expected = scaling_at(adapter, ()), config.scaling_of(module)
+            scaling, expected = float(adapter.scalings), config.scaling_of(module)
             # Scalings must be equal up to the rounding to float32.
             if rank and np.float32(scaling) != np.float32(expected):
                 raise ValueError(f"its scaling must be {expected}. Got {scaling}.")
@@ -387,7 +384,7 @@ def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
     """Returns a tensor of the base tree in the checkpoint's layout."""
     position = model.tensors[name]
     leaf = model.leaves[position.path]
-    if isinstance(leaf, Kernel):
+    if is_kernel(leaf):
         # Kernels [K, N] are stored as A is: transposed, with the window moved.
         matrix = np.asarray(leaf.dequantize_matrix())[position.index]
         tensor = to_stored("a", matrix, model.named[position.path].window)

@@ -387,12 +387,10 @@ def read_as_trained(
     """Reads the weights that training used, for a computation in `dtype`."""
     model = model.read(**{"dtype": dtype, **options})
 
-    def is_packed(leaf: object) -> bool:
-        return isinstance(leaf, ql.QTensor)
+    def cast_leaf(leaf: Any) -> Any:
+        return leaf if ql.is_packed(leaf) else leaf.astype(dtype)
 
-    base = jax.tree.map(
-        lambda x: x if is_packed(x) else x.astype(dtype), model.base, is_leaf=is_packed
-    )
+    base = jax.tree.map(cast_leaf, model.base, is_leaf=ql.is_packed)
     return dataclasses.replace(model, base=base)
 
 

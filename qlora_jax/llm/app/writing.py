@@ -415,7 +415,7 @@ def _compare(
     base: Mapping[str, Any], merged: Mapping[str, Any], packed: Mapping[str, Any]
 ) -> Repacked:
     """Compares the packed kernels with the merged ones, given leaves by path."""
-    paths = [path for path, leaf in packed.items() if isinstance(leaf, ql.QTensor)]
+    paths = [path for path, leaf in packed.items() if ql.is_packed(leaf)]
     sums = [_sum_products(base[p], merged[p], packed[p]) for p in paths]
     sums = np.asarray(jax.device_get(sums), np.float64)  # [kernels, 4]
     error, change, norm, product = sums.sum(0)

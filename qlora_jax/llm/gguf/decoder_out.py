@@ -215,7 +215,7 @@ def _plan_tensors(
 def _choose_format(
     path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
 ) -> str:
-    is_packed = isinstance(leaf, ql.QTensor)
+    is_packed = ql.is_packed(leaf)
     if is_packed and not is_merged and "/experts/" in path:
         if (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
             return "MXFP4"
@@ -252,11 +252,7 @@ def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
     base: PyTree = {"x": jax.tree.map(select, leaf)}
     adapters: PyTree = {}
     if lora is not None:
-        adapter = jax.tree.map(select, lora)
-        if isinstance(lora.scaling, tuple):  # static, one number for each matrix
-            scaling = select(np.reshape(lora.scaling, lora.batch_shape)).ravel()
-            adapter = dataclasses.replace(adapter, scaling=tuple(scaling.tolist()))
-        adapters = {"x": adapter}
+        adapters = {"x": jax.tree.map(select, lora.sliceable())}
     merged = ql.merge(base, adapters)["x"]
     return np.asarray(merged).reshape(leaf.shape[len(index) :])
 
@@ -288,7 +284,7 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
     """
     packed, problems = dict(leaves), []
     for path, x in leaves.items():
-        if isinstance(x, ql.QTensor):
+        if ql.is_packed(x):
             if x.fmt not in _Q4_0_FORMATS or x.block_size != BLOCK:
                 problems.append(f"{path}: {x.fmt} in blocks of {x.block_size}")
         elif re.fullmatch(_LAYER_KERNELS, path) and x.shape[-2] % BLOCK == 0:

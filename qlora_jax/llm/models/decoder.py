@@ -293,7 +293,7 @@ def head_arguments(
             f"loss has no gradient for the head. Got one that is adapted or trained: "
             f"exclude `{name}` from the targets, or compute the loss on the logits."
         )
-    if config.tie_embeddings and not isinstance(head, ql.QTensor):
+    if config.tie_embeddings and not ql.is_packed(head):
         head = split_head(head)
     return {
         "head": head,

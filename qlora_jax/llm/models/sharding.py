@@ -106,10 +106,10 @@ def _select_axes(names: Iterable[str], sizes: dict[str, int]) -> tuple[str, ...]
     return tuple(name for name in names if name in sizes)
 
 
-def _divides(leaf: Array, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
+def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
     """Whether a spec splits a leaf evenly, and only between quantization blocks."""
     shape = list(leaf.shape)
-    if isinstance(leaf, ql.QTensor):
+    if ql.is_packed(leaf):
         # Count blocks instead of rows along the contracted axis. If the last block is
         # partial, the count is 1, because the axis then cannot be split.
         blocks, remainder = divmod(shape[-2], leaf.block_size)

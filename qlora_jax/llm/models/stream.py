@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,17 +159,15 @@ def _speed_up(variables: PyTree) -> PyTree:
     # would first convert all 16-bit layers.
     widens = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
 
-    def convert_leaf(path: KeyPath, x: "Array | ql.QTensor") -> "Array | ql.QTensor":
-        if isinstance(x, ql.QTensor):
+    def convert_leaf(path: KeyPath, x: Any) -> Any:
+        if ql.is_packed(x):
             return x.with_float_scales()
         is_layer = any(getattr(key, "key", None) in Decoder.scanned for key in path)
         if widens and is_layer and x.dtype in (jnp.bfloat16, jnp.float16):
             return x.astype(jnp.float32)
         return x
 
-    return tree_map_with_path(
-        convert_leaf, variables, is_leaf=lambda x: isinstance(x, ql.QTensor)
-    )
+    return tree_map_with_path(convert_leaf, variables, is_leaf=ql.is_packed)
 
 
 @functools.partial(

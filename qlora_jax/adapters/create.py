@@ -1,0 +1,73 @@
+"""Creates the adapter that a config asks for."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from ..quant.kernel import Kernel
+from ..quant.views import take_rows
+from .base import Adapter
+from .config import QLoRAConfig, is_table, matches
+from .dora import DoRA, column_norms
+from .lora import SETTINGS, LoRA, SharedLoRA
+from .trained import TrainedRows, new_trained
+
+
+def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> Adapter:
+    """Returns the adapter of a leaf of the base tree, which changes nothing yet.
+
+    The leaf is a target, or is trained in full or by rows. `key` is used for a target.
+    """
+    if rows := config.rows_of(path):
+        values = lax.stop_gradient(take_rows(kernel, jnp.array(rows)))
+        dtype = jnp.promote_types(values.dtype, config.lora_dtype)
+        return TrainedRows(values.astype(dtype), rows)
+    if config.is_trained(path):
+        return new_trained(kernel.value, config.lora_dtype)
+    return _new_low_rank(key, kernel, config, path)
+
+
+def _new_low_rank(
+    key: Array, kernel: Kernel, config: QLoRAConfig, path: str
+) -> Adapter:
+    """Returns a new LoRA, SharedLoRA or DoRA of a kernel of the base tree.
+
+    A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
+    al. 2015), PEFT's default. B is zero. Magnitudes start as the norms of the columns.
+    For an embedding table, of which a batch uses few rows, A is zero and B is drawn
+    from a normal distribution, as in PEFT, and there is no dropout.
+    """
+    *batch, k, n = kernel.matrix_shape
+    rank, scaling = config.rank_of(path), config.scaling_of(path)
+    is_shared = matches(config.shared, path)
+    if is_shared:
+        batch[-1] = 1
+    # 1. Initial A [*batch, K, r] and B [*batch, r, N].
+    bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
+    dropout = 0.0 if is_table(path) else config.dropout
+    if is_table(path) and kernel.geometry.kinds == "kn":
+        a = jnp.zeros((*batch, k, rank))
+        b = jax.random.normal(key, (*batch, rank, n)).astype(dtype)
+    else:
+        a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((*batch, rank, n), dtype)
+    # 2. For experts of different ranks, set A and B to zero beyond each rank, and
+    #    repeat the scalings for each layer.
+    if ranks := config.ranks_of(path):
+        is_used = np.arange(rank) < np.array(ranks)[:, None]  # [E, r]
+        a = jnp.where(jnp.broadcast_to(is_used[:, None, :], a.shape), a, 0)
+        b = jnp.where(jnp.broadcast_to(is_used[:, :, None], b.shape), b, 0)
+    if isinstance(scaling, tuple):
+        scaling *= math.prod(batch[:-1])
+    kind = SharedLoRA if is_shared else LoRA
+    lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
+    if not config.use_dora:
+        return lora
+    # 3. The magnitudes of a DoRA.
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    m = jax.jit(column_norms)(lora, kernel).astype(dtype)
+    return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})
