@@ -68,6 +68,17 @@ class Format:
         """Whether the values are consecutive integers."""
         return bool(np.all(np.diff(self.table) == 1))
 
+    @property
+    def equivalents(self) -> tuple[str, ...]:
+        """The formats that decode codes and scales as this one does, by name.
+
+        They differ only in how weights are packed. A file that stores one of them
+        stores them all.
+        """
+        decoding = self.values, self.scales.decode
+        pairs = {name: (x.values, x.scales.decode) for name, x in FORMATS.items()}
+        return tuple(name for name, pair in pairs.items() if pair == decoding)
+
     @cached_property
     def order(self) -> np.ndarray:
         """Codes by ascending value, -0.0 before 0.0; equal values (FP4) by code."""

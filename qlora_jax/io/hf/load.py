@@ -20,16 +20,17 @@ from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
 from ..files import CheckpointError, Path
-from ..named_leaves import NamedLeaf, find_leaves
+from ..formats.registry import packed_tensors
+from ..named_leaves import NamedLeaf, find_leaves, split_experts
 from ..names import Names
-from ..packed.layouts import split_experts
-from ..packed.readers import Targets, packed_tensors, recode_all
-from ..packed.weight import packing_of
 from ..safetensors import open_safetensors
+from ..stored_weight import StoredWeight, in_float, packing_of
 from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
 Packings = Mapping[str, Packing | None]  # by path; None for float leaves
+# The packing that the config asks for, by the names of its targets; None for float.
+Targets = Mapping[str, Packing | None]
 
 
 def load(
@@ -91,7 +92,7 @@ def load(
     tensors = split_experts(packed_tensors(opened), names)
     leaves = find_leaves(tensors, names, like)
     targets = _target_packings(leaves, config)
-    tensors = recode_all(tensors, leaves, targets, dtype, recode)
+    tensors = _convert_packed(tensors, leaves, targets, dtype, recode)
     # 2. Check everything and place the leaves, as shapes only.
     base = _abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
@@ -124,6 +125,40 @@ def _target_packings(leaves: Leaves, config: QLoRAConfig | None) -> Targets:
     targets = [leaf for path, leaf in leaves.items() if config.is_target(path)]
     packing = config.packing if config.freeze_base else None
     return {name: packing for leaf in targets for name in leaf.tensors.ravel()}
+
+
+def _convert_packed(
+    tensors: Mapping[str, Any],
+    leaves: Leaves,
+    targets: Targets,
+    dtype: DTypeLike | None,
+    recode: bool,
+) -> dict[str, Any]:
+    """Returns the tensors, with packed weights in a form that can be read."""
+    result = dict(tensors)
+    for leaf in leaves.values():
+        names = list(leaf.tensors.ravel())
+        is_kernel = leaf.geometry is not None
+        if is_kernel and recode:
+            result |= {n: _recode(n, result[n], targets, dtype) for n in names}
+        # Embeddings are decoded, because only kernels can be packed. All tensors of a
+        # stack must have the same packing, and in float they always do.
+        is_mixed = recode and len({packing_of(result[name]) for name in names}) > 1
+        if not is_kernel or is_mixed:
+            result |= {name: in_float(tensors[name], dtype) for name in names}
+    return result
+
+
+def _recode(name: str, tensor: Any, targets: Targets, dtype: DTypeLike | None) -> Any:
+    if not isinstance(tensor, StoredWeight):
+        return tensor
+    # A target is decoded if the config packs it with other settings.
+    is_target = name in targets
+    keeps_settings = not is_target or targets[name] == tensor.packing
+    if keeps_settings and tensor.problem is None:
+        return tensor
+    reblocked = None if is_target else tensor.reblocked()
+    return in_float(tensor, dtype) if reblocked is None else reblocked
 
 
 def _abstract_base(
@@ -178,7 +213,7 @@ def _stack_problem(
 ) -> str | None:
     """Returns why tensors cannot form one leaf, or None if they can."""
     for name, tensor in stored.items():
-        if packing_of(tensor) and tensor.problem:
+        if isinstance(tensor, StoredWeight) and tensor.problem:
             return f"{name} {tensor.problem}. Use recode=True to convert it"
     if len(storages) > 1:
         listed = sorted(

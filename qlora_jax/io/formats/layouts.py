@@ -1,0 +1,131 @@
+"""The layouts of codes, zero points and other parts that several libraries share."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ...quant.formats import INT4_F16
+from ...quant.qtensor import QTensor
+from ..files import require
+from ..tensors import SliceableTensor, View
+from .file_format import Config, Kernels, Parts
+
+INT32 = np.dtype("<i4")
+# The formats whose codes and scales AWQ, compressed-tensors and others store.
+INT4_FORMATS = INT4_F16.equivalents
+# The format and the dtype of weights with integer codes (the first two arguments of
+# `packed_weight`), by the dtype of the scales.
+INTEGER_FORMATS = {
+    "float16": ("int4_f16", "float16"),
+    "bfloat16": ("int4_f16", "bfloat16"),
+    "float32": ("int4", "float32"),
+}
+
+
+def swap_nibbles(words: SliceableTensor) -> View:
+    """Returns codes `[N, K / 2]` from words with the first code in the low bits."""
+    size = np.dtype(words.dtype).itemsize
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        first_word, last_word = columns.start // size, -(-columns.stop // size)
+        stored = np.ascontiguousarray(words[rows, first_word:last_word])
+        # Words are little-endian, so bytes are in order; only their halves are swapped.
+        start = columns.start - first_word * size
+        stored = stored.view(np.uint8)[:, start : start + columns.stop - columns.start]
+        return stored >> 4 | stored << 4
+
+    n, num_words = words.shape
+    return View((n, num_words * size), np.dtype(np.uint8), read)
+
+
+def unpack_words(
+    words: np.ndarray, positions: list[int] | slice = slice(None)
+) -> np.ndarray:
+    """Returns the codes of int32 words, `[R, C]` to `[R, 8 * C]`.
+
+    `positions` selects nibbles of each word, in order; 0 is the lowest nibble.
+    """
+    packed = np.ascontiguousarray(words).view(np.uint8)
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape, 8)
+    return nibbles[..., positions].reshape(len(words), -1)
+
+
+def zero_point_biases(
+    zeros: SliceableTensor,
+    scales: SliceableTensor,
+    positions: list[int] | slice = slice(None),
+    offset: int = 0,
+) -> View:
+    """Returns the bias `[N, K / B]` of each block: -scale * zero point.
+
+    Zero points are words `[K / B, N / 8]`. `offset` is added to each word.
+    """
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        words = np.asarray(zeros[columns, :]).view(np.uint32) + np.uint32(offset)
+        zero_points = unpack_words(words, positions)[:, rows].T
+        return -zero_points.astype(np.float32) * np.asarray(scales[rows, columns])
+
+    return View(scales.shape, np.dtype(np.float32), read)
+
+
+def read_input_blocks(
+    parts: Parts, name: str, k: int, num_blocks: int
+) -> np.ndarray | None:
+    """Returns the block of each input, or None if the file has no order of inputs."""
+    if name not in parts:
+        return None
+    blocks = np.asarray(require_part(parts, name, "int32", axes=1)[...])
+    if (blocks == -1).all():  # compressed-tensors' value for "not set"
+        return None
+    is_valid = blocks.shape == (k,) and blocks.min() >= 0 and blocks.max() < num_blocks
+    require(is_valid, f"`{name}` must be {k} numbers from 0 to {num_blocks - 1}.")
+    return blocks
+
+
+def require_part(parts: Parts, name: str, dtypes: str, axes: int = 2) -> Any:
+    """Returns a part of a weight; checks its dtype and its number of axes."""
+    require(name in parts, f"`{name}` must be given. Got none.")
+    x, choices = parts[name], dtypes.replace(" ", " or ")
+    is_valid = str(x.dtype) in dtypes.split() and len(x.shape) == axes and all(x.shape)
+    message = f"`{name}` must have dtype {choices} and {axes} axes. Got {x.dtype}"
+    require(is_valid, f"{message}{list(x.shape)}.")
+    return x
+
+
+def check_4bit_words(name: str, words: SliceableTensor, count: int) -> None:
+    """Raises CheckpointError if rows of `count` codes imply 1, 2, 3, 5, 6 or 8 bits."""
+    bits = 8 * words.dtype.itemsize * words.shape[1] / count
+    message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
+    # Any other number means that a shape is wrong, which the caller reports.
+    require(bits not in (1, 2, 3, 5, 6, 8), message)
+
+
+def read_scalar(parts: Parts, name: str) -> float:
+    """Returns the value of a part that holds one positive number."""
+    is_scalar = name in parts and tuple(parts[name].shape) in ((), (1,))
+    require(is_scalar, f"`{name}` must be one number.")
+    value = float(np.asarray(parts[name][...], np.float32).reshape(()))
+    require(0 < value < np.inf, f"`{name}` must be positive and finite. Got {value}.")
+    return value
+
+
+def integer_scale_dtype(q: QTensor) -> np.dtype:
+    """Returns bfloat16 if the weights are bfloat16 and it holds all scales exactly."""
+    scales = np.asarray(q.scales)
+    is_exact = (scales.astype(ml_dtypes.bfloat16).astype(scales.dtype) == scales).all()
+    is_bfloat16 = q.dtype_name == "bfloat16" and is_exact
+    return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else scales.dtype)
+
+
+def model_dtype(kernels: Kernels, config: Config) -> dict[str, Any]:
+    """Returns the dtype of the model, to which servers cast scales and activations."""
+    # vLLM does not support MXFP4 in float16, and transformers supports E2M1 only in
+    # bfloat16. Gemma overflows in float16, so its dtype is kept.
+    is_int = next(iter(kernels.values())).fmt in INT4_FORMATS
+    if is_int and str(config.get("model_type")).startswith("gemma"):
+        return {}
+    dtypes = [integer_scale_dtype(q).name for q in kernels.values()] if is_int else []
+    # "float16" sorts last: one kernel whose scales need float16 decides for the model.
+    return {"dtype": max(dtypes, default="bfloat16"), "torch_dtype": None}
