@@ -1,8 +1,12 @@
 """Reads and writes checkpoints and adapters of Hugging Face, bitsandbytes and PEFT."""
 
 from .files import CheckpointError, new_path, parse_json
-from .formats.registry import packed_tensors, read_quantization
-from .formats.save import save_bitsandbytes, save_packed
+from .formats.registry import (
+    packed_tensors,
+    read_quantization,
+    save_bitsandbytes,
+    save_packed,
+)
 from .hf.hub import fetch
 from .hf.load import load
 from .hf.merged import save_merged

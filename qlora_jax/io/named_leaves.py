@@ -227,21 +227,19 @@ def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
 
 def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """Inverts `split_experts`: stacks `NAME.0`, `NAME.1` ... as `NAME`."""
-    joined: dict[str, Any] = {}
-    stacks: dict[str, list[Any]] = {}
+    parts: dict[str, list[Any]] = {}
     for name, x in tensors.items():
         stem = name.rpartition(".")[0]
-        if names.is_stack(stem):
-            joined[stem] = None  # keeps the order of the tensors; filled in below
-            stacks.setdefault(stem, []).append(x)
-        else:
-            joined[name] = x
+        parts.setdefault(stem if names.is_stack(stem) else name, []).append(x)
+    return {
+        name: parts[name][0] if name in tensors else _stack_experts(parts[name])
+        for name in parts
+    }
 
-    def stack_experts(experts: list[Any]) -> DeferredTensor:
-        return DeferredTensor(
-            experts[0].dtype,
-            (len(experts), *experts[0].shape[::-1]),
-            lambda: np.stack([np.asarray(x[:, :]).T for x in experts]),
-        )
 
-    return joined | {stem: stack_experts(experts) for stem, experts in stacks.items()}
+def _stack_experts(experts: list[Any]) -> DeferredTensor:
+    return DeferredTensor(
+        experts[0].dtype,
+        (len(experts), *experts[0].shape[::-1]),
+        lambda: np.stack([np.asarray(x[:, :]).T for x in experts]),
+    )

@@ -19,6 +19,7 @@ from .layouts import (
     INT4_FORMATS,
     INT32,
     INTEGER_FORMATS,
+    UINT8,
     check_4bit_words,
     model_dtype,
     read_input_blocks,
@@ -36,19 +37,14 @@ _POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]
 
 def _awq_codes(words: SliceableTensor) -> View:
     """Returns the codes `[N, K / 2]` of AWQ's words `[K, N / 8]`."""
-    k, num_words = words.shape
-    n = num_words * 8
+    codes = unpack_words(words, _POSITIONS)  # [K, N]
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        first_word, last_word = rows.start // 8, -(-min(rows.stop, n) // 8)
-        inputs = slice(columns.start * 2, columns.stop * 2)
-        stored = np.asarray(words[inputs, first_word:last_word])
-        codes = unpack_words(stored, _POSITIONS)
-        # Rows may begin or end inside a word.
-        codes = codes[:, rows.start - first_word * 8 :][:, : rows.stop - rows.start]
-        return (codes[::2] << 4 | codes[1::2]).T
+        inputs = codes[columns.start * 2 : columns.stop * 2, rows]
+        return (inputs[::2] << 4 | inputs[1::2]).T
 
-    return View((n, k // 2), np.dtype(np.uint8), read)
+    k, n = codes.shape
+    return View((n, k // 2), UINT8, read)
 
 
 def _read_settings(settings: Settings) -> dict[str, Any]:
@@ -81,7 +77,7 @@ def _read(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
     scales = transposed(scales)
     if is_awq:
         codes, input_blocks = _awq_codes(words), None
-        biases = zero_point_biases(zeros, scales, _POSITIONS)
+        zero_points = unpack_words(zeros, _POSITIONS)
     else:
         message = "`g_idx` must be given, because `desc_act` is true. Got none."
         require("g_idx" in parts or not settings.get("desc_act"), message)
@@ -91,8 +87,9 @@ def _read(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
         # As in GPTQModel, a single sum adds one to all eight zero points of a word.
         # A stored 15 therefore carries into the next zero point.
         offset = 0x11111111 if is_first_version else 0
-        biases = zero_point_biases(zeros, scales, offset=offset)
+        zero_points = unpack_words(zeros, offset=offset)
     fmt, dtype = INTEGER_FORMATS[str(scales.dtype)]
+    biases = zero_point_biases(zero_points, scales)
     arrays = codes, scales, None, biases, input_blocks
     return {"weight": packed_weight(fmt, dtype, *arrays)}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 
 from ...quant.formats import FLOAT_DTYPES, Packing, get_format
 from ...quant.qtensor import QTensor
@@ -23,6 +23,7 @@ from ..files import CheckpointError, parse_json, require
 from ..stored_weight import PackedWeight, StoredWeight
 from ..tensors import DeferredTensor, LazyTensor, SliceableTensor, View
 from .file_format import Config, FileFormat, Kernels, Parts, Settings, Writer
+from .layouts import UINT8
 
 _STATE = "quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 1 << 16
@@ -89,26 +90,21 @@ class BitsAndBytesWeight(StoredWeight):
         if self.scale_scales is None:
             return scales
         group = np.arange(blocks.start, blocks.stop) // SCALES_PER_BLOCK
-        nested_scales = self.scale_scales[group]
-        return DYNAMIC_MAP[scales] * nested_scales + self.scale_offset
+        return DYNAMIC_MAP[scales] * self.scale_scales[group] + self.scale_offset
 
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
         """Returns rows of the weight: table values times scales, rounded to `dtype`."""
         k, block_size = self.shape[1], self.packing.block_size
         start, stop = rows.start * k, rows.stop * k
-        first_block = start // block_size
-        scales = self.float_scales(slice(first_block, -(-stop // block_size)))
-        blocks = np.arange(start, stop) // block_size - first_block
-        values = self.packing.format.table[self._codes_of_rows(rows)]
-        return (values * scales[blocks].reshape(-1, k)).astype(self.dtype)
-
-    def _codes_of_rows(self, rows: slice) -> UInt8[np.ndarray, "n k"]:
-        k = self.shape[1]
-        start, stop = rows.start * k, rows.stop * k
-        packed = np.asarray(self.codes[start // 2 : -(-stop // 2)]).reshape(-1, 1)
-        # The first code is in the high bits. A row may begin inside a byte.
-        codes = np.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1)
-        return codes[start % 2 :][: stop - start].reshape(-1, k)
+        # Decode whole blocks, which begin at a byte. Rows may begin inside a block.
+        blocks = slice(start // block_size, -(-stop // block_size))
+        first, last = blocks.start * block_size, blocks.stop * block_size
+        packed = np.asarray(self.codes[first // 2 : last // 2]).reshape(-1)
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+        scales = np.repeat(self.float_scales(blocks), block_size)[: codes.size]
+        values = self.packing.format.table[codes] * scales
+        part = slice(start - first, stop - first)
+        return values[part].reshape(-1, k).astype(self.dtype)
 
 
 def _read(parts: Parts, _: Settings) -> dict[str, StoredWeight]:
@@ -185,7 +181,7 @@ def _view_as_bytes(codes: _FileTensor) -> _FileTensor:
         return codes
     nbytes = math.prod(codes.shape) * codes.dtype.itemsize
     if isinstance(codes, LazyTensor):  # changes only the metadata
-        return replace(codes, dtype=np.dtype(np.uint8), shape=(nbytes, 1))
+        return replace(codes, dtype=UINT8, shape=(nbytes, 1))
     return np.asarray(codes).reshape(-1, 1).view(np.uint8).reshape(nbytes, 1)
 
 
@@ -232,17 +228,13 @@ def _problem(q: QTensor) -> str | None:
 
 def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     k, n = q.matrix_shape
+
     # bitsandbytes stores [N, K], row by row. Each of our bytes has two codes along K.
-    codes = DeferredTensor(
-        np.dtype(np.uint8),
-        (n * k // 2, 1),
-        lambda: np.asarray(q.codes).T.reshape(-1, 1),
-    )
-    scales = DeferredTensor(
-        np.dtype(q.scales.dtype),
-        (k // q.block_size * n,),
-        lambda: np.asarray(q.scales).T.reshape(-1),
-    )
+    def flat_later(x: Any, *shape: int) -> DeferredTensor:
+        return DeferredTensor(x.dtype, shape, lambda: np.asarray(x).T.reshape(shape))
+
+    codes = flat_later(q.codes, n * k // 2, 1)
+    scales = flat_later(q.scales, k // q.block_size * n)
     state: dict[str, Any] = {"quant_type": q.fmt, "blocksize": q.block_size}
     state |= {"dtype": q.dtype_name, "shape": [n, k]}
     tensors: dict[str, Any] = {name: codes, f"{name}.absmax": scales}

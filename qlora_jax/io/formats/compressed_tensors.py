@@ -20,6 +20,7 @@ from .layouts import (
     INT4_FORMATS,
     INT32,
     INTEGER_FORMATS,
+    UINT8,
     check_4bit_words,
     integer_scale_dtype,
     model_dtype,
@@ -27,6 +28,7 @@ from .layouts import (
     read_scalar,
     require_part,
     swap_nibbles,
+    unpack_words,
     zero_point_biases,
 )
 
@@ -78,7 +80,7 @@ def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
             shape = [-(-n // 8), *scales.shape[1:]]
             message = f"`weight_zero_point` must be {shape}. Got {list(zeros.shape)}."
             require(list(zeros.shape) == shape, message)
-            biases = zero_point_biases(transposed(zeros), scales)
+            biases = zero_point_biases(unpack_words(transposed(zeros)), scales)
     arrays = codes, scales, scale_scales, biases, input_blocks
     return {"weight": packed_weight(fmt, dtype, *arrays)}
 
@@ -109,7 +111,7 @@ def _read_settings(settings: Settings) -> dict[str, Any]:
 def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     k, n = q.matrix_shape
     is_int = q.fmt in INT4_FORMATS
-    word = INT32 if is_int else np.dtype(np.uint8)
+    word = INT32 if is_int else UINT8
     scale_dtype = integer_scale_dtype(q) if is_int else np.dtype(q.scales.dtype)
 
     def words() -> np.ndarray:

@@ -12,7 +12,7 @@ from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
 from ..tensors import View
 from .file_format import FileFormat, Parts, Settings
-from .layouts import require_part
+from .layouts import UINT8, require_part
 
 
 def _weight(
@@ -44,7 +44,7 @@ def _weight(
         data = np.ascontiguousarray(read_blocks(rows, blocks)[..., :scale_bytes])
         return data.view(scale_dtype)[..., 0]
 
-    codes = View((n, num_blocks * 16), np.dtype(np.uint8), read_codes)
+    codes = View((n, num_blocks * 16), UINT8, read_codes)
     scales = View((n, num_blocks), np.dtype(scale_dtype), read_scales)
     return packed_weight(fmt, dtype, codes, scales)
 

@@ -11,7 +11,7 @@ from ..files import require
 from ..tensors import SliceableTensor, View
 from .file_format import Config, Kernels, Parts
 
-INT32 = np.dtype("<i4")
+UINT8, INT32 = np.dtype(np.uint8), np.dtype("<i4")
 # The formats whose codes and scales AWQ, compressed-tensors and others store.
 INT4_FORMATS = INT4_F16.equivalents
 # The format and the dtype of weights with integer codes (the first two arguments of
@@ -36,36 +36,38 @@ def swap_nibbles(words: SliceableTensor) -> View:
         return stored >> 4 | stored << 4
 
     n, num_words = words.shape
-    return View((n, num_words * size), np.dtype(np.uint8), read)
+    return View((n, num_words * size), UINT8, read)
 
 
 def unpack_words(
-    words: np.ndarray, positions: list[int] | slice = slice(None)
-) -> np.ndarray:
-    """Returns the codes of int32 words, `[R, C]` to `[R, 8 * C]`.
-
-    `positions` selects nibbles of each word, in order; 0 is the lowest nibble.
-    """
-    packed = np.ascontiguousarray(words).view(np.uint8)
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape, 8)
-    return nibbles[..., positions].reshape(len(words), -1)
-
-
-def zero_point_biases(
-    zeros: SliceableTensor,
-    scales: SliceableTensor,
-    positions: list[int] | slice = slice(None),
-    offset: int = 0,
+    words: SliceableTensor, positions: list[int] | slice = slice(None), offset: int = 0
 ) -> View:
-    """Returns the bias `[N, K / B]` of each block: -scale * zero point.
+    """Returns the codes `[R, 8 * C]` of int32 words `[R, C]`.
 
-    Zero points are words `[K / B, N / 8]`. `offset` is added to each word.
+    `positions` selects nibbles of each word, in order; 0 is the lowest nibble. `offset`
+    is added to each word first.
     """
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        words = np.asarray(zeros[columns, :]).view(np.uint32) + np.uint32(offset)
-        zero_points = unpack_words(words, positions)[:, rows].T
-        return -zero_points.astype(np.float32) * np.asarray(scales[rows, columns])
+        first_word, last_word = columns.start // 8, -(-columns.stop // 8)
+        stored = np.ascontiguousarray(words[rows, first_word:last_word])
+        packed = (stored.view(np.uint32) + np.uint32(offset)).view(np.uint8)
+        nibbles = np.stack([packed & 15, packed >> 4], axis=-1)
+        codes = nibbles.reshape(*stored.shape, 8)[..., positions]
+        # Columns may begin or end inside a word.
+        part = slice(columns.start - first_word * 8, columns.stop - first_word * 8)
+        return codes.reshape(len(stored), -1)[:, part]
+
+    num_rows, num_words = words.shape
+    return View((num_rows, num_words * 8), UINT8, read)
+
+
+def zero_point_biases(zero_points: View, scales: SliceableTensor) -> View:
+    """Returns the bias `[N, K / B]` of each block, from zero points `[K / B, N]`."""
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        zeros = zero_points[columns, rows].T.astype(np.float32)
+        return -zeros * np.asarray(scales[rows, columns])
 
     return View(scales.shape, np.dtype(np.float32), read)
 

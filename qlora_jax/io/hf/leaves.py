@@ -308,14 +308,10 @@ def move_packed_leaf(
     moved = on_devices(structs, move_part)
     # The remaining arrays are small: they are read in full, then split.
     for part in ("scale_scales", "scale_offset"):
-        struct = getattr(q, part)
-        if struct is None:
-            continue
-        values = np.empty(struct.shape, np.float32)
-        for index, name in np.ndenumerate(leaf.tensors):
-            stored = np.asarray(getattr(tensors[name], part))
-            values[index] = stored.reshape(values[index].shape)
-        moved = *moved, put(values, struct)
+        if (struct := getattr(q, part)) is not None:
+            stored = [getattr(tensors[name], part) for name in leaf.tensors.flat]
+            values = np.asarray(stored, np.float32).reshape(struct.shape)
+            moved = *moved, put(values, struct)
     return moved
 
 
