@@ -159,10 +159,8 @@ def packed_weight(
     if num_blocks == 1 and k not in block_sizes:
         # There is one scale per output, which is repeated for each block of the output.
         divisors = [size for size in block_sizes if k % size == 0]
-        message = (
-            f"{k} inputs with one scale must be a multiple of one of {block_sizes}."
-        )
-        require(bool(divisors), message)
+        message = f"{k} inputs with one scale must be a multiple of one of "
+        require(bool(divisors), f"{message}{block_sizes}.")
         num_blocks = k // divisors[0]
         scales = _repeat_column(scales, num_blocks)
         biases = None if biases is None else _repeat_column(biases, num_blocks)

@@ -70,14 +70,12 @@ class Format:
 
     @property
     def equivalents(self) -> tuple[str, ...]:
-        """The formats that decode codes and scales as this one does, by name.
+        """The names of the formats that decode codes and scales as this one does.
 
-        They differ only in how weights are packed. A file that stores one of them
-        stores them all.
+        They differ only in how weights are packed, so files cannot tell them apart.
         """
-        decoding = self.values, self.scales.decode
         pairs = {name: (x.values, x.scales.decode) for name, x in FORMATS.items()}
-        return tuple(name for name, pair in pairs.items() if pair == decoding)
+        return tuple(name for name in pairs if pairs[name] == pairs[self.name])
 
     @cached_property
     def order(self) -> np.ndarray:

@@ -14,7 +14,7 @@ from stored import tensors_of
 import qlora_jax as ql
 from qlora_jax.io.formats import registry
 from qlora_jax.io.formats.file_format import FileFormat, Writer
-from qlora_jax.io.formats.layouts import INT4_FORMATS, UINT8, require_part
+from qlora_jax.io.formats.layouts import INT4_FORMATS, UINT8
 from qlora_jax.io.stored_weight import packed_weight
 from qlora_jax.io.tensors import View
 
@@ -23,8 +23,8 @@ from qlora_jax.io.tensors import View
 
 
 def _read(parts, settings):
-    stored = require_part(parts, "toy_codes", "int8")
-    steps = require_part(parts, "toy_steps", "float16")
+    stored = parts.tensor("toy_codes", "int8")
+    steps = parts.tensor("toy_steps", "float16")
 
     def read_codes(rows, columns):
         codes = np.asarray(stored[rows, columns.start * 2 : columns.stop * 2]) + 8
@@ -52,12 +52,11 @@ def _config(kernels, float_modules, config):
 
 
 TOY = FileFormat(
-    name="toy",
     marker=r"(.*\.|)toy_codes",
     parts=("toy_steps",),
     read=_read,
     methods={"toy": {"order": ("rows",)}},
-    write=Writer(INT4_FORMATS, _tensors, _config),
+    write=Writer("toy", INT4_FORMATS, _tensors, _config),
 )
 
 K, N = 64, 6

@@ -20,10 +20,7 @@ from .layouts import (
     INT32,
     INTEGER_FORMATS,
     UINT8,
-    check_4bit_words,
     model_dtype,
-    read_input_blocks,
-    require_part,
     swap_nibbles,
     unpack_words,
     zero_point_biases,
@@ -57,11 +54,11 @@ def _read_settings(settings: Settings) -> dict[str, Any]:
 
 
 def _read(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
-    words = require_part(parts, "qweight", "int32")
-    zeros = require_part(parts, "qzeros", "int32")
-    scales = require_part(parts, "scales", "float16 bfloat16")
+    words = parts.tensor("qweight", "int32")
+    zeros = parts.tensor("qzeros", "int32")
+    scales = parts.tensor("scales", "float16 bfloat16")
     num_blocks, n = scales.shape
-    check_4bit_words("qzeros", zeros, n)
+    parts.check_bits("qzeros", n)
     # Without settings, the length of a row of `qweight` tells the two apart.
     row_sizes = {"awq": n // 8, "gptq": n}
     methods = [name for name, size in row_sizes.items() if words.shape[1] == size]
@@ -82,7 +79,7 @@ def _read(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
         message = "`g_idx` must be given, because `desc_act` is true. Got none."
         require("g_idx" in parts or not settings.get("desc_act"), message)
         codes = swap_nibbles(transposed(words))
-        input_blocks = read_input_blocks(parts, "g_idx", k, num_blocks)
+        input_blocks = parts.input_blocks("g_idx", k, num_blocks)
         is_first_version = settings.get("checkpoint_format", "gptq") == "gptq"
         # As in GPTQModel, a single sum adds one to all eight zero points of a word.
         # A stored 15 therefore carries into the next zero point.
@@ -122,17 +119,14 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     }
 
 
-def _config(
-    kernels: Kernels, float_modules: list[str], config: Config
-) -> dict[str, Any]:
+def _config(kernels: Kernels, ignored: list[str], config: Config) -> dict[str, Any]:
     size = next(iter(kernels.values())).block_size
     settings = dict(quant_method="awq", version="gemm", bits=4, group_size=size)
-    settings |= dict(zero_point=True, modules_to_not_convert=float_modules)
+    settings |= dict(zero_point=True, modules_to_not_convert=ignored)
     return {"quantization_config": settings, **model_dtype(kernels, config)}
 
 
 AWQ = FileFormat(
-    name="AWQ",
     marker=r"(.*\.|)qweight",
     parts=("qzeros", "scales", "g_idx"),
     read=_read,
@@ -141,5 +135,5 @@ AWQ = FileFormat(
         "gptq": {"checkpoint_format": ("gptq", "gptq_v2")},
     },
     read_settings=_read_settings,
-    write=Writer(INT4_FORMATS, _tensors, _config, _problem),
+    write=Writer("AWQ", INT4_FORMATS, _tensors, _config, _problem),
 )

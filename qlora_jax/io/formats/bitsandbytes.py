@@ -123,15 +123,12 @@ def _read(parts: Parts, _: Settings) -> dict[str, StoredWeight]:
         num_groups = math.ceil(num_blocks / SCALES_PER_BLOCK)
         expected["nested_absmax"] = ("float32", (num_groups,))
         expected["nested_quant_map"] = ("float32", (256,))
-    tensors: dict[str, Any] = {"": _view_as_bytes(parts[""])} if "" in parts else {}
-    tensors = {**parts, **tensors}
+    tensors = {part: x if part else _view_as_bytes(x) for part, x in parts.items()}
     for part, (part_dtype, part_shape) in expected.items():
         x = tensors.get(part)
         stored = None if x is None else (str(x.dtype), x.shape)
-        message = (
-            f"`{part or 'weight'}` must be {part_dtype}{part_shape}. Got {stored}."
-        )
-        require(stored == (part_dtype, part_shape), message)
+        message = f"`{part or 'weight'}` must be {part_dtype}{part_shape}. Got "
+        require(stored == (part_dtype, part_shape), f"{message}{stored}.")
     _check_table(tensors["quant_map"], get_format(fmt).table)
     nested: dict[str, Any] = {}
     if packing.double_quant:
@@ -208,7 +205,7 @@ def _read_int8(parts: Parts, _: Settings) -> dict[str, StoredWeight]:
     raise CheckpointError("8-bit weights of bitsandbytes are not supported")
 
 
-def _check_settings(settings: Settings) -> dict[str, Any]:
+def _read_config(settings: Settings) -> dict[str, Any]:
     message = "`load_in_8bit` must be false: 8-bit weights are not supported. Got true."
     require(not settings.get("load_in_8bit"), message)
     return {**settings, "fmt": settings.get("bnb_4bit_quant_type", "fp4")}
@@ -270,13 +267,15 @@ def _config(kernels: Kernels, float_modules: list[str], _: Config) -> dict[str, 
 
 
 BITSANDBYTES = FileFormat(
-    name="bitsandbytes",
     marker=r"(.*)\.quant_state\.bitsandbytes__.*",
     parts=("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"),
     read=_read,
     methods={"bitsandbytes": {}},
-    read_settings=_check_settings,
+    read_settings=_read_config,
     # Each weight stores its own block size.
-    write=Writer(("nf4", "fp4"), _tensors, _config, _problem, ("fmt", "double_quant")),
+    write=Writer(
+        *("bitsandbytes", ("nf4", "fp4"), _tensors, _config, _problem),
+        shared=("fmt", "double_quant"),
+    ),
 )
-BITSANDBYTES_INT8 = FileFormat(name="LLM.int8", marker=r"(.*\.SCB)", read=_read_int8)
+BITSANDBYTES_INT8 = FileFormat(marker=r"(.*\.SCB)", read=_read_int8)

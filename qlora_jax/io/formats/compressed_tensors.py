@@ -21,12 +21,8 @@ from .layouts import (
     INT32,
     INTEGER_FORMATS,
     UINT8,
-    check_4bit_words,
     integer_scale_dtype,
     model_dtype,
-    read_input_blocks,
-    read_scalar,
-    require_part,
     swap_nibbles,
     unpack_words,
     zero_point_biases,
@@ -68,15 +64,15 @@ def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     codes = swap_nibbles(packed)
     scale_scales = biases = input_blocks = None
     if fmt == "nvfp4":
-        divisor = read_scalar(parts, "weight_global_scale")
+        divisor = parts.scalar("weight_global_scale")
         scale_scales = np.array([1, divisor], np.float32)
     elif fmt != "mxfp4":
         n, k = codes.shape[0], codes.shape[1] * 2
         _check_shape(parts, n, k)
         num_blocks = scales.shape[-1] if scales.shape else 0
-        input_blocks = read_input_blocks(parts, "weight_g_idx", k, num_blocks)
+        input_blocks = parts.input_blocks("weight_g_idx", k, num_blocks)
         if "weight_zero_point" in parts:
-            zeros = require_part(parts, "weight_zero_point", "int32")
+            zeros = parts.tensor("weight_zero_point", "int32")
             shape = [-(-n // 8), *scales.shape[1:]]
             message = f"`weight_zero_point` must be {shape}. Got {list(zeros.shape)}."
             require(list(zeros.shape) == shape, message)
@@ -90,7 +86,7 @@ def _check_shape(parts: Parts, n: int, k: int) -> None:
     shape = None if stored is None else np.asarray(stored[...]).tolist()
     # Report the number of bits if another number explains the length of the rows.
     if isinstance(shape, list) and len(shape) == 2 and shape[0] == n and shape[1] > 0:
-        check_4bit_words("weight_packed", parts["weight_packed"], shape[1])
+        parts.check_bits("weight_packed", shape[1])
     message = f"`weight_shape` must be [{n}, {k}], for 4 bits. Got {shape}."
     require(shape == [n, k], message)
 
@@ -134,9 +130,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     return tensors
 
 
-def _config(
-    kernels: Kernels, float_modules: list[str], config: Config
-) -> dict[str, Any]:
+def _config(kernels: Kernels, ignored: list[str], config: Config) -> dict[str, Any]:
     q = next(iter(kernels.values()))
     if q.fmt == "nvfp4":
         _check_fused_factors(kernels)
@@ -145,7 +139,7 @@ def _config(
     weights |= dict(group_size=q.block_size, dynamic=False, scale_dtype=scale_dtype)
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     settings = {"quant_method": "compressed-tensors", "format": format_name}
-    settings |= {"quantization_status": "compressed", "ignore": float_modules}
+    settings |= {"quantization_status": "compressed", "ignore": ignored}
     settings |= {"config_groups": {"group_0": group}}
     return {"quantization_config": settings, **model_dtype(kernels, config)}
 
@@ -160,11 +154,10 @@ def _check_fused_factors(kernels: Kernels) -> None:
 
 
 COMPRESSED_TENSORS = FileFormat(
-    name="compressed-tensors",
     marker=r"(.*\.|)weight_packed",
     parts=("weight_scale", "weight_shape", *_FORMAT_PARTS),
     read=_read,
     methods={"compressed-tensors": {}},
     read_settings=_read_settings,
-    write=Writer(tuple(_SCHEMES), _tensors, _config),
+    write=Writer("compressed-tensors", tuple(_SCHEMES), _tensors, _config),
 )

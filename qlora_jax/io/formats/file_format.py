@@ -4,19 +4,62 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ...quant.qtensor import QTensor
+from ..files import require
 from ..stored_weight import StoredWeight
 
-Parts = Mapping[str, Any]  # the tensors of one weight, by the ends of their names
 Settings = Mapping[str, Any]  # `quantization_config` in a folder's `config.json`
 Config = Mapping[str, Any]  # the content of `config.json`
 Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
+
+
+class Parts(dict[str, Any]):
+    """The tensors of one weight, by the ends of their names."""
+
+    def tensor(self, name: str, dtypes: str, axes: int = 2) -> Any:
+        """Returns a part; checks its dtype and its number of axes."""
+        require(name in self, f"`{name}` must be given. Got none.")
+        x, choices = self[name], dtypes.replace(" ", " or ")
+        has_dtype, shape = str(x.dtype) in dtypes.split(), list(x.shape)
+        message = f"`{name}` must have dtype {choices} and {axes} axes. Got {x.dtype}"
+        require(has_dtype and len(shape) == axes and all(shape), f"{message}{shape}.")
+        return x
+
+    def scalar(self, name: str) -> float:
+        """Returns the value of a part that holds one positive number."""
+        is_scalar = name in self and tuple(self[name].shape) in ((), (1,))
+        require(is_scalar, f"`{name}` must be one number.")
+        value = float(np.asarray(self[name][...], np.float32).reshape(()))
+        is_valid = 0 < value < np.inf
+        require(is_valid, f"`{name}` must be positive and finite. Got {value}.")
+        return value
+
+    def input_blocks(self, name: str, k: int, num_blocks: int) -> np.ndarray | None:
+        """Returns the block of each input, or None if the file has no order of them."""
+        if name not in self:
+            return None
+        blocks = np.asarray(self.tensor(name, "int32", axes=1)[...])
+        if (blocks == -1).all():  # compressed-tensors' value for "not set"
+            return None
+        is_valid = len(blocks) == k and blocks.min() >= 0 and blocks.max() < num_blocks
+        require(is_valid, f"`{name}` must be {k} numbers from 0 to {num_blocks - 1}.")
+        return blocks
+
+    def check_bits(self, name: str, count: int) -> None:
+        """Raises if rows of `count` codes imply 1, 2, 3, 5, 6 or 8 bits."""
+        bits = 8 * self[name].dtype.itemsize * self[name].shape[1] / count
+        message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
+        # Any other number means that a shape is wrong, which the caller reports.
+        require(bits not in (1, 2, 3, 5, 6, 8), message)
 
 
 @dataclass(frozen=True)
 class Writer:
     """How packed kernels become tensors and settings."""
 
+    name: str  # in lower case, the `layout` of `save_packed`
     formats: tuple[str, ...]  # of the kernels
     # Returns the tensors of a kernel `[K, N]` whose weight has a name `module.weight`.
     tensors: Callable[[str, QTensor], dict[str, Any]]
@@ -33,7 +76,6 @@ class Writer:
 class FileFormat:
     """How a library stores packed weights, in tensors and in `config.json`."""
 
-    name: str  # in lower case, the `layout` of `save_packed`
     # A pattern that matches the name of one tensor of each weight. Its group is the
     # start of the names of all of the weight's tensors.
     marker: str

@@ -12,13 +12,12 @@ from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
 from ..tensors import View
 from .file_format import FileFormat, Parts, Settings
-from .layouts import UINT8, require_part
+from .layouts import UINT8
 
 
-def _weight(
-    parts: Parts, name: str, fmt: str, dtype: str, scale_dtype: DTypeLike
-) -> PackedWeight:
-    stored = require_part(parts, name, "uint8")
+def _arrays(parts: Parts, name: str, scale_dtype: DTypeLike) -> tuple[View, View]:
+    """Returns the codes and the scales of blocks."""
+    stored = parts.tensor(name, "uint8")
     scale_bytes = np.dtype(scale_dtype).itemsize
     block_bytes = scale_bytes + 16
     n, num_blocks = stored.shape[0], stored.shape[1] // block_bytes
@@ -46,17 +45,18 @@ def _weight(
 
     codes = View((n, num_blocks * 16), UINT8, read_codes)
     scales = View((n, num_blocks), np.dtype(scale_dtype), read_scales)
-    return packed_weight(fmt, dtype, codes, scales)
+    return codes, scales
 
 
 def _read_q4_0(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    arguments = "weight_q4_0", "q4_0", "float32", np.float16
-    return {"weight": _weight(parts, *arguments)}
+    arrays = _arrays(parts, "weight_q4_0", np.float16)
+    return {"weight": packed_weight("q4_0", "float32", *arrays)}
 
 
 def _read_mxfp4(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    return {"": _weight(parts, "mxfp4", "mxfp4", "bfloat16", np.uint8)}
+    arrays = _arrays(parts, "mxfp4", np.uint8)
+    return {"": packed_weight("mxfp4", "bfloat16", *arrays)}
 
 
-GGUF_Q4_0 = FileFormat(name="Q4_0", marker=r"(.*\.|)weight_q4_0", read=_read_q4_0)
-GGUF_MXFP4 = FileFormat(name="MXFP4", marker="(.*)_mxfp4", read=_read_mxfp4)
+GGUF_Q4_0 = FileFormat(marker=r"(.*\.|)weight_q4_0", read=_read_q4_0)
+GGUF_MXFP4 = FileFormat(marker="(.*)_mxfp4", read=_read_mxfp4)

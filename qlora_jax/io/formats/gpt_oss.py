@@ -9,12 +9,12 @@ from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
 from ..tensors import matrix_in_stack
 from .file_format import FileFormat, Parts, Settings
-from .layouts import require_part, swap_nibbles
+from .layouts import swap_nibbles
 
 
 def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    blocks = require_part(parts, "blocks", "uint8", axes=4)
-    scales = require_part(parts, "scales", "uint8", axes=3)
+    blocks = parts.tensor("blocks", "uint8", axes=4)
+    scales = parts.tensor("scales", "uint8", axes=3)
     *shape, block_bytes = blocks.shape
     message = f"`scales` must be {shape} and `blocks` have 16 bytes each. Got "
     message += f"{list(scales.shape)} and {list(blocks.shape)}."
@@ -29,7 +29,6 @@ def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
 
 
 GPT_OSS = FileFormat(
-    name="gpt-oss",
     marker="(.*)_blocks",
     marker_dtype="uint8",
     parts=("_scales",),

@@ -7,9 +7,8 @@ import numpy as np
 
 from ...quant.formats import INT4_F16
 from ...quant.qtensor import QTensor
-from ..files import require
 from ..tensors import SliceableTensor, View
-from .file_format import Config, Kernels, Parts
+from .file_format import Config, Kernels
 
 UINT8, INT32 = np.dtype(np.uint8), np.dtype("<i4")
 # The formats whose codes and scales AWQ, compressed-tensors and others store.
@@ -70,47 +69,6 @@ def zero_point_biases(zero_points: View, scales: SliceableTensor) -> View:
         return -zeros * np.asarray(scales[rows, columns])
 
     return View(scales.shape, np.dtype(np.float32), read)
-
-
-def read_input_blocks(
-    parts: Parts, name: str, k: int, num_blocks: int
-) -> np.ndarray | None:
-    """Returns the block of each input, or None if the file has no order of inputs."""
-    if name not in parts:
-        return None
-    blocks = np.asarray(require_part(parts, name, "int32", axes=1)[...])
-    if (blocks == -1).all():  # compressed-tensors' value for "not set"
-        return None
-    is_valid = blocks.shape == (k,) and blocks.min() >= 0 and blocks.max() < num_blocks
-    require(is_valid, f"`{name}` must be {k} numbers from 0 to {num_blocks - 1}.")
-    return blocks
-
-
-def require_part(parts: Parts, name: str, dtypes: str, axes: int = 2) -> Any:
-    """Returns a part of a weight; checks its dtype and its number of axes."""
-    require(name in parts, f"`{name}` must be given. Got none.")
-    x, choices = parts[name], dtypes.replace(" ", " or ")
-    is_valid = str(x.dtype) in dtypes.split() and len(x.shape) == axes and all(x.shape)
-    message = f"`{name}` must have dtype {choices} and {axes} axes. Got {x.dtype}"
-    require(is_valid, f"{message}{list(x.shape)}.")
-    return x
-
-
-def check_4bit_words(name: str, words: SliceableTensor, count: int) -> None:
-    """Raises CheckpointError if rows of `count` codes imply 1, 2, 3, 5, 6 or 8 bits."""
-    bits = 8 * words.dtype.itemsize * words.shape[1] / count
-    message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
-    # Any other number means that a shape is wrong, which the caller reports.
-    require(bits not in (1, 2, 3, 5, 6, 8), message)
-
-
-def read_scalar(parts: Parts, name: str) -> float:
-    """Returns the value of a part that holds one positive number."""
-    is_scalar = name in parts and tuple(parts[name].shape) in ((), (1,))
-    require(is_scalar, f"`{name}` must be one number.")
-    value = float(np.asarray(parts[name][...], np.float32).reshape(()))
-    require(0 < value < np.inf, f"`{name}` must be positive and finite. Got {value}.")
-    return value
 
 
 def integer_scale_dtype(q: QTensor) -> np.dtype:

@@ -14,15 +14,15 @@ from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
 from ..tensors import View
 from .file_format import FileFormat, Parts, Settings
-from .layouts import INTEGER_FORMATS, require_part, swap_nibbles
+from .layouts import INTEGER_FORMATS, swap_nibbles
 
 
 def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    codes = swap_nibbles(require_part(parts, "weight", "uint32"))
-    scales = require_part(parts, "scales", " ".join(["uint8", *INTEGER_FORMATS]))
+    codes = swap_nibbles(parts.tensor("weight", "uint32"))
+    scales = parts.tensor("scales", " ".join(["uint8", *INTEGER_FORMATS]))
     dtype = str(scales.dtype)
     if dtype in INTEGER_FORMATS:
-        biases = require_part(parts, "biases", dtype)
+        biases = parts.tensor("biases", dtype)
         message = f"`biases` must be {list(scales.shape)}. Got {list(biases.shape)}."
         require(biases.shape == scales.shape, message)
         fmt = INTEGER_FORMATS[dtype]
@@ -43,7 +43,6 @@ def _read_settings(settings: Settings) -> dict[str, Any]:
 
 
 MLX = FileFormat(
-    name="MLX",
     marker=r"(.*\.|)weight",
     marker_dtype="uint32",
     parts=("scales", "biases"),

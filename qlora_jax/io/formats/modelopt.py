@@ -8,18 +8,17 @@ import numpy as np
 
 from ..stored_weight import PackedWeight, packed_weight
 from .file_format import FileFormat, Parts, Settings
-from .layouts import read_scalar, require_part, swap_nibbles
+from .layouts import swap_nibbles
 
 
 def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    codes = swap_nibbles(require_part(parts, "weight", "uint8"))
-    scales = require_part(parts, "weight_scale", "float8_e4m3fn")
-    factors = np.array([read_scalar(parts, "weight_scale_2"), 1], np.float32)
+    codes = swap_nibbles(parts.tensor("weight", "uint8"))
+    scales = parts.tensor("weight_scale", "float8_e4m3fn")
+    factors = np.array([parts.scalar("weight_scale_2"), 1], np.float32)
     return {"weight": packed_weight("nvfp4", "bfloat16", codes, scales, factors)}
 
 
 MODELOPT = FileFormat(
-    name="ModelOpt",
     marker=r"(.*\.|)weight_scale_2",
     parts=("weight", "weight_scale"),
     ignored=("input_scale", "k_scale", "v_scale"),

@@ -21,7 +21,7 @@ from ..stored_weight import packing_of
 from .awq import AWQ
 from .bitsandbytes import BITSANDBYTES, BITSANDBYTES_INT8
 from .compressed_tensors import COMPRESSED_TENSORS
-from .file_format import Config, FileFormat, Settings, Writer
+from .file_format import Config, FileFormat, Parts, Settings, Writer
 from .gguf import GGUF_MXFP4, GGUF_Q4_0
 from .gpt_oss import GPT_OSS
 from .mlx import MLX
@@ -67,17 +67,17 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         ]
         for match in filter(None, matches):
             prefix = match[1]
-            names = [match[0], *(prefix + part for part in file_format.parts)]
-            names = [name for name in names if name in result]
-            parts = {n.removeprefix(prefix).lstrip("._"): result[n] for n in names}
+            ends = match[0].removeprefix(prefix), *file_format.parts
+            ends = [end for end in ends if prefix + end in result]
+            parts = Parts((end.lstrip("._"), result[prefix + end]) for end in ends)
             try:
                 weights = file_format.read(parts, settings)
             except ValueError as error:
                 problems.append(f"{prefix.removesuffix('.')}: {error}")
                 continue
             nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
-            for name in names:
-                del result[name]
+            for end in ends:
+                del result[prefix + end]
             for end, weight in weights.items():
                 changes: Any = {"name": prefix + end, "nbytes": nbytes // len(weights)}
                 result[prefix + end] = dataclasses.replace(weight, **changes)
@@ -198,8 +198,9 @@ def save_bitsandbytes(
         >>> sorted(ql.io.open_safetensors(path))[:2]
         ['up.weight', 'up.weight.absmax']
     """
+    layout: Any = "bitsandbytes"
     options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
-    _save("bitsandbytes", path, base, names, config, **options)
+    save_packed(path, base, names, config, layout, **options)
 
 
 def save_packed(
@@ -240,29 +241,17 @@ def save_packed(
         >>> list(ql.io.open_safetensors(path))
         ['up.qweight', 'up.qzeros', 'up.scales']
     """
-    options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
-    _save(layout, path, base, names, config, **options)
-
-
-def _save(
-    layout: str,
-    path: Path,
-    base: Tree,
-    names: Names,
-    config: Path | Config,
-    **options: Any,
-) -> None:
-    title, writer = {x.name.lower(): (x.name, x.write) for x in FILE_FORMATS}[layout]
-    assert writer is not None
+    writers = {x.write.name.lower(): x.write for x in FILE_FORMATS if x.write}
+    writer = writers[layout]
     leaves = exported_leaves(base, names)
     # 1. Check all kernels before anything is written.
     packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
     problems = {leaf.path: _problem(leaf, q, writer) for leaf, q in packed}
-    refuse_listed(f"{title} cannot store these kernels", problems)
+    refuse_listed(f"{writer.name} cannot store these kernels", problems)
     settings = {tuple(getattr(q, name) for name in writer.shared) for _, q in packed}
     if len(settings) != 1:
         message = "`base` must have packed kernels, all with the same settings for "
-        raise ValueError(f"{message}{title}. Got {sorted(settings)}.")
+        raise ValueError(f"{message}{writer.name}. Got {sorted(settings)}.")
     # 2. List the tensors of all leaves. Their values are computed when written.
     tensors: dict[str, Any] = {}
     kernels: dict[str, QTensor] = {}
@@ -281,6 +270,7 @@ def _save(
     # 3. Describe the kernels in the config.
     old_config = config if isinstance(config, Mapping) else read_config_json(config)
     changes = writer.config(kernels, float_modules, old_config)
+    options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
     write_folder(path, tensors, config, changes, **options)
 
 

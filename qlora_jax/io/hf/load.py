@@ -29,8 +29,6 @@ from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
 Packings = Mapping[str, Packing | None]  # by path; None for float leaves
-# The packing that the config asks for, by the names of its targets; None for float.
-Targets = Mapping[str, Packing | None]
 
 
 def load(
@@ -91,8 +89,7 @@ def load(
     opened = source if isinstance(source, Mapping) else open_safetensors(source)
     tensors = split_experts(packed_tensors(opened), names)
     leaves = find_leaves(tensors, names, like)
-    targets = _target_packings(leaves, config)
-    tensors = _convert_packed(tensors, leaves, targets, dtype, recode)
+    tensors = _convert_packed(tensors, leaves, config, dtype, recode)
     # 2. Check everything and place the leaves, as shapes only.
     base = _abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
@@ -119,46 +116,37 @@ def _read_leaf(
     return replace(q, codes=to_host(q.codes, struct.codes)) if is_on_host else q
 
 
-def _target_packings(leaves: Leaves, config: QLoRAConfig | None) -> Targets:
-    if config is None:
-        return {}
-    targets = [leaf for path, leaf in leaves.items() if config.is_target(path)]
-    packing = config.packing if config.freeze_base else None
-    return {name: packing for leaf in targets for name in leaf.tensors.ravel()}
-
-
 def _convert_packed(
     tensors: Mapping[str, Any],
     leaves: Leaves,
-    targets: Targets,
+    config: QLoRAConfig | None,
     dtype: DTypeLike | None,
     recode: bool,
 ) -> dict[str, Any]:
     """Returns the tensors, with packed weights in a form that can be read."""
     result = dict(tensors)
-    for leaf in leaves.values():
+    for path, leaf in leaves.items():
         names = list(leaf.tensors.ravel())
-        is_kernel = leaf.geometry is not None
-        if is_kernel and recode:
-            result |= {n: _recode(n, result[n], targets, dtype) for n in names}
-        # Embeddings are decoded, because only kernels can be packed. All tensors of a
-        # stack must have the same packing, and in float they always do.
-        is_mixed = recode and len({packing_of(result[name]) for name in names}) > 1
-        if not is_kernel or is_mixed:
-            result |= {name: in_float(tensors[name], dtype) for name in names}
+        in_floats = {name: in_float(tensors[name], dtype) for name in names}
+        if leaf.geometry is None:  # only kernels can be packed
+            result |= in_floats
+        elif recode:
+            target = config if config is not None and config.is_target(path) else None
+            recoded = {n: _recode(tensors[n], in_floats[n], target) for n in names}
+            # All tensors of a stack must have the same packing, as floats do.
+            is_mixed = len({packing_of(x) for x in recoded.values()}) > 1
+            result |= in_floats if is_mixed else recoded
     return result
 
 
-def _recode(name: str, tensor: Any, targets: Targets, dtype: DTypeLike | None) -> Any:
+def _recode(tensor: Any, floats: Any, target: QLoRAConfig | None) -> Any:
     if not isinstance(tensor, StoredWeight):
         return tensor
+    if target is None:
+        return (tensor.reblocked() or floats) if tensor.problem else tensor
     # A target is decoded if the config packs it with other settings.
-    is_target = name in targets
-    keeps_settings = not is_target or targets[name] == tensor.packing
-    if keeps_settings and tensor.problem is None:
-        return tensor
-    reblocked = None if is_target else tensor.reblocked()
-    return in_float(tensor, dtype) if reblocked is None else reblocked
+    keeps_packing = target.freeze_base and target.packing == tensor.packing
+    return tensor if keeps_packing and not tensor.problem else floats
 
 
 def _abstract_base(
