@@ -198,7 +198,7 @@ def save_bitsandbytes(
         >>> sorted(ql.io.open_safetensors(path))[:2]
         ['up.weight', 'up.weight.absmax']
     """
-    layout: Any = "bitsandbytes"
+    layout: Any = "bitsandbytes"  # users of `save_packed` call this function instead
     options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
     save_packed(path, base, names, config, layout, **options)
 
