@@ -77,12 +77,11 @@ class BitsAndBytesWeight(StoredWeight):
             old_blocks = np.arange(n * k // size) * size // old_size
             return scales[old_blocks].reshape(n, -1)
 
-        shape = n, k // size
-        scales = DeferredTensor(np.dtype(np.float32), shape, compute_scales)
         packing = Packing(self.packing.fmt, size, False)
-        arrays = self.codes.reshape(n, k // 2), scales
-        settings: Any = {"keeps_dtype": True, "name": self.name}
-        return PackedWeight(self.shape, self.dtype, packing, *arrays, **settings)
+        codes = self.codes.reshape(n, k // 2)
+        scales = DeferredTensor(np.dtype(np.float32), (n, k // size), compute_scales)
+        weight = PackedWeight(self.shape, self.dtype, packing, codes, scales)
+        return replace(weight, keeps_dtype=True, name=self.name)
 
     def float_scales(self, blocks: slice) -> Float32[np.ndarray, " blocks"]:
         """Returns the scales of blocks as float32."""

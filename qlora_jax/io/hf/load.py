@@ -29,6 +29,7 @@ from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
 Packings = Mapping[str, Packing | None]  # by path; None for float leaves
+Storages = set[tuple[Packing | None, np.dtype]]  # of the tensors of a leaf
 
 
 def load(
@@ -163,7 +164,7 @@ def _abstract_base(
     problems: dict[str, str | None] = {}
     for path, leaf in leaves.items():
         stored = {name: tensors[name] for name in leaf.tensors.ravel()}
-        storages = {_packing_and_dtype(tensor, dtype) for tensor in stored.values()}
+        storages = {(packing_of(x), _leaf_dtype(x, dtype)) for x in stored.values()}
         stored_packings[path], dtypes[path] = next(iter(storages), (None, dtype))
         problems[path] = _stack_problem(stored, storages)
     refuse_listed("these leaves cannot be read", problems, CheckpointError)
@@ -187,27 +188,22 @@ def _abstract_base(
     return jax.eval_shape(pack, shapes)
 
 
-def _packing_and_dtype(
-    tensor: Any, dtype: DTypeLike | None
-) -> tuple[Packing | None, np.dtype]:
-    packing = packing_of(tensor)
-    keeps_dtype = packing is not None and tensor.keeps_dtype
+def _leaf_dtype(tensor: Any, dtype: DTypeLike | None) -> np.dtype:
+    keeps_dtype = isinstance(tensor, StoredWeight) and tensor.keeps_dtype
     leaf_dtype = tensor.dtype if dtype is None or keeps_dtype else dtype
-    return packing, np.dtype(jax.dtypes.canonicalize_dtype(leaf_dtype))
+    return np.dtype(jax.dtypes.canonicalize_dtype(leaf_dtype))
 
 
-def _stack_problem(
-    stored: Mapping[str, Any], storages: set[tuple[Packing | None, np.dtype]]
-) -> str | None:
+def _stack_problem(stored: Mapping[str, Any], storages: Storages) -> str | None:
     """Returns why tensors cannot form one leaf, or None if they can."""
     for name, tensor in stored.items():
         if isinstance(tensor, StoredWeight) and tensor.problem:
             return f"{name} {tensor.problem}. Use recode=True to convert it"
     if len(storages) > 1:
-        listed = sorted(
+        kinds = sorted(
             f"{dtype} {packing or 'not packed'}" for packing, dtype in storages
         )
-        return f"its tensors are of different kinds: {', '.join(listed)}"
+        return f"its tensors are of different kinds: {', '.join(kinds)}"
     return None
 
 
