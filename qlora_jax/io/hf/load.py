@@ -200,10 +200,8 @@ def _stack_problem(stored: Mapping[str, Any], storages: Storages) -> str | None:
         if isinstance(tensor, StoredWeight) and tensor.problem:
             return f"{name} {tensor.problem}. Use recode=True to convert it"
     if len(storages) > 1:
-        kinds = sorted(
-            f"{dtype} {packing or 'not packed'}" for packing, dtype in storages
-        )
-        return f"its tensors are of different kinds: {', '.join(kinds)}"
+        kinds = [f"{dtype} {packing or 'not packed'}" for packing, dtype in storages]
+        return f"its tensors are of different kinds: {', '.join(sorted(kinds))}"
     return None
 
 
