@@ -1,6 +1,12 @@
 """Reads and writes checkpoints and adapters of Hugging Face, bitsandbytes and PEFT."""
 
 from .files import CheckpointError, new_path, parse_json
+from .formats.registry import (
+    packed_tensors,
+    read_quantization,
+    save_bitsandbytes,
+    save_packed,
+)
 from .hf.hub import fetch
 from .hf.load import load
 from .hf.merged import save_merged
@@ -8,8 +14,6 @@ from .hf.name_tables import gemma_names, tunix_names
 from .model_folder import older_config_keys, read_config_json
 from .names import Entry, Names
 from .native import Restored, restore, save
-from .packed.readers import packed_tensors, read_quantization
-from .packed.writers import save_bitsandbytes, save_packed
 from .peft.adapter_config import PeftConfig
 from .peft.read import load_peft
 from .peft.server_adapters import PlainLoRA, portable, read_mlx, save_mlx

@@ -18,8 +18,8 @@ from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .files import refuse_names
 from .names import Names
-from .packed.weight import packing_of
-from .tensors import DeferredTensor, TensorLike
+from .stored_weight import packing_of
+from .tensors import DeferredTensor, TensorLike, matrix_in_stack, transposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,3 +207,39 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
         name: slice_later(getattr(q, name)) for name in q.packing.arrays
     }
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
+
+
+# gpt-oss stores all experts of a layer as one tensor, `NAME` [E, K, N]. Here they are
+# tensors [N, K] called `NAME.0`, `NAME.1` ..., as in other models and in name tables.
+
+
+def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Splits float stacks `NAME` `[E, K, N]` into `NAME.0`, `NAME.1` ... `[N, K]`."""
+    split: dict[str, Any] = {}
+    for name, x in tensors.items():
+        if len(x.shape) == 3 and names.is_stack(name):
+            for index in range(x.shape[0]):
+                split[f"{name}.{index}"] = transposed(matrix_in_stack(x, index))
+        else:
+            split[name] = x
+    return split
+
+
+def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Inverts `split_experts`: stacks `NAME.0`, `NAME.1` ... as `NAME`."""
+    parts: dict[str, list[Any]] = {}
+    for name, x in tensors.items():
+        stem = name.rpartition(".")[0]
+        parts.setdefault(stem if names.is_stack(stem) else name, []).append(x)
+    return {
+        name: parts[name][0] if name in tensors else _stack_experts(parts[name])
+        for name in parts
+    }
+
+
+def _stack_experts(experts: list[Any]) -> DeferredTensor:
+    return DeferredTensor(
+        experts[0].dtype,
+        (len(experts), *experts[0].shape[::-1]),
+        lambda: np.stack([np.asarray(x[:, :]).T for x in experts]),
+    )

@@ -26,6 +26,12 @@ class TensorLike(Protocol):
     def dtype(self) -> Any: ...  # noqa: D102
 
 
+class SliceableTensor(TensorLike, Protocol):
+    """An array, or a tensor in a file that is read when it is indexed by slices."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 class File:
     """An open file that several tensors share."""
 
@@ -145,6 +151,33 @@ class DeferredTensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.compute(), dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A matrix that is computed from a file, one slice at a time."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[slice, slice], Any]
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        return np.asarray(self.read(*index))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:, :], dtype)
+
+
+def transposed(x: SliceableTensor) -> View:
+    """Returns the transpose of a matrix, which is read when it is sliced."""
+    return View(tuple(x.shape[::-1]), x.dtype, lambda rows, columns: x[columns, rows].T)
+
+
+def matrix_in_stack(stack: SliceableTensor, index: int) -> View:
+    """Returns one matrix of a stack, which is read when it is sliced."""
+    # Lazy tensors can be indexed only by slices.
+    entry = slice(index, index + 1)
+    return View(stack.shape[1:], stack.dtype, lambda *part: stack[entry, *part][0])
 
 
 @dataclass(frozen=True, eq=False, repr=False)

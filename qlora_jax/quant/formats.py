@@ -68,6 +68,15 @@ class Format:
         """Whether the values are consecutive integers."""
         return bool(np.all(np.diff(self.table) == 1))
 
+    @property
+    def equivalents(self) -> tuple[str, ...]:
+        """The names of the formats that decode codes and scales as this one does.
+
+        They differ only in how weights are packed, so files cannot tell them apart.
+        """
+        pairs = {name: (x.values, x.scales.decode) for name, x in FORMATS.items()}
+        return tuple(name for name in pairs if pairs[name] == pairs[self.name])
+
     @cached_property
     def order(self) -> np.ndarray:
         """Codes by ascending value, -0.0 before 0.0; equal values (FP4) by code."""

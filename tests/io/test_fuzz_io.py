@@ -24,9 +24,7 @@ import qlora_jax as ql
 from qlora_jax.io import CheckpointError, native
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
-from qlora_jax.io.packed.bitsandbytes import BitsAndBytesWeight
-from qlora_jax.io.packed.readers import ReblockedWeight, decoded_weight
-from qlora_jax.io.packed.weight import PackedWeight
+from qlora_jax.io.stored_weight import StoredWeight, in_float
 from qlora_jax.llm.data import Tokenizer, read_dataset
 from qlora_jax.llm.data.model_files import ModelError
 from qlora_jax.llm.gguf.decoder_in import read_gguf as load_gguf
@@ -290,13 +288,12 @@ def read_packed(files: Files, rng: random.Random):
             tensors[name] = np.frombuffer(state, np.uint8)
     tensors = dataclasses.replace(opened, _tensors=tensors)
     for tensor in ql.io.packed_tensors(tensors).values():
-        if not isinstance(tensor, BitsAndBytesWeight | PackedWeight):
+        if not isinstance(tensor, StoredWeight):
             continue
-        decoded_weight(tensor)[:, :]
-        if tensor.problem is None:
-            [x[slice(0, x.shape[0]), slice(0, x.shape[1])] for x in tensor.rows()]
-        elif tensor.common_block >= 16:
-            ReblockedWeight(tensor).rows()
+        in_float(tensor)[:, :]
+        movable = tensor if tensor.problem is None else tensor.reblocked()
+        for x in movable.rows() if movable else ():
+            x[slice(0, x.shape[0]), slice(0, x.shape[1])]
 
 
 def read_leaves(files: Files, rng: random.Random):
@@ -383,7 +380,7 @@ def read_gguf(files: Files, rng: random.Random):
     path.write_bytes(data)
     with refusals("must", length=20_000):
         for tensor in ql.io.packed_tensors(load_gguf(path)[1]).values():
-            if isinstance(tensor, PackedWeight):
+            if isinstance(tensor, StoredWeight):
                 tensor.decode(slice(0, tensor.shape[0]))
 
 

@@ -273,3 +273,9 @@ def test_q4_0_is_that_of_gguf():
     again = ql.quantize(jnp.asarray(values), "q4_0")
     np.testing.assert_array_equal(again.codes, q.codes)
     np.testing.assert_array_equal(again.scales, q.scales)
+
+
+def test_formats_that_decode_alike_name_each_other():
+    pair = ("int4_f16", "q4_0")
+    want = {name: pair if name in pair else (name,) for name in FORMATS}
+    assert {name: fmt.equivalents for name, fmt in FORMATS.items()} == want

@@ -37,7 +37,8 @@ from ..device_shards import (
 )
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
-from ..packed.weight import SliceableTensor, packing_of
+from ..stored_weight import packing_of
+from ..tensors import SliceableTensor
 
 Count = Callable[[int], object]  # adds a number of weights to the progress bar
 Tensors = Mapping[str, Any]
@@ -293,13 +294,9 @@ def move_packed_leaf(
         codes = empty(device, parts[0], q.codes.dtype)
         buffers = [codes, empty(device, parts[1], q.scales.dtype)]
         for index, local_index in batch_indices(parts[0][:-2]):
-            name = leaf.tensors[index]
-            for i, stored in enumerate(tensors[name].rows()):
+            for i, stored in enumerate(tensors[leaf.tensors[index]].rows()):
                 rows, columns = parts[i][-2:]
-                x = np.asarray(stored[columns, rows])
-                if x.dtype == np.float32 and not np.isfinite(x).all():
-                    raise CheckpointError(f"{name}.absmax must be finite.")
-                x = jax.device_put(x, device)
+                x = jax.device_put(np.asarray(stored[columns, rows]), device)
                 buffers[i] = _write_transposed(buffers[i], x, (*local_index, 0, 0))
             # Without this, the host copies of several tensors would be alive at once.
             jax.block_until_ready(buffers)
@@ -311,16 +308,10 @@ def move_packed_leaf(
     moved = on_devices(structs, move_part)
     # The remaining arrays are small: they are read in full, then split.
     for part in ("scale_scales", "scale_offset"):
-        struct = getattr(q, part)
-        if struct is None:
-            continue
-        values = np.empty(struct.shape, np.float32)
-        for index, name in np.ndenumerate(leaf.tensors):
-            stored = np.asarray(getattr(tensors[name], part))
-            values[index] = stored.reshape(values[index].shape)
-            if not np.isfinite(values[index]).all():
-                raise CheckpointError(f"{name}.nested_absmax must be finite.")
-        moved = *moved, put(values, struct)
+        if (struct := getattr(q, part)) is not None:
+            stored = [getattr(tensors[name], part) for name in leaf.tensors.flat]
+            values = np.asarray(stored, np.float32).reshape(struct.shape)
+            moved = *moved, put(values, struct)
     return moved
 
 

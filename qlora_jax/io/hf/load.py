@@ -20,16 +20,16 @@ from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
 from ..files import CheckpointError, Path
-from ..named_leaves import NamedLeaf, find_leaves
+from ..formats.registry import packed_tensors
+from ..named_leaves import NamedLeaf, find_leaves, split_experts
 from ..names import Names
-from ..packed.layouts import split_experts
-from ..packed.readers import Targets, packed_tensors, recode_all
-from ..packed.weight import packing_of
 from ..safetensors import open_safetensors
+from ..stored_weight import StoredWeight, in_float, packing_of
 from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
 Packings = Mapping[str, Packing | None]  # by path; None for float leaves
+Storages = set[tuple[Packing | None, np.dtype]]  # of the tensors of a leaf
 
 
 def load(
@@ -90,8 +90,7 @@ def load(
     opened = source if isinstance(source, Mapping) else open_safetensors(source)
     tensors = split_experts(packed_tensors(opened), names)
     leaves = find_leaves(tensors, names, like)
-    targets = _target_packings(leaves, config)
-    tensors = recode_all(tensors, leaves, targets, dtype, recode)
+    tensors = _convert_packed(tensors, leaves, config, dtype, recode)
     # 2. Check everything and place the leaves, as shapes only.
     base = _abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
@@ -118,12 +117,37 @@ def _read_leaf(
     return replace(q, codes=to_host(q.codes, struct.codes)) if is_on_host else q
 
 
-def _target_packings(leaves: Leaves, config: QLoRAConfig | None) -> Targets:
-    if config is None:
-        return {}
-    targets = [leaf for path, leaf in leaves.items() if config.is_target(path)]
-    packing = config.packing if config.freeze_base else None
-    return {name: packing for leaf in targets for name in leaf.tensors.ravel()}
+def _convert_packed(
+    tensors: Mapping[str, Any],
+    leaves: Leaves,
+    config: QLoRAConfig | None,
+    dtype: DTypeLike | None,
+    recode: bool,
+) -> dict[str, Any]:
+    """Returns the tensors, with packed weights in a form that can be read."""
+    result = dict(tensors)
+    for path, leaf in leaves.items():
+        names = list(leaf.tensors.ravel())
+        in_floats = {name: in_float(tensors[name], dtype) for name in names}
+        if leaf.geometry is None:  # only kernels can be packed
+            result |= in_floats
+        elif recode:
+            target = config if config is not None and config.is_target(path) else None
+            recoded = {n: _recode(tensors[n], in_floats[n], target) for n in names}
+            # All tensors of a stack must have the same packing, as floats do.
+            is_mixed = len({packing_of(x) for x in recoded.values()}) > 1
+            result |= in_floats if is_mixed else recoded
+    return result
+
+
+def _recode(tensor: Any, floats: Any, target: QLoRAConfig | None) -> Any:
+    if not isinstance(tensor, StoredWeight):
+        return tensor
+    if target is None:
+        return (tensor.reblocked() or floats) if tensor.problem else tensor
+    # A target is decoded if the config packs it with other settings.
+    keeps_packing = target.freeze_base and target.packing == tensor.packing
+    return tensor if keeps_packing and not tensor.problem else floats
 
 
 def _abstract_base(
@@ -140,7 +164,7 @@ def _abstract_base(
     problems: dict[str, str | None] = {}
     for path, leaf in leaves.items():
         stored = {name: tensors[name] for name in leaf.tensors.ravel()}
-        storages = {_packing_and_dtype(tensor, dtype) for tensor in stored.values()}
+        storages = {(packing_of(x), _leaf_dtype(x, dtype)) for x in stored.values()}
         stored_packings[path], dtypes[path] = next(iter(storages), (None, dtype))
         problems[path] = _stack_problem(stored, storages)
     refuse_listed("these leaves cannot be read", problems, CheckpointError)
@@ -164,27 +188,20 @@ def _abstract_base(
     return jax.eval_shape(pack, shapes)
 
 
-def _packing_and_dtype(
-    tensor: Any, dtype: DTypeLike | None
-) -> tuple[Packing | None, np.dtype]:
-    packing = packing_of(tensor)
-    keeps_dtype = packing is not None and tensor.keeps_dtype
+def _leaf_dtype(tensor: Any, dtype: DTypeLike | None) -> np.dtype:
+    keeps_dtype = isinstance(tensor, StoredWeight) and tensor.keeps_dtype
     leaf_dtype = tensor.dtype if dtype is None or keeps_dtype else dtype
-    return packing, np.dtype(jax.dtypes.canonicalize_dtype(leaf_dtype))
+    return np.dtype(jax.dtypes.canonicalize_dtype(leaf_dtype))
 
 
-def _stack_problem(
-    stored: Mapping[str, Any], storages: set[tuple[Packing | None, np.dtype]]
-) -> str | None:
+def _stack_problem(stored: Mapping[str, Any], storages: Storages) -> str | None:
     """Returns why tensors cannot form one leaf, or None if they can."""
     for name, tensor in stored.items():
-        if packing_of(tensor) and tensor.problem:
+        if isinstance(tensor, StoredWeight) and tensor.problem:
             return f"{name} {tensor.problem}. Use recode=True to convert it"
     if len(storages) > 1:
-        listed = sorted(
-            f"{dtype} {packing or 'not packed'}" for packing, dtype in storages
-        )
-        return f"its tensors are of different kinds: {', '.join(listed)}"
+        kinds = [f"{dtype} {packing or 'not packed'}" for packing, dtype in storages]
+        return f"its tensors are of different kinds: {', '.join(sorted(kinds))}"
     return None
 
 

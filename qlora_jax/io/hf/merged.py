@@ -16,14 +16,13 @@ from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
 from ...trees.paths import Tree, nested, refuse_listed
 from ..files import CheckpointError, Path, refuse_names
+from ..formats.registry import packed_tensors
 from ..model_folder import SHARD_BYTES, write_folder
-from ..named_leaves import float_tensors
+from ..named_leaves import float_tensors, join_experts, split_experts
 from ..names import Names
-from ..packed.layouts import join_experts, split_experts
-from ..packed.readers import decoded_weight, packed_tensors
-from ..packed.weight import SliceableTensor, packing_of
 from ..safetensors import open_safetensors
-from ..tensors import DeferredTensor, TensorLike
+from ..stored_weight import in_float
+from ..tensors import DeferredTensor, SliceableTensor, TensorLike
 
 
 def save_merged(
@@ -72,9 +71,7 @@ def save_merged(
     tensors: Mapping[str, Any]
     if isinstance(base, Path):
         stored = split_experts(packed_tensors(open_safetensors(base)), names)
-        tensors = {
-            n: decoded_weight(x) if packing_of(x) else x for n, x in stored.items()
-        }
+        tensors = {name: in_float(x) for name, x in stored.items()}
         adapters = adapters_of(lora)
         config = base if config is None else config
     else:

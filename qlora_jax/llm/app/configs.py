@@ -1,7 +1,9 @@
 """Settings of each command: dataclasses, filled from YAML files and flags."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import qlora_jax as ql
 
 from ..models.sampling import Sampling
 
@@ -18,7 +20,8 @@ PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 _TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
 # The number formats of each `BaseFormat`; the first one is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
-FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
+_INT4: Any = ql.QLoRAConfig(fmt="int4_f16").packing
+FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4.format.equivalents)
 FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {

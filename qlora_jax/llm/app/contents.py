@@ -148,14 +148,10 @@ def _inspect_run(path: pathlib.Path) -> Contents:
 
 def _make_leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
     """Returns a `Leaf` for each tensor, and one for all parts of a packed weight."""
-    leaves = []
-    for name, x in sorted(ql.io.packed_tensors(tensors).items()):
-        if (size := getattr(x, "nbytes", None)) is None:  # packed by bitsandbytes
-            prefix = f"{name}."
-            parts = [p for p in tensors if p == name or p.startswith(prefix)]
-            size = sum(tensors[part].nbytes for part in parts)
-        leaves.append(Leaf(name, tuple(x.shape), _describe_format(x), size))
-    return tuple(leaves)
+    return tuple(
+        Leaf(name, tuple(x.shape), _describe_format(x), x.nbytes)
+        for name, x in sorted(ql.io.packed_tensors(tensors).items())
+    )
 
 
 def _describe_format(x: Any) -> str:

@@ -299,11 +299,10 @@ def _write_packed(
     config: ExportConfig, model: BaseModel, out: pathlib.Path, options: LoadOptions
 ) -> Repacked | None:
     """Writes a folder in one of the formats of `FMTS`."""
-    default, stored = FMTS[str(config.format)][0], model.stored_fmt
+    fmts, stored = FMTS[str(config.format)], model.stored_fmt
+    default = stored if stored in fmts else fmts[0]  # the codes stay as they are
     if config.format == "bitsandbytes" and not model.path.is_file():  # nf4 or fp4
         default = stored or default
-    if (stored, default) == ("q4_0", "int4_f16"):
-        default = "q4_0"  # the codes stay as they are
     packing = config.fmt or default, config.block_size, config.double_quant
     base, cost = _read_packed(config, model, options, *packing)
     with model.open_description() as folder:

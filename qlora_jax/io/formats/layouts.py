@@ -1,0 +1,91 @@
+"""The layouts of codes, zero points and other parts that several libraries share."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ...quant.formats import INT4_F16
+from ...quant.qtensor import QTensor
+from ..tensors import SliceableTensor, View
+from .file_format import Config, Kernels
+
+UINT8, INT32 = np.dtype(np.uint8), np.dtype("<i4")
+# The formats whose codes and scales AWQ, compressed-tensors and others store.
+INT4_FORMATS = INT4_F16.equivalents
+# The format and the dtype of weights with integer codes (the first two arguments of
+# `packed_weight`), by the dtype of the scales.
+INTEGER_FORMATS = {
+    "float16": ("int4_f16", "float16"),
+    "bfloat16": ("int4_f16", "bfloat16"),
+    "float32": ("int4", "float32"),
+}
+
+
+def swap_nibbles(words: SliceableTensor) -> View:
+    """Returns codes `[N, K / 2]` from words with the first code in the low bits."""
+    size = np.dtype(words.dtype).itemsize
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        first_word, last_word = columns.start // size, -(-columns.stop // size)
+        stored = np.ascontiguousarray(words[rows, first_word:last_word])
+        # Words are little-endian, so bytes are in order; only their halves are swapped.
+        start = columns.start - first_word * size
+        stored = stored.view(np.uint8)[:, start : start + columns.stop - columns.start]
+        return stored >> 4 | stored << 4
+
+    n, num_words = words.shape
+    return View((n, num_words * size), UINT8, read)
+
+
+def unpack_words(
+    words: SliceableTensor, positions: list[int] | slice = slice(None), offset: int = 0
+) -> View:
+    """Returns the codes `[R, 8 * C]` of int32 words `[R, C]`.
+
+    `positions` selects nibbles of each word, in order; 0 is the lowest nibble. `offset`
+    is added to each word first.
+    """
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        first_word, last_word = columns.start // 8, -(-columns.stop // 8)
+        stored = np.ascontiguousarray(words[rows, first_word:last_word])
+        packed = (stored.view(np.uint32) + np.uint32(offset)).view(np.uint8)
+        nibbles = np.stack([packed & 15, packed >> 4], axis=-1)
+        codes = nibbles.reshape(*stored.shape, 8)[..., positions]
+        # Columns may begin or end inside a word.
+        part = slice(columns.start - first_word * 8, columns.stop - first_word * 8)
+        return codes.reshape(len(stored), -1)[:, part]
+
+    num_rows, num_words = words.shape
+    return View((num_rows, num_words * 8), UINT8, read)
+
+
+def zero_point_biases(zero_points: View, scales: SliceableTensor) -> View:
+    """Returns the bias `[N, K / B]` of each block, from zero points `[K / B, N]`."""
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        zeros = zero_points[columns, rows].T.astype(np.float32)
+        return -zeros * np.asarray(scales[rows, columns])
+
+    return View(scales.shape, np.dtype(np.float32), read)
+
+
+def integer_scale_dtype(q: QTensor) -> np.dtype:
+    """Returns bfloat16 if the weights are bfloat16 and it holds all scales exactly."""
+    scales = np.asarray(q.scales)
+    is_exact = (scales.astype(ml_dtypes.bfloat16).astype(scales.dtype) == scales).all()
+    is_bfloat16 = q.dtype_name == "bfloat16" and is_exact
+    return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else scales.dtype)
+
+
+def model_dtype(kernels: Kernels, config: Config) -> dict[str, Any]:
+    """Returns the dtype of the model, to which servers cast scales and activations."""
+    # vLLM does not support MXFP4 in float16, and transformers supports E2M1 only in
+    # bfloat16. Gemma overflows in float16, so its dtype is kept.
+    is_int = next(iter(kernels.values())).fmt in INT4_FORMATS
+    if is_int and str(config.get("model_type")).startswith("gemma"):
+        return {}
+    dtypes = [integer_scale_dtype(q).name for q in kernels.values()] if is_int else []
+    # "float16" sorts last: one kernel whose scales need float16 decides for the model.
+    return {"dtype": max(dtypes, default="bfloat16"), "torch_dtype": None}
