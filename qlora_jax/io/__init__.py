@@ -10,10 +10,10 @@ from .names import Entry, Names
 from .native import Restored, restore, save
 from .packed.readers import packed_tensors, read_quantization
 from .packed.writers import save_bitsandbytes, save_packed
-from .peft.adapter_config import PeftConfig
-from .peft.read import load_peft
-from .peft.server_adapters import PlainLoRA, portable, read_mlx, save_mlx
-from .peft.write import peft_config, save_peft
+from .peft.config import PeftConfig
+from .peft.files import PlainLoRA, load_peft, portable, save_peft
+from .peft.mlx import read_mlx, save_mlx
+from .peft.settings import peft_config
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -35,7 +35,6 @@ _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out"), False),
     **dict.fromkeys(("lora_bias", "use_qalora"), False),
 }
-_BIASES = ("none", "all", "lora_only")
 # With other initializations, such as PiSSA, PEFT changes the base weights.
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Unknown settings, of later versions of PEFT, are ignored if they have these values.
@@ -286,18 +285,13 @@ def _is_integer(value: object, minimum: int = 1) -> bool:
 
 
 def _is_number(value: object, low: float = 1e-9, high: float = 1e9) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return low <= value < high
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and low <= value < high
 
 
 def _is_names(value: object) -> bool:
     is_tuple = isinstance(value, tuple)
     return is_tuple and all(isinstance(name, str) and name for name in value)
-
-
-def _is_names_or_regex(value: object) -> bool:
-    return isinstance(value, str) or _is_names(value)
 
 
 def _is_indices(value: object) -> bool:
@@ -314,9 +308,12 @@ def _is_dict_of(check: Callable[[Any], bool], value: object) -> bool:
     return all(isinstance(key, str) and check(x) for key, x in value.items())
 
 
-_NAMES = (_is_names, "a list of names")
-_NAMES_OR_REGEX = (_is_names_or_regex, "a list of names or a regular expression")
 _BOOL = (lambda x: isinstance(x, bool), "true or false")
+_NAMES = (_is_names, "a list of names")
+_NAMES_OR_REGEX = (
+    lambda x: isinstance(x, str) or _is_names(x),
+    "a list of names or a regular expression",
+)
 # The check of each setting, and its requirement in words for error messages.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_integer, "a positive integer"),
@@ -325,7 +322,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_parameters": _NAMES,
     "exclude_modules": _NAMES_OR_REGEX,
     "lora_dropout": (lambda x: _is_number(x, 0, 1), "in [0, 1)"),
-    "bias": (lambda x: x in _BIASES, '"none", "all" or "lora_only"'),
+    "bias": (
+        lambda x: x in ("none", "all", "lora_only"),
+        '"none", "all" or "lora_only"',
+    ),
     "use_rslora": _BOOL,
     "use_dora": _BOOL,
     "modules_to_save": _NAMES,
@@ -337,7 +337,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x is None or _is_integer(x, 0) or _is_indices(x),
         "a layer's number or a list of numbers",
     ),
-    "layers_pattern": (_is_names_or_regex, "a name or a list of names"),
+    "layers_pattern": (_NAMES_OR_REGEX[0], "a name or a list of names"),
     "rank_pattern": (
         lambda x: _is_dict_of(_is_integer, x),
         "positive integers by name",
@@ -366,7 +366,14 @@ def _problems_of(config: PeftConfig) -> list[str]:
             "`layers_to_transform` and `layers_pattern` must be left out if "
             "`target_modules` is a regular expression."
         ]
-    for name, pattern in _regexes_of(config):
+    regexes = [("layers_pattern", _layer_regex(x)) for x in config.layer_prefixes]
+    for name in ("rank_pattern", "alpha_pattern"):
+        regexes += [(name, _key_regex(key)) for key in getattr(config, name)]
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str) and value.lower() != "all-linear":
+            regexes.append((name, value))
+    for name, pattern in regexes:
         try:
             re.compile(pattern)
         # `re` raises the last two errors for huge patterns.
@@ -375,14 +382,3 @@ def _problems_of(config: PeftConfig) -> list[str]:
                 f"`{name}` must be a regular expression. Got {pattern!r}: {error}."
             )
     return problems
-
-
-def _regexes_of(config: PeftConfig) -> Iterator[tuple[str, str]]:
-    for name in ("rank_pattern", "alpha_pattern"):
-        yield from ((name, _key_regex(key)) for key in getattr(config, name))
-    for prefix in config.layer_prefixes:
-        yield "layers_pattern", _layer_regex(prefix)
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if isinstance(value, str) and value.lower() != "all-linear":
-            yield name, value

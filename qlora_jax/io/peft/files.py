@@ -1,0 +1,461 @@
+"""Reads and writes PEFT adapters."""
+
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from ...adapters.base import Adapter, scaling_at
+from ...adapters.config import is_table
+from ...adapters.lora import LoRA
+from ...adapters.trained import Trained, TrainedRows, new_trained
+from ...quant.formats import FLOAT_DTYPES
+from ...quant.geometry import Geometry
+from ...quant.kernel import Kernel, as_kernel
+from ...trees.adapters import adapters_of_each, with_trained
+from ...trees.paths import Tree, map_by_path, nested, refuse_listed
+from ..files import CheckpointError, Path, member, new_folder, refuse, write_json
+from ..names import BatchIndex, Names
+from ..safetensors import open_safetensors, write_safetensors
+from ..tensors import LazyTensor
+from .config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
+from .modules import (
+    NamedBase,
+    Position,
+    array_keys,
+    from_stored,
+    stack,
+    to_stored,
+)
+from .settings import Layout, lay_out, most_common, pattern_of, peft_config
+
+T = TypeVar("T")
+
+# float64 is rejected, because JAX would silently read it as float32.
+_STORED_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load_peft(
+    path: "str | pathlib.Path | PlainLoRA",
+    base: Tree,
+    names: Names,
+    *,
+    dtype: DTypeLike | None = None,
+) -> tuple[Tree, dict, PeftConfig]:
+    """Returns a base tree, a lora tree and the settings of a LoRA that PEFT wrote.
+
+    Every target, pattern and tensor must belong to the model, and every tensor that the
+    settings require must be in the file. If the adapters of a stack have different
+    ranks, they are padded with zeros, which stay zero in training. If they have
+    different scalings, `LoRA.scaling` is a tuple with one for each. Biases and modules
+    in the file become `Trained` leaves of the lora tree; if the file has only some
+    layers of a stack, these replace the layers of `base` instead.
+
+    Args:
+        path: A folder with `adapter_config.json` and `adapter_model.safetensors`; or
+            the adapters of another file, as `read_mlx` returns them.
+        base: The base tree that the adapter is for: float, packed or partly packed.
+        names: The names of the leaves of `base` in the Hugging Face model.
+        dtype: The dtype of A and B; by default, that of the file. `Trained` leaves have
+            at least this precision.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If `names` does not fit `base`.
+        CheckpointError: A ValueError, if the files are not those of a LoRA adapter for
+            this model. It lists all problems.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ql.io.save_peft(folder, base, lora, names)
+        ...     base, lora, config = ql.io.load_peft(folder, base, names)
+        >>> lora["q_proj"]["kernel"].a.shape, config.target_modules
+        ((64, 4), ('q_proj',))
+    """
+    if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
+        raise TypeError(f"`dtype` must be one of {FLOAT_DTYPES}. Got {dtype!r}.")
+    # Check the settings and the headers of the files before values are read.
+    config, file = path.to_peft() if isinstance(path, PlainLoRA) else _open(path)
+    model = NamedBase.of(base, names)
+    layout = lay_out(config, model)
+    base_keys = layout.base_keys(file)
+    _check_tensors(file, layout.shapes(base_keys))
+    arrays = {key: tensor[...] for key, tensor in file.items()}
+    not_finite = [key for key, x in arrays.items() if not np.isfinite(x).all()]
+    refuse("these tensors of the adapter must be finite", not_finite)
+    # Build the adapters: low-rank ones, then trained rows, then fully trained leaves.
+    by_position: dict[Position, Adapter] = {}
+    for adapter in layout.low_rank:
+        by_position |= adapter.read({n: arrays[key] for n, key in adapter.keys.items()})
+    adapters = _stack_all(model, by_position, dtype)
+    for module, rows in layout.rows.items():
+        # `TrainedRows` has its rows in the order of their tokens.
+        x = arrays[layout.rows_key(module)][np.argsort(rows)]
+        x = jnp.asarray(x, jnp.promote_types(dtype or x.dtype, x.dtype))
+        trained_rows = TrainedRows(x, 1.0, 0.0, Geometry(), tuple(sorted(rows)))
+        adapters[model.modules[module].path] = trained_rows
+    tensors = {name: arrays[key] for name, key in base_keys.items()}
+    base, trained = _replace(base, layout, tensors, dtype)
+    saved_base_weights = tuple(name for name in layout.optional if name in base_keys)
+    config = replace(config, saved_base_weights=saved_base_weights)
+    return base, nested(adapters | trained), config
+
+
+def _open(path: Path) -> tuple[PeftConfig, Mapping[str, LazyTensor]]:
+    folder = pathlib.Path(path)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).exists():
+            # Older versions of PEFT wrote pickles by default. They are never read here.
+            is_pickled = (folder / "adapter_model.bin").exists()
+            hint = " adapter_model.bin is a pickle, which can run code." * is_pickled
+            raise CheckpointError(
+                f"`path` must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. Got "
+                f"{str(folder)!r}, which has no {name}.{hint}"
+            )
+    config = PeftConfig.read(folder)
+    return config, open_safetensors(member(folder, WEIGHTS_FILE))
+
+
+def _check_tensors(
+    file: Mapping[str, LazyTensor | np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    problems = [f"{key}: unexpected" for key in file.keys() - shapes.keys()]
+    for key, shape in shapes.items():
+        if key not in file:
+            problems.append(f"{key}: missing")
+        elif file[key].shape != shape:
+            problems.append(f"{key}: shape must be {shape}. Got {file[key].shape}")
+        elif (dtype := file[key].dtype).name not in _STORED_DTYPES:
+            problems.append(
+                f"{key}: dtype must be one of {_STORED_DTYPES}. Got {dtype}"
+            )
+    refuse("the tensors of this adapter do not match the model", sorted(problems))
+
+
+def _by_path(by_position: Mapping[Position, T]) -> dict[str, dict[BatchIndex, T]]:
+    """Returns the values of each leaf by batch index, by the leaf's path."""
+    by_path: dict[str, dict[BatchIndex, T]] = {}
+    for position, value in by_position.items():
+        by_path.setdefault(position.path, {})[position.index] = value
+    return by_path
+
+
+def _stack_all(
+    model: NamedBase, by_position: Mapping[Position, Adapter], dtype: DTypeLike | None
+) -> dict[str, Adapter]:
+    """Returns the adapters by path, stacked as their kernels are."""
+    adapters, problems = {}, []
+    for path, parts in _by_path(by_position).items():
+        try:
+            adapters[path] = stack(as_kernel(model.leaves[path]), parts, dtype)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    refuse("these adapters cannot be stacked", problems)
+    return adapters
+
+
+def _replace(
+    base: Tree,
+    layout: Layout,
+    tensors: Mapping[str, np.ndarray],
+    dtype: DTypeLike | None,
+) -> tuple[Tree, dict[str, Adapter]]:
+    """Returns the base tree with replaced tensors, and the fully trained leaves."""
+    model = layout.model
+    by_position = {model.tensors[name]: x for name, x in tensors.items()}
+    changed, trained = {}, {}
+    for path, parts in _by_path(by_position).items():
+        leaf = _replaced(model.leaves[path], parts, model.named[path].window)
+        # If the file has only some layers of a stack, the stack stays in the base.
+        if {*model.named[path].tensors.flat} <= {*layout.saved}:
+            trained[path] = new_trained(leaf, dtype or leaf.dtype)
+        else:
+            changed[path] = leaf
+    return map_by_path(lambda path, leaf: changed.get(path, leaf), base), trained
+
+
+def _replaced(
+    leaf: Kernel | Any,
+    tensors: Mapping[BatchIndex, np.ndarray],
+    window: tuple[int, ...],
+) -> Array:
+    """Returns a leaf in float with some of its tensors replaced."""
+    is_kernel = isinstance(leaf, Kernel)
+    # [*batch, K, N] for a kernel; other leaves are [*batch, *tensor].
+    matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
+    dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
+    num_tensors = np.prod(matrix.shape[: len(next(iter(tensors)))])
+    if len(tensors) < num_tensors:
+        # The dtype must also represent the weights that stay.
+        dtype = jnp.promote_types(dtype, matrix.dtype)
+    matrix = matrix.astype(dtype)
+    for index, tensor in tensors.items():
+        tensor = from_stored("a", tensor, window) if is_kernel else tensor
+        matrix[index] = tensor.reshape(matrix[index].shape)
+    array = jnp.asarray(matrix)
+    return leaf.geometry.from_matrix(array) if is_kernel else array
+
+
+def save_peft(
+    path: str | pathlib.Path,
+    base: Tree,
+    lora: Tree,
+    names: Names,
+    config: PeftConfig | None = None,
+) -> None:
+    """Saves adapters as PEFT does, for `PeftModel.from_pretrained`.
+
+    An adapter that `load_peft` read is written with the same bytes.
+
+    Args:
+        path: The folder to write, new or empty.
+        base: The base tree.
+        lora: The lora tree.
+        names: The names of the leaves of `base` in the Hugging Face model.
+        config: The settings: from `load_peft`, or by default from `peft_config`.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: Before anything is written: if adapters differ from the settings, do
+            not fit their kernels, or are not finite. The error lists all of them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile, pathlib
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ql.io.save_peft(folder, base, lora, names)
+        ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if config is None:
+        config = peft_config(base, lora, names)
+    # All checks come before the first byte is written.
+    tensors = adapter_tensors(base, lora, names, config)
+    with new_folder(path) as folder:
+        write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
+        write_json(folder / CONFIG_FILE, config.to_json())
+
+
+def adapter_tensors(
+    base: Tree, lora: Tree, names: Names, config: PeftConfig
+) -> dict[str, np.ndarray]:
+    """Returns the tensors that PEFT stores for adapters with these settings, by key."""
+    adapters = jax.tree.map(np.asarray, adapters_of_each(base, lora))
+    # Leaves that are `Trained` replace those of the base, so that they are written.
+    model = NamedBase.of(with_trained(base, adapters), names)
+    layout = lay_out(config, model)
+    tensors = _low_rank_tensors(_low_rank_adapters(adapters, layout), layout)
+    for module, rows in layout.rows.items():
+        adapter = adapters.get(model.modules[module].path)
+        is_trained = isinstance(adapter, TrainedRows)
+        if not is_trained or adapter.indices != tuple(sorted(rows)):
+            raise ValueError(
+                f"{module} must have the trained rows {rows} of `config`. Got others."
+            )
+        # The rows here are sorted by token; those of PEFT are in the order of `rows`.
+        order = np.searchsorted(adapter.indices, rows)
+        tensors[layout.rows_key(module)] = np.asarray(adapter.rows)[order]
+    for name in (*layout.saved, *config.saved_base_weights):
+        key = (layout.saved | layout.optional)[name][0]
+        tensors[key] = _base_tensor(model, name)
+    not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
+    refuse_listed("these tensors of the adapter must be finite", not_finite)
+    return tensors
+
+
+def _low_rank_adapters(
+    adapters: Mapping[str, Adapter], layout: Layout
+) -> dict[str, Adapter]:
+    """Returns the low-rank adapters, after checking that all others are saved."""
+    kinds = Trained | TrainedRows
+    low_rank = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
+    trained = adapters.keys() - low_rank.keys()
+    written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
+    positions = layout.model.tensors.items()
+    refuse_listed(
+        "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
+        "tensors that are trained in full. Missing",
+        sorted(n for n, p in positions if p.path in trained and n not in written),
+    )
+    return low_rank
+
+
+def _low_rank_tensors(
+    adapters: Mapping[str, Adapter], layout: Layout
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of the low-rank adapters by key; an error lists problems."""
+    required = {x.position.path for x in layout.modules if x.rank}
+    problems = [f"{path}: it has no adapter." for path in required - set(adapters)]
+    tensors: dict[str, np.ndarray] = {}
+    for adapter in layout.low_rank:
+        try:
+            arrays = adapter.write(adapters)
+        except ValueError as error:
+            problems.append(f"{adapter.label}: {error}")
+            continue
+        for name, x in arrays.items():
+            tensors[adapter.keys[name]] = np.ascontiguousarray(x)
+    # Last, report adapters of weights that PEFT cannot adapt, such as norms.
+    named = {x.position.path for x in layout.modules}
+    named |= {path for x in layout.parameters for path in x.kernels}
+    unnamed = adapters.keys() - named
+    problems += [f"{path}: PEFT cannot adapt such weights." for path in unnamed]
+    refuse_listed("these adapters do not match `config`", sorted(problems))
+    return tensors
+
+
+def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
+    """Returns a tensor of the base tree in the checkpoint's layout."""
+    path, index = model.tensors[name]
+    leaf = model.leaves[path]
+    if isinstance(leaf, Kernel):
+        # Kernels [K, N] are stored as A is: transposed, with the window moved.
+        matrix = np.asarray(leaf.dequantize_matrix())[index]
+        tensor = to_stored("a", matrix, model.named[path].window)
+    else:
+        tensor = np.asarray(leaf)[index].reshape(model.tensor_shape(name))
+    return np.ascontiguousarray(tensor)
+
+
+def portable(base: Tree, lora: Tree) -> Tree:
+    """Returns equivalent adapters in float32, all with the same rank and scaling 1.
+
+    B is multiplied by the scaling, and smaller ranks are padded with zeros. Servers
+    that ignore rsLoRA, or patterns of ranks and alphas, therefore get equal results.
+
+    Args:
+        base: The base tree, or its shapes.
+        lora: The lora tree.
+
+    Returns:
+        The lora tree of these adapters, for `save_peft`.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If an adapter is not a LoRA, or does not fit its kernel.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"up": jnp.ones((64, 8)), "down": jnp.ones((8, 64))}
+        >>> ranks = {"rank": 4, "rank_pattern": {"down": 2}}
+        >>> config = ql.QLoRAConfig(**ranks, alpha=8, fmt=None, targets=".*")
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> new = ql.io.portable(base, lora)
+        >>> lora["down"].a.shape, lora["down"].scaling
+        ((8, 2), 4.0)
+        >>> new["down"].a.shape, new["down"].scaling
+        ((8, 4), 1.0)
+    """
+    adapters = adapters_of_each(base, lora)
+    unsupported = {
+        path: type(x).__name__ + " of a table" * is_table(path)
+        for path, x in adapters.items()
+        if type(x) is not LoRA or is_table(path)
+    }
+    title = "adapters for servers must be LoRA: export others as a merged model. Got"
+    refuse_listed(title, unsupported)
+    # All get one rank, because servers may read only the rank in the config.
+    rank = max((x.rank for x in adapters.values()), default=0)
+    return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
+
+
+def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
+    batch_shape = adapter.batch_shape
+    a, b = map(np.asarray, adapter.arrays.values())  # [*batch, K, r], [*batch, r, N]
+    indices = np.ndindex(*batch_shape)
+    scalings = np.reshape([scaling_at(adapter, i) for i in indices], batch_shape)
+    # The product is computed in float64, so that it is rounded only once, to float32.
+    b = b.astype(np.float64) * scalings[..., None, None]
+    no_padding = [(0, 0)] * len(batch_shape)
+    rank_padding = (0, rank - adapter.rank)
+    a = np.pad(a, [*no_padding, (0, 0), rank_padding]).astype(np.float32)
+    b = np.pad(b, [*no_padding, rank_padding, (0, 0)]).astype(np.float32)
+    # The arrays stay in NumPy, so that a large adapter is not copied to a device.
+    return LoRA(a, b, 1.0, adapter.dropout, adapter.geometry)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class PlainLoRA:
+    """Adapters by module, as llama.cpp and mlx-lm store them in files.
+
+    `load_peft` accepts one instead of a folder.
+
+    Attributes:
+        alpha: The scaling of each module is alpha divided by its rank.
+        factors: The arrays of each module: `"a"` is `[rank, K]`, `"b"` `[N, rank]`.
+        dropout: Rate of dropout in training.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> plain = ql.io.PlainLoRA.of(base, lora, names)
+        >>> plain.alpha, plain.factors["model.q_proj"]["a"].shape
+        (4, (4, 64))
+        >>> ql.io.load_peft(plain, base, names)[1]["q_proj"]["kernel"].a.shape
+        (64, 4)
+    """
+
+    alpha: float
+    factors: Mapping[str, Mapping[str, np.ndarray]]
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, base: Tree, lora: Tree, names: Names) -> "PlainLoRA":
+        """Returns a lora tree in this form, after converting it with `portable`.
+
+        Args:
+            base: The base tree, or its shapes.
+            lora: The lora tree.
+            names: The names of the leaves of `base` in the Hugging Face model.
+
+        Raises:
+            ValueError: If an adapter is not a LoRA or does not fit its kernel.
+        """
+        # One rank and scaling 1, because this form has one alpha for all modules.
+        lora = portable(base, lora)
+        config = peft_config(base, lora, names)
+        if config.target_parameters:
+            raise ValueError(
+                "the file must hold adapters of modules: export others as a merged "
+                f"model. Got {list(config.target_parameters)}."
+            )
+        factors: dict[str, dict[str, np.ndarray]] = {}
+        for key, x in adapter_tensors(base, lora, names, config).items():
+            # Keys end in `.lora_A.weight` and `.lora_B.weight`.
+            module, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
+            factors.setdefault(module, {})[kind[0].lower()] = x
+        return cls(config.lora_alpha, factors, config.lora_dropout)
+
+    def to_peft(self) -> tuple[PeftConfig, dict[str, np.ndarray]]:
+        """Returns the settings and the tensors that PEFT would store."""
+        tensors, ranks = {}, {}
+        for module, arrays in self.factors.items():
+            keys = array_keys(LoRA, module)
+            tensors |= {keys[name]: x for name, x in arrays.items()}
+            # A hostile file may lack A, or contain a scalar; `load_peft` reports both.
+            shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
+            ranks[module] = (*shape, 0)[0]
+        # The most common rank is the default, and other ranks are exceptions.
+        rank = most_common(ranks) if ranks else 1
+        config = PeftConfig(
+            r=rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=tuple(self.factors),
+            rank_pattern=pattern_of(ranks, rank),
+        )
+        return config, tensors
