@@ -11,8 +11,8 @@ from .native import Restored, restore, save
 from .packed.readers import packed_tensors, read_quantization
 from .packed.writers import save_bitsandbytes, save_packed
 from .peft.config import PeftConfig
-from .peft.files import PlainLoRA, load_peft, portable, save_peft
-from .peft.mlx import read_mlx, save_mlx
+from .peft.files import load_peft, save_peft
+from .peft.servers import PlainLoRA, portable, read_mlx, save_mlx
 from .peft.settings import peft_config
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors

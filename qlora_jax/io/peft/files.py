@@ -1,9 +1,10 @@
 """Reads and writes PEFT adapters."""
 
 import pathlib
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ...adapters.base import Adapter, scaling_at
-from ...adapters.config import is_table
-from ...adapters.lora import LoRA
+from ...adapters.base import Adapter
 from ...adapters.trained import Trained, TrainedRows, new_trained
 from ...quant.formats import FLOAT_DTYPES
 from ...quant.geometry import Geometry
@@ -24,25 +23,24 @@ from ..files import CheckpointError, Path, member, new_folder, refuse, write_jso
 from ..names import BatchIndex, Names
 from ..safetensors import open_safetensors, write_safetensors
 from ..tensors import LazyTensor
-from .config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
-from .modules import (
-    NamedBase,
-    Position,
-    array_keys,
-    from_stored,
-    stack,
-    to_stored,
-)
-from .settings import Layout, lay_out, most_common, pattern_of, peft_config
-
-T = TypeVar("T")
+from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
+from .modules import NamedBase, from_stored, stack, to_stored
+from .settings import Layout, lay_out, peft_config
 
 # float64 is rejected, because JAX would silently read it as float32.
 _STORED_DTYPES = ("bfloat16", "float16", "float32")
 
 
+class PeftSource(Protocol):
+    """Adapters of another format, such as a `PlainLoRA`."""
+
+    def to_peft(self) -> tuple[PeftConfig, Mapping[str, np.ndarray]]:
+        """Returns the settings and the tensors that PEFT would store."""
+        ...
+
+
 def load_peft(
-    path: "str | pathlib.Path | PlainLoRA",
+    path: Path | PeftSource,
     base: Tree,
     names: Names,
     *,
@@ -85,7 +83,7 @@ def load_peft(
     if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
         raise TypeError(f"`dtype` must be one of {FLOAT_DTYPES}. Got {dtype!r}.")
     # Check the settings and the headers of the files before values are read.
-    config, file = path.to_peft() if isinstance(path, PlainLoRA) else _open(path)
+    config, file = _open(path) if isinstance(path, Path) else path.to_peft()
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     base_keys = layout.base_keys(file)
@@ -94,10 +92,7 @@ def load_peft(
     not_finite = [key for key, x in arrays.items() if not np.isfinite(x).all()]
     refuse("these tensors of the adapter must be finite", not_finite)
     # Build the adapters: low-rank ones, then trained rows, then fully trained leaves.
-    by_position: dict[Position, Adapter] = {}
-    for adapter in layout.low_rank:
-        by_position |= adapter.read({n: arrays[key] for n, key in adapter.keys.items()})
-    adapters = _stack_all(model, by_position, dtype)
+    adapters = _low_rank_adapters(arrays, layout, dtype)
     for module, rows in layout.rows.items():
         # `TrainedRows` has its rows in the order of their tokens.
         x = arrays[layout.rows_key(module)][np.argsort(rows)]
@@ -142,22 +137,20 @@ def _check_tensors(
     refuse("the tensors of this adapter do not match the model", sorted(problems))
 
 
-def _by_path(by_position: Mapping[Position, T]) -> dict[str, dict[BatchIndex, T]]:
-    """Returns the values of each leaf by batch index, by the leaf's path."""
-    by_path: dict[str, dict[BatchIndex, T]] = {}
-    for position, value in by_position.items():
-        by_path.setdefault(position.path, {})[position.index] = value
-    return by_path
-
-
-def _stack_all(
-    model: NamedBase, by_position: Mapping[Position, Adapter], dtype: DTypeLike | None
+def _low_rank_adapters(
+    arrays: Mapping[str, np.ndarray], layout: Layout, dtype: DTypeLike | None
 ) -> dict[str, Adapter]:
-    """Returns the adapters by path, stacked as their kernels are."""
+    """Returns the low-rank adapters by path, stacked as their kernels are."""
+    by_path: dict[str, dict[BatchIndex, Adapter]] = defaultdict(dict)
+    for adapter in layout.low_rank:
+        own_arrays = {name: arrays[key] for name, key in adapter.keys.items()}
+        for (path, index), matrix in adapter.read(own_arrays).items():
+            by_path[path][index] = matrix
     adapters, problems = {}, []
-    for path, parts in _by_path(by_position).items():
+    for path, matrices in by_path.items():
         try:
-            adapters[path] = stack(as_kernel(model.leaves[path]), parts, dtype)
+            kernel = as_kernel(layout.model.leaves[path])
+            adapters[path] = stack(kernel, matrices, dtype)
         except ValueError as error:
             problems.append(f"{path}: {error}")
     refuse("these adapters cannot be stacked", problems)
@@ -172,9 +165,12 @@ def _replace(
 ) -> tuple[Tree, dict[str, Adapter]]:
     """Returns the base tree with replaced tensors, and the fully trained leaves."""
     model = layout.model
-    by_position = {model.tensors[name]: x for name, x in tensors.items()}
+    by_path: dict[str, dict[BatchIndex, np.ndarray]] = defaultdict(dict)
+    for name, x in tensors.items():
+        path, index = model.tensors[name]
+        by_path[path][index] = x
     changed, trained = {}, {}
-    for path, parts in _by_path(by_position).items():
+    for path, parts in by_path.items():
         leaf = _replaced(model.leaves[path], parts, model.named[path].window)
         # If the file has only some layers of a stack, the stack stays in the base.
         if {*model.named[path].tensors.flat} <= {*layout.saved}:
@@ -207,7 +203,7 @@ def _replaced(
 
 
 def save_peft(
-    path: str | pathlib.Path,
+    path: Path,
     base: Tree,
     lora: Tree,
     names: Names,
@@ -256,7 +252,17 @@ def adapter_tensors(
     # Leaves that are `Trained` replace those of the base, so that they are written.
     model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)
-    tensors = _low_rank_tensors(_low_rank_adapters(adapters, layout), layout)
+    kinds = Trained | TrainedRows
+    low_rank = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
+    full_rank = adapters.keys() - low_rank.keys()
+    written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
+    positions = layout.model.tensors.items()
+    refuse_listed(
+        "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
+        "tensors that are trained in full. Missing",
+        sorted(n for n, p in positions if p.path in full_rank and n not in written),
+    )
+    tensors = _low_rank_tensors(low_rank, layout)
     for module, rows in layout.rows.items():
         adapter = adapters.get(model.modules[module].path)
         is_trained = isinstance(adapter, TrainedRows)
@@ -273,23 +279,6 @@ def adapter_tensors(
     not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     refuse_listed("these tensors of the adapter must be finite", not_finite)
     return tensors
-
-
-def _low_rank_adapters(
-    adapters: Mapping[str, Adapter], layout: Layout
-) -> dict[str, Adapter]:
-    """Returns the low-rank adapters, after checking that all others are saved."""
-    kinds = Trained | TrainedRows
-    low_rank = {path: x for path, x in adapters.items() if not isinstance(x, kinds)}
-    trained = adapters.keys() - low_rank.keys()
-    written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
-    positions = layout.model.tensors.items()
-    refuse_listed(
-        "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
-        "tensors that are trained in full. Missing",
-        sorted(n for n, p in positions if p.path in trained and n not in written),
-    )
-    return low_rank
 
 
 def _low_rank_tensors(
@@ -327,135 +316,3 @@ def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
     else:
         tensor = np.asarray(leaf)[index].reshape(model.tensor_shape(name))
     return np.ascontiguousarray(tensor)
-
-
-def portable(base: Tree, lora: Tree) -> Tree:
-    """Returns equivalent adapters in float32, all with the same rank and scaling 1.
-
-    B is multiplied by the scaling, and smaller ranks are padded with zeros. Servers
-    that ignore rsLoRA, or patterns of ranks and alphas, therefore get equal results.
-
-    Args:
-        base: The base tree, or its shapes.
-        lora: The lora tree.
-
-    Returns:
-        The lora tree of these adapters, for `save_peft`.
-
-    Raises:
-        TypeError: If `base` is a combined tree.
-        ValueError: If an adapter is not a LoRA, or does not fit its kernel.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> params = {"up": jnp.ones((64, 8)), "down": jnp.ones((8, 64))}
-        >>> ranks = {"rank": 4, "rank_pattern": {"down": 2}}
-        >>> config = ql.QLoRAConfig(**ranks, alpha=8, fmt=None, targets=".*")
-        >>> base, lora = ql.init(jax.random.key(0), params, config)
-        >>> new = ql.io.portable(base, lora)
-        >>> lora["down"].a.shape, lora["down"].scaling
-        ((8, 2), 4.0)
-        >>> new["down"].a.shape, new["down"].scaling
-        ((8, 4), 1.0)
-    """
-    adapters = adapters_of_each(base, lora)
-    unsupported = {
-        path: type(x).__name__ + " of a table" * is_table(path)
-        for path, x in adapters.items()
-        if type(x) is not LoRA or is_table(path)
-    }
-    title = "adapters for servers must be LoRA: export others as a merged model. Got"
-    refuse_listed(title, unsupported)
-    # All get one rank, because servers may read only the rank in the config.
-    rank = max((x.rank for x in adapters.values()), default=0)
-    return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
-
-
-def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
-    batch_shape = adapter.batch_shape
-    a, b = map(np.asarray, adapter.arrays.values())  # [*batch, K, r], [*batch, r, N]
-    indices = np.ndindex(*batch_shape)
-    scalings = np.reshape([scaling_at(adapter, i) for i in indices], batch_shape)
-    # The product is computed in float64, so that it is rounded only once, to float32.
-    b = b.astype(np.float64) * scalings[..., None, None]
-    no_padding = [(0, 0)] * len(batch_shape)
-    rank_padding = (0, rank - adapter.rank)
-    a = np.pad(a, [*no_padding, (0, 0), rank_padding]).astype(np.float32)
-    b = np.pad(b, [*no_padding, rank_padding, (0, 0)]).astype(np.float32)
-    # The arrays stay in NumPy, so that a large adapter is not copied to a device.
-    return LoRA(a, b, 1.0, adapter.dropout, adapter.geometry)  # pyright: ignore
-
-
-@dataclass(frozen=True)
-class PlainLoRA:
-    """Adapters by module, as llama.cpp and mlx-lm store them in files.
-
-    `load_peft` accepts one instead of a folder.
-
-    Attributes:
-        alpha: The scaling of each module is alpha divided by its rank.
-        factors: The arrays of each module: `"a"` is `[rank, K]`, `"b"` `[N, rank]`.
-        dropout: Rate of dropout in training.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
-        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
-        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
-        >>> plain = ql.io.PlainLoRA.of(base, lora, names)
-        >>> plain.alpha, plain.factors["model.q_proj"]["a"].shape
-        (4, (4, 64))
-        >>> ql.io.load_peft(plain, base, names)[1]["q_proj"]["kernel"].a.shape
-        (64, 4)
-    """
-
-    alpha: float
-    factors: Mapping[str, Mapping[str, np.ndarray]]
-    dropout: float = 0.0
-
-    @classmethod
-    def of(cls, base: Tree, lora: Tree, names: Names) -> "PlainLoRA":
-        """Returns a lora tree in this form, after converting it with `portable`.
-
-        Args:
-            base: The base tree, or its shapes.
-            lora: The lora tree.
-            names: The names of the leaves of `base` in the Hugging Face model.
-
-        Raises:
-            ValueError: If an adapter is not a LoRA or does not fit its kernel.
-        """
-        # One rank and scaling 1, because this form has one alpha for all modules.
-        lora = portable(base, lora)
-        config = peft_config(base, lora, names)
-        if config.target_parameters:
-            raise ValueError(
-                "the file must hold adapters of modules: export others as a merged "
-                f"model. Got {list(config.target_parameters)}."
-            )
-        factors: dict[str, dict[str, np.ndarray]] = {}
-        for key, x in adapter_tensors(base, lora, names, config).items():
-            # Keys end in `.lora_A.weight` and `.lora_B.weight`.
-            module, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
-            factors.setdefault(module, {})[kind[0].lower()] = x
-        return cls(config.lora_alpha, factors, config.lora_dropout)
-
-    def to_peft(self) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-        """Returns the settings and the tensors that PEFT would store."""
-        tensors, ranks = {}, {}
-        for module, arrays in self.factors.items():
-            keys = array_keys(LoRA, module)
-            tensors |= {keys[name]: x for name, x in arrays.items()}
-            # A hostile file may lack A, or contain a scalar; `load_peft` reports both.
-            shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
-            ranks[module] = (*shape, 0)[0]
-        # The most common rank is the default, and other ranks are exceptions.
-        rank = most_common(ranks) if ranks else 1
-        config = PeftConfig(
-            r=rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=tuple(self.factors),
-            rank_pattern=pattern_of(ranks, rank),
-        )
-        return config, tensors

@@ -44,7 +44,7 @@ class Position(NamedTuple):
     """The position of a checkpoint's tensor in the base tree."""
 
     path: str
-    index: BatchIndex  # along the batch axes of the leaf
+    batch_index: BatchIndex  # in the leaf
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class ModuleAdapter(FileAdapter):
             )
         # A module without an adapter may be in a stack with modules that have one. The
         # rank 0 requires that its part of the stack is zero.
-        adapter = unstack(adapter, self.position.index, self.rank)
+        adapter = unstack(adapter, self.position.batch_index, self.rank)
         actual = scaling_at(adapter, ())
         # Scalings must be equal up to the rounding to float32.
         if self.rank and np.float32(actual) != np.float32(self.scaling):

@@ -3,12 +3,10 @@
 `lay_out` returns what settings require; `peft_config` finds the settings of adapters.
 """
 
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,10 +22,13 @@ from ..names import Names
 from .config import (
     PREFIX,
     PeftConfig,
+    alpha_of,
     is_inside_saved,
     is_saved,
     is_targeted,
+    last_part,
     matches_key,
+    split_common,
 )
 from .modules import (
     EMBEDDING,
@@ -37,8 +38,6 @@ from .modules import (
     ParameterAdapter,
     array_keys,
 )
-
-N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,12 @@ def lay_out(config: PeftConfig, model: NamedBase) -> Layout:
         if not (kind == "bias" and has_bias or is_saved(name, config.modules_to_save)):
             continue
         saved.append(name)
-        if model.is_tied and _nth_last(2, name) == EMBEDDING:
+        if model.is_tied and _nthlast_part(2, name) == EMBEDDING:
             problems.append(
                 f"`modules_to_save`: {module} is also the head, but PEFT would train a "
                 "copy that the head does not use."
             )
-    embeddings = [n for n in model.tensors if _nth_last(2, n) in (EMBEDDING, HEAD)]
+    embeddings = [n for n in model.tensors if _nthlast_part(2, n) in (EMBEDDING, HEAD)]
     optional = [n for n in embeddings if n.endswith(".weight") and n not in saved]
     rows = _trained_rows(config, model, adapted, problems)
     # Last, report patterns that match nothing, which are probably misspelled.
@@ -161,15 +160,13 @@ def _module_adapter(
 def _parameter_adapter(
     config: PeftConfig, model: NamedBase, name: str, module: str
 ) -> ParameterAdapter:
-    kernels, settings = (
-        model.parameters[name],
-        (config.rank_of(name), config.scaling_of(name)),
-    )
+    kernels = model.parameters[name]
+    settings = config.rank_of(name), config.scaling_of(name)
     shapes = [model.named[path].tensor_shape for path in kernels]
     return ParameterAdapter(name, array_keys(LoRA, module), *settings, kernels, shapes)
 
 
-def _nth_last(n: int, name: str) -> str:
+def _nthlast_part(n: int, name: str) -> str:
     # The parts of a name are between dots.
     return ("." + name).split(".")[-n]
 
@@ -187,7 +184,7 @@ def _adapted_modules(
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # PEFT leaves out the head.
         linear = {m for m in model.modules if not model.window(m)} - model.tables
-        chosen = {m for m in linear if _nth_last(1, m) != HEAD}
+        chosen = {m for m in linear if _nthlast_part(1, m) != HEAD}
     else:
         chosen = {m for m in modules if is_chosen(m, config.layers)}
     excluded = {m for m in modules if is_targeted(m, config.exclude_modules)}
@@ -332,8 +329,7 @@ def peft_config(
     full_rank = trained | {model.modules[module].path for module in rows}
     low_rank = {path: x for path, x in adapters.items() if path not in full_rank}
     # Then find the adapted modules and parameters, and their common values.
-    parameters = _own_parameters(model, low_rank, fused)
-    modules = _own_modules(model, low_rank, parameters)
+    modules, parameters = _own_adapters(model, low_rank, fused)
     adapted = modules | parameters
     if not adapted:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
@@ -344,7 +340,8 @@ def peft_config(
         raise ValueError(f"adapters must be of one kind. Got {kind_names}.")
     ranks = {name: x.rank for name, x in adapted.items()}
     alphas = {n: alpha_of(x.scaling, x.rank, use_rslora) for n, x in adapted.items()}
-    rank, alpha = most_common(ranks), most_common(alphas)
+    rank, rank_pattern = split_common(ranks)
+    alpha, alpha_pattern = split_common(alphas)
     # Last, find the biases and modules that are `Trained`, which are saved in full.
     trained_tensors = [n for n, p in model.tensors.items() if p.path in trained]
     biased_modules, saved = _trained_modules(trained_tensors, model.tensors)
@@ -357,7 +354,7 @@ def peft_config(
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_ends(modules, model.modules, _last, is_partial),
+        target_modules=_ends(modules, model.modules, last_part, is_partial),
         target_parameters=_ends(parameters, model.parameters, _in_layer, is_partial),
         # Adapters of embeddings have no dropout.
         lora_dropout=max(x.adapter.dropout for x in adapted.values()),
@@ -366,50 +363,38 @@ def peft_config(
         use_dora=kinds == {DoRA},
         modules_to_save=(*modules_to_save, *saved),
         trainable_token_indices=rows or None,
-        rank_pattern=pattern_of(ranks, rank),
-        alpha_pattern=pattern_of(alphas, alpha),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         extra_settings={key: x for key, x in source.items() if x is not None},
     )
 
 
 class _OwnAdapter(NamedTuple):
-    """The adapter of a module or a parameter, with its settings in PEFT."""
-
     adapter: Adapter
-    rank: int
+    rank: int  # in PEFT
     scaling: float
 
 
-def _own_modules(
-    model: NamedBase, adapters: Mapping[str, Adapter], parameters: Iterable[str]
-) -> dict[str, _OwnAdapter]:
-    """Returns the adapters by module, except those of adapted parameters."""
-    in_parameters = {path for name in parameters for path in model.parameters[name]}
-    ranks = {path: _ranks(adapter) for path, adapter in adapters.items()}
-    return {
-        module: _OwnAdapter(
-            adapters[path], int(ranks[path][index]), scaling_at(adapters[path], index)
-        )
-        for module, (path, index) in model.modules.items()
-        if path in adapters and path not in in_parameters
-    }
-
-
-def _own_parameters(
+def _own_adapters(
     model: NamedBase, adapters: Mapping[str, Adapter], fused: bool
-) -> dict[str, _OwnAdapter]:
-    """Returns the adapters of parameters that are adapted instead of their modules."""
+) -> tuple[dict[str, _OwnAdapter], dict[str, _OwnAdapter]]:
+    """Returns the adapters by module, and those of parameters by parameter."""
+    modules, parameters, in_parameters = {}, {}, set()
     # Adapters of modules are preferred: all versions of transformers can read them.
-    if not fused and _can_convert_modules(model, adapters):
-        return {}
-    parameters = {}
-    for name, kernels in model.parameters.items():
-        if adapted := [path for path in kernels if path in adapters]:
-            first, index = adapters[adapted[0]], kernels[adapted[0]][0]
-            # Each adapted kernel of a parameter may need a block of its rank.
-            rank = first.rank * len(adapted)
-            parameters[name] = _OwnAdapter(first, rank, scaling_at(first, index))
-    return parameters
+    if fused or not _can_convert_modules(model, adapters):
+        for name, kernels in model.parameters.items():
+            if paths := [path for path in kernels if path in adapters]:
+                adapter, index = adapters[paths[0]], kernels[paths[0]][0]
+                # Each adapted kernel of a parameter may need a block of its rank.
+                settings = adapter.rank * len(paths), scaling_at(adapter, index)
+                parameters[name] = _OwnAdapter(adapter, *settings)
+                in_parameters |= {*paths}
+    ranks = {path: _ranks(adapter) for path, adapter in adapters.items()}
+    for module, (path, index) in model.modules.items():
+        if path in adapters and path not in in_parameters:
+            settings = int(ranks[path][index]), scaling_at(adapters[path], index)
+            modules[module] = _OwnAdapter(adapters[path], *settings)
+    return modules, parameters
 
 
 def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> bool:
@@ -445,36 +430,6 @@ def _ranks(adapter: Adapter) -> np.ndarray:
     return np.where(ranks, ranks, adapter.rank)
 
 
-def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
-    """Returns the alpha that gives a scaling, as an integer if possible."""
-    divisor = math.sqrt(rank) if use_rslora else rank
-    alpha = scaling * divisor
-    # PEFT declares `lora_alpha` as an integer, but not every scaling has one.
-    return round(alpha) if round(alpha) / divisor == scaling else alpha
-
-
-def most_common(values: Mapping[str, N]) -> N:
-    """Returns the value that most names have."""
-    return Counter(values.values()).most_common(1)[0][0]
-
-
-def pattern_of(values: Mapping[str, N], common: N) -> dict[str, N]:
-    """Returns the values that differ from `common`, by name or by the end of a name."""
-    # The last part of a name is enough if all modules with it have the same value.
-    values_by_end: dict[str, set[N]] = {}
-    for module, value in values.items():
-        values_by_end.setdefault(_last(module), set()).add(value)
-    return {
-        _last(module) if len(values_by_end[_last(module)]) == 1 else module: value
-        for module, value in values.items()
-        if value != common
-    }
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _in_layer(name: str) -> str:
     """Returns the part of a name after its layer's number."""
     return re.sub(r".*\.\d+\.", "", name)
@@ -497,7 +452,7 @@ def _trained_modules(
     trained: Collection[str], tensors: Iterable[str]
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and name ends of other trained modules."""
-    biases = {name for name in trained if _last(name) == "bias"}
+    biases = {name for name in trained if last_part(name) == "bias"}
     saved = {name.rpartition(".")[0] for name in trained if name not in biases}
     modules = {name.rpartition(".")[0] for name in tensors}
 
@@ -505,5 +460,5 @@ def _trained_modules(
         # PEFT compares ends without a dot: "norm" also matches "input_layernorm".
         return {module for module in modules if module.endswith(end)} <= saved
 
-    ends = {_last(m) if matches_saved_only(_last(m)) else m for m in saved}
+    ends = {last_part(m) if matches_saved_only(last_part(m)) else m for m in saved}
     return {name.rpartition(".")[0] for name in biases}, sorted(ends)
