@@ -157,12 +157,12 @@ class ModuleAdapter(FileAdapter):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the arrays in PEFT's layout, by name."""
         n, k, *window = self.matrix_shape
-        sizes = {"k": k, "n": n, "r": self.rank}
+        sizes = {"k": k * math.prod(window), "n": n, "r": self.rank}
         shapes = {}
         for name in self.keys:
-            # PEFT stores transposes; see `to_stored` for convolutions.
-            shape = (sizes[role] for role in reversed(self.kind.roles[name]))
-            shapes[name] = (*shape, *(size if name == "a" else 1 for size in window))
+            shape = [sizes[role] for role in self.kind.roles[name]]
+            # A view of one zero takes no memory.
+            shapes[name] = to_stored(name, np.broadcast_to(0, shape), (*window,)).shape
         return shapes
 
     def read(self, arrays: Arrays) -> dict[Position, Adapter]:
@@ -208,13 +208,10 @@ class ParameterAdapter(FileAdapter):
         n, k = sum(n for n, _ in self.kernel_shapes), self.kernel_shapes[0][1]
         return {"a": (num_vectors, k), "b": (n, num_vectors)}
 
-    @property
-    def _columns(self) -> dict[str, slice]:
-        """The range of N of each kernel, by path."""
-        sizes = [n for n, _ in self.kernel_shapes]
-        ends = np.cumsum(sizes).tolist()
-        columns = (slice(end - n, end) for n, end in zip(sizes, ends, strict=True))
-        return dict(zip(self.kernels, columns, strict=True))
+    def _split_columns(self, b: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns views of each kernel's columns of B, by path."""
+        ends = np.cumsum([n for n, _ in self.kernel_shapes])
+        return dict(zip(self.kernels, np.split(b, ends[:-1], axis=2), strict=True))
 
     def _blocks(self, count: int) -> list[slice]:
         """Returns equal slices of the rank, one for each of `count` kernels."""
@@ -226,7 +223,7 @@ class ParameterAdapter(FileAdapter):
         a, b, rank = arrays["a"], arrays["b"], self.rank
         a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)  # [E, K, r]
         b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)  # [E, r, N]
-        kernel_bs = [b[..., columns] for columns in self._columns.values()]
+        kernel_bs = self._split_columns(b)
         # If each kernel's B is zero outside the kernel's block of the rank, each kernel
         # gets its block. Otherwise every kernel gets a copy of A, with the full rank.
         blocks = self._blocks(len(kernel_bs))
@@ -235,14 +232,14 @@ class ParameterAdapter(FileAdapter):
             and b.any()
             and not any(
                 np.delete(kernel_b, block, axis=1).any()
-                for kernel_b, block in zip(kernel_bs, blocks, strict=True)
+                for kernel_b, block in zip(kernel_bs.values(), blocks, strict=True)
             )
         )
         if not is_block_diagonal:
             blocks = [slice(rank)] * len(blocks)
         settings = {"scaling": self.scaling, "dropout": 0.0, "geometry": Geometry()}
         adapters: dict[Position, Adapter] = {}
-        for path, kernel_b, block in zip(self.kernels, kernel_bs, blocks, strict=True):
+        for (path, kernel_b), block in zip(kernel_bs.items(), blocks, strict=True):
             for expert, index in enumerate(self.kernels[path]):
                 factors = a[expert][:, block], kernel_b[expert][block]  # [K, r], [r, N]
                 adapters[Position(path, index)] = LoRA(*factors, **settings)
@@ -263,11 +260,11 @@ class ParameterAdapter(FileAdapter):
                     message = f"its scalings must be {self.scaling}. Got {actual}."
                     raise ValueError(message)
         a, kernel_bs, blocks = self._factors_and_blocks(adapted)
-        # Kernels without an adapter have columns of zeros.
         n = sum(n for n, _ in self.kernel_shapes)
         b = np.zeros((len(a), self.rank, n), np.result_type(*kernel_bs))
+        columns = self._split_columns(b)  # zeros for kernels without an adapter
         for path, kernel_b, block in zip(adapted, kernel_bs, blocks, strict=True):
-            b[:, block, self._columns[path]] = kernel_b
+            columns[path][:, block] = kernel_b
         # To PEFT's layout: from [E, K, r] to [E r, K], and from [E, r, N] to [N, r E].
         a = a.swapaxes(1, 2).reshape(-1, a.shape[1])
         return {"a": a, "b": b.transpose(2, 1, 0).reshape(n, -1)}
