@@ -118,6 +118,33 @@ def _open_indexed(folder: pathlib.Path) -> Tensors:
 
 def _open_file(path: pathlib.Path) -> Tensors:
     file = File(path)
+    entries, metadata, start = _read_header(file)
+    tensors = {
+        name: _parse_entry(f"{name!r} of {path}", entry, file, start)
+        for name, entry in entries.items()
+    }
+    # The tensors must fill the file. Gaps could hide data, and overlaps would let a
+    # small file claim large tensors.
+    end, size = 0, file.size - start
+    for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"]):
+        begin, stop = entries[name]["data_offsets"]
+        require(
+            begin == end,
+            f"{name!r} of {path} must begin where the tensor before it ends, at {end}. "
+            f"Got {begin}.",
+        )
+        end = stop
+    require(
+        end == size,
+        f"the tensors of {path} must fill the {size} bytes after its header. Got {end} "
+        "bytes.",
+    )
+    return Tensors(tensors, metadata)
+
+
+def _read_header(file: File) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Returns the tensors' entries, the metadata, and where the tensors begin."""
+    path = file.path
     require(file.size >= 8, f"{path} is too short for a safetensors file.")
     prefix = bytearray(8)  # the length of the header, little-endian
     file.read_into(memoryview(prefix), 0)
@@ -140,29 +167,7 @@ def _open_file(path: pathlib.Path) -> Tensors:
         and all(isinstance(value, str) for value in metadata.values()),
         f"`__metadata__` of {path} must map strings to strings.",
     )
-    first_byte = 8 + length
-    tensors = {
-        name: _parse_entry(f"{name!r} of {path}", entry, file, first_byte)
-        for name, entry in entries.items()
-    }
-    # The tensors must fill the file. Gaps could hide data, and overlaps would let a
-    # small file claim large tensors.
-    end = 0
-    for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"]):
-        start, stop = entries[name]["data_offsets"]
-        require(
-            start == end,
-            f"{name!r} of {path} must begin where the tensor before it ends, at {end}. "
-            f"Got {start}.",
-        )
-        end = stop
-    size = file.size - first_byte
-    require(
-        end == size,
-        f"the tensors of {path} must fill the {size} bytes after its header. Got {end} "
-        "bytes.",
-    )
-    return Tensors(tensors, metadata)
+    return entries, metadata, 8 + length
 
 
 def _is_size_list(value: object) -> bool:
@@ -172,7 +177,7 @@ def _is_size_list(value: object) -> bool:
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _parse_entry(tensor: str, entry: Any, file: File, first_byte: int) -> LazyTensor:
+def _parse_entry(tensor: str, entry: Any, file: File, start: int) -> LazyTensor:
     """Returns a tensor from its entry in the header; `tensor` is for error messages."""
     keys = {"dtype", "shape", "data_offsets"}
     is_entry = isinstance(entry, dict) and entry.keys() == keys
@@ -196,7 +201,7 @@ def _parse_entry(tensor: str, entry: Any, file: File, first_byte: int) -> LazyTe
         len(offsets) == 2 and offsets[1] - offsets[0] == size,
         f"the offsets of {tensor} must be {size} bytes apart. Got {offsets[:3]}.",
     )
-    return LazyTensor(_DTYPES[code], tuple(shape), file, first_byte + offsets[0])
+    return LazyTensor(_DTYPES[code], tuple(shape), file, start + offsets[0])
 
 
 def write_safetensors(

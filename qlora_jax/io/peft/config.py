@@ -37,6 +37,7 @@ _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out"), False),
     **dict.fromkeys(("lora_bias", "use_qalora"), False),
 }
+_BIASES = ("none", "all", "lora_only")
 # With other initializations, such as PiSSA, PEFT changes the base weights.
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Unknown settings, of later versions of PEFT, are ignored if they have these values.
@@ -304,6 +305,11 @@ def split_common(values: Mapping[str, N]) -> tuple[N, dict[str, N]]:
     return common, pattern
 
 
+def module_of(name: str) -> str:
+    """Returns the module of a tensor: its name without the last part."""
+    return name.rpartition(".")[0]
+
+
 def last_part(name: str) -> str:
     """Returns the part of a name after its last dot."""
     return name.rpartition(".")[2]
@@ -360,11 +366,7 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _is_names_or_regex,
         "a list of names or a regular expression",
     ),
-    (
-        "bias",
-        lambda x: x in ("none", "all", "lora_only"),
-        '"none", "all" or "lora_only"',
-    ),
+    ("bias", lambda x: x in _BIASES, '"none", "all" or "lora_only"'),
     (
         "trainable_token_indices",
         lambda x: x is None or _is_token_ids(x) or _is_dict_of(_is_token_ids, x),

@@ -28,6 +28,7 @@ from .config import (
     is_targeted,
     last_part,
     matches_key,
+    module_of,
     split_common,
 )
 from .modules import (
@@ -80,8 +81,8 @@ class Layout:
         for module, rows in self.rows.items():
             width = self.model.tensor_shape(f"{module}.weight")[-1]
             shapes[self.rows_key(module)] = (len(rows), width)
-        base_shapes = map(self.model.tensor_shape, base_keys)
-        return shapes | dict(zip(base_keys.values(), base_shapes, strict=True))
+        tensor_shape = self.model.tensor_shape
+        return shapes | {key: tensor_shape(name) for name, key in base_keys.items()}
 
 
 def lay_out(config: PeftConfig, model: NamedBase) -> Layout:
@@ -98,13 +99,13 @@ def lay_out(config: PeftConfig, model: NamedBase) -> Layout:
         if not (kind == "bias" and has_bias or is_saved(name, config.modules_to_save)):
             continue
         saved.append(name)
-        if model.is_tied and _nthlast_part(2, name) == EMBEDDING:
+        if model.is_tied and last_part(module) == EMBEDDING:
             problems.append(
                 f"`modules_to_save`: {module} is also the head, but PEFT would train a "
                 "copy that the head does not use."
             )
-    embeddings = [n for n in model.tensors if _nthlast_part(2, n) in (EMBEDDING, HEAD)]
-    optional = [n for n in embeddings if n.endswith(".weight") and n not in saved]
+    ends = (f".{EMBEDDING}.weight", f".{HEAD}.weight")
+    optional = [n for n in model.tensors if f".{n}".endswith(ends) and n not in saved]
     rows = _trained_rows(config, model, adapted, problems)
     # Last, report patterns that match nothing, which are probably misspelled.
     for module in config.modules_to_save:
@@ -115,7 +116,7 @@ def lay_out(config: PeftConfig, model: NamedBase) -> Layout:
             if not any(matches_key(key, name) for name in (*adapted, *parameters)):
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
     refuse("this adapter does not fit the model", problems)
-    wrapped = adapted | {name.rpartition(".")[0] for name in parameters}
+    wrapped = adapted | {module_of(name) for name in parameters}
     in_parameters = {path for name in parameters for path in model.parameters[name]}
     return Layout(
         model,
@@ -147,7 +148,7 @@ def _module_adapter(
         label=f"{position.path} ({module})",
         keys=array_keys(kind, module, is_table) if is_adapted else {},
         rank=config.rank_of(module) if is_adapted else 0,
-        scaling=config.scaling_of(module),
+        scaling=config.scaling_of(module) if is_adapted else 0.0,
         position=position,
         kind=kind,
         # A table is [V, D] in PEFT, where V is K.
@@ -166,11 +167,6 @@ def _parameter_adapter(
     return ParameterAdapter(name, array_keys(LoRA, module), *settings, kernels, shapes)
 
 
-def _nthlast_part(n: int, name: str) -> str:
-    # The parts of a name are between dots.
-    return ("." + name).split(".")[-n]
-
-
 def _adapted_modules(
     config: PeftConfig, model: NamedBase, problems: list[str]
 ) -> set[str]:
@@ -180,11 +176,11 @@ def _adapted_modules(
         return is_targeted(module, targets, layers, config.layer_prefixes)
 
     targets = config.target_modules
-    modules = {n.rpartition(".")[0] for n in model.tensors if n.endswith(".weight")}
+    modules = {module_of(n) for n in model.tensors if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # PEFT leaves out the head.
         linear = {m for m in model.modules if not model.window(m)} - model.tables
-        chosen = {m for m in linear if _nthlast_part(1, m) != HEAD}
+        chosen = {m for m in linear if last_part(m) != HEAD}
     else:
         chosen = {m for m in modules if is_chosen(m, config.layers)}
     excluded = {m for m in modules if is_targeted(m, config.exclude_modules)}
@@ -225,7 +221,7 @@ def _adapted_parameters(
     for name, kernels in model.parameters.items():
         if not is_targeted(name, targets):
             continue
-        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        by_module.setdefault(module_of(name), []).append(name)
         is_twice = not adapted_paths.isdisjoint(kernels)
         if is_twice or is_inside_saved(name, config.modules_to_save):
             problems.append(f"`target_parameters`: {name} is adapted or saved twice.")
@@ -404,7 +400,7 @@ def _can_convert_modules(model: NamedBase, adapters: Mapping[str, Adapter]) -> b
     module_paths = {position.path for position in model.modules.values()}
     kernels: dict[str, set[str]] = {}
     for name, parts in model.parameters.items():
-        kernels.setdefault(name.rpartition(".")[0], set()).update(parts)
+        kernels.setdefault(module_of(name), set()).update(parts)
     have_modules = all(paths <= module_paths for paths in kernels.values())
     are_complete = all(
         paths <= adapters.keys() or not paths & adapters.keys()
@@ -453,12 +449,12 @@ def _trained_modules(
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and name ends of other trained modules."""
     biases = {name for name in trained if last_part(name) == "bias"}
-    saved = {name.rpartition(".")[0] for name in trained if name not in biases}
-    modules = {name.rpartition(".")[0] for name in tensors}
+    saved = {module_of(name) for name in trained if name not in biases}
+    modules = {module_of(name) for name in tensors}
 
     def matches_saved_only(end: str) -> bool:
         # PEFT compares ends without a dot: "norm" also matches "input_layernorm".
         return {module for module in modules if module.endswith(end)} <= saved
 
     ends = {last_part(m) if matches_saved_only(last_part(m)) else m for m in saved}
-    return {name.rpartition(".")[0] for name in biases}, sorted(ends)
+    return {module_of(name) for name in biases}, sorted(ends)
