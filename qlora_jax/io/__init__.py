@@ -14,10 +14,10 @@ from .hf.name_tables import gemma_names, tunix_names
 from .model_folder import older_config_keys, read_config_json
 from .names import Entry, Names
 from .native import Restored, restore, save
-from .peft.adapter_config import PeftConfig
-from .peft.read import load_peft
-from .peft.server_adapters import PlainLoRA, portable, read_mlx, save_mlx
-from .peft.write import peft_config, save_peft
+from .peft.config import PeftConfig
+from .peft.files import load_peft, save_peft
+from .peft.servers import PlainLoRA, portable, read_mlx, save_mlx
+from .peft.settings import peft_config
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 

@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ from ...trees.paths import Tree, nested, refuse_listed
 from ..files import Path, member, new_folder, read_json, refuse, require, write_json
 from ..names import Names
 from ..safetensors import open_safetensors, write_safetensors
-from .adapter_config import CONFIG_FILE, PREFIX, PeftConfig
-from .adapter_file import array_keys
-from .write import adapter_tensors, alpha_of, pattern_of, peft_config
+from .config import CONFIG_FILE, PREFIX, PeftConfig, alpha_of, split_common
+from .files import adapter_tensors
+from .modules import array_keys
+from .settings import peft_config
 
 _MLX_WEIGHTS = "adapters.safetensors"  # the name that mlx-lm requires
 
@@ -143,13 +143,13 @@ class PlainLoRA:
             shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
             ranks[module] = (*shape, 0)[0]
         # The most common rank is the default, and other ranks are exceptions.
-        rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+        rank, rank_pattern = split_common(ranks) if ranks else (1, {})
         config = PeftConfig(
             r=rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=tuple(self.factors),
-            rank_pattern=pattern_of(ranks, rank),
+            rank_pattern=rank_pattern,
         )
         return config, tensors
 

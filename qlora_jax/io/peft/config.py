@@ -2,8 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, TypeVar
 
 from ..files import CheckpointError, Path, member, read_json, refuse
@@ -12,7 +14,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 # Settings that PEFT 0.21 writes, with their defaults. They have no effect on a trained
 # adapter, and are written as they were read.
@@ -257,7 +259,7 @@ def matches_key(key: str, module: str) -> bool:
     return re.match(_key_regex(key), module) is not None
 
 
-def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
+def _first_match(patterns: Mapping[str, N], module: str, default: N) -> N:
     values = (value for key, value in patterns.items() if matches_key(key, module))
     return next(values, default)
 
@@ -277,6 +279,42 @@ def is_inside_saved(module: str, modules_to_save: Iterable[str]) -> bool:
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in escaped)
 
 
+# These functions find settings from the ranks and scalings of modules.
+
+
+def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
+    """Returns the alpha that gives a scaling, as an integer if possible."""
+    divisor = math.sqrt(rank) if use_rslora else rank
+    alpha = scaling * divisor
+    # PEFT declares `lora_alpha` as an integer, but not every scaling has one.
+    return round(alpha) if round(alpha) / divisor == scaling else alpha
+
+
+def split_common(values: Mapping[str, N]) -> tuple[N, dict[str, N]]:
+    """Returns the most common value, and the other values by name or its last part."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    # The last part of a name is enough if all modules with it have the same value.
+    values_by_part: dict[str, set[N]] = {}
+    for module, value in values.items():
+        values_by_part.setdefault(last_part(module), set()).add(value)
+    pattern = {
+        last_part(module) if len(values_by_part[last_part(module)]) == 1 else module: x
+        for module, x in values.items()
+        if x != common
+    }
+    return common, pattern
+
+
+def module_of(name: str) -> str:
+    """Returns the module of a tensor: its name without the last part."""
+    return name.rpartition(".")[0]
+
+
+def last_part(name: str) -> str:
+    """Returns the part of a name after its last dot."""
+    return name.rpartition(".")[2]
+
+
 # These functions check settings, which may come from a hostile file.
 
 
@@ -285,10 +323,9 @@ def _is_integer(value: object, minimum: int = 1) -> bool:
     return type(value) is int and minimum <= value < 2**31
 
 
-def _is_number(value: object, low: float = 1e-9, high: float = 1e9) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return low <= value < high
+def _is_number(value: Any, low: float = 1e-9, high: float = 1e9) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and low <= value < high
 
 
 def _is_names(value: object) -> bool:
@@ -314,42 +351,40 @@ def _is_dict_of(check: Callable[[Any], bool], value: object) -> bool:
     return all(isinstance(key, str) and check(x) for key, x in value.items())
 
 
-_NAMES = (_is_names, "a list of names")
-_NAMES_OR_REGEX = (_is_names_or_regex, "a list of names or a regular expression")
-_BOOL = (lambda x: isinstance(x, bool), "true or false")
-# The check of each setting, and its requirement in words for error messages.
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_integer, "a positive integer"),
-    "lora_alpha": (_is_number, "a positive number"),
-    "target_modules": _NAMES_OR_REGEX,
-    "target_parameters": _NAMES,
-    "exclude_modules": _NAMES_OR_REGEX,
-    "lora_dropout": (lambda x: _is_number(x, 0, 1), "in [0, 1)"),
-    "bias": (lambda x: x in _BIASES, '"none", "all" or "lora_only"'),
-    "use_rslora": _BOOL,
-    "use_dora": _BOOL,
-    "modules_to_save": _NAMES,
-    "trainable_token_indices": (
+# The names of settings, their check, and their requirement for error messages.
+_CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("r", _is_integer, "a positive integer"),
+    ("lora_alpha", _is_number, "a positive number"),
+    ("lora_dropout", lambda x: _is_number(x, 0, 1), "in [0, 1)"),
+    ("use_rslora use_dora", lambda x: isinstance(x, bool), "true or false"),
+    ("target_parameters modules_to_save", _is_names, "a list of names"),
+    ("layers_pattern", _is_names_or_regex, "a name or a list of names"),
+    ("rank_pattern", partial(_is_dict_of, _is_integer), "positive integers by name"),
+    ("alpha_pattern", partial(_is_dict_of, _is_number), "positive numbers by name"),
+    (
+        "target_modules exclude_modules",
+        _is_names_or_regex,
+        "a list of names or a regular expression",
+    ),
+    ("bias", lambda x: x in _BIASES, '"none", "all" or "lora_only"'),
+    (
+        "trainable_token_indices",
         lambda x: x is None or _is_token_ids(x) or _is_dict_of(_is_token_ids, x),
         "distinct token ids",
     ),
-    "layers_to_transform": (
+    (
+        "layers_to_transform",
         lambda x: x is None or _is_integer(x, 0) or _is_indices(x),
         "a layer's number or a list of numbers",
     ),
-    "layers_pattern": (_is_names_or_regex, "a name or a list of names"),
-    "rank_pattern": (
-        lambda x: _is_dict_of(_is_integer, x),
-        "positive integers by name",
-    ),
-    "alpha_pattern": (lambda x: _is_dict_of(_is_number, x), "positive numbers by name"),
-}
+)
 
 
 def _problems_of(config: PeftConfig) -> list[str]:
     problems = [
         f"`{name}` must be {requirement}. Got {value!r:.80}."
-        for name, (is_valid, requirement) in _CHECKS.items()
+        for setting_names, is_valid, requirement in _CHECKS
+        for name in setting_names.split()
         if not is_valid(value := getattr(config, name))
     ]
     # The checks below need settings of the right types.
@@ -366,7 +401,14 @@ def _problems_of(config: PeftConfig) -> list[str]:
             "`layers_to_transform` and `layers_pattern` must be left out if "
             "`target_modules` is a regular expression."
         ]
-    for name, pattern in _regexes_of(config):
+    regexes = [("layers_pattern", _layer_regex(x)) for x in config.layer_prefixes]
+    for name in ("rank_pattern", "alpha_pattern"):
+        regexes += [(name, _key_regex(key)) for key in getattr(config, name)]
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str) and value.lower() != "all-linear":
+            regexes.append((name, value))
+    for name, pattern in regexes:
         try:
             re.compile(pattern)
         # `re` raises the last two errors for huge patterns.
@@ -375,14 +417,3 @@ def _problems_of(config: PeftConfig) -> list[str]:
                 f"`{name}` must be a regular expression. Got {pattern!r}: {error}."
             )
     return problems
-
-
-def _regexes_of(config: PeftConfig) -> Iterator[tuple[str, str]]:
-    for name in ("rank_pattern", "alpha_pattern"):
-        yield from ((name, _key_regex(key)) for key in getattr(config, name))
-    for prefix in config.layer_prefixes:
-        yield "layers_pattern", _layer_regex(prefix)
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if isinstance(value, str) and value.lower() != "all-linear":
-            yield name, value

@@ -1,0 +1,458 @@
+"""Relates PEFT's settings to the adapters of a model, in both directions.
+
+`lay_out` returns what settings require; `peft_config` finds the settings of adapters.
+"""
+
+import re
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ...adapters.base import Adapter, used_ranks
+from ...adapters.dora import DoRA
+from ...adapters.lora import LoRA, LowRank, is_low_rank
+from ...trees.adapters import adapters_of_each
+from ...trees.paths import Tree
+from ..files import refuse
+from ..names import Names
+from .config import (
+    PREFIX,
+    PeftConfig,
+    alpha_of,
+    is_inside_saved,
+    is_saved,
+    is_targeted,
+    last_part,
+    matches_key,
+    module_of,
+    split_common,
+)
+from .modules import (
+    EMBEDDING,
+    HEAD,
+    ModuleAdapter,
+    NamedBase,
+    ParameterAdapter,
+    array_keys,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors in the file of a model's adapter, in the form of this library too."""
+
+    model: NamedBase
+    modules: list[ModuleAdapter]  # of every module outside of adapted parameters
+    parameters: list[ParameterAdapter]
+    rows: dict[str, tuple[int, ...]]  # trained rows, by module of the embedding
+    # PEFT's keys for base tensors. It writes the first of several, but reads all.
+    saved: dict[str, tuple[str, ...]]  # biases and tensors of `modules_to_save`
+    optional: dict[str, tuple[str, ...]]  # weights of tables, which it may also hold
+
+    @property
+    def low_rank(self) -> list[ModuleAdapter | ParameterAdapter]:
+        """The low-rank adapters."""
+        return [*self.modules, *self.parameters]
+
+    def rows_key(self, module: str) -> str:
+        """Returns PEFT's key for the trained rows of an embedding."""
+        return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+
+    def base_keys(self, file: Container[str]) -> dict[str, str]:
+        """Returns the keys of base tensors that a file has or must have, by name."""
+        base_keys = {}
+        for name, keys in (self.saved | self.optional).items():
+            present = [key for key in keys if key in file]
+            # A missing tensor gets the key that PEFT writes, for the error message.
+            if present or name in self.saved:
+                base_keys[name] = (*present, keys[0])[0]
+        return base_keys
+
+    def shapes(self, base_keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor by key; `base_keys` are of base tensors."""
+        shapes = {}
+        for adapter in self.low_rank:
+            shapes |= {adapter.keys[name]: x for name, x in adapter.shapes().items()}
+        # Trained rows are stored as rows of the table, [rows, D].
+        for module, rows in self.rows.items():
+            width = self.model.tensor_shape(f"{module}.weight")[-1]
+            shapes[self.rows_key(module)] = (len(rows), width)
+        tensor_shape = self.model.tensor_shape
+        return shapes | {key: tensor_shape(name) for name, key in base_keys.items()}
+
+
+def lay_out(config: PeftConfig, model: NamedBase) -> Layout:
+    """Returns the tensors that settings describe; an error lists what does not fit."""
+    problems: list[str] = []
+    # First, find the adapters of modules and of parameters that hold all experts.
+    adapted = _adapted_modules(config, model, problems)
+    parameters = _adapted_parameters(config, model, adapted, problems)
+    # Then find the tensors that the file contains in full.
+    saved = []
+    for name in model.tensors:
+        module, _, kind = name.rpartition(".")
+        has_bias = config.bias == "all" or config.bias != "none" and module in adapted
+        if not (kind == "bias" and has_bias or is_saved(name, config.modules_to_save)):
+            continue
+        saved.append(name)
+        if model.is_tied and last_part(module) == EMBEDDING:
+            problems.append(
+                f"`modules_to_save`: {module} is also the head, but PEFT would train a "
+                "copy that the head does not use."
+            )
+    ends = (f".{EMBEDDING}.weight", f".{HEAD}.weight")
+    optional = [n for n in model.tensors if f".{n}".endswith(ends) and n not in saved]
+    rows = _trained_rows(config, model, adapted, problems)
+    # Last, report patterns that match nothing, which are probably misspelled.
+    for module in config.modules_to_save:
+        if not any(is_saved(name, [module]) for name in model.tensors):
+            problems.append(f"`modules_to_save`: {module!r} matches no module.")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, setting):
+            if not any(matches_key(key, name) for name in (*adapted, *parameters)):
+                problems.append(f"`{setting}`: {key!r} matches no adapted module.")
+    refuse("this adapter does not fit the model", problems)
+    wrapped = adapted | {module_of(name) for name in parameters}
+    in_parameters = {path for name in parameters for path in model.parameters[name]}
+    return Layout(
+        model,
+        [
+            _module_adapter(config, model, module, module in adapted)
+            for module, position in model.modules.items()
+            if position.path not in in_parameters
+        ],
+        [_parameter_adapter(config, model, *item) for item in parameters.items()],
+        rows,
+        {name: _base_keys(name, wrapped) for name in saved},
+        {name: _base_keys(name, wrapped) for name in optional},
+    )
+
+
+def _base_keys(name: str, wrapped: Collection[str]) -> tuple[str, ...]:
+    module, _, kind = name.rpartition(".")
+    key = PREFIX + name
+    return (f"{PREFIX}{module}.base_layer.{kind}", key) if module in wrapped else (key,)
+
+
+def _module_adapter(
+    config: PeftConfig, model: NamedBase, module: str, is_adapted: bool
+) -> ModuleAdapter:
+    kind = DoRA if config.use_dora else LoRA
+    position, shape = model.modules[module], model.tensor_shape(f"{module}.weight")
+    is_table = module in model.tables
+    return ModuleAdapter(
+        label=f"{position.path} ({module})",
+        keys=array_keys(kind, module, is_table) if is_adapted else {},
+        rank=config.rank_of(module) if is_adapted else 0,
+        scaling=config.scaling_of(module) if is_adapted else 0.0,
+        position=position,
+        kind=kind,
+        # A table is [V, D] in PEFT, where V is K.
+        matrix_shape=shape[::-1] if is_table else shape,
+        # Embeddings have no dropout: their input is one token.
+        dropout=0.0 if is_table else float(config.lora_dropout),
+    )
+
+
+def _parameter_adapter(
+    config: PeftConfig, model: NamedBase, name: str, module: str
+) -> ParameterAdapter:
+    kernels = model.parameters[name]
+    settings = config.rank_of(name), config.scaling_of(name)
+    shapes = [model.named[path].tensor_shape for path in kernels]
+    return ParameterAdapter(name, array_keys(LoRA, module), *settings, kernels, shapes)
+
+
+def _adapted_modules(
+    config: PeftConfig, model: NamedBase, problems: list[str]
+) -> set[str]:
+    """Returns the adapted modules; adds the targets that do not fit to `problems`."""
+
+    def is_chosen(module: str, layers: tuple[int, ...] | None) -> bool:
+        return is_targeted(module, targets, layers, config.layer_prefixes)
+
+    targets = config.target_modules
+    modules = {module_of(n) for n in model.tensors if n.endswith(".weight")}
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        # PEFT leaves out the head.
+        linear = {m for m in model.modules if not model.window(m)} - model.tables
+        chosen = {m for m in linear if last_part(m) != HEAD}
+    else:
+        chosen = {m for m in modules if is_chosen(m, config.layers)}
+    excluded = {m for m in modules if is_targeted(m, config.exclude_modules)}
+    convolutions = {m for m in chosen & {*model.modules} if model.window(m)}
+    if convolutions and config.use_dora:
+        problems.append(f"`use_dora`: {sorted(convolutions)} must be linear.")
+    tables = sorted(chosen & model.tables)
+    if tables and config.use_dora:
+        problems.append(f"`target_modules`: {tables} cannot have DoRA adapters.")
+    elif tables and model.is_tied:
+        problems.append(
+            f"`target_modules`: {tables} cannot also be the head, because PEFT would "
+            "adapt only one of the two."
+        )
+    if not targets and not config.target_parameters:
+        problems.append("`target_modules` must name at least one module. Got none.")
+    for setting, matched in (("target_modules", chosen), ("exclude_modules", excluded)):
+        patterns = getattr(config, setting)
+        for pattern in _unmatched(patterns, matched, modules):
+            problems.append(f"`{setting}`: {pattern!r} matches no module.")
+    chosen -= excluded
+    chosen -= {m for m in modules if is_inside_saved(m, config.modules_to_save)}
+    if norms := sorted(chosen - set(model.modules)):
+        problems.append(f"adapters of norms are not supported: {norms}.")
+    for layer in config.layers or ():
+        if not any(is_chosen(m, (layer,)) for m in modules):
+            problems.append(f"`layers_to_transform`: no module in layer {layer}.")
+    return chosen & set(model.modules)
+
+
+def _adapted_parameters(
+    config: PeftConfig, model: NamedBase, adapted: set[str], problems: list[str]
+) -> dict[str, str]:
+    """Returns PEFT's modules of adapted parameters; adds mismatches to `problems`."""
+    targets = config.target_parameters
+    by_module: dict[str, list[str]] = {}
+    adapted_paths = {model.modules[module].path for module in adapted}
+    for name, kernels in model.parameters.items():
+        if not is_targeted(name, targets):
+            continue
+        by_module.setdefault(module_of(name), []).append(name)
+        is_twice = not adapted_paths.isdisjoint(kernels)
+        if is_twice or is_inside_saved(name, config.modules_to_save):
+            problems.append(f"`target_parameters`: {name} is adapted or saved twice.")
+    for target in _unmatched(targets, (), model.parameters):
+        problems.append(
+            f"`target_parameters`: {target!r} matches no parameter of experts."
+        )
+    # PEFT wraps a module once for each of its parameters, the first one innermost.
+    return {
+        name: module + ".base_layer" * depth
+        for module, names in by_module.items()
+        for depth, name in enumerate(reversed(names))
+    }
+
+
+def _trained_rows(
+    config: PeftConfig, model: NamedBase, adapted: set[str], problems: list[str]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the trained rows of each embedding; adds mismatches to `problems`."""
+    rows_by_module = {}
+    for target, rows in config.trained_tokens.items():
+        modules = [m for m in model.tables if is_targeted(m, (target,))]
+        subject = f"`trainable_token_indices`: {target!r}"
+        if len(modules) != 1:
+            problems.append(f"{subject} must match one embedding. Got {modules}.")
+            continue
+        (module,) = modules
+        num_rows, _ = model.tensor_shape(f"{module}.weight")
+        if max(rows) >= num_rows:
+            problems.append(f"{subject} has {num_rows} rows. Got row {max(rows)}.")
+        is_replaced = is_inside_saved(module, config.modules_to_save)
+        if module in adapted or is_replaced or module in rows_by_module:
+            problems.append(f"{subject} is also adapted or saved in another way.")
+        rows_by_module[module] = rows
+    return rows_by_module
+
+
+def _unmatched(
+    patterns: str | tuple[str, ...], matched: Collection[str], names: Iterable[str]
+) -> list[str]:
+    """Returns the patterns that match none of the names."""
+    # For a regular expression, `matched` has the names that it matches.
+    if isinstance(patterns, str):
+        return [] if matched or not patterns else [patterns]
+    return [p for p in patterns if not any(is_targeted(name, (p,)) for name in names)]
+
+
+def peft_config(
+    base: Tree,
+    lora: Tree,
+    names: Names,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    bias: str = "none",
+    use_rslora: bool = False,
+    modules_to_save: Iterable[str] = (),
+    fused: bool = False,
+) -> PeftConfig:
+    """Returns PEFT's settings for adapters of this library.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+        names: The names of the leaves of `base` in the Hugging Face model.
+        base_model: Hub id or path of the base model, for programs that load the
+            adapter.
+        revision: The commit of the base model on the hub, if it was read from there.
+        bias: Which biases of `base` to save: "none", "all" or "lora_only". If any are
+            `Trained`, "none" becomes "lora_only" or "all".
+        use_rslora: Whether PEFT should compute scalings as `alpha / sqrt(r)`.
+        modules_to_save: Ends of the names of modules to save, such as "lm_head"; those
+            that are `Trained` are added.
+        fused: Whether to write the adapters of experts and routers for the parameters
+            of transformers 5 (`target_parameters`), instead of for the modules of
+            transformers 4. This is always done if PEFT could not convert the modules
+            to parameters: if the experts have no modules, if only some of their kernels
+            have adapters, or if ranks or scalings differ.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If there is no adapter, or if one does not fit its kernel, or if its
+            kernel has no name.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> config = ql.QLoRAConfig(rank=4, alpha=8)
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> found = ql.io.peft_config(base, lora, names)
+        >>> found.target_modules, found.r, found.lora_alpha
+        (('q_proj',), 4, 8)
+    """
+    adapters = adapters_of_each(base, lora)
+    model = NamedBase.of(base, names)
+    # First, separate the adapters that are not low-rank.
+    trained = {path for path, x in adapters.items() if x.replacement is not None}
+    tables = {m: adapters.get(model.modules[m].path) for m in sorted(model.tables)}
+    rows = {m: x.replaced_rows for m, x in tables.items() if x and x.replaced_rows}
+    low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
+    # Then find the adapted modules and parameters, and their common values.
+    modules, parameters = _own_adapters(model, low_rank, fused)
+    adapted = modules | parameters
+    if not adapted:
+        raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
+    # A PEFT adapter is either LoRA or DoRA for all modules.
+    kinds = {type(x.adapter) for x in adapted.values()}
+    if len(kinds) > 1:
+        kind_names = sorted(kind.__name__ for kind in kinds)
+        raise ValueError(f"adapters must be of one kind. Got {kind_names}.")
+    ranks = {name: x.rank for name, x in adapted.items()}
+    alphas = {n: alpha_of(x.scaling, x.rank, use_rslora) for n, x in adapted.items()}
+    rank, rank_pattern = split_common(ranks)
+    alpha, alpha_pattern = split_common(alphas)
+    # Last, find the biases and modules that are `Trained`, which are saved in full.
+    trained_tensors = [n for n, p in model.tensors.items() if p.path in trained]
+    biased_modules, saved = _trained_modules(trained_tensors, model.tensors)
+    if biased_modules and bias == "none":
+        bias = "lora_only" if biased_modules <= modules.keys() else "all"
+    source = {"base_model_name_or_path": base_model, "revision": revision}
+    # An ignored part of the checkpoint, such as a vision tower, may have modules with
+    # the same last names.
+    is_partial = any(pattern.endswith(r"\..*") for pattern in names.ignored)
+    return PeftConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_ends(modules, model.modules, last_part, is_partial),
+        target_parameters=_ends(parameters, model.parameters, _in_layer, is_partial),
+        # Adapters of embeddings have no dropout.
+        lora_dropout=max(x.adapter.dropout for x in adapted.values()),
+        bias=bias,
+        use_rslora=use_rslora,
+        use_dora=kinds == {DoRA},
+        modules_to_save=(*modules_to_save, *saved),
+        trainable_token_indices=rows or None,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        extra_settings={key: x for key, x in source.items() if x is not None},
+    )
+
+
+class _OwnAdapter(NamedTuple):
+    adapter: Adapter
+    rank: int  # in PEFT
+    scaling: float
+
+
+def _own_adapters(
+    model: NamedBase, adapters: Mapping[str, LowRank], fused: bool
+) -> tuple[dict[str, _OwnAdapter], dict[str, _OwnAdapter]]:
+    """Returns the adapters by module, and those of parameters by parameter."""
+    modules, parameters, in_parameters = {}, {}, set()
+    # Adapters of modules are preferred: all versions of transformers can read them.
+    if fused or not _can_convert_modules(model, adapters):
+        for name, kernels in model.parameters.items():
+            if paths := [path for path in kernels if path in adapters]:
+                adapter, index = adapters[paths[0]], kernels[paths[0]][0]
+                # Each adapted kernel of a parameter may need a block of its rank.
+                settings = adapter.rank * len(paths), float(adapter.scalings[index])
+                parameters[name] = _OwnAdapter(adapter, *settings)
+                in_parameters |= {*paths}
+    ranks = {path: _ranks(adapter) for path, adapter in adapters.items()}
+    for module, (path, index) in model.modules.items():
+        if path in adapters and path not in in_parameters:
+            settings = int(ranks[path][index]), float(adapters[path].scalings[index])
+            modules[module] = _OwnAdapter(adapters[path], *settings)
+    return modules, parameters
+
+
+def _can_convert_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> bool:
+    # When PEFT loads adapters of experts' modules, it converts them to adapters of
+    # parameters. This drops patterns of ranks and alphas, and if only some kernels of a
+    # layer's experts have adapters, PEFT silently ignores the adapters.
+    module_paths = {position.path for position in model.modules.values()}
+    kernels: dict[str, set[str]] = {}
+    for name, parts in model.parameters.items():
+        kernels.setdefault(module_of(name), set()).update(parts)
+    have_modules = all(paths <= module_paths for paths in kernels.values())
+    are_complete = all(
+        paths <= adapters.keys() or not paths & adapters.keys()
+        for paths in kernels.values()
+    )
+    # A parameter has one scaling, so kernels whose experts have different scalings can
+    # only be written as modules. PEFT raises an error when it converts these, which is
+    # better than other scalings.
+    need_modules = any(isinstance(x.scaling, tuple) for x in adapters.values())
+    are_uniform = len({(x.rank, x.scaling) for x in adapters.values()}) == 1
+    return have_modules and are_complete and (need_modules or are_uniform)
+
+
+def _ranks(adapter: LowRank) -> np.ndarray:
+    """Returns the rank of each matrix. If scalings differ, padding does not count."""
+    # Matrices with different scalings may have different ranks, padded with zeros.
+    ranks = np.zeros(adapter.batch_shape, int)
+    arrays = adapter.arrays.values()
+    has_values = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
+    if isinstance(adapter.scaling, tuple) and has_values:
+        ranks = used_ranks(adapter)
+    # An adapter that is all zeros keeps the full rank.
+    return np.where(ranks, ranks, adapter.rank)
+
+
+def _in_layer(name: str) -> str:
+    """Returns the part of a name after its layer's number."""
+    return re.sub(r".*\.\d+\.", "", name)
+
+
+def _ends(
+    adapted: Collection[str],
+    names: Iterable[str],
+    end_of: Callable[[str], str],
+    is_partial: bool,
+) -> tuple[str, ...]:
+    """Returns the ends of the adapted names, which match no others, or full names."""
+    other_ends = {end_of(name) for name in names if name not in adapted}
+    ends = {name: name if is_partial else end_of(name) for name in adapted}
+    shortest = {name if end in other_ends else end for name, end in ends.items()}
+    return tuple(sorted(shortest))
+
+
+def _trained_modules(
+    trained: Collection[str], tensors: Iterable[str]
+) -> tuple[set[str], list[str]]:
+    """Returns the modules of trained biases, and name ends of other trained modules."""
+    biases = {name for name in trained if last_part(name) == "bias"}
+    saved = {module_of(name) for name in trained if name not in biases}
+    modules = {module_of(name) for name in tensors}
+
+    def matches_saved_only(end: str) -> bool:
+        # PEFT compares ends without a dot: "norm" also matches "input_layernorm".
+        return {module for module in modules if module.endswith(end)} <= saved
+
+    ends = {last_part(m) if matches_saved_only(last_part(m)) else m for m in saved}
+    return {module_of(name) for name in biases}, sorted(ends)
