@@ -4,7 +4,6 @@ JAX traces the function. The traced program then runs with products of packed ex
 instead of `lax.ragged_dot`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, primitives
+from jax.extend.core import ClosedJaxpr, JaxprEqn, primitives
 from jaxtyping import Array, PyTree
 
-from .._jax.jaxprs import bind, run_program
+from .._jax.jaxprs import bind, evaluate
 from ..product.ragged import offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
@@ -23,8 +22,6 @@ from .base import Adapter, sliced
 from .product import product
 
 Backends = str | tuple[str, ...] | None
-# Computes the results of an operation from the values of its operands.
-ComputeEqn = Callable[[JaxprEqn, list], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -138,51 +135,57 @@ def call_with_experts(
         views.append(_ExpertsView(kernel, lora, (*range(kernel.ndim),), kernel.dtype))
     weights = jax.eval_shape(lambda: [view.float_weights for view in views])
     program, out = jax.make_jaxpr(fn, return_shape=True)(weights)
-    operands = [*program.consts, *views]
+
     # 2. A dry run without values collects the views that must be decoded.
     decoded: list[_ExpertsView] = []
 
-    def collect_views(eqn: JaxprEqn, values: list) -> list:
+    def collect_views(values: Sequence[object]) -> None:
         decoded.extend(value for value in values if isinstance(value, _ExpertsView))
+
+    def skip(eqn: JaxprEqn, values: list, is_product: bool) -> list[None]:
+        if not is_product:
+            collect_views(values)
         return [None] * len(eqn.outvars)
 
-    results = _run(program.jaxpr, operands, collect_views, lambda eqn, values: [None])
-    decoded.extend(value for value in results if isinstance(value, _ExpertsView))
+    collect_views(_evaluate(program, views, skip))
 
     # 3. Run the program.
-    def compute(eqn: JaxprEqn, values: list) -> list:
+    def compute(eqn: JaxprEqn, values: list, is_product: bool) -> list:
+        if is_product:
+            return _multiply(backend, eqn, values)
         return bind(eqn, map(_decoded, values))
 
     def run() -> list:
-        multiply = functools.partial(_multiply, backend)
-        return [*map(_decoded, _run(program.jaxpr, operands, compute, multiply))]
+        return [*map(_decoded, _evaluate(program, views, compute))]
 
     leaves = jax.checkpoint(run)() if decoded else run()
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
-def _run(
-    jaxpr: Jaxpr, operands: Sequence[object], compute: ComputeEqn, multiply: ComputeEqn
+def _evaluate(
+    program: ClosedJaxpr,
+    arguments: Sequence[object],
+    compute: Callable[[JaxprEqn, list, bool], list],
 ) -> list:
     """Runs a program in which some values are views of experts.
 
-    `multiply` computes products with these views, and `compute` all other operations.
+    `compute(eqn, values, is_product)` computes operations whose results are not views.
     """
 
-    def run_eqn(eqn: JaxprEqn, values: list) -> Sequence[Any]:
-        view_indices = [i for i, x in enumerate(values) if isinstance(x, _ExpertsView)]
-        if not view_indices:
-            return compute(eqn, values)
-        view = values[view_indices[0]]
-        if eqn.primitive is primitives.jit_p:
-            inner = eqn.params["jaxpr"]
-            return _run(inner.jaxpr, [*inner.consts, *values], compute, multiply)
+    def run_equation(eqn: JaxprEqn, values: list) -> list:
+        indices = [i for i, x in enumerate(values) if isinstance(x, _ExpertsView)]
+        if not indices:
+            return compute(eqn, values, False)
+        view = values[indices[0]]
         if (after := view.after(eqn)) is not None:
             return [after]
-        is_product = view_indices == [1] and view.is_multiplied(eqn)
-        return (multiply if is_product else compute)(eqn, values)
+        return compute(eqn, values, indices == [1] and view.is_multiplied(eqn))
 
-    return run_program(jaxpr, operands, run_eqn)
+    def is_entered(eqn: JaxprEqn, values: list) -> bool:
+        has_views = any(isinstance(x, _ExpertsView) for x in values)
+        return has_views and eqn.primitive is primitives.jit_p
+
+    return evaluate(program, arguments, run_equation, is_entered)
 
 
 def _decoded(value: Any) -> Any:

@@ -6,6 +6,7 @@ primitives return the entries of that layer. Primitives that mix entries of diff
 layers cannot be computed from a single layer, and raise `NotByLayers`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax.core import ShapedArray
 from jax.extend import core
 from jax.sharding import AxisType
 
-from .._jax.jaxprs import bind, run_program
+from .._jax.jaxprs import Program, bind, evaluate
 from .._jax.modes import explicit_mesh
 from .._jax.specs import spec_of
 from ..adapters.config import matches, unmatched_by
@@ -234,7 +235,7 @@ class _LayerwiseUpdate:
 
 
 class _LayerInterpreter:
-    """Runs jaxprs on layer `index` of all stacks with `size` layers."""
+    """Runs programs on layer `index` of all stacks with `size` layers."""
 
     def __init__(self, size: int, index: Array | int, mixing_primitives: list[str]):
         self._size, self._index = size, index
@@ -245,20 +246,14 @@ class _LayerInterpreter:
             return x.layer
         return lax.dynamic_slice_in_dim(x, self._index, 1) if jnp.ndim(x) else x
 
-    def run(
-        self, program: core.ClosedJaxpr | core.Jaxpr, arguments: Sequence[Value]
-    ) -> list[Value]:
-        jaxpr: Any = getattr(program, "jaxpr", program)
-        constants = getattr(program, "consts", ())
-        return run_program(jaxpr, (*constants, *arguments), self._run_equation)
+    def run(self, program: Program, arguments: Sequence[Value]) -> list[Value]:
+        def is_call(eqn: core.JaxprEqn, _: list[Value]) -> bool:
+            return eqn.primitive.name in _CALLS
+
+        return evaluate(program, arguments, self._run_equation, is_call)
 
     def _run_equation(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Value]:
         name, params = eqn.primitive.name, eqn.params
-        inner_programs = [
-            x for x in params.values() if isinstance(x, core.ClosedJaxpr | core.Jaxpr)
-        ]
-        if name in _CALLS and len(inner_programs) == 1:
-            return self.run(inner_programs[0], values)
         if name == "cond" and not isinstance(values[0], OneLayer | None):
             return self._run_cond(params["branches"], *values)
         unknown: list[Value] = [None for _ in eqn.outvars]
@@ -271,48 +266,44 @@ class _LayerInterpreter:
             return bind(eqn, values)
         if name in _ENTRYWISE:
             return [OneLayer(x) for x in bind(eqn, map(self.layer_of, values))]
-        if name == "scan":
-            results = self._run_scan_over_layers(eqn, inner_programs[0], values)
-            if results is not None:
-                return results
+        if name == "scan" and (layers := self._run_scan_over_layers(eqn, values)):
+            return [OneLayer(x) for x in layers]
         self._mixing_primitives.append(name)
         return unknown
 
     def _run_scan_over_layers(
-        self, eqn: core.JaxprEqn, body: Any, values: Sequence[Any]
-    ) -> list[Value] | None:
+        self, eqn: core.JaxprEqn, values: Sequence[Any]
+    ) -> list[Array] | None:
         """Returns one layer of a scan's results, or None if the scan mixes layers."""
         # In the body of a scan, scanned arguments and stacked results have one axis
         # fewer than outside. Carried and shared values have the same number of axes.
+        body: core.ClosedJaxpr = eqn.params["jaxpr"]
 
         def is_scanned(variable: Any, inner: ShapedArray) -> bool:
             return variable.aval.ndim > inner.ndim
 
-        inputs = list(
-            zip(values, map(is_scanned, eqn.invars, body.in_avals), strict=True)
-        )
-        if any(isinstance(x, OneLayer) for x, scanned in inputs if not scanned):
+        scanned = [*map(is_scanned, eqn.invars, body.in_avals)]
+        shared = [x for x, s in zip(values, scanned, strict=True) if not s]
+        is_mixing = any(isinstance(x, OneLayer) for x in shared)
+        if is_mixing or not all(map(is_scanned, eqn.outvars, body.out_avals)):
             return None
-        if not all(map(is_scanned, eqn.outvars, body.out_avals)):
-            return None
-        run_body = core.jaxpr_as_fun(body)
-        results = run_body(
+        results = core.jaxpr_as_fun(body)(
             *(
-                lax.squeeze(self.layer_of(x), [0]) if scanned else x
-                for x, scanned in inputs
+                lax.squeeze(self.layer_of(x), [0]) if s else x
+                for x, s in zip(values, scanned, strict=True)
             )
         )
-        return [OneLayer(lax.expand_dims(x, [0])) for x in results]
+        return [lax.expand_dims(x, [0]) for x in results]
 
     def _run_cond(
-        self, branches: Sequence[core.ClosedJaxpr], index: Array, *operands: Value
+        self, branches: Sequence[Program], index: Array, *operands: Value
     ) -> list[Value]:
         """Runs a `cond`. Its branches may return different kinds of `Value`."""
 
-        def branch_function(branch: core.ClosedJaxpr) -> Callable[..., list[Value]]:
-            return lambda *operands: self.run(branch, operands)
+        def run_branch(branch: Program, *operands: Value) -> list[Value]:
+            return self.run(branch, operands)
 
-        functions = list(map(branch_function, branches))
+        functions = [functools.partial(run_branch, branch) for branch in branches]
         kinds_by_branch = [jax.eval_shape(run, *operands) for run in functions]
         kinds = list(zip(*kinds_by_branch, strict=True))  # the kinds of each result
 
