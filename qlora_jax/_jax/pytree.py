@@ -82,7 +82,7 @@ def register(
 
     def flatten_with_keys(node: Any) -> tuple[tuple, tuple]:
         values, aux = flatten(node)
-        keys = (jax.tree_util.GetAttrKey(name) for name in leaves)
+        keys = map(jax.tree_util.GetAttrKey, leaves)
         return tuple(zip(keys, values, strict=True)), aux
 
     def unflatten(aux: tuple, values: Iterable) -> Any:

@@ -63,8 +63,7 @@ class QLoRADense(nn.Module):
 
     def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> Leaf:
         w = self.kernel_init(key, shape, self.param_dtype)
-        packing, pack = self.config.packing, self.config.freeze_base
-        return freeze(FloatKernel(w, Geometry()), packing, pack=pack)
+        return freeze(FloatKernel(w, Geometry()), self.config)
 
     # The adapter has the same shapes whether the kernel is packed or in float.
     def _init_lora(self, kernel: Leaf) -> Adapter:
@@ -88,9 +87,7 @@ class QLoRADense(nn.Module):
         lora = self.variable("lora", "kernel", self._init_lora, kernel).value
         bias = None
         if self.use_bias:
-            bias = self.param(
-                "bias", self.bias_init, shape[1:], self.param_dtype
-            )  # [N]
+            bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
         call = ModuleCall(
             "kernel",
             DENSE,

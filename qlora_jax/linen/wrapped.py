@@ -213,11 +213,7 @@ def _without_boxes(
 
         def restore_kernel(keys: KeyPath, leaf: Leaf) -> Leaf:
             path = path_string(keys)
-            is_kernel = (
-                isinstance(leaf, KernelBox)
-                or path in adapted
-                or is_tree_leaf(unbox(originals.get(path)))
-            )
+            is_kernel = path in adapted or is_tree_leaf(unbox(originals.get(path)))
             return originals[path] if is_kernel else leaf
 
         # Not `map_by_path`, which would open the boxes and so decode the kernels.

@@ -177,7 +177,7 @@ class _LayerwiseUpdate:
             argument_value(x, layers)
             for x, layers in zip(arguments, self.argument_layers, strict=True)
         ]
-        results = interpreter.run(self.program, values)
+        results = interpreter.run(self.program, *values)
         return {
             j: interpreter.layer_of(x) if size and x is not None else x
             for j, x in enumerate(results)
@@ -246,7 +246,7 @@ class _LayerInterpreter:
             return x.layer
         return lax.dynamic_slice_in_dim(x, self._index, 1) if jnp.ndim(x) else x
 
-    def run(self, program: Program, arguments: Sequence[Value]) -> list[Value]:
+    def run(self, program: Program, *arguments: Value) -> list[Value]:
         def is_call(eqn: core.JaxprEqn, _: list[Value]) -> bool:
             return eqn.primitive.name in _CALLS
 
@@ -299,11 +299,7 @@ class _LayerInterpreter:
         self, branches: Sequence[Program], index: Array, *operands: Value
     ) -> list[Value]:
         """Runs a `cond`. Its branches may return different kinds of `Value`."""
-
-        def run_branch(branch: Program, *operands: Value) -> list[Value]:
-            return self.run(branch, operands)
-
-        functions = [functools.partial(run_branch, branch) for branch in branches]
+        functions = [functools.partial(self.run, branch) for branch in branches]
         kinds_by_branch = [jax.eval_shape(run, *operands) for run in functions]
         kinds = list(zip(*kinds_by_branch, strict=True))  # the kinds of each result
 

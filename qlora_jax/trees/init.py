@@ -121,13 +121,7 @@ def init_targets(
             return leaf
         kernel = as_kernel(leaf, geometries[path])
         if not kernel.is_packed:
-            leaf = freeze(
-                kernel,
-                config.packing,
-                pack=config.freeze_base,
-                donate=donate,
-                largest=largest.get(path),
-            )
+            leaf = freeze(kernel, config, largest.get(path), donate=donate)
         # DoRA's magnitudes are the norms of the packed weights.
         frozen = as_kernel(leaf, geometries[path])
         adapters[key_path] = new_adapter(next(keys), frozen, config, path)
