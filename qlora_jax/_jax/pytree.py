@@ -96,7 +96,15 @@ def register(
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     setattr(cls, "tree_fields", (leaves, static))  # noqa: B010
     if serialized_name is not None:
-        register_export(cls, serialized_name, static)
+        SERIALIZED.append(cls)
+        export.register_pytree_node_serialization(
+            cls,
+            serialized_name=serialized_name,
+            serialize_auxdata=lambda aux: static_to_json(cls, aux, static).encode(),
+            deserialize_auxdata=lambda data: static_from_json(
+                cls, bytes(data).decode(), static
+            ),
+        )
     return cls
 
 
@@ -135,21 +143,6 @@ def _from_json(field_type: Any, value: Any) -> object:
     if isinstance(value, list):
         return tuple(_from_json(None, x) for x in value)
     return value
-
-
-def register_export(
-    node_type: type, serialized_name: str, static: tuple[str, ...]
-) -> None:
-    """Tells `jax.export` how to store the structure of a registered pytree node."""
-    SERIALIZED.append(node_type)
-    export.register_pytree_node_serialization(
-        node_type,
-        serialized_name=serialized_name,
-        serialize_auxdata=lambda aux: static_to_json(node_type, aux, static).encode(),
-        deserialize_auxdata=lambda data: static_from_json(
-            node_type, bytes(data).decode(), static
-        ),
-    )
 
 
 def register_states() -> None:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from flax.linen.module import InterceptorContext
 
 from .._jax.memory import is_concrete
 from .._jax.pytree import is_tree_leaf, register, split_arrays
@@ -146,11 +147,7 @@ class _Recorder:
         self.described: list[tuple] = []
 
     def __call__(
-        self,
-        next_fun: Callable,
-        args: tuple,
-        kwargs: dict,
-        context: nn.module.InterceptorContext,
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: InterceptorContext
     ) -> Tree:
         # These branches mirror those of `Interceptor`.
         module = context.module

@@ -213,9 +213,8 @@ def _compute(
             losses, unit = compute_chunk((rows, targets))
         else:
             chunks = _cut(rows, num_chunks), _cut(targets, num_chunks)
-            losses, unit = lax.map(compute_chunk, chunks)
-            losses = _join(losses, labels.size)
-            unit = unit if unit is None else _join(unit, labels.size)
+            join = functools.partial(_join, num_tokens=labels.size)
+            losses, unit = jax.tree.map(join, lax.map(compute_chunk, chunks))
         losses = losses.reshape(labels.shape)
         return losses, unit if unit is None else unit.reshape(hidden.shape)
 

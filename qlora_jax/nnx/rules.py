@@ -1,5 +1,6 @@
 """Rules that describe the calls of module classes."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -221,10 +222,8 @@ def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
         return "k" * len(shapes[0]) + "n" * len(shapes[1])
     # If an attribute is an einsum equation, it is probably the kernel's.
     candidates = set()
-    for value in vars(module).values():
-        try:
-            candidates.add(kernel_kinds(value) if isinstance(value, str) else "")
-        except ValueError:
-            continue
+    for equation in (x for x in vars(module).values() if isinstance(x, str)):
+        with contextlib.suppress(ValueError):
+            candidates.add(kernel_kinds(equation))
     fitting = [kinds for kinds in candidates if kinds and len(kinds) <= ndim]
     return fitting[0] if len(fitting) == 1 else None
