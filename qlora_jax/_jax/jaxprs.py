@@ -33,7 +33,7 @@ def evaluate(
         # The context holds configuration that was active when the equation was traced.
         with eqn.ctx.manager:
             if len(inner) == 1 and is_entered(eqn, values):
-                results = evaluate(*inner, values, compute, is_entered)
+                results = evaluate(inner[0], values, compute, is_entered)
             else:
                 results = compute(eqn, values)
         env |= zip(eqn.outvars, results, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, primitives
+from jax.extend.core import JaxprEqn, primitives
 from jaxtyping import Array, PyTree
 
 from .._jax.jaxprs import bind, evaluate
@@ -136,60 +136,35 @@ def call_with_experts(
     weights = jax.eval_shape(lambda: [view.float_weights for view in views])
     program, out = jax.make_jaxpr(fn, return_shape=True)(weights)
 
-    # 2. A dry run without values collects the views that must be decoded.
+    # 2. Run its program with views in place of the weights.
     decoded: list[_ExpertsView] = []
 
-    def collect_views(values: Sequence[object]) -> None:
-        decoded.extend(value for value in values if isinstance(value, _ExpertsView))
-
-    def skip(eqn: JaxprEqn, values: list, is_product: bool) -> list[None]:
-        if not is_product:
-            collect_views(values)
-        return [None] * len(eqn.outvars)
-
-    collect_views(_evaluate(program, views, skip))
-
-    # 3. Run the program.
-    def compute(eqn: JaxprEqn, values: list, is_product: bool) -> list:
-        if is_product:
-            return _multiply(backend, eqn, values)
-        return bind(eqn, map(_decoded, values))
-
-    def run() -> list:
-        return [*map(_decoded, _evaluate(program, views, compute))]
-
-    leaves = jax.checkpoint(run)() if decoded else run()
-    return jax.tree.unflatten(jax.tree.structure(out), leaves)
-
-
-def _evaluate(
-    program: ClosedJaxpr,
-    arguments: Sequence[object],
-    compute: Callable[[JaxprEqn, list, bool], list],
-) -> list:
-    """Runs a program in which some values are views of experts.
-
-    `compute(eqn, values, is_product)` computes operations whose results are not views.
-    """
+    def decode(value: Any) -> Any:
+        if not isinstance(value, _ExpertsView):
+            return value
+        decoded.append(value)
+        return value.float_weights
 
     def run_equation(eqn: JaxprEqn, values: list) -> list:
-        indices = [i for i, x in enumerate(values) if isinstance(x, _ExpertsView)]
-        if not indices:
-            return compute(eqn, values, False)
-        view = values[indices[0]]
-        if (after := view.after(eqn)) is not None:
-            return [after]
-        return compute(eqn, values, indices == [1] and view.is_multiplied(eqn))
+        view_indices = [i for i, x in enumerate(values) if isinstance(x, _ExpertsView)]
+        if view_indices:
+            view = values[view_indices[0]]
+            if (after := view.after(eqn)) is not None:
+                return [after]
+            if view_indices == [1] and view.is_multiplied(eqn):
+                return _multiply(backend, eqn, values)
+        return bind(eqn, map(decode, values))
 
     def is_entered(eqn: JaxprEqn, values: list) -> bool:
         has_views = any(isinstance(x, _ExpertsView) for x in values)
         return has_views and eqn.primitive is primitives.jit_p
 
-    return evaluate(program, arguments, run_equation, is_entered)
+    def run() -> list:
+        return [*map(decode, evaluate(program, views, run_equation, is_entered))]
 
-
-def _decoded(value: Any) -> Any:
-    return value.float_weights if isinstance(value, _ExpertsView) else value
+    jax.eval_shape(run)  # shows whether any view must be decoded
+    leaves = jax.checkpoint(run)() if decoded else run()
+    return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
 def _multiply(backend: Backends, eqn: JaxprEqn, values: list) -> list[Array]:

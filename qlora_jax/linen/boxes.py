@@ -149,7 +149,9 @@ class KernelBox(meta.AxisMetadata):
     def fetch(self, x: Array) -> None:
         """Moves and gathers the kernel, once for all tiles."""
         if self.needs_fetch(x):
-            self.kernel = fetch(AdaptedKernel(*self.parts()), x)
+            kernel, lora, key = self.parts()
+            node = kernel if lora is None else AdaptedKernel(kernel, lora, key)
+            self.kernel = fetch(node, x)
 
     @property
     def dropout(self) -> float:

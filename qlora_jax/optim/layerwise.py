@@ -54,14 +54,8 @@ Value = Array | OneLayer | None
 
 def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     """Returns the number of layers of each array, or 0 if it is not a stack."""
-
-    def can_be_stacked(node: object) -> bool:
-        return hasattr(node, "stacked")
-
-    def is_stacked(node: Any) -> Any:
-        return can_be_stacked(node) and node.stacked()
-
-    stacked = jax.tree.leaves(jax.tree.map(is_stacked, tree, is_leaf=can_be_stacked))
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "stacked"))
+    stacked = jax.tree.leaves([getattr(x, "stacked", lambda: False)() for x in nodes])
     leaves, paths = jax.tree.leaves(tree), paths_where(lambda _: True, tree)
     patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
     unmatched = unmatched_by(patterns, paths)
@@ -127,13 +121,12 @@ def by_layers(
     result_layers: Sequence[int],
     *,
     names: Sequence[str] = (),
-    in_place: bool = False,
 ) -> list[Array]:
     """Returns `fn(*arguments)`, computed layer by layer for stacks.
 
     `argument_layers` and `result_layers` are the numbers of layers, or 0 for arrays
-    that are not stacks. With `in_place`, each result replaces the argument at its
-    position. `names` are the paths of the first results, for the error message.
+    that are not stacks. A result replaces the argument at its position if both have the
+    same type. `names` are the paths of the first results, for the error message.
     """
     # The trace is on whole stacks, so that a program that reads the number of layers
     # gets the right one.
@@ -142,7 +135,7 @@ def by_layers(
     update.check(arguments, names)
     results = update.compute(0, arguments)
     for size in {*result_layers} - {0}:
-        results |= update.loop(size, arguments, in_place)
+        results |= update.loop(size, arguments)
     return [results[j] for j in range(len(result_layers))]
 
 
@@ -200,9 +193,7 @@ class _LayerwiseUpdate:
                 f"{primitives or 'another array'}"
             )
 
-    def loop(
-        self, size: int, arguments: Sequence[Array], in_place: bool
-    ) -> dict[int, Array]:
+    def loop(self, size: int, arguments: Sequence[Array]) -> dict[int, Array]:
         """Computes the results with `size` layers in a loop over the layers."""
         # The loop carries whole stacks and replaces one layer at a time. A scan with
         # stacked outputs would allocate a second copy of them in host memory.
@@ -211,10 +202,18 @@ class _LayerwiseUpdate:
             for j, x in enumerate(self.program.out_avals)
             if self.result_layers[j] == size
         }
+
+        def has_type(x: Array, aval: Any) -> bool:
+            types = jax.typeof(x), aval
+            return len({(t.shape, t.dtype, t.memory_space) for t in types}) == 1
+
+        # Layer i of an argument is read before layer i of its result is written.
         replaced = {
             j
-            for j, x in result_types.items()
-            if in_place and _has_type(arguments[j], x)
+            for j, x in enumerate(arguments)
+            if self.argument_layers[j] == size
+            and j in result_types
+            and has_type(x, result_types[j])
         }
 
         def update_layer(i: Array, stacks: dict[int, Array]) -> dict[int, Array]:
@@ -323,15 +322,6 @@ class _LayerInterpreter:
         is_scalar = variable.aval.shape == ()
         is_stack = eqn.params["shape"][:1] == (self._size,)
         return is_scalar and is_stack and not any(spec[:1])
-
-
-def _has_type(x: Array, aval: Any) -> bool:
-    """Whether an array has the shape, the dtype and the memory space of a type."""
-
-    def key(aval: Any) -> tuple:
-        return aval.shape, aval.dtype, aval.memory_space
-
-    return key(jax.typeof(x)) == key(aval)
 
 
 def _empty(aval: Any) -> Array:

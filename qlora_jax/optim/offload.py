@@ -155,7 +155,6 @@ def _update_by_layers(
         argument_layers,
         result_layers,
         names=paths_where(lambda _: True, updates),
-        in_place=True,
     )
     return results_def.unflatten(results)
 
