@@ -44,11 +44,8 @@ class Stacks:
     def __init__(self):
         self.by_path: dict[str, QTensor] = {}
 
-    def __enter__(self) -> "Stacks":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # `nn.jit` caches traces, which refer to this object and so to the kernels.
+    def close(self) -> None:
+        """Drops the kernels. `nn.jit` caches traces, which refer to this object."""
         self.by_path.clear()
 
     def add(self, path: str, kernel: Leaf) -> Leaf:

@@ -1,10 +1,11 @@
 """Describes the call of each module class as an einsum and a bias."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from jaxtyping import Array
 
 from ..adapters.call import (
@@ -44,11 +45,9 @@ def _dense(module: nn.Dense | QLoRADense, inputs: Array) -> ModuleCall:
 
 
 def _dense_general(module: nn.DenseGeneral, inputs: Array) -> ModuleCall:
-    def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-        return (value,) if isinstance(value, int) else tuple(value)
-
-    axes, batch = as_tuple(module.axis), as_tuple(module.batch_dims)
-    num_outputs = len(as_tuple(module.features))
+    # Each of the three is an integer or several.
+    axes, batch = (np.ravel(x).tolist() for x in (module.axis, module.batch_dims))
+    num_outputs = np.size(module.features)
     equation = general_equation(inputs.ndim, axes, batch, num_outputs)
     return _module_call(module, "kernel", equation, inputs)
 

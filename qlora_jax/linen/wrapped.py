@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +132,7 @@ class WrappedModel:
         # 2. Put each kernel into a box, and run the model under the interceptor.
         version = (RULES.version, self.backend)
         interceptor = Interceptor(self.backend)
-        with Stacks() as stacks, nn.intercept_methods(interceptor):
+        with closing(Stacks()) as stacks, nn.intercept_methods(interceptor):
 
             def box_kernel(path: str, leaf: Leaf) -> Leaf:
                 if not is_tree_leaf(leaf):
