@@ -195,18 +195,15 @@ def split_arrays(
     """Returns the arrays (or shapes) in `tree`, and a function that replaces them.
 
     Transformations then trace only the arrays. Flags such as `deterministic` remain
-    Python values.
+    Python values, and the list has None in their place.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf)
-    indices = [i for i, leaf in enumerate(leaves) if is_traced(leaf)]
 
     def rebuild(arrays: list) -> PyTree:
-        new_leaves = list(leaves)
-        for i, array in zip(indices, arrays, strict=True):
-            new_leaves[i] = array
-        return jax.tree.unflatten(treedef, new_leaves)
+        pairs = zip(leaves, arrays, strict=True)
+        return treedef.unflatten(x if new is None else new for x, new in pairs)
 
-    return [leaves[i] for i in indices], rebuild
+    return [leaf if is_traced(leaf) else None for leaf in leaves], rebuild
 
 
 def on_arrays(

@@ -265,7 +265,7 @@ def trace_kinds(
         with nn.intercept_methods(recorder):
             return module.apply(variables, *args, **kwargs)
 
-    jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
+    jax.eval_shape(abstract_call, jax.tree.map(_unsharded, arrays))
     kinds = {path: next(iter(ks)) for path, ks in recorder.kinds.items() if ks}
     return kinds, recorder.problems(config)
 

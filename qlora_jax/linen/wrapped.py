@@ -1,5 +1,6 @@
 """`wrap` for linen models."""
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -175,26 +176,23 @@ def _check_collections(collections: Mapping) -> None:
 def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
     # A leaf that is trained in full replaces the frozen one. Scans slice arrays but not
     # tuples, so a tuple of scalings becomes an array.
-    key, count = _dropout_key(rngs), 0
+    key, counter = _dropout_key(rngs), itertools.count(1)
 
     def prepare(_: str, leaf: Leaf) -> Leaf:
-        nonlocal count
         base, adapter, keys = parts_of(leaf)
         if adapter is None:
             return leaf
         if isinstance(adapter, Trained):
             return adapter.merged(as_kernel(base))
         if key is not None and adapter.dropout:
-            count += 1
-            keys = dropout_keys(adapter, jax.random.fold_in(key, count))  # [*batch]
+            leaf_key = jax.random.fold_in(key, next(counter))
+            keys = dropout_keys(adapter, leaf_key)  # [*batch]
         return AdaptedKernel(base, sliced(adapter), keys)
 
     return map_by_path(prepare, params)
 
 
 def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
-    if rngs is None:
-        return None
     rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
     key: Any = rngs.get("dropout", rngs.get("params"))  # as Flax's `make_rng`
     if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
