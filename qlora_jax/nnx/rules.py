@@ -24,10 +24,6 @@ from ..product.einsum import kernel_kinds
 OutSharding = NamedSharding | PartitionSpec | None
 
 
-def _always(module: object) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Rule:
     """Describes the product of a module class with its kernel."""
@@ -36,7 +32,7 @@ class Rule:
     kinds: Callable[[Any], str | None]  # returns None if only calls determine them
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
     # Whether the rule applies to a module: `call` must be all that it computes.
-    supports: Callable[[Any], bool] = _always
+    supports: Callable[[Any], bool]
     is_partial: bool = False  # whether other methods read the kernel in float
 
 
@@ -179,7 +175,7 @@ def register(
         equation, x = registered.operands(module, args, kwargs)
         return ModuleCall(registered.kernel_of(module), equation, x)
 
-    RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of))
+    RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of, lambda module: True))
 
 
 # A stacked kernel has more axes than its module declares: the first are batch axes.
