@@ -45,7 +45,7 @@ class Stacks:
         self.by_path: dict[str, QTensor] = {}
 
     def close(self) -> None:
-        """Drops the kernels. `nn.jit` caches traces, which refer to this object."""
+        """Drops the kernels: `nn.jit` caches traces, which refer to this object."""
         self.by_path.clear()
 
     def add(self, path: str, kernel: Leaf) -> Leaf:
