@@ -193,8 +193,8 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
 
 
 def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
-    rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-    key: Any = rngs.get("dropout", rngs.get("params"))  # as Flax's `make_rng`
+    by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key = by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
     if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     # An old-style key, as returned by `jax.random.PRNGKey`.

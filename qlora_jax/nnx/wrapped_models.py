@@ -74,7 +74,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
         (['bias', 'kernel'], 4)
     """
     base = {path: x.get_value() for path, x in _base_variables(model).items()}
-    kernels = {join_path(path): kernel for path, *kernel in adapted_kernels(model)}
+    kernels = {join_path(path): (x, name) for path, x, name in adapted_kernels(model)}
     # Kernels trained through their quantizer, and frozen leaves, replace the variables.
     base |= {path: base_of(*kernel) for path, kernel in kernels.items()}
     lora = {path: adapter_of(*kernel).adapter for path, kernel in kernels.items()}
