@@ -1,31 +1,41 @@
-"""Evaluates jaxprs while computing some of their operations in another way."""
+"""Evaluates traced programs while computing some of their operations in another way."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+Program = ClosedJaxpr | Jaxpr
 
 
-def run_program(
-    jaxpr: Jaxpr,
+def evaluate(
+    program: Program,
     arguments: Iterable[object],
     compute: Callable[[JaxprEqn, list[Any]], Sequence[object]],
+    is_entered: Callable[[JaxprEqn, list[Any]], bool],
 ) -> list[Any]:
-    """Runs a jaxpr with `compute(eqn, values)` for each equation. Returns its results.
+    """Returns a program's results, with `compute(eqn, values)` for each equation.
 
-    `arguments` are the constants followed by the inputs. Values may be of any type that
-    `compute` accepts.
+    Values may be of any type that `compute` accepts. If `is_entered(eqn, values)`, the
+    equation is a call, and the equations of the called program are computed instead.
     """
+    jaxpr: Any = getattr(program, "jaxpr", program)
     variables = (*jaxpr.constvars, *jaxpr.invars)
-    env: dict[Var, Any] = dict(zip(variables, arguments, strict=True))
+    values = (*getattr(program, "consts", ()), *arguments)
+    env: dict[Var, Any] = dict(zip(variables, values, strict=True))
 
     def read(atom: Literal | Var) -> object:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        inner = [x for x in eqn.params.values() if isinstance(x, Program)]
         # The context holds configuration that was active when the equation was traced.
         with eqn.ctx.manager:
-            results = compute(eqn, [read(atom) for atom in eqn.invars])
+            if len(inner) == 1 and is_entered(eqn, values):
+                results = evaluate(inner[0], values, compute, is_entered)
+            else:
+                results = compute(eqn, values)
         env |= zip(eqn.outvars, results, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -109,7 +109,15 @@ def register(
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     setattr(cls, "tree_fields", property(tree_fields))  # noqa: B010
     if serialized_name is not None:
-        register_export(cls, serialized_name, static)
+        SERIALIZED.append(cls)
+        export.register_pytree_node_serialization(
+            cls,
+            serialized_name=serialized_name,
+            serialize_auxdata=lambda aux: static_to_json(cls, aux, static).encode(),
+            deserialize_auxdata=lambda data: static_from_json(
+                cls, bytes(data).decode(), static
+            ),
+        )
     return cls
 
 
@@ -148,21 +156,6 @@ def _from_json(field_type: Any, value: Any) -> object:
     if isinstance(value, list):
         return tuple(_from_json(None, x) for x in value)
     return value
-
-
-def register_export(
-    node_type: type, serialized_name: str, static: tuple[str, ...]
-) -> None:
-    """Tells `jax.export` how to store the structure of a registered pytree node."""
-    SERIALIZED.append(node_type)
-    export.register_pytree_node_serialization(
-        node_type,
-        serialized_name=serialized_name,
-        serialize_auxdata=lambda aux: static_to_json(node_type, aux, static).encode(),
-        deserialize_auxdata=lambda data: static_from_json(
-            node_type, bytes(data).decode(), static
-        ),
-    )
 
 
 def register_states() -> None:
@@ -216,18 +209,15 @@ def split_arrays(
     """Returns the arrays (or shapes) in `tree`, and a function that replaces them.
 
     Transformations then trace only the arrays. Flags such as `deterministic` remain
-    Python values.
+    Python values, and the list has None in their place.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf)
-    indices = [i for i, leaf in enumerate(leaves) if is_traced(leaf)]
 
     def rebuild(arrays: list) -> PyTree:
-        new_leaves = list(leaves)
-        for i, array in zip(indices, arrays, strict=True):
-            new_leaves[i] = array
-        return jax.tree.unflatten(treedef, new_leaves)
+        pairs = zip(leaves, arrays, strict=True)
+        return treedef.unflatten(x if new is None else new for x, new in pairs)
 
-    return [leaves[i] for i in indices], rebuild
+    return [leaf if is_traced(leaf) else None for leaf in leaves], rebuild
 
 
 def on_arrays(

@@ -4,7 +4,6 @@ JAX traces the function. The traced program then runs with products of packed ex
 instead of `lax.ragged_dot`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, primitives
+from jax.extend.core import JaxprEqn, primitives
 from jaxtyping import Array, PyTree
 
-from .._jax.jaxprs import bind, run_program
+from .._jax.jaxprs import bind, evaluate
 from ..product.matmul import offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
@@ -23,8 +22,6 @@ from .base import Adapter
 from .product import product
 
 Backends = str | tuple[str, ...] | None
-# Computes the results of an operation from the values of its operands.
-ComputeEqn = Callable[[JaxprEqn, list], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -138,55 +135,36 @@ def call_with_experts(
         views.append(_ExpertsView(kernel, lora, (*range(kernel.ndim),), kernel.dtype))
     weights = jax.eval_shape(lambda: [view.float_weights for view in views])
     program, out = jax.make_jaxpr(fn, return_shape=True)(weights)
-    operands = [*program.consts, *views]
-    # 2. A dry run without values collects the views that must be decoded.
+
+    # 2. Run its program with views in place of the weights.
     decoded: list[_ExpertsView] = []
 
-    def collect_views(eqn: JaxprEqn, values: list) -> list:
-        decoded.extend(value for value in values if isinstance(value, _ExpertsView))
-        return [None] * len(eqn.outvars)
+    def decode(value: Any) -> Any:
+        if not isinstance(value, _ExpertsView):
+            return value
+        decoded.append(value)
+        return value.float_weights
 
-    results = _run(program.jaxpr, operands, collect_views, lambda eqn, values: [None])
-    decoded.extend(value for value in results if isinstance(value, _ExpertsView))
+    def run_equation(eqn: JaxprEqn, values: list) -> list:
+        view_indices = [i for i, x in enumerate(values) if isinstance(x, _ExpertsView)]
+        if view_indices:
+            view = values[view_indices[0]]
+            if (after := view.after(eqn)) is not None:
+                return [after]
+            if view_indices == [1] and view.is_multiplied(eqn):
+                return _multiply(backend, eqn, values)
+        return bind(eqn, map(decode, values))
 
-    # 3. Run the program.
-    def compute(eqn: JaxprEqn, values: list) -> list:
-        return bind(eqn, map(_decoded, values))
+    def is_entered(eqn: JaxprEqn, values: list) -> bool:
+        has_views = any(isinstance(x, _ExpertsView) for x in values)
+        return has_views and eqn.primitive is primitives.jit_p
 
     def run() -> list:
-        multiply = functools.partial(_multiply, backend)
-        return [*map(_decoded, _run(program.jaxpr, operands, compute, multiply))]
+        return [*map(decode, evaluate(program, views, run_equation, is_entered))]
 
+    jax.eval_shape(run)  # shows whether any view must be decoded
     leaves = jax.checkpoint(run)() if decoded else run()
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
-
-
-def _run(
-    jaxpr: Jaxpr, operands: Sequence[object], compute: ComputeEqn, multiply: ComputeEqn
-) -> list:
-    """Runs a program in which some values are views of experts.
-
-    `multiply` computes products with these views, and `compute` all other operations.
-    """
-
-    def run_eqn(eqn: JaxprEqn, values: list) -> Sequence[Any]:
-        view_indices = [i for i, x in enumerate(values) if isinstance(x, _ExpertsView)]
-        if not view_indices:
-            return compute(eqn, values)
-        view = values[view_indices[0]]
-        if eqn.primitive is primitives.jit_p:
-            inner = eqn.params["jaxpr"]
-            return _run(inner.jaxpr, [*inner.consts, *values], compute, multiply)
-        if (after := view.after(eqn)) is not None:
-            return [after]
-        is_product = view_indices == [1] and view.is_multiplied(eqn)
-        return (multiply if is_product else compute)(eqn, values)
-
-    return run_program(jaxpr, operands, run_eqn)
-
-
-def _decoded(value: Any) -> Any:
-    return value.float_weights if isinstance(value, _ExpertsView) else value
 
 
 def _multiply(backend: Backends, eqn: JaxprEqn, values: list) -> list[Array]:

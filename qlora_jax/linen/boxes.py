@@ -44,11 +44,8 @@ class Stacks:
     def __init__(self):
         self.by_path: dict[str, QTensor] = {}
 
-    def __enter__(self) -> "Stacks":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # `nn.jit` caches traces, which refer to this object and so to the kernels.
+    def close(self) -> None:
+        """Drops the kernels: `nn.jit` caches traces, which refer to this object."""
         self.by_path.clear()
 
     def add(self, path: str, kernel: Leaf) -> Leaf:
@@ -163,25 +160,26 @@ class KernelBox(meta.AxisMetadata):
 register(KernelBox, ("kernel",), ("version", "path"))
 
 
+def boxes_inside(module: nn.Module, cls: type[B]) -> dict[str, B]:
+    """Returns the boxes of type `cls` of a module and its submodules, by path."""
+    flat = jax.tree_util.tree_leaves_with_path(
+        module.variables.get("params", {}), is_leaf=lambda node: isinstance(node, cls)
+    )
+    return {path_string(keys): leaf for keys, leaf in flat if isinstance(leaf, cls)}
+
+
 def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
     """Returns the boxes of type `cls` that a module reads, by name or path."""
-
-    def by_path(params: Tree) -> dict[str, Leaf]:
-        flat = jax.tree_util.tree_leaves_with_path(
-            params, is_leaf=lambda node: isinstance(node, cls)
-        )
-        return {path_string(keys): leaf for keys, leaf in flat}
-
-    params = module.variables.get("params", {})
     # `nnx.bridge.ToLinen`, or a copy of it, as in MaxText, reads all the parameters of
     # its nnx module, which are nested.
     if any(field.name == "nnx_class" for field in fields(module)):
-        params = by_path(params)
+        return boxes_inside(module, cls)
+    params = module.variables.get("params", {})
+    boxes = {name: leaf for name, leaf in params.items() if isinstance(leaf, cls)}
     # A norm reads the kernel of the layer inside it.
     if isinstance(module, NORMS):
-        inner = module.layer_instance.variables.get("params", {})
-        params = {**params, **by_path(inner)}
-    return {name: leaf for name, leaf in params.items() if isinstance(leaf, cls)}
+        boxes |= boxes_inside(module.layer_instance, cls)
+    return boxes
 
 
 def _open_boxes(variables: Tree, cls: type[B], unbox: Callable[[B], Leaf]) -> Tree:

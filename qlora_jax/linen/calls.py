@@ -1,10 +1,11 @@
 """Describes the call of each module class as an einsum and a bias."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from jaxtyping import Array
 
 from ..adapters.call import (
@@ -14,43 +15,20 @@ from ..adapters.call import (
     RegisteredEinsum,
     Registry,
     general_equation,
-    promote_to_kernel,
 )
-from .dense import QLoRADense
-
-
-def _module_call(
-    module: nn.Module, kernel: str, equation: str, x: Array, is_complete: bool = True
-) -> ModuleCall:
-    # Registered classes may lack the bias, `promote_dtype` and `precision`.
-    bias = module.variables.get("params", {}).get("bias")
-    # A registered class promotes its input as `jnp.einsum` does.
-    promote = promote_to_kernel
-    if hasattr(module, "promote_dtype"):
-        promote = functools.partial(module.promote_dtype, dtype=module.dtype)
-    return ModuleCall(
-        kernel,
-        equation,
-        x,
-        bias=nn.meta.unbox(bias),
-        promote=promote,
-        precision=getattr(module, "precision", None),
-        is_complete=is_complete,
-    )
+from .dense import QLoRADense, module_call
 
 
 def _dense(module: nn.Dense | QLoRADense, inputs: Array) -> ModuleCall:
-    return _module_call(module, "kernel", DENSE, inputs)
+    return module_call(module, "kernel", DENSE, inputs)
 
 
 def _dense_general(module: nn.DenseGeneral, inputs: Array) -> ModuleCall:
-    def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-        return (value,) if isinstance(value, int) else tuple(value)
-
-    axes, batch = as_tuple(module.axis), as_tuple(module.batch_dims)
-    num_outputs = len(as_tuple(module.features))
+    # Each of the three is an integer or several.
+    axes, batch = (np.ravel(x).tolist() for x in (module.axis, module.batch_dims))
+    num_outputs = np.size(module.features)
     equation = general_equation(inputs.ndim, axes, batch, num_outputs)
-    return _module_call(module, "kernel", equation, inputs)
+    return module_call(module, "kernel", equation, inputs)
 
 
 def _einsum(
@@ -59,7 +37,7 @@ def _einsum(
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
     # The packed product always rounds its sums to the dtype of x.
     is_complete = module.preferred_element_type is None
-    return _module_call(module, "kernel", equation, inputs, is_complete)
+    return module_call(module, "kernel", equation, inputs, is_complete)
 
 
 def _embed(module: nn.Embed, inputs: Array) -> Lookup | None:
@@ -132,7 +110,7 @@ def register(
     # `operands` uses the signature of `__call__` to find the input.
     def rule(module: nn.Module, *args: object, **kwargs: object) -> ModuleCall:
         equation, x = registered.operands(module, args, kwargs)
-        return _module_call(module, registered.kernel_of(module), equation, x)
+        return module_call(module, registered.kernel_of(module), equation, x)
 
     RULES.add(cls, rule)
 

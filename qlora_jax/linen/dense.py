@@ -11,13 +11,34 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
 from ..adapters.base import Adapter
-from ..adapters.call import DENSE, ModuleCall, adapted_call
+from ..adapters.call import DENSE, ModuleCall, adapted_call, promote_to_kernel
 from ..adapters.config import QLoRAConfig, check_layer_config
 from ..adapters.create import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
 from ..trees.paths import Leaf
 from ..trees.quantize import freeze
+
+
+def module_call(
+    module: nn.Module, kernel: str, equation: str, x: Array, is_complete: bool = True
+) -> ModuleCall:
+    """Describes the call of a module that has the attributes of a Dense or fewer."""
+    # Registered classes may lack the bias, `promote_dtype` and `precision`.
+    bias = module.variables.get("params", {}).get("bias")
+    # A registered class promotes its input as `jnp.einsum` does.
+    promote = promote_to_kernel
+    if hasattr(module, "promote_dtype"):
+        promote = functools.partial(module.promote_dtype, dtype=module.dtype)
+    return ModuleCall(
+        kernel,
+        equation,
+        x,
+        bias=nn.meta.unbox(bias),
+        promote=promote,
+        precision=getattr(module, "precision", None),
+        is_complete=is_complete,
+    )
 
 
 class QLoRADense(nn.Module):
@@ -63,8 +84,7 @@ class QLoRADense(nn.Module):
 
     def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> Leaf:
         w = self.kernel_init(key, shape, self.param_dtype)
-        packing, pack = self.config.packing, self.config.freeze_base
-        return freeze(FloatKernel(w, Geometry()), packing, pack=pack)
+        return freeze(FloatKernel(w, Geometry()), self.config)
 
     # The adapter has the same shapes whether the kernel is packed or in float.
     def _init_lora(self, kernel: Leaf) -> Adapter:
@@ -86,19 +106,9 @@ class QLoRADense(nn.Module):
         shape = (jnp.shape(inputs)[-1], self.features)  # [K, N]
         kernel = self.param("kernel", self._init_kernel, shape)
         lora = self.variable("lora", "kernel", self._init_lora, kernel).value
-        bias = None
         if self.use_bias:
-            bias = self.param(
-                "bias", self.bias_init, shape[1:], self.param_dtype
-            )  # [N]
-        call = ModuleCall(
-            "kernel",
-            DENSE,
-            inputs,
-            bias=bias,
-            promote=functools.partial(self.promote_dtype, dtype=self.dtype),
-            precision=self.precision,
-        )
+            self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        call = module_call(self, "kernel", DENSE, inputs)
         # `make_rng` uses the "params" rng if there is no "dropout" rng, as in Flax.
         has_key = self.has_rng("dropout") or self.has_rng("params")
         use_dropout = self.config.dropout > 0 and has_key and not self.is_initializing()

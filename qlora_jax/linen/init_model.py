@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from flax.linen.module import InterceptorContext
 
 from .._jax.memory import is_concrete
 from .._jax.pytree import is_tree_leaf, register, split_arrays
@@ -146,11 +147,7 @@ class _Recorder:
         self.described: list[tuple] = []
 
     def __call__(
-        self,
-        next_fun: Callable,
-        args: tuple,
-        kwargs: dict,
-        context: nn.module.InterceptorContext,
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: InterceptorContext
     ) -> Tree:
         # These branches mirror those of `Interceptor`.
         module = context.module
@@ -167,7 +164,11 @@ class _Recorder:
             )
         call = call_of(module, method, args, kwargs)
         for target in boxes.values():
-            target.recorder.record(target, module, call)
+            # Errors are collected, so that one error lists the problems of all targets.
+            try:
+                target.recorder.record(target, module, call)
+            except ValueError as error:
+                target.recorder.unfit[target.path] = str(error)
         # Flax does not unbox the parameters of the layer in a norm.
         if boxes and isinstance(module, NORMS):
             return run_in_float(module, method, args, kwargs, _Target)
@@ -183,17 +184,8 @@ class _Recorder:
         self, target: _Target, module: nn.Module, call: ModuleCall | Lookup | None
     ) -> None:
         self.owned.add(target.path)
-        # Errors are collected, so that one error lists the problems of all targets.
-        try:
-            if is_mapped(module, target, self.values[target.path]):
-                raise ValueError(MAPPED)
-            self._record_kinds(target, module, call)
-        except ValueError as error:
-            self.unfit[target.path] = str(error)
-
-    def _record_kinds(
-        self, target: _Target, module: nn.Module, call: ModuleCall | Lookup | None
-    ) -> None:
+        if is_mapped(module, target, self.values[target.path]):
+            raise ValueError(MAPPED)
         # A stacked bias has two axes too, but only one inside its module.
         ndim = target.value.ndim
         if ndim < 2:
@@ -253,13 +245,14 @@ def trace_kinds(
     other_variables: Mapping,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the targets' kinds of axes, and why targets are unfit, by path."""
-    shapes = {path: _in_float(x) for path, x in leaves_by_path(params).items()}
-    recorder = _Recorder([path for path in shapes if config.is_target(path)])
+    recorder = _Recorder([*filter(config.is_target, leaves_by_path(params))])
 
     def box_target(path: str, leaf: Leaf) -> Leaf:
-        if path in recorder.kinds:
-            return _Target(shapes[path], path, recorder)
-        return _in_float(leaf)
+        leaf, *_ = parts_of(leaf)
+        # A trace needs only the shape of a packed kernel's float array.
+        if is_tree_leaf(leaf):
+            leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return _Target(leaf, path, recorder) if path in recorder.kinds else leaf
 
     variables = {**other_variables, "params": map_by_path(box_target, params)}
     # Flags in the arguments stay Python values, and only arrays are traced.
@@ -272,15 +265,9 @@ def trace_kinds(
         with nn.intercept_methods(recorder):
             return module.apply(variables, *args, **kwargs)
 
-    jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
+    jax.eval_shape(abstract_call, jax.tree.map(_unsharded, arrays))
     kinds = {path: next(iter(ks)) for path, ks in recorder.kinds.items() if ks}
     return kinds, recorder.problems(config)
-
-
-def _in_float(leaf: Leaf) -> Leaf:
-    # A trace needs only the shape of a packed kernel's float array. Arrays stay as is.
-    leaf, *_ = parts_of(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
 
 
 def _unsharded(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

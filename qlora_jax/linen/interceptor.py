@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import flax.linen as nn
 import jax
+from flax.linen.module import InterceptorContext
 
 from ..adapters.call import adapted_call
 from ..trees.paths import Leaf, Tree, refuse_listed
@@ -37,11 +38,7 @@ class Interceptor:
         self.in_float: list[tuple] = []  # paths of modules that run on float weights
 
     def __call__(
-        self,
-        next_fun: Callable,
-        args: tuple,
-        kwargs: dict,
-        context: nn.module.InterceptorContext,
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: InterceptorContext
     ) -> Tree:
         """Runs a method of a module."""
         module = context.module
@@ -91,7 +88,7 @@ def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
     )
 
 
-def method_of(context: nn.module.InterceptorContext) -> str | None:
+def method_of(context: InterceptorContext) -> str | None:
     """Returns the name of the called method, or None if a function was called."""
     # Lifted transforms call functions, as in `nn.vjp(lambda m, x: m(x), m, x)`, as if
     # they were methods of the module. A method is found in the class of the module.

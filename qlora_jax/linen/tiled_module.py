@@ -1,14 +1,13 @@
 """Runs a linen module on one tile of tokens at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Float
 
 from ..memory.by_tiles import by_tiles
 from ..trees.paths import refuse_listed
-from .boxes import KernelBox
+from .boxes import KernelBox, boxes_inside
 
 
 def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
@@ -44,11 +43,14 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
         True
     """
 
+    def boxes(module: nn.Module) -> Iterable[KernelBox]:
+        return boxes_inside(module, KernelBox).values()
+
     def run_tile(module: nn.Module, carry: None, tokens: Array) -> tuple[None, Array]:
         refuse_listed(
             "these adapters must have no dropout in tiles of tokens, since all tiles "
             "would drop the same entries",
-            [f"{box.path}: {box.dropout}" for box in _boxes(module) if box.dropout],
+            [f"{box.path}: {box.dropout}" for box in boxes(module) if box.dropout],
         )
         return carry, module(tokens)
 
@@ -61,24 +63,15 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     )
 
     def fetch_and_scan(module: nn.Module, tiles: Float[Array, "tiles ..."]) -> Array:
-        for box in _boxes(module):
+        for box in boxes(module):
             box.fetch(tiles[0])
         return scan(module, None, tiles)[1]
 
     def run_tiles(tiles: Float[Array, "tiles ..."]) -> Array:
-        if any(box.needs_fetch(tiles[0]) for box in _boxes(module)):
+        if any(box.needs_fetch(tiles[0]) for box in boxes(module)):
             # The backward pass fetches kernels again, instead of keeping them.
             return nn.remat(fetch_and_scan, prevent_cse=False)(module, tiles)
         return fetch_and_scan(module, tiles)
 
     # With a single tile, `module` is called directly.
     return by_tiles(module, run_tiles, tile)
-
-
-def _boxes(module: nn.Module) -> list[KernelBox]:
-    # Returns the boxes of the module and of all modules inside it.
-    leaves = jax.tree.leaves(
-        module.variables.get("params", {}),
-        is_leaf=lambda node: isinstance(node, KernelBox),
-    )
-    return [leaf for leaf in leaves if isinstance(leaf, KernelBox)]

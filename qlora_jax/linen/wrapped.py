@@ -1,7 +1,9 @@
 """`wrap` for linen models."""
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +132,7 @@ class WrappedModel:
         # 2. Put each kernel into a box, and run the model under the interceptor.
         version = (RULES.version, self.backend)
         interceptor = Interceptor(self.backend)
-        with Stacks() as stacks, nn.intercept_methods(interceptor):
+        with closing(Stacks()) as stacks, nn.intercept_methods(interceptor):
 
             def box_kernel(path: str, leaf: Leaf) -> Leaf:
                 if not is_tree_leaf(leaf):
@@ -171,28 +173,25 @@ def _check_collections(collections: Mapping) -> None:
 def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
     # A leaf that is trained in full replaces the frozen one. Scans slice arrays but not
     # tuples, so a tuple of scalings becomes an array.
-    key, count = _dropout_key(rngs), 0
+    key, counter = _dropout_key(rngs), itertools.count(1)
 
     def prepare(_: str, leaf: Leaf) -> Leaf:
-        nonlocal count
         base, adapter, keys = parts_of(leaf)
         if adapter is None:
             return leaf
         if adapter.replacement is not None:
             return adapter.merged(as_kernel(base))
         if key is not None and adapter.dropout:
-            count += 1
-            keys = dropout_keys(adapter, jax.random.fold_in(key, count))  # [*batch]
+            leaf_key = jax.random.fold_in(key, next(counter))
+            keys = dropout_keys(adapter, leaf_key)  # [*batch]
         return AdaptedKernel(base, adapter.sliceable(), keys)
 
     return map_by_path(prepare, params)
 
 
 def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
-    if rngs is None:
-        return None
-    rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-    key: Any = rngs.get("dropout", rngs.get("params"))  # as Flax's `make_rng`
+    by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key = by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
     if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     # An old-style key, as returned by `jax.random.PRNGKey`.
@@ -210,11 +209,7 @@ def _without_boxes(
 
         def restore_kernel(keys: KeyPath, leaf: Leaf) -> Leaf:
             path = path_string(keys)
-            is_kernel = (
-                isinstance(leaf, KernelBox)
-                or path in adapted
-                or is_tree_leaf(unbox(originals.get(path)))
-            )
+            is_kernel = path in adapted or is_tree_leaf(unbox(originals.get(path)))
             return originals[path] if is_kernel else leaf
 
         # Not `map_by_path`, which would open the boxes and so decode the kernels.

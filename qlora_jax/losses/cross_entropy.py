@@ -6,7 +6,6 @@ The logits, float32 `[tokens, V]`, are often the largest array of a training ste
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +99,8 @@ def chunked_cross_entropy(
     if labels.dtype.itemsize < 4:
         # Labels are compared with all token ids in the dtype of the labels.
         labels = labels.astype(jnp.int32)
-    settings = _LossSettings(chunk_size, logit_soft_cap)
-    return _losses(settings, varying_with(hidden, kernel, labels), kernel, labels)
+    hidden = varying_with(hidden, kernel, labels)
+    return _losses(chunk_size, logit_soft_cap, hidden, kernel, labels)
 
 
 def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
@@ -117,13 +116,6 @@ def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..
         Array([-30.,   0.,  30.], dtype=float32)
     """
     return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _LossSettings:
-    chunk_size: int
-    soft_cap: float | None
 
 
 def _check(hidden: Array, head: Kernel, labels: Array, contract: int) -> None:
@@ -156,15 +148,15 @@ def _check(hidden: Array, head: Kernel, labels: Array, contract: int) -> None:
 #   d loss / d l_j = (softmax(c)_j - [j = y]) * (1 - (c_j / cap)^2).
 # A loss depends only on its own row of `hidden`. The forward pass therefore keeps
 # `unit = d loss / d hidden`, `[*tokens, D]`, and the backward pass returns `g * unit`.
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _losses(
-    settings: _LossSettings, hidden: Array, head: Kernel, labels: Array
+    chunk_size: int, cap: float | None, hidden: Array, head: Kernel, labels: Array
 ) -> Array:
-    return _compute(settings, hidden, head, labels, has_gradient=False)[0]
+    return _compute(chunk_size, cap, hidden, head, labels, has_gradient=False)[0]
 
 
 def _losses_fwd(
-    settings: _LossSettings, hidden: PyTree, head: PyTree, labels: PyTree
+    chunk_size: int, cap: float | None, hidden: PyTree, head: PyTree, labels: PyTree
 ) -> tuple[Array, Array | None]:
     # With `symbolic_zeros`, each array is wrapped together with a flag that says
     # whether it is differentiated.
@@ -180,20 +172,24 @@ def _losses_fwd(
     hidden, head, labels = jax.tree.map(
         lambda leaf: leaf.value, (hidden, head, labels), is_leaf=is_wrapped
     )
-    return _compute(settings, hidden, head, labels, has_gradient=True)
+    return _compute(chunk_size, cap, hidden, head, labels, has_gradient=True)
 
 
-def _losses_bwd(unit: Array, g: PyTree) -> tuple[None, Array, None, None]:
+def _losses_bwd(
+    chunk_size: int, cap: float | None, unit: Array, g: PyTree
+) -> tuple[Array, None, None]:
+    del chunk_size, cap
     g = jnp.expand_dims(g, -1)
-    return None, (unit * g).astype(unit.dtype), None, None
+    return (unit * g).astype(unit.dtype), None, None
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.jit, static_argnames="has_gradient")
+@functools.partial(jax.jit, static_argnames=("chunk_size", "cap", "has_gradient"))
 def _compute(
-    settings: _LossSettings,
+    chunk_size: int,
+    cap: float | None,
     hidden: Array,
     head: Kernel,
     labels: Array,
@@ -205,17 +201,16 @@ def _compute(
         hidden: Array, head: Kernel, labels: Array
     ) -> tuple[Array, Array | None]:
         compute_chunk = functools.partial(
-            _compute_chunk, _linear(head, hidden.dtype), settings.soft_cap, has_gradient
+            _compute_chunk, _linear(head, hidden.dtype), cap, has_gradient
         )
-        num_chunks = _num_chunks(labels.size, settings.chunk_size)
+        num_chunks = _num_chunks(labels.size, chunk_size)
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         if num_chunks == 1:
             losses, unit = compute_chunk((rows, targets))
         else:
             chunks = _cut(rows, num_chunks), _cut(targets, num_chunks)
-            losses, unit = lax.map(compute_chunk, chunks)
-            losses = _join(losses, labels.size)
-            unit = unit if unit is None else _join(unit, labels.size)
+            join = functools.partial(_join, num_tokens=labels.size)
+            losses, unit = jax.tree.map(join, lax.map(compute_chunk, chunks))
         losses = losses.reshape(labels.shape)
         return losses, unit if unit is None else unit.reshape(hidden.shape)
 

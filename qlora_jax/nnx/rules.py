@@ -1,5 +1,6 @@
 """Rules that describe the calls of module classes."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,6 @@ from ..product.einsum import kernel_kinds
 OutSharding = NamedSharding | PartitionSpec | None
 
 
-def _always(module: object) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Rule:
     """Describes the product of a module class with its kernel."""
@@ -35,7 +32,7 @@ class Rule:
     kinds: Callable[[Any], str | None]  # returns None if only calls determine them
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
     # Whether the rule applies to a module: `call` must be all that it computes.
-    supports: Callable[[Any], bool] = _always
+    supports: Callable[[Any], bool]
     is_partial: bool = False  # whether other methods read the kernel in float
 
 
@@ -178,7 +175,7 @@ def register(
         equation, x = registered.operands(module, args, kwargs)
         return ModuleCall(registered.kernel_of(module), equation, x)
 
-    RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of))
+    RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of, lambda module: True))
 
 
 # A stacked kernel has more axes than its module declares: the first are batch axes.
@@ -221,10 +218,8 @@ def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
         return "k" * len(shapes[0]) + "n" * len(shapes[1])
     # If an attribute is an einsum equation, it is probably the kernel's.
     candidates = set()
-    for value in vars(module).values():
-        try:
-            candidates.add(kernel_kinds(value) if isinstance(value, str) else "")
-        except ValueError:
-            continue
+    for equation in (x for x in vars(module).values() if isinstance(x, str)):
+        with contextlib.suppress(ValueError):
+            candidates.add(kernel_kinds(equation))
     fitting = [kinds for kinds in candidates if kinds and len(kinds) <= ndim]
     return fitting[0] if len(fitting) == 1 else None

@@ -114,44 +114,41 @@ def why_not_trained(site: Site) -> str | None:
     return None
 
 
-def _why_not_target(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
+def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
+    """Returns the kinds of a target's axes if they are known, or raises ValueError."""
     if reason := why_not_trained(site):
-        return reason
+        raise ValueError(reason)
     module, name = site.module, site.name
     shape, base_shape = site.variable.shape, kernel_shape(module, name)
     if base_shape is not None and len(shape) > len(base_shape):
         if shape[-len(base_shape) :] != base_shape:
-            return (
+            raise ValueError(
                 f"the axes of a stack must come before {base_shape}, the shape of a "
                 "single kernel (in nnx.vmap: out_axes=0; in MaxText: "
                 f"param_scan_axis=0). Got shape {shape}."
             )
-    if packed_rule(module, names) is not None:
-        return None
+    # The kinds come from a rule, or else from the config, or else from a guess.
+    if (rule := packed_rule(module, names)) is not None:
+        return rule.kinds(module)
     cls = type(module).__name__
     # Stacked biases and scales have two axes, like kernels.
     if name in ("bias", "scale"):
-        return f"it is the {name} of its module, {cls}: no axis of it is contracted."
+        raise ValueError(
+            f"it is the {name} of its module, {cls}: no axis of it is contracted."
+        )
     if runs_linen(module):
         return None
     if not methods_reading(type(module), name):
-        return f"no method of its module, {cls}, reads it. Use ql.nnx.register."
+        raise ValueError(
+            f"no method of its module, {cls}, reads it. Use ql.nnx.register."
+        )
     if config.dropout and not is_table(name):
-        return (
+        raise ValueError(
             f"{cls} reads it itself, so that no dropout can act on the adapter's input."
             " Use ql.nnx.register, or dropout=0."
         )
-    return None
-
-
-def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    # The kinds come from a rule, or else from the config, or else from a guess.
-    rule = packed_rule(site.module, names)
-    if rule is not None:
-        return rule.kinds(site.module)
-    if config.contract_of(site.paths[0]) is not None or runs_linen(site.module):
-        return None
-    return guess_kinds(site.module, site.name, len(site.variable.shape))
+    is_set = config.contract_of(site.paths[0]) is not None
+    return None if is_set else guess_kinds(module, name, len(shape))
 
 
 def check_targets(
@@ -163,15 +160,12 @@ def check_targets(
     for site in targets.values():
         for module, _, name in site.holders:
             names_by_module.setdefault(id(module), []).append(name)
+    kinds: dict[str, str | None] = {}
     problems: dict[str, str] = {}
-    kinds: dict[str, str] = {}
     for path, site in targets.items():
         names = names_by_module[id(site.module)] if site.holders else []
         try:
-            if reason := _why_not_target(site, names, config):
-                problems[path] = reason
-            elif (site_kinds := _kinds(site, names, config)) is not None:
-                kinds[path] = site_kinds
+            kinds[path] = _kinds(site, names, config)
         except ValueError as error:
             problems[path] = str(error)
-    return kinds, problems
+    return {path: k for path, k in kinds.items() if k is not None}, problems

@@ -103,9 +103,7 @@ def methods_reading(cls: type, name: str) -> list[str]:
 
 
 def _mentions(function: object, name: str) -> bool:
-    if not callable(function) or isinstance(
-        function, type | staticmethod | classmethod
-    ):
+    if not callable(function) or isinstance(function, type | staticmethod):
         return False
     # Look into nested functions too, whose code is among the constants.
     code = getattr(inspect.unwrap(function), "__code__", None)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..adapters.base import why_not
 from ..quant.kernel import as_kernel
 from ..trees.merge import merge as merge_trees
-from ..trees.paths import Leaf, Tree, leaves_by_path, nested, refuse_listed
+from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
 from ..trees.sharding import MeshAxes, spec_of_names
 from ..trees.sharding import place as place_trees
 from .variables import (
@@ -73,14 +73,11 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
         >>> sorted(base), lora["kernel"].rank
         (['bias', 'kernel'], 4)
     """
-    base: dict[str, Leaf] = {}
-    lora: dict[str, Leaf] = {}
-    for path, variable in _base_variables(model).items():
-        base[path] = variable.get_value()
+    base = {path: x.get_value() for path, x in _base_variables(model).items()}
+    kernels = {join_path(path): (x, name) for path, x, name in adapted_kernels(model)}
     # Kernels trained through their quantizer, and frozen leaves, replace the variables.
-    for path, holder, name in adapted_kernels(model):
-        base[join_path(path)] = base_of(holder, name)
-        lora[join_path(path)] = adapter_of(holder, name).adapter
+    base |= {path: base_of(*kernel) for path, kernel in kernels.items()}
+    lora = {path: adapter_of(*kernel).adapter for path, kernel in kernels.items()}
     return nested(base), nested(lora)
 
 

@@ -1,5 +1,6 @@
 """AdamW with its moments in 8 bits (Dettmers et al. 2022)."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -141,14 +142,11 @@ def _scale_by_adam(
     ) -> tuple[Tree, optax.ScaleByAdamState]:
         del params
         _check_state(updates, state)
-        gradients, treedef = jax.tree.flatten(updates)
-        moments = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
-        results = [
-            update_array(gradient, mu, nu, state.count)
-            for gradient, mu, nu in zip(gradients, *moments, strict=True)
-        ]
+        update_one = functools.partial(update_array, count=state.count)
+        results = jax.tree.map(update_one, updates, state.mu, state.nu)
         new_updates, mu, nu = (
-            treedef.unflatten(result[i] for result in results) for i in range(3)
+            jax.tree.map(lambda _, result, i=i: result[i], updates, results)
+            for i in range(3)
         )
         count = optax.safe_increment(state.count)
         return new_updates, optax.ScaleByAdamState(count, mu, nu)

@@ -6,6 +6,7 @@ primitives return the entries of that layer. Primitives that mix entries of diff
 layers cannot be computed from a single layer, and raise `NotByLayers`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax.core import ShapedArray
 from jax.extend import core
 from jax.sharding import AxisType
 
-from .._jax.jaxprs import bind, run_program
+from .._jax.jaxprs import Program, bind, evaluate
 from .._jax.modes import explicit_mesh
 from .._jax.specs import spec_of
 from ..adapters.config import matches, unmatched_by
@@ -53,14 +54,8 @@ Value = Array | OneLayer | None
 
 def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     """Returns the number of layers of each array, or 0 if it is not a stack."""
-
-    def can_be_stacked(node: object) -> bool:
-        return hasattr(node, "stacked")
-
-    def is_stacked(node: Any) -> Any:
-        return can_be_stacked(node) and node.stacked()
-
-    stacked = jax.tree.leaves(jax.tree.map(is_stacked, tree, is_leaf=can_be_stacked))
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "stacked"))
+    stacked = jax.tree.leaves([getattr(x, "stacked", lambda: False)() for x in nodes])
     leaves, paths = jax.tree.leaves(tree), paths_where(lambda _: True, tree)
     patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
     unmatched = unmatched_by(patterns, paths)
@@ -126,13 +121,12 @@ def by_layers(
     result_layers: Sequence[int],
     *,
     names: Sequence[str] = (),
-    in_place: bool = False,
 ) -> list[Array]:
     """Returns `fn(*arguments)`, computed layer by layer for stacks.
 
     `argument_layers` and `result_layers` are the numbers of layers, or 0 for arrays
-    that are not stacks. With `in_place`, each result replaces the argument at its
-    position. `names` are the paths of the first results, for the error message.
+    that are not stacks. A result replaces the argument at its position if both have the
+    same type. `names` are the paths of the first results, for the error message.
     """
     # The trace is on whole stacks, so that a program that reads the number of layers
     # gets the right one.
@@ -141,7 +135,7 @@ def by_layers(
     update.check(arguments, names)
     results = update.compute(0, arguments)
     for size in {*result_layers} - {0}:
-        results |= update.loop(size, arguments, in_place)
+        results |= update.loop(size, arguments)
     return [results[j] for j in range(len(result_layers))]
 
 
@@ -176,7 +170,7 @@ class _LayerwiseUpdate:
             argument_value(x, layers)
             for x, layers in zip(arguments, self.argument_layers, strict=True)
         ]
-        results = interpreter.run(self.program, values)
+        results = interpreter.run(self.program, *values)
         return {
             j: interpreter.layer_of(x) if size and x is not None else x
             for j, x in enumerate(results)
@@ -199,9 +193,7 @@ class _LayerwiseUpdate:
                 f"{primitives or 'another array'}"
             )
 
-    def loop(
-        self, size: int, arguments: Sequence[Array], in_place: bool
-    ) -> dict[int, Array]:
+    def loop(self, size: int, arguments: Sequence[Array]) -> dict[int, Array]:
         """Computes the results with `size` layers in a loop over the layers."""
         # The loop carries whole stacks and replaces one layer at a time. A scan with
         # stacked outputs would allocate a second copy of them in host memory.
@@ -210,10 +202,18 @@ class _LayerwiseUpdate:
             for j, x in enumerate(self.program.out_avals)
             if self.result_layers[j] == size
         }
+
+        def has_type(x: Array, aval: Any) -> bool:
+            types = jax.typeof(x), aval
+            return len({(t.shape, t.dtype, t.memory_space) for t in types}) == 1
+
+        # Layer i of an argument is read before layer i of its result is written.
         replaced = {
             j
-            for j, x in result_types.items()
-            if in_place and _has_type(arguments[j], x)
+            for j, x in enumerate(arguments)
+            if self.argument_layers[j] == size
+            and j in result_types
+            and has_type(x, result_types[j])
         }
 
         def update_layer(i: Array, stacks: dict[int, Array]) -> dict[int, Array]:
@@ -234,7 +234,7 @@ class _LayerwiseUpdate:
 
 
 class _LayerInterpreter:
-    """Runs jaxprs on layer `index` of all stacks with `size` layers."""
+    """Runs programs on layer `index` of all stacks with `size` layers."""
 
     def __init__(self, size: int, index: Array | int, mixing_primitives: list[str]):
         self._size, self._index = size, index
@@ -245,20 +245,14 @@ class _LayerInterpreter:
             return x.layer
         return lax.dynamic_slice_in_dim(x, self._index, 1) if jnp.ndim(x) else x
 
-    def run(
-        self, program: core.ClosedJaxpr | core.Jaxpr, arguments: Sequence[Value]
-    ) -> list[Value]:
-        jaxpr: Any = getattr(program, "jaxpr", program)
-        constants = getattr(program, "consts", ())
-        return run_program(jaxpr, (*constants, *arguments), self._run_equation)
+    def run(self, program: Program, *arguments: Value) -> list[Value]:
+        def is_call(eqn: core.JaxprEqn, _: list[Value]) -> bool:
+            return eqn.primitive.name in _CALLS
+
+        return evaluate(program, arguments, self._run_equation, is_call)
 
     def _run_equation(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Value]:
         name, params = eqn.primitive.name, eqn.params
-        inner_programs = [
-            x for x in params.values() if isinstance(x, core.ClosedJaxpr | core.Jaxpr)
-        ]
-        if name in _CALLS and len(inner_programs) == 1:
-            return self.run(inner_programs[0], values)
         if name == "cond" and not isinstance(values[0], OneLayer | None):
             return self._run_cond(params["branches"], *values)
         unknown: list[Value] = [None for _ in eqn.outvars]
@@ -271,48 +265,40 @@ class _LayerInterpreter:
             return bind(eqn, values)
         if name in _ENTRYWISE:
             return [OneLayer(x) for x in bind(eqn, map(self.layer_of, values))]
-        if name == "scan":
-            results = self._run_scan_over_layers(eqn, inner_programs[0], values)
-            if results is not None:
-                return results
+        if name == "scan" and (layers := self._run_scan_over_layers(eqn, values)):
+            return [OneLayer(x) for x in layers]
         self._mixing_primitives.append(name)
         return unknown
 
     def _run_scan_over_layers(
-        self, eqn: core.JaxprEqn, body: Any, values: Sequence[Any]
-    ) -> list[Value] | None:
+        self, eqn: core.JaxprEqn, values: Sequence[Any]
+    ) -> list[Array] | None:
         """Returns one layer of a scan's results, or None if the scan mixes layers."""
         # In the body of a scan, scanned arguments and stacked results have one axis
         # fewer than outside. Carried and shared values have the same number of axes.
+        body: core.ClosedJaxpr = eqn.params["jaxpr"]
 
         def is_scanned(variable: Any, inner: ShapedArray) -> bool:
             return variable.aval.ndim > inner.ndim
 
-        inputs = list(
-            zip(values, map(is_scanned, eqn.invars, body.in_avals), strict=True)
-        )
-        if any(isinstance(x, OneLayer) for x, scanned in inputs if not scanned):
+        scanned = [*map(is_scanned, eqn.invars, body.in_avals)]
+        shared = [x for x, s in zip(values, scanned, strict=True) if not s]
+        is_mixing = any(isinstance(x, OneLayer) for x in shared)
+        if is_mixing or not all(map(is_scanned, eqn.outvars, body.out_avals)):
             return None
-        if not all(map(is_scanned, eqn.outvars, body.out_avals)):
-            return None
-        run_body = core.jaxpr_as_fun(body)
-        results = run_body(
+        results = core.jaxpr_as_fun(body)(
             *(
-                lax.squeeze(self.layer_of(x), [0]) if scanned else x
-                for x, scanned in inputs
+                lax.squeeze(self.layer_of(x), [0]) if s else x
+                for x, s in zip(values, scanned, strict=True)
             )
         )
-        return [OneLayer(lax.expand_dims(x, [0])) for x in results]
+        return [lax.expand_dims(x, [0]) for x in results]
 
     def _run_cond(
-        self, branches: Sequence[core.ClosedJaxpr], index: Array, *operands: Value
+        self, branches: Sequence[Program], index: Array, *operands: Value
     ) -> list[Value]:
         """Runs a `cond`. Its branches may return different kinds of `Value`."""
-
-        def branch_function(branch: core.ClosedJaxpr) -> Callable[..., list[Value]]:
-            return lambda *operands: self.run(branch, operands)
-
-        functions = list(map(branch_function, branches))
+        functions = [functools.partial(self.run, branch) for branch in branches]
         kinds_by_branch = [jax.eval_shape(run, *operands) for run in functions]
         kinds = list(zip(*kinds_by_branch, strict=True))  # the kinds of each result
 
@@ -336,15 +322,6 @@ class _LayerInterpreter:
         is_scalar = variable.aval.shape == ()
         is_stack = eqn.params["shape"][:1] == (self._size,)
         return is_scalar and is_stack and not any(spec[:1])
-
-
-def _has_type(x: Array, aval: Any) -> bool:
-    """Whether an array has the shape, the dtype and the memory space of a type."""
-
-    def key(aval: Any) -> tuple:
-        return aval.shape, aval.dtype, aval.memory_space
-
-    return key(jax.typeof(x)) == key(aval)
 
 
 def _empty(aval: Any) -> Array:

@@ -155,7 +155,6 @@ def _update_by_layers(
         argument_layers,
         result_layers,
         names=paths_where(lambda _: True, updates),
-        in_place=True,
     )
     return results_def.unflatten(results)
 
@@ -169,19 +168,13 @@ def _init_by_layers(
     def init_leaves(*leaves: Array) -> list[Array]:
         return jax.tree.leaves(init(treedef.unflatten(leaves)))
 
-    has_values = all(map(is_concrete, leaves))
-    meshes = [
-        sharding.mesh
-        for sharding in (getattr(x, "sharding", None) for x in leaves)
-        if has_values and isinstance(sharding, NamedSharding)
-    ]
-    shardings = None
+    has_values, out_shardings = all(map(is_concrete, leaves)), None
+    shardings = [getattr(x, "sharding", None) for x in leaves] if has_values else []
+    meshes = [x.mesh for x in shardings if isinstance(x, NamedSharding)]
     if meshes:
         # Stacks whose layers are on different devices are initialized at once.
-        sizes = [
-            0 if _splits_layers(x) else size
-            for x, size in zip(leaves, sizes, strict=True)
-        ]
+        is_split = [any(getattr(x, "spec", ())[:1]) for x in shardings]
+        sizes = [0 if s else size for s, size in zip(is_split, sizes, strict=True)]
         # In Auto mode, a program does not declare how its results are split. This reads
         # it from the state of a single layer, created outside `jit`. The parameters may
         # be closed over by a trace, hence `ensure_compile_time_eval`.
@@ -191,7 +184,7 @@ def _init_by_layers(
                 for x, size in zip(leaves, sizes, strict=True)
             ]
             states = init_leaves(*one_layer_leaves)
-            shardings = [_on_mesh(x.sharding, meshes[0]) for x in states]
+            out_shardings = [_on_mesh(x.sharding, meshes[0]) for x in states]
     if not any(sizes):
         return init(params)
     _, state_layers, state_def = state_sizes(init, params, sizes)
@@ -200,12 +193,10 @@ def _init_by_layers(
         return by_layers(init_leaves, leaves, sizes, state_layers)
 
     if has_values:
-        init_stacks = jax.jit(init_stacks, keep_unused=True, out_shardings=shardings)
+        init_stacks = jax.jit(
+            init_stacks, keep_unused=True, out_shardings=out_shardings
+        )
     return state_def.unflatten(init_stacks(leaves))
-
-
-def _splits_layers(x: Array) -> bool:
-    return any(getattr(x.sharding, "spec", ())[:1])
 
 
 def _on_mesh(sharding: Sharding, mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -214,12 +205,8 @@ def _on_mesh(sharding: Sharding, mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def _check_on_device(params: Tree) -> None:
-    """Raises ValueError with the paths of parameters in host memory."""
-
-    def is_array_on_host(x: object) -> bool:
-        return isinstance(x, Array) and is_on_host(x)
-
-    if on_host := paths_where(is_array_on_host, params):
+    on_host = paths_where(lambda x: isinstance(x, Array) and is_on_host(x), params)
+    if on_host:
         raise ValueError(
             "`params` must be in device memory. Got arrays in host memory at "
             f"{on_host}. Move them first: jax.device_put(x, jax.memory.Space.Device)."

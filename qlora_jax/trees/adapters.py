@@ -239,22 +239,19 @@ def value_and_grad(
     """
 
     def wrapped(tree: Tree, *args: object, **kwargs: object) -> tuple[Any, Tree]:
-        # Differentiate a function of the trained leaves alone, and fill in the others.
-        leaves, treedef = jax.tree.flatten(tree)
-        mask = jax.tree.leaves(lora_mask(tree))  # True for trained arrays
+        # Frozen leaves become None, so that `jax.grad` does not see their dtypes.
+        mask = lora_mask(tree)
+        trained = jax.tree.map(lambda x, keep: x if keep else None, tree, mask)
 
-        # Returns the tree with `trained` leaves, and `fill(leaf)` for frozen leaves.
-        def rebuild(trained: list, fill: Callable[[Any], Any]) -> Tree:
-            values = iter(trained)
-            pairs = zip(leaves, mask, strict=True)
-            return treedef.unflatten(next(values) if t else fill(x) for x, t in pairs)
+        def fill(trained: Tree, value_of: Callable[[Any], Any]) -> Tree:
+            return jax.tree.map(
+                lambda x, new: value_of(x) if new is None else new, tree, trained
+            )
 
-        def fun_of_trained(trained: list) -> Tree:
-            return fun(rebuild(trained, lambda x: x), *args, **kwargs)
+        def fun_of_trained(trained: Tree) -> Tree:
+            return fun(fill(trained, lambda x: x), *args, **kwargs)
 
-        # Frozen leaves are closed over, so that `jax.grad` does not see their dtypes.
-        trained = [x for x, is_trained in zip(leaves, mask, strict=True) if is_trained]
         value, grads = jax.value_and_grad(fun_of_trained, has_aux=has_aux)(trained)
-        return value, rebuild(grads, jnp.zeros_like)
+        return value, fill(grads, jnp.zeros_like)
 
     return wrapped

@@ -116,13 +116,7 @@ def init_targets(
             return leaf
         kernel = as_kernel(leaf, geometries.get(path))
         if path in geometries and not kernel.is_packed:
-            leaf = freeze(
-                kernel,
-                config.packing,
-                pack=config.freeze_base,
-                donate=donate,
-                largest=largest.get(path),
-            )
+            leaf = freeze(kernel, config, largest.get(path), donate=donate)
         # DoRA's magnitudes are the norms of the packed weights.
         frozen = as_kernel(leaf, geometries.get(path))
         adapter_key = next(keys) if path in geometries else key

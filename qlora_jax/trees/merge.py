@@ -1,5 +1,6 @@
 """Adds adapters to their kernels, and merges several adapters into one."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 from .._jax.arguments import known_values
 from .._jax.memory import is_concrete
 from .._jax.pytree import on_arrays
-from ..adapters.base import Adapter, replace_arrays
+from ..adapters.base import Adapter
 from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
 from ..quant.kernel import Kernel, as_kernel, is_packed
@@ -243,8 +244,8 @@ def merge_adapters(
         largest_rank = max(lora.rank for lora, _ in pairs)
         a, b = _METHODS[method](factors, largest_rank if rank is None else rank)
         dtype = jnp.result_type(*(x for lora, _ in pairs for x in (lora.a, lora.b)))
-        merged = {"a": a.astype(dtype), "b": b.astype(dtype)}
-        return replace_arrays(pairs[0][0], lambda name, _: merged[name], scaling=1.0)
+        a, b = a.astype(dtype), b.astype(dtype)
+        return dataclasses.replace(pairs[0][0], a=a, b=b, scaling=1.0)
 
     return nested_by_keys({keys: merge_terms(pairs) for keys, pairs in terms.items()})
 

@@ -66,11 +66,9 @@ def leaves_by_path(tree: Tree) -> dict[str, Leaf]:
     by_keys = leaves_by_keys(tree)
     leaves = {path_string(keys): leaf for keys, leaf in by_keys.items()}
     if len(leaves) < len(by_keys):
-        key_texts: dict[str, list[str]] = {}
+        key_texts: dict[str, list[str]] = {path: [] for path in leaves}
         for keys in by_keys:
-            key_texts.setdefault(path_string(keys), []).append(
-                jax.tree_util.keystr(keys)
-            )
+            key_texts[path_string(keys)].append(jax.tree_util.keystr(keys))
         refuse_listed(
             "paths must differ. These are spelled alike; rename one of the keys",
             {p: " and ".join(ts) for p, ts in key_texts.items() if len(ts) > 1},

@@ -1,5 +1,6 @@
 """`quantize` and `dequantize`, on one array or on a tree."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import overload
@@ -29,17 +30,16 @@ from .targets import find_targets
 
 def freeze(
     kernel: Kernel,
-    packing: Packing | None,
-    *,
-    pack: bool,
-    donate: bool = False,
+    config: QLoRAConfig,
     largest: Array | None = None,
+    *,
+    donate: bool = False,
 ) -> Leaf:
     """Returns the base leaf of a float kernel: a QTensor, StraightThrough or array."""
-    w, geometry = kernel.value, kernel.geometry
+    w, geometry, packing = kernel.value, kernel.geometry, config.packing
     if packing is None:  # LoRA on float weights
         return w
-    if not pack:  # the kernel is trained through its quantizer
+    if not config.freeze_base:  # the kernel is trained through its quantizer
         return StraightThrough(jnp.asarray(w), packing, geometry)
     q = quantize_checked(w, packing, geometry, *(() if largest is None else (largest,)))
     if donate:
@@ -85,22 +85,17 @@ def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
     geometries = find_targets(leaves, config, accept=lambda kernel: kernel.is_trained)
     # Kernels that were trained through their quantization are packed for serving, even
     # though their config has `freeze_base=False`.
-    is_trained = any(as_kernel(leaves[path]).is_trained for path in geometries)
-    pack = config.freeze_base or is_trained
-    if donate and pack and config.packing is not None:
+    if any(as_kernel(leaves[path]).is_trained for path in geometries):
+        config = dataclasses.replace(config, freeze_base=True)
+    if donate and config.freeze_base and config.packing is not None:
         check_donated(leaves, geometries)
     largest = largest_by_path(leaves, geometries, config.packing)
 
     def quantize_leaf(path: str, leaf: Leaf) -> Leaf:
         if path not in geometries:
             return leaf
-        return freeze(
-            as_kernel(leaf, geometries[path]),
-            config.packing,
-            pack=pack,
-            donate=donate,
-            largest=largest.get(path),
-        )
+        kernel = as_kernel(leaf, geometries[path])
+        return freeze(kernel, config, largest.get(path), donate=donate)
 
     return map_by_path(quantize_leaf, params)
 

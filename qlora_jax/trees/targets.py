@@ -128,8 +128,7 @@ def _geometry(
         contract = contract if is_refinement else kinds
     # Leaves that are kernels already keep their geometry and packing.
     if accept(as_kernel(leaf)):
-        _check_settings(leaf, config)
-        _check_roles(leaf, contract, is_module=kinds is not None)
+        _check_kernel(leaf, config, contract, is_module=kinds is not None)
         return leaf.geometry
     if is_tree_leaf(leaf):
         raise TypeError(f"it is a kernel already. Got {type(leaf).__name__}.")
@@ -140,21 +139,18 @@ def _geometry(
     return geometry
 
 
-def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
+def _check_kernel(
+    kernel: Kernel, config: QLoRAConfig, contract: Contract | None, *, is_module: bool
+) -> None:
     # A packed kernel has no float weights to train.
-    if not kernel.is_trained:
-        if not config.freeze_base:
-            raise ValueError("it is packed already; `freeze_base` must be True.")
-        return
-    packing = kernel.packing
-    if packing is None or packing != config.packing:
-        raise ValueError(
-            f"it is trained through {packing}; the config has {config.packing}."
-        )
-    check_values(kernel.value, packing, kernel.geometry)
-
-
-def _check_roles(kernel: Kernel, contract: Contract | None, *, is_module: bool) -> None:
+    if not kernel.is_trained and not config.freeze_base:
+        raise ValueError("it is packed already; `freeze_base` must be True.")
+    if kernel.is_trained and (packing := kernel.packing) is not None:
+        if packing != config.packing:
+            raise ValueError(
+                f"it is trained through {packing}; the config has {config.packing}."
+            )
+        check_values(kernel.value, packing, kernel.geometry)
     if contract is None:
         return
     expected = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
