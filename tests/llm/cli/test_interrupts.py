@@ -87,9 +87,9 @@ def process():
 
 
 def test_an_interrupt_does_not_get_lost_in_callbacks(tmp_path):
-    package = tmp_path / "qlora_jax" / "cli"
+    package = tmp_path / "qlora_jax" / "llm" / "cli"
     package.mkdir(parents=True)
-    for path in (package, package.parent):
+    for path in (package, package.parent, package.parent.parent):
         (path / "__init__.py").touch()
     (package / "main.py").write_text(LOSES)
     shutil.copy(qlora_jax_program.__file__, tmp_path)

@@ -289,7 +289,7 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
         (OFFLOADED, "adamw8bit or lion with `offload_optimizer`"),
         (dict(learning_rate="1e-3,x"), "`learning_rate` must be of type float, or sev"),
-        (dict(learning_rate="1e-3,0.001"), "several that differ"),
+        (dict(learning_rate="1e-3,0.001"), "or several different values"),
         (dict(learning_rate=[1e-3, -1.0]), "must be positive and finite. Got"),
         (dict(seed="1.5"), "`seed` must be of type int"),
         (dict(data_seed=-1), "`data_seed` must be at least 0. Got -1"),

@@ -94,7 +94,7 @@ WRONG = [
     ([*SCORE, "--adapter=no_run"], "`adapter` must be a folder with adapter_config"),
     (["generate", *BASE, "--prompts=base"], "`prompts` must be a file (.jsonl, "),
     (["train", *BASE, *OUT, "--data=wrapped.json"], "an object with ['data']."),
-    (["train", *BASE, *OUT, "--data=one_line.json"], "Got ['data']."),
+    (["train", *BASE, *OUT, "--data=one_line.json"], "object whose `data` is a list"),
     (
         ["train", *BASE, *OUT, "--data=surrogate.jsonl"],
         "line 2: the text must not have half a",
