@@ -42,7 +42,7 @@ class Batch(NamedTuple):
             same prompt followed by the completion of another row.
 
     Example:
-        >>> from qlora_jax.llm.train import eval_batches
+        >>> from qlora_jax.llm.data import eval_batches
         >>> row = Row(np.array([5, 6, 7]), np.array([-100, 6, 7]), "train.jsonl:1")
         >>> [batch] = eval_batches([row], batch_size=1, max_length=8)
         >>> batch.select[0, :2], batch.targets[0, :2], batch.num_trained
