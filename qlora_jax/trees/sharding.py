@@ -23,7 +23,6 @@ from .paths import (
     boxed_by_path,
     leaves_by_path,
     map_by_path,
-    nested,
     refuse_listed,
 )
 
@@ -44,7 +43,7 @@ def place(
     logical_axes: Mapping[str, MeshAxes] | None = None,
     rows: Sequence[MeshAxes] = (),
     memory: Literal["device", "host"] = "device",
-) -> tuple[Tree, dict]:
+) -> tuple[Tree, Tree]:
     """Returns the base and the lora tree on a mesh, with the same values.
 
     Codes and scales are split as the float kernel would be. Packed kernels also get a
@@ -93,7 +92,7 @@ def place(
         ('fsdp', None)
     """
     # 1. Check the arguments, and find the spec of each leaf.
-    adapters = adapters_by_path(base, lora)
+    adapters_by_path(base, lora)  # raises an error if an adapter does not fit
     row_axes = tuple(axes_of(entry) for entry in rows)  # a tuple for each row axis
     leaves = leaves_by_path(base)
     leaf_specs = _resolve_specs(base, rules, specs, logical_axes or {})
@@ -113,8 +112,8 @@ def place(
     refuse_listed("these leaves cannot be split as asked", problems)
     # 3. Move the arrays.
     new_base = map_by_path(lambda path, leaf: plans[path].place_leaf(leaf), base)
-    new_adapters = {path: plans[path].place_adapter(x) for path, x in adapters.items()}
-    return new_base, nested(new_adapters)
+    new_lora = map_by_path(lambda path, x: plans[path].place_adapter(x), lora)
+    return new_base, new_lora
 
 
 def _resolve_specs(

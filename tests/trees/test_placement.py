@@ -70,6 +70,14 @@ def test_where_the_leaves_are(mesh):
     assert base["up"]["kernel"].placement.kernel == (("a",), ("b",))
 
 
+def test_keys_with_slashes_stay_whole(mesh):
+    """As in the trees of Haiku."""
+    params = {"mlp/~/linear_0": {"w": normal(0, (64, 32))}}
+    trees = trees_of(params, rank=2, block_size=16, targets=".*/w")
+    placed = ql.sharding.place(*trees, mesh, {".*/w": P(None, "b")})
+    assert [*map(list, placed)] == [[*params], [*params]]
+
+
 def test_inside_jit_and_on_shapes(mesh):
     base, lora = trees()
 
