@@ -339,7 +339,7 @@ def test_experts_share_or_have_their_own_ranks(fused, tmp_path):
         return dataclasses.replace(x, b=x.a.swapaxes(-1, -2))
 
     def is_lora(x):
-        return isinstance(x, ql.LoRA)
+        return isinstance(x, ql.LoRA | ql.SharedLoRA)
 
     lora = jax.tree.map(give_b, lora, is_leaf=is_lora)
     config = ql.io.peft_config(params, lora, names, fused=fused)
