@@ -32,7 +32,6 @@ from .base import (
 SETTINGS = ("scaling", "dropout", "geometry")  # of every low-rank adapter
 CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
-
 # One multiplier, or a tuple of one for each matrix of a stack; an array in `sliceable`.
 Scaling = float | tuple[float, ...] | Array
 
@@ -104,12 +103,9 @@ class LowRank(Adapter):
         # Compute the norms once for each adapter of the bank. To compute them for each
         # row of the input, XLA would take a full A for each row.
         norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
-        of_rows, norms = (
-            of_rows.with_scalings(take(self.scaling)),
-            jax.tree.map(take, norms),
-        )
+        of_rows = of_rows.with_scalings(take(jnp.asarray(self.scaling)))
         adapt = jax.vmap(lambda lora, *row: lora._adapt_rows(*row))
-        return adapt(of_rows, take_rows(kernel, ids), norms)
+        return adapt(of_rows, take_rows(kernel, ids), jax.tree.map(take, norms))
 
     @property
     def row_role(self) -> str | None:
@@ -146,7 +142,8 @@ class LowRank(Adapter):
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
         change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
-        return add_change(rows.astype(jnp.float32), self.scaling * change)
+        scaling: Any = self.scaling  # a table has one
+        return add_change(rows.astype(jnp.float32), scaling * change)
 
 
 @dataclass(frozen=True, eq=False)

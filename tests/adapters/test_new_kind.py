@@ -48,15 +48,17 @@ class VeRA(Adapter):
             return jnp.expand_dims(vector.astype(y.dtype), tuple(axes))
 
         a, b = (w.astype(x.dtype) for w in frozen_factors(kernel.matrix_shape, self))
-        h = x @ a
-        change = (h * over_rows(self.d, h)) @ b
+        h = jnp.einsum("...k,kr->...r", x, a)
+        change = jnp.einsum("...r,rn->...n", h * over_rows(self.d, h), b)
         return call.multiply(x, kernel) + change * over_rows(self.b, change)
 
     def merged(self, kernel):
         factors = frozen_factors(kernel.matrix_shape, self)
 
         def add_change(w, d, b):
-            return w + (factors[0] * d[..., None, :]) @ factors[1] * b[..., None, :]
+            return w + jnp.einsum(
+                "kr,...r,rn,...n->...kn", factors[0], d, factors[1], b
+            )
 
         return on_matrix(kernel, add_change, self.d, self.b)
 
