@@ -145,9 +145,8 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
         # Types show only Explicit axes, so a packed product uses Auto mode if the mesh
         # has other axes. Explicit mode has no rules for the loops of ragged products.
         has_others = {*mesh.axis_types} != {AxisType.Explicit}
-        if (spec.packed_as and has_others) or (
-            spec.is_ragged and not layout.axis_names
-        ):
+        needs_auto = spec.packed_as is not None and has_others
+        if needs_auto or (spec.is_ragged and not layout.axis_names):
             return in_auto_mode(compute, spec, layout.result)(operands)
         arrays = zip(operands, specs, strict=True)
         operands = Operands._make(
@@ -161,6 +160,9 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     return _shard_map(_compute_on_device, layout, specs, layout.result)(*operands)
 
 
+# Inside a vmap, types do not show how a mesh splits the mapped axis, and back ends would
+# decode shared weights for each product. So the mapped axis becomes one of the axes of
+# the operands.
 @compute.def_vmap
 def _compute_batch(
     size: int, is_batched: list, spec: ProductSpec, operands: Operands
