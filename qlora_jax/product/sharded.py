@@ -160,9 +160,9 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     return _shard_map(_compute_on_device, layout, specs, layout.result)(*operands)
 
 
-# Inside a vmap, types do not show how a mesh splits the mapped axis, and back ends would
-# decode shared weights for each product. So the mapped axis becomes one of the axes of
-# the operands.
+# Inside a vmap, types do not show how a mesh splits the mapped axis, and back ends
+# would decode shared weights for each product. So the mapped axis becomes one of the
+# axes of the operands.
 @compute.def_vmap
 def _compute_batch(
     size: int, is_batched: list, spec: ProductSpec, operands: Operands
