@@ -123,7 +123,7 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     """Returns the product, sharded or not, in the dtype `spec.result`."""
     # 1. Without a mesh, the product runs on one device, or XLA splits it.
     if (mesh := spec.mesh) is None:
-        return choose.run(spec, operands, is_local=modes.is_local())
+        return choose.run(spec, operands)
     # 2. Find the layout.
     left, right, scales, layer, offsets = operands
     x_axes, weight_axes = (), ()
@@ -154,7 +154,7 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
             for array, array_spec in arrays
         )
         if not layout.axis_names:
-            return choose.run(spec, operands, is_local=False)
+            return choose.run(spec, operands)
 
     # 4. Multiply the parts of each device.
     return _shard_map(_compute_on_device, layout, specs, layout.result)(*operands)
@@ -259,7 +259,7 @@ def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
     if layout.summed:
         spec = replace(spec, result=accumulator_dtype(result).name)
     operands = Operands(left, right, scales, layer, offsets)
-    y = choose.run(spec, operands, is_local=True)
+    y = choose.run(spec, operands, is_device=True)
     return sum_over(y, layout.summed, result)
 
 
