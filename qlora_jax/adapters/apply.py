@@ -176,6 +176,8 @@ def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
 
 def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
     """Returns the name of a layer's kernel, the kernel, and the bias or None."""
+    if isinstance(base, Kernel):
+        return None, base, None
     base = unbox(base)
     parts = _named_parts("base", base)
     if parts is None:
@@ -196,6 +198,8 @@ def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
 
 def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
     """Returns the adapters of the kernel called `name` and of its bias, or None."""
+    if lora is None:
+        return [None, None]
     name = name or "kernel"
     bias_name = BIAS_NAMES[name]
     parts = _named_parts("lora", lora)
@@ -239,7 +243,8 @@ def _checked_kernel(
         raise ValueError(
             f"the kernel of `base` must have at least 2 axes. Got shape {w.shape}."
         )
-    check_adapter(lora, w, "kernel")
+    if lora is not None:
+        check_adapter(lora, w, "kernel")
     # Packed kernels and adapters store their axes, which `contract` may only repeat.
     geometry = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
     if contract is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from .._jax import modes
 from .backends.floats import float_product
 from .backends.pallas_tpu.backend import PallasTPU
 from .backends.reference import Reference, Rounding
@@ -88,11 +89,12 @@ def default_backends(platform: str, is_local: bool) -> list[str]:
     return [name for name in backends if may_be_opaque or not BACKENDS[name].is_opaque]
 
 
-def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
+def run(spec: ProductSpec, operands: Operands, *, is_device: bool = False) -> Array:
     """Computes a product with the requested back end, or with the platform's default.
 
-    `is_local` is whether the arrays are on one device. Otherwise, XLA may have to
-    partition the product, which opaque back ends do not allow.
+    `is_device` is whether the arrays are those of one device in a `shard_map`.
+    Otherwise, XLA may have to partition the product, which opaque back ends do not
+    allow.
     """
     if spec.packed_as is None:
         return float_product(spec, operands)
@@ -109,6 +111,7 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
         backends = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
         default, chosen = choose(backends, *product)[0], {}
     else:
+        is_local = is_device or modes.is_local()
         chosen = {
             platform: choose(default_backends(platform, is_local), *product)[0]
             for platform in PREFERRED

@@ -110,8 +110,9 @@ def _product_fwd(
     spec: ProductSpec, left: Array, weights: Weights, offsets: Array | None
 ) -> tuple[Array, tuple]:
     y = _product(spec, left, weights, offsets)
-    kept = None if isinstance(weights, PackedInput) else left
-    return y, (spec, kept, _type_of(spec, left), weights, offsets)
+    # The gradient of x needs only the type of x, and packed weights have no gradient.
+    x = None if isinstance(weights, PackedInput) else left
+    return y, (spec, x, _type_of(spec, left), weights, offsets)
 
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple:

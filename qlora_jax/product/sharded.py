@@ -123,7 +123,7 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     """Returns the product, sharded or not, in the dtype `spec.result`."""
     # 1. Without a mesh, the product runs on one device, or XLA splits it.
     if (mesh := spec.mesh) is None:
-        return choose.run(spec, operands, is_local=modes.is_local())
+        return choose.run(spec, operands)
     # 2. Find the layout.
     left, right, scales, layer, offsets = operands
     x_axes, weight_axes = (), ()
@@ -145,9 +145,8 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
         # Types show only Explicit axes, so a packed product uses Auto mode if the mesh
         # has other axes. Explicit mode has no rules for the loops of ragged products.
         has_others = {*mesh.axis_types} != {AxisType.Explicit}
-        if (spec.packed_as and has_others) or (
-            spec.is_ragged and not layout.axis_names
-        ):
+        needs_auto = spec.packed_as is not None and has_others
+        if needs_auto or (spec.is_ragged and not layout.axis_names):
             return in_auto_mode(compute, spec, layout.result)(operands)
         arrays = zip(operands, specs, strict=True)
         operands = Operands._make(
@@ -155,12 +154,15 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
             for array, array_spec in arrays
         )
         if not layout.axis_names:
-            return choose.run(spec, operands, is_local=False)
+            return choose.run(spec, operands)
 
     # 4. Multiply the parts of each device.
     return _shard_map(_compute_on_device, layout, specs, layout.result)(*operands)
 
 
+# Inside a vmap, types do not show how a mesh splits the mapped axis, and back ends
+# would decode shared weights for each product. So the mapped axis becomes one of the
+# axes of the operands.
 @compute.def_vmap
 def _compute_batch(
     size: int, is_batched: list, spec: ProductSpec, operands: Operands
@@ -257,7 +259,7 @@ def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
     if layout.summed:
         spec = replace(spec, result=accumulator_dtype(result).name)
     operands = Operands(left, right, scales, layer, offsets)
-    y = choose.run(spec, operands, is_local=True)
+    y = choose.run(spec, operands, is_device=True)
     return sum_over(y, layout.summed, result)
 
 
