@@ -43,7 +43,7 @@ from .modules import (
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors in the file of a model's adapter, in the form of this library too."""
+    """The tensors in the file of an adapter, and where they belong in the model."""
 
     model: NamedBase
     modules: list[ModuleAdapter]  # of every module outside of adapted parameters
@@ -312,8 +312,8 @@ def peft_config(
         >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
         >>> config = ql.QLoRAConfig(rank=4, alpha=8)
         >>> base, lora = ql.init(jax.random.key(0), params, config)
-        >>> found = ql.io.peft_config(base, lora, names)
-        >>> found.target_modules, found.r, found.lora_alpha
+        >>> peft = ql.io.peft_config(base, lora, names)
+        >>> peft.target_modules, peft.r, peft.lora_alpha
         (('q_proj',), 4, 8)
     """
     adapters = adapters_of_each(base, lora)
