@@ -339,19 +339,15 @@ def peft_config(
     rank, rank_pattern = split_common(ranks)
     alpha, alpha_pattern = split_common(alphas)
     # Last, find the biases and modules that are `Trained`, which are saved in full.
-    trained_tensors = [n for n, p in model.tensors.items() if p.path in trained]
-    biased_modules, saved = _trained_modules(trained_tensors, model.tensors)
+    biased_modules, saved = _trained_modules(model, trained)
     if biased_modules and bias == "none":
         bias = "lora_only" if biased_modules <= modules.keys() else "all"
     source = {"base_model_name_or_path": base_model, "revision": revision}
-    # An ignored part of the checkpoint, such as a vision tower, may have modules with
-    # the same last names.
-    is_partial = any(pattern.endswith(r"\..*") for pattern in names.ignored)
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_ends(modules, model.modules, last_part, is_partial),
-        target_parameters=_ends(parameters, model.parameters, _in_layer, is_partial),
+        target_modules=_ends(modules, model.modules, names, last_part),
+        target_parameters=_ends(parameters, model.parameters, names, _in_layer),
         # Adapters of embeddings have no dropout.
         lora_dropout=max(x.adapter.dropout for x in adapted.values()),
         bias=bias,
@@ -433,24 +429,31 @@ def _in_layer(name: str) -> str:
 
 def _ends(
     adapted: Collection[str],
-    names: Iterable[str],
+    candidates: Iterable[str],
+    names: Names,
     end_of: Callable[[str], str],
-    is_partial: bool,
 ) -> tuple[str, ...]:
-    """Returns the ends of the adapted names, which match no others, or full names."""
-    other_ends = {end_of(name) for name in names if name not in adapted}
-    ends = {name: name if is_partial else end_of(name) for name in adapted}
+    """Returns the ends of the adapted names; full names if their ends match others."""
+    # An ignored part of the checkpoint, such as a vision tower, may have modules with
+    # the same ends.
+    if any(pattern.endswith(r"\..*") for pattern in names.ignored):
+        return tuple(sorted(adapted))
+    other_ends = {end_of(name) for name in candidates if name not in adapted}
+    ends = {name: end_of(name) for name in adapted}
     shortest = {name if end in other_ends else end for name, end in ends.items()}
     return tuple(sorted(shortest))
 
 
 def _trained_modules(
-    trained: Collection[str], tensors: Iterable[str]
+    model: NamedBase, paths: Collection[str]
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and name ends of other trained modules."""
+    trained = {
+        name for name, position in model.tensors.items() if position.path in paths
+    }
     biases = {name for name in trained if last_part(name) == "bias"}
-    saved = {module_of(name) for name in trained if name not in biases}
-    modules = {module_of(name) for name in tensors}
+    saved = {module_of(name) for name in trained - biases}
+    modules = {module_of(name) for name in model.tensors}
 
     def matches_saved_only(end: str) -> bool:
         # PEFT compares ends without a dot: "norm" also matches "input_layernorm".
