@@ -313,6 +313,8 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
         ValueError, match="gate_up: .*different A matrices. A and B must be zero beyond"
     ):
         save(lora, shared)
+    with pytest.raises(ValueError, match="experts.gate_up: it has no adapter"):
+        save(make_adapters(targets="down/.*"), shared)
     both = shared.__class__(**vars(shared) | {"target_modules": ("up",)})
     with pytest.raises(ValueError, match="experts.gate_up is adapted or saved twice"):
         save(lora, both)

@@ -161,8 +161,8 @@ class ModuleAdapter(FileAdapter):
         shapes = {}
         for name in self.keys:
             shape = [sizes[role] for role in self.kind.roles[name]]
-            # A view of one zero takes no memory.
-            shapes[name] = to_stored(name, np.broadcast_to(0, shape), (*window,)).shape
+            view = np.broadcast_to(False, shape)  # takes no memory
+            shapes[name] = to_stored(name, view, (*window,)).shape
         return shapes
 
     def read(self, arrays: Arrays) -> dict[Position, Adapter]:

@@ -217,8 +217,8 @@ def read_mlx(path: Path) -> PlainLoRA:
         >>> plain = ql.io.PlainLoRA(8, {"model.layers.0.mlp.up_proj": factors})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     ql.io.save_mlx(folder, plain, num_layers=1)
-        ...     found = ql.io.read_mlx(folder)
-        >>> found.alpha, found.factors["model.layers.0.mlp.up_proj"]["b"].shape
+        ...     again = ql.io.read_mlx(folder)
+        >>> again.alpha, again.factors["model.layers.0.mlp.up_proj"]["b"].shape
         (8, (8, 4))
     """
     folder = pathlib.Path(path)

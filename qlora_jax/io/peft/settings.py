@@ -42,7 +42,7 @@ from .modules import (
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors in the file of a model's adapter, in the form of this library too."""
+    """The tensors in the file of an adapter, and where they belong in the model."""
 
     model: NamedBase
     modules: list[ModuleAdapter]  # of every module outside of adapted parameters
@@ -311,8 +311,8 @@ def peft_config(
         >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
         >>> config = ql.QLoRAConfig(rank=4, alpha=8)
         >>> base, lora = ql.init(jax.random.key(0), params, config)
-        >>> found = ql.io.peft_config(base, lora, names)
-        >>> found.target_modules, found.r, found.lora_alpha
+        >>> peft = ql.io.peft_config(base, lora, names)
+        >>> peft.target_modules, peft.r, peft.lora_alpha
         (('q_proj',), 4, 8)
     """
     adapters = adapters_of_each(base, lora)
@@ -337,19 +337,15 @@ def peft_config(
     rank, rank_pattern = split_common(ranks)
     alpha, alpha_pattern = split_common(alphas)
     # Last, find the biases and modules that are `Trained`, which are saved in full.
-    trained_tensors = [n for n, p in model.tensors.items() if p.path in trained]
-    biased_modules, saved = _trained_modules(trained_tensors, model.tensors)
+    biased_modules, saved = _trained_modules(model, trained)
     if biased_modules and bias == "none":
         bias = "lora_only" if biased_modules <= modules.keys() else "all"
     source = {"base_model_name_or_path": base_model, "revision": revision}
-    # An ignored part of the checkpoint, such as a vision tower, may have modules with
-    # the same last names.
-    is_partial = any(pattern.endswith(r"\..*") for pattern in names.ignored)
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_ends(modules, model.modules, last_part, is_partial),
-        target_parameters=_ends(parameters, model.parameters, _in_layer, is_partial),
+        target_modules=_ends(modules, model.modules, names, last_part),
+        target_parameters=_ends(parameters, model.parameters, names, _in_layer),
         # Adapters of embeddings have no dropout.
         lora_dropout=max(x.adapter.dropout for x in adapted.values()),
         bias=bias,
@@ -431,24 +427,31 @@ def _in_layer(name: str) -> str:
 
 def _ends(
     adapted: Collection[str],
-    names: Iterable[str],
+    candidates: Iterable[str],
+    names: Names,
     end_of: Callable[[str], str],
-    is_partial: bool,
 ) -> tuple[str, ...]:
-    """Returns the ends of the adapted names, which match no others, or full names."""
-    other_ends = {end_of(name) for name in names if name not in adapted}
-    ends = {name: name if is_partial else end_of(name) for name in adapted}
+    """Returns the ends of the adapted names; full names if their ends match others."""
+    # An ignored part of the checkpoint, such as a vision tower, may have modules with
+    # the same ends.
+    if any(pattern.endswith(r"\..*") for pattern in names.ignored):
+        return tuple(sorted(adapted))
+    other_ends = {end_of(name) for name in candidates if name not in adapted}
+    ends = {name: end_of(name) for name in adapted}
     shortest = {name if end in other_ends else end for name, end in ends.items()}
     return tuple(sorted(shortest))
 
 
 def _trained_modules(
-    trained: Collection[str], tensors: Iterable[str]
+    model: NamedBase, paths: Collection[str]
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and name ends of other trained modules."""
+    trained = {
+        name for name, position in model.tensors.items() if position.path in paths
+    }
     biases = {name for name in trained if last_part(name) == "bias"}
-    saved = {module_of(name) for name in trained if name not in biases}
-    modules = {module_of(name) for name in tensors}
+    saved = {module_of(name) for name in trained - biases}
+    modules = {module_of(name) for name in model.tensors}
 
     def matches_saved_only(end: str) -> bool:
         # PEFT compares ends without a dot: "norm" also matches "input_layernorm".
