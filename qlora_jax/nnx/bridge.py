@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,28 +34,29 @@ from .variables import (
 @functools.cache
 def packed_linen(cls: type) -> type:
     """Returns a subclass of a bridge class that runs linen on packed kernels."""
+    return _running(cls, wrap, (packed_linen, (cls,)))
 
+
+def _running(cls: type, replace: Callable[[nn.Module], Any], recipe: tuple) -> type:
+    """Returns a subclass of a bridge class that runs `replace(module)` in its place."""
+
+    # Makes a bridge of the original class around the new module, gives it the variables
+    # of this bridge, with adapters added to the kernels, and calls it.
     def call(self: Any, *args: object, **kwargs: object) -> Tree:
-        return _run(self, wrap(self.to_nnx__module), args, kwargs)
+        bridge = self.qlora_original(replace(self.to_nnx__module))
+        variables = {name: _to_linen(self, name) for name in linen_attributes(self)}
+        for name, value in variables.items():
+            setattr(bridge, name, nnx.data(value))
+        # The new bridge has no rngs of its own.
+        if kwargs.get("rngs") is None:
+            kwargs = {**kwargs, "rngs": self.to_nnx__rngs}
+        result = bridge(*args, **kwargs)
+        for name, value in linen_attributes(bridge).items():
+            if value is not variables.get(name):
+                _write_back(self, name, value)
+        return result
 
-    return subclass(cls, {"__call__": call}, (packed_linen, (cls,)))
-
-
-def _run(self: Any, linen: object, args: tuple, kwargs: dict) -> Tree:
-    # Makes a bridge of the original class around `linen`, gives it the variables of
-    # this bridge, with adapters added to the kernels, and calls it.
-    bridge = self.qlora_original(linen)
-    variables = {name: _to_linen(self, name) for name in linen_attributes(self)}
-    for name, value in variables.items():
-        setattr(bridge, name, nnx.data(value))
-    # The new bridge has no rngs of its own.
-    if kwargs.get("rngs") is None:
-        kwargs = {**kwargs, "rngs": self.to_nnx__rngs}
-    result = bridge(*args, **kwargs)
-    for name, value in linen_attributes(bridge).items():
-        if value is not variables.get(name):
-            _write_back(self, name, value)
-    return result
+    return subclass(cls, {"__call__": call}, recipe)
 
 
 def _to_linen(holder: Holder, name: str) -> Tree:
@@ -99,10 +100,10 @@ TracedKinds = tuple[dict[str, str], dict[str, str]]
 class _TracedLinen:
     """Replaces the linen module of a bridge in a trace, and records its kernels."""
 
-    module: nn.Module
     config: QLoRAConfig
     prefix: str  # the path of the bridge
     records: TracedKinds  # filled by `apply`
+    module: nn.Module
 
     def apply(self, variables: Mapping, *args: object, **kwargs: Any) -> Tree:
         collections = dict(variables)
@@ -132,21 +133,12 @@ def kinds_of_linen(
                 # patterns may be meant for paths outside of this module.
                 targets = tuple(map(re.escape, inner))
                 linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
-                cls = _recording(type(module), linen_config, prefix, records)
+                trace = functools.partial(_TracedLinen, linen_config, prefix, records)
+                # This class exists only during the trace: it is not cached or pickled.
+                cls = _running(type(module), trace, ())
                 object.__setattr__(module, "__class__", cls)
         args, kwargs = rebuild(arrays)
         return jax.tree.leaves(traced(*args, **kwargs))
 
     jax.eval_shape(abstract_call, state, arrays)
     return records
-
-
-def _recording(
-    cls: type, config: QLoRAConfig, prefix: str, records: TracedKinds
-) -> type:
-    # This class exists only during the trace, so it is neither cached nor pickled.
-    def call(self: Any, *args: object, **kwargs: object) -> Tree:
-        linen = _TracedLinen(self.to_nnx__module, config, prefix, records)
-        return _run(self, linen, args, kwargs)
-
-    return subclass(cls, {"__call__": call}, ())
