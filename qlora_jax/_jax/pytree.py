@@ -80,6 +80,7 @@ def register(
     """
 
     def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the leaves and of the static fields."""
         return (*leaves, *node.inputs) if input_fields else leaves, static
 
     def flatten(node: Any) -> tuple[tuple, tuple]:

@@ -173,6 +173,12 @@ class LoRA(LowRank):
         ((64, 4), (4, 8), 2.0)
     """
 
+    a: Array
+    b: Array
+    scaling: Scaling
+    dropout: float
+    geometry: Geometry
+
     label = "lora"
     is_linear = True
     can_be_in_bank = True
@@ -192,7 +198,6 @@ class LoRA(LowRank):
 register_adapter(LoRA)
 
 
-@dataclass(frozen=True, eq=False)
 class SharedLoRA(LowRank):
     """One LoRA for all experts of a stack `[*batch, E, K, N]`.
 

@@ -255,7 +255,7 @@ def is_kernel(node: object) -> TypeGuard[Kernel]:
 
 
 def is_packed(leaf: PyTree) -> bool:
-    """Whether a node of a tree is a packed kernel, for `is_leaf` of `jax.tree.map`.
+    """Returns whether a leaf is a packed kernel, for `is_leaf` of `jax.tree.map`.
 
     Args:
         leaf: A kernel, an array or another node of a tree.
