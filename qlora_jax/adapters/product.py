@@ -31,9 +31,9 @@ def adapted_product(
 ) -> Float[Array, "..."]:
     """Returns the product of x `[*batch, ..., K]` with a kernel and its adapter.
 
-    The result has the dtype of `x`. If the kernel is one layer of a stack, pass the
-    adapter of this layer. With `offsets`, the product is ragged, x is `[M, K]`, and
-    `result` may set another dtype of the result.
+    The result has the dtype `result`, or else that of `x`. If the kernel is one layer
+    of a stack, pass the adapter of this layer. With `offsets`, the product is ragged,
+    and x is `[M, K]`.
     """
     if lora is not None:
         # For the frozen kernel, the adapter calls this function without an adapter.
@@ -54,7 +54,6 @@ def adapted_product(
         backend=backend,
         precision=precision,
         result=result,
-        placement=kernel.placement,
         weights_move=offsets is not None,
     )
 

@@ -61,8 +61,9 @@ def choose(
 ) -> tuple[Backend, dict[str, str | None]]:
     """Returns the first back end that supports a product, and those that were tried.
 
-    The second result has the reason why each back end does not support the product, or
-    None for the one that does. Raises `Unsupported` with all reasons if there is none.
+    The second result maps the name of each back end that was tried to the reason why it
+    does not support the product, or to None for the one that does. Raises `Unsupported`
+    with all reasons if there is none.
     """
     reasons: dict[str, str | None] = {}
     for name in backends:

@@ -4,8 +4,8 @@ Weights that are split over their outputs (column-parallel) need no communicatio
 Weights that are split over K (row-parallel) or over experts need one all-reduce of the
 result. With experts, each device has all rows and multiplies those of its own experts.
 Weights are moved only if the same mesh axes also split the rows of `x` (FSDP): each
-device then gathers codes and scales in one all-gather. Float weights are resharded
-before the multiplication instead.
+device then gathers codes and scales in one all-gather. Float weights are not gathered
+in this way: they are resharded before the `shard_map`, as it needs them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,6 +50,7 @@ class Layout:
         """The mesh axes over which results are summed."""
         if self.local.output == "w":
             return self.contracted
+        # A device computes zeros for the rows of other devices' experts.
         return self.contracted + self.experts.active
 
     @property
@@ -103,7 +104,8 @@ def lay_out(
     """Returns the layout for weights `[*batch, K, N]` that `weight_axes` split.
 
     `x_axes` and `x_shape` are those of the left operand. `scales_shape` is
-    `[*batch, blocks, N]`, where a row of float weights is a block.
+    `[*batch, blocks, N]`, or `[E, blocks, N]` if the product is ragged. Each row of
+    float weights counts as a block.
     """
     # A mesh axis can split only one axis of an array. Mesh axes are assigned in order
     # of priority: batch, stored weights, rows of x. If a mesh axis splits both the rows

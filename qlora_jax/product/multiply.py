@@ -1,7 +1,7 @@
 """Every product of an input with weights, which are packed or float.
 
-`multiply` describes the product by a `ProductSpec` and finds its mesh, the custom
-gradient is another such product, and `sharded.compute` runs it on devices.
+`multiply` describes a product by a `ProductSpec`, which includes its mesh. Gradients
+are more products of this kind. `sharded.compute` runs each of them on devices.
 """
 
 from dataclasses import dataclass, replace
@@ -66,12 +66,13 @@ def multiply(
     return _product(*find_mesh(spec, x, weights, offsets, weights_move))
 
 
-# y = x w, so dx = g w^T and dw = x^T g, summed over rows, and likewise for products of
-# g (`OPERANDS`). First, g is cast to the dtype of x: autodiff would multiply float32 by
-# bfloat16 operands, which is several times slower on devices with bfloat16 matrix
-# units. Packed weights are frozen and get no gradient. The backward pass decodes them
-# again, so that the float weights of all layers are never in memory at once (QLoRA,
-# Dettmers et al. 2023, section 3).
+# y = x w, so dx = g w^T and dw = x^T g, summed over rows. These are products too, with
+# gradients of the same form (`OPERANDS`). So `weights` is the right operand: in the
+# product dw, it is g. First, g is cast to the dtype of x: autodiff would multiply
+# float32 by bfloat16 operands, which is several times slower on devices with bfloat16
+# matrix units. Packed weights are frozen and get no gradient. The backward pass decodes
+# them again, so that the float weights of all layers are never in memory at once
+# (QLoRA, Dettmers et al. 2023, section 3).
 @jax.custom_vjp
 def _differentiable_product(
     spec: ProductSpec, left: Array, weights: Weights, offsets: Array | None

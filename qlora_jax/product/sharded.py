@@ -48,7 +48,7 @@ def find_mesh(
         weights = modes.varying_with(weights, x, offsets)
     mesh = explicit_mesh(x, weights, offsets)
     if mesh is None:
-        mesh = spec.placement and declared_mesh(spec.placement)
+        mesh = declared_mesh(spec.placement)
         return replace(spec, mesh=mesh), x, weights, offsets
     operands = modes.without_mapped_axes(mesh, x, weights, offsets)
     if spec.packed_as is None:
@@ -56,7 +56,8 @@ def find_mesh(
         *lead, w_k, n = typed_axes(weights)
         x_k = typed_axes(x)[-1]
         k = x_k if weights_move else w_k or x_k
-        spec = replace(spec, weight_axes=(*lead[spec.batch :], k, n))
+        experts = lead[spec.batch :]
+        spec = replace(spec, weight_axes=(*experts, k, n))
     return replace(spec, mesh=mesh), *operands
 
 
@@ -131,6 +132,7 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
         x_axes, weight_axes = typed_axes(left), typed_axes(right)[layer is not None :]
         if spec.weight_axes is not None:
             weight_axes = [*weight_axes[: spec.batch], *spec.weight_axes]
+    # Float weights have the shape of scales of blocks of one row.
     scales_shape = (right if scales is None else scales).shape
     if spec.output == "w":
         experts = () if offsets is None else (offsets.shape[0] - 1,)
@@ -138,6 +140,7 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     layout = find_layout(spec, x_axes, weight_axes, left.shape, scales_shape)
     layers = () if layer is None else (None,)
     right_spec = PartitionSpec(*layers, *layout.right)
+    # As in `Operands`: left, right, scales, layer and offsets.
     specs = layout.left, right_spec, layout.right, PartitionSpec(), PartitionSpec()
 
     # 3. With Explicit axes, split the operands as the layout needs them.
@@ -156,7 +159,9 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
         if not layout.axis_names:
             return choose.run(spec, operands)
 
-    # 4. Multiply the parts of each device.
+    # 4. Multiply the parts of each device. Float products with Explicit axes need this
+    #    too, because XLA's partitioner computes some of them wrong
+    #    (docs/development/traps.md).
     return _shard_map(_compute_on_device, layout, specs, layout.result)(*operands)
 
 
@@ -189,7 +194,7 @@ def _compute_batch(
         axes = 0 if right_mapped else None, 0 if layer_mapped else None
         right, layer = jax.vmap(take_layer, axes)(right, layer), None
         right_mapped = True
-    # 2. A mapped axis that only x has becomes one more row axis.
+    # 2. A mapped axis that only the left operand has becomes one more row axis.
     if not (spec.is_ragged or spec.output == "w" or right_mapped or scales_mapped):
         left = jnp.moveaxis(left, 0, spec.batch)
         y = compute(spec, Operands(left, right, scales, layer))

@@ -31,8 +31,8 @@ class Operands(NamedTuple):
 
     # `[*batch, *rows, .]`. A back end gets a single axis of rows, `[*batch, M, .]`.
     left: Array
-    # uint8 codes `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index. For float
-    # weights, the weights `[*batch, K, N]`, or an array like `left`.
+    # uint8 codes `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index. Or float
+    # weights `[*batch, K, N]`; or, if weights are computed, `[*batch, *rows, N]`.
     right: Array
     scales: Array | None = None  # float32 `[*batch, blocks, N]` of a single layer
     layer: Array | None = None
