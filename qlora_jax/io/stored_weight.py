@@ -93,7 +93,8 @@ class PackedWeight(StoredWeight):
             return None
         # The integer formats decode (code - 8) * scale, so a bias must be -8 * scale.
         for start in range(0, n, _ROWS_PER_CHECK):
-            index = slice(start, start + _ROWS_PER_CHECK), slice(0, blocks[-1] + 1)
+            rows = slice(start, min(start + _ROWS_PER_CHECK, n))
+            index = rows, slice(0, blocks[-1] + 1)
             scales = np.asarray(self.scales[index]).astype(np.float32)
             biases = np.asarray(self.biases[index]).astype(np.float32)
             if not np.array_equal(biases, -8 * scales, equal_nan=True):

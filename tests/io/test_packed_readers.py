@@ -265,6 +265,20 @@ def test_what_is_not_exact_is_refused_or_packed_again(tensors, want, message):
     assert_same_bits(again, ql.quantize(jnp.asarray(want), "int4_f16", block_size=32))
 
 
+def test_zero_points_of_outputs_that_do_not_fill_words():
+    """compressed-tensors pads the zero points of 12 outputs to two words of eight."""
+    codes, zeros, scales = CODES[:, :12], ZEROS[:, :12], SCALES[:, :12]
+    tensors = {
+        "packed": words(codes.T),
+        "scale": scales.T,
+        "shape": np.array([12, K]),
+        "zero_point": words(np.pad(zeros, [(0, 0), (0, 4)])).T,
+    }
+    tensors = {f"up.weight_{part}": x for part, x in tensors.items()}
+    weights = load(tensors, shape=(K, 12), recode=True, dtype="float32")
+    assert_same_bits(np.asarray(weights), values(codes, zeros, scales))
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_compressed_tensors_are_packed_and_written_alike(name, tmp_path):
     q, values = load(compressed(name), shape=(256, 8)), FILES[name][-1]
