@@ -31,3 +31,16 @@ def test_rows_decode_to_what_was_packed(tmp_path, fmt, double_quant):
             np.testing.assert_array_equal(loaded.codes, q.codes)
     loaded = ql.io.load(tmp_path, names, like, progress=False)
     np.testing.assert_array_equal(ql.dequantize(loaded["up"]["kernel"]), want.T)
+
+
+def test_a_weight_with_two_states_is_refused(tmp_path):
+    base = {"up": {"kernel": ql.quantize(weights(Case((64, 8))), "nf4")}}
+    names = ql.io.Names({"up/kernel": "up.weight"})
+    ql.io.save_bitsandbytes(tmp_path, base, names, {}, progress=False)
+    tensors = {k: np.asarray(x) for k, x in ql.io.open_safetensors(tmp_path).items()}
+    state = tensors["up.weight.quant_state.bitsandbytes__nf4"]
+    text = state.tobytes().replace(b'"nf4"', b'"fp4"')
+    second_state = np.frombuffer(text, np.uint8)
+    tensors["up.weight.quant_state.bitsandbytes__fp4"] = second_state
+    with pytest.raises(ql.io.CheckpointError, match="\n  up.weight: `weight` must be"):
+        ql.io.packed_tensors(tensors)

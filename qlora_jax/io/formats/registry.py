@@ -67,8 +67,13 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         ]
         for match in filter(None, matches):
             prefix = match[1]
-            ends = match[0].removeprefix(prefix), *file_format.parts
-            ends = [end for end in ends if prefix + end in result]
+            # Two matches may claim the same tensors, such as a weight with two states.
+            # A tensor that has become a weight is no longer a part.
+            ends = [
+                end
+                for end in (match[0].removeprefix(prefix), *file_format.parts)
+                if prefix + end in result and packing_of(result[prefix + end]) is None
+            ]
             parts = Parts((end.lstrip("._"), result[prefix + end]) for end in ends)
             try:
                 weights = file_format.read(parts, settings)
@@ -198,7 +203,7 @@ def save_bitsandbytes(
         >>> sorted(ql.io.open_safetensors(path))[:2]
         ['up.weight', 'up.weight.absmax']
     """
-    layout: Any = "bitsandbytes"  # users of `save_packed` call this function instead
+    layout: Any = "bitsandbytes"  # not in the type: only this function passes it
     options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
     save_packed(path, base, names, config, layout, **options)
 
