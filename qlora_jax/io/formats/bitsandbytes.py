@@ -27,8 +27,8 @@ from .layouts import UINT8
 
 _STATE = "quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 1 << 16
-_SMALLEST_BLOCK = 32  # of files
-_SMALLEST_NEW_BLOCK = 16  # for weights whose blocks cross rows
+_SMALLEST_BLOCK = 32  # that bitsandbytes reads
+_SMALLEST_NEW_BLOCK = 16  # that a `QTensor` can have
 
 _FileTensor = LazyTensor | np.ndarray
 
@@ -271,10 +271,13 @@ BITSANDBYTES = FileFormat(
     read=_read,
     methods={"bitsandbytes": {}},
     read_settings=_read_config,
-    # Each weight stores its own block size.
     write=Writer(
-        *("bitsandbytes", ("nf4", "fp4"), _tensors, _config, _problem),
-        shared=("fmt", "double_quant"),
+        "bitsandbytes",
+        ("nf4", "fp4"),
+        _tensors,
+        _config,
+        _problem,
+        shared=("fmt", "double_quant"),  # each weight stores its own block size
     ),
 )
 BITSANDBYTES_INT8 = FileFormat(marker=r"(.*\.SCB)", read=_read_int8)

@@ -16,7 +16,7 @@ Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
 
 
 class Parts(dict[str, Any]):
-    """The tensors of one weight, by the ends of their names."""
+    """The tensors of one weight, by the ends of their names (after a separator)."""
 
     def tensor(self, name: str, dtypes: str, axes: int = 2) -> Any:
         """Returns a part; checks its dtype and its number of axes."""
@@ -80,14 +80,16 @@ class FileFormat:
     # start of the names of all of the weight's tensors.
     marker: str
     marker_dtype: str = ""  # if other formats have a tensor of the same name
-    parts: tuple[str, ...] = ()  # ends of names of other tensors that it may have
-    ignored: tuple[str, ...] = ()  # ends of names that do not describe weights
+    # What follows that start, in the names of other tensors that a weight may have.
+    parts: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()  # also what follows it, for tensors to leave out
     # Maps the parts and the settings to weights, by the ends of the weights' names.
     read: Callable[[Parts, Settings], Mapping[str, StoredWeight]]
     # For each `quant_method`, the settings that change how weights are stored, with
     # their supported values. The first value is the default.
     methods: Mapping[str, Mapping[str, tuple]] = field(default_factory=dict)
     fmt: str = "int4_f16"  # of the weights, for `read_quantization`
-    # Changes the settings: replaces `fmt`, or names of settings that have older names.
+    # Checks the settings, and returns them with another `fmt` or with other names if
+    # `methods` and `read` need that.
     read_settings: Callable[[Settings], dict[str, Any]] = dict
     write: Writer | None = None  # None for a format that is only read

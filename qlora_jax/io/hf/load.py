@@ -128,19 +128,23 @@ def _convert_packed(
     result = dict(tensors)
     for path, leaf in leaves.items():
         names = list(leaf.tensors.ravel())
-        in_floats = {name: in_float(tensors[name], dtype) for name in names}
+        floats = {name: in_float(tensors[name], dtype) for name in names}
         if leaf.geometry is None:  # only kernels can be packed
-            result |= in_floats
+            result |= floats
         elif recode:
             target = config if config is not None and config.is_target(path) else None
-            recoded = {n: _recode(tensors[n], in_floats[n], target) for n in names}
+            recoded = {n: _recode(tensors[n], floats[n], target) for n in names}
             # All tensors of a stack must have the same packing, as floats do.
             is_mixed = len({packing_of(x) for x in recoded.values()}) > 1
-            result |= in_floats if is_mixed else recoded
+            result |= floats if is_mixed else recoded
     return result
 
 
 def _recode(tensor: Any, floats: Any, target: QLoRAConfig | None) -> Any:
+    """Returns a kernel's tensor, re-blocked or as floats if necessary.
+
+    `target` is the config if the kernel is one of its targets, and otherwise None.
+    """
     if not isinstance(tensor, StoredWeight):
         return tensor
     if target is None:

@@ -143,8 +143,8 @@ def _low_rank_adapters(
     """Returns the low-rank adapters by path, stacked as their kernels are."""
     by_path: dict[str, dict[BatchIndex, Adapter]] = defaultdict(dict)
     for adapter in layout.low_rank:
-        own_arrays = {name: arrays[key] for name, key in adapter.keys.items()}
-        for (path, index), matrix in adapter.read(own_arrays).items():
+        adapter_arrays = {name: arrays[key] for name, key in adapter.keys.items()}
+        for (path, index), matrix in adapter.read(adapter_arrays).items():
             by_path[path][index] = matrix
     adapters, problems = {}, []
     for path, matrices in by_path.items():
@@ -255,7 +255,7 @@ def adapter_tensors(
     low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
     full_rank = adapters.keys() - low_rank.keys()
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
-    positions = layout.model.tensors.items()
+    positions = model.tensors.items()
     refuse_listed(
         "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
         "tensors that are trained in full. Missing",

@@ -1,4 +1,4 @@
-"""The modules of a model, and their low-rank adapters: stacked here, single in PEFT.
+"""The modules of a model, and their low-rank adapters: of stacks here, single in PEFT.
 
 A stack has one rank. An adapter of a smaller rank is padded with zero columns of A and
 zero rows of B. This does not change A B. The gradients of the padding are zero, so it

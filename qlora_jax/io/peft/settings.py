@@ -323,7 +323,7 @@ def peft_config(
     rows = {m: x.replaced_rows for m, x in tables.items() if x and x.replaced_rows}
     low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
     # Then find the adapted modules and parameters, and their common values.
-    modules, parameters = _own_adapters(model, low_rank, fused)
+    modules, parameters = _adapters_by_name(model, low_rank, fused)
     adapted = modules | parameters
     if not adapted:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
@@ -359,16 +359,18 @@ def peft_config(
     )
 
 
-class _OwnAdapter(NamedTuple):
+class _NamedAdapter(NamedTuple):
+    """An adapter of a stack, and what PEFT's adapter of one name in it has."""
+
     adapter: Adapter
-    rank: int  # in PEFT
+    rank: int
     scaling: float
 
 
-def _own_adapters(
+def _adapters_by_name(
     model: NamedBase, adapters: Mapping[str, LowRank], fused: bool
-) -> tuple[dict[str, _OwnAdapter], dict[str, _OwnAdapter]]:
-    """Returns the adapters by module, and those of parameters by parameter."""
+) -> tuple[dict[str, _NamedAdapter], dict[str, _NamedAdapter]]:
+    """Returns the adapters of modules and those of parameters, by name."""
     modules, parameters, in_parameters = {}, {}, set()
     # Adapters of modules are preferred: all versions of transformers can read them.
     if fused or not _can_convert_modules(model, adapters):
@@ -377,13 +379,13 @@ def _own_adapters(
                 adapter, index = adapters[paths[0]], kernels[paths[0]][0]
                 # Each adapted kernel of a parameter may need a block of its rank.
                 settings = adapter.rank * len(paths), float(adapter.scalings[index])
-                parameters[name] = _OwnAdapter(adapter, *settings)
+                parameters[name] = _NamedAdapter(adapter, *settings)
                 in_parameters |= {*paths}
     ranks = {path: _ranks(adapter) for path, adapter in adapters.items()}
     for module, (path, index) in model.modules.items():
         if path in adapters and path not in in_parameters:
             settings = int(ranks[path][index]), float(adapters[path].scalings[index])
-            modules[module] = _OwnAdapter(adapters[path], *settings)
+            modules[module] = _NamedAdapter(adapters[path], *settings)
     return modules, parameters
 
 
