@@ -80,9 +80,10 @@ class FileFormat:
     # start of the names of all of the weight's tensors.
     marker: str
     marker_dtype: str = ""  # if other formats have a tensor of the same name
-    # What follows that start, in the names of other tensors that a weight may have.
+    # The ends of names, after that start: of other tensors that a weight may have, and
+    # of tensors that do not describe the weight.
     parts: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()  # also what follows it, for tensors to leave out
+    ignored: tuple[str, ...] = ()
     # Maps the parts and the settings to weights, by the ends of the weights' names.
     read: Callable[[Parts, Settings], Mapping[str, StoredWeight]]
     # For each `quant_method`, the settings that change how weights are stored, with
