@@ -48,15 +48,15 @@ KINDS: dict[str, type["Adapter"]] = {}
 class Adapter(TreeLeaf, abc.ABC):
     """An adapter of one kernel, whose matrix form is `[*batch, K, N]`.
 
-    The kinds are `LowRank` and `Replacement`. Of a kind, other code asks only for the
-    attributes below, and never for its class.
+    Most kinds are subclasses of `LowRank` or `Replacement`. Code that handles every
+    kind reads the attributes below, and does not test for classes.
     """
 
     # By the name of each array, the roles of its axes that follow the kernel's batch
     # axes: k (of size K), n (of size N), r (the rank) or e (the places of a bank).
     roles: Mapping[str, str]
     label: str  # the name of this kind of adapter in `summary`
-    settings: ClassVar[tuple[str, ...]] = ()  # the names of its static fields
+    settings: tuple[str, ...] = ()  # the names of its static fields
     trained_as: ClassVar[str] = "lora"  # the label of its arrays in `lora_labels`
     # Whether its change of the kernel is `scaling * A B`.
     is_linear: ClassVar[bool] = False
@@ -99,14 +99,14 @@ class Adapter(TreeLeaf, abc.ABC):
     def lookup_by_row(
         self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
     ) -> Float[Array, "..."]:
-        """Returns `lookup` with another adapter for each row of `ids`, from a bank.
+        """Returns `lookup` where each row of `ids` has its own adapter of this bank.
 
         Args:
             ids: int32 ids of rows of the table, `[R, ...]`.
             kernel: The frozen table, `[V, D]`.
             places: The places of the adapters in the bank, int32 `[R]`.
-            take: A function that takes the entries at these places from an array whose
-                first axis is that of the bank.
+            take: A function that takes the entries at these places from an array of the
+                bank, along its first axis.
         """
         adapters = jax.tree.map(take, self)
         return jax.vmap(lambda lora, ids: lora.lookup(ids, kernel))(adapters, ids)
@@ -134,7 +134,7 @@ class Adapter(TreeLeaf, abc.ABC):
         return self
 
     def sliceable(self) -> Self:
-        """Returns the adapter with settings of each matrix as arrays, as scans need."""
+        """Returns the adapter with settings of single matrices as arrays, for scans."""
         return self
 
     def at(self, index: tuple[int, ...]) -> Self:
@@ -157,7 +157,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @property
     def replacement(self) -> Array | None:
-        """The array that models read in place of the leaf; None if it stays in use."""
+        """The array that models read in place of the leaf; None if there is none."""
         return None
 
     @property

@@ -19,7 +19,7 @@ from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter, ProductCall
 
-# A selected adapter has the attributes of the bank's adapters, as properties.
+# A selected adapter has some attributes of the bank's adapters, as properties.
 # pyright: reportIncompatibleVariableOverride=false
 
 _SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
@@ -48,6 +48,10 @@ class Selected(Adapter):
     @property
     def roles(self) -> dict[str, str]:  # noqa: D102
         return {name: "e" + roles for name, roles in self.adapters.roles.items()}
+
+    @property
+    def settings(self) -> tuple[str, ...]:  # noqa: D102
+        return self.adapters.settings
 
     @property
     def inputs(self) -> tuple[str, ...]:  # noqa: D102

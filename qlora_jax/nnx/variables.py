@@ -78,7 +78,8 @@ class AdapterModule(nnx.Module):
         frozen: Frozen | None = None,
     ):
         self.frozen = nnx.data(frozen)
-        self.names, self.rate = (*adapter.roles,), adapter.dropout
+        self.names = (*adapter.roles,)  # of the arrays
+        self.rate = adapter.dropout
         self.set(adapter)
         self.trained = trained  # the packing of a kernel trained through its quantizer
         self.path = Note(path)  # for errors; all notes are equal in graph definitions
@@ -105,8 +106,6 @@ class AdapterModule(nnx.Module):
                 getattr(self, name).set_value(x)
             else:
                 setattr(self, name, nnx.LoRAParam(x))
-        if adapter.dropout != self.rate:
-            adapter = replace_arrays(adapter, lambda _, x: x, dropout=self.rate)
         self.geometry = adapter.geometry
         # A tree structure has the kind of an adapter and its static settings.
         self.structure = jax.tree.structure(adapter)
@@ -133,7 +132,10 @@ class AdapterModule(nnx.Module):
         # The inputs follow the arrays, unless they are static in this structure.
         inputs = {} if self.inputs is None else self.inputs.get_value()
         leaves = [*arrays, *(inputs[name] for name in self.input_names)]
-        return structure.unflatten(leaves[: structure.num_leaves])
+        adapter: Adapter = structure.unflatten(leaves[: structure.num_leaves])
+        if "dropout" not in adapter.settings:
+            return adapter
+        return replace_arrays(adapter, lambda _, x: x, dropout=self.rate)
 
     def dropout_key(self) -> jax.Array | None:
         """Returns a new key for the dropout of a call, or None without dropout."""

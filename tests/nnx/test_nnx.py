@@ -164,6 +164,19 @@ def test_dropout_in_a_scanned_stack_draws_its_own_mask_in_each_layer(x):
     np.testing.assert_array_equal(scan(wrapped, x), scan(wrapped, x))
 
 
+def test_the_dropout_rate_is_an_attribute_that_other_adapters_keep(x):
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(layer, ql.QLoRAConfig(rank=4, dropout=0.5)))
+    base, _ = ql.nnx.split(wrapped)
+    assert not np.array_equal(wrapped(x), wrapped(x))
+    wrapped.set_attributes(rate=0.0)
+    np.testing.assert_array_equal(wrapped(x), wrapped(x))
+    # An adapter that replaces weights has no dropout rate.
+    rows = {"kernel": ql.TrainedRows(jnp.ones((2, 8)), (3, 5))}
+    joined = ql.nnx.join(wrap(layer, ql.QLoRAConfig(rank=4, dropout=0.5)), base, rows)
+    assert_close(joined(x), ql.apply(base, rows, x))
+
+
 class Sine(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(rngs.params.normal((64, 256)))
