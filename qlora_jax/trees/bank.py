@@ -15,6 +15,7 @@ from .._jax.arguments import checked_integers
 from .._jax.memory import is_concrete
 from .._jax.pytree import register
 from ..adapters.base import Adapter, replace_arrays, used_ranks
+from ..adapters.lora import SETTINGS
 from ..adapters.selected import Selected
 from .adapters import adapters_by_keys
 from .paths import (
@@ -269,7 +270,7 @@ def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
         return f"it is missing. Filling in zeros would change a {template.label}."
     if not adapter.can_be_in_bank:
         return f"a {adapter.label} cannot be in a bank."
-    names = "label", "matrix_shape", "geometry", "dropout"
+    names = "label", "matrix_shape", "geometry", "dropout", *_own_settings(template)
     if any(getattr(adapter, name) != getattr(template, name) for name in names):
         return f"it must be {_describe(template)}. Got {_describe(adapter)}."
     if adapter.rank > template.rank:
@@ -281,10 +282,16 @@ def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
     return None
 
 
+def _own_settings(adapter: Adapter) -> list[str]:
+    """Returns the names of the settings that only this kind of adapter has."""
+    return [name for name in adapter.settings if name not in SETTINGS]
+
+
 def _describe(adapter: Adapter) -> str:
+    others = [f" and {x} {getattr(adapter, x)}" for x in _own_settings(adapter)]
     return (
         f"a {adapter.label} of {[*adapter.matrix_shape]}, kernel axes "
-        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}"
+        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{''.join(others)}"
     )
 
 

@@ -31,9 +31,7 @@ class VeRA(Adapter):
 
     d: Array  # [*batch, r]
     b: Array  # [*batch, N], zero at first
-    seed: tuple[
-        int, ...
-    ]  # from which A and B are drawn, so that files do not have them
+    seed: tuple[int, ...]  # A and B are drawn from it, so files do not have them
     geometry: Geometry
 
     roles = {"d": "r", "b": "n"}
@@ -160,6 +158,9 @@ def test_rows_of_a_batch_choose_it_from_a_bank():
         want = ql.apply(base, lora, x[row])
         assert relative_error(y[row], want) < rounding(2 * K)
     assert_same(bank[1], second)
+    other = {"kernel": dataclasses.replace(second["kernel"], seed=(SEED + 1,))}
+    with pytest.raises(ValueError, match=r"dropout 0.0 and seed \(5,\). Got"):
+        ql.bank([first, other])
 
 
 def test_its_files_have_its_arrays_and_settings(tmp_path):
