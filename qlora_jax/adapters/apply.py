@@ -221,7 +221,7 @@ def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
 
 
 def _trained_value(part_name: str, leaf: PyTree, lora: Adapter) -> PyTree:
-    """Returns the part of a layer, trained in full, that replaces a frozen one."""
+    """Returns the trained kernel or bias that replaces the frozen one of a layer."""
     reason = "there is none" if leaf is None else why_not(lora, leaf)
     if reason is not None:
         raise ValueError(f"`lora` must be the adapter of the {part_name}: {reason}")

@@ -32,13 +32,17 @@ from .base import (
 SETTINGS = ("scaling", "dropout", "geometry")  # of every low-rank adapter
 CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
-# One multiplier, or a tuple of one for each matrix of a stack; an array in `sliceable`.
+# One multiplier, or a tuple of one for each matrix of a stack, of which `sliceable`
+# makes an array.
 Scaling = float | tuple[float, ...] | Array
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Adapter):
-    """An adapter that adds `scaling * A B` to its kernel, or to the direction of it."""
+    """An adapter that trains A and B, and adds `scaling * A B` to its kernel.
+
+    The sum may be scaled afterwards, as in a `DoRA`.
+    """
 
     a: Array
     b: Array

@@ -96,7 +96,7 @@ class TrainedRows(Replacement):
     roles = {"rows": "rn"}
     settings = ("indices",)
     label = "trained rows"
-    geometry = Geometry()
+    geometry = Geometry()  # that of a table, "kn"
 
     @property
     def replaced_rows(self) -> tuple[int, ...]:  # noqa: D102
