@@ -6,7 +6,7 @@
 
 The first environment compiles the rows for TPUs, the second (4.6 GB) those for GPUs.
 
-Each row of `scale_rows.ROWS` is compiled from shapes alone by `cli.program.lower_step`:
+Each row of `scale_rows.ROWS` is compiled from shapes alone by `app.program.lower_step`:
 the decoder, loss, adapters, optimizer and step are those of the command. Each row runs
 in a separate process with a time limit. Results are added to `aot_scale.jsonl`, and
 rows in that file are only compiled again with `--again`. `--table` writes the tables of
