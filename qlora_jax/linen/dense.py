@@ -25,7 +25,8 @@ def module_call(
 ) -> ModuleCall:
     """Describes the call of a module that has the attributes of a Dense or fewer."""
     # Registered classes may lack the bias, `promote_dtype` and `precision`.
-    bias = module.variables.get("params", {}).get("bias")
+    has_bias = getattr(module, "use_bias", True)
+    bias = module.variables.get("params", {}).get("bias") if has_bias else None
     # A registered class promotes its input as `jnp.einsum` does.
     promote = promote_to_kernel
     if hasattr(module, "promote_dtype"):
