@@ -103,6 +103,11 @@ def find_fields(
                 _check_no_label(kind, row.get("label"))
             return Fields(kind, values, unused)
         alternatives.append(" and ".join(f"`{names[key]}`" for key in required))
+    if [*row] == ["data"] and isinstance(row["data"], list):
+        raise ValueError(
+            "the row must be a single row. Got an object whose `data` is a list of "
+            "rows. Write only the list, or one row per line."
+        )
     raise ValueError(
         f"the row must have {', or '.join(alternatives)}. Got {[*row]!s:.200}. "
         '`--keys \'{"prompt": "question", "completion": "answer"}\'` names other keys.'

@@ -127,11 +127,6 @@ def _read_json(file: BinaryIO) -> Rows:
 def _check_object(row: Any) -> Any:
     if not isinstance(row, dict):
         return ValueError(f"the row must be a JSON object. Got {row!r:.40}.")
-    if [*row] == ["data"] and isinstance(row["data"], list):
-        return ValueError(
-            "the row must be a single row. Got an object whose `data` is a list of "
-            "rows. Write only the list, or one row per line."
-        )
     return row
 
 
