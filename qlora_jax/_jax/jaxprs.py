@@ -14,10 +14,11 @@ def evaluate(
     compute: Callable[[JaxprEqn, list[Any]], Sequence[object]],
     is_entered: Callable[[JaxprEqn, list[Any]], bool],
 ) -> list[Any]:
-    """Returns a program's results, with `compute(eqn, values)` for each equation.
+    """Runs a program, and returns its results.
 
-    Values may be of any type that `compute` accepts. If `is_entered(eqn, values)`, the
-    equation is a call, and the equations of the called program are computed instead.
+    `compute(eqn, values)` returns the results of an equation. Values may be of any type
+    that it accepts. If `is_entered(eqn, values)` is true for an equation that calls one
+    program, the equations of this program are computed instead.
     """
     jaxpr: Any = getattr(program, "jaxpr", program)
     variables = (*jaxpr.constvars, *jaxpr.invars)

@@ -38,7 +38,7 @@ def packed_linen(cls: type) -> type:
 
 
 def _running(cls: type, replace: Callable[[nn.Module], Any], recipe: tuple) -> type:
-    """Returns a subclass of a bridge class that runs `replace(module)` in its place."""
+    """Returns a subclass of a bridge class that runs `replace(its linen module)`."""
 
     # Makes a bridge of the original class around the new module, gives it the variables
     # of this bridge, with adapters added to the kernels, and calls it.

@@ -115,7 +115,10 @@ def why_not_trained(site: Site) -> str | None:
 
 
 def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns the kinds of a target's axes if they are known, or raises ValueError."""
+    """Returns the kinds of a target's axes, or None if they are not known yet.
+
+    Raises a ValueError if the leaf cannot be a target.
+    """
     if reason := why_not_trained(site):
         raise ValueError(reason)
     module, name = site.module, site.name

@@ -51,7 +51,7 @@ def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[An
         source.rows,
         f"reading {source.name}",
         unit=" rows",
-        disable=None,  # unless stderr is a terminal
+        disable=None,  # shown only if stderr is a terminal
         delay=2,
         leave=False,
     )
