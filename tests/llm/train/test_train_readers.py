@@ -75,6 +75,15 @@ def test_rows_are_those_of_the_jsonl_file(tokenizer, tmp_path, kind, suffix, zip
         assert tokens(read(tokenizer, path).train) == tokens(expected.train)
 
 
+def test_messages_may_be_under_the_key_data(tokenizer, tmp_path):
+    expected = read_rows_of(tokenizer, tmp_path, *ROWS["talks"])
+    path = tmp_path / "renamed.jsonl"
+    rows = [{"data": row["messages"]} for row in ROWS["talks"]]
+    path.write_text(WRITERS[".jsonl"](rows), "utf-8")
+    data = read(tokenizer, path, keys={"messages": "data"})
+    assert tokens(data.train) == tokens(expected.train)
+
+
 def test_a_json_file_may_have_a_row_on_each_line(tokenizer, tmp_path):
     path = write_rows(tmp_path / "d.json", ROWS["pairs"])
     rows = read(tokenizer, path).train
