@@ -4,7 +4,7 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from .settings import Layout, lay_out, peft_config
 _STORED_DTYPES = ("bfloat16", "float16", "float32")
 
 
+@runtime_checkable
 class PeftSource(Protocol):
     """Adapters of another format, such as a `PlainLoRA`."""
 
@@ -83,7 +84,7 @@ def load_peft(
     if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
         raise TypeError(f"`dtype` must be one of {FLOAT_DTYPES}. Got {dtype!r}.")
     # Check the settings and the headers of the files before values are read.
-    config, file = _open(path) if isinstance(path, Path) else path.to_peft()
+    config, file = path.to_peft() if isinstance(path, PeftSource) else _open(path)
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     base_keys = layout.base_keys(file)
