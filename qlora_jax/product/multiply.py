@@ -124,7 +124,10 @@ def _product_bwd(residuals: tuple, g: Array) -> tuple:
 
     def gradient(name: Name, array_type: _ArrayType) -> Array:
         operands = [arrays[operand] for operand in OPERANDS[name]]
-        d = _product(replace(spec, output=name, result=None), *operands, offsets)
+        # Sums are rounded once, to the dtype of the operand.
+        is_other = array_type.dtype != operands[0].dtype
+        result = array_type.dtype.name if is_other else None
+        d = _product(replace(spec, output=name, result=result), *operands, offsets)
         d = d.astype(array_type.dtype)
         sharding = array_type.sharding
         return d if sharding is None else reshard(d, sharding)

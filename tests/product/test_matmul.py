@@ -24,6 +24,7 @@ import qlora_jax as ql
 from qlora_jax.product import choose
 from qlora_jax.product.backends.pallas_tpu import fused
 from qlora_jax.product.backends.reference import Rounding
+from qlora_jax.product.floats import float_product
 from qlora_jax.quant.formats import Packing
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.pack import quantize_kernel
@@ -579,3 +580,14 @@ def test_a_list_of_back_ends():
         ql.matmul(x, q, backend=names)
     for name in names:
         assert f"`{name}` does not support this product." in str(error.value)
+
+
+def test_the_gradient_of_wider_float_weights_is_rounded_once():
+    x, w, g = (
+        normal(0, (64, 32), jnp.bfloat16),
+        normal(1, (32, 16)),
+        normal(2, (64, 16)),
+    )
+    _, pull = jax.vjp(lambda w: float_product(x, w), w)
+    exact = np.asarray(x, float).T @ np.asarray(g.astype(jnp.bfloat16), float)
+    assert_close(pull(g)[0], exact, terms=64)
