@@ -112,7 +112,7 @@ def _product_fwd(
 ) -> tuple[Array, tuple]:
     y = _product(spec, left, weights, offsets)
     # The gradient of x needs only the type of x, and packed weights have no gradient.
-    x = None if isinstance(weights, PackedInput) else left
+    x = left if spec.packed_as is None else None
     return y, (spec, x, _type_of(spec, left), weights, offsets)
 
 
