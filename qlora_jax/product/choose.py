@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from .._jax import modes
-from .backends.floats import float_product
+from .backends.floats import multiply_floats
 from .backends.pallas_tpu.backend import PallasTPU
 from .backends.reference import Reference, Rounding
 from .backends.tiled import Tiled
@@ -98,7 +98,7 @@ def run(spec: ProductSpec, operands: Operands, *, is_device: bool = False) -> Ar
     allow.
     """
     if spec.packed_as is None:
-        return float_product(spec, operands)
+        return multiply_floats(spec, operands)
     # Back ends accept a single axis of rows.
     x = operands.left
     num_rows = math.prod(x.shape[spec.batch : -1])

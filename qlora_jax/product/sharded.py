@@ -24,7 +24,6 @@ from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor, float_scales, with_scales
 from . import choose
-from .backends.floats import float_product
 from .backends.grouped import SortedRows
 from .backends.reference import accumulator_dtype
 from .collectives import gather, sum_over
@@ -179,7 +178,7 @@ def _compute_batch(
         axes = 0 if left_mapped else None, 0 if right_mapped else None
 
         def multiply_floats(left: Array, right: Array) -> Array:
-            return float_product(spec, Operands(left, right))
+            return multiply_floats(spec, Operands(left, right))
 
         return jax.vmap(multiply_floats, axes)(left, right), True
     if spec.is_ragged and spec.is_explicit:

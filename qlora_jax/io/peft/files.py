@@ -25,7 +25,7 @@ from ..safetensors import open_safetensors, write_safetensors
 from ..tensors import LazyTensor
 from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from .modules import NamedBase, from_stored, stack, to_stored
-from .settings import Layout, lay_out, peft_config
+from .settings import AdapterLayout, lay_out, peft_config
 
 # float64 is rejected, because JAX would silently read it as float32.
 _STORED_DTYPES = ("bfloat16", "float16", "float32")
@@ -139,7 +139,7 @@ def _check_tensors(
 
 
 def _low_rank_adapters(
-    arrays: Mapping[str, np.ndarray], layout: Layout, dtype: DTypeLike | None
+    arrays: Mapping[str, np.ndarray], layout: AdapterLayout, dtype: DTypeLike | None
 ) -> dict[str, Adapter]:
     """Returns the low-rank adapters by path, stacked as their kernels are."""
     by_path: dict[str, dict[BatchIndex, Adapter]] = defaultdict(dict)
@@ -160,7 +160,7 @@ def _low_rank_adapters(
 
 def _replace(
     base: Tree,
-    layout: Layout,
+    layout: AdapterLayout,
     tensors: Mapping[str, np.ndarray],
     dtype: DTypeLike | None,
 ) -> tuple[Tree, dict[str, Adapter]]:
@@ -281,7 +281,7 @@ def adapter_tensors(
 
 
 def _low_rank_tensors(
-    adapters: Mapping[str, LowRank], layout: Layout
+    adapters: Mapping[str, LowRank], layout: AdapterLayout
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of the low-rank adapters by key; an error lists problems."""
     required = {x.position.path for x in layout.modules if x.rank}

@@ -41,7 +41,7 @@ from .modules import (
 
 
 @dataclass(frozen=True)
-class Layout:
+class AdapterLayout:
     """The tensors in the file of an adapter, and where they belong in the model."""
 
     model: NamedBase
@@ -84,7 +84,7 @@ class Layout:
         return shapes | {key: tensor_shape(name) for name, key in base_keys.items()}
 
 
-def lay_out(config: PeftConfig, model: NamedBase) -> Layout:
+def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
     """Returns the tensors that settings describe; an error lists what does not fit."""
     problems: list[str] = []
     # First, find the adapters of modules and of parameters that hold all experts.
@@ -117,7 +117,7 @@ def lay_out(config: PeftConfig, model: NamedBase) -> Layout:
     refuse("this adapter does not fit the model", problems)
     wrapped = adapted | {module_of(name) for name in parameters}
     in_parameters = {path for name in parameters for path in model.parameters[name]}
-    return Layout(
+    return AdapterLayout(
         model,
         [
             _module_adapter(config, model, module, module in adapted)

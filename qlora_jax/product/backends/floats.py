@@ -17,7 +17,7 @@ from .reference import accumulator_dtype, dot
 LARGEST_UNSWAPPED = 2**16
 
 
-def float_product(spec: ProductSpec, operands: Operands) -> Array:
+def multiply_floats(spec: ProductSpec, operands: Operands) -> Array:
     """Returns the product that `spec.output` names, in the dtype of its result."""
     left, right, *_, offsets = operands
     dtype = jnp.dtype(spec.result or left.dtype)
