@@ -232,8 +232,9 @@ def test_plans_fit_the_memory_of_the_chip(transpose, dtype):
     ):
         k, n = (8192, contracted) if transpose else (contracted, 8192)
         spec = product_spec("nf4", 64, k, transpose)
-        tiling = plan(spec, m, n, jnp.dtype(dtype), chip)
-        if isinstance(tiling, str):
+        try:
+            tiling = plan(spec, m, n, jnp.dtype(dtype), chip)
+        except Unsupported:
             assert contracted == 53248 or (dtype is F32 and contracted == 28672)
             continue
         rows = copies * tiling.tile_m + tiling.tile if tiling.keep else 2 * m

@@ -159,7 +159,7 @@ def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
     run = "--run", tmp_path / "all"
     others = [
         ["generate", "--model", folder, "--max-new-tokens=4", "--prompt", "a"],
-        ["score", *run],
+        ["score", *run, "--data", data],
         ["export", *run, "--format", "merged", "--out"],
         ["inspect", tmp_path / "all"],
         ["check"],
