@@ -24,6 +24,7 @@ from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor, float_scales, with_scales
 from . import choose
+from .backends.floats import multiply_floats
 from .backends.grouped import SortedRows
 from .backends.reference import accumulator_dtype
 from .collectives import gather, sum_over
@@ -177,10 +178,10 @@ def _compute_batch(
         # XLA batches float products without copying an operand that is not mapped.
         axes = 0 if left_mapped else None, 0 if right_mapped else None
 
-        def multiply_floats(left: Array, right: Array) -> Array:
+        def multiply_pair(left: Array, right: Array) -> Array:
             return multiply_floats(spec, Operands(left, right))
 
-        return jax.vmap(multiply_floats, axes)(left, right), True
+        return jax.vmap(multiply_pair, axes)(left, right), True
     if spec.is_ragged and spec.is_explicit:
         # Types do not show how the sorted rows of several products are split.
         def run(spec: ProductSpec, operands: Operands) -> Array:
