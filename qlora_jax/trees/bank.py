@@ -288,10 +288,10 @@ def _own_settings(adapter: Adapter) -> list[str]:
 
 
 def _describe(adapter: Adapter) -> str:
-    others = [f" and {x} {getattr(adapter, x)}" for x in _own_settings(adapter)]
+    own_settings = [f" and {x} {getattr(adapter, x)}" for x in _own_settings(adapter)]
     return (
         f"a {adapter.label} of {[*adapter.matrix_shape]}, kernel axes "
-        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{''.join(others)}"
+        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{''.join(own_settings)}"
     )
 
 
