@@ -289,10 +289,10 @@ def _own_settings(adapter: Adapter) -> list[str]:
 
 def _describe(adapter: Adapter) -> str:
     own_names = _own_settings(adapter)
-    own_settings = [f" and {name} {getattr(adapter, name)}" for name in own_names]
+    own_text = "".join(f" and {name} {getattr(adapter, name)}" for name in own_names)
     return (
         f"a {adapter.label} of {[*adapter.matrix_shape]}, kernel axes "
-        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{''.join(own_settings)}"
+        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{own_text}"
     )
 
 
