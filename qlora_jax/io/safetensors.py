@@ -5,9 +5,10 @@ shape and the byte offsets of each tensor) and the tensors' bytes without gaps.
 
 The reader of the `safetensors` package (0.8) is not used. A file with the shapes of
 Llama 3.1 8B (16 GB in bfloat16), read in pieces of 4 MiB, raises the peak resident
-memory by 8 MiB with this reader. With `safe_open`, which maps the file, it is 15 GiB.
-With `safe_open(backend="pread")`, it is 1 GiB, and each piece of the embedding reads
-all of its 1 GiB. Also, `safe_open` cannot return float8 as NumPy arrays.
+memory by 8 MiB with this reader. With `safe_open`, which maps the file, the increase is
+15 GiB. With `safe_open(backend="pread")`, it is 1 GiB, because each slice of the
+embedding reads the whole embedding. Also, `safe_open` cannot return float8 as NumPy
+arrays.
 """
 
 import json

@@ -24,15 +24,15 @@ class StoredWeight:
     """
 
     shape: tuple[int, int]
-    dtype: np.dtype  # of the decoded weight, unless `load` is given a dtype
+    dtype: np.dtype  # of the decoded weight; `load` may be given another
     packing: Packing
     codes: SliceableTensor  # uint8, two codes to a byte
     scales: SliceableTensor  # one for each block, in the dtype of the file
     scale_scales: np.ndarray | None = None  # as in a `QTensor`
     scale_offset: np.float32 | None = None
-    keeps_dtype: bool = False  # whether it has `dtype` even if `load` is given another
+    keeps_dtype: bool = False  # whether it decodes to `dtype` even then
     name: str = ""
-    nbytes: int = 0  # of all of its tensors
+    nbytes: int = 0  # the size of all of its tensors in the file
 
     @cached_property
     def problem(self) -> str | None:

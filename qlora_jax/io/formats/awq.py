@@ -28,7 +28,7 @@ from .layouts import (
 
 # The output whose code is in each nibble of AWQ's words, from the lowest nibble on, and
 # its inverse: the nibble of each output.
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -119,10 +119,12 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     }
 
 
-def _config(kernels: Kernels, ignored: list[str], config: Config) -> dict[str, Any]:
+def _config(
+    kernels: Kernels, float_modules: list[str], config: Config
+) -> dict[str, Any]:
     size = next(iter(kernels.values())).block_size
     settings = dict(quant_method="awq", version="gemm", bits=4, group_size=size)
-    settings |= dict(zero_point=True, modules_to_not_convert=ignored)
+    settings |= dict(zero_point=True, modules_to_not_convert=float_modules)
     return {"quantization_config": settings, **model_dtype(kernels, config)}
 
 

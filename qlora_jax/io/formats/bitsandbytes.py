@@ -27,8 +27,8 @@ from .layouts import UINT8
 
 _STATE = "quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 1 << 16
-_SMALLEST_BLOCK = 32  # that bitsandbytes reads
-_SMALLEST_NEW_BLOCK = 16  # that a `QTensor` can have
+_SMALLEST_BLOCK = 32  # the smallest block size that bitsandbytes reads
+_SMALLEST_NEW_BLOCK = 16  # the smallest block size of a `QTensor`
 
 _FileTensor = LazyTensor | np.ndarray
 
@@ -63,9 +63,9 @@ class BitsAndBytesWeight(StoredWeight):
         return self.codes.reshape(n, k // 2), scales
 
     def reblocked(self) -> PackedWeight | None:
-        """Returns the same values in blocks that do not cross rows, if they are large.
+        """Returns the same values in blocks within rows; None if these are too small.
 
-        Each of them is a part of one stored block, so its scale is that block's.
+        Each new block is a part of one stored block, and has the scale of that block.
         """
         (n, k), old_size = self.shape, self.packing.block_size
         size = math.gcd(k, old_size)
@@ -241,7 +241,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
         state |= dict(nested_blocksize=SCALES_PER_BLOCK, nested_dtype="float32")
         state["nested_offset"] = float(np.asarray(q.scale_offset))
     state_bytes = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    tensors[f"{name}.quant_state.bitsandbytes__{q.fmt}"] = state_bytes
+    tensors[f"{name}.{_STATE}{q.fmt}"] = state_bytes
     return tensors
 
 

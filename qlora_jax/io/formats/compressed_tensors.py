@@ -36,7 +36,8 @@ _FORMATS |= {
     ("uint8", "float8_e4m3fn"): ("nvfp4", "bfloat16"),
 }
 _INTEGER_PARTS = ("weight_zero_point", "weight_g_idx")
-_FORMAT_PARTS = ("weight_global_scale", *_INTEGER_PARTS)  # of some formats only
+# Parts that only weights of some formats have.
+_FORMAT_PARTS = ("weight_global_scale", *_INTEGER_PARTS)
 # For each of our formats: its name in compressed-tensors, the type of the values, the
 # dtype of the scales, and the strategy.
 _INTEGERS = ("pack-quantized", "int", None, "group")
@@ -51,9 +52,8 @@ def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     require("weight_scale" in parts, "`weight_scale` must be given. Got none.")
     packed, scales = parts["weight_packed"], parts["weight_scale"]
     dtypes = str(packed.dtype), str(scales.dtype)
-    choices = [*_FORMATS]
-    message = f"codes and scales must have dtypes {choices}. Got {dtypes}."
-    require(dtypes in choices, message)
+    message = f"codes and scales must have dtypes {[*_FORMATS]}. Got {dtypes}."
+    require(dtypes in _FORMATS, message)
     fmt, dtype = _FORMATS[dtypes]
     require(len(packed.shape) == 2, f"codes must have two axes. Got {packed.shape}.")
     format_parts = {"nvfp4": ("weight_global_scale",), "mxfp4": ()}
@@ -130,7 +130,9 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     return tensors
 
 
-def _config(kernels: Kernels, ignored: list[str], config: Config) -> dict[str, Any]:
+def _config(
+    kernels: Kernels, float_modules: list[str], config: Config
+) -> dict[str, Any]:
     q = next(iter(kernels.values()))
     if q.fmt == "nvfp4":
         _check_fused_factors(kernels)
@@ -139,7 +141,7 @@ def _config(kernels: Kernels, ignored: list[str], config: Config) -> dict[str, A
     weights |= dict(group_size=q.block_size, dynamic=False, scale_dtype=scale_dtype)
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     settings = {"quant_method": "compressed-tensors", "format": format_name}
-    settings |= {"quantization_status": "compressed", "ignore": ignored}
+    settings |= {"quantization_status": "compressed", "ignore": float_modules}
     settings |= {"config_groups": {"group_0": group}}
     return {"quantization_config": settings, **model_dtype(kernels, config)}
 

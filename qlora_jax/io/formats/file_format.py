@@ -37,7 +37,7 @@ class Parts(dict[str, Any]):
         return value
 
     def input_blocks(self, name: str, k: int, num_blocks: int) -> np.ndarray | None:
-        """Returns the block of each input, or None if the file has no order of them."""
+        """Returns the block of each input, or None if the file does not list them."""
         if name not in self:
             return None
         blocks = np.asarray(self.tensor(name, "int32", axes=1)[...])
@@ -48,7 +48,7 @@ class Parts(dict[str, Any]):
         return blocks
 
     def check_bits(self, name: str, count: int) -> None:
-        """Raises if rows of `count` codes imply 1, 2, 3, 5, 6 or 8 bits."""
+        """Raises if rows have `count` codes of 1, 2, 3, 5, 6 or 8 bits."""
         bits = 8 * self[name].dtype.itemsize * self[name].shape[1] / count
         message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
         # Any other number means that a shape is wrong, which the caller reports.
@@ -79,10 +79,11 @@ class FileFormat:
     # A pattern that matches the name of one tensor of each weight. Its group is the
     # start of the names of all of the weight's tensors.
     marker: str
-    marker_dtype: str = ""  # if other formats have a tensor of the same name
-    # The ends of names, after that start: of other tensors that a weight may have, and
-    # of tensors that do not describe the weight.
+    # The dtype of that tensor, if other formats have tensors of the same name.
+    marker_dtype: str = ""
+    # The ends of the names, after that start, of other tensors that a weight may have.
     parts: tuple[str, ...] = ()
+    # The ends of the names of tensors that do not describe the weight.
     ignored: tuple[str, ...] = ()
     # Maps the parts and the settings to weights, by the ends of the weights' names.
     read: Callable[[Parts, Settings], Mapping[str, StoredWeight]]
@@ -90,7 +91,7 @@ class FileFormat:
     # their supported values. The first value is the default.
     methods: Mapping[str, Mapping[str, tuple]] = field(default_factory=dict)
     fmt: str = "int4_f16"  # of the weights, for `read_quantization`
-    # Checks the settings, and returns them with another `fmt` or with other names if
-    # `methods` and `read` need that.
+    # Checks the settings, and returns them with the `fmt` that they imply, and under
+    # the names that `methods` and `read` use.
     read_settings: Callable[[Settings], dict[str, Any]] = dict
     write: Writer | None = None  # None for a format that is only read

@@ -72,7 +72,8 @@ def zero_point_biases(zero_points: View, scales: SliceableTensor) -> View:
 
 
 def integer_scale_dtype(q: QTensor) -> np.dtype:
-    """Returns bfloat16 if the weights are bfloat16 and it holds all scales exactly."""
+    """Returns the dtype in which the scales of integer codes are stored."""
+    # Weights in bfloat16 have scales in bfloat16, unless this would round a scale.
     scales = np.asarray(q.scales)
     is_exact = (scales.astype(ml_dtypes.bfloat16).astype(scales.dtype) == scales).all()
     is_bfloat16 = q.dtype_name == "bfloat16" and is_exact

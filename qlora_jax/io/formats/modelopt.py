@@ -2,7 +2,8 @@
 
 # A weight is stored as `weight` [N, K / 2] with two codes per byte, `weight_scale`
 # [N, K / 16] in E4M3, and the factor `weight_scale_2`. The scales of activations and
-# key-value caches are ignored: both stay in float here, which servers may also choose.
+# key-value caches are ignored, because both stay in float here. Servers may also keep
+# them in float.
 
 import numpy as np
 

@@ -123,9 +123,10 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     if not stored:
         return {}
     require(isinstance(stored, dict), "`quantization_config` must be a JSON object.")
+    # MLX does not write the method, nor did older versions of transformers.
     default_method = "mlx" if "group_size" in stored else "bitsandbytes"
     method = stored.get("quant_method", default_method)
-    formats = {method: x for x in FILE_FORMATS for method in x.methods}
+    formats = {name: x for x in FILE_FORMATS for name in x.methods}
     is_supported = isinstance(method, str) and method in formats
     message = f"`quant_method` must be one of {', '.join(formats)}. Got "
     require(is_supported, f"{message}{method!r:.80}.")

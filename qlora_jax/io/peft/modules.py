@@ -1,4 +1,4 @@
-"""The modules of a model, and their low-rank adapters: of stacks here, single in PEFT.
+"""Converts between PEFT's adapters of single modules and this library's of stacks.
 
 A stack has one rank. An adapter of a smaller rank is padded with zero columns of A and
 zero rows of B. This does not change A B. The gradients of the padding are zero, so it

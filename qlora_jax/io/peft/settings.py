@@ -48,9 +48,10 @@ class AdapterLayout:
     modules: list[ModuleAdapter]  # of every module outside of adapted parameters
     parameters: list[ParameterAdapter]
     rows: dict[str, tuple[int, ...]]  # trained rows, by module of the embedding
-    # PEFT's keys for base tensors. It writes the first of several, but reads all.
+    # PEFT's keys for base tensors, by name. If a tensor has several keys, PEFT writes
+    # the first and reads any of them.
     saved: dict[str, tuple[str, ...]]  # biases and tensors of `modules_to_save`
-    optional: dict[str, tuple[str, ...]]  # weights of tables, which it may also hold
+    optional: dict[str, tuple[str, ...]]  # weights of tables, which a file may lack
 
     @property
     def low_rank(self) -> list[ModuleAdapter | ParameterAdapter]:
@@ -360,7 +361,7 @@ def peft_config(
 
 
 class _NamedAdapter(NamedTuple):
-    """An adapter of a stack, and what PEFT's adapter of one name in it has."""
+    """An adapter of a stack, and the rank and scaling of one of its parts in PEFT."""
 
     adapter: Adapter
     rank: int

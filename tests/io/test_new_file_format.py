@@ -1,6 +1,6 @@
-"""A file format is one record. The toy format here is read and written like all others.
+"""A toy file format, which only needs a record to be read and written like all others.
 
-The first part of this file is what a new file in qlora_jax/io/formats has.
+The first part of this file shows what a new file in qlora_jax/io/formats contains.
 """
 
 import json
