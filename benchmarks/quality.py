@@ -36,18 +36,9 @@ from quality_tasks import TASKS, TESTS, Task, make_task
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.llm import data as llm_data
-from qlora_jax.llm import train as llm_train
+from qlora_jax.llm import data, train
 from qlora_jax.llm.app.base_model import LAYERS, open_model
-from qlora_jax.llm.data import Dataset, eval_batches, open_tokenizer, read_dataset
 from qlora_jax.llm.models.decoder import Decoder
-from qlora_jax.llm.train import (
-    State,
-    decoder_loss,
-    make_joint_step,
-    make_mean_loss,
-    make_optimizer,
-)
 from qlora_jax.llm.train.answers import answers, exact_match
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
@@ -111,20 +102,20 @@ class Bench:
             )
         dtype = jnp.float32 if is_full else jnp.bfloat16
         base = model.read(dtype=dtype, packing=self.packing, progress=False).base
-        loss = decoder_loss(self.model)
+        loss = train.decoder_loss(self.model)
         self.base = {} if is_full else base
         self.trained = base if is_full else {}
         self.loss = self._loss_of_all if is_full else loss
-        self._mean = make_mean_loss(self.loss)
+        self._mean = train.make_mean_loss(self.loss)
         now = datetime.datetime(2026, 11, 28)  # a date for chat templates
-        self.tokenizer = open_tokenizer(model.path, now=now)
+        self.tokenizer = data.open_tokenizer(model.path, now=now)
         self.data = self._read(folder / task.name)
         old = folder / task.name / "old.jsonl"
         self.old = self._read(old).train if old.exists() else []
 
-    def _read(self, path: pathlib.Path) -> "Dataset":
+    def _read(self, path: pathlib.Path) -> data.Dataset:
         is_text = self.task.name == "text"
-        return read_dataset(
+        return data.read_dataset(
             str(path),
             self.tokenizer,
             vocab_size=self.model.config.vocab_size,
@@ -156,7 +147,7 @@ class Bench:
     def mean(self, trained: Any, rows: Sequence, base: Any = None) -> float:
         """Returns the mean loss of rows, in nats per token."""
         size, length = 4 * self.task.batch_size, self.task.max_length
-        batches = eval_batches(rows, batch_size=size, max_length=length)
+        batches = data.eval_batches(rows, batch_size=size, max_length=length)
         return self._mean(self.base if base is None else base, trained, batches)
 
     def exact(self, trained: Any) -> float | None:
@@ -195,21 +186,22 @@ class Bench:
         task, began = self.task, time.perf_counter()
 
         def make_schedule(rate):
-            return llm_train.make_schedule(
+            return train.make_schedule(
                 "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
             )
 
         optimizers = [
-            make_optimizer("adamw", make_schedule(rate), beta2=0.99) for rate in rates
+            train.make_optimizer("adamw", make_schedule(rate), beta2=0.99)
+            for rate in rates
         ]
 
         # Each state is donated.
         def copy():
             return jax.tree.map(jnp.copy, self.init(seed))
 
-        states = [State.create(copy(), x, seed) for x in optimizers]
-        step = make_joint_step(self.loss, optimizers)
-        batches = llm_data.batches(
+        states = [train.State.create(copy(), x, seed) for x in optimizers]
+        step = train.make_joint_step(self.loss, optimizers)
+        batches = data.batches(
             self.data.train,
             batch_size=task.batch_size,
             max_length=task.max_length,

@@ -18,8 +18,7 @@ import optax
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.llm import data as llm_data
-from qlora_jax.llm.data import open_tokenizer, read_dataset
+from qlora_jax.llm.data import batches, open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import load, read_config
 from qlora_jax.llm.models.decoder import Decoder, head_arguments
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -47,9 +46,9 @@ def main(argv=None):
     args = parse_args(argv)
     path = fetch(args.model)
     tokenizer, size = open_tokenizer(path), read_config(path).vocab_size
-    data = read_dataset(args.data, tokenizer, vocab_size=size, max_length=512)
-    batches = llm_data.batches(
-        data.train, batch_size=16, max_length=512, seed=0, packing=False
+    dataset = read_dataset(args.data, tokenizer, vocab_size=size, max_length=512)
+    train_batches = batches(
+        dataset.train, batch_size=16, max_length=512, seed=0, packing=False
     )
 
     # The base in 4 bits, the adapters, and the model that is called with both.
@@ -87,7 +86,7 @@ def main(argv=None):
         return optax.apply_updates(lora, updates), opt_state, loss
 
     bar = tqdm(range(args.steps), unit="step")
-    for _, batch in zip(bar, batches, strict=False):
+    for _, batch in zip(bar, train_batches, strict=False):
         lora, opt_state, loss = step(lora, opt_state, base, batch)
         bar.set_postfix_str(f"loss {float(loss):.4f}")
     ql.io.save_peft(args.out, base, lora, decoder_names(config))
