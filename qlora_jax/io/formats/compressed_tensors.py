@@ -2,9 +2,9 @@
 
 # A weight [N, K] is stored as `weight_packed`, with the first code in the lowest bits,
 # and `weight_scale` [N, K / B]. Integer codes are in int32 and have float scales.
-# `weight_shape` is [N, K], and there may be a `weight_zero_point` [N / 8, K / B] and a
-# `weight_g_idx` [K]. E2M1 codes are in bytes. Their scales are E8M0, or E4M3 with a
-# `weight_global_scale`.
+# `weight_shape` is [N, K], and there may be a `weight_zero_point` [ceil(N / 8), K / B]
+# and a `weight_g_idx` [K]. E2M1 codes are in bytes. Their scales are E8M0, or E4M3 with
+# a `weight_global_scale`.
 
 from typing import Any
 

@@ -52,8 +52,8 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         >>> blocks = np.zeros((1, 2, 1, 16), np.uint8)
         >>> scales = np.full((1, 2, 1), 127, np.uint8)
         >>> tensors = {"up_blocks": blocks, "up_scales": scales}
-        >>> found = ql.io.packed_tensors(tensors)
-        >>> found["up.0"].shape, found["up.0"].packing.fmt
+        >>> weight = ql.io.packed_tensors(tensors)["up.0"]
+        >>> weight.shape, weight.packing.fmt
         ((2, 32), 'mxfp4')
     """
     folder = getattr(tensors, "folder", None)

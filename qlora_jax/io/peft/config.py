@@ -149,7 +149,7 @@ class PeftConfig:
         """Returns the scaling of a module's adapter: alpha / r, or alpha / sqrt(r).
 
         Args:
-            module: The module's name in the model.
+            module: The module's name in the model, or the name of a parameter.
         """
         alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
         rank = self.rank_of(module)
