@@ -135,7 +135,7 @@ def step_memory(
     """
     model = Decoder(config, dtype=jnp.bfloat16, remat=remat)
     _, base, lora = abstract_trees(model, fmt)
-    schedule = make_schedule("cosine", 2e-3, 200, warmup=20)
+    schedule = make_schedule("cosine", 1e-3, 400, warmup=20)
     optimizer = make_optimizer("adamw", schedule)
     state = jax.eval_shape(lambda x: State.create(x, optimizer, 0), lora)
     rows, tokens, answer = shape
