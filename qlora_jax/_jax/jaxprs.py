@@ -17,24 +17,25 @@ def evaluate(
     """Runs a program, and returns its results.
 
     `compute(eqn, values)` returns the results of an equation. Values may be of any type
-    that it accepts. If `is_entered(eqn, values)` is true for an equation that calls one
-    program, the equations of this program are computed instead.
+    that it accepts. If an equation calls a single program, as `jit` does, and
+    `is_entered(eqn, values)` is true, the equations of this program are computed
+    instead.
     """
     jaxpr: Any = getattr(program, "jaxpr", program)
     variables = (*jaxpr.constvars, *jaxpr.invars)
-    values = (*getattr(program, "consts", ()), *arguments)
-    env: dict[Var, Any] = dict(zip(variables, values, strict=True))
+    inputs = (*getattr(program, "consts", ()), *arguments)
+    env: dict[Var, Any] = dict(zip(variables, inputs, strict=True))
 
     def read(atom: Literal | Var) -> object:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        inner = [x for x in eqn.params.values() if isinstance(x, Program)]
+        programs = [x for x in eqn.params.values() if isinstance(x, Program)]
         # The context holds configuration that was active when the equation was traced.
         with eqn.ctx.manager:
-            if len(inner) == 1 and is_entered(eqn, values):
-                results = evaluate(inner[0], values, compute, is_entered)
+            if len(programs) == 1 and is_entered(eqn, values):
+                results = evaluate(programs[0], values, compute, is_entered)
             else:
                 results = compute(eqn, values)
         env |= zip(eqn.outvars, results, strict=True)

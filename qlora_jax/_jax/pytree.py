@@ -74,10 +74,10 @@ def register(
 ) -> T:
     """Registers a frozen dataclass with array fields and hashable static fields.
 
-    A static field among `input_fields` is a leaf instead, in nodes whose `inputs` name
-    it. With a `serialized_name`, `jax.export` and Flax's state dicts support the class.
-    Nodes get a property `tree_fields`: the names of the leaves, and of the static
-    fields, including those that are leaves in this node.
+    A static field that is listed in `input_fields` is a leaf in nodes whose `inputs`
+    name it. With a `serialized_name`, `jax.export` and Flax's state dicts support the
+    class. Nodes get a property `tree_fields`: the names of the leaves, and the names of
+    the static fields, including those that are leaves in this node.
     """
 
     def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

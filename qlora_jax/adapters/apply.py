@@ -80,7 +80,8 @@ def apply(
     name, w, bias = _layer_parts(base)
     kernel_lora, bias_lora = _adapter_parts(lora, name)
     if kernel_lora is not None and kernel_lora.replacement is not None:
-        w, kernel_lora = _trained_value("kernel", w, kernel_lora), None
+        w = _trained_value("kernel", w, kernel_lora)
+        kernel_lora = None
     if bias_lora is not None and bias_lora.replacement is not None:
         bias = _trained_value("bias", bias, bias_lora)
     elif bias_lora is not None:
@@ -176,7 +177,7 @@ def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
 
 def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
     """Returns the name of a layer's kernel, the kernel, and the bias or None."""
-    if isinstance(base, Kernel):
+    if isinstance(base, Kernel):  # saves the time of the checks below
         return None, base, None
     base = unbox(base)
     parts = _named_parts("base", base)
@@ -243,8 +244,7 @@ def _checked_kernel(
         raise ValueError(
             f"the kernel of `base` must have at least 2 axes. Got shape {w.shape}."
         )
-    if lora is not None:
-        check_adapter(lora, w, "kernel")
+    check_adapter(lora, w, "kernel")
     # Packed kernels and adapters store their axes, which `contract` may only repeat.
     geometry = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
     if contract is not None:

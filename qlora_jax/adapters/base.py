@@ -49,7 +49,7 @@ class Adapter(TreeLeaf, abc.ABC):
     """An adapter of one kernel, whose matrix form is `[*batch, K, N]`.
 
     Most kinds are subclasses of `LowRank` or `Replacement`. Code that handles every
-    kind reads the attributes below, and does not test for classes.
+    kind reads the attributes below instead of testing for classes.
     """
 
     # By the name of each array, the roles of its axes that follow the kernel's batch
@@ -88,7 +88,7 @@ class Adapter(TreeLeaf, abc.ABC):
         """
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
-        """Returns rows of the adapted table `[V, D]`, or NaN for an id of V.
+        """Returns rows of the adapted table `[V, D]`. An id of V gives a row of NaN.
 
         Args:
             ids: int32 ids of rows, from 0 to V.
@@ -99,7 +99,7 @@ class Adapter(TreeLeaf, abc.ABC):
     def lookup_by_row(
         self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
     ) -> Float[Array, "..."]:
-        """Returns `lookup` where each row of `ids` has its own adapter of this bank.
+        """Returns `lookup` with an adapter of this bank for each row of `ids`.
 
         Args:
             ids: int32 ids of rows of the table, `[R, ...]`.
@@ -121,7 +121,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @property
     def scalings(self) -> np.ndarray:
-        """The multiplier of each matrix's change, `[*batch]`, outside jit."""
+        """The scaling of each matrix's adapter, `[*batch]`. Not available in `jit`."""
         return np.ones(self.batch_shape)
 
     def with_scalings(self, scalings: np.ndarray | Array) -> Self:
@@ -134,7 +134,7 @@ class Adapter(TreeLeaf, abc.ABC):
         return self
 
     def sliceable(self) -> Self:
-        """Returns the adapter with settings of single matrices as arrays, for scans."""
+        """Returns the adapter with per-matrix settings as arrays, which scans slice."""
         return self
 
     def at(self, index: tuple[int, ...]) -> Self:
@@ -147,7 +147,7 @@ class Adapter(TreeLeaf, abc.ABC):
         return replace_arrays(self, lambda _, x: x[index], **settings)
 
     def _misfit(self, batch: Sequence[int], k: int) -> str | None:
-        """Returns why settings do not fit a kernel `[*batch, K, N]`, or None."""
+        """Returns why the settings do not fit a kernel `[*batch, K, N]`, or None."""
         return None
 
     @property
@@ -157,12 +157,12 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @property
     def replacement(self) -> Array | None:
-        """The array that models read in place of the leaf; None if there is none."""
+        """The array that models use instead of the frozen leaf, or None."""
         return None
 
     @property
     def replaced_rows(self) -> tuple[int, ...]:
-        """The rows of a table that its array replaces; other rows stay frozen."""
+        """The indices of the rows of a table that its array replaces."""
         return ()
 
     @property

@@ -1,4 +1,4 @@
-"""Creates the adapter that a config asks for."""
+"""Creates the adapters that a config describes."""
 
 import math
 
@@ -18,9 +18,10 @@ from .trained import TrainedRows, new_trained
 
 
 def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> Adapter:
-    """Returns the adapter of a leaf of the base tree, which changes nothing yet.
+    """Returns a new adapter of a leaf of the base tree, which does not change it yet.
 
-    The leaf is a target, or is trained in full or by rows. `key` is used for a target.
+    The leaf is a target of LoRA, or is trained in full or by rows. `key` is only used
+    for a target.
     """
     if rows := config.rows_of(path):
         values = lax.stop_gradient(take_rows(kernel, jnp.array(rows)))

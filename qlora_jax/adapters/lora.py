@@ -32,8 +32,8 @@ from .base import (
 SETTINGS = ("scaling", "dropout", "geometry")  # of every low-rank adapter
 CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
-# One multiplier, or a tuple of one for each matrix of a stack, of which `sliceable`
-# makes an array.
+# One multiplier, or a tuple of one for each matrix of a stack. `sliceable` converts the
+# tuple to an array.
 Scaling = float | tuple[float, ...] | Array
 
 
@@ -46,8 +46,8 @@ class LowRank(Adapter):
 
     a: Array
     b: Array
-    # The scaling must not be trained. It is therefore static in a lora tree, whose
-    # leaves are what optimizers change: weight decay would shrink an array, even if its
+    # The scaling must not be trained. It is therefore static in a lora tree, because
+    # optimizers change all leaves: weight decay would shrink an array even if its
     # gradient is zero. Scans and banks need an array, which `inputs` then names.
     scaling: Scaling
     dropout: float
@@ -87,6 +87,9 @@ class LowRank(Adapter):
             f"scan it in a wrapped model. Got batch axes {[*batch]} for "
             f"{len(self.scaling)} scalings."
         )
+
+    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        return on_matrix(kernel, jnp.add, lora_delta(self))
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
@@ -145,8 +148,8 @@ class LowRank(Adapter):
         # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
-        change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
-        scaling: Any = self.scaling  # a table has one
+        change = float_product(left, right, lax.Precision.HIGHEST, weights_move=True)
+        scaling: Any = self.scaling  # not a tuple, because a table is one matrix
         return add_change(rows.astype(jnp.float32), scaling * change)
 
 
@@ -195,9 +198,6 @@ class LoRA(LowRank):
         x = apply_dropout(x, self.dropout, call.dropout_key)
         return add_change(y, lora_product(x, self, call.precision, kernel.placement))
 
-    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        return on_matrix(kernel, jnp.add, lora_delta(self))
-
 
 register_adapter(LoRA)
 
@@ -228,9 +228,6 @@ class SharedLoRA(LowRank):
         # The rows of all experts are one group. Rows after the group give zeros.
         ends = call.offsets[jnp.array([0, -1])]
         return _ragged_product(self, x, kernel, call, ends)
-
-    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        return on_matrix(kernel, jnp.add, lora_delta(self))
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
         num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
@@ -268,7 +265,7 @@ def _ragged_product(
 
 
 def is_low_rank(lora: Adapter) -> TypeGuard[LowRank]:
-    """Whether an adapter is a LoRA, a DoRA or a SharedLoRA."""
+    """Whether an adapter is low-rank, such as a LoRA, a DoRA or a SharedLoRA."""
     return isinstance(lora, LowRank)
 
 
@@ -289,15 +286,15 @@ def lora_product(
     """
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
     lora = constrained(lora, placement)
-    h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
+    h = float_product(x, lora.a, precision, weights_move=True).astype(x.dtype)
     h = checkpoint_name(h, CHECKPOINT_NAME)  # [*batch, ..., r]
-    return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
+    return scaled(float_product(h, lora.b, precision, weights_move=True), lora)
 
 
 def lora_delta(lora: LowRank) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-    delta = float_product(a, b, lax.Precision.HIGHEST, w_moves=True)
+    delta = float_product(a, b, lax.Precision.HIGHEST, weights_move=True)
     return scaled(delta, lora)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax import lax
@@ -36,15 +35,19 @@ def adapted_product(
     and x is `[M, K]`.
     """
     if lora is not None:
-        # For the frozen kernel, the adapter calls this function without an adapter.
-        settings: dict[str, Any] = {"backend": backend, "precision": precision}
-        settings |= {"offsets": offsets, "result": result}
-        multiply_frozen = functools.partial(adapted_product, **settings)
         if offsets is not None and not lora.can_be_ragged:
             raise NotImplementedError(
                 "adapters of experts must be LoRA in a ragged product, and not chosen "
                 f"from a bank. Got {type(lora).__name__}."
             )
+        # For the frozen kernel, the adapter calls this function without an adapter.
+        multiply_frozen = functools.partial(
+            adapted_product,
+            backend=backend,
+            precision=precision,
+            offsets=offsets,
+            result=result,
+        )
         call = ProductCall(multiply_frozen, dropout_key, precision, offsets)
         return lora.product(x, kernel, call)
     return multiply(

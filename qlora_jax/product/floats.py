@@ -11,15 +11,15 @@ from .multiply import multiply
 
 
 def float_product(
-    x: Array, w: Array, precision: PrecisionLike = None, *, w_moves: bool = False
+    x: Array, w: Array, precision: PrecisionLike = None, *, weights_move: bool = False
 ) -> Array:
     """Returns `x @ w` in float32, for x `[*batch, *rows, K]`.
 
-    If x and w are split differently along K on a mesh, x is resharded to match w. With
-    `w_moves`, w is resharded to match x.
+    If x and w are split differently along K over Explicit mesh axes, x is resharded to
+    match w. With `weights_move`, w is resharded to match x.
     """
     result = accumulator_dtype(x.dtype)
-    return multiply(x, w, precision=precision, result=result, weights_move=w_moves)
+    return multiply(x, w, precision=precision, result=result, weights_move=weights_move)
 
 
 def ragged_float_product(
@@ -39,5 +39,6 @@ def ragged_float_product(
         experts, k, n = placement.matrix_axes(3)
         axes = experts, k if "k" in roles else (), n if "n" in roles else ()
         placement = replace(placement, kernel=axes)
-    settings = {"precision": precision, "placement": placement, "weights_move": True}
-    return multiply(x, w, offsets, **settings)
+    return multiply(
+        x, w, offsets, precision=precision, placement=placement, weights_move=True
+    )

@@ -1,7 +1,7 @@
-"""Every product of an input with weights, which are packed or float.
+"""Multiplies an input by weights, which are packed or float.
 
-`multiply` describes a product by a `ProductSpec`, which includes its mesh. Gradients
-are more products of this kind. `sharded.compute` runs each of them on devices.
+`multiply` describes the product by a `ProductSpec`, which includes its mesh. Gradients
+are products of the same kind. `sharded.compute` runs each of them on the devices.
 """
 
 from dataclasses import dataclass, replace
@@ -125,10 +125,9 @@ def _product_bwd(residuals: tuple, g: Array) -> tuple:
     def gradient(name: Name, array_type: _ArrayType) -> Array:
         operands = [arrays[operand] for operand in OPERANDS[name]]
         # Sums are rounded once, to the dtype of the operand.
-        is_other = array_type.dtype != operands[0].dtype
-        result = array_type.dtype.name if is_other else None
+        has_dtype = operands[0].dtype == array_type.dtype
+        result = None if has_dtype else array_type.dtype.name
         d = _product(replace(spec, output=name, result=result), *operands, offsets)
-        d = d.astype(array_type.dtype)
         sharding = array_type.sharding
         return d if sharding is None else reshard(d, sharding)
 

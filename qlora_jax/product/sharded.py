@@ -68,7 +68,7 @@ def declared_mesh(placement: Placement | None) -> AnyMesh | None:
     mesh, context = placement.mesh, get_abstract_mesh()
     if context.empty:
         return mesh
-    # Inside a `shard_map` over some axes, the others are still Auto.
+    # Inside a `shard_map` over some of the mesh axes, the others are still Auto.
     is_same = dict(context.shape) == dict(mesh.shape)
     return context if is_same and AxisType.Auto in context.axis_types else None
 
@@ -79,14 +79,13 @@ def in_auto_mode(
     out_spec: PartitionSpec,
 ) -> Callable[[Operands], Array]:
     """Wraps `run(spec, operands)` to run with all axes of an Explicit mesh as Auto."""
-    mesh = spec.mesh
-    assert mesh is not None
+    assert spec.mesh is not None
 
     def run_in_auto_mode(operands: Operands) -> Array:
         mesh = declared_mesh(spec.placement)
         return run(replace(spec, mesh=mesh, weight_axes=None), operands)
 
-    return modes.in_auto_mode(run_in_auto_mode, mesh, out_spec)
+    return modes.in_auto_mode(run_in_auto_mode, spec.mesh, out_spec)
 
 
 def find_layout(
@@ -147,8 +146,8 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     if spec.is_explicit:
         # Types show only Explicit axes, so a packed product uses Auto mode if the mesh
         # has other axes. Explicit mode has no rules for the loops of ragged products.
-        has_others = {*mesh.axis_types} != {AxisType.Explicit}
-        needs_auto = spec.packed_as is not None and has_others
+        has_other_axes = {*mesh.axis_types} != {AxisType.Explicit}
+        needs_auto = spec.packed_as is not None and has_other_axes
         if needs_auto or (spec.is_ragged and not layout.axis_names):
             return in_auto_mode(compute, spec, layout.result)(operands)
         arrays = zip(operands, specs, strict=True)
@@ -184,10 +183,10 @@ def _compute_batch(
         return jax.vmap(multiply_pair, axes)(left, right), True
     if spec.is_ragged and spec.is_explicit:
         # Types do not show how the sorted rows of several products are split.
-        def run(spec: ProductSpec, operands: Operands) -> Array:
+        def compute_products(spec: ProductSpec, operands: Operands) -> Array:
             return _compute_batch(size, is_batched, spec, operands)[0]
 
-        return in_auto_mode(run, spec, PartitionSpec())(operands), True
+        return in_auto_mode(compute_products, spec, PartitionSpec())(operands), True
     # 1. Back ends read only one layer of a stack. If the products read different
     #    layers, or layers of different stacks of experts, slice them first.
     if layer is not None and (layer_mapped or (spec.is_ragged and right_mapped)):
@@ -203,8 +202,8 @@ def _compute_batch(
     # 3. The rows of all ragged products are sorted by expert, for a single product.
     if offsets is not None:
         offsets = with_mapped_axis(size, offsets, is_batched[1].offsets)
-        has_own_experts = bool(right_mapped or spec.output == "w")
-        rows = SortedRows.sort(offsets, left.shape[1], has_own_experts)
+        has_batch_of_experts = bool(right_mapped or spec.output == "w")
+        rows = SortedRows.sort(offsets, left.shape[1], has_batch_of_experts)
         if spec.output == "w":
             right = rows.take(with_mapped_axis(size, right, right_mapped))
         elif right_mapped:

@@ -27,7 +27,7 @@ def quantize_blocks(
 
     With 4-bit codes, an odd K is padded with the code of zero. `largest`, if passed, is
     the second argument of `ScaleScheme.encode`: it is used instead of the kernel's
-    largest scale. No format that needs it allows a partial block.
+    largest scale. Formats that need it do not allow partial blocks.
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks

@@ -72,11 +72,15 @@ class Format:
     def equivalents(self) -> tuple[str, ...]:
         """The names of the formats that decode codes and scales as this one does.
 
-        They differ in how weights are packed, and in the block sizes that they allow.
-        Codes and scales in a file therefore do not show which of them was used.
+        They differ in how weights are quantized, and in the block sizes that they
+        allow. Codes and scales in a file therefore do not show which of them was used.
         """
-        pairs = {name: (x.values, x.scales.decode) for name, x in FORMATS.items()}
-        return tuple(name for name in pairs if pairs[name] == pairs[self.name])
+        decoding = self.values, self.scales.decode
+        return tuple(
+            name
+            for name, fmt in FORMATS.items()
+            if (fmt.values, fmt.scales.decode) == decoding
+        )
 
     @cached_property
     def order(self) -> np.ndarray:

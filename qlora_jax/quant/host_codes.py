@@ -108,7 +108,7 @@ def to_host_shape(codes: PyTree) -> HostCodes:
 
 
 def on_device(codes: PyTree) -> Any:
-    """Copies `HostCodes` to the device, as `[*batch, rows, N]`; keeps other codes."""
+    """Copies `HostCodes` to the device, `[*batch, rows, N]`; other codes stay as is."""
     if not isinstance(codes, HostCodes):
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):
