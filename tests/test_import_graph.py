@@ -28,6 +28,12 @@ def numbered(layers: list[list[str]]) -> dict[str, int]:
 LAYER, LLM_LAYER = numbered(LAYERS), numbered(LLM_LAYERS)
 
 
+def llm_layer(name: str) -> int:
+    """Returns the layer of a module of `qlora_jax.llm`, which is itself the lowest."""
+    parts = name.split(".")
+    return LLM_LAYER[parts[2]] if len(parts) > 2 else 0
+
+
 def module_name(path: pathlib.Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -78,9 +84,7 @@ def test_imports_run_down(name):
             return is_below or folder(imported) == folder(name)
         if folder(imported) != "llm":
             return imported in AS_USERS
-        rooms = [(*x.split("."), "models")[2] for x in (imported, name)]
-        layers = [LLM_LAYER[room] for room in rooms]
-        return layers[0] <= layers[1]
+        return llm_layer(imported) <= llm_layer(name)
 
     assert [n for n in sorted(GRAPH[name]) if not is_allowed(n)] == []
 

@@ -142,8 +142,8 @@ def _scale_by_adam(
     ) -> tuple[Tree, optax.ScaleByAdamState]:
         del params
         _check_state(updates, state)
-        update_one = functools.partial(update_array, count=state.count)
-        results = jax.tree.map(update_one, updates, state.mu, state.nu)
+        update_leaf = functools.partial(update_array, count=state.count)
+        results = jax.tree.map(update_leaf, updates, state.mu, state.nu)
         new_updates, mu, nu = (
             jax.tree.map(lambda _, result, i=i: result[i], updates, results)
             for i in range(3)

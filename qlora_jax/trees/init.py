@@ -111,15 +111,15 @@ def init_targets(
 
     def init_leaf(key_path: KeyPath, leaf: Leaf) -> Leaf:
         path = path_string(key_path)
-        is_replaced = config.is_trained(path) or config.rows_of(path)
-        if path not in geometries and not is_replaced:
+        is_target, geometry = path in geometries, geometries.get(path)
+        if not (is_target or config.is_trained(path) or config.rows_of(path)):
             return leaf
-        kernel = as_kernel(leaf, geometries.get(path))
-        if path in geometries and not kernel.is_packed:
+        kernel = as_kernel(leaf, geometry)
+        if is_target and not kernel.is_packed:
             leaf = freeze(kernel, config, largest.get(path), donate=donate)
         # DoRA's magnitudes are the norms of the packed weights.
-        frozen = as_kernel(leaf, geometries.get(path))
-        adapter_key = next(keys) if path in geometries else key
+        frozen = as_kernel(leaf, geometry)
+        adapter_key = next(keys) if is_target else key  # only targets use the key
         adapters[key_path] = new_adapter(adapter_key, frozen, config, path)
         return leaf
 

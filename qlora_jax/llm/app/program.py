@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import (
     AxisType,
     Mesh,
@@ -19,15 +20,14 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 import qlora_jax as ql
-from qlora_jax.llm import train as llm_train
 
 from ..data.batching import Batch
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.sharding import ROW_AXES, place_arguments
+from ..train import optimizer as optimizers
 from ..train.arrays import put_rows
 from ..train.objective import decoder_loss, preference_loss
-from ..train.optimizer import make_optimizer
 from ..train.step import State, Step, make_step
 from .base_model import BaseModel, adapters_for, init_shapes
 from .train_config import TrainConfig
@@ -39,7 +39,7 @@ class Program(NamedTuple):
     model: Any  # the wrapped decoder
     loss: Callable[..., tuple]  # for `make_step`
     eval_loss: Callable[..., tuple]  # the loss without terms that only help training
-    optimizer: Any  # from Optax, which this package does not import
+    optimizer: optax.GradientTransformation
     step: Step
 
 
@@ -59,7 +59,7 @@ def make_program(
     )
     # Parameters may be packed, with adapters in the collection `lora`.
     model = ql.linen.wrap(module, scanned=module.scanned, backend=backend)
-    optimizer = make_optimizer(
+    optimizer = optimizers.make_optimizer(
         config.optimizer,
         make_schedule(config),
         clip=config.clip or None,  # 0 turns clipping off
@@ -89,7 +89,7 @@ def make_program(
 
 def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step."""
-    return llm_train.make_schedule(
+    return optimizers.make_schedule(
         config.schedule,
         config.learning_rate,
         config.steps or 1,

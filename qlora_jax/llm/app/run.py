@@ -10,7 +10,7 @@ import math
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..data.batching import batches
+from ..data.batching import Batch, batches
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.readers import describe_path
@@ -30,6 +30,9 @@ from .program import make_mesh, make_place, make_schedule
 from .pushing import check_base, push
 from .run_folder import CONFIG, FAILED, read_settings
 from .train_config import LOGGERS, SWEPT, TrainConfig
+
+if TYPE_CHECKING:
+    import grain
 
 # Settings that may change when a run is resumed. They do not affect the final weights,
 # except through the model's files and the data, whose hashes are in the stamp.
@@ -177,7 +180,7 @@ def _data_seed(config: TrainConfig) -> int:
 
 def make_batches(
     config: TrainConfig, data: Dataset, num_epochs: int | None = None
-) -> Any:  # a Grain iterator; this package does not import Grain
+) -> "grain.DatasetIterator[Batch]":
     """Returns an iterator over the batches of a run, endless by default."""
     return batches(
         data.train,

@@ -64,9 +64,8 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
             function(config, _write)  # prints answers as they are generated
             return 0
         result = function(config)
-        if getattr(config, "distributed", False):  # the first process prints the result
-            if not is_first():
-                return 0
+        if getattr(config, "distributed", False) and not is_first():
+            return 0  # the first process prints the result
         text = str(result)
         if settings.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)

@@ -17,7 +17,7 @@ from ..app import configs
 from ..app.run_folder import is_run
 from ..app.train_config import SWEPT, TrainConfig
 
-# The commands, which are functions of the package, and the classes of their settings.
+# The commands, which are functions in `qlora_jax.llm.app`, and their config classes.
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "score": configs.ScoreConfig,

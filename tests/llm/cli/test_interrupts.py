@@ -157,9 +157,9 @@ def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
     assert run_python(*train, "--out", tmp_path / "all").returncode == 0
     lasts, draw = time.monotonic() - began, random.Random(SEED)
     run = "--run", tmp_path / "all"
-    others = [
+    other_commands = [
         ["generate", "--model", folder, "--max-new-tokens=4", "--prompt", "a"],
-        ["score", *run, "--data", data],
+        ["score", *run, "--data", data / "valid.jsonl"],
         ["export", *run, "--format", "merged", "--out"],
         ["inspect", tmp_path / "all"],
         ["check"],
@@ -167,9 +167,12 @@ def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
     ]
     for number in range(TRIES):
         out = tmp_path / f"run{number}"
-        other = others[number // 2 % len(others)]
-        other = [*other, out] if other[-1] == "--out" else other
-        command = ["-c", CODE, *other] if number % 2 else [*train, "--out", out]
+        # Every second command is a training run.
+        command = [*train, "--out"]
+        if number % 2:
+            command = ["-c", CODE, *other_commands[number // 2 % len(other_commands)]]
+        if command[-1] == "--out":
+            command.append(out)
         # More signals come early, while modules are imported.
         seconds = lasts * ((number + draw.random()) / TRIES) ** 2
         done = interrupt(command, seconds, tmp_path / "out.txt")
