@@ -51,12 +51,11 @@ class VeRA(Adapter):
         return call.multiply(x, kernel) + change * over_rows(self.b, change)
 
     def merged(self, kernel):
-        factors = frozen_factors(kernel.matrix_shape, self)
+        frozen_a, frozen_b = frozen_factors(kernel.matrix_shape, self)
 
         def add_change(w, d, b):
-            return w + jnp.einsum(
-                "kr,...r,rn,...n->...kn", factors[0], d, factors[1], b
-            )
+            factors = frozen_a, d, frozen_b, b
+            return w + jnp.einsum("kr,...r,rn,...n->...kn", *factors)
 
         return on_matrix(kernel, add_change, self.d, self.b)
 
