@@ -20,8 +20,8 @@ PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 _TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
 # The number formats of each `BaseFormat`; the first one is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
-_INT4: Any = ql.QLoRAConfig(fmt="int4_f16").packing
-FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4.format.equivalents)
+_INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
+FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents)
 FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {

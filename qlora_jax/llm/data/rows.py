@@ -122,7 +122,8 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
         splits = _assign_splits(stems, str(path), "file", [*names], notes)
         return {split: open_file(path / name) for split, name in splits.items()}
     if path.exists() or split_name(path) or not _HUB_ID.fullmatch(str(path)):
-        return {"train": open_file(path)}
+        alternatives = ", a folder with a file named train, or the id of a data set"
+        return {"train": open_file(path, alternatives=alternatives)}
     return _open_from_hub(str(path), notes)
 
 
@@ -156,14 +157,17 @@ def _assign_splits(
     return splits
 
 
-def open_file(path: str | pathlib.Path, option: str = "data") -> Source:
-    """Returns the rows of a file, without reading it. Errors name the option."""
+def open_file(
+    path: str | pathlib.Path, option: str = "data", alternatives: str = ""
+) -> Source:
+    """Returns the rows of a file, without reading it.
+
+    Errors name the option, and the alternatives to a file that it accepts.
+    """
     path = pathlib.Path(path)
     name = split_name(path) if path.is_file() else None
     if name is None:
-        expected = f"a file ({FILES})"
-        if option == "data":
-            expected += ", a folder with a file named train, or the id of a data set"
+        expected = f"a file ({FILES}){alternatives}"
         raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
     unit, rows = readers.open_rows(path, name)
     return Source(str(path), unit, rows, name.suffix == ".txt")
