@@ -300,8 +300,10 @@ def _write_packed(
 ) -> Repacked | None:
     """Writes a folder in one of the formats of `FMTS`."""
     fmts, stored = FMTS[str(config.format)], model.stored_fmt
-    default = stored if stored in fmts else fmts[0]  # the codes stay as they are
-    if config.format == "bitsandbytes" and not model.path.is_file():  # nf4 or fp4
+    # In the stored format, the codes stay as they are.
+    default = stored if stored in fmts else fmts[0]
+    # If a folder has another 4-bit format, `save_bitsandbytes` lists its kernels.
+    if config.format == "bitsandbytes" and not model.path.is_file():
         default = stored or default
     packing = config.fmt or default, config.block_size, config.double_quant
     base, cost = _read_packed(config, model, options, *packing)
