@@ -192,8 +192,8 @@ def pairs(config: PairsConfig) -> Pairs:
         >>> from qlora_jax.llm import app
         >>> from qlora_jax.llm.models.tiny import save_tiny
         >>> model = save_tiny(tempfile.mkdtemp())
-        >>> found = app.pairs(app.PairsConfig(model, fmt="int4_f16", block_size=32))
-        >>> {x.server: (x.base, x.exact) for x in found.servers}["llama.cpp"]
+        >>> table = app.pairs(app.PairsConfig(model, fmt="int4_f16", block_size=32))
+        >>> {x.server: (x.base, x.exact) for x in table.servers}["llama.cpp"]
         ('gguf', True)
     """
     model, options = open_pair(config)
