@@ -79,6 +79,13 @@ class QLoRAConfig:
             Kalajdzievski 2023).
         use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu
             et al. 2024). Slower than LoRA; see the guide of adapters.
+        merge_aware: Train adapters through the packing of their merged kernels, so that
+            `merge` with `requantize` returns weights that compute what was trained.
+            Needs `dropout` of 0.
+        target_fmt: With `merge_aware`: the number format in which the merged kernels
+            will be packed, in its usual blocks; by default the format, blocks and
+            scales of each kernel in `base`. A kernel in a finer format, or in float,
+            keeps smaller changes apart.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 by default. Either the axes, as negative integers: -3 for
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
@@ -125,6 +132,8 @@ class QLoRAConfig:
     shared: Pattern | Sequence[Pattern] = ()
     rank_stabilized: bool = False
     use_dora: bool = False
+    merge_aware: bool = False
+    target_fmt: str | None = None
     contract: Mapping[Pattern, Contract] | Contract = field(default_factory=dict)
     lora_dtype: DTypeLike = "float32"
 
@@ -159,9 +168,32 @@ class QLoRAConfig:
             raise ValueError(
                 "`use_dora` must be False where `shared` is set. Got True."
             )
+        self._check_merge_aware()
         packing = Packing(self.fmt or "nf4", self.block_size, self.double_quant)
         set_field("block_size", packing.block_size)
         set_field("double_quant", packing.double_quant)
+
+    def _check_merge_aware(self) -> None:
+        if self.target_fmt is not None and not self.merge_aware:
+            raise ValueError(
+                "`merge_aware` must be True where `target_fmt` is set. Got False."
+            )
+        if not self.merge_aware:
+            return
+        if self.fmt is None and self.target_fmt is None:
+            raise ValueError(
+                "`target_fmt` must be set with `merge_aware` where `fmt` is None, "
+                "because kernels in float have no format to be packed in. Got None."
+            )
+        settings = {"use_dora": self.use_dora, "shared": self.shared}
+        settings |= {"dropout": self.dropout, "freeze_base": not self.freeze_base}
+        if wrong := [name for name, is_set in settings.items() if is_set]:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
+            raise ValueError(
+                "`merge_aware` must be False with DoRA, with shared adapters, with "
+                "dropout, which the packed weights could not have, and with a base "
+                f"that is trained. Got {values}."
+            )
 
     @property
     def packing(self) -> Packing | None:

@@ -8,12 +8,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from ..quant.formats import Packing
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter
 from .config import QLoRAConfig, is_table, matches
 from .dora import DoRA, column_norms
 from .lora import SETTINGS, LoRA, SharedLoRA
+from .merge_aware import MergeAware
 from .trained import TrainedRows, new_trained
 
 
@@ -65,6 +67,11 @@ def _new_low_rank(
     if isinstance(scaling, tuple):
         scaling *= math.prod(batch[:-1])
     kind = SharedLoRA if is_shared else LoRA
+    if config.merge_aware:
+        packing = _target_packing(kernel, config)
+        packing.check_rows(k)
+        settings = scaling, 0.0, kernel.geometry, packing
+        return MergeAware(a.astype(dtype), b, *settings)
     lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:
         return lora
@@ -72,3 +79,12 @@ def _new_low_rank(
     dtype = jnp.promote_types(dtype, jnp.float32)
     m = jax.jit(column_norms)(lora, kernel).astype(dtype)
     return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})
+
+
+def _target_packing(kernel: Kernel, config: QLoRAConfig) -> Packing:
+    """Returns how the merged kernel of a `MergeAware` will be packed."""
+    if config.target_fmt is not None:
+        return Packing(config.target_fmt)
+    return kernel.packing or Packing(
+        config.fmt or "nf4", config.block_size, config.double_quant
+    )

@@ -192,10 +192,10 @@ class LoRA(LowRank):
     can_be_ragged = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        if call.offsets is not None:
-            return _ragged_product(self, x, kernel, call, call.offsets)
         y = call.multiply(x, kernel)
         x = apply_dropout(x, self.dropout, call.dropout_key)
+        if call.offsets is not None:
+            return add_change(y, ragged_lora_product(x, self, kernel, call))
         return add_change(y, lora_product(x, self, call.precision, kernel.placement))
 
 
@@ -225,9 +225,11 @@ class SharedLoRA(LowRank):
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         if call.offsets is None:
             return self.unshared(kernel).product(x, kernel, call)
+        y = call.multiply(x, kernel)
+        x = apply_dropout(x, self.dropout, call.dropout_key)
         # The rows of all experts are one group. Rows after the group give zeros.
-        ends = call.offsets[jnp.array([0, -1])]
-        return _ragged_product(self, x, kernel, call, ends)
+        call = call._replace(offsets=call.offsets[jnp.array([0, -1])])
+        return add_change(y, ragged_lora_product(x, self, kernel, call))
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
         num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
@@ -250,18 +252,17 @@ class SharedLoRA(LowRank):
 register_adapter(SharedLoRA)
 
 
-def _ragged_product(
-    lora: LowRank, x: Array, kernel: Kernel, call: ProductCall, offsets: Array
+def ragged_lora_product(
+    x: Float[Array, "m k"], lora: LowRank, kernel: Kernel, call: ProductCall
 ) -> Array:
-    y = call.multiply(x, kernel)
-    x = apply_dropout(x, lora.dropout, call.dropout_key)
+    """Returns `scaling * (x A) B` for rows of x that are sorted by expert."""
     # Experts may have different scalings, so B is scaled instead of the product.
     b = scaled(lora.b.astype(jnp.float32), lora)
     a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
-    arguments: Any = (offsets, call.precision, kernel.placement)
+    arguments: Any = (call.offsets, call.precision, kernel.placement)
     h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
     h = checkpoint_name(h, CHECKPOINT_NAME)
-    return add_change(y, ragged_float_product(h, b, *arguments, roles="n"))
+    return ragged_float_product(h, b, *arguments, roles="n")
 
 
 def is_low_rank(lora: Adapter) -> TypeGuard[LowRank]:

@@ -18,6 +18,7 @@ from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
 from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
+from ..adapters.merge_aware import MergeAware
 from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import StraightThrough, check_values, quantize_checked
 from ..quant.qtensor import QTensor
@@ -40,6 +41,11 @@ _highest_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 @jax.jit
 def _merge_kernel(leaf: Leaf, lora: Adapter) -> Array:
     return lora.merged(as_kernel(leaf, lora.geometry))
+
+
+@jax.jit
+def _pack_merged(leaf: Leaf, lora: MergeAware) -> QTensor:
+    return lora.packed(as_kernel(leaf, lora.geometry))
 
 
 @overload
@@ -65,8 +71,10 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         requantize: Pack the merged kernels again, each in its own format. Kernels
             without a format stay in float; kernels that are trained through their
             quantization are packed too. Changes of less than half a step are then
-            rounded away, and most of the adapter is lost. To merge into 4 bits, merge
-            into the original float weights instead, and `quantize` the result.
+            rounded away, and most of the adapter is lost, unless the adapter was
+            trained with `merge_aware`: its kernels are packed as they were in training.
+            To merge another adapter into 4 bits, merge into the original float weights
+            instead, and `quantize` the result.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -95,6 +103,8 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         #    weights again could change them.
         if requantize and adapter is None and is_packed(leaf):
             return leaf
+        if requantize and isinstance(adapter, MergeAware):
+            return _pack_merged(leaf, adapter)  # what the adapter was trained for
         # 2. Add the adapter, in float.
         merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
         packing = as_kernel(leaf).packing
