@@ -11,6 +11,7 @@ estimator (Bengio et al. 2013, section 3) takes it as 1. Then A and B have exact
 gradients of a LoRA, and x has the gradient of a product with the packed weights.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,17 +20,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, PyTree
 
-from .._jax.modes import call_in_auto_mode, varying_with
-from .._jax.specs import AnyMesh, fitting_spec
+from .._jax.modes import (
+    axes_of_type,
+    call_in_auto_mode,
+    explicit_axes,
+    explicit_mesh,
+    split_by,
+    varying_with,
+)
+from .._jax.specs import (
+    AnyMesh,
+    Axes,
+    axes_of,
+    fitting,
+    fitting_spec,
+    make_spec,
+    spec_of,
+)
+from ..product.sharded import declared_mesh
 from ..quant.codes import quantize_blocks
 from ..quant.formats import Packing
+from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor, axes_of_array
 from ..quant.schemes import StoredScales
 from ..quant.views import take_rows
-from .base import ProductCall, constrained, register_adapter
+from .base import ProductCall, register_adapter
 from .lora import (
     SETTINGS,
     LowRank,
@@ -37,6 +56,7 @@ from .lora import (
     lora_delta,
     lora_product,
     ragged_lora_product,
+    scaled,
 )
 
 # The columns that are merged and packed at a time have this size in float32.
@@ -114,40 +134,35 @@ class MergeAware(LowRank):
         Args:
             kernel: The frozen kernel.
         """
-        kernel = kernel.take().to_device()
-        packing = self.packing
+        kernel, packing = kernel.take().to_device(), self.packing
+        columns, largest = _Columns.of(kernel, self), ()
+        if packing.scheme.needs_largest:
+            # The code of a weight depends on the largest scale of its kernel, so all
+            # scales are computed before the first code.
+            ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
+            (scales,) = columns.map(lambda w: quantize_blocks(w, packing, ones)[1:])
+            largest = (jnp.max(scales, axis=(-1, -2), initial=0.0),)
+        codes, scales = columns.map(
+            lambda w, *largest: quantize_blocks(w, packing, *largest), *largest
+        )
 
-        def pack(kernel: Kernel, lora: MergeAware) -> tuple[Array, StoredScales]:
-            return _pack_sum(kernel, lora, packing)
+        def encode(scales: Array, *largest: Array) -> StoredScales:
+            return packing.scheme.encode(scales, *largest)
 
         def stored_specs(mesh: AnyMesh) -> PyTree:
-            spec = tuple(kernel.geometry.matrix_spec(kernel.spec, kernel.ndim))
-            # Shapes alone: Explicit mode would refuse the steps of `pack`.
-            arguments = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (kernel, self)
-            )
-            shapes = jax.eval_shape(pack, *arguments)
+            struct = jax.ShapeDtypeStruct
+            shapes = [struct(x.shape, x.dtype) for x in (scales, *largest)]
             return jax.tree.map(
                 lambda x: fitting_spec(
-                    mesh, axes_of_array(spec, x.ndim, None), x.shape
+                    mesh, axes_of_array(spec_of(codes), x.ndim, None), x.shape
                 ),
-                shapes,
+                jax.eval_shape(encode, *shapes),
             )
 
-        lora = constrained(self, kernel.placement)
-        stored: StoredScales
-        codes, stored = call_in_auto_mode(pack, stored_specs, kernel, lora)
+        stored: StoredScales = call_in_auto_mode(encode, stored_specs, scales, *largest)
         pad = codes.shape[-2] * packing.format.codes_per_byte - kernel.matrix_shape[-2]
-        return QTensor(
-            codes,
-            *stored,
-            packing.fmt,
-            packing.block_size,
-            kernel.dtype.name,
-            pad,
-            kernel.geometry,
-            kernel.placement,
-        )
+        settings = packing.fmt, packing.block_size, kernel.dtype.name, pad
+        return QTensor(codes, *stored, *settings, kernel.geometry, kernel.placement)
 
 
 register_adapter(MergeAware)
@@ -158,97 +173,113 @@ def _gradient_only(change: Array) -> Array:
     return change - lax.stop_gradient(change)
 
 
-def _pack_sum(
-    kernel: Kernel, lora: MergeAware, packing: Packing
-) -> tuple[Array, StoredScales]:
-    """Packs `W + scaling * A B` some columns at a time."""
-    scheme = packing.scheme
-    largest: tuple[Array, ...] = ()
-    if scheme.needs_largest:
-        # The scale of a block depends on the largest one of the kernel, so all scales
-        # are computed before the first code.
-        unused = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """The columns of `W + scaling * A B`, which are computed a few at a time."""
 
-        def compute_scales(w: Array) -> Array:
-            return quantize_blocks(w, packing, unused)[1]
+    weights: tuple[Array, ...]  # codes and float scales, or float weights
+    a: Float[Array, "*batch k r"]
+    b: Float[Array, "*batch r n"]  # multiplied by the scaling
+    # Maps weights to float32 `[*batch, K, N]`, rounded to the kernel's dtype.
+    decode: Callable[..., Array]
+    dtype: np.dtype
+    mesh: AnyMesh | None
+    axes: list[Axes]  # the mesh axes of `[*batch, K, N]`
 
-        (scales,) = _by_columns(kernel, lora, lambda w: (compute_scales(w),))
-        largest = (jnp.max(scales, axis=(-1, -2), initial=0.0),)
-    codes, scales = _by_columns(
-        kernel, lora, lambda w: quantize_blocks(w, packing, *largest)
-    )
-    return codes, scheme.encode(scales, *largest)
+    @classmethod
+    def of(cls, kernel: Kernel, lora: MergeAware) -> "_Columns":
+        if isinstance(kernel, QTensor):
+            q = kernel.with_float_scales()
+            weights = q.codes, q.scales
 
-
-def _by_columns(
-    kernel: Kernel, lora: MergeAware, fn: Callable[[Array], tuple[Array, ...]]
-) -> tuple[Array, ...]:
-    """Returns `fn(W + scaling * A B)`, computed for some columns at a time.
-
-    `fn` maps `[*batch, K, N]` to arrays `[*batch, rows, N]`, column by column.
-    """
-    *batch, k, n = kernel.matrix_shape
-    # On a mesh, a tile has as many columns of each device: `[..., N]` becomes
-    # `[..., devices, N / devices]`, and tiles are cut from the last axis.
-    num_parts = _num_column_shards(kernel)
-    size = n // num_parts
-    num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
-    width = -(-size // num_tiles)
-    num_tiles = -(-size // width)
-    w = kernel.with_float_scales() if isinstance(kernel, QTensor) else kernel.value
-    if not isinstance(w, QTensor):
-        w = kernel.geometry.to_matrix(w)
-
-    def add_change_to(w: PyTree, b: Array) -> Array:
-        is_packed = isinstance(w, QTensor)
-        w = w.dequantize_matrix(jnp.float32) if is_packed else w.astype(jnp.float32)
-        return (w + lora_delta(replace(lora, b=b))).astype(kernel.dtype)
-
-    if num_tiles == 1:
-        return fn(add_change_to(w, lora.b))
-
-    def split(x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], num_parts, size)
-
-    def join(x: Array) -> Array:
-        return x.reshape(*x.shape[:-2], -1)
-
-    arrays = (w.codes, w.scales) if isinstance(w, QTensor) else (w,)
-    arrays = jax.tree.map(split, (arrays, lora.b))
-
-    def pack_tile(start: Array, arrays: PyTree) -> tuple[Array, ...]:
-        def cut(x: Array) -> Array:
-            return join(lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1))
-
-        tile, b = jax.tree.map(cut, arrays)
-        if isinstance(w, QTensor):
-            tile = replace(w, codes=tile[0], scales=tile[1])
+            def decode(codes: Array, scales: Array) -> Array:
+                tile = replace(q, codes=codes, scales=scales)
+                return tile.dequantize_matrix(jnp.float32)
         else:
-            (tile,) = tile
-        results = fn(add_change_to(tile, b))
-        return tuple(x.reshape(*x.shape[:-1], num_parts, width) for x in results)
+            weights = (to_matrix(kernel.geometry, kernel.value),)
 
-    def add_tile(i: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
-        # The last tile overlaps the one before if the width does not divide the size.
-        start = jnp.minimum(i * width, size - width)
-        tiles = pack_tile(start, arrays)
-        pairs = zip(results, tiles, strict=True)
-        return tuple(
-            lax.dynamic_update_slice_in_dim(x, tile, start, x.ndim - 1)
-            for x, tile in pairs
-        )
+            def decode(w: Array) -> Array:
+                return w.astype(jnp.float32)
 
-    shapes = jax.eval_shape(pack_tile, jnp.zeros((), np.int32), arrays)
-    empty = (jnp.zeros((*x.shape[:-1], size), x.dtype) for x in shapes)
-    results = tuple(varying_with(x, arrays) for x in empty)
-    return tuple(map(join, lax.fori_loop(0, num_tiles, add_tile, results)))
+        a, b = lora.a.astype(jnp.float32), scaled(lora.b.astype(jnp.float32), lora)
+        mesh, axes = _matrix_axes(kernel)
+        if mesh is not None:
+            # A device needs all rows of a block, in the base's format and in the new.
+            rows = [w.shape[-2] for w in weights]
+            rows.append(kernel.matrix_shape[-2] // lora.packing.block_size)
+            axes[-2] = fitting(axes[-2], mesh.shape, *rows)
+            axes[-1] = fitting(axes[-1], mesh.shape, b.shape[-1])
+        return cls(weights, a, b, decode, kernel.dtype, mesh, axes)
+
+    def map(self, fn: Callable[..., tuple[Array, ...]], *extra: Array) -> tuple:
+        """Returns `fn(columns, *extra)` for all columns.
+
+        `fn` maps `[*batch, K, n]` to arrays `[*batch, rows, n]`, column by column, and
+        `extra` are arrays `[*batch]`.
+        """
+        run = functools.partial(self._map_on_device, fn)
+        operands = (self.weights, self.a, self.b, *extra)
+        if self.mesh is None:
+            return run(*operands)
+        *batch, k, n = self.axes
+        matrix = make_spec(*batch, k, n)
+        specs = [tuple(matrix for _ in self.weights), make_spec(*batch, k, ())]
+        specs += [make_spec(*batch, (), n), *(make_spec(*batch) for _ in extra)]
+        names = axes_of_type(self.mesh, AxisType.Auto)
+        if explicit_mesh(operands) is not None:
+            names = explicit_axes(self.mesh)
+            mesh = self.mesh
+            operands = jax.tree.map(
+                lambda x, spec: split_by(x, mesh, spec), operands, tuple(specs)
+            )
+        return jax.shard_map(
+            run,
+            mesh=self.mesh,
+            in_specs=tuple(specs),
+            out_specs=matrix,
+            axis_names={*names},
+            check_vma=False,
+        )(*operands)
+
+    def _map_on_device(self, fn, weights, a, b, *extra) -> tuple[Array, ...]:
+        *batch, k, n = (*a.shape[:-1], b.shape[-1])
+        num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
+        width = -(-n // num_tiles)
+
+        def compute_tile(start: Array | int, width: int) -> tuple[Array, ...]:
+            def cut(x: Array) -> Array:
+                return lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
+
+            columns = self.decode(*map(cut, weights))
+            change = jnp.matmul(a, cut(b), precision=lax.Precision.HIGHEST)
+            return fn((columns + change).astype(self.dtype), *extra)
+
+        if width == n:
+            return compute_tile(0, n)
+
+        def add_tile(i: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
+            # The last tile overlaps the one before if the width does not divide N.
+            start = jnp.minimum(i * width, n - width)
+            tiles = compute_tile(start, width)
+            return tuple(
+                lax.dynamic_update_slice_in_dim(x, tile, start, x.ndim - 1)
+                for x, tile in zip(results, tiles, strict=True)
+            )
+
+        shapes = jax.eval_shape(lambda: compute_tile(0, width))
+        results = (jnp.zeros((*x.shape[:-1], n), x.dtype) for x in shapes)
+        results = tuple(varying_with(x, weights, a, b) for x in results)
+        return lax.fori_loop(0, -(-n // width), add_tile, results)
 
 
-def _num_column_shards(kernel: Kernel) -> int:
-    """Returns into how many parts a mesh splits the columns, or 1 if it does not."""
-    *_, n = kernel.matrix_shape
-    if kernel.placement is None:
-        return 1
-    *_, axes = kernel.placement.matrix_axes(len(kernel.matrix_shape))
-    count = math.prod(kernel.placement.mesh.shape[name] for name in axes)
-    return count if n % count == 0 else 1
+def _matrix_axes(kernel: Kernel) -> tuple[AnyMesh | None, list[Axes]]:
+    """Returns the mesh of a kernel, and the mesh axes of its `[*batch, K, N]`."""
+    if (mesh := explicit_mesh(kernel)) is not None:
+        spec = kernel.geometry.matrix_spec(kernel.spec, kernel.ndim)
+        return mesh, [axes_of(entry) for entry in spec]
+    mesh = declared_mesh(kernel.placement)
+    if mesh is None or kernel.placement is None:
+        return None, []
+    auto = axes_of_type(mesh, AxisType.Auto)
+    axes = kernel.placement.matrix_axes(len(kernel.matrix_shape))
+    return mesh, [tuple(name for name in entry if name in auto) for entry in axes]
