@@ -13,6 +13,7 @@ from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
 from .adapters.lora import LoRA, SharedLoRA
+from .adapters.merge_aware import MergeAware
 from .adapters.product import ragged_dot
 from .adapters.trained import Trained, TrainedRows
 from .product.einsum import einsum
@@ -39,6 +40,7 @@ __all__ = [
     "Bank",
     "DoRA",
     "LoRA",
+    "MergeAware",
     "QLoRAConfig",
     "QTensor",
     "SharedLoRA",

@@ -13,6 +13,7 @@ from helpers import normal, ragged_product, relative_error, rounding
 
 import qlora_jax as ql
 from qlora_jax.adapters.base import KINDS
+from qlora_jax.quant.formats import Packing
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.kernel import FloatKernel
 
@@ -52,10 +53,16 @@ def new_trained_rows(q, seed):
     return ql.TrainedRows(rows, TRAINED_ROWS)
 
 
+def new_merge_aware(q, seed):
+    lora = new_lora(ql.LoRA, q, seed)
+    return ql.MergeAware(lora.a, lora.b, SCALING, 0.0, q.geometry, Packing("nf4"))
+
+
 NEW_ADAPTER = {
     "LoRA": functools.partial(new_lora, ql.LoRA),
     "SharedLoRA": functools.partial(new_lora, ql.SharedLoRA),
     "DoRA": new_dora,
+    "MergeAware": new_merge_aware,
     "Trained": lambda q, seed: ql.Trained(normal(seed, q.shape)),
     "TrainedRows": new_trained_rows,
 }
@@ -79,6 +86,9 @@ def adapted_weights(w, lora, roles):
         w[..., list(TRAINED_ROWS), :] = arrays["rows"]
         return w
     v = (w.T if roles == "nk" else w) + SCALING * arrays["a"] @ arrays["b"]
+    if isinstance(lora, ql.MergeAware):
+        packed = ql.quantize(np.float32(v), "nf4", contract=lora.geometry.kinds)
+        v = np.asarray(packed.dequantize(), np.float64)
     if "m" in arrays:
         v *= (arrays["m"] / np.sqrt(np.sum(v**2, -2)))[..., None, :]
     return v.T if roles == "nk" else v
@@ -89,7 +99,7 @@ def refusal_of(kind, operation, roles, selection):
     if selection != "alone" and kind not in ("LoRA", "DoRA"):
         return "cannot be in a bank"
     if operation == "ragged" and (
-        selection != "alone" or kind not in ("LoRA", "SharedLoRA")
+        selection != "alone" or kind not in ("LoRA", "SharedLoRA", "MergeAware")
     ):
         return "must be LoRA in a ragged product, and not chosen from a bank. Got"
     if selection == "by row" and operation == "merged":
