@@ -57,9 +57,8 @@ def pack_and_decode(w, packing):
 @pytest.mark.parametrize("target_fmt", FORMATS)
 def test_the_product_is_that_of_the_packed_sum(fmt, target_fmt, small_tiles):
     base, lora = make(fmt=fmt, target_fmt=target_fmt)
-    if target_fmt in ("nf4", "fp4", "int4"):  # by default, they quantize the scales
-        packing = Packing(target_fmt, double_quant=False)
-        lora["kernel"] = dataclasses.replace(lora["kernel"], packing=packing)
+    packing = Packing(target_fmt, double_quant=False)  # the default may be True
+    lora["kernel"] = dataclasses.replace(lora["kernel"], packing=packing)
     adapter, x, g = lora["kernel"], normal(2, (5, K)), normal(3, (5, N))
     w = np.asarray(ql.dequantize(base)["kernel"], np.float32)
     a, b = np.asarray(adapter.a), np.asarray(adapter.b)
