@@ -194,9 +194,10 @@ class LoRA(LowRank):
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         y = call.multiply(x, kernel)
         x = apply_dropout(x, self.dropout, call.dropout_key)
-        if call.offsets is not None:
-            return add_change(y, ragged_lora_product(x, self, kernel, call))
-        return add_change(y, lora_product(x, self, call.precision, kernel.placement))
+        settings = call.precision, kernel.placement
+        if call.offsets is None:
+            return add_change(y, lora_product(x, self, *settings))
+        return add_change(y, ragged_lora_product(x, self, call.offsets, *settings))
 
 
 register_adapter(LoRA)
@@ -228,8 +229,9 @@ class SharedLoRA(LowRank):
         y = call.multiply(x, kernel)
         x = apply_dropout(x, self.dropout, call.dropout_key)
         # The rows of all experts are one group. Rows after the group give zeros.
-        call = call._replace(offsets=call.offsets[jnp.array([0, -1])])
-        return add_change(y, ragged_lora_product(x, self, kernel, call))
+        ends = call.offsets[jnp.array([0, -1])]
+        change = ragged_lora_product(x, self, ends, call.precision, kernel.placement)
+        return add_change(y, change)
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
         num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
@@ -253,13 +255,17 @@ register_adapter(SharedLoRA)
 
 
 def ragged_lora_product(
-    x: Float[Array, "m k"], lora: LowRank, kernel: Kernel, call: ProductCall
+    x: Float[Array, "m k"],
+    lora: LowRank,
+    offsets: Array,
+    precision: lax.PrecisionLike = None,
+    placement: Placement | None = None,
 ) -> Array:
     """Returns `scaling * (x A) B` for rows of x that are sorted by expert."""
     # Experts may have different scalings, so B is scaled instead of the product.
     b = scaled(lora.b.astype(jnp.float32), lora)
     a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
-    arguments: Any = (call.offsets, call.precision, kernel.placement)
+    arguments: Any = offsets, precision, placement
     h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
     h = checkpoint_name(h, CHECKPOINT_NAME)
     return ragged_float_product(h, b, *arguments, roles="n")

@@ -28,6 +28,7 @@ from .._jax.modes import (
     call_in_auto_mode,
     explicit_axes,
     explicit_mesh,
+    split_as,
     split_by,
     varying_with,
 )
@@ -105,25 +106,20 @@ class MergeAware(LowRank):
         # weights of all layers.
         frozen = lax.stop_gradient((self, kernel))
         y = jax.checkpoint(multiply)(x, frozen)
-        # The change of a LoRA, whose value is removed and whose gradient stays.
-        x = lax.stop_gradient(x)
-        if call.offsets is None:
-            change = lora_product(x, self, call.precision, kernel.placement)
-        else:
-            change = ragged_lora_product(x, self, kernel, call)
-        return add_change(y, _gradient_only(change))
+        settings = call.precision, kernel.placement
+        return _with_gradients(settings, y, x, self, call.offsets)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         w = lax.stop_gradient(self).packed(kernel).dequantize()
         change = kernel.geometry.from_matrix(lora_delta(self))
-        return add_change(w, _gradient_only(change))
+        return add_change(w, change - lax.stop_gradient(change))
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
             return super().lookup(ids, kernel)
         rows = take_rows(lax.stop_gradient(self).packed(kernel), ids)
         change = self._at_rows((ids,))._adapt_rows(jnp.zeros_like(rows), None)
-        return add_change(rows, _gradient_only(change))
+        return add_change(rows, change - lax.stop_gradient(change))
 
     def packed(self, kernel: Kernel) -> QTensor:
         """Returns the packed weights that `product` applies.
@@ -168,9 +164,38 @@ class MergeAware(LowRank):
 register_adapter(MergeAware)
 
 
-def _gradient_only(change: Array) -> Array:
-    """Returns zeros that have the gradient of `change`."""
-    return change - lax.stop_gradient(change)
+# Returns y, whose gradient is passed to A and B as if y were the product of a LoRA. The
+# gradient of x comes from the product with the packed weights.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradients(
+    settings: tuple, y: Array, x: Array, lora: MergeAware, offsets: Array | None
+) -> Array:
+    return y
+
+
+def _with_gradients_fwd(
+    settings: tuple, y: Array, x: Array, lora: MergeAware, offsets: Array | None
+) -> tuple[Array, tuple]:
+    return y, (x, lora, offsets)
+
+
+def _with_gradients_bwd(settings: tuple, residuals: tuple, dy: Array) -> tuple:
+    x, lora, offsets = residuals
+    precision, placement = settings
+
+    def change(lora: MergeAware) -> Array:
+        if offsets is None:
+            product = lora_product(x, lora, precision, placement)
+        else:
+            product = ragged_lora_product(x, lora, offsets, precision, placement)
+        return split_as(product.astype(dy.dtype), dy)
+
+    # The change itself is not used, so XLA does not compute it.
+    _, vjp = jax.vjp(change, lora)
+    return dy, None, *vjp(dy), None
+
+
+_with_gradients.defvjp(_with_gradients_fwd, _with_gradients_bwd)
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,7 +87,7 @@ def adapted_weights(w, lora, roles):
         return w
     v = (w.T if roles == "nk" else w) + SCALING * arrays["a"] @ arrays["b"]
     if isinstance(lora, ql.MergeAware):
-        packed = ql.quantize(np.float32(v), "nf4", contract=lora.geometry.kinds)
+        packed = ql.quantize(np.float32(v), "nf4")  # along K, in matrix form
         v = np.asarray(packed.dequantize(), np.float64)
     if "m" in arrays:
         v *= (arrays["m"] / np.sqrt(np.sum(v**2, -2)))[..., None, :]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 
 import flax.linen as nn
 import jax
@@ -50,6 +51,7 @@ def pack_and_decode(w, packing):
     """Decodes the weights that a format's reference packs, computed by NumPy."""
     pack = quantize_for_servers if packing.format.block_sizes else quantize
     codes, scales = pack(w, packing.fmt, packing.block_size)
+    codes = codes.astype(np.uint8)
     return TABLES[packing.fmt][codes] * np.repeat(scales, packing.block_size, axis=0)
 
 
@@ -129,8 +131,8 @@ def test_training_it_beats_packing_an_ordinary_adapter():
         state = optimizer.init(lora)
         for _ in range(300):
             lora, state = step(lora, state)
-        with np.testing.suppress_warnings() as warnings:
-            warnings.filter(UserWarning, "requantizing moved")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "requantizing moved", UserWarning)
             packed = ql.merge(base, lora, requantize=True)
         losses[name] = float(jnp.mean((ql.apply(packed, None, x) - target) ** 2))
         if options:
@@ -149,7 +151,7 @@ def test_a_mesh_changes_nothing(kind, spec, target_fmt):
     x, g = normal(2, (8, 256)), normal(3, (8, 96))
 
     def loss(lora, base, x):
-        return jnp.vdot(ql.apply(base, lora, x), g)
+        return jnp.sum(ql.apply(base, lora, x) * g)
 
     want_y, want_grads = ql.apply(base, lora, x), jax.grad(loss)(lora, base, x)
     mesh = make_mesh(kind, axes=("fsdp", "tensor"))
@@ -238,8 +240,10 @@ def test_only_packed_weights_and_factors_are_kept(monkeypatch):
         compile_gradient(tree).memory_analysis().temp_size_in_bytes
         for tree in (lora, {"kernel": ql.LoRA(*settings)})
     ]
-    # The largest temporary is less than the float32 weights of one layer more.
-    assert temporaries[0] < min(1.3 * temporaries[1], temporaries[1] + 4 * k * n)
+    # The packed weights of a layer are kept, and a few columns in float.
+    packed_size = k * n // 2
+    assert temporaries[0] - temporaries[1] < 3 * packed_size, temporaries
+    assert temporaries[0] < 1.3 * temporaries[1]
 
 
 @pytest.mark.parametrize(
