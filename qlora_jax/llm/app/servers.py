@@ -240,7 +240,7 @@ def pair_for(
         from ..gguf.decoder_out import check_gguf_source
 
         try:
-            check_gguf_source(model.path, tokenizer=tokenizer)
+            check_gguf_source(model.files, tokenizer=tokenizer)
         except ValueError as error:
             return pair(NOT_RUN, NOT_RUN, False, str(error))
     # Does the server load such adapters?

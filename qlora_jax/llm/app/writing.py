@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32, PyTree
 
 import qlora_jax as ql
 
-from ..models.checkpoint import has_vision
+from ..models.folder import has_vision
 from .base_model import (
     BaseModel,
     LoadOptions,
@@ -291,7 +291,7 @@ def _write_merged(
     model = model.with_adapter() if is_copied else model.read(**options)
     weights = model.path if is_copied else model.base
     names, dtype = model.exported_names, config.dtype
-    with model.open_description() as folder:
+    with model.files.open_description() as folder:
         ql.io.save_merged(out, weights, model.lora, names, folder, dtype=dtype)
 
 
@@ -303,11 +303,11 @@ def _write_packed(
     # In the stored format, the codes stay as they are.
     default = stored if stored in fmts else fmts[0]
     # If a folder has another 4-bit format, `save_bitsandbytes` lists its kernels.
-    if config.format == "bitsandbytes" and not model.path.is_file():
+    if config.format == "bitsandbytes" and not model.files.is_recoded:
         default = stored or default
     packing = config.fmt or default, config.block_size, config.double_quant
     base, cost = _read_packed(config, model, options, *packing)
-    with model.open_description() as folder:
+    with model.files.open_description() as folder:
         names = model.exported_names
         if config.format == "bitsandbytes":
             ql.io.save_bitsandbytes(out, base, names, folder)
@@ -322,7 +322,7 @@ def _write_gguf(
 ) -> Repacked | None:
     from ..gguf.decoder_out import check_gguf_source, save_gguf
 
-    check_gguf_source(model.path, tokenizer=config.tokenizer)
+    check_gguf_source(model.files, tokenizer=config.tokenizer)
     settings = {"fmt": config.gguf_type or "F16", "tokenizer": config.tokenizer}
     if config.gguf_type == "Q4_0" and (model.adapter or model.lora):
         base, cost = _read_packed(config, model, options, "q4_0", None, None)

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 import qlora_jax as ql
 
-from ..models.checkpoint import abstract_params, read_config
+from ..models.checkpoint import abstract_params
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
+from ..models.source import ModelSource, open_source
+from .decoder_in import gguf_names, offset_of, permute, permuted_heads
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
 from .values import factors_of, gguf_architecture, values_of
 
@@ -84,8 +85,8 @@ def save_gguf(
     # 1. Check everything before the file is created.
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
-    source = pathlib.Path(source)
-    config, architecture = check_gguf_source(source, tokenizer=tokenizer)
+    model = open_source(source)
+    config, architecture = check_gguf_source(model, tokenizer=tokenizer)
     leaves = flatten_dict(base, sep="/")
     adapters = flatten_dict(lora or {}, sep="/")
     _check_leaves(config, leaves, adapters)
@@ -98,9 +99,9 @@ def save_gguf(
         leaves = _pack_q4_0(leaves)
     with _open_writer(path, architecture) as writer:
         # 2. The metadata, and the names and shapes of all tensors.
-        _add_values(writer, config, source, fmt)
+        _add_values(writer, config, model, fmt)
         if tokenizer:
-            write_gguf_tokenizer(writer, source, config.vocab_size)
+            write_gguf_tokenizer(writer, model, config.vocab_size)
         tensors = _plan_tensors(config, architecture, leaves, adapters, fmt)
         factors = factors_of(config, architecture)
         for name, divisors in factors.items():
@@ -137,24 +138,24 @@ def _open_writer(
 
 
 def check_gguf_source(
-    source: pathlib.Path, *, tokenizer: bool
+    source: ModelSource, *, tokenizer: bool
 ) -> tuple[DecoderConfig, str]:
     """Returns the config and llama.cpp's architecture; reads no weights."""
-    config = dataclasses.replace(read_config(source), module="model")
-    architecture = gguf_architecture(config, context_of(source))
+    config = dataclasses.replace(source.config, module="model")
+    architecture = gguf_architecture(config, source.context_length)
     if tokenizer:
         check_gguf_tokenizer(source)
     return config, architecture
 
 
 def _add_values(
-    writer: gguf.GGUFWriter, config: DecoderConfig, source: pathlib.Path, fmt: str
+    writer: gguf.GGUFWriter, config: DecoderConfig, source: ModelSource, fmt: str
 ) -> None:
-    writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
+    writer.add_name(source.path.name.removesuffix(".gguf"))
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     adders = {int: "uint32", float: "float32", str: "string"}
-    for key, value in values_of(config, writer.arch, context_of(source)).items():
+    for key, value in values_of(config, writer.arch, source.context_length).items():
         getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
 
 
@@ -329,7 +330,7 @@ def save_gguf_lora(
             "an adapter file for llama.cpp must not contain adapters of experts: write "
             f"the merged model as GGUF. Got {len(experts)}, such as {experts[0]}."
         )
-    config, architecture = check_gguf_source(pathlib.Path(source), tokenizer=False)
+    config, architecture = check_gguf_source(open_source(source), tokenizer=False)
     names = gguf_names(config, architecture)
     with _open_writer(path, architecture) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -23,13 +23,12 @@ from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
 from qlora_jax.llm.gguf.tokenizer_out import scores_of
 from qlora_jax.llm.gguf.values import gguf_architecture
 from qlora_jax.llm.models import families
-from qlora_jax.llm.models.checkpoint import load, read_config
+from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
 from qlora_jax.llm.models.config import DecoderConfig, Experts, LayerKind, Rope
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "head_dim": 16}
 QWEN3 |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,64 +1,115 @@
-"""Writes the config and the tokenizer of a GGUF file as Hugging Face files."""
+"""A model in a GGUF file, and its description as Hugging Face files."""
 
 import contextlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..models.config import DecoderConfig, Rope
 from ..models.families import FAMILIES, config_from_hf
-from .decoder_in import context_of, read_gguf
-from .open_file import field, open_gguf
+from ..models.folder import ChatSettings
+from .decoder_in import gguf_fmt, read_gguf
+from .file import GGUFFile, open_gguf
 from .tokenizer_in import chat_templates, gguf_tokenizer, special_tokens
 from .values import OSS, architecture_of
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from tokenizers import Tokenizer
 
 
-@contextlib.contextmanager
-def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary Hugging Face folder of a GGUF file, without weights."""
-    path = pathlib.Path(path)
-    config, _ = read_gguf(path)
-    reader = open_gguf(path)
-    special, ends = special_tokens(reader)
-    ids: dict[str, Any] = {f"{name}_id": index for name, index in special.items()}
-    eos = {"eos_token_id": ends if ends[1:] else ends[0]} if ends else {}
-    files: dict[str, Any] = {
-        "config.json": hf_config(config, context_of(path)) | ids,
-        "generation_config.json": ids | eos,
-    }
-    tokenizer = None
-    if field(reader, "tokenizer.ggml.model") is not None:
-        tokenizer = gguf_tokenizer(path)
-        files["tokenizer_config.json"] = _tokenizer_config(reader, tokenizer, special)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary)
-        for name, values in files.items():
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-        if tokenizer is not None:
-            tokenizer.save(str(folder / "tokenizer.json"))
-        yield folder
+@dataclass(frozen=True, eq=False)
+class GGUFModel:
+    """A `ModelSource` in a file of llama.cpp."""
 
+    path: pathlib.Path
+    # Blocks without an equivalent here are decoded to floats, which keeps all values.
+    is_recoded: ClassVar[bool] = True
 
-def _tokenizer_config(
-    reader: "GGUFReader", tokenizer: "Tokenizer", special: dict[str, int]
-) -> dict[str, Any]:
-    templates: Any = chat_templates(reader)
-    if [*templates] == ["default"]:
-        templates = templates["default"]
-    else:
-        templates = [{"name": n, "template": x} for n, x in templates.items()]
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **{name: tokenizer.id_to_token(index) for name, index in special.items()},
-        **({"chat_template": templates} if templates else {}),
-    }
+    @cached_property
+    def file(self) -> GGUFFile:
+        """The file."""
+        return open_gguf(self.path)
+
+    @cached_property
+    def _contents(self) -> tuple[DecoderConfig, Mapping[str, Any]]:
+        return read_gguf(self.file)
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The config of the decoder; raises if `Decoder` does not support the model."""
+        return self._contents[0]
+
+    @property
+    def context_length(self) -> int:
+        """The context length in tokens."""
+        key = f"{self.file.values.get('general.architecture')}.context_length"
+        if not (length := self.file.values.get(key)):
+            raise ValueError(f"{self.path} must have a context length, `{key}`.")
+        return int(length)
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The format of the packed layers."""
+        return {"quant_method": "gguf", "fmt": gguf_fmt(self.file)}
+
+    @property
+    def stored_tensors(self) -> Mapping[str, Any]:
+        """The tensors by Hugging Face name."""
+        return self._contents[1]
+
+    def open_tensors(self) -> Mapping[str, Any]:
+        """Returns the tensors by Hugging Face name."""
+        return self.stored_tensors
+
+    def build_tokenizer(self) -> "Tokenizer":
+        """Returns the tokenizer."""
+        return gguf_tokenizer(self.file)
+
+    def read_chat(self) -> ChatSettings:
+        """Returns the chat templates and the special tokens."""
+        ids, end_ids = special_tokens(self.file)
+        tokens: Any = self.file.values.get("tokenizer.ggml.tokens")
+        special = {name: tokens[index] for name, index in ids.items()}
+        return ChatSettings(chat_templates(self.file), special, tuple(end_ids))
+
+    @contextlib.contextmanager
+    def open_description(self) -> Iterator[pathlib.Path]:
+        """Yields a temporary folder with the config and the tokenizer."""
+        chat = self.read_chat()
+        special, _ = special_tokens(self.file)
+        ids: dict[str, Any] = {f"{name}_id": index for name, index in special.items()}
+        ends = [*chat.end_ids]
+        eos = {"eos_token_id": ends if ends[1:] else ends[0]} if ends else {}
+        files: dict[str, Any] = {
+            "config.json": hf_config(self.config, self.context_length) | ids,
+            "generation_config.json": ids | eos,
+        }
+        tokenizer = None
+        if "tokenizer.ggml.model" in self.file.values:
+            tokenizer = self.build_tokenizer()
+            templates: Any = chat.templates
+            if [*templates] == ["default"]:
+                templates = templates["default"]
+            else:
+                templates = [{"name": k, "template": x} for k, x in templates.items()]
+            files["tokenizer_config.json"] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+                **{name: tokenizer.id_to_token(i) for name, i in special.items()},
+                **({"chat_template": templates} if templates else {}),
+            }
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = pathlib.Path(temporary)
+            for name, values in files.items():
+                text = json.dumps(values, indent=2) + "\n"
+                (folder / name).write_text(text, "utf-8")
+            if tokenizer is not None:
+                tokenizer.save(str(folder / "tokenizer.json"))
+            yield folder
 
 
 def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
