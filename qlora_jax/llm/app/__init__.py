@@ -11,10 +11,10 @@ from .configs import (
 )
 from .contents import Contents, Leaf, inspect
 from .generating import Answer, Generated, generate
+from .pairs import Pair, Pairs, pairs
 from .preview import Preview
 from .run_results import SweepResult, TrainResult
 from .scoring import Score, Scores, score
-from .servers import Pair, Pairs, pairs
 from .train_config import TrainConfig
 from .training import train
 from .writing import Repacked, Written, export
