@@ -117,8 +117,10 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
     c, architecture = config, architecture_of(config)
     is_mixture = c.experts is not None
     model_type = _MODEL_TYPES.get((architecture, is_mixture), architecture)
+    family = FAMILIES[model_type]
+    is_gpt_oss = model_type == "gpt_oss"
     raw = {
-        "architectures": list(FAMILIES[model_type].architectures),
+        "architectures": list(family.architectures),
         "model_type": model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -127,15 +129,36 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": c.activation,
+        "hidden_act": "silu" if is_gpt_oss else c.activation,
         "max_position_embeddings": context,
         "rms_norm_eps": c.rms_norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": c.o_bias,
         # gpt-oss always has these biases, but its config has no key for them.
-        **({} if model_type == "gpt_oss" else {"mlp_bias": c.mlp_bias}),
-        **_FAMILY_KEYS.get(model_type, _rope_keys)(c),
+        **({} if is_gpt_oss else {"mlp_bias": c.mlp_bias}),
+        **_rope_keys(c, model_type),
     }
+    # The values of keys that only some families read.
+    optional = {
+        "hidden_activation": c.activation,
+        "query_pre_attn_scalar": round(c.attention_scale**-2),
+        "attn_logit_softcapping": c.attention_soft_cap,
+        "final_logit_softcapping": c.logit_soft_cap,
+        "moe_intermediate_size": c.intermediate_size,
+        # Despite its name, this key has 1 for layers with rotary positions.
+        "no_rope_layers": [int(layer.rope is not None) for layer in c.layers],
+    }
+    if c.experts is not None:
+        is_local = model_type in ("mixtral", "gpt_oss")
+        optional["num_local_experts" if is_local else "num_experts"] = c.experts.count
+        optional["num_experts_per_tok"] = c.experts.per_token
+        optional["norm_topk_prob"] = c.experts.normalized
+    windows = [layer.window for layer in c.layers]
+    if set(windows) != {None}:
+        optional["sliding_window"] = next(filter(None, windows))
+        names = ("sliding_attention", "full_attention")
+        optional["layer_types"] = [names[window is None] for window in windows]
+    raw |= {key: x for key, x in optional.items() if key in family.keys.split()}
     if config_from_hf(raw) != config:
         raise ValueError(
             "a GGUF model must have an equivalent Hugging Face config. This "
@@ -145,109 +168,41 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
     return raw
 
 
-# Each function below returns a family's keys besides those that all families share.
+def _rope_keys(c: DecoderConfig, model_type: str) -> dict[str, Any]:
+    """Returns the keys about rotary positions.
+
+    transformers 5 reads `rope_parameters`; older versions read the other keys.
+    """
+    ropes = {layer.window is None: layer.rope for layer in c.layers if layer.rope}
+    if model_type == "gemma3_text":
+        full, local = ropes.get(True, Rope(1e6)), ropes.get(False, Rope())
+        sections = {"full_attention": _rope_section(full, model_type)}
+        sections["sliding_attention"] = _rope_section(local, model_type)
+        thetas = {"rope_theta": full.theta, "rope_local_base_freq": local.theta}
+        return thetas | {"rope_parameters": sections}
+    rope = ropes.get(True) or ropes.get(False) or Rope()
+    keys, section = {"rope_theta": rope.theta}, _rope_section(rope, model_type)
+    if model_type == "phi3":
+        fraction = {"partial_rotary_factor": c.rotary_dim / c.head_dim}
+        keys, section = keys | fraction, section | fraction
+        if rope.original_length:
+            keys["original_max_position_embeddings"] = rope.original_length
+    return keys | {"rope_parameters": section}
 
 
-def _rope_keys(c: DecoderConfig) -> dict[str, Any]:
-    rope = c.ropes[0] or c.ropes[1]  # None for some layers of SmolLM3
-    assert rope is not None
-    # transformers 5 reads `rope_parameters`, older versions `rope_theta`.
-    return {"rope_theta": rope.theta, "rope_parameters": _rope_section(rope)}
-
-
-def _rope_section(rope: Rope) -> dict[str, Any]:
-    theta = {"rope_theta": rope.theta}
+def _rope_section(rope: Rope, model_type: str) -> dict[str, Any]:
+    section = {"rope_theta": rope.theta}
     if not rope.divisors:
-        return theta | {"rope_type": "default"}
-    return theta | {"rope_type": "linear", "factor": rope.divisors[0]}
-
-
-def _window_keys(c: DecoderConfig) -> dict[str, Any]:
-    window = next(layer.window for layer in c.layers if layer.window is not None)
-    sliding, full = "sliding_attention", "full_attention"
-    types = [full if layer.window is None else sliding for layer in c.layers]
-    return {"sliding_window": window, "layer_types": types}
-
-
-def _gemma2_keys(c: DecoderConfig) -> dict[str, Any]:
-    return _rope_keys(c) | _gemma_keys(c)
-
-
-def _gemma_keys(c: DecoderConfig) -> dict[str, Any]:
-    return _window_keys(c) | {
-        "hidden_activation": c.activation,
-        "query_pre_attn_scalar": round(c.attention_scale**-2),
-        "attn_logit_softcapping": c.attention_soft_cap,
-        "final_logit_softcapping": c.logit_soft_cap,
-    }
-
-
-def _gemma3_keys(c: DecoderConfig) -> dict[str, Any]:
-    ropes = {layer.window is None: layer.rope or Rope() for layer in c.layers}
-    full, sliding = ropes.get(True, Rope(1e6)), ropes.get(False, Rope())
-    return _gemma_keys(c) | {
-        "rope_theta": full.theta,
-        "rope_local_base_freq": sliding.theta,
-        "rope_parameters": {
-            "full_attention": _rope_section(full),
-            "sliding_attention": _rope_section(sliding),
-        },
-    }
-
-
-def _smollm3_keys(c: DecoderConfig) -> dict[str, Any]:
-    # Despite its name, `no_rope_layers` has 1 for layers with rotary positions.
-    has_rope = [int(layer.rope is not None) for layer in c.layers]
-    return _rope_keys(c) | {"no_rope_layers": has_rope}
-
-
-def _phi3_keys(c: DecoderConfig) -> dict[str, Any]:
-    (layer,) = set(c.layers)
-    rope = layer.rope or Rope()
-    fraction = {"partial_rotary_factor": c.rotary_dim / c.head_dim}
-    section = {"rope_type": "default"}
-    if rope.divisors:
-        section = {
-            "rope_type": "longrope",
-            "short_factor": list(rope.divisors),
-            "long_factor": list(rope.long_divisors),
-            "attention_factor": rope.scale,
-        }
-    keys = {
-        "sliding_window": layer.window,
-        "rope_theta": rope.theta,
-        "rope_parameters": section | {"rope_theta": rope.theta} | fraction,
-    }
-    if rope.original_length:
-        keys["original_max_position_embeddings"] = rope.original_length
-    return keys | fraction
-
-
-def _expert_keys(c: DecoderConfig, count: str = "num_local_experts") -> dict[str, Any]:
-    assert c.experts is not None
-    experts = {count: c.experts.count, "num_experts_per_tok": c.experts.per_token}
-    return _rope_keys(c) | experts
-
-
-def _olmoe_keys(c: DecoderConfig) -> dict[str, Any]:
-    assert c.experts is not None
-    return _expert_keys(c, "num_experts") | {"norm_topk_prob": c.experts.normalized}
-
-
-def _qwen3_moe_keys(c: DecoderConfig) -> dict[str, Any]:
-    return _olmoe_keys(c) | {"moe_intermediate_size": c.intermediate_size}
-
-
-def _gpt_oss_keys(c: DecoderConfig) -> dict[str, Any]:
-    rope = c.ropes[0]
-    assert rope is not None
-    section = _rope_section(rope)
-    if rope.original_length:
-        section |= {"rope_type": "yarn", "factor": rope.divisors[-1]}
-        section["original_max_position_embeddings"] = rope.original_length
-        section["truncate"] = False
-    fixed = {"hidden_act": "silu", "rope_parameters": section}
-    return _window_keys(c) | _expert_keys(c) | fixed
+        return section | {"rope_type": "default"}
+    if model_type == "phi3":
+        factors = {"short_factor": rope.divisors, "long_factor": rope.long_divisors}
+        section |= {key: list(values) for key, values in factors.items()}
+        return section | {"rope_type": "longrope", "attention_factor": rope.scale}
+    if rope.original_length:  # gpt-oss
+        original = {"original_max_position_embeddings": rope.original_length}
+        yarn = {"rope_type": "yarn", "factor": rope.divisors[-1], "truncate": False}
+        return section | yarn | original
+    return section | {"rope_type": "linear", "factor": rope.divisors[0]}
 
 
 # The model type by architecture and whether there are experts. Other architectures have
@@ -257,14 +212,4 @@ _MODEL_TYPES = {
     ("qwen3moe", True): "qwen3_moe",
     ("llama", True): "mixtral",
     (OSS, True): "gpt_oss",
-}
-_FAMILY_KEYS = {
-    "gemma2": _gemma2_keys,
-    "gemma3_text": _gemma3_keys,
-    "smollm3": _smollm3_keys,
-    "phi3": _phi3_keys,
-    "qwen3_moe": _qwen3_moe_keys,
-    "mixtral": _expert_keys,
-    "olmoe": _olmoe_keys,
-    "gpt_oss": _gpt_oss_keys,
 }
