@@ -136,14 +136,18 @@ def pair_for(
             check_gguf_source(model.files, tokenizer=tokenizer)
         except ValueError as error:
             return Pair(server.name, NOT_RUN, NOT_RUN, False, str(error))
-    reason = _find_adapter_problem(server, model, fmt)
-    form = None if reason else _find_form(server, model, options, fmt, block_size)
-    if form is None or server.adapter is None:
-        reason = reason or f"it does not support {fmt} in blocks of {block_size}"
-        why = f"{reason}: the sum is rounded"
+    problem = _find_adapter_problem(server, model, fmt)
+    form = server.floats if fmt is None else server.bases.get(fmt)
+    if not options and _is_read(server, model, fmt):
+        form = AS_IS
+    elif fmt is not None and form == "gguf" and block_size != 32:  # Q4_0 has 32
+        form = None
+    if problem or form is None or server.adapter is None:
+        problem = problem or f"it does not support {fmt} in blocks of {block_size}"
+        why = f"{problem}: the sum is rounded"
         return Pair(server.name, server.floats, MERGED, False, why)
     problem = _find_misreading(server, model, fmt, form)
-    same = "codes and scales are" if fmt else "the weights are"
+    same = "the weights are" if fmt is None else "codes and scales are"
     why = problem or f"{same} the same"
     return Pair(server.name, form, server.adapter, problem is None, why)
 
@@ -153,34 +157,16 @@ def _find_adapter_problem(
 ) -> str | None:
     """Returns why a server cannot load the adapter beside the base, or None."""
     adapters = ql.leaves_by_path(model.lora)
-    is_plain = not model.replaces_weights and {*map(type, adapters.values())} <= {
-        ql.LoRA
-    }
+    has_others = any(type(adapter) is not ql.LoRA for adapter in adapters.values())
     if server.adapter is None:
         return "it does not support adapters"
-    if server.adapter != "peft" and not is_plain:
+    if server.adapter != "peft" and (has_others or model.replaces_weights):
         return "it supports only plain LoRA adapters"
     if fmt and model.config.experts is not None and server.floats == "merged":
         return "it is not known to load experts in 4 bits"
     if not server.adapts_experts and any("/experts/" in path for path in adapters):
         return "it does not support adapters of experts"
     return None
-
-
-def _find_form(
-    server: Server,
-    model: BaseModel,
-    options: LoadOptions,
-    fmt: str | None,
-    block_size: int | None,
-) -> str | None:
-    """Returns the form of the base for a server; None if it must be in float."""
-    if not options and _is_read(server, model, fmt):
-        return AS_IS
-    if fmt is None:
-        return server.floats
-    form = server.bases.get(fmt)
-    return None if form == "gguf" and block_size != 32 else form  # Q4_0 has 32
 
 
 def _is_read(server: Server, model: BaseModel, fmt: str | None) -> bool:
@@ -209,6 +195,5 @@ def _find_misreading(
         return "weights are rounded to float16"
     if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:
         return "it rounds scales to bfloat16, because Gemma overflows in float16"
-    if server.misreads is None:
-        return None
-    return server.misreads(_read_config(model), model.config, fmt)
+    misreads = server.misreads
+    return misreads and misreads(_read_config(model), model.config, fmt)
