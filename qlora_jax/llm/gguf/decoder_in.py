@@ -101,18 +101,21 @@ class GGUFTensor:
         return np.asarray(x - self.offset if self.offset else x, self.dtype)
 
 
-def read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
-    """Returns the config, and the tensors by Hugging Face name, not yet decoded.
+def read_gguf(
+    file: GGUFFile,
+) -> tuple[DecoderConfig, dict[str, GGUFTensor], dict[str, Any]]:
+    """Returns the config, the tensors by Hugging Face name, and a `config.json`.
 
-    Weights in Q4_0 and MXFP4 are bytes, which `ql.io.packed_tensors` reads.
+    Tensors are decoded later. Weights in Q4_0 and MXFP4 are bytes, which
+    `ql.io.packed_tensors` reads.
     """
-    stored = dict(file.tensors)
     architecture: Any = file.values.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"The architecture must be one of {ARCHITECTURES}. Got {architecture!r}."
         )
     # 1. The config. The divisors of frequencies are tensors, but not parameters.
+    stored = dict(file.tensors)
     factors = {
         name: tuple(stored.pop(name).data.tolist())
         for name in (FREQUENCIES, SHORT, LONG)
@@ -123,10 +126,8 @@ def read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
     values = {key.removeprefix(prefix): file.values[key] for key in keys}
     try:
         check_values(architecture, values, stored.keys())
-        vocab_size = stored["token_embd.weight"].shape[0]
-        config = config_from_values(
-            architecture, values, stored.keys(), vocab_size, factors
-        )
+        size = stored["token_embd.weight"].shape[0]
+        config, raw = config_from_values(architecture, values, stored, size, factors)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ql.io.CheckpointError(
             f"{file.path} must have metadata values of the expected types. Got "
@@ -143,7 +144,7 @@ def read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
     for gguf_name, tensor in stored.items():
         names = hf_names.get(gguf_name, [gguf_name])
         tensors |= _name_tensors(tensor, names, config, architecture)
-    return config, tensors
+    return config, tensors, raw
 
 
 def _join_gate_up(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..models.config import DecoderConfig, Experts, LayerKind, Rope
-from ..models.families import GPT_OSS_EXPERTS, MIXTRAL_EXPERTS
+from ..models.config import DecoderConfig, LayerKind, Rope
+from ..models.families import FAMILIES, config_from_hf
 from ..models.family import is_count, number, read_rope
 
 # Names of the tensors that contain `Rope.divisors` and `Rope.long_divisors`.
@@ -25,12 +25,6 @@ _BIAS_TENSORS = {
     "o_bias": "blk.0.attn_output.bias",
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
-# Other fields of `DecoderConfig` that are constant for an architecture.
-_FIXED_FIELDS: dict[str, dict[str, Any]] = {
-    OSS: {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "sinks": True}
-    | {"activation": "clamped_swiglu", "tie_embeddings": False},
-    "olmoe": {"qk_norms": "whole", "tie_embeddings": False},
-}
 # Required keys, by field of `DecoderConfig`, and by field of `Experts`.
 _SIZE_KEYS = {
     "num_layers": "block_count",
@@ -39,13 +33,11 @@ _SIZE_KEYS = {
     "num_heads": "attention.head_count",
 }
 _EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
-# Other fields of `Experts`, by architecture.
-_EXPERT_FIELDS: dict[str, dict[str, Any]] = {
-    "qwen3moe": {},
-    OSS: GPT_OSS_EXPERTS,
-    "llama": MIXTRAL_EXPERTS,
-    "olmoe": {"normalized": False},
-}
+# Architectures with experts. llama.cpp stores Mixtral as a "llama" with experts.
+_MIXTURES = ("qwen3moe", OSS, "olmoe")
+# Hugging Face's model types, where llama.cpp's names differ.
+_MODEL_TYPES = {"mistral": "llama", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+_MODEL_TYPES |= {OSS: "gpt_oss"}
 # Number of layers by which Gemma's 27B models are recognized. They scale scores by
 # `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -67,9 +59,8 @@ def _size_keys(architecture: str) -> dict[str, str]:
 
 
 def _is_mixture(architecture: str, values: Values) -> bool:
-    # llama.cpp stores Mixtral as a "llama" with experts.
-    has_experts = architecture != "llama" or bool(values.get("expert_count"))
-    return architecture in _EXPERT_FIELDS and has_experts
+    has_experts = architecture == "llama" and bool(values.get("expert_count"))
+    return architecture in _MIXTURES or has_experts
 
 
 def architecture_of(config: DecoderConfig) -> str:
@@ -92,60 +83,159 @@ def architecture_of(config: DecoderConfig) -> str:
     return "qwen2" if c.qkv_bias and not (c.o_bias or c.mlp_bias) else "llama"
 
 
+def _hf_config(
+    architecture: str,
+    values: Values,
+    names: Collection[str],
+    vocab_size: int,
+    factors: Factors,
+) -> dict[str, Any]:
+    # 1. The keys that most families read. Missing values get llama.cpp's defaults.
+    get, is_mixture = values.get, _is_mixture(architecture, values)
+    model_type = _MODEL_TYPES.get(architecture, architecture)
+    model_type = "mixtral" if is_mixture and architecture == "llama" else model_type
+    family = FAMILIES[model_type]
+    sizes = {name: values[key] for name, key in _size_keys(architecture).items()}
+    width, heads = sizes["hidden_size"], sizes["num_heads"]
+    count, size = sizes["num_layers"], sizes["intermediate_size"]
+    head_dim = get("attention.key_length", width // heads)
+    is_gemma2 = architecture == "gemma2"
+    activation = "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
+    biases = [x for x, tensor in _BIAS_TENSORS.items() if tensor in names]
+    biases = biases if architecture == "llama" else []
+    has_head = "output.weight" in names or architecture in (OSS, "olmoe")
+    raw = {
+        "architectures": list(family.architectures),
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": size,
+        "num_hidden_layers": count,
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": activation,
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": number(get("attention.layer_norm_rms_epsilon", 1e-5)),
+        "tie_word_embeddings": not has_head or is_gemma2,
+        "attention_bias": architecture == OSS or "o_bias" in biases,
+        # gpt-oss always has these biases, but its config has no key for them.
+        **({} if architecture == OSS else {"mlp_bias": "mlp_bias" in biases}),
+        **_rope_keys(architecture, values, head_dim, factors),
+    }
+    # 2. The keys that only some families read.
+    is_27b = count == _LAYERS_OF_27B.get(architecture)
+    attention_cap = number(get("attn_logit_softcapping", 50.0))
+    logit_cap = number(get("final_logit_softcapping", 30.0))
+    optional = {
+        "attn_logit_softcapping": attention_cap if is_gemma2 else None,
+        "final_logit_softcapping": logit_cap if is_gemma2 else None,
+        "hidden_activation": activation,
+        "query_pre_attn_scalar": width // heads if is_27b else head_dim,
+        "moe_intermediate_size": size,
+        # Despite its name, this key has 1 for layers with rotary positions.
+        "no_rope_layers": [int((i + 1) % _NO_ROPE_PERIOD > 0) for i in range(count)],
+        "num_experts_per_tok": get("expert_used_count"),
+        "norm_topk_prob": architecture != "olmoe",
+    }
+    if is_mixture:
+        is_local = model_type in ("mixtral", "gpt_oss")
+        key = "num_local_experts" if is_local else "num_experts"
+        optional[key] = get("expert_count")
+    if architecture in _WINDOW_PERIODS:
+        default = _WINDOW_PERIODS[architecture]
+        period = get("attention.sliding_window_pattern", default)
+        is_full = (i % period == period - 1 for i in range(count))
+        kinds = "sliding_attention", "full_attention"
+        optional["layer_types"] = [kinds[has_no_window] for has_no_window in is_full]
+        optional["sliding_window"] = get("attention.sliding_window", 4096)
+    elif architecture == "phi3":
+        optional["sliding_window"] = get("attention.sliding_window") or None
+    keys = family.keys.split()
+    return raw | {key: value for key, value in optional.items() if key in keys}
+
+
+def _rope_keys(
+    architecture: str, values: Values, head_dim: int, factors: Factors
+) -> dict[str, Any]:
+    """Returns the keys of a `config.json` about rotary positions.
+
+    transformers 5 reads `rope_parameters`; older versions read the other keys.
+    """
+    get = values.get
+    theta = number(get("rope.freq_base", 10_000.0))
+    keys, section = {"rope_theta": theta}, {"rope_theta": theta}
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    factor, kind = _rope_factor(values), "default"
+    if architecture == "phi3":
+        fraction = get("rope.dimension_count", head_dim) / head_dim
+        keys["partial_rotary_factor"] = section["partial_rotary_factor"] = fraction
+        if LONG in factors:
+            keys["original_max_position_embeddings"] = int(original)
+        if factors:
+            kind = "longrope"
+            section |= {
+                "short_factor": list(factors.get(SHORT, ())),
+                "long_factor": list(factors.get(LONG, ())),
+                "attention_factor": number(get("rope.scaling.attn_factor", 1.0)),
+            }
+    elif get("rope.scaling.type") == "yarn":
+        kind = "yarn"
+        section |= {"original_max_position_embeddings": original, "truncate": False}
+        section["factor"] = factor
+    elif factor != 1:
+        kind, section["factor"] = "linear", factor
+    section["rope_type"] = kind
+    if architecture == "gemma3":
+        local = number(get("rope.freq_base_swa", 10_000.0))
+        keys["rope_local_base_freq"] = local
+        sliding = {"rope_theta": local, "rope_type": "default"}
+        section = {"full_attention": section, "sliding_attention": sliding}
+    return keys | {"rope_parameters": section}
+
+
+def _rope_factor(values: Values) -> float:
+    """Returns the factor by which all positions are divided."""
+    get = values.get
+    if get("rope.scaling.type") == "none":
+        return 1.0
+    return number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
+
+
 def config_from_values(
     architecture: str,
     values: Values,
     names: Collection[str],
     vocab_size: int,
     factors: Factors,
-) -> DecoderConfig:
-    """Returns the config of the decoder that llama.cpp builds from metadata values.
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Returns the decoder that llama.cpp builds from metadata values.
 
-    `names` are the names of the file's tensors.
+    Also returns its `config.json`. `names` are the names of the file's tensors.
     """
-    # 1. The sizes. Here and below, missing values get llama.cpp's defaults.
-    get = values.get
-    sizes = {name: values[key] for name, key in _size_keys(architecture).items()}
-    width, heads = sizes["hidden_size"], sizes["num_heads"]
-    head_dim = get("attention.key_length", width // heads)
-    is_phi3, is_gemma = architecture == "phi3", architecture in OFFSET_NORMS
-    rotary_dim = get("rope.dimension_count", head_dim) if is_phi3 else head_dim
-    is_27b = sizes["num_layers"] == _LAYERS_OF_27B.get(architecture)
-    scaled_dim = width // heads if is_27b else head_dim
-    # 2. Soft-caps, experts and biases.
-    attention_cap = logit_cap = None
-    if architecture == "gemma2":
-        attention_cap = number(get("attn_logit_softcapping", 50.0))
-        logit_cap = number(get("final_logit_softcapping", 30.0))
-    experts = None
-    if _is_mixture(architecture, values):
-        counts: Any = {name: get(key) for name, key in _EXPERT_KEYS.items()}
-        experts = Experts(**counts, **_EXPERT_FIELDS[architecture])
-    bias_fields = _BIASES.get(architecture, ())
-    biases: Any = {name: _BIAS_TENSORS[name] in names for name in bias_fields}
-    # 3. The layers, and the other fields.
-    ropes = _read_ropes(architecture, values, rotary_dim, factors)
-    fields = dict(
-        sizes,
-        vocab_size=vocab_size,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        layers=_read_layers(architecture, values, sizes["num_layers"], ropes),
-        rotary_dim=rotary_dim,
-        rms_norm_eps=number(get("attention.layer_norm_rms_epsilon", 1e-5)),
-        unit_offset_norms=is_gemma,
-        post_norms=is_gemma,
-        qk_norms=architecture in ("qwen3", "gemma3", "qwen3moe"),
-        activation="gelu_pytorch_tanh" if is_gemma else "silu",
-        fused=is_phi3,
-        embedding_scale=width**0.5 if is_gemma else 1.0,
-        attention_scale=scaled_dim**-0.5,
-        attention_soft_cap=attention_cap,
-        logit_soft_cap=logit_cap,
-        tie_embeddings=architecture == "gemma2" or "output.weight" not in names,
-        experts=experts,
-    )
-    return DecoderConfig(**fields | biases | _FIXED_FIELDS.get(architecture, {}))
+    raw = _hf_config(architecture, values, names, vocab_size, factors)
+    config = config_from_hf(raw)
+    # A `config.json` has no keys for each kind of bias, for single frequencies, and for
+    # a scale without LongRoPE.
+    changes: dict[str, Any] = {
+        name: _BIAS_TENSORS[name] in names for name in _BIASES.get(architecture, ())
+    }
+    rope_changes: dict[str, Any] = {}
+    if architecture == "phi3":
+        rope_changes["scale"] = number(values.get("rope.scaling.attn_factor", 1.0))
+    elif FREQUENCIES in factors and values.get("rope.scaling.type") != "yarn":
+        factor = _rope_factor(values)
+        rope_changes["divisors"] = tuple(factor * x for x in factors[FREQUENCIES])
+
+    def change_rope(layer: LayerKind) -> LayerKind:
+        is_local = architecture == "gemma3" and layer.window is not None
+        if layer.rope is None or is_local:
+            return layer
+        rope = dataclasses.replace(layer.rope, **rope_changes)
+        return dataclasses.replace(layer, rope=rope)
+
+    layers = tuple(map(change_rope, config.layers))
+    return dataclasses.replace(config, layers=layers, **changes), raw
 
 
 def check_values(architecture: str, values: Values, names: Collection[str]) -> None:
@@ -264,7 +354,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     names |= {name for field, name in _BIAS_TENSORS.items() if getattr(config, field)}
     values = values_of(config, architecture, context)
     factors = factors_of(config, architecture)
-    computed = config_from_values(
+    computed, _ = config_from_values(
         architecture, values, names, config.vocab_size, factors
     )
     # 1. Compare all fields but the layers.
@@ -304,49 +394,15 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     return architecture
 
 
-def _read_ropes(
-    architecture: str, values: Values, rotary_dim: int, factors: Factors
-) -> tuple[Rope, Rope]:
-    """Returns the rotary positions of layers without a window, and of the others."""
-    get = values.get
-    theta = number(get("rope.freq_base", 10_000.0))
-    factor = number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
-    if get("rope.scaling.type") == "none":
-        factor = 1.0
-    original = get("rope.scaling.original_context_length", get("context_length"))
-    if architecture == "phi3":
-        short, long = (factors.get(name, ()) for name in (SHORT, LONG))
-        scale = number(get("rope.scaling.attn_factor", 1.0))
-        full = Rope(theta, short, long, int(original) if long else 0, scale)
-    elif get("rope.scaling.type") == "yarn":
-        full = _gpt_oss_rope(theta, rotary_dim, factor, original)
-    else:
-        divisors = factors.get(FREQUENCIES, ())
-        if factor != 1:
-            divisors = divisors or (1.0,) * (rotary_dim // 2)
-            divisors = tuple(factor * divisor for divisor in divisors)
-        full = Rope(theta, divisors)
-    if architecture != "gemma3":
-        return full, full
-    return full, Rope(number(get("rope.freq_base_swa", 10_000.0)))
-
-
-def _gpt_oss_rope(
-    theta: float, dim: int, factor: float, original: int, *, truncate: bool = False
-) -> Rope:
-    """Returns gpt-oss's rotary positions; llama.cpp computes them with `truncate`."""
-    section = {"rope_type": "yarn", "factor": factor, "truncate": truncate}
-    section["original_max_position_embeddings"] = original
-    return read_rope({}, dim, theta=theta, section=section)
-
-
 def _warn_about_yarn(config: DecoderConfig) -> None:
     """Warns if frequencies change because llama.cpp rounds the bounds of the ramp."""
     rope = _main_layer(config).rope or Rope()
     if not rope.original_length:
         return
-    settings = rope.theta, config.rotary_dim, rope.divisors[-1], rope.original_length
-    computed = _gpt_oss_rope(*settings, truncate=True).divisors
+    section = {"rope_type": "yarn", "factor": rope.divisors[-1], "truncate": True}
+    section["original_max_position_embeddings"] = rope.original_length
+    rotary_dim = config.rotary_dim
+    computed = read_rope({}, rotary_dim, theta=rope.theta, section=section).divisors
     change = max(abs(a / b - 1) for a, b in zip(computed, rope.divisors, strict=True))
     if change > 1e-3:
         warnings.warn(
@@ -354,23 +410,6 @@ def _warn_about_yarn(config: DecoderConfig) -> None:
             f"frequencies of gpt-oss by up to {change:.1%}.",
             stacklevel=3,
         )
-
-
-def _read_layers(
-    architecture: str, values: Values, count: int, ropes: tuple[Rope, Rope]
-) -> tuple[LayerKind, ...]:
-    full, local = ropes
-    if architecture == "smollm3":
-        has_rope = (bool((i + 1) % _NO_ROPE_PERIOD) for i in range(count))
-        return tuple(LayerKind(full if is_rotary else None) for is_rotary in has_rope)
-    if architecture in _WINDOW_PERIODS:
-        default = _WINDOW_PERIODS[architecture]
-        period = values.get("attention.sliding_window_pattern", default)
-        window = values.get("attention.sliding_window", 4096)
-        kinds = LayerKind(local, window), LayerKind(full)
-        return tuple(kinds[i % period == period - 1] for i in range(count))
-    window = values.get("attention.sliding_window") if architecture == "phi3" else None
-    return (LayerKind(full, window or None),) * count
 
 
 def _main_layer(config: DecoderConfig) -> LayerKind:
