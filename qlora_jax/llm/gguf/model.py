@@ -85,9 +85,9 @@ class GGUFModel:
         if config_from_hf(raw) != config:
             raise ValueError(
                 "a GGUF model must have an equivalent Hugging Face config. This "
-                f"{self.file.values['general.architecture']} has none. For example, a GGUF file has the "
-                "frequencies of an extended context, but not the rule that produced "
-                "them."
+                f"{self.file.values['general.architecture']} has none. For example, a "
+                "GGUF file has the frequencies of an extended context, but not the "
+                "rule that produced them."
             )
         chat = self.read_chat()
         special, _ = special_tokens(self.file)
