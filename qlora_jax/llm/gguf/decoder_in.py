@@ -87,16 +87,17 @@ class GGUFTensor:
         rows, *trailing = index if isinstance(index, tuple) else (index,)
         x = self.stored[rows if self.rows is None else self.rows[rows]]
         if self.tensor_type is not None:
-            x = self._decode(x)
+            x = self._decode(x, self.tensor_type)
         return x[(slice(None), *trailing)]
 
-    def _decode(self, stored: np.ndarray) -> np.ndarray:
+    def _decode(
+        self, stored: np.ndarray, tensor_type: "GGMLQuantizationType"
+    ) -> np.ndarray:
         import gguf
 
         # The package decodes 16 rows at a time, so group short rows into longer ones.
         group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
-        grouped = stored.reshape(len(stored) // group, -1)
-        x = gguf.dequantize(grouped, self.tensor_type)
+        x = gguf.dequantize(stored.reshape(len(stored) // group, -1), tensor_type)
         x = x.reshape(len(stored), *self.shape[1:])
         return np.asarray(x - self.offset if self.offset else x, self.dtype)
 

@@ -1,6 +1,7 @@
 """Converts a `DecoderConfig` to llama.cpp's metadata values and back."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -90,69 +91,76 @@ def _hf_config(
     vocab_size: int,
     factors: Factors,
 ) -> dict[str, Any]:
-    # 1. The keys that most families read. Missing values get llama.cpp's defaults.
     get, is_mixture = values.get, _is_mixture(architecture, values)
     model_type = _MODEL_TYPES.get(architecture, architecture)
     model_type = "mixtral" if is_mixture and architecture == "llama" else model_type
     family = FAMILIES[model_type]
-    sizes = {name: values[key] for name, key in _size_keys(architecture).items()}
-    width, heads = sizes["hidden_size"], sizes["num_heads"]
-    count, size = sizes["num_layers"], sizes["intermediate_size"]
+    # Here and below, missing values get llama.cpp's defaults.
+    width, heads = values["embedding_length"], values["attention.head_count"]
     head_dim = get("attention.key_length", width // heads)
-    is_gemma2 = architecture == "gemma2"
-    activation = "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
-    biases = [x for x, tensor in _BIAS_TENSORS.items() if tensor in names]
-    biases = biases if architecture == "llama" else []
     has_head = "output.weight" in names or architecture in (OSS, "olmoe")
+    biases = {
+        name: tensor in names and architecture == "llama"
+        for name, tensor in _BIAS_TENSORS.items()
+    }
     raw = {
         "architectures": list(family.architectures),
         "model_type": model_type,
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": size,
-        "num_hidden_layers": count,
+        "intermediate_size": values[_size_keys(architecture)["intermediate_size"]],
+        "num_hidden_layers": values["block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "hidden_act": activation,
+        "hidden_act": _activation(architecture),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": number(get("attention.layer_norm_rms_epsilon", 1e-5)),
-        "tie_word_embeddings": not has_head or is_gemma2,
-        "attention_bias": architecture == OSS or "o_bias" in biases,
+        "tie_word_embeddings": not has_head or architecture == "gemma2",
+        "attention_bias": biases["o_bias"] or architecture == OSS,
         # gpt-oss always has these biases, but its config has no key for them.
-        **({} if architecture == OSS else {"mlp_bias": "mlp_bias" in biases}),
+        **({} if architecture == OSS else {"mlp_bias": biases["mlp_bias"]}),
         **_rope_keys(architecture, values, head_dim, factors),
     }
-    # 2. The keys that only some families read.
+    optional = _family_keys(architecture, values, head_dim)
+    if is_mixture:
+        is_local = model_type in ("mixtral", "gpt_oss")
+        key = "num_local_experts" if is_local else "num_experts"
+        optional[key] = get("expert_count")
+    keys = family.keys.split()
+    return raw | {key: value for key, value in optional.items() if key in keys}
+
+
+def _activation(architecture: str) -> str:
+    return "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
+
+
+def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, Any]:
+    """Returns the keys of a `config.json` that only some families read."""
+    get, count = values.get, values["block_count"]
     is_27b = count == _LAYERS_OF_27B.get(architecture)
-    attention_cap = number(get("attn_logit_softcapping", 50.0))
-    logit_cap = number(get("final_logit_softcapping", 30.0))
-    optional = {
-        "attn_logit_softcapping": attention_cap if is_gemma2 else None,
-        "final_logit_softcapping": logit_cap if is_gemma2 else None,
-        "hidden_activation": activation,
-        "query_pre_attn_scalar": width // heads if is_27b else head_dim,
-        "moe_intermediate_size": size,
+    scaled_dim = values["embedding_length"] // values["attention.head_count"]
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    is_capped = architecture == "gemma2"
+    keys: dict[str, Any] = {
+        **{k: number(get(k, cap)) if is_capped else None for k, cap in caps.items()},
+        "hidden_activation": _activation(architecture),
+        "query_pre_attn_scalar": scaled_dim if is_27b else head_dim,
+        "moe_intermediate_size": get("expert_feed_forward_length"),
         # Despite its name, this key has 1 for layers with rotary positions.
         "no_rope_layers": [int((i + 1) % _NO_ROPE_PERIOD > 0) for i in range(count)],
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": architecture != "olmoe",
     }
-    if is_mixture:
-        is_local = model_type in ("mixtral", "gpt_oss")
-        key = "num_local_experts" if is_local else "num_experts"
-        optional[key] = get("expert_count")
-    if architecture in _WINDOW_PERIODS:
-        default = _WINDOW_PERIODS[architecture]
+    if architecture == "phi3":
+        keys["sliding_window"] = get("attention.sliding_window") or None
+    elif default := _WINDOW_PERIODS.get(architecture):
         period = get("attention.sliding_window_pattern", default)
         is_full = (i % period == period - 1 for i in range(count))
         kinds = "sliding_attention", "full_attention"
-        optional["layer_types"] = [kinds[has_no_window] for has_no_window in is_full]
-        optional["sliding_window"] = get("attention.sliding_window", 4096)
-    elif architecture == "phi3":
-        optional["sliding_window"] = get("attention.sliding_window") or None
-    keys = family.keys.split()
-    return raw | {key: value for key, value in optional.items() if key in keys}
+        keys["layer_types"] = [kinds[has_no_window] for has_no_window in is_full]
+        keys["sliding_window"] = get("attention.sliding_window", 4096)
+    return keys
 
 
 def _rope_keys(
@@ -164,11 +172,15 @@ def _rope_keys(
     """
     get = values.get
     theta = number(get("rope.freq_base", 10_000.0))
-    keys, section = {"rope_theta": theta}, {"rope_theta": theta}
+    keys: dict[str, Any] = {"rope_theta": theta}
+    section: dict[str, Any] = dict(keys)
     original = get("rope.scaling.original_context_length", get("context_length"))
     factor, kind = _rope_factor(values), "default"
     if architecture == "phi3":
-        fraction = get("rope.dimension_count", head_dim) / head_dim
+        rotary_dim = get("rope.dimension_count", head_dim)
+        fraction = rotary_dim / head_dim
+        if int(head_dim * fraction) < rotary_dim:  # readers round this product down
+            fraction = math.nextafter(fraction, 1.0)
         keys["partial_rotary_factor"] = section["partial_rotary_factor"] = fraction
         if LONG in factors:
             keys["original_max_position_embeddings"] = int(original)
