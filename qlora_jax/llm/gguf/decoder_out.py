@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import gguf
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
@@ -87,8 +86,7 @@ def save_gguf(
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
     model = open_source(source)
     config, architecture = check_gguf_source(model, tokenizer=tokenizer)
-    leaves = flatten_dict(base, sep="/")
-    adapters = flatten_dict(lora or {}, sep="/")
+    leaves, adapters = ql.leaves_by_path(base), ql.leaves_by_path(lora or {})
     _check_leaves(config, leaves, adapters)
     if fmt == "Q4_0":
         if adapters:
@@ -99,15 +97,26 @@ def save_gguf(
         leaves = _pack_q4_0(leaves)
     with _open_writer(path, architecture) as writer:
         # 2. The metadata, and the names and shapes of all tensors.
-        _add_values(writer, config, model, fmt)
+        writer.add_name(model.path.name.removesuffix(".gguf"))
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        adders = {int: "uint32", float: "float32", str: "string"}
+        values = values_of(config, architecture, model.context_length)
+        for key, value in values.items():
+            add_value = getattr(writer, f"add_{adders[type(value)]}")
+            add_value(f"{architecture}.{key}", value)
         if tokenizer:
             write_gguf_tokenizer(writer, model, config.vocab_size)
         tensors = _plan_tensors(config, architecture, leaves, adapters, fmt)
         factors = factors_of(config, architecture)
-        for name, divisors in factors.items():
-            _add_info(writer, name, (len(divisors),), "F32")
-        for tensor in tensors:
-            _add_info(writer, tensor.name, tensor.shape, tensor.fmt)
+        infos = [(name, (len(x),), "F32") for name, x in factors.items()]
+        infos += [(tensor.name, tensor.shape, tensor.fmt) for tensor in tensors]
+        for name, shape, tensor_fmt in infos:
+            raw_dtype, dtype = gguf.GGMLQuantizationType[tensor_fmt], np.dtype("f4")
+            size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, raw_dtype)))
+            # `raw_dtype` overrides the dtype. If the dtype were uint8, the package
+            # would convert the shape.
+            writer.add_tensor_info(name, shape, dtype, size, raw_dtype=raw_dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -148,19 +157,8 @@ def check_gguf_source(
     return config, architecture
 
 
-def _add_values(
-    writer: gguf.GGUFWriter, config: DecoderConfig, source: ModelSource, fmt: str
-) -> None:
-    writer.add_name(source.path.name.removesuffix(".gguf"))
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    adders = {int: "uint32", float: "float32", str: "string"}
-    for key, value in values_of(config, writer.arch, source.context_length).items():
-        getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
-
-
 def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:
-    params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
+    params = ql.leaves_by_path(abstract_params(config))
     expected = {path: x.shape for path, x in params.items()}
     actual = {path: tuple(x.shape) for path, x in leaves.items()}
     if wrong := sorted({path for path, _ in expected.items() ^ actual.items()}):
@@ -257,16 +255,6 @@ def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
         adapters = {"x": jax.tree.map(select, lora.sliceable())}
     merged = ql.merge(base, adapters)["x"]
     return np.asarray(merged).reshape(leaf.shape[len(index) :])
-
-
-def _add_info(
-    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], fmt: str
-) -> None:
-    raw_dtype, dtype = gguf.GGMLQuantizationType[fmt], np.dtype(np.float32)
-    size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, raw_dtype)))
-    # `raw_dtype` overrides the dtype. If the dtype were uint8, the package would
-    # convert the shape.
-    writer.add_tensor_info(name, shape, dtype, size, raw_dtype=raw_dtype)
 
 
 def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:

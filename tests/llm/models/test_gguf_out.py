@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from typing import get_args
 
 import chex
 import gguf
@@ -28,6 +29,7 @@ from qlora_jax.llm.models.config import DecoderConfig, Experts, LayerKind, Rope
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.source import ModelSource
 from qlora_jax.llm.models.tiny import save_tiny
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "head_dim": 16}
@@ -57,6 +59,14 @@ def qwen3(tmp_path_factory):
     save_split_tokenizer(folder)
     params = Decoder(read_config(folder)).init(jax.random.key(0), TOKENS)["params"]
     return folder, jax.tree.map(lambda x: x + 0.01, params)
+
+
+def test_files_of_all_kinds_have_the_same_attributes():
+    folder, file = (
+        {name for name in dir(kind) if not name.startswith("_")}
+        for kind in get_args(ModelSource)
+    )
+    assert folder == file - {"file"}  # the header, for code that copies it
 
 
 @pytest.fixture
