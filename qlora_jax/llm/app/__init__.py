@@ -13,11 +13,12 @@ from .contents import Contents, Leaf, inspect
 from .generating import Answer, Generated, generate
 from .pairs import Pair, Pairs, pairs
 from .preview import Preview
+from .repacking import Repacked
 from .run_results import SweepResult, TrainResult
 from .scoring import Score, Scores, score
 from .train_config import TrainConfig
 from .training import train
-from .writing import Repacked, Written, export
+from .writing import Written, export
 
 __all__ = [
     "Answer",
