@@ -14,17 +14,17 @@ import qlora_jax as ql
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from .file import GGUFFile, StoredTensor, open_gguf
-from .values import (
+from .values_in import (
     FREQUENCIES,
     LONG,
     OFFSET_NORMS,
     OSS,
     PERMUTED,
     SHORT,
-    architecture_of,
     check_values,
     config_from_values,
 )
+from .values_out import architecture_of
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType

@@ -21,7 +21,7 @@ from ..models.decoder_names import decoder_names
 from ..models.source import ModelSource, open_source
 from .decoder_in import gguf_names, offset_of, permute, permuted_heads
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
-from .values import factors_of, gguf_architecture, values_of
+from .values_out import factors_of, gguf_architecture, values_of
 
 FORMATS = ("F16", "Q8_0", "Q4_0")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4

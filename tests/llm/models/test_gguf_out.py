@@ -22,7 +22,7 @@ from qlora_jax.llm.gguf.decoder_in import gguf_names
 from qlora_jax.llm.gguf.decoder_out import save_gguf
 from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
 from qlora_jax.llm.gguf.tokenizer_out import scores_of
-from qlora_jax.llm.gguf.values import gguf_architecture
+from qlora_jax.llm.gguf.values_out import gguf_architecture
 from qlora_jax.llm.models import families
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
 from qlora_jax.llm.models.config import DecoderConfig, Experts, LayerKind, Rope

@@ -1,16 +1,13 @@
-"""Converts a `DecoderConfig` to llama.cpp's metadata values and back."""
+"""Converts llama.cpp's metadata values to a `config.json` and a `DecoderConfig`."""
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
-
-from ..models.config import DecoderConfig, LayerKind, Rope
+from ..models.config import DecoderConfig, LayerKind
 from ..models.families import FAMILIES, config_from_hf
-from ..models.family import is_count, number, read_rope
+from ..models.family import is_count, number
 
 # Names of the tensors that contain `Rope.divisors` and `Rope.long_divisors`.
 FREQUENCIES = "rope_freqs.weight"
@@ -19,9 +16,9 @@ OSS = "gpt-oss"
 PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
 OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
 # The optional biases that llama.cpp reads, by architecture. They are fields of
-# `DecoderConfig` that are true if a file contains their tensor in `_BIAS_TENSORS`.
+# `DecoderConfig` that are true if a file contains their tensor in `BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
-_BIAS_TENSORS = {
+BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
     "o_bias": "blk.0.attn_output.bias",
     "mlp_bias": "blk.0.ffn_gate.bias",
@@ -33,7 +30,7 @@ _SIZE_KEYS = {
     "intermediate_size": "feed_forward_length",
     "num_heads": "attention.head_count",
 }
-_EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
+EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
 # Architectures with experts. llama.cpp stores Mixtral as a "llama" with experts.
 _MIXTURES = ("qwen3moe", OSS, "olmoe")
 # Hugging Face's model types, where llama.cpp's names differ.
@@ -44,7 +41,7 @@ _MODEL_TYPES |= {OSS: "gpt_oss"}
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 # Every 2nd or 6th layer has no window, and every 4th layer of SmolLM3 has no rotary
 # positions.
-_WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}
 _NO_ROPE_PERIOD = 4
 # Further YaRN keys, with the only values that are supported.
 _YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
@@ -53,7 +50,8 @@ Values = Mapping[str, Any]  # metadata values by key, without the architecture's
 Factors = Mapping[str, tuple[float, ...]]  # divisors of frequencies by tensor name
 
 
-def _size_keys(architecture: str) -> dict[str, str]:
+def size_keys(architecture: str) -> dict[str, str]:
+    """Returns the keys of the sizes, by field of `DecoderConfig`."""
     if architecture not in ("qwen3moe", OSS):
         return _SIZE_KEYS
     return _SIZE_KEYS | {"intermediate_size": "expert_feed_forward_length"}
@@ -62,26 +60,6 @@ def _size_keys(architecture: str) -> dict[str, str]:
 def _is_mixture(architecture: str, values: Values) -> bool:
     has_experts = architecture == "llama" and bool(values.get("expert_count"))
     return architecture in _MIXTURES or has_experts
-
-
-def architecture_of(config: DecoderConfig) -> str:
-    """Returns the llama.cpp architecture that is most similar to a decoder."""
-    c = config
-    if c.experts is not None:
-        if c.sinks:
-            return OSS
-        if c.qk_norms == "whole":
-            return "olmoe"
-        return "qwen3moe" if c.qk_norms else "llama"
-    if c.fused:
-        return "phi3"
-    if c.post_norms:
-        return "gemma3" if c.qk_norms else "gemma2"
-    if None in c.ropes:
-        return "smollm3"
-    if c.qk_norms:
-        return "qwen3"
-    return "qwen2" if c.qkv_bias and not (c.o_bias or c.mlp_bias) else "llama"
 
 
 def _hf_config(
@@ -101,14 +79,14 @@ def _hf_config(
     has_head = "output.weight" in names or architecture in (OSS, "olmoe")
     biases = {
         name: tensor in names and architecture == "llama"
-        for name, tensor in _BIAS_TENSORS.items()
+        for name, tensor in BIAS_TENSORS.items()
     }
     raw = {
         "architectures": list(family.architectures),
         "model_type": model_type,
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": values[_size_keys(architecture)["intermediate_size"]],
+        "intermediate_size": values[size_keys(architecture)["intermediate_size"]],
         "num_hidden_layers": values["block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
@@ -154,7 +132,7 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
     }
     if architecture == "phi3":
         keys["sliding_window"] = get("attention.sliding_window") or None
-    elif default := _WINDOW_PERIODS.get(architecture):
+    elif default := WINDOW_PERIODS.get(architecture):
         period = get("attention.sliding_window_pattern", default)
         is_full = (i % period == period - 1 for i in range(count))
         kinds = "sliding_attention", "full_attention"
@@ -230,7 +208,7 @@ def config_from_values(
     # A `config.json` has no keys for each kind of bias, for single frequencies, and for
     # a scale without LongRoPE.
     changes: dict[str, Any] = {
-        name: _BIAS_TENSORS[name] in names for name in _BIASES.get(architecture, ())
+        name: BIAS_TENSORS[name] in names for name in _BIASES.get(architecture, ())
     }
     rope_changes: dict[str, Any] = {}
     if architecture == "phi3":
@@ -254,11 +232,11 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     """Raises a ValueError for missing values and values that are not supported."""
     # 1. Required keys, and counts among optional keys.
     get = values.get
-    required = [*_size_keys(architecture).values()]
-    required += _EXPERT_KEYS.values() if _is_mixture(architecture, values) else ()
+    required = [*size_keys(architecture).values()]
+    required += EXPERT_KEYS.values() if _is_mixture(architecture, values) else ()
     optional = ["attention.head_count_kv", "attention.key_length"]
     optional += ["rope.dimension_count"]
-    if architecture in _WINDOW_PERIODS:
+    if architecture in WINDOW_PERIODS:
         optional += ["attention.sliding_window", "attention.sliding_window_pattern"]
     missing = [key for key in required if not is_count(get(key))]
     missing += [key for key in optional if not is_count(get(key, 1))]
@@ -285,7 +263,7 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     if architecture != "phi3":
         supported["rope.dimension_count"] = (head_dim,)
         supported["rope.scaling.attn_factor"] = (1,)
-    if architecture not in ("phi3", *_WINDOW_PERIODS):
+    if architecture not in ("phi3", *WINDOW_PERIODS):
         supported["attention.sliding_window"] = (0,)
     if architecture == "gemma3":
         supported["final_logit_softcapping"] = (0,)
@@ -300,141 +278,3 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
         if (value := get(key, allowed[0])) not in allowed
     ]:
         raise ValueError(" ".join(wrong))
-
-
-def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[str, Any]:
-    """Returns the metadata values of a config for an architecture."""
-    # 1. The values that all architectures have.
-    c, main_layer = config, _main_layer(config)
-    rope = main_layer.rope or Rope()
-    windows = [layer.window for layer in c.layers if layer.window is not None]
-    values = {
-        "context_length": context,
-        "vocab_size": c.vocab_size,
-        **{key: getattr(c, name) for name, key in _size_keys(architecture).items()},
-        "attention.head_count_kv": c.num_kv_heads,
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
-        "rope.dimension_count": c.rotary_dim,
-        "rope.freq_base": float(rope.theta),
-    }
-    # 2. Experts, windows and soft-caps. gpt-oss must have a window.
-    if c.experts is not None:
-        values |= {key: getattr(c.experts, name) for name, key in _EXPERT_KEYS.items()}
-    if architecture in _WINDOW_PERIODS and (windows or architecture == OSS):
-        values["attention.sliding_window"] = [*windows, context][0]
-    if architecture == "gemma2":
-        caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
-        for name, cap in caps.items():
-            if cap is not None:
-                values[f"{name}_logit_softcapping"] = float(cap)
-    # 3. Stretched rotary positions; see also `factors_of`.
-    if architecture == "phi3":
-        values["attention.sliding_window"] = main_layer.window or 0
-        values["rope.scaling.original_context_length"] = rope.original_length or context
-        values["rope.scaling.attn_factor"] = float(rope.scale)
-    elif architecture == OSS and rope.original_length:
-        values["rope.scaling.type"] = "yarn"
-        values["rope.scaling.factor"] = float(rope.divisors[-1])
-        values["rope.scaling.original_context_length"] = rope.original_length
-    elif len(set(rope.divisors)) == 1:
-        values["rope.scaling.type"] = "linear"
-        values["rope.scaling.factor"] = float(rope.divisors[0])
-    return values
-
-
-def factors_of(config: DecoderConfig, architecture: str) -> Factors:
-    """Returns the divisors of the frequencies, by tensor name."""
-    rope = _main_layer(config).rope
-    if rope is None or not rope.divisors:
-        return {}
-    if architecture == "phi3":
-        return {LONG: rope.long_divisors or rope.divisors, SHORT: rope.divisors}
-    is_llama3 = architecture == "llama" and len(set(rope.divisors)) > 1
-    return {FREQUENCIES: rope.divisors} if is_llama3 else {}
-
-
-def gguf_architecture(config: DecoderConfig, context: int) -> str:
-    """Returns a decoder's architecture; raises if llama.cpp's logits would differ.
-
-    To find differences, this function computes the metadata values for the config, and
-    converts them back to a config, as llama.cpp would read them.
-    """
-    architecture = architecture_of(config)
-    names = set() if config.tie_embeddings else {"output.weight"}
-    names |= {name for field, name in _BIAS_TENSORS.items() if getattr(config, field)}
-    values = values_of(config, architecture, context)
-    factors = factors_of(config, architecture)
-    computed, _ = config_from_values(
-        architecture, values, names, config.vocab_size, factors
-    )
-    # 1. Compare all fields but the layers.
-    fields = [f.name for f in dataclasses.fields(config) if f.name != "layers"]
-    differences = [
-        f"`{name}`={getattr(config, name)!r}"
-        for name in fields
-        if _round(getattr(config, name)) != _round(getattr(computed, name))
-    ]
-    # 2. Compare the layers. A window that covers the whole context has no effect, and
-    # llama.cpp ignores the windows of "phi3".
-    windows, computed_windows = (
-        [min(layer.window or context, context) for layer in c.layers]
-        for c in (config, computed)
-    )
-    is_ignored = architecture == "phi3" and min(windows) < context
-    if is_ignored or windows != computed_windows:
-        differences += ["these sliding windows"]
-    ropes, computed_ropes = (
-        _round(tuple(layer.rope for layer in c.layers)) for c in (config, computed)
-    )
-    if ropes != computed_ropes:
-        differences += ["these rotary positions"]
-    # 3. Some architectures require `num_heads * head_dim == hidden_size`.
-    heads = {config.num_heads}
-    heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
-    is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
-    if architecture in ("phi3", "olmoe") and not is_wide:
-        differences += ["heads whose total width is not `hidden_size`"]
-    if differences:
-        raise ValueError(
-            "a model in GGUF must be one that llama.cpp supports. As "
-            f'"{architecture}" it does not support {", ".join(differences)}.'
-        )
-    if architecture == OSS:
-        _warn_about_yarn(config)
-    return architecture
-
-
-def _warn_about_yarn(config: DecoderConfig) -> None:
-    """Warns if frequencies change because llama.cpp rounds the bounds of the ramp."""
-    rope = _main_layer(config).rope or Rope()
-    if not rope.original_length:
-        return
-    section = {"rope_type": "yarn", "factor": rope.divisors[-1], "truncate": True}
-    section["original_max_position_embeddings"] = rope.original_length
-    rotary_dim = config.rotary_dim
-    computed = read_rope({}, rotary_dim, theta=rope.theta, section=section).divisors
-    change = max(abs(a / b - 1) for a, b in zip(computed, rope.divisors, strict=True))
-    if change > 1e-3:
-        warnings.warn(
-            "llama.cpp rounds the bounds of YaRN's ramp to whole pairs, which changes "
-            f"frequencies of gpt-oss by up to {change:.1%}.",
-            stacklevel=3,
-        )
-
-
-def _main_layer(config: DecoderConfig) -> LayerKind:
-    """Returns a kind of layer, if possible with rotary positions and no window."""
-    layers = config.layers
-    return max(layers, key=lambda kind: (kind.rope is not None, kind.window is None))
-
-
-def _round(x: object) -> object:
-    """Rounds numbers to float32, as GGUF stores them; dataclasses become tuples."""
-    if dataclasses.is_dataclass(x):
-        fields = (field for field in dataclasses.fields(x) if field.compare)
-        return _round(tuple(getattr(x, field.name) for field in fields))
-    if isinstance(x, tuple):
-        return tuple(map(_round, x))
-    return float(np.float32(x)) if isinstance(x, float) else x
