@@ -319,6 +319,13 @@ def open_run(
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
+def open_config(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
+    """Returns the model and adapter of a config, and the step of a run's state."""
+    if config.run is None:
+        return open_model(str(config.model), config.adapter), None
+    return open_run(config.run, getattr(config, "step", None), config.model)
+
+
 def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
     """Returns the shapes of the base and the lora tree of `ql.init`."""
     return jax.eval_shape(lambda base: ql.init(jax.random.key(0), base, config), base)

@@ -4,13 +4,7 @@ from dataclasses import dataclass
 
 import qlora_jax as ql
 
-from .base_model import (
-    BaseModel,
-    LoadOptions,
-    open_model,
-    open_run,
-    training_load_options,
-)
+from .base_model import BaseModel, LoadOptions, open_config, training_load_options
 from .configs import ExportConfig, PairsConfig
 from .contents import format_table
 from .servers import FMTS, SERVERS, Server
@@ -102,10 +96,7 @@ def pairs(config: PairsConfig) -> Pairs:
 
 def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, LoadOptions]:
     """Returns a model with its adapter, and how training read the model."""
-    if config.run is None:
-        model = open_model(str(config.model), config.adapter)
-    else:
-        model, _ = open_run(config.run, getattr(config, "step", None), config.model)
+    model, _ = open_config(config)
     options = training_load_options(config, model)
     return model if model.replaces_weights else model.with_adapter(), options
 

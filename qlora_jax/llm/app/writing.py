@@ -15,8 +15,7 @@ from ..models.folder import has_vision
 from .base_model import (
     BaseModel,
     LoadOptions,
-    open_model,
-    open_run,
+    open_config,
     runs_of,
     training_load_options,
 )
@@ -103,14 +102,11 @@ def export(config: ExportConfig) -> Written:
 def _export(config: ExportConfig) -> Written:
     if config.server is not None:
         return _export_for_server(config)
-    out, form = config.out, str(config.format)
-    if form.startswith("gguf") and pathlib.Path(str(out)).exists():
-        raise ValueError(f"`out` must be new. Got {out!r}, which exists.")
-    if config.run is None:
-        model = open_model(str(config.model), config.adapter)
-    else:
-        model, step = open_run(config.run, config.step, config.model)
-        out = out or f"{config.run}/adapter-{step}"
+    form = str(config.format)
+    if form.startswith("gguf") and pathlib.Path(str(config.out)).exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    model, step = open_config(config)
+    out = config.out or f"{config.run}/adapter-{step}"
     options: LoadOptions = {}
     if form in ("merged", "gguf") and config.gguf_type != "Q4_0":
         options = training_load_options(config, model)
@@ -126,9 +122,9 @@ def _export(config: ExportConfig) -> Written:
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
                 f"merged into the weights of {model.name}, and the sum is packed"
             )
-    path = pathlib.Path(str(out))
+    path = pathlib.Path(out)
     cost = _WRITERS[form](_Writer(config, model, options, path))
-    return Written(str(out), form, _count_bytes(path), cost)
+    return Written(out, form, _count_bytes(path), cost)
 
 
 def _count_bytes(path: pathlib.Path) -> int:
