@@ -97,14 +97,7 @@ def save_gguf(
         leaves = _pack_q4_0(leaves)
     with _open_writer(path, architecture) as writer:
         # 2. The metadata, and the names and shapes of all tensors.
-        writer.add_name(model.path.name.removesuffix(".gguf"))
-        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        adders = {int: "uint32", float: "float32", str: "string"}
-        values = values_of(config, architecture, model.context_length)
-        for key, value in values.items():
-            add_value = getattr(writer, f"add_{adders[type(value)]}")
-            add_value(f"{architecture}.{key}", value)
+        _add_values(writer, config, model, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, model, config.vocab_size)
         tensors = _plan_tensors(config, architecture, leaves, adapters, fmt)
@@ -155,6 +148,17 @@ def check_gguf_source(
     if tokenizer:
         check_gguf_tokenizer(source)
     return config, architecture
+
+
+def _add_values(
+    writer: gguf.GGUFWriter, config: DecoderConfig, source: ModelSource, fmt: str
+) -> None:
+    writer.add_name(source.path.name.removesuffix(".gguf"))
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    adders = {int: "uint32", float: "float32", str: "string"}
+    for key, value in values_of(config, writer.arch, source.context_length).items():
+        getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
 
 
 def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:
