@@ -11,10 +11,11 @@ from .configs import (
 )
 from .contents import Contents, Leaf, inspect
 from .generating import Answer, Generated, generate
+from .pairs import Pair, Pairs, pairs
 from .preview import Preview
+from .repacking import Repacked
 from .run_results import SweepResult, TrainResult
 from .scoring import Score, Scores, score
-from .servers import Pair, Pairs, pairs
 from .train_config import TrainConfig
 from .train_groups import (
     AdapterConfig,
@@ -27,7 +28,7 @@ from .train_groups import (
     TrainingConfig,
 )
 from .training import train
-from .writing import Repacked, Written, export
+from .writing import Written, export
 
 __all__ = [
     "AdapterConfig",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -16,18 +17,13 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from ..data.readers import describe_path
-from ..gguf.decoder_in import gguf_fmt, read_gguf, read_gguf_lora
-from ..gguf.folder import folder_of_gguf
-from ..models.checkpoint import (
-    abstract_params,
-    folder_of_text,
-    has_vision,
-    load,
-    read_config,
-)
+from ..gguf.decoder_in import read_gguf_lora
+from ..gguf.file import is_gguf
+from ..models.checkpoint import abstract_params, load
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch, hub_commit, weights_of
+from ..models.source import ModelSource, open_source
 from ..train.state import Checkpoints
 from ..train.target_modules import find_target_paths
 from .configs import (
@@ -66,6 +62,11 @@ class BaseModel:
     name: str = ""  # names the weights: a hub id, a path, or a file in a package
     source: str = ""  # describes where the weights were found
 
+    @functools.cached_property
+    def files(self) -> ModelSource:
+        """The files of the model."""
+        return open_source(self.path)
+
     @property
     def is_local(self) -> bool:
         """Whether the name is a path on this machine."""
@@ -89,9 +90,7 @@ class BaseModel:
     @property
     def quantization(self) -> Mapping[str, Any]:
         """The quantization settings in the model's files; empty for float weights."""
-        if self.path.is_file():
-            return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
-        return ql.io.read_quantization(self.path)
+        return self.files.quantization
 
     @property
     def stored_fmt(self) -> str | None:
@@ -101,11 +100,7 @@ class BaseModel:
     @property
     def stored_packing(self) -> Any:
         """The `Packing` of the first packed weight in the files; None for floats."""
-        if self.path.is_dir():
-            tensors = ql.io.open_safetensors(self.path)
-        else:
-            _, tensors = read_gguf(self.path)
-        packed = ql.io.packed_tensors(tensors).values()
+        packed = ql.io.packed_tensors(self.files.stored_tensors).values()
         packings = (getattr(tensor, "packing", None) for tensor in packed)
         return next(filter(None, packings), None)
 
@@ -116,14 +111,6 @@ class BaseModel:
             return False
         tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
         return any(".lora_" not in key for key in tensors)
-
-    def open_description(self) -> contextlib.AbstractContextManager[pathlib.Path]:
-        """Yields a folder with the config and the tokenizer of the model."""
-        if self.path.is_file():
-            return folder_of_gguf(self.path)
-        if has_vision(self.config):
-            return folder_of_text(self.path)
-        return contextlib.nullcontext(self.path)
 
     def packing(
         self, fmt: str, block_size: int | None, double_quant: bool | None
@@ -136,8 +123,7 @@ class BaseModel:
         quantization = self.quantization
         if fmt == stored_fmt and block_size is None:  # pack again, in the same format
             block_size = quantization.get("group_size")
-        is_gguf = quantization.get("quant_method") == "gguf"  # decoded to floats anyway
-        if stored_fmt is not None and not self.recode and not is_gguf:
+        if stored_fmt is not None and not (self.recode or self.files.is_recoded):
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
                 f"is already in 4 bits. Use `recode` to pack it again. Got {fmt!r}."
@@ -171,9 +157,8 @@ class BaseModel:
         # An adapter that replaces weights needs the weights.
         needs_weights = self.replaces_weights
         model = self if needs_weights else self.with_adapter()
-        # Some byte layouts of these formats are not supported. `recode` decodes them.
-        method = self.quantization.get("quant_method")
-        is_recodable = method in ("gguf", "bitsandbytes")
+        # Some byte layouts of bitsandbytes are not supported. `recode` decodes them.
+        is_recodable = self.quantization.get("quant_method") == "bitsandbytes"
         _, base = load(
             self.path,
             dtype,
@@ -190,7 +175,7 @@ class BaseModel:
         if self.adapter is None:
             return self
         peft, plain_lora = None, None
-        if self.adapter.suffix == ".gguf":  # of llama.cpp
+        if is_gguf(self.adapter):
             plain_lora = read_gguf_lora(self.adapter, self.config)
         elif (self.adapter / MLX_ADAPTER).exists():
             plain_lora = ql.io.read_mlx(self.adapter)
@@ -228,7 +213,7 @@ def open_model(
 ) -> BaseModel:
     """Finds a model and an adapter in any format; reads only the model's config."""
     path = fetch(source)
-    config = read_config(path)
+    config = open_source(path).config
     adapter_path = None if adapter is None else _fetch_adapter(adapter)
     name, description = weights_of(source, path)
     model = BaseModel(
@@ -333,6 +318,13 @@ def open_run(
         base, lora, model.names, base_model=model.name, revision=model.revision
     )
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
+
+
+def open_config(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
+    """Returns the model and adapter of a config, and the step of a run's state."""
+    if config.run is None:
+        return open_model(str(config.model), config.adapter), None
+    return open_run(config.run, getattr(config, "step", None), config.model)
 
 
 def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:

@@ -1,29 +1,26 @@
 """Settings of each command: dataclasses, filled from YAML files and flags."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import qlora_jax as ql
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..models.sampling import Sampling
 from .options import COUNT, Config, option
+from .servers import FMTS, SERVERS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
-ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
+if TYPE_CHECKING:
+    ServerName = str
+else:
+    ServerName = Literal[tuple(SERVERS)]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
 # For a `BaseFormat`, these options describe the result. For a server and for
 # `_TRAINED_BASES`, they describe how training packed the base.
 PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 _TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
-# The number formats of each `BaseFormat`; the first one is the default.
-FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
-_INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
-FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents)
-FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),

@@ -11,7 +11,7 @@ from typing import Any
 import qlora_jax as ql
 
 from ..data.readers import describe_path
-from ..gguf.open_file import field, open_gguf
+from ..gguf.file import is_gguf, open_gguf
 from ..train.outputs import plural, read_metrics
 from .base_model import MLX_ADAPTER, NATIVE_ADAPTER
 from .configs import InspectConfig
@@ -115,7 +115,7 @@ def inspect(config: InspectConfig) -> Contents:
         raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
     # A run contains an adapter, and a model's folder may contain one too, so the order
     # of these checks matters.
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return _inspect_gguf(path)
     if is_run(path):
         return _inspect_run(path)
@@ -219,14 +219,14 @@ def _inspect_native(path: pathlib.Path) -> Contents:
 
 
 def _inspect_gguf(path: pathlib.Path) -> Contents:
-    reader = open_gguf(path)
-    leaves = []
-    for x in reader.tensors:
-        shape = tuple(map(int, reversed(x.shape)))  # GGUF lists the fastest axis first
-        leaves.append(Leaf(x.name, shape, x.tensor_type.name, int(x.n_bytes)))
+    file = open_gguf(path)
+    leaves = [
+        Leaf(x.name, x.shape, x.tensor_type.name, x.nbytes)
+        for x in file.tensors.values()
+    ]
     about = {
-        "architecture": field(reader, "general.architecture"),
+        "architecture": file.values.get("general.architecture"),
         "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
     }
-    kind = field(reader, "general.type", "model")
+    kind = file.values.get("general.type", "model")
     return Contents(f"GGUF {kind}", about, tuple(leaves))

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..models.tokenizer import load_tokenizer, read_text
-from .model_files import ModelError, ModelFiles, read_model_files
+from ..models.folder import ChatSettings
+from ..models.source import open_source
+from ..models.tokenizer import read_text
+from .model_files import ModelError, read_model_files
 from .omissions import without_space
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class Tokenizer:
     def inner(self) -> "tokenizers.Tokenizer":
         """The `tokenizers.Tokenizer`."""
         try:
-            tokenizer = load_tokenizer(self._path)
+            tokenizer = open_source(self._path).build_tokenizer()
         except Exception as error:  # `tokenizers` raises no more specific type
             raise ModelError(
                 f"{self._path} must have a tokenizer that can be read. {error}"
@@ -73,7 +75,7 @@ class Tokenizer:
         return tokenizer
 
     @functools.cached_property
-    def _files(self) -> ModelFiles:
+    def _files(self) -> ChatSettings:
         return read_model_files(self._path)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Reads the tokenizers of folders and GGUF files, and the chat templates of folders.
+"""Reads the tokenizers and the chat templates of folders.
 
 A folder's tokenizer is built in the same way as by transformers 5.24, which uses
 `tokenizer.json` unchanged only for some values of `tokenizer_class`. For the others, it
@@ -14,7 +14,6 @@ import qlora_jax as ql
 
 from ..gguf.tokenizer_in import (
     SPACE,
-    gguf_tokenizer,
     make_pre_tokenizer,
     split_as_gemma,
     spm_decoder,
@@ -52,30 +51,6 @@ _UNSUPPORTED += ("model_specific_special_tokens", "post_processor", "tokenizer_o
 _UNSUPPORTED += ("trust_remote_code",)
 _CLEANUP = "clean_up_tokenization_spaces"
 _FORCED_CLEANUP = f"{_CLEANUP}_for_bpe_even_though_it_will_corrupt_output"
-
-
-def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
-    """Returns the `tokenizers.Tokenizer` of a checkpoint.
-
-    Args:
-        path: A folder with `tokenizer.json`, or a `.gguf` file whose tokenizer is
-            SentencePiece's BPE, or a byte-level BPE with a known pre-tokenizer.
-
-    Raises:
-        ValueError: If a `.gguf` file's tokenizer is of another kind, or if a folder's
-            settings would change tokens in a way that is not supported.
-
-    Example:
-        >>> import tempfile
-        >>> from qlora_jax.llm.models.tiny import save_tiny
-        >>> tokenizer = load_tokenizer(save_tiny(tempfile.mkdtemp()))
-        >>> len(tokenizer.encode("four").ids)
-        4
-    """
-    path = pathlib.Path(path)
-    if path.suffix == ".gguf":
-        return gguf_tokenizer(path)
-    return FolderTokenizer(path).build()
 
 
 def folder_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:

@@ -23,10 +23,14 @@ from qlora_jax.llm import app
 from qlora_jax.llm.app.run import make_run
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.cli.parser import COMMANDS
-from qlora_jax.llm.models.checkpoint import abstract_params, load, read_config
+from qlora_jax.llm.models.checkpoint import (
+    abstract_params,
+    load,
+    load_tokenizer,
+    read_config,
+)
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 GOLDEN = ROOT / "tests" / "data" / "models" / "llama_tied"
 TEXTS = ["five and nine", "two"]

@@ -12,9 +12,9 @@ import qlora_jax as ql
 from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.gguf import decoder_out
 from qlora_jax.llm.gguf.decoder_out import save_gguf
-from qlora_jax.llm.gguf.folder import folder_of_gguf
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.source import open_source
 from qlora_jax.llm.models.tiny import save_tiny
 
 ASK = [{"role": "user", "content": "one?"}]
@@ -483,7 +483,7 @@ def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypa
     assert ours.end_ids == (*theirs.end_ids, 7) and ours.eos_id == theirs.eos_id
     text = ours.render(TALK)
     assert ours.encode(text) == theirs.encode(text)
-    with folder_of_gguf(path) as folder:
+    with open_source(path).open_description() as folder:
         unpacked = open_tokenizer(folder)
         assert unpacked.chat.sources == ours.chat.sources == templates
         assert unpacked.end_ids == ours.end_ids and unpacked.eos_id == theirs.eos_id
