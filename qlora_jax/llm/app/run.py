@@ -24,6 +24,7 @@ from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.readers import describe_path
 from ..train.arrays import changes
+from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import BaseModel, adapters_for, init_shapes, open_model
 from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 # Settings that may change when a run is resumed. They do not affect the final weights,
 # except through the model's files and the data, whose hashes are in the stamp.
 NOT_STAMPED = """
-out preview data model epochs keys template date stream
+out preview data model epochs keys template date stream teacher
 eval_batch_size eval_every eval_examples max_new_tokens samples
 keep_best early_stopping_patience save_every keep resume resume_step on_nan
 log log_every push_to_hub verbose remat base_memory offload_optimizer huge_pages
@@ -59,6 +60,7 @@ class Run:
     mesh: Mesh | None  # None for one device
     place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # puts trees on devices
     folder: pathlib.Path
+    teacher: BaseModel | None  # for an objective that uses one
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
@@ -83,6 +85,9 @@ def make_run(config: TrainConfig, today: str) -> Run:
         config = dataclasses.replace(config, date=date)
     now = datetime.datetime.fromisoformat(str(config.date))
     tokenizer = open_tokenizer(model.path, template=config.template, now=now)
+    teacher = _open_teacher(config, model, packing, tokenizer)
+    if teacher is not None:  # raises if the mesh cannot split its weights
+        make_place(teacher.config, mesh, "device")(teacher.base, {})
     data = _read_data(config, model, tokenizer)
     # The settings that depend on the data or on the model.
     config = _resolve(config, data, None if packing else model.stored_packing)
@@ -93,10 +98,42 @@ def make_run(config: TrainConfig, today: str) -> Run:
         adapters,
         tokenizer,
         data,
-        stamp=_make_stamp(config, model, data),
+        stamp=_make_stamp(config, model, data, teacher),
         mesh=mesh,
         place=make_place(model.config, mesh, config.base_memory),
         folder=pathlib.Path(config.out),
+        teacher=teacher,
+    )
+
+
+def _open_teacher(
+    config: TrainConfig,
+    model: BaseModel,
+    packing: ql.QLoRAConfig | None,
+    tokenizer: Tokenizer,
+) -> BaseModel | None:
+    """Returns the model to learn from: by default the weights before packing."""
+    if not find_objective(config.objective).uses_teacher:
+        return None
+    if config.teacher is None:
+        if packing is None or model.stored_fmt is not None:
+            raise ValueError(
+                "`teacher` must be given unless training packs a float model, from "
+                "whose weights the packed model then learns. Got none."
+            )
+        return model
+    teacher = open_model(config.teacher)
+    size, vocab_size = (x.config.vocab_size for x in (teacher, model))
+    difference = f"{size:,} tokens instead of {vocab_size:,}"
+    if size == vocab_size:
+        vocabulary = tokenizer.inner.get_vocab().items()
+        others = open_tokenizer(teacher.path).inner.get_vocab().items() ^ vocabulary
+        difference = f"other ids for {len({token for token, _ in others}):,} tokens"
+        if not others:
+            return teacher
+    raise ValueError(
+        f"`teacher` must have the vocabulary of the model. Got {config.teacher!r} with "
+        f"{difference}."
     )
 
 
@@ -167,7 +204,7 @@ def _read_data(config: TrainConfig, model: BaseModel, tokenizer: Tokenizer) -> D
         seed=_data_seed(config),
         too_long=config.too_long,
         chat=config.chat,
-        objective=config.objective,
+        rows=find_objective(config.objective).rows,
     )
     if config.keep_best and not data.valid:
         raise ValueError(f"`keep_best` needs validation rows. {config.data} has none.")
@@ -261,7 +298,9 @@ def make_sibling(run: Run, config: TrainConfig) -> Run:
 # What must stay the same when a run is resumed
 
 
-def _make_stamp(config: TrainConfig, model: BaseModel, data: Dataset) -> dict[str, Any]:
+def _make_stamp(
+    config: TrainConfig, model: BaseModel, data: Dataset, teacher: BaseModel | None
+) -> dict[str, Any]:
     """Returns everything that determines a run's final parameters, as JSON values."""
     settings = dataclasses.asdict(config)
     settings = {k: x for k, x in settings.items() if k not in NOT_STAMPED}
@@ -271,11 +310,16 @@ def _make_stamp(config: TrainConfig, model: BaseModel, data: Dataset) -> dict[st
     # `is False` rather than `== False`, because `data_seed` may be set to 0.
     names = "recode", "data_seed", "validation_split"
     unset = [x for x in names if settings[x] is None or settings[x] is False]
-    if config.objective == "sft":
-        unset += ["objective", "beta", "gamma"]
+    objective = find_objective(config.objective)
+    settings_of_objectives = {y for x in OBJECTIVES.values() for y in x.settings}
+    unset += settings_of_objectives - {*objective.settings}
+    if config.objective == TrainConfig.objective:
+        unset.append("objective")
     for name in unset:
         del settings[name]
     settings["model's files"] = _hash_files(model.path)
+    if teacher is not None:
+        settings["teacher's files"] = _hash_files(teacher.path)
     if data.mix:
         settings["rows and weights"] = data.mix
     settings["data"] = data.hash

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..models.sharding import MESH_AXES, ROW_AXES
+from ..train.objectives import find_objective
 from .configs import Fmt
 
 # The settings that may have several values, for a sweep, and their types.
@@ -49,11 +50,17 @@ class TrainConfig:
         decay: For wsd: the share of the steps in which the learning rate decays.
         steps: Number of training steps; alternatively, set `epochs`.
         epochs: Passes over the data; 1 if `steps` is not set either.
-        objective: sft for supervised fine-tuning, or a preference loss: dpo, ipo, orpo,
-            simpo or kto. The reference model is the base without the adapter.
+        objective: sft for supervised fine-tuning, distill for distillation, or a
+            preference loss: dpo, ipo, orpo, simpo or kto, whose reference model is the
+            base without the adapter.
         beta: For preferences: strength of the pull towards the reference (dpo, ipo,
             kto), scale of the rewards (simpo) or weight of the odds ratio (orpo).
         gamma: For simpo: the target margin between the rewards.
+        teacher: For distill: the model to learn from, with the same vocabulary, as in
+            `model`; by default the float weights that are packed. A float teacher has
+            the type `dtype`.
+        temperature: For distill: the divisor of the logits of both models. The loss is
+            the divergence of the model from the teacher, times the square of this.
         batch_size: Sequences in a batch; for preferences, pairs of answers; with
             `packing`, rows of `max_length` tokens.
         accumulation: Gradient accumulation steps: batches in a training step.
@@ -160,9 +167,11 @@ class TrainConfig:
     decay: float = 0.1
     steps: int | None = None
     epochs: float | None = None
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
+    objective: str = "sft"
     beta: float = 0.1
     gamma: float = 0.5
+    teacher: str | None = None
+    temperature: float = 1.0
     # Batches
     batch_size: int = 8
     accumulation: int = 1
@@ -276,16 +285,22 @@ class TrainConfig:
                 "`offload_optimizer`, because adafactor mixes the values of different "
                 "layers. Got adafactor."
             )
-        if self.train_on == "all" and self.objective not in ("sft", "orpo"):
+        objective = find_objective(self.objective)
+        if self.train_on == "all" and not objective.may_train_on_all:
             raise ValueError(
                 f"`train_on` must not be all with {self.objective}, whose loss depends "
                 "on answers only. Got all."
             )
-        if self.objective == "kto" and (self.packing or self.batch_size < 2):
+        if objective.rows == "labelled" and (self.packing or self.batch_size < 2):
             raise ValueError(
-                "kto needs a `batch_size` of at least 2 and no `packing`, because it "
-                "pairs answers with other prompts of the batch. Got "
-                f"{self.batch_size} and {self.packing}."
+                f"{self.objective} needs a `batch_size` of at least 2 and no "
+                "`packing`, because it pairs answers with other prompts of the batch. "
+                f"Got {self.batch_size} and {self.packing}."
+            )
+        if self.teacher is not None and not objective.uses_teacher:
+            raise ValueError(
+                f"`teacher` must be left out with {self.objective}, which has none. "
+                f"Got {self.teacher!r}."
             )
 
     def _check_run(self) -> None:
@@ -350,7 +365,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "positive and finite",
         lambda x: 0 < x < math.inf,
-        "learning_rate lora_alpha epochs beta",
+        "learning_rate lora_alpha epochs beta temperature",
     ),
     (
         "at least 0",
