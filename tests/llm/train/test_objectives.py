@@ -68,4 +68,4 @@ def test_a_registered_objective_is_trained(confident, tmp_path, capsys):
     # Its name and its settings are part of the identity of the run.
     resume = ["--config", tmp_path / "run/config.yaml", "--resume", "--beta", 1]
     status, _, err = commands.run(capsys, "train", *resume)
-    assert status == 2 and "beta was 0.5, is 1" in err, err
+    assert status and "beta was 0.5, is 1" in err, err
