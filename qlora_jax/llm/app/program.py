@@ -54,35 +54,36 @@ def make_program(
     def wrap_decoder(decoder: DecoderConfig) -> Any:
         module = Decoder(
             decoder,
-            dtype=jnp.dtype(config.dtype),
-            remat=config.remat,
-            attention=config.attention,
-            stream_dtype=jnp.dtype(config.stream_dtype),
-            mlp_tile=config.mlp_tile,
+            dtype=jnp.dtype(config.model.dtype),
+            remat=config.model.remat,
+            attention=config.model.attention,
+            stream_dtype=jnp.dtype(config.model.stream_dtype),
+            mlp_tile=config.model.mlp_tile,
         )
         # Parameters may be packed, with adapters in the collection `lora`.
         return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
 
     model = wrap_decoder(decoder)
     optimizer = optimizers.make_optimizer(
-        config.optimizer,
+        config.optimizer.name,
         make_schedule(config),
-        clip=config.clip or None,  # 0 turns clipping off
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        offload=config.offload_optimizer,
+        clip=config.optimizer.clip or None,  # 0 turns clipping off
+        weight_decay=config.optimizer.weight_decay,
+        beta1=config.optimizer.beta1,
+        beta2=config.optimizer.beta2,
+        offload=config.optimizer.offload_optimizer,
     )
     # The weight of the loss that balances the load of the experts.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
-    objective = find_objective(config.objective)
+    objective = find_objective(config.training.objective)
     if balance and not objective.balances_experts:
         raise ValueError(
             "`output_router_logits` in config.json must be false for preferences, "
             "because their losses do not include the loss that balances experts. Got "
-            f"`objective` {config.objective!r}."
+            f"`objective` {config.training.objective!r}."
         )
-    settings = {name: getattr(config, name) for name in objective.settings}
+    options = config.to_settings()
+    settings = {name: options[name] for name in objective.settings}
     if teacher is not None:
         settings["teacher"] = wrap_decoder(teacher)
     eval_loss = loss = objective.loss(model, **settings)
@@ -95,12 +96,12 @@ def make_program(
 def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step."""
     return optimizers.make_schedule(
-        config.schedule,
-        config.learning_rate,
-        config.steps or 1,
-        warmup=config.warmup or 0,
-        end=config.end_learning_rate,
-        decay=config.decay,
+        config.optimizer.schedule,
+        config.optimizer.learning_rate,
+        config.training.steps or 1,
+        warmup=config.optimizer.warmup or 0,
+        end=config.optimizer.end_learning_rate,
+        decay=config.optimizer.decay,
     )
 
 
@@ -167,15 +168,17 @@ def lower_step(
     With preferences, a batch has two sequences for each row. All tokens are targets.
     If the devices are from `jax.experimental.topologies`, `backend` must be set.
     """
-    mesh = make_mesh(config.mesh_sizes, devices)
-    place = make_place(model.config, mesh, config.base_memory, devices[:1])
+    mesh = make_mesh(config.devices.mesh_sizes, devices)
+    place = make_place(model.config, mesh, config.model.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
-    dtype = jnp.dtype(config.dtype)
+    dtype = jnp.dtype(config.model.dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing = model.packing(config.fmt or "nf4", config.block_size, config.double_quant)
+    packing = model.packing(
+        config.model.fmt or "nf4", config.model.block_size, config.model.double_quant
+    )
     if packing is not None:
         base, _ = init_shapes(base, packing)
-    base, lora = place(*init_shapes(base, adapters_for(config, model)))
+    base, lora = place(*init_shapes(base, adapters_for(config.adapter, model)))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
@@ -187,8 +190,9 @@ def lower_step(
     # The program, and the shapes of its state and of a batch.
     program = make_program(config, model.config, backend=backend)
     state = State.shapes(lora, program.optimizer)
-    num_sequences = find_objective(config.objective).sequences_per_row
-    num_rows, width = config.batch_size * num_sequences, config.max_length
+    num_sequences = find_objective(config.training.objective).sequences_per_row
+    num_rows = config.training.batch_size * num_sequences
+    width = config.training.max_length
 
     def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 def test_the_packed_model_learns_from_its_float_weights(folder, data, tmp_path, capsys):
     config = settings(folder, data, tmp_path / "run", **OPTIONS, steps=30)
     result = app.train(config)
-    rows = rows_of(config.out)
+    rows = rows_of(config.output.out)
     assert result.valid_loss == rows[-1]["valid_loss"] < 0.8 * rows[0]["valid_loss"]
     assert not any("valid_perplexity" in row for row in rows)
     assert f", validation {result.valid_loss:.4f} at step 30" in capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_the_loss_is_the_divergence_from_another_model(folder, other, tmp_path):
     app.train(config)
     expected = divergence(folder, other, texts, 2.0)
     assert expected > 0.1
-    assert_close(losses(config.out)[0], expected, magnitude=10 * expected)
+    assert_close(losses(config.output.out)[0], expected, magnitude=10 * expected)
 
 
 @pytest.mark.slow
@@ -85,14 +85,14 @@ def test_a_run_resumes_with_the_same_teacher(folder, other, data, tmp_path, caps
     app.train(part)
     resumed = options | dict(resume=True, resume_step=4)
     app.train(settings(*arguments, tmp_path / "part", **OPTIONS, **resumed))
-    files = [pathlib.Path(x.out) / ADAPTER for x in (whole, part)]
+    files = [pathlib.Path(x.output.out) / ADAPTER for x in (whole, part)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert losses(part.out) == losses(whole.out)
+    assert losses(part.output.out) == losses(whole.output.out)
     command = ["train", "--config", tmp_path / "part/config.yaml", "--resume"]
     status, _, err = run(capsys, *command, "--temperature", 3)
-    assert status and "temperature was 1, is 3" in err
+    assert status == 1 and "temperature was 1, is 3" in err
     status, _, err = run(capsys, *command, "--teacher", folder)
-    assert status and "teacher's files was" in err
+    assert status == 1 and "teacher's files was" in err
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_a_sweep_shares_the_teacher(folder, other, data, tmp_path):
         )
         name = f"learning_rate={rate}"
         assert_close(result.runs[name].valid_loss, app.train(alone).valid_loss)
-        assert_close(losses(tmp_path / "sweep" / name), losses(alone.out))
+        assert_close(losses(tmp_path / "sweep" / name), losses(alone.output.out))
 
 
 @pytest.mark.slow
@@ -115,25 +115,31 @@ def test_a_mesh_splits_the_teacher(folder, other, data, tmp_path):
     options |= dict(mesh="fsdp=4,tensor=2")
     split = settings(folder, data, tmp_path / "mesh", **options)
     assert_close(app.train(split).valid_loss, app.train(alone).valid_loss)
-    assert_close(losses(split.out), losses(alone.out))
+    assert_close(losses(split.output.out), losses(alone.output.out))
 
 
 def test_wrong_teachers_are_refused(folder, data, tmp_path, capsys):
-    small = save_tiny(tmp_path / "small", vocab_size=300)
-    packed = tmp_path / "packed"
-    command = ["train", "--data", data, "--out", tmp_path / "out", "--model"]
-    distill = ["--objective", "distill"]
+    small, packed = save_tiny(tmp_path / "small", vocab_size=300), tmp_path / "packed"
     app.export(app.ExportConfig(folder, "bitsandbytes", str(packed)))
+    command = ["train", "--data", data, "--out", tmp_path / "out", "--objective"]
+    command += ["distill", "--model"]
     for arguments, message in (
-        ([folder, *distill, "--teacher", small], "the vocabulary of the model. Got"),
-        ([folder, *distill, "--fmt", "none"], "unless training packs a float model"),
-        ([packed, *distill], "`teacher` must be given unless training packs a float"),
-        ([folder, "--teacher", folder], "`teacher` must be left out with sft"),
-        ([folder, *distill, "--temperature", 0], "`temperature` must be positive and"),
-        ([folder, "--objective", "ppo"], "`objective` must be one of sft, dpo"),
+        ([folder, "--teacher", small], "must have the vocabulary of the model. Got"),
+        (
+            [folder, "--fmt", "none"],
+            "must be given unless training packs a float model",
+        ),
+        ([packed], "`teacher` must be given unless training packs a float model"),
     ):
         status, _, err = run(capsys, *command, *arguments)
-        assert status and message in err, err
+        assert status == 1 and message in err, err
+    for options, message in (
+        (dict(teacher=folder), "`teacher` must be left out with sft"),
+        (OPTIONS | dict(temperature=0), "`temperature` must be positive and finite"),
+        (dict(objective="ppo"), "`objective` must be one of sft, distill, dpo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings(folder, data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 

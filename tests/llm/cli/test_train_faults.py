@@ -69,7 +69,8 @@ def main(config, out, resume, on_nan):
 
     training.make_joint_step = make_faulty_step
     settings = yaml.safe_load(pathlib.Path(config).read_text())
-    app.train(app.TrainConfig(**settings, out=out, resume=resume, on_nan=on_nan))
+    settings |= dict(out=out, resume=resume, on_nan=on_nan)
+    app.train(app.TrainConfig.from_settings(settings))
 
 
 def start(config, out, on_nan="skip"):

@@ -23,7 +23,7 @@ def test_only_the_registry_names_objectives():
         if registry not in path.parents:
             quoted = re.findall(rf"""["'](?:{names})["']""", path.read_text())
             # The default of the option.
-            assert quoted == ['"sft"'] * (path.name == "train_config.py"), path
+            assert quoted == ['"sft"'] * (path.name == "train_groups.py"), path
 
 
 def confident_loss(model, beta):
@@ -68,4 +68,4 @@ def test_a_registered_objective_is_trained(confident, tmp_path, capsys):
     # Its name and its settings are part of the identity of the run.
     resume = ["--config", tmp_path / "run/config.yaml", "--resume", "--beta", 1]
     status, _, err = commands.run(capsys, "train", *resume)
-    assert status and "beta was 0.5, is 1" in err, err
+    assert status == 1 and "beta was 0.5, is 1" in err, err
