@@ -129,7 +129,7 @@ def test_wrong_teachers_are_refused(folder, data, tmp_path, capsys):
             [folder, "--fmt", "none"],
             "must be given unless training packs a float model",
         ),
-        ([packed], "`teacher` must be given unless training packs a float model"),
+        ([packed], "`teacher` must be given unless training packs a float"),
     ):
         status, _, err = run(capsys, *command, *arguments)
         assert status == 1 and message in err, err
