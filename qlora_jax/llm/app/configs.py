@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import qlora_jax as ql
 
 from ..models.sampling import Sampling
-from .options import COUNT, REQUIRED, Config, option
+from .options import COUNT, Config, option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
@@ -41,29 +41,31 @@ def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
         raise ValueError("`adapter` or `run` must be left out. Got both.")
 
 
-# Help that several commands share.
-_MODEL = (
-    "A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With "
-    "`run`, defaults to the model of the run."
-)
-_RUN = "Folder of a training run, finished or not. Its newest adapter is used."
-_FMT = (
-    "Number format to pack the linear layers in; none keeps the stored format. "
-    "Defaults to the format of the run if the adapter is in a run's folder."
-)
-_BLOCK_SIZE = (
-    "With `fmt`: weights per scale; by default the usual number for `fmt`, such "
-    "as 64 for nf4."
-)
-_DOUBLE_QUANT = (
-    "With `fmt`: whether to also quantize the scales; by default true if `fmt` "
-    "supports it."
-)
-
-
 @dataclass(frozen=True)
 class ScoreConfig(Config):
     """Scores a model on data: the mean loss over the target tokens.
+
+    Attributes:
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
+        data: A file of rows, in any form that train supports. In rows with `text` or
+            `input_ids`, all tokens but the first are targets, except where `labels` are
+            -100. Rows with `input_ids` need no tokenizer. In other rows, completions
+            and the assistant's messages are targets. A .txt file is cut into rows of
+            `batch_tokens` tokens.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library. Several, such as a,b, are scored separately.
+        run: Folder of a training run, finished or not. Its newest adapter is used.
+        fmt: Number format to pack the linear layers in; none keeps the stored format.
+            Defaults to the format of the run if the adapter is in a run's folder.
+        block_size: With `fmt`: weights per scale; by default the usual number for
+            `fmt`, such as 64 for nf4.
+        double_quant: With `fmt`: whether to also quantize the scales; by default true
+            if `fmt` supports it.
+        dtype: Dtype of the computation; norms, softmax and the loss are float32.
+        batch_tokens: Maximum number of tokens in a batch, including padding.
+        recode: Whether to decode 4-bit weights that no format here supports, such as
+            those with zero points or reordered inputs, to floats.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -71,37 +73,16 @@ class ScoreConfig(Config):
         'float32'
     """
 
-    model: str | None = option(None, _MODEL, section="model and data")
-    data: str | None = option(
-        None,
-        "A file of rows, in any form that train supports. In rows with `text` or "
-        "`input_ids`, all tokens but the first are targets, except where `labels` are "
-        "-100. Rows with `input_ids` need no tokenizer. In other rows, completions "
-        "and the assistant's messages are targets. A .txt file is cut into rows of "
-        "`batch_tokens` tokens.",
-    )
-    adapter: str | list[str] | None = option(
-        None,
-        "An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this library. "
-        "Several, such as a,b, are scored separately.",
-    )
-    run: str | None = option(None, _RUN)
-    fmt: Fmt | None = option(None, _FMT)
-    block_size: int | None = option(None, _BLOCK_SIZE)
-    double_quant: bool | None = option(None, _DOUBLE_QUANT)
-    dtype: Dtype = option(
-        "float32",
-        "Dtype of the computation; norms, softmax and the loss are float32.",
-        section="computation",
-    )
-    batch_tokens: int = option(
-        1024, "Maximum number of tokens in a batch, including padding.", limit=COUNT
-    )
-    recode: bool = option(
-        False,
-        "Whether to decode 4-bit weights that no format here supports, such as those "
-        "with zero points or reordered inputs, to floats.",
-    )
+    model: str | None = option(None, section="model and data")
+    data: str | None = None
+    adapter: str | list[str] | None = None
+    run: str | None = None
+    fmt: Fmt | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
+    dtype: Dtype = option("float32", section="computation")
+    batch_tokens: int = option(1024, limit=COUNT)
+    recode: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,79 +95,60 @@ class ScoreConfig(Config):
 class ExportConfig(Config):
     """Writes a model or an adapter in a format that other programs load.
 
+    Attributes:
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
+        format: What to write. Either an adapter: for PEFT (peft, the default), for
+            servers that load PEFT's folders (peft-portable, with one rank and without
+            scaling), for llama.cpp (gguf-lora) or for mlx-lm (mlx). Or a model, with
+            the adapter merged if there is one: in float (merged), as GGUF (gguf), or in
+            4 bits: bitsandbytes, awq, compressed-tensors (int4), mxfp4 or nvfp4.
+        out: The folder to write, new or empty; for gguf and gguf-lora, a new file. With
+            `run`, an adapter for PEFT is by default written to the folder adapter-STEP
+            in the run's folder.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library.
+        run: Folder of a training run, finished or not, whose adapter is exported.
+        step: With `run`, the step of the saved state to export; by default the newest.
+        fmt: The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and
+            compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a
+            server: the format in which training packed a float model, by default the
+            format of the adapter's run. Leave it out for a model already in 4 bits.
+        block_size: Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4.
+        double_quant: For bitsandbytes: whether to also quantize the scales; by default
+            true.
+        dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
+        gguf_type: For gguf: the type of the weights, by default F16. Q4_0 copies
+            weights in int4_f16 or q4_0 with blocks of 32, and packs float weights.
+        tokenizer: For gguf: whether to include the tokenizer.
+        data: If an adapter is merged into 4 bits: rows on which to compute the loss
+            before and after, in any form that score supports.
+        server: Target server, instead of `--format`. Selects formats that the server
+            supports (see the command pairs), and writes the command that starts it.
+        push_to_hub: Repository on the Hugging Face hub to push the result to, such as
+            user/name. If it does not exist, a private repository is created.
+
     Example:
         >>> from qlora_jax.llm import app
         >>> app.ExportConfig(model="folder", format="merged", out="new").adapter is None
         True
     """
 
-    model: str | None = option(None, _MODEL, section="what to export")
-    format: Literal[AdapterFormat, BaseFormat, "merged", "gguf"] | None = option(
-        None,
-        "What to write. Either an adapter: for PEFT (peft, the default), for servers "
-        "that load PEFT's folders (peft-portable, with one rank and without scaling), "
-        "for llama.cpp (gguf-lora) or for mlx-lm (mlx). Or a model, with the adapter "
-        "merged if there is one: in float (merged), as GGUF (gguf), or in 4 bits: "
-        "bitsandbytes, awq, compressed-tensors (int4), mxfp4 or nvfp4.",
-    )
-    out: str | None = option(
-        None,
-        "The folder to write, new or empty; for gguf and gguf-lora, a new file. With "
-        "`run`, an adapter for PEFT is by default written to the folder adapter-STEP "
-        "in the run's folder.",
-    )
-    adapter: str | None = option(
-        None,
-        "An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this library.",
-    )
-    run: str | None = option(
-        None, "Folder of a training run, finished or not, whose adapter is exported."
-    )
-    step: int | None = option(
-        None,
-        "With `run`, the step of the saved state to export; by default the newest.",
-    )
-    fmt: Fmt | None = option(
-        None,
-        "The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and "
-        "compressed-tensors: int4_f16 (the default) or q4_0. For merged, gguf and a "
-        "server: the format in which training packed a float model, by default the "
-        "format of the adapter's run. Leave it out for a model already in 4 bits.",
-        section="number formats",
-    )
-    block_size: int | None = option(
-        None, "Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4."
-    )
-    double_quant: bool | None = option(
-        None, "For bitsandbytes: whether to also quantize the scales; by default true."
-    )
-    dtype: Dtype | None = option(
-        None, "For merged: dtype of the tensors; by default each tensor keeps its own."
-    )
-    gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = option(
-        None,
-        "For gguf: the type of the weights, by default F16. Q4_0 copies weights in "
-        "int4_f16 or q4_0 with blocks of 32, and packs float weights.",
-    )
-    tokenizer: bool = option(True, "For gguf: whether to include the tokenizer.")
-    data: str | None = option(
-        None,
-        "If an adapter is merged into 4 bits: rows on which to compute the loss "
-        "before and after, in any form that score supports.",
-        section="other",
-    )
-    server: ServerName | None = option(
-        None,
-        "Target server, instead of `--format`. Selects formats that the server "
-        "supports (see the command pairs), and writes the command that starts it.",
-        name="for",
-        aliases=("server",),
-    )
-    push_to_hub: str | None = option(
-        None,
-        "Repository on the Hugging Face hub to push the result to, such as user/name. "
-        "If it does not exist, a private repository is created.",
-    )
+    model: str | None = option(None, section="what to export")
+    format: Literal[AdapterFormat, BaseFormat, "merged", "gguf"] | None = None
+    out: str | None = None
+    adapter: str | None = None
+    run: str | None = None
+    step: int | None = None
+    fmt: Fmt | None = option(None, section="number formats")
+    block_size: int | None = None
+    double_quant: bool | None = None
+    dtype: Dtype | None = None
+    gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = None
+    tokenizer: bool = True
+    data: str | None = option(None, section="other")
+    server: ServerName | None = option(None, name="for", aliases=("server",))
+    push_to_hub: str | None = None
 
     def __post_init__(self):
         options = {name for name in vars(self) if getattr(self, name) is not None}
@@ -249,23 +211,26 @@ class ExportConfig(Config):
 class PairsConfig(Config):
     """Lists the formats for each server, and whether they keep the weights exactly.
 
+    Attributes:
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library. If it is in a run's folder, `fmt` defaults to that of the run.
+        run: Folder of a training run, finished or not. Its newest adapter is used.
+        fmt: The number format in which training packed a float model.
+        block_size: With `fmt`: weights per scale.
+
     Example:
         >>> from qlora_jax.llm import app
         >>> app.PairsConfig(model="folder", adapter="adapter").fmt is None
         True
     """
 
-    model: str | None = option(None, _MODEL)
-    adapter: str | None = option(
-        None,
-        "An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this library. "
-        "If it is in a run's folder, `fmt` defaults to that of the run.",
-    )
-    run: str | None = option(None, _RUN)
-    fmt: Fmt | None = option(
-        None, "The number format in which training packed a float model."
-    )
-    block_size: int | None = option(None, "With `fmt`: weights per scale.")
+    model: str | None = None
+    adapter: str | None = None
+    run: str | None = None
+    fmt: Fmt | None = None
+    block_size: int | None = None
 
     def __post_init__(self):
         if self.model is None and self.run is None:
@@ -276,21 +241,53 @@ class PairsConfig(Config):
 class InspectConfig(Config):
     """Lists the tensors of a model or an adapter without reading them.
 
+    Attributes:
+        path: Folder of a model, an adapter or a run; or a .safetensors or .gguf file.
+
     Example:
         >>> from qlora_jax.llm import app
         >>> app.InspectConfig("folder").path
         'folder'
     """
 
-    path: str = option(
-        REQUIRED,
-        "Folder of a model, an adapter or a run; or a .safetensors or .gguf file.",
-    )
+    path: str
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Config):
     """Generates text from a prompt, or chats.
+
+    Attributes:
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
+            `run`, defaults to the model of the run.
+        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
+            library. Several, such as a,b, answer separately.
+        run: Folder of a training run, finished or not. Its newest adapter is used.
+        prompt: The text to answer. By default it is read from stdin; on a terminal,
+            each line is a prompt.
+        prompts: A file of rows with a `prompt` (a text or messages) or `messages`, and
+            optionally `system` and `tools`. Each row is answered separately.
+        out: With `prompts`: a new file for the answers, with one line of JSON for each.
+            By default they are written to stdout.
+        batch_size: With `prompts`: the number of prompts that are answered at a time.
+        chat: Whether prompts are turns of a conversation, rendered with the model's
+            chat template, rather than texts to continue. By default true if the model
+            has a template.
+        system: The system message at the start of the conversation.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: Divisor of the logits; with 0, the most probable token is selected.
+        top_k: Sample from this many of the most probable tokens; by default from all.
+        top_p: Sample from the most probable tokens whose probabilities add up to this.
+        seed: Seed of the sampling.
+        fmt: Number format to pack the linear layers in; none keeps the stored format.
+            Defaults to the format of the run if the adapter is in a run's folder.
+        block_size: With `fmt`: weights per scale; by default the usual number for
+            `fmt`, such as 64 for nf4.
+        double_quant: With `fmt`: whether to also quantize the scales; by default true
+            if `fmt` supports it.
+        dtype: Dtype of the computation; norms and softmax are float32.
+        recode: Whether to decode 4-bit weights that no format here supports, such as
+            those with zero points or reordered inputs, and to pack them again in `fmt`.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -298,68 +295,25 @@ class GenerateConfig(Config):
         0.0
     """
 
-    model: str | None = option(None, _MODEL, section="model and prompts")
-    adapter: str | list[str] | None = option(
-        None,
-        "An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this library. "
-        "Several, such as a,b, answer separately.",
-    )
-    run: str | None = option(None, _RUN)
-    prompt: str | None = option(
-        None,
-        "The text to answer. By default it is read from stdin; on a terminal, each "
-        "line is a prompt.",
-    )
-    prompts: str | None = option(
-        None,
-        "A file of rows with a `prompt` (a text or messages) or `messages`, and "
-        "optionally `system` and `tools`. Each row is answered separately.",
-    )
-    out: str | None = option(
-        None,
-        "With `prompts`: a new file for the answers, with one line of JSON for each. "
-        "By default they are written to stdout.",
-    )
-    batch_size: int = option(
-        16,
-        "With `prompts`: the number of prompts that are answered at a time.",
-        limit=COUNT,
-    )
-    chat: bool | None = option(
-        None,
-        "Whether prompts are turns of a conversation, rendered with the model's chat "
-        "template, rather than texts to continue. By default true if the model has a "
-        "template.",
-    )
-    system: str | None = option(
-        None, "The system message at the start of the conversation."
-    )
-    max_new_tokens: int = option(
-        256, "Maximum number of tokens of an answer.", section="sampling", limit=COUNT
-    )
-    temperature: float = option(
-        0.0, "Divisor of the logits; with 0, the most probable token is selected."
-    )
-    top_k: int | None = option(
-        None, "Sample from this many of the most probable tokens; by default from all."
-    )
-    top_p: float = option(
-        1.0, "Sample from the most probable tokens whose probabilities add up to this."
-    )
-    seed: int = option(0, "Seed of the sampling.")
-    fmt: Fmt | None = option(None, _FMT, section="number format of the base")
-    block_size: int | None = option(None, _BLOCK_SIZE)
-    double_quant: bool | None = option(None, _DOUBLE_QUANT)
-    dtype: Dtype = option(
-        "float32",
-        "Dtype of the computation; norms and softmax are float32.",
-        section="computation",
-    )
-    recode: bool = option(
-        False,
-        "Whether to decode 4-bit weights that no format here supports, such as those "
-        "with zero points or reordered inputs, and to pack them again in `fmt`.",
-    )
+    model: str | None = option(None, section="model and prompts")
+    adapter: str | list[str] | None = None
+    run: str | None = None
+    prompt: str | None = None
+    prompts: str | None = None
+    out: str | None = None
+    batch_size: int = option(16, limit=COUNT)
+    chat: bool | None = None
+    system: str | None = None
+    max_new_tokens: int = option(256, section="sampling", limit=COUNT)
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    fmt: Fmt | None = option(None, section="number format of the base")
+    block_size: int | None = None
+    double_quant: bool | None = None
+    dtype: Dtype = option("float32", section="computation")
+    recode: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -383,19 +337,16 @@ class GenerateConfig(Config):
 class CheckConfig(Config):
     """Checks this machine's devices: matrix products, training, times and memory.
 
+    Attributes:
+        out: File to write the report to as JSON. Attach it to an issue, or add it to
+            the table in docs/compatibility.
+        rounds: Number of repetitions of each measurement; the median is reported.
+
     Example:
         >>> from qlora_jax.llm import app
         >>> app.CheckConfig().rounds
         7
     """
 
-    out: str | None = option(
-        None,
-        "File to write the report to as JSON. Attach it to an issue, or add it to the "
-        "table in docs/compatibility.",
-    )
-    rounds: int = option(
-        7,
-        "Number of repetitions of each measurement; the median is reported.",
-        limit=COUNT,
-    )
+    out: str | None = None
+    rounds: int = option(7, limit=COUNT)

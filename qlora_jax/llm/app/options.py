@@ -3,7 +3,9 @@
 import dataclasses
 import datetime
 import functools
+import inspect
 import math
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -49,17 +51,16 @@ class Option:
     path: str  # the field, with its group: "adapter.rank"
     hint: Any  # its type
     default: Any
-    help: str
+    help: str  # from the docstring of the config
     name: str  # in flags, files, stamps and messages
-    aliases: tuple[str, ...]
-    section: str | None  # the title in `--help`, at the first option of a section
-    limit: Limit | None
-    is_identity: bool
+    aliases: tuple[str, ...] = ()
+    section: str | None = None  # a title of `--help`, at the section's first option
+    limit: Limit | None = None
+    is_identity: bool = True
 
 
 def option(
     default: T,
-    help: str,
     *,
     name: str | None = None,
     aliases: tuple[str, ...] = (),
@@ -67,11 +68,10 @@ def option(
     limit: Limit | None = None,
     is_identity: bool = True,
 ) -> T:
-    """Returns a field of a `Config` that is an option of the command.
+    """Returns a field of a `Config`. A field without settings needs no `option`.
 
     Args:
         default: The value if the option is not given, or `REQUIRED`.
-        help: The text for `--help` and for the documentation.
         name: The name in flags and files, by default that of the field.
         aliases: Other names in flags and files.
         section: The title of the section of `--help` that starts with this option.
@@ -79,11 +79,13 @@ def option(
         is_identity: Whether a resumed run must have the same value. Options that do not
             affect the trained weights may change.
     """
-    metadata = dict(help=help, name=name, aliases=aliases, section=section)
-    metadata |= dict(limit=limit, is_identity=is_identity)
+    metadata = dict(name=name, aliases=aliases, section=section, limit=limit)
+    metadata["is_identity"] = is_identity
     if isinstance(default, dict | list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return cast(T, dataclasses.field(default=default, metadata=metadata))
+        field: Any = dataclasses.field(default_factory=default.copy, metadata=metadata)
+    else:
+        field = dataclasses.field(default=default, metadata=metadata)
+    return field
 
 
 class Config:
@@ -169,9 +171,9 @@ def groups_of(config_type: type[Config]) -> Mapping[str, type[Config]]:
     """Returns the classes of those fields of a config that are groups of options."""
     hints = get_type_hints(config_type)
     return {
-        field.name: hints[field.name]
+        field.name: hint
         for field in dataclasses.fields(cast(Any, config_type))
-        if not field.metadata.get("help")
+        if isinstance(hint := hints[field.name], type) and issubclass(hint, Config)
     }
 
 
@@ -188,13 +190,29 @@ def options_of(config_type: type[Config]) -> Mapping[str, Option]:
                     option, path=path, is_identity=is_identity
                 )
             continue
-        has_factory = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if has_factory else field.default
-        settings = {**field.metadata, "name": field.metadata["name"] or field.name}
-        options[settings["name"]] = Option(
-            field.name, hints[field.name], default, **settings
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        settings = dict(field.metadata)
+        name = settings.pop("name", None) or field.name
+        options[name] = Option(
+            field.name,
+            hints[field.name],
+            default,
+            _read_help(config_type, field.name),
+            name,
+            **settings,
         )
     return options
+
+
+def _read_help(config_type: type, field: str) -> str:
+    """Returns the text for a field in the docstring of its class."""
+    for cls in config_type.__mro__:
+        pattern = rf"^ {{4}}{field}: (.*(?:\n {{8}}.*)*)"
+        if text := re.search(pattern, inspect.getdoc(cls) or "", re.M):
+            return " ".join(text[1].split())
+    return ""
 
 
 def _flatten(

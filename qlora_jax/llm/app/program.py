@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step."""
     return optimizers.make_schedule(
         config.optimizer.schedule,
-        config.optimizer.learning_rate,
+        cast(float, config.optimizer.learning_rate),  # of one run
         config.training.steps or 1,
         warmup=config.optimizer.warmup or 0,
         end=config.optimizer.end_learning_rate,

@@ -5,7 +5,7 @@ import datetime
 import pathlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -223,9 +223,10 @@ class Trainer:
     ):
         """Creates the state, or restores that of step `resume_after`."""
         config = run.config
-        lora = _init_adapters(run, base, jax.random.key(config.training.seed))
+        seed = cast(int, config.training.seed)  # a run of a sweep has one
+        lora = _init_adapters(run, base, jax.random.key(seed))
         self.run, self.states, self.base = run, states, base
-        self.state = State.create(lora, program.optimizer, config.training.seed)
+        self.state = State.create(lora, program.optimizer, seed)
         self.best = Best() if config.evaluation.keep_best else None
         self.evaluate = evaluate
         self.batches = make_batches(config.training, run.data)

@@ -137,6 +137,7 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
     settings: dict[str, Any] = dict(default=argparse.SUPPRESS, metavar=metavar)
     settings["help"] = f"{option.help} ({'; '.join(notes)})" if notes else option.help
     if is_positional:
+        settings["metavar"] = option.name
         group.add_argument(option.name, nargs="?", **settings)
         return
     if is_switch:  # `--resume` is `--resume=true`

@@ -14,9 +14,14 @@ PATHS = {"model": "m", "data": "d", "out": "o"}
 
 @dataclasses.dataclass(frozen=True)
 class Longer(app.TrainingConfig):
-    patience: int = option(
-        3, "How long.", section="new", aliases=("wait",), limit=COUNT
-    )
+    """Trains longer.
+
+    Attributes:
+        patience: How long
+            to wait.
+    """
+
+    patience: int = option(3, section="new", aliases=("wait",), limit=COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,10 @@ def test_an_option_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     words = " ".join(capsys.readouterr().out.split())
-    assert "new: --patience PATIENCE, --wait PATIENCE How long. (an integer" in words
+    assert (
+        "new: --patience PATIENCE, --wait PATIENCE How long to wait. (an integer"
+        in words
+    )
     assert options_of(LongerTrain)["patience"].is_identity
     config = LongerTrain.from_settings(PATHS)
     assert config.to_settings()["patience"] == 3
