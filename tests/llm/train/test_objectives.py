@@ -32,7 +32,7 @@ def confident_loss(model, beta):
 
     def loss(*arguments):
         _, _, batch, _ = arguments
-        losses = compute_losses(*arguments)
+        [losses] = compute_losses(*arguments)
         square, count = jnp.sum(losses**2 * batch.weights), jnp.sum(batch.weights)
         total = jnp.sum(losses * batch.weights) + beta * square
         return total, count, {"square": (square, count)}

@@ -20,9 +20,8 @@ def distillation_loss(
 
     def compute_divergences(lora, base_and_teacher, batch, dropout_key, mutable=False):
         base, teacher_params = base_and_teacher
-        hidden, *collections = hidden_states(
-            model, lora, base, batch, dropout_key, mutable
-        )
+        arguments = lora, base, batch, dropout_key
+        hidden, *collections = hidden_states(model, *arguments, mutable)
         [teacher_hidden] = hidden_states(teacher, {}, teacher_params, batch, None)
         teacher_head = head_arguments(teacher.config, teacher_params)
         divergences = ql.losses.chunked_kl_divergence(
@@ -32,7 +31,7 @@ def distillation_loss(
             **head_arguments(model.config, base, lora),
             **{f"teacher_{name}": x for name, x in teacher_head.items()},
         )
-        return (divergences, *collections) if mutable else divergences
+        return divergences, *collections
 
     return sum_losses(model, compute_divergences, balance)
 

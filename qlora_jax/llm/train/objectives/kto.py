@@ -18,7 +18,7 @@ def kto_loss(model: Any, *, beta: float = 0.1) -> Loss:
     compute_token_losses = token_losses(model)
 
     def log_probs(lora, base, batch, dropout_key):
-        losses = compute_token_losses(lora, base, batch, dropout_key)
+        [losses] = compute_token_losses(lora, base, batch, dropout_key)
         return completion_log_probs(losses, batch)
 
     def loss(lora, base, batch, dropout_key):

@@ -32,10 +32,10 @@ def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) ->
     uses_reference = name in _USES_REFERENCE
 
     def loss(lora, base, batch, dropout_key):
-        losses = compute_token_losses(lora, base, batch, dropout_key)  # [B, P]
+        [losses] = compute_token_losses(lora, base, batch, dropout_key)  # [B, P]
         log_ratios, num_tokens = completion_log_probs(losses, batch)  # [N] each
         if uses_reference:
-            reference_losses = compute_token_losses({}, base, batch, None)
+            [reference_losses] = compute_token_losses({}, base, batch, None)
             log_ratios -= completion_log_probs(reference_losses, batch)[0]
         means = log_ratios / jnp.maximum(num_tokens, 1)
         scores = means if name in _IS_LENGTH_NORMALIZED else log_ratios

@@ -15,9 +15,9 @@ from ...models.experts import balance_loss
 from ..step import Loss
 from .registry import Objective, register_objective
 
-# A function of the arguments of a `Loss` and the collections that the decoder may
-# change. It returns the loss of each target, `[B, P]`, and these collections if any.
-TargetLosses = Callable[..., Any]
+# A function of the arguments of a `Loss`, and of the collections that the decoder may
+# change. It returns the loss of each target, `[B, P]`, followed by the collections.
+TargetLosses = Callable[..., tuple]
 
 
 def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
@@ -59,16 +59,17 @@ def sum_losses(model: Any, compute_losses: TargetLosses, balance: float) -> Loss
         )
 
     def loss(lora, base, batch, dropout_key):
-        count = jnp.sum(batch.weights)
-        arguments = lora, base, batch, dropout_key
-        if not balance:
-            return jnp.sum(compute_losses(*arguments) * batch.weights), count
-        losses, collections = compute_losses(*arguments, mutable="router")
-        (logits,) = collections["router"]["layers"]["mlp"]["logits"]
-        is_token = (batch.segment_ids != 0).reshape(-1).astype(jnp.float32)  # [B * T]
-        penalty = balance * balance_loss(logits, is_token, model.config.experts)
-        # The step divides by `count`, which must leave the penalty as it is.
-        return jnp.sum(losses * batch.weights) + penalty * count, count
+        mutable = "router" if balance else False
+        losses, *collections = compute_losses(lora, base, batch, dropout_key, mutable)
+        total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
+        for collection in collections:
+            (logits,) = collection["router"]["layers"]["mlp"]["logits"]
+            is_token = (batch.segment_ids != 0).reshape(-1)  # [B * T]
+            weights = is_token.astype(jnp.float32)
+            penalty = balance * balance_loss(logits, weights, model.config.experts)
+            # The step divides by `count`, which must leave the penalty as it is.
+            total += penalty * count
+        return total, count
 
     return in_auto_axes(loss)
 
@@ -77,24 +78,18 @@ def token_losses(model: Any) -> TargetLosses:
     """Returns a function that computes the cross entropy of each target."""
 
     def compute_token_losses(lora, base, batch, dropout_key, mutable=False):
-        hidden, *collections = hidden_states(
-            model, lora, base, batch, dropout_key, mutable
-        )
-        losses = ql.losses.chunked_cross_entropy(
-            hidden,
-            labels=jnp.asarray(batch.targets),
-            **head_arguments(model.config, base, lora),
-        )
-        return (losses, *collections) if mutable else losses
+        arguments = lora, base, batch, dropout_key
+        hidden, *collections = hidden_states(model, *arguments, mutable)
+        head = head_arguments(model.config, base, lora)
+        labels = jnp.asarray(batch.targets)
+        losses = ql.losses.chunked_cross_entropy(hidden, labels=labels, **head)
+        return losses, *collections
 
     return compute_token_losses
 
 
 def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple:
-    """Returns the hidden states that predict targets, `[B, P, D]`.
-
-    If `mutable` names collections, they follow.
-    """
+    """Returns the hidden states `[B, P, D]` that predict targets, and collections."""
     result = model.apply(
         {"params": base, "lora": lora},
         batch.ids,
