@@ -79,8 +79,8 @@ def option(
         is_identity: Whether a resumed run must have the same value. Options that do not
             affect the trained weights may change.
     """
-    metadata = dict(name=name, aliases=aliases, section=section, limit=limit)
-    metadata["is_identity"] = is_identity
+    metadata: dict[str, object] = dict(name=name, aliases=aliases, section=section)
+    metadata |= dict(limit=limit, is_identity=is_identity)
     if isinstance(default, dict | list):
         field: Any = dataclasses.field(default_factory=default.copy, metadata=metadata)
     else:
@@ -115,19 +115,21 @@ class Config:
             ValueError: If a name is unknown, a value is wrong, or a required option is
                 missing.
         """
-        options, values = options_of(cls), cls.resolve_names(settings)
-        missing = [x.name for x in options.values() if x.default is REQUIRED]
-        if missing := [f"`{name}`" for name in missing if name not in values]:
+        options = options_of(cls)
+        values = {
+            name: _convert_option(options[name], value)
+            for name, value in cls.resolve_names(settings).items()
+        }
+        required = [x.name for x in options.values() if x.default is REQUIRED]
+        if missing := [f"`{name}`" for name in required if name not in values]:
             raise ValueError(f"{' and '.join(missing)} must be given.")
-        groups: dict[str, dict[str, Any]] = {name: {} for name in groups_of(cls)}
-        arguments: dict[str, Any] = {}
+        groups = groups_of(cls)
+        fields: dict[str, dict[str, Any]] = {name: {} for name in ("", *groups)}
         for name, value in values.items():
             group, _, field = options[name].path.rpartition(".")
-            target = groups[group] if group else arguments
-            target[field] = _convert_option(options[name], value)
-        for name, group_type in groups_of(cls).items():
-            arguments[name] = group_type(**groups[name])
-        return cls(**arguments)
+            fields[group][field] = value
+        arguments = {name: groups[name](**fields[name]) for name in groups}
+        return cls(**arguments, **fields[""])
 
     @classmethod
     def resolve_names(cls, settings: Mapping[str, object]) -> dict[str, object]:

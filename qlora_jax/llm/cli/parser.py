@@ -1,7 +1,6 @@
 """The parser of the command line: the options, their help and their errors."""
 
 import argparse
-import itertools
 import pathlib
 import re
 import sys
@@ -56,8 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the error, and exits."""
-        prog = self.prog
-        print(f"{prog}: {message}\nSee {prog} --help.", file=sys.stderr)
+        print(f"{self.prog}: {message}\nSee {self.prog} --help.", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -109,12 +107,12 @@ def _add_options(parser: Parser, config_type: type[Config]) -> None:
         "--print_config", action="store_true", help="print the settings, and exit"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    groups, group = {}, parser
+    sections, group = {}, parser
     for option in options:
-        if option.section is not None:
-            if option.section not in groups:
-                groups[option.section] = parser.add_argument_group(option.section)
-            group = groups[option.section]
+        if (title := option.section) is not None:
+            if title not in sections:
+                sections[title] = parser.add_argument_group(title)
+            group = sections[title]
         _add_option(group, option, is_positional)
 
 
@@ -149,7 +147,7 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
 def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
     """Returns the command, its config, and the parsed arguments."""
     parser, commands = make_parsers()
-    arguments = [_normalize_flag(x) for x in _replace_run_configs(arguments)]
+    arguments = [_normalize_flag(x) for x in arguments]
     namespace, unknown = parser.parse_known_args(arguments)
     if (name := namespace.command) is None:
         names = f"{{{','.join(COMMANDS)}}}"
@@ -161,7 +159,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
     settings, options = {}, options_of(COMMANDS[name])
     try:
         for file in namespace.config:
-            settings |= _read_settings(file, COMMANDS[name])
+            folder = pathlib.Path(file).parent
+            # The file of a run has settings of `train`. Other commands read the run.
+            if "run" in options and is_run(folder):
+                settings["run"] = str(folder)
+            else:
+                settings |= _read_settings(file, COMMANDS[name])
         settings |= {k: x for k, x in vars(namespace).items() if k in options}
         config = COMMANDS[name].from_settings(settings)
     except ValueError as error:
@@ -192,20 +195,3 @@ def _read_settings(file: str, config_type: type[Config]) -> dict[str, object]:
         raise ValueError(
             f"`config` must be a YAML file of settings. {reason}"
         ) from error
-
-
-def _replace_run_configs(arguments: Sequence[str]) -> list[str]:
-    """Turns `--config RUN/config.yaml` into `--run RUN` if a command has that option.
-
-    That file has the settings of `train`, which the other commands do not accept.
-    """
-    prefix, parts = "--config=", []
-    for argument in arguments:
-        is_config = argument.startswith(prefix)
-        parts += ["--config", argument[len(prefix) :]] if is_config else [argument]
-    takes_run = bool(parts) and hasattr(COMMANDS.get(parts[0]), "run")
-    for index, (flag, value) in enumerate(itertools.pairwise(parts)):
-        folder = pathlib.Path(value).parent
-        if flag == "--config" and takes_run and is_run(folder):
-            parts[index : index + 2] = ["--run", str(folder)]
-    return parts
