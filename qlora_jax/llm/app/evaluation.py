@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..data.batching import eval_batches
 from ..train.answers import answers, exact_match
-from ..train.objective import make_means
+from ..train.means import make_means
+from ..train.objectives import find_objective
 from ..train.step import State
 from .processes import is_first
 from .program import Program, make_put
@@ -35,11 +36,12 @@ def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
 class Evaluation:
     """Evaluates an adapter on the validation rows of a run."""
 
-    def __init__(self, run: Run, program: Program):
+    def __init__(self, run: Run, program: Program, teacher: PyTree | None = None):
         """Prepares the batches and the prompts."""
         config, self._tokenizer = run.config, run.tokenizer
         self._config, self._model = config, program.model
         self._compute_means = make_means(program.eval_loss)
+        self._teacher = teacher
         self._path = run.folder / ANSWERS
         batches = eval_batches(
             run.data.valid,
@@ -76,15 +78,16 @@ class Evaluation:
     ) -> dict[str, float]:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
         numbers, step, config = {}, int(state.step), self._config
+        frozen = base if self._teacher is None else (base, self._teacher)
         is_end = is_end or step in (0, config.training.steps)
         if self._sample:
-            means = self._compute_means(base, state.lora, self._sample)
+            means = self._compute_means(frozen, state.lora, self._sample)
             numbers |= {f"valid_sample_{name}": mean for name, mean in means.items()}
         if is_end or not self._sample:
-            means = self._compute_means(base, state.lora, self._batches)
+            means = self._compute_means(frozen, state.lora, self._batches)
             numbers |= {f"valid_{name}": mean for name, mean in means.items()}
             loss = numbers["valid_loss"]
-            if config.training.objective == "sft":
+            if find_objective(config.training.objective).is_cross_entropy:
                 # exp(709.8) is the largest float.
                 numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self._examples and (is_end or config.evaluation.eval_every):

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data.batching import Batch
 from ..data.chat_tokenizer import Tokenizer
+from ..train.objectives import find_objective
 from .run import Run, make_batches
 
 # Strings before and after targets: green underlined text on terminals, or brackets.
@@ -113,7 +114,7 @@ def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
                 # or, if packed, in one.
                 is_second = bool((segment - 1 if is_packed else index) % 2)
                 starts_row &= not is_second
-                if run.config.training.objective == "kto":
+                if find_objective(run.config.training.objective).rows == "labelled":
                     is_good = answers[index, segment - 1].max() > 0
                     first = "good answer" if is_good else "bad answer"
                     names = first, "with the answer of another row"

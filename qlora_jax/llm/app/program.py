@@ -27,7 +27,7 @@ from ..models.decoder import Decoder
 from ..models.sharding import ROW_AXES, place_arguments
 from ..train import optimizer as optimizers
 from ..train.arrays import put_rows
-from ..train.objective import decoder_loss, preference_loss
+from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
 from .base_model import BaseModel, adapters_for, init_shapes
 from .train_config import TrainConfig
@@ -46,19 +46,24 @@ class Program(NamedTuple):
 def make_program(
     config: TrainConfig,
     decoder: DecoderConfig,
+    teacher: DecoderConfig | None = None,
     backend: str | Sequence[str] | None = None,
 ) -> Program:
     """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`."""
-    module = Decoder(
-        decoder,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        attention=config.model.attention,
-        stream_dtype=jnp.dtype(config.model.stream_dtype),
-        mlp_tile=config.model.mlp_tile,
-    )
-    # Parameters may be packed, with adapters in the collection `lora`.
-    model = ql.linen.wrap(module, scanned=module.scanned, backend=backend)
+
+    def wrap_decoder(decoder: DecoderConfig) -> Any:
+        module = Decoder(
+            decoder,
+            dtype=jnp.dtype(config.model.dtype),
+            remat=config.model.remat,
+            attention=config.model.attention,
+            stream_dtype=jnp.dtype(config.model.stream_dtype),
+            mlp_tile=config.model.mlp_tile,
+        )
+        # Parameters may be packed, with adapters in the collection `lora`.
+        return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
+
+    model = wrap_decoder(decoder)
     optimizer = optimizers.make_optimizer(
         config.optimizer.name,
         make_schedule(config),
@@ -70,22 +75,20 @@ def make_program(
     )
     # The weight of the loss that balances the load of the experts.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
-    if config.training.objective == "sft":
-        eval_loss = decoder_loss(model)
-        loss = decoder_loss(model, balance) if balance else eval_loss
-    elif balance:
+    objective = find_objective(config.training.objective)
+    if balance and not objective.balances_experts:
         raise ValueError(
             "`output_router_logits` in config.json must be false for preferences, "
             "because their losses do not include the loss that balances experts. Got "
             f"`objective` {config.training.objective!r}."
         )
-    else:
-        eval_loss = loss = preference_loss(
-            model,
-            config.training.objective,
-            beta=config.training.beta,
-            gamma=config.training.gamma,
-        )
+    options = config.to_settings()
+    settings = {name: options[name] for name in objective.settings}
+    if teacher is not None:
+        settings["teacher"] = wrap_decoder(teacher)
+    eval_loss = loss = objective.loss(model, **settings)
+    if balance:
+        loss = objective.loss(model, balance=balance, **settings)
     step = make_step(loss, optimizer)
     return Program(model, loss, eval_loss, optimizer, step)
 
@@ -185,20 +188,19 @@ def lower_step(
         lambda x: x if x.sharding else x.update(sharding=replicated), (base, lora)
     )
     # The program, and the shapes of its state and of a batch.
-    program = make_program(config, model.config, backend)
+    program = make_program(config, model.config, backend=backend)
     state = State.shapes(lora, program.optimizer)
-    is_sft = config.training.objective == "sft"
-    num_rows, width = (
-        config.training.batch_size * (1 if is_sft else 2),
-        config.training.max_length,
-    )
+    num_sequences = find_objective(config.training.objective).sequences_per_row
+    num_rows = config.training.batch_size * num_sequences
+    width = config.training.max_length
 
     def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
 
     tokens = batch_array(jnp.int32, num_rows, width)
     weights = batch_array(jnp.float32, num_rows, width)
-    answers = None if is_sft else batch_array(jnp.float32, num_rows, 1, width)
+    has_answers = num_sequences > 1
+    answers = batch_array(jnp.float32, num_rows, 1, width) if has_answers else None
     arrays: Any = (*[tokens] * 5, weights, answers)  # shapes instead of arrays
     with nullcontext() if mesh is None else set_mesh(mesh):
         return program.step.lower(state, base, Batch(*arrays))

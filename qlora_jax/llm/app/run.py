@@ -24,6 +24,7 @@ from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.readers import describe_path
 from ..train.arrays import changes
+from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import BaseModel, adapters_for, init_shapes, open_model
 from .options import options_of
 from .processes import is_first
@@ -51,6 +52,7 @@ class Run:
     mesh: Mesh | None  # None for one device
     place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # puts trees on devices
     folder: pathlib.Path
+    teacher: BaseModel | None  # for an objective that uses one
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
@@ -81,6 +83,9 @@ def make_run(config: TrainConfig, today: str) -> Run:
         date = read_run_config(folder / CONFIG).data.date if is_resumed else today
     now = datetime.datetime.fromisoformat(str(date))
     tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)
+    teacher = _open_teacher(config, model, packing, tokenizer)
+    if teacher is not None:  # raises if the mesh cannot split its weights
+        make_place(teacher.config, mesh, "device")(teacher.base, {})
     data = read_dataset(
         config.data.path,
         tokenizer,
@@ -93,7 +98,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         seed=config.training.row_seed,
         too_long=config.data.too_long,
         chat=config.data.chat,
-        objective=config.training.objective,
+        rows=find_objective(config.training.objective).rows,
     )
     if config.evaluation.keep_best and not data.valid:
         raise ValueError(
@@ -109,10 +114,43 @@ def make_run(config: TrainConfig, today: str) -> Run:
         adapters,
         tokenizer,
         data,
-        stamp=_make_stamp(config, model, data),
+        stamp=_make_stamp(config, model, data, teacher),
         mesh=mesh,
         place=make_place(model.config, mesh, memory),
         folder=folder,
+        teacher=teacher,
+    )
+
+
+def _open_teacher(
+    config: TrainConfig,
+    model: BaseModel,
+    packing: ql.QLoRAConfig | None,
+    tokenizer: Tokenizer,
+) -> BaseModel | None:
+    """Returns the model to learn from: by default the weights before packing."""
+    name = config.training.teacher
+    if not find_objective(config.training.objective).uses_teacher:
+        return None
+    if name is None:
+        if packing is None or model.stored_fmt is not None:
+            raise ValueError(
+                "`teacher` must be given unless training packs a float model, from "
+                "whose weights the packed model then learns. Got none."
+            )
+        return model
+    teacher = open_model(name)
+    size, vocab_size = (x.config.vocab_size for x in (teacher, model))
+    difference = f"{size:,} tokens instead of {vocab_size:,}"
+    if size == vocab_size:
+        vocabulary = tokenizer.inner.get_vocab().items()
+        others = open_tokenizer(teacher.path).inner.get_vocab().items() ^ vocabulary
+        difference = f"other ids for {len({token for token, _ in others}):,} tokens"
+        if not others:
+            return teacher
+    raise ValueError(
+        f"`teacher` must have the vocabulary of the model. Got {name!r} with "
+        f"{difference}."
     )
 
 
@@ -247,7 +285,9 @@ def make_sibling(run: Run, config: TrainConfig) -> Run:
 # What must stay the same when a run is resumed
 
 
-def _make_stamp(config: TrainConfig, model: BaseModel, data: Dataset) -> dict[str, Any]:
+def _make_stamp(
+    config: TrainConfig, model: BaseModel, data: Dataset, teacher: BaseModel | None
+) -> dict[str, Any]:
     """Returns everything that determines a run's final parameters, as JSON values."""
     options = options_of(TrainConfig)
     stamp = {
@@ -257,10 +297,15 @@ def _make_stamp(config: TrainConfig, model: BaseModel, data: Dataset) -> dict[st
     }
     if config.optimizer.schedule == "constant":
         del stamp["steps"]  # such a run may be extended
-    if config.training.objective == "sft":
-        for name in ("objective", "beta", "gamma"):
-            del stamp[name]
+    objective = find_objective(config.training.objective)
+    settings_of_objectives = {y for x in OBJECTIVES.values() for y in x.settings}
+    for name in settings_of_objectives - {*objective.settings}:
+        del stamp[name]
+    if objective.name == TrainingConfig.objective:
+        del stamp["objective"]
     stamp["model's files"] = _hash_files(model.path)
+    if teacher is not None:
+        stamp["teacher's files"] = _hash_files(teacher.path)
     if data.mix:
         stamp["rows and weights"] = data.mix
     stamp["data"] = data.hash

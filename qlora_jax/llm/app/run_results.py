@@ -126,6 +126,7 @@ def _write_results(
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
+            **({} if run.teacher is None else {"teacher": run.teacher.source}),
             "data": config.data.path,
             "hash of the tokens": run.stamp["data"],  # identifies the data set
             "kind of rows": data.kind,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.sharding import ROW_AXES
+from ..train.objectives import find_objective
 from .options import Config
 from .train_groups import (
     AdapterConfig,
@@ -72,7 +73,8 @@ class TrainConfig(Config):
                 "`lora_dropout` must be 0 with `mlp_tile`; otherwise all tiles drop "
                 f"the same entries. Got {self.adapter.dropout}."
             )
-        if self.data.train_on == "all" and training.objective not in ("sft", "orpo"):
+        objective = find_objective(training.objective)
+        if self.data.train_on == "all" and not objective.may_train_on_all:
             raise ValueError(
                 f"`train_on` must not be all with {training.objective}, whose loss "
                 "depends on answers only. Got all."

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..models.sharding import MESH_AXES
+from ..train.objectives import find_objective
 from .configs import Fmt
 from .options import (
     COUNT,
@@ -225,11 +226,16 @@ class TrainingConfig(Config):
     Attributes:
         steps: Number of training steps; alternatively, set `epochs`.
         epochs: Passes over the data; 1 if `steps` is not set either.
-        objective: sft for supervised fine-tuning, or a preference loss: dpo, ipo, orpo,
-            simpo or kto. The reference model is the base without the adapter.
+        objective: sft for supervised fine-tuning, distill for distillation, or a
+            preference loss: dpo, ipo, orpo, simpo or kto, whose reference model is the
+            base without the adapter.
         beta: For preferences: strength of the pull towards the reference (dpo, ipo,
             kto), scale of the rewards (simpo) or weight of the odds ratio (orpo).
         gamma: For simpo: the target margin between the rewards.
+        teacher: For distill: the model to learn from, with the same vocabulary. By
+            default the weights of the model before they are packed.
+        temperature: For distill: divisor of the logits of both models. The loss is the
+            divergence of the model from the teacher, times the square of this.
         batch_size: Sequences in a batch; for preferences, pairs of answers; with
             `packing`, rows of `max_length` tokens.
         accumulation: Gradient accumulation steps: batches in a training step.
@@ -248,11 +254,11 @@ class TrainingConfig(Config):
 
     steps: int | None = option(None, section="training", limit=COUNT)
     epochs: float | None = option(None, is_identity=False, limit=POSITIVE)
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = option(
-        "sft", section="objective"
-    )
+    objective: str = option("sft", section="objective")
     beta: float = option(0.1, limit=POSITIVE)
     gamma: float = option(0.5, limit=NOT_NEGATIVE)
+    teacher: str | None = option(None, is_identity=False)
+    temperature: float = option(1.0, limit=POSITIVE)
     batch_size: int = option(8, section="batches", limit=COUNT)
     accumulation: int = option(1, limit=COUNT)
     max_length: int = option(1024, limit=COUNT)
@@ -266,11 +272,17 @@ class TrainingConfig(Config):
         super().__post_init__()
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
-        if self.objective == "kto" and (self.packing or self.batch_size < 2):
+        objective = find_objective(self.objective)
+        if objective.rows == "labelled" and (self.packing or self.batch_size < 2):
             raise ValueError(
-                "kto needs a `batch_size` of at least 2 and no `packing`, because it "
-                "pairs answers with other prompts of the batch. Got "
-                f"{self.batch_size} and {self.packing}."
+                f"{self.objective} needs a `batch_size` of at least 2 and no "
+                "`packing`, because it pairs answers with other prompts of the batch. "
+                f"Got {self.batch_size} and {self.packing}."
+            )
+        if self.teacher is not None and not objective.uses_teacher:
+            raise ValueError(
+                f"`teacher` must be left out with {self.objective}, which has none. "
+                f"Got {self.teacher!r}."
             )
 
     @property

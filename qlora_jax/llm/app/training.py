@@ -23,7 +23,7 @@ from .evaluation import Evaluation
 from .loggers import open_loggers, open_metrics
 from .preview import Preview, preview
 from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
-from .program import Program, make_program, make_put, make_schedule
+from .program import Program, make_place, make_program, make_put, make_schedule
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
 from .run_folder import (
@@ -106,9 +106,12 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
             place=lambda base: run.place(base, {})[0],  # places the base alone
             progress=is_first(),
         )
+        teacher = _read_teacher(run)
         if run.mesh is not None:  # inner functions look up the mesh
             stack.enter_context(set_mesh(run.mesh))
-        outcomes = _fit(config, runs, states, model.base, resume_after, log_rows)
+        outcomes = _fit(
+            config, runs, states, model.base, teacher, resume_after, log_rows
+        )
         results = [
             None if outcome is None else finish(run, model.base, *outcome)
             for run, outcome in zip(runs, outcomes, strict=True)
@@ -118,6 +121,18 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     if is_first() and config.output.push_to_hub is not None:
         log(f"pushed to {push(config.output.push_to_hub, folder / 'adapter')}")
     return result
+
+
+def _read_teacher(run: Run) -> PyTree | None:
+    """Returns the teacher's weights, in float unless its file has 4 bits."""
+    if run.teacher is None:
+        return None
+    place = make_place(run.teacher.config, run.mesh, "device")
+    dtype = jnp.dtype(run.config.model.dtype)
+    teacher = run.teacher.read(
+        dtype=dtype, place=lambda base: place(base, {})[0], progress=is_first()
+    )
+    return teacher.base
 
 
 def _preview(config: TrainConfig) -> Preview:
@@ -279,6 +294,7 @@ def _fit(
     runs: list[Run],
     states: list[Checkpoints],
     base: PyTree,
+    teacher: PyTree | None,
     resume_after: int | None,
     log_rows: list[Callable[[Mapping[str, Any]], None]],
 ) -> list[Outcome | None]:
@@ -290,8 +306,9 @@ def _fit(
     """
     run = runs[0]
     # Learning rates, and hence optimizers, differ between the runs of a sweep.
-    programs = [make_program(x.config, x.model.config) for x in runs]
-    evaluation = Evaluation(run, programs[0]) if run.data.valid else None
+    decoders = run.model.config, run.teacher and run.teacher.config
+    programs = [make_program(x.config, *decoders) for x in runs]
+    evaluation = Evaluation(run, programs[0], teacher) if run.data.valid else None
     trainers = [
         Trainer(x, y, base, program, evaluation and evaluation.for_run(x), resume_after)
         for x, y, program in zip(runs, states, programs, strict=True)
@@ -301,7 +318,8 @@ def _fit(
     put = make_put(run.mesh)
 
     def take_step(states: list[Any], batches: list[Any]) -> list[Any]:
-        return joint_step(states, base, [*map(put, batches)])
+        frozen = base if teacher is None else (base, teacher)
+        return joint_step(states, frozen, [*map(put, batches)])
 
     def on_error(index: int, error: FloatingPointError) -> None:
         note_failure(runs[index], error)

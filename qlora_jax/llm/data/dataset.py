@@ -69,7 +69,7 @@ def read_dataset(
     train_on: Literal["completions", "last", "all"] = "completions",
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
-    objective: str = "sft",
+    rows: Literal["texts", "pairs", "labelled"] = "texts",
     stream: bool = False,
     validation_split: float | None = None,
     seed: int = 0,
@@ -95,8 +95,9 @@ def read_dataset(
         too_long: What to do with longer rows. "split" is only for rows of `text`.
         chat: If the model has a chat template: whether to turn text prompts and
             completions, and rows of Alpaca, into messages of a user and an assistant.
-        objective: The purpose of the rows: sft (supervised fine-tuning), or the
-            preference losses dpo, ipo, orpo, simpo and kto.
+        rows: The form of the rows. "texts": tokens, texts, messages, or prompts with
+            completions. "pairs": chosen and rejected answers. "labelled": answers with
+            a label; or pairs, of which each becomes two labelled answers.
         stream: Whether training rows stay in their files, which must be .jsonl. They
             are read once to check and measure them, and again whenever needed.
         validation_split: The share of the training rows to use for validation, if the
@@ -132,13 +133,13 @@ def read_dataset(
         train_on=train_on,
         keys=keys,
         chat=chat,
-        objective=objective,
+        rows=rows,
     )
-    if stream and objective != "sft":
-        raise ValueError(f"`stream` must be false for {objective}. Got true.")
+    if stream and rows != "texts":
+        raise ValueError("`stream` must be false for preferences. Got true.")
     limit = _LengthLimit(max_length, too_long)
     splits = _Splits(validation_split, draw_splits(validation_split, seed))
-    reader = _Reader(encoder, limit, splits, stream, separates_pairs=objective == "kto")
+    reader = _Reader(encoder, limit, splits, stream, separates_pairs=rows == "labelled")
     weights = find_weights(path)
     counts = [reader.read(name) for name in weights]
     if validation_split is not None and not reader.rows["valid"]:

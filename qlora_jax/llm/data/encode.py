@@ -119,7 +119,7 @@ class Encoder:
         keys: Mapping[str, str] | None = None,
         chat: bool = True,
         ends_text: bool = True,
-        objective: str = "sft",
+        rows: str = "texts",
     ):
         """With `ends_text`, rows of `text` get a token for the end."""
         if train_on not in ("completions", "last", "all"):
@@ -128,7 +128,11 @@ class Encoder:
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.chat, self.ends_text = chat, ends_text
-        self.kinds = kinds.kinds_for(objective)
+        if rows not in kinds.FORMS:
+            raise ValueError(
+                f"`rows` must be one of {', '.join(kinds.FORMS)}. Got {rows!r}."
+            )
+        self.kinds = kinds.FORMS[rows]
         self.keys = kinds.check_keys(keys, self.kinds)
         self.unused: dict[str, None] = {}  # the unused keys so far, in order
 
@@ -264,7 +268,7 @@ class Encoder:
         except ModelError:
             raise
         except ValueError:
-            # To train on all tokens in sft, answers need not be found.
+            # To train on all tokens of texts, answers need not be found.
             if self.train_on != "all" or self.kinds is not kinds.KINDS:
                 raise
             return Marked(rendering.text, [], True)

@@ -34,8 +34,8 @@ PAIRS = {"preference": Keys(("chosen", "rejected"), ("prompt", "tools", "system"
 LABELLED = {
     "labelled answer": Keys(("prompt", "completion", "label"), ("tools", "system"))
 }
-_OBJECTIVES: dict[str, Kinds] = {"sft": KINDS, "kto": PAIRS | LABELLED}
-_OBJECTIVES |= dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIRS)
+# The kinds of each form of rows.
+FORMS: dict[str, Kinds] = {"texts": KINDS, "pairs": PAIRS, "labelled": PAIRS | LABELLED}
 # Fields that may be JSON in a string, since files such as CSV contain only strings.
 _JSON_FIELDS = ("input_ids", "labels", "label", "messages", "conversations", "tools")
 # Keys with content that a model should see. A row is rejected if they are unused.
@@ -57,15 +57,6 @@ class Fields(NamedTuple):
     kind: str
     values: dict[str, Any]
     unused: list[str]
-
-
-def kinds_for(objective: str) -> Kinds:
-    """Returns the kinds of rows for an objective."""
-    if objective not in _OBJECTIVES:
-        raise ValueError(
-            f"`objective` must be one of {', '.join(_OBJECTIVES)}. Got {objective!r}."
-        )
-    return _OBJECTIVES[objective]
 
 
 def check_keys(keys: Mapping[str, str] | None, kinds: Kinds) -> dict[str, str]:
@@ -115,14 +106,14 @@ def find_fields(
 
 
 def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    # In sft, `keys` must select the completion of a pair to train on.
+    # To train on texts, `keys` must select the completion of a pair.
     required = PAIRS["preference"].required
     has_pair = all(row.get(key) is not None for key in required)
     if has_pair and not {*required} & {*keys.values()}:
         raise ValueError(
-            "rows with `chosen` and `rejected` need `--objective dpo`, ipo, orpo, "
-            "simpo or kto. To train on the chosen answers alone, name their key, as in "
-            f'`--keys \'{{"messages": "chosen"}}\'`. Got {[*row]!s:.200}.'
+            "rows with `chosen` and `rejected` need an `--objective` for preferences. "
+            "To train on the chosen answers alone, name their key, as in `--keys "
+            f'\'{{"messages": "chosen"}}\'`. Got {[*row]!s:.200}.'
         )
 
 
@@ -130,9 +121,9 @@ def _check_no_label(kind: str, label: object) -> None:
     # Labels of other kinds, such as topics, are ignored.
     if kind not in ("text", "input_ids") and str(label).lower() in _LABELS:
         raise ValueError(
-            "rows with a `label` of true or false need `--objective kto`: sft would "
-            "train on the bad answers too. Leave `label` out to train on all of them. "
-            f"Got {label!r}."
+            "rows with a `label` of true or false need an `--objective` for labelled "
+            "answers: others would train on the bad answers too. Leave `label` out to "
+            f"train on all of them. Got {label!r}."
         )
 
 

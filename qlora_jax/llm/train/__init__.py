@@ -1,7 +1,9 @@
 """Training: losses, optimizers, steps, states and results."""
 
 from .loop import Best, Loop, fit
-from .objective import decoder_loss, make_mean_loss, preference_loss
+from .means import make_mean_loss
+from .objectives import Objective, find_objective, register_objective
+from .objectives.sft import decoder_loss
 from .optimizer import make_optimizer, make_schedule
 from .outputs import (
     Metrics,
@@ -22,10 +24,12 @@ __all__ = [
     "JointStep",
     "Loop",
     "Metrics",
+    "Objective",
     "Report",
     "State",
     "Step",
     "decoder_loss",
+    "find_objective",
     "find_target_paths",
     "fit",
     "make_joint_step",
@@ -37,7 +41,7 @@ __all__ = [
     "model_card",
     "plot_loss",
     "plot_losses",
-    "preference_loss",
     "read_metrics",
+    "register_objective",
     "save_adapter",
 ]

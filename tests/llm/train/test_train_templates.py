@@ -97,7 +97,7 @@ def test_answers_that_cannot_be_found_are_refused(tmp_path):
     # Pairs need the boundaries of their answers, even if all tokens are targets.
     pair = {"prompt": twice[:1], "chosen": twice[1:], "rejected": TALK[1:]}
     with pytest.raises(ValueError, match="line 1: the answer in message 1 cannot be"):
-        read_rows_of(tokenizer, tmp_path, pair, objective="orpo", train_on="all")
+        read_rows_of(tokenizer, tmp_path, pair, rows="pairs", train_on="all")
 
 
 def turn(role, content="one?"):
@@ -140,7 +140,7 @@ def test_roles_that_a_template_does_not_name(tmp_path, template, row, unknown):
             read_rows_of(tokenizer, tmp_path, row, train_on=train_on)
     pair = {"prompt": [turn("usr")], "chosen": TALK[1:], "rejected": [turn("usr")]}
     with pytest.raises(ValueError, match=r"Got 'usr' in `prompt\[0\]`"):
-        read_rows_of(tokenizer, tmp_path, pair, objective="dpo")
+        read_rows_of(tokenizer, tmp_path, pair, rows="pairs")
 
 
 # Three answers, each with its own text and marks.
