@@ -1,5 +1,6 @@
 """Batches, packed or padded, from an iterator with a small state."""
 
+import functools
 import importlib
 import itertools
 import sys
@@ -8,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import ordering
 from .encode import IGNORED, Row
+from .ordering import MAX_WIDTHS, Order, choose_widths, round_up
 from .rows import StreamedRows
 
 if TYPE_CHECKING:
@@ -161,18 +162,18 @@ class _Padded:
 
     def __init__(self, rows: Sequence[Row], sizes: Sizes, max_length: int):
         self.max_length, (lengths, num_targets) = max_length, sizes
-        self.choices = ordering.choose_widths(lengths)
+        self.choices = choose_widths(lengths)
         if _is_labelled(rows[0]):
             # The prompt of a row is combined with the completion of another one, which
             # may be longer than the completion of the row.
             prompt = max(row.start for row in rows)
             completion = max(len(row.ids) - row.start for row in rows)
-            widest = int(ordering.round_up(min(prompt + completion, max_length)))
+            widest = int(round_up(min(prompt + completion, max_length)))
             self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
         self.widths = self.choices[np.searchsorted(self.choices, lengths)]
         # One number of targets for each width, so that each width has one shape.
         self.num_targets = {
-            int(width): int(ordering.round_up(num_targets[self.widths <= width].max()))
+            int(width): int(round_up(num_targets[self.widths <= width].max()))
             for width in self.choices
         }
 
@@ -204,14 +205,14 @@ class _Packed:
     """The shapes of packed batches: one width, and at most a few numbers of targets."""
 
     def __init__(self, longest: int, sequences: int):
-        self.sequences, self.width = sequences, int(ordering.round_up(longest))
+        self.sequences, self.width = sequences, int(round_up(longest))
         # Numbers of targets are rounded up to a multiple of this.
-        self.step = int(ordering.round_up(-(-self.width // ordering.MAX_WIDTHS)))
+        self.step = int(round_up(-(-self.width // MAX_WIDTHS)))
 
     def collate(self, groups: Groups, size: int) -> Batch:
         rows = [[x for row in group for x in row.sequences] for group in groups]
         max_trained = max(sum(row.num_trained for row in group) for group in rows)
-        num_targets = int(ordering.round_up(max_trained, self.step))
+        num_targets = int(round_up(max_trained, self.step))
         return collate(rows, size, self.width, num_targets, self.sequences)
 
 
@@ -264,59 +265,62 @@ class _Source:
                 f"`mix` must have the counts of all {len(rows)} rows, and positive "
                 f"weights. Got {mix}."
             )
-        self.rows, self.batch_size = rows, batch_size
-        # 1. The order of the rows, or packs of rows, of each data set.
-        orders = _make_orders(lengths, counts, seed, max_length if packing else None)
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        # 1. The order of the rows, or packs of rows, of each data set. It does not
+        # depend on the other data sets.
+        bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
+        orders = [
+            Order(lengths[first:last], seed + i, first, max_length if packing else None)
+            for i, (first, last) in enumerate(bounds)
+        ]
         # 2. The mixture of these orders. `count` is the number of its entries before
         # the data set that ends first would start again.
         epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
         self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
         self.order: Sequence[Any] = orders[0]
-        window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
+        self.window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
         if mix:
             dataset = importlib.import_module("grain").MapDataset
             self.order = dataset.mix([*map(dataset.source, orders)], weights)
-            window = min(window, _MAX_WINDOW)
-        # 3. The shapes of batches, and for padded ones batches of similar lengths.
+            self.window = min(self.window, _MAX_WINDOW)
+        # 3. The shapes of batches.
         self.layout: _Packed | _Padded
-        self.similar: ordering.SimilarLengths | None = None
         if packing:
-            packs = [x for x in orders if isinstance(x, ordering.PackedOrder)]
             has_pairs = rows[0].label is not None
-            sequences = 2 * max(x.most_rows for x in packs) * has_pairs
-            self.layout = _Packed(max(x.longest for x in packs), sequences)
+            most_rows = max(len(pack) for x in orders for pack in x.packs)
+            longest = max(x.longest for x in orders)
+            self.layout = _Packed(longest, 2 * most_rows * has_pairs)
         else:
             self.layout = _Padded(rows, sizes, max_length)
-            arguments = self.layout.widths, (batch_size, window, self.count), seed
-            self.similar = ordering.SimilarLengths(self.order, *arguments)
+        self._window_batches = functools.lru_cache(2)(self._cut_window)
 
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        if self.similar is not None:
-            entries = self.similar.batch(index)
+        if isinstance(self.layout, _Packed):
+            entries = self._entries(index, 1)
         else:
-            start = index * self.batch_size
-            stop = min(start + self.batch_size, self.count or sys.maxsize)
-            entries = [self.order[i] for i in range(start, stop)]
+            window, position = divmod(index, self.window)
+            entries = self._window_batches(window)[position][:, None]
         groups = [[self.rows[i] for i in entry] for entry in entries]
         return self.layout.collate(groups, self.batch_size)
 
+    def _entries(self, first: int, num_batches: int) -> list[Any]:
+        start = first * self.batch_size
+        stop = min(start + num_batches * self.batch_size, self.count or sys.maxsize)
+        return [self.order[i] for i in range(start, stop)]
 
-def _make_orders(
-    lengths: np.ndarray, counts: Sequence[int], seed: int, capacity: int | None
-) -> list[ordering.ShuffledOrder | ordering.PackedOrder]:
-    # Each data set is shuffled by itself: its order does not depend on the others.
-    orders = []
-    bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
-    for order_seed, (first, last) in enumerate(bounds, seed):
-        part = lengths[first:last]
-        if capacity is None:
-            orders.append(ordering.ShuffledOrder(len(part), order_seed, first))
-        else:
-            orders.append(ordering.PackedOrder(part, capacity, order_seed, first))
-    return orders
+    def _cut_window(self, window: int) -> list[np.ndarray]:
+        # Without packing, the order is cut into windows. A window is sorted by length
+        # and cut into batches, which are shuffled.
+        assert isinstance(self.layout, _Padded)
+        rows = np.array(self._entries(window * self.window, self.window))
+        rows = rows[np.argsort(self.layout.widths[rows], kind="stable")]
+        starts = range(0, len(rows), self.batch_size)
+        batches = [rows[i : i + self.batch_size] for i in starts]
+        generator = np.random.default_rng([self.seed, window, 1])
+        return [batches[i] for i in generator.permutation(len(batches))]
 
 
 def collate(

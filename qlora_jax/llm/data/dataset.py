@@ -1,10 +1,10 @@
 """Reads data sets as rows of tokens, by split."""
 
-import functools
 import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,8 +21,6 @@ from .rows import (
     listing,
     open_file,
 )
-
-_SPLITS = ("train", "valid", "test")
 
 
 class Dataset(NamedTuple):
@@ -136,9 +134,16 @@ def read_dataset(
     )
     if stream and objective != "sft":
         raise ValueError(f"`stream` must be false for {objective}. Got true.")
-    limit = _LengthLimit(max_length, too_long)
-    splits = _Splits(validation_split, draw_splits(validation_split, seed))
-    reader = _Reader(encoder, limit, splits, stream, separates_pairs=objective == "kto")
+    reader = _Reader(
+        encoder,
+        max_length,
+        too_long,
+        validation_split,
+        draw_splits(validation_split, seed),
+        separates_pairs=objective == "kto",
+    )
+    if stream:
+        reader.rows["train"] = StreamedRows()
     weights = find_weights(path)
     counts = [reader.read(name) for name in weights]
     if validation_split is not None and not reader.rows["valid"]:
@@ -178,48 +183,32 @@ def draw_splits(share: float | None, seed: int) -> Iterator[str]:
         first += size
 
 
-class _LengthLimit(NamedTuple):
-    """The largest number of tokens of a row, and what to do with longer rows."""
-
-    max_length: int
-    too_long: str
+def _by_split() -> dict[str, Any]:
+    return {"train": [], "valid": [], "test": []}
 
 
-class _Splits(NamedTuple):
-    """The share of training rows to validate on, and the split of each row."""
-
-    validation_share: float | None
-    of_train_rows: Iterator[str]
-
-
+@dataclass(eq=False)
 class _Reader:
     """Reads data sets one after the other, and collects their rows."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        limit: _LengthLimit,
-        splits: _Splits,
-        stream: bool,
-        separates_pairs: bool,
-    ):
-        self._encoder, self._limit, self._splits = encoder, limit, splits
-        # `separates_pairs`: whether each completion of a pair is a row by itself.
-        self._stream, self._separates_pairs = stream, separates_pairs
-        self.rows: dict[str, Any] = {split: [] for split in _SPLITS}
-        self.examples: dict[str, list[Example]] = {split: [] for split in _SPLITS}
-        if stream:
-            self.rows["train"] = StreamedRows()
-        self.kinds: dict[str, None] = {}  # in order of appearance
-        self.notes: list[str] = []
-        self.hasher = hashlib.sha256()
-        self.num_straddling = 0  # rows with a token of both prompt and answer
-        self.num_targets = self.num_tokens = 0  # of training rows
+    encoder: Encoder
+    max_length: int
+    too_long: str
+    validation_share: float | None
+    train_splits: Iterator[str]  # the splits that the rows for training draw
+    separates_pairs: bool  # whether each completion of a pair is a row by itself
+    rows: dict[str, Any] = field(default_factory=_by_split)
+    examples: dict[str, list[Example]] = field(default_factory=_by_split)
+    kinds: dict[str, None] = field(default_factory=dict)  # in order of appearance
+    notes: list[str] = field(default_factory=list)
+    hasher: Any = field(default_factory=hashlib.sha256)
+    num_straddling: int = 0  # rows with a token of both prompt and answer
+    num_targets: int = 0  # of training rows
+    num_tokens: int = 0
 
     def read(self, name: str) -> int:
         """Reads all splits of a data set, and returns its number of training rows."""
-        sources = find_sources(name, self.notes)
-        share = self._splits.validation_share
+        sources, share = find_sources(name, self.notes), self.validation_share
         if share is not None and "valid" in sources:
             raise ValueError(
                 "`validation_split` must be left out for data with validation rows. "
@@ -237,46 +226,48 @@ class _Reader:
 
     def _read_split(self, split: str, source: Source) -> str:
         # Reads the rows of a split, and returns their kind.
-        file = None
-        if self._stream and split == "train":
-            # A bound method would create a cycle of references: this reader refers to
-            # the rows, the rows to the file, and the file to `encode`. The cycle would
-            # keep temporary files after the data set is deleted.
-            encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
-            file = JsonLines(source.name, encode)
+        too_long = "split" if source.is_text else self.too_long
+        file, encoder, max_length = None, self.encoder, self.max_length
+
+        def encode_pieces(raw, place):
+            # Refers to the encoder and not to `self`: the rows refer to the file and so
+            # to this function, and such a cycle would keep temporary files after the
+            # data set is deleted.
+            encoded = encoder.encode(raw, None, place, False)
+            return cut_row(*encoded, max_length, too_long)
+
+        if split == "train" and isinstance(self.rows[split], StreamedRows):
+            file = JsonLines(source.name, encode_pieces)
             source = file.source
-        too_long = "split" if source.is_text else self._limit.too_long
-        limit = self._limit._replace(too_long=too_long)
-        cutter, kind = _Cutter(source.name, limit), ""
-        splits = itertools.repeat(split)
-        if split == "train":
-            splits = self._splits.of_train_rows
-        for row_split, kind, encoded in _encode_rows(source, self._encoder, splits):
-            # Each piece of a long text is a row, and draws a split of its own.
+        cutter, kind = _Cutter(source.name, max_length, too_long), ""
+        splits = self.train_splits if split == "train" else itertools.repeat(split)
+        for row_split, kind, encoded in _encode_rows(source, encoder, splits):
+            # Each piece of a long text is a row, and draws a split of its own. `zip`
+            # asks the pieces first, and so draws no split after the last piece.
+            pieces = enumerate(cutter.cut(kind, encoded))
             piece_splits = itertools.chain([row_split], splits)
-            self._add(cutter.cut(kind, encoded), piece_splits, file)
+            for (index, piece), piece_split in zip(pieces, piece_splits, strict=False):
+                self._add(piece, piece_split, file, index)
         cutter.finish(self.notes)
         return kind
 
     def _add(
-        self, pieces: list[Encoded], splits: Iterator[str], file: JsonLines | None
+        self, piece: Encoded, split: str, file: JsonLines | None, index: int
     ) -> None:
-        # `zip` asks `pieces` first, and so draws no split after the last piece.
-        pairs = zip(pieces, splits, strict=False)
-        for index, ((row, example, straddles), split) in enumerate(pairs):
-            self.num_straddling += straddles
-            self.examples[split] += [example] if example else []
-            if split != "test":
-                self._hash(row)
-            if split == "train":
-                self.num_targets += sum(x.num_trained for x in row.sequences)
-                self.num_tokens += sum(len(x.ids) for x in row.sequences)
-            if file is not None and split == "train":
-                self.rows[split].add(file, index, row)
-            elif self._separates_pairs:
-                self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
-            else:
-                self.rows[split].append(row)
+        row, example, straddles = piece
+        self.num_straddling += straddles
+        self.examples[split] += [example] if example else []
+        if split != "test":
+            self._hash(row)
+        if split == "train":
+            self.num_targets += sum(x.num_trained for x in row.sequences)
+            self.num_tokens += sum(len(x.ids) for x in row.sequences)
+        if file is not None and split == "train":
+            self.rows[split].add(file, index, row)
+        elif self.separates_pairs:
+            self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
+        else:
+            self.rows[split].append(row)
 
     def _hash(self, row: Row) -> None:
         for sequence in row.sequences:
@@ -291,7 +282,7 @@ class _Reader:
     def all_notes(self) -> tuple[str, ...]:
         """Returns the notes on data sets, unused keys and straddling tokens."""
         notes = [*self.notes]
-        if unused := self._encoder.unused:
+        if unused := self.encoder.unused:
             notes.append(f"ignored keys of rows: {', '.join(unused)}")
         if self.num_straddling:
             notes.append(
@@ -353,13 +344,6 @@ def _encode_rows(
         raise ValueError(f"{source.name} must have rows. Got none.")
 
 
-def _encode_pieces(
-    encoder: Encoder, max_length: int, too_long: str, raw: Any, place: str
-) -> list[Encoded]:
-    kind, encoded = encoder.encode(raw, None, place, False)
-    return cut_row(kind, encoded, max_length, too_long)
-
-
 def cut_row(
     kind: str, encoded: Encoded, max_length: int, too_long: str
 ) -> list[Encoded]:
@@ -384,8 +368,8 @@ def cut_row(
 class _Cutter:
     """Cuts the rows of a source that are too long, and counts them."""
 
-    def __init__(self, name: str, limit: _LengthLimit):
-        self._name, (self._max_length, self._too_long) = name, limit
+    def __init__(self, name: str, max_length: int, too_long: str):
+        self._name, self._max_length, self._too_long = name, max_length, too_long
         self._num_rows = self._num_pieces = self._num_long = self._longest = 0
         self._refused: list[str] = []  # the places of rows that are too long
         self._untrained: list[str] = []  # the places of rows without a target
