@@ -239,16 +239,17 @@ class _Reader:
         if split == "train" and isinstance(self.rows[split], StreamedRows):
             file = JsonLines(source.name, encode_pieces)
             source = file.source
-        cutter, kind = _Cutter(source.name, max_length, too_long), ""
         splits = self.train_splits if split == "train" else itertools.repeat(split)
-        for row_split, kind, encoded in _encode_rows(source, encoder, splits):
+        rows, kind = _encode_rows(source, encoder, splits), ""
+        limits = max_length, too_long, self.notes
+        for row_split, row_kind, pieces in _cut_rows(source.name, rows, *limits):
+            kind = row_kind  # the same for all rows
             # Each piece of a long text is a row, and draws a split of its own. `zip`
             # asks the pieces first, and so draws no split after the last piece.
-            pieces = enumerate(cutter.cut(kind, encoded))
             piece_splits = itertools.chain([row_split], splits)
-            for (index, piece), piece_split in zip(pieces, piece_splits, strict=False):
+            pairs = zip(enumerate(pieces), piece_splits, strict=False)
+            for (index, piece), piece_split in pairs:
                 self._add(piece, piece_split, file, index)
-        cutter.finish(self.notes)
         return kind
 
     def _add(
@@ -365,57 +366,53 @@ def cut_row(
     return [Encoded(row, None, encoded.straddles)] if is_kept else []
 
 
-class _Cutter:
-    """Cuts the rows of a source that are too long, and counts them."""
-
-    def __init__(self, name: str, max_length: int, too_long: str):
-        self._name, self._max_length, self._too_long = name, max_length, too_long
-        self._num_rows = self._num_pieces = self._num_long = self._longest = 0
-        self._refused: list[str] = []  # the places of rows that are too long
-        self._untrained: list[str] = []  # the places of rows without a target
-
-    def cut(self, kind: str, encoded: Encoded) -> list[Encoded]:
-        """Returns the pieces of a row."""
-        pieces = cut_row(kind, encoded, self._max_length, self._too_long)
+def _cut_rows(
+    name: str,
+    rows: Iterator[tuple[str, str, Encoded]],
+    max_length: int,
+    too_long: str,
+    notes: list[str],
+) -> Iterator[tuple[str, str, list[Encoded]]]:
+    # Yields the split, the kind and the pieces of each row. At the end, rejects the
+    # wrong rows, and adds a note about those that were cut.
+    num_rows = num_pieces = num_long = longest = 0
+    refused, untrained = (
+        [],
+        [],
+    )  # the places of rows that are too long or have no target
+    for split, kind, encoded in rows:
+        pieces = cut_row(kind, encoded, max_length, too_long)
         size, place = encoded.row.longest, encoded.row.place
-        self._num_rows += 1
-        self._num_pieces += len(pieces)
-        if size > self._max_length:
-            self._num_long += 1
-            self._longest = max(self._longest, size)
-            if pieces and pieces[0] is encoded:
-                self._refused.append(f"{place} ({size:,} tokens)")
-        self._untrained += [place for x in pieces if not x.row.is_trained]
-        return pieces
-
-    def finish(self, notes: list[str]) -> None:
-        """Rejects the wrong rows, and adds a note about those that were cut."""
-        name, limit, num_long = self._name, self._max_length, self._num_long
-        if self._refused:
-            raise ValueError(
-                f"rows must have at most `max_length` = {limit} tokens; the longest "
-                f"has {self._longest:,}. Raise it, or set `too_long` to drop or "
-                "truncate, or to split, which is for rows of `text`.\n  "
-                + listing(self._refused)
-            )
-        if not self._num_pieces:
-            raise ValueError(
-                f"{name} must have rows of at most {limit} tokens. Got none."
-            )
-        if self._untrained:
-            raise ValueError(
-                f"rows of {name} must have a token to train on. These have none:\n  "
-                + listing(self._untrained)
-            )
-        if num_long and self._too_long == "split":
-            notes.append(
-                f"{name}: texts of more than {limit} tokens continue in the next row: "
-                f"{self._num_pieces:,} rows of {self._num_rows:,} texts."
-            )
-        elif num_long:
-            num_dropped = self._num_rows - self._num_pieces
-            notes.append(
-                f"{name}: of {num_long:,} rows with more than {limit} tokens, "
-                f"{num_dropped:,} are dropped and {num_long - num_dropped:,} "
-                f"truncated; the longest has {self._longest:,}."
-            )
+        num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
+        num_long, longest = num_long + (size > max_length), max(longest, size)
+        if size > max_length and pieces and pieces[0] is encoded:
+            refused.append(f"{place} ({size:,} tokens)")
+        untrained += [place for x in pieces if not x.row.is_trained]
+        yield split, kind, pieces
+    if refused:
+        raise ValueError(
+            f"rows must have at most `max_length` = {max_length} tokens; the longest "
+            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate, or to "
+            f"split, which is for rows of `text`.\n  {listing(refused)}"
+        )
+    if not num_pieces:
+        raise ValueError(
+            f"{name} must have rows of at most {max_length} tokens. Got none."
+        )
+    if untrained:
+        raise ValueError(
+            f"rows of {name} must have a token to train on. These have none:\n  "
+            + listing(untrained)
+        )
+    if num_long and too_long == "split":
+        notes.append(
+            f"{name}: texts of more than {max_length} tokens continue in the next row: "
+            f"{num_pieces:,} rows of {num_rows:,} texts."
+        )
+    elif num_long:
+        num_dropped = num_rows - num_pieces
+        notes.append(
+            f"{name}: of {num_long:,} rows with more than {max_length} tokens, "
+            f"{num_dropped:,} are dropped and {num_long - num_dropped:,} truncated; "
+            f"the longest has {longest:,}."
+        )

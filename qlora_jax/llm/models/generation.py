@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +132,10 @@ def extend(
     if cache is None:  # created here, so that XLA chooses its placement on a mesh
         cache = init_cache(model.config, len(tokens), num_positions)
 
-    def decode(tokens, cache, step, positions, select):
+    def decode(tokens, cache: Cache, step, positions, select) -> tuple[Array, Cache]:
         indices = {"positions": positions, "select": select}
-        logits, cache = model.apply(variables, tokens, cache=cache, **indices)
+        outputs: Any = model.apply(variables, tokens, cache=cache, **indices)
+        logits, cache = outputs
         step_key = None if key is None else jax.random.fold_in(key, step)
         return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype), cache
 
