@@ -87,24 +87,15 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
         raise ValueError("`prompts` must each have at least one token. Got none.")
-    tokens = pad_prompts(prompts)
-    new_tokens, _ = extend(
-        variables,
-        tokens,
-        np.stack([np.zeros_like(lengths), lengths]),
-        key,
-        model=model,
-        sampling=sampling,
-        num_new=max_new_tokens,
-        eos_ids=tuple(eos_ids),
-        num_positions=tokens.shape[1] + max_new_tokens,
-    )
-    return new_tokens
+    counts = np.stack([np.zeros_like(lengths), lengths])
+    settings = {"num_new": max_new_tokens, "eos_ids": tuple(eos_ids)}
+    static = {"model": model, "sampling": sampling, **settings}
+    return extend(variables, pad_prompts(prompts), counts, key, **static)[0]
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "sampling", "num_new", "eos_ids", "num_positions"),
+    static_argnames=("model", "sampling", "num_new", "eos_ids"),
     donate_argnames="cache",
 )
 def extend(
@@ -119,24 +110,21 @@ def extend(
     sampling: Sampling,
     num_new: int = 1,
     eos_ids: tuple[int, ...] = (),
-    num_positions: int = 0,
 ) -> tuple[Int[Array, "B N"], Cache]:
     """Adds tokens to a cache, and returns the `num_new` tokens that follow.
 
     `counts` are the numbers of tokens of each row in the cache and in `tokens`, which
     is padded on the right. `step` is the number of tokens drawn so far. Without a
-    cache, it starts with an empty one of `num_positions`.
+    cache, the step creates one of the size that it needs.
     """
-    starts, lengths = counts
-    fill = eos_ids[0] if eos_ids else 0
+    (starts, lengths), (batch_size, width) = counts, tokens.shape
     if cache is None:  # created here, so that XLA chooses its placement on a mesh
-        cache = init_cache(model.config, len(tokens), num_positions)
+        cache = init_cache(model.config, batch_size, width + num_new)
 
-    def decode(tokens, cache: Cache, step, positions, select) -> tuple[Array, Cache]:
-        indices = {"positions": positions, "select": select}
+    def decode(tokens, cache: Cache, index, **indices) -> tuple[Array, Cache]:
         outputs: Any = model.apply(variables, tokens, cache=cache, **indices)
         logits, cache = outputs
-        step_key = None if key is None else jax.random.fold_in(key, step)
+        step_key = None if key is None else jax.random.fold_in(key, step + index)
         return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype), cache
 
     def is_end(token):
@@ -149,7 +137,7 @@ def extend(
     def decode_next(state):
         index, output, token, has_ended, cache = state
         positions = (starts + lengths + index - 1)[:, None]  # [B, 1]
-        token, cache = decode(token[:, None], cache, step + index, positions, None)
+        token, cache = decode(token[:, None], cache, index, positions=positions)
         token = jnp.where(has_ended, fill, token)
         has_ended |= is_end(token)
         return index + 1, output.at[:, index].set(token), token, has_ended, cache
@@ -157,15 +145,14 @@ def extend(
     # The first new token comes from the pass over `tokens`, and the loop computes the
     # others. Padding gets positions past the end, which are overwritten before they
     # are seen.
-    positions = starts[:, None] + jnp.arange(tokens.shape[1])[None]
-    first, cache = decode(tokens, cache, step, positions, lengths[:, None] - 1)
-    output = first[:, None]
+    indices = {"positions": starts[:, None] + jnp.arange(width)[None]}
+    first, cache = decode(tokens, cache, 0, select=lengths[:, None] - 1, **indices)
+    output, fill = first[:, None], eos_ids[0] if eos_ids else 0
     if num_new > 1:
-        output = jnp.full((len(tokens), num_new), fill, tokens.dtype)
+        output = jnp.full((batch_size, num_new), fill, tokens.dtype)
         output = output.at[:, 0].set(first)
-        state = (jnp.int32(1), output, first, is_end(first), cache)
-        state = lax.while_loop(is_unfinished, decode_next, state)
-        _, output, _, _, cache = state
+        state = jnp.int32(1), output, first, is_end(first), cache
+        _, output, _, _, cache = lax.while_loop(is_unfinished, decode_next, state)
     if not get_abstract_mesh().empty:
         # On a mesh, each process needs the tokens of all rows.
         output = lax.with_sharding_constraint(output, PartitionSpec())
