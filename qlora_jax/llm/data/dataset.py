@@ -234,7 +234,7 @@ class _Reader:
             # to this function, and such a cycle would keep temporary files after the
             # data set is deleted.
             encoded = encoder.encode(raw, None, place, False)
-            return cut_row(*encoded, max_length, too_long)
+            return cut_row(encoded, max_length, too_long)
 
         if split == "train" and isinstance(self.rows[split], StreamedRows):
             file = JsonLines(source.name, encode_pieces)
@@ -242,20 +242,20 @@ class _Reader:
         splits = self.train_splits if split == "train" else itertools.repeat(split)
         rows, kind = _encode_rows(source, encoder, splits), ""
         limits = max_length, too_long, self.notes
-        for row_split, row_kind, pieces in _cut_rows(source.name, rows, *limits):
-            kind = row_kind  # the same for all rows
+        for row_split, pieces in _cut_rows(source.name, rows, *limits):
             # Each piece of a long text is a row, and draws a split of its own. `zip`
             # asks the pieces first, and so draws no split after the last piece.
             piece_splits = itertools.chain([row_split], splits)
             pairs = zip(enumerate(pieces), piece_splits, strict=False)
             for (index, piece), piece_split in pairs:
                 self._add(piece, piece_split, file, index)
+                kind = piece.kind  # the same for all rows
         return kind
 
     def _add(
         self, piece: Encoded, split: str, file: JsonLines | None, index: int
     ) -> None:
-        row, example, straddles = piece
+        row, example, straddles, _ = piece
         self.num_straddling += straddles
         self.examples[split] += [example] if example else []
         if split != "test":
@@ -322,73 +322,73 @@ def read_rows(
     """
     encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
     source = open_file(path)
-    encoded = [x for *_, x in _encode_rows(source, encoder, itertools.repeat("train"))]
+    encoded = [x for _, x in _encode_rows(source, encoder, itertools.repeat("train"))]
     if source.is_text and max_length is not None:
-        encoded = [y for x in encoded for y in cut_row("text", x, max_length, "split")]
+        encoded = [y for x in encoded for y in cut_row(x, max_length, "split")]
     return [x.row for x in encoded]
 
 
 def _encode_rows(
     source: Source, encoder: Encoder, splits: Iterator[str]
-) -> Iterator[tuple[str, str, Encoded]]:
-    # Yields the split, the kind and the tokens of each row. Rows of other splits than
-    # "train" have examples. Wrong rows are rejected together, at the end.
+) -> Iterator[tuple[str, Encoded]]:
+    # Yields the split and the tokens of each row. Rows of other splits than "train"
+    # have examples. Wrong rows are rejected together, at the end.
     kind = None  # the kind of the first row, which all other rows must have too
 
     def encode(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
-        return split, *encoder.encode(raw, kind, place, split != "train")
+        return split, encoder.encode(raw, kind, place, split != "train")
 
-    for split, kind, encoded in converted(source, encode):
-        yield split, kind, encoded
+    for split, encoded in converted(source, encode):
+        kind = encoded.kind
+        yield split, encoded
     if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")
 
 
-def cut_row(
-    kind: str, encoded: Encoded, max_length: int, too_long: str
-) -> list[Encoded]:
+def cut_row(encoded: Encoded, max_length: int, too_long: str) -> list[Encoded]:
     """Returns the pieces of a row, or the row itself if it fits or will be refused."""
     ids, labels, place, *_ = row = encoded.row
-    if row.longest <= max_length or too_long == "refuse":
+    is_refused = too_long == "refuse"
+    is_refused |= too_long == "split" and encoded.kind != "text"
+    if row.longest <= max_length or is_refused:
         return [encoded]
     if too_long == "split":
-        if kind != "text":
-            return [encoded]
         # A piece begins with the last token of the piece before it, from which its
         # second token is predicted. So each token but the first is a target once.
         starts = range(0, len(ids) - 1, max_length - 1)
         spans = [slice(start, start + max_length) for start in starts]
-        return [Encoded(Row(ids[span], labels[span], place)) for span in spans]
+        pieces = [Row(ids[span], labels[span], place) for span in spans]
+        return [encoded._replace(row=piece, example=None) for piece in pieces]
     row = row.truncated(max_length)
     # A truncated row has no example, since its answer may be cut.
     is_kept = too_long == "truncate" and row.is_trained
-    return [Encoded(row, None, encoded.straddles)] if is_kept else []
+    return [encoded._replace(row=row, example=None)] if is_kept else []
 
 
 def _cut_rows(
     name: str,
-    rows: Iterator[tuple[str, str, Encoded]],
+    rows: Iterator[tuple[str, Encoded]],
     max_length: int,
     too_long: str,
     notes: list[str],
-) -> Iterator[tuple[str, str, list[Encoded]]]:
-    # Yields the split, the kind and the pieces of each row. At the end, rejects the
-    # wrong rows, and adds a note about those that were cut.
+) -> Iterator[tuple[str, list[Encoded]]]:
+    # Yields the split and the pieces of each row. At the end, rejects wrong rows, and
+    # adds a note about those that were cut.
     num_rows = num_pieces = num_long = longest = 0
     refused, untrained = (
         [],
         [],
     )  # the places of rows that are too long or have no target
-    for split, kind, encoded in rows:
-        pieces = cut_row(kind, encoded, max_length, too_long)
+    for split, encoded in rows:
+        pieces = cut_row(encoded, max_length, too_long)
         size, place = encoded.row.longest, encoded.row.place
         num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
         num_long, longest = num_long + (size > max_length), max(longest, size)
         if size > max_length and pieces and pieces[0] is encoded:
             refused.append(f"{place} ({size:,} tokens)")
         untrained += [place for x in pieces if not x.row.is_trained]
-        yield split, kind, pieces
+        yield split, pieces
     if refused:
         raise ValueError(
             f"rows must have at most `max_length` = {max_length} tokens; the longest "

@@ -96,6 +96,7 @@ class Encoded(NamedTuple):
     row: Row
     example: Example | None = None
     straddles: bool = False  # whether a token covers text of both prompt and answer
+    kind: str = ""
 
 
 class _Tokens(NamedTuple):
@@ -134,8 +135,8 @@ class Encoder:
 
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
-    ) -> tuple[str, Encoded]:
-        """Returns the kind and tokens of a row. With `kind`, rejects other kinds."""
+    ) -> Encoded:
+        """Returns the tokens of a row. With `kind`, rejects rows of other kinds."""
         fields = kinds.find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
@@ -151,7 +152,7 @@ class Encoder:
             encoded = self._encode_preference(fields, place, with_example)
         else:
             encoded = self._encode_answers(fields, place, with_example)
-        return fields.kind, encoded
+        return encoded._replace(kind=fields.kind)
 
     def _encode_ids(self, fields: kinds.Fields, place: str) -> Row:
         ids = self._check_ids("input_ids", fields.values["input_ids"])
