@@ -1,12 +1,11 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
 import contextlib
-import dataclasses
 import datetime
 import pathlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +26,16 @@ from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
 from .program import Program, make_program, make_put, make_schedule
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
-from .run_folder import CONFIG, METRICS, STATE, quiet_orbax, run_folder, write_settings
+from .run_folder import (
+    CONFIG,
+    METRICS,
+    STATE,
+    quiet_orbax,
+    run_folder,
+    write_run_config,
+)
 from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
-from .train_config import SWEPT, TrainConfig
+from .train_config import TrainConfig
 
 # The last state of a run, with the adapter to write, and the metrics of that adapter.
 Outcome = tuple[State, Mapping[str, float]]
@@ -65,18 +71,21 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         >>> model = save_tiny(tempfile.mkdtemp())
         >>> data = pathlib.Path(model) / "rows.jsonl"
         >>> _ = data.write_text('{"text": "five"}')
-        >>> config = app.TrainConfig(model, str(data), model + "/run", steps=2)
+        >>> settings = dict(model=model, data=str(data), out=model + "/run", steps=2)
+        >>> config = app.TrainConfig.from_settings(settings)
         >>> result = app.train(config)
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    processes.start_distributed(config)
-    if config.preview is not None:
+    processes.start_distributed(config.devices)
+    if config.output.preview is not None:
         return _preview(config)
-    folder = pathlib.Path(config.out)
+    folder = pathlib.Path(config.output.out)
     with contextlib.ExitStack() as stack:
         # The folder is locked and everything is checked before anything is written.
-        stack.enter_context(only_in_first(run_folder(config.out, config.resume)))
+        stack.enter_context(
+            only_in_first(run_folder(config.output.out, config.output.resume))
+        )
         stack.enter_context(quiet_orbax())
         processes.check_shared(folder)
         runs = _make_runs(config)
@@ -84,7 +93,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         _log_data(run, len(runs))
         # Each run of a sweep has its own folder and states.
         states = [
-            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.keep))
+            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.output.keep))
             for x in runs
         ]
         resume_after = _find_resumed_step(runs, states)
@@ -92,7 +101,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         # The model is read, and all runs are trained over one base.
         log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
         model = run.model.read(
-            dtype=jnp.dtype(config.dtype),
+            dtype=jnp.dtype(config.model.dtype),
             packing=run.packing,
             place=lambda base: run.place(base, {})[0],  # places the base alone
             progress=is_first(),
@@ -106,8 +115,8 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         ]
     result = finish_sweep(config, runs, results) if config.is_sweep else results[0]
     assert result is not None  # without a sweep, a failure raises
-    if is_first() and config.push_to_hub is not None:
-        log(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
+    if is_first() and config.output.push_to_hub is not None:
+        log(f"pushed to {push(config.output.push_to_hub, folder / 'adapter')}")
     return result
 
 
@@ -115,7 +124,7 @@ def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
     # The runs of a sweep see the same rows. Without the hub and loggers, no account is
     # needed.
-    first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
+    first = members_of(config.replace(push_to_hub=None, log=[]))[0]
     with all_or_none():
         run = make_run(first, datetime.date.today().isoformat())
     _log_data(run, 1)
@@ -138,7 +147,7 @@ def _log_data(run: Run, num_adapters: int) -> None:
         *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{plural(config.steps or 0, 'step')}"
+        f"{plural(config.training.steps or 0, 'step')}"
         + (f" of {num_adapters} adapters" if num_adapters > 1 else ""),
         *data.notes,
     )
@@ -152,24 +161,24 @@ def _find_resumed_step(
     Checks that the settings that were saved at that step are those of the runs.
     """
     config = runs[0].config
-    step = config.resume_step
+    step = config.output.resume_step
     if step is None:  # the newest state that all runs have
         steps = set.intersection(*({*run_states.steps} for run_states in states))
         step = max(steps, default=None)
     if step is None:
-        if config.resume:
+        if config.output.resume:
             log(
-                f"{config.out} has no saved state. The run starts again at step 0, and "
-                f"overwrites {METRICS}."
+                f"{config.output.out} has no saved state. The run starts again at step "
+                f"0, and overwrites {METRICS}."
             )
         return None
     saved_settings = [x.metadata(step)["settings"] for x in states]
     with all_or_none():
         for run, settings in zip(runs, saved_settings, strict=True):
-            check_stamp(settings, run.stamp, run.config.out)
+            check_stamp(settings, run.stamp, run.config.output.out)
     is_newest = all(run_states.latest == step for run_states in states)
     note = "" if is_newest else "; later states are deleted"
-    log(f"Resuming after step {step:,} of {config.steps:,}{note}")
+    log(f"Resuming after step {step:,} of {config.training.steps:,}{note}")
     return step
 
 
@@ -178,12 +187,11 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
     with all_or_none():
         if is_first():
             # In the sweep's file, swept settings are lists; all others are resolved.
-            swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
-            resolved = dataclasses.replace(runs[0].config, **swept)
-            path = pathlib.Path(config.out) / CONFIG
-            write_settings(resolved, path, runs[0].model.source)
+            resolved = runs[0].config.replace(out=config.output.out, **config.swept)
+            path = pathlib.Path(config.output.out) / CONFIG
+            write_run_config(resolved, path, runs[0].model.source)
             for run in runs:
-                write_settings(run.config, run.folder / CONFIG, run.model.source)
+                write_run_config(run.config, run.folder / CONFIG, run.model.source)
 
 
 class Trainer:
@@ -200,23 +208,24 @@ class Trainer:
     ):
         """Creates the state, or restores that of step `resume_after`."""
         config = run.config
-        lora = _init_adapters(run, base, jax.random.key(config.seed))
+        seed = cast(int, config.training.seed)  # a run of a sweep has one
+        lora = _init_adapters(run, base, jax.random.key(seed))
         self.run, self.states, self.base = run, states, base
-        self.state = State.create(lora, program.optimizer, config.seed)
-        self.best = Best() if config.keep_best else None
+        self.state = State.create(lora, program.optimizer, seed)
+        self.best = Best() if config.evaluation.keep_best else None
         self.evaluate = evaluate
-        self.batches = make_batches(config, run.data)
+        self.batches = make_batches(config.training, run.data)
         if resume_after is not None:
             self._restore(resume_after)
         self.loop = Loop(
-            steps=config.steps or 0,
+            steps=config.training.steps or 0,
             schedule=make_schedule(config),
-            accumulation=config.accumulation,
-            save_every=config.save_every,
+            accumulation=config.training.accumulation,
+            save_every=config.output.save_every,
             eval_every=config.eval_steps,
-            log_every=config.log_every,
-            patience=config.early_stopping_patience,
-            on_nan=config.on_nan,
+            log_every=config.output.log_every,
+            patience=config.evaluation.early_stopping_patience,
+            on_nan=config.training.on_nan,
             stamp={"settings": run.stamp},
         )
 
@@ -322,7 +331,7 @@ def _fit(
         last_states = drive(loops, take_step, on_error if config.is_sweep else None)
     if stop.is_due():  # a signal may have arrived after the last check
         step = max((int(state.step) for state in last_states if state), default=0)
-        _end_at_signal(stop, step, pathlib.Path(config.out))
+        _end_at_signal(stop, step, pathlib.Path(config.output.out))
     return [
         None if state is None else trainer.choose_adapter(state)
         for trainer, state in zip(trainers, last_states, strict=True)
