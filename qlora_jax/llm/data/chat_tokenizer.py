@@ -134,27 +134,7 @@ class Tokenizer:
         Raises:
             ValueError: If the text has a lone surrogate, which is not a character.
         """
-        return self.encode_with_offsets(text, add_special_tokens).ids
-
-    def encode_with_offsets(
-        self, text: str, add_special_tokens: bool
-    ) -> "tokenizers.Encoding":
-        """Returns the tokens of a text, with the characters that they cover.
-
-        Args:
-            text: The text.
-            add_special_tokens: As in `encode`.
-
-        Raises:
-            ValueError: As `encode`.
-        """
-        try:
-            return self.inner.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as error:
-            raise ValueError(
-                f"the text must not have half a character (a surrogate). Got "
-                f"{text!r:.200}."
-            ) from error
+        return encode_with_offsets(self, text, add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of tokens.
@@ -216,6 +196,18 @@ def open_tokenizer(
     return Tokenizer(path, template=source, now=now)
 
 
+def encode_with_offsets(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool
+) -> "tokenizers.Encoding":
+    """Returns the tokens of a text, with the characters that they cover."""
+    try:
+        return tokenizer.inner.encode(text, add_special_tokens=add_special_tokens)
+    except TypeError as error:
+        raise ValueError(
+            f"the text must not have half a character (a surrogate). Got {text!r:.200}."
+        ) from error
+
+
 class Marked(NamedTuple):
     """A text and the positions of its answers."""
 
@@ -274,20 +266,22 @@ class Chat:
 
     def adapt_contents(self, messages: Messages, tools: Tools) -> Messages:
         """Joins contents that are lists of texts if the template expects strings."""
-        has_parts = [isinstance(m.get("content"), list) for m in messages]
-        if not any(has_parts) or self._supports_parts(messages, tools):
+        if not any(isinstance(message.get("content"), list) for message in messages):
+            return messages
+        if self._supports_parts(messages, tools):
             return messages
         # A template that expects strings would write a list as Python or JSON code.
         adapted = []
-        for message, is_list in zip(messages, has_parts, strict=True):
-            parts = message["content"] if is_list else []
-            if wrong := [part for part in parts if not _is_text(part)]:
-                raise ValueError(
-                    "the chat template reads contents as strings, so all parts must "
-                    f'be {{"type": "text", "text": ...}}. Got {wrong[0]!r:.60}.'
-                )
-            text = "".join(part["text"] for part in parts)
-            adapted.append({**message, "content": text} if is_list else message)
+        for message in messages:
+            if isinstance(parts := message.get("content"), list):
+                if wrong := [part for part in parts if not _is_text(part)]:
+                    raise ValueError(
+                        "the chat template reads contents as strings, so all parts "
+                        'must be {"type": "text", "text": ...}. Got '
+                        f"{wrong[0]!r:.60}."
+                    )
+                message = {**message, "content": "".join(x["text"] for x in parts)}
+            adapted.append(message)
         return adapted
 
     def _supports_parts(self, messages: Messages, tools: Tools) -> bool:

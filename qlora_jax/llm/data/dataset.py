@@ -1,10 +1,10 @@
 """Reads data sets as rows of tokens, by split."""
 
-import functools
 import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,8 +21,6 @@ from .rows import (
     listing,
     open_file,
 )
-
-_SPLITS = ("train", "valid", "test")
 
 
 class Dataset(NamedTuple):
@@ -137,9 +135,16 @@ def read_dataset(
     )
     if stream and rows != "texts":
         raise ValueError("`stream` must be false for preferences. Got true.")
-    limit = _LengthLimit(max_length, too_long)
-    splits = _Splits(validation_split, draw_splits(validation_split, seed))
-    reader = _Reader(encoder, limit, splits, stream, separates_pairs=rows == "labelled")
+    reader = _Reader(
+        encoder,
+        max_length,
+        too_long,
+        validation_split,
+        draw_splits(validation_split, seed),
+        separates_pairs=rows == "labelled",
+    )
+    if stream:
+        reader.rows["train"] = StreamedRows()
     weights = find_weights(path)
     counts = [reader.read(name) for name in weights]
     if validation_split is not None and not reader.rows["valid"]:
@@ -179,48 +184,32 @@ def draw_splits(share: float | None, seed: int) -> Iterator[str]:
         first += size
 
 
-class _LengthLimit(NamedTuple):
-    """The largest number of tokens of a row, and what to do with longer rows."""
-
-    max_length: int
-    too_long: str
+def _by_split() -> dict[str, Any]:
+    return {"train": [], "valid": [], "test": []}
 
 
-class _Splits(NamedTuple):
-    """The share of training rows to validate on, and the split of each row."""
-
-    validation_share: float | None
-    of_train_rows: Iterator[str]
-
-
+@dataclass(eq=False)
 class _Reader:
     """Reads data sets one after the other, and collects their rows."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        limit: _LengthLimit,
-        splits: _Splits,
-        stream: bool,
-        separates_pairs: bool,
-    ):
-        self._encoder, self._limit, self._splits = encoder, limit, splits
-        # `separates_pairs`: whether each completion of a pair is a row by itself.
-        self._stream, self._separates_pairs = stream, separates_pairs
-        self.rows: dict[str, Any] = {split: [] for split in _SPLITS}
-        self.examples: dict[str, list[Example]] = {split: [] for split in _SPLITS}
-        if stream:
-            self.rows["train"] = StreamedRows()
-        self.kinds: dict[str, None] = {}  # in order of appearance
-        self.notes: list[str] = []
-        self.hasher = hashlib.sha256()
-        self.num_straddling = 0  # rows with a token of both prompt and answer
-        self.num_targets = self.num_tokens = 0  # of training rows
+    encoder: Encoder
+    max_length: int
+    too_long: str
+    validation_share: float | None
+    train_splits: Iterator[str]  # the splits that the rows for training draw
+    separates_pairs: bool  # whether each completion of a pair is a row by itself
+    rows: dict[str, Any] = field(default_factory=_by_split)
+    examples: dict[str, list[Example]] = field(default_factory=_by_split)
+    kinds: dict[str, None] = field(default_factory=dict)  # in order of appearance
+    notes: list[str] = field(default_factory=list)
+    hasher: Any = field(default_factory=hashlib.sha256)
+    num_straddling: int = 0  # rows with a token of both prompt and answer
+    num_targets: int = 0  # of training rows
+    num_tokens: int = 0
 
     def read(self, name: str) -> int:
         """Reads all splits of a data set, and returns its number of training rows."""
-        sources = find_sources(name, self.notes)
-        share = self._splits.validation_share
+        sources, share = find_sources(name, self.notes), self.validation_share
         if share is not None and "valid" in sources:
             raise ValueError(
                 "`validation_split` must be left out for data with validation rows. "
@@ -238,46 +227,49 @@ class _Reader:
 
     def _read_split(self, split: str, source: Source) -> str:
         # Reads the rows of a split, and returns their kind.
-        file = None
-        if self._stream and split == "train":
-            # A bound method would create a cycle of references: this reader refers to
-            # the rows, the rows to the file, and the file to `encode`. The cycle would
-            # keep temporary files after the data set is deleted.
-            encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
-            file = JsonLines(source.name, encode)
+        too_long = "split" if source.is_text else self.too_long
+        file, encoder, max_length = None, self.encoder, self.max_length
+
+        def encode_pieces(raw, place):
+            # Refers to the encoder and not to `self`: the rows refer to the file and so
+            # to this function, and such a cycle would keep temporary files after the
+            # data set is deleted.
+            encoded = encoder.encode(raw, None, place, False)
+            return cut_row(encoded, max_length, too_long)
+
+        if split == "train" and isinstance(self.rows[split], StreamedRows):
+            file = JsonLines(source.name, encode_pieces)
             source = file.source
-        too_long = "split" if source.is_text else self._limit.too_long
-        limit = self._limit._replace(too_long=too_long)
-        cutter, kind = _Cutter(source.name, limit), ""
-        splits = itertools.repeat(split)
-        if split == "train":
-            splits = self._splits.of_train_rows
-        for row_split, kind, encoded in _encode_rows(source, self._encoder, splits):
-            # Each piece of a long text is a row, and draws a split of its own.
+        splits = self.train_splits if split == "train" else itertools.repeat(split)
+        rows, kind = _encode_rows(source, encoder, splits), ""
+        limits = max_length, too_long, self.notes
+        for row_split, pieces in _cut_rows(source.name, rows, *limits):
+            # Each piece of a long text is a row, and draws a split of its own. `zip`
+            # asks the pieces first, and so draws no split after the last piece.
             piece_splits = itertools.chain([row_split], splits)
-            self._add(cutter.cut(kind, encoded), piece_splits, file)
-        cutter.finish(self.notes)
+            pairs = zip(enumerate(pieces), piece_splits, strict=False)
+            for (index, piece), piece_split in pairs:
+                self._add(piece, piece_split, file, index)
+                kind = piece.kind  # the same for all rows
         return kind
 
     def _add(
-        self, pieces: list[Encoded], splits: Iterator[str], file: JsonLines | None
+        self, piece: Encoded, split: str, file: JsonLines | None, index: int
     ) -> None:
-        # `zip` asks `pieces` first, and so draws no split after the last piece.
-        pairs = zip(pieces, splits, strict=False)
-        for index, ((row, example, straddles), split) in enumerate(pairs):
-            self.num_straddling += straddles
-            self.examples[split] += [example] if example else []
-            if split != "test":
-                self._hash(row)
-            if split == "train":
-                self.num_targets += sum(x.num_trained for x in row.sequences)
-                self.num_tokens += sum(len(x.ids) for x in row.sequences)
-            if file is not None and split == "train":
-                self.rows[split].add(file, index, row)
-            elif self._separates_pairs:
-                self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
-            else:
-                self.rows[split].append(row)
+        row, example, straddles, _ = piece
+        self.num_straddling += straddles
+        self.examples[split] += [example] if example else []
+        if split != "test":
+            self._hash(row)
+        if split == "train":
+            self.num_targets += sum(x.num_trained for x in row.sequences)
+            self.num_tokens += sum(len(x.ids) for x in row.sequences)
+        if file is not None and split == "train":
+            self.rows[split].add(file, index, row)
+        elif self.separates_pairs:
+            self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
+        else:
+            self.rows[split].append(row)
 
     def _hash(self, row: Row) -> None:
         for sequence in row.sequences:
@@ -292,7 +284,7 @@ class _Reader:
     def all_notes(self) -> tuple[str, ...]:
         """Returns the notes on data sets, unused keys and straddling tokens."""
         notes = [*self.notes]
-        if unused := self._encoder.unused:
+        if unused := self.encoder.unused:
             notes.append(f"ignored keys of rows: {', '.join(unused)}")
         if self.num_straddling:
             notes.append(
@@ -331,108 +323,97 @@ def read_rows(
     """
     encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
     source = open_file(path)
-    encoded = [x for *_, x in _encode_rows(source, encoder, itertools.repeat("train"))]
+    encoded = [x for _, x in _encode_rows(source, encoder, itertools.repeat("train"))]
     if source.is_text and max_length is not None:
-        encoded = [y for x in encoded for y in cut_row("text", x, max_length, "split")]
+        encoded = [y for x in encoded for y in cut_row(x, max_length, "split")]
     return [x.row for x in encoded]
 
 
 def _encode_rows(
     source: Source, encoder: Encoder, splits: Iterator[str]
-) -> Iterator[tuple[str, str, Encoded]]:
-    # Yields the split, the kind and the tokens of each row. Rows of other splits than
-    # "train" have examples. Wrong rows are rejected together, at the end.
+) -> Iterator[tuple[str, Encoded]]:
+    # Yields the split and the tokens of each row. Rows of other splits than "train"
+    # have examples. Wrong rows are rejected together, at the end.
     kind = None  # the kind of the first row, which all other rows must have too
 
     def encode(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
-        return split, *encoder.encode(raw, kind, place, split != "train")
+        return split, encoder.encode(raw, kind, place, split != "train")
 
-    for split, kind, encoded in converted(source, encode):
-        yield split, kind, encoded
+    for split, encoded in converted(source, encode):
+        kind = encoded.kind
+        yield split, encoded
     if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")
 
 
-def _encode_pieces(
-    encoder: Encoder, max_length: int, too_long: str, raw: Any, place: str
-) -> list[Encoded]:
-    kind, encoded = encoder.encode(raw, None, place, False)
-    return cut_row(kind, encoded, max_length, too_long)
-
-
-def cut_row(
-    kind: str, encoded: Encoded, max_length: int, too_long: str
-) -> list[Encoded]:
+def cut_row(encoded: Encoded, max_length: int, too_long: str) -> list[Encoded]:
     """Returns the pieces of a row, or the row itself if it fits or will be refused."""
     ids, labels, place, *_ = row = encoded.row
-    if row.longest <= max_length or too_long == "refuse":
+    is_refused = too_long == "refuse"
+    is_refused |= too_long == "split" and encoded.kind != "text"
+    if row.longest <= max_length or is_refused:
         return [encoded]
     if too_long == "split":
-        if kind != "text":
-            return [encoded]
         # A piece begins with the last token of the piece before it, from which its
         # second token is predicted. So each token but the first is a target once.
         starts = range(0, len(ids) - 1, max_length - 1)
         spans = [slice(start, start + max_length) for start in starts]
-        return [Encoded(Row(ids[span], labels[span], place)) for span in spans]
+        pieces = [Row(ids[span], labels[span], place) for span in spans]
+        return [encoded._replace(row=piece, example=None) for piece in pieces]
     row = row.truncated(max_length)
     # A truncated row has no example, since its answer may be cut.
     is_kept = too_long == "truncate" and row.is_trained
-    return [Encoded(row, None, encoded.straddles)] if is_kept else []
+    return [encoded._replace(row=row, example=None)] if is_kept else []
 
 
-class _Cutter:
-    """Cuts the rows of a source that are too long, and counts them."""
-
-    def __init__(self, name: str, limit: _LengthLimit):
-        self._name, (self._max_length, self._too_long) = name, limit
-        self._num_rows = self._num_pieces = self._num_long = self._longest = 0
-        self._refused: list[str] = []  # the places of rows that are too long
-        self._untrained: list[str] = []  # the places of rows without a target
-
-    def cut(self, kind: str, encoded: Encoded) -> list[Encoded]:
-        """Returns the pieces of a row."""
-        pieces = cut_row(kind, encoded, self._max_length, self._too_long)
+def _cut_rows(
+    name: str,
+    rows: Iterator[tuple[str, Encoded]],
+    max_length: int,
+    too_long: str,
+    notes: list[str],
+) -> Iterator[tuple[str, list[Encoded]]]:
+    # Yields the split and the pieces of each row. At the end, rejects wrong rows, and
+    # adds a note about those that were cut.
+    num_rows = num_pieces = num_long = longest = 0
+    refused, untrained = (
+        [],
+        [],
+    )  # the places of rows that are too long or have no target
+    for split, encoded in rows:
+        pieces = cut_row(encoded, max_length, too_long)
         size, place = encoded.row.longest, encoded.row.place
-        self._num_rows += 1
-        self._num_pieces += len(pieces)
-        if size > self._max_length:
-            self._num_long += 1
-            self._longest = max(self._longest, size)
-            if pieces and pieces[0] is encoded:
-                self._refused.append(f"{place} ({size:,} tokens)")
-        self._untrained += [place for x in pieces if not x.row.is_trained]
-        return pieces
-
-    def finish(self, notes: list[str]) -> None:
-        """Rejects the wrong rows, and adds a note about those that were cut."""
-        name, limit, num_long = self._name, self._max_length, self._num_long
-        if self._refused:
-            raise ValueError(
-                f"rows must have at most `max_length` = {limit} tokens; the longest "
-                f"has {self._longest:,}. Raise it, or set `too_long` to drop or "
-                "truncate, or to split, which is for rows of `text`.\n  "
-                + listing(self._refused)
-            )
-        if not self._num_pieces:
-            raise ValueError(
-                f"{name} must have rows of at most {limit} tokens. Got none."
-            )
-        if self._untrained:
-            raise ValueError(
-                f"rows of {name} must have a token to train on. These have none:\n  "
-                + listing(self._untrained)
-            )
-        if num_long and self._too_long == "split":
-            notes.append(
-                f"{name}: texts of more than {limit} tokens continue in the next row: "
-                f"{self._num_pieces:,} rows of {self._num_rows:,} texts."
-            )
-        elif num_long:
-            num_dropped = self._num_rows - self._num_pieces
-            notes.append(
-                f"{name}: of {num_long:,} rows with more than {limit} tokens, "
-                f"{num_dropped:,} are dropped and {num_long - num_dropped:,} "
-                f"truncated; the longest has {self._longest:,}."
-            )
+        num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
+        num_long, longest = num_long + (size > max_length), max(longest, size)
+        if size > max_length and pieces and pieces[0] is encoded:
+            refused.append(f"{place} ({size:,} tokens)")
+        untrained += [place for x in pieces if not x.row.is_trained]
+        yield split, pieces
+    if refused:
+        raise ValueError(
+            f"rows must have at most `max_length` = {max_length} tokens; the longest "
+            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate, or to "
+            f"split, which is for rows of `text`.\n  {listing(refused)}"
+        )
+    if not num_pieces:
+        raise ValueError(
+            f"{name} must have rows of at most {max_length} tokens. Got none."
+        )
+    if untrained:
+        raise ValueError(
+            f"rows of {name} must have a token to train on. These have none:\n  "
+            + listing(untrained)
+        )
+    if num_long and too_long == "split":
+        notes.append(
+            f"{name}: texts of more than {max_length} tokens continue in the next row: "
+            f"{num_pieces:,} rows of {num_rows:,} texts."
+        )
+    elif num_long:
+        num_dropped = num_rows - num_pieces
+        notes.append(
+            f"{name}: of {num_long:,} rows with more than {max_length} tokens, "
+            f"{num_dropped:,} are dropped and {num_long - num_dropped:,} truncated; "
+            f"the longest has {longest:,}."
+        )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import kinds
-from .chat_tokenizer import Marked, Messages, Tokenizer, Tools
+from .chat_tokenizer import Marked, Messages, Tokenizer, Tools, encode_with_offsets
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
@@ -96,6 +96,7 @@ class Encoded(NamedTuple):
     row: Row
     example: Example | None = None
     straddles: bool = False  # whether a token covers text of both prompt and answer
+    kind: str = ""
 
 
 class _Tokens(NamedTuple):
@@ -138,8 +139,8 @@ class Encoder:
 
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
-    ) -> tuple[str, Encoded]:
-        """Returns the kind and tokens of a row. With `kind`, rejects other kinds."""
+    ) -> Encoded:
+        """Returns the tokens of a row. With `kind`, rejects rows of other kinds."""
         fields = kinds.find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
@@ -155,7 +156,7 @@ class Encoder:
             encoded = self._encode_preference(fields, place, with_example)
         else:
             encoded = self._encode_answers(fields, place, with_example)
-        return fields.kind, encoded
+        return encoded._replace(kind=fields.kind)
 
     def _encode_ids(self, fields: kinds.Fields, place: str) -> Row:
         ids = self._check_ids("input_ids", fields.values["input_ids"])
@@ -237,17 +238,18 @@ class Encoder:
             for name, group in groups.items()
             for index, message in enumerate(group)
         ]
-        may_train = [is_trained for _, is_trained in pairs]
+        messages, may_train = zip(*pairs, strict=True)
         if self.train_on == "all" and not all(may_train):
             raise ValueError(
                 "messages must not have a `weight` of 0 or `train: false` where all "
                 "tokens are trained (`train_on`)."
             )
-        messages = chat.adapt_contents([message for message, _ in pairs], tools)
+        messages = chat.adapt_contents(messages, tools)
         # 2. Render, and check that the text has all parts of the row.
         rendering, iterator = chat.render(messages, tools), iter(messages)
         row: dict[str, Any] = {
-            name: [next(iterator) for _ in groups[name]] for name in groups
+            name: [*itertools.islice(iterator, len(group))]
+            for name, group in groups.items()
         }
 
         def render_variant(row):
@@ -259,8 +261,8 @@ class Encoder:
         check_nothing_omitted(render_variant, row, rendering.text, source)
         # 3. Find the answers to train on.
         first = len(messages) - len(row.get("completion", messages))
-        turns = [i for i, x in enumerate(messages) if x["role"] == "assistant"]
-        turns = [turn for turn in turns if turn >= first]
+        roles = enumerate(message["role"] for message in messages)
+        turns = [i for i, role in roles if role == "assistant" and i >= first]
         turns = turns[-1:] if self.train_on == "last" else turns
         turns = [turn for turn in turns if may_train[turn]]
         try:
@@ -274,17 +276,15 @@ class Encoder:
             return Marked(rendering.text, [], True)
 
     def _tokenize(self, text: str, is_rendered: bool) -> _Tokens:
-        encoding = self.tokenizer.encode_with_offsets(text, not is_rendered)
-        starts, ends, added, last = [], [], [], 0
-        pairs = zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
-        for is_special, (start, end) in pairs:
-            # Special tokens in the text have a span; those that were added do not.
-            added.append(bool(is_special) and start == end)
-            starts.append(last if added[-1] else min(start, last))
-            last = last if added[-1] else max(last, end)
-            ends.append(last)
-        is_added = np.array(added, bool)
-        return _Tokens(encoding.ids, np.array(starts), np.array(ends), is_added)
+        encoding = encode_with_offsets(self.tokenizer, text, not is_rendered)
+        starts, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
+        # Special tokens in the text have a span; those that were added do not.
+        added = np.array(encoding.special_tokens_mask, bool) & (starts == ends)
+        # No token begins after the end of the text that is covered so far.
+        ends = np.maximum.accumulate(np.where(added, 0, ends))
+        covered = np.concatenate([[0], ends])[:-1]
+        starts = np.where(added, covered, np.minimum(starts, covered))
+        return _Tokens(encoding.ids, starts, ends, added)
 
     def _find_targets(
         self, tokens: _Tokens, marked: Marked

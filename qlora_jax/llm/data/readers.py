@@ -53,9 +53,7 @@ def _open(path: pathlib.Path, is_zipped: bool) -> IO[bytes]:
 def _has_row_per_line(path: pathlib.Path, is_zipped: bool) -> bool:
     # Many .json files are JSON lines: their first line is an object by itself.
     with _open(path, is_zipped) as file, contextlib.suppress(*_DAMAGE):
-        lines = iter(lambda: file.readline(MAX_BYTES).removeprefix(_BOM), b"")
-        first_line = next(filter(bytes.strip, lines), b"")
-        return isinstance(ql.io.parse_json(first_line, "the line"), dict)
+        return isinstance(next(read_jsonl(file), (0, None))[1], dict)
     return False
 
 
@@ -95,7 +93,7 @@ def file_stamp(file: pathlib.Path | int) -> tuple[int, ...]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
 
-def read_jsonl(file: BinaryIO) -> Rows:
+def read_jsonl(file: IO[bytes]) -> Rows:
     """Yields the row of each line that is not blank."""
     # The limit keeps a file without line breaks from filling the memory.
     lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
