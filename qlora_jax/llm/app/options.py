@@ -79,8 +79,8 @@ def option(
         is_identity: Whether a resumed run must have the same value. Options that do not
             affect the trained weights may change.
     """
-    metadata = dict(name=name, aliases=aliases, section=section, limit=limit)
-    metadata["is_identity"] = is_identity
+    metadata: dict[str, object] = dict(name=name, aliases=aliases, section=section)
+    metadata |= dict(limit=limit, is_identity=is_identity)
     if isinstance(default, dict | list):
         field: Any = dataclasses.field(default_factory=default.copy, metadata=metadata)
     else:
