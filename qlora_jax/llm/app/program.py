@@ -47,8 +47,12 @@ def make_program(
     config: TrainConfig,
     decoder: DecoderConfig,
     backend: str | Sequence[str] | None = None,
+    learning_rates: Sequence[float] | None = None,
 ) -> Program:
-    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`."""
+    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`.
+
+    With `learning_rates`, the step is that of a sweep.
+    """
     module = Decoder(
         decoder,
         dtype=jnp.dtype(config.dtype),
@@ -59,15 +63,18 @@ def make_program(
     )
     # Parameters may be packed, with adapters in the collection `lora`.
     model = ql.linen.wrap(module, scanned=module.scanned, backend=backend)
-    optimizer = optimizers.make_optimizer(
-        config.optimizer,
-        make_schedule(config),
-        clip=config.clip or None,  # 0 turns clipping off
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        offload=config.offload_optimizer,
-    )
+
+    def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        return optimizers.make_optimizer(
+            config.optimizer,
+            make_schedule(config, learning_rate),
+            clip=config.clip or None,  # 0 turns clipping off
+            weight_decay=config.weight_decay,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            offload=config.offload_optimizer,
+        )
+
     # The weight of the loss that balances the load of the experts.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
     if config.objective == "sft":
@@ -83,15 +90,19 @@ def make_program(
         eval_loss = loss = preference_loss(
             model, config.objective, beta=config.beta, gamma=config.gamma
         )
-    step = make_step(loss, optimizer)
+    optimizer = make_optimizer(config.learning_rate)
+    if learning_rates is None:
+        step = make_step(loss, optimizer)
+    else:
+        step = make_step(loss, make_optimizer, learning_rates)
     return Program(model, loss, eval_loss, optimizer, step)
 
 
-def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the step."""
+def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step, from its peak."""
     return optimizers.make_schedule(
         config.schedule,
-        config.learning_rate,
+        learning_rate,
         config.steps or 1,
         warmup=config.warmup or 0,
         end=config.end_learning_rate,

@@ -217,7 +217,9 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
         block_size=packing.block_size,
         double_quant=packing.double_quant,
     )
-    make_schedule(resolved)  # raises if the schedule does not fit the steps
+    make_schedule(
+        resolved, resolved.learning_rate
+    )  # raises if the schedule does not fit the steps
     return resolved
 
 

@@ -1,6 +1,15 @@
 """Training: losses, optimizers, steps, states and results."""
 
-from .loop import Best, Loop, fit
+from .callbacks import (
+    Best,
+    CheckFinite,
+    Evaluate,
+    ForMembers,
+    LogRows,
+    SaveStates,
+    ShowProgress,
+)
+from .loop import Callback, Training, fit
 from .objective import decoder_loss, make_mean_loss, preference_loss
 from .optimizer import make_optimizer, make_schedule
 from .outputs import (
@@ -13,22 +22,27 @@ from .outputs import (
     save_adapter,
 )
 from .state import Checkpoints
-from .step import JointStep, Report, State, Step, make_joint_step, make_step
+from .step import Report, State, Step, make_step
 from .target_modules import find_target_paths
 
 __all__ = [
     "Best",
+    "Callback",
+    "CheckFinite",
     "Checkpoints",
-    "JointStep",
-    "Loop",
+    "Evaluate",
+    "ForMembers",
+    "LogRows",
     "Metrics",
     "Report",
+    "SaveStates",
+    "ShowProgress",
     "State",
     "Step",
+    "Training",
     "decoder_loss",
     "find_target_paths",
     "fit",
-    "make_joint_step",
     "make_mean_loss",
     "make_optimizer",
     "make_schedule",
