@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -55,8 +55,17 @@ class Best:
         return is_lowest
 
 
+@dataclass(eq=False)
 class Evaluate(Callback):
     """Evaluates the adapter before the first step, at intervals, and after the last.
+
+    Attributes:
+        evaluate: A function of the state that returns metrics.
+        every: The number of steps between evaluations. None evaluates only before the
+            first step and after the last one.
+        best: Finds the step with the lowest `valid_loss`, after the first step.
+        patience: With `best`: training ends after this many evaluations in a row
+            without a lower loss. None never ends it early.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -67,51 +76,42 @@ class Evaluate(Callback):
         {'valid_loss': 2.5}
     """
 
-    def __init__(
-        self,
-        evaluate: Callable[[State], Mapping[str, float]],
-        every: int | None = None,
-        best: Best | None = None,
-        patience: int | None = None,
-    ):
-        """Stores the settings.
-
-        Args:
-            evaluate: A function of the state that returns metrics.
-            every: The number of steps between evaluations. None evaluates only before
-                the first step and after the last one.
-            best: Finds the step with the lowest `valid_loss`, after the first step.
-            patience: With `best`: training ends after this many evaluations in a row
-                without a lower loss. None never ends it early.
-        """
-        self._evaluate, self._every = evaluate, every
-        self._best, self._patience = best, math.inf if patience is None else patience
+    evaluate: Callable[[State], Mapping[str, float]]
+    every: int | None = None
+    best: Best | None = None
+    patience: int | None = None
 
     def on_start(self, training: Training) -> None:
         # Evaluate the initial adapter, so that later metrics can be compared with it.
         if training.step == 0:
-            training.evaluation = self._evaluate(training.state)
+            training.evaluation = self.evaluate(training.state)
             training.row = {"step": 0, **training.evaluation}
         self._check_patience(training)  # the run may have been resumed after its end
 
     def on_step(self, training: Training) -> None:
-        if not training.is_due(self._every):
-            return
-        training.evaluation = self._evaluate(training.state)
-        training.row |= training.evaluation
-        if self._best is not None:
-            self._best.see(training.step, training.evaluation["valid_loss"])
-        self._check_patience(training)
+        if training.is_due(self.every):
+            training.evaluation = self.evaluate(training.state)
+            training.row |= training.evaluation
+            if self.best is not None:
+                self.best.see(training.step, training.evaluation["valid_loss"])
+            self._check_patience(training)
 
     def _check_patience(self, training: Training) -> None:
-        if self._best is not None and self._best.since >= self._patience:
-            training.is_over = True
+        if self.best is not None and self.patience is not None:
+            training.is_over |= self.best.since >= self.patience
 
 
+@dataclass(eq=False)
 class CheckFinite(Callback):
     """Ends a run, or skips the update, if a loss or a gradient is not finite.
 
     If only the new adapter is not finite, the run always ends.
+
+    Attributes:
+        states: The saved states of the run, the last of which the error names.
+        metrics: Writes the metrics of the step before the error is raised.
+        on_nan: What to do if the loss or the gradient is not finite: "stop" with a
+            FloatingPointError, or "skip" the update.
 
     Example:
         >>> import tempfile
@@ -125,21 +125,9 @@ class CheckFinite(Callback):
         FloatingPointError: step 7 has loss nan and gradient norm 1. No checkpoint ...
     """
 
-    def __init__(
-        self,
-        states: Checkpoints,
-        metrics: Metrics | None = None,
-        on_nan: Literal["stop", "skip"] = "stop",
-    ):
-        """Stores the settings.
-
-        Args:
-            states: The saved states of the run, the last of which the error names.
-            metrics: Writes the metrics of the step before the error is raised.
-            on_nan: What to do if the loss or the gradient is not finite: "stop" with a
-                FloatingPointError, or "skip" the update.
-        """
-        self._states, self._metrics, self._on_nan = states, metrics, on_nan
+    states: Checkpoints
+    metrics: Metrics | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
 
     def on_step(self, training: Training) -> None:
         if np.all(training.is_finite):
@@ -149,24 +137,29 @@ class CheckFinite(Callback):
             f"step {training.step} has loss {loss:.4g} and gradient norm {norm:.4g}"
         )
         is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        if self._on_nan == "skip" and is_skipped:
+        if self.on_nan == "skip" and is_skipped:
             if jax.process_index() == 0:
                 tqdm.write(f"{problem}: its update is skipped", file=sys.stderr)
             return
         if not is_skipped:
             problem += ", but its new adapter weights are not finite"
         advice = ", or `on_nan: skip`" if is_skipped else ""
-        if self._metrics is not None:
-            self._metrics.on_step(training)
-        self._states.wait()
+        if self.metrics is not None:
+            self.metrics.on_step(training)
+        self.states.wait()
         raise FloatingPointError(
-            f"{problem}. {describe_latest(self._states)}. Try a smaller "
+            f"{problem}. {describe_latest(self.states)}. Try a smaller "
             f"`learning_rate`{advice}."
         )
 
 
+@dataclass(eq=False)
 class LogRows(Callback):
     """Passes the metrics of some steps, and of all evaluations, to a logger.
+
+    Attributes:
+        log_row: A function of the metrics of a step.
+        every: The number of steps between calls.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -176,22 +169,16 @@ class LogRows(Callback):
         {'step': 2, 'loss': 1.5}
     """
 
-    def __init__(self, log_row: Callable[[Mapping[str, Any]], object], every: int = 1):
-        """Stores the settings.
-
-        Args:
-            log_row: A function of the metrics of a step.
-            every: The number of steps between calls.
-        """
-        self._log_row, self._every = log_row, every
+    log_row: Callable[[Mapping[str, Any]], object]
+    every: int = 1
 
     def on_start(self, training: Training) -> None:
         if training.evaluation:
-            self._log_row(training.row)
+            self.log_row(training.row)
 
     def on_step(self, training: Training) -> None:
-        if training.evaluation or training.is_due(self._every):
-            self._log_row(training.row)
+        if training.evaluation or training.is_due(self.every):
+            self.log_row(training.row)
 
 
 # Validation losses and their labels. The progress shows the first that is computed.
@@ -215,7 +202,7 @@ class ShowProgress(Callback):
             every: The number of steps between lines. Steps with an evaluation always
                 have one. With None, about ten lines are printed.
         """
-        self._every, self._validation = every, ""
+        self.every, self._validation = every, ""
         self._bar: Any = None
 
     def __enter__(self) -> "ShowProgress":
@@ -239,7 +226,7 @@ class ShowProgress(Callback):
         if "is_compiled" in row:
             speed = f"{row['seconds']:.1f} s with compilation"
         status = f"loss {row['loss']:.4f}{self._validation}, {speed}"
-        is_due = training.is_due(self._every or math.ceil(steps / 10))
+        is_due = training.is_due(self.every or math.ceil(steps / 10))
         if (is_due or training.evaluation) and bar.disable and not jax.process_index():
             print(f"step {training.step:,} of {steps:,}: {status}", file=sys.stderr)
         bar.set_postfix_str(status)
@@ -256,8 +243,15 @@ class ShowProgress(Callback):
                 return
 
 
+@dataclass(eq=False)
 class SaveStates(Callback):
     """Saves the state at intervals, of the best step, and after the last step.
+
+    Attributes:
+        states: Saves the states.
+        every: The number of steps between saved states.
+        metadata: JSON values to save with each state, besides its position in the data.
+        best: The step with the lowest validation loss, whose state is kept too.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -273,45 +267,30 @@ class SaveStates(Callback):
         {'seed': 0, 'position': {'row': 8}}
     """
 
-    def __init__(
-        self,
-        states: Checkpoints,
-        every: int = 100,
-        *,
-        metadata: Mapping[str, Any] | None = None,
-        best: Best | None = None,
-    ):
-        """Stores the settings.
-
-        Args:
-            states: Saves the states.
-            every: The number of steps between saved states.
-            metadata: JSON values to save with each state, besides its position in the
-                data.
-            best: The step with the lowest validation loss, whose state is kept too.
-        """
-        self._states, self._every, self._best = states, every, best
-        self._metadata = metadata or {}
-        self._saved_step: int | None = None
+    states: Checkpoints
+    every: int = 100
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    best: Best | None = None
+    _saved_step: int | None = None
 
     def on_start(self, training: Training) -> None:
         self._saved_step = training.step
 
     def on_step(self, training: Training) -> None:
-        is_best = self._best is not None and self._best.step == training.step
-        if is_best or training.is_due(self._every):
+        is_best = self.best is not None and self.best.step == training.step
+        if is_best or training.is_due(self.every):
             self._save(training)
 
     def on_end(self, training: Training) -> None:
         if self._saved_step != training.step:
             self._save(training)
-        self._states.wait()
+        self.states.wait()
 
     def _save(self, training: Training) -> None:
-        metadata = {**self._metadata, "position": training.batches.get_state()}
-        if self._best is not None:
-            metadata["best"], self._states.best = asdict(self._best), self._best.step
-        self._states.save(training.state, metadata)
+        metadata = {**self.metadata, "position": training.batches.get_state()}
+        if self.best is not None:
+            metadata["best"], self.states.best = asdict(self.best), self.best.step
+        self.states.save(training.state, metadata)
         self._saved_step = training.step
 
 
