@@ -16,19 +16,36 @@ from .run_results import SweepResult, TrainResult
 from .scoring import Score, Scores, score
 from .servers import Pair, Pairs, pairs
 from .train_config import TrainConfig
+from .train_groups import (
+    AdapterConfig,
+    DataConfig,
+    DevicesConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TrainingConfig,
+)
 from .training import train
 from .writing import Repacked, Written, export
 
 __all__ = [
+    "AdapterConfig",
     "Answer",
     "CheckConfig",
     "Checked",
     "Contents",
+    "DataConfig",
+    "DevicesConfig",
+    "EvaluationConfig",
     "ExportConfig",
     "GenerateConfig",
     "Generated",
     "InspectConfig",
     "Leaf",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OutputConfig",
     "Pair",
     "Pairs",
     "PairsConfig",
@@ -40,6 +57,7 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "TrainResult",
+    "TrainingConfig",
     "Written",
     "check",
     "export",

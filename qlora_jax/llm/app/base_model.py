@@ -38,8 +38,9 @@ from .configs import (
     ScoreConfig,
 )
 from .processes import log
-from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
+from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
 from .train_config import TrainConfig
+from .train_groups import AdapterConfig, ModelConfig
 
 NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
 MLX_ADAPTER = "adapters.safetensors"
@@ -235,7 +236,7 @@ def open_model(
         config,
         abstract_params(config),
         adapter=adapter_path,
-        recode=recode or any(run.recode for run in runs_of(adapter)),
+        recode=recode or any(run.model.recode for run in runs_of(adapter)),
         name=name,
         source=description,
     )
@@ -297,13 +298,13 @@ def runs_of(
 ) -> list[TrainConfig]:
     """Returns the settings of a run, or of the runs that wrote the adapters."""
     if run is not None:
-        return [TrainConfig(**read_settings(pathlib.Path(run) / CONFIG))]
+        return [read_run_config(pathlib.Path(run) / CONFIG)]
     runs = []
     for adapter in _split_adapters(adapters):
         path = pathlib.Path(adapter).parent / CONFIG
         # Another program may have written a file of this name.
         with contextlib.suppress(OSError, TypeError, ValueError):
-            runs.append(TrainConfig(**read_settings(path)))
+            runs.append(read_run_config(path))
     return runs
 
 
@@ -321,10 +322,10 @@ def open_run(
             f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
             f"{STATE}. Got {describe_path(folder)}."
         )
-    run = TrainConfig(**read_settings(folder / CONFIG))
-    model = open_model(source or run.model, recode=run.recode)
+    run = read_run_config(folder / CONFIG)
+    model = open_model(source or run.model.path, recode=run.model.recode)
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
-    base, lora = init_shapes(model.base, adapters_for(run, model))
+    base, lora = init_shapes(model.base, adapters_for(run.adapter, model))
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
@@ -350,7 +351,7 @@ def training_load_options(
     """
     runs = runs_of(config.adapter, config.run)
     is_like_run = bool(runs) and not _packs_differently(config, runs[0])
-    settings: Any = runs[0] if is_like_run else config
+    settings: Any = runs[0].model if is_like_run else config
     if settings.fmt is None and model.stored_fmt is None:
         for name in PACKING_OPTIONS[1:]:
             if (value := getattr(settings, name, None)) is not None:
@@ -359,25 +360,30 @@ def training_load_options(
                     f"packed the model. Got `{name}` {value}."
                 )
     for run in runs:
-        is_other_model = os.path.realpath(model.name) != os.path.realpath(run.model)
+        is_other_model = os.path.realpath(model.name) != os.path.realpath(
+            run.model.path
+        )
         if is_other_model or _packs_differently(settings, run):
             fmt = settings.fmt or model.stored_fmt or "none"
             log(
-                f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
-                f"base here is a different one: {model.name} with fmt {fmt}"
+                f"note: {run.output.out} was trained on {run.model.path} with fmt "
+                f"{run.model.fmt}. The base here is a different one: {model.name} with "
+                f"fmt {fmt}"
             )
     double_quant = getattr(settings, "double_quant", None)
     packing = model.packing(settings.fmt or "none", settings.block_size, double_quant)
     if packing is None:
         return {}
     # Training rounded the weights to its dtype before it packed them.
-    dtype = {"dtype": settings.dtype} if isinstance(settings, TrainConfig) else {}
+    dtype = {"dtype": settings.dtype} if isinstance(settings, ModelConfig) else {}
     return {"packing": packing, **dtype}
 
 
 def _packs_differently(config: object, run: TrainConfig) -> bool:
     # None, the default of an option, means the value of the run.
-    options = [(getattr(config, x, None), getattr(run, x)) for x in PACKING_OPTIONS]
+    options = [
+        (getattr(config, x, None), getattr(run.model, x)) for x in PACKING_OPTIONS
+    ]
     return any(value not in (None, trained) for value, trained in options)
 
 
@@ -394,16 +400,16 @@ def read_as_trained(
     return dataclasses.replace(model, base=base)
 
 
-def adapters_for(config: TrainConfig, model: BaseModel) -> ql.QLoRAConfig:
+def adapters_for(config: AdapterConfig, model: BaseModel) -> ql.QLoRAConfig:
     """Returns the settings of the adapters that a run trains."""
     targets = find_target_paths(config.target_modules, model.base, model.names)
     return ql.QLoRAConfig(
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
+        rank=config.rank,
+        alpha=config.alpha,
         fmt=None,  # reading the model has already packed its kernels
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
-        dropout=config.lora_dropout,
-        rank_stabilized=config.use_rslora,
+        dropout=config.dropout,
+        rank_stabilized=config.rank_stabilized,
         use_dora=config.use_dora,
     )

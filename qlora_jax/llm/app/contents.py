@@ -15,7 +15,7 @@ from ..gguf.open_file import field, open_gguf
 from ..train.outputs import plural, read_metrics
 from .base_model import MLX_ADAPTER, NATIVE_ADAPTER
 from .configs import InspectConfig
-from .run_folder import CONFIG, METRICS, RESULT, is_run, read_settings
+from .run_folder import CONFIG, METRICS, RESULT, is_run, read_run_config
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def inspect(config: InspectConfig) -> Contents:
 
 
 def _inspect_run(path: pathlib.Path) -> Contents:
-    settings, file = read_settings(path / CONFIG), path / RESULT
+    file, settings = path / RESULT, read_run_config(path / CONFIG).to_settings()
     result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     rows = read_metrics(path / METRICS)
     about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}

@@ -42,16 +42,20 @@ class Evaluation:
         self._compute_means = make_means(program.eval_loss)
         self._path = run.folder / ANSWERS
         batches = eval_batches(
-            run.data.valid, batch_size=config.batch_size, max_length=config.max_length
+            run.data.valid,
+            batch_size=config.training.batch_size,
+            max_length=config.training.max_length,
         )
         self._batches = [*map(make_put(run.mesh), batches)]
         # Empty if every evaluation uses all batches.
-        num_training_batches = (config.steps or 0) * config.accumulation
-        is_full = config.eval_every or config.keep_best
+        num_training_batches = (
+            config.training.steps or 0
+        ) * config.training.accumulation
+        is_full = config.evaluation.eval_every or config.evaluation.keep_best
         self._sample = [] if is_full else sample(self._batches, num_training_batches)
-        self._examples = run.data.valid_examples[: config.eval_examples]
+        self._examples = run.data.valid_examples[: config.evaluation.eval_examples]
         self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
-        max_new_tokens = config.max_new_tokens
+        max_new_tokens = config.evaluation.max_new_tokens
         if max_new_tokens is None:
             expected_ids = (
                 self._tokenizer.encode(x.answer, add_special_tokens=False)
@@ -70,7 +74,7 @@ class Evaluation:
     def __call__(self, state: State, is_end: bool = False) -> dict[str, float]:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
         numbers, step, config = {}, int(state.step), self._config
-        is_end = is_end or step in (0, config.steps)
+        is_end = is_end or step in (0, config.training.steps)
         if self._sample:
             means = self._compute_means(self._base, state.lora, self._sample)
             numbers |= {f"valid_sample_{name}": mean for name, mean in means.items()}
@@ -78,10 +82,10 @@ class Evaluation:
             means = self._compute_means(self._base, state.lora, self._batches)
             numbers |= {f"valid_{name}": mean for name, mean in means.items()}
             loss = numbers["valid_loss"]
-            if config.objective == "sft":
+            if config.training.objective == "sft":
                 # exp(709.8) is the largest float.
                 numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        if self._examples and (is_end or config.eval_every):
+        if self._examples and (is_end or config.evaluation.eval_every):
             numbers["exact_match"] = self._evaluate_answers(state)
         return numbers
 
@@ -94,7 +98,7 @@ class Evaluation:
             self._tokenizer,
             self._examples,
             max_new_tokens=self._max_new_tokens,
-            batch_size=config.eval_batch_size,
+            batch_size=config.evaluation.eval_batch_size,
             progress=is_first(),
         )
         texts = [answer.text for answer in generated]
@@ -106,7 +110,7 @@ class Evaluation:
 
     def _show(self, texts: list[str], title: str) -> None:
         lines, rows = [title], zip(self._examples, self._prompts, texts, strict=True)
-        for example, prompt, text in [*rows][: self._config.samples]:
+        for example, prompt, text in [*rows][: self._config.evaluation.samples]:
             verdict = "exact" if text.strip() == example.answer.strip() else "wrong"
             prompt = prompt.strip()[-_SHOWN_CHARACTERS:]
             answer = text[:_SHOWN_CHARACTERS]

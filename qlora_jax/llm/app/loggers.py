@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import dataclasses
 import importlib
 import pathlib
 import secrets
@@ -37,7 +36,9 @@ def open_loggers(run: Run, resume_after: int | None) -> Iterator[LogRow]:
     log_functions: list[LogStep] = []
     with contextlib.ExitStack() as stack:
         with all_or_none():
-            for name in run.config.loggers if is_first() else ():  # one log per run
+            for name in (
+                run.config.output.loggers if is_first() else ()
+            ):  # one log per run
                 open_logger = _tensorboard if name == "tensorboard" else _wandb_like
                 log_step = stack.enter_context(open_logger(name, run, resume_after))
                 log_functions.append(log_step)
@@ -76,7 +77,7 @@ def _wandb_like(name: str, run: Run, resume_after: int | None) -> Iterator[LogSt
     log_id = path.read_text("utf-8")
     settings: dict[str, Any] = dict(
         name=f"{run.folder.resolve().name}-{log_id}",
-        config=dataclasses.asdict(run.config),
+        config=run.config.to_settings(),
         resume="allow",
     )
     if name == "wandb":

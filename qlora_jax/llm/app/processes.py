@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ..train.loop import Callback, Training
-from .train_config import TrainConfig
+from .train_groups import DevicesConfig
 
 _HEARTBEAT = 60  # seconds without a heartbeat after which the other processes stop
 _MAX_BYTES = 1 << 14  # the maximum size of a text to broadcast
@@ -23,7 +23,7 @@ _SHARED_SECONDS = 60  # the time in which all processes must see a new file
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def start_distributed(config: TrainConfig) -> None:
+def start_distributed(config: DevicesConfig) -> None:
     """Connects the processes of a distributed run."""
     if not config.distributed or jax.distributed.is_initialized():
         return

@@ -55,42 +55,45 @@ def make_program(
     """
     module = Decoder(
         decoder,
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
-        attention=config.attention,
-        stream_dtype=jnp.dtype(config.stream_dtype),
-        mlp_tile=config.mlp_tile,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        attention=config.model.attention,
+        stream_dtype=jnp.dtype(config.model.stream_dtype),
+        mlp_tile=config.model.mlp_tile,
     )
     # Parameters may be packed, with adapters in the collection `lora`.
     model = ql.linen.wrap(module, scanned=module.scanned, backend=backend)
 
     def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
         return optimizers.make_optimizer(
-            config.optimizer,
+            config.optimizer.name,
             make_schedule(config, learning_rate),
-            clip=config.clip or None,  # 0 turns clipping off
-            weight_decay=config.weight_decay,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            offload=config.offload_optimizer,
+            clip=config.optimizer.clip or None,  # 0 turns clipping off
+            weight_decay=config.optimizer.weight_decay,
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+            offload=config.optimizer.offload_optimizer,
         )
 
     # The weight of the loss that balances the load of the experts.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
-    if config.objective == "sft":
+    if config.training.objective == "sft":
         eval_loss = decoder_loss(model)
         loss = decoder_loss(model, balance) if balance else eval_loss
     elif balance:
         raise ValueError(
             "`output_router_logits` in config.json must be false for preferences, "
             "because their losses do not include the loss that balances experts. Got "
-            f"`objective` {config.objective!r}."
+            f"`objective` {config.training.objective!r}."
         )
     else:
         eval_loss = loss = preference_loss(
-            model, config.objective, beta=config.beta, gamma=config.gamma
+            model,
+            config.training.objective,
+            beta=config.training.beta,
+            gamma=config.training.gamma,
         )
-    optimizer = make_optimizer(config.learning_rate)
+    optimizer = make_optimizer(config.optimizer.learning_rate)
     if learning_rates is None:
         step = make_step(loss, optimizer)
     else:
@@ -101,12 +104,12 @@ def make_program(
 def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step, from its peak."""
     return optimizers.make_schedule(
-        config.schedule,
+        config.optimizer.schedule,
         learning_rate,
-        config.steps or 1,
-        warmup=config.warmup or 0,
-        end=config.end_learning_rate,
-        decay=config.decay,
+        config.training.steps or 1,
+        warmup=config.optimizer.warmup or 0,
+        end=config.optimizer.end_learning_rate,
+        decay=config.optimizer.decay,
     )
 
 
@@ -173,15 +176,17 @@ def lower_step(
     With preferences, a batch has two sequences for each row. All tokens are targets.
     If the devices are from `jax.experimental.topologies`, `backend` must be set.
     """
-    mesh = make_mesh(config.mesh_sizes, devices)
-    place = make_place(model.config, mesh, config.base_memory, devices[:1])
+    mesh = make_mesh(config.devices.mesh_sizes, devices)
+    place = make_place(model.config, mesh, config.model.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
-    dtype = jnp.dtype(config.dtype)
+    dtype = jnp.dtype(config.model.dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing = model.packing(config.fmt or "nf4", config.block_size, config.double_quant)
+    packing = model.packing(
+        config.model.fmt or "nf4", config.model.block_size, config.model.double_quant
+    )
     if packing is not None:
         base, _ = init_shapes(base, packing)
-    base, lora = place(*init_shapes(base, adapters_for(config, model)))
+    base, lora = place(*init_shapes(base, adapters_for(config.adapter, model)))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
@@ -193,8 +198,11 @@ def lower_step(
     # The program, and the shapes of its state and of a batch.
     program = make_program(config, model.config, backend)
     state = State.shapes(lora, program.optimizer)
-    is_sft = config.objective == "sft"
-    num_rows, width = config.batch_size * (1 if is_sft else 2), config.max_length
+    is_sft = config.training.objective == "sft"
+    num_rows, width = (
+        config.training.batch_size * (1 if is_sft else 2),
+        config.training.max_length,
+    )
 
     def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)

@@ -113,20 +113,20 @@ def _write_results(
 ) -> None:
     config, folder, data = run.config, run.folder, run.data
     rows = read_metrics(folder / METRICS)
-    result = _make_result(config.out, rows, base, state, best)
+    result = _make_result(config.output.out, rows, base, state, best)
     result = dataclasses.replace(result, source=run.model.source)
-    name = pathlib.Path(config.model).name
-    datasets = [pathlib.Path(path).name for path in find_weights(config.data)]
-    settings = dataclasses.asdict(config)
+    name = pathlib.Path(config.model.path).name
+    datasets = [pathlib.Path(path).name for path in find_weights(config.data.path)]
+    settings = config.to_settings()
     best_step = {"best step": best["best_step"]} if "best_step" in best else {}
     card = model_card(
-        config.model,
+        config.model.path,
         title=f"{name}, fine-tuned on {' and '.join(datasets)}",
         # Leaves out paths and settings that do not affect the result.
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
-            "data": config.data,
+            "data": config.data.path,
             "hash of the tokens": run.stamp["data"],  # identifies the data set
             "kind of rows": data.kind,
             "rows": len(data.train),
@@ -147,11 +147,11 @@ def _write_results(
         base,
         state.lora,
         run.model.names,
-        base_model=config.model,
+        base_model=config.model.path,
         revision=run.model.revision,
         card=card,
     )
-    plot_loss(rows, folder / "loss.png", f"{name}, {config.fmt}")
+    plot_loss(rows, folder / "loss.png", f"{name}, {config.model.fmt}")
     _write_json(folder / RESULT, result)
 
 
@@ -247,7 +247,7 @@ def finish_sweep(
     config: TrainConfig, runs: Sequence[Run], results: Sequence[TrainResult | None]
 ) -> SweepResult:
     """Copies the best adapter, plots the losses and writes the results of a sweep."""
-    folder = pathlib.Path(config.out)
+    folder = pathlib.Path(config.output.out)
     results_by_name = dict(zip((x.folder.name for x in runs), results, strict=True))
     # Add the runs that failed before the sweep was resumed.
     for path in sorted(folder.glob(f"*/{FAILED}")):
@@ -259,14 +259,14 @@ def finish_sweep(
     }
     best = min(losses, key=losses.__getitem__, default=None)
     adapter = None if best is None else str(folder / "adapter")
-    result = SweepResult(config.out, results_by_name, best, adapter)
+    result = SweepResult(config.output.out, results_by_name, best, adapter)
     if is_first():
         if best is not None and adapter is not None:
             # A resumed sweep may choose a different run than before.
             shutil.rmtree(adapter, ignore_errors=True)
             shutil.copytree(folder / best / "adapter", adapter)
         rows = {x: read_metrics(folder / x / METRICS) for x in results_by_name}
-        title = f"{pathlib.Path(config.model).name}, {runs[0].config.fmt}"
+        title = f"{pathlib.Path(config.model.path).name}, {runs[0].config.model.fmt}"
         plot_losses(rows, folder / "loss.png", title)
         _write_json(folder / RESULT, result)
     broadcast_text()  # a barrier: the files are complete

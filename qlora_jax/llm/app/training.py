@@ -1,12 +1,11 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
 import contextlib
-import dataclasses
 import datetime
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +38,16 @@ from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
 from .program import make_program, make_put, make_schedule
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
-from .run_folder import CONFIG, METRICS, STATE, quiet_orbax, run_folder, write_settings
+from .run_folder import (
+    CONFIG,
+    METRICS,
+    STATE,
+    quiet_orbax,
+    run_folder,
+    write_run_config,
+)
 from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
-from .train_config import SWEPT, TrainConfig
+from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     import grain
@@ -80,18 +86,21 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         >>> model = save_tiny(tempfile.mkdtemp())
         >>> data = pathlib.Path(model) / "rows.jsonl"
         >>> _ = data.write_text('{"text": "five"}')
-        >>> config = app.TrainConfig(model, str(data), model + "/run", steps=2)
+        >>> settings = dict(model=model, data=str(data), out=model + "/run", steps=2)
+        >>> config = app.TrainConfig.from_settings(settings)
         >>> result = app.train(config)
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    processes.start_distributed(config)
-    if config.preview is not None:
+    processes.start_distributed(config.devices)
+    if config.output.preview is not None:
         return _preview(config)
-    folder = pathlib.Path(config.out)
+    folder = pathlib.Path(config.output.out)
     with contextlib.ExitStack() as stack:
         # The folder is locked and everything is checked before anything is written.
-        stack.enter_context(only_in_first(run_folder(config.out, config.resume)))
+        stack.enter_context(
+            only_in_first(run_folder(config.output.out, config.output.resume))
+        )
         stack.enter_context(quiet_orbax())
         processes.check_shared(folder)
         runs = _make_runs(config)
@@ -99,7 +108,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         _log_data(run, len(runs))
         # Each run of a sweep has its own folder and states.
         states = [
-            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.keep))
+            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.output.keep))
             for x in runs
         ]
         resume_after = _find_resumed_step(runs, states)
@@ -107,7 +116,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         # The model is read, and all runs are trained over one base.
         log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
         model = run.model.read(
-            dtype=jnp.dtype(config.dtype),
+            dtype=jnp.dtype(config.model.dtype),
             packing=run.packing,
             place=lambda base: run.place(base, {})[0],  # places the base alone
             progress=is_first(),
@@ -121,8 +130,8 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         ]
     result = finish_sweep(config, runs, results) if config.is_sweep else results[0]
     assert result is not None  # without a sweep, a failure raises
-    if is_first() and config.push_to_hub is not None:
-        log(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
+    if is_first() and config.output.push_to_hub is not None:
+        log(f"pushed to {push(config.output.push_to_hub, folder / 'adapter')}")
     return result
 
 
@@ -130,7 +139,7 @@ def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
     # The runs of a sweep see the same rows. Without the hub and loggers, no account is
     # needed.
-    first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
+    first = members_of(config.replace(push_to_hub=None, log=[]))[0]
     with all_or_none():
         run = make_run(first, datetime.date.today().isoformat())
     _log_data(run, 1)
@@ -153,7 +162,7 @@ def _log_data(run: Run, num_adapters: int) -> None:
         *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{plural(config.steps or 0, 'step')}"
+        f"{plural(config.training.steps or 0, 'step')}"
         + (f" of {num_adapters} adapters" if num_adapters > 1 else ""),
         *data.notes,
     )
@@ -167,24 +176,24 @@ def _find_resumed_step(
     Checks that the settings that were saved at that step are those of the runs.
     """
     config = runs[0].config
-    step = config.resume_step
+    step = config.output.resume_step
     if step is None:  # the newest state that all runs have
         steps = set.intersection(*({*run_states.steps} for run_states in states))
         step = max(steps, default=None)
     if step is None:
-        if config.resume:
+        if config.output.resume:
             log(
-                f"{config.out} has no saved state. The run starts again at step 0, and "
-                f"overwrites {METRICS}."
+                f"{config.output.out} has no saved state. The run starts again at step "
+                f"0, and overwrites {METRICS}."
             )
         return None
     saved_settings = [x.metadata(step)["settings"] for x in states]
     with all_or_none():
         for run, settings in zip(runs, saved_settings, strict=True):
-            check_stamp(settings, run.stamp, run.config.out)
+            check_stamp(settings, run.stamp, run.config.output.out)
     is_newest = all(run_states.latest == step for run_states in states)
     note = "" if is_newest else "; later states are deleted"
-    log(f"Resuming after step {step:,} of {config.steps:,}{note}")
+    log(f"Resuming after step {step:,} of {config.training.steps:,}{note}")
     return step
 
 
@@ -193,12 +202,11 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
     with all_or_none():
         if is_first():
             # In the sweep's file, swept settings are lists; all others are resolved.
-            swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
-            resolved = dataclasses.replace(runs[0].config, **swept)
-            path = pathlib.Path(config.out) / CONFIG
-            write_settings(resolved, path, runs[0].model.source)
+            resolved = runs[0].config.replace(out=config.output.out, **config.swept)
+            path = pathlib.Path(config.output.out) / CONFIG
+            write_run_config(resolved, path, runs[0].model.source)
             for run in runs:
-                write_settings(run.config, run.folder / CONFIG, run.model.source)
+                write_run_config(run.config, run.folder / CONFIG, run.model.source)
 
 
 class Trainer:
@@ -207,7 +215,7 @@ class Trainer:
     def __init__(self, run: Run, states: Checkpoints, evaluation: Evaluation | None):
         """Stores the arguments."""
         self.run, self.states, self.evaluation = run, states, evaluation
-        self.best = Best() if run.config.keep_best else None
+        self.best = Best() if run.config.evaluation.keep_best else None
         self.has_failed = False
 
     def start(
@@ -218,7 +226,7 @@ class Trainer:
         resume_after: int | None,
     ) -> State:
         """Returns the first state, or that of step `resume_after` and its position."""
-        seed = self.run.config.seed
+        seed = cast(int, self.run.config.training.seed)  # a run of a sweep has one
         lora = _init_adapters(self.run, base, jax.random.key(seed))
         state = State.create(lora, optimizer, seed)
         if resume_after is None:
@@ -239,15 +247,20 @@ class Trainer:
     ) -> list[Callback]:
         """Returns the callbacks of the run. Metrics are written before a state."""
         config, best = self.run.config, self.best
-        callbacks: list[Callback] = [CheckFinite(self.states, metrics, config.on_nan)]
+        callbacks: list[Callback] = [
+            CheckFinite(self.states, metrics, config.training.on_nan)
+        ]
         if self.evaluation is not None:
-            every, patience = config.eval_steps, config.early_stopping_patience
+            every, patience = (
+                config.eval_steps,
+                config.evaluation.early_stopping_patience,
+            )
             callbacks.append(Evaluate(self.evaluation, every, best, patience))
         callbacks += [] if metrics is None else [metrics]
-        callbacks += [LogRows(log_row, config.log_every or 1), *progress]
+        callbacks += [LogRows(log_row, config.output.log_every or 1), *progress]
         metadata = {"settings": self.run.stamp}
         saving = SaveStates(
-            self.states, config.save_every, metadata=metadata, best=best
+            self.states, config.output.save_every, metadata=metadata, best=best
         )
         return [*callbacks, saving]
 
@@ -258,7 +271,7 @@ class Trainer:
 
     def choose_adapter(self, last: State) -> Outcome:
         """Returns the last state with the adapter to write, and its metrics."""
-        best, steps = self.best, self.run.config.steps or 0
+        best, steps = self.best, self.run.config.training.steps or 0
         if best is None or self.evaluation is None or best.step is None:
             return last, {}
         if int(last.step) < steps:
@@ -302,7 +315,7 @@ def _fit(
     The adapters of a sweep take each step together, which reads the base only once.
     """
     run, is_sweep = runs[0], config.is_sweep
-    rates = [x.config.learning_rate for x in runs]
+    rates = [x.config.optimizer.learning_rate for x in runs]
     schedules = [
         make_schedule(x.config, rate) for x, rate in zip(runs, rates, strict=True)
     ]
@@ -314,7 +327,7 @@ def _fit(
         Trainer(x, saved_states, evaluation and evaluation.for_run(x))
         for x, saved_states in zip(runs, states, strict=True)
     ]
-    batches = make_batches(run.config, run.data)
+    batches = make_batches(run.config.training, run.data)
     state: Any = [
         x.start(base, program.optimizer, batches, resume_after) for x in trainers
     ]
@@ -331,7 +344,7 @@ def _fit(
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.catch_signals())
-        progress = [stack.enter_context(ShowProgress(run.config.log_every))]
+        progress = [stack.enter_context(ShowProgress(run.config.output.log_every))]
         member_callbacks = []
         for trainer, log_row in zip(trainers, log_rows, strict=True):
             metrics = open_metrics(trainer.run.folder, resume_after)
@@ -349,13 +362,13 @@ def _fit(
             state,
             take_step,
             batches,
-            steps=run.config.steps or 0,
-            accumulation=run.config.accumulation,
+            steps=run.config.training.steps or 0,
+            accumulation=run.config.training.accumulation,
             schedule=schedule,
             callbacks=[*run_callbacks, stop],
         )
     if stop.is_due():  # a signal may have arrived after the last check
-        _end_at_signal(stop, int(np.max(state.step)), pathlib.Path(config.out))
+        _end_at_signal(stop, int(np.max(state.step)), pathlib.Path(config.output.out))
     return [
         None
         if trainer.has_failed

@@ -142,7 +142,7 @@ def export(config: ExportConfig) -> Written:
         return _export(config)
     if config.format in get_args(AdapterFormat):
         for run in runs_of(config.adapter, config.run):
-            check_base(run.model, config.model)
+            check_base(run.model.path, config.model)
     push(config.push_to_hub)  # fails now rather than after the export
     written = _export(config)
     log(f"pushed to {push(config.push_to_hub, pathlib.Path(written.out))}")

@@ -15,7 +15,7 @@ try:
     from .. import app
     from ..app.environment import enable_compilation_cache, restart_with_huge_pages
     from ..app.processes import is_first
-    from .parser import COMMANDS, make_parsers, normalize_flags
+    from .parser import parse
 except ImportError as error:
     raise SystemExit(
         f"qlora-jax needs: pip install 'qlora-jax[train]'. {error}"
@@ -36,8 +36,8 @@ def process() -> None:
     """Runs `qlora-jax` as a program: `main`, after preparing the process."""
 
     def prepare(config: object) -> None:
-        if getattr(config, "huge_pages", False):
-            restart_with_huge_pages(getattr(config, "verbose", False))
+        if isinstance(config, app.TrainConfig) and config.devices.huge_pages:
+            restart_with_huge_pages(config.output.verbose)
         enable_compilation_cache()
 
     with _exit_if_stdout_closed():
@@ -46,28 +46,19 @@ def process() -> None:
 
 def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
     """Runs a command line, and calls `prepare` with its config before the command."""
-    # Parse the arguments into the config of the command.
-    parser, commands = make_parsers()
-    namespace = parser.parse_args(normalize_flags(arguments))
-    name, settings = namespace.command, namespace[namespace.command]
-    config_type = COMMANDS[name]
-    try:
-        options = [field.name for field in dataclasses.fields(config_type)]
-        config = config_type(**{option: settings[option] for option in options})
-    except ValueError as error:
-        commands[name].error(str(error))
+    name, config, namespace = parse(arguments)
     prepare(config)
-    # Call the function of the command, and print its result.
     try:
         function = getattr(app, name)
-        if config_type is app.GenerateConfig and not settings.json:
+        if name == "generate" and not namespace.json:
             function(config, _write)  # prints answers as they are generated
             return 0
         result = function(config)
-        if getattr(config, "distributed", False) and not is_first():
+        is_train = isinstance(config, app.TrainConfig)
+        if is_train and config.devices.distributed and not is_first():
             return 0  # the first process prints the result
         text = str(result)
-        if settings.json:
+        if namespace.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)
     except KeyboardInterrupt:
         if name != "train":  # `train` has already printed how to resume

@@ -73,9 +73,10 @@ class Metrics(Callback):
         """
         data, old_size = _to_line(row).encode(), self._file.tell()
         try:
-            num_bytes = self._file.write(data)
-            if num_bytes != len(data):
-                raise OSError(f"only {num_bytes} of {len(data)} bytes were written")
+            # A disk that fills up takes a part of the line. Only the next write says
+            # why the rest does not fit.
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
             self._file.truncate(old_size)
             raise OSError(f"{self.path} cannot be written: {error}.") from error
