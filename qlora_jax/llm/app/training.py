@@ -247,22 +247,17 @@ class Trainer:
     ) -> list[Callback]:
         """Returns the callbacks of the run. Metrics are written before a state."""
         config, best = self.run.config, self.best
-        callbacks: list[Callback] = [
-            CheckFinite(self.states, metrics, config.training.on_nan)
-        ]
+        on_nan, log_every = config.training.on_nan, config.output.log_every or 1
+        callbacks: list[Callback] = [CheckFinite(self.states, metrics, on_nan)]
         if self.evaluation is not None:
-            every, patience = (
-                config.eval_steps,
-                config.evaluation.early_stopping_patience,
-            )
-            callbacks.append(Evaluate(self.evaluation, every, best, patience))
-        callbacks += [] if metrics is None else [metrics]
-        callbacks += [LogRows(log_row, config.output.log_every or 1), *progress]
-        metadata = {"settings": self.run.stamp}
-        saving = SaveStates(
-            self.states, config.output.save_every, metadata=metadata, best=best
-        )
-        return [*callbacks, saving]
+            patience = config.evaluation.early_stopping_patience
+            evaluate = Evaluate(self.evaluation, config.eval_steps, best, patience)
+            callbacks.append(evaluate)
+        if metrics is not None:
+            callbacks.append(metrics)
+        stamp = {"settings": self.run.stamp}
+        save = SaveStates(self.states, config.output.save_every, stamp, best)
+        return [*callbacks, LogRows(log_row, log_every), *progress, save]
 
     def fail(self, error: FloatingPointError) -> None:
         """Notes that the run of a sweep has failed."""
