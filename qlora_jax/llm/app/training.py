@@ -310,7 +310,7 @@ def _fit(
     The adapters of a sweep take each step together, which reads the base only once.
     """
     run, is_sweep = runs[0], config.is_sweep
-    rates = [x.config.optimizer.learning_rate for x in runs]
+    rates = [cast(float, x.config.optimizer.learning_rate) for x in runs]
     schedules = [
         make_schedule(x.config, rate) for x, rate in zip(runs, rates, strict=True)
     ]
