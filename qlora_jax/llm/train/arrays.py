@@ -102,7 +102,8 @@ def take_from_stack(tree: PyTree, index: int) -> PyTree:
 
 def _from_shards(shards, shape, sharding, spec):
     if isinstance(sharding, NamedSharding):
-        sharding = sharding.update(spec=PartitionSpec(*spec))
+        mesh, kind = sharding.mesh, sharding.memory_kind
+        sharding = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
     arrays = [jax.device_put(data, shard.data.sharding) for data, shard in shards]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 

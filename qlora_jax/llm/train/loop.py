@@ -108,10 +108,10 @@ def fit(
 ) -> State:
     """Trains from a state to the last step.
 
-    Everything else is the work of callbacks, which are called in order: evaluations
-    (`Evaluate`), metrics (`CheckFinite`, `Metrics`, `LogRows`, `ShowProgress`) and
-    saved states (`SaveStates`). To train the adapters of a sweep together, pass the
-    state of a sweep, a step of several learning rates, and `ForMembers`.
+    Everything else is the work of callbacks, which are called one after another. Pass
+    them in this order: `CheckFinite`, `Evaluate`, `Metrics`, `LogRows`, `ShowProgress`,
+    `SaveStates`. For a sweep, pass a stacked state, a step with several learning rates,
+    and `ForMembers`, which has the callbacks of each adapter.
 
     Args:
         state: The initial state, which is donated.
