@@ -339,20 +339,6 @@ def _fit(
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.catch_signals())
-        progress = [stack.enter_context(ShowProgress(run.config.output.log_every))]
-        member_callbacks = []
-        for trainer, log_row in zip(trainers, log_rows, strict=True):
-            metrics = open_metrics(trainer.run.folder, resume_after)
-            member_callbacks.append(
-                trainer.make_callbacks(stack.enter_context(metrics), log_row, progress)
-            )
-            progress = []  # of the first run only
-        run_callbacks = member_callbacks[0]
-        if is_sweep:
-            members = ForMembers(
-                member_callbacks, lambda i, error: trainers[i].fail(error)
-            )
-            run_callbacks = [members]
         state = fit(
             state,
             take_step,
@@ -360,7 +346,10 @@ def _fit(
             steps=run.config.training.steps or 0,
             accumulation=run.config.training.accumulation,
             schedule=schedule,
-            callbacks=[*run_callbacks, stop],
+            callbacks=[
+                *_open_callbacks(trainers, log_rows, resume_after, is_sweep, stack),
+                stop,
+            ],
         )
     if stop.is_due():  # a signal may have arrived after the last check
         _end_at_signal(stop, int(np.max(state.step)), pathlib.Path(config.output.out))
@@ -370,6 +359,26 @@ def _fit(
         else trainer.choose_adapter(state.member(index) if is_sweep else state)
         for index, trainer in enumerate(trainers)
     ]
+
+
+def _open_callbacks(
+    trainers: Sequence[Trainer],
+    log_rows: Sequence[LogRow],
+    resume_after: int | None,
+    is_sweep: bool,
+    stack: contextlib.ExitStack,
+) -> list[Callback]:
+    """Returns the callbacks of all runs. `stack` closes what they open."""
+    log_every = trainers[0].run.config.output.log_every
+    progress = [stack.enter_context(ShowProgress(log_every))]
+    callbacks = []
+    for trainer, log_row in zip(trainers, log_rows, strict=True):
+        metrics = stack.enter_context(open_metrics(trainer.run.folder, resume_after))
+        callbacks.append(trainer.make_callbacks(metrics, log_row, progress))
+        progress = []  # of the first run only
+    if not is_sweep:
+        return callbacks[0]
+    return [ForMembers(callbacks, lambda index, error: trainers[index].fail(error))]
 
 
 def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
