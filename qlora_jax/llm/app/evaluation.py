@@ -36,10 +36,12 @@ def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
 class Evaluation:
     """Evaluates an adapter on the validation rows of a run."""
 
-    def __init__(self, run: Run, program: Program, teacher: PyTree | None = None):
+    def __init__(
+        self, run: Run, program: Program, base: PyTree, teacher: PyTree | None = None
+    ):
         """Prepares the batches and the prompts."""
         config, self._tokenizer = run.config, run.tokenizer
-        self._config, self._model = config, program.model
+        self._config, self._model, self._base = config, program.model, base
         self._compute_means = make_means(program.eval_loss)
         self._teacher = teacher
         self._path = run.folder / ANSWERS
@@ -73,12 +75,12 @@ class Evaluation:
         evaluation._path = run.folder / ANSWERS
         return evaluation
 
-    def __call__(
-        self, base: PyTree, state: State, is_end: bool = False
-    ) -> dict[str, float]:
+    def __call__(self, state: State, is_end: bool = False) -> dict[str, float]:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
         numbers, step, config = {}, int(state.step), self._config
-        frozen = base if self._teacher is None else (base, self._teacher)
+        frozen = self._base
+        if self._teacher is not None:
+            frozen = self._base, self._teacher
         is_end = is_end or step in (0, config.training.steps)
         if self._sample:
             means = self._compute_means(frozen, state.lora, self._sample)
@@ -91,15 +93,15 @@ class Evaluation:
                 # exp(709.8) is the largest float.
                 numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self._examples and (is_end or config.evaluation.eval_every):
-            numbers["exact_match"] = self._evaluate_answers(base, state)
+            numbers["exact_match"] = self._evaluate_answers(state)
         return numbers
 
-    def _evaluate_answers(self, base: PyTree, state: State) -> float:
+    def _evaluate_answers(self, state: State) -> float:
         """Returns the share of exact answers. Prints a few answers, and writes all."""
         config, step = self._config, int(state.step)
         generated = answers(
             self._model,
-            {"params": base, "lora": state.lora},
+            {"params": self._base, "lora": state.lora},
             self._tokenizer,
             self._examples,
             max_new_tokens=self._max_new_tokens,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,12 @@ def make_program(
     decoder: DecoderConfig,
     teacher: DecoderConfig | None = None,
     backend: str | Sequence[str] | None = None,
+    learning_rates: Sequence[float] | None = None,
 ) -> Program:
-    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`."""
+    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`.
+
+    With `learning_rates`, the step is that of a sweep.
+    """
 
     def wrap_decoder(decoder: DecoderConfig) -> Any:
         module = Decoder(
@@ -63,16 +67,18 @@ def make_program(
         # Parameters may be packed, with adapters in the collection `lora`.
         return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
 
+    def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        return optimizers.make_optimizer(
+            config.optimizer.name,
+            make_schedule(config, learning_rate),
+            clip=config.optimizer.clip or None,  # 0 turns clipping off
+            weight_decay=config.optimizer.weight_decay,
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+            offload=config.optimizer.offload_optimizer,
+        )
+
     model = wrap_decoder(decoder)
-    optimizer = optimizers.make_optimizer(
-        config.optimizer.name,
-        make_schedule(config),
-        clip=config.optimizer.clip or None,  # 0 turns clipping off
-        weight_decay=config.optimizer.weight_decay,
-        beta1=config.optimizer.beta1,
-        beta2=config.optimizer.beta2,
-        offload=config.optimizer.offload_optimizer,
-    )
     # The weight of the loss that balances the load of the experts.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
     objective = find_objective(config.training.objective)
@@ -89,15 +95,19 @@ def make_program(
     eval_loss = loss = objective.loss(model, **settings)
     if balance:
         loss = objective.loss(model, balance=balance, **settings)
-    step = make_step(loss, optimizer)
+    optimizer = make_optimizer(config.optimizer.learning_rate)
+    if learning_rates is None:
+        step = make_step(loss, optimizer)
+    else:
+        step = make_step(loss, make_optimizer, learning_rates)
     return Program(model, loss, eval_loss, optimizer, step)
 
 
-def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the step."""
+def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step, from its peak."""
     return optimizers.make_schedule(
         config.optimizer.schedule,
-        cast(float, config.optimizer.learning_rate),  # of one run
+        learning_rate,
         config.training.steps or 1,
         warmup=config.optimizer.warmup or 0,
         end=config.optimizer.end_learning_rate,

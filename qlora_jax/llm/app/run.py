@@ -245,7 +245,8 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
         block_size=packing.block_size,
         double_quant=packing.double_quant,
     )
-    make_schedule(resolved)  # raises if the schedule does not fit the steps
+    # Raises if the schedule does not fit the steps.
+    make_schedule(resolved, resolved.optimizer.learning_rate)
     return resolved
 
 

@@ -4,26 +4,38 @@ import contextlib
 import datetime
 import pathlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import set_mesh
 from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..train.loop import Best, Loop, Training, drive
-from ..train.outputs import plural
+from ..data.batching import Batch
+from ..train.callbacks import (
+    Best,
+    CheckFinite,
+    Evaluate,
+    ForMembers,
+    LogRows,
+    SaveStates,
+    ShowProgress,
+)
+from ..train.loop import Callback, fit
+from ..train.outputs import Metrics, plural
 from ..train.state import Checkpoints
-from ..train.step import State, make_joint_step
+from ..train.step import Report, State
 from . import processes
 from .evaluation import Evaluation
-from .loggers import open_loggers, open_metrics
+from .loggers import LogRow, open_loggers, open_metrics
 from .preview import Preview, preview
 from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
-from .program import Program, make_place, make_program, make_put, make_schedule
+from .program import make_place, make_program, make_put, make_schedule
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
 from .run_folder import (
@@ -36,6 +48,9 @@ from .run_folder import (
 )
 from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
 from .train_config import TrainConfig
+
+if TYPE_CHECKING:
+    import grain
 
 # The last state of a run, with the adapter to write, and the metrics of that adapter.
 Outcome = tuple[State, Mapping[str, float]]
@@ -210,58 +225,66 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
 
 
 class Trainer:
-    """The state, batches and loop of a run, new or restored from a saved step."""
+    """A run that is trained, alone or together with the other runs of a sweep."""
 
-    def __init__(
+    def __init__(self, run: Run, states: Checkpoints, evaluation: Evaluation | None):
+        """Stores the arguments."""
+        self.run, self.states, self.evaluation = run, states, evaluation
+        self.best = Best() if run.config.evaluation.keep_best else None
+        self.has_failed = False
+
+    def start(
         self,
-        run: Run,
-        states: Checkpoints,
         base: PyTree,
-        program: Program,
-        evaluate: Evaluation | None,
+        optimizer: optax.GradientTransformation,
+        batches: "grain.DatasetIterator[Batch]",
         resume_after: int | None,
-    ):
-        """Creates the state, or restores that of step `resume_after`."""
-        config = run.config
-        seed = cast(int, config.training.seed)  # a run of a sweep has one
-        lora = _init_adapters(run, base, jax.random.key(seed))
-        self.run, self.states, self.base = run, states, base
-        self.state = State.create(lora, program.optimizer, seed)
-        self.best = Best() if config.evaluation.keep_best else None
-        self.evaluate = evaluate
-        self.batches = make_batches(config.training, run.data)
-        if resume_after is not None:
-            self._restore(resume_after)
-        self.loop = Loop(
-            steps=config.training.steps or 0,
-            schedule=make_schedule(config),
-            accumulation=config.training.accumulation,
-            save_every=config.output.save_every,
-            eval_every=config.eval_steps,
-            log_every=config.output.log_every,
-            patience=config.evaluation.early_stopping_patience,
-            on_nan=config.training.on_nan,
-            stamp={"settings": run.stamp},
-        )
-
-    def _restore(self, step: int) -> None:
-        self.state, metadata = self.states.restore(self.state, step)
-        self.batches.set_state(metadata["position"])
-        self.states.remove_after(step)  # the run writes them again
+    ) -> State:
+        """Returns the first state, or that of step `resume_after` and its position."""
+        seed = cast(int, self.run.config.training.seed)  # a run of a sweep has one
+        lora = _init_adapters(self.run, base, jax.random.key(seed))
+        state = State.create(lora, optimizer, seed)
+        if resume_after is None:
+            return state
+        state, metadata = self.states.restore(state, resume_after)
+        batches.set_state(metadata["position"])
+        self.states.remove_after(resume_after)  # the run writes them again
         best = metadata.get("best", {})
-        if self.best is None or not best:
-            return
-        if best["step"] in (None, *self.states.steps):
-            self.best = Best(**best)
-        else:
-            log(f"The best state, of step {best['step']:,}, no longer exists.")
+        if self.best is not None and best:
+            if best["step"] in (None, *self.states.steps):
+                self.best = Best(**best)
+            else:
+                log(f"The best state, of step {best['step']:,}, no longer exists.")
+        return state
+
+    def make_callbacks(
+        self, metrics: Metrics | None, log_row: LogRow, progress: Sequence[Callback]
+    ) -> list[Callback]:
+        """Returns the callbacks of the run. Metrics are written before a state."""
+        config, best = self.run.config, self.best
+        on_nan, log_every = config.training.on_nan, config.output.log_every or 1
+        callbacks: list[Callback] = [CheckFinite(self.states, metrics, on_nan)]
+        if self.evaluation is not None:
+            patience = config.evaluation.early_stopping_patience
+            evaluate = Evaluate(self.evaluation, config.eval_steps, best, patience)
+            callbacks.append(evaluate)
+        if metrics is not None:
+            callbacks.append(metrics)
+        stamp = {"settings": self.run.stamp}
+        save = SaveStates(self.states, config.output.save_every, stamp, best)
+        return [*callbacks, LogRows(log_row, log_every), *progress, save]
+
+    def fail(self, error: FloatingPointError) -> None:
+        """Notes that the run of a sweep has failed."""
+        self.has_failed = True
+        note_failure(self.run, error)
 
     def choose_adapter(self, last: State) -> Outcome:
         """Returns the last state with the adapter to write, and its metrics."""
-        best = self.best
-        if best is None or self.evaluate is None or best.step is None:
+        best, steps = self.best, self.run.config.training.steps or 0
+        if best is None or self.evaluation is None or best.step is None:
             return last, {}
-        if int(last.step) < self.loop.steps:
+        if int(last.step) < steps:
             log(
                 f"The validation loss of {self.run.folder} has not fallen in "
                 f"{plural(best.since, 'evaluation')}. Stopped after step "
@@ -270,8 +293,8 @@ class Trainer:
         best_state, _ = self.states.restore(last, best.step)
         # If the last step is the best, the last row of metrics has its numbers already.
         numbers = {"best_step": best.step}
-        if best.step < self.loop.steps:
-            numbers |= self.evaluate(self.base, best_state, is_end=True)
+        if best.step < steps:
+            numbers |= self.evaluation(best_state, is_end=True)
         return last._replace(lora=best_state.lora), numbers
 
 
@@ -296,64 +319,88 @@ def _fit(
     base: PyTree,
     teacher: PyTree | None,
     resume_after: int | None,
-    log_rows: list[Callable[[Mapping[str, Any]], None]],
+    log_rows: list[LogRow],
 ) -> list[Outcome | None]:
     """Trains the runs to the last step or a signal; returns None for failed runs.
 
-    All runs take each step together, in one program that reads the base once: `drive`
-    collects a state and batches from the loop of each run, calls the joint step, and
-    returns the results to the loops.
+    The adapters of a sweep take each step together, which reads the base only once.
     """
-    run = runs[0]
-    # Learning rates, and hence optimizers, differ between the runs of a sweep.
-    decoders = run.model.config, run.teacher and run.teacher.config
-    programs = [make_program(x.config, *decoders) for x in runs]
-    evaluation = Evaluation(run, programs[0], teacher) if run.data.valid else None
-    trainers = [
-        Trainer(x, y, base, program, evaluation and evaluation.for_run(x), resume_after)
-        for x, y, program in zip(runs, states, programs, strict=True)
+    run, is_sweep = runs[0], config.is_sweep
+    rates = [cast(float, x.config.optimizer.learning_rate) for x in runs]
+    schedules = [
+        make_schedule(x.config, rate) for x, rate in zip(runs, rates, strict=True)
     ]
-    optimizers = [program.optimizer for program in programs]
-    joint_step = make_joint_step(programs[0].loss, optimizers)
+    program = make_program(
+        run.config,
+        run.model.config,
+        run.teacher and run.teacher.config,
+        learning_rates=rates if is_sweep else None,
+    )
+    evaluation = None
+    if run.data.valid:
+        evaluation = Evaluation(run, program, base, teacher)
+    trainers = [
+        Trainer(x, saved_states, evaluation and evaluation.for_run(x))
+        for x, saved_states in zip(runs, states, strict=True)
+    ]
+    batches = make_batches(run.config.training, run.data)
+    state: Any = [
+        x.start(base, program.optimizer, batches, resume_after) for x in trainers
+    ]
+    state = State.stack(state) if is_sweep else state[0]
     put = make_put(run.mesh)
 
-    def take_step(states: list[Any], batches: list[Any]) -> list[Any]:
+    def take_step(state: State, batches: Sequence[Batch]) -> tuple[State, Report]:
         frozen = base if teacher is None else (base, teacher)
-        return joint_step(states, frozen, [*map(put, batches)])
+        return program.step(state, frozen, [*map(put, batches)])
 
-    def on_error(index: int, error: FloatingPointError) -> None:
-        note_failure(runs[index], error)
+    def schedule(num_updates: Any) -> Any:
+        if not is_sweep:
+            return schedules[0](num_updates)
+        return [f(n) for f, n in zip(schedules, num_updates, strict=True)]
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.catch_signals())
-        loops = []
-        pairs = zip(trainers, log_rows, strict=True)
-        for index, (trainer, log_row) in enumerate(pairs):
-            metrics = open_metrics(trainer.run.folder, resume_after)
-            loop = Training(
-                trainer.loop,
-                trainer.state,
-                base,
-                trainer.batches,
-                states=trainer.states,
-                metrics=stack.enter_context(metrics),
-                evaluate=trainer.evaluate,
-                best=trainer.best,
-                watch=log_row,
-                # The first loop checks the signals of all processes. The others use the
-                # result, so that all runs end after the same step.
-                stop=(lambda: stop.number > 0) if index else stop.is_due,
-                progress=not index,
-            )
-            loops.append(loop)
-        last_states = drive(loops, take_step, on_error if config.is_sweep else None)
+        state = fit(
+            state,
+            take_step,
+            batches,
+            steps=run.config.training.steps or 0,
+            accumulation=run.config.training.accumulation,
+            schedule=schedule,
+            callbacks=[
+                *_open_callbacks(trainers, log_rows, resume_after, is_sweep, stack),
+                stop,
+            ],
+        )
     if stop.is_due():  # a signal may have arrived after the last check
-        step = max((int(state.step) for state in last_states if state), default=0)
-        _end_at_signal(stop, step, pathlib.Path(config.output.out))
+        _end_at_signal(stop, int(np.max(state.step)), pathlib.Path(config.output.out))
     return [
-        None if state is None else trainer.choose_adapter(state)
-        for trainer, state in zip(trainers, last_states, strict=True)
+        None
+        if trainer.has_failed
+        else trainer.choose_adapter(state.member(index) if is_sweep else state)
+        for index, trainer in enumerate(trainers)
     ]
+
+
+def _open_callbacks(
+    trainers: Sequence[Trainer],
+    log_rows: Sequence[LogRow],
+    resume_after: int | None,
+    is_sweep: bool,
+    stack: contextlib.ExitStack,
+) -> list[Callback]:
+    """Returns the callbacks of all runs. `stack` closes what they open."""
+    log_every = trainers[0].run.config.output.log_every
+    progress = [stack.enter_context(ShowProgress(log_every))]
+    callbacks = []
+    for trainer, log_row in zip(trainers, log_rows, strict=True):
+        metrics = stack.enter_context(open_metrics(trainer.run.folder, resume_after))
+        callbacks.append(trainer.make_callbacks(metrics, log_row, progress))
+        progress = []  # of the first run only
+    if not is_sweep:
+        return callbacks[0]
+    return [ForMembers(callbacks, lambda index, error: trainers[index].fail(error))]
 
 
 def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:

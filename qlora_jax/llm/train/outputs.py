@@ -15,9 +15,13 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
+from .loop import Callback, Training
 
-class Metrics:
+
+class Metrics(Callback):
     """Writes `metrics.jsonl`, one line per step. Lines are never written in part.
+
+    It is a callback of `fit`.
 
     Example:
         >>> import pathlib, tempfile
@@ -50,6 +54,13 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def on_start(self, training: Training) -> None:  # noqa: D102
+        if training.evaluation:  # of the initial adapter
+            self.write(**training.row)
+
+    def on_step(self, training: Training) -> None:  # noqa: D102
+        self.write(**training.row)
 
     def write(self, **row: Any) -> None:
         """Writes a line.

@@ -185,15 +185,15 @@ def test_a_signal_after_the_last_step_ends_the_run(
 ):
     few = dict(steps=2, eval_examples=0)
     config = settings(folder, data / "train.jsonl", tmp_path / "run", **few)
-    drive = training.drive
+    fit = training.fit
 
-    def drive_and_signal(*arguments):
-        states = drive(*arguments)
+    def fit_and_signal(*arguments, **options):
+        state = fit(*arguments, **options)
         os.kill(os.getpid(), signal.SIGINT)
-        return states
+        return state
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "drive", drive_and_signal)
+        patch.setattr(training, "fit", fit_and_signal)
         app.train(config)
     assert (
         f"The state of step 2 is saved in {config.output.out}/state"
