@@ -1,4 +1,4 @@
-"""Batches, packed or padded, from an iterator with a small state."""
+"""Batches, packed or padded. The only state of their iterator is an index."""
 
 import functools
 import importlib
@@ -16,8 +16,8 @@ from .rows import StreamedRows
 if TYPE_CHECKING:
     import grain
 
-# The largest number of batches of a mixture that are sorted by length together. Looking
-# up the rows of a mixture one by one is slow.
+# For mixtures without packing: the largest number of batches whose rows are sorted by
+# length together. It is limited since finding each row of a mixture is slow.
 _MAX_WINDOW = 512
 
 
@@ -26,19 +26,22 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: The tokens, int32 `[B, T]`, padded on the right.
-        segment_ids: The number of each token's sequence, which starts at 1 in each row,
-            or 0 for padding, int32 `[B, T]`.
+        segment_ids: For each token, the number of its sequence in the row, from 1 on;
+            0 for padding, int32 `[B, T]`.
         positions: The position of each token in its sequence, or in the padding at the
             end of the row, int32 `[B, T]`.
-        select: Indices into T whose next token is a target, int32 `[B, P]`.
-        targets: These next tokens, int32 `[B, P]`.
+        select: The index in T of each position from which a target is predicted, which
+            is the position before the target, int32 `[B, P]`.
+        targets: The ids of the targets, int32 `[B, P]`.
         weights: 1 for a target, 0 for padding, float32 `[B, P]`. For preferences, only
-            targets of good completions have 1.
-        answers: For preferences: for each of the S sequences of a row, 1 for the
-            targets of a good completion, -1 for those of a bad one, 0 for all others,
-            float32 `[B, S, P]`; otherwise None. Sequences of pairs alternate between
-            chosen and rejected completions. Labelled completions alternate with the
-            same prompt followed by the completion of another row.
+            targets in sequences with a good completion have 1.
+        answers: Only for preferences, otherwise None. Has an entry for each of the S
+            sequences of a row and each target: 1 if the target is in the completion of
+            this sequence and the completion is good, -1 if it is bad, and 0 for all
+            other targets, float32 `[B, S, P]`. Sequences come in twos: a chosen
+            completion and its rejected one; or, for KTO, a labelled completion and the
+            same prompt with the completion of another row. The second is the next
+            sequence in the row if batches are packed, and otherwise the next row.
 
     Example:
         >>> from qlora_jax.llm.data import eval_batches
@@ -78,12 +81,13 @@ def batches(
     num_epochs: int | None = None,
     mix: Sequence[tuple[int, float]] = (),
 ) -> "grain.DatasetIterator[Batch]":
-    """Returns training batches, as a Grain iterator with a small state.
+    """Returns training batches, as a Grain iterator whose only state is an index.
 
     Each epoch has each row once, in an order that depends only on `seed` and the epoch.
     The last rows of an epoch share a batch with the first rows of the next one. If the
-    rows of all epochs do not fill the batches, one of the last batches is filled up
-    with padding rows. Batches have at most eight shapes, and nine for KTO.
+    number of rows in all epochs is not a multiple of `batch_size`, one batch is filled
+    up with padding rows. It is near the end, but not always the last, since batches are
+    shuffled. Batches have at most eight shapes, and nine for KTO.
 
     With `packing`, several sequences share a row of at most `max_length` tokens, by
     best-fit decreasing. Otherwise, sequences of similar length share a batch.
@@ -96,9 +100,9 @@ def batches(
         packing: Whether sequences share a row.
         num_epochs: The number of epochs, or None for an endless iterator.
         mix: For several data sets: the number of rows and the weight of each, in the
-            order of `rows`. Its share of the rows (with `packing`: of packed rows) is
-            proportional to its weight, to within a percent. An epoch ends before any
-            data set would start again.
+            order of `rows`. The share of a data set in the rows of the batches (which
+            are packs with `packing`) is proportional to its weight, to within a
+            percent. An epoch ends before any data set would start again.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
@@ -153,7 +157,8 @@ def eval_batches(
 
 
 def _sizes(rows: Sequence[Row], packing: bool) -> np.ndarray:
-    # Returns the lengths of rows, and the largest target counts of their sequences.
+    # Returns two numbers for each row: its length, and its number of targets. If the
+    # row is a pair, the latter is that of the sequence with more targets.
     if isinstance(rows, StreamedRows):
         return rows.sizes
     # With packing, both sequences of a pair are in the same row.
@@ -207,8 +212,9 @@ class _Source:
             Order(lengths[first:last], seed + i, first, max_length if packing else None)
             for i, (first, last) in enumerate(bounds)
         ]
-        # 2. The mixture of these orders. `count` is the number of its entries before
-        # the data set that ends first would start again.
+        # 2. The mixture of these orders. `count` is its number of entries in all epochs
+        # together, or None if epochs never end. An epoch ends just before the data set
+        # that runs out first would start again.
         epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
         self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
         self.order: Sequence[Any] = orders[0]
@@ -223,7 +229,8 @@ class _Source:
             most_rows = max(len(pack) for x in orders for pack in x.packs)
             self.sequences = 2 * most_rows * self.has_answers
             self.width = int(round_up(max(x.longest for x in orders)))
-            # Numbers of targets are rounded up to a multiple, so that they are few.
+            # The number of targets of a batch is rounded up to a multiple of this, so
+            # that batches have few shapes.
             self.target_multiple = int(round_up(-(-self.width // MAX_WIDTHS)))
         else:
             self._choose_widths(lengths, num_targets)

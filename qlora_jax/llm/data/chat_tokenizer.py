@@ -114,7 +114,7 @@ class Tokenizer:
             text = self.render([question, answer])
         except ModelError:
             raise
-        except ValueError:  # the template accepts only other messages
+        except ValueError:  # the template rejects these two messages
             return None
         if not text.startswith(prompt):
             return None
@@ -175,7 +175,8 @@ def open_tokenizer(
     """Returns the tokenizer of a model, with its chat template.
 
     Tokens are the same as in transformers 5.24 for a folder, and as in llama.cpp for a
-    `.gguf` file. Settings that would change them raise a ValueError on first use.
+    `.gguf` file. The first use raises a ValueError if the model has settings that
+    change tokens and are not supported.
 
     Args:
         path: A folder with tokenizer.json, or a `.gguf` file.
@@ -250,8 +251,8 @@ class Chat:
         )
 
     def check_roles(self, row: Mapping[str, Messages], tools: Tools) -> None:
-        """Rejects roles that the template does not handle by name."""
-        # `row` has the messages by their names in error messages.
+        """Rejects roles that are neither usual nor named in the template."""
+        # The keys of `row` are the names that error messages use for its lists.
         allowed = {*_ROLES, *self.template(tools).literals}
         if unknown := [
             f"{message['role']!r} in `{name}[{index}]`"
@@ -285,8 +286,8 @@ class Chat:
         return adapted
 
     def _supports_parts(self, messages: Messages, tools: Tools) -> bool:
-        # A template that reads parts ignores the key that is added to each of them. One
-        # that expects a string writes the whole list, with that key.
+        # Add a key to each part. A template that reads parts ignores this key. One that
+        # expects a string writes the whole list, including this key.
         probed, texts = [], []
         for message in messages:
             if isinstance(parts := message.get("content"), list):
@@ -308,7 +309,8 @@ class Chat:
         self, messages: Messages, tools: Tools, add_generation_prompt: bool = False
     ) -> "Rendering":
         """Renders messages. The result has the answers that the template marks."""
-        # The same variables as in transformers. Templates test whether some exist.
+        # Define the same variables as transformers, even those that are None, since
+        # templates test whether a variable is defined.
         variables = {
             **self.special,
             "messages": [_normalize(message) for message in messages],
@@ -349,8 +351,9 @@ class Chat:
         if not self.template(tools).marks_answers:
             return Marked(text, [find_span(turn) for turn in turns], True)
         assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        # The template has marked the answers of all messages. Remove those that are not
-        # in `turns`. A single rendering is enough for those before the first turn.
+        # The template has marked the answers of all assistant messages. Remove those of
+        # messages that are not in `turns`. To remove all that precede the first turn,
+        # find where the text before this turn ends, which takes a single rendering.
         if assistant[0] < turns[0]:
             start = find_end(turns[0], turns[0], True)
             answers = [span for span in answers if span[1] > start]
@@ -368,8 +371,9 @@ def _is_text(part: Any) -> bool:
 
 
 def _normalize(message: Message) -> dict[str, Any]:
-    # Data sets fill missing fields with None, which templates would write. Templates
-    # read the reasoning under different names.
+    # Data sets fill missing fields with None, which templates would write, so drop
+    # those. Store the reasoning under two names, since templates differ in which they
+    # read.
     fields = {key: value for key, value in message.items() if value is not None}
     reasoning = next((fields[key] for key in _REASONING_KEYS if key in fields), None)
     if reasoning is not None:

@@ -35,9 +35,10 @@ class Dataset(NamedTuple):
         trained_share: The share of the tokens in `train` that are targets.
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
             "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
+            If several data sets have different kinds, " and " joins them.
         notes: Notes for the user, one line each.
-        mix: For several data sets: the number of rows of each in `train`, and its
-            weight.
+        mix: For several data sets: a pair for each, of its number of rows in `train`
+            and its weight. Empty for a single data set.
         hash: A hash of the tokens and labels in `train` and `valid`.
 
     Example:
@@ -87,19 +88,22 @@ def read_dataset(
         max_length: The largest number of tokens of a row.
         keys: Maps our keys to the keys of the rows, such as
             `{"prompt": "question", "completion": "answer"}`.
-        train_on: The target tokens. "completions": those of completions and of the
-            messages of the assistant. "last": those of the last such message. "all":
-            all tokens. Unused for rows of `input_ids`, which have `labels` instead.
-        too_long: What to do with longer rows. "split" is only for rows of `text`.
+        train_on: The target tokens. "completions": all tokens of completions and of
+            the assistant's messages. "last": the same, but of the assistant's messages
+            only the last. "all": all tokens. Unused for rows of `input_ids`, which have
+            `labels` instead.
+        too_long: What to do with rows of more than `max_length` tokens. "split" is only
+            for rows of `text`.
         chat: If the model has a chat template: whether to turn text prompts and
             completions, and rows of Alpaca, into messages of a user and an assistant.
         rows: The form of the rows. "texts": tokens, texts, messages, or prompts with
             completions. "pairs": chosen and rejected answers. "labelled": answers with
-            a label; or pairs, of which each becomes two labelled answers.
+            a label, or pairs. Each pair becomes two labelled answers.
         stream: Whether training rows stay in their files, which must be .jsonl. They
             are read once to check and measure them, and again whenever needed.
-        validation_split: The share of the training rows to use for validation, if the
-            data have no validation rows. One of every `1 / validation_split` is drawn.
+        validation_split: The share of the training rows to use for validation. One row
+            is drawn at random from every `1 / validation_split` rows. Must be None for
+            data that have validation rows.
         seed: The seed that selects the validation rows.
 
     Raises:
@@ -170,14 +174,16 @@ _NO_ROWS = (
 
 def draw_splits(share: float | None, seed: int) -> Iterator[str]:
     """Yields the split of each row. One of every `1 / share` rows is for validation."""
-    # The rows are cut into strata of about `1 / share` rows, each with one row for
-    # validation. So the share is exact to within one row, whatever the number of rows.
+    # The rows are cut into groups (strata) of about `1 / share` rows. One row of each
+    # group is for validation. So the share is exact to within one row, whatever the
+    # number of rows.
     if share is None:
         yield from itertools.repeat("train")
         return
     generator, first = np.random.default_rng(seed), 0
     for stratum in itertools.count(1):
-        # The ends of strata are rounded, so that their mean size is `1 / share`.
+        # A stratum ends at a multiple of `1 / share`, rounded to an integer. So the
+        # mean size of the strata is `1 / share`.
         size = round(stratum / share) - first
         chosen = generator.integers(size)
         yield from ("valid" if i == chosen else "train" for i in range(size))
@@ -196,16 +202,16 @@ class _Reader:
     max_length: int
     too_long: str
     validation_share: float | None
-    train_splits: Iterator[str]  # the splits that the rows for training draw
+    train_splits: Iterator[str]  # the split of each training row: "train" or "valid"
     separates_pairs: bool  # whether each completion of a pair is a row by itself
     rows: dict[str, Any] = field(default_factory=_by_split)
     examples: dict[str, list[Example]] = field(default_factory=_by_split)
     kinds: dict[str, None] = field(default_factory=dict)  # in order of appearance
     notes: list[str] = field(default_factory=list)
     hasher: Any = field(default_factory=hashlib.sha256)
-    num_straddling: int = 0  # rows with a token of both prompt and answer
-    num_targets: int = 0  # of training rows
-    num_tokens: int = 0
+    num_straddling: int = 0  # rows where one token covers text of prompt and answer
+    num_targets: int = 0  # in training rows
+    num_tokens: int = 0  # in training rows
 
     def read(self, name: str) -> int:
         """Reads all splits of a data set, and returns its number of training rows."""
@@ -231,9 +237,10 @@ class _Reader:
         file, encoder, max_length = None, self.encoder, self.max_length
 
         def encode_pieces(raw, place):
-            # Refers to the encoder and not to `self`: the rows refer to the file and so
-            # to this function, and such a cycle would keep temporary files after the
-            # data set is deleted.
+            # This function must not refer to `self`. Streamed rows refer to their file,
+            # and the file refers to this function. A reference from here to `self`,
+            # which has the rows, would close a cycle, and the temporary files would
+            # outlive the data set.
             encoded = encoder.encode(raw, None, place, False)
             return cut_row(encoded, max_length, too_long)
 
@@ -244,8 +251,10 @@ class _Reader:
         rows, kind = _encode_rows(source, encoder, splits), ""
         limits = max_length, too_long, self.notes
         for row_split, pieces in _cut_rows(source.name, rows, *limits):
-            # Each piece of a long text is a row, and draws a split of its own. `zip`
-            # asks the pieces first, and so draws no split after the last piece.
+            # Each piece of a long text becomes a row. The first piece gets the split
+            # that was drawn for the text, and each later piece takes the next one from
+            # `splits`. The pieces are the first argument of `zip`, so that `zip` stops
+            # after the last piece without taking another split.
             piece_splits = itertools.chain([row_split], splits)
             pairs = zip(enumerate(pieces), piece_splits, strict=False)
             for (index, piece), piece_split in pairs:
@@ -302,7 +311,9 @@ def read_rows(
     vocab_size: int,
     max_length: int | None = None,
 ) -> list[Row]:
-    """Returns the rows of one file, of any length. Rows of `text` get no end token.
+    """Returns the rows of one file.
+
+    Rows may have any number of tokens. Rows of `text` get no end token.
 
     Args:
         path: The file, as in `read_dataset`.
@@ -332,8 +343,8 @@ def read_rows(
 def _encode_rows(
     source: Source, encoder: Encoder, splits: Iterator[str]
 ) -> Iterator[tuple[str, Encoded]]:
-    # Yields the split and the tokens of each row. Rows of other splits than "train"
-    # have examples. Wrong rows are rejected together, at the end.
+    # Yields the split and the tokens of each row. Only rows for validation or testing
+    # have examples. Errors in rows are collected, and raised together at the end.
     kind = None  # the kind of the first row, which all other rows must have too
 
     def encode(number, raw):
@@ -348,15 +359,20 @@ def _encode_rows(
 
 
 def cut_row(encoded: Encoded, max_length: int, too_long: str) -> list[Encoded]:
-    """Returns the pieces of a row, or the row itself if it fits or will be refused."""
+    """Returns a row in pieces of at most `max_length` tokens.
+
+    Returns the row itself if it fits, or if the caller will refuse it as too long, and
+    an empty list if the row is dropped.
+    """
     ids, labels, place, *_ = row = encoded.row
     is_refused = too_long == "refuse"
     is_refused |= too_long == "split" and encoded.kind != "text"
     if row.longest <= max_length or is_refused:
         return [encoded]
     if too_long == "split":
-        # A piece begins with the last token of the piece before it, from which its
-        # second token is predicted. So each token but the first is a target once.
+        # Neighboring pieces overlap by one token: the last token of a piece is also the
+        # first of the next. The first token of a piece is never a target, so each token
+        # of the text, except the first, is a target in exactly one piece.
         starts = range(0, len(ids) - 1, max_length - 1)
         spans = [slice(start, start + max_length) for start in starts]
         pieces = [Row(ids[span], labels[span], place) for span in spans]
@@ -374,13 +390,14 @@ def _cut_rows(
     too_long: str,
     notes: list[str],
 ) -> Iterator[tuple[str, list[Encoded]]]:
-    # Yields the split and the pieces of each row. At the end, rejects wrong rows, and
-    # adds a note about those that were cut.
+    # Yields the split and the pieces of each row. At the end, rejects rows that are too
+    # long or have no target, or adds a note about the rows that were cut or dropped.
     num_rows = num_pieces = num_long = longest = 0
+    # The places of rows that are too long, and of rows without a target.
     refused, untrained = (
         [],
         [],
-    )  # the places of rows that are too long or have no target
+    )
     for split, encoded in rows:
         pieces = cut_row(encoded, max_length, too_long)
         size, place = encoded.row.longest, encoded.row.place

@@ -9,7 +9,7 @@ import numpy as np
 
 MULTIPLE = 8  # widths are multiples of this number of tokens
 MAX_WIDTHS = 8  # each width is compiled as a program of its own
-_PADDING = 0.05  # the share of padding that is not worth another program
+_PADDING = 0.05  # no more widths are added once at most this share is padding
 
 
 def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
@@ -19,16 +19,18 @@ def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
 
 def choose_widths(lengths: np.ndarray) -> np.ndarray:
     """Returns the fewest widths, at most eight, that leave little padding."""
-    # Dynamic programming over the distinct rounded lengths `widths`. With n widths, of
-    # which widths[j] is the largest, the sequences up to widths[j] take
+    # Dynamic programming. The candidates, `widths`, are the distinct rounded lengths.
+    # cost_n[j] is the number of tokens, with padding, of all sequences that are no
+    # longer than widths[j], if n widths are used and widths[j] is the largest of them:
     #     cost_n[j] = min over i <= j of cost_(n-1)[i - 1] + count(i to j) * widths[j]
-    # tokens with padding, where i - 1 is the index of the second largest width.
+    # Here, i - 1 is the index of the second largest width. The count(i to j) sequences
+    # that are longer than it, and no longer than widths[j], are padded to widths[j].
     widths, counts = np.unique(round_up(lengths), return_counts=True)
     num_tokens = lengths.sum()
     # For each j: the number of sequences that are narrower than widths[j].
     num_narrower = np.concatenate([[0], np.cumsum(counts)])
     cost = num_narrower[1:] * widths  # one width for all
-    # For each n, and each j: the index plus 1 of the second largest width, or 0.
+    # For each n, and each j: the best i, or 0 if there is no second largest width.
     previous = [np.zeros(len(widths), int)]
     max_widths = min(MAX_WIDTHS, len(widths))
     while cost[-1] * (1 - _PADDING) > num_tokens and len(previous) < max_widths:
@@ -78,9 +80,10 @@ class Order(Sequence[Any]):
     """An endless sequence of rows, or of packs of rows, in a new order each epoch.
 
     Attributes:
-        packs: With a capacity, the packs of an epoch, as indices from long to short.
+        packs: With a capacity: the packs of an epoch. Each pack is a list of indices
+            into the rows, when these are sorted from long to short. Otherwise empty.
         longest: The number of tokens of the longest pack.
-        epoch: The number of rows or packs of an epoch, which has each row once.
+        epoch: The number of rows, or of packs, in one epoch, which has each row once.
     """
 
     def __init__(
@@ -90,8 +93,8 @@ class Order(Sequence[Any]):
         self._lengths, self._seed, self._first = lengths, seed, first
         self.packs: list[list[int]] = []
         if capacity is not None:
-            # Each epoch packs the same lengths, so that it has the same number of
-            # packs. Only rows of equal length swap places.
+            # The lengths are packed only once, so that all epochs have the same number
+            # of packs. Between epochs, only rows of equal length swap places.
             descending = -np.sort(-lengths)
             self.packs = pack_lengths(descending.tolist(), capacity)
             self.longest = max(int(descending[pack].sum()) for pack in self.packs)
