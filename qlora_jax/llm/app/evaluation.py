@@ -24,9 +24,10 @@ _SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer
 
 
 def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
-    """Returns the batches for evaluations during training; empty to use all batches."""
-    # One for each 100 training batches, and at least one, so that ten evaluations add a
-    # few percent to the time. Batches are ordered by length, so take every n-th.
+    """Returns the batches for evaluations during training; [] means all batches."""
+    # One validation batch for each 100 training batches, and at least one. Ten such
+    # evaluations add only a few percent to the time. The batches are spread evenly,
+    # because neighbouring rows may be alike.
     num_batches, size = len(batches), max(1, num_training_batches // 100)
     if size >= num_batches:
         return []
@@ -51,10 +52,10 @@ class Evaluation:
             max_length=config.training.max_length,
         )
         self._batches = [*map(make_put(run.mesh), batches)]
-        # Empty if every evaluation uses all batches.
         num_training_batches = (
             config.training.steps or 0
         ) * config.training.accumulation
+        # The sample is empty if every evaluation uses all batches.
         is_full = config.evaluation.eval_every or config.evaluation.keep_best
         self._sample = [] if is_full else sample(self._batches, num_training_batches)
         self._examples = run.data.valid_examples[: config.evaluation.eval_examples]
@@ -76,7 +77,11 @@ class Evaluation:
         return evaluation
 
     def __call__(self, state: State, is_end: bool = False) -> dict[str, float]:
-        """Returns losses, perplexity and exact match; prints samples on stderr."""
+        """Returns the losses, the perplexity and the share of exact answers.
+
+        Between the first and the last step, it may use only a sample of the batches.
+        If it generates answers, it also prints some of them on stderr.
+        """
         numbers, step, config = {}, int(state.step), self._config
         frozen = self._base
         if self._teacher is not None:
@@ -90,7 +95,7 @@ class Evaluation:
             numbers |= {f"valid_{name}": mean for name, mean in means.items()}
             loss = numbers["valid_loss"]
             if find_objective(config.training.objective).is_cross_entropy:
-                # exp(709.8) is the largest float.
+                # `math.exp` raises OverflowError above 709.8.
                 numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self._examples and (is_end or config.evaluation.eval_every):
             numbers["exact_match"] = self._evaluate_answers(state)
@@ -125,7 +130,11 @@ class Evaluation:
         tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar
 
     def _write(self, texts: list[str], key: str) -> None:
-        """Writes the answers, next to those of earlier evaluations of the same rows."""
+        """Writes each answer as entry `key` of its row in the file.
+
+        If the file already has answers to the same rows, their other entries are kept,
+        so that answers before and after training are side by side.
+        """
         pairs = zip(self._prompts, self._examples, strict=True)
         rows = [{"prompt": prompt, "right": x.answer} for prompt, x in pairs]
         if self._path.is_file():

@@ -1,4 +1,7 @@
-"""Options: fields of the config classes, and the one way to fill a config from them."""
+"""The options of the commands, which are the fields of the config classes.
+
+`Config.from_settings` fills a config from flags, from a YAML file or from a dict.
+"""
 
 import dataclasses
 import datetime
@@ -49,14 +52,14 @@ class Option:
     """A field of a config, or of a group inside a config."""
 
     path: str  # the field, with its group: "adapter.rank"
-    hint: Any  # its type
+    hint: Any  # the type annotation of the field
     default: Any
     help: str  # from the docstring of the config
-    name: str  # in flags, files, stamps and messages
+    name: str  # in flags, files, error messages and the saved states of a run
     aliases: tuple[str, ...] = ()
-    section: str | None = None  # a title of `--help`, at the section's first option
+    section: str | None = None  # of `--help`, for this option and the next ones
     limit: Limit | None = None
-    is_identity: bool = True
+    is_identity: bool = True  # whether a resumed run must have the same value
 
 
 def option(
@@ -68,13 +71,14 @@ def option(
     limit: Limit | None = None,
     is_identity: bool = True,
 ) -> T:
-    """Returns a field of a `Config`. A field without settings needs no `option`.
+    """Returns a field of a `Config`. A field with only a default needs no `option`.
 
     Args:
         default: The value if the option is not given, or `REQUIRED`.
         name: The name in flags and files, by default that of the field.
         aliases: Other names in flags and files.
-        section: The title of the section of `--help` that starts with this option.
+        section: The title of the section of `--help` for this option and the options
+            after it, up to the next `section`.
         limit: The values that the option accepts.
         is_identity: Whether a resumed run must have the same value. Options that do not
             affect the trained weights may change.
@@ -104,11 +108,11 @@ class Config:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> Self:
-        """Returns the config with settings of a file, of flags or of Python.
+        """Returns a config with settings from a file, from flags or from Python code.
 
         Args:
-            settings: Values by the names of options, such as `lora_r`; values of a
-                group may be nested, as in `{"adapter": {"rank": 8}}`. Texts are
+            settings: Values by the names of options, such as `lora_r`. The options of a
+                group may also be nested, as in `{"adapter": {"rank": 8}}`. Strings are
                 converted to the types of the options.
 
         Raises:
@@ -133,7 +137,9 @@ class Config:
 
     @classmethod
     def resolve_names(cls, settings: Mapping[str, object]) -> dict[str, object]:
-        """Returns settings by the names of their options, for any names and nesting.
+        """Returns settings as a flat dict, with each option under its main name.
+
+        Settings may use aliases, or be nested in their groups. Values stay as they are.
 
         Args:
             settings: As in `from_settings`.
@@ -170,7 +176,7 @@ class Config:
 
 @functools.cache
 def groups_of(config_type: type[Config]) -> Mapping[str, type[Config]]:
-    """Returns the classes of those fields of a config that are groups of options."""
+    """Returns the fields of a config that are groups of options, and their classes."""
     hints = get_type_hints(config_type)
     return {
         field.name: hint
@@ -220,10 +226,12 @@ def _read_help(config_type: type, field: str) -> str:
 def _flatten(
     config_type: type[Config], settings: Mapping[str, object], names: Mapping[str, str]
 ) -> Iterator[tuple[str, object]]:
+    """Yields settings and their values, with nested ones as "group.field"."""
     for key, value in settings.items():
         if key in groups_of(config_type) and isinstance(value, Mapping):
             nested = {f"{key}.{field}": x for field, x in value.items()}
-            # `data` is a group, and also an option whose value may be a mapping.
+            # `data` is both a group, and an option whose value may be a mapping. The
+            # mapping is the group if all its keys are fields of the group.
             if key not in names or {*nested} <= {*names}:
                 yield from nested.items()
                 continue
@@ -231,18 +239,22 @@ def _flatten(
 
 
 def is_swept(hint: object) -> bool:
-    """Returns whether an option may have several values, for a sweep."""
+    """Returns whether an option of this type may have several values, for a sweep."""
     return get_args(hint) in ((float, list[float]), (int, list[int]))
 
 
 def check_swept(config: Config, name: str) -> None:
-    """Raises ValueError unless several values of an option are different."""
+    """Checks an option that may have a list of values, for a sweep.
+
+    Raises ValueError if the list is empty or has equal values. A list of one value is
+    replaced by the value.
+    """
     value = getattr(config, name)
     if isinstance(value, list | tuple):
         option = options_of(type(config))[name]
         if not value or len({*value}) < len(value):
             raise _wrong_value(option, value)
-        # A list with one value is not a sweep.
+        # A list with one value is not a sweep. The config is a frozen dataclass.
         object.__setattr__(config, name, value[0] if len(value) == 1 else [*value])
 
 
@@ -263,10 +275,13 @@ def _wrong_value(option: Option, value: object) -> ValueError:
 
 
 def convert(hint: Any, value: Any) -> Any:
-    """Returns a value of a type, from Python or as text; raises ValueError if wrong."""
+    """Converts a value to the type `hint`, for example text from a flag.
+
+    Raises ValueError if the value does not have this type and cannot be converted.
+    """
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in _UNIONS:
-        # Everything is text, so other types come first.
+        # Most values are also valid as text, so the other types are tried first.
         for member in sorted(parts, key=lambda member: member is str):
             with suppress(ValueError):
                 return convert(member, value)
@@ -306,7 +321,7 @@ def _convert_items(kind: type, parts: tuple[Any, ...], value: Any) -> Any:
 
 
 def describe_type(hint: object) -> str:
-    """Returns the values of a type in words, such as "an integer" or "a, b or c"."""
+    """Returns a type in words, such as "an integer", or its values: "a, b or c"."""
     parts = get_args(hint)
     if is_swept(hint):
         return f"{_TYPE_NAMES[parts[0]]}, or several separated by commas"

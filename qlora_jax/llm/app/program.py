@@ -36,9 +36,9 @@ from .train_config import TrainConfig
 class Program(NamedTuple):
     """The model of a run, and the functions that train and evaluate it."""
 
-    model: Any  # the wrapped decoder
-    loss: Callable[..., tuple]  # for `make_step`
-    eval_loss: Callable[..., tuple]  # the loss without terms that only help training
+    model: Any  # the decoder, wrapped by `ql.linen.wrap`
+    loss: Callable[..., tuple]  # a `Loss`, as `make_step` takes it
+    eval_loss: Callable[..., tuple]  # the loss without the term that balances experts
     optimizer: optax.GradientTransformation
     step: Step
 
@@ -52,7 +52,8 @@ def make_program(
 ) -> Program:
     """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`.
 
-    With `learning_rates`, the step is that of a sweep.
+    With `learning_rates`, the step trains the adapters of a sweep together, each with
+    its own learning rate.
     """
 
     def wrap_decoder(decoder: DecoderConfig) -> Any:
@@ -64,7 +65,8 @@ def make_program(
             stream_dtype=jnp.dtype(config.model.stream_dtype),
             mlp_tile=config.model.mlp_tile,
         )
-        # Parameters may be packed, with adapters in the collection `lora`.
+        # The wrapped module accepts packed parameters, and takes adapters from the
+        # collection `lora`.
         return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
 
     def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
@@ -104,7 +106,7 @@ def make_program(
 
 
 def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the step, from its peak."""
+    """Returns the learning rate as a function of the step, with the given peak."""
     return optimizers.make_schedule(
         config.optimizer.schedule,
         learning_rate,
@@ -143,7 +145,7 @@ def make_place(
     """Returns a function that puts base and lora on the mesh, or on one device."""
     if mesh is None and memory == "device":
         return lambda base, lora: (base, lora)  # already on the device
-    # Host memory needs shardings, and hence a mesh of one device.
+    # Arrays in host memory need shardings, so a single device gets a mesh of its own.
     target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
 
     def place(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
@@ -156,7 +158,7 @@ def make_place(
 def make_put(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
     """Returns a function that splits a batch's rows over the axes `data` and `fsdp`.
 
-    Each process has the full batch, so results do not depend on how many there are.
+    Each process has the full batch, so the number of processes does not change results.
     """
     if mesh is None:
         return lambda batch: batch
@@ -175,8 +177,9 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
 
-    With preferences, a batch has two sequences for each row. All tokens are targets.
-    If the devices are from `jax.experimental.topologies`, `backend` must be set.
+    With preferences, the batch has two sequences for each row of data, so twice as many
+    rows. All its tokens are targets. If the devices are from
+    `jax.experimental.topologies`, `backend` must be set.
     """
     mesh = make_mesh(config.devices.mesh_sizes, devices)
     place = make_place(model.config, mesh, config.model.base_memory, devices[:1])

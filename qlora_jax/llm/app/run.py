@@ -42,13 +42,14 @@ if TYPE_CHECKING:
 class Run:
     """A run whose settings, data and model were checked to be compatible."""
 
-    config: TrainConfig  # with every setting resolved
+    config: TrainConfig  # with the settings that the model or the data decide
     model: BaseModel  # with shapes instead of parameters
-    packing: ql.QLoRAConfig | None  # packs kernels as they are read
+    # How to pack kernels while they are read; None to use them as they are stored.
+    packing: ql.QLoRAConfig | None
     adapters: ql.QLoRAConfig
     tokenizer: Tokenizer
     data: Dataset
-    stamp: dict[str, Any]  # must be equal when the run is resumed
+    stamp: dict[str, Any]  # what must be the same when the run is resumed
     mesh: Mesh | None  # None for one device
     place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # puts trees on devices
     folder: pathlib.Path
@@ -56,7 +57,11 @@ class Run:
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
-    """Returns the run, with its data read; `today` must be equal in all processes."""
+    """Checks the settings, reads the data, and returns the run.
+
+    `today` is the default date for chat templates, and must be the same in all
+    processes.
+    """
     _check_environment(config)
     # The model: its shapes, and the formats of its weights.
     model = open_model(config.model.path, recode=config.model.recode)
@@ -128,7 +133,11 @@ def _open_teacher(
     packing: ql.QLoRAConfig | None,
     tokenizer: Tokenizer,
 ) -> BaseModel | None:
-    """Returns the model to learn from: by default the weights before packing."""
+    """Returns the teacher, or None if the objective uses none.
+
+    By default, the teacher is the model itself, whose weights are then read again
+    without packing.
+    """
     name = config.training.teacher
     if not find_objective(config.training.objective).uses_teacher:
         return None
@@ -155,7 +164,7 @@ def _open_teacher(
 
 
 def _check_environment(config: TrainConfig) -> None:
-    """Imports every library of a run, and checks what the devices support."""
+    """Checks the template, the installed libraries and what the devices support."""
     if (
         config.data.template is not None
         and not pathlib.Path(config.data.template).is_file()
@@ -225,18 +234,20 @@ def make_batches(
 def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainConfig:
     """Returns the settings, with values for those that were left unset.
 
-    `stored_packing` is the packing of a base that is used as stored, otherwise None.
+    `stored_packing` is the packing of the model's files if the model is used as it is
+    stored. It is None if training packs the model, or if the model is in float.
     """
     steps, warmup, model = config.training.steps, config.optimizer.warmup, config.model
     if steps is None:
         num_batches = sum(1 for _ in make_batches(config.training, data, num_epochs=1))
         num_batches *= config.training.epochs or 1
         steps = math.ceil(num_batches / config.training.accumulation)
+    # `QLoRAConfig` replaces unset values by the defaults of the format.
     packing = stored_packing or ql.QLoRAConfig(
         fmt=None if model.fmt == "none" else model.fmt,
         block_size=model.block_size,
         double_quant=model.double_quant,
-    )  # fills in the format's defaults
+    )
     resolved = config.replace(
         steps=steps,
         epochs=None,
@@ -289,7 +300,10 @@ def make_sibling(run: Run, config: TrainConfig) -> Run:
 def _make_stamp(
     config: TrainConfig, model: BaseModel, data: Dataset, teacher: BaseModel | None
 ) -> dict[str, Any]:
-    """Returns everything that determines a run's final parameters, as JSON values."""
+    """Returns everything that determines the adapter that a run trains, as JSON values.
+
+    This stamp is saved with each state. A run is only resumed if it has not changed.
+    """
     options = options_of(TrainConfig)
     stamp = {
         name: value
@@ -297,7 +311,7 @@ def _make_stamp(
         if options[name].is_identity and value is not None
     }
     if config.optimizer.schedule == "constant":
-        del stamp["steps"]  # such a run may be extended
+        del stamp["steps"]  # without decay, a resumed run may have more steps
     objective = find_objective(config.training.objective)
     settings_of_objectives = {y for x in OBJECTIVES.values() for y in x.settings}
     for name in settings_of_objectives - {*objective.settings}:
@@ -314,8 +328,12 @@ def _make_stamp(
 
 
 def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
-    """Raises a ValueError that lists the settings that a resumed run has changed."""
-    # States of earlier versions lack newer options, which had their defaults.
+    """Raises ValueError if a run is resumed with other settings, and lists them.
+
+    `saved` is the stamp from the state, and `now` is that of the resumed run.
+    """
+    # A state from an earlier version lacks the options that were added since. It was
+    # trained with what are now their defaults.
     options = options_of(TrainConfig).values()
     defaults = {option.name: option.default for option in options if option.is_identity}
     saved, now = defaults | {**saved}, defaults | {**now}
@@ -330,7 +348,7 @@ def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> N
 def _describe_value(value: object) -> str:
     if value is None:
         return "not set"
-    # YAML reads 16 as an integer where the settings have 16.0, which must be equal.
+    # The same number may be 16 in one stamp and 16.0 in the other.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return repr(value)

@@ -86,7 +86,7 @@ class TrainConfig(Config):
                 "trained side by side, because all are trained to the last step. Got "
                 f"{patience}."
             )
-        # Each device has the same number of rows.
+        # All parts of a batch must have the same number of rows.
         sizes = self.devices.mesh_sizes
         num_parts = math.prod(sizes.get(name, 1) for name in ROW_AXES)
         if training.batch_size % num_parts:
@@ -97,7 +97,9 @@ class TrainConfig(Config):
 
     @classmethod
     def resolve_names(cls, settings: Mapping[str, object]) -> dict[str, object]:
-        """Returns settings by the names of their options, for any names and nesting.
+        """Returns settings as a flat dict, with each option under its main name.
+
+        Settings may use aliases, or be nested in their groups. Values stay as they are.
 
         Args:
             settings: As in `from_settings`.
@@ -110,7 +112,7 @@ class TrainConfig(Config):
 
     @property
     def swept(self) -> dict[str, Any]:
-        """The options that may have several values, for a sweep."""
+        """The values of the options that may have a list of values, for a sweep."""
         rates, seeds = self.optimizer.learning_rate, self.training.seed
         return {"learning_rate": rates, "seed": seeds}
 
@@ -122,5 +124,5 @@ class TrainConfig(Config):
     @property
     def eval_steps(self) -> int:
         """The steps between evaluations; by default there are about ten evaluations."""
-        # `steps` is set once the settings are resolved.
+        # `steps` may be None in the user's settings. `make_run` always sets it.
         return self.evaluation.eval_every or math.ceil((self.training.steps or 0) / 10)

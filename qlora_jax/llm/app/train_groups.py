@@ -19,7 +19,8 @@ from .options import (
     option,
 )
 
-# The module of each logger; an extra of the package installs it.
+# The Python module of each logger. The package's extra that installs it has the name of
+# the logger.
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -82,10 +83,11 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True)
 class AdapterConfig(Config):
-    """The adapters of a run, in the words of `QLoRAConfig`.
+    """The adapters of a run.
 
-    It is a class of its own, because a run finds its targets by PEFT's names of modules
-    in the model, and packs the model before it creates adapters.
+    Except for `target_modules`, the fields are named as in `QLoRAConfig`. This class
+    exists because `target_modules` has PEFT's names of modules, which are looked up
+    once the model is known, and because `ModelConfig` has the settings of packing.
 
     Attributes:
         rank: Rank of the adapters.

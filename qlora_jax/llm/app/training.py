@@ -52,15 +52,17 @@ from .train_config import TrainConfig
 if TYPE_CHECKING:
     import grain
 
-# The last state of a run, with the adapter to write, and the metrics of that adapter.
+# What `finish` gets: the last state of a run, in which the adapter is the one to write
+# (the last or the best), and the metrics of the best step, or {} for the last adapter.
 Outcome = tuple[State, Mapping[str, float]]
 
 
 def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     """Fine-tunes a model on data, and writes an adapter that PEFT loads.
 
-    Settings, data, module names, the folder and (with `resume`) the settings of the
-    resumed run are checked before the model is read.
+    Everything is checked before the weights of the model are read: the settings, the
+    data, the names of modules and the folder. With `resume`, it is also checked that
+    the settings are still those of the run.
 
     Args:
         config: The model, the data and the settings of the run.
@@ -75,9 +77,11 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
             settings.
         FloatingPointError: If a loss or gradient is not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last complete state remains.
-        ImportError: If a library of the extra `train` is not installed.
-        KeyboardInterrupt: At SIGINT, once the state after the step is saved.
-        SystemExit: At SIGTERM, once the state after the step is saved.
+        ImportError: If a library of the extra `train`, or a logger in `log`, is not
+            installed.
+        KeyboardInterrupt: At SIGINT, once the current step has ended and its state is
+            saved.
+        SystemExit: At SIGTERM, also once that state is saved.
 
     Example:
         >>> import pathlib, tempfile
@@ -122,7 +126,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
             progress=is_first(),
         )
         teacher = _read_teacher(run)
-        if run.mesh is not None:  # inner functions look up the mesh
+        if run.mesh is not None:  # some functions ask JAX for the current mesh
             stack.enter_context(set_mesh(run.mesh))
         outcomes = _fit(
             config, runs, states, model.base, teacher, resume_after, log_rows
@@ -152,8 +156,8 @@ def _read_teacher(run: Run) -> PyTree | None:
 
 def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
-    # The runs of a sweep see the same rows. Without the hub and loggers, no account is
-    # needed.
+    # All runs of a sweep see the same rows, so the first run suffices. A preview leaves
+    # out the hub and the loggers, so it needs no account.
     first = members_of(config.replace(push_to_hub=None, log=[]))[0]
     with all_or_none():
         run = make_run(first, datetime.date.today().isoformat())
@@ -162,7 +166,7 @@ def _preview(config: TrainConfig) -> Preview:
 
 
 def _make_runs(config: TrainConfig) -> list[Run]:
-    # Processes may start on different days.
+    # Use the date of the first process, because processes may start on different days.
     today = broadcast_text(datetime.date.today().isoformat())
     with all_or_none():
         first, *siblings = members_of(config)
@@ -186,9 +190,9 @@ def _log_data(run: Run, num_adapters: int) -> None:
 def _find_resumed_step(
     runs: Sequence[Run], states: Sequence[Checkpoints]
 ) -> int | None:
-    """Returns the step to resume after, or None for a new run.
+    """Returns the step to resume after, or None to start at step 0.
 
-    Checks that the settings that were saved at that step are those of the runs.
+    Raises ValueError if the settings of the runs differ from those saved at that step.
     """
     config = runs[0].config
     step = config.output.resume_step
@@ -213,10 +217,11 @@ def _find_resumed_step(
 
 
 def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
-    """Writes the settings of each run, and those of a sweep in its own folder."""
+    """Writes the settings of each run in its folder, and those of a sweep in `out`."""
     with all_or_none():
         if is_first():
-            # In the sweep's file, swept settings are lists; all others are resolved.
+            # In the file of a sweep, the swept settings are lists, and the others are
+            # as in its runs. Without a sweep, both writes have the same path and text.
             resolved = runs[0].config.replace(out=config.output.out, **config.swept)
             path = pathlib.Path(config.output.out) / CONFIG
             write_run_config(resolved, path, runs[0].model.source)
@@ -240,8 +245,12 @@ class Trainer:
         batches: "grain.DatasetIterator[Batch]",
         resume_after: int | None,
     ) -> State:
-        """Returns the first state, or that of step `resume_after` and its position."""
-        seed = cast(int, self.run.config.training.seed)  # a run of a sweep has one
+        """Returns the state to start from: a new one, or that of step `resume_after`.
+
+        When a run is resumed, `batches` moves to the position that was saved with the
+        state, and later states are deleted.
+        """
+        seed = cast(int, self.run.config.training.seed)  # one run has one seed
         lora = _init_adapters(self.run, base, jax.random.key(seed))
         state = State.create(lora, optimizer, seed)
         if resume_after is None:
@@ -260,7 +269,10 @@ class Trainer:
     def make_callbacks(
         self, metrics: Metrics | None, log_row: LogRow, progress: Sequence[Callback]
     ) -> list[Callback]:
-        """Returns the callbacks of the run. Metrics are written before a state."""
+        """Returns the callbacks of the run, in the order in which they are called.
+
+        The metrics of a step are written before its state is saved.
+        """
         config, best = self.run.config, self.best
         on_nan, log_every = config.training.on_nan, config.output.log_every or 1
         callbacks: list[Callback] = [CheckFinite(self.states, metrics, on_nan)]
@@ -280,7 +292,7 @@ class Trainer:
         note_failure(self.run, error)
 
     def choose_adapter(self, last: State) -> Outcome:
-        """Returns the last state with the adapter to write, and its metrics."""
+        """Returns what `finish` needs to write the last or the best adapter."""
         best, steps = self.best, self.run.config.training.steps or 0
         if best is None or self.evaluation is None or best.step is None:
             return last, {}
@@ -291,7 +303,7 @@ class Trainer:
                 f"{int(last.step):,}."
             )
         best_state, _ = self.states.restore(last, best.step)
-        # If the last step is the best, the last row of metrics has its numbers already.
+        # If the last step is the best, its evaluation is in the last row of metrics.
         numbers = {"best_step": best.step}
         if best.step < steps:
             numbers |= self.evaluation(best_state, is_end=True)
@@ -321,9 +333,11 @@ def _fit(
     resume_after: int | None,
     log_rows: list[LogRow],
 ) -> list[Outcome | None]:
-    """Trains the runs to the last step or a signal; returns None for failed runs.
+    """Trains the runs to their last step, and returns an outcome for each of them.
 
-    The adapters of a sweep take each step together, which reads the base only once.
+    The outcome of a run that failed is None. At a signal, an exception is raised once
+    the states are saved. The adapters of a sweep take each step together, so the base
+    is decoded only once for all of them.
     """
     run, is_sweep = runs[0], config.is_sweep
     rates = [cast(float, x.config.optimizer.learning_rate) for x in runs]
@@ -404,8 +418,8 @@ def _open_callbacks(
 
 
 def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
-    """Prints how to resume the run in a folder, and ends as the signal would."""
-    states = folder / STATE  # not in a sweep, whose runs have their own folders
+    """Prints how to resume the run, and raises the exception of the signal."""
+    states = folder / STATE  # a sweep has none, because each of its runs has its own
     log(
         f"The state of step {step:,} is saved in "
         f"{states if states.is_dir() else folder}. To resume: qlora-jax train --config "

@@ -1,7 +1,8 @@
 """The command line `qlora-jax`.
 
-Results go to stdout, progress and errors to stderr. Exit status: 0 success, 1 wrong
-input, 2 wrong command line, 130 interrupt, 141 stdout closed (`| head`), 143 SIGTERM.
+Results go to stdout, progress and errors to stderr. Exit status: 0 success, 1 an error
+(or a wrong result in `check`), 2 wrong command line, 130 interrupt, 141 stdout closed
+(`| head`), 143 SIGTERM.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ except ImportError as error:
         f"qlora-jax needs: pip install 'qlora-jax[train]'. {error}"
     ) from error
 
-# Errors about the input or from a run, which are printed without a traceback.
+# These errors are printed without a traceback, because their usual cause is the input,
+# the machine or the training itself, and not a bug.
 ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
 ERRORS += TypeError, ValueError
 _STDOUT_CLOSED = 128 + 13  # the usual exit status after SIGPIPE
@@ -33,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def process() -> None:
-    """Runs `qlora-jax` as a program: `main`, after preparing the process."""
+    """Runs `qlora-jax` as a program.
+
+    It does what `main` does, but first prepares the process: it restarts the process
+    with huge pages for `train`, and turns on the cache of compiled programs.
+    """
 
     def prepare(config: object) -> None:
         if isinstance(config, app.TrainConfig) and config.devices.huge_pages:
@@ -45,7 +51,10 @@ def process() -> None:
 
 
 def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
-    """Runs a command line, and calls `prepare` with its config before the command."""
+    """Parses the arguments, calls `prepare` with the config, and runs the command.
+
+    Returns the exit status.
+    """
     name, config, namespace = parse(arguments)
     prepare(config)
     try:
@@ -65,7 +74,7 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
             print("qlora-jax: interrupted", file=sys.stderr)
         return 130
     except (*ERRORS, MemoryError, RuntimeError) as error:
-        # JAX has no exception of its own for a device that is out of memory.
+        # If a device is out of memory, JAX raises a RuntimeError with this status.
         is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if not (is_full or isinstance(error, ERRORS)):
             raise

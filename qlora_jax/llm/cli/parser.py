@@ -117,7 +117,11 @@ def _add_options(parser: Parser, config_type: type[Config]) -> None:
 
 
 def _add_option(group: Any, option: Option, is_positional: bool) -> None:
-    """Adds an option to a group of the help. Its value stays text, if it is given."""
+    """Adds an option to the parser, in a section of `--help`.
+
+    The parser keeps a value as text, for `Config.from_settings` to convert. An option
+    that is not on the command line gets no value at all, not even its default.
+    """
     metavar, notes = option.name.upper(), []
     is_switch = bool in (option.hint, *get_args(option.hint))
     if {*(get_args(option.hint) or [option.hint])} <= {bool, type(None)}:
@@ -160,7 +164,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
     try:
         for file in namespace.config:
             folder = pathlib.Path(file).parent
-            # The file of a run has settings of `train`. Other commands read the run.
+            # The file in a run's folder has the settings of `train`. For a command with
+            # the option `run`, it stands for the run itself.
             if "run" in options and is_run(folder):
                 settings["run"] = str(folder)
             else:
