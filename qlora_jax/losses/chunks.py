@@ -1,4 +1,4 @@
-"""Losses of tokens that never store the logits of all tokens at once.
+"""The losses of tokens, without storing the logits of all tokens at once.
 
 The logits, float32 `[tokens, V]`, are often the largest array of a training step.
 """
@@ -21,18 +21,20 @@ from ..product.backends.reference import accumulator_dtype, dot
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel, is_kernel
 
-# The bytes of a chunk's logits, and the fewest tokens of a chunk. Each chunk reads the
-# entire head, so products with fewer rows would be bound by memory bandwidth.
+# By default, a chunk has as many tokens as have CHUNK_BYTES of logits, but at least
+# FEWEST_TOKENS. Each chunk reads the entire head, so products with fewer rows would be
+# bound by memory bandwidth.
 CHUNK_BYTES, FEWEST_TOKENS = 64 * 2**20, 256
 # The gradients with respect to logits are multiplied by this factor before they are
-# cast. Otherwise, most of them would lose precision in float16, because probabilities
-# are often below 6e-5. A power of two changes only exponents.
+# cast to the dtype of `hidden`. Most of them are probabilities, which are often below
+# 6e-5, where float16 loses precision. A power of two changes only exponents.
 GRADIENT_SCALE = 1024.0
 
-# A function of logits `[t, V]`, the targets of their tokens, a frozen tree that all
-# tokens share, and whether a gradient is needed. It returns the losses `[t]` and, if
-# needed, their gradients with respect to the logits, times GRADIENT_SCALE. It must be
-# hashable, because programs are compiled for it.
+# A function of logits `[t, V]`, the targets of their tokens (such as labels, or hidden
+# states of a teacher), a frozen tree that all tokens share, and whether a gradient is
+# needed. It returns the losses `[t]` and, if needed, their gradients with respect to
+# the logits, times GRADIENT_SCALE. It must be hashable, because `jax.jit` gets it as a
+# static argument.
 TokenLoss = Callable[[Array, PyTree, PyTree, bool], tuple[Array, Array | None]]
 
 
@@ -52,7 +54,7 @@ def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..
 
 
 def check_chunk_size(chunk_size: int | None, num_logits: int) -> int:
-    """Returns the tokens per chunk; by default those with CHUNK_BYTES of logits."""
+    """Returns the checked `chunk_size`, or a default for `num_logits` per token."""
     if chunk_size is None:
         return max(CHUNK_BYTES // (4 * max(num_logits, 1)), FEWEST_TOKENS)
     if chunk_size < 1:
@@ -101,25 +103,28 @@ def chunked_losses(
     targets: PyTree,
     frozen: PyTree = (),
 ) -> Array:
-    """Returns the loss of each token, with a gradient for `hidden` alone.
+    """Returns the loss of each token. Only `hidden` gets a gradient.
 
     Args:
-        token_loss: The loss of the logits of a chunk.
+        token_loss: Computes the losses of the tokens of a chunk from their logits.
         chunk_size: The largest number of tokens whose logits are stored at once.
         cap: The soft cap of the logits, or None.
         hidden: The hidden states `[*tokens, D]`.
         head: The weights of the head, which are frozen.
-        targets: Arrays `[*tokens, ...]` for the loss of each token.
-        frozen: Arrays or kernels for the losses of all tokens.
+        targets: The targets to pass to `token_loss`. These arrays `[*tokens, ...]` are
+            cut into chunks, as `hidden` is.
+        frozen: The arrays or kernels to pass to `token_loss` whole, for each chunk.
     """
     hidden = varying_with(hidden, head, targets, frozen)
     return _losses(token_loss, chunk_size, cap, hidden, head, targets, frozen)
 
 
-# With the logits l of a token, c = cap * tanh(l / cap) and a loss f(c),
+# For the logits l of a token and their capped values c = cap * tanh(l / cap), the loss
+# f(c) has the gradient
 #   d loss / d l_j = (d f / d c_j) * (1 - (c_j / cap)^2).
-# A loss depends only on its own row of `hidden`. The forward pass therefore keeps
-# `unit = d loss / d hidden`, `[*tokens, D]`, and the backward pass returns `g * unit`.
+# The loss of a token depends only on its own row of `hidden`. So the forward pass keeps
+# `unit = d loss / d hidden`, `[*tokens, D]`, and the backward pass multiplies it by g,
+# the gradient with respect to each loss.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _losses(
     token_loss: TokenLoss, chunk_size: int, cap: float | None, *arrays: PyTree
@@ -170,7 +175,7 @@ def _compute(
     frozen: PyTree,
     has_gradient: bool,
 ) -> tuple[Array, Array | None]:
-    """Returns the losses and, with `has_gradient`, the gradient of each loss."""
+    """Returns the losses and, with `has_gradient`, their gradients for `hidden`."""
 
     def compute_by_chunks(
         hidden: Array, head: Kernel, targets: PyTree, frozen: PyTree
@@ -187,6 +192,7 @@ def _compute(
             if cap is not None:
                 g = g * (1 - jnp.square(logits / cap))
             unit = pull_back(g.astype(rows.dtype)) / GRADIENT_SCALE
+            # If a loss is NaN, as for an invalid label, its gradient shall be NaN, too.
             unit = jnp.where(jnp.isnan(losses)[:, None], jnp.nan, unit)
             return losses, unit.astype(rows.dtype)
 
@@ -214,7 +220,8 @@ def _compute(
 
 
 def _num_chunks(num_tokens: int, chunk_size: int) -> int:
-    # Prefers a number that divides the tokens, because `_cut` then copies nothing.
+    # Prefers a number of chunks by which the number of tokens is divisible, because
+    # `_cut` then needs no padding.
     fewest = max(-(-num_tokens // chunk_size), 1)
     for count in range(fewest, min(2 * fewest, num_tokens + 1)):
         if num_tokens % count == 0:
@@ -236,13 +243,13 @@ def _join(x: Array, num_tokens: int) -> Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:num_tokens]
 
 
-# Maps rows `[t, D]` to their logits `[t, V]` and a second function. This one maps
-# gradients with respect to the logits to gradients with respect to the rows.
+# Maps rows `[t, D]` to their logits `[t, V]`, and to a function for the backward pass:
+# from gradients with respect to these logits to gradients with respect to the rows.
 Linear = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
 
 
 def linear(head: Kernel, dtype: np.dtype) -> Linear:
-    """Returns the product with a head in `dtype`, with its gradient."""
+    """Returns the function that multiplies rows of this dtype by a head."""
     accumulator = accumulator_dtype(dtype)
 
     def multiply_packed(rows: Array) -> tuple[Array, Callable[[Array], Array]]:

@@ -1,4 +1,4 @@
-"""Divergence from a teacher that never stores the logits of all tokens at once."""
+"""The divergence from a teacher, without storing the logits of all tokens at once."""
 
 import math
 from dataclasses import dataclass
@@ -33,13 +33,14 @@ def chunked_kl_divergence(
 ) -> Float[Array, "*tokens"]:
     """Returns the divergence of each token's distribution from that of a teacher.
 
-    `temperature**2 * KL(softmax(t / temperature) || softmax(s / temperature))`, with
-    the logits t of the teacher and s of the student, in nats. The factor keeps the
-    size of the gradients when the temperature changes (Hinton et al., 2015, section 2).
+    With the logits t of the teacher and s of the student, the result is, in nats,
+    `temperature**2 * KL(softmax(t / temperature) || softmax(s / temperature))`. The
+    factor `temperature**2` keeps the gradients at about the same size when the
+    temperature changes (Hinton et al., 2015, section 2).
 
     The logits of both models are stored for only `chunk_size` tokens at a time. The
-    heads and the teacher are frozen: only `hidden` gets a gradient. Products have the
-    precision of `chunked_cross_entropy`.
+    heads and the teacher are frozen: only `hidden` gets a gradient. Matrix products are
+    as precise as in `chunked_cross_entropy`.
 
     Args:
         hidden: The hidden states of the student after its last norm.
@@ -53,7 +54,7 @@ def chunked_kl_divergence(
         teacher_contract: As `contract`, for the teacher.
         teacher_logit_soft_cap: As `logit_soft_cap`, for the teacher.
         chunk_size: The largest number of tokens whose logits are stored at once. By
-            default, the number for which those of both models take 64 MiB, but at
+            default, as many as have 64 MiB of logits in both models together, but at
             least 256.
 
     Raises:

@@ -21,7 +21,7 @@ from .step import State
 
 @dataclass
 class Best:
-    """The step with the lowest validation loss, whose checkpoint is kept.
+    """The step with the lowest validation loss so far. `SaveStates` keeps its state.
 
     Attributes:
         step: The step, or None if there is none yet.
@@ -63,9 +63,10 @@ class Evaluate(Callback):
         evaluate: A function of the state that returns metrics.
         every: The number of steps between evaluations. None evaluates only before the
             first step and after the last one.
-        best: Finds the step with the lowest `valid_loss`, after the first step.
-        patience: With `best`: training ends after this many evaluations in a row
-            without a lower loss. None never ends it early.
+        best: Records the step with the lowest `valid_loss`. The evaluation before the
+            first step does not count.
+        patience: The number of evaluations in a row without a lower `valid_loss` after
+            which training ends. None never ends it early. Ignored without `best`.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -86,7 +87,7 @@ class Evaluate(Callback):
         if training.step == 0:
             training.evaluation = self.evaluate(training.state)
             training.row = {"step": 0, **training.evaluation}
-        self._check_patience(training)  # the run may have been resumed after its end
+        self._check_patience(training)  # the resumed run may have stopped early
 
     def on_step(self, training: Training) -> None:
         if training.is_due(self.every):
@@ -103,15 +104,18 @@ class Evaluate(Callback):
 
 @dataclass(eq=False)
 class CheckFinite(Callback):
-    """Ends a run, or skips the update, if a loss or a gradient is not finite.
+    """Handles steps whose loss, gradient or new adapter is not finite.
 
-    If only the new adapter is not finite, the run always ends.
+    If the loss or the gradient is not finite, the step has left the adapter unchanged,
+    and `on_nan` decides whether training goes on. If only the new adapter is not
+    finite, a FloatingPointError always ends the run.
 
     Attributes:
-        states: The saved states of the run, the last of which the error names.
-        metrics: Writes the metrics of the step before the error is raised.
-        on_nan: What to do if the loss or the gradient is not finite: "stop" with a
-            FloatingPointError, or "skip" the update.
+        states: The saved states of the run. The error names the latest one.
+        metrics: The callback that writes metrics. It writes those of the failed step
+            before the error is raised.
+        on_nan: What to do if the loss or the gradient is not finite. "stop" ends the
+            run with a FloatingPointError. "skip" goes on without the update.
 
     Example:
         >>> import tempfile
@@ -181,7 +185,8 @@ class LogRows(Callback):
             self.log_row(training.row)
 
 
-# Validation losses and their labels. The progress shows the first that is computed.
+# The validation losses that the progress can show, with their labels. It shows the
+# first one that an evaluation has computed.
 _VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
 
 
@@ -199,8 +204,8 @@ class ShowProgress(Callback):
         """Stores the settings.
 
         Args:
-            every: The number of steps between lines. Steps with an evaluation always
-                have one. With None, about ten lines are printed.
+            every: The number of steps between printed lines. With None, a tenth of all
+                steps. A line is also printed after each evaluation.
         """
         self.every, self._validation = every, ""
         self._bar: Any = None
@@ -213,7 +218,7 @@ class ShowProgress(Callback):
             self._bar.close()
 
     def on_start(self, training: Training) -> None:
-        # None hides the bar unless stderr is a terminal.
+        # With `disable=None`, tqdm shows the bar only if stderr is a terminal.
         disable = None if jax.process_index() == 0 else True
         settings: Any = {"initial": training.step, "total": training.steps}
         self._bar = tqdm(desc="training", unit="step", disable=disable, **settings)
@@ -245,13 +250,15 @@ class ShowProgress(Callback):
 
 @dataclass(eq=False)
 class SaveStates(Callback):
-    """Saves the state at intervals, of the best step, and after the last step.
+    """Saves the state at intervals, after each new best step, and after the last step.
 
     Attributes:
         states: Saves the states.
         every: The number of steps between saved states.
-        metadata: JSON values to save with each state, besides its position in the data.
-        best: The step with the lowest validation loss, whose state is kept too.
+        metadata: JSON values to save with each state. The position in the data is
+            always added.
+        best: The step with the lowest validation loss so far. Its state is kept in
+            addition to the newest ones.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -295,10 +302,11 @@ class SaveStates(Callback):
 
 
 class ForMembers(Callback):
-    """Calls the callbacks of each adapter of a sweep with its own state and metrics.
+    """Calls separate callbacks for each adapter of a sweep, with its state and metrics.
 
-    If the callbacks of an adapter raise FloatingPointError, only its training ends: its
-    callbacks are not called any more. If they set `is_over`, all training ends.
+    If a callback of an adapter raises FloatingPointError, the adapter has failed: its
+    callbacks are not called any more. Training ends for all adapters once all have
+    failed, or if any callback sets `is_over`.
 
     Example:
         >>> from qlora_jax.llm import train

@@ -17,19 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Training:
-    """A call of `fit`, as its callbacks see it.
+    """The progress of one call of `fit`, which is passed to its callbacks.
 
     Attributes:
-        steps: The number of the last step.
+        steps: The total number of steps, including those before a resumed state.
         batches: The iterator over batches.
         full_state: The state after the latest step. In a sweep, it has all adapters.
-        step: The number of the latest step.
-        row: The metrics of the latest step, to which callbacks may add. In a sweep, the
-            metrics that differ are lists. Empty before the first step.
-        evaluation: Those metrics that an evaluation has added.
-        is_finite: Whether the loss, the gradient and the new adapter are finite.
-        is_over: Whether the latest step is the last one.
-        index: The index of the adapter, in the callbacks of one adapter of a sweep.
+        step: The number of steps taken so far, which is the number of the latest step.
+        row: The metrics of the latest step, to which callbacks may add. In a sweep, a
+            metric that differs between adapters is a list with one value for each.
+            Empty before the first step, unless `Evaluate` has added metrics to it.
+        evaluation: The metrics of an evaluation after the latest step. Empty if there
+            was none.
+        is_finite: Whether the loss, the gradient and the new adapter are finite. In a
+            sweep, a list with one value for each adapter.
+        is_over: Whether training ends after the latest step. Callbacks may set it.
+        index: The index of one adapter of a sweep, if its own callbacks are called.
+            Otherwise None.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -50,16 +54,18 @@ class Training:
 
     @property
     def state(self) -> State:
-        """The state after the latest step, which the next step donates."""
+        """The state after the latest step: that of adapter `index`, or `full_state`.
+
+        Do not keep its arrays. The next step donates those of `full_state`.
+        """
         state = self.full_state
         return state if self.index is None else state.member(self.index)
 
     def is_due(self, every: int | None) -> bool:
-        """Returns whether the step is the last one, or one of every few.
+        """Returns whether the step is the last one, or a multiple of `every`.
 
         Args:
-            every: The number of steps between two that are due. None for the last step
-                only.
+            every: The interval in steps. With None, only the last step is due.
         """
         return self.step == self.steps or bool(every) and self.step % every == 0
 
@@ -108,20 +114,25 @@ def fit(
 ) -> State:
     """Trains from a state to the last step.
 
-    Everything else is the work of callbacks, which are called one after another. Pass
-    them in this order: `CheckFinite`, `Evaluate`, `Metrics`, `LogRows`, `ShowProgress`,
-    `SaveStates`. For a sweep, pass a stacked state, a step with several learning rates,
-    and `ForMembers`, which has the callbacks of each adapter.
+    `fit` takes the steps and collects their metrics. Callbacks do everything else. They
+    are called in the order in which they are passed, which should be: `CheckFinite`,
+    `Evaluate`, `Metrics`, `LogRows`, `ShowProgress`, `SaveStates`.
+
+    For a sweep, pass a state from `State.stack`, a step from `make_step` with
+    `learning_rates`, and the callback `ForMembers`. It calls separate callbacks for
+    each adapter.
 
     Args:
         state: The initial state, which is donated.
         step: A function of the state and a list of batches, such as the function from
             `make_step` with the base tree filled in.
-        batches: The batches, from `batches`, at the position of the state.
-        steps: The number of the last step.
+        batches: The iterator from `qlora_jax.llm.data.batches`. To resume from a saved
+            state, restore the iterator's position, too.
+        steps: The total number of steps, including those before a resumed state.
         accumulation: The number of batches per step.
-        schedule: The learning rate as a function of the number of updates, for the
-            metrics. In a sweep, a function of a list that returns an array.
+        schedule: A function that maps the number of updates so far to the learning
+            rate, which is added to the metrics. In a sweep, it maps a list of numbers,
+            one for each adapter, to their learning rates.
         callbacks: The callbacks.
 
     Returns:
@@ -200,9 +211,9 @@ def _metrics(
 
 
 def _programs_of(batches: Sequence[Batch]) -> set[tuple]:
-    # A program is compiled on first use. The first batch of a step has no sums to add
-    # to, and the last one also updates the adapter, so each has a program of its own.
-    # So does each shape of a batch.
+    # Identifies the compiled programs that these batches run. The first batch of a step
+    # starts the sums to which later batches add, and the last one also updates the
+    # adapter, so both need programs of their own. So does each shape of a batch.
     last = len(batches) - 1
     shapes = [tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches]
     return {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}

@@ -11,10 +11,12 @@ from .step import Loss
 
 
 def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
-    """Returns `f(base, lora, batches)`: the mean loss per token, without dropout.
+    """Returns a function that computes the mean loss of batches, without dropout.
+
+    Call it as `f(base, lora, batches)`. The mean is over all target tokens.
 
     Args:
-        loss: As for `make_step`. It is called with the key None.
+        loss: A loss function, as for `make_step`. Its PRNG key is None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -28,7 +30,11 @@ def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
 
 
 def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, float]]:
-    """Returns `f(base, lora, batches)`: the mean `loss`, and means of its metrics."""
+    """Returns `f(base, lora, batches)`, which computes the means of all metrics.
+
+    Its result has the mean loss under the name "loss", and the mean of each metric that
+    `loss` returns.
+    """
     evaluate = jax.jit(lambda lora, base, batch: loss(lora, base, batch, None))
 
     def compute_means(base, lora, batches):
@@ -37,9 +43,10 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
             total, weight, *metrics = evaluate(lora, base, batch)
             for name, pair in {"loss": (total, weight), **dict(*metrics)}.items():
                 pairs.setdefault(name, []).append(pair)
-        # Sum in float64. `np.asarray` waits for results, so it comes after all batches.
+        # Sum in float64. `np.asarray` waits for the device, so it is called only after
+        # all batches have been sent to it.
         sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in pairs.items()}
-        with np.errstate(invalid="ignore"):  # a metric without entries has mean NaN
+        with np.errstate(invalid="ignore"):  # a count of 0 gives NaN
             return {name: float(x / n) for name, (x, n) in sums.items()}
 
     return compute_means

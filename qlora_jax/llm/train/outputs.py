@@ -37,8 +37,9 @@ class Metrics(Callback):
         """Opens the file.
 
         Args:
-            path: The file. Only its lines up to step `after` are kept.
-            after: The step from which a run resumes, or None for a new run.
+            path: The file.
+            after: The step from which a run resumes. The lines of later steps are
+                deleted. With None, for a new run, all lines are deleted.
         """
         self.path = pathlib.Path(path)
         rows = []
@@ -73,8 +74,8 @@ class Metrics(Callback):
         """
         data, old_size = _to_line(row).encode(), self._file.tell()
         try:
-            # A disk that fills up takes a part of the line. Only the next write says
-            # why the rest does not fit.
+            # If the disk becomes full, `write` stores a part of the line, and raises no
+            # error. The next call, with the rest of the line, raises it.
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
@@ -139,8 +140,9 @@ def plot_loss(
             label = f"mean of {window} steps"
             axes.plot(*means, color="#1f4e8c", linewidth=2, label=label)
         if valid[0]:
-            # If samples are evaluated in between, all rows are evaluated only at the
-            # start and at the end. A line between these two points would mislead.
+            # If a run evaluates a sample of the validation rows at intervals, it
+            # evaluates all of them only at its start and end. A line between these two
+            # points would mislead.
             marker, scope = ("D", ", all rows") if sampled[0] else ("o-", "")
             label = f"validation{scope}"
             axes.plot(*valid, marker, color="#c8553d", markersize=5, label=label)
@@ -190,7 +192,7 @@ def _loss_axes(
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     yield axes
-    # The losses of preferences are not in nats per token.
+    # Rows with this metric are those of preferences, whose losses are not per token.
     unit = "" if any("rewards/margins" in row for row in rows) else ", nats per token"
     axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -17,21 +17,24 @@ from .arrays import mesh_of, put_on_mesh, stack_trees, take_from_stack, with_sha
 # A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
 # of the losses of all targets, the number of targets, and optionally metrics.
 Loss = Callable[..., tuple]
-# The jitted functions of a step. The first adds the gradient of a batch. The second
-# adds the gradient of the last batch, and updates.
+# The two jitted functions of a step. The first adds a batch to the sums of the step.
+# The second adds the last batch, and updates the adapter.
 Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
 OptimizerOfRate = Callable[[Array], optax.GradientTransformation]
 
 
 class State(NamedTuple):
-    """The training state, of one adapter or, with a leading axis, of a sweep.
+    """The training state of one adapter, or the stacked states of a sweep.
+
+    In a sweep, all arrays have a leading axis of adapters.
 
     Attributes:
         step: The number of steps so far.
         skipped: The number of steps whose update was skipped.
         lora: The lora tree.
         opt_state: The state of the optimizer.
-        key: The PRNG key of the run. Each step folds its number into it.
+        key: The PRNG key of the run, which stays the same. The dropout keys of a step
+            are derived from it and from the number of the step.
 
     Example:
         >>> import jax, optax
@@ -100,13 +103,14 @@ class State(NamedTuple):
         def create(lora):
             return cls.create(lora, optimizer, 0)
 
-        # With shardings, `create` would call `device_put` during tracing, so drop them.
+        # The shardings are dropped, because with them `create` would call `device_put`
+        # while it is traced.
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
         # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
         avals = jax.make_jaxpr(create)(bare).out_avals
         structure = jax.tree.structure(jax.eval_shape(create, bare))
         state: State = jax.tree.unflatten(structure, avals)
-        # The moments of the optimizer have the shardings of their adapters.
+        # The moments of an array of the adapter have the sharding of that array.
         sharded_opt_state = optax.tree_utils.tree_map_params(
             optimizer,
             lambda x, adapter: adapter if x.shape == adapter.shape else None,
@@ -130,11 +134,12 @@ class Report(NamedTuple):
     """The results of a step. In a sweep, the arrays have an axis of adapters.
 
     Attributes:
-        loss: The mean loss over the target tokens, in nats per token.
+        loss: The mean loss: in nats per target token, or per answer or pair of answers.
         grad_norm: The global norm of the gradient, before clipping.
-        tokens: The number of target tokens, or of other items that the loss sums.
+        tokens: The number of target tokens, answers or pairs, by which sums of losses
+            are divided.
         is_finite: Whether the loss, the gradient and the new adapter are finite.
-        metrics: The means of the other metrics of the loss, by name.
+        metrics: The mean of each metric that the loss function returns, by name.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -169,10 +174,11 @@ def make_step(
     target tokens, as if they were one large batch.
 
     If the loss or the norm of the gradient is not finite, the adapter and the optimizer
-    stay unchanged (`ql.optim.skippable`), and only the step counters advance. If only
-    the new adapter is not finite, the old adapter is kept, but not the old state of the
-    optimizer: it may be in host memory, where it is updated in place. Stop then, and
-    resume from an earlier state, with a smaller learning rate.
+    stay unchanged (`ql.optim.skippable`), and only the step counters advance.
+
+    If only the new adapter is not finite, the old adapter is kept. The old state of the
+    optimizer is not kept, because a state in host memory has been updated in place. So
+    do not train on. Resume from an earlier state, with a smaller learning rate.
 
     With `learning_rates`, the step trains the adapters of a sweep together, on the same
     batches. `jax.vmap` maps the step over the leading axis of `State.stack`. The base
@@ -207,10 +213,10 @@ def make_step(
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One training step, from `make_step`, whose arguments are its attributes.
+    """The function that performs one training step, as `make_step` returns it.
 
     Attributes:
-        loss: The loss.
+        loss: The loss function.
         optimizer: The optimizer, or a function that returns it for a learning rate.
         learning_rates: The learning rate of each adapter of a sweep.
 
@@ -272,8 +278,8 @@ class Step:
 
     def _compile(self, shardings: tuple | None, structure: Any) -> Programs:
         sum_shardings = result_shardings = None
-        # On a mesh, results get the shardings of the arguments. Otherwise the
-        # partitioner may choose other ones, and the next step would be compiled again.
+        # On a mesh, results get the shardings of the arguments. If the partitioner
+        # chose different ones, the next step would have to be compiled again.
         if shardings is not None:
             # The partitioner chooses the shardings that are None.
             state = jax.tree.unflatten(structure, shardings)

@@ -1,4 +1,4 @@
-"""The training objectives: one file for each family, which registers its own."""
+"""The training objectives. Each file has a family of objectives, and registers them."""
 
 from . import distill, kto, preferences, sft
 from .registry import OBJECTIVES, Objective, find_objective, register_objective

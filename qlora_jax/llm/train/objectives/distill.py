@@ -1,4 +1,4 @@
-"""Distillation: the divergence of the next tokens from those of a teacher."""
+"""Distillation: the divergence of a model's predictions from those of a teacher."""
 
 from typing import Any
 
@@ -13,9 +13,11 @@ from .sft import hidden_states, sum_losses
 def distillation_loss(
     model: Any, *, teacher: Any, temperature: float = 1.0, balance: float = 0.0
 ) -> Loss:
-    """Returns the sum of the divergences from the teacher, and the number of targets.
+    """Returns the loss of distillation, for `make_step`.
 
-    Instead of the base, the loss gets a pair: the base and the teacher's parameters.
+    The loss is a function that returns the sum of the divergences at all targets, and
+    the number of targets. Its second argument is a pair: the base, and the teacher's
+    parameters.
     """
 
     def compute_divergences(lora, base_and_teacher, batch, dropout_key, mutable=False):

@@ -14,7 +14,11 @@ from .sft import in_auto_axes, token_losses
 
 
 def kto_loss(model: Any, *, beta: float = 0.1) -> Loss:
-    """Returns the sum of the losses of completions, their number, and metrics."""
+    """Returns the loss of KTO, for `make_step`.
+
+    The loss is a function that returns the sum of the losses of all completions, their
+    number, and metrics.
+    """
     compute_token_losses = token_losses(model)
 
     def log_probs(lora, base, batch, dropout_key):
@@ -36,7 +40,7 @@ def kto_loss(model: Any, *, beta: float = 0.1) -> Loss:
         frozen_lora = jax.lax.stop_gradient(lora)
         divergences = log_probs(frozen_lora, base, mismatched, dropout_key)[0]
         divergences -= reference[:, 1]
-        # Negative estimates of the divergence, which cannot be negative, become 0.
+        # A divergence cannot be negative, so a negative estimate is replaced with 0.
         total, count = sum_and_count(divergences, is_completion)
         kl = jnp.maximum(total / jnp.maximum(count, 1), 0)
         # `answers` is 1 at targets of good completions, and -1 at those of bad ones.
@@ -46,7 +50,7 @@ def kto_loss(model: Any, *, beta: float = 0.1) -> Loss:
             jnp.stack(sum_and_count(beta * log_ratios, is_completion & mask))
             for mask in (is_good, ~is_good)
         )
-        # A batch without completions of both kinds has no margin: sum and count are 0.
+        # A batch that lacks good or bad completions has no margin: sum and count are 0.
         has_both = (chosen[1] > 0) & (rejected[1] > 0)
         margin = chosen[0] / chosen[1] - rejected[0] / rejected[1]
         margin = jnp.where(has_both, jnp.stack([margin, jnp.ones_like(margin)]), 0)

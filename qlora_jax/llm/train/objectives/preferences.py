@@ -22,10 +22,12 @@ _IS_LENGTH_NORMALIZED = ("ipo", "orpo", "simpo")
 
 
 def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) -> Loss:
-    """Returns the sum of the losses of pairs, their number, and TRL's metrics.
+    """Returns the loss of an objective for pairs of answers, for `make_step`.
 
-    A reward is `beta` times the log-ratio of a completion or, without a reference
-    model, times its mean log-probability.
+    The loss is a function that returns the sum of the losses of all pairs, their
+    number, and the metrics of TRL. The reward of a completion is `beta` times its
+    log-ratio. For an objective without a reference model, it is `beta` times the mean
+    log-probability of the tokens.
     """
     compute_token_losses = token_losses(model)
     compute_pair_losses = getattr(ql.losses, name)
@@ -33,6 +35,7 @@ def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) ->
 
     def loss(lora, base, batch, dropout_key):
         [losses] = compute_token_losses(lora, base, batch, dropout_key)  # [B, P]
+        # Without a reference model, `log_ratios` stay log-probabilities.
         log_ratios, num_tokens = completion_log_probs(losses, batch)  # [N] each
         if uses_reference:
             [reference_losses] = compute_token_losses({}, base, batch, None)
@@ -70,7 +73,8 @@ def completion_log_probs(
     losses: Float[Array, "B P"], batch: Batch
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Returns the log-probability of each completion, and its number of tokens."""
-    mask = jnp.abs(jnp.asarray(batch.answers))  # [B, S, P], and N = B * S
+    # Selects the targets of each of the S sequences of a row. N is B * S.
+    mask = jnp.abs(jnp.asarray(batch.answers))  # [B, S, P]
     log_probs = -jnp.sum(losses[:, None] * mask, axis=-1)
     return log_probs.reshape(-1), jnp.sum(mask, axis=-1).reshape(-1)
 
@@ -102,6 +106,6 @@ def _register(name: str, *settings: str, may_train_on_all: bool = False) -> None
 
 _register("dpo", "beta")
 _register("ipo", "beta")
-# The cross entropy of the chosen answers may include their prompts.
+# ORPO adds the cross entropy of the chosen answers, which may include their prompts.
 _register("orpo", "beta", may_train_on_all=True)
 _register("simpo", "beta", "gamma")

@@ -14,8 +14,8 @@ class Objective:
     Attributes:
         name: The name in `qlora-jax train --objective`.
         rows: The form of its rows, as in `qlora_jax.llm.data.read_dataset`.
-        loss: A function of a decoder, wrapped by `qlora_jax.linen.wrap`, and of keyword
-            arguments. It returns the loss of a batch, for `make_step`.
+        loss: A function that returns the loss function to pass to `make_step`. It takes
+            a decoder, wrapped by `qlora_jax.linen.wrap`, and keyword arguments.
         settings: The settings of `qlora-jax train` that `loss` takes as keywords.
         metrics: The names of the metrics that the loss returns.
         is_cross_entropy: Whether the exponential of the loss is the perplexity.
@@ -56,7 +56,7 @@ class Objective:
     @property
     def sequences_per_row(self) -> int:
         """The number of sequences that a row of data has in a batch."""
-        # A labelled answer comes with a mismatched one.
+        # A pair has two answers. A labelled answer is followed by a mismatched one.
         return 1 if self.rows == "texts" else 2
 
 

@@ -15,8 +15,8 @@ from ...models.experts import balance_loss
 from ..step import Loss
 from .registry import Objective, register_objective
 
-# A function of the arguments of a `Loss`, and of the collections that the decoder may
-# change. It returns the loss of each target, `[B, P]`, followed by the collections.
+# A function of the arguments of a `Loss`, and of `mutable`, as in Flax. It returns the
+# loss of each target, `[B, P]`, and with `mutable` a dict of the changed collections.
 TargetLosses = Callable[..., tuple]
 
 
@@ -25,13 +25,14 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
 
     Args:
         model: A decoder of `qlora_jax.llm.models`, wrapped by `qlora_jax.linen.wrap`.
-        balance: The factor of the loss that balances the load of experts, which is
-            added to the mean loss. In transformers: `router_aux_loss_coef`.
+        balance: The factor of the load-balancing loss of the experts, which is added to
+            the mean loss. In transformers: `router_aux_loss_coef`.
 
     Returns:
         A function of the lora tree, the base tree, a `Batch`, and a PRNG key for
         dropout or None. It returns the sum of the losses of the target tokens, in
-        nats, and their number. Inside it, explicit mesh axes become Auto.
+        nats, and their number. It may be called on a mesh with Explicit axes, which it
+        treats as Auto axes.
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql
@@ -51,7 +52,10 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
 
 
 def sum_losses(model: Any, compute_losses: TargetLosses, balance: float) -> Loss:
-    """Returns the sum of the losses of the targets, and `balance` as in a decoder."""
+    """Returns a loss, for `make_step`, that sums the results of `compute_losses`.
+
+    `balance` is that of `decoder_loss`.
+    """
     if balance and (model.config.experts is None or model.mlp_tile is not None):
         raise ValueError(
             "`balance` must be 0 for a decoder without experts, or with `mlp_tile`. "
@@ -67,7 +71,8 @@ def sum_losses(model: Any, compute_losses: TargetLosses, balance: float) -> Loss
             is_token = (batch.segment_ids != 0).reshape(-1)  # [B * T]
             weights = is_token.astype(jnp.float32)
             penalty = balance * balance_loss(logits, weights, model.config.experts)
-            # The step divides by `count`, which must leave the penalty as it is.
+            # The step divides the total by `count`, but the penalty is no sum over
+            # targets, so it is multiplied by `count` first.
             total += penalty * count
         return total, count
 
@@ -89,7 +94,10 @@ def token_losses(model: Any) -> TargetLosses:
 
 
 def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple:
-    """Returns the hidden states `[B, P, D]` that predict targets, and collections."""
+    """Returns the hidden states `[B, P, D]` from which targets are predicted.
+
+    They are in a tuple, with `mutable` followed by a dict of the changed collections.
+    """
     result = model.apply(
         {"params": base, "lora": lora},
         batch.ids,
