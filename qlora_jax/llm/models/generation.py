@@ -1,4 +1,4 @@
-"""Generates tokens: one compiled step for batches of prompts and for streams."""
+"""Generates tokens. Batches of prompts and streams use the same compiled function."""
 
 import functools
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> np.ndarray:
         [1, 16, 48, 64]
     """
     longest = width = max(map(len, prompts))
-    if longest > 1:  # the tokens of an answer follow one by one, without padding
+    if longest > 1:  # a single token, such as the last one of an answer, is not padded
         width = max(16, power_of_two(longest))
         if 16 < width and longest <= width * 3 // 4:
             width = width * 3 // 4
@@ -65,7 +65,7 @@ def generate(
         model: A `Decoder`, wrapped or not.
         variables: The variables for `model.apply`.
         prompts: The tokens of B prompts, each with at least one.
-        max_new_tokens: N, the length of the answer.
+        max_new_tokens: N, the largest length of an answer.
         eos_ids: Tokens that end an answer. `eos_ids[0]` fills the row after the end.
         sampling: The sampling settings.
         key: PRNG key; needed unless sampling is greedy. The n-th token of an answer is
@@ -113,9 +113,10 @@ def extend(
 ) -> tuple[Int[Array, "B N"], Cache]:
     """Adds tokens to a cache, and returns the `num_new` tokens that follow.
 
-    `counts` are the numbers of tokens of each row in the cache and in `tokens`, which
-    is padded on the right. `step` is the number of tokens drawn so far. Without a
-    cache, the step creates one of the size that it needs.
+    `counts[0]` has the number of tokens of each row in the cache, and `counts[1]` the
+    number in `tokens`, which is padded on the right. `step` is the number of tokens of
+    the answer that earlier calls have drawn. If `cache` is None, this function creates
+    one of the size that it needs.
     """
     (starts, lengths), (batch_size, width) = counts, tokens.shape
     if cache is None:  # created here, so that XLA chooses its placement on a mesh

@@ -119,7 +119,7 @@ class Stream:
             new_ids = [token]
 
     def _reserve(self, length: int, max_length: int) -> None:
-        """Makes room for `length` positions, and later for up to `max_length`."""
+        """Makes room for `length` positions. Later calls need at most `max_length`."""
         config: DecoderConfig = self.model.config
         # In LongRoPE, keys depend on the size of the cache. It therefore gets its final
         # size at once, and is cleared if that size changes.
@@ -149,8 +149,9 @@ class Stream:
 
 def _speed_up(variables: PyTree) -> PyTree:
     """Converts variables, without changing values, so that each token is faster."""
-    # Before JAX 0.11, XLA on CPUs slices arrays in 32 bits: for each token, a scan
-    # would first convert all 16-bit layers.
+    # Before JAX 0.11, XLA on CPUs converts 16-bit arrays to 32 bits in order to slice
+    # them. Since a scan slices the parameters of the layers, it would first convert
+    # those of all layers, and do so for each token.
     widens = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
 
     def convert_leaf(path: KeyPath, x: Any) -> Any:

@@ -133,8 +133,8 @@ class FolderTokenizer:
         for token in [*named.values(), *self._unnamed]:
             if token is not None and not _is_token(token):
                 raise ValueError(f"a special token must be text. Got {token!r:.40}.")
-        # 3. The other added tokens. A special token that is also an added token has the
-        # flags of the added token.
+        # 3. The added tokens. If a special token is also in this list, the flags of the
+        # added token are the ones that count.
         self._added = _read_added(folder, self._settings, self._raw)
         by_text = {str(token): token for token in self._added.values()}
         self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
@@ -148,7 +148,8 @@ class FolderTokenizer:
             raise ValueError("the folder must contain tokenizer.json.")
         is_rebuilt = self.class_name != AS_IN_FILE
         tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
-        # Tokens in the vocabulary keep their ids. The others get ids in this order.
+        # Tokens in the vocabulary keep their ids. The others get the next ids, in the
+        # order of this list.
         tokens: list[str | AddedToken] = [
             self._added[index] for index in sorted(self._added)
         ]
@@ -211,7 +212,7 @@ def _is_token(value: object) -> bool:
 
 
 def _parse_tokens(value: Any) -> Any:
-    """Converts each object with a `content` in a JSON value to an AddedToken."""
+    """Returns a JSON value with an AddedToken for each object that has a `content`."""
     from tokenizers import AddedToken
 
     if isinstance(value, list):
@@ -256,7 +257,7 @@ def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]
 def _read_added(
     folder: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]
 ) -> "dict[int, AddedToken]":
-    """Returns the added tokens by index, from `added_tokens_decoder` if present."""
+    """Returns the added tokens by id, from `added_tokens_decoder` if present."""
     from tokenizers import AddedToken
 
     if "added_tokens_decoder" in settings:
@@ -279,7 +280,8 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
     is_trusted = model_type not in ("phi3", "qwen2")
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     name = AS_IN_FILE if declared in _ALIASES else declared
-    # A byte-level BPE is not SentencePiece's, whatever class the files declare.
+    # LlamaTokenizer is SentencePiece's BPE. Some files declare this class although the
+    # tokenizer is a byte-level BPE.
     if name.removesuffix("Fast") == "LlamaTokenizer" and '"ByteLevel"' in text:
         name = AS_IN_FILE
         if is_trusted:
