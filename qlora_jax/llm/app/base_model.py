@@ -44,7 +44,8 @@ MLX_ADAPTER = "adapters.safetensors"
 # do the routers of experts.
 LAYERS = r"layers/(?!.*/router/).*/kernel"
 
-# Arguments of `BaseModel.read` that reproduce the base of training: `packing`, `dtype`.
+# Arguments of `BaseModel.read`, `packing` and `dtype`, that give the weights that
+# training used.
 LoadOptions = dict[str, Any]
 
 
@@ -89,7 +90,7 @@ class BaseModel:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """The quantization settings in the model's files; empty for float weights."""
+        """The quantization settings in the files; a folder of floats has none."""
         return self.files.quantization
 
     @property
@@ -153,11 +154,11 @@ class BaseModel:
         progress: bool = True,
     ) -> "BaseModel":
         """Reads the parameters and the adapter; the arguments are passed to `load`."""
-        # Most adapters can be checked against shapes, so read them before the weights.
-        # An adapter that replaces weights needs the weights.
+        # Most adapters need only the shapes of the base. They are read first, so that
+        # errors are found early. An adapter that replaces weights needs the weights.
         needs_weights = self.replaces_weights
         model = self if needs_weights else self.with_adapter()
-        # Some byte layouts of bitsandbytes are not supported. `recode` decodes them.
+        # Some byte layouts of bitsandbytes are not supported. `recode` converts them.
         is_recodable = self.quantization.get("quant_method") == "bitsandbytes"
         _, base = load(
             self.path,
@@ -171,7 +172,10 @@ class BaseModel:
         return model.with_adapter() if needs_weights else model
 
     def with_adapter(self) -> "BaseModel":
-        """Returns the model with its adapter read, which may replace parameters."""
+        """Returns the model with its adapter read.
+
+        If the adapter replaces parameters, they are replaced in the base.
+        """
         if self.adapter is None:
             return self
         peft, plain_lora = None, None
@@ -180,7 +184,8 @@ class BaseModel:
         elif (self.adapter / MLX_ADAPTER).exists():
             plain_lora = ql.io.read_mlx(self.adapter)
         if plain_lora is not None:
-            # Servers load the text part of a multimodal model as a model of its own.
+            # These adapters are for servers, which load the text part of a multimodal
+            # model as a model of its own, so they have the names of a text-only model.
             base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
         elif _is_peft(self.adapter):
             base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
@@ -191,7 +196,7 @@ class BaseModel:
 
 
 def _is_peft(adapter: pathlib.Path) -> bool:
-    is_mlx = (adapter / MLX_ADAPTER).exists()  # its settings have the same file name
+    is_mlx = (adapter / MLX_ADAPTER).exists()  # also has an adapter_config.json
     return (adapter / "adapter_config.json").exists() and not is_mlx
 
 
@@ -241,9 +246,10 @@ def _fetch_adapter(adapter: str) -> pathlib.Path:
 def open_adapted(
     config: ScoreConfig | GenerateConfig,
 ) -> tuple[BaseModel, dict[str, PyTree], LoadOptions]:
-    """Returns a model, several adapters by name, and how to read the weights.
+    """Returns a model, a dict of adapters by name, and how to read the weights.
 
-    A single adapter is part of the model, and the dict is then empty.
+    The dict is empty unless there are several adapters. A single adapter is part of the
+    model.
     """
     if config.run is not None:
         model, _ = open_run(config.run, None, config.model)
@@ -275,7 +281,8 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
                 f"adapters. Got {adapter!r}, which does."
             )
         loras.append(adapted.with_adapter().lora)
-    return ql.bank(loras, dropout=0.0)  # the dropout rates of training may differ
+    # By default, `bank` requires equal dropout rates, but those of training may differ.
+    return ql.bank(loras, dropout=0.0)
 
 
 def runs_of(
@@ -328,7 +335,7 @@ def open_config(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | No
 
 
 def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
-    """Returns the shapes of the base and the lora tree of `ql.init`."""
+    """Returns the base and the lora tree that `ql.init` would make, as shapes."""
     return jax.eval_shape(lambda base: ql.init(jax.random.key(0), base, config), base)
 
 
@@ -337,9 +344,9 @@ def training_load_options(
 ) -> LoadOptions:
     """Returns options to read a model with the weights its adapter was trained on.
 
-    The options are those of the adapter's run, unless `config` packs the model in
-    another way. If the model is used as it is stored, they are empty. Prints a note on
-    stderr for each adapter whose run used other weights.
+    The options come from the settings of the adapter's run, unless those in `config`
+    name another packing. They are empty if the stored weights are used unchanged.
+    Prints a note on stderr for each adapter whose run used other weights.
     """
     runs = runs_of(config.adapter, config.run)
     is_like_run = bool(runs) and not _packs_differently(config, runs[0])
@@ -372,7 +379,7 @@ def training_load_options(
 
 
 def _packs_differently(config: object, run: TrainConfig) -> bool:
-    # None, the default of an option, means the value of the run.
+    # None, the default of an option in `config`, stands for the value of the run.
     options = [
         (getattr(config, x, None), getattr(run.model, x)) for x in PACKING_OPTIONS
     ]

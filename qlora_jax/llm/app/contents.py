@@ -95,6 +95,7 @@ def inspect(config: InspectConfig) -> Contents:
         config: The path.
 
     Raises:
+        FileNotFoundError: If the path does not exist.
         ValueError: If the path is not supported, or its contents are damaged.
 
     Example:
@@ -147,7 +148,7 @@ def _inspect_run(path: pathlib.Path) -> Contents:
 
 
 def _make_leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
-    """Returns a `Leaf` for each tensor, and one for all parts of a packed weight."""
+    """Returns a `Leaf` for each tensor; all parts of a packed weight share one."""
     return tuple(
         Leaf(name, tuple(x.shape), _describe_format(x), x.nbytes)
         for name, x in sorted(ql.io.packed_tensors(tensors).items())
@@ -181,7 +182,8 @@ def _inspect_adapter(path: pathlib.Path) -> Contents:
         config, tensors = ql.io.read_mlx(path).to_peft()
     leaves = []
     modules = {key.partition(".lora_")[0] for key in tensors}
-    for module in sorted(modules - {*tensors}):  # keys without ".lora_" are tensors
+    # A key without ".lora_" is the name of a whole tensor, so it is not a module.
+    for module in sorted(modules - {*tensors}):
         keys = [key for key in tensors if key.startswith(f"{module}.lora_")]
         parts = {key.removeprefix(module): tensors.pop(key) for key in keys}
         a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")

@@ -94,12 +94,14 @@ def generate(
 
     Args:
         config: The model, the text and the sampling settings.
-        write: Called with each piece of an answer as soon as it is generated; for a
-            file of prompts, with the lines of all answers unless `out` is set.
+        write: Called with each piece of an answer as soon as it is generated. For a
+            file of prompts, it is called once, with the JSON lines of all answers, and
+            not at all if `out` is set.
 
     Raises:
-        ValueError: If the model, its template or the adapter cannot be read or do not
-            fit, if there is no text, or if rows are wrong. The message lists the rows.
+        ValueError: If the model, its template or the adapter cannot be read, if they do
+            not fit each other, if there is no text, or if rows are wrong. The message
+            lists the wrong rows.
 
     Example:
         >>> import tempfile
@@ -191,7 +193,10 @@ class _Conversation:
     def answer(
         self, prompt: str, index: int, stream: Stream, write: Callable[[str], object]
     ) -> Answer:
-        """Returns the answer to a text or to the next turn, whose number is `index`."""
+        """Returns the answer to a text, or to the user's next turn in a chat.
+
+        `index` is the number of the text or turn, which selects the random numbers.
+        """
         config, end_ids, start = (
             self.config,
             self.tokenizer.end_ids,

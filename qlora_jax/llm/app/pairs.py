@@ -69,14 +69,15 @@ class Pairs:
 def pairs(config: PairsConfig) -> Pairs:
     """Returns the formats for each server, and whether they keep the weights exactly.
 
-    Reads no weights. Assumes that the adapter was trained on the model as it is stored,
-    unless `fmt` or the settings of the adapter's run differ.
+    Reads no weights. Assumes that the adapter was trained on the weights as they are
+    stored, unless `fmt` or the settings of the adapter's run name another format.
 
     Args:
         config: The model and the adapter.
 
     Raises:
-        ValueError: If the model or the adapter cannot be read or do not fit.
+        ValueError: If the model or the adapter cannot be read, or if they do not fit
+            each other.
 
     Example:
         >>> import tempfile
@@ -95,7 +96,10 @@ def pairs(config: PairsConfig) -> Pairs:
 
 
 def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, LoadOptions]:
-    """Returns a model with its adapter, and how training read the model."""
+    """Returns a model with its adapter, and the options that training read it with.
+
+    An adapter that replaces weights is not read yet, since it needs the base's weights.
+    """
     model, _ = open_config(config)
     options = training_load_options(config, model)
     return model if model.replaces_weights else model.with_adapter(), options
@@ -112,10 +116,11 @@ def _find_packing(
 def pair_for(
     server: Server, model: BaseModel, options: LoadOptions, *, tokenizer: bool = True
 ) -> Pair:
-    """Returns the formats for a server, if training read the model with `options`.
+    """Returns the formats in which a server loads a model and its adapter.
 
-    An adapter that the server cannot load is merged. Otherwise the base keeps its form
-    if the server reads it, or is exported in the server's form for its number format.
+    `options` are those with which training read the model. The adapter is merged if the
+    server cannot load it, or cannot load the number format of the base. Otherwise, the
+    base stays as it is if the server loads its files exactly, and is exported if not.
     If `tokenizer` is false, a GGUF file need not contain the tokenizer.
     """
     fmt, block_size = _find_packing(model, options)
@@ -131,7 +136,8 @@ def pair_for(
     form = server.floats if fmt is None else server.bases.get(fmt)
     if not options and _is_read(server, model, fmt):
         form = AS_IS
-    elif fmt is not None and form == "gguf" and block_size != 32:  # Q4_0 has 32
+    elif fmt is not None and form == "gguf" and block_size != 32:
+        # Q4_0 has blocks of 32.
         form = None
     if problem or form is None or server.adapter is None:
         problem = problem or f"it does not support {fmt} in blocks of {block_size}"
@@ -161,27 +167,28 @@ def _find_adapter_problem(
 
 
 def _is_read(server: Server, model: BaseModel, fmt: str | None) -> bool:
-    """Returns whether a server loads the files of a model as they are, and exactly."""
+    """Returns whether a server loads a model's files exactly, without an export."""
     method = model.quantization.get("quant_method", "float")
     if method not in server.reads:
         return False
     raw = _read_config(model)
     if server.needs_older_keys and ql.io.older_config_keys(raw):
         return False
-    # All servers except mlx-lm round float16 scales to the dtype of the model.
+    # Servers keep the float16 scales in MLX and GGUF files. They round those in other
+    # files to the dtype of the model.
     keeps_scales = fmt not in FMTS["awq"] or method in ("mlx", "gguf")
     return keeps_scales or raw.get("dtype", raw.get("torch_dtype")) == "float16"
 
 
 def _read_config(model: BaseModel) -> dict[str, object]:
-    """Returns the `config.json` of a model; empty for a file."""
+    """Returns the `config.json` of a model; empty for a GGUF file."""
     return ql.io.read_config_json(model.path) if model.path.is_dir() else {}
 
 
 def _find_misreading(
     server: Server, model: BaseModel, fmt: str | None, form: str
 ) -> str | None:
-    """Returns how the weights or the model differ in a server, or None."""
+    """Returns what a server rounds or computes differently from training, or None."""
     if fmt is None and form == "gguf":
         return "weights are rounded to float16"
     if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:

@@ -1,4 +1,4 @@
-"""Merges an adapter into a base in 4 bits, and measures what packing changes."""
+"""Merges an adapter into a base, packs the sum, and measures what packing changes."""
 
 import dataclasses
 import warnings
@@ -21,18 +21,21 @@ from .scoring import Score
 class Repacked:
     """The cost of merging an adapter into packed weights.
 
-    Errors are Frobenius norms, divided by those of the merged kernels.
+    An error is what packing changes in the merged kernels. Errors and the adapter's
+    change are measured by their Frobenius norm, divided by that of the merged kernels.
+    The losses are None without data.
 
     Attributes:
         error: The error of all packed kernels together.
-        worst_error: The largest error of a kernel.
+        worst_error: The largest error of a single kernel.
         worst_kernel: The path of that kernel.
-        change: The change of all kernels by the adapter.
-        kept: The share of that change which survives packing: the projection of the
-            packed kernels' change onto it.
-        loss_before: With data, the loss of the model with the adapter, not merged.
-        loss_beside: The loss of the packed model with the adapter, not merged.
-        loss_after: The loss of the merged and packed model.
+        change: How much the adapter changed all these kernels together.
+        kept: The share of the adapter's change that survives packing: the total change,
+            from the base to the packed kernels, projected onto the adapter's change, as
+            a fraction of the adapter's change.
+        loss_before: The loss of the base before packing, with the adapter not merged.
+        loss_beside: The loss of the packed base, with the adapter not merged.
+        loss_after: The loss of the model that was merged and then packed.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -70,7 +73,10 @@ def repack(
     packing: ql.QLoRAConfig,
     score: Callable[[PyTree, PyTree], Score] | None,
 ) -> tuple[PyTree, Repacked]:
-    """Returns the base with the adapter merged and its kernels packed, and the cost."""
+    """Returns the base, with the adapter merged and then packed, and what this costs.
+
+    The losses are measured by `score`, if it is given.
+    """
     merged = ql.merge(model.base, model.lora)
     packed = ql.quantize(merged, packing)
     cost = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
@@ -103,8 +109,8 @@ def _compare(
     error, change, norm, product = sums.sum(0)
     errors = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1e-30))
     worst, norm = int(np.argmax(errors)), max(norm, 1e-30)  # no division by 0
-    # The packed change is C + E, for the change C and the error E. Its projection on C
-    # is <C + E, C> / <C, C> = 1 + <E, C> / <C, C>.
+    # The adapter changes the base by C, and packing adds the error E. The projection of
+    # C + E onto C, as a share of C, is <C + E, C> / <C, C> = 1 + <E, C> / <C, C>.
     kept = float(1 + product / change) if change else 1.0
     return Repacked(
         error=float(np.sqrt(error / norm)),

@@ -61,10 +61,11 @@ class Written:
 def export(config: ExportConfig) -> Written:
     """Writes a model or an adapter in a format that other programs load.
 
-    Merged weights are read, computed and written one at a time. If training used a base
-    in 4 bits, the adapter is added to its decoded weights. For a 4-bit format, the
-    adapter is added to the weights in the files instead, and the sum is packed. The
-    base, the sum and the packed sum are then all in memory.
+    A merged adapter is added to the weights that training used; if training packed them
+    in 4 bits, it is added to their decoded values. Weights are merged and written one
+    at a time. With a 4-bit format, the adapter is added to the weights in the model's
+    files instead, and the sum is packed. The base, the sum and the packed sum are then
+    all in memory.
 
     Args:
         config: The model, the adapter and the format.
@@ -73,8 +74,8 @@ def export(config: ExportConfig) -> Written:
         The path, the format and the size.
 
     Raises:
-        ValueError: If the model or the adapter cannot be read or do not fit, if the
-            format cannot represent them, or if `out` is not empty.
+        ValueError: If the model or the adapter cannot be read, if they do not fit each
+            other, if the format cannot represent them, or if `out` is not empty.
         OSError: If the result cannot be pushed to the hub.
 
     Example:
@@ -93,7 +94,9 @@ def export(config: ExportConfig) -> Written:
     if config.format in get_args(AdapterFormat):
         for run in runs_of(config.adapter, config.run):
             check_base(run.model.path, config.model)
-    push(config.push_to_hub)  # fails now rather than after the export
+    # Without a path, `push` uploads nothing. If the repository cannot be written, it
+    # fails here, before the export.
+    push(config.push_to_hub)
     written = _export(config)
     log(f"pushed to {push(config.push_to_hub, pathlib.Path(written.out))}")
     return written
@@ -145,8 +148,8 @@ def _export_for_server(config: ExportConfig) -> Written:
     base_model = model
     if not is_merged:
         base_model = dataclasses.replace(model, lora={}, adapter=None)
-    # The base and the adapter in the command: the files in this folder, or the path or
-    # name of the model.
+    # What the command calls the base and the adapter. A base that is not exported has
+    # the path or the name of the model; exported files are in the same folder.
     name = str(model.path) if model.path.is_file() else model.name
     local = pathlib.Path(name)
     paths = {"base": str(local.absolute()) if local.exists() else name}
@@ -231,7 +234,7 @@ class _Writer:
         return ql.io.PlainLoRA.of(model.base, model.lora, model.exported_names)
 
     def _read_plain(self) -> BaseModel:
-        """Returns the model with its adapter read, if servers can load the adapter."""
+        """Returns the model with its adapter read; raises if servers cannot load it."""
         config = self.config
         if self.model.replaces_weights:
             raise ValueError(
@@ -258,9 +261,10 @@ class _Writer:
         """Writes a folder in one of the formats of `FMTS`."""
         config, model, form = self.config, self.model, str(self.config.format)
         fmts, stored = FMTS[form], model.stored_fmt
-        # In the stored format, the codes stay as they are.
+        # By default, weights in a suitable 4-bit format keep their codes.
         default = stored if stored in fmts else fmts[0]
-        # If a folder has another 4-bit format, `save_bitsandbytes` lists its kernels.
+        # A folder in another 4-bit format keeps that format. `save_bitsandbytes` then
+        # raises an error that lists the packed kernels.
         if form == "bitsandbytes" and not model.files.is_recoded:
             default = stored or default
         fmt = config.fmt or default
@@ -284,8 +288,8 @@ class _Writer:
             base, cost = self._read_packed("q4_0", None, None)
             model = dataclasses.replace(model, base=base, lora={})
         else:
-            # 4-bit weights that no format here supports can be decoded to floats
-            # exactly. Q4_0 would round those floats, so it rejects such weights.
+            # 4-bit weights in a format that this package lacks can be decoded to floats
+            # exactly. This is not done for Q4_0, which would round the floats.
             model = dataclasses.replace(model, recode=not is_q4_0).read(**self.options)
         settings = {"fmt": config.gguf_type or "F16", "tokenizer": config.tokenizer}
         save_gguf(self.out, model.path, model.base, model.lora, **settings)
@@ -300,7 +304,7 @@ class _Writer:
             packing = model.packing(fmt, block_size, double_quant)
             return model.read(**(self.options or {"packing": packing})).base, None
         score = make_scorer(model, data) if data else None
-        # 4-bit weights that no format here supports are decoded to floats exactly.
+        # 4-bit weights in a format that this package lacks are decoded exactly.
         model = dataclasses.replace(model, recode=True)
         packing = model.packing(fmt, block_size, double_quant)
         assert packing is not None  # `recode` always packs

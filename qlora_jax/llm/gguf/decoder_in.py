@@ -29,8 +29,9 @@ from .values_out import architecture_of
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-# Replacements that turn names of experts and sinks into names in gguf's map, in which
-# all experts are one tensor, and all names end in ".weight" or ".bias".
+# Replacements that turn Hugging Face names of experts and sinks into names that the map
+# of the gguf package knows. In the map, all experts of a layer are one tensor, and all
+# names end in ".weight" or ".bias".
 _NAME_PATTERNS = {
     r"\.experts\.\d+\.": ".experts.",
     r"(\.experts\.\w+_proj)\.\d+$": r"\1.weight",
@@ -70,12 +71,15 @@ class _Alternating:
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """A tensor of a GGUF file: indexing reads, and decodes, only the chosen rows."""
+    """A tensor of a GGUF file: indexing reads, and decodes, only the chosen rows.
 
-    shape: tuple[int, ...]  # in the Hugging Face model; for bytes, as stored
+    If `tensor_type` is None, indexing returns the stored bytes without decoding them.
+    """
+
+    shape: tuple[int, ...]  # as in the Hugging Face model; of bytes, as in `stored`
     stored: Any  # an array, or `_Alternating`
-    tensor_type: "GGMLQuantizationType | None" = None  # None for bytes
-    rows: np.ndarray | None = None  # index in `stored` of each row; None: the same
+    tensor_type: "GGMLQuantizationType | None" = None
+    rows: np.ndarray | None = None  # where `stored` has each row; None: in order
     offset: float = 0.0  # number that llama.cpp added to the values
 
     @property
@@ -107,8 +111,8 @@ def read_gguf(
 ) -> tuple[DecoderConfig, dict[str, GGUFTensor], dict[str, Any]]:
     """Returns the config, the tensors by Hugging Face name, and a `config.json`.
 
-    Tensors are decoded later. Weights in Q4_0 and MXFP4 are bytes, which
-    `ql.io.packed_tensors` reads.
+    Tensors are decoded when they are indexed. Weights in Q4_0 and MXFP4 stay bytes,
+    which `ql.io.packed_tensors` turns into packed weights.
     """
     architecture: Any = file.values.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -149,7 +153,10 @@ def read_gguf(
 
 
 def _join_gate_up(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Joins the gate and up tensors of experts, whose rows alternate, as the gate."""
+    """Joins the gate and up tensors of experts into one, in which their rows alternate.
+
+    The joined tensor has the name of the gate.
+    """
     joined = dict(stored)
     for name, gate in stored.items():
         up = stored.get(name.replace("_gate_", "_up_"))
@@ -173,7 +180,8 @@ def _name_tensors(
 ) -> Iterator[tuple[str, GGUFTensor]]:
     """Yields the parts of a stored tensor with their names.
 
-    Matrices in Q4_0 and MXFP4 are yielded as bytes, and their names end in the format.
+    A matrix in Q4_0 or MXFP4 is yielded as bytes, and its name gets the suffix "_q4_0"
+    or "_mxfp4".
     """
     shape, parts = tensor.shape, [tensor.data]
     if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:
@@ -199,7 +207,10 @@ def gguf_fmt(file: GGUFFile) -> str | None:
 
 
 def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
-    """Maps Hugging Face tensor names to GGUF names; experts are in order."""
+    """Maps Hugging Face tensor names to GGUF names.
+
+    The experts of a layer have one GGUF name, and are listed in order.
+    """
     import gguf
 
     # llama.cpp has no architecture called "mistral".
@@ -248,7 +259,10 @@ def offset_of(name: str, architecture: str) -> float:
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Interleaves rows i and i + Dh/2 of each head, as llama.cpp stores them."""
+    """Interleaves the two halves of each head's rows, as llama.cpp stores them.
+
+    Row i + Dh/2 then follows row i, where Dh is the size of a head.
+    """
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 

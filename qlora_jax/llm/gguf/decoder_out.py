@@ -47,13 +47,15 @@ def save_gguf(
 ) -> None:
     """Writes a GGUF file tensor by tensor, under a temporary name until it is complete.
 
-    Norms, biases, sinks and routers are F32. With F16 and Q8_0, other tensors have the
-    format `fmt`, with two exceptions: mxfp4 experts without adapters keep their codes
-    and scales, and Q8_0 tensors become F16 if 32, the block size, does not divide their
-    number of inputs. With Q4_0, only the layers' kernels have this format: packed
-    kernels keep their codes and scales, and float kernels are packed by llama.cpp's
-    rule. All other tensors are then F16 if that represents each number exactly, and F32
-    if not.
+    Norms, biases, sinks and routers are always F32. The format of all other tensors
+    depends on `fmt`:
+
+    - "F16" and "Q8_0": They are written in this format, with two exceptions. Experts in
+      mxfp4 that have no adapter keep their codes and scales. With "Q8_0", a tensor
+      becomes F16 if its number of inputs is not a multiple of 32, the block size.
+    - "Q4_0": Only the kernels of layers are written in this format. Packed kernels keep
+      their codes and scales, and float kernels are packed by llama.cpp's rule. Each
+      remaining tensor is F16 if this represents its values exactly, and F32 if not.
 
     Args:
         path: The file.
@@ -61,7 +63,7 @@ def save_gguf(
             config, the context length and the tokenizer.
         base: The parameters of the `Decoder`. With F16 and Q8_0, packed kernels other
             than mxfp4 experts are decoded.
-        lora: Adapters to merge into the kernels; must be None for Q4_0.
+        lora: Adapters to merge into the kernels; must be None or empty for Q4_0.
         fmt: "F16", "Q8_0" or "Q4_0".
         tokenizer: Whether to write the tokenizer too.
         progress: Whether to show a progress bar.
@@ -176,7 +178,7 @@ def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> No
 
 class _PlannedTensor(NamedTuple):
     name: str
-    hf_name: str  # its name in the Hugging Face model
+    hf_name: str  # its name in the Hugging Face model; for experts, the first one's
     path: str  # path of the leaf that contains it
     batch_index: tuple[int, ...]  # its index on the leaf's batch axes
     columns: slice  # its columns in the leaf
@@ -274,7 +276,7 @@ def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
 def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
     """Packs the float kernels of all layers, except routers, by llama.cpp's rule.
 
-    Raises a ValueError that lists packed kernels with other codes or scales.
+    Raises a ValueError that lists the packed kernels that Q4_0 cannot store unchanged.
     """
     packed, problems = dict(leaves), []
     for path, x in leaves.items():
@@ -296,7 +298,10 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
 def _block_bytes(
     q: ql.QTensor, index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
-    """Returns the bytes of the part `[*experts, K, N]` at `index`; a row per column."""
+    """Returns the chosen columns of the kernel `[*experts, K, N]` at `index`, as bytes.
+
+    Each column becomes a row of the result.
+    """
     parts = (np.asarray(x[index])[..., columns] for x in (q.codes, q.scales))
     # [*experts, N, K / 2] and [*experts, N, K / 32]
     packed, scales = (x.swapaxes(-1, -2) for x in parts)

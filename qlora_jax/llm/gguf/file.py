@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 # Exceptions that reading a damaged file may raise.
 _READ_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _READ_ERRORS += (struct.error,)
-# The codes of the types of values in `struct` and NumPy, by number.
+# GGUF identifies the types of values by numbers. `_NUMBERS` has the codes that `struct`
+# and NumPy use for the numeric types.
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
-# The dtypes of tensors that are not in blocks, by the name of their type.
+# For each type of tensor that is not stored in blocks, its dtype in NumPy.
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _DTYPES |= {f"I{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)}
 _SIZE = struct.Struct("<Q")
@@ -29,12 +30,15 @@ _TRUNCATED = "The file ends too early."
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor of a GGUF file. The last axis of data in blocks is bytes."""
+    """A tensor of a GGUF file.
+
+    If its type stores blocks, `data` has bytes instead of values on the last axis.
+    """
 
     name: str
     shape: tuple[int, ...]
     tensor_type: "GGMLQuantizationType"
-    data: Any  # an array, or a sequence of objects that are indexed like its entries
+    data: Any  # an array, or a list with an array-like object for each expert
     nbytes: int
 
 
@@ -50,12 +54,12 @@ class GGUFFile:
 
 
 def is_gguf(path: pathlib.Path) -> bool:
-    """Whether a path is a GGUF file's, by its name."""
+    """Whether the name of a path ends in `.gguf`."""
     return path.suffix == ".gguf"
 
 
 def open_gguf(path: str | pathlib.Path) -> GGUFFile:
-    """Returns a complete GGUF file."""
+    """Opens a GGUF file; raises a CheckpointError if it is incomplete or damaged."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ql.io.CheckpointError(f"{path} must be a file.")
@@ -99,7 +103,7 @@ class _Cursor:
         return str(data, "utf-8")
 
     def value(self) -> tuple[Any, tuple[int, ...]]:
-        """Returns a value and its types."""
+        """Returns a value and the numbers of its types, as in `GGUFFile.types`."""
         kind = self.number("I")
         if kind == _STRING:
             return self.text(), (kind,)
@@ -117,7 +121,7 @@ class _Cursor:
 
 
 def _read(path: pathlib.Path) -> GGUFFile:
-    # Slices of plain arrays are made faster than those of a memory map.
+    # Slicing a plain array takes less time than slicing a `memmap` object.
     data = np.asarray(np.memmap(path, mode="r"))
     cursor = _Cursor(data.data)
     magic, version = cursor.number("4s"), cursor.number("I")
@@ -158,7 +162,7 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], Any, int, int]:
     name, num_axes = cursor.text(), cursor.number("I")
     if not 1 <= num_axes <= 4:
         raise ValueError(f"A tensor must have 1 to 4 axes. Got {num_axes}.")
-    # GGUF lists the fastest axis first.
+    # GGUF lists the axes in reverse: the last axis of the array comes first.
     shape = tuple([cursor.number("Q") for _ in range(num_axes)][::-1])
     tensor_type = gguf.GGMLQuantizationType(cursor.number("I"))
     block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]

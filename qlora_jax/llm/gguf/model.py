@@ -25,7 +25,7 @@ class GGUFModel:
     """A `ModelSource` in a file of llama.cpp."""
 
     path: pathlib.Path
-    # Blocks without an equivalent here are decoded to floats, which keeps all values.
+    # Tensors in block formats that this package lacks are decoded to floats, exactly.
     is_recoded: ClassVar[bool] = True
 
     @cached_property
@@ -81,7 +81,8 @@ class GGUFModel:
     def open_description(self) -> Iterator[pathlib.Path]:
         """Yields a temporary folder with the config and the tokenizer."""
         config, _, raw = self._contents
-        raw = raw | {"max_position_embeddings": self.context_length}  # must be set
+        # `context_length` raises if the file has none.
+        raw = raw | {"max_position_embeddings": self.context_length}
         if config_from_hf(raw) != config:
             raise ValueError(
                 "a GGUF model must have an equivalent Hugging Face config. This "

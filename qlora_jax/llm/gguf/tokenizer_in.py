@@ -33,9 +33,9 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # For each of llama.cpp's names of pre-tokenizers:
-# - the expression by which it splits text; "" for GPT-2's expression, and None to split
-#   off single digits before GPT-2's expression is applied,
-# - the name of the normalizer,
+# - the expression by which it splits text. "" stands for GPT-2's expression. None means
+#   that each digit is split off first, and GPT-2's expression is then applied,
+# - the name of the normalizer, or None,
 # - whether a word that is itself a token skips the merges.
 PRE_TOKENIZERS = {
     "gpt-2": ("", None, False),

@@ -69,8 +69,11 @@ def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
 def write_gguf_tokenizer(
     writer: gguf.GGUFWriter, source: ModelSource, vocab_size: int
 ) -> None:
-    """Adds a tokenizer; embedding rows without a token get unused tokens."""
-    # 1. The keys of a GGUF file are copied.
+    """Adds a tokenizer to a GGUF file.
+
+    Rows of the embedding without a token get placeholders of type `UNUSED`.
+    """
+    # 1. If the model is a GGUF file, copy the keys of its tokenizer.
     if isinstance(source, GGUFModel):
         for key, types in source.file.types.items():
             if key.startswith("tokenizer."):
@@ -101,15 +104,17 @@ def write_gguf_tokenizer(
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
         writer.add_add_space_prefix(raw.get("normalizer") == _PREPEND)
-        # llama.cpp looks for added tokens before it replaces spaces.
+        # llama.cpp looks for added tokens before it replaces the spaces of a text, so
+        # tokens that Hugging Face finds in normalized text are written with spaces.
         for token, settings in added.items():
             if settings.get("normalized") and not settings.get("special"):
                 tokens[ids[token]] = token.replace(SPACE, " ")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # 4. Merges, special tokens and templates. gguf-py reads the merges. The others are
-    # set here, because gguf-py reads special tokens from one file only, and templates
-    # only if there is a `tokenizer_config.json`, whose template it prefers.
+    # 4. Merges, special tokens and templates. gguf-py reads the merges from the folder.
+    # Special tokens are set here, because gguf-py reads them from one file only.
+    # Templates are set here, because gguf-py reads them only if the folder has a
+    # `tokenizer_config.json`, and prefers the template in that file to other files.
     vocab = gguf.SpecialVocab(folder, load_merges=scores is None, n_vocab=vocab_size)
     for name in NAMED:
         index = ids.get(files.special.get(name, ""))
@@ -191,7 +196,8 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
     pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
     if missing := sorted(pairs - set(merges)):
         raise ValueError(f"the merges must contain {missing[:3]}.")
-    # If a byte has no token, llama.cpp uses the character itself, as for Gemma's tab.
+    # If a byte has no byte token, llama.cpp uses the token of the character itself. For
+    # example, Gemma has no byte token for the tab.
     missing = [
         token
         for token, byte in BYTE_TOKENS.items()

@@ -15,15 +15,16 @@ SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
 PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
 OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
-# The optional biases that llama.cpp reads, by architecture. They are fields of
-# `DecoderConfig` that are true if a file contains their tensor in `BIAS_TENSORS`.
+# The optional biases that llama.cpp reads, by architecture. Each is a field of
+# `DecoderConfig` that is true if the file has the tensor named in `BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
 BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
     "o_bias": "blk.0.attn_output.bias",
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
-# Required keys, by field of `DecoderConfig`, and by field of `Experts`.
+# The required keys of sizes: `_SIZE_KEYS` has them by field of `DecoderConfig`, and
+# `EXPERT_KEYS` by field of `Experts`.
 _SIZE_KEYS = {
     "num_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -31,13 +32,13 @@ _SIZE_KEYS = {
     "num_heads": "attention.head_count",
 }
 EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
-# Architectures with experts. llama.cpp stores Mixtral as a "llama" with experts.
+# Architectures that always have experts. Mixtral is stored as a "llama" with experts.
 _MIXTURES = ("qwen3moe", OSS, "olmoe")
 # Hugging Face's model types, where llama.cpp's names differ.
 _MODEL_TYPES = {"mistral": "llama", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
 _MODEL_TYPES |= {OSS: "gpt_oss"}
-# Number of layers by which Gemma's 27B models are recognized. They scale scores by
-# `(hidden_size // num_heads) ** -0.5`.
+# Gemma's 27B models are recognized by their number of layers. These models scale
+# attention scores by `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 # Every 2nd or 6th layer has no window, and every 4th layer of SmolLM3 has no rotary
 # positions.
@@ -51,7 +52,7 @@ Factors = Mapping[str, tuple[float, ...]]  # divisors of frequencies by tensor n
 
 
 def size_keys(architecture: str) -> dict[str, str]:
-    """Returns the keys of the sizes, by field of `DecoderConfig`."""
+    """Returns the metadata key of each field of `DecoderConfig` that is a size."""
     if architecture not in ("qwen3moe", OSS):
         return _SIZE_KEYS
     return _SIZE_KEYS | {"intermediate_size": "expert_feed_forward_length"}
@@ -205,8 +206,9 @@ def config_from_values(
     """
     raw = _hf_config(architecture, values, names, vocab_size, factors)
     config = config_from_hf(raw)
-    # A `config.json` has no keys for each kind of bias, for single frequencies, and for
-    # a scale without LongRoPE.
+    # A `config.json` has no keys for some settings, which are therefore changed here:
+    # the kinds of biases that exist, a divisor for each frequency, and a `Rope.scale`
+    # without LongRoPE.
     changes: dict[str, Any] = {
         name: BIAS_TENSORS[name] in names for name in _BIASES.get(architecture, ())
     }
@@ -230,7 +232,7 @@ def config_from_values(
 
 def check_values(architecture: str, values: Values, names: Collection[str]) -> None:
     """Raises a ValueError for missing values and values that are not supported."""
-    # 1. Required keys, and counts among optional keys.
+    # 1. Required keys, and optional keys that must be counts if they are present.
     get = values.get
     required = [*size_keys(architecture).values()]
     required += EXPERT_KEYS.values() if _is_mixture(architecture, values) else ()
@@ -243,15 +245,16 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     if architecture in ("gemma3", OSS) and "attention.sliding_window" not in values:
         missing += ["attention.sliding_window"]
     missing = [f"{architecture}.{key}" for key in missing]
-    # Each layer has at least one tensor, so a count above the number of tensors is an
-    # error in the file. With it, later code would use up all memory.
+    # Each layer has at least one tensor, so a file with fewer tensors than layers is
+    # damaged. A huge number of layers would make later code use up all memory.
     if not is_count(get("block_count"), len(names)):
         missing = [f"{architecture}.block_count of at most {len(names)}"]
     if "token_embd.weight" not in names:
         missing += ["token_embd.weight"]
     if missing:
         raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
-    # 2. Keys with few supported values; others would change the model silently.
+    # 2. Keys for which few values are supported. Without this check, other values would
+    # give a different model without an error.
     default_dim = values["embedding_length"] // values["attention.head_count"]
     head_dim = get("attention.key_length", default_dim)
     supported = {

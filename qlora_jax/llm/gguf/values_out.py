@@ -59,7 +59,8 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         "rope.dimension_count": c.rotary_dim,
         "rope.freq_base": float(rope.theta),
     }
-    # 2. Experts, windows and soft-caps. gpt-oss must have a window.
+    # 2. Experts, windows and soft-caps. gpt-oss must have the key for a window. Without
+    # a window, its value is the context length.
     if c.experts is not None:
         values |= {key: getattr(c.experts, name) for name, key in EXPERT_KEYS.items()}
     if architecture in WINDOW_PERIODS and (windows or architecture == OSS):
@@ -147,7 +148,10 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
 
 
 def _warn_about_yarn(config: DecoderConfig) -> None:
-    """Warns if frequencies change because llama.cpp rounds the bounds of the ramp."""
+    """Warns if frequencies change because llama.cpp rounds the bounds of YaRN's ramp.
+
+    Between these bounds, YaRN blends stretched and original frequencies.
+    """
     rope = _main_layer(config).rope or Rope()
     if not rope.original_length:
         return

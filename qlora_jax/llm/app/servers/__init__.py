@@ -1,6 +1,7 @@
-"""The servers that `pairs` lists and `export --for` writes for: one file each.
+"""The servers that `pairs` lists and that `export --for` accepts, each in its own file.
 
-Each record was checked in the server's code or, if it runs on a CPU, by running it.
+What a file says about its server was checked in the server's source code or, if the
+server runs on a CPU, by running it.
 """
 
 from .llama_cpp import LLAMA_CPP

@@ -5,7 +5,7 @@ from .server import AWQ, Server
 LLAMA_CPP = Server(
     name="llama.cpp",
     reads=("gguf",),
-    bases=dict.fromkeys(AWQ, "gguf"),  # as Q4_0, with blocks of 32 weights
+    bases=dict.fromkeys(AWQ, "gguf"),  # in GGUF: Q4_0, in blocks of 32
     floats="gguf",
     adapter="gguf-lora",
     adapts_experts=False,

@@ -10,9 +10,10 @@ from ...models.config import DecoderConfig
 from ...models.families import text_config
 from .server import AWQ, Server
 
-# The types of rotary positions, for families in which mlx-lm supports only a few, and
-# the families in which it supports biases.
+# Families for which mlx-lm supports fewer types of rotary positions than for others,
+# and the types that it supports for them.
 _ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
+# Families for which mlx-lm supports biases of the query, key and value layers.
 _BIASES = ("llama", "olmoe", "qwen2", "smollm3")
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.
 _HEADS = ("qwen2", "mixtral", "phi3")
@@ -27,7 +28,8 @@ def _misreads(
     family, is_gemma3 = raw["model_type"], raw["model_type"] == "gemma3_text"
     rope = (raw | ql.io.older_config_keys(raw)).get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    # mlx-lm has windows only in Gemma 3, in all layers except every `period`-th.
+    # mlx-lm uses sliding windows only in Gemma 3. There, every `period`-th layer has
+    # none, and all other layers have one.
     max_length = raw.get("max_position_embeddings") or math.inf
     has_window = [(x.window or math.inf) < max_length for x in config.layers]
     period = raw.get("sliding_window_pattern") or 6

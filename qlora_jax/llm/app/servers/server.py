@@ -1,4 +1,4 @@
-"""What a server reads, what it misreads, and how it is started."""
+"""What a server loads, what it computes differently, and how it is started."""
 
 import json
 import pathlib
@@ -11,17 +11,18 @@ import qlora_jax as ql
 
 from ...models.config import DecoderConfig
 
-# The number formats of each format of `export` for packed models; the first one is the
-# default.
+# For each format of `export` that writes a packed model, the number formats that it
+# can hold. The first one is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
 _INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
 FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents)
 FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
-# The form of each number format, for servers that load it.
+# For `Server.bases`: number formats, and the format of `export` that holds them.
 BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
 AWQ = dict.fromkeys(FMTS["awq"], "awq")
 E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
-# The `quant_method`s that vLLM and SGLang load; "float" is a folder without one.
+# The `quant_method`s in a model's config that vLLM and SGLang load. "float" stands for
+# a model without a `quant_method`.
 METHODS = ("float", "bitsandbytes", "compressed-tensors", "awq", "gptq")
 _README = """\
 # {source}, with an adapter, for {name}
@@ -34,36 +35,39 @@ Written by qlora_jax {version}: {pair}.
 """
 
 
-# Returns what a server computes differently, or None, for a model with a `config.json`
-# (empty for a GGUF file), in a number format (None for floats).
+# A function that returns what a server computes differently, or None. Its arguments
+# are the model's `config.json` (empty for a GGUF file), the config of the decoder, and
+# the number format of the base (None for floats).
 Misreads = Callable[[Mapping[str, Any], DecoderConfig, str | None], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """How a server loads a base and an adapter. A form is a format of `export`."""
+    """How a server loads a base and an adapter.
+
+    In this package, the "form" of a base or an adapter is a format of `export`.
+    """
 
     name: str
-    # 1. What it reads: the `quant_method`s of models that need no export, the form of
-    # each number format of a packed base, the form of a float base, and the form of an
-    # adapter, which is None if adapters must be merged.
-    reads: tuple[str, ...]
-    bases: Mapping[str, str] = field(default_factory=dict)
-    floats: str = "merged"
-    adapter: str | None
-    adapts_experts: bool = True
+    # 1. What it loads.
+    reads: tuple[str, ...]  # the `quant_method`s of models that need no export
+    bases: Mapping[str, str] = field(default_factory=dict)  # forms, by number format
+    floats: str = "merged"  # the form of a float base
+    adapter: str | None  # the form of an adapter; None if adapters must be merged
+    adapts_experts: bool = True  # whether it loads adapters of experts
     needs_older_keys: bool = False  # in `config.json`; see `ql.io.older_config_keys`
-    # 2. What it misreads; None if it computes every model exactly.
+    # 2. What it computes differently. None if it computes every model exactly.
     misreads: Misreads | None = None
-    # 3. How it is started, with "{base}", "{adapter}", "{rank}" and "{flags}".
+    # 3. How it starts. The command and the option may contain "{base}", "{adapter}",
+    # "{rank}" and "{flags}".
     command: str
-    option: str = ""  # added to the command for an adapter
-    ranks: tuple[int, ...] = ()  # values of "{rank}", which is rounded up
+    option: str = ""  # added to the command if there is an adapter
+    ranks: tuple[int, ...] = ()  # an adapter's rank is rounded up to one of these
     flags: Mapping[str, str] = field(default_factory=dict)  # by the form of the base
     files: Mapping[str, str] = field(default_factory=dict)  # other files, by name
     # 4. Requests to its OpenAI-compatible API.
-    port: int | None = None  # None without an API
-    model: str = "{base}"  # the name of the base
+    port: int | None = None  # None if it has no API
+    model: str = "{base}"  # what requests call the base
     with_adapter: Mapping[str, Any] = field(default_factory=dict)  # selects the adapter
 
     def write(
@@ -80,8 +84,9 @@ class Server:
     ) -> None:
         """Writes a README with the command that starts the server and a request to it.
 
-        `base` and `adapter` are paths in the command, and `form` is the base's form.
-        `source` and `pair` describe the model and how exactly it is served.
+        `base` and `adapter` are their paths in the command, and `form` is the base's
+        form. The README quotes `source`, the model's name, and `pair`, which says
+        whether the server reproduces the training's weights exactly.
         """
         paths = {"base": base, "adapter": adapter}
         rank = next((n for n in self.ranks if n >= rank), rank)
