@@ -56,7 +56,8 @@ class ModelConfig(Config):
         stream_dtype: Dtype of the residual stream, to which layers add their outputs.
         mlp_tile: Maximum number of tokens in the MLP at a time, to save memory.
         base_memory: Where the packed layers are stored: device, or host to save device
-            memory (not on GPUs). From the host, layers are moved when they are needed.
+            memory (not on GPUs). Layers in host memory are moved to the device when
+            they are needed.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -91,7 +92,8 @@ class AdapterConfig(Config):
 
     Attributes:
         rank: Rank of the adapters.
-        alpha: Adapters are scaled by `lora_alpha / lora_r`; `lora_r` by default.
+        alpha: The adapters are scaled by `lora_alpha / lora_r`. By default, `lora_alpha`
+            is equal to `lora_r`.
         dropout: Dropout rate of the adapters' input.
         rank_stabilized: Whether to scale by `lora_alpha / sqrt(lora_r)` instead.
         use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
@@ -133,8 +135,8 @@ class DataConfig(Config):
             test, or the id of a data set on the hub. Write several with weights, as
             "a.jsonl=0.7,b.jsonl=0.3" or {a.jsonl: 0.7, b.jsonl: 0.3}.
         train_on: Which tokens of rows with prompts or messages are targets:
-            completions, last (only the assistant's last message) or all. With all, the
-            cross entropy of orpo includes prompts, as in TRL.
+            completions, last (only the assistant's last message) or all. With all,
+            prompts are targets too; with orpo, only in its cross entropy, as in TRL.
         keys: Mapping from standard keys, such as prompt, to the keys in the file.
         chat: Whether to convert prompts and completions to messages, if the model has a
             chat template.
@@ -184,8 +186,9 @@ class OptimizerConfig(Config):
         offload_optimizer: Whether the optimizer's state is in host memory; not with
             adafactor.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
+        beta1: Decay of the first moment; adafactor does not use it.
+        beta2: Decay of the second moment, by default 0.999 (lion: 0.99); adafactor does
+            not use it.
         clip: Maximum norm of the gradient; 0 for no clipping.
 
     Example:
@@ -237,7 +240,8 @@ class TrainingConfig(Config):
         teacher: For distill: the model to learn from, with the same vocabulary. By
             default the weights of the model before they are packed.
         temperature: For distill: divisor of the logits of both models. The loss is the
-            divergence of the model from the teacher, times the square of this.
+            divergence of the model from the teacher, times the square of the
+            temperature.
         batch_size: Sequences in a batch; for preferences, pairs of answers; with
             `packing`, rows of `max_length` tokens.
         accumulation: Gradient accumulation steps: batches in a training step.
@@ -302,7 +306,8 @@ class EvaluationConfig(Config):
     Attributes:
         eval_every: Steps between evaluations on the validation rows. There is also one
             before the first step and one after the last. By default there are about
-            ten, of which only the first and the last use all rows and generate answers.
+            ten. Those between the first and the last generate no answers, and use a
+            sample of the rows if there are many.
         eval_examples: Number of validation prompts that the model answers in an
             evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Number of prompts that are answered at a time.
@@ -351,10 +356,10 @@ class OutputConfig(Config):
             user/name. If it does not exist, a private repository is created.
         preview: Number of rows to show as they would be trained, instead of training.
             Target tokens are green on a terminal, and in brackets elsewhere.
-        log_every: Steps between progress lines, which are printed if stderr is not a
-            terminal, and between the steps that go to `log`. Evaluations are always
-            included. By default, about ten lines are printed, and all steps go to
-            `log`. The file metrics.jsonl always has all steps.
+        log_every: Steps between the steps that go to `log`, and between progress lines,
+            which are printed if stderr is not a terminal. Evaluations are always
+            included. By default, all steps go to `log`, and about ten lines are
+            printed. The file metrics.jsonl always has all steps.
         log: More destinations for the metrics: tensorboard, wandb and trackio.
         verbose: Whether to print a message when `huge_pages` restarts the process.
 
