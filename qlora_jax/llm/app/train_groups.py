@@ -92,8 +92,8 @@ class AdapterConfig(Config):
 
     Attributes:
         rank: Rank of the adapters.
-        alpha: The adapters are scaled by `lora_alpha / lora_r`. By default, `lora_alpha`
-            is equal to `lora_r`.
+        alpha: Adapters are scaled by `lora_alpha / lora_r`. By default, `lora_alpha` is
+            equal to `lora_r`.
         dropout: Dropout rate of the adapters' input.
         rank_stabilized: Whether to scale by `lora_alpha / sqrt(lora_r)` instead.
         use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
