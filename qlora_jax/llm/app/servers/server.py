@@ -58,8 +58,8 @@ class Server:
     needs_older_keys: bool = False  # in `config.json`; see `ql.io.older_config_keys`
     # 2. What it computes differently. None if it computes every model exactly.
     misreads: Misreads | None = None
-    # 3. How it starts. The command and the option may contain "{base}", "{adapter}",
-    # "{rank}" and "{flags}".
+    # 3. How it starts. All texts from here on may contain "{base}" and "{adapter}". The
+    # command and the option may also contain "{rank}" and "{flags}".
     command: str
     option: str = ""  # added to the command if there is an adapter
     ranks: tuple[int, ...] = ()  # an adapter's rank is rounded up to one of these
