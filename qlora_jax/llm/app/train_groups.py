@@ -145,8 +145,8 @@ class DataConfig(Config):
             the day on which the run starts.
         stream: Whether to leave training rows in their .jsonl files and tokenize them
             when they are needed, for data that do not fit in memory.
-        validation_split: Share of the training rows to validate on, such as 0.05, if
-            there are no validation rows. `data_seed` selects the rows.
+        validation_split: Share of the training rows to validate on, such as 0.05. The
+            data must have no validation rows then. `data_seed` selects the rows.
         too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
             truncate; or split, for rows of `text`.
 
