@@ -201,9 +201,10 @@ def gguf_fmt(file: GGUFFile) -> str | None:
     """Returns the format of a GGUF file's packed layers, or None."""
     layers = [x for name, x in file.tensors.items() if name.startswith("blk.")]
     formats = {x.tensor_type.name for x in layers if len(x.shape) > 1}
-    if "MXFP4" in formats:  # only experts have this format; other kernels are float
+    if "MXFP4" in formats:  # only experts have this format
         return "mxfp4"
-    return "q4_0" if formats == {"Q4_0"} else None
+    # Routers, and kernels that blocks of 32 do not fit, are float.
+    return "q4_0" if formats - {"F32", "F16", "BF16"} == {"Q4_0"} else None
 
 
 def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:

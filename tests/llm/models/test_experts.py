@@ -119,6 +119,8 @@ def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):
     save_gguf(path, folder, params, **options)
     tensors = open_gguf(path).tensors
     assert tensors["blk.1.ffn_up_exps.weight"].shape == (4, 32, 64)
+    # The routers are float, and all other matrices of the layers are packed.
+    assert open_source(path).quantization["fmt"] == "q4_0"
     again, read_params = load(path, progress=False)
     with open_source(path).open_description() as unpacked:
         assert again == config == read_config(unpacked)
