@@ -19,7 +19,7 @@ def make_schedule(
     steps: int,
     *,
     warmup: int = 0,
-    end: float = 0.0,
+    end: float | Array = 0.0,
     decay: float = 0.1,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates so far.
@@ -69,7 +69,9 @@ def make_schedule(
         boundaries.append(warmup)
     num_steps = steps - warmup
     if name == "cosine":
-        alpha = end / learning_rate if end else 0.0
+        # A rate of 0 has no quotient. In a sweep, `end` may be traced too.
+        is_zero = not isinstance(end, Array) and end == 0
+        alpha = 0.0 if is_zero else end / learning_rate
         schedules.append(optax.cosine_decay_schedule(learning_rate, num_steps, alpha))
     elif name == "linear":
         schedules.append(optax.linear_schedule(learning_rate, end, num_steps))
