@@ -312,10 +312,12 @@ def _make_stamp(
     }
     if config.optimizer.schedule == "constant":
         del stamp["steps"]  # without decay, a resumed run may have more steps
+    # Settings that only other objectives use have no effect. States of version 0.2 lack
+    # them, and also the default objective.
     objective = find_objective(config.training.objective)
     settings_of_objectives = {y for x in OBJECTIVES.values() for y in x.settings}
     for name in settings_of_objectives - {*objective.settings}:
-        del stamp[name]
+        stamp.pop(name, None)
     if objective.name == TrainingConfig.objective:
         del stamp["objective"]
     stamp["model's files"] = _hash_files(model.path)

@@ -220,11 +220,11 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
     """Writes the settings of each run in its folder, and those of a sweep in `out`."""
     with all_or_none():
         if is_first():
-            # In the file of a sweep, the swept settings are lists, and the others are
-            # as in its runs. Without a sweep, both writes have the same path and text.
-            resolved = runs[0].config.replace(out=config.output.out, **config.swept)
-            path = pathlib.Path(config.output.out) / CONFIG
-            write_run_config(resolved, path, runs[0].model.source)
+            if config.is_sweep:
+                # The swept settings are lists, and the others are as in the runs.
+                settings = runs[0].config.replace(out=config.output.out, **config.swept)
+                path = pathlib.Path(config.output.out) / CONFIG
+                write_run_config(settings, path, runs[0].model.source)
             for run in runs:
                 write_run_config(run.config, run.folder / CONFIG, run.model.source)
 

@@ -35,11 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def process() -> None:
-    """Runs `qlora-jax` as a program.
-
-    It does what `main` does, but first prepares the process: it restarts the process
-    with huge pages for `train`, and turns on the cache of compiled programs.
-    """
+    """Prepares this process for the command in `sys.argv`, and runs the command."""
 
     def prepare(config: object) -> None:
         if isinstance(config, app.TrainConfig) and config.devices.huge_pages:
@@ -51,10 +47,7 @@ def process() -> None:
 
 
 def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
-    """Parses the arguments, calls `prepare` with the config, and runs the command.
-
-    Returns the exit status.
-    """
+    """Runs a command and returns its exit status. Before, `prepare` gets its config."""
     name, config, namespace = parse(arguments)
     prepare(config)
     try:
@@ -102,7 +95,3 @@ def _exit_if_stdout_closed() -> Iterator[None]:
         # Python flushes stdout once more when it exits, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(_STDOUT_CLOSED) from None
-
-
-if __name__ == "__main__":
-    process()

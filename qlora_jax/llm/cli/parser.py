@@ -100,7 +100,6 @@ def _add_options(parser: Parser, config_type: type[Config]) -> None:
         "--config",
         action="append",
         default=[],
-        metavar="CONFIG",
         help="YAML file of settings; flags override it",
     )
     parser.add_argument(
@@ -132,8 +131,7 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
         notes.append(describe_type(option.hint))
     if option.default is REQUIRED:
         notes.append("required")
-    elif isinstance(option.default, bool | int | float | str):
-        default = option.default
+    elif isinstance(default := option.default, bool | int | float | str):
         text = str(default).lower() if isinstance(default, bool) else default
         notes.append(f"default: {text}")
     settings: dict[str, Any] = dict(default=argparse.SUPPRESS, metavar=metavar)
@@ -197,6 +195,5 @@ def _read_settings(file: str, config_type: type[Config]) -> dict[str, object]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         is_missing = isinstance(error, FileNotFoundError)
         reason = f"It is missing: {file}." if is_missing else error
-        raise ValueError(
-            f"`config` must be a YAML file of settings. {reason}"
-        ) from error
+        message = f"`config` must be a YAML file of settings. {reason}"
+        raise ValueError(message) from error

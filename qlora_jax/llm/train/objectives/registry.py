@@ -16,7 +16,8 @@ class Objective:
         rows: The form of its rows, as in `qlora_jax.llm.data.read_dataset`.
         loss: A function that returns the loss function to pass to `make_step`. It takes
             a decoder, wrapped by `qlora_jax.linen.wrap`, and keyword arguments.
-        settings: The settings of `qlora-jax train` that `loss` takes as keywords.
+        settings: The settings of `qlora-jax train` that `loss` takes as keywords. They
+            must have no other use: a resumed run of another objective may change them.
         metrics: The names of the metrics that the loss returns.
         is_cross_entropy: Whether the exponential of the loss is the perplexity.
         balances_experts: Whether `loss` has the argument `balance` of `decoder_loss`.
