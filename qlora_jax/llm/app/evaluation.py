@@ -37,14 +37,12 @@ def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
 class Evaluation:
     """Evaluates an adapter on the validation rows of a run."""
 
-    def __init__(
-        self, run: Run, program: Program, base: PyTree, teacher: PyTree | None = None
-    ):
-        """Prepares the batches and the prompts."""
+    def __init__(self, run: Run, program: Program, base: PyTree, frozen: PyTree):
+        """Prepares the batches and the prompts. `frozen` is what the loss gets."""
         config, self._tokenizer = run.config, run.tokenizer
-        self._config, self._model, self._base = config, program.model, base
+        self._config, self._model = config, program.model
+        self._base, self._frozen = base, frozen
         self._compute_means = make_means(program.eval_loss)
-        self._teacher = teacher
         self._path = run.folder / ANSWERS
         batches = eval_batches(
             run.data.valid,
@@ -52,9 +50,8 @@ class Evaluation:
             max_length=config.training.max_length,
         )
         self._batches = [*map(make_put(run.mesh), batches)]
-        num_training_batches = (
-            config.training.steps or 0
-        ) * config.training.accumulation
+        training = config.training
+        num_training_batches = (training.steps or 0) * training.accumulation
         # The sample is empty if every evaluation uses all batches.
         is_full = config.evaluation.eval_every or config.evaluation.keep_best
         self._sample = [] if is_full else sample(self._batches, num_training_batches)
@@ -83,15 +80,12 @@ class Evaluation:
         If it generates answers, it also prints some of them on stderr.
         """
         numbers, step, config = {}, int(state.step), self._config
-        frozen = self._base
-        if self._teacher is not None:
-            frozen = self._base, self._teacher
         is_end = is_end or step in (0, config.training.steps)
         if self._sample:
-            means = self._compute_means(frozen, state.lora, self._sample)
+            means = self._compute_means(self._frozen, state.lora, self._sample)
             numbers |= {f"valid_sample_{name}": mean for name, mean in means.items()}
         if is_end or not self._sample:
-            means = self._compute_means(frozen, state.lora, self._batches)
+            means = self._compute_means(self._frozen, state.lora, self._batches)
             numbers |= {f"valid_{name}": mean for name, mean in means.items()}
             loss = numbers["valid_loss"]
             if find_objective(config.training.objective).is_cross_entropy:

@@ -165,19 +165,14 @@ def _open_teacher(
 
 def _check_environment(config: TrainConfig) -> None:
     """Checks the template, the installed libraries and what the devices support."""
-    if (
-        config.data.template is not None
-        and not pathlib.Path(config.data.template).is_file()
-    ):
-        raise ValueError(
-            f"`template` must be a file. Got {describe_path(config.data.template)}."
-        )
+    template = config.data.template
+    if template is not None and not pathlib.Path(template).is_file():
+        raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
     # Some libraries are first used at the end, perhaps after hours of training.
     libraries = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
     extras = dict.fromkeys(libraries, "train")
-    for name, extra in (
-        extras | {LOGGERS[x]: x for x in config.output.loggers}
-    ).items():
+    extras |= {LOGGERS[name]: name for name in config.output.loggers}
+    for name, extra in extras.items():
         try:
             importlib.import_module(name)
         except ImportError as error:

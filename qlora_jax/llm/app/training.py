@@ -350,9 +350,10 @@ def _fit(
         run.teacher and run.teacher.config,
         learning_rates=rates if is_sweep else None,
     )
+    frozen = base if teacher is None else (base, teacher)  # what the loss gets
     evaluation = None
     if run.data.valid:
-        evaluation = Evaluation(run, program, base, teacher)
+        evaluation = Evaluation(run, program, base, frozen)
     trainers = [
         Trainer(x, saved_states, evaluation and evaluation.for_run(x))
         for x, saved_states in zip(runs, states, strict=True)
@@ -365,7 +366,6 @@ def _fit(
     put = make_put(run.mesh)
 
     def take_step(state: State, batches: Sequence[Batch]) -> tuple[State, Report]:
-        frozen = base if teacher is None else (base, teacher)
         return program.step(state, frozen, [*map(put, batches)])
 
     def schedule(num_updates: Any) -> Any:
