@@ -56,7 +56,9 @@ def compile_here(row: dict) -> dict:
     devices, backend = devices_of(row)
     decoder = MODELS[row["model"]]
     model = BaseModel(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
-    config = TrainConfig(row["model"], "", "", steps=1000, warmup=20, **row["settings"])
+    settings = {"model": row["model"], "data": "", "out": "", "steps": 1000}
+    settings |= {"warmup": 20, **row["settings"]}
+    config = TrainConfig.from_settings(settings)
     start = time.process_time()
     lowered = lower_step(config, model, devices[: row["chips"]], backend)
     record: dict[str, Any] = {"lower_seconds": round(time.process_time() - start, 1)}

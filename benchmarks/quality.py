@@ -185,22 +185,20 @@ class Bench:
         """Returns the record of a run at each learning rate."""
         task, began = self.task, time.perf_counter()
 
-        def make_schedule(rate):
-            return train.make_schedule(
+        def make_optimizer(rate):
+            schedule = train.make_schedule(
                 "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
             )
-
-        optimizers = [
-            train.make_optimizer("adamw", make_schedule(rate), beta2=0.99)
-            for rate in rates
-        ]
+            return train.make_optimizer("adamw", schedule, beta2=0.99)
 
         # Each state is donated.
         def copy():
             return jax.tree.map(jnp.copy, self.init(seed))
 
-        states = [train.State.create(copy(), x, seed) for x in optimizers]
-        step = train.make_joint_step(self.loss, optimizers)
+        state = train.State.stack(
+            [train.State.create(copy(), make_optimizer(x), seed) for x in rates]
+        )
+        step = train.make_step(self.loss, make_optimizer, rates)
         batches = data.batches(
             self.data.train,
             batch_size=task.batch_size,
@@ -209,7 +207,8 @@ class Bench:
             packing=False,
         )
         for batch in tqdm(itertools.islice(batches, task.steps), total=task.steps):
-            states = [state for state, _ in step(states, self.base, [batch])]
+            state, _ = step(state, self.base, [batch])
+        states = [state.member(index) for index in range(len(rates))]
         losses = [self.mean(state.lora, self.data.valid) for state in states]
         rows = [{"valid": x if math.isfinite(x) else None} for x in losses]
         best = losses.index(min(losses, key=_order))

@@ -36,7 +36,11 @@ def measure(case: dict, count: int, rounds: int) -> list:
     batch = data.Batch(
         ids, ids * 0 + 1, positions, positions, np.roll(ids, -1, 1), weights
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
+
+    def make_optimizer(rate):
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+
+    optimizer = make_optimizer(RATE)
     loss = train.decoder_loss(model)
     single_step = train.make_step(loss, optimizer)
 
@@ -46,10 +50,10 @@ def measure(case: dict, count: int, rounds: int) -> list:
     def begin(seed):
         return train.State.create(copy_lora(), optimizer, seed)
 
-    joint = train.make_joint_step(loss, [optimizer] * count)
-    alone, several = begin(0), [begin(seed) for seed in range(count)]
-    all_states = [(state.lora, state.opt_state) for state in several]
-    size = sum(x.nbytes for x in jax.tree.leaves(all_states))
+    joint = train.make_step(loss, make_optimizer, [RATE] * count)
+    alone = begin(0)
+    several = train.State.stack([begin(seed) for seed in range(count)])
+    size = sum(x.nbytes for x in jax.tree.leaves((several.lora, several.opt_state)))
 
     def run_one():
         nonlocal alone
@@ -58,9 +62,8 @@ def measure(case: dict, count: int, rounds: int) -> list:
 
     def run_joint():
         nonlocal several
-        results = joint(several, base, [batch])
-        several = [state for state, _ in results]
-        jax.block_until_ready(results[0][1])
+        several, report = joint(several, base, [batch])
+        jax.block_until_ready(report)
 
     def sampler(call):
         def sample():

@@ -163,6 +163,11 @@ def ragged(x, q, sizes, layer=None):
 token_losses = functools.partial(chunked_cross_entropy, chunk_size=3)
 
 
+def divergences(x, head, teacher_x, teacher_head):
+    settings = {"chunk_size": 3, "temperature": 2.0}
+    return ql.losses.chunked_kl_divergence(x, head, teacher_x, teacher_head, **settings)
+
+
 def quantize(params):
     return (ql.quantize(params["kernel"]), ql.quantize(params, CONFIG))
 
@@ -194,6 +199,15 @@ FUNCTIONS = {
     "chunked_cross_entropy": Entry(
         with_gradient(functools.partial(ql.losses.chunked_cross_entropy, chunk_size=3)),
         lambda: (inputs(4, 8), normal(2, (MEMBERS, 64, 8)), ids() % 64),
+    ),
+    "chunked_kl_divergence": Entry(
+        with_gradient(divergences),
+        lambda: (
+            inputs(4, 8),
+            normal(2, (MEMBERS, 64, 8)),
+            inputs(4, 64),
+            normal(3, (MEMBERS, 64, 64)),
+        ),
     ),
     "apply": Entry(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
     "loss": Entry(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import ShapedArray
+from jax.custom_batching import custom_vmap
 from jax.extend import core
 from jax.sharding import AxisType
 
@@ -222,7 +223,7 @@ class _LayerwiseUpdate:
             ]
 
             def write_layer(stack: Array, layer: Array) -> Array:
-                return lax.dynamic_update_slice_in_dim(stack, layer, i, 0)
+                return _write_layer(stack, layer, i)
 
             return jax.tree.map(write_layer, stacks, self.compute(size, current, i))
 
@@ -243,7 +244,7 @@ class _LayerInterpreter:
     def layer_of(self, x: Array | OneLayer) -> Array:
         if isinstance(x, OneLayer):
             return x.layer
-        return lax.dynamic_slice_in_dim(x, self._index, 1) if jnp.ndim(x) else x
+        return _read_layer(x, self._index) if jnp.ndim(x) else x
 
     def run(self, program: Program, *arguments: Value) -> list[Value]:
         def is_call(eqn: core.JaxprEqn, _: list[Value]) -> bool:
@@ -322,6 +323,37 @@ class _LayerInterpreter:
         is_scalar = variable.aval.shape == ()
         is_stack = eqn.params["shape"][:1] == (self._size,)
         return is_scalar and is_stack and not any(spec[:1])
+
+
+# Under `vmap`, JAX's own rules for slices become gathers and scatters, which do not
+# accept arrays in host memory. These rules slice the next axis instead.
+@custom_vmap
+def _read_layer(stack: Array, index: Array | int) -> Array:
+    return lax.dynamic_slice_in_dim(stack, index, 1)
+
+
+@_read_layer.def_vmap
+def _read_mapped_layer(
+    axis_size: int, is_mapped: list[bool], stack: Array, index: Array
+) -> tuple[Array, bool]:
+    del axis_size
+    return lax.dynamic_slice_in_dim(stack, index, 1, int(is_mapped[0])), is_mapped[0]
+
+
+@custom_vmap
+def _write_layer(stack: Array, layer: Array, index: Array | int) -> Array:
+    return lax.dynamic_update_slice_in_dim(stack, layer, index, 0)
+
+
+@_write_layer.def_vmap
+def _write_mapped_layer(
+    axis_size: int, is_mapped: list[bool], stack: Array, layer: Array, index: Array
+) -> tuple[Array, bool]:
+    stack, layer = (
+        x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+        for x, mapped in zip((stack, layer), is_mapped, strict=False)
+    )
+    return lax.dynamic_update_slice_in_dim(stack, layer, index, 1), True
 
 
 def _empty(aval: Any) -> Array:

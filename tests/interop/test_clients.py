@@ -28,9 +28,8 @@ import qlora_jax as ql
 from qlora_jax.llm.gguf.decoder_out import save_gguf
 from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
 from qlora_jax.llm.models import tiny
-from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.checkpoint import load, load_tokenizer
 from qlora_jax.llm.models.decoder_names import decoder_names
-from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 SIZES = SIZES | {"vocab_size": 272, "max_position_embeddings": 1024}
 HEADS = {"head_dim": 16}  # not the hidden size by the heads

@@ -16,7 +16,9 @@ ROWS = [dict(step=step, loss=1 / step, valid_loss=None) for step in (1, 2, 3)]
 
 @pytest.fixture
 def run(tmp_path):
-    config = app.TrainConfig("m", "d", str(tmp_path / "run"), log="wandb, trackio")
+    settings = dict(model="m", data="d", out=str(tmp_path / "run"))
+    settings |= dict(log="wandb, trackio")
+    config = app.TrainConfig.from_settings(settings)
     (tmp_path / "run").mkdir()
     return SimpleNamespace(config=config, folder=tmp_path / "run")
 

@@ -15,10 +15,9 @@ from transformers import AutoTokenizer
 import qlora_jax as ql
 from qlora_jax.io import save_merged
 from qlora_jax.llm.app.base_model import LAYERS
-from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.checkpoint import load, load_tokenizer
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

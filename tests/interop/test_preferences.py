@@ -85,19 +85,20 @@ def train_there(folder, out, trainer, config, settings, rows):
     return float(loss), llama.gradients_of(trl_trainer.model), metrics
 
 
-def train_here(folder, out, rows, objective, gamma=0.5, train_on="completions"):
+def train_here(folder, out, rows, name, train_on="completions", **settings):
     """Returns the same from qlora_jax, with the saved adapter."""
+    objective = train.find_objective(name)
     config, base = load(folder, progress=False)
     path, tokenizer = write_rows(out / "d.jsonl", rows), llm_data.open_tokenizer(folder)
-    settings = dict(chat=False, objective=objective, train_on=train_on)
-    data = read(tokenizer, path, vocab_size=config.vocab_size, **settings)
+    options = dict(chat=False, rows=objective.rows, train_on=train_on)
+    data = read(tokenizer, path, vocab_size=config.vocab_size, **options)
     [batch] = llm_data.eval_batches(
         data.train, batch_size=len(data.train), max_length=64
     )
     names = decoder_names(config)
     base, lora, _ = ql.io.load_peft(out / "adapter", base, names)
     model = ql.linen.wrap(Decoder(config))
-    loss = train.preference_loss(model, objective, beta=0.3, gamma=gamma)
+    loss = objective.loss(model, beta=0.3, **settings)
 
     def mean_loss(lora):
         total, count, metrics = loss(lora, base, batch, None)
@@ -120,5 +121,6 @@ def test_equals_trl(folder, tmp_path, name):
     assert_close(our_grads, grads)
     assert max(np.abs(grad).max() for grad in grads.values()) > 1e-3
     assert len(our_metrics) == 4
+    assert {*our_metrics} == {*train.find_objective(name).metrics}
     expected_metrics = {key: metrics[key] for key in our_metrics}
     assert_close(our_metrics, expected_metrics)

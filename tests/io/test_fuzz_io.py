@@ -30,6 +30,7 @@ from qlora_jax.llm.data.model_files import ModelError
 from qlora_jax.llm.gguf.decoder_in import read_gguf as load_gguf
 from qlora_jax.llm.gguf.decoder_in import read_gguf_lora
 from qlora_jax.llm.gguf.decoder_out import save_gguf, save_gguf_lora
+from qlora_jax.llm.gguf.file import open_gguf
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -379,7 +380,7 @@ def read_gguf(files: Files, rng: random.Random):
         data = change_bytes(rng, files.gguf[:end]) + files.gguf[end:]
     path.write_bytes(data)
     with refusals("must", length=20_000):
-        for tensor in ql.io.packed_tensors(load_gguf(path)[1]).values():
+        for tensor in ql.io.packed_tensors(load_gguf(open_gguf(path))[1]).values():
             if isinstance(tensor, StoredWeight):
                 tensor.decode(slice(0, tensor.shape[0]))
 

@@ -115,7 +115,7 @@ def attend(**changed):
     return splash(**{**arrays, **changed})
 
 
-command = functools.partial(TrainConfig, "model", "data", "out")
+PATHS = {"model": "model", "data": "data", "out": "out"}
 ODD_QUERY, SHORT_VALUE = jnp.ones((1, 8, 3, 4)), jnp.ones((1, 7, 2, 4))
 CLIP = "`tile` must be positive or None. Got"
 
@@ -135,7 +135,12 @@ CLIP = "`tile` must be positive or None. Got"
         (lambda: Decoder(CONFIG, remat="offlod"), '`remat` must be True, False or "o'),
         (lambda: Decoder(CONFIG, attention="flash"), "must be one of .*'splash'.* 'fl"),
         (lambda: Decoder(CONFIG, mlp_tile=0), "`mlp_tile` must be positive or None"),
-        (lambda: command(lora_dropout=0.1, mlp_tile=8), "must be 0 with `mlp_tile`"),
+        (
+            lambda: TrainConfig.from_settings(
+                PATHS | {"lora_dropout": 0.1, "mlp_tile": 8}
+            ),
+            "must be 0 with `mlp_tile`",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, words):
@@ -375,4 +380,4 @@ def test_a_function_is_called_with_windows_and_segments(trees):
 def test_what_gpus_do_not_compute_is_refused_first(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="`remat` must be true or false on a GPU"):
-        make_run(command(remat="offload"), "2026-01-31")
+        make_run(TrainConfig.from_settings(PATHS | {"remat": "offload"}), "2026-01-31")

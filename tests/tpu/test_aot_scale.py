@@ -45,6 +45,9 @@ KV_WIDTH = KV * WIDTH // HEADS
 LINEAR = [(WIDTH, WIDTH), (WIDTH, KV_WIDTH), (WIDTH, KV_WIDTH), (WIDTH, WIDTH)]
 LINEAR += [(WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
 SETTINGS = {
+    "model": "model",
+    "data": "data",
+    "out": "out",
     "lora_r": RANK,
     "attention": "splash",
     "stream_dtype": "bfloat16",
@@ -60,7 +63,7 @@ STEPS = {
 
 
 def settings(**overrides):
-    return TrainConfig("model", "data", "out", **{**SETTINGS, **overrides})
+    return TrainConfig.from_settings(SETTINGS | overrides)
 
 
 def model_of(decoder):
@@ -82,15 +85,15 @@ def both(mesh, **overrides):
     devices = jax.devices()[: 8 if mesh else 1]
     lowered = lower_step(config, model, devices)
 
-    on = make_mesh(config.mesh_sizes, devices)
-    place = make_place(decoder, on, config.base_memory)
+    on = make_mesh(config.devices.mesh_sizes, devices)
+    place = make_place(decoder, on, config.model.base_memory)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
     base = ql.quantize(zeros, model.packing("nf4", 16, True))
-    _, lora = ql.init(jax.random.key(0), base, adapters_for(config, model))
+    _, lora = ql.init(jax.random.key(0), base, adapters_for(config.adapter, model))
     base, lora = place(base, lora)
     program = make_program(config, decoder)
     state = State.create(lora, program.optimizer, 0)
-    rows = 8 if config.objective == "sft" else 16  # both answers of a pair
+    rows = 8 if config.training.objective == "sft" else 16  # both answers of a pair
     ids, weights = np.zeros((rows, 8), np.int32), np.zeros((rows, 8), np.float32)
     answers = None if rows == 8 else np.zeros((rows, 1, 8), np.float32)
     batch = Batch(*[ids] * 5, weights, answers)

@@ -11,24 +11,42 @@ from .configs import (
 )
 from .contents import Contents, Leaf, inspect
 from .generating import Answer, Generated, generate
+from .pairs import Pair, Pairs, pairs
 from .preview import Preview
+from .repacking import Repacked
 from .run_results import SweepResult, TrainResult
 from .scoring import Score, Scores, score
-from .servers import Pair, Pairs, pairs
 from .train_config import TrainConfig
+from .train_groups import (
+    AdapterConfig,
+    DataConfig,
+    DevicesConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TrainingConfig,
+)
 from .training import train
-from .writing import Repacked, Written, export
+from .writing import Written, export
 
 __all__ = [
+    "AdapterConfig",
     "Answer",
     "CheckConfig",
     "Checked",
     "Contents",
+    "DataConfig",
+    "DevicesConfig",
+    "EvaluationConfig",
     "ExportConfig",
     "GenerateConfig",
     "Generated",
     "InspectConfig",
     "Leaf",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OutputConfig",
     "Pair",
     "Pairs",
     "PairsConfig",
@@ -40,6 +58,7 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "TrainResult",
+    "TrainingConfig",
     "Written",
     "check",
     "export",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -16,18 +17,13 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from ..data.readers import describe_path
-from ..gguf.decoder_in import gguf_fmt, read_gguf, read_gguf_lora
-from ..gguf.folder import folder_of_gguf
-from ..models.checkpoint import (
-    abstract_params,
-    folder_of_text,
-    has_vision,
-    load,
-    read_config,
-)
+from ..gguf.decoder_in import read_gguf_lora
+from ..gguf.file import is_gguf
+from ..models.checkpoint import abstract_params, load
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch, hub_commit, weights_of
+from ..models.source import ModelSource, open_source
 from ..train.state import Checkpoints
 from ..train.target_modules import find_target_paths
 from .configs import (
@@ -38,8 +34,9 @@ from .configs import (
     ScoreConfig,
 )
 from .processes import log
-from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
+from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
 from .train_config import TrainConfig
+from .train_groups import AdapterConfig, ModelConfig
 
 NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
 MLX_ADAPTER = "adapters.safetensors"
@@ -47,7 +44,8 @@ MLX_ADAPTER = "adapters.safetensors"
 # do the routers of experts.
 LAYERS = r"layers/(?!.*/router/).*/kernel"
 
-# Arguments of `BaseModel.read` that reproduce the base of training: `packing`, `dtype`.
+# Arguments of `BaseModel.read`, `packing` and `dtype`, that give the weights that
+# training used.
 LoadOptions = dict[str, Any]
 
 
@@ -64,6 +62,11 @@ class BaseModel:
     recode: bool = False  # whether 4-bit weights may be decoded and packed again
     name: str = ""  # names the weights: a hub id, a path, or a file in a package
     source: str = ""  # describes where the weights were found
+
+    @functools.cached_property
+    def files(self) -> ModelSource:
+        """The files of the model."""
+        return open_source(self.path)
 
     @property
     def is_local(self) -> bool:
@@ -87,10 +90,8 @@ class BaseModel:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """The quantization settings in the model's files; empty for float weights."""
-        if self.path.is_file():
-            return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
-        return ql.io.read_quantization(self.path)
+        """The quantization settings in the files; a folder of floats has none."""
+        return self.files.quantization
 
     @property
     def stored_fmt(self) -> str | None:
@@ -100,11 +101,7 @@ class BaseModel:
     @property
     def stored_packing(self) -> Any:
         """The `Packing` of the first packed weight in the files; None for floats."""
-        if self.path.is_dir():
-            tensors = ql.io.open_safetensors(self.path)
-        else:
-            _, tensors = read_gguf(self.path)
-        packed = ql.io.packed_tensors(tensors).values()
+        packed = ql.io.packed_tensors(self.files.stored_tensors).values()
         packings = (getattr(tensor, "packing", None) for tensor in packed)
         return next(filter(None, packings), None)
 
@@ -115,14 +112,6 @@ class BaseModel:
             return False
         tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
         return any(".lora_" not in key for key in tensors)
-
-    def open_description(self) -> contextlib.AbstractContextManager[pathlib.Path]:
-        """Yields a folder with the config and the tokenizer of the model."""
-        if self.path.is_file():
-            return folder_of_gguf(self.path)
-        if has_vision(self.config):
-            return folder_of_text(self.path)
-        return contextlib.nullcontext(self.path)
 
     def packing(
         self, fmt: str, block_size: int | None, double_quant: bool | None
@@ -135,8 +124,7 @@ class BaseModel:
         quantization = self.quantization
         if fmt == stored_fmt and block_size is None:  # pack again, in the same format
             block_size = quantization.get("group_size")
-        is_gguf = quantization.get("quant_method") == "gguf"  # decoded to floats anyway
-        if stored_fmt is not None and not self.recode and not is_gguf:
+        if stored_fmt is not None and not (self.recode or self.files.is_recoded):
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
                 f"is already in 4 bits. Use `recode` to pack it again. Got {fmt!r}."
@@ -166,13 +154,12 @@ class BaseModel:
         progress: bool = True,
     ) -> "BaseModel":
         """Reads the parameters and the adapter; the arguments are passed to `load`."""
-        # Most adapters can be checked against shapes, so read them before the weights.
-        # An adapter that replaces weights needs the weights.
+        # Most adapters need only the shapes of the base. They are read first, so that
+        # errors are found early. An adapter that replaces weights needs the weights.
         needs_weights = self.replaces_weights
         model = self if needs_weights else self.with_adapter()
-        # Some byte layouts of these formats are not supported. `recode` decodes them.
-        method = self.quantization.get("quant_method")
-        is_recodable = method in ("gguf", "bitsandbytes")
+        # Some byte layouts of bitsandbytes are not supported. `recode` converts them.
+        is_recodable = self.quantization.get("quant_method") == "bitsandbytes"
         _, base = load(
             self.path,
             dtype,
@@ -185,16 +172,20 @@ class BaseModel:
         return model.with_adapter() if needs_weights else model
 
     def with_adapter(self) -> "BaseModel":
-        """Returns the model with its adapter read, which may replace parameters."""
+        """Returns the model with its adapter read.
+
+        If the adapter replaces parameters, they are replaced in the base.
+        """
         if self.adapter is None:
             return self
         peft, plain_lora = None, None
-        if self.adapter.suffix == ".gguf":  # of llama.cpp
+        if is_gguf(self.adapter):
             plain_lora = read_gguf_lora(self.adapter, self.config)
         elif (self.adapter / MLX_ADAPTER).exists():
             plain_lora = ql.io.read_mlx(self.adapter)
         if plain_lora is not None:
-            # Servers load the text part of a multimodal model as a model of its own.
+            # These adapters are for servers, which load the text part of a multimodal
+            # model as a model of its own, so they have the names of a text-only model.
             base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
         elif _is_peft(self.adapter):
             base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
@@ -205,7 +196,7 @@ class BaseModel:
 
 
 def _is_peft(adapter: pathlib.Path) -> bool:
-    is_mlx = (adapter / MLX_ADAPTER).exists()  # its settings have the same file name
+    is_mlx = (adapter / MLX_ADAPTER).exists()  # also has an adapter_config.json
     return (adapter / "adapter_config.json").exists() and not is_mlx
 
 
@@ -227,7 +218,7 @@ def open_model(
 ) -> BaseModel:
     """Finds a model and an adapter in any format; reads only the model's config."""
     path = fetch(source)
-    config = read_config(path)
+    config = open_source(path).config
     adapter_path = None if adapter is None else _fetch_adapter(adapter)
     name, description = weights_of(source, path)
     model = BaseModel(
@@ -235,7 +226,7 @@ def open_model(
         config,
         abstract_params(config),
         adapter=adapter_path,
-        recode=recode or any(run.recode for run in runs_of(adapter)),
+        recode=recode or any(run.model.recode for run in runs_of(adapter)),
         name=name,
         source=description,
     )
@@ -255,9 +246,10 @@ def _fetch_adapter(adapter: str) -> pathlib.Path:
 def open_adapted(
     config: ScoreConfig | GenerateConfig,
 ) -> tuple[BaseModel, dict[str, PyTree], LoadOptions]:
-    """Returns a model, several adapters by name, and how to read the weights.
+    """Returns a model, a dict of adapters by name, and how to read the weights.
 
-    A single adapter is part of the model, and the dict is then empty.
+    The dict is empty unless there are several adapters. A single adapter is part of the
+    model.
     """
     if config.run is not None:
         model, _ = open_run(config.run, None, config.model)
@@ -289,7 +281,8 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
                 f"adapters. Got {adapter!r}, which does."
             )
         loras.append(adapted.with_adapter().lora)
-    return ql.bank(loras, dropout=0.0)  # the dropout rates of training may differ
+    # By default, `bank` requires equal dropout rates, but those of training may differ.
+    return ql.bank(loras, dropout=0.0)
 
 
 def runs_of(
@@ -297,13 +290,13 @@ def runs_of(
 ) -> list[TrainConfig]:
     """Returns the settings of a run, or of the runs that wrote the adapters."""
     if run is not None:
-        return [TrainConfig(**read_settings(pathlib.Path(run) / CONFIG))]
+        return [read_run_config(pathlib.Path(run) / CONFIG)]
     runs = []
     for adapter in _split_adapters(adapters):
         path = pathlib.Path(adapter).parent / CONFIG
         # Another program may have written a file of this name.
         with contextlib.suppress(OSError, TypeError, ValueError):
-            runs.append(TrainConfig(**read_settings(path)))
+            runs.append(read_run_config(path))
     return runs
 
 
@@ -321,10 +314,10 @@ def open_run(
             f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
             f"{STATE}. Got {describe_path(folder)}."
         )
-    run = TrainConfig(**read_settings(folder / CONFIG))
-    model = open_model(source or run.model, recode=run.recode)
+    run = read_run_config(folder / CONFIG)
+    model = open_model(source or run.model.path, recode=run.model.recode)
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
-    base, lora = init_shapes(model.base, adapters_for(run, model))
+    base, lora = init_shapes(model.base, adapters_for(run.adapter, model))
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
@@ -334,8 +327,15 @@ def open_run(
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
+def open_config(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
+    """Returns the model and adapter of a config, and the step of a run's state."""
+    if config.run is None:
+        return open_model(str(config.model), config.adapter), None
+    return open_run(config.run, getattr(config, "step", None), config.model)
+
+
 def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
-    """Returns the shapes of the base and the lora tree of `ql.init`."""
+    """Returns the base and the lora tree that `ql.init` would make, as shapes."""
     return jax.eval_shape(lambda base: ql.init(jax.random.key(0), base, config), base)
 
 
@@ -344,13 +344,13 @@ def training_load_options(
 ) -> LoadOptions:
     """Returns options to read a model with the weights its adapter was trained on.
 
-    The options are those of the adapter's run, unless `config` packs the model in
-    another way. If the model is used as it is stored, they are empty. Prints a note on
-    stderr for each adapter whose run used other weights.
+    The options come from the settings of the adapter's run, unless those in `config`
+    name another packing. They are empty if the stored weights are used unchanged.
+    Prints a note on stderr for each adapter whose run used other weights.
     """
     runs = runs_of(config.adapter, config.run)
     is_like_run = bool(runs) and not _packs_differently(config, runs[0])
-    settings: Any = runs[0] if is_like_run else config
+    settings: Any = runs[0].model if is_like_run else config
     if settings.fmt is None and model.stored_fmt is None:
         for name in PACKING_OPTIONS[1:]:
             if (value := getattr(settings, name, None)) is not None:
@@ -359,25 +359,30 @@ def training_load_options(
                     f"packed the model. Got `{name}` {value}."
                 )
     for run in runs:
-        is_other_model = os.path.realpath(model.name) != os.path.realpath(run.model)
+        is_other_model = os.path.realpath(model.name) != os.path.realpath(
+            run.model.path
+        )
         if is_other_model or _packs_differently(settings, run):
             fmt = settings.fmt or model.stored_fmt or "none"
             log(
-                f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
-                f"base here is a different one: {model.name} with fmt {fmt}"
+                f"note: {run.output.out} was trained on {run.model.path} with fmt "
+                f"{run.model.fmt}. The base here is a different one: {model.name} with "
+                f"fmt {fmt}"
             )
     double_quant = getattr(settings, "double_quant", None)
     packing = model.packing(settings.fmt or "none", settings.block_size, double_quant)
     if packing is None:
         return {}
     # Training rounded the weights to its dtype before it packed them.
-    dtype = {"dtype": settings.dtype} if isinstance(settings, TrainConfig) else {}
+    dtype = {"dtype": settings.dtype} if isinstance(settings, ModelConfig) else {}
     return {"packing": packing, **dtype}
 
 
 def _packs_differently(config: object, run: TrainConfig) -> bool:
-    # None, the default of an option, means the value of the run.
-    options = [(getattr(config, x, None), getattr(run, x)) for x in PACKING_OPTIONS]
+    # None, the default of an option in `config`, stands for the value of the run.
+    options = [
+        (getattr(config, x, None), getattr(run.model, x)) for x in PACKING_OPTIONS
+    ]
     return any(value not in (None, trained) for value, trained in options)
 
 
@@ -394,16 +399,16 @@ def read_as_trained(
     return dataclasses.replace(model, base=base)
 
 
-def adapters_for(config: TrainConfig, model: BaseModel) -> ql.QLoRAConfig:
+def adapters_for(config: AdapterConfig, model: BaseModel) -> ql.QLoRAConfig:
     """Returns the settings of the adapters that a run trains."""
     targets = find_target_paths(config.target_modules, model.base, model.names)
     return ql.QLoRAConfig(
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
+        rank=config.rank,
+        alpha=config.alpha,
         fmt=None,  # reading the model has already packed its kernels
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
-        dropout=config.lora_dropout,
-        rank_stabilized=config.use_rslora,
+        dropout=config.dropout,
+        rank_stabilized=config.rank_stabilized,
         use_dora=config.use_dora,
     )

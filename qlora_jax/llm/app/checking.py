@@ -28,7 +28,7 @@ from ..data.encode import Row
 from ..models.decoder import Decoder
 from ..models.families import config_from_hf
 from ..models.tiny import CONFIG, random_params
-from ..train.objective import decoder_loss
+from ..train.objectives.sft import decoder_loss
 from ..train.optimizer import make_optimizer
 from ..train.outputs import plural
 from ..train.step import State, make_step

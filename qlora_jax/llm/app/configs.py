@@ -1,28 +1,26 @@
 """Settings of each command: dataclasses, filled from YAML files and flags."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import qlora_jax as ql
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..models.sampling import Sampling
+from .options import COUNT, Config, option
+from .servers import FMTS, SERVERS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
-ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
+if TYPE_CHECKING:
+    ServerName = str
+else:
+    ServerName = Literal[tuple(SERVERS)]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
 # For a `BaseFormat`, these options describe the result. For a server and for
 # `_TRAINED_BASES`, they describe how training packed the base.
 PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 _TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
-# The number formats of each `BaseFormat`; the first one is the default.
-FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
-_INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
-FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents)
-FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
@@ -41,7 +39,7 @@ def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(Config):
     """Scores a model on data: the mean loss over the target tokens.
 
     Attributes:
@@ -72,29 +70,26 @@ class ScoreConfig:
         'float32'
     """
 
-    model: str | None = None
+    model: str | None = option(None, section="model and data")
     data: str | None = None
     adapter: str | list[str] | None = None
     run: str | None = None
     fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
-    dtype: Dtype = "float32"
-    batch_tokens: int = 1024
+    dtype: Dtype = option("float32", section="computation")
+    batch_tokens: int = option(1024, limit=COUNT)
     recode: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         _check_source(self)
         if self.data is None:
             raise ValueError("`data` must be given. Got None.")
-        if self.batch_tokens < 1:
-            raise ValueError(
-                f"`batch_tokens` must be positive. Got {self.batch_tokens}."
-            )
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Config):
     """Writes a model or an adapter in a format that other programs load.
 
     Attributes:
@@ -127,7 +122,6 @@ class ExportConfig:
             before and after, in any form that score supports.
         server: Target server, instead of `--format`. Selects formats that the server
             supports (see the command pairs), and writes the command that starts it.
-            `--for` is the same option.
         push_to_hub: Repository on the Hugging Face hub to push the result to, such as
             user/name. If it does not exist, a private repository is created.
 
@@ -137,20 +131,20 @@ class ExportConfig:
         True
     """
 
-    model: str | None = None
+    model: str | None = option(None, section="what to export")
     format: Literal[AdapterFormat, BaseFormat, "merged", "gguf"] | None = None
     out: str | None = None
     adapter: str | None = None
     run: str | None = None
     step: int | None = None
-    fmt: Fmt | None = None
+    fmt: Fmt | None = option(None, section="number formats")
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = None
     tokenizer: bool = True
-    data: str | None = None
-    server: ServerName | None = None
+    data: str | None = option(None, section="other")
+    server: ServerName | None = option(None, name="for", aliases=("server",))
     push_to_hub: str | None = None
 
     def __post_init__(self):
@@ -211,7 +205,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class PairsConfig:
+class PairsConfig(Config):
     """Lists the formats for each server, and whether they keep the weights exactly.
 
     Attributes:
@@ -241,7 +235,7 @@ class PairsConfig:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Config):
     """Lists the tensors of a model or an adapter without reading them.
 
     Attributes:
@@ -257,7 +251,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Config):
     """Generates text from a prompt, or chats.
 
     Attributes:
@@ -298,31 +292,29 @@ class GenerateConfig:
         0.0
     """
 
-    model: str | None = None
+    model: str | None = option(None, section="model and prompts")
     adapter: str | list[str] | None = None
     run: str | None = None
     prompt: str | None = None
     prompts: str | None = None
     out: str | None = None
-    batch_size: int = 16
+    batch_size: int = option(16, limit=COUNT)
     chat: bool | None = None
     system: str | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: int = option(256, section="sampling", limit=COUNT)
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    fmt: Fmt | None = None
+    fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
     double_quant: bool | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype = option("float32", section="computation")
     recode: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         _check_source(self)
-        for name in ("max_new_tokens", "batch_size"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"`{name}` must be positive. Got {value}.")
         if None not in (self.prompt, self.prompts):
             raise ValueError("`prompt` or `prompts` must be left out. Got both.")
         if self.out is not None and self.prompts is None:
@@ -339,7 +331,7 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(Config):
     """Checks this machine's devices: matrix products, training, times and memory.
 
     Attributes:
@@ -354,8 +346,4 @@ class CheckConfig:
     """
 
     out: str | None = None
-    rounds: int = 7
-
-    def __post_init__(self):
-        if self.rounds < 1:
-            raise ValueError(f"`rounds` must be positive. Got {self.rounds}.")
+    rounds: int = option(7, limit=COUNT)

@@ -11,11 +11,11 @@ from typing import Any
 import qlora_jax as ql
 
 from ..data.readers import describe_path
-from ..gguf.open_file import field, open_gguf
+from ..gguf.file import is_gguf, open_gguf
 from ..train.outputs import plural, read_metrics
 from .base_model import MLX_ADAPTER, NATIVE_ADAPTER
 from .configs import InspectConfig
-from .run_folder import CONFIG, METRICS, RESULT, is_run, read_settings
+from .run_folder import CONFIG, METRICS, RESULT, is_run, read_run_config
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def inspect(config: InspectConfig) -> Contents:
         config: The path.
 
     Raises:
+        FileNotFoundError: If the path does not exist.
         ValueError: If the path is not supported, or its contents are damaged.
 
     Example:
@@ -115,7 +116,7 @@ def inspect(config: InspectConfig) -> Contents:
         raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
     # A run contains an adapter, and a model's folder may contain one too, so the order
     # of these checks matters.
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return _inspect_gguf(path)
     if is_run(path):
         return _inspect_run(path)
@@ -134,7 +135,7 @@ def inspect(config: InspectConfig) -> Contents:
 
 
 def _inspect_run(path: pathlib.Path) -> Contents:
-    settings, file = read_settings(path / CONFIG), path / RESULT
+    file, settings = path / RESULT, read_run_config(path / CONFIG).to_settings()
     result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     rows = read_metrics(path / METRICS)
     about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}
@@ -147,7 +148,7 @@ def _inspect_run(path: pathlib.Path) -> Contents:
 
 
 def _make_leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
-    """Returns a `Leaf` for each tensor, and one for all parts of a packed weight."""
+    """Returns a `Leaf` for each tensor; all parts of a packed weight share one."""
     return tuple(
         Leaf(name, tuple(x.shape), _describe_format(x), x.nbytes)
         for name, x in sorted(ql.io.packed_tensors(tensors).items())
@@ -181,7 +182,8 @@ def _inspect_adapter(path: pathlib.Path) -> Contents:
         config, tensors = ql.io.read_mlx(path).to_peft()
     leaves = []
     modules = {key.partition(".lora_")[0] for key in tensors}
-    for module in sorted(modules - {*tensors}):  # keys without ".lora_" are tensors
+    # A key without ".lora_" is the name of a whole tensor, so it is not a module.
+    for module in sorted(modules - {*tensors}):
         keys = [key for key in tensors if key.startswith(f"{module}.lora_")]
         parts = {key.removeprefix(module): tensors.pop(key) for key in keys}
         a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")
@@ -219,14 +221,14 @@ def _inspect_native(path: pathlib.Path) -> Contents:
 
 
 def _inspect_gguf(path: pathlib.Path) -> Contents:
-    reader = open_gguf(path)
-    leaves = []
-    for x in reader.tensors:
-        shape = tuple(map(int, reversed(x.shape)))  # GGUF lists the fastest axis first
-        leaves.append(Leaf(x.name, shape, x.tensor_type.name, int(x.n_bytes)))
+    file = open_gguf(path)
+    leaves = [
+        Leaf(x.name, x.shape, x.tensor_type.name, x.nbytes)
+        for x in file.tensors.values()
+    ]
     about = {
-        "architecture": field(reader, "general.architecture"),
+        "architecture": file.values.get("general.architecture"),
         "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
     }
-    kind = field(reader, "general.type", "model")
+    kind = file.values.get("general.type", "model")
     return Contents(f"GGUF {kind}", about, tuple(leaves))

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..data.batching import eval_batches
 from ..train.answers import answers, exact_match
-from ..train.objective import make_means
+from ..train.means import make_means
+from ..train.objectives import find_objective
 from ..train.step import State
 from .processes import is_first
 from .program import Program, make_put
@@ -23,9 +24,10 @@ _SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer
 
 
 def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
-    """Returns the batches for evaluations during training; empty to use all batches."""
-    # One for each 100 training batches, and at least one, so that ten evaluations add a
-    # few percent to the time. Batches are ordered by length, so take every n-th.
+    """Returns the batches for evaluations during training; [] means all batches."""
+    # One validation batch for each 100 training batches, and at least one. Ten such
+    # evaluations add only a few percent to the time. The batches are spread evenly,
+    # because neighbouring rows may be alike.
     num_batches, size = len(batches), max(1, num_training_batches // 100)
     if size >= num_batches:
         return []
@@ -35,23 +37,27 @@ def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
 class Evaluation:
     """Evaluates an adapter on the validation rows of a run."""
 
-    def __init__(self, run: Run, program: Program):
-        """Prepares the batches and the prompts."""
+    def __init__(self, run: Run, program: Program, base: PyTree, frozen: PyTree):
+        """Prepares the batches and the prompts. `frozen` is what the loss gets."""
         config, self._tokenizer = run.config, run.tokenizer
         self._config, self._model = config, program.model
+        self._base, self._frozen = base, frozen
         self._compute_means = make_means(program.eval_loss)
         self._path = run.folder / ANSWERS
         batches = eval_batches(
-            run.data.valid, batch_size=config.batch_size, max_length=config.max_length
+            run.data.valid,
+            batch_size=config.training.batch_size,
+            max_length=config.training.max_length,
         )
         self._batches = [*map(make_put(run.mesh), batches)]
-        # Empty if every evaluation uses all batches.
-        num_training_batches = (config.steps or 0) * config.accumulation
-        is_full = config.eval_every or config.keep_best
+        training = config.training
+        num_training_batches = (training.steps or 0) * training.accumulation
+        # The sample is empty if every evaluation uses all batches.
+        is_full = config.evaluation.eval_every or config.evaluation.keep_best
         self._sample = [] if is_full else sample(self._batches, num_training_batches)
-        self._examples = run.data.valid_examples[: config.eval_examples]
+        self._examples = run.data.valid_examples[: config.evaluation.eval_examples]
         self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
-        max_new_tokens = config.max_new_tokens
+        max_new_tokens = config.evaluation.max_new_tokens
         if max_new_tokens is None:
             expected_ids = (
                 self._tokenizer.encode(x.answer, add_special_tokens=False)
@@ -67,36 +73,38 @@ class Evaluation:
         evaluation._path = run.folder / ANSWERS
         return evaluation
 
-    def __call__(
-        self, base: PyTree, state: State, is_end: bool = False
-    ) -> dict[str, float]:
-        """Returns losses, perplexity and exact match; prints samples on stderr."""
+    def __call__(self, state: State, is_end: bool = False) -> dict[str, float]:
+        """Returns the losses, the perplexity and the share of exact answers.
+
+        Between the first and the last step, it may use only a sample of the batches.
+        If it generates answers, it also prints some of them on stderr.
+        """
         numbers, step, config = {}, int(state.step), self._config
-        is_end = is_end or step in (0, config.steps)
+        is_end = is_end or step in (0, config.training.steps)
         if self._sample:
-            means = self._compute_means(base, state.lora, self._sample)
+            means = self._compute_means(self._frozen, state.lora, self._sample)
             numbers |= {f"valid_sample_{name}": mean for name, mean in means.items()}
         if is_end or not self._sample:
-            means = self._compute_means(base, state.lora, self._batches)
+            means = self._compute_means(self._frozen, state.lora, self._batches)
             numbers |= {f"valid_{name}": mean for name, mean in means.items()}
             loss = numbers["valid_loss"]
-            if config.objective == "sft":
-                # exp(709.8) is the largest float.
+            if find_objective(config.training.objective).is_cross_entropy:
+                # `math.exp` raises OverflowError above 709.8.
                 numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        if self._examples and (is_end or config.eval_every):
-            numbers["exact_match"] = self._evaluate_answers(base, state)
+        if self._examples and (is_end or config.evaluation.eval_every):
+            numbers["exact_match"] = self._evaluate_answers(state)
         return numbers
 
-    def _evaluate_answers(self, base: PyTree, state: State) -> float:
+    def _evaluate_answers(self, state: State) -> float:
         """Returns the share of exact answers. Prints a few answers, and writes all."""
         config, step = self._config, int(state.step)
         generated = answers(
             self._model,
-            {"params": base, "lora": state.lora},
+            {"params": self._base, "lora": state.lora},
             self._tokenizer,
             self._examples,
             max_new_tokens=self._max_new_tokens,
-            batch_size=config.eval_batch_size,
+            batch_size=config.evaluation.eval_batch_size,
             progress=is_first(),
         )
         texts = [answer.text for answer in generated]
@@ -108,7 +116,7 @@ class Evaluation:
 
     def _show(self, texts: list[str], title: str) -> None:
         lines, rows = [title], zip(self._examples, self._prompts, texts, strict=True)
-        for example, prompt, text in [*rows][: self._config.samples]:
+        for example, prompt, text in [*rows][: self._config.evaluation.samples]:
             verdict = "exact" if text.strip() == example.answer.strip() else "wrong"
             prompt = prompt.strip()[-_SHOWN_CHARACTERS:]
             answer = text[:_SHOWN_CHARACTERS]
@@ -116,7 +124,11 @@ class Evaluation:
         tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar
 
     def _write(self, texts: list[str], key: str) -> None:
-        """Writes the answers, next to those of earlier evaluations of the same rows."""
+        """Writes each answer as entry `key` of its row in the file.
+
+        If the file already has answers to the same rows, their other entries are kept,
+        so that answers before and after training are side by side.
+        """
         pairs = zip(self._prompts, self._examples, strict=True)
         rows = [{"prompt": prompt, "right": x.answer} for prompt, x in pairs]
         if self._path.is_file():

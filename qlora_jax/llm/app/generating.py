@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,12 +94,14 @@ def generate(
 
     Args:
         config: The model, the text and the sampling settings.
-        write: Called with each piece of an answer as soon as it is generated; for a
-            file of prompts, with the lines of all answers unless `out` is set.
+        write: Called with each piece of an answer as soon as it is generated. For a
+            file of prompts, it is called once, with the JSON lines of all answers, and
+            not at all if `out` is set.
 
     Raises:
-        ValueError: If the model, its template or the adapter cannot be read or do not
-            fit, if there is no text, or if rows are wrong. The message lists the rows.
+        ValueError: If the model, its template or the adapter cannot be read, if they do
+            not fit each other, if there is no text, or if rows are wrong. The message
+            lists the wrong rows.
 
     Example:
         >>> import tempfile
@@ -144,7 +146,8 @@ def generate(
                 write(f"{adapter}:\n")
             # Each adapter starts a new conversation.
             conversation = _Conversation(config, conversation.tokenizer)
-            new = _answer_prompts(conversation, prompts, adapted, write)
+            pairs = enumerate(prompts)
+            new = (conversation.answer(x, i, adapted, write) for i, x in pairs)
         results += [dataclasses.replace(answer, adapter=adapter) for answer in new]
     if rows:
         lines = "".join(map(_to_json_line, results))
@@ -160,11 +163,8 @@ def _to_json_line(answer: Answer) -> str:
     return json.dumps(row) + "\n"
 
 
-# Texts
-
-
 class _Conversation:
-    """The turns of a conversation, or a single text, and their tokens."""
+    """Answers the turns of a conversation, or a single text."""
 
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
@@ -188,15 +188,55 @@ class _Conversation:
         if not self.is_chat:
             return self.tokenizer.encode(prompt)
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        text = self.tokenizer.render(messages, add_generation_prompt=True)
-        # The template has already added the special tokens.
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return _encode_rendered(self.tokenizer, messages)
 
-    def add_turn(self, prompt: str, answer: str) -> None:
-        """Adds a prompt and its answer to the history of a chat."""
+    def answer(
+        self, prompt: str, index: int, stream: Stream, write: Callable[[str], object]
+    ) -> Answer:
+        """Returns the answer to a text, or to the user's next turn in a chat.
+
+        `index` is the number of the text or turn, which selects the random numbers.
+        """
+        config, end_ids, start = (
+            self.config,
+            self.tokenizer.end_ids,
+            time.perf_counter(),
+        )
+        ids, pieces = self.encode(prompt), TextStream(self.tokenizer.decode)
+        num_new, is_finished, text = 0, False, ""
+        key = None  # greedy sampling without a key compiles two fewer programs
+        if not stream.sampling.is_greedy:
+            key = jax.random.fold_in(jax.random.key(config.seed), index)
+        # On a terminal, Ctrl-C stops an answer and not the program.
+        is_typed = config.prompt is None and sys.stdin.isatty()
+        interrupts: list[int] = []
+        note_interrupt = _on_interrupt(lambda number, frame: interrupts.append(number))
+        limit = config.max_new_tokens
+        with note_interrupt if is_typed else contextlib.nullcontext():
+            for token in stream(ids, max_new_tokens=limit, eos_ids=end_ids, key=key):
+                if interrupts:  # keep what was generated so far
+                    break
+                num_new, is_finished = num_new + 1, token in end_ids
+                if not is_finished:
+                    piece = pieces.add(token)
+                    text += piece
+                    write(piece)
+        piece = pieces.flush()  # the bytes of a character that was cut off
+        text += piece
+        write(piece + "\n")
         if self.is_chat:  # the next prompt is rendered with all turns before it
             self.messages.append({"role": "user", "content": prompt})
-            self.messages.append({"role": "assistant", "content": answer})
+            self.messages.append({"role": "assistant", "content": text})
+        seconds = time.perf_counter() - start
+        return Answer(prompt, text, len(ids), num_new, is_finished, seconds)
+
+
+def _encode_rendered(
+    tokenizer: Tokenizer, messages: list[Any], tools: list[Any] | None = None
+) -> list[int]:
+    text = tokenizer.render(messages, tools, add_generation_prompt=True)
+    # The template has already added the special tokens.
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _open_prompts(config: GenerateConfig) -> list[str] | Iterator[str]:
@@ -245,9 +285,7 @@ def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
             signal.signal(signal.SIGINT, old_handler or signal.SIG_DFL)
 
 
-class _Prompt(NamedTuple):
-    value: str | list[Any]  # a text or messages
-    ids: list[int]
+_Prompt = tuple[str | list[Any], list[int]]  # a text or messages, and their tokens
 
 
 def _read_prompts(
@@ -264,7 +302,7 @@ def _read_prompts(
             raise ValueError(f"the row must not have {used} without a chat template.")
         else:
             ids = tokenizer.encode(check_text("prompt", value))
-        return _Prompt(value, _check_ids(ids, value, vocab_size))
+        return value, _check_ids(ids, value, vocab_size)
 
     return [*converted(open_file(str(config.prompts), "prompts"), convert_row)]
 
@@ -288,8 +326,7 @@ def _encode_messages(
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message of the row must not be an answer.")
     tokenizer.chat.check_roles(parts, tools)
-    text = tokenizer.render(messages, tools, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return _encode_rendered(tokenizer, messages, tools)
 
 
 def _check_ids(ids: list[int], prompt: object, vocab_size: int) -> list[int]:
@@ -301,61 +338,6 @@ def _check_ids(ids: list[int], prompt: object, vocab_size: int) -> list[int]:
             f"model's vocabulary. Got {max(ids)}."
         )
     return ids
-
-
-# Answers
-
-
-def _answer_prompts(
-    conversation: _Conversation,
-    prompts: Iterable[str],
-    stream: Stream,
-    write: Callable[[str], object],
-) -> Iterator[Answer]:
-    config = conversation.config
-    for index, prompt in enumerate(prompts):
-        key = None  # greedy sampling without a key compiles two fewer programs
-        if not stream.sampling.is_greedy:
-            key = jax.random.fold_in(jax.random.key(config.seed), index)
-        yield _answer(conversation, prompt, stream, key, write)
-
-
-def _answer(
-    conversation: _Conversation,
-    prompt: str,
-    stream: Stream,
-    key: jax.Array | None,
-    write: Callable[[str], object],
-) -> Answer:
-    """Returns the answer to a text, or to the next turn of a conversation."""
-    config, tokenizer = conversation.config, conversation.tokenizer
-    start = time.perf_counter()
-    ids, pieces = conversation.encode(prompt), TextStream(tokenizer.decode)
-    num_new, is_finished, text = 0, False, ""
-    # On a terminal, Ctrl-C stops an answer and not the program.
-    is_typed = config.prompt is None and sys.stdin.isatty()
-    interrupts: list[int] = []
-    note_interrupt = _on_interrupt(lambda number, frame: interrupts.append(number))
-    with note_interrupt if is_typed else contextlib.nullcontext():
-        for token in stream(
-            ids,
-            max_new_tokens=config.max_new_tokens,
-            eos_ids=tokenizer.end_ids,
-            key=key,
-        ):
-            if interrupts:  # keep what was generated so far
-                break
-            num_new, is_finished = num_new + 1, token in tokenizer.end_ids
-            if not is_finished:
-                piece = pieces.add(token)
-                text += piece
-                write(piece)
-    piece = pieces.flush()  # the bytes of a character that was cut off
-    text += piece
-    write(piece + "\n")
-    conversation.add_turn(prompt, text)
-    seconds = time.perf_counter() - start
-    return Answer(prompt, text, len(ids), num_new, is_finished, seconds)
 
 
 def _answer_rows(
@@ -370,7 +352,7 @@ def _answer_rows(
         stream.model,
         stream.variables,
         tokenizer,
-        [Example(prompt.ids, "", end_ids) for prompt in prompts],
+        [Example(ids, "", end_ids) for _, ids in prompts],
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         sampling=stream.sampling,
@@ -378,6 +360,6 @@ def _answer_rows(
     )
     seconds = (time.perf_counter() - start) / len(prompts)
     return [
-        Answer(x.value, y.text, len(x.ids), y.new_tokens, y.finished, seconds)
-        for x, y in zip(prompts, generated, strict=True)
+        Answer(value, x.text, len(ids), x.new_tokens, x.finished, seconds)
+        for (value, ids), x in zip(prompts, generated, strict=True)
     ]

@@ -2,13 +2,11 @@
 
 import contextlib
 import contextvars
-import dataclasses
 import importlib
 import pathlib
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from ..train.outputs import Metrics
@@ -19,27 +17,28 @@ from .run_folder import LOG_ID, METRICS, write_text
 _PROJECT = "qlora-jax"
 _NOT_LOGGED = ("step", "is_compiled")
 
+LogRow = Callable[[Mapping[str, Any]], object]  # takes the metrics of a step
 LogStep = Callable[[Mapping[str, Any], int], object]  # takes numbers and their step
 
 
 def open_metrics(
     folder: pathlib.Path, resume_after: int | None
-) -> contextlib.AbstractContextManager[Any]:
-    """Opens metrics.jsonl in the first process, and a stand-in in the others."""
+) -> contextlib.AbstractContextManager[Metrics | None]:
+    """Opens metrics.jsonl in the first process; yields None in the others."""
     if is_first():
         return Metrics(folder / METRICS, after=resume_after)
-    return contextlib.nullcontext(SimpleNamespace(write=lambda **row: None))
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def open_loggers(
-    run: Run, resume_after: int | None
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def open_loggers(run: Run, resume_after: int | None) -> Iterator[LogRow]:
     """Yields a function that logs the numbers of a step with all loggers of a run."""
     log_functions: list[LogStep] = []
     with contextlib.ExitStack() as stack:
         with all_or_none():
-            for name in run.config.loggers if is_first() else ():  # one log per run
+            for name in (
+                run.config.output.loggers if is_first() else ()
+            ):  # one log per run
                 open_logger = _tensorboard if name == "tensorboard" else _wandb_like
                 log_step = stack.enter_context(open_logger(name, run, resume_after))
                 log_functions.append(log_step)
@@ -78,7 +77,7 @@ def _wandb_like(name: str, run: Run, resume_after: int | None) -> Iterator[LogSt
     log_id = path.read_text("utf-8")
     settings: dict[str, Any] = dict(
         name=f"{run.folder.resolve().name}-{log_id}",
-        config=dataclasses.asdict(run.config),
+        config=run.config.to_settings(),
         resume="allow",
     )
     if name == "wandb":

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data.batching import Batch
 from ..data.chat_tokenizer import Tokenizer
+from ..train.objectives import find_objective
 from .run import Run, make_batches
 
 # Strings before and after targets: green underlined text on terminals, or brackets.
@@ -65,12 +66,12 @@ class _Sequence:
 
 
 def preview(run: Run) -> Preview:
-    """Returns the first `run.config.preview` rows of the batches of a run."""
+    """Returns the first `run.config.output.preview` rows of the batches of a run."""
     rows, number = [], 0
-    for batch in make_batches(run.config, run.data, num_epochs=1):
+    for batch in make_batches(run.config.training, run.data, num_epochs=1):
         for sequence in _split_batch(run, batch):
             number += sequence.starts_row
-            if number > (run.config.preview or 0):
+            if number > (run.config.output.preview or 0):
                 return Preview(tuple(rows))
             row = {
                 "name": f"row {number}{sequence.suffix}",
@@ -84,7 +85,7 @@ def preview(run: Run) -> Preview:
 
 
 def _find_source(run: Run, ids: np.ndarray) -> str:
-    if run.config.stream:
+    if run.config.data.stream:
         return ""  # the search would read the whole file again
     for row in run.data.train:
         for sequence in row.sequences:
@@ -94,7 +95,7 @@ def _find_source(run: Run, ids: np.ndarray) -> str:
 
 
 def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
-    is_packed, answers = run.config.packing, batch.answers
+    is_packed, answers = run.config.training.packing, batch.answers
     names = "chosen", "rejected"
     for index, segments in enumerate(batch.segment_ids):
         has_weight = batch.weights[index] != 0
@@ -113,7 +114,7 @@ def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
                 # or, if packed, in one.
                 is_second = bool((segment - 1 if is_packed else index) % 2)
                 starts_row &= not is_second
-                if run.config.objective == "kto":
+                if find_objective(run.config.training.objective).rows == "labelled":
                     is_good = answers[index, segment - 1].max() > 0
                     first = "good answer" if is_good else "bad answer"
                     names = first, "with the answer of another row"

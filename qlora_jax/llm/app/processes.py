@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .train_config import TrainConfig
+from ..train.loop import Callback, Training
+from .train_groups import DevicesConfig
 
 _HEARTBEAT = 60  # seconds without a heartbeat after which the other processes stop
 _MAX_BYTES = 1 << 14  # the maximum size of a text to broadcast
@@ -22,7 +23,7 @@ _SHARED_SECONDS = 60  # the time in which all processes must see a new file
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def start_distributed(config: TrainConfig) -> None:
+def start_distributed(config: DevicesConfig) -> None:
     """Connects the processes of a distributed run."""
     if not config.distributed or jax.distributed.is_initialized():
         return
@@ -119,8 +120,8 @@ def check_shared(folder: pathlib.Path) -> None:
         )
 
 
-class Stop:
-    """The signal that asked a run to stop, if any."""
+class Stop(Callback):
+    """The signal that asked a run to stop, if any. As a callback, it stops the run."""
 
     received = 0  # the number of the first signal to this process; 0 for none
     number = 0  # the largest `received` of all processes; set by `is_due`
@@ -129,6 +130,10 @@ class Stop:
         """Returns whether any process got a signal; all processes must call this."""
         self.number = int(gather_numbers(self.received).max())
         return self.number > 0
+
+    def on_step(self, training: Training) -> None:
+        """Ends the run in all processes if one of them got a signal."""
+        training.is_over |= self.is_due()
 
     def end(self) -> None:
         """Raises KeyboardInterrupt for SIGINT, and SystemExit for SIGTERM."""

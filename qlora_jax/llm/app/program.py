@@ -27,7 +27,7 @@ from ..models.decoder import Decoder
 from ..models.sharding import ROW_AXES, place_arguments
 from ..train import optimizer as optimizers
 from ..train.arrays import put_rows
-from ..train.objective import decoder_loss, preference_loss
+from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
 from .base_model import BaseModel, adapters_for, init_shapes
 from .train_config import TrainConfig
@@ -36,9 +36,9 @@ from .train_config import TrainConfig
 class Program(NamedTuple):
     """The model of a run, and the functions that train and evaluate it."""
 
-    model: Any  # the wrapped decoder
-    loss: Callable[..., tuple]  # for `make_step`
-    eval_loss: Callable[..., tuple]  # the loss without terms that only help training
+    model: Any  # the decoder, wrapped by `ql.linen.wrap`
+    loss: Callable[..., tuple]  # a `Loss`, as `make_step` takes it
+    eval_loss: Callable[..., tuple]  # the loss without the term that balances experts
     optimizer: optax.GradientTransformation
     step: Step
 
@@ -46,56 +46,74 @@ class Program(NamedTuple):
 def make_program(
     config: TrainConfig,
     decoder: DecoderConfig,
+    teacher: DecoderConfig | None = None,
     backend: str | Sequence[str] | None = None,
+    learning_rates: Sequence[float] | None = None,
 ) -> Program:
-    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`."""
-    module = Decoder(
-        decoder,
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
-        attention=config.attention,
-        stream_dtype=jnp.dtype(config.stream_dtype),
-        mlp_tile=config.mlp_tile,
-    )
-    # Parameters may be packed, with adapters in the collection `lora`.
-    model = ql.linen.wrap(module, scanned=module.scanned, backend=backend)
-    optimizer = optimizers.make_optimizer(
-        config.optimizer,
-        make_schedule(config),
-        clip=config.clip or None,  # 0 turns clipping off
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        offload=config.offload_optimizer,
-    )
+    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`.
+
+    With `learning_rates`, the step trains the adapters of a sweep together, each with
+    its own learning rate.
+    """
+
+    def wrap_decoder(decoder: DecoderConfig) -> Any:
+        module = Decoder(
+            decoder,
+            dtype=jnp.dtype(config.model.dtype),
+            remat=config.model.remat,
+            attention=config.model.attention,
+            stream_dtype=jnp.dtype(config.model.stream_dtype),
+            mlp_tile=config.model.mlp_tile,
+        )
+        # The wrapped module accepts packed parameters, and takes adapters from the
+        # collection `lora`.
+        return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
+
+    def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        return optimizers.make_optimizer(
+            config.optimizer.name,
+            make_schedule(config, learning_rate),
+            clip=config.optimizer.clip or None,  # 0 turns clipping off
+            weight_decay=config.optimizer.weight_decay,
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+            offload=config.optimizer.offload_optimizer,
+        )
+
+    model = wrap_decoder(decoder)
     # The weight of the loss that balances the load of the experts.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
-    if config.objective == "sft":
-        eval_loss = decoder_loss(model)
-        loss = decoder_loss(model, balance) if balance else eval_loss
-    elif balance:
+    objective = find_objective(config.training.objective)
+    if balance and not objective.balances_experts:
         raise ValueError(
             "`output_router_logits` in config.json must be false for preferences, "
             "because their losses do not include the loss that balances experts. Got "
-            f"`objective` {config.objective!r}."
+            f"`objective` {config.training.objective!r}."
         )
+    options = config.to_settings()
+    settings = {name: options[name] for name in objective.settings}
+    if teacher is not None:
+        settings["teacher"] = wrap_decoder(teacher)
+    eval_loss = loss = objective.loss(model, **settings)
+    if balance:
+        loss = objective.loss(model, balance=balance, **settings)
+    optimizer = make_optimizer(config.optimizer.learning_rate)
+    if learning_rates is None:
+        step = make_step(loss, optimizer)
     else:
-        eval_loss = loss = preference_loss(
-            model, config.objective, beta=config.beta, gamma=config.gamma
-        )
-    step = make_step(loss, optimizer)
+        step = make_step(loss, make_optimizer, learning_rates)
     return Program(model, loss, eval_loss, optimizer, step)
 
 
-def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the step."""
+def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step, with the given peak."""
     return optimizers.make_schedule(
-        config.schedule,
-        config.learning_rate,
-        config.steps or 1,
-        warmup=config.warmup or 0,
-        end=config.end_learning_rate,
-        decay=config.decay,
+        config.optimizer.schedule,
+        learning_rate,
+        config.training.steps or 1,
+        warmup=config.optimizer.warmup or 0,
+        end=config.optimizer.end_learning_rate,
+        decay=config.optimizer.decay,
     )
 
 
@@ -127,7 +145,7 @@ def make_place(
     """Returns a function that puts base and lora on the mesh, or on one device."""
     if mesh is None and memory == "device":
         return lambda base, lora: (base, lora)  # already on the device
-    # Host memory needs shardings, and hence a mesh of one device.
+    # Arrays in host memory need shardings, so a single device gets a mesh of its own.
     target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
 
     def place(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
@@ -140,7 +158,7 @@ def make_place(
 def make_put(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
     """Returns a function that splits a batch's rows over the axes `data` and `fsdp`.
 
-    Each process has the full batch, so results do not depend on how many there are.
+    Each process has the full batch, so the number of processes does not change results.
     """
     if mesh is None:
         return lambda batch: batch
@@ -159,18 +177,21 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
 
-    With preferences, a batch has two sequences for each row. All tokens are targets.
-    If the devices are from `jax.experimental.topologies`, `backend` must be set.
+    With preferences, the batch has two sequences for each row of data, so twice as many
+    rows. All its tokens are targets. If the devices are from
+    `jax.experimental.topologies`, `backend` must be set.
     """
-    mesh = make_mesh(config.mesh_sizes, devices)
-    place = make_place(model.config, mesh, config.base_memory, devices[:1])
+    mesh = make_mesh(config.devices.mesh_sizes, devices)
+    place = make_place(model.config, mesh, config.model.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
-    dtype = jnp.dtype(config.dtype)
+    dtype = jnp.dtype(config.model.dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing = model.packing(config.fmt or "nf4", config.block_size, config.double_quant)
+    packing = model.packing(
+        config.model.fmt or "nf4", config.model.block_size, config.model.double_quant
+    )
     if packing is not None:
         base, _ = init_shapes(base, packing)
-    base, lora = place(*init_shapes(base, adapters_for(config, model)))
+    base, lora = place(*init_shapes(base, adapters_for(config.adapter, model)))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
@@ -180,17 +201,19 @@ def lower_step(
         lambda x: x if x.sharding else x.update(sharding=replicated), (base, lora)
     )
     # The program, and the shapes of its state and of a batch.
-    program = make_program(config, model.config, backend)
+    program = make_program(config, model.config, backend=backend)
     state = State.shapes(lora, program.optimizer)
-    is_sft = config.objective == "sft"
-    num_rows, width = config.batch_size * (1 if is_sft else 2), config.max_length
+    num_sequences = find_objective(config.training.objective).sequences_per_row
+    num_rows = config.training.batch_size * num_sequences
+    width = config.training.max_length
 
     def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
 
     tokens = batch_array(jnp.int32, num_rows, width)
     weights = batch_array(jnp.float32, num_rows, width)
-    answers = None if is_sft else batch_array(jnp.float32, num_rows, 1, width)
+    has_answers = num_sequences > 1
+    answers = batch_array(jnp.float32, num_rows, 1, width) if has_answers else None
     arrays: Any = (*[tokens] * 5, weights, answers)  # shapes instead of arrays
     with nullcontext() if mesh is None else set_mesh(mesh):
         return program.step.lower(state, base, Batch(*arrays))

@@ -24,67 +24,93 @@ from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.readers import describe_path
 from ..train.arrays import changes
+from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import BaseModel, adapters_for, init_shapes, open_model
+from .options import options_of
 from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
 from .pushing import check_base, push
-from .run_folder import CONFIG, FAILED, read_settings
-from .train_config import LOGGERS, SWEPT, TrainConfig
+from .run_folder import CONFIG, FAILED, read_run_config
+from .train_config import TrainConfig
+from .train_groups import LOGGERS, TrainingConfig
 
 if TYPE_CHECKING:
     import grain
-
-# Settings that may change when a run is resumed. They do not affect the final weights,
-# except through the model's files and the data, whose hashes are in the stamp.
-NOT_STAMPED = """
-out preview data model epochs keys template date stream
-eval_batch_size eval_every eval_examples max_new_tokens samples
-keep_best early_stopping_patience save_every keep resume resume_step on_nan
-log log_every push_to_hub verbose remat base_memory offload_optimizer huge_pages
-mesh distributed coordinator_address num_processes process_id
-""".split()
 
 
 @dataclass(frozen=True)
 class Run:
     """A run whose settings, data and model were checked to be compatible."""
 
-    config: TrainConfig  # with every setting resolved
+    config: TrainConfig  # with the settings that the model or the data decide
     model: BaseModel  # with shapes instead of parameters
-    packing: ql.QLoRAConfig | None  # packs kernels as they are read
+    # How to pack kernels while they are read; None to use them as they are stored.
+    packing: ql.QLoRAConfig | None
     adapters: ql.QLoRAConfig
     tokenizer: Tokenizer
     data: Dataset
-    stamp: dict[str, Any]  # must be equal when the run is resumed
+    stamp: dict[str, Any]  # what must be the same when the run is resumed
     mesh: Mesh | None  # None for one device
     place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # puts trees on devices
     folder: pathlib.Path
+    teacher: BaseModel | None  # for an objective that uses one
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
-    """Returns the run, with its data read; `today` must be equal in all processes."""
+    """Checks the settings, reads the data, and returns the run.
+
+    `today` is the default date for chat templates, and must be the same in all
+    processes.
+    """
     _check_environment(config)
     # The model: its shapes, and the formats of its weights.
-    model = open_model(config.model, recode=config.recode)
-    fmt = config.fmt or model.stored_fmt or "nf4"
-    config = dataclasses.replace(config, fmt=fmt, model=model.name)
-    if config.push_to_hub is not None:
-        check_base(config.model)
+    model = open_model(config.model.path, recode=config.model.recode)
+    fmt = config.model.fmt or model.stored_fmt or "nf4"
+    if config.output.push_to_hub is not None:
+        check_base(model.name)
         if is_first():
-            push(config.push_to_hub)  # fails now rather than after training
-    adapters = adapters_for(config, model)
-    packing = model.packing(fmt, config.block_size, config.double_quant)
-    mesh = make_mesh(config.mesh_sizes, jax.devices())
-    _check_model_fits(config, model, adapters, packing, mesh)
+            push(config.output.push_to_hub)  # fails now rather than after training
+    adapters = adapters_for(config.adapter, model)
+    packing = model.packing(fmt, config.model.block_size, config.model.double_quant)
+    mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
+    _check_model_fits(model, adapters, packing, mesh)
+    memory = config.model.base_memory
+    if memory == "host" and packing is None and model.stored_fmt is None:
+        raise ValueError(
+            "`base_memory` must be device for a float model, because only packed "
+            f"layers can stay in host memory. Got host, and fmt={fmt}."
+        )
     # The data. A resumed run keeps the date of its start.
-    if config.date is None:
-        path = pathlib.Path(config.out) / CONFIG
-        date = str(read_settings(path)["date"]) if config.resume else today
-        config = dataclasses.replace(config, date=date)
-    now = datetime.datetime.fromisoformat(str(config.date))
-    tokenizer = open_tokenizer(model.path, template=config.template, now=now)
-    data = _read_data(config, model, tokenizer)
+    folder = pathlib.Path(config.output.out)
+    date = config.data.date
+    if date is None:
+        is_resumed = config.output.resume
+        date = read_run_config(folder / CONFIG).data.date if is_resumed else today
+    now = datetime.datetime.fromisoformat(str(date))
+    tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)
+    teacher = _open_teacher(config, model, packing, tokenizer)
+    if teacher is not None:  # raises if the mesh cannot split its weights
+        make_place(teacher.config, mesh, "device")(teacher.base, {})
+    data = read_dataset(
+        config.data.path,
+        tokenizer,
+        vocab_size=model.config.vocab_size,
+        max_length=config.training.max_length,
+        keys=config.data.keys or None,
+        train_on=config.data.train_on,
+        stream=config.data.stream,
+        validation_split=config.data.validation_split,
+        seed=config.training.row_seed,
+        too_long=config.data.too_long,
+        chat=config.data.chat,
+        rows=find_objective(config.training.objective).rows,
+    )
+    if config.evaluation.keep_best and not data.valid:
+        raise ValueError(
+            f"`keep_best` needs validation rows. {config.data.path} has none."
+        )
     # The settings that depend on the data or on the model.
+    config = config.replace(model=model.name, fmt=fmt, date=date)
     config = _resolve(config, data, None if packing else model.stored_packing)
     return Run(
         config,
@@ -93,23 +119,60 @@ def make_run(config: TrainConfig, today: str) -> Run:
         adapters,
         tokenizer,
         data,
-        stamp=_make_stamp(config, model, data),
+        stamp=_make_stamp(config, model, data, teacher),
         mesh=mesh,
-        place=make_place(model.config, mesh, config.base_memory),
-        folder=pathlib.Path(config.out),
+        place=make_place(model.config, mesh, memory),
+        folder=folder,
+        teacher=teacher,
+    )
+
+
+def _open_teacher(
+    config: TrainConfig,
+    model: BaseModel,
+    packing: ql.QLoRAConfig | None,
+    tokenizer: Tokenizer,
+) -> BaseModel | None:
+    """Returns the teacher, or None if the objective uses none.
+
+    By default, the teacher is the model itself, whose weights are then read again
+    without packing.
+    """
+    name = config.training.teacher
+    if not find_objective(config.training.objective).uses_teacher:
+        return None
+    if name is None:
+        if packing is None or model.stored_fmt is not None:
+            raise ValueError(
+                "`teacher` must be given unless training packs a float model, from "
+                "whose weights the packed model then learns. Got none."
+            )
+        return model
+    teacher = open_model(name)
+    size, vocab_size = (x.config.vocab_size for x in (teacher, model))
+    difference = f"{size:,} tokens instead of {vocab_size:,}"
+    if size == vocab_size:
+        vocabulary = tokenizer.inner.get_vocab().items()
+        others = open_tokenizer(teacher.path).inner.get_vocab().items() ^ vocabulary
+        difference = f"other ids for {len({token for token, _ in others}):,} tokens"
+        if not others:
+            return teacher
+    raise ValueError(
+        f"`teacher` must have the vocabulary of the model. Got {name!r} with "
+        f"{difference}."
     )
 
 
 def _check_environment(config: TrainConfig) -> None:
-    """Imports every library of a run, and checks what the devices support."""
-    if config.template is not None and not pathlib.Path(config.template).is_file():
-        raise ValueError(
-            f"`template` must be a file. Got {describe_path(config.template)}."
-        )
+    """Checks the template, the installed libraries and what the devices support."""
+    template = config.data.template
+    if template is not None and not pathlib.Path(template).is_file():
+        raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
     # Some libraries are first used at the end, perhaps after hours of training.
     libraries = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
     extras = dict.fromkeys(libraries, "train")
-    for name, extra in (extras | {LOGGERS[x]: x for x in config.loggers}).items():
+    extras |= {LOGGERS[name]: name for name in config.output.loggers}
+    for name, extra in extras.items():
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -117,17 +180,17 @@ def _check_environment(config: TrainConfig) -> None:
                 f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
             ) from error
     platform = jax.default_backend()
-    if config.attention == "splash" and platform != "tpu":
+    if config.model.attention == "splash" and platform != "tpu":
         raise ValueError(
             "`attention` must be xla without a TPU, because splash is a kernel for "
             f"TPUs. Got splash, and devices of the platform {platform}."
         )
     reason = "XLA computes wrong gradients if the inputs of layers are in host memory"
-    if config.remat == "offload" and platform == "gpu":
+    if config.model.remat == "offload" and platform == "gpu":
         raise ValueError(
             f"`remat` must be true or false on a GPU, where {reason}. Got offload."
         )
-    if config.base_memory == "host" and platform == "gpu":
+    if config.model.base_memory == "host" and platform == "gpu":
         raise ValueError(
             "`base_memory` must be device on a GPU, where a base in host memory is not "
             f"tested, and {reason}. Got host."
@@ -135,7 +198,6 @@ def _check_environment(config: TrainConfig) -> None:
 
 
 def _check_model_fits(
-    config: TrainConfig,
     model: BaseModel,
     adapters: ql.QLoRAConfig,
     packing: ql.QLoRAConfig | None,
@@ -147,47 +209,18 @@ def _check_model_fits(
         base, _ = init_shapes(model.base, packing)
     # Raises if the mesh cannot split the weights.
     make_place(model.config, mesh, "device")(base, {})
-    if config.base_memory == "host" and packing is None and model.stored_fmt is None:
-        raise ValueError(
-            "`base_memory` must be device for a float model, because only packed "
-            f"layers can stay in host memory. Got host, and fmt={config.fmt}."
-        )
-
-
-def _read_data(config: TrainConfig, model: BaseModel, tokenizer: Tokenizer) -> Dataset:
-    data = read_dataset(
-        config.data,
-        tokenizer,
-        vocab_size=model.config.vocab_size,
-        max_length=config.max_length,
-        keys=config.keys or None,
-        train_on=config.train_on,
-        stream=config.stream,
-        validation_split=config.validation_split,
-        seed=_data_seed(config),
-        too_long=config.too_long,
-        chat=config.chat,
-        objective=config.objective,
-    )
-    if config.keep_best and not data.valid:
-        raise ValueError(f"`keep_best` needs validation rows. {config.data} has none.")
-    return data
-
-
-def _data_seed(config: TrainConfig) -> int:
-    return config.seed if config.data_seed is None else config.data_seed
 
 
 def make_batches(
-    config: TrainConfig, data: Dataset, num_epochs: int | None = None
+    settings: TrainingConfig, data: Dataset, num_epochs: int | None = None
 ) -> "grain.DatasetIterator[Batch]":
     """Returns an iterator over the batches of a run, endless by default."""
     return batches(
         data.train,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        seed=_data_seed(config),
-        packing=config.packing,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        seed=settings.row_seed,
+        packing=settings.packing,
         num_epochs=num_epochs,
         mix=data.mix,
     )
@@ -196,28 +229,30 @@ def make_batches(
 def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainConfig:
     """Returns the settings, with values for those that were left unset.
 
-    `stored_packing` is the packing of a base that is used as stored, otherwise None.
+    `stored_packing` is the packing of the model's files if the model is used as it is
+    stored. It is None if training packs the model, or if the model is in float.
     """
-    steps = config.steps
+    steps, warmup, model = config.training.steps, config.optimizer.warmup, config.model
     if steps is None:
-        num_batches = sum(1 for _ in make_batches(config, data, num_epochs=1))
-        steps = math.ceil((config.epochs or 1) * num_batches / config.accumulation)
-    warmup = min(20, steps // 10) if config.warmup is None else config.warmup
-    alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
-    fmt = None if config.fmt == "none" else config.fmt
+        num_batches = sum(1 for _ in make_batches(config.training, data, num_epochs=1))
+        num_batches *= config.training.epochs or 1
+        steps = math.ceil(num_batches / config.training.accumulation)
+    # `QLoRAConfig` replaces unset values by the defaults of the format.
     packing = stored_packing or ql.QLoRAConfig(
-        fmt=fmt, block_size=config.block_size, double_quant=config.double_quant
-    )  # fills in the format's defaults
-    resolved = dataclasses.replace(
-        config,
+        fmt=None if model.fmt == "none" else model.fmt,
+        block_size=model.block_size,
+        double_quant=model.double_quant,
+    )
+    resolved = config.replace(
         steps=steps,
         epochs=None,
-        warmup=warmup,
-        lora_alpha=alpha,
+        warmup=min(20, steps // 10) if warmup is None else warmup,
+        lora_alpha=config.adapter.alpha or config.adapter.rank,
         block_size=packing.block_size,
         double_quant=packing.double_quant,
     )
-    make_schedule(resolved)  # raises if the schedule does not fit the steps
+    # Raises if the schedule does not fit the steps.
+    make_schedule(resolved, resolved.optimizer.learning_rate)
     return resolved
 
 
@@ -231,59 +266,74 @@ def members_of(config: TrainConfig) -> list[TrainConfig]:
     """
     if not config.is_sweep:
         return [config]
-    swept = {name: getattr(config, name) for name in SWEPT}
-    lists = {name: values for name, values in swept.items() if isinstance(values, list)}
-    data_seed = config.data_seed
-    if data_seed is None:  # all runs see the data in the same order
-        data_seed = config.seed[0] if isinstance(config.seed, list) else config.seed
+    lists = {name: x for name, x in config.swept.items() if isinstance(x, list)}
     members = []
     for values in itertools.product(*lists.values()):
         settings = dict(zip(lists, values, strict=True))
         name = "_".join(f"{key}={value}" for key, value in settings.items())
-        out = pathlib.Path(config.out) / name
-        settings |= {"out": str(out), "data_seed": data_seed}
-        if not (config.resume and (out / FAILED).is_file()):
-            members.append(dataclasses.replace(config, **settings))
+        out = pathlib.Path(config.output.out) / name
+        if not (config.output.resume and (out / FAILED).is_file()):
+            # All runs see the data in the same order.
+            settings |= {"out": str(out), "data_seed": config.training.row_seed}
+            members.append(config.replace(**settings))
     return members
 
 
 def make_sibling(run: Run, config: TrainConfig) -> Run:
     """Returns the run of another member of the sweep, with the same model and data."""
-    swept = {name: getattr(config, name) for name in SWEPT}
     return dataclasses.replace(
         run,
-        config=dataclasses.replace(run.config, out=config.out, **swept),
-        stamp=run.stamp | swept,
-        folder=pathlib.Path(config.out),
+        config=run.config.replace(out=config.output.out, **config.swept),
+        stamp=run.stamp | config.swept,
+        folder=pathlib.Path(config.output.out),
     )
 
 
 # What must stay the same when a run is resumed
 
 
-def _make_stamp(config: TrainConfig, model: BaseModel, data: Dataset) -> dict[str, Any]:
-    """Returns everything that determines a run's final parameters, as JSON values."""
-    settings = dataclasses.asdict(config)
-    settings = {k: x for k, x in settings.items() if k not in NOT_STAMPED}
-    if config.schedule == "constant":
-        del settings["steps"]  # such a run may be extended
-    # Older saved states lack these settings, which are therefore left out if unset.
-    # `is False` rather than `== False`, because `data_seed` may be set to 0.
-    names = "recode", "data_seed", "validation_split"
-    unset = [x for x in names if settings[x] is None or settings[x] is False]
-    if config.objective == "sft":
-        unset += ["objective", "beta", "gamma"]
-    for name in unset:
-        del settings[name]
-    settings["model's files"] = _hash_files(model.path)
+def _make_stamp(
+    config: TrainConfig, model: BaseModel, data: Dataset, teacher: BaseModel | None
+) -> dict[str, Any]:
+    """Returns everything that determines the adapter that a run trains, as JSON values.
+
+    This stamp is saved with each state. A run is only resumed if it has not changed.
+    """
+    options = options_of(TrainConfig)
+    stamp = {
+        name: value
+        for name, value in config.to_settings().items()
+        if options[name].is_identity and value is not None
+    }
+    if config.optimizer.schedule == "constant":
+        del stamp["steps"]  # without decay, a resumed run may have more steps
+    # Settings that only other objectives use have no effect. States of version 0.2 lack
+    # them, and also the default objective.
+    objective = find_objective(config.training.objective)
+    settings_of_objectives = {y for x in OBJECTIVES.values() for y in x.settings}
+    for name in settings_of_objectives - {*objective.settings}:
+        stamp.pop(name, None)
+    if objective.name == TrainingConfig.objective:
+        del stamp["objective"]
+    stamp["model's files"] = _hash_files(model.path)
+    if teacher is not None:
+        stamp["teacher's files"] = _hash_files(teacher.path)
     if data.mix:
-        settings["rows and weights"] = data.mix
-    settings["data"] = data.hash
-    return json.loads(json.dumps(settings))
+        stamp["rows and weights"] = data.mix
+    stamp["data"] = data.hash
+    return json.loads(json.dumps(stamp))
 
 
 def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
-    """Raises a ValueError that lists the settings that a resumed run has changed."""
+    """Raises ValueError if a run is resumed with other settings, and lists them.
+
+    `saved` is the stamp from the state, and `now` is that of the resumed run.
+    """
+    # A state from an earlier version lacks the options that were added since. It was
+    # trained with what are now their defaults.
+    options = options_of(TrainConfig).values()
+    defaults = {option.name: option.default for option in options if option.is_identity}
+    saved, now = defaults | {**saved}, defaults | {**now}
     if differences := changes(saved, now, _describe_value, missing="not set"):
         raise ValueError(
             f"`resume` must be used with the settings of the run in {out}. Got others: "
@@ -293,7 +343,9 @@ def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> N
 
 
 def _describe_value(value: object) -> str:
-    # YAML reads 16 as an integer where the settings have 16.0, which must be equal.
+    if value is None:
+        return "not set"
+    # The same number may be 16 in one stamp and 16.0 in the other.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return repr(value)

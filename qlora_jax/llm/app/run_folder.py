@@ -1,12 +1,10 @@
 """Locks, reads and writes the folder of a run, where Orbax also saves states."""
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import qlora_jax as ql
 
@@ -75,31 +73,25 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_settings(config: TrainConfig, path: pathlib.Path, source: str) -> None:
+def write_run_config(config: TrainConfig, path: pathlib.Path, source: str) -> None:
     """Writes the settings as a file for `--config`, and the source of the weights."""
     import yaml
 
     # Settings of a single call or process are reset, because all processes of a later
     # run read this file.
     transient = {"resume": False, "resume_step": None, "process_id": None}
-    settings = dataclasses.asdict(dataclasses.replace(config, **transient))
-    text = yaml.safe_dump(settings, sort_keys=False)
+    text = yaml.safe_dump(config.to_settings() | transient, sort_keys=False)
     write_text(path, f"# The weights of the model: {source}.\n{text}")
 
 
-def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a file that `write_settings` wrote."""
+def read_run_config(path: pathlib.Path) -> TrainConfig:
+    """Reads a file that `write_run_config` wrote."""
     import yaml
 
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return TrainConfig.from_settings(dict(yaml.safe_load(path.read_text("utf-8"))))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must have the settings of a run. {error}") from error
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    required = {"model", "data", "out"}
-    if not isinstance(settings, dict) or not required <= {*settings} <= names:
-        raise ValueError(f"{path} must have the settings of a run.")
-    return settings
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -38,15 +38,17 @@ class TrainResult:
         adapter: The folder of the adapter, in PEFT's format.
         steps: The number of steps.
         skipped: The number of steps whose update was skipped.
-        loss: The mean loss of the last 20 steps, in nats per token.
+        loss: The mean loss of the last 20 steps, in nats per token; for preferences,
+            per pair or per labelled answer.
         valid_loss: The loss of the adapter on the validation rows, if there are any.
         exact_before: The share of exact answers before the first step, if the
             validation rows have answers.
         exact_after: The share of exact answers with the adapter.
         step_seconds: The median time of the steps that did not compile a program.
         tokens_per_s: Tokens per second in these steps.
-        bytes: Bytes of memory for each purpose, such as "adapter", and the peak.
-        best_step: With `keep_best`, the step at which the adapter was saved.
+        bytes: Bytes of memory by name: of the base, the adapter and the optimizer's
+            state, and the peak of the device or the process.
+        best_step: With `keep_best`, the step whose adapter is written.
         source: Where the weights of the model were found.
 
     Example:
@@ -99,9 +101,10 @@ def finish(
 ) -> TrainResult:
     """Writes the results in process 0, and returns them in all processes.
 
-    `best` has the metrics of the best step, or is empty if the last adapter is used.
+    `state` has the adapter to write. If that is the best adapter, `best` has its step
+    and those metrics that differ from the last row of metrics. Otherwise it is empty.
     """
-    lora = gather(state.lora)  # on a mesh, all processes take part
+    lora = gather(state.lora)  # on a mesh, all processes must call this
     if is_first():
         _write_results(run, base, state._replace(lora=lora), best)
     broadcast_text()  # a barrier: the file is complete
@@ -113,20 +116,21 @@ def _write_results(
 ) -> None:
     config, folder, data = run.config, run.folder, run.data
     rows = read_metrics(folder / METRICS)
-    result = _make_result(config.out, rows, base, state, best)
+    result = _make_result(config.output.out, rows, base, state, best)
     result = dataclasses.replace(result, source=run.model.source)
-    name = pathlib.Path(config.model).name
-    datasets = [pathlib.Path(path).name for path in find_weights(config.data)]
-    settings = dataclasses.asdict(config)
+    name = pathlib.Path(config.model.path).name
+    datasets = [pathlib.Path(path).name for path in find_weights(config.data.path)]
+    settings = config.to_settings()
     best_step = {"best step": best["best_step"]} if "best_step" in best else {}
     card = model_card(
-        config.model,
+        config.model.path,
         title=f"{name}, fine-tuned on {' and '.join(datasets)}",
-        # Leaves out paths and settings that do not affect the result.
+        # The stamp leaves out paths and settings that do not affect the adapter.
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
-            "data": config.data,
+            **({} if run.teacher is None else {"teacher": run.teacher.source}),
+            "data": config.data.path,
             "hash of the tokens": run.stamp["data"],  # identifies the data set
             "kind of rows": data.kind,
             "rows": len(data.train),
@@ -147,11 +151,11 @@ def _write_results(
         base,
         state.lora,
         run.model.names,
-        base_model=config.model,
+        base_model=config.model.path,
         revision=run.model.revision,
         card=card,
     )
-    plot_loss(rows, folder / "loss.png", f"{name}, {config.fmt}")
+    plot_loss(rows, folder / "loss.png", f"{name}, {config.model.fmt}")
     _write_json(folder / RESULT, result)
 
 
@@ -162,9 +166,9 @@ def _make_result(
     state: State,
     best: Mapping[str, float],
 ) -> TrainResult:
-    steps = [row for row in rows if row["step"]]  # row 0 is the first evaluation
+    steps = [row for row in rows if row["step"]]  # step 0 is only an evaluation
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
-    # Steps that compiled a program are left out, unless all of them did.
+    # Time the steps that compiled no program or, if there are none, all steps.
     timed = [row for row in steps if "is_compiled" not in row] or steps
     seconds = [row["seconds"] for row in timed]
     # The numbers of the best adapter replace those of the last step.
@@ -247,7 +251,7 @@ def finish_sweep(
     config: TrainConfig, runs: Sequence[Run], results: Sequence[TrainResult | None]
 ) -> SweepResult:
     """Copies the best adapter, plots the losses and writes the results of a sweep."""
-    folder = pathlib.Path(config.out)
+    folder = pathlib.Path(config.output.out)
     results_by_name = dict(zip((x.folder.name for x in runs), results, strict=True))
     # Add the runs that failed before the sweep was resumed.
     for path in sorted(folder.glob(f"*/{FAILED}")):
@@ -259,14 +263,14 @@ def finish_sweep(
     }
     best = min(losses, key=losses.__getitem__, default=None)
     adapter = None if best is None else str(folder / "adapter")
-    result = SweepResult(config.out, results_by_name, best, adapter)
+    result = SweepResult(config.output.out, results_by_name, best, adapter)
     if is_first():
         if best is not None and adapter is not None:
-            # A resumed sweep may choose a different run than before.
+            # If the sweep was resumed, the folder may have the adapter of another run.
             shutil.rmtree(adapter, ignore_errors=True)
             shutil.copytree(folder / best / "adapter", adapter)
         rows = {x: read_metrics(folder / x / METRICS) for x in results_by_name}
-        title = f"{pathlib.Path(config.model).name}, {runs[0].config.fmt}"
+        title = f"{pathlib.Path(config.model.path).name}, {runs[0].config.model.fmt}"
         plot_losses(rows, folder / "loss.png", title)
         _write_json(folder / RESULT, result)
     broadcast_text()  # a barrier: the files are complete

@@ -16,7 +16,8 @@ from ..data.batching import Batch, eval_batches
 from ..data.chat_tokenizer import open_tokenizer
 from ..data.dataset import read_rows
 from ..models.decoder import Decoder
-from ..train.objective import decoder_loss, make_mean_loss
+from ..train.means import make_mean_loss
+from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
 from .base_model import BaseModel, open_adapted, read_as_trained
 from .configs import ScoreConfig

@@ -1,45 +1,68 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
 import contextlib
-import dataclasses
 import datetime
 import pathlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import set_mesh
 from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..train.loop import Best, Loop, Training, drive
-from ..train.outputs import plural
+from ..data.batching import Batch
+from ..train.callbacks import (
+    Best,
+    CheckFinite,
+    Evaluate,
+    ForMembers,
+    LogRows,
+    SaveStates,
+    ShowProgress,
+)
+from ..train.loop import Callback, fit
+from ..train.outputs import Metrics, plural
 from ..train.state import Checkpoints
-from ..train.step import State, make_joint_step
+from ..train.step import Report, State
 from . import processes
 from .evaluation import Evaluation
-from .loggers import open_loggers, open_metrics
+from .loggers import LogRow, open_loggers, open_metrics
 from .preview import Preview, preview
 from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
-from .program import Program, make_program, make_put, make_schedule
+from .program import make_place, make_program, make_put, make_schedule
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
-from .run_folder import CONFIG, METRICS, STATE, quiet_orbax, run_folder, write_settings
+from .run_folder import (
+    CONFIG,
+    METRICS,
+    STATE,
+    quiet_orbax,
+    run_folder,
+    write_run_config,
+)
 from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
-from .train_config import SWEPT, TrainConfig
+from .train_config import TrainConfig
 
-# The last state of a run, with the adapter to write, and the metrics of that adapter.
+if TYPE_CHECKING:
+    import grain
+
+# What `finish` gets: the last state of a run, in which the adapter is the one to write
+# (the last or the best), and the metrics of the best step, or {} for the last adapter.
 Outcome = tuple[State, Mapping[str, float]]
 
 
 def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     """Fine-tunes a model on data, and writes an adapter that PEFT loads.
 
-    Settings, data, module names, the folder and (with `resume`) the settings of the
-    resumed run are checked before the model is read.
+    Everything is checked before the weights of the model are read: the settings, the
+    data, the names of modules and the folder. With `resume`, it is also checked that
+    the settings are still those of the run.
 
     Args:
         config: The model, the data and the settings of the run.
@@ -54,9 +77,11 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
             settings.
         FloatingPointError: If a loss or gradient is not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last complete state remains.
-        ImportError: If a library of the extra `train` is not installed.
-        KeyboardInterrupt: At SIGINT, once the state after the step is saved.
-        SystemExit: At SIGTERM, once the state after the step is saved.
+        ImportError: If a library of the extra `train`, or a logger in `log`, is not
+            installed.
+        KeyboardInterrupt: At SIGINT, once the current step has ended and its state is
+            saved.
+        SystemExit: At SIGTERM, also once that state is saved.
 
     Example:
         >>> import pathlib, tempfile
@@ -65,18 +90,21 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         >>> model = save_tiny(tempfile.mkdtemp())
         >>> data = pathlib.Path(model) / "rows.jsonl"
         >>> _ = data.write_text('{"text": "five"}')
-        >>> config = app.TrainConfig(model, str(data), model + "/run", steps=2)
+        >>> settings = dict(model=model, data=str(data), out=model + "/run", steps=2)
+        >>> config = app.TrainConfig.from_settings(settings)
         >>> result = app.train(config)
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    processes.start_distributed(config)
-    if config.preview is not None:
+    processes.start_distributed(config.devices)
+    if config.output.preview is not None:
         return _preview(config)
-    folder = pathlib.Path(config.out)
+    folder = pathlib.Path(config.output.out)
     with contextlib.ExitStack() as stack:
         # The folder is locked and everything is checked before anything is written.
-        stack.enter_context(only_in_first(run_folder(config.out, config.resume)))
+        stack.enter_context(
+            only_in_first(run_folder(config.output.out, config.output.resume))
+        )
         stack.enter_context(quiet_orbax())
         processes.check_shared(folder)
         runs = _make_runs(config)
@@ -84,7 +112,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         _log_data(run, len(runs))
         # Each run of a sweep has its own folder and states.
         states = [
-            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.keep))
+            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.output.keep))
             for x in runs
         ]
         resume_after = _find_resumed_step(runs, states)
@@ -92,30 +120,45 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         # The model is read, and all runs are trained over one base.
         log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
         model = run.model.read(
-            dtype=jnp.dtype(config.dtype),
+            dtype=jnp.dtype(config.model.dtype),
             packing=run.packing,
             place=lambda base: run.place(base, {})[0],  # places the base alone
             progress=is_first(),
         )
-        if run.mesh is not None:  # inner functions look up the mesh
+        teacher = _read_teacher(run)
+        if run.mesh is not None:  # some functions ask JAX for the current mesh
             stack.enter_context(set_mesh(run.mesh))
-        outcomes = _fit(config, runs, states, model.base, resume_after, log_rows)
+        outcomes = _fit(
+            config, runs, states, model.base, teacher, resume_after, log_rows
+        )
         results = [
             None if outcome is None else finish(run, model.base, *outcome)
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
     result = finish_sweep(config, runs, results) if config.is_sweep else results[0]
     assert result is not None  # without a sweep, a failure raises
-    if is_first() and config.push_to_hub is not None:
-        log(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
+    if is_first() and config.output.push_to_hub is not None:
+        log(f"pushed to {push(config.output.push_to_hub, folder / 'adapter')}")
     return result
+
+
+def _read_teacher(run: Run) -> PyTree | None:
+    """Returns the teacher's weights, in float unless its file has 4 bits."""
+    if run.teacher is None:
+        return None
+    place = make_place(run.teacher.config, run.mesh, "device")
+    dtype = jnp.dtype(run.config.model.dtype)
+    teacher = run.teacher.read(
+        dtype=dtype, place=lambda base: place(base, {})[0], progress=is_first()
+    )
+    return teacher.base
 
 
 def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
-    # The runs of a sweep see the same rows. Without the hub and loggers, no account is
-    # needed.
-    first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
+    # All runs of a sweep see the same rows, so the first run suffices. A preview leaves
+    # out the hub and the loggers, so it needs no account.
+    first = members_of(config.replace(push_to_hub=None, log=[]))[0]
     with all_or_none():
         run = make_run(first, datetime.date.today().isoformat())
     _log_data(run, 1)
@@ -123,7 +166,7 @@ def _preview(config: TrainConfig) -> Preview:
 
 
 def _make_runs(config: TrainConfig) -> list[Run]:
-    # Processes may start on different days.
+    # Use the date of the first process, because processes may start on different days.
     today = broadcast_text(datetime.date.today().isoformat())
     with all_or_none():
         first, *siblings = members_of(config)
@@ -138,7 +181,7 @@ def _log_data(run: Run, num_adapters: int) -> None:
         *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{plural(config.steps or 0, 'step')}"
+        f"{plural(config.training.steps or 0, 'step')}"
         + (f" of {num_adapters} adapters" if num_adapters > 1 else ""),
         *data.notes,
     )
@@ -147,107 +190,123 @@ def _log_data(run: Run, num_adapters: int) -> None:
 def _find_resumed_step(
     runs: Sequence[Run], states: Sequence[Checkpoints]
 ) -> int | None:
-    """Returns the step to resume after, or None for a new run.
+    """Returns the step to resume after, or None to start at step 0.
 
-    Checks that the settings that were saved at that step are those of the runs.
+    Raises ValueError if the settings of the runs differ from those saved at that step.
     """
     config = runs[0].config
-    step = config.resume_step
+    step = config.output.resume_step
     if step is None:  # the newest state that all runs have
         steps = set.intersection(*({*run_states.steps} for run_states in states))
         step = max(steps, default=None)
     if step is None:
-        if config.resume:
+        if config.output.resume:
             log(
-                f"{config.out} has no saved state. The run starts again at step 0, and "
-                f"overwrites {METRICS}."
+                f"{config.output.out} has no saved state. The run starts again at step "
+                f"0, and overwrites {METRICS}."
             )
         return None
     saved_settings = [x.metadata(step)["settings"] for x in states]
     with all_or_none():
         for run, settings in zip(runs, saved_settings, strict=True):
-            check_stamp(settings, run.stamp, run.config.out)
+            check_stamp(settings, run.stamp, run.config.output.out)
     is_newest = all(run_states.latest == step for run_states in states)
     note = "" if is_newest else "; later states are deleted"
-    log(f"Resuming after step {step:,} of {config.steps:,}{note}")
+    log(f"Resuming after step {step:,} of {config.training.steps:,}{note}")
     return step
 
 
 def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
-    """Writes the settings of each run, and those of a sweep in its own folder."""
+    """Writes the settings of each run in its folder, and those of a sweep in `out`."""
     with all_or_none():
         if is_first():
-            # In the sweep's file, swept settings are lists; all others are resolved.
-            swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
-            resolved = dataclasses.replace(runs[0].config, **swept)
-            path = pathlib.Path(config.out) / CONFIG
-            write_settings(resolved, path, runs[0].model.source)
+            if config.is_sweep:
+                # The swept settings are lists, and the others are as in the runs.
+                settings = runs[0].config.replace(out=config.output.out, **config.swept)
+                path = pathlib.Path(config.output.out) / CONFIG
+                write_run_config(settings, path, runs[0].model.source)
             for run in runs:
-                write_settings(run.config, run.folder / CONFIG, run.model.source)
+                write_run_config(run.config, run.folder / CONFIG, run.model.source)
 
 
 class Trainer:
-    """The state, batches and loop of a run, new or restored from a saved step."""
+    """A run that is trained, alone or together with the other runs of a sweep."""
 
-    def __init__(
+    def __init__(self, run: Run, states: Checkpoints, evaluation: Evaluation | None):
+        """Stores the arguments."""
+        self.run, self.states, self.evaluation = run, states, evaluation
+        self.best = Best() if run.config.evaluation.keep_best else None
+        self.has_failed = False
+
+    def start(
         self,
-        run: Run,
-        states: Checkpoints,
         base: PyTree,
-        program: Program,
-        evaluate: Evaluation | None,
+        optimizer: optax.GradientTransformation,
+        batches: "grain.DatasetIterator[Batch]",
         resume_after: int | None,
-    ):
-        """Creates the state, or restores that of step `resume_after`."""
-        config = run.config
-        lora = _init_adapters(run, base, jax.random.key(config.seed))
-        self.run, self.states, self.base = run, states, base
-        self.state = State.create(lora, program.optimizer, config.seed)
-        self.best = Best() if config.keep_best else None
-        self.evaluate = evaluate
-        self.batches = make_batches(config, run.data)
-        if resume_after is not None:
-            self._restore(resume_after)
-        self.loop = Loop(
-            steps=config.steps or 0,
-            schedule=make_schedule(config),
-            accumulation=config.accumulation,
-            save_every=config.save_every,
-            eval_every=config.eval_steps,
-            log_every=config.log_every,
-            patience=config.early_stopping_patience,
-            on_nan=config.on_nan,
-            stamp={"settings": run.stamp},
-        )
+    ) -> State:
+        """Returns the state to start from: a new one, or that of step `resume_after`.
 
-    def _restore(self, step: int) -> None:
-        self.state, metadata = self.states.restore(self.state, step)
-        self.batches.set_state(metadata["position"])
-        self.states.remove_after(step)  # the run writes them again
+        When a run is resumed, `batches` moves to the position that was saved with the
+        state, and later states are deleted.
+        """
+        seed = cast(int, self.run.config.training.seed)  # one run has one seed
+        lora = _init_adapters(self.run, base, jax.random.key(seed))
+        state = State.create(lora, optimizer, seed)
+        if resume_after is None:
+            return state
+        state, metadata = self.states.restore(state, resume_after)
+        batches.set_state(metadata["position"])
+        self.states.remove_after(resume_after)  # the run writes them again
         best = metadata.get("best", {})
-        if self.best is None or not best:
-            return
-        if best["step"] in (None, *self.states.steps):
-            self.best = Best(**best)
-        else:
-            log(f"The best state, of step {best['step']:,}, no longer exists.")
+        if self.best is not None and best:
+            if best["step"] in (None, *self.states.steps):
+                self.best = Best(**best)
+            else:
+                log(f"The best state, of step {best['step']:,}, no longer exists.")
+        return state
+
+    def make_callbacks(
+        self, metrics: Metrics | None, log_row: LogRow, progress: Sequence[Callback]
+    ) -> list[Callback]:
+        """Returns the callbacks of the run, in the order in which they are called.
+
+        The metrics of a step are written before its state is saved.
+        """
+        config, best = self.run.config, self.best
+        on_nan, log_every = config.training.on_nan, config.output.log_every or 1
+        callbacks: list[Callback] = [CheckFinite(self.states, metrics, on_nan)]
+        if self.evaluation is not None:
+            patience = config.evaluation.early_stopping_patience
+            evaluate = Evaluate(self.evaluation, config.eval_steps, best, patience)
+            callbacks.append(evaluate)
+        if metrics is not None:
+            callbacks.append(metrics)
+        stamp = {"settings": self.run.stamp}
+        save = SaveStates(self.states, config.output.save_every, stamp, best)
+        return [*callbacks, LogRows(log_row, log_every), *progress, save]
+
+    def fail(self, error: FloatingPointError) -> None:
+        """Notes that the run of a sweep has failed."""
+        self.has_failed = True
+        note_failure(self.run, error)
 
     def choose_adapter(self, last: State) -> Outcome:
-        """Returns the last state with the adapter to write, and its metrics."""
-        best = self.best
-        if best is None or self.evaluate is None or best.step is None:
+        """Returns what `finish` needs to write the last or the best adapter."""
+        best, steps = self.best, self.run.config.training.steps or 0
+        if best is None or self.evaluation is None or best.step is None:
             return last, {}
-        if int(last.step) < self.loop.steps:
+        if int(last.step) < steps:
             log(
                 f"The validation loss of {self.run.folder} has not fallen in "
                 f"{plural(best.since, 'evaluation')}. Stopped after step "
                 f"{int(last.step):,}."
             )
         best_state, _ = self.states.restore(last, best.step)
-        # If the last step is the best, the last row of metrics has its numbers already.
+        # If the last step is the best, its evaluation is in the last row of metrics.
         numbers = {"best_step": best.step}
-        if best.step < self.loop.steps:
-            numbers |= self.evaluate(self.base, best_state, is_end=True)
+        if best.step < steps:
+            numbers |= self.evaluation(best_state, is_end=True)
         return last._replace(lora=best_state.lora), numbers
 
 
@@ -270,68 +329,97 @@ def _fit(
     runs: list[Run],
     states: list[Checkpoints],
     base: PyTree,
+    teacher: PyTree | None,
     resume_after: int | None,
-    log_rows: list[Callable[[Mapping[str, Any]], None]],
+    log_rows: list[LogRow],
 ) -> list[Outcome | None]:
-    """Trains the runs to the last step or a signal; returns None for failed runs.
+    """Trains the runs to their last step, and returns an outcome for each of them.
 
-    All runs take each step together, in one program that reads the base once: `drive`
-    collects a state and batches from the loop of each run, calls the joint step, and
-    returns the results to the loops.
+    The outcome of a run that failed is None. At a signal, an exception is raised once
+    the states are saved. The adapters of a sweep take each step together, so the base
+    is decoded only once for all of them.
     """
-    run = runs[0]
-    # Learning rates, and hence optimizers, differ between the runs of a sweep.
-    programs = [make_program(x.config, x.model.config) for x in runs]
-    evaluation = Evaluation(run, programs[0]) if run.data.valid else None
-    trainers = [
-        Trainer(x, y, base, program, evaluation and evaluation.for_run(x), resume_after)
-        for x, y, program in zip(runs, states, programs, strict=True)
+    run, is_sweep = runs[0], config.is_sweep
+    rates = [cast(float, x.config.optimizer.learning_rate) for x in runs]
+    schedules = [
+        make_schedule(x.config, rate) for x, rate in zip(runs, rates, strict=True)
     ]
-    optimizers = [program.optimizer for program in programs]
-    joint_step = make_joint_step(programs[0].loss, optimizers)
+    program = make_program(
+        run.config,
+        run.model.config,
+        run.teacher and run.teacher.config,
+        learning_rates=rates if is_sweep else None,
+    )
+    frozen = base if teacher is None else (base, teacher)  # what the loss gets
+    evaluation = None
+    if run.data.valid:
+        evaluation = Evaluation(run, program, base, frozen)
+    trainers = [
+        Trainer(x, saved_states, evaluation and evaluation.for_run(x))
+        for x, saved_states in zip(runs, states, strict=True)
+    ]
+    batches = make_batches(run.config.training, run.data)
+    state: Any = [
+        x.start(base, program.optimizer, batches, resume_after) for x in trainers
+    ]
+    state = State.stack(state) if is_sweep else state[0]
     put = make_put(run.mesh)
 
-    def take_step(states: list[Any], batches: list[Any]) -> list[Any]:
-        return joint_step(states, base, [*map(put, batches)])
+    def take_step(state: State, batches: Sequence[Batch]) -> tuple[State, Report]:
+        return program.step(state, frozen, [*map(put, batches)])
 
-    def on_error(index: int, error: FloatingPointError) -> None:
-        note_failure(runs[index], error)
+    def schedule(num_updates: Any) -> Any:
+        if not is_sweep:
+            return schedules[0](num_updates)
+        return [f(n) for f, n in zip(schedules, num_updates, strict=True)]
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.catch_signals())
-        loops = []
-        pairs = zip(trainers, log_rows, strict=True)
-        for index, (trainer, log_row) in enumerate(pairs):
-            metrics = open_metrics(trainer.run.folder, resume_after)
-            loop = Training(
-                trainer.loop,
-                trainer.state,
-                base,
-                trainer.batches,
-                states=trainer.states,
-                metrics=stack.enter_context(metrics),
-                evaluate=trainer.evaluate,
-                best=trainer.best,
-                watch=log_row,
-                # The first loop checks the signals of all processes. The others use the
-                # result, so that all runs end after the same step.
-                stop=(lambda: stop.number > 0) if index else stop.is_due,
-                progress=not index,
-            )
-            loops.append(loop)
-        last_states = drive(loops, take_step, on_error if config.is_sweep else None)
+        state = fit(
+            state,
+            take_step,
+            batches,
+            steps=run.config.training.steps or 0,
+            accumulation=run.config.training.accumulation,
+            schedule=schedule,
+            callbacks=[
+                *_open_callbacks(trainers, log_rows, resume_after, is_sweep, stack),
+                stop,
+            ],
+        )
     if stop.is_due():  # a signal may have arrived after the last check
-        step = max((int(state.step) for state in last_states if state), default=0)
-        _end_at_signal(stop, step, pathlib.Path(config.out))
+        _end_at_signal(stop, int(np.max(state.step)), pathlib.Path(config.output.out))
     return [
-        None if state is None else trainer.choose_adapter(state)
-        for trainer, state in zip(trainers, last_states, strict=True)
+        None
+        if trainer.has_failed
+        else trainer.choose_adapter(state.member(index) if is_sweep else state)
+        for index, trainer in enumerate(trainers)
     ]
 
 
+def _open_callbacks(
+    trainers: Sequence[Trainer],
+    log_rows: Sequence[LogRow],
+    resume_after: int | None,
+    is_sweep: bool,
+    stack: contextlib.ExitStack,
+) -> list[Callback]:
+    """Returns the callbacks of all runs. `stack` closes what they open."""
+    log_every = trainers[0].run.config.output.log_every
+    progress = [stack.enter_context(ShowProgress(log_every))]
+    callbacks = []
+    for trainer, log_row in zip(trainers, log_rows, strict=True):
+        metrics = stack.enter_context(open_metrics(trainer.run.folder, resume_after))
+        callbacks.append(trainer.make_callbacks(metrics, log_row, progress))
+        progress = []  # of the first run only
+    if not is_sweep:
+        return callbacks[0]
+    return [ForMembers(callbacks, lambda index, error: trainers[index].fail(error))]
+
+
 def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
-    """Prints how to resume the run in a folder, and ends as the signal would."""
-    states = folder / STATE  # not in a sweep, whose runs have their own folders
+    """Prints how to resume the run, and raises the exception of the signal."""
+    states = folder / STATE  # a sweep has none, because each of its runs has its own
     log(
         f"The state of step {step:,} is saved in "
         f"{states if states.is_dir() else folder}. To resume: qlora-jax train --config "

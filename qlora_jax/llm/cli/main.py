@@ -1,7 +1,8 @@
 """The command line `qlora-jax`.
 
-Results go to stdout, progress and errors to stderr. Exit status: 0 success, 1 wrong
-input, 2 wrong command line, 130 interrupt, 141 stdout closed (`| head`), 143 SIGTERM.
+Results go to stdout, progress and errors to stderr. Exit status: 0 success, 1 an error
+(or a wrong result in `check`), 2 wrong command line, 130 interrupt, 141 stdout closed
+(`| head`), 143 SIGTERM.
 """
 
 import contextlib
@@ -15,13 +16,14 @@ try:
     from .. import app
     from ..app.environment import enable_compilation_cache, restart_with_huge_pages
     from ..app.processes import is_first
-    from .parser import COMMANDS, make_parsers, normalize_flags
+    from .parser import parse
 except ImportError as error:
     raise SystemExit(
         f"qlora-jax needs: pip install 'qlora-jax[train]'. {error}"
     ) from error
 
-# Errors about the input or from a run, which are printed without a traceback.
+# These errors are printed without a traceback, because their usual cause is the input,
+# the machine or the training itself, and not a bug.
 ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
 ERRORS += TypeError, ValueError
 _STDOUT_CLOSED = 128 + 13  # the usual exit status after SIGPIPE
@@ -33,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def process() -> None:
-    """Runs `qlora-jax` as a program: `main`, after preparing the process."""
+    """Prepares this process for the command in `sys.argv`, and runs the command."""
 
     def prepare(config: object) -> None:
-        if getattr(config, "huge_pages", False):
-            restart_with_huge_pages(getattr(config, "verbose", False))
+        if isinstance(config, app.TrainConfig) and config.devices.huge_pages:
+            restart_with_huge_pages(config.output.verbose)
         enable_compilation_cache()
 
     with _exit_if_stdout_closed():
@@ -45,36 +47,27 @@ def process() -> None:
 
 
 def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
-    """Runs a command line, and calls `prepare` with its config before the command."""
-    # Parse the arguments into the config of the command.
-    parser, commands = make_parsers()
-    namespace = parser.parse_args(normalize_flags(arguments))
-    name, settings = namespace.command, namespace[namespace.command]
-    config_type = COMMANDS[name]
-    try:
-        options = [field.name for field in dataclasses.fields(config_type)]
-        config = config_type(**{option: settings[option] for option in options})
-    except ValueError as error:
-        commands[name].error(str(error))
+    """Runs a command and returns its exit status. Before, `prepare` gets its config."""
+    name, config, namespace = parse(arguments)
     prepare(config)
-    # Call the function of the command, and print its result.
     try:
         function = getattr(app, name)
-        if config_type is app.GenerateConfig and not settings.json:
+        if name == "generate" and not namespace.json:
             function(config, _write)  # prints answers as they are generated
             return 0
         result = function(config)
-        if getattr(config, "distributed", False) and not is_first():
+        is_train = isinstance(config, app.TrainConfig)
+        if is_train and config.devices.distributed and not is_first():
             return 0  # the first process prints the result
         text = str(result)
-        if settings.json:
+        if namespace.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)
     except KeyboardInterrupt:
         if name != "train":  # `train` has already printed how to resume
             print("qlora-jax: interrupted", file=sys.stderr)
         return 130
     except (*ERRORS, MemoryError, RuntimeError) as error:
-        # JAX has no exception of its own for a device that is out of memory.
+        # If a device is out of memory, JAX raises a RuntimeError with this status.
         is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if not (is_full or isinstance(error, ERRORS)):
             raise
@@ -102,7 +95,3 @@ def _exit_if_stdout_closed() -> Iterator[None]:
         # Python flushes stdout once more when it exits, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(_STDOUT_CLOSED) from None
-
-
-if __name__ == "__main__":
-    process()

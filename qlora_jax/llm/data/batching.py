@@ -1,5 +1,6 @@
-"""Batches, packed or padded, from an iterator with a small state."""
+"""Batches, packed or padded. The only state of their iterator is an index."""
 
+import functools
 import importlib
 import itertools
 import sys
@@ -8,18 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import ordering
 from .encode import IGNORED, Row
+from .ordering import MAX_WIDTHS, Order, choose_widths, round_up
 from .rows import StreamedRows
 
 if TYPE_CHECKING:
     import grain
 
-# The largest number of batches of a mixture that are sorted by length together. Looking
-# up the rows of a mixture one by one is slow.
+# For mixtures without packing: the largest number of batches whose rows are sorted by
+# length together. It is limited since finding each row of a mixture is slow.
 _MAX_WINDOW = 512
-Sizes = tuple[np.ndarray, np.ndarray]  # the lengths and the target counts of rows
-Groups = Sequence[Sequence[Row]]  # for each row of a batch, the data rows in it
 
 
 class Batch(NamedTuple):
@@ -27,19 +26,22 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: The tokens, int32 `[B, T]`, padded on the right.
-        segment_ids: The number of each token's sequence, which starts at 1 in each row,
-            or 0 for padding, int32 `[B, T]`.
+        segment_ids: For each token, the number of its sequence in the row, from 1 on;
+            0 for padding, int32 `[B, T]`.
         positions: The position of each token in its sequence, or in the padding at the
             end of the row, int32 `[B, T]`.
-        select: Indices into T whose next token is a target, int32 `[B, P]`.
-        targets: These next tokens, int32 `[B, P]`.
+        select: The index in T of each position from which a target is predicted, which
+            is the position before the target, int32 `[B, P]`.
+        targets: The ids of the targets, int32 `[B, P]`.
         weights: 1 for a target, 0 for padding, float32 `[B, P]`. For preferences, only
-            targets of good completions have 1.
-        answers: For preferences: for each of the S sequences of a row, 1 for the
-            targets of a good completion, -1 for those of a bad one, 0 for all others,
-            float32 `[B, S, P]`; otherwise None. Sequences of pairs alternate between
-            chosen and rejected completions. Labelled completions alternate with the
-            same prompt followed by the completion of another row.
+            targets in sequences with a good completion have 1.
+        answers: Only for preferences, otherwise None. Has an entry for each of the S
+            sequences of a row and each target: 1 if the target is in the completion of
+            this sequence and the completion is good, -1 if it is bad, and 0 for all
+            other targets, float32 `[B, S, P]`. Sequences come in twos: a chosen
+            completion and its rejected one; or, for KTO, a labelled completion and the
+            same prompt with the completion of another row. The second is the next
+            sequence in the row if batches are packed, and otherwise the next row.
 
     Example:
         >>> from qlora_jax.llm.data import eval_batches
@@ -79,12 +81,13 @@ def batches(
     num_epochs: int | None = None,
     mix: Sequence[tuple[int, float]] = (),
 ) -> "grain.DatasetIterator[Batch]":
-    """Returns training batches, as a Grain iterator with a small state.
+    """Returns training batches, as a Grain iterator whose only state is an index.
 
     Each epoch has each row once, in an order that depends only on `seed` and the epoch.
     The last rows of an epoch share a batch with the first rows of the next one. If the
-    rows of all epochs do not fill the batches, one of the last batches is filled up
-    with padding rows. Batches have at most eight shapes, and nine for KTO.
+    number of rows in all epochs is not a multiple of `batch_size`, one batch is filled
+    up with padding rows. It is near the end, but not always the last, since batches are
+    shuffled. Batches have at most eight shapes, and nine for KTO.
 
     With `packing`, several sequences share a row of at most `max_length` tokens, by
     best-fit decreasing. Otherwise, sequences of similar length share a batch.
@@ -97,9 +100,9 @@ def batches(
         packing: Whether sequences share a row.
         num_epochs: The number of epochs, or None for an endless iterator.
         mix: For several data sets: the number of rows and the weight of each, in the
-            order of `rows`. Its share of the rows (with `packing`: of packed rows) is
-            proportional to its weight, to within a percent. An epoch ends before any
-            data set would start again.
+            order of `rows`. The share of a data set in the rows of the batches (which
+            are packs with `packing`) is proportional to its weight, to within a
+            percent. An epoch ends before any data set would start again.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
@@ -149,87 +152,20 @@ def eval_batches(
     source = _Source(rows, batch_size, max_length, packing)
     if packing:
         return [source[i] for i in range(len(source))]
-    groups = [[row] for row in rows]
-    return [
-        source.layout.collate(groups[i : i + batch_size], batch_size)
-        for i in range(0, len(rows), batch_size)
-    ]
+    rows, starts = [*rows], range(0, len(rows), batch_size)
+    return [source.pad(rows[i : i + batch_size]) for i in starts]
 
 
-class _Padded:
-    """The shapes of batches with one sequence per row."""
-
-    def __init__(self, rows: Sequence[Row], sizes: Sizes, max_length: int):
-        self.max_length, (lengths, num_targets) = max_length, sizes
-        self.choices = ordering.choose_widths(lengths)
-        if _is_labelled(rows[0]):
-            # The prompt of a row is combined with the completion of another one, which
-            # may be longer than the completion of the row.
-            prompt = max(row.start for row in rows)
-            completion = max(len(row.ids) - row.start for row in rows)
-            widest = int(ordering.round_up(min(prompt + completion, max_length)))
-            self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
-        self.widths = self.choices[np.searchsorted(self.choices, lengths)]
-        # One number of targets for each width, so that each width has one shape.
-        self.num_targets = {
-            int(width): int(ordering.round_up(num_targets[self.widths <= width].max()))
-            for width in self.choices
-        }
-
-    def collate(self, groups: Groups, size: int) -> Batch:
-        rows = self._sequences([row for [row] in groups])
-        longest = max(len(row.ids) for row in rows)
-        width = int(self.choices[np.searchsorted(self.choices, longest)])
-        size = size * len(rows) // len(groups)  # a pair fills two rows of a batch
-        num_targets, sequences = self.num_targets[width], int(rows[0].label is not None)
-        return collate([[row] for row in rows], size, width, num_targets, sequences)
-
-    def _sequences(self, rows: list[Row]) -> list[Row]:
-        if not _is_labelled(rows[0]):
-            return [sequence for row in rows for sequence in row.sequences]
-        # KTO estimates the KL divergence from mismatched pairs. As in TRL, each prompt
-        # gets the completion of the row before it.
-        mismatched = map(self._mismatch, rows, rows[-1:] + rows[:-1])
-        return [*itertools.chain(*zip(rows, mismatched, strict=True))]
-
-    def _mismatch(self, row: Row, previous: Row) -> Row:
-        ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
-        untrained = np.full_like(row.ids[: row.start], IGNORED)
-        labels = np.concatenate([untrained, previous.labels[previous.start :]])
-        mismatched = row._replace(ids=ids, labels=labels, label=False)
-        return mismatched.truncated(self.max_length)
-
-
-class _Packed:
-    """The shapes of packed batches: one width, and at most a few numbers of targets."""
-
-    def __init__(self, longest: int, sequences: int):
-        self.sequences, self.width = sequences, int(ordering.round_up(longest))
-        # Numbers of targets are rounded up to a multiple of this.
-        self.step = int(ordering.round_up(-(-self.width // ordering.MAX_WIDTHS)))
-
-    def collate(self, groups: Groups, size: int) -> Batch:
-        rows = [[x for row in group for x in row.sequences] for group in groups]
-        max_trained = max(sum(row.num_trained for row in group) for group in rows)
-        num_targets = int(ordering.round_up(max_trained, self.step))
-        return collate(rows, size, self.width, num_targets, self.sequences)
-
-
-def _sizes(rows: Sequence[Row], packing: bool) -> Sizes:
-    # Returns the lengths of rows, and the largest target counts of their sequences.
+def _sizes(rows: Sequence[Row], packing: bool) -> np.ndarray:
+    # Returns two numbers for each row: its length, and its number of targets. If the
+    # row is a pair, the latter is that of the sequence with more targets.
     if isinstance(rows, StreamedRows):
-        lengths, num_targets = rows.sizes
-        return lengths, num_targets
+        return rows.sizes
     # With packing, both sequences of a pair are in the same row.
     join = sum if packing else max
     lengths = [join(len(x.ids) for x in row.sequences) for row in rows]
     num_targets = [max(x.num_trained for x in row.sequences) for row in rows]
-    return np.array(lengths), np.array(num_targets)
-
-
-def _is_labelled(row: Row) -> bool:
-    # Whether the row is a single completion with a label, and not a pair.
-    return row.label is not None and row.rejected is None
+    return np.array([lengths, num_targets])
 
 
 class _Source:
@@ -249,14 +185,17 @@ class _Source:
             raise ValueError("`rows` must have a row. Got none.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
-        sizes = lengths, _ = _sizes(rows, packing)
+        lengths, num_targets = _sizes(rows, packing)
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
             is_joint = packing and rows[0].rejected is not None
             scope = ", both answers of a pair together" if is_joint else ""
             raise ValueError(
                 f"rows must have at most {max_length} tokens{scope}. Got {long}."
             )
-        if packing and _is_labelled(rows[0]):
+        self.has_answers = rows[0].label is not None
+        # Whether rows are single completions with a label, and not pairs.
+        self.is_labelled = self.has_answers and rows[0].rejected is None
+        if packing and self.is_labelled:
             raise ValueError("`packing` must be false for answers with a label.")
         counts, weights = zip(*mix, strict=True) if mix else ((len(rows),), (1.0,))
         if sum(counts) != len(rows) or min(counts) < 1 or min(weights) <= 0:
@@ -264,63 +203,117 @@ class _Source:
                 f"`mix` must have the counts of all {len(rows)} rows, and positive "
                 f"weights. Got {mix}."
             )
-        self.rows, self.batch_size = rows, batch_size
-        # 1. The order of the rows, or packs of rows, of each data set.
-        orders = _make_orders(lengths, counts, seed, max_length if packing else None)
-        # 2. The mixture of these orders. `count` is the number of its entries before
-        # the data set that ends first would start again.
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.max_length, self.packing = max_length, packing
+        # 1. The order of the rows, or packs of rows, of each data set. It does not
+        # depend on the other data sets.
+        bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
+        orders = [
+            Order(lengths[first:last], seed + i, first, max_length if packing else None)
+            for i, (first, last) in enumerate(bounds)
+        ]
+        # 2. The mixture of these orders. `count` is its number of entries in all epochs
+        # together, or None if epochs never end. An epoch ends just before the data set
+        # that runs out first would start again.
         epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
         self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
         self.order: Sequence[Any] = orders[0]
-        window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
+        self.window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
         if mix:
             dataset = importlib.import_module("grain").MapDataset
             self.order = dataset.mix([*map(dataset.source, orders)], weights)
-            window = min(window, _MAX_WINDOW)
-        # 3. The shapes of batches, and for padded ones batches of similar lengths.
-        self.layout: _Packed | _Padded
-        self.similar: ordering.SimilarLengths | None = None
+            self.window = min(self.window, _MAX_WINDOW)
+        self._window_batches = functools.lru_cache(2)(self._cut_window)
+        # 3. The shapes of batches.
         if packing:
-            packs = [x for x in orders if isinstance(x, ordering.PackedOrder)]
-            has_pairs = rows[0].label is not None
-            sequences = 2 * max(x.most_rows for x in packs) * has_pairs
-            self.layout = _Packed(max(x.longest for x in packs), sequences)
+            most_rows = max(len(pack) for x in orders for pack in x.packs)
+            self.sequences = 2 * most_rows * self.has_answers
+            self.width = int(round_up(max(x.longest for x in orders)))
+            # The number of targets of a batch is rounded up to a multiple of this, so
+            # that batches have few shapes.
+            self.target_multiple = int(round_up(-(-self.width // MAX_WIDTHS)))
         else:
-            self.layout = _Padded(rows, sizes, max_length)
-            arguments = self.layout.widths, (batch_size, window, self.count), seed
-            self.similar = ordering.SimilarLengths(self.order, *arguments)
+            self._choose_widths(lengths, num_targets)
+
+    def _choose_widths(self, lengths: np.ndarray, num_targets: np.ndarray) -> None:
+        self.choices = choose_widths(lengths)
+        if self.is_labelled:
+            # The prompt of a row is combined with the completion of another one, which
+            # may be longer than the completion of the row.
+            prompt = max(row.start for row in self.rows)
+            completion = max(len(row.ids) - row.start for row in self.rows)
+            widest = int(round_up(min(prompt + completion, self.max_length)))
+            self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
+        self.widths = self.choices[np.searchsorted(self.choices, lengths)]
+        # One number of targets for each width, so that each width has one shape.
+        self.num_targets = {
+            int(width): int(round_up(num_targets[self.widths <= width].max()))
+            for width in self.choices
+        }
 
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        if self.similar is not None:
-            entries = self.similar.batch(index)
-        else:
-            start = index * self.batch_size
-            stop = min(start + self.batch_size, self.count or sys.maxsize)
-            entries = [self.order[i] for i in range(start, stop)]
-        groups = [[self.rows[i] for i in entry] for entry in entries]
-        return self.layout.collate(groups, self.batch_size)
+        if self.packing:
+            packs = self._entries(index, 1)
+            return self.pack([[self.rows[i] for i in pack] for pack in packs])
+        window, position = divmod(index, self.window)
+        return self.pad([self.rows[i] for i in self._window_batches(window)[position]])
 
+    def _entries(self, first: int, num_batches: int) -> list[Any]:
+        start = first * self.batch_size
+        stop = min(start + num_batches * self.batch_size, self.count or sys.maxsize)
+        return [self.order[i] for i in range(start, stop)]
 
-def _make_orders(
-    lengths: np.ndarray, counts: Sequence[int], seed: int, capacity: int | None
-) -> list[ordering.ShuffledOrder | ordering.PackedOrder]:
-    # Each data set is shuffled by itself: its order does not depend on the others.
-    orders = []
-    bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
-    for order_seed, (first, last) in enumerate(bounds, seed):
-        part = lengths[first:last]
-        if capacity is None:
-            orders.append(ordering.ShuffledOrder(len(part), order_seed, first))
+    def _cut_window(self, window: int) -> list[np.ndarray]:
+        # Without packing, the order is cut into windows. A window is sorted by length
+        # and cut into batches, which are shuffled.
+        rows = np.array(self._entries(window * self.window, self.window))
+        rows = rows[np.argsort(self.widths[rows], kind="stable")]
+        starts = range(0, len(rows), self.batch_size)
+        batches = [rows[i : i + self.batch_size] for i in starts]
+        generator = np.random.default_rng([self.seed, window, 1])
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def pack(self, packs: list[list[Row]]) -> Batch:
+        """Returns a batch whose rows have several sequences."""
+        groups = [[x for row in pack for x in row.sequences] for pack in packs]
+        max_trained = max(sum(row.num_trained for row in group) for group in groups)
+        num_targets = int(round_up(max_trained, self.target_multiple))
+        shape = self.batch_size, self.width, num_targets, self.sequences
+        return collate(groups, *shape)
+
+    def pad(self, rows: list[Row]) -> Batch:
+        """Returns a batch whose rows have one sequence each."""
+        if self.is_labelled:
+            # KTO estimates the KL divergence from mismatched pairs. As in TRL, each
+            # prompt gets the completion of the row before it.
+            mismatched = map(self._mismatch, rows, rows[-1:] + rows[:-1])
+            pairs = zip(rows, mismatched, strict=True)
         else:
-            orders.append(ordering.PackedOrder(part, capacity, order_seed, first))
-    return orders
+            pairs = (row.sequences for row in rows)
+        groups = [[sequence] for pair in pairs for sequence in pair]
+        size = self.batch_size * len(groups) // len(rows)  # a pair fills two rows
+        longest = max(len(row.ids) for [row] in groups)
+        width = int(self.choices[np.searchsorted(self.choices, longest)])
+        num_targets = self.num_targets[width]
+        return collate(groups, size, width, num_targets, int(self.has_answers))
+
+    def _mismatch(self, row: Row, previous: Row) -> Row:
+        ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
+        untrained = np.full_like(row.ids[: row.start], IGNORED)
+        labels = np.concatenate([untrained, previous.labels[previous.start :]])
+        mismatched = row._replace(ids=ids, labels=labels, label=False)
+        return mismatched.truncated(self.max_length)
 
 
 def collate(
-    groups: Groups, size: int, width: int, num_targets: int, sequences: int = 0
+    groups: Sequence[Sequence[Row]],
+    size: int,
+    width: int,
+    num_targets: int,
+    sequences: int = 0,
 ) -> Batch:
     """Returns a batch of `size` rows. Each group of sequences fills one of them."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)  # [B, T]

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..models.tokenizer import load_tokenizer, read_text
-from .model_files import ModelError, ModelFiles, read_model_files
+from ..models.folder import ChatSettings
+from ..models.source import open_source
+from ..models.tokenizer import read_text
+from .model_files import ModelError, read_model_files
 from .omissions import without_space
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class Tokenizer:
     def inner(self) -> "tokenizers.Tokenizer":
         """The `tokenizers.Tokenizer`."""
         try:
-            tokenizer = load_tokenizer(self._path)
+            tokenizer = open_source(self._path).build_tokenizer()
         except Exception as error:  # `tokenizers` raises no more specific type
             raise ModelError(
                 f"{self._path} must have a tokenizer that can be read. {error}"
@@ -73,7 +75,7 @@ class Tokenizer:
         return tokenizer
 
     @functools.cached_property
-    def _files(self) -> ModelFiles:
+    def _files(self) -> ChatSettings:
         return read_model_files(self._path)
 
     @functools.cached_property
@@ -112,7 +114,7 @@ class Tokenizer:
             text = self.render([question, answer])
         except ModelError:
             raise
-        except ValueError:  # the template accepts only other messages
+        except ValueError:  # the template rejects these two messages
             return None
         if not text.startswith(prompt):
             return None
@@ -132,27 +134,7 @@ class Tokenizer:
         Raises:
             ValueError: If the text has a lone surrogate, which is not a character.
         """
-        return self.encode_with_offsets(text, add_special_tokens).ids
-
-    def encode_with_offsets(
-        self, text: str, add_special_tokens: bool
-    ) -> "tokenizers.Encoding":
-        """Returns the tokens of a text, with the characters that they cover.
-
-        Args:
-            text: The text.
-            add_special_tokens: As in `encode`.
-
-        Raises:
-            ValueError: As `encode`.
-        """
-        try:
-            return self.inner.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as error:
-            raise ValueError(
-                f"the text must not have half a character (a surrogate). Got "
-                f"{text!r:.200}."
-            ) from error
+        return encode_with_offsets(self, text, add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of tokens.
@@ -193,7 +175,8 @@ def open_tokenizer(
     """Returns the tokenizer of a model, with its chat template.
 
     Tokens are the same as in transformers 5.24 for a folder, and as in llama.cpp for a
-    `.gguf` file. Settings that would change them raise a ValueError on first use.
+    `.gguf` file. The first use raises a ValueError if the model has settings that
+    change tokens and are not supported.
 
     Args:
         path: A folder with tokenizer.json, or a `.gguf` file.
@@ -212,6 +195,18 @@ def open_tokenizer(
     """
     source = None if template is None else read_text(pathlib.Path(template))
     return Tokenizer(path, template=source, now=now)
+
+
+def encode_with_offsets(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool
+) -> "tokenizers.Encoding":
+    """Returns the tokens of a text, with the characters that they cover."""
+    try:
+        return tokenizer.inner.encode(text, add_special_tokens=add_special_tokens)
+    except TypeError as error:
+        raise ValueError(
+            f"the text must not have half a character (a surrogate). Got {text!r:.200}."
+        ) from error
 
 
 class Marked(NamedTuple):
@@ -256,8 +251,8 @@ class Chat:
         )
 
     def check_roles(self, row: Mapping[str, Messages], tools: Tools) -> None:
-        """Rejects roles that the template does not handle by name."""
-        # `row` has the messages by their names in error messages.
+        """Rejects roles that are neither usual nor named in the template."""
+        # The keys of `row` are the names that error messages use for its lists.
         allowed = {*_ROLES, *self.template(tools).literals}
         if unknown := [
             f"{message['role']!r} in `{name}[{index}]`"
@@ -272,25 +267,27 @@ class Chat:
 
     def adapt_contents(self, messages: Messages, tools: Tools) -> Messages:
         """Joins contents that are lists of texts if the template expects strings."""
-        has_parts = [isinstance(m.get("content"), list) for m in messages]
-        if not any(has_parts) or self._supports_parts(messages, tools):
+        if not any(isinstance(message.get("content"), list) for message in messages):
+            return messages
+        if self._supports_parts(messages, tools):
             return messages
         # A template that expects strings would write a list as Python or JSON code.
         adapted = []
-        for message, is_list in zip(messages, has_parts, strict=True):
-            parts = message["content"] if is_list else []
-            if wrong := [part for part in parts if not _is_text(part)]:
-                raise ValueError(
-                    "the chat template reads contents as strings, so all parts must "
-                    f'be {{"type": "text", "text": ...}}. Got {wrong[0]!r:.60}.'
-                )
-            text = "".join(part["text"] for part in parts)
-            adapted.append({**message, "content": text} if is_list else message)
+        for message in messages:
+            if isinstance(parts := message.get("content"), list):
+                if wrong := [part for part in parts if not _is_text(part)]:
+                    raise ValueError(
+                        "the chat template reads contents as strings, so all parts "
+                        'must be {"type": "text", "text": ...}. Got '
+                        f"{wrong[0]!r:.60}."
+                    )
+                message = {**message, "content": "".join(x["text"] for x in parts)}
+            adapted.append(message)
         return adapted
 
     def _supports_parts(self, messages: Messages, tools: Tools) -> bool:
-        # A template that reads parts ignores the key that is added to each of them. One
-        # that expects a string writes the whole list, with that key.
+        # Add a key to each part. A template that reads parts ignores this key. One that
+        # expects a string writes the whole list, including this key.
         probed, texts = [], []
         for message in messages:
             if isinstance(parts := message.get("content"), list):
@@ -312,7 +309,8 @@ class Chat:
         self, messages: Messages, tools: Tools, add_generation_prompt: bool = False
     ) -> "Rendering":
         """Renders messages. The result has the answers that the template marks."""
-        # The same variables as in transformers. Templates test whether some exist.
+        # Define the same variables as transformers, even those that are None, since
+        # templates test whether a variable is defined.
         variables = {
             **self.special,
             "messages": [_normalize(message) for message in messages],
@@ -353,8 +351,9 @@ class Chat:
         if not self.template(tools).marks_answers:
             return Marked(text, [find_span(turn) for turn in turns], True)
         assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        # The template has marked the answers of all messages. Remove those that are not
-        # in `turns`. A single rendering is enough for those before the first turn.
+        # The template has marked the answers of all assistant messages. Remove those of
+        # messages that are not in `turns`. To remove all that precede the first turn,
+        # find where the text before this turn ends, which takes a single rendering.
         if assistant[0] < turns[0]:
             start = find_end(turns[0], turns[0], True)
             answers = [span for span in answers if span[1] > start]
@@ -372,8 +371,9 @@ def _is_text(part: Any) -> bool:
 
 
 def _normalize(message: Message) -> dict[str, Any]:
-    # Data sets fill missing fields with None, which templates would write. Templates
-    # read the reasoning under different names.
+    # Data sets fill missing fields with None, which templates would write, so drop
+    # those. Store the reasoning under two names, since templates differ in which they
+    # read.
     fields = {key: value for key, value in message.items() if value is not None}
     reasoning = next((fields[key] for key in _REASONING_KEYS if key in fields), None)
     if reasoning is not None:

@@ -1,10 +1,10 @@
 """Reads data sets as rows of tokens, by split."""
 
-import functools
 import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,8 +22,6 @@ from .rows import (
     open_file,
 )
 
-_SPLITS = ("train", "valid", "test")
-
 
 class Dataset(NamedTuple):
     """Rows of a data set, by split.
@@ -37,9 +35,10 @@ class Dataset(NamedTuple):
         trained_share: The share of the tokens in `train` that are targets.
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
             "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
+            If several data sets have different kinds, " and " joins them.
         notes: Notes for the user, one line each.
-        mix: For several data sets: the number of rows of each in `train`, and its
-            weight.
+        mix: For several data sets: a pair for each, of its number of rows in `train`
+            and its weight. Empty for a single data set.
         hash: A hash of the tokens and labels in `train` and `valid`.
 
     Example:
@@ -69,7 +68,7 @@ def read_dataset(
     train_on: Literal["completions", "last", "all"] = "completions",
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
-    objective: str = "sft",
+    rows: Literal["texts", "pairs", "labelled"] = "texts",
     stream: bool = False,
     validation_split: float | None = None,
     seed: int = 0,
@@ -89,18 +88,22 @@ def read_dataset(
         max_length: The largest number of tokens of a row.
         keys: Maps our keys to the keys of the rows, such as
             `{"prompt": "question", "completion": "answer"}`.
-        train_on: The target tokens. "completions": those of completions and of the
-            messages of the assistant. "last": those of the last such message. "all":
-            all tokens. Unused for rows of `input_ids`, which have `labels` instead.
-        too_long: What to do with longer rows. "split" is only for rows of `text`.
+        train_on: The target tokens. "completions": all tokens of completions and of
+            the assistant's messages. "last": the same, but of the assistant's messages
+            only the last. "all": all tokens. Unused for rows of `input_ids`, which have
+            `labels` instead.
+        too_long: What to do with rows of more than `max_length` tokens. "split" is only
+            for rows of `text`.
         chat: If the model has a chat template: whether to turn text prompts and
             completions, and rows of Alpaca, into messages of a user and an assistant.
-        objective: The purpose of the rows: sft (supervised fine-tuning), or the
-            preference losses dpo, ipo, orpo, simpo and kto.
+        rows: The form of the rows. "texts": tokens, texts, messages, or prompts with
+            completions. "pairs": chosen and rejected answers. "labelled": answers with
+            a label, or pairs. Each pair becomes two labelled answers.
         stream: Whether training rows stay in their files, which must be .jsonl. They
             are read once to check and measure them, and again whenever needed.
-        validation_split: The share of the training rows to use for validation, if the
-            data have no validation rows. One of every `1 / validation_split` is drawn.
+        validation_split: The share of the training rows to use for validation. One row
+            is drawn at random from every `1 / validation_split` rows. Must be None for
+            data that have validation rows.
         seed: The seed that selects the validation rows.
 
     Raises:
@@ -132,13 +135,20 @@ def read_dataset(
         train_on=train_on,
         keys=keys,
         chat=chat,
-        objective=objective,
+        rows=rows,
     )
-    if stream and objective != "sft":
-        raise ValueError(f"`stream` must be false for {objective}. Got true.")
-    limit = _LengthLimit(max_length, too_long)
-    splits = _Splits(validation_split, draw_splits(validation_split, seed))
-    reader = _Reader(encoder, limit, splits, stream, separates_pairs=objective == "kto")
+    if stream and rows != "texts":
+        raise ValueError("`stream` must be false for preferences. Got true.")
+    reader = _Reader(
+        encoder,
+        max_length,
+        too_long,
+        validation_split,
+        draw_splits(validation_split, seed),
+        separates_pairs=rows == "labelled",
+    )
+    if stream:
+        reader.rows["train"] = StreamedRows()
     weights = find_weights(path)
     counts = [reader.read(name) for name in weights]
     if validation_split is not None and not reader.rows["valid"]:
@@ -164,62 +174,48 @@ _NO_ROWS = (
 
 def draw_splits(share: float | None, seed: int) -> Iterator[str]:
     """Yields the split of each row. One of every `1 / share` rows is for validation."""
-    # The rows are cut into strata of about `1 / share` rows, each with one row for
-    # validation. So the share is exact to within one row, whatever the number of rows.
+    # The rows are cut into groups (strata) of about `1 / share` rows. One row of each
+    # group is for validation. So the share is exact to within one row, whatever the
+    # number of rows.
     if share is None:
         yield from itertools.repeat("train")
         return
     generator, first = np.random.default_rng(seed), 0
     for stratum in itertools.count(1):
-        # The ends of strata are rounded, so that their mean size is `1 / share`.
+        # A stratum ends at a multiple of `1 / share`, rounded to an integer. So the
+        # mean size of the strata is `1 / share`.
         size = round(stratum / share) - first
         chosen = generator.integers(size)
         yield from ("valid" if i == chosen else "train" for i in range(size))
         first += size
 
 
-class _LengthLimit(NamedTuple):
-    """The largest number of tokens of a row, and what to do with longer rows."""
-
-    max_length: int
-    too_long: str
+def _by_split() -> dict[str, Any]:
+    return {"train": [], "valid": [], "test": []}
 
 
-class _Splits(NamedTuple):
-    """The share of training rows to validate on, and the split of each row."""
-
-    validation_share: float | None
-    of_train_rows: Iterator[str]
-
-
+@dataclass(eq=False)
 class _Reader:
     """Reads data sets one after the other, and collects their rows."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        limit: _LengthLimit,
-        splits: _Splits,
-        stream: bool,
-        separates_pairs: bool,
-    ):
-        self._encoder, self._limit, self._splits = encoder, limit, splits
-        # `separates_pairs`: whether each completion of a pair is a row by itself.
-        self._stream, self._separates_pairs = stream, separates_pairs
-        self.rows: dict[str, Any] = {split: [] for split in _SPLITS}
-        self.examples: dict[str, list[Example]] = {split: [] for split in _SPLITS}
-        if stream:
-            self.rows["train"] = StreamedRows()
-        self.kinds: dict[str, None] = {}  # in order of appearance
-        self.notes: list[str] = []
-        self.hasher = hashlib.sha256()
-        self.num_straddling = 0  # rows with a token of both prompt and answer
-        self.num_targets = self.num_tokens = 0  # of training rows
+    encoder: Encoder
+    max_length: int
+    too_long: str
+    validation_share: float | None
+    train_splits: Iterator[str]  # the split of each training row: "train" or "valid"
+    separates_pairs: bool  # whether each completion of a pair is a row by itself
+    rows: dict[str, Any] = field(default_factory=_by_split)
+    examples: dict[str, list[Example]] = field(default_factory=_by_split)
+    kinds: dict[str, None] = field(default_factory=dict)  # in order of appearance
+    notes: list[str] = field(default_factory=list)
+    hasher: Any = field(default_factory=hashlib.sha256)
+    num_straddling: int = 0  # rows where one token covers text of prompt and answer
+    num_targets: int = 0  # in training rows
+    num_tokens: int = 0  # in training rows
 
     def read(self, name: str) -> int:
         """Reads all splits of a data set, and returns its number of training rows."""
-        sources = find_sources(name, self.notes)
-        share = self._splits.validation_share
+        sources, share = find_sources(name, self.notes), self.validation_share
         if share is not None and "valid" in sources:
             raise ValueError(
                 "`validation_split` must be left out for data with validation rows. "
@@ -237,46 +233,52 @@ class _Reader:
 
     def _read_split(self, split: str, source: Source) -> str:
         # Reads the rows of a split, and returns their kind.
-        file = None
-        if self._stream and split == "train":
-            # A bound method would create a cycle of references: this reader refers to
-            # the rows, the rows to the file, and the file to `encode`. The cycle would
-            # keep temporary files after the data set is deleted.
-            encode = functools.partial(_encode_pieces, self._encoder, *self._limit)
-            file = JsonLines(source.name, encode)
+        too_long = "split" if source.is_text else self.too_long
+        file, encoder, max_length = None, self.encoder, self.max_length
+
+        def encode_pieces(raw, place):
+            # This function must not refer to `self`. Streamed rows refer to their file,
+            # and the file refers to this function. A reference from here to `self`,
+            # which has the rows, would close a cycle, and the temporary files would
+            # outlive the data set.
+            encoded = encoder.encode(raw, None, place, False)
+            return cut_row(encoded, max_length, too_long)
+
+        if split == "train" and isinstance(self.rows[split], StreamedRows):
+            file = JsonLines(source.name, encode_pieces)
             source = file.source
-        too_long = "split" if source.is_text else self._limit.too_long
-        limit = self._limit._replace(too_long=too_long)
-        cutter, kind = _Cutter(source.name, limit), ""
-        splits = itertools.repeat(split)
-        if split == "train":
-            splits = self._splits.of_train_rows
-        for row_split, kind, encoded in _encode_rows(source, self._encoder, splits):
-            # Each piece of a long text is a row, and draws a split of its own.
+        splits = self.train_splits if split == "train" else itertools.repeat(split)
+        rows, kind = _encode_rows(source, encoder, splits), ""
+        limits = max_length, too_long, self.notes
+        for row_split, pieces in _cut_rows(source.name, rows, *limits):
+            # Each piece of a long text becomes a row. The first piece gets the split
+            # that was drawn for the text, and each later piece takes the next one from
+            # `splits`. The pieces are the first argument of `zip`, so that `zip` stops
+            # after the last piece without taking another split.
             piece_splits = itertools.chain([row_split], splits)
-            self._add(cutter.cut(kind, encoded), piece_splits, file)
-        cutter.finish(self.notes)
+            pairs = zip(enumerate(pieces), piece_splits, strict=False)
+            for (index, piece), piece_split in pairs:
+                self._add(piece, piece_split, file, index)
+                kind = piece.kind  # the same for all rows
         return kind
 
     def _add(
-        self, pieces: list[Encoded], splits: Iterator[str], file: JsonLines | None
+        self, piece: Encoded, split: str, file: JsonLines | None, index: int
     ) -> None:
-        # `zip` asks `pieces` first, and so draws no split after the last piece.
-        pairs = zip(pieces, splits, strict=False)
-        for index, ((row, example, straddles), split) in enumerate(pairs):
-            self.num_straddling += straddles
-            self.examples[split] += [example] if example else []
-            if split != "test":
-                self._hash(row)
-            if split == "train":
-                self.num_targets += sum(x.num_trained for x in row.sequences)
-                self.num_tokens += sum(len(x.ids) for x in row.sequences)
-            if file is not None and split == "train":
-                self.rows[split].add(file, index, row)
-            elif self._separates_pairs:
-                self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
-            else:
-                self.rows[split].append(row)
+        row, example, straddles, _ = piece
+        self.num_straddling += straddles
+        self.examples[split] += [example] if example else []
+        if split != "test":
+            self._hash(row)
+        if split == "train":
+            self.num_targets += sum(x.num_trained for x in row.sequences)
+            self.num_tokens += sum(len(x.ids) for x in row.sequences)
+        if file is not None and split == "train":
+            self.rows[split].add(file, index, row)
+        elif self.separates_pairs:
+            self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
+        else:
+            self.rows[split].append(row)
 
     def _hash(self, row: Row) -> None:
         for sequence in row.sequences:
@@ -291,7 +293,7 @@ class _Reader:
     def all_notes(self) -> tuple[str, ...]:
         """Returns the notes on data sets, unused keys and straddling tokens."""
         notes = [*self.notes]
-        if unused := self._encoder.unused:
+        if unused := self.encoder.unused:
             notes.append(f"ignored keys of rows: {', '.join(unused)}")
         if self.num_straddling:
             notes.append(
@@ -309,7 +311,9 @@ def read_rows(
     vocab_size: int,
     max_length: int | None = None,
 ) -> list[Row]:
-    """Returns the rows of one file, of any length. Rows of `text` get no end token.
+    """Returns the rows of one file.
+
+    Rows may have any number of tokens. Rows of `text` get no end token.
 
     Args:
         path: The file, as in `read_dataset`.
@@ -330,108 +334,103 @@ def read_rows(
     """
     encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
     source = open_file(path)
-    encoded = [x for *_, x in _encode_rows(source, encoder, itertools.repeat("train"))]
+    encoded = [x for _, x in _encode_rows(source, encoder, itertools.repeat("train"))]
     if source.is_text and max_length is not None:
-        encoded = [y for x in encoded for y in cut_row("text", x, max_length, "split")]
+        encoded = [y for x in encoded for y in cut_row(x, max_length, "split")]
     return [x.row for x in encoded]
 
 
 def _encode_rows(
     source: Source, encoder: Encoder, splits: Iterator[str]
-) -> Iterator[tuple[str, str, Encoded]]:
-    # Yields the split, the kind and the tokens of each row. Rows of other splits than
-    # "train" have examples. Wrong rows are rejected together, at the end.
+) -> Iterator[tuple[str, Encoded]]:
+    # Yields the split and the tokens of each row. Only rows for validation or testing
+    # have examples. Errors in rows are collected, and raised together at the end.
     kind = None  # the kind of the first row, which all other rows must have too
 
     def encode(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
-        return split, *encoder.encode(raw, kind, place, split != "train")
+        return split, encoder.encode(raw, kind, place, split != "train")
 
-    for split, kind, encoded in converted(source, encode):
-        yield split, kind, encoded
+    for split, encoded in converted(source, encode):
+        kind = encoded.kind
+        yield split, encoded
     if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")
 
 
-def _encode_pieces(
-    encoder: Encoder, max_length: int, too_long: str, raw: Any, place: str
-) -> list[Encoded]:
-    kind, encoded = encoder.encode(raw, None, place, False)
-    return cut_row(kind, encoded, max_length, too_long)
+def cut_row(encoded: Encoded, max_length: int, too_long: str) -> list[Encoded]:
+    """Returns a row in pieces of at most `max_length` tokens.
 
-
-def cut_row(
-    kind: str, encoded: Encoded, max_length: int, too_long: str
-) -> list[Encoded]:
-    """Returns the pieces of a row, or the row itself if it fits or will be refused."""
+    Returns the row itself if it fits, or if the caller will refuse it as too long, and
+    an empty list if the row is dropped.
+    """
     ids, labels, place, *_ = row = encoded.row
-    if row.longest <= max_length or too_long == "refuse":
+    is_refused = too_long == "refuse"
+    is_refused |= too_long == "split" and encoded.kind != "text"
+    if row.longest <= max_length or is_refused:
         return [encoded]
     if too_long == "split":
-        if kind != "text":
-            return [encoded]
-        # A piece begins with the last token of the piece before it, from which its
-        # second token is predicted. So each token but the first is a target once.
+        # Neighboring pieces overlap by one token: the last token of a piece is also the
+        # first of the next. The first token of a piece is never a target, so each token
+        # of the text, except the first, is a target in exactly one piece.
         starts = range(0, len(ids) - 1, max_length - 1)
         spans = [slice(start, start + max_length) for start in starts]
-        return [Encoded(Row(ids[span], labels[span], place)) for span in spans]
+        pieces = [Row(ids[span], labels[span], place) for span in spans]
+        return [encoded._replace(row=piece, example=None) for piece in pieces]
     row = row.truncated(max_length)
     # A truncated row has no example, since its answer may be cut.
     is_kept = too_long == "truncate" and row.is_trained
-    return [Encoded(row, None, encoded.straddles)] if is_kept else []
+    return [encoded._replace(row=row, example=None)] if is_kept else []
 
 
-class _Cutter:
-    """Cuts the rows of a source that are too long, and counts them."""
-
-    def __init__(self, name: str, limit: _LengthLimit):
-        self._name, (self._max_length, self._too_long) = name, limit
-        self._num_rows = self._num_pieces = self._num_long = self._longest = 0
-        self._refused: list[str] = []  # the places of rows that are too long
-        self._untrained: list[str] = []  # the places of rows without a target
-
-    def cut(self, kind: str, encoded: Encoded) -> list[Encoded]:
-        """Returns the pieces of a row."""
-        pieces = cut_row(kind, encoded, self._max_length, self._too_long)
+def _cut_rows(
+    name: str,
+    rows: Iterator[tuple[str, Encoded]],
+    max_length: int,
+    too_long: str,
+    notes: list[str],
+) -> Iterator[tuple[str, list[Encoded]]]:
+    # Yields the split and the pieces of each row. At the end, rejects rows that are too
+    # long or have no target, or adds a note about the rows that were cut or dropped.
+    num_rows = num_pieces = num_long = longest = 0
+    # The places of rows that are too long, and of rows without a target.
+    refused, untrained = (
+        [],
+        [],
+    )
+    for split, encoded in rows:
+        pieces = cut_row(encoded, max_length, too_long)
         size, place = encoded.row.longest, encoded.row.place
-        self._num_rows += 1
-        self._num_pieces += len(pieces)
-        if size > self._max_length:
-            self._num_long += 1
-            self._longest = max(self._longest, size)
-            if pieces and pieces[0] is encoded:
-                self._refused.append(f"{place} ({size:,} tokens)")
-        self._untrained += [place for x in pieces if not x.row.is_trained]
-        return pieces
-
-    def finish(self, notes: list[str]) -> None:
-        """Rejects the wrong rows, and adds a note about those that were cut."""
-        name, limit, num_long = self._name, self._max_length, self._num_long
-        if self._refused:
-            raise ValueError(
-                f"rows must have at most `max_length` = {limit} tokens; the longest "
-                f"has {self._longest:,}. Raise it, or set `too_long` to drop or "
-                "truncate, or to split, which is for rows of `text`.\n  "
-                + listing(self._refused)
-            )
-        if not self._num_pieces:
-            raise ValueError(
-                f"{name} must have rows of at most {limit} tokens. Got none."
-            )
-        if self._untrained:
-            raise ValueError(
-                f"rows of {name} must have a token to train on. These have none:\n  "
-                + listing(self._untrained)
-            )
-        if num_long and self._too_long == "split":
-            notes.append(
-                f"{name}: texts of more than {limit} tokens continue in the next row: "
-                f"{self._num_pieces:,} rows of {self._num_rows:,} texts."
-            )
-        elif num_long:
-            num_dropped = self._num_rows - self._num_pieces
-            notes.append(
-                f"{name}: of {num_long:,} rows with more than {limit} tokens, "
-                f"{num_dropped:,} are dropped and {num_long - num_dropped:,} "
-                f"truncated; the longest has {self._longest:,}."
-            )
+        num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
+        num_long, longest = num_long + (size > max_length), max(longest, size)
+        if size > max_length and pieces and pieces[0] is encoded:
+            refused.append(f"{place} ({size:,} tokens)")
+        untrained += [place for x in pieces if not x.row.is_trained]
+        yield split, pieces
+    if refused:
+        raise ValueError(
+            f"rows must have at most `max_length` = {max_length} tokens; the longest "
+            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate, or to "
+            f"split, which is for rows of `text`.\n  {listing(refused)}"
+        )
+    if not num_pieces:
+        raise ValueError(
+            f"{name} must have rows of at most {max_length} tokens. Got none."
+        )
+    if untrained:
+        raise ValueError(
+            f"rows of {name} must have a token to train on. These have none:\n  "
+            + listing(untrained)
+        )
+    if num_long and too_long == "split":
+        notes.append(
+            f"{name}: texts of more than {max_length} tokens continue in the next row: "
+            f"{num_pieces:,} rows of {num_rows:,} texts."
+        )
+    elif num_long:
+        num_dropped = num_rows - num_pieces
+        notes.append(
+            f"{name}: of {num_long:,} rows with more than {max_length} tokens, "
+            f"{num_dropped:,} are dropped and {num_long - num_dropped:,} truncated; "
+            f"the longest has {longest:,}."
+        )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import kinds
-from .chat_tokenizer import Marked, Messages, Tokenizer, Tools
+from .chat_tokenizer import Marked, Messages, Tokenizer, Tools, encode_with_offsets
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
@@ -15,16 +15,18 @@ IGNORED = -100  # the label of a token that is not a target, as in PyTorch
 
 
 class Row(NamedTuple):
-    """One sequence.
+    """One sequence; or a pair of sequences, of which `rejected` is the second.
 
     Attributes:
         ids: The tokens, int32 `[T]`.
-        labels: For each token, the id to predict there, or -100 if it is not a target.
-            The first token is never a target, since no token precedes it.
+        labels: For each position, the id that the model should predict from the tokens
+            before it, or -100 if the position is not a target. The first position is
+            never a target, since no token precedes it.
         place: The source of the row, such as "train.jsonl:17".
         start: For preferences: where the completion begins.
         label: For preferences: whether the completion is a good one; otherwise None.
-        rejected: For pairs: the row of the rejected completion.
+        rejected: For pairs: the row of the rejected completion. The other fields are
+            those of the chosen one.
 
     Example:
         >>> row = Row(np.array([3, 1, 2]), np.array([-100, 1, 2]), "train.jsonl:17")
@@ -56,7 +58,7 @@ class Row(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """Whether each sequence has a target token, and the rows of a pair differ."""
+        """Whether each completion has a target token, and those of a pair differ."""
         labels = [row.labels[max(row.start, 1) :] for row in self.sequences]
         is_tie = self.rejected and np.array_equal(self.ids, self.rejected.ids)
         return not is_tie and all((x != IGNORED).any() for x in labels)
@@ -91,18 +93,19 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row, with its last answer as an example if examples are requested."""
+    """A row, and an example with its last answer if the caller asked for one."""
 
     row: Row
     example: Example | None = None
     straddles: bool = False  # whether a token covers text of both prompt and answer
+    kind: str = ""
 
 
 class _Tokens(NamedTuple):
     """Tokens, and the characters of the text that each of them covers."""
 
     ids: list[int]
-    starts: np.ndarray  # extended back over uncovered white space before the token
+    starts: np.ndarray  # moved back over white space that no token covers
     ends: np.ndarray
     added: np.ndarray  # whether the tokenizer added the token, which covers no text
 
@@ -119,23 +122,27 @@ class Encoder:
         keys: Mapping[str, str] | None = None,
         chat: bool = True,
         ends_text: bool = True,
-        objective: str = "sft",
+        rows: str = "texts",
     ):
-        """With `ends_text`, rows of `text` get a token for the end."""
+        """Stores the settings. With `ends_text`, rows of `text` get an end token."""
         if train_on not in ("completions", "last", "all"):
             raise ValueError(
                 f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.chat, self.ends_text = chat, ends_text
-        self.kinds = kinds.kinds_for(objective)
+        if rows not in kinds.FORMS:
+            raise ValueError(
+                f"`rows` must be one of {', '.join(kinds.FORMS)}. Got {rows!r}."
+            )
+        self.kinds = kinds.FORMS[rows]
         self.keys = kinds.check_keys(keys, self.kinds)
         self.unused: dict[str, None] = {}  # the unused keys so far, in order
 
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
-    ) -> tuple[str, Encoded]:
-        """Returns the kind and tokens of a row. With `kind`, rejects other kinds."""
+    ) -> Encoded:
+        """Returns the tokens of a row. With `kind`, rejects rows of other kinds."""
         fields = kinds.find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
@@ -151,7 +158,7 @@ class Encoder:
             encoded = self._encode_preference(fields, place, with_example)
         else:
             encoded = self._encode_answers(fields, place, with_example)
-        return fields.kind, encoded
+        return encoded._replace(kind=fields.kind)
 
     def _encode_ids(self, fields: kinds.Fields, place: str) -> Row:
         ids = self._check_ids("input_ids", fields.values["input_ids"])
@@ -179,7 +186,8 @@ class Encoder:
             except ModelError:
                 raise
             except ValueError as error:
-                # The user calls the completion "chosen" or "rejected".
+                # The message must name the key in the user's row: "chosen" or
+                # "rejected".
                 raise ValueError(str(error).replace("completion", name)) from error
             encoded.append(x._replace(row=x.row._replace(label=is_good)))
         rejected = encoded[1].row if len(encoded) > 1 else None
@@ -192,8 +200,9 @@ class Encoder:
         return encoded[0]._replace(row=row, straddles=straddles)
 
     def _encode_answers(self, fields, place, with_example) -> Encoded:
-        # The text is tokenized as a whole, as the model will see it: pieces of it could
-        # have other tokens. Targets are the tokens that cover characters of answers.
+        # The text is tokenized as a whole, since its parts could have other tokens if
+        # they were tokenized separately. Targets are the tokens that cover characters
+        # of answers.
         marked = self._mark_answers(fields)
         tokens = self._tokenize(marked.text, marked.is_rendered)
         is_target, answer, straddles = self._find_targets(tokens, marked)
@@ -214,8 +223,9 @@ class Encoder:
         return Encoded(Row(ids, labels, place, start), example, straddles)
 
     def _mark_answers(self, fields: kinds.Fields) -> Marked:
-        # Two texts without a `prompt` have the kind "text". Their common beginning is
-        # the prompt, which may end anywhere, so it cannot be a message.
+        # The kind "text" is that of a pair of strings without a `prompt` (see
+        # `kinds.find_completions`). Its prompt is the common beginning of both strings,
+        # which may end in the middle of a sentence and so is not a message.
         is_chat = self.chat and self.tokenizer.has_template and fields.kind != "text"
         groups = kinds.find_messages(fields, is_chat)
         if isinstance(groups, tuple):
@@ -233,17 +243,18 @@ class Encoder:
             for name, group in groups.items()
             for index, message in enumerate(group)
         ]
-        may_train = [is_trained for _, is_trained in pairs]
+        messages, may_train = zip(*pairs, strict=True)
         if self.train_on == "all" and not all(may_train):
             raise ValueError(
                 "messages must not have a `weight` of 0 or `train: false` where all "
                 "tokens are trained (`train_on`)."
             )
-        messages = chat.adapt_contents([message for message, _ in pairs], tools)
+        messages = chat.adapt_contents(messages, tools)
         # 2. Render, and check that the text has all parts of the row.
         rendering, iterator = chat.render(messages, tools), iter(messages)
         row: dict[str, Any] = {
-            name: [next(iterator) for _ in groups[name]] for name in groups
+            name: [*itertools.islice(iterator, len(group))]
+            for name, group in groups.items()
         }
 
         def render_variant(row):
@@ -255,8 +266,8 @@ class Encoder:
         check_nothing_omitted(render_variant, row, rendering.text, source)
         # 3. Find the answers to train on.
         first = len(messages) - len(row.get("completion", messages))
-        turns = [i for i, x in enumerate(messages) if x["role"] == "assistant"]
-        turns = [turn for turn in turns if turn >= first]
+        roles = enumerate(message["role"] for message in messages)
+        turns = [i for i, role in roles if role == "assistant" and i >= first]
         turns = turns[-1:] if self.train_on == "last" else turns
         turns = [turn for turn in turns if may_train[turn]]
         try:
@@ -264,23 +275,24 @@ class Encoder:
         except ModelError:
             raise
         except ValueError:
-            # To train on all tokens in sft, answers need not be found.
+            # All tokens of a text are targets with "all", so its answers need not be
+            # found. Preferences need them in any case.
             if self.train_on != "all" or self.kinds is not kinds.KINDS:
                 raise
             return Marked(rendering.text, [], True)
 
     def _tokenize(self, text: str, is_rendered: bool) -> _Tokens:
-        encoding = self.tokenizer.encode_with_offsets(text, not is_rendered)
-        starts, ends, added, last = [], [], [], 0
-        pairs = zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
-        for is_special, (start, end) in pairs:
-            # Special tokens in the text have a span; those that were added do not.
-            added.append(bool(is_special) and start == end)
-            starts.append(last if added[-1] else min(start, last))
-            last = last if added[-1] else max(last, end)
-            ends.append(last)
-        is_added = np.array(added, bool)
-        return _Tokens(encoding.ids, np.array(starts), np.array(ends), is_added)
+        encoding = encode_with_offsets(self.tokenizer, text, not is_rendered)
+        starts, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
+        # The special tokens that are part of the text cover characters. Those that the
+        # tokenizer adds do not.
+        added = np.array(encoding.special_tokens_mask, bool) & (starts == ends)
+        # Close the gaps between tokens: each token begins no later than the end of the
+        # text that the tokens before it cover.
+        ends = np.maximum.accumulate(np.where(added, 0, ends))
+        covered = np.concatenate([[0], ends])[:-1]
+        starts = np.where(added, covered, np.minimum(starts, covered))
+        return _Tokens(encoding.ids, starts, ends, added)
 
     def _find_targets(
         self, tokens: _Tokens, marked: Marked
@@ -293,7 +305,8 @@ class Encoder:
         indices = np.zeros(0, int)
         for start, end in marked.answers:
             is_inside = (starts < end) & (ends > start) & ~added
-            # An added token after the answer is the one for the end of the text.
+            # A token that the tokenizer added after the start of the answer is the one
+            # for the end of the text, which is a target too.
             is_inside |= added & (starts > start)
             (indices,) = np.nonzero(is_inside)
             # Generation stops at an end token, so text after it is not a target.
@@ -309,7 +322,7 @@ class Encoder:
         prompt = self._tokenize(marked.text[:start], marked.is_rendered)
         ids = [*prompt.ids]
         while len(ids) > 1 and prompt.added[len(ids) - 1]:
-            ids.pop()  # a token for the end of the text
+            ids.pop()  # an end token that the tokenizer added
         end_ids = self.tokenizer.end_ids
         text = self.tokenizer.decode([x for x in answer if x not in end_ids])
         return Example(ids, text, end_ids)

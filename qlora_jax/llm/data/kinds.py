@@ -34,38 +34,34 @@ PAIRS = {"preference": Keys(("chosen", "rejected"), ("prompt", "tools", "system"
 LABELLED = {
     "labelled answer": Keys(("prompt", "completion", "label"), ("tools", "system"))
 }
-_OBJECTIVES: dict[str, Kinds] = {"sft": KINDS, "kto": PAIRS | LABELLED}
-_OBJECTIVES |= dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIRS)
+# For each value of the argument `rows` of `read_dataset`: the kinds that it accepts.
+FORMS: dict[str, Kinds] = {"texts": KINDS, "pairs": PAIRS, "labelled": PAIRS | LABELLED}
 # Fields that may be JSON in a string, since files such as CSV contain only strings.
 _JSON_FIELDS = ("input_ids", "labels", "label", "messages", "conversations", "tools")
-# Keys with content that a model should see. A row is rejected if they are unused.
+# Keys with content that a model should see. A row is rejected if it has one of them and
+# rows of its kind do not use this key.
 _CONTENT_KEYS = {"tools", "functions", "system", "system_prompt", "history"}
 _CONTENT_KEYS |= {"documents", "image", "images", "video", "videos", "audio", "audios"}
 _CONTENT_KEYS |= {"chat_template_kwargs"}
 # The roles of ShareGPT's conversations.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
-# Keys that decide whether to train on a message: OpenAI's, and then those of axolotl.
+# Keys that decide whether to train on a message: the first is OpenAI's, and the others
+# are axolotl's.
 _TRAIN_KEYS = ("weight", "train", "training")
 # Values of `label` in KTO data, in lower case. Some files contain only strings.
 _LABELS = {"true", "false", "1", "0"}
 
 
 class Fields(NamedTuple):
-    """The kind of a row, its values by our names, and its non-empty unused keys."""
+    """The kind of a row, its values by our keys, and its keys that are not used.
+
+    Unused keys with empty values are left out.
+    """
 
     kind: str
     values: dict[str, Any]
     unused: list[str]
-
-
-def kinds_for(objective: str) -> Kinds:
-    """Returns the kinds of rows for an objective."""
-    if objective not in _OBJECTIVES:
-        raise ValueError(
-            f"`objective` must be one of {', '.join(_OBJECTIVES)}. Got {objective!r}."
-        )
-    return _OBJECTIVES[objective]
 
 
 def check_keys(keys: Mapping[str, str] | None, kinds: Kinds) -> dict[str, str]:
@@ -87,7 +83,7 @@ def check_keys(keys: Mapping[str, str] | None, kinds: Kinds) -> dict[str, str]:
 def find_fields(
     row: Mapping[str, Any], keys: Mapping[str, str], kinds: Kinds
 ) -> Fields:
-    """Returns the fields of a row. `keys` maps our names to those in the rows."""
+    """Returns the fields of a row. `keys` maps our keys to those in the rows."""
     alternatives = []
     if kinds is KINDS:
         _check_no_pair(row, keys)
@@ -115,24 +111,24 @@ def find_fields(
 
 
 def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    # In sft, `keys` must select the completion of a pair to train on.
+    # A pair can be used to train on texts only if `keys` names the answer to use.
     required = PAIRS["preference"].required
     has_pair = all(row.get(key) is not None for key in required)
     if has_pair and not {*required} & {*keys.values()}:
         raise ValueError(
-            "rows with `chosen` and `rejected` need `--objective dpo`, ipo, orpo, "
-            "simpo or kto. To train on the chosen answers alone, name their key, as in "
-            f'`--keys \'{{"messages": "chosen"}}\'`. Got {[*row]!s:.200}.'
+            "rows with `chosen` and `rejected` need an `--objective` for preferences. "
+            "To train on the chosen answers alone, name their key, as in `--keys "
+            f'\'{{"messages": "chosen"}}\'`. Got {[*row]!s:.200}.'
         )
 
 
 def _check_no_label(kind: str, label: object) -> None:
-    # Labels of other kinds, such as topics, are ignored.
+    # Labels with other values, such as topics, are ignored.
     if kind not in ("text", "input_ids") and str(label).lower() in _LABELS:
         raise ValueError(
-            "rows with a `label` of true or false need `--objective kto`: sft would "
-            "train on the bad answers too. Leave `label` out to train on all of them. "
-            f"Got {label!r}."
+            "rows with a `label` of true or false need an `--objective` for labelled "
+            "answers: others would train on the bad answers too. Leave `label` out to "
+            f"train on all of them. Got {label!r}."
         )
 
 
@@ -158,8 +154,9 @@ def _parse_field(name: str, value: Any) -> Any:
 
 def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
     """Returns the messages and tools of a row in a dict, or a pair of strings."""
-    # The keys of the dict are the names for error messages. Without `is_chat`, a prompt
-    # and a completion that are strings are returned as they are.
+    # The dict has lists of messages, under the names that error messages use for them,
+    # and "tools". The pair of strings is a prompt and a completion, which stay strings
+    # unless `is_chat`.
     kind, values, _ = fields
     groups, tools = {}, _check_tools(values.get("tools"))
     # The system prompt comes first, as a message.
@@ -214,7 +211,8 @@ def _find_completion(
 
 
 def _to_message(name: str, index: int, turn: Any) -> Any:
-    # Messages stay as they are. So do wrong values, which `_check_messages` rejects.
+    # Converts a turn of ShareGPT, which has `from` and `value`, to a message. Messages
+    # stay as they are, and so do wrong values, which `_check_messages` rejects.
     if not isinstance(turn, dict) or "role" in turn or "from" not in turn:
         return turn
     if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT_ROLES:
@@ -250,14 +248,15 @@ def _check_message(name: str, message: Any) -> None:
             f"`{name}.tool_calls` must be a list of objects, each with a `function`. "
             f"Got {calls!r:.40}."
         )
-    # An empty user turn may be intended. An empty answer would train only its end.
+    # An empty user turn may be intended. In an empty answer, the only target would be
+    # the token that ends it.
     if _is_empty(content) and not calls:
         if message["role"] == "assistant" or content is None:
             raise ValueError(f"`{name}` must have content. Got {message}.")
 
 
 def split_trained(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Returns a message without `weight` or `train`, and whether it may be trained."""
+    """Returns a message without `_TRAIN_KEYS`, and whether these allow training."""
     weights = {key: message[key] for key in _TRAIN_KEYS if message.get(key) is not None}
     message = {key: x for key, x in message.items() if key not in _TRAIN_KEYS}
     values = [*weights.values()]

@@ -1,8 +1,8 @@
 """Rejects a row if the chat template omits a part of it.
 
 A part is omitted if removing it does not change the rendered text. Rendering is slow,
-so the removal is not tried if the text clearly contains the part: if the part is long,
-appears in the text, and appears nowhere else in the row or in the template.
+so the removal is not tried if the text clearly contains the part. That is so if the
+part is long and appears in the text, but only once in the row and not in the template.
 """
 
 import bisect
@@ -17,10 +17,11 @@ from typing import Any
 Path = tuple[str | int, ...]
 Render = Callable[[dict[str, Any]], str]  # renders a row
 _MIN_UNIQUE = 12  # characters: more than a date, which a template may add by itself
-# To find an omitted part inside a value, about this many characters are changed.
+# To find out whether a part of a string is omitted, about this many of its characters
+# are changed, one at a time.
 _MAX_TRIALS = 32
 _REMOVED = object()
-# Keys with the type or the number of a part, which templates need not write.
+# Keys that only say what a part is or which one it is. Templates need not write these.
 _LABEL_KEYS = {"role", "type", "id", "index"}
 # Keys whose parts are not searched: templates need not write all of a JSON schema.
 _OPAQUE_KEYS = {"parameters"}
@@ -65,7 +66,8 @@ class _Search:
             is_omitted = is_omitted or self._is_partly_omitted(path, value)
             return [path] if is_omitted else []
         omitted = [self.find(part, value[part[-1]]) for part in part_paths]
-        # For a message, or a list of messages, each omitted part is listed.
+        # If all parts are omitted, return only the path of the whole value. But in a
+        # message, or a list of messages, name each part.
         is_messages = path[0] != "tools" and len(path) < 3
         is_total = all(x == [y] for x, y in zip(omitted, part_paths, strict=True))
         if is_total and not is_messages:
@@ -139,7 +141,8 @@ def _part_keys(value: Any, path: Path) -> list[Any]:
         return []
     if isinstance(value, list):
         return [index for index, x in enumerate(value) if not _is_empty(x)]
-    # The arguments of a call are the user's, so all of their keys must be written.
+    # The keys in the arguments of a tool call are those of the tool's parameters, so
+    # even a key such as "type" must be written there.
     labels = () if "arguments" in path else _LABEL_KEYS
     return [k for k, x in value.items() if not _is_empty(x) and k not in labels]
 

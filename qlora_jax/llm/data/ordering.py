@@ -9,9 +9,7 @@ import numpy as np
 
 MULTIPLE = 8  # widths are multiples of this number of tokens
 MAX_WIDTHS = 8  # each width is compiled as a program of its own
-_PADDING = 0.05  # the share of padding that is not worth another program
-# The batch size, the batches of a window, and the number of rows or None for no end.
-WindowSizes = tuple[int, int, int | None]
+_PADDING = 0.05  # no more widths are added once at most this share is padding
 
 
 def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
@@ -21,16 +19,18 @@ def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
 
 def choose_widths(lengths: np.ndarray) -> np.ndarray:
     """Returns the fewest widths, at most eight, that leave little padding."""
-    # Dynamic programming over the distinct rounded lengths `widths`. With n widths, of
-    # which widths[j] is the largest, the sequences up to widths[j] take
+    # Dynamic programming. The candidates, `widths`, are the distinct rounded lengths.
+    # cost_n[j] is the number of tokens, with padding, of all sequences that are no
+    # longer than widths[j], if n widths are used and widths[j] is the largest of them:
     #     cost_n[j] = min over i <= j of cost_(n-1)[i - 1] + count(i to j) * widths[j]
-    # tokens with padding, where i - 1 is the index of the second largest width.
+    # Here, i - 1 is the index of the second largest width. The count(i to j) sequences
+    # that are longer than it, and no longer than widths[j], are padded to widths[j].
     widths, counts = np.unique(round_up(lengths), return_counts=True)
     num_tokens = lengths.sum()
     # For each j: the number of sequences that are narrower than widths[j].
     num_narrower = np.concatenate([[0], np.cumsum(counts)])
     cost = num_narrower[1:] * widths  # one width for all
-    # For each n, and each j: the index plus 1 of the second largest width, or 0.
+    # For each n, and each j: the best i, or 0 if there is no second largest width.
     previous = [np.zeros(len(widths), int)]
     max_widths = min(MAX_WIDTHS, len(widths))
     while cost[-1] * (1 - _PADDING) > num_tokens and len(previous) < max_widths:
@@ -76,12 +76,29 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-class ShuffledOrder(Sequence[Any]):
-    """An endless sequence of single rows, in a new order each epoch."""
+class Order(Sequence[Any]):
+    """An endless sequence of rows, or of packs of rows, in a new order each epoch.
 
-    def __init__(self, count: int, seed: int, first: int = 0):
-        """Orders `count` rows, whose indices start at `first`."""
-        self.epoch, self._seed, self._first = count, seed, first
+    Attributes:
+        packs: With a capacity: the packs of an epoch. Each pack is a list of indices
+            into the rows, when these are sorted from long to short. Otherwise empty.
+        longest: The number of tokens of the longest pack.
+        epoch: The number of rows, or of packs, in one epoch, which has each row once.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, seed: int, first: int, capacity: int | None
+    ):
+        """Orders rows of the given lengths, whose indices start at `first`."""
+        self._lengths, self._seed, self._first = lengths, seed, first
+        self.packs: list[list[int]] = []
+        if capacity is not None:
+            # The lengths are packed only once, so that all epochs have the same number
+            # of packs. Between epochs, only rows of equal length swap places.
+            descending = -np.sort(-lengths)
+            self.packs = pack_lengths(descending.tolist(), capacity)
+            self.longest = max(int(descending[pack].sum()) for pack in self.packs)
+        self.epoch = len(self.packs) or len(lengths)
         # Cache two epochs, since a batch may have rows of two. A decorator on the
         # method would keep this object alive.
         self._permutation = functools.lru_cache(2)(self._shuffle)
@@ -92,67 +109,12 @@ class ShuffledOrder(Sequence[Any]):
     # Slices are not supported.
     def __getitem__(self, index: Any) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         epoch, position = divmod(index, self.epoch)
-        return self._permutation(epoch)[position]
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        generator = np.random.default_rng([self._seed, epoch])
-        return self._first + generator.permutation(self.epoch)
-
-
-class PackedOrder(Sequence[Any]):
-    """An endless sequence of packs of rows, with each row once per epoch."""
-
-    def __init__(self, lengths: np.ndarray, capacity: int, seed: int, first: int = 0):
-        # Each epoch packs the same lengths, so that it has the same number of packs.
-        # Only rows of equal length swap places.
-        self._lengths, self._seed, self._first = lengths, seed, first
-        descending = -np.sort(-lengths)
-        self._packs = pack_lengths(descending.tolist(), capacity)
-        self.longest = max(int(descending[pack].sum()) for pack in self._packs)
-        self.most_rows = max(map(len, self._packs))
-        self.epoch = len(self._packs)
-        self._permutation = functools.lru_cache(2)(self._shuffle)
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    # Slices are not supported.
-    def __getitem__(self, index: Any) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        epoch, position = divmod(index, self.epoch)
         rows, packs = self._permutation(epoch)
-        return rows[self._packs[packs[position]]]
+        return rows[self.packs[packs[position]]] if self.packs else rows[position]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        # Returns the row indices from long to short, with ties in random order, and a
-        # random order of the packs.
         generator = np.random.default_rng([self._seed, epoch])
-        shuffled = generator.permutation(len(self._lengths))
-        rows = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
-        return self._first + rows, generator.permutation(self.epoch)
-
-
-class SimilarLengths:
-    """Batches of rows of similar length, from an order of single rows."""
-
-    def __init__(
-        self, order: Sequence[Any], widths: np.ndarray, sizes: WindowSizes, seed: int
-    ):
-        self._order, self._widths, self._seed = order, widths, seed
-        self._batch_size, self._window, self._count = sizes
-        self._batches = functools.lru_cache(2)(self._cut_window)
-
-    def batch(self, index: int) -> list[np.ndarray]:
-        """Returns the index of the data row in each row of a batch."""
-        window, position = divmod(index, self._window)
-        return [*self._batches(window)[position].reshape(-1, 1)]
-
-    def _cut_window(self, window: int) -> list[np.ndarray]:
-        # The order is cut into windows. A window is sorted by length and cut into
-        # batches, which are shuffled.
-        size, start = self._batch_size, window * self._window * self._batch_size
-        stop = min(start + self._window * size, self._count or sys.maxsize)
-        rows = np.array([self._order[i] for i in range(start, stop)])
-        rows = rows[np.argsort(self._widths[rows], kind="stable")]
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        generator = np.random.default_rng([self._seed, window, 1])
-        return [batches[i] for i in generator.permutation(len(batches))]
+        rows = generator.permutation(len(self._lengths))
+        if self.packs:  # from long to short, with ties in random order
+            rows = rows[np.argsort(-self._lengths[rows], kind="stable")]
+        return self._first + rows, generator.permutation(len(self.packs))

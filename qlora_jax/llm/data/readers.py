@@ -53,14 +53,12 @@ def _open(path: pathlib.Path, is_zipped: bool) -> IO[bytes]:
 def _has_row_per_line(path: pathlib.Path, is_zipped: bool) -> bool:
     # Many .json files are JSON lines: their first line is an object by itself.
     with _open(path, is_zipped) as file, contextlib.suppress(*_DAMAGE):
-        lines = iter(lambda: file.readline(MAX_BYTES).removeprefix(_BOM), b"")
-        first_line = next(filter(bytes.strip, lines), b"")
-        return isinstance(ql.io.parse_json(first_line, "the line"), dict)
+        return isinstance(next(read_jsonl(file), (0, None))[1], dict)
     return False
 
 
 def describe_path(path: str | pathlib.Path) -> str:
-    """Returns a path for an error message, and whether nothing exists there."""
+    """Returns a path for an error message, which says if nothing exists there."""
     return f"{str(path)!r}{'' if pathlib.Path(path).exists() else ', which is missing'}"
 
 
@@ -76,7 +74,8 @@ def rows_of(
                 is_empty = False
                 yield row
         except _DAMAGE as error:
-            # Errors with a number are those of the system, such as a full disk.
+            # Errors with an `errno` come from the operating system, such as a failing
+            # disk. They do not mean that the file is damaged.
             if getattr(error, "errno", None):
                 raise
             suffix = name.suffix + ".gz" * name.is_zipped
@@ -90,12 +89,15 @@ def rows_of(
 
 
 def file_stamp(file: pathlib.Path | int) -> tuple[int, ...]:
-    """Returns numbers that change with a file, given its path or its descriptor."""
+    """Returns numbers that differ after a file has changed or was replaced.
+
+    The file is given by its path or its descriptor.
+    """
     stat = os.stat(file)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
 
-def read_jsonl(file: BinaryIO) -> Rows:
+def read_jsonl(file: IO[bytes]) -> Rows:
     """Yields the row of each line that is not blank."""
     # The limit keeps a file without line breaks from filling the memory.
     lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")

@@ -89,7 +89,7 @@ def listing(lines: list[str]) -> str:
 
 
 def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, float]:
-    """Returns data sets and their weights, also from "a.jsonl=0.7,b=0.3"."""
+    """Returns the weight of each data set. Parses text like "a.jsonl=0.7,b=0.3"."""
     if isinstance(data, Mapping):
         parts = [*data.items()]
     else:
@@ -112,8 +112,11 @@ def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, fl
 
 
 def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
-    """Returns the splits of a file ("train"), a folder, or a data set on the hub."""
-    # An existing path is never treated as a hub id. `notes` lists ignored files.
+    """Returns the splits of a file, a folder, or a data set on the hub.
+
+    A file has only the split "train". An existing path is never treated as a hub id.
+    Adds a note on ignored files to `notes`.
+    """
     path = pathlib.Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
@@ -162,7 +165,8 @@ def open_file(
 ) -> Source:
     """Returns the rows of a file, without reading it.
 
-    Errors name the option, and the alternatives to a file that it accepts.
+    In error messages, `option` is the name of the setting with the path, and
+    `alternatives` lists what this setting accepts instead of a file.
     """
     path = pathlib.Path(path)
     name = split_name(path) if path.is_file() else None
@@ -221,7 +225,7 @@ class JsonLines:
             )
         read = self._read_unzipped if parts.is_zipped else self._read
         self.source = Source(name, "line", readers.rows_of(self.path, parts, read))
-        # Where the line that was read last begins, in bytes, and the line's number.
+        # For the line that was read last: the byte at which it begins, and its number.
         self.offset = self.line_number = 0
 
     def _read_unzipped(self, file: BinaryIO) -> Rows:
@@ -262,7 +266,7 @@ class StreamedRows(Sequence["Row"]):
         self._numbers = array("q")
 
     def add(self, file: JsonLines, piece: int, row: "Row") -> None:
-        """Adds a piece of the line that `file` has read last."""
+        """Adds a row: a piece, by index, of the line that `file` has read last."""
         if file not in self._files[-1:]:
             self._files.append(file)
         place = len(self._files) - 1, file.offset, file.line_number, piece

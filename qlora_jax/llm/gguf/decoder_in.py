@@ -1,12 +1,11 @@
 """Reads decoders and adapters from GGUF files, under Hugging Face names."""
 
-import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,26 +13,25 @@ import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from ..models.families import text_config
-from .open_file import field, open_gguf
-from .values import (
+from .file import GGUFFile, StoredTensor, open_gguf
+from .values_in import (
     FREQUENCIES,
     LONG,
     OFFSET_NORMS,
     OSS,
     PERMUTED,
     SHORT,
-    architecture_of,
     check_values,
     config_from_values,
 )
+from .values_out import architecture_of
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFReader
-    from gguf.gguf_reader import ReaderTensor
+    from gguf import GGMLQuantizationType
 
-# Replacements that turn names of experts and sinks into names in gguf's map, in which
-# all experts are one tensor, and all names end in ".weight" or ".bias".
+# Replacements that turn Hugging Face names of experts and sinks into names that the map
+# of the gguf package knows. In the map, all experts of a layer are one tensor, and all
+# names end in ".weight" or ".bias".
 _NAME_PATTERNS = {
     r"\.experts\.\d+\.": ".experts.",
     r"(\.experts\.\w+_proj)\.\d+$": r"\1.weight",
@@ -72,69 +70,73 @@ class _Alternating:
 
 
 @dataclass(frozen=True, eq=False)
-class GGUFBytes:
-    """A tensor of a GGUF file as bytes: each row is the bytes of a row of weights."""
-
-    shape: tuple[int, ...]
-    stored: np.ndarray | _Alternating
-    rows: np.ndarray | None = None  # index in `stored` of each row; None: the same
-    dtype: np.dtype = np.dtype(np.uint8)
-
-    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        rows, columns = index
-        return self.stored[rows if self.rows is None else self.rows[rows]][:, columns]
-
-
-@dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """A tensor of a GGUF file: indexing decodes only the chosen rows."""
+    """A tensor of a GGUF file: indexing reads, and decodes, only the chosen rows.
 
-    shape: tuple[int, ...]  # in the Hugging Face model
-    stored: np.ndarray | _Alternating
-    tensor_type: "GGMLQuantizationType"
-    rows: np.ndarray | None = None  # index in `stored` of each row; None: the same
+    If `tensor_type` is None, indexing returns the stored bytes without decoding them.
+    """
+
+    shape: tuple[int, ...]  # as in the Hugging Face model; of bytes, as in `stored`
+    stored: Any  # an array, or `_Alternating`
+    tensor_type: "GGMLQuantizationType | None" = None
+    rows: np.ndarray | None = None  # where `stored` has each row; None: in order
     offset: float = 0.0  # number that llama.cpp added to the values
-    dtype: np.dtype = np.dtype(np.float32)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return np.dtype(np.uint8 if self.tensor_type is None else np.float32)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        rows, *trailing = index if isinstance(index, tuple) else (index,)
+        x = self.stored[rows if self.rows is None else self.rows[rows]]
+        if self.tensor_type is not None:
+            x = self._decode(x, self.tensor_type)
+        return x[(slice(None), *trailing)]
+
+    def _decode(
+        self, stored: np.ndarray, tensor_type: "GGMLQuantizationType"
+    ) -> np.ndarray:
         import gguf
 
-        rows, *trailing = index if isinstance(index, tuple) else (index,)
-        stored = self.stored[rows if self.rows is None else self.rows[rows]]
         # The package decodes 16 rows at a time, so group short rows into longer ones.
         group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
-        grouped = stored.reshape(len(stored) // group, -1)
-        x = gguf.dequantize(grouped, self.tensor_type)
+        x = gguf.dequantize(stored.reshape(len(stored) // group, -1), tensor_type)
         x = x.reshape(len(stored), *self.shape[1:])
-        x = x[(slice(None), *trailing)] if trailing else x
         return np.asarray(x - self.offset if self.offset else x, self.dtype)
 
 
 def read_gguf(
-    path: str | pathlib.Path,
-) -> tuple[DecoderConfig, dict[str, GGUFTensor | GGUFBytes]]:
-    """Returns the config, and the tensors by Hugging Face name, not yet decoded.
+    file: GGUFFile,
+) -> tuple[DecoderConfig, dict[str, GGUFTensor], dict[str, Any]]:
+    """Returns the config, the tensors by Hugging Face name, and a `config.json`.
 
-    Weights in Q4_0 and MXFP4 are bytes, which `ql.io.packed_tensors` reads.
+    Tensors are decoded when they are indexed. Weights in Q4_0 and MXFP4 stay bytes,
+    which `ql.io.packed_tensors` turns into packed weights.
     """
-    reader = open_gguf(path)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    architecture = field(reader, "general.architecture")
+    architecture: Any = file.values.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"The architecture must be one of {ARCHITECTURES}. Got {architecture!r}."
         )
     # 1. The config. The divisors of frequencies are tensors, but not parameters.
+    stored = dict(file.tensors)
     factors = {
         name: tuple(stored.pop(name).data.tolist())
         for name in (FREQUENCIES, SHORT, LONG)
         if name in stored
     }
+    prefix = f"{architecture}."
+    keys = [key for key in file.values if key.startswith(prefix)]
+    values = {key.removeprefix(prefix): file.values[key] for key in keys}
     try:
-        config = _read_gguf_config(reader, architecture, stored.keys(), factors)
+        check_values(architecture, values, stored.keys())
+        size = stored["token_embd.weight"].shape[0]
+        config, raw = config_from_values(architecture, values, stored, size, factors)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ql.io.CheckpointError(
-            f"{path} must have metadata values of the expected types. Got {error!r}."
+            f"{file.path} must have metadata values of the expected types. Got "
+            f"{error!r}."
         ) from error
     # 2. The Hugging Face names. One tensor may hold the kernels of all experts.
     hf_names: dict[str, list[str]] = {}
@@ -147,68 +149,41 @@ def read_gguf(
     for gguf_name, tensor in stored.items():
         names = hf_names.get(gguf_name, [gguf_name])
         tensors |= _name_tensors(tensor, names, config, architecture)
-    return config, tensors
+    return config, tensors, raw
 
 
-def _read_gguf_config(
-    reader: "GGUFReader",
-    architecture: str,
-    names: Collection[str],
-    factors: Mapping[str, tuple[float, ...]],
-) -> DecoderConfig:
-    prefix = f"{architecture}."
-    keys = [key for key in reader.fields if key.startswith(prefix)]
-    values = {key.removeprefix(prefix): field(reader, key) for key in keys}
-    check_values(architecture, values, names)
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
-    vocab_size = int(shapes["token_embd.weight"][-1])  # `check_values` requires it
-    return config_from_values(architecture, values, names, vocab_size, factors)
+def _join_gate_up(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Joins the gate and up tensors of experts into one, in which their rows alternate.
 
-
-class _JoinedTensor(NamedTuple):
-    """Gate and up as one tensor, in which their rows alternate."""
-
-    tensor_type: "GGMLQuantizationType"
-    shape: tuple[int, ...]  # in GGUF's order, from the last axis to the first
-    data: list[_Alternating] | np.ndarray
-
-
-def _join_gate_up(
-    stored: "Mapping[str, ReaderTensor]",
-) -> "dict[str, ReaderTensor | _JoinedTensor]":
-    """Joins the gate and up tensors of experts, under the name of the gate."""
-    joined: dict[str, ReaderTensor | _JoinedTensor] = dict(stored)
+    The joined tensor has the name of the gate.
+    """
+    joined = dict(stored)
     for name, gate in stored.items():
         up = stored.get(name.replace("_gate_", "_up_"))
         if ".ffn_gate_exps." not in name or up is None:
             continue
-        tensor_type, shape = gate.tensor_type, tuple(gate.shape)
-        if (up.tensor_type, tuple(up.shape)) != (tensor_type, shape):
+        if (up.tensor_type, up.shape) != (gate.tensor_type, gate.shape):
             continue  # `ql.io.load` rejects their shapes
         del joined[up.name]
-        if len(shape) == 3:  # kernels, one for each expert
+        num_experts, n, *k = gate.shape
+        if k:  # kernels, one for each expert
             pairs = zip(gate.data, up.data, strict=True)
-            data = [_Alternating(*pair) for pair in pairs]
-            shape = (shape[0], 2 * shape[1], shape[2])
+            data: Any = [_Alternating(*pair) for pair in pairs]
         else:  # biases
-            shape = (2 * shape[0], *shape[1:])
-            data = np.stack([gate.data, up.data], axis=-1).reshape(shape[::-1])
-        joined[name] = _JoinedTensor(tensor_type, shape, data)
+            data = np.stack([gate.data, up.data], axis=-1).reshape(num_experts, 2 * n)
+        joined[name] = replace(gate, shape=(num_experts, 2 * n, *k), data=data)
     return joined
 
 
 def _name_tensors(
-    tensor: "ReaderTensor | _JoinedTensor",
-    names: list[str],
-    config: DecoderConfig,
-    architecture: str,
-) -> Iterator[tuple[str, GGUFTensor | GGUFBytes]]:
+    tensor: StoredTensor, names: list[str], config: DecoderConfig, architecture: str
+) -> Iterator[tuple[str, GGUFTensor]]:
     """Yields the parts of a stored tensor with their names.
 
-    Matrices in Q4_0 and MXFP4 are yielded as bytes, and their names end in the format.
+    A matrix in Q4_0 or MXFP4 is yielded as bytes, and its name gets the suffix "_q4_0"
+    or "_mxfp4".
     """
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    parts: Any = [tensor.data]
+    shape, parts = tensor.shape, [tensor.data]
     if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:
         parts, shape = tensor.data, shape[1:]  # one part for each expert
     fmt = tensor.tensor_type.name
@@ -216,23 +191,27 @@ def _name_tensors(
         rows = stored_rows(name, shape, config, architecture)
         is_q4_0 = fmt == "Q4_0" and name.endswith(".weight")
         if len(shape) == 2 and (is_q4_0 or fmt == "MXFP4"):
-            yield f"{name}_{fmt.lower()}", GGUFBytes(data.shape, data, rows)
+            yield f"{name}_{fmt.lower()}", GGUFTensor(data.shape, data, None, rows)
         else:
             offset = offset_of(name, architecture)
             yield name, GGUFTensor(shape, data, tensor.tensor_type, rows, offset)
 
 
-def gguf_fmt(path: pathlib.Path) -> str | None:
+def gguf_fmt(file: GGUFFile) -> str | None:
     """Returns the format of a GGUF file's packed layers, or None."""
-    layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
+    layers = [x for name, x in file.tensors.items() if name.startswith("blk.")]
     formats = {x.tensor_type.name for x in layers if len(x.shape) > 1}
-    if "MXFP4" in formats:  # only experts have this format; other kernels are float
+    if "MXFP4" in formats:  # only experts have this format
         return "mxfp4"
-    return "q4_0" if formats == {"Q4_0"} else None
+    # Routers, and kernels that blocks of 32 do not fit, are float.
+    return "q4_0" if formats - {"F32", "F16", "BF16"} == {"Q4_0"} else None
 
 
 def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
-    """Maps Hugging Face tensor names to GGUF names; experts are in order."""
+    """Maps Hugging Face tensor names to GGUF names.
+
+    The experts of a layer have one GGUF name, and are listed in order.
+    """
     import gguf
 
     # llama.cpp has no architecture called "mistral".
@@ -252,20 +231,6 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
             if gguf_name is not None:
                 gguf_name_of[hf_name] = gguf_name
     return gguf_name_of
-
-
-def context_of(source: pathlib.Path) -> int:
-    """Returns the context length of a model, in tokens."""
-    if source.suffix == ".gguf":
-        reader = open_gguf(source)
-        key = f"{field(reader, 'general.architecture')}.context_length"
-        length = field(reader, key)
-    else:
-        key = "max_position_embeddings"
-        length = text_config(ql.io.read_config_json(source)).get(key)
-    if not length:
-        raise ValueError(f"{source} must have a context length, `{key}`.")
-    return int(length)
 
 
 def permuted_heads(name: str, config: DecoderConfig, architecture: str) -> int | None:
@@ -295,7 +260,10 @@ def offset_of(name: str, architecture: str) -> float:
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Interleaves rows i and i + Dh/2 of each head, as llama.cpp stores them."""
+    """Interleaves the two halves of each head's rows, as llama.cpp stores them.
+
+    Row i + Dh/2 then follows row i, where Dh is the size of a head.
+    """
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -306,28 +274,28 @@ def read_gguf_lora(path: str | pathlib.Path, config: DecoderConfig) -> ql.io.Pla
     a CheckpointError if the file is broken, not a LoRA, or for another architecture.
     """
     # 1. Check the metadata.
-    reader, architecture = open_gguf(path), architecture_of(config)
+    file, architecture = open_gguf(path), architecture_of(config)
     expected = {"general.type": "adapter", "adapter.type": "lora"}
     expected["general.architecture"] = architecture
     problems = [
         f"`{key}` must be {value!r}. Got {actual!r:.80}."
         for key, value in expected.items()
-        if (actual := field(reader, key)) != value
+        if (actual := file.values.get(key)) != value
     ]
-    alpha = field(reader, _ALPHA)
+    alpha = file.values.get(_ALPHA)
     if not isinstance(alpha, float) or not 0 < alpha < math.inf:
         problems.append(f"`{_ALPHA}` must be a positive number. Got {alpha!r:.80}.")
-    keys = [key for key in reader.fields if key.startswith("adapter.")]
+    keys = [key for key in file.values if key.startswith("adapter.")]
     unknown = [key for key in keys if key not in _ADAPTER_KEYS]
     problems += [f"`{key}` is not supported." for key in unknown]
     # 2. Decode the factors, `[rank, K]` and `[N, rank]`.
-    config = dataclasses.replace(config, module="model")
+    config = replace(config, module="model")
     names = gguf_names(config, architecture)
     hf_names = {gguf_name: hf_name for hf_name, gguf_name in names.items()}
     factors: dict[str, dict[str, np.ndarray]] = {}
-    for tensor in reader.tensors:
+    for tensor in file.tensors.values():
         gguf_name, _, part = tensor.name.rpartition(".lora_")
-        shape = tuple(int(n) for n in reversed(tensor.shape))
+        shape = tensor.shape
         if gguf_name not in hf_names or part not in ("a", "b") or len(shape) != 2:
             problems.append(f"{tensor.name}: unexpected tensor of shape {shape}")
             continue

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import gguf
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
 import qlora_jax as ql
 
-from ..models.checkpoint import abstract_params, read_config
+from ..models.checkpoint import abstract_params
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
+from ..models.source import ModelSource, open_source
+from .decoder_in import gguf_names, offset_of, permute, permuted_heads
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
-from .values import factors_of, gguf_architecture, values_of
+from .values_out import factors_of, gguf_architecture, values_of
 
 FORMATS = ("F16", "Q8_0", "Q4_0")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
@@ -47,13 +47,15 @@ def save_gguf(
 ) -> None:
     """Writes a GGUF file tensor by tensor, under a temporary name until it is complete.
 
-    Norms, biases, sinks and routers are F32. With F16 and Q8_0, other tensors have the
-    format `fmt`, with two exceptions: mxfp4 experts without adapters keep their codes
-    and scales, and Q8_0 tensors become F16 if 32, the block size, does not divide their
-    number of inputs. With Q4_0, only the layers' kernels have this format: packed
-    kernels keep their codes and scales, and float kernels are packed by llama.cpp's
-    rule. All other tensors are then F16 if that represents each number exactly, and F32
-    if not.
+    Norms, biases, sinks and routers are always F32. The format of all other tensors
+    depends on `fmt`:
+
+    - "F16" and "Q8_0": They are written in this format, with two exceptions. Experts in
+      mxfp4 that have no adapter keep their codes and scales. With "Q8_0", a tensor
+      becomes F16 if its number of inputs is not a multiple of 32, the block size.
+    - "Q4_0": Only the kernels of layers are written in this format. Packed kernels keep
+      their codes and scales, and float kernels are packed by llama.cpp's rule. Each
+      remaining tensor is F16 if this represents its values exactly, and F32 if not.
 
     Args:
         path: The file.
@@ -61,7 +63,7 @@ def save_gguf(
             config, the context length and the tokenizer.
         base: The parameters of the `Decoder`. With F16 and Q8_0, packed kernels other
             than mxfp4 experts are decoded.
-        lora: Adapters to merge into the kernels; must be None for Q4_0.
+        lora: Adapters to merge into the kernels; must be None or empty for Q4_0.
         fmt: "F16", "Q8_0" or "Q4_0".
         tokenizer: Whether to write the tokenizer too.
         progress: Whether to show a progress bar.
@@ -84,10 +86,9 @@ def save_gguf(
     # 1. Check everything before the file is created.
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
-    source = pathlib.Path(source)
-    config, architecture = check_gguf_source(source, tokenizer=tokenizer)
-    leaves = flatten_dict(base, sep="/")
-    adapters = flatten_dict(lora or {}, sep="/")
+    model = open_source(source)
+    config, architecture = check_gguf_source(model, tokenizer=tokenizer)
+    leaves, adapters = ql.leaves_by_path(base), ql.leaves_by_path(lora or {})
     _check_leaves(config, leaves, adapters)
     if fmt == "Q4_0":
         if adapters:
@@ -98,15 +99,19 @@ def save_gguf(
         leaves = _pack_q4_0(leaves)
     with _open_writer(path, architecture) as writer:
         # 2. The metadata, and the names and shapes of all tensors.
-        _add_values(writer, config, source, fmt)
+        _add_values(writer, config, model, fmt)
         if tokenizer:
-            write_gguf_tokenizer(writer, source, config.vocab_size)
+            write_gguf_tokenizer(writer, model, config.vocab_size)
         tensors = _plan_tensors(config, architecture, leaves, adapters, fmt)
         factors = factors_of(config, architecture)
-        for name, divisors in factors.items():
-            _add_info(writer, name, (len(divisors),), "F32")
-        for tensor in tensors:
-            _add_info(writer, tensor.name, tensor.shape, tensor.fmt)
+        infos = [(name, (len(x),), "F32") for name, x in factors.items()]
+        infos += [(tensor.name, tensor.shape, tensor.fmt) for tensor in tensors]
+        for name, shape, tensor_fmt in infos:
+            raw_dtype, dtype = gguf.GGMLQuantizationType[tensor_fmt], np.dtype("f4")
+            size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, raw_dtype)))
+            # `raw_dtype` overrides the dtype. If the dtype were uint8, the package
+            # would convert the shape.
+            writer.add_tensor_info(name, shape, dtype, size, raw_dtype=raw_dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -137,29 +142,29 @@ def _open_writer(
 
 
 def check_gguf_source(
-    source: pathlib.Path, *, tokenizer: bool
+    source: ModelSource, *, tokenizer: bool
 ) -> tuple[DecoderConfig, str]:
     """Returns the config and llama.cpp's architecture; reads no weights."""
-    config = dataclasses.replace(read_config(source), module="model")
-    architecture = gguf_architecture(config, context_of(source))
+    config = dataclasses.replace(source.config, module="model")
+    architecture = gguf_architecture(config, source.context_length)
     if tokenizer:
         check_gguf_tokenizer(source)
     return config, architecture
 
 
 def _add_values(
-    writer: gguf.GGUFWriter, config: DecoderConfig, source: pathlib.Path, fmt: str
+    writer: gguf.GGUFWriter, config: DecoderConfig, source: ModelSource, fmt: str
 ) -> None:
-    writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
+    writer.add_name(source.path.name.removesuffix(".gguf"))
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     adders = {int: "uint32", float: "float32", str: "string"}
-    for key, value in values_of(config, writer.arch, context_of(source)).items():
+    for key, value in values_of(config, writer.arch, source.context_length).items():
         getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
 
 
 def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:
-    params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
+    params = ql.leaves_by_path(abstract_params(config))
     expected = {path: x.shape for path, x in params.items()}
     actual = {path: tuple(x.shape) for path, x in leaves.items()}
     if wrong := sorted({path for path, _ in expected.items() ^ actual.items()}):
@@ -173,7 +178,7 @@ def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> No
 
 class _PlannedTensor(NamedTuple):
     name: str
-    hf_name: str  # its name in the Hugging Face model
+    hf_name: str  # its name in the Hugging Face model; for experts, the first one's
     path: str  # path of the leaf that contains it
     batch_index: tuple[int, ...]  # its index on the leaf's batch axes
     columns: slice  # its columns in the leaf
@@ -258,16 +263,6 @@ def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
     return np.asarray(merged).reshape(leaf.shape[len(index) :])
 
 
-def _add_info(
-    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], fmt: str
-) -> None:
-    raw_dtype, dtype = gguf.GGMLQuantizationType[fmt], np.dtype(np.float32)
-    size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, raw_dtype)))
-    # `raw_dtype` overrides the dtype. If the dtype were uint8, the package would
-    # convert the shape.
-    writer.add_tensor_info(name, shape, dtype, size, raw_dtype=raw_dtype)
-
-
 def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite. Got NaN or infinity.")
@@ -281,7 +276,7 @@ def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
 def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
     """Packs the float kernels of all layers, except routers, by llama.cpp's rule.
 
-    Raises a ValueError that lists packed kernels with other codes or scales.
+    Raises a ValueError that lists the packed kernels that Q4_0 cannot store unchanged.
     """
     packed, problems = dict(leaves), []
     for path, x in leaves.items():
@@ -303,7 +298,10 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
 def _block_bytes(
     q: ql.QTensor, index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
-    """Returns the bytes of the part `[*experts, K, N]` at `index`; a row per column."""
+    """Returns the chosen columns of the kernel `[*experts, K, N]` at `index`, as bytes.
+
+    Each column becomes a row of the result.
+    """
     parts = (np.asarray(x[index])[..., columns] for x in (q.codes, q.scales))
     # [*experts, N, K / 2] and [*experts, N, K / 32]
     packed, scales = (x.swapaxes(-1, -2) for x in parts)
@@ -329,7 +327,7 @@ def save_gguf_lora(
             "an adapter file for llama.cpp must not contain adapters of experts: write "
             f"the merged model as GGUF. Got {len(experts)}, such as {experts[0]}."
         )
-    config, architecture = check_gguf_source(pathlib.Path(source), tokenizer=False)
+    config, architecture = check_gguf_source(open_source(source), tokenizer=False)
     names = gguf_names(config, architecture)
     with _open_writer(path, architecture) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -5,16 +5,14 @@ GGUF calls byte-level BPE "gpt2", and SentencePiece's BPE (Gemma, Llama 2, Phi-3
 each token instead: the pair that forms the token with the highest score merges first.
 """
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qlora_jax as ql
 
-from .open_file import field, open_gguf
+from .file import GGUFFile
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from tokenizers import Tokenizer
     from tokenizers.decoders import Decoder
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -35,9 +33,9 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # For each of llama.cpp's names of pre-tokenizers:
-# - the expression by which it splits text; "" for GPT-2's expression, and None to split
-#   off single digits before GPT-2's expression is applied,
-# - the name of the normalizer,
+# - the expression by which it splits text. "" stands for GPT-2's expression. None means
+#   that each digit is split off first, and GPT-2's expression is then applied,
+# - the name of the normalizer, or None,
 # - whether a word that is itself a token skips the merges.
 PRE_TOKENIZERS = {
     "gpt-2": ("", None, False),
@@ -48,26 +46,25 @@ PRE_TOKENIZERS = {
 }
 
 
-def _get(reader: "GGUFReader", key: str, default: Any = None) -> Any:
-    return field(reader, f"{_PREFIX}{key}", default)
+def _get(file: GGUFFile, key: str, default: Any = None) -> Any:
+    return file.values.get(f"{_PREFIX}{key}", default)
 
 
-def gguf_tokenizer(path: pathlib.Path) -> "Tokenizer":
+def gguf_tokenizer(file: GGUFFile) -> "Tokenizer":
     """Returns the `tokenizers.Tokenizer` of a GGUF file."""
-    reader = open_gguf(path)
-    if _get(reader, "model") == "llama":
-        return _read_spm(reader)
+    if _get(file, "model") == "llama":
+        return _read_spm(file)
     missing = [f"{_PREFIX}{key}" for key in sorted(_BPE_KEYS)]
-    missing = [key for key in missing if key not in reader.fields]
+    missing = [key for key in missing if key not in file.values]
     if missing:
-        raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
-    return _read_bpe(reader)
+        raise ql.io.CheckpointError(f"{file.path} must have {', '.join(missing)}.")
+    return _read_bpe(file)
 
 
-def _read_bpe(reader: "GGUFReader") -> "Tokenizer":
+def _read_bpe(file: GGUFFile) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    model, pre, tokens, types, merges = (_get(reader, key) for key in _BPE_KEYS)
+    model, pre, tokens, types, merges = (_get(file, key) for key in _BPE_KEYS)
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
             'The GGUF tokenizer must be "llama", or "gpt2" with one of the '
@@ -84,15 +81,15 @@ def _read_bpe(reader: "GGUFReader") -> "Tokenizer":
     tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     _add_tokens(tokenizer, tokens, types)
-    _add_ends(tokenizer, reader, adds_bos=pre == "llama-bpe")
+    _add_ends(tokenizer, file, adds_bos=pre == "llama-bpe")
     return tokenizer
 
 
-def _read_spm(reader: "GGUFReader") -> "Tokenizer":
+def _read_spm(file: GGUFFile) -> "Tokenizer":
     from tokenizers import Tokenizer, models, normalizers
 
     keys = ("tokens", "token_type", "scores")
-    tokens, types, scores = (_get(reader, key) for key in keys)
+    tokens, types, scores = (_get(file, key) for key in keys)
     sizes = [len(x or ()) for x in (tokens, types, scores)]
     if not sizes[0] or len(set(sizes)) > 1:
         raise ql.io.CheckpointError(
@@ -113,7 +110,7 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
     )
     tokenizer = Tokenizer(bpe)
     # 2. Spaces: Llama and Phi put one before a text, but Gemma does not.
-    if _get(reader, "add_space_prefix", True):
+    if _get(file, "add_space_prefix", True):
         replace = normalizers.Replace(" ", SPACE)
         prepend = normalizers.Prepend(SPACE)
         tokenizer.normalizer = normalizers.Sequence([prepend, replace])
@@ -122,7 +119,7 @@ def _read_spm(reader: "GGUFReader") -> "Tokenizer":
         split_as_gemma(tokenizer)
     # 3. Add the tokens that no merge forms, and set the tokens that surround a text.
     _add_tokens(tokenizer, tokens, types)
-    _add_ends(tokenizer, reader, adds_bos=True)
+    _add_ends(tokenizer, file, adds_bos=True)
     return tokenizer
 
 
@@ -152,22 +149,22 @@ def split_as_gemma(tokenizer: "Tokenizer") -> None:
     tokenizer.decoder = spm_decoder(strips=False)
 
 
-def special_tokens(reader: "GGUFReader") -> tuple[dict[str, int], list[int]]:
+def special_tokens(file: GGUFFile) -> tuple[dict[str, int], list[int]]:
     """Returns special token ids by Hugging Face name, and the ids that end a turn."""
-    num_tokens = len(_get(reader, "tokens") or ())
-    ids = {name: _get(reader, f"{name}_token_id") for name in _SPECIAL}
+    num_tokens = len(_get(file, "tokens") or ())
+    ids = {name: _get(file, f"{name}_token_id") for name in _SPECIAL}
     ids = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < num_tokens}
     special = {_SPECIAL[name]: i for name, i in ids.items() if _SPECIAL[name]}
     ends = dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)
     return special, [*ends]
 
 
-def chat_templates(reader: "GGUFReader") -> dict[str, str]:
+def chat_templates(file: GGUFFile) -> dict[str, str]:
     """Returns the chat templates by name; the main one is "default"."""
     prefix = "tokenizer.chat_template"
-    keys = [k for k in reader.fields if k == prefix or k.startswith(f"{prefix}.")]
+    keys = [k for k in file.values if k == prefix or k.startswith(f"{prefix}.")]
     names = [key.removeprefix(prefix).removeprefix(".") or "default" for key in keys]
-    templates = dict(zip(names, (field(reader, key) for key in keys), strict=True))
+    templates = dict(zip(names, (file.values[key] for key in keys), strict=True))
     if wrong := [name for name, text in templates.items() if not isinstance(text, str)]:
         raise ql.io.CheckpointError(
             "the chat templates of a GGUF file must be text. Got other values for "
@@ -198,16 +195,16 @@ def _add_tokens(
     )
 
 
-def _add_ends(tokenizer: "Tokenizer", reader: "GGUFReader", adds_bos: bool) -> None:
+def _add_ends(tokenizer: "Tokenizer", file: GGUFFile, adds_bos: bool) -> None:
     """Makes a tokenizer add the tokens that llama.cpp adds around a text.
 
     `adds_bos` is llama.cpp's default for files without `add_bos_token`.
     """
     from tokenizers import processors
 
-    adds = {"bos": _get(reader, "add_bos_token", adds_bos)}
-    adds["eos"] = _get(reader, "add_eos_token", False)
-    ids = {name: _get(reader, f"{name}_token_id") for name in adds if adds[name]}
+    adds = {"bos": _get(file, "add_bos_token", adds_bos)}
+    adds["eos"] = _get(file, "add_eos_token", False)
+    ids = {name: _get(file, f"{name}_token_id") for name in adds if adds[name]}
     tokens = {n: tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
     if tokens:
         pieces = [tokens.get("bos"), "$A", tokens.get("eos")]

@@ -1,21 +1,19 @@
 """Writes a checkpoint's tokenizer into a GGUF file."""
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
 
+from ..models.source import ModelSource
 from ..models.tokenizer import (
     AS_IN_FILE,
     NAMED,
     FolderTokenizer,
-    folder_templates,
-    load_tokenizer,
-    read_object,
 )
-from .open_file import open_gguf
+from .model import GGUFModel
 from .tokenizer_in import (
     BYTE,
     BYTE_TOKENS,
@@ -45,10 +43,10 @@ _SPLIT = {
 }
 
 
-def check_gguf_tokenizer(source: pathlib.Path) -> None:
-    """Raises if `write_gguf_tokenizer` does not support a checkpoint's tokenizer."""
-    if source.suffix != ".gguf":
-        raw = _read_tokenizer(FolderTokenizer(source))
+def check_gguf_tokenizer(source: ModelSource) -> None:
+    """Raises if `write_gguf_tokenizer` does not support a model's tokenizer."""
+    if not isinstance(source, GGUFModel):
+        raw = _read_tokenizer(FolderTokenizer(source.path))
         _find_scores(raw) if _is_spm(raw) else _find_pre_tokenizer(raw)
 
 
@@ -69,19 +67,22 @@ def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
 
 
 def write_gguf_tokenizer(
-    writer: gguf.GGUFWriter, source: pathlib.Path, vocab_size: int
+    writer: gguf.GGUFWriter, source: ModelSource, vocab_size: int
 ) -> None:
-    """Adds a tokenizer; embedding rows without a token get unused tokens."""
-    # 1. The keys of a GGUF file are copied.
-    if source.suffix == ".gguf":
-        for key, field in open_gguf(source).fields.items():
+    """Adds a tokenizer to a GGUF file.
+
+    Rows of the embedding without a token get placeholders of type `UNUSED`.
+    """
+    # 1. If the model is a GGUF file, copy the keys of its tokenizer.
+    if isinstance(source, GGUFModel):
+        for key, types in source.file.types.items():
             if key.startswith("tokenizer."):
-                value_type, *item_types = field.types
-                item_type = item_types[-1] if item_types else None
-                writer.add_key_value(key, field.contents(), value_type, item_type)
+                value_types = map(gguf.GGUFValueType, types)
+                writer.add_key_value(key, source.file.values[key], *value_types)
         return
     # 2. For a folder, find the ids, texts and types of the tokens.
-    files = FolderTokenizer(source)
+    folder = source.path
+    files = FolderTokenizer(folder)
     raw = _read_tokenizer(files)
     scores = _find_scores(raw) if _is_spm(raw) else None
     added = {t["content"]: t for t in raw.get("added_tokens") or []}
@@ -103,22 +104,24 @@ def write_gguf_tokenizer(
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
         writer.add_add_space_prefix(raw.get("normalizer") == _PREPEND)
-        # llama.cpp looks for added tokens before it replaces spaces.
+        # llama.cpp looks for added tokens before it replaces the spaces of a text, so
+        # tokens that Hugging Face finds in normalized text are written with spaces.
         for token, settings in added.items():
             if settings.get("normalized") and not settings.get("special"):
                 tokens[ids[token]] = token.replace(SPACE, " ")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # 4. Merges, special tokens and templates. gguf-py reads the merges. The others are
-    # set here, because gguf-py reads special tokens from one file only, and templates
-    # only if there is a `tokenizer_config.json`, whose template it prefers.
-    vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
+    # 4. Merges, special tokens and templates. gguf-py reads the merges from the folder.
+    # Special tokens are set here, because gguf-py reads them from one file only.
+    # Templates are set here, because gguf-py reads them only if the folder has a
+    # `tokenizer_config.json`, and prefers the template in that file to other files.
+    vocab = gguf.SpecialVocab(folder, load_merges=scores is None, n_vocab=vocab_size)
     for name in NAMED:
         index = ids.get(files.special.get(name, ""))
         if index is not None:
             vocab.special_token_ids[name.removesuffix("_token")] = index
-    _set_ends(vocab, source)
-    templates = folder_templates(source, read_object(source / "tokenizer_config.json"))
+    _set_ends(vocab, source.build_tokenizer())
+    templates = source.read_chat().templates
     vocab.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
     vocab.add_to_gguf(writer, quiet=True)
 
@@ -133,9 +136,8 @@ def _token_type(
     return BYTE if is_spm and token in BYTE_TOKENS else NORMAL
 
 
-def _set_ends(vocab: gguf.SpecialVocab, source: pathlib.Path) -> None:
+def _set_ends(vocab: gguf.SpecialVocab, tokenizer: Tokenizer) -> None:
     """Sets which tokens are added around a text, so that llama.cpp need not guess."""
-    tokenizer = load_tokenizer(source)
     ids = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     # Find the ids of the text itself; the others were added before and after it.
@@ -194,7 +196,8 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
     pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
     if missing := sorted(pairs - set(merges)):
         raise ValueError(f"the merges must contain {missing[:3]}.")
-    # If a byte has no token, llama.cpp uses the character itself, as for Gemma's tab.
+    # If a byte has no byte token, llama.cpp uses the token of the character itself. For
+    # example, Gemma has no byte token for the tab.
     missing = [
         token
         for token, byte in BYTE_TOKENS.items()

@@ -33,7 +33,8 @@ class Tokens(NamedTuple):
 class LayerScalars(NamedTuple):
     """One layer's kind as arrays, so that one scan can run layers of several kinds.
 
-    A field is None if all layers have the same value, which is then static.
+    A field is None if all layers have the same value. This value is then a constant
+    of the program, and not an input of the scan.
     """
 
     rope: Int[Array, "..."] | None = None  # index into `Tokens.tables`
@@ -84,12 +85,13 @@ def rotary_table(
 def rotate(
     x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
 ) -> Float[Array, "B T H Dh"]:
-    """Rotates the pairs (i, i + half) of each head; later values do not change."""
+    """Rotates the pairs (i, i + half) of each head; values after them do not change."""
     cos, sin = table
     half = cos.shape[-1]
     rotary, unrotated = x[..., : 2 * half], x[..., 2 * half :]
     low, high = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
-    # Cast first: XLA on CPUs writes the operands of a concatenation to memory.
+    # Cast before the concatenation, not after it: XLA on CPUs writes its operands to
+    # memory, and they are smaller after a cast to 16 bits.
     halves = low * cos - high * sin, high * cos + low * sin
     rotated = jnp.concatenate([part.astype(x.dtype) for part in halves], axis=-1)
     if not unrotated.shape[-1]:
@@ -274,14 +276,16 @@ def attend_by_matrices(
     """Computes `attend` with plain matrix products, one for each key head."""
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
-    # One batch axis N of B and K: query [N, H / K, T, Dh], key and value [N, S, Dh].
+    # Merge the axes B and K into one batch axis N. The query then is [N, H / K, T, Dh],
+    # and key and value are [N, S, Dh].
     query = query.swapaxes(1, 2).reshape(b * k, h // k, t, d)
     key, value = (x.swapaxes(1, 2).reshape(b * k, s, d) for x in (key, value))
     if block is not None:
         mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
     else:
-        # `einsum_f32` is for the gradients of key and value, which sum over two axes:
-        # XLA on CPUs would compute such sums in 16 bits (sums over one in float32).
+        # Use `einsum_f32` for the gradients of key and value. They sum over two axes, g
+        # and t, and XLA on CPUs would compute such sums in 16 bits. Only sums over a
+        # single axis are in float32 there.
         scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale  # [N, H / K, T, S]
         scores = ql.losses.soft_cap(scores, soft_cap)
         by_row = scores.reshape(b, k, *scores.shape[1:])  # [B, K, H / K, T, S]

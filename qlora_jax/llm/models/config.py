@@ -10,10 +10,11 @@ _MAX_EXPERTS = 4096  # far above any published model; rejects corrupt files
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: each pair of values of a head is rotated by its position.
+    """Rotary positions: a token's position determines how its heads are rotated.
 
-    Pair i is rotated by `position * theta ** (-2 * i / D) / divisors[i]` radians, where
-    D is the number of rotated values (`DecoderConfig.rotary_dim`).
+    The values of a head form pairs. For a token at `position`, pair i is rotated by
+    `position * theta ** (-2 * i / D) / divisors[i]` radians, where D is the number of
+    rotated values (`DecoderConfig.rotary_dim`).
 
     Attributes:
         theta: Base of the frequencies.
@@ -67,10 +68,11 @@ class Experts:
         normalized: Whether the weights of a token's experts sum to 1.
         interleaved: Whether gate and up are one kernel with alternating columns.
         router: Name of the router in the Hugging Face model, relative to the layer.
-        kernel: Name of an expert's kernel, also relative to the layer; NAME stands for
-            "gate_proj" and so on. If it ends in {expert}, one tensor contains the
-            kernels of all experts.
-        names: What replaces NAME for each of `kernels`; empty to use `kernels` itself.
+        kernel: Name of an expert's kernel, also relative to the layer. NAME stands for
+            "gate_proj" and so on. A name that ends in {expert} means that one tensor
+            contains the kernels of all experts.
+        names: What to write for NAME, for each of `kernels` in order. If empty, the
+            entry of `kernels` itself.
         balance: Weight of the load-balancing loss in training.
 
     Example:

@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         return_hidden: bool = False,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Any:
-        """Computes float32 logits, and the new cache if `cache` is not None.
+        """Computes float32 logits, and also the new cache if `cache` is given.
 
         Args:
             tokens: Token ids. Pad on the right: attention is causal, so that no token
@@ -174,7 +174,8 @@ class Decoder(nn.Module):
                 same logits as in separate rows.
 
         Returns:
-            Logits `[B, T, V]`, or hidden states `[B, T, D]`.
+            Logits `[B, T, V]`, or hidden states `[B, T, D]`. With a `cache`, a pair of
+            these and the new cache.
 
         Raises:
             ValueError: If both `segment_ids` and `cache` are given, since each row of a
@@ -184,8 +185,8 @@ class Decoder(nn.Module):
         if segment_ids is not None and cache is not None:
             raise ValueError("`segment_ids` must be None with a `cache`. Got both.")
         # 1. Embed the tokens. A residual stream in float32 is more exact. It is also
-        # faster on CPUs, where XLA cannot update bfloat16 arrays: it would convert the
-        # whole stack of saved layer inputs each time that the scan adds one.
+        # faster on CPUs, where XLA cannot update bfloat16 arrays: each time that the
+        # scan saves a layer's input, XLA would convert the array of all saved inputs.
         embed = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )

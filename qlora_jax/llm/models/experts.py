@@ -79,7 +79,8 @@ class MixtureOfExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # [M, D]
         router = make_dense(experts.count, self.config.mlp_bias, self.dtype, "router")
         logits = router(rows[None])[0]  # [M, E]
-        # For the balance loss, training makes "router" mutable and reads the logits.
+        # For the balance loss, training makes the collection "router" mutable and reads
+        # the logits from it.
         self.sow("router", "logits", logits)
         weights, chosen = choose_experts(logits, experts)  # [M, C] each
         # One row for each pair of a token and one of its experts, sorted by expert.

@@ -122,7 +122,8 @@ def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, eps=1e-5)
     original = raw.get("original_max_position_embeddings", 4096)
     raw = {**raw, "original_max_position_embeddings": original}
-    # Phi-4-mini sets `partial_rotary_factor`, which `read_rope` would reject.
+    # Phi-4-mini sets `partial_rotary_factor`. Remove it, since `read_rope` would reject
+    # it, and use it for `dim`.
     section = dict(rope_section(raw))
     fraction = raw.pop("partial_rotary_factor", None)
     fraction = section.pop("partial_rotary_factor", fraction)

@@ -142,7 +142,7 @@ def shared_fields(
 
 
 def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns whether q, k, v and o have biases, from the key of most families."""
+    """Reads `attention_bias`: whether the projections q, k, v and o have biases."""
     has_bias = bool(raw.get("attention_bias", False))
     return {"qkv_bias": has_bias, "o_bias": has_bias}
 
@@ -267,7 +267,8 @@ def read_rope(
         raise ValueError(
             f'`rope_type` "{kind}" must come with {missing}. Got {section}.'
         )
-    # 2. The numbers. A missing factor is the ratio of the two context lengths.
+    # 2. The numbers. If `factor` is missing, it is computed as the ratio of the two
+    # context lengths, `longest / original`.
     theta = number(section.get("rope_theta") or raw.get("rope_theta") or theta)
     longest = raw.get("max_position_embeddings")
     key = "original_max_position_embeddings"
@@ -289,7 +290,7 @@ def read_rope(
 
 
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the section of a config about rotary positions."""
+    """Returns the section of a config about rotary positions, or an empty one."""
     section = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if nested := [key for key, x in section.items() if isinstance(x, Mapping)]:
         raise ValueError(
@@ -336,7 +337,7 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
     stretched = np.clip((np.arange(half) - low) / width, 0, 1)
     divisors = 1 / (stretched / factor + (1 - stretched))
 
-    # 2. The factor of q and k, sqrt(1 / t) for the temperature t of the paper.
+    # 2. The scale of q and k: sqrt(1 / t), where t is the temperature in the paper.
     def compute_scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 

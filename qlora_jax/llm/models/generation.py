@@ -1,16 +1,19 @@
-"""Generates tokens for many prompts at once."""
+"""Generates tokens. Batches of prompts and streams use the same compiled function."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from flax import linen as nn
+from jax import lax
+from jax.sharding import PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, Int, Key, PyTree
 
-from .decoder import Cache, cache_length
-from .sampling import Sampling
+from .decoder import Cache, init_cache
+from .sampling import GREEDY, Sampling
 
 
 def power_of_two(length: int) -> int:
@@ -18,123 +21,140 @@ def power_of_two(length: int) -> int:
     return 1 << (length - 1).bit_length()
 
 
-def padded_length(length: int) -> int:
-    """Returns the length to which a prompt is padded.
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Returns the tokens of prompts, padded on the right to one of few lengths.
 
-    There are few such lengths, so that few programs are compiled.
-
-    Example:
-        >>> padded_length(3), padded_length(40), padded_length(50)
-        (16, 48, 64)
-    """
-    size = max(16, power_of_two(length))
-    return size * 3 // 4 if 16 < size and length <= size * 3 // 4 else size
-
-
-def generate(
-    apply: Callable[..., Any],
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    cache: Cache,
-    *,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    key: Key[Array, ""] | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Int[Array, "B N"]:
-    """Returns tokens that continue each prompt; stops early once every row has ended.
-
-    Call it under `jax.jit`. `Stream` yields the tokens of one prompt one at a time.
-
-    Args:
-        apply: `functools.partial(model.apply, variables)`.
-        tokens: Prompts, padded on the right.
-        lengths: The number of tokens of each prompt, at least 1.
-        cache: From `init_cache`, with at least T + `max_new_tokens` positions.
-        max_new_tokens: N, the length of the answer.
-        eos_ids: Tokens that end an answer. `eos_ids[0]` fills the row after the end.
-        key: PRNG key; needed if `temperature` is not 0.
-        temperature: As in `Sampling`: greedy by default.
-        top_k: As in `Sampling`.
-        top_p: As in `Sampling`.
-
-    Raises:
-        ValueError: If the cache is too small, a setting is out of range, or the key is
-            missing.
+    Few lengths mean few compiled programs.
 
     Example:
-        >>> from functools import partial
-        >>> from qlora_jax.llm.models.config import DecoderConfig
-        >>> from qlora_jax.llm.models.decoder import Decoder, init_cache
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> model, prompt = Decoder(config), jnp.zeros((1, 5), jnp.int32)
-        >>> variables = model.init(jax.random.key(0), prompt)
-        >>> new = generate(
-        ...     partial(model.apply, variables), prompt, jnp.array([5]),
-        ...     init_cache(config, 1, 8), max_new_tokens=3, eos_ids=[2])
-        >>> new.shape
-        (1, 3)
+        >>> [pad_prompts([[7] * n]).shape[1] for n in (1, 3, 40, 50)]
+        [1, 16, 48, 64]
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    check_key(sampling, key)
-    num_positions = cache_length(cache)
-    if num_positions < tokens.shape[1] + max_new_tokens:
-        raise ValueError(
-            "`cache` must have room for the prompt and `max_new_tokens`. Got "
-            f"{num_positions} positions for {tokens.shape[1]} + {max_new_tokens} "
-            "tokens."
-        )
-    fill = eos_ids[0] if len(eos_ids) else 0
-
-    decode = functools.partial(next_tokens, apply, sampling, key=key)
-
-    def is_end(token):
-        return jnp.isin(token, np.asarray(eos_ids, tokens.dtype))
-
-    def is_unfinished(state):
-        step, _, _, has_ended, _ = state
-        return (step < max_new_tokens) & ~jnp.all(has_ended)
-
-    def extend(state):
-        step, output, token, has_ended, cache = state
-        positions = (lengths + step - 1)[:, None]  # [B, 1]
-        token, cache = decode(token[:, None], cache, step=step, positions=positions)
-        token = jnp.where(has_ended, fill, token)
-        has_ended |= is_end(token)
-        return step + 1, output.at[:, step].set(token), token, has_ended, cache
-
-    # The first token of each answer comes from the pass over the prompts, and the loop
-    # computes the others.
-    first, cache = decode(tokens, cache, step=0, select=lengths[:, None] - 1)
-    output = jnp.full((tokens.shape[0], max_new_tokens), fill, tokens.dtype)  # [B, N]
-    output = output.at[:, 0].set(first)
-    state = (jnp.int32(1), output, first, is_end(first), cache)
-    return jax.lax.while_loop(is_unfinished, extend, state)[1]
-
-
-def next_tokens(
-    apply: Callable[..., Any],
-    sampling: Sampling,
-    tokens: Int[Array, "B T"],
-    cache: Cache,
-    key: Key[Array, ""] | None,
-    step: int | Int[Array, ""],
-    **indices: Array,
-) -> tuple[Int[Array, " B"], Cache]:
-    """Returns the next token of each row, and the cache with `tokens` added.
-
-    `indices` are the decoder's arguments `positions` and `select`. If T is not 1,
-    `select` must choose one token of each row. `step` is the number of tokens drawn
-    so far.
-    """
-    logits, cache = apply(tokens, cache=cache, **indices)
-    step_key = None if key is None else jax.random.fold_in(key, step)
-    return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype), cache
+    longest = width = max(map(len, prompts))
+    if longest > 1:  # a single token, such as the last one of an answer, is not padded
+        width = max(16, power_of_two(longest))
+        if 16 < width and longest <= width * 3 // 4:
+            width = width * 3 // 4
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens
 
 
 def check_key(sampling: Sampling, key: Key[Array, ""] | None) -> None:
     """Raises a ValueError if tokens are drawn without a key."""
     if key is None and not sampling.is_greedy:
         raise ValueError("`key` must be given if `temperature` is not 0.")
+
+
+def generate(
+    model: nn.Module,
+    variables: PyTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    sampling: Sampling = GREEDY,
+    key: Key[Array, ""] | None = None,
+) -> Int[Array, "B N"]:
+    """Returns tokens that continue each prompt; stops early once every row has ended.
+
+    `Stream` yields the tokens of one prompt one at a time.
+
+    Args:
+        model: A `Decoder`, wrapped or not.
+        variables: The variables for `model.apply`.
+        prompts: The tokens of B prompts, each with at least one.
+        max_new_tokens: N, the largest length of an answer.
+        eos_ids: Tokens that end an answer. `eos_ids[0]` fills the row after the end.
+        sampling: The sampling settings.
+        key: PRNG key; needed unless sampling is greedy. The n-th token of an answer is
+            drawn with `jax.random.fold_in(key, n)`.
+
+    Raises:
+        ValueError: If a prompt is empty, or if a key is needed but missing.
+
+    Example:
+        >>> from qlora_jax.llm.models.config import DecoderConfig
+        >>> from qlora_jax.llm.models.decoder import Decoder
+        >>> model = Decoder(DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2))
+        >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+        >>> prompts = [[1, 2, 3], [4]]
+        >>> generate(model, variables, prompts, max_new_tokens=3, eos_ids=[2]).shape
+        (2, 3)
+    """
+    check_key(sampling, key)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.all():
+        raise ValueError("`prompts` must each have at least one token. Got none.")
+    counts = np.stack([np.zeros_like(lengths), lengths])
+    settings = {"num_new": max_new_tokens, "eos_ids": tuple(eos_ids)}
+    static = {"model": model, "sampling": sampling, **settings}
+    return extend(variables, pad_prompts(prompts), counts, key, **static)[0]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "sampling", "num_new", "eos_ids"),
+    donate_argnames="cache",
+)
+def extend(
+    variables: PyTree,
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, "2 B"],
+    key: Key[Array, ""] | None,
+    step: Int[Array, ""] | int = 0,
+    cache: Cache | None = None,
+    *,
+    model: nn.Module,
+    sampling: Sampling,
+    num_new: int = 1,
+    eos_ids: tuple[int, ...] = (),
+) -> tuple[Int[Array, "B N"], Cache]:
+    """Adds tokens to a cache, and returns the `num_new` tokens that follow.
+
+    `counts[0]` has the number of tokens of each row in the cache, and `counts[1]` the
+    number in `tokens`, which is padded on the right. `step` is the number of tokens of
+    the answer that earlier calls have drawn. If `cache` is None, this function creates
+    one of the size that it needs.
+    """
+    (starts, lengths), (batch_size, width) = counts, tokens.shape
+    if cache is None:  # created here, so that XLA chooses its placement on a mesh
+        cache = init_cache(model.config, batch_size, width + num_new)
+
+    def decode(tokens, cache: Cache, index, **indices) -> tuple[Array, Cache]:
+        outputs: Any = model.apply(variables, tokens, cache=cache, **indices)
+        logits, cache = outputs
+        step_key = None if key is None else jax.random.fold_in(key, step + index)
+        return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype), cache
+
+    def is_end(token):
+        return jnp.isin(token, np.asarray(eos_ids, tokens.dtype))
+
+    def is_unfinished(state):
+        index, _, _, has_ended, _ = state
+        return (index < num_new) & ~jnp.all(has_ended)
+
+    def decode_next(state):
+        index, output, token, has_ended, cache = state
+        positions = (starts + lengths + index - 1)[:, None]  # [B, 1]
+        token, cache = decode(token[:, None], cache, index, positions=positions)
+        token = jnp.where(has_ended, fill, token)
+        has_ended |= is_end(token)
+        return index + 1, output.at[:, index].set(token), token, has_ended, cache
+
+    # The first new token comes from the pass over `tokens`, and the loop computes the
+    # others. Padding gets positions past the end, which are overwritten before they
+    # are seen.
+    indices = {"positions": starts[:, None] + jnp.arange(width)[None]}
+    first, cache = decode(tokens, cache, 0, select=lengths[:, None] - 1, **indices)
+    output, fill = first[:, None], eos_ids[0] if eos_ids else 0
+    if num_new > 1:
+        output = jnp.full((batch_size, num_new), fill, tokens.dtype)
+        output = output.at[:, 0].set(first)
+        state = jnp.int32(1), output, first, is_end(first), cache
+        _, output, _, _, cache = lax.while_loop(is_unfinished, decode_next, state)
+    if not get_abstract_mesh().empty:
+        # On a mesh, each process needs the tokens of all rows.
+        output = lax.with_sharding_constraint(output, PartitionSpec())
+    return output, cache

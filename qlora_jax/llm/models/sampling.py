@@ -18,10 +18,9 @@ class Sampling:
     Attributes:
         temperature: Divisor of the logits; 0 to always choose the most probable token.
         top_k: The number of most probable tokens to draw from, plus ties; None for all.
-        top_p: The minimum sum of the probabilities of the tokens to draw from. The
-            least probable tokens are dropped as long as their probabilities sum to at
-            most 1 - `top_p` (Holtzman et al. 2020, section 3.1), except those that are
-            as probable as a remaining token. The most probable token always remains.
+        top_p: Draw from the smallest set of the most probable tokens whose
+            probabilities sum to at least `top_p` (Holtzman et al. 2020, section 3.1),
+            plus ties. The set always has at least one token.
 
     Example:
         >>> logits = jnp.array([1.0, 3.0, 2.0])

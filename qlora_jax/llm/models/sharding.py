@@ -23,7 +23,8 @@ from .config import DecoderConfig
 
 ROW_AXES = ("data", "fsdp")
 MESH_AXES = (*ROW_AXES, "tensor")
-# Kernels that `tensor` splits along their outputs, and along their contracted inputs.
+# Kernels that `tensor` splits along their outputs, and kernels that it splits along
+# their inputs, which is the contracted axis.
 _SPLIT_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj")
 _SPLIT_OUTPUTS += ("gate_up_proj",)
 _SPLIT_INPUTS = ("o_proj", "down_proj")
@@ -34,13 +35,17 @@ def place_arguments(
 ) -> dict[str, Any]:
     """Returns the arguments `rules` and `rows` of `ql.sharding.place` for a decoder.
 
-    `data` and `fsdp` split the rows of inputs. `fsdp` splits a kernel along the hidden
-    size if this cuts no quantization block, and otherwise along its outputs. `tensor`
-    splits it along the heads or the width of the MLP, but leaves the kernels of keys
-    and values whole if it does not divide their heads. Both axes split the embedding
-    along the hidden size and the head along the vocabulary, so that neither is ever
-    gathered; an axis that does not divide these sizes is not used. `place` raises an
-    error for other kernels that cannot be split. Norms and biases are replicated.
+    - Rows of inputs: `data` and `fsdp` split them.
+    - Kernels: `fsdp` splits them along the hidden size if this cuts no quantization
+      block, and otherwise along their outputs. `tensor` splits them along the heads or
+      the width of the MLP. It does not split the kernels of keys and values if its size
+      does not divide the number of key heads.
+    - Embedding and head: `fsdp` and `tensor` together split the embedding along the
+      hidden size, and the head along the vocabulary, so that neither is ever gathered.
+      If the number of parts does not divide this size, only one axis is used, or none.
+    - All other parameters, such as norms, biases and routers, are replicated.
+
+    `place` raises an error for kernels, other than the head, that cannot be split.
 
     Args:
         config: The decoder's config.
@@ -123,8 +128,9 @@ def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
 
 def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Splits embedded tokens by rows, in the same way as the batch."""
-    # The embedding is split along D, so the look-up returns columns of all rows.
-    # Without constraints, an all-reduce would give every device all rows.
+    # The embedding is split along D, so the look-up gives each device some columns of
+    # all rows. Exchange them, so that each device has all columns of some rows. Without
+    # these constraints, an all-reduce would give every device all columns of all rows.
     sizes = _auto_axes()
     rows = _select_axes(ROW_AXES, sizes)
     if not rows or x.shape[0] % _num_parts(rows, sizes):
@@ -139,8 +145,8 @@ def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
     """Splits a tied embedding along the vocabulary, for its use as the head."""
-    # For look-ups, it is stored split along D. Here, devices exchange columns for rows
-    # of the vocabulary, so that no device has the whole embedding.
+    # The embedding is stored split along D, for look-ups. Here, the devices exchange
+    # parts, so that each has all columns of some rows, and none the whole embedding.
     sizes = _auto_axes()
     axes = _select_axes(("fsdp", "tensor"), sizes)
     if not axes or embedding.shape[0] % _num_parts(axes, sizes):

@@ -1,8 +1,7 @@
 """Generates tokens for one prompt, one at a time, and decodes them."""
 
 import copy
-import functools
-import itertools
+import os.path
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import qlora_jax as ql
 
 from .config import DecoderConfig
 from .decoder import Cache, Decoder, cache_length, init_cache
-from .generation import check_key, next_tokens, padded_length, power_of_two
+from .generation import check_key, extend, pad_prompts, power_of_two
 from .sampling import GREEDY, Sampling
 
 _MIN_CACHE_LENGTH = 256  # positions
@@ -102,9 +101,7 @@ class Stream:
     def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
         # Keep the cache up to the first difference. The last token of the prompt is
         # always computed, because its logits are needed.
-        pairs = zip(prompt[:-1], self._ids, strict=False)
-        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        del self._ids[sum(1 for _ in shared) :]
+        del self._ids[len(os.path.commonprefix([prompt[:-1], self._ids])) :]
         answer = self._answer = object()
         max_length = len(prompt) + max_new_tokens
         self._reserve(len(prompt), max_length)
@@ -122,7 +119,7 @@ class Stream:
             new_ids = [token]
 
     def _reserve(self, length: int, max_length: int) -> None:
-        """Makes room for `length` positions, and later for up to `max_length`."""
+        """Makes room for `length` positions. Later calls need at most `max_length`."""
         config: DecoderConfig = self.model.config
         # In LongRoPE, keys depend on the size of the cache. It therefore gets its final
         # size at once, and is cleared if that size changes.
@@ -141,22 +138,20 @@ class Stream:
 
     def _add(self, new_ids: list[int], step: int, key: Key[Array, ""] | None) -> int:
         """Adds tokens to the cache; returns the next token."""
-        width = 1 if len(new_ids) == 1 else padded_length(len(new_ids))
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : len(new_ids)] = new_ids
-        cache, self._cache = self._cache, None  # `_extend` donates its arrays
-        counts = np.array([len(self._ids), len(new_ids) - 1, step], np.int32)
+        counts = np.array([[len(self._ids)], [len(new_ids)]], np.int32)
+        cache, self._cache = self._cache, None  # `extend` donates its arrays
+        operands = self.variables, pad_prompts([new_ids]), counts, key, np.int32(step)
         static = {"model": self.model, "sampling": self.sampling}
-        operands = self.variables, tokens, counts, cache, key
-        token, self._cache = _extend(*operands, **static)
+        tokens, self._cache = extend(*operands, cache, **static)
         self._ids += new_ids
-        return int(token)
+        return tokens.item()
 
 
 def _speed_up(variables: PyTree) -> PyTree:
     """Converts variables, without changing values, so that each token is faster."""
-    # Before JAX 0.11, XLA on CPUs slices arrays in 32 bits: for each token, a scan
-    # would first convert all 16-bit layers.
+    # Before JAX 0.11, XLA on CPUs converts 16-bit arrays to 32 bits in order to slice
+    # them. Since a scan slices the parameters of the layers, it would first convert
+    # those of all layers, and do so for each token.
     widens = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
 
     def convert_leaf(path: KeyPath, x: Any) -> Any:
@@ -168,24 +163,6 @@ def _speed_up(variables: PyTree) -> PyTree:
         return x
 
     return tree_map_with_path(convert_leaf, variables, is_leaf=ql.is_packed)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache"
-)
-def _extend(variables, tokens, counts, cache, key, *, model, sampling: Sampling):
-    """Returns the token after `tokens[0, last]`, and the cache with the tokens added.
-
-    `counts` are the number of tokens in the cache, `last`, and the number of tokens
-    drawn so far.
-    """
-    start, last, step = counts
-    # Padding gets positions past the end, which are overwritten before they are seen.
-    positions = start + jnp.arange(tokens.shape[1])[None]
-    indices = {"positions": positions, "select": last[None, None]}
-    apply = functools.partial(model.apply, variables)
-    token, cache = next_tokens(apply, sampling, tokens, cache, key, step, **indices)
-    return token[0], cache
 
 
 class TextStream:

@@ -1,4 +1,4 @@
-"""Reads the tokenizers of folders and GGUF files, and the chat templates of folders.
+"""Reads the tokenizers and the chat templates of folders.
 
 A folder's tokenizer is built in the same way as by transformers 5.24, which uses
 `tokenizer.json` unchanged only for some values of `tokenizer_class`. For the others, it
@@ -14,7 +14,6 @@ import qlora_jax as ql
 
 from ..gguf.tokenizer_in import (
     SPACE,
-    gguf_tokenizer,
     make_pre_tokenizer,
     split_as_gemma,
     spm_decoder,
@@ -52,30 +51,6 @@ _UNSUPPORTED += ("model_specific_special_tokens", "post_processor", "tokenizer_o
 _UNSUPPORTED += ("trust_remote_code",)
 _CLEANUP = "clean_up_tokenization_spaces"
 _FORCED_CLEANUP = f"{_CLEANUP}_for_bpe_even_though_it_will_corrupt_output"
-
-
-def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
-    """Returns the `tokenizers.Tokenizer` of a checkpoint.
-
-    Args:
-        path: A folder with `tokenizer.json`, or a `.gguf` file whose tokenizer is
-            SentencePiece's BPE, or a byte-level BPE with a known pre-tokenizer.
-
-    Raises:
-        ValueError: If a `.gguf` file's tokenizer is of another kind, or if a folder's
-            settings would change tokens in a way that is not supported.
-
-    Example:
-        >>> import tempfile
-        >>> from qlora_jax.llm.models.tiny import save_tiny
-        >>> tokenizer = load_tokenizer(save_tiny(tempfile.mkdtemp()))
-        >>> len(tokenizer.encode("four").ids)
-        4
-    """
-    path = pathlib.Path(path)
-    if path.suffix == ".gguf":
-        return gguf_tokenizer(path)
-    return FolderTokenizer(path).build()
 
 
 def folder_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -158,8 +133,8 @@ class FolderTokenizer:
         for token in [*named.values(), *self._unnamed]:
             if token is not None and not _is_token(token):
                 raise ValueError(f"a special token must be text. Got {token!r:.40}.")
-        # 3. The other added tokens. A special token that is also an added token has the
-        # flags of the added token.
+        # 3. The added tokens. If a special token is also in this list, the flags of the
+        # added token are the ones that count.
         self._added = _read_added(folder, self._settings, self._raw)
         by_text = {str(token): token for token in self._added.values()}
         self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
@@ -173,7 +148,8 @@ class FolderTokenizer:
             raise ValueError("the folder must contain tokenizer.json.")
         is_rebuilt = self.class_name != AS_IN_FILE
         tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
-        # Tokens in the vocabulary keep their ids. The others get ids in this order.
+        # Tokens in the vocabulary keep their ids. The others get the next ids, in the
+        # order of this list.
         tokens: list[str | AddedToken] = [
             self._added[index] for index in sorted(self._added)
         ]
@@ -236,7 +212,7 @@ def _is_token(value: object) -> bool:
 
 
 def _parse_tokens(value: Any) -> Any:
-    """Converts each object with a `content` in a JSON value to an AddedToken."""
+    """Returns a JSON value with an AddedToken for each object that has a `content`."""
     from tokenizers import AddedToken
 
     if isinstance(value, list):
@@ -281,7 +257,7 @@ def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]
 def _read_added(
     folder: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]
 ) -> "dict[int, AddedToken]":
-    """Returns the added tokens by index, from `added_tokens_decoder` if present."""
+    """Returns the added tokens by id, from `added_tokens_decoder` if present."""
     from tokenizers import AddedToken
 
     if "added_tokens_decoder" in settings:
@@ -304,7 +280,8 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
     is_trusted = model_type not in ("phi3", "qwen2")
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     name = AS_IN_FILE if declared in _ALIASES else declared
-    # A byte-level BPE is not SentencePiece's, whatever class the files declare.
+    # LlamaTokenizer is SentencePiece's BPE. Some files declare this class although the
+    # tokenizer is a byte-level BPE.
     if name.removesuffix("Fast") == "LlamaTokenizer" and '"ByteLevel"' in text:
         name = AS_IN_FILE
         if is_trusted:

@@ -1,7 +1,18 @@
 """Training: losses, optimizers, steps, states and results."""
 
-from .loop import Best, Loop, fit
-from .objective import decoder_loss, make_mean_loss, preference_loss
+from .callbacks import (
+    Best,
+    CheckFinite,
+    Evaluate,
+    ForMembers,
+    LogRows,
+    SaveStates,
+    ShowProgress,
+)
+from .loop import Callback, Training, fit
+from .means import make_mean_loss
+from .objectives import Objective, find_objective, register_objective
+from .objectives.sft import decoder_loss
 from .optimizer import make_optimizer, make_schedule
 from .outputs import (
     Metrics,
@@ -13,22 +24,29 @@ from .outputs import (
     save_adapter,
 )
 from .state import Checkpoints
-from .step import JointStep, Report, State, Step, make_joint_step, make_step
+from .step import Report, State, Step, make_step
 from .target_modules import find_target_paths
 
 __all__ = [
     "Best",
+    "Callback",
+    "CheckFinite",
     "Checkpoints",
-    "JointStep",
-    "Loop",
+    "Evaluate",
+    "ForMembers",
+    "LogRows",
     "Metrics",
+    "Objective",
     "Report",
+    "SaveStates",
+    "ShowProgress",
     "State",
     "Step",
+    "Training",
     "decoder_loss",
+    "find_objective",
     "find_target_paths",
     "fit",
-    "make_joint_step",
     "make_mean_loss",
     "make_optimizer",
     "make_schedule",
@@ -37,7 +55,7 @@ __all__ = [
     "model_card",
     "plot_loss",
     "plot_losses",
-    "preference_loss",
     "read_metrics",
+    "register_objective",
     "save_adapter",
 ]

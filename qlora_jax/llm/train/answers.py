@@ -1,19 +1,14 @@
 """Generates answers to examples, and scores them."""
 
-import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
-from jax.sharding import PartitionSpec, get_abstract_mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from tqdm import tqdm
 
-from ..models.decoder import init_cache
-from ..models.generation import generate, padded_length
+from ..models.generation import generate
 from ..models.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -48,16 +43,16 @@ def answers(
     with tqdm(desc="answering", unit=" prompts", disable=disable, total=total) as bar:
         for end_ids, indices, num_rows in _group(examples, batch_size):
             prompts = [examples[index].prompt for index in indices]
-            new_tokens = _generate(
+            new_tokens = generate(
+                model,
                 variables,
                 # The last batch of a group repeats a prompt until it has the size of
                 # the others, which saves compiling another program.
-                *_pad(prompts + prompts[-1:] * (num_rows - len(indices))),
-                key if key is None else jax.random.fold_in(key, indices[0]),
-                model=model,
+                prompts + prompts[-1:] * (num_rows - len(indices)),
                 max_new_tokens=max_new_tokens,
-                end_ids=end_ids,
+                eos_ids=end_ids,
                 sampling=sampling,
+                key=key if key is None else jax.random.fold_in(key, indices[0]),
             )
             rows = np.asarray(new_tokens).tolist()
             for index, ids in zip(indices, rows, strict=False):
@@ -88,35 +83,3 @@ def exact_match(texts: Sequence[str], examples: Sequence["Example"]) -> float:
     pairs = zip(texts, examples, strict=True)
     matches = [text.strip() == example.answer.strip() for text, example in pairs]
     return sum(matches) / len(matches)
-
-
-def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    # `padded_length` returns few different lengths, since each compiles a program.
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), padded_length(int(lengths.max()))), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "sampling")
-)
-def _generate(
-    variables, tokens, lengths, key, *, model, max_new_tokens, end_ids, sampling
-) -> Int[Array, "B N"]:
-    batch_size, width = tokens.shape  # padded prompts
-    new_tokens = generate(
-        functools.partial(model.apply, variables),
-        tokens,
-        lengths,
-        init_cache(model.config, batch_size, width + max_new_tokens),
-        max_new_tokens=max_new_tokens,
-        eos_ids=end_ids,
-        key=key,
-        **dataclasses.asdict(sampling),
-    )
-    if get_abstract_mesh().empty:
-        return new_tokens
-    # On a mesh, each process needs the answers of all rows.
-    return lax.with_sharding_constraint(new_tokens, PartitionSpec())

@@ -72,6 +72,42 @@ def gather(tree: PyTree) -> PyTree:
     return jax.tree.map(gather_leaf, tree)
 
 
+def stack_trees(trees: Sequence[PyTree]) -> PyTree:
+    """Stacks trees of equal shardings along a new axis in front, which is not split."""
+
+    # NumPy stacks the shards, because devices do not compute with host memory.
+    def stack_arrays(*arrays):
+        groups = zip(*(x.addressable_shards for x in arrays), strict=True)
+        shards = [(np.stack([x.data for x in group]), group[0]) for group in groups]
+        spec = (None, *getattr(arrays[0].sharding, "spec", ()))
+        shape = len(arrays), *arrays[0].shape
+        return _from_shards(shards, shape, arrays[0].sharding, spec)
+
+    return jax.tree.map(stack_arrays, *trees)
+
+
+def take_from_stack(tree: PyTree, index: int) -> PyTree:
+    """Returns a copy of one of the trees that `stack_trees` has stacked."""
+
+    # A view of the stack would not outlive the donation of the stack.
+    def take(x):
+        shards = [
+            (np.array(np.asarray(s.data)[index]), s) for s in x.addressable_shards
+        ]
+        spec = getattr(x.sharding, "spec", ())[1:]
+        return _from_shards(shards, x.shape[1:], x.sharding, spec)
+
+    return jax.tree.map(take, tree)
+
+
+def _from_shards(shards, shape, sharding, spec):
+    if isinstance(sharding, NamedSharding):
+        mesh, kind = sharding.mesh, sharding.memory_kind
+        sharding = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
+    arrays = [jax.device_put(data, shard.data.sharding) for data, shard in shards]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
 def copy_to_save(x: jax.Array) -> jax.Array | np.ndarray:
     """Returns a copy of an array that outlives the donation of the state."""
     # On a CPU, an array and its NumPy view share memory, which the next step reuses

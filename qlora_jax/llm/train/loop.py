@@ -1,143 +1,142 @@
-"""The training loop."""
+"""The training loop, and the protocol of its callbacks."""
 
-import contextlib
-import math
-import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
-from tqdm import tqdm
 
 from ..data.batching import Batch
-from .outputs import Metrics
-from .state import Checkpoints, describe_latest
 from .step import Report, State
 
 if TYPE_CHECKING:
     import grain
 
 
-@dataclass(frozen=True)
-class Loop:
-    """Training loop settings.
+@dataclass
+class Training:
+    """The progress of one call of `fit`, which is passed to its callbacks.
 
     Attributes:
-        steps: The number of the last step.
-        schedule: The learning rate, a function of the number of updates so far.
-        accumulation: The number of batches per step.
-        save_every: The number of steps between checkpoints.
-        eval_every: The number of steps between evaluations. With None, evaluations run
-            only before the first step and after the last one.
-        log_every: The number of steps between calls of `watch` and, without a terminal,
-            between lines on stderr. Steps with an evaluation always have both. With
-            None, `watch` is called at each step, and about ten lines are printed.
-        patience: With a `Best`: stop after this many evaluations in a row without a
-            lower validation loss. None never stops early.
-        on_nan: What to do if the loss or the gradient is not finite: "stop" with an
-            error, or "skip" the update. If only the new adapter is not finite, the run
-            always stops.
-        stamp: JSON values to save with each state, besides its position in the data.
+        steps: The total number of steps, including those before a resumed state.
+        batches: The iterator over batches.
+        full_state: The state after the latest step. In a sweep, it has all adapters.
+        step: The number of steps taken so far, which is the number of the latest step.
+        row: The metrics of the latest step, to which callbacks may add. In a sweep, a
+            metric that differs between adapters is a list with one value for each.
+            Empty before the first step, unless `Evaluate` has added metrics to it.
+        evaluation: The metrics of an evaluation after the latest step. Empty if there
+            was none.
+        is_finite: Whether the loss, the gradient and the new adapter are finite. In a
+            sweep, a list with one value for each adapter.
+        is_over: Whether training ends after the latest step. Callbacks may set it.
+        index: The index of one adapter of a sweep, if its own callbacks are called.
+            Otherwise None.
 
     Example:
         >>> from qlora_jax.llm import train
-        >>> train.Loop(steps=10, schedule=lambda step: 1e-3).accumulation
-        1
+        >>> training = train.Training(10, iter([]), full_state=None, step=4)
+        >>> [training.is_due(every) for every in (2, 3, None)]
+        [True, False, False]
     """
 
     steps: int
-    schedule: Callable[[Any], Any]  # as in `optax.Schedule`
-    accumulation: int = 1
-    save_every: int = 100
-    eval_every: int | None = None
-    log_every: int | None = None
-    patience: int | None = None
-    on_nan: Literal["stop", "skip"] = "stop"
-    stamp: Mapping[str, Any] = field(default_factory=dict)
+    batches: "grain.DatasetIterator[Batch]"
+    full_state: State
+    step: int
+    row: dict[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    is_finite: bool | list[bool] = True
+    is_over: bool = False
+    index: int | None = None
+
+    @property
+    def state(self) -> State:
+        """The state after the latest step: that of adapter `index`, or `full_state`.
+
+        Do not keep its arrays. The next step donates those of `full_state`.
+        """
+        state = self.full_state
+        return state if self.index is None else state.member(self.index)
+
+    def is_due(self, every: int | None) -> bool:
+        """Returns whether the step is the last one, or a multiple of `every`.
+
+        Args:
+            every: The interval in steps. With None, only the last step is due.
+        """
+        return self.step == self.steps or bool(every) and self.step % every == 0
 
 
-@dataclass
-class Best:
-    """The step with the lowest validation loss, whose checkpoint is kept.
-
-    Attributes:
-        step: The step, or None if there is none yet.
-        loss: The validation loss of that step.
-        since: The number of evaluations after that step.
+class Callback:
+    """Reacts to the steps of `fit`. By default, the methods do nothing.
 
     Example:
         >>> from qlora_jax.llm import train
-        >>> best = train.Best()
-        >>> [best.see(step, loss) for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4))]
-        [True, True, False]
-        >>> best
-        Best(step=2, loss=0.3, since=1)
+        >>> class StopAtLoss(train.Callback):
+        ...     def on_step(self, training):
+        ...         training.is_over = training.row["loss"] < 0.1
     """
 
-    step: int | None = None
-    loss: float | None = None
-    since: int = 0
-
-    def see(self, step: int, loss: float) -> bool:
-        """Returns whether a validation loss is the lowest so far, and records it.
+    def on_start(self, training: Training) -> None:
+        """Called before the first step.
 
         Args:
-            step: The step.
-            loss: The validation loss of that step.
+            training: The run.
         """
-        is_lowest = loss < (math.inf if self.loss is None else self.loss)
-        self.since += 1
-        if is_lowest:
-            self.step, self.loss, self.since = step, loss, 0
-        return is_lowest
+
+    def on_step(self, training: Training) -> None:
+        """Called after each step.
+
+        Args:
+            training: The run. Setting its `is_over` ends it.
+        """
+
+    def on_end(self, training: Training) -> None:
+        """Called after the last step, unless an error has ended the run.
+
+        Args:
+            training: The run.
+        """
 
 
 def fit(
-    loop: Loop,
-    step: Callable[..., tuple[State, Report]],
     state: State,
-    base: PyTree,
-    data: "grain.DatasetIterator[Batch]",
+    step: Callable[[State, Sequence[Batch]], tuple[State, Report]],
+    batches: "grain.DatasetIterator[Batch]",
     *,
-    states: Checkpoints,
-    metrics: Metrics,
-    evaluate: Callable[[Any, State], Mapping[str, float]] | None = None,
-    best: Best | None = None,
-    watch: Callable[[Mapping[str, Any]], Any] = lambda row: None,
-    stop: Callable[[], bool] = lambda: False,
+    steps: int,
+    accumulation: int = 1,
+    schedule: Callable[[Any], Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> State:
     """Trains from a state to the last step.
 
+    `fit` takes the steps and collects their metrics. Callbacks do everything else. They
+    are called in the order in which they are passed, which should be: `CheckFinite`,
+    `Evaluate`, `Metrics`, `LogRows`, `ShowProgress`, `SaveStates`.
+
+    For a sweep, pass a state from `State.stack`, a step from `make_step` with
+    `learning_rates`, and the callback `ForMembers`. It calls separate callbacks for
+    each adapter.
+
     Args:
-        loop: The settings.
-        step: The function from `make_step`.
         state: The initial state, which is donated.
-        base: The base tree.
-        data: The batches, from `batches`, at the position of the state.
-        states: Saves a state every `save_every` steps and after the last step.
-        metrics: Writes the metrics of each step, before its state is saved.
-        evaluate: A function of the base tree and the state that returns more metrics.
-            It runs before the first step, every `eval_every` steps, and after the last.
-        best: Finds the step with the lowest `valid_loss` that `evaluate` returns, after
-            the first step. The state of that step is kept too.
-        watch: Called with the metrics of the steps that `loop.log_every` selects, for
-            other loggers.
-        stop: Called after each step. Returns whether to stop the run, and must return
-            the same value in all processes.
+        step: A function of the state and a list of batches, such as the function from
+            `make_step` with the base tree filled in.
+        batches: The iterator from `qlora_jax.llm.data.batches`. To resume from a saved
+            state, restore the iterator's position, too.
+        steps: The total number of steps, including those before a resumed state.
+        accumulation: The number of batches per step.
+        schedule: A function that maps the number of updates so far to the learning
+            rate, which is added to the metrics. In a sweep, it maps a list of numbers,
+            one for each adapter, to their learning rates.
+        callbacks: The callbacks.
 
     Returns:
-        The state after the last step, which is saved. `loop.patience` may end the run
-        earlier.
-
-    Raises:
-        FloatingPointError: If the loss or the gradient is not finite and `on_nan` is
-            "stop", or if the adapter is not finite. No state is saved.
-        OSError: If metrics or a state cannot be written.
+        The state after the last step.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, numpy as np, optax
@@ -150,209 +149,71 @@ def fit(
         ...     jnp.sum(batch.weights))
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.25), seed=0)
         >>> step, folder = train.make_step(loss, optax.sgd(0.25)), tempfile.mkdtemp()
-        >>> loop = train.Loop(steps=2, schedule=lambda step: 0.25)
         >>> with (train.Checkpoints(f"{folder}/state") as states,
         ...       train.Metrics(f"{folder}/metrics.jsonl") as metrics):
-        ...     kwargs = dict(states=states, metrics=metrics)
-        ...     state = train.fit(loop, step, state, {}, batches, **kwargs)
+        ...     state = train.fit(
+        ...         state, lambda state, batches: step(state, {}, batches), batches,
+        ...         steps=2, callbacks=[metrics, train.SaveStates(states)])
         >>> float(state.lora["w"])
         0.75
+        >>> [row["loss"] for row in train.read_metrics(f"{folder}/metrics.jsonl")]
+        [1.0, 0.25]
     """
-    hooks = states, metrics, evaluate, best, watch, stop
-    run = Training(loop, state, base, data, *hooks)
-    return drive([run], lambda states, batches: [step(*states, base, batches)])[0]
-
-
-# A generator that yields the state and the batches of each step. It is then sent the
-# new state, a report, and the seconds that the step took. It returns the last state.
-Steps = Generator[tuple[State, list[Batch]], tuple[State, Report, float], State]
-# Validation losses and their labels. The progress bar shows the first that is computed.
-_VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
-
-
-def drive(
-    runs: Sequence["Training"],
-    step: Callable[[list[State], list[Batch]], Sequence[tuple[State, Report]]],
-    on_error: Callable[[int, FloatingPointError], object] | None = None,
-) -> list[Any]:
-    """Trains runs with the same batches side by side, and returns their last states."""
-    # If a run fails because of NaN, its state is None, the other runs continue, and
-    # `on_error` is called with its index. Without `on_error`, the error is raised.
-    # The joint step is compiled for all runs. A run that has failed or finished leaves
-    # `live`. The step still updates its state, but the result is ignored.
-    live, batches = {*range(len(runs))}, []
-    states: list[Any] = [None] * len(runs)
-    last_states: list[Any] = [None] * len(runs)
-    generators = [run.steps() for run in runs]
-
-    def advance(index, result):
-        nonlocal batches
-        try:
-            states[index], batches = generators[index].send(result)
-        except StopIteration as end:
-            live.remove(index)
-            # The steps of the remaining runs donate the state, so it is copied.
-            state = end.value
-            last_states[index] = jax.tree.map(jnp.copy, state) if live else state
-        except FloatingPointError as error:
-            if on_error is None:
-                raise
-            live.remove(index)
-            on_error(index, error)
-
-    with contextlib.ExitStack() as stack:
-        for generator in generators:
-            stack.enter_context(contextlib.closing(generator))
-        for index in range(len(runs)):
-            advance(index, None)
-        while live:
-            start = time.perf_counter()
-            results = step(states, batches)
-            # JAX returns before the step has run.
-            jax.block_until_ready([report for _, report in results])
-            seconds = time.perf_counter() - start
-            states = [state for state, _ in results]
-            for index in sorted(live):
-                advance(index, (*results[index], seconds))
-    return last_states
-
-
-@dataclass(eq=False)
-class Training:
-    """A run of `fit`, with its arguments, whose steps `drive` executes."""
-
-    loop: Loop
-    state: State
-    base: PyTree
-    data: "grain.DatasetIterator[Batch]"
-    states: Checkpoints
-    metrics: Metrics
-    evaluate: Callable[[Any, State], Mapping[str, float]] | None
-    best: Best | None
-    watch: Callable[[Mapping[str, Any]], Any]
-    stop: Callable[[], bool]
-    progress: bool = True
-    _validation: str = ""  # the latest validation loss, for the progress bar
-    _compiled: set[tuple] = field(default_factory=set)  # programs so far
-
-    def steps(self) -> Steps:
-        """Yields the state and the batches of each step, and is sent the results."""
-        loop, first = self.loop, int(self.state.step)
-        is_shown = self.progress and jax.process_index() == 0
-        # Evaluate the initial adapter, so that later metrics can be compared with it.
-        if first == 0 and self.evaluate is not None:
-            self._record({"step": 0})
-        # A run that is resumed after it has stopped early takes no more steps.
-        last = first if self._is_patience_over() else loop.steps
-        # None hides the bar unless stderr is a terminal.
-        disable = None if is_shown else True
-        settings: dict[str, Any] = {"initial": first, "total": loop.steps}
-        with tqdm(desc="training", unit="step", disable=disable, **settings) as bar:
-            for step in range(first + 1, last + 1):
-                # 1. Take the step. Skipped steps do not advance the schedule.
-                batches = [next(self.data) for _ in range(loop.accumulation)]
-                num_updates = step - 1 - int(self.state.skipped)
-                learning_rate = float(np.asarray(loop.schedule(num_updates)))
-                self.state, report, seconds = yield self.state, batches
-                # 2. Write the metrics, before the checkpoint of the step.
-                row = self._make_row(step, report, batches, seconds, learning_rate)
-                if not report.is_finite:
-                    self._handle_non_finite(row)
-                is_best = self._record(row)
-                # 3. Show the progress: a bar on terminals, and otherwise some lines.
-                status = self._status(row)
-                interval = loop.log_every or math.ceil(loop.steps / 10)
-                is_line_due = self._is_evaluated(step) or self._is_due(step, interval)
-                if is_shown and bar.disable and is_line_due:
-                    line = f"step {step:,} of {loop.steps:,}: {status}"
-                    print(line, file=sys.stderr)
-                bar.set_postfix_str(status)
-                bar.update()
-                # 4. Save a checkpoint if one is due.
-                is_last = self.stop() or self._is_patience_over()
-                if is_last or is_best or self._is_due(step, loop.save_every):
-                    self._save()
-                if is_last:
-                    break
-        self.states.wait()
-        return self.state
-
-    def _is_due(self, step: int, interval: int | None) -> bool:
-        return step == self.loop.steps or bool(interval) and step % interval == 0
-
-    def _is_evaluated(self, step: int) -> bool:
-        is_due = step == 0 or self._is_due(step, self.loop.eval_every)
-        return self.evaluate is not None and is_due
-
-    def _is_patience_over(self) -> bool:
-        patience = math.inf if self.loop.patience is None else self.loop.patience
-        return self.best is not None and self.best.since >= patience
-
-    def _make_row(self, step, report, batches, seconds, learning_rate):
-        tokens = sum(batch.num_tokens for batch in batches)
-        row = {
-            "step": step,
-            "loss": float(report.loss),
-            "grad_norm": float(report.grad_norm),
-            "tokens": tokens,
-            "trained_tokens": sum(batch.num_trained for batch in batches),
-            "tokens_per_s": round(tokens / seconds, 1),
-            "seconds": round(seconds, 4),
-            **{name: float(x) for name, x in report.metrics.items()},
-            "learning_rate": learning_rate,
+    # The adapters of a sweep are all at the same step.
+    training = Training(steps, batches, state, step=int(np.max(state.step)))
+    for callback in callbacks:
+        callback.on_start(training)
+    programs: set[tuple] = set()
+    while training.step < steps and not training.is_over:
+        # 1. Take the step.
+        step_batches = [next(batches) for _ in range(accumulation)]
+        # Skipped steps do not advance the schedule.
+        num_updates = training.step - np.asarray(training.full_state.skipped)
+        start = time.perf_counter()
+        training.full_state, report = step(training.full_state, step_batches)
+        jax.block_until_ready(report)  # JAX returns before the step has run
+        seconds = time.perf_counter() - start
+        # 2. Collect its metrics.
+        training.step += 1
+        training.evaluation = {}
+        training.is_finite = np.asarray(report.is_finite).tolist()
+        training.row = {
+            "step": training.step,
+            **_metrics(report, step_batches, seconds),
         }
-        # A program is compiled on first use. The first batch of a step has no sums to
-        # add to, and the last one also updates the adapter, so each has a program of
-        # its own. So does each shape of a batch.
-        last = len(batches) - 1
-        shapes = [tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches]
-        programs = {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}
-        if not programs <= self._compiled:
-            row["is_compiled"] = True  # the time of this step includes compilation
-        self._compiled |= programs
-        return row
+        if schedule is not None:
+            learning_rate = schedule(num_updates.tolist())
+            training.row["learning_rate"] = np.asarray(learning_rate).tolist()
+        if not (new_programs := _programs_of(step_batches)) <= programs:
+            training.row["is_compiled"] = True  # `seconds` includes compilation
+            programs |= new_programs
+        # 3. Evaluate, write and save what is due.
+        for callback in callbacks:
+            callback.on_step(training)
+    for callback in callbacks:
+        callback.on_end(training)
+    return training.full_state
 
-    def _record(self, row: dict[str, Any]) -> bool:
-        # Evaluates if due, writes the row, and returns whether it has the best loss.
-        step, is_best = row["step"], False
-        if self.evaluate is not None and self._is_evaluated(step):
-            row |= self.evaluate(self.base, self.state)
-            if step and self.best is not None:
-                is_best = self.best.see(step, row["valid_loss"])
-        if name := next((name for name in _VALIDATION if name in row), None):
-            label = _VALIDATION[name]
-            self._validation = f", {label} {row[name]:.4f} at step {step:,}"
-        self.metrics.write(**row)
-        if self._is_evaluated(step) or self._is_due(step, self.loop.log_every or 1):
-            self.watch(row)
-        return is_best
 
-    def _status(self, row: Mapping[str, Any]) -> str:
-        speed = f"{row['tokens_per_s']:,.0f} tokens/s"
-        if "is_compiled" in row:
-            speed = f"{row['seconds']:.1f} s with compilation"
-        return f"loss {row['loss']:.4f}{self._validation}, {speed}"
+def _metrics(
+    report: Report, batches: Sequence[Batch], seconds: float
+) -> dict[str, Any]:
+    tokens = sum(batch.num_tokens for batch in batches)
+    return {
+        "loss": np.asarray(report.loss).tolist(),
+        "grad_norm": np.asarray(report.grad_norm).tolist(),
+        "tokens": tokens,
+        "trained_tokens": sum(batch.num_trained for batch in batches),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "seconds": round(seconds, 4),
+        **{name: np.asarray(x).tolist() for name, x in report.metrics.items()},
+    }
 
-    def _save(self) -> None:
-        metadata = {**self.loop.stamp, "position": self.data.get_state()}
-        if self.best is not None:
-            metadata["best"], self.states.best = asdict(self.best), self.best.step
-        self.states.save(self.state, metadata)
 
-    def _handle_non_finite(self, row: dict[str, Any]) -> None:
-        loss, norm = row["loss"], row["grad_norm"]
-        problem = f"step {row['step']} has loss {loss:.4g} and gradient norm {norm:.4g}"
-        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        if self.loop.on_nan == "skip" and is_skipped:
-            if jax.process_index() == 0:
-                tqdm.write(f"{problem}: its update is skipped", file=sys.stderr)
-            return
-        if not is_skipped:
-            problem += ", but its new adapter weights are not finite"
-        advice = ", or `on_nan: skip`" if is_skipped else ""
-        self.metrics.write(**row)
-        self.states.wait()
-        raise FloatingPointError(
-            f"{problem}. {describe_latest(self.states)}. Try a smaller "
-            f"`learning_rate`{advice}."
-        )
+def _programs_of(batches: Sequence[Batch]) -> set[tuple]:
+    # Identifies the compiled programs that these batches run. The first batch of a step
+    # starts the sums to which later batches add, and the last one also updates the
+    # adapter, so both need programs of their own. So does each shape of a batch.
+    last = len(batches) - 1
+    shapes = [tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches]
+    return {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}

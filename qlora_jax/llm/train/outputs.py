@@ -15,9 +15,13 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
+from .loop import Callback, Training
 
-class Metrics:
+
+class Metrics(Callback):
     """Writes `metrics.jsonl`, one line per step. Lines are never written in part.
+
+    It is a callback of `fit`.
 
     Example:
         >>> import pathlib, tempfile
@@ -33,8 +37,9 @@ class Metrics:
         """Opens the file.
 
         Args:
-            path: The file. Only its lines up to step `after` are kept.
-            after: The step from which a run resumes, or None for a new run.
+            path: The file.
+            after: The step from which a run resumes. The lines of later steps are
+                deleted. With None, for a new run, all lines are deleted.
         """
         self.path = pathlib.Path(path)
         rows = []
@@ -51,6 +56,13 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def on_start(self, training: Training) -> None:  # noqa: D102
+        if training.evaluation:  # of the initial adapter
+            self.write(**training.row)
+
+    def on_step(self, training: Training) -> None:  # noqa: D102
+        self.write(**training.row)
+
     def write(self, **row: Any) -> None:
         """Writes a line.
 
@@ -62,8 +74,8 @@ class Metrics:
         """
         data, old_size = _to_line(row).encode(), self._file.tell()
         try:
-            # A disk that fills up takes a part of the line. Only the next write says
-            # why the rest does not fit.
+            # If the disk becomes full, `write` stores a part of the line, and raises no
+            # error. The next call, with the rest of the line, raises it.
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
@@ -128,8 +140,9 @@ def plot_loss(
             label = f"mean of {window} steps"
             axes.plot(*means, color="#1f4e8c", linewidth=2, label=label)
         if valid[0]:
-            # If samples are evaluated in between, all rows are evaluated only at the
-            # start and at the end. A line between these two points would mislead.
+            # If a run evaluates a sample of the validation rows at intervals, it
+            # evaluates all of them only at its start and end. A line between these two
+            # points would mislead.
             marker, scope = ("D", ", all rows") if sampled[0] else ("o-", "")
             label = f"validation{scope}"
             axes.plot(*valid, marker, color="#c8553d", markersize=5, label=label)
@@ -179,7 +192,7 @@ def _loss_axes(
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     yield axes
-    # The losses of preferences are not in nats per token.
+    # Rows with this metric are those of preferences, whose losses are not per token.
     unit = "" if any("rewards/margins" in row for row in rows) else ", nats per token"
     axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

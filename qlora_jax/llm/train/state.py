@@ -19,8 +19,9 @@ from .arrays import check_same_arrays, copy_to_save, leaves_by_name, mesh_of
 from .step import State
 
 _UNFINISHED = ".orbax-checkpoint-tmp*"
-_CHECKSUMS = "checksums.txt"  # as written by `sha256sum`, and a hash of these lines
-# Orbax writes the first two during or after the checksums. They contain no arrays.
+_CHECKSUMS = "checksums.txt"  # in the format of `sha256sum`, plus a hash of the lines
+# Files without a checksum. Orbax writes the first two while the checksums are computed,
+# or later. They contain no arrays.
 _UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt", _CHECKSUMS)
 # The possible faults of a file. The code of a fault is its index plus 1.
 _FAULTS = ("is missing", "has other contents than were saved", "cannot be read")
@@ -29,9 +30,12 @@ _FAULTS = ("is missing", "has other contents than were saved", "cannot be read")
 class Checkpoints:
     """The newest states of a run, and optionally its best state, in a folder.
 
-    A state is written in the background under a temporary name, with checksums of its
-    files, and then renamed. The checksums are verified before it is read. The state of
-    step `best`, which is None at first, is kept in addition to the newest ones.
+    A state is written in the background, into a folder with a temporary name. The
+    folder is renamed when all files and their checksums are written. The checksums are
+    verified before a state is read.
+
+    To keep one more state, such as the best one, set the attribute `best` to its step.
+    At first, `best` is None.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -53,7 +57,8 @@ class Checkpoints:
         Args:
             folder: The folder, which is created if it does not exist.
             keep: The number of newest states to keep.
-            read_only: Whether to change nothing, since a run may be using the folder.
+            read_only: Whether to leave the folder as it is. Pass True if a run may be
+                using it.
 
         Raises:
             ValueError: If `keep` is not positive.
@@ -74,8 +79,9 @@ class Checkpoints:
 
         self._remove_unfinished()
         policy: Any = SimpleNamespace(should_preserve=self._are_kept)
-        # Several runs may save states of the same step at a time. Without a prefix of
-        # its own, the barrier of one run would wait for the processes of another.
+        # The processes of a run wait for each other at barriers, which Orbax finds by
+        # name. Several runs of a sweep may save at the same time. Each run has a prefix
+        # for these names, so that no process waits at the barrier of another run.
         name = "/".join(self._folder.parts[-2:])
         processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
         options = ocp.CheckpointManagerOptions(
@@ -154,8 +160,8 @@ class Checkpoints:
         """Returns a saved state and its JSON object.
 
         Args:
-            like: A state of the same structure, of arrays or shapes, whose shardings
-                and memory spaces the restored state gets.
+            like: A state of the same structure, of arrays or shapes. The restored state
+                gets its shardings and memory spaces.
             step: The step of the state. Defaults to the newest.
 
         Raises:
@@ -192,7 +198,8 @@ class Checkpoints:
         expected, saved = leaves_by_name({"lora": like}), self._saved_arrays(step)
         saved_lora = {k: x for k, x in saved.items() if k.startswith("lora.")}
         check_same_arrays(saved_lora, expected, self._folder)
-        # Orbax cannot read a part of a state, so the moments are read and dropped.
+        # Orbax can read only a whole state, so the state of the optimizer is read, too,
+        # and dropped.
         target = self._args.StandardRestore(_empty_arrays(saved))
         arrays = self._restore(step, state=target)["state"]
         return jax.tree.structure(like).unflatten([arrays[name] for name in expected])
@@ -285,8 +292,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Only a single process can reopen the manager: all processes must open it
-            # together, and the others may not have failed.
+            # A manager of several processes cannot be reopened here. All of them would
+            # have to open it together, but maybe only this one has an error.
             if jax.process_count() == 1:
                 self._close_manager()
                 self._open()
@@ -298,7 +305,8 @@ class Checkpoints:
             ) from error
 
     def _close_manager(self) -> None:
-        # An error of a thread ends `close` early, but is raised only once: try again.
+        # If a background thread has failed, `close` raises its error before everything
+        # is closed. The next call does not raise it again, and closes the rest.
         for _ in range(8):
             with contextlib.suppress(Exception):
                 return self._manager.close()
@@ -359,8 +367,8 @@ def _find_faults(states: pathlib.Path, step: int) -> list[str]:
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         return [f"{_CHECKSUMS} {_FAULTS[0 if is_missing else 2]}"]
-    # The fault code of each file, or 0 if it is intact or another process verifies it.
-    # The maximum over all processes then has the codes of all files.
+    # The code of a file is 0 if it is intact, or if another process verifies it. The
+    # maximum over all processes is therefore the result for each file.
     names, codes = sorted(hashes), np.zeros(len(hashes), np.int32)
     for index in range(jax.process_index(), len(names), jax.process_count()):
         codes[index] = _fault_code(folder / names[index], hashes[names[index]])

@@ -12,25 +12,29 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ... import optim
-from .arrays import mesh_of, put_on_mesh, with_shardings
+from .arrays import mesh_of, put_on_mesh, stack_trees, take_from_stack, with_shardings
 
 # A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
 # of the losses of all targets, the number of targets, and optionally metrics.
 Loss = Callable[..., tuple]
-# The jitted functions of a step. The first adds the gradient of a batch. The second
-# adds the gradient of the last batch, and updates.
+# The two jitted functions of a step. The first adds a batch to the sums of the step.
+# The second adds the last batch, and updates the adapter.
 Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
+OptimizerOfRate = Callable[[Array], optax.GradientTransformation]
 
 
 class State(NamedTuple):
-    """The training state.
+    """The training state of one adapter, or the stacked states of a sweep.
+
+    In a sweep, all arrays have a leading axis of adapters.
 
     Attributes:
         step: The number of steps so far.
         skipped: The number of steps whose update was skipped.
         lora: The lora tree.
         opt_state: The state of the optimizer.
-        key: The PRNG key of the run. Each step folds its number into it.
+        key: The PRNG key of the run, which stays the same. The dropout keys of a step
+            are derived from it and from the number of the step.
 
     Example:
         >>> import jax, optax
@@ -41,6 +45,9 @@ class State(NamedTuple):
         0
         >>> train.State.shapes(lora, optax.adam(0.1)).opt_state[0].mu["w"].shape
         (3,)
+        >>> sweep = train.State.stack([state, state])
+        >>> sweep.lora["w"].shape, sweep.member(1).lora["w"].shape
+        ((2, 3), (3,))
     """
 
     step: Int[Array, ""]
@@ -68,6 +75,23 @@ class State(NamedTuple):
         return state if mesh is None else put_on_mesh(state, mesh)
 
     @classmethod
+    def stack(cls, members: Sequence["State"]) -> "State":
+        """Returns the state of a sweep, whose arrays have a leading axis of adapters.
+
+        Args:
+            members: The states of the adapters, at the same step.
+        """
+        return _with_key(stack_trees([*map(_with_key_data, members)]))
+
+    def member(self, index: int) -> "State":
+        """Returns a copy of the state of one adapter of a sweep.
+
+        Args:
+            index: The index of the adapter.
+        """
+        return _with_key(take_from_stack(_with_key_data(self), index))
+
+    @classmethod
     def shapes(cls, lora: PyTree, optimizer: optax.GradientTransformation) -> "State":
         """Returns the shapes and shardings of the state that `create` returns.
 
@@ -79,13 +103,14 @@ class State(NamedTuple):
         def create(lora):
             return cls.create(lora, optimizer, 0)
 
-        # With shardings, `create` would call `device_put` during tracing, so drop them.
+        # The shardings are dropped, because with them `create` would call `device_put`
+        # while it is traced.
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
         # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
         avals = jax.make_jaxpr(create)(bare).out_avals
         structure = jax.tree.structure(jax.eval_shape(create, bare))
         state: State = jax.tree.unflatten(structure, avals)
-        # The moments of the optimizer have the shardings of their adapters.
+        # The moments of an array of the adapter have the sharding of that array.
         sharded_opt_state = optax.tree_utils.tree_map_params(
             optimizer,
             lambda x, adapter: adapter if x.shape == adapter.shape else None,
@@ -97,15 +122,24 @@ class State(NamedTuple):
         return with_shardings(state, sharded, jax.tree.leaves(lora)[0])
 
 
+def _with_key_data(state: State) -> State:
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def _with_key(state: State) -> State:
+    return state._replace(key=jax.random.wrap_key_data(state.key))
+
+
 class Report(NamedTuple):
-    """The results of a step.
+    """The results of a step. In a sweep, the arrays have an axis of adapters.
 
     Attributes:
-        loss: The mean loss over the target tokens, in nats per token.
+        loss: The mean loss: in nats per target token, or per answer or pair of answers.
         grad_norm: The global norm of the gradient, before clipping.
-        tokens: The number of target tokens, or of other items that the loss sums.
+        tokens: The number of target tokens, answers or pairs, by which sums of losses
+            are divided.
         is_finite: Whether the loss, the gradient and the new adapter are finite.
-        metrics: The means of the other metrics of the loss, by name.
+        metrics: The mean of each metric that the loss function returns, by name.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -129,23 +163,34 @@ class _Sums(NamedTuple):
     metrics: list[dict[str, tuple[Array, Array]]]  # empty if the loss returns none
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation | OptimizerOfRate,
+    learning_rates: Sequence[float] | None = None,
+) -> "Step":
     """Returns the function that performs one training step.
 
     A step may have several batches. Its gradient is that of the mean over all their
     target tokens, as if they were one large batch.
 
     If the loss or the norm of the gradient is not finite, the adapter and the optimizer
-    stay unchanged (`ql.optim.skippable`), and only the step counters advance. If only
-    the new adapter is not finite, the old adapter is kept, but not the old state of the
-    optimizer: it may be in host memory, where it is updated in place. `fit` then stops.
-    Resume from an earlier state, with a smaller learning rate.
+    stay unchanged (`ql.optim.skippable`), and only the step counters advance.
+
+    If only the new adapter is not finite, the old adapter is kept. The old state of the
+    optimizer is not kept, because a state in host memory has been updated in place. So
+    do not train on. Resume from an earlier state, with a smaller learning rate.
+
+    With `learning_rates`, the step trains the adapters of a sweep together, on the same
+    batches. `jax.vmap` maps the step over the leading axis of `State.stack`. The base
+    is not mapped, so it is decoded only once for all adapters.
 
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key. It
             returns the sum of the losses of the target tokens, the number of target
             tokens, and optionally a dict of metrics, each a sum and its count.
         optimizer: The optimizer. Its state may be in host memory (`ql.optim.offload`).
+            With `learning_rates`, a function that returns it for a learning rate.
+        learning_rates: The learning rate of each adapter of a sweep.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -153,182 +198,27 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
         >>> def loss(lora, base, batch, key):
         ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+        >>> sweep = train.State.stack([state, state])
         >>> step = train.make_step(loss, optax.sgd(0.5))
         >>> state, report = step(state, {}, [jnp.ones(3), 5 * jnp.ones(1)])
         >>> float(state.lora["w"]), float(report.loss)
         (2.0, 7.0)
+        >>> step = train.make_step(loss, optax.sgd, learning_rates=[0.5, 0.25])
+        >>> sweep, report = step(sweep, {}, [jnp.ones(3)])
+        >>> sweep.lora["w"].tolist(), report.loss.tolist()
+        ([1.0, 0.5], [1.0, 1.0])
     """
-    return Step(_Compiler(loss, [optimizer]))
+    return Step(loss, optimizer, learning_rates)
 
 
-def make_joint_step(
-    loss: Loss, optimizers: Sequence[optax.GradientTransformation]
-) -> "JointStep":
-    """Returns the function that performs one step of several adapters over one base.
-
-    Each adapter is updated as by `make_step`, on the same batches. `jax.vmap` over the
-    adapters computes all losses together, so that the base is decoded only once.
-
-    Args:
-        loss: As in `make_step`.
-        optimizers: The optimizer of each adapter.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax.llm import train
-        >>> def loss(lora, base, batch, key):
-        ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
-        >>> optimizers = optax.sgd(0.5), optax.sgd(0.25)
-        >>> states = [
-        ...     train.State.create({"w": jnp.zeros(())}, x, seed=0) for x in optimizers]
-        >>> step = train.make_joint_step(loss, optimizers)
-        >>> [float(x.lora["w"]) for x, _ in step(states, {}, [jnp.ones(3)])]
-        [1.0, 0.5]
-    """
-    return JointStep(_Compiler(loss, optimizers))
-
-
-class _Compiler:
-    """Compiles the steps of states that are trained together."""
-
-    def __init__(self, loss: Loss, optimizers: Sequence[optax.GradientTransformation]):
-        self._loss, self._optimizers = loss, [*map(optim.skippable, optimizers)]
-        self._compiled = functools.cache(self._compile)
-
-    def __call__(self, states: tuple[State, ...]) -> Programs:
-        # States of the same shardings and structure share compiled programs.
-        leaves, structure = jax.tree.flatten(states)
-        is_sharded = mesh_of(states) is not None
-        shardings = tuple(x.sharding for x in leaves) if is_sharded else None
-        return self._compiled(shardings, structure)
-
-    def _compile(self, shardings: tuple | None, structure: Any) -> Programs:
-        sum_shardings = result_shardings = None
-        # On a mesh, results get the shardings of the arguments. Otherwise the
-        # partitioner may choose other ones, and the next step would be compiled again.
-        if shardings is not None:
-            # The partitioner chooses the shardings that are None.
-            states = jax.tree.unflatten(structure, shardings)
-            sum_shardings = [_Sums(None, None, x.lora, None) for x in states]  # type: ignore
-            result_shardings = [(state, None) for state in states]
-        add = jax.jit(self._add_batch, donate_argnums=0, out_shardings=sum_shardings)
-        finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
-        return add, finish
-
-    def _add_batch(self, sums, states, base, batch, index) -> list[_Sums]:
-        """Adds the losses and gradients of batch number `index` of a step."""
-
-        def sum_losses(lora, key, step):
-            # A resumed run derives the same dropout key for each batch of each step.
-            dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
-
-            def loss_and_counts(lora):
-                total, *counts = self._loss(lora, base, batch, dropout_key)
-                return total, counts
-
-            gradient = jax.value_and_grad(loss_and_counts, has_aux=True)
-            (total, (weight, *metrics)), grads = gradient(lora)
-            return _Sums(total, jnp.asarray(weight, jnp.float32), grads, metrics)
-
-        adapters = [(state.lora, state.key, state.step) for state in states]
-        if len(adapters) == 1:
-            batch_sums = [sum_losses(*adapters[0])]
-        else:  # `vmap` over the adapters, which are stacked along a new leading axis
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
-            stacked_sums, batch_sums = jax.vmap(sum_losses)(*stacked), []
-            for i in range(len(adapters)):
-                batch_sums.append(jax.tree.map(lambda x, i=i: x[i], stacked_sums))
-        return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
-
-    def _finish(self, sums, states, *batch) -> list[tuple[State, Report]]:
-        sums = self._add_batch(sums, states, *batch)
-        runs = zip(sums, states, self._optimizers, strict=True)
-        return [_update(*run) for run in runs]
-
-
-def _update(
-    sums: _Sums, state: State, optimizer: optax.GradientTransformationExtraArgs
-) -> tuple[State, Report]:
-    # Divide once, at the end: in a mean of batch means, the weight of a token would
-    # depend on the size of its batch.
-    total, weight, grads, metrics = sums
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    mean, norm = total / weight, optax.tree.norm(grads)
-    # The old state is donated, so an update must be skipped inside this program.
-    skip = ~_all_finite([mean, norm])
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, skip=skip)
-    lora = optax.apply_updates(state.lora, updates)
-    # Finite gradients can still overflow the new adapter.
-    is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
-    lora = jax.tree.map(functools.partial(jnp.where, is_finite), lora, state.lora)
-    skipped = state.skipped + skip.astype(jnp.int32)
-    new_state = State(state.step + 1, skipped, lora, opt_state, state.key)
-    means = {name: x / n for group in metrics for name, (x, n) in group.items()}
-    return new_state, Report(mean, norm, weight, is_finite, means)
-
-
-def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
-
-
-@dataclass(frozen=True)
-class JointStep:
-    """One step of several adapters, from `make_joint_step`.
-
-    Attributes:
-        programs: Maps a tuple of states to two jitted functions: one adds the gradient
-            of a batch; the other adds the last gradient and updates the adapters.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax.llm import train
-        >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
-        >>> step = train.make_joint_step(loss, [optax.sgd(0.5)] * 2)
-        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
-        >>> len(step.lower([state, state], {}, jnp.ones(3)).out_info)
-        2
-    """
-
-    programs: Callable[[tuple[State, ...]], Programs]
-
-    def __call__(
-        self, states: Sequence[State], base: PyTree, batches: Sequence[PyTree]
-    ) -> list[tuple[State, Report]]:
-        """Returns the new state and a `Report` for each adapter.
-
-        Args:
-            states: The states, which are donated.
-            base: The base tree.
-            batches: The batches.
-        """
-        states = tuple(states)
-        add_batch, finish = self.programs(states)
-        sums = None
-        for index, batch in enumerate(batches[:-1]):
-            sums = add_batch(sums, states, base, batch, np.int32(index))
-        return finish(sums, states, base, batches[-1], np.int32(len(batches) - 1))
-
-    def lower(
-        self, states: Sequence[State], base: PyTree, batch: PyTree
-    ) -> jax.stages.Lowered:
-        """Returns the lowered program of a step of one batch, as `Step.lower` does.
-
-        Args:
-            states: The states, or their shapes.
-            base: The base tree, or its shapes with shardings.
-            batch: The batch, or its shapes with shardings.
-        """
-        states = tuple(states)
-        _, finish = self.programs(states)
-        return finish.lower(None, states, base, batch, np.int32(0))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One training step, from `make_step`.
+    """The function that performs one training step, as `make_step` returns it.
 
     Attributes:
-        programs: As in `JointStep`, for a tuple of one state.
+        loss: The loss function.
+        optimizer: The optimizer, or a function that returns it for a learning rate.
+        learning_rates: The learning rate of each adapter of a sweep.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -341,7 +231,9 @@ class Step:
         0
     """
 
-    programs: Callable[[tuple[State, ...]], Programs]
+    loss: Loss
+    optimizer: optax.GradientTransformation | OptimizerOfRate
+    learning_rates: Sequence[float] | None = None
 
     def __call__(
         self, state: State, base: PyTree, batches: Sequence[PyTree]
@@ -353,8 +245,11 @@ class Step:
             base: The base tree.
             batches: The batches.
         """
-        [result] = JointStep(self.programs)([state], base, batches)
-        return result
+        add_batch, finish = self._programs_for(state)
+        sums = None
+        for index, batch in enumerate(batches[:-1]):
+            sums = add_batch(sums, state, base, batch, np.int32(index))
+        return finish(sums, state, base, batches[-1], np.int32(len(batches) - 1))
 
     def lower(self, state: State, base: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Lowers the program of a step of one batch, as `jax.jit(...).lower` does.
@@ -367,4 +262,88 @@ class Step:
         Returns:
             The lowered program. It may be for devices that this machine does not have.
         """
-        return JointStep(self.programs).lower([state], base, batch)
+        _, finish = self._programs_for(state)
+        return finish.lower(None, state, base, batch, np.int32(0))
+
+    def _programs_for(self, state: State) -> Programs:
+        # States of the same shardings and structure share compiled programs.
+        leaves, structure = jax.tree.flatten(state)
+        is_sharded = mesh_of(state) is not None
+        shardings = tuple(x.sharding for x in leaves) if is_sharded else None
+        return self._compiled(shardings, structure)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Programs]:
+        return functools.cache(self._compile)
+
+    def _compile(self, shardings: tuple | None, structure: Any) -> Programs:
+        sum_shardings = result_shardings = None
+        # On a mesh, results get the shardings of the arguments. If the partitioner
+        # chose different ones, the next step would have to be compiled again.
+        if shardings is not None:
+            # The partitioner chooses the shardings that are None.
+            state = jax.tree.unflatten(structure, shardings)
+            sum_shardings = _Sums(None, None, state.lora, None)  # type: ignore
+            result_shardings = state, None
+        add = jax.jit(self._add_batch, donate_argnums=0, out_shardings=sum_shardings)
+        finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
+        return add, finish
+
+    def _add_batch(self, sums, state, base, batch, index) -> _Sums:
+        """Adds the losses and gradients of batch number `index` of a step."""
+
+        def sum_losses(lora, key, step):
+            # A resumed run derives the same dropout key for each batch of each step.
+            dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+
+            def loss_and_counts(lora):
+                total, *counts = self.loss(lora, base, batch, dropout_key)
+                return total, counts
+
+            gradient = jax.value_and_grad(loss_and_counts, has_aux=True)
+            (total, (weight, *metrics)), grads = gradient(lora)
+            return _Sums(total, jnp.asarray(weight, jnp.float32), grads, metrics)
+
+        if self.learning_rates is not None:
+            sum_losses = jax.vmap(sum_losses)
+        batch_sums = sum_losses(state.lora, state.key, state.step)
+        return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
+
+    def _finish(self, sums, state, *batch) -> tuple[State, Report]:
+        """Adds the last batch of a step, and updates the adapters."""
+        sums = self._add_batch(sums, state, *batch)
+        optimizer: Any = self.optimizer
+        if self.learning_rates is None:
+            return _update(optimizer, sums, state)
+
+        def update_member(learning_rate, sums, state):
+            return _update(optimizer(learning_rate), sums, state)
+
+        return jax.vmap(update_member)(jnp.float32(self.learning_rates), sums, state)
+
+
+def _update(
+    optimizer: optax.GradientTransformation, sums: _Sums, state: State
+) -> tuple[State, Report]:
+    # Divide once, at the end: in a mean of batch means, the weight of a token would
+    # depend on the size of its batch.
+    total, weight, grads, metrics = sums
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    mean, norm = total / weight, optax.tree.norm(grads)
+    # The old state is donated, so an update must be skipped inside this program.
+    skip = ~_all_finite([mean, norm])
+    updates, opt_state = optim.skippable(optimizer).update(
+        grads, state.opt_state, state.lora, skip=skip
+    )
+    lora = optax.apply_updates(state.lora, updates)
+    # Finite gradients can still overflow the new adapter.
+    is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
+    lora = jax.tree.map(functools.partial(jnp.where, is_finite), lora, state.lora)
+    skipped = state.skipped + skip.astype(jnp.int32)
+    new_state = State(state.step + 1, skipped, lora, opt_state, state.key)
+    means = {name: x / n for group in metrics for name, (x, n) in group.items()}
+    return new_state, Report(mean, norm, weight, is_finite, means)
+
+
+def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()

@@ -58,7 +58,8 @@ def settings(folder, data, out, **overrides):
     # share one compiled program.
     defaults |= dict(schedule="constant", warmup=1)
     defaults |= dict(target_modules=["q_proj", "down_proj"])
-    return app.TrainConfig(str(folder), str(data), str(out), **(defaults | overrides))
+    defaults |= dict(model=str(folder), data=str(data), out=str(out))
+    return app.TrainConfig.from_settings(defaults | overrides)
 
 
 def rows_of(out):

@@ -23,10 +23,14 @@ from qlora_jax.llm import app
 from qlora_jax.llm.app.run import make_run
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.cli.parser import COMMANDS
-from qlora_jax.llm.models.checkpoint import abstract_params, load, read_config
+from qlora_jax.llm.models.checkpoint import (
+    abstract_params,
+    load,
+    load_tokenizer,
+    read_config,
+)
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 GOLDEN = ROOT / "tests" / "data" / "models" / "llama_tied"
 TEXTS = ["five and nine", "two"]
@@ -244,10 +248,14 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     assert formats["model.layers.1.mlp.up_proj.weight"] == stored
     assert formats["lm_head.weight"] == "float32"
     # By default, `train` keeps the packing of the model.
-    train = app.TrainConfig(model=str(out), data=str(rows), out=str(copy), steps=1)
-    trained = make_run(train, "2026-11-28")
+    train = dict(model=str(out), data=str(rows), out=str(copy), steps=1)
+    trained = make_run(app.TrainConfig.from_settings(train), "2026-11-28")
     fmt, _, size, *_ = stored.split()
-    settings = trained.config.fmt, trained.config.block_size, trained.packing
+    settings = (
+        trained.config.model.fmt,
+        trained.config.model.block_size,
+        trained.packing,
+    )
     assert settings == (fmt, int(size), None)
     again = ("export", "--format", flags[0], "--model", out, "--out", copy)
     status, _, err = run(capsys, *again, "--block-size=128")

@@ -1,12 +1,12 @@
 """The help of each command: words for types, groups, and every option."""
 
-import dataclasses
 import re
 
 import pytest
 
+from qlora_jax.llm.app.options import options_of
 from qlora_jax.llm.cli.main import main
-from qlora_jax.llm.cli.parser import COMMANDS, GROUPS
+from qlora_jax.llm.cli.parser import COMMANDS
 
 # Python's names of types and of missing values, which no help text may contain.
 NO_WORDS = r"Any|Union|Optional|Literal|NoneType|None|null|<class|typing|MISSING"
@@ -22,17 +22,15 @@ def test_help_is_in_words(capsys, command):
     assert max(map(len, out.splitlines())) <= 88
     if command is None:
         return
-    fields = dataclasses.fields(COMMANDS[command])
+    options = options_of(COMMANDS[command]).values()
     listed = re.findall(r"^  (?:--)?([a-z]\w*)(?=[ ,\n]|$)", out, re.M)
-    names = [field.name for field in fields if field.name in listed]
-    assert names == [field.name for field in fields]
-    # The groups come in order, and each has options.
-    titles = [*GROUPS.get(command, {}).values()]
+    assert {option.name for option in options} <= {*listed}
+    # The sections come in order, and each has options.
+    titles = dict.fromkeys(x.section for x in options if x.section is not None)
     assert re.findall(r"^([a-z ]+):$", out, re.M) == [
         *["positional arguments"] * (command == "inspect"),
         *["options", *titles, "examples"],
     ]
-    assert GROUPS.get(command, {}).keys() <= {*names}
     if command != "train":
         return
     words = " ".join(out.split())

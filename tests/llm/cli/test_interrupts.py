@@ -151,7 +151,7 @@ def check_ended(status, out, err, run):
 def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
     file, few = tmp_path / "run.yaml", dict(steps=3, eval_examples=0)
     config = settings(folder, data, tmp_path / "run", **few)
-    file.write_text(yaml.safe_dump(vars(config)))
+    file.write_text(yaml.safe_dump(config.to_settings()))
     train = ["-c", CODE, "train", "--config", file]
     began = time.monotonic()
     assert run_python(*train, "--out", tmp_path / "all").returncode == 0
@@ -185,23 +185,24 @@ def test_a_signal_after_the_last_step_ends_the_run(
 ):
     few = dict(steps=2, eval_examples=0)
     config = settings(folder, data / "train.jsonl", tmp_path / "run", **few)
-    drive = training.drive
+    fit = training.fit
 
-    def drive_and_signal(*arguments):
-        states = drive(*arguments)
+    def fit_and_signal(*arguments, **options):
+        state = fit(*arguments, **options)
         os.kill(os.getpid(), signal.SIGINT)
-        return states
+        return state
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "drive", drive_and_signal)
+        patch.setattr(training, "fit", fit_and_signal)
         app.train(config)
     assert (
-        f"The state of step 2 is saved in {config.out}/state" in capsys.readouterr().err
+        f"The state of step 2 is saved in {config.output.out}/state"
+        in capsys.readouterr().err
     )
-    file = pathlib.Path(config.out) / "config.yaml"
+    file = pathlib.Path(config.output.out) / "config.yaml"
     status, _, error = commands.run(capsys, "train", "--config", file, "--resume")
     assert status == 0, error
-    assert [row["step"] for row in rows_of(config.out)] == [1, 2]
+    assert [row["step"] for row in rows_of(config.output.out)] == [1, 2]
 
 
 @pytest.mark.slow

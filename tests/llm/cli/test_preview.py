@@ -1,6 +1,5 @@
 """`qlora-jax train --preview` shows rows as training would see them."""
 
-import dataclasses
 import json
 import sys
 
@@ -38,7 +37,7 @@ def show(folder, tmp_path, *rows, preview=3, **options):
     path = write_rows(tmp_path / "d.jsonl", rows)
     options = dict(batch_size=2, max_length=200, chat=True) | options
     config = commands.settings(folder, path, tmp_path / "run", **options)
-    shown = app.train(dataclasses.replace(config, preview=preview))
+    shown = app.train(config.replace(preview=preview))
     assert not (tmp_path / "run").exists()
     return shown
 

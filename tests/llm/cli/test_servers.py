@@ -1,6 +1,5 @@
 """Formats that each server supports: `qlora-jax pairs` and `export --for`."""
 
-import dataclasses
 import json
 import shlex
 import shutil
@@ -98,8 +97,9 @@ def test_a_block_size_without_a_format_is_refused(model, adapter):
 
 
 def test_the_packing_of_the_run_is_used(model, tmp_path):
-    settings = app.TrainConfig(model, "d", str(tmp_path), fmt="nf4", block_size=64)
-    text = yaml.safe_dump(dataclasses.asdict(settings))
+    settings = dict(model=model, data="d", out=str(tmp_path), fmt="nf4", block_size=64)
+    config = app.TrainConfig.from_settings(settings)
+    text = yaml.safe_dump(config.to_settings())
     (tmp_path / "config.yaml").write_text(text)
     adapter = write_adapter(tmp_path / "adapter")
     result, rows = table(model=model, adapter=adapter)

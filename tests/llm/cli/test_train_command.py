@@ -1,6 +1,5 @@
 """`qlora-jax train`: results, files, wrong settings, and interrupted runs."""
 
-import dataclasses
 import json
 import math
 import os
@@ -177,7 +176,7 @@ def test_a_run_with_other_settings_is_not_resumed(
         options = dict(model=save_tiny(tmp_path / "model", seed=1))
     before = state_of(out)
     with pytest.raises(ValueError, match=message):
-        app.train(dataclasses.replace(config, resume=True, **options))
+        app.train(config.replace(resume=True, **options))
     assert state_of(out) == before
 
 
@@ -192,10 +191,10 @@ def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
     options = dict(template=str(template), chat=True, steps=2)
     config = settings(folder, data, out, date="2026-01-30", **options)
     app.train(config)
-    again = dataclasses.replace(config, date=None, resume=True, steps=3)
+    again = config.replace(date=None, resume=True, steps=3)
     assert app.train(again).steps == 3
     with pytest.raises(ValueError, match="data was '"):
-        app.train(dataclasses.replace(again, date="2026-01-31"))
+        app.train(again.replace(date="2026-01-31"))
 
 
 @pytest.mark.slow
@@ -203,7 +202,7 @@ def test_a_finished_run_is_written_again_as_it_was(run):
     config, result, out = run
     before = state_of(out)
     moved = dict(eval_every=7, save_every=5, keep=1, on_nan="skip")
-    again = app.train(dataclasses.replace(config, resume=True, **moved))
+    again = app.train(config.replace(resume=True, **moved))
     for name in ("steps", "loss", "valid_loss", "exact_before", "exact_after"):
         assert getattr(again, name) == getattr(result, name)
     for name in (ADAPTER, "metrics.jsonl"):
@@ -234,7 +233,7 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
     assert (len(run.data.train), len(run.data.valid)) == (30, 10)
     held_out = {row.place for row in run.data.valid}
     assert not held_out & {row.place for row in run.data.train}
-    batches = [*make_batches(run.config, run.data, num_epochs=1)]
+    batches = [*make_batches(run.config.training, run.data, num_epochs=1)]
     assert sum(batch.num_tokens for batch in batches) == sum(
         len(row.ids) for row in run.data.train
     )
@@ -314,7 +313,7 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     config = settings(folder, data, tmp_path / "run")
     monkeypatch.chdir(data)
     with pytest.raises(ValueError, match=message):
-        app.train(dataclasses.replace(config, **options))
+        app.train(config.replace(**options))
     assert not (tmp_path / "run").exists()
 
 
@@ -329,9 +328,10 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     ],
 )
 def test_ten_evaluations_take_little_time(options, every, chosen):
-    config = app.TrainConfig("model", "data", "out", **options)
+    config = settings("model", "data", "out", **options)
     assert config.eval_steps == every
-    trained = (config.steps or 0) * config.accumulation
+    training = config.training
+    trained = (training.steps or 0) * training.accumulation
     assert evaluation.sample([*range(8)], trained) == chosen
 
 
@@ -466,13 +466,13 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     check_export(folder, out, tmp_path)
     largest = max((out / "state" / "6").rglob("*"), key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    again = dataclasses.replace(config, resume=True)
+    again = config.replace(resume=True)
     lines = metrics.read_bytes()
     with pytest.raises(ValueError, match="step 6 .* `--resume_step 4` on the command"):
         app.train(again)
     assert metrics.read_bytes() == lines  # the run is unchanged
     capsys.readouterr()
-    app.train(dataclasses.replace(again, resume_step=4))
+    app.train(again.replace(resume_step=4))
     messages = capsys.readouterr().err
     assert "Resuming after step 4 of 6; later states are deleted\n" in messages
     assert (out / ADAPTER).read_bytes() == adapter
@@ -523,9 +523,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     card = (out / "adapter" / "README.md").read_text()
     assert "| best step | 2 |" in card
     assert f"fine-tuned on {data.name} and train.jsonl" in card
-    reweighted = dataclasses.replace(
-        config, data=weights.replace("=3,", "=2,"), resume=True
-    )
+    reweighted = config.replace(data=weights.replace("=3,", "=2,"), resume=True)
     with pytest.raises(ValueError, match=r"rows and weights was \[\[40, 3.0\], .* is"):
         app.train(reweighted)
 
@@ -534,7 +532,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
 def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, capsys):
     out, rows, file = tmp_path / "run", data / "train.jsonl", tmp_path / "run.yaml"
     endless = settings(folder, rows, out, steps=10**5, save_every=10**5)
-    file.write_text(yaml.safe_dump(vars(endless) | dict(huge_pages=False)))
+    file.write_text(yaml.safe_dump(endless.to_settings() | dict(huge_pages=False)))
     arguments = "train", "--config", file
     process = commands.start_python(
         *PROGRAM, *arguments, stderr=subprocess.PIPE, text=True

@@ -43,9 +43,9 @@ def main(config, out, resume, on_nan):
     import jax
 
     from qlora_jax.llm import app
-    from qlora_jax.llm.app import training
+    from qlora_jax.llm.app import program
 
-    make_step = training.make_joint_step
+    make_step = program.make_step
 
     def to_nan(x):
         return x * np.nan if x.dtype == np.float32 else x
@@ -55,11 +55,11 @@ def main(config, out, resume, on_nan):
     def make_faulty_step(*args):
         step = make_step(*args)
 
-        def run(states, base, batches):
-            number = int(states[0].step) + 1
+        def run(state, base, batches):
+            number = int(state.step) + 1
             is_bad = number == NAN_STEP
             results = step(
-                states, jax.tree.map(to_nan, base) if is_bad else base, batches
+                state, jax.tree.map(to_nan, base) if is_bad else base, batches
             )
             pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
             size = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -68,9 +68,10 @@ def main(config, out, resume, on_nan):
 
         return run
 
-    training.make_joint_step = make_faulty_step
+    program.make_step = make_faulty_step
     settings = yaml.safe_load(pathlib.Path(config).read_text())
-    app.train(app.TrainConfig(**settings, out=out, resume=resume, on_nan=on_nan))
+    settings |= dict(out=out, resume=resume, on_nan=on_nan)
+    app.train(app.TrainConfig.from_settings(settings))
 
 
 def start(config, out, on_nan="skip"):

@@ -16,7 +16,7 @@ from tokenizer_helpers import write_rows
 from tolerances import assert_close
 
 from qlora_jax.llm import app
-from qlora_jax.llm.app.train_config import parse_mesh
+from qlora_jax.llm.app.train_groups import parse_mesh
 from qlora_jax.llm.app.training import Trainer
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -114,11 +114,11 @@ def free_port():
 # JAX's own handler of SIGTERM would let the process continue.
 SIGNAL = """
 import os, signal, sys, time
-from qlora_jax.llm.app import TrainConfig
+from qlora_jax.llm.app import DevicesConfig
 from qlora_jax.llm.app.processes import start_distributed
 options = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
 options |= dict(mesh="fsdp=1", distributed=True)
-start_distributed(TrainConfig("model", "data", "out", **options))
+start_distributed(DevicesConfig(**options))
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
 """
@@ -163,7 +163,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     options = dict(steps=STEPS, save_every=10, huge_pages=False, learning_rate=2e-3)
     config = settings(folder, data, single, **options)
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(vars(config)))
+    file.write_text(yaml.safe_dump(config.to_settings()))
     wait_for_two(start_two(file, distributed), distributed)
     app.train(config)
     assert_close(losses(distributed), losses(single))
@@ -216,7 +216,7 @@ def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path)
     options |= dict(steps=4, save_every=2, eval_every=2, eval_examples=0)
     config = settings(folder, tmp_path, single, **options, keep_best=True)
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(vars(config)))
+    file.write_text(yaml.safe_dump(config.to_settings()))
     wait_for_two(start_two(file, distributed), distributed)
     expected = app.train(config)
     result = json.loads((distributed / "result.json").read_text())

@@ -18,14 +18,14 @@ import qlora_jax as ql
 from qlora_jax.llm import train
 from qlora_jax.llm.app.base_model import LAYERS
 from qlora_jax.llm.gguf.decoder_out import save_gguf, save_gguf_lora
-from qlora_jax.llm.gguf.folder import folder_of_gguf
-from qlora_jax.llm.gguf.open_file import open_gguf
+from qlora_jax.llm.gguf.file import open_gguf
 from qlora_jax.llm.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.experts import MixtureOfExperts, split_alternating
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.sharding import place_arguments
+from qlora_jax.llm.models.source import open_source
 from qlora_jax.llm.models.tiny import CONFIG, save_tiny
 
 SIZES = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -117,10 +117,12 @@ def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):
     config, params = load(folder, progress=False)
     options = dict(fmt="Q4_0", tokenizer=False, progress=False)
     save_gguf(path, folder, params, **options)
-    names = {tensor.name: [*tensor.shape] for tensor in open_gguf(path).tensors}
-    assert names["blk.1.ffn_up_exps.weight"] == [64, 32, 4]  # GGUF's order of axes
+    tensors = open_gguf(path).tensors
+    assert tensors["blk.1.ffn_up_exps.weight"].shape == (4, 32, 64)
+    # The routers are float, and all other matrices of the layers are packed.
+    assert open_source(path).quantization["fmt"] == "q4_0"
     again, read_params = load(path, progress=False)
-    with folder_of_gguf(path) as unpacked:
+    with open_source(path).open_description() as unpacked:
         assert again == config == read_config(unpacked)
     original_mlp, mlp = params["layers"]["mlp"], read_params["layers"]["mlp"]
     np.testing.assert_array_equal(

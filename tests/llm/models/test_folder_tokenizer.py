@@ -6,7 +6,8 @@ import pytest
 from tokenizer_helpers import save_tokenizer
 
 from qlora_jax.llm.data import open_tokenizer
-from qlora_jax.llm.models.tokenizer import FolderTokenizer, load_tokenizer
+from qlora_jax.llm.models.checkpoint import load_tokenizer
+from qlora_jax.llm.models.tokenizer import FolderTokenizer
 
 
 def change_settings(folder, **changes):

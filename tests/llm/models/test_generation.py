@@ -1,7 +1,6 @@
 """Generation: greedy and sampled, in batches and token by token."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from tolerances import assert_close
 import qlora_jax as ql
 from qlora_jax.llm.data.encode import Example
 from qlora_jax.llm.models.config import LayerKind, Rope
-from qlora_jax.llm.models.decoder import Decoder, init_cache
+from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.generation import generate
 from qlora_jax.llm.models.products import einsum_f32
 from qlora_jax.llm.models.sampling import Sampling
@@ -58,15 +57,17 @@ def test_one_row_in_16_bits_is_multiplied_beside_zeros():
     np.testing.assert_array_equal(grads[1], np.ones((96, 64)))
 
 
-def generate_beyond(model, variables):
-    apply, cache = partial(model.apply, variables), init_cache(model.config, 2, 40)
-    generate(apply, jnp.zeros((2, 40), int), jnp.array([40, 40]), cache, **ONE)
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
-        (generate_beyond, "`cache` must have room for the prompt"),
+        (
+            lambda *x: generate(*x, [[1], []], **ONE),
+            "`prompts` must each have at least",
+        ),
+        (
+            lambda *x: generate(*x, [[1]], sampling=Sampling(1.0), **ONE),
+            "`key` must be given",
+        ),
         (lambda *x: Stream(*x, Sampling(1.0))([1], **ONE), "`key` must be given"),
         (lambda *x: Stream(*x)([], **ONE), "`prompt` must have at least one token"),
         (lambda *_: Sampling(-1.0), "`temperature` must be at least 0 and finite"),
@@ -150,12 +151,11 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.slow
 def test_several_end_tokens_end_rows_of_a_batch(tiny):
     model, variables, tokens = tiny
-    lengths, prompts = jnp.array([9, 4]), tokens[:, :9]
+    prompts = [tokens[0, :9].tolist(), tokens[1, :4].tolist()]
 
-    @partial(jax.jit, static_argnames="ends")
     def generate_rows(ends):
-        apply, cache = partial(model.apply, variables), init_cache(model.config, 2, 17)
-        return generate(apply, prompts, lengths, cache, max_new_tokens=8, eos_ids=ends)
+        settings = dict(max_new_tokens=8, eos_ids=ends)
+        return generate(model, variables, prompts, **settings)
 
     free = generate_rows(()).tolist()
     ends = free[0][5], free[1][2]
@@ -171,30 +171,25 @@ def test_several_end_tokens_end_rows_of_a_batch(tiny):
 def test_a_stream_equals_the_batch_and_continues_a_conversation(tiny):
     model, variables, tokens = tiny
     prompt, key = tokens[0, :7].tolist(), jax.random.key(5)
-    settings = {"temperature": 1.2, "top_k": 20, "top_p": 0.9}
-
-    @jax.jit
-    def run(tokens, length):
-        apply, cache = partial(model.apply, variables), init_cache(model.config, 1, 64)
-        options = dict(max_new_tokens=8, eos_ids=[])
-        generate_new = partial(generate, apply, tokens, length, cache, **options)
-        return generate_new(), generate_new(key=key, **settings)
+    sampling, options = Sampling(1.2, 20, 0.9), dict(max_new_tokens=8, eos_ids=())
 
     def generate_batch(prompt):
-        tokens = jnp.array([prompt + [0] * (32 - len(prompt))])
-        return [x[0].tolist() for x in run(tokens, jnp.array([len(prompt)]))]
+        batch = [prompt, tokens[1, :20].tolist()]
+        return generate(model, variables, batch, **options)[0].tolist()
 
-    greedy, drawn = generate_batch(prompt)
-    assert greedy != drawn
+    greedy = generate_batch(prompt)
     stream = Stream(model, variables)
-    assert list(stream(prompt, max_new_tokens=8, eos_ids=())) == greedy
-    sampled = Stream(model, variables, Sampling(**settings))
-    assert list(sampled(prompt, max_new_tokens=8, eos_ids=(), key=key)) == drawn
+    assert list(stream(prompt, **options)) == greedy
+    # With several rows, each is drawn with another part of the key's numbers.
+    drawn = generate(model, variables, [prompt], sampling=sampling, key=key, **options)
+    assert drawn[0].tolist() != greedy
+    sampled = Stream(model, variables, sampling)
+    assert list(sampled(prompt, **options, key=key)) == drawn[0].tolist()
 
     # The next prompt continues the last one, shares its beginning, or is different.
     for next_prompt in (prompt + greedy + [3, 4], prompt[:5] + [9] * 3, [8, 1]):
-        want = generate_batch(next_prompt)[0]
-        assert list(stream(next_prompt, max_new_tokens=8, eos_ids=())) == want
+        want = generate_batch(next_prompt)
+        assert list(stream(next_prompt, **options)) == want
     end = want[3]
     short = list(stream([8, 1], max_new_tokens=8, eos_ids=(end,)))
     assert short == want[: want.index(end) + 1]

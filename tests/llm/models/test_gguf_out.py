@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from typing import get_args
 
 import chex
 import gguf
@@ -21,15 +22,15 @@ from qlora_jax.llm.gguf.decoder_in import gguf_names
 from qlora_jax.llm.gguf.decoder_out import save_gguf
 from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
 from qlora_jax.llm.gguf.tokenizer_out import scores_of
-from qlora_jax.llm.gguf.values import gguf_architecture
+from qlora_jax.llm.gguf.values_out import gguf_architecture
 from qlora_jax.llm.models import families
-from qlora_jax.llm.models.checkpoint import load, read_config
+from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
 from qlora_jax.llm.models.config import DecoderConfig, Experts, LayerKind, Rope
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.source import ModelSource
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.models.tokenizer import load_tokenizer
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "head_dim": 16}
 QWEN3 |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,6 +59,14 @@ def qwen3(tmp_path_factory):
     save_split_tokenizer(folder)
     params = Decoder(read_config(folder)).init(jax.random.key(0), TOKENS)["params"]
     return folder, jax.tree.map(lambda x: x + 0.01, params)
+
+
+def test_files_of_all_kinds_have_the_same_attributes():
+    folder, file = (
+        {name for name in dir(kind) if not name.startswith("_")}
+        for kind in get_args(ModelSource)
+    )
+    assert folder == file - {"file"}  # the header, for code that copies it
 
 
 @pytest.fixture

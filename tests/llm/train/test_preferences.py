@@ -17,7 +17,7 @@ from qlora_jax.llm.app.train_config import TrainConfig
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Decoder
-from qlora_jax.llm.train.objective import make_means
+from qlora_jax.llm.train.means import make_means
 
 CONFIG = DecoderConfig(64, 32, 64, 1, num_heads=4, num_kv_heads=2)
 
@@ -51,7 +51,9 @@ def trees():
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_metrics(objective, lora, batch):
     """Returns the mean loss on a batch, and the means of the metrics."""
-    loss = train.preference_loss(ql.linen.wrap(Decoder(CONFIG)), objective, beta=0.5)
+    loss = train.find_objective(objective).loss(
+        ql.linen.wrap(Decoder(CONFIG)), beta=0.5
+    )
     total, count, metrics = loss(lora, trees()[0], batch, None)
     return total / count, {name: x / n for name, (x, n) in metrics.items()}
 
@@ -76,7 +78,7 @@ def test_metrics_without_values_are_nan_without_a_warning():
     rng, prompt = np.random.default_rng(0), np.array([1, 2])
     rows = [make_row(rng, prompt, 3, True) for _ in range(2)]  # none is undesirable
     batches = data.eval_batches(rows, batch_size=2, max_length=8)
-    loss = train.preference_loss(ql.linen.wrap(Decoder(CONFIG)), "kto")
+    loss = train.find_objective("kto").loss(ql.linen.wrap(Decoder(CONFIG)))
     means = make_means(loss)(*trees(), batches)
     assert np.isfinite(means["loss"]) and np.isnan(means["rewards/margins"])
 
@@ -89,7 +91,8 @@ def test_there_is_no_second_model_in_memory():
 
     def memory_of(objective):
         options = dict(objective=objective, batch_size=1, max_length=32, lora_r=4)
-        config = TrainConfig("model", "data", "out", steps=9, warmup=1, **options)
+        options |= dict(model="model", data="data", out="out", steps=9, warmup=1)
+        config = TrainConfig.from_settings(options)
         lowered = lower_step(config, model, jax.devices()[:1])
         return lowered.compile().memory_analysis()
 

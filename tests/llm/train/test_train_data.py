@@ -191,7 +191,7 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     # KTO trains on each answer of a pair separately.
     pair = {"prompt": "one?", "chosen": "two", "rejected": "the end"}
     pairs = [write_rows(tmp_path / f"{n}.jsonl", [pair] * n) for n in (1, 2)]
-    data = read(folder, dict.fromkeys(map(str, pairs), 1), objective="kto")
+    data = read(folder, dict.fromkeys(map(str, pairs), 1), rows="labelled")
     assert data.mix == ((2, 1.0), (4, 1.0)) and len(data.train) == 6
     # A file name with "=" is not a weight.
     odd_name = write_rows(tmp_path / "a=1.jsonl", [{"text": "one"}])
@@ -239,7 +239,7 @@ def test_streams_are_checked(folder, tmp_path):
     ):
         read(folder, wrong, stream=True)
     (tmp_path / "a.csv").write_text("text\na")
-    for path, options in ((tmp_path / "a.csv", {}), (wrong, {"objective": "dpo"})):
+    for path, options in ((tmp_path / "a.csv", {}), (wrong, {"rows": "pairs"})):
         with pytest.raises(ValueError, match="`stream` must be false"):
             read(folder, path, stream=True, **options)
     right = write_rows(tmp_path / "b.jsonl", [{"text": "a"}])
@@ -329,7 +329,7 @@ def test_the_pieces_of_a_text_are_split_too(plain, tmp_path):
 
 def test_the_answers_of_a_pair_stay_together(folder, tmp_path):
     pairs = [{"prompt": f"{i}?", "chosen": "two", "rejected": "one"} for i in range(9)]
-    settings = dict(objective="kto", validation_split=0.3)
+    settings = dict(rows="labelled", validation_split=0.3)
     data = read_raw(folder, tmp_path, *pairs, **settings)
     for numbers in (line_numbers(data.train), line_numbers(data.valid)):
         assert numbers[::2] == numbers[1::2] and numbers
@@ -545,7 +545,7 @@ WHOLE = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
 def test_forms_of_preferences(folder, tmp_path, row, prompt):
     """The forms are those of TRL: see its page on data sets, and `extract_prompt`."""
     answers = ("the end", "one") if "role" in str(row) else (" two", " one")
-    [pair] = read_raw(folder, tmp_path, row, objective="dpo").train
+    [pair] = read_raw(folder, tmp_path, row, rows="pairs").train
     texts_and_targets = [trained(folder, sequence) for sequence in pair.sequences]
     assert [text for _, [text] in texts_and_targets] == [
         f"{text}<|im_end|>" for text in answers
@@ -558,11 +558,11 @@ def test_forms_of_preferences(folder, tmp_path, row, prompt):
     for sequence in pair.sequences:
         assert (sequence.labels[: sequence.start] == -100).all()
         assert sequence.labels[sequence.start] != -100
-    good, bad = read(folder, tmp_path / "d.jsonl", objective="kto").train
+    good, bad = read(folder, tmp_path / "d.jsonl", rows="labelled").train
     assert (good.label, bad.label, good.rejected) == (True, False, None)
     np.testing.assert_array_equal(bad.ids, pair.rejected.ids)
     # If all tokens are targets, `start` is still that of the answer.
-    [row] = read(folder, tmp_path / "d.jsonl", objective="orpo", train_on="all").train
+    [row] = read(folder, tmp_path / "d.jsonl", rows="pairs", train_on="all").train
     assert row.start == pair.start and (row.labels == row.ids).all()
 
 
@@ -583,26 +583,25 @@ def test_bad_preferences_are_named_by_line(folder, tmp_path):
     }
     conversations = {"prompt": "x", "chosen": MESSAGES, "rejected": MESSAGES[:3]}
     with pytest.raises(ValueError) as error:
-        read_raw(
-            folder, tmp_path, good, *wrong.values(), conversations, objective="dpo"
-        )
+        read_raw(folder, tmp_path, good, *wrong.values(), conversations, rows="pairs")
     for line, text in enumerate(wrong, 2):
         assert re.search(f"line {line}: .*{re.escape(text)}", str(error.value))
     assert "1 more row like it, line 8" in str(error.value)
     label = {"prompt": "a", "completion": "b", "label": "maybe"}
     with pytest.raises(ValueError, match="line 2: `label` must be"):
         rows = [label | {"label": 1}, label | {"label": 2}]
-        read_raw(folder, tmp_path, *rows, objective="kto")
+        read_raw(folder, tmp_path, *rows, rows="labelled")
     with pytest.raises(ValueError, match="line 1: the row must have `chosen`"):
-        read(folder, tmp_path / "d.jsonl", objective="ipo")
-    with pytest.raises(ValueError, match="`objective` must be one of"):
-        read(folder, tmp_path / "d.jsonl", objective="ppo")
+        read(folder, tmp_path / "d.jsonl", rows="pairs")
+    with pytest.raises(ValueError, match="`rows` must be one of"):
+        read(folder, tmp_path / "d.jsonl", rows="ppo")
 
 
 MARKED = {"prompt": "a", "completion": "b"}
 PAIR = {"chosen": "ab", "rejected": "ac"}
-HINT = "a `label` of true or false need `--objective kto`: sft would train on the bad"
-PAIR_HINT = "`chosen` and `rejected` need `--objective dpo`, ipo, orpo, simpo or kto"
+HINT = "a `label` of true or false need an `--objective` for labelled answers: others "
+HINT += "would train on the bad answers too"
+PAIR_HINT = "`chosen` and `rejected` need an `--objective` for preferences"
 
 
 @pytest.mark.parametrize(
@@ -638,7 +637,7 @@ def test_pairs_that_are_cut_to_nothing_are_dropped(folder, tmp_path):
         {"prompt": "a" * 30, "chosen": "b" * n, "rejected": "b" * (n + 4) + "c"}
         for n in (2, 12)
     ]
-    settings = dict(objective="dpo", max_length=40, too_long="truncate", chat=False)
+    settings = dict(rows="pairs", max_length=40, too_long="truncate", chat=False)
     data = read_raw(folder, tmp_path, *rows, **settings)
     assert [len(sequence.ids) for sequence in data.train[0].sequences] == [33, 38]
     # After truncation, both answers of the second pair are the same.

@@ -80,7 +80,11 @@ def start(optimizer):
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor"])
 def test_adapters_that_train_together_train_as_alone(name):
     rates = 0.1, 0.02, 0.3
-    optimizers = [train.make_optimizer(name, rate, weight_decay=0.01) for rate in rates]
+
+    def make_optimizer(rate):
+        # The first two batches are those of the warmup.
+        schedule = train.make_schedule("cosine", rate, 9, warmup=1, end=0.01)
+        return train.make_optimizer(name, schedule, clip=0.5, weight_decay=0.01)
 
     def noisy_loss(lora, base, batch, key):
         return loss(
@@ -89,27 +93,28 @@ def test_adapters_that_train_together_train_as_alone(name):
 
     def make_states():
         return [
-            train.State.create({"w": jnp.full(5, 0.1 * i)}, x, seed=i)
-            for i, x in enumerate(optimizers)
+            train.State.create({"w": jnp.full(5, 0.1 * i)}, make_optimizer(x), seed=i)
+            for i, x in enumerate(rates)
         ]
 
-    together = train.make_joint_step(noisy_loss, optimizers)
-    states, alone = make_states(), make_states()
+    together = train.make_step(noisy_loss, make_optimizer, rates)
+    sweep, alone = train.State.stack(make_states()), make_states()
     for number in range(3):
         batches = [make_points(2 * number), make_points(2 * number + 1)]
         if number == 1:  # one adapter is NaN, so that only its own update is skipped
-            states[1], alone[1] = (
-                s._replace(lora={"w": jnp.full(5, jnp.nan)})
-                for s in (states[1], alone[1])
-            )
-        results = together(states, {}, batches)
-        states = [state for state, _ in results]
-        for i, optimizer in enumerate(optimizers):
-            alone[i], report = train.make_step(noisy_loss, optimizer)(
+            w = sweep.lora["w"].at[1].set(jnp.nan)
+            sweep = sweep._replace(lora={"w": w})
+            alone[1] = alone[1]._replace(lora={"w": jnp.full(5, jnp.nan)})
+        sweep, reports = together(sweep, {}, batches)
+        for i, rate in enumerate(rates):
+            alone[i], report = train.make_step(noisy_loss, make_optimizer(rate))(
                 alone[i], {}, batches
             )
             want = (alone[i]._replace(key=0), report)
-            got = (states[i]._replace(key=0), results[i][1])
+            got = (
+                sweep.member(i)._replace(key=0),
+                jax.tree.map(lambda x, i=i: x[i], reports),
+            )
             assert_close(got, want)
 
 
@@ -194,19 +199,53 @@ OPTIMIZER = optax.adam(0.1)
 STEP = train.make_step(loss, OPTIMIZER)
 
 
-def run(folder, steps, data, state=None, after=None, **options):
-    loop = train.Loop(steps, lambda step: 0.1, save_every=2, **options)
-    state = start(OPTIMIZER) if state is None else state
-    return fit(folder, loop, STEP, state, data, after)
+def run(folder, steps, data, on_nan="stop"):
+    return fit(folder, steps, STEP, start(OPTIMIZER), data, on_nan=on_nan, save_every=2)
 
 
-def fit(folder, loop, step, state, data, after=None, **options):
+def fit(
+    folder,
+    steps,
+    step,
+    state,
+    data,
+    after=None,
+    *,
+    accumulation=1,
+    save_every=100,
+    on_nan="stop",
+    evaluate=None,
+    best=None,
+    callbacks=(),
+    **evaluation,
+):
+    """Trains with all callbacks of the command, in its order."""
+
+    def take_step(state, batches):
+        return step(state, {}, batches)
+
+    evaluations = []
+    if evaluate is not None:
+        evaluations = [train.Evaluate(evaluate, best=best, **evaluation)]
     with (
         train.Checkpoints(folder / "state") as states,
         train.Metrics(folder / "metrics.jsonl", after=after) as metrics,
     ):
-        options |= dict(states=states, metrics=metrics)
-        return train.fit(loop, step, state, {}, data, **options)
+        return train.fit(
+            state,
+            take_step,
+            data,
+            steps=steps,
+            accumulation=accumulation,
+            schedule=lambda step: 0.1,
+            callbacks=[
+                train.CheckFinite(states, metrics, on_nan),
+                *evaluations,
+                metrics,
+                *callbacks,
+                train.SaveStates(states, save_every, best=best),
+            ],
+        )
 
 
 def metrics_of(folder, *names):
@@ -251,14 +290,13 @@ def test_a_skipped_step_leaves_adapter_and_optimizer_as_they_were(tmp_path, caps
 def test_an_exploding_adapter_stops_a_run_that_skips(tmp_path):
     optimizer = optax.chain(optax.scale(1e3), optax.sgd(3e38))
     step = train.make_step(loss, optimizer)
-    loop = train.Loop(5, lambda step: 3e38, on_nan="skip")
     state, report = step(start(optimizer), {}, [make_points(1)])
     assert np.isfinite(report.loss) and np.isfinite(report.grad_norm)
     assert not report.is_finite and not np.asarray(state.lora["w"]).any()
     with pytest.raises(
         FloatingPointError, match="step 1 .*new adapter weights are not"
     ):
-        fit(tmp_path, loop, step, start(optimizer), Data())
+        fit(tmp_path, 5, step, start(optimizer), Data(), on_nan="skip")
     assert not [*(tmp_path / "state").iterdir()]
 
 
@@ -318,6 +356,16 @@ def test_a_split_state_in_host_memory_is_restored(tmp_path, name):
         assert not x.ndim or name == "adamw8bit" or x.sharding.spec == spec
 
 
+class StopAt(train.Callback):
+    """Ends a run after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, training):
+        training.is_over |= training.step == self.step
+
+
 LOSSES = [1.0, 9.0, 7.0, 5.0, 6.0, math.nan, 5.0, 4.0]  # the first is of the base
 
 
@@ -329,15 +377,10 @@ def test_the_best_state_is_kept_and_a_run_without_a_better_one_ends(tmp_path):
         folder.mkdir()
         best = train.Best()
         for stop in (*stops, 8):
-            fit_options: dict = dict(
-                best=best, stop=lambda x=data, at=stop: x.place == at
-            )
-            fit_options["evaluate"] = lambda base, x: {
-                "valid_loss": LOSSES[int(x.step)]
-            }
-            options = dict(save_every=100, eval_every=1, patience=3)
-            loop = train.Loop(8, lambda step: 0.1, **options)
-            state = fit(folder, loop, STEP, state, data, after, **fit_options)
+            options: dict = dict(best=best, every=1, patience=3)
+            options["callbacks"] = [StopAt(stop)]
+            options["evaluate"] = lambda x: {"valid_loss": LOSSES[int(x.step)]}
+            state = fit(folder, 8, STEP, state, data, after, **options)
             with train.Checkpoints(folder / "state") as states:
                 steps, (state, metadata) = states.steps, states.restore(state)
             after, best = int(state.step), train.Best(**metadata["best"])
@@ -345,7 +388,7 @@ def test_the_best_state_is_kept_and_a_run_without_a_better_one_ends(tmp_path):
         steps_of_states[name] = steps
     assert steps_of_states == {"one": [3, 6], "two": [3, 4, 6]}
     # Resuming a run that has ended runs no steps.
-    assert int(fit(folder, loop, STEP, state, data, after, **fit_options).step) == 6
+    assert int(fit(folder, 8, STEP, state, data, after, **options).step) == 6
 
 
 class Widths(Data):
@@ -364,12 +407,12 @@ def test_steps_that_compile_are_marked(tmp_path):
         return loss(*args)
 
     step = train.make_step(counted_loss, OPTIMIZER)
-    loop = train.Loop(12, lambda step: 0.1, accumulation=2)
 
     def record_step(row):
         return steps.append((row.get("is_compiled", False), len(traced)))
 
-    fit(tmp_path, loop, step, start(OPTIMIZER), Widths(), watch=record_step)
+    options = dict(accumulation=2, callbacks=[train.LogRows(record_step)])
+    fit(tmp_path, 12, step, start(OPTIMIZER), Widths(), **options)
     counts = np.diff([0] + [count for _, count in steps])
     assert [is_compiled for is_compiled, _ in steps] == [x > 0 for x in counts]
     assert 3 <= sum(counts > 0) < 6
@@ -403,23 +446,21 @@ def test_progress_is_shown_with_the_validation_loss(
     tmp_path, capsys, monkeypatch, terminal, log_every, eval_every, shown, watched
 ):
     bar, numbers = mock.MagicMock(disable=not terminal), []
-    bar.__enter__.return_value = bar
-    monkeypatch.setattr("qlora_jax.llm.train.loop.tqdm", lambda *args, **kw: bar)
+    monkeypatch.setattr("qlora_jax.llm.train.callbacks.tqdm", lambda *args, **kw: bar)
 
-    def evaluate(base, state):
+    def evaluate(state):
         step = int(state.step)
         losses = {"valid_sample_loss": 2 + step / 8}
         # Only the first and the last evaluation use all validation rows.
         return losses | ({"valid_loss": step / 8} if step in (0, 18) else {})
 
-    settings = dict(eval_every=eval_every, log_every=log_every)
-    loop = train.Loop(18, lambda step: 0.1, **settings)
-
     def record_step(row):
         return numbers.append(row["step"])
 
-    options = dict(evaluate=evaluate, watch=record_step)
-    fit(tmp_path, loop, STEP, start(OPTIMIZER), Data(), **options)
+    with train.ShowProgress(log_every) as progress:
+        callbacks = [train.LogRows(record_step, log_every or 1), progress]
+        options = dict(evaluate=evaluate, every=eval_every, callbacks=callbacks)
+        fit(tmp_path, 18, STEP, start(OPTIMIZER), Data(), **options)
     assert numbers == [*watched]
     assert metrics_of(tmp_path, "step") == [(step,) for step in range(19)]
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]

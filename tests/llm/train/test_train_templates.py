@@ -12,9 +12,9 @@ import qlora_jax as ql
 from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.gguf import decoder_out
 from qlora_jax.llm.gguf.decoder_out import save_gguf
-from qlora_jax.llm.gguf.folder import folder_of_gguf
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.source import open_source
 from qlora_jax.llm.models.tiny import save_tiny
 
 ASK = [{"role": "user", "content": "one?"}]
@@ -97,7 +97,7 @@ def test_answers_that_cannot_be_found_are_refused(tmp_path):
     # Pairs need the boundaries of their answers, even if all tokens are targets.
     pair = {"prompt": twice[:1], "chosen": twice[1:], "rejected": TALK[1:]}
     with pytest.raises(ValueError, match="line 1: the answer in message 1 cannot be"):
-        read_rows_of(tokenizer, tmp_path, pair, objective="orpo", train_on="all")
+        read_rows_of(tokenizer, tmp_path, pair, rows="pairs", train_on="all")
 
 
 def turn(role, content="one?"):
@@ -140,7 +140,7 @@ def test_roles_that_a_template_does_not_name(tmp_path, template, row, unknown):
             read_rows_of(tokenizer, tmp_path, row, train_on=train_on)
     pair = {"prompt": [turn("usr")], "chosen": TALK[1:], "rejected": [turn("usr")]}
     with pytest.raises(ValueError, match=r"Got 'usr' in `prompt\[0\]`"):
-        read_rows_of(tokenizer, tmp_path, pair, objective="dpo")
+        read_rows_of(tokenizer, tmp_path, pair, rows="pairs")
 
 
 # Three answers, each with its own text and marks.
@@ -483,7 +483,7 @@ def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypa
     assert ours.end_ids == (*theirs.end_ids, 7) and ours.eos_id == theirs.eos_id
     text = ours.render(TALK)
     assert ours.encode(text) == theirs.encode(text)
-    with folder_of_gguf(path) as folder:
+    with open_source(path).open_description() as folder:
         unpacked = open_tokenizer(folder)
         assert unpacked.chat.sources == ours.chat.sources == templates
         assert unpacked.end_ids == ours.end_ids and unpacked.eos_id == theirs.eos_id

@@ -220,7 +220,7 @@ def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
 
 
 def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
-    """Like `_shuffle`, but with 22 instead of 26 operations and rows in mixed order."""
+    """Like `_shuffle`, but with 22 instead of 27 operations and rows in mixed order."""
     # Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
     (scale,) = scales
     scaled_table = pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8)

@@ -1,0 +1,332 @@
+"""The options of the commands, which are the fields of the config classes.
+
+`Config.from_settings` fills a config from flags, from a YAML file or from a dict.
+"""
+
+import dataclasses
+import datetime
+import functools
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+T = TypeVar("T")
+
+REQUIRED: Any = dataclasses.MISSING  # the default of an option that must be given
+_UNIONS = (Union, types.UnionType)
+_TYPE_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "text"}
+_TYPE_NAMES |= {bool: "true or false", list: "a list", dict: "a mapping"}
+
+
+class Limit(NamedTuple):
+    """The values that an option accepts, besides None."""
+
+    description: str
+    contains: Callable[[Any], bool]
+
+
+COUNT = Limit("positive", lambda x: x >= 1)
+POSITIVE = Limit("positive and finite", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = Limit("at least 0", lambda x: 0 <= x < math.inf)
+FRACTION = Limit("in [0, 1)", lambda x: 0 <= x < 1)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a config, or of a group inside a config."""
+
+    path: str  # the field, with its group: "adapter.rank"
+    hint: Any  # the type annotation of the field
+    default: Any
+    help: str  # from the docstring of the config
+    name: str  # in flags, files, error messages and the saved states of a run
+    aliases: tuple[str, ...] = ()
+    section: str | None = None  # of `--help`, for this option and the next ones
+    limit: Limit | None = None
+    is_identity: bool = True  # whether a resumed run must have the same value
+
+
+def option(
+    default: T,
+    *,
+    name: str | None = None,
+    aliases: tuple[str, ...] = (),
+    section: str | None = None,
+    limit: Limit | None = None,
+    is_identity: bool = True,
+) -> T:
+    """Returns a field of a `Config`. A field with only a default needs no `option`.
+
+    Args:
+        default: The value if the option is not given, or `REQUIRED`.
+        name: The name in flags and files, by default that of the field.
+        aliases: Other names in flags and files.
+        section: The title of the section of `--help` for this option and the options
+            after it, up to the next `section`.
+        limit: The values that the option accepts.
+        is_identity: Whether a resumed run must have the same value. Options that do not
+            affect the trained weights may change.
+    """
+    metadata: dict[str, object] = dict(name=name, aliases=aliases, section=section)
+    metadata |= dict(limit=limit, is_identity=is_identity)
+    if isinstance(default, dict | list):
+        field: Any = dataclasses.field(default_factory=default.copy, metadata=metadata)
+    else:
+        field = dataclasses.field(default=default, metadata=metadata)
+    return field
+
+
+class Config:
+    """Base of the config classes. Their fields are options, or groups of options."""
+
+    def __post_init__(self):
+        for option in options_of(type(self)).values():
+            value = getattr(self, option.path)
+            values = value if isinstance(value, list) else [value]
+            # None stands for a default that the data or the model decide.
+            if option.limit is not None and not all(
+                x is None or option.limit.contains(x) for x in values
+            ):
+                description = option.limit.description
+                raise ValueError(f"`{option.name}` must be {description}. Got {value}.")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, object]) -> Self:
+        """Returns a config with settings from a file, from flags or from Python code.
+
+        Args:
+            settings: Values by the names of options, such as `lora_r`. The options of a
+                group may also be nested, as in `{"adapter": {"rank": 8}}`. Strings are
+                converted to the types of the options.
+
+        Raises:
+            ValueError: If a name is unknown, a value is wrong, or a required option is
+                missing.
+        """
+        options = options_of(cls)
+        values = {
+            name: _convert_option(options[name], value)
+            for name, value in cls.resolve_names(settings).items()
+        }
+        required = [x.name for x in options.values() if x.default is REQUIRED]
+        if missing := [f"`{name}`" for name in required if name not in values]:
+            raise ValueError(f"{' and '.join(missing)} must be given.")
+        groups = groups_of(cls)
+        fields: dict[str, dict[str, Any]] = {name: {} for name in ("", *groups)}
+        for name, value in values.items():
+            group, _, field = options[name].path.rpartition(".")
+            fields[group][field] = value
+        arguments = {name: groups[name](**fields[name]) for name in groups}
+        return cls(**arguments, **fields[""])
+
+    @classmethod
+    def resolve_names(cls, settings: Mapping[str, object]) -> dict[str, object]:
+        """Returns settings as a flat dict, with each option under its main name.
+
+        Settings may use aliases, or be nested in their groups. Values stay as they are.
+
+        Args:
+            settings: As in `from_settings`.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
+        names = {}
+        for option in options_of(cls).values():
+            every_name = option.name, option.path, *option.aliases
+            names |= dict.fromkeys(every_name, option.name)
+        pairs = [*_flatten(cls, settings, names)]
+        if unknown := [key for key, _ in pairs if key not in names]:
+            raise ValueError(
+                f"`settings` must be options of the command. Got {unknown}."
+            )
+        return {names[key]: value for key, value in pairs}
+
+    def to_settings(self) -> dict[str, Any]:
+        """Returns the value of each option, by its name."""
+        return {
+            name: functools.reduce(getattr, option.path.split("."), self)
+            for name, option in options_of(type(self)).items()
+        }
+
+    def replace(self, **settings: object) -> Self:
+        """Returns a config with other values for some options.
+
+        Args:
+            **settings: Values by the names of options.
+        """
+        return self.from_settings(self.to_settings() | settings)
+
+
+@functools.cache
+def groups_of(config_type: type[Config]) -> Mapping[str, type[Config]]:
+    """Returns the fields of a config that are groups of options, and their classes."""
+    hints = get_type_hints(config_type)
+    return {
+        field.name: hint
+        for field in dataclasses.fields(cast(Any, config_type))
+        if isinstance(hint := hints[field.name], type) and issubclass(hint, Config)
+    }
+
+
+@functools.cache
+def options_of(config_type: type[Config]) -> Mapping[str, Option]:
+    """Returns the options of a config by name, including those of its groups."""
+    hints, options = get_type_hints(config_type), {}
+    for field in dataclasses.fields(cast(Any, config_type)):
+        if field.name in groups_of(config_type):
+            for option in options_of(hints[field.name]).values():
+                path = f"{field.name}.{option.path}"
+                is_identity = field.metadata.get("is_identity", option.is_identity)
+                options[option.name] = dataclasses.replace(
+                    option, path=path, is_identity=is_identity
+                )
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        settings = dict(field.metadata)
+        name = settings.pop("name", None) or field.name
+        options[name] = Option(
+            field.name,
+            hints[field.name],
+            default,
+            _read_help(config_type, field.name),
+            name,
+            **settings,
+        )
+    return options
+
+
+def _read_help(config_type: type, field: str) -> str:
+    """Returns the text for a field in the docstring of its class."""
+    for cls in config_type.__mro__:
+        pattern = rf"^ {{4}}{field}: (.*(?:\n {{8}}.*)*)"
+        if text := re.search(pattern, inspect.getdoc(cls) or "", re.M):
+            return " ".join(text[1].split())
+    return ""
+
+
+def _flatten(
+    config_type: type[Config], settings: Mapping[str, object], names: Mapping[str, str]
+) -> Iterator[tuple[str, object]]:
+    """Yields settings and their values, with nested ones as "group.field"."""
+    for key, value in settings.items():
+        if key in groups_of(config_type) and isinstance(value, Mapping):
+            nested = {f"{key}.{field}": x for field, x in value.items()}
+            # `data` is both a group, and an option whose value may be a mapping. The
+            # mapping is the group if all its keys are fields of the group.
+            if key not in names or {*nested} <= {*names}:
+                yield from nested.items()
+                continue
+        yield key, value
+
+
+def is_swept(hint: object) -> bool:
+    """Returns whether an option of this type may have several values, for a sweep."""
+    return get_args(hint) in ((float, list[float]), (int, list[int]))
+
+
+def check_swept(config: Config, name: str) -> None:
+    """Checks an option that may have a list of values, for a sweep.
+
+    Raises ValueError if the list is empty or has equal values. A list of one value is
+    replaced by the value.
+    """
+    value = getattr(config, name)
+    if isinstance(value, list | tuple):
+        option = options_of(type(config))[name]
+        if not value or len({*value}) < len(value):
+            raise _wrong_value(option, value)
+        # A list with one value is not a sweep. The config is a frozen dataclass.
+        object.__setattr__(config, name, value[0] if len(value) == 1 else [*value])
+
+
+def _convert_option(option: Option, value: object) -> Any:
+    try:
+        return convert(option.hint, value)
+    except ValueError:
+        raise _wrong_value(option, value) from None
+
+
+def _wrong_value(option: Option, value: object) -> ValueError:
+    expected, shown = describe_type(option.hint), value
+    if is_swept(option.hint):
+        number_type = get_args(option.hint)[0].__name__
+        expected = f"of type {number_type}, or several different values separated by "
+        expected, shown = f"{expected}commas", repr(value)
+    return ValueError(f"`{option.name}` must be {expected}. Got {shown}.")
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """Converts a value to the type `hint`, for example text from a flag.
+
+    Raises ValueError if the value does not have this type and cannot be converted.
+    """
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in _UNIONS:
+        # Most values are also valid as text, so the other types are tried first.
+        for member in sorted(parts, key=lambda member: member is str):
+            with suppress(ValueError):
+                return convert(member, value)
+    elif kind is Literal and value in parts:
+        return value
+    elif kind is types.NoneType and value in (None, "null"):
+        return None
+    elif kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if isinstance(value, bool):
+            return value
+    elif kind in (int, float):
+        # Convert through text, because int("1.5") fails, but int(1.5) is 1.
+        return kind(str(value))
+    elif kind in (list, dict):
+        return _convert_items(kind, parts, value)
+    elif kind is str and isinstance(value, str | int | float | datetime.date):
+        if not isinstance(value, bool):
+            return str(value)
+    raise ValueError
+
+
+def _convert_items(kind: type, parts: tuple[Any, ...], value: Any) -> Any:
+    if isinstance(value, str) and value[:1] == ("[" if kind is list else "{"):
+        import yaml
+
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    elif isinstance(value, str) and kind is list and parts[0] is not str:
+        value = value.split(",")
+    if kind is list and isinstance(value, list | tuple):
+        return [convert(parts[0], item) for item in value]
+    if kind is dict and isinstance(value, Mapping):
+        return {convert(parts[0], k): convert(parts[1], x) for k, x in value.items()}
+    raise ValueError
+
+
+def describe_type(hint: object) -> str:
+    """Returns a type in words, such as "an integer", or its values: "a, b or c"."""
+    parts = get_args(hint)
+    if is_swept(hint):
+        return f"{_TYPE_NAMES[parts[0]]}, or several separated by commas"
+    if get_origin(hint) is Literal:
+        return " or ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+    if get_origin(hint) in _UNIONS:
+        return " or ".join(describe_type(x) for x in parts if x is not type(None))
+    return _TYPE_NAMES.get(get_origin(hint) or hint, "")

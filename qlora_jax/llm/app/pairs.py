@@ -1,0 +1,197 @@
+"""`qlora-jax pairs`: formats in which servers load a base and an adapter correctly."""
+
+from dataclasses import dataclass
+
+import qlora_jax as ql
+
+from .base_model import BaseModel, LoadOptions, open_config, training_load_options
+from .configs import ExportConfig, PairsConfig
+from .contents import format_table
+from .servers import FMTS, SERVERS, Server
+
+AS_IS, MERGED = "as it is", "added to the base"
+NOT_RUN = "none"  # the form of a model that the server cannot run
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The formats of a base and an adapter for a server.
+
+    Attributes:
+        server: The server.
+        base: The format of `export` for the base, or "as it is".
+        adapter: The format of the adapter, or "added to the base".
+        exact: Whether the server uses exactly the weights that training used.
+        why: Why it is exact or not.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.Pair("mlx", "as it is", "mlx", True, "the weights are the same").exact
+        True
+    """
+
+    server: str
+    base: str
+    adapter: str
+    exact: bool
+    why: str
+
+    def __str__(self):
+        exact = "exact" if self.exact else "not exact"
+        return f"base {self.base}, adapter {self.adapter}, {exact}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The result of `pairs`.
+
+    Attributes:
+        packed: How the base was packed in training.
+        servers: The formats for each server.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> print(app.Pairs("nf4 in blocks of 64", ()).packed)
+        nf4 in blocks of 64
+    """
+
+    packed: str
+    servers: tuple[Pair, ...]
+
+    def __str__(self):
+        rows = [("server", "base", "adapter", "exact", "why")]
+        for pair in self.servers:
+            exact = "yes" if pair.exact else "no"
+            rows.append((pair.server, pair.base, pair.adapter, exact, pair.why))
+        return "\n".join([f"base: {self.packed}", *format_table(rows, "<<<<<")])
+
+
+def pairs(config: PairsConfig) -> Pairs:
+    """Returns the formats for each server, and whether they keep the weights exactly.
+
+    Reads no weights. Assumes that the adapter was trained on the weights as they are
+    stored, unless `fmt` or the settings of the adapter's run name another format.
+
+    Args:
+        config: The model and the adapter.
+
+    Raises:
+        ValueError: If the model or the adapter cannot be read, or if they do not fit
+            each other.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax.llm import app
+        >>> from qlora_jax.llm.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> table = app.pairs(app.PairsConfig(model, fmt="int4_f16", block_size=32))
+        >>> {x.server: (x.base, x.exact) for x in table.servers}["llama.cpp"]
+        ('gguf', True)
+    """
+    model, options = open_pair(config)
+    fmt, block_size = _find_packing(model, options)
+    packed = "float" if fmt is None else f"{fmt} in blocks of {block_size}"
+    rows = (pair_for(server, model, options) for server in SERVERS.values())
+    return Pairs(packed, tuple(rows))
+
+
+def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, LoadOptions]:
+    """Returns a model with its adapter, and the options that training read it with.
+
+    An adapter that replaces weights is not read yet, since it needs the base's weights.
+    """
+    model, _ = open_config(config)
+    options = training_load_options(config, model)
+    return model if model.replaces_weights else model.with_adapter(), options
+
+
+def _find_packing(
+    model: BaseModel, options: LoadOptions
+) -> tuple[str, int] | tuple[None, None]:
+    """Returns the format and block size of the base in training; None for floats."""
+    packing = options.get("packing") or model.stored_packing
+    return (None, None) if packing is None else (packing.fmt, packing.block_size)
+
+
+def pair_for(
+    server: Server, model: BaseModel, options: LoadOptions, *, tokenizer: bool = True
+) -> Pair:
+    """Returns the formats in which a server loads a model and its adapter.
+
+    `options` are those with which training read the model. The adapter is merged if the
+    server cannot load it, or cannot load the number format of the base. Otherwise, the
+    base stays as it is if the server loads its files exactly, and is exported if not.
+    If `tokenizer` is false, a GGUF file need not contain the tokenizer.
+    """
+    fmt, block_size = _find_packing(model, options)
+    if server.floats == "gguf":
+        # Imported late, because gguf takes long to import and few commands need it.
+        from ..gguf.decoder_out import check_gguf_source
+
+        try:
+            check_gguf_source(model.files, tokenizer=tokenizer)
+        except ValueError as error:
+            return Pair(server.name, NOT_RUN, NOT_RUN, False, str(error))
+    problem = _find_adapter_problem(server, model, fmt)
+    form = server.floats if fmt is None else server.bases.get(fmt)
+    if not options and _is_read(server, model, fmt):
+        form = AS_IS
+    elif fmt is not None and form == "gguf" and block_size != 32:
+        # Q4_0 has blocks of 32.
+        form = None
+    if problem or form is None or server.adapter is None:
+        problem = problem or f"it does not support {fmt} in blocks of {block_size}"
+        why = f"{problem}: the sum is rounded"
+        return Pair(server.name, server.floats, MERGED, False, why)
+    problem = _find_misreading(server, model, fmt, form)
+    same = "the weights are" if fmt is None else "codes and scales are"
+    why = problem or f"{same} the same"
+    return Pair(server.name, form, server.adapter, problem is None, why)
+
+
+def _find_adapter_problem(
+    server: Server, model: BaseModel, fmt: str | None
+) -> str | None:
+    """Returns why a server cannot load the adapter beside the base, or None."""
+    adapters = ql.leaves_by_path(model.lora)
+    has_others = any(type(adapter) is not ql.LoRA for adapter in adapters.values())
+    if server.adapter is None:
+        return "it does not support adapters"
+    if server.adapter != "peft" and (has_others or model.replaces_weights):
+        return "it supports only plain LoRA adapters"
+    if fmt and model.config.experts is not None and server.floats == "merged":
+        return "it is not known to load experts in 4 bits"
+    if not server.adapts_experts and any("/experts/" in path for path in adapters):
+        return "it does not support adapters of experts"
+    return None
+
+
+def _is_read(server: Server, model: BaseModel, fmt: str | None) -> bool:
+    """Returns whether a server loads a model's files exactly, without an export."""
+    method = model.quantization.get("quant_method", "float")
+    if method not in server.reads:
+        return False
+    raw = _read_config(model)
+    if server.needs_older_keys and ql.io.older_config_keys(raw):
+        return False
+    # Servers keep the float16 scales in MLX and GGUF files. They round those in other
+    # files to the dtype of the model.
+    keeps_scales = fmt not in FMTS["awq"] or method in ("mlx", "gguf")
+    return keeps_scales or raw.get("dtype", raw.get("torch_dtype")) == "float16"
+
+
+def _read_config(model: BaseModel) -> dict[str, object]:
+    """Returns the `config.json` of a model; empty for a GGUF file."""
+    return ql.io.read_config_json(model.path) if model.path.is_dir() else {}
+
+
+def _find_misreading(
+    server: Server, model: BaseModel, fmt: str | None, form: str
+) -> str | None:
+    """Returns what a server rounds or computes differently from training, or None."""
+    if fmt is None and form == "gguf":
+        return "weights are rounded to float16"
+    if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:
+        return "it rounds scales to bfloat16, because Gemma overflows in float16"
+    misreads = server.misreads
+    return misreads and misreads(_read_config(model), model.config, fmt)

@@ -1,0 +1,131 @@
+"""Merges an adapter into a base, packs the sum, and measures what packing changes."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, PyTree
+
+import qlora_jax as ql
+
+from .base_model import BaseModel
+from .scoring import Score
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """The cost of merging an adapter into packed weights.
+
+    An error is what packing changes in the merged kernels. Errors and the adapter's
+    change are measured by their Frobenius norm, divided by that of the merged kernels.
+    The losses are None without data.
+
+    Attributes:
+        error: The error of all packed kernels together.
+        worst_error: The largest error of a single kernel.
+        worst_kernel: The path of that kernel.
+        change: How much the adapter changed all these kernels together.
+        kept: The share of the adapter's change that survives packing: the total change,
+            from the base to the packed kernels, projected onto the adapter's change, as
+            a fraction of the adapter's change.
+        loss_before: The loss of the base before packing, with the adapter not merged.
+        loss_beside: The loss of the packed base, with the adapter not merged.
+        loss_after: The loss of the model that was merged and then packed.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> print(app.Repacked(0.0936, 0.0984, "up/kernel", change=0.0128, kept=0.99))
+        packing changed the merged weights by 9.36% (up/kernel by 9.84%)
+        the adapter had changed them by 1.28%, of which 99% is left
+    """
+
+    error: float
+    worst_error: float
+    worst_kernel: str
+    change: float
+    kept: float
+    loss_before: float | None = None
+    loss_beside: float | None = None
+    loss_after: float | None = None
+
+    def __str__(self):
+        lines = [
+            f"packing changed the merged weights by {self.error:.2%} "
+            f"({self.worst_kernel} by {self.worst_error:.2%})",
+            f"the adapter had changed them by {self.change:.2%}, of which "
+            f"{self.kept:.0%} is left",
+        ]
+        if self.loss_before is not None:
+            lines.append(
+                f"loss with the adapter {self.loss_before:.6f}, with it on the packed "
+                f"base {self.loss_beside:.6f}, merged and packed {self.loss_after:.6f}"
+            )
+        return "\n".join(lines)
+
+
+def repack(
+    model: BaseModel,
+    packing: ql.QLoRAConfig,
+    score: Callable[[PyTree, PyTree], Score] | None,
+) -> tuple[PyTree, Repacked]:
+    """Returns the base, with the adapter merged and then packed, and what this costs.
+
+    The losses are measured by `score`, if it is given.
+    """
+    merged = ql.merge(model.base, model.lora)
+    packed = ql.quantize(merged, packing)
+    cost = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
+    if cost.kept < 0.5:
+        message = (
+            f"Packing keeps {cost.kept:.0%} of what the adapter changed. Weights that "
+            "were already in 4 bits round back to their old values if the change is "
+            "small. Merge into the float model, or serve the adapter with the base."
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
+    if score is None:
+        return packed, cost
+    del merged  # frees memory for the next copy
+    packed_base = ql.quantize(ql.dequantize(model.base), packing)
+    losses = {
+        "loss_before": score(model.base, model.lora).loss,
+        "loss_beside": score(packed_base, model.lora).loss,
+        "loss_after": score(packed, {}).loss,
+    }
+    return packed, dataclasses.replace(cost, **losses)
+
+
+def _compare(
+    base: Mapping[str, Any], merged: Mapping[str, Any], packed: Mapping[str, Any]
+) -> Repacked:
+    """Compares the packed kernels with the merged ones, given leaves by path."""
+    paths = [path for path, leaf in packed.items() if ql.is_packed(leaf)]
+    sums = [_sum_products(base[p], merged[p], packed[p]) for p in paths]
+    sums = np.asarray(jax.device_get(sums), np.float64)  # [kernels, 4]
+    error, change, norm, product = sums.sum(0)
+    errors = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1e-30))
+    worst, norm = int(np.argmax(errors)), max(norm, 1e-30)  # no division by 0
+    # The adapter changes the base by C, and packing adds the error E. The projection of
+    # C + E onto C, as a share of C, is <C + E, C> / <C, C> = 1 + <E, C> / <C, C>.
+    kept = float(1 + product / change) if change else 1.0
+    return Repacked(
+        error=float(np.sqrt(error / norm)),
+        worst_error=float(errors[worst]),
+        worst_kernel=paths[worst],
+        change=float(np.sqrt(change / norm)),
+        kept=kept,
+    )
+
+
+@jax.jit
+def _sum_products(base: PyTree, merged: PyTree, packed: PyTree) -> Float32[Array, "4"]:
+    """Returns |error|^2, |change|^2, |merged|^2 and <error, change> of a kernel."""
+    arrays = (ql.dequantize(x).astype(jnp.float32) for x in (base, merged, packed))
+    base, merged, packed = arrays
+    error, change = packed - merged, merged - base
+    pairs = (error, error), (change, change), (merged, merged), (error, change)
+    return jnp.stack([jnp.sum(x * y) for x, y in pairs])

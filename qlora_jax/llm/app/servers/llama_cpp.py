@@ -1,0 +1,16 @@
+"""llama.cpp."""
+
+from .server import AWQ, Server
+
+LLAMA_CPP = Server(
+    name="llama.cpp",
+    reads=("gguf",),
+    bases=dict.fromkeys(AWQ, "gguf"),  # in GGUF: Q4_0, in blocks of 32
+    floats="gguf",
+    adapter="gguf-lora",
+    adapts_experts=False,
+    command="llama-server -m {base}",
+    option=" --lora {adapter}",
+    port=8080,
+    with_adapter={"lora": [{"id": 0, "scale": 1.0}]},
+)

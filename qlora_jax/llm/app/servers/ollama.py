@@ -1,0 +1,15 @@
+"""Ollama."""
+
+from .server import Server
+
+# Since 0.34.1, `ollama create` rejects `ADAPTER` (ollama's pull request 14969).
+OLLAMA = Server(
+    name="ollama",
+    reads=("gguf",),
+    floats="gguf",
+    adapter=None,
+    command="ollama create adapted -f Modelfile && ollama run adapted",
+    files={"Modelfile": "FROM {base}\n"},
+    port=11434,
+    model="adapted",
+)

@@ -1,0 +1,122 @@
+"""What a server loads, what it computes differently, and how it is started."""
+
+import json
+import pathlib
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import qlora_jax as ql
+
+from ...models.config import DecoderConfig
+
+# For each format of `export` that writes a packed model, the number formats that it
+# can hold. The first one is the default.
+FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
+_INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
+FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents)
+FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
+# For `Server.bases`: number formats, and the format of `export` that holds them.
+BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
+AWQ = dict.fromkeys(FMTS["awq"], "awq")
+E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+# The `quant_method`s in a model's config that vLLM and SGLang load. "float" stands for
+# a model without a `quant_method`.
+METHODS = ("float", "bitsandbytes", "compressed-tensors", "awq", "gptq")
+_README = """\
+# {source}, with an adapter, for {name}
+
+In this folder:
+
+    {command}
+{request}
+Written by qlora_jax {version}: {pair}.
+"""
+
+
+# A function that returns what a server computes differently, or None. Its arguments
+# are the model's `config.json` (empty for a GGUF file), the config of the decoder, and
+# the number format of the base (None for floats).
+Misreads = Callable[[Mapping[str, Any], DecoderConfig, str | None], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """How a server loads a base and an adapter.
+
+    In this package, the "form" of a base or an adapter is a format of `export`.
+    """
+
+    name: str
+    # 1. What it loads.
+    reads: tuple[str, ...]  # the `quant_method`s of models that need no export
+    bases: Mapping[str, str] = field(default_factory=dict)  # forms, by number format
+    floats: str = "merged"  # the form of a float base
+    adapter: str | None  # the form of an adapter; None if adapters must be merged
+    adapts_experts: bool = True  # whether it loads adapters of experts
+    needs_older_keys: bool = False  # in `config.json`; see `ql.io.older_config_keys`
+    # 2. What it computes differently. None if it computes every model exactly.
+    misreads: Misreads | None = None
+    # 3. How it starts. All texts from here on may contain "{base}" and "{adapter}". The
+    # command and the option may also contain "{rank}" and "{flags}".
+    command: str
+    option: str = ""  # added to the command if there is an adapter
+    ranks: tuple[int, ...] = ()  # an adapter's rank is rounded up to one of these
+    flags: Mapping[str, str] = field(default_factory=dict)  # by the form of the base
+    files: Mapping[str, str] = field(default_factory=dict)  # other files, by name
+    # 4. Requests to its OpenAI-compatible API.
+    port: int | None = None  # None if it has no API
+    model: str = "{base}"  # what requests call the base
+    with_adapter: Mapping[str, Any] = field(default_factory=dict)  # selects the adapter
+
+    def write(
+        self,
+        base: str,
+        adapter: str | None,
+        folder: pathlib.Path,
+        *,
+        form: str,
+        rank: int,
+        is_chat: bool,
+        source: str,
+        pair: str,
+    ) -> None:
+        """Writes a README with the command that starts the server and a request to it.
+
+        `base` and `adapter` are their paths in the command, and `form` is the base's
+        form. The README quotes `source`, the model's name, and `pair`, which says
+        whether the server reproduces the training's weights exactly.
+        """
+        paths = {"base": base, "adapter": adapter}
+        rank = next((n for n in self.ranks if n >= rank), rank)
+        command = self.command + (self.option if adapter else "")
+        texts = {name: text.format(**paths) for name, text in self.files.items()}
+        texts["README.md"] = _README.format(
+            name=self.name,
+            command=command.format(**paths, rank=rank, flags=self.flags.get(form, "")),
+            request=self._make_request(paths, is_chat),
+            source=source,
+            pair=pair,
+            version=ql.__version__,
+        )
+        for name, text in texts.items():
+            (folder / name).write_text(text, "utf-8")
+
+    def _make_request(self, paths: Mapping[str, str | None], is_chat: bool) -> str:
+        """Returns the part of a README with a request; empty without an API."""
+        if self.port is None:
+            return ""
+        has_adapter = paths["adapter"] is not None
+        body = {"model": self.model, **(self.with_adapter if has_adapter else {})}
+        body = {
+            key: value.format(**paths) if isinstance(value, str) else value
+            for key, value in body.items()
+        }
+        chat = {"messages": [{"role": "user", "content": "Hello"}]}
+        body |= chat if is_chat else {"prompt": "Hello", "max_tokens": 100}
+        url = f"http://localhost:{self.port}/v1/{'chat/' * is_chat}completions"
+        data = shlex.quote(json.dumps(body))
+        clause = ", which names the adapter" if has_adapter else ""
+        curl = f"curl {url} -H 'Content-Type: application/json' -d {data}"
+        return f"\nA request{clause}:\n\n    {curl}\n"

@@ -1,0 +1,18 @@
+"""transformers with PEFT."""
+
+from .server import AWQ, BITSANDBYTES, E2M1, Server
+
+# PEFT silently skips packed modules, so transformers must decode them.
+_DECODED = (
+    ", quantization_config=transformers.CompressedTensorsConfig(run_compressed=False)"
+)
+TRANSFORMERS = Server(
+    name="transformers",
+    reads=("float", "bitsandbytes", "compressed-tensors"),
+    bases={**BITSANDBYTES, **dict.fromkeys(AWQ, "compressed-tensors"), **E2M1},
+    adapter="peft",
+    command="model = transformers.AutoModelForCausalLM.from_pretrained("
+    '"{base}"{flags})',
+    option='; model = peft.PeftModel.from_pretrained(model, "{adapter}")',
+    flags=dict.fromkeys(("compressed-tensors", *E2M1), _DECODED),
+)

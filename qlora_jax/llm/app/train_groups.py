@@ -1,0 +1,462 @@
+"""The groups of options of `qlora-jax train`."""
+
+import datetime
+from dataclasses import dataclass
+from typing import Literal
+
+from ..models.sharding import MESH_AXES
+from ..train.objectives import find_objective
+from .configs import Fmt
+from .options import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    REQUIRED,
+    Config,
+    Limit,
+    check_swept,
+    option,
+)
+
+# The Python module of each logger. The package's extra that installs it has the name of
+# the logger.
+LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+DATE = Limit("a day such as 2026-11-26", _is_date)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """The model of a run, how its layers are packed, and how it is computed.
+
+    Attributes:
+        path: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+        fmt: Number format of the frozen linear layers; none for float (plain LoRA). By
+            default a 4-bit model keeps its format, and a float model is packed in nf4.
+        block_size: Weights per scale; by default the usual number for `fmt`, such as 64
+            for nf4.
+        double_quant: Whether to also quantize the scales; by default true if `fmt`
+            supports it.
+        recode: Whether to pack a 4-bit model again, in `fmt`. Needed if it has zero
+            points or reordered inputs, which no format here supports.
+        dtype: Dtype of the computation and of float weights; adapters are float32.
+        remat: Whether to recompute activations in the backward pass, to save memory.
+            offload also keeps the layers' inputs in host memory (not on GPUs).
+        attention: xla, which computes all scores, or splash, JAX's kernel for TPUs.
+        stream_dtype: Dtype of the residual stream, to which layers add their outputs.
+        mlp_tile: Maximum number of tokens in the MLP at a time, to save memory.
+        base_memory: Where the packed layers are stored: device, or host to save device
+            memory (not on GPUs). Layers in host memory are moved to the device when
+            they are needed.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.ModelConfig("folder", fmt="nf4").dtype
+        'bfloat16'
+    """
+
+    path: str = option(
+        REQUIRED, name="model", section="model and data", is_identity=False
+    )
+    fmt: Fmt | None = option(None, section="number format of the base")
+    block_size: int | None = None
+    double_quant: bool | None = None
+    recode: bool = False
+    dtype: Literal["bfloat16", "float32"] = option(
+        "bfloat16", section="computation and memory"
+    )
+    remat: bool | Literal["offload"] = option(True, is_identity=False)
+    attention: Literal["xla", "splash"] = "xla"
+    stream_dtype: Literal["bfloat16", "float32"] = "float32"
+    mlp_tile: int | None = option(None, limit=COUNT)
+    base_memory: Literal["device", "host"] = option("device", is_identity=False)
+
+
+@dataclass(frozen=True)
+class AdapterConfig(Config):
+    """The adapters of a run.
+
+    Except for `target_modules`, the fields are named as in `QLoRAConfig`. This class
+    exists because `target_modules` has PEFT's names of modules, which are looked up
+    once the model is known, and because `ModelConfig` has the settings of packing.
+
+    Attributes:
+        rank: Rank of the adapters.
+        alpha: Adapters are scaled by `lora_alpha / lora_r`. By default, `lora_alpha` is
+            equal to `lora_r`.
+        dropout: Dropout rate of the adapters' input.
+        rank_stabilized: Whether to scale by `lora_alpha / sqrt(lora_r)` instead.
+        use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
+        target_modules: "all-linear" (except the head), names of modules such as q_proj
+            or q_proj,v_proj, or a regular expression for full names, as in PEFT.
+        trainable: Regular expression for paths of float weights to train in full, such
+            as layers/.*norm/scale.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.AdapterConfig(rank=8).target_modules
+        'all-linear'
+    """
+
+    rank: int = option(
+        16, name="lora_r", section="adapters", limit=COUNT, aliases=("rank",)
+    )
+    alpha: float | None = option(
+        None, name="lora_alpha", limit=POSITIVE, aliases=("alpha",)
+    )
+    dropout: float = option(
+        0.0, name="lora_dropout", limit=FRACTION, aliases=("dropout",)
+    )
+    rank_stabilized: bool = option(
+        False, name="use_rslora", aliases=("rank_stabilized",)
+    )
+    use_dora: bool = False
+    target_modules: str | list[str] = "all-linear"
+    trainable: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """The rows of a run, and how they are read.
+
+    Attributes:
+        path: A file of rows (.jsonl, .json, .csv, .txt, optionally with .gz, or
+            .parquet), a folder with such files named train and optionally valid and
+            test, or the id of a data set on the hub. Write several with weights, as
+            "a.jsonl=0.7,b.jsonl=0.3" or {a.jsonl: 0.7, b.jsonl: 0.3}.
+        train_on: Which tokens of rows with prompts or messages are targets:
+            completions, last (only the assistant's last message) or all. With all,
+            prompts are targets too; with orpo, only in its cross entropy, as in TRL.
+        keys: Mapping from standard keys, such as prompt, to the keys in the file.
+        chat: Whether to convert prompts and completions to messages, if the model has a
+            chat template.
+        template: File with a chat template that replaces the model's.
+        date: Today's date for templates that contain it, such as 2026-11-26; by default
+            the day on which the run starts.
+        stream: Whether to leave training rows in their .jsonl files and tokenize them
+            when they are needed, for data that do not fit in memory.
+        validation_split: Share of the training rows to validate on, such as 0.05. The
+            data must have no validation rows then. `data_seed` selects the rows.
+        too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
+            truncate; or split, for rows of `text`.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.DataConfig("rows.jsonl").train_on
+        'completions'
+    """
+
+    path: str | dict[str, float] = option(
+        REQUIRED, name="data", section="model and data", is_identity=False
+    )
+    train_on: Literal["completions", "last", "all"] = option(
+        "completions", section="rows"
+    )
+    keys: dict[str, str] = option({}, is_identity=False)
+    chat: bool = True
+    template: str | None = option(None, is_identity=False)
+    date: str | None = option(None, is_identity=False, limit=DATE)
+    stream: bool = option(False, is_identity=False)
+    validation_split: float | None = None
+    too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Config):
+    """The optimizer of a run, and its learning rates.
+
+    Attributes:
+        learning_rate: Peak learning rate. With several, such as 1e-4,3e-4, one adapter
+            is trained for each, side by side on one base, in subfolders of `out`.
+        schedule: Learning-rate schedule; wsd is warmup, stable, decay.
+        warmup: Warmup steps; by default a tenth of the steps, at most 20.
+        end_learning_rate: The final learning rate; unused for constant.
+        decay: For wsd: the share of the steps in which the learning rate decays.
+        name: The optimizer.
+        offload_optimizer: Whether the optimizer's state is in host memory; not with
+            adafactor.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
+        beta1: Decay of the first moment; adafactor does not use it.
+        beta2: Decay of the second moment, by default 0.999 (lion: 0.99); adafactor does
+            not use it.
+        clip: Maximum norm of the gradient; 0 for no clipping.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.OptimizerConfig(learning_rate=1e-3).schedule
+        'cosine'
+    """
+
+    learning_rate: float | list[float] = option(
+        2e-4, limit=POSITIVE, section="training"
+    )
+    schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    warmup: int | None = None
+    end_learning_rate: float = 0.0
+    decay: float = 0.1
+    name: Literal["adamw", "adamw8bit", "lion", "adafactor"] = option(
+        "adamw", name="optimizer", section="optimizer"
+    )
+    offload_optimizer: bool = option(False, is_identity=False)
+    weight_decay: float = option(0.0, limit=NOT_NEGATIVE)
+    beta1: float = option(0.9, limit=FRACTION)
+    beta2: float | None = option(None, limit=FRACTION)
+    clip: float = option(1.0, limit=NOT_NEGATIVE)
+
+    def __post_init__(self):
+        check_swept(self, "learning_rate")
+        super().__post_init__()
+        if self.offload_optimizer and self.name == "adafactor":
+            raise ValueError(
+                "`optimizer` must be adamw, adamw8bit or lion with "
+                "`offload_optimizer`, because adafactor mixes the values of different "
+                "layers. Got adafactor."
+            )
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """The length of a run, its loss, its batches and its seeds.
+
+    Attributes:
+        steps: Number of training steps; alternatively, set `epochs`.
+        epochs: Passes over the data; 1 if `steps` is not set either.
+        objective: sft for supervised fine-tuning, distill for distillation, or a
+            preference loss: dpo, ipo, orpo, simpo or kto, whose reference model is the
+            base without the adapter.
+        beta: For preferences: strength of the pull towards the reference (dpo, ipo,
+            kto), scale of the rewards (simpo) or weight of the odds ratio (orpo).
+        gamma: For simpo: the target margin between the rewards.
+        teacher: For distill: the model to learn from, with the same vocabulary. By
+            default the weights of the model before they are packed.
+        temperature: For distill: divisor of the logits of both models. The loss is the
+            divergence of the model from the teacher, times the square of the
+            temperature.
+        batch_size: Sequences in a batch; for preferences, pairs of answers; with
+            `packing`, rows of `max_length` tokens.
+        accumulation: Gradient accumulation steps: batches in a training step.
+        max_length: Maximum number of tokens of a sequence.
+        packing: Whether several sequences share a row.
+        seed: Seed of the adapters, the order of the data and the dropout. With several,
+            one adapter is trained for each, as for `learning_rate`.
+        data_seed: Seed of the order of the data; by default the first `seed`.
+        on_nan: If the loss or the gradient is not finite: stop, or skip the update.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.TrainingConfig(steps=100).batch_size
+        8
+    """
+
+    steps: int | None = option(None, section="training", limit=COUNT)
+    epochs: float | None = option(None, is_identity=False, limit=POSITIVE)
+    objective: str = option("sft", section="objective")
+    beta: float = option(0.1, limit=POSITIVE)
+    gamma: float = option(0.5, limit=NOT_NEGATIVE)
+    teacher: str | None = option(None, is_identity=False)
+    temperature: float = option(1.0, limit=POSITIVE)
+    batch_size: int = option(8, section="batches", limit=COUNT)
+    accumulation: int = option(1, limit=COUNT)
+    max_length: int = option(1024, limit=COUNT)
+    packing: bool = False
+    seed: int | list[int] = option(0, section="seeds", limit=NOT_NEGATIVE)
+    data_seed: int | None = option(None, limit=NOT_NEGATIVE)
+    on_nan: Literal["stop", "skip"] = option("stop", is_identity=False)
+
+    def __post_init__(self):
+        check_swept(self, "seed")
+        super().__post_init__()
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("`steps` or `epochs` must be left out. Got both.")
+        objective = find_objective(self.objective)
+        if objective.rows == "labelled" and (self.packing or self.batch_size < 2):
+            raise ValueError(
+                f"{self.objective} needs a `batch_size` of at least 2 and no "
+                "`packing`, because it pairs answers with other prompts of the batch. "
+                f"Got {self.batch_size} and {self.packing}."
+            )
+        if self.teacher is not None and not objective.uses_teacher:
+            raise ValueError(
+                f"`teacher` must be left out with {self.objective}, which has none. "
+                f"Got {self.teacher!r}."
+            )
+
+    @property
+    def row_seed(self) -> int:
+        """The seed of the order of the rows; in a sweep, the same for all runs."""
+        if self.data_seed is not None:
+            return self.data_seed
+        return self.seed[0] if isinstance(self.seed, list) else self.seed
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Config):
+    """When and how a run is evaluated on validation rows.
+
+    Attributes:
+        eval_every: Steps between evaluations on the validation rows. There is also one
+            before the first step and one after the last. By default there are about
+            ten. Those between the first and the last generate no answers, and use a
+            sample of the rows if there are many.
+        eval_examples: Number of validation prompts that the model answers in an
+            evaluation, for the share of exact answers; 0 for none.
+        eval_batch_size: Number of prompts that are answered at a time.
+        max_new_tokens: Maximum number of tokens of an answer; by default 16 more than
+            the longest expected answer has.
+        samples: Number of answers to print in an evaluation.
+        keep_best: Whether to write the adapter of the step with the lowest validation
+            loss, instead of the last one. Each evaluation then uses all rows.
+        early_stopping_patience: With `keep_best`: training stops after this many
+            consecutive evaluations without a new lowest validation loss.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.EvaluationConfig().eval_examples
+        120
+    """
+
+    eval_every: int | None = option(None, section="evaluation", limit=COUNT)
+    eval_examples: int = option(120, limit=NOT_NEGATIVE)
+    eval_batch_size: int = option(60, limit=COUNT)
+    max_new_tokens: int | None = option(None, limit=COUNT)
+    samples: int = option(3, limit=NOT_NEGATIVE)
+    keep_best: bool = False
+    early_stopping_patience: int | None = option(None, limit=COUNT)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.early_stopping_patience is not None and not self.keep_best:
+            raise ValueError(
+                "`keep_best` must be set with `early_stopping_patience`. Got "
+                f"{self.early_stopping_patience}."
+            )
+
+
+@dataclass(frozen=True)
+class OutputConfig(Config):
+    """What a run writes, and whether it resumes.
+
+    Attributes:
+        out: The run's folder, new or empty; with `resume`, the folder of the run.
+        save_every: Steps between saved states.
+        keep: Number of states to keep.
+        resume: Whether to continue the run in `out` from its newest state.
+        resume_step: With `resume`, the step to resume from; later states are deleted.
+        push_to_hub: Repository on the Hugging Face hub to push the adapter to, such as
+            user/name. If it does not exist, a private repository is created.
+        preview: Number of rows to show as they would be trained, instead of training.
+            Target tokens are green on a terminal, and in brackets elsewhere.
+        log_every: Steps between the steps that go to `log`, and between progress lines,
+            which are printed if stderr is not a terminal. Evaluations are always
+            included. By default, all steps go to `log`, and about ten lines are
+            printed. The file metrics.jsonl always has all steps.
+        log: More destinations for the metrics: tensorboard, wandb and trackio.
+        verbose: Whether to print a message when `huge_pages` restarts the process.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.OutputConfig("run").save_every
+        100
+    """
+
+    out: str = option(REQUIRED, section="model and data")
+    save_every: int = option(100, section="checkpoints and results", limit=COUNT)
+    keep: int = option(2, limit=COUNT)
+    resume: bool = False
+    resume_step: int | None = None
+    push_to_hub: str | None = None
+    preview: int | None = option(None, limit=COUNT)
+    log_every: int | None = option(None, limit=COUNT)
+    log: str | list[str] = option([])
+    verbose: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.resume_step is not None and not self.resume:
+            raise ValueError(
+                f"`resume` must be set with `resume_step`. Got {self.resume_step}."
+            )
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise ValueError(
+                f"`log` must only contain {', '.join(LOGGERS)}. Got {unknown}."
+            )
+
+    @property
+    def loggers(self) -> list[str]:
+        """The names in `log`."""
+        names = self.log.split(",") if isinstance(self.log, str) else self.log
+        return [name.strip() for name in names]
+
+
+@dataclass(frozen=True)
+class DevicesConfig(Config):
+    """The devices and processes of a run.
+
+    Attributes:
+        mesh: Devices along each axis: data splits the rows of a batch, fsdp splits rows
+            and weights, and tensor splits heads and the width of the MLP. Written as
+            "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
+        distributed: Whether several processes, which share the files, run this command.
+        coordinator_address: With `distributed`: host and port of the first process.
+        num_processes: With `distributed`: the number of processes.
+        process_id: With `distributed`: the index of this process, from 0.
+        huge_pages: Whether to restart `qlora-jax` with huge pages on Linux: faster
+            steps on a CPU, but more memory.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.DevicesConfig(mesh="fsdp=4").mesh_sizes
+        {'fsdp': 4}
+    """
+
+    mesh: str | dict[str, int] | None = option(None, section="devices and processes")
+    distributed: bool = False
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    huge_pages: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.distributed and not self.mesh_sizes:
+            raise ValueError("`mesh` must be given with `distributed`. Got none.")
+        names = ("coordinator_address", "num_processes", "process_id")
+        # On clusters that JAX detects, none of these is needed.
+        settings = [name for name in names if getattr(self, name) is not None]
+        if settings and not self.distributed:
+            raise ValueError(f"`distributed` must be set with {settings}. Got false.")
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The sizes of the mesh axes; empty for one device."""
+        return parse_mesh(self.mesh)
+
+
+def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
+    """Returns the sizes of mesh axes from a dict or text such as "fsdp=4,tensor=2"."""
+    sizes = mesh or {}
+    try:
+        if isinstance(sizes, str):
+            pairs = [part.split("=") for part in sizes.split(",")]
+            sizes = {name.strip(): int(size) for name, size in pairs}
+            if len(sizes) < len(pairs):
+                raise ValueError  # an axis occurs twice
+        if not {*sizes} <= {*MESH_AXES} or min(sizes.values(), default=1) < 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"`mesh` must have positive sizes for some of {', '.join(MESH_AXES)}, such "
+            f'as "fsdp=4,tensor=2". Got {mesh!r}.'
+        ) from None
+    # Always in the order of MESH_AXES, which determines the place of each device.
+    return {name: sizes[name] for name in MESH_AXES if name in sizes}

@@ -1,0 +1,283 @@
+"""Converts llama.cpp's metadata values to a `config.json` and a `DecoderConfig`."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..models.config import DecoderConfig, LayerKind
+from ..models.families import FAMILIES, config_from_hf
+from ..models.family import is_count, number
+
+# Names of the tensors that contain `Rope.divisors` and `Rope.long_divisors`.
+FREQUENCIES = "rope_freqs.weight"
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+OSS = "gpt-oss"
+PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
+OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
+# The optional biases that llama.cpp reads, by architecture. Each is a field of
+# `DecoderConfig` that is true if the file has the tensor named in `BIAS_TENSORS`.
+_BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
+BIAS_TENSORS = {
+    "qkv_bias": "blk.0.attn_q.bias",
+    "o_bias": "blk.0.attn_output.bias",
+    "mlp_bias": "blk.0.ffn_gate.bias",
+}
+# The required keys of sizes: `_SIZE_KEYS` has them by field of `DecoderConfig`, and
+# `EXPERT_KEYS` by field of `Experts`.
+_SIZE_KEYS = {
+    "num_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_heads": "attention.head_count",
+}
+EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
+# Architectures that always have experts. Mixtral is stored as a "llama" with experts.
+_MIXTURES = ("qwen3moe", OSS, "olmoe")
+# Hugging Face's model types, where llama.cpp's names differ.
+_MODEL_TYPES = {"mistral": "llama", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+_MODEL_TYPES |= {OSS: "gpt_oss"}
+# Gemma's 27B models are recognized by their number of layers. These models scale
+# attention scores by `(hidden_size // num_heads) ** -0.5`.
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+# Every 2nd or 6th layer has no window, and every 4th layer of SmolLM3 has no rotary
+# positions.
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}
+_NO_ROPE_PERIOD = 4
+# Further YaRN keys, with the only values that are supported.
+_YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
+
+Values = Mapping[str, Any]  # metadata values by key, without the architecture's name
+Factors = Mapping[str, tuple[float, ...]]  # divisors of frequencies by tensor name
+
+
+def size_keys(architecture: str) -> dict[str, str]:
+    """Returns the metadata key of each field of `DecoderConfig` that is a size."""
+    if architecture not in ("qwen3moe", OSS):
+        return _SIZE_KEYS
+    return _SIZE_KEYS | {"intermediate_size": "expert_feed_forward_length"}
+
+
+def _is_mixture(architecture: str, values: Values) -> bool:
+    has_experts = architecture == "llama" and bool(values.get("expert_count"))
+    return architecture in _MIXTURES or has_experts
+
+
+def _hf_config(
+    architecture: str,
+    values: Values,
+    names: Collection[str],
+    vocab_size: int,
+    factors: Factors,
+) -> dict[str, Any]:
+    get, is_mixture = values.get, _is_mixture(architecture, values)
+    model_type = _MODEL_TYPES.get(architecture, architecture)
+    model_type = "mixtral" if is_mixture and architecture == "llama" else model_type
+    family = FAMILIES[model_type]
+    # Here and below, missing values get llama.cpp's defaults.
+    width, heads = values["embedding_length"], values["attention.head_count"]
+    head_dim = get("attention.key_length", width // heads)
+    has_head = "output.weight" in names or architecture in (OSS, "olmoe")
+    biases = {
+        name: tensor in names and architecture == "llama"
+        for name, tensor in BIAS_TENSORS.items()
+    }
+    raw = {
+        "architectures": list(family.architectures),
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": values[size_keys(architecture)["intermediate_size"]],
+        "num_hidden_layers": values["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": _activation(architecture),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": number(get("attention.layer_norm_rms_epsilon", 1e-5)),
+        "tie_word_embeddings": not has_head or architecture == "gemma2",
+        "attention_bias": biases["o_bias"] or architecture == OSS,
+        # gpt-oss always has these biases, but its config has no key for them.
+        **({} if architecture == OSS else {"mlp_bias": biases["mlp_bias"]}),
+        **_rope_keys(architecture, values, head_dim, factors),
+    }
+    optional = _family_keys(architecture, values, head_dim)
+    if is_mixture:
+        is_local = model_type in ("mixtral", "gpt_oss")
+        key = "num_local_experts" if is_local else "num_experts"
+        optional[key] = get("expert_count")
+    keys = family.keys.split()
+    return raw | {key: value for key, value in optional.items() if key in keys}
+
+
+def _activation(architecture: str) -> str:
+    return "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
+
+
+def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, Any]:
+    """Returns the keys of a `config.json` that only some families read."""
+    get, count = values.get, values["block_count"]
+    is_27b = count == _LAYERS_OF_27B.get(architecture)
+    scaled_dim = values["embedding_length"] // values["attention.head_count"]
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    is_capped = architecture == "gemma2"
+    keys: dict[str, Any] = {
+        **{k: number(get(k, cap)) if is_capped else None for k, cap in caps.items()},
+        "hidden_activation": _activation(architecture),
+        "query_pre_attn_scalar": scaled_dim if is_27b else head_dim,
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        # Despite its name, this key has 1 for layers with rotary positions.
+        "no_rope_layers": [int((i + 1) % _NO_ROPE_PERIOD > 0) for i in range(count)],
+        "num_experts_per_tok": get("expert_used_count"),
+        "norm_topk_prob": architecture != "olmoe",
+    }
+    if architecture == "phi3":
+        keys["sliding_window"] = get("attention.sliding_window") or None
+    elif default := WINDOW_PERIODS.get(architecture):
+        period = get("attention.sliding_window_pattern", default)
+        is_full = (i % period == period - 1 for i in range(count))
+        kinds = "sliding_attention", "full_attention"
+        keys["layer_types"] = [kinds[has_no_window] for has_no_window in is_full]
+        keys["sliding_window"] = get("attention.sliding_window", 4096)
+    return keys
+
+
+def _rope_keys(
+    architecture: str, values: Values, head_dim: int, factors: Factors
+) -> dict[str, Any]:
+    """Returns the keys of a `config.json` about rotary positions.
+
+    transformers 5 reads `rope_parameters`; older versions read the other keys.
+    """
+    get = values.get
+    theta = number(get("rope.freq_base", 10_000.0))
+    keys: dict[str, Any] = {"rope_theta": theta}
+    section: dict[str, Any] = dict(keys)
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    factor, kind = _rope_factor(values), "default"
+    if architecture == "phi3":
+        rotary_dim = get("rope.dimension_count", head_dim)
+        fraction = rotary_dim / head_dim
+        if int(head_dim * fraction) < rotary_dim:  # readers round this product down
+            fraction = math.nextafter(fraction, 1.0)
+        keys["partial_rotary_factor"] = section["partial_rotary_factor"] = fraction
+        if LONG in factors:
+            keys["original_max_position_embeddings"] = int(original)
+        if factors:
+            kind = "longrope"
+            section |= {
+                "short_factor": list(factors.get(SHORT, ())),
+                "long_factor": list(factors.get(LONG, ())),
+                "attention_factor": number(get("rope.scaling.attn_factor", 1.0)),
+            }
+    elif get("rope.scaling.type") == "yarn":
+        kind = "yarn"
+        section |= {"original_max_position_embeddings": original, "truncate": False}
+        section["factor"] = factor
+    elif factor != 1:
+        kind, section["factor"] = "linear", factor
+    section["rope_type"] = kind
+    if architecture == "gemma3":
+        local = number(get("rope.freq_base_swa", 10_000.0))
+        keys["rope_local_base_freq"] = local
+        sliding = {"rope_theta": local, "rope_type": "default"}
+        section = {"full_attention": section, "sliding_attention": sliding}
+    return keys | {"rope_parameters": section}
+
+
+def _rope_factor(values: Values) -> float:
+    """Returns the factor by which all positions are divided."""
+    get = values.get
+    if get("rope.scaling.type") == "none":
+        return 1.0
+    return number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
+
+
+def config_from_values(
+    architecture: str,
+    values: Values,
+    names: Collection[str],
+    vocab_size: int,
+    factors: Factors,
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Returns the decoder that llama.cpp builds from metadata values.
+
+    Also returns its `config.json`. `names` are the names of the file's tensors.
+    """
+    raw = _hf_config(architecture, values, names, vocab_size, factors)
+    config = config_from_hf(raw)
+    # A `config.json` has no keys for some settings, which are therefore changed here:
+    # the kinds of biases that exist, a divisor for each frequency, and a `Rope.scale`
+    # without LongRoPE.
+    changes: dict[str, Any] = {
+        name: BIAS_TENSORS[name] in names for name in _BIASES.get(architecture, ())
+    }
+    rope_changes: dict[str, Any] = {}
+    if architecture == "phi3":
+        rope_changes["scale"] = number(values.get("rope.scaling.attn_factor", 1.0))
+    elif FREQUENCIES in factors and values.get("rope.scaling.type") != "yarn":
+        factor = _rope_factor(values)
+        rope_changes["divisors"] = tuple(factor * x for x in factors[FREQUENCIES])
+
+    def change_rope(layer: LayerKind) -> LayerKind:
+        is_local = architecture == "gemma3" and layer.window is not None
+        if layer.rope is None or is_local:
+            return layer
+        rope = dataclasses.replace(layer.rope, **rope_changes)
+        return dataclasses.replace(layer, rope=rope)
+
+    layers = tuple(map(change_rope, config.layers))
+    return dataclasses.replace(config, layers=layers, **changes), raw
+
+
+def check_values(architecture: str, values: Values, names: Collection[str]) -> None:
+    """Raises a ValueError for missing values and values that are not supported."""
+    # 1. Required keys, and optional keys that must be counts if they are present.
+    get = values.get
+    required = [*size_keys(architecture).values()]
+    required += EXPERT_KEYS.values() if _is_mixture(architecture, values) else ()
+    optional = ["attention.head_count_kv", "attention.key_length"]
+    optional += ["rope.dimension_count"]
+    if architecture in WINDOW_PERIODS:
+        optional += ["attention.sliding_window", "attention.sliding_window_pattern"]
+    missing = [key for key in required if not is_count(get(key))]
+    missing += [key for key in optional if not is_count(get(key, 1))]
+    if architecture in ("gemma3", OSS) and "attention.sliding_window" not in values:
+        missing += ["attention.sliding_window"]
+    missing = [f"{architecture}.{key}" for key in missing]
+    # Each layer has at least one tensor, so a file with fewer tensors than layers is
+    # damaged. A huge number of layers would make later code use up all memory.
+    if not is_count(get("block_count"), len(names)):
+        missing = [f"{architecture}.block_count of at most {len(names)}"]
+    if "token_embd.weight" not in names:
+        missing += ["token_embd.weight"]
+    if missing:
+        raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
+    # 2. Keys for which few values are supported. Without this check, other values would
+    # give a different model without an error.
+    default_dim = values["embedding_length"] // values["attention.head_count"]
+    head_dim = get("attention.key_length", default_dim)
+    supported = {
+        "rope.scaling.type": ("none", "linear"),
+        "attention.value_length": (head_dim,),
+        "attention.causal": (True,),
+        "expert_weights_scale": (1, 0),
+    }
+    if architecture != "phi3":
+        supported["rope.dimension_count"] = (head_dim,)
+        supported["rope.scaling.attn_factor"] = (1,)
+    if architecture not in ("phi3", *WINDOW_PERIODS):
+        supported["attention.sliding_window"] = (0,)
+    if architecture == "gemma3":
+        supported["final_logit_softcapping"] = (0,)
+    if architecture == OSS:
+        supported["rope.scaling.type"] += ("yarn",)
+        supported["rope.freq_base_swa"] = (get("rope.freq_base"),)
+        supported |= {f"rope.scaling.yarn_{key}": (x,) for key, x in _YARN_KEYS.items()}
+    if wrong := [
+        f"`{architecture}.{key}` must be {' or '.join(map(repr, allowed))}. "
+        f"Got {value!r}."
+        for key, allowed in supported.items()
+        if (value := get(key, allowed[0])) not in allowed
+    ]:
+        raise ValueError(" ".join(wrong))

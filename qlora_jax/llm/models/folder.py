@@ -1,0 +1,157 @@
+"""A model in a Hugging Face folder."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+import qlora_jax as ql
+
+from .config import DecoderConfig
+from .decoder_names import decoder_names
+from .families import config_from_hf, text_config
+from .tokenizer import FolderTokenizer, folder_templates, read_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Suffixes of the files in a folder that contain settings, not weights.
+_SETTINGS_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+_HEAD_ROWS = 4096  # number of rows of the head that are compared at a time
+
+
+class ChatSettings(NamedTuple):
+    """The chat templates and the special tokens of a model."""
+
+    templates: dict[str, str]  # by name; the usual one is named "default"
+    special: dict[str, str]  # by the names of variables in templates: "eos_token", ...
+    end_ids: tuple[int, ...]  # tokens that end generation
+
+
+def has_vision(config: DecoderConfig) -> bool:
+    """Whether a decoder is the text half of a model with a vision part."""
+    return config.module != "model"
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFolder:
+    """A `ModelSource` with `config.json` and `*.safetensors`."""
+
+    path: pathlib.Path
+    is_recoded: ClassVar[bool] = False
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        """The config of the decoder; raises if `Decoder` does not support the model."""
+        raw = ql.io.read_config_json(self.path)
+        ql.io.read_quantization(self.path)  # raises if the format is not supported
+        return config_from_hf(raw)
+
+    @property
+    def context_length(self) -> int:
+        """The context length in tokens."""
+        raw = text_config(ql.io.read_config_json(self.path))
+        if not (length := raw.get(key := "max_position_embeddings")):
+            raise ValueError(f"{self.path} must have a context length, `{key}`.")
+        return int(length)
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The quantization settings in the files; empty for float weights."""
+        return ql.io.read_quantization(self.path)
+
+    @property
+    def stored_tensors(self) -> ql.io.Tensors:
+        """The tensors under the names in the files, with those of a vision part."""
+        return ql.io.open_safetensors(self.path)
+
+    def open_tensors(self) -> ql.io.Tensors:
+        """Returns the decoder's tensors by Hugging Face name, after some checks."""
+        tensors = self.stored_tensors
+        if has_vision(self.config):
+            tensors = self._select_text(tensors)
+        self._check_head(tensors)
+        return tensors
+
+    def _select_text(self, tensors: ql.io.Tensors) -> ql.io.Tensors:
+        """Renames the tensors of the text half; warns that the others are ignored."""
+        names = decoder_names(self.config)
+        ignored = [name for name in tensors if names.is_ignored(name)]
+        warnings.warn(
+            f"{self.path} has a vision part. Its {len(ignored)} tensors are ignored: "
+            "only the text half is read.",
+            stacklevel=4,
+        )
+        # The files have names from older versions of transformers, but adapters use the
+        # names of its current modules.
+        renamed, module = {}, self.config.module
+        for name in tensors:
+            new_name = re.sub(r"^language_model\.model\.", f"{module}.", name)
+            renamed[re.sub(r"^language_model\.", "", new_name)] = tensors[name]
+        return dataclasses.replace(tensors, _tensors=renamed)
+
+    def _check_head(self, tensors: ql.io.Tensors) -> None:
+        """Raises if a file has a head that differs from the embedding it is tied to.
+
+        transformers would use the head in the file.
+        """
+        names = "lm_head.weight", f"{self.config.module}.embed_tokens.weight"
+        if not self.config.tie_embeddings or not set(names) <= tensors.keys():
+            return
+        head, embedding = (tensors[name] for name in names)
+        # Slices read only a part of large arrays at a time.
+        starts = range(0, head.shape[0], _HEAD_ROWS)
+        parts = (slice(start, start + _HEAD_ROWS) for start in starts)
+        if head.shape != embedding.shape or not all(
+            np.array_equal(head[part], embedding[part]) for part in parts
+        ):
+            raise ValueError(
+                "`tie_word_embeddings` in config.json must be false, since the file "
+                f"has an {names[0]} that differs from {names[1]}. Got true."
+            )
+
+    def build_tokenizer(self) -> "Tokenizer":
+        """Returns the tokenizer."""
+        return FolderTokenizer(self.path).build()
+
+    def read_chat(self) -> ChatSettings:
+        """Returns the chat templates and the special tokens."""
+        settings = read_object(self.path / "tokenizer_config.json")
+        ids = []
+        for name in ("generation_config.json", "config.json"):
+            value = read_object(self.path / name).get("eos_token_id")
+            ids += value if isinstance(value, list) else [value]
+        # `type(x) is int` excludes booleans. A dict removes duplicates, in order.
+        end_ids = dict.fromkeys(x for x in ids if type(x) is int and x >= 0)
+        templates = folder_templates(self.path, settings)
+        special = FolderTokenizer(self.path).special
+        return ChatSettings(templates, special, tuple(end_ids))
+
+    @contextlib.contextmanager
+    def open_description(self) -> Iterator[pathlib.Path]:
+        """Yields a folder with the config and the tokenizer of the decoder."""
+        if not has_vision(self.config):
+            yield self.path
+            return
+        config = text_config(ql.io.read_config_json(self.path))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = pathlib.Path(temporary)
+            for file in self.path.iterdir():
+                is_index = file.name.endswith(".index.json")  # lists the weights' files
+                if file.suffix in _SETTINGS_SUFFIXES and not is_index:
+                    shutil.copyfile(file, folder / file.name)
+            if (templates := self.path / "additional_chat_templates").is_dir():
+                shutil.copytree(templates, folder / templates.name)
+            text = json.dumps(config, indent=2) + "\n"
+            (folder / "config.json").write_text(text, "utf-8")
+            yield folder

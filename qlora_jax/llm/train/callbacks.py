@@ -1,0 +1,359 @@
+"""Callbacks of `fit`: evaluations, checks, progress, saved states, and sweeps."""
+
+# ruff: noqa: D102 (the methods have the docstrings of `Callback`)
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from .loop import Callback, Training
+from .outputs import Metrics
+from .state import Checkpoints, describe_latest
+from .step import State
+
+
+@dataclass
+class Best:
+    """The step with the lowest validation loss so far. `SaveStates` keeps its state.
+
+    Attributes:
+        step: The step, or None if there is none yet.
+        loss: The validation loss of that step.
+        since: The number of evaluations after that step.
+
+    Example:
+        >>> from qlora_jax.llm import train
+        >>> best = train.Best()
+        >>> [best.see(step, loss) for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4))]
+        [True, True, False]
+        >>> best
+        Best(step=2, loss=0.3, since=1)
+    """
+
+    step: int | None = None
+    loss: float | None = None
+    since: int = 0
+
+    def see(self, step: int, loss: float) -> bool:
+        """Returns whether a validation loss is the lowest so far, and records it.
+
+        Args:
+            step: The step.
+            loss: The validation loss of that step.
+        """
+        is_lowest = loss < (math.inf if self.loss is None else self.loss)
+        self.since += 1
+        if is_lowest:
+            self.step, self.loss, self.since = step, loss, 0
+        return is_lowest
+
+
+@dataclass(eq=False)
+class Evaluate(Callback):
+    """Evaluates the adapter before the first step, at intervals, and after the last.
+
+    Attributes:
+        evaluate: A function of the state that returns metrics.
+        every: The number of steps between evaluations. None evaluates only before the
+            first step and after the last one.
+        best: Records the step with the lowest `valid_loss`. The evaluation before the
+            first step does not count.
+        patience: The number of evaluations in a row without a lower `valid_loss` after
+            which training ends. None never ends it early. Ignored without `best`.
+
+    Example:
+        >>> from qlora_jax.llm import train
+        >>> evaluate = train.Evaluate(lambda state: {"valid_loss": 2.5}, every=3)
+        >>> training = train.Training(10, iter([]), full_state=None, step=3)
+        >>> evaluate.on_step(training)
+        >>> training.row
+        {'valid_loss': 2.5}
+    """
+
+    evaluate: Callable[[State], Mapping[str, float]]
+    every: int | None = None
+    best: Best | None = None
+    patience: int | None = None
+
+    def on_start(self, training: Training) -> None:
+        # Evaluate the initial adapter, so that later metrics can be compared with it.
+        if training.step == 0:
+            training.evaluation = self.evaluate(training.state)
+            training.row = {"step": 0, **training.evaluation}
+        self._check_patience(training)  # the resumed run may have stopped early
+
+    def on_step(self, training: Training) -> None:
+        if training.is_due(self.every):
+            training.evaluation = self.evaluate(training.state)
+            training.row |= training.evaluation
+            if self.best is not None:
+                self.best.see(training.step, training.evaluation["valid_loss"])
+            self._check_patience(training)
+
+    def _check_patience(self, training: Training) -> None:
+        if self.best is not None and self.patience is not None:
+            training.is_over |= self.best.since >= self.patience
+
+
+@dataclass(eq=False)
+class CheckFinite(Callback):
+    """Handles steps whose loss, gradient or new adapter is not finite.
+
+    If the loss or the gradient is not finite, the step has left the adapter unchanged,
+    and `on_nan` decides whether training goes on. If only the new adapter is not
+    finite, a FloatingPointError always ends the run.
+
+    Attributes:
+        states: The saved states of the run. The error names the latest one.
+        metrics: The callback that writes metrics. It writes those of the failed step
+            before the error is raised.
+        on_nan: What to do if the loss or the gradient is not finite. "stop" ends the
+            run with a FloatingPointError. "skip" goes on without the update.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax.llm import train
+        >>> training = train.Training(10, iter([]), full_state=None, step=7)
+        >>> training.row = {"step": 7, "loss": float("nan"), "grad_norm": 1.0}
+        >>> training.is_finite = False
+        >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
+        ...     train.CheckFinite(states).on_step(training)
+        Traceback (most recent call last):
+        FloatingPointError: step 7 has loss nan and gradient norm 1. No checkpoint ...
+    """
+
+    states: Checkpoints
+    metrics: Metrics | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
+
+    def on_step(self, training: Training) -> None:
+        if np.all(training.is_finite):
+            return
+        loss, norm = training.row["loss"], training.row["grad_norm"]
+        problem = (
+            f"step {training.step} has loss {loss:.4g} and gradient norm {norm:.4g}"
+        )
+        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if self.on_nan == "skip" and is_skipped:
+            if jax.process_index() == 0:
+                tqdm.write(f"{problem}: its update is skipped", file=sys.stderr)
+            return
+        if not is_skipped:
+            problem += ", but its new adapter weights are not finite"
+        advice = ", or `on_nan: skip`" if is_skipped else ""
+        if self.metrics is not None:
+            self.metrics.on_step(training)
+        self.states.wait()
+        raise FloatingPointError(
+            f"{problem}. {describe_latest(self.states)}. Try a smaller "
+            f"`learning_rate`{advice}."
+        )
+
+
+@dataclass(eq=False)
+class LogRows(Callback):
+    """Passes the metrics of some steps, and of all evaluations, to a logger.
+
+    Attributes:
+        log_row: A function of the metrics of a step.
+        every: The number of steps between calls.
+
+    Example:
+        >>> from qlora_jax.llm import train
+        >>> training = train.Training(10, iter([]), full_state=None, step=2)
+        >>> training.row = {"step": 2, "loss": 1.5}
+        >>> train.LogRows(print, every=2).on_step(training)
+        {'step': 2, 'loss': 1.5}
+    """
+
+    log_row: Callable[[Mapping[str, Any]], object]
+    every: int = 1
+
+    def on_start(self, training: Training) -> None:
+        if training.evaluation:
+            self.log_row(training.row)
+
+    def on_step(self, training: Training) -> None:
+        if training.evaluation or training.is_due(self.every):
+            self.log_row(training.row)
+
+
+# The validation losses that the progress can show, with their labels. It shows the
+# first one that an evaluation has computed.
+_VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
+
+
+class ShowProgress(Callback):
+    """Shows a progress bar on terminals, and otherwise prints some lines on stderr.
+
+    Example:
+        >>> from qlora_jax.llm import train
+        >>> with train.ShowProgress() as progress:
+        ...     training = train.Training(10, iter([]), full_state=None, step=0)
+        ...     progress.on_start(training)
+    """
+
+    def __init__(self, every: int | None = None):
+        """Stores the settings.
+
+        Args:
+            every: The number of steps between printed lines. With None, a tenth of all
+                steps. A line is also printed after each evaluation.
+        """
+        self.every, self._validation = every, ""
+        self._bar: Any = None
+
+    def __enter__(self) -> "ShowProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_start(self, training: Training) -> None:
+        # With `disable=None`, tqdm shows the bar only if stderr is a terminal.
+        disable = None if jax.process_index() == 0 else True
+        settings: Any = {"initial": training.step, "total": training.steps}
+        self._bar = tqdm(desc="training", unit="step", disable=disable, **settings)
+        self._note_validation(training)
+
+    def on_step(self, training: Training) -> None:
+        self._note_validation(training)
+        row, bar, steps = training.row, self._bar, training.steps
+        speed = f"{row['tokens_per_s']:,.0f} tokens/s"
+        if "is_compiled" in row:
+            speed = f"{row['seconds']:.1f} s with compilation"
+        status = f"loss {row['loss']:.4f}{self._validation}, {speed}"
+        is_due = training.is_due(self.every or math.ceil(steps / 10))
+        if (is_due or training.evaluation) and bar.disable and not jax.process_index():
+            print(f"step {training.step:,} of {steps:,}: {status}", file=sys.stderr)
+        bar.set_postfix_str(status)
+        bar.update()
+
+    def on_end(self, training: Training) -> None:
+        self._bar.close()
+
+    def _note_validation(self, training: Training) -> None:
+        for name, label in _VALIDATION.items():
+            if name in training.evaluation:
+                loss = training.evaluation[name]
+                self._validation = f", {label} {loss:.4f} at step {training.step:,}"
+                return
+
+
+@dataclass(eq=False)
+class SaveStates(Callback):
+    """Saves the state at intervals, after each new best step, and after the last step.
+
+    Attributes:
+        states: Saves the states.
+        every: The number of steps between saved states.
+        metadata: JSON values to save with each state. The position in the data is
+            always added.
+        best: The step with the lowest validation loss so far. Its state is kept in
+            addition to the newest ones.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax
+        >>> from types import SimpleNamespace
+        >>> from qlora_jax.llm import train
+        >>> state = train.State.create({"w": jnp.ones(3)}, optax.adam(0.1), seed=0)
+        >>> batches = SimpleNamespace(get_state=lambda: {"row": 8})
+        >>> training = train.Training(10, batches, state, step=0)
+        >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
+        ...     train.SaveStates(states, metadata={"seed": 0}).on_step(training)
+        ...     states.wait()
+        ...     states.metadata()
+        {'seed': 0, 'position': {'row': 8}}
+    """
+
+    states: Checkpoints
+    every: int = 100
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    best: Best | None = None
+    _saved_step: int | None = None
+
+    def on_start(self, training: Training) -> None:
+        self._saved_step = training.step
+
+    def on_step(self, training: Training) -> None:
+        is_best = self.best is not None and self.best.step == training.step
+        if is_best or training.is_due(self.every):
+            self._save(training)
+
+    def on_end(self, training: Training) -> None:
+        if self._saved_step != training.step:
+            self._save(training)
+        self.states.wait()
+
+    def _save(self, training: Training) -> None:
+        metadata = {**self.metadata, "position": training.batches.get_state()}
+        if self.best is not None:
+            metadata["best"], self.states.best = asdict(self.best), self.best.step
+        self.states.save(training.state, metadata)
+        self._saved_step = training.step
+
+
+class ForMembers(Callback):
+    """Calls separate callbacks for each adapter of a sweep, with its state and metrics.
+
+    If a callback of an adapter raises FloatingPointError, the adapter has failed: its
+    callbacks are not called any more. Training ends for all adapters once all have
+    failed, or if any callback sets `is_over`.
+
+    Example:
+        >>> from qlora_jax.llm import train
+        >>> training = train.Training(10, iter([]), full_state=None, step=2)
+        >>> training.row, training.is_finite = {"loss": [1.5, 1.25]}, [True, True]
+        >>> callbacks = [[train.LogRows(print)], [train.LogRows(print)]]
+        >>> train.ForMembers(callbacks).on_step(training)
+        {'loss': 1.5}
+        {'loss': 1.25}
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Sequence[Callback]],
+        on_failure: Callable[[int, FloatingPointError], object] = lambda *unused: None,
+    ):
+        """Stores the callbacks.
+
+        Args:
+            callbacks: The callbacks of each adapter.
+            on_failure: Called with the index of an adapter that fails, and its error.
+        """
+        self._callbacks, self._on_failure = dict(enumerate(callbacks)), on_failure
+
+    def on_start(self, training: Training) -> None:
+        self._call(training, lambda callback: callback.on_start)
+
+    def on_step(self, training: Training) -> None:
+        self._call(training, lambda callback: callback.on_step)
+
+    def on_end(self, training: Training) -> None:
+        self._call(training, lambda callback: callback.on_end)
+
+    def _call(self, training: Training, method: Callable[[Callback], Any]) -> None:
+        for index, callbacks in [*self._callbacks.items()]:
+            numbers = training.row | {"is_finite": training.is_finite}
+            row = {
+                k: x[index] if isinstance(x, list) else x for k, x in numbers.items()
+            }
+            is_finite = row.pop("is_finite")
+            member = dataclasses.replace(
+                training, row=row, is_finite=is_finite, index=index
+            )
+            try:
+                for callback in callbacks:
+                    method(callback)(member)
+            except FloatingPointError as error:
+                del self._callbacks[index]
+                self._on_failure(index, error)
+            training.is_over |= member.is_over or not self._callbacks

@@ -1,0 +1,52 @@
+"""Mean losses and metrics over batches, for evaluations."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from .step import Loss
+
+
+def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
+    """Returns a function that computes the mean loss of batches, without dropout.
+
+    Call it as `f(base, lora, batches)`. The mean is over all target tokens.
+
+    Args:
+        loss: A loss function, as for `make_step`. Its PRNG key is None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qlora_jax.llm import train
+        >>> loss = lambda lora, base, batch, key: (jnp.sum(batch), batch.size)
+        >>> train.make_mean_loss(loss)({}, {}, [jnp.ones(3), 5 * jnp.ones(1)])
+        2.0
+    """
+    compute_means = make_means(loss)
+    return lambda base, lora, batches: compute_means(base, lora, batches)["loss"]
+
+
+def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, float]]:
+    """Returns `f(base, lora, batches)`, which computes the means of all metrics.
+
+    Its result has the mean loss under the name "loss", and the mean of each metric that
+    `loss` returns.
+    """
+    evaluate = jax.jit(lambda lora, base, batch: loss(lora, base, batch, None))
+
+    def compute_means(base, lora, batches):
+        pairs: dict[str, list[tuple[Array, Array]]] = {}  # a sum and a count per batch
+        for batch in batches:
+            total, weight, *metrics = evaluate(lora, base, batch)
+            for name, pair in {"loss": (total, weight), **dict(*metrics)}.items():
+                pairs.setdefault(name, []).append(pair)
+        # Sum in float64. `np.asarray` waits for the device, so it is called only after
+        # all batches have been sent to it.
+        sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in pairs.items()}
+        with np.errstate(invalid="ignore"):  # a count of 0 gives NaN
+            return {name: float(x / n) for name, (x, n) in sums.items()}
+
+    return compute_means

@@ -1,0 +1,95 @@
+"""Options of commands: one field gives a flag, a key of a file, help and a stamp."""
+
+import dataclasses
+
+import pytest
+
+from qlora_jax.llm import app
+from qlora_jax.llm.app.options import COUNT, option, options_of
+from qlora_jax.llm.app.train_config import TrainConfig
+from qlora_jax.llm.cli import parser
+
+PATHS = {"model": "m", "data": "d", "out": "o"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Longer(app.TrainingConfig):
+    """Trains longer.
+
+    Attributes:
+        patience: How long
+            to wait.
+    """
+
+    patience: int = option(3, section="new", aliases=("wait",), limit=COUNT)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongerTrain(TrainConfig):
+    training: Longer = Longer()
+
+
+def test_an_option_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(parser.COMMANDS, "train", LongerTrain)
+    file = tmp_path / "run.yaml"
+    command = ["train", "--model=m", "--data=d", "--out=o"]
+
+    def parse(*arguments):
+        return parser.parse([*command, *arguments])[1].training.patience
+
+    assert (parse(), parse("--patience=5"), parse("--wait", "6")) == (3, 5, 6)
+    for text in ("patience: 7", "wait: 7", "training: {patience: 7}"):
+        file.write_text(text)
+        assert parse("--config", str(file)) == 7
+        assert parse("--config", str(file), "--patience=8") == 8
+    for value, message in (("0", "positive"), ("x", "an integer")):
+        with pytest.raises(SystemExit):
+            parse(f"--patience={value}")
+        assert f"`patience` must be {message}. Got {value}." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--help")
+    words = " ".join(capsys.readouterr().out.split())
+    assert (
+        "new: --patience PATIENCE, --wait PATIENCE How long to wait. (an integer"
+        in words
+    )
+    assert options_of(LongerTrain)["patience"].is_identity
+    config = LongerTrain.from_settings(PATHS)
+    assert config.to_settings()["patience"] == 3
+    assert config.replace(patience=4).training == Longer(patience=4)
+
+
+def test_names_and_values_are_those_of_a_file_or_of_python():
+    flat = {"lora_r": 8, "dropout": "0.5", "data": {"a.jsonl": 1}, "seed": "1,2"}
+    nested = {"adapter": {"rank": "8", "dropout": 0.5}, "training": {"seed": [1, 2]}}
+    nested["data"] = {"path": '{"a.jsonl": 1}'}
+    config = TrainConfig.from_settings(PATHS | flat)
+    assert config == TrainConfig.from_settings(PATHS | nested)
+    assert config == TrainConfig.from_settings(config.to_settings())
+    assert config.training.seed == [1, 2] and config.data.path == {"a.jsonl": 1.0}
+    assert {*flat, *PATHS} - {"dropout"} <= {*config.to_settings()}
+    # A list with one value is not a sweep.
+    assert TrainConfig.from_settings(PATHS | {"seed": [3]}).training.seed == 3
+    # Version 0.2 had this setting.
+    old = TrainConfig.from_settings(PATHS | {"tensorboard": True})
+    assert old.output.loggers == ["tensorboard"]
+    assert not TrainConfig.from_settings(PATHS | {"tensorboard": False}).output.log
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"nothing": 1, "rnk": 2}, r"Got \['nothing', 'rnk'\]"),
+        ({"adapter": {"rnk": 2}}, r"Got \['adapter.rnk'\]"),
+        ({"steps": 1.5}, "`steps` must be an integer. Got 1.5"),
+        ({"steps": True}, "`steps` must be an integer. Got True"),
+        ({"remat": 1}, "`remat` must be true or false or offload. Got 1"),
+        ({"keys": [1]}, "`keys` must be a mapping"),
+        ({"model": None}, "`model` must be text. Got None"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_settings(PATHS | settings)
+    with pytest.raises(ValueError, match="`model` and `data` must be given"):
+        TrainConfig.from_settings({"out": "o"})
