@@ -61,7 +61,7 @@ from .lora import (
 )
 
 # The columns that are merged and packed at a time have this size in float32.
-TILE_BYTES = 2**22
+TILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +268,7 @@ class _Columns:
 
     def _map_on_device(self, fn, weights, a, b, *extra) -> tuple[Array, ...]:
         *batch, k, n = (*a.shape[:-1], b.shape[-1])
-        num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
+        num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 2)
         width = -(-n // num_tiles)
 
         def compute_tile(start: Array | int, width: int) -> tuple[Array, ...]:
