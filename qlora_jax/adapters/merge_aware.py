@@ -94,6 +94,7 @@ class MergeAware(LowRank):
     settings = (*SETTINGS, "packing")
     label = "merge-aware"
     can_be_ragged = True
+    is_merge_aware = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # The offsets are an operand with a derivative rule, not a constant of the call.
