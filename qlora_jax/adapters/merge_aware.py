@@ -288,7 +288,7 @@ class _Tiles:
         `extra` are arrays `[*batch]`.
         """
         run = functools.partial(self._map_on_device, fn)
-        operands = (self.weights, self.a, self.b, self.scaling, *extra)
+        operands: tuple[Any, ...] = self.weights, self.a, self.b, self.scaling, *extra
         if self.mesh is None:
             return run(*operands)
         *batch, k, n = self.axes
