@@ -11,6 +11,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
+# The formats that merge-aware adapters are trained for: those of the files of `export`.
+TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4", "nvfp4"]
 if TYPE_CHECKING:
     ServerName = str
 else:

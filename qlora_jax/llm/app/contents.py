@@ -12,8 +12,8 @@ import qlora_jax as ql
 
 from ..data.readers import describe_path
 from ..gguf.file import is_gguf, open_gguf
-from ..train.outputs import plural, read_metrics
-from .base_model import MLX_ADAPTER, NATIVE_ADAPTER
+from ..train.outputs import NATIVE_ADAPTER, plural, read_metrics
+from .base_model import MLX_ADAPTER
 from .configs import InspectConfig
 from .run_folder import CONFIG, METRICS, RESULT, is_run, read_run_config
 

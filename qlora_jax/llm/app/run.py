@@ -70,8 +70,8 @@ def make_run(config: TrainConfig, today: str) -> Run:
         check_base(model.name)
         if is_first():
             push(config.output.push_to_hub)  # fails now rather than after training
-    adapters = adapters_for(config.adapter, model)
     packing = model.packing(fmt, config.model.block_size, config.model.double_quant)
+    adapters = adapters_for(config.adapter, model, packing)
     mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
     _check_model_fits(model, adapters, packing, mesh)
     memory = config.model.base_memory
@@ -204,7 +204,9 @@ def _check_model_fits(
     mesh: Mesh | None,
 ) -> None:
     base, lora = init_shapes(model.base, adapters)
-    ql.io.peft_config(base, lora, model.names)  # raises if PEFT does not support them
+    if not adapters.merge_aware:
+        # Raises if PEFT does not support the adapters.
+        ql.io.peft_config(base, lora, model.names)
     if packing is not None:
         base, _ = init_shapes(model.base, packing)
     # Raises if the mesh cannot split the weights.
