@@ -301,6 +301,11 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
                 f"adapters. Got {adapter!r}, which does."
             )
         loras.append(adapted.with_adapter().lora)
+        if packing_of(loras[-1]) is not None:
+            raise ValueError(
+                "`adapter` must be a single one if it is merge-aware, because it has "
+                f"packed weights of its own. Got {len(adapters)}, with {adapter!r}."
+            )
     # By default, `bank` requires equal dropout rates, but those of training may differ.
     return ql.bank(loras, dropout=0.0)
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 import qlora_jax as ql
@@ -141,6 +142,17 @@ def _check_format(config: ExportConfig, packing: Any) -> None:
             "another format would round them again. Got "
             f"{form}{''.join(options)}. Leave `format` out, or use merged, which holds "
             "the decoded values."
+        )
+
+
+def check_holds(dtype: str, packed: PyTree) -> None:
+    """Raises ValueError unless a dtype holds decoded weights without rounding them."""
+    leaves = filter(ql.is_packed, ql.leaves_by_path(packed).values())
+    dtypes = sorted({leaf.dtype.name for leaf in leaves})
+    if any(jnp.promote_types(dtype, x) != dtype for x in dtypes):
+        raise ValueError(
+            "`dtype` must hold the decoded weights of a merge-aware adapter without "
+            f"rounding them. Got {dtype} for {' and '.join(dtypes)}."
         )
 
 
