@@ -239,7 +239,7 @@ def open_model(
     """
     path = fetch(source)
     config = open_source(path).config
-    adapter_path = None if adapter is None else _fetch_adapter(adapter)
+    adapter_path = None if adapter is None else fetch_adapter(adapter)
     name, description = weights_of(source, path)
     model = BaseModel(
         path,
@@ -255,7 +255,8 @@ def open_model(
     return model.with_adapter() if model.has_native_adapter else model
 
 
-def _fetch_adapter(adapter: str) -> pathlib.Path:
+def fetch_adapter(adapter: str) -> pathlib.Path:
+    """Returns the local folder or file of an adapter, which may be a hub id."""
     try:
         return ql.io.fetch(adapter)
     except FileNotFoundError as error:  # its message is about the option `model`
@@ -294,7 +295,7 @@ def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
 def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
     loras = []
     for adapter in adapters:
-        adapted = dataclasses.replace(model, adapter=_fetch_adapter(adapter))
+        adapted = dataclasses.replace(model, adapter=fetch_adapter(adapter))
         if adapted.replaces_weights:
             raise ValueError(
                 "`adapter` must not replace weights of the base if there are several "

@@ -93,6 +93,8 @@ def pairs(config: PairsConfig) -> Pairs:
     model, options = open_pair(config)
     fmt, block_size = _find_packing(model, options)
     packed = "float" if fmt is None else f"{fmt} in blocks of {block_size}"
+    if (target := packing_of(model.lora)) is not None:
+        packed += f", with adapters that are merged and packed in {describe(target)}"
     rows = (pair_for(server, model, options) for server in SERVERS.values())
     return Pairs(packed, tuple(rows))
 

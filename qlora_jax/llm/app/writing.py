@@ -122,6 +122,11 @@ def _export(config: ExportConfig) -> Written:
     form, path = str(config.format), pathlib.Path(str(config.out))
     if form.startswith("gguf") and path.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    if form == "gguf" and config.data is not None and path.suffix != ".gguf":
+        raise ValueError(
+            "`out` must end in .gguf with `data`, so that the file can be read again. "
+            f"Got {config.out!r}."
+        )
     if form in get_args(AdapterFormat):
         _WRITERS[form](_Writer(config, model, {}, path))
         return Written(str(path), form, _count_bytes(path))
