@@ -20,7 +20,7 @@ from .train_groups import AdapterConfig
 
 # The format of `export` that holds packed weights, by their number format.
 _FORMATS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "q4_0": "gguf"}
-_FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+_FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4"}
 GGUF_BLOCK_SIZE = 32  # of Q4_0
 
 
@@ -100,7 +100,13 @@ def complete_export(
     the one that it was trained for.
     """
     packing = packing_of(lora)
-    form = config.format or ("peft" if packing is None else _FORMATS[packing.fmt])
+    form = config.format or ("peft" if packing is None else _FORMATS.get(packing.fmt))
+    if form is None:
+        raise ValueError(
+            f"`format` must be given for a merge-aware adapter that was trained for "
+            f"{packing.fmt}, which has no file of its own. Got none. Use merged, which "
+            "holds the decoded values."
+        )
     gguf_type, out = config.gguf_type, config.out
     if packing is not None and form == "gguf":
         gguf_type = gguf_type or "Q4_0"
