@@ -2,9 +2,10 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import PyTree
 
@@ -13,6 +14,7 @@ import qlora_jax as ql
 from ..data.chat_tokenizer import open_tokenizer
 from ..models.folder import has_vision
 from .base_model import (
+    LAYERS,
     BaseModel,
     LoadOptions,
     open_config,
@@ -25,6 +27,7 @@ from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
     check_holds,
     complete_export,
+    describe,
     note_packing,
     pack_as_trained,
     packing_of,
@@ -338,9 +341,11 @@ class _Writer:
     ) -> tuple[PyTree, Repacked | None]:
         """Returns the base in 4 bits, and the cost of merging an adapter, if any."""
         model = self.model
-        if packing_of(model.lora) is not None:
+        if (trained_for := packing_of(model.lora)) is not None:
             model = model.read(**self.options)
-            return pack_as_trained(model.base, model.lora)[0], None
+            base, _ = pack_as_trained(model.base, model.lora)
+            _check_layers(base, trained_for)
+            return base, None
         if model.adapter is None and not model.lora:
             packing = model.packing(fmt, block_size, double_quant)
             return model.read(**(self.options or {"packing": packing})).base, None
@@ -349,6 +354,19 @@ class _Writer:
         packing = model.packing(fmt, block_size, double_quant)
         assert packing is not None  # `recode` always packs
         return repack(model.read(), packing)
+
+
+def _check_layers(base: PyTree, packing: Any) -> None:
+    """Raises ValueError if packing would still round layers, which have no adapter."""
+    leaves = ql.leaves_by_path(base).items()
+    layers = {path: leaf for path, leaf in leaves if re.fullmatch(LAYERS, path)}
+    others = [x for x in layers if getattr(layers[x], "packing", None) != packing]
+    if others:
+        raise ValueError(
+            "a merge-aware adapter must have all layers that are not yet in "
+            f"{describe(packing)}, so that no layer is rounded after training. Got "
+            f"none for {', '.join(others)}. Use the format merged."
+        )
 
 
 _WRITERS: dict[str, Callable[[_Writer], Repacked | None]] = {

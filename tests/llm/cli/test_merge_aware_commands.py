@@ -12,6 +12,7 @@ from commands import run as run_command
 from helpers import refusal
 from tolerances import rounding
 
+import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app.configs import TargetFmt
 from qlora_jax.llm.app.servers import FMTS
@@ -154,6 +155,16 @@ def test_no_other_format_is_written(aware, tmp_path, capsys, options, reason):
     assert not (tmp_path / "out").exists()
 
 
+def test_layers_without_an_adapter_are_not_rounded(folder, aware, capsys):
+    # With the library, one can also train an adapter of some layers of a float model.
+    lora = ql.io.restore(aware / "adapter" / "adapter.safetensors").tree
+    ql.io.save(folder / "some.safetensors", {"layers": {"mlp": lora["layers"]["mlp"]}})
+    source = ["--model", folder / "base", "--adapter", folder / "some.safetensors"]
+    command = ["export", *source, "--out", folder / "some"]
+    status, _, err = run(capsys, *command)
+    assert status == 1 and "Got none for layers/self_attn/k_proj/kernel, " in err
+
+
 def test_servers_get_one_model(aware, tmp_path, capsys):
     status, table, _ = run(capsys, "pairs", "--run", aware)
     forms = {x["server"]: (x["base"], x["exact"]) for x in table["servers"]}
@@ -244,6 +255,10 @@ def test_a_merge_aware_adapter_starts_no_ordinary_one(folder, aware, tmp_path):
         (
             dict(merge_aware=True, target_fmt="q4_0", target_modules="q_proj"),
             "`target_modules` must be all linear layers with `target_fmt`",
+        ),
+        (
+            dict(merge_aware=True, target_fmt="q4_0", trainable=".*/up_proj/kernel"),
+            "without layers/mlp/up_proj/kernel.",
         ),
     ],
 )
