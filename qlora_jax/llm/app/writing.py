@@ -79,7 +79,9 @@ def export(config: ExportConfig) -> Written:
     in 4 bits, it is added to their decoded values. Weights are merged and written one
     at a time. With a 4-bit format, the adapter is added to the weights in the model's
     files instead, and the sum is packed. The base, the sum and the packed sum are then
-    all in memory.
+    all in memory. A merge-aware adapter is always added to the weights that training
+    used, and the sum is packed as in training. With `data`, the written file is read
+    again, and its loss is compared with that of the adapter.
 
     Args:
         config: The model, the adapter and the format.
@@ -105,7 +107,8 @@ def export(config: ExportConfig) -> Written:
     """
     if config.push_to_hub is None:
         return _export(config)
-    if config.format in (None, *get_args(AdapterFormat)):
+    is_adapter = config.format in (None, *get_args(AdapterFormat))
+    if is_adapter and config.server is None:
         for run in runs_of(config.adapter, config.run):
             if not run.adapter.merge_aware:  # which is not exported as an adapter
                 check_base(run.model.path, config.model)
@@ -132,7 +135,7 @@ def _export(config: ExportConfig) -> Written:
         )
     if form in get_args(AdapterFormat):
         _WRITERS[form](_Writer(config, model, {}, path))
-        return Written(str(path), form, _count_bytes(path))
+        return Written(str(config.out), form, _count_bytes(path))
     is_packed = form in FMTS or config.gguf_type == "Q4_0"
     # If the result is packed, the packing options describe it, and not the base.
     unset = dict.fromkeys(PACKING_OPTIONS) if is_packed else {}
@@ -156,13 +159,15 @@ def _export(config: ExportConfig) -> Written:
     cost, losses = _WRITERS[form](_Writer(config, model, options, path)), None
     if score is not None and beside is not None:
         losses = FileLosses(beside, _score_model(score, open_model(str(path)), {}))
-    return Written(str(path), form, _count_bytes(path), cost, losses)
+    return Written(str(config.out), form, _count_bytes(path), cost, losses)
 
 
 def _score_model(
     score: Callable[[PyTree, PyTree], Score], model: BaseModel, options: LoadOptions
 ) -> float:
     """Returns the loss of a model, which is in memory only during this call."""
+    # 4-bit weights in a format that this package lacks are decoded exactly.
+    model = dataclasses.replace(model, recode=True)
     model = read_as_trained(model, options, "float32")
     return score(model.base, model.lora).loss
 
