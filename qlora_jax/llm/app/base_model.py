@@ -445,8 +445,7 @@ def adapters_for(
     adapters depend on it.
     """
     targets = find_target_paths(config.target_modules, model.base, model.names)
-    # Reading the model has already packed its kernels. With `fmt`, merge-aware adapters
-    # are trained for the format of these kernels.
+    # Reading the model has already packed its kernels.
     settings: dict[str, Any] = {"fmt": None}
     if config.merge_aware:
         packings = {packing.packing} if packing else {*model.stored_packings}

@@ -30,29 +30,36 @@ def target_settings(
     """Returns the settings of `QLoRAConfig` that make adapters merge-aware.
 
     `base_packings` are the packings of the base, of which there are none if it is in
-    float. Without `target_fmt`, the base must have one packing, which a file can hold.
-    `unadapted` are the paths of the linear layers without an adapter.
+    float. Adapters are trained for the packing of the base, unless `target_fmt` is
+    another format. `unadapted` are the paths of the linear layers without an adapter.
     """
-    if (fmt := config.target_fmt) is not None:
-        # The file has all layers in this format, and must have the values of training.
-        if unadapted and base_packings != {ql.QLoRAConfig(fmt=fmt).packing}:
-            raise ValueError(
-                "`target_modules` must be all linear layers with `target_fmt`, unless "
-                "the base has this format. Otherwise, packing would round the other "
-                f"layers after training. Got {config.target_modules}, without "
-                f"{', '.join(unadapted)}."
-            )
-        return {"merge_aware": True, "target_fmt": fmt}
-    fmts = get_args(TargetFmt)
-    if len(base_packings) != 1 or (packing := [*base_packings][0]).fmt not in fmts:
-        names = sorted({packing.fmt for packing in base_packings})
-        described = " and ".join(names) or "float"
+    packing = _find_target(config.target_fmt, base_packings)
+    # The file has all layers in this format, and must have the values of training.
+    if unadapted and base_packings != {packing}:
         raise ValueError(
-            "`target_fmt` must be given with `merge_aware` unless the base has one "
-            f"packing, in {', '.join(fmts)}. Got a base in {described}."
+            "`target_modules` must be all linear layers with `target_fmt`, unless the "
+            "base has this format. Otherwise, packing would round the other layers "
+            f"after training. Got {config.target_modules}, without "
+            f"{', '.join(unadapted)}."
         )
     settings = {name: getattr(packing, name) for name in PACKING_OPTIONS}
-    return {"merge_aware": True, **settings}
+    # The base is packed already. Without `fmt`, these settings are those of the target.
+    return {"merge_aware": True, **settings, "fmt": None, "target_fmt": packing.fmt}
+
+
+def _find_target(target_fmt: str | None, base_packings: set[Any]) -> Any:
+    fmts = {target_fmt} if target_fmt else {*get_args(TargetFmt)}
+    of_base = [packing for packing in base_packings if packing.fmt in fmts]
+    if len(of_base) == 1 and (target_fmt or len(base_packings) == 1):
+        return of_base[0]
+    if target_fmt is not None and not of_base:
+        return ql.QLoRAConfig(fmt=target_fmt).packing
+    described = " and ".join(sorted(map(describe, base_packings))) or "float"
+    raise ValueError(
+        "`target_fmt` must be given with `merge_aware` unless the base has one packing "
+        f"in {', '.join(get_args(TargetFmt))}. Got {target_fmt} and a base in "
+        f"{described}."
+    )
 
 
 def packing_of(lora: PyTree) -> Any:

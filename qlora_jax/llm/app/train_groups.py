@@ -104,8 +104,8 @@ class AdapterConfig(Config):
         merge_aware: Whether to train the adapters as parts of the 4-bit weights of one
             file, which `export` writes. They cannot be used beside a base.
         target_fmt: With `merge_aware`: number format of this file, in its usual blocks;
-            by default that of the base. Use a finer base than the file, such as int8 or
-            none, so that small changes are kept.
+            by default the format and the blocks of the base. Use a finer base than the
+            file, such as int8 or none, so that small changes are kept.
         path: An adapter to start from, with the rank in `lora_r` and the same modules.
 
     Example:

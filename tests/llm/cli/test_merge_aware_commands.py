@@ -200,6 +200,20 @@ def test_several_adapters_are_refused(folder, aware, plain, capsys):
     assert status == 1 and "`adapter` must be a single one if it is merge-aware" in err
 
 
+def test_a_target_in_the_format_of_the_base_has_its_blocks(folder, tmp_path, capsys):
+    base = dict(fmt="nf4", block_size=32, double_quant=False)
+    train(folder, tmp_path / "run", merge_aware=True, target_fmt="nf4", steps=2, **base)
+    assert run(capsys, "export", "--run", tmp_path / "run")[0] == 0
+    config = json.loads((tmp_path / "run" / "model-2" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is False
+    for path in ("model-2", "adapter"):
+        leaves = run(capsys, "inspect", tmp_path / "run" / path)[1]["leaves"]
+        packed = {x["format"] for x in leaves if "block" in x["format"]}
+        assert {x.removeprefix("merge-aware float32 for ") for x in packed} == {
+            "nf4 block 32"
+        }
+
+
 @without_noise
 def test_an_ordinary_adapter_starts_a_merge_aware_one(folder, plain, capsys):
     # The first loss is that of the ordinary adapter, merged and packed.
@@ -249,9 +263,9 @@ def test_a_merge_aware_adapter_starts_no_ordinary_one(folder, aware, tmp_path):
         (dict(merge_aware=True, use_dora=True), "and use_dora=True"),
         (dict(adapter="a", use_dora=True), "`use_dora` must be false with `adapter`"),
         (dict(merge_aware=True, target_fmt="int8"), "`target_fmt` must be nf4, fp4,"),
-        (dict(merge_aware=True, fmt="none"), "Got a base in float."),
-        (dict(merge_aware=True, fmt="int8"), "Got a base in int8."),
-        (dict(merge_aware=True, fmt="nvfp4"), "Got a base in nvfp4."),
+        (dict(merge_aware=True, fmt="none"), "Got None and a base in float."),
+        (dict(merge_aware=True, fmt="int8"), "a base in int8 in blocks of 64"),
+        (dict(merge_aware=True, fmt="nvfp4"), "a base in nvfp4 in blocks of 16."),
         (
             dict(merge_aware=True, target_fmt="q4_0", target_modules="q_proj"),
             "`target_modules` must be all linear layers with `target_fmt`",
