@@ -47,7 +47,7 @@ from ..quant.formats import Packing
 from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor, axes_of_array
-from ..quant.schemes import StoredScales
+from ..quant.schemes import StoredScales, power_of_two_from
 from ..quant.views import take_rows
 from .base import ProductCall, register_adapter
 from .lora import (
@@ -125,7 +125,9 @@ class MergeAware(LowRank):
         """Returns the packed weights that `product` applies.
 
         They are those of `quantize` for `W + scaling * A B`, rounded to the dtype of
-        the kernel. A few columns are packed at a time, so the float sum never exists.
+        the kernel. In nvfp4, the factor is that of the next power of two from the
+        largest weight. A few columns are packed at a time, so the float sum never
+        exists.
 
         Args:
             kernel: The frozen kernel.
@@ -134,10 +136,11 @@ class MergeAware(LowRank):
         columns, largest = _Columns.of(kernel, self), ()
         if packing.scheme.needs_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
-            # scales are computed before the first code.
+            # scales are computed before the first code. From powers of two, `merge` can
+            # make a common factor for the kernels that a server fuses.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = columns.map(lambda w: quantize_blocks(w, packing, ones)[1:])
-            largest = (jnp.max(scales, axis=(-1, -2), initial=0.0),)
+            largest = (power_of_two_from(jnp.max(scales, (-1, -2), initial=0.0)),)
         codes, scales = columns.map(
             lambda w, *largest: quantize_blocks(w, packing, *largest), *largest
         )
