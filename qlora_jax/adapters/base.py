@@ -26,8 +26,9 @@ from ..product.sharded import declared_mesh
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement, as_kernel
 
-# Returns `x W`, for x `[*batch, ..., K]` and a kernel, in the dtype of x.
-Multiply = Callable[[Array, Kernel], Array]
+# Returns `x W`, for x `[*batch, ..., K]` and a kernel, in the dtype of x. The keyword
+# `offsets` replaces those of the call.
+Multiply = Callable[..., Array]
 
 
 class ProductCall(NamedTuple):
