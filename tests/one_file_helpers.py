@@ -20,6 +20,7 @@ from qlora_jax.llm.models.tiny import save_tiny
 
 TOKENS = np.random.default_rng(0).integers(3, 256, (2, 24))
 VOCAB_SIZE = 259  # that of `save_tiny`
+KERNELS = r"layers/.*_proj/kernel"
 
 
 class Case(NamedTuple):
@@ -64,6 +65,7 @@ class TrainedModel:
     case: Case
     folder: pathlib.Path
     config: Any
+    qlora: ql.QLoRAConfig
     base: Any
     lora: Any
     loss: float
@@ -104,28 +106,37 @@ def _logits(config, base, lora, tokens):
     return ql.linen.wrap(Decoder(config)).apply(variables, tokens)
 
 
+def save_model(folder):
+    """Saves a random model whose weights are exact in float16.
+
+    mlx-lm reads the embedding and the norms of AWQ's folders in float16.
+    """
+    save_tiny(folder, hidden_size=128, intermediate_size=256)
+    path, tensors = folder / "model.safetensors", {}
+    for name, x in ql.io.open_safetensors(path).items():
+        tensors[name] = np.asarray(x).astype(np.float16).astype(np.float32)
+    ql.io.write_safetensors(path, tensors)
+
+
 def train(folder, case):
     """Trains all linear layers for three steps, in float32, which lowers the loss."""
     if not folder.exists():
-        save_tiny(folder, hidden_size=128, intermediate_size=256)
+        save_model(folder)
     config, params = load(folder, progress=False)
-    pattern = r"layers/.*_proj/kernel"
-    settings = {"rank": 4, "alpha": 8, "targets": pattern, "merge_aware": True}
-    settings |= {"fmt": case.fmt, "target_fmt": case.target_fmt}
+    settings = {"rank": 4, "alpha": 8, "targets": KERNELS, "merge_aware": True}
+    qlora = ql.QLoRAConfig(fmt=case.fmt, target_fmt=case.target_fmt, **settings)
 
     def cast(path, x):
+        # Norms, embeddings and activations stay in float32.
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if re.fullmatch(pattern, name):
-            return x.astype(case.dtype)
-        # mlx-lm reads the other weights of AWQ's folders in float16.
-        return x.astype("float16").astype("float32")
+        return x.astype(case.dtype) if re.fullmatch(KERNELS, name) else x
 
     params = jax.tree.map_with_path(cast, params)
-    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(**settings))
+    base, lora = ql.init(jax.random.key(0), params, qlora)
     optimizer = optax.adam(2e-2)
 
     @jax.jit
-    def step(lora, state):
+    def step(lora, base, state):
         def loss(lora):
             logits = _logits(config, base, lora, TOKENS)[:, :-1]
             softmax_loss = optax.softmax_cross_entropy_with_integer_labels
@@ -138,7 +149,7 @@ def train(folder, case):
     state, trained, losses = optimizer.init(lora), lora, []
     for _ in range(4):
         lora = trained
-        trained, state, loss = step(lora, state)
+        trained, state, loss = step(lora, base, state)
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 1, losses
-    return TrainedModel(case, folder, config, base, lora, losses[-1])
+    return TrainedModel(case, folder, config, qlora, base, lora, losses[-1])

@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 import torch
 from clients import llama_cpp, log_probabilities, mlx_logits
+from helpers import assert_same_bits
 from llama import logits_of
 from one_file_helpers import CASES, TOKENS, VOCAB_SIZE, mean_loss, train
+from stored import export, tensors_of
 from tolerances import assert_close
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+import qlora_jax as ql
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of transformers
+    pytest.mark.without_noise,  # which would round other weights to another code
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,20 @@ def test_llama_cpp(train_once, tmp_path):
     ordinary = mean_loss(trained.logits(trained.base, trained.ordinary))
     error = abs(mean_loss(served) - trained.loss)
     assert error < abs(mean_loss(served) - ordinary)
+
+
+@pytest.mark.parametrize("name", ["nf4", "q4_0"])
+def test_the_command_writes_the_same_file(name, train_once, tmp_path):
+    trained, adapter = train_once(CASES[name]), tmp_path / "adapter.safetensors"
+    ql.io.save(adapter, trained.lora, trained.qlora)
+    want, out = trained.save(tmp_path / "file"), tmp_path / "out"
+    out = out.with_suffix(want.suffix)
+    written = export(trained.folder, None, out, adapter)
+    assert written.format == trained.case.layout
+    if out.is_dir():
+        assert_same_bits(tensors_of(out), tensors_of(want))
+    else:
+        assert out.read_bytes() == want.read_bytes()
 
 
 def decode_gguf(file, path):
