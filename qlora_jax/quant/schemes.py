@@ -322,16 +322,16 @@ def with_e4m3_divisor(
     It is exact if the divisors differ by a power of two, and no stored scale becomes a
     subnormal number with fewer bits.
     """
-    assert stored.scale_scales is not None
-    factor, old_divisor = stored.scale_scales[..., 0], stored.scale_scales[..., 1]
-    ratio = (divisor / old_divisor)[..., None, None]
+    factors = stored.scale_scales  # [*batch, 2]: a factor of 1 and the divisor
+    assert factors is not None
+    ratio = (divisor / factors[..., 1])[..., None, None]
     scales = (stored.scales.astype(jnp.float32) * ratio).astype(jnp.float8_e4m3fn)
-    new = StoredScales(scales, jnp.stack([factor, divisor], axis=-1))
-    is_equal = _decode_e4m3(new) == _decode_e4m3(stored)
+    new_factors = jnp.stack([factors[..., 0], divisor], axis=-1)
+    is_equal = _decode_e4m3(StoredScales(scales, new_factors)) == _decode_e4m3(stored)
     is_exact = jnp.all(is_equal, axis=(-1, -2), keepdims=True)  # [*batch, 1, 1]
     return StoredScales(
-        jnp.where(is_exact, new.scales, stored.scales),
-        jnp.where(is_exact[..., 0], new.scale_scales, stored.scale_scales),
+        jnp.where(is_exact, scales, stored.scales),
+        jnp.where(is_exact[..., 0], new_factors, factors),
     )
 
 
