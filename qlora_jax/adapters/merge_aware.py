@@ -12,7 +12,7 @@ gradients of a LoRA, and x has the gradient of a product with the packed weights
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,12 +94,20 @@ class MergeAware(LowRank):
     settings = (*SETTINGS, "packing")
     label = "merge-aware"
     can_be_ragged = True
+    is_merge_aware = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # The offsets are an operand with a derivative rule, not a constant of the call.
         multiply = functools.partial(call.multiply, offsets=None)
         settings = _Settings(multiply, call.precision, kernel.placement)
         return _packed_product(settings, x, self, kernel, call.offsets)
+
+    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+        try:
+            self.packing.check_rows(k)
+        except ValueError as error:
+            return str(error)
+        return super()._misfit(batch, k)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         w = lax.stop_gradient(self).packed(kernel).dequantize()
