@@ -451,7 +451,13 @@ def adapters_for(
     if config.merge_aware:
         packings = {packing.packing} if packing else {*model.stored_packings}
         layers = [x for x in ql.leaves_by_path(model.base) if re.fullmatch(LAYERS, x)]
-        unadapted = [path for path in layers if path not in targets]
+        # Layers that are trained in full have no adapter either.
+        full = config.trainable
+        unadapted = [
+            path
+            for path in layers
+            if path not in targets or (full and re.fullmatch(full, path))
+        ]
         settings |= target_settings(config, packings, unadapted)
     return ql.QLoRAConfig(
         rank=config.rank,

@@ -20,7 +20,7 @@ from .train_groups import AdapterConfig
 
 # The format of `export` that holds packed weights, by their number format.
 _FORMATS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "q4_0": "gguf"}
-_FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+_FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4"}
 GGUF_BLOCK_SIZE = 32  # of Q4_0
 
 
@@ -100,10 +100,11 @@ def complete_export(
     the one that it was trained for.
     """
     packing = packing_of(lora)
-    form = config.format or ("peft" if packing is None else _FORMATS[packing.fmt])
-    gguf_type, out = config.gguf_type, config.out
-    if packing is not None and form == "gguf":
-        gguf_type = gguf_type or "Q4_0"
+    form, gguf_type, out = config.format or "peft", config.gguf_type, config.out
+    if packing is not None:
+        form = config.format or _find_default_format(packing)
+        if form == "gguf":
+            gguf_type = gguf_type or "Q4_0"
     if out is None:
         name = "adapter" if form == "peft" else "model"
         out = f"{config.run}/{name}-{step}{'.gguf' * (form == 'gguf')}"
@@ -111,6 +112,16 @@ def complete_export(
     if packing is not None:
         _check_format(config, packing)
     return config
+
+
+def _find_default_format(packing: Any) -> Any:
+    if packing.fmt not in _FORMATS:
+        raise ValueError(
+            "`format` must be given for a merge-aware adapter that was trained for "
+            f"{packing.fmt}, because no format of `export` holds it. Got none. Use "
+            "merged, which holds the decoded values."
+        )
+    return _FORMATS[packing.fmt]
 
 
 def _check_format(config: ExportConfig, packing: Any) -> None:

@@ -233,7 +233,7 @@ def _flatten(
             # `data` is both a group, and an option whose value may be a mapping. The
             # mapping is the group if all its keys are fields of the group.
             hint = options_of(config_type)[names[key]].hint if key in names else None
-            is_group = dict not in map(get_origin, get_args(hint))
+            is_group = dict not in {get_origin(member) for member in get_args(hint)}
             if is_group or {*nested} <= {*names}:
                 yield from nested.items()
                 continue

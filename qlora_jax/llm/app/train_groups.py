@@ -93,7 +93,7 @@ class AdapterConfig(Config):
     Attributes:
         rank: Rank of the adapters.
         alpha: Adapters are scaled by `lora_alpha / lora_r`. By default, `lora_alpha` is
-            equal to `lora_r`.
+            equal to `lora_r`, or keeps the scaling of `adapter`.
         dropout: Dropout rate of the adapters' input.
         rank_stabilized: Whether to scale by `lora_alpha / sqrt(lora_r)` instead.
         use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.

@@ -2,9 +2,10 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import PyTree
 
@@ -13,6 +14,7 @@ import qlora_jax as ql
 from ..data.chat_tokenizer import open_tokenizer
 from ..models.folder import has_vision
 from .base_model import (
+    LAYERS,
     BaseModel,
     LoadOptions,
     open_config,
@@ -25,6 +27,7 @@ from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
     check_holds,
     complete_export,
+    describe,
     note_packing,
     pack_as_trained,
     packing_of,
@@ -76,7 +79,9 @@ def export(config: ExportConfig) -> Written:
     in 4 bits, it is added to their decoded values. Weights are merged and written one
     at a time. With a 4-bit format, the adapter is added to the weights in the model's
     files instead, and the sum is packed. The base, the sum and the packed sum are then
-    all in memory.
+    all in memory. A merge-aware adapter is always added to the weights that training
+    used, and the sum is packed as in training. With `data`, the written file is read
+    again, and its loss is compared with that of the adapter.
 
     Args:
         config: The model, the adapter and the format.
@@ -102,7 +107,8 @@ def export(config: ExportConfig) -> Written:
     """
     if config.push_to_hub is None:
         return _export(config)
-    if config.format in (None, *get_args(AdapterFormat)):
+    is_adapter = config.format in (None, *get_args(AdapterFormat))
+    if is_adapter and config.server is None:
         for run in runs_of(config.adapter, config.run):
             if not run.adapter.merge_aware:  # which is not exported as an adapter
                 check_base(run.model.path, config.model)
@@ -129,7 +135,7 @@ def _export(config: ExportConfig) -> Written:
         )
     if form in get_args(AdapterFormat):
         _WRITERS[form](_Writer(config, model, {}, path))
-        return Written(str(path), form, _count_bytes(path))
+        return Written(str(config.out), form, _count_bytes(path))
     is_packed = form in FMTS or config.gguf_type == "Q4_0"
     # If the result is packed, the packing options describe it, and not the base.
     unset = dict.fromkeys(PACKING_OPTIONS) if is_packed else {}
@@ -153,13 +159,15 @@ def _export(config: ExportConfig) -> Written:
     cost, losses = _WRITERS[form](_Writer(config, model, options, path)), None
     if score is not None and beside is not None:
         losses = FileLosses(beside, _score_model(score, open_model(str(path)), {}))
-    return Written(str(path), form, _count_bytes(path), cost, losses)
+    return Written(str(config.out), form, _count_bytes(path), cost, losses)
 
 
 def _score_model(
     score: Callable[[PyTree, PyTree], Score], model: BaseModel, options: LoadOptions
 ) -> float:
     """Returns the loss of a model, which is in memory only during this call."""
+    # 4-bit weights in a format that this package lacks are decoded exactly.
+    model = dataclasses.replace(model, recode=True)
     model = read_as_trained(model, options, "float32")
     return score(model.base, model.lora).loss
 
@@ -338,9 +346,11 @@ class _Writer:
     ) -> tuple[PyTree, Repacked | None]:
         """Returns the base in 4 bits, and the cost of merging an adapter, if any."""
         model = self.model
-        if packing_of(model.lora) is not None:
+        if (trained_for := packing_of(model.lora)) is not None:
             model = model.read(**self.options)
-            return pack_as_trained(model.base, model.lora)[0], None
+            base, _ = pack_as_trained(model.base, model.lora)
+            _check_layers(base, trained_for)
+            return base, None
         if model.adapter is None and not model.lora:
             packing = model.packing(fmt, block_size, double_quant)
             return model.read(**(self.options or {"packing": packing})).base, None
@@ -349,6 +359,19 @@ class _Writer:
         packing = model.packing(fmt, block_size, double_quant)
         assert packing is not None  # `recode` always packs
         return repack(model.read(), packing)
+
+
+def _check_layers(base: PyTree, packing: Any) -> None:
+    """Raises ValueError if packing would still round layers, which have no adapter."""
+    leaves = ql.leaves_by_path(base).items()
+    layers = {path: leaf for path, leaf in leaves if re.fullmatch(LAYERS, path)}
+    others = [x for x in layers if getattr(layers[x], "packing", None) != packing]
+    if others:
+        raise ValueError(
+            "a merge-aware adapter must have all layers that are not yet in "
+            f"{describe(packing)}, so that no layer is rounded after training. Got "
+            f"none for {', '.join(others)}. Use the format merged."
+        )
 
 
 _WRITERS: dict[str, Callable[[_Writer], Repacked | None]] = {
