@@ -139,8 +139,11 @@ def quantize(w, fmt, block_size):
     return np.concatenate(codes, axis=-2), np.stack(scales, axis=-2)
 
 
-def quantize_for_servers(w, fmt, block_size):
-    """Quantizes `[K, N]` as each format's reference does: codes and decoded scales."""
+def quantize_for_servers(w, fmt, block_size, largest_of_fused=None):
+    """Quantizes `[K, N]` as each format's reference does: codes and decoded scales.
+
+    The factor of nvfp4 is that of the largest weight, by default of `w`.
+    """
     f32 = np.float32
     blocks = w.astype(f32).reshape(-1, block_size, w.shape[-1])
     largest = np.abs(blocks).max(1)
@@ -160,7 +163,7 @@ def quantize_for_servers(w, fmt, block_size):
         scales = np.ldexp(f32(1), exponent - 3 + (mantissa >= 0.875))
         scales[largest == 0] = 2.0**-127
     else:
-        global_scale = (f32(1) / largest.max()) * f32(448 * 6)
+        global_scale = (f32(1) / (largest_of_fused or largest.max())) * f32(448 * 6)
         scales = (global_scale * (largest / f32(6))).astype(ml_dtypes.float8_e4m3fn)
         scales = np.where(scales == 0, f32(0.125), scales.astype(f32)) / global_scale
     x = blocks / scales[:, None]

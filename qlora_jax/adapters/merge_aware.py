@@ -46,7 +46,7 @@ from ..quant.formats import Packing
 from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel, Placement
 from ..quant.qtensor import QTensor, axes_of_array, round_to
-from ..quant.schemes import StoredScales
+from ..quant.schemes import StoredScales, power_of_two_from
 from ..quant.views import take_rows
 from .base import Multiply, ProductCall, register_adapter
 from .lora import (
@@ -124,7 +124,8 @@ class MergeAware(LowRank):
         """Returns the packed weights that `product` applies.
 
         They are those of `quantize` for `W + scaling * A B`, rounded to the dtype of
-        the kernel. A few rows are packed at a time, so the float sum never exists.
+        the kernel. In nvfp4, the factor is that of the next power of two from the
+        largest weight. A few rows are packed at a time, so the float sum never exists.
 
         Args:
             kernel: The frozen kernel.
@@ -133,12 +134,13 @@ class MergeAware(LowRank):
         tiles, largest = _Tiles.of(kernel, self), ()
         if packing.scheme.needs_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
-            # scales are computed before the first code.
+            # scales are computed before the first code. From powers of two, `merge` can
+            # make a common factor for the kernels that a server fuses.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = tiles.map(
                 lambda w, one: quantize_blocks(w, packing, one)[1:], ones
             )
-            largest = (jnp.max(scales, axis=(-1, -2), initial=0.0),)
+            largest = (power_of_two_from(jnp.max(scales, (-1, -2), initial=0.0)),)
         codes, scales = tiles.map(
             lambda w, *largest: quantize_blocks(w, packing, *largest), *largest
         )

@@ -307,6 +307,34 @@ def _decode_e4m3(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
     return quotient(scales * factors[..., 0], factors[..., 1])
 
 
+def power_of_two_from(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
+    """Returns the smallest power of two that is at least x; x itself above 2**127."""
+    exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
+    lower = lax.bitcast_convert_type(exponent, jnp.float32)  # x without its mantissa
+    return jnp.where((lower < x) & (x < 2.0**127), 2 * lower, x)
+
+
+def with_e4m3_divisor(
+    stored: StoredScales, divisor: Float32[Array, "*batch"]
+) -> StoredScales:
+    """Returns the same scales for another divisor; unchanged where it is not exact.
+
+    It is exact if the divisors differ by a power of two, and no stored scale becomes a
+    subnormal number with fewer bits.
+    """
+    factors = stored.scale_scales  # [*batch, 2]: a factor of 1 and the divisor
+    assert factors is not None
+    ratio = (divisor / factors[..., 1])[..., None, None]
+    scales = (stored.scales.astype(jnp.float32) * ratio).astype(jnp.float8_e4m3fn)
+    new_factors = jnp.stack([factors[..., 0], divisor], axis=-1)
+    is_equal = _decode_e4m3(StoredScales(scales, new_factors)) == _decode_e4m3(stored)
+    is_exact = jnp.all(is_equal, axis=(-1, -2), keepdims=True)  # [*batch, 1, 1]
+    return StoredScales(
+        jnp.where(is_exact, scales, stored.scales),
+        jnp.where(is_exact[..., 0], new_factors, factors),
+    )
+
+
 # `scale_scales` holds a factor and a divisor, one of which is 1: ModelOpt multiplies by
 # a float32 and compressed-tensors divides by its reciprocal, which rounds differently.
 E4M3 = ScaleScheme(

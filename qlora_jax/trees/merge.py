@@ -22,11 +22,14 @@ from ..adapters.merge_aware import MergeAware
 from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import StraightThrough, check_values, quantize_checked
 from ..quant.qtensor import QTensor
+from ..quant.schemes import StoredScales, with_e4m3_divisor
 from .adapters import adapters_by_keys, adapters_by_path
 from .paths import (
     KeyPath,
     Leaf,
     Tree,
+    fused_with,
+    leaves_by_path,
     map_by_path,
     nested_by_keys,
     path_string,
@@ -124,6 +127,11 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
     tree = map_by_path(merge_leaf, base)
     refuse_listed("these merged kernels cannot be packed", problems)
+    if requantize:
+        paths = [
+            p for p, adapter in adapters.items() if isinstance(adapter, MergeAware)
+        ]
+        tree = _with_common_factors(tree, paths)
     if changes:
         rounding, change = (100 * float(max(c)) for c in zip(*changes, strict=True))
         warnings.warn(
@@ -133,6 +141,34 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
             stacklevel=2,
         )
     return tree
+
+
+def _with_common_factors(tree: Tree, paths: Sequence[str]) -> Tree:
+    """Gives the kernels at `paths` that servers fuse one factor, where that is exact.
+
+    No value changes. `quantize` shares the factors of NVFP4 too, but a merge-aware
+    adapter is trained without the other kernels, and chooses a power of two.
+    """
+    leaves = leaves_by_path(tree)
+    kernels = {p: leaves[p] for p in paths if leaves[p].packing.scheme.needs_largest}
+
+    def share_factor(path: str, leaf: Leaf) -> Leaf:
+        if path not in kernels:
+            return leaf
+        fused = [kernels[p].scale_scales for p in fused_with(path) if p in kernels]
+        # Kernels that are stacked in different ways cannot be fused.
+        same_shape = [x for x in fused if x.shape == leaf.scale_scales.shape]
+        return _with_divisor(leaf, functools.reduce(jnp.minimum, same_shape)[..., 1])
+
+    return map_by_path(share_factor, tree)
+
+
+@jax.jit
+def _with_divisor(q: QTensor, divisor: Float32[Array, "*batch"]) -> QTensor:
+    stored = with_e4m3_divisor(StoredScales(q.scales, q.scale_scales), divisor)
+    return dataclasses.replace(
+        q, scales=stored.scales, scale_scales=stored.scale_scales
+    )
 
 
 @jax.jit

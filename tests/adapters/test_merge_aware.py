@@ -1,6 +1,7 @@
 """Merge-aware adapters: what is trained is what `merge` packs, in every format."""
 
 import dataclasses
+import functools
 import re
 
 import flax.linen as nn
@@ -46,10 +47,16 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(merge_aware, "TILE_BYTES", 4 * N * 65)
 
 
+def power_of_two_from(w):
+    """Returns the smallest power of two that is at least the largest magnitude."""
+    return np.exp2(np.ceil(np.log2(np.abs(w).max()))).astype(np.float32)
+
+
 def pack_and_decode(w, packing):
     """Decodes the weights that a format's reference packs, computed by NumPy."""
     pack = quantize_for_servers if packing.format.block_sizes else quantize
-    codes, scales = pack(w, packing.fmt, packing.block_size)
+    largest = [power_of_two_from(w)] if packing.fmt == "nvfp4" else []
+    codes, scales = pack(w, packing.fmt, packing.block_size, *largest)
     codes = codes.astype(np.uint8)
     return TABLES[packing.fmt][codes] * np.repeat(scales, packing.block_size, axis=0)
 
@@ -100,13 +107,36 @@ def test_the_bytes_of_the_file_are_those_of_packing_the_sum(
     adapter = lora["kernel"]
     settings = adapter.a, adapter.b, adapter.scaling, 0.0, adapter.geometry
     merged = ql.merge(base, {"kernel": ql.LoRA(*settings)})["kernel"]
-    want = quantize_checked(merged, adapter.packing, adapter.geometry)
+    is_nvfp4 = adapter.packing.fmt == "nvfp4"
+    largest = [jnp.asarray(power_of_two_from(merged))] if is_nvfp4 else []
+    want = quantize_checked(merged, adapter.packing, adapter.geometry, *largest)
     packed = ql.merge(base, lora, requantize=True)
     assert_same(packed["kernel"], want)
     *batch, k, _ = packed["kernel"].matrix_shape
     x = normal(2, (*batch, 5, k))
     bound = rounding(2 * k)
     assert relative_error(ql.apply(base, lora, x), ql.apply(packed, None, x)) < bound
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_kernels_that_servers_fuse_get_one_factor(is_traced):
+    # With the factor of q, the scales of v are subnormal numbers with too few bits.
+    sizes = {"q_proj": 1.0, "k_proj": 0.125, "v_proj": 2.0**-13, "o_proj": 0.125}
+    params = {
+        name: {"kernel": normal(i, (K, N), scale=size)}
+        for i, (name, size) in enumerate(sizes.items())
+    }
+    config = ql.QLoRAConfig(fmt=None, target_fmt="nvfp4", merge_aware=True, rank=RANK)
+    base, lora = ql.init(jax.random.key(0), params, config)
+    merge = functools.partial(ql.merge, requantize=True)
+    packed = (jax.jit(merge) if is_traced else merge)(base, lora)
+    factors = {}
+    for name, layer in packed.items():
+        want = pack_and_decode(np.asarray(params[name]["kernel"]), Packing("nvfp4"))
+        np.testing.assert_array_equal(layer["kernel"].dequantize(), want)
+        factors[name] = np.asarray(layer["kernel"].scale_scales).tolist()
+    assert factors["q_proj"] == factors["k_proj"] != factors["v_proj"]
+    assert factors["o_proj"] != factors["q_proj"]
 
 
 def test_training_it_beats_packing_an_ordinary_adapter():

@@ -63,8 +63,11 @@ def log_probabilities(ask, tokens, count=272):
     return np.array([log_probs[i] for i in range(count)])
 
 
-def mlx_logits(tokens, folder, *adapters):
-    """Returns the logits of mlx-lm with a model and perhaps an adapter."""
+def mlx_logits(tokens, folder, *adapters, dtype=None):
+    """Returns the logits of mlx-lm with a model and perhaps an adapter.
+
+    The model computes in `dtype`, by default in that of its files.
+    """
     mx = pytest.importorskip("mlx.core")
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
@@ -72,4 +75,6 @@ def mlx_logits(tokens, folder, *adapters):
     model, _ = load_model(folder)
     for adapter in adapters:
         load_adapters(model, str(adapter)).eval()
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
     return np.array(model(mx.array(tokens)).astype(mx.float32))
