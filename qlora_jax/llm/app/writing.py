@@ -19,7 +19,7 @@ from .base_model import (
     runs_of,
     training_load_options,
 )
-from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig
+from .configs import GGUF_4_BITS, PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .pairs import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for
 from .processes import log
 from .pushing import check_base, push
@@ -111,7 +111,7 @@ def _export(config: ExportConfig) -> Written:
     model, step = open_config(config)
     out = config.out or f"{config.run}/adapter-{step}"
     options: LoadOptions = {}
-    if form in ("merged", "gguf") and config.gguf_type != "Q4_0":
+    if form in ("merged", "gguf") and config.gguf_type not in GGUF_4_BITS:
         options = training_load_options(config, model)
     elif form in FMTS or form == "gguf":
         # The packing options describe the result here, not the base of training.
