@@ -326,7 +326,7 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
     return packed
 
 
-# Q4_0 and MXFP4 store blocks of 32 inputs: a scale, followed by 16 bytes of codes.
+# The reader of these blocks, qlora_jax/io/formats/gguf.py, describes their layout.
 def _block_bytes(
     q: ql.QTensor, index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
@@ -339,7 +339,6 @@ def _block_bytes(
     packed, scales = (x.swapaxes(-1, -2) for x in parts)
     codes = np.stack([packed >> 4, packed & 15], axis=-1)
     codes = codes.reshape(*scales.shape, 2, BLOCK // 2)
-    # A byte has code i of a block in its low half, and code i + 16 in its high half.
     halves = codes[..., 0, :] | codes[..., 1, :] << 4
     scales = np.ascontiguousarray(scales)[..., None].view(np.uint8)
     return np.concatenate([scales, halves], axis=-1).reshape(*packed.shape[:-1], -1)
