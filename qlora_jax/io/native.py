@@ -196,7 +196,8 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
         entry |= {"kind": type(leaf).__name__, "scaling": scaling}
         entry |= {"dropout": leaf.dropout, "axes": leaf.geometry.kinds}
         entry |= {"sizes": [*leaf.geometry.sizes]}
-        entry |= {name: [*getattr(leaf, name)] for name in _kind_settings(type(leaf))}
+        names = _kind_settings(type(leaf))
+        entry |= {name: _setting_to_json(getattr(leaf, name)) for name in names}
     arrays = {}
     for attribute, name in _tensor_names(entry).items():
         arrays[name] = x = getattr(leaf, attribute) if attribute else leaf
@@ -205,8 +206,20 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
 
 
 def _kind_settings(kind: type[Adapter]) -> tuple[str, ...]:
-    """Returns the settings of this kind of adapter only, which are integer lists."""
+    """Returns the settings of this kind only: integer lists, or a `Packing`."""
     return tuple(name for name in kind.settings if name not in SETTINGS)
+
+
+def _setting_to_json(setting: Any) -> dict[str, Any] | list[int]:
+    if isinstance(setting, Packing):
+        return {name: getattr(setting, name) for name in _PACKING}
+    return [*setting]
+
+
+def _setting_from_json(setting: Any) -> Packing | tuple[int, ...]:
+    if isinstance(setting, dict):
+        return Packing(*(setting[name] for name in _PACKING))
+    return tuple(map(operator.index, setting))
 
 
 def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -286,7 +299,9 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
 
     kind, scaling = KINDS[entry["kind"]], entry["scaling"]
     has_list = isinstance(scaling, list)  # a scaling for each matrix of a stack
-    settings: dict[str, Any] = {n: integers(n) for n in _kind_settings(kind)}
+    settings: dict[str, Any] = {
+        name: _setting_from_json(entry[name]) for name in _kind_settings(kind)
+    }
     settings["scaling"] = tuple(map(float, scaling)) if has_list else float(scaling)
     settings["dropout"] = float(entry["dropout"])
     settings["geometry"] = geometry = Geometry(entry["axes"], integers("sizes"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import warnings
 
 import flax.linen as nn
 import jax
@@ -43,8 +42,8 @@ def make(shape=(K, N), seed=0, **options):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Packs 15 columns of K rows at a time, which does not divide N."""
-    monkeypatch.setattr(merge_aware, "TILE_BYTES", 4 * K * 16 - 1)
+    """Packs 64 rows at a time."""
+    monkeypatch.setattr(merge_aware, "TILE_BYTES", 4 * N * 65)
 
 
 def pack_and_decode(w, packing):
@@ -108,14 +107,17 @@ def test_the_bytes_of_the_file_are_those_of_packing_the_sum(
 
 
 def test_training_it_beats_packing_an_ordinary_adapter():
-    # The target differs from the base by less than half a step of the grid in most
-    # weights, so packing the merged weights of an ordinary adapter loses much of it.
-    params, x = {"kernel": normal(0, (K, N))}, normal(1, (256, K))
+    # The base is in float, so that small changes of A B can move codes. As in models,
+    # the inputs have a few strong directions, in which errors of packing can cancel.
+    params = {"kernel": normal(0, (K, N))}
+    x = normal(1, (256, 4)) @ normal(4, (4, K), scale=0.5)
+    x += normal(5, x.shape, scale=0.1)
     change = normal(2, (K, 2)) @ normal(3, (2, N))
     target = x @ (params["kernel"] + 0.02 * change)
-    losses = {}
-    for name, options in {"ordinary": {}, "merge-aware": {"merge_aware": True}}.items():
-        config = ql.QLoRAConfig(rank=RANK, **options)
+    packed_losses, trained_loss = {}, None
+    kinds = {"ordinary": {}, "merge-aware": {"merge_aware": True, "target_fmt": "nf4"}}
+    for name, options in kinds.items():
+        config = ql.QLoRAConfig(rank=RANK, fmt=None, **options)
         base, lora = ql.init(jax.random.key(0), params, config)
         optimizer = optax.adam(optax.cosine_decay_schedule(0.01, 300))
 
@@ -131,13 +133,15 @@ def test_training_it_beats_packing_an_ordinary_adapter():
         state = optimizer.init(lora)
         for _ in range(300):
             lora, state = step(lora, state)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "requantizing moved", UserWarning)
-            packed = ql.merge(base, lora, requantize=True)
-        losses[name] = float(jnp.mean((ql.apply(packed, None, x) - target) ** 2))
+        trained_loss = float(loss(lora))
+        packed = {"kernel": ql.quantize(ql.merge(base, lora)["kernel"], "nf4")}
         if options:
-            np.testing.assert_allclose(losses[name], loss(lora), rtol=1e-4)
-    assert losses["merge-aware"] < 0.9 * losses["ordinary"], losses
+            packed = ql.merge(base, lora, requantize=True)
+        packed_losses[name] = float(loss(None, packed))
+    # The loss of the packed weights is the loss that was trained.
+    np.testing.assert_allclose(packed_losses["merge-aware"], trained_loss, rtol=1e-4)
+    # Measured: 0.06 instead of 1.13. The base alone has a loss of 0.25.
+    assert packed_losses["merge-aware"] < 0.2 * packed_losses["ordinary"]
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -219,31 +223,31 @@ def test_flax_modules_compute_with_it():
     np.testing.assert_array_equal(ql.nnx.join(wrapped, base, lora)(x), want)
 
 
-def test_only_packed_weights_and_factors_are_kept(monkeypatch):
-    k = n = 1024
-    monkeypatch.setattr(merge_aware, "TILE_BYTES", 4 * k * 32)
-    base, lora = make((4, k, n), double_quant=True)
-    ordinary = lora["kernel"]
-    settings = ordinary.a, ordinary.b, ordinary.scaling, 0.0, ordinary.geometry
-    x = normal(2, (512, k))
+def test_only_the_base_the_factors_and_inputs_are_kept():
+    k, layers, tokens = 2048, 4, 256
 
-    def compile_gradient(lora):
+    def compile_gradient(**options):
+        config = ql.QLoRAConfig(rank=RANK, **options)
+        kernels = {"kernel": jax.ShapeDtypeStruct((layers, k, k), jnp.float32)}
+        key, x = jax.random.key(0), jax.ShapeDtypeStruct((tokens, k), jnp.float32)
+        trees = jax.eval_shape(lambda p: ql.init(key, p, config), kernels)
+
         def loss(lora, base, x):
             def layer(x, trees):
                 return ql.apply(*trees, x), None
 
             return jnp.sum(jax.lax.scan(layer, x, (base, lora))[0] ** 2)
 
-        return jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
+        return jax.jit(jax.grad(loss)).lower(*trees[::-1], x).compile()
 
-    temporaries = [
-        compile_gradient(tree).memory_analysis().temp_size_in_bytes
-        for tree in (lora, {"kernel": ql.LoRA(*settings)})
-    ]
-    # The packed weights of a layer are kept, and a few columns in float.
-    packed_size = k * n // 2
-    assert temporaries[0] - temporaries[1] < 3 * packed_size, temporaries
-    assert temporaries[0] < 1.3 * temporaries[1]
+    ordinary, compiled = compile_gradient(), compile_gradient(merge_aware=True)
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (compiled, ordinary)]
+    # Besides the inputs of layers, there are one layer's packed weights, and a tile.
+    assert sizes[0] < 1.3 * sizes[1]
+    assert sizes[0] < layers * tokens * k * 4 + 4 * (k * k // 2) + 8 * 2**20
+    floats = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in floats]
+    assert max(sizes) < k * k
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from .contents import Contents, Leaf, inspect
 from .generating import Answer, Generated, generate
 from .pairs import Pair, Pairs, pairs
 from .preview import Preview
-from .repacking import Repacked
+from .repacking import FileLosses, Repacked
 from .run_results import SweepResult, TrainResult
 from .scoring import Score, Scores, score
 from .train_config import TrainConfig
@@ -40,6 +40,7 @@ __all__ = [
     "DevicesConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "FileLosses",
     "GenerateConfig",
     "Generated",
     "InspectConfig",

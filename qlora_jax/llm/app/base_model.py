@@ -24,6 +24,7 @@ from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch, hub_commit, weights_of
 from ..models.source import ModelSource, open_source
+from ..train.outputs import NATIVE_ADAPTER
 from ..train.state import Checkpoints
 from ..train.target_modules import find_target_paths
 from .configs import (
@@ -33,12 +34,12 @@ from .configs import (
     PairsConfig,
     ScoreConfig,
 )
+from .merge_aware import pack_as_trained, packing_of, target_settings
 from .processes import log
 from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
 from .train_config import TrainConfig
 from .train_groups import AdapterConfig, ModelConfig
 
-NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
 MLX_ADAPTER = "adapters.safetensors"
 # The linear layers that are packed. As in transformers, the head stays in float, and so
 # do the routers of experts.
@@ -101,9 +102,14 @@ class BaseModel:
     @property
     def stored_packing(self) -> Any:
         """The `Packing` of the first packed weight in the files; None for floats."""
+        return next(iter(self.stored_packings), None)
+
+    @property
+    def stored_packings(self) -> dict[Any, None]:
+        """The packings of all weights in the files, in order and without repetition."""
         packed = ql.io.packed_tensors(self.files.stored_tensors).values()
         packings = (getattr(tensor, "packing", None) for tensor in packed)
-        return next(filter(None, packings), None)
+        return dict.fromkeys(filter(None, packings))
 
     @property
     def replaces_weights(self) -> bool:
@@ -112,6 +118,17 @@ class BaseModel:
             return False
         tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
         return any(".lora_" not in key for key in tensors)
+
+    @property
+    def has_native_adapter(self) -> bool:
+        """Whether an adapter is not read yet, and is in this library's format.
+
+        Only such an adapter can be merge-aware.
+        """
+        adapter = self.adapter
+        if adapter is None or _is_peft(adapter) or is_gguf(adapter):
+            return False
+        return not (adapter / MLX_ADAPTER).exists()
 
     def packing(
         self, fmt: str, block_size: int | None, double_quant: bool | None
@@ -216,10 +233,13 @@ def _read_native(adapter: pathlib.Path) -> PyTree:
 def open_model(
     source: str, adapter: str | None = None, recode: bool = False
 ) -> BaseModel:
-    """Finds a model and an adapter in any format; reads only the model's config."""
+    """Finds a model and an adapter in any format.
+
+    Reads only the model's config, and an adapter of this library.
+    """
     path = fetch(source)
     config = open_source(path).config
-    adapter_path = None if adapter is None else _fetch_adapter(adapter)
+    adapter_path = None if adapter is None else fetch_adapter(adapter)
     name, description = weights_of(source, path)
     model = BaseModel(
         path,
@@ -232,10 +252,11 @@ def open_model(
     )
     if not model.is_local:
         log(f"weights: {description}")
-    return model
+    return model.with_adapter() if model.has_native_adapter else model
 
 
-def _fetch_adapter(adapter: str) -> pathlib.Path:
+def fetch_adapter(adapter: str) -> pathlib.Path:
+    """Returns the local folder or file of an adapter, which may be a hub id."""
     try:
         return ql.io.fetch(adapter)
     except FileNotFoundError as error:  # its message is about the option `model`
@@ -274,13 +295,18 @@ def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
 def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
     loras = []
     for adapter in adapters:
-        adapted = dataclasses.replace(model, adapter=_fetch_adapter(adapter))
+        adapted = dataclasses.replace(model, adapter=fetch_adapter(adapter))
         if adapted.replaces_weights:
             raise ValueError(
                 "`adapter` must not replace weights of the base if there are several "
                 f"adapters. Got {adapter!r}, which does."
             )
         loras.append(adapted.with_adapter().lora)
+        if packing_of(loras[-1]) is not None:
+            raise ValueError(
+                "`adapter` must be a single one if it is merge-aware, because it has "
+                f"packed weights of its own. Got {len(adapters)}, with {adapter!r}."
+            )
     # By default, `bank` requires equal dropout rates, but those of training may differ.
     return ql.bank(loras, dropout=0.0)
 
@@ -316,14 +342,21 @@ def open_run(
         )
     run = read_run_config(folder / CONFIG)
     model = open_model(source or run.model.path, recode=run.model.recode)
+    packing = None
+    if run.adapter.merge_aware:
+        settings = run.model
+        packing = model.packing(
+            settings.fmt or "none", settings.block_size, settings.double_quant
+        )
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
-    base, lora = init_shapes(model.base, adapters_for(run.adapter, model))
+    base, lora = init_shapes(model.base, adapters_for(run.adapter, model, packing))
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
-    peft = ql.io.peft_config(
-        base, lora, model.names, base_model=model.name, revision=model.revision
-    )
+    peft = None
+    if packing_of(lora) is None:
+        source_names = {"base_model": model.name, "revision": model.revision}
+        peft = ql.io.peft_config(base, lora, model.names, **source_names)
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
@@ -371,10 +404,10 @@ def training_load_options(
             )
     double_quant = getattr(settings, "double_quant", None)
     packing = model.packing(settings.fmt or "none", settings.block_size, double_quant)
-    if packing is None:
-        return {}
-    # Training rounded the weights to its dtype before it packed them.
+    # Training rounded the weights to its dtype before it packed them, alone or merged.
     dtype = {"dtype": settings.dtype} if isinstance(settings, ModelConfig) else {}
+    if packing is None:
+        return {} if packing_of(model.lora) is None else dtype
     return {"packing": packing, **dtype}
 
 
@@ -389,26 +422,50 @@ def _packs_differently(config: object, run: TrainConfig) -> bool:
 def read_as_trained(
     model: BaseModel, options: LoadOptions, dtype: DTypeLike
 ) -> BaseModel:
-    """Reads the weights that training used, for a computation in `dtype`."""
+    """Reads the weights that training used, for a computation in `dtype`.
+
+    A merge-aware adapter becomes a part of the weights.
+    """
     model = model.read(**{"dtype": dtype, **options})
+    base, lora = pack_as_trained(model.base, model.lora)
 
     def cast_leaf(leaf: Any) -> Any:
         return leaf if ql.is_packed(leaf) else leaf.astype(dtype)
 
-    base = jax.tree.map(cast_leaf, model.base, is_leaf=ql.is_packed)
-    return dataclasses.replace(model, base=base)
+    base = jax.tree.map(cast_leaf, base, is_leaf=ql.is_packed)
+    return dataclasses.replace(model, base=base, lora=lora)
 
 
-def adapters_for(config: AdapterConfig, model: BaseModel) -> ql.QLoRAConfig:
-    """Returns the settings of the adapters that a run trains."""
+def adapters_for(
+    config: AdapterConfig, model: BaseModel, packing: ql.QLoRAConfig | None
+) -> ql.QLoRAConfig:
+    """Returns the settings of the adapters that a run trains.
+
+    `packing` is that of the base, as `BaseModel.packing` returns it. Only merge-aware
+    adapters depend on it.
+    """
     targets = find_target_paths(config.target_modules, model.base, model.names)
+    # Reading the model has already packed its kernels. With `fmt`, merge-aware adapters
+    # are trained for the format of these kernels.
+    settings: dict[str, Any] = {"fmt": None}
+    if config.merge_aware:
+        packings = {packing.packing} if packing else {*model.stored_packings}
+        layers = [x for x in ql.leaves_by_path(model.base) if re.fullmatch(LAYERS, x)]
+        # Layers that are trained in full have no adapter either.
+        full = config.trainable
+        unadapted = [
+            path
+            for path in layers
+            if path not in targets or (full and re.fullmatch(full, path))
+        ]
+        settings |= target_settings(config, packings, unadapted)
     return ql.QLoRAConfig(
         rank=config.rank,
         alpha=config.alpha,
-        fmt=None,  # reading the model has already packed its kernels
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
         dropout=config.dropout,
         rank_stabilized=config.rank_stabilized,
         use_dora=config.use_dora,
+        **settings,
     )

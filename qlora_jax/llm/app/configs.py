@@ -11,6 +11,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
+# The formats that merge-aware adapters are trained for: those of the files of `export`,
+# except nvfp4. Servers fuse kernels such as q, k and v, and need one float32 factor for
+# all of them in nvfp4, but an adapter only knows the factor of its own merged kernel.
+TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4"]
 if TYPE_CHECKING:
     ServerName = str
 else:
@@ -102,10 +106,12 @@ class ExportConfig(Config):
             servers that load PEFT's folders (peft-portable, with one rank and without
             scaling), for llama.cpp (gguf-lora) or for mlx-lm (mlx). Or a model, with
             the adapter merged if there is one: in float (merged), as GGUF (gguf), or in
-            4 bits: bitsandbytes, awq, compressed-tensors (int4), mxfp4 or nvfp4.
+            4 bits: bitsandbytes, awq, compressed-tensors (int4), mxfp4 or nvfp4. For a
+            merge-aware adapter, the default is the model in the format that it was
+            trained for.
         out: The folder to write, new or empty; for gguf and gguf-lora, a new file. With
-            `run`, an adapter for PEFT is by default written to the folder adapter-STEP
-            in the run's folder.
+            `run`, by default adapter-STEP (or model-STEP, for a merge-aware adapter) in
+            the run's folder, if `format` is left out or peft.
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library.
         run: Folder of a training run, finished or not, whose adapter is exported.
@@ -122,8 +128,8 @@ class ExportConfig(Config):
             in int4_f16 or q4_0 with blocks of 32, and packs float weights. Q4_K_M packs
             all weights, in the mixture of Q4_K and Q6_K of llama.cpp.
         tokenizer: For gguf: whether to include the tokenizer.
-        data: If an adapter is merged into 4 bits: rows on which to compute the loss
-            before and after, in any form that score supports.
+        data: If an adapter is merged: rows on which to compare the loss of the adapter
+            beside its base with that of the file, in any form that score supports.
         server: Target server, instead of `--format`. Selects formats that the server
             supports (see the command pairs), and writes the command that starts it.
         push_to_hub: Repository on the Hugging Face hub to push the result to, such as
@@ -155,9 +161,8 @@ class ExportConfig(Config):
         options = {name for name in vars(self) if getattr(self, name) is not None}
         if {"format", "server"} <= options:
             raise ValueError("`format` or `for` must be left out. Got both.")
+        # The default is a model if the adapter is merge-aware, which is not known here.
         target = self.server or self.format or "peft"
-        if self.server is None:
-            object.__setattr__(self, "format", target)  # the dataclass is frozen
         self._check_source(options, target)
         self._check_formats(options, target)
 
@@ -176,15 +181,16 @@ class ExportConfig(Config):
             raise ValueError(
                 f"`adapter` or `run` must be given for {target}. Got none."
             )
-        # The rows of `data` measure how packing changes the loss.
-        is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
-        is_packed = is_q4 or self.format in get_args(BaseFormat)
-        if self.data is not None and not (is_packed and has_adapter):
+        # The rows of `data` measure how merging changes the loss.
+        is_model = self.format in (None, *_TRAINED_BASES, *get_args(BaseFormat))
+        is_merged = self.server is None and is_model and has_adapter
+        if self.data is not None and not is_merged:
             raise ValueError(
-                "`data` must be left out unless an adapter is merged into 4 bits. Got "
+                "`data` must be left out unless an adapter is merged into a model. Got "
                 f"{self.data!r} for {target}."
             )
-        if self.out is None and self.format != "peft":  # peft has a default folder
+        has_default_out = self.server is None and self.format in (None, "peft")
+        if self.out is None and not has_default_out:
             raise ValueError(f"`out` must be given for {target}. Got None.")
 
     def _check_formats(self, options: set[str], target: str) -> None:

@@ -12,8 +12,8 @@ import qlora_jax as ql
 
 from ..data.readers import describe_path
 from ..gguf.file import is_gguf, open_gguf
-from ..train.outputs import plural, read_metrics
-from .base_model import MLX_ADAPTER, NATIVE_ADAPTER
+from ..train.outputs import NATIVE_ADAPTER, plural, read_metrics
+from .base_model import MLX_ADAPTER
 from .configs import InspectConfig
 from .run_folder import CONFIG, METRICS, RESULT, is_run, read_run_config
 
@@ -138,12 +138,19 @@ def _inspect_run(path: pathlib.Path) -> Contents:
     file, settings = path / RESULT, read_run_config(path / CONFIG).to_settings()
     result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     rows = read_metrics(path / METRICS)
-    about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}
+    names = ("model", "data", "fmt", "steps")
+    if settings["merge_aware"]:
+        names += ("merge_aware", "target_fmt")
+    about = {key: settings[key] for key in names}
     # The step of the newest metrics; the newest saved state may be older.
     about["finished steps"] = max((row["step"] for row in rows), default=0)
     about |= {k: result[k] for k in ("source", "loss", "valid_loss") if k in result}
     adapter = path / "adapter"  # exists once the run has finished
-    leaves = _inspect_adapter(adapter).leaves if adapter.is_dir() else ()
+    leaves = ()
+    if (native := adapter / NATIVE_ADAPTER).is_file():
+        leaves = _inspect_native(native).leaves
+    elif adapter.is_dir():
+        leaves = _inspect_adapter(adapter).leaves
     return Contents("run", about, leaves)
 
 
@@ -215,6 +222,8 @@ def _inspect_native(path: pathlib.Path) -> Contents:
         else:
             shape, dtype = x.matrix_shape, next(iter(x.arrays.values())).dtype
             fmt = f"{x.label} {dtype.name}"
+            if isinstance(x, ql.MergeAware):
+                fmt += f" for {_describe_format(x)}"
         leaves.append(Leaf(name, tuple(shape), fmt, x.nbytes, rank))
     about = {} if config is None else {"rank": config.rank, "alpha": config.alpha}
     return Contents("qlora_jax tree", about, tuple(leaves))

@@ -14,6 +14,7 @@ from ..train.answers import answers, exact_match
 from ..train.means import make_means
 from ..train.objectives import find_objective
 from ..train.step import State
+from .merge_aware import pack_as_trained
 from .processes import is_first
 from .program import Program, make_put
 from .run import Run
@@ -98,9 +99,10 @@ class Evaluation:
     def _evaluate_answers(self, state: State) -> float:
         """Returns the share of exact answers. Prints a few answers, and writes all."""
         config, step = self._config, int(state.step)
+        base, lora = pack_as_trained(self._base, state.lora)
         generated = answers(
             self._model,
-            {"params": self._base, "lora": state.lora},
+            {"params": base, "lora": lora},
             self._tokenizer,
             self._examples,
             max_new_tokens=self._max_new_tokens,

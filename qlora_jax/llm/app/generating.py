@@ -29,6 +29,7 @@ from ..models.stream import Stream, TextStream
 from ..train.answers import answers
 from .base_model import open_adapted, read_as_trained
 from .configs import GenerateConfig
+from .merge_aware import note_packing
 from .run_folder import write_text
 
 _TERMINAL_PROMPT = ">>> "
@@ -119,6 +120,7 @@ def generate(
     # Everything is checked before the weights are read.
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     model, adapters, options = open_adapted(config)
+    note_packing(model.lora)
     conversation = _Conversation(config, open_tokenizer(model.path))
     rows, prompts = [], []
     if config.prompts is not None:

@@ -232,7 +232,9 @@ def _flatten(
             nested = {f"{key}.{field}": x for field, x in value.items()}
             # `data` is both a group, and an option whose value may be a mapping. The
             # mapping is the group if all its keys are fields of the group.
-            if key not in names or {*nested} <= {*names}:
+            hint = options_of(config_type)[names[key]].hint if key in names else None
+            is_group = dict not in {get_origin(member) for member in get_args(hint)}
+            if is_group or {*nested} <= {*names}:
                 yield from nested.items()
                 continue
         yield key, value

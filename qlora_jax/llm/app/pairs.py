@@ -1,12 +1,14 @@
 """`qlora-jax pairs`: formats in which servers load a base and an adapter correctly."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import qlora_jax as ql
 
 from .base_model import BaseModel, LoadOptions, open_config, training_load_options
 from .configs import ExportConfig, PairsConfig
 from .contents import format_table
+from .merge_aware import describe, is_q4_0, packing_of
 from .servers import FMTS, SERVERS, Server
 
 AS_IS, MERGED = "as it is", "added to the base"
@@ -91,6 +93,8 @@ def pairs(config: PairsConfig) -> Pairs:
     model, options = open_pair(config)
     fmt, block_size = _find_packing(model, options)
     packed = "float" if fmt is None else f"{fmt} in blocks of {block_size}"
+    if (target := packing_of(model.lora)) is not None:
+        packed += f", with adapters that are merged and packed in {describe(target)}"
     rows = (pair_for(server, model, options) for server in SERVERS.values())
     return Pairs(packed, tuple(rows))
 
@@ -132,6 +136,8 @@ def pair_for(
             check_gguf_source(model.files, tokenizer=tokenizer)
         except ValueError as error:
             return Pair(server.name, NOT_RUN, NOT_RUN, False, str(error))
+    if (target := packing_of(model.lora)) is not None:
+        return _pair_merged(server, model, target)
     problem = _find_adapter_problem(server, model, fmt)
     form = server.floats if fmt is None else server.bases.get(fmt)
     if not options and _is_read(server, model, fmt):
@@ -149,6 +155,22 @@ def pair_for(
     return Pair(server.name, form, server.adapter, problem is None, why)
 
 
+def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:
+    """Returns the format of the one file that a merge-aware adapter was trained for."""
+    form, reason = server.bases.get(packing.fmt), _find_4_bit_problem(server, model)
+    if form == "gguf" and not is_q4_0(packing):
+        form = None
+    if form is not None and reason is None:
+        problem = _find_misreading(server, model, packing.fmt, form)
+        why = problem or "codes and scales are the same"
+        return Pair(server.name, form, MERGED, problem is None, why)
+    reason = reason or f"it does not support {describe(packing)}"
+    if server.floats == "gguf":  # would round the decoded weights to float16
+        return Pair(server.name, NOT_RUN, NOT_RUN, False, reason)
+    why = f"{reason}, but the decoded weights are the same"
+    return Pair(server.name, server.floats, MERGED, True, why)
+
+
 def _find_adapter_problem(
     server: Server, model: BaseModel, fmt: str | None
 ) -> str | None:
@@ -159,10 +181,17 @@ def _find_adapter_problem(
         return "it does not support adapters"
     if server.adapter != "peft" and (has_others or model.replaces_weights):
         return "it supports only plain LoRA adapters"
-    if fmt and model.config.experts is not None and server.floats == "merged":
-        return "it is not known to load experts in 4 bits"
+    if fmt and (problem := _find_4_bit_problem(server, model)):
+        return problem
     if not server.adapts_experts and any("/experts/" in path for path in adapters):
         return "it does not support adapters of experts"
+    return None
+
+
+def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
+    """Returns why a server cannot load a model in 4 bits, or None."""
+    if model.config.experts is not None and server.floats == "merged":
+        return "it is not known to load experts in 4 bits"
     return None
 
 

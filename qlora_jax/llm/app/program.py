@@ -191,7 +191,8 @@ def lower_step(
     )
     if packing is not None:
         base, _ = init_shapes(base, packing)
-    base, lora = place(*init_shapes(base, adapters_for(config.adapter, model)))
+    adapters = adapters_for(config.adapter, model, packing)
+    base, lora = place(*init_shapes(base, adapters))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)

@@ -1,8 +1,7 @@
 """Merges an adapter into a base, packs the sum, and measures what packing changes."""
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from jaxtyping import Array, Float32, PyTree
 import qlora_jax as ql
 
 from .base_model import BaseModel
-from .scoring import Score
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,6 @@ class Repacked:
 
     An error is what packing changes in the merged kernels. Errors and the adapter's
     change are measured by their Frobenius norm, divided by that of the merged kernels.
-    The losses are None without data.
 
     Attributes:
         error: The error of all packed kernels together.
@@ -33,9 +30,6 @@ class Repacked:
         kept: The share of the adapter's change that survives packing: the total change,
             from the base to the packed kernels, projected onto the adapter's change, as
             a fraction of the adapter's change.
-        loss_before: The loss of the base before packing, with the adapter not merged.
-        loss_beside: The loss of the packed base, with the adapter not merged.
-        loss_after: The loss of the model that was merged and then packed.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -49,34 +43,43 @@ class Repacked:
     worst_kernel: str
     change: float
     kept: float
-    loss_before: float | None = None
-    loss_beside: float | None = None
-    loss_after: float | None = None
 
     def __str__(self):
-        lines = [
+        return (
             f"packing changed the merged weights by {self.error:.2%} "
-            f"({self.worst_kernel} by {self.worst_error:.2%})",
+            f"({self.worst_kernel} by {self.worst_error:.2%})\n"
             f"the adapter had changed them by {self.change:.2%}, of which "
-            f"{self.kept:.0%} is left",
-        ]
-        if self.loss_before is not None:
-            lines.append(
-                f"loss with the adapter {self.loss_before:.6f}, with it on the packed "
-                f"base {self.loss_beside:.6f}, merged and packed {self.loss_after:.6f}"
-            )
-        return "\n".join(lines)
+            f"{self.kept:.0%} is left"
+        )
 
 
-def repack(
-    model: BaseModel,
-    packing: ql.QLoRAConfig,
-    score: Callable[[PyTree, PyTree], Score] | None,
-) -> tuple[PyTree, Repacked]:
-    """Returns the base, with the adapter merged and then packed, and what this costs.
+@dataclass(frozen=True)
+class FileLosses:
+    """What a file with a merged adapter costs, in nats per target token.
 
-    The losses are measured by `score`, if it is given.
+    Attributes:
+        beside: The loss of the adapter beside the base that it was trained on. For a
+            merge-aware adapter, that of the weights that it was trained as.
+        file: The loss of the file, which was read again.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> print(app.FileLosses(beside=0.7512, file=0.979))
+        loss with the adapter 0.751200, of the file 0.979000: +0.227800
     """
+
+    beside: float
+    file: float
+
+    def __str__(self):
+        return (
+            f"loss with the adapter {self.beside:.6f}, of the file {self.file:.6f}: "
+            f"{self.file - self.beside:+.6f}"
+        )
+
+
+def repack(model: BaseModel, packing: ql.QLoRAConfig) -> tuple[PyTree, Repacked]:
+    """Returns the base with the adapter merged and then packed, and what this costs."""
     merged = ql.merge(model.base, model.lora)
     packed = ql.quantize(merged, packing)
     cost = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
@@ -84,19 +87,11 @@ def repack(
         message = (
             f"Packing keeps {cost.kept:.0%} of what the adapter changed. Weights that "
             "were already in 4 bits round back to their old values if the change is "
-            "small. Merge into the float model, or serve the adapter with the base."
+            "small. Merge into the float model, serve the adapter with the base, or "
+            "train it with `merge_aware`."
         )
         warnings.warn(message, UserWarning, stacklevel=2)
-    if score is None:
-        return packed, cost
-    del merged  # frees memory for the next copy
-    packed_base = ql.quantize(ql.dequantize(model.base), packing)
-    losses = {
-        "loss_before": score(model.base, model.lora).loss,
-        "loss_beside": score(packed_base, model.lora).loss,
-        "loss_after": score(packed, {}).loss,
-    }
-    return packed, dataclasses.replace(cost, **losses)
+    return packed, cost
 
 
 def _compare(

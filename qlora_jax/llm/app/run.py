@@ -31,6 +31,7 @@ from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
 from .pushing import check_base, push
 from .run_folder import CONFIG, FAILED, read_run_config
+from .starting import read_start
 from .train_config import TrainConfig
 from .train_groups import LOGGERS, TrainingConfig
 
@@ -54,6 +55,7 @@ class Run:
     place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # puts trees on devices
     folder: pathlib.Path
     teacher: BaseModel | None  # for an objective that uses one
+    start: PyTree | None  # the adapter to start from, of the kind that is trained
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
@@ -70,8 +72,13 @@ def make_run(config: TrainConfig, today: str) -> Run:
         check_base(model.name)
         if is_first():
             push(config.output.push_to_hub)  # fails now rather than after training
-    adapters = adapters_for(config.adapter, model)
     packing = model.packing(fmt, config.model.block_size, config.model.double_quant)
+    adapters = adapters_for(config.adapter, model, packing)
+    start = None
+    if config.adapter.path is not None:
+        start, alpha = read_start(config.adapter, model, adapters)
+        config = config.replace(lora_alpha=alpha)
+        adapters = dataclasses.replace(adapters, alpha=alpha)
     mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
     _check_model_fits(model, adapters, packing, mesh)
     memory = config.model.base_memory
@@ -124,6 +131,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         place=make_place(model.config, mesh, memory),
         folder=folder,
         teacher=teacher,
+        start=start,
     )
 
 
@@ -204,7 +212,9 @@ def _check_model_fits(
     mesh: Mesh | None,
 ) -> None:
     base, lora = init_shapes(model.base, adapters)
-    ql.io.peft_config(base, lora, model.names)  # raises if PEFT does not support them
+    if not adapters.merge_aware:
+        # Raises if PEFT does not support the adapters.
+        ql.io.peft_config(base, lora, model.names)
     if packing is not None:
         base, _ = init_shapes(model.base, packing)
     # Raises if the mesh cannot split the weights.

@@ -35,7 +35,7 @@ class TrainResult:
 
     Attributes:
         out: The run's folder.
-        adapter: The folder of the adapter, in PEFT's format.
+        adapter: The folder of the adapter, in PEFT's format unless it is merge-aware.
         steps: The number of steps.
         skipped: The number of steps whose update was skipped.
         loss: The mean loss of the last 20 steps, in nats per token; for preferences,
@@ -155,6 +155,7 @@ def _write_results(
             "exact match before": result.exact_before,
             "exact match after": result.exact_after,
         },
+        is_merge_aware=config.adapter.merge_aware,
     )
     save_adapter(
         folder / "adapter",
@@ -209,7 +210,7 @@ class SweepResult:
             run failed.
         best: The name of the run with the lowest validation loss; None without
             validation rows.
-        adapter: The folder of the best run's adapter, in PEFT's format.
+        adapter: The folder of the best run's adapter.
 
     Example:
         >>> from qlora_jax.llm import app

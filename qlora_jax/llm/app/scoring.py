@@ -21,6 +21,7 @@ from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
 from .base_model import BaseModel, open_adapted, read_as_trained
 from .configs import ScoreConfig
+from .merge_aware import note_packing
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def score(config: ScoreConfig) -> Score | Scores:
         3
     """
     model, adapters, options = open_adapted(config)
+    note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
     score = make_scorer(model, str(config.data), config.batch_tokens, config.dtype)
     model = read_as_trained(model, options, config.dtype)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..models.sharding import MESH_AXES
 from ..train.objectives import find_objective
-from .configs import Fmt
+from .configs import Fmt, TargetFmt
 from .options import (
     COUNT,
     FRACTION,
@@ -93,7 +93,7 @@ class AdapterConfig(Config):
     Attributes:
         rank: Rank of the adapters.
         alpha: Adapters are scaled by `lora_alpha / lora_r`. By default, `lora_alpha` is
-            equal to `lora_r`.
+            equal to `lora_r`, or keeps the scaling of `adapter`.
         dropout: Dropout rate of the adapters' input.
         rank_stabilized: Whether to scale by `lora_alpha / sqrt(lora_r)` instead.
         use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
@@ -101,6 +101,12 @@ class AdapterConfig(Config):
             or q_proj,v_proj, or a regular expression for full names, as in PEFT.
         trainable: Regular expression for paths of float weights to train in full, such
             as layers/.*norm/scale.
+        merge_aware: Whether to train the adapters as parts of the 4-bit weights of one
+            file, which `export` writes. They cannot be used beside a base.
+        target_fmt: With `merge_aware`: number format of this file, in its usual blocks;
+            by default that of the base. Use a finer base than the file, such as int8 or
+            none, so that small changes are kept.
+        path: An adapter to start from, with the rank in `lora_r` and the same modules.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -123,6 +129,28 @@ class AdapterConfig(Config):
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
     trainable: str | None = None
+    merge_aware: bool = False
+    target_fmt: TargetFmt | None = None
+    path: str | None = option(None, name="adapter")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target_fmt is not None and not self.merge_aware:
+            raise ValueError(
+                "`merge_aware` must be set with `target_fmt`. Got false, and "
+                f"{self.target_fmt!r}."
+            )
+        if self.merge_aware and (self.dropout or self.use_dora):
+            raise ValueError(
+                "`merge_aware` must be false with `lora_dropout`, which the packed "
+                "weights could not have, and with `use_dora`. Got true, "
+                f"lora_dropout={self.dropout} and use_dora={self.use_dora}."
+            )
+        if self.path is not None and self.use_dora:
+            raise ValueError(
+                "`use_dora` must be false with `adapter`, because training can only "
+                f"start from a plain LoRA. Got true, and {self.path!r}."
+            )
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from .run_folder import (
     write_run_config,
 )
 from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
+from .starting import start_from
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -313,15 +314,16 @@ class Trainer:
 def _init_adapters(run: Run, base: PyTree, key: jax.Array) -> PyTree:
     key = jax.random.fold_in(key, 0)  # differs from the keys of dropout
 
-    def init_adapters(base: PyTree) -> PyTree:
-        return ql.init(key, base, run.adapters)[1]
+    def init_adapters(base: PyTree, start: PyTree | None) -> PyTree:
+        lora = ql.init(key, base, run.adapters)[1]
+        return lora if start is None else start_from(lora, start)
 
     if run.mesh is None:
-        return init_adapters(base)
+        return init_adapters(base, run.start)
     # Compiled with the final shardings, so that each device computes only its part.
-    _, placed = run.place(base, jax.eval_shape(init_adapters, base))
+    _, placed = run.place(base, jax.eval_shape(init_adapters, base, run.start))
     shardings = jax.tree.map(lambda x: x.sharding, placed)
-    return jax.jit(init_adapters, out_shardings=shardings)(base)
+    return jax.jit(init_adapters, out_shardings=shardings)(base, run.start)
 
 
 def _fit(

@@ -2,9 +2,10 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import PyTree
 
@@ -13,18 +14,29 @@ import qlora_jax as ql
 from ..data.chat_tokenizer import open_tokenizer
 from ..models.folder import has_vision
 from .base_model import (
+    LAYERS,
     BaseModel,
     LoadOptions,
     open_config,
+    open_model,
+    read_as_trained,
     runs_of,
     training_load_options,
 )
 from .configs import GGUF_4_BITS, PACKING_OPTIONS, AdapterFormat, ExportConfig
+from .merge_aware import (
+    check_holds,
+    complete_export,
+    describe,
+    note_packing,
+    pack_as_trained,
+    packing_of,
+)
 from .pairs import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for
 from .processes import log
 from .pushing import check_base, push
-from .repacking import Repacked, repack
-from .scoring import make_scorer
+from .repacking import FileLosses, Repacked, repack
+from .scoring import Score, make_scorer
 from .servers import FMTS, SERVERS
 
 
@@ -36,7 +48,8 @@ class Written:
         out: The folder or file.
         format: Its format.
         bytes: Its size in bytes.
-        cost: What packing changed, if an adapter was merged into 4 bits.
+        cost: What packing changed, if an adapter was merged into 4 bits afterwards.
+        losses: The losses of the adapter and of the file, if there are data.
         pair: For a server: what was written, and whether it is exact.
 
     Example:
@@ -49,13 +62,14 @@ class Written:
     format: str
     bytes: int
     cost: Repacked | None = None
+    losses: FileLosses | None = None
     pair: Pair | None = None
 
     def __str__(self):
         written = f"{self.out}: {self.format}, {self.bytes:,} bytes"
         if self.pair is not None:
-            return f"{written}; {self.pair}"
-        return f"{written}\n{self.cost}" if self.cost else written
+            written = f"{written}; {self.pair}"
+        return "\n".join([written, *(str(x) for x in (self.cost, self.losses) if x)])
 
 
 def export(config: ExportConfig) -> Written:
@@ -65,7 +79,9 @@ def export(config: ExportConfig) -> Written:
     in 4 bits, it is added to their decoded values. Weights are merged and written one
     at a time. With a 4-bit format, the adapter is added to the weights in the model's
     files instead, and the sum is packed. The base, the sum and the packed sum are then
-    all in memory.
+    all in memory. A merge-aware adapter is always added to the weights that training
+    used, and the sum is packed as in training. With `data`, the written file is read
+    again, and its loss is compared with that of the adapter.
 
     Args:
         config: The model, the adapter and the format.
@@ -91,9 +107,11 @@ def export(config: ExportConfig) -> Written:
     """
     if config.push_to_hub is None:
         return _export(config)
-    if config.format in get_args(AdapterFormat):
+    is_adapter = config.format in (None, *get_args(AdapterFormat))
+    if is_adapter and config.server is None:
         for run in runs_of(config.adapter, config.run):
-            check_base(run.model.path, config.model)
+            if not run.adapter.merge_aware:  # which is not exported as an adapter
+                check_base(run.model.path, config.model)
     # Without a path, `push` uploads nothing. If the repository cannot be written, it
     # fails here, before the export.
     push(config.push_to_hub)
@@ -105,29 +123,53 @@ def export(config: ExportConfig) -> Written:
 def _export(config: ExportConfig) -> Written:
     if config.server is not None:
         return _export_for_server(config)
-    form = str(config.format)
-    if form.startswith("gguf") and pathlib.Path(str(config.out)).exists():
-        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, step = open_config(config)
-    out = config.out or f"{config.run}/adapter-{step}"
-    options: LoadOptions = {}
-    if form in ("merged", "gguf") and config.gguf_type not in GGUF_4_BITS:
-        options = training_load_options(config, model)
-    elif form in FMTS or form == "gguf":
-        # The packing options describe the result here, not the base of training.
-        unset = dict.fromkeys(PACKING_OPTIONS)
-        trained = training_load_options(dataclasses.replace(config, **unset), model)
+    config = complete_export(config, model.lora, step)
+    form, path = str(config.format), pathlib.Path(str(config.out))
+    if form.startswith("gguf") and path.exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    if form == "gguf" and config.data is not None and path.suffix != ".gguf":
+        raise ValueError(
+            "`out` must end in .gguf with `data`, so that the file can be read again. "
+            f"Got {config.out!r}."
+        )
+    if form in get_args(AdapterFormat):
+        _WRITERS[form](_Writer(config, model, {}, path))
+        return Written(str(config.out), form, _count_bytes(path))
+    is_packed = form in FMTS or config.gguf_type in GGUF_4_BITS
+    # If the result is packed, the packing options describe it, and not the base.
+    unset = dict.fromkeys(PACKING_OPTIONS) if is_packed else {}
+    trained = training_load_options(dataclasses.replace(config, **unset), model)
+    options, is_merge_aware = trained, packing_of(model.lora) is not None
+    note_packing(model.lora)
+    if is_packed and not is_merge_aware:
         # The adapter is merged into the weights of the files, not into the weights that
         # training packed. Those already have values of a 4-bit format, so packing the
         # sum of such a weight and a small change would give the old value again.
+        options = {}
         if trained:
             log(
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
                 f"merged into the weights of {model.name}, and the sum is packed"
             )
-    path = pathlib.Path(out)
-    cost = _WRITERS[form](_Writer(config, model, options, path))
-    return Written(out, form, _count_bytes(path), cost)
+    score = None if config.data is None else make_scorer(model, config.data)
+    # The model is read and scored before the file is written, and the file afterwards,
+    # so that only one of them is in memory.
+    beside = None if score is None else _score_model(score, model, trained)
+    cost, losses = _WRITERS[form](_Writer(config, model, options, path)), None
+    if score is not None and beside is not None:
+        losses = FileLosses(beside, _score_model(score, open_model(str(path)), {}))
+    return Written(str(config.out), form, _count_bytes(path), cost, losses)
+
+
+def _score_model(
+    score: Callable[[PyTree, PyTree], Score], model: BaseModel, options: LoadOptions
+) -> float:
+    """Returns the loss of a model, which is in memory only during this call."""
+    # 4-bit weights in a format that this package lacks are decoded exactly.
+    model = dataclasses.replace(model, recode=True)
+    model = read_as_trained(model, options, "float32")
+    return score(model.base, model.lora).loss
 
 
 def _count_bytes(path: pathlib.Path) -> int:
@@ -186,7 +228,7 @@ def _export_for_server(config: ExportConfig) -> Written:
             source=model.name,
             pair=str(pair),
         )
-    return Written(str(out), f"for {server.name}", _count_bytes(out), None, pair)
+    return Written(str(out), f"for {server.name}", _count_bytes(out), pair=pair)
 
 
 @dataclass(frozen=True)
@@ -250,12 +292,16 @@ class _Writer:
         # Tensors are copied from file to file unless their values or names change.
         model, names = self.model, self.model.exported_names
         is_changed = self.options or has_vision(model.config) or model.replaces_weights
+        is_changed = is_changed or packing_of(model.lora) is not None
         is_copied = model.path.is_dir() and not is_changed
         model = model.with_adapter() if is_copied else model.read(**self.options)
-        weights = model.path if is_copied else model.base
-        dtype = self.config.dtype
+        weights, lora, dtype = model.path, model.lora, self.config.dtype
+        if not is_copied:
+            weights, lora = pack_as_trained(model.base, lora)
+            if not lora and model.lora and dtype is not None:
+                check_holds(dtype, weights)
         with model.files.open_description() as folder:
-            ql.io.save_merged(self.out, weights, model.lora, names, folder, dtype=dtype)
+            ql.io.save_merged(self.out, weights, lora, names, folder, dtype=dtype)
 
     def write_packed(self) -> Repacked | None:
         """Writes a folder in one of the formats of `FMTS`."""
@@ -299,16 +345,33 @@ class _Writer:
         self, fmt: str, block_size: int | None, double_quant: bool | None
     ) -> tuple[PyTree, Repacked | None]:
         """Returns the base in 4 bits, and the cost of merging an adapter, if any."""
-        model, data = self.model, self.config.data
+        model = self.model
+        if (trained_for := packing_of(model.lora)) is not None:
+            model = model.read(**self.options)
+            base, _ = pack_as_trained(model.base, model.lora)
+            _check_layers(base, trained_for)
+            return base, None
         if model.adapter is None and not model.lora:
             packing = model.packing(fmt, block_size, double_quant)
             return model.read(**(self.options or {"packing": packing})).base, None
-        score = make_scorer(model, data) if data else None
         # 4-bit weights in a format that this package lacks are decoded exactly.
         model = dataclasses.replace(model, recode=True)
         packing = model.packing(fmt, block_size, double_quant)
         assert packing is not None  # `recode` always packs
-        return repack(model.read(), packing, score)
+        return repack(model.read(), packing)
+
+
+def _check_layers(base: PyTree, packing: Any) -> None:
+    """Raises ValueError if packing would still round layers, which have no adapter."""
+    leaves = ql.leaves_by_path(base).items()
+    layers = {path: leaf for path, leaf in leaves if re.fullmatch(LAYERS, path)}
+    others = [x for x in layers if getattr(layers[x], "packing", None) != packing]
+    if others:
+        raise ValueError(
+            "a merge-aware adapter must have all layers that are not yet in "
+            f"{describe(packing)}, so that no layer is rounded after training. Got "
+            f"none for {', '.join(others)}. Use the format merged."
+        )
 
 
 _WRITERS: dict[str, Callable[[_Writer], Repacked | None]] = {

@@ -17,6 +17,8 @@ import qlora_jax as ql
 
 from .loop import Callback, Training
 
+NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
+
 
 class Metrics(Callback):
     """Writes `metrics.jsonl`, one line per step. Lines are never written in part.
@@ -262,7 +264,11 @@ def save_adapter(
     revision: str | None = None,
     card: str,
 ) -> None:
-    """Writes a PEFT adapter with its model card, and replaces an older one.
+    """Writes an adapter with its model card, and replaces an older one.
+
+    It is written in PEFT's format, unless it is merge-aware. PEFT would add such an
+    adapter to a base without packing the sum, so it is written as `qlora_jax.io.save`
+    does, to `adapter.safetensors`.
 
     Args:
         folder: The folder to write.
@@ -287,12 +293,18 @@ def save_adapter(
         >>> sorted(file.name for file in folder.iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    settings = ql.io.peft_config(
-        base, lora, names, base_model=base_model, revision=revision
-    )
+    settings, adapters = None, ql.leaves_by_path(lora).values()
+    if not any(isinstance(adapter, ql.MergeAware) for adapter in adapters):
+        settings = ql.io.peft_config(
+            base, lora, names, base_model=base_model, revision=revision
+        )
     # The folder appears with all of its files, or not at all.
     with ql.io.new_path(folder) as new_folder:
-        ql.io.save_peft(new_folder, base, lora, names, settings)
+        if settings is None:
+            new_folder.mkdir()
+            ql.io.save(new_folder / NATIVE_ADAPTER, lora)
+        else:
+            ql.io.save_peft(new_folder, base, lora, names, settings)
         (new_folder / "README.md").write_text(card, "utf-8")
 
 
@@ -303,6 +315,7 @@ def model_card(
     settings: Mapping[str, Any],
     data: Mapping[str, Any],
     results: Mapping[str, Any],
+    is_merge_aware: bool = False,
 ) -> str:
     """Returns the README.md of an adapter, with the header that the hub reads.
 
@@ -312,6 +325,7 @@ def model_card(
         settings: The settings of the run.
         data: Facts about the data.
         results: Losses and other results.
+        is_merge_aware: Whether the adapter is merge-aware, so that PEFT cannot load it.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -320,18 +334,26 @@ def model_card(
         >>> card.splitlines()[:3]
         ['---', 'base_model: "org/m"', 'library_name: peft']
     """
+    library, kind = "peft", "LoRA"
+    usage = "It loads with PEFT: `PeftModel.from_pretrained(model, folder)`."
+    if is_merge_aware:
+        library, kind = "qlora-jax", "merge-aware"
+        usage = (
+            "It was trained as a part of packed weights, so it cannot be used beside a "
+            "base. `qlora-jax export` writes the packed weights."
+        )
     lines = [
         "---",
         f"base_model: {json.dumps(base_model)}",
-        "library_name: peft",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags: [lora, qlora, qlora-jax]",
         "---",
         "",
         f"# {title}",
         "",
-        f"A LoRA adapter of `{base_model}`, trained with qlora_jax {ql.__version__}.",
-        "It loads with PEFT: `PeftModel.from_pretrained(model, folder)`.",
+        f"A {kind} adapter of `{base_model}`, trained with qlora_jax {ql.__version__}.",
+        usage,
     ]
     for heading, rows in (("Results", results), ("Data", data), ("Settings", settings)):
         lines += ["", f"## {heading}", "", "| | |", "|---|---|"]

@@ -312,27 +312,29 @@ def test_a_merge_into_4_bits_reports_its_cost(capsys, folder, adapter, rows, tmp
         "kept": (concat_kernels(packed) - concat_kernels(base))
         @ change
         / (change @ change),
-        "loss_before": run(capsys, *score, folder, *onto)[1]["loss"],
-        "loss_beside": run(capsys, *score, alone, *onto)[1]["loss"],
-        "loss_after": run(capsys, *score, out)[1]["loss"],
     }
     assert_close(
         {k: cost[k] for k in expected_cost},
         {k: float(x) for k, x in expected_cost.items()},
     )
+    expected_losses = {
+        "beside": run(capsys, *score, folder, *onto)[1]["loss"],
+        "file": run(capsys, *score, out)[1]["loss"],
+    }
+    assert_close(written["losses"], expected_losses)
 
     merge_options = (*onto, "--data", rows, "--block-size=32", "--out")
     for form in ("awq", "mxfp4"):
         arguments = ("--format", form, "--model", folder, *merge_options)
         arguments += (tmp_path / form,)
-        loss = run(capsys, "export", *arguments)[1]["cost"]["loss_after"]
+        loss = run(capsys, "export", *arguments)[1]["losses"]["file"]
         packed_loss = run(capsys, *score, tmp_path / form)[1]["loss"]
         assert_close(loss, packed_loss)
 
     file = tmp_path / "model.gguf"
     q4_0 = ("--format=gguf", "--gguf-type=Q4_0", "--tokenizer=false", "--out", file)
     status, written, _ = run(capsys, "export", "--model", folder, *onto, *q4_0)
-    assert status == 0 and written["cost"]["loss_after"] is None
+    assert status == 0 and written["losses"] is None
     stored = {x.name: x.data for x in gguf.GGUFReader(str(file)).tensors}
     expected_data = gguf.quantize(np.float32(merged[f"{DOWN}.weight"]), Q4_0)
     decoded = (
@@ -412,7 +414,7 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--step=1"], "`model` and `out` must be given if `run` is not"),
         (["export", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
-        (["export", *RUN, "--format=gguf", "--data=d"], "unless an adapter is merged"),
+        (["export", *RUN, "--format=mlx", "--data=d"], "unless an adapter is merged"),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out unless"),
         # MLX is a format and a server: only the server has a base.
         (

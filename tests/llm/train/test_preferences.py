@@ -4,6 +4,7 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import trees_of
@@ -49,12 +50,13 @@ def trees():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss_and_metrics(objective, lora, batch):
+def loss_and_metrics(objective, lora, batch, base=None):
     """Returns the mean loss on a batch, and the means of the metrics."""
     loss = train.find_objective(objective).loss(
         ql.linen.wrap(Decoder(CONFIG)), beta=0.5
     )
-    total, count, metrics = loss(lora, trees()[0], batch, None)
+    base = trees()[0] if base is None else base
+    total, count, metrics = loss(lora, base, batch, None)
     return total / count, {name: x / n for name, (x, n) in metrics.items()}
 
 
@@ -72,6 +74,37 @@ def test_packed_rows_have_the_loss_of_padded_rows():
     tokens = padded[0].num_trained / len(padded[0].ids)
     magnitude = float(tokens * np.log(CONFIG.vocab_size))
     assert_close(packed_loss, padded_loss, magnitude=magnitude)
+
+
+@pytest.mark.without_noise  # which would round other weights to another code
+def test_the_reference_of_merge_aware_adapters_is_their_plain_base():
+    # A batch of the chosen and the rejected answer to one prompt, and DPO's formula
+    # (Rafailov et al. 2023, equation 7). The policy has packed weights.
+    [batch] = data.eval_batches(pairs()[:1], batch_size=1, max_length=16)
+    params = Decoder(CONFIG).init(jax.random.key(0), batch.ids)["params"]
+    config = ql.QLoRAConfig(rank=2, fmt="int8", merge_aware=True, target_fmt="q4_0")
+    base, lora = ql.init(jax.random.key(1), params, config)
+    lora = jax.tree.map(lambda x: x + 0.01, lora)
+    model = ql.linen.wrap(Decoder(CONFIG))
+
+    def log_probs(params):
+        logits = model.apply({"params": params, "lora": {}}, jnp.asarray(batch.ids))
+        log_probs = jax.nn.log_softmax(np.float32(logits))
+        rows = zip(
+            np.asarray(log_probs), [pairs()[0], pairs()[0].rejected], strict=True
+        )
+        return [
+            sum(x[i - 1, row.ids[i]] for i in range(row.start, len(row.ids)))
+            for x, row in rows
+        ]
+
+    policy = log_probs(ql.merge(base, lora, requantize=True))
+    chosen, rejected = np.subtract(policy, log_probs(base))
+    loss, _ = loss_and_metrics("dpo", lora, batch, base)
+    margin = 0.5 * (chosen - rejected)
+    magnitude = float(np.max(np.abs(policy)))
+    assert_close(loss, np.log1p(np.exp(-margin)), magnitude=magnitude)
+    assert abs(margin) > 100 * np.finfo(np.float32).eps * magnitude
 
 
 def test_metrics_without_values_are_nan_without_a_warning():

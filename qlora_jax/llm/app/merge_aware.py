@@ -1,0 +1,173 @@
+"""Merge-aware adapters: the format of their weights, and the files that can hold it.
+
+A merge-aware adapter was trained as a part of packed weights. Only these weights are of
+use, so they are computed before a model is scored, is run or is exported.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+import qlora_jax as ql
+
+from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig, TargetFmt
+from .processes import log
+from .servers import FMTS
+from .train_groups import AdapterConfig
+
+# The format of `export` that holds packed weights, by their number format.
+_FORMATS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "q4_0": "gguf"}
+_FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4"}
+GGUF_BLOCK_SIZE = 32  # of Q4_0
+
+
+def target_settings(
+    config: AdapterConfig, base_packings: set[Any], unadapted: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the settings of `QLoRAConfig` that make adapters merge-aware.
+
+    `base_packings` are the packings of the base, of which there are none if it is in
+    float. Without `target_fmt`, the base must have one packing, which a file can hold.
+    `unadapted` are the paths of the linear layers without an adapter.
+    """
+    if (fmt := config.target_fmt) is not None:
+        # The file has all layers in this format, and must have the values of training.
+        if unadapted and base_packings != {ql.QLoRAConfig(fmt=fmt).packing}:
+            raise ValueError(
+                "`target_modules` must be all linear layers with `target_fmt`, unless "
+                "the base has this format. Otherwise, packing would round the other "
+                f"layers after training. Got {config.target_modules}, without "
+                f"{', '.join(unadapted)}."
+            )
+        return {"merge_aware": True, "target_fmt": fmt}
+    fmts = get_args(TargetFmt)
+    if len(base_packings) != 1 or (packing := [*base_packings][0]).fmt not in fmts:
+        names = sorted({packing.fmt for packing in base_packings})
+        described = " and ".join(names) or "float"
+        raise ValueError(
+            "`target_fmt` must be given with `merge_aware` unless the base has one "
+            f"packing, in {', '.join(fmts)}. Got a base in {described}."
+        )
+    settings = {name: getattr(packing, name) for name in PACKING_OPTIONS}
+    return {"merge_aware": True, **settings}
+
+
+def packing_of(lora: PyTree) -> Any:
+    """Returns the `Packing` that adapters were trained for; None for other adapters."""
+    adapters = ql.leaves_by_path(lora).values()
+    packings = {x.packing for x in adapters if isinstance(x, ql.MergeAware)}
+    if len(packings) > 1:
+        described = " and ".join(sorted(map(describe, packings)))
+        raise ValueError(
+            "merge-aware adapters must be trained for one format, so that one file can "
+            f"hold them. Got {described}."
+        )
+    return next(iter(packings), None)
+
+
+def describe(packing: Any) -> str:
+    """Returns a packing in words, such as "nf4 in blocks of 64"."""
+    double = ", with quantized scales" * packing.double_quant
+    return f"{packing.fmt} in blocks of {packing.block_size}{double}"
+
+
+def pack_as_trained(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns the packed weights that merge-aware adapters were trained as, and {}.
+
+    They are computed once here, whereas the adapters would compute them at each step.
+    Returns other adapters unchanged, beside their base.
+    """
+    if packing_of(lora) is None:
+        return base, lora
+    return ql.merge(base, lora, requantize=True), {}
+
+
+def note_packing(lora: PyTree) -> None:
+    """Prints a note on stderr if adapters are merged and packed, as in training."""
+    if (packing := packing_of(lora)) is not None:
+        log(f"note: the adapter is merged and packed in {describe(packing)}")
+
+
+def complete_export(
+    config: ExportConfig, lora: PyTree, step: int | None
+) -> ExportConfig:
+    """Returns the config of an export with the defaults that the adapter decides.
+
+    Raises ValueError if a merge-aware adapter would be written in another format than
+    the one that it was trained for.
+    """
+    packing = packing_of(lora)
+    form, gguf_type, out = config.format or "peft", config.gguf_type, config.out
+    if packing is not None:
+        form = config.format or _find_default_format(packing)
+        if form == "gguf":
+            gguf_type = gguf_type or "Q4_0"
+    if out is None:
+        name = "adapter" if form == "peft" else "model"
+        out = f"{config.run}/{name}-{step}{'.gguf' * (form == 'gguf')}"
+    config = dataclasses.replace(config, format=form, gguf_type=gguf_type, out=out)
+    if packing is not None:
+        _check_format(config, packing)
+    return config
+
+
+def _find_default_format(packing: Any) -> Any:
+    if packing.fmt not in _FORMATS:
+        raise ValueError(
+            "`format` must be given for a merge-aware adapter that was trained for "
+            f"{packing.fmt}, because no format of `export` holds it. Got none. Use "
+            "merged, which holds the decoded values."
+        )
+    return _FORMATS[packing.fmt]
+
+
+def _check_format(config: ExportConfig, packing: Any) -> None:
+    form, trained_for = config.format, describe(packing)
+    if form in get_args(AdapterFormat):
+        raise ValueError(
+            "`format` must be that of a model for a merge-aware adapter. Beside its "
+            "base, the adapter would compute something else than in training, because "
+            f"it was trained for weights that are merged and packed in {trained_for}. "
+            f"Got {form}. Leave `format` out to write these weights."
+        )
+    if form == "merged":
+        return  # has the decoded values; see `_Writer.write_merged`
+    if form == "gguf":
+        is_held = config.gguf_type == "Q4_0" and is_q4_0(packing)
+    else:
+        is_held = packing.fmt in FMTS[str(form)]
+    # Here, these options describe the result.
+    settings = {name: getattr(config, name) for name in PACKING_OPTIONS}
+    is_held &= all(
+        value in (None, getattr(packing, name)) for name, value in settings.items()
+    )
+    if not is_held:
+        requested = {"gguf_type": config.gguf_type, **settings}
+        options = [f", {k}={x}" for k, x in requested.items() if x is not None]
+        raise ValueError(
+            f"`format` and its options must hold {trained_for}, the format that the "
+            "merge-aware adapter was trained for, because packing its weights in "
+            "another format would round them again. Got "
+            f"{form}{''.join(options)}. Leave `format` out, or use merged, which holds "
+            "the decoded values."
+        )
+
+
+def check_holds(dtype: str, packed: PyTree) -> None:
+    """Raises ValueError unless a dtype holds decoded weights without rounding them."""
+    leaves = filter(ql.is_packed, ql.leaves_by_path(packed).values())
+    dtypes = sorted({leaf.dtype.name for leaf in leaves})
+    if any(jnp.promote_types(dtype, x) != dtype for x in dtypes):
+        raise ValueError(
+            "`dtype` must hold the decoded weights of a merge-aware adapter without "
+            f"rounding them. Got {dtype} for {' and '.join(dtypes)}."
+        )
+
+
+def is_q4_0(packing: Any) -> bool:
+    """Returns whether GGUF's type Q4_0 has the codes and scales of a packing."""
+    is_int4 = packing.fmt in FMTS["compressed-tensors"]
+    return is_int4 and packing.block_size == GGUF_BLOCK_SIZE

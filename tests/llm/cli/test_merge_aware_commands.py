@@ -1,0 +1,276 @@
+"""Merge-aware adapters: `train`, and the commands that use its runs."""
+
+import functools
+import json
+import re
+import shutil
+from typing import get_args
+
+import pytest
+from commands import rows_of, settings, write_letters
+from commands import run as run_command
+from helpers import refusal
+from tolerances import rounding
+
+import qlora_jax as ql
+from qlora_jax.llm import app
+from qlora_jax.llm.app.configs import TargetFmt
+from qlora_jax.llm.app.servers import FMTS
+from qlora_jax.llm.models.tiny import save_tiny
+
+# The loss of a run is compared with the loss of `score`, which renders the rows.
+OPTIONS = dict(chat=True, max_length=64, eval_examples=0, target_modules="all-linear")
+OPTIONS |= dict(steps=4, learning_rate=5e-2)
+FORMS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int4_f16": "compressed-tensors"}
+FORMS |= {"mxfp4": "mxfp4", "q4_0": "gguf"}
+
+
+def run(capsys, *arguments):
+    """Runs a command with `--json`; returns its status, its JSON and its stderr."""
+    status, out, err = run_command(capsys, *arguments, "--json")
+    return status, json.loads(out) if out else None, err
+
+
+# With noise, other weights would be rounded to another code.
+without_noise = pytest.mark.without_noise
+
+
+def is_near(loss, expected):
+    return abs(loss / expected - 1) < rounding(128)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A float model whose sizes are multiples of all blocks, and data."""
+    folder = tmp_path_factory.mktemp("merge_aware")
+    sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=4)
+    save_tiny(folder / "base", **sizes)
+    return write_letters(folder)
+
+
+def train(folder, out, **options):
+    return app.train(settings(folder / "base", folder, out, **OPTIONS | options))
+
+
+@pytest.fixture(scope="module")
+def aware(folder):
+    """A merge-aware run for nf4, on a float base."""
+    train(folder, folder / "aware", fmt="none", merge_aware=True, target_fmt="nf4")
+    return folder / "aware"
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """An ordinary run on the same base."""
+    train(folder, folder / "plain", fmt="none", lora_alpha=8)
+    return folder / "plain"
+
+
+def test_the_formats_to_train_for_are_those_of_files():
+    # NVFP4 needs one factor for kernels that servers fuse.
+    assert {*FORMS} == {x for fmts in FMTS.values() for x in fmts} - {"nvfp4"}
+    assert {*FORMS} == {*get_args(TargetFmt)}
+
+
+@without_noise
+def test_the_file_has_the_loss_of_training(folder, aware, capsys):
+    data = folder / "valid.jsonl"
+    status, written, err = run(capsys, "export", "--run", aware, "--data", data)
+    assert status == 0 and "merged and packed in nf4 in blocks of 64" in err
+    assert written["format"] == "bitsandbytes" and written["cost"] is None
+    assert written["out"] == str(aware / "model-4")
+    trained = rows_of(aware)[-1]["valid_loss"]
+    assert trained < rows_of(aware)[0]["valid_loss"] - 0.1  # it learnt something
+    assert is_near(written["losses"]["file"], trained)
+    assert is_near(written["losses"]["beside"], trained)
+    # So has the adapter in the folder of its run, and a float model of these values.
+    source = ["--model", folder / "base", "--adapter", aware / "adapter"]
+    scored = run(capsys, "score", *source, "--data", data)[1]
+    assert is_near(scored["loss"], trained)
+    merged = ["--format=merged", "--out", aware / "merged", "--data", data]
+    losses = run(capsys, "export", *source, *merged)[1]["losses"]
+    assert is_near(losses["file"], trained)
+
+
+@without_noise
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fmt, target",
+    [("nf4", "q4_0"), ("int8", "fp4"), ("none", "mxfp4")]
+    + [("int8", "int4_f16"), ("fp4", None)],
+)
+def test_each_file_has_the_loss_of_training(folder, tmp_path, capsys, fmt, target):
+    options = dict(fmt=fmt, merge_aware=True, target_fmt=target)
+    trained = train(folder, tmp_path / "run", **options).valid_loss
+    data = folder / "valid.jsonl"
+    command = ["export", "--run", tmp_path / "run", "--data", data]
+    written = run(capsys, *command)[1]
+    assert written["format"] == FORMS[target or fmt]
+    assert is_near(written["losses"]["file"], trained)
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_merge_aware_adapters(folder):
+    options = dict(fmt="none", merge_aware=True, target_fmt="nf4")
+    options |= dict(learning_rate=[1e-2, OPTIONS["learning_rate"]])
+    runs = train(folder, folder / "sweep", **options).runs
+    assert len({result.valid_loss for result in runs.values()}) == 2
+    for name, result in runs.items():
+        config = app.ScoreConfig(
+            run=str(folder / "sweep" / name), data=str(folder / "valid.jsonl")
+        )
+        assert is_near(app.score(config).loss, result.valid_loss)
+    assert (folder / "sweep" / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_other_programs_cannot_take_it_for_a_lora(aware, capsys):
+    names = {path.name for path in (aware / "adapter").iterdir()}
+    assert names == {"README.md", "adapter.safetensors"}  # no adapter_config.json
+    card = (aware / "adapter" / "README.md").read_text()
+    assert "library_name: qlora-jax" in card and "loads with PEFT" not in card
+    for path in (aware, aware / "adapter"):
+        leaves = run(capsys, "inspect", path)[1]["leaves"]
+        formats = {leaf["format"] for leaf in leaves}
+        assert formats == {"merge-aware float32 for nf4 block 64 double"}
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--format=peft"], "Beside its base, the adapter would compute something"),
+        (["--format=gguf-lora"], "Got gguf-lora. Leave `format` out"),
+        (["--format=mxfp4"], "would round them again. Got mxfp4."),
+        (["--format=bitsandbytes", "--fmt=fp4"], "Got bitsandbytes, fmt=fp4."),
+        (["--format=bitsandbytes", "--double-quant=false"], "double_quant=False."),
+        (["--format=gguf"], "must hold nf4 in blocks of 64, with quantized scales"),
+        (["--format=gguf", "--gguf-type=F16"], "Got gguf, gguf_type=F16."),
+        (["--format=merged", "--dtype=float16"], "Got float16 for float32."),
+        (["--for=llama.cpp"], "it does not support nf4 in blocks of 64"),
+    ],
+)
+def test_no_other_format_is_written(aware, tmp_path, capsys, options, reason):
+    command = ["export", "--run", aware, "--out", tmp_path / "out", *options]
+    status, _, err = run(capsys, *command)
+    assert status == 1 and reason in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_without_an_adapter_are_not_rounded(folder, aware, capsys):
+    # With the library, one can also train an adapter of some layers of a float model.
+    lora = ql.io.restore(aware / "adapter" / "adapter.safetensors").tree
+    ql.io.save(folder / "some.safetensors", {"layers": {"mlp": lora["layers"]["mlp"]}})
+    source = ["--model", folder / "base", "--adapter", folder / "some.safetensors"]
+    command = ["export", *source, "--out", folder / "some"]
+    status, _, err = run(capsys, *command)
+    assert status == 1 and "Got none for layers/self_attn/k_proj/kernel, " in err
+
+
+def test_servers_get_one_model(aware, tmp_path, capsys):
+    status, table, _ = run(capsys, "pairs", "--run", aware)
+    forms = {x["server"]: (x["base"], x["exact"]) for x in table["servers"]}
+    assert status == 0 and forms == {
+        "vllm": ("bitsandbytes", True),
+        "sglang": ("bitsandbytes", True),
+        "transformers": ("bitsandbytes", True),
+        "mlx": ("merged", True),
+        "llama.cpp": ("none", False),
+        "ollama": ("none", False),
+    }
+    out = tmp_path / "served"
+    assert run(capsys, "export", "--run", aware, "--for=vllm", "--out", out)[0] == 0
+    assert {x.name for x in out.iterdir()} == {"README.md", "model"}
+    assert "vllm serve ./model\n" in (out / "README.md").read_text()
+
+
+def test_it_answers_as_its_file(aware, capsys):
+    out = aware / "answering"
+    assert run(capsys, "export", "--run", aware, "--out", out)[0] == 0
+    command = ["generate", "--prompt=ab=", "--max-new-tokens=4"]
+    by_run, by_file = (
+        run(capsys, *command, *source)[1]["answers"][0]["text"]
+        for source in (["--run", aware], ["--model", out])
+    )
+    assert by_run == by_file
+
+
+def test_several_adapters_are_refused(folder, aware, plain, capsys):
+    adapters = f"{plain / 'adapter'},{aware / 'adapter'}"
+    source = ["--model", folder / "base", "--adapter", adapters]
+    status, _, err = run(capsys, "score", "--data", folder / "valid.jsonl", *source)
+    assert status == 1 and "`adapter` must be a single one if it is merge-aware" in err
+
+
+@without_noise
+def test_an_ordinary_adapter_starts_a_merge_aware_one(folder, plain, capsys):
+    # The first loss is that of the ordinary adapter, merged and packed.
+    start = dict(adapter=str(plain / "adapter"), fmt="none")
+    train(
+        folder, folder / "started", merge_aware=True, target_fmt="nf4", steps=2, **start
+    )
+    data, out = folder / "valid.jsonl", folder / "packed"
+    command = ["export", "--run", plain, "--format=bitsandbytes", "--out", out]
+    losses = run(capsys, *command, "--data", data)[1]["losses"]
+    before = rows_of(folder / "started")[0]["valid_loss"]
+    assert is_near(before, losses["file"])
+    assert is_near(losses["beside"], rows_of(plain)[-1]["valid_loss"])
+    assert not is_near(losses["file"], losses["beside"])
+    # The scaling is that of the adapter.
+    assert "lora_alpha: 8.0\n" in (folder / "started" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(lora_r=8), "has rank 4 instead of 8"),
+        (dict(lora_alpha=4.0), "`lora_alpha` must be 8 or left out"),
+        (dict(target_modules="q_proj", fmt="nf4"), "mlp/up_proj/kernel is not trained"),
+        (dict(adapter="nowhere"), "`adapter` must be a path or a hub id"),
+    ],
+)
+def test_other_adapters_cannot_start_one(folder, plain, tmp_path, options, reason):
+    start = dict(adapter=str(plain / "adapter"), fmt="none", merge_aware=True)
+    start |= dict(target_fmt="nf4")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(reason)):
+        train(folder, tmp_path / "out", **start | options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_aware_adapter_starts_no_ordinary_one(folder, aware, tmp_path):
+    options = dict(adapter=str(aware / "adapter"), fmt="none")
+    start = functools.partial(train, folder, tmp_path / "out", **options)
+    refusal(start, "has another kind, merge-aware")
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(target_fmt="nf4"), "`merge_aware` must be set with `target_fmt`"),
+        (dict(merge_aware=True, lora_dropout=0.1), "`merge_aware` must be false with"),
+        (dict(merge_aware=True, use_dora=True), "and use_dora=True"),
+        (dict(adapter="a", use_dora=True), "`use_dora` must be false with `adapter`"),
+        (dict(merge_aware=True, target_fmt="int8"), "`target_fmt` must be nf4, fp4,"),
+        (dict(merge_aware=True, fmt="none"), "Got a base in float."),
+        (dict(merge_aware=True, fmt="int8"), "Got a base in int8."),
+        (dict(merge_aware=True, fmt="nvfp4"), "Got a base in nvfp4."),
+        (
+            dict(merge_aware=True, target_fmt="q4_0", target_modules="q_proj"),
+            "`target_modules` must be all linear layers with `target_fmt`",
+        ),
+        (
+            dict(merge_aware=True, target_fmt="q4_0", trainable=".*/up_proj/kernel"),
+            "without layers/mlp/up_proj/kernel.",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused_before_training(folder, tmp_path, options, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        train(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_keeps_its_target(folder, aware, tmp_path):
+    copy = shutil.copytree(aware, tmp_path / "copy")
+    options = dict(fmt="none", merge_aware=True, target_fmt="fp4", resume=True)
+    resume = functools.partial(train, folder, copy, **options)
+    words = "`resume` must be used with the settings of the run", "'nf4'", "'fp4'"
+    refusal(resume, *words)
