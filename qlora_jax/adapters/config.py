@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from jax.typing import DTypeLike
 
-from ..quant.formats import Packing, check_dtype
+from ..quant.formats import FORMATS, Packing, check_dtype
 from ..quant.geometry import Contract, check_contract
 
 Pattern = str | re.Pattern
@@ -184,6 +184,11 @@ class QLoRAConfig:
             )
         if not self.merge_aware:
             return
+        if self.target_fmt is not None and self.target_fmt not in FORMATS:
+            raise ValueError(
+                f"`target_fmt` must be one of {sorted(FORMATS)}. Got "
+                f"{self.target_fmt!r}."
+            )
         if self.fmt is None and self.target_fmt is None:
             raise ValueError(
                 "`target_fmt` must be set with `merge_aware` where `fmt` is None, "

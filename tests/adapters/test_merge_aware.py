@@ -384,7 +384,7 @@ def test_kernels_that_do_not_fit_the_target_are_listed():
         ({"use_dora": True}, "use_dora=True"),
         ({"freeze_base": False}, "freeze_base=False"),
         ({"shared": ".*"}, "shared="),
-        ({"target_fmt": "nf5"}, "must be one of"),
+        ({"target_fmt": "q4_k"}, "`target_fmt` must be one of .*'q4_0'"),
         ({"target_fmt": "int4_f16"}, "multiple of 128"),
     ],
 )

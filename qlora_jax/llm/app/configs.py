@@ -25,6 +25,9 @@ BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp
 # `_TRAINED_BASES`, they describe how training packed the base.
 PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 _TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
+# Types of GGUF files for which an adapter is merged into the weights of the model's
+# files, and not into the base of training.
+GGUF_4_BITS = ("Q4_0", "Q4_K_M")
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
@@ -121,8 +124,9 @@ class ExportConfig(Config):
         double_quant: For bitsandbytes: whether to also quantize the scales; by default
             true.
         dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
-        gguf_type: For gguf: the type of the weights, by default F16. Q4_0 copies
-            weights in int4_f16 or q4_0 with blocks of 32, and packs float weights.
+        gguf_type: For gguf: the type of the file, by default F16. Q4_0 copies weights
+            in int4_f16 or q4_0 with blocks of 32, and packs float weights. Q4_K_M packs
+            all weights, in the mixture of Q4_K and Q6_K of llama.cpp.
         tokenizer: For gguf: whether to include the tokenizer.
         data: If an adapter is merged: rows on which to compare the loss of the adapter
             beside its base with that of the file, in any form that score supports.
@@ -147,7 +151,7 @@ class ExportConfig(Config):
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype | None = None
-    gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = None
+    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_K_M"] | None = None
     tokenizer: bool = True
     data: str | None = option(None, section="other")
     server: ServerName | None = option(None, name="for", aliases=("server",))
@@ -198,10 +202,11 @@ class ExportConfig(Config):
                     f"`{name}` must be left out unless the format is one of "
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
-        if self.gguf_type == "Q4_0" and self.fmt is not None:
+        packing = [name for name in PACKING_OPTIONS if name in options]
+        if self.gguf_type in GGUF_4_BITS and packing:
             raise ValueError(
-                "`fmt` must be left out with `gguf_type` Q4_0, which sets the number "
-                f"format. Got {self.fmt!r}."
+                f"`{packing[0]}` must be left out with `gguf_type` {self.gguf_type}, "
+                f"which sets the number format. Got {getattr(self, packing[0])!r}."
             )
         fmts = FMTS.get(target, get_args(Fmt))
         if self.fmt is not None and self.fmt not in fmts:

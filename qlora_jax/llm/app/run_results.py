@@ -46,8 +46,8 @@ class TrainResult:
         exact_after: The share of exact answers with the adapter.
         step_seconds: The median time of the steps that did not compile a program.
         tokens_per_s: Tokens per second in these steps.
-        bytes: Bytes of memory by name: of the base, the adapter and the optimizer's
-            state, and the peak of the device or the process.
+        bytes: Bytes of memory by name: of the base, the adapter, the optimizer's state
+            and the teacher, if there is one, and the peak of the device or the process.
         best_step: With `keep_best`, the step whose adapter is written.
         source: Where the weights of the model were found.
 
@@ -97,7 +97,11 @@ class TrainResult:
 
 
 def finish(
-    run: Run, base: PyTree, state: State, best: Mapping[str, float]
+    run: Run,
+    base: PyTree,
+    teacher: PyTree | None,
+    state: State,
+    best: Mapping[str, float],
 ) -> TrainResult:
     """Writes the results in process 0, and returns them in all processes.
 
@@ -106,17 +110,23 @@ def finish(
     """
     lora = gather(state.lora)  # on a mesh, all processes must call this
     if is_first():
-        _write_results(run, base, state._replace(lora=lora), best)
+        state = state._replace(lora=lora)
+        sizes = memory_of(base, state.lora, state.opt_state, teacher)
+        _write_results(run, base, sizes, state, best)
     broadcast_text()  # a barrier: the file is complete
     return TrainResult(**json.loads((run.folder / RESULT).read_text("utf-8")))
 
 
 def _write_results(
-    run: Run, base: PyTree, state: State, best: Mapping[str, float]
+    run: Run,
+    base: PyTree,
+    sizes: Mapping[str, int],
+    state: State,
+    best: Mapping[str, float],
 ) -> None:
     config, folder, data = run.config, run.folder, run.data
     rows = read_metrics(folder / METRICS)
-    result = _make_result(config.output.out, rows, base, state, best)
+    result = _make_result(config.output.out, rows, sizes, state, best)
     result = dataclasses.replace(result, source=run.model.source)
     name = pathlib.Path(config.model.path).name
     datasets = [pathlib.Path(path).name for path in find_weights(config.data.path)]
@@ -163,7 +173,7 @@ def _write_results(
 def _make_result(
     out: str,
     rows: list[dict[str, Any]],
-    base: PyTree,
+    sizes: Mapping[str, int],
     state: State,
     best: Mapping[str, float],
 ) -> TrainResult:
@@ -185,7 +195,7 @@ def _make_result(
         exact_after=last.get("exact_match"),
         step_seconds=float(np.median(seconds)),
         tokens_per_s=sum(row["tokens"] for row in timed) / sum(seconds),
-        bytes=memory_of(base, state.lora, state.opt_state),
+        bytes=sizes,
         best_step=last.get("best_step"),
     )
 

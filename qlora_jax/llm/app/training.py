@@ -133,7 +133,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
             config, runs, states, model.base, teacher, resume_after, log_rows
         )
         results = [
-            None if outcome is None else finish(run, model.base, *outcome)
+            None if outcome is None else finish(run, model.base, teacher, *outcome)
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
     result = finish_sweep(config, runs, results) if config.is_sweep else results[0]

@@ -23,7 +23,7 @@ from .base_model import (
     runs_of,
     training_load_options,
 )
-from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig
+from .configs import GGUF_4_BITS, PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
     check_holds,
     complete_export,
@@ -136,7 +136,7 @@ def _export(config: ExportConfig) -> Written:
     if form in get_args(AdapterFormat):
         _WRITERS[form](_Writer(config, model, {}, path))
         return Written(str(config.out), form, _count_bytes(path))
-    is_packed = form in FMTS or config.gguf_type == "Q4_0"
+    is_packed = form in FMTS or config.gguf_type in GGUF_4_BITS
     # If the result is packed, the packing options describe it, and not the base.
     unset = dict.fromkeys(PACKING_OPTIONS) if is_packed else {}
     trained = training_load_options(dataclasses.replace(config, **unset), model)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.source import ModelSource, open_source
 from .decoder_in import gguf_names, offset_of, permute, permuted_heads
+from .k_quants import K_QUANTS, pack_k_quant
+from .mixtures import q4_k_m_format
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
 from .values_out import factors_of, gguf_architecture, values_of
 
-FORMATS = ("F16", "Q8_0", "Q4_0")
+FORMATS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
 # Formats in which packed kernels are written with their codes and scales.
 _PACKED = ("Q4_0", "MXFP4")
@@ -56,15 +59,18 @@ def save_gguf(
     - "Q4_0": Only the kernels of layers are written in this format. Packed kernels keep
       their codes and scales, and float kernels are packed by llama.cpp's rule. Each
       remaining tensor is F16 if this represents its values exactly, and F32 if not.
+    - "Q4_K_M": Each tensor has the format that `llama-quantize` chooses: most matrices
+      are Q4_K, and the head and some matrices are Q6_K. A tensor whose number of inputs
+      is not a multiple of 256 is Q5_0 or Q8_0. The exception for mxfp4 holds here too.
 
     Args:
         path: The file.
         source: The folder or `.gguf` file that the model was loaded from, for the
             config, the context length and the tokenizer.
-        base: The parameters of the `Decoder`. With F16 and Q8_0, packed kernels other
-            than mxfp4 experts are decoded.
+        base: The parameters of the `Decoder`. Except with Q4_0, packed kernels other
+            than mxfp4 experts are decoded. Q4_K_M packs them again, with a warning.
         lora: Adapters to merge into the kernels; must be None or empty for Q4_0.
-        fmt: "F16", "Q8_0" or "Q4_0".
+        fmt: "F16", "Q8_0", "Q4_0" or "Q4_K_M".
         tokenizer: Whether to write the tokenizer too.
         progress: Whether to show a progress bar.
 
@@ -97,6 +103,8 @@ def save_gguf(
                 "be packed again."
             )
         leaves = _pack_q4_0(leaves)
+    elif fmt == "Q4_K_M":
+        _warn_about_packed(leaves, adapters)
     with _open_writer(path, architecture) as writer:
         # 2. The metadata, and the names and shapes of all tensors.
         _add_values(writer, config, model, fmt)
@@ -184,7 +192,7 @@ class _PlannedTensor(NamedTuple):
     columns: slice  # its columns in the leaf
     is_kernel: bool  # whether its last two axes are transposed
     shape: tuple[int, ...]
-    fmt: str  # "F32", "MXFP4" or one of `FORMATS`
+    fmt: str  # the name of its format in llama.cpp
 
 
 def _plan_tensors(
@@ -214,24 +222,46 @@ def _plan_tensors(
             for part, columns in parts.items():
                 name = gguf_name_of[hf_name].replace("_gate_", part)
                 location = name, hf_name, path, index, columns
-                tensors.append(_PlannedTensor(*location, is_kernel, shape, tensor_fmt))
+                stored_fmt = tensor_fmt
+                if tensor_fmt == "Q4_K_M":  # depends on the layer
+                    stored_fmt = q4_k_m_format(name, shape[-1], config, architecture)
+                tensors.append(_PlannedTensor(*location, is_kernel, shape, stored_fmt))
     return tensors
 
 
 def _choose_format(
     path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
 ) -> str:
-    is_packed = ql.is_packed(leaf)
-    if is_packed and not is_merged and "/experts/" in path:
-        if (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
-            return "MXFP4"
-    if fmt != "Q4_0":
-        return fmt if shape[-1] % BLOCK == 0 else "F16"
-    if is_packed:
+    if not is_merged and _is_mxfp4(path, leaf):
+        return "MXFP4"
+    if fmt == "Q8_0" and shape[-1] % BLOCK:
+        return "F16"
+    if fmt != "Q4_0" or ql.is_packed(leaf):
         return fmt
     x = np.asarray(leaf).astype(np.float32)
     with np.errstate(over="ignore"):
         return "F16" if np.array_equal(x.astype(np.float16), x) else "F32"
+
+
+def _is_mxfp4(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a stack of experts that can keep its codes and scales."""
+    is_expert = ql.is_packed(leaf) and "/experts/" in path
+    return is_expert and (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK)
+
+
+def _warn_about_packed(leaves: Leaves, adapters: Leaves) -> None:
+    """Warns if packed kernels are decoded and packed again."""
+    formats = {
+        x.fmt
+        for path, x in leaves.items()
+        if ql.is_packed(x) and (path in adapters or not _is_mxfp4(path, x))
+    }
+    if formats:
+        warnings.warn(
+            f"Q4_K_M packs kernels that are in {', '.join(sorted(formats))} again, so "
+            "they are rounded twice. If the float model exists, write that instead.",
+            stacklevel=3,
+        )
 
 
 def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
@@ -270,6 +300,8 @@ def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
     limit = {"F32": np.inf, "Q8_0": _MAX_F16 * 127}.get(fmt, _MAX_F16)
     if (largest := float(np.abs(x).max())) > limit:
         raise ValueError(f"{name} must fit {fmt}. Got a value of {largest}.")
+    if fmt in K_QUANTS:
+        return pack_k_quant(x, fmt)
     return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType[fmt])
 
 
@@ -294,7 +326,7 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
     return packed
 
 
-# Q4_0 and MXFP4 store blocks of 32 inputs: a scale, followed by 16 bytes of codes.
+# The reader of these blocks, qlora_jax/io/formats/gguf.py, describes their layout.
 def _block_bytes(
     q: ql.QTensor, index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
@@ -307,7 +339,6 @@ def _block_bytes(
     packed, scales = (x.swapaxes(-1, -2) for x in parts)
     codes = np.stack([packed >> 4, packed & 15], axis=-1)
     codes = codes.reshape(*scales.shape, 2, BLOCK // 2)
-    # A byte has code i of a block in its low half, and code i + 16 in its high half.
     halves = codes[..., 0, :] | codes[..., 1, :] << 4
     scales = np.ascontiguousarray(scales)[..., None].view(np.uint8)
     return np.concatenate([scales, halves], axis=-1).reshape(*packed.shape[:-1], -1)

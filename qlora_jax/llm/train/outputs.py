@@ -222,13 +222,16 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def memory_of(base: PyTree, lora: PyTree, opt_state: PyTree) -> dict[str, int]:
+def memory_of(
+    base: PyTree, lora: PyTree, opt_state: PyTree, teacher: PyTree | None = None
+) -> dict[str, int]:
     """Returns the bytes of each tree, and the peak memory of the device or process.
 
     Args:
         base: The base tree.
         lora: The lora tree.
         opt_state: The state of the optimizer.
+        teacher: The weights of a teacher, if there is one.
 
     Example:
         >>> import jax.numpy as jnp
@@ -237,6 +240,8 @@ def memory_of(base: PyTree, lora: PyTree, opt_state: PyTree) -> dict[str, int]:
         16
     """
     trees = {"base": base, "adapter": lora, "optimizer": opt_state}
+    if teacher is not None:
+        trees["teacher"] = teacher
     sizes = {
         name: sum(int(x.nbytes) for x in jax.tree.leaves(tree))
         for name, tree in trees.items()
