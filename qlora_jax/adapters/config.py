@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from ..quant.formats import Packing, check_dtype
 from ..quant.geometry import Contract, check_contract
+from ..quant.search import ScaleRule, check_scale_rule
 
 Pattern = str | re.Pattern
 
@@ -57,6 +58,8 @@ class QLoRAConfig:
         block_size: Weights along the contracted axes that share a scale, as in
             `quantize`.
         double_quant: Whether the scales are quantized too, as in `quantize`.
+        scales: How the scale of each block is chosen, "absmax" or "search", as in
+            `quantize`. Adapters with `merge_aware` are trained with the same choice.
         targets: Pattern, or several, of the kernels to quantize and adapt.
         exclude: Pattern, or several, of leaves that are not targets, even if `targets`
             matches them.
@@ -121,6 +124,7 @@ class QLoRAConfig:
     fmt: str | None = "nf4"
     block_size: int | None = None
     double_quant: bool | None = None
+    scales: ScaleRule = "absmax"
     targets: Pattern | Sequence[Pattern] = r"(.*/)?kernel"
     exclude: Pattern | Sequence[Pattern] = ()
     trainable: Pattern | Sequence[Pattern] = ()
@@ -168,10 +172,20 @@ class QLoRAConfig:
             raise ValueError(
                 "`use_dora` must be False where `shared` is set. Got True."
             )
+        self._check_scales()
         self._check_merge_aware()
         packing = Packing(self.fmt or "nf4", self.block_size, self.double_quant)
         set_field("block_size", packing.block_size)
         set_field("double_quant", packing.double_quant)
+
+    def _check_scales(self) -> None:
+        check_scale_rule(self.scales)
+        is_packed = self.fmt is not None and self.freeze_base
+        if self.scales != "absmax" and not is_packed and not self.merge_aware:
+            raise ValueError(
+                "`scales` must be 'absmax' where kernels stay in float, or are trained "
+                f"through their quantizer. Got {self.scales!r}."
+            )
 
     def _check_merge_aware(self) -> None:
         if self.target_fmt is not None and not self.merge_aware:

@@ -70,7 +70,7 @@ def _new_low_rank(
     if config.merge_aware:
         packing = _target_packing(kernel, config)
         packing.check_rows(k)
-        settings = scaling, 0.0, kernel.geometry, packing
+        settings = scaling, 0.0, kernel.geometry, packing, config.scales
         return MergeAware(a.astype(dtype), b, *settings)
     lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:

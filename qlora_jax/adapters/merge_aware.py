@@ -48,6 +48,7 @@ from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor, axes_of_array
 from ..quant.schemes import StoredScales
+from ..quant.search import ScaleRule
 from ..quant.views import take_rows
 from .base import ProductCall, register_adapter
 from .lora import (
@@ -77,6 +78,7 @@ class MergeAware(LowRank):
     Attributes:
         packing: The format in which the sum is packed, which may differ from that of
             the kernel.
+        scales: How the scales of the sum are chosen, as in `quantize`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -92,8 +94,9 @@ class MergeAware(LowRank):
     """
 
     packing: Packing
+    scales: ScaleRule = "absmax"
 
-    settings = (*SETTINGS, "packing")
+    settings = (*SETTINGS, "packing", "scales")
     label = "merge-aware"
     can_be_ragged = True
 
@@ -139,7 +142,10 @@ class MergeAware(LowRank):
             (scales,) = columns.map(lambda w: quantize_blocks(w, packing, ones)[1:])
             largest = (jnp.max(scales, axis=(-1, -2), initial=0.0),)
         codes, scales = columns.map(
-            lambda w, *largest: quantize_blocks(w, packing, *largest), *largest
+            lambda w, *largest: quantize_blocks(
+                w, packing, *largest, scales=self.scales
+            ),
+            *largest,
         )
 
         def encode(scales: Array, *largest: Array) -> StoredScales:
