@@ -6,7 +6,6 @@ steps of a scan, mapped axes, microbatches and the devices of a mesh.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ class InputMoments(Adapter):
     settings = ("geometry",)
     label = "input moments"
     can_be_ragged = True
-    dropout: ClassVar[float] = 0.0
+    dropout = 0.0
 
     @classmethod
     def of(cls, kernel: Kernel) -> "InputMoments":

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._jax.memory import is_concrete
+from .._jax.memory import all_below, is_concrete
 from ..adapters.input_moments import InputMoments
 from ..adapters.lora import is_low_rank
 from ..quant.kernel import as_kernel
@@ -90,7 +90,7 @@ def calibrate(
     counts = {path: moments.count for path, moments in leaves_by_path(total).items()}
     refuse_listed(
         "the outputs of `apply` must depend on products with these kernels",
-        [path for path, x in counts.items() if is_concrete(x) and not jnp.any(x > 0)],
+        [path for path, x in counts.items() if is_concrete(x) and all_below(x, 1)],
     )
     return map_by_path(
         lambda _, x: x.squares / jnp.maximum(x.count, 1)[..., None], total

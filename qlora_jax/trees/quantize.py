@@ -138,8 +138,11 @@ def _check_importance(
         shape = None if values is None else jnp.shape(values)
         if values is None or shape != (*batch, k):
             problems[path] = f"it must have shape {(*batch, k)}. Got {shape}."
-        elif is_concrete(values) and not jnp.all((values >= 0) & jnp.isfinite(values)):
-            problems[path] = "it must be finite and not negative."
+        elif is_concrete(values):
+            with jax.ensure_compile_time_eval():  # a trace may close over the array
+                is_valid = bool(jnp.all((values >= 0) & jnp.isfinite(values)))
+            if not is_valid:
+                problems[path] = "it must be finite and not negative."
     refuse_listed("`importance` does not fit these leaves", problems)
 
 
@@ -202,7 +205,7 @@ def quantize(
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
         scales: How the scale of each block is chosen. "absmax", the default, is the
             rule of the format, as above. "search" tries several scales, and takes the
-            one with the least squared error. It takes up to ten times as long. Codes
+            one with the least squared error. It takes about ten times as long. Codes
             and scales are stored in the same way, but scales may be negative in
             "int4", "int4_f16" and "q4_0".
         importance: With the search: the mean square of each input, `[*batch, K]`, by
