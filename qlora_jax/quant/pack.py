@@ -20,18 +20,28 @@ from .geometry import Geometry
 from .kernel import ArrayKernel
 from .qtensor import QTensor, axes_of_array
 from .schemes import StoredScales
+from .search import ScaleRule
 
 
 def quantize_kernel(
-    w: Float[Array, "..."], packing: Packing, geometry: Geometry
+    w: Float[Array, "..."],
+    packing: Packing,
+    geometry: Geometry,
+    scales: ScaleRule = "absmax",
+    importance: Float[Array, "*batch k"] | None = None,
 ) -> QTensor:
     """Quantizes a floating-point kernel; raises the errors of `check_values`."""
-    check_values(w, packing, geometry)
-    return quantize_checked(w, packing, geometry)
+    check_values(w, packing, geometry, scales)
+    return quantize_checked(w, packing, geometry, scales=scales, importance=importance)
 
 
 def quantize_checked(
-    w: Array | np.ndarray, packing: Packing, geometry: Geometry, *largest: Array
+    w: Array | np.ndarray,
+    packing: Packing,
+    geometry: Geometry,
+    *largest: Array,
+    scales: ScaleRule = "absmax",
+    importance: Float[Array, "*batch k"] | None = None,
 ) -> QTensor:
     """Does the same as `quantize_kernel` without the checks, which read all weights.
 
@@ -39,7 +49,10 @@ def quantize_checked(
     kernel's weights. Only NVFP4 needs it, where this is also the largest scale.
     """
     w = jnp.asarray(w)
-    return _quantize(w, packing, Geometry.of(geometry.kinds, w.shape), *largest)
+    geometry = Geometry.of(geometry.kinds, w.shape)
+    if importance is not None:
+        importance = jnp.asarray(importance, jnp.float32)
+    return _quantize(w, packing, geometry, scales, importance, *largest)
 
 
 def check_kernel(w: PyTree) -> None:
@@ -60,7 +73,12 @@ def check_kernel(w: PyTree) -> None:
         raise ValueError(f"weights must have at least 2 axes. Got shape {w.shape}.")
 
 
-def check_values(w: Array | np.ndarray, packing: Packing, geometry: Geometry) -> None:
+def check_values(
+    w: Array | np.ndarray,
+    packing: Packing,
+    geometry: Geometry,
+    scales: ScaleRule = "absmax",
+) -> None:
     """Raises ValueError if the shape, or a known value, does not fit the format."""
     packing.check_rows(geometry.matrix_shape(w.shape)[-2])
     if not is_concrete(w):
@@ -73,7 +91,7 @@ def check_values(w: Array | np.ndarray, packing: Packing, geometry: Geometry) ->
     if not all_below(w, math.inf):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
     with jax.ensure_compile_time_eval():
-        q = quantize_checked(w, packing, geometry)
+        q = quantize_checked(w, packing, geometry, scales=scales)
         is_decoded = all_below(q.dequantize(), math.inf)
     if not q.stored_scales.is_finite():
         raise ValueError(f"weights must be {scheme.overflow}")
@@ -90,26 +108,41 @@ def surely_decoded_below(dtype: DTypeLike) -> float:
     return float(min(jnp.finfo(dtype).max, np.finfo(np.float32).max)) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(
-    w: Array, packing: Packing, geometry: Geometry, *largest: Array
+    w: Array,
+    packing: Packing,
+    geometry: Geometry,
+    scale_rule: ScaleRule,
+    importance: Array | None,
+    *largest: Array,
 ) -> QTensor:
-    def pack(w: Array, *largest: Array) -> tuple[Array, StoredScales]:
-        codes, scales = quantize_blocks(geometry.to_matrix(w), packing, *largest)
+    def pack(
+        w: Array, importance: Array | None, *largest: Array
+    ) -> tuple[Array, StoredScales]:
+        matrix = geometry.to_matrix(w)
+        if scale_rule == "search" and packing.scheme.needs_largest and not largest:
+            magnitudes = jnp.abs(matrix).astype(jnp.float32)
+            largest = (jnp.max(magnitudes, axis=(-1, -2), initial=0.0),)
+        codes, scales = quantize_blocks(
+            matrix, packing, *largest, scales=scale_rule, importance=importance
+        )
         return codes, packing.scheme.encode(scales, *largest)
 
     # The stored arrays are split over the same Explicit mesh axes as the weights, where
     # the mesh axes divide their sizes.
     def stored_specs(mesh: AnyMesh) -> PyTree:
         spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
-        operands = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (w, *largest)]
+        operands = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (w, importance, *largest)
+        )
         return jax.tree.map(
             lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape),
             jax.eval_shape(pack, *operands),
         )
 
     stored: StoredScales
-    codes, stored = call_in_auto_mode(pack, stored_specs, w, *largest)
+    codes, stored = call_in_auto_mode(pack, stored_specs, w, importance, *largest)
     name, k = jnp.dtype(w.dtype).name, geometry.matrix_shape(w.shape)[-2]
     pad = codes.shape[-2] * packing.format.codes_per_byte - k
     return QTensor(codes, *stored, packing.fmt, packing.block_size, name, pad, geometry)

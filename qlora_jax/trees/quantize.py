@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from .._jax.memory import check_donated, delete
+from .._jax.memory import check_donated, delete, is_concrete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.formats import Packing
@@ -23,8 +23,16 @@ from ..quant.pack import (
     quantize_kernel,
 )
 from ..quant.qtensor import QTensor
+from ..quant.search import ScaleRule, check_scale_rule
 from .adapters import check_structure
-from .paths import Leaf, Tree, fused_with, leaves_by_path, map_by_path
+from .paths import (
+    Leaf,
+    Tree,
+    fused_with,
+    leaves_by_path,
+    map_by_path,
+    refuse_listed,
+)
 from .targets import find_targets
 
 
@@ -32,6 +40,7 @@ def freeze(
     kernel: Kernel,
     config: QLoRAConfig,
     largest: Array | None = None,
+    importance: Array | None = None,
     *,
     donate: bool = False,
 ) -> Leaf:
@@ -41,7 +50,9 @@ def freeze(
         return w
     if not config.freeze_base:  # the kernel is trained through its quantizer
         return StraightThrough(jnp.asarray(w), packing, geometry)
-    q = quantize_checked(w, packing, geometry, *(() if largest is None else (largest,)))
+    largest_weights = () if largest is None else (largest,)
+    settings = {"scales": config.scales, "importance": importance}
+    q = quantize_checked(w, packing, geometry, *largest_weights, **settings)
     if donate:
         delete(w, q)  # waits for q, and frees the float array
     return q
@@ -80,9 +91,14 @@ def _largest(w: Float[Array, "..."], geometry: Geometry) -> Float32[Array, "*bat
     return jnp.max(jnp.abs(matrix), axis=(-1, -2), initial=0)
 
 
-def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
+def _quantize_tree(
+    params: Tree, config: QLoRAConfig, importance: Tree | None, donate: bool
+) -> Tree:
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, accept=lambda kernel: kernel.is_trained)
+    moments = {} if importance is None else leaves_by_path(importance)
+    if importance is not None:
+        _check_importance(moments, leaves, geometries, config.scales)
     # Kernels that were trained through their quantization are packed for serving, even
     # though their config has `freeze_base=False`.
     if any(as_kernel(leaves[path]).is_trained for path in geometries):
@@ -95,9 +111,39 @@ def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
         if path not in geometries:
             return leaf
         kernel = as_kernel(leaf, geometries[path])
-        return freeze(kernel, config, largest.get(path), donate=donate)
+        weights = largest.get(path), moments.get(path)
+        return freeze(kernel, config, *weights, donate=donate)
 
     return map_by_path(quantize_leaf, params)
+
+
+def _check_importance(
+    importance: Mapping[str, Array],
+    leaves: Mapping[str, Leaf],
+    geometries: Mapping[str, Geometry],
+    scales: str,
+) -> None:
+    """Raises ValueError unless there is importance of the right shape for each target.
+
+    Importance of other leaves is not used.
+    """
+    if scales != "search":
+        raise ValueError(
+            f"`scales` must be 'search' with `importance`. Got {scales!r}."
+        )
+    problems = {path: "there is no such leaf." for path in importance.keys() - leaves}
+    for path, geometry in geometries.items():
+        *batch, k, _ = geometry.matrix_shape(leaves[path].shape)
+        values = importance.get(path)
+        shape = None if values is None else jnp.shape(values)
+        if values is None or shape != (*batch, k):
+            problems[path] = f"it must have shape {(*batch, k)}. Got {shape}."
+        elif is_concrete(values):
+            with jax.ensure_compile_time_eval():  # a trace may close over the array
+                is_valid = bool(jnp.all((values >= 0) & jnp.isfinite(values)))
+            if not is_valid:
+                problems[path] = "it must be finite and not negative."
+    refuse_listed("`importance` does not fit these leaves", problems)
 
 
 @overload
@@ -108,10 +154,18 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool | None = None,
     contract: Contract = -2,
+    scales: ScaleRule | None = None,
+    importance: ArrayLike | None = None,
     donate: bool = False,
 ) -> QTensor: ...
 @overload
-def quantize(params: Tree, fmt: QLoRAConfig, *, donate: bool = False) -> Tree: ...
+def quantize(
+    params: Tree,
+    fmt: QLoRAConfig,
+    *,
+    importance: Tree | None = None,
+    donate: bool = False,
+) -> Tree: ...
 def quantize(
     params: Tree,
     fmt: str | QLoRAConfig = "nf4",
@@ -119,6 +173,8 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool | None = None,
     contract: Contract = -2,
+    scales: ScaleRule | None = None,
+    importance: Tree | None = None,
     donate: bool = False,
 ) -> Tree:
     """Returns an array as a QTensor, or a tree with frozen kernels at the targets.
@@ -147,6 +203,15 @@ def quantize(
             in 8 or 16 bits.
         contract: The contracted axes, negative, or the role of each trailing axis as
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
+        scales: How the scale of each block is chosen. "absmax", the default, is the
+            rule of the format, as above. "search" tries several scales, and takes the
+            one with the least squared error. It takes about ten times as long. Codes
+            and scales are stored in the same way, but scales may be negative in
+            "int4", "int4_f16" and "q4_0".
+        importance: With the search: the mean square of each input, `[*batch, K]`, by
+            which the squared errors of its weights are multiplied, such as `calibrate`
+            returns. With a config, a tree with such an array at the path of each
+            target. Blocks where it is zero are searched without it.
         donate: Delete each float array once it is quantized, as in `init`.
 
     Raises:
@@ -154,7 +219,8 @@ def quantize(
             shape (call `quantize` under `jax.eval_shape`); if `fmt` is neither a string
             nor a config; or if `params` is a tree and `fmt` is not a config.
         ValueError: If the array has fewer than two axes; if a setting is out of range
-            or combined with a config; or, outside jit, if a weight is not finite, or so
+            or combined with a config; if `importance` does not fit, where all leaves
+            are listed; or, outside jit, if a weight is not finite, or so
             large that the sum of the scales overflows. For a tree, as `init`.
 
     Example:
@@ -165,12 +231,14 @@ def quantize(
         (2, 8)
     """
     if isinstance(fmt, QLoRAConfig):
-        if (block_size, double_quant, contract) != (None, None, -2):
+        settings = block_size, double_quant, contract, scales
+        if settings != (None, None, -2, None):
             raise ValueError(
-                "`block_size`, `double_quant` and `contract` must not be given with "
-                f"a config. Got {block_size}, {double_quant} and {contract}."
+                "`block_size`, `double_quant`, `contract` and `scales` must not be "
+                f"given with a config. Got {block_size}, {double_quant}, {contract} "
+                f"and {scales}."
             )
-        return _quantize_tree(params, fmt, donate)
+        return _quantize_tree(params, fmt, importance, donate)
     if not isinstance(fmt, str):
         raise TypeError(
             f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
@@ -178,13 +246,25 @@ def quantize(
     # Only a mapping is certainly a tree, since an array may be of any class.
     if isinstance(params, Mapping):
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
+    scales = "absmax" if scales is None else scales
+    check_scale_rule(scales)
     if isinstance(params, StraightThrough):
+        if scales != "absmax" or importance is not None:
+            raise ValueError(
+                "`scales` must be 'absmax', without `importance`, for weights that "
+                f"were trained through their quantization. Got {scales!r}."
+            )
         w, q = params.value, params.to_qtensor()  # with the settings of its training
     else:
         check_kernel(params)
         packing = Packing(fmt, block_size, double_quant)
         geometry = Geometry.contracting(contract, params.shape)
-        w, q = params, quantize_kernel(params, packing, geometry)
+        if importance is not None:
+            importance = jnp.asarray(importance)
+            trees = {"array": importance}, {"array": params}, {"array": geometry}
+            _check_importance(*trees, scales)
+        w = params
+        q = quantize_kernel(params, packing, geometry, scales, importance)
     if donate:
         delete(w, q)
     return q

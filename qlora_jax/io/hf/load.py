@@ -17,6 +17,7 @@ from ...quant.host_codes import to_host
 from ...quant.kernel import is_packed
 from ...quant.pack import quantize_checked
 from ...quant.qtensor import QTensor
+from ...quant.search import ScaleRule
 from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
 from ..files import CheckpointError, Path
@@ -99,19 +100,28 @@ def load(
     scale = {"total": total, "unit_scale": True}
     with progress_bar("loading", " weights", progress, **scale) as bar:
         update = bar.update
-        return map_by_path(lambda p, x: _read_leaf(leaves[p], x, tensors, update), base)
+        rule = "absmax" if config is None else config.scales
+        return map_by_path(
+            lambda p, x: _read_leaf(leaves[p], x, tensors, update, rule), base
+        )
 
 
 def _read_leaf(
-    leaf: NamedLeaf, struct: Any, tensors: Mapping[str, Any], count: Count
+    leaf: NamedLeaf,
+    struct: Any,
+    tensors: Mapping[str, Any],
+    count: Count,
+    scale_rule: ScaleRule,
 ) -> Array | QTensor:
     if not is_packed(struct):
         return read_float_leaf(leaf, struct, tensors, count)
     is_moved = packing_of(tensors[leaf.tensors.flat[0]]) is not None
-    read_arrays = move_packed_leaf if is_moved else pack_float_leaf
     # Codes for host memory are read to the device first, one stack at a time.
     on_device = struct.to_device()
-    arrays = read_arrays(leaf, on_device, tensors, count)
+    if is_moved:
+        arrays = move_packed_leaf(leaf, on_device, tensors, count)
+    else:
+        arrays = pack_float_leaf(leaf, on_device, tensors, count, scale_rule)
     q = jax.tree.unflatten(jax.tree.structure(on_device), arrays)
     is_on_host = on_device is not struct
     return replace(q, codes=to_host(q.codes, struct.codes)) if is_on_host else q
