@@ -106,7 +106,8 @@ def test_nnx_models_are_trained():
     for layer in packed.values():
         assert layer["kernel"].fmt == "nf4"
         y = ql.apply(layer, None, y)
-    np.testing.assert_allclose(jnp.mean((y - target) ** 2), loss(model), rtol=1e-5)
+    packed_loss = jnp.mean((y - target) ** 2)
+    assert relative_error(packed_loss, loss(model)) < rounding(4 * K)
 
 
 def test_state_dicts_keep_the_packing():
