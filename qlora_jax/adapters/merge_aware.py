@@ -53,7 +53,6 @@ from .base import Multiply, ProductCall, register_adapter
 from .lora import (
     SETTINGS,
     LowRank,
-    lora_delta,
     lora_product,
     ragged_lora_product,
 )
@@ -113,15 +112,16 @@ class MergeAware(LowRank):
         return super()._misfit(batch, k)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        w = lax.stop_gradient(self).packed(kernel).dequantize()
-        return _with_gradient_of(kernel.geometry.from_matrix(lora_delta(self)), w)
+        frozen, frozen_kernel = lax.stop_gradient((self, kernel))
+        w = frozen.packed(frozen_kernel).dequantize()
+        return _with_gradient_of(super().merged(kernel), w)
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
             return super().lookup(ids, kernel)
-        rows = take_rows(lax.stop_gradient(self).packed(kernel), ids)
-        change = self._at_rows((ids,))._adapt_rows(jnp.zeros_like(rows), None)
-        return _with_gradient_of(change, rows)
+        frozen, frozen_kernel = lax.stop_gradient((self, kernel))
+        rows = take_rows(frozen.packed(frozen_kernel), ids)
+        return _with_gradient_of(super().lookup(ids, kernel), rows)
 
     def packed(self, kernel: Kernel) -> QTensor:
         """Returns the packed weights that `product` applies.

@@ -172,7 +172,8 @@ def test_training_it_beats_packing_an_ordinary_adapter():
             packed = ql.merge(base, lora, requantize=True)
         packed_losses[name] = float(loss(None, packed))
     # The loss of the packed weights is the loss that was trained.
-    np.testing.assert_allclose(packed_losses["merge-aware"], trained_loss, rtol=1e-4)
+    error = relative_error(packed_losses["merge-aware"], trained_loss)
+    assert error < rounding(2 * K)
     # Measured: 0.06 instead of 1.13. The base alone has a loss of 0.25.
     assert packed_losses["merge-aware"] < 0.2 * packed_losses["ordinary"]
 

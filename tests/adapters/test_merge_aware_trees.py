@@ -74,6 +74,12 @@ def test_merge_returns_the_packed_weights_and_a_loras_gradient():
         ql.merge(base, lora)["kernel"], ql.dequantize(packed)["kernel"]
     )
     assert_close(jax.grad(loss)(lora), jax.grad(loss)({"kernel": ql.LoRA(*settings)}))
+    # Float kernels get the gradient of the sum, since the packer's derivative is 1.
+    float_base, lora_of_floats = make(fmt=None, target_fmt="q4_0")
+    gradient = jax.grad(
+        lambda base: jnp.vdot(ql.merge(base, lora_of_floats)["kernel"], g)
+    )(float_base)
+    np.testing.assert_array_equal(gradient["kernel"], g)
     x = normal(3, (5, K))
     layer = ql.with_float_kernels(lambda params, x: x @ params["kernel"])
     assert_close(layer(base, lora, x), ql.apply(base, lora, x))
@@ -106,7 +112,8 @@ def test_nnx_models_are_trained():
     for layer in packed.values():
         assert layer["kernel"].fmt == "nf4"
         y = ql.apply(layer, None, y)
-    np.testing.assert_allclose(jnp.mean((y - target) ** 2), loss(model), rtol=1e-5)
+    packed_loss = jnp.mean((y - target) ** 2)
+    assert relative_error(packed_loss, loss(model)) < rounding(4 * K)
 
 
 def test_state_dicts_keep_the_packing():
