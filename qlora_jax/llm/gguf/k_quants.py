@@ -54,7 +54,7 @@ def pack_k_quant(
         >>> packed.shape  # 4.5 bits per weight
         (2, 144)
         >>> decoded = gguf.dequantize(packed, gguf.GGMLQuantizationType.Q4_K)
-        >>> bool(abs(decoded - x).max() < 0.01)
+        >>> bool(abs(decoded - x).max() < 0.05)
         True
     """
     blocks = np.ascontiguousarray(x).reshape(-1, BLOCK)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 from test_gguf_out import stored_tensors
-from tolerances import relative_error
+from tokenizer_helpers import write_rows
+from tolerances import assert_close, relative_error
 
 import qlora_jax as ql
 from qlora_jax.llm import app
@@ -216,8 +217,12 @@ def test_export_merges_an_adapter_into_the_weights_of_the_files(tmp_path):
     lora = jax.tree.map(lambda x: x + 0.2, lora)
     ql.io.save(adapter, lora, qlora)
     out = tmp_path / "model.gguf"
-    settings = {"adapter": str(adapter), "gguf_type": "Q4_K_M"}
-    app.export(app.ExportConfig(folder, "gguf", str(out), **settings))
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"text": "one two three"}]))
+    settings = {"adapter": str(adapter), "gguf_type": "Q4_K_M", "data": rows}
+    written = app.export(app.ExportConfig(folder, "gguf", str(out), **settings))
+    assert written.losses is not None
+    loss = app.score(app.ScoreConfig(model=str(out), data=rows)).loss
+    assert_close(written.losses.file, loss)
     trees = params, load(out, progress=False)[1]
     kernel, read = (tree["layers"]["mlp"]["down_proj"]["kernel"] for tree in trees)
     factors = ql.leaves_by_path(lora)["layers/mlp/down_proj/kernel"]
