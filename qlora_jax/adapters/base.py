@@ -26,8 +26,9 @@ from ..product.sharded import declared_mesh
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement, as_kernel
 
-# Returns `x W`, for x `[*batch, ..., K]` and a kernel, in the dtype of x.
-Multiply = Callable[[Array, Kernel], Array]
+# Returns `x W`, for x `[*batch, ..., K]` and a kernel, in the dtype of x. The keyword
+# `offsets` replaces those of the call.
+Multiply = Callable[..., Array]
 
 
 class ProductCall(NamedTuple):
@@ -64,6 +65,9 @@ class Adapter(TreeLeaf, abc.ABC):
     is_shared: ClassVar[bool] = False
     can_be_in_bank: ClassVar[bool] = False
     can_be_ragged: ClassVar[bool] = False  # whether `product` supports `call.offsets`
+    # Whether it only means something with the packer that it was trained through, so
+    # that files must hold the merged weights instead.
+    is_merge_aware: ClassVar[bool] = False
     inputs: tuple[str, ...] = ()  # the names of its arrays that are not trained
     dropout: float  # the rate of dropout on its input
     geometry: Geometry  # how the kernel's axes map to `[*batch, K, N]`

@@ -56,8 +56,9 @@ class QLoRAConfig:
         fmt: Number format of the frozen kernels, as in `quantize`; None leaves them in
             float (plain LoRA).
         block_size: Weights along the contracted axes that share a scale, as in
-            `quantize`.
-        double_quant: Whether the scales are quantized too, as in `quantize`.
+            `quantize`. Where `fmt` is None, this is a setting of `target_fmt`.
+        double_quant: Whether the scales are quantized too, as in `quantize`. Where
+            `fmt` is None, this is a setting of `target_fmt`.
         scales: How the scale of each block is chosen, "absmax" or "search", as in
             `quantize`. Adapters with `merge_aware` are trained with the same choice.
         targets: Pattern, or several, of the kernels to quantize and adapt.
@@ -86,9 +87,11 @@ class QLoRAConfig:
             `merge` with `requantize` returns weights that compute what was trained.
             Needs `dropout` of 0.
         target_fmt: With `merge_aware`: the number format in which the merged kernels
-            will be packed, in its usual blocks; by default the format, blocks and
-            scales of each kernel in `base`. A kernel in a finer format, or in float,
-            keeps smaller changes apart.
+            will be packed; by default the format, blocks and scales of each kernel in
+            `base`. If it is another format than that of the kernel, blocks and scales
+            are the usual ones of the format, or those of `block_size` and
+            `double_quant` where `fmt` is None. Kernels in a finer format, or in float,
+            keep smaller changes apart.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 by default. Either the axes, as negative integers: -3 for
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
@@ -174,7 +177,8 @@ class QLoRAConfig:
             )
         self._check_scales()
         self._check_merge_aware()
-        packing = Packing(self.fmt or "nf4", self.block_size, self.double_quant)
+        fmt = self.fmt or self.target_fmt or "nf4"
+        packing = Packing(fmt, self.block_size, self.double_quant)
         set_field("block_size", packing.block_size)
         set_field("double_quant", packing.double_quant)
 
@@ -215,6 +219,21 @@ class QLoRAConfig:
         if self.fmt is None:
             return None
         return Packing(self.fmt, self.block_size, self.double_quant)
+
+    def merged_packing(self, packing: Packing | None) -> Packing | None:
+        """Returns how a merged kernel will be packed; None unless `merge_aware`.
+
+        Args:
+            packing: How the kernel in the base tree is packed; None if it is in float.
+        """
+        if not self.merge_aware:
+            return None
+        target_fmt = self.target_fmt or (packing.fmt if packing else self.fmt)
+        if packing is not None and packing.fmt == target_fmt:
+            return packing
+        if self.fmt in (None, target_fmt):
+            return Packing(cast(str, target_fmt), self.block_size, self.double_quant)
+        return Packing(cast(str, target_fmt))
 
     def _key(self) -> tuple[object, ...]:
         # The order of patterns matters, because the first one that matches wins.

@@ -8,7 +8,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from ..quant.formats import Packing
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter
@@ -37,7 +36,7 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> A
 def _new_low_rank(
     key: Array, kernel: Kernel, config: QLoRAConfig, path: str
 ) -> Adapter:
-    """Returns a new LoRA, SharedLoRA or DoRA of a kernel of the base tree.
+    """Returns a new LoRA, SharedLoRA, MergeAware or DoRA of a kernel of the base tree.
 
     A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
     al. 2015), PEFT's default. B is zero. Magnitudes start as the norms of the columns.
@@ -67,8 +66,7 @@ def _new_low_rank(
     if isinstance(scaling, tuple):
         scaling *= math.prod(batch[:-1])
     kind = SharedLoRA if is_shared else LoRA
-    if config.merge_aware:
-        packing = _target_packing(kernel, config)
+    if (packing := config.merged_packing(kernel.packing)) is not None:
         packing.check_rows(k)
         settings = scaling, 0.0, kernel.geometry, packing, config.scales
         return MergeAware(a.astype(dtype), b, *settings)
@@ -79,12 +77,3 @@ def _new_low_rank(
     dtype = jnp.promote_types(dtype, jnp.float32)
     m = jax.jit(column_norms)(lora, kernel).astype(dtype)
     return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})
-
-
-def _target_packing(kernel: Kernel, config: QLoRAConfig) -> Packing:
-    """Returns how the merged kernel of a `MergeAware` will be packed."""
-    if config.target_fmt is not None:
-        return Packing(config.target_fmt)
-    return kernel.packing or Packing(
-        config.fmt or "nf4", config.block_size, config.double_quant
-    )

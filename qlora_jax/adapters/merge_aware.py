@@ -12,9 +12,9 @@ gradients of a LoRA, and x has the gradient of a product with the packed weights
 """
 
 import functools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from .._jax.modes import (
     explicit_mesh,
     split_as,
     split_by,
-    varying_with,
 )
 from .._jax.specs import (
     AnyMesh,
@@ -42,26 +41,25 @@ from .._jax.specs import (
     spec_of,
 )
 from ..product.sharded import declared_mesh
-from ..quant.codes import quantize_blocks
+from ..quant.codes import dequantize_blocks, quantize_blocks, select_values
 from ..quant.formats import Packing
 from ..quant.geometry import to_matrix
-from ..quant.kernel import Kernel
-from ..quant.qtensor import QTensor, axes_of_array
+from ..quant.kernel import Kernel, Placement
+from ..quant.qtensor import QTensor, axes_of_array, round_to
 from ..quant.schemes import StoredScales
 from ..quant.search import ScaleRule
 from ..quant.views import take_rows
-from .base import ProductCall, register_adapter
+from .base import Multiply, ProductCall, register_adapter
 from .lora import (
     SETTINGS,
     LowRank,
-    add_change,
     lora_delta,
     lora_product,
     ragged_lora_product,
-    scaled,
 )
 
-# The columns that are merged and packed at a time have this size in float32.
+# Rows that are merged and packed at a time have at most this size in float32, unless a
+# single block of all columns is larger. They fit a processor's cache.
 TILE_BYTES = 2**20
 
 
@@ -99,49 +97,52 @@ class MergeAware(LowRank):
     settings = (*SETTINGS, "packing", "scales")
     label = "merge-aware"
     can_be_ragged = True
+    is_merge_aware = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        def multiply(x: Array, weights: PyTree) -> Array:
-            lora, kernel = weights
-            return call.multiply(x, lora.packed(kernel))
+        # The offsets are an operand with a derivative rule, not a constant of the call.
+        multiply = functools.partial(call.multiply, offsets=None)
+        settings = _Settings(multiply, call.precision, kernel.placement)
+        return _packed_product(settings, x, self, kernel, call.offsets)
 
-        # The backward pass packs the weights again. Otherwise, it would keep the packed
-        # weights of all layers.
-        frozen = lax.stop_gradient((self, kernel))
-        y = jax.checkpoint(multiply)(x, frozen)
-        settings = call.precision, kernel.placement
-        return _with_gradients(settings, y, x, self, call.offsets)
+    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+        try:
+            self.packing.check_rows(k)
+        except ValueError as error:
+            return str(error)
+        return super()._misfit(batch, k)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         w = lax.stop_gradient(self).packed(kernel).dequantize()
-        change = kernel.geometry.from_matrix(lora_delta(self))
-        return add_change(w, change - lax.stop_gradient(change))
+        return _with_gradient_of(kernel.geometry.from_matrix(lora_delta(self)), w)
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
             return super().lookup(ids, kernel)
         rows = take_rows(lax.stop_gradient(self).packed(kernel), ids)
         change = self._at_rows((ids,))._adapt_rows(jnp.zeros_like(rows), None)
-        return add_change(rows, change - lax.stop_gradient(change))
+        return _with_gradient_of(change, rows)
 
     def packed(self, kernel: Kernel) -> QTensor:
         """Returns the packed weights that `product` applies.
 
         They are those of `quantize` for `W + scaling * A B`, rounded to the dtype of
-        the kernel. A few columns are packed at a time, so the float sum never exists.
+        the kernel. A few rows are packed at a time, so the float sum never exists.
 
         Args:
             kernel: The frozen kernel.
         """
         kernel, packing = kernel.take().to_device(), self.packing
-        columns, largest = _Columns.of(kernel, self), ()
+        tiles, largest = _Tiles.of(kernel, self), ()
         if packing.scheme.needs_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
             # scales are computed before the first code.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
-            (scales,) = columns.map(lambda w: quantize_blocks(w, packing, ones)[1:])
+            (scales,) = tiles.map(
+                lambda w, one: quantize_blocks(w, packing, one)[1:], ones
+            )
             largest = (jnp.max(scales, axis=(-1, -2), initial=0.0),)
-        codes, scales = columns.map(
+        codes, scales = tiles.map(
             lambda w, *largest: quantize_blocks(
                 w, packing, *largest, scales=self.scales
             ),
@@ -170,92 +171,136 @@ class MergeAware(LowRank):
 register_adapter(MergeAware)
 
 
-# Returns y, whose gradient is passed to A and B as if y were the product of a LoRA. The
-# gradient of x comes from the product with the packed weights.
+class _Settings(NamedTuple):
+    multiply: Multiply
+    precision: lax.PrecisionLike
+    placement: Placement | None
+
+
+# y = x Q(M) with M = W + s A B, where the derivative of Q is taken as 1 (the
+# straight-through estimator). So dx = dy Q(M)^T, and the gradients of A and B are those
+# of a LoRA, s x^T (dy B^T) and s (x A)^T dy: no gradient is as large as the kernel. The
+# backward pass packs the weights again. Otherwise, it would keep the packed weights of
+# all layers. The residuals are the operands themselves, which a scan does not copy.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradients(
-    settings: tuple, y: Array, x: Array, lora: MergeAware, offsets: Array | None
+def _packed_product(
+    settings: _Settings,
+    x: Array,
+    lora: MergeAware,
+    kernel: Kernel,
+    offsets: Array | None,
 ) -> Array:
-    return y
+    return settings.multiply(x, lora.packed(kernel), offsets=offsets)
 
 
-def _with_gradients_fwd(
-    settings: tuple, y: Array, x: Array, lora: MergeAware, offsets: Array | None
-) -> tuple[Array, tuple]:
-    return y, (x, lora, offsets)
+def _packed_product_fwd(settings: _Settings, *operands: PyTree) -> tuple[Array, tuple]:
+    # With `symbolic_zeros`, each array is wrapped together with a flag that says
+    # whether it is differentiated.
+    def is_wrapped(leaf: object) -> bool:
+        return hasattr(leaf, "perturbed")
+
+    _, _, kernel, _ = operands
+    if any(leaf.perturbed for leaf in jax.tree.leaves(kernel, is_leaf=is_wrapped)):
+        raise ValueError(
+            "the kernel of a merge-aware adapter must be frozen, because it gets no "
+            "gradient. Got one that is differentiated. Differentiate with respect to "
+            "the adapters, or pass `jax.lax.stop_gradient(base)`."
+        )
+    arrays = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=is_wrapped)
+    return _packed_product(settings, *arrays), arrays
 
 
-def _with_gradients_bwd(settings: tuple, residuals: tuple, dy: Array) -> tuple:
-    x, lora, offsets = residuals
-    precision, placement = settings
+def _packed_product_bwd(settings: _Settings, operands: tuple, dy: Array) -> tuple:
+    x, lora, kernel, offsets = operands
 
-    def change(lora: MergeAware) -> Array:
+    def change(x: Array, lora: MergeAware) -> Array:
+        options = settings.precision, settings.placement
         if offsets is None:
-            product = lora_product(x, lora, precision, placement)
+            product = lora_product(x, lora, *options)
         else:
-            product = ragged_lora_product(x, lora, offsets, precision, placement)
+            product = ragged_lora_product(x, lora, offsets, *options)
         return split_as(product.astype(dy.dtype), dy)
 
-    # The change itself is not used, so XLA does not compute it.
-    _, vjp = jax.vjp(change, lora)
-    return dy, None, *vjp(dy), None
+    packed = lax.stop_gradient(lora).packed(lax.stop_gradient(kernel))
+    # XLA does not compute the products themselves, which are not used.
+    _, multiply_vjp = jax.vjp(
+        lambda x: settings.multiply(x, packed, offsets=offsets), x
+    )
+    _, change_vjp = jax.vjp(change, x, lora)
+    # In second derivatives, dx depends on A and B through dy (W + s A B)^T, again
+    # because the derivative of Q is taken as 1.
+    dx_by_change, _ = change_vjp(lax.stop_gradient(dy))
+    dx = _with_gradient_of(dx_by_change, *multiply_vjp(dy))
+    return dx, change_vjp(dy)[1], None, None
 
 
-_with_gradients.defvjp(_with_gradients_fwd, _with_gradients_bwd)
+_packed_product.defvjp(_packed_product_fwd, _packed_product_bwd, symbolic_zeros=True)
+
+
+def _with_gradient_of(source: Array, value: Array) -> Array:
+    """Returns `value`, whose gradient is also passed to `source`, which is not used."""
+    return _pass_gradient(split_as(source.astype(value.dtype), value), value)
+
+
+@jax.custom_vjp
+def _pass_gradient(source: Array, value: Array) -> Array:
+    return value
+
+
+_pass_gradient.defvjp(
+    lambda source, value: (value, None), lambda _, gradient: (gradient, gradient)
+)
 
 
 @dataclass(frozen=True, eq=False)
-class _Columns:
-    """The columns of `W + scaling * A B`, which are computed a few at a time."""
+class _Tiles:
+    """Rows of `W + scaling * A B`, which are computed a few at a time."""
 
-    weights: tuple[Array, ...]  # codes and float scales, or float weights
+    weights: tuple[Array, ...]  # codes and float32 scales, or float weights
+    packing: Packing | None  # of the weights
     a: Float[Array, "*batch k r"]
-    b: Float[Array, "*batch r n"]  # multiplied by the scaling
-    # Maps weights to float32 `[*batch, K, N]`, rounded to the kernel's dtype.
-    decode: Callable[..., Array]
-    dtype: np.dtype
+    b: Float[Array, "*batch r n"]
+    scaling: Float[Array, "*batch"]
+    dtype: np.dtype  # of the kernel
+    block_rows: int  # the rows of a tile are a multiple of this
     mesh: AnyMesh | None
     axes: list[Axes]  # the mesh axes of `[*batch, K, N]`
 
     @classmethod
-    def of(cls, kernel: Kernel, lora: MergeAware) -> "_Columns":
+    def of(cls, kernel: Kernel, lora: MergeAware) -> "_Tiles":
         if isinstance(kernel, QTensor):
             q = kernel.with_float_scales()
-            weights = q.codes, q.scales
-
-            def decode(codes: Array, scales: Array) -> Array:
-                tile = replace(q, codes=codes, scales=scales)
-                return tile.dequantize_matrix(jnp.float32)
+            weights, packing = (q.codes, q.scales), kernel.packing
         else:
-            weights = (to_matrix(kernel.geometry, kernel.value),)
-
-            def decode(w: Array) -> Array:
-                return w.astype(jnp.float32)
-
-        a, b = lora.a.astype(jnp.float32), scaled(lora.b.astype(jnp.float32), lora)
+            weights, packing = (to_matrix(kernel.geometry, kernel.value),), None
+        block_sizes = [p.block_size for p in (packing, lora.packing) if p]
+        a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
+        *batch, k, n = kernel.matrix_shape
+        scaling: Any = lora.sliceable().scaling
+        scaling = jnp.broadcast_to(jnp.asarray(scaling, jnp.float32), batch)
         mesh, axes = _matrix_axes(kernel)
         if mesh is not None:
             # A device needs all rows of a block, in the base's format and in the new.
-            rows = [w.shape[-2] for w in weights]
-            rows.append(kernel.matrix_shape[-2] // lora.packing.block_size)
-            axes[-2] = fitting(axes[-2], mesh.shape, *rows)
-            axes[-1] = fitting(axes[-1], mesh.shape, b.shape[-1])
-        return cls(weights, a, b, decode, kernel.dtype, mesh, axes)
+            counts = [k // size if k % size == 0 else 1 for size in block_sizes]
+            axes[-2] = fitting(axes[-2], mesh.shape, *counts)
+            axes[-1] = fitting(axes[-1], mesh.shape, n)
+        arrays = weights, packing, a, b, scaling
+        return cls(*arrays, kernel.dtype, max(block_sizes), mesh, axes)
 
     def map(self, fn: Callable[..., tuple[Array, ...]], *extra: Array) -> tuple:
-        """Returns `fn(columns, *extra)` for all columns.
+        """Returns `fn(rows, *extra)` for all rows.
 
-        `fn` maps `[*batch, K, n]` to arrays `[*batch, rows, n]`, column by column, and
+        `fn` maps rows `[k, N]` of one matrix to arrays `[entries, N]`, block by block.
         `extra` are arrays `[*batch]`.
         """
         run = functools.partial(self._map_on_device, fn)
-        operands = (self.weights, self.a, self.b, *extra)
+        operands: tuple[Any, ...] = self.weights, self.a, self.b, self.scaling, *extra
         if self.mesh is None:
             return run(*operands)
         *batch, k, n = self.axes
-        matrix = make_spec(*batch, k, n)
+        matrix, scalar = make_spec(*batch, k, n), make_spec(*batch)
         specs = [tuple(matrix for _ in self.weights), make_spec(*batch, k, ())]
-        specs += [make_spec(*batch, (), n), *(make_spec(*batch) for _ in extra)]
+        specs += [make_spec(*batch, (), n), *(scalar for _ in (self.scaling, *extra))]
         names = axes_of_type(self.mesh, AxisType.Auto)
         if explicit_mesh(operands) is not None:
             names = explicit_axes(self.mesh)
@@ -272,35 +317,85 @@ class _Columns:
             check_vma=False,
         )(*operands)
 
-    def _map_on_device(self, fn, weights, a, b, *extra) -> tuple[Array, ...]:
-        *batch, k, n = (*a.shape[:-1], b.shape[-1])
-        num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 2)
-        width = -(-n // num_tiles)
+    def _map_on_device(
+        self, fn: Callable[..., tuple[Array, ...]], weights: tuple, *operands: Array
+    ) -> tuple[Array, ...]:
+        *batch, k, _ = operands[0].shape
+        tile_rows = rows_of_tile(k, operands[1].shape[-1], self.block_rows)
+        num_tiles = k // tile_rows
 
-        def compute_tile(start: Array | int, width: int) -> tuple[Array, ...]:
-            def cut(x: Array) -> Array:
-                return lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
+        def map_matrix(operands: tuple) -> tuple[Array, ...]:
+            weights, a, b, scaling, *extra = operands
 
-            columns = self.decode(*map(cut, weights))
-            change = jnp.matmul(a, cut(b), precision=lax.Precision.HIGHEST)
-            return fn((columns + change).astype(self.dtype), *extra)
+            def merge(arrays: list[Array], last_rows: int | None = None) -> Array:
+                *weights, a = arrays
+                change = jnp.matmul(a, b, precision=lax.Precision.HIGHEST) * scaling
+                w = self._decode(weights, last_rows) + change
+                # Round to the dtype of the kernel, as `merge` of a LoRA does.
+                return round_to(w, self.dtype, jnp.float32)
 
-        if width == n:
-            return compute_tile(0, n)
+            def pack_tile(tile: list[Array]) -> tuple[Array, ...]:
+                # Merge the two halves of the tile in a loop, because XLA on CPUs fuses
+                # nothing with a loop. Otherwise, it would compute the sum again for
+                # each of the values below, in slow scalar code.
+                halves = [x.reshape(2, x.shape[0] // 2, -1) for x in tile]
+                w = lax.map(merge, halves)
+                return fn(w.reshape(tile_rows, -1), *extra)
 
-        def add_tile(i: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
-            # The last tile overlaps the one before if the width does not divide N.
-            start = jnp.minimum(i * width, n - width)
-            tiles = compute_tile(start, width)
-            return tuple(
-                lax.dynamic_update_slice_in_dim(x, tile, start, x.ndim - 1)
-                for x, tile in zip(results, tiles, strict=True)
-            )
+            # 1. Pack the full tiles.
+            arrays, results = (*weights, a), []
+            packed_rows = num_tiles * tile_rows
+            counts = [packed_rows // rows for rows in (*self._rows_per_entry, 1)]
+            pairs = list(zip(arrays, counts, strict=True))
+            if num_tiles:
+                tiles = [x[:i].reshape(num_tiles, -1, x.shape[-1]) for x, i in pairs]
+                if self.packing is not None:
+                    # The halves of a tile may have half a block each, with its scale.
+                    tiles[1] = jnp.repeat(tiles[1], 2, axis=1)
+                packed = lax.map(pack_tile, tiles)
+                results.append([x.reshape(-1, x.shape[-1]) for x in packed])
+            # 2. Pack the remaining rows, a part of a block.
+            if packed_rows < k:
+                w = merge([x[i:] for x, i in pairs], k - packed_rows)
+                results.append(fn(w, *extra))
+            return tuple(map(jnp.concatenate, zip(*results, strict=True)))
 
-        shapes = jax.eval_shape(lambda: compute_tile(0, width))
-        results = (jnp.zeros((*x.shape[:-1], n), x.dtype) for x in shapes)
-        results = tuple(varying_with(x, weights, a, b) for x in results)
-        return lax.fori_loop(0, -(-n // width), add_tile, results)
+        map_stack = map_matrix
+        for _ in batch:
+            map_stack = functools.partial(lax.map, map_stack)
+        return map_stack((weights, *operands))
+
+    @property
+    def _rows_per_entry(self) -> tuple[int, ...]:
+        """How many rows of the kernel an entry of each array in `weights` is for."""
+        if self.packing is None:
+            return (1,)
+        return self.packing.format.codes_per_byte, self.packing.block_size
+
+    def _decode(self, weights: list[Array], last_rows: int | None = None) -> Array:
+        """Returns float32 rows from their codes and scales, or from float weights.
+
+        The rows are blocks or halves of blocks with a scale each, or the last of K.
+        """
+        if self.packing is None:
+            return weights[0].astype(jnp.float32)
+        codes, scales = weights
+        if last_rows is not None:
+            w = dequantize_blocks(codes, scales, self.packing, last_rows)
+        else:
+            values = select_values(codes, self.packing.format)
+            blocks = values.reshape(scales.shape[0], -1, values.shape[-1])
+            w = (blocks * scales[:, None]).reshape(values.shape)
+        return round_to(w, self.dtype, jnp.float32)
+
+
+def rows_of_tile(k: int, n: int, block_rows: int) -> int:
+    """Returns the number of rows of a tile, a multiple of `block_rows`."""
+    num_blocks, block_bytes = k // block_rows, 4 * block_rows * max(n, 1)
+    # Use at least two tiles. With one, there is no loop, and XLA on CPUs fuses packing
+    # with the decoding in the product that follows, into slow scalar code.
+    most = max(1, min(TILE_BYTES // block_bytes, num_blocks // 2))
+    return block_rows * next(i for i in range(most, 0, -1) if num_blocks % i == 0)
 
 
 def _matrix_axes(kernel: Kernel) -> tuple[AnyMesh | None, list[Axes]]:

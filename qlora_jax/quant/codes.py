@@ -160,8 +160,12 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
     rank_bits: list[Array] = []
     for bit in reversed(range(fmt.bits)):
         half = 1 << bit
-        threshold = choose(rank_bits, fmt.midpoints[half - 1 :: 2 * half])
-        rank_bits.insert(0, x > threshold)
+        thresholds = list(fmt.midpoints[half - 1 :: 2 * half])
+        if rank_bits:
+            # As in `select_values`, this zero keeps the thresholds inside loops.
+            zero = (rank_bits[0] & np.False_).astype(jnp.float32)
+            thresholds = [value - zero for value in thresholds]
+        rank_bits.insert(0, x > choose(rank_bits, thresholds))
     if np.array_equal(fmt.order, np.arange(len(fmt.order))):  # the rank is the code
         shifted = (b.astype(jnp.uint8) << np.uint8(i) for i, b in enumerate(rank_bits))
         return functools.reduce(operator.or_, shifted)

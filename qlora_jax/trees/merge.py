@@ -62,19 +62,20 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     """Returns a plain parameter tree, with the adapters added to their kernels.
 
     Each kernel becomes `W + scaling * A B` (LoRA, Hu et al. 2021, section 4.1), summed
-    in float32 and rounded once to its dtype. The result is differentiable in the
-    adapters.
+    in float32 and rounded once to its dtype. With a `MergeAware` adapter, it becomes
+    the weights that training used: those of the packed sum. The result is
+    differentiable in the adapters.
 
     Args:
         base: The base tree, or one kernel.
         lora: The lora tree, or one adapter.
-        requantize: Pack the merged kernels again, each in its own format. Kernels
-            without a format stay in float; kernels that are trained through their
-            quantization are packed too. Changes of less than half a step are then
-            rounded away, and most of the adapter is lost, unless the adapter was
-            trained with `merge_aware`: its kernels are packed as they were in training.
-            To merge another adapter into 4 bits, merge into the original float weights
-            instead, and `quantize` the result.
+        requantize: Pack the merged kernels again, each in its own format, or in the
+            format that its `MergeAware` adapter was trained for. Other kernels without
+            a format stay in float; kernels that are trained through their quantization
+            are packed too. Unless an adapter is `MergeAware`, changes of less than half
+            a step are rounded away, and most of the adapter is lost. To merge such an
+            adapter into 4 bits, merge into the original float weights instead, and
+            `quantize` the result.
 
     Raises:
         TypeError: If `base` is a combined tree.

@@ -48,7 +48,9 @@ def find_targets(
                 raise ValueError(UNKNOWN_AXES)
             leaf_kinds = (kinds or {}).get(path)
             geometries[path] = _geometry(path, leaf, config, leaf_kinds, accept)
-            _check_experts(path, geometries[path].matrix_shape(leaf.shape), config)
+            shape = geometries[path].matrix_shape(leaf.shape)
+            _check_experts(path, shape, config)
+            _check_merged(as_kernel(leaf), shape[-2], config)
         except (TypeError, ValueError) as error:
             problems.setdefault(path, str(error))
     refuse_listed("these leaves cannot be targets", problems)
@@ -99,6 +101,19 @@ def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> No
             f"`rank_pattern` must have one rank, or one for each of {experts} experts. "
             f"Got {ranks}."
         )
+
+
+def _check_merged(kernel: Kernel, k: int, config: QLoRAConfig) -> None:
+    """Raises ValueError if a merged kernel could not be packed in its target format."""
+    packing = config.merged_packing(kernel.packing or config.packing)
+    if packing is not None:
+        try:
+            packing.check_rows(k)
+        except ValueError as error:
+            raise ValueError(
+                f"merged kernels in {packing.fmt!r} have blocks of "
+                f"{packing.block_size}, which must divide the contracted size. Got {k}."
+            ) from error
 
 
 def _why_no_rows(leaf: Leaf, rows: tuple[int, ...] | None) -> str | None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import warnings
 
 import flax.linen as nn
 import jax
@@ -31,20 +30,20 @@ from qlora_jax.quant.pack import quantize_checked
 K, N, RANK = 128, 72, 4
 
 
-def make(shape=(K, N), seed=0, **options):
+def make(shape=(K, N), seed=0, dtype="float32", **options):
     """A base and its adapter, as if it had been trained."""
     settings = {"rank": RANK, "alpha": 8, "merge_aware": True, "double_quant": False}
     config = ql.QLoRAConfig(**settings | options)
     key = jax.random.key(seed)
-    base, lora = ql.init(key, {"kernel": normal(seed, shape)}, config)
+    base, lora = ql.init(key, {"kernel": normal(seed, shape, dtype)}, config)
     trained_b = normal(seed + 1, lora["kernel"].b.shape, scale=0.1)
     return base, {"kernel": dataclasses.replace(lora["kernel"], b=trained_b)}
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Packs 15 columns of K rows at a time, which does not divide N."""
-    monkeypatch.setattr(merge_aware, "TILE_BYTES", 4 * K * 16 - 1)
+    """Packs 64 rows at a time."""
+    monkeypatch.setattr(merge_aware, "TILE_BYTES", 4 * N * 65)
 
 
 def pack_and_decode(w, packing):
@@ -89,6 +88,8 @@ def test_the_product_is_that_of_the_packed_sum(fmt, target_fmt, small_tiles):
         ((K, N), {"double_quant": True}),
         ((3, K, N), {"contract": "bkn"}),
         ((N, K), {"contract": -1}),
+        ((161, 33), {"target_fmt": "int4", "alpha": 7, "dtype": "bfloat16"}),
+        ((K, N), {"fmt": "int8", "target_fmt": "q4_0", "dtype": "bfloat16"}),
         ((K, 2, N // 2), {"contract": -3, "target_fmt": "nvfp4"}),
     ],
 )
@@ -102,20 +103,24 @@ def test_the_bytes_of_the_file_are_those_of_packing_the_sum(
     want = quantize_checked(merged, adapter.packing, adapter.geometry)
     packed = ql.merge(base, lora, requantize=True)
     assert_same(packed["kernel"], want)
-    x = normal(2, (*shape[: len(shape) - 2], 5, K) if "b" in str(options) else (5, K))
-    bound = rounding(2 * K)
+    *batch, k, _ = packed["kernel"].matrix_shape
+    x = normal(2, (*batch, 5, k))
+    bound = rounding(2 * k)
     assert relative_error(ql.apply(base, lora, x), ql.apply(packed, None, x)) < bound
 
 
 def test_training_it_beats_packing_an_ordinary_adapter():
-    # The target differs from the base by less than half a step of the grid in most
-    # weights, so packing the merged weights of an ordinary adapter loses much of it.
-    params, x = {"kernel": normal(0, (K, N))}, normal(1, (256, K))
+    # The base is in float, so that small changes of A B can move codes. As in models,
+    # the inputs have a few strong directions, in which errors of packing can cancel.
+    params = {"kernel": normal(0, (K, N))}
+    x = normal(1, (256, 4)) @ normal(4, (4, K), scale=0.5)
+    x += normal(5, x.shape, scale=0.1)
     change = normal(2, (K, 2)) @ normal(3, (2, N))
     target = x @ (params["kernel"] + 0.02 * change)
-    losses = {}
-    for name, options in {"ordinary": {}, "merge-aware": {"merge_aware": True}}.items():
-        config = ql.QLoRAConfig(rank=RANK, **options)
+    packed_losses, trained_loss = {}, None
+    kinds = {"ordinary": {}, "merge-aware": {"merge_aware": True, "target_fmt": "nf4"}}
+    for name, options in kinds.items():
+        config = ql.QLoRAConfig(rank=RANK, fmt=None, **options)
         base, lora = ql.init(jax.random.key(0), params, config)
         optimizer = optax.adam(optax.cosine_decay_schedule(0.01, 300))
 
@@ -131,13 +136,16 @@ def test_training_it_beats_packing_an_ordinary_adapter():
         state = optimizer.init(lora)
         for _ in range(300):
             lora, state = step(lora, state)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "requantizing moved", UserWarning)
-            packed = ql.merge(base, lora, requantize=True)
-        losses[name] = float(jnp.mean((ql.apply(packed, None, x) - target) ** 2))
+        trained_loss = float(loss(lora))
+        packed = {"kernel": ql.quantize(ql.merge(base, lora)["kernel"], "nf4")}
         if options:
-            np.testing.assert_allclose(losses[name], loss(lora), rtol=1e-4)
-    assert losses["merge-aware"] < 0.9 * losses["ordinary"], losses
+            packed = ql.merge(base, lora, requantize=True)
+        packed_losses[name] = float(loss(None, packed))
+    # The loss of the packed weights is the loss that was trained.
+    error = relative_error(packed_losses["merge-aware"], trained_loss)
+    assert error < rounding(2 * K)
+    # Measured: 0.06 instead of 1.13. The base alone has a loss of 0.25.
+    assert packed_losses["merge-aware"] < 0.2 * packed_losses["ordinary"]
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -163,6 +171,20 @@ def test_a_mesh_changes_nothing(kind, spec, target_fmt):
     for name, want in want_grads["kernel"].arrays.items():
         got = grads["kernel"].arrays[name]
         assert relative_error(got, want) < rounding(512)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_devices_get_whole_blocks_of_both_formats(kind):
+    # 160 rows are 2.5 blocks of the target, but each of 2 devices could have 80 rows of
+    # the float base.
+    base, lora = make((160, 96), fmt=None, target_fmt="nf4")
+    x = normal(2, (8, 160))
+    want = ql.apply(base, lora, x)
+    mesh, rules = make_mesh(kind, axes=("fsdp", "tensor")), {"kernel": P("fsdp")}
+    base, lora = ql.sharding.place(base, lora, mesh, rules)
+    with jax.set_mesh(mesh):
+        y = jax.jit(ql.apply)(base, lora, x)
+    assert relative_error(y, want) < rounding(320)
 
 
 def test_devices_pack_their_own_columns():
@@ -219,31 +241,109 @@ def test_flax_modules_compute_with_it():
     np.testing.assert_array_equal(ql.nnx.join(wrapped, base, lora)(x), want)
 
 
-def test_only_packed_weights_and_factors_are_kept(monkeypatch):
-    k = n = 1024
-    monkeypatch.setattr(merge_aware, "TILE_BYTES", 4 * k * 32)
-    base, lora = make((4, k, n), double_quant=True)
-    ordinary = lora["kernel"]
-    settings = ordinary.a, ordinary.b, ordinary.scaling, 0.0, ordinary.geometry
-    x = normal(2, (512, k))
+def test_only_the_base_the_factors_and_inputs_are_kept():
+    k, layers, tokens = 2048, 4, 256
 
-    def compile_gradient(lora):
+    def compile_gradient(**options):
+        config = ql.QLoRAConfig(rank=RANK, **options)
+        kernels = {"kernel": jax.ShapeDtypeStruct((layers, k, k), jnp.float32)}
+        key, x = jax.random.key(0), jax.ShapeDtypeStruct((tokens, k), jnp.float32)
+        trees = jax.eval_shape(lambda p: ql.init(key, p, config), kernels)
+
         def loss(lora, base, x):
             def layer(x, trees):
                 return ql.apply(*trees, x), None
 
             return jnp.sum(jax.lax.scan(layer, x, (base, lora))[0] ** 2)
 
-        return jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
+        return jax.jit(jax.grad(loss)).lower(*trees[::-1], x).compile()
 
-    temporaries = [
-        compile_gradient(tree).memory_analysis().temp_size_in_bytes
-        for tree in (lora, {"kernel": ql.LoRA(*settings)})
-    ]
-    # The packed weights of a layer are kept, and a few columns in float.
-    packed_size = k * n // 2
-    assert temporaries[0] - temporaries[1] < 3 * packed_size, temporaries
-    assert temporaries[0] < 1.3 * temporaries[1]
+    ordinary, compiled = compile_gradient(), compile_gradient(merge_aware=True)
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (compiled, ordinary)]
+    # Besides the inputs of layers, there are one layer's packed weights, and a tile.
+    assert sizes[0] < 1.3 * sizes[1]
+    assert sizes[0] < layers * tokens * k * 4 + 4 * (k * k // 2) + 8 * 2**20
+    floats = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in floats]
+    assert max(sizes) < k * k
+
+
+def test_second_derivatives_are_those_of_a_lora():
+    # All sums are integers from -7 to 7, and 7 is in each block, so packing in int4
+    # changes nothing, and the derivative of the packer is taken as 1.
+    random = np.random.default_rng(0)
+    w = random.integers(-3, 4, (2, 64, 64)).astype(np.float32)
+    a = random.integers(0, 2, (2, 64, 1)).astype(np.float32)
+    b = random.integers(0, 2, (2, 1, 64)).astype(np.float32)
+    w[:, 0], a[:, 0] = 7, 0
+    geometry = ql.quantize(w[0]).geometry
+    packing = Packing("int4", double_quant=False)
+    settings = a, b, 0.5, 0.0, geometry
+    x, *direction = normal(1, (5, 64)), normal(2, a.shape), normal(3, b.shape)
+    w = w - 0.5 * a @ b + np.round(0.5 * a @ b)  # so that the sums are integers
+
+    def hessian_product(lora):
+        def loss(lora):
+            def layer(x, trees):
+                return jnp.sin(0.05 * ql.apply(*trees, x)), None
+
+            return jnp.sum(jax.lax.scan(layer, x, (w, lora))[0] ** 2)
+
+        def slope(lora):
+            grads = jax.grad(loss)(lora)
+            return jnp.vdot(grads.a, direction[0]) + jnp.vdot(grads.b, direction[1])
+
+        return jax.jit(jax.grad(slope))(lora)
+
+    got = hessian_product(ql.MergeAware(*settings, packing))
+    want = hessian_product(ql.LoRA(*settings))
+    for name, array in want.arrays.items():
+        assert relative_error(got.arrays[name], array) < rounding(64 * 64)
+
+
+@pytest.mark.parametrize("target_fmt", FORMATS)
+def test_nan_is_not_hidden_and_zeros_stay(target_fmt):
+    base, lora = make(fmt=None, target_fmt=target_fmt, double_quant=None)
+    adapter, x = lora["kernel"], jnp.ones((2, K))
+    with_nan = dataclasses.replace(adapter, a=adapter.a.at[3].set(jnp.nan))
+    assert jnp.isnan(ql.apply(base["kernel"], with_nan, x)).all()
+    zero = dataclasses.replace(adapter, b=jnp.zeros_like(adapter.b))
+    assert not ql.apply(jnp.zeros((K, N)), zero, x).any()
+
+
+@pytest.mark.parametrize("use_jit", [False, True])
+def test_a_float_kernel_must_be_frozen(use_jit):
+    base, lora = make(fmt=None, target_fmt="nf4")
+
+    def loss(base):
+        return ql.apply(base, lora, jnp.ones((2, K))).sum()
+
+    with pytest.raises(ValueError, match="must be frozen"):
+        jax.grad(jax.jit(loss) if use_jit else loss)(base)
+
+
+def test_kernels_that_do_not_fit_the_target_are_listed():
+    params = {
+        name: jnp.ones((k, 64)) for name, k in {"a": 96, "b": 128, "c": 48}.items()
+    }
+    options = {"rank": 1, "targets": ".", "merge_aware": True}
+    config = ql.QLoRAConfig(target_fmt="int4_f16", **options)
+    with pytest.raises(ValueError) as error:
+        ql.init(jax.random.key(0), params, config)
+    listed = re.findall(r"^  (.): merged kernels .* Got (\d+)", str(error.value), re.M)
+    assert listed == [("a", "96"), ("c", "48")]
+    # Blocks are those of the kernel in its own format, and of the config for floats.
+    packings = {
+        ("nf4", None, 32): Packing("nf4", 32, True),
+        ("nf4", "nf4", 32): Packing("nf4", 32, True),
+        (None, "int4_f16", 32): Packing("int4_f16", 32),
+        ("int8", "q4_0", 128): Packing("q4_0", 32),
+        ("int8", "nf4", 128): Packing("nf4", 64, True),
+    }
+    for (fmt, target_fmt, block_size), packing in packings.items():
+        settings = {"fmt": fmt, "target_fmt": target_fmt, "block_size": block_size}
+        config = ql.QLoRAConfig(**options | {"targets": "b"}, **settings)
+        assert ql.init(jax.random.key(0), params, config)[1]["b"].packing == packing
 
 
 @pytest.mark.parametrize(

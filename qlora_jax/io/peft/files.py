@@ -25,7 +25,7 @@ from ..safetensors import open_safetensors, write_safetensors
 from ..tensors import LazyTensor
 from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from .modules import NamedBase, from_stored, stack, to_stored
-from .settings import AdapterLayout, lay_out, peft_config
+from .settings import AdapterLayout, lay_out, peft_config, refuse_merge_aware
 
 # float64 is rejected, because JAX would silently read it as float32.
 _STORED_DTYPES = ("bfloat16", "float16", "float32")
@@ -224,7 +224,8 @@ def save_peft(
     Raises:
         TypeError: If `base` is a combined tree.
         ValueError: Before anything is written: if adapters differ from the settings, do
-            not fit their kernels, or are not finite. The error lists all of them.
+            not fit their kernels, are not finite, or are merge-aware. The error lists
+            all of them.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile, pathlib
@@ -249,7 +250,9 @@ def adapter_tensors(
     base: Tree, lora: Tree, names: Names, config: PeftConfig
 ) -> dict[str, np.ndarray]:
     """Returns the tensors that PEFT stores for adapters with these settings, by key."""
-    adapters = jax.tree.map(np.asarray, adapters_of_each(base, lora))
+    adapters = adapters_of_each(base, lora)
+    refuse_merge_aware(adapters)
+    adapters = jax.tree.map(np.asarray, adapters)
     # Leaves that are `Trained` replace those of the base, so that they are written.
     model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)

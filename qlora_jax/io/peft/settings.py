@@ -15,7 +15,7 @@ from ...adapters.base import Adapter, used_ranks
 from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...trees.adapters import adapters_of_each
-from ...trees.paths import Tree
+from ...trees.paths import Tree, refuse_listed
 from ..files import refuse
 from ..names import Names
 from .config import (
@@ -304,7 +304,7 @@ def peft_config(
     Raises:
         TypeError: If `base` is a combined tree.
         ValueError: If there is no adapter, or if one does not fit its kernel, or if its
-            kernel has no name.
+            kernel has no name; or if adapters are merge-aware, all of them listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -317,6 +317,7 @@ def peft_config(
         (('q_proj',), 4, 8)
     """
     adapters = adapters_of_each(base, lora)
+    refuse_merge_aware(adapters)
     model = NamedBase.of(base, names)
     # First, separate the adapters that are not low-rank.
     trained = {path for path, x in adapters.items() if x.replacement is not None}
@@ -357,6 +358,16 @@ def peft_config(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         extra_settings={key: x for key, x in source.items() if x is not None},
+    )
+
+
+def refuse_merge_aware(adapters: Mapping[str, Adapter]) -> None:
+    """Raises ValueError if adapters were trained through the packing of their sum."""
+    refuse_listed(
+        "these adapters cannot be written beside their base. They were trained through "
+        "the packing of the merged kernels, and PEFT would add them to kernels without "
+        "packing the sum. Write the weights of `merge(base, lora, requantize=True)`",
+        sorted(path for path, x in adapters.items() if x.is_merge_aware),
     )
 
 
