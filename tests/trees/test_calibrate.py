@@ -39,8 +39,8 @@ def test_layers_of_a_scan_with_remat(fmt, is_jitted):
         return ql.calibrate(apply, base, lora, batches)
 
     run = jax.jit(calibrate) if is_jitted else calibrate
-    w = np.float64(ql.dequantize(base)["kernel"])
-    x, want = np.float64(np.concatenate(batches)), []
+    w = np.asarray(ql.dequantize(base)["kernel"], np.float64)
+    x, want = np.concatenate(batches).astype(np.float64), []
     for kernel in w:
         want.append(np.square(x).mean((0, 1)))
         x = np.tanh(x @ kernel)
