@@ -11,10 +11,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
-# The formats that merge-aware adapters are trained for: those of the files of `export`,
-# except nvfp4. Servers fuse kernels such as q, k and v, and need one float32 factor for
-# all of them in nvfp4, but an adapter only knows the factor of its own merged kernel.
-TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4"]
+# The formats that merge-aware adapters are trained for: those of the files of `export`.
+TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4", "nvfp4"]
 if TYPE_CHECKING:
     ServerName = str
 else:

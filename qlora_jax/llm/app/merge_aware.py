@@ -20,7 +20,7 @@ from .train_groups import AdapterConfig
 
 # The format of `export` that holds packed weights, by their number format.
 _FORMATS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "q4_0": "gguf"}
-_FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4"}
+_FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 GGUF_BLOCK_SIZE = 32  # of Q4_0
 
 

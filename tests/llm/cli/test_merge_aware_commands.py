@@ -22,7 +22,7 @@ from qlora_jax.llm.models.tiny import save_tiny
 OPTIONS = dict(chat=True, max_length=64, eval_examples=0, target_modules="all-linear")
 OPTIONS |= dict(steps=4, learning_rate=5e-2)
 FORMS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int4_f16": "compressed-tensors"}
-FORMS |= {"mxfp4": "mxfp4", "q4_0": "gguf"}
+FORMS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4", "q4_0": "gguf"}
 
 
 def run(capsys, *arguments):
@@ -67,8 +67,7 @@ def plain(folder):
 
 
 def test_the_formats_to_train_for_are_those_of_files():
-    # NVFP4 needs one factor for kernels that servers fuse.
-    assert {*FORMS} == {x for fmts in FMTS.values() for x in fmts} - {"nvfp4"}
+    assert {*FORMS} == {x for fmts in FMTS.values() for x in fmts}
     assert {*FORMS} == {*get_args(TargetFmt)}
 
 
@@ -96,7 +95,7 @@ def test_the_file_has_the_loss_of_training(folder, aware, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fmt, target",
-    [("nf4", "q4_0"), ("int8", "fp4"), ("none", "mxfp4")]
+    [("nf4", "q4_0"), ("int8", "fp4"), ("none", "mxfp4"), ("none", "nvfp4")]
     + [("int8", "int4_f16"), ("fp4", None)],
 )
 def test_each_file_has_the_loss_of_training(folder, tmp_path, capsys, fmt, target):
@@ -266,7 +265,6 @@ def test_a_merge_aware_adapter_starts_no_ordinary_one(folder, aware, tmp_path):
         (dict(merge_aware=True, target_fmt="int8"), "`target_fmt` must be nf4, fp4,"),
         (dict(merge_aware=True, fmt="none"), "Got None and a base in float."),
         (dict(merge_aware=True, fmt="int8"), "a base in int8 in blocks of 64"),
-        (dict(merge_aware=True, fmt="nvfp4"), "a base in nvfp4 in blocks of 16."),
         (
             dict(merge_aware=True, target_fmt="q4_0", target_modules="q_proj"),
             "`target_modules` must be all linear layers with `target_fmt`",
