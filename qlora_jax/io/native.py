@@ -25,6 +25,7 @@ from ..quant.formats import FLOAT_DTYPES, Packing
 from ..quant.geometry import Geometry
 from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
+from ..quant.search import check_scale_rule
 from ..trees.paths import Tree, leaves_by_keys, path_string, refuse_listed
 from .device_shards import put
 from .files import CheckpointError, Path, new_path, parse_json
@@ -206,19 +207,22 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
 
 
 def _kind_settings(kind: type[Adapter]) -> tuple[str, ...]:
-    """Returns the settings of this kind only: integer lists, or a `Packing`."""
+    """Returns the settings of this kind: integer lists, a `Packing`, a `ScaleRule`."""
     return tuple(name for name in kind.settings if name not in SETTINGS)
 
 
-def _setting_to_json(setting: Any) -> dict[str, Any] | list[int]:
+def _setting_to_json(setting: Any) -> dict[str, Any] | list[int] | str:
     if isinstance(setting, Packing):
         return {name: getattr(setting, name) for name in _PACKING}
-    return [*setting]
+    return setting if isinstance(setting, str) else [*setting]
 
 
-def _setting_from_json(setting: Any) -> Packing | tuple[int, ...]:
+def _setting_from_json(setting: Any) -> Packing | tuple[int, ...] | str:
     if isinstance(setting, dict):
         return Packing(*(setting[name] for name in _PACKING))
+    if isinstance(setting, str):
+        check_scale_rule(setting)
+        return setting
     return tuple(map(operator.index, setting))
 
 

@@ -386,7 +386,7 @@ def test_kernels_that_do_not_fit_the_target_are_listed():
         ({"freeze_base": False}, "freeze_base=False"),
         ({"shared": ".*"}, "shared="),
         ({"target_fmt": "q4_k"}, "`target_fmt` must be one of .*'q4_0'"),
-        ({"target_fmt": "int4_f16"}, "multiple of 128"),
+        ({"target_fmt": "int4_f16"}, "blocks of 128, which must divide"),
     ],
 )
 def test_wrong_settings_are_refused(options, words):
