@@ -25,7 +25,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,8 @@ ARMS = [
 
 class Bench:
     """A task and an arm, ready to train."""
+
+    rates_at_once = 3
 
     def __init__(self, folder: pathlib.Path, task: Task, arm: Arm):
         local_model = folder / task.model
@@ -150,13 +152,14 @@ class Bench:
         batches = data.eval_batches(rows, batch_size=size, max_length=length)
         return self._mean(self.base if base is None else base, trained, batches)
 
-    def exact(self, trained: Any) -> float | None:
+    def exact(self, trained: Any, base: Any = None) -> float | None:
         """Returns the share of exact answers; None for a task without answers."""
         examples = self.data.test_examples
         if not examples:
             return None
         is_full = self.arm.rank is None
-        parts = (trained, {}) if is_full else (self.base, trained)
+        base = self.base if base is None else base
+        parts = (trained, {}) if is_full else (base, trained)
 
         def encode(text):
             return self.tokenizer.encode(text, add_special_tokens=False)
@@ -181,9 +184,9 @@ class Bench:
             row["old"] = self.mean(trained, self.old)
         return row | {"test": self.mean(trained, self.data.test)}
 
-    def fit(self, seed: int, rates: Sequence[float]) -> list[dict[str, Any]]:
-        """Returns the record of a run at each learning rate."""
-        task, began = self.task, time.perf_counter()
+    def train(self, seed: int, rates: Sequence[float]) -> list[Any]:
+        """Returns the parameters trained at each learning rate."""
+        task = self.task
 
         def make_optimizer(rate):
             schedule = train.make_schedule(
@@ -191,9 +194,11 @@ class Bench:
             )
             return train.make_optimizer("adamw", schedule, beta2=0.99)
 
+        start = self.init(seed)
+
         # Each state is donated.
         def copy():
-            return jax.tree.map(jnp.copy, self.init(seed))
+            return jax.tree.map(jnp.copy, start)
 
         state = train.State.stack(
             [train.State.create(copy(), make_optimizer(x), seed) for x in rates]
@@ -208,18 +213,27 @@ class Bench:
         )
         for batch in tqdm(itertools.islice(batches, task.steps), total=task.steps):
             state, _ = step(state, self.base, [batch])
-        states = [state.member(index) for index in range(len(rates))]
-        losses = [self.mean(state.lora, self.data.valid) for state in states]
+        return [state.member(index).lora for index in range(len(rates))]
+
+    def fit(self, seed: int, rates: Sequence[float]) -> list[dict[str, Any]]:
+        """Returns the record of a run at each learning rate."""
+        began = time.perf_counter()
+        trained = self.train(seed, rates)
+        losses = [self.valid_loss(parameters) for parameters in trained]
         rows = [{"valid": x if math.isfinite(x) else None} for x in losses]
         best = losses.index(min(losses, key=_order))
-        rows[best] |= self._measure_merged(states[best].lora)
+        rows[best] |= self.measure(trained[best])
         seconds = (time.perf_counter() - began) / len(rates)
         run_facts = {"seed": seed, "seconds": round(seconds, 1)}
         return [
             {"rate": r} | run_facts | row for r, row in zip(rates, rows, strict=True)
         ]
 
-    def _measure_merged(self, trained: Any) -> dict[str, Any]:
+    def valid_loss(self, trained: Any) -> float:
+        """Returns the loss that chooses the learning rate."""
+        return self.mean(trained, self.data.valid)
+
+    def measure(self, trained: Any) -> dict[str, Any]:
         """Returns measurements that only the best of several runs gets."""
         row: dict[str, Any] = {"exact": self.exact(trained)}
         row["test"] = self.mean(trained, self.data.test)
@@ -247,8 +261,8 @@ def plan(
         seeds: How many seeds are trained at the best rate.
     """
     first = {row["rate"]: _order(row["valid"]) for row in rows if row["seed"] == 0}
-    if not first:
-        return 0, [start / 2, start, 2 * start]
+    if len(first) < 3:
+        return 0, [x for x in (start / 2, start, 2 * start) if x not in first]
     best = min(first, key=first.__getitem__)
     if best == max(first):
         return 0, [2 * best]
@@ -265,7 +279,14 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: float):
+def study(
+    folder: pathlib.Path,
+    task: Task,
+    arm: Arm,
+    path: pathlib.Path,
+    end: float,
+    make_bench: Callable[..., Bench] = Bench,
+) -> None:
     """Trains an arm until it is finished or time is up, and appends its records."""
     study_key = {"task": task.name, "arm": arm.name}
 
@@ -279,8 +300,12 @@ def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: f
         left = plan([x for x in rows if x["rate"] is not None], start, arm.seeds)
         if rows and left is None:
             return
-        bench = bench or Bench(folder, task, arm)
-        new_rows = [bench.before()] if not rows else bench.fit(*(left or (0, [])))
+        bench = bench or make_bench(folder, task, arm)
+        if not rows:
+            new_rows = [bench.before()]
+        else:
+            seed, rates = left or (0, [])
+            new_rows = bench.fit(seed, rates[: bench.rates_at_once])
         lines = [json.dumps(study_key | row) + "\n" for row in new_rows]
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))

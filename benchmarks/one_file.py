@@ -1,0 +1,193 @@
+"""The quality of a single 4-bit file, which has the adapter merged into it.
+
+    python benchmarks/one_file.py FOLDER [--tasks sums,words,text] [--arms "a;b"]
+
+Trains on the tasks of `quality.py`, and measures the packed file instead of the adapter
+beside its base. The rates are searched, and seeds and results are treated, as there.
+Every run appends its results to `one_file.jsonl`. `one_file_report.py` writes the
+tables.
+"""
+
+import argparse
+import math
+import pathlib
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from quality import Arm, Bench, study
+from quality_tasks import TASKS, Task, make_task
+
+import qlora_jax as ql
+from qlora_jax.adapters.base import register_adapter
+from qlora_jax.llm.app.base_model import LAYERS
+from qlora_jax.quant.formats import Packing
+from qlora_jax.quant.pack import quantize_checked
+
+RESULTS = pathlib.Path(__file__).with_name("one_file.jsonl")
+RESIDUAL = "nf4 + nf4"
+
+
+@dataclass(frozen=True)
+class FileArm(Arm):
+    """A way to train a model that ends in one packed file.
+
+    `fmt` is the format of the base during training: None for bfloat16, and `nf4 + nf4`
+    for NF4 with its rounding errors, which are packed in NF4 too.
+
+    Attributes:
+        file_fmt: The format of the file.
+        merge_aware: Whether the adapter is trained through the packing of the file.
+        starts_trained: Whether it starts from an ordinary adapter, which was trained
+            for as many steps beside the same base.
+        keep: In half steps of the file's grid: where the adapter changes a weight by
+            less than this, the weight is packed as if there were no adapter.
+    """
+
+    file_fmt: str = "nf4"
+    merge_aware: bool = True
+    starts_trained: bool = False
+    keep: float = 0.0
+
+
+def make_arms() -> list[FileArm]:
+    """Returns the arms, the most important ones first."""
+    arms = []
+    for base_fmt in (None, "int8", "same"):
+        for file_fmt in ("nf4", "int4"):
+            fmt = file_fmt if base_fmt == "same" else base_fmt
+            double_quant = None if fmt is None else False
+            name = f"{file_fmt} file, {fmt or 'bfloat16'} base"
+            arms.append(FileArm(name, fmt, double_quant, file_fmt=file_fmt))
+    for file_fmt in ("nf4", "int4"):
+        name = f"{file_fmt} file, packed once"
+        arms.append(FileArm(name, file_fmt=file_fmt, merge_aware=False))
+    return [
+        *arms,
+        FileArm("nf4 file, ordinary adapter first", starts_trained=True),
+        FileArm("nf4 file, codes kept", keep=0.5),
+        FileArm("nf4 file, rank 64", rank=64),
+        FileArm("nf4 file, 4 + 4 bits base", RESIDUAL),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class CodesKept(ql.MergeAware):
+    """A merge-aware adapter whose small changes do not change the packed weights."""
+
+    keep: float
+
+    settings = (*ql.MergeAware.settings, "keep")
+    label = "merge-aware, codes kept"
+
+    def packed(self, kernel: Any) -> ql.QTensor:
+        """Returns the packed weights, through a float kernel of the full size."""
+        w = kernel.dequantize().astype(jnp.float32)
+        change = self.scaling * jnp.matmul(self.a, self.b, precision="highest")
+        *batch, k, n = w.shape
+        block_size = self.packing.block_size
+        blocks = jnp.abs(w).reshape(*batch, k // block_size, block_size, n)
+        # On average, a step of 16 values between -1 and 1 is 2 / 15 of the scale.
+        half_step = jnp.max(blocks, axis=-2) / 15
+        is_kept = jnp.abs(change) < self.keep * jnp.repeat(half_step, block_size, -2)
+        merged = w + jnp.where(is_kept, 0, change)
+        return quantize_checked(
+            merged.astype(kernel.dtype), self.packing, self.geometry
+        )
+
+
+register_adapter(CodesKept)
+
+
+class FileBench(Bench):
+    """A task and an arm, ready to train, whose result is a packed file."""
+
+    arm: FileArm
+    rates_at_once = 1
+
+    def __init__(self, folder: pathlib.Path, task: Task, arm: FileArm):
+        is_residual = arm.fmt == RESIDUAL
+        super().__init__(folder, task, replace(arm, fmt=None) if is_residual else arm)
+        self.folder, self.arm = folder, arm
+        self.file_config = ql.QLoRAConfig(
+            fmt=arm.file_fmt, double_quant=False, targets=LAYERS
+        )
+        if is_residual:
+            self.base = jax.jit(self._with_residual)(self.base)
+
+    def _with_residual(self, base: Any) -> Any:
+        """Returns weights that have the values of NF4 with packed rounding errors."""
+        values = ql.dequantize(ql.quantize(base, self.file_config))
+        errors = jax.tree.map(jnp.subtract, base, values)
+        errors = ql.dequantize(ql.quantize(errors, self.file_config))
+        return jax.tree.map(jnp.add, values, errors)
+
+    def init(self, seed: int) -> Any:
+        """Returns the adapter before the first step."""
+        if self.arm.starts_trained:
+            ordinary = replace(self.arm, merge_aware=False, starts_trained=False)
+            bench = FileBench(self.folder, self.task, ordinary)
+            (lora,) = bench.train(seed, [TASKS[self.task.name].rate])
+        else:
+            lora = super().init(seed)
+        if not self.arm.merge_aware:
+            return lora
+        packing = Packing(self.arm.file_fmt, double_quant=False)
+
+        def aware(lora: ql.LoRA) -> ql.MergeAware:
+            settings = lora.scaling, 0.0, lora.geometry, packing
+            if self.arm.keep:
+                return CodesKept(lora.a, lora.b, *settings, self.arm.keep)
+            return ql.MergeAware(lora.a, lora.b, *settings)
+
+        return jax.tree.map(aware, lora, is_leaf=lambda node: isinstance(node, ql.LoRA))
+
+    def file(self, lora: Any) -> Any:
+        """Returns the tree of the packed file."""
+        if self.arm.merge_aware:
+            return ql.merge(self.base, lora, requantize=True)
+        return self._pack(ql.merge(self.base, lora))
+
+    def _pack(self, params: Any) -> Any:
+        return jax.jit(ql.quantize, static_argnums=1)(params, self.file_config)
+
+    def before(self) -> dict[str, Any]:
+        """Returns the record of the untrained model, packed in the file's format."""
+        file = self._pack(ql.dequantize(self.base))
+        return {"rate": None, "seed": None, "test": self.mean({}, self.data.test, file)}
+
+    def valid_loss(self, trained: Any) -> float:
+        """Returns the loss of the file on the validation rows."""
+        return self.mean({}, self.data.valid, self.file(trained))
+
+    def measure(self, trained: Any) -> dict[str, Any]:
+        """Returns the loss and the share of exact answers of the file."""
+        file = self.file(trained)
+        test = self.mean({}, self.data.test, file)
+        return {"test": test, "exact": self.exact({}, file)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains all arms that have no results yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--tasks", default="sums,words,text")
+    parser.add_argument("--arms", help="their names, separated by semicolons")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    end = time.monotonic() + 60 * args.minutes
+    chosen = args.arms and args.arms.split(";")
+    for name in args.tasks.split(","):
+        # Files want lower rates than adapters beside their base.
+        task = replace(TASKS[name], rate=TASKS[name].rate / 2)
+        make_task(args.folder, task)
+        for arm in make_arms():
+            if not chosen or arm.name in chosen:
+                study(args.folder, task, arm, args.results, end, FileBench)
+
+
+if __name__ == "__main__":
+    main()

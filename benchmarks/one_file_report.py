@@ -1,0 +1,86 @@
+"""Tables of the results of `one_file.py`, beside those of `quality.py`.
+
+    python benchmarks/one_file_report.py
+
+Losses are in nats per token of the test rows. Means over seeds have 95% intervals by
+Student's t.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+from one_file import RESIDUAL, RESULTS, FileArm, make_arms
+from quality import RESULTS as QUALITY
+from quality import read_records
+from quality_report import Results, by_arm, shown
+from timing import table as as_table
+
+HEADER = ["file", "base in training", "bits", "adapter", "rate", "loss"]
+HEADER += ["above", "exact match, %", "share, %"]
+# Of a weight in blocks of 64, with float32 scales.
+BITS = {None: 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5, RESIDUAL: 9.0}
+
+
+def describe(arm: FileArm) -> str:
+    """Returns how the adapter of an arm is trained."""
+    if not arm.merge_aware:
+        return "ordinary, merged and packed once"
+    extra = ", after an ordinary one" * arm.starts_trained
+    extra += ", small changes dropped" * bool(arm.keep)
+    extra += f", rank {arm.rank}" * (arm.rank != 16)
+    return f"merge-aware{extra}"
+
+
+def rows_of_file(
+    file_fmt: str, arms: dict[str, Results], beside: Results
+) -> list[list[str]]:
+    """Returns the rows of a table about files in a format.
+
+    Args:
+        file_fmt: The format.
+        arms: The results of `one_file.py` for a task, by arm.
+        beside: Those of an ordinary adapter beside its base in this format.
+    """
+    goal_loss, goal_exact = beside.values("test"), beside.values("exact")
+
+    def make_row(fmt, adapter, results, loss_name="test"):
+        loss, exact = results.values(loss_name), results.values("exact")
+        above = f"{loss.mean() - goal_loss.mean():+.3f}"
+        share = ""
+        if loss_name != "test":  # exact answers of this file were not counted
+            exact = exact[:0]
+        if exact.size and goal_exact.size:
+            share = f"{100 * exact.mean() / goal_exact.mean():.0f}"
+        row = [file_fmt, fmt or "bfloat16", f"{BITS[fmt]:g}", adapter]
+        row += [f"{results.rate:.0e}", shown(loss, 3), above]
+        return [*row, shown(100 * exact, 1), share]
+
+    rows = [
+        make_row(file_fmt, "ordinary, beside its base (no file)", beside),
+        make_row(file_fmt, "ordinary, merged and packed again", beside, "packed again"),
+    ]
+    for arm in make_arms():
+        if arm.file_fmt == file_fmt and arm.name in arms:
+            rows.append(make_row(arm.fmt, describe(arm), arms[arm.name]))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a table for each task."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    records, ordinary = read_records(args.results), read_records(QUALITY)
+    for task in dict.fromkeys(record["task"] for record in records):
+        arms, beside = by_arm(records, task), by_arm(ordinary, task)
+        rows = [
+            row
+            for file_fmt in ("nf4", "int4")
+            for row in rows_of_file(file_fmt, arms, beside[file_fmt])
+        ]
+        print(f"\n{task}\n{as_table(HEADER, rows)}")
+
+
+if __name__ == "__main__":
+    main()
