@@ -13,7 +13,7 @@ import math
 import pathlib
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from qlora_jax.quant.pack import quantize_checked
 
 RESULTS = pathlib.Path(__file__).with_name("one_file.jsonl")
 RESIDUAL = "nf4 + nf4"
+# The rates of merge-aware adapters are lower than those of adapters beside a float base.
+RATE_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class FileArm(Arm):
             for as many steps beside the same base.
         keep: In half steps of the file's grid: where the adapter changes a weight by
             less than this, the weight is packed as if there were no adapter.
+        scales: How the scales of the file are chosen, as in `quantize`.
     """
 
     file_fmt: str = "nf4"
     merge_aware: bool = True
     starts_trained: bool = False
     keep: float = 0.0
+    scales: Literal["absmax", "search"] = "absmax"
 
 
 def make_arms() -> list[FileArm]:
@@ -67,6 +71,8 @@ def make_arms() -> list[FileArm]:
     return [
         *arms,
         FileArm("nf4 file, ordinary adapter first", starts_trained=True),
+        FileArm("nf4 file, scales by search", scales="search"),
+        FileArm("int4 file, scales by search", file_fmt="int4", scales="search"),
         FileArm("nf4 file, codes kept", keep=0.5),
         FileArm("nf4 file, rank 64", rank=64),
         FileArm("nf4 file, 4 + 4 bits base", RESIDUAL),
@@ -77,7 +83,7 @@ def make_arms() -> list[FileArm]:
 class CodesKept(ql.MergeAware):
     """A merge-aware adapter whose small changes do not change the packed weights."""
 
-    keep: float
+    keep: float = 0.0
 
     settings = (*ql.MergeAware.settings, "keep")
     label = "merge-aware, codes kept"
@@ -112,7 +118,7 @@ class FileBench(Bench):
         super().__init__(folder, task, replace(arm, fmt=None) if is_residual else arm)
         self.folder, self.arm = folder, arm
         self.file_config = ql.QLoRAConfig(
-            fmt=arm.file_fmt, double_quant=False, targets=LAYERS
+            fmt=arm.file_fmt, double_quant=False, targets=LAYERS, scales=arm.scales
         )
         if is_residual:
             self.base = jax.jit(self._with_residual)(self.base)
@@ -129,7 +135,7 @@ class FileBench(Bench):
         if self.arm.starts_trained:
             ordinary = replace(self.arm, merge_aware=False, starts_trained=False)
             bench = FileBench(self.folder, self.task, ordinary)
-            (lora,) = bench.train(seed, [TASKS[self.task.name].rate])
+            (lora,) = bench.train(seed, [self.task.rate / RATE_FACTOR])
         else:
             lora = super().init(seed)
         if not self.arm.merge_aware:
@@ -139,8 +145,8 @@ class FileBench(Bench):
         def aware(lora: ql.LoRA) -> ql.MergeAware:
             settings = lora.scaling, 0.0, lora.geometry, packing
             if self.arm.keep:
-                return CodesKept(lora.a, lora.b, *settings, self.arm.keep)
-            return ql.MergeAware(lora.a, lora.b, *settings)
+                return CodesKept(lora.a, lora.b, *settings, keep=self.arm.keep)
+            return ql.MergeAware(lora.a, lora.b, *settings, self.arm.scales)
 
         return jax.tree.map(aware, lora, is_leaf=lambda node: isinstance(node, ql.LoRA))
 
@@ -181,8 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     end = time.monotonic() + 60 * args.minutes
     chosen = args.arms and args.arms.split(";")
     for name in args.tasks.split(","):
-        # Files want lower rates than adapters beside their base.
-        task = replace(TASKS[name], rate=TASKS[name].rate / 2)
+        task = replace(TASKS[name], rate=RATE_FACTOR * TASKS[name].rate)
         make_task(args.folder, task)
         for arm in make_arms():
             if not chosen or arm.name in chosen:

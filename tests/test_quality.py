@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import one_file
 import pytest
 import quality
 import quality_report
@@ -37,15 +38,41 @@ def test_intervals_are_by_students_t():
     assert interval == pytest.approx((2.0, 2.484), abs=1e-3)
 
 
-@pytest.mark.slow
-def test_a_study_goes_on_where_it_stopped(tmp_path):
-    save_tiny(tmp_path / "model")
-    (tmp_path / "task").mkdir()
+def make_task(folder):
+    """Writes a model and the data of a task."""
+    save_tiny(folder / "model")
+    (folder / "task").mkdir()
     for split in ("train", "valid", "test"):
         rows = [{"prompt": f"{i} and", "completion": f"{i + 1}"} for i in range(8)]
         text = "".join(json.dumps(x) + "\n" for x in rows)
-        (tmp_path / "task" / f"{split}.jsonl").write_text(text)
-    task = Task("task", "model", 8e-2, 2e-2, steps=2, max_length=32, batch_size=4)
+        (folder / "task" / f"{split}.jsonl").write_text(text)
+    return Task("task", "model", 8e-2, 2e-2, steps=2, max_length=32, batch_size=4)
+
+
+@pytest.mark.slow
+@pytest.mark.without_noise  # would round other weights to another code
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scales": "search"},
+        {"keep": 0.5},
+        {"fmt": one_file.RESIDUAL},
+        {"starts_trained": True},
+    ],
+)
+def test_the_file_of_a_merge_aware_arm_computes_what_was_trained(options, tmp_path):
+    arm = one_file.FileArm("arm", rank=4, **options)
+    bench = one_file.FileBench(tmp_path, make_task(tmp_path), arm)
+    (trained,) = bench.train(0, [8e-2])
+    record = bench.measure(trained)
+    assert record["test"] == pytest.approx(bench.mean(trained, bench.data.test))
+    assert record["test"] != pytest.approx(bench.before()["test"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_stopped(tmp_path):
+    task = make_task(tmp_path)
     results = tmp_path / "quality.jsonl"
     quality.study(tmp_path, task, NF4, results, end=0)  # no time
     assert not results.exists()
