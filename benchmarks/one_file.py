@@ -9,6 +9,7 @@ tables.
 """
 
 import argparse
+import functools
 import math
 import pathlib
 import time
@@ -28,7 +29,7 @@ from qlora_jax.quant.pack import quantize_checked
 
 RESULTS = pathlib.Path(__file__).with_name("one_file.jsonl")
 RESIDUAL = "nf4 + nf4"
-# The rates of merge-aware adapters are lower than those of adapters beside a float base.
+# Merge-aware adapters have lower rates than adapters beside a float base.
 RATE_FACTOR = 0.5
 
 
@@ -143,10 +144,18 @@ class FileBench(Bench):
         packing = Packing(self.arm.file_fmt, double_quant=False)
 
         def aware(lora: ql.LoRA) -> ql.MergeAware:
-            settings = lora.scaling, 0.0, lora.geometry, packing
+            kind = ql.MergeAware
             if self.arm.keep:
-                return CodesKept(lora.a, lora.b, *settings, keep=self.arm.keep)
-            return ql.MergeAware(lora.a, lora.b, *settings, self.arm.scales)
+                kind = functools.partial(CodesKept, keep=self.arm.keep)
+            return kind(
+                lora.a,
+                lora.b,
+                lora.scaling,
+                0.0,
+                lora.geometry,
+                packing,
+                scales=self.arm.scales,
+            )
 
         return jax.tree.map(aware, lora, is_leaf=lambda node: isinstance(node, ql.LoRA))
 
