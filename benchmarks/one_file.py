@@ -23,6 +23,7 @@ from quality_tasks import TASKS, Task, make_task
 
 import qlora_jax as ql
 from qlora_jax.adapters.base import register_adapter
+from qlora_jax.adapters.lora import lora_delta
 from qlora_jax.llm.app.base_model import LAYERS
 from qlora_jax.quant.formats import Packing
 from qlora_jax.quant.pack import quantize_checked
@@ -92,7 +93,7 @@ class CodesKept(ql.MergeAware):
     def packed(self, kernel: Any) -> ql.QTensor:
         """Returns the packed weights, through a float kernel of the full size."""
         w = kernel.dequantize().astype(jnp.float32)
-        change = self.scaling * jnp.matmul(self.a, self.b, precision="highest")
+        change = lora_delta(self)
         *batch, k, n = w.shape
         block_size = self.packing.block_size
         blocks = jnp.abs(w).reshape(*batch, k // block_size, block_size, n)
