@@ -16,8 +16,8 @@ from quality import read_records
 from quality_report import Results, by_arm, shown
 from timing import table as as_table
 
-HEADER = ["file", "base in training", "bits", "adapter", "rate", "loss"]
-HEADER += ["above", "exact match, %", "share, %"]
+HEADER = ["file", "base", "bits", "adapter", "rate", "loss"]
+HEADER += ["difference", "exact match, %", "relative, %"]
 # Of a weight in blocks of 64, with float32 scales.
 BITS = {None: 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5, RESIDUAL: 9.0}
 
@@ -45,25 +45,30 @@ def rows_of_file(
     """
     goal_loss, goal_exact = beside.values("test"), beside.values("exact")
 
-    def make_row(fmt, adapter, results, loss_name="test"):
-        loss, exact = results.values(loss_name), results.values("exact")
-        above = f"{loss.mean() - goal_loss.mean():+.3f}"
-        share = ""
-        if loss_name != "test":  # exact answers of this file were not counted
-            exact = exact[:0]
-        if exact.size and goal_exact.size:
-            share = f"{100 * exact.mean() / goal_exact.mean():.0f}"
-        row = [file_fmt, fmt or "bfloat16", f"{BITS[fmt]:g}", adapter]
-        row += [f"{results.rate:.0e}", shown(loss, 3), above]
-        return [*row, shown(100 * exact, 1), share]
+    def make_row(file, fmt, adapter, results, loss, exact):
+        row = [file, fmt or "bfloat16", f"{BITS[fmt]:g}", adapter]
+        row += [f"{results.rate:.0e}", shown(loss, 3)]
+        difference = relative = ""
+        if file != "none":
+            difference = f"{loss.mean() - goal_loss.mean():+.3f}"
+            if exact.size:
+                relative = f"{100 * exact.mean() / goal_exact.mean():.0f}"
+        return [*row, difference, shown(100 * exact, 1), relative]
 
+    # The exact answers of a file that is packed again were not counted.
+    again, uncounted = beside.values("packed again"), goal_exact[:0]
+    ordinary = file_fmt, "ordinary, beside its base", beside
+    packed_again = file_fmt, "ordinary, merged and packed again", beside
     rows = [
-        make_row(file_fmt, "ordinary, beside its base (no file)", beside),
-        make_row(file_fmt, "ordinary, merged and packed again", beside, "packed again"),
+        make_row("none", *ordinary, goal_loss, goal_exact),
+        make_row(file_fmt, *packed_again, again, uncounted),
     ]
     for arm in make_arms():
         if arm.file_fmt == file_fmt and arm.name in arms:
-            rows.append(make_row(arm.fmt, describe(arm), arms[arm.name]))
+            results = arms[arm.name]
+            loss, exact = results.values("test"), results.values("exact")
+            row = make_row(file_fmt, arm.fmt, describe(arm), results, loss, exact)
+            rows.append(row)
     return rows
 
 

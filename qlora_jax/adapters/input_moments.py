@@ -1,8 +1,10 @@
 """An adapter that changes nothing, and whose gradient measures the inputs of a kernel.
 
-The gradients of its arrays are defined as the sum of the squares of each input, and the
-number of rows. JAX then adds up these sums over everything that uses the kernel: the
-steps of a scan, mapped axes, microbatches and the devices of a mesh.
+It has two arrays. A custom backward pass returns, as the gradient of the first, the sum
+of the squares of each input of the kernel, and as the gradient of the second, the
+number of rows of x. JAX adds up gradients over everything that uses the kernel: the
+steps of a scan, mapped axes, microbatches and the devices of a mesh. So it adds up
+these measurements, too.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,10 @@ from .base import Adapter, ProductCall
 
 @dataclass(frozen=True, eq=False)
 class InputMoments(Adapter):
-    """Measures the inputs of one kernel, in its gradient. All arrays are zero."""
+    """Measures the inputs of one kernel; its gradient holds the measurements.
+
+    The values of the arrays are not used, and are zero.
+    """
 
     squares: Float32[Array, "*batch k"]
     count: Float32[Array, "*batch"]
@@ -45,8 +50,9 @@ class InputMoments(Adapter):
         return cls(*arrays, kernel.geometry)
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        # The gradient of x is zero instead of a product with the kernel, which saves
-        # the time of that product. Earlier layers only need that there is a gradient.
+        # The gradient of x is defined as zero, which saves the time of a product with
+        # the kernel. The backward pass of earlier layers must run, but the gradients
+        # that it gets do not matter.
         y = lax.stop_gradient(call.multiply(x, kernel))
         return _with_moments(y, x, self, call.offsets)
 
@@ -57,7 +63,8 @@ class InputMoments(Adapter):
 register(InputMoments, (*InputMoments.roles,), InputMoments.settings)
 
 
-# Returns y. The gradient of the adapter is that of no function: it holds the moments.
+# Returns y. What the backward pass returns for `moments` is not a derivative: it holds
+# the measurements.
 @jax.custom_vjp
 def _with_moments(
     y: Array, x: Array, moments: InputMoments, offsets: Array | None
@@ -74,8 +81,8 @@ def _with_moments_fwd(
 def _with_moments_bwd(residuals: tuple, dy: Array) -> tuple:
     x, moments, offsets = residuals
     squares = jnp.square(x.astype(jnp.float32))
-    # A one for each row, which depends on x: inside a vmap, JAX would not add up the
-    # counts of all mapped rows if they were constants.
+    # A 1 for each row. The array must depend on x. If it were a constant, JAX would not
+    # map it inside a vmap, and would count only the rows of one mapped example.
     rows = jnp.where(x[..., 0] == 0, jnp.float32(1), jnp.float32(1))
     if offsets is None:
         row_axes = tuple(range(len(moments.batch_shape), x.ndim - 1))

@@ -1,14 +1,16 @@
-"""Adapters that are trained through the packer, to be merged and packed again.
+"""Adapters whose forward pass uses the merged weights after they have been packed.
 
-A merged adapter changes most weights by less than half a step of a 4-bit grid, so that
-packing the merged weights rounds the change away. This kind of adapter is trained on
-the weights as they will be packed: with Q for quantize and then dequantize,
+An ordinary adapter changes most weights by less than half a step of a 4-bit grid. If it
+is merged and the sum is packed, rounding removes most of these changes. A merge-aware
+adapter is trained with the rounded weights instead. Its product is
 
-    y = x Q(W + s A B).
+    y = x Q(W + s A B),
+
+where Q quantizes the sum and dequantizes it again.
 
 Q is a step function, whose derivative is 0 almost everywhere. The straight-through
-estimator (Bengio et al. 2013, section 3) takes it as 1. Then A and B have exactly the
-gradients of a LoRA, and x has the gradient of a product with the packed weights.
+estimator (Bengio et al. 2013, section 3) uses 1 in its place. A and B then get exactly
+the gradients of a LoRA, and x gets the gradient of a product with the packed weights.
 """
 
 import functools
@@ -57,8 +59,9 @@ from .lora import (
     ragged_lora_product,
 )
 
-# Rows that are merged and packed at a time have at most this size in float32, unless a
-# single block of all columns is larger. They fit a processor's cache.
+# The kernel is merged and packed one tile at a time. A tile is a number of rows with all
+# columns, and has at most this many bytes in float32, so that it fits into the cache of
+# a processor. It is larger only if the rows of one block already are.
 TILE_BYTES = 2**20
 
 
@@ -66,11 +69,11 @@ TILE_BYTES = 2**20
 class MergeAware(LowRank):
     """A LoRA that is trained through the packing of its merged kernel.
 
-    The product of its kernel is `x Q(W + scaling * A B)`, where Q packs the sum and
-    decodes it. `init` makes it if the config has `merge_aware`. Beside its unpacked
-    kernel the adapter means nothing: `merge` with `requantize` returns the packed
-    weights that it was trained for. It has the attributes of a `LoRA`, without dropout,
-    and one more.
+    Its product is `x Q(W + scaling * A B)`, where Q packs the sum and decodes it.
+    `init` makes adapters of this kind if the config has `merge_aware`. The adapter is
+    of no use as a LoRA beside the kernel W: the result of training is the packed
+    weights, which `merge` with `requantize` returns. It has the attributes of a `LoRA`,
+    with a dropout of 0, and the two below.
 
     Attributes:
         packing: The format in which the sum is packed, which may differ from that of
@@ -99,7 +102,8 @@ class MergeAware(LowRank):
     is_merge_aware = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        # The offsets are an operand with a derivative rule, not a constant of the call.
+        # `multiply` must not contain the offsets, because it is a static argument of
+        # `_packed_product`. They are passed as an operand of it.
         multiply = functools.partial(call.multiply, offsets=None)
         settings = _Settings(multiply, call.precision, kernel.placement)
         return _packed_product(settings, x, self, kernel, call.offsets)
@@ -126,9 +130,10 @@ class MergeAware(LowRank):
     def packed(self, kernel: Kernel) -> QTensor:
         """Returns the packed weights that `product` applies.
 
-        They are those of `quantize` for `W + scaling * A B`, rounded to the dtype of
-        the kernel. In nvfp4, the factor is that of the next power of two from the
-        largest weight. A few rows are packed at a time, so the float sum never exists.
+        They are what `quantize` returns for `W + scaling * A B`, after this sum has
+        been rounded to the dtype of the kernel. Only in nvfp4, the factor of all scales
+        differs: it is computed from the largest weight, rounded up to a power of two. A
+        few rows are packed at a time, so that the whole sum is never in memory.
 
         Args:
             kernel: The frozen kernel.
@@ -137,8 +142,9 @@ class MergeAware(LowRank):
         tiles, largest = _Tiles.of(kernel, self), ()
         if packing.scheme.needs_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
-            # scales are computed before the first code. From powers of two, `merge` can
-            # make a common factor for the kernels that a server fuses.
+            # scales are computed before the first code. The largest scale is rounded up
+            # to a power of two. `merge` can then give a common factor to the kernels
+            # that a server fuses, without changing their values.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = tiles.map(
                 lambda w, one: quantize_blocks(w, packing, one)[1:], ones
@@ -179,11 +185,12 @@ class _Settings(NamedTuple):
     placement: Placement | None
 
 
-# y = x Q(M) with M = W + s A B, where the derivative of Q is taken as 1 (the
-# straight-through estimator). So dx = dy Q(M)^T, and the gradients of A and B are those
-# of a LoRA, s x^T (dy B^T) and s (x A)^T dy: no gradient is as large as the kernel. The
-# backward pass packs the weights again. Otherwise, it would keep the packed weights of
-# all layers. The residuals are the operands themselves, which a scan does not copy.
+# Computes y = x Q(M) with M = W + s A B. The gradients use 1 as the derivative of Q (the
+# straight-through estimator). The gradient of x is dy Q(M)^T. Those of A and B are the
+# ones of a LoRA, s x^T (dy B^T) and s (x A)^T dy, so no array is as large as a gradient
+# of the kernel would be. The backward pass computes Q(M) again. If Q(M) were a residual
+# instead, the packed weights of all layers would be in memory at once. The only
+# residuals are the operands, which a scan does not copy.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _packed_product(
     settings: _Settings,
@@ -224,13 +231,14 @@ def _packed_product_bwd(settings: _Settings, operands: tuple, dy: Array) -> tupl
         return split_as(product.astype(dy.dtype), dy)
 
     packed = lax.stop_gradient(lora).packed(lax.stop_gradient(kernel))
-    # XLA does not compute the products themselves, which are not used.
+    # `jax.vjp` also returns the products. They are not used, so XLA drops them.
     _, multiply_vjp = jax.vjp(
         lambda x: settings.multiply(x, packed, offsets=offsets), x
     )
     _, change_vjp = jax.vjp(change, x, lora)
-    # In second derivatives, dx depends on A and B through dy (W + s A B)^T, again
-    # because the derivative of Q is taken as 1.
+    # The value of dx is dy Q(M)^T. For second derivatives, the derivative of Q is again
+    # replaced by 1: dx is differentiated with respect to A and B as if it were
+    # dy (W + s A B)^T, of which `dx_by_change` is the part with A and B.
     dx_by_change, _ = change_vjp(lax.stop_gradient(dy))
     dx = _with_gradient_of(dx_by_change, *multiply_vjp(dy))
     return dx, change_vjp(dy)[1], None, None
@@ -240,7 +248,7 @@ _packed_product.defvjp(_packed_product_fwd, _packed_product_bwd, symbolic_zeros=
 
 
 def _with_gradient_of(source: Array, value: Array) -> Array:
-    """Returns `value`, whose gradient is also passed to `source`, which is not used."""
+    """Returns `value`. Its gradient goes to `value`, and a copy of it to `source`."""
     return _pass_gradient(split_as(source.astype(value.dtype), value), value)
 
 
@@ -256,7 +264,7 @@ _pass_gradient.defvjp(
 
 @dataclass(frozen=True, eq=False)
 class _Tiles:
-    """Rows of `W + scaling * A B`, which are computed a few at a time."""
+    """The sum `W + scaling * A B`, which is computed in tiles of a few rows."""
 
     weights: tuple[Array, ...]  # codes and float32 scales, or float weights
     packing: Packing | None  # of the weights
@@ -264,7 +272,7 @@ class _Tiles:
     b: Float[Array, "*batch r n"]
     scaling: Float[Array, "*batch"]
     dtype: np.dtype  # of the kernel
-    block_rows: int  # the rows of a tile are a multiple of this
+    block_rows: int  # the number of rows of a tile is a multiple of this
     mesh: AnyMesh | None
     axes: list[Axes]  # the mesh axes of `[*batch, K, N]`
 
@@ -282,7 +290,8 @@ class _Tiles:
         scaling = jnp.broadcast_to(jnp.asarray(scaling, jnp.float32), batch)
         mesh, axes = _matrix_axes(kernel)
         if mesh is not None:
-            # A device needs all rows of a block, in the base's format and in the new.
+            # Split K only where each device gets whole blocks, both of the kernel's
+            # format and of the format in which the sum is packed.
             counts = [k // size if k % size == 0 else 1 for size in block_sizes]
             axes[-2] = fitting(axes[-2], mesh.shape, *counts)
             axes[-1] = fitting(axes[-1], mesh.shape, n)
@@ -290,10 +299,11 @@ class _Tiles:
         return cls(*arrays, kernel.dtype, max(block_sizes), mesh, axes)
 
     def map(self, fn: Callable[..., tuple[Array, ...]], *extra: Array) -> tuple:
-        """Returns `fn(rows, *extra)` for all rows.
+        """Calls `fn(rows, *extra)` for each tile, and joins the results along the rows.
 
-        `fn` maps rows `[k, N]` of one matrix to arrays `[entries, N]`, block by block.
-        `extra` are arrays `[*batch]`.
+        `fn` gets some rows `[k, N]` of one matrix, and returns arrays `[entries, N]`.
+        It must treat each block of rows on its own. `extra` are arrays `[*batch]`, of
+        which `fn` gets the numbers for its matrix.
         """
         run = functools.partial(self._map_on_device, fn)
         operands: tuple[Any, ...] = self.weights, self.a, self.b, self.scaling, *extra
@@ -337,9 +347,10 @@ class _Tiles:
                 return round_to(w, self.dtype, jnp.float32)
 
             def pack_tile(tile: list[Array]) -> tuple[Array, ...]:
-                # Merge the two halves of the tile in a loop, because XLA on CPUs fuses
-                # nothing with a loop. Otherwise, it would compute the sum again for
-                # each of the values below, in slow scalar code.
+                # Compute the sum in a loop over the two halves of the tile. XLA on CPUs
+                # does not fuse a loop with other code. Without the loop, it would fuse
+                # the sum into `fn`, and compute it again for each result of `fn`, in
+                # slow scalar code.
                 halves = [x.reshape(2, x.shape[0] // 2, -1) for x in tile]
                 w = lax.map(merge, halves)
                 return fn(w.reshape(tile_rows, -1), *extra)
@@ -352,11 +363,12 @@ class _Tiles:
             if num_tiles:
                 tiles = [x[:i].reshape(num_tiles, -1, x.shape[-1]) for x, i in pairs]
                 if self.packing is not None:
-                    # The halves of a tile may have half a block each, with its scale.
+                    # If a tile is a single block, each half of it needs the scale. So
+                    # there are two copies of every scale, one for each half block.
                     tiles[1] = jnp.repeat(tiles[1], 2, axis=1)
                 packed = lax.map(pack_tile, tiles)
                 results.append([x.reshape(-1, x.shape[-1]) for x in packed])
-            # 2. Pack the remaining rows, a part of a block.
+            # 2. Pack the remaining rows, which are fewer than `block_rows`.
             if packed_rows < k:
                 w = merge([x[i:] for x, i in pairs], k - packed_rows)
                 results.append(fn(w, *extra))
@@ -369,7 +381,7 @@ class _Tiles:
 
     @property
     def _rows_per_entry(self) -> tuple[int, ...]:
-        """How many rows of the kernel an entry of each array in `weights` is for."""
+        """For each array in `weights`: how many rows of W one of its rows stands for."""
         if self.packing is None:
             return (1,)
         return self.packing.format.codes_per_byte, self.packing.block_size
@@ -377,7 +389,9 @@ class _Tiles:
     def _decode(self, weights: list[Array], last_rows: int | None = None) -> Array:
         """Returns float32 rows from their codes and scales, or from float weights.
 
-        The rows are blocks or halves of blocks with a scale each, or the last of K.
+        Without `last_rows`, each row of the scales is for equally many rows of W: for a
+        block or half a block. `last_rows` is passed for the rows at the end of K, whose
+        last block may be a partial one; it is the number of these rows.
         """
         if self.packing is None:
             return weights[0].astype(jnp.float32)
@@ -394,8 +408,9 @@ class _Tiles:
 def rows_of_tile(k: int, n: int, block_rows: int) -> int:
     """Returns the number of rows of a tile, a multiple of `block_rows`."""
     num_blocks, block_bytes = k // block_rows, 4 * block_rows * max(n, 1)
-    # Use at least two tiles. With one, there is no loop, and XLA on CPUs fuses packing
-    # with the decoding in the product that follows, into slow scalar code.
+    # Use at least two tiles, if there are two blocks. For a single tile, XLA removes the
+    # loop. On CPUs, it then fuses packing with the decoding in the product that
+    # follows, which gives slow scalar code.
     most = max(1, min(TILE_BYTES // block_bytes, num_blocks // 2))
     return block_rows * next(i for i in range(most, 0, -1) if num_blocks % i == 0)
 

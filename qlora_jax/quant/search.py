@@ -1,16 +1,22 @@
-"""Scales that minimize the squared error of each block, found by search.
+"""A search for the scale of each block, to make its squared error small.
 
-The rule of a format takes the scale from the largest weight of a block, which then has
-no error. A smaller scale rounds the other weights on a finer grid, and a larger one may
-move the largest weight to another value of the table. Codes and stored scales are those
-of the format, so files and decoders need nothing else.
+By the rule of a format, the scale of a block follows from its largest weight, so that
+this weight is decoded almost exactly. A smaller scale rounds the other weights on a
+finer grid. With a larger scale, the largest weight may be rounded to another value of
+the table. Only the choice of the scale differs: codes and scales are stored as the
+format says, so that files and decoders stay the same.
 
-For a scale s and the values c that w / s is rounded to, the error is
+Let s be a scale, and let c be the values of the table that w / s is rounded to. If h
+says how much the error of each weight counts, the error of the block is
 
-    sum(h * (w - s c)**2),    which is least at s + sum(h (w - s c) c) / sum(h c c),
+    sum(h * (w - s c)**2).
 
-with weights h of the error. Each candidate for s is therefore improved by one step of
-least squares, without another pass over the weights (as in llama.cpp's quantizer).
+For fixed c, it is least if s is replaced by
+
+    s + sum(h (w - s c) c) / sum(h c c).
+
+The search tries several candidates for s, and this replacement of each one, which needs
+no further pass over the weights (as in llama.cpp's quantizer).
 """
 
 from typing import Literal, get_args
@@ -26,7 +32,8 @@ from .schemes import DOUBLE, E2M1_MAX, E4M3, E8M0, FLOAT32
 # How the scale of a block is chosen: by the rule of the format, or by search.
 ScaleRule = Literal["absmax", "search"]
 
-# A kernel is searched in at most this many parts, of this size in float32.
+# To save memory, a kernel is searched in parts, each of at most this many bytes in
+# float32. There are at most MAX_PARTS parts, even if they are larger then.
 PART_BYTES = 2 * 2**20
 MAX_PARTS = 16
 
@@ -38,15 +45,19 @@ def check_scale_rule(scales: object) -> None:
 
 
 def candidate_ratios(fmt: Format) -> tuple[float, ...]:
-    """Returns the scales to try, divided by the scale of the largest weight."""
+    """Returns the candidates, as multiples of a block's reference scale.
+
+    The reference is the scale by the rule of the format. In uniform 4-bit formats, it
+    is that of `_signed_scales` instead.
+    """
     if fmt.scales is E8M0:
         return 0.5, 2.0
     if fmt.bits == 8:
         return 0.97, 0.985, 1.015, 1.03, 1.045, 1.06
     if fmt.is_uniform:
         return 0.76, 0.83, 0.89, 0.94, 1.0, 1.06, 1.13
-    # Beyond 1.06, the next good scale rounds the largest weight to the second largest
-    # value of the table.
+    # Up to 1.06, the largest weight is still rounded to the largest value of the table.
+    # The two larger candidates round it to about the second largest value.
     largest, second = np.unique(np.abs(fmt.table))[:-3:-1]
     jump = float(largest / second)
     return 0.8, 0.88, 0.94, 1.06, 0.96 * jump, 1.02 * jump
@@ -62,12 +73,13 @@ def search_scales(
     """Returns better scales than `scales`, or `scales` where the search finds none.
 
     Args:
-        blocks: The weights.
+        blocks: The weights of the kernel.
         scales: The scales by the rule of the format.
-        packing: The format. Errors are measured with scales as its scheme stores them,
-            except in double quantization, which stores 256 scales together.
-        importance: Weights of the squared errors along K, the same for all columns. A
-            block whose weights are all zero is searched without them.
+        packing: The format. Errors are measured with the rounded scales that its scheme
+            stores. Double quantization is an exception: its rounding is ignored,
+            because it stores 256 scales together.
+        importance: How much the squared errors of each row of K count, the same for all
+            columns. In a block where it is all zero, all rows count equally.
         largest: The second argument of `ScaleScheme.encode`, if the scheme needs it.
     """
     operands = [blocks, scales]
@@ -80,8 +92,8 @@ def search_scales(
     if num_parts == 1:
         return _search_part(packing, largest, *operands)
 
-    # Block i * num_parts + j belongs to part j, so that a part has blocks of all
-    # devices where a mesh splits the axis of blocks.
+    # Block i * num_parts + j belongs to part j. If a mesh splits the axis of blocks,
+    # each part then has blocks of every device, so that no device is idle.
     def search_part(j: Array) -> Array:
         def take(x: Array) -> Array:
             split = num_blocks // num_parts, num_parts
@@ -95,9 +107,12 @@ def search_scales(
 
 
 def _count_parts(num_blocks: int, num_bytes: int) -> int:
-    """Returns the smallest number of equal parts that are small enough."""
-    # A part has at least two blocks: XLA's sums over the only block of each column take
-    # six times as long on CPUs.
+    """Returns the smallest number of equal parts of at most `PART_BYTES` each.
+
+    If even the largest possible number makes larger parts, it is returned.
+    """
+    # A part has at least two blocks of each column. With only one, the sums of XLA on
+    # CPUs take six times as long.
     divisors = [1, *range(2, min(MAX_PARTS, num_blocks // 2) + 1)]
     divisors = [i for i in divisors if num_blocks % i == 0]
     enough = [i for i in divisors if num_bytes <= i * PART_BYTES]
@@ -111,13 +126,14 @@ def _search_part(
     scales: Array,
     root: Array | None = None,
 ) -> Array:
-    """Searches without parts. `root` is the square root of the importance."""
+    """Searches a single part. `root` is the square root of the importance."""
     fmt, scheme = packing.format, packing.scheme
-    # E4M3 divides the scales that it is given by 6 before it stores them.
+    # The scales here are those that `encode` takes. E4M3 stores a sixth of them, so a
+    # scale that it decodes is multiplied by 6 again.
     factor = np.float32(E2M1_MAX if scheme is E4M3 else 1)
 
     def store(scales: Array) -> Array:
-        """Returns scales as they will be decoded, times `factor`."""
+        """Returns scales as they are after they have been stored and decoded."""
         if scheme is FLOAT32 or scheme is DOUBLE:
             return scales
         if scheme.needs_largest:  # a larger scale cannot be stored
@@ -125,20 +141,23 @@ def _search_part(
         return scheme.decode(scheme.encode(scales, *largest)) * factor
 
     def measure(scale: Array) -> tuple[Array, Array, Array]:
-        """Returns the error of a stored scale, a better scale and that one's error."""
-        # Sums are in units of the scale, and errors are compared in units of `scales`,
-        # so that squares of very large and very small weights neither overflow nor
-        # vanish.
+        """Returns the error of a scale, then a better scale and its error.
+
+        Both scales are as `store` returns them.
+        """
+        # The weights are divided by the scale before they are squared, and the errors
+        # of different scales are compared after division by the squares of `scales`.
+        # Very large weights then do not overflow, and very small ones do not vanish.
         normalized = blocks.astype(jnp.float32) * (factor / scale)[..., None, :]
         values = nearest_values(normalized, fmt)
         error = normalized - values
-        if root is not None:  # of the weights of squares and products
+        if root is not None:  # the sums below are then weighted by the importance
             error, values = error * root, values * root
         error_sum = jnp.sum(error * error, axis=-2)
         slope = jnp.sum(error * values, axis=-2)
         curvature = jnp.sum(values * values, axis=-2)
-        # With the same values, a scale of 1 + t units has the error
-        # error_sum - 2 t slope + t^2 curvature, which is least at slope / curvature.
+        # If `values` stay the same and the scale is multiplied by 1 + t, the error is
+        # error_sum - 2 t slope + t^2 curvature. It is least at t = slope / curvature.
         step = jnp.where(curvature > 0, slope / curvature, 0)
         refined = store(scale * (1 + step))
         step = refined / scale - 1
@@ -147,8 +166,8 @@ def _search_part(
         return unit * error_sum, refined, unit * refined_sum
 
     def choose(best: tuple[Array, Array], error: Array, scale: Array) -> tuple:
-        # A comparison with NaN is false. Blocks of zeros and blocks with NaN have no
-        # finite error, and therefore keep their first scale.
+        # A comparison with NaN is false. For blocks of zeros and for blocks with NaN,
+        # the error is NaN, so they keep the scale by the rule of the format.
         is_better = error < best[0]
         return jnp.where(is_better, error, best[0]), jnp.where(
             is_better, scale, best[1]
@@ -169,9 +188,11 @@ def _search_part(
 
 
 def _has_signed_scales(fmt: Format) -> bool:
-    """Whether searched scales may be negative, which uses the value -8 for both signs.
+    """Whether the search may choose negative scales.
 
-    In 8 bits, the value -128 makes no difference.
+    The values of 4-bit integers are -8 to 7. With a scale of either sign, the largest
+    weight can be rounded to -8, whether it is positive or negative. 8-bit integers have
+    no negative scales, because -128 and 127 hardly differ in magnitude.
     """
     return fmt.is_uniform and fmt.bits == 4
 
@@ -179,18 +200,19 @@ def _has_signed_scales(fmt: Format) -> bool:
 def _signed_scales(
     blocks: Float[Array, "*blocks b n"], fmt: Format
 ) -> Float32[Array, "*blocks n"]:
-    """Returns the scales that map the largest weight, of either sign, to -8."""
+    """Returns the scales that map the weight with the largest magnitude to -8."""
     highest, lowest = jnp.max(blocks, axis=-2), jnp.min(blocks, axis=-2)
     signed = jnp.where(highest > -lowest, highest, lowest).astype(jnp.float32)
     return signed / fmt.table[0]
 
 
 def nearest_values(x: Float32[Array, "..."], fmt: Format) -> Float32[Array, "..."]:
-    """Returns the table value that is nearest to each number, whatever its code."""
+    """Returns the table value that is nearest to each number."""
     ascending = np.unique(fmt.table)
     if fmt.is_uniform:
         return jnp.clip(jnp.round(x), ascending[0], ascending[-1])
-    # One comparison for each midpoint. A binary search, as for codes, takes as long.
+    # Compare with each midpoint. `assign_codes` uses a binary search, which would not
+    # be faster here.
     midpoints = (ascending[1:] + ascending[:-1]) / np.float32(2)
     nearest = jnp.full_like(x, ascending[0])
     for midpoint, value in zip(midpoints, ascending[1:], strict=True):

@@ -1,4 +1,4 @@
-"""`calibrate` measures the inputs of kernels, for `quantize` to weight errors by."""
+"""`calibrate` measures the inputs of kernels, which `quantize` takes as `importance`."""
 
 from collections.abc import Callable, Iterable
 
@@ -29,26 +29,30 @@ def calibrate(
 ) -> dict:
     """Returns the mean square of each input of the adapted kernels.
 
-    A 4-bit weight with error e changes an output by e x. So the mean of x**2 over data
-    says how much the error of each row of a kernel counts: `quantize` with
-    `scales="search"` takes it as `importance`. Each batch takes about the time of a
-    forward pass, and the memory of a training step. Works under `jit`, too.
+    If rounding changes a weight by e, the output changes by e times the input x of that
+    weight. The mean of x**2 over some data therefore says how much errors in each row
+    of a kernel matter. `quantize` with `scales="search"` takes it as `importance`. Each
+    batch takes about the time of a forward pass, and the memory of a training step.
+    `calibrate` may be called inside `jit`.
 
     Args:
-        apply: A function of the base tree, the lora tree and a batch, such as the
-            model. Its outputs must depend on the products with all adapted kernels.
+        apply: A function of the base tree, the lora tree and a batch, for example the
+            forward pass of the model. Its outputs must depend on the products with all
+            adapted kernels.
         base: The base tree, packed or in float.
-        lora: The lora tree, which says which kernels to measure. The adapters are not
-            applied: merge them first, to measure the adapted model.
-        batches: The data, in batches of equal shapes, to avoid recompilations.
+        lora: The lora tree. Only the kernels that have an adapter in it are measured.
+            The adapters themselves are not applied. To measure the adapted model, merge
+            them first.
+        batches: The data. Give all batches the same shapes, to avoid recompilations.
 
     Returns:
-        A nested dict with a float32 array `[*batch, K]` at the path of each kernel. It
-        is zero for experts that got no rows.
+        A nested dict with a float32 array `[*batch, K]` at the path of each kernel. The
+        entries of an expert that got no rows are zero.
 
     Raises:
-        ValueError: If an adapter does not fit its kernel, or, outside jit, if the
-            outputs do not depend on products with a kernel; all of them are listed.
+        ValueError: If an adapter does not fit its kernel. Outside jit, also if the
+            outputs do not depend on the product with some kernel. The message then
+            lists all such kernels.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -75,6 +79,8 @@ def calibrate(
         }
     )
 
+    # The gradient of an `InputMoments` is the measurement itself, whatever function of
+    # the outputs is differentiated. Here, that is their sum.
     @jax.jit
     def add_batch(total: Tree, base: Tree, batch: PyTree) -> Tree:
         def sum_outputs(moments: Tree) -> Array:
