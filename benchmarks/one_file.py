@@ -2,10 +2,10 @@
 
     python benchmarks/one_file.py FOLDER [--tasks sums,words,text] [--arms "a;b"]
 
-Trains on the tasks of `quality.py`, and measures the packed file instead of the adapter
-beside its base. The rates are searched, and seeds and results are treated, as there.
-Every run appends its results to `one_file.jsonl`. `one_file_report.py` writes the
-tables.
+Trains on the tasks of `quality.py`. What is measured is the packed file, and not the
+adapter beside its base. As in `quality.py`, the best learning rate is searched with one
+seed, and two more seeds are trained at this rate. Every run appends its results to
+`one_file.jsonl`, and finished runs are skipped. `one_file_report.py` prints the tables.
 """
 
 import argparse
@@ -38,16 +38,17 @@ RATE_FACTOR = 0.5
 class FileArm(Arm):
     """A way to train a model that ends in one packed file.
 
-    `fmt` is the format of the base during training: None for bfloat16, and `nf4 + nf4`
-    for NF4 with its rounding errors, which are packed in NF4 too.
+    `fmt` is the format of the base during training. None means bfloat16. `nf4 + nf4`
+    means the sum of two packed arrays: the weights in NF4, and the errors of their
+    rounding, also in NF4.
 
     Attributes:
         file_fmt: The format of the file.
         merge_aware: Whether the adapter is trained through the packing of the file.
-        starts_trained: Whether it starts from an ordinary adapter, which was trained
-            for as many steps beside the same base.
-        keep: In half steps of the file's grid: where the adapter changes a weight by
-            less than this, the weight is packed as if there were no adapter.
+        starts_trained: Whether training starts from an ordinary adapter, which was
+            trained for the same number of steps beside the same base.
+        keep: A threshold, in units of half a step of the file's grid. If the adapter
+            changes a weight by less than this, the change is dropped before packing.
         scales: How the scales of the file are chosen, as in `quantize`.
     """
 
@@ -83,7 +84,7 @@ def make_arms() -> list[FileArm]:
 
 @dataclass(frozen=True, eq=False)
 class CodesKept(ql.MergeAware):
-    """A merge-aware adapter whose small changes do not change the packed weights."""
+    """A merge-aware adapter that drops small changes of weights; see `FileArm.keep`."""
 
     keep: float = 0.0
 
@@ -91,13 +92,14 @@ class CodesKept(ql.MergeAware):
     label = "merge-aware, codes kept"
 
     def packed(self, kernel: Any) -> ql.QTensor:
-        """Returns the packed weights, through a float kernel of the full size."""
+        """Returns the packed weights. Keeps the whole float sum in memory meanwhile."""
         w = kernel.dequantize().astype(jnp.float32)
         change = lora_delta(self)
         *batch, k, n = w.shape
         block_size = self.packing.block_size
         blocks = jnp.abs(w).reshape(*batch, k // block_size, block_size, n)
-        # On average, a step of 16 values between -1 and 1 is 2 / 15 of the scale.
+        # The scale is the largest magnitude of a block. The 16 values from -1 to 1 are
+        # 2 / 15 apart on average, so half a step is 1 / 15 of the scale.
         half_step = jnp.max(blocks, axis=-2) / 15
         is_kept = jnp.abs(change) < self.keep * jnp.repeat(half_step, block_size, -2)
         merged = w + jnp.where(is_kept, 0, change)
@@ -126,7 +128,7 @@ class FileBench(Bench):
             self.base = jax.jit(self._with_residual)(self.base)
 
     def _with_residual(self, base: Any) -> Any:
-        """Returns weights that have the values of NF4 with packed rounding errors."""
+        """Returns float weights: decoded NF4, plus its rounding errors in NF4."""
         values = ql.dequantize(ql.quantize(base, self.file_config))
         errors = jax.tree.map(jnp.subtract, base, values)
         errors = ql.dequantize(ql.quantize(errors, self.file_config))
@@ -170,12 +172,12 @@ class FileBench(Bench):
         return jax.jit(ql.quantize, static_argnums=1)(params, self.file_config)
 
     def before(self) -> dict[str, Any]:
-        """Returns the record of the untrained model, packed in the file's format."""
+        """Returns the record of the base alone, packed in the file's format."""
         file = self._pack(ql.dequantize(self.base))
         return {"rate": None, "seed": None, "test": self.mean({}, self.data.test, file)}
 
     def valid_loss(self, trained: Any) -> float:
-        """Returns the loss of the file on the validation rows."""
+        """Returns the loss of the file on the validation rows, to select the rate."""
         return self.mean({}, self.data.valid, self.file(trained))
 
     def measure(self, trained: Any) -> dict[str, Any]:

@@ -3,7 +3,10 @@
     python benchmarks/one_file_report.py
 
 Losses are in nats per token of the test rows. Means over seeds have 95% intervals by
-Student's t.
+Student's t. For each format of the file, the first row is an ordinary adapter beside
+its base, without a file. The other rows are compared with it: "difference" is the loss
+minus the loss of that row, and "relative, %" is the share of exact answers, as a
+percentage of the share in that row.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from timing import table as as_table
 
 HEADER = ["file", "base", "bits", "adapter", "rate", "loss"]
 HEADER += ["difference", "exact match, %", "relative, %"]
-# Of a weight in blocks of 64, with float32 scales.
+# Bits per weight by format, in blocks of 64 with float32 scales.
 BITS = {None: 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5, RESIDUAL: 9.0}
 
 
@@ -41,7 +44,8 @@ def rows_of_file(
     Args:
         file_fmt: The format.
         arms: The results of `one_file.py` for a task, by arm.
-        beside: Those of an ordinary adapter beside its base in this format.
+        beside: The results of `quality.py` for the task, with an ordinary adapter
+            beside a base in this format.
     """
     goal_loss, goal_exact = beside.values("test"), beside.values("exact")
 
@@ -55,7 +59,8 @@ def rows_of_file(
                 relative = f"{100 * exact.mean() / goal_exact.mean():.0f}"
         return [*row, difference, shown(100 * exact, 1), relative]
 
-    # The exact answers of a file that is packed again were not counted.
+    # `quality.py` counts exact answers only for the adapter beside its base, and not
+    # for the weights after packing again.
     again, uncounted = beside.values("packed again"), goal_exact[:0]
     ordinary = file_fmt, "ordinary, beside its base", beside
     packed_again = file_fmt, "ordinary, merged and packed again", beside

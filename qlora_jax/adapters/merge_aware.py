@@ -59,8 +59,8 @@ from .lora import (
     ragged_lora_product,
 )
 
-# The kernel is merged and packed one tile at a time. A tile is a number of rows with all
-# columns, and has at most this many bytes in float32, so that it fits into the cache of
+# The kernel is merged and packed one tile at a time. A tile has a few rows and all
+# columns. In float32, it has at most this many bytes, so that it fits into the cache of
 # a processor. It is larger only if the rows of one block already are.
 TILE_BYTES = 2**20
 
@@ -185,10 +185,10 @@ class _Settings(NamedTuple):
     placement: Placement | None
 
 
-# Computes y = x Q(M) with M = W + s A B. The gradients use 1 as the derivative of Q (the
-# straight-through estimator). The gradient of x is dy Q(M)^T. Those of A and B are the
-# ones of a LoRA, s x^T (dy B^T) and s (x A)^T dy, so no array is as large as a gradient
-# of the kernel would be. The backward pass computes Q(M) again. If Q(M) were a residual
+# Computes y = x Q(M) with M = W + s A B. The gradients use 1 as the derivative of Q,
+# which is the straight-through estimator. The gradient of x is dy Q(M)^T. Those of A
+# and B are the ones of a LoRA, s x^T (dy B^T) and s (x A)^T dy, so no gradient is as
+# large as the kernel. The backward pass computes Q(M) again. If Q(M) were a residual
 # instead, the packed weights of all layers would be in memory at once. The only
 # residuals are the operands, which a scan does not copy.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -363,8 +363,8 @@ class _Tiles:
             if num_tiles:
                 tiles = [x[:i].reshape(num_tiles, -1, x.shape[-1]) for x, i in pairs]
                 if self.packing is not None:
-                    # If a tile is a single block, each half of it needs the scale. So
-                    # there are two copies of every scale, one for each half block.
+                    # The halves of a tile may split a block. So repeat every scale, to
+                    # have one for each half of a block.
                     tiles[1] = jnp.repeat(tiles[1], 2, axis=1)
                 packed = lax.map(pack_tile, tiles)
                 results.append([x.reshape(-1, x.shape[-1]) for x in packed])
@@ -381,7 +381,7 @@ class _Tiles:
 
     @property
     def _rows_per_entry(self) -> tuple[int, ...]:
-        """For each array in `weights`: how many rows of W one of its rows stands for."""
+        """How many rows of W each row of an array in `weights` stands for."""
         if self.packing is None:
             return (1,)
         return self.packing.format.codes_per_byte, self.packing.block_size
@@ -408,8 +408,8 @@ class _Tiles:
 def rows_of_tile(k: int, n: int, block_rows: int) -> int:
     """Returns the number of rows of a tile, a multiple of `block_rows`."""
     num_blocks, block_bytes = k // block_rows, 4 * block_rows * max(n, 1)
-    # Use at least two tiles, if there are two blocks. For a single tile, XLA removes the
-    # loop. On CPUs, it then fuses packing with the decoding in the product that
+    # Use at least two tiles, if there are two blocks. With a single tile, there is no
+    # loop. XLA on CPUs then fuses packing with the decoding in the product that
     # follows, which gives slow scalar code.
     most = max(1, min(TILE_BYTES // block_bytes, num_blocks // 2))
     return block_rows * next(i for i in range(most, 0, -1) if num_blocks % i == 0)

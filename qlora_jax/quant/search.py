@@ -57,7 +57,8 @@ def candidate_ratios(fmt: Format) -> tuple[float, ...]:
     if fmt.is_uniform:
         return 0.76, 0.83, 0.89, 0.94, 1.0, 1.06, 1.13
     # Up to 1.06, the largest weight is still rounded to the largest value of the table.
-    # The two larger candidates round it to about the second largest value.
+    # A larger scale is good only if it rounds this weight well to the second largest
+    # value, as the last two candidates do.
     largest, second = np.unique(np.abs(fmt.table))[:-3:-1]
     jump = float(largest / second)
     return 0.8, 0.88, 0.94, 1.06, 0.96 * jump, 1.02 * jump
@@ -128,12 +129,12 @@ def _search_part(
 ) -> Array:
     """Searches a single part. `root` is the square root of the importance."""
     fmt, scheme = packing.format, packing.scheme
-    # The scales here are those that `encode` takes. E4M3 stores a sixth of them, so a
-    # scale that it decodes is multiplied by 6 again.
+    # E4M3 divides the scales that it encodes by 6, and decoding does not undo that. The
+    # search multiplies decoded scales by 6, to compare them with those it encoded.
     factor = np.float32(E2M1_MAX if scheme is E4M3 else 1)
 
     def store(scales: Array) -> Array:
-        """Returns scales as they are after they have been stored and decoded."""
+        """Returns scales with the rounding of their scheme, without a division by 6."""
         if scheme is FLOAT32 or scheme is DOUBLE:
             return scales
         if scheme.needs_largest:  # a larger scale cannot be stored
@@ -167,7 +168,7 @@ def _search_part(
 
     def choose(best: tuple[Array, Array], error: Array, scale: Array) -> tuple:
         # A comparison with NaN is false. For blocks of zeros and for blocks with NaN,
-        # the error is NaN, so they keep the scale by the rule of the format.
+        # no error is finite, so they keep the scale by the rule of the format.
         is_better = error < best[0]
         return jnp.where(is_better, error, best[0]), jnp.where(
             is_better, scale, best[1]

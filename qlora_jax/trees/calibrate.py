@@ -1,4 +1,4 @@
-"""`calibrate` measures the inputs of kernels, which `quantize` takes as `importance`."""
+"""`calibrate` measures the inputs of kernels: the `importance` for `quantize`."""
 
 from collections.abc import Callable, Iterable
 

@@ -1,7 +1,8 @@
 """Merge-aware adapters: the format of their weights, and the files that can hold it.
 
-A merge-aware adapter was trained as a part of packed weights. Only these weights are of
-use, so they are computed before a model is scored, is run or is exported.
+A merge-aware adapter was trained for the weights that result from merging it and
+packing the sum. Nothing else can be done with it, so these packed weights are computed
+before a model is scored, generates text or is exported.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from .processes import log
 from .servers import FMTS
 from .train_groups import AdapterConfig
 
-# The format of `export` that holds packed weights, by their number format.
+# Maps the number format of packed weights to the value of `export --format` for them.
 _FORMATS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "q4_0": "gguf"}
 _FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 GGUF_BLOCK_SIZE = 32  # of Q4_0
@@ -29,12 +30,14 @@ def target_settings(
 ) -> dict[str, Any]:
     """Returns the settings of `QLoRAConfig` that make adapters merge-aware.
 
-    `base_packings` are the packings of the base, of which there are none if it is in
-    float. Adapters are trained for the packing of the base, unless `target_fmt` is
-    another format. `unadapted` are the paths of the linear layers without an adapter.
+    `base_packings` are the packings of the layers of the base; the set is empty if the
+    base is in float. Adapters are trained for the packing of the base, unless
+    `target_fmt` is another number format. `unadapted` are the paths of the linear
+    layers without an adapter.
     """
     packing = _find_target(config.target_fmt, base_packings)
-    # The file has all layers in this format, and must have the values of training.
+    # The file will have all linear layers in this format. A layer without an adapter
+    # must already be in it, or else its weights would differ from those in training.
     if unadapted and base_packings != {packing}:
         raise ValueError(
             "`target_modules` must be all linear layers with `target_fmt`, unless the "
@@ -43,7 +46,8 @@ def target_settings(
             f"{', '.join(unadapted)}."
         )
     settings = {name: getattr(packing, name) for name in PACKING_OPTIONS}
-    # The base is packed already. Without `fmt`, these settings are those of the target.
+    # The base is packed already, so `fmt` is None. The block size and `double_quant` in
+    # the config then belong to `target_fmt`.
     return {"merge_aware": True, **settings, "fmt": None, "target_fmt": packing.fmt}
 
 
@@ -82,10 +86,10 @@ def describe(packing: Any) -> str:
 
 
 def pack_as_trained(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
-    """Returns the packed weights that merge-aware adapters were trained as, and {}.
+    """Merges and packs merge-aware adapters. Returns the packed weights, and {}.
 
-    They are computed once here, whereas the adapters would compute them at each step.
-    Returns other adapters unchanged, beside their base.
+    The weights are computed once here. The adapters themselves would compute them again
+    in each forward pass. For other adapters, returns `base` and `lora` unchanged.
     """
     if packing_of(lora) is None:
         return base, lora
@@ -93,7 +97,7 @@ def pack_as_trained(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def note_packing(lora: PyTree) -> None:
-    """Prints a note on stderr if adapters are merged and packed, as in training."""
+    """Prints a note on stderr if adapters are merge-aware, and so will be packed."""
     if (packing := packing_of(lora)) is not None:
         log(f"note: the adapter is merged and packed in {describe(packing)}")
 
@@ -101,10 +105,10 @@ def note_packing(lora: PyTree) -> None:
 def complete_export(
     config: ExportConfig, lora: PyTree, step: int | None
 ) -> ExportConfig:
-    """Returns the config of an export with the defaults that the adapter decides.
+    """Returns the config of an export, after setting defaults that depend on `lora`.
 
-    Raises ValueError if a merge-aware adapter would be written in another format than
-    the one that it was trained for.
+    These are `format`, `gguf_type` and `out`. Raises ValueError if a merge-aware
+    adapter would be written in another format than the one that it was trained for.
     """
     packing = packing_of(lora)
     form, gguf_type, out = config.format or "peft", config.gguf_type, config.out
@@ -141,12 +145,12 @@ def _check_format(config: ExportConfig, packing: Any) -> None:
             f"Got {form}. Leave `format` out to write these weights."
         )
     if form == "merged":
-        return  # has the decoded values; see `_Writer.write_merged`
+        return  # this file has the decoded values; see `_Writer.write_merged`
     if form == "gguf":
         is_held = config.gguf_type == "Q4_0" and is_q4_0(packing)
     else:
         is_held = packing.fmt in FMTS[str(form)]
-    # Here, these options describe the result.
+    # For these formats, the packing options describe the file, and not the base.
     settings = {name: getattr(config, name) for name in PACKING_OPTIONS}
     is_held &= all(
         value in (None, getattr(packing, name)) for name, value in settings.items()
@@ -164,7 +168,7 @@ def _check_format(config: ExportConfig, packing: Any) -> None:
 
 
 def check_holds(dtype: str, packed: PyTree) -> None:
-    """Raises ValueError unless a dtype holds decoded weights without rounding them."""
+    """Raises ValueError if decoded weights would be rounded to `dtype`."""
     leaves = filter(ql.is_packed, ql.leaves_by_path(packed).values())
     dtypes = sorted({leaf.dtype.name for leaf in leaves})
     if any(jnp.promote_types(dtype, x) != dtype for x in dtypes):

@@ -19,9 +19,10 @@ from .train_groups import AdapterConfig
 def read_start(
     config: AdapterConfig, model: BaseModel, adapters: ql.QLoRAConfig
 ) -> tuple[PyTree, float]:
-    """Returns the adapters in `config.path`, and the alpha that keeps their scaling.
+    """Returns the adapters in `config.path`, and the alpha for the new adapters.
 
-    Raises ValueError unless they have the modules and the rank of the new `adapters`.
+    With this alpha, the new adapters have the same scaling. Raises ValueError unless
+    the modules and the rank are those of `adapters`, the settings of the new ones.
     """
     path = str(config.path)
     source = dataclasses.replace(model, adapter=fetch_adapter(path))
@@ -33,7 +34,8 @@ def read_start(
     start = jax.tree.map(np.asarray, source.with_adapter().lora)
     old = ql.leaves_by_path(start)
     new = ql.leaves_by_path(init_shapes(model.base, adapters)[1])
-    # Leaves that are trained in full start as they are in the base.
+    # Leaves that are trained in full start from their values in the base, so the source
+    # does not need them.
     new = {k: x for k, x in new.items() if not isinstance(x, ql.Trained)}
     if problems := _list_problems(old, new):
         raise ValueError(
@@ -57,14 +59,18 @@ def read_start(
 
 
 def _list_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns why adapters cannot start new ones, which are shapes, by path."""
+    """Returns the reasons why training cannot start from the adapters `old`.
+
+    Both arguments have an adapter for each path. Those in `new` have shapes as leaves.
+    """
     problems = []
     for path in sorted(old.keys() | new.keys()):
         if path not in old or path not in new:
             problems.append(f"{path} {'is not trained' if path in old else 'has none'}")
             continue
         source, target = old[path], new[path]
-        # A merge-aware adapter can only continue as one for the same format.
+        # Training can start from a merge-aware adapter only if the new adapter is
+        # merge-aware too, for the same packing.
         packing = getattr(source, "packing", None)
         is_continued = packing is not None and packing == getattr(
             target, "packing", None
@@ -77,7 +83,7 @@ def _list_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def start_from(lora: PyTree, start: PyTree) -> PyTree:
-    """Returns new adapters with the A and B of the adapters that `start` has."""
+    """Returns `lora`, with A and B from `start` for every adapter that it has."""
     if isinstance(lora, dict):
         return {
             k: start_from(x, start[k]) if k in start else x for k, x in lora.items()

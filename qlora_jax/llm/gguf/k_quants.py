@@ -1,16 +1,18 @@
 """Packs weights in llama.cpp's Q4_K, Q5_K and Q6_K; the gguf package decodes them.
 
-All three store blocks of 256 inputs of a row, and have two levels of scales:
+In all three formats, a block is 256 weights of a row, and is divided into groups. Each
+group has a scale of a few bits, and each block has a float16 step, by which these
+scales are multiplied:
 
 - Q4_K and Q5_K: A block has 8 groups of 32 weights, and a weight is `d s c - m o`. Its
-  code c has 4 or 5 bits, s and o are numbers of 6 bits for the group, and d and m are
-  float16 numbers for the block. The offset `m o` is not negative.
+  code c has 4 or 5 bits. The integers s and o have 6 bits, and belong to the group. The
+  steps d and m are float16, and belong to the block. The offset `m o` is not negative.
 - Q6_K: A block has 16 groups of 16 weights, and a weight is `d s (c - 32)`. Its code c
-  has 6 bits, s is an int8 for the group, and d is a float16 for the block.
+  has 6 bits, s is an int8 of the group, and d is a float16 of the block.
 
-Codes are chosen such that the squared error is small. This takes two steps: a search
-for the scale and offset of each group on its own, and then the rounding of these
-numbers, after which each weight gets the nearest code.
+The squared error is made small in three steps. First, a search finds a float32 scale
+and offset for each group on its own. Then these are rounded: to `d s` and `m o`. Last,
+each weight gets the nearest code for the rounded scale and offset.
 """
 
 from functools import partial
@@ -23,12 +25,13 @@ from jaxtyping import Array, Float32, UInt8
 BLOCK = 256  # number of inputs in a block
 _CODE_BITS = {"Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
 K_QUANTS = tuple(_CODE_BITS)
-_LARGEST_SCALE = 63  # of the numbers s and o of Q4_K and Q5_K
+_LARGEST_SCALE = 63  # the largest value of s and o in Q4_K and Q5_K
 _CHUNK = 4096  # number of blocks that are packed at a time, to save memory
-# The search starts at steps that are this much of a code smaller or larger than the
-# step with which the codes cover exactly the range of a group.
+# The search starts from several scales. With each, the range of a group is as wide as
+# the range of the codes plus one of these numbers. With 0, the codes cover the group
+# exactly.
 _CODE_SHIFTS = np.linspace(-1, 1, 11, dtype=np.float32)
-_REFITS = 2  # how often the search fits a scale to the codes of the last scale
+_REFITS = 2  # for each start: how often codes are chosen, and a scale fitted to them
 _TINY = 1e-30  # replaces a divisor of 0, for which every numerator is 0
 
 Weights = Float32[np.ndarray, "n groups group"]
@@ -72,7 +75,7 @@ def _pack_affine(blocks: Float32[np.ndarray, "n 256"], bits: int) -> np.ndarray:
     x = blocks.reshape(-1, 8, 32)
     largest_code = 2**bits - 1
     searched = jax.device_get(_search_affine(x, largest_code))
-    # d and s for the scales, m and o for the offsets
+    # `steps` are d and m, and `numbers` are s and o.
     steps, numbers = zip(*map(_round_positive, searched), strict=True)
     scale, offset = (
         np.float32(step) * number for step, number in zip(steps, numbers, strict=True)
@@ -96,10 +99,11 @@ def _search_affine(
 ) -> tuple[Float32[Array, "n 8"], Float32[Array, "n 8"]]:
     """Returns scales and offsets such that `scale * code - offset` is close to `x`.
 
-    Neither is negative. The search alternates between the nearest codes for a scale and
-    offset, and the scale and offset with the least squared error for these codes.
+    Neither is negative. The search alternates two steps: it finds the nearest codes for
+    a scale and offset, and then the scale and offset with the least squared error for
+    these codes.
     """
-    lowest = jnp.minimum(x.min(-1), 0)  # offsets are not negative
+    lowest = jnp.minimum(x.min(-1), 0)  # so that the offset, -lowest, is not negative
     extent = x.max(-1) - lowest
 
     def try_start(best: tuple[Array, ...], shift: Array):
@@ -130,7 +134,7 @@ def _fit_affine(
     variance = jnp.maximum(jnp.sum(centered**2, -1), _TINY)
     scale = jnp.sum(centered * x, -1) / variance
     offset = scale * mean_code - mean
-    # The best line with a negative offset is replaced by the best line through 0.
+    # Where the best offset would be negative, it is 0, with the best scale for that.
     norm = jnp.maximum(jnp.sum(codes**2, -1), _TINY)
     through_zero = jnp.sum(codes * x, -1) / norm
     is_negative = offset < 0
@@ -140,9 +144,12 @@ def _fit_affine(
 def _round_positive(
     x: Float32[np.ndarray, "n 8"],
 ) -> tuple[np.ndarray, UInt8[np.ndarray, "n 8"]]:
-    """Returns float16 steps `[n, 1]` and 6-bit numbers, whose products are near `x`."""
-    # NumPy rounds here, because XLA on CPUs flushes subnormal float16 numbers to 0, and
-    # steps of ordinary weights are subnormal.
+    """Returns a float16 step for each block and 6-bit integers for its groups.
+
+    Their products are close to `x`. The steps have shape `[n, 1]`.
+    """
+    # This uses NumPy, because XLA on CPUs flushes subnormal float16 numbers to 0, and
+    # the steps of ordinary weights are subnormal.
     steps = (x.max(-1, keepdims=True) / _LARGEST_SCALE).astype(np.float16)
     numbers = np.round(x / np.maximum(steps, _TINY, dtype=np.float32))
     return steps, np.minimum(numbers, _LARGEST_SCALE).astype(np.uint8)
@@ -153,9 +160,11 @@ def _join_numbers(
 ) -> UInt8[np.ndarray, "n 12"]:
     """Stores the 6-bit numbers of 8 groups in 12 bytes.
 
-    Bytes 0 to 3 have the scales of the first four groups, and bytes 4 to 7 the offsets.
-    Bytes 8 to 11 have the low 4 bits of the scales and of the offsets of the last four
-    groups. Their high 2 bits are above those of the first four groups.
+    Bytes 0 to 3 have the scales of the first four groups in their low 6 bits, and bytes
+    4 to 7 have the offsets of these groups. Bytes 8 to 11 have the low 4 bits of the
+    numbers of the last four groups: those of a scale in the low half of a byte, and
+    those of an offset in the high half. The high 2 bits of these scales and offsets are
+    the high 2 bits of bytes 0 to 3 and of bytes 4 to 7.
     """
     first, last = np.split(np.stack([scales, offsets], axis=1), 2, axis=-1)
     with_high_bits = (first | (last >> 4) << 6).reshape(-1, 8)
@@ -170,16 +179,17 @@ def _pack_symmetric(blocks: Float32[np.ndarray, "n 256"]) -> np.ndarray:
     x = blocks.reshape(-1, 16, 16)
     searched = np.asarray(_search_symmetric(x))
     largest = np.argmax(np.abs(searched), axis=-1, keepdims=True)
-    # The largest scale is -128 steps, whatever its sign.
+    # The scale with the largest magnitude gets the number -128. The step has the
+    # opposite sign of this scale.
     steps = (np.take_along_axis(searched, largest, -1) / -128).astype(np.float16)
     numbers = searched / np.where(steps, steps, 1).astype(np.float32)
     numbers = np.clip(np.round(numbers), -128, 127)
     scale = np.float32(steps) * numbers
     codes = x / np.where(scale, scale, 1)[..., None]
     codes = (np.clip(np.round(codes), -32, 31) + 32).astype(np.uint8)
-    # Each half of a block has 128 codes: four rows of 32. Of two rows that are 64 codes
-    # apart, one has the low and one the high half of a byte. A byte of high bits has
-    # bits of all four rows.
+    # Each half of a block has 128 codes, which are arranged in four rows of 32. The low
+    # 4 bits of codes from rows 0 and 2, or from rows 1 and 3, share a byte. The high 2
+    # bits of one code from each row share another byte.
     rows = codes.reshape(-1, 2, 4, 32)
     low_bits = (rows & 15)[:, :, :2] | (rows & 15)[:, :, 2:] << 4
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
@@ -197,12 +207,15 @@ def _pack_symmetric(blocks: Float32[np.ndarray, "n 256"]) -> np.ndarray:
 
 @jax.jit
 def _search_symmetric(x: Float32[Array, "n 16 16"]) -> Float32[Array, "n 16"]:
-    """Returns scales such that `scale * code` is close to `x`, as `_search_affine`."""
+    """Returns scales such that `scale * code` is close to `x`.
+
+    The codes are from -32 to 31. The search is like that of `_search_affine`.
+    """
     largest = jnp.argmax(jnp.abs(x), axis=-1, keepdims=True)
     extreme = jnp.take_along_axis(x, largest, -1)[..., 0]
 
     def try_start(best: tuple[Array, Array], shift: Array):
-        # The weight with the largest magnitude gets a code near -32.
+        # With this scale, the weight with the largest magnitude has a code near -32.
         scale = extreme / (shift - 32)
         for _ in range(_REFITS):
             codes = x / jnp.where(scale == 0, 1, scale)[..., None]

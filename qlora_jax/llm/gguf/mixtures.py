@@ -5,7 +5,8 @@ import re
 from ..models.config import DecoderConfig
 from .k_quants import BLOCK
 
-# The formats of tensors whose number of inputs is not a multiple of 256.
+# For tensors whose number of inputs is not a multiple of 256: the format that replaces
+# each K-quant.
 _FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _FALLBACK_BLOCK = 32
 
@@ -16,7 +17,8 @@ def q4_k_m_format(
     """Returns the format that llama.cpp's `llama-quantize` chooses for Q4_K_M.
 
     Args:
-        name: The GGUF name of a matrix, but not of a router.
+        name: The name of a matrix in the GGUF file. Routers of experts, which
+            llama.cpp does not quantize, must not be passed.
         num_inputs: The size of its last axis.
         config: The config of the model.
         architecture: The name of the model's architecture in llama.cpp.
@@ -45,8 +47,8 @@ def _choose_k_quant(name: str, config: DecoderConfig, architecture: str) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.*)\.weight", name)
     if match is None:
         return "Q4_K"
-    # 2. The matrices that lose most by rounding have more bits in the first and last
-    # eighth of the layers, and in every third layer between them.
+    # 2. The value and down projections suffer most from rounding. They have more bits
+    # in the first and last eighth of the layers, and in every third one between them.
     layer, matrix = int(match[1]), match[2]
     first = config.num_layers // 8
     is_outer = not first <= layer < 7 * config.num_layers // 8
