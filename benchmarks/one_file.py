@@ -197,12 +197,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
-    chosen = args.arms and args.arms.split(";")
+    names = [arm.name for arm in make_arms()]
+    chosen = args.arms.split(";") if args.arms else names
+    if unknown := {*chosen} - {*names}:
+        parser.error(f"--arms must be of {'; '.join(names)}. Got {unknown}.")
     for name in args.tasks.split(","):
         task = replace(TASKS[name], rate=RATE_FACTOR * TASKS[name].rate)
         make_task(args.folder, task)
         for arm in make_arms():
-            if not chosen or arm.name in chosen:
+            if arm.name in chosen:
                 study(args.folder, task, arm, args.results, end, FileBench)
 
 

@@ -51,7 +51,7 @@ def rows_of_file(
 
     def make_row(file, fmt, adapter, results, loss, exact):
         row = [file, fmt or "bfloat16", f"{BITS[fmt]:g}", adapter]
-        row += [f"{results.rate:.0e}", shown(loss, 3)]
+        row += [f"{results.rate:.1e}", shown(loss, 3)]
         difference = relative = ""
         if file != "none":
             difference = f"{loss.mean() - goal_loss.mean():+.3f}"

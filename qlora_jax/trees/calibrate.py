@@ -50,9 +50,9 @@ def calibrate(
         entries of an expert that got no rows are zero.
 
     Raises:
-        ValueError: If an adapter does not fit its kernel. Outside jit, also if the
-            outputs do not depend on the product with some kernel. The message then
-            lists all such kernels.
+        ValueError: If there is no batch, or an adapter does not fit its kernel. Outside
+            jit, also if the outputs do not depend on the product with some kernel. The
+            message then lists all such kernels.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -91,8 +91,12 @@ def calibrate(
         zeros = jax.tree.map(jnp.zeros_like, total)
         return jax.tree.map(jnp.add, total, jax.grad(sum_outputs)(zeros))
 
+    num_batches = 0
     for batch in batches:
         total = add_batch(total, base, batch)
+        num_batches += 1
+    if not num_batches:
+        raise ValueError("`batches` must have at least one batch. Got none.")
     counts = {path: moments.count for path, moments in leaves_by_path(total).items()}
     refuse_listed(
         "the outputs of `apply` must depend on products with these kernels",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from .._jax.arguments import known_values
 from .._jax.memory import is_concrete
@@ -44,6 +44,11 @@ _highest_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 @jax.jit
 def _merge_kernel(leaf: Leaf, lora: Adapter) -> Array:
     return lora.merged(as_kernel(leaf, lora.geometry))
+
+
+@jax.jit
+def _is_finite(packed: QTensor) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(packed.dequantize()))
 
 
 @jax.jit
@@ -108,7 +113,11 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         if requantize and adapter is None and is_packed(leaf):
             return leaf
         if requantize and isinstance(adapter, MergeAware):
-            return _pack_merged(leaf, adapter)  # what the adapter was trained for
+            packed = _pack_merged(leaf, adapter)  # what the adapter was trained for
+            if not is_concrete(packed.codes) or _is_finite(packed):
+                return packed
+            problems[path] = "weights must be finite. Got NaN or infinite values."
+            return leaf
         # 2. Add the adapter, in float.
         merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
         packing = as_kernel(leaf).packing

@@ -392,3 +392,13 @@ def test_kernels_that_do_not_fit_the_target_are_listed():
 def test_wrong_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         make((96, N), **options)
+
+
+@pytest.mark.parametrize("b", [np.nan, 1e7])
+def test_sums_that_cannot_be_packed_are_listed(b):
+    base, lora = make(target_fmt="q4_0")  # whose scales are float16
+    adapter = lora["kernel"]
+    lora = {"kernel": dataclasses.replace(adapter, b=jnp.full_like(adapter.b, b))}
+    words = r"cannot be packed:\n  kernel: weights must be finite"
+    with pytest.raises(ValueError, match=words):
+        ql.merge(base, lora, requantize=True)

@@ -114,3 +114,9 @@ def test_kernels_without_products_are_refused():
         "the outputs of `apply` must depend on products with these kernels",
         "a/kernel",
     )
+
+
+def test_no_batch_is_refused():
+    base, lora = float_trees({"kernel": normal(0, (K, N))})
+    with pytest.raises(ValueError, match="`batches` must have at least one batch"):
+        ql.calibrate(ql.apply, base, lora, iter([]))

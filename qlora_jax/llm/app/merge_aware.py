@@ -59,10 +59,14 @@ def _find_target(target_fmt: str | None, base_packings: set[Any]) -> Any:
     if target_fmt is not None and not of_base:
         return ql.QLoRAConfig(fmt=target_fmt).packing
     described = " and ".join(sorted(map(describe, base_packings))) or "float"
+    if target_fmt is not None:
+        raise ValueError(
+            f"the layers of the base must have one packing in {target_fmt} if this is "
+            f"`target_fmt`. Got {described}."
+        )
     raise ValueError(
         "`target_fmt` must be given with `merge_aware` unless the base has one packing "
-        f"in {', '.join(get_args(TargetFmt))}. Got {target_fmt} and a base in "
-        f"{described}."
+        f"in {', '.join(get_args(TargetFmt))}. Got None and a base in {described}."
     )
 
 

@@ -52,8 +52,8 @@ def read_start(
     alpha = scaling * config.rank ** (0.5 if config.rank_stabilized else 1)
     if config.alpha is not None and not math.isclose(config.alpha, alpha):
         raise ValueError(
-            f"`lora_alpha` must be {alpha:g} or left out with `adapter`, whose scaling "
-            f"is {scaling:g}. Got {config.alpha}."
+            f"`lora_alpha` must be {alpha:.12g} or left out with `adapter`, whose "
+            f"scaling is {scaling:g}. Got {config.alpha}."
         )
     return start, alpha
 

@@ -103,9 +103,10 @@ class AdapterConfig(Config):
             as layers/.*norm/scale.
         merge_aware: Whether to train the adapters as parts of the 4-bit weights of one
             file, which `export` writes. They cannot be used beside a base.
-        target_fmt: With `merge_aware`: number format of this file, in its usual blocks;
-            by default the format and the blocks of the base. Use a finer base than the
-            file, such as int8 or none, so that small changes are kept.
+        target_fmt: With `merge_aware`: number format of this file, in its usual blocks,
+            or in those of the base if it has this format; by default that of the base.
+            Use a finer base than the file, such as int8 or none, so that small changes
+            are kept.
         path: An adapter to start from, with the rank in `lora_r` and the same modules.
 
     Example:
