@@ -159,9 +159,9 @@ class TestInit:
         observations, started = [], live_float_bytes()
         pack = quantize_module.quantize_checked
 
-        def spy(*args):
+        def spy(*args, **options):
             observations.append((is_deleted(leaves), started - live_float_bytes()))
-            return pack(*args)
+            return pack(*args, **options)
 
         monkeypatch.setattr(quantize_module, "quantize_checked", spy)
         got = jax.tree.leaves(run())
