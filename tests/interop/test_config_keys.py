@@ -51,7 +51,7 @@ OTHERS = {
     "id2label": {"0": "a", "1": "b", "2": "c"},
     "label2id": {"a": 0, "b": 1, "c": 2},
     "layer_types": [FULL, SLIDING, SLIDING],
-    "mlp_only_layers": [1],
+    "mlp_only_layers": [0],
     "no_rope_layers": [0, 1, 1],
     "num_attention_heads": 8,
     "num_key_value_heads": 4,

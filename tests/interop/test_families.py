@@ -58,6 +58,9 @@ CASES = {
     | {"rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0}},
     "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
     "qwen3_moe, windows": EXPERTS | WINDOWS | {"attention_bias": True},
+    "qwen3_moe, dense first": EXPERTS | {"mlp_only_layers": [0]},
+    "qwen3_moe, dense between": EXPERTS
+    | {"decoder_sparse_step": 2, "num_hidden_layers": 5},
     "mixtral": HEADS | {"num_local_experts": 4, "sliding_window": 8},
     "olmoe": OLMOE | {"attention_bias": True},
     "gpt_oss": OSS,
@@ -122,11 +125,13 @@ def test_packed_rows_equal_the_rows_alone(case):
     assert_close(logits[:, 17:], long)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, kind):
-    sizes = EXPERTS if kind == "qwen3_moe" else OSS
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "qwen3_moe, dense first", "qwen3_moe, dense between", "gpt_oss"],
+)
+def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, name):
     factor = {"output_router_logits": True, "router_aux_loss_coef": 50.0}
-    model = random_model(kind, SIZES | sizes | factor)
+    model = random_model(name.split(",")[0], SIZES | CASES[name] | factor)
     model.save_pretrained(tmp_path)
     config, params = load(tmp_path, progress=False)
     assert config.experts is not None and config.experts.balance == 50

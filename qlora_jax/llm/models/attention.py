@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 import qlora_jax as ql
 
 from .blockwise import BLOCK, attend_in_blocks
-from .config import DecoderConfig, Rope
+from .config import DecoderConfig, LayerKind, Rope
+from .constraints import split_attention
 from .products import einsum_f32, make_dense, make_norm, name_product
-from .sharding import split_attention
 
 MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
 NO_WINDOW = 2**31 - 1  # replaces None in arrays of windows
+KeysAndValues = tuple[Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]
 
 
 class Tokens(NamedTuple):
@@ -33,19 +34,19 @@ class Tokens(NamedTuple):
 class LayerScalars(NamedTuple):
     """One layer's kind as arrays, so that one scan can run layers of several kinds.
 
-    A field is None if all layers have the same value. This value is then a constant
-    of the program, and not an input of the scan.
+    A field is None if all layers of the stack have the same value. This value is then
+    a constant of the program, and not an input of the scan.
     """
 
     rope: Int[Array, "..."] | None = None  # index into `Tokens.tables`
     window: Int[Array, "..."] | None = None  # number of tokens that a query sees
 
 
-def layer_scalars(config: DecoderConfig) -> LayerScalars:
-    """Returns the scalars of all layers, stacked on axis 0."""
-    ropes, kinds = config.ropes, config.layers
+def layer_scalars(config: DecoderConfig, kinds: tuple[LayerKind, ...]) -> LayerScalars:
+    """Returns the scalars of a stack of layers, stacked on axis 0."""
+    ropes = config.ropes
     rope = window = None
-    if len(ropes) > 1:
+    if len({kind.rope for kind in kinds}) > 1:
         rope = jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32)
     if len({kind.window for kind in kinds}) > 1:
         window = jnp.array([kind.window or NO_WINDOW for kind in kinds], jnp.int32)
@@ -108,8 +109,15 @@ class Attention(nn.Module):
     """
 
     config: DecoderConfig
+    kinds: tuple[LayerKind, ...]  # of the layers in the stack
     dtype: DTypeLike = jnp.float32
     attention: str | Callable[..., Array] = "xla"
+    part_name: ClassVar[str] = "self_attn"
+    split_outputs: ClassVar[tuple[str, ...]] = (
+        *("q_proj", "k_proj", "v_proj"),
+        "qkv_proj",
+    )
+    split_inputs: ClassVar[tuple[str, ...]] = ("o_proj",)
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
@@ -121,7 +129,10 @@ class Attention(nn.Module):
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
-        table = tokens.tables[0 if scalars.rope is None else scalars.rope]
+        rope = scalars.rope
+        if rope is None:
+            rope = c.ropes.index(self.kinds[0].rope)
+        table = tokens.tables[rope]
         operands = rotate(query, table), rotate(key, table), value, sinks
         if cache is None and self.attention != "xla":
             mixed, new_kv = self._attend_in_order(*operands, tokens, scalars), None
@@ -167,7 +178,7 @@ class Attention(nn.Module):
             segment_ids=tokens.segment_ids,
             **({} if sinks is None else {"sinks": sinks}),
         )
-        windows = [*dict.fromkeys(kind.window for kind in c.layers)]
+        windows = [*dict.fromkeys(kind.window for kind in self.kinds)]
         if scalars.window is None:
             return attend_window(query, key, value, window=windows[0])
         # The window of this layer is traced: switch between one branch per window.
@@ -193,7 +204,7 @@ class Attention(nn.Module):
             )
             key_positions = jnp.arange(key.shape[1])[None]
         # 2. The mask [B, T, S].
-        window = c.layers[0].window if scalars.window is None else scalars.window
+        window = self.kinds[0].window if scalars.window is None else scalars.window
         visible = positions[:, :, None] >= key_positions[:, None, :]
         if window is not None:
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
@@ -206,6 +217,48 @@ class Attention(nn.Module):
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
             return attend(*operands, **settings)[..., : c.head_dim], new_kv
         return attend(query, key, value, visible, **settings), new_kv
+
+    @staticmethod
+    def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
+        """Returns the layer's Hugging Face names of these parameters, by path."""
+        c, names = config, {}
+        qkv = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
+        has_bias = dict.fromkeys(qkv, c.qkv_bias) | {"o_proj": c.o_bias}
+        for name, is_biased in has_bias.items():
+            names[f"{name}/kernel"] = f"self_attn.{name}.weight"
+            if is_biased:
+                names[f"{name}/bias"] = f"self_attn.{name}.bias"
+        if c.qk_norms:
+            names |= {f"{x}_norm/scale": f"self_attn.{x}_norm.weight" for x in "qk"}
+        return names | ({"sinks": "self_attn.sinks"} if c.sinks else {})
+
+    @staticmethod
+    def init_cache(
+        config: DecoderConfig, repeats: int, batch: int, length: int, dtype: DTypeLike
+    ) -> KeysAndValues:
+        """Returns zeros for the keys and values of a stack of layers."""
+        # Heads come before positions, as in the products of attention. Otherwise, XLA
+        # on CPUs would transpose the whole cache for each new token.
+        shape = (repeats, batch, config.num_kv_heads, length, config.head_dim)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    @staticmethod
+    def write_cache(
+        cache: KeysAndValues, new_kv: KeysAndValues, positions: Int[Array, "B T"]
+    ) -> KeysAndValues:
+        """Writes the new keys and values `[L, B, T, K, Dh]` of a stack of layers."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        keys, values = (
+            old.at[:, rows, :, positions].set(jnp.moveaxis(x, 0, 2))
+            for old, x in zip(cache, new_kv, strict=True)
+        )
+        return keys, values
+
+    @staticmethod
+    def grow_cache(cache: KeysAndValues, length: int) -> KeysAndValues:
+        """Returns a cache with more positions."""
+        widths = [(0, 0)] * 3 + [(0, length - cache[0].shape[3]), (0, 0)]
+        return jnp.pad(cache[0], widths), jnp.pad(cache[1], widths)
 
 
 def with_sinks(

@@ -45,6 +45,8 @@ class LayerKind:
         rope: The rotary positions, or None for a layer without them.
         window: The number of tokens that a query sees, including itself; None for all
             previous tokens.
+        mlp_width: Width of the dense MLP that this layer has instead of the decoder's
+            MLP or mixture of experts; None if it has the decoder's.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -53,6 +55,12 @@ class LayerKind:
 
     rope: Rope | None = Rope()
     window: int | None = None
+    mlp_width: int | None = None
+
+    @property
+    def structure(self) -> "LayerKind":
+        """The settings that parameters depend on: layers that share them can stack."""
+        return dataclasses.replace(self, rope=None, window=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,9 +228,10 @@ class DecoderConfig:
                     f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
                     f"values, one for each pair. Got {sizes}."
                 )
-        windows = {kind.window for kind in self.layers if kind.window is not None}
-        if wrong := sorted(window for window in windows if window < 1):
-            raise ValueError(f"`window` must be positive or None. Got {wrong}.")
+        for name in ("window", "mlp_width"):
+            values = {getattr(kind, name) for kind in self.layers} - {None}
+            if wrong := sorted(value for value in values if value < 1):
+                raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):
         names = ["rms_norm_eps", "embedding_scale", "attention_scale"]

@@ -11,6 +11,7 @@ from .family import (
     WINDOW_KEYS,
     Family,
     biases,
+    is_count,
     one_window,
     read_experts,
     read_layers,
@@ -155,19 +156,28 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
-    if raw.get("mlp_only_layers"):
-        raise ValueError(
-            "`mlp_only_layers` must be empty: all layers must have experts. Got "
-            f"{raw['mlp_only_layers']}."
-        )
-    require(raw, {"decoder_sparse_step": 1})
-    fields = shared_fields(raw, kv_heads=4) | biases(raw)
-    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
+    fields: dict[str, Any] = shared_fields(raw, kv_heads=4) | biases(raw)
+    fields["qk_norms"] = True
     windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
-    layers = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    [kind] = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
+    step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+    if not is_count(step):
+        raise ValueError(
+            f"`decoder_sparse_step` must be a positive integer. Got {step!r}."
+        )
+    if unknown := [x for x in dense if type(x) is not int]:
+        raise ValueError(f"`mlp_only_layers` must be integers. Got {unknown}.")
+    count, width = fields["num_layers"], fields["intermediate_size"]
+    is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(count)]
+    if not any(is_sparse):
+        return DecoderConfig(**fields, layers=(kind,))
+    dense_kind = replace(kind, mlp_width=width)
+    layers = tuple(kind if has_experts else dense_kind for has_experts in is_sparse)
+    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
     normalized = bool(raw.get("norm_topk_prob", False))
     experts = read_experts(raw, 128, 8, normalized=normalized)
-    return DecoderConfig(**fields, layers=layers, qk_norms=True, experts=experts)
+    return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
 def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
