@@ -9,7 +9,7 @@ import llama
 import numpy as np
 import pytest
 import transformers
-from configs import LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
+from configs import DELTA, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
 from tolerances import assert_close
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -32,6 +32,8 @@ COUNT = {
     "qwen3_moe": EXPERTS | USED | {"sliding_window": 8, "num_local_experts": 4},
     "mixtral": EXPERTS | {"sliding_window": 8, "num_local_experts": 4},
     "olmoe": EXPERTS | {"num_experts": 4},
+    "qwen3_5_text": DELTA
+    | {"num_hidden_layers": 3, "layer_types": [FULL, "linear_attention", FULL]},
     "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
     "gemma2": WINDOWS | CAPS | {"head_dim": 8},
     "gemma3_text": WINDOWS | {"head_dim": 8},

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from configs import (
+    DELTA,
     EXPERTS,
     HEADS,
     LINEAR,
@@ -63,6 +64,11 @@ CASES = {
     | {"decoder_sparse_step": 2, "num_hidden_layers": 5},
     "mixtral": HEADS | {"num_local_experts": 4, "sliding_window": 8},
     "olmoe": OLMOE | {"attention_bias": True},
+    "qwen3_5_text": DELTA,
+    "qwen3_5_text, yarn": DELTA
+    | {"num_hidden_layers": 5, "attention_bias": True, "linear_conv_kernel_dim": 3}
+    | {"layer_types": ["linear_attention"] * 2 + [FULL] + ["linear_attention"] * 2}
+    | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
     "gpt_oss": OSS,
     "gpt_oss, no yarn": OSS
     | {"layer_types": [FULL, SLIDING, FULL], "rope_parameters": LINEAR},

@@ -20,7 +20,6 @@ from .products import einsum_f32, make_dense, make_norm, name_product
 
 MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
 NO_WINDOW = 2**31 - 1  # replaces None in arrays of windows
-KeysAndValues = tuple[Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]
 
 
 class Tokens(NamedTuple):
@@ -29,6 +28,35 @@ class Tokens(NamedTuple):
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
     tables: Float[Array, "R 2 B T 1 half"]  # one for each of `DecoderConfig.ropes`
+    num_tokens: Int[Array, " B"] | None = None  # of each row; None: no padding
+
+
+class KeysAndValues(NamedTuple):
+    """The cache of a stack of layers with attention."""
+
+    keys: Float[Array, "L B K S Dh"]
+    values: Float[Array, "L B K S Dh"]
+
+    @property
+    def length(self) -> int:
+        """The number of positions that there is room for."""
+        return self.keys.shape[3]
+
+    def grow(self, length: int) -> "KeysAndValues":
+        """Returns a cache with room for `length` positions."""
+        widths = [(0, 0)] * 3 + [(0, length - self.length), (0, 0)]
+        return KeysAndValues(*(jnp.pad(x, widths) for x in self))
+
+    def write(
+        self, new_kv: tuple[Array, Array], positions: Int[Array, "B T"]
+    ) -> "KeysAndValues":
+        """Writes the new keys and values `[L, B, T, K, Dh]` of all layers at once."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        keys, values = (
+            old.at[:, rows, :, positions].set(jnp.moveaxis(x, 0, 2))
+            for old, x in zip(self, new_kv, strict=True)
+        )
+        return KeysAndValues(keys, values)
 
 
 class LayerScalars(NamedTuple):
@@ -124,6 +152,9 @@ class Attention(nn.Module):
         """Returns the output, and the new keys and values if there is a cache."""
         c = self.config
         query, key, value = self._project(x)  # [B, T, heads, Dh] each
+        gate = None
+        if c.attention_gate:  # a head has its query and then its gate: [B, T, 2 H, Dh]
+            query, gate = query[:, :, ::2], query[:, :, 1::2]
         if c.qk_norms:
             query, key = self._normalize(query, "q"), self._normalize(key, "k")
         sinks = None
@@ -142,13 +173,17 @@ class Attention(nn.Module):
         # The result of the splash kernel already has a name for checkpoint policies.
         if self.attention != "splash" or cache is not None:
             mixed = name_product(mixed)
+        if gate is not None:
+            gate = nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
+            mixed = (mixed * gate).astype(mixed.dtype)
         output = make_dense(c.hidden_size, c.o_bias, self.dtype, "o_proj")
         return name_product(output(mixed)), new_kv
 
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
         c = self.config
         dense = functools.partial(make_dense, use_bias=c.qkv_bias, dtype=self.dtype)
-        heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
+        num_queries = c.num_heads * (2 if c.attention_gate else 1)
+        heads = num_queries, c.num_kv_heads, c.num_kv_heads
         widths = [num_heads * c.head_dim for num_heads in heads]
         if c.fused:
             fused = name_product(dense(sum(widths), name="qkv_proj")(x))
@@ -234,31 +269,17 @@ class Attention(nn.Module):
 
     @staticmethod
     def init_cache(
-        config: DecoderConfig, repeats: int, batch: int, length: int, dtype: DTypeLike
+        config: DecoderConfig,
+        kinds: tuple[LayerKind, ...],
+        batch: int,
+        length: int,
+        dtype: DTypeLike,
     ) -> KeysAndValues:
         """Returns zeros for the keys and values of a stack of layers."""
         # Heads come before positions, as in the products of attention. Otherwise, XLA
         # on CPUs would transpose the whole cache for each new token.
-        shape = (repeats, batch, config.num_kv_heads, length, config.head_dim)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-    @staticmethod
-    def write_cache(
-        cache: KeysAndValues, new_kv: KeysAndValues, positions: Int[Array, "B T"]
-    ) -> KeysAndValues:
-        """Writes the new keys and values `[L, B, T, K, Dh]` of a stack of layers."""
-        rows = jnp.arange(positions.shape[0])[:, None]
-        keys, values = (
-            old.at[:, rows, :, positions].set(jnp.moveaxis(x, 0, 2))
-            for old, x in zip(cache, new_kv, strict=True)
-        )
-        return keys, values
-
-    @staticmethod
-    def grow_cache(cache: KeysAndValues, length: int) -> KeysAndValues:
-        """Returns a cache with more positions."""
-        widths = [(0, 0)] * 3 + [(0, length - cache[0].shape[3]), (0, 0)]
-        return jnp.pad(cache[0], widths), jnp.pad(cache[1], widths)
+        shape = (len(kinds), batch, config.num_kv_heads, length, config.head_dim)
+        return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def with_sinks(

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 import qlora_jax as ql
 
 from .attention import (
-    Attention,
     KeysAndValues,
     LayerScalars,
     Tokens,
@@ -28,12 +27,13 @@ from .attention import (
 )
 from .config import DecoderConfig
 from .constraints import split_embedded, split_head
+from .delta_rule import DeltaState
 from .groups import Group, Stack, layer_groups, layer_stacks
-from .layer import Layer
+from .layer import Layer, mixer_class
 from .products import einsum_f32, keep_products, make_dense, make_norm
 
 ATTENTIONS = "xla", "splash"
-Cache = dict[str, KeysAndValues]  # by path of a stack
+Cache = dict[str, KeysAndValues | DeltaState]  # by path of a stack
 
 
 class Period(nn.Module):
@@ -124,6 +124,7 @@ class Decoder(nn.Module):
         select: Int[Array, "B P"] | None = None,
         return_hidden: bool = False,
         segment_ids: Int[Array, "B T"] | None = None,
+        num_tokens: Int[Array, " B"] | None = None,
     ) -> Any:
         """Computes float32 logits, and also the new cache if `cache` is given.
 
@@ -131,14 +132,16 @@ class Decoder(nn.Module):
             tokens: Token ids. Pad on the right: attention is causal, so that no token
                 sees the padding after it.
             positions: Position of each token in its sequence; by default 0, 1, 2, ...
-                in each segment. If `attention` is not "xla", a row whose positions do
-                not count up by one in each segment becomes NaN.
-            cache: Keys and values of earlier calls, from `init_cache`.
+                in each segment. If `attention` is not "xla" or layers have states, rows
+                whose positions do not count up by one in each segment become NaN.
+            cache: Keys, values and states of earlier calls, from `init_cache`.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states instead of logits.
             segment_ids: For each token, the sequence in its row that it belongs to.
                 Tokens see only their own sequence, so that packed sequences have the
                 same logits as in separate rows.
+            num_tokens: With a cache, the number of tokens in each row; padding follows
+                them, and must not change the states of layers. None for all.
 
         Returns:
             Logits `[B, T, V]`, or hidden states `[B, T, D]`. With a `cache`, a pair of
@@ -161,11 +164,13 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:  # Gemma rounds this factor to its dtype
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
-        if positions is not None and cache is None and self.attention != "xla":
+        needs_order = self.attention != "xla" or c.has_states
+        if positions is not None and cache is None and needs_order:
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
         # 2. Run the layers.
         token_data = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
+        token_data = token_data._replace(num_tokens=num_tokens)
         new_entries = {}
         for group in layer_groups(c):
             x, group_entries = self._scan(group, x, token_data, cache)
@@ -180,7 +185,7 @@ class Decoder(nn.Module):
         # 4. Write what is new into the caches, for all layers of a stack at once.
         positions = token_data.positions
         new_cache = {
-            path: Attention.write_cache(cache[path], new_entry, positions)
+            path: cache[path].write(new_entry, positions)
             for path, new_entry in new_entries.items()
         }
         return output, new_cache
@@ -328,19 +333,20 @@ def describe_tokens(
     # 3. The rotary tables.
     dim = config.rotary_dim
     tables = [rotary_table(positions, rope, dim, lengths) for rope in config.ropes]
-    return Tokens(positions, segment_ids, jnp.stack(tables))
+    # A decoder without attention has no table, but `jnp.stack` needs one.
+    return Tokens(positions, segment_ids, jnp.stack(tables) if tables else None)
 
 
 def init_cache(
     config: DecoderConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
-    """Returns an empty cache: zeros for the keys and values of all layers.
+    """Returns an empty cache: zeros for the keys, values and states of all layers.
 
     Args:
         config: The decoder's config.
         batch: B, the number of sequences.
         length: S, the number of positions of each sequence.
-        dtype: Dtype of the keys and values.
+        dtype: Dtype of the keys and values. States are float32.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
@@ -348,19 +354,18 @@ def init_cache(
         >>> keys.shape
         (2, 3, 2, 7, 8)
     """
-    return {
-        stack.path: Attention.init_cache(
-            config, len(stack.layers), batch, length, dtype
-        )
-        for stack in layer_stacks(config)
-    }
+    cache = {}
+    for stack in layer_stacks(config):
+        mixer = mixer_class(stack.kinds[0])
+        cache[stack.path] = mixer.init_cache(config, stack.kinds, batch, length, dtype)
+    return cache
 
 
 def grow_cache(cache: Cache, length: int) -> Cache:
     """Returns a cache with room for `length` positions."""
-    return {path: Attention.grow_cache(x, length) for path, x in cache.items()}
+    return {path: x.grow(length) for path, x in cache.items()}
 
 
 def cache_length(cache: Cache) -> int:
     """Returns the number of positions that a cache can hold."""
-    return next(iter(cache.values()))[0].shape[3]
+    return max(x.length for x in cache.values())

@@ -25,7 +25,8 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
         "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
         "norm/scale": f"{c.module}.norm.weight",
     }
-    ignored = [r".*\.inv_freq"]
+    # Layers that predict further tokens are not part of the decoder.
+    ignored = [r".*\.inv_freq", r"mtp\..*"]
     if c.module != "model":  # the decoder is the text half of a larger model
         ignored.append(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
     if c.tie_embeddings:

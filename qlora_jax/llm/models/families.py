@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .config import DecoderConfig, LayerKind, Rope
+from .config import DecoderConfig, DeltaRule, LayerKind, Rope
 from .family import (
     EXPERT_KEYS,
     WINDOW_KEYS,
@@ -44,6 +44,8 @@ GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 # The rotary section of gpt-oss, for files without one.
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
+_FULL, _LINEAR = "full_attention", "linear_attention"
+_MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 _GEMMA3 = ("Gemma3ForCausalLM",)
 # transformers' defaults for the text half of Gemma 3.
 _TEXT_DEFAULTS = {
@@ -193,6 +195,43 @@ def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
+def _read_qwen3_5(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"attn_output_gate": True, "mamba_ssm_dtype": "float32"})
+    require(raw, {"mlp_only_layers": []})
+    fields = shared_fields(raw, head_dim=256, kv_heads=4) | biases(raw)
+    # Text has the same position in all dimensions, so the sections of multimodal rotary
+    # positions make no difference.
+    section = dict(rope_section(raw))
+    fraction = section.pop("partial_rotary_factor", None)
+    if fraction is None:
+        fraction = raw.get("partial_rotary_factor", 0.25)
+    section = {k: x for k, x in section.items() if k not in _MROPE_KEYS}
+    dim = int(fields["head_dim"] * fraction)
+    rope = read_rope({**raw, "partial_rotary_factor": None}, dim, section=section)
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    defaults = zip((*names, "conv_kernel_dim"), (16, 32, 128, 128, 4), strict=True)
+    rule = DeltaRule(*(raw.get(f"linear_{name}", size) for name, size in defaults))
+    # By default, every `full_attention_interval`-th layer has attention.
+    count, interval = fields["num_layers"], raw.get("full_attention_interval", 4)
+    types = raw.get("layer_types")
+    if types is None:
+        types = [_FULL if (i + 1) % interval == 0 else _LINEAR for i in range(count)]
+    if len(types) != count or set(types) - {_FULL, _LINEAR} or _FULL not in types:
+        raise ValueError(
+            f"`layer_types` must have {count} entries, {_FULL!r} or {_LINEAR!r}, and "
+            f"at least one {_FULL!r}. Got {types}."
+        )
+    full, linear = LayerKind(rope), LayerKind(None, delta_rule=rule)
+    return DecoderConfig(
+        **fields,
+        layers=tuple(full if kind == _FULL else linear for kind in types),
+        rotary_dim=dim,
+        unit_offset_norms=True,
+        qk_norms=True,
+        attention_gate=True,
+    )
+
+
 def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
         raise ValueError("`use_bidirectional_attention` must be false. Got true.")
@@ -275,6 +314,11 @@ _GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_patt
 _GEMMA3_KEYS += f" {_GEMMA_KEYS}"
 _VISION_KEYS = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
 _VISION_KEYS += f" text_config vision_config {_GEMMA3_KEYS}"
+_QWEN3_5_KEYS = "attention_bias attn_output_gate full_attention_interval hidden_act"
+_QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_dim"
+_QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
+_QWEN3_5_KEYS += " mamba_ssm_dtype mlp_only_layers mtp_num_hidden_layers"
+_QWEN3_5_KEYS += " mtp_use_dedicated_embeddings mrope_section mrope_interleaved"
 _FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
     Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
@@ -285,6 +329,7 @@ _FAMILIES = (
     Family("mixtral", ("MixtralForCausalLM",), _read_mixtral, _MIXTRAL_KEYS),
     Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
+    Family("qwen3_5_text", ("Qwen3_5ForCausalLM",), _read_qwen3_5, _QWEN3_5_KEYS),
     Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
     Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),
     Family("gemma3_text", _GEMMA3, _read_gemma3, _GEMMA3_KEYS),

@@ -7,6 +7,7 @@ transformers.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,11 +18,12 @@ import qlora_jax as ql
 
 from .attention import Attention, LayerScalars, Tokens
 from .config import DecoderConfig, LayerKind
+from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
 from .mlp import GatedMLP
 from .products import make_norm
 
-PARTS = Attention, GatedMLP, MixtureOfExperts
+PARTS = Attention, GatedDeltaNet, GatedMLP, MixtureOfExperts
 
 
 class Layer(nn.Module):
@@ -45,9 +47,7 @@ class Layer(nn.Module):
             return make_norm(c, dtype, f"{name}_layernorm")(x)
 
         x = ql.memory.layer_input(x)
-        mixer = Attention(
-            c, self.kinds, dtype, self.attention, name=Attention.part_name
-        )
+        mixer = self._make_mixer()
         y, new_entries = mixer(normalize(x, "input"), tokens, scalars, cache)
         # Llama calls the norm before the MLP "post_attention". Gemma has a norm of this
         # name after attention.
@@ -61,6 +61,12 @@ class Layer(nn.Module):
         # Return only the new keys and values: a scan that returned the cache of each
         # layer would copy it.
         return x + y.astype(x.dtype), new_entries
+
+    def _make_mixer(self) -> Any:
+        c, kinds, dtype = self.config, self.kinds, self.dtype
+        if mixer_class(kinds[0]) is GatedDeltaNet:
+            return GatedDeltaNet(c, kinds, dtype, name=GatedDeltaNet.part_name)
+        return Attention(c, kinds, dtype, self.attention, name=Attention.part_name)
 
     def _make_mlp(self) -> nn.Module:
         c, kind = self.config, self.kinds[0]
@@ -79,10 +85,15 @@ class Layer(nn.Module):
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         names: dict[str, str | ql.io.Entry]
         names = {f"{norm}/scale": f"{norm}.weight" for norm in norms}
-        for part in (Attention, mlp_class(config, kind)):
+        for part in (mixer_class(kind), mlp_class(config, kind)):
             tensor_names = part.tensor_names(config, kind)
             names |= {f"{part.part_name}/{path}": x for path, x in tensor_names.items()}
         return names
+
+
+def mixer_class(kind: LayerKind) -> type[Attention] | type[GatedDeltaNet]:
+    """Returns the class of the part in which tokens see other tokens."""
+    return Attention if kind.delta_rule is None else GatedDeltaNet
 
 
 def mlp_class(

@@ -102,7 +102,10 @@ class Stream:
     def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
         # Keep the cache up to the first difference. The last token of the prompt is
         # always computed, because its logits are needed.
-        del self._ids[len(os.path.commonprefix([prompt[:-1], self._ids])) :]
+        num_shared = len(os.path.commonprefix([prompt[:-1], self._ids]))
+        if num_shared < len(self._ids) and self.model.config.has_states:
+            num_shared, self._cache = 0, None  # states cannot go back
+        del self._ids[num_shared:]
         answer = self._answer = object()
         max_length = len(prompt) + max_new_tokens
         self._reserve(len(prompt), max_length)
