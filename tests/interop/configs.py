@@ -15,7 +15,7 @@ OLMOE = {"num_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = OLMOE | {"moe_intermediate_size": 32}  # of Qwen3-MoE
 DELTA = {"num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}  # Qwen3.5
 DELTA |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8}
-DELTA |= {"linear_value_head_dim": 6}
+DELTA |= {"linear_value_head_dim": 6, "initializer_range": 0.2}
 
 
 def longrope(pairs, original, **overrides):

@@ -46,15 +46,16 @@ _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _FULL, _LINEAR = "full_attention", "linear_attention"
 _MROPE_KEYS = ("mrope_section", "mrope_interleaved")
-_GEMMA3 = ("Gemma3ForCausalLM",)
-# transformers' defaults for the text half of Gemma 3.
-_TEXT_DEFAULTS = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 131_072,
+_GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
+# For models with a vision part: the `model_type` of their text half, its architectures,
+# and transformers' defaults for its sizes.
+_SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_SIZE_KEYS += ("num_attention_heads", "max_position_embeddings")
+_GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
+_QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
+_TEXT_HALVES = {
+    "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
+    "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
 }
 
 
@@ -279,17 +280,20 @@ def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without its vision part, in the form for text-only models."""
-    if raw.get("model_type") != "gemma3":
+    if str(raw.get("model_type")) not in _TEXT_HALVES:
         return dict(raw)
-    family = {"architectures": [*_GEMMA3], "model_type": "gemma3_text"}
+    model_type, architectures, sizes = _TEXT_HALVES[raw["model_type"]]
+    family = {"architectures": [*architectures], "model_type": model_type}
     shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
     shared = {key: raw[key] for key in shared_keys if key in raw}
     text = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
-    return _TEXT_DEFAULTS | shared | text | family
+    return dict(zip(_SIZE_KEYS, sizes, strict=True)) | shared | text | family
 
 
 def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
-    return replace(_read_gemma3(text_config(raw)), module="model.language_model")
+    text = text_config(raw)
+    config = FAMILIES[text["model_type"]].read_config(text)
+    return replace(config, module="model.language_model")
 
 
 # The keys that each family reads besides the common ones.
@@ -319,6 +323,8 @@ _QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_d
 _QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
 _QWEN3_5_KEYS += " mamba_ssm_dtype mlp_only_layers mtp_num_hidden_layers"
 _QWEN3_5_KEYS += " mtp_use_dedicated_embeddings mrope_section mrope_interleaved"
+_QWEN_VISION_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
+_QWEN_VISION_KEYS += f" vision_end_token_id vision_config {_QWEN3_5_KEYS}"
 _FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
     Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
@@ -329,12 +335,18 @@ _FAMILIES = (
     Family("mixtral", ("MixtralForCausalLM",), _read_mixtral, _MIXTRAL_KEYS),
     Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
-    Family("qwen3_5_text", ("Qwen3_5ForCausalLM",), _read_qwen3_5, _QWEN3_5_KEYS),
+    Family("qwen3_5_text", _QWEN3_5, _read_qwen3_5, _QWEN3_5_KEYS),
     Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
     Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),
     Family("gemma3_text", _GEMMA3, _read_gemma3, _GEMMA3_KEYS),
     Family(
         "gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half, _VISION_KEYS
+    ),
+    Family(
+        "qwen3_5",
+        ("Qwen3_5ForConditionalGeneration",),
+        _read_text_half,
+        _QWEN_VISION_KEYS,
     ),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
