@@ -261,7 +261,8 @@ def _process_chunk(carry, chunk):
     # is the sum of those of the tokens from j + 1 to i. The difference of two sums from
     # the start of the chunk would be less exact, since these sums may be large.
     lower = jnp.tri(starts.shape[1])
-    sums = _einsum("bhik,kj->bhij", log_decay[..., None, :] * lower, 1 - lower.T)
+    up_to_i = log_decay[..., None, :] * lower[None, None]  # [B, H, i, k]
+    sums = _einsum("bhik,kj->bhij", up_to_i, 1 - lower.T)  # 1 for k > j
     is_seen = (starts[:, :, None] == starts[:, None, :]) & (lower[None] == 1)
     factors = jnp.where(is_seen[:, None], jnp.exp(sums), 0)
     # The factors between the old state and token i, and between token i and the new
@@ -305,7 +306,8 @@ def invert_unit_lower(x: Float[Array, "*batch S S"]) -> Float[Array, "*batch S S
     while width < size:
         block = jnp.arange(size) // width
         row, column = block[:, None], block[None, :]
-        c = jnp.where((row == column + 1) & (row % 2 == 1), x, 0)
+        is_c = (row == column + 1) & (row % 2 == 1)
+        c = jnp.where(jnp.broadcast_to(is_c, x.shape), x, 0)
         product = _einsum("...ij,...jk->...ik", inverse, c)
         inverse -= _einsum("...ij,...jk->...ik", product, inverse)
         width *= 2
