@@ -257,6 +257,10 @@ class DecoderConfig:
         self._check_numbers()
 
     def _check_layers(self):
+        if all(kind.delta_rule is not None for kind in self.layers):
+            raise ValueError(
+                "`layers` must have at least one with attention. Got none."
+            )
         if self.fused and self.attention_gate:
             raise ValueError("`fused` must be False with an `attention_gate`.")
         if len(self.layers) != self.num_layers:

@@ -333,8 +333,7 @@ def describe_tokens(
     # 3. The rotary tables.
     dim = config.rotary_dim
     tables = [rotary_table(positions, rope, dim, lengths) for rope in config.ropes]
-    # A decoder without attention has no table, but `jnp.stack` needs one.
-    return Tokens(positions, segment_ids, jnp.stack(tables) if tables else None)
+    return Tokens(positions, segment_ids, jnp.stack(tables))
 
 
 def init_cache(

@@ -67,14 +67,13 @@ class GatedDeltaNet(nn.Module):
         weights = self.param("conv1d", nn.initializers.lecun_normal(), shape)[:, 0]
         old_inputs = None if cache is None else cache.inputs
         mixed = convolve(inputs, weights, tokens.segment_ids, old_inputs)
-        operands = split_heads(nn.silu(mixed).astype(self.dtype), rule)
+        query, key, value = split_heads(nn.silu(mixed).astype(self.dtype), rule)
         # 2. How much each token forgets of the state, and how much it writes.
         log_decay, strength = self._compute_gates(x, rule, tokens.num_tokens)
         # 3. The rule, with a norm of each head, a gate and an output projection.
         old_state = None if cache is None else cache.state
-        y, state = gated_delta_rule(
-            *operands, log_decay, strength, tokens.segment_ids, old_state
-        )
+        segment_ids, gates = tokens.segment_ids, (log_decay, strength)
+        y, state = gated_delta_rule(query, key, value, *gates, segment_ids, old_state)
         y = nn.RMSNorm(self.config.rms_norm_eps, self.dtype, name="norm")(y)
         y = y.reshape(gate.shape) * nn.silu(gate.astype(jnp.float32))
         project = make_dense(self.config.hidden_size, False, self.dtype, "out_proj")
@@ -138,15 +137,14 @@ def delta_rule_of(kinds: tuple[LayerKind, ...]) -> DeltaRule:
     return rule
 
 
-def split_heads(x: Float[Array, "B T C"], rule: DeltaRule) -> list[Array]:
+def split_heads(
+    x: Float[Array, "B T C"], rule: DeltaRule
+) -> tuple[Array, Array, Array]:
     """Returns queries and keys `[B, T, N, K]`, and values `[B, T, H, V]`."""
-    num_keys = rule.num_key_heads * rule.key_dim
-    parts = jnp.split(x, [num_keys, 2 * num_keys], axis=-1)
-    sizes = rule.key_dim, rule.key_dim, rule.value_dim
-    return [
-        part.reshape(*x.shape[:2], -1, size)
-        for part, size in zip(parts, sizes, strict=True)
-    ]
+    num_keys, rows = rule.num_key_heads * rule.key_dim, x.shape[:2]
+    query, key, value = jnp.split(x, [num_keys, 2 * num_keys], axis=-1)
+    query, key = (part.reshape(*rows, -1, rule.key_dim) for part in (query, key))
+    return query, key, value.reshape(*rows, -1, rule.value_dim)
 
 
 def convolve(
