@@ -6,8 +6,8 @@ transpose of a weight `[N, K]`, so a table only needs names and the roles of axe
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class Entry:
             adapt it as one of `target_parameters`. It has no {expert} if the parameter
             holds all experts. Leaves of the same parameter are concatenated along N.
             List the parameters of a module in the order in which it defines them.
+        numbers: The numbers that a placeholder stands for along its batch axis, such as
+            the layers in a stack; by default 0, 1, 2, ... .
 
     Example:
         >>> import qlora_jax as ql
@@ -53,6 +55,7 @@ class Entry:
     names: str | tuple[str, ...]
     roles: str | None = None
     parameter: str | None = None
+    numbers: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         # "nn" describes the axes of a bias, not of a kernel.
@@ -64,6 +67,10 @@ class Entry:
             raise ValueError(
                 f"all `names` must have the same placeholders. Got {self.names!r}."
             )
+        if unknown := sorted(self.numbers.keys() - {*self._placeholders}):
+            raise ValueError(
+                f"`numbers` must be those of placeholders in `names`. Got {unknown}."
+            )
 
     @property
     def _templates(self) -> tuple[str, ...]:
@@ -73,6 +80,15 @@ class Entry:
     def _placeholders(self) -> list[str]:
         # A placeholder may occur several times in a name.
         return list(dict.fromkeys(_PLACEHOLDER.findall(self._templates[0])))
+
+    def _fields(self, axes: list[str], index: BatchIndex) -> dict[str, int]:
+        """Returns the number of each placeholder in `axes` at a batch index."""
+        # `strict` is false because the last index may select one of several names.
+        fields = dict(zip(axes, index, strict=False))
+        return {
+            name: self.numbers[name][i] if name in self.numbers else i
+            for name, i in fields.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +136,30 @@ class Names:
                     f"placeholders of a path must be in its names. Got "
                     f"{sorted(unnamed)} in {path!r} for {entry.names!r}."
                 )
-        # Names that differ only in their placeholders refer to the same tensors.
-        templates = [_PLACEHOLDER.sub("{}", name) for name in self._all_templates()]
-        if duplicates := sorted({n for n in templates if templates.count(n) > 1}):
+            if repeated := sorted({*_PLACEHOLDER.findall(path)} & {*entry.numbers}):
+                raise ValueError(
+                    f"`numbers` must not be those of placeholders in the path. Got "
+                    f"{repeated} in {path!r}."
+                )
+        self._check_duplicates()
+
+    def _check_duplicates(self):
+        # Names that differ only in their placeholders refer to the same tensors, unless
+        # a placeholder stands for different numbers.
+        numbers_of: dict[str, list[list[Sequence[int] | None]]] = {}
+        duplicates = set()
+        for entry in self.entries.values():
+            numbers = [entry.numbers.get(name) for name in entry._placeholders]
+            for template in entry._templates:
+                name = _PLACEHOLDER.sub("{}", template)
+                others = numbers_of.setdefault(name, [])
+                if any(_overlap(numbers, other) for other in others):
+                    duplicates.add(name)
+                others.append(numbers)
+        if duplicates:
             raise ValueError(
-                f"each name must belong to one leaf. Got duplicates: {duplicates}."
+                "each name must belong to one leaf. Got duplicates: "
+                f"{sorted(duplicates)}."
             )
 
     def of(self, path: str, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
@@ -147,11 +182,16 @@ class Names:
                 f"{path} must have batch axes {expected}. Got sizes "
                 f"{list(batch_shape)}."
             )
+        for axis, size in zip(axes, batch_shape, strict=False):
+            count = len(entry.numbers.get(axis, range(size)))
+            if size != count:
+                raise ValueError(
+                    f"{path} must have {count} entries along {axis!r}. Got {size}."
+                )
         names = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
             template = templates[index[-1] if has_name_axis else 0]
-            # `strict` is false because the last index may select a template.
-            fields = dict(zip(axes, index, strict=False))
+            fields = entry._fields(axes, index)
             names[index] = template.format(**numbers, **fields)
         return names
 
@@ -194,11 +234,11 @@ class Names:
             if not (template := self.entries[key].parameter):
                 continue
             for path in filter(pattern.fullmatch, batch_shapes):
-                _, numbers, axes = self._find(path)
+                entry, numbers, axes = self._find(path)
                 for index in np.ndindex(*batch_shapes[path]):
                     # The parameter of all experts has no {expert}, so all indices of
                     # experts are appended to the same list.
-                    fields = dict(zip(axes, index, strict=False))
+                    fields = entry._fields(axes, index)
                     parts = parameters.setdefault(
                         template.format(**numbers, **fields), {}
                     )
@@ -249,14 +289,24 @@ class Names:
         return [(key, _pattern(key)) for key in self.entries]
 
 
+def _overlap(
+    numbers: list[Sequence[int] | None], others: list[Sequence[int] | None]
+) -> bool:
+    """Whether two names with these numbers, by placeholder, have a tensor in common."""
+    pairs = zip(numbers, others, strict=True)
+    return not any(
+        a is not None and b is not None and not {*a} & {*b} for a, b in pairs
+    )
+
+
 def _pattern(template: str) -> re.Pattern:
     """Returns a regular expression that matches numbers at a template's placeholders.
 
     Each placeholder becomes a named group; its later occurrences refer to that group.
     """
     pattern = re.escape(template)
-    for field in dict.fromkeys(_PLACEHOLDER.findall(template)):
-        placeholder = re.escape(f"{{{field}}}")
-        pattern = pattern.replace(placeholder, f"(?P<{field}>{_NUMBER})", 1)
-        pattern = pattern.replace(placeholder, f"(?P={field})")
+    for name in dict.fromkeys(_PLACEHOLDER.findall(template)):
+        placeholder = re.escape(f"{{{name}}}")
+        pattern = pattern.replace(placeholder, f"(?P<{name}>{_NUMBER})", 1)
+        pattern = pattern.replace(placeholder, f"(?P={name})")
     return re.compile(pattern)

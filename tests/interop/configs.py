@@ -13,6 +13,9 @@ YARN |= {"original_max_position_embeddings": 32}
 LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
 OLMOE = {"num_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = OLMOE | {"moe_intermediate_size": 32}  # of Qwen3-MoE
+DELTA = {"num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}  # Qwen3.5
+DELTA |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8}
+DELTA |= {"linear_value_head_dim": 6, "initializer_range": 0.2}
 
 
 def longrope(pairs, original, **overrides):
@@ -34,6 +37,12 @@ def random_model(kind, settings):
     import torch
     import transformers
 
+    if kind.startswith("qwen3_5"):
+        # transformers' rule for whole sequences subtracts large sums of logarithms. Its
+        # rule for single tokens is more exact.
+        qwen3_5 = transformers.models.qwen3_5.modeling_qwen3_5
+        exact_rule = qwen3_5.torch_recurrent_gated_delta_rule
+        qwen3_5.torch_chunk_gated_delta_rule = exact_rule
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **settings)
     model = transformers.AutoModelForCausalLM.from_config(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from configs import (
+    DELTA,
     EXPERTS,
     HEADS,
     LINEAR,
@@ -58,8 +59,16 @@ CASES = {
     | {"rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0}},
     "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
     "qwen3_moe, windows": EXPERTS | WINDOWS | {"attention_bias": True},
+    "qwen3_moe, dense first": EXPERTS | {"mlp_only_layers": [0]},
+    "qwen3_moe, dense between": EXPERTS
+    | {"decoder_sparse_step": 2, "num_hidden_layers": 5},
     "mixtral": HEADS | {"num_local_experts": 4, "sliding_window": 8},
     "olmoe": OLMOE | {"attention_bias": True},
+    "qwen3_5_text": DELTA,
+    "qwen3_5_text, yarn": DELTA
+    | {"num_hidden_layers": 5, "attention_bias": True, "linear_conv_kernel_dim": 3}
+    | {"layer_types": ["linear_attention"] * 2 + [FULL] + ["linear_attention"] * 2}
+    | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
     "gpt_oss": OSS,
     "gpt_oss, no yarn": OSS
     | {"layer_types": [FULL, SLIDING, FULL], "rope_parameters": LINEAR},
@@ -122,11 +131,13 @@ def test_packed_rows_equal_the_rows_alone(case):
     assert_close(logits[:, 17:], long)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, kind):
-    sizes = EXPERTS if kind == "qwen3_moe" else OSS
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "qwen3_moe, dense first", "qwen3_moe, dense between", "gpt_oss"],
+)
+def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, name):
     factor = {"output_router_logits": True, "router_aux_loss_coef": 50.0}
-    model = random_model(kind, SIZES | sizes | factor)
+    model = random_model(name.split(",")[0], SIZES | CASES[name] | factor)
     model.save_pretrained(tmp_path)
     config, params = load(tmp_path, progress=False)
     assert config.experts is not None and config.experts.balance == 50
@@ -201,7 +212,7 @@ def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
         assert relative_error(expected, original) < 0.04
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3"}))
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3", "qwen3_5"}))
 def test_what_a_config_leaves_out_is_what_transformers_takes(kind):
     config = transformers.AutoConfig.for_model(kind)
     filled = json.loads(config.to_json_string(use_diff=False))

@@ -26,7 +26,10 @@ from qlora_jax.llm.models.decoder_names import decoder_names
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Families whose modules are named or fused differently from Llama's.
-FAMILIES = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
+FAMILIES = {
+    **dict.fromkeys(("qwen3", "qwen3_moe", "gemma2", "gemma3_text"), configs.HEADS),
+    **{"phi3": configs.HEADS, "qwen3_5_text": configs.DELTA},
+}
 LINEAR = dict(target_modules=["q_proj", "o_proj", "down_proj"])
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
@@ -154,7 +157,8 @@ def test_what_servers_do_not_load_is_refused(settings, message, folder, tmp_path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_other_families(family, tmp_path):
-    config = AutoConfig.for_model(family, **configs.SIZES, **configs.HEADS)
+    settings = configs.SIZES | FAMILIES[family]
+    config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(0)
     folder = tmp_path / "base"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -163,6 +167,8 @@ def test_adapters_of_other_families(family, tmp_path):
     settings = dict(r=2, lora_alpha=4, target_modules=targets)
     logits = train_there(folder, tmp_path / "theirs", **settings)
     assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
+    if family == "qwen3_5_text":
+        assert_gradients(folder, tmp_path / "theirs", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"])

@@ -1,4 +1,4 @@
-"""The text half of Gemma 3 with its vision part, against transformers and PEFT."""
+"""The text halves of models with a vision part, against transformers and PEFT."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import llama
 import numpy as np
 import pytest
 import transformers
-from configs import SIZES, random_model
+from configs import DELTA, SIZES, random_model
 from helpers import trees_of
 from stored import export
 from tolerances import assert_close
@@ -89,3 +89,21 @@ def test_what_its_config_leaves_out_is_what_transformers_takes():
     ours = config_from_hf({"model_type": "gemma3", "text_config": text})
     assert ours.module == "model.language_model"
     assert dataclasses.replace(ours, module="model") == config_from_hf(filled)
+
+
+def test_the_text_half_of_qwen3_5_equals_transformers(tmp_path):
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision |= {"out_hidden_size": 32}
+    random_model("qwen3_5_text", SIZES | DELTA)  # seeds, and chooses the exact rule
+    config = transformers.AutoConfig.for_model(
+        "qwen3_5", text_config=SIZES | DELTA, vision_config=vision
+    )
+    model = transformers.Qwen3_5ForConditionalGeneration._from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has a vision part. Its .. tensors are ign"):
+        config, params = load(tmp_path, progress=False)
+    assert config.module == "model.language_model"
+    ours = llama.our_logits(config, params, tokens=TOKENS)
+    assert_close(ours, logits_of(model))

@@ -36,6 +36,7 @@ TEXTS = [
     "<s>one</s> two<|user|>\nthe </s>\n<pad>",
     "one<new>two <late> <|endoftext|>the",
     "e\u0301 é 漢 🙂 x\u200b",
+    "q\u0323q \u0323one",
     "▁one ▁two",
     "it's THE user's",
     "",
@@ -146,6 +147,8 @@ PUBLISHED = {
     ),
     "qwen2": ("qwen2", "Qwen2Tokenizer", "bytes", QWEN),
     "qwen3": ("qwen3", "Qwen2Tokenizer", "bytes", QWEN | {"extra_special_tokens": {}}),
+    "qwen3.5": ("qwen3_5", "Qwen2Tokenizer", "bytes", QWEN),
+    "qwen3.5, text": ("qwen3_5_text", "Qwen3_5Tokenizer", "bytes", QWEN),
     "distilled": ("qwen2", "LlamaTokenizerFast", "bytes", QWEN | TOKENS),
     "gemma2": (
         "gemma2",

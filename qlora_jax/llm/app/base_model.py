@@ -43,7 +43,7 @@ from .train_groups import AdapterConfig, ModelConfig
 MLX_ADAPTER = "adapters.safetensors"
 # The linear layers that are packed. As in transformers, the head stays in float, and so
 # do the routers of experts.
-LAYERS = r"layers/(?!.*/router/).*/kernel"
+LAYERS = r"layers(_\d+)?/(?!.*/router/).*/kernel"
 
 # Arguments of `BaseModel.read`, `packing` and `dtype`, that give the weights that
 # training used.

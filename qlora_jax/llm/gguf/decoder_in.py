@@ -220,8 +220,9 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
     name_map = gguf.get_tensor_name_map(arch, config.num_layers)
     names = decoder_names(config)
     gguf_name_of: dict[str, str] = {}
-    sizes = config.num_layers, config.experts.count if config.experts else 1
-    for path in names.entries:
+    num_experts = config.experts.count if config.experts else 1
+    for path, entry in names.entries.items():
+        sizes = len(entry.numbers.get("layer", ())), num_experts
         for hf_name in names.of(path, sizes[: names.num_batch_axes(path)]).flat:
             mapped = hf_name
             for pattern, replacement in _NAME_PATTERNS.items():

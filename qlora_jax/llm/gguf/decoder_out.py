@@ -32,7 +32,7 @@ BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
 _PACKED = ("Q4_0", "MXFP4")
 _Q4_0: Any = ql.QLoRAConfig(fmt="q4_0").packing
 _Q4_0_FORMATS = _Q4_0.format.equivalents  # formats with the codes and scales of Q4_0
-_LAYER_KERNELS = r"layers/(?!.*/router/).*/kernel"  # kernels that Q4_0 packs
+_LAYER_KERNELS = r"layers(_\d+)?/(?!.*/router/).*/kernel"  # that Q4_0 packs
 _MAX_F16 = float(np.finfo(np.float16).max)
 
 Leaves = Mapping[str, Any]  # arrays and packed kernels, or adapters, by path

@@ -126,6 +126,11 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     is_ignored = architecture == "phi3" and min(windows) < context
     if is_ignored or windows != computed_windows:
         differences += ["these sliding windows"]
+    structures, computed_structures = (
+        [layer.structure for layer in c.layers] for c in (config, computed)
+    )
+    if structures != computed_structures:
+        differences += ["layers of these structures"]
     ropes, computed_ropes = (
         _round(tuple(layer.rope for layer in c.layers)) for c in (config, computed)
     )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 import qlora_jax as ql
 
 from .blockwise import BLOCK, attend_in_blocks
-from .config import DecoderConfig, Rope
+from .config import DecoderConfig, LayerKind, Rope
+from .constraints import split_attention
 from .products import einsum_f32, make_dense, make_norm, name_product
-from .sharding import split_attention
 
 MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
 NO_WINDOW = 2**31 - 1  # replaces None in arrays of windows
@@ -28,24 +28,53 @@ class Tokens(NamedTuple):
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
     tables: Float[Array, "R 2 B T 1 half"]  # one for each of `DecoderConfig.ropes`
+    num_tokens: Int[Array, " B"] | None = None  # of each row; None: no padding
+
+
+class KeysAndValues(NamedTuple):
+    """The cache of a stack of layers with attention."""
+
+    keys: Float[Array, "L B K S Dh"]
+    values: Float[Array, "L B K S Dh"]
+
+    @property
+    def length(self) -> int:
+        """The number of positions that there is room for."""
+        return self.keys.shape[3]
+
+    def grow(self, length: int) -> "KeysAndValues":
+        """Returns a cache with room for `length` positions."""
+        widths = [(0, 0)] * 3 + [(0, length - self.length), (0, 0)]
+        return KeysAndValues(*(jnp.pad(x, widths) for x in self))
+
+    def write(
+        self, new_kv: tuple[Array, Array], positions: Int[Array, "B T"]
+    ) -> "KeysAndValues":
+        """Writes the new keys and values `[L, B, T, K, Dh]` of all layers at once."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        keys, values = (
+            old.at[:, rows, :, positions].set(jnp.moveaxis(x, 0, 2))
+            for old, x in zip(self, new_kv, strict=True)
+        )
+        return KeysAndValues(keys, values)
 
 
 class LayerScalars(NamedTuple):
     """One layer's kind as arrays, so that one scan can run layers of several kinds.
 
-    A field is None if all layers have the same value. This value is then a constant
-    of the program, and not an input of the scan.
+    A field is None if all layers of the stack have the same value. This value is then
+    a constant of the program, and not an input of the scan.
     """
 
     rope: Int[Array, "..."] | None = None  # index into `Tokens.tables`
     window: Int[Array, "..."] | None = None  # number of tokens that a query sees
 
 
-def layer_scalars(config: DecoderConfig) -> LayerScalars:
-    """Returns the scalars of all layers, stacked on axis 0."""
-    ropes, kinds = config.ropes, config.layers
+def layer_scalars(config: DecoderConfig, kinds: tuple[LayerKind, ...]) -> LayerScalars:
+    """Returns the scalars of a stack of layers, stacked on axis 0."""
+    ropes = config.ropes
     rope = window = None
-    if len(ropes) > 1:
+    if len({kind.rope for kind in kinds}) > 1:
         rope = jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32)
     if len({kind.window for kind in kinds}) > 1:
         window = jnp.array([kind.window or NO_WINDOW for kind in kinds], jnp.int32)
@@ -108,20 +137,33 @@ class Attention(nn.Module):
     """
 
     config: DecoderConfig
+    kinds: tuple[LayerKind, ...]  # of the layers in the stack
     dtype: DTypeLike = jnp.float32
     attention: str | Callable[..., Array] = "xla"
+    part_name: ClassVar[str] = "self_attn"
+    split_outputs: ClassVar[tuple[str, ...]] = (
+        *("q_proj", "k_proj", "v_proj"),
+        "qkv_proj",
+    )
+    split_inputs: ClassVar[tuple[str, ...]] = ("o_proj",)
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
         """Returns the output, and the new keys and values if there is a cache."""
         c = self.config
         query, key, value = self._project(x)  # [B, T, heads, Dh] each
+        gate = None
+        if c.attention_gate:  # a head has its query and then its gate: [B, T, 2 H, Dh]
+            query, gate = query[:, :, ::2], query[:, :, 1::2]
         if c.qk_norms:
             query, key = self._normalize(query, "q"), self._normalize(key, "k")
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
-        table = tokens.tables[0 if scalars.rope is None else scalars.rope]
+        rope = scalars.rope
+        if rope is None:
+            rope = c.ropes.index(self.kinds[0].rope)
+        table = tokens.tables[rope]
         operands = rotate(query, table), rotate(key, table), value, sinks
         if cache is None and self.attention != "xla":
             mixed, new_kv = self._attend_in_order(*operands, tokens, scalars), None
@@ -131,13 +173,17 @@ class Attention(nn.Module):
         # The result of the splash kernel already has a name for checkpoint policies.
         if self.attention != "splash" or cache is not None:
             mixed = name_product(mixed)
+        if gate is not None:
+            gate = nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
+            mixed = (mixed * gate).astype(mixed.dtype)
         output = make_dense(c.hidden_size, c.o_bias, self.dtype, "o_proj")
         return name_product(output(mixed)), new_kv
 
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
         c = self.config
         dense = functools.partial(make_dense, use_bias=c.qkv_bias, dtype=self.dtype)
-        heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
+        num_queries = c.num_heads * (2 if c.attention_gate else 1)
+        heads = num_queries, c.num_kv_heads, c.num_kv_heads
         widths = [num_heads * c.head_dim for num_heads in heads]
         if c.fused:
             fused = name_product(dense(sum(widths), name="qkv_proj")(x))
@@ -167,7 +213,7 @@ class Attention(nn.Module):
             segment_ids=tokens.segment_ids,
             **({} if sinks is None else {"sinks": sinks}),
         )
-        windows = [*dict.fromkeys(kind.window for kind in c.layers)]
+        windows = [*dict.fromkeys(kind.window for kind in self.kinds)]
         if scalars.window is None:
             return attend_window(query, key, value, window=windows[0])
         # The window of this layer is traced: switch between one branch per window.
@@ -193,7 +239,7 @@ class Attention(nn.Module):
             )
             key_positions = jnp.arange(key.shape[1])[None]
         # 2. The mask [B, T, S].
-        window = c.layers[0].window if scalars.window is None else scalars.window
+        window = self.kinds[0].window if scalars.window is None else scalars.window
         visible = positions[:, :, None] >= key_positions[:, None, :]
         if window is not None:
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
@@ -206,6 +252,34 @@ class Attention(nn.Module):
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
             return attend(*operands, **settings)[..., : c.head_dim], new_kv
         return attend(query, key, value, visible, **settings), new_kv
+
+    @staticmethod
+    def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
+        """Returns the layer's Hugging Face names of these parameters, by path."""
+        c, names = config, {}
+        qkv = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
+        has_bias = dict.fromkeys(qkv, c.qkv_bias) | {"o_proj": c.o_bias}
+        for name, is_biased in has_bias.items():
+            names[f"{name}/kernel"] = f"self_attn.{name}.weight"
+            if is_biased:
+                names[f"{name}/bias"] = f"self_attn.{name}.bias"
+        if c.qk_norms:
+            names |= {f"{x}_norm/scale": f"self_attn.{x}_norm.weight" for x in "qk"}
+        return names | ({"sinks": "self_attn.sinks"} if c.sinks else {})
+
+    @staticmethod
+    def init_cache(
+        config: DecoderConfig,
+        kinds: tuple[LayerKind, ...],
+        batch: int,
+        length: int,
+        dtype: DTypeLike,
+    ) -> KeysAndValues:
+        """Returns zeros for the keys and values of a stack of layers."""
+        # Heads come before positions, as in the products of attention. Otherwise, XLA
+        # on CPUs would transpose the whole cache for each new token.
+        shape = (len(kinds), batch, config.num_kv_heads, length, config.head_dim)
+        return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def with_sinks(

@@ -38,6 +38,47 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaRule:
+    """Sizes of a gated delta rule, which mixes tokens through a state of fixed size.
+
+    Each head has a state, a matrix that maps keys to values (arXiv:2412.06464).
+
+    Attributes:
+        num_key_heads: Number of heads of queries and keys; divides `num_value_heads`.
+        num_value_heads: Number of heads of values.
+        key_dim: Size of a query or key.
+        value_dim: Size of a value.
+        conv_width: Number of tokens that the convolution of queries, keys and values
+            sees, including the token itself.
+
+    Example:
+        >>> DeltaRule(2, 4, 16, 8).conv_channels
+        96
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int = 4
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"sizes of a `DeltaRule` must be positive. Got {self}.")
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"`num_key_heads` must divide `num_value_heads`. Got {self}."
+            )
+
+    @property
+    def conv_channels(self) -> int:
+        """The width of queries, keys and values together."""
+        num_keys = self.num_key_heads * self.key_dim
+        return 2 * num_keys + self.num_value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """Settings that may differ between the layers of a decoder.
 
@@ -45,6 +86,10 @@ class LayerKind:
         rope: The rotary positions, or None for a layer without them.
         window: The number of tokens that a query sees, including itself; None for all
             previous tokens.
+        mlp_width: Width of the dense MLP that this layer has instead of the decoder's
+            MLP or mixture of experts; None if it has the decoder's.
+        delta_rule: The gated delta rule that replaces attention, or None. `rope` and
+            `window` are unused in such a layer.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -53,6 +98,13 @@ class LayerKind:
 
     rope: Rope | None = Rope()
     window: int | None = None
+    mlp_width: int | None = None
+    delta_rule: DeltaRule | None = None
+
+    @property
+    def structure(self) -> "LayerKind":
+        """The settings that parameters depend on: layers that share them can stack."""
+        return dataclasses.replace(self, rope=None, window=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +182,8 @@ class DecoderConfig:
             "clamped_swiglu", gpt-oss's function of gate and up.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
             another, `gate_up_proj`.
+        attention_gate: Whether `q_proj` also computes a gate for each value of the
+            result of attention, which the gate's sigmoid multiplies.
         qkv_bias: Whether q, k and v have a bias.
         o_bias: Whether the output projection has a bias.
         mlp_bias: Whether the projections of the MLP, and the router, have a bias.
@@ -164,6 +218,7 @@ class DecoderConfig:
     qk_norms: bool | Literal["whole"] = False
     activation: str = "silu"
     fused: bool = False
+    attention_gate: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -202,6 +257,12 @@ class DecoderConfig:
         self._check_numbers()
 
     def _check_layers(self):
+        if all(kind.delta_rule is not None for kind in self.layers):
+            raise ValueError(
+                "`layers` must have at least one with attention. Got none."
+            )
+        if self.fused and self.attention_gate:
+            raise ValueError("`fused` must be False with an `attention_gate`.")
         if len(self.layers) != self.num_layers:
             raise ValueError(
                 "`layers` must have one entry, or one for each layer. "
@@ -220,9 +281,10 @@ class DecoderConfig:
                     f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
                     f"values, one for each pair. Got {sizes}."
                 )
-        windows = {kind.window for kind in self.layers if kind.window is not None}
-        if wrong := sorted(window for window in windows if window < 1):
-            raise ValueError(f"`window` must be positive or None. Got {wrong}.")
+        for name in ("window", "mlp_width"):
+            values = {getattr(kind, name) for kind in self.layers} - {None}
+            if wrong := sorted(value for value in values if value < 1):
+                raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):
         names = ["rms_norm_eps", "embedding_scale", "attention_scale"]
@@ -238,7 +300,13 @@ class DecoderConfig:
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """The distinct rotary positions of the layers, in order of first use."""
-        return tuple(dict.fromkeys(kind.rope for kind in self.layers))
+        with_attention = (kind for kind in self.layers if kind.delta_rule is None)
+        return tuple(dict.fromkeys(kind.rope for kind in with_attention))
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layers have states, which depend on the order of all tokens."""
+        return any(kind.delta_rule is not None for kind in self.layers)
 
 
 def _is_positive(x: float | tuple[float, ...] | None) -> bool:

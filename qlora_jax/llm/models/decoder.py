@@ -1,7 +1,7 @@
 """A decoder in Flax linen, which uses the library as any user would.
 
-One `nn.scan` runs the layers, so that their parameters have a leading axis of L layers:
-`layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`.
+One `nn.scan` runs the layers of a group (see `groups`), so that their parameters have a
+leading axis of L layers: `layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`.
 Shapes: B batch, T tokens of this call, S keys in the cache, D hidden size, H query
 heads, K key heads, Dh size of a head, R kinds of rotary positions, V vocabulary.
 """
@@ -18,78 +18,45 @@ from jaxtyping import Array, Bool, Float, Int
 
 import qlora_jax as ql
 
-from .attention import Attention, LayerScalars, Tokens, layer_scalars, rotary_table
-from .config import DecoderConfig
-from .experts import MixtureOfExperts
-from .products import (
-    apply_gate,
-    einsum_f32,
-    keep_products,
-    make_dense,
-    make_norm,
-    name_product,
+from .attention import (
+    KeysAndValues,
+    LayerScalars,
+    Tokens,
+    layer_scalars,
+    rotary_table,
 )
-from .sharding import split_embedded, split_head
+from .config import DecoderConfig
+from .constraints import split_embedded, split_head
+from .delta_rule import DeltaState
+from .groups import Group, Stack, layer_groups, layer_stacks
+from .layer import Layer, mixer_class
+from .products import einsum_f32, keep_products, make_dense, make_norm
 
 ATTENTIONS = "xla", "splash"
-Cache = tuple[Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]
+Cache = dict[str, KeysAndValues | DeltaState]  # by path of a stack
 
 
-class GatedMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`."""
+class Period(nn.Module):
+    """The layers of one period of a group, in order."""
 
+    layer_class: type[Layer]
     config: DecoderConfig
-    dtype: DTypeLike = jnp.float32
+    stacks: tuple[Stack, ...]
+    settings: tuple[Any, ...]  # further arguments of `layer_class`
 
     @nn.compact
-    def __call__(self, x):
-        """Returns the output, without the residual."""
-        c, width = self.config, self.config.intermediate_size
-        dense = functools.partial(make_dense, use_bias=c.mlp_bias, dtype=self.dtype)
-        if c.fused:
-            fused = name_product(dense(2 * width, name="gate_up_proj")(x))
-            gate, up = jnp.split(fused, 2, axis=-1)
-        else:
-            gate = name_product(dense(width, name="gate_proj")(x))
-            up = name_product(dense(width, name="up_proj")(x))
-        return dense(c.hidden_size, name="down_proj")(apply_gate(c, gate, up))
-
-
-class Layer(nn.Module):
-    """Adds the outputs of attention and of an MLP to the residual stream.
-
-    The inputs of attention and of the MLP are normalized.
-    """
-
-    config: DecoderConfig
-    dtype: DTypeLike = jnp.float32
-    attention: str | Callable[..., Array] = "xla"
-    mlp_tile: int | None = None
-
-    @nn.compact
-    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the residual stream, and the new keys and values or None."""
-        c, dtype = self.config, self.dtype
-
-        def normalize(x: Array, name: str) -> Array:
-            return make_norm(c, dtype, f"{name}_layernorm")(x)
-
-        x = ql.memory.layer_input(x)
-        attention = Attention(c, dtype, self.attention, name="self_attn")
-        y, new_kv = attention(normalize(x, "input"), tokens, scalars, cache)
-        # Llama calls the norm before the MLP "post_attention". Gemma has a norm of this
-        # name after attention.
-        if c.post_norms:
-            y = normalize(y, "post_attention")
-        x = x + y.astype(x.dtype)
-        mlp_class = GatedMLP if c.experts is None else MixtureOfExperts
-        mlp = ql.linen.tiled(mlp_class(c, dtype, name="mlp"), self.mlp_tile)
-        y = mlp(normalize(x, "pre_feedforward" if c.post_norms else "post_attention"))
-        if c.post_norms:
-            y = normalize(y, "post_feedforward")
-        # Return only the new keys and values: a scan that returned the cache of each
-        # layer would copy it.
-        return x + y.astype(x.dtype), new_kv
+    def __call__(self, x, tokens: Tokens, scalars: tuple[LayerScalars, ...], cache):
+        """Returns the residual stream, and for each layer what is new in its cache."""
+        new_entries = []
+        for i, stack in enumerate(self.stacks):
+            name = stack.path.rpartition("/")[2]
+            layer = self.layer_class(
+                self.config, stack.kinds, *self.settings, name=name
+            )
+            layer_cache = None if cache is None else cache[i]
+            x, new_entry = layer(x, tokens, scalars[i], layer_cache)
+            new_entries.append(new_entry)
+        return x, tuple(new_entries)
 
 
 class Decoder(nn.Module):
@@ -112,7 +79,7 @@ class Decoder(nn.Module):
         mlp_tile: The maximum number of tokens of each sequence that the MLP processes
             at a time, to save memory; None for all. If set, adapters cannot have
             dropout.
-        scanned: Paths of the modules that run under `nn.scan`.
+        scanned: Patterns for the paths of the modules that run under `nn.scan`.
 
     Example:
         >>> import jax
@@ -130,7 +97,7 @@ class Decoder(nn.Module):
     attention: str | Callable[..., Array] = "xla"
     stream_dtype: DTypeLike = jnp.float32
     mlp_tile: int | None = None
-    scanned: ClassVar[tuple[str, ...]] = ("layers",)
+    scanned: ClassVar[tuple[str, ...]] = (r"layers(_\d+)?",)
 
     def __post_init__(self):
         if self.remat not in (True, False, "offload"):
@@ -157,6 +124,7 @@ class Decoder(nn.Module):
         select: Int[Array, "B P"] | None = None,
         return_hidden: bool = False,
         segment_ids: Int[Array, "B T"] | None = None,
+        num_tokens: Int[Array, " B"] | None = None,
     ) -> Any:
         """Computes float32 logits, and also the new cache if `cache` is given.
 
@@ -164,14 +132,16 @@ class Decoder(nn.Module):
             tokens: Token ids. Pad on the right: attention is causal, so that no token
                 sees the padding after it.
             positions: Position of each token in its sequence; by default 0, 1, 2, ...
-                in each segment. If `attention` is not "xla", a row whose positions do
-                not count up by one in each segment becomes NaN.
-            cache: Keys and values of earlier calls, from `init_cache`.
+                in each segment. If `attention` is not "xla" or layers have states, rows
+                whose positions do not count up by one in each segment become NaN.
+            cache: Keys, values and states of earlier calls, from `init_cache`.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states instead of logits.
             segment_ids: For each token, the sequence in its row that it belongs to.
                 Tokens see only their own sequence, so that packed sequences have the
                 same logits as in separate rows.
+            num_tokens: With a cache, the number of tokens in each row; padding follows
+                them, and must not change the states of layers. None for all.
 
         Returns:
             Logits `[B, T, V]`, or hidden states `[B, T, D]`. With a `cache`, a pair of
@@ -194,12 +164,17 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:  # Gemma rounds this factor to its dtype
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
-        if positions is not None and cache is None and self.attention != "xla":
+        needs_order = self.attention != "xla" or c.has_states
+        if positions is not None and cache is None and needs_order:
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
         # 2. Run the layers.
         token_data = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
-        x, new_kv = self._scan_layers()(x, token_data, layer_scalars(c), cache)
+        token_data = token_data._replace(num_tokens=num_tokens)
+        new_entries = {}
+        for group in layer_groups(c):
+            x, group_entries = self._scan(group, x, token_data, cache)
+            new_entries |= group_entries
         # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)  # [B, P, D]
@@ -207,28 +182,52 @@ class Decoder(nn.Module):
         output = x if return_hidden else self._compute_logits(x, embed)
         if cache is None:
             return output
-        # 4. Write the new keys and values `[L, B, T, K, Dh]` of all layers at once.
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        keys, values = (
-            old.at[:, rows, :, token_data.positions].set(jnp.moveaxis(x, 0, 2))
-            for old, x in zip(cache, new_kv, strict=True)
-        )
-        return output, (keys, values)
+        # 4. Write what is new into the caches, for all layers of a stack at once.
+        positions = token_data.positions
+        new_cache = {
+            path: cache[path].write(new_entry, positions)
+            for path, new_entry in new_entries.items()
+        }
+        return output, new_cache
 
-    def _scan_layers(self) -> Callable[..., Any]:
+    def _scan(
+        self, group: Group, x: Array, tokens: Tokens, cache: Cache | None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Runs the layers of a group.
+
+        Returns the residual stream, and what is new in the cache of each stack, by
+        path.
+        """
         policy = None if self.remat else keep_products
         if self.remat == "offload":
             policy = ql.memory.offload_layer_inputs()
-        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
+        # XLA removes a loop that runs once. It could then use results of the forward
+        # pass instead of computing them again.
+        prevent_cse = group.repeats == 1
+        layer_class: Any = nn.remat(Layer, prevent_cse=prevent_cse, policy=policy)
         in_axes: Any = (nn.broadcast, 0, 0)  # of tokens, scalars and cache
-        return nn.scan(
-            layer,
+        scan = functools.partial(
+            nn.scan,
             variable_axes={"params": 0, "router": 0},  # `router`: see experts.py
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,
-            length=self.config.num_layers,
+            length=group.repeats,
             check_constancy_invariants=False,  # the check would trace the layer again
-        )(self.config, self.dtype, self.attention, self.mlp_tile, name="layers")
+        )
+        c, stacks = self.config, group.stacks
+        settings = self.dtype, self.attention, self.mlp_tile
+        scalars = tuple(layer_scalars(c, stack.kinds) for stack in stacks)
+        caches = None
+        if cache is not None:
+            caches = tuple(cache[stack.path] for stack in stacks)
+        if len(stacks) == 1:  # a period of one layer needs no module of its own
+            layer = scan(layer_class)(c, stacks[0].kinds, *settings, name=group.name)
+            x, new_entry = layer(x, tokens, scalars[0], caches and caches[0])
+            return x, {stacks[0].path: new_entry}
+        period = scan(Period)(layer_class, c, stacks, settings, name=group.name)
+        x, new_entries = period(x, tokens, scalars, caches)
+        paths = [stack.path for stack in stacks]
+        return x, dict(zip(paths, new_entries, strict=True))
 
     def _compute_logits(self, x, embed: nn.Embed) -> Float[Array, "B T V"]:
         c = self.config
@@ -340,25 +339,32 @@ def describe_tokens(
 def init_cache(
     config: DecoderConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
-    """Returns an empty cache: zeros for the keys and values of all layers.
+    """Returns an empty cache: zeros for the keys, values and states of all layers.
 
     Args:
         config: The decoder's config.
         batch: B, the number of sequences.
         length: S, the number of positions of each sequence.
-        dtype: Dtype of the keys and values.
+        dtype: Dtype of the keys and values. States are float32.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> init_cache(config, batch=3, length=7)[0].shape
+        >>> keys, values = init_cache(config, batch=3, length=7)["layers"]
+        >>> keys.shape
         (2, 3, 2, 7, 8)
     """
-    # Heads come before positions, as in the products of attention. Otherwise, XLA on
-    # CPUs would transpose the whole cache for each new token.
-    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    cache = {}
+    for stack in layer_stacks(config):
+        mixer = mixer_class(stack.kinds[0])
+        cache[stack.path] = mixer.init_cache(config, stack.kinds, batch, length, dtype)
+    return cache
+
+
+def grow_cache(cache: Cache, length: int) -> Cache:
+    """Returns a cache with room for `length` positions."""
+    return {path: x.grow(length) for path, x in cache.items()}
 
 
 def cache_length(cache: Cache) -> int:
     """Returns the number of positions that a cache can hold."""
-    return cache[0].shape[3]
+    return max(x.length for x in cache.values())

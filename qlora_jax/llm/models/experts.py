@@ -4,6 +4,9 @@ The rows of tokens are sorted by expert, and the kernel of each expert multiplie
 group of rows. No token is dropped. Shapes: M tokens, C experts per token, E experts.
 """
 
+import re
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,7 +14,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from .config import DecoderConfig, Experts
+import qlora_jax as ql
+
+from .config import DecoderConfig, Experts, LayerKind
 from .products import apply_gate, make_dense, name_product
 
 
@@ -70,6 +75,9 @@ class MixtureOfExperts(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
+    part_name: ClassVar[str] = "mlp"
+    split_outputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "gate_up_proj")
+    split_inputs: ClassVar[tuple[str, ...]] = ("down_proj",)
 
     @nn.compact
     def __call__(self, x):
@@ -92,6 +100,33 @@ class MixtureOfExperts(nn.Module):
         y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
         mixed = jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
         return mixed.astype(x.dtype).reshape(x.shape)
+
+    @staticmethod
+    def tensor_names(
+        config: DecoderConfig, kind: LayerKind
+    ) -> dict[str, str | ql.io.Entry]:
+        """Returns the layer's Hugging Face names of these parameters, by path."""
+        experts = config.experts
+        assert experts is not None
+        hf_names = experts.names or experts.kernels
+        tensors = {"router": f"{experts.router}.weight"}
+        for kernel, hf_name in zip(experts.kernels, hf_names, strict=True):
+            tensors[f"experts/{kernel}"] = experts.kernel.replace("NAME", hf_name)
+        entries = {}
+        for path, tensor in tensors.items():
+            # In transformers, one parameter contains all experts, with gate and up
+            # joined. As parameters, routers and experts are no default targets.
+            parameter = path.replace("/", ".")
+            parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
+            if path == "router":
+                parameter = f"{experts.router.rpartition('.')[2]}.weight"
+            entries[f"{path}/kernel"] = ql.io.Entry(
+                tensor, parameter=f"mlp.{parameter}"
+            )
+            if config.mlp_bias:  # the biases of all experts are one tensor
+                bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
+                entries[f"{path}/bias"] = re.sub(r"\.weight$", ".bias", bias)
+        return entries
 
 
 @jax.custom_vjp

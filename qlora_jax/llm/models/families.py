@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .config import DecoderConfig, LayerKind, Rope
+from .config import DecoderConfig, DeltaRule, LayerKind, Rope
 from .family import (
     EXPERT_KEYS,
     WINDOW_KEYS,
     Family,
     biases,
+    is_count,
     one_window,
     read_experts,
     read_layers,
@@ -43,15 +44,18 @@ GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 # The rotary section of gpt-oss, for files without one.
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
-_GEMMA3 = ("Gemma3ForCausalLM",)
-# transformers' defaults for the text half of Gemma 3.
-_TEXT_DEFAULTS = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 131_072,
+_FULL, _LINEAR = "full_attention", "linear_attention"
+_MROPE_KEYS = ("mrope_section", "mrope_interleaved")
+_GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
+# For models with a vision part: the `model_type` of their text half, its architectures,
+# and transformers' defaults for its sizes.
+_SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_SIZE_KEYS += ("num_attention_heads", "max_position_embeddings")
+_GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
+_QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
+_TEXT_HALVES = {
+    "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
+    "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
 }
 
 
@@ -155,19 +159,28 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
-    if raw.get("mlp_only_layers"):
-        raise ValueError(
-            "`mlp_only_layers` must be empty: all layers must have experts. Got "
-            f"{raw['mlp_only_layers']}."
-        )
-    require(raw, {"decoder_sparse_step": 1})
-    fields = shared_fields(raw, kv_heads=4) | biases(raw)
-    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
+    fields: dict[str, Any] = shared_fields(raw, kv_heads=4) | biases(raw)
+    fields["qk_norms"] = True
     windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
-    layers = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    [kind] = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
+    step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+    if not is_count(step):
+        raise ValueError(
+            f"`decoder_sparse_step` must be a positive integer. Got {step!r}."
+        )
+    if unknown := [x for x in dense if type(x) is not int]:
+        raise ValueError(f"`mlp_only_layers` must be integers. Got {unknown}.")
+    count, width = fields["num_layers"], fields["intermediate_size"]
+    is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(count)]
+    if not any(is_sparse):
+        return DecoderConfig(**fields, layers=(kind,))
+    dense_kind = replace(kind, mlp_width=width)
+    layers = tuple(kind if has_experts else dense_kind for has_experts in is_sparse)
+    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
     normalized = bool(raw.get("norm_topk_prob", False))
     experts = read_experts(raw, 128, 8, normalized=normalized)
-    return DecoderConfig(**fields, layers=layers, qk_norms=True, experts=experts)
+    return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
 def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -181,6 +194,43 @@ def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
     layers = read_layers(raw, lambda i: i % 2 == 0, window, rope)
     experts = read_experts(raw, 128, 4, **GPT_OSS_EXPERTS)
     return DecoderConfig(**fields, layers=layers, experts=experts)
+
+
+def _read_qwen3_5(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"attn_output_gate": True, "mamba_ssm_dtype": "float32"})
+    require(raw, {"mlp_only_layers": []})
+    fields = shared_fields(raw, head_dim=256, kv_heads=4) | biases(raw)
+    # Text has the same position in all dimensions, so the sections of multimodal rotary
+    # positions make no difference.
+    section = dict(rope_section(raw))
+    fraction = section.pop("partial_rotary_factor", None)
+    if fraction is None:
+        fraction = raw.get("partial_rotary_factor", 0.25)
+    section = {k: x for k, x in section.items() if k not in _MROPE_KEYS}
+    dim = int(fields["head_dim"] * fraction)
+    rope = read_rope({**raw, "partial_rotary_factor": None}, dim, section=section)
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    defaults = zip((*names, "conv_kernel_dim"), (16, 32, 128, 128, 4), strict=True)
+    rule = DeltaRule(*(raw.get(f"linear_{name}", size) for name, size in defaults))
+    # By default, every `full_attention_interval`-th layer has attention.
+    count, interval = fields["num_layers"], raw.get("full_attention_interval", 4)
+    types = raw.get("layer_types")
+    if types is None:
+        types = [_FULL if (i + 1) % interval == 0 else _LINEAR for i in range(count)]
+    if len(types) != count or set(types) - {_FULL, _LINEAR} or _FULL not in types:
+        raise ValueError(
+            f"`layer_types` must have {count} entries, {_FULL!r} or {_LINEAR!r}, and "
+            f"at least one {_FULL!r}. Got {types}."
+        )
+    full, linear = LayerKind(rope), LayerKind(None, delta_rule=rule)
+    return DecoderConfig(
+        **fields,
+        layers=tuple(full if kind == _FULL else linear for kind in types),
+        rotary_dim=dim,
+        unit_offset_norms=True,
+        qk_norms=True,
+        attention_gate=True,
+    )
 
 
 def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,17 +280,20 @@ def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without its vision part, in the form for text-only models."""
-    if raw.get("model_type") != "gemma3":
+    if str(raw.get("model_type")) not in _TEXT_HALVES:
         return dict(raw)
-    family = {"architectures": [*_GEMMA3], "model_type": "gemma3_text"}
+    model_type, architectures, sizes = _TEXT_HALVES[raw["model_type"]]
+    family = {"architectures": [*architectures], "model_type": model_type}
     shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
     shared = {key: raw[key] for key in shared_keys if key in raw}
     text = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
-    return _TEXT_DEFAULTS | shared | text | family
+    return dict(zip(_SIZE_KEYS, sizes, strict=True)) | shared | text | family
 
 
 def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
-    return replace(_read_gemma3(text_config(raw)), module="model.language_model")
+    text = text_config(raw)
+    config = FAMILIES[text["model_type"]].read_config(text)
+    return replace(config, module="model.language_model")
 
 
 # The keys that each family reads besides the common ones.
@@ -265,6 +318,13 @@ _GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_patt
 _GEMMA3_KEYS += f" {_GEMMA_KEYS}"
 _VISION_KEYS = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
 _VISION_KEYS += f" text_config vision_config {_GEMMA3_KEYS}"
+_QWEN3_5_KEYS = "attention_bias attn_output_gate full_attention_interval hidden_act"
+_QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_dim"
+_QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
+_QWEN3_5_KEYS += " mamba_ssm_dtype mlp_only_layers mtp_num_hidden_layers"
+_QWEN3_5_KEYS += " mtp_use_dedicated_embeddings mrope_section mrope_interleaved"
+_QWEN_VISION_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
+_QWEN_VISION_KEYS += f" vision_end_token_id vision_config {_QWEN3_5_KEYS}"
 _FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
     Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
@@ -275,11 +335,18 @@ _FAMILIES = (
     Family("mixtral", ("MixtralForCausalLM",), _read_mixtral, _MIXTRAL_KEYS),
     Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
+    Family("qwen3_5_text", _QWEN3_5, _read_qwen3_5, _QWEN3_5_KEYS),
     Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
     Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),
     Family("gemma3_text", _GEMMA3, _read_gemma3, _GEMMA3_KEYS),
     Family(
         "gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half, _VISION_KEYS
+    ),
+    Family(
+        "qwen3_5",
+        ("Qwen3_5ForConditionalGeneration",),
+        _read_text_half,
+        _QWEN_VISION_KEYS,
     ),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}

@@ -92,7 +92,7 @@ class Family:
                 unknown += [
                     f"{name}.{key}"
                     for key, value in rope.items()
-                    if key not in _ROPE_KEYS
+                    if key not in _ROPE_KEYS | known_keys
                     and not (value is None or isinstance(value, Mapping))
                 ]
         return sorted(unknown)

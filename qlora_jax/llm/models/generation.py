@@ -147,6 +147,7 @@ def extend(
     # others. Padding gets positions past the end, which are overwritten before they
     # are seen.
     indices = {"positions": starts[:, None] + jnp.arange(width)[None]}
+    indices["num_tokens"] = lengths
     first, cache = decode(tokens, cache, 0, select=lengths[:, None] - 1, **indices)
     output, fill = first[:, None], eos_ids[0] if eos_ids else 0
     if num_new > 1:

@@ -2,6 +2,7 @@
 
 import copy
 import os.path
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Key, PyTree
 import qlora_jax as ql
 
 from .config import DecoderConfig
-from .decoder import Cache, Decoder, cache_length, init_cache
+from .decoder import Cache, Decoder, cache_length, grow_cache, init_cache
 from .generation import check_key, extend, pad_prompts, power_of_two
 from .sampling import GREEDY, Sampling
 
@@ -101,7 +102,10 @@ class Stream:
     def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
         # Keep the cache up to the first difference. The last token of the prompt is
         # always computed, because its logits are needed.
-        del self._ids[len(os.path.commonprefix([prompt[:-1], self._ids])) :]
+        num_shared = len(os.path.commonprefix([prompt[:-1], self._ids]))
+        if num_shared < len(self._ids) and self.model.config.has_states:
+            num_shared, self._cache = 0, None  # states cannot go back
+        del self._ids[num_shared:]
         answer = self._answer = object()
         max_length = len(prompt) + max_new_tokens
         self._reserve(len(prompt), max_length)
@@ -132,9 +136,7 @@ class Stream:
         if cache is None or (ropes and cache_length(cache) != size):
             self._cache, self._ids = init_cache(config, 1, size), []
         elif cache_length(cache) < size:
-            # [L, B, K, S, Dh]: grow S.
-            widths = [(0, 0)] * 3 + [(0, size - cache_length(cache)), (0, 0)]
-            self._cache = jnp.pad(cache[0], widths), jnp.pad(cache[1], widths)
+            self._cache = grow_cache(cache, size)
 
     def _add(self, new_ids: list[int], step: int, key: Key[Array, ""] | None) -> int:
         """Adds tokens to the cache; returns the next token."""
@@ -157,7 +159,8 @@ def _speed_up(variables: PyTree) -> PyTree:
     def convert_leaf(path: KeyPath, x: Any) -> Any:
         if ql.is_packed(x):
             return x.with_float_scales()
-        is_layer = any(getattr(key, "key", None) in Decoder.scanned for key in path)
+        group_name = getattr(path[1], "key", "") if len(path) > 1 else ""
+        is_layer = any(re.fullmatch(p, group_name) for p in Decoder.scanned)
         if widens and is_layer and x.dtype in (jnp.bfloat16, jnp.float16):
             return x.astype(jnp.float32)
         return x

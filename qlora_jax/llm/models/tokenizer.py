@@ -36,6 +36,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GemmaTokenizer": {f"{x}_token": f"<{x}>" for x in "unk bos eos pad mask".split()},
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END),
+    "Qwen3_5Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END),
     "GPT2Tokenizer": _GPT2 | {"pad_token": None},
     "GPTNeoXTokenizer": _GPT2 | {"pad_token": "<|padding|>"},
 }
@@ -44,6 +45,12 @@ _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")
 _REGISTERED |= dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
+_REGISTERED |= dict.fromkeys(("qwen3_5", "qwen3_5_text"), "Qwen3_5Tokenizer")
+# Qwen3.5's rule for splitting texts: like Qwen2's, but marks belong to letters.
+_QWEN3_5_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
 # Settings that change tokens in transformers and are not supported.
 _UNSUPPORTED = ("auto_map", "fast_tokenizer_files", "fix_mistral_regex", "init_inputs")
@@ -172,7 +179,7 @@ class FolderTokenizer:
 
     def _rebuild(self) -> "Tokenizer":
         """Builds the tokenizer from the file's vocabulary and merges, and the class."""
-        from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
         name, space = self.class_name, self._settings.get("add_prefix_space")
         # 1. Keep the file's model and, except in GPT-NeoX, its post-processor. Drop the
@@ -199,6 +206,10 @@ class FolderTokenizer:
             split = pre_tokenizers.ByteLevel(add_prefix_space=bool(space))
             if name == "Qwen2Tokenizer":
                 split = make_pre_tokenizer("qwen2", bool(space))
+            elif name == "Qwen3_5Tokenizer":
+                second = pre_tokenizers.ByteLevel(bool(space), use_regex=False)
+                first = pre_tokenizers.Split(Regex(_QWEN3_5_SPLIT), "isolated")
+                split = pre_tokenizers.Sequence([first, second])
             if name != "GPT2Tokenizer":
                 tokenizer.normalizer = normalizers.NFC()
             tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
@@ -277,7 +288,7 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
     """Returns the class that transformers' AutoTokenizer chooses."""
     model_type = config.get("model_type") or ""
     # transformers ignores the declared class of these models.
-    is_trusted = model_type not in ("phi3", "qwen2")
+    is_trusted = model_type not in ("phi3", "qwen2", "qwen3_5")
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     name = AS_IN_FILE if declared in _ALIASES else declared
     # LlamaTokenizer is SentencePiece's BPE. Some files declare this class although the

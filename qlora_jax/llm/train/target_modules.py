@@ -9,8 +9,6 @@ import qlora_jax as ql
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
-# Modules that "all-linear" leaves out: the head, experts and their routers.
-_EXCLUDED = re.compile(r"lm_head|.*\.(experts\..*|router|(mlp|block_sparse_moe)\.gate)")
 # Module names separated by commas. Other text is a regular expression.
 _NAME_LIST = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 
@@ -44,10 +42,17 @@ def find_target_paths(
     """
     modules = _modules_by_path(params, names)
     if target_modules == ALL_LINEAR:
+        # Experts and routers are parameters in transformers, not linear layers.
+        batch_shapes = {
+            path: leaf.shape[: names.num_batch_axes(path)]
+            for path, leaf in ql.leaves_by_path(params).items()
+        }
+        parameters = names.parameters(batch_shapes).values()
+        excluded = {path for parts in parameters for path in parts}
         return tuple(
             path
             for path, layer_names in modules.items()
-            if not any(map(_EXCLUDED.fullmatch, layer_names))
+            if path not in excluded and HEAD not in layer_names
         )
     # All problems are collected, so that one message lists them.
     targets, problems = set(), []

@@ -254,11 +254,14 @@ def test_configs_that_do_not_fit_are_refused(change, message):
             '"longrope" must come with `max_position_embeddings`',
         ),
         ("llama", {"is_causal": False}, "`is_causal` must be true"),
-        ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2}, "must be 1. Got 2"),
-        ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}, r"empty.* Got \[1\]"),
+        ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 0}, "positive integer. Got 0"),
+        ("qwen3_moe", EXPERTS | {"mlp_only_layers": ["1"]}, r"integers. Got \['1'\]"),
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
+        ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
+        ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),
     ],
 )
 def test_unsupported_configs_are_refused(kind, change, message):

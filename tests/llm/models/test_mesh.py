@@ -18,8 +18,9 @@ from tolerances import assert_close
 import qlora_jax as ql
 from qlora_jax.llm import data, train
 from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.constraints import split_attention
 from qlora_jax.llm.models.decoder import Decoder
-from qlora_jax.llm.models.sharding import place_arguments, split_attention
+from qlora_jax.llm.models.sharding import place_arguments
 from qlora_jax.llm.train.arrays import put_rows
 
 pytestmark = pytest.mark.slow

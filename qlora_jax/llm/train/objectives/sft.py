@@ -67,7 +67,8 @@ def sum_losses(model: Any, compute_losses: TargetLosses, balance: float) -> Loss
         losses, *collections = compute_losses(lora, base, batch, dropout_key, mutable)
         total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
         for collection in collections:
-            (logits,) = collection["router"]["layers"]["mlp"]["logits"]
+            # One array [L, B * T, E] for each stack of layers with experts.
+            logits = jnp.concatenate(jax.tree.leaves(collection["router"]))
             is_token = (batch.segment_ids != 0).reshape(-1)  # [B * T]
             weights = is_token.astype(jnp.float32)
             penalty = balance * balance_loss(logits, weights, model.config.experts)

@@ -1,0 +1,120 @@
+"""Divides the layers of a decoder into groups, whose layers are stacks.
+
+A group is a period of layers that repeats. The layers at the same position of all
+periods have the same structure, so that their parameters are stacked, and one scan runs
+over the periods. Most decoders are one group with a period of one layer.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+
+from .config import DecoderConfig, LayerKind
+
+_MAX_PERIOD = 64  # longer than that of any published model; bounds the search
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The layers at one position of all periods of a group.
+
+    Attributes:
+        path: Path of the module whose parameters are stacked.
+        layers: The numbers of the layers in the model.
+        kinds: The kinds of these layers, which have the same structure.
+    """
+
+    path: str
+    layers: range
+    kinds: tuple[LayerKind, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A period of layers that repeats.
+
+    Attributes:
+        name: Name of the module that is scanned.
+        stacks: One stack for each position of the period, in order.
+    """
+
+    name: str
+    stacks: tuple[Stack, ...]
+
+    @property
+    def repeats(self) -> int:
+        """The number of periods."""
+        return len(self.stacks[0].layers)
+
+
+@functools.cache
+def layer_groups(config: DecoderConfig) -> tuple[Group, ...]:
+    """Returns the groups of a decoder, in order.
+
+    A single group is called `layers`, and several groups `layers_0`, `layers_1` and so
+    on. If a period has several layers, they are called `layer_0`, `layer_1` and so on
+    in their group. These names are paths of parameters, and so a part of stored
+    adapters.
+
+    Example:
+        >>> dense = LayerKind(mlp_width=96)
+        >>> layers = (dense, LayerKind(), LayerKind(), LayerKind())
+        >>> config = DecoderConfig(64, 32, 48, 4, 4, 2, layers=layers)
+        >>> [(stack.path, stack.layers) for group in layer_groups(config)
+        ...  for stack in group.stacks]
+        [('layers_0', range(0, 1)), ('layers_1', range(1, 4))]
+    """
+    periods = split_into_periods([kind.structure for kind in config.layers])
+    groups, start = [], 0
+    for i, (period, repeats) in enumerate(periods):
+        name = "layers" if len(periods) == 1 else f"layers_{i}"
+        end = start + period * repeats
+        stacks = []
+        for position in range(period):
+            layers = range(start + position, end, period)
+            path = name if period == 1 else f"{name}/layer_{position}"
+            kinds = tuple(config.layers[layer] for layer in layers)
+            stacks.append(Stack(path, layers, kinds))
+        groups.append(Group(name, tuple(stacks)))
+        start = end
+    return tuple(groups)
+
+
+def layer_stacks(config: DecoderConfig) -> tuple[Stack, ...]:
+    """Returns the stacks of all groups, in order."""
+    return tuple(stack for group in layer_groups(config) for stack in group.stacks)
+
+
+def split_into_periods(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Returns the period and the repeats of each group, in order.
+
+    Of the ways to divide the layers, it returns the one with the fewest stacks, since
+    the program of a step contains each stack once; among these, the fewest groups, and
+    then the longest periods first.
+
+    Example:
+        >>> split_into_periods("dddfdddf"), split_into_periods("dmmmm")
+        ([(4, 2)], [(1, 1), (1, 4)])
+    """
+    count = len(structures)
+    # From the last layer to the first: the best division of the layers from `start`
+    # on, as (stacks, groups, -period, repeats).
+    best = [(0, 0, 0, 0)] * (count + 1)
+    # matches[p]: how many layers in a row, from `start` on, equal the layer p later.
+    matches = [0] * (min(count, _MAX_PERIOD) + 1)
+    for start in reversed(range(count)):
+        options = []
+        for period in range(1, min(count - start, _MAX_PERIOD) + 1):
+            later = start + period
+            is_match = later < count and structures[start] == structures[later]
+            matches[period] = matches[period] + 1 if is_match else 0
+            repeats = 1 + matches[period] // period
+            stacks, groups, _, _ = best[start + period * repeats]
+            options.append((stacks + period, groups + 1, -period, repeats))
+        best[start] = min(options)
+    periods, start = [], 0
+    while start < count:
+        _, _, negative_period, repeats = best[start]
+        periods.append((-negative_period, repeats))
+        start -= negative_period * repeats
+    return periods

@@ -1,0 +1,46 @@
+"""The dense MLP of a layer."""
+
+import functools
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from .config import DecoderConfig, LayerKind
+from .products import apply_gate, make_dense, name_product
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    config: DecoderConfig
+    width: int
+    dtype: DTypeLike = jnp.float32
+    part_name: ClassVar[str] = "mlp"
+    split_outputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "gate_up_proj")
+    split_inputs: ClassVar[tuple[str, ...]] = ("down_proj",)
+
+    @nn.compact
+    def __call__(self, x):
+        """Returns the output, without the residual."""
+        c, width = self.config, self.width
+        dense = functools.partial(make_dense, use_bias=c.mlp_bias, dtype=self.dtype)
+        if c.fused:
+            fused = name_product(dense(2 * width, name="gate_up_proj")(x))
+            gate, up = jnp.split(fused, 2, axis=-1)
+        else:
+            gate = name_product(dense(width, name="gate_proj")(x))
+            up = name_product(dense(width, name="up_proj")(x))
+        return dense(c.hidden_size, name="down_proj")(apply_gate(c, gate, up))
+
+    @staticmethod
+    def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
+        """Returns the layer's Hugging Face names of these parameters, by path."""
+        leaves = ("kernel", "weight"), ("bias", "bias")
+        projections = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
+        return {
+            f"{projection}/{leaf}": f"mlp.{projection}.{hf_leaf}"
+            for projection in (*projections, "down_proj")
+            for leaf, hf_leaf in leaves[: 1 + config.mlp_bias]
+        }
