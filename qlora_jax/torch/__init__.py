@@ -1,0 +1,7 @@
+"""QLoRA for PyTorch modules, which run in JAX through torchax."""
+
+from .arrays import params
+from .init import init
+from .wrap import WrappedModule, wrap
+
+__all__ = ["WrappedModule", "init", "params", "wrap"]

@@ -1,0 +1,214 @@
+"""`wrap` makes a pure function of a PyTorch module."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchax
+
+import qlora_jax as ql
+
+from .arrays import named_tensors
+from .weights import KernelFunctions, as_array, as_tensor, tensor_of
+
+PyTree = Any
+
+
+@dataclass(frozen=True, eq=False)
+class WrappedModule:
+    """A PyTorch module as a pure function of JAX arrays; made by `wrap`.
+
+    Attributes:
+        module: The module. It does not change.
+        training: The modes of its modules when it was wrapped, by name: True after
+            `module.train()`, and False after `module.eval()`.
+
+    Example:
+        >>> import jax, qlora_jax as ql, torch
+        >>> model = ql.torch.wrap(torch.nn.Linear(64, 8).eval())
+        >>> params = ql.torch.params(model)
+        >>> model.apply({"params": params}, jax.numpy.ones((2, 64))).shape
+        (2, 8)
+    """
+
+    module: torch.nn.Module
+    training: Mapping[str, bool] = field(repr=False)
+
+    def apply(
+        self,
+        variables: Mapping[str, PyTree],
+        *args: PyTree,
+        dropout_key: jax.Array | None = None,
+        **kwargs: PyTree,
+    ) -> PyTree:
+        """Returns the output of the module's `forward` as JAX arrays.
+
+        Args:
+            variables: `"params"` is the base tree, with the module's parameters and
+                buffers by name, or a combined tree. `"lora"` is the lora tree, if it is
+                separate.
+            *args: Passed to the module, with JAX and NumPy arrays as tensors.
+            dropout_key: PRNG key of the module's random numbers and of the adapters'
+                dropout, for a module in training mode.
+            **kwargs: Passed to the module, like `args`.
+
+        Returns:
+            What the module returns, with JAX arrays in place of tensors. Dicts and the
+            outputs of transformers are plain dicts.
+
+        Raises:
+            TypeError: If the module returns something that is neither a tensor nor a
+                number, nor a container of them.
+            ValueError: If names are missing from `"params"` or unknown, an adapter does
+                not fit its kernel, the module draws random numbers and `dropout_key` is
+                None, the module is in evaluation mode and `dropout_key` is set, or the
+                module changes its buffers, as batch normalization does in training
+                mode.
+
+        Example:
+            >>> import jax, qlora_jax as ql, torch
+            >>> model = ql.torch.wrap(torch.nn.Linear(64, 8).eval())
+            >>> config = ql.QLoRAConfig(rank=4, targets="weight")
+            >>> base, lora = ql.torch.init(
+            ...     jax.random.key(0), model, ql.torch.params(model), config)
+            >>> x = jax.numpy.ones((2, 64))
+            >>> model.apply({"params": base, "lora": lora}, x).shape
+            (2, 8)
+        """
+        leaves = self._checked_leaves(variables)
+        is_training = any(self.training.values())
+        if dropout_key is not None and not is_training:
+            raise ValueError(
+                "`dropout_key` must be None for a module in evaluation mode. Call "
+                "module.train() before ql.torch.wrap. Got a key."
+            )
+        env = torchax.default_env()
+        # Without a key, the key shows afterwards whether random numbers were drawn.
+        key = jax.random.key(0) if dropout_key is None else dropout_key
+        tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
+        args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
+        functions = KernelFunctions(has_dropout=dropout_key is not None)
+        # PyTorch's code adds axes as it broadcasts, whatever JAX is told to do for it.
+        with (
+            self._modes(),
+            jax.numpy_rank_promotion("allow"),
+            env.override_property(prng=key),
+            env,
+            functions,
+        ):
+            arrays = {name: getattr(x, "_elem", None) for name, x in tensors.items()}
+            # Weights that are tied have one name in `params`.
+            output = torch.func.functional_call(self.module, tensors, args, kwargs)
+            drew_numbers = env.prng_key is not key
+            output = _to_arrays(output)
+        if drew_numbers and dropout_key is None:
+            raise ValueError(
+                "`dropout_key` must be a key: the module draws random numbers. For a "
+                "module without dropout, call module.eval() before ql.torch.wrap. Got "
+                "None."
+            )
+        changed = [n for n, x in tensors.items() if getattr(x, "_elem", None) is not arrays[n]]
+        if changed:
+            raise ValueError(
+                "the module must not change its buffers, because `apply` returns only "
+                f"its output. Call eval() of the modules that change {changed} before "
+                "ql.torch.wrap."
+            )
+        return output
+
+    def _checked_leaves(self, variables: Mapping[str, PyTree]) -> dict[str, Any]:
+        unknown = sorted({*variables} - {"params", "lora"})
+        if unknown or "params" not in variables:
+            raise ValueError(
+                "`variables` must have the keys 'params' and possibly 'lora'. Got "
+                f"{sorted(variables)}."
+            )
+        params, lora = variables["params"], variables.get("lora")
+        leaves = dict(ql.combine(params, lora) if lora else params)
+        names = {*named_tensors(self.module)}
+        missing, extra = sorted(names - {*leaves}), sorted({*leaves} - names)
+        if missing or extra:
+            raise ValueError(
+                "`params` must have the parameters and buffers of the module, as "
+                f"ql.torch.params returns them. Got {extra} too many, and no {missing}."
+            )
+        return leaves
+
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        # The modes are those from the time of `wrap`, whatever they are now, because
+        # a jitted function would not notice a change.
+        modules = dict(self.module.named_modules())
+        current = {name: module.training for name, module in modules.items()}
+        try:
+            for name, mode in self.training.items():
+                modules[name].training = mode
+            yield
+        finally:
+            for name, mode in current.items():
+                modules[name].training = mode
+
+
+def wrap(module: torch.nn.Module) -> WrappedModule:
+    """Returns a PyTorch module as a pure function of JAX arrays.
+
+    The code of the module runs in JAX while it is traced, through torchax. It may be
+    jitted, differentiated and mapped. The weights come from the arguments of `apply`,
+    so the module itself may be on the meta device. It is neither changed nor copied.
+
+    The function has the modes of the module at this time: dropout is active if it was
+    wrapped after `module.train()`.
+
+    Args:
+        module: The module. A wrapped module is returned unchanged.
+
+    Raises:
+        TypeError: If `module` is not a PyTorch module.
+
+    Example:
+        >>> import jax, qlora_jax as ql, torch
+        >>> model = ql.torch.wrap(torch.nn.Linear(64, 8).eval())
+        >>> params = ql.torch.params(model)
+        >>> apply = jax.jit(model.apply)
+        >>> apply({"params": params}, jax.numpy.ones((2, 64))).shape
+        (2, 8)
+    """
+    if isinstance(module, WrappedModule):
+        return module
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"`module` must be a torch.nn.Module. Got {type(module).__name__}."
+        )
+    modes = {name: inner.training for name, inner in module.named_modules()}
+    return WrappedModule(module, modes)
+
+
+def _to_tensor(value: object) -> object:
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    return as_tensor(jnp.asarray(value)) if is_array else value
+
+
+def _to_arrays(output: Any) -> PyTree:
+    # The outputs of transformers are dicts that JAX does not know.
+    if isinstance(output, torch.Tensor):
+        return as_array(output)
+    if isinstance(output, Mapping):
+        return {key: _to_arrays(value) for key, value in output.items()}
+    if isinstance(output, tuple | list):
+        values = map(_to_arrays, output)
+        is_named = hasattr(output, "_fields")
+        return type(output)(*values) if is_named else type(output)(values)
+    if output is None or isinstance(output, bool | int | float):
+        return output
+    hint = ""
+    if type(output).__name__.endswith("Cache"):
+        hint = " Pass use_cache=False to a model of transformers."
+    raise TypeError(
+        "the module must return tensors, numbers, or containers of them. Got "
+        f"{type(output).__name__}.{hint}"
+    )
