@@ -2,6 +2,7 @@
 
 from .arrays import params
 from .init import init
+from .layers import stack, unstack
 from .wrap import WrappedModule, wrap
 
-__all__ = ["WrappedModule", "init", "params", "wrap"]
+__all__ = ["WrappedModule", "init", "params", "stack", "unstack", "wrap"]

@@ -18,7 +18,7 @@ def module_of(model: "torch.nn.Module | WrappedModule") -> torch.nn.Module:
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the parameters and buffers by name; tied weights have their first name."""
+    """Returns parameters and buffers by name; tied weights have their first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 

@@ -12,6 +12,7 @@ import torch
 import qlora_jax as ql
 
 from .arrays import module_of
+from .layers import names_in
 from .wrap import WrappedModule
 
 PyTree = Any
@@ -25,7 +26,7 @@ def init(
     *,
     donate: bool = False,
 ) -> tuple[dict[str, PyTree], dict]:
-    """Returns a module's parameters with packed targets, and a tree of adapters.
+    r"""Returns a module's parameters with packed targets, and a tree of adapters.
 
     Like `qlora_jax.init`, but the module says which axes of its weights are contracted:
     those of `torch.nn.Linear` are `[out, in]`, those of transformers' `Conv1D` are
@@ -48,24 +49,27 @@ def init(
     Example:
         >>> import jax, qlora_jax as ql, torch
         >>> module = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU())
-        >>> config = ql.QLoRAConfig(rank=4, targets=r".*\\.weight")
+        >>> config = ql.QLoRAConfig(rank=4, targets=r".*\.weight")
         >>> base, lora = ql.torch.init(
         ...     jax.random.key(0), module, ql.torch.params(module), config)
         >>> base["0.weight"].shape, lora["0.weight"].b.shape
         ((8, 64), (4, 8))
     """
-    roles = {name: kinds for name, kinds in kernel_roles(module_of(model))}
+    roles = dict(kernel_roles(module_of(model)))
     contract, problems = {}, []
     for name in filter(config.is_target, params):
-        kinds, setting = roles.get(name), config.contract_of(name)
+        module_name = names_in(name)[0]  # a stack has the axes of its first layer
+        kinds, setting = roles.get(module_name), config.contract_of(name)
         if kinds is None and setting is None:
-            owner = type(_owner(module_of(model), name)).__name__
+            owner = type(_owner(module_of(model), module_name)).__name__
             problems.append(
                 f"{name}: the axes that its module, {owner}, contracts are not known. "
                 "Exclude it, or set `contract`."
             )
         elif kinds is not None and setting not in (None, kinds):
-            problems.append(f"{name}: its axes are {kinds!r}. Got contract={setting!r}.")
+            problems.append(
+                f"{name}: its axes are {kinds!r}. Got contract={setting!r}."
+            )
         elif kinds is not None:
             contract[re.escape(name)] = kinds
     if problems:

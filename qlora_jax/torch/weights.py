@@ -1,15 +1,16 @@
 """Kernels that take the place of a PyTorch module's weights."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import torch
 import torch.nn.functional as F
 import torchax
+from jax.typing import DTypeLike
 from torch.overrides import TorchFunctionMode
 from torchax.ops.mappings import j2t_dtype
 
@@ -37,52 +38,77 @@ def tensor_of(leaf: Leaf) -> torch.Tensor:
     """Returns a leaf of a combined tree as the tensor that its module reads."""
     if not isinstance(leaf, ql.AdaptedKernel):
         if is_kernel(leaf):
-            return KernelTensor(leaf, None)
+            return KernelTensor.of(leaf, None)
         return as_tensor(jnp.asarray(leaf))
     # An array that is trained in full replaces the frozen one.
     if isinstance(leaf.lora, ql.Trained):
         return as_tensor(ql.merge(leaf.base, leaf.lora))
-    return KernelTensor(leaf.base, leaf.lora)
+    return KernelTensor.of(leaf.base, leaf.lora)
 
 
-class KernelTensor(torch.Tensor):
-    """A kernel and its adapter as the tensor that a module sees.
-
-    It has a shape and a dtype, but no data. `KernelFunctions` computes with it.
-    """
+class Placeholder(torch.Tensor):
+    """A tensor with a shape and a dtype, and without data."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    source: jax.ShapeDtypeStruct  # the shape and dtype
 
-    base: Leaf
-    lora: Any
-    is_transposed: bool  # whether the last two axes are swapped
-
-    def __new__(
-        cls, base: Leaf, lora: Any, is_transposed: bool = False
-    ) -> "KernelTensor":
+    def __new__(cls, shape: Sequence[int], dtype: DTypeLike) -> Self:
         """Makes a tensor without data."""
-        shape = list(base.shape)
-        if is_transposed:
-            shape[-2:] = reversed(shape[-2:])
         self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=j2t_dtype(base.dtype), device="meta"
+            cls, shape, dtype=j2t_dtype(dtype), device="meta"
         )
-        self.base, self.lora, self.is_transposed = base, lora, is_transposed
+        self.source = jax.ShapeDtypeStruct(tuple(shape), dtype)
         return self
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Callable, types: object, args: tuple = (), kwargs: Any = None
     ) -> Any:
-        """Raises: all functions of kernels go through `KernelFunctions`."""
+        """Raises: functions of placeholders go through `KernelFunctions`."""
         raise NotImplementedError(
-            f"packed weights can only be used in `apply` of a wrapped module. Got {func}."
+            f"this tensor can only be used in `apply` of a wrapped module. Got {func}."
         )
 
+    # Modules read these of tensors without calling a function of PyTorch.
     @property
-    def device(self) -> torch.device:
-        """The device of torchax's tensors."""
+    def shape(self) -> torch.Size:  # noqa: D102
+        return torch.Size(self.source.shape)
+
+    @property
+    def ndim(self) -> int:  # noqa: D102
+        return len(self.source.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return j2t_dtype(self.source.dtype)
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
         return torch.device("jax:0")
+
+
+class PendingOutput(Placeholder):
+    """The output of a layer that will run later, in a scan (see scan.py)."""
+
+    list_name: str
+
+
+class KernelTensor(Placeholder):
+    """A kernel and its adapter as the tensor that a module sees."""
+
+    base: Leaf
+    lora: Any
+    is_transposed: bool  # whether the last two axes are swapped
+
+    @classmethod
+    def of(cls, base: Leaf, lora: Any, is_transposed: bool = False) -> "KernelTensor":
+        """Returns the tensor of a kernel."""
+        shape = list(base.shape)
+        if is_transposed:
+            shape[-2:] = reversed(shape[-2:])
+        self = cls(shape, base.dtype)
+        self.base, self.lora, self.is_transposed = base, lora, is_transposed
+        return self
 
     @property
     def roles(self) -> str:
@@ -93,7 +119,7 @@ class KernelTensor(torch.Tensor):
 
     def transposed(self) -> "KernelTensor":
         """Returns the tensor with its last two axes swapped."""
-        return KernelTensor(self.base, self.lora, not self.is_transposed)
+        return KernelTensor.of(self.base, self.lora, not self.is_transposed)
 
     def decoded(self) -> torch.Tensor:
         """Returns the float weights, with the adapter added."""
@@ -124,8 +150,16 @@ class KernelFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in GROUPED_PRODUCTS:
             return self._grouped_product(*args, **kwargs)
-        if not any(map(_is_kernel_tensor, _values(args, kwargs))):
+        placeholders = [x for x in _values(args, kwargs) if isinstance(x, Placeholder)]
+        if not placeholders:
             return func(*args, **kwargs)
+        for placeholder in placeholders:
+            if isinstance(placeholder, PendingOutput):
+                raise ValueError(
+                    f"the layers of {placeholder.list_name!r} cannot be scanned: the "
+                    f"output of one is read by {func.__name__} before the next one "
+                    "runs. Pass trees that are not stacked."
+                )
         result = NotImplemented
         if (rule := RULES.get(func)) is not None:
             result = rule(self, *args, **kwargs)
@@ -152,7 +186,11 @@ class KernelFunctions(TorchFunctionMode):
 
     def product(self, x: torch.Tensor, weight: KernelTensor) -> Any:
         """Computes `x @ weight`, if the weight is `[K, N]` as it is seen."""
-        if _is_kernel_tensor(x) or not _is_kernel_tensor(weight) or weight.roles != "kn":
+        if (
+            _is_kernel_tensor(x)
+            or not _is_kernel_tensor(weight)
+            or weight.roles != "kn"
+        ):
             return NotImplemented
         lora = weight.lora
         y = ql.apply(weight.base, lora, as_array(x), dropout_key=self._key(lora))
@@ -184,7 +222,11 @@ class KernelFunctions(TorchFunctionMode):
         **options: object,
     ) -> Any:
         """Computes `F.embedding`. The padding only matters for gradients of a table."""
-        if max_norm is not None or not _is_kernel_tensor(weight) or weight.is_transposed:
+        if (
+            max_norm is not None
+            or not _is_kernel_tensor(weight)
+            or weight.is_transposed
+        ):
             return NotImplemented
         if self.has_dropout and getattr(weight.lora, "dropout", 0):
             return NotImplemented
@@ -193,7 +235,10 @@ class KernelFunctions(TorchFunctionMode):
     def transpose(self, input: KernelTensor, *axes: int, **named: int) -> Any:
         """Swaps the last two axes."""
         axes = axes or (*named.values(),) or (0, 1)
-        is_last = {axis % input.ndim for axis in axes} == {input.ndim - 2, input.ndim - 1}
+        is_last = {axis % input.ndim for axis in axes} == {
+            input.ndim - 2,
+            input.ndim - 1,
+        }
         return input.transposed() if is_last else NotImplemented
 
     def transpose_last(self, input: KernelTensor) -> Any:

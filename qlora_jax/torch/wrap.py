@@ -1,7 +1,7 @@
 """`wrap` makes a pure function of a PyTorch module."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,12 @@ import torchax
 import qlora_jax as ql
 
 from .arrays import named_tensors
+from .layers import names_in, runs_of
+from .scan import LayerScan
 from .weights import KernelFunctions, as_array, as_tensor, tensor_of
 
 PyTree = Any
+Policy = Callable[..., bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,7 @@ class WrappedModule:
         module: The module. It does not change.
         training: The modes of its modules when it was wrapped, by name: True after
             `module.train()`, and False after `module.eval()`.
+        policy: The policy of `jax.checkpoint` for stacked layers, as in `wrap`.
 
     Example:
         >>> import jax, qlora_jax as ql, torch
@@ -38,6 +42,7 @@ class WrappedModule:
 
     module: torch.nn.Module
     training: Mapping[str, bool] = field(repr=False)
+    policy: Policy | None = None
 
     def apply(
         self,
@@ -90,6 +95,7 @@ class WrappedModule:
         env = torchax.default_env()
         # Without a key, the key shows afterwards whether random numbers were drawn.
         key = jax.random.key(0) if dropout_key is None else dropout_key
+        scans, leaves = self._scans(leaves, has_dropout=dropout_key is not None)
         tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
         args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
         functions = KernelFunctions(has_dropout=dropout_key is not None)
@@ -100,7 +106,10 @@ class WrappedModule:
             env.override_property(prng=key),
             env,
             functions,
+            contextlib.ExitStack() as stack,
         ):
+            for scan in scans:
+                stack.enter_context(scan.active())
             arrays = {name: getattr(x, "_elem", None) for name, x in tensors.items()}
             # Weights that are tied have one name in `params`.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
@@ -112,7 +121,9 @@ class WrappedModule:
                 "module without dropout, call module.eval() before ql.torch.wrap. Got "
                 "None."
             )
-        changed = [n for n, x in tensors.items() if getattr(x, "_elem", None) is not arrays[n]]
+        changed = [
+            n for n, x in tensors.items() if getattr(x, "_elem", None) is not arrays[n]
+        ]
         if changed:
             raise ValueError(
                 "the module must not change its buffers, because `apply` returns only "
@@ -131,13 +142,30 @@ class WrappedModule:
         params, lora = variables["params"], variables.get("lora")
         leaves = dict(ql.combine(params, lora) if lora else params)
         names = {*named_tensors(self.module)}
-        missing, extra = sorted(names - {*leaves}), sorted({*leaves} - names)
+        received = {name for leaf_name in leaves for name in names_in(leaf_name)}
+        missing, extra = sorted(names - received), sorted(received - names)
         if missing or extra:
             raise ValueError(
                 "`params` must have the parameters and buffers of the module, as "
                 f"ql.torch.params returns them. Got {extra} too many, and no {missing}."
             )
         return leaves
+
+    def _scans(
+        self, leaves: dict[str, Any], *, has_dropout: bool
+    ) -> tuple[list[LayerScan], dict[str, Any]]:
+        """Returns the scans of stacked layers, and the leaves that are not stacked."""
+        scans, others = [], dict(leaves)
+        for run, names in runs_of(leaves).items():
+            stacks: list[dict[str, Any]] = [{} for _ in range(run.period)]
+            for name in names:
+                position, rest = run.position_of(name)
+                stacks[position][rest] = others.pop(name)
+            layers = [
+                self.module.get_submodule(f"{run.list_name}.{i}") for i in run.indices
+            ]
+            scans.append(LayerScan(run, layers, stacks, has_dropout, self.policy))
+        return scans, others
 
     @contextlib.contextmanager
     def _modes(self) -> Iterator[None]:
@@ -154,7 +182,7 @@ class WrappedModule:
                 modules[name].training = mode
 
 
-def wrap(module: torch.nn.Module) -> WrappedModule:
+def wrap(module: torch.nn.Module, *, policy: Policy | None = None) -> WrappedModule:
     """Returns a PyTorch module as a pure function of JAX arrays.
 
     The code of the module runs in JAX while it is traced, through torchax. It may be
@@ -166,6 +194,8 @@ def wrap(module: torch.nn.Module) -> WrappedModule:
 
     Args:
         module: The module. A wrapped module is returned unchanged.
+        policy: Which values of stacked layers are kept for the backward pass, as in
+            `jax.checkpoint`; by default only their inputs.
 
     Raises:
         TypeError: If `module` is not a PyTorch module.
@@ -185,7 +215,7 @@ def wrap(module: torch.nn.Module) -> WrappedModule:
             f"`module` must be a torch.nn.Module. Got {type(module).__name__}."
         )
     modes = {name: inner.training for name, inner in module.named_modules()}
-    return WrappedModule(module, modes)
+    return WrappedModule(module, modes, policy)
 
 
 def _to_tensor(value: object) -> object:

@@ -69,7 +69,8 @@ def init(module, targets, **settings):
     base, lora = ql.torch.init(key, model, ql.torch.params(model), config)
     leaves, structure = jax.tree.flatten(lora)
     keys = jax.random.split(key, len(leaves))
-    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    pairs = zip(keys, leaves, strict=True)
+    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in pairs]
     lora = jax.tree.map(jnp.add, lora, structure.unflatten(noise))
     return model, base, lora
 
@@ -107,7 +108,9 @@ def peft_loss_and_gradients(module, base, lora, ids):
     model, layers = peft_model(module, base, lora)
     tokens = torch.tensor(ids)
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten()
+    )
     loss.backward()
     gradients = {}
     for name, adapter in lora.items():
