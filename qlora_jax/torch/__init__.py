@@ -1,8 +1,17 @@
 """QLoRA for PyTorch modules, which run in JAX through torchax."""
 
 from .arrays import params
+from .attention import register_attention
 from .init import init
 from .layers import stack, unstack
 from .wrap import WrappedModule, wrap
 
-__all__ = ["WrappedModule", "init", "params", "stack", "unstack", "wrap"]
+__all__ = [
+    "WrappedModule",
+    "init",
+    "params",
+    "register_attention",
+    "stack",
+    "unstack",
+    "wrap",
+]
