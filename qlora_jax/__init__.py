@@ -31,7 +31,7 @@ from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 
 if TYPE_CHECKING:
-    from . import io, linen, nnx, optim, torch
+    from . import io, linen, nnx, optim
 
 __version__ = "0.2.0"
 

@@ -75,7 +75,8 @@ def init(
     if problems:
         listing = "\n  ".join(problems)
         raise ValueError(f"these weights cannot be targets:\n  {listing}")
-    config = dataclasses.replace(config, contract={**contract, **config.contract})
+    settings: Any = config.contract  # a dict, once the config is made
+    config = dataclasses.replace(config, contract={**contract, **settings})
     return ql.init(key, dict(params), config, donate=donate)
 
 

@@ -1,7 +1,8 @@
 """Runs equal layers as one scan."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,23 +14,16 @@ import torchax
 from .layers import LayerRun
 from .weights import Leaf, PendingOutput, as_array, as_tensor, tensor_of
 
-PyTree = Any
+Arguments = list[Any]  # the arguments of a layer but its hidden states, flattened
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerCall:
-    """The arguments of one layer's call, apart from the hidden states."""
+    """How one layer was called."""
 
-    leaves: list[object]  # the arguments and their defaults, flattened
-    spec: Any  # how `torch.utils._pytree` puts them together
+    arguments: Arguments
+    structure: Any  # the pytree of the arguments
     is_positional: bool  # whether the hidden states are the first positional argument
-
-    def rebuild(self, hidden: torch.Tensor, leaves: list[object]) -> tuple[tuple, dict]:
-        """Returns the arguments with these hidden states and leaves."""
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, self.spec)
-        if self.is_positional:
-            return (hidden, *args), kwargs
-        return args, {"hidden_states": hidden, **kwargs}
 
 
 @dataclass
@@ -37,17 +31,17 @@ class LayerScan:
     """Replaces the calls of a run of layers in one call of the module.
 
     Each layer only records its arguments, and returns a placeholder without data, which
-    no other code may read. The last layer runs them all, in a scan over periods.
+    no function of PyTorch takes. The last layer runs them all, in a scan over periods.
     """
 
     run: LayerRun
     layers: list[torch.nn.Module]  # all layers of the run
     stacks: list[dict[str, Leaf]]  # the stacked leaves of each position, by name
-    has_dropout: bool
-    policy: Any
+    policy: Callable[..., bool] | None  # of `jax.checkpoint`
     calls: list[LayerCall] = field(default_factory=list)
-    hidden: torch.Tensor | None = None  # the input of the first layer
-    pending: torch.Tensor | None = None  # the output of the last layer that was called
+    # Set when the first layer is called: its input, and what it returns.
+    hidden: jax.Array = field(init=False)
+    returns_tuple: bool = field(init=False)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -60,105 +54,117 @@ class LayerScan:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
 
-    def record(self, index: int, args: tuple, kwargs: dict) -> Any:
+    def record(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Records the call of a layer; the last one returns the output of all."""
-        is_positional = bool(args)
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
-        expected = self.hidden if index == 0 else self.pending
-        if index != len(self.calls) or (index > 0 and hidden is not expected):
-            raise ValueError(self._reason(f"layer {index} does not run on the output"))
-        leaves, spec = torch.utils._pytree.tree_flatten((args[1:], kwargs))
-        self.calls.append(LayerCall(leaves, spec, is_positional))
+        follows = isinstance(hidden, PendingOutput) and hidden.source_scan is self
+        if index != len(self.calls) or follows != (index > 0):
+            self._refuse("they must run one after another, each on the last output")
+        arguments, structure = jax.tree.flatten((args[1:], kwargs))
+        self.calls.append(LayerCall(arguments, structure, bool(args)))
         if index == 0:
-            self.hidden = hidden
-            self.returns_tuple = self._returns_tuple()
+            self.hidden = as_array(hidden)
+            kinds: list[bool] = []
+            self._program(0, lambda output: kinds.append(isinstance(output, tuple)))
+            self.returns_tuple = kinds[0]
         if index + 1 < len(self.layers):
-            hidden = as_array(self.hidden)
-            self.pending = PendingOutput(hidden.shape, hidden.dtype)
-            self.pending.list_name = self.run.list_name
-            return (self.pending,) if self.returns_tuple else self.pending
-        output = self._scan()
+            output: torch.Tensor = PendingOutput(self.hidden.shape, self.hidden.dtype)
+            output.source_scan, output.list_name = self, self.run.list_name
+        else:
+            output = self._scan()
         return (output,) if self.returns_tuple else output
 
-    def _reason(self, problem: str) -> str:
-        return (
-            f"the layers of {self.run.list_name!r} cannot be scanned: {problem} of the "
-            "layer before it. Pass trees that are not stacked."
+    def _refuse(self, problem: str) -> None:
+        raise ValueError(
+            f"the layers of {self.run.list_name!r} cannot be scanned: {problem}. Pass "
+            "trees that are not stacked."
         )
 
-    def _returns_tuple(self) -> bool:
-        # One abstract call shows what a layer returns.
-        def call(hidden: jax.Array, leaves: dict) -> jax.Array:
-            output = self._call(0, as_tensor(hidden), leaves, self.calls[0].leaves)
-            kinds.append(isinstance(output, tuple))
-            return as_array(_first(output))
-
-        kinds: list[bool] = []
-        first = {
-            name: jax.tree.map(lambda x: x[0], leaf)
-            for name, leaf in self.stacks[0].items()
-        }
-        jax.eval_shape(call, as_array(self.hidden), first)
-        return kinds[0]
-
     def _call(
-        self, position: int, hidden: torch.Tensor, leaves: Mapping, arguments: list
+        self, index: int, hidden: jax.Array, leaves: Mapping, arguments: Arguments
     ) -> Any:
-        layer, call = self.layers[position], self.calls[position]
+        """Calls a layer on these hidden states, leaves and arguments."""
+        layer, call = self.layers[index], self.calls[index % self.run.period]
+        args, kwargs = jax.tree.unflatten(call.structure, arguments)
+        if call.is_positional:
+            args = (as_tensor(hidden), *args)
+        else:
+            kwargs = {"hidden_states": as_tensor(hidden), **kwargs}
+        tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
         recorder = layer.__dict__.pop("forward")
         try:
-            args, kwargs = call.rebuild(hidden, arguments)
-            tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
             return torch.func.functional_call(layer, tensors, args, kwargs)
         finally:
             layer.forward = recorder
 
+    def _program(self, index: int, inspect: Callable[[Any], object]) -> str:
+        """Returns what one layer computes, as text; `inspect` gets its output."""
+        position = index % self.run.period
+
+        def call(hidden: jax.Array, leaves: dict) -> jax.Array:
+            # Random numbers that are drawn here do not change the key of the call.
+            with torchax.default_env().override_property():
+                arguments = self.calls[position].arguments
+                output = self._call(index, hidden, leaves, arguments)
+            inspect(output)
+            return _hidden_states(output)
+
+        leaves = jax.tree.map(lambda x: x[0], self.stacks[position])
+        program = jax.make_jaxpr(call)(self.hidden, leaves)
+        return re.sub(r"0x[0-9a-f]+", "", str(program))  # without addresses
+
+    def _check_equal(self) -> None:
+        # Layers know their index, and only caches should depend on it. The first and
+        # the last layer show it if the computation does too.
+        for first in range(self.run.period):
+            last = len(self.layers) - self.run.period + first
+            if self._program(first, type) != self._program(last, type):
+                indices = [self.run.start + index for index in (first, last)]
+                self._refuse(f"layers {indices} compute differently")
+
     def _scan(self) -> torch.Tensor:
+        self._check_equal()
         env, period = torchax.default_env(), self.run.period
-        calls = [self.calls[p::period] for p in range(period)]
-        varying = [self._varying_arguments(group) for group in calls]
-        count = len(self.layers) // period
-        key, *keys = jax.random.split(env.prng_key, count + 1)
-        draws = []  # whether a layer draws random numbers
+        calls = [self.calls[position::period] for position in range(period)]
+        keys = jax.random.split(env.prng_key, len(calls[0]) + 1)
+        draws: list[bool] = []  # whether a layer draws random numbers
 
         def run_period(hidden: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
-            stacks, arguments, layer_key = xs
+            stacks, varying, layer_key = xs
             with env.override_property(prng=layer_key):
-                for p in range(period):
-                    values = list(calls[p][0].leaves)
-                    for index, array in arguments[p].items():
-                        values[index] = as_tensor(array)
-                    output = self._call(p, as_tensor(hidden), stacks[p], values)
-                    hidden = as_array(_first(output)).astype(hidden.dtype)
+                for position in range(period):
+                    arguments = list(calls[position][0].arguments)
+                    for index, array in varying[position].items():
+                        arguments[index] = as_tensor(array)
+                    output = self._call(position, hidden, stacks[position], arguments)
+                    hidden = _hidden_states(output)
                 draws.append(env.prng_key is not layer_key)
             return hidden, None
 
-        xs = self.stacks, varying, jnp.stack(keys)
+        xs = self.stacks, [self._varying_arguments(group) for group in calls], keys[1:]
         body = jax.checkpoint(run_period, policy=self.policy, prevent_cse=False)
-        hidden, _ = jax.lax.scan(body, as_array(self.hidden), xs)
+        hidden, _ = jax.lax.scan(body, self.hidden, xs)
         if any(draws):
-            env.prng_key = key
+            env.prng_key = keys[0]
         return as_tensor(hidden)
 
     def _varying_arguments(self, calls: list[LayerCall]) -> dict[int, jax.Array]:
         """Returns stacks of the arguments that differ between the layers."""
-        first, varying = calls[0], {}
-        for index, value in enumerate(first.leaves):
-            values = [call.leaves[index] for call in calls]
-            if any(call.spec != first.spec for call in calls):
-                raise ValueError(self._reason("a layer has other arguments than those"))
-            if all(other is value for other in values):
+        if any(call.structure != calls[0].structure for call in calls):
+            self._refuse("they are called with different arguments")
+        varying = {}
+        columns = zip(*(call.arguments for call in calls), strict=True)
+        for index, values in enumerate(columns):
+            if all(value is values[0] for value in values):
                 continue
-            if isinstance(value, torch.Tensor):
-                varying[index] = jnp.stack([as_array(x) for x in values])
-            elif any(other != value for other in values):
-                raise ValueError(
-                    self._reason(f"a layer has other arguments {values} than those")
-                )
+            if isinstance(values[0], torch.Tensor):
+                varying[index] = jnp.stack([as_array(value) for value in values])
+            elif any(value != values[0] for value in values):
+                self._refuse(f"they are called with different arguments {values}")
         return varying
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Recorder:
     """Takes the place of a layer's `forward`."""
 
@@ -169,12 +175,12 @@ class _Recorder:
         return self.scan.record(self.index, args, kwargs)
 
 
-def _first(output: Any) -> torch.Tensor:
+def _hidden_states(output: Any) -> jax.Array:
     if not isinstance(output, tuple):
-        return output
+        return as_array(output)
     if any(value is not None for value in output[1:]):
         raise ValueError(
             "a scanned layer must return its hidden states alone. Got "
             f"{len(output)} values. Pass trees that are not stacked."
         )
-    return output[0]
+    return as_array(output[0])

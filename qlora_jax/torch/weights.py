@@ -49,15 +49,17 @@ def tensor_of(leaf: Leaf) -> torch.Tensor:
 class Placeholder(torch.Tensor):
     """A tensor with a shape and a dtype, and without data."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    source: jax.ShapeDtypeStruct  # the shape and dtype
+    struct: jax.ShapeDtypeStruct
+    # Without it, reading an attribute would call the function of PyTorch that reads it.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     def __new__(cls, shape: Sequence[int], dtype: DTypeLike) -> Self:
         """Makes a tensor without data."""
+        device = torch.device("meta")
         self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=j2t_dtype(dtype), device="meta"
+            cls, shape, dtype=j2t_dtype(dtype), device=device
         )
-        self.source = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        self.struct = jax.ShapeDtypeStruct(tuple(shape), dtype)
         return self
 
     @classmethod
@@ -69,27 +71,17 @@ class Placeholder(torch.Tensor):
             f"this tensor can only be used in `apply` of a wrapped module. Got {func}."
         )
 
-    # Modules read these of tensors without calling a function of PyTorch.
-    @property
-    def shape(self) -> torch.Size:  # noqa: D102
-        return torch.Size(self.source.shape)
-
-    @property
-    def ndim(self) -> int:  # noqa: D102
-        return len(self.source.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
-        return j2t_dtype(self.source.dtype)
-
-    @property
-    def device(self) -> torch.device:  # noqa: D102
-        return torch.device("jax:0")
+    # Modules may read these. The device is that of torchax's tensors.
+    shape = property(lambda self: torch.Size(self.struct.shape))  # pyright: ignore
+    ndim = property(lambda self: len(self.struct.shape))  # pyright: ignore
+    dtype = property(lambda self: j2t_dtype(self.struct.dtype))  # pyright: ignore
+    device = property(lambda self: torch.device("jax:0"))  # pyright: ignore
 
 
 class PendingOutput(Placeholder):
     """The output of a layer that will run later, in a scan (see scan.py)."""
 
+    source_scan: object
     list_name: str
 
 
@@ -165,12 +157,12 @@ class KernelFunctions(TorchFunctionMode):
             result = rule(self, *args, **kwargs)
         if result is not NotImplemented:
             return result
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            KernelTensor, self._decode, (args, kwargs)
-        )
+        args, kwargs = jax.tree.map(self._decode, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _decode(self, weight: KernelTensor) -> torch.Tensor:
+    def _decode(self, weight: Any) -> Any:
+        if not isinstance(weight, KernelTensor):
+            return weight
         # Dropout acts on the input of A. Merged weights have no such input.
         if self.has_dropout and getattr(weight.lora, "dropout", 0):
             raise ValueError(
@@ -260,8 +252,7 @@ class KernelFunctions(TorchFunctionMode):
             key = self._key(weight.lora)
             y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, dropout_key=key)
         else:
-            experts = self._decode(weight) if _is_kernel_tensor(weight) else weight
-            y = jax.lax.ragged_dot(rows, as_array(experts), sizes)
+            y = jax.lax.ragged_dot(rows, as_array(self._decode(weight)), sizes)
         return as_tensor(y)
 
 
@@ -275,15 +266,15 @@ def _values(args: tuple, kwargs: dict) -> Iterable[object]:
         yield from value if isinstance(value, list | tuple) else (value,)
 
 
-GROUPED_PRODUCTS = {torch._grouped_mm, F.grouped_mm}
+GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
 _Rule = Callable[..., Any]
 RULES: dict[Callable, _Rule] = {
     F.linear: KernelFunctions.linear,
     F.embedding: KernelFunctions.embedding,
     torch.addmm: KernelFunctions.addmm,
     torch.Tensor.t: KernelFunctions.transpose_last,
-    torch.Tensor.T.__get__: KernelFunctions.transpose_last,
-    torch.Tensor.mT.__get__: KernelFunctions.transpose_last,
+    torch.Tensor.T.__get__: KernelFunctions.transpose_last,  # pyright: ignore
+    torch.Tensor.mT.__get__: KernelFunctions.transpose_last,  # pyright: ignore
     torch.t: KernelFunctions.transpose_last,
     torch.transpose: KernelFunctions.transpose,
     torch.Tensor.transpose: KernelFunctions.transpose,

@@ -1,6 +1,7 @@
 """`wrap` makes a pure function of a PyTorch module."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,52 +86,63 @@ class WrappedModule:
             >>> model.apply({"params": base, "lora": lora}, x).shape
             (2, 8)
         """
+        # 1. Check the names and the key, and put tensors in the place of arrays.
         leaves = self._checked_leaves(variables)
-        is_training = any(self.training.values())
-        if dropout_key is not None and not is_training:
+        if dropout_key is not None and not any(self.training.values()):
             raise ValueError(
                 "`dropout_key` must be None for a module in evaluation mode. Call "
                 "module.train() before ql.torch.wrap. Got a key."
             )
-        env = torchax.default_env()
-        # Without a key, the key shows afterwards whether random numbers were drawn.
-        key = jax.random.key(0) if dropout_key is None else dropout_key
-        scans, leaves = self._scans(leaves, has_dropout=dropout_key is not None)
+        scans, leaves = self._scans(leaves)
         tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
+        buffers = {name: as_array(tensors[name]) for name in self._buffer_names(leaves)}
         args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
+        # 2. Run the module. Without a key, the constant key shows afterwards whether
+        #    random numbers were drawn.
+        key = jax.random.key(0) if dropout_key is None else dropout_key
         functions = KernelFunctions(has_dropout=dropout_key is not None)
-        # PyTorch's code adds axes as it broadcasts, whatever JAX is told to do for it.
-        with (
-            self._modes(),
-            jax.numpy_rank_promotion("allow"),
-            env.override_property(prng=key),
-            env,
-            functions,
-            contextlib.ExitStack() as stack,
-        ):
-            for scan in scans:
-                stack.enter_context(scan.active())
-            arrays = {name: getattr(x, "_elem", None) for name, x in tensors.items()}
-            # Weights that are tied have one name in `params`.
+        with self._environment(key, functions, scans) as env:
+            # Weights that are tied have one name in `tensors`.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
             drew_numbers = env.prng_key is not key
             output = _to_arrays(output)
+        # 3. Refuse results that would be wrong or lost.
         if drew_numbers and dropout_key is None:
             raise ValueError(
                 "`dropout_key` must be a key: the module draws random numbers. For a "
                 "module without dropout, call module.eval() before ql.torch.wrap. Got "
                 "None."
             )
-        changed = [
-            n for n, x in tensors.items() if getattr(x, "_elem", None) is not arrays[n]
-        ]
-        if changed:
+        if changed := [n for n, x in buffers.items() if as_array(tensors[n]) is not x]:
             raise ValueError(
                 "the module must not change its buffers, because `apply` returns only "
-                f"its output. Call eval() of the modules that change {changed} before "
-                "ql.torch.wrap."
+                "its output. Call eval() of the modules that change them before "
+                f"ql.torch.wrap. Got changes of {changed}."
             )
         return output
+
+    def _buffer_names(self, leaves: Mapping[str, Any]) -> list[str]:
+        return [name for name, _ in self.module.named_buffers() if name in leaves]
+
+    @contextlib.contextmanager
+    def _environment(
+        self, key: jax.Array, functions: KernelFunctions, scans: list[LayerScan]
+    ) -> Iterator[torchax.tensor.Environment]:
+        """Prepares PyTorch's and JAX's settings for one call of the module."""
+        env = torchax.default_env()
+        with contextlib.ExitStack() as stack:
+            # PyTorch asks for 64-bit integers, which JAX makes 32-bit ones, and adds
+            # axes as it broadcasts.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Explicitly requested dtype .?int64")
+            stack.enter_context(jax.numpy_rank_promotion("allow"))
+            stack.enter_context(self._modes())
+            for scan in scans:
+                stack.enter_context(scan.active())
+            stack.enter_context(env.override_property(prng=key))
+            stack.enter_context(env)
+            stack.enter_context(functions)
+            yield env
 
     def _checked_leaves(self, variables: Mapping[str, PyTree]) -> dict[str, Any]:
         unknown = sorted({*variables} - {"params", "lora"})
@@ -151,9 +163,7 @@ class WrappedModule:
             )
         return leaves
 
-    def _scans(
-        self, leaves: dict[str, Any], *, has_dropout: bool
-    ) -> tuple[list[LayerScan], dict[str, Any]]:
+    def _scans(self, leaves: dict[str, Any]) -> tuple[list[LayerScan], dict[str, Any]]:
         """Returns the scans of stacked layers, and the leaves that are not stacked."""
         scans, others = [], dict(leaves)
         for run, names in runs_of(leaves).items():
@@ -164,7 +174,7 @@ class WrappedModule:
             layers = [
                 self.module.get_submodule(f"{run.list_name}.{i}") for i in run.indices
             ]
-            scans.append(LayerScan(run, layers, stacks, has_dropout, self.policy))
+            scans.append(LayerScan(run, layers, stacks, self.policy))
         return scans, others
 
     @contextlib.contextmanager

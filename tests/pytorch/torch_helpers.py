@@ -88,9 +88,9 @@ def with_decoded_weights(module, base):
 
 def peft_model(module, base, lora):
     """Returns PEFT's model of the decoded weights with the same adapters."""
-    names = [name.removesuffix(".weight") for name in lora]
+    names = [name.removesuffix(".weight") for name in lora]  # of modules
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)
-    config.fan_in_fan_out = type(module).__name__.startswith("GPT2")
+    config.fan_in_fan_out = module.config.model_type == "gpt2"
     with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
         warnings.simplefilter("ignore", FutureWarning)
         model = peft.get_peft_model(with_decoded_weights(module, base), config)
@@ -119,4 +119,31 @@ def peft_loss_and_gradients(module, base, lora, ids):
         gradients[name] = jax.tree.unflatten(
             jax.tree.structure(adapter), [a.numpy(), b.numpy()]
         )
+    return loss.item(), gradients
+
+
+def gradients_in_pytorch(module, base, lora, ids):
+    """Returns PyTorch's loss, and the gradients of A and B from those of the weights.
+
+    In W + s A B, the gradients are dA = s dW B^T and dB = s A^T dW.
+    """
+    merged = ql.merge(base, lora)
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(np.asarray(merged[name])))
+    tokens = torch.tensor(ids)
+    logits = module(input_ids=tokens, use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    loss.backward()
+    gradients = {}
+    for name, adapter in lora.items():
+        grad = adapter.scaling * parameters[name].grad.numpy()
+        if adapter.geometry.kinds.endswith("nk"):  # [out, in]
+            grad = grad.swapaxes(-1, -2)
+        a, b = np.asarray(adapter.a), np.asarray(adapter.b)
+        arrays = [grad @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ grad]
+        gradients[name] = jax.tree.unflatten(jax.tree.structure(adapter), arrays)
     return loss.item(), gradients
