@@ -2,13 +2,14 @@
 
 from .arrays import params
 from .attention import register_attention
-from .init import init
+from .init import init, names
 from .layers import stack, unstack
 from .wrap import WrappedModule, wrap
 
 __all__ = [
     "WrappedModule",
     "init",
+    "names",
     "params",
     "register_attention",
     "stack",

@@ -1,6 +1,6 @@
 """The parameters and buffers of a PyTorch module as JAX arrays."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from .wrap import WrappedModule
 
 
-def module_of(model: "torch.nn.Module | WrappedModule") -> torch.nn.Module:
-    """Returns the module of a model, wrapped or not."""
-    module: Any = getattr(model, "module", model)
-    return module if isinstance(module, torch.nn.Module) else torch.nn.Module()
+def module_of(model: object) -> torch.nn.Module:
+    """Returns the module of a model, wrapped or not; else raises TypeError."""
+    if isinstance(model, torch.nn.Module):
+        return model
+    module = getattr(model, "module", None)  # of a `WrappedModule`
+    if isinstance(module, torch.nn.Module):
+        return module
+    raise TypeError(f"`model` must be a torch.nn.Module. Got {type(model).__name__}.")
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -33,6 +37,7 @@ def params(model: "torch.nn.Module | WrappedModule") -> dict[str, jax.Array]:
         model: The module, wrapped or not.
 
     Raises:
+        TypeError: If `model` is not a module.
         ValueError: If tensors are on the meta device, which are all listed.
 
     Example:

@@ -11,7 +11,7 @@ import torch
 
 import qlora_jax as ql
 
-from .arrays import module_of
+from .arrays import module_of, named_tensors
 from .layers import names_in
 from .wrap import WrappedModule
 
@@ -55,13 +55,18 @@ def init(
         >>> base["0.weight"].shape, lora["0.weight"].b.shape
         ((8, 64), (4, 8))
     """
-    roles = dict(kernel_roles(module_of(model)))
+    module = module_of(model)
+    roles = dict(kernel_roles(module))
+    owners = {
+        name: module.get_submodule(name.rpartition(".")[0])
+        for name in named_tensors(module)
+    }
     contract, problems = {}, []
     for name in filter(config.is_target, params):
         module_name = names_in(name)[0]  # a stack has the axes of its first layer
         kinds, setting = roles.get(module_name), config.contract_of(name)
         if kinds is None and setting is None:
-            owner = type(_owner(module_of(model), module_name)).__name__
+            owner = type(owners.get(module_name)).__name__
             problems.append(
                 f"{name}: the axes that its module, {owner}, contracts are not known. "
                 "Exclude it, or set `contract`."
@@ -99,5 +104,31 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
                     yield f"{dot}{name}", kinds
 
 
-def _owner(module: torch.nn.Module, name: str) -> torch.nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
+def names(model: torch.nn.Module | WrappedModule) -> ql.io.Names:
+    """Returns the names of a module's leaves in checkpoints, for `ql.io`.
+
+    They are PyTorch's own names. Pass trees that are not stacked (`unstack`).
+
+    Args:
+        model: The module, wrapped or not.
+
+    Raises:
+        TypeError: If `model` is not a module.
+
+    Example:
+        >>> import qlora_jax as ql, torch
+        >>> names = ql.torch.names(torch.nn.Linear(64, 8))
+        >>> names.of("weight").item(), names.roles("weight"), names.roles("bias")
+        ('weight', 'nk', '')
+    """
+    module = module_of(model)
+    roles = dict(kernel_roles(module))
+    entries: dict[str, ql.io.Entry] = {}
+    for name in named_tensors(module):
+        kinds = roles.get(name, "")
+        if kinds.startswith("b"):  # each expert is a part of one tensor
+            part = f"{name}.{{expert}}"
+            entries[name] = ql.io.Entry(part, roles=kinds[1:], parameter=name)
+        else:
+            entries[name] = ql.io.Entry(name, roles=kinds)
+    return ql.io.Names(entries)

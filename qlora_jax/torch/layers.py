@@ -1,5 +1,6 @@
 """Finds layers that are equal, and stacks their arrays."""
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -204,7 +205,8 @@ def _settings(module: torch.nn.Module) -> str:
     values = {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, plain) and name not in INDEX_NAMES
+        if name not in INDEX_NAMES
+        and (isinstance(value, plain) or inspect.isroutine(value))
     }
     return repr(sorted(values.items()))
 

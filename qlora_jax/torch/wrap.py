@@ -14,7 +14,7 @@ import torchax
 
 import qlora_jax as ql
 
-from .arrays import named_tensors
+from .arrays import module_of, named_tensors
 from .layers import names_in, runs_of
 from .scan import LayerScan
 from .weights import KernelFunctions, as_array, as_tensor, tensor_of
@@ -192,7 +192,9 @@ class WrappedModule:
                 modules[name].training = mode
 
 
-def wrap(module: torch.nn.Module, *, policy: Policy | None = None) -> WrappedModule:
+def wrap(
+    model: torch.nn.Module | WrappedModule, *, policy: Policy | None = None
+) -> WrappedModule:
     """Returns a PyTorch module as a pure function of JAX arrays.
 
     The code of the module runs in JAX while it is traced, through torchax. It may be
@@ -203,12 +205,13 @@ def wrap(module: torch.nn.Module, *, policy: Policy | None = None) -> WrappedMod
     wrapped after `module.train()`.
 
     Args:
-        module: The module. A wrapped module is returned unchanged.
+        model: The module. A wrapped module is returned unchanged, unless there is a
+            `policy`.
         policy: Which values of stacked layers are kept for the backward pass, as in
             `jax.checkpoint`; by default only their inputs.
 
     Raises:
-        TypeError: If `module` is not a PyTorch module.
+        TypeError: If `model` is not a PyTorch module.
 
     Example:
         >>> import jax, qlora_jax as ql, torch
@@ -218,14 +221,10 @@ def wrap(module: torch.nn.Module, *, policy: Policy | None = None) -> WrappedMod
         >>> apply({"params": params}, jax.numpy.ones((2, 64))).shape
         (2, 8)
     """
-    if isinstance(module, WrappedModule):
-        return module
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(
-            f"`module` must be a torch.nn.Module. Got {type(module).__name__}."
-        )
-    modes = {name: inner.training for name, inner in module.named_modules()}
-    return WrappedModule(module, modes, policy)
+    if isinstance(model, WrappedModule) and policy is None:
+        return model
+    modes = {name: m.training for name, m in module_of(model).named_modules()}
+    return WrappedModule(module_of(model), modes, policy)
 
 
 def _to_tensor(value: object) -> object:

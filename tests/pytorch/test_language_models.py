@@ -1,8 +1,11 @@
 """Models of transformers compute what they compute in PyTorch."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from tolerances import assert_close
@@ -15,6 +18,7 @@ from torch_helpers import (
     random_ids,
     random_model,
     torch_logits,
+    with_decoded_weights,
 )
 
 import qlora_jax as ql
@@ -89,6 +93,22 @@ def test_stacked_layers_and_experts_have_the_gradients_of_pytorch(kind):
     expected_loss, expected = gradients_in_pytorch(module, base, lora, ids)
     assert_close(np.asarray(loss), np.asarray(expected_loss))
     assert_close(ql.torch.unstack(gradients), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe"])
+def test_peft_loads_the_adapters(kind, tmp_path):
+    module, ids = random_model(kind, **CASES[kind]), random_ids()
+    model, base, lora = init(module, PROJECTIONS)
+    logits = logits_of(model, {"params": base, "lora": lora}, jnp.array(ids))
+    names = ql.torch.names(model)
+    # PEFT's `target_parameters` are for experts.
+    config = ql.io.peft_config(base, lora, names, fused=kind == "qwen3_moe")
+    ql.io.save_peft(tmp_path / "adapter", base, lora, names, config)
+    with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
+        warnings.simplefilter("ignore")
+        decoded = with_decoded_weights(module, base)
+        theirs = peft.PeftModel.from_pretrained(decoded, tmp_path / "adapter").eval()
+        assert_close(logits, torch_logits(theirs, ids))
 
 
 def test_experts_stay_packed():

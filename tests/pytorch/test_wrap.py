@@ -242,8 +242,9 @@ def test_names_must_be_those_of_the_module():
         lambda: model.apply({"params": params | {"x": 1}}, ARRAYS), "'x'", "up.bias"
     )
     refusal(lambda: model.apply({"weights": params}, ARRAYS), "'params'", "weights")
-    with pytest.raises(TypeError, match="torch.nn.Module. Got int"):
-        ql.torch.wrap(3)
+    for function in (ql.torch.wrap, ql.torch.params, ql.torch.names):
+        with pytest.raises(TypeError, match="torch.nn.Module. Got int"):
+            function(3)
 
 
 def test_a_cache_cannot_be_returned():
