@@ -233,9 +233,9 @@ class KernelFunctions(TorchFunctionMode):
         }
         return input.transposed() if is_last else NotImplemented
 
-    def transpose_last(self, input: KernelTensor) -> Any:
-        """Swaps the axes of a matrix, or the last two."""
-        return input.transposed()
+    def transpose_matrix(self, input: KernelTensor) -> Any:
+        """Computes `input.T`, which reverses all axes."""
+        return input.transposed() if input.ndim == 2 else NotImplemented
 
     def _grouped_product(
         self, x: torch.Tensor, weight: Any, offs: Any = None, **options: Any
@@ -266,16 +266,17 @@ def _values(args: tuple, kwargs: dict) -> Iterable[object]:
         yield from value if isinstance(value, list | tuple) else (value,)
 
 
+# The same product, under its older and its newer name.
 GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
 _Rule = Callable[..., Any]
 RULES: dict[Callable, _Rule] = {
     F.linear: KernelFunctions.linear,
     F.embedding: KernelFunctions.embedding,
     torch.addmm: KernelFunctions.addmm,
-    torch.Tensor.t: KernelFunctions.transpose_last,
-    torch.Tensor.T.__get__: KernelFunctions.transpose_last,  # pyright: ignore
-    torch.Tensor.mT.__get__: KernelFunctions.transpose_last,  # pyright: ignore
-    torch.t: KernelFunctions.transpose_last,
+    torch.Tensor.t: KernelFunctions.transpose_matrix,
+    torch.Tensor.T.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore
+    torch.Tensor.mT.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore
+    torch.t: KernelFunctions.transpose_matrix,
     torch.transpose: KernelFunctions.transpose,
     torch.Tensor.transpose: KernelFunctions.transpose,
     torch.matmul: KernelFunctions.product,

@@ -42,9 +42,9 @@ PAGE = """# PyTorch models that were tested
 
 `ql.torch` ran tiny random models of {rows} of the {kinds} types of causal language
 models in transformers. For {passed} of them, the logits of float weights and the loss
-on packed weights with adapters equal those of PyTorch, and the gradients are finite. The
-columns show the relative difference between the logits (Frobenius norm), the relative
-difference between the losses, and the number of packed weights.
+on packed weights with adapters equal those of PyTorch, and the gradients are finite.
+The columns show the relative difference between the logits (Frobenius norm), the
+relative difference between the losses, and the number of packed weights.
 `tests/pytorch/sweep.py` runs the models and writes this page.
 """
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -264,7 +264,7 @@ class Custom(torch.nn.Module):
         self.conv = torch.nn.Conv1d(32, 8, 3)
 
     def forward(self, x):
-        y = (x * self.gains.diagonal()) @ self.mix
+        y = (x * self.gains.diagonal()) @ self.mix.T.mT
         return self.conv(y.mT)
 
 
