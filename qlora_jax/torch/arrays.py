@@ -1,14 +1,23 @@
 """The parameters and buffers of a PyTorch module as JAX arrays."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import torch
 
-if TYPE_CHECKING:
-    from .wrap import WrappedModule
+
+class Wrapped(Protocol):
+    """A wrapped module."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module."""
+        ...
+
+
+Model = torch.nn.Module | Wrapped
 
 
 def module_of(model: object) -> torch.nn.Module:
@@ -26,7 +35,7 @@ def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def params(model: "torch.nn.Module | WrappedModule") -> dict[str, jax.Array]:
+def params(model: Model) -> dict[str, jax.Array]:
     """Returns copies of a module's parameters and buffers as JAX arrays, by name.
 
     Names are those of PyTorch, such as `"model.layers.0.mlp.up_proj.weight"`. Weights

@@ -11,16 +11,15 @@ import torch
 
 import qlora_jax as ql
 
-from .arrays import module_of, named_tensors
+from .arrays import Model, module_of, named_tensors
 from .layers import names_in
-from .wrap import WrappedModule
 
 PyTree = Any
 
 
 def init(
     key: jax.Array,
-    model: torch.nn.Module | WrappedModule,
+    model: Model,
     params: Mapping[str, PyTree],
     config: ql.QLoRAConfig,
     *,
@@ -104,7 +103,7 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
                     yield f"{dot}{name}", kinds
 
 
-def names(model: torch.nn.Module | WrappedModule) -> ql.io.Names:
+def names(model: Model) -> ql.io.Names:
     """Returns the names of a module's leaves in checkpoints, for `ql.io`.
 
     They are PyTorch's own names. Pass trees that are not stacked (`unstack`).

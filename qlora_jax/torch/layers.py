@@ -4,17 +4,13 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import torch
 
-from .arrays import module_of, named_tensors
-
-if TYPE_CHECKING:
-    from .wrap import WrappedModule
-
+from .arrays import Model, module_of, named_tensors
 
 PyTree = Any
 # "model.layers.1:13:3.mlp.weight" has the layers 1, 4, 7 and 10 of "model.layers".
@@ -54,9 +50,7 @@ class LayerRun:
         return [f"{self.list_name}.{index}.{rest}" for index in indices]
 
 
-def stack(
-    model: "torch.nn.Module | WrappedModule", tree: Mapping[str, PyTree]
-) -> dict[str, PyTree]:
+def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Returns a tree in which the arrays of equal layers are stacked.
 
     `apply` scans over stacked layers, and computes each again in the backward pass

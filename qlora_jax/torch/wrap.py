@@ -14,7 +14,7 @@ import torchax
 
 import qlora_jax as ql
 
-from .arrays import module_of, named_tensors
+from .arrays import Model, module_of, named_tensors
 from .layers import names_in, runs_of
 from .scan import LayerScan
 from .weights import KernelFunctions, as_array, as_tensor, tensor_of
@@ -192,9 +192,7 @@ class WrappedModule:
                 modules[name].training = mode
 
 
-def wrap(
-    model: torch.nn.Module | WrappedModule, *, policy: Policy | None = None
-) -> WrappedModule:
+def wrap(model: Model, *, policy: Policy | None = None) -> WrappedModule:
     """Returns a PyTorch module as a pure function of JAX arrays.
 
     The code of the module runs in JAX while it is traced, through torchax. It may be
