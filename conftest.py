@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -13,6 +14,9 @@ import jax
 import jaxtyping
 import pytest
 from hypothesis import settings
+
+# What needs PyTorch is tested where it is installed.
+collect_ignore = [] if importlib.util.find_spec("torchax") else ["qlora_jax/torch"]
 
 # Options of their own: `--closeness` and `--rounding-noise`.
 pytest_plugins = ["rounding_noise", "tolerances"]

@@ -1,6 +1,7 @@
 """QLoRA for JAX and Flax: frozen kernels in 4 bits and trainable LoRA adapters.
 
-`qlora_jax.linen` and `qlora_jax.nnx` integrate with Flax, and load on first use.
+`qlora_jax.linen` and `qlora_jax.nnx` integrate with Flax, and `qlora_jax.torch` with
+PyTorch. They load on first use.
 `qlora_jax.llm` fine-tunes and serves language models with these parts.
 """
 
@@ -83,6 +84,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What these import, such as Flax and Optax, is loaded only where they are used.
-    if name in __all__:
+    # `torch` is not in `__all__`: a star import would need PyTorch, and hide its name.
+    if name in __all__ or name == "torch":
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

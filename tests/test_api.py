@@ -5,6 +5,7 @@ Examples in docstrings run as doctests.
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import pathlib
 import pkgutil
@@ -16,6 +17,8 @@ import qlora_jax as ql
 from qlora_jax.llm import app, data, train
 
 PACKAGE = pathlib.Path(ql.__file__).parent
+# `ql.torch` needs an extra, and is not in `ql.__all__`.
+TORCH = [ql.torch] if importlib.util.find_spec("torchax") else []
 MODELS = PACKAGE.parent / "docs" / "api" / "models.md"
 
 
@@ -31,7 +34,7 @@ def public_objects():
             continue
         for inner in value.__all__:
             yield f"ql.{name}.{inner}", getattr(value, inner)
-    for module in (data, train, app):
+    for module in (data, train, app, *TORCH):
         for name in module.__all__:
             yield f"{module.__name__}.{name}", getattr(module, name)
     for name in re.findall(r"^::: qlora_jax\.(\S+)$", MODELS.read_text(), re.M):
@@ -142,12 +145,12 @@ def test_docstrings_name_no_private_code(name):
     assert not PRIVATE & {*re.findall(r"`(?:\w+\.)*(\w+)", doc)}
     # Other modules inside the package are private.
     modules = {*re.findall(r"\b(?:ql|qlora_jax)\.(\w+)\.\w+", doc)}
-    assert modules <= {*ql.__all__, "llm"}
+    assert modules <= {*ql.__all__, "llm", "torch"}
 
 
 def test_exports_are_sorted_and_real():
     modules = ql.io, ql.linen, ql.losses, ql.memory, ql.nnx, ql.optim, ql.sharding
-    modules = *modules, data, train, app
+    modules = *modules, data, train, app, *TORCH
     for module in (ql, *modules):
         assert sorted(module.__all__) == [*module.__all__]
         assert module.__doc__

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib.util
 import os
 import pathlib
 import pkgutil
@@ -15,8 +16,8 @@ import qlora_jax as ql
 
 PACKAGE = pathlib.Path(ql.__file__).parent
 LAYERS = [["_jax"], ["quant"], ["product"], ["adapters"], ["trees", "losses", "memory"]]
-LAYERS += [["linen", "optim", "io"], ["nnx"], ["__init__"], ["llm"]]
-# What the application imports from the library: public names, like any user.
+LAYERS += [["linen", "optim", "io"], ["nnx"], ["__init__"], ["llm", "torch"]]
+# What the application and `torch` import from the library: public names, like any user.
 AS_USERS = {"qlora_jax"} | {f"qlora_jax.{x}" for x in ("io", "linen", "nnx", "optim")}
 LLM_LAYERS = [["models", "gguf"], ["data"], ["train"], ["app"], ["cli"]]
 
@@ -79,6 +80,8 @@ def test_every_module_has_a_layer():
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"qlora_jax"}))
 def test_imports_run_down(name):
     def is_allowed(imported):
+        if folder(name) == "torch" and folder(imported) != "torch":
+            return imported in AS_USERS
         if folder(name) != "llm":
             is_below = LAYER[folder(imported)] < LAYER[folder(name)]
             return is_below or folder(imported) == folder(name)
@@ -109,7 +112,9 @@ def test_public_jax_only(name):
         ("optax", {"optim", "llm"}),
         ("grain", {"llm"}),
         ("jinja2", {"llm"}),
-        ("torch", set()),
+        ("torch", {"torch"}),
+        ("torchax", {"torch"}),
+        ("transformers", {"torch"}),
         ("safetensors", set()),
     ],
 )
@@ -123,6 +128,9 @@ def test_who_may_import(library, folders):
     assert {folder(n) for n in SOURCES if any(map(is_used, imports[n]))} == folders
 
 
+# `qlora_jax.torch` needs an extra.
+HAS_TORCHAX = importlib.util.find_spec("torchax") is not None
+INSTALLED = sorted(n for n in SOURCES if HAS_TORCHAX or folder(n) != "torch")
 INITS = [n for n in SOURCES if n.count(".") < 2 and SOURCES[n].stem == "__init__"]
 
 
@@ -154,7 +162,7 @@ def test_import_is_light():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["qlora_jax"], sorted(SOURCES)], ids=["root", "all"])
+@pytest.mark.parametrize("names", [["qlora_jax"], INSTALLED], ids=["root", "all"])
 def test_import_starts_no_backend(names):
     # JAX takes the number of devices only until a backend runs. A constant made by
     # `jnp` while a module is imported would start one.

@@ -1,6 +1,8 @@
 """Code in the README and on the site runs, and commands and links are valid."""
 
+import ast
 import importlib.metadata
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -51,10 +53,20 @@ def test_readme_runs(capsys):
 
 
 WITH_CODE = [page for page in DOCS if blocks(read(page), "python") and page != TRAPS]
+PYTORCH = "docs/guides/pytorch.md"
+needs_torchax = pytest.mark.skipif(
+    importlib.util.find_spec("torchax") is None, reason="needs the extra `torch`"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", WITH_CODE)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[needs_torchax] if page == PYTORCH else [])
+        for page in WITH_CODE
+    ],
+)
 def test_pages_run(page, capsys):
     # Use JAX's default option, as users and the libraries in the guides do.
     with jax.numpy_rank_promotion("allow"):
@@ -85,6 +97,10 @@ def test_every_public_name_is_in_the_api_reference():
     for module in (data, train, app):
         public += [f"{module.__name__}.{name}" for name in module.__all__]
     models = "qlora_jax.llm.models.", "qlora_jax.llm.gguf."
+    # `ql.torch` needs an extra, so its source says which names it has.
+    source = (ROOT / "qlora_jax/torch/__init__.py").read_text("utf-8")
+    torch_names = ast.literal_eval(source.partition("__all__ = ")[2])
+    public += [f"qlora_jax.torch.{name}" for name in torch_names]
     outside_models = [name for name in listed if not name.startswith(models)]
     assert sorted(outside_models) == sorted(public)
 

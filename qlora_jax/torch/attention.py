@@ -1,0 +1,162 @@
+"""Attention in JAX for the models of transformers."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+import torchax
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from .weights import as_array, as_tensor
+
+NAME = "qlora_jax"
+BLOCK = 256  # queries whose scores exist at the same time
+
+
+def register_attention() -> None:
+    """Makes `attn_implementation="qlora_jax"` known to transformers.
+
+    A model that is made with it computes attention in JAX, in blocks of queries whose
+    scores are computed again in the backward pass. Memory then grows with the number of
+    tokens, and not with its square. Grouped keys are not repeated. Masks are those of
+    transformers: windows, padding, and packed rows, in which `position_ids` start again
+    at 0 with each sequence.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> from transformers import AttentionInterface
+        >>> ql.torch.register_attention()
+        >>> "qlora_jax" in AttentionInterface()
+        True
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    # Without a mask, a causal and a bidirectional model would look alike.
+    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+    def make_mask(**kwargs: Any) -> Any:
+        return sdpa_mask(**{**kwargs, **always})
+
+    AttentionMaskInterface.register(NAME, make_mask)
+    AttentionInterface.register(NAME, attention)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Computes attention of transformers' tensors `[B, heads, T, Dh]`.
+
+    The mask contains what other arguments, such as `sliding_window`, say about it.
+    """
+    del kwargs
+    if position_bias is not None:
+        raise NotImplementedError(
+            f"attention {NAME!r} does not add `position_bias`. Use "
+            'attn_implementation="eager" for this model.'
+        )
+    q, k, v = (as_array(x) for x in (query, key, value))
+    mask = None if attention_mask is None else as_array(attention_mask)
+    if mask is None:
+        is_causal = (
+            getattr(module, "is_causal", True) if is_causal is None else is_causal
+        )
+        tokens, sources = q.shape[2], k.shape[2]
+        mask = jnp.ones((1, 1, tokens, sources), bool)
+        if is_causal and tokens > 1:
+            mask = jnp.tril(mask)
+    elif mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"masks of attention {NAME!r} must be bool, True where a token is seen. "
+            f"Got {mask.dtype}."
+        )
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = None if s_aux is None else as_array(s_aux)
+    rng = torchax.default_env().get_and_rotate_prng_key() if dropout else None
+    y = attend(
+        q, k, v, mask, scale=scale, soft_cap=softcap, sinks=sinks, rate=dropout, rng=rng
+    )
+    return as_tensor(y.swapaxes(1, 2)), None
+
+
+def attend(
+    query: Float[Array, "B H T Dh"],
+    key: Float[Array, "B K S Dh"],
+    value: Float[Array, "B K S Dv"],
+    mask: Bool[Array, "B _ T S"],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    rate: float = 0.0,
+    rng: Array | None = None,
+) -> Float[Array, "B H T Dv"]:
+    """Returns attention in the dtype of `query`, computed in blocks of queries."""
+    batch, heads, tokens, size = query.shape
+    groups = key.shape[1]
+    query = query.reshape(batch, groups, heads // groups, tokens, size)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
+
+    @jax.checkpoint
+    def attend_block(block: tuple) -> Array:
+        q, visible, block_key = block  # [B, K, G, t, Dh] and [B, 1 or H, t, S]
+        scores = jnp.einsum(
+            "bkgtd,bksd->bkgts", q, key, preferred_element_type=jnp.float32
+        )
+        scores = scores * scale
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        # A mask for each head is [B, K, G, t, S]; one for all heads is [B, 1, 1, t, S].
+        by_group = visible.shape[1] > 1
+        shape = (groups, heads // groups) if by_group else (1, 1)
+        visible = visible.reshape(-1, *shape, *visible.shape[2:])
+        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+        highest = scores.max(-1, keepdims=True)
+        if sinks is not None:
+            highest = jnp.maximum(highest, sinks)
+        highest = lax.stop_gradient(highest)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        if sinks is not None:  # a sink takes weight, and has no value
+            total = total + jnp.exp(sinks - highest)
+        weights = weights / total
+        if rate:
+            is_kept = jax.random.bernoulli(block_key, 1 - rate, weights.shape)
+            weights = jnp.where(is_kept, weights / (1 - rate), 0)
+        return jnp.einsum("bkgts,bksd->bkgtd", weights.astype(value.dtype), value)
+
+    count = -(-tokens // BLOCK)
+    keys = None if rng is None else jax.random.split(rng, count)
+    if count == 1:
+        mixed = attend_block((query, mask, None if keys is None else keys[0]))
+    else:
+        split = functools.partial(_split_tokens, count=count)
+        blocks = lax.map(attend_block, (split(query), split(mask), keys))
+        mixed = jnp.moveaxis(blocks, 0, 3)  # [B, K, G, blocks, t, Dv]
+        mixed = mixed.reshape(*mixed.shape[:3], count * BLOCK, -1)[..., :tokens, :]
+    return mixed.reshape(batch, heads, tokens, -1).astype(query.dtype)
+
+
+def _split_tokens(x: Array, count: int) -> Array:
+    """Returns blocks of the second-to-last axis, on a new first axis."""
+    padding = [(0, 0)] * x.ndim
+    padding[-2] = (0, count * BLOCK - x.shape[-2])
+    x = jnp.pad(x, padding)
+    blocks = x.reshape(*x.shape[:-2], count, BLOCK, x.shape[-1])
+    return jnp.moveaxis(blocks, -3, 0)

@@ -1,0 +1,133 @@
+"""`init` packs the weights of a PyTorch module, and gives them adapters."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import torch
+
+import qlora_jax as ql
+
+from .arrays import Model, module_of, named_tensors
+from .layers import names_in
+
+PyTree = Any
+
+
+def init(
+    key: jax.Array,
+    model: Model,
+    params: Mapping[str, PyTree],
+    config: ql.QLoRAConfig,
+    *,
+    donate: bool = False,
+) -> tuple[dict[str, PyTree], dict]:
+    r"""Returns a module's parameters with packed targets, and a tree of adapters.
+
+    Like `qlora_jax.init`, but the module says which axes of its weights are contracted:
+    those of `torch.nn.Linear` are `[out, in]`, those of transformers' `Conv1D` are
+    `[in, out]`, `torch.nn.Embedding` has a table, and the experts of transformers are
+    stacks of matrices. Other weights need `config.contract`, and are decoded where
+    their module uses them for anything but a product or a lookup.
+
+    Args:
+        key: PRNG key for A.
+        model: The module, wrapped or not. It may be on the meta device.
+        params: Its parameters and buffers by name, as `ql.torch.params` returns them.
+        config: The targets, by PyTorch's names, and how to pack and adapt them.
+        donate: As in `qlora_jax.init`.
+
+    Raises:
+        TypeError: As `qlora_jax.init`.
+        ValueError: As `qlora_jax.init`, or if the module does not say how targets are
+            contracted, or contradicts `config.contract`. All of these are listed.
+
+    Example:
+        >>> import jax, qlora_jax as ql, torch
+        >>> module = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU())
+        >>> config = ql.QLoRAConfig(rank=4, targets=r".*\.weight")
+        >>> base, lora = ql.torch.init(
+        ...     jax.random.key(0), module, ql.torch.params(module), config)
+        >>> base["0.weight"].shape, lora["0.weight"].b.shape
+        ((8, 64), (4, 8))
+    """
+    module = module_of(model)
+    roles = dict(kernel_roles(module))
+    owners = {
+        name: module.get_submodule(name.rpartition(".")[0])
+        for name in named_tensors(module)
+    }
+    contract, problems = {}, []
+    for name in filter(config.is_target, params):
+        module_name = names_in(name)[0]  # a stack has the axes of its first layer
+        kinds, setting = roles.get(module_name), config.contract_of(name)
+        if kinds is None and setting is None:
+            owner = type(owners.get(module_name)).__name__
+            problems.append(
+                f"{name}: the axes that its module, {owner}, contracts are not known. "
+                "Exclude it, or set `contract`."
+            )
+        elif kinds is not None and setting not in (None, kinds):
+            problems.append(
+                f"{name}: its axes are {kinds!r}. Got contract={setting!r}."
+            )
+        elif kinds is not None:
+            contract[re.escape(name)] = kinds
+    if problems:
+        listing = "\n  ".join(problems)
+        raise ValueError(f"these weights cannot be targets:\n  {listing}")
+    settings: Any = config.contract  # a dict, once the config is made
+    config = dataclasses.replace(config, contract={**contract, **settings})
+    return ql.init(key, dict(params), config, donate=donate)
+
+
+def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """Yields the names of weights and the roles of their axes, as in `contract`."""
+    # Transformers is only asked if it made the module.
+    utils: Any = sys.modules.get("transformers.pytorch_utils")
+    for prefix, inner in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(inner, torch.nn.Linear):
+            yield f"{dot}weight", "nk"
+        elif isinstance(inner, torch.nn.Embedding):
+            yield f"{dot}weight", "kn"
+        elif utils is not None and isinstance(inner, utils.Conv1D):
+            yield f"{dot}weight", "kn"
+        elif isinstance(getattr(inner, "is_transposed", None), bool):
+            kinds = "bkn" if inner.is_transposed else "bnk"
+            for name, tensor in inner.named_parameters(recurse=False):
+                if tensor.ndim == 3:
+                    yield f"{dot}{name}", kinds
+
+
+def names(model: Model) -> ql.io.Names:
+    """Returns the names of a module's leaves in checkpoints, for `ql.io`.
+
+    They are PyTorch's own names. Pass trees that are not stacked (`unstack`).
+
+    Args:
+        model: The module, wrapped or not.
+
+    Raises:
+        TypeError: If `model` is not a module.
+
+    Example:
+        >>> import qlora_jax as ql, torch
+        >>> names = ql.torch.names(torch.nn.Linear(64, 8))
+        >>> names.of("weight").item(), names.roles("weight"), names.roles("bias")
+        ('weight', 'nk', '')
+    """
+    module = module_of(model)
+    roles = dict(kernel_roles(module))
+    entries: dict[str, ql.io.Entry] = {}
+    for name in named_tensors(module):
+        kinds = roles.get(name, "")
+        if kinds.startswith("b"):  # each expert is a part of one tensor
+            part = f"{name}.{{expert}}"
+            entries[name] = ql.io.Entry(part, roles=kinds[1:], parameter=name)
+        else:
+            entries[name] = ql.io.Entry(name, roles=kinds)
+    return ql.io.Names(entries)

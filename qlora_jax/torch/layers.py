@@ -1,0 +1,216 @@
+"""Finds layers that are equal, and stacks their arrays."""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from .arrays import Model, module_of, named_tensors
+
+PyTree = Any
+# "model.layers.1:13:3.mlp.weight" has the layers 1, 4, 7 and 10 of "model.layers".
+STACKED_NAME = re.compile(r"(.*?)\.(\d+):(\d+):(\d+)\.(.*)")
+# Attributes by which a layer knows its index. They only matter for caches.
+INDEX_NAMES = {"layer_idx", "layer_id", "layer_number"}
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """Layers of a `ModuleList` that repeat with a period."""
+
+    list_name: str  # name of the ModuleList
+    start: int
+    stop: int
+    period: int
+
+    @property
+    def indices(self) -> range:
+        """The indices of all layers."""
+        return range(self.start, self.stop)
+
+    def stacked_name(self, position: int, rest: str) -> str:
+        """Returns the name of a stack of tensors, at a position in the period."""
+        start, stop = self.start + position, self.stop - self.period + position + 1
+        return f"{self.list_name}.{start}:{stop}:{self.period}.{rest}"
+
+    def position_of(self, stacked_name: str) -> tuple[int, str]:
+        """Returns the position of a stack in the period, and its name in the layer."""
+        match = STACKED_NAME.fullmatch(stacked_name)
+        assert match is not None
+        return int(match[2]) - self.start, match[5]
+
+    def names(self, position: int, rest: str) -> list[str]:
+        """Returns the names of the tensors of a stack."""
+        indices = range(self.start + position, self.stop, self.period)
+        return [f"{self.list_name}.{index}.{rest}" for index in indices]
+
+
+def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Returns a tree in which the arrays of equal layers are stacked.
+
+    `apply` scans over stacked layers, and computes each again in the backward pass
+    (`jax.checkpoint`). It then compiles one layer instead of all, and keeps only the
+    input of each. Layers of a `ModuleList` are equal if their classes, their settings,
+    and the shapes of their tensors are. They may repeat with a period, as in models
+    with three linear-attention layers before each full one: then one period is scanned.
+    The layers must run one after another, each on the output of the previous one.
+
+    The stack of layers 0 to 15 has a name such as `"model.layers.0:16:1.mlp.weight"`,
+    with the start, stop and step of a Python slice.
+
+    Args:
+        model: The module, wrapped or not.
+        tree: Its parameters, or a base or lora tree of them.
+
+    Raises:
+        ValueError: If arrays of equal layers cannot be stacked, because they are packed
+            differently.
+
+    Example:
+        >>> import jax, qlora_jax as ql, torch
+        >>> class Layers(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         layers = [torch.nn.Linear(8, 8) for _ in range(3)]
+        ...         self.layers = torch.nn.ModuleList(layers)
+        ...     def forward(self, x):
+        ...         for layer in self.layers:
+        ...             x = layer(x)
+        ...         return x
+        >>> params = ql.torch.stack(Layers(), ql.torch.params(Layers()))
+        >>> {name: x.shape for name, x in params.items()}
+        {'layers.0:3:1.weight': (3, 8, 8), 'layers.0:3:1.bias': (3, 8)}
+    """
+    stacked = dict(tree)
+    module = module_of(model)
+    for run in find_runs(module):
+        for position in range(run.period):
+            layer = module.get_submodule(f"{run.list_name}.{run.start + position}")
+            for rest in named_tensors(layer):
+                names = run.names(position, rest)
+                if not any(name in stacked for name in names):
+                    continue
+                leaves = [stacked.pop(name, None) for name in names]
+                new_name = run.stacked_name(position, rest)
+                stacked[new_name] = _stack_leaves(new_name, leaves)
+    return stacked
+
+
+def unstack(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Returns a tree with each layer's own arrays: the inverse of `stack`.
+
+    Args:
+        tree: A tree that `stack` returned, or a base or lora tree of it.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> sorted(ql.torch.unstack({"layers.0:3:1.bias": jnp.ones((3, 8))}))
+        ['layers.0.bias', 'layers.1.bias', 'layers.2.bias']
+    """
+    leaves = {}
+    for name, leaf in tree.items():
+        names = names_in(name)
+        if names == [name]:
+            leaves[name] = leaf
+            continue
+        for index, layer_name in enumerate(names):
+            leaves[layer_name] = jax.tree.map(lambda x, i=index: x[i], leaf)
+    return leaves
+
+
+def names_in(name: str) -> list[str]:
+    """Returns the module's names for the tensors in an array, which may be a stack."""
+    match = STACKED_NAME.fullmatch(name)
+    if match is None:
+        return [name]
+    list_name, start, stop, step, rest = match.groups()
+    indices = range(int(start), int(stop), int(step))
+    return [f"{list_name}.{index}.{rest}" for index in indices]
+
+
+def runs_of(names: Mapping[str, PyTree]) -> dict[LayerRun, list[str]]:
+    """Returns the runs of layers whose stacks have these names, with their names."""
+    matches = [(name, STACKED_NAME.fullmatch(name)) for name in names]
+    stacks = sorted(
+        (m[1], int(m[2]), int(m[3]), int(m[4]), name) for name, m in matches if m
+    )
+    runs: dict[LayerRun, list[str]] = {}
+    run = LayerRun("", 0, 0, 1)
+    for list_name, start, stop, period, name in stacks:
+        # Stacks are sorted by start: those of a run start in its first period.
+        is_next = (list_name, period) == (run.list_name, run.period)
+        if not is_next or start >= run.start + period:
+            count = len(range(start, stop, period))
+            run = LayerRun(list_name, start, start + count * period, period)
+        runs.setdefault(run, []).append(name)
+    return runs
+
+
+def find_runs(module: torch.nn.Module) -> Iterator[LayerRun]:
+    """Yields the runs of equal layers of every outermost `ModuleList`."""
+    outermost: list[str] = []
+    for name, inner in module.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in outermost)
+        if isinstance(inner, torch.nn.ModuleList) and not is_inside:
+            outermost.append(name)
+            signatures = [_signature(layer) for layer in inner]
+            for start, stop, period in _periodic(signatures, 0, len(signatures)):
+                yield LayerRun(name, start, stop, period)
+
+
+def _periodic(
+    signatures: list[tuple], start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yields the longest runs between two indices, as (start, stop, period)."""
+    best = (0, 0, 0, 0)  # number of layers, and the run
+    for period in range(1, (stop - start) // 2 + 1):
+        first = start
+        for index in range(start, stop - period + 1):
+            is_last = index + period == stop
+            if is_last or signatures[index] != signatures[index + period]:
+                # Layers `first` to `index + period` repeat; whole periods count.
+                count = (index + period - first) // period * period
+                if count >= 2 * period and count > best[0]:
+                    best = (count, first, first + count, period)
+                first = index + 1
+    count, first, last, period = best
+    if count:
+        yield from _periodic(signatures, start, first)
+        yield first, last, period
+        yield from _periodic(signatures, last, stop)
+
+
+def _signature(layer: torch.nn.Module) -> tuple:
+    """Returns what equal layers have in common."""
+    tensors = named_tensors(layer).items()
+    return (
+        tuple((name, tuple(x.shape), x.dtype) for name, x in tensors),
+        tuple((name, type(m), _settings(m)) for name, m in layer.named_modules()),
+    )
+
+
+def _settings(module: torch.nn.Module) -> str:
+    plain = (bool, int, float, str, tuple, torch.dtype)
+    values = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in INDEX_NAMES
+        and (isinstance(value, plain) or inspect.isroutine(value))
+    }
+    return repr(sorted(values.items()))
+
+
+def _stack_leaves(name: str, leaves: list[PyTree]) -> PyTree:
+    structures = {jax.tree.structure(leaf) for leaf in leaves}
+    if None in leaves or len(structures) > 1:
+        kinds = sorted({"none" if x is None else type(x).__name__ for x in leaves})
+        raise ValueError(
+            f"the leaves of equal layers must be packed and adapted alike. Got {kinds} "
+            f"with different settings for {name}."
+        )
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)

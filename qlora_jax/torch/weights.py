@@ -1,0 +1,287 @@
+"""Kernels that take the place of a PyTorch module's weights."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import torch
+import torch.nn.functional as F
+import torchax
+from jax.typing import DTypeLike
+from torch.overrides import TorchFunctionMode
+from torchax.ops.mappings import j2t_dtype
+
+import qlora_jax as ql
+
+Leaf = Any  # an array, a kernel, or an `AdaptedKernel`
+
+
+def as_tensor(array: jax.Array) -> torch.Tensor:
+    """Returns a JAX array as a tensor, for code that runs in torchax's environment."""
+    return torchax.tensor.Tensor(array, torchax.default_env())
+
+
+def as_array(tensor: torch.Tensor) -> jax.Array:
+    """Returns the JAX array of a tensor of torchax."""
+    return torchax.default_env().t2j_iso(tensor)
+
+
+def is_kernel(leaf: Leaf) -> bool:
+    """Returns whether a leaf is packed, or trained through its packing."""
+    return isinstance(leaf, ql.QTensor | ql.StraightThrough)
+
+
+def tensor_of(leaf: Leaf) -> torch.Tensor:
+    """Returns a leaf of a combined tree as the tensor that its module reads."""
+    if not isinstance(leaf, ql.AdaptedKernel):
+        if is_kernel(leaf):
+            return KernelTensor.of(leaf, None)
+        return as_tensor(jnp.asarray(leaf))
+    # An array that is trained in full replaces the frozen one.
+    if isinstance(leaf.lora, ql.Trained):
+        return as_tensor(ql.merge(leaf.base, leaf.lora))
+    return KernelTensor.of(leaf.base, leaf.lora)
+
+
+class Placeholder(torch.Tensor):
+    """A tensor with a shape and a dtype, and without data."""
+
+    struct: jax.ShapeDtypeStruct
+    # Without it, reading an attribute would call the function of PyTorch that reads it.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    def __new__(cls, shape: Sequence[int], dtype: DTypeLike) -> Self:
+        """Makes a tensor without data."""
+        device = torch.device("meta")
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=j2t_dtype(dtype), device=device
+        )
+        self.struct = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        return self
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: object, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        """Raises: functions of placeholders go through `KernelFunctions`."""
+        raise NotImplementedError(
+            f"this tensor can only be used in `apply` of a wrapped module. Got {func}."
+        )
+
+    # Modules may read these. The device is that of torchax's tensors.
+    shape = property(lambda self: torch.Size(self.struct.shape))  # pyright: ignore
+    ndim = property(lambda self: len(self.struct.shape))  # pyright: ignore
+    dtype = property(lambda self: j2t_dtype(self.struct.dtype))  # pyright: ignore
+    device = property(lambda self: torch.device("jax:0"))  # pyright: ignore
+
+
+class PendingOutput(Placeholder):
+    """The output of a layer that will run later, in a scan (see scan.py)."""
+
+    source_scan: object
+    list_name: str
+
+
+class KernelTensor(Placeholder):
+    """A kernel and its adapter as the tensor that a module sees."""
+
+    base: Leaf
+    lora: Any
+    is_transposed: bool  # whether the last two axes are swapped
+
+    @classmethod
+    def of(cls, base: Leaf, lora: Any, is_transposed: bool = False) -> "KernelTensor":
+        """Returns the tensor of a kernel."""
+        shape = list(base.shape)
+        if is_transposed:
+            shape[-2:] = reversed(shape[-2:])
+        self = cls(shape, base.dtype)
+        self.base, self.lora, self.is_transposed = base, lora, is_transposed
+        return self
+
+    @property
+    def roles(self) -> str:
+        """The roles of the axes, such as "nk": n output, k contracted, b batch."""
+        kernel = self.base if is_kernel(self.base) else self.lora
+        roles = kernel.geometry.roles(self.ndim)
+        return roles[:-2] + roles[:-3:-1] if self.is_transposed else roles
+
+    def transposed(self) -> "KernelTensor":
+        """Returns the tensor with its last two axes swapped."""
+        return KernelTensor.of(self.base, self.lora, not self.is_transposed)
+
+    def decoded(self) -> torch.Tensor:
+        """Returns the float weights, with the adapter added."""
+        if self.lora is None:
+            weight = ql.dequantize(self.base)
+        else:
+            weight = ql.merge(self.base, self.lora)
+        return as_tensor(weight.swapaxes(-1, -2) if self.is_transposed else weight)
+
+
+@dataclass
+class KernelFunctions(TorchFunctionMode):
+    """Computes PyTorch's functions of kernels, while it is active.
+
+    Products and lookups use the packed weights. All other functions get the decoded
+    weights, with the adapter added.
+    """
+
+    has_dropout: bool  # whether the adapters' dropout is active
+
+    def __post_init__(self):
+        super().__init__()
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        """Runs a function of PyTorch."""
+        kwargs = kwargs or {}
+        if func in GROUPED_PRODUCTS:
+            return self._grouped_product(*args, **kwargs)
+        placeholders = [x for x in _values(args, kwargs) if isinstance(x, Placeholder)]
+        if not placeholders:
+            return func(*args, **kwargs)
+        for placeholder in placeholders:
+            if isinstance(placeholder, PendingOutput):
+                raise ValueError(
+                    f"the layers of {placeholder.list_name!r} cannot be scanned: the "
+                    f"output of one is read by {func.__name__} before the next one "
+                    "runs. Pass trees that are not stacked."
+                )
+        result = NotImplemented
+        if (rule := RULES.get(func)) is not None:
+            result = rule(self, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        args, kwargs = jax.tree.map(self._decode, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _decode(self, weight: Any) -> Any:
+        if not isinstance(weight, KernelTensor):
+            return weight
+        # Dropout acts on the input of A. Merged weights have no such input.
+        if self.has_dropout and getattr(weight.lora, "dropout", 0):
+            raise ValueError(
+                "adapters of weights that a module reads itself must not have dropout. "
+                f"Got dropout={weight.lora.dropout} for a weight of shape "
+                f"{tuple(weight.shape)}."
+            )
+        return weight.decoded()
+
+    def _key(self, lora: Any) -> jax.Array | None:
+        is_active = self.has_dropout and getattr(lora, "dropout", 0)
+        return torchax.default_env().get_and_rotate_prng_key() if is_active else None
+
+    def product(self, x: torch.Tensor, weight: KernelTensor) -> Any:
+        """Computes `x @ weight`, if the weight is `[K, N]` as it is seen."""
+        if (
+            _is_kernel_tensor(x)
+            or not _is_kernel_tensor(weight)
+            or weight.roles != "kn"
+        ):
+            return NotImplemented
+        lora = weight.lora
+        y = ql.apply(weight.base, lora, as_array(x), dropout_key=self._key(lora))
+        return as_tensor(y)
+
+    def linear(
+        self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
+    ) -> Any:
+        """Computes `F.linear`."""
+        if not _is_kernel_tensor(weight) or _is_kernel_tensor(bias):
+            return NotImplemented
+        y = self.product(input, weight.transposed())
+        return y if y is NotImplemented or bias is None else y + bias
+
+    def addmm(
+        self, input: torch.Tensor, mat1: torch.Tensor, mat2: Any, **factors: float
+    ) -> Any:
+        """Computes `torch.addmm`, as in the `Conv1D` of GPT-2."""
+        y = NotImplemented if factors else self.product(mat1, mat2)
+        return y if y is NotImplemented else input + y
+
+    def embedding(
+        self,
+        input: torch.Tensor,
+        weight: Any,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *_: object,
+        **options: object,
+    ) -> Any:
+        """Computes `F.embedding`. The padding only matters for gradients of a table."""
+        if (
+            max_norm is not None
+            or not _is_kernel_tensor(weight)
+            or weight.is_transposed
+        ):
+            return NotImplemented
+        if self.has_dropout and getattr(weight.lora, "dropout", 0):
+            return NotImplemented
+        return as_tensor(ql.lookup(weight.base, weight.lora, as_array(input)))
+
+    def transpose(self, input: KernelTensor, *axes: int, **named: int) -> Any:
+        """Swaps the last two axes."""
+        axes = axes or (*named.values(),) or (0, 1)
+        is_last = {axis % input.ndim for axis in axes} == {
+            input.ndim - 2,
+            input.ndim - 1,
+        }
+        return input.transposed() if is_last else NotImplemented
+
+    def transpose_matrix(self, input: KernelTensor) -> Any:
+        """Computes `input.T`, which reverses all axes."""
+        return input.transposed() if input.ndim == 2 else NotImplemented
+
+    def _grouped_product(
+        self, x: torch.Tensor, weight: Any, offs: Any = None, **options: Any
+    ) -> Any:
+        # Group i has the rows from offs[i - 1] to offs[i].
+        if offs is None or any(value is not None for value in options.values()):
+            raise NotImplementedError(
+                "grouped products must have only `offs`. Got "
+                f"{sorted({**options, 'offs': offs})}."
+            )
+        rows = as_array(x)
+        sizes = jnp.diff(as_array(offs), prepend=jnp.zeros(1, jnp.int32))
+        if _is_kernel_tensor(weight) and weight.roles == "bkn":
+            key = self._key(weight.lora)
+            y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, dropout_key=key)
+        else:
+            y = jax.lax.ragged_dot(rows, as_array(self._decode(weight)), sizes)
+        return as_tensor(y)
+
+
+def _is_kernel_tensor(value: object) -> bool:
+    return isinstance(value, KernelTensor)
+
+
+def _values(args: tuple, kwargs: dict) -> Iterable[object]:
+    # Functions take tensors as arguments, or in lists and tuples, as `torch.cat` does.
+    for value in itertools.chain(args, kwargs.values()):
+        yield from value if isinstance(value, list | tuple) else (value,)
+
+
+# The same product, under its older and its newer name.
+GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
+_Rule = Callable[..., Any]
+RULES: dict[Callable, _Rule] = {
+    F.linear: KernelFunctions.linear,
+    F.embedding: KernelFunctions.embedding,
+    torch.addmm: KernelFunctions.addmm,
+    torch.Tensor.t: KernelFunctions.transpose_matrix,
+    torch.Tensor.T.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore
+    torch.Tensor.mT.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore
+    torch.t: KernelFunctions.transpose_matrix,
+    torch.transpose: KernelFunctions.transpose,
+    torch.Tensor.transpose: KernelFunctions.transpose,
+    torch.matmul: KernelFunctions.product,
+    torch.mm: KernelFunctions.product,
+    torch.Tensor.matmul: KernelFunctions.product,
+    torch.Tensor.__matmul__: KernelFunctions.product,
+    torch.Tensor.mm: KernelFunctions.product,
+}

@@ -1,0 +1,251 @@
+"""`wrap` makes a pure function of a PyTorch module."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchax
+
+import qlora_jax as ql
+
+from .arrays import Model, module_of, named_tensors
+from .layers import names_in, runs_of
+from .scan import LayerScan
+from .weights import KernelFunctions, as_array, as_tensor, tensor_of
+
+PyTree = Any
+Policy = Callable[..., bool]
+
+
+@dataclass(frozen=True, eq=False)
+class WrappedModule:
+    """A PyTorch module as a pure function of JAX arrays; made by `wrap`.
+
+    Attributes:
+        module: The module. It does not change.
+        training: The modes of its modules when it was wrapped, by name: True after
+            `module.train()`, and False after `module.eval()`.
+        policy: The policy of `jax.checkpoint` for stacked layers, as in `wrap`.
+
+    Example:
+        >>> import jax, qlora_jax as ql, torch
+        >>> model = ql.torch.wrap(torch.nn.Linear(64, 8).eval())
+        >>> params = ql.torch.params(model)
+        >>> model.apply({"params": params}, jax.numpy.ones((2, 64))).shape
+        (2, 8)
+    """
+
+    module: torch.nn.Module
+    training: Mapping[str, bool] = field(repr=False)
+    policy: Policy | None = None
+
+    def apply(
+        self,
+        variables: Mapping[str, PyTree],
+        *args: PyTree,
+        dropout_key: jax.Array | None = None,
+        **kwargs: PyTree,
+    ) -> PyTree:
+        """Returns the output of the module's `forward` as JAX arrays.
+
+        Args:
+            variables: `"params"` is the base tree, with the module's parameters and
+                buffers by name, or a combined tree. `"lora"` is the lora tree, if it is
+                separate.
+            *args: Passed to the module, with JAX and NumPy arrays as tensors.
+            dropout_key: PRNG key of the module's random numbers and of the adapters'
+                dropout, for a module in training mode.
+            **kwargs: Passed to the module, like `args`.
+
+        Returns:
+            What the module returns, with JAX arrays in place of tensors. Dicts and the
+            outputs of transformers are plain dicts.
+
+        Raises:
+            TypeError: If the module returns something that is neither a tensor nor a
+                number, nor a container of them.
+            ValueError: If names are missing from `"params"` or unknown, an adapter does
+                not fit its kernel, the module draws random numbers and `dropout_key` is
+                None, the module is in evaluation mode and `dropout_key` is set, or the
+                module changes its buffers, as batch normalization does in training
+                mode.
+
+        Example:
+            >>> import jax, qlora_jax as ql, torch
+            >>> model = ql.torch.wrap(torch.nn.Linear(64, 8).eval())
+            >>> config = ql.QLoRAConfig(rank=4, targets="weight")
+            >>> base, lora = ql.torch.init(
+            ...     jax.random.key(0), model, ql.torch.params(model), config)
+            >>> x = jax.numpy.ones((2, 64))
+            >>> model.apply({"params": base, "lora": lora}, x).shape
+            (2, 8)
+        """
+        # 1. Check the names and the key, and put tensors in the place of arrays.
+        leaves = self._checked_leaves(variables)
+        if dropout_key is not None and not any(self.training.values()):
+            raise ValueError(
+                "`dropout_key` must be None for a module in evaluation mode. Call "
+                "module.train() before ql.torch.wrap. Got a key."
+            )
+        scans, leaves = self._scans(leaves)
+        tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
+        buffers = {name: as_array(tensors[name]) for name in self._buffer_names(leaves)}
+        args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
+        # 2. Run the module. Without a key, the constant key shows afterwards whether
+        #    random numbers were drawn.
+        key = jax.random.key(0) if dropout_key is None else dropout_key
+        functions = KernelFunctions(has_dropout=dropout_key is not None)
+        with self._environment(key, functions, scans) as env:
+            # Weights that are tied have one name in `tensors`.
+            output = torch.func.functional_call(self.module, tensors, args, kwargs)
+            drew_numbers = env.prng_key is not key
+            output = _to_arrays(output)
+        # 3. Refuse results that would be wrong or lost.
+        if drew_numbers and dropout_key is None:
+            raise ValueError(
+                "`dropout_key` must be a key: the module draws random numbers. For a "
+                "module without dropout, call module.eval() before ql.torch.wrap. Got "
+                "None."
+            )
+        if changed := [n for n, x in buffers.items() if as_array(tensors[n]) is not x]:
+            raise ValueError(
+                "the module must not change its buffers, because `apply` returns only "
+                "its output. Call eval() of the modules that change them before "
+                f"ql.torch.wrap. Got changes of {changed}."
+            )
+        return output
+
+    def _buffer_names(self, leaves: Mapping[str, Any]) -> list[str]:
+        return [name for name, _ in self.module.named_buffers() if name in leaves]
+
+    @contextlib.contextmanager
+    def _environment(
+        self, key: jax.Array, functions: KernelFunctions, scans: list[LayerScan]
+    ) -> Iterator[torchax.tensor.Environment]:
+        """Prepares PyTorch's and JAX's settings for one call of the module."""
+        env = torchax.default_env()
+        with contextlib.ExitStack() as stack:
+            # PyTorch asks for 64-bit integers, which JAX makes 32-bit ones, and adds
+            # axes as it broadcasts.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Explicitly requested dtype .?int64")
+            stack.enter_context(jax.numpy_rank_promotion("allow"))
+            stack.enter_context(self._modes())
+            for scan in scans:
+                stack.enter_context(scan.active())
+            stack.enter_context(env.override_property(prng=key))
+            stack.enter_context(env)
+            stack.enter_context(functions)
+            yield env
+
+    def _checked_leaves(self, variables: Mapping[str, PyTree]) -> dict[str, Any]:
+        unknown = sorted({*variables} - {"params", "lora"})
+        if unknown or "params" not in variables:
+            raise ValueError(
+                "`variables` must have the keys 'params' and possibly 'lora'. Got "
+                f"{sorted(variables)}."
+            )
+        params, lora = variables["params"], variables.get("lora")
+        leaves = dict(ql.combine(params, lora) if lora else params)
+        names = {*named_tensors(self.module)}
+        received = {name for leaf_name in leaves for name in names_in(leaf_name)}
+        missing, extra = sorted(names - received), sorted(received - names)
+        if missing or extra:
+            raise ValueError(
+                "`params` must have the parameters and buffers of the module, as "
+                f"ql.torch.params returns them. Got {extra} too many, and no {missing}."
+            )
+        return leaves
+
+    def _scans(self, leaves: dict[str, Any]) -> tuple[list[LayerScan], dict[str, Any]]:
+        """Returns the scans of stacked layers, and the leaves that are not stacked."""
+        scans, others = [], dict(leaves)
+        for run, names in runs_of(leaves).items():
+            stacks: list[dict[str, Any]] = [{} for _ in range(run.period)]
+            for name in names:
+                position, rest = run.position_of(name)
+                stacks[position][rest] = others.pop(name)
+            layers = [
+                self.module.get_submodule(f"{run.list_name}.{i}") for i in run.indices
+            ]
+            scans.append(LayerScan(run, layers, stacks, self.policy))
+        return scans, others
+
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        # The modes are those from the time of `wrap`, whatever they are now, because
+        # a jitted function would not notice a change.
+        modules = dict(self.module.named_modules())
+        current = {name: module.training for name, module in modules.items()}
+        try:
+            for name, mode in self.training.items():
+                modules[name].training = mode
+            yield
+        finally:
+            for name, mode in current.items():
+                modules[name].training = mode
+
+
+def wrap(model: Model, *, policy: Policy | None = None) -> WrappedModule:
+    """Returns a PyTorch module as a pure function of JAX arrays.
+
+    The code of the module runs in JAX while it is traced, through torchax. It may be
+    jitted, differentiated and mapped. The weights come from the arguments of `apply`,
+    so the module itself may be on the meta device. It is neither changed nor copied.
+
+    The function has the modes of the module at this time: dropout is active if it was
+    wrapped after `module.train()`.
+
+    Args:
+        model: The module. A wrapped module is returned unchanged, unless there is a
+            `policy`.
+        policy: Which values of stacked layers are kept for the backward pass, as in
+            `jax.checkpoint`; by default only their inputs.
+
+    Raises:
+        TypeError: If `model` is not a PyTorch module.
+
+    Example:
+        >>> import jax, qlora_jax as ql, torch
+        >>> model = ql.torch.wrap(torch.nn.Linear(64, 8).eval())
+        >>> params = ql.torch.params(model)
+        >>> apply = jax.jit(model.apply)
+        >>> apply({"params": params}, jax.numpy.ones((2, 64))).shape
+        (2, 8)
+    """
+    if isinstance(model, WrappedModule) and policy is None:
+        return model
+    modes = {name: m.training for name, m in module_of(model).named_modules()}
+    return WrappedModule(module_of(model), modes, policy)
+
+
+def _to_tensor(value: object) -> object:
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    return as_tensor(jnp.asarray(value)) if is_array else value
+
+
+def _to_arrays(output: Any) -> PyTree:
+    # The outputs of transformers are dicts that JAX does not know.
+    if isinstance(output, torch.Tensor):
+        return as_array(output)
+    if isinstance(output, Mapping):
+        return {key: _to_arrays(value) for key, value in output.items()}
+    if isinstance(output, tuple | list):
+        values = map(_to_arrays, output)
+        is_named = hasattr(output, "_fields")
+        return type(output)(*values) if is_named else type(output)(values)
+    if output is None or isinstance(output, bool | int | float):
+        return output
+    hint = ""
+    if type(output).__name__.endswith("Cache"):
+        hint = " Pass use_cache=False to a model of transformers."
+    raise TypeError(
+        "the module must return tensors, numbers, or containers of them. Got "
+        f"{type(output).__name__}.{hint}"
+    )

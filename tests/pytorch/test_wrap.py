@@ -1,0 +1,302 @@
+"""Wrapped modules are pure functions, and leave their modules as they are."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import refusal
+from tolerances import assert_close
+from torch_helpers import init, logits_of, random_ids, random_model, torch_logits
+
+import qlora_jax as ql
+
+
+class Net(torch.nn.Module):
+    """An embedding that is also the head, a buffer, and a layer with dropout."""
+
+    def __init__(self, rate=0.5):
+        super().__init__()
+        self.table = torch.nn.Embedding(48, 64)
+        self.up = torch.nn.Linear(64, 32)
+        self.norm = torch.nn.BatchNorm1d(32)
+        self.dropout = torch.nn.Dropout(rate)
+        self.down = torch.nn.Linear(32, 64)
+        self.head = torch.nn.Linear(64, 48, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("shift", torch.arange(64.0), persistent=False)
+
+    def forward(self, ids):
+        x = self.table(ids) + self.shift
+        x = self.norm(torch.relu(self.up(x)).flatten(0, -2)).unflatten(0, ids.shape)
+        return {"logits": self.head(self.down(self.dropout(x)))}
+
+
+IDS = np.arange(24).reshape(2, 12)
+ARRAYS = jnp.array(IDS)
+
+
+def make_net(**settings):
+    torch.manual_seed(0)
+    return Net(**settings).eval()
+
+
+def output_in_pytorch(module, base):
+    """Returns PyTorch's output with the decoded weights of a base tree."""
+    module = copy.deepcopy(module)
+    state = {name: torch.tensor(np.array(x)) for name, x in ql.dequantize(base).items()}
+    state["head.weight"] = state["table.weight"]
+    state.pop("shift", None)
+    module.load_state_dict(state)
+    with torch.no_grad():
+        return module(torch.tensor(IDS))["logits"].numpy()
+
+
+@pytest.mark.parametrize("targets", [r"(up|down)\.weight", r".*(table|up)\.weight"])
+def test_tied_weights_biases_and_buffers(targets):
+    net = make_net()
+    model, base, lora = init(net, targets)
+    assert "head.weight" not in base and "shift" in base
+    logits = jax.jit(model.apply)({"params": base}, ARRAYS)["logits"]
+    assert_close(logits, output_in_pytorch(net, base))
+    logits = model.apply({"params": base, "lora": lora}, ARRAYS)["logits"]
+    assert_close(logits, output_in_pytorch(net, ql.merge(base, lora)))
+    combined = model.apply({"params": ql.combine(base, lora)}, ARRAYS)["logits"]
+    np.testing.assert_array_equal(combined, logits)
+
+
+def test_biases_and_rows_that_are_trained_in_full():
+    net = make_net()
+    settings = {"trainable": r".*bias", "trainable_rows": {r"table\.weight": [1, 5]}}
+    model, base, lora = init(net, r"up\.weight", **settings)
+    assert isinstance(lora["up.bias"], ql.Trained)
+    logits = model.apply({"params": base, "lora": lora}, ARRAYS)["logits"]
+    assert_close(logits, output_in_pytorch(net, ql.merge(base, lora)))
+
+
+def test_the_module_does_not_change():
+    net = make_net().train()
+    before = copy.deepcopy(net.state_dict())
+    model, base, lora = init(net.eval(), r"(up|down)\.weight")
+    net.train()  # after `wrap`, which remembers the mode
+    model.apply({"params": base, "lora": lora}, ARRAYS)
+    assert all(module.training for module in net.modules())
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    assert net.head.weight is net.table.weight
+
+
+def test_a_failed_call_leaves_the_module_as_it_was():
+    layers = Layers(lambda x, layer, index: layer(x) + x)
+    model, base, _ = init(layers, r".*weight")
+    stacked = ql.torch.stack(model, base)
+    refusal(
+        lambda: model.apply({"params": stacked}, jnp.ones((2, 64))),
+        "'layers' cannot be scanned",
+        "not stacked",
+    )
+    assert all("forward" not in vars(layer) for layer in layers.layers)
+    x = jnp.ones((2, 64))
+    expected = layers(torch.ones(2, 64)).detach().numpy()
+    assert_close(model.apply({"params": ql.torch.params(layers)}, x), expected)
+
+
+class Layers(torch.nn.Module):
+    """Equal layers, which `step` runs."""
+
+    def __init__(self, step):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(64, 64) for _ in range(3)]
+        self.layers = torch.nn.ModuleList(layers)
+        self.step = step
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            x = self.step(x, layer, index)
+        return x
+
+
+class Scaled(torch.nn.Linear):
+    """A layer that computes something else at each index."""
+
+    def forward(self, x):
+        return super().forward(x) / (self.layer_idx + 1)
+
+
+def test_layers_that_depend_on_their_index_cannot_be_scanned():
+    module = Layers(lambda x, layer, index: layer(x))
+    module.layers = torch.nn.ModuleList(Scaled(64, 64) for _ in range(3))
+    for index, layer in enumerate(module.layers):
+        layer.layer_idx = index
+    model = ql.torch.wrap(module)
+    params = ql.torch.params(model)
+    x = jnp.ones((2, 64))
+    expected = module(torch.ones(2, 64)).detach().numpy()
+    assert_close(model.apply({"params": params}, x), expected)
+    stacked = ql.torch.stack(model, params)
+    refusal(lambda: model.apply({"params": stacked}, x), "[0, 2] compute differently")
+
+
+class Gain(torch.nn.Linear):
+    def forward(self, x, gain):
+        return super().forward(x) * gain
+
+
+def test_arguments_that_differ_between_layers_are_scanned_too():
+    gains = torch.arange(1.0, 4.0)
+    module = Layers(lambda x, layer, index: layer(x, module.gains[index]))
+    module.register_buffer("gains", gains)
+    module.layers = torch.nn.ModuleList(Gain(64, 64) for _ in range(3))
+    model = ql.torch.wrap(module)
+    stacked = ql.torch.stack(model, ql.torch.params(model))
+    assert {*stacked} == {"gains", "layers.0:3:1.weight", "layers.0:3:1.bias"}
+    expected = module(torch.ones(2, 64)).detach().numpy()
+    assert_close(model.apply({"params": stacked}, jnp.ones((2, 64))), expected)
+
+
+def test_layers_that_are_packed_differently_cannot_be_stacked():
+    model, base, lora = init(
+        Layers(lambda x, layer, index: layer(x)), r"layers\.[01]\.weight"
+    )
+    for tree in (base, lora):
+        refusal(lambda tree=tree: ql.torch.stack(model, tree), "layers.0:3:1.weight")
+
+
+def test_dropout_needs_a_key_and_training_mode():
+    net = make_net()
+    net.dropout.train()  # batch normalization stays in evaluation mode
+    model, base, lora = init(net, r"(up|down)\.weight", dropout=0.5)
+    variables = {"params": base, "lora": lora}
+    refusal(lambda: model.apply(variables, ARRAYS), "`dropout_key` must be a key")
+    apply = jax.jit(lambda v, key: model.apply(v, ARRAYS, dropout_key=key)["logits"])
+    keys = jax.random.split(jax.random.key(0), 2)
+    first, again, second = (apply(variables, keys[i]) for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+    evaluated = ql.torch.wrap(net.eval())
+    refusal(
+        lambda: evaluated.apply(variables, ARRAYS, dropout_key=keys[0]),
+        "evaluation mode",
+    )
+
+
+def test_the_mean_over_dropout_is_the_output_without_it():
+    # The network is linear after the dropout, in the module and in the adapters.
+    net = make_net()
+    net.dropout.train()
+    model, base, lora = init(net, r"down\.weight", dropout=0.5)
+    variables = {"params": base, "lora": lora}
+
+    def logits(key):
+        return model.apply(variables, ARRAYS[:1, :2], dropout_key=key)["logits"]
+
+    draws = jax.lax.map(jax.jit(logits), jax.random.split(jax.random.key(0), 4000))
+    expected = ql.torch.wrap(net.eval()).apply(variables, ARRAYS[:1, :2])["logits"]
+    spread = np.std(draws, axis=0) / np.sqrt(len(draws))  # the error of a mean
+    deviation = (np.mean(draws, axis=0) - expected) / spread
+    assert np.abs(deviation).max() < 5
+    assert spread.min() > 0
+
+
+def test_changes_of_buffers_are_refused():
+    model = ql.torch.wrap(make_net(rate=0.0).train())
+    variables = {"params": ql.torch.params(model)}
+    refusal(
+        lambda: model.apply(variables, ARRAYS, dropout_key=jax.random.key(0)),
+        "norm.num_batches_tracked",
+    )
+
+
+def test_a_module_on_the_meta_device():
+    net = make_net()
+    params = ql.torch.params(net)
+    expected = ql.torch.wrap(net).apply({"params": params}, ARRAYS)["logits"]
+    with torch.device("meta"):
+        model = ql.torch.wrap(Net().eval())
+    refusal(lambda: ql.torch.params(model), "table.weight", "running_var", "shift")
+    np.testing.assert_array_equal(
+        model.apply({"params": params}, ARRAYS)["logits"], expected
+    )
+
+
+def test_bfloat16():
+    module, ids = random_model("llama").to(torch.bfloat16), random_ids()
+    model, base, lora = init(module, r".*_proj\.weight", fmt=None)
+    assert base["model.layers.0.mlp.up_proj.weight"].dtype == jnp.bfloat16
+    logits = logits_of(model, {"params": base}, jnp.array(ids))
+    assert logits.dtype == jnp.bfloat16
+    with torch.no_grad():
+        exact = torch_logits(module.float(), ids)
+    # The two layers and the head round about ten results on the way.
+    assert_close(logits, exact, roundings=10)
+
+
+def test_names_must_be_those_of_the_module():
+    model = ql.torch.wrap(make_net())
+    params = ql.torch.params(model)
+    del params["up.bias"]
+    refusal(
+        lambda: model.apply({"params": params | {"x": 1}}, ARRAYS), "'x'", "up.bias"
+    )
+    refusal(lambda: model.apply({"weights": params}, ARRAYS), "'params'", "weights")
+    for function in (ql.torch.wrap, ql.torch.params, ql.torch.names):
+        with pytest.raises(TypeError, match="torch.nn.Module. Got int"):
+            function(3)
+
+
+def test_a_cache_cannot_be_returned():
+    model = ql.torch.wrap(random_model("llama"))
+    with pytest.raises(TypeError, match="DynamicCache.*use_cache=False"):
+        model.apply({"params": ql.torch.params(model)}, jnp.array(random_ids()))
+
+
+class Custom(torch.nn.Module):
+    """Weights that no layer of PyTorch owns, and a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = torch.nn.Parameter(torch.randn(64, 32))
+        self.gains = torch.nn.Parameter(torch.randn(64, 64))
+        self.conv = torch.nn.Conv1d(32, 8, 3)
+
+    def forward(self, x):
+        y = (x * self.gains.diagonal()) @ self.mix.T.mT
+        return self.conv(y.mT)
+
+
+def test_weights_of_unknown_modules_are_listed_and_take_a_contract():
+    module = Custom().eval()
+    params = ql.torch.params(module)
+    config = ql.QLoRAConfig(rank=4, targets=r"mix|gains|conv\.weight")
+    key = jax.random.key(0)
+    refusal(
+        lambda: ql.torch.init(key, module, params, config),
+        "mix: the axes that its module, Custom",
+        "conv.weight: the axes that its module, Conv1d",
+        "gains",
+    )
+    model, base, lora = init(module, "mix|gains", contract="kn")
+    x = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32)
+    with torch.no_grad():
+        merged = ql.merge(base, lora)
+        for name in ("mix", "gains"):
+            getattr(module, name).copy_(torch.tensor(np.asarray(merged[name])))
+        expected = module(torch.tensor(x)).numpy()
+    assert_close(model.apply({"params": base, "lora": lora}, x), expected)
+
+
+def test_a_contract_must_not_contradict_the_module():
+    net = make_net()
+    refusal(lambda: init(net, r"up\.weight", contract="kn"), "up.weight", "'nk'")
+
+
+def test_no_dropout_of_weights_that_a_module_reads_itself():
+    module = Custom().train()
+    model, base, lora = init(module, "gains", contract="kn", dropout=0.1)
+    variables, x = {"params": base, "lora": lora}, jnp.ones((2, 5, 64))
+    key = jax.random.key(0)
+    refusal(lambda: model.apply(variables, x, dropout_key=key), "dropout=0.1")
