@@ -101,8 +101,8 @@ class CodesKept(ql.MergeAware):
         # The scale is the largest magnitude of a block. The 16 values from -1 to 1 are
         # 2 / 15 apart on average, so half a step is 1 / 15 of the scale.
         half_step = jnp.max(blocks, axis=-2) / 15
-        is_kept = jnp.abs(change) < self.keep * jnp.repeat(half_step, block_size, -2)
-        merged = w + jnp.where(is_kept, 0, change)
+        is_small = jnp.abs(change) < self.keep * jnp.repeat(half_step, block_size, -2)
+        merged = w + jnp.where(is_small, 0, change)
         return quantize_checked(
             merged.astype(kernel.dtype), self.packing, self.geometry
         )

@@ -65,9 +65,6 @@ class Adapter(TreeLeaf, abc.ABC):
     is_shared: ClassVar[bool] = False
     can_be_in_bank: ClassVar[bool] = False
     can_be_ragged: ClassVar[bool] = False  # whether `product` supports `call.offsets`
-    # Whether it only means something with the packer that it was trained through, so
-    # that files must hold the merged weights instead.
-    is_merge_aware: ClassVar[bool] = False
     inputs: tuple[str, ...] = ()  # the names of its arrays that are not trained
     dropout: float  # the rate of dropout on its input
     geometry: Geometry  # how the kernel's axes map to `[*batch, K, N]`

@@ -16,7 +16,7 @@ the gradients of a LoRA, and x gets the gradient of a product with the packed we
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ from ..quant.qtensor import QTensor, axes_of_array, round_to
 from ..quant.schemes import StoredScales, power_of_two_from
 from ..quant.search import ScaleRule
 from ..quant.views import take_rows
-from .base import Multiply, ProductCall, register_adapter
+from .base import Adapter, Multiply, ProductCall, register_adapter
 from .lora import (
     SETTINGS,
     LowRank,
@@ -99,7 +99,6 @@ class MergeAware(LowRank):
     settings = (*SETTINGS, "packing", "scales")
     label = "merge-aware"
     can_be_ragged = True
-    is_merge_aware = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # `multiply` must not contain the offsets, because it is a static argument of
@@ -177,6 +176,11 @@ class MergeAware(LowRank):
 
 
 register_adapter(MergeAware)
+
+
+def is_merge_aware(adapter: Adapter | None) -> TypeGuard[MergeAware]:
+    """Whether an adapter is of no use beside its kernel, without the packed sum."""
+    return isinstance(adapter, MergeAware)
 
 
 class _Settings(NamedTuple):

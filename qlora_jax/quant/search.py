@@ -163,8 +163,8 @@ def _search_part(
         refined = store(scale * (1 + step))
         step = refined / scale - 1
         refined_sum = error_sum - step * (2 * slope - step * curvature)
-        unit = jnp.square(scale / scales)
-        return unit * error_sum, refined, unit * refined_sum
+        squared_ratio = jnp.square(scale / scales)
+        return squared_ratio * error_sum, refined, squared_ratio * refined_sum
 
     def choose(best: tuple[Array, Array], error: Array, scale: Array) -> tuple:
         # A comparison with NaN is false. For blocks of zeros and for blocks with NaN,
@@ -209,13 +209,12 @@ def _signed_scales(
 
 def nearest_values(x: Float32[Array, "..."], fmt: Format) -> Float32[Array, "..."]:
     """Returns the table value that is nearest to each number."""
-    ascending = np.unique(fmt.table)
+    ascending = fmt.table[fmt.order]
     if fmt.is_uniform:
         return jnp.clip(jnp.round(x), ascending[0], ascending[-1])
-    # Compare with each midpoint. `assign_codes` uses a binary search, which would not
-    # be faster here.
-    midpoints = (ascending[1:] + ascending[:-1]) / np.float32(2)
+    # Compare with each midpoint. The binary search of `assign_codes`, followed by a
+    # choice among the values, took as long here.
     nearest = jnp.full_like(x, ascending[0])
-    for midpoint, value in zip(midpoints, ascending[1:], strict=True):
+    for midpoint, value in zip(fmt.midpoints, ascending[1:], strict=True):
         nearest = jnp.where(x > midpoint, value, nearest)
     return nearest

@@ -18,7 +18,7 @@ from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
 from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
-from ..adapters.merge_aware import MergeAware
+from ..adapters.merge_aware import MergeAware, is_merge_aware
 from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import StraightThrough, check_values, quantize_checked
 from ..quant.qtensor import QTensor
@@ -112,7 +112,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         #    weights again could change them.
         if requantize and adapter is None and is_packed(leaf):
             return leaf
-        if requantize and isinstance(adapter, MergeAware):
+        if requantize and is_merge_aware(adapter):
             packed = _pack_merged(leaf, adapter)  # what the adapter was trained for
             if not is_concrete(packed.codes) or _is_finite(packed):
                 return packed
@@ -137,9 +137,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     tree = map_by_path(merge_leaf, base)
     refuse_listed("these merged kernels cannot be packed", problems)
     if requantize:
-        paths = [
-            p for p, adapter in adapters.items() if isinstance(adapter, MergeAware)
-        ]
+        paths = [path for path, x in adapters.items() if is_merge_aware(x)]
         tree = _with_common_factors(tree, paths)
     if changes:
         rounding, change = (100 * float(max(c)) for c in zip(*changes, strict=True))

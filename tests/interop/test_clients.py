@@ -199,11 +199,11 @@ def test_llama_cpp_runs_the_very_base_of_the_adapter(trained, tmp_path):
     again, floats = tmp_path / "floats", tmp_path / "floats.gguf"
     export(base, "merged", again)
     export(again, "gguf", floats)
-    for file, bound in ((base, 1e-3), (floats, 1e-4)):
-        check_loss(model, bound, file, lora)
+    for file in (base, floats):
+        check_loss(model, file, lora)
 
 
-def check_loss(model, bound, *files):
+def check_loss(model, *files):
     """Checks that llama.cpp's loss of random tokens is that of transformers."""
     tokens = np.random.default_rng(0).integers(3, 256, 64).tolist()
     logs = jax.nn.log_softmax(llama.logits_of(model, [tokens])[0])
@@ -239,7 +239,7 @@ def test_llama_cpp_runs_the_very_experts_in_mxfp4(tmp_path):
         np.testing.assert_array_equal(got, decoded[1, ..., i::2])
     names = decoder_names(config)
     ql.io.save_merged(tmp_path / "sum", params, {}, names, base, progress=False)
-    check_loss(llama.their_model(tmp_path / "sum"), 1e-3, path)
+    check_loss(llama.their_model(tmp_path / "sum"), path)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and transformers

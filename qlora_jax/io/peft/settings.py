@@ -14,6 +14,7 @@ import numpy as np
 from ...adapters.base import Adapter, used_ranks
 from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA, LowRank, is_low_rank
+from ...adapters.merge_aware import is_merge_aware
 from ...trees.adapters import adapters_of_each
 from ...trees.paths import Tree, refuse_listed
 from ..files import refuse
@@ -367,7 +368,7 @@ def refuse_merge_aware(adapters: Mapping[str, Adapter]) -> None:
         "these adapters cannot be written beside their base. They were trained through "
         "the packing of the merged kernels, and PEFT would add them to kernels without "
         "packing the sum. Write the weights of `merge(base, lora, requantize=True)`",
-        sorted(path for path, x in adapters.items() if x.is_merge_aware),
+        sorted(path for path, x in adapters.items() if is_merge_aware(x)),
     )
 
 

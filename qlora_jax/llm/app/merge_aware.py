@@ -35,7 +35,7 @@ def target_settings(
     `target_fmt` is another number format. `unadapted` are the paths of the linear
     layers without an adapter.
     """
-    packing = _find_target(config.target_fmt, base_packings)
+    packing = _find_packing(config.target_fmt, base_packings)
     # The file will have all linear layers in this format. A layer without an adapter
     # must already be in it, or else its weights would differ from those in training.
     if unadapted and base_packings != {packing}:
@@ -51,7 +51,7 @@ def target_settings(
     return {"merge_aware": True, **settings, "fmt": None, "target_fmt": packing.fmt}
 
 
-def _find_target(target_fmt: str | None, base_packings: set[Any]) -> Any:
+def _find_packing(target_fmt: str | None, base_packings: set[Any]) -> Any:
     fmts = {target_fmt} if target_fmt else {*get_args(TargetFmt)}
     of_base = [packing for packing in base_packings if packing.fmt in fmts]
     if len(of_base) == 1 and (target_fmt or len(base_packings) == 1):
@@ -151,7 +151,7 @@ def _check_format(config: ExportConfig, packing: Any) -> None:
     if form == "merged":
         return  # this file has the decoded values; see `_Writer.write_merged`
     if form == "gguf":
-        is_held = config.gguf_type == "Q4_0" and is_q4_0(packing)
+        is_held = config.gguf_type == "Q4_0" and fits_q4_0(packing)
     else:
         is_held = packing.fmt in FMTS[str(form)]
     # For these formats, the packing options describe the file, and not the base.
@@ -182,7 +182,7 @@ def check_holds(dtype: str, packed: PyTree) -> None:
         )
 
 
-def is_q4_0(packing: Any) -> bool:
+def fits_q4_0(packing: Any) -> bool:
     """Returns whether GGUF's type Q4_0 has the codes and scales of a packing."""
     is_int4 = packing.fmt in FMTS["compressed-tensors"]
     return is_int4 and packing.block_size == GGUF_BLOCK_SIZE

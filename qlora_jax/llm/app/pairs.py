@@ -8,7 +8,7 @@ import qlora_jax as ql
 from .base_model import BaseModel, LoadOptions, open_config, training_load_options
 from .configs import ExportConfig, PairsConfig
 from .contents import format_table
-from .merge_aware import describe, is_q4_0, packing_of
+from .merge_aware import describe, fits_q4_0, packing_of
 from .servers import FMTS, SERVERS, Server
 
 AS_IS, MERGED = "as it is", "added to the base"
@@ -158,7 +158,7 @@ def pair_for(
 def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:
     """Returns the format of the one file that a merge-aware adapter was trained for."""
     form, reason = server.bases.get(packing.fmt), _find_4_bit_problem(server, model)
-    if form == "gguf" and not is_q4_0(packing):
+    if form == "gguf" and not fits_q4_0(packing):
         form = None
     if form is not None and reason is None:
         problem = _find_misreading(server, model, packing.fmt, form)

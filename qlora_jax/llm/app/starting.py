@@ -72,10 +72,10 @@ def _list_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         # Training can start from a merge-aware adapter only if the new adapter is
         # merge-aware too, for the same packing.
         packing = getattr(source, "packing", None)
-        is_continued = packing is not None and packing == getattr(
+        has_same_packing = packing is not None and packing == getattr(
             target, "packing", None
         )
-        if type(source) is not ql.LoRA and not is_continued:
+        if type(source) is not ql.LoRA and not has_same_packing:
             problems.append(f"{path} has another kind, {source.label}")
         elif source.a.shape != target.a.shape or source.b.shape != target.b.shape:
             problems.append(f"{path} has rank {source.rank} instead of {target.rank}")
