@@ -3,8 +3,10 @@
     python benchmarks/one_file.py FOLDER [--tasks sums,words,text] [--arms "a;b"]
 
 Trains on the tasks of `quality.py`. What is measured is the packed file, and not the
-adapter beside its base. As in `quality.py`, the best learning rate is searched with one
-seed, and two more seeds are trained at this rate. Every run appends its results to
+adapter beside its base. Two arms are trained on a bfloat16 base towards NF4 and INT4.
+As in `quality.py`, their best learning rate is searched with one seed, and two more
+seeds are trained at this rate. Every other arm differs from one of the two in a single
+setting, and is trained at the same rate with one seed. Every run appends its results to
 `one_file.jsonl`, and finished runs are skipped. `one_file_report.py` prints the tables.
 """
 
@@ -18,7 +20,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from quality import Arm, Bench, study
+from quality import SEEDS, Arm, Bench, read_records, study
 from quality_tasks import TASKS, Task, make_task
 
 import qlora_jax as ql
@@ -57,17 +59,23 @@ class FileArm(Arm):
     starts_trained: bool = False
     keep: float = 0.0
     scales: Literal["absmax", "search"] = "absmax"
+    seeds: int = 1
+
+
+def make_main_arm(file_fmt: str) -> FileArm:
+    """Returns the arm to which the other arms with files in a format are compared."""
+    name = f"{file_fmt} file, bfloat16 base"
+    return FileArm(name, file_fmt=file_fmt, seeds=len(SEEDS))
 
 
 def make_arms() -> list[FileArm]:
     """Returns the arms, the most important ones first."""
-    arms = []
-    for base_fmt in (None, "int8", "same"):
+    arms = [make_main_arm("nf4"), make_main_arm("int4")]
+    for base_fmt in ("int8", "same"):
         for file_fmt in ("nf4", "int4"):
             fmt = file_fmt if base_fmt == "same" else base_fmt
-            double_quant = None if fmt is None else False
-            name = f"{file_fmt} file, {fmt or 'bfloat16'} base"
-            arms.append(FileArm(name, fmt, double_quant, file_fmt=file_fmt))
+            name = f"{file_fmt} file, {fmt} base"
+            arms.append(FileArm(name, fmt, double_quant=False, file_fmt=file_fmt))
     for file_fmt in ("nf4", "int4"):
         name = f"{file_fmt} file, packed once"
         arms.append(FileArm(name, file_fmt=file_fmt, merge_aware=False))
@@ -187,6 +195,16 @@ class FileBench(Bench):
         return {"test": test, "exact": self.exact({}, file)}
 
 
+def best_rate(path: pathlib.Path, task: Task, arm: FileArm) -> float:
+    """Returns the learning rate with the lowest validation loss in an arm's records."""
+    key = {"task": task.name, "arm": arm.name}
+    rows = [row for row in read_records(path) if row.items() >= key.items()]
+    losses = {row["rate"]: row["valid"] for row in rows if row["seed"] == 0}
+    if not losses:
+        raise SystemExit(f"{arm.name!r} must be trained first on {task.name}.")
+    return min(losses, key=losses.__getitem__)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trains all arms that have no results yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -206,7 +224,11 @@ def main(argv: list[str] | None = None) -> None:
         make_task(args.folder, task)
         for arm in make_arms():
             if arm.name in chosen:
-                study(args.folder, task, arm, args.results, end, FileBench)
+                rate = None
+                main_arm = make_main_arm(arm.file_fmt)
+                if arm != main_arm:
+                    rate = best_rate(args.results, task, main_arm)
+                study(args.folder, task, arm, args.results, end, FileBench, rate)
 
 
 if __name__ == "__main__":

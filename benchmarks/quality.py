@@ -251,7 +251,7 @@ def _order(loss: float | None) -> float:
 
 
 def plan(
-    rows: Sequence[dict], start: float, seeds: int
+    rows: Sequence[dict], start: float, seeds: int, *, searches_rate: bool = True
 ) -> tuple[int, list[float]] | None:
     """Returns the seed and the learning rates to train at next; None at the end.
 
@@ -259,7 +259,13 @@ def plan(
         rows: The records of an arm's runs.
         start: The middle of the first three rates.
         seeds: How many seeds are trained at the best rate.
+        searches_rate: Whether the best rate is searched. Otherwise `start` is the only
+            rate.
     """
+    if not searches_rate:
+        done = {row["seed"] for row in rows if row["rate"] == start}
+        missing = [seed for seed in SEEDS[:seeds] if seed not in done]
+        return (missing[0], [start]) if missing else None
     first = {row["rate"]: _order(row["valid"]) for row in rows if row["seed"] == 0}
     if len(first) < 3:
         return 0, [x for x in (start / 2, start, 2 * start) if x not in first]
@@ -286,18 +292,30 @@ def study(
     path: pathlib.Path,
     end: float,
     make_bench: Callable[..., Bench] = Bench,
+    rate: float | None = None,
 ) -> None:
-    """Trains an arm until it is finished or time is up, and appends its records."""
+    """Trains an arm until it is finished or time is up, and appends its records.
+
+    Args:
+        folder: The folder of the tasks' data and models.
+        task: The task.
+        arm: The arm.
+        path: The file of the records.
+        end: When no other run is started, in seconds of `time.monotonic`.
+        make_bench: Prepares the runs of the arm.
+        rate: The only learning rate. None means that the best rate is searched.
+    """
     study_key = {"task": task.name, "arm": arm.name}
 
     def read_own_rows():
         return [x for x in read_records(path) if x.items() >= study_key.items()]
 
-    start = task.full_rate if arm.rank is None else task.rate
+    start = rate or (task.full_rate if arm.rank is None else task.rate)
     bench = None
     while time.monotonic() < end:
         rows = read_own_rows()
-        left = plan([x for x in rows if x["rate"] is not None], start, arm.seeds)
+        runs = [x for x in rows if x["rate"] is not None]
+        left = plan(runs, start, arm.seeds, searches_rate=rate is None)
         if rows and left is None:
             return
         bench = bench or make_bench(folder, task, arm)

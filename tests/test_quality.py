@@ -32,6 +32,13 @@ def test_rates_are_searched_until_the_best_is_between_others(rows, expected_plan
     assert quality.plan(rows, 2, seeds=2) == expected_plan
 
 
+def test_one_rate_is_trained_with_each_seed():
+    rows = [row(2, 0.3), row(1, 0.1, seed=1)]
+    assert quality.plan(rows, 2, seeds=2, searches_rate=False) == (1, [2])
+    rows.append(row(2, 0.2, seed=1))
+    assert quality.plan(rows, 2, seeds=2, searches_rate=False) is None
+
+
 def test_intervals_are_by_students_t():
     # 4.303 = t(0.975) of two degrees of freedom; the standard error is 1 / sqrt(3).
     interval = quality_report.interval(np.array([1.0, 2.0, 3.0]))
