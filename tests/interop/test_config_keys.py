@@ -39,6 +39,7 @@ COUNT = {
     "gemma3_text": WINDOWS | {"head_dim": 8},
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
+    "olmo3": WINDOWS,
 }
 # Other values of keys, where none can be derived from the first value.
 OTHERS = {

@@ -19,6 +19,7 @@ from configs import (
     LLAMA3,
     OLMOE,
     SIZES,
+    THETA,
     YARN,
     longrope,
     random_model,
@@ -79,6 +80,10 @@ CASES = {
     "gemma3_text, linear, cap": HEADS
     | {"sliding_window": 8, "final_logit_softcapping": 3.0}
     | {"layer_types": [SLIDING, FULL, SLIDING], "rope_parameters": ROPES},
+    "olmo2": {"attention_bias": True, "rope_parameters": LLAMA3},
+    "olmo3": {"num_hidden_layers": 5, "sliding_window": 8},
+    "olmo3, yarn": {"layer_types": [SLIDING, FULL, SLIDING], "sliding_window": 8}
+    | {"rope_parameters": {FULL: YARN, SLIDING: THETA}, "attention_bias": True},
     "smollm3": {"num_hidden_layers": 5},
     "smollm3, windows": WINDOWS | BIASES | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},

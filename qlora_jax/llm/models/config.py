@@ -175,7 +175,8 @@ class DecoderConfig:
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
         rms_norm_eps: Epsilon that norms add to the mean square.
         unit_offset_norms: Whether norms multiply by one plus their scale.
-        post_norms: Whether the outputs of attention and MLP are normalized too.
+        pre_norms: Whether the inputs of attention and MLP are normalized.
+        post_norms: Whether the outputs of attention and MLP are normalized.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
         activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
@@ -214,6 +215,7 @@ class DecoderConfig:
     rotary_dim: int = 0
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     qk_norms: bool | Literal["whole"] = False
     activation: str = "silu"
@@ -261,6 +263,8 @@ class DecoderConfig:
             raise ValueError(
                 "`layers` must have at least one with attention. Got none."
             )
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("`post_norms` must be True without `pre_norms`.")
         if self.fused and self.attention_gate:
             raise ValueError("`fused` must be False with an `attention_gate`.")
         if len(self.layers) != self.num_layers:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from .config import DecoderConfig, DeltaRule, LayerKind, Rope
+from .dense_families import DENSE_FAMILIES
 from .family import (
     EXPERT_KEYS,
     WINDOW_KEYS,
@@ -348,6 +349,7 @@ _FAMILIES = (
         _read_text_half,
         _QWEN_VISION_KEYS,
     ),
+    *DENSE_FAMILIES,
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 

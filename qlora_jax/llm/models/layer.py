@@ -7,7 +7,7 @@ transformers.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -29,7 +29,7 @@ PARTS = Attention, GatedDeltaNet, GatedMLP, MixtureOfExperts
 class Layer(nn.Module):
     """Adds the outputs of attention and of an MLP to the residual stream.
 
-    The inputs of attention and of the MLP are normalized.
+    The inputs of attention and of the MLP are normalized, or their outputs, or both.
     """
 
     config: DecoderConfig
@@ -42,25 +42,21 @@ class Layer(nn.Module):
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
         """Returns the residual stream, and what is new in the cache, or None."""
         c, dtype = self.config, self.dtype
+        norms = norm_names(c)
 
-        def normalize(x: Array, name: str) -> Array:
-            return make_norm(c, dtype, f"{name}_layernorm")(x)
+        def normalize(x: Array, name: str | None) -> Array:
+            return x.astype(dtype) if name is None else make_norm(c, dtype, name)(x)
 
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
-        y, new_entries = mixer(normalize(x, "input"), tokens, scalars, cache)
-        # Llama calls the norm before the MLP "post_attention". Gemma has a norm of this
-        # name after attention.
-        if c.post_norms:
-            y = normalize(y, "post_attention")
-        x = x + y.astype(x.dtype)
+        mixer_input = normalize(x, norms.before_mixer)
+        y, new_entries = mixer(mixer_input, tokens, scalars, cache)
+        x = x + normalize(y, norms.after_mixer).astype(x.dtype)
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
-        y = mlp(normalize(x, "pre_feedforward" if c.post_norms else "post_attention"))
-        if c.post_norms:
-            y = normalize(y, "post_feedforward")
+        y = mlp(normalize(x, norms.before_mlp))
         # Return only the new keys and values: a scan that returned the cache of each
         # layer would copy it.
-        return x + y.astype(x.dtype), new_entries
+        return x + normalize(y, norms.after_mlp).astype(x.dtype), new_entries
 
     def _make_mixer(self) -> Any:
         c, kinds, dtype = self.config, self.kinds, self.dtype
@@ -80,15 +76,34 @@ class Layer(nn.Module):
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
         """Returns the layer's Hugging Face names of its parameters, by path."""
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        if config.post_norms:
-            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        norms = [name for name in norm_names(config) if name is not None]
         names: dict[str, str | ql.io.Entry]
         names = {f"{norm}/scale": f"{norm}.weight" for norm in norms}
         for part in (mixer_class(kind), mlp_class(config, kind)):
             tensor_names = part.tensor_names(config, kind)
             names |= {f"{part.part_name}/{path}": x for path, x in tensor_names.items()}
         return names
+
+
+class NormNames(NamedTuple):
+    """The names of a layer's norms; None for a norm that the layer does not have."""
+
+    before_mixer: str | None
+    after_mixer: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+def norm_names(config: DecoderConfig) -> NormNames:
+    """Returns the names of a layer's norms, as in the Hugging Face model."""
+    # Llama calls the norm before the MLP "post_attention". In Gemma and OLMo, the norm
+    # of this name is after attention.
+    if not config.post_norms:
+        return NormNames("input_layernorm", None, "post_attention_layernorm", None)
+    after = "post_attention_layernorm", "post_feedforward_layernorm"
+    if not config.pre_norms:
+        return NormNames(None, after[0], None, after[1])
+    return NormNames("input_layernorm", after[0], "pre_feedforward_layernorm", after[1])
 
 
 def mixer_class(kind: LayerKind) -> type[Attention] | type[GatedDeltaNet]:

@@ -169,6 +169,9 @@ PUBLISHED = {
     | {"max_window_layers": 28, "no_rope_layer_interval": 4, "sliding_window": None}
     | {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4}
     | {"use_sliding_window": False},
+    "olmo2, 7B": {"attention_bias": False, "rms_norm_eps": 1e-6},
+    "olmo3, 7B": {"attention_bias": False, "layer_types": ["sliding_attention"] * 4}
+    | {"rope_scaling": YARN | {"attention_factor": 1.2}, "sliding_window": 4096},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -211,6 +214,7 @@ def test_published_configs_are_read_without_a_warning(name):
         ({"layers": (LayerKind(window=0),)}, "`window` must be positive or None"),
         ({"layers": (LayerKind(Rope(divisors=(1.0,))),)}, "must be empty or have 4"),
         ({"rotary_dim": 10}, "`rotary_dim` must be even and at most `head_dim`"),
+        ({"pre_norms": False}, "`post_norms` must be True without `pre_norms`"),
         ({"activation": "relu"}, "`activation` must be one of"),
         ({"logit_soft_cap": 0.0}, "'logit_soft_cap'. must be positive and finite"),
         ({"layers": (LayerKind(Rope(float("nan"))),)}, r"'ropes\[0\].theta'. must be"),
@@ -259,6 +263,9 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
+        ("olmo3", {"rope_parameters": {"factor": 2}}, "a section for each kind"),
         ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
         ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),

@@ -1,0 +1,56 @@
+"""Families without experts that differ from Llama by options of `DecoderConfig`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import DecoderConfig, LayerKind
+from .family import (
+    WINDOW_KEYS,
+    Family,
+    biases,
+    read_layers,
+    read_rope,
+    require,
+    shared_fields,
+)
+
+# - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
+#   and k. OLMo 3 adds a window in three of four layers.
+
+
+def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    require(raw, {"clip_qkv": None})
+    norms = {"pre_norms": False, "post_norms": True, "qk_norms": "whole"}
+    return shared_fields(raw, eps=1e-5) | biases(raw) | norms
+
+
+def _read_olmo2(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = _olmo_fields(raw)
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    return DecoderConfig(**fields, layers=layers)
+
+
+def _read_olmo3(raw: Mapping[str, Any]) -> DecoderConfig:
+    # transformers uses this base in layers with a window, whatever the file says.
+    require(raw, {"rope_theta": 500_000.0})
+    fields, sections = _olmo_fields(raw), raw.get("rope_parameters") or {}
+    if unknown := sorted(sections.keys() - {"full_attention", "sliding_attention"}):
+        raise ValueError(
+            "`rope_parameters` must have a section for each kind of layers. Got the "
+            f"keys {unknown}."
+        )
+    full = {**sections.get("full_attention", {}), **(raw.get("rope_scaling") or {})}
+    ropes = (
+        read_rope(raw, fields["head_dim"], theta=500_000.0, section=section)
+        for section in (full, sections.get("sliding_attention", {}))
+    )
+    window = raw.get("sliding_window", 4096)
+    layers = read_layers(raw, lambda i: (i + 1) % 4 != 0, window, *ropes)
+    return DecoderConfig(**fields, layers=layers)
+
+
+_OLMO_KEYS = "attention_bias clip_qkv hidden_act"
+DENSE_FAMILIES = (
+    Family("olmo2", ("Olmo2ForCausalLM",), _read_olmo2, _OLMO_KEYS),
+    Family("olmo3", ("Olmo3ForCausalLM",), _read_olmo3, f"{_OLMO_KEYS} {WINDOW_KEYS}"),
+)
