@@ -191,6 +191,8 @@ class DecoderConfig:
         sinks: Whether each head has an attention sink: a trained score that takes part
             in the softmax but has no value.
         embedding_scale: Factor that multiplies the embedded tokens.
+        residual_scale: Factor of what a layer adds to the residual stream.
+        logit_scale: Factor of the logits.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
         logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
@@ -226,6 +228,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     sinks: bool = False
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
@@ -291,8 +295,8 @@ class DecoderConfig:
                 raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):
-        names = ["rms_norm_eps", "embedding_scale", "attention_scale"]
-        names += ["attention_soft_cap", "logit_soft_cap"]
+        names = ["rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale"]
+        names += ["attention_scale", "attention_soft_cap", "logit_soft_cap"]
         numbers = {name: getattr(self, name) for name in names}
         for i, rope in enumerate(self.ropes):
             fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()

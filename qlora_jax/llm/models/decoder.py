@@ -136,7 +136,8 @@ class Decoder(nn.Module):
                 whose positions do not count up by one in each segment become NaN.
             cache: Keys, values and states of earlier calls, from `init_cache`.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
-            return_hidden: Return the normalized hidden states instead of logits.
+            return_hidden: Return the normalized hidden states, times `logit_scale`,
+                instead of logits.
             segment_ids: For each token, the sequence in its row that it belongs to.
                 Tokens see only their own sequence, so that packed sequences have the
                 same logits as in separate rows.
@@ -178,7 +179,13 @@ class Decoder(nn.Module):
         # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)  # [B, P, D]
-        x = make_norm(c, self.dtype, "norm")(x)
+        if c.logit_scale == 1:
+            x = make_norm(c, self.dtype, "norm")(x)
+        else:
+            # Scale the hidden states instead of the logits. Losses that compute logits
+            # from hidden states then need not know the factor.
+            x = make_norm(c, jnp.float32, "norm")(x) * c.logit_scale
+            x = x.astype(self.dtype)
         output = x if return_hidden else self._compute_logits(x, embed)
         if cache is None:
             return output

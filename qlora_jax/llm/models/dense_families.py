@@ -8,6 +8,7 @@ from .family import (
     WINDOW_KEYS,
     Family,
     biases,
+    positive,
     read_layers,
     read_rope,
     require,
@@ -16,6 +17,7 @@ from .family import (
 
 # - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
 #   and k. OLMo 3 adds a window in three of four layers.
+# - Granite 3 has factors of embeddings, attention scores, residuals and logits.
 
 
 def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,8 +51,24 @@ def _read_olmo3(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers)
 
 
+def _read_granite(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw) | biases(raw)
+    return DecoderConfig(
+        **fields,
+        layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        embedding_scale=positive(raw, "embedding_multiplier", 1.0),
+        residual_scale=positive(raw, "residual_multiplier", 1.0),
+        attention_scale=positive(raw, "attention_multiplier", 1.0),
+        logit_scale=1 / positive(raw, "logits_scaling", 1.0),
+    )
+
+
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
+_GRANITE_KEYS = "attention_bias attention_multiplier embedding_multiplier hidden_act"
+_GRANITE_KEYS += " logits_scaling mlp_bias residual_multiplier"
 DENSE_FAMILIES = (
     Family("olmo2", ("Olmo2ForCausalLM",), _read_olmo2, _OLMO_KEYS),
     Family("olmo3", ("Olmo3ForCausalLM",), _read_olmo3, f"{_OLMO_KEYS} {WINDOW_KEYS}"),
+    Family("granite", ("GraniteForCausalLM",), _read_granite, _GRANITE_KEYS),
 )

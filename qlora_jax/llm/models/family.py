@@ -218,6 +218,13 @@ def one_window(
     return (LayerKind(rope, window),)
 
 
+def positive(raw: Mapping[str, Any], key: str, default: float) -> float:
+    """Returns a value that must be a positive number."""
+    if not (value := number(raw.get(key, default))) > 0:
+        raise ValueError(f"`{key}` must be positive. Got {value}.")
+    return value
+
+
 def is_count(value: object, largest: int = _MAX_COUNT) -> bool:
     """Whether a value is a positive integer of plausible size."""
     return type(value) is int and 0 < value <= largest

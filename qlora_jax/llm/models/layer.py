@@ -47,16 +47,20 @@ class Layer(nn.Module):
         def normalize(x: Array, name: str | None) -> Array:
             return x.astype(dtype) if name is None else make_norm(c, dtype, name)(x)
 
+        def add(x: Array, y: Array) -> Array:
+            y = y.astype(x.dtype)
+            return x + (y if c.residual_scale == 1 else y * c.residual_scale)
+
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
         mixer_input = normalize(x, norms.before_mixer)
         y, new_entries = mixer(mixer_input, tokens, scalars, cache)
-        x = x + normalize(y, norms.after_mixer).astype(x.dtype)
+        x = add(x, normalize(y, norms.after_mixer))
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
         y = mlp(normalize(x, norms.before_mlp))
         # Return only the new keys and values: a scan that returned the cache of each
         # layer would copy it.
-        return x + normalize(y, norms.after_mlp).astype(x.dtype), new_entries
+        return add(x, normalize(y, norms.after_mlp)), new_entries
 
     def _make_mixer(self) -> Any:
         c, kinds, dtype = self.config, self.kinds, self.dtype

@@ -172,6 +172,9 @@ PUBLISHED = {
     "olmo2, 7B": {"attention_bias": False, "rms_norm_eps": 1e-6},
     "olmo3, 7B": {"attention_bias": False, "layer_types": ["sliding_attention"] * 4}
     | {"rope_scaling": YARN | {"attention_factor": 1.2}, "sliding_window": 4096},
+    "granite, 3.3 8B": {"attention_bias": False, "attention_multiplier": 0.0078125}
+    | {"embedding_multiplier": 12.0, "logits_scaling": 16.0, "mlp_bias": False}
+    | {"residual_multiplier": 0.22},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -263,6 +266,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("granite", {"attention_multiplier": 0}, "must be positive. Got 0.0"),
         ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
         ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
         ("olmo3", {"rope_parameters": {"factor": 2}}, "a section for each kind"),
