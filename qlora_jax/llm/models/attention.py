@@ -112,17 +112,31 @@ def rotary_table(
 
 
 def rotate(
-    x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
+    x: Float[Array, "B T H Dh"],
+    table: Float[Array, "2 B T 1 half"],
+    interleaved: bool = False,
 ) -> Float[Array, "B T H Dh"]:
-    """Rotates the pairs (i, i + half) of each head; values after them do not change."""
+    """Rotates the pairs of each head; values after them do not change.
+
+    The pairs are (i, i + half), or (2 i, 2 i + 1) if they are `interleaved`.
+    """
     cos, sin = table
     half = cos.shape[-1]
     rotary, unrotated = x[..., : 2 * half], x[..., 2 * half :]
-    low, high = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
+    rotary = rotary.astype(jnp.float32)
+    if interleaved:
+        pairs = rotary.reshape(*rotary.shape[:-1], half, 2)
+        low, high = (part[..., 0] for part in jnp.split(pairs, 2, axis=-1))
+    else:
+        low, high = jnp.split(rotary, 2, axis=-1)
     # Cast before the concatenation, not after it: XLA on CPUs writes its operands to
     # memory, and they are smaller after a cast to 16 bits.
     halves = low * cos - high * sin, high * cos + low * sin
-    rotated = jnp.concatenate([part.astype(x.dtype) for part in halves], axis=-1)
+    halves = [part.astype(x.dtype) for part in halves]
+    if interleaved:
+        rotated = jnp.stack(halves, axis=-1).reshape(rotary.shape)
+    else:
+        rotated = jnp.concatenate(halves, axis=-1)
     if not unrotated.shape[-1]:
         return rotated
     return jnp.concatenate([rotated, unrotated], axis=-1)
@@ -164,7 +178,8 @@ class Attention(nn.Module):
         if rope is None:
             rope = c.ropes.index(self.kinds[0].rope)
         table = tokens.tables[rope]
-        operands = rotate(query, table), rotate(key, table), value, sinks
+        query, key = (rotate(x, table, c.interleaved_rope) for x in (query, key))
+        operands = query, key, value, sinks
         if cache is None and self.attention != "xla":
             mixed, new_kv = self._attend_in_order(*operands, tokens, scalars), None
         else:
@@ -185,7 +200,7 @@ class Attention(nn.Module):
         num_queries = c.num_heads * (2 if c.attention_gate else 1)
         heads = num_queries, c.num_kv_heads, c.num_kv_heads
         widths = [num_heads * c.head_dim for num_heads in heads]
-        if c.fused:
+        if c.fuses_qkv:
             fused = name_product(dense(sum(widths), name="qkv_proj")(x))
             parts = jnp.split(fused, [widths[0], sum(widths[:2])], axis=-1)
         else:
@@ -257,7 +272,7 @@ class Attention(nn.Module):
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the layer's Hugging Face names of these parameters, by path."""
         c, names = config, {}
-        qkv = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
+        qkv = ("qkv_proj",) if c.fuses_qkv else ("q_proj", "k_proj", "v_proj")
         has_bias = dict.fromkeys(qkv, c.qkv_bias) | {"o_proj": c.o_bias}
         for name, is_biased in has_bias.items():
             names[f"{name}/kernel"] = f"self_attn.{name}.weight"

@@ -173,16 +173,19 @@ class DecoderConfig:
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
+        interleaved_rope: Whether the pairs that are rotated are neighboring values. By
+            default, a pair is a value of the first half and one of the second half.
         rms_norm_eps: Epsilon that norms add to the mean square.
         unit_offset_norms: Whether norms multiply by one plus their scale.
         pre_norms: Whether the inputs of attention and MLP are normalized.
-        post_norms: Whether the outputs of attention and MLP are normalized.
+        post_norms: Whether the outputs of attention and MLP are normalized; "glm" if
+            the norms have the names that GLM-4 gives them.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
         activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
             "clamped_swiglu", gpt-oss's function of gate and up.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
-            another, `gate_up_proj`.
+            another, `gate_up_proj`; "mlp" if only gate and up share one.
         attention_gate: Whether `q_proj` also computes a gate for each value of the
             result of attention, which the gate's sigmoid multiplies.
         qkv_bias: Whether q, k and v have a bias.
@@ -215,13 +218,14 @@ class DecoderConfig:
     head_dim: int = 0
     layers: tuple[LayerKind, ...] = (LayerKind(),)
     rotary_dim: int = 0
+    interleaved_rope: bool = False
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
     pre_norms: bool = True
-    post_norms: bool = False
+    post_norms: bool | Literal["glm"] = False
     qk_norms: bool | Literal["whole"] = False
     activation: str = "silu"
-    fused: bool = False
+    fused: bool | Literal["mlp"] = False
     attention_gate: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -269,8 +273,8 @@ class DecoderConfig:
             )
         if not (self.pre_norms or self.post_norms):
             raise ValueError("`post_norms` must be True without `pre_norms`.")
-        if self.fused and self.attention_gate:
-            raise ValueError("`fused` must be False with an `attention_gate`.")
+        if self.fuses_qkv and self.attention_gate:
+            raise ValueError("`fused` must not be True with an `attention_gate`.")
         if len(self.layers) != self.num_layers:
             raise ValueError(
                 "`layers` must have one entry, or one for each layer. "
@@ -310,6 +314,11 @@ class DecoderConfig:
         """The distinct rotary positions of the layers, in order of first use."""
         with_attention = (kind for kind in self.layers if kind.delta_rule is None)
         return tuple(dict.fromkeys(kind.rope for kind in with_attention))
+
+    @property
+    def fuses_qkv(self) -> bool:
+        """Whether q, k and v share one kernel."""
+        return self.fused is True
 
     @property
     def has_states(self) -> bool:

@@ -10,6 +10,7 @@ from .family import (
     biases,
     positive,
     read_layers,
+    read_partial_rope,
     read_rope,
     require,
     shared_fields,
@@ -18,6 +19,8 @@ from .family import (
 # - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
 #   and k. OLMo 3 adds a window in three of four layers.
 # - Granite 3 has factors of embeddings, attention scores, residuals and logits.
+# - GLM-4 has norms before and after attention and the MLP, fused gate and up, and
+#   partial rotary positions of neighboring values.
 
 
 def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +67,20 @@ def _read_granite(raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_glm4(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, head_dim=128, kv_heads=2, eps=1.5625e-7)
+    rope, rotary_dim = read_partial_rope(raw, fields["head_dim"], fraction=0.5)
+    return DecoderConfig(
+        **fields,
+        layers=(LayerKind(rope),),
+        rotary_dim=rotary_dim,
+        interleaved_rope=True,
+        post_norms="glm",
+        fused="mlp",
+        qkv_bias=bool(raw.get("attention_bias", True)),
+    )
+
+
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
 _GRANITE_KEYS = "attention_bias attention_multiplier embedding_multiplier hidden_act"
 _GRANITE_KEYS += " logits_scaling mlp_bias residual_multiplier"
@@ -71,4 +88,5 @@ DENSE_FAMILIES = (
     Family("olmo2", ("Olmo2ForCausalLM",), _read_olmo2, _OLMO_KEYS),
     Family("olmo3", ("Olmo3ForCausalLM",), _read_olmo3, f"{_OLMO_KEYS} {WINDOW_KEYS}"),
     Family("granite", ("GraniteForCausalLM",), _read_granite, _GRANITE_KEYS),
+    Family("glm4", ("Glm4ForCausalLM",), _read_glm4, "attention_bias hidden_act"),
 )

@@ -296,6 +296,21 @@ def read_rope(
         return Rope(theta, **compute_fields(values, frequency, theta))
 
 
+def read_partial_rope(
+    raw: Mapping[str, Any], head_dim: int, fraction: float
+) -> tuple[Rope, int]:
+    """Reads the rotary positions of a part of each head.
+
+    `fraction` is the family's default for `partial_rotary_factor`. Also returns the
+    size of the part.
+    """
+    section, key = dict(rope_section(raw)), "partial_rotary_factor"
+    if (stored := section.pop(key, None)) is None:
+        stored = raw.get(key)
+    dim = int(head_dim * (fraction if stored is None else stored))
+    return read_rope({**raw, key: None}, dim, section=section), dim
+
+
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the section of a config about rotary positions, or an empty one."""
     section = raw.get("rope_scaling") or raw.get("rope_parameters") or {}

@@ -104,6 +104,10 @@ def norm_names(config: DecoderConfig) -> NormNames:
     # of this name is after attention.
     if not config.post_norms:
         return NormNames("input_layernorm", None, "post_attention_layernorm", None)
+    if config.post_norms == "glm":
+        after = "post_self_attn_layernorm", "post_mlp_layernorm"
+        before = "input_layernorm", "post_attention_layernorm"
+        return NormNames(before[0], after[0], before[1], after[1])
     after = "post_attention_layernorm", "post_feedforward_layernorm"
     if not config.pre_norms:
         return NormNames(None, after[0], None, after[1])

@@ -175,6 +175,7 @@ PUBLISHED = {
     "granite, 3.3 8B": {"attention_bias": False, "attention_multiplier": 0.0078125}
     | {"embedding_multiplier": 12.0, "logits_scaling": 16.0, "mlp_bias": False}
     | {"residual_multiplier": 0.22},
+    "glm4, 9B": {"attention_bias": True, "head_dim": 8, "partial_rotary_factor": 0.5},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
