@@ -175,11 +175,14 @@ class DecoderConfig:
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
         interleaved_rope: Whether the pairs that are rotated are neighboring values. By
             default, a pair is a value of the first half and one of the second half.
-        rms_norm_eps: Epsilon that norms add to the mean square.
+        rms_norm_eps: Epsilon that norms add to the mean square, or to the variance.
         unit_offset_norms: Whether norms multiply by one plus their scale.
+        layer_norms: Whether norms subtract the mean (LayerNorm).
         pre_norms: Whether the inputs of attention and MLP are normalized.
         post_norms: Whether the outputs of attention and MLP are normalized; "glm" if
             the norms have the names that GLM-4 gives them.
+        parallel_mlp: Whether attention and the MLP have the same normalized input. If
+            not, the input of the MLP contains the output of attention.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
         activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
@@ -221,8 +224,10 @@ class DecoderConfig:
     interleaved_rope: bool = False
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
+    layer_norms: bool = False
     pre_norms: bool = True
     post_norms: bool | Literal["glm"] = False
+    parallel_mlp: bool = False
     qk_norms: bool | Literal["whole"] = False
     activation: str = "silu"
     fused: bool | Literal["mlp"] = False
@@ -273,6 +278,10 @@ class DecoderConfig:
             )
         if not (self.pre_norms or self.post_norms):
             raise ValueError("`post_norms` must be True without `pre_norms`.")
+        if self.parallel_mlp and (self.post_norms or not self.pre_norms):
+            raise ValueError("`post_norms` must be False with a `parallel_mlp`.")
+        if self.layer_norms and self.unit_offset_norms:
+            raise ValueError("`unit_offset_norms` must be False with `layer_norms`.")
         if self.fuses_qkv and self.attention_gate:
             raise ValueError("`fused` must not be True with an `attention_gate`.")
         if len(self.layers) != self.num_layers:

@@ -8,6 +8,7 @@ from .family import (
     WINDOW_KEYS,
     Family,
     biases,
+    number,
     positive,
     read_layers,
     read_partial_rope,
@@ -21,6 +22,9 @@ from .family import (
 # - Granite 3 has factors of embeddings, attention scores, residuals and logits.
 # - GLM-4 has norms before and after attention and the MLP, fused gate and up, and
 #   partial rotary positions of neighboring values.
+# - Cohere 2 has LayerNorms, and adds the outputs of attention and MLP at once. Three
+#   of four layers have a window, and only these have rotary positions.
+# - Seed-OSS has an option for the bias of the output projection.
 
 
 def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,12 +85,59 @@ def _read_glm4(raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_cohere2(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, _COHERE2_VALUES)
+    fields = shared_fields(raw, tied=True) | biases(raw)
+    fields["rms_norm_eps"] = number(raw.get("layer_norm_eps", 1e-5))
+    period, window = (
+        raw.get("sliding_window_pattern", 4),
+        raw.get("sliding_window", 4096),
+    )
+    rope = read_rope(raw, fields["head_dim"])
+    return DecoderConfig(
+        **fields,
+        layers=read_layers(raw, lambda i: (i + 1) % period != 0, window, None, rope),
+        interleaved_rope=True,
+        layer_norms=True,
+        parallel_mlp=True,
+        logit_scale=positive(raw, "logit_scale", 0.0625),
+    )
+
+
+def _read_seed_oss(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, head_dim=128, kv_heads=8)
+    return DecoderConfig(
+        **fields,
+        layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
+        qkv_bias=bool(raw.get("attention_bias", True)),
+        o_bias=bool(raw.get("attention_out_bias", False)),
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+    )
+
+
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
+# Keys of published files. The class in transformers computes these values only.
+_COHERE2_VALUES = {
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rotary_pct": 1.0,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_parallel_embedding": True,
+    "use_qk_norm": False,
+}
+# `layer_switch` repeats `sliding_window_pattern`.
+_COHERE2_KEYS = "attention_bias hidden_act layer_norm_eps layer_switch logit_scale"
+_COHERE2_KEYS += f" sliding_window_pattern {WINDOW_KEYS} {' '.join(_COHERE2_VALUES)}"
+_SEED_OSS_KEYS = "attention_bias attention_out_bias hidden_act mlp_bias"
 _GRANITE_KEYS = "attention_bias attention_multiplier embedding_multiplier hidden_act"
 _GRANITE_KEYS += " logits_scaling mlp_bias residual_multiplier"
 DENSE_FAMILIES = (
     Family("olmo2", ("Olmo2ForCausalLM",), _read_olmo2, _OLMO_KEYS),
     Family("olmo3", ("Olmo3ForCausalLM",), _read_olmo3, f"{_OLMO_KEYS} {WINDOW_KEYS}"),
     Family("granite", ("GraniteForCausalLM",), _read_granite, _GRANITE_KEYS),
+    Family("cohere2", ("Cohere2ForCausalLM",), _read_cohere2, _COHERE2_KEYS),
     Family("glm4", ("Glm4ForCausalLM",), _read_glm4, "attention_bias hidden_act"),
+    Family("seed_oss", ("SeedOssForCausalLM",), _read_seed_oss, _SEED_OSS_KEYS),
 )

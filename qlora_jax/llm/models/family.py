@@ -35,7 +35,7 @@ HARMLESS_KEYS = frozenset(
     num_beam_groups num_beams num_labels num_return_sequences output_attentions
     output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
     pruned_heads quantization quantization_config remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate
     router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
     torchscript transformers.js_config transformers_version typical_p unk_token_id
@@ -183,7 +183,7 @@ def read_layers(
     raw: Mapping[str, Any],
     is_sliding: Callable[[int], bool],
     window: int | None,
-    rope: Rope,
+    rope: Rope | None,
     local: Rope | None = None,
 ) -> tuple[LayerKind, ...]:
     """Returns the kinds of layers that `layer_types` lists.

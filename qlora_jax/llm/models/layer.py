@@ -57,7 +57,7 @@ class Layer(nn.Module):
         y, new_entries = mixer(mixer_input, tokens, scalars, cache)
         x = add(x, normalize(y, norms.after_mixer))
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
-        y = mlp(normalize(x, norms.before_mlp))
+        y = mlp(mixer_input if c.parallel_mlp else normalize(x, norms.before_mlp))
         # Return only the new keys and values: a scan that returned the cache of each
         # layer would copy it.
         return add(x, normalize(y, norms.after_mlp)), new_entries
@@ -102,6 +102,8 @@ def norm_names(config: DecoderConfig) -> NormNames:
     """Returns the names of a layer's norms, as in the Hugging Face model."""
     # Llama calls the norm before the MLP "post_attention". In Gemma and OLMo, the norm
     # of this name is after attention.
+    if config.parallel_mlp:
+        return NormNames("input_layernorm", None, None, None)
     if not config.post_norms:
         return NormNames("input_layernorm", None, "post_attention_layernorm", None)
     if config.post_norms == "glm":

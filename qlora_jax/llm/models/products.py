@@ -117,5 +117,14 @@ class UnitOffsetRMSNorm(nn.Module):
 
 def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
     """Returns a norm layer of the kind that the decoder uses."""
+    if config.layer_norms:
+        # Flax's fast variance, E[x^2] - E[x]^2, loses digits.
+        return nn.LayerNorm(
+            epsilon=config.rms_norm_eps,
+            dtype=dtype,
+            use_bias=False,
+            use_fast_variance=False,
+            name=name,
+        )
     norm = UnitOffsetRMSNorm if config.unit_offset_norms else nn.RMSNorm
     return norm(epsilon=config.rms_norm_eps, dtype=dtype, name=name)

@@ -176,6 +176,15 @@ PUBLISHED = {
     | {"embedding_multiplier": 12.0, "logits_scaling": 16.0, "mlp_bias": False}
     | {"residual_multiplier": 0.22},
     "glm4, 9B": {"attention_bias": True, "head_dim": 8, "partial_rotary_factor": 0.5},
+    "cohere2, 7B": {"attention_bias": False, "cache_implementation": "hybrid"}
+    | {"head_dim": 8, "layer_norm_eps": 1e-5, "layer_switch": 4, "logit_scale": 0.25}
+    | {"order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1.0}
+    | {"position_embedding_type": "rope_gptj", "use_gated_activation": True}
+    | {"sliding_window": 4096, "sliding_window_pattern": 4}
+    | {"use_embedding_sharing": True, "use_parallel_block": True}
+    | {"use_parallel_embedding": True},
+    "seed_oss, 36B": {"attention_bias": True, "attention_out_bias": False}
+    | {"head_dim": 8, "mlp_bias": False, "pretraining_tp": 1, "residual_dropout": 0.1},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -219,6 +228,8 @@ def test_published_configs_are_read_without_a_warning(name):
         ({"layers": (LayerKind(Rope(divisors=(1.0,))),)}, "must be empty or have 4"),
         ({"rotary_dim": 10}, "`rotary_dim` must be even and at most `head_dim`"),
         ({"pre_norms": False}, "`post_norms` must be True without `pre_norms`"),
+        ({"parallel_mlp": True, "post_norms": True}, "`post_norms` must be False"),
+        ({"layer_norms": True, "unit_offset_norms": True}, "with `layer_norms`"),
         ({"activation": "relu"}, "`activation` must be one of"),
         ({"logit_soft_cap": 0.0}, "'logit_soft_cap'. must be positive and finite"),
         ({"layers": (LayerKind(Rope(float("nan"))),)}, r"'ropes\[0\].theta'. must be"),
@@ -267,6 +278,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("cohere2", {"use_parallel_block": False}, "`use_parallel_block` must be true"),
         ("granite", {"attention_multiplier": 0}, "must be positive. Got 0.0"),
         ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
         ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
