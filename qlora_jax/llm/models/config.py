@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "clamped_swiglu")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2", "clamped_swiglu")
 _MAX_EXPERTS = 4096  # far above any published model; rejects corrupt files
 
 
@@ -185,8 +185,9 @@ class DecoderConfig:
             not, the input of the MLP contains the output of attention.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
-        activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
-            "clamped_swiglu", gpt-oss's function of gate and up.
+        activation: The gate's activation: "silu", "gelu_pytorch_tanh" or "relu2", the
+            square of a ReLU; or "clamped_swiglu", gpt-oss's function of gate and up.
+        gated_mlp: Whether MLPs have a gate. If not, `up_proj` has the activation.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
             another, `gate_up_proj`; "mlp" if only gate and up share one.
         attention_gate: Whether `q_proj` also computes a gate for each value of the
@@ -230,6 +231,7 @@ class DecoderConfig:
     parallel_mlp: bool = False
     qk_norms: bool | Literal["whole"] = False
     activation: str = "silu"
+    gated_mlp: bool = True
     fused: bool | Literal["mlp"] = False
     attention_gate: bool = False
     qkv_bias: bool = False
@@ -282,6 +284,14 @@ class DecoderConfig:
             raise ValueError("`post_norms` must be False with a `parallel_mlp`.")
         if self.layer_norms and self.unit_offset_norms:
             raise ValueError("`unit_offset_norms` must be False with `layer_norms`.")
+        is_plain = not (
+            self.fused or self.experts or self.activation == "clamped_swiglu"
+        )
+        if not self.gated_mlp and not is_plain:
+            raise ValueError(
+                "`gated_mlp` must be True with fused kernels, experts or the "
+                'activation "clamped_swiglu". Got False.'
+            )
         if self.fuses_qkv and self.attention_gate:
             raise ValueError("`fused` must not be True with an `attention_gate`.")
         if len(self.layers) != self.num_layers:

@@ -24,6 +24,7 @@ from .family import (
 #   partial rotary positions of neighboring values.
 # - Cohere 2 has LayerNorms, and adds the outputs of attention and MLP at once. Three
 #   of four layers have a window, and only these have rotary positions.
+# - Arcee has MLPs without a gate, and squared ReLUs.
 # - Seed-OSS has an option for the bias of the output projection.
 
 
@@ -115,6 +116,13 @@ def _read_seed_oss(raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, eps=1e-5, activation=("hidden_act", "relu2"))
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    mlp = {"gated_mlp": False, "mlp_bias": bool(raw.get("mlp_bias", False))}
+    return DecoderConfig(**fields, **biases(raw), **mlp, layers=layers)
+
+
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
 # Keys of published files. The class in transformers computes these values only.
 _COHERE2_VALUES = {
@@ -130,6 +138,7 @@ _COHERE2_VALUES = {
 # `layer_switch` repeats `sliding_window_pattern`.
 _COHERE2_KEYS = "attention_bias hidden_act layer_norm_eps layer_switch logit_scale"
 _COHERE2_KEYS += f" sliding_window_pattern {WINDOW_KEYS} {' '.join(_COHERE2_VALUES)}"
+_ARCEE_KEYS = "attention_bias hidden_act mlp_bias"
 _SEED_OSS_KEYS = "attention_bias attention_out_bias hidden_act mlp_bias"
 _GRANITE_KEYS = "attention_bias attention_multiplier embedding_multiplier hidden_act"
 _GRANITE_KEYS += " logits_scaling mlp_bias residual_multiplier"
@@ -137,6 +146,7 @@ DENSE_FAMILIES = (
     Family("olmo2", ("Olmo2ForCausalLM",), _read_olmo2, _OLMO_KEYS),
     Family("olmo3", ("Olmo3ForCausalLM",), _read_olmo3, f"{_OLMO_KEYS} {WINDOW_KEYS}"),
     Family("granite", ("GraniteForCausalLM",), _read_granite, _GRANITE_KEYS),
+    Family("arcee", ("ArceeForCausalLM",), _read_arcee, _ARCEE_KEYS),
     Family("cohere2", ("Cohere2ForCausalLM",), _read_cohere2, _COHERE2_KEYS),
     Family("glm4", ("Glm4ForCausalLM",), _read_glm4, "attention_bias hidden_act"),
     Family("seed_oss", ("SeedOssForCausalLM",), _read_seed_oss, _SEED_OSS_KEYS),

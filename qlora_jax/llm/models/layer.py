@@ -20,10 +20,10 @@ from .attention import Attention, LayerScalars, Tokens
 from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
-from .mlp import GatedMLP
+from .mlp import DenseMLP
 from .products import make_norm
 
-PARTS = Attention, GatedDeltaNet, GatedMLP, MixtureOfExperts
+PARTS = Attention, GatedDeltaNet, DenseMLP, MixtureOfExperts
 
 
 class Layer(nn.Module):
@@ -73,7 +73,7 @@ class Layer(nn.Module):
         if mlp_class(c, kind) is MixtureOfExperts:
             return MixtureOfExperts(c, self.dtype, name=MixtureOfExperts.part_name)
         width = kind.mlp_width or c.intermediate_size
-        return GatedMLP(c, width, self.dtype, name=GatedMLP.part_name)
+        return DenseMLP(c, width, self.dtype, name=DenseMLP.part_name)
 
     @staticmethod
     def tensor_names(
@@ -123,7 +123,7 @@ def mixer_class(kind: LayerKind) -> type[Attention] | type[GatedDeltaNet]:
 
 def mlp_class(
     config: DecoderConfig, kind: LayerKind
-) -> type[GatedMLP] | type[MixtureOfExperts]:
+) -> type[DenseMLP] | type[MixtureOfExperts]:
     """Returns the class of a layer's MLP."""
     has_experts = config.experts is not None and kind.mlp_width is None
-    return MixtureOfExperts if has_experts else GatedMLP
+    return MixtureOfExperts if has_experts else DenseMLP

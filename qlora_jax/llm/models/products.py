@@ -79,9 +79,15 @@ def apply_gate(config: DecoderConfig, gate: Array, up: Array) -> Array:
         # gpt-oss fixes these constants: `swiglu_limit` is 7, `swiglu_alpha` 1.702.
         gate, up = jnp.minimum(gate, 7), 1 + jnp.clip(up, -7, 7)
         return (gate * nn.sigmoid(1.702 * gate) * up).astype(dtype)
+    return (activate(config, gate) * up).astype(dtype)
+
+
+def activate(config: DecoderConfig, x: Array) -> Array:
+    """Returns the activation of an array."""
+    if config.activation == "relu2":
+        return jnp.square(nn.relu(x))
     # Flax's gelu is the tanh approximation by default.
-    activate = nn.silu if config.activation == "silu" else nn.gelu
-    return (activate(gate) * up).astype(dtype)
+    return nn.silu(x) if config.activation == "silu" else nn.gelu(x)
 
 
 def name_product(x: Array) -> Array:

@@ -185,6 +185,7 @@ PUBLISHED = {
     | {"use_parallel_embedding": True},
     "seed_oss, 36B": {"attention_bias": True, "attention_out_bias": False}
     | {"head_dim": 8, "mlp_bias": False, "pretraining_tp": 1, "residual_dropout": 0.1},
+    "arcee, 4.5B": {"attention_bias": False, "hidden_act": "relu2", "mlp_bias": False},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -230,6 +231,7 @@ def test_published_configs_are_read_without_a_warning(name):
         ({"pre_norms": False}, "`post_norms` must be True without `pre_norms`"),
         ({"parallel_mlp": True, "post_norms": True}, "`post_norms` must be False"),
         ({"layer_norms": True, "unit_offset_norms": True}, "with `layer_norms`"),
+        ({"gated_mlp": False, "fused": True}, "`gated_mlp` must be True with fused"),
         ({"activation": "relu"}, "`activation` must be one of"),
         ({"logit_soft_cap": 0.0}, "'logit_soft_cap'. must be positive and finite"),
         ({"layers": (LayerKind(Rope(float("nan"))),)}, r"'ropes\[0\].theta'. must be"),
@@ -278,6 +280,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("arcee", {"hidden_act": "silu"}, '`hidden_act` must be "relu2"'),
         ("cohere2", {"use_parallel_block": False}, "`use_parallel_block` must be true"),
         ("granite", {"attention_multiplier": 0}, "must be positive. Got 0.0"),
         ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
