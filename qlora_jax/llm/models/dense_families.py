@@ -25,6 +25,7 @@ from .family import (
 # - Cohere 2 has LayerNorms, and adds the outputs of attention and MLP at once. Three
 #   of four layers have a window, and only these have rotary positions.
 # - Arcee has MLPs without a gate, and squared ReLUs.
+# - Gemma 1 has norms with one plus their scale, and scaled embeddings.
 # - Seed-OSS has an option for the bias of the output projection.
 
 
@@ -123,6 +124,27 @@ def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, **biases(raw), **mlp, layers=layers)
 
 
+def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
+    if raw.get("use_bidirectional_attention"):
+        raise ValueError("`use_bidirectional_attention` must be false. Got true.")
+    # In published files, "gelu" means its tanh approximation, and `hidden_activation`
+    # is null or says the same.
+    gelu = "gelu_pytorch_tanh"
+    if raw.get("hidden_activation") is not None:
+        require(raw, {"hidden_activation": gelu})
+    if raw.get("hidden_act") == "gelu":
+        raw = {**raw, "hidden_act": gelu}
+    defaults = {"head_dim": 256, "kv_heads": 16, "tied": True}
+    fields = shared_fields(raw, **defaults, activation=("hidden_act", gelu))
+    return DecoderConfig(
+        **fields,
+        **biases(raw),
+        layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
+        unit_offset_norms=True,
+        embedding_scale=fields["hidden_size"] ** 0.5,
+    )
+
+
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
 # Keys of published files. The class in transformers computes these values only.
 _COHERE2_VALUES = {
@@ -139,6 +161,7 @@ _COHERE2_VALUES = {
 _COHERE2_KEYS = "attention_bias hidden_act layer_norm_eps layer_switch logit_scale"
 _COHERE2_KEYS += f" sliding_window_pattern {WINDOW_KEYS} {' '.join(_COHERE2_VALUES)}"
 _ARCEE_KEYS = "attention_bias hidden_act mlp_bias"
+_GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
 _SEED_OSS_KEYS = "attention_bias attention_out_bias hidden_act mlp_bias"
 _GRANITE_KEYS = "attention_bias attention_multiplier embedding_multiplier hidden_act"
 _GRANITE_KEYS += " logits_scaling mlp_bias residual_multiplier"
@@ -148,6 +171,7 @@ DENSE_FAMILIES = (
     Family("granite", ("GraniteForCausalLM",), _read_granite, _GRANITE_KEYS),
     Family("arcee", ("ArceeForCausalLM",), _read_arcee, _ARCEE_KEYS),
     Family("cohere2", ("Cohere2ForCausalLM",), _read_cohere2, _COHERE2_KEYS),
+    Family("gemma", ("GemmaForCausalLM",), _read_gemma, _GEMMA_KEYS),
     Family("glm4", ("Glm4ForCausalLM",), _read_glm4, "attention_bias hidden_act"),
     Family("seed_oss", ("SeedOssForCausalLM",), _read_seed_oss, _SEED_OSS_KEYS),
 )

@@ -44,7 +44,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(("glm4", "granite", "olmo2", "olmo3"), AS_IN_FILE)
-_REGISTERED |= dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")
+_REGISTERED |= dict.fromkeys(
+    ("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
+)
 _REGISTERED |= dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
 _REGISTERED |= dict.fromkeys(("qwen3_5", "qwen3_5_text"), "Qwen3_5Tokenizer")
 # Qwen3.5's rule for splitting texts: like Qwen2's, but marks belong to letters.

@@ -186,6 +186,10 @@ PUBLISHED = {
     "seed_oss, 36B": {"attention_bias": True, "attention_out_bias": False}
     | {"head_dim": 8, "mlp_bias": False, "pretraining_tp": 1, "residual_dropout": 0.1},
     "arcee, 4.5B": {"attention_bias": False, "hidden_act": "relu2", "mlp_bias": False},
+    "gemma, 2B": {"attention_bias": False, "head_dim": 8, "hidden_act": "gelu"}
+    | {"hidden_activation": None},
+    "gemma, 1.1 7B": {"head_dim": 8, "hidden_act": "gelu_pytorch_tanh"}
+    | {"hidden_activation": "gelu_pytorch_tanh"},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -263,6 +267,9 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen2", {"layer_types": ["full_attention"]}, "must have 4 entries"),
         ("qwen3", {"layer_types": ["linear_attention"] * 4}, "must be .sliding_att"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "`sliding_window` must"),
+        ("gemma", {"use_bidirectional_attention": True}, "must be false"),
+        ("gemma", {"hidden_act": "relu"}, 'must be "gelu_pytorch_tanh"'),
+        ("gemma", {"hidden_activation": "relu"}, 'must be "gelu_pytorch_tanh"'),
         ("gemma2", {"use_bidirectional_attention": True}, "must be false"),
         ("gemma2", {"hidden_activation": "gelu"}, 'must be "gelu_pytorch_tanh"'),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "must be null. Got 5.0"),

@@ -16,7 +16,16 @@ _ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
 # Families for which mlx-lm supports biases of the query, key and value layers.
 _BIASES = ("llama", "olmoe", "qwen2", "smollm3")
 # Families whose logits in mlx-lm were not compared with those of transformers.
-_UNTESTED = ("arcee", "cohere2", "glm4", "granite", "olmo2", "olmo3", "seed_oss")
+_UNTESTED = (
+    "arcee",
+    "cohere2",
+    "gemma",
+    "glm4",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "seed_oss",
+)
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.
 _HEADS = ("qwen2", "mixtral", "phi3")
 
