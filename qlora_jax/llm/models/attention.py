@@ -29,6 +29,7 @@ class Tokens(NamedTuple):
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
     tables: Float[Array, "R 2 B T 1 half"]  # one for each of `DecoderConfig.ropes`
     num_tokens: Int[Array, " B"] | None = None  # of each row; None: no padding
+    query_scales: Float[Array, "B T 1 1"] | None = None  # of `QueryScaling`
 
 
 class KeysAndValues(NamedTuple):
@@ -179,6 +180,8 @@ class Attention(nn.Module):
             rope = c.ropes.index(self.kinds[0].rope)
         table = tokens.tables[rope]
         query, key = (rotate(x, table, c.interleaved_rope) for x in (query, key))
+        if tokens.query_scales is not None:
+            query = (query * tokens.query_scales).astype(query.dtype)
         operands = query, key, value, sinks
         if cache is None and self.attention != "xla":
             mixed, new_kv = self._attend_in_order(*operands, tokens, scalars), None

@@ -38,6 +38,32 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryScaling:
+    """Factors of queries that grow with the position, so that attention stays sharp.
+
+    The factor at `position` is `1 + beta * log(1 + position // length)`.
+
+    Attributes:
+        beta: Weight of the logarithm.
+        length: Number of positions with the same factor.
+
+    Example:
+        >>> QueryScaling(beta=0.1, length=16_384).beta
+        0.1
+    """
+
+    beta: float
+    length: int
+
+    def __post_init__(self):
+        if not math.isfinite(self.beta) or self.beta < 0 or self.length < 1:
+            raise ValueError(
+                "`beta` must be finite and not negative, and `length` positive. Got "
+                f"{self.beta} and {self.length}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DeltaRule:
     """Sizes of a gated delta rule, which mixes tokens through a state of fixed size.
 
@@ -200,6 +226,7 @@ class DecoderConfig:
         embedding_scale: Factor that multiplies the embedded tokens.
         residual_scale: Factor of what a layer adds to the residual stream.
         logit_scale: Factor of the logits.
+        query_scaling: The factors of queries that grow with the position, or None.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
         logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
@@ -241,6 +268,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    query_scaling: QueryScaling | None = None
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None

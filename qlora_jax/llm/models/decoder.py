@@ -337,10 +337,15 @@ def describe_tokens(
         else:
             is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
             lengths = jnp.max(jnp.where(is_same, positions[:, None, :], 0), axis=2) + 1
-    # 3. The rotary tables.
+    # 3. The rotary tables, and the factors of queries.
     dim = config.rotary_dim
     tables = [rotary_table(positions, rope, dim, lengths) for rope in config.ropes]
-    return Tokens(positions, segment_ids, jnp.stack(tables))
+    query_scales = None
+    if (scaling := config.query_scaling) is not None:
+        steps = (positions // scaling.length).astype(jnp.float32)
+        query_scales = (1 + scaling.beta * jnp.log1p(steps))[:, :, None, None]
+    tables = jnp.stack(tables)
+    return Tokens(positions, segment_ids, tables, query_scales=query_scales)
 
 
 def init_cache(

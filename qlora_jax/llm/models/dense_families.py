@@ -3,17 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .config import DecoderConfig, LayerKind
+from .config import DecoderConfig, LayerKind, QueryScaling
 from .family import (
     WINDOW_KEYS,
     Family,
     biases,
+    is_count,
     number,
+    one_window,
     positive,
     read_layers,
     read_partial_rope,
     read_rope,
     require,
+    rope_section,
     shared_fields,
 )
 
@@ -26,7 +29,13 @@ from .family import (
 #   of four layers have a window, and only these have rotary positions.
 # - Arcee has MLPs without a gate, and squared ReLUs.
 # - Gemma 1 has norms with one plus their scale, and scaled embeddings.
+# - Ministral 3 is a Mistral with YaRN, whose queries grow with the position.
 # - Seed-OSS has an option for the bias of the output projection.
+
+# The rotary section of Ministral 3, for files without one.
+_MINISTRAL3_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0}
+_MINISTRAL3_ROPE |= {"original_max_position_embeddings": 16_384}
+_MINISTRAL3_ROPE |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 
 
 def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +154,25 @@ def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"layer_types": None})  # all layers have the same window
+    if raw.get("rope_scaling") is None and raw.get("rope_parameters") is None:
+        raw = {**raw, "rope_parameters": _MINISTRAL3_ROPE}
+    section = rope_section(raw)
+    beta_key, length_key = "llama_4_scaling_beta", "original_max_position_embeddings"
+    beta, length = section.get(beta_key), raw.get(length_key) or section.get(length_key)
+    if beta is None or not is_count(length):
+        raise ValueError(
+            f"`rope_parameters` must have {beta_key!r} and {length_key!r}. Got "
+            f"{section}."
+        )
+    fields = shared_fields(raw, head_dim=128, kv_heads=8, eps=1e-5)
+    rope = read_rope(raw, fields["head_dim"])
+    layers = one_window(raw, rope, default=None)
+    scaling = QueryScaling(number(beta), length)
+    return DecoderConfig(**fields, layers=layers, query_scaling=scaling)
+
+
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
 # Keys of published files. The class in transformers computes these values only.
 _COHERE2_VALUES = {
@@ -162,6 +190,7 @@ _COHERE2_KEYS = "attention_bias hidden_act layer_norm_eps layer_switch logit_sca
 _COHERE2_KEYS += f" sliding_window_pattern {WINDOW_KEYS} {' '.join(_COHERE2_VALUES)}"
 _ARCEE_KEYS = "attention_bias hidden_act mlp_bias"
 _GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
+_MINISTRAL3_KEYS = "hidden_act layer_types llama_4_scaling_beta sliding_window"
 _SEED_OSS_KEYS = "attention_bias attention_out_bias hidden_act mlp_bias"
 _GRANITE_KEYS = "attention_bias attention_multiplier embedding_multiplier hidden_act"
 _GRANITE_KEYS += " logits_scaling mlp_bias residual_multiplier"
@@ -173,5 +202,8 @@ DENSE_FAMILIES = (
     Family("cohere2", ("Cohere2ForCausalLM",), _read_cohere2, _COHERE2_KEYS),
     Family("gemma", ("GemmaForCausalLM",), _read_gemma, _GEMMA_KEYS),
     Family("glm4", ("Glm4ForCausalLM",), _read_glm4, "attention_bias hidden_act"),
+    Family(
+        "ministral3", ("Ministral3ForCausalLM",), _read_ministral3, _MINISTRAL3_KEYS
+    ),
     Family("seed_oss", ("SeedOssForCausalLM",), _read_seed_oss, _SEED_OSS_KEYS),
 )

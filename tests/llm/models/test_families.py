@@ -120,6 +120,10 @@ LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
 QWEN = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28}
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn"}
 YARN |= {"original_max_position_embeddings": 4096, "truncate": False}
+MINISTRAL = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "mscale": 1.0}
+MINISTRAL |= {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 262144}
+MINISTRAL |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16384}
+MINISTRAL |= {"rope_theta": 1e6, "rope_type": "yarn", "type": "yarn"}
 GEMMA = {"head_dim": 8, "hidden_activation": "gelu_pytorch_tanh"}
 GEMMA |= {"sliding_window": 4096, "query_pre_attn_scalar": 256, "hidden_act": None}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -190,6 +194,8 @@ PUBLISHED = {
     | {"hidden_activation": None},
     "gemma, 1.1 7B": {"head_dim": 8, "hidden_act": "gelu_pytorch_tanh"}
     | {"hidden_activation": "gelu_pytorch_tanh"},
+    "ministral3, 8B": {"head_dim": 8, "sliding_window": None, "rope_theta": None}
+    | {"rope_parameters": MINISTRAL},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -290,6 +296,12 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("arcee", {"hidden_act": "silu"}, '`hidden_act` must be "relu2"'),
         ("cohere2", {"use_parallel_block": False}, "`use_parallel_block` must be true"),
         ("granite", {"attention_multiplier": 0}, "must be positive. Got 0.0"),
+        ("ministral3", {"rope_parameters": {}}, "must have 'llama_4_scaling_beta'"),
+        (
+            "ministral3",
+            {"layer_types": ["full_attention"]},
+            "`layer_types` must be nul",
+        ),
         ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
         ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
         ("olmo3", {"rope_parameters": {"factor": 2}}, "a section for each kind"),

@@ -22,6 +22,7 @@ _UNTESTED = (
     "gemma",
     "glm4",
     "granite",
+    "ministral3",
     "olmo2",
     "olmo3",
     "seed_oss",
