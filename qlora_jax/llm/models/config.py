@@ -203,7 +203,8 @@ class DecoderConfig:
             default, a pair is a value of the first half and one of the second half.
         rms_norm_eps: Epsilon that norms add to the mean square, or to the variance.
         unit_offset_norms: Whether norms multiply by one plus their scale.
-        layer_norms: Whether norms subtract the mean (LayerNorm).
+        layer_norms: Whether norms subtract the mean (LayerNorm); "biased" if they also
+            add a bias.
         pre_norms: Whether the inputs of attention and MLP are normalized.
         post_norms: Whether the outputs of attention and MLP are normalized; "glm" if
             the norms have the names that GLM-4 gives them.
@@ -214,6 +215,7 @@ class DecoderConfig:
         activation: The gate's activation: "silu", "gelu_pytorch_tanh" or "relu2", the
             square of a ReLU; or "clamped_swiglu", gpt-oss's function of gate and up.
         gated_mlp: Whether MLPs have a gate. If not, `up_proj` has the activation.
+        mlp_names: The names of `up_proj` and `down_proj` in the Hugging Face model.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
             another, `gate_up_proj`; "mlp" if only gate and up share one.
         attention_gate: Whether `q_proj` also computes a gate for each value of the
@@ -252,13 +254,14 @@ class DecoderConfig:
     interleaved_rope: bool = False
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
-    layer_norms: bool = False
+    layer_norms: bool | Literal["biased"] = False
     pre_norms: bool = True
     post_norms: bool | Literal["glm"] = False
     parallel_mlp: bool = False
     qk_norms: bool | Literal["whole"] = False
     activation: str = "silu"
     gated_mlp: bool = True
+    mlp_names: tuple[str, str] = ("up_proj", "down_proj")
     fused: bool | Literal["mlp"] = False
     attention_gate: bool = False
     qkv_bias: bool = False

@@ -7,6 +7,7 @@ import qlora_jax as ql
 from .config import DecoderConfig
 from .groups import layer_stacks
 from .layer import Layer
+from .products import norm_leaves
 
 
 def decoder_names(config: DecoderConfig) -> ql.io.Names:
@@ -23,8 +24,9 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
     c = config
     entries: dict[str, str | ql.io.Entry] = {
         "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
-        "norm/scale": f"{c.module}.norm.weight",
     }
+    for leaf, hf_leaf in norm_leaves(c).items():
+        entries[f"norm/{leaf}"] = f"{c.module}.norm.{hf_leaf}"
     # Layers that predict further tokens are not part of the decoder.
     ignored = [r".*\.inv_freq", r"mtp\..*"]
     if c.module != "model":  # the decoder is the text half of a larger model

@@ -30,6 +30,7 @@ from .family import (
 # - Arcee has MLPs without a gate, and squared ReLUs.
 # - Gemma 1 has norms with one plus their scale, and scaled embeddings.
 # - Ministral 3 is a Mistral with YaRN, whose queries grow with the position.
+# - StarCoder2 has LayerNorms with biases, and MLPs without a gate.
 # - Seed-OSS has an option for the bias of the output projection.
 
 # The rotary section of Ministral 3, for files without one.
@@ -173,6 +174,23 @@ def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, query_scaling=scaling)
 
 
+def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"mlp_type": "default", "norm_type": "layer_norm"})
+    gelu = ("hidden_act", "gelu_pytorch_tanh")
+    fields = shared_fields(raw, kv_heads=2, tied=True, activation=gelu)
+    fields["rms_norm_eps"] = number(raw.get("norm_epsilon", 1e-5))
+    has_bias = bool(raw.get("use_bias", True))
+    rope = read_rope(raw, fields["head_dim"])
+    return DecoderConfig(
+        **fields,
+        layers=one_window(raw, rope, default=None),
+        layer_norms="biased",
+        gated_mlp=False,
+        mlp_names=("c_fc", "c_proj"),
+        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), has_bias),
+    )
+
+
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
 # Keys of published files. The class in transformers computes these values only.
 _COHERE2_VALUES = {
@@ -191,6 +209,10 @@ _COHERE2_KEYS += f" sliding_window_pattern {WINDOW_KEYS} {' '.join(_COHERE2_VALU
 _ARCEE_KEYS = "attention_bias hidden_act mlp_bias"
 _GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
 _MINISTRAL3_KEYS = "hidden_act layer_types llama_4_scaling_beta sliding_window"
+_STARCODER2_KEYS = "hidden_act mlp_type norm_epsilon norm_type sliding_window use_bias"
+# Keys of GPTBigCode in published files, which transformers ignores.
+_STARCODER2_KEYS += " activation_function attention_softmax_in_fp32 layer_norm_epsilon"
+_STARCODER2_KEYS += " scale_attention_softmax_in_fp32 scale_attn_weights"
 _SEED_OSS_KEYS = "attention_bias attention_out_bias hidden_act mlp_bias"
 _GRANITE_KEYS = "attention_bias attention_multiplier embedding_multiplier hidden_act"
 _GRANITE_KEYS += " logits_scaling mlp_bias residual_multiplier"
@@ -206,4 +228,7 @@ DENSE_FAMILIES = (
         "ministral3", ("Ministral3ForCausalLM",), _read_ministral3, _MINISTRAL3_KEYS
     ),
     Family("seed_oss", ("SeedOssForCausalLM",), _read_seed_oss, _SEED_OSS_KEYS),
+    Family(
+        "starcoder2", ("Starcoder2ForCausalLM",), _read_starcoder2, _STARCODER2_KEYS
+    ),
 )

@@ -27,7 +27,8 @@ HARMLESS_KEYS = frozenset(
     add_cross_attention attention_dropout attn_implementation auto_map bad_words_ids
     begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
     cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    do_sample dtype early_stopping embd_pdrop embedding_dropout
+    encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range
     is_decoder is_encoder_decoder is_llama_config label2id length_penalty max_length

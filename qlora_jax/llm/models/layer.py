@@ -21,7 +21,7 @@ from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
 from .mlp import DenseMLP
-from .products import make_norm
+from .products import make_norm, norm_leaves
 
 PARTS = Attention, GatedDeltaNet, DenseMLP, MixtureOfExperts
 
@@ -82,7 +82,11 @@ class Layer(nn.Module):
         """Returns the layer's Hugging Face names of its parameters, by path."""
         norms = [name for name in norm_names(config) if name is not None]
         names: dict[str, str | ql.io.Entry]
-        names = {f"{norm}/scale": f"{norm}.weight" for norm in norms}
+        names = {
+            f"{norm}/{leaf}": f"{norm}.{hf_leaf}"
+            for norm in norms
+            for leaf, hf_leaf in norm_leaves(config).items()
+        }
         for part in (mixer_class(kind), mlp_class(config, kind)):
             tensor_names = part.tensor_names(config, kind)
             names |= {f"{part.part_name}/{path}": x for path, x in tensor_names.items()}

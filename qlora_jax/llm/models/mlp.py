@@ -42,11 +42,13 @@ class DenseMLP(nn.Module):
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the layer's Hugging Face names of these parameters, by path."""
         leaves = ("kernel", "weight"), ("bias", "bias")
-        projections = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
-        if not config.gated_mlp:
-            projections = ("up_proj",)
+        projections = ["gate_proj"] * config.gated_mlp + ["up_proj", "down_proj"]
+        if config.fused:
+            projections = ["gate_up_proj", "down_proj"]
+        hf_names = dict(zip(("up_proj", "down_proj"), config.mlp_names, strict=True))
+        tensors = [(name, hf_names.get(name, name)) for name in projections]
         return {
-            f"{projection}/{leaf}": f"mlp.{projection}.{hf_leaf}"
-            for projection in (*projections, "down_proj")
+            f"{projection}/{leaf}": f"mlp.{hf_name}.{hf_leaf}"
+            for projection, hf_name in tensors
             for leaf, hf_leaf in leaves[: 1 + config.mlp_bias]
         }

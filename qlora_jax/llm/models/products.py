@@ -121,6 +121,12 @@ class UnitOffsetRMSNorm(nn.Module):
         return (x / jnp.sqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
 
 
+def norm_leaves(config: DecoderConfig) -> dict[str, str]:
+    """Returns the Hugging Face name of each parameter of a norm."""
+    names = {"scale": "weight"}
+    return names | ({"bias": "bias"} if config.layer_norms == "biased" else {})
+
+
 def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
     """Returns a norm layer of the kind that the decoder uses."""
     if config.layer_norms:
@@ -128,7 +134,7 @@ def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
         return nn.LayerNorm(
             epsilon=config.rms_norm_eps,
             dtype=dtype,
-            use_bias=False,
+            use_bias=config.layer_norms == "biased",
             use_fast_variance=False,
             name=name,
         )

@@ -42,6 +42,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # The class that transformers prefers for a `model_type`.
 _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
+_REGISTERED["starcoder2"] = "GPT2Tokenizer"
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(
     ("glm4", "granite", "ministral3", "olmo2", "olmo3"), AS_IN_FILE

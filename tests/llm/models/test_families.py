@@ -196,6 +196,12 @@ PUBLISHED = {
     | {"hidden_activation": "gelu_pytorch_tanh"},
     "ministral3, 8B": {"head_dim": 8, "sliding_window": None, "rope_theta": None}
     | {"rope_parameters": MINISTRAL},
+    "starcoder2, 3B": {"activation_function": "gelu", "embedding_dropout": 0.1}
+    | {"attention_softmax_in_fp32": True, "hidden_act": "gelu_pytorch_tanh"}
+    | {"layer_norm_epsilon": 1e-5, "mlp_type": "default", "norm_epsilon": 1e-5}
+    | {"norm_type": "layer_norm", "residual_dropout": 0.1, "sliding_window": 4096}
+    | {"scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
+    | {"use_bias": True},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -305,6 +311,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
         ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
         ("olmo3", {"rope_parameters": {"factor": 2}}, "a section for each kind"),
+        ("starcoder2", {"norm_type": "rms_norm", "hidden_act": None}, '"layer_norm"'),
         ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
         ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),

@@ -26,6 +26,7 @@ _UNTESTED = (
     "olmo2",
     "olmo3",
     "seed_oss",
+    "starcoder2",
 )
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.
 _HEADS = ("qwen2", "mixtral", "phi3")
