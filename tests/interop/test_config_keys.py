@@ -9,14 +9,23 @@ import llama
 import numpy as np
 import pytest
 import transformers
-from configs import DELTA, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
+from configs import (
+    DELTA,
+    LINEAR,
+    LLAMA3,
+    SIZES,
+    TEXT_FAMILIES,
+    YARN,
+    longrope,
+    random_model,
+)
 from tolerances import assert_close
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
-from qlora_jax.llm.models.families import FAMILIES, config_from_hf
+from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.family import HARMLESS_KEYS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -24,6 +33,7 @@ EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}
 WINDOWS = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
 USED = {"use_sliding_window": True}
 CAPS = {"attn_logit_softcapping": 9.0, "final_logit_softcapping": 9.0}
+MINISTRAL = YARN | {"llama_4_scaling_beta": 0.5}
 # Settings with which each key of a family has an effect.
 COUNT = {
     "mistral": {"sliding_window": 8},
@@ -34,12 +44,22 @@ COUNT = {
     "olmoe": EXPERTS | {"num_experts": 4},
     "qwen3_5_text": DELTA
     | {"num_hidden_layers": 3, "layer_types": [FULL, "linear_attention", FULL]},
+    "qwen3_5_moe_text": DELTA
+    | EXPERTS
+    | {"num_experts": 4, "moe_intermediate_size": 32}
+    | {"shared_expert_intermediate_size": 24}
+    | {"num_hidden_layers": 3, "layer_types": [FULL, "linear_attention", FULL]},
     "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
     "gemma2": WINDOWS | CAPS | {"head_dim": 8},
     "gemma3_text": WINDOWS | {"head_dim": 8},
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
     "olmo3": WINDOWS,
+    "cohere2": WINDOWS,
+    "gemma": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "ministral3": {"head_dim": 8, "sliding_window": 8, "rope_parameters": MINISTRAL},
+    "starcoder2": {"sliding_window": 8},
 }
 # Other values of keys, where none can be derived from the first value.
 OTHERS = {
@@ -88,7 +108,7 @@ def changed_value(key, value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3", "qwen3_5"}))
+@pytest.mark.parametrize("kind", TEXT_FAMILIES)
 def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     """A changed key gives an error or a warning, or has its effect in transformers.
 
@@ -121,7 +141,8 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
         if changed != plain:
             counted.add(key)
             assert key not in HARMLESS_KEYS
-    assert counted >= {"rms_norm_eps", "tie_word_embeddings", "hidden_size"}
+    epsilons = {"rms_norm_eps", "layer_norm_eps", "norm_epsilon"}
+    assert counted >= {"tie_word_embeddings", "hidden_size"} and counted & epsilons
     together = {key: x for key, x in accepted.items() if key not in APART}
     model = random_model(kind, settings | together)
     model.save_pretrained(tmp_path)

@@ -151,6 +151,8 @@ class Experts:
             contains the kernels of all experts.
         names: What to write for NAME, for each of `kernels` in order. If empty, the
             entry of `kernels` itself.
+        shared_width: Width of an MLP whose output is added for every token, multiplied
+            by the sigmoid of a gate; 0 for none.
         balance: Weight of the load-balancing loss in training.
 
     Example:
@@ -165,6 +167,7 @@ class Experts:
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
+    shared_width: int = 0
     # Not compared: decoders that differ only in a training option are the same.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
@@ -175,6 +178,11 @@ class Experts:
             raise ValueError(
                 f"`count` must be an integer up to {_MAX_EXPERTS}, and `per_token` an "
                 f"integer from 1 to `count`. Got {sizes}."
+            )
+        if type(self.shared_width) is not int or self.shared_width < 0:
+            raise ValueError(
+                "`shared_width` must be a positive integer, or 0. Got "
+                f"{self.shared_width!r}."
             )
 
     @property
