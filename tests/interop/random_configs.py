@@ -250,10 +250,10 @@ def draw_olmo3(rng: random.Random) -> Options:
 def draw_granite(rng: random.Random) -> Options:
     """Returns the options of Granite 3."""
     factors = "embedding_multiplier residual_multiplier logits_scaling"
-    factors += " attention_multiplier"
-    options = draw_sizes(rng) | draw_rope(rng)
-    options |= draw_flags(rng, "attention_bias mlp_bias")
-    return options | {name: rng.choice((0.25, 0.7, 1.5)) for name in factors.split()}
+    options = draw_llama(rng)
+    del options["head_dim"]
+    options |= {name: rng.choice((0.25, 0.7, 1.5)) for name in factors.split()}
+    return options | {"attention_multiplier": rng.choice((0.1, 0.25, 0.4))}
 
 
 def draw_glm4(rng: random.Random) -> Options:
@@ -285,7 +285,7 @@ def draw_gemma(rng: random.Random) -> Options:
 
 def draw_ministral3(rng: random.Random) -> Options:
     """Returns the options of Ministral 3."""
-    options = draw_mistral(rng)
+    options = draw_mistral(rng) | {"head_dim": rng.choice((8, 12))}
     scaling = {"llama_4_scaling_beta": rng.choice((0.1, 1.0))}
     scaling |= {"original_max_position_embeddings": rng.choice((8, 16))}
     return options | {"rope_parameters": options["rope_parameters"] | scaling}

@@ -33,6 +33,7 @@ from .family import (
 # - Gemma 2 and 3 have norms before and after attention and the MLP. Gemma 2 has
 #   soft-caps, and a window in every other layer. Gemma 3 has two kinds of rotary
 #   positions, and a window in five of six layers; only its text half is supported.
+from .text_halves import MROPE_KEYS, read_text_settings
 
 _LONGROPE = ("longrope", "su", "yarn")  # older Phi files use the last two names
 # Fields of `Experts` that the GGUF reader also uses.
@@ -47,7 +48,6 @@ GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _FULL, _LINEAR = "full_attention", "linear_attention"
-_MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 _GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
 _QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM",)
 # For models with a vision part: the `model_type` of their text half, its architectures,
@@ -56,11 +56,16 @@ _SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_laye
 _SIZE_KEYS += ("num_attention_heads", "max_position_embeddings")
 _GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
 _QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
+_NO_SIZES = (None,) * len(_SIZE_KEYS)
 _QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
 TEXT_HALVES = {
     "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
     "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
     "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_5_MOE, _QWEN3_5_MOE_SIZES),
+    # These text halves are text-only models. Files have all sizes.
+    "mistral3": ("mistral", ("MistralForCausalLM",), _NO_SIZES),
+    "qwen2_5_vl": ("qwen2", ("Qwen2ForCausalLM",), _NO_SIZES),
+    "qwen3_vl": ("qwen3", ("Qwen3ForCausalLM",), _NO_SIZES),
 }
 
 
@@ -211,7 +216,7 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
     fraction = section.pop("partial_rotary_factor", None)
     if fraction is None:
         fraction = raw.get("partial_rotary_factor", 0.25)
-    section = {k: x for k, x in section.items() if k not in _MROPE_KEYS}
+    section = {k: x for k, x in section.items() if k not in MROPE_KEYS}
     dim = int(fields["head_dim"] * fraction)
     rope = read_rope({**raw, "partial_rotary_factor": None}, dim, section=section)
     names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
@@ -296,10 +301,12 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if str(raw.get("model_type")) not in TEXT_HALVES:
         return dict(raw)
     model_type, architectures, sizes = TEXT_HALVES[raw["model_type"]]
+    text = read_text_settings(raw)
+    if text.get("model_type") == "ministral3":
+        model_type, architectures = "ministral3", ("Ministral3ForCausalLM",)
     family = {"architectures": [*architectures], "model_type": model_type}
     shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
     shared = {key: raw[key] for key in shared_keys if key in raw}
-    text = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
     defaults = {
         key: size
         for key, size in zip(_SIZE_KEYS, sizes, strict=True)
@@ -345,6 +352,12 @@ _QWEN3_5_MOE_KEYS = "moe_intermediate_size shared_expert_intermediate_size"
 _QWEN3_5_MOE_KEYS += f" {_QWEN3_5_KEYS} {EXPERT_KEYS}"
 _QWEN_VISION_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
 _QWEN_VISION_KEYS += f" vision_end_token_id vision_config {_QWEN3_5_KEYS}"
+_QWEN_VL_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
+_QWEN_VL_KEYS += " vision_end_token_id vision_token_id vision_config mrope_section"
+_QWEN_VL_KEYS += f" mrope_interleaved {_QWEN_KEYS}"
+_MISTRAL3_KEYS = "image_token_id image_token_index multimodal_projector_bias"
+_MISTRAL3_KEYS += " projector_hidden_act spatial_merge_size text_config vision_config"
+_MISTRAL3_KEYS += f" vision_feature_layer llama_4_scaling_beta {_MISTRAL_KEYS}"
 _FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
     Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
@@ -374,6 +387,24 @@ _FAMILIES = (
         ("Qwen3_5MoeForConditionalGeneration",),
         _read_text_half,
         f"{_QWEN_VISION_KEYS} {_QWEN3_5_MOE_KEYS}",
+    ),
+    Family(
+        "mistral3",
+        ("Mistral3ForConditionalGeneration",),
+        _read_text_half,
+        _MISTRAL3_KEYS,
+    ),
+    Family(
+        "qwen2_5_vl",
+        ("Qwen2_5_VLForConditionalGeneration",),
+        _read_text_half,
+        _QWEN_VL_KEYS,
+    ),
+    Family(
+        "qwen3_vl",
+        ("Qwen3VLForConditionalGeneration",),
+        _read_text_half,
+        f"attention_bias {_QWEN_VL_KEYS}",
     ),
     *DENSE_FAMILIES,
 )
