@@ -233,6 +233,20 @@ def draw_gemma3(rng: random.Random) -> Options:
     return options | pattern | {"attn_logit_softcapping": None}
 
 
+def draw_qwen2_moe(rng: random.Random) -> Options:
+    """Returns the options of Qwen2-MoE."""
+    sizes = draw_sizes(rng) | draw_rope(rng)
+    count = sizes["num_hidden_layers"]
+    dense = rng.choice((None, rng.sample(range(count), 1)))
+    flags = draw_flags(rng, "qkv_bias norm_topk_prob")
+    return sizes | draw_windows(rng, count) | draw_experts(rng) | flags | {
+        "moe_intermediate_size": rng.choice((16, 24)),
+        "shared_expert_intermediate_size": rng.choice((12, 16)),
+        "decoder_sparse_step": rng.randint(1, 2),
+        "mlp_only_layers": dense,
+    }  # fmt: skip
+
+
 def draw_olmo2(rng: random.Random) -> Options:
     """Returns the options of OLMo 2."""
     return draw_sizes(rng) | draw_rope(rng) | draw_flags(rng, "attention_bias")
@@ -310,6 +324,7 @@ ROWS = {
     "olmoe": Row(draw_olmoe, "hidden_act clip_qkv"),
     # `num_local_experts` is another name of `num_experts`.
     "qwen3_moe": Row(draw_qwen3_moe, "hidden_act num_local_experts"),
+    "qwen2_moe": Row(draw_qwen2_moe),
     "qwen3_5_text": Row(draw_qwen3_5),
     "qwen3_5_moe_text": Row(draw_qwen3_5_moe),
     "gpt_oss": Row(draw_gpt_oss, "hidden_act swiglu_alpha swiglu_limit"),

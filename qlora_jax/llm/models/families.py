@@ -28,6 +28,7 @@ from .family import (
 # - SmolLM3 has no rotary positions in every fourth layer.
 # - Phi-3 and Phi-4-mini have fused projections, LongRoPE and partial rotary positions.
 # - Mixtral is a Mistral with experts, and Qwen3 MoE a Qwen3 with experts.
+# - Qwen2-MoE is a Qwen2 with experts, one of which all tokens share.
 # - OLMoE is a Llama with experts and norms of q and k.
 # - In gpt-oss, experts have biases, heads have sinks, and every other layer a window.
 # - Gemma 2 and 3 have norms before and after attention and the MLP. Gemma 2 has
@@ -173,6 +174,35 @@ def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     fields["qk_norms"] = True
     windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
     [kind] = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    return _read_sparse(raw, fields, (kind,) * fields["num_layers"], 768, (128, 8))
+
+
+def _read_qwen2_moe(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields: dict[str, Any] = shared_fields(raw, kv_heads=16)
+    fields["qkv_bias"] = bool(raw.get("qkv_bias", True))
+    # In contrast to Qwen2, layers before `max_window_layers` have windows: every other.
+    has_windows = bool(raw.get("use_sliding_window", False))
+    end = raw.get("max_window_layers", 28) if has_windows else 0
+    window = raw.get("sliding_window", 4096) if has_windows else None
+    rope = read_rope(raw, fields["head_dim"])
+    kinds = read_layers(raw, lambda i: i % 2 == 0 and i < end, window, rope)
+    shared_width = raw.get("shared_expert_intermediate_size", 5632)
+    return _read_sparse(raw, fields, kinds, 1408, (60, 4), shared_width=shared_width)
+
+
+def _read_sparse(
+    raw: Mapping[str, Any],
+    fields: dict[str, Any],
+    kinds: tuple[LayerKind, ...],
+    width: int,
+    counts: tuple[int, int],
+    **settings: Any,
+) -> DecoderConfig:
+    """Returns a decoder in which some layers have experts, and the others an MLP.
+
+    `width` and `counts` are the family's defaults for `moe_intermediate_size` and for
+    the numbers of experts. `settings` are further fields of `Experts`.
+    """
     # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
     step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
     if not is_count(step):
@@ -181,15 +211,17 @@ def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
         )
     if unknown := [x for x in dense if type(x) is not int]:
         raise ValueError(f"`mlp_only_layers` must be integers. Got {unknown}.")
-    count, width = fields["num_layers"], fields["intermediate_size"]
-    is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(count)]
+    is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(len(kinds))]
     if not any(is_sparse):
-        return DecoderConfig(**fields, layers=(kind,))
-    dense_kind = replace(kind, mlp_width=width)
-    layers = tuple(kind if has_experts else dense_kind for has_experts in is_sparse)
-    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
-    normalized = bool(raw.get("norm_topk_prob", False))
-    experts = read_experts(raw, 128, 8, normalized=normalized)
+        return DecoderConfig(**fields, layers=kinds)
+    dense_width = fields["intermediate_size"]
+    layers = tuple(
+        kind if has_experts else replace(kind, mlp_width=dense_width)
+        for kind, has_experts in zip(kinds, is_sparse, strict=True)
+    )
+    fields = fields | {"intermediate_size": raw.get("moe_intermediate_size", width)}
+    settings["normalized"] = bool(raw.get("norm_topk_prob", False))
+    experts = read_experts(raw, *counts, **settings)
     return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
@@ -329,6 +361,9 @@ _OLMOE_KEYS = f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}"
 _QWEN_KEYS = f"hidden_act max_window_layers use_sliding_window {WINDOW_KEYS}"
 _SMOLLM3_KEYS = "attention_bias hidden_act max_window_layers mlp_bias no_rope_layers"
 _SMOLLM3_KEYS += f" no_rope_layer_interval use_sliding_window {WINDOW_KEYS}"
+_QWEN2_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size qkv_bias"
+_QWEN2_MOE_KEYS += " norm_topk_prob shared_expert_intermediate_size"
+_QWEN2_MOE_KEYS += f" {_QWEN_KEYS} {EXPERT_KEYS}"
 _QWEN3_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size"
 _QWEN3_MOE_KEYS += " attention_bias hidden_act max_window_layers norm_topk_prob"
 _QWEN3_MOE_KEYS += f" sliding_window use_sliding_window {EXPERT_KEYS}"
@@ -367,6 +402,7 @@ _FAMILIES = (
     Family("phi3", ("Phi3ForCausalLM",), _read_phi3, "hidden_act sliding_window"),
     Family("mixtral", ("MixtralForCausalLM",), _read_mixtral, _MIXTRAL_KEYS),
     Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
+    Family("qwen2_moe", ("Qwen2MoeForCausalLM",), _read_qwen2_moe, _QWEN2_MOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
     Family("qwen3_5_text", _QWEN3_5, _read_qwen3_5, _QWEN3_5_KEYS),
     Family("qwen3_5_moe_text", _QWEN3_5_MOE, _read_qwen3_5_moe, _QWEN3_5_MOE_KEYS),

@@ -51,7 +51,8 @@ _REGISTERED |= dict.fromkeys(
     ("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
 )
 _REGISTERED |= dict.fromkeys(
-    ("qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl"), "Qwen2Tokenizer"
+    ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl"),
+    "Qwen2Tokenizer",
 )
 _QWEN3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 _REGISTERED |= dict.fromkeys(_QWEN3_5, "Qwen3_5Tokenizer")

@@ -155,6 +155,10 @@ PUBLISHED = {
     | MOE
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False}
     | {"moe_intermediate_size": 32},
+    "qwen2_moe, Qwen1.5": QWEN
+    | MOE
+    | {"decoder_sparse_step": 1, "moe_intermediate_size": 32}
+    | {"shared_expert_intermediate_size": 24},
     "olmoe, OLMoE": MOE | {"clip_qkv": None, "attention_bias": False},
     "gpt_oss, 20B": {"attention_bias": True, "experts_per_token": 4}
     | {"head_dim": 8, "initial_context_length": 4096, "num_experts_per_tok": 4}
