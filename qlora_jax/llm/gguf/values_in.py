@@ -13,8 +13,17 @@ from ..models.family import is_count, number
 FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
-PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
-OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
+# llama.cpp reorders the rows of q and k in these architectures.
+PERMUTED = ("llama", "smollm3", "arcee", "granite")
+# The norms of these architectures are stored as 1 + scale.
+OFFSET_NORMS = ("gemma", "gemma2", "gemma3")
+# The factors of Granite in a `config.json`, and in the metadata.
+GRANITE_KEYS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 # The optional biases that llama.cpp reads, by architecture. Each is a field of
 # `DecoderConfig` that is true if the file has the tensor named in `BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
@@ -95,7 +104,7 @@ def _hf_config(
         "hidden_act": _activation(architecture),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": number(get("attention.layer_norm_rms_epsilon", 1e-5)),
-        "tie_word_embeddings": not has_head or architecture == "gemma2",
+        "tie_word_embeddings": not has_head or architecture in ("gemma", "gemma2"),
         "attention_bias": biases["o_bias"] or architecture == OSS,
         # gpt-oss always has these biases, but its config has no key for them.
         **({} if architecture == OSS else {"mlp_bias": biases["mlp_bias"]}),
@@ -111,6 +120,8 @@ def _hf_config(
 
 
 def _activation(architecture: str) -> str:
+    if architecture == "arcee":
+        return "relu2"
     return "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
 
 
@@ -131,6 +142,10 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": architecture != "olmoe",
     }
+    # llama.cpp treats a factor that is missing or 0 as 1, except that of attention.
+    for name, key in GRANITE_KEYS.items():
+        default = head_dim**-0.5 if name == "attention_multiplier" else 1.0
+        keys[name] = number(get(key, 0.0)) or default
     if architecture == "phi3":
         keys["sliding_window"] = get("attention.sliding_window") or None
     elif default := WINDOW_PERIODS.get(architecture):

@@ -12,6 +12,7 @@ from .values_in import (
     BIAS_TENSORS,
     EXPERT_KEYS,
     FREQUENCIES,
+    GRANITE_KEYS,
     LONG,
     OSS,
     SHORT,
@@ -31,8 +32,16 @@ def architecture_of(config: DecoderConfig) -> str:
         if c.qk_norms == "whole":
             return "olmoe"
         return "qwen3moe" if c.qk_norms else "llama"
-    if c.fused:
+    if c.fuses_qkv:
         return "phi3"
+    if not c.pre_norms:
+        return "olmo2"
+    if not c.gated_mlp:
+        return "arcee"
+    if c.residual_scale != 1 or c.logit_scale != 1:
+        return "granite"
+    if c.unit_offset_norms and not c.post_norms:
+        return "gemma"
     if c.post_norms:
         return "gemma3" if c.qk_norms else "gemma2"
     if None in c.ropes:
@@ -59,8 +68,8 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         "rope.dimension_count": c.rotary_dim,
         "rope.freq_base": float(rope.theta),
     }
-    # 2. Experts, windows and soft-caps. gpt-oss must have the key for a window. Without
-    # a window, its value is the context length.
+    # 2. Experts, windows, soft-caps and factors. gpt-oss must have the key for a
+    # window. Without a window, its value is the context length.
     if c.experts is not None:
         values |= {key: getattr(c.experts, name) for name, key in EXPERT_KEYS.items()}
     if architecture in WINDOW_PERIODS and (windows or architecture == OSS):
@@ -70,6 +79,10 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         for name, cap in caps.items():
             if cap is not None:
                 values[f"{name}_logit_softcapping"] = float(cap)
+    if architecture == "granite":
+        factors = c.attention_scale, c.embedding_scale, c.residual_scale
+        factors = map(float, (*factors, 1 / c.logit_scale))
+        values |= dict(zip(GRANITE_KEYS.values(), factors, strict=True))
     # 3. Stretched rotary positions; see also `factors_of`.
     if architecture == "phi3":
         values["attention.sliding_window"] = main_layer.window or 0
@@ -140,7 +153,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
     is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
-    if architecture in ("phi3", "olmoe") and not is_wide:
+    if architecture in ("phi3", "olmoe", "olmo2") and not is_wide:
         differences += ["heads whose total width is not `hidden_size`"]
     if differences:
         raise ValueError(
