@@ -16,6 +16,10 @@ EXPERTS = OLMOE | {"moe_intermediate_size": 32}  # of Qwen3-MoE
 DELTA = {"num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}  # Qwen3.5
 DELTA |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8}
 DELTA |= {"linear_value_head_dim": 6, "initializer_range": 0.2}
+# Models with a vision part, of which the text half is read.
+VISION = ("gemma3", "gemma4", "gemma4_unified", "qwen3_5")
+GEMMA4 = {"num_hidden_layers": 7, "head_dim": 12, "global_head_dim": 16}
+GEMMA4 |= {"sliding_window": 8, "hidden_size_per_layer_input": 0}
 
 
 def longrope(pairs, original, **overrides):
@@ -54,4 +58,7 @@ def random_model(kind, settings):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(parameter.half().float())
+        for key, buffer in model.named_buffers():
+            if key.endswith("layer_scalar"):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     return model

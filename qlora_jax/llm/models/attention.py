@@ -27,7 +27,8 @@ class Tokens(NamedTuple):
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
-    tables: Float[Array, "R 2 B T 1 half"]  # one for each of `DecoderConfig.ropes`
+    # One for each of `DecoderConfig.ropes`, padded to the longest one.
+    tables: Float[Array, "R 2 B T 1 half"]
     num_tokens: Int[Array, " B"] | None = None  # of each row; None: no padding
 
 
@@ -102,6 +103,9 @@ def rotary_table(
         (undivided / jnp.asarray(divisors or 1, jnp.float32))[None, None, None]
         for divisors in (rope.divisors, rope.long_divisors)
     )
+    if rope.num_pairs:  # the other pairs are not rotated
+        is_rotated = (jnp.arange(half) < rope.num_pairs)[None, None, None]
+        frequency = jnp.where(is_rotated, frequency, 0)
     if rope.long_divisors:
         is_long = jnp.asarray(lengths) > rope.original_length
         is_long = jnp.broadcast_to(is_long, positions.shape)[:, :, None, None]
@@ -157,13 +161,17 @@ class Attention(nn.Module):
             query, gate = query[:, :, ::2], query[:, :, 1::2]
         if c.qk_norms:
             query, key = self._normalize(query, "q"), self._normalize(key, "k")
+        if c.value_norms:
+            value = nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(value)
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         rope = scalars.rope
         if rope is None:
             rope = c.ropes.index(self.kinds[0].rope)
-        table = tokens.tables[rope]
+        # The layers of a stack have heads of the same size.
+        half = max(c.dim_of(kind.rope) for kind in self.kinds) // 2
+        table = tokens.tables[rope][..., :half]
         operands = rotate(query, table), rotate(key, table), value, sinks
         if cache is None and self.attention != "xla":
             mixed, new_kv = self._attend_in_order(*operands, tokens, scalars), None
@@ -180,18 +188,20 @@ class Attention(nn.Module):
         return name_product(output(mixed)), new_kv
 
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
-        c = self.config
+        c, heads = self.config, self.config.heads_of(self.kinds[0])
         dense = functools.partial(make_dense, use_bias=c.qkv_bias, dtype=self.dtype)
         num_queries = c.num_heads * (2 if c.attention_gate else 1)
-        heads = num_queries, c.num_kv_heads, c.num_kv_heads
-        widths = [num_heads * c.head_dim for num_heads in heads]
+        counts = num_queries, heads.num_kv_heads, heads.num_kv_heads
+        widths = [num_heads * heads.head_dim for num_heads in counts]
         if c.fused:
             fused = name_product(dense(sum(widths), name="qkv_proj")(x))
             parts = jnp.split(fused, [widths[0], sum(widths[:2])], axis=-1)
         else:
-            pairs = zip(widths, ("q_proj", "k_proj", "v_proj"), strict=True)
+            pairs = zip(widths, projections_of(c, self.kinds[0]), strict=False)
             parts = [name_product(dense(n, name=name)(x)) for n, name in pairs]
-        return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
+        if heads.key_is_value:
+            parts.append(parts[1])
+        return [part.reshape(*x.shape[:2], -1, heads.head_dim) for part in parts]
 
     def _normalize(self, x: Float[Array, "B T _ Dh"], name: str) -> Array:
         norm = make_norm(self.config, self.dtype, f"{name}_norm")
@@ -250,15 +260,15 @@ class Attention(nn.Module):
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
         if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
-            return attend(*operands, **settings)[..., : c.head_dim], new_kv
+            return attend(*operands, **settings)[..., : query.shape[-1]], new_kv
         return attend(query, key, value, visible, **settings), new_kv
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the layer's Hugging Face names of these parameters, by path."""
         c, names = config, {}
-        qkv = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
-        has_bias = dict.fromkeys(qkv, c.qkv_bias) | {"o_proj": c.o_bias}
+        has_bias = dict.fromkeys(projections_of(c, kind), c.qkv_bias)
+        has_bias["o_proj"] = c.o_bias
         for name, is_biased in has_bias.items():
             names[f"{name}/kernel"] = f"self_attn.{name}.weight"
             if is_biased:
@@ -278,8 +288,17 @@ class Attention(nn.Module):
         """Returns zeros for the keys and values of a stack of layers."""
         # Heads come before positions, as in the products of attention. Otherwise, XLA
         # on CPUs would transpose the whole cache for each new token.
-        shape = (len(kinds), batch, config.num_kv_heads, length, config.head_dim)
+        heads = config.heads_of(kinds[0])
+        shape = (len(kinds), batch, heads.num_kv_heads, length, heads.head_dim)
         return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def projections_of(config: DecoderConfig, kind: LayerKind) -> tuple[str, ...]:
+    """Returns the names of the projections of a layer's queries, keys and values."""
+    if config.fused:
+        return ("qkv_proj",)
+    names = "q_proj", "k_proj", "v_proj"
+    return names[:2] if config.heads_of(kind).key_is_value else names
 
 
 def with_sinks(

@@ -14,7 +14,7 @@ class Rope:
 
     The values of a head form pairs. For a token at `position`, pair i is rotated by
     `position * theta ** (-2 * i / D) / divisors[i]` radians, where D is the number of
-    rotated values (`DecoderConfig.rotary_dim`).
+    values in pairs.
 
     Attributes:
         theta: Base of the frequencies.
@@ -24,6 +24,8 @@ class Rope:
             (LongRoPE, arXiv:2402.13753); empty if they are the same.
         original_length: The context length before it was extended, in tokens.
         scale: Factor that multiplies the rotated queries and keys.
+        dim: D in this formula; 0 for `DecoderConfig.rotary_dim`.
+        num_pairs: Number of leading pairs that are rotated; 0 for all.
 
     Example:
         >>> Rope(theta=1e6).divisors
@@ -35,6 +37,36 @@ class Rope:
     long_divisors: tuple[float, ...] = ()
     original_length: int = 0
     scale: float = 1.0
+    dim: int = 0
+    num_pairs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Sizes of the heads of attention in one layer.
+
+    Attributes:
+        num_kv_heads: Number of key and value heads.
+        head_dim: Size of one head.
+        key_is_value: Whether a value is its key before the norm and rotary positions
+            of the key. Such a layer has no `v_proj`.
+
+    Example:
+        >>> Heads(num_kv_heads=1, head_dim=512).key_is_value
+        False
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    key_is_value: bool = False
+
+    def __post_init__(self):
+        sizes = self.num_kv_heads, self.head_dim
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(
+                "`num_kv_heads` and `head_dim` must be positive integers. Got "
+                f"{self.num_kv_heads!r} and {self.head_dim!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +122,8 @@ class LayerKind:
             MLP or mixture of experts; None if it has the decoder's.
         delta_rule: The gated delta rule that replaces attention, or None. `rope` and
             `window` are unused in such a layer.
+        heads: The sizes of the heads of this layer's attention; None if they are those
+            of the decoder.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -100,6 +134,7 @@ class LayerKind:
     window: int | None = None
     mlp_width: int | None = None
     delta_rule: DeltaRule | None = None
+    heads: Heads | None = None
 
     @property
     def structure(self) -> "LayerKind":
@@ -178,6 +213,7 @@ class DecoderConfig:
         post_norms: Whether the outputs of attention and MLP are normalized too.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
+        value_norms: Whether the value of each head is divided by its root mean square.
         activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
             "clamped_swiglu", gpt-oss's function of gate and up.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
@@ -189,6 +225,8 @@ class DecoderConfig:
         mlp_bias: Whether the projections of the MLP, and the router, have a bias.
         sinks: Whether each head has an attention sink: a trained score that takes part
             in the softmax but has no value.
+        output_scalars: Whether each layer ends by multiplying the residual stream by a
+            stored number, `layer_scalar`.
         embedding_scale: Factor that multiplies the embedded tokens.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
@@ -216,6 +254,7 @@ class DecoderConfig:
     unit_offset_norms: bool = False
     post_norms: bool = False
     qk_norms: bool | Literal["whole"] = False
+    value_norms: bool = False
     activation: str = "silu"
     fused: bool = False
     attention_gate: bool = False
@@ -223,6 +262,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     sinks: bool = False
+    output_scalars: bool = False
     embedding_scale: float = 1.0
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None
@@ -273,13 +313,21 @@ class DecoderConfig:
                 "`rotary_dim` must be even and at most `head_dim`. "
                 f"Got {self.rotary_dim=}, {self.head_dim=}."
             )
-        num_pairs = self.rotary_dim // 2
         for rope in filter(None, self.ropes):
+            num_pairs = self.dim_of(rope) // 2
             sizes = len(rope.divisors), len(rope.long_divisors)
             if not set(sizes) <= {0, num_pairs}:
                 raise ValueError(
                     f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
                     f"values, one for each pair. Got {sizes}."
+                )
+        for kind in self.layers:
+            heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
+            if self.num_heads % heads.num_kv_heads or dim % 2 or dim > heads.head_dim:
+                raise ValueError(
+                    "`heads` must have a number of key heads that divides "
+                    f"{self.num_heads}, and must not be smaller than the rotated part. "
+                    f"Got {heads} with {dim} rotated values."
                 )
         for name in ("window", "mlp_width"):
             values = {getattr(kind, name) for kind in self.layers} - {None}
@@ -302,6 +350,14 @@ class DecoderConfig:
         """The distinct rotary positions of the layers, in order of first use."""
         with_attention = (kind for kind in self.layers if kind.delta_rule is None)
         return tuple(dict.fromkeys(kind.rope for kind in with_attention))
+
+    def heads_of(self, kind: LayerKind) -> Heads:
+        """Returns the sizes of the heads of a layer's attention."""
+        return kind.heads or Heads(self.num_kv_heads, self.head_dim)
+
+    def dim_of(self, rope: Rope | None) -> int:
+        """Returns the number of values of a head that are in pairs."""
+        return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
 
     @property
     def has_states(self) -> bool:

@@ -331,8 +331,13 @@ def describe_tokens(
             is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
             lengths = jnp.max(jnp.where(is_same, positions[:, None, :], 0), axis=2) + 1
     # 3. The rotary tables.
-    dim = config.rotary_dim
-    tables = [rotary_table(positions, rope, dim, lengths) for rope in config.ropes]
+    dims = [config.dim_of(rope) for rope in config.ropes]
+    tables = []
+    for rope, dim in zip(config.ropes, dims, strict=True):
+        table = rotary_table(positions, rope, dim, lengths)
+        if padding := (max(dims) - dim) // 2:
+            table = jnp.pad(table, [(0, 0)] * 4 + [(0, padding)])
+        tables.append(table)
     return Tokens(positions, segment_ids, jnp.stack(tables))
 
 

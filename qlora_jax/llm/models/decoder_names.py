@@ -28,7 +28,10 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
     # Layers that predict further tokens are not part of the decoder.
     ignored = [r".*\.inv_freq", r"mtp\..*"]
     if c.module != "model":  # the decoder is the text half of a larger model
-        ignored.append(r"(model\.)?(vision_tower|multi_modal_projector|visual)\..*")
+        ignored.append(
+            r"(model\.)?(vision_tower|multi_modal_projector|visual|embed_vision"
+            r"|vision_embedder|audio_tower|embed_audio)\..*"
+        )
     if c.tie_embeddings:
         ignored.append(r"lm_head\.weight")
     else:

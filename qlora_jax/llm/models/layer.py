@@ -40,7 +40,10 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the residual stream, and what is new in the cache, or None."""
+        """Returns the residual stream, and what is new in the cache, or None.
+
+        It does not return the whole cache, which a scan would then copy.
+        """
         c, dtype = self.config, self.dtype
 
         def normalize(x: Array, name: str) -> Array:
@@ -58,9 +61,11 @@ class Layer(nn.Module):
         y = mlp(normalize(x, "pre_feedforward" if c.post_norms else "post_attention"))
         if c.post_norms:
             y = normalize(y, "post_feedforward")
-        # Return only the new keys and values: a scan that returned the cache of each
-        # layer would copy it.
-        return x + y.astype(x.dtype), new_entries
+        x = x + y.astype(x.dtype)
+        if c.output_scalars:
+            scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
+            x = x * scalar.astype(x.dtype)[None, None]
+        return x, new_entries
 
     def _make_mixer(self) -> Any:
         c, kinds, dtype = self.config, self.kinds, self.dtype
@@ -85,6 +90,8 @@ class Layer(nn.Module):
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         names: dict[str, str | ql.io.Entry]
         names = {f"{norm}/scale": f"{norm}.weight" for norm in norms}
+        if config.output_scalars:
+            names["layer_scalar"] = "layer_scalar"
         for part in (mixer_class(kind), mlp_class(config, kind)):
             tensor_names = part.tensor_names(config, kind)
             names |= {f"{part.part_name}/{path}": x for path, x in tensor_names.items()}
