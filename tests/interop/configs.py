@@ -20,6 +20,13 @@ DELTA |= {"linear_value_head_dim": 6, "initializer_range": 0.2}
 VISION = ("gemma3", "gemma4", "gemma4_unified", "qwen3_5")
 GEMMA4 = {"num_hidden_layers": 7, "head_dim": 12, "global_head_dim": 16}
 GEMMA4 |= {"sliding_window": 8, "hidden_size_per_layer_input": 0}
+GEMMA4 |= {"initializer_range": 0.1}
+GEMMA4_E = GEMMA4 | {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64}
+GEMMA4_E |= {"num_kv_shared_layers": 4, "use_double_wide_mlp": True}
+GEMMA4_E |= {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    + ["full_attention"]
+}
 
 
 def longrope(pairs, original, **overrides):

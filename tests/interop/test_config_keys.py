@@ -46,6 +46,11 @@ COUNT = {
     "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
     "gemma2": WINDOWS | CAPS | {"head_dim": 8},
     "gemma3_text": WINDOWS | {"head_dim": 8},
+    "gemma4_text": WINDOWS
+    | {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 4}
+    | {"vocab_size_per_layer_input": 64, "top_k_experts": 2, "num_experts": 4}
+    | {"moe_intermediate_size": 16},
+    "gemma4_unified_text": WINDOWS | {"head_dim": 8, "global_head_dim": 16},
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
 }

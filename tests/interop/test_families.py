@@ -15,6 +15,7 @@ from configs import (
     DELTA,
     EXPERTS,
     GEMMA4,
+    GEMMA4_E,
     HEADS,
     LINEAR,
     LLAMA3,
@@ -92,7 +93,11 @@ CASES = {
         "rope_parameters": ROPES
         | {FULL: {"rope_type": "proportional", "rope_theta": 100.0, "factor": 2.0}}
     },
-    "gemma4_unified_text": GEMMA4 | {"attention_k_eq_v": True},
+    "gemma4_text, inputs per layer": GEMMA4
+    | {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64},
+    "gemma4_text, shared keys": GEMMA4_E,
+    "gemma4_unified_text": GEMMA4
+    | {"attention_k_eq_v": True, "num_kv_shared_layers": 1, "global_head_dim": 12},
     "smollm3": {"num_hidden_layers": 5},
     "smollm3, windows": WINDOWS | BIASES | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = {
     **dict.fromkeys(("qwen3", "qwen3_moe", "gemma2", "gemma3_text"), configs.HEADS),
     **{"phi3": configs.HEADS, "qwen3_5_text": configs.DELTA},
+    **{"gemma4_text": configs.GEMMA4_E},
 }
 LINEAR = dict(target_modules=["q_proj", "o_proj", "down_proj"])
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
@@ -167,7 +168,7 @@ def test_adapters_of_other_families(family, tmp_path):
     settings = dict(r=2, lora_alpha=4, target_modules=targets)
     logits = train_there(folder, tmp_path / "theirs", **settings)
     assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
-    if family == "qwen3_5_text":
+    if family in ("gemma4_text", "qwen3_5_text"):
         assert_gradients(folder, tmp_path / "theirs", tmp_path)
 
 

@@ -70,6 +70,44 @@ class Heads:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentHeads:
+    """Sizes of multi-head latent attention (arXiv:2405.04434).
+
+    The keys and values of all heads are computed from one latent vector for each token,
+    and from one rotated key that all heads share.
+
+    Attributes:
+        query_rank: Size of the latent vector of queries; None if queries are computed
+            from the input.
+        kv_rank: Size of the latent vector of keys and values.
+        nope_dim: Size of the part of a query or key that is not rotated.
+        rope_dim: Size of the part that is rotated.
+        value_dim: Size of a value.
+
+    Example:
+        >>> LatentHeads(None, 512, nope_dim=128, rope_dim=64, value_dim=128).head_dim
+        192
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        sizes = sizes[self.query_rank is None :]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"sizes of `LatentHeads` must be positive. Got {self}.")
+
+    @property
+    def head_dim(self) -> int:
+        """The size of a query or key."""
+        return self.nope_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class DeltaRule:
     """Sizes of a gated delta rule, which mixes tokens through a state of fixed size.
 
@@ -124,6 +162,11 @@ class LayerKind:
             `window` are unused in such a layer.
         heads: The sizes of the heads of this layer's attention; None if they are those
             of the decoder.
+        kv_group: Name of a group of layers that share keys and values, or None.
+        has_kv: Whether the layer computes keys and values. A layer that does not
+            attends to those of the last layer of its `kv_group` that does.
+        latent: The sizes of multi-head latent attention, or None for attention with
+            a projection for each of q, k and v.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -135,6 +178,9 @@ class LayerKind:
     mlp_width: int | None = None
     delta_rule: DeltaRule | None = None
     heads: Heads | None = None
+    kv_group: str | None = None
+    has_kv: bool = True
+    latent: LatentHeads | None = None
 
     @property
     def structure(self) -> "LayerKind":
@@ -160,6 +206,14 @@ class Experts:
             contains the kernels of all experts.
         names: What to write for NAME, for each of `kernels` in order. If empty, the
             entry of `kernels` itself.
+        scores: How a router's logits become scores: "softmax", or "sigmoid" for scores
+            that do not depend on each other.
+        has_score_bias: Whether a stored bias is added to the scores, only to choose
+            experts by them.
+        num_groups: Number of groups of experts; a token's experts are all in its best
+            groups.
+        groups_per_token: Number of these groups.
+        scale: Factor of the weights of a token's experts.
         balance: Weight of the load-balancing loss in training.
 
     Example:
@@ -174,6 +228,11 @@ class Experts:
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    has_score_bias: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    scale: float = 1.0
     # Not compared: decoders that differ only in a training option are the same.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
@@ -184,6 +243,19 @@ class Experts:
             raise ValueError(
                 f"`count` must be an integer up to {_MAX_EXPERTS}, and `per_token` an "
                 f"integer from 1 to `count`. Got {sizes}."
+            )
+        groups = self.num_groups, self.groups_per_token
+        is_int = all(type(number) is int for number in groups)
+        if not is_int or not 0 < self.groups_per_token <= self.num_groups:
+            raise ValueError(
+                "`num_groups` must be a positive integer, and `groups_per_token` an "
+                f"integer from 1 to `num_groups`. Got {groups}."
+            )
+        group_size, remainder = divmod(self.count, self.num_groups)
+        if remainder or group_size * self.groups_per_token < self.per_token:
+            raise ValueError(
+                "`num_groups` must divide `count`, and `groups_per_token` groups must "
+                f"have at least `per_token` experts. Got {self}."
             )
 
     @property
@@ -227,6 +299,8 @@ class DecoderConfig:
             in the softmax but has no value.
         output_scalars: Whether each layer ends by multiplying the residual stream by a
             stored number, `layer_scalar`.
+        per_layer_width: Size of the further input that each layer has for each token
+            (see `per_layer_input.py`); 0 for none.
         embedding_scale: Factor that multiplies the embedded tokens.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
@@ -263,6 +337,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     sinks: bool = False
     output_scalars: bool = False
+    per_layer_width: int = 0
     embedding_scale: float = 1.0
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None
@@ -321,7 +396,15 @@ class DecoderConfig:
                     f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
                     f"values, one for each pair. Got {sizes}."
                 )
+        kv_groups = set()
         for kind in self.layers:
+            if not kind.has_kv and kind.kv_group not in kv_groups:
+                raise ValueError(
+                    "`kv_group` of a layer without keys and values must be that of an "
+                    f"earlier layer with them. Got {kind.kv_group!r}."
+                )
+            if kind.has_kv:
+                kv_groups.add(kind.kv_group)
             heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
             if self.num_heads % heads.num_kv_heads or dim % 2 or dim > heads.head_dim:
                 raise ValueError(
@@ -353,6 +436,8 @@ class DecoderConfig:
 
     def heads_of(self, kind: LayerKind) -> Heads:
         """Returns the sizes of the heads of a layer's attention."""
+        if kind.latent is not None:
+            return Heads(self.num_heads, kind.latent.head_dim)
         return kind.heads or Heads(self.num_kv_heads, self.head_dim)
 
     def dim_of(self, rope: Rope | None) -> int:

@@ -1,12 +1,14 @@
 """Maps a decoder's parameters to Hugging Face tensor names."""
 
 import dataclasses
+import re
 
 import qlora_jax as ql
 
 from .config import DecoderConfig
 from .groups import layer_stacks
 from .layer import Layer
+from .per_layer_input import PerLayerEmbedding
 
 
 def decoder_names(config: DecoderConfig) -> ql.io.Names:
@@ -36,6 +38,16 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
         ignored.append(r"lm_head\.weight")
     else:
         entries["lm_head/kernel"] = "lm_head.weight"
+    if c.per_layer_width:
+        entries |= {
+            f"{PerLayerEmbedding.part_name}/{path}": f"{c.module}.{name}"
+            for path, name in PerLayerEmbedding.tensor_names(c).items()
+        }
+    # Files contain keys and values of layers that do not use them.
+    without_kv = [str(i) for i, kind in enumerate(c.layers) if not kind.has_kv]
+    if without_kv:
+        layers = f"{re.escape(c.module)}\\.layers\\.({'|'.join(without_kv)})"
+        ignored.append(rf"{layers}\.self_attn\.[kv]_(proj|norm)\..*")
     for stack in layer_stacks(c):
         numbers = {"layer": stack.layers}
         for path, x in Layer.tensor_names(c, stack.kinds[0]).items():

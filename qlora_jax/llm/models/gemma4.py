@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .config import DecoderConfig, Heads, Rope
+from .config import DecoderConfig, Heads, LayerKind, Rope
 from .family import (
     WINDOW_KEYS,
     biases,
@@ -22,6 +22,7 @@ _ROPES = {
     _FULL: {"rope_type": "proportional", "rope_theta": 1e6},
 }
 _ROPES[_FULL] |= {"partial_rotary_factor": 0.25}
+_DIRECTIONS = (None, "vision")
 GEMMA4_KEYS = f"""
 attention_bias attention_k_eq_v enable_moe_block final_logit_softcapping global_head_dim
 hidden_activation hidden_size_per_layer_input moe_intermediate_size num_experts
@@ -47,21 +48,31 @@ def _read(
     require(raw, {"enable_moe_block": False, "rope_scaling": None, "rope_theta": None})
     require(raw, {"partial_rotary_factor": None})
     require(raw, {"original_max_position_embeddings": None})
-    require({"hidden_size_per_layer_input": per_layer_width} | dict(raw), _NOT_E)
-    if raw.get("use_bidirectional_attention") == "all":
+    # "vision" concerns images only.
+    if (bidirectional := raw.get("use_bidirectional_attention")) not in _DIRECTIONS:
         raise ValueError(
-            '`use_bidirectional_attention` must be null or "vision". Got "all".'
+            '`use_bidirectional_attention` must be null or "vision". Got '
+            f"{bidirectional!r}."
         )
     gelu = ("hidden_activation", "gelu_pytorch_tanh")
     sizes = {"head_dim": 256, "kv_heads": 4, "tied": True, "activation": gelu}
     fields = shared_fields({**raw, "per_layer_config": None}, **sizes)
+    types = _layer_types(raw)
     kinds = read_layers(
-        {**raw, "layer_types": _layer_types(raw)},
+        {**raw, "layer_types": types},
         lambda i: False,
         raw.get("sliding_window", window),
         Rope(),
     )
-    types = _layer_types(raw)
+    # E2B and E4B have an input for each layer, and their last layers attend to the keys
+    # and values of earlier ones.
+    width = raw.get("hidden_size_per_layer_input", per_layer_width)
+    if width and raw.get("vocab_size_per_layer_input", 262_144) != raw["vocab_size"]:
+        raise ValueError(
+            "`vocab_size_per_layer_input` must be `vocab_size`. Got "
+            f"{raw.get('vocab_size_per_layer_input')} and {raw['vocab_size']}."
+        )
+    kinds = _share_kv(raw, kinds, types)
     heads = _read_heads(raw, types, Heads(fields["num_kv_heads"], fields["head_dim"]))
     ropes = {
         layer_type: _read_rope(raw, layer_type, layer_heads.head_dim)
@@ -78,14 +89,11 @@ def _read(
         qk_norms=True,
         value_norms=True,
         output_scalars=True,
+        per_layer_width=width or 0,
         embedding_scale=fields["hidden_size"] ** 0.5,
         attention_scale=1.0,
         logit_soft_cap=raw.get("final_logit_softcapping"),
     )
-
-
-# The parts of E2B and E4B, which are not supported.
-_NOT_E = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 
 
 def _layer_types(raw: Mapping[str, Any]) -> list[str]:
@@ -95,6 +103,28 @@ def _layer_types(raw: Mapping[str, Any]) -> list[str]:
         types = [_SLIDING] * raw["num_hidden_layers"]
         types[5::6] = [_FULL] * len(types[5::6])
     return [*types[:-1], _FULL]
+
+
+def _share_kv(
+    raw: Mapping[str, Any], kinds: Sequence[LayerKind], types: Sequence[str]
+) -> list[LayerKind]:
+    """Returns the layers; the last `num_kv_shared_layers` share keys and values."""
+    num_shared = raw.get("num_kv_shared_layers", 0)
+    if not num_shared:
+        return [*kinds]
+    first = len(types) - num_shared
+    if first < 1 or {*types[:first]} != {*types}:
+        raise ValueError(
+            "`num_kv_shared_layers` must leave a layer of each type with keys and "
+            f"values. Got {num_shared}."
+        )
+    is_wide = bool(raw.get("use_double_wide_mlp", False))
+    wide = 2 * raw["intermediate_size"] if is_wide else None
+    shared = {"has_kv": False, "mlp_width": wide}
+    return [
+        replace(kind, kv_group=layer_type, **(shared if i >= first else {}))
+        for i, (kind, layer_type) in enumerate(zip(kinds, types, strict=True))
+    ]
 
 
 def _read_heads(
@@ -125,8 +155,8 @@ def _read_heads(
         heads.append(Heads(num_kv_heads, head_dim, is_full and has_shared_projection))
     if len({*zip(types, heads, strict=True)}) > len({*types}):
         raise ValueError(
-            "`per_layer_config` must be the same for all layers of a type. Got "
-            f"{overrides}."
+            "`per_layer_config` must be the same for all layers of a type in "
+            f"`layer_types`. Got {overrides}."
         )
     return heads
 

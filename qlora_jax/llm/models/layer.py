@@ -16,14 +16,20 @@ from jaxtyping import Array
 
 import qlora_jax as ql
 
-from .attention import Attention, LayerScalars, Tokens
+from .attention import Attention, LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
+from .latent_attention import LatentAttention
 from .mlp import GatedMLP
+from .per_layer_input import PerLayerInput
 from .products import make_norm
 
-PARTS = Attention, GatedDeltaNet, GatedMLP, MixtureOfExperts
+Mixer = type[Attention] | type[GatedDeltaNet]
+PARTS = (
+    *(Attention, LatentAttention, GatedDeltaNet),
+    *(GatedMLP, MixtureOfExperts, PerLayerInput),
+)
 
 
 class Layer(nn.Module):
@@ -39,19 +45,29 @@ class Layer(nn.Module):
     mlp_tile: int | None = None
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the residual stream, and what is new in the cache, or None.
+    def __call__(
+        self,
+        carry: tuple[Array, SharedKV],
+        tokens: Tokens,
+        scalars: LayerScalars,
+        cache,
+    ):
+        """Returns the carry, and what is new in the cache, or None.
 
-        It does not return the whole cache, which a scan would then copy.
+        The carry is the residual stream, and keys and values for later layers. The
+        whole cache is not returned, because a scan would copy it.
         """
         c, dtype = self.config, self.dtype
+        x, shared_kv = carry
 
         def normalize(x: Array, name: str) -> Array:
             return make_norm(c, dtype, f"{name}_layernorm")(x)
 
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
-        y, new_entries = mixer(normalize(x, "input"), tokens, scalars, cache)
+        y, new_entries, shared_kv = mixer(
+            normalize(x, "input"), tokens, scalars, cache, shared_kv
+        )
         # Llama calls the norm before the MLP "post_attention". Gemma has a norm of this
         # name after attention.
         if c.post_norms:
@@ -62,16 +78,20 @@ class Layer(nn.Module):
         if c.post_norms:
             y = normalize(y, "post_feedforward")
         x = x + y.astype(x.dtype)
+        if c.per_layer_width:
+            part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
+            x = x + part(x, scalars.inputs).astype(x.dtype)
         if c.output_scalars:
             scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
             x = x * scalar.astype(x.dtype)[None, None]
-        return x, new_entries
+        return (x, shared_kv), new_entries
 
     def _make_mixer(self) -> Any:
         c, kinds, dtype = self.config, self.kinds, self.dtype
-        if mixer_class(kinds[0]) is GatedDeltaNet:
-            return GatedDeltaNet(c, kinds, dtype, name=GatedDeltaNet.part_name)
-        return Attention(c, kinds, dtype, self.attention, name=Attention.part_name)
+        mixer = mixer_class(kinds[0])
+        if issubclass(mixer, Attention):
+            return mixer(c, kinds, dtype, self.attention, name=mixer.part_name)
+        return mixer(c, kinds, dtype, name=mixer.part_name)
 
     def _make_mlp(self) -> nn.Module:
         c, kind = self.config, self.kinds[0]
@@ -92,15 +112,20 @@ class Layer(nn.Module):
         names = {f"{norm}/scale": f"{norm}.weight" for norm in norms}
         if config.output_scalars:
             names["layer_scalar"] = "layer_scalar"
-        for part in (mixer_class(kind), mlp_class(config, kind)):
+        parts = [mixer_class(kind), mlp_class(config, kind)]
+        if config.per_layer_width:
+            parts.append(PerLayerInput)
+        for part in parts:
             tensor_names = part.tensor_names(config, kind)
             names |= {f"{part.part_name}/{path}": x for path, x in tensor_names.items()}
         return names
 
 
-def mixer_class(kind: LayerKind) -> type[Attention] | type[GatedDeltaNet]:
+def mixer_class(kind: LayerKind) -> Mixer:
     """Returns the class of the part in which tokens see other tokens."""
-    return Attention if kind.delta_rule is None else GatedDeltaNet
+    if kind.delta_rule is not None:
+        return GatedDeltaNet
+    return Attention if kind.latent is None else LatentAttention
 
 
 def mlp_class(

@@ -27,6 +27,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"max_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
+GEMMA4 = {"hidden_size_per_layer_input": 0}
 LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
 SHORT = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
@@ -259,6 +260,22 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("gemma4_text", {"enable_moe_block": True}, "must be false. Got True"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "must be null or"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 8}, "must be `vocab_size`"),
+        ("gemma4_text", GEMMA4 | {"rope_parameters": {}}, "must have a `rope_theta`"),
+        ("gemma4_text", GEMMA4 | {"num_kv_shared_layers": 4}, "must leave a layer of"),
+        (
+            "gemma4_text",
+            GEMMA4 | {"per_layer_config": {"0": {"head_dim": 4}}},
+            "must be the same for all layers of a type",
+        ),
+        (
+            "gemma4_text",
+            GEMMA4 | {"per_layer_config": {"0": {"hidden_size": 4}}},
+            "must have only `head_dim`",
+        ),
+        ("gemma4_text", GEMMA4 | {"num_key_value_heads": 3}, "must divide `num_heads`"),
         ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
         ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),
