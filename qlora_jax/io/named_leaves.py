@@ -19,7 +19,13 @@ from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .files import refuse_names
 from .names import Names
 from .stored_weight import packing_of
-from .tensors import DeferredTensor, TensorLike, matrix_in_stack, transposed
+from .tensors import (
+    DeferredTensor,
+    TensorLike,
+    equal_parts,
+    matrix_in_stack,
+    transposed,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,12 +220,24 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """Splits float stacks `NAME` `[E, K, N]` into `NAME.0`, `NAME.1` ... `[N, K]`."""
+    """Splits float stacks of experts into matrices `[N, K]`.
+
+    `NAME` `[E, K, N]` becomes `NAME.0`, `NAME.1` and so on. In some models, a file has
+    transformers' parameter `[E, N, K]` of all experts (`Entry.parameter`), in which the
+    rows of several kernels follow each other. It becomes the tensors that the table
+    names instead.
+    """
     split: dict[str, Any] = {}
     for name, x in tensors.items():
+        parts = names.parts_of_parameter(name) if len(x.shape) == 3 else []
         if len(x.shape) == 3 and names.is_stack(name):
             for index in range(x.shape[0]):
                 split[f"{name}.{index}"] = transposed(matrix_in_stack(x, index))
+        elif parts and x.shape[1] % len(parts) == 0:
+            for index in range(x.shape[0]):
+                matrices = equal_parts(matrix_in_stack(x, index), len(parts))
+                for part, matrix in zip(parts, matrices, strict=True):
+                    split[part.format(expert=index)] = matrix
         else:
             split[name] = x
     return split

@@ -245,6 +245,26 @@ class Names:
                     parts.setdefault(path, []).append(index)
         return parameters
 
+    def parts_of_parameter(self, name: str) -> list[str]:
+        """Returns the names of the tensors in the parameter of all experts of a layer.
+
+        Args:
+            name: The full name of a parameter in transformers' model.
+
+        Returns:
+            One name for each leaf of the parameter, in the order in which it
+            concatenates them; `{expert}` stands for the number of an expert. Empty if
+            the name is not that of a parameter of several experts.
+        """
+        parts = []
+        for pattern, entry in self._expert_parameters:
+            if match := pattern.fullmatch(name):
+                numbers = {key: int(text) for key, text in match.groupdict().items()}
+                if all(numbers[key] in entry.numbers[key] for key in entry.numbers):
+                    template = entry._templates[0]
+                    parts.append(template.format(**numbers, expert="{expert}"))
+        return parts
+
     def is_ignored(self, name: str) -> bool:
         """Returns whether an expression of `ignored` matches a full name.
 
@@ -283,6 +303,14 @@ class Names:
         # `experts.{expert}` names the parts of a tensor called `experts`.
         matches = (re.fullmatch(r"(.*)\.\{[a-z_]+\}", n) for n in self._all_templates())
         return [_pattern(match[1]) for match in matches if match]
+
+    @functools.cached_property
+    def _expert_parameters(self) -> list[tuple[re.Pattern, Entry]]:
+        return [
+            (_pattern(entry.parameter), entry)
+            for entry in self.entries.values()
+            if entry.parameter and "{expert}" in entry._templates[0]
+        ]
 
     @functools.cached_property
     def _path_patterns(self) -> list[tuple[str, re.Pattern]]:

@@ -180,6 +180,20 @@ def matrix_in_stack(stack: SliceableTensor, index: int) -> View:
     return View(stack.shape[1:], stack.dtype, lambda *part: stack[entry, *part][0])
 
 
+def equal_parts(x: SliceableTensor, count: int) -> list[View]:
+    """Returns `count` parts of a matrix with equally many rows, read when sliced."""
+    size = x.shape[0] // count
+
+    def part_from(start: int) -> View:
+        def read(rows: slice, columns: slice) -> Any:
+            first, stop, _ = rows.indices(size)
+            return x[start + first : start + stop, columns]
+
+        return View((size, *x.shape[1:]), x.dtype, read)
+
+    return [part_from(size * i) for i in range(count)]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Tensors(Mapping[str, LazyTensor]):
     """The tensors of a file or a folder by name, as `open_safetensors` returns them.

@@ -1,5 +1,13 @@
 """Small random models of transformers, and their settings."""
 
+from qlora_jax.llm.models.families import FAMILIES
+
+# Without the wrappers of a vision part, whose text half is one of these.
+TEXT_FAMILIES = sorted(
+    kind
+    for kind, family in FAMILIES.items()
+    if "text_config" not in family.keys.split()
+)
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
 SIZES |= dict(max_position_embeddings=128, pad_token_id=0)
@@ -16,8 +24,6 @@ EXPERTS = OLMOE | {"moe_intermediate_size": 32}  # of Qwen3-MoE
 DELTA = {"num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}  # Qwen3.5
 DELTA |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8}
 DELTA |= {"linear_value_head_dim": 6, "initializer_range": 0.2}
-# Models with a vision part, of which the text half is read.
-VISION = ("gemma3", "gemma4", "gemma4_unified", "qwen3_5")
 GEMMA4 = {"num_hidden_layers": 7, "head_dim": 12, "global_head_dim": 16}
 GEMMA4 |= {"sliding_window": 8, "hidden_size_per_layer_input": 0}
 GEMMA4 |= {"initializer_range": 0.1}
@@ -51,9 +57,13 @@ def random_model(kind, settings):
     if kind.startswith("qwen3_5"):
         # transformers' rule for whole sequences subtracts large sums of logarithms. Its
         # rule for single tokens is more exact.
-        qwen3_5 = transformers.models.qwen3_5.modeling_qwen3_5
-        exact_rule = qwen3_5.torch_recurrent_gated_delta_rule
-        qwen3_5.torch_chunk_gated_delta_rule = exact_rule
+        models = transformers.models
+        has_experts = kind.startswith("qwen3_5_moe")
+        family = models.qwen3_5_moe if has_experts else models.qwen3_5
+        modeling = getattr(family, f"modeling_{family.__name__.rpartition('.')[2]}")
+        modeling.torch_chunk_gated_delta_rule = (
+            modeling.torch_recurrent_gated_delta_rule
+        )
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **settings)
     model = transformers.AutoModelForCausalLM.from_config(

@@ -14,7 +14,7 @@ from configs import (
     LINEAR,
     LLAMA3,
     SIZES,
-    VISION,
+    TEXT_FAMILIES,
     YARN,
     longrope,
     random_model,
@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
-from qlora_jax.llm.models.families import FAMILIES, config_from_hf
+from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.family import HARMLESS_KEYS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -42,6 +42,11 @@ COUNT = {
     "mixtral": EXPERTS | {"sliding_window": 8, "num_local_experts": 4},
     "olmoe": EXPERTS | {"num_experts": 4},
     "qwen3_5_text": DELTA
+    | {"num_hidden_layers": 3, "layer_types": [FULL, "linear_attention", FULL]},
+    "qwen3_5_moe_text": DELTA
+    | EXPERTS
+    | {"num_experts": 4, "moe_intermediate_size": 32}
+    | {"shared_expert_intermediate_size": 24}
     | {"num_hidden_layers": 3, "layer_types": [FULL, "linear_attention", FULL]},
     "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
     "gemma2": WINDOWS | CAPS | {"head_dim": 8},
@@ -101,7 +106,7 @@ def changed_value(key, value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", [k for k in FAMILIES if k not in VISION])
+@pytest.mark.parametrize("kind", TEXT_FAMILIES)
 def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     """A changed key gives an error or a warning, or has its effect in transformers.
 

@@ -1,6 +1,7 @@
-"""Each family of models against transformers, on small random models."""
+"""Each family of models against transformers and PEFT, on small random models."""
 
 import json
+import random
 import re
 from functools import partial
 
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
+import peft_adapters
 import pytest
+import random_configs
 import torch
 import transformers
 from configs import (
@@ -21,7 +24,7 @@ from configs import (
     LLAMA3,
     OLMOE,
     SIZES,
-    VISION,
+    TEXT_FAMILIES,
     YARN,
     longrope,
     random_model,
@@ -36,6 +39,7 @@ from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder, init_cache
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import FAMILIES, config_from_hf
+from qlora_jax.llm.models.family import HARMLESS_KEYS
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 # Activations are large enough to be clamped.
@@ -104,15 +108,32 @@ CASES = {
     "phi3, longrope": longrope(4, original=64),
     "phi3, partial": longrope(2, original=20, partial_rotary_factor=0.5),
 }
+# The draws of random_configs.py, as "llama, seed 0". The long run has more of them.
+SEEDS = [(seed, ()) for seed in random_configs.QUICK_SEEDS]
+SEEDS += [(seed, pytest.mark.slow) for seed in random_configs.LONG_SEEDS]
+DRAWS = [
+    pytest.param(f"{kind}, seed {seed}", marks=marks)
+    for kind in random_configs.ROWS
+    for seed, marks in SEEDS
+]
 
 
-@pytest.fixture(scope="module", params=CASES)
+def settings_of(name):
+    kind, _, seed = name.partition(", seed ")
+    if seed:
+        return random_configs.draw_settings(kind, int(seed))
+    return SIZES | CASES[name]
+
+
+# The draws come first, so that they have the same numbers as in the test of adapters.
+# pytest then runs that test with the others of a draw.
+@pytest.fixture(scope="module", params=[*DRAWS, *CASES])
 def case(request, tmp_path_factory):
-    """A random model: its config, decoder, tokens, and their logits in transformers.
+    """A random model: its folder, decoder, tokens, and their logits in transformers.
 
     The logits are those of the rows, and of their first 17 and 23 tokens alone.
     """
-    model = random_model(request.param.split(",")[0], SIZES | CASES[request.param])
+    model = random_model(request.param.split(",")[0], settings_of(request.param))
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 40)).numpy()
     parts = tokens, tokens[:1, :17], tokens[1:, :23]
     row_logits, *part_logits = (llama.logits_of(model, x) for x in parts)
@@ -120,17 +141,17 @@ def case(request, tmp_path_factory):
     model.save_pretrained(folder)
     config, params = load(folder, progress=False)
     apply = jax.jit(partial(Decoder(config).apply, {"params": params}))
-    return config, apply, jnp.asarray(tokens), row_logits, part_logits
+    return folder, (config, apply), jnp.asarray(tokens), row_logits, part_logits
 
 
 def test_logits_equal_transformers(case):
-    _, apply, tokens, expected, _ = case
+    _, (_, apply), tokens, expected, _ = case
     assert np.abs(expected).max() > 1
     assert_close(apply(tokens), expected)
 
 
 def test_cached_steps_equal_the_full_forward_pass(case):
-    config, apply, tokens, expected, _ = case
+    _, (config, apply), tokens, expected, _ = case
 
     def step(cache, start):
         now = jax.lax.dynamic_slice_in_dim(tokens, start, 4, axis=1)
@@ -143,11 +164,41 @@ def test_cached_steps_equal_the_full_forward_pass(case):
 
 
 def test_packed_rows_equal_the_rows_alone(case):
-    _, apply, tokens, _, (short, long) = case
+    _, (_, apply), tokens, _, (short, long) = case
     packed = jnp.concatenate([tokens[:1, :17], tokens[1:, :23]], axis=1)
     logits = apply(packed, segment_ids=jnp.array([[4] * 17 + [1] * 23]))
     assert_close(logits[:, :17], short)
     assert_close(logits[:, 17:], long)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", DRAWS, indirect=True)
+def test_adapters_on_all_linear_layers_and_their_gradients_equal_peft(case, tmp_path):
+    folder = case[0]
+    linear = peft_adapters.all_linear(folder)
+    theirs = tmp_path / "theirs"
+    logits = peft_adapters.train_there(folder, theirs, r=2, lora_alpha=4, **linear)
+    config, params = load(folder, progress=False)
+    peft_adapters.assert_there_and_back(config, params, tmp_path, logits)
+    peft_adapters.assert_gradients(folder, theirs, tmp_path)
+
+
+@pytest.mark.parametrize("kind", random_configs.ROWS)
+def test_draws_vary_all_options_of_a_config_class(kind):
+    config = transformers.AutoConfig.for_model(kind)
+    options = json.loads(config.to_json_string(use_diff=False)).keys() - HARMLESS_KEYS
+    row, values = random_configs.ROWS[kind], {}
+    for seed in range(100):
+        for key, value in row.draw(random.Random(seed)).items():
+            values.setdefault(key, set()).add(repr(value))
+    varied = {key for key, drawn in values.items() if len(drawn) > 1}
+    fixed = {*random_configs.FIXED.split(), *row.fixed.split()}
+    assert sorted(options - varied - fixed) == []
+
+
+def test_every_family_has_draws():
+    # test_text_half.py compares the text halves of models with a vision part.
+    assert sorted(random_configs.ROWS) == TEXT_FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -231,7 +282,7 @@ def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
         assert relative_error(expected, original) < 0.04
 
 
-@pytest.mark.parametrize("kind", [k for k in FAMILIES if k not in VISION])
+@pytest.mark.parametrize("kind", TEXT_FAMILIES)
 def test_what_a_config_leaves_out_is_what_transformers_takes(kind):
     config = transformers.AutoConfig.for_model(kind)
     filled = json.loads(config.to_json_string(use_diff=False))

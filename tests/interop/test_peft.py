@@ -3,21 +3,25 @@
 The models are tiny random Llamas with biases; the adapters have random A and B.
 """
 
-import json
-from functools import partial
-
 import configs
 import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
-import peft
 import pytest
 import torch
 from helpers import assert_same_bits, randomized, trees_of
+from peft_adapters import (
+    TOKENS,
+    assert_gradients,
+    assert_there_and_back,
+    our_logits,
+    settings_of,
+    torch_logits,
+    train_there,
+)
 from stored import export, tensors_of
 from tolerances import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import qlora_jax as ql
 from qlora_jax.llm.models.checkpoint import load
@@ -25,14 +29,7 @@ from qlora_jax.llm.models.decoder_names import decoder_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Families whose modules are named or fused differently from Llama's.
-FAMILIES = {
-    **dict.fromkeys(("qwen3", "qwen3_moe", "gemma2", "gemma3_text"), configs.HEADS),
-    **{"phi3": configs.HEADS, "qwen3_5_text": configs.DELTA},
-    **{"gemma4_text": configs.GEMMA4_E},
-}
 LINEAR = dict(target_modules=["q_proj", "o_proj", "down_proj"])
-TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
 
 @pytest.fixture(scope="module")
@@ -47,41 +44,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(folder):
     return load(folder, progress=False)
-
-
-our_logits = partial(llama.our_logits, tokens=TOKENS)
-torch_logits = partial(llama.logits_of, tokens=TOKENS)
-
-
-def train_there(folder, out, **settings):
-    """Saves an adapter of PEFT with random A, B and biases; returns the logits."""
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(llama.their_model(folder), config)
-    torch.manual_seed(1)
-    llama.draw_adapters(model)
-    model.save_pretrained(out)
-    return torch_logits(model)
-
-
-def assert_there_and_back(config, params, tmp_path, logits):
-    """Checks that the adapter has equal logits here, and is written unchanged."""
-    names = decoder_names(config)
-    new, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, names)
-    assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
-    assert_close(our_logits(config, new, lora), logits)
-    ql.io.save_peft(tmp_path / "ours", new, lora, names, settings)
-    assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
-    assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
-
-
-def settings_of(folder):
-    raw = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(raw[name], list):
-            raw[name] = sorted(raw[name])
-    # An empty list means the same as None.
-    raw["target_parameters"] = raw["target_parameters"] or None
-    return raw
 
 
 Q = {"r": 2, "target_modules": ["q_proj"]}
@@ -156,22 +118,6 @@ def test_what_servers_do_not_load_is_refused(settings, message, folder, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_of_other_families(family, tmp_path):
-    settings = configs.SIZES | FAMILIES[family]
-    config = AutoConfig.for_model(family, **settings)
-    torch.manual_seed(0)
-    folder = tmp_path / "base"
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    # PEFT's "all-linear" includes experts and routers.
-    targets = [f"{x}_proj" for x in "qkvo"] if "moe" in family else "all-linear"
-    settings = dict(r=2, lora_alpha=4, target_modules=targets)
-    logits = train_there(folder, tmp_path / "theirs", **settings)
-    assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
-    if family in ("gemma4_text", "qwen3_5_text"):
-        assert_gradients(folder, tmp_path / "theirs", tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"])
 def test_adapters_of_experts(kind, tmp_path):
     """PEFT fuses adapters of all experts, and those of gate and up in twice the rank.
@@ -212,25 +158,6 @@ def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, tmp_path):
     settings = CASES["dora"] | {"bias": "none", "use_rslora": use_rslora}
     train_there(folder, tmp_path / "adapter", **settings)
     assert_gradients(folder, tmp_path / "adapter", tmp_path)
-
-
-def assert_gradients(folder, adapter, tmp_path):
-    """Compares gradients of a random weighted sum of logits, without dropout."""
-    config, params = load(folder, progress=False)
-    names = decoder_names(config)
-    _, lora, settings = ql.io.load_peft(adapter, params, names)
-    weights = np.random.default_rng(3).normal(size=(*TOKENS.shape, 64))
-
-    def loss(lora):
-        return jnp.vdot(our_logits(config, params, lora), weights.astype("float32"))
-
-    grads = jax.grad(loss)(lora)
-    ql.io.save_peft(tmp_path / "gradients", params, grads, names, settings)
-    model = llama.their_model(folder, adapter, is_trainable=True)
-    logits = model.train()(torch.tensor(TOKENS)).logits
-    (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()
-    gradients = tensors_of(tmp_path / "gradients")
-    assert_close(gradients, llama.gradients_of(model), terms=2**15)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,8 @@ class Experts:
             contains the kernels of all experts.
         names: What to write for NAME, for each of `kernels` in order. If empty, the
             entry of `kernels` itself.
+        shared_width: Width of an MLP whose output is added for every token, multiplied
+            by the sigmoid of a gate; 0 for none.
         scores: How a router's logits become scores: "softmax", or "sigmoid" for scores
             that do not depend on each other.
         has_score_bias: Whether a stored bias is added to the scores, only to choose
@@ -228,6 +230,7 @@ class Experts:
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
+    shared_width: int = 0
     scores: Literal["softmax", "sigmoid"] = "softmax"
     has_score_bias: bool = False
     num_groups: int = 1
@@ -243,6 +246,11 @@ class Experts:
             raise ValueError(
                 f"`count` must be an integer up to {_MAX_EXPERTS}, and `per_token` an "
                 f"integer from 1 to `count`. Got {sizes}."
+            )
+        if type(self.shared_width) is not int or self.shared_width < 0:
+            raise ValueError(
+                "`shared_width` must be a positive integer, or 0. Got "
+                f"{self.shared_width!r}."
             )
         groups = self.num_groups, self.groups_per_token
         is_int = all(type(number) is int for number in groups)

@@ -69,8 +69,7 @@ def read_deepseek_v2(raw: Mapping[str, Any]) -> DecoderConfig:
         groups = {"n_group": 1, "topk_group": 1}  # it has no groups
     elif method != "group_limited_greedy":
         raise ValueError(
-            '`topk_method` must be "greedy" or "group_limited_greedy". Got '
-            f"{method!r}."
+            f'`topk_method` must be "greedy" or "group_limited_greedy". Got {method!r}.'
         )
     # transformers ignores `norm_topk_prob` here, and pairs are always neighbors.
     fixed = {"norm_topk_prob": False, "rope_interleave": True}

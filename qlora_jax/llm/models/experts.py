@@ -17,7 +17,10 @@ from jaxtyping import Array, Float, Int
 import qlora_jax as ql
 
 from .config import DecoderConfig, Experts, LayerKind
+from .mlp import GatedMLP
 from .products import apply_gate, make_dense, name_product
+
+_SHARED = "shared_expert"  # the MLP of all tokens
 
 
 class ExpertsDense(nn.Module):
@@ -71,7 +74,7 @@ class ExpertMLPs(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The weighted sum of the outputs of each token's experts."""
+    """The weighted sum of the outputs of each token's experts, and of shared ones."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -103,7 +106,16 @@ class MixtureOfExperts(nn.Module):
         # Restore the order of the tokens: [M, C, D].
         y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
         mixed = jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
-        return mixed.astype(x.dtype).reshape(x.shape)
+        mixed = mixed.reshape(x.shape)
+        if experts.shared_width:
+            mixed += self._apply_shared(x, experts.shared_width)
+        return mixed.astype(x.dtype)
+
+    def _apply_shared(self, x: Array, width: int) -> Float[Array, "B T D"]:
+        """Returns the output of the MLP of all tokens, multiplied by its gate."""
+        y = name_product(GatedMLP(self.config, width, self.dtype, name=_SHARED)(x))
+        gate = name_product(make_dense(1, False, self.dtype, f"{_SHARED}_gate")(x))
+        return nn.sigmoid(gate.astype(jnp.float32)) * y.astype(jnp.float32)
 
     @staticmethod
     def tensor_names(
@@ -132,6 +144,11 @@ class MixtureOfExperts(nn.Module):
             if config.mlp_bias:  # the biases of all experts are one tensor
                 bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
                 entries[f"{path}/bias"] = re.sub(r"\.weight$", ".bias", bias)
+        if experts.shared_width:
+            for path, tensor in GatedMLP.tensor_names(config, kind).items():
+                name = f"mlp.{_SHARED}.{tensor.removeprefix('mlp.')}"
+                entries[f"{_SHARED}/{path}"] = name
+            entries[f"{_SHARED}_gate/kernel"] = f"mlp.{_SHARED}_gate.weight"
         return entries
 
 

@@ -1,5 +1,6 @@
 """Model families: how their Hugging Face configs are read."""
 
+import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -49,6 +50,7 @@ _FULL, _LINEAR = "full_attention", "linear_attention"
 _MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 _GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
 _GEMMA4, _UNIFIED = ("Gemma4ForCausalLM",), ("Gemma4UnifiedForCausalLM",)
+_QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM",)
 # For models with a vision part: the `model_type` of their text half, its architectures,
 # and transformers' defaults for its sizes.
 _SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -57,11 +59,13 @@ _GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
 _GEMMA4_SIZES = 262_144, 2304, 9216, 30, 8, 131_072
 _UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
 _QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
-_TEXT_HALVES = {
+_QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
+TEXT_HALVES = {
     "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
     "gemma4": ("gemma4_text", _GEMMA4, _GEMMA4_SIZES),
     "gemma4_unified": ("gemma4_unified_text", _UNIFIED, _UNIFIED_SIZES),
     "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_5_MOE, _QWEN3_5_MOE_SIZES),
 }
 
 
@@ -202,10 +206,10 @@ def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
-def _read_qwen3_5(raw: Mapping[str, Any]) -> DecoderConfig:
+def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
     require(raw, {"attn_output_gate": True, "mamba_ssm_dtype": "float32"})
     require(raw, {"mlp_only_layers": []})
-    fields = shared_fields(raw, head_dim=256, kv_heads=4) | biases(raw)
+    fields = shared_fields(raw, head_dim=256, kv_heads=kv_heads) | biases(raw)
     # Text has the same position in all dimensions, so the sections of multimodal rotary
     # positions make no difference.
     section = dict(rope_section(raw))
@@ -239,9 +243,17 @@ def _read_qwen3_5(raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_qwen3_5_moe(raw: Mapping[str, Any]) -> DecoderConfig:
+    width = raw.get("moe_intermediate_size", 512)
+    config = _read_qwen3_5({**raw, "intermediate_size": width}, kv_heads=2)
+    shared_width = raw.get("shared_expert_intermediate_size", 512)
+    experts = read_experts(raw, 256, 8, shared_width=shared_width)
+    return replace(config, experts=experts)
+
+
 def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
-        raise ValueError("`use_bidirectional_attention` must be false. Got true.")
+        require(raw, {"use_bidirectional_attention": False})
     gelu = ("hidden_activation", "gelu_pytorch_tanh")
     fields = shared_fields(raw, head_dim=256, kv_heads=4, tied=True, activation=gelu)
     fields |= {
@@ -286,14 +298,19 @@ def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without its vision part, in the form for text-only models."""
-    if str(raw.get("model_type")) not in _TEXT_HALVES:
+    if str(raw.get("model_type")) not in TEXT_HALVES:
         return dict(raw)
-    model_type, architectures, sizes = _TEXT_HALVES[raw["model_type"]]
+    model_type, architectures, sizes = TEXT_HALVES[raw["model_type"]]
     family = {"architectures": [*architectures], "model_type": model_type}
     shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
     shared = {key: raw[key] for key in shared_keys if key in raw}
     text = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
-    return dict(zip(_SIZE_KEYS, sizes, strict=True)) | shared | text | family
+    defaults = {
+        key: size
+        for key, size in zip(_SIZE_KEYS, sizes, strict=True)
+        if size is not None
+    }
+    return defaults | shared | text | family
 
 
 def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -334,6 +351,8 @@ _QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_d
 _QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
 _QWEN3_5_KEYS += " mamba_ssm_dtype mlp_only_layers mtp_num_hidden_layers"
 _QWEN3_5_KEYS += " mtp_use_dedicated_embeddings mrope_section mrope_interleaved"
+_QWEN3_5_MOE_KEYS = "moe_intermediate_size shared_expert_intermediate_size"
+_QWEN3_5_MOE_KEYS += f" {_QWEN3_5_KEYS} {EXPERT_KEYS}"
 _QWEN_VISION_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
 _QWEN_VISION_KEYS += f" vision_end_token_id vision_config {_QWEN3_5_KEYS}"
 _FAMILIES = (
@@ -347,6 +366,7 @@ _FAMILIES = (
     Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
     Family("qwen3_5_text", _QWEN3_5, _read_qwen3_5, _QWEN3_5_KEYS),
+    Family("qwen3_5_moe_text", _QWEN3_5_MOE, _read_qwen3_5_moe, _QWEN3_5_MOE_KEYS),
     Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
     Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),
     Family("gemma3_text", _GEMMA3, _read_gemma3, _GEMMA3_KEYS),
@@ -373,6 +393,12 @@ _FAMILIES = (
         _read_text_half,
         _QWEN_VISION_KEYS,
     ),
+    Family(
+        "qwen3_5_moe",
+        ("Qwen3_5MoeForConditionalGeneration",),
+        _read_text_half,
+        f"{_QWEN_VISION_KEYS} {_QWEN3_5_MOE_KEYS}",
+    ),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 
@@ -396,8 +422,13 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        names = tuple(FAMILIES)
-        raise ValueError(f"`model_type` must be one of {names}. Got {model_type!r}.")
+        near = difflib.get_close_matches(str(model_type), FAMILIES)
+        relatives = f" Its nearest relatives are {near}." if near else ""
+        raise ValueError(
+            f"`model_type` must be one of {tuple(FAMILIES)}, as in the table that "
+            f"`qlora-jax models` prints and docs/models.md has. Got {model_type!r}."
+            f"{relatives}"
+        )
     family = FAMILIES[model_type]
     try:
         if architectures and not set(architectures) & set(family.architectures):

@@ -64,6 +64,14 @@ _MAX_LAYERS, _MAX_HEAD_DIM, _MAX_COUNT = 10_000, 1 << 16, 1 << 31
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
+class UnsupportedOption(ValueError):
+    """An option of a config does not have its only supported value."""
+
+    def __init__(self, message: str, supported: Mapping[str, object]):
+        super().__init__(message)
+        self.supported = supported  # the option or options, and their values
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A model family: its names in transformers, and how to read its config."""
@@ -170,13 +178,14 @@ def read_experts(
 
 
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raises a ValueError if `raw` has one of these keys with a different value."""
-    if wrong := [
-        f"`{key}` must be {json.dumps(value)}. Got {raw[key]!r}."
-        for key, value in values.items()
-        if key in raw and raw[key] != value
-    ]:
-        raise ValueError(" ".join(wrong))
+    """Raises `UnsupportedOption` if `raw` has another value for one of these keys."""
+    wrong = {key: x for key, x in values.items() if key in raw and raw[key] != x}
+    if wrong:
+        messages = (
+            f"`{key}` must be {json.dumps(value)}. Got {raw[key]!r}."
+            for key, value in wrong.items()
+        )
+        raise UnsupportedOption(" ".join(messages), wrong)
 
 
 def read_layers(

@@ -132,14 +132,15 @@ def _read_heads(
 ) -> list[Heads]:
     """Returns the sizes of each layer's heads."""
     has_shared_projection = bool(raw.get("attention_k_eq_v", False))
-    if "per_layer_config" in raw:  # transformers 5 writes this key
-        overrides = raw["per_layer_config"] or {}
+    if "per_layer_config" in raw:  # transformers 5 writes it, with keys such as "05"
+        by_number = raw["per_layer_config"] or {}
+        overrides = {int(layer): values for layer, values in by_number.items()}
     else:
         full = {"head_dim": raw.get("global_head_dim", 512)}
         num_kv_heads = raw.get("num_global_key_value_heads")
         if has_shared_projection and num_kv_heads is not None:
             full["num_key_value_heads"] = num_kv_heads
-        overrides = {str(i): full for i, x in enumerate(types) if x == _FULL}
+        overrides = {i: full for i, x in enumerate(types) if x == _FULL}
     unknown = {*itertools.chain(*overrides.values())}
     if unknown := sorted(unknown - {"head_dim", "num_key_value_heads"}):
         raise ValueError(
@@ -148,7 +149,7 @@ def _read_heads(
         )
     heads = []
     for i, layer_type in enumerate(types):
-        values = overrides.get(str(i), {})
+        values = overrides.get(i, {})
         num_kv_heads = values.get("num_key_value_heads", default.num_kv_heads)
         head_dim = values.get("head_dim", default.head_dim)
         is_full = layer_type == _FULL

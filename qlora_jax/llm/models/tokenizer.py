@@ -45,7 +45,8 @@ _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")
 _REGISTERED |= dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
-_REGISTERED |= dict.fromkeys(("qwen3_5", "qwen3_5_text"), "Qwen3_5Tokenizer")
+_QWEN3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+_REGISTERED |= dict.fromkeys(_QWEN3_5, "Qwen3_5Tokenizer")
 # Qwen3.5's rule for splitting texts: like Qwen2's, but marks belong to letters.
 _QWEN3_5_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
@@ -288,7 +289,8 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
     """Returns the class that transformers' AutoTokenizer chooses."""
     model_type = config.get("model_type") or ""
     # transformers ignores the declared class of these models.
-    is_trusted = model_type not in ("phi3", "qwen2", "qwen3_5")
+    untrusted = ("phi3", "qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text")
+    is_trusted = model_type not in untrusted
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     name = AS_IN_FILE if declared in _ALIASES else declared
     # LlamaTokenizer is SentencePiece's BPE. Some files declare this class although the

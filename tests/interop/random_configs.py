@@ -1,0 +1,255 @@
+"""Random small configs of each family, over all options of its config class.
+
+To add a family, add one row to `ROWS`: its `model_type`, a function that draws the
+options of its config class, and the options that it need not draw.
+`test_families.py` then compares logits, cached steps, packed rows, adapters and their
+gradients with transformers and PEFT, and checks that no option is left out.
+"""
+
+import datetime
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from configs import LINEAR, LLAMA3, SIZES, YARN
+
+Options = dict[str, Any]
+SLIDING, FULL, DELTA = "sliding_attention", "full_attention", "linear_attention"
+QUICK_SEEDS = (0,)
+_FIRST = datetime.date.today().toordinal() * 15
+LONG_SEEDS = tuple(range(_FIRST, _FIRST + 15))  # of a long run; others each day
+# Options that configs.py sets, or that have an effect on the loss only, which
+# test_families.py compares.
+FIXED = "architectures model_type vocab_size max_position_embeddings is_causal"
+FIXED += " output_router_logits router_aux_loss_coef per_layer_config"
+
+
+class Row(NamedTuple):
+    """How to draw a family's options."""
+
+    draw: Callable[[random.Random], Options]
+    fixed: str = "hidden_act"  # options with one supported value, or without an effect
+
+
+def draw_settings(kind: str, seed: int) -> Options:
+    """Returns the settings of a small model of a family."""
+    return SIZES | ROWS[kind].draw(random.Random(f"{kind} {seed}"))
+
+
+def draw_bool(rng: random.Random) -> bool:
+    """Returns True or False."""
+    return rng.random() < 0.5
+
+
+def draw_sizes(rng: random.Random, head_dims: tuple[int | None, ...] = ()) -> Options:
+    """Returns sizes and what all families have.
+
+    `head_dims` are the values of `head_dim`; by default, the family has no such option.
+    """
+    num_kv_heads = rng.choice((1, 2))
+    sizes = {
+        "hidden_size": rng.choice((24, 48)),
+        "intermediate_size": rng.choice((20, 48)),
+        "num_hidden_layers": rng.randint(1, 5),
+        "num_attention_heads": num_kv_heads * rng.randint(1, 3),
+        "num_key_value_heads": num_kv_heads,
+        "rms_norm_eps": rng.choice((1e-6, 1e-2)),
+        "tie_word_embeddings": draw_bool(rng),
+    }
+    return sizes | ({"head_dim": rng.choice(head_dims)} if head_dims else {})
+
+
+def draw_rope(rng: random.Random, **more: Any) -> Options:
+    """Returns the rotary positions, with `more` in their section."""
+    default = {"rope_type": "default"}
+    yarn = YARN | {"truncate": draw_bool(rng), "beta_fast": rng.choice((8.0, 32.0))}
+    section = rng.choice((default, LINEAR, LLAMA3, yarn))
+    section = section | {"rope_theta": rng.choice((1e3, 1e4))} | more
+    return {"rope_parameters": section}
+
+
+def draw_types(rng: random.Random, count: int, *types: str) -> Options:
+    """Returns a type for each layer, or None for the default of the config class."""
+    layer_types = [rng.choice(types) for _ in range(count)]
+    return {"layer_types": rng.choice((None, layer_types))}
+
+
+def draw_windows(rng: random.Random, count: int) -> Options:
+    """Returns the options of families that can switch their windows off."""
+    options = draw_types(rng, count, SLIDING, FULL)
+    options |= {"use_sliding_window": True, "sliding_window": rng.choice((3, 8))}
+    options |= {"max_window_layers": rng.randint(0, count)}
+    return rng.choice((options, {"use_sliding_window": False}))
+
+
+def draw_flags(rng: random.Random, names: str) -> Options:
+    """Returns True or False for each name."""
+    return {name: draw_bool(rng) for name in names.split()}
+
+
+def draw_experts(rng: random.Random, count: str = "num_experts") -> Options:
+    """Returns the options of a mixture of experts."""
+    return {count: rng.randint(2, 5), "num_experts_per_tok": rng.randint(1, 2)}
+
+
+def draw_llama(rng: random.Random) -> Options:
+    """Returns the options of Llama."""
+    sizes = draw_sizes(rng, (None, 12)) | draw_rope(rng)
+    return sizes | draw_flags(rng, "attention_bias mlp_bias")
+
+
+def draw_mistral(rng: random.Random) -> Options:
+    """Returns the options of Mistral."""
+    window = {"sliding_window": rng.choice((None, 3, 8))}
+    return draw_sizes(rng, (None, 12)) | draw_rope(rng) | window
+
+
+def draw_qwen2(rng: random.Random) -> Options:
+    """Returns the options of Qwen2."""
+    sizes = draw_sizes(rng)
+    return sizes | draw_rope(rng) | draw_windows(rng, sizes["num_hidden_layers"])
+
+
+def draw_qwen3(rng: random.Random) -> Options:
+    """Returns the options of Qwen3."""
+    sizes = draw_sizes(rng, (8, 12)) | draw_rope(rng)
+    sizes |= draw_windows(rng, sizes["num_hidden_layers"])
+    return sizes | draw_flags(rng, "attention_bias")
+
+
+def draw_smollm3(rng: random.Random) -> Options:
+    """Returns the options of SmolLM3."""
+    sizes = draw_sizes(rng) | draw_rope(rng) | draw_flags(rng, "attention_bias")
+    count = sizes["num_hidden_layers"]
+    no_rope_layers = [rng.randint(0, 1) for _ in range(count)]
+    return (
+        sizes
+        | draw_windows(rng, count)
+        | draw_flags(rng, "mlp_bias")
+        | {"no_rope_layers": rng.choice((None, no_rope_layers))}
+        | {"no_rope_layer_interval": rng.randint(2, 4)}
+    )
+
+
+def draw_phi3(rng: random.Random) -> Options:
+    """Returns the options of Phi-3."""
+    sizes = draw_sizes(rng)
+    fraction = rng.choice((0.5, 1.0))
+    head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+    pairs = int(head_dim * fraction) // 2
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": fraction}
+    factors = {
+        f"{length}_factor": [rng.uniform(1, 4) for _ in range(pairs)]
+        for length in ("short", "long")
+    }
+    kinds = {"rope_type": "default"}, {"rope_type": "longrope"} | factors
+    return sizes | {
+        "rope_parameters": rope | rng.choice(kinds),
+        "original_max_position_embeddings": rng.choice((20, 64)),
+        "sliding_window": rng.choice((None, 8)),
+    }
+
+
+def draw_mixtral(rng: random.Random) -> Options:
+    """Returns the options of Mixtral."""
+    return draw_mistral(rng) | draw_experts(rng, "num_local_experts")
+
+
+def draw_olmoe(rng: random.Random) -> Options:
+    """Returns the options of OLMoE."""
+    options = draw_sizes(rng) | draw_rope(rng) | draw_experts(rng)
+    return options | draw_flags(rng, "attention_bias norm_topk_prob")
+
+
+def draw_qwen3_moe(rng: random.Random) -> Options:
+    """Returns the options of Qwen3-MoE."""
+    sizes = draw_sizes(rng, (None, 12)) | draw_rope(rng)
+    count = sizes["num_hidden_layers"]
+    windows = {"use_sliding_window": draw_bool(rng)}
+    windows |= {"sliding_window": rng.choice((3, 8))}
+    dense = rng.choice(([], rng.sample(range(count), 1)))
+    flags = draw_flags(rng, "attention_bias norm_topk_prob")
+    return sizes | draw_experts(rng) | windows | flags | {
+        "moe_intermediate_size": rng.choice((16, 24)),
+        "decoder_sparse_step": rng.randint(1, 2),
+        "mlp_only_layers": dense,
+    }  # fmt: skip
+
+
+def draw_qwen3_5(rng: random.Random) -> Options:
+    """Returns the options of Qwen3.5, dense."""
+    sizes = draw_sizes(rng, (8, 16)) | draw_flags(rng, "attention_bias")
+    count, num_key_heads = sizes["num_hidden_layers"], rng.choice((1, 2))
+    # A model without attention is not supported, as its cache would have no positions.
+    types = [rng.choice((DELTA, FULL)) for _ in range(count - 1)]
+    types.insert(rng.randint(0, count - 1), FULL)
+    return sizes | draw_rope(rng, partial_rotary_factor=rng.choice((0.25, 0.5))) | {
+        "layer_types": types,
+        "linear_num_key_heads": num_key_heads,
+        "linear_num_value_heads": num_key_heads * rng.choice((1, 2)),
+        "linear_key_head_dim": rng.choice((4, 8)),
+        "linear_value_head_dim": rng.choice((6, 8)),
+        "linear_conv_kernel_dim": rng.randint(2, 4),
+        "initializer_range": 0.2,
+    }  # fmt: skip
+
+
+def draw_qwen3_5_moe(rng: random.Random) -> Options:
+    """Returns the options of Qwen3.5 with experts."""
+    widths = ("moe_intermediate_size", "shared_expert_intermediate_size")
+    experts = draw_experts(rng) | {width: rng.choice((16, 24)) for width in widths}
+    return draw_qwen3_5(rng) | experts
+
+
+def draw_gpt_oss(rng: random.Random) -> Options:
+    """Returns the options of gpt-oss."""
+    sizes = draw_sizes(rng, (8, 12)) | draw_rope(rng)
+    sizes |= draw_types(rng, sizes["num_hidden_layers"], SLIDING, FULL)
+    experts = draw_experts(rng, "num_local_experts")
+    # With these weights, activations are large enough to be clamped.
+    window = {"sliding_window": rng.choice((3, 8)), "initializer_range": 0.4}
+    return sizes | experts | window | draw_flags(rng, "attention_bias")
+
+
+def draw_gemma2(rng: random.Random) -> Options:
+    """Returns the options of Gemma 2."""
+    sizes = draw_sizes(rng, (8, 12)) | draw_rope(rng)
+    return (
+        sizes
+        | draw_types(rng, sizes["num_hidden_layers"], SLIDING, FULL)
+        | draw_flags(rng, "attention_bias")
+        | {"query_pre_attn_scalar": rng.choice((8, 16))}
+        | {"sliding_window": rng.choice((3, 8))}
+        | {"attn_logit_softcapping": rng.choice((None, 2.0, 50.0))}
+        | {"final_logit_softcapping": rng.choice((None, 3.0, 30.0))}
+    )
+
+
+def draw_gemma3(rng: random.Random) -> Options:
+    """Returns the options of Gemma 3."""
+    ropes = {kind: draw_rope(rng)["rope_parameters"] for kind in (FULL, SLIDING)}
+    options = draw_gemma2(rng) | {"rope_parameters": ropes}
+    pattern = {"sliding_window_pattern": rng.choice((2, 3))}  # without layer_types
+    return options | pattern | {"attn_logit_softcapping": None}
+
+
+_GEMMA = "hidden_activation use_bidirectional_attention"
+ROWS = {
+    "llama": Row(draw_llama),
+    "mistral": Row(draw_mistral),
+    "qwen2": Row(draw_qwen2),
+    "qwen3": Row(draw_qwen3),
+    "smollm3": Row(draw_smollm3),
+    "phi3": Row(draw_phi3),
+    "mixtral": Row(draw_mixtral),
+    "olmoe": Row(draw_olmoe, "hidden_act clip_qkv"),
+    # `num_local_experts` is another name of `num_experts`.
+    "qwen3_moe": Row(draw_qwen3_moe, "hidden_act num_local_experts"),
+    "qwen3_5_text": Row(draw_qwen3_5),
+    "qwen3_5_moe_text": Row(draw_qwen3_5_moe),
+    "gpt_oss": Row(draw_gpt_oss, "hidden_act swiglu_alpha swiglu_limit"),
+    "gemma2": Row(draw_gemma2, _GEMMA),
+    "gemma3_text": Row(
+        draw_gemma3, f"{_GEMMA} attn_logit_softcapping _sliding_window_pattern"
+    ),
+}
