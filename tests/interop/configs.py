@@ -24,15 +24,6 @@ EXPERTS = OLMOE | {"moe_intermediate_size": 32}  # of Qwen3-MoE
 DELTA = {"num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}  # Qwen3.5
 DELTA |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8}
 DELTA |= {"linear_value_head_dim": 6, "initializer_range": 0.2}
-GEMMA4 = {"num_hidden_layers": 7, "head_dim": 12, "global_head_dim": 16}
-GEMMA4 |= {"sliding_window": 8, "hidden_size_per_layer_input": 0}
-GEMMA4 |= {"initializer_range": 0.1}
-GEMMA4_E = GEMMA4 | {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64}
-GEMMA4_E |= {"num_kv_shared_layers": 4, "use_double_wide_mlp": True}
-GEMMA4_E |= {
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    + ["full_attention"]
-}
 
 
 def longrope(pairs, original, **overrides):
@@ -76,6 +67,6 @@ def random_model(kind, settings):
             else:
                 parameter.copy_(parameter.half().float())
         for key, buffer in model.named_buffers():
-            if key.endswith("layer_scalar"):
+            if key.endswith(("layer_scalar", "score_correction_bias")):
                 buffer.add_(0.3 * torch.randn_like(buffer))
     return model

@@ -17,8 +17,6 @@ import transformers
 from configs import (
     DELTA,
     EXPERTS,
-    GEMMA4,
-    GEMMA4_E,
     HEADS,
     LINEAR,
     LLAMA3,
@@ -86,22 +84,6 @@ CASES = {
     "gemma3_text, linear, cap": HEADS
     | {"sliding_window": 8, "final_logit_softcapping": 3.0}
     | {"layer_types": [SLIDING, FULL, SLIDING], "rope_parameters": ROPES},
-    "gemma4_text": GEMMA4,
-    "gemma4_text, shared projection": GEMMA4
-    | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
-    | {"attention_bias": True, "final_logit_softcapping": 3.0}
-    | {"use_bidirectional_attention": "vision", "tie_word_embeddings": False},
-    "gemma4_text, equal heads": GEMMA4
-    | {"global_head_dim": 12, "layer_types": [FULL, SLIDING, SLIDING] * 2 + [FULL]}
-    | {
-        "rope_parameters": ROPES
-        | {FULL: {"rope_type": "proportional", "rope_theta": 100.0, "factor": 2.0}}
-    },
-    "gemma4_text, inputs per layer": GEMMA4
-    | {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64},
-    "gemma4_text, shared keys": GEMMA4_E,
-    "gemma4_unified_text": GEMMA4
-    | {"attention_k_eq_v": True, "num_kv_shared_layers": 1, "global_head_dim": 12},
     "smollm3": {"num_hidden_layers": 5},
     "smollm3, windows": WINDOWS | BIASES | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},

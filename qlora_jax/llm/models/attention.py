@@ -30,6 +30,7 @@ class Tokens(NamedTuple):
     # One for each of `DecoderConfig.ropes`, padded to the longest one.
     tables: Float[Array, "R 2 B T 1 half"]
     num_tokens: Int[Array, " B"] | None = None  # of each row; None: no padding
+    query_scales: Float[Array, "B T 1 1"] | None = None  # of `QueryScaling`
 
 
 # Keys and values `[B, S, K, Dh]` of earlier layers, by `LayerKind.kv_group`.
@@ -139,17 +140,31 @@ def rotary_table(
 
 
 def rotate(
-    x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
+    x: Float[Array, "B T H Dh"],
+    table: Float[Array, "2 B T 1 half"],
+    interleaved: bool = False,
 ) -> Float[Array, "B T H Dh"]:
-    """Rotates the pairs (i, i + half) of each head; values after them do not change."""
+    """Rotates the pairs of each head; values after them do not change.
+
+    The pairs are (i, i + half), or (2 i, 2 i + 1) if they are `interleaved`.
+    """
     cos, sin = table
     half = cos.shape[-1]
     rotary, unrotated = x[..., : 2 * half], x[..., 2 * half :]
-    low, high = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
+    rotary = rotary.astype(jnp.float32)
+    if interleaved:
+        pairs = rotary.reshape(*rotary.shape[:-1], half, 2)
+        low, high = (part[..., 0] for part in jnp.split(pairs, 2, axis=-1))
+    else:
+        low, high = jnp.split(rotary, 2, axis=-1)
     # Cast before the concatenation, not after it: XLA on CPUs writes its operands to
     # memory, and they are smaller after a cast to 16 bits.
     halves = low * cos - high * sin, high * cos + low * sin
-    rotated = jnp.concatenate([part.astype(x.dtype) for part in halves], axis=-1)
+    halves = [part.astype(x.dtype) for part in halves]
+    if interleaved:
+        rotated = jnp.stack(halves, axis=-1).reshape(rotary.shape)
+    else:
+        rotated = jnp.concatenate(halves, axis=-1)
     if not unrotated.shape[-1]:
         return rotated
     return jnp.concatenate([rotated, unrotated], axis=-1)
@@ -193,14 +208,16 @@ class Attention(nn.Module):
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         table = self._select_table(tokens, scalars)
-        query = rotate(query, table)
+        query = rotate(query, table, c.interleaved_rope)
+        if tokens.query_scales is not None:
+            query = (query * tokens.query_scales).astype(query.dtype)
         if kind.has_kv:
             key, value = key_and_value
             if c.qk_norms:
                 key = self._normalize(key, "k")
             if c.value_norms:
                 value = nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(value)
-            key = rotate(key, table)
+            key = rotate(key, table, c.interleaved_rope)
             if cache is not None:
                 key, value, new_kv = self._write(key, value, tokens, cache)
         else:
@@ -257,7 +274,7 @@ class Attention(nn.Module):
         num_queries = c.num_heads * (2 if c.attention_gate else 1)
         counts = num_queries, heads.num_kv_heads, heads.num_kv_heads
         widths = [num_heads * heads.head_dim for num_heads in counts]
-        if c.fused:
+        if c.fuses_qkv:
             fused = name_product(dense(sum(widths), name="qkv_proj")(x))
             parts = jnp.split(fused, [widths[0], sum(widths[:2])], axis=-1)
         else:
@@ -381,7 +398,7 @@ def pad_heads(x: Float[Array, "B T H Dh"], width: int) -> Float[Array, "B T H wi
 
 def projections_of(config: DecoderConfig, kind: LayerKind) -> tuple[str, ...]:
     """Returns the names of the projections of a layer's queries, keys and values."""
-    if config.fused:
+    if config.fuses_qkv:
         return ("qkv_proj",)
     if not kind.has_kv:
         return ("q_proj",)

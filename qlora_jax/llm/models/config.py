@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "clamped_swiglu")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2", "clamped_swiglu")
 _MAX_EXPERTS = 4096  # far above any published model; rejects corrupt files
 
 
@@ -108,6 +108,32 @@ class LatentHeads:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryScaling:
+    """Factors of queries that grow with the position, so that attention stays sharp.
+
+    The factor at `position` is `1 + beta * log(1 + position // length)`.
+
+    Attributes:
+        beta: Weight of the logarithm.
+        length: Number of positions with the same factor.
+
+    Example:
+        >>> QueryScaling(beta=0.1, length=16_384).beta
+        0.1
+    """
+
+    beta: float
+    length: int
+
+    def __post_init__(self):
+        if not math.isfinite(self.beta) or self.beta < 0 or self.length < 1:
+            raise ValueError(
+                "`beta` must be finite and not negative, and `length` positive. Got "
+                f"{self.beta} and {self.length}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DeltaRule:
     """Sizes of a gated delta rule, which mixes tokens through a state of fixed size.
 
@@ -206,8 +232,9 @@ class Experts:
             contains the kernels of all experts.
         names: What to write for NAME, for each of `kernels` in order. If empty, the
             entry of `kernels` itself.
-        shared_width: Width of an MLP whose output is added for every token, multiplied
-            by the sigmoid of a gate; 0 for none.
+        shared_width: Width of an MLP whose output is added for every token; 0 for none.
+        shared_name: The name of this MLP in the Hugging Face model.
+        has_shared_gate: Whether the sigmoid of a gate multiplies its output.
         scores: How a router's logits become scores: "softmax", or "sigmoid" for scores
             that do not depend on each other.
         has_score_bias: Whether a stored bias is added to the scores, only to choose
@@ -231,6 +258,8 @@ class Experts:
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
     shared_width: int = 0
+    shared_name: str = "shared_expert"
+    has_shared_gate: bool = True
     scores: Literal["softmax", "sigmoid"] = "softmax"
     has_score_bias: bool = False
     num_groups: int = 1
@@ -288,16 +317,26 @@ class DecoderConfig:
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
-        rms_norm_eps: Epsilon that norms add to the mean square.
+        interleaved_rope: Whether the pairs that are rotated are neighboring values. By
+            default, a pair is a value of the first half and one of the second half.
+        rms_norm_eps: Epsilon that norms add to the mean square, or to the variance.
         unit_offset_norms: Whether norms multiply by one plus their scale.
-        post_norms: Whether the outputs of attention and MLP are normalized too.
+        layer_norms: Whether norms subtract the mean (LayerNorm); "biased" if they also
+            add a bias.
+        pre_norms: Whether the inputs of attention and MLP are normalized.
+        post_norms: Whether the outputs of attention and MLP are normalized; "glm" if
+            the norms have the names that GLM-4 gives them.
+        parallel_mlp: Whether attention and the MLP have the same normalized input. If
+            not, the input of the MLP contains the output of attention.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
         value_norms: Whether the value of each head is divided by its root mean square.
-        activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
-            "clamped_swiglu", gpt-oss's function of gate and up.
+        activation: The gate's activation: "silu", "gelu_pytorch_tanh" or "relu2", the
+            square of a ReLU; or "clamped_swiglu", gpt-oss's function of gate and up.
+        gated_mlp: Whether MLPs have a gate. If not, `up_proj` has the activation.
+        mlp_names: The names of `up_proj` and `down_proj` in the Hugging Face model.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
-            another, `gate_up_proj`.
+            another, `gate_up_proj`; "mlp" if only gate and up share one.
         attention_gate: Whether `q_proj` also computes a gate for each value of the
             result of attention, which the gate's sigmoid multiplies.
         qkv_bias: Whether q, k and v have a bias.
@@ -310,10 +349,15 @@ class DecoderConfig:
         per_layer_width: Size of the further input that each layer has for each token
             (see `per_layer_input.py`); 0 for none.
         embedding_scale: Factor that multiplies the embedded tokens.
+        residual_scale: Factor of what a layer adds to the residual stream.
+        logit_scale: Factor of the logits.
+        query_scaling: The factors of queries that grow with the position, or None.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
         logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
         tie_embeddings: Whether the head is the transposed embedding.
+        num_ignored_layers: Number of layers in the files, after the last one, that
+            predict further tokens and are not read.
         module: Path of the decoder's module in the Hugging Face model.
         experts: The mixture of experts that replaces MLPs, or None.
 
@@ -332,13 +376,19 @@ class DecoderConfig:
     head_dim: int = 0
     layers: tuple[LayerKind, ...] = (LayerKind(),)
     rotary_dim: int = 0
+    interleaved_rope: bool = False
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
-    post_norms: bool = False
+    layer_norms: bool | Literal["biased"] = False
+    pre_norms: bool = True
+    post_norms: bool | Literal["glm"] = False
+    parallel_mlp: bool = False
     qk_norms: bool | Literal["whole"] = False
     value_norms: bool = False
     activation: str = "silu"
-    fused: bool = False
+    gated_mlp: bool = True
+    mlp_names: tuple[str, str] = ("up_proj", "down_proj")
+    fused: bool | Literal["mlp"] = False
     attention_gate: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -347,10 +397,14 @@ class DecoderConfig:
     output_scalars: bool = False
     per_layer_width: int = 0
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    query_scaling: QueryScaling | None = None
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = True
+    num_ignored_layers: int = 0
     module: str = "model"
     experts: Experts | None = None
 
@@ -384,8 +438,22 @@ class DecoderConfig:
             raise ValueError(
                 "`layers` must have at least one with attention. Got none."
             )
-        if self.fused and self.attention_gate:
-            raise ValueError("`fused` must be False with an `attention_gate`.")
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("`post_norms` must be True without `pre_norms`.")
+        if self.parallel_mlp and (self.post_norms or not self.pre_norms):
+            raise ValueError("`post_norms` must be False with a `parallel_mlp`.")
+        if self.layer_norms and self.unit_offset_norms:
+            raise ValueError("`unit_offset_norms` must be False with `layer_norms`.")
+        is_plain = not (
+            self.fused or self.experts or self.activation == "clamped_swiglu"
+        )
+        if not self.gated_mlp and not is_plain:
+            raise ValueError(
+                "`gated_mlp` must be True with fused kernels, experts or the "
+                'activation "clamped_swiglu". Got False.'
+            )
+        if self.fuses_qkv and self.attention_gate:
+            raise ValueError("`fused` must not be True with an `attention_gate`.")
         if len(self.layers) != self.num_layers:
             raise ValueError(
                 "`layers` must have one entry, or one for each layer. "
@@ -426,8 +494,8 @@ class DecoderConfig:
                 raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):
-        names = ["rms_norm_eps", "embedding_scale", "attention_scale"]
-        names += ["attention_soft_cap", "logit_soft_cap"]
+        names = ["rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale"]
+        names += ["attention_scale", "attention_soft_cap", "logit_soft_cap"]
         numbers = {name: getattr(self, name) for name in names}
         for i, rope in enumerate(self.ropes):
             fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()
@@ -451,6 +519,11 @@ class DecoderConfig:
     def dim_of(self, rope: Rope | None) -> int:
         """Returns the number of values of a head that are in pairs."""
         return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
+
+    @property
+    def fuses_qkv(self) -> bool:
+        """Whether q, k and v share one kernel."""
+        return self.fused is True
 
     @property
     def has_states(self) -> bool:

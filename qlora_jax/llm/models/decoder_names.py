@@ -9,6 +9,7 @@ from .config import DecoderConfig
 from .groups import layer_stacks
 from .layer import Layer
 from .per_layer_input import PerLayerEmbedding
+from .products import norm_leaves
 
 
 def decoder_names(config: DecoderConfig) -> ql.io.Names:
@@ -25,8 +26,9 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
     c = config
     entries: dict[str, str | ql.io.Entry] = {
         "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
-        "norm/scale": f"{c.module}.norm.weight",
     }
+    for leaf, hf_leaf in norm_leaves(c).items():
+        entries[f"norm/{leaf}"] = f"{c.module}.norm.{hf_leaf}"
     # Layers that predict further tokens are not part of the decoder.
     ignored = [r".*\.inv_freq", r"mtp\..*"]
     if c.module != "model":  # the decoder is the text half of a larger model
@@ -43,6 +45,8 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
             f"{PerLayerEmbedding.part_name}/{path}": f"{c.module}.{name}"
             for path, name in PerLayerEmbedding.tensor_names(c).items()
         }
+    for layer in range(c.num_layers, c.num_layers + c.num_ignored_layers):
+        ignored.append(rf"{re.escape(c.module)}\.layers\.{layer}\..*")
     # Files contain keys and values of layers that do not use them.
     without_kv = [str(i) for i, kind in enumerate(c.layers) if not kind.has_kv]
     if without_kv:

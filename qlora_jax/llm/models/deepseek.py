@@ -6,7 +6,6 @@ from typing import Any
 
 from .config import DecoderConfig, Experts, LatentHeads, LayerKind
 from .family import (
-    EXPERT_KEYS,
     biases,
     is_count,
     number,
@@ -16,13 +15,14 @@ from .family import (
     shared_fields,
 )
 
-DEEPSEEK_KEYS = f"""
+DEEPSEEK_KEYS = """
 attention_bias first_k_dense_replace hidden_act kv_lora_rank moe_intermediate_size
 n_group n_routed_experts n_shared_experts norm_topk_prob num_mtp_layers
 num_nextn_predict_layers q_lora_rank qk_head_dim qk_nope_head_dim qk_rope_head_dim
-rope_interleave routed_scaling_factor topk_group v_head_dim {EXPERT_KEYS}
+rope_interleave routed_scaling_factor scoring_func moe_layer_freq num_experts_per_tok
+output_router_logits aux_loss_alpha ep_size seq_aux topk_group topk_method v_head_dim
 """
-DEEPSEEK_V2_KEYS = f"{DEEPSEEK_KEYS} mlp_bias topk_method"
+DEEPSEEK_V2_KEYS = f"{DEEPSEEK_KEYS} mlp_bias"
 GLM_LITE_KEYS = f"{DEEPSEEK_KEYS} mlp_layer_types"
 # transformers' defaults for missing keys.
 _V3 = {"moe_intermediate_size": 2048, "n_shared_experts": 1, "n_routed_experts": 256}
@@ -42,12 +42,14 @@ _GLM |= {"qk_nope_head_dim": 192, "topk_group": 1, "num_experts_per_tok": 4}
 
 def read_deepseek_v3(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of DeepSeek V3."""
+    require(raw, {"topk_method": "noaux_tc"})
     raw = _V3 | dict(raw)
     return _read(raw, _is_dense(raw), eps=1e-6)
 
 
 def read_glm_lite(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of GLM-4.7-Flash."""
+    require(raw, {"topk_method": "noaux_tc"})
     raw, types = _GLM | dict(raw), raw.get("mlp_layer_types")
     count = raw["num_hidden_layers"]
     if types is None:
@@ -97,11 +99,15 @@ def _read(
     sizes = (raw[f"qk_{part}_head_dim"] for part in ("nope", "rope"))
     heads = LatentHeads(query_rank, kv_rank, *sizes, raw["v_head_dim"])
     # Other values would change the rotary positions, or leave heads without keys.
-    require({k: x for k, x in raw.items() if x is not None}, {
-        "head_dim": heads.rope_dim,
-        "qk_head_dim": heads.head_dim,
-        "num_key_value_heads": raw["num_attention_heads"],
-    })  # fmt: skip
+    names = {"head_dim": (heads.rope_dim, "`qk_rope_head_dim`")}
+    sums = "the sum of `qk_nope_head_dim` and `qk_rope_head_dim`"
+    names |= {"qk_head_dim": (heads.head_dim, sums)}
+    num_heads = raw["num_attention_heads"]
+    names |= {"num_key_value_heads": (num_heads, "`num_attention_heads`")}
+    for key, (value, name) in names.items():
+        if raw.get(key) not in (None, value):
+            raise ValueError(f"`{key}` must be {name}, {value}. Got {raw[key]}.")
+    require(raw, {"moe_layer_freq": 1, "scoring_func": scores})
     fields = shared_fields({**raw, "num_key_value_heads": None}, eps=eps)
     fields |= biases(raw) | {"head_dim": heads.head_dim, "rotary_dim": heads.rope_dim}
     rope = read_rope(raw, heads.rope_dim)
@@ -140,6 +146,7 @@ def _read_experts(raw: Mapping[str, Any], scores: str) -> Experts:
         scale=number(raw["routed_scaling_factor"]),
         shared_width=raw["moe_intermediate_size"] * raw["n_shared_experts"],
         shared_name="shared_experts",
+        has_shared_gate=False,
     )
 
 

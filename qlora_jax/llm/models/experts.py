@@ -17,10 +17,8 @@ from jaxtyping import Array, Float, Int
 import qlora_jax as ql
 
 from .config import DecoderConfig, Experts, LayerKind
-from .mlp import GatedMLP
+from .mlp import DenseMLP
 from .products import apply_gate, make_dense, name_product
-
-_SHARED = "shared_expert"  # the MLP of all tokens
 
 
 class ExpertsDense(nn.Module):
@@ -108,14 +106,18 @@ class MixtureOfExperts(nn.Module):
         mixed = jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
         mixed = mixed.reshape(x.shape)
         if experts.shared_width:
-            mixed += self._apply_shared(x, experts.shared_width)
+            mixed += self._apply_shared(x, experts)
         return mixed.astype(x.dtype)
 
-    def _apply_shared(self, x: Array, width: int) -> Float[Array, "B T D"]:
-        """Returns the output of the MLP of all tokens, multiplied by its gate."""
-        y = name_product(GatedMLP(self.config, width, self.dtype, name=_SHARED)(x))
-        gate = name_product(make_dense(1, False, self.dtype, f"{_SHARED}_gate")(x))
-        return nn.sigmoid(gate.astype(jnp.float32)) * y.astype(jnp.float32)
+    def _apply_shared(self, x: Array, experts: Experts) -> Float[Array, "B T D"]:
+        """Returns the output of the MLP of all tokens, times its gate if it has one."""
+        c, name = self.config, experts.shared_name
+        mlp = DenseMLP(c, experts.shared_width, self.dtype, name=name)
+        y = name_product(mlp(x)).astype(jnp.float32)
+        if not experts.has_shared_gate:
+            return y
+        gate = name_product(make_dense(1, False, self.dtype, f"{name}_gate")(x))
+        return nn.sigmoid(gate.astype(jnp.float32)) * y
 
     @staticmethod
     def tensor_names(
@@ -145,10 +147,11 @@ class MixtureOfExperts(nn.Module):
                 bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
                 entries[f"{path}/bias"] = re.sub(r"\.weight$", ".bias", bias)
         if experts.shared_width:
-            for path, tensor in GatedMLP.tensor_names(config, kind).items():
-                name = f"mlp.{_SHARED}.{tensor.removeprefix('mlp.')}"
-                entries[f"{_SHARED}/{path}"] = name
-            entries[f"{_SHARED}_gate/kernel"] = f"mlp.{_SHARED}_gate.weight"
+            shared = experts.shared_name
+            for path, tensor in DenseMLP.tensor_names(config, kind).items():
+                entries[f"{shared}/{path}"] = re.sub(r"^mlp", f"mlp.{shared}", tensor)
+            if experts.has_shared_gate:
+                entries[f"{shared}_gate/kernel"] = f"mlp.{shared}_gate.weight"
         return entries
 
 

@@ -7,6 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from .config import DecoderConfig, DeltaRule, LayerKind, Rope
+from .deepseek import (
+    DEEPSEEK_KEYS,
+    DEEPSEEK_V2_KEYS,
+    GLM_LITE_KEYS,
+    read_deepseek_v2,
+    read_deepseek_v3,
+    read_glm_lite,
+)
+from .dense_families import DENSE_FAMILIES
 from .family import (
     EXPERT_KEYS,
     WINDOW_KEYS,
@@ -373,6 +382,11 @@ _FAMILIES = (
     Family(
         "gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half, _VISION_KEYS
     ),
+    Family(
+        "deepseek_v2", ("DeepseekV2ForCausalLM",), read_deepseek_v2, DEEPSEEK_V2_KEYS
+    ),
+    Family("deepseek_v3", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
+    Family("glm4_moe_lite", ("Glm4MoeLiteForCausalLM",), read_glm_lite, GLM_LITE_KEYS),
     Family("gemma4_text", _GEMMA4, read_gemma4, GEMMA4_KEYS),
     Family("gemma4_unified_text", _UNIFIED, read_gemma4_unified, GEMMA4_KEYS),
     Family(
@@ -399,6 +413,7 @@ _FAMILIES = (
         _read_text_half,
         f"{_QWEN_VISION_KEYS} {_QWEN3_5_MOE_KEYS}",
     ),
+    *DENSE_FAMILIES,
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 

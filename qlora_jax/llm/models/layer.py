@@ -7,7 +7,7 @@ transformers.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -21,21 +21,21 @@ from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
 from .latent_attention import LatentAttention
-from .mlp import GatedMLP
+from .mlp import DenseMLP
 from .per_layer_input import PerLayerInput
-from .products import make_norm
+from .products import make_norm, norm_leaves
 
 Mixer = type[Attention] | type[GatedDeltaNet]
 PARTS = (
     *(Attention, LatentAttention, GatedDeltaNet),
-    *(GatedMLP, MixtureOfExperts, PerLayerInput),
+    *(DenseMLP, MixtureOfExperts, PerLayerInput),
 )
 
 
 class Layer(nn.Module):
     """Adds the outputs of attention and of an MLP to the residual stream.
 
-    The inputs of attention and of the MLP are normalized.
+    The inputs of attention and of the MLP are normalized, or their outputs, or both.
     """
 
     config: DecoderConfig
@@ -59,25 +59,25 @@ class Layer(nn.Module):
         """
         c, dtype = self.config, self.dtype
         x, shared_kv = carry
+        norms = norm_names(c)
 
-        def normalize(x: Array, name: str) -> Array:
-            return make_norm(c, dtype, f"{name}_layernorm")(x)
+        def normalize(x: Array, name: str | None) -> Array:
+            return x.astype(dtype) if name is None else make_norm(c, dtype, name)(x)
+
+        def add(x: Array, y: Array) -> Array:
+            y = y.astype(x.dtype)
+            return x + (y if c.residual_scale == 1 else y * c.residual_scale)
 
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
+        mixer_input = normalize(x, norms.before_mixer)
         y, new_entries, shared_kv = mixer(
-            normalize(x, "input"), tokens, scalars, cache, shared_kv
+            mixer_input, tokens, scalars, cache, shared_kv
         )
-        # Llama calls the norm before the MLP "post_attention". Gemma has a norm of this
-        # name after attention.
-        if c.post_norms:
-            y = normalize(y, "post_attention")
-        x = x + y.astype(x.dtype)
+        x = add(x, normalize(y, norms.after_mixer))
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
-        y = mlp(normalize(x, "pre_feedforward" if c.post_norms else "post_attention"))
-        if c.post_norms:
-            y = normalize(y, "post_feedforward")
-        x = x + y.astype(x.dtype)
+        y = mlp(mixer_input if c.parallel_mlp else normalize(x, norms.before_mlp))
+        x = add(x, normalize(y, norms.after_mlp))
         if c.per_layer_width:
             part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
             x = x + part(x, scalars.inputs).astype(x.dtype)
@@ -98,18 +98,20 @@ class Layer(nn.Module):
         if mlp_class(c, kind) is MixtureOfExperts:
             return MixtureOfExperts(c, self.dtype, name=MixtureOfExperts.part_name)
         width = kind.mlp_width or c.intermediate_size
-        return GatedMLP(c, width, self.dtype, name=GatedMLP.part_name)
+        return DenseMLP(c, width, self.dtype, name=DenseMLP.part_name)
 
     @staticmethod
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
         """Returns the layer's Hugging Face names of its parameters, by path."""
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        if config.post_norms:
-            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        norms = [name for name in norm_names(config) if name is not None]
         names: dict[str, str | ql.io.Entry]
-        names = {f"{norm}/scale": f"{norm}.weight" for norm in norms}
+        names = {
+            f"{norm}/{leaf}": f"{norm}.{hf_leaf}"
+            for norm in norms
+            for leaf, hf_leaf in norm_leaves(config).items()
+        }
         if config.output_scalars:
             names["layer_scalar"] = "layer_scalar"
         parts = [mixer_class(kind), mlp_class(config, kind)]
@@ -121,6 +123,33 @@ class Layer(nn.Module):
         return names
 
 
+class NormNames(NamedTuple):
+    """The names of a layer's norms; None for a norm that the layer does not have."""
+
+    before_mixer: str | None
+    after_mixer: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+def norm_names(config: DecoderConfig) -> NormNames:
+    """Returns the names of a layer's norms, as in the Hugging Face model."""
+    # Llama calls the norm before the MLP "post_attention". In Gemma and OLMo, the norm
+    # of this name is after attention.
+    if config.parallel_mlp:
+        return NormNames("input_layernorm", None, None, None)
+    if not config.post_norms:
+        return NormNames("input_layernorm", None, "post_attention_layernorm", None)
+    if config.post_norms == "glm":
+        after = "post_self_attn_layernorm", "post_mlp_layernorm"
+        before = "input_layernorm", "post_attention_layernorm"
+        return NormNames(before[0], after[0], before[1], after[1])
+    after = "post_attention_layernorm", "post_feedforward_layernorm"
+    if not config.pre_norms:
+        return NormNames(None, after[0], None, after[1])
+    return NormNames("input_layernorm", after[0], "pre_feedforward_layernorm", after[1])
+
+
 def mixer_class(kind: LayerKind) -> Mixer:
     """Returns the class of the part in which tokens see other tokens."""
     if kind.delta_rule is not None:
@@ -130,7 +159,7 @@ def mixer_class(kind: LayerKind) -> Mixer:
 
 def mlp_class(
     config: DecoderConfig, kind: LayerKind
-) -> type[GatedMLP] | type[MixtureOfExperts]:
+) -> type[DenseMLP] | type[MixtureOfExperts]:
     """Returns the class of a layer's MLP."""
     has_experts = config.experts is not None and kind.mlp_width is None
-    return MixtureOfExperts if has_experts else GatedMLP
+    return MixtureOfExperts if has_experts else DenseMLP

@@ -358,6 +358,7 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
         (OSS | {"tie_embeddings": True}, "`tie_embeddings`=True"),
         (OSS | {"layers": OSS["layers"][::-1]}, "these sliding windows"),
         (OSS | {"layers": (LayerKind(STRETCHED),)}, "these rotary positions"),
+        ({"pre_norms": False, "post_norms": True}, "`pre_norms`=False"),
         (GEMMA | {"qk_norms": True}, '"gemma3" .*`logit_soft_cap`=30.0'),
     ],
 )
