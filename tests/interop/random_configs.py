@@ -380,7 +380,7 @@ _EXPERTS_4 = "enable_moe_block num_experts top_k_experts moe_intermediate_size"
 _GEMMA = "hidden_activation use_bidirectional_attention"
 ROWS = {
     "deepseek_v2": Row(draw_deepseek_v2, f"{_LATENT} mlp_bias"),
-    "deepseek_v3": Row(draw_deepseek_v3, f"{_LATENT} num_mtp_layers"),
+    "deepseek_v3": Row(draw_deepseek_v3, f"{_LATENT} num_nextn_predict_layers"),
     "glm4_moe_lite": Row(draw_glm_lite, _LATENT),
     "gemma4_text": Row(
         draw_gemma4, f"{_GEMMA} {_EXPERTS_4} vocab_size_per_layer_input"

@@ -56,8 +56,8 @@ def read_glm_lite(raw: Mapping[str, Any]) -> DecoderConfig:
         types = ["dense"] + ["sparse"] * (count - 1)
     if len(types) != count or {*types} - {"dense", "sparse"}:
         raise ValueError(
-            f'`mlp_layer_types` must have {count} entries, "dense" or "sparse". Got '
-            f"{types}."
+            "`mlp_layer_types` must have as many entries as `num_hidden_layers`, "
+            f'{count}, and each must be "dense" or "sparse". Got {types}.'
         )
     return _read(raw, [layer_type == "dense" for layer_type in types], eps=1e-5)
 
@@ -135,9 +135,13 @@ def _read_experts(raw: Mapping[str, Any], scores: str) -> Experts:
             "`n_group` must leave at least two experts in each group. Got "
             f"{num_groups!r}."
         )
+    if not is_count(per_token := raw["num_experts_per_tok"]):
+        raise ValueError(
+            f"`num_experts_per_tok` must be a positive integer. Got {per_token!r}."
+        )
     return Experts(
         raw["n_routed_experts"],
-        raw["num_experts_per_tok"],
+        per_token,
         normalized=bool(raw["norm_topk_prob"]),
         scores="sigmoid" if scores == "sigmoid" else "softmax",
         has_score_bias=scores == "sigmoid",
