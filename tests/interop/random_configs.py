@@ -336,6 +336,7 @@ def draw_gemma4_unified(rng: random.Random) -> Options:
 def draw_latent(rng: random.Random) -> Options:
     """Returns what all families with latent attention have."""
     sizes, num_groups = draw_sizes(rng), rng.randint(1, 3)
+    sizes["num_hidden_layers"] = rng.randint(2, 5)
     mscale = {"mscale": 1.0, "mscale_all_dim": rng.choice((0.0, 0.7))}
     flags = draw_flags(rng, "attention_bias norm_topk_prob")
     return sizes | draw_rope(rng, **mscale) | flags | {
@@ -357,22 +358,41 @@ def draw_latent(rng: random.Random) -> Options:
 
 def draw_deepseek_v3(rng: random.Random) -> Options:
     """Returns the options of DeepSeek V3."""
-    dense = {"first_k_dense_replace": rng.randint(0, 2)}
+    # At least one layer has experts. Otherwise, PEFT's adapters have targets that match
+    # nothing.
+    dense = {"first_k_dense_replace": rng.randint(0, 1)}
     return draw_latent(rng) | draw_flags(rng, "rope_interleave") | dense
 
 
 def draw_deepseek_v2(rng: random.Random) -> Options:
     """Returns the options of DeepSeek V2."""
     method = {"topk_method": rng.choice(("greedy", "group_limited_greedy"))}
-    return draw_latent(rng) | {"first_k_dense_replace": rng.randint(0, 2)} | method
+    return draw_latent(rng) | {"first_k_dense_replace": rng.randint(0, 1)} | method
 
 
 def draw_glm_lite(rng: random.Random) -> Options:
     """Returns the options of GLM-4.7-Flash."""
     options = draw_latent(rng) | draw_flags(rng, "rope_interleave")
     count = options["num_hidden_layers"]
-    types = [rng.choice(("dense", "sparse")) for _ in range(count)]
+    types = [rng.choice(("dense", "sparse")) for _ in range(count - 1)] + ["sparse"]
     return options | {"mlp_layer_types": rng.choice((None, types))}
+
+
+def draw_lfm2(rng: random.Random) -> Options:
+    """Returns the options of LFM2."""
+    sizes = draw_sizes(rng) | draw_rope(rng)
+    sizes["norm_eps"] = sizes.pop("rms_norm_eps")
+    count = sizes["num_hidden_layers"]
+    attention = rng.choice((None, sorted(rng.sample(range(count), 1))))
+    types = [rng.choice(("conv", FULL)) for _ in range(count - 1)]
+    types.insert(rng.randint(0, count - 1), FULL)
+    return sizes | draw_flags(rng, "conv_bias block_auto_adjust_ff_dim") | {
+        "layer_types": rng.choice((None, types)),
+        "full_attn_idxs": attention,
+        "conv_L_cache": rng.randint(2, 4),
+        "block_multiple_of": rng.choice((4, 16)),
+        "block_ffn_dim_multiplier": rng.choice((1.0, 1.5)),
+    }  # fmt: skip
 
 
 _LATENT = "hidden_act head_dim qk_head_dim"
@@ -382,6 +402,7 @@ ROWS = {
     "deepseek_v2": Row(draw_deepseek_v2, f"{_LATENT} mlp_bias"),
     "deepseek_v3": Row(draw_deepseek_v3, f"{_LATENT} num_nextn_predict_layers"),
     "glm4_moe_lite": Row(draw_glm_lite, _LATENT),
+    "lfm2": Row(draw_lfm2, ""),
     "gemma4_text": Row(
         draw_gemma4, f"{_GEMMA} {_EXPERTS_4} vocab_size_per_layer_input"
     ),

@@ -60,6 +60,7 @@ COUNT = {
     | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
     "deepseek_v3": LATENT | {"first_k_dense_replace": 1},
     "glm4_moe_lite": LATENT,
+    "lfm2": {"layer_types": [FULL, "conv", FULL], "block_multiple_of": 16},
     "gemma4_text": WINDOWS
     | {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 4}
     | {"vocab_size_per_layer_input": 64, "top_k_experts": 2, "num_experts": 4}
@@ -82,6 +83,7 @@ OTHERS = {
     "decoder_sparse_step": 2,
     "dtype": "float64",
     "final_logit_softcapping": 2.0,
+    "full_attn_idxs": [1],
     "head_dim": 16,
     "hidden_size": 64,
     "id2label": {"0": "a", "1": "b", "2": "c"},

@@ -191,6 +191,8 @@ class LayerKind:
         kv_group: Name of a group of layers that share keys and values, or None.
         has_kv: Whether the layer computes keys and values. A layer that does not
             attends to those of the last layer of its `kv_group` that does.
+        convolution_width: Number of tokens that the gated convolution sees that
+            replaces attention, including the token itself; None for attention.
         latent: The sizes of multi-head latent attention, or None for attention with
             a projection for each of q, k and v.
 
@@ -207,6 +209,12 @@ class LayerKind:
     kv_group: str | None = None
     has_kv: bool = True
     latent: LatentHeads | None = None
+    convolution_width: int | None = None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the layer has attention, and not a state of fixed size."""
+        return self.delta_rule is None and self.convolution_width is None
 
     @property
     def structure(self) -> "LayerKind":
@@ -356,8 +364,12 @@ class DecoderConfig:
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
         logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
         tie_embeddings: Whether the head is the transposed embedding.
+        convolution_bias: Whether convolutions that replace attention, and the
+            projections around them, have a bias.
         num_ignored_layers: Number of layers in the files, after the last one, that
             predict further tokens and are not read.
+        module_names: Pairs of a module's name in Llama and its name in this family, if
+            they are different.
         module: Path of the decoder's module in the Hugging Face model.
         experts: The mixture of experts that replaces MLPs, or None.
 
@@ -404,7 +416,9 @@ class DecoderConfig:
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = True
+    convolution_bias: bool = False
     num_ignored_layers: int = 0
+    module_names: tuple[tuple[str, str], ...] = ()
     module: str = "model"
     experts: Experts | None = None
 
@@ -434,7 +448,7 @@ class DecoderConfig:
         self._check_numbers()
 
     def _check_layers(self):
-        if all(kind.delta_rule is not None for kind in self.layers):
+        if not any(kind.has_attention for kind in self.layers):
             raise ValueError(
                 "`layers` must have at least one with attention. Got none."
             )
@@ -507,7 +521,7 @@ class DecoderConfig:
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """The distinct rotary positions of the layers, in order of first use."""
-        with_attention = (kind for kind in self.layers if kind.delta_rule is None)
+        with_attention = (kind for kind in self.layers if kind.has_attention)
         return tuple(dict.fromkeys(kind.rope for kind in with_attention))
 
     def heads_of(self, kind: LayerKind) -> Heads:
@@ -528,7 +542,7 @@ class DecoderConfig:
     @property
     def has_states(self) -> bool:
         """Whether some layers have states, which depend on the order of all tokens."""
-        return any(kind.delta_rule is not None for kind in self.layers)
+        return not all(kind.has_attention for kind in self.layers)
 
 
 def _is_positive(x: float | tuple[float, ...] | None) -> bool:

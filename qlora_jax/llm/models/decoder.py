@@ -34,9 +34,11 @@ from .groups import Group, Stack, layer_groups, layer_stacks
 from .layer import Layer, mixer_class
 from .per_layer_input import PerLayerEmbedding
 from .products import einsum_f32, keep_products, make_dense, make_norm
+from .short_convolution import ConvolutionInputs
 
 ATTENTIONS = "xla", "splash"
-Cache = dict[str, KeysAndValues | NoCache | DeltaState]  # by path of a stack
+# By path of a stack.
+Cache = dict[str, KeysAndValues | NoCache | DeltaState | ConvolutionInputs]
 
 
 class Period(nn.Module):

@@ -63,4 +63,18 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
             entries[f"{stack.path}/{path}"] = dataclasses.replace(
                 entry, names=full_name, parameter=parameter, numbers=numbers
             )
+    entries = {path: _rename_modules(c, x) for path, x in entries.items()}
     return ql.io.Names(entries, ignored=tuple(ignored))
+
+
+def _rename_modules(
+    config: DecoderConfig, entry: str | ql.io.Entry
+) -> str | ql.io.Entry:
+    """Replaces the names that modules have in Llama by those of the family."""
+    if isinstance(entry, ql.io.Entry):
+        assert isinstance(entry.names, str)
+        renamed = _rename_modules(config, entry.names)
+        return dataclasses.replace(entry, names=renamed)
+    for llama_name, name in config.module_names:
+        entry = re.sub(rf"(?<=\.){re.escape(llama_name)}(?=\.)", name, entry)
+    return entry

@@ -31,6 +31,7 @@ from .family import (
     shared_fields,
 )
 from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
+from .lfm2 import LFM2_KEYS, read_lfm2
 
 # Most families share Llama's architecture; SmolLM2 is a Llama.
 # - Qwen2 adds biases on q, k and v; Qwen3 adds norms of q and k.
@@ -387,6 +388,7 @@ _FAMILIES = (
     ),
     Family("deepseek_v3", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
     Family("glm4_moe_lite", ("Glm4MoeLiteForCausalLM",), read_glm_lite, GLM_LITE_KEYS),
+    Family("lfm2", ("Lfm2ForCausalLM",), read_lfm2, LFM2_KEYS),
     Family("gemma4_text", _GEMMA4, read_gemma4, GEMMA4_KEYS),
     Family("gemma4_unified_text", _UNIFIED, read_gemma4_unified, GEMMA4_KEYS),
     Family(

@@ -24,10 +24,11 @@ from .latent_attention import LatentAttention
 from .mlp import DenseMLP
 from .per_layer_input import PerLayerInput
 from .products import make_norm, norm_leaves
+from .short_convolution import ShortConvolution
 
-Mixer = type[Attention] | type[GatedDeltaNet]
+Mixer = type[Attention] | type[GatedDeltaNet] | type[ShortConvolution]
 PARTS = (
-    *(Attention, LatentAttention, GatedDeltaNet),
+    *(Attention, LatentAttention, GatedDeltaNet, ShortConvolution),
     *(DenseMLP, MixtureOfExperts, PerLayerInput),
 )
 
@@ -154,6 +155,8 @@ def mixer_class(kind: LayerKind) -> Mixer:
     """Returns the class of the part in which tokens see other tokens."""
     if kind.delta_rule is not None:
         return GatedDeltaNet
+    if kind.convolution_width is not None:
+        return ShortConvolution
     return Attention if kind.latent is None else LatentAttention
 
 
