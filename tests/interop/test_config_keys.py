@@ -34,6 +34,10 @@ WINDOWS = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
 USED = {"use_sliding_window": True}
 CAPS = {"attn_logit_softcapping": 9.0, "final_logit_softcapping": 9.0}
 MINISTRAL = YARN | {"llama_4_scaling_beta": 0.5}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}
+LATENT |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # Settings with which each key of a family has an effect.
 COUNT = {
     "mistral": {"sliding_window": 8},
@@ -53,6 +57,16 @@ COUNT = {
     "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
     "gemma2": WINDOWS | CAPS | {"head_dim": 8},
     "gemma3_text": WINDOWS | {"head_dim": 8},
+    "deepseek_v2": LATENT
+    | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
+    "deepseek_v3": LATENT | {"first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENT,
+    "lfm2": {"layer_types": [FULL, "conv", FULL], "block_multiple_of": 16},
+    "gemma4_text": WINDOWS
+    | {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 4}
+    | {"vocab_size_per_layer_input": 64, "top_k_experts": 2, "num_experts": 4}
+    | {"moe_intermediate_size": 16},
+    "gemma4_unified_text": WINDOWS | {"head_dim": 8, "global_head_dim": 16},
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
     "olmo3": WINDOWS,
@@ -70,6 +84,7 @@ OTHERS = {
     "decoder_sparse_step": 2,
     "dtype": "float64",
     "final_logit_softcapping": 2.0,
+    "full_attn_idxs": [1],
     "head_dim": 16,
     "hidden_size": 64,
     "id2label": {"0": "a", "1": "b", "2": "c"},

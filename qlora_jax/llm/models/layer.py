@@ -16,14 +16,21 @@ from jaxtyping import Array
 
 import qlora_jax as ql
 
-from .attention import Attention, LayerScalars, Tokens
+from .attention import Attention, LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
+from .latent_attention import LatentAttention
 from .mlp import DenseMLP
+from .per_layer_input import PerLayerInput
 from .products import make_norm, norm_leaves
+from .short_convolution import ShortConvolution
 
-PARTS = Attention, GatedDeltaNet, DenseMLP, MixtureOfExperts
+Mixer = type[Attention] | type[GatedDeltaNet] | type[ShortConvolution]
+PARTS = (
+    *(Attention, LatentAttention, GatedDeltaNet, ShortConvolution),
+    *(DenseMLP, MixtureOfExperts, PerLayerInput),
+)
 
 
 class Layer(nn.Module):
@@ -39,9 +46,20 @@ class Layer(nn.Module):
     mlp_tile: int | None = None
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the residual stream, and what is new in the cache, or None."""
+    def __call__(
+        self,
+        carry: tuple[Array, SharedKV],
+        tokens: Tokens,
+        scalars: LayerScalars,
+        cache,
+    ):
+        """Returns the carry, and what is new in the cache, or None.
+
+        The carry is the residual stream, and keys and values for later layers. The
+        whole cache is not returned, because a scan would copy it.
+        """
         c, dtype = self.config, self.dtype
+        x, shared_kv = carry
         norms = norm_names(c)
 
         def normalize(x: Array, name: str | None) -> Array:
@@ -54,19 +72,27 @@ class Layer(nn.Module):
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
         mixer_input = normalize(x, norms.before_mixer)
-        y, new_entries = mixer(mixer_input, tokens, scalars, cache)
+        y, new_entries, shared_kv = mixer(
+            mixer_input, tokens, scalars, cache, shared_kv
+        )
         x = add(x, normalize(y, norms.after_mixer))
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
         y = mlp(mixer_input if c.parallel_mlp else normalize(x, norms.before_mlp))
-        # Return only the new keys and values: a scan that returned the cache of each
-        # layer would copy it.
-        return add(x, normalize(y, norms.after_mlp)), new_entries
+        x = add(x, normalize(y, norms.after_mlp))
+        if c.per_layer_width:
+            part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
+            x = x + part(x, scalars.inputs).astype(x.dtype)
+        if c.output_scalars:
+            scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
+            x = x * scalar.astype(x.dtype)[None, None]
+        return (x, shared_kv), new_entries
 
     def _make_mixer(self) -> Any:
         c, kinds, dtype = self.config, self.kinds, self.dtype
-        if mixer_class(kinds[0]) is GatedDeltaNet:
-            return GatedDeltaNet(c, kinds, dtype, name=GatedDeltaNet.part_name)
-        return Attention(c, kinds, dtype, self.attention, name=Attention.part_name)
+        mixer = mixer_class(kinds[0])
+        if issubclass(mixer, Attention):
+            return mixer(c, kinds, dtype, self.attention, name=mixer.part_name)
+        return mixer(c, kinds, dtype, name=mixer.part_name)
 
     def _make_mlp(self) -> nn.Module:
         c, kind = self.config, self.kinds[0]
@@ -87,7 +113,12 @@ class Layer(nn.Module):
             for norm in norms
             for leaf, hf_leaf in norm_leaves(config).items()
         }
-        for part in (mixer_class(kind), mlp_class(config, kind)):
+        if config.output_scalars:
+            names["layer_scalar"] = "layer_scalar"
+        parts = [mixer_class(kind), mlp_class(config, kind)]
+        if config.per_layer_width:
+            parts.append(PerLayerInput)
+        for part in parts:
             tensor_names = part.tensor_names(config, kind)
             names |= {f"{part.part_name}/{path}": x for path, x in tensor_names.items()}
         return names
@@ -120,9 +151,13 @@ def norm_names(config: DecoderConfig) -> NormNames:
     return NormNames("input_layernorm", after[0], "pre_feedforward_layernorm", after[1])
 
 
-def mixer_class(kind: LayerKind) -> type[Attention] | type[GatedDeltaNet]:
+def mixer_class(kind: LayerKind) -> Mixer:
     """Returns the class of the part in which tokens see other tokens."""
-    return Attention if kind.delta_rule is None else GatedDeltaNet
+    if kind.delta_rule is not None:
+        return GatedDeltaNet
+    if kind.convolution_width is not None:
+        return ShortConvolution
+    return Attention if kind.latent is None else LatentAttention
 
 
 def mlp_class(

@@ -27,6 +27,8 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"max_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
+LATENT = {"num_key_value_heads": 4}
+GEMMA4 = {"hidden_size_per_layer_input": 0}
 LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
 SHORT = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
@@ -334,6 +336,37 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
         ("olmo3", {"rope_parameters": {"factor": 2}}, "a section for each kind"),
         ("starcoder2", {"norm_type": "rms_norm", "hidden_act": None}, '"layer_norm"'),
+        ("deepseek_v2", LATENT | {"topk_method": "noaux_tc"}, "`topk_method` must be"),
+        ("deepseek_v2", LATENT | {"mlp_bias": True}, "`mlp_bias` must be false"),
+        (
+            "deepseek_v3",
+            LATENT | {"num_key_value_heads": 2},
+            "`num_attention_heads`, 4",
+        ),
+        ("deepseek_v3", LATENT | {"n_group": 256}, "two experts in each group"),
+        ("deepseek_v3", LATENT | {"topk_group": 9}, "from 1 to `num_groups`"),
+        ("deepseek_v3", LATENT | {"scoring_func": "softmax"}, '"sigmoid". Got'),
+        ("deepseek_v3", LATENT | {"kv_lora_rank": 0}, "must be positive. Got"),
+        ("glm4_moe_lite", LATENT | {"mlp_layer_types": ["dense"]}, "as many entries"),
+        ("lfm2", {"conv_L_cache": 0}, "`conv_L_cache` must be a positive"),
+        ("lfm2", {"layer_types": ["conv"] * 4}, "at least one 'full_attention'"),
+        ("lfm2", {"block_multiple_of": 0}, "`block_multiple_of` must be a positive"),
+        ("gemma4_text", {"enable_moe_block": True}, "must be false. Got True"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "must be null or"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 8}, "must be `vocab_size`"),
+        ("gemma4_text", GEMMA4 | {"rope_parameters": {}}, "must have a `rope_theta`"),
+        ("gemma4_text", GEMMA4 | {"num_kv_shared_layers": 4}, "must leave a layer of"),
+        (
+            "gemma4_text",
+            GEMMA4 | {"per_layer_config": {"0": {"head_dim": 4}}},
+            "must be the same for all layers of a type",
+        ),
+        (
+            "gemma4_text",
+            GEMMA4 | {"per_layer_config": {"0": {"hidden_size": 4}}},
+            "must have only `head_dim`",
+        ),
+        ("gemma4_text", GEMMA4 | {"num_key_value_heads": 3}, "must divide `num_heads`"),
         ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
         ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),
