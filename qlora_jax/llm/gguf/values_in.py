@@ -14,7 +14,9 @@ FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
 PERMUTED = ("llama", "smollm3")  # llama.cpp reorders the rows of their q and k
-OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
+QWEN3_5 = ("qwen35", "qwen35moe")  # which are written, but not read
+# Architectures whose norms are stored as 1 + scale.
+OFFSET_NORMS = ("gemma2", "gemma3", *QWEN3_5)
 # The optional biases that llama.cpp reads, by architecture. Each is a field of
 # `DecoderConfig` that is true if the file has the tensor named in `BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
@@ -32,11 +34,19 @@ _SIZE_KEYS = {
     "num_heads": "attention.head_count",
 }
 EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
+# The sizes of a gated delta rule, by key of `config.json`.
+DELTA_RULE_KEYS = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+}
 # Architectures that always have experts. Mixtral is stored as a "llama" with experts.
-_MIXTURES = ("qwen3moe", OSS, "olmoe")
+_MIXTURES = ("qwen3moe", "qwen35moe", OSS, "olmoe")
 # Hugging Face's model types, where llama.cpp's names differ.
 _MODEL_TYPES = {"mistral": "llama", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
-_MODEL_TYPES |= {OSS: "gpt_oss"}
+_MODEL_TYPES |= {OSS: "gpt_oss", "qwen35": "qwen3_5_text"}
+_MODEL_TYPES |= {"qwen35moe": "qwen3_5_moe_text"}
 # Gemma's 27B models are recognized by their number of layers. These models scale
 # attention scores by `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -53,7 +63,7 @@ Factors = Mapping[str, tuple[float, ...]]  # divisors of frequencies by tensor n
 
 def size_keys(architecture: str) -> dict[str, str]:
     """Returns the metadata key of each field of `DecoderConfig` that is a size."""
-    if architecture not in ("qwen3moe", OSS):
+    if architecture not in ("qwen3moe", "qwen35moe", OSS):
         return _SIZE_KEYS
     return _SIZE_KEYS | {"intermediate_size": "expert_feed_forward_length"}
 
@@ -111,7 +121,7 @@ def _hf_config(
 
 
 def _activation(architecture: str) -> str:
-    return "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
+    return "gelu_pytorch_tanh" if architecture.startswith("gemma") else "silu"
 
 
 def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, Any]:
@@ -131,6 +141,13 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": architecture != "olmoe",
     }
+    if architecture in QWEN3_5:
+        keys |= {key: get(name) for key, name in DELTA_RULE_KEYS.items()}
+        value_dim = values["ssm.inner_size"] // values["ssm.time_step_rank"]
+        keys["linear_value_head_dim"] = value_dim
+        keys["full_attention_interval"] = get("full_attention_interval")
+        shared_width = get("expert_shared_feed_forward_length")
+        keys["shared_expert_intermediate_size"] = shared_width
     if architecture == "phi3":
         keys["sliding_window"] = get("attention.sliding_window") or None
     elif default := WINDOW_PERIODS.get(architecture):
@@ -155,12 +172,13 @@ def _rope_keys(
     section: dict[str, Any] = dict(keys)
     original = get("rope.scaling.original_context_length", get("context_length"))
     factor, kind = _rope_factor(values), "default"
-    if architecture == "phi3":
+    if architecture in ("phi3", *QWEN3_5):
         rotary_dim = get("rope.dimension_count", head_dim)
         fraction = rotary_dim / head_dim
         if int(head_dim * fraction) < rotary_dim:  # readers round this product down
             fraction = math.nextafter(fraction, 1.0)
         keys["partial_rotary_factor"] = section["partial_rotary_factor"] = fraction
+    if architecture == "phi3":
         if LONG in factors:
             keys["original_max_position_embeddings"] = int(original)
         if factors:
