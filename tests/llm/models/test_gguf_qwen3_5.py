@@ -20,7 +20,8 @@ def write(folder, fmt, size):
     save_tiny(folder / "model", **SIZES, **sizes)
     _, params = load(folder / "model", progress=False)
     path = folder / "model.gguf"
-    save_gguf(path, folder / "model", params, fmt=fmt, progress=False)
+    options = {"fmt": fmt, "tokenizer": False, "progress": False}
+    save_gguf(path, folder / "model", params, **options)
     tensors = ql.io.open_safetensors(folder / "model")
     prefix = "model.layers.1.linear_attn."
     theirs = {
