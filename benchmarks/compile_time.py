@@ -54,9 +54,8 @@ class Unrolled(nn.Module):
         described = describe_tokens(tokens.shape, c)
         x = nn.Embed(c.vocab_size, c.hidden_size)(tokens)
         for i in range(c.num_layers):
-            x, _ = Layer(c, c.layers, name=f"layer_{i}")(
-                x, described, LayerScalars(), None
-            )
+            layer = Layer(c, c.layers, name=f"layer_{i}")
+            (x, _), _ = layer((x, {}), described, LayerScalars(), None)
         return nn.Dense(c.vocab_size, use_bias=False, name="head")(x)
 
 

@@ -66,4 +66,7 @@ def random_model(kind, settings):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(parameter.half().float())
+        for key, buffer in model.named_buffers():
+            if key.endswith(("layer_scalar", "score_correction_bias")):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     return model

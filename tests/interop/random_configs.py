@@ -233,8 +233,180 @@ def draw_gemma3(rng: random.Random) -> Options:
     return options | pattern | {"attn_logit_softcapping": None}
 
 
+def draw_olmo2(rng: random.Random) -> Options:
+    """Returns the options of OLMo 2."""
+    return draw_sizes(rng) | draw_rope(rng) | draw_flags(rng, "attention_bias")
+
+
+def draw_olmo3(rng: random.Random) -> Options:
+    """Returns the options of OLMo 3."""
+    options = draw_sizes(rng) | draw_flags(rng, "attention_bias")
+    options |= draw_types(rng, options["num_hidden_layers"], SLIDING, FULL)
+    ropes = {kind: draw_rope(rng)["rope_parameters"] for kind in (FULL, SLIDING)}
+    window = {"sliding_window": rng.choice((3, 8))}
+    return options | window | {"rope_parameters": ropes}
+
+
+def draw_granite(rng: random.Random) -> Options:
+    """Returns the options of Granite 3."""
+    factors = "embedding_multiplier residual_multiplier logits_scaling"
+    factors += " attention_multiplier"
+    options = draw_sizes(rng) | draw_rope(rng)
+    options |= draw_flags(rng, "attention_bias mlp_bias")
+    return options | {name: rng.choice((0.25, 0.7, 1.5)) for name in factors.split()}
+
+
+def draw_glm4(rng: random.Random) -> Options:
+    """Returns the options of GLM-4."""
+    rope = draw_rope(rng, partial_rotary_factor=rng.choice((0.5, 1.0)))
+    return draw_sizes(rng, (8, 12)) | rope | draw_flags(rng, "attention_bias")
+
+
+def draw_cohere2(rng: random.Random) -> Options:
+    """Returns the options of Cohere 2."""
+    options = draw_sizes(rng) | draw_rope(rng) | draw_flags(rng, "attention_bias")
+    options["layer_norm_eps"] = options.pop("rms_norm_eps")
+    options |= draw_types(rng, options["num_hidden_layers"], SLIDING, FULL)
+    options |= {"sliding_window": rng.choice((3, 8))}
+    return options | {"logit_scale": rng.choice((0.25, 1.0, 1.5))}
+
+
+def draw_seed_oss(rng: random.Random) -> Options:
+    """Returns the options of Seed-OSS."""
+    flags = draw_flags(rng, "attention_bias attention_out_bias mlp_bias")
+    return draw_sizes(rng, (None, 12)) | draw_rope(rng) | flags
+
+
+def draw_gemma(rng: random.Random) -> Options:
+    """Returns the options of Gemma 1."""
+    options = draw_sizes(rng, (8, 12)) | draw_rope(rng)
+    return options | draw_flags(rng, "attention_bias")
+
+
+def draw_ministral3(rng: random.Random) -> Options:
+    """Returns the options of Ministral 3."""
+    options = draw_mistral(rng)
+    scaling = {"llama_4_scaling_beta": rng.choice((0.1, 1.0))}
+    scaling |= {"original_max_position_embeddings": rng.choice((8, 16))}
+    return options | {"rope_parameters": options["rope_parameters"] | scaling}
+
+
+def draw_starcoder2(rng: random.Random) -> Options:
+    """Returns the options of StarCoder2."""
+    options = draw_mistral(rng) | draw_flags(rng, "use_bias")
+    del options["head_dim"]
+    return options | {"norm_epsilon": options.pop("rms_norm_eps")}
+
+
+def draw_gemma4(rng: random.Random) -> Options:
+    """Returns the options of Gemma 4."""
+    sizes = draw_sizes(rng, (8, 12)) | draw_flags(rng, "attention_bias")
+    count = rng.randint(2, 6)
+    types = [rng.choice((SLIDING, FULL)) for _ in range(count - 1)] + [FULL]
+    # Layers can share only the keys and values of earlier layers of their type.
+    num_shared = rng.randint(0, count - 1)
+    while {*types[: count - num_shared]} != {*types}:
+        num_shared -= 1
+    fraction = {"partial_rotary_factor": rng.choice((0.25, 0.5, 1.0))}
+    full = {"rope_type": "proportional", "rope_theta": 1e2, "factor": 2.0} | fraction
+    full = rng.choice((full, draw_rope(rng)["rope_parameters"]))
+    ropes = {SLIDING: draw_rope(rng)["rope_parameters"], FULL: full}
+    return sizes | draw_flags(rng, "attention_k_eq_v use_double_wide_mlp") | {
+        "num_hidden_layers": count,
+        "layer_types": types,
+        "num_kv_shared_layers": num_shared,
+        "sliding_window": rng.choice((3, 8)),
+        "rope_parameters": ropes,
+        "global_head_dim": rng.choice((12, 16)),
+        "num_global_key_value_heads": rng.choice((None, 1)),
+        "hidden_size_per_layer_input": rng.choice((0, 6)),
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+        "final_logit_softcapping": rng.choice((None, 3.0, 30.0)),
+        "initializer_range": 0.2,
+    }  # fmt: skip
+
+
+def draw_gemma4_unified(rng: random.Random) -> Options:
+    """Returns the options of Gemma 4 12B."""
+    options = draw_gemma4(rng)
+    absent = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
+    return {key: x for key, x in options.items() if key not in absent}
+
+
+def draw_latent(rng: random.Random) -> Options:
+    """Returns what all families with latent attention have."""
+    sizes, num_groups = draw_sizes(rng), rng.randint(1, 3)
+    sizes["num_hidden_layers"] = rng.randint(2, 5)
+    mscale = {"mscale": 1.0, "mscale_all_dim": rng.choice((0.0, 0.7))}
+    flags = draw_flags(rng, "attention_bias norm_topk_prob")
+    return sizes | draw_rope(rng, **mscale) | flags | {
+        "num_key_value_heads": sizes["num_attention_heads"],
+        "q_lora_rank": rng.choice((None, 8, 12)),
+        "kv_lora_rank": rng.choice((8, 12)),
+        "qk_nope_head_dim": rng.choice((4, 6)),
+        "qk_rope_head_dim": rng.choice((4, 8)),
+        "v_head_dim": rng.choice((6, 20)),
+        "n_group": num_groups,
+        "topk_group": rng.randint(1, num_groups),
+        "n_routed_experts": num_groups * rng.choice((2, 3)),
+        "num_experts_per_tok": rng.randint(1, 2),
+        "n_shared_experts": rng.randint(1, 2),
+        "moe_intermediate_size": rng.choice((16, 24)),
+        "routed_scaling_factor": rng.choice((1.0, 2.5)),
+    }  # fmt: skip
+
+
+def draw_deepseek_v3(rng: random.Random) -> Options:
+    """Returns the options of DeepSeek V3."""
+    # At least one layer has experts. Otherwise, PEFT's adapters have targets that match
+    # nothing.
+    dense = {"first_k_dense_replace": rng.randint(0, 1)}
+    return draw_latent(rng) | draw_flags(rng, "rope_interleave") | dense
+
+
+def draw_deepseek_v2(rng: random.Random) -> Options:
+    """Returns the options of DeepSeek V2."""
+    method = {"topk_method": rng.choice(("greedy", "group_limited_greedy"))}
+    return draw_latent(rng) | {"first_k_dense_replace": rng.randint(0, 1)} | method
+
+
+def draw_glm_lite(rng: random.Random) -> Options:
+    """Returns the options of GLM-4.7-Flash."""
+    options = draw_latent(rng) | draw_flags(rng, "rope_interleave")
+    count = options["num_hidden_layers"]
+    types = [rng.choice(("dense", "sparse")) for _ in range(count - 1)] + ["sparse"]
+    return options | {"mlp_layer_types": rng.choice((None, types))}
+
+
+def draw_lfm2(rng: random.Random) -> Options:
+    """Returns the options of LFM2."""
+    sizes = draw_sizes(rng) | draw_rope(rng)
+    sizes["norm_eps"] = sizes.pop("rms_norm_eps")
+    count = sizes["num_hidden_layers"]
+    attention = rng.choice((None, sorted(rng.sample(range(count), 1))))
+    types = [rng.choice(("conv", FULL)) for _ in range(count - 1)]
+    types.insert(rng.randint(0, count - 1), FULL)
+    return sizes | draw_flags(rng, "conv_bias block_auto_adjust_ff_dim") | {
+        "layer_types": rng.choice((None, types)),
+        "full_attn_idxs": attention,
+        "conv_L_cache": rng.randint(2, 4),
+        "block_multiple_of": rng.choice((4, 16)),
+        "block_ffn_dim_multiplier": rng.choice((1.0, 1.5)),
+    }  # fmt: skip
+
+
+_LATENT = "hidden_act head_dim qk_head_dim"
+_EXPERTS_4 = "enable_moe_block num_experts top_k_experts moe_intermediate_size"
 _GEMMA = "hidden_activation use_bidirectional_attention"
 ROWS = {
+    "deepseek_v2": Row(draw_deepseek_v2, f"{_LATENT} mlp_bias"),
+    "deepseek_v3": Row(draw_deepseek_v3, f"{_LATENT} num_nextn_predict_layers"),
+    "glm4_moe_lite": Row(draw_glm_lite, _LATENT),
+    "lfm2": Row(draw_lfm2, ""),
+    "gemma4_text": Row(
+        draw_gemma4, f"{_GEMMA} {_EXPERTS_4} vocab_size_per_layer_input"
+    ),
+    "gemma4_unified_text": Row(draw_gemma4_unified, _GEMMA),
     "llama": Row(draw_llama),
     "mistral": Row(draw_mistral),
     "qwen2": Row(draw_qwen2),
@@ -252,4 +424,14 @@ ROWS = {
     "gemma3_text": Row(
         draw_gemma3, f"{_GEMMA} attn_logit_softcapping _sliding_window_pattern"
     ),
+    "olmo2": Row(draw_olmo2),
+    "olmo3": Row(draw_olmo3),
+    "granite": Row(draw_granite),
+    "glm4": Row(draw_glm4),
+    "cohere2": Row(draw_cohere2),
+    "seed_oss": Row(draw_seed_oss),
+    "arcee": Row(draw_llama),
+    "gemma": Row(draw_gemma, "hidden_act use_bidirectional_attention"),
+    "ministral3": Row(draw_ministral3),
+    "starcoder2": Row(draw_starcoder2),
 }

@@ -33,6 +33,11 @@ EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}
 WINDOWS = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
 USED = {"use_sliding_window": True}
 CAPS = {"attn_logit_softcapping": 9.0, "final_logit_softcapping": 9.0}
+MINISTRAL = YARN | {"llama_4_scaling_beta": 0.5}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}
+LATENT |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # Settings with which each key of a family has an effect.
 COUNT = {
     "mistral": {"sliding_window": 8},
@@ -51,8 +56,24 @@ COUNT = {
     "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
     "gemma2": WINDOWS | CAPS | {"head_dim": 8},
     "gemma3_text": WINDOWS | {"head_dim": 8},
+    "deepseek_v2": LATENT
+    | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
+    "deepseek_v3": LATENT | {"first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENT,
+    "lfm2": {"layer_types": [FULL, "conv", FULL], "block_multiple_of": 16},
+    "gemma4_text": WINDOWS
+    | {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 4}
+    | {"vocab_size_per_layer_input": 64, "top_k_experts": 2, "num_experts": 4}
+    | {"moe_intermediate_size": 16},
+    "gemma4_unified_text": WINDOWS | {"head_dim": 8, "global_head_dim": 16},
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
+    "olmo3": WINDOWS,
+    "cohere2": WINDOWS,
+    "gemma": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "ministral3": {"head_dim": 8, "sliding_window": 8, "rope_parameters": MINISTRAL},
+    "starcoder2": {"sliding_window": 8},
 }
 # Other values of keys, where none can be derived from the first value.
 OTHERS = {
@@ -62,6 +83,7 @@ OTHERS = {
     "decoder_sparse_step": 2,
     "dtype": "float64",
     "final_logit_softcapping": 2.0,
+    "full_attn_idxs": [1],
     "head_dim": 16,
     "hidden_size": 64,
     "id2label": {"0": "a", "1": "b", "2": "c"},
@@ -134,7 +156,8 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
         if changed != plain:
             counted.add(key)
             assert key not in HARMLESS_KEYS
-    assert counted >= {"rms_norm_eps", "tie_word_embeddings", "hidden_size"}
+    epsilons = {"rms_norm_eps", "layer_norm_eps", "norm_epsilon"}
+    assert counted >= {"tie_word_embeddings", "hidden_size"} and counted & epsilons
     together = {key: x for key, x in accepted.items() if key not in APART}
     model = random_model(kind, settings | together)
     model.save_pretrained(tmp_path)

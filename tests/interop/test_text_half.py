@@ -7,6 +7,7 @@ import chex
 import llama
 import numpy as np
 import pytest
+import torch
 import transformers
 from configs import DELTA, SIZES, random_model
 from helpers import trees_of
@@ -99,6 +100,29 @@ def test_the_text_half_of_qwen3_5_equals_transformers(tmp_path):
         "qwen3_5", text_config=SIZES | DELTA, vision_config=vision
     )
     model = transformers.Qwen3_5ForConditionalGeneration._from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has a vision part. Its .. tensors are ign"):
+        config, params = load(tmp_path, progress=False)
+    assert config.module == "model.language_model"
+    ours = llama.our_logits(config, params, tokens=TOKENS)
+    assert_close(ours, logits_of(model))
+
+
+def test_the_text_half_of_gemma_4_equals_transformers(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    vision |= {"position_embedding_size": 16, "patch_size": 4}
+    text = SIZES | {"head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 1}
+    text |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    text |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 64}
+    text |= {"initializer_range": 0.2}
+    config = transformers.AutoConfig.for_model(
+        "gemma4", text_config=text, vision_config=vision, audio_config=None
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForConditionalGeneration._from_config(
         config, attn_implementation="eager"
     ).eval()
     model.save_pretrained(tmp_path)

@@ -27,8 +27,14 @@ class Tokens(NamedTuple):
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
-    tables: Float[Array, "R 2 B T 1 half"]  # one for each of `DecoderConfig.ropes`
+    # One for each of `DecoderConfig.ropes`, padded to the longest one.
+    tables: Float[Array, "R 2 B T 1 half"]
     num_tokens: Int[Array, " B"] | None = None  # of each row; None: no padding
+    query_scales: Float[Array, "B T 1 1"] | None = None  # of `QueryScaling`
+
+
+# Keys and values `[B, S, K, Dh]` of earlier layers, by `LayerKind.kv_group`.
+SharedKV = dict[str, tuple[Array, Array]]
 
 
 class KeysAndValues(NamedTuple):
@@ -59,6 +65,23 @@ class KeysAndValues(NamedTuple):
         return KeysAndValues(keys, values)
 
 
+class NoCache(NamedTuple):
+    """The cache of a stack of layers without keys and values of their own."""
+
+    @property
+    def length(self) -> int:
+        """The number of positions that need room: none."""
+        return 0
+
+    def grow(self, length: int) -> "NoCache":
+        """Returns the cache itself."""
+        return self
+
+    def write(self, new_entry: None, positions: Int[Array, "B T"]) -> "NoCache":
+        """Returns the cache itself."""
+        return self
+
+
 class LayerScalars(NamedTuple):
     """One layer's kind as arrays, so that one scan can run layers of several kinds.
 
@@ -68,6 +91,8 @@ class LayerScalars(NamedTuple):
 
     rope: Int[Array, "..."] | None = None  # index into `Tokens.tables`
     window: Int[Array, "..."] | None = None  # number of tokens that a query sees
+    # The layer's further input (see `per_layer_input`), or None if layers have none.
+    inputs: Float[Array, "... B T P"] | None = None
 
 
 def layer_scalars(config: DecoderConfig, kinds: tuple[LayerKind, ...]) -> LayerScalars:
@@ -102,6 +127,9 @@ def rotary_table(
         (undivided / jnp.asarray(divisors or 1, jnp.float32))[None, None, None]
         for divisors in (rope.divisors, rope.long_divisors)
     )
+    if rope.num_pairs:  # the other pairs are not rotated
+        is_rotated = (jnp.arange(half) < rope.num_pairs)[None, None, None]
+        frequency = jnp.where(is_rotated, frequency, 0)
     if rope.long_divisors:
         is_long = jnp.asarray(lengths) > rope.original_length
         is_long = jnp.broadcast_to(is_long, positions.shape)[:, :, None, None]
@@ -112,17 +140,31 @@ def rotary_table(
 
 
 def rotate(
-    x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
+    x: Float[Array, "B T H Dh"],
+    table: Float[Array, "2 B T 1 half"],
+    interleaved: bool = False,
 ) -> Float[Array, "B T H Dh"]:
-    """Rotates the pairs (i, i + half) of each head; values after them do not change."""
+    """Rotates the pairs of each head; values after them do not change.
+
+    The pairs are (i, i + half), or (2 i, 2 i + 1) if they are `interleaved`.
+    """
     cos, sin = table
     half = cos.shape[-1]
     rotary, unrotated = x[..., : 2 * half], x[..., 2 * half :]
-    low, high = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
+    rotary = rotary.astype(jnp.float32)
+    if interleaved:
+        pairs = rotary.reshape(*rotary.shape[:-1], half, 2)
+        low, high = (part[..., 0] for part in jnp.split(pairs, 2, axis=-1))
+    else:
+        low, high = jnp.split(rotary, 2, axis=-1)
     # Cast before the concatenation, not after it: XLA on CPUs writes its operands to
     # memory, and they are smaller after a cast to 16 bits.
     halves = low * cos - high * sin, high * cos + low * sin
-    rotated = jnp.concatenate([part.astype(x.dtype) for part in halves], axis=-1)
+    halves = [part.astype(x.dtype) for part in halves]
+    if interleaved:
+        rotated = jnp.stack(halves, axis=-1).reshape(rotary.shape)
+    else:
+        rotated = jnp.concatenate(halves, axis=-1)
     if not unrotated.shape[-1]:
         return rotated
     return jnp.concatenate([rotated, unrotated], axis=-1)
@@ -148,50 +190,99 @@ class Attention(nn.Module):
     split_inputs: ClassVar[tuple[str, ...]] = ("o_proj",)
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the output, and the new keys and values if there is a cache."""
-        c = self.config
-        query, key, value = self._project(x)  # [B, T, heads, Dh] each
+    def __call__(
+        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+    ):
+        """Returns the output, what is new in the cache, and the shared keys and values.
+
+        What is new in the cache is None without a cache.
+        """
+        c, kind, new_kv = self.config, self.kinds[0], None
+        query, *key_and_value = self._project(x)  # [B, T, heads, Dh] each
         gate = None
         if c.attention_gate:  # a head has its query and then its gate: [B, T, 2 H, Dh]
             query, gate = query[:, :, ::2], query[:, :, 1::2]
         if c.qk_norms:
-            query, key = self._normalize(query, "q"), self._normalize(key, "k")
+            query = self._normalize(query, "q")
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
-        rope = scalars.rope
-        if rope is None:
-            rope = c.ropes.index(self.kinds[0].rope)
-        table = tokens.tables[rope]
-        operands = rotate(query, table), rotate(key, table), value, sinks
-        if cache is None and self.attention != "xla":
-            mixed, new_kv = self._attend_in_order(*operands, tokens, scalars), None
+        table = self._select_table(tokens, scalars)
+        query = rotate(query, table, c.interleaved_rope)
+        if tokens.query_scales is not None:
+            query = (query * tokens.query_scales).astype(query.dtype)
+        if kind.has_kv:
+            key, value = key_and_value
+            if c.qk_norms:
+                key = self._normalize(key, "k")
+            if c.value_norms:
+                value = nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(value)
+            key = rotate(key, table, c.interleaved_rope)
+            if cache is not None:
+                key, value, new_kv = self._write(key, value, tokens, cache)
         else:
-            mixed, new_kv = self._attend_by_position(*operands, tokens, scalars, cache)
-        mixed = mixed.reshape(*x.shape[:2], -1)  # [B, T, H * Dh]
-        # The result of the splash kernel already has a name for checkpoint policies.
-        if self.attention != "splash" or cache is not None:
-            mixed = name_product(mixed)
+            key, value = shared_kv[str(kind.kv_group)]
+        if kind.kv_group is not None:
+            shared_kv = {**shared_kv, kind.kv_group: (key, value)}
+        is_cached = cache is not None
+        mixed = self._attend(query, key, value, sinks, tokens, scalars, is_cached)
         if gate is not None:
             gate = nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
             mixed = (mixed * gate).astype(mixed.dtype)
         output = make_dense(c.hidden_size, c.o_bias, self.dtype, "o_proj")
-        return name_product(output(mixed)), new_kv
+        return name_product(output(mixed)), new_kv, shared_kv
+
+    def _select_table(
+        self, tokens: Tokens, scalars: LayerScalars
+    ) -> Float[Array, "2 B T 1 half"]:
+        """Returns the rotary table of the layer."""
+        c, rope = self.config, scalars.rope
+        if rope is None:
+            rope = c.ropes.index(self.kinds[0].rope)
+        # The layers of a stack have heads of the same size.
+        half = max(c.dim_of(kind.rope) for kind in self.kinds) // 2
+        return tokens.tables[rope][..., :half]
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        sinks: Array | None,
+        tokens: Tokens,
+        scalars: LayerScalars,
+        is_cached: bool,
+    ) -> Float[Array, "B T _"]:
+        """Returns the result of attention, with the values of all heads in one axis."""
+        # Implementations of attention need keys and values of the same size.
+        value_dim, width = value.shape[-1], max(key.shape[-1], value.shape[-1])
+        query, key, value = (pad_heads(x, width) for x in (query, key, value))
+        operands = query, key, value, sinks, tokens, scalars
+        if not is_cached and self.attention != "xla":
+            mixed = self._attend_in_order(*operands)
+        else:
+            mixed = self._attend_by_position(*operands, is_cached)
+        mixed = mixed[..., :value_dim].reshape(*query.shape[:2], -1)  # [B, T, H * V]
+        # The result of the splash kernel already has a name for checkpoint policies.
+        if self.attention != "splash" or is_cached:
+            mixed = name_product(mixed)
+        return mixed
 
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
-        c = self.config
+        c, heads = self.config, self.config.heads_of(self.kinds[0])
         dense = functools.partial(make_dense, use_bias=c.qkv_bias, dtype=self.dtype)
         num_queries = c.num_heads * (2 if c.attention_gate else 1)
-        heads = num_queries, c.num_kv_heads, c.num_kv_heads
-        widths = [num_heads * c.head_dim for num_heads in heads]
-        if c.fused:
+        counts = num_queries, heads.num_kv_heads, heads.num_kv_heads
+        widths = [num_heads * heads.head_dim for num_heads in counts]
+        if c.fuses_qkv:
             fused = name_product(dense(sum(widths), name="qkv_proj")(x))
             parts = jnp.split(fused, [widths[0], sum(widths[:2])], axis=-1)
         else:
-            pairs = zip(widths, ("q_proj", "k_proj", "v_proj"), strict=True)
+            pairs = zip(widths, projections_of(c, self.kinds[0]), strict=False)
             parts = [name_product(dense(n, name=name)(x)) for n, name in pairs]
-        return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
+        if self.kinds[0].has_kv and heads.key_is_value:
+            parts.append(parts[1])
+        return [part.reshape(*x.shape[:2], -1, heads.head_dim) for part in parts]
 
     def _normalize(self, x: Float[Array, "B T _ Dh"], name: str) -> Array:
         norm = make_norm(self.config, self.dtype, f"{name}_norm")
@@ -222,49 +313,63 @@ class Attention(nn.Module):
         branches = [functools.partial(attend_window, window=w) for w in windows]
         return jax.lax.switch(index, branches, query, key, value)
 
+    def _write(
+        self, key: Array, value: Array, tokens: Tokens, cache: KeysAndValues
+    ) -> tuple[Array, Array, tuple[Array, Array]]:
+        """Writes each key into the cache at its position.
+
+        Returns all keys and values, and the new ones. Padding after a prompt is
+        overwritten before a query sees it.
+        """
+        rows = jnp.arange(key.shape[0])[:, None]
+        new_kv = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
+        key, value = (  # [B, K, S, Dh] in the cache, [B, S, K, Dh] here
+            old.at[rows, :, tokens.positions].set(x).swapaxes(1, 2).astype(self.dtype)
+            for old, x in zip(cache, new_kv, strict=True)
+        )
+        return key, value, new_kv
+
     def _attend_by_position(
-        self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars, cache
-    ):
-        """Returns the result of `attend`, and the keys and values to cache."""
-        c, new_kv = self.config, None
-        positions = key_positions = tokens.positions
-        # 1. Write each key into the cache at its position. Padding after a prompt is
-        # overwritten before a query sees it.
-        if cache is not None:
-            rows = jnp.arange(query.shape[0])[:, None]
-            new_kv = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
-            key, value = (  # [B, K, S, Dh] in the cache, [B, S, K, Dh] here
-                old.at[rows, :, positions].set(x).swapaxes(1, 2).astype(self.dtype)
-                for old, x in zip(cache, new_kv, strict=True)
-            )
-            key_positions = jnp.arange(key.shape[1])[None]
-        # 2. The mask [B, T, S].
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        sinks: Array | None,
+        tokens: Tokens,
+        scalars: LayerScalars,
+        is_cached: bool,
+    ) -> Array:
+        """Returns the result of `attend`."""
+        c, positions = self.config, tokens.positions
+        key_positions = jnp.arange(key.shape[1])[None] if is_cached else positions
+        # 1. The mask [B, T, S].
         window = self.kinds[0].window if scalars.window is None else scalars.window
         visible = positions[:, :, None] >= key_positions[:, None, :]
         if window is not None:
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
-        # 3. Attention. `attend` multiplies all scores by the scale, but sinks are final
+        # 2. Attention. `attend` multiplies all scores by the scale, but sinks are final
         # scores, so divide them by the scale.
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
         if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
-            return attend(*operands, **settings)[..., : c.head_dim], new_kv
-        return attend(query, key, value, visible, **settings), new_kv
+            return attend(*operands, **settings)[..., : query.shape[-1]]
+        return attend(query, key, value, visible, **settings)
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the layer's Hugging Face names of these parameters, by path."""
         c, names = config, {}
-        qkv = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
-        has_bias = dict.fromkeys(qkv, c.qkv_bias) | {"o_proj": c.o_bias}
+        has_bias = dict.fromkeys(projections_of(c, kind), c.qkv_bias)
+        has_bias["o_proj"] = c.o_bias
         for name, is_biased in has_bias.items():
             names[f"{name}/kernel"] = f"self_attn.{name}.weight"
             if is_biased:
                 names[f"{name}/bias"] = f"self_attn.{name}.bias"
         if c.qk_norms:
-            names |= {f"{x}_norm/scale": f"self_attn.{x}_norm.weight" for x in "qk"}
+            norms = ("q_norm", "k_norm")[: 1 + kind.has_kv]
+            names |= {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
         return names | ({"sinks": "self_attn.sinks"} if c.sinks else {})
 
     @staticmethod
@@ -274,12 +379,31 @@ class Attention(nn.Module):
         batch: int,
         length: int,
         dtype: DTypeLike,
-    ) -> KeysAndValues:
+    ) -> KeysAndValues | NoCache:
         """Returns zeros for the keys and values of a stack of layers."""
+        if not kinds[0].has_kv:
+            return NoCache()
         # Heads come before positions, as in the products of attention. Otherwise, XLA
         # on CPUs would transpose the whole cache for each new token.
-        shape = (len(kinds), batch, config.num_kv_heads, length, config.head_dim)
+        heads = config.heads_of(kinds[0])
+        shape = (len(kinds), batch, heads.num_kv_heads, length, heads.head_dim)
         return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def pad_heads(x: Float[Array, "B T H Dh"], width: int) -> Float[Array, "B T H width"]:
+    """Appends zeros to each head."""
+    padding = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
+
+
+def projections_of(config: DecoderConfig, kind: LayerKind) -> tuple[str, ...]:
+    """Returns the names of the projections of a layer's queries, keys and values."""
+    if config.fuses_qkv:
+        return ("qkv_proj",)
+    if not kind.has_kv:
+        return ("q_proj",)
+    names = "q_proj", "k_proj", "v_proj"
+    return names[:2] if config.heads_of(kind).key_is_value else names
 
 
 def with_sinks(

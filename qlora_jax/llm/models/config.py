@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "clamped_swiglu")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2", "clamped_swiglu")
 _MAX_EXPERTS = 4096  # far above any published model; rejects corrupt files
 
 
@@ -14,7 +14,7 @@ class Rope:
 
     The values of a head form pairs. For a token at `position`, pair i is rotated by
     `position * theta ** (-2 * i / D) / divisors[i]` radians, where D is the number of
-    rotated values (`DecoderConfig.rotary_dim`).
+    values in pairs.
 
     Attributes:
         theta: Base of the frequencies.
@@ -24,6 +24,8 @@ class Rope:
             (LongRoPE, arXiv:2402.13753); empty if they are the same.
         original_length: The context length before it was extended, in tokens.
         scale: Factor that multiplies the rotated queries and keys.
+        dim: D in this formula; 0 for `DecoderConfig.rotary_dim`.
+        num_pairs: Number of leading pairs that are rotated; 0 for all.
 
     Example:
         >>> Rope(theta=1e6).divisors
@@ -35,6 +37,100 @@ class Rope:
     long_divisors: tuple[float, ...] = ()
     original_length: int = 0
     scale: float = 1.0
+    dim: int = 0
+    num_pairs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Sizes of the heads of attention in one layer.
+
+    Attributes:
+        num_kv_heads: Number of key and value heads.
+        head_dim: Size of one head.
+        key_is_value: Whether a value is its key before the norm and rotary positions
+            of the key. Such a layer has no `v_proj`.
+
+    Example:
+        >>> Heads(num_kv_heads=1, head_dim=512).key_is_value
+        False
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    key_is_value: bool = False
+
+    def __post_init__(self):
+        sizes = self.num_kv_heads, self.head_dim
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(
+                "`num_kv_heads` and `head_dim` must be positive integers. Got "
+                f"{self.num_kv_heads!r} and {self.head_dim!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentHeads:
+    """Sizes of multi-head latent attention (arXiv:2405.04434).
+
+    The keys and values of all heads are computed from one latent vector for each token,
+    and from one rotated key that all heads share.
+
+    Attributes:
+        query_rank: Size of the latent vector of queries; None if queries are computed
+            from the input.
+        kv_rank: Size of the latent vector of keys and values.
+        nope_dim: Size of the part of a query or key that is not rotated.
+        rope_dim: Size of the part that is rotated.
+        value_dim: Size of a value.
+
+    Example:
+        >>> LatentHeads(None, 512, nope_dim=128, rope_dim=64, value_dim=128).head_dim
+        192
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        sizes = sizes[self.query_rank is None :]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"sizes of `LatentHeads` must be positive. Got {self}.")
+
+    @property
+    def head_dim(self) -> int:
+        """The size of a query or key."""
+        return self.nope_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryScaling:
+    """Factors of queries that grow with the position, so that attention stays sharp.
+
+    The factor at `position` is `1 + beta * log(1 + position // length)`.
+
+    Attributes:
+        beta: Weight of the logarithm.
+        length: Number of positions with the same factor.
+
+    Example:
+        >>> QueryScaling(beta=0.1, length=16_384).beta
+        0.1
+    """
+
+    beta: float
+    length: int
+
+    def __post_init__(self):
+        if not math.isfinite(self.beta) or self.beta < 0 or self.length < 1:
+            raise ValueError(
+                "`beta` must be finite and not negative, and `length` positive. Got "
+                f"{self.beta} and {self.length}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +186,15 @@ class LayerKind:
             MLP or mixture of experts; None if it has the decoder's.
         delta_rule: The gated delta rule that replaces attention, or None. `rope` and
             `window` are unused in such a layer.
+        heads: The sizes of the heads of this layer's attention; None if they are those
+            of the decoder.
+        kv_group: Name of a group of layers that share keys and values, or None.
+        has_kv: Whether the layer computes keys and values. A layer that does not
+            attends to those of the last layer of its `kv_group` that does.
+        convolution_width: Number of tokens that the gated convolution sees that
+            replaces attention, including the token itself; None for attention.
+        latent: The sizes of multi-head latent attention, or None for attention with
+            a projection for each of q, k and v.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -100,6 +205,16 @@ class LayerKind:
     window: int | None = None
     mlp_width: int | None = None
     delta_rule: DeltaRule | None = None
+    heads: Heads | None = None
+    kv_group: str | None = None
+    has_kv: bool = True
+    latent: LatentHeads | None = None
+    convolution_width: int | None = None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the layer has attention, and not a state of fixed size."""
+        return self.delta_rule is None and self.convolution_width is None
 
     @property
     def structure(self) -> "LayerKind":
@@ -125,8 +240,17 @@ class Experts:
             contains the kernels of all experts.
         names: What to write for NAME, for each of `kernels` in order. If empty, the
             entry of `kernels` itself.
-        shared_width: Width of an MLP whose output is added for every token, multiplied
-            by the sigmoid of a gate; 0 for none.
+        shared_width: Width of an MLP whose output is added for every token; 0 for none.
+        shared_name: The name of this MLP in the Hugging Face model.
+        has_shared_gate: Whether the sigmoid of a gate multiplies its output.
+        scores: How a router's logits become scores: "softmax", or "sigmoid" for scores
+            that do not depend on each other.
+        has_score_bias: Whether a stored bias is added to the scores, only to choose
+            experts by them.
+        num_groups: Number of groups of experts; a token's experts are all in its best
+            groups.
+        groups_per_token: Number of these groups.
+        scale: Factor of the weights of a token's experts.
         balance: Weight of the load-balancing loss in training.
 
     Example:
@@ -142,6 +266,13 @@ class Experts:
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
     shared_width: int = 0
+    shared_name: str = "shared_expert"
+    has_shared_gate: bool = True
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    has_score_bias: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    scale: float = 1.0
     # Not compared: decoders that differ only in a training option are the same.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
@@ -157,6 +288,19 @@ class Experts:
             raise ValueError(
                 "`shared_width` must be a positive integer, or 0. Got "
                 f"{self.shared_width!r}."
+            )
+        groups = self.num_groups, self.groups_per_token
+        is_int = all(type(number) is int for number in groups)
+        if not is_int or not 0 < self.groups_per_token <= self.num_groups:
+            raise ValueError(
+                "`num_groups` must be a positive integer, and `groups_per_token` an "
+                f"integer from 1 to `num_groups`. Got {groups}."
+            )
+        group_size, remainder = divmod(self.count, self.num_groups)
+        if remainder or group_size * self.groups_per_token < self.per_token:
+            raise ValueError(
+                "`num_groups` must divide `count`, and `groups_per_token` groups must "
+                f"have at least `per_token` experts. Got {self}."
             )
 
     @property
@@ -181,15 +325,26 @@ class DecoderConfig:
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
-        rms_norm_eps: Epsilon that norms add to the mean square.
+        interleaved_rope: Whether the pairs that are rotated are neighboring values. By
+            default, a pair is a value of the first half and one of the second half.
+        rms_norm_eps: Epsilon that norms add to the mean square, or to the variance.
         unit_offset_norms: Whether norms multiply by one plus their scale.
-        post_norms: Whether the outputs of attention and MLP are normalized too.
+        layer_norms: Whether norms subtract the mean (LayerNorm); "biased" if they also
+            add a bias.
+        pre_norms: Whether the inputs of attention and MLP are normalized.
+        post_norms: Whether the outputs of attention and MLP are normalized; "glm" if
+            the norms have the names that GLM-4 gives them.
+        parallel_mlp: Whether attention and the MLP have the same normalized input. If
+            not, the input of the MLP contains the output of attention.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
-        activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
-            "clamped_swiglu", gpt-oss's function of gate and up.
+        value_norms: Whether the value of each head is divided by its root mean square.
+        activation: The gate's activation: "silu", "gelu_pytorch_tanh" or "relu2", the
+            square of a ReLU; or "clamped_swiglu", gpt-oss's function of gate and up.
+        gated_mlp: Whether MLPs have a gate. If not, `up_proj` has the activation.
+        mlp_names: The names of `up_proj` and `down_proj` in the Hugging Face model.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
-            another, `gate_up_proj`.
+            another, `gate_up_proj`; "mlp" if only gate and up share one.
         attention_gate: Whether `q_proj` also computes a gate for each value of the
             result of attention, which the gate's sigmoid multiplies.
         qkv_bias: Whether q, k and v have a bias.
@@ -197,11 +352,24 @@ class DecoderConfig:
         mlp_bias: Whether the projections of the MLP, and the router, have a bias.
         sinks: Whether each head has an attention sink: a trained score that takes part
             in the softmax but has no value.
+        output_scalars: Whether each layer ends by multiplying the residual stream by a
+            stored number, `layer_scalar`.
+        per_layer_width: Size of the further input that each layer has for each token
+            (see `per_layer_input.py`); 0 for none.
         embedding_scale: Factor that multiplies the embedded tokens.
+        residual_scale: Factor of what a layer adds to the residual stream.
+        logit_scale: Factor of the logits.
+        query_scaling: The factors of queries that grow with the position, or None.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
         logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
         tie_embeddings: Whether the head is the transposed embedding.
+        convolution_bias: Whether convolutions that replace attention, and the
+            projections around them, have a bias.
+        num_ignored_layers: Number of layers in the files, after the last one, that
+            predict further tokens and are not read.
+        module_names: Pairs of a module's name in Llama and its name in this family, if
+            they are different.
         module: Path of the decoder's module in the Hugging Face model.
         experts: The mixture of experts that replaces MLPs, or None.
 
@@ -220,22 +388,37 @@ class DecoderConfig:
     head_dim: int = 0
     layers: tuple[LayerKind, ...] = (LayerKind(),)
     rotary_dim: int = 0
+    interleaved_rope: bool = False
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
-    post_norms: bool = False
+    layer_norms: bool | Literal["biased"] = False
+    pre_norms: bool = True
+    post_norms: bool | Literal["glm"] = False
+    parallel_mlp: bool = False
     qk_norms: bool | Literal["whole"] = False
+    value_norms: bool = False
     activation: str = "silu"
-    fused: bool = False
+    gated_mlp: bool = True
+    mlp_names: tuple[str, str] = ("up_proj", "down_proj")
+    fused: bool | Literal["mlp"] = False
     attention_gate: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     sinks: bool = False
+    output_scalars: bool = False
+    per_layer_width: int = 0
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    query_scaling: QueryScaling | None = None
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = True
+    convolution_bias: bool = False
+    num_ignored_layers: int = 0
+    module_names: tuple[tuple[str, str], ...] = ()
     module: str = "model"
     experts: Experts | None = None
 
@@ -265,12 +448,26 @@ class DecoderConfig:
         self._check_numbers()
 
     def _check_layers(self):
-        if all(kind.delta_rule is not None for kind in self.layers):
+        if not any(kind.has_attention for kind in self.layers):
             raise ValueError(
                 "`layers` must have at least one with attention. Got none."
             )
-        if self.fused and self.attention_gate:
-            raise ValueError("`fused` must be False with an `attention_gate`.")
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("`post_norms` must be True without `pre_norms`.")
+        if self.parallel_mlp and (self.post_norms or not self.pre_norms):
+            raise ValueError("`post_norms` must be False with a `parallel_mlp`.")
+        if self.layer_norms and self.unit_offset_norms:
+            raise ValueError("`unit_offset_norms` must be False with `layer_norms`.")
+        is_plain = not (
+            self.fused or self.experts or self.activation == "clamped_swiglu"
+        )
+        if not self.gated_mlp and not is_plain:
+            raise ValueError(
+                "`gated_mlp` must be True with fused kernels, experts or the "
+                'activation "clamped_swiglu". Got False.'
+            )
+        if self.fuses_qkv and self.attention_gate:
+            raise ValueError("`fused` must not be True with an `attention_gate`.")
         if len(self.layers) != self.num_layers:
             raise ValueError(
                 "`layers` must have one entry, or one for each layer. "
@@ -281,13 +478,29 @@ class DecoderConfig:
                 "`rotary_dim` must be even and at most `head_dim`. "
                 f"Got {self.rotary_dim=}, {self.head_dim=}."
             )
-        num_pairs = self.rotary_dim // 2
         for rope in filter(None, self.ropes):
+            num_pairs = self.dim_of(rope) // 2
             sizes = len(rope.divisors), len(rope.long_divisors)
             if not set(sizes) <= {0, num_pairs}:
                 raise ValueError(
                     f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
                     f"values, one for each pair. Got {sizes}."
+                )
+        kv_groups = set()
+        for kind in self.layers:
+            if not kind.has_kv and kind.kv_group not in kv_groups:
+                raise ValueError(
+                    "`kv_group` of a layer without keys and values must be that of an "
+                    f"earlier layer with them. Got {kind.kv_group!r}."
+                )
+            if kind.has_kv:
+                kv_groups.add(kind.kv_group)
+            heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
+            if self.num_heads % heads.num_kv_heads or dim % 2 or dim > heads.head_dim:
+                raise ValueError(
+                    "`heads` must have a number of key heads that divides "
+                    f"{self.num_heads}, and must not be smaller than the rotated part. "
+                    f"Got {heads} with {dim} rotated values."
                 )
         for name in ("window", "mlp_width"):
             values = {getattr(kind, name) for kind in self.layers} - {None}
@@ -295,8 +508,8 @@ class DecoderConfig:
                 raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):
-        names = ["rms_norm_eps", "embedding_scale", "attention_scale"]
-        names += ["attention_soft_cap", "logit_soft_cap"]
+        names = ["rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale"]
+        names += ["attention_scale", "attention_soft_cap", "logit_soft_cap"]
         numbers = {name: getattr(self, name) for name in names}
         for i, rope in enumerate(self.ropes):
             fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()
@@ -308,13 +521,28 @@ class DecoderConfig:
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """The distinct rotary positions of the layers, in order of first use."""
-        with_attention = (kind for kind in self.layers if kind.delta_rule is None)
+        with_attention = (kind for kind in self.layers if kind.has_attention)
         return tuple(dict.fromkeys(kind.rope for kind in with_attention))
+
+    def heads_of(self, kind: LayerKind) -> Heads:
+        """Returns the sizes of the heads of a layer's attention."""
+        if kind.latent is not None:
+            return Heads(self.num_heads, kind.latent.head_dim)
+        return kind.heads or Heads(self.num_kv_heads, self.head_dim)
+
+    def dim_of(self, rope: Rope | None) -> int:
+        """Returns the number of values of a head that are in pairs."""
+        return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
+
+    @property
+    def fuses_qkv(self) -> bool:
+        """Whether q, k and v share one kernel."""
+        return self.fused is True
 
     @property
     def has_states(self) -> bool:
         """Whether some layers have states, which depend on the order of all tokens."""
-        return any(kind.delta_rule is not None for kind in self.layers)
+        return not all(kind.has_attention for kind in self.layers)
 
 
 def _is_positive(x: float | tuple[float, ...] | None) -> bool:

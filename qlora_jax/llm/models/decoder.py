@@ -21,6 +21,8 @@ import qlora_jax as ql
 from .attention import (
     KeysAndValues,
     LayerScalars,
+    NoCache,
+    SharedKV,
     Tokens,
     layer_scalars,
     rotary_table,
@@ -30,10 +32,13 @@ from .constraints import split_embedded, split_head
 from .delta_rule import DeltaState
 from .groups import Group, Stack, layer_groups, layer_stacks
 from .layer import Layer, mixer_class
+from .per_layer_input import PerLayerEmbedding
 from .products import einsum_f32, keep_products, make_dense, make_norm
+from .short_convolution import ConvolutionInputs
 
 ATTENTIONS = "xla", "splash"
-Cache = dict[str, KeysAndValues | DeltaState]  # by path of a stack
+# By path of a stack.
+Cache = dict[str, KeysAndValues | NoCache | DeltaState | ConvolutionInputs]
 
 
 class Period(nn.Module):
@@ -45,8 +50,8 @@ class Period(nn.Module):
     settings: tuple[Any, ...]  # further arguments of `layer_class`
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens, scalars: tuple[LayerScalars, ...], cache):
-        """Returns the residual stream, and for each layer what is new in its cache."""
+    def __call__(self, carry, tokens: Tokens, scalars: tuple[LayerScalars, ...], cache):
+        """Returns the carry, and for each layer what is new in its cache."""
         new_entries = []
         for i, stack in enumerate(self.stacks):
             name = stack.path.rpartition("/")[2]
@@ -54,9 +59,9 @@ class Period(nn.Module):
                 self.config, stack.kinds, *self.settings, name=name
             )
             layer_cache = None if cache is None else cache[i]
-            x, new_entry = layer(x, tokens, scalars[i], layer_cache)
+            carry, new_entry = layer(carry, tokens, scalars[i], layer_cache)
             new_entries.append(new_entry)
-        return x, tuple(new_entries)
+        return carry, tuple(new_entries)
 
 
 class Decoder(nn.Module):
@@ -136,7 +141,8 @@ class Decoder(nn.Module):
                 whose positions do not count up by one in each segment become NaN.
             cache: Keys, values and states of earlier calls, from `init_cache`.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
-            return_hidden: Return the normalized hidden states instead of logits.
+            return_hidden: Return the normalized hidden states, times `logit_scale`,
+                instead of logits.
             segment_ids: For each token, the sequence in its row that it belongs to.
                 Tokens see only their own sequence, so that packed sequences have the
                 same logits as in separate rows.
@@ -171,14 +177,29 @@ class Decoder(nn.Module):
         # 2. Run the layers.
         token_data = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
         token_data = token_data._replace(num_tokens=num_tokens)
+        layer_inputs = None
+        if c.per_layer_width:
+            name = PerLayerEmbedding.part_name
+            layer_inputs = PerLayerEmbedding(c, self.dtype, name=name)(tokens, x)
+        num_keys = tokens.shape[1] if cache is None else cache_length(cache)
+        carry = x, empty_shared_kv(c, tokens.shape[0], num_keys, self.dtype)
         new_entries = {}
         for group in layer_groups(c):
-            x, group_entries = self._scan(group, x, token_data, cache)
+            carry, group_entries = self._scan(
+                group, carry, token_data, layer_inputs, cache
+            )
             new_entries |= group_entries
+        x, _ = carry
         # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)  # [B, P, D]
-        x = make_norm(c, self.dtype, "norm")(x)
+        if c.logit_scale == 1:
+            x = make_norm(c, self.dtype, "norm")(x)
+        else:
+            # Scale the hidden states instead of the logits. Losses that compute logits
+            # from hidden states then need not know the factor.
+            x = make_norm(c, jnp.float32, "norm")(x) * c.logit_scale
+            x = x.astype(self.dtype)
         output = x if return_hidden else self._compute_logits(x, embed)
         if cache is None:
             return output
@@ -191,12 +212,16 @@ class Decoder(nn.Module):
         return output, new_cache
 
     def _scan(
-        self, group: Group, x: Array, tokens: Tokens, cache: Cache | None
-    ) -> tuple[Array, dict[str, Any]]:
+        self,
+        group: Group,
+        carry: tuple[Array, SharedKV],
+        tokens: Tokens,
+        layer_inputs: Float[Array, "L B T P"] | None,
+        cache: Cache | None,
+    ) -> tuple[tuple[Array, SharedKV], dict[str, Any]]:
         """Runs the layers of a group.
 
-        Returns the residual stream, and what is new in the cache of each stack, by
-        path.
+        Returns the carry, and what is new in the cache of each stack, by path.
         """
         policy = None if self.remat else keep_products
         if self.remat == "offload":
@@ -216,18 +241,26 @@ class Decoder(nn.Module):
         )
         c, stacks = self.config, group.stacks
         settings = self.dtype, self.attention, self.mlp_tile
-        scalars = tuple(layer_scalars(c, stack.kinds) for stack in stacks)
+
+        def stack_scalars(stack: Stack) -> LayerScalars:
+            scalars, layers = layer_scalars(c, stack.kinds), stack.layers
+            if layer_inputs is None:
+                return scalars
+            inputs = layer_inputs[layers.start : layers.stop : layers.step]
+            return scalars._replace(inputs=inputs)
+
+        scalars = tuple(map(stack_scalars, stacks))
         caches = None
         if cache is not None:
             caches = tuple(cache[stack.path] for stack in stacks)
         if len(stacks) == 1:  # a period of one layer needs no module of its own
             layer = scan(layer_class)(c, stacks[0].kinds, *settings, name=group.name)
-            x, new_entry = layer(x, tokens, scalars[0], caches and caches[0])
-            return x, {stacks[0].path: new_entry}
+            carry, new_entry = layer(carry, tokens, scalars[0], caches and caches[0])
+            return carry, {stacks[0].path: new_entry}
         period = scan(Period)(layer_class, c, stacks, settings, name=group.name)
-        x, new_entries = period(x, tokens, scalars, caches)
+        carry, new_entries = period(carry, tokens, scalars, caches)
         paths = [stack.path for stack in stacks]
-        return x, dict(zip(paths, new_entries, strict=True))
+        return carry, dict(zip(paths, new_entries, strict=True))
 
     def _compute_logits(self, x, embed: nn.Embed) -> Float[Array, "B T V"]:
         c = self.config
@@ -330,10 +363,20 @@ def describe_tokens(
         else:
             is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
             lengths = jnp.max(jnp.where(is_same, positions[:, None, :], 0), axis=2) + 1
-    # 3. The rotary tables.
-    dim = config.rotary_dim
-    tables = [rotary_table(positions, rope, dim, lengths) for rope in config.ropes]
-    return Tokens(positions, segment_ids, jnp.stack(tables))
+    # 3. The rotary tables, and the factors of queries.
+    dims = [config.dim_of(rope) for rope in config.ropes]
+    tables = []
+    for rope, dim in zip(config.ropes, dims, strict=True):
+        table = rotary_table(positions, rope, dim, lengths)
+        if padding := (max(dims) - dim) // 2:
+            table = jnp.pad(table, [(0, 0)] * 4 + [(0, padding)])
+        tables.append(table)
+    query_scales = None
+    if (scaling := config.query_scaling) is not None:
+        steps = (positions // scaling.length).astype(jnp.float32)
+        query_scales = (1 + scaling.beta * jnp.log1p(steps))[:, :, None, None]
+    tables = jnp.stack(tables)
+    return Tokens(positions, segment_ids, tables, query_scales=query_scales)
 
 
 def init_cache(
@@ -358,6 +401,19 @@ def init_cache(
         mixer = mixer_class(stack.kinds[0])
         cache[stack.path] = mixer.init_cache(config, stack.kinds, batch, length, dtype)
     return cache
+
+
+def empty_shared_kv(
+    config: DecoderConfig, batch: int, length: int, dtype: DTypeLike
+) -> SharedKV:
+    """Returns zeros for the keys and values that layers share."""
+    shared_kv = {}
+    for kind in config.layers:
+        if kind.kv_group is not None:
+            heads = config.heads_of(kind)
+            shape = batch, length, heads.num_kv_heads, heads.head_dim
+            shared_kv[kind.kv_group] = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    return shared_kv
 
 
 def grow_cache(cache: Cache, length: int) -> Cache:

@@ -1,12 +1,15 @@
 """Maps a decoder's parameters to Hugging Face tensor names."""
 
 import dataclasses
+import re
 
 import qlora_jax as ql
 
 from .config import DecoderConfig
 from .groups import layer_stacks
 from .layer import Layer
+from .per_layer_input import PerLayerEmbedding
+from .products import norm_leaves
 
 
 def decoder_names(config: DecoderConfig) -> ql.io.Names:
@@ -23,16 +26,32 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
     c = config
     entries: dict[str, str | ql.io.Entry] = {
         "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
-        "norm/scale": f"{c.module}.norm.weight",
     }
+    for leaf, hf_leaf in norm_leaves(c).items():
+        entries[f"norm/{leaf}"] = f"{c.module}.norm.{hf_leaf}"
     # Layers that predict further tokens are not part of the decoder.
     ignored = [r".*\.inv_freq", r"mtp\..*"]
     if c.module != "model":  # the decoder is the text half of a larger model
-        ignored.append(r"(model\.)?(vision_tower|multi_modal_projector|visual)\..*")
+        ignored.append(
+            r"(model\.)?(vision_tower|multi_modal_projector|visual|embed_vision"
+            r"|vision_embedder|audio_tower|embed_audio)\..*"
+        )
     if c.tie_embeddings:
         ignored.append(r"lm_head\.weight")
     else:
         entries["lm_head/kernel"] = "lm_head.weight"
+    if c.per_layer_width:
+        entries |= {
+            f"{PerLayerEmbedding.part_name}/{path}": f"{c.module}.{name}"
+            for path, name in PerLayerEmbedding.tensor_names(c).items()
+        }
+    for layer in range(c.num_layers, c.num_layers + c.num_ignored_layers):
+        ignored.append(rf"{re.escape(c.module)}\.layers\.{layer}\..*")
+    # Files contain keys and values of layers that do not use them.
+    without_kv = [str(i) for i, kind in enumerate(c.layers) if not kind.has_kv]
+    if without_kv:
+        layers = f"{re.escape(c.module)}\\.layers\\.({'|'.join(without_kv)})"
+        ignored.append(rf"{layers}\.self_attn\.[kv]_(proj|norm)\..*")
     for stack in layer_stacks(c):
         numbers = {"layer": stack.layers}
         for path, x in Layer.tensor_names(c, stack.kinds[0]).items():
@@ -44,4 +63,18 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
             entries[f"{stack.path}/{path}"] = dataclasses.replace(
                 entry, names=full_name, parameter=parameter, numbers=numbers
             )
+    entries = {path: _rename_modules(c, x) for path, x in entries.items()}
     return ql.io.Names(entries, ignored=tuple(ignored))
+
+
+def _rename_modules(
+    config: DecoderConfig, entry: str | ql.io.Entry
+) -> str | ql.io.Entry:
+    """Replaces the names that modules have in Llama by those of the family."""
+    if isinstance(entry, ql.io.Entry):
+        assert isinstance(entry.names, str)
+        renamed = _rename_modules(config, entry.names)
+        return dataclasses.replace(entry, names=renamed)
+    for llama_name, name in config.module_names:
+        entry = re.sub(rf"(?<=\.){re.escape(llama_name)}(?=\.)", name, entry)
+    return entry

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from .attention import LayerScalars, Tokens
+from .attention import LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, DeltaRule, LayerKind
 from .products import make_dense, name_product
 
@@ -57,8 +57,13 @@ class GatedDeltaNet(nn.Module):
     split_inputs: ClassVar[tuple[str, ...]] = ("out_proj",)
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the output, and the new inputs and state if there is a cache."""
+    def __call__(
+        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+    ):
+        """Returns the output, the new inputs and state, and the same `shared_kv`.
+
+        The new inputs and state are None without a cache.
+        """
         rule = delta_rule_of(self.kinds)
         # 1. Queries, keys and values, through a convolution and an activation.
         inputs = self._project(x, "qkv", rule.conv_channels)  # [B, T, C]
@@ -79,9 +84,9 @@ class GatedDeltaNet(nn.Module):
         project = make_dense(self.config.hidden_size, False, self.dtype, "out_proj")
         output = name_product(project(y.astype(self.dtype)))
         if cache is None:
-            return output, None
+            return output, None, shared_kv
         new_inputs = last_inputs(inputs, cache.inputs, tokens.num_tokens)
-        return output, DeltaState(new_inputs, state)
+        return output, DeltaState(new_inputs, state), shared_kv
 
     def _project(self, x: Array, name: str, width: int) -> Array:
         return name_product(make_dense(width, False, self.dtype, f"in_proj_{name}")(x))

@@ -17,10 +17,8 @@ from jaxtyping import Array, Float, Int
 import qlora_jax as ql
 
 from .config import DecoderConfig, Experts, LayerKind
-from .mlp import GatedMLP
+from .mlp import DenseMLP
 from .products import apply_gate, make_dense, name_product
-
-_SHARED = "shared_expert"  # the MLP of all tokens
 
 
 class ExpertsDense(nn.Module):
@@ -93,7 +91,11 @@ class MixtureOfExperts(nn.Module):
         # For the balance loss, training makes the collection "router" mutable and reads
         # the logits from it.
         self.sow("router", "logits", logits)
-        weights, chosen = choose_experts(logits, experts)  # [M, C] each
+        bias = None
+        if experts.has_score_bias:
+            shape = (experts.count,)
+            bias = self.param("score_bias", nn.initializers.zeros, shape)
+        weights, chosen = choose_experts(logits, experts, bias)  # [M, C] each
         # One row for each pair of a token and one of its experts, sorted by expert.
         order = jnp.argsort(chosen.reshape(-1))
         group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)  # [E]
@@ -104,14 +106,18 @@ class MixtureOfExperts(nn.Module):
         mixed = jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
         mixed = mixed.reshape(x.shape)
         if experts.shared_width:
-            mixed += self._apply_shared(x, experts.shared_width)
+            mixed += self._apply_shared(x, experts)
         return mixed.astype(x.dtype)
 
-    def _apply_shared(self, x: Array, width: int) -> Float[Array, "B T D"]:
-        """Returns the output of the MLP of all tokens, multiplied by its gate."""
-        y = name_product(GatedMLP(self.config, width, self.dtype, name=_SHARED)(x))
-        gate = name_product(make_dense(1, False, self.dtype, f"{_SHARED}_gate")(x))
-        return nn.sigmoid(gate.astype(jnp.float32)) * y.astype(jnp.float32)
+    def _apply_shared(self, x: Array, experts: Experts) -> Float[Array, "B T D"]:
+        """Returns the output of the MLP of all tokens, times its gate if it has one."""
+        c, name = self.config, experts.shared_name
+        mlp = DenseMLP(c, experts.shared_width, self.dtype, name=name)
+        y = name_product(mlp(x)).astype(jnp.float32)
+        if not experts.has_shared_gate:
+            return y
+        gate = name_product(make_dense(1, False, self.dtype, f"{name}_gate")(x))
+        return nn.sigmoid(gate.astype(jnp.float32)) * y
 
     @staticmethod
     def tensor_names(
@@ -125,6 +131,8 @@ class MixtureOfExperts(nn.Module):
         for kernel, hf_name in zip(experts.kernels, hf_names, strict=True):
             tensors[f"experts/{kernel}"] = experts.kernel.replace("NAME", hf_name)
         entries = {}
+        if experts.has_score_bias:
+            entries["score_bias"] = f"{experts.router}.e_score_correction_bias"
         for path, tensor in tensors.items():
             # In transformers, one parameter contains all experts, with gate and up
             # joined. As parameters, routers and experts are no default targets.
@@ -139,10 +147,11 @@ class MixtureOfExperts(nn.Module):
                 bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
                 entries[f"{path}/bias"] = re.sub(r"\.weight$", ".bias", bias)
         if experts.shared_width:
-            for path, tensor in GatedMLP.tensor_names(config, kind).items():
-                name = f"mlp.{_SHARED}.{tensor.removeprefix('mlp.')}"
-                entries[f"{_SHARED}/{path}"] = name
-            entries[f"{_SHARED}_gate/kernel"] = f"mlp.{_SHARED}_gate.weight"
+            shared = experts.shared_name
+            for path, tensor in DenseMLP.tensor_names(config, kind).items():
+                entries[f"{shared}/{path}"] = re.sub(r"^mlp", f"mlp.{shared}", tensor)
+            if experts.has_shared_gate:
+                entries[f"{shared}_gate/kernel"] = f"mlp.{shared}_gate.weight"
         return entries
 
 
@@ -193,16 +202,46 @@ def balance_loss(
 
 
 def choose_experts(
-    logits: Float[Array, "M E"], experts: Experts
+    logits: Float[Array, "M E"],
+    experts: Experts,
+    score_bias: Float[Array, " E"] | None = None,
 ) -> tuple[Float[Array, "M C"], Int[Array, "M C"]]:
     """Returns the weights of each token's experts, and the indices of these experts.
 
     The softmax is over the chosen experts if weights are normalized, and otherwise over
-    all experts.
+    all experts. The bias takes part in the choice, but not in the weights.
     """
     logits = logits.astype(jnp.float32)
-    largest, chosen = lax.top_k(logits, experts.per_token)
+    if experts.scores == "sigmoid":
+        scores = nn.sigmoid(logits)
+        biased = scores
+        if score_bias is not None:
+            biased = scores + score_bias.astype(jnp.float32)[None]
+        _, chosen = lax.top_k(keep_best_groups(biased, experts, 2), experts.per_token)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if experts.normalized:
+            weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+        return weights * experts.scale, chosen
+    largest, chosen = lax.top_k(keep_best_groups(logits, experts, 1), experts.per_token)
     if experts.normalized:
-        return jax.nn.softmax(largest, axis=-1), chosen
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return jnp.exp(largest - total), chosen
+        weights = jax.nn.softmax(largest, axis=-1)
+    else:
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(largest - total)
+    return (weights if experts.scale == 1 else weights * experts.scale), chosen
+
+
+def keep_best_groups(
+    scores: Float[Array, "M E"], experts: Experts, num_best: int
+) -> Float[Array, "M E"]:
+    """Replaces the scores outside of a token's best groups by -inf.
+
+    The score of a group is the sum of its `num_best` best scores.
+    """
+    if experts.num_groups == experts.groups_per_token:
+        return scores
+    groups = scores.reshape(len(scores), experts.num_groups, -1)
+    best, _ = lax.top_k(groups, min(num_best, groups.shape[-1]))
+    _, chosen = lax.top_k(jnp.sum(best, axis=-1), experts.groups_per_token)
+    is_chosen = jnp.any(jax.nn.one_hot(chosen, experts.num_groups, dtype=bool), axis=1)
+    return jnp.where(is_chosen[:, :, None], groups, -jnp.inf).reshape(scores.shape)

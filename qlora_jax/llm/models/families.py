@@ -7,6 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from .config import DecoderConfig, DeltaRule, LayerKind, Rope
+from .deepseek import (
+    DEEPSEEK_KEYS,
+    DEEPSEEK_V2_KEYS,
+    GLM_LITE_KEYS,
+    read_deepseek_v2,
+    read_deepseek_v3,
+    read_glm_lite,
+)
+from .dense_families import DENSE_FAMILIES
 from .family import (
     EXPERT_KEYS,
     WINDOW_KEYS,
@@ -21,6 +30,8 @@ from .family import (
     rope_section,
     shared_fields,
 )
+from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
+from .lfm2 import LFM2_KEYS, read_lfm2
 
 # Most families share Llama's architecture; SmolLM2 is a Llama.
 # - Qwen2 adds biases on q, k and v; Qwen3 adds norms of q and k.
@@ -48,16 +59,21 @@ _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _FULL, _LINEAR = "full_attention", "linear_attention"
 _MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 _GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
+_GEMMA4, _UNIFIED = ("Gemma4ForCausalLM",), ("Gemma4UnifiedForCausalLM",)
 _QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM",)
 # For models with a vision part: the `model_type` of their text half, its architectures,
 # and transformers' defaults for its sizes.
 _SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _SIZE_KEYS += ("num_attention_heads", "max_position_embeddings")
 _GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
+_GEMMA4_SIZES = 262_144, 2304, 9216, 30, 8, 131_072
+_UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
 _QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
 _QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
 TEXT_HALVES = {
     "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
+    "gemma4": ("gemma4_text", _GEMMA4, _GEMMA4_SIZES),
+    "gemma4_unified": ("gemma4_unified_text", _UNIFIED, _UNIFIED_SIZES),
     "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
     "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_5_MOE, _QWEN3_5_MOE_SIZES),
 }
@@ -335,6 +351,11 @@ _GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_patt
 _GEMMA3_KEYS += f" {_GEMMA_KEYS}"
 _VISION_KEYS = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
 _VISION_KEYS += f" text_config vision_config {_GEMMA3_KEYS}"
+_GEMMA4_VISION_KEYS = f"""
+audio_config audio_token_id boa_token_id boi_token_id eoa_token_index eoi_token_id
+image_token_id text_config video_token_id vision_config
+vision_soft_tokens_per_image {GEMMA4_KEYS}
+"""
 _QWEN3_5_KEYS = "attention_bias attn_output_gate full_attention_interval hidden_act"
 _QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_dim"
 _QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
@@ -363,6 +384,26 @@ _FAMILIES = (
         "gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half, _VISION_KEYS
     ),
     Family(
+        "deepseek_v2", ("DeepseekV2ForCausalLM",), read_deepseek_v2, DEEPSEEK_V2_KEYS
+    ),
+    Family("deepseek_v3", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
+    Family("glm4_moe_lite", ("Glm4MoeLiteForCausalLM",), read_glm_lite, GLM_LITE_KEYS),
+    Family("lfm2", ("Lfm2ForCausalLM",), read_lfm2, LFM2_KEYS),
+    Family("gemma4_text", _GEMMA4, read_gemma4, GEMMA4_KEYS),
+    Family("gemma4_unified_text", _UNIFIED, read_gemma4_unified, GEMMA4_KEYS),
+    Family(
+        "gemma4",
+        ("Gemma4ForConditionalGeneration",),
+        _read_text_half,
+        _GEMMA4_VISION_KEYS,
+    ),
+    Family(
+        "gemma4_unified",
+        ("Gemma4UnifiedForConditionalGeneration",),
+        _read_text_half,
+        _GEMMA4_VISION_KEYS,
+    ),
+    Family(
         "qwen3_5",
         ("Qwen3_5ForConditionalGeneration",),
         _read_text_half,
@@ -374,6 +415,7 @@ _FAMILIES = (
         _read_text_half,
         f"{_QWEN_VISION_KEYS} {_QWEN3_5_MOE_KEYS}",
     ),
+    *DENSE_FAMILIES,
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 

@@ -27,7 +27,8 @@ HARMLESS_KEYS = frozenset(
     add_cross_attention attention_dropout attn_implementation auto_map bad_words_ids
     begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
     cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    do_sample dtype early_stopping embd_pdrop embedding_dropout
+    encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range
     is_decoder is_encoder_decoder is_llama_config label2id length_penalty max_length
@@ -35,7 +36,7 @@ HARMLESS_KEYS = frozenset(
     num_beam_groups num_beams num_labels num_return_sequences output_attentions
     output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
     pruned_heads quantization quantization_config remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate
     router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
     torchscript transformers.js_config transformers_version typical_p unk_token_id
@@ -192,7 +193,7 @@ def read_layers(
     raw: Mapping[str, Any],
     is_sliding: Callable[[int], bool],
     window: int | None,
-    rope: Rope,
+    rope: Rope | None,
     local: Rope | None = None,
 ) -> tuple[LayerKind, ...]:
     """Returns the kinds of layers that `layer_types` lists.
@@ -225,6 +226,13 @@ def one_window(
             f"`sliding_window` must be a positive integer or null. Got {window!r}."
         )
     return (LayerKind(rope, window),)
+
+
+def positive(raw: Mapping[str, Any], key: str, default: float) -> float:
+    """Returns a value that must be a positive number."""
+    if not (value := number(raw.get(key, default))) > 0:
+        raise ValueError(f"`{key}` must be positive. Got {value}.")
+    return value
 
 
 def is_count(value: object, largest: int = _MAX_COUNT) -> bool:
@@ -296,6 +304,21 @@ def read_rope(
     with np.errstate(all="ignore"):
         frequency = theta ** (-np.arange(0, dim, 2) / dim)
         return Rope(theta, **compute_fields(values, frequency, theta))
+
+
+def read_partial_rope(
+    raw: Mapping[str, Any], head_dim: int, fraction: float
+) -> tuple[Rope, int]:
+    """Reads the rotary positions of a part of each head.
+
+    `fraction` is the family's default for `partial_rotary_factor`. Also returns the
+    size of the part.
+    """
+    section, key = dict(rope_section(raw)), "partial_rotary_factor"
+    if (stored := section.pop(key, None)) is None:
+        stored = raw.get(key)
+    dim = int(head_dim * (fraction if stored is None else stored))
+    return read_rope({**raw, key: None}, dim, section=section), dim
 
 
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:

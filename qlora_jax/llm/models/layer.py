@@ -7,7 +7,7 @@ transformers.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,20 +16,27 @@ from jaxtyping import Array
 
 import qlora_jax as ql
 
-from .attention import Attention, LayerScalars, Tokens
+from .attention import Attention, LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
-from .mlp import GatedMLP
-from .products import make_norm
+from .latent_attention import LatentAttention
+from .mlp import DenseMLP
+from .per_layer_input import PerLayerInput
+from .products import make_norm, norm_leaves
+from .short_convolution import ShortConvolution
 
-PARTS = Attention, GatedDeltaNet, GatedMLP, MixtureOfExperts
+Mixer = type[Attention] | type[GatedDeltaNet] | type[ShortConvolution]
+PARTS = (
+    *(Attention, LatentAttention, GatedDeltaNet, ShortConvolution),
+    *(DenseMLP, MixtureOfExperts, PerLayerInput),
+)
 
 
 class Layer(nn.Module):
     """Adds the outputs of attention and of an MLP to the residual stream.
 
-    The inputs of attention and of the MLP are normalized.
+    The inputs of attention and of the MLP are normalized, or their outputs, or both.
     """
 
     config: DecoderConfig
@@ -39,66 +46,123 @@ class Layer(nn.Module):
     mlp_tile: int | None = None
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the residual stream, and what is new in the cache, or None."""
-        c, dtype = self.config, self.dtype
+    def __call__(
+        self,
+        carry: tuple[Array, SharedKV],
+        tokens: Tokens,
+        scalars: LayerScalars,
+        cache,
+    ):
+        """Returns the carry, and what is new in the cache, or None.
 
-        def normalize(x: Array, name: str) -> Array:
-            return make_norm(c, dtype, f"{name}_layernorm")(x)
+        The carry is the residual stream, and keys and values for later layers. The
+        whole cache is not returned, because a scan would copy it.
+        """
+        c, dtype = self.config, self.dtype
+        x, shared_kv = carry
+        norms = norm_names(c)
+
+        def normalize(x: Array, name: str | None) -> Array:
+            return x.astype(dtype) if name is None else make_norm(c, dtype, name)(x)
+
+        def add(x: Array, y: Array) -> Array:
+            y = y.astype(x.dtype)
+            return x + (y if c.residual_scale == 1 else y * c.residual_scale)
 
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
-        y, new_entries = mixer(normalize(x, "input"), tokens, scalars, cache)
-        # Llama calls the norm before the MLP "post_attention". Gemma has a norm of this
-        # name after attention.
-        if c.post_norms:
-            y = normalize(y, "post_attention")
-        x = x + y.astype(x.dtype)
+        mixer_input = normalize(x, norms.before_mixer)
+        y, new_entries, shared_kv = mixer(
+            mixer_input, tokens, scalars, cache, shared_kv
+        )
+        x = add(x, normalize(y, norms.after_mixer))
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
-        y = mlp(normalize(x, "pre_feedforward" if c.post_norms else "post_attention"))
-        if c.post_norms:
-            y = normalize(y, "post_feedforward")
-        # Return only the new keys and values: a scan that returned the cache of each
-        # layer would copy it.
-        return x + y.astype(x.dtype), new_entries
+        y = mlp(mixer_input if c.parallel_mlp else normalize(x, norms.before_mlp))
+        x = add(x, normalize(y, norms.after_mlp))
+        if c.per_layer_width:
+            part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
+            x = x + part(x, scalars.inputs).astype(x.dtype)
+        if c.output_scalars:
+            scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
+            x = x * scalar.astype(x.dtype)[None, None]
+        return (x, shared_kv), new_entries
 
     def _make_mixer(self) -> Any:
         c, kinds, dtype = self.config, self.kinds, self.dtype
-        if mixer_class(kinds[0]) is GatedDeltaNet:
-            return GatedDeltaNet(c, kinds, dtype, name=GatedDeltaNet.part_name)
-        return Attention(c, kinds, dtype, self.attention, name=Attention.part_name)
+        mixer = mixer_class(kinds[0])
+        if issubclass(mixer, Attention):
+            return mixer(c, kinds, dtype, self.attention, name=mixer.part_name)
+        return mixer(c, kinds, dtype, name=mixer.part_name)
 
     def _make_mlp(self) -> nn.Module:
         c, kind = self.config, self.kinds[0]
         if mlp_class(c, kind) is MixtureOfExperts:
             return MixtureOfExperts(c, self.dtype, name=MixtureOfExperts.part_name)
         width = kind.mlp_width or c.intermediate_size
-        return GatedMLP(c, width, self.dtype, name=GatedMLP.part_name)
+        return DenseMLP(c, width, self.dtype, name=DenseMLP.part_name)
 
     @staticmethod
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
         """Returns the layer's Hugging Face names of its parameters, by path."""
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        if config.post_norms:
-            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        norms = [name for name in norm_names(config) if name is not None]
         names: dict[str, str | ql.io.Entry]
-        names = {f"{norm}/scale": f"{norm}.weight" for norm in norms}
-        for part in (mixer_class(kind), mlp_class(config, kind)):
+        names = {
+            f"{norm}/{leaf}": f"{norm}.{hf_leaf}"
+            for norm in norms
+            for leaf, hf_leaf in norm_leaves(config).items()
+        }
+        if config.output_scalars:
+            names["layer_scalar"] = "layer_scalar"
+        parts = [mixer_class(kind), mlp_class(config, kind)]
+        if config.per_layer_width:
+            parts.append(PerLayerInput)
+        for part in parts:
             tensor_names = part.tensor_names(config, kind)
             names |= {f"{part.part_name}/{path}": x for path, x in tensor_names.items()}
         return names
 
 
-def mixer_class(kind: LayerKind) -> type[Attention] | type[GatedDeltaNet]:
+class NormNames(NamedTuple):
+    """The names of a layer's norms; None for a norm that the layer does not have."""
+
+    before_mixer: str | None
+    after_mixer: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+def norm_names(config: DecoderConfig) -> NormNames:
+    """Returns the names of a layer's norms, as in the Hugging Face model."""
+    # Llama calls the norm before the MLP "post_attention". In Gemma and OLMo, the norm
+    # of this name is after attention.
+    if config.parallel_mlp:
+        return NormNames("input_layernorm", None, None, None)
+    if not config.post_norms:
+        return NormNames("input_layernorm", None, "post_attention_layernorm", None)
+    if config.post_norms == "glm":
+        after = "post_self_attn_layernorm", "post_mlp_layernorm"
+        before = "input_layernorm", "post_attention_layernorm"
+        return NormNames(before[0], after[0], before[1], after[1])
+    after = "post_attention_layernorm", "post_feedforward_layernorm"
+    if not config.pre_norms:
+        return NormNames(None, after[0], None, after[1])
+    return NormNames("input_layernorm", after[0], "pre_feedforward_layernorm", after[1])
+
+
+def mixer_class(kind: LayerKind) -> Mixer:
     """Returns the class of the part in which tokens see other tokens."""
-    return Attention if kind.delta_rule is None else GatedDeltaNet
+    if kind.delta_rule is not None:
+        return GatedDeltaNet
+    if kind.convolution_width is not None:
+        return ShortConvolution
+    return Attention if kind.latent is None else LatentAttention
 
 
 def mlp_class(
     config: DecoderConfig, kind: LayerKind
-) -> type[GatedMLP] | type[MixtureOfExperts]:
+) -> type[DenseMLP] | type[MixtureOfExperts]:
     """Returns the class of a layer's MLP."""
     has_experts = config.experts is not None and kind.mlp_width is None
-    return MixtureOfExperts if has_experts else GatedMLP
+    return MixtureOfExperts if has_experts else DenseMLP

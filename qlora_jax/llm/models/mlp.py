@@ -8,11 +8,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from .config import DecoderConfig, LayerKind
-from .products import apply_gate, make_dense, name_product
+from .products import activate, apply_gate, make_dense, name_product
 
 
-class GatedMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`."""
+class DenseMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))`."""
 
     config: DecoderConfig
     width: int
@@ -26,6 +26,10 @@ class GatedMLP(nn.Module):
         """Returns the output, without the residual."""
         c, width = self.config, self.width
         dense = functools.partial(make_dense, use_bias=c.mlp_bias, dtype=self.dtype)
+        if not c.gated_mlp:
+            up = name_product(dense(width, name="up_proj")(x)).astype(jnp.float32)
+            hidden = activate(c, up).astype(self.dtype)
+            return dense(c.hidden_size, name="down_proj")(hidden)
         if c.fused:
             fused = name_product(dense(2 * width, name="gate_up_proj")(x))
             gate, up = jnp.split(fused, 2, axis=-1)
@@ -38,9 +42,13 @@ class GatedMLP(nn.Module):
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the layer's Hugging Face names of these parameters, by path."""
         leaves = ("kernel", "weight"), ("bias", "bias")
-        projections = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
+        projections = ["gate_proj"] * config.gated_mlp + ["up_proj", "down_proj"]
+        if config.fused:
+            projections = ["gate_up_proj", "down_proj"]
+        hf_names = dict(zip(("up_proj", "down_proj"), config.mlp_names, strict=True))
+        tensors = [(name, hf_names.get(name, name)) for name in projections]
         return {
-            f"{projection}/{leaf}": f"mlp.{projection}.{hf_leaf}"
-            for projection in (*projections, "down_proj")
+            f"{projection}/{leaf}": f"mlp.{hf_name}.{hf_leaf}"
+            for projection, hf_name in tensors
             for leaf, hf_leaf in leaves[: 1 + config.mlp_bias]
         }

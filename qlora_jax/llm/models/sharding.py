@@ -97,7 +97,8 @@ def _candidate_specs(
             yield None, tuple(filter(None, axes)) or None
     elif name == "kernel" and module in _SPLIT_OUTPUTS:
         is_kv = module in ("k_proj", "v_proj")
-        if is_kv and config.num_kv_heads % sizes.get("tensor", 1):
+        counts = {config.heads_of(kind).num_kv_heads for kind in config.layers}
+        if is_kv and any(count % sizes.get("tensor", 1) for count in counts):
             tensor, output_axes = None, output_axes[bool(tensor) :]
         yield *stack, fsdp, tensor
         yield *stack, None, output_axes

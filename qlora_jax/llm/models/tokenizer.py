@@ -42,8 +42,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # The class that transformers prefers for a `model_type`.
 _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
+_REGISTERED["starcoder2"] = "GPT2Tokenizer"
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
-_REGISTERED |= dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")
+_REGISTERED |= dict.fromkeys(
+    ("glm4", "granite", "ministral3", "olmo2", "olmo3"), AS_IN_FILE
+)
+_REGISTERED |= dict.fromkeys(
+    ("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
+)
 _REGISTERED |= dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
 _QWEN3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 _REGISTERED |= dict.fromkeys(_QWEN3_5, "Qwen3_5Tokenizer")

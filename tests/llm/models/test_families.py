@@ -27,6 +27,8 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"max_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
+LATENT = {"num_key_value_heads": 4}
+GEMMA4 = {"hidden_size_per_layer_input": 0}
 LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
 SHORT = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
@@ -120,6 +122,10 @@ LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
 QWEN = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28}
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn"}
 YARN |= {"original_max_position_embeddings": 4096, "truncate": False}
+MINISTRAL = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "mscale": 1.0}
+MINISTRAL |= {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 262144}
+MINISTRAL |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16384}
+MINISTRAL |= {"rope_theta": 1e6, "rope_type": "yarn", "type": "yarn"}
 GEMMA = {"head_dim": 8, "hidden_activation": "gelu_pytorch_tanh"}
 GEMMA |= {"sliding_window": 4096, "query_pre_attn_scalar": 256, "hidden_act": None}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -169,6 +175,35 @@ PUBLISHED = {
     | {"max_window_layers": 28, "no_rope_layer_interval": 4, "sliding_window": None}
     | {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4}
     | {"use_sliding_window": False},
+    "olmo2, 7B": {"attention_bias": False, "rms_norm_eps": 1e-6},
+    "olmo3, 7B": {"attention_bias": False, "layer_types": ["sliding_attention"] * 4}
+    | {"rope_scaling": YARN | {"attention_factor": 1.2}, "sliding_window": 4096},
+    "granite, 3.3 8B": {"attention_bias": False, "attention_multiplier": 0.0078125}
+    | {"embedding_multiplier": 12.0, "logits_scaling": 16.0, "mlp_bias": False}
+    | {"residual_multiplier": 0.22},
+    "glm4, 9B": {"attention_bias": True, "head_dim": 8, "partial_rotary_factor": 0.5},
+    "cohere2, 7B": {"attention_bias": False, "cache_implementation": "hybrid"}
+    | {"head_dim": 8, "layer_norm_eps": 1e-5, "layer_switch": 4, "logit_scale": 0.25}
+    | {"order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1.0}
+    | {"position_embedding_type": "rope_gptj", "use_gated_activation": True}
+    | {"sliding_window": 4096, "sliding_window_pattern": 4}
+    | {"use_embedding_sharing": True, "use_parallel_block": True}
+    | {"use_parallel_embedding": True},
+    "seed_oss, 36B": {"attention_bias": True, "attention_out_bias": False}
+    | {"head_dim": 8, "mlp_bias": False, "pretraining_tp": 1, "residual_dropout": 0.1},
+    "arcee, 4.5B": {"attention_bias": False, "hidden_act": "relu2", "mlp_bias": False},
+    "gemma, 2B": {"attention_bias": False, "head_dim": 8, "hidden_act": "gelu"}
+    | {"hidden_activation": None},
+    "gemma, 1.1 7B": {"head_dim": 8, "hidden_act": "gelu_pytorch_tanh"}
+    | {"hidden_activation": "gelu_pytorch_tanh"},
+    "ministral3, 8B": {"head_dim": 8, "sliding_window": None, "rope_theta": None}
+    | {"rope_parameters": MINISTRAL},
+    "starcoder2, 3B": {"activation_function": "gelu", "embedding_dropout": 0.1}
+    | {"attention_softmax_in_fp32": True, "hidden_act": "gelu_pytorch_tanh"}
+    | {"layer_norm_epsilon": 1e-5, "mlp_type": "default", "norm_epsilon": 1e-5}
+    | {"norm_type": "layer_norm", "residual_dropout": 0.1, "sliding_window": 4096}
+    | {"scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
+    | {"use_bias": True},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -211,6 +246,10 @@ def test_published_configs_are_read_without_a_warning(name):
         ({"layers": (LayerKind(window=0),)}, "`window` must be positive or None"),
         ({"layers": (LayerKind(Rope(divisors=(1.0,))),)}, "must be empty or have 4"),
         ({"rotary_dim": 10}, "`rotary_dim` must be even and at most `head_dim`"),
+        ({"pre_norms": False}, "`post_norms` must be True without `pre_norms`"),
+        ({"parallel_mlp": True, "post_norms": True}, "`post_norms` must be False"),
+        ({"layer_norms": True, "unit_offset_norms": True}, "with `layer_norms`"),
+        ({"gated_mlp": False, "fused": True}, "`gated_mlp` must be True with fused"),
         ({"activation": "relu"}, "`activation` must be one of"),
         ({"logit_soft_cap": 0.0}, "'logit_soft_cap'. must be positive and finite"),
         ({"layers": (LayerKind(Rope(float("nan"))),)}, r"'ropes\[0\].theta'. must be"),
@@ -242,6 +281,9 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen2", {"layer_types": ["full_attention"]}, "must have 4 entries"),
         ("qwen3", {"layer_types": ["linear_attention"] * 4}, "must be .sliding_att"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "`sliding_window` must"),
+        ("gemma", {"use_bidirectional_attention": True}, "must be false"),
+        ("gemma", {"hidden_act": "relu"}, 'must be "gelu_pytorch_tanh"'),
+        ("gemma", {"hidden_activation": "relu"}, 'must be "gelu_pytorch_tanh"'),
         ("gemma2", {"use_bidirectional_attention": True}, "must be false"),
         ("gemma2", {"hidden_activation": "gelu"}, 'must be "gelu_pytorch_tanh"'),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "must be null. Got 5.0"),
@@ -259,6 +301,50 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("arcee", {"hidden_act": "silu"}, '`hidden_act` must be "relu2"'),
+        ("cohere2", {"use_parallel_block": False}, "`use_parallel_block` must be true"),
+        ("granite", {"attention_multiplier": 0}, "must be positive. Got 0.0"),
+        ("ministral3", {"rope_parameters": {}}, "must have 'llama_4_scaling_beta'"),
+        (
+            "ministral3",
+            {"layer_types": ["full_attention"]},
+            "`layer_types` must be nul",
+        ),
+        ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
+        ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
+        ("olmo3", {"rope_parameters": {"factor": 2}}, "a section for each kind"),
+        ("starcoder2", {"norm_type": "rms_norm", "hidden_act": None}, '"layer_norm"'),
+        ("deepseek_v2", LATENT | {"topk_method": "noaux_tc"}, "`topk_method` must be"),
+        ("deepseek_v2", LATENT | {"mlp_bias": True}, "`mlp_bias` must be false"),
+        (
+            "deepseek_v3",
+            LATENT | {"num_key_value_heads": 2},
+            "`num_attention_heads`, 4",
+        ),
+        ("deepseek_v3", LATENT | {"n_group": 256}, "two experts in each group"),
+        ("deepseek_v3", LATENT | {"topk_group": 9}, "from 1 to `num_groups`"),
+        ("deepseek_v3", LATENT | {"scoring_func": "softmax"}, '"sigmoid". Got'),
+        ("deepseek_v3", LATENT | {"kv_lora_rank": 0}, "must be positive. Got"),
+        ("glm4_moe_lite", LATENT | {"mlp_layer_types": ["dense"]}, "as many entries"),
+        ("lfm2", {"conv_L_cache": 0}, "`conv_L_cache` must be a positive"),
+        ("lfm2", {"layer_types": ["conv"] * 4}, "at least one 'full_attention'"),
+        ("lfm2", {"block_multiple_of": 0}, "`block_multiple_of` must be a positive"),
+        ("gemma4_text", {"enable_moe_block": True}, "must be false. Got True"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "must be null or"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 8}, "must be `vocab_size`"),
+        ("gemma4_text", GEMMA4 | {"rope_parameters": {}}, "must have a `rope_theta`"),
+        ("gemma4_text", GEMMA4 | {"num_kv_shared_layers": 4}, "must leave a layer of"),
+        (
+            "gemma4_text",
+            GEMMA4 | {"per_layer_config": {"0": {"head_dim": 4}}},
+            "must be the same for all layers of a type",
+        ),
+        (
+            "gemma4_text",
+            GEMMA4 | {"per_layer_config": {"0": {"hidden_size": 4}}},
+            "must have only `head_dim`",
+        ),
+        ("gemma4_text", GEMMA4 | {"num_key_value_heads": 3}, "must divide `num_heads`"),
         ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
         ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),

@@ -25,7 +25,14 @@ from qlora_jax.llm.gguf.tokenizer_out import scores_of
 from qlora_jax.llm.gguf.values_out import gguf_architecture
 from qlora_jax.llm.models import families
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
-from qlora_jax.llm.models.config import DecoderConfig, Experts, LayerKind, Rope
+from qlora_jax.llm.models.config import (
+    DecoderConfig,
+    Experts,
+    Heads,
+    LatentHeads,
+    LayerKind,
+    Rope,
+)
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
@@ -48,6 +55,8 @@ OSS |= {"experts": Experts(4, 2, **families.GPT_OSS_EXPERTS), "layers": GEMMA["l
 OLMOE = {"experts": Experts(4, 2, normalized=False), "num_kv_heads": 4}
 OLMOE |= {"qk_norms": "whole", "tie_embeddings": False}
 MIXTRAL = {"experts": Experts(4, 2, **families.MIXTRAL_EXPERTS)}
+LATENT = {"head_dim": 8, "rotary_dim": 4, "num_kv_heads": 4}
+LATENT |= {"layers": (LayerKind(latent=LatentHeads(None, 8, 4, 4, 8)),)}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
@@ -358,6 +367,12 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
         (OSS | {"tie_embeddings": True}, "`tie_embeddings`=True"),
         (OSS | {"layers": OSS["layers"][::-1]}, "these sliding windows"),
         (OSS | {"layers": (LayerKind(STRETCHED),)}, "these rotary positions"),
+        ({"pre_norms": False, "post_norms": True}, "`pre_norms`=False"),
+        (LATENT, "layers of these structures"),
+        ({"layers": (LayerKind(heads=Heads(1, 16)),)}, "layers of these structures"),
+        (GEMMA | {"value_norms": True, "output_scalars": True}, "`value_norms`=True"),
+        ({"per_layer_width": 4}, "`per_layer_width`=4"),
+        ({"layers": (LayerKind(Rope(dim=8, num_pairs=2)),)}, "these rotary positions"),
         (GEMMA | {"qk_norms": True}, '"gemma3" .*`logit_soft_cap`=30.0'),
     ],
 )

@@ -15,6 +15,19 @@ from .server import AWQ, Server
 _ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
 # Families for which mlx-lm supports biases of the query, key and value layers.
 _BIASES = ("llama", "olmoe", "qwen2", "smollm3")
+# Families whose logits in mlx-lm were not compared with those of transformers.
+_UNTESTED = (
+    "arcee",
+    "cohere2",
+    "gemma",
+    "glm4",
+    "granite",
+    "ministral3",
+    "olmo2",
+    "olmo3",
+    "seed_oss",
+    "starcoder2",
+)
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.
 _HEADS = ("qwen2", "mixtral", "phi3")
 
@@ -26,6 +39,8 @@ def _misreads(
         return None
     raw = text_config(raw)
     family, is_gemma3 = raw["model_type"], raw["model_type"] == "gemma3_text"
+    if family in _UNTESTED:
+        return f"mlx-lm was not tested with {family}"
     rope = (raw | ql.io.older_config_keys(raw)).get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     # mlx-lm uses sliding windows only in Gemma 3. There, every `period`-th layer has

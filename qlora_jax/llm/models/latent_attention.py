@@ -1,0 +1,132 @@
+"""Multi-head latent attention, as in DeepSeek V2 and V3 (arXiv:2405.04434).
+
+Queries, and keys and values, are products with two kernels of low rank, with a norm in
+between. Only a part of each query and key is rotated, and all heads share the rotated
+part of the key. Shapes: B batch, T tokens, H heads, R rank of keys and values.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from .attention import (
+    Attention,
+    KeysAndValues,
+    LayerScalars,
+    SharedKV,
+    Tokens,
+    rotate,
+)
+from .config import DecoderConfig, LatentHeads, LayerKind
+from .products import make_dense, name_product
+
+# transformers does not give the epsilon of the config to the norms of latent vectors.
+_NORM_EPSILON = 1e-6
+
+
+class LatentAttention(Attention):
+    """Causal attention whose keys and values are computed from latent vectors.
+
+    The cache contains the keys and values of all heads, which takes more memory than
+    their latent vectors. To compute them again for each new token would take longer
+    than the rest of the layer.
+    """
+
+    split_outputs: ClassVar[tuple[str, ...]] = ("q_proj", "q_b_proj", "kv_b_proj")
+
+    @nn.compact
+    def __call__(
+        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+    ):
+        """Returns the output, what is new in the cache, and the same `shared_kv`.
+
+        What is new in the cache is None without a cache.
+        """
+        c, heads, new_kv = self.config, latent_heads_of(self.kinds[0]), None
+        table = self._select_table(tokens, scalars)
+        # 1. Queries.
+        width = c.num_heads * heads.head_dim
+        if heads.query_rank is None:
+            query = self._dense(x, width, False, "q_proj")
+        else:
+            latent = self._dense(x, heads.query_rank, c.qkv_bias, "q_a_proj")
+            query = self._dense(self._norm(latent, "q_a"), width, False, "q_b_proj")
+        query = self._rotate_end(split_heads(query, c.num_heads), heads, table)
+        # 2. Keys and values. All heads share the rotated part of the key.
+        width = heads.kv_rank + heads.rope_dim
+        latent = self._dense(x, width, c.qkv_bias, "kv_a_proj_with_mqa")
+        latent, shared_key = jnp.split(latent, [heads.kv_rank], axis=-1)
+        shared_key = rotate(shared_key[:, :, None], table, c.interleaved_rope)
+        width = c.num_heads * (heads.nope_dim + heads.value_dim)
+        key_value = self._dense(self._norm(latent, "kv_a"), width, False, "kv_b_proj")
+        key_value = split_heads(key_value, c.num_heads)
+        key, value = jnp.split(key_value, [heads.nope_dim], axis=-1)
+        shape = *key.shape[:3], heads.rope_dim
+        key = jnp.concatenate([key, jnp.broadcast_to(shared_key, shape)], axis=-1)
+        # 3. Attention.
+        if cache is not None:
+            key, value, new_kv = self._write(key, value, tokens, cache)
+        is_cached = cache is not None
+        mixed = self._attend(query, key, value, None, tokens, scalars, is_cached)
+        return self._dense(mixed, c.hidden_size, c.o_bias, "o_proj"), new_kv, shared_kv
+
+    def _dense(self, x: Array, width: int, use_bias: bool, name: str) -> Array:
+        return name_product(make_dense(width, use_bias, self.dtype, name)(x))
+
+    def _norm(self, x: Float[Array, "B T _"], name: str) -> Array:
+        return nn.RMSNorm(_NORM_EPSILON, self.dtype, name=f"{name}_layernorm")(x)
+
+    def _rotate_end(
+        self, x: Float[Array, "B T H _"], heads: LatentHeads, table: Array
+    ) -> Array:
+        """Rotates the last `rope_dim` values of each head."""
+        unrotated, rotary = jnp.split(x, [heads.nope_dim], axis=-1)
+        rotary = rotate(rotary, table, self.config.interleaved_rope)
+        return jnp.concatenate([unrotated, rotary], axis=-1)
+
+    @staticmethod
+    def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
+        """Returns the layer's Hugging Face names of these parameters, by path."""
+        low_rank = latent_heads_of(kind).query_rank is not None
+        has_bias = {"kv_a_proj_with_mqa": config.qkv_bias, "kv_b_proj": False}
+        has_bias |= {"o_proj": config.o_bias}
+        norms = ["kv_a_layernorm"]
+        if low_rank:
+            has_bias |= {"q_a_proj": config.qkv_bias, "q_b_proj": False}
+            norms.append("q_a_layernorm")
+        else:
+            has_bias["q_proj"] = False
+        names = {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
+        for name, is_biased in has_bias.items():
+            names[f"{name}/kernel"] = f"self_attn.{name}.weight"
+            if is_biased:
+                names[f"{name}/bias"] = f"self_attn.{name}.bias"
+        return names
+
+    @staticmethod
+    def init_cache(
+        config: DecoderConfig,
+        kinds: tuple[LayerKind, ...],
+        batch: int,
+        length: int,
+        dtype: DTypeLike,
+    ) -> KeysAndValues:
+        """Returns zeros for the keys and values of a stack of layers."""
+        heads = latent_heads_of(kinds[0])
+        rows = len(kinds), batch, config.num_heads, length
+        keys = jnp.zeros((*rows, heads.head_dim), dtype)
+        return KeysAndValues(keys, jnp.zeros((*rows, heads.value_dim), dtype))
+
+
+def latent_heads_of(kind: LayerKind) -> LatentHeads:
+    """Returns the sizes that all layers of a stack have."""
+    assert kind.latent is not None
+    return kind.latent
+
+
+def split_heads(x: Float[Array, "B T _"], count: int) -> Float[Array, "B T H _"]:
+    """Splits the last axis into heads."""
+    return x.reshape(*x.shape[:2], count, -1)

@@ -1,0 +1,89 @@
+"""Reads the config of LFM2."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import DecoderConfig, LayerKind
+from .family import is_count, number, read_rope, require, shared_fields
+
+LFM2_KEYS = """
+block_auto_adjust_ff_dim block_dim block_ff_dim block_ffn_dim_multiplier
+block_mlp_init_scale block_multiple_of block_norm_eps block_use_swiglu
+block_use_xavier_init conv_L_cache conv_bias conv_dim conv_dim_out conv_use_xavier_init
+full_attn_idxs layer_types norm_eps num_heads theta tie_embedding use_pos_enc
+"""
+_FULL, _CONVOLUTION = "full_attention", "conv"
+# Llama's names of modules, and those of LFM2.
+_MODULE_NAMES = (
+    ("input_layernorm", "operator_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.o_proj", "self_attn.out_proj"),
+    ("self_attn.q_norm", "self_attn.q_layernorm"),
+    ("self_attn.k_norm", "self_attn.k_layernorm"),
+    ("mlp.gate_proj", "feed_forward.w1"),
+    ("mlp.up_proj", "feed_forward.w3"),
+    ("mlp.down_proj", "feed_forward.w2"),
+    ("norm", "embedding_norm"),
+)
+
+
+def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads the config of LFM2."""
+    require(raw, {"hidden_act": "silu", "rms_norm_eps": None})
+    raw = dict(raw)
+    # Older files have other names, which transformers prefers.
+    for key, older in _OLDER_KEYS.items():
+        raw[key] = raw.get(older, raw.get(key, _DEFAULTS[key]))
+    eps = raw.get("norm_eps", 1e-5)
+    fields = shared_fields({**raw, "rms_norm_eps": eps}, kv_heads=8)
+    fields["intermediate_size"] = _mlp_width(raw)
+    width = raw.get("conv_L_cache", 3)
+    if not is_count(width):
+        raise ValueError(f"`conv_L_cache` must be a positive integer. Got {width!r}.")
+    kinds = {
+        _FULL: LayerKind(read_rope(raw, fields["head_dim"], theta=1e6)),
+        _CONVOLUTION: LayerKind(None, convolution_width=width),
+    }
+    return DecoderConfig(
+        **fields,
+        layers=tuple(kinds[layer_type] for layer_type in _layer_types(raw)),
+        qk_norms=True,
+        convolution_bias=bool(raw.get("conv_bias", False)),
+        module_names=_MODULE_NAMES,
+    )
+
+
+_OLDER_KEYS = {"tie_word_embeddings": "tie_embedding"}
+_OLDER_KEYS |= {"intermediate_size": "block_ff_dim"}
+_DEFAULTS = {"tie_word_embeddings": True, "intermediate_size": 12_288}
+
+
+def _layer_types(raw: Mapping[str, Any]) -> list[str]:
+    count, types = raw["num_hidden_layers"], raw.get("layer_types")
+    if types is None:
+        attention = raw.get("full_attn_idxs")
+        is_full = range(count) if attention is None else attention
+        types = [_FULL if i in is_full else _CONVOLUTION for i in range(count)]
+    if len(types) != count or {*types} - {_FULL, _CONVOLUTION} or _FULL not in types:
+        raise ValueError(
+            f"`layer_types` must have {count} entries, {_FULL!r} or {_CONVOLUTION!r}, "
+            f"and at least one {_FULL!r}. Got {types}."
+        )
+    return types
+
+
+def _mlp_width(raw: Mapping[str, Any]) -> int:
+    """Returns the width of MLPs, which the config may give in three steps."""
+    width = raw["intermediate_size"]
+    if not raw.get("block_auto_adjust_ff_dim", True):
+        return width
+    width = int(2 * width / 3)
+    multiplier = raw.get("block_ffn_dim_multiplier", 1.0)
+    if multiplier is None:
+        return width
+    multiple = raw.get("block_multiple_of", 256)
+    if not is_count(multiple):
+        raise ValueError(
+            f"`block_multiple_of` must be a positive integer. Got {multiple!r}."
+        )
+    return -(-int(number(multiplier) * width) // multiple) * multiple

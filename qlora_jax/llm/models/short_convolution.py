@@ -1,0 +1,107 @@
+"""A gated short convolution, which replaces attention (LFM2).
+
+Shapes: B batch, T tokens, D hidden size, W width of the convolution.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from .attention import LayerScalars, SharedKV, Tokens
+from .config import DecoderConfig, LayerKind
+from .delta_rule import convolve, last_inputs
+from .products import make_dense, name_product
+
+
+class ConvolutionInputs(NamedTuple):
+    """The cache of a stack of layers. Its size does not depend on the tokens."""
+
+    inputs: Float[Array, "L B W-1 D"]  # the last inputs of the convolution
+
+    @property
+    def length(self) -> int:
+        """The number of positions that need room: none."""
+        return 0
+
+    def grow(self, length: int) -> "ConvolutionInputs":
+        """Returns the cache itself."""
+        return self
+
+    def write(
+        self, new: "ConvolutionInputs", positions: Int[Array, "B T"]
+    ) -> "ConvolutionInputs":
+        """Returns the new inputs, which replace the old ones."""
+        return new
+
+
+class ShortConvolution(nn.Module):
+    """Mixes the last few tokens by a convolution of each channel.
+
+    One gate multiplies the inputs of the convolution, and another one its outputs. A
+    token of a packed row sees only its own sequence.
+    """
+
+    config: DecoderConfig
+    kinds: tuple[LayerKind, ...]  # of the layers in the stack
+    dtype: DTypeLike = jnp.float32
+    part_name: ClassVar[str] = "conv"
+    split_outputs: ClassVar[tuple[str, ...]] = ("in_proj",)
+    split_inputs: ClassVar[tuple[str, ...]] = ("out_proj",)
+
+    @nn.compact
+    def __call__(
+        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+    ):
+        """Returns the output, the new inputs if there is a cache, and `shared_kv`."""
+        c, width = self.config, convolution_width_of(self.kinds)
+        channels, has_bias = c.hidden_size, c.convolution_bias
+        project = make_dense(3 * channels, has_bias, self.dtype, "in_proj")
+        gate, output_gate, inputs = jnp.split(name_product(project(x)), 3, axis=-1)
+        inputs = gate * inputs
+        init = nn.initializers.lecun_normal()
+        weights = self.param("conv", init, (channels, 1, width))[:, 0]
+        old_inputs = None if cache is None else cache.inputs
+        mixed = convolve(inputs, weights, tokens.segment_ids, old_inputs)
+        if has_bias:
+            bias = self.param("conv_bias", nn.initializers.zeros, (channels,))
+            mixed += bias.astype(jnp.float32)[None, None]
+        mixed = (output_gate.astype(jnp.float32) * mixed).astype(self.dtype)
+        output = make_dense(channels, has_bias, self.dtype, "out_proj")
+        output = name_product(output(mixed))
+        if cache is None:
+            return output, None, shared_kv
+        new_inputs = last_inputs(inputs, cache.inputs, tokens.num_tokens)
+        return output, ConvolutionInputs(new_inputs), shared_kv
+
+    @staticmethod
+    def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
+        """Returns the layer's Hugging Face names of these parameters, by path."""
+        names = {f"{x}/kernel": f"conv.{x}.weight" for x in ("in_proj", "out_proj")}
+        names["conv"] = "conv.conv.weight"
+        if config.convolution_bias:
+            names |= {f"{x}/bias": f"conv.{x}.bias" for x in ("in_proj", "out_proj")}
+            names["conv_bias"] = "conv.conv.bias"
+        return names
+
+    @staticmethod
+    def init_cache(
+        config: DecoderConfig,
+        kinds: tuple[LayerKind, ...],
+        batch: int,
+        length: int,
+        dtype: DTypeLike,
+    ) -> ConvolutionInputs:
+        """Returns zeros for the inputs of a stack of layers."""
+        width = convolution_width_of(kinds) - 1
+        shape = len(kinds), batch, width, config.hidden_size
+        return ConvolutionInputs(jnp.zeros(shape, dtype))
+
+
+def convolution_width_of(kinds: tuple[LayerKind, ...]) -> int:
+    """Returns the width that the convolutions of all layers of a stack have."""
+    width = kinds[0].convolution_width
+    assert width is not None
+    return width

@@ -1,0 +1,130 @@
+"""Kinds of layers on a mesh, with splash attention and with recomputation.
+
+tests/interop compares what they compute with transformers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from tolerances import assert_close
+
+import qlora_jax as ql
+from qlora_jax.llm.models.checkpoint import abstract_params
+from qlora_jax.llm.models.config import (
+    DecoderConfig,
+    Experts,
+    Heads,
+    LatentHeads,
+    LayerKind,
+    Rope,
+)
+from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.sharding import place_arguments
+from qlora_jax.llm.models.stream import Stream
+from qlora_jax.llm.models.tiny import random_params
+
+SIZES = 64, 32, 48, 4, 4, 2
+# As in Gemma 4 E2B: the last two layers attend to keys and values of the first two.
+SLIDING = LayerKind(window=3, kv_group="sliding")
+FULL = LayerKind(Rope(dim=16, num_pairs=2), kv_group="full", heads=Heads(1, 16, True))
+SHARED = DecoderConfig(
+    *SIZES,
+    layers=(
+        *(SLIDING, FULL),
+        LayerKind(window=3, kv_group="sliding", has_kv=False, mlp_width=96),
+        LayerKind(FULL.rope, kv_group="full", has_kv=False, heads=FULL.heads),
+    ),
+    qk_norms=True,
+    value_norms=True,
+    per_layer_width=4,
+    output_scalars=True,
+    attention_scale=1.0,
+)
+LATENT = DecoderConfig(
+    *SIZES,
+    head_dim=12,
+    rotary_dim=8,
+    layers=(LayerKind(latent=LatentHeads(8, 16, 4, 8, value_dim=6)),),
+    experts=Experts(
+        *(6, 2),
+        scores="sigmoid",
+        has_score_bias=True,
+        num_groups=3,
+        groups_per_token=2,
+        shared_width=16,
+        has_shared_gate=False,
+    ),
+)
+CONVOLUTION = LayerKind(None, convolution_width=3)
+MIXED = DecoderConfig(*SIZES, layers=(CONVOLUTION, LayerKind()) * 2)
+CONFIGS = {"shared": SHARED, "latent": LATENT, "convolution": MIXED}
+TOKENS = np.random.default_rng(1).integers(0, 64, (2, 12)).astype(np.int32)
+
+
+def compute_logits(config, params, **settings):
+    model = Decoder(config, **settings)
+    return jax.jit(model.apply)({"params": params}, TOKENS)
+
+
+@pytest.mark.parametrize("name", ["shared", "latent"])
+def test_splash_attention_computes_the_same(name):
+    config, params = CONFIGS[name], random_params(CONFIGS[name])
+    splash = functools.partial(ql.memory.splash_attention, interpret=True)
+    expected = compute_logits(config, params)
+    assert_close(compute_logits(config, params, attention=splash), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputed_layers_have_the_same_gradients(name):
+    params = random_params(CONFIGS[name])
+
+    def gradients(remat):
+        model = Decoder(CONFIGS[name], remat=remat)
+
+        def loss(params):
+            return jnp.mean(jnp.square(model.apply({"params": params}, TOKENS)))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    expected = gradients(False)
+    # All parameters have gradients, those of shared keys and values too.
+    leaves = ql.leaves_by_path(expected)
+    without = {path for path, x in leaves.items() if not np.abs(x).max() > 0}
+    assert {path.rpartition("/")[2] for path in without} <= {"score_bias"}
+    assert_close(gradients(True), expected)
+
+
+def test_a_mesh_splits_heads_and_widths():
+    mesh = AbstractMesh((2, 2), ("fsdp", "tensor"))
+
+    def rules_of(config):
+        return place_arguments(config, abstract_params(config), mesh)["rules"]
+
+    latent, outputs = rules_of(LATENT), (None, "fsdp", "tensor")
+    for name in ("q_b_proj", "kv_b_proj"):
+        assert tuple(latent[f"layers/self_attn/{name}/kernel"]) == outputs
+    o_proj = latent["layers/self_attn/o_proj/kernel"]
+    assert tuple(o_proj) == (None, "tensor", "fsdp")
+    # The full layers have one key head, which the mesh cannot split.
+    shared = rules_of(SHARED)
+    keys = {p: tuple(x) for p, x in shared.items() if p.endswith("k_proj/kernel")}
+    assert keys and all("tensor" not in spec for spec in keys.values())
+    convolution = rules_of(MIXED)
+    inputs = convolution["layers/layer_0/conv/in_proj/kernel"]
+    assert tuple(inputs) == outputs
+
+
+def test_a_stream_continues_layers_without_a_cache_of_their_own():
+    params = random_params(SHARED)
+    stream = Stream(Decoder(SHARED), {"params": params})
+    prompt = TOKENS[0].tolist()
+    tokens = [*stream(prompt, max_new_tokens=4, eos_ids=[])]
+    for i, token in enumerate(tokens):
+        row = np.array([[*prompt, *tokens[:i]]])
+        logits = Decoder(SHARED).apply({"params": params}, row)
+        assert int(jnp.argmax(logits[0, -1])) == token
