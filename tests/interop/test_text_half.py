@@ -7,6 +7,7 @@ import chex
 import llama
 import numpy as np
 import pytest
+import torch
 import transformers
 from configs import DELTA, SIZES, THETA, YARN, random_model
 from helpers import trees_of
@@ -135,8 +136,17 @@ def test_the_text_halves_of_other_models_equal_transformers(name, tmp_path):
     text, vision = HALVES[name]
     settings = {"text_config": SIZES | text, "vision_config": vision}
     settings["tie_word_embeddings"] = False
-    random_model(name.split(",")[0], settings).save_pretrained(tmp_path / "model")
-    theirs = llama.their_model(tmp_path / "model").eval()
+    kind = name.split(",")[0]
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "model")
     with pytest.warns(UserWarning, match="has a vision part. Its .* tensors are ignor"):
         config, params = load(tmp_path / "model", progress=False)
     assert config.module == "model.language_model"

@@ -362,6 +362,8 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
         ({"residual_scale": 0.5, "o_bias": True}, '"granite" .*`o_bias`=True'),
         ({"layer_norms": True}, '"llama" .*`layer_norms`=True'),
         ({"gated_mlp": False}, '"arcee" .*`activation`=.silu'),
+        ({"parallel_mlp": True}, '"cohere2" .*`layer_norms`=False'),
+        ({"post_norms": "glm"}, '"glm4" .*`fused`=False'),
         (GEMMA | {"qk_norms": True}, '"gemma3" .*`logit_soft_cap`=30.0'),
     ],
 )
