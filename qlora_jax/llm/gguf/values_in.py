@@ -15,14 +15,15 @@ SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
 # llama.cpp reorders the rows of q and k in these architectures.
 PERMUTED = ("llama", "smollm3", "arcee", "granite")
-# The norms of these architectures are stored as 1 + scale.
-OFFSET_NORMS = ("gemma", "gemma2", "gemma3")
+QWEN3_5 = ("qwen35", "qwen35moe")  # which are written, but not read
+# Architectures whose norms are stored as 1 + scale.
+OFFSET_NORMS = ("gemma", "gemma2", "gemma3", *QWEN3_5)
 # llama.cpp reads no head in these architectures.
 ALWAYS_TIED = ("gemma", "gemma2", "cohere2")
 # Architectures with LayerNorms, whose epsilon has a key of its own.
 LAYER_NORMS = ("cohere2", "starcoder2")
 # Architectures in which a part of each head may be rotated.
-PARTLY_ROTATED = ("phi3", "glm4")
+PARTLY_ROTATED = ("phi3", "glm4", *QWEN3_5)
 # The factors of Granite in a `config.json`, and in the metadata.
 GRANITE_KEYS = {
     "attention_multiplier": "attention.scale",
@@ -48,11 +49,19 @@ _SIZE_KEYS = {
     "num_heads": "attention.head_count",
 }
 EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
+# The sizes of a gated delta rule, by key of `config.json`.
+DELTA_RULE_KEYS = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+}
 # Architectures that always have experts. Mixtral is stored as a "llama" with experts.
-_MIXTURES = ("qwen3moe", OSS, "olmoe")
+_MIXTURES = ("qwen3moe", "qwen35moe", OSS, "olmoe")
 # Hugging Face's model types, where llama.cpp's names differ.
 _MODEL_TYPES = {"mistral": "llama", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
-_MODEL_TYPES |= {OSS: "gpt_oss"}
+_MODEL_TYPES |= {OSS: "gpt_oss", "qwen35": "qwen3_5_text"}
+_MODEL_TYPES |= {"qwen35moe": "qwen3_5_moe_text"}
 # Gemma's 27B models are recognized by their number of layers. These models scale
 # attention scores by `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -69,7 +78,7 @@ Factors = Mapping[str, tuple[float, ...]]  # divisors of frequencies by tensor n
 
 def size_keys(architecture: str) -> dict[str, str]:
     """Returns the metadata key of each field of `DecoderConfig` that is a size."""
-    if architecture not in ("qwen3moe", OSS):
+    if architecture not in ("qwen3moe", "qwen35moe", OSS):
         return _SIZE_KEYS
     return _SIZE_KEYS | {"intermediate_size": "expert_feed_forward_length"}
 
@@ -129,7 +138,7 @@ def _hf_config(
 def _activation(architecture: str) -> str:
     if architecture == "arcee":
         return "relu2"
-    has_gelu = architecture in (*OFFSET_NORMS, "starcoder2")
+    has_gelu = architecture.startswith("gemma") or architecture == "starcoder2"
     return "gelu_pytorch_tanh" if has_gelu else "silu"
 
 
@@ -157,6 +166,13 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
     for name, key in GRANITE_KEYS.items():
         default = head_dim**-0.5 if name == "attention_multiplier" else 1.0
         keys[name] = number(get(key, 0.0)) or default
+    if architecture in QWEN3_5:
+        keys |= {key: get(name) for key, name in DELTA_RULE_KEYS.items()}
+        value_dim = values["ssm.inner_size"] // values["ssm.time_step_rank"]
+        keys["linear_value_head_dim"] = value_dim
+        keys["full_attention_interval"] = get("full_attention_interval")
+        shared_width = get("expert_shared_feed_forward_length")
+        keys["shared_expert_intermediate_size"] = shared_width
     if architecture == "phi3":
         keys["sliding_window"] = get("attention.sliding_window") or None
     elif default := WINDOW_PERIODS.get(architecture):

@@ -16,6 +16,7 @@ from .values_in import (
     LAYER_NORMS,
     LONG,
     OSS,
+    QWEN3_5,
     SHORT,
     WINDOW_PERIODS,
     Factors,
@@ -27,6 +28,8 @@ from .values_in import (
 def architecture_of(config: DecoderConfig) -> str:
     """Returns the llama.cpp architecture that is most similar to a decoder."""
     c = config
+    if c.has_states:
+        return "qwen35" if c.experts is None else "qwen35moe"
     if c.experts is not None:
         if c.sinks:
             return OSS
@@ -92,6 +95,8 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         factors = c.attention_scale, c.embedding_scale, c.residual_scale
         factors = map(float, (*factors, 1 / c.logit_scale))
         values |= dict(zip(GRANITE_KEYS.values(), factors, strict=True))
+    if architecture in QWEN3_5:
+        values |= _delta_rule_values(c)
     # 3. Stretched rotary positions; see also `factors_of`.
     if architecture == "phi3":
         values["attention.sliding_window"] = main_layer.window or 0
@@ -104,6 +109,27 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
     elif len(set(rope.divisors)) == 1:
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = float(rope.divisors[0])
+    return values
+
+
+def _delta_rule_values(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the values of Qwen3.5 that other architectures lack."""
+    rule = next(kind.delta_rule for kind in config.layers if kind.delta_rule)
+    attends = [kind.delta_rule is None for kind in config.layers]
+    pairs = config.rotary_dim // 2
+    values = {
+        "ssm.conv_kernel": rule.conv_width,
+        "ssm.state_size": rule.key_dim,
+        "ssm.group_count": rule.num_key_heads,
+        "ssm.time_step_rank": rule.num_value_heads,
+        "ssm.inner_size": rule.num_value_heads * rule.value_dim,
+        "full_attention_interval": 1 + attends.index(True),
+        # The pairs are assigned to the three axes of an image in turn. Those of text
+        # have the same positions.
+        "rope.dimension_sections": [*(-((i - pairs) // 3) for i in range(3)), 0],
+    }
+    if config.experts is not None:
+        values["expert_shared_feed_forward_length"] = config.experts.shared_width
     return values
 
 
@@ -158,6 +184,10 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     )
     if ropes != computed_ropes:
         differences += ["these rotary positions"]
+    # llama.cpp has one size for both.
+    for rule in {kind.delta_rule for kind in config.layers} - {None}:
+        if rule is not None and rule.key_dim != rule.value_dim:
+            differences += [f"`key_dim` other than `value_dim` in {rule}"]
     # 3. Some architectures require `num_heads * head_dim == hidden_size`.
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
