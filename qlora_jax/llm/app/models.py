@@ -44,6 +44,9 @@ _PUBLISHED = {
         "Mixtral", "8x7B, 8x22B", "mistralai/Mixtral-8x7B-Instruct-v0.1"
     ),
     "olmoe": _Published("OLMoE", "7B-A1B", "allenai/OLMoE-1B-7B-0924-Instruct"),
+    "qwen2_moe": _Published(
+        "Qwen2 with experts", "14B-A2.7B, 57B-A14B", "Qwen/Qwen1.5-MoE-A2.7B-Chat"
+    ),
     "qwen3_moe": _Published(
         "Qwen3 with experts", "30B-A3B, 235B-A22B", "Qwen/Qwen3-30B-A3B"
     ),
@@ -52,8 +55,22 @@ _PUBLISHED = {
         "Qwen3.5 with experts", "35B-A3B and larger", "Qwen/Qwen3.5-35B-A3B"
     ),
     "gpt_oss": _Published("gpt-oss", "20B, 120B", "openai/gpt-oss-20b"),
+    "gemma": _Published("Gemma 1", "2B, 7B", "google/gemma-1.1-2b-it"),
     "gemma2": _Published("Gemma 2", "2B to 27B", "google/gemma-2-2b-it"),
     "gemma3_text": _Published("Gemma 3", "270M to 27B", "google/gemma-3-1b-it"),
+    "ministral3": _Published(
+        "Ministral 3", "3B to 14B", "mistralai/Ministral-3-3B-Instruct-2512"
+    ),
+    "olmo2": _Published("OLMo 2", "1B to 32B", "allenai/OLMo-2-0425-1B-Instruct"),
+    "olmo3": _Published("OLMo 3", "7B, 32B", "allenai/Olmo-3-7B-Instruct"),
+    "granite": _Published("Granite 3", "2B, 8B", "ibm-granite/granite-3.3-2b-instruct"),
+    "glm4": _Published("GLM-4", "9B, 32B", "zai-org/GLM-4-9B-0414"),
+    "cohere2": _Published(
+        "Cohere 2", "7B to 111B", "CohereLabs/c4ai-command-r7b-12-2024"
+    ),
+    "seed_oss": _Published("Seed-OSS", "36B", "ByteDance-Seed/Seed-OSS-36B-Instruct"),
+    "arcee": _Published("Arcee", "4.5B", "arcee-ai/AFM-4.5B"),
+    "starcoder2": _Published("StarCoder2", "3B to 15B", "bigcode/starcoder2-3b"),
 }
 
 

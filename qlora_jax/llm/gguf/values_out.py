@@ -12,6 +12,8 @@ from .values_in import (
     BIAS_TENSORS,
     EXPERT_KEYS,
     FREQUENCIES,
+    GRANITE_KEYS,
+    LAYER_NORMS,
     LONG,
     OSS,
     QWEN3_5,
@@ -34,8 +36,20 @@ def architecture_of(config: DecoderConfig) -> str:
         if c.qk_norms == "whole":
             return "olmoe"
         return "qwen3moe" if c.qk_norms else "llama"
-    if c.fused:
+    if c.fuses_qkv:
         return "phi3"
+    if not c.pre_norms:
+        return "olmo2"
+    if c.parallel_mlp:
+        return "cohere2"
+    if not c.gated_mlp:
+        return "starcoder2" if c.layer_norms else "arcee"
+    if c.post_norms == "glm":
+        return "glm4"
+    if c.residual_scale != 1 or c.logit_scale != 1:
+        return "granite"
+    if c.unit_offset_norms and not c.post_norms:
+        return "gemma"
     if c.post_norms:
         return "gemma3" if c.qk_norms else "gemma2"
     if None in c.ropes:
@@ -50,6 +64,7 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
     # 1. The values that all architectures have.
     c, main_layer = config, _main_layer(config)
     rope = main_layer.rope or Rope()
+    norm = "" if architecture in LAYER_NORMS else "rms_"
     windows = [layer.window for layer in c.layers if layer.window is not None]
     values = {
         "context_length": context,
@@ -58,21 +73,28 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         "attention.head_count_kv": c.num_kv_heads,
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
-        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
+        f"attention.layer_norm_{norm}epsilon": float(c.rms_norm_eps),
         "rope.dimension_count": c.rotary_dim,
         "rope.freq_base": float(rope.theta),
     }
-    # 2. Experts, windows and soft-caps. gpt-oss must have the key for a window. Without
-    # a window, its value is the context length.
+    # 2. Experts, windows, soft-caps and factors. Cohere 2 and gpt-oss must have
+    # the key for a window. Without a window, its value is the context length.
     if c.experts is not None:
         values |= {key: getattr(c.experts, name) for name, key in EXPERT_KEYS.items()}
-    if architecture in WINDOW_PERIODS and (windows or architecture == OSS):
+    needs_window = architecture in ("cohere2", OSS)
+    if architecture in WINDOW_PERIODS and (windows or needs_window):
         values["attention.sliding_window"] = [*windows, context][0]
     if architecture == "gemma2":
         caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
         for name, cap in caps.items():
             if cap is not None:
                 values[f"{name}_logit_softcapping"] = float(cap)
+    if architecture == "cohere2":
+        values["logit_scale"] = float(c.logit_scale)
+    if architecture == "granite":
+        factors = c.attention_scale, c.embedding_scale, c.residual_scale
+        factors = map(float, (*factors, 1 / c.logit_scale))
+        values |= dict(zip(GRANITE_KEYS.values(), factors, strict=True))
     if architecture in QWEN3_5:
         values |= _delta_rule_values(c)
     # 3. Stretched rotary positions; see also `factors_of`.
@@ -170,7 +192,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
     is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
-    if architecture in ("phi3", "olmoe") and not is_wide:
+    if architecture in ("phi3", "olmoe", "olmo2") and not is_wide:
         differences += ["heads whose total width is not `hidden_size`"]
     if differences:
         raise ValueError(

@@ -45,12 +45,15 @@ _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
 _REGISTERED["starcoder2"] = "GPT2Tokenizer"
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(
-    ("glm4", "granite", "ministral3", "olmo2", "olmo3"), AS_IN_FILE
+    ("glm4", "granite", "ministral3", "mistral3", "olmo2", "olmo3"), AS_IN_FILE
 )
 _REGISTERED |= dict.fromkeys(
     ("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
 )
-_REGISTERED |= dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
+_REGISTERED |= dict.fromkeys(
+    ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl"),
+    "Qwen2Tokenizer",
+)
 _QWEN3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 _REGISTERED |= dict.fromkeys(_QWEN3_5, "Qwen3_5Tokenizer")
 _EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
