@@ -11,12 +11,20 @@ from ..models.families import FAMILIES, TEXT_HALVES
 from ..models.family import Family, UnsupportedOption
 from .configs import ModelsConfig
 
-# The config of a small model, in which all other options have their defaults.
-_SMALL = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 64}
+# The config of a small model. It has the options that some families require; all others
+# have their defaults. A default of Gemma 4 must equal the size of the vocabulary.
+_SMALL = {"vocab_size": 262_144, "hidden_size": 256, "intermediate_size": 64}
 _SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 32}
-_SMALL |= {"max_position_embeddings": 64}
-# llama.cpp supports some families only with a value that is not the default.
-_GGUF_OPTIONS: tuple[dict[str, object], ...] = ({}, {"norm_topk_prob": True})
+_SMALL |= {"max_position_embeddings": 64, "num_experts_per_tok": 2}
+# llama.cpp supports some families only with a value that is not the default, as many
+# published models have.
+_GGUF_OPTIONS: tuple[dict[str, object], ...] = (
+    {},
+    {"norm_topk_prob": True},
+    {"residual_multiplier": 0.5},
+    {"sliding_window": None},
+)
+_CONTEXT = 1 << 20  # longer than windows, so that these have an effect
 
 
 class _Published(NamedTuple):
@@ -58,6 +66,18 @@ _PUBLISHED = {
     "gemma": _Published("Gemma 1", "2B, 7B", "google/gemma-1.1-2b-it"),
     "gemma2": _Published("Gemma 2", "2B to 27B", "google/gemma-2-2b-it"),
     "gemma3_text": _Published("Gemma 3", "270M to 27B", "google/gemma-3-1b-it"),
+    "gemma4_text": _Published("Gemma 4", "E2B, E4B, 31B", "google/gemma-4-E2B-it"),
+    "gemma4_unified_text": _Published(
+        "Gemma 4 unified", "12B", "google/gemma-4-12B-it"
+    ),
+    "deepseek_v2": _Published(
+        "DeepSeek V2", "16B-A2.4B, 236B-A21B", "deepseek-ai/DeepSeek-V2-Lite-Chat"
+    ),
+    "deepseek_v3": _Published(
+        "DeepSeek V3", "671B-A37B", "deepseek-ai/DeepSeek-V3-0324"
+    ),
+    "glm4_moe_lite": _Published("GLM-4.7-Flash", "30B-A3B", "zai-org/GLM-4.7-Flash"),
+    "lfm2": _Published("LFM2", "350M to 2.6B", "LiquidAI/LFM2-350M"),
     "ministral3": _Published(
         "Ministral 3", "3B to 14B", "mistralai/Ministral-3-3B-Instruct-2512"
     ),
@@ -189,10 +209,9 @@ def _find_fixed_options(family: Family) -> dict[str, object]:
 
 
 def _has_gguf(family: Family, options: dict[str, object]) -> bool:
-    config = family.read_config({**_SMALL, **options})
     with warnings.catch_warnings(action="ignore"):  # about some rotary positions
         try:
-            gguf_architecture(config, _SMALL["max_position_embeddings"])
+            gguf_architecture(family.read_config({**_SMALL, **options}), _CONTEXT)
         except ValueError:
             return False
     return True
