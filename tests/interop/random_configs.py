@@ -233,6 +233,20 @@ def draw_gemma3(rng: random.Random) -> Options:
     return options | pattern | {"attn_logit_softcapping": None}
 
 
+def draw_qwen2_moe(rng: random.Random) -> Options:
+    """Returns the options of Qwen2-MoE."""
+    sizes = draw_sizes(rng) | draw_rope(rng)
+    count = sizes["num_hidden_layers"]
+    dense = rng.choice((None, rng.sample(range(count), 1)))
+    flags = draw_flags(rng, "qkv_bias norm_topk_prob")
+    return sizes | draw_windows(rng, count) | draw_experts(rng) | flags | {
+        "moe_intermediate_size": rng.choice((16, 24)),
+        "shared_expert_intermediate_size": rng.choice((12, 16)),
+        "decoder_sparse_step": rng.randint(1, 2),
+        "mlp_only_layers": dense,
+    }  # fmt: skip
+
+
 def draw_olmo2(rng: random.Random) -> Options:
     """Returns the options of OLMo 2."""
     return draw_sizes(rng) | draw_rope(rng) | draw_flags(rng, "attention_bias")
@@ -250,15 +264,16 @@ def draw_olmo3(rng: random.Random) -> Options:
 def draw_granite(rng: random.Random) -> Options:
     """Returns the options of Granite 3."""
     factors = "embedding_multiplier residual_multiplier logits_scaling"
-    factors += " attention_multiplier"
-    options = draw_sizes(rng) | draw_rope(rng)
-    options |= draw_flags(rng, "attention_bias mlp_bias")
-    return options | {name: rng.choice((0.25, 0.7, 1.5)) for name in factors.split()}
+    options = draw_llama(rng)
+    del options["head_dim"]
+    options |= {name: rng.choice((0.25, 0.7, 1.5)) for name in factors.split()}
+    return options | {"attention_multiplier": rng.choice((0.1, 0.25, 0.4))}
 
 
 def draw_glm4(rng: random.Random) -> Options:
     """Returns the options of GLM-4."""
     rope = draw_rope(rng, partial_rotary_factor=rng.choice((0.5, 1.0)))
+    rope |= {"initializer_range": 0.2}  # large scores amplify rounding errors
     return draw_sizes(rng, (8, 12)) | rope | draw_flags(rng, "attention_bias")
 
 
@@ -274,6 +289,8 @@ def draw_cohere2(rng: random.Random) -> Options:
 def draw_seed_oss(rng: random.Random) -> Options:
     """Returns the options of Seed-OSS."""
     flags = draw_flags(rng, "attention_bias attention_out_bias mlp_bias")
+    # PEFT's models are in training mode.
+    flags |= {"attention_dropout": 0.0, "residual_dropout": 0.0}
     return draw_sizes(rng, (None, 12)) | draw_rope(rng) | flags
 
 
@@ -285,7 +302,7 @@ def draw_gemma(rng: random.Random) -> Options:
 
 def draw_ministral3(rng: random.Random) -> Options:
     """Returns the options of Ministral 3."""
-    options = draw_mistral(rng)
+    options = draw_mistral(rng) | {"head_dim": rng.choice((8, 12))}
     scaling = {"llama_4_scaling_beta": rng.choice((0.1, 1.0))}
     scaling |= {"original_max_position_embeddings": rng.choice((8, 16))}
     return options | {"rope_parameters": options["rope_parameters"] | scaling}
@@ -417,6 +434,7 @@ ROWS = {
     "olmoe": Row(draw_olmoe, "hidden_act clip_qkv"),
     # `num_local_experts` is another name of `num_experts`.
     "qwen3_moe": Row(draw_qwen3_moe, "hidden_act num_local_experts"),
+    "qwen2_moe": Row(draw_qwen2_moe),
     "qwen3_5_text": Row(draw_qwen3_5),
     "qwen3_5_moe_text": Row(draw_qwen3_5_moe),
     "gpt_oss": Row(draw_gpt_oss, "hidden_act swiglu_alpha swiglu_limit"),

@@ -44,6 +44,7 @@ COUNT = {
     "qwen2": USED | WINDOWS,
     "qwen3": USED | WINDOWS,
     "qwen3_moe": EXPERTS | USED | {"sliding_window": 8, "num_local_experts": 4},
+    "qwen2_moe": EXPERTS | USED | WINDOWS | {"num_experts": 4},
     "mixtral": EXPERTS | {"sliding_window": 8, "num_local_experts": 4},
     "olmoe": EXPERTS | {"num_experts": 4},
     "qwen3_5_text": DELTA

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from configs import DELTA, SIZES, random_model
+from configs import DELTA, SIZES, THETA, YARN, random_model
 from helpers import trees_of
 from stored import export
 from tolerances import assert_close
@@ -108,6 +108,58 @@ def test_the_text_half_of_qwen3_5_equals_transformers(tmp_path):
     assert config.module == "model.language_model"
     ours = llama.our_logits(config, params, tokens=TOKENS)
     assert_close(ours, logits_of(model))
+
+
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+QWEN_VISION |= {"out_hidden_size": 32}
+MROPE = {
+    "rope_parameters": THETA | {"rope_type": "default", "mrope_section": [2, 1, 1]}
+}
+QUERIES = {"rope_parameters": YARN | {"llama_4_scaling_beta": 1.0}, "head_dim": 8}
+QUERIES["rope_parameters"] |= {"original_max_position_embeddings": 8}
+PIXTRAL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+PIXTRAL |= {"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 8}
+# The text settings besides SIZES, and the vision settings.
+HALVES = {
+    "qwen2_5_vl": (MROPE, QWEN_VISION),
+    "qwen3_vl": (
+        MROPE | {"head_dim": 8},
+        QWEN_VISION | {"deepstack_visual_indexes": []},
+    ),
+    "mistral3": ({"model_type": "mistral", "sliding_window": None}, PIXTRAL),
+    "mistral3, ministral3": ({"model_type": "ministral3"} | QUERIES, PIXTRAL),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_the_text_halves_of_other_models_equal_transformers(name, tmp_path):
+    text, vision = HALVES[name]
+    settings = {"text_config": SIZES | text, "vision_config": vision}
+    settings["tie_word_embeddings"] = False
+    kind = name.split(",")[0]
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="has a vision part. Its .* tensors are ignor"):
+        config, params = load(tmp_path / "model", progress=False)
+    assert config.module == "model.language_model"
+    expected = logits_of(theirs)
+    assert_close(llama.our_logits(config, params, tokens=TOKENS), expected)
+    # Merged, it is a text-only model.
+    export(tmp_path / "model", "merged", tmp_path / "merged")
+    merged = llama.their_model(tmp_path / "merged")
+    assert type(merged).__name__ in ("MistralForCausalLM", "Ministral3ForCausalLM") + (
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    )
+    assert_close(logits_of(merged), expected)
 
 
 def test_the_text_half_of_gemma_4_equals_transformers(tmp_path):

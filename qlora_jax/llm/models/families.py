@@ -38,11 +38,13 @@ from .lfm2 import LFM2_KEYS, read_lfm2
 # - SmolLM3 has no rotary positions in every fourth layer.
 # - Phi-3 and Phi-4-mini have fused projections, LongRoPE and partial rotary positions.
 # - Mixtral is a Mistral with experts, and Qwen3 MoE a Qwen3 with experts.
+# - Qwen2-MoE is a Qwen2 with experts, one of which all tokens share.
 # - OLMoE is a Llama with experts and norms of q and k.
 # - In gpt-oss, experts have biases, heads have sinks, and every other layer a window.
 # - Gemma 2 and 3 have norms before and after attention and the MLP. Gemma 2 has
 #   soft-caps, and a window in every other layer. Gemma 3 has two kinds of rotary
 #   positions, and a window in five of six layers; only its text half is supported.
+from .text_halves import MROPE_KEYS, read_text_settings
 
 _LONGROPE = ("longrope", "su", "yarn")  # older Phi files use the last two names
 # Fields of `Experts` that the GGUF reader also uses.
@@ -57,7 +59,6 @@ GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _FULL, _LINEAR = "full_attention", "linear_attention"
-_MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 _GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
 _GEMMA4, _UNIFIED = ("Gemma4ForCausalLM",), ("Gemma4UnifiedForCausalLM",)
 _QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM",)
@@ -69,6 +70,7 @@ _GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
 _GEMMA4_SIZES = 262_144, 2304, 9216, 30, 8, 131_072
 _UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
 _QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
+_NO_SIZES = (None,) * len(_SIZE_KEYS)
 _QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
 TEXT_HALVES = {
     "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
@@ -76,6 +78,10 @@ TEXT_HALVES = {
     "gemma4_unified": ("gemma4_unified_text", _UNIFIED, _UNIFIED_SIZES),
     "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
     "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_5_MOE, _QWEN3_5_MOE_SIZES),
+    # These text halves are text-only models. Files have all sizes.
+    "mistral3": ("mistral", ("MistralForCausalLM",), _NO_SIZES),
+    "qwen2_5_vl": ("qwen2", ("Qwen2ForCausalLM",), _NO_SIZES),
+    "qwen3_vl": ("qwen3", ("Qwen3ForCausalLM",), _NO_SIZES),
 }
 
 
@@ -183,6 +189,35 @@ def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     fields["qk_norms"] = True
     windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
     [kind] = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    return _read_sparse(raw, fields, (kind,) * fields["num_layers"], 768, (128, 8))
+
+
+def _read_qwen2_moe(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields: dict[str, Any] = shared_fields(raw, kv_heads=16)
+    fields["qkv_bias"] = bool(raw.get("qkv_bias", True))
+    # In contrast to Qwen2, layers before `max_window_layers` have windows: every other.
+    has_windows = bool(raw.get("use_sliding_window", False))
+    end = raw.get("max_window_layers", 28) if has_windows else 0
+    window = raw.get("sliding_window", 4096) if has_windows else None
+    rope = read_rope(raw, fields["head_dim"])
+    kinds = read_layers(raw, lambda i: i % 2 == 0 and i < end, window, rope)
+    shared_width = raw.get("shared_expert_intermediate_size", 5632)
+    return _read_sparse(raw, fields, kinds, 1408, (60, 4), shared_width=shared_width)
+
+
+def _read_sparse(
+    raw: Mapping[str, Any],
+    fields: dict[str, Any],
+    kinds: tuple[LayerKind, ...],
+    width: int,
+    counts: tuple[int, int],
+    **settings: Any,
+) -> DecoderConfig:
+    """Returns a decoder in which some layers have experts, and the others an MLP.
+
+    `width` and `counts` are the family's defaults for `moe_intermediate_size` and for
+    the numbers of experts. `settings` are further fields of `Experts`.
+    """
     # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
     step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
     if not is_count(step):
@@ -191,15 +226,17 @@ def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
         )
     if unknown := [x for x in dense if type(x) is not int]:
         raise ValueError(f"`mlp_only_layers` must be integers. Got {unknown}.")
-    count, width = fields["num_layers"], fields["intermediate_size"]
-    is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(count)]
+    is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(len(kinds))]
     if not any(is_sparse):
-        return DecoderConfig(**fields, layers=(kind,))
-    dense_kind = replace(kind, mlp_width=width)
-    layers = tuple(kind if has_experts else dense_kind for has_experts in is_sparse)
-    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
-    normalized = bool(raw.get("norm_topk_prob", False))
-    experts = read_experts(raw, 128, 8, normalized=normalized)
+        return DecoderConfig(**fields, layers=kinds)
+    dense_width = fields["intermediate_size"]
+    layers = tuple(
+        kind if has_experts else replace(kind, mlp_width=dense_width)
+        for kind, has_experts in zip(kinds, is_sparse, strict=True)
+    )
+    fields = fields | {"intermediate_size": raw.get("moe_intermediate_size", width)}
+    settings["normalized"] = bool(raw.get("norm_topk_prob", False))
+    experts = read_experts(raw, *counts, **settings)
     return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
@@ -226,7 +263,7 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
     fraction = section.pop("partial_rotary_factor", None)
     if fraction is None:
         fraction = raw.get("partial_rotary_factor", 0.25)
-    section = {k: x for k, x in section.items() if k not in _MROPE_KEYS}
+    section = {k: x for k, x in section.items() if k not in MROPE_KEYS}
     dim = int(fields["head_dim"] * fraction)
     rope = read_rope({**raw, "partial_rotary_factor": None}, dim, section=section)
     names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
@@ -311,10 +348,12 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if str(raw.get("model_type")) not in TEXT_HALVES:
         return dict(raw)
     model_type, architectures, sizes = TEXT_HALVES[raw["model_type"]]
+    text = read_text_settings(raw)
+    if text.get("model_type") == "ministral3":
+        model_type, architectures = "ministral3", ("Ministral3ForCausalLM",)
     family = {"architectures": [*architectures], "model_type": model_type}
     shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
     shared = {key: raw[key] for key in shared_keys if key in raw}
-    text = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
     defaults = {
         key: size
         for key, size in zip(_SIZE_KEYS, sizes, strict=True)
@@ -337,6 +376,9 @@ _OLMOE_KEYS = f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}"
 _QWEN_KEYS = f"hidden_act max_window_layers use_sliding_window {WINDOW_KEYS}"
 _SMOLLM3_KEYS = "attention_bias hidden_act max_window_layers mlp_bias no_rope_layers"
 _SMOLLM3_KEYS += f" no_rope_layer_interval use_sliding_window {WINDOW_KEYS}"
+_QWEN2_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size qkv_bias"
+_QWEN2_MOE_KEYS += " norm_topk_prob shared_expert_intermediate_size"
+_QWEN2_MOE_KEYS += f" {_QWEN_KEYS} {EXPERT_KEYS}"
 _QWEN3_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size"
 _QWEN3_MOE_KEYS += " attention_bias hidden_act max_window_layers norm_topk_prob"
 _QWEN3_MOE_KEYS += f" sliding_window use_sliding_window {EXPERT_KEYS}"
@@ -365,6 +407,12 @@ _QWEN3_5_MOE_KEYS = "moe_intermediate_size shared_expert_intermediate_size"
 _QWEN3_5_MOE_KEYS += f" {_QWEN3_5_KEYS} {EXPERT_KEYS}"
 _QWEN_VISION_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
 _QWEN_VISION_KEYS += f" vision_end_token_id vision_config {_QWEN3_5_KEYS}"
+_QWEN_VL_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
+_QWEN_VL_KEYS += " vision_end_token_id vision_token_id vision_config mrope_section"
+_QWEN_VL_KEYS += f" mrope_interleaved {_QWEN_KEYS}"
+_MISTRAL3_KEYS = "image_token_id image_token_index multimodal_projector_bias"
+_MISTRAL3_KEYS += " projector_hidden_act spatial_merge_size text_config vision_config"
+_MISTRAL3_KEYS += f" vision_feature_layer llama_4_scaling_beta {_MISTRAL_KEYS}"
 _FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
     Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
@@ -374,6 +422,7 @@ _FAMILIES = (
     Family("phi3", ("Phi3ForCausalLM",), _read_phi3, "hidden_act sliding_window"),
     Family("mixtral", ("MixtralForCausalLM",), _read_mixtral, _MIXTRAL_KEYS),
     Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
+    Family("qwen2_moe", ("Qwen2MoeForCausalLM",), _read_qwen2_moe, _QWEN2_MOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
     Family("qwen3_5_text", _QWEN3_5, _read_qwen3_5, _QWEN3_5_KEYS),
     Family("qwen3_5_moe_text", _QWEN3_5_MOE, _read_qwen3_5_moe, _QWEN3_5_MOE_KEYS),
@@ -414,6 +463,24 @@ _FAMILIES = (
         ("Qwen3_5MoeForConditionalGeneration",),
         _read_text_half,
         f"{_QWEN_VISION_KEYS} {_QWEN3_5_MOE_KEYS}",
+    ),
+    Family(
+        "mistral3",
+        ("Mistral3ForConditionalGeneration",),
+        _read_text_half,
+        _MISTRAL3_KEYS,
+    ),
+    Family(
+        "qwen2_5_vl",
+        ("Qwen2_5_VLForConditionalGeneration",),
+        _read_text_half,
+        _QWEN_VL_KEYS,
+    ),
+    Family(
+        "qwen3_vl",
+        ("Qwen3VLForConditionalGeneration",),
+        _read_text_half,
+        f"attention_bias {_QWEN_VL_KEYS}",
     ),
     *DENSE_FAMILIES,
 )

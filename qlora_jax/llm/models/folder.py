@@ -97,6 +97,8 @@ class ModelFolder:
         renamed, module = {}, self.config.module
         for name in tensors:
             new_name = re.sub(r"^language_model\.model\.", f"{module}.", name)
+            decoder = r"^model\.(?=(layers|embed_tokens|norm)\.)"
+            new_name = re.sub(decoder, f"{module}.", new_name)
             renamed[re.sub(r"^language_model\.", "", new_name)] = tensors[name]
         return dataclasses.replace(tensors, _tensors=renamed)
 

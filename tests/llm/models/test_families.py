@@ -126,6 +126,9 @@ MINISTRAL = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "mscale": 1.0}
 MINISTRAL |= {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 262144}
 MINISTRAL |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16384}
 MINISTRAL |= {"rope_theta": 1e6, "rope_type": "yarn", "type": "yarn"}
+QWEN3_VL = {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}}
+QWEN3_VL["rope_scaling"] |= {"rope_type": "default"}
+QWEN3_VL |= {"attention_bias": False, "head_dim": 8, "rope_theta": 5e6}
 GEMMA = {"head_dim": 8, "hidden_activation": "gelu_pytorch_tanh"}
 GEMMA |= {"sliding_window": 4096, "query_pre_attn_scalar": 256, "hidden_act": None}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -154,6 +157,10 @@ PUBLISHED = {
     | MOE
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False}
     | {"moe_intermediate_size": 32},
+    "qwen2_moe, Qwen1.5": QWEN
+    | MOE
+    | {"decoder_sparse_step": 1, "moe_intermediate_size": 32}
+    | {"shared_expert_intermediate_size": 24},
     "olmoe, OLMoE": MOE | {"clip_qkv": None, "attention_bias": False},
     "gpt_oss, 20B": {"attention_bias": True, "experts_per_token": 4}
     | {"head_dim": 8, "initial_context_length": 4096, "num_experts_per_tok": 4}
@@ -204,6 +211,20 @@ PUBLISHED = {
     | {"norm_type": "layer_norm", "residual_dropout": 0.1, "sliding_window": 4096}
     | {"scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
     | {"use_bias": True},
+    "qwen2_5_vl, 7B": QWEN
+    | {"image_token_id": 1, "video_token_id": 2, "vision_token_id": 3}
+    | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    | {"vision_start_token_id": 4, "vision_end_token_id": 5, "vision_config": {}},
+    "qwen3_vl, 4B": {"image_token_id": 1, "video_token_id": 2, "vision_config": {}}
+    | {"vision_start_token_id": 4, "vision_end_token_id": 5}
+    | {"text_config": SIZES | QWEN3_VL | {"model_type": "qwen3_vl_text"}},
+    "mistral3, Mistral Small 3.1": {"image_token_index": 10, "vision_config": {}}
+    | {"multimodal_projector_bias": False, "projector_hidden_act": "gelu"}
+    | {"spatial_merge_size": 2, "vision_feature_layer": -1}
+    | {"text_config": SIZES | {"model_type": "mistral", "sliding_window": None}},
+    "mistral3, Ministral 3": {"image_token_index": 10, "vision_config": {}}
+    | {"text_config": SIZES | {"model_type": "ministral3"} | {"head_dim": 8}
+    | {"rope_parameters": MINISTRAL}},
     "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
     | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
     "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
@@ -310,6 +331,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
             {"layer_types": ["full_attention"]},
             "`layer_types` must be nul",
         ),
+        ("mistral3", {"text_config": {"model_type": "mistral4"}}, "'ministral3'"),
         ("olmo2", {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
         ("olmo3", {"rope_theta": 1e4}, "`rope_theta` must be 500000.0"),
         ("olmo3", {"rope_parameters": {"factor": 2}}, "a section for each kind"),

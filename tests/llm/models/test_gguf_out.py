@@ -345,7 +345,7 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unit_offset_norms": True}, r'As "llama" .*`unit_offset_norms`=True'),
+        ({"unit_offset_norms": True}, r'As "gemma" .*`embedding_scale`=1.0'),
         ({"logit_soft_cap": 3.0}, "`logit_soft_cap`=3.0"),
         ({"qk_norms": True, "qkv_bias": True}, '"qwen3" .*`qkv_bias`=True'),
         ({"rotary_dim": 4}, "`rotary_dim`=4"),
@@ -367,7 +367,12 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
         (OSS | {"tie_embeddings": True}, "`tie_embeddings`=True"),
         (OSS | {"layers": OSS["layers"][::-1]}, "these sliding windows"),
         (OSS | {"layers": (LayerKind(STRETCHED),)}, "these rotary positions"),
-        ({"pre_norms": False, "post_norms": True}, "`pre_norms`=False"),
+        ({"pre_norms": False, "post_norms": True}, '"olmo2" .*`qk_norms`=False'),
+        ({"residual_scale": 0.5, "o_bias": True}, '"granite" .*`o_bias`=True'),
+        ({"layer_norms": True}, '"llama" .*`layer_norms`=True'),
+        ({"gated_mlp": False}, '"arcee" .*`activation`=.silu'),
+        ({"parallel_mlp": True}, '"cohere2" .*`layer_norms`=False'),
+        ({"post_norms": "glm"}, '"glm4" .*`fused`=False'),
         (LATENT, "layers of these structures"),
         ({"layers": (LayerKind(heads=Heads(1, 16)),)}, "layers of these structures"),
         (GEMMA | {"value_norms": True, "output_scalars": True}, "`value_norms`=True"),

@@ -25,6 +25,7 @@ _UNTESTED = (
     "ministral3",
     "olmo2",
     "olmo3",
+    "qwen2_moe",
     "seed_oss",
     "starcoder2",
 )
