@@ -45,7 +45,8 @@ _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
 _REGISTERED["starcoder2"] = "GPT2Tokenizer"
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(
-    ("glm4", "granite", "ministral3", "mistral3", "olmo2", "olmo3"), AS_IN_FILE
+    ("glm4", "glm4_moe_lite", "granite", "ministral3", "mistral3", "olmo2", "olmo3"),
+    AS_IN_FILE,
 )
 _REGISTERED |= dict.fromkeys(
     ("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
