@@ -473,7 +473,7 @@ def adapters_for(
 
 def _find_small_kernels(
     config: AdapterConfig, model: BaseModel, targets: Sequence[str]
-) -> dict[str, int]:
+) -> dict[str | re.Pattern, int]:
     """Returns patterns of kernels that are smaller than their adapters, and the rank.
 
     One of them is the gate of a shared expert, which has one output. `ql.init` raises
@@ -481,7 +481,7 @@ def _find_small_kernels(
     usual cause. Here, the axes are known, and PEFT has these adapters too.
     """
     leaves, full = ql.leaves_by_path(model.base), config.trainable
-    ranks = {}
+    ranks: dict[str | re.Pattern, int] = {}
     for path in targets:
         k, n = leaves[path].shape[-2:]
         is_trained_in_full = full and re.fullmatch(full, path)
