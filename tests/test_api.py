@@ -114,7 +114,7 @@ def test_classes_say_what_they_hold(name):
     hidden = ("parent", "name") if "parent" in fields else ()  # Flax's
     fields = [f for f in fields if f not in hidden and not f.startswith("_")]
     assert (section(cls, "Attributes") or []) == fields
-    if "__init__" in vars(cls) and not fields:
+    if "__init__" in vars(cls) and not is_record:
         assert section(cls.__init__, "Args") == parameters(cls.__init__)
     assert ">>>" in cls.__doc__
 

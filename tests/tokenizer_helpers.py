@@ -89,17 +89,20 @@ def save_split_tokenizer(folder, pre="qwen2"):
             "llama-bpe": r"\p{N}{1,3}",
             "smaug-bpe": r"\p{N}{1,3}",
             "qwen2": r"\p{N}",
+            "qwen35": r"\p{N}",
         }[pre]
+        marks = r"\p{M}" if pre == "qwen35" else ""
+        letters = rf"[\p{{L}}{marks}]+" if marks else r"\p{L}+"
         expression = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + "| "
-            r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}|{digits}"
+            rf"| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
         first = splits.Split(tokenizers.Regex(expression), "isolated")
     by_regex = pre in ("gpt-2", "smollm")
     second = splits.ByteLevel(add_prefix_space=False, use_regex=by_regex)
     both = splits.Sequence([first, second])
     tokenizer.pre_tokenizer = second if pre == "gpt-2" else both
-    if pre == "qwen2":
+    if pre in ("qwen2", "qwen35"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True)])

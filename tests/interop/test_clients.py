@@ -17,7 +17,17 @@ import pytest
 import torch
 import transformers
 from clients import llama_cpp, log_probabilities, mlx_logits
-from configs import EXPERTS, LINEAR, LLAMA3, OLMOE, SIZES, YARN, longrope, random_model
+from configs import (
+    DELTA,
+    EXPERTS,
+    LINEAR,
+    LLAMA3,
+    OLMOE,
+    SIZES,
+    YARN,
+    longrope,
+    random_model,
+)
 from helpers import trees_of
 from stored import export
 from tokenizer_helpers import save_split_tokenizer
@@ -36,6 +46,8 @@ HEADS = {"head_dim": 16}  # not the hidden size by the heads
 GEMMA = HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16}
 ROPES = {"full_attention": LINEAR | {"rope_theta": 1e6}}
 ROPES |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+# llama.cpp has one size for keys and values.
+QWEN3_5 = DELTA | {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 OSS = HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
 # llama.cpp rounds the bounds of YaRN's ramp, here 0 and 3.9996.
 WHOLE = YARN | {"rope_theta": 1024.0, "original_max_position_embeddings": 201}
@@ -53,6 +65,10 @@ CASES = {
     "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
     "olmoe": OLMOE | {"num_key_value_heads": 4},
     "mixtral": HEADS | {"num_local_experts": 4},
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5
+    | EXPERTS
+    | {"shared_expert_intermediate_size": 24, "initializer_range": 0.3},
     "gpt_oss": OSS | {"rope_parameters": LINEAR},
     "gpt_oss, yarn": OSS | {"rope_parameters": WHOLE},
     "gemma2": GEMMA,
@@ -61,6 +77,10 @@ CASES = {
     "granite": {"attention_multiplier": 0.4, "embedding_multiplier": 1.5}
     | {"logits_scaling": 0.7, "residual_multiplier": 0.6, "rope_parameters": LINEAR},
     "olmo2": {},
+    "glm4": HEADS,
+    "cohere2": {"num_hidden_layers": 5, "sliding_window": 8, "logit_scale": 0.5},
+    "starcoder2": {},
+    "seed_oss": HEADS,  # written as "qwen2"
     "arcee": {"rope_parameters": LINEAR},
     "smollm3": {"num_hidden_layers": 5, "rope_parameters": LINEAR},
     "phi3": {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -107,10 +127,14 @@ def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
     path = tmp_path / "model.gguf"
     config, params = load(tmp_path, progress=False)
     save_gguf(path, tmp_path, params, progress=False)
+    check_llama_cpp(prompt, text, logs, path)
+    if name.startswith("qwen3_5"):
+        with pytest.raises(ValueError, match="The architecture must be one of"):
+            load(path, progress=False)
+        return
     again, read_params = load(path, progress=False)
     assert again.num_layers == config.num_layers
     assert_close(read_params, params, terms=64)
-    check_llama_cpp(prompt, text, logs, path)
 
 
 def check_llama_cpp(prompt, text, logs, *files):
@@ -127,7 +151,7 @@ def check_llama_cpp(prompt, text, logs, *files):
 def adapt(model, folder, size=0.2):
     """Adds an adapter of several ranks and scalings by PEFT, and saves it."""
     options = {"rank_pattern": {"down_proj": 2}, "r": 4, "lora_alpha": 6}
-    options |= {"alpha_pattern": {"0.self_attn.o_proj": 3}, "use_rslora": True}
+    options |= {"alpha_pattern": {"0.mlp.down_proj": 3}, "use_rslora": True}
     options |= {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     settings = peft.LoraConfig(**options)
     model = peft.get_peft_model(model, settings).eval()
@@ -140,7 +164,7 @@ def adapt(model, folder, size=0.2):
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
-@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen3_5_text"])
 def test_clients_add_an_adapter_as_peft_does(tmp_path, name):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = adapt(save_model(base, name), adapter)

@@ -209,7 +209,19 @@ def _adapted_modules(
     for layer in config.layers or ():
         if not any(is_chosen(m, (layer,)) for m in modules):
             problems.append(f"`layers_to_transform`: no module in layer {layer}.")
-    return chosen & set(model.modules)
+    chosen &= set(model.modules)
+    # In transformers, the kernels of experts are one parameter, and not modules. If
+    # `target_parameters` names it, a name such as "gate_proj" in `target_modules` means
+    # other modules: those of a shared expert, or of layers without experts.
+    in_parameters = {
+        path
+        for name, kernels in model.parameters.items()
+        if is_targeted(name, config.target_parameters)
+        for path in kernels
+    }
+    experts = {m for m in chosen if model.modules[m].path in in_parameters}
+    other_names = {last_part(m) for m in chosen - experts}
+    return chosen - {m for m in experts if last_part(m) in other_names}
 
 
 def _adapted_parameters(

@@ -6,11 +6,13 @@ from .configs import (
     ExportConfig,
     GenerateConfig,
     InspectConfig,
+    ModelsConfig,
     PairsConfig,
     ScoreConfig,
 )
 from .contents import Contents, Leaf, inspect
 from .generating import Answer, Generated, generate
+from .models import ModelFamily, Models, models
 from .pairs import Pair, Pairs, pairs
 from .preview import Preview
 from .repacking import FileLosses, Repacked
@@ -46,6 +48,9 @@ __all__ = [
     "InspectConfig",
     "Leaf",
     "ModelConfig",
+    "ModelFamily",
+    "Models",
+    "ModelsConfig",
     "OptimizerConfig",
     "OutputConfig",
     "Pair",
@@ -65,6 +70,7 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "models",
     "pairs",
     "score",
     "train",

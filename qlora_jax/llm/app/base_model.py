@@ -42,8 +42,8 @@ from .train_groups import AdapterConfig, ModelConfig
 
 MLX_ADAPTER = "adapters.safetensors"
 # The linear layers that are packed. As in transformers, the head stays in float, and so
-# do the routers of experts.
-LAYERS = r"layers(_\d+)?/(?!.*/router/).*/kernel"
+# do the routers of experts and the gates of shared ones.
+LAYERS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
 
 # Arguments of `BaseModel.read`, `packing` and `dtype`, that give the weights that
 # training used.
@@ -460,6 +460,7 @@ def adapters_for(
         settings |= target_settings(config, packings, unadapted)
     return ql.QLoRAConfig(
         rank=config.rank,
+        rank_pattern=_find_small_kernels(config, model, targets),
         alpha=config.alpha,
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
@@ -468,3 +469,22 @@ def adapters_for(
         use_dora=config.use_dora,
         **settings,
     )
+
+
+def _find_small_kernels(
+    config: AdapterConfig, model: BaseModel, targets: Sequence[str]
+) -> dict[str | re.Pattern, int]:
+    """Returns patterns of kernels that are smaller than their adapters, and the rank.
+
+    One of them is the gate of a shared expert, which has one output. `ql.init` raises
+    an error for a large adapter that no pattern matches, because wrong axes are the
+    usual cause. Here, the axes are known, and PEFT has these adapters too.
+    """
+    leaves, full = ql.leaves_by_path(model.base), config.trainable
+    ranks: dict[str | re.Pattern, int] = {}
+    for path in targets:
+        k, n = leaves[path].shape[-2:]
+        is_trained_in_full = full and re.fullmatch(full, path)
+        if config.rank * (k + n) > k * n and not is_trained_in_full:
+            ranks[re.escape(path)] = config.rank
+    return ranks

@@ -340,6 +340,17 @@ class GenerateConfig(Config):
 
 
 @dataclass(frozen=True)
+class ModelsConfig(Config):
+    """Lists the supported families of models and the options of their configs.
+
+    Example:
+        >>> from qlora_jax.llm import app
+        >>> app.ModelsConfig()
+        ModelsConfig()
+    """
+
+
+@dataclass(frozen=True)
 class CheckConfig(Config):
     """Checks this machine's devices: matrix products, training, times and memory.
 

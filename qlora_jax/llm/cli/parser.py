@@ -23,6 +23,7 @@ COMMANDS: dict[str, type[Config]] = {
     "generate": configs.GenerateConfig,
     "inspect": configs.InspectConfig,
     "pairs": configs.PairsConfig,
+    "models": configs.ModelsConfig,
     "check": configs.CheckConfig,
 }
 PROGRAMS = """\
@@ -47,6 +48,7 @@ qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0
 qlora-jax generate --model base --prompts prompts.jsonl --out answers.jsonl
 qlora-jax inspect adapter
 qlora-jax inspect base-4bit --json
+qlora-jax models
 qlora-jax check --out report.json"""
 
 

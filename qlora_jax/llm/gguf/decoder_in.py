@@ -13,6 +13,7 @@ import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
+from .delta_rule_order import value_row_order
 from .file import GGUFFile, StoredTensor, open_gguf
 from .values_in import (
     FREQUENCIES,
@@ -20,6 +21,7 @@ from .values_in import (
     OFFSET_NORMS,
     OSS,
     PERMUTED,
+    QWEN3_5,
     SHORT,
     check_values,
     config_from_values,
@@ -38,11 +40,12 @@ _NAME_PATTERNS = {
     r"(\.experts\.\w+_proj)_bias$": r"\1.bias",
     r"\.experts\.gate_up_proj\.": ".experts.gate_proj.",  # see `_join_gate_up`
     r"\.sinks$": ".sinks.weight",
+    r"\.dt_bias$": ".dt_proj.bias",
 }
 # llama.cpp writes Mistral as "llama", but "mistral" is accepted too.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe", "olmoe")
 ARCHITECTURES += ("gemma", "gemma2", "gemma3", "smollm3", "phi3", OSS)
-ARCHITECTURES += ("arcee", "granite", "olmo2")
+ARCHITECTURES += ("arcee", "cohere2", "glm4", "granite", "olmo2", "starcoder2")
 # The keys of an adapter file.
 _ALPHA = "adapter.lora.alpha"
 _ADAPTER_KEYS = ("adapter.type", _ALPHA)
@@ -235,30 +238,32 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
     return gguf_name_of
 
 
-def permuted_heads(name: str, config: DecoderConfig, architecture: str) -> int | None:
-    """Returns the number of heads if llama.cpp reorders a tensor's rows, else None."""
-    if architecture not in PERMUTED:
+def row_order(
+    name: str, num_rows: int, config: DecoderConfig, architecture: str
+) -> np.ndarray | None:
+    """Returns the rows of a tensor in llama.cpp's order; None if it is the same."""
+    if architecture in QWEN3_5:
+        return value_row_order(name, num_rows, config)
+    heads = {".q_proj.": config.num_heads, ".k_proj.": config.num_kv_heads}
+    count = next((heads[part] for part in heads if part in name), None)
+    # A wrong number of rows is reported later, with the expected shape.
+    if architecture not in PERMUTED or count is None or num_rows % (2 * count):
         return None
-    if ".q_proj." in name:
-        return config.num_heads
-    return config.num_kv_heads if ".k_proj." in name else None
+    return permute(np.arange(num_rows), count)
 
 
 def stored_rows(
     name: str, shape: tuple[int, ...], config: DecoderConfig, architecture: str
 ) -> np.ndarray | None:
     """Returns the index at which each row of a tensor is stored; None if in order."""
-    heads = permuted_heads(name, config, architecture)
-    # A wrong number of rows is reported later, with the expected shape.
-    if heads is None or shape[0] % (2 * heads):
-        return None
-    return np.argsort(permute(np.arange(shape[0]), heads))
+    order = row_order(name, shape[0], config, architecture)
+    return None if order is None else np.argsort(order)
 
 
 def offset_of(name: str, architecture: str) -> float:
     """Returns the number that llama.cpp adds to the values of a tensor."""
     is_norm = architecture in OFFSET_NORMS and name.endswith("norm.weight")
-    return 1.0 if is_norm else 0.0
+    return 1.0 if is_norm and not name.endswith("linear_attn.norm.weight") else 0.0
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:

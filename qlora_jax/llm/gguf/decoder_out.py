@@ -20,7 +20,8 @@ from ..models.checkpoint import abstract_params
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.source import ModelSource, open_source
-from .decoder_in import gguf_names, offset_of, permute, permuted_heads
+from .decoder_in import gguf_names, offset_of, row_order
+from .delta_rule_order import value_column_order
 from .k_quants import K_QUANTS, pack_k_quant
 from .mixtures import q4_k_m_format
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
@@ -32,7 +33,8 @@ BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
 _PACKED = ("Q4_0", "MXFP4")
 _Q4_0: Any = ql.QLoRAConfig(fmt="q4_0").packing
 _Q4_0_FORMATS = _Q4_0.format.equivalents  # formats with the codes and scales of Q4_0
-_LAYER_KERNELS = r"layers(_\d+)?/(?!.*/router/).*/kernel"  # that Q4_0 packs
+# The kernels that Q4_0 packs.
+_LAYER_KERNELS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
 _MAX_F16 = float(np.finfo(np.float16).max)
 
 Leaves = Mapping[str, Any]  # arrays and packed kernels, or adapters, by path
@@ -97,6 +99,7 @@ def save_gguf(
     leaves, adapters = ql.leaves_by_path(base), ql.leaves_by_path(lora or {})
     _check_leaves(config, leaves, adapters)
     if fmt == "Q4_0":
+        _check_value_blocks(config)
         if adapters:
             raise ValueError(
                 "`lora` must be left out for Q4_0, since merged kernels would have to "
@@ -131,9 +134,10 @@ def save_gguf(
         bar = tqdm(tensors, "writing", len(tensors), unit=" tensors", disable=disable)
         for tensor in bar:
             x = _read_tensor(tensor, leaves[tensor.path], adapters.get(tensor.path))
-            heads = permuted_heads(tensor.hf_name, config, architecture)
-            x = x if heads is None else permute(x, heads)
+            x = _reorder(x, tensor, config, architecture)
             if tensor.fmt not in _PACKED:
+                if tensor.hf_name.endswith(".A_log"):
+                    x = -np.exp(x)
                 x = x + np.float32(offset_of(tensor.hf_name, architecture))
                 x = _encode(tensor.name, x, tensor.fmt)
             writer.write_tensor_data(np.ascontiguousarray(x))
@@ -166,9 +170,18 @@ def _add_values(
     writer.add_name(source.path.name.removesuffix(".gguf"))
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    adders = {int: "uint32", float: "float32", str: "string"}
+    adders = {int: "uint32", float: "float32", str: "string", list: "array"}
     for key, value in values_of(config, writer.arch, source.context_length).items():
         getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
+
+
+def _check_value_blocks(config: DecoderConfig) -> None:
+    """Raises if llama.cpp's order of the heads of values would divide a block."""
+    for rule in {kind.delta_rule for kind in config.layers} - {None}:
+        if rule is not None and rule.value_dim % BLOCK:
+            raise ValueError(
+                f"`value_dim` must be a multiple of {BLOCK} for Q4_0. Got {rule}."
+            )
 
 
 def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:
@@ -207,13 +220,18 @@ def _plan_tensors(
         if hf_names.ndim > 1:
             hf_names, batch_axes = hf_names[:, 0], 1
         # 2. The shape. Alternating columns of gate and up become two tensors.
+        # Convolutions have an axis of size 1, which is removed.
         shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
+        if is_convolution := path.endswith("/conv1d"):
+            shape = (shape[0], shape[2])
         if "/experts/gate_up_proj/" in path:
             shape = (*shape[:-1], shape[-1] // 2)
             parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
-        # 3. The format. llama.cpp stores vectors, biases and routers in F32.
-        is_small = len(shape) == 1 or re.search("/router/|/bias$", path)
+        # 3. The format. llama.cpp stores vectors, biases, convolutions, routers and
+        # gates of experts in F32.
+        is_small = len(shape) == 1 or is_convolution
+        is_small = is_small or re.search("/router/|/shared_expert_gate/|/bias$", path)
         is_merged = path in adapters
         tensor_fmt = "F32"
         if not is_small:
@@ -273,8 +291,25 @@ def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
     for expert in np.ndindex(tensor.shape[:-2]):
         x = _merge_matrix(leaf, lora, (*tensor.batch_index, *expert))
         x = x[..., tensor.columns]
-        values[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
+        x = x.swapaxes(-1, -2) if tensor.is_kernel else x
+        values[expert] = x.reshape(values[expert].shape)
     return values
+
+
+def _reorder(
+    x: np.ndarray, tensor: _PlannedTensor, config: DecoderConfig, architecture: str
+) -> np.ndarray:
+    """Returns the rows and columns of a tensor in llama.cpp's order."""
+    rows = row_order(tensor.hf_name, len(x), config, architecture)
+    x = x if rows is None else x[rows]
+    columns = value_column_order(tensor.hf_name, config)
+    if columns is not None and tensor.fmt in _PACKED:
+        # Whole blocks of weights change their places.
+        blocks = columns.reshape(-1, BLOCK)[:, 0] // BLOCK
+        x = x.reshape(len(x), len(blocks), -1)[:, blocks].reshape(len(x), -1)
+    elif columns is not None:
+        x = x[:, columns]
+    return x
 
 
 def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
@@ -366,9 +401,12 @@ def save_gguf_lora(
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
         for module, factors in adapter.factors.items():
             hf_name = f"{module}.weight"
-            heads = permuted_heads(hf_name, config, architecture)
-            b = factors["b"] if heads is None else permute(factors["b"], heads)
-            writer.add_tensor(f"{names[hf_name]}.lora_a", factors["a"])
+            a, b = factors["a"], factors["b"]
+            rows = row_order(hf_name, len(b), config, architecture)
+            b = b if rows is None else b[rows]
+            columns = value_column_order(hf_name, config)
+            a = a if columns is None else a[:, columns]
+            writer.add_tensor(f"{names[hf_name]}.lora_a", np.ascontiguousarray(a))
             writer.add_tensor(f"{names[hf_name]}.lora_b", np.ascontiguousarray(b))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

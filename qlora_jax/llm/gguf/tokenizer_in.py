@@ -32,6 +32,11 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# In Qwen3.5, marks belong to letters.
+_WORDS_WITH_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # For each of llama.cpp's names of pre-tokenizers:
 # - the expression by which it splits text. "" stands for GPT-2's expression. None means
 #   that each digit is split off first, and GPT-2's expression is then applied,
@@ -43,6 +48,7 @@ PRE_TOKENIZERS = {
     "llama-bpe": (_WORDS % r"\p{N}{1,3}", None, True),
     "smaug-bpe": (_WORDS % r"\p{N}{1,3}", None, False),
     "qwen2": (_WORDS % r"\p{N}", "NFC", False),
+    "qwen35": (_WORDS_WITH_MARKS, "NFC", False),
 }
 
 

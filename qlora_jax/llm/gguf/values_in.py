@@ -15,8 +15,15 @@ SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
 # llama.cpp reorders the rows of q and k in these architectures.
 PERMUTED = ("llama", "smollm3", "arcee", "granite")
-# The norms of these architectures are stored as 1 + scale.
-OFFSET_NORMS = ("gemma", "gemma2", "gemma3")
+QWEN3_5 = ("qwen35", "qwen35moe")  # which are written, but not read
+# Architectures whose norms are stored as 1 + scale.
+OFFSET_NORMS = ("gemma", "gemma2", "gemma3", *QWEN3_5)
+# llama.cpp reads no head in these architectures.
+ALWAYS_TIED = ("gemma", "gemma2", "cohere2")
+# Architectures with LayerNorms, whose epsilon has a key of its own.
+LAYER_NORMS = ("cohere2", "starcoder2")
+# Architectures in which a part of each head may be rotated.
+PARTLY_ROTATED = ("phi3", "glm4", *QWEN3_5)
 # The factors of Granite in a `config.json`, and in the metadata.
 GRANITE_KEYS = {
     "attention_multiplier": "attention.scale",
@@ -27,6 +34,7 @@ GRANITE_KEYS = {
 # The optional biases that llama.cpp reads, by architecture. Each is a field of
 # `DecoderConfig` that is true if the file has the tensor named in `BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
+_BIASES |= {"glm4": ("qkv_bias",), "starcoder2": ("qkv_bias", "o_bias")}
 BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
     "o_bias": "blk.0.attn_output.bias",
@@ -41,17 +49,25 @@ _SIZE_KEYS = {
     "num_heads": "attention.head_count",
 }
 EXPERT_KEYS = {"count": "expert_count", "per_token": "expert_used_count"}
+# The sizes of a gated delta rule, by key of `config.json`.
+DELTA_RULE_KEYS = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+}
 # Architectures that always have experts. Mixtral is stored as a "llama" with experts.
-_MIXTURES = ("qwen3moe", OSS, "olmoe")
+_MIXTURES = ("qwen3moe", "qwen35moe", OSS, "olmoe")
 # Hugging Face's model types, where llama.cpp's names differ.
 _MODEL_TYPES = {"mistral": "llama", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
-_MODEL_TYPES |= {OSS: "gpt_oss"}
+_MODEL_TYPES |= {OSS: "gpt_oss", "qwen35": "qwen3_5_text"}
+_MODEL_TYPES |= {"qwen35moe": "qwen3_5_moe_text"}
 # Gemma's 27B models are recognized by their number of layers. These models scale
 # attention scores by `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 # Every 2nd or 6th layer has no window, and every 4th layer of SmolLM3 has no rotary
 # positions.
-WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2, "cohere2": 4}
 _NO_ROPE_PERIOD = 4
 # Further YaRN keys, with the only values that are supported.
 _YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
@@ -62,7 +78,7 @@ Factors = Mapping[str, tuple[float, ...]]  # divisors of frequencies by tensor n
 
 def size_keys(architecture: str) -> dict[str, str]:
     """Returns the metadata key of each field of `DecoderConfig` that is a size."""
-    if architecture not in ("qwen3moe", OSS):
+    if architecture not in ("qwen3moe", "qwen35moe", OSS):
         return _SIZE_KEYS
     return _SIZE_KEYS | {"intermediate_size": "expert_feed_forward_length"}
 
@@ -104,7 +120,7 @@ def _hf_config(
         "hidden_act": _activation(architecture),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": number(get("attention.layer_norm_rms_epsilon", 1e-5)),
-        "tie_word_embeddings": not has_head or architecture in ("gemma", "gemma2"),
+        "tie_word_embeddings": not has_head or architecture in ALWAYS_TIED,
         "attention_bias": biases["o_bias"] or architecture == OSS,
         # gpt-oss always has these biases, but its config has no key for them.
         **({} if architecture == OSS else {"mlp_bias": biases["mlp_bias"]}),
@@ -122,7 +138,8 @@ def _hf_config(
 def _activation(architecture: str) -> str:
     if architecture == "arcee":
         return "relu2"
-    return "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
+    has_gelu = architecture.startswith("gemma") or architecture == "starcoder2"
+    return "gelu_pytorch_tanh" if has_gelu else "silu"
 
 
 def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, Any]:
@@ -141,11 +158,21 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
         "no_rope_layers": [int((i + 1) % _NO_ROPE_PERIOD > 0) for i in range(count)],
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": architecture != "olmoe",
+        "logit_scale": number(get("logit_scale", 0.0)) or 1.0,
     }
+    for key in ("layer_norm_eps", "norm_epsilon"):
+        keys[key] = number(get("attention.layer_norm_epsilon", 1e-5))
     # llama.cpp treats a factor that is missing or 0 as 1, except that of attention.
     for name, key in GRANITE_KEYS.items():
         default = head_dim**-0.5 if name == "attention_multiplier" else 1.0
         keys[name] = number(get(key, 0.0)) or default
+    if architecture in QWEN3_5:
+        keys |= {key: get(name) for key, name in DELTA_RULE_KEYS.items()}
+        value_dim = values["ssm.inner_size"] // values["ssm.time_step_rank"]
+        keys["linear_value_head_dim"] = value_dim
+        keys["full_attention_interval"] = get("full_attention_interval")
+        shared_width = get("expert_shared_feed_forward_length")
+        keys["shared_expert_intermediate_size"] = shared_width
     if architecture == "phi3":
         keys["sliding_window"] = get("attention.sliding_window") or None
     elif default := WINDOW_PERIODS.get(architecture):
@@ -170,12 +197,13 @@ def _rope_keys(
     section: dict[str, Any] = dict(keys)
     original = get("rope.scaling.original_context_length", get("context_length"))
     factor, kind = _rope_factor(values), "default"
-    if architecture == "phi3":
+    if architecture in PARTLY_ROTATED:
         rotary_dim = get("rope.dimension_count", head_dim)
         fraction = rotary_dim / head_dim
         if int(head_dim * fraction) < rotary_dim:  # readers round this product down
             fraction = math.nextafter(fraction, 1.0)
         keys["partial_rotary_factor"] = section["partial_rotary_factor"] = fraction
+    if architecture == "phi3":
         if LONG in factors:
             keys["original_max_position_embeddings"] = int(original)
         if factors:
@@ -257,7 +285,10 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
         optional += ["attention.sliding_window", "attention.sliding_window_pattern"]
     missing = [key for key in required if not is_count(get(key))]
     missing += [key for key in optional if not is_count(get(key, 1))]
-    if architecture in ("gemma3", OSS) and "attention.sliding_window" not in values:
+    if (
+        architecture in ("gemma3", "cohere2", OSS)
+        and "attention.sliding_window" not in values
+    ):
         missing += ["attention.sliding_window"]
     missing = [f"{architecture}.{key}" for key in missing]
     # Each layer has at least one tensor, so a file with fewer tensors than layers is
@@ -278,8 +309,9 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
         "attention.causal": (True,),
         "expert_weights_scale": (1, 0),
     }
-    if architecture != "phi3":
+    if architecture not in PARTLY_ROTATED:
         supported["rope.dimension_count"] = (head_dim,)
+    if architecture != "phi3":
         supported["rope.scaling.attn_factor"] = (1,)
     if architecture not in ("phi3", *WINDOW_PERIODS):
         supported["attention.sliding_window"] = (0,)

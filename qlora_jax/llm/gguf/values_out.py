@@ -13,8 +13,10 @@ from .values_in import (
     EXPERT_KEYS,
     FREQUENCIES,
     GRANITE_KEYS,
+    LAYER_NORMS,
     LONG,
     OSS,
+    QWEN3_5,
     SHORT,
     WINDOW_PERIODS,
     Factors,
@@ -26,6 +28,8 @@ from .values_in import (
 def architecture_of(config: DecoderConfig) -> str:
     """Returns the llama.cpp architecture that is most similar to a decoder."""
     c = config
+    if c.has_states:
+        return "qwen35" if c.experts is None else "qwen35moe"
     if c.experts is not None:
         if c.sinks:
             return OSS
@@ -36,8 +40,12 @@ def architecture_of(config: DecoderConfig) -> str:
         return "phi3"
     if not c.pre_norms:
         return "olmo2"
+    if c.parallel_mlp:
+        return "cohere2"
     if not c.gated_mlp:
-        return "arcee"
+        return "starcoder2" if c.layer_norms else "arcee"
+    if c.post_norms == "glm":
+        return "glm4"
     if c.residual_scale != 1 or c.logit_scale != 1:
         return "granite"
     if c.unit_offset_norms and not c.post_norms:
@@ -56,6 +64,7 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
     # 1. The values that all architectures have.
     c, main_layer = config, _main_layer(config)
     rope = main_layer.rope or Rope()
+    norm = "" if architecture in LAYER_NORMS else "rms_"
     windows = [layer.window for layer in c.layers if layer.window is not None]
     values = {
         "context_length": context,
@@ -64,25 +73,30 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         "attention.head_count_kv": c.num_kv_heads,
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
-        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
+        f"attention.layer_norm_{norm}epsilon": float(c.rms_norm_eps),
         "rope.dimension_count": c.rotary_dim,
         "rope.freq_base": float(rope.theta),
     }
-    # 2. Experts, windows, soft-caps and factors. gpt-oss must have the key for a
-    # window. Without a window, its value is the context length.
+    # 2. Experts, windows, soft-caps and factors. Cohere 2 and gpt-oss must have
+    # the key for a window. Without a window, its value is the context length.
     if c.experts is not None:
         values |= {key: getattr(c.experts, name) for name, key in EXPERT_KEYS.items()}
-    if architecture in WINDOW_PERIODS and (windows or architecture == OSS):
+    needs_window = architecture in ("cohere2", OSS)
+    if architecture in WINDOW_PERIODS and (windows or needs_window):
         values["attention.sliding_window"] = [*windows, context][0]
     if architecture == "gemma2":
         caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
         for name, cap in caps.items():
             if cap is not None:
                 values[f"{name}_logit_softcapping"] = float(cap)
+    if architecture == "cohere2":
+        values["logit_scale"] = float(c.logit_scale)
     if architecture == "granite":
         factors = c.attention_scale, c.embedding_scale, c.residual_scale
         factors = map(float, (*factors, 1 / c.logit_scale))
         values |= dict(zip(GRANITE_KEYS.values(), factors, strict=True))
+    if architecture in QWEN3_5:
+        values |= _delta_rule_values(c)
     # 3. Stretched rotary positions; see also `factors_of`.
     if architecture == "phi3":
         values["attention.sliding_window"] = main_layer.window or 0
@@ -95,6 +109,27 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
     elif len(set(rope.divisors)) == 1:
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = float(rope.divisors[0])
+    return values
+
+
+def _delta_rule_values(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the values of Qwen3.5 that other architectures lack."""
+    rule = next(kind.delta_rule for kind in config.layers if kind.delta_rule)
+    attends = [kind.delta_rule is None for kind in config.layers]
+    pairs = config.rotary_dim // 2
+    values = {
+        "ssm.conv_kernel": rule.conv_width,
+        "ssm.state_size": rule.key_dim,
+        "ssm.group_count": rule.num_key_heads,
+        "ssm.time_step_rank": rule.num_value_heads,
+        "ssm.inner_size": rule.num_value_heads * rule.value_dim,
+        "full_attention_interval": 1 + attends.index(True),
+        # The pairs are assigned to the three axes of an image in turn. Those of text
+        # have the same positions.
+        "rope.dimension_sections": [*(-((i - pairs) // 3) for i in range(3)), 0],
+    }
+    if config.experts is not None:
+        values["expert_shared_feed_forward_length"] = config.experts.shared_width
     return values
 
 
@@ -149,6 +184,10 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     )
     if ropes != computed_ropes:
         differences += ["these rotary positions"]
+    # llama.cpp has one size for both.
+    for rule in {kind.delta_rule for kind in config.layers} - {None}:
+        if rule is not None and rule.key_dim != rule.value_dim:
+            differences += [f"`key_dim` other than `value_dim` in {rule}"]
     # 3. Some architectures require `num_heads * head_dim == hidden_size`.
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()

@@ -191,10 +191,10 @@ class LayerKind:
         kv_group: Name of a group of layers that share keys and values, or None.
         has_kv: Whether the layer computes keys and values. A layer that does not
             attends to those of the last layer of its `kv_group` that does.
-        convolution_width: Number of tokens that the gated convolution sees that
-            replaces attention, including the token itself; None for attention.
         latent: The sizes of multi-head latent attention, or None for attention with
             a projection for each of q, k and v.
+        convolution_width: Number of tokens that the gated convolution sees that
+            replaces attention, including the token itself; None for attention.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -525,13 +525,21 @@ class DecoderConfig:
         return tuple(dict.fromkeys(kind.rope for kind in with_attention))
 
     def heads_of(self, kind: LayerKind) -> Heads:
-        """Returns the sizes of the heads of a layer's attention."""
+        """Returns the sizes of the heads of a layer's attention.
+
+        Args:
+            kind: The kind of the layer.
+        """
         if kind.latent is not None:
             return Heads(self.num_heads, kind.latent.head_dim)
         return kind.heads or Heads(self.num_kv_heads, self.head_dim)
 
     def dim_of(self, rope: Rope | None) -> int:
-        """Returns the number of values of a head that are in pairs."""
+        """Returns the number of values of a head that are in pairs.
+
+        Args:
+            rope: The rotary positions of the layer, or None.
+        """
         return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
 
     @property

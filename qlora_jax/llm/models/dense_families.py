@@ -136,7 +136,7 @@ def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
     if raw.get("use_bidirectional_attention"):
-        raise ValueError("`use_bidirectional_attention` must be false. Got true.")
+        require(raw, {"use_bidirectional_attention": False})
     # In published files, "gelu" means its tanh approximation, and `hidden_activation`
     # is null or says the same.
     gelu = "gelu_pytorch_tanh"

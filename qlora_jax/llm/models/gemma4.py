@@ -38,6 +38,7 @@ def read_gemma4(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def read_gemma4_unified(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the text half of the models without a vision tower (12B)."""
+    require(raw, {"hidden_size_per_layer_input": 0})
     return _read(raw, window=1024, per_layer_width=0)
 
 

@@ -45,7 +45,8 @@ _REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
 _REGISTERED["starcoder2"] = "GPT2Tokenizer"
 _REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(
-    ("glm4", "granite", "ministral3", "mistral3", "olmo2", "olmo3"), AS_IN_FILE
+    ("glm4", "glm4_moe_lite", "granite", "ministral3", "mistral3", "olmo2", "olmo3"),
+    AS_IN_FILE,
 )
 _REGISTERED |= dict.fromkeys(
     ("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
@@ -56,11 +57,6 @@ _REGISTERED |= dict.fromkeys(
 )
 _QWEN3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 _REGISTERED |= dict.fromkeys(_QWEN3_5, "Qwen3_5Tokenizer")
-# Qwen3.5's rule for splitting texts: like Qwen2's, but marks belong to letters.
-_QWEN3_5_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
 # Settings that change tokens in transformers and are not supported.
 _UNSUPPORTED = ("auto_map", "fast_tokenizer_files", "fix_mistral_regex", "init_inputs")
@@ -189,7 +185,7 @@ class FolderTokenizer:
 
     def _rebuild(self) -> "Tokenizer":
         """Builds the tokenizer from the file's vocabulary and merges, and the class."""
-        from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+        from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
         name, space = self.class_name, self._settings.get("add_prefix_space")
         # 1. Keep the file's model and, except in GPT-NeoX, its post-processor. Drop the
@@ -217,9 +213,7 @@ class FolderTokenizer:
             if name == "Qwen2Tokenizer":
                 split = make_pre_tokenizer("qwen2", bool(space))
             elif name == "Qwen3_5Tokenizer":
-                second = pre_tokenizers.ByteLevel(bool(space), use_regex=False)
-                first = pre_tokenizers.Split(Regex(_QWEN3_5_SPLIT), "isolated")
-                split = pre_tokenizers.Sequence([first, second])
+                split = make_pre_tokenizer("qwen35", bool(space))
             if name != "GPT2Tokenizer":
                 tokenizer.normalizer = normalizers.NFC()
             tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()

@@ -1,0 +1,51 @@
+"""The order in which llama.cpp stores the heads of values of a gated delta rule.
+
+In transformers, the heads of values that share a head of keys follow each other. In
+llama.cpp, every n-th head of values shares a head of keys, where n is their number.
+"""
+
+import numpy as np
+
+from ..models.config import DecoderConfig, DeltaRule
+
+# Tensors with rows for each head of values; all other rows stay in order. Those of the
+# first group have one row for each head.
+_HEADS = ("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias")
+_VALUES = ("in_proj_z.weight",)
+_ALL_CHANNELS = ("in_proj_qkv.weight", "conv1d.weight")  # queries, keys and values
+
+
+def value_row_order(
+    name: str, num_rows: int, config: DecoderConfig
+) -> np.ndarray | None:
+    """Returns the rows of a tensor in llama.cpp's order; None if it is the same."""
+    rule = _find_rule(config)
+    part = name.rpartition("linear_attn.")[2]
+    if part in _HEADS:
+        return _order_values(rule, 1)
+    if part in _VALUES:
+        return _order_values(rule, rule.value_dim)
+    if part in _ALL_CHANNELS:
+        num_others = num_rows - rule.num_value_heads * rule.value_dim
+        values = _order_values(rule, rule.value_dim)
+        return np.concatenate([np.arange(num_others), num_others + values])
+    return None
+
+
+def value_column_order(name: str, config: DecoderConfig) -> np.ndarray | None:
+    """Returns the columns of a tensor in llama.cpp's order; None if it is the same."""
+    if not name.endswith("linear_attn.out_proj.weight"):
+        return None
+    rule = _find_rule(config)
+    return _order_values(rule, rule.value_dim)
+
+
+def _find_rule(config: DecoderConfig) -> DeltaRule:
+    return next(kind.delta_rule for kind in config.layers if kind.delta_rule)
+
+
+def _order_values(rule: DeltaRule, size: int) -> np.ndarray:
+    """Returns the order of all values, with `size` of them in each head."""
+    shape = rule.num_key_heads, -1, size
+    values = np.arange(rule.num_value_heads * size).reshape(shape)
+    return values.swapaxes(0, 1).reshape(-1)
