@@ -46,12 +46,13 @@ def architecture_of(config: DecoderConfig) -> str:
         return "starcoder2" if c.layer_norms else "arcee"
     if c.post_norms == "glm":
         return "glm4"
-    if c.residual_scale != 1 or c.logit_scale != 1:
-        return "granite"
     if c.unit_offset_norms and not c.post_norms:
         return "gemma"
     if c.post_norms:
         return "gemma3" if c.qk_norms else "gemma2"
+    factors = c.residual_scale, c.logit_scale, c.attention_scale
+    if factors != (1, 1, c.head_dim**-0.5):
+        return "granite"
     if None in c.ropes:
         return "smollm3"
     if c.qk_norms:

@@ -130,8 +130,9 @@ def _read_seed_oss(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, eps=1e-5, activation=("hidden_act", "relu2"))
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    mlp = {"gated_mlp": False, "mlp_bias": bool(raw.get("mlp_bias", False))}
-    return DecoderConfig(**fields, **biases(raw), **mlp, layers=layers)
+    mlp_bias = bool(raw.get("mlp_bias", False))
+    fields |= biases(raw)
+    return DecoderConfig(**fields, layers=layers, gated_mlp=False, mlp_bias=mlp_bias)
 
 
 def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -144,8 +145,8 @@ def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
         require(raw, {"hidden_activation": gelu})
     if raw.get("hidden_act") == "gelu":
         raw = {**raw, "hidden_act": gelu}
-    defaults = {"head_dim": 256, "kv_heads": 16, "tied": True}
-    fields = shared_fields(raw, **defaults, activation=("hidden_act", gelu))
+    act = ("hidden_act", gelu)
+    fields = shared_fields(raw, head_dim=256, kv_heads=16, tied=True, activation=act)
     return DecoderConfig(
         **fields,
         **biases(raw),
@@ -187,7 +188,9 @@ def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
         layer_norms="biased",
         gated_mlp=False,
         mlp_names=("c_fc", "c_proj"),
-        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), has_bias),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        mlp_bias=has_bias,
     )
 
 
