@@ -57,7 +57,10 @@ def architecture_of(config: DecoderConfig) -> str:
         return "smollm3"
     if c.qk_norms:
         return "qwen3"
-    return "qwen2" if c.qkv_bias and not (c.o_bias or c.mlp_bias) else "llama"
+    if not c.qkv_bias or c.o_bias or c.mlp_bias:
+        return "llama"
+    # Seed-OSS is a Qwen2 whose heads may have any size.
+    return "qwen2" if c.num_heads * c.head_dim == c.hidden_size else "seed_oss"
 
 
 def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[str, Any]:
