@@ -244,6 +244,7 @@ def draw_qwen2_moe(rng: random.Random) -> Options:
         "shared_expert_intermediate_size": rng.choice((12, 16)),
         "decoder_sparse_step": rng.randint(1, 2),
         "mlp_only_layers": dense,
+        "initializer_range": 0.2,
     }  # fmt: skip
 
 
@@ -279,7 +280,9 @@ def draw_glm4(rng: random.Random) -> Options:
 
 def draw_cohere2(rng: random.Random) -> Options:
     """Returns the options of Cohere 2."""
-    options = draw_sizes(rng) | draw_rope(rng) | draw_flags(rng, "attention_bias")
+    options = (
+        draw_sizes(rng, (8, 12)) | draw_rope(rng) | draw_flags(rng, "attention_bias")
+    )
     options["layer_norm_eps"] = options.pop("rms_norm_eps")
     options |= draw_types(rng, options["num_hidden_layers"], SLIDING, FULL)
     options |= {"sliding_window": rng.choice((3, 8))}

@@ -77,10 +77,10 @@ CASES = {
     "granite": {"attention_multiplier": 0.4, "embedding_multiplier": 1.5}
     | {"logits_scaling": 0.7, "residual_multiplier": 0.6, "rope_parameters": LINEAR},
     "olmo2": {},
-    "glm4": HEADS,
+    "glm4": HEADS | {"initializer_range": 0.2},
     "cohere2": {"num_hidden_layers": 5, "sliding_window": 8, "logit_scale": 0.5},
     "starcoder2": {},
-    "seed_oss": HEADS,  # written as "qwen2"
+    "seed_oss": HEADS,
     "arcee": {"rope_parameters": LINEAR},
     "smollm3": {"num_hidden_layers": 5, "rope_parameters": LINEAR},
     "phi3": {"rope_parameters": {"partial_rotary_factor": 0.5}},

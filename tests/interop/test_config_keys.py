@@ -1,5 +1,6 @@
 """Each key of each family's `config.json` counts, raises an error, or is harmless."""
 
+import copy
 import json
 import typing
 import warnings
@@ -115,7 +116,7 @@ LONG = longrope(2, 16, rope_theta=5e4, partial_rotary_factor=0.5)["rope_paramete
 def changed_value(key, value):
     """Returns another value of a key."""
     if key in OTHERS:
-        return OTHERS[key]
+        return copy.deepcopy(OTHERS[key])  # transformers adds keys to sections
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):

@@ -34,7 +34,8 @@ GRANITE_KEYS = {
 # The optional biases that llama.cpp reads, by architecture. Each is a field of
 # `DecoderConfig` that is true if the file has the tensor named in `BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
-_BIASES |= {"glm4": ("qkv_bias",), "starcoder2": ("qkv_bias", "o_bias")}
+_BIASES |= {"glm4": ("qkv_bias",), "seed_oss": ("qkv_bias",)}
+_BIASES |= {"starcoder2": ("qkv_bias", "o_bias")}
 BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
     "o_bias": "blk.0.attn_output.bias",

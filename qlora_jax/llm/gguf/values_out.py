@@ -46,17 +46,21 @@ def architecture_of(config: DecoderConfig) -> str:
         return "starcoder2" if c.layer_norms else "arcee"
     if c.post_norms == "glm":
         return "glm4"
-    if c.residual_scale != 1 or c.logit_scale != 1:
-        return "granite"
     if c.unit_offset_norms and not c.post_norms:
         return "gemma"
     if c.post_norms:
         return "gemma3" if c.qk_norms else "gemma2"
+    factors = c.residual_scale, c.logit_scale, c.attention_scale
+    if factors != (1, 1, c.head_dim**-0.5):
+        return "granite"
     if None in c.ropes:
         return "smollm3"
     if c.qk_norms:
         return "qwen3"
-    return "qwen2" if c.qkv_bias and not (c.o_bias or c.mlp_bias) else "llama"
+    if not c.qkv_bias or c.o_bias or c.mlp_bias:
+        return "llama"
+    # Seed-OSS is a Qwen2 whose heads may have any size.
+    return "qwen2" if c.num_heads * c.head_dim == c.hidden_size else "seed_oss"
 
 
 def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[str, Any]:

@@ -101,11 +101,8 @@ def _read_cohere2(raw: Mapping[str, Any]) -> DecoderConfig:
     require(raw, _COHERE2_VALUES)
     fields = shared_fields(raw, tied=True) | biases(raw)
     fields["rms_norm_eps"] = number(raw.get("layer_norm_eps", 1e-5))
-    period, window = (
-        raw.get("sliding_window_pattern", 4),
-        raw.get("sliding_window", 4096),
-    )
-    rope = read_rope(raw, fields["head_dim"])
+    rope, window = read_rope(raw, fields["head_dim"]), raw.get("sliding_window", 4096)
+    period = raw.get("sliding_window_pattern", 4)
     return DecoderConfig(
         **fields,
         layers=read_layers(raw, lambda i: (i + 1) % period != 0, window, None, rope),
@@ -130,8 +127,9 @@ def _read_seed_oss(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, eps=1e-5, activation=("hidden_act", "relu2"))
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    mlp = {"gated_mlp": False, "mlp_bias": bool(raw.get("mlp_bias", False))}
-    return DecoderConfig(**fields, **biases(raw), **mlp, layers=layers)
+    mlp_bias = bool(raw.get("mlp_bias", False))
+    fields |= biases(raw)
+    return DecoderConfig(**fields, layers=layers, gated_mlp=False, mlp_bias=mlp_bias)
 
 
 def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -144,8 +142,9 @@ def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
         require(raw, {"hidden_activation": gelu})
     if raw.get("hidden_act") == "gelu":
         raw = {**raw, "hidden_act": gelu}
-    defaults = {"head_dim": 256, "kv_heads": 16, "tied": True}
-    fields = shared_fields(raw, **defaults, activation=("hidden_act", gelu))
+    fields = shared_fields(
+        raw, head_dim=256, kv_heads=16, tied=True, activation=("hidden_act", gelu)
+    )
     return DecoderConfig(
         **fields,
         **biases(raw),
@@ -176,8 +175,8 @@ def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
     require(raw, {"mlp_type": "default", "norm_type": "layer_norm"})
-    gelu = ("hidden_act", "gelu_pytorch_tanh")
-    fields = shared_fields(raw, kv_heads=2, tied=True, activation=gelu)
+    activation = ("hidden_act", "gelu_pytorch_tanh")
+    fields = shared_fields(raw, kv_heads=2, tied=True, activation=activation)
     fields["rms_norm_eps"] = number(raw.get("norm_epsilon", 1e-5))
     has_bias = bool(raw.get("use_bias", True))
     rope = read_rope(raw, fields["head_dim"])
@@ -187,7 +186,9 @@ def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
         layer_norms="biased",
         gated_mlp=False,
         mlp_names=("c_fc", "c_proj"),
-        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), has_bias),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        mlp_bias=has_bias,
     )
 
 
@@ -197,15 +198,15 @@ _COHERE2_VALUES = {
     "order_of_interleaved_layers": "local_attn_first",
     "position_embedding_type": "rope_gptj",
     "rotary_pct": 1.0,
-    "use_embedding_sharing": True,
     "use_gated_activation": True,
     "use_parallel_block": True,
-    "use_parallel_embedding": True,
     "use_qk_norm": False,
 }
-# `layer_switch` repeats `sliding_window_pattern`.
+# transformers ignores `layer_switch`, `use_embedding_sharing` and
+# `use_parallel_embedding` of published files. The first two repeat other keys.
 _COHERE2_KEYS = "attention_bias hidden_act layer_norm_eps layer_switch logit_scale"
-_COHERE2_KEYS += f" sliding_window_pattern {WINDOW_KEYS} {' '.join(_COHERE2_VALUES)}"
+_COHERE2_KEYS += " sliding_window_pattern use_embedding_sharing use_parallel_embedding"
+_COHERE2_KEYS += f" {WINDOW_KEYS} {' '.join(_COHERE2_VALUES)}"
 _ARCEE_KEYS = "attention_bias hidden_act mlp_bias"
 _GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
 _MINISTRAL3_KEYS = "hidden_act layer_types llama_4_scaling_beta sliding_window"
