@@ -158,7 +158,7 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
         if changed != plain:
             counted.add(key)
             assert key not in HARMLESS_KEYS
-    epsilons = {"rms_norm_eps", "layer_norm_eps", "norm_epsilon"}
+    epsilons = {"rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"}
     assert counted >= {"tie_word_embeddings", "hidden_size"} and counted & epsilons
     together = {key: x for key, x in accepted.items() if key not in APART}
     model = random_model(kind, settings | together)

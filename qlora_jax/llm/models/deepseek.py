@@ -25,6 +25,7 @@ output_router_logits aux_loss_alpha ep_size seq_aux topk_group topk_method v_hea
 DEEPSEEK_V2_KEYS = f"{DEEPSEEK_KEYS} mlp_bias"
 GLM_LITE_KEYS = f"{DEEPSEEK_KEYS} mlp_layer_types"
 # transformers' defaults for missing keys.
+_V3: dict[str, Any]
 _V3 = {"moe_intermediate_size": 2048, "n_shared_experts": 1, "n_routed_experts": 256}
 _V3 |= {"routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 1536}
 _V3 |= {"qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128}
@@ -96,8 +97,8 @@ def _read(
     scores: str = "sigmoid",
 ) -> DecoderConfig:
     query_rank, kv_rank = raw["q_lora_rank"], raw["kv_lora_rank"]
-    sizes = (raw[f"qk_{part}_head_dim"] for part in ("nope", "rope"))
-    heads = LatentHeads(query_rank, kv_rank, *sizes, raw["v_head_dim"])
+    nope_dim, rope_dim = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"]
+    heads = LatentHeads(query_rank, kv_rank, nope_dim, rope_dim, raw["v_head_dim"])
     # Other values would change the rotary positions, or leave heads without keys.
     names = {"head_dim": (heads.rope_dim, "`qk_rope_head_dim`")}
     sums = "the sum of `qk_nope_head_dim` and `qk_rope_head_dim`"

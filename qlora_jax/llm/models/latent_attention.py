@@ -31,8 +31,8 @@ class LatentAttention(Attention):
     """Causal attention whose keys and values are computed from latent vectors.
 
     The cache contains the keys and values of all heads, which takes more memory than
-    their latent vectors. To compute them again for each new token would take longer
-    than the rest of the layer.
+    their latent vectors. With a cache of latent vectors, each new token would need the
+    products of all earlier ones with `kv_b_proj`.
     """
 
     split_outputs: ClassVar[tuple[str, ...]] = ("q_proj", "q_b_proj", "kv_b_proj")

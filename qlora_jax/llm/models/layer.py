@@ -79,7 +79,7 @@ class Layer(nn.Module):
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
         y = mlp(mixer_input if c.parallel_mlp else normalize(x, norms.before_mlp))
         x = add(x, normalize(y, norms.after_mlp))
-        if c.per_layer_width:
+        if scalars.inputs is not None:
             part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
             x = x + part(x, scalars.inputs).astype(x.dtype)
         if c.output_scalars:

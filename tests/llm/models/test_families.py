@@ -138,6 +138,16 @@ SU = {"type": "su", "short_factor": [1.1] * 4, "long_factor": [2.5] * 4}
 CODE = {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 MOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+DEEPSEEK = LATENT | {"ep_size": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16}
+DEEPSEEK |= {"moe_intermediate_size": 16, "moe_layer_freq": 1, "v_head_dim": 8}
+DEEPSEEK |= {"n_routed_experts": 64, "num_experts_per_tok": 6, "qk_nope_head_dim": 8}
+DEEPSEEK |= {"attention_bias": False, "pretraining_tp": 1, "qk_rope_head_dim": 4}
+DEEPSEEK |= {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}
+GEMMA4_ROPES = {
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6}
+    | {"partial_rotary_factor": 0.25},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 PUBLISHED = {
     "llama, Llama 2": {"max_length": 4096, "pretraining_tp": 1},
     "llama, Llama 3.2": {"rope_scaling": LLAMA3, "attention_bias": False}
@@ -182,6 +192,31 @@ PUBLISHED = {
     | {"max_window_layers": 28, "no_rope_layer_interval": 4, "sliding_window": None}
     | {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4}
     | {"use_sliding_window": False},
+    "gemma4_text, 31B": GEMMA4
+    | {"attention_bias": False, "attention_k_eq_v": True, "enable_moe_block": False}
+    | {"final_logit_softcapping": 30.0, "global_head_dim": 16, "head_dim": 8}
+    | {"hidden_activation": "gelu_pytorch_tanh", "moe_intermediate_size": None}
+    | {"num_experts": None, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0}
+    | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    | {"rope_parameters": GEMMA4_ROPES, "sliding_window": 1024, "top_k_experts": None}
+    | {"use_bidirectional_attention": "vision", "use_double_wide_mlp": False}
+    | {"vocab_size_per_layer_input": 262_144, "rope_theta": None, "hidden_act": None},
+    "deepseek_v2, Lite": DEEPSEEK
+    | {"aux_loss_alpha": 0.001, "n_group": 1, "n_shared_experts": 2, "topk_group": 1}
+    | {"q_lora_rank": None, "scoring_func": "softmax", "topk_method": "greedy"}
+    | {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "seq_aux": True},
+    "deepseek_v3, V3": DEEPSEEK
+    | {"n_group": 8, "n_shared_experts": 1, "norm_topk_prob": True, "q_lora_rank": 8}
+    | {"num_nextn_predict_layers": 1, "routed_scaling_factor": 2.5, "topk_group": 4}
+    | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "lfm2, 1.2B": {"block_auto_adjust_ff_dim": True, "block_dim": 32}
+    | {"block_ff_dim": 48, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 16}
+    | {"block_mlp_init_scale": 1.0, "block_norm_eps": 1e-5, "block_out_init_scale": 1.0}
+    | {"block_use_swiglu": True, "block_use_xavier_init": True, "conv_L_cache": 3}
+    | {"conv_bias": False, "conv_dim": 32, "conv_dim_out": 32, "norm_eps": 1e-5}
+    | {"conv_use_xavier_init": True, "full_attn_idxs": [2], "num_heads": 4}
+    | {"theta": 1e6, "tie_embedding": True, "use_pos_enc": True}
+    | {"rms_norm_eps": None},
     "olmo2, 7B": {"attention_bias": False, "rms_norm_eps": 1e-6},
     "olmo3, 7B": {"attention_bias": False, "layer_types": ["sliding_attention"] * 4}
     | {"rope_scaling": YARN | {"attention_factor": 1.2}, "sliding_window": 4096},
