@@ -3,13 +3,16 @@
 from .arrays import params
 from .attention import register_attention
 from .init import init, names
+from .language_model import LanguageModel, open_language_model
 from .layers import stack, unstack
 from .wrap import WrappedModule, wrap
 
 __all__ = [
+    "LanguageModel",
     "WrappedModule",
     "init",
     "names",
+    "open_language_model",
     "params",
     "register_attention",
     "stack",

@@ -61,10 +61,11 @@ def params(model: Model) -> dict[str, jax.Array]:
             "`model` must have values. Read those of tensors on the meta device from "
             f"files. Got a model without values for {on_meta}."
         )
-    return {name: _to_jax(tensor) for name, tensor in tensors.items()}
+    return {name: to_jax(tensor) for name, tensor in tensors.items()}
 
 
-def _to_jax(tensor: torch.Tensor) -> jax.Array:
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """Returns a copy of a tensor's values."""
     tensor = tensor.detach().cpu()
     # NumPy has no bfloat16 of its own, so its bits are passed as integers.
     if tensor.dtype == torch.bfloat16:

@@ -12,7 +12,7 @@ import torch
 import qlora_jax as ql
 
 from .arrays import Model, module_of, named_tensors
-from .layers import names_in
+from .layers import names_in, stacked_names, template_of
 
 PyTree = Any
 
@@ -86,15 +86,13 @@ def init(
 
 def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """Yields the names of weights and the roles of their axes, as in `contract`."""
-    # Transformers is only asked if it made the module.
-    utils: Any = sys.modules.get("transformers.pytorch_utils")
     for prefix, inner in module.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(inner, torch.nn.Linear):
             yield f"{dot}weight", "nk"
         elif isinstance(inner, torch.nn.Embedding):
             yield f"{dot}weight", "kn"
-        elif utils is not None and isinstance(inner, utils.Conv1D):
+        elif is_conv1d(inner):
             yield f"{dot}weight", "kn"
         elif isinstance(getattr(inner, "is_transposed", None), bool):
             kinds = "bkn" if inner.is_transposed else "bnk"
@@ -103,13 +101,21 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
                     yield f"{dot}{name}", kinds
 
 
-def names(model: Model) -> ql.io.Names:
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Whether a module is a `Conv1D` of transformers, whose weights are `[in, out]`."""
+    # Transformers is only asked if it made the module.
+    utils: Any = sys.modules.get("transformers.pytorch_utils")
+    return utils is not None and isinstance(module, utils.Conv1D)
+
+
+def names(model: Model, *, stacked: bool = False) -> ql.io.Names:
     """Returns the names of a module's leaves in checkpoints, for `ql.io`.
 
-    They are PyTorch's own names. Pass trees that are not stacked (`unstack`).
+    They are PyTorch's own names.
 
     Args:
         model: The module, wrapped or not.
+        stacked: Whether the trees are stacked, as `stack` returns them.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -123,11 +129,15 @@ def names(model: Model) -> ql.io.Names:
     module = module_of(model)
     roles = dict(kernel_roles(module))
     entries: dict[str, ql.io.Entry] = {}
-    for name in named_tensors(module):
-        kinds = roles.get(name, "")
+    leaf_names = stacked_names(module) if stacked else named_tensors(module)
+    for leaf_name in leaf_names:
+        kinds = roles.get(names_in(leaf_name)[0], "")
+        name, indices = template_of(leaf_name)
+        numbers = {"layer": indices} if indices else {}
         if kinds.startswith("b"):  # each expert is a part of one tensor
             part = f"{name}.{{expert}}"
-            entries[name] = ql.io.Entry(part, roles=kinds[1:], parameter=name)
+            entry = ql.io.Entry(part, kinds[1:], parameter=name, numbers=numbers)
         else:
-            entries[name] = ql.io.Entry(name, roles=kinds)
+            entry = ql.io.Entry(name, kinds, numbers=numbers)
+        entries[leaf_name] = entry
     return ql.io.Names(entries)

@@ -19,6 +19,10 @@ STACKED_NAME = re.compile(r"(.*?)\.(\d+):(\d+):(\d+)\.(.*)")
 INDEX_NAMES = {"layer_idx", "layer_id", "layer_number"}
 
 
+class ScanError(ValueError):
+    """Stacked layers cannot be scanned. Without stacks, the model may work."""
+
+
 @dataclass(frozen=True)
 class LayerRun:
     """Layers of a `ModuleList` that repeat with a period."""
@@ -125,12 +129,29 @@ def unstack(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 def names_in(name: str) -> list[str]:
     """Returns the module's names for the tensors in an array, which may be a stack."""
+    template, indices = template_of(name)
+    return [template.format(layer=index) for index in indices] or [name]
+
+
+def template_of(name: str) -> tuple[str, range]:
+    """Returns the name of a stack with `{layer}` for the layer, and the layers.
+
+    For an array that is not a stack, these are its name and an empty range.
+    """
     match = STACKED_NAME.fullmatch(name)
     if match is None:
-        return [name]
+        return name, range(0)
     list_name, start, stop, step, rest = match.groups()
-    indices = range(int(start), int(stop), int(step))
-    return [f"{list_name}.{index}.{rest}" for index in indices]
+    return f"{list_name}.{{layer}}.{rest}", range(int(start), int(stop), int(step))
+
+
+def stacked_names(module: torch.nn.Module) -> list[str]:
+    """Returns the names of the leaves that `stack` returns for a module."""
+    tensors = named_tensors(module)
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, "float32") for name, x in tensors.items()
+    }
+    return list(jax.eval_shape(lambda tree: stack(module, tree), shapes))
 
 
 def runs_of(names: Mapping[str, PyTree]) -> dict[LayerRun, list[str]]:

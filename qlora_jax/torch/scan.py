@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import torch
 import torchax
 
-from .layers import LayerRun
+from .layers import LayerRun, ScanError
 from .weights import Leaf, PendingOutput, as_array, as_tensor, tensor_of
 
 Arguments = list[Any]  # the arguments of a layer but its hidden states, flattened
@@ -75,7 +75,7 @@ class LayerScan:
         return (output,) if self.returns_tuple else output
 
     def _refuse(self, problem: str) -> None:
-        raise ValueError(
+        raise ScanError(
             f"the layers of {self.run.list_name!r} cannot be scanned: {problem}. Pass "
             "trees that are not stacked."
         )
@@ -179,7 +179,7 @@ def _hidden_states(output: Any) -> jax.Array:
     if not isinstance(output, tuple):
         return as_array(output)
     if any(value is not None for value in output[1:]):
-        raise ValueError(
+        raise ScanError(
             "a scanned layer must return its hidden states alone. Got "
             f"{len(output)} values. Pass trees that are not stacked."
         )

@@ -16,6 +16,8 @@ from torchax.ops.mappings import j2t_dtype
 
 import qlora_jax as ql
 
+from .layers import ScanError
+
 Leaf = Any  # an array, a kernel, or an `AdaptedKernel`
 
 
@@ -147,7 +149,7 @@ class KernelFunctions(TorchFunctionMode):
             return func(*args, **kwargs)
         for placeholder in placeholders:
             if isinstance(placeholder, PendingOutput):
-                raise ValueError(
+                raise ScanError(
                     f"the layers of {placeholder.list_name!r} cannot be scanned: the "
                     f"output of one is read by {func.__name__} before the next one "
                     "runs. Pass trees that are not stacked."

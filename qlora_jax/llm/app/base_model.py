@@ -23,12 +23,21 @@ from ..models.checkpoint import abstract_params, load
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch, hub_commit, weights_of
+from ..models.families import is_known
+from ..models.folder import ModelFolder, has_vision
 from ..models.source import ModelSource, open_source
+from ..models.torch_decoder import (
+    Contract,
+    TorchConfig,
+    load_torch,
+    open_torch_config,
+)
 from ..train.outputs import NATIVE_ADAPTER
 from ..train.state import Checkpoints
-from ..train.target_modules import find_target_paths
+from ..train.target_modules import HEAD, find_target_paths
 from .configs import (
     PACKING_OPTIONS,
+    Engine,
     ExportConfig,
     GenerateConfig,
     PairsConfig,
@@ -55,7 +64,7 @@ class BaseModel:
     """A model, optionally with an adapter, before or after its weights are read."""
 
     path: pathlib.Path  # a folder or a .gguf file
-    config: DecoderConfig
+    config: DecoderConfig | TorchConfig
     base: PyTree  # parameters; before `read`, only their shapes
     lora: PyTree = dataclasses.field(default_factory=dict)
     adapter: pathlib.Path | None = None  # an adapter that is not read yet
@@ -67,7 +76,47 @@ class BaseModel:
     @functools.cached_property
     def files(self) -> ModelSource:
         """The files of the model."""
+        if isinstance(self.config, TorchConfig):
+            return self.config.files
         return open_source(self.path)
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The config of the decoder, for what `check_engine` allows only with it."""
+        assert isinstance(self.config, DecoderConfig)
+        return self.config
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the decoder is the text half of a model with a vision part."""
+        return isinstance(self.config, DecoderConfig) and has_vision(self.config)
+
+    def check_engine(self, option: str, value: str, allowed: tuple[str, ...]) -> None:
+        """Raises ValueError unless an option's value supports the model's engine.
+
+        `allowed` has the values that support models in PyTorch's code.
+        """
+        if isinstance(self.config, TorchConfig) and value not in allowed:
+            choices = f"one of {', '.join(allowed)}" if allowed else "left out"
+            raise ValueError(
+                f"`{option}` must be {choices} for a {self.config.model_type} model, "
+                f"which runs in PyTorch's code. Got {value}."
+            )
+
+    @property
+    def layers(self) -> str | tuple[Any, ...]:
+        """The patterns of the linear layers that are packed."""
+        return LAYERS if not self.contract else tuple(self.contract)
+
+    @property
+    def head(self) -> str:
+        """The name of the module that computes the logits."""
+        return self.config.head if isinstance(self.config, TorchConfig) else HEAD
+
+    @property
+    def contract(self) -> Contract:
+        """The roles of kernels' axes where their paths do not say them."""
+        return self.config.contract if isinstance(self.config, TorchConfig) else {}
 
     @property
     def is_local(self) -> bool:
@@ -82,11 +131,15 @@ class BaseModel:
     @property
     def names(self) -> ql.io.Names:
         """The names of the parameters in the Hugging Face model."""
+        if isinstance(self.config, TorchConfig):
+            return self.config.names
         return decoder_names(self.config)
 
     @property
     def exported_names(self) -> ql.io.Names:
         """The names in an exported model, which has no vision part."""
+        if isinstance(self.config, TorchConfig):
+            return self.config.names
         return decoder_names(dataclasses.replace(self.config, module="model"))
 
     @property
@@ -147,7 +200,11 @@ class BaseModel:
                 f"is already in 4 bits. Use `recode` to pack it again. Got {fmt!r}."
             )
         return ql.QLoRAConfig(
-            fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
+            fmt=fmt,
+            block_size=block_size,
+            double_quant=double_quant,
+            targets=self.layers,
+            contract=self.contract,
         )
 
     def _check_stored(self, **settings: int | bool | None) -> None:
@@ -177,14 +234,12 @@ class BaseModel:
         model = self if needs_weights else self.with_adapter()
         # Some byte layouts of bitsandbytes are not supported. `recode` converts them.
         is_recodable = self.quantization.get("quant_method") == "bitsandbytes"
-        _, base = load(
-            self.path,
-            dtype,
-            packing,
-            recode=self.recode or is_recodable,
-            place=place,
-            progress=progress,
-        )
+        options: dict[str, Any] = {"recode": self.recode or is_recodable}
+        options |= {"place": place, "progress": progress}
+        if isinstance(self.config, TorchConfig):
+            base = load_torch(self.config, dtype, packing, **options)
+        else:
+            _, base = load(self.path, dtype, packing, **options)
         model = dataclasses.replace(model, base=base)
         return model.with_adapter() if needs_weights else model
 
@@ -197,7 +252,7 @@ class BaseModel:
             return self
         peft, plain_lora = None, None
         if is_gguf(self.adapter):
-            plain_lora = read_gguf_lora(self.adapter, self.config)
+            plain_lora = read_gguf_lora(self.adapter, self.decoder)
         elif (self.adapter / MLX_ADAPTER).exists():
             plain_lora = ql.io.read_mlx(self.adapter)
         if plain_lora is not None:
@@ -231,20 +286,25 @@ def _read_native(adapter: pathlib.Path) -> PyTree:
 
 
 def open_model(
-    source: str, adapter: str | None = None, recode: bool = False
+    source: str,
+    adapter: str | None = None,
+    recode: bool = False,
+    engine: Engine = "jax",
 ) -> BaseModel:
     """Finds a model and an adapter in any format.
 
-    Reads only the model's config, and an adapter of this library.
+    Reads only the model's config, and an adapter of this library. With the engine
+    "auto", models that the JAX decoder does not know run in PyTorch's code.
     """
     path = fetch(source)
-    config = open_source(path).config
+    config = _open_config(path, engine)
+    shapes = config.shapes if isinstance(config, TorchConfig) else None
     adapter_path = None if adapter is None else fetch_adapter(adapter)
     name, description = weights_of(source, path)
     model = BaseModel(
         path,
         config,
-        abstract_params(config),
+        abstract_params(config) if isinstance(config, DecoderConfig) else shapes,
         adapter=adapter_path,
         recode=recode or any(run.model.recode for run in runs_of(adapter)),
         name=name,
@@ -253,6 +313,27 @@ def open_model(
     if not model.is_local:
         log(f"weights: {description}")
     return model.with_adapter() if model.has_native_adapter else model
+
+
+def _open_config(path: pathlib.Path, engine: Engine) -> DecoderConfig | TorchConfig:
+    files = open_source(path)
+    is_folder = isinstance(files, ModelFolder)
+    if engine == "torch" and not is_folder:
+        raise ValueError(
+            f"`model` must be a folder with config.json for engine torch. Got {path}."
+        )
+    if engine == "jax" or not is_folder:
+        return files.config
+    if engine == "auto" and is_known(ql.io.read_config_json(path)):
+        return files.config
+    config = open_torch_config(path)
+    log(
+        f"engine: torch. {config.class_name} runs in the PyTorch code of transformers, "
+        "through torchax"
+    )
+    if config.scan_problem is not None:
+        log(f"note: every layer is compiled by itself, because {config.scan_problem}")
+    return config
 
 
 def fetch_adapter(adapter: str) -> pathlib.Path:
@@ -277,12 +358,21 @@ def open_adapted(
         return model, {}, training_load_options(config, model)
     adapters = _split_adapters(config.adapter)
     adapter = adapters[0] if len(adapters) == 1 else None
-    model = open_model(str(config.model), adapter, config.recode)
+    engine = _engine_of(config, adapters)
+    model = open_model(str(config.model), adapter, config.recode, engine)
     options = training_load_options(config, model)
     if adapter is not None or not adapters:
         return model, {}, options
     bank = _read_bank(model, adapters)
     return model, {x: ql.select(bank, i) for i, x in enumerate(adapters)}, options
+
+
+def _engine_of(config: ScoreConfig | GenerateConfig, adapters: list[str]) -> Engine:
+    """Returns the engine of a config; by default, that of the adapters' run."""
+    if isinstance(config, GenerateConfig):
+        return "jax"
+    runs = runs_of(adapters)
+    return config.engine or (runs[0].model.engine if runs else "auto")
 
 
 def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
@@ -341,10 +431,12 @@ def open_run(
             f"{STATE}. Got {describe_path(folder)}."
         )
     run = read_run_config(folder / CONFIG)
-    model = open_model(source or run.model.path, recode=run.model.recode)
+    settings = run.model
+    model = open_model(
+        source or settings.path, recode=settings.recode, engine=settings.engine
+    )
     packing = None
     if run.adapter.merge_aware:
-        settings = run.model
         packing = model.packing(
             settings.fmt or "none", settings.block_size, settings.double_quant
         )
@@ -444,7 +536,9 @@ def adapters_for(
     `packing` is that of the base, as `BaseModel.packing` returns it. Only merge-aware
     adapters depend on it.
     """
-    targets = find_target_paths(config.target_modules, model.base, model.names)
+    targets = find_target_paths(
+        config.target_modules, model.base, model.names, head=model.head
+    )
     # Reading the model has already packed its kernels.
     settings: dict[str, Any] = {"fmt": None}
     if config.merge_aware:
@@ -464,6 +558,7 @@ def adapters_for(
         alpha=config.alpha,
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
+        contract=model.contract,
         dropout=config.dropout,
         rank_stabilized=config.rank_stabilized,
         use_dora=config.use_dora,

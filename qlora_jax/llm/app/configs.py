@@ -7,6 +7,8 @@ from ..models.sampling import Sampling
 from .options import COUNT, Config, option
 from .servers import FMTS, SERVERS
 
+# What computes a model: `Decoder`, or the PyTorch code of transformers.
+Engine = Literal["auto", "jax", "torch"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
@@ -68,6 +70,8 @@ class ScoreConfig(Config):
         batch_tokens: Maximum number of tokens in a batch, including padding.
         recode: Whether to decode 4-bit weights that no format here supports, such as
             those with zero points or reordered inputs, to floats.
+        engine: What computes the model, as in train. Defaults to that of the run if the
+            adapter is in a run's folder, and otherwise to auto.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -85,6 +89,7 @@ class ScoreConfig(Config):
     dtype: Dtype = option("float32", section="computation")
     batch_tokens: int = option(1024, limit=COUNT)
     recode: bool = False
+    engine: Engine | None = None
 
     def __post_init__(self):
         super().__post_init__()

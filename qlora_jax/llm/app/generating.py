@@ -134,7 +134,7 @@ def generate(
     conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, options, dtype)
-    decoder = Decoder(model.config, dtype=dtype)
+    decoder = Decoder(model.decoder, dtype=dtype)
     wrapped: Any = ql.linen.wrap(decoder, scanned=decoder.scanned)
     # Streams share the compiled programs, and keep one cache per conversation.
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)

@@ -220,7 +220,7 @@ def _find_misreading(
     """Returns what a server rounds or computes differently from training, or None."""
     if fmt is None and form == "gguf":
         return "weights are rounded to float16"
-    if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:
+    if fmt == "int4_f16" and form == "awq" and model.decoder.unit_offset_norms:
         return "it rounds scales to bfloat16, because Gemma overflows in float16"
     misreads = server.misreads
-    return misreads and misreads(_read_config(model), model.config, fmt)
+    return misreads and misreads(_read_config(model), model.decoder, fmt)

@@ -25,6 +25,8 @@ from ..data.batching import Batch
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.sharding import ROW_AXES, place_arguments
+from ..models.torch_decoder import TorchConfig
+from ..models.torch_sharding import place_torch_arguments
 from ..train import optimizer as optimizers
 from ..train.arrays import put_rows
 from ..train.objectives import find_objective
@@ -45,8 +47,8 @@ class Program(NamedTuple):
 
 def make_program(
     config: TrainConfig,
-    decoder: DecoderConfig,
-    teacher: DecoderConfig | None = None,
+    decoder: DecoderConfig | TorchConfig,
+    teacher: DecoderConfig | TorchConfig | None = None,
     backend: str | Sequence[str] | None = None,
     learning_rates: Sequence[float] | None = None,
 ) -> Program:
@@ -56,7 +58,12 @@ def make_program(
     its own learning rate.
     """
 
-    def wrap_decoder(decoder: DecoderConfig) -> Any:
+    def wrap_decoder(decoder: DecoderConfig | TorchConfig) -> Any:
+        if isinstance(decoder, TorchConfig):
+            return decoder.make_model(
+                remat=bool(config.model.remat),
+                has_dropout=config.adapter.dropout > 0,
+            )
         module = Decoder(
             decoder,
             dtype=jnp.dtype(config.model.dtype),
@@ -137,7 +144,7 @@ def _make_auto_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> 
 
 
 def make_place(
-    config: DecoderConfig,
+    config: DecoderConfig | TorchConfig,
     mesh: Mesh | None,
     memory: Literal["device", "host"],
     devices: Sequence[Any] | None = None,
@@ -149,7 +156,10 @@ def make_place(
     target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
 
     def place(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
-        arguments = place_arguments(config, base, target_mesh)
+        if isinstance(config, TorchConfig):
+            arguments = place_torch_arguments(config, base, target_mesh)
+        else:
+            arguments = place_arguments(config, base, target_mesh)
         return ql.sharding.place(base, lora, target_mesh, memory=memory, **arguments)
 
     return place

@@ -23,11 +23,12 @@ from ..data.batching import Batch, batches
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.readers import describe_path
+from ..models.torch_decoder import TorchConfig
 from ..train.arrays import changes
 from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import BaseModel, adapters_for, init_shapes, open_model
 from .options import options_of
-from .processes import is_first
+from .processes import is_first, log
 from .program import make_mesh, make_place, make_schedule
 from .pushing import check_base, push
 from .run_folder import CONFIG, FAILED, read_run_config
@@ -66,7 +67,14 @@ def make_run(config: TrainConfig, today: str) -> Run:
     """
     _check_environment(config)
     # The model: its shapes, and the formats of its weights.
-    model = open_model(config.model.path, recode=config.model.recode)
+    model = open_model(
+        config.model.path, recode=config.model.recode, engine=config.model.engine
+    )
+    if isinstance(model.config, TorchConfig):
+        _check_torch(config)
+        if config.evaluation.eval_examples:
+            log("note: engine torch generates no answers to validation rows")
+        config = config.replace(engine="torch", eval_examples=0)
     fmt = config.model.fmt or model.stored_fmt or "nf4"
     if config.output.push_to_hub is not None:
         check_base(model.name)
@@ -205,6 +213,30 @@ def _check_environment(config: TrainConfig) -> None:
         )
 
 
+def _check_torch(config: TrainConfig) -> None:
+    """Raises ValueError for options that models in PyTorch's code do not support."""
+    model, objective = config.model, config.training.objective
+    required = {
+        "attention": (model.attention, "xla"),
+        "base_memory": (model.base_memory, "device"),
+        "mlp_tile": (model.mlp_tile, None),
+        "merge_aware": (config.adapter.merge_aware, False),
+        "packing": (config.training.packing, False),
+        "objective": (
+            objective,
+            "another one" if objective == "distill" else objective,
+        ),
+    }
+    if model.remat == "offload":
+        required["remat"] = ("offload", "true or false")
+    if problems := [
+        f"`{name}` must be {expected}. Got {value}."
+        for name, (value, expected) in required.items()
+        if value != expected
+    ]:
+        raise ValueError(f"with engine torch, {' '.join(problems)}")
+
+
 def _check_model_fits(
     model: BaseModel,
     adapters: ql.QLoRAConfig,
@@ -326,6 +358,8 @@ def _make_stamp(
     if objective.name == TrainingConfig.objective:
         del stamp["objective"]
     stamp["model's files"] = _hash_files(model.path)
+    if isinstance(model.config, TorchConfig):
+        stamp["engine"] = "torch"
     if teacher is not None:
         stamp["teacher's files"] = _hash_files(teacher.path)
     if data.mix:

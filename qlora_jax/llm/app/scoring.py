@@ -16,6 +16,7 @@ from ..data.batching import Batch, eval_batches
 from ..data.chat_tokenizer import open_tokenizer
 from ..data.dataset import read_rows
 from ..models.decoder import Decoder
+from ..models.torch_decoder import TorchConfig
 from ..train.means import make_mean_loss
 from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
@@ -110,7 +111,9 @@ def make_scorer(
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:
         raise ValueError(f"{data} must have at least one target token. Got none.")
+    is_torch = isinstance(model.config, TorchConfig)
     # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch alone.
+    # In PyTorch's code, each row is one sequence.
     short = [row for row in rows if len(row.ids) <= batch_tokens]
     long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
@@ -118,14 +121,20 @@ def make_scorer(
         # All batches of a group have one width, so that one program is compiled.
         max_length = max([batch_tokens, *(len(row.ids) for row in group)])
         batches += group and eval_batches(
-            group, batch_size=1, max_length=max_length, packing=is_packed
+            group,
+            batch_size=1,
+            max_length=max_length,
+            packing=is_packed and not is_torch,
         )
-    decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
-    wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    if isinstance(model.config, TorchConfig):
+        wrapped, head = model.config.make_model(), None
+    else:
+        decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
+        wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
+        # A tied head uses the embedding table.
+        head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
     chunked_loss = make_mean_loss(decoder_loss(wrapped))
     logits_loss = make_mean_loss(_make_logits_loss(wrapped))
-    # A tied head uses the embedding table.
-    head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
     def score(base: PyTree, lora: PyTree) -> Score:
         bar = tqdm(batches, "scoring", unit=" batches", disable=None)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..models.sharding import MESH_AXES
 from ..train.objectives import find_objective
-from .configs import Fmt, TargetFmt
+from .configs import Engine, Fmt, TargetFmt
 from .options import (
     COUNT,
     FRACTION,
@@ -58,6 +58,9 @@ class ModelConfig(Config):
         base_memory: Where the packed layers are stored: device, or host to save device
             memory (not on GPUs). Layers in host memory are moved to the device when
             they are needed.
+        engine: What computes the model: jax, our decoder; torch, the PyTorch code of
+            transformers, which needs the extra torch; or auto, which is torch for types
+            of models that the decoder does not support.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -80,6 +83,7 @@ class ModelConfig(Config):
     stream_dtype: Literal["bfloat16", "float32"] = "float32"
     mlp_tile: int | None = option(None, limit=COUNT)
     base_memory: Literal["device", "host"] = option("device", is_identity=False)
+    engine: Engine = option("auto", is_identity=False)
 
 
 @dataclass(frozen=True)

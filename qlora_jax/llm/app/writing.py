@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from ..data.chat_tokenizer import open_tokenizer
-from ..models.folder import has_vision
 from .base_model import (
     LAYERS,
     BaseModel,
@@ -126,6 +125,7 @@ def _export(config: ExportConfig) -> Written:
     model, step = open_config(config)
     config = complete_export(config, model.lora, step)
     form, path = str(config.format), pathlib.Path(str(config.out))
+    model.check_engine("format", form, ("peft", "peft-portable", "merged"))
     if form.startswith("gguf") and path.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     if form == "gguf" and config.data is not None and path.suffix != ".gguf":
@@ -183,6 +183,7 @@ def _export_for_server(config: ExportConfig) -> Written:
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, options = open_pair(config)
+    model.check_engine("server", server.name, ())
     pair = pair_for(server, model, options, tokenizer=config.tokenizer)
     if pair.base == NOT_RUN:
         raise ValueError(f"{server.name} cannot run {model.name}: {pair.why}")
@@ -269,7 +270,7 @@ class _Writer:
 
     def write_mlx(self) -> None:
         lora = self._make_plain_lora()
-        ql.io.save_mlx(self.out, lora, self.model.config.num_layers)
+        ql.io.save_mlx(self.out, lora, self.model.decoder.num_layers)
 
     def _make_plain_lora(self) -> ql.io.PlainLoRA:
         model = self._read_plain()
@@ -291,7 +292,7 @@ class _Writer:
     def write_merged(self) -> None:
         # Tensors are copied from file to file unless their values or names change.
         model, names = self.model, self.model.exported_names
-        is_changed = self.options or has_vision(model.config) or model.replaces_weights
+        is_changed = self.options or model.has_vision or model.replaces_weights
         is_changed = is_changed or packing_of(model.lora) is not None
         is_copied = model.path.is_dir() and not is_changed
         model = model.with_adapter() if is_copied else model.read(**self.options)

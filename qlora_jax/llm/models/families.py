@@ -487,6 +487,11 @@ _FAMILIES = (
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 
 
+def is_known(raw: Mapping[str, Any]) -> bool:
+    """Whether `Decoder` knows the type of model that a `config.json` describes."""
+    return raw.get("model_type") in FAMILIES
+
+
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """Returns the decoder config that a `config.json` describes.
 

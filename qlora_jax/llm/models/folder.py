@@ -107,10 +107,15 @@ class ModelFolder:
 
         transformers would use the head in the file.
         """
-        names = "lm_head.weight", f"{self.config.module}.embed_tokens.weight"
-        if not self.config.tie_embeddings or not set(names) <= tensors.keys():
+        embedding = f"{self.config.module}.embed_tokens.weight"
+        if self.config.tie_embeddings:
+            self.check_tied(tensors, "lm_head.weight", embedding)
+
+    def check_tied(self, tensors: ql.io.Tensors, name: str, leaf_name: str) -> None:
+        """Raises if a file has two tensors that are tied in the model, and differ."""
+        if not {name, leaf_name} <= tensors.keys():
             return
-        head, embedding = (tensors[name] for name in names)
+        head, embedding = tensors[name], tensors[leaf_name]
         # Slices read only a part of large arrays at a time.
         starts = range(0, head.shape[0], _HEAD_ROWS)
         parts = (slice(start, start + _HEAD_ROWS) for start in starts)
@@ -119,7 +124,7 @@ class ModelFolder:
         ):
             raise ValueError(
                 "`tie_word_embeddings` in config.json must be false, since the file "
-                f"has an {names[0]} that differs from {names[1]}. Got true."
+                f"has an {name} that differs from {leaf_name}. Got true."
             )
 
     def build_tokenizer(self) -> "Tokenizer":

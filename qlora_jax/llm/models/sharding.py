@@ -76,7 +76,7 @@ def place_arguments(
     rules = {}
     for path, leaf in ql.leaves_by_path(base).items():
         specs = [PartitionSpec(*spec) for spec in _candidate_specs(config, path, sizes)]
-        fitting = [spec for spec in specs if _divides(leaf, spec, sizes)]
+        fitting = [spec for spec in specs if divides(leaf, spec, sizes)]
         # If none fits, `place` raises an error about the first spec.
         if specs:
             rules[re.escape(path)] = [*fitting, specs[0]][0]
@@ -106,14 +106,19 @@ def _candidate_specs(
         yield *stack, tensor, fsdp
 
 
-def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
-    """Whether a spec splits a leaf evenly, and only between quantization blocks."""
+def divides(
+    leaf: Any, spec: PartitionSpec, sizes: dict[str, int], contracted: int = -2
+) -> bool:
+    """Whether a spec splits a leaf evenly, and only between quantization blocks.
+
+    `contracted` is the position of a kernel's contracted axis.
+    """
     shape = list(leaf.shape)
     if ql.is_packed(leaf):
         # Count blocks instead of rows along the contracted axis. If the last block is
         # partial, the count is 1, because the axis then cannot be split.
-        blocks, remainder = divmod(shape[-2], leaf.block_size)
-        shape[-2] = 1 if remainder else blocks
+        blocks, remainder = divmod(shape[contracted], leaf.block_size)
+        shape[contracted] = 1 if remainder else blocks
     for entry, size in zip(spec, shape, strict=False):
         axes = entry if isinstance(entry, tuple) else (entry,)
         if size % math.prod(sizes[axis] for axis in axes if axis):

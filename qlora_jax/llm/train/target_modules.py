@@ -14,7 +14,11 @@ _NAME_LIST = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 
 
 def find_target_paths(
-    target_modules: str | Sequence[str], params: PyTree, names: ql.io.Names
+    target_modules: str | Sequence[str],
+    params: PyTree,
+    names: ql.io.Names,
+    *,
+    head: str = HEAD,
 ) -> tuple[str, ...]:
     """Returns the paths of the kernels that `target_modules` selects, in tree order.
 
@@ -27,6 +31,7 @@ def find_target_paths(
             names.
         params: The parameters, or their shapes.
         names: The Hugging Face names of the parameters.
+        head: The name of the head's module.
 
     Raises:
         ValueError: If a name or the expression selects nothing, the head, or only some
@@ -52,7 +57,7 @@ def find_target_paths(
         return tuple(
             path
             for path, layer_names in modules.items()
-            if path not in excluded and HEAD not in layer_names
+            if path not in excluded and head not in layer_names
         )
     # All problems are collected, so that one message lists them.
     targets, problems = set(), []
@@ -67,8 +72,8 @@ def find_target_paths(
                     f"{name!r} selects {len(matches)} of the {len(layer_names)} layers "
                     f"of {path}, which are one stack: select all or none"
                 )
-            if matches and HEAD in layer_names:
-                problems.append(f"{name!r} selects {HEAD}, which must stay frozen")
+            if matches and head in layer_names:
+                problems.append(f"{name!r} selects {head}, which must stay frozen")
             is_used |= bool(matches)
         if not is_used:
             problems.append(f"{name!r} selects no module")
@@ -108,7 +113,7 @@ def _modules_by_path(params: PyTree, names: ql.io.Names) -> dict[str, list[str]]
     for path, leaf in ql.leaves_by_path(params).items():
         # Keep only matrices, which have an input axis k and an output axis n, besides
         # any batch axes.
-        if names.roles(path) == "kn":
+        if names.roles(path) in ("kn", "nk"):
             batch_shape = leaf.shape[: names.num_batch_axes(path)]
             modules[path] = [*map(module_of, names.of(path, batch_shape).flat)]
     return modules

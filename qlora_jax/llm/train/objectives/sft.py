@@ -12,6 +12,7 @@ import qlora_jax as ql
 
 from ...models.decoder import head_arguments
 from ...models.experts import balance_loss
+from ...models.torch_decoder import TorchDecoder
 from ..step import Loss
 from .registry import Objective, register_objective
 
@@ -86,6 +87,9 @@ def token_losses(model: Any) -> TargetLosses:
     def compute_token_losses(lora, base, batch, dropout_key, mutable=False):
         arguments = lora, base, batch, dropout_key
         hidden, *collections = hidden_states(model, *arguments, mutable)
+        if isinstance(model, TorchDecoder):  # PyTorch's code computes the logits
+            variables = {"params": base, "lora": lora}
+            return (model.target_losses(variables, hidden, batch.targets, dropout_key),)
         head = head_arguments(model.config, base, lora)
         labels = jnp.asarray(batch.targets)
         losses = ql.losses.chunked_cross_entropy(hidden, labels=labels, **head)

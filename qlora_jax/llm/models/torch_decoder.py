@@ -1,0 +1,259 @@
+"""Language models that run in the PyTorch code of transformers, by `qlora_jax.torch`.
+
+They take the place of `Decoder` for model types that it does not support. Leaves have
+PyTorch's names, such as `model.layers.0:4:1.mlp.up_proj.weight` for a stack of layers.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
+
+import qlora_jax as ql
+
+from .folder import ModelFolder
+
+if TYPE_CHECKING:
+    from qlora_jax.torch import LanguageModel
+
+Contract = dict[str | re.Pattern[str], str]
+TOKENS_PER_CHUNK = 1024  # tokens whose logits exist at the same time
+
+
+@dataclass(frozen=True, eq=False)
+class TorchConfig:
+    """A model in PyTorch, as far as the application has to know it.
+
+    Attributes:
+        path: The folder.
+        model_type: transformers' name of the architecture.
+        class_name: The name of the PyTorch class.
+        vocab_size: The size of the vocabulary.
+        scan_problem: Why equal layers are not stacked and scanned; None if they are.
+        shapes: The shapes of the leaves, by path.
+        names: The names of the leaves in files, and the roles of their axes.
+        head: The name of the module that computes the logits.
+        tied_names: Further names of tied weights, with those of their leaves.
+        conv1d_names: The names of weights that files store as `[in, out]`.
+        rename_tensors: Maps names of tensors in files to those of the module.
+        experts: None, because no loss balances the load of the experts.
+    """
+
+    path: pathlib.Path
+    model_type: str
+    class_name: str
+    vocab_size: int
+    scan_problem: str | None
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    names: ql.io.Names
+    head: str
+    tied_names: dict[str, str]
+    conv1d_names: set[str]
+    rename_tensors: Callable[[Iterable[str]], dict[str, str]]
+    experts: ClassVar[None] = None
+
+    @functools.cached_property
+    def contract(self) -> Contract:
+        """The roles of the axes of all kernels but the head, as in `QLoRAConfig`."""
+        contract: Contract = {}
+        for path in self.shapes:
+            roles = self.names.roles(path)
+            is_stack_of_experts = self.names.entries[path].parameter is not None
+            if roles and path != f"{self.head}.weight":
+                contract[re.escape(path)] = "b" * is_stack_of_experts + roles
+        return contract
+
+    @functools.cached_property
+    def files(self) -> "TorchFolder":
+        """The files of the model."""
+        return TorchFolder(self.path, self)
+
+    def make_model(
+        self, *, remat: bool = True, has_dropout: bool = False
+    ) -> "TorchDecoder":
+        """Returns the model; `has_dropout` is true if adapters have dropout."""
+        policy = None if remat else jax.checkpoint_policies.everything_saveable
+        language_model = ql.torch.open_language_model(
+            self.path, has_dropout=has_dropout, policy=policy
+        )
+        return TorchDecoder(self, language_model, has_dropout)
+
+
+def open_torch_config(path: pathlib.Path) -> TorchConfig:
+    """Returns the model that a folder's `config.json` describes.
+
+    Raises ImportError without the extra `torch`, and ValueError if transformers has no
+    such model or it uses a loss that balances experts.
+    """
+    try:
+        import qlora_jax.torch
+    except ImportError as error:
+        raise ImportError(
+            "the PyTorch engine needs: pip install 'qlora-jax[torch]'. This model is "
+            f"of a type that the JAX decoder does not support. {error}"
+        ) from error
+    language_model = qlora_jax.torch.open_language_model(path)
+    module: Any = language_model.module
+    if getattr(module.config, "output_router_logits", False):
+        raise ValueError(
+            "`output_router_logits` in config.json must be false with the PyTorch "
+            "engine, which has no loss that balances experts. Got true."
+        )
+    head = language_model.head
+    modules = {inner: name for name, inner in module.named_modules()}
+    problem = language_model.scan_problem(language_model.shapes(stacked=True))
+    is_stacked = problem is None
+    return TorchConfig(
+        path,
+        module.config.model_type,
+        type(module).__name__,
+        module.config.get_text_config().vocab_size,
+        problem,
+        language_model.shapes(stacked=is_stacked),
+        language_model.names(stacked=is_stacked),
+        "" if head is None else modules[head],
+        language_model.tied_names,
+        language_model.conv1d_names,
+        language_model.rename_tensors,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TorchFolder(ModelFolder):
+    """The files of a model that runs in PyTorch's code."""
+
+    torch_config: TorchConfig
+
+    def open_tensors(self) -> ql.io.Tensors:
+        """Returns the tensors by the names of the module, after some checks."""
+        stored = self.stored_tensors
+        renamed = {
+            new: stored[name]
+            for name, new in self.torch_config.rename_tensors(stored).items()
+        }
+        tensors = dataclasses.replace(stored, _tensors=renamed)
+        for name, leaf_name in self.torch_config.tied_names.items():
+            self.check_tied(tensors, name, leaf_name)
+        transposed = self.torch_config.conv1d_names & {*tensors}
+        views: Any = {name: _Transposed(tensors[name]) for name in transposed}
+        return dataclasses.replace(tensors, _tensors={**tensors, **views})
+
+    @contextlib.contextmanager
+    def open_description(self) -> Iterator[pathlib.Path]:
+        """Yields a folder with the config and the tokenizer."""
+        yield self.path
+
+
+@dataclass(frozen=True, eq=False)
+class _Transposed:
+    """A matrix `[in, out]` of a file as `[out, in]`, which is read by slices."""
+
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape[::-1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        return np.asarray(self.tensor[index[::-1]]).T
+
+
+@dataclass(frozen=True, eq=False)
+class TorchDecoder:
+    """A model in PyTorch with the interface of a wrapped `Decoder`, for losses.
+
+    Attributes:
+        config: The model.
+        language_model: Its two functions.
+        has_dropout: Whether adapters have dropout. If not, keys are not used.
+        mlp_tile: None: the MLP takes all tokens at a time.
+    """
+
+    config: TorchConfig
+    language_model: "LanguageModel"
+    has_dropout: bool
+    mlp_tile: ClassVar[None] = None
+
+    def apply(
+        self,
+        variables: Mapping[str, PyTree],
+        tokens: Int[Array, "B T"],
+        *,
+        positions: object = None,
+        segment_ids: object = None,
+        select: Int[Array, "B P"] | None = None,
+        return_hidden: bool = False,
+        rngs: Mapping[str, Array] | None = None,
+        mutable: bool = False,
+    ) -> Float[Array, "B P D"]:
+        """Returns the hidden states from which the selected targets are predicted.
+
+        Each row is one sequence, so that its positions are 0, 1, 2, ..., and it has no
+        segments. Padding is on the right, where no token sees it.
+        """
+        del positions, segment_ids
+        assert return_hidden and select is not None and not mutable
+        key = rngs["dropout"] if rngs and self.has_dropout else None
+        hidden = self.language_model.hidden_states(variables, tokens, dropout_key=key)
+        return jnp.take_along_axis(hidden, jnp.asarray(select)[..., None], axis=1)
+
+    def target_losses(
+        self,
+        variables: Mapping[str, PyTree],
+        hidden: Float[Array, "B P D"],
+        targets: Int[Array, "B P"],
+        dropout_key: Array | None,
+    ) -> Float[Array, "B P"]:
+        """Returns the cross entropy of each target.
+
+        The model's own code computes the logits, of some targets at a time. They are
+        computed again in the backward pass.
+        """
+        key = dropout_key if self.has_dropout else None
+        num_rows, num_targets, _ = hidden.shape
+        size = min(num_targets, max(1, TOKENS_PER_CHUNK // num_rows))
+        count = -(-num_targets // size)
+
+        def split_targets(x: Array) -> Array:  # [B, P, ...] -> [count, B, size, ...]
+            padding = [(0, 0)] * x.ndim
+            padding[1] = (0, count * size - num_targets)
+            x = jnp.pad(x, padding).reshape(num_rows, count, size, *x.shape[2:])
+            return jnp.moveaxis(x, 1, 0)
+
+        @jax.checkpoint
+        def chunk_losses(chunk: tuple[Array, Array]) -> Array:
+            hidden, labels = chunk
+            logits = self.language_model.logits(variables, hidden, dropout_key=key)
+            log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+            return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+
+        chunks = split_targets(hidden), split_targets(jnp.asarray(targets))
+        losses = jnp.moveaxis(jax.lax.map(chunk_losses, chunks), 0, 1)
+        return losses.reshape(num_rows, -1)[:, :num_targets]
+
+
+def load_torch(
+    config: TorchConfig,
+    dtype: DTypeLike | None,
+    qlora: ql.QLoRAConfig | None,
+    **options: Any,
+) -> dict[str, PyTree]:
+    """Returns the parameters of a model; `options` are those of `ql.io.load`."""
+    tensors = config.files.open_tensors()
+    return ql.io.load(
+        tensors, config.names, config.shapes, qlora, dtype=dtype, **options
+    )

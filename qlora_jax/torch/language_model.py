@@ -1,0 +1,379 @@
+"""Causal language models of transformers, without weights."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+import qlora_jax as ql
+
+from .arrays import named_tensors, to_jax
+from .attention import NAME, register_attention
+from .init import is_conv1d, names
+from .layers import ScanError, stack
+from .wrap import Policy, WrappedModule, wrap
+
+PyTree = Any
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model of transformers as two pure functions.
+
+    `hidden_states` runs the layers, and `logits` what the model computes from their
+    output, such as the head, a scaling and a soft-cap. A loss can therefore compute the
+    logits of a few tokens at a time.
+
+    Attributes:
+        model: The wrapped model.
+        buffers: The values of the buffers that are not in checkpoints, by name, such as
+            the frequencies of rotary positions.
+
+    Example:
+        >>> import qlora_jax as ql, tempfile, transformers
+        >>> config = transformers.GPTNeoXConfig(
+        ...     vocab_size=128, hidden_size=64, num_hidden_layers=2,
+        ...     num_attention_heads=4)
+        >>> folder = tempfile.mkdtemp()
+        >>> config.save_pretrained(folder)
+        >>> language_model = ql.torch.open_language_model(folder)
+        >>> sorted(language_model.buffers)[0]
+        'gpt_neox.rotary_emb.inv_freq'
+    """
+
+    model: WrappedModule
+    buffers: Mapping[str, jax.Array]
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The PyTorch module, whose parameters are on the meta device."""
+        return self.model.module
+
+    @property
+    def head(self) -> torch.nn.Module | None:
+        """The module that computes the logits, if the model names one."""
+        module: Any = self.module
+        return module.get_output_embeddings()
+
+    @property
+    def conv1d_names(self) -> set[str]:
+        """The names of weights whose tensors are `[in, out]` in files, as in GPT-2."""
+        return {
+            f"{name}.weight"
+            for name, inner in self.module.named_modules()
+            if is_conv1d(inner)
+        }
+
+    def shapes(self, *, stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of the leaves that files have, without `buffers`.
+
+        Args:
+            stacked: Whether equal layers are stacked, as by `ql.torch.stack`.
+        """
+        shapes = {
+            name: jax.ShapeDtypeStruct(tuple(x.shape), jnp.float32)
+            for name, x in named_tensors(self.module).items()
+            if name not in self.buffers
+        }
+        if not stacked:
+            return shapes
+        return jax.eval_shape(lambda tree: stack(self.module, tree), shapes)
+
+    def names(self, *, stacked: bool) -> ql.io.Names:
+        """Returns the names of the leaves in files, for `ql.io`.
+
+        Embeddings are no targets: they have no roles.
+
+        Args:
+            stacked: As in `shapes`.
+        """
+        module: Any = self.module
+        embeddings = {
+            f"{name}.weight"
+            for name, inner in module.named_modules()
+            if isinstance(inner, torch.nn.Embedding)
+        }
+        table = names(module, stacked=stacked)
+        entries = {
+            name: dataclasses.replace(entry, roles="") if name in embeddings else entry
+            for name, entry in table.entries.items()
+            if name not in self.buffers
+        }
+        # Older files have buffers that are computed now, and tied weights twice.
+        patterns = module._keys_to_ignore_on_load_unexpected or ()
+        ignored = [f".*({pattern}).*" for pattern in patterns]
+        ignored += [re.escape(name) for name in (*self.buffers, *self.tied_names)]
+        return ql.io.Names(entries, ignored=(*ignored, r".*rotary_emb\.inv_freq"))
+
+    @property
+    def tied_names(self) -> dict[str, str]:
+        """The further names of tied weights, with the names of their leaves."""
+        leaf_names = {x: name for name, x in self.module.named_parameters()}
+        every_name = self.module.named_parameters(remove_duplicate=False)
+        return {n: leaf_names[x] for n, x in every_name if n != leaf_names[x]}
+
+    def rename_tensors(self, file_names: Iterable[str]) -> dict[str, str]:
+        """Returns the module's name for each tensor of a file, by its name there.
+
+        Files may have names from older versions of transformers, which describes how
+        they changed.
+
+        Args:
+            file_names: The names in the file.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        module: Any = self.module
+        transforms = get_model_conversion_mapping(module)
+        renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
+        prefix, state = module.base_model_prefix, module.state_dict()
+        return {
+            name: rename_source_key(name, renamings, [], prefix, state)[0]
+            for name in file_names
+        }
+
+    def scan_problem(self, shapes: Mapping[str, PyTree]) -> str | None:
+        """Returns why stacked layers cannot be scanned; None if they can.
+
+        Args:
+            shapes: What `shapes(stacked=True)` returned.
+        """
+        ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        try:
+            jax.eval_shape(
+                lambda p, ids: self.hidden_states({"params": p}, ids), shapes, ids
+            )
+        except ScanError as error:
+            return str(error)
+        return None
+
+    def hidden_states(
+        self,
+        variables: Mapping[str, PyTree],
+        input_ids: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+        **kwargs: PyTree,
+    ) -> jax.Array:
+        """Returns the output of the layers `[B, T, D]`, from which logits follow.
+
+        Args:
+            variables: As in `WrappedModule.apply`, with or without `buffers`.
+            input_ids: Token ids `[B, T]`, padded on the right.
+            dropout_key: PRNG key of the adapters' dropout.
+            **kwargs: Passed to the model, such as `position_ids`.
+
+        Raises:
+            ValueError: As in `WrappedModule.apply`, or if the model does not call the
+                decoder that transformers names.
+        """
+        decoder = _decoder_of(self.module)
+        run_layers, run_model = decoder.forward, self.module.forward
+
+        def stop_after_layers(*args: Any, **kwargs: Any) -> Any:
+            output = run_layers(*args, **kwargs)
+            raise _AfterLayers(output if torch.is_tensor(output) else output[0])
+
+        def run_until_head(*args: Any, **kwargs: Any) -> torch.Tensor:
+            try:
+                run_model(*args, **kwargs)
+            except _AfterLayers as stop:
+                return stop.hidden
+            raise _unsupported(self.module, decoder)
+
+        with (
+            _forward(decoder, stop_after_layers),
+            _forward(self.module, run_until_head),
+        ):
+            return self.model.apply(
+                self._with_buffers(variables),
+                input_ids=input_ids,
+                use_cache=False,
+                dropout_key=dropout_key,
+                **kwargs,
+            )
+
+    def logits(
+        self,
+        variables: Mapping[str, PyTree],
+        hidden: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the logits `[B, T, V]` of hidden states.
+
+        Args:
+            variables: As in `hidden_states`.
+            hidden: What `hidden_states` returned, or some of its tokens.
+            dropout_key: As in `hidden_states`, for an adapter of the head.
+
+        Raises:
+            ValueError: As `hidden_states`.
+        """
+        decoder, calls = _decoder_of(self.module), []
+
+        def return_hidden(*args: Any, **kwargs: Any) -> "_DecoderOutput":
+            calls.append(args)
+            return _DecoderOutput(hidden_tensor[0])
+
+        run_model, hidden_tensor = self.module.forward, []
+
+        def run_head(hidden: torch.Tensor, **kwargs: Any) -> Any:
+            hidden_tensor.append(hidden)
+            return run_model(**kwargs)
+
+        with _forward(decoder, return_hidden), _forward(self.module, run_head):
+            output = self.model.apply(
+                self._with_buffers(variables),
+                hidden,
+                input_ids=jnp.zeros(hidden.shape[:2], jnp.int32),
+                use_cache=False,
+                dropout_key=dropout_key,
+            )
+        if not calls:
+            raise _unsupported(self.module, decoder)
+        return output["logits"]
+
+    def _with_buffers(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        return {**variables, "params": {**self.buffers, **variables["params"]}}
+
+
+def open_language_model(
+    folder: str | pathlib.Path,
+    *,
+    has_dropout: bool = False,
+    policy: Policy | None = None,
+) -> LanguageModel:
+    """Returns the language model that a folder's `config.json` describes.
+
+    The parameters are on the meta device: they have shapes and no values, which
+    `ql.io.load` reads from the folder. The model is in evaluation mode. It computes
+    attention as `register_attention` describes, if its class supports that.
+
+    Args:
+        folder: A folder of transformers.
+        has_dropout: Whether adapters have dropout. The dropout of the model itself is
+            off.
+        policy: As in `wrap`.
+
+    Raises:
+        ValueError: If transformers has no causal language model of this type, or if the
+            values of its buffers are not known.
+
+    Example:
+        >>> import qlora_jax as ql, tempfile, transformers
+        >>> folder = tempfile.mkdtemp()
+        >>> transformers.OPTConfig(num_hidden_layers=2).save_pretrained(folder)
+        >>> type(ql.torch.open_language_model(folder).module).__name__
+        'OPTForCausalLM'
+    """
+    import transformers
+
+    register_attention()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise ValueError(
+            f"`folder` must have a causal language model. Got {config.model_type!r}, "
+            "for which transformers has none."
+        )
+    # Other classes compute attention in their own way, with masks that are added.
+    attention = NAME if model_class._supports_sdpa else "eager"
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.float32
+        )
+    module.eval()
+    buffers = _compute_buffers(module)
+    # `apply` accepts a key if any module is in training mode. The outermost one has no
+    # dropout of its own.
+    module.training = has_dropout
+    return LanguageModel(wrap(module, policy=policy), buffers)
+
+
+def _compute_buffers(module: Any) -> dict[str, jax.Array]:
+    """Returns the values of buffers that are not in the files, by name."""
+    stored = module.state_dict()
+    names = [name for name, _ in module.named_buffers() if name not in stored]
+    owners = {name.rpartition(".")[0]: None for name in names}
+    # 1. Fill the buffers with a value that shows afterwards which ones were not set.
+    fill_values: dict[str, float | bool] = {}
+    for name, buffer in module.named_buffers():
+        if name in names:
+            owner, _, attribute = name.rpartition(".")
+            is_float = buffer.dtype.is_floating_point
+            fill_values[name] = math.nan if is_float else buffer.dtype == torch.bool
+            filled = torch.full(
+                buffer.shape, fill_values[name], dtype=buffer.dtype, device="cpu"
+            )
+            setattr(module.get_submodule(owner), attribute, filled)
+    # 2. Initialize them with the function that transformers has for this.
+    with torch.no_grad():
+        for owner in owners:
+            module._init_weights(module.get_submodule(owner))
+    buffers = {name: module.get_buffer(name) for name in names}
+    unknown = [
+        name
+        for name, x in buffers.items()
+        if x.numel() and (x.isnan() | (x == fill_values[name])).all()
+    ]
+    if unknown:
+        raise ValueError(
+            "`folder` must have a model whose buffers can be computed. Got "
+            f"{type(module).__name__}, which does not initialize {unknown}."
+        )
+    return {name: to_jax(x) for name, x in buffers.items()}
+
+
+class _AfterLayers(Exception):  # noqa: N818  (it ends a call, and is not an error)
+    """Ends a call of the model after its layers."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class _DecoderOutput:
+    """What the layers return, where only the hidden states are known."""
+
+    last_hidden_state: torch.Tensor
+
+    def __getitem__(self, index: int | str) -> torch.Tensor | None:
+        return self.last_hidden_state if index in (0, "last_hidden_state") else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _decoder_of(module: Any) -> Any:
+    """Returns the part of a language model that is everything but the head."""
+    decoder = module.get_decoder()
+    if decoder is module:
+        raise _unsupported(module, decoder)
+    return decoder
+
+
+def _unsupported(module: torch.nn.Module, decoder: torch.nn.Module) -> ValueError:
+    return ValueError(
+        "the layers and the head of the model must be separate modules. Got "
+        f"{type(module).__name__}, which does not call {type(decoder).__name__}."
+    )
+
+
+@contextlib.contextmanager
+def _forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replaces the `forward` of one module."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

@@ -1,0 +1,128 @@
+"""The command line trains and scores models in PyTorch's code as PEFT has them."""
+
+import pathlib
+import sys
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from engine_models import ROWS, save_model, write_rows
+from tolerances import assert_close
+from torch_helpers import init, with_decoded_weights
+
+from qlora_jax.llm import app
+from qlora_jax.llm.cli.main import main
+from qlora_jax.llm.models.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Returns a folder with a model that the decoder does not know, rows and a run."""
+    folder = tmp_path_factory.mktemp("engine")
+    save_model(folder / "model", transformers.GPTNeoXConfig)
+    write_rows(folder)
+    settings = {"steps": 3, "batch_size": 4, "max_length": 64, "dtype": "float32"}
+    settings |= {"learning_rate": 1e-2, "lora_r": 4}
+    command = ["train", *arguments(folder), "--out", str(folder / "run")]
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    assert main(command) == 0
+    return folder
+
+
+def arguments(folder):
+    return ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")]
+
+
+def torch_loss(model):
+    """Returns the mean loss of the tokens after the first, one row at a time."""
+    losses = []
+    for row in ROWS:
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        )
+    return torch.cat(losses).mean().item()
+
+
+def test_score_of_a_trained_adapter_equals_the_loss_in_peft(folder):
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    # The packed weights of training: all linear layers but the head.
+    _, base, _ = init(module, r".*(query_key_value|dense\w*)\.weight")
+    with_decoded_weights(module, base)
+    before = torch_loss(module)
+    with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(module, folder / "run" / "adapter")
+    expected = torch_loss(model.eval())
+    assert expected < before - 0.01
+    config = app.ScoreConfig(
+        run=str(folder / "run"), data=str(folder / "rows.jsonl"), batch_tokens=64
+    )
+    score = app.score(config)
+    assert score.tokens == sum(len(row["input_ids"]) - 1 for row in ROWS)
+    assert_close(np.asarray(score.loss), np.asarray(expected))
+
+
+def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path):
+    out = tmp_path / "merged"
+    run = str(folder / "run")
+    assert main(["export", "--run", run, "--format", "merged", "--out", str(out)]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    expected = torch_loss(merged)
+    score = app.score(app.ScoreConfig(run=run, data=str(folder / "rows.jsonl")))
+    assert_close(np.asarray(score.loss), np.asarray(expected))
+
+
+REFUSED = {
+    "packing": "`packing` must be False. Got True.",
+    "merge_aware": "`merge_aware` must be False. Got True.",
+    "mlp_tile": "`mlp_tile` must be None. Got 1.",
+    "objective": "`objective` must be another one. Got distill.",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_the_engine_lacks_are_refused(folder, tmp_path, name, capsys):
+    value = {"objective": "distill", "mlp_tile": "1"}.get(name, "true")
+    command = ["train", *arguments(folder), "--out", str(tmp_path / "run")]
+    assert main([*command, f"--{name}", value]) == 1
+    assert REFUSED[name] in capsys.readouterr().err
+
+
+def test_files_for_other_programs_are_refused(folder, tmp_path, capsys):
+    out = str(tmp_path / "model.gguf")
+    run = str(folder / "run")
+    assert main(["export", "--run", run, "--format", "gguf", "--out", out]) == 1
+    assert "`format` must be one of peft" in capsys.readouterr().err
+    assert not pathlib.Path(out).exists()
+
+
+def test_without_torchax_the_extra_is_named(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "qlora_jax.torch", None)
+    command = ["train", *arguments(folder), "--out", str(tmp_path / "run")]
+    assert main(command) == 1
+    assert "pip install 'qlora-jax[torch]'" in capsys.readouterr().err
+
+
+def test_the_engine_computes_what_the_decoder_computes(tmp_path):
+    model, data = save_tiny(tmp_path / "model"), write_rows(tmp_path)
+    scores = [
+        app.score(app.ScoreConfig(model, data, engine=engine))
+        for engine in ("jax", "torch")
+    ]
+    assert_close(np.asarray(scores[1].loss), np.asarray(scores[0].loss))
+
+
+def test_weights_that_files_store_transposed(tmp_path):
+    changes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    model = save_model(tmp_path / "model", transformers.GPT2Config, **changes)
+    module = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    expected = torch_loss(module)
+    score = app.score(app.ScoreConfig(str(model), write_rows(tmp_path)))
+    assert_close(np.asarray(score.loss), np.asarray(expected))

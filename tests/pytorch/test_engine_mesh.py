@@ -1,0 +1,56 @@
+"""Models in PyTorch's code compute on a mesh what they compute on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from engine_models import ROWS, save_model
+from jax.sharding import set_mesh
+from tolerances import assert_close
+from transformers import GPTNeoXConfig
+
+import qlora_jax as ql
+from qlora_jax.llm import app
+from qlora_jax.llm.app.base_model import adapters_for, open_model
+from qlora_jax.llm.app.program import make_mesh, make_place, make_put
+from qlora_jax.llm.data import Row, eval_batches
+from qlora_jax.llm.train import decoder_loss
+
+
+def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
+    folder = save_model(tmp_path / "model", GPTNeoXConfig, num_hidden_layers=2)
+    model = open_model(str(folder), engine="torch")
+    packing = model.packing("nf4", 32, False)
+    adapters = adapters_for(app.AdapterConfig(rank=4), model, packing)
+    base = model.read(dtype=jnp.float32, packing=packing, progress=False).base
+    lora = ql.init(jax.random.key(0), base, adapters)[1]
+    lora = jax.tree.map(lambda x: x + 0.02, lora)  # B is 0 at first
+    rows = []
+    for row in ROWS:
+        ids = np.array(row["input_ids"], np.int32)
+        rows.append(Row(ids, np.where(np.arange(len(ids)) > 0, ids, -100), "rows"))
+    [batch] = eval_batches(rows, batch_size=len(rows), max_length=16)
+    loss = decoder_loss(model.config.make_model())
+
+    def mean_loss(lora, base, batch):
+        total, count = loss(lora, base, batch, None)
+        return total / count
+
+    step = jax.jit(jax.value_and_grad(mean_loss))
+    expected_loss, expected = step(lora, base, batch)
+    mesh = make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())
+    base, lora = make_place(model.config, mesh, "device")(base, lora)
+    # The contracted axis of the last kernel has three blocks, which two devices cannot
+    # split, so that both axes split its outputs.
+    specs = {
+        path: tuple(q.codes.sharding.spec)
+        for path, q in base.items()
+        if ql.is_packed(q)
+    }
+    prefix = "gpt_neox.layers.0:2:1."
+    assert specs[f"{prefix}attention.dense.weight"] == (None, "fsdp", "tensor")
+    last = specs[f"{prefix}mlp.dense_4h_to_h.weight"]
+    assert last == (None, None, ("tensor", "fsdp"))
+    with set_mesh(mesh):
+        split_loss, gradients = step(lora, base, make_put(mesh)(batch))
+    assert_close(np.asarray(split_loss), np.asarray(expected_loss))
+    assert_close(jax.device_get(gradients), jax.device_get(expected))
