@@ -235,8 +235,9 @@ def draw_gemma3(rng: random.Random) -> Options:
 
 def draw_qwen2_moe(rng: random.Random) -> Options:
     """Returns the options of Qwen2-MoE."""
-    sizes = draw_sizes(rng) | draw_rope(rng)
-    count = sizes["num_hidden_layers"]
+    # Gradients through more layers amplify rounding errors.
+    count = rng.randint(1, 3)
+    sizes = draw_sizes(rng) | draw_rope(rng) | {"num_hidden_layers": count}
     dense = rng.choice((None, rng.sample(range(count), 1)))
     flags = draw_flags(rng, "qkv_bias norm_topk_prob")
     return sizes | draw_windows(rng, count) | draw_experts(rng) | flags | {
@@ -244,7 +245,6 @@ def draw_qwen2_moe(rng: random.Random) -> Options:
         "shared_expert_intermediate_size": rng.choice((12, 16)),
         "decoder_sparse_step": rng.randint(1, 2),
         "mlp_only_layers": dense,
-        "initializer_range": 0.2,
     }  # fmt: skip
 
 

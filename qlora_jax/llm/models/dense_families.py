@@ -161,7 +161,7 @@ def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
     section = rope_section(raw)
     beta_key, length_key = "llama_4_scaling_beta", "original_max_position_embeddings"
     beta, length = section.get(beta_key), raw.get(length_key) or section.get(length_key)
-    if beta is None or not is_count(length):
+    if beta is None or length is None or not is_count(length):
         raise ValueError(
             f"`rope_parameters` must have {beta_key!r} and {length_key!r}. Got "
             f"{section}."

@@ -45,7 +45,8 @@ class DenseMLP(nn.Module):
         projections = ["gate_proj"] * config.gated_mlp + ["up_proj", "down_proj"]
         if config.fused:
             projections = ["gate_up_proj", "down_proj"]
-        hf_names = dict(zip(("up_proj", "down_proj"), config.mlp_names, strict=True))
+        hf_up, hf_down = config.mlp_names
+        hf_names = {"up_proj": hf_up, "down_proj": hf_down}
         tensors = [(name, hf_names.get(name, name)) for name in projections]
         return {
             f"{projection}/{leaf}": f"mlp.{hf_name}.{hf_leaf}"
