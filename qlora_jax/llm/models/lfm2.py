@@ -10,7 +10,8 @@ LFM2_KEYS = """
 block_auto_adjust_ff_dim block_dim block_ff_dim block_ffn_dim_multiplier
 block_mlp_init_scale block_multiple_of block_norm_eps block_out_init_scale
 block_use_swiglu block_use_xavier_init conv_L_cache conv_bias conv_dim conv_dim_out
-conv_use_xavier_init full_attn_idxs hidden_act layer_types norm_eps num_heads theta tie_embedding use_pos_enc
+conv_use_xavier_init full_attn_idxs hidden_act layer_types norm_eps num_heads theta
+tie_embedding use_pos_enc
 """
 _FULL, _CONVOLUTION = "full_attention", "conv"
 # Llama's names of modules, and those of LFM2.
