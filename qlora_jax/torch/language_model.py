@@ -279,8 +279,8 @@ def open_language_model(
     import transformers
 
     register_attention()
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise ValueError(
             f"`folder` must have a causal language model. Got {config.model_type!r}, "
@@ -370,7 +370,7 @@ def _unsupported(module: torch.nn.Module, decoder: torch.nn.Module) -> ValueErro
 
 
 @contextlib.contextmanager
-def _forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Replaces the `forward` of one module."""
     module.forward = forward
     try:

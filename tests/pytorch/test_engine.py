@@ -13,6 +13,7 @@ from engine_models import ROWS, save_model, write_rows
 from tolerances import assert_close
 from torch_helpers import init, with_decoded_weights
 
+import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.models.tiny import save_tiny
@@ -105,6 +106,7 @@ def test_files_for_other_programs_are_refused(folder, tmp_path, capsys):
 
 def test_without_torchax_the_extra_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "qlora_jax.torch", None)
+    monkeypatch.delattr(ql, "torch")
     command = ["train", *arguments(folder), "--out", str(tmp_path / "run")]
     assert main(command) == 1
     assert "pip install 'qlora-jax[torch]'" in capsys.readouterr().err

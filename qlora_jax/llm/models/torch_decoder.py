@@ -11,7 +11,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,6 @@ from jaxtyping import Array, Float, Int, PyTree
 import qlora_jax as ql
 
 from .folder import ModelFolder
-
-if TYPE_CHECKING:
-    from qlora_jax.torch import LanguageModel
 
 Contract = dict[str | re.Pattern[str], str]
 TOKENS_PER_CHUNK = 1024  # tokens whose logits exist at the same time
@@ -96,13 +93,14 @@ def open_torch_config(path: pathlib.Path) -> TorchConfig:
     such model or it uses a loss that balances experts.
     """
     try:
-        import qlora_jax.torch
+        bridge = ql.torch  # imported here, because it needs the extra
     except ImportError as error:
         raise ImportError(
-            "the PyTorch engine needs: pip install 'qlora-jax[torch]'. This model is "
-            f"of a type that the JAX decoder does not support. {error}"
+            "`model` must be of a type that the JAX decoder supports, or else run in "
+            "PyTorch's code, which needs: pip install 'qlora-jax[torch]'. Got "
+            f"{str(path)!r}. {error}"
         ) from error
-    language_model = qlora_jax.torch.open_language_model(path)
+    language_model = bridge.open_language_model(path)
     module: Any = language_model.module
     if getattr(module.config, "output_router_logits", False):
         raise ValueError(
@@ -184,7 +182,7 @@ class TorchDecoder:
     """
 
     config: TorchConfig
-    language_model: "LanguageModel"
+    language_model: "ql.torch.LanguageModel"
     has_dropout: bool
     mlp_tile: ClassVar[None] = None
 
