@@ -32,6 +32,7 @@ from .configs import (
     ExportConfig,
     GenerateConfig,
     PairsConfig,
+    Scales,
     ScoreConfig,
 )
 from .merge_aware import pack_as_trained, packing_of, target_settings
@@ -131,7 +132,11 @@ class BaseModel:
         return not (adapter / MLX_ADAPTER).exists()
 
     def packing(
-        self, fmt: str, block_size: int | None, double_quant: bool | None
+        self,
+        fmt: str,
+        block_size: int | None,
+        double_quant: bool | None,
+        scales: Scales | None = None,  # by default, by the rule of the format
     ) -> ql.QLoRAConfig | None:
         """Returns how to pack the layers while reading; None to read them as stored."""
         stored_fmt = self.stored_fmt
@@ -147,7 +152,11 @@ class BaseModel:
                 f"is already in 4 bits. Use `recode` to pack it again. Got {fmt!r}."
             )
         return ql.QLoRAConfig(
-            fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
+            fmt=fmt,
+            block_size=block_size,
+            double_quant=double_quant,
+            scales=scales or "absmax",
+            targets=LAYERS,
         )
 
     def _check_stored(self, **settings: int | bool | None) -> None:
@@ -344,12 +353,10 @@ def open_run(
     model = open_model(source or run.model.path, recode=run.model.recode)
     packing = None
     if run.adapter.merge_aware:
-        settings = run.model
-        packing = model.packing(
-            settings.fmt or "none", settings.block_size, settings.double_quant
-        )
+        packing = packing_for(run.model, model)
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
-    base, lora = init_shapes(model.base, adapters_for(run.adapter, model, packing))
+    adapters = adapters_for(run.adapter, model, packing, run.model.scales)
+    base, lora = init_shapes(model.base, adapters)
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
@@ -365,6 +372,18 @@ def open_config(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | No
     if config.run is None:
         return open_model(str(config.model), config.adapter), None
     return open_run(config.run, getattr(config, "step", None), config.model)
+
+
+def packing_for(
+    settings: ModelConfig, model: BaseModel, default_fmt: str = "none"
+) -> ql.QLoRAConfig | None:
+    """Returns how training packs the layers; None if they are used as stored."""
+    return model.packing(
+        settings.fmt or default_fmt,
+        settings.block_size,
+        settings.double_quant,
+        settings.scales,
+    )
 
 
 def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
@@ -402,8 +421,17 @@ def training_load_options(
                 f"{run.model.fmt}. The base here is a different one: {model.name} with "
                 f"fmt {fmt}"
             )
-    double_quant = getattr(settings, "double_quant", None)
-    packing = model.packing(settings.fmt or "none", settings.block_size, double_quant)
+    double_quant, scales = (
+        getattr(settings, name, None) for name in ("double_quant", "scales")
+    )
+    packing = model.packing(
+        settings.fmt or "none", settings.block_size, double_quant, scales
+    )
+    if settings is config and scales is not None and packing is None:
+        raise ValueError(
+            "`scales` must be left out unless training packed the model, because the "
+            f"stored weights are used unchanged. Got {scales}."
+        )
     # Training rounded the weights to its dtype before it packed them, alone or merged.
     dtype = {"dtype": settings.dtype} if isinstance(settings, ModelConfig) else {}
     if packing is None:
@@ -437,12 +465,15 @@ def read_as_trained(
 
 
 def adapters_for(
-    config: AdapterConfig, model: BaseModel, packing: ql.QLoRAConfig | None
+    config: AdapterConfig,
+    model: BaseModel,
+    packing: ql.QLoRAConfig | None,
+    scales: Scales,
 ) -> ql.QLoRAConfig:
     """Returns the settings of the adapters that a run trains.
 
-    `packing` is that of the base, as `BaseModel.packing` returns it. Only merge-aware
-    adapters depend on it.
+    `packing` is that of the base, as `BaseModel.packing` returns it, and `scales` is
+    the rule by which the run chooses scales. Only merge-aware adapters depend on them.
     """
     targets = find_target_paths(config.target_modules, model.base, model.names)
     # Reading the model has already packed its kernels.
@@ -457,7 +488,7 @@ def adapters_for(
             for path in layers
             if path not in targets or (full and re.fullmatch(full, path))
         ]
-        settings |= target_settings(config, packings, unadapted)
+        settings |= target_settings(config, packings, unadapted) | {"scales": scales}
     return ql.QLoRAConfig(
         rank=config.rank,
         alpha=config.alpha,
