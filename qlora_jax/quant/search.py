@@ -58,10 +58,12 @@ def candidate_ratios(fmt: Format) -> tuple[float, ...]:
         return 0.76, 0.83, 0.89, 0.94, 1.0, 1.06, 1.13
     # Up to 1.06, the largest weight is still rounded to the largest value of the table.
     # A larger scale is good only if it rounds this weight well to the second largest
-    # value, as the last two candidates do.
+    # value, as the last candidates do. In the small blocks of NVFP4, a second one
+    # lowers the error by a hundredth; elsewhere, it hardly changes it.
     largest, second = np.unique(np.abs(fmt.table))[:-3:-1]
     jump = float(largest / second)
-    return 0.8, 0.88, 0.94, 1.06, 0.96 * jump, 1.02 * jump
+    jumps = (0.96 * jump, 1.02 * jump) if fmt.scales is E4M3 else (0.99 * jump,)
+    return 0.8, 0.88, 0.94, 1.06, *jumps
 
 
 def search_scales(
@@ -151,9 +153,12 @@ def _search_part(
         # Very large weights then do not overflow, and very small ones do not vanish.
         normalized = blocks.astype(jnp.float32) * (factor / scale)[..., None, :]
         values = nearest_values(normalized, fmt)
-        error = normalized - values
         if root is not None:  # the sums below are then weighted by the importance
-            error, values = error * root, values * root
+            normalized, values = normalized * root, values * root
+        # Without the barrier, XLA on CPUs would look for the nearest values again for
+        # each of the arrays that depend on them.
+        values = lax.optimization_barrier(values)
+        error = normalized - values
         error_sum = jnp.sum(error * error, axis=-2)
         slope = jnp.sum(error * values, axis=-2)
         curvature = jnp.sum(values * values, axis=-2)

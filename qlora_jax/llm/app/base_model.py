@@ -41,6 +41,7 @@ from .configs import (
     ExportConfig,
     GenerateConfig,
     PairsConfig,
+    Scales,
     ScoreConfig,
 )
 from .merge_aware import pack_as_trained, packing_of, target_settings
@@ -184,7 +185,11 @@ class BaseModel:
         return not (adapter / MLX_ADAPTER).exists()
 
     def packing(
-        self, fmt: str, block_size: int | None, double_quant: bool | None
+        self,
+        fmt: str,
+        block_size: int | None,
+        double_quant: bool | None,
+        scales: Scales | None = None,  # by default, by the rule of the format
     ) -> ql.QLoRAConfig | None:
         """Returns how to pack the layers while reading; None to read them as stored."""
         stored_fmt = self.stored_fmt
@@ -203,6 +208,7 @@ class BaseModel:
             fmt=fmt,
             block_size=block_size,
             double_quant=double_quant,
+            scales=scales or "absmax",
             targets=self.layers,
             contract=self.contract,
         )
@@ -437,11 +443,10 @@ def open_run(
     )
     packing = None
     if run.adapter.merge_aware:
-        packing = model.packing(
-            settings.fmt or "none", settings.block_size, settings.double_quant
-        )
+        packing = packing_for(settings, model)
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
-    base, lora = init_shapes(model.base, adapters_for(run.adapter, model, packing))
+    adapters = adapters_for(run.adapter, model, packing, settings.scales)
+    base, lora = init_shapes(model.base, adapters)
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
@@ -457,6 +462,18 @@ def open_config(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | No
     if config.run is None:
         return open_model(str(config.model), config.adapter), None
     return open_run(config.run, getattr(config, "step", None), config.model)
+
+
+def packing_for(
+    settings: ModelConfig, model: BaseModel, default_fmt: str = "none"
+) -> ql.QLoRAConfig | None:
+    """Returns how training packs the layers; None if they are used as stored."""
+    return model.packing(
+        settings.fmt or default_fmt,
+        settings.block_size,
+        settings.double_quant,
+        settings.scales,
+    )
 
 
 def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
@@ -494,8 +511,17 @@ def training_load_options(
                 f"{run.model.fmt}. The base here is a different one: {model.name} with "
                 f"fmt {fmt}"
             )
-    double_quant = getattr(settings, "double_quant", None)
-    packing = model.packing(settings.fmt or "none", settings.block_size, double_quant)
+    double_quant, scales = (
+        getattr(settings, name, None) for name in ("double_quant", "scales")
+    )
+    packing = model.packing(
+        settings.fmt or "none", settings.block_size, double_quant, scales
+    )
+    if settings is config and scales is not None and packing is None:
+        raise ValueError(
+            "`scales` must be left out unless training packed the model, because the "
+            f"stored weights are used unchanged. Got {scales}."
+        )
     # Training rounded the weights to its dtype before it packed them, alone or merged.
     dtype = {"dtype": settings.dtype} if isinstance(settings, ModelConfig) else {}
     if packing is None:
@@ -529,12 +555,15 @@ def read_as_trained(
 
 
 def adapters_for(
-    config: AdapterConfig, model: BaseModel, packing: ql.QLoRAConfig | None
+    config: AdapterConfig,
+    model: BaseModel,
+    packing: ql.QLoRAConfig | None,
+    scales: Scales,
 ) -> ql.QLoRAConfig:
     """Returns the settings of the adapters that a run trains.
 
-    `packing` is that of the base, as `BaseModel.packing` returns it. Only merge-aware
-    adapters depend on it.
+    `packing` is that of the base, as `BaseModel.packing` returns it, and `scales` is
+    the rule by which the run chooses scales. Only merge-aware adapters depend on them.
     """
     targets = find_target_paths(
         config.target_modules, model.base, model.names, head=model.head
@@ -551,7 +580,7 @@ def adapters_for(
             for path in layers
             if path not in targets or (full and re.fullmatch(full, path))
         ]
-        settings |= target_settings(config, packings, unadapted)
+        settings |= target_settings(config, packings, unadapted) | {"scales": scales}
     return ql.QLoRAConfig(
         rank=config.rank,
         rank_pattern=_find_small_kernels(config, model, targets),

@@ -13,6 +13,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
+Scales = Literal["absmax", "search"]  # how the scale of each block is chosen
 # The formats that merge-aware adapters are trained for: those of the files of `export`.
 TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4", "nvfp4"]
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
 # For a `BaseFormat`, these options describe the result. For a server and for
 # `_TRAINED_BASES`, they describe how training packed the base.
-PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
+PACKING_OPTIONS = ("fmt", "block_size", "double_quant", "scales")
 _TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
 # Types of GGUF files for which an adapter is merged into the weights of the model's
 # files, and not into the base of training.
@@ -35,6 +36,8 @@ _FORMATS_OF_OPTIONS = {
     "fmt": (*get_args(BaseFormat)[:3], *_TRAINED_BASES),
     "double_quant": ("bitsandbytes", *_TRAINED_BASES),
     "block_size": (*get_args(BaseFormat), *_TRAINED_BASES),
+    "scales": (*get_args(BaseFormat), *_TRAINED_BASES),
+    "calibrate": (*get_args(BaseFormat), "gguf"),
 }
 
 
@@ -66,6 +69,7 @@ class ScoreConfig(Config):
             `fmt`, such as 64 for nf4.
         double_quant: With `fmt`: whether to also quantize the scales; by default true
             if `fmt` supports it.
+        scales: With `fmt`: how the scale of each block is chosen, as in train.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: Maximum number of tokens in a batch, including padding.
         recode: Whether to decode 4-bit weights that no format here supports, such as
@@ -86,6 +90,7 @@ class ScoreConfig(Config):
     fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
+    scales: Scales | None = None
     dtype: Dtype = option("float32", section="computation")
     batch_tokens: int = option(1024, limit=COUNT)
     recode: bool = False
@@ -126,6 +131,11 @@ class ExportConfig(Config):
         block_size: Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4.
         double_quant: For bitsandbytes: whether to also quantize the scales; by default
             true.
+        scales: For 4-bit files (also Q4_0): how the scale of each block is chosen.
+            absmax, the default, is the rule of the format; search makes errors
+            smaller. For merged, gguf and a server: the rule of training, as `fmt`.
+        calibrate: With the search, for a 4-bit file: rows on which the inputs of each
+            layer are measured, so that errors of weights with large inputs count more.
         dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
         gguf_type: For gguf: the type of the file, by default F16. Q4_0 copies weights
             in int4_f16 or q4_0 with blocks of 32, and packs float weights. Q4_K_M packs
@@ -153,6 +163,8 @@ class ExportConfig(Config):
     fmt: Fmt | None = option(None, section="number formats")
     block_size: int | None = None
     double_quant: bool | None = None
+    scales: Scales | None = None
+    calibrate: str | None = None
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_K_M"] | None = None
     tokenizer: bool = True
@@ -206,10 +218,22 @@ class ExportConfig(Config):
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
         packing = [name for name in PACKING_OPTIONS if name in options]
+        if self.gguf_type == "Q4_0" and "scales" in packing:
+            packing.remove("scales")  # Q4_0 does not say how scales are chosen
         if self.gguf_type in GGUF_4_BITS and packing:
             raise ValueError(
                 f"`{packing[0]}` must be left out with `gguf_type` {self.gguf_type}, "
                 f"which sets the number format. Got {getattr(self, packing[0])!r}."
+            )
+        if self.calibrate is not None and self.scales != "search":
+            raise ValueError(
+                "`scales` must be search with `calibrate`, because the rule of a "
+                f"format does not depend on data. Got {self.scales}."
+            )
+        if self.calibrate is not None and target == "gguf" and self.gguf_type != "Q4_0":
+            raise ValueError(
+                "`gguf_type` must be Q4_0 with `calibrate`, because no scales are "
+                f"searched for other types. Got {self.gguf_type}."
             )
         fmts = FMTS.get(target, get_args(Fmt))
         if self.fmt is not None and self.fmt not in fmts:
@@ -296,6 +320,7 @@ class GenerateConfig(Config):
             `fmt`, such as 64 for nf4.
         double_quant: With `fmt`: whether to also quantize the scales; by default true
             if `fmt` supports it.
+        scales: With `fmt`: how the scale of each block is chosen, as in train.
         dtype: Dtype of the computation; norms and softmax are float32.
         recode: Whether to decode 4-bit weights that no format here supports, such as
             those with zero points or reordered inputs, and to pack them again in `fmt`.
@@ -323,6 +348,7 @@ class GenerateConfig(Config):
     fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
     double_quant: bool | None = None
+    scales: Scales | None = None
     dtype: Dtype = option("float32", section="computation")
     recode: bool = False
 

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig, TargetFmt
+from .configs import AdapterFormat, ExportConfig, TargetFmt
 from .processes import log
 from .servers import FMTS
 from .train_groups import AdapterConfig
@@ -23,6 +23,8 @@ from .train_groups import AdapterConfig
 _FORMATS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "q4_0": "gguf"}
 _FORMATS |= {"int4_f16": "compressed-tensors", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 GGUF_BLOCK_SIZE = 32  # of Q4_0
+# The fields of a `Packing`, and the options that have their names.
+_PACKING_FIELDS = ("fmt", "block_size", "double_quant")
 
 
 def target_settings(
@@ -45,7 +47,7 @@ def target_settings(
             f"after training. Got {config.target_modules}, without "
             f"{', '.join(unadapted)}."
         )
-    settings = {name: getattr(packing, name) for name in PACKING_OPTIONS}
+    settings = {name: getattr(packing, name) for name in _PACKING_FIELDS}
     # The base is packed already, so `fmt` is None. The block size and `double_quant` in
     # the config then belong to `target_fmt`.
     return {"merge_aware": True, **settings, "fmt": None, "target_fmt": packing.fmt}
@@ -141,6 +143,12 @@ def _find_default_format(packing: Any) -> Any:
 
 def _check_format(config: ExportConfig, packing: Any) -> None:
     form, trained_for = config.format, describe(packing)
+    for name in ("scales", "calibrate"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"`{name}` must be left out for a merge-aware adapter, whose file has "
+                f"exactly the weights of training. Got {value!r}."
+            )
     if form in get_args(AdapterFormat):
         raise ValueError(
             "`format` must be that of a model for a merge-aware adapter. Beside its "
@@ -155,7 +163,7 @@ def _check_format(config: ExportConfig, packing: Any) -> None:
     else:
         is_held = packing.fmt in FMTS[str(form)]
     # For these formats, the packing options describe the file, and not the base.
-    settings = {name: getattr(config, name) for name in PACKING_OPTIONS}
+    settings = {name: getattr(config, name) for name in _PACKING_FIELDS}
     is_held &= all(
         value in (None, getattr(packing, name)) for name, value in settings.items()
     )

@@ -31,7 +31,7 @@ from ..train import optimizer as optimizers
 from ..train.arrays import put_rows
 from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
-from .base_model import BaseModel, adapters_for, init_shapes
+from .base_model import BaseModel, adapters_for, init_shapes, packing_for
 from .train_config import TrainConfig
 
 
@@ -196,12 +196,10 @@ def lower_step(
     # The shapes and shardings of the base and the adapters.
     dtype = jnp.dtype(config.model.dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing = model.packing(
-        config.model.fmt or "nf4", config.model.block_size, config.model.double_quant
-    )
+    packing = packing_for(config.model, model, "nf4")
     if packing is not None:
         base, _ = init_shapes(base, packing)
-    adapters = adapters_for(config.adapter, model, packing)
+    adapters = adapters_for(config.adapter, model, packing, config.model.scales)
     base, lora = place(*init_shapes(base, adapters))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:

@@ -26,7 +26,13 @@ from ..data.readers import describe_path
 from ..models.torch_decoder import TorchConfig
 from ..train.arrays import changes
 from ..train.objectives import OBJECTIVES, find_objective
-from .base_model import BaseModel, adapters_for, init_shapes, open_model
+from .base_model import (
+    BaseModel,
+    adapters_for,
+    init_shapes,
+    open_model,
+    packing_for,
+)
 from .options import options_of
 from .processes import is_first, log
 from .program import make_mesh, make_place, make_schedule
@@ -80,8 +86,14 @@ def make_run(config: TrainConfig, today: str) -> Run:
         check_base(model.name)
         if is_first():
             push(config.output.push_to_hub)  # fails now rather than after training
-    packing = model.packing(fmt, config.model.block_size, config.model.double_quant)
-    adapters = adapters_for(config.adapter, model, packing)
+    packing = packing_for(config.model, model, fmt)
+    scales = config.model.scales
+    if scales != "absmax" and packing is None and not config.adapter.merge_aware:
+        raise ValueError(
+            "`scales` must be absmax unless training packs weights. Got "
+            f"{scales}, and a base that stays as it is stored."
+        )
+    adapters = adapters_for(config.adapter, model, packing, scales)
     start = None
     if config.adapter.path is not None:
         start, alpha = read_start(config.adapter, model, adapters)

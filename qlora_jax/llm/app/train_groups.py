@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..models.sharding import MESH_AXES
 from ..train.objectives import find_objective
-from .configs import Engine, Fmt, TargetFmt
+from .configs import Engine, Fmt, Scales, TargetFmt
 from .options import (
     COUNT,
     FRACTION,
@@ -47,6 +47,8 @@ class ModelConfig(Config):
             for nf4.
         double_quant: Whether to also quantize the scales; by default true if `fmt`
             supports it.
+        scales: How the scale of each block is chosen: absmax, by the rule of the
+            format, or search, with smaller errors. Also used for `target_fmt`.
         recode: Whether to pack a 4-bit model again, in `fmt`. Needed if it has zero
             points or reordered inputs, which no format here supports.
         dtype: Dtype of the computation and of float weights; adapters are float32.
@@ -74,6 +76,7 @@ class ModelConfig(Config):
     fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
     double_quant: bool | None = None
+    scales: Scales = "absmax"
     recode: bool = False
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", section="computation and memory"

@@ -22,6 +22,7 @@ from .base_model import (
     runs_of,
     training_load_options,
 )
+from .calibrating import make_calibrator
 from .configs import GGUF_4_BITS, PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
     check_holds,
@@ -138,7 +139,7 @@ def _export(config: ExportConfig) -> Written:
         return Written(str(config.out), form, _count_bytes(path))
     is_packed = form in FMTS or config.gguf_type in GGUF_4_BITS
     # If the result is packed, the packing options describe it, and not the base.
-    unset = dict.fromkeys(PACKING_OPTIONS) if is_packed else {}
+    unset = dict.fromkeys((*PACKING_OPTIONS, "calibrate")) if is_packed else {}
     trained = training_load_options(dataclasses.replace(config, **unset), model)
     options, is_merge_aware = trained, packing_of(model.lora) is not None
     note_packing(model.lora)
@@ -153,10 +154,14 @@ def _export(config: ExportConfig) -> Written:
                 f"merged into the weights of {model.name}, and the sum is packed"
             )
     score = None if config.data is None else make_scorer(model, config.data)
+    calibrate = None
+    if config.calibrate is not None:
+        calibrate = make_calibrator(model, config.calibrate)
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
     beside = None if score is None else _score_model(score, model, trained)
-    cost, losses = _WRITERS[form](_Writer(config, model, options, path)), None
+    writer = _Writer(config, model, options, path, calibrate)
+    cost, losses = _WRITERS[form](writer), None
     if score is not None and beside is not None:
         losses = FileLosses(beside, _score_model(score, open_model(str(path)), {}))
     return Written(str(config.out), form, _count_bytes(path), cost, losses)
@@ -240,6 +245,8 @@ class _Writer:
     model: BaseModel
     options: LoadOptions
     out: pathlib.Path
+    # Returns the importance for the search of scales, from the float parameters.
+    calibrate: Callable[[PyTree], PyTree] | None = None
 
     # Adapters
 
@@ -331,7 +338,7 @@ class _Writer:
         config, model, cost = self.config, self.model, None
         check_gguf_source(model.files, tokenizer=config.tokenizer)
         is_q4_0 = config.gguf_type == "Q4_0"
-        if is_q4_0 and (model.adapter or model.lora):
+        if is_q4_0 and (model.adapter or model.lora or config.scales == "search"):
             base, cost = self._read_packed("q4_0", None, None)
             model = dataclasses.replace(model, base=base, lora={})
         else:
@@ -352,14 +359,25 @@ class _Writer:
             base, _ = pack_as_trained(model.base, model.lora)
             _check_layers(base, trained_for)
             return base, None
+        packing_options = fmt, block_size, double_quant, self.config.scales
         if model.adapter is None and not model.lora:
-            packing = model.packing(fmt, block_size, double_quant)
-            return model.read(**(self.options or {"packing": packing})).base, None
+            packing = model.packing(*packing_options)
+            if self.config.scales is not None and packing is None:
+                raise ValueError(
+                    "`scales` must be left out for a model whose weights are in this "
+                    "format already, because they keep their scales. Got "
+                    f"{self.config.scales}."
+                )
+            if packing is None or self.calibrate is None:
+                return model.read(**(self.options or {"packing": packing})).base, None
+            base = model.read().base
+            importance = self.calibrate(base)
+            return ql.quantize(base, packing, importance=importance, donate=True), None
         # 4-bit weights in a format that this package lacks are decoded exactly.
         model = dataclasses.replace(model, recode=True)
-        packing = model.packing(fmt, block_size, double_quant)
+        packing = model.packing(*packing_options)
         assert packing is not None  # `recode` always packs
-        return repack(model.read(), packing)
+        return repack(model.read(), packing, self.calibrate)
 
 
 def _check_layers(base: PyTree, packing: Any) -> None:

@@ -1,0 +1,82 @@
+"""Measures the inputs of a model's layers on data, for the search of scales."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+import qlora_jax as ql
+
+from ..data.batching import Batch
+from ..data.chat_tokenizer import open_tokenizer
+from ..data.dataset import read_rows
+from ..data.encode import Row
+from ..models.decoder import Decoder
+from ..train.objectives.sft import decoder_loss
+from .base_model import LAYERS, BaseModel
+
+# The mean squares of inputs hardly change with more tokens than these.
+WIDTH = 1024  # tokens of a batch
+MAX_BATCHES = 64
+
+
+def make_calibrator(model: BaseModel, data: str) -> Callable[[PyTree], PyTree]:
+    """Reads rows, and returns a function that measures the inputs of layers on them.
+
+    The function takes the parameters of the model, with the layers in float. It returns
+    the mean squares of their inputs, which `ql.quantize` takes as `importance`.
+    """
+    rows = read_rows(
+        data,
+        open_tokenizer(model.path),
+        vocab_size=model.config.vocab_size,
+        max_length=WIDTH,
+    )
+    if not rows:
+        raise ValueError(f"`calibrate` must have rows. Got none in {data}.")
+    batches = [*_cut(rows)]
+    # The selected batches are spread evenly, because neighbouring rows may be alike.
+    count = min(len(batches), MAX_BATCHES)
+    batches = [batches[i * len(batches) // count] for i in range(count)]
+    decoder = Decoder(model.decoder)
+    loss = decoder_loss(ql.linen.wrap(decoder, scanned=decoder.scanned))
+
+    def apply(base: PyTree, lora: PyTree, batch: Batch) -> jax.Array:
+        return loss(lora, base, batch, None)[0]
+
+    def calibrate(params: PyTree) -> PyTree:
+        config = ql.QLoRAConfig(fmt=None, rank=1, targets=LAYERS)
+        base, lora = ql.init(jax.random.key(0), params, config)
+        bar = tqdm(batches, "calibrating", unit=" batches", disable=None)
+        return ql.calibrate(apply, base, lora, bar)
+
+    return calibrate
+
+
+def _cut(rows: list[Row]) -> Iterator[Batch]:
+    """Yields batches with `WIDTH` tokens each, and none with padding.
+
+    Rows follow each other, and the last one in a batch may be cut. If they are not
+    enough for one batch, it is shorter.
+    """
+    # Inputs at padding would be measured as well.
+    ids = np.concatenate([row.ids for row in rows]).astype(np.int32)
+    positions = np.concatenate([np.arange(len(row.ids)) for row in rows])
+    row_numbers = np.repeat(np.arange(len(rows)), [len(row.ids) for row in rows])
+    width = min(WIDTH, len(ids))
+    select = np.arange(width, dtype=np.int32)[None]
+    for start in range(0, len(ids) - width + 1, width):
+        part = slice(start, start + width)
+        # The number of a sequence in its batch, from 1 on.
+        segment_ids = row_numbers[part] - row_numbers[start] + 1
+        # What is predicted does not matter, so a token is its own target.
+        yield Batch(
+            ids=ids[None, part],
+            segment_ids=segment_ids[None].astype(np.int32),
+            positions=positions[None, part].astype(np.int32),
+            select=select,
+            targets=ids[None, part],
+            weights=np.ones((1, width), np.float32),
+        )
