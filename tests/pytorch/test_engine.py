@@ -104,6 +104,15 @@ def test_files_for_other_programs_are_refused(folder, tmp_path, capsys):
     assert not pathlib.Path(out).exists()
 
 
+COMMANDS = {"generate": ["--prompt", "One"], "pairs": []}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_need_the_decoder_are_refused(folder, command, capsys):
+    assert main([command, "--run", str(folder / "run"), *COMMANDS[command]]) == 1
+    assert "models that run in PyTorch's code. Got gpt_neox." in capsys.readouterr().err
+
+
 def test_without_torchax_the_extra_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "qlora_jax.torch", None)
     monkeypatch.delattr(ql, "torch")

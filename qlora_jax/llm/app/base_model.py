@@ -83,8 +83,16 @@ class BaseModel:
 
     @property
     def decoder(self) -> DecoderConfig:
-        """The config of the decoder, for what `check_engine` allows only with it."""
-        assert isinstance(self.config, DecoderConfig)
+        """The config of the decoder.
+
+        Raises ValueError for a model that runs in PyTorch's code instead.
+        """
+        if isinstance(self.config, TorchConfig):
+            raise ValueError(
+                "`model` must be of a type that `qlora-jax models` lists, because this "
+                "command does not support models that run in PyTorch's code. Got "
+                f"{self.config.model_type}."
+            )
         return self.config
 
     @property
