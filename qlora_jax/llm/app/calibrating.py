@@ -17,7 +17,7 @@ from ..models.decoder import Decoder
 from ..train.objectives.sft import decoder_loss
 from .base_model import LAYERS, BaseModel
 
-# The mean squares of inputs hardly change with more tokens than these.
+# With more tokens than these, the mean squares of the inputs would hardly change.
 WIDTH = 1024  # tokens of a batch
 MAX_BATCHES = 64
 
@@ -37,7 +37,7 @@ def make_calibrator(model: BaseModel, data: str) -> Callable[[PyTree], PyTree]:
     if not rows:
         raise ValueError(f"`calibrate` must have rows. Got none in {data}.")
     batches = [*_cut(rows)]
-    # The selected batches are spread evenly, because neighbouring rows may be alike.
+    # The selected batches are spread evenly, because neighboring rows may be alike.
     count = min(len(batches), MAX_BATCHES)
     batches = [batches[i * len(batches) // count] for i in range(count)]
     decoder = Decoder(model.decoder)
@@ -56,12 +56,13 @@ def make_calibrator(model: BaseModel, data: str) -> Callable[[PyTree], PyTree]:
 
 
 def _cut(rows: list[Row]) -> Iterator[Batch]:
-    """Yields batches with `WIDTH` tokens each, and none with padding.
+    """Yields batches of `WIDTH` tokens each, without padding.
 
-    Rows follow each other, and the last one in a batch may be cut. If they are not
-    enough for one batch, it is shorter.
+    The rows are concatenated and cut into such batches, so that a row may be divided
+    between two of them. Tokens that do not fill the last batch are dropped. If all rows
+    together have fewer than `WIDTH` tokens, there is one shorter batch.
     """
-    # Inputs at padding would be measured as well.
+    # There is no padding, because inputs at padding would be measured as well.
     ids = np.concatenate([row.ids for row in rows]).astype(np.int32)
     positions = np.concatenate([np.arange(len(row.ids)) for row in rows])
     row_numbers = np.repeat(np.arange(len(rows)), [len(row.ids) for row in rows])

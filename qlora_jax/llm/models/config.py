@@ -48,8 +48,8 @@ class Heads:
     Attributes:
         num_kv_heads: Number of key and value heads.
         head_dim: Size of one head.
-        key_is_value: Whether a value is its key before the norm and rotary positions
-            of the key. Such a layer has no `v_proj`.
+        key_is_value: Whether the layer has no `v_proj`. The outputs of `k_proj` then
+            serve as values too, without the norm and the rotation of the keys.
 
     Example:
         >>> Heads(num_kv_heads=1, head_dim=512).key_is_value
@@ -73,12 +73,12 @@ class Heads:
 class LatentHeads:
     """Sizes of multi-head latent attention (arXiv:2405.04434).
 
-    The keys and values of all heads are computed from one latent vector for each token,
-    and from one rotated key that all heads share.
+    The keys and values of all heads are computed from one latent vector for each token.
+    Each key also has a part that is rotated, which all heads share.
 
     Attributes:
         query_rank: Size of the latent vector of queries; None if queries are computed
-            from the input.
+            directly from the input.
         kv_rank: Size of the latent vector of keys and values.
         nope_dim: Size of the part of a query or key that is not rotated.
         rope_dim: Size of the part that is rotated.
@@ -115,7 +115,7 @@ class QueryScaling:
 
     Attributes:
         beta: Weight of the logarithm.
-        length: Number of positions with the same factor.
+        length: Number of consecutive positions that have the same factor.
 
     Example:
         >>> QueryScaling(beta=0.1, length=16_384).beta
@@ -189,12 +189,14 @@ class LayerKind:
         heads: The sizes of the heads of this layer's attention; None if they are those
             of the decoder.
         kv_group: Name of a group of layers that share keys and values, or None.
-        has_kv: Whether the layer computes keys and values. A layer that does not
-            attends to those of the last layer of its `kv_group` that does.
+        has_kv: Whether the layer computes its own keys and values. If not, it uses
+            those of an earlier layer: the last one in its `kv_group` that computes
+            them.
         latent: The sizes of multi-head latent attention, or None for attention with
             a projection for each of q, k and v.
-        convolution_width: Number of tokens that the gated convolution sees that
-            replaces attention, including the token itself; None for attention.
+        convolution_width: Width of the gated convolution that replaces attention: the
+            number of tokens that it sees, including the token itself. None if there is
+            no such convolution.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -218,16 +220,17 @@ class LayerKind:
 
     @property
     def structure(self) -> "LayerKind":
-        """The settings that parameters depend on: layers that share them can stack."""
+        """The settings that determine the parameters; stacked layers agree in them."""
         return dataclasses.replace(self, rope=None, window=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture of experts, which replaces each MLP.
+    """A mixture of experts, which replaces the MLP of a layer.
 
-    A router computes a logit for each token and expert. The outputs of the experts with
-    the largest logits are summed, weighted by a softmax.
+    A router computes a logit for each token and expert, and turns logits into scores. A
+    token is processed by the experts with the best scores. Their outputs are summed,
+    with weights that are computed from the scores.
 
     Attributes:
         count: Number of experts.
@@ -238,18 +241,19 @@ class Experts:
         kernel: Name of an expert's kernel, also relative to the layer. NAME stands for
             "gate_proj" and so on. A name that ends in {expert} means that one tensor
             contains the kernels of all experts.
-        names: What to write for NAME, for each of `kernels` in order. If empty, the
-            entry of `kernels` itself.
+        names: What NAME stands for: one name for each of `kernels`, in the same order.
+            If empty, NAME stands for the names in `kernels`.
         shared_width: Width of an MLP whose output is added for every token; 0 for none.
         shared_name: The name of this MLP in the Hugging Face model.
-        has_shared_gate: Whether the sigmoid of a gate multiplies its output.
+        has_shared_gate: Whether the output of this MLP is multiplied by the sigmoid of
+            a gate, which is one number for each token.
         scores: How a router's logits become scores: "softmax", or "sigmoid" for scores
             that do not depend on each other.
-        has_score_bias: Whether a stored bias is added to the scores, only to choose
-            experts by them.
-        num_groups: Number of groups of experts; a token's experts are all in its best
-            groups.
-        groups_per_token: Number of these groups.
+        has_score_bias: Whether a stored bias is added to the scores when experts are
+            chosen. The weights of the chosen experts do not include it.
+        num_groups: Number of groups into which the experts are divided.
+        groups_per_token: Number of groups that are chosen for a token. All of its
+            experts are in these groups.
         scale: Factor of the weights of a token's experts.
         balance: Weight of the load-balancing loss in training.
 
@@ -273,7 +277,7 @@ class Experts:
     num_groups: int = 1
     groups_per_token: int = 1
     scale: float = 1.0
-    # Not compared: decoders that differ only in a training option are the same.
+    # `==` ignores this option of training: decoders that differ only in it are equal.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
     def __post_init__(self):
@@ -328,25 +332,28 @@ class DecoderConfig:
         interleaved_rope: Whether the pairs that are rotated are neighboring values. By
             default, a pair is a value of the first half and one of the second half.
         rms_norm_eps: Epsilon that norms add to the mean square, or to the variance.
-        unit_offset_norms: Whether norms multiply by one plus their scale.
+        unit_offset_norms: Whether norms multiply by `1 + scale` instead of `scale`.
         layer_norms: Whether norms subtract the mean (LayerNorm); "biased" if they also
             add a bias.
         pre_norms: Whether the inputs of attention and MLP are normalized.
         post_norms: Whether the outputs of attention and MLP are normalized; "glm" if
             the norms have the names that GLM-4 gives them.
         parallel_mlp: Whether attention and the MLP have the same normalized input. If
-            not, the input of the MLP contains the output of attention.
+            not, the output of attention is added to the residual stream first, and the
+            MLP reads the sum.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
         value_norms: Whether the value of each head is divided by its root mean square.
-        activation: The gate's activation: "silu", "gelu_pytorch_tanh" or "relu2", the
-            square of a ReLU; or "clamped_swiglu", gpt-oss's function of gate and up.
-        gated_mlp: Whether MLPs have a gate. If not, `up_proj` has the activation.
+        activation: The activation of the gate: "silu", "gelu_pytorch_tanh", "relu2"
+            (the square of a ReLU), or "clamped_swiglu" (gpt-oss's function of gate and
+            up).
+        gated_mlp: Whether MLPs have a gate. If not, the activation is applied to the
+            output of `up_proj`.
         mlp_names: The names of `up_proj` and `down_proj` in the Hugging Face model.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
             another, `gate_up_proj`; "mlp" if only gate and up share one.
-        attention_gate: Whether `q_proj` also computes a gate for each value of the
-            result of attention, which the gate's sigmoid multiplies.
+        attention_gate: Whether `q_proj` also computes a gate. The result of attention
+            is multiplied by the sigmoid of the gate, elementwise.
         qkv_bias: Whether q, k and v have a bias.
         o_bias: Whether the output projection has a bias.
         mlp_bias: Whether the projections of the MLP, and the router, have a bias.
@@ -354,22 +361,23 @@ class DecoderConfig:
             in the softmax but has no value.
         output_scalars: Whether each layer ends by multiplying the residual stream by a
             stored number, `layer_scalar`.
-        per_layer_width: Size of the further input that each layer has for each token
-            (see `per_layer_input.py`); 0 for none.
+        per_layer_width: Size of the additional input vector that each layer has for
+            each token (see `per_layer_input.py`); 0 for none.
         embedding_scale: Factor that multiplies the embedded tokens.
-        residual_scale: Factor of what a layer adds to the residual stream.
+        residual_scale: Factor of what attention and the MLP add to the residual stream.
         logit_scale: Factor of the logits.
-        query_scaling: The factors of queries that grow with the position, or None.
+        query_scaling: Factors that multiply queries and grow with the position, or
+            None.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
         logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
         tie_embeddings: Whether the head is the transposed embedding.
         convolution_bias: Whether convolutions that replace attention, and the
             projections around them, have a bias.
-        num_ignored_layers: Number of layers in the files, after the last one, that
-            predict further tokens and are not read.
-        module_names: Pairs of a module's name in Llama and its name in this family, if
-            they are different.
+        num_ignored_layers: Number of layers in the files that come after the decoder's
+            last layer. They are for multi-token prediction, and are not read.
+        module_names: Pairs of the name of a module in Llama and the name of the same
+            module in this family, for the modules whose names differ.
         module: Path of the decoder's module in the Hugging Face model.
         experts: The mixture of experts that replaces MLPs, or None.
 
@@ -535,7 +543,7 @@ class DecoderConfig:
         return kind.heads or Heads(self.num_kv_heads, self.head_dim)
 
     def dim_of(self, rope: Rope | None) -> int:
-        """Returns the number of values of a head that are in pairs.
+        """Returns the number of values of a head that form pairs: D in `Rope`.
 
         Args:
             rope: The rotary positions of the layer, or None.
@@ -549,7 +557,10 @@ class DecoderConfig:
 
     @property
     def has_states(self) -> bool:
-        """Whether some layers have states, which depend on the order of all tokens."""
+        """Whether some layers have a state of fixed size instead of attention.
+
+        A state depends on all tokens so far, and on their order.
+        """
         return not all(kind.has_attention for kind in self.layers)
 
 

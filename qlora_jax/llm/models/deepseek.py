@@ -69,12 +69,13 @@ def read_deepseek_v2(raw: Mapping[str, Any]) -> DecoderConfig:
     raw = _V2 | dict(raw)
     groups = {"n_group": raw["n_group"], "topk_group": raw["topk_group"]}
     if (method := raw["topk_method"]) == "greedy":
-        groups = {"n_group": 1, "topk_group": 1}  # it has no groups
+        groups = {"n_group": 1, "topk_group": 1}  # this method has no groups
     elif method != "group_limited_greedy":
         raise ValueError(
             f'`topk_method` must be "greedy" or "group_limited_greedy". Got {method!r}.'
         )
-    # transformers ignores `norm_topk_prob` here, and pairs are always neighbors.
+    # For V2, transformers ignores `norm_topk_prob`, and always rotates pairs of
+    # neighboring values.
     fixed = {"norm_topk_prob": False, "rope_interleave": True}
     return _read(raw | groups | fixed, _is_dense(raw), eps=1e-6, scores="softmax")
 
@@ -99,7 +100,8 @@ def _read(
     query_rank, kv_rank = raw["q_lora_rank"], raw["kv_lora_rank"]
     nope_dim, rope_dim = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"]
     heads = LatentHeads(query_rank, kv_rank, nope_dim, rope_dim, raw["v_head_dim"])
-    # Other values would change the rotary positions, or leave heads without keys.
+    # If these keys are present, they must repeat other sizes. Other values would change
+    # the rotary positions, or leave some heads without keys.
     names = {"head_dim": (heads.rope_dim, "`qk_rope_head_dim`")}
     sums = "the sum of `qk_nope_head_dim` and `qk_rope_head_dim`"
     names |= {"qk_head_dim": (heads.head_dim, sums)}
@@ -156,7 +158,7 @@ def _read_experts(raw: Mapping[str, Any], scores: str) -> Experts:
 
 
 def _rope_scale(raw: Mapping[str, Any]) -> float:
-    """Returns the factor of attention scores that stretched positions bring."""
+    """Returns the factor by which YaRN multiplies attention scores."""
     section = rope_section(raw)
     mscale = section.get("mscale_all_dim")
     kind = section.get("rope_type", section.get("type")) or "default"
@@ -166,5 +168,5 @@ def _rope_scale(raw: Mapping[str, Any]) -> float:
 
 
 def _count_mtp_layers(raw: Mapping[str, Any]) -> int:
-    """Returns the number of layers in the files that predict further tokens."""
+    """Returns the number of layers in the files for multi-token prediction."""
     return raw.get("num_nextn_predict_layers", raw["num_mtp_layers"])

@@ -23,14 +23,14 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class DeltaState(NamedTuple):
-    """The cache of a stack of layers. Its size does not depend on the tokens."""
+    """The cache of a stack of layers; its size does not grow with the sequence."""
 
     inputs: Float[Array, "L B W-1 C"]  # the last inputs of the convolution
     state: Float[Array, "L B H K V"]
 
     @property
     def length(self) -> int:
-        """The number of positions that need room: none."""
+        """Zero, because the cache has no entries for single positions."""
         return 0
 
     def grow(self, length: int) -> "DeltaState":
@@ -94,7 +94,11 @@ class GatedDeltaNet(nn.Module):
     def _compute_gates(
         self, x: Array, rule: DeltaRule, num_tokens: Int[Array, " B"] | None
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
-        """Returns the logarithm of the state's factor, and the strength of writing."""
+        """Returns two numbers for each token and head.
+
+        The first is the logarithm of the factor by which the state decays. The second
+        is the strength with which the token is written to the state.
+        """
         heads, ones = rule.num_value_heads, nn.initializers.ones
         a, b = (self._project(x, n, heads).astype(jnp.float32) for n in "ab")
         log_rate, shift = (
@@ -111,7 +115,7 @@ class GatedDeltaNet(nn.Module):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the layer's Hugging Face names of these parameters, by path."""
+        """Returns the Hugging Face name of each parameter in the layer, by path."""
         kernels = *(f"in_proj_{name}" for name in ("qkv", "z", "b", "a")), "out_proj"
         names = {f"{name}/kernel": f"linear_attn.{name}.weight" for name in kernels}
         names |= {name: f"linear_attn.{name}" for name in ("A_log", "dt_bias")}
@@ -182,7 +186,10 @@ def last_inputs(
     old_inputs: Float[Array, "B W-1 C"],
     num_tokens: Int[Array, " B"] | None,
 ) -> Float[Array, "B W-1 C"]:
-    """Returns the last inputs of each row, whose padding comes after `num_tokens`."""
+    """Returns the inputs of the last tokens of each row, which the next call needs.
+
+    A row has `num_tokens` tokens, and padding after them; None means no padding.
+    """
     width = old_inputs.shape[1]
     inputs = jnp.concatenate([old_inputs, x.astype(old_inputs.dtype)], axis=1)
     if num_tokens is None:
@@ -202,13 +209,16 @@ def gated_delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Returns the outputs of the rule and the last state, computed in float32.
 
-    Queries and keys are normalized first. Then, for each token of a head: the state S
-    is multiplied by `exp(log_decay)`; `strength` times the outer product of the key k
-    and v - S^T k is added to it; and the output is S^T q / sqrt(K).
+    Queries and keys are normalized first. Each head has a state S. For each token in
+    order, with query q, key k and value v:
+
+    1. S is multiplied by `exp(log_decay)`.
+    2. The outer product of k and v - S^T k, multiplied by `strength`, is added to S.
+    3. The output is S^T q / sqrt(K).
 
     The tokens of a chunk are processed at once. They see earlier chunks through the
-    state, and each other through the inverse of a triangular matrix. In a chunk of one
-    token, as in decoding, this is the recurrence itself.
+    state, and each other through the inverse of a triangular matrix. If a chunk has one
+    token, as in decoding, the computation is the same as these three steps.
 
     Args:
         query: Queries; each of their heads serves H / N consecutive heads of values.
@@ -216,7 +226,8 @@ def gated_delta_rule(
         value: Values.
         log_decay: Logarithms of the factors of the state, at most 0.
         strength: How much of a token is written, from 0 to 1.
-        segment_ids: The sequence of each token; each one starts with a state of zeros.
+        segment_ids: The number of the sequence that each token belongs to. The state is
+            zero at the start of each sequence.
         state: The state before the first token; None for zeros.
     """
     batch, length, heads, value_dim = value.shape
@@ -260,23 +271,25 @@ def normalize(x: Array) -> Array:
 
 def _process_chunk(carry, chunk):
     (state, last_start), (query, key, value, log_decay, strength, starts) = carry, chunk
-    # 1. The factor between tokens j and i, which is 0 between sequences. Its logarithm
-    # is the sum of those of the tokens from j + 1 to i. The difference of two sums from
-    # the start of the chunk would be less exact, since these sums may be large.
+    # 1. factors[i, j]: the factor by which the state decays from token j to token i. It
+    # is 0 if they belong to different sequences. Its logarithm is the sum of
+    # `log_decay` over the tokens j + 1 to i. Subtracting two sums that begin at the
+    # start of the chunk would be less exact, because these sums may be large.
     lower = jnp.tri(starts.shape[1])
     up_to_i = log_decay[..., None, :] * lower[None, None]  # [B, H, i, k]
     sums = _einsum("bhik,kj->bhij", up_to_i, 1 - lower.T)  # 1 for k > j
     is_seen = (starts[:, :, None] == starts[:, None, :]) & (lower[None] == 1)
     factors = jnp.where(is_seen[:, None], jnp.exp(sums), 0)
-    # The factors between the old state and token i, and between token i and the new
-    # state: 0 if a sequence starts between them.
+    # The factors from the old state to token i, and from token i to the new state. They
+    # are 0 if a new sequence starts in between.
     is_continued = (starts == last_start[:, None])[:, None]  # [B, 1, S]
     is_last = (starts == starts[:, -1:])[:, None]
     total = jnp.cumsum(log_decay, axis=-1)  # [B, H, S]
     from_old = jnp.where(is_continued, jnp.exp(total), 0)[..., None]
     to_new = jnp.where(is_last, jnp.exp(sums[..., -1, :]), 0)[..., None]
-    # 2. What token i writes is `strength * (value - what is stored under its key)`. The
-    # latter is in the old state, and in what earlier tokens j of the chunk write:
+    # 2. Token i writes `strength * (value - what is stored under its key)`. What is
+    # stored has two parts: the old value, from the old state, and what earlier tokens j
+    # of the chunk wrote. This gives linear equations for what all tokens write:
     # writes[i] + sum_j overlaps[i, j] writes[j] = strength (value - old value).
     scaled_key = key * strength[..., None]
     overlaps = jnp.tril(_einsum("bhik,bhjk->bhij", scaled_key, key) * factors, -1)
@@ -295,10 +308,11 @@ def _process_chunk(carry, chunk):
 def invert_unit_lower(x: Float[Array, "*batch S S"]) -> Float[Array, "*batch S S"]:
     """Returns the inverse of I + x, where x is strictly lower triangular.
 
-    S is a power of two. Pairs of blocks on the diagonal are joined, until one block is
-    left: the inverse of [[A, 0], [C, D]] is [[A', 0], [-D' C A', D']], where A' and D'
-    are the inverses of A and D. Unlike a triangular solve, these are matrix products,
-    which a mesh can split.
+    S is a power of two. The blocks on the diagonal are inverted: first those of size 1,
+    then those of size 2, and so on. Two neighboring blocks A and D are joined to one of
+    twice the size: the inverse of [[A, 0], [C, D]] is [[A', 0], [-D' C A', D']], where
+    A' and D' are the inverses of A and D. A mesh can split these matrix products, but
+    not a triangular solve.
 
     Example:
         >>> invert_unit_lower(jnp.array([[0.0, 0.0], [3.0, 0.0]])).tolist()

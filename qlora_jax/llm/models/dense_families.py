@@ -22,14 +22,17 @@ from .family import (
 
 # - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
 #   and k. OLMo 3 adds a window in three of four layers.
-# - Granite 3 has factors of embeddings, attention scores, residuals and logits.
-# - GLM-4 has norms before and after attention and the MLP, fused gate and up, and
-#   partial rotary positions of neighboring values.
-# - Cohere 2 has LayerNorms, and adds the outputs of attention and MLP at once. Three
-#   of four layers have a window, and only these have rotary positions.
-# - Arcee has MLPs without a gate, and squared ReLUs.
-# - Gemma 1 has norms with one plus their scale, and scaled embeddings.
-# - Ministral 3 is a Mistral with YaRN, whose queries grow with the position.
+# - Granite 3 multiplies the embeddings, the attention scores, what a layer adds to the
+#   residual stream, and the logits by constant factors.
+# - GLM-4 has norms both before and after attention and the MLP. Gate and up are fused.
+#   Only a part of each head is rotated, in pairs of neighboring values.
+# - Cohere 2 has LayerNorms. In a layer, attention and the MLP have the same input, and
+#   run in parallel. Three of four layers have a window, and only these have rotary
+#   positions.
+# - Arcee has MLPs without a gate, with squared ReLUs.
+# - Gemma 1 has norms that multiply by one plus their scale, and scaled embeddings.
+# - Ministral 3 is a Mistral with YaRN. Its queries are multiplied by a factor that
+#   grows with the position.
 # - StarCoder2 has LayerNorms with biases, and MLPs without a gate.
 # - Seed-OSS has an option for the bias of the output projection.
 
@@ -193,7 +196,7 @@ def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 _OLMO_KEYS = "attention_bias clip_qkv hidden_act"
-# Keys of published files. The class in transformers computes these values only.
+# Keys of published files, and the only values that the class in transformers supports.
 _COHERE2_VALUES = {
     "order_of_interleaved_layers": "local_attn_first",
     "position_embedding_type": "rope_gptj",

@@ -72,7 +72,7 @@ class ExpertMLPs(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The weighted sum of the outputs of each token's experts, and of shared ones."""
+    """Sums the weighted outputs of each token's experts, and of a shared MLP if any."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -110,7 +110,10 @@ class MixtureOfExperts(nn.Module):
         return mixed.astype(x.dtype)
 
     def _apply_shared(self, x: Array, experts: Experts) -> Float[Array, "B T D"]:
-        """Returns the output of the MLP of all tokens, times its gate if it has one."""
+        """Returns the output of the MLP that processes all tokens.
+
+        If this MLP has a gate, its output is multiplied by the sigmoid of the gate.
+        """
         c, name = self.config, experts.shared_name
         mlp = DenseMLP(c, experts.shared_width, self.dtype, name=name)
         y = name_product(mlp(x)).astype(jnp.float32)
@@ -123,7 +126,7 @@ class MixtureOfExperts(nn.Module):
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
-        """Returns the layer's Hugging Face names of these parameters, by path."""
+        """Returns the Hugging Face name of each parameter in the layer, by path."""
         experts = config.experts
         assert experts is not None
         hf_names = experts.names or experts.kernels
@@ -134,8 +137,9 @@ class MixtureOfExperts(nn.Module):
         if experts.has_score_bias:
             entries["score_bias"] = f"{experts.router}.e_score_correction_bias"
         for path, tensor in tensors.items():
-            # In transformers, one parameter contains all experts, with gate and up
-            # joined. As parameters, routers and experts are no default targets.
+            # In transformers, one parameter contains the kernels of all experts, and
+            # another one the router. In the former, gate and up are joined. By
+            # default, adapters target linear layers, and no such plain parameters.
             parameter = path.replace("/", ".")
             parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
             if path == "router":
@@ -208,8 +212,9 @@ def choose_experts(
 ) -> tuple[Float[Array, "M C"], Int[Array, "M C"]]:
     """Returns the weights of each token's experts, and the indices of these experts.
 
-    The softmax is over the chosen experts if weights are normalized, and otherwise over
-    all experts. The bias takes part in the choice, but not in the weights.
+    With scores by softmax, the softmax is taken over the chosen experts if the weights
+    are normalized, and otherwise over all experts. With scores by sigmoid, `score_bias`
+    is added before experts are chosen, but is not a part of the weights.
     """
     logits = logits.astype(jnp.float32)
     if experts.scores == "sigmoid":

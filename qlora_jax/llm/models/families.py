@@ -32,20 +32,21 @@ from .family import (
 )
 from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
 from .lfm2 import LFM2_KEYS, read_lfm2
+from .text_halves import MROPE_KEYS, read_text_settings
 
-# Most families share Llama's architecture; SmolLM2 is a Llama.
+# Most families share Llama's architecture, and differ from it as follows. (SmolLM2 is a
+# Llama.)
 # - Qwen2 adds biases on q, k and v; Qwen3 adds norms of q and k.
 # - SmolLM3 has no rotary positions in every fourth layer.
 # - Phi-3 and Phi-4-mini have fused projections, LongRoPE and partial rotary positions.
 # - Mixtral is a Mistral with experts, and Qwen3 MoE a Qwen3 with experts.
-# - Qwen2-MoE is a Qwen2 with experts, one of which all tokens share.
+# - Qwen2-MoE is a Qwen2 with experts, one of which processes all tokens.
 # - OLMoE is a Llama with experts and norms of q and k.
-# - In gpt-oss, experts have biases, heads have sinks, and every other layer a window.
+# - In gpt-oss, experts have biases, heads have sinks, and every other layer has a
+#   window.
 # - Gemma 2 and 3 have norms before and after attention and the MLP. Gemma 2 has
 #   soft-caps, and a window in every other layer. Gemma 3 has two kinds of rotary
 #   positions, and a window in five of six layers; only its text half is supported.
-from .text_halves import MROPE_KEYS, read_text_settings
-
 _LONGROPE = ("longrope", "su", "yarn")  # older Phi files use the last two names
 # Fields of `Experts` that the GGUF reader also uses.
 MIXTRAL_EXPERTS = {
@@ -62,8 +63,7 @@ _FULL, _LINEAR = "full_attention", "linear_attention"
 _GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
 _GEMMA4, _UNIFIED = ("Gemma4ForCausalLM",), ("Gemma4UnifiedForCausalLM",)
 _QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM",)
-# For models with a vision part: the `model_type` of their text half, its architectures,
-# and transformers' defaults for its sizes.
+# The sizes of text halves, and transformers' defaults for them.
 _SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _SIZE_KEYS += ("num_attention_heads", "max_position_embeddings")
 _GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
@@ -72,13 +72,16 @@ _UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
 _QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
 _NO_SIZES = (None,) * len(_SIZE_KEYS)
 _QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
+# For models with a vision part, by their `model_type`: the `model_type` of the text
+# half, its architectures, and the defaults for its sizes.
 TEXT_HALVES = {
     "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
     "gemma4": ("gemma4_text", _GEMMA4, _GEMMA4_SIZES),
     "gemma4_unified": ("gemma4_unified_text", _UNIFIED, _UNIFIED_SIZES),
     "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
     "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_5_MOE, _QWEN3_5_MOE_SIZES),
-    # These text halves are text-only models. Files have all sizes.
+    # These text halves are read as text-only models of other families. They need no
+    # defaults, because their files contain all sizes.
     "mistral3": ("mistral", ("MistralForCausalLM",), _NO_SIZES),
     "qwen2_5_vl": ("qwen2", ("Qwen2ForCausalLM",), _NO_SIZES),
     "qwen3_vl": ("qwen3", ("Qwen3ForCausalLM",), _NO_SIZES),
@@ -195,7 +198,8 @@ def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_qwen2_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     fields: dict[str, Any] = shared_fields(raw, kv_heads=16)
     fields["qkv_bias"] = bool(raw.get("qkv_bias", True))
-    # In contrast to Qwen2, layers before `max_window_layers` have windows: every other.
+    # In Qwen2, only layers from `max_window_layers` on have a window. Here, it is the
+    # layers before it, and only every other one of them.
     has_windows = bool(raw.get("use_sliding_window", False))
     end = raw.get("max_window_layers", 28) if has_windows else 0
     window = raw.get("sliding_window", 4096) if has_windows else None

@@ -70,7 +70,7 @@ class UnsupportedOption(ValueError):
 
     def __init__(self, message: str, supported: Mapping[str, object]):
         super().__init__(message)
-        self.supported = supported  # the option or options, and their values
+        self.supported = supported  # the supported value of each of these options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,9 @@ def shared_fields(
 ) -> dict[str, Any]:
     """Returns the fields of `DecoderConfig` that all families read in the same way.
 
-    The keyword arguments are the family's defaults for missing keys. `activation` is
-    the key of the activation, and the only value that the family supports.
+    The keyword arguments are the family's defaults for missing keys. An exception is
+    `activation`, a pair: the key that names the activation function, and the only value
+    of this key that the family supports.
     """
     # 1. Check the sizes, including optional ones that are present.
     limits = {"num_hidden_layers": _MAX_LAYERS}
@@ -219,7 +220,11 @@ def read_layers(
 def one_window(
     raw: Mapping[str, Any], rope: Rope, default: int | None
 ) -> tuple[LayerKind, ...]:
-    """Returns one kind for all layers, with `sliding_window` unless it is null."""
+    """Returns the only kind of layer of a model whose layers all have the same window.
+
+    The window is `sliding_window`, or `default` if the key is missing. If it is null,
+    the layers have no window.
+    """
     window = raw.get("sliding_window", default)
     if window is not None and not is_count(window):
         raise ValueError(
@@ -268,7 +273,7 @@ def read_rope(
     """Reads `rope_parameters`, or `rope_scaling` in older files.
 
     `dim` is the number of values of a head that are rotated. `theta` is the family's
-    default for `rope_theta`. `section` replaces both keys.
+    default for `rope_theta`. If `section` is given, it is read instead of both keys.
     """
     # 1. The type.
     section = rope_section(raw) if section is None else section
@@ -300,7 +305,8 @@ def read_rope(
     wrong = [key for key in _POSITIVE if values.get(key) and number(values[key]) < 0]
     if wrong or not theta > 0:
         raise ValueError(f"{wrong or 'rope_theta'} must be positive. Got {section}.")
-    # 3. The divisors. `DecoderConfig` rejects values that are not finite.
+    # 3. The divisors. NumPy need not warn about numbers that are not finite, because
+    # `DecoderConfig` rejects them.
     with np.errstate(all="ignore"):
         frequency = theta ** (-np.arange(0, dim, 2) / dim)
         return Rope(theta, **compute_fields(values, frequency, theta))
@@ -309,10 +315,10 @@ def read_rope(
 def read_partial_rope(
     raw: Mapping[str, Any], head_dim: int, fraction: float
 ) -> tuple[Rope, int]:
-    """Reads the rotary positions of a part of each head.
+    """Reads rotary positions that rotate only a part of each head.
 
-    `fraction` is the family's default for `partial_rotary_factor`. Also returns the
-    size of the part.
+    Returns them, and the size of the rotated part. `fraction` is the family's default
+    for `partial_rotary_factor`.
     """
     section, key = dict(rope_section(raw)), "partial_rotary_factor"
     if (stored := section.pop(key, None)) is None:
@@ -359,7 +365,8 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
         return half * math.log(position) / math.log(theta)
 
     # 1. The ramp. Pairs that rotate more than `beta_fast` times keep their frequency.
-    # For pairs that rotate less than `beta_slow` times, the factor divides it.
+    # The frequencies of pairs that rotate less than `beta_slow` times are divided by
+    # the factor, and those of the pairs in between are interpolated.
     low = find_pair(values.get("beta_fast") or 32)
     high = find_pair(values.get("beta_slow") or 1)
     if values.get("truncate", True):
@@ -409,8 +416,8 @@ def _floats(values: list[Any]) -> tuple[float, ...]:
     return tuple(number(x) for x in values)
 
 
-# For each `rope_type`: the keys that it requires, and the function that returns the
-# fields of `Rope`.
+# For each `rope_type`: the keys that it requires, and the function that computes fields
+# of `Rope` from them.
 _ROPE_TYPES: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
     "default": ((), lambda values, frequency, theta: {}),
     "linear": (("factor",), _linear),

@@ -65,8 +65,8 @@ def _read(
         raw.get("sliding_window", window),
         Rope(),
     )
-    # E2B and E4B have an input for each layer, and their last layers attend to the keys
-    # and values of earlier ones.
+    # In E2B and E4B, each layer has an additional input (see `per_layer_input.py`), and
+    # the last layers use the keys and values of earlier layers.
     width = raw.get("hidden_size_per_layer_input", per_layer_width)
     if width and raw.get("vocab_size_per_layer_input", 262_144) != raw["vocab_size"]:
         raise ValueError(
@@ -174,8 +174,8 @@ def _read_rope(raw: Mapping[str, Any], layer_type: str, dim: int) -> Rope | None
         )
     if section.get("rope_type") != "proportional":
         return replace(read_rope(raw, dim, section=section), dim=dim)
-    # A fraction of the pairs is rotated, with the frequencies that these pairs have if
-    # all are rotated.
+    # Only the first pairs are rotated. Their frequencies are the same as if all pairs
+    # were rotated.
     num_pairs = int(section.get("partial_rotary_factor", 1.0) * dim // 2)
     if num_pairs == 0:
         return None

@@ -1,8 +1,9 @@
-"""Divides the layers of a decoder into groups, whose layers are stacks.
+"""Divides the layers of a decoder into groups, and each group into stacks of layers.
 
-A group is a period of layers that repeats. The layers at the same position of all
-periods have the same structure, so that their parameters are stacked, and one scan runs
-over the periods. Most decoders are one group with a period of one layer.
+A group is a period of layers that repeats. Layers at the same position in different
+periods have the same structure, so their parameters can be stacked along a new axis.
+The layers at one position are therefore called a stack. One scan runs over the periods
+of a group. Most decoders are one group, whose period is a single layer.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ _MAX_PERIOD = 64  # longer than that of any published model; bounds the search
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """The layers at one position of all periods of a group.
+    """The layers of a group that are at the same position in their periods.
 
     Attributes:
         path: Path of the module whose parameters are stacked.
@@ -86,11 +87,11 @@ def layer_stacks(config: DecoderConfig) -> tuple[Stack, ...]:
 
 
 def split_into_periods(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
-    """Returns the period and the repeats of each group, in order.
+    """Returns the length of each group's period, and how often it repeats, in order.
 
-    Of the ways to divide the layers, it returns the one with the fewest stacks, since
-    the program of a step contains each stack once; among these, the fewest groups, and
-    then the longest periods first.
+    The division has as few stacks as possible, because the compiled program of a step
+    contains the code of each stack once. Of several divisions with equally few stacks,
+    it has the fewest groups, and then the longest period in the first group.
 
     Example:
         >>> split_into_periods("dddfdddf"), split_into_periods("dmmmm")
@@ -100,7 +101,8 @@ def split_into_periods(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
     # From the last layer to the first: the best division of the layers from `start`
     # on, as (stacks, groups, -period, repeats).
     best = [(0, 0, 0, 0)] * (count + 1)
-    # matches[p]: how many layers in a row, from `start` on, equal the layer p later.
+    # matches[p]: the number of consecutive layers, from `start` on, each of which is
+    # equal to the layer p places after it.
     matches = [0] * (min(count, _MAX_PERIOD) + 1)
     for start in reversed(range(count)):
         options = []

@@ -1,8 +1,10 @@
 """Multi-head latent attention, as in DeepSeek V2 and V3 (arXiv:2405.04434).
 
-Queries, and keys and values, are products with two kernels of low rank, with a norm in
-between. Only a part of each query and key is rotated, and all heads share the rotated
-part of the key. Shapes: B batch, T tokens, H heads, R rank of keys and values.
+Keys and values are computed in two products. The first one gives a short latent vector
+for each token. After a norm, the second one gives the keys and values of all heads.
+Queries are computed in the same way, or in a single product. Only a part of each query
+and key is rotated, and all heads share the rotated part of the key. Shapes: B batch, T
+tokens, H heads, R rank of keys and values.
 """
 
 from typing import ClassVar
@@ -23,16 +25,17 @@ from .attention import (
 from .config import DecoderConfig, LatentHeads, LayerKind
 from .products import make_dense, name_product
 
-# transformers does not give the epsilon of the config to the norms of latent vectors.
+# The epsilon of the norms of latent vectors. As in transformers, it does not depend on
+# the epsilon in the config.
 _NORM_EPSILON = 1e-6
 
 
 class LatentAttention(Attention):
     """Causal attention whose keys and values are computed from latent vectors.
 
-    The cache contains the keys and values of all heads, which takes more memory than
-    their latent vectors. With a cache of latent vectors, each new token would need the
-    products of all earlier ones with `kv_b_proj`.
+    The cache contains the keys and values of all heads. Latent vectors would take less
+    memory, but for each new token, those of all earlier tokens would have to be
+    multiplied by `kv_b_proj` again.
     """
 
     split_outputs: ClassVar[tuple[str, ...]] = ("q_proj", "q_b_proj", "kv_b_proj")
@@ -41,9 +44,9 @@ class LatentAttention(Attention):
     def __call__(
         self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
     ):
-        """Returns the output, what is new in the cache, and the same `shared_kv`.
+        """Returns the output, the new entries of the cache, and the same `shared_kv`.
 
-        What is new in the cache is None without a cache.
+        The new entries are None without a cache.
         """
         c, heads, new_kv = self.config, latent_heads_of(self.kinds[0]), None
         table = self._select_table(tokens, scalars)
@@ -89,7 +92,7 @@ class LatentAttention(Attention):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the layer's Hugging Face names of these parameters, by path."""
+        """Returns the Hugging Face name of each parameter in the layer, by path."""
         low_rank = latent_heads_of(kind).query_rank is not None
         has_bias = {"kv_a_proj_with_mqa": config.qkv_bias, "kv_b_proj": False}
         has_bias |= {"o_proj": config.o_bias}

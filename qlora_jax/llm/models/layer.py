@@ -1,9 +1,9 @@
 """A layer of the decoder, which is made of parts.
 
 The file of a part has all that is known about it: the module, the Hugging Face names of
-its parameters, the kernels that a mesh splits, and the cache. Adapters take all kernels
-by default, except those with an `Entry.parameter`, which are not linear layers in
-transformers.
+its parameters, the kernels that a mesh splits, and the cache. By default, all kernels
+of linear layers get adapters. Routers and experts do not, because transformers stores
+them as plain parameters. `Entry.parameter` has the names of these parameters.
 """
 
 from collections.abc import Callable
@@ -53,10 +53,10 @@ class Layer(nn.Module):
         scalars: LayerScalars,
         cache,
     ):
-        """Returns the carry, and what is new in the cache, or None.
+        """Returns the new carry, and the new entries of the cache (None if none).
 
-        The carry is the residual stream, and keys and values for later layers. The
-        whole cache is not returned, because a scan would copy it.
+        The carry consists of the residual stream, and of the keys and values that later
+        layers share. The whole cache is not returned, because a scan would copy it.
         """
         c, dtype = self.config, self.dtype
         x, shared_kv = carry
@@ -105,7 +105,7 @@ class Layer(nn.Module):
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
-        """Returns the layer's Hugging Face names of its parameters, by path."""
+        """Returns the Hugging Face name of each parameter in the layer, by path."""
         norms = [name for name in norm_names(config) if name is not None]
         names: dict[str, str | ql.io.Entry]
         names = {
@@ -135,8 +135,8 @@ class NormNames(NamedTuple):
 
 def norm_names(config: DecoderConfig) -> NormNames:
     """Returns the names of a layer's norms, as in the Hugging Face model."""
-    # Llama calls the norm before the MLP "post_attention". In Gemma and OLMo, the norm
-    # of this name is after attention.
+    # In Llama, "post_attention_layernorm" normalizes the input of the MLP. In Gemma and
+    # OLMo, the norm of this name normalizes the output of attention.
     if config.parallel_mlp:
         return NormNames("input_layernorm", None, None, None)
     if not config.post_norms:

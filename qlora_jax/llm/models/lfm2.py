@@ -30,9 +30,10 @@ _MODULE_NAMES = (
 
 def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of LFM2."""
-    require(raw, {"rms_norm_eps": None})  # its name here is `norm_eps`
+    require(raw, {"rms_norm_eps": None})  # LFM2 calls it `norm_eps`
     raw = dict(raw)
-    # Older files have other names, which transformers prefers.
+    # Older files have other names for these keys. If a file has both names,
+    # transformers reads the older one.
     for key, older in _OLDER_KEYS.items():
         raw[key] = raw.get(older, raw.get(key, _DEFAULTS[key]))
     eps = raw.get("norm_eps", 1e-5)
@@ -74,7 +75,11 @@ def _layer_types(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _mlp_width(raw: Mapping[str, Any]) -> int:
-    """Returns the width of MLPs, which the config may give in three steps."""
+    """Returns the width of MLPs.
+
+    By default, it is two thirds of `intermediate_size`, multiplied by a factor and
+    rounded up to a multiple.
+    """
     width = raw["intermediate_size"]
     if not raw.get("block_auto_adjust_ff_dim", True):
         return width

@@ -12,7 +12,7 @@ from .products import activate, apply_gate, make_dense, name_product
 
 
 class DenseMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))`."""
+    """`down(activation(gate(x)) * up(x))`; without gate, `down(activation(up(x)))`."""
 
     config: DecoderConfig
     width: int
@@ -40,7 +40,7 @@ class DenseMLP(nn.Module):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the layer's Hugging Face names of these parameters, by path."""
+        """Returns the Hugging Face name of each parameter in the layer, by path."""
         leaves = ("kernel", "weight"), ("bias", "bias")
         projections = ["gate_proj"] * config.gated_mlp + ["up_proj", "down_proj"]
         if config.fused:

@@ -1,8 +1,8 @@
-"""Inputs of each layer that depend on the token at each position (Gemma 4 E2B, E4B).
+"""Additional inputs of layers: a vector for each layer and token (Gemma 4 E2B, E4B).
 
-Besides the residual stream, each layer receives a vector for each token: the sum of a
-row of a second embedding and of a projection of the embedded token. Shapes: B batch, T
-tokens, L layers, D hidden size, P size of these vectors.
+Each layer receives these vectors besides the residual stream. A vector is the sum of
+two terms: an entry of a second embedding, and a projection of the embedded token.
+Shapes: B batch, T tokens, L layers, D hidden size, P size of these vectors.
 """
 
 from typing import ClassVar
@@ -36,7 +36,8 @@ class PerLayerEmbedding(nn.Module):
             c.vocab_size, c.num_layers * width, dtype=dtype, name="embed_tokens"
         )
         rows = embed(tokens).astype(jnp.float32).reshape(shape)
-        # Gemma rounds this factor to its dtype, as that of the other embedding.
+        # Gemma rounds this factor to the dtype of the model. It does the same with the
+        # factor of the main embedding.
         rows = rows * jnp.asarray(width**0.5, dtype).astype(jnp.float32)
         project = make_dense(c.num_layers * width, False, dtype, "model_projection")
         projected = project(embedded.astype(dtype)) * c.hidden_size**-0.5
@@ -55,7 +56,7 @@ class PerLayerEmbedding(nn.Module):
 
 
 class PerLayerInput(nn.Module):
-    """The part of a layer that adds its input to the residual stream."""
+    """Computes what a layer's additional input adds to the residual stream."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -76,7 +77,7 @@ class PerLayerInput(nn.Module):
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
-        """Returns the layer's Hugging Face names of these parameters, by path."""
+        """Returns the Hugging Face name of each parameter in the layer, by path."""
         return {
             "input_gate/kernel": "per_layer_input_gate.weight",
             "input_projection/kernel": "per_layer_projection.weight",

@@ -17,13 +17,13 @@ from .products import make_dense, name_product
 
 
 class ConvolutionInputs(NamedTuple):
-    """The cache of a stack of layers. Its size does not depend on the tokens."""
+    """The cache of a stack of layers; its size does not grow with the sequence."""
 
     inputs: Float[Array, "L B W-1 D"]  # the last inputs of the convolution
 
     @property
     def length(self) -> int:
-        """The number of positions that need room: none."""
+        """Zero, because the cache has no entries for single positions."""
         return 0
 
     def grow(self, length: int) -> "ConvolutionInputs":
@@ -78,7 +78,7 @@ class ShortConvolution(nn.Module):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the layer's Hugging Face names of these parameters, by path."""
+        """Returns the Hugging Face name of each parameter in the layer, by path."""
         names = {f"{x}/kernel": f"conv.{x}.weight" for x in ("in_proj", "out_proj")}
         names["conv"] = "conv.conv.weight"
         if config.convolution_bias:

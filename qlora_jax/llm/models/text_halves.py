@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Positions of images have several dimensions (M-RoPE), which these keys describe. A
-# text has the same position in all of them, so that they make no difference.
+# A position in an image has several dimensions (M-RoPE), which these keys describe. The
+# position of a text token is the same in all dimensions, so the keys do not matter.
 MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 # transformers' defaults, where they differ from those of the text-only model.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -18,7 +18,7 @@ _IMAGE_KEYS += ("vision_start_token_id", "vision_end_token_id")
 
 
 def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the text half, as those of a text-only model.
+    """Returns the settings of the text half, in the form for a text-only model.
 
     Args:
         raw: The `config.json` of a model with a vision part.
