@@ -9,7 +9,7 @@ import torch
 
 
 class Wrapped(Protocol):
-    """A wrapped module."""
+    """An object that holds a PyTorch module, such as a `WrappedModule`."""
 
     @property
     def module(self) -> torch.nn.Module:
@@ -21,7 +21,10 @@ Model = torch.nn.Module | Wrapped
 
 
 def module_of(model: object) -> torch.nn.Module:
-    """Returns the module of a model, wrapped or not; else raises TypeError."""
+    """Returns the PyTorch module of a model, which may be wrapped.
+
+    Raises TypeError if `model` is neither a module nor a wrapped one.
+    """
     if isinstance(model, torch.nn.Module):
         return model
     module = getattr(model, "module", None)  # of a `WrappedModule`
@@ -31,15 +34,15 @@ def module_of(model: object) -> torch.nn.Module:
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns parameters and buffers by name; tied weights have their first name."""
+    """Returns parameters and buffers by name, tied weights once by their first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def params(model: Model) -> dict[str, jax.Array]:
     """Returns copies of a module's parameters and buffers as JAX arrays, by name.
 
-    Names are those of PyTorch, such as `"model.layers.0.mlp.up_proj.weight"`. Weights
-    that are tied have one name: the first one in `module.named_parameters()`. The
+    Names are those of PyTorch, such as `"model.layers.0.mlp.up_proj.weight"`. A tied
+    weight is listed once, under its first name in `module.named_parameters()`. The
     buffers include those that are not in the `state_dict`.
 
     Args:
@@ -47,7 +50,7 @@ def params(model: Model) -> dict[str, jax.Array]:
 
     Raises:
         TypeError: If `model` is not a module.
-        ValueError: If tensors are on the meta device, which are all listed.
+        ValueError: If tensors are on the meta device. The error lists all of them.
 
     Example:
         >>> import qlora_jax as ql, torch
@@ -67,7 +70,7 @@ def params(model: Model) -> dict[str, jax.Array]:
 def to_jax(tensor: torch.Tensor) -> jax.Array:
     """Returns a copy of a tensor's values."""
     tensor = tensor.detach().cpu()
-    # NumPy has no bfloat16 of its own, so its bits are passed as integers.
+    # PyTorch cannot convert bfloat16 to NumPy, so the bits are passed as integers.
     if tensor.dtype == torch.bfloat16:
         return jnp.array(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
     return jnp.array(tensor.numpy())

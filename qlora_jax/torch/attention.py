@@ -13,17 +13,18 @@ from jaxtyping import Array, Bool, Float
 from .weights import as_array, as_tensor
 
 NAME = "qlora_jax"
-BLOCK = 256  # queries whose scores exist at the same time
+BLOCK = 256  # number of queries whose scores are in memory at the same time
 
 
 def register_attention() -> None:
     """Makes `attn_implementation="qlora_jax"` known to transformers.
 
-    A model that is made with it computes attention in JAX, in blocks of queries whose
-    scores are computed again in the backward pass. Memory then grows with the number of
-    tokens, and not with its square. Grouped keys are not repeated. Masks are those of
-    transformers: windows, padding, and packed rows, in which `position_ids` start again
-    at 0 with each sequence.
+    A model that is made with this setting computes attention in JAX, for one block of
+    queries at a time. The scores of a block are computed again in the backward pass.
+    Memory therefore grows with the number of tokens, and not with its square. Keys that
+    several query heads share are not copied for each of them. The masks of transformers
+    are used: for windows, for padding, and for packed rows, in which `position_ids`
+    start again at 0 with each sequence.
 
     Example:
         >>> import qlora_jax as ql
@@ -35,7 +36,8 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    # Without a mask, a causal and a bidirectional model would look alike.
+    # Never leave out the mask. Otherwise, `attention` could not tell a causal from a
+    # bidirectional model.
     always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def make_mask(**kwargs: Any) -> Any:
@@ -60,9 +62,10 @@ def attention(
     position_bias: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention of transformers' tensors `[B, heads, T, Dh]`.
+    """Computes attention for transformers, whose tensors are `[B, heads, T, Dh]`.
 
-    The mask contains what other arguments, such as `sliding_window`, say about it.
+    Other arguments of transformers, such as `sliding_window`, are ignored, because the
+    mask already takes them into account.
     """
     del kwargs
     if position_bias is not None:
@@ -133,7 +136,7 @@ def attend(
         highest = lax.stop_gradient(highest)
         weights = jnp.exp(scores - highest)
         total = weights.sum(-1, keepdims=True)
-        if sinks is not None:  # a sink takes weight, and has no value
+        if sinks is not None:  # a sink takes a share of the weight, but has no value
             total = total + jnp.exp(sinks - highest)
         weights = weights / total
         if rate:

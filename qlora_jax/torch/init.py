@@ -27,11 +27,12 @@ def init(
 ) -> tuple[dict[str, PyTree], dict]:
     r"""Returns a module's parameters with packed targets, and a tree of adapters.
 
-    Like `qlora_jax.init`, but the module says which axes of its weights are contracted:
-    those of `torch.nn.Linear` are `[out, in]`, those of transformers' `Conv1D` are
-    `[in, out]`, `torch.nn.Embedding` has a table, and the experts of transformers are
-    stacks of matrices. Other weights need `config.contract`, and are decoded where
-    their module uses them for anything but a product or a lookup.
+    This is like `qlora_jax.init`, but the type of each module tells which axis of its
+    weight is contracted. Weights of `torch.nn.Linear` are `[out, in]`, those of
+    transformers' `Conv1D` are `[in, out]`, those of `torch.nn.Embedding` are tables,
+    and the experts of transformers are stacks of matrices. For weights of other
+    modules, set `config.contract`. Such weights are decoded wherever the module uses
+    them for anything but a product or a lookup.
 
     Args:
         key: PRNG key for A.
@@ -42,8 +43,8 @@ def init(
 
     Raises:
         TypeError: As `qlora_jax.init`.
-        ValueError: As `qlora_jax.init`, or if the module does not say how targets are
-            contracted, or contradicts `config.contract`. All of these are listed.
+        ValueError: As `qlora_jax.init`; or if the contracted axes of targets are not
+            known, or differ from `config.contract`. The error lists all such targets.
 
     Example:
         >>> import jax, qlora_jax as ql, torch
@@ -62,7 +63,7 @@ def init(
     }
     contract, problems = {}, []
     for name in filter(config.is_target, params):
-        module_name = names_in(name)[0]  # a stack has the axes of its first layer
+        module_name = names_in(name)[0]  # all layers of a stack have the same axes
         kinds, setting = roles.get(module_name), config.contract_of(name)
         if kinds is None and setting is None:
             owner = type(owners.get(module_name)).__name__
@@ -79,7 +80,7 @@ def init(
     if problems:
         listing = "\n  ".join(problems)
         raise ValueError(f"these weights cannot be targets:\n  {listing}")
-    settings: Any = config.contract  # a dict, once the config is made
+    settings: Any = config.contract  # the config has converted it to a dict
     config = dataclasses.replace(config, contract={**contract, **settings})
     return ql.init(key, dict(params), config, donate=donate)
 
@@ -95,6 +96,7 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
         elif is_conv1d(inner):
             yield f"{dot}weight", "kn"
         elif isinstance(getattr(inner, "is_transposed", None), bool):
+            # Modules of experts in transformers have this attribute.
             kinds = "bkn" if inner.is_transposed else "bnk"
             for name, tensor in inner.named_parameters(recurse=False):
                 if tensor.ndim == 3:
@@ -103,19 +105,19 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
 
 def is_conv1d(module: torch.nn.Module) -> bool:
     """Whether a module is a `Conv1D` of transformers, whose weights are `[in, out]`."""
-    # Transformers is only asked if it made the module.
+    # If transformers is not imported, the module cannot be one of its classes.
     utils: Any = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 
 
 def names(model: Model, *, stacked: bool = False) -> ql.io.Names:
-    """Returns the names of a module's leaves in checkpoints, for `ql.io`.
+    """Returns the names that a module's leaves have in checkpoints, for `ql.io`.
 
-    They are PyTorch's own names.
+    Tensors in checkpoints have PyTorch's own names.
 
     Args:
         model: The module, wrapped or not.
-        stacked: Whether the trees are stacked, as `stack` returns them.
+        stacked: Whether the base and lora trees are stacked, as `stack` returns them.
 
     Raises:
         TypeError: If `model` is not a module.

@@ -59,7 +59,7 @@ class LanguageModel:
 
     @property
     def head(self) -> torch.nn.Module | None:
-        """The module that computes the logits, if the model names one."""
+        """The module that computes the logits, or None if the model names none."""
         module: Any = self.module
         return module.get_output_embeddings()
 
@@ -73,7 +73,7 @@ class LanguageModel:
         }
 
     def shapes(self, *, stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of the leaves that files have, without `buffers`.
+        """Returns the shapes of the leaves that are read from files: not `buffers`.
 
         Args:
             stacked: Whether equal layers are stacked, as by `ql.torch.stack`.
@@ -90,7 +90,7 @@ class LanguageModel:
     def names(self, *, stacked: bool) -> ql.io.Names:
         """Returns the names of the leaves in files, for `ql.io`.
 
-        Embeddings are no targets: they have no roles.
+        Embeddings have no roles, so that they do not become targets.
 
         Args:
             stacked: As in `shapes`.
@@ -107,7 +107,8 @@ class LanguageModel:
             for name, entry in table.entries.items()
             if name not in self.buffers
         }
-        # Older files have buffers that are computed now, and tied weights twice.
+        # Older files contain buffers that are computed today, and tied weights under
+        # all of their names. These tensors are ignored.
         patterns = module._keys_to_ignore_on_load_unexpected or ()
         ignored = [f".*({pattern}).*" for pattern in patterns]
         ignored += [re.escape(name) for name in (*self.buffers, *self.tied_names)]
@@ -115,16 +116,16 @@ class LanguageModel:
 
     @property
     def tied_names(self) -> dict[str, str]:
-        """The further names of tied weights, with the names of their leaves."""
+        """The leaf of each tied weight, by the other names of the weight."""
         leaf_names = {x: name for name, x in self.module.named_parameters()}
         every_name = self.module.named_parameters(remove_duplicate=False)
         return {n: leaf_names[x] for n, x in every_name if n != leaf_names[x]}
 
     def rename_tensors(self, file_names: Iterable[str]) -> dict[str, str]:
-        """Returns the module's name for each tensor of a file, by its name there.
+        """Returns the name that each tensor of a file has in the module.
 
-        Files may have names from older versions of transformers, which describes how
-        they changed.
+        The keys are the names in the file. They may come from an older version of
+        transformers, which has a table of how its names changed.
 
         Args:
             file_names: The names in the file.
@@ -164,7 +165,7 @@ class LanguageModel:
         dropout_key: jax.Array | None = None,
         **kwargs: PyTree,
     ) -> jax.Array:
-        """Returns the output of the layers `[B, T, D]`, from which logits follow.
+        """Returns the output of the layers `[B, T, D]`, which `logits` takes.
 
         Args:
             variables: As in `WrappedModule.apply`, with or without `buffers`.
@@ -173,9 +174,11 @@ class LanguageModel:
             **kwargs: Passed to the model, such as `position_ids`.
 
         Raises:
-            ValueError: As in `WrappedModule.apply`, or if the model does not call the
-                decoder that transformers names.
+            ValueError: As in `WrappedModule.apply`; or if the model does not call the
+                module that its method `get_decoder` returns.
         """
+        # The exception ends the call of the model as soon as its layers have run, so
+        # that the head does not run.
         decoder = _decoder_of(self.module)
         run_layers, run_model = decoder.forward, self.module.forward
 
@@ -219,6 +222,8 @@ class LanguageModel:
         Raises:
             ValueError: As `hidden_states`.
         """
+        # The whole model runs, but its decoder only returns `hidden`, so that nothing
+        # is computed except the head and what surrounds it.
         decoder, calls = _decoder_of(self.module), []
 
         def return_hidden(*args: Any, **kwargs: Any) -> "_DecoderOutput":
@@ -260,9 +265,9 @@ def open_language_model(
     attention as `register_attention` describes, if its class supports that.
 
     Args:
-        folder: A folder of transformers.
+        folder: A folder with the `config.json` of a model of transformers.
         has_dropout: Whether adapters have dropout. The dropout of the model itself is
-            off.
+            always off.
         policy: As in `wrap`.
 
     Raises:
@@ -286,7 +291,8 @@ def open_language_model(
             f"`folder` must have a causal language model. Got {config.model_type!r}, "
             "for which transformers has none."
         )
-    # Other classes compute attention in their own way, with masks that are added.
+    # Classes that do not support SDPA compute attention in their own code. They expect
+    # a mask that is added to the scores, which `register_attention` does not make.
     attention = NAME if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(
@@ -294,18 +300,18 @@ def open_language_model(
         )
     module.eval()
     buffers = _compute_buffers(module)
-    # `apply` accepts a key if any module is in training mode. The outermost one has no
-    # dropout of its own.
+    # `apply` accepts a dropout key if any module is in training mode. The outermost
+    # module has no dropout of its own, so that only the adapters have dropout.
     module.training = has_dropout
     return LanguageModel(wrap(module, policy=policy), buffers)
 
 
 def _compute_buffers(module: Any) -> dict[str, jax.Array]:
-    """Returns the values of buffers that are not in the files, by name."""
+    """Computes the values of buffers that are not in files; returns them by name."""
     stored = module.state_dict()
     names = [name for name, _ in module.named_buffers() if name not in stored]
     owners = {name.rpartition(".")[0]: None for name in names}
-    # 1. Fill the buffers with a value that shows afterwards which ones were not set.
+    # 1. Fill the buffers with a value that reveals afterwards which ones were not set.
     fill_values: dict[str, float | bool] = {}
     for name, buffer in module.named_buffers():
         if name in names:
@@ -343,7 +349,7 @@ class _AfterLayers(Exception):  # noqa: N818  (it ends a call, and is not an err
 
 @dataclass(frozen=True)
 class _DecoderOutput:
-    """What the layers return, where only the hidden states are known."""
+    """Takes the place of the decoder's output. All but the hidden states is None."""
 
     last_hidden_state: torch.Tensor
 
@@ -355,7 +361,7 @@ class _DecoderOutput:
 
 
 def _decoder_of(module: Any) -> Any:
-    """Returns the part of a language model that is everything but the head."""
+    """Returns the module that contains everything in a language model but the head."""
     decoder = module.get_decoder()
     if decoder is module:
         raise _unsupported(module, decoder)

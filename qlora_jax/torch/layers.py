@@ -25,7 +25,7 @@ class ScanError(ValueError):
 
 @dataclass(frozen=True)
 class LayerRun:
-    """Layers of a `ModuleList` that repeat with a period."""
+    """Layers of a `ModuleList` that repeat: layer i equals layer i + period."""
 
     list_name: str  # name of the ModuleList
     start: int
@@ -38,12 +38,16 @@ class LayerRun:
         return range(self.start, self.stop)
 
     def stacked_name(self, position: int, rest: str) -> str:
-        """Returns the name of a stack of tensors, at a position in the period."""
+        """Returns the name of a stack.
+
+        `position` is the position of its layers in the period, and `rest` the name of
+        the tensor in each layer.
+        """
         start, stop = self.start + position, self.stop - self.period + position + 1
         return f"{self.list_name}.{start}:{stop}:{self.period}.{rest}"
 
     def position_of(self, stacked_name: str) -> tuple[int, str]:
-        """Returns the position of a stack in the period, and its name in the layer."""
+        """Returns the `position` and `rest` that `stacked_name` takes for a stack."""
         match = STACKED_NAME.fullmatch(stacked_name)
         assert match is not None
         return int(match[2]) - self.start, match[5]
@@ -59,10 +63,11 @@ def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
     `apply` scans over stacked layers, and computes each again in the backward pass
     (`jax.checkpoint`). It then compiles one layer instead of all, and keeps only the
-    input of each. Layers of a `ModuleList` are equal if their classes, their settings,
-    and the shapes of their tensors are. They may repeat with a period, as in models
-    with three linear-attention layers before each full one: then one period is scanned.
-    The layers must run one after another, each on the output of the previous one.
+    input of each. Layers of a `ModuleList` are equal if they have the same classes,
+    settings and shapes of tensors. They may also repeat in a fixed pattern, such as
+    three layers with linear attention and one with full attention. Each step of the
+    scan then runs all layers of one period. The layers must run one after another, each
+    on the output of the previous one.
 
     The stack of layers 0 to 15 has a name such as `"model.layers.0:16:1.mlp.weight"`,
     with the start, stop and step of a Python slice.
@@ -155,7 +160,7 @@ def stacked_names(module: torch.nn.Module) -> list[str]:
 
 
 def runs_of(names: Mapping[str, PyTree]) -> dict[LayerRun, list[str]]:
-    """Returns the runs of layers whose stacks have these names, with their names."""
+    """Finds the runs of layers of stacks; returns the names of each run's stacks."""
     matches = [(name, STACKED_NAME.fullmatch(name)) for name in names]
     stacks = sorted(
         (m[1], int(m[2]), int(m[3]), int(m[4]), name) for name, m in matches if m
@@ -163,7 +168,8 @@ def runs_of(names: Mapping[str, PyTree]) -> dict[LayerRun, list[str]]:
     runs: dict[LayerRun, list[str]] = {}
     run = LayerRun("", 0, 0, 1)
     for list_name, start, stop, period, name in stacks:
-        # Stacks are sorted by start: those of a run start in its first period.
+        # Stacks are sorted by the start of their slice. All stacks of a run start
+        # within its first period.
         is_next = (list_name, period) == (run.list_name, run.period)
         if not is_next or start >= run.start + period:
             count = len(range(start, stop, period))
@@ -187,14 +193,18 @@ def find_runs(module: torch.nn.Module) -> Iterator[LayerRun]:
 def _periodic(
     signatures: list[tuple], start: int, stop: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Yields the longest runs between two indices, as (start, stop, period)."""
-    best = (0, 0, 0, 0)  # number of layers, and the run
+    """Yields runs of layers between two indices in order, as (start, stop, period).
+
+    The longest run is chosen first, and then the longest ones before and after it.
+    """
+    best = (0, 0, 0, 0)  # number of layers, start, stop, period
     for period in range(1, (stop - start) // 2 + 1):
         first = start
         for index in range(start, stop - period + 1):
             is_last = index + period == stop
             if is_last or signatures[index] != signatures[index + period]:
-                # Layers `first` to `index + period` repeat; whole periods count.
+                # Layers `first` to `index + period - 1` repeat with this period. Only
+                # whole periods count.
                 count = (index + period - first) // period * period
                 if count >= 2 * period and count > best[0]:
                     best = (count, first, first + count, period)
@@ -207,7 +217,7 @@ def _periodic(
 
 
 def _signature(layer: torch.nn.Module) -> tuple:
-    """Returns what equal layers have in common."""
+    """Returns a value that is the same for all layers that can be stacked."""
     tensors = named_tensors(layer).items()
     return (
         tuple((name, tuple(x.shape), x.dtype) for name, x in tensors),

@@ -14,7 +14,7 @@ import torchax
 from .layers import LayerRun, ScanError
 from .weights import Leaf, PendingOutput, as_array, as_tensor, tensor_of
 
-Arguments = list[Any]  # the arguments of a layer but its hidden states, flattened
+Arguments = list[Any]  # all arguments of a layer except its hidden states, flattened
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,17 @@ class LayerCall:
 
 @dataclass
 class LayerScan:
-    """Replaces the calls of a run of layers in one call of the module.
+    """Runs a run of layers as one scan, during one call of the module.
 
-    Each layer only records its arguments, and returns a placeholder without data, which
-    no function of PyTorch takes. The last layer runs them all, in a scan over periods.
+    The module calls each layer as usual. All layers but the last only record their
+    arguments, and return a placeholder without data, which no PyTorch function accepts.
+    The call of the last layer runs all of them, in a scan over periods.
     """
 
     run: LayerRun
     layers: list[torch.nn.Module]  # all layers of the run
-    stacks: list[dict[str, Leaf]]  # the stacked leaves of each position, by name
+    # For each position in the period, the stacked leaves by their name in the layer.
+    stacks: list[dict[str, Leaf]]
     policy: Callable[..., bool] | None  # of `jax.checkpoint`
     calls: list[LayerCall] = field(default_factory=list)
     # Set when the first layer is called: its input, and what it returns.
@@ -55,7 +57,7 @@ class LayerScan:
                 layer.__dict__.pop("forward", None)
 
     def record(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Records the call of a layer; the last one returns the output of all."""
+        """Records the call of a layer. The last one returns the output of the scan."""
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
         follows = isinstance(hidden, PendingOutput) and hidden.source_scan is self
         if index != len(self.calls) or follows != (index > 0):
@@ -98,11 +100,11 @@ class LayerScan:
             layer.forward = recorder
 
     def _program(self, index: int, inspect: Callable[[Any], object]) -> str:
-        """Returns what one layer computes, as text; `inspect` gets its output."""
+        """Returns the jaxpr of a layer as text, and passes its output to `inspect`."""
         position = index % self.run.period
 
         def call(hidden: jax.Array, leaves: dict) -> jax.Array:
-            # Random numbers that are drawn here do not change the key of the call.
+            # Restores torchax's key afterwards, if the layer draws random numbers.
             with torchax.default_env().override_property():
                 arguments = self.calls[position].arguments
                 output = self._call(index, hidden, leaves, arguments)
@@ -114,8 +116,9 @@ class LayerScan:
         return re.sub(r"0x[0-9a-f]+", "", str(program))  # without addresses
 
     def _check_equal(self) -> None:
-        # Layers know their index, and only caches should depend on it. The first and
-        # the last layer show it if the computation does too.
+        # A layer may know its index. This must not change what it computes, because a
+        # scan runs the code of the first layers for all others too. If the computation
+        # depends on the index, the first and the last layer have different jaxprs.
         for first in range(self.run.period):
             last = len(self.layers) - self.run.period + first
             if self._program(first, type) != self._program(last, type):
@@ -149,7 +152,7 @@ class LayerScan:
         return as_tensor(hidden)
 
     def _varying_arguments(self, calls: list[LayerCall]) -> dict[int, jax.Array]:
-        """Returns stacks of the arguments that differ between the layers."""
+        """Returns the arguments that differ between layers, stacked, by their index."""
         if any(call.structure != calls[0].structure for call in calls):
             self._refuse("they are called with different arguments")
         varying = {}

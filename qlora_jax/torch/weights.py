@@ -32,7 +32,7 @@ def as_array(tensor: torch.Tensor) -> jax.Array:
 
 
 def is_kernel(leaf: Leaf) -> bool:
-    """Returns whether a leaf is packed, or trained through its packing."""
+    """Returns whether a leaf is packed, or is a float that each forward pass packs."""
     return isinstance(leaf, ql.QTensor | ql.StraightThrough)
 
 
@@ -52,7 +52,8 @@ class Placeholder(torch.Tensor):
     """A tensor with a shape and a dtype, and without data."""
 
     struct: jax.ShapeDtypeStruct
-    # Without it, reading an attribute would call the function of PyTorch that reads it.
+    # Without this line, reading an attribute of the tensor would itself count as a call
+    # of a PyTorch function.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     def __new__(cls, shape: Sequence[int], dtype: DTypeLike) -> Self:
@@ -68,7 +69,7 @@ class Placeholder(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Callable, types: object, args: tuple = (), kwargs: Any = None
     ) -> Any:
-        """Raises: functions of placeholders go through `KernelFunctions`."""
+        """Raises an error: only `KernelFunctions` handles functions of placeholders."""
         raise NotImplementedError(
             f"this tensor can only be used in `apply` of a wrapped module. Got {func}."
         )
@@ -126,7 +127,7 @@ class KernelTensor(Placeholder):
 
 @dataclass
 class KernelFunctions(TorchFunctionMode):
-    """Computes PyTorch's functions of kernels, while it is active.
+    """Handles all calls of PyTorch functions with kernels while it is active.
 
     Products and lookups use the packed weights. All other functions get the decoded
     weights, with the adapter added.
@@ -179,7 +180,10 @@ class KernelFunctions(TorchFunctionMode):
         return torchax.default_env().get_and_rotate_prng_key() if is_active else None
 
     def product(self, x: torch.Tensor, weight: KernelTensor) -> Any:
-        """Computes `x @ weight`, if the weight is `[K, N]` as it is seen."""
+        """Computes `x @ weight`, if the first axis of `weight` is the contracted one.
+
+        This and the following methods return NotImplemented if they do not apply.
+        """
         if (
             _is_kernel_tensor(x)
             or not _is_kernel_tensor(weight)
@@ -215,7 +219,10 @@ class KernelFunctions(TorchFunctionMode):
         *_: object,
         **options: object,
     ) -> Any:
-        """Computes `F.embedding`. The padding only matters for gradients of a table."""
+        """Computes `F.embedding`.
+
+        `padding_idx` is ignored, because it only affects the gradient of the table.
+        """
         if (
             max_norm is not None
             or not _is_kernel_tensor(weight)
@@ -236,13 +243,13 @@ class KernelFunctions(TorchFunctionMode):
         return input.transposed() if is_last else NotImplemented
 
     def transpose_matrix(self, input: KernelTensor) -> Any:
-        """Computes `input.T`, which reverses all axes."""
+        """Computes `input.T`, `input.mT` or `input.t()` of a matrix."""
         return input.transposed() if input.ndim == 2 else NotImplemented
 
     def _grouped_product(
         self, x: torch.Tensor, weight: Any, offs: Any = None, **options: Any
     ) -> Any:
-        # Group i has the rows from offs[i - 1] to offs[i].
+        # Group i has the rows offs[i - 1] to offs[i] - 1.
         if offs is None or any(value is not None for value in options.values()):
             raise NotImplementedError(
                 "grouped products must have only `offs`. Got "

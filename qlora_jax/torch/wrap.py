@@ -1,4 +1,4 @@
-"""`wrap` makes a pure function of a PyTorch module."""
+"""`wrap` turns a PyTorch module into a pure function."""
 
 import contextlib
 import warnings
@@ -29,8 +29,8 @@ class WrappedModule:
 
     Attributes:
         module: The module. It does not change.
-        training: The modes of its modules when it was wrapped, by name: True after
-            `module.train()`, and False after `module.eval()`.
+        training: Whether each module in it was in training mode when it was wrapped, by
+            name: True after `module.train()`, and False after `module.eval()`.
         policy: The policy of `jax.checkpoint` for stacked layers, as in `wrap`.
 
     Example:
@@ -70,11 +70,11 @@ class WrappedModule:
         Raises:
             TypeError: If the module returns something that is neither a tensor nor a
                 number, nor a container of them.
-            ValueError: If names are missing from `"params"` or unknown, an adapter does
-                not fit its kernel, the module draws random numbers and `dropout_key` is
-                None, the module is in evaluation mode and `dropout_key` is set, or the
-                module changes its buffers, as batch normalization does in training
-                mode.
+            ValueError: If `"params"` lacks names or has unknown ones; if an adapter
+                does not fit its kernel; if the module draws random numbers, but there
+                is no `dropout_key`; if there is a `dropout_key`, but the module is in
+                evaluation mode; or if the module changes its buffers, as batch
+                normalization does in training mode.
 
         Example:
             >>> import jax, qlora_jax as ql, torch
@@ -97,12 +97,12 @@ class WrappedModule:
         tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
         buffers = {name: as_array(tensors[name]) for name in self._buffer_names(leaves)}
         args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
-        # 2. Run the module. Without a key, the constant key shows afterwards whether
-        #    random numbers were drawn.
+        # 2. Run the module. If there is no key, use a constant one, to see afterwards
+        #    whether random numbers were drawn.
         key = jax.random.key(0) if dropout_key is None else dropout_key
         functions = KernelFunctions(has_dropout=dropout_key is not None)
         with self._environment(key, functions, scans) as env:
-            # Weights that are tied have one name in `tensors`.
+            # `functional_call` replaces tied weights together: one name is enough.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
             drew_numbers = env.prng_key is not key
             output = _to_arrays(output)
@@ -131,8 +131,9 @@ class WrappedModule:
         """Prepares PyTorch's and JAX's settings for one call of the module."""
         env = torchax.default_env()
         with contextlib.ExitStack() as stack:
-            # PyTorch asks for 64-bit integers, which JAX makes 32-bit ones, and adds
-            # axes as it broadcasts.
+            # PyTorch asks for 64-bit integers, and JAX warns that they have 32 bits.
+            # PyTorch's code also relies on broadcasting between arrays of different
+            # ranks, which JAX may be set to refuse.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Explicitly requested dtype .?int64")
             stack.enter_context(jax.numpy_rank_promotion("allow"))
@@ -195,18 +196,19 @@ class WrappedModule:
 def wrap(model: Model, *, policy: Policy | None = None) -> WrappedModule:
     """Returns a PyTorch module as a pure function of JAX arrays.
 
-    The code of the module runs in JAX while it is traced, through torchax. It may be
-    jitted, differentiated and mapped. The weights come from the arguments of `apply`,
-    so the module itself may be on the meta device. It is neither changed nor copied.
+    When JAX traces the function, the code of the module runs in JAX, through torchax.
+    The function may be jitted, differentiated and mapped. The weights come from the
+    arguments of `apply`, so the module itself may be on the meta device. The module is
+    neither changed nor copied.
 
-    The function has the modes of the module at this time: dropout is active if it was
-    wrapped after `module.train()`.
+    The function keeps the modes that the module has now: dropout is active if the
+    module was wrapped after `module.train()`.
 
     Args:
         model: The module. A wrapped module is returned unchanged, unless there is a
             `policy`.
-        policy: Which values of stacked layers are kept for the backward pass, as in
-            `jax.checkpoint`; by default only their inputs.
+        policy: The policy of `jax.checkpoint`, which decides which values of stacked
+            layers are kept for the backward pass. By default, only their inputs are.
 
     Raises:
         TypeError: If `model` is not a PyTorch module.
@@ -231,7 +233,7 @@ def _to_tensor(value: object) -> object:
 
 
 def _to_arrays(output: Any) -> PyTree:
-    # The outputs of transformers are dicts that JAX does not know.
+    # Output objects of transformers are Mappings, but not pytrees.
     if isinstance(output, torch.Tensor):
         return as_array(output)
     if isinstance(output, Mapping):
