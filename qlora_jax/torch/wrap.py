@@ -102,7 +102,7 @@ class WrappedModule:
         key = jax.random.key(0) if dropout_key is None else dropout_key
         functions = KernelFunctions(has_dropout=dropout_key is not None)
         with self._environment(key, functions, scans) as env:
-            # `functional_call` replaces tied weights together: one name is enough.
+            # `tensors` has one name of each tied weight, and this replaces all others.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
             drew_numbers = env.prng_key is not key
             output = _to_arrays(output)
@@ -131,9 +131,9 @@ class WrappedModule:
         """Prepares PyTorch's and JAX's settings for one call of the module."""
         env = torchax.default_env()
         with contextlib.ExitStack() as stack:
-            # PyTorch asks for 64-bit integers, and JAX warns that they have 32 bits.
-            # PyTorch's code also relies on broadcasting between arrays of different
-            # ranks, which JAX may be set to refuse.
+            # PyTorch asks for 64-bit integers, and JAX warns that it makes 32-bit ones.
+            # PyTorch's code also broadcasts arrays of different ranks, which JAX may be
+            # set to refuse.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Explicitly requested dtype .?int64")
             stack.enter_context(jax.numpy_rank_promotion("allow"))

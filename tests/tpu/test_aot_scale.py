@@ -90,7 +90,7 @@ def both(mesh, **overrides):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
     packing = model.packing("nf4", 16, True)
     base = ql.quantize(zeros, packing)
-    adapters = adapters_for(config.adapter, model, packing)
+    adapters = adapters_for(config.adapter, model, packing, config.model.scales)
     _, lora = ql.init(jax.random.key(0), base, adapters)
     base, lora = place(base, lora)
     program = make_program(config, decoder)
