@@ -1,4 +1,4 @@
-"""Language models that run in the PyTorch code of transformers, by `qlora_jax.torch`.
+"""Language models that `qlora_jax.torch` runs in the PyTorch code of transformers.
 
 They take the place of `Decoder` for model types that it does not support. Leaves have
 PyTorch's names, such as `model.layers.0:4:1.mlp.up_proj.weight` for a stack of layers.
@@ -24,15 +24,15 @@ import qlora_jax as ql
 from .folder import ModelFolder
 
 Contract = dict[str | re.Pattern[str], str]
-TOKENS_PER_CHUNK = 1024  # tokens whose logits exist at the same time
+TOKENS_PER_CHUNK = 1024  # number of tokens whose logits are in memory at the same time
 
 
 @dataclass(frozen=True, eq=False)
 class TorchConfig:
-    """A model in PyTorch, as far as the application has to know it.
+    """What the application has to know about a model in PyTorch.
 
     Attributes:
-        path: The folder.
+        path: The folder of the model.
         model_type: transformers' name of the architecture.
         class_name: The name of the PyTorch class.
         vocab_size: The size of the vocabulary.
@@ -40,10 +40,10 @@ class TorchConfig:
         shapes: The shapes of the leaves, by path.
         names: The names of the leaves in files, and the roles of their axes.
         head: The name of the module that computes the logits.
-        tied_names: Further names of tied weights, with those of their leaves.
+        tied_names: The leaf of each tied weight, by the other names of the weight.
         conv1d_names: The names of weights that files store as `[in, out]`.
-        rename_tensors: Maps names of tensors in files to those of the module.
-        experts: None, because no loss balances the load of the experts.
+        rename_tensors: Returns the module's name of each tensor, by its name in files.
+        experts: None, because there is no loss that balances the load of experts.
     """
 
     path: pathlib.Path
@@ -89,8 +89,8 @@ class TorchConfig:
 def open_torch_config(path: pathlib.Path) -> TorchConfig:
     """Returns the model that a folder's `config.json` describes.
 
-    Raises ImportError without the extra `torch`, and ValueError if transformers has no
-    such model or it uses a loss that balances experts.
+    Raises ImportError without the extra `torch`. Raises ValueError if transformers has
+    no such model, or if the model uses a loss that balances experts.
     """
     try:
         bridge = ql.torch  # imported here, because it needs the extra
@@ -133,7 +133,11 @@ class TorchFolder(ModelFolder):
     torch_config: TorchConfig
 
     def open_tensors(self) -> ql.io.Tensors:
-        """Returns the tensors by the names of the module, after some checks."""
+        """Returns the tensors by their names in the module.
+
+        Raises an error if a tied weight has different values under its names. All
+        matrices are `[out, in]`, as `ql.io` expects them.
+        """
         stored = self.stored_tensors
         renamed = {
             new: stored[name]
@@ -154,7 +158,7 @@ class TorchFolder(ModelFolder):
 
 @dataclass(frozen=True, eq=False)
 class _Transposed:
-    """A matrix `[in, out]` of a file as `[out, in]`, which is read by slices."""
+    """Shows a matrix `[in, out]` of a file as `[out, in]`, and reads slices of it."""
 
     tensor: Any
 
@@ -172,13 +176,13 @@ class _Transposed:
 
 @dataclass(frozen=True, eq=False)
 class TorchDecoder:
-    """A model in PyTorch with the interface of a wrapped `Decoder`, for losses.
+    """A model in PyTorch, with those methods of a wrapped `Decoder` that losses need.
 
     Attributes:
         config: The model.
-        language_model: Its two functions.
-        has_dropout: Whether adapters have dropout. If not, keys are not used.
-        mlp_tile: None: the MLP takes all tokens at a time.
+        language_model: The model as two functions, for hidden states and for logits.
+        has_dropout: Whether adapters have dropout. If not, dropout keys are ignored.
+        mlp_tile: None, because the MLP takes all tokens at a time.
     """
 
     config: TorchConfig
@@ -200,8 +204,9 @@ class TorchDecoder:
     ) -> Float[Array, "B P D"]:
         """Returns the hidden states from which the selected targets are predicted.
 
-        Each row is one sequence, so that its positions are 0, 1, 2, ..., and it has no
-        segments. Padding is on the right, where no token sees it.
+        Each row is a single sequence with padding on the right. `positions` and
+        `segment_ids` can therefore be ignored: positions are 0, 1, 2, ..., and no token
+        sees the padding.
         """
         del positions, segment_ids
         assert return_hidden and select is not None and not mutable
@@ -218,8 +223,8 @@ class TorchDecoder:
     ) -> Float[Array, "B P"]:
         """Returns the cross entropy of each target.
 
-        The model's own code computes the logits, of some targets at a time. They are
-        computed again in the backward pass.
+        The model's own code computes the logits of one chunk of targets at a time, and
+        computes them again in the backward pass.
         """
         key = dropout_key if self.has_dropout else None
         num_rows, num_targets, _ = hidden.shape
