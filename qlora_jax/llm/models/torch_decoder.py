@@ -135,8 +135,9 @@ class TorchFolder(ModelFolder):
     def open_tensors(self) -> ql.io.Tensors:
         """Returns the tensors by their names in the module.
 
-        Raises an error if a tied weight has different values under its names. All
-        matrices are `[out, in]`, as `ql.io` expects them.
+        Raises ValueError if a tied weight has different values under its names. Linear
+        weights that files store as `[in, out]` are returned as `[out, in]`, which
+        `ql.io` expects.
         """
         stored = self.stored_tensors
         renamed = {
