@@ -1,4 +1,4 @@
-"""These tests run where torchax is installed, as the extra `torch` does."""
+"""These tests run only if torchax is installed, which the extra `torch` contains."""
 
 import importlib.util
 import warnings
@@ -6,10 +6,10 @@ import warnings
 if importlib.util.find_spec("torchax") is None:  # as in most environments
     collect_ignore_glob = ["*.py"]
 else:
-    with warnings.catch_warnings():  # some warn when they are imported
+    with warnings.catch_warnings():  # some of these warn when they are imported
         warnings.simplefilter("ignore")
         import peft  # noqa: F401
         import torch
         import torchax  # noqa: F401
 
-    torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
+    torch.set_num_threads(1)  # more threads would compete with those of JAX

@@ -15,7 +15,7 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128}
 
 
 def save_model(folder, config_class, **changes):
-    """Writes a random model beside the tokenizer of `save_tiny`."""
+    """Writes a random model and the tokenizer of `save_tiny` to a folder."""
     save_tiny(folder)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -48,7 +48,7 @@ relative difference between the losses, and the number of packed weights.
 `tests/pytorch/sweep.py` runs the models and writes this page.
 """
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-# Sizes by the names that configs have for them.
+# The value of each size of a tiny model, by the names that configs have for the size.
 TINY = {
     **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], 128),
     **dict.fromkeys(["depth", "num_vision_layers", "vision_layers"], 2),
@@ -94,7 +94,7 @@ TINY = {
     **dict.fromkeys(["bos_token_id", "decoder_start_token_id"], 1),
     **dict.fromkeys(["eos_token_id"], 2),
 }
-# Settings of single types.
+# Further settings that some model types need.
 SPECIAL: dict[str, dict] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
@@ -103,9 +103,9 @@ SPECIAL: dict[str, dict] = {
 
 
 def tiny_settings(settings):
-    """Returns the sizes among the settings of a config, and of the configs inside."""
+    """Returns tiny values for all sizes in a config, and in the configs inside it."""
     changes = {name: TINY[name] for name in settings if name in TINY}
-    if "qk_rope_head_dim" in changes:  # attention with latent keys and values
+    if "qk_rope_head_dim" in changes:  # multi-head latent attention
         changes |= {"num_key_value_heads": 4}
         changes |= {"head_dim": 8} if "head_dim" in changes else {}
     for name, value in settings.items():
@@ -125,13 +125,16 @@ def tiny_model(kind):
     model = transformers.AutoModelForCausalLM.from_config(config, **options).float()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1:  # some are zero, such as those of routers
+            if weight.ndim > 1:  # the noise is for weights that are zero, as in routers
                 weight.mul_(2).add_(0.02 * torch.randn_like(weight))
     return model.eval()
 
 
 def check(kind):
-    """Returns the errors of float logits and of the packed loss, and a count."""
+    """Returns the error of the logits, that of the loss, and how many were packed.
+
+    The logits are those of float weights, and the loss is that of packed weights.
+    """
     module, ids = tiny_model(kind), random_ids()
     expected = torch_logits(module, ids)
     model = ql.torch.wrap(module)
@@ -168,7 +171,7 @@ def is_target(name, params):
 
 
 def result_of(kind):
-    """Returns the row of a model type: "ok", "differs" or "fails", and the details."""
+    """Runs a model type. Returns "ok", "differs" or "fails", and further cells."""
     try:
         float_error, loss_error, count = check(kind)
     except Exception as error:

@@ -1,4 +1,7 @@
-"""The command line trains and scores models in PyTorch's code as PEFT has them."""
+"""The command line trains and scores models in PyTorch's code.
+
+The losses equal those of transformers and PEFT.
+"""
 
 import pathlib
 import sys
@@ -21,7 +24,7 @@ from qlora_jax.llm.models.tiny import save_tiny
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a folder with a model that the decoder does not know, rows and a run."""
+    """Returns a folder with a run, its rows, and its model, which runs in PyTorch."""
     folder = tmp_path_factory.mktemp("engine")
     save_model(folder / "model", transformers.GPTNeoXConfig)
     write_rows(folder)
@@ -39,7 +42,7 @@ def arguments(folder):
 
 
 def torch_loss(model):
-    """Returns the mean loss of the tokens after the first, one row at a time."""
+    """Returns the mean loss of all tokens except the first of each row."""
     losses = []
     for row in ROWS:
         ids = torch.tensor(row["input_ids"])

@@ -23,7 +23,7 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     adapters = adapters_for(app.AdapterConfig(rank=4), model, packing, "absmax")
     base = model.read(dtype=jnp.float32, packing=packing, progress=False).base
     lora = ql.init(jax.random.key(0), base, adapters)[1]
-    lora = jax.tree.map(lambda x: x + 0.02, lora)  # B is 0 at first
+    lora = jax.tree.map(lambda x: x + 0.02, lora)  # otherwise, B would be 0
     rows = []
     for row in ROWS:
         ids = np.array(row["input_ids"], np.int32)
@@ -39,8 +39,8 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     expected_loss, expected = step(lora, base, batch)
     mesh = make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())
     base, lora = make_place(model.config, mesh, "device")(base, lora)
-    # The contracted axis of the last kernel has three blocks, which two devices cannot
-    # split, so that both axes split its outputs.
+    # The contracted axis of the last kernel has three quantization blocks. Two devices
+    # cannot split these equally, so both mesh axes split the outputs instead.
     specs = {
         path: tuple(q.codes.sharding.spec)
         for path, q in base.items()

@@ -1,4 +1,4 @@
-"""Models of transformers compute what they compute in PyTorch."""
+"""Wrapped models of transformers compute the same as in PyTorch."""
 
 import warnings
 
@@ -25,7 +25,7 @@ import qlora_jax as ql
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
-# Settings by model type. Windows are shorter than the rows.
+# Settings by model type. Sliding windows are shorter than the rows, so that they count.
 CASES = {
     "llama": {},
     "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 64},
@@ -39,7 +39,7 @@ CASES = {
     },
 }
 PROJECTIONS = r".*(_proj|c_attn|c_fc)(\.weight)?"
-# The stacks of one weight.
+# For each model type, the names of some stacks that `ql.torch.stack` must make.
 STACKS = {
     "llama": ["model.layers.0:2:1.self_attn.q_proj.weight"],
     "gpt2": ["transformer.h.0:2:1.attn.c_attn.weight"],
@@ -101,7 +101,7 @@ def test_peft_loads_the_adapters(kind, tmp_path):
     model, base, lora = init(module, PROJECTIONS)
     logits = logits_of(model, {"params": base, "lora": lora}, jnp.array(ids))
     names = ql.torch.names(model)
-    # PEFT's `target_parameters` are for experts.
+    # With `fused`, adapters of experts are written as PEFT's `target_parameters`.
     config = ql.io.peft_config(base, lora, names, fused=kind == "qwen3_moe")
     ql.io.save_peft(tmp_path / "adapter", base, lora, names, config)
     with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name

@@ -1,4 +1,4 @@
-"""Ten types of models that passed the sweep, others each day, still pass it."""
+"""Model types that passed the sweep still pass it. Each day, ten others are tested."""
 
 import datetime
 import warnings

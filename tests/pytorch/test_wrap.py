@@ -15,7 +15,7 @@ import qlora_jax as ql
 
 
 class Net(torch.nn.Module):
-    """An embedding that is also the head, a buffer, and a layer with dropout."""
+    """A module with tied weights, a buffer, batch normalization and dropout."""
 
     def __init__(self, rate=0.5):
         super().__init__()
@@ -104,7 +104,7 @@ def test_a_failed_call_leaves_the_module_as_it_was():
 
 
 class Layers(torch.nn.Module):
-    """Equal layers, which `step` runs."""
+    """Equal layers. `step(x, layer, index)` says how each of them is called."""
 
     def __init__(self, step):
         super().__init__()
@@ -120,7 +120,7 @@ class Layers(torch.nn.Module):
 
 
 class Scaled(torch.nn.Linear):
-    """A layer that computes something else at each index."""
+    """A layer whose output depends on its index."""
 
     def forward(self, x):
         return super().forward(x) / (self.layer_idx + 1)
@@ -184,7 +184,8 @@ def test_dropout_needs_a_key_and_training_mode():
 
 
 def test_the_mean_over_dropout_is_the_output_without_it():
-    # The network is linear after the dropout, in the module and in the adapters.
+    # The rest of the network after each dropout is linear, so that the mean over
+    # dropouts is exactly the output without dropout.
     net = make_net()
     net.dropout.train()
     model, base, lora = init(net, r"down\.weight", dropout=0.5)
@@ -230,7 +231,7 @@ def test_bfloat16():
     assert logits.dtype == jnp.bfloat16
     with torch.no_grad():
         exact = torch_logits(module.float(), ids)
-    # The two layers and the head round about ten results on the way.
+    # On the way through two layers and the head, about ten results are rounded.
     assert_close(logits, exact, roundings=10)
 
 
@@ -254,7 +255,7 @@ def test_a_cache_cannot_be_returned():
 
 
 class Custom(torch.nn.Module):
-    """Weights that no layer of PyTorch owns, and a convolution."""
+    """A module with weights of its own, which no layer of PyTorch has, and a conv."""
 
     def __init__(self):
         super().__init__()

@@ -35,7 +35,7 @@ def random_model(kind, **changes):
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim > 1:  # the initial weights are so small that logits are too
+            if weight.ndim > 1:  # larger weights, because logits would be too small
                 weight.mul_(4)
             elif name.endswith("bias"):
                 weight.normal_()
@@ -62,7 +62,7 @@ def loss_of(model, variables, ids, **kwargs):
 
 
 def init(module, targets, **settings):
-    """Returns the wrapped module and its trees, with random B."""
+    """Returns the wrapped module, its base tree and its lora tree, with random B."""
     model = ql.torch.wrap(module)
     config = ql.QLoRAConfig(rank=4, alpha=8, targets=targets, **settings)
     key = jax.random.key(0)
@@ -76,7 +76,7 @@ def init(module, targets, **settings):
 
 
 def with_decoded_weights(module, base):
-    """Copies the weights of packed leaves, decoded, to the PyTorch module."""
+    """Decodes the packed leaves of `base`, and copies them to the PyTorch module."""
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, leaf in base.items():
@@ -87,7 +87,7 @@ def with_decoded_weights(module, base):
 
 
 def peft_model(module, base, lora):
-    """Returns PEFT's model of the decoded weights with the same adapters."""
+    """Returns a model of PEFT that has the decoded weights and the same adapters."""
     names = [name.removesuffix(".weight") for name in lora]  # of modules
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)
     config.fan_in_fan_out = module.config.model_type == "gpt2"
@@ -123,9 +123,9 @@ def peft_loss_and_gradients(module, base, lora, ids):
 
 
 def gradients_in_pytorch(module, base, lora, ids):
-    """Returns PyTorch's loss, and the gradients of A and B from those of the weights.
+    """Returns PyTorch's loss, and gradients of A and B that follow from those of W.
 
-    In W + s A B, the gradients are dA = s dW B^T and dB = s A^T dW.
+    With merged weights W + s A B, they are dA = s dW B^T and dB = s A^T dW.
     """
     merged = ql.merge(base, lora)
     parameters = dict(module.named_parameters())
