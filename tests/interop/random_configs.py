@@ -1,9 +1,10 @@
 """Random small configs of each family, over all options of its config class.
 
-To add a family, add one row to `ROWS`: its `model_type`, a function that draws the
-options of its config class, and the options that it need not draw.
-`test_families.py` then compares logits, cached steps, packed rows, adapters and their
-gradients with transformers and PEFT, and checks that no option is left out.
+To add a family, add one row to `ROWS`: its `model_type`, a function that draws random
+values for the options of its config class, and the names of options that the function
+does not have to draw. `test_families.py` then compares logits, cached steps, packed
+rows, adapters and their gradients with transformers and PEFT, and checks that no option
+is left out.
 """
 
 import datetime
@@ -17,9 +18,9 @@ Options = dict[str, Any]
 SLIDING, FULL, DELTA = "sliding_attention", "full_attention", "linear_attention"
 QUICK_SEEDS = (0,)
 _FIRST = datetime.date.today().toordinal() * 15
-LONG_SEEDS = tuple(range(_FIRST, _FIRST + 15))  # of a long run; others each day
-# Options that configs.py sets, or that have an effect on the loss only, which
-# test_families.py compares.
+LONG_SEEDS = tuple(range(_FIRST, _FIRST + 15))  # for a long run; they change every day
+# Options that no function has to draw. All models here have the same value of them, or
+# they change only the loss, for which test_families.py has a test of its own.
 FIXED = "architectures model_type vocab_size max_position_embeddings is_causal"
 FIXED += " output_router_logits router_aux_loss_coef per_layer_config"
 
@@ -28,7 +29,8 @@ class Row(NamedTuple):
     """How to draw a family's options."""
 
     draw: Callable[[random.Random], Options]
-    fixed: str = "hidden_act"  # options with one supported value, or without an effect
+    # Options that are not drawn: they have one supported value, or no effect.
+    fixed: str = "hidden_act"
 
 
 def draw_settings(kind: str, seed: int) -> Options:
@@ -42,9 +44,10 @@ def draw_bool(rng: random.Random) -> bool:
 
 
 def draw_sizes(rng: random.Random, head_dims: tuple[int | None, ...] = ()) -> Options:
-    """Returns sizes and what all families have.
+    """Returns sizes, and the other options that all families have.
 
-    `head_dims` are the values of `head_dim`; by default, the family has no such option.
+    `head_dims` are the possible values of `head_dim`. By default, the option is left
+    out, as some families do not have it.
     """
     num_kv_heads = rng.choice((1, 2))
     sizes = {
@@ -60,7 +63,7 @@ def draw_sizes(rng: random.Random, head_dims: tuple[int | None, ...] = ()) -> Op
 
 
 def draw_rope(rng: random.Random, **more: Any) -> Options:
-    """Returns the rotary positions, with `more` in their section."""
+    """Returns `rope_parameters`, in which `more` are further entries."""
     default = {"rope_type": "default"}
     yarn = YARN | {"truncate": draw_bool(rng), "beta_fast": rng.choice((8.0, 32.0))}
     section = rng.choice((default, LINEAR, LLAMA3, yarn))
@@ -69,7 +72,7 @@ def draw_rope(rng: random.Random, **more: Any) -> Options:
 
 
 def draw_types(rng: random.Random, count: int, *types: str) -> Options:
-    """Returns a type for each layer, or None for the default of the config class."""
+    """Returns `layer_types`: one type for each layer, or None for the default."""
     layer_types = [rng.choice(types) for _ in range(count)]
     return {"layer_types": rng.choice((None, layer_types))}
 
@@ -229,13 +232,14 @@ def draw_gemma3(rng: random.Random) -> Options:
     """Returns the options of Gemma 3."""
     ropes = {kind: draw_rope(rng)["rope_parameters"] for kind in (FULL, SLIDING)}
     options = draw_gemma2(rng) | {"rope_parameters": ropes}
-    pattern = {"sliding_window_pattern": rng.choice((2, 3))}  # without layer_types
+    # The pattern only counts if `layer_types` is None.
+    pattern = {"sliding_window_pattern": rng.choice((2, 3))}
     return options | pattern | {"attn_logit_softcapping": None}
 
 
 def draw_qwen2_moe(rng: random.Random) -> Options:
     """Returns the options of Qwen2-MoE."""
-    # Gradients through more layers amplify rounding errors.
+    # With more layers, gradients would amplify rounding errors too much.
     count = rng.randint(1, 3)
     sizes = draw_sizes(rng) | draw_rope(rng) | {"num_hidden_layers": count}
     dense = rng.choice((None, rng.sample(range(count), 1)))
@@ -292,7 +296,7 @@ def draw_cohere2(rng: random.Random) -> Options:
 def draw_seed_oss(rng: random.Random) -> Options:
     """Returns the options of Seed-OSS."""
     flags = draw_flags(rng, "attention_bias attention_out_bias mlp_bias")
-    # PEFT's models are in training mode.
+    # The tests run PEFT's models in training mode, in which dropout would be active.
     flags |= {"attention_dropout": 0.0, "residual_dropout": 0.0}
     return draw_sizes(rng, (None, 12)) | draw_rope(rng) | flags
 
@@ -354,7 +358,7 @@ def draw_gemma4_unified(rng: random.Random) -> Options:
 
 
 def draw_latent(rng: random.Random) -> Options:
-    """Returns what all families with latent attention have."""
+    """Returns the options that all families with latent attention have."""
     sizes, num_groups = draw_sizes(rng), rng.randint(1, 3)
     sizes["num_hidden_layers"] = rng.randint(2, 5)
     mscale = {"mscale": 1.0, "mscale_all_dim": rng.choice((0.0, 0.7))}
@@ -378,8 +382,8 @@ def draw_latent(rng: random.Random) -> Options:
 
 def draw_deepseek_v3(rng: random.Random) -> Options:
     """Returns the options of DeepSeek V3."""
-    # At least one layer has experts. Otherwise, PEFT's adapters have targets that match
-    # nothing.
+    # At least one layer must have experts. Otherwise, PEFT's adapters would have
+    # targets that match nothing.
     dense = {"first_k_dense_replace": rng.randint(0, 1)}
     return draw_latent(rng) | draw_flags(rng, "rope_interleave") | dense
 

@@ -40,7 +40,7 @@ from qlora_jax.llm.models.families import FAMILIES, config_from_hf
 from qlora_jax.llm.models.family import HARMLESS_KEYS
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
-# Activations are large enough to be clamped.
+# With this `initializer_range`, activations are large enough to be clamped.
 OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
 OSS |= HEADS | {"rope_parameters": YARN | {"truncate": False}}
 OSS |= {"initializer_range": 0.4}
@@ -90,9 +90,10 @@ CASES = {
     "phi3, longrope": longrope(4, original=64),
     "phi3, partial": longrope(2, original=20, partial_rotary_factor=0.5),
 }
-# What a config must have because transformers' default is not a model.
+# Settings without which the defaults of transformers do not describe a valid model.
 NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}}
-# The draws of random_configs.py, as "llama, seed 0". The long run has more of them.
+# Random configs from random_configs.py, called "llama, seed 0" and so on. The slow ones
+# are for the long run.
 SEEDS = [(seed, ()) for seed in random_configs.QUICK_SEEDS]
 SEEDS += [(seed, pytest.mark.slow) for seed in random_configs.LONG_SEEDS]
 DRAWS = [
@@ -109,13 +110,15 @@ def settings_of(name):
     return SIZES | CASES[name]
 
 
-# The draws come first, so that they have the same numbers as in the test of adapters.
-# pytest then runs that test with the others of a draw.
+# The draws come first, so that they have the same parameter indices as in the test of
+# adapters, which has no other cases. pytest then runs all tests of a draw together.
 @pytest.fixture(scope="module", params=[*DRAWS, *CASES])
 def case(request, tmp_path_factory):
-    """A random model: its folder, decoder, tokens, and their logits in transformers.
+    """Makes a random model: its folder, its config and decoder, tokens, and two logits.
 
-    The logits are those of the rows, and of their first 17 and 23 tokens alone.
+    The first logits are those of transformers for both rows of tokens. The second ones
+    are a pair: those of the first 17 tokens of the first row alone, and of the first 23
+    tokens of the second row alone.
     """
     model = random_model(request.param.split(",")[0], settings_of(request.param))
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 40)).numpy()
@@ -234,7 +237,7 @@ def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
     expected = llama.logits_of(model, tokens)
     logits = llama.our_logits(config, params, tokens=tokens)
     assert_close(logits, expected)
-    # Written in float, transformers loads it as any model.
+    # If the model is written in float, transformers loads it like any other model.
     names = decoder_names(config)
     out = tmp_path / "merged"
     ql.io.save_merged(out, tmp_path, {}, names, dtype=jnp.float32, progress=False)
@@ -262,7 +265,7 @@ def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
     assert_close(logits, expected)
     if fmt == "F16":
         assert_close(expected, original)
-    else:  # errors of 8 bits
+    else:  # the errors of 8-bit weights
         assert relative_error(expected, original) < 0.04
 
 
