@@ -92,10 +92,10 @@ CASES = {
 }
 # Settings without which the defaults of transformers do not describe a valid model.
 NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}}
-# Random configs from random_configs.py, called "llama, seed 0" and so on. The slow ones
-# are for the long run.
+# Random configs from random_configs.py, called "llama, seed 0" and so on. Those marked
+# `long` are for the long run.
 SEEDS = [(seed, ()) for seed in random_configs.QUICK_SEEDS]
-SEEDS += [(seed, pytest.mark.slow) for seed in random_configs.LONG_SEEDS]
+SEEDS += [(seed, pytest.mark.long) for seed in random_configs.LONG_SEEDS]
 DRAWS = [
     pytest.param(f"{kind}, seed {seed}", marks=marks)
     for kind in random_configs.ROWS
