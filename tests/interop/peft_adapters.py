@@ -110,4 +110,4 @@ def assert_gradients(folder, adapter, tmp_path):
     logits = model.train()(torch.tensor(TOKENS)).logits
     (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()
     gradients = tensors_of(tmp_path / "gradients")
-    assert_close(gradients, llama.gradients_of(model), terms=2**15)
+    assert_close(gradients, llama.gradients_of(model), terms=2**19)
