@@ -60,7 +60,9 @@ def assert_there_and_back(config, params, tmp_path, logits):
     names = decoder_names(config)
     new, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, names)
     assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
-    assert_close(our_logits(config, new, lora), logits)
+    # Random adapters amplify rounding errors: for one of them, PEFT's own logits in
+    # float32 and float64 differ by 1.4e-5, relative to their norm.
+    assert_close(our_logits(config, new, lora), logits, terms=2**17)
     ql.io.save_peft(tmp_path / "ours", new, lora, names, settings)
     assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
     assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
