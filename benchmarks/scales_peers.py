@@ -87,8 +87,13 @@ def quantize(
     """Packs with this library; "weighted" is a search weighted by mean squares."""
     importance = mean_squares([inputs])[0] if scales == "weighted" else None
     rule = "absmax" if scales == "absmax" else "search"
-    options = {"scales": rule, "importance": importance}
-    return ql.quantize(jnp.asarray(kernel), fmt, block_size=block_size, **options)
+    return ql.quantize(
+        jnp.asarray(kernel),
+        fmt,
+        block_size=block_size,
+        scales=rule,
+        importance=importance,
+    )
 
 
 def make_packer(fmt: str, block_size: int, scales: str) -> Packer:

@@ -37,7 +37,7 @@ from qlora_jax.llm.models.download import fetch
 # Batches of 16 rows of 128 tokens: of the held-out text, and of the other chapters.
 NUM_BATCHES = {"SmolLM2-135M": (1, 1), "Bible model": (8, 2)}
 # Arguments of `QLoRAConfig`.
-FORMATS = {
+FORMATS: dict[str, dict] = {
     "int4": {"block_size": 64, "double_quant": True},
     "nf4": {"block_size": 64, "double_quant": True},
     "int4_f16": {"block_size": 32},
