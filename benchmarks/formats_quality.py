@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import qlora_jax as ql
 from qlora_jax.llm.app.base_model import LAYERS
-from qlora_jax.llm.models.checkpoint import load
+from qlora_jax.llm.models.checkpoint import load, load_tokenizer
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.download import fetch_from_package
 
@@ -209,22 +209,39 @@ def encoder_errors(
     return bits / size, percent(weights), percent(outputs)
 
 
+def spaced_batches(ids: list[int], count: int, length: int) -> np.ndarray:
+    """Returns batches of rows `[count, ROWS, length]`, spaced evenly over a text."""
+    rows = count * ROWS
+    starts = np.arange(rows) * ((len(ids) - length) // rows)
+    batches = np.array(ids)[starts[:, None] + np.arange(length)]
+    return batches.reshape(count, ROWS, length)
+
+
 class LanguageModel:
-    """The language model of a folder, and its held-out text in rows of tokens."""
+    """A language model in float, and held-out text in batches of rows of tokens.
 
-    def __init__(self, folder: pathlib.Path):
-        config, self.params = load(folder, progress=False)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer = tokenizer
-        self.text = (folder / "valid.txt").read_text("utf-8")
-        ids = tokenizer.encode(self.text).ids
-        starts = range(0, len(ids) - LENGTH * ROWS, LENGTH * ROWS)
-        rows = [
-            [ids[s + LENGTH * i :][: LENGTH + 1] for i in range(ROWS)] for s in starts
-        ]
+    Args:
+        path: A folder or a `.gguf` file.
+        text: The held-out text.
+        num_batches: The number of batches, which are spaced evenly over the text. None
+            for the whole text.
+    """
+
+    def __init__(self, path: pathlib.Path, text: str, num_batches: int | None = None):
+        config, self.params = load(path, progress=False)
+        self._tokenizer = load_tokenizer(path)
+        ids = self._tokenizer.encode(text).ids
+        if num_batches is None:
+            starts = range(0, len(ids) - LENGTH * ROWS, LENGTH * ROWS)
+            self.rows = np.array(
+                [
+                    [ids[s + LENGTH * i :][: LENGTH + 1] for i in range(ROWS)]
+                    for s in starts
+                ]
+            )
+        else:
+            self.rows = spaced_batches(ids, num_batches, LENGTH + 1)
         self._decoder = decoder = Decoder(config)
-
-        self.rows = np.array(rows)
 
         @jax.jit
         def log_probabilities(params, batches):
@@ -243,12 +260,10 @@ class LanguageModel:
         losses = -jnp.take_along_axis(log_probs, self.rows[..., 1:, None], -1)
         return row_means(losses), row_means(divergences(log_probs, self._exact))
 
-    def calibrate(self, text: str) -> dict:
+    def calibrate(self, text: str, num_batches: int = CALIBRATION_BATCHES) -> dict:
         """Returns the mean squares of the inputs of all layers on a text."""
-        ids = np.array(self._tokenizer.encode(text).ids)
-        count = CALIBRATION_BATCHES * ROWS
-        starts = np.arange(count) * ((len(ids) - LENGTH) // count)
-        rows = ids[starts[:, None] + np.arange(LENGTH)]
+        ids = self._tokenizer.encode(text).ids
+        batches = spaced_batches(ids, num_batches, LENGTH)
         decoder = ql.linen.wrap(self._decoder)
 
         def apply(base: dict, lora: dict, batch: np.ndarray) -> jax.Array:
@@ -256,7 +271,7 @@ class LanguageModel:
 
         config = ql.QLoRAConfig(fmt=None, targets=LAYERS)
         base, lora = ql.init(jax.random.key(0), self.params, config)
-        return ql.calibrate(apply, base, lora, rows.reshape(-1, ROWS, LENGTH))
+        return ql.calibrate(apply, base, lora, batches)
 
     def measure(self, settings: dict, importance: dict | None) -> tuple[float, ...]:
         """Returns the fields of `Quality` from `lm_weights` to the last."""
@@ -375,9 +390,10 @@ def main(argv: list[str] | None = None) -> None:
     chapters = read_chapters()
     if not (args.folder / "valid.txt").exists():
         make_model(args.folder, chapters)
-    lm = LanguageModel(args.folder)
+    text = (args.folder / "valid.txt").read_text("utf-8")
+    lm = LanguageModel(args.folder, text)
     with tempfile.TemporaryDirectory() as scratch:
-        layers, other_inputs = encoder_layers(pathlib.Path(scratch), lm.text)
+        layers, other_inputs = encoder_layers(pathlib.Path(scratch), text)
     importance = mean_squares(other_inputs), lm.calibrate(split(chapters)[0])
     qualities = [
         measure(case, layers, lm, importance) for case in tqdm(CASES, unit="format")

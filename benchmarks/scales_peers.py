@@ -1,4 +1,4 @@
-"""Scales by search, beside llama.cpp's quantizer, at the same bits.
+"""Scales by search, beside llama.cpp's quantizer and GPTQ, at the same bits.
 
     python benchmarks/scales_peers.py [--markdown FILE]
 
@@ -9,6 +9,11 @@ outputs, in percent, as there. What is measured on data comes from other rows of
 llama.cpp's quantizer is the C function that `llama-quantize` calls for each tensor of
 the type Q4_0, without and with an importance matrix, which is the mean squares of the
 inputs. It is called in the library of the package `xllamacpp`.
+
+GPTQ is a NumPy loop in this file (Frantar et al. 2023, algorithm 1). It rounds a kernel
+row by row. After each row, it changes the rows that are not rounded yet, to make up for
+the error of the outputs. The scales of a block are chosen when its first row is
+reached, from the changed weights: by the rule of Q4_0, or by this library's search.
 
 Needs the extra `train`, and `pip install gguf xllamacpp`.
 """
@@ -35,6 +40,8 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
+# GPTQ adds this share of the mean of the Hessian's diagonal to the diagonal.
+DAMPING = 0.01
 HEADER = ["packing", "bits a weight", "data", "outputs, %"]
 
 # Maps a kernel `[K, N]` and its inputs `[M, K]` on other text to decoded weights.
@@ -74,15 +81,57 @@ def make_llama_cpp(has_importance: bool) -> Packer:
     return pack
 
 
+def quantize(
+    kernel: np.ndarray, inputs: np.ndarray, fmt: str, block_size: int, scales: str
+) -> ql.QTensor:
+    """Packs with this library; "weighted" is a search weighted by mean squares."""
+    importance = mean_squares([inputs])[0] if scales == "weighted" else None
+    rule = "absmax" if scales == "absmax" else "search"
+    return ql.quantize(
+        jnp.asarray(kernel),
+        fmt,
+        block_size=block_size,
+        scales=rule,
+        importance=importance,
+    )
+
+
 def make_packer(fmt: str, block_size: int, scales: str) -> Packer:
     """Returns a packer that calls this library."""
-    rule = "absmax" if scales == "absmax" else "search"
 
     def pack(kernel: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        importance = mean_squares([inputs])[0] if scales == "weighted" else None
-        options = {"scales": rule, "importance": importance}
-        q = ql.quantize(jnp.asarray(kernel), fmt, block_size=block_size, **options)
-        return np.asarray(ql.dequantize(q))
+        return np.asarray(
+            ql.dequantize(quantize(kernel, inputs, fmt, block_size, scales))
+        )
+
+    return pack
+
+
+def make_gptq(fmt: str, block_size: int, scales: str) -> Packer:
+    """Returns a packer that rounds to -8 to 7 by GPTQ."""
+
+    def pack(kernel: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        # The squared error of the outputs is e' H e for the error e of a column.
+        hessian = np.float64(inputs).T @ np.float64(inputs)
+        hessian[np.diag_indices_from(hessian)] += DAMPING * np.diag(hessian).mean()
+        # Row i of this upper triangle, divided by its diagonal, says by how much each
+        # later row must change to make up best for an error of 1 in row i.
+        factor = np.float32(np.linalg.cholesky(np.linalg.inv(hessian)).T)
+        remaining, decoded = kernel.copy(), np.empty_like(kernel)
+        for start in range(0, len(kernel), block_size):
+            rows = slice(start, start + block_size)
+            block = remaining[rows]  # a view, whose rows are changed in place
+            packed = quantize(block, inputs[:, rows], fmt, block_size, scales)
+            block_scales = np.float32(np.asarray(packed.scales)[0])
+            errors = np.empty_like(block)
+            upper = factor[rows, rows]
+            for i, row in enumerate(block):
+                codes = np.clip(np.round(row / block_scales), -8, 7)
+                decoded[start + i] = codes * block_scales
+                errors[i] = (row - decoded[start + i]) / upper[i, i]
+                block[i + 1 :] -= np.outer(upper[i, i + 1 :], errors[i])
+            remaining[rows.stop :] -= factor[rows, rows.stop :].T @ errors
+        return decoded
 
     return pack
 
@@ -93,6 +142,8 @@ PACKERS: dict[tuple[str, str, str], Packer] = {
     ("q4_0", "4.500", ""): make_packer("q4_0", 32, "absmax"),
     ("q4_0, search", "4.500", ""): make_packer("q4_0", 32, "search"),
     ("q4_0, search", "4.500", "mean squares"): make_packer("q4_0", 32, "weighted"),
+    ("q4_0, GPTQ", "4.500", "products"): make_gptq("q4_0", 32, "absmax"),
+    ("q4_0, GPTQ, search", "4.500", "products"): make_gptq("q4_0", 32, "weighted"),
 }
 for size, bits in ((32, "4.500"), (128, "4.125")):
     name = f"int4_f16, {size}"
