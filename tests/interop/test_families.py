@@ -103,6 +103,11 @@ DRAWS = [
 ]
 
 
+# Random configs amplify rounding errors, which depend on the processor. On ours, all
+# errors of logits were below 7.6e-6 of their norm, which is half of what this allows.
+TERMS = 2**14
+
+
 def settings_of(name):
     kind, _, seed = name.partition(", seed ")
     if seed:
@@ -134,7 +139,7 @@ def case(request, tmp_path_factory):
 def test_logits_equal_transformers(case):
     _, (_, apply), tokens, expected, _ = case
     assert np.abs(expected).max() > 1
-    assert_close(apply(tokens), expected)
+    assert_close(apply(tokens), expected, TERMS)
 
 
 def test_cached_steps_equal_the_full_forward_pass(case):
@@ -147,15 +152,15 @@ def test_cached_steps_equal_the_full_forward_pass(case):
         return cache, logits
 
     _, logits = jax.lax.scan(step, init_cache(config, 2, 40), jnp.arange(0, 40, 4))
-    assert_close(jnp.concatenate(logits, axis=1), expected)
+    assert_close(jnp.concatenate(logits, axis=1), expected, TERMS)
 
 
 def test_packed_rows_equal_the_rows_alone(case):
     _, (_, apply), tokens, _, (short, long) = case
     packed = jnp.concatenate([tokens[:1, :17], tokens[1:, :23]], axis=1)
     logits = apply(packed, segment_ids=jnp.array([[4] * 17 + [1] * 23]))
-    assert_close(logits[:, :17], short)
-    assert_close(logits[:, 17:], long)
+    assert_close(logits[:, :17], short, TERMS)
+    assert_close(logits[:, 17:], long, TERMS)
 
 
 @pytest.mark.filterwarnings("ignore")
