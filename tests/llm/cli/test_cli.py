@@ -477,6 +477,6 @@ def test_help_has_examples_and_says_where_programs_are(capsys, command):
         main([command, "--help"] if command else ["--help"])
     out = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert not command or f"examples:\n  qlora-jax {command} " in out
+    assert not command or f"examples:\n  qlora-jax {command}" in out
     if command in (None, "generate"):
         assert "qlora_jax" in out and "JAX_ENABLE_COMPILATION_CACHE=false" in out
