@@ -87,7 +87,7 @@ REFUSED = {
     "packing": "`packing` must be False. Got True.",
     "merge_aware": "`merge_aware` must be False. Got True.",
     "mlp_tile": "`mlp_tile` must be None. Got 1.",
-    "objective": "`objective` must be another one. Got distill.",
+    "objective": "`objective` must be one without a teacher. Got distill.",
 }
 
 

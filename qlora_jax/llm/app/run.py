@@ -228,16 +228,14 @@ def _check_environment(config: TrainConfig) -> None:
 def _check_torch(config: TrainConfig) -> None:
     """Raises ValueError for options that models in PyTorch's code do not support."""
     model, objective = config.model, config.training.objective
+    has_teacher = find_objective(objective).uses_teacher
     required = {
         "attention": (model.attention, "xla"),
         "base_memory": (model.base_memory, "device"),
         "mlp_tile": (model.mlp_tile, None),
         "merge_aware": (config.adapter.merge_aware, False),
         "packing": (config.training.packing, False),
-        "objective": (
-            objective,
-            "another one" if objective == "distill" else objective,
-        ),
+        "objective": (objective, "one without a teacher" if has_teacher else objective),
     }
     if model.remat == "offload":
         required["remat"] = ("offload", "true or false")
