@@ -121,7 +121,7 @@ def test_rows_out_of_order_become_nan(decoder):
     ("changes", "message"),
     [
         ({"layers": (LINEAR,)}, "`layers` must have at least one with attention"),
-        ({"fused": True}, "`fused` must be False with an `attention_gate`"),
+        ({"fused": True}, "`fused` must not be True with an `attention_gate`"),
     ],
 )
 def test_configs_that_the_decoder_does_not_support(changes, message):
