@@ -109,23 +109,7 @@ class ModelFolder:
         """
         embedding = f"{self.config.module}.embed_tokens.weight"
         if self.config.tie_embeddings:
-            self.check_tied(tensors, "lm_head.weight", embedding)
-
-    def check_tied(self, tensors: ql.io.Tensors, name: str, leaf_name: str) -> None:
-        """Raises if a file has two tensors that are tied in the model, and differ."""
-        if not {name, leaf_name} <= tensors.keys():
-            return
-        head, embedding = tensors[name], tensors[leaf_name]
-        # Slices read only a part of large arrays at a time.
-        starts = range(0, head.shape[0], _HEAD_ROWS)
-        parts = (slice(start, start + _HEAD_ROWS) for start in starts)
-        if head.shape != embedding.shape or not all(
-            np.array_equal(head[part], embedding[part]) for part in parts
-        ):
-            raise ValueError(
-                "`tie_word_embeddings` in config.json must be false, since the file "
-                f"has an {name} that differs from {leaf_name}. Got true."
-            )
+            check_tied(tensors, "lm_head.weight", embedding)
 
     def build_tokenizer(self) -> "Tokenizer":
         """Returns the tokenizer."""
@@ -162,3 +146,20 @@ class ModelFolder:
             text = json.dumps(config, indent=2) + "\n"
             (folder / "config.json").write_text(text, "utf-8")
             yield folder
+
+
+def check_tied(tensors: ql.io.Tensors, name: str, leaf_name: str) -> None:
+    """Raises if a file has two tensors that are tied in the model, and differ."""
+    if not {name, leaf_name} <= tensors.keys():
+        return
+    head, embedding = tensors[name], tensors[leaf_name]
+    # Slices read only a part of large arrays at a time.
+    starts = range(0, head.shape[0], _HEAD_ROWS)
+    parts = (slice(start, start + _HEAD_ROWS) for start in starts)
+    if head.shape != embedding.shape or not all(
+        np.array_equal(head[part], embedding[part]) for part in parts
+    ):
+        raise ValueError(
+            "`tie_word_embeddings` in config.json must be false, since the file "
+            f"has an {name} that differs from {leaf_name}. Got true."
+        )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 import qlora_jax as ql
 
-from .folder import ModelFolder
+from .folder import ModelFolder, check_tied
 
 Contract = dict[str | re.Pattern[str], str]
 TOKENS_PER_CHUNK = 1024  # number of tokens whose logits are in memory at the same time
@@ -146,7 +146,7 @@ class TorchFolder(ModelFolder):
         }
         tensors = dataclasses.replace(stored, _tensors=renamed)
         for name, leaf_name in self.torch_config.tied_names.items():
-            self.check_tied(tensors, name, leaf_name)
+            check_tied(tensors, name, leaf_name)
         transposed = self.torch_config.conv1d_names & {*tensors}
         views: Any = {name: _Transposed(tensors[name]) for name in transposed}
         return dataclasses.replace(tensors, _tensors={**tensors, **views})
