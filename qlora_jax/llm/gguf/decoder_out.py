@@ -177,11 +177,11 @@ def _add_values(
 
 def _check_value_blocks(config: DecoderConfig) -> None:
     """Raises if llama.cpp's order of the heads of values would divide a block."""
-    for rule in {kind.delta_rule for kind in config.layers} - {None}:
-        if rule is not None and rule.value_dim % BLOCK:
-            raise ValueError(
-                f"`value_dim` must be a multiple of {BLOCK} for Q4_0. Got {rule}."
-            )
+    rule = config.delta_rule
+    if rule is not None and rule.value_dim % BLOCK:
+        raise ValueError(
+            f"`value_dim` must be a multiple of {BLOCK} for Q4_0. Got {rule}."
+        )
 
 
 def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:

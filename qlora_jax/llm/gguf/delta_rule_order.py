@@ -19,7 +19,8 @@ def value_row_order(
     name: str, num_rows: int, config: DecoderConfig
 ) -> np.ndarray | None:
     """Returns the rows of a tensor in llama.cpp's order; None if it is the same."""
-    rule = _find_rule(config)
+    rule = config.delta_rule
+    assert rule is not None
     part = name.rpartition("linear_attn.")[2]
     if part in _HEADS:
         return _order_values(rule, 1)
@@ -36,12 +37,9 @@ def value_column_order(name: str, config: DecoderConfig) -> np.ndarray | None:
     """Returns the columns of a tensor in llama.cpp's order; None if it is the same."""
     if not name.endswith("linear_attn.out_proj.weight"):
         return None
-    rule = _find_rule(config)
+    rule = config.delta_rule
+    assert rule is not None
     return _order_values(rule, rule.value_dim)
-
-
-def _find_rule(config: DecoderConfig) -> DeltaRule:
-    return next(kind.delta_rule for kind in config.layers if kind.delta_rule)
 
 
 def _order_values(rule: DeltaRule, size: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from .values_in import (
 def architecture_of(config: DecoderConfig) -> str:
     """Returns the llama.cpp architecture that is most similar to a decoder."""
     c = config
-    if c.has_states:
+    if c.delta_rule is not None:
         return "qwen35" if c.experts is None else "qwen35moe"
     if c.experts is not None:
         if c.sinks:
@@ -118,7 +118,8 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
 
 def _delta_rule_values(config: DecoderConfig) -> dict[str, Any]:
     """Returns the values of Qwen3.5 that other architectures lack."""
-    rule = next(kind.delta_rule for kind in config.layers if kind.delta_rule)
+    rule = config.delta_rule
+    assert rule is not None
     attends = [kind.delta_rule is None for kind in config.layers]
     pairs = config.rotary_dim // 2
     values = {
@@ -189,9 +190,9 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     if ropes != computed_ropes:
         differences += ["these rotary positions"]
     # llama.cpp has one size for both.
-    for rule in {kind.delta_rule for kind in config.layers} - {None}:
-        if rule is not None and rule.key_dim != rule.value_dim:
-            differences += [f"`key_dim` other than `value_dim` in {rule}"]
+    rule = config.delta_rule
+    if rule is not None and rule.key_dim != rule.value_dim:
+        differences += [f"`key_dim` other than `value_dim` in {rule}"]
     # 3. Some architectures require `num_heads * head_dim == hidden_size`.
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()

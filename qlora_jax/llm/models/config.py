@@ -551,6 +551,11 @@ class DecoderConfig:
         return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
 
     @property
+    def delta_rule(self) -> DeltaRule | None:
+        """The gated delta rule of the first layer that has one, or None."""
+        return next((x.delta_rule for x in self.layers if x.delta_rule), None)
+
+    @property
     def fuses_qkv(self) -> bool:
         """Whether q, k and v share one kernel."""
         return self.fused is True

@@ -30,7 +30,7 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
     for leaf, hf_leaf in norm_leaves(c).items():
         entries[f"norm/{leaf}"] = f"{c.module}.norm.{hf_leaf}"
     ignored = [r".*\.inv_freq"]
-    if any(kind.delta_rule for kind in c.layers):
+    if c.delta_rule is not None:
         # Layers of Qwen3.5 that predict further tokens are not part of the decoder.
         ignored.append(r"mtp\..*")
     if c.module != "model":  # the decoder is the text half of a larger model

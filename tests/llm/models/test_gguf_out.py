@@ -55,6 +55,7 @@ OSS |= {"experts": Experts(4, 2, **families.GPT_OSS_EXPERTS), "layers": GEMMA["l
 OLMOE = {"experts": Experts(4, 2, normalized=False), "num_kv_heads": 4}
 OLMOE |= {"qk_norms": "whole", "tie_embeddings": False}
 MIXTRAL = {"experts": Experts(4, 2, **families.MIXTRAL_EXPERTS)}
+CONVOLUTION = LayerKind(None, convolution_width=3), LayerKind()
 LATENT = {"head_dim": 8, "rotary_dim": 4, "num_kv_heads": 4}
 LATENT |= {"layers": (LayerKind(latent=LatentHeads(None, 8, 4, 4, 8)),)}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
@@ -368,6 +369,7 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
         (OSS | {"layers": OSS["layers"][::-1]}, "these sliding windows"),
         (OSS | {"layers": (LayerKind(STRETCHED),)}, "these rotary positions"),
         (LATENT, "layers of these structures"),
+        ({"layers": CONVOLUTION}, '"llama" .*layers of these structures'),
         ({"layers": (LayerKind(heads=Heads(1, 16)),)}, "layers of these structures"),
         (GEMMA | {"value_norms": True, "output_scalars": True}, "`value_norms`=True"),
         ({"per_layer_width": 4}, "`per_layer_width`=4"),
