@@ -82,11 +82,7 @@ def read_deepseek_v2(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _is_dense(raw: Mapping[str, Any]) -> list[bool]:
     """Returns whether each layer has a dense MLP."""
-    first = raw["first_k_dense_replace"]
-    if first != 0 and not is_count(first):
-        raise ValueError(
-            f"`first_k_dense_replace` must be 0 or a positive integer. Got {first!r}."
-        )
+    first = _read_size(raw, "first_k_dense_replace")
     return [layer < first for layer in range(raw["num_hidden_layers"])]
 
 
@@ -162,11 +158,21 @@ def _rope_scale(raw: Mapping[str, Any]) -> float:
     section = rope_section(raw)
     mscale = section.get("mscale_all_dim")
     kind = section.get("rope_type", section.get("type")) or "default"
-    if kind == "default" or not mscale or (factor := section["factor"]) <= 1:
+    if kind == "default" or not mscale:
         return 1.0
-    return (0.1 * mscale * math.log(factor) + 1) ** 2
+    if (factor := section.get("factor")) is None:
+        raise ValueError(f"`mscale_all_dim` must come with `factor`. Got {section}.")
+    return (0.1 * mscale * math.log(factor) + 1) ** 2 if factor > 1 else 1.0
 
 
 def _count_mtp_layers(raw: Mapping[str, Any]) -> int:
     """Returns the number of layers in the files for multi-token prediction."""
-    return raw.get("num_nextn_predict_layers", raw["num_mtp_layers"])
+    older = "num_nextn_predict_layers"
+    return _read_size(raw, older if older in raw else "num_mtp_layers")
+
+
+def _read_size(raw: Mapping[str, Any], key: str) -> int:
+    """Returns a value that must be 0 or a positive integer."""
+    if (size := raw[key]) != 0 and not is_count(size):
+        raise ValueError(f"`{key}` must be 0 or a positive integer. Got {size!r}.")
+    return size

@@ -11,8 +11,8 @@ import numpy as np
 from .config import DecoderConfig, Experts, LayerKind, Rope
 
 # The keys that every family requires, and other keys that every family reads.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-_SIZES += ("num_attention_heads",)
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads",)
 _COMMON_KEYS = """
 architectures head_dim is_causal max_position_embeddings model_type
 num_key_value_heads original_max_position_embeddings partial_rotary_factor
@@ -84,7 +84,7 @@ class Family:
 
     def unknown_keys(self, raw: Mapping[str, Any]) -> list[str]:
         """Returns the keys that are not read, but may change the logits."""
-        known_keys = {*_SIZES, *_COMMON_KEYS.split(), *self.keys.split()}
+        known_keys = {*SIZES, *_COMMON_KEYS.split(), *self.keys.split()}
         known_keys |= HARMLESS_KEYS
         unknown = [
             key
@@ -124,7 +124,7 @@ def shared_fields(
     """
     # 1. Check the sizes, including optional ones that are present.
     limits = {"num_hidden_layers": _MAX_LAYERS}
-    wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, _MAX_COUNT))]
+    wrong = [k for k in SIZES if not is_count(raw.get(k), limits.get(k, _MAX_COUNT))]
     keys = ("head_dim", "num_key_value_heads")
     wrong += [k for k in keys if raw.get(k) is not None and not is_count(raw[k])]
     if wrong:
@@ -259,7 +259,8 @@ _ROPE_KEYS = {
     *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
-_POSITIVE = ("factor", "original", "longest", "low_freq_factor", "high_freq_factor")
+_ORIGINAL, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
+_POSITIVE = ("factor", _ORIGINAL, _LONGEST, "low_freq_factor", "high_freq_factor")
 _POSITIVE += ("beta_fast", "beta_slow", "attention_factor")
 
 
@@ -290,19 +291,19 @@ def read_rope(
             f'`rope_type` "{kind}" must come with {missing}. Got {section}.'
         )
     # 2. The numbers. If `factor` is missing, it is computed as the ratio of the two
-    # context lengths, `longest / original`.
+    # context lengths.
     theta = number(section.get("rope_theta") or raw.get("rope_theta") or theta)
-    longest = raw.get("max_position_embeddings")
-    key = "original_max_position_embeddings"
-    original = raw.get(key) or section.get(key) or longest
-    values = {**section, "original": original, "longest": longest}
+    longest = raw.get(_LONGEST)
+    original = raw.get(_ORIGINAL) or section.get(_ORIGINAL) or longest
+    values = {**section, _ORIGINAL: original, _LONGEST: longest}
     has_factor = any(section.get(key) for key in ("factor", "attention_factor"))
     if kind not in ("default", "linear") and not (original and (has_factor or longest)):
         raise ValueError(
             f'`rope_type` "{kind}" must come with `max_position_embeddings`, or with '
             f"`original_max_position_embeddings` and `factor`. Got {section}."
         )
-    wrong = [key for key in _POSITIVE if values.get(key) and number(values[key]) < 0]
+    present = [key for key in _POSITIVE if values.get(key) is not None]
+    wrong = [key for key in present if not number(values[key]) > 0]
     if wrong or not theta > 0:
         raise ValueError(f"{wrong or 'rope_theta'} must be positive. Got {section}.")
     # 3. The divisors. NumPy need not warn about numbers that are not finite, because
@@ -348,7 +349,7 @@ def _llama3(values, frequency, theta) -> dict[str, Any]:
     # original context. Pairs with more than `high` rotations keep their frequencies,
     # and the frequencies of the pairs in between are interpolated.
     low, high = values["low_freq_factor"], values["high_freq_factor"]
-    rotations = values["original"] * frequency / (2 * np.pi)
+    rotations = values[_ORIGINAL] * frequency / (2 * np.pi)
     unchanged = np.clip((rotations - low) / (high - low), 0, 1)
     divisors = 1 / (unchanged + (1 - unchanged) / values["factor"])
     return {"divisors": _floats(divisors.tolist())}
@@ -356,8 +357,8 @@ def _llama3(values, frequency, theta) -> dict[str, Any]:
 
 def _yarn(values, frequency, theta) -> dict[str, Any]:
     """YaRN (arXiv:2309.00071): divisors that grow with the pair index, and a scale."""
-    half, original = len(frequency), values["original"]
-    factor = values.get("factor") or values["longest"] / original
+    half, original = len(frequency), values[_ORIGINAL]
+    factor = values.get("factor") or values[_LONGEST] / original
 
     def find_pair(rotations: float) -> float:
         """Returns the pair that rotates this often within the original context."""
@@ -395,13 +396,13 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
 
 def _longrope(values, frequency, theta) -> dict[str, Any]:
     """LongRoPE (arXiv:2402.13753): divisors for short and for long sequences."""
-    half, original = len(frequency), values["original"]
+    half, original = len(frequency), values[_ORIGINAL]
     for key in ("short_factor", "long_factor"):
         if (count := len(values[key])) != half:
             raise ValueError(f"`{key}` must have {half} values. Got {count}.")
     scale = values.get("attention_factor")
     if scale is None:
-        factor = values.get("factor") or values["longest"] / original
+        factor = values.get("factor") or values[_LONGEST] / original
         log = math.log(factor) / math.log(original)
         scale = math.sqrt(1 + log) if factor > 1 else 1.0
     return {

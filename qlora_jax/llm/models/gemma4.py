@@ -9,6 +9,7 @@ from .config import DecoderConfig, Heads, LayerKind, Rope
 from .family import (
     WINDOW_KEYS,
     biases,
+    is_count,
     number,
     read_layers,
     read_rope,
@@ -23,6 +24,9 @@ _ROPES = {
 }
 _ROPES[_FULL] |= {"partial_rotary_factor": 0.25}
 _DIRECTIONS = (None, "vision")
+# `rope_parameters` has their values for each type of layer.
+_NULL_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+_NULL_KEYS += ("original_max_position_embeddings",)
 GEMMA4_KEYS = f"""
 attention_bias attention_k_eq_v enable_moe_block final_logit_softcapping global_head_dim
 hidden_activation hidden_size_per_layer_input moe_intermediate_size num_experts
@@ -46,9 +50,7 @@ def _read(
     raw: Mapping[str, Any], *, window: int, per_layer_width: int
 ) -> DecoderConfig:
     """Reads a config; the keyword arguments are defaults for missing keys."""
-    require(raw, {"enable_moe_block": False, "rope_scaling": None, "rope_theta": None})
-    require(raw, {"partial_rotary_factor": None})
-    require(raw, {"original_max_position_embeddings": None})
+    require(raw, dict.fromkeys(_NULL_KEYS) | {"enable_moe_block": False})
     # "vision" concerns images only.
     if (bidirectional := raw.get("use_bidirectional_attention")) not in _DIRECTIONS:
         raise ValueError(
@@ -68,6 +70,11 @@ def _read(
     # In E2B and E4B, each layer has an additional input (see `per_layer_input.py`), and
     # the last layers use the keys and values of earlier layers.
     width = raw.get("hidden_size_per_layer_input", per_layer_width)
+    if width and not is_count(width):
+        raise ValueError(
+            "`hidden_size_per_layer_input` must be a positive integer, 0 or null. Got "
+            f"{width!r}."
+        )
     if width and raw.get("vocab_size_per_layer_input", 262_144) != raw["vocab_size"]:
         raise ValueError(
             "`vocab_size_per_layer_input` must be `vocab_size`. Got "

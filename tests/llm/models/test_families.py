@@ -126,6 +126,7 @@ MINISTRAL = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "mscale": 1.0}
 MINISTRAL |= {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 262144}
 MINISTRAL |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16384}
 MINISTRAL |= {"rope_theta": 1e6, "rope_type": "yarn", "type": "yarn"}
+NO_FACTOR = {"type": "yarn", "mscale_all_dim": 1.0, "factor": None}
 QWEN3_VL = {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}}
 QWEN3_VL["rope_scaling"] |= {"rope_type": "default"}
 QWEN3_VL |= {"attention_bias": False, "head_dim": 8, "rope_theta": 5e6}
@@ -329,6 +330,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("llama", {"per_layer_config": {}}, "`per_layer_config` must be null"),
         ("llama", {"rope_scaling": {"type": "ntk"}}, "`rope_type` must be one of"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, r"with \['factor'\]"),
+        ("llama", {"rope_scaling": YARN | {"factor": 0}}, r"\['factor'\] must be pos"),
         ("llama", {"rope_scaling": 3}, "must have values of the expected types"),
         ("llama", {"partial_rotary_factor": 0.5}, "`partial_rotary_factor` must be 1"),
         ("llama", {"rope_parameters": {"a": {}}}, "must be the same for all layers"),
@@ -380,6 +382,8 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ),
         ("deepseek_v3", LATENT | {"n_group": 256}, "two experts in each group"),
         ("deepseek_v3", LATENT | {"topk_group": 9}, "from 1 to `num_groups`"),
+        ("deepseek_v3", LATENT | {"rope_scaling": NO_FACTOR}, "come with `factor`"),
+        ("deepseek_v3", LATENT | {"num_nextn_predict_layers": None}, "must be 0 or a"),
         ("deepseek_v3", LATENT | {"scoring_func": "softmax"}, '"sigmoid". Got'),
         ("deepseek_v3", LATENT | {"kv_lora_rank": 0}, "must be positive. Got"),
         ("glm4_moe_lite", LATENT | {"mlp_layer_types": ["dense"]}, "as many entries"),
@@ -388,6 +392,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("lfm2", {"block_multiple_of": 0}, "`block_multiple_of` must be a positive"),
         ("gemma4_text", {"enable_moe_block": True}, "must be false. Got True"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "must be null or"),
+        ("gemma4_text", {"hidden_size_per_layer_input": -4}, "integer, 0 or null"),
         ("gemma4_text", {"vocab_size_per_layer_input": 8}, "must be `vocab_size`"),
         ("gemma4_text", GEMMA4 | {"rope_parameters": {}}, "must have a `rope_theta`"),
         ("gemma4_text", GEMMA4 | {"num_kv_shared_layers": 4}, "must leave a layer of"),
