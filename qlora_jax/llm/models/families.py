@@ -18,6 +18,7 @@ from .deepseek import (
 from .dense_families import DENSE_FAMILIES
 from .family import (
     EXPERT_KEYS,
+    SIZES,
     WINDOW_KEYS,
     Family,
     biases,
@@ -25,6 +26,7 @@ from .family import (
     one_window,
     read_experts,
     read_layers,
+    read_partial_rope,
     read_rope,
     require,
     rope_section,
@@ -32,7 +34,7 @@ from .family import (
 )
 from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
 from .lfm2 import LFM2_KEYS, read_lfm2
-from .text_halves import MROPE_KEYS, read_text_settings
+from .text_halves import read_text_settings
 
 # Most families share Llama's architecture, and differ from it as follows. (SmolLM2 is a
 # Llama.)
@@ -64,8 +66,7 @@ _GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
 _GEMMA4, _UNIFIED = ("Gemma4ForCausalLM",), ("Gemma4UnifiedForCausalLM",)
 _QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM",)
 # The sizes of text halves, and transformers' defaults for them.
-_SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-_SIZE_KEYS += ("num_attention_heads", "max_position_embeddings")
+_SIZE_KEYS = (*SIZES, "max_position_embeddings")
 _GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
 _GEMMA4_SIZES = 262_144, 2304, 9216, 30, 8, 131_072
 _UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
@@ -154,18 +155,14 @@ def _read_smollm3(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, eps=1e-5)
     original = raw.get("original_max_position_embeddings", 4096)
-    raw = {**raw, "original_max_position_embeddings": original}
-    # Phi-4-mini sets `partial_rotary_factor`. Remove it, since `read_rope` would reject
-    # it, and use it for `dim`.
     section = dict(rope_section(raw))
-    fraction = raw.pop("partial_rotary_factor", None)
-    fraction = section.pop("partial_rotary_factor", fraction)
-    dim = int(fields["head_dim"] * (1.0 if fraction is None else fraction))
     kind = section.get("rope_type") or section.get("type") or "default"
     if kind not in ("default", *_LONGROPE):
         raise ValueError(f'`rope_type` must be "default" or "longrope". Got {kind!r}.')
     section["rope_type"] = "longrope" if kind in _LONGROPE else kind
-    rope = read_rope(raw, dim, section=section)
+    raw = {**raw, "original_max_position_embeddings": original, "rope_scaling": section}
+    # Phi-4-mini sets `partial_rotary_factor`.
+    rope, dim = read_partial_rope(raw, fields["head_dim"], fraction=1.0)
     layers = one_window(raw, rope, default=None)
     return DecoderConfig(**fields, layers=layers, rotary_dim=dim, fused=True)
 
@@ -263,13 +260,7 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
     fields = shared_fields(raw, head_dim=256, kv_heads=kv_heads) | biases(raw)
     # Text has the same position in all dimensions, so the sections of multimodal rotary
     # positions make no difference.
-    section = dict(rope_section(raw))
-    fraction = section.pop("partial_rotary_factor", None)
-    if fraction is None:
-        fraction = raw.get("partial_rotary_factor", 0.25)
-    section = {k: x for k, x in section.items() if k not in MROPE_KEYS}
-    dim = int(fields["head_dim"] * fraction)
-    rope = read_rope({**raw, "partial_rotary_factor": None}, dim, section=section)
+    rope, dim = read_partial_rope(raw, fields["head_dim"], fraction=0.25)
     names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
     defaults = zip((*names, "conv_kernel_dim"), (16, 32, 128, 128, 4), strict=True)
     rule = DeltaRule(*(raw.get(f"linear_{name}", size) for name, size in defaults))

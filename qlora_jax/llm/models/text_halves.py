@@ -5,7 +5,7 @@ from typing import Any
 
 # A position in an image has several dimensions (M-RoPE), which these keys describe. The
 # position of a text token is the same in all dimensions, so the keys do not matter.
-MROPE_KEYS = ("mrope_section", "mrope_interleaved")
+_MROPE_KEYS = ("mrope_section", "mrope_interleaved")
 # transformers' defaults, where they differ from those of the text-only model.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"max_window_layers": 80, "num_key_value_heads": 8}
@@ -49,6 +49,6 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
             text[name] = {
                 key: "default" if x == "mrope" else x
                 for key, x in text[name].items()
-                if key not in MROPE_KEYS
+                if key not in _MROPE_KEYS
             }
     return _DEFAULTS[kind] | text
