@@ -139,16 +139,38 @@ def assert_equal_but_for_rounding(got, run, *args, times=10):
     eps, up or down at random. In each leaf the norm of the difference is at most
     `times` that.
     """
-    want = jax.tree.leaves(run(*args))
-    moved_results = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
-    for x, y, *moved_leaves in zip(
-        jax.tree.leaves(got), want, *moved_results, strict=True
+    want, errors = measure_rounding(run, *args)
+    assert_within_rounding(got, want, errors, times)
+
+
+def measure_rounding(run, *args):
+    """Returns `run(*args)`, and how far rounding moves each leaf of it.
+
+    The second result is a tree of norms, and its use is described in
+    `assert_equal_but_for_rounding`. The norm of a leaf is at least an eps of the leaf,
+    or of a tenth of the largest leaf.
+    """
+    want = run(*args)
+    moved_results = [run(*_moved(args, seed)) for seed in range(3)]
+    least = 0.1 * max(map(norm, jax.tree.leaves(want)), default=0)
+
+    def measure(y, *moved_leaves):
+        floor = max(norm(y), least) * rounding(1)
+        return max(floor, *(distance(z, y) for z in moved_leaves))
+
+    return want, jax.tree.map(measure, want, *moved_results)
+
+
+def assert_within_rounding(got, want, errors, times=10):
+    """Asserts that no leaf differs by more than `times` its error."""
+    leaves, structure = jax.tree.flatten_with_path(got)
+    assert structure == jax.tree.structure(want)
+    for (path, x), y, error in zip(
+        leaves, jax.tree.leaves(want), jax.tree.leaves(errors), strict=True
     ):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        least = norm(y) * rounding(1)
-        check(
-            distance(x, y), times * max(least, *(distance(z, y) for z in moved_leaves))
-        )
+        name = jax.tree_util.keystr(path)
+        assert x.dtype == y.dtype and x.shape == y.shape, name
+        check(distance(x, y, name), times * error, name)
 
 
 def _moved(tree, seed):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from configs import SIZES, random_model
 from peft import PeftModel
+from tolerances import measure_rounding
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_jax as ql
@@ -73,6 +74,25 @@ def gradients_of(model):
 def logits_of(model, tokens=TOKENS):
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def measure_rounding_of(model, run):
+    """Returns `run()`, and how far rounding the model's parameters moves its leaves.
+
+    See `tolerances.measure_rounding`. The parameters are unchanged afterwards.
+    """
+    parameters = dict(model.named_parameters())
+    values = {name: x.detach().numpy().copy() for name, x in parameters.items()}
+
+    def run_with(values):
+        with torch.no_grad():
+            for name, x in parameters.items():
+                x.copy_(torch.from_numpy(np.array(values[name])))
+        return run()
+
+    result = measure_rounding(run_with, values)
+    run_with(values)
+    return result
 
 
 def draw_adapters(model):
