@@ -47,40 +47,37 @@ HEADS = 12  # of the encoder
 ROWS = 16  # rows of text for the encoder, and of a batch
 # Batches of the training text on which the inputs of the language model are measured.
 CALIBRATION_BATCHES = 16
-# Block sizes, double quantization and the choice of scales of each format. "weighted"
-# is a search with the mean squares of the inputs, on other text than that of the test.
-CASES = [
-    ("nf4", 64, False, "absmax"),
-    ("nf4", 64, True, "absmax"),
-    ("fp4", 64, False, "absmax"),
-    ("fp4", 64, True, "absmax"),
-    ("int4", 32, False, "absmax"),
-    ("int4", 64, False, "absmax"),
-    ("int4", 64, True, "absmax"),
-    ("int4", 128, False, "absmax"),
-    ("int4_f16", 32, None, "absmax"),
-    ("int4_f16", 64, None, "absmax"),
-    ("int4_f16", 128, None, "absmax"),
-    ("q4_0", 32, None, "absmax"),
-    ("mxfp4", 32, None, "absmax"),
-    ("nvfp4", 16, None, "absmax"),
-    ("int8", 64, True, "absmax"),
-    ("nf4", 64, True, "search"),
-    ("nf4", 64, True, "weighted"),
-    ("int4", 64, True, "search"),
-    ("int4", 64, True, "weighted"),
-    ("int4_f16", 32, None, "search"),
-    ("int4_f16", 32, None, "weighted"),
-    ("int4_f16", 128, None, "search"),
-    ("int4_f16", 128, None, "weighted"),
-    ("q4_0", 32, None, "search"),
-    ("q4_0", 32, None, "weighted"),
-    ("nvfp4", 16, None, "search"),
-    ("nvfp4", 16, None, "weighted"),
-    ("int8", 64, True, "search"),
-    ("int8", 64, True, "weighted"),
+# Formats with their block sizes and double quantization.
+PACKINGS = [
+    ("nf4", 64, False),
+    ("nf4", 64, True),
+    ("fp4", 64, False),
+    ("fp4", 64, True),
+    ("int4", 32, False),
+    ("int4", 64, False),
+    ("int4", 64, True),
+    ("int4", 128, False),
+    ("int4_f16", 32, None),
+    ("int4_f16", 64, None),
+    ("int4_f16", 128, None),
+    ("q4_0", 32, None),
+    ("mxfp4", 32, None),
+    ("nvfp4", 16, None),
+    ("int8", 64, True),
 ]
+# Packings that are measured with the rule of the format alone.
+UNSEARCHED = [
+    ("fp4", 64, False),
+    ("int4", 32, False),
+    ("int4", 64, False),
+    ("int4", 128, False),
+    ("int4_f16", 64, None),
+]
+# Other choices of scales. "weighted" is a search with the mean squares of the inputs,
+# on other text than that of the test.
 RULES = "search", "weighted"
+CASES = [(*packing, "absmax") for packing in PACKINGS]
+CASES += [(*x, rule) for x in PACKINGS if x not in UNSEARCHED for rule in RULES]
 HEADER = [
     "format",
     "bits a weight",
@@ -209,10 +206,16 @@ def encoder_errors(
     return bits / size, percent(weights), percent(outputs)
 
 
-def spaced_batches(ids: list[int], count: int, length: int) -> np.ndarray:
-    """Returns batches of rows `[count, ROWS, length]`, spaced evenly over a text."""
+def spaced_batches(
+    ids: list[int], count: int, length: int, distance: int | None = None
+) -> np.ndarray:
+    """Returns batches of rows `[count, ROWS, length]`.
+
+    The rows start `distance` tokens apart. By default, they are spaced evenly over the
+    text.
+    """
     rows = count * ROWS
-    starts = np.arange(rows) * ((len(ids) - length) // rows)
+    starts = np.arange(rows) * (distance or (len(ids) - length) // rows)
     batches = np.array(ids)[starts[:, None] + np.arange(length)]
     return batches.reshape(count, ROWS, length)
 
@@ -232,13 +235,8 @@ class LanguageModel:
         self._tokenizer = load_tokenizer(path)
         ids = self._tokenizer.encode(text).ids
         if num_batches is None:
-            starts = range(0, len(ids) - LENGTH * ROWS, LENGTH * ROWS)
-            self.rows = np.array(
-                [
-                    [ids[s + LENGTH * i :][: LENGTH + 1] for i in range(ROWS)]
-                    for s in starts
-                ]
-            )
+            count = (len(ids) - 1) // (LENGTH * ROWS)
+            self.rows = spaced_batches(ids, count, LENGTH + 1, LENGTH)
         else:
             self.rows = spaced_batches(ids, num_batches, LENGTH + 1)
         self._decoder = decoder = Decoder(config)
@@ -281,12 +279,24 @@ class LanguageModel:
         kernels = map(matrices, (decoded, self.params))
         errors = [relative_error(*pair) for pair in zip(*kernels, strict=True)]
         losses, diverging = self.compare(decoded)
-        loss_increases = losses - self.float_losses
-        ratio = np.exp(loss_increases.mean())
-        error = loss_increases.std() / np.sqrt(len(loss_increases))
-        changes = 100 * (ratio - 1), 100 * ratio * error
+        changes = perplexity_change(losses, self.float_losses)
         divergence = 1000 * diverging.mean()
         return percent(errors), divergence, float(np.exp(losses.mean())), *changes
+
+
+def perplexity_change(
+    losses: np.ndarray, reference_losses: np.ndarray
+) -> tuple[float, float]:
+    """Returns the relative change of the perplexity and its standard error, in percent.
+
+    Args:
+        losses: The loss of each row.
+        reference_losses: The losses of the same rows, to which they are compared.
+    """
+    increases = losses - reference_losses
+    ratio = np.exp(increases.mean())
+    error = ratio * increases.std() / np.sqrt(len(increases))
+    return 100 * (ratio - 1), 100 * error
 
 
 @jax.jit

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from quality import SEEDS, Arm, Bench, read_records, study
+from quality import SEEDS, Arm, Bench, losses_by_rate, read_records, study
 from quality_tasks import TASKS, Task, make_task
 
 import qlora_jax as ql
@@ -197,9 +197,7 @@ class FileBench(Bench):
 
 def best_rate(path: pathlib.Path, task: Task, arm: FileArm) -> float:
     """Returns the learning rate with the lowest validation loss in an arm's records."""
-    key = {"task": task.name, "arm": arm.name}
-    rows = [row for row in read_records(path) if row.items() >= key.items()]
-    losses = {row["rate"]: row["valid"] for row in rows if row["seed"] == 0}
+    losses = losses_by_rate(read_records(path, task=task.name, arm=arm.name))
     if not losses:
         raise SystemExit(f"{arm.name!r} must be trained first on {task.name}.")
     return min(losses, key=losses.__getitem__)
@@ -224,10 +222,9 @@ def main(argv: list[str] | None = None) -> None:
         make_task(args.folder, task)
         for arm in make_arms():
             if arm.name in chosen:
-                rate = None
                 main_arm = make_main_arm(arm.file_fmt)
-                if arm != main_arm:
-                    rate = best_rate(args.results, task, main_arm)
+                is_main = arm == main_arm
+                rate = None if is_main else best_rate(args.results, task, main_arm)
                 study(args.folder, task, arm, args.results, end, FileBench, rate)
 
 

@@ -250,6 +250,11 @@ def _order(loss: float | None) -> float:
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
+def losses_by_rate(rows: Sequence[dict]) -> dict[float, float]:
+    """Returns the validation loss of seed 0 at each rate, infinite if not finite."""
+    return {row["rate"]: _order(row["valid"]) for row in rows if row["seed"] == 0}
+
+
 def plan(
     rows: Sequence[dict], start: float, seeds: int, *, searches_rate: bool = True
 ) -> tuple[int, list[float]] | None:
@@ -262,27 +267,25 @@ def plan(
         searches_rate: Whether the best rate is searched. Otherwise `start` is the only
             rate.
     """
-    if not searches_rate:
-        done = {row["seed"] for row in rows if row["rate"] == start}
-        missing = [seed for seed in SEEDS[:seeds] if seed not in done]
-        return (missing[0], [start]) if missing else None
-    first = {row["rate"]: _order(row["valid"]) for row in rows if row["seed"] == 0}
-    if len(first) < 3:
-        return 0, [x for x in (start / 2, start, 2 * start) if x not in first]
-    best = min(first, key=first.__getitem__)
-    if best == max(first):
-        return 0, [2 * best]
-    if best == min(first):
-        return 0, [best / 2]
+    best = start
+    if searches_rate:
+        first = losses_by_rate(rows)
+        if len(first) < 3:
+            return 0, [x for x in (start / 2, start, 2 * start) if x not in first]
+        best = min(first, key=first.__getitem__)
+        if best == max(first):
+            return 0, [2 * best]
+        if best == min(first):
+            return 0, [best / 2]
     done = {row["seed"] for row in rows if row["rate"] == best}
     missing = [seed for seed in SEEDS[:seeds] if seed not in done]
     return (missing[0], [best]) if missing else None
 
 
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records of a file."""
+def read_records(path: pathlib.Path, **fields: str) -> list[dict[str, Any]]:
+    """Returns the records of a file that have these fields; empty without a file."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [x for x in map(json.loads, lines) if x.items() >= fields.items()]
 
 
 def study(
@@ -306,14 +309,10 @@ def study(
         rate: The only learning rate. None means that the best rate is searched.
     """
     study_key = {"task": task.name, "arm": arm.name}
-
-    def read_own_rows():
-        return [x for x in read_records(path) if x.items() >= study_key.items()]
-
     start = rate or (task.full_rate if arm.rank is None else task.rate)
     bench = None
     while time.monotonic() < end:
-        rows = read_own_rows()
+        rows = read_records(path, **study_key)
         runs = [x for x in rows if x["rate"] is not None]
         left = plan(runs, start, arm.seeds, searches_rate=rate is None)
         if rows and left is None:

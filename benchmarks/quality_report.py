@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from quality import RESULTS, read_records
+from quality import RESULTS, losses_by_rate, read_records
 from timing import table as as_table
 
 # Quantiles of Student's t by degrees of freedom, for 95% intervals.
@@ -38,8 +38,8 @@ class Results:
     def __init__(self, rows: Sequence[dict[str, Any]]):
         runs = [row for row in rows if row["rate"] is not None]
         (self.before,) = (row for row in rows if row["rate"] is None)
-        first = {x["rate"]: x["valid"] for x in runs if x["seed"] == 0}
-        self.curve = {k: first[k] for k in sorted(first) if first[k] is not None}
+        losses = sorted(losses_by_rate(runs).items())
+        self.curve = {rate: loss for rate, loss in losses if math.isfinite(loss)}
         self.rate = min(self.curve, key=self.curve.__getitem__)
         self.best = [row for row in runs if row["rate"] == self.rate]
 

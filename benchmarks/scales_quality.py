@@ -5,8 +5,8 @@
 Packs the linear layers of two models, with the scales of the format's rule, with scales
 by search, and with a search that is weighted by the mean squares of the inputs. The
 first model is the one of `quality_tasks.py` (11.4 million weights), which is trained on
-the Old Testament once and saved in FOLDER. The second is SmolLM2-135M-Instruct, whose
-weights are decoded from a file in Q4_1.
+the Old Testament once and saved in FOLDER. The second is SmolLM2-135M-Instruct. If the
+hub cannot be reached, its weights are decoded from the file in Q4_1 of a package.
 
 Both models read the same text: rows of 128 tokens, spaced evenly over the held-out
 chapters of the New Testament. The mean squares are measured on its other chapters. The
@@ -26,7 +26,7 @@ import json
 import pathlib
 
 import numpy as np
-from formats_quality import LanguageModel
+from formats_quality import LanguageModel, perplexity_change
 from quality_tasks import SMOLLM2, TASKS, make_task
 from timing import print_table
 
@@ -64,12 +64,10 @@ def read_text(folder: pathlib.Path, *splits: str) -> str:
     return "".join(json.loads(line)["text"] for line in lines)
 
 
-def perplexity_change(losses: np.ndarray, reference_losses: np.ndarray) -> str:
-    """Returns the relative change of the perplexity and its standard error."""
-    increases = losses - reference_losses
-    ratio = np.exp(increases.mean())
-    error = ratio * increases.std() / np.sqrt(len(increases))
-    return f"{100 * (ratio - 1):+.2f} ± {100 * error:.2f}"
+def format_change(losses: np.ndarray, reference_losses: np.ndarray) -> str:
+    """Returns the change of the perplexity and its standard error, in percent."""
+    change, error = perplexity_change(losses, reference_losses)
+    return f"{change:+.2f} ± {error:.2f}"
 
 
 def measure_format(lm: LanguageModel, fmt: str, importance: dict) -> list[list[str]]:
@@ -91,8 +89,8 @@ def measure_format(lm: LanguageModel, fmt: str, importance: dict) -> list[list[s
             rule_losses = losses
         row = [f"{fmt}, {options['block_size']}", scales]
         row += [f"{1000 * divergences.mean():.2f}", f"{np.exp(losses.mean()):.3f}"]
-        row.append(perplexity_change(losses, lm.float_losses))
-        row.append("" if scales == "rule" else perplexity_change(losses, rule_losses))
+        row.append(format_change(losses, lm.float_losses))
+        row.append("" if scales == "rule" else format_change(losses, rule_losses))
         rows.append(row)
         print(*row, sep=" | ", flush=True)
     return rows
@@ -109,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     make_task(args.folder, TASKS["text"])
     held_out = read_text(args.folder, "valid", "test")
+    other_chapters = read_text(args.folder, "train")
     rows = []
     for model in args.models:
         is_smollm2 = model == "SmolLM2-135M"
@@ -117,7 +116,6 @@ def main(argv: list[str] | None = None) -> None:
         lm = LanguageModel(path, held_out, num_batches)
         perplexity = np.exp(lm.float_losses.mean())
         print(f"{model}, {lm.rows[..., 1:].size} tokens: {perplexity:.3f}", flush=True)
-        other_chapters = read_text(args.folder, "train")
         importance = lm.calibrate(other_chapters, num_calibration_batches)
         for fmt in args.formats:
             format_rows = measure_format(lm, fmt, importance)
