@@ -84,10 +84,10 @@ def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path):
 
 
 REFUSED = {
-    "packing": "`packing` must be False. Got True.",
-    "merge_aware": "`merge_aware` must be False. Got True.",
-    "mlp_tile": "`mlp_tile` must be None. Got 1.",
-    "objective": "`objective` must be one without a teacher. Got distill.",
+    "packing": "must be False, because it may not keep the sequences of a row apart.",
+    "merge_aware": "must be False, because `export` writes no 4-bit files of these",
+    "mlp_tile": "must be None, because its MLPs take all tokens at a time. Got 1.",
+    "objective": "because the loss with a teacher needs the head of our decoder. Got",
 }
 
 
@@ -96,7 +96,8 @@ def test_options_that_the_engine_lacks_are_refused(folder, tmp_path, name, capsy
     value = {"objective": "distill", "mlp_tile": "1"}.get(name, "true")
     command = ["train", *arguments(folder), "--out", str(tmp_path / "run")]
     assert main([*command, f"--{name}", value]) == 1
-    assert REFUSED[name] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"`{name}` must be " in error and REFUSED[name] in error
 
 
 def test_files_for_other_programs_are_refused(folder, tmp_path, capsys):

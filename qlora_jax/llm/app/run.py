@@ -77,23 +77,16 @@ def make_run(config: TrainConfig, today: str) -> Run:
         config.model.path, recode=config.model.recode, engine=config.model.engine
     )
     if isinstance(model.config, TorchConfig):
-        _check_torch(config)
-        if config.evaluation.eval_examples:
-            log("note: engine torch generates no answers to validation rows")
-        config = config.replace(engine="torch", eval_examples=0)
+        config = _settings_for_torch(config)
     fmt = config.model.fmt or model.stored_fmt or "nf4"
     if config.output.push_to_hub is not None:
         check_base(model.name)
         if is_first():
             push(config.output.push_to_hub)  # fails now rather than after training
     packing = packing_for(config.model, model, fmt)
-    scales = config.model.scales
-    if scales != "absmax" and packing is None and not config.adapter.merge_aware:
-        raise ValueError(
-            "`scales` must be absmax unless training packs weights. Got "
-            f"{scales}, and a base that stays as it is stored."
-        )
-    adapters = adapters_for(config.adapter, model, packing, scales)
+    if packing is None:
+        _check_unpacked(config, model)
+    adapters = adapters_for(config.adapter, model, packing, config.model.scales)
     start = None
     if config.adapter.path is not None:
         start, alpha = read_start(config.adapter, model, adapters)
@@ -101,12 +94,6 @@ def make_run(config: TrainConfig, today: str) -> Run:
         adapters = dataclasses.replace(adapters, alpha=alpha)
     mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
     _check_model_fits(model, adapters, packing, mesh)
-    memory = config.model.base_memory
-    if memory == "host" and packing is None and model.stored_fmt is None:
-        raise ValueError(
-            "`base_memory` must be device for a float model, because only packed "
-            f"layers can stay in host memory. Got host, and fmt={fmt}."
-        )
     # The data. A resumed run keeps the date of its start.
     folder = pathlib.Path(config.output.out)
     date = config.data.date
@@ -118,10 +105,31 @@ def make_run(config: TrainConfig, today: str) -> Run:
     teacher = _open_teacher(config, model, packing, tokenizer)
     if teacher is not None:  # raises if the mesh cannot split its weights
         make_place(teacher.config, mesh, "device")(teacher.base, {})
+    data = _read_data(config, tokenizer, model.config.vocab_size)
+    # The settings that depend on the data or on the model.
+    config = config.replace(model=model.name, fmt=fmt, date=date)
+    config = _resolve(config, data, None if packing else model.stored_packing)
+    return Run(
+        config,
+        model,
+        packing,
+        adapters,
+        tokenizer,
+        data,
+        stamp=_make_stamp(config, model, data, teacher),
+        mesh=mesh,
+        place=make_place(model.config, mesh, config.model.base_memory),
+        folder=folder,
+        teacher=teacher,
+        start=start,
+    )
+
+
+def _read_data(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> Dataset:
     data = read_dataset(
         config.data.path,
         tokenizer,
-        vocab_size=model.config.vocab_size,
+        vocab_size=vocab_size,
         max_length=config.training.max_length,
         keys=config.data.keys or None,
         train_on=config.data.train_on,
@@ -136,23 +144,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         raise ValueError(
             f"`keep_best` needs validation rows. {config.data.path} has none."
         )
-    # The settings that depend on the data or on the model.
-    config = config.replace(model=model.name, fmt=fmt, date=date)
-    config = _resolve(config, data, None if packing else model.stored_packing)
-    return Run(
-        config,
-        model,
-        packing,
-        adapters,
-        tokenizer,
-        data,
-        stamp=_make_stamp(config, model, data, teacher),
-        mesh=mesh,
-        place=make_place(model.config, mesh, memory),
-        folder=folder,
-        teacher=teacher,
-        start=start,
-    )
+    return data
 
 
 def _open_teacher(
@@ -225,26 +217,64 @@ def _check_environment(config: TrainConfig) -> None:
         )
 
 
-def _check_torch(config: TrainConfig) -> None:
-    """Raises ValueError for options that models in PyTorch's code do not support."""
+def _settings_for_torch(config: TrainConfig) -> TrainConfig:
+    """Returns the settings of a run in PyTorch's code.
+
+    Raises ValueError if an option has a value that is not supported there.
+    """
     model, objective = config.model, config.training.objective
-    has_teacher = find_objective(objective).uses_teacher
-    required = {
-        "attention": (model.attention, "xla"),
-        "base_memory": (model.base_memory, "device"),
-        "mlp_tile": (model.mlp_tile, None),
-        "merge_aware": (config.adapter.merge_aware, False),
-        "packing": (config.training.packing, False),
-        "objective": (objective, "one without a teacher" if has_teacher else objective),
+    no_teacher = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
+    # The value of each option, the supported values, and why there are no others.
+    requirements = {
+        "attention": (model.attention, ["xla"], "splash is a part of our decoder"),
+        "remat": (model.remat, [True, False], "its layers do not offload their inputs"),
+        "base_memory": (
+            model.base_memory,
+            ["device"],
+            "it keeps all layers in device memory",
+        ),
+        "mlp_tile": (model.mlp_tile, [None], "its MLPs take all tokens at a time"),
+        "merge_aware": (
+            config.adapter.merge_aware,
+            [False],
+            "`export` writes no 4-bit files of these models",
+        ),
+        "packing": (
+            config.training.packing,
+            [False],
+            "it may not keep the sequences of a row apart",
+        ),
+        "objective": (
+            objective,
+            no_teacher,
+            "the loss with a teacher needs the head of our decoder",
+        ),
     }
-    if model.remat == "offload":
-        required["remat"] = ("offload", "true or false")
     if problems := [
-        f"`{name}` must be {expected}. Got {value}."
-        for name, (value, expected) in required.items()
-        if value != expected
+        f"`{name}` must be {' or '.join(map(str, allowed))}, because {reason}. Got "
+        f"{value}."
+        for name, (value, allowed, reason) in requirements.items()
+        if value not in allowed
     ]:
-        raise ValueError(f"with engine torch, {' '.join(problems)}")
+        raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
+    if config.evaluation.eval_examples:
+        log("note: engine torch generates no answers to validation rows")
+    return config.replace(engine="torch", eval_examples=0)
+
+
+def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:
+    """Checks the settings of a run whose base stays as it is stored."""
+    scales, memory = config.model.scales, config.model.base_memory
+    if scales != "absmax" and not config.adapter.merge_aware:
+        raise ValueError(
+            "`scales` must be absmax unless training packs weights. Got "
+            f"{scales}, and a base that stays as it is stored."
+        )
+    if memory == "host" and model.stored_fmt is None:
+        raise ValueError(
+            "`base_memory` must be device for a float model, because only packed "
+            "layers can stay in host memory. Got host, and fmt=none."
+        )
 
 
 def _check_model_fits(

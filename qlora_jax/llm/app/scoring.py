@@ -111,28 +111,23 @@ def make_scorer(
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:
         raise ValueError(f"{data} must have at least one target token. Got none.")
-    is_torch = isinstance(model.config, TorchConfig)
+    if isinstance(model.config, TorchConfig):  # each row is a single sequence
+        wrapped, head, can_pack = model.config.make_model(), None, False
+    else:
+        decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
+        wrapped, can_pack = ql.linen.wrap(decoder, scanned=decoder.scanned), True
+        # A tied head uses the embedding table.
+        head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
     # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch alone.
-    # In PyTorch's code, each row is one sequence.
     short = [row for row in rows if len(row.ids) <= batch_tokens]
     long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
-    for group, is_packed in ((short, True), (long, False)):
+    for group, packing in ((short, can_pack), (long, False)):
         # All batches of a group have one width, so that one program is compiled.
         max_length = max([batch_tokens, *(len(row.ids) for row in group)])
         batches += group and eval_batches(
-            group,
-            batch_size=1,
-            max_length=max_length,
-            packing=is_packed and not is_torch,
+            group, batch_size=1, max_length=max_length, packing=packing
         )
-    if isinstance(model.config, TorchConfig):
-        wrapped, head = model.config.make_model(), None
-    else:
-        decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
-        wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
-        # A tied head uses the embedding table.
-        head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
     chunked_loss = make_mean_loss(decoder_loss(wrapped))
     logits_loss = make_mean_loss(_make_logits_loss(wrapped))
 
