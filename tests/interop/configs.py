@@ -60,6 +60,14 @@ def random_model(kind, settings):
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     ).eval()
+    randomize(model)
+    return model
+
+
+def randomize(model):
+    """Adds random numbers to norms and biases, and rounds kernels to F16."""
+    import torch
+
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith("bias"):
@@ -69,4 +77,3 @@ def random_model(kind, settings):
         for key, buffer in model.named_buffers():
             if key.endswith(("layer_scalar", "score_correction_bias")):
                 buffer.add_(0.3 * torch.randn_like(buffer))
-    return model

@@ -1,10 +1,10 @@
 """Random small configs of each family, over all options of its config class.
 
-To add a family, add one row to `ROWS`: its `model_type`, a function that draws random
-values for the options of its config class, and the names of options that the function
-does not have to draw. `test_families.py` then compares logits, cached steps, packed
-rows, adapters and their gradients with transformers and PEFT, and checks that no option
-is left out.
+To add a family, add an entry to `FAMILY_DRAWS`: its `model_type`, a function that draws
+random values for the options of its config class, and the names of options that the
+function does not have to draw. `test_families.py` then compares logits, cached steps,
+packed rows, adapters and their gradients with transformers and PEFT, and checks that no
+option is left out.
 """
 
 import datetime
@@ -15,27 +15,29 @@ from typing import Any, NamedTuple
 from configs import LINEAR, LLAMA3, SIZES, YARN
 
 Options = dict[str, Any]
-SLIDING, FULL, DELTA = "sliding_attention", "full_attention", "linear_attention"
+SLIDING, FULL = "sliding_attention", "full_attention"
+LINEAR_ATTENTION = "linear_attention"
 QUICK_SEEDS = (0,)
 _FIRST = datetime.date.today().toordinal() * 15
 LONG_SEEDS = tuple(range(_FIRST, _FIRST + 15))  # for a long run; they change every day
 # Options that no function has to draw. All models here have the same value of them, or
-# they change only the loss, for which test_families.py has a test of its own.
-FIXED = "architectures model_type vocab_size max_position_embeddings is_causal"
-FIXED += " output_router_logits router_aux_loss_coef per_layer_config"
+# they change only the loss, for which test_families.py has a test of its own. One more,
+# `per_layer_config`, is computed by transformers from other options of Gemma 4.
+UNDRAWN = "architectures model_type vocab_size max_position_embeddings is_causal"
+UNDRAWN += " output_router_logits router_aux_loss_coef per_layer_config"
 
 
-class Row(NamedTuple):
+class FamilyDraw(NamedTuple):
     """How to draw a family's options."""
 
     draw: Callable[[random.Random], Options]
     # Options that are not drawn: they have one supported value, or no effect.
-    fixed: str = "hidden_act"
+    undrawn: str = "hidden_act"
 
 
 def draw_settings(kind: str, seed: int) -> Options:
     """Returns the settings of a small model of a family."""
-    return SIZES | ROWS[kind].draw(random.Random(f"{kind} {seed}"))
+    return SIZES | FAMILY_DRAWS[kind].draw(random.Random(f"{kind} {seed}"))
 
 
 def draw_bool(rng: random.Random) -> bool:
@@ -184,7 +186,7 @@ def draw_qwen3_5(rng: random.Random) -> Options:
     sizes = draw_sizes(rng, (8, 16)) | draw_flags(rng, "attention_bias")
     count, num_key_heads = sizes["num_hidden_layers"], rng.choice((1, 2))
     # A model without attention is not supported, as its cache would have no positions.
-    types = [rng.choice((DELTA, FULL)) for _ in range(count - 1)]
+    types = [rng.choice((LINEAR_ATTENTION, FULL)) for _ in range(count - 1)]
     types.insert(rng.randint(0, count - 1), FULL)
     return sizes | draw_rope(rng, partial_rotary_factor=rng.choice((0.25, 0.5))) | {
         "layer_types": types,
@@ -422,41 +424,41 @@ def draw_lfm2(rng: random.Random) -> Options:
 _LATENT = "hidden_act head_dim qk_head_dim"
 _EXPERTS_4 = "enable_moe_block num_experts top_k_experts moe_intermediate_size"
 _GEMMA = "hidden_activation use_bidirectional_attention"
-ROWS = {
-    "deepseek_v2": Row(draw_deepseek_v2, f"{_LATENT} mlp_bias"),
-    "deepseek_v3": Row(draw_deepseek_v3, f"{_LATENT} num_nextn_predict_layers"),
-    "glm4_moe_lite": Row(draw_glm_lite, _LATENT),
-    "lfm2": Row(draw_lfm2, ""),
-    "gemma4_text": Row(
+FAMILY_DRAWS = {
+    "deepseek_v2": FamilyDraw(draw_deepseek_v2, f"{_LATENT} mlp_bias"),
+    "deepseek_v3": FamilyDraw(draw_deepseek_v3, f"{_LATENT} num_nextn_predict_layers"),
+    "glm4_moe_lite": FamilyDraw(draw_glm_lite, _LATENT),
+    "lfm2": FamilyDraw(draw_lfm2, ""),
+    "gemma4_text": FamilyDraw(
         draw_gemma4, f"{_GEMMA} {_EXPERTS_4} vocab_size_per_layer_input"
     ),
-    "gemma4_unified_text": Row(draw_gemma4_unified, _GEMMA),
-    "llama": Row(draw_llama),
-    "mistral": Row(draw_mistral),
-    "qwen2": Row(draw_qwen2),
-    "qwen3": Row(draw_qwen3),
-    "smollm3": Row(draw_smollm3),
-    "phi3": Row(draw_phi3),
-    "mixtral": Row(draw_mixtral),
-    "olmoe": Row(draw_olmoe, "hidden_act clip_qkv"),
+    "gemma4_unified_text": FamilyDraw(draw_gemma4_unified, _GEMMA),
+    "llama": FamilyDraw(draw_llama),
+    "mistral": FamilyDraw(draw_mistral),
+    "qwen2": FamilyDraw(draw_qwen2),
+    "qwen3": FamilyDraw(draw_qwen3),
+    "smollm3": FamilyDraw(draw_smollm3),
+    "phi3": FamilyDraw(draw_phi3),
+    "mixtral": FamilyDraw(draw_mixtral),
+    "olmoe": FamilyDraw(draw_olmoe, "hidden_act clip_qkv"),
     # `num_local_experts` is another name of `num_experts`.
-    "qwen3_moe": Row(draw_qwen3_moe, "hidden_act num_local_experts"),
-    "qwen2_moe": Row(draw_qwen2_moe),
-    "qwen3_5_text": Row(draw_qwen3_5),
-    "qwen3_5_moe_text": Row(draw_qwen3_5_moe),
-    "gpt_oss": Row(draw_gpt_oss, "hidden_act swiglu_alpha swiglu_limit"),
-    "gemma2": Row(draw_gemma2, _GEMMA),
-    "gemma3_text": Row(
+    "qwen3_moe": FamilyDraw(draw_qwen3_moe, "hidden_act num_local_experts"),
+    "qwen2_moe": FamilyDraw(draw_qwen2_moe),
+    "qwen3_5_text": FamilyDraw(draw_qwen3_5),
+    "qwen3_5_moe_text": FamilyDraw(draw_qwen3_5_moe),
+    "gpt_oss": FamilyDraw(draw_gpt_oss, "hidden_act swiglu_alpha swiglu_limit"),
+    "gemma2": FamilyDraw(draw_gemma2, _GEMMA),
+    "gemma3_text": FamilyDraw(
         draw_gemma3, f"{_GEMMA} attn_logit_softcapping _sliding_window_pattern"
     ),
-    "olmo2": Row(draw_olmo2),
-    "olmo3": Row(draw_olmo3),
-    "granite": Row(draw_granite),
-    "glm4": Row(draw_glm4),
-    "cohere2": Row(draw_cohere2),
-    "seed_oss": Row(draw_seed_oss),
-    "arcee": Row(draw_llama),
-    "gemma": Row(draw_gemma, "hidden_act use_bidirectional_attention"),
-    "ministral3": Row(draw_ministral3),
-    "starcoder2": Row(draw_starcoder2),
+    "olmo2": FamilyDraw(draw_olmo2),
+    "olmo3": FamilyDraw(draw_olmo3),
+    "granite": FamilyDraw(draw_granite),
+    "glm4": FamilyDraw(draw_glm4),
+    "cohere2": FamilyDraw(draw_cohere2),
+    "seed_oss": FamilyDraw(draw_seed_oss),
+    "arcee": FamilyDraw(draw_llama),
+    "gemma": FamilyDraw(draw_gemma, "hidden_act use_bidirectional_attention"),
+    "ministral3": FamilyDraw(draw_ministral3),
+    "starcoder2": FamilyDraw(draw_starcoder2),
 }

@@ -40,7 +40,7 @@ LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 LATENT |= {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}
 LATENT |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # Settings with which each key of a family has an effect.
-COUNT = {
+ACTIVE = {
     "mistral": {"sliding_window": 8},
     "qwen2": USED | WINDOWS,
     "qwen3": USED | WINDOWS,
@@ -132,7 +132,7 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     The effects are tested on one random model with all changes that give neither an
     error nor a warning: those of keys that qlora_jax reads, and of harmless keys.
     """
-    settings = SIZES | COUNT.get(kind, {})
+    settings = SIZES | ACTIVE.get(kind, {})
     theirs = transformers.AutoConfig.for_model(kind, **settings)
     filled = json.loads(theirs.to_json_string(use_diff=False))
 

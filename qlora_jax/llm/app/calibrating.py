@@ -18,7 +18,7 @@ from ..train.objectives.sft import decoder_loss
 from .base_model import LAYERS, BaseModel
 
 # With more tokens than these, the mean squares of the inputs would hardly change.
-WIDTH = 1024  # tokens of a batch
+WIDTH = 1024  # tokens per batch
 MAX_BATCHES = 64
 
 
@@ -34,8 +34,6 @@ def make_calibrator(model: BaseModel, data: str) -> Callable[[PyTree], PyTree]:
         vocab_size=model.config.vocab_size,
         max_length=WIDTH,
     )
-    if not rows:
-        raise ValueError(f"`calibrate` must have rows. Got none in {data}.")
     batches = [*_cut(rows)]
     # The selected batches are spread evenly, because neighboring rows may be alike.
     count = min(len(batches), MAX_BATCHES)

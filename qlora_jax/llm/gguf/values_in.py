@@ -7,7 +7,7 @@ from typing import Any
 
 from ..models.config import DecoderConfig, LayerKind
 from ..models.families import FAMILIES, config_from_hf
-from ..models.family import is_count, number
+from ..models.family import is_count, to_float
 
 # Names of the tensors that contain `Rope.divisors` and `Rope.long_divisors`.
 FREQUENCIES = "rope_freqs.weight"
@@ -120,7 +120,7 @@ def _hf_config(
         "head_dim": head_dim,
         "hidden_act": _activation(architecture),
         "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": number(get("attention.layer_norm_rms_epsilon", 1e-5)),
+        "rms_norm_eps": to_float(get("attention.layer_norm_rms_epsilon", 1e-5)),
         "tie_word_embeddings": not has_head or architecture in ALWAYS_TIED,
         "attention_bias": biases["o_bias"] or architecture == OSS,
         # gpt-oss always has these biases, but its config has no key for them.
@@ -151,7 +151,7 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     is_capped = architecture == "gemma2"
     keys: dict[str, Any] = {
-        **{k: number(get(k, cap)) if is_capped else None for k, cap in caps.items()},
+        **{k: to_float(get(k, cap)) if is_capped else None for k, cap in caps.items()},
         "hidden_activation": _activation(architecture),
         "query_pre_attn_scalar": scaled_dim if is_27b else head_dim,
         "moe_intermediate_size": get("expert_feed_forward_length"),
@@ -159,14 +159,14 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
         "no_rope_layers": [int((i + 1) % _NO_ROPE_PERIOD > 0) for i in range(count)],
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": architecture != "olmoe",
-        "logit_scale": number(get("logit_scale", 0.0)) or 1.0,
+        "logit_scale": to_float(get("logit_scale", 0.0)) or 1.0,
     }
     for key in ("layer_norm_eps", "norm_epsilon"):
-        keys[key] = number(get("attention.layer_norm_epsilon", 1e-5))
+        keys[key] = to_float(get("attention.layer_norm_epsilon", 1e-5))
     # llama.cpp treats a factor that is missing or 0 as 1, except that of attention.
     for name, key in GRANITE_KEYS.items():
         default = head_dim**-0.5 if name == "attention_multiplier" else 1.0
-        keys[name] = number(get(key, 0.0)) or default
+        keys[name] = to_float(get(key, 0.0)) or default
     if architecture in QWEN3_5:
         keys |= {key: get(name) for key, name in DELTA_RULE_KEYS.items()}
         value_dim = values["ssm.inner_size"] // values["ssm.time_step_rank"]
@@ -193,7 +193,7 @@ def _rope_keys(
     transformers 5 reads `rope_parameters`; older versions read the other keys.
     """
     get = values.get
-    theta = number(get("rope.freq_base", 10_000.0))
+    theta = to_float(get("rope.freq_base", 10_000.0))
     keys: dict[str, Any] = {"rope_theta": theta}
     section: dict[str, Any] = dict(keys)
     original = get("rope.scaling.original_context_length", get("context_length"))
@@ -212,7 +212,7 @@ def _rope_keys(
             section |= {
                 "short_factor": list(factors.get(SHORT, ())),
                 "long_factor": list(factors.get(LONG, ())),
-                "attention_factor": number(get("rope.scaling.attn_factor", 1.0)),
+                "attention_factor": to_float(get("rope.scaling.attn_factor", 1.0)),
             }
     elif get("rope.scaling.type") == "yarn":
         kind = "yarn"
@@ -222,7 +222,7 @@ def _rope_keys(
         kind, section["factor"] = "linear", factor
     section["rope_type"] = kind
     if architecture == "gemma3":
-        local = number(get("rope.freq_base_swa", 10_000.0))
+        local = to_float(get("rope.freq_base_swa", 10_000.0))
         keys["rope_local_base_freq"] = local
         sliding = {"rope_theta": local, "rope_type": "default"}
         section = {"full_attention": section, "sliding_attention": sliding}
@@ -234,7 +234,7 @@ def _rope_factor(values: Values) -> float:
     get = values.get
     if get("rope.scaling.type") == "none":
         return 1.0
-    return number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
+    return to_float(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
 
 
 def config_from_values(
@@ -258,7 +258,7 @@ def config_from_values(
     }
     rope_changes: dict[str, Any] = {}
     if architecture == "phi3":
-        rope_changes["scale"] = number(values.get("rope.scaling.attn_factor", 1.0))
+        rope_changes["scale"] = to_float(values.get("rope.scaling.attn_factor", 1.0))
     elif FREQUENCIES in factors and values.get("rope.scaling.type") != "yarn":
         factor = _rope_factor(values)
         rope_changes["divisors"] = tuple(factor * x for x in factors[FREQUENCIES])

@@ -360,13 +360,10 @@ class Attention(nn.Module):
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the layer's Hugging Face names of these parameters, by path."""
-        c, names = config, {}
+        c = config
         has_bias = dict.fromkeys(projections_of(c, kind), c.qkv_bias)
         has_bias["o_proj"] = c.o_bias
-        for name, is_biased in has_bias.items():
-            names[f"{name}/kernel"] = f"self_attn.{name}.weight"
-            if is_biased:
-                names[f"{name}/bias"] = f"self_attn.{name}.bias"
+        names = projection_names(has_bias)
         if c.qk_norms:
             norms = ("q_norm", "k_norm")[: 1 + kind.has_kv]
             names |= {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
@@ -394,6 +391,16 @@ def pad_heads(x: Float[Array, "B T H Dh"], width: int) -> Float[Array, "B T H wi
     """Appends zeros to each head."""
     padding = width - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
+
+
+def projection_names(has_bias: dict[str, bool]) -> dict[str, str]:
+    """Returns the Hugging Face names of projections, which may have a bias, by path."""
+    names = {}
+    for name, is_biased in has_bias.items():
+        names[f"{name}/kernel"] = f"self_attn.{name}.weight"
+        if is_biased:
+            names[f"{name}/bias"] = f"self_attn.{name}.bias"
+    return names
 
 
 def projections_of(config: DecoderConfig, kind: LayerKind) -> tuple[str, ...]:

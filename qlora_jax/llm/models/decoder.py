@@ -29,16 +29,15 @@ from .attention import (
 )
 from .config import DecoderConfig
 from .constraints import split_embedded, split_head
-from .delta_rule import DeltaState
+from .delta_rule import LayerStates
 from .groups import Group, Stack, layer_groups, layer_stacks
 from .layer import Layer, mixer_class
 from .per_layer_input import PerLayerEmbedding
 from .products import einsum_f32, keep_products, make_dense, make_norm
-from .short_convolution import ConvolutionInputs
 
 ATTENTIONS = "xla", "splash"
 # By path of a stack.
-Cache = dict[str, KeysAndValues | NoCache | DeltaState | ConvolutionInputs]
+Cache = dict[str, KeysAndValues | NoCache | LayerStates]
 
 
 class Period(nn.Module):

@@ -6,13 +6,13 @@ from typing import Any
 
 from .config import DecoderConfig, Experts, LatentHeads, LayerKind
 from .family import (
-    biases,
     is_count,
-    number,
+    read_biases,
     read_rope,
-    require,
+    require_if_present,
     rope_section,
     shared_fields,
+    to_float,
 )
 
 DEEPSEEK_KEYS = """
@@ -43,14 +43,14 @@ _GLM |= {"qk_nope_head_dim": 192, "topk_group": 1, "num_experts_per_tok": 4}
 
 def read_deepseek_v3(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of DeepSeek V3."""
-    require(raw, {"topk_method": "noaux_tc"})
+    require_if_present(raw, {"topk_method": "noaux_tc"})
     raw = _V3 | dict(raw)
     return _read(raw, _is_dense(raw), eps=1e-6)
 
 
 def read_glm_lite(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of GLM-4.7-Flash."""
-    require(raw, {"topk_method": "noaux_tc"})
+    require_if_present(raw, {"topk_method": "noaux_tc"})
     raw, types = _GLM | dict(raw), raw.get("mlp_layer_types")
     count = raw["num_hidden_layers"]
     if types is None:
@@ -65,7 +65,7 @@ def read_glm_lite(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def read_deepseek_v2(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of DeepSeek V2."""
-    require(raw, {"mlp_bias": False})
+    require_if_present(raw, {"mlp_bias": False})
     raw = _V2 | dict(raw)
     groups = {"n_group": raw["n_group"], "topk_group": raw["topk_group"]}
     if (method := raw["topk_method"]) == "greedy":
@@ -106,9 +106,10 @@ def _read(
     for key, (value, name) in names.items():
         if raw.get(key) not in (None, value):
             raise ValueError(f"`{key}` must be {name}, {value}. Got {raw[key]}.")
-    require(raw, {"moe_layer_freq": 1, "scoring_func": scores})
+    require_if_present(raw, {"moe_layer_freq": 1, "scoring_func": scores})
     fields = shared_fields({**raw, "num_key_value_heads": None}, eps=eps)
-    fields |= biases(raw) | {"head_dim": heads.head_dim, "rotary_dim": heads.rope_dim}
+    fields |= {"head_dim": heads.head_dim, "rotary_dim": heads.rope_dim}
+    fields |= read_biases(raw)
     rope = read_rope(raw, heads.rope_dim)
     width = raw["intermediate_size"]
     if not all(is_dense):
@@ -146,7 +147,7 @@ def _read_experts(raw: Mapping[str, Any], scores: str) -> Experts:
         has_score_bias=scores == "sigmoid",
         num_groups=num_groups,
         groups_per_token=raw["topk_group"],
-        scale=number(raw["routed_scaling_factor"]),
+        scale=to_float(raw["routed_scaling_factor"]),
         shared_width=raw["moe_intermediate_size"] * raw["n_shared_experts"],
         shared_name="shared_experts",
         has_shared_gate=False,

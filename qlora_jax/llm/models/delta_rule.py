@@ -22,22 +22,22 @@ CHUNK = 64  # tokens that are processed at once; a power of two
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-class DeltaState(NamedTuple):
+class LayerStates(NamedTuple):
     """The cache of a stack of layers; its size does not grow with the sequence."""
 
     inputs: Float[Array, "L B W-1 C"]  # the last inputs of the convolution
-    state: Float[Array, "L B H K V"]
+    state: Float[Array, "L B H K V"] | None = None  # None without a delta rule
 
     @property
     def length(self) -> int:
         """Zero, because the cache has no entries for single positions."""
         return 0
 
-    def grow(self, length: int) -> "DeltaState":
+    def grow(self, length: int) -> "LayerStates":
         """Returns the cache itself."""
         return self
 
-    def write(self, new: "DeltaState", positions: Int[Array, "B T"]) -> "DeltaState":
+    def write(self, new: "LayerStates", positions: Int[Array, "B T"]) -> "LayerStates":
         """Returns the new inputs and states, which replace the old ones."""
         return new
 
@@ -86,7 +86,7 @@ class GatedDeltaNet(nn.Module):
         if cache is None:
             return output, None, shared_kv
         new_inputs = last_inputs(inputs, cache.inputs, tokens.num_tokens)
-        return output, DeltaState(new_inputs, state), shared_kv
+        return output, LayerStates(new_inputs, state), shared_kv
 
     def _project(self, x: Array, name: str, width: int) -> Array:
         return name_product(make_dense(width, False, self.dtype, f"in_proj_{name}")(x))
@@ -129,12 +129,12 @@ class GatedDeltaNet(nn.Module):
         batch: int,
         length: int,
         dtype: DTypeLike,
-    ) -> DeltaState:
+    ) -> LayerStates:
         """Returns zeros for the inputs and states of a stack of layers."""
         rule, stack = delta_rule_of(kinds), (len(kinds), batch)
         inputs = rule.conv_width - 1, rule.conv_channels
         state = rule.num_value_heads, rule.key_dim, rule.value_dim
-        return DeltaState(
+        return LayerStates(
             jnp.zeros(stack + inputs, dtype), jnp.zeros(stack + state, jnp.float32)
         )
 

@@ -7,17 +7,17 @@ from .config import DecoderConfig, LayerKind, QueryScaling
 from .family import (
     WINDOW_KEYS,
     Family,
-    biases,
     is_count,
-    number,
-    one_window,
-    positive,
+    read_biases,
     read_layers,
     read_partial_rope,
+    read_positive,
     read_rope,
-    require,
+    read_uniform_layers,
+    require_if_present,
     rope_section,
     shared_fields,
+    to_float,
 )
 
 # - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
@@ -43,9 +43,9 @@ _MINISTRAL3_ROPE |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta
 
 
 def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    require(raw, {"clip_qkv": None})
+    require_if_present(raw, {"clip_qkv": None})
     norms = {"pre_norms": False, "post_norms": True, "qk_norms": "whole"}
-    return shared_fields(raw, eps=1e-5) | biases(raw) | norms
+    return shared_fields(raw, eps=1e-5) | read_biases(raw) | norms
 
 
 def _read_olmo2(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -56,7 +56,7 @@ def _read_olmo2(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_olmo3(raw: Mapping[str, Any]) -> DecoderConfig:
     # transformers uses this base in layers with a window, whatever the file says.
-    require(raw, {"rope_theta": 500_000.0})
+    require_if_present(raw, {"rope_theta": 500_000.0})
     fields, sections = _olmo_fields(raw), raw.get("rope_parameters") or {}
     if unknown := sorted(sections.keys() - {"full_attention", "sliding_attention"}):
         raise ValueError(
@@ -74,15 +74,15 @@ def _read_olmo3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_granite(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = shared_fields(raw) | biases(raw)
+    fields = shared_fields(raw) | read_biases(raw)
     return DecoderConfig(
         **fields,
         layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        embedding_scale=positive(raw, "embedding_multiplier", 1.0),
-        residual_scale=positive(raw, "residual_multiplier", 1.0),
-        attention_scale=positive(raw, "attention_multiplier", 1.0),
-        logit_scale=1 / positive(raw, "logits_scaling", 1.0),
+        embedding_scale=read_positive(raw, "embedding_multiplier", 1.0),
+        residual_scale=read_positive(raw, "residual_multiplier", 1.0),
+        attention_scale=read_positive(raw, "attention_multiplier", 1.0),
+        logit_scale=1 / read_positive(raw, "logits_scaling", 1.0),
     )
 
 
@@ -101,9 +101,9 @@ def _read_glm4(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_cohere2(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, _COHERE2_VALUES)
-    fields = shared_fields(raw, tied=True) | biases(raw)
-    fields["rms_norm_eps"] = number(raw.get("layer_norm_eps", 1e-5))
+    require_if_present(raw, _COHERE2_VALUES)
+    fields = shared_fields(raw, tied=True) | read_biases(raw)
+    fields["rms_norm_eps"] = to_float(raw.get("layer_norm_eps", 1e-5))
     rope, window = read_rope(raw, fields["head_dim"]), raw.get("sliding_window", 4096)
     period = raw.get("sliding_window_pattern", 4)
     return DecoderConfig(
@@ -112,7 +112,7 @@ def _read_cohere2(raw: Mapping[str, Any]) -> DecoderConfig:
         interleaved_rope=True,
         layer_norms=True,
         parallel_mlp=True,
-        logit_scale=positive(raw, "logit_scale", 0.0625),
+        logit_scale=read_positive(raw, "logit_scale", 0.0625),
     )
 
 
@@ -131,18 +131,18 @@ def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, eps=1e-5, activation=("hidden_act", "relu2"))
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
     mlp_bias = bool(raw.get("mlp_bias", False))
-    fields |= biases(raw)
+    fields |= read_biases(raw)
     return DecoderConfig(**fields, layers=layers, gated_mlp=False, mlp_bias=mlp_bias)
 
 
 def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
     if raw.get("use_bidirectional_attention"):
-        require(raw, {"use_bidirectional_attention": False})
+        require_if_present(raw, {"use_bidirectional_attention": False})
     # In published files, "gelu" means its tanh approximation, and `hidden_activation`
     # is null or says the same.
     gelu = "gelu_pytorch_tanh"
     if raw.get("hidden_activation") is not None:
-        require(raw, {"hidden_activation": gelu})
+        require_if_present(raw, {"hidden_activation": gelu})
     if raw.get("hidden_act") == "gelu":
         raw = {**raw, "hidden_act": gelu}
     fields = shared_fields(
@@ -150,7 +150,7 @@ def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
     )
     return DecoderConfig(
         **fields,
-        **biases(raw),
+        **read_biases(raw),
         layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
         unit_offset_norms=True,
         embedding_scale=fields["hidden_size"] ** 0.5,
@@ -158,7 +158,7 @@ def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, {"layer_types": None})  # all layers have the same window
+    require_if_present(raw, {"layer_types": None})  # all layers have the same window
     if raw.get("rope_scaling") is None and raw.get("rope_parameters") is None:
         raw = {**raw, "rope_parameters": _MINISTRAL3_ROPE}
     section = rope_section(raw)
@@ -171,21 +171,21 @@ def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
         )
     fields = shared_fields(raw, head_dim=128, kv_heads=8, eps=1e-5)
     rope = read_rope(raw, fields["head_dim"])
-    layers = one_window(raw, rope, default=None)
-    scaling = QueryScaling(number(beta), length)
+    layers = read_uniform_layers(raw, rope, default=None)
+    scaling = QueryScaling(to_float(beta), length)
     return DecoderConfig(**fields, layers=layers, query_scaling=scaling)
 
 
 def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, {"mlp_type": "default", "norm_type": "layer_norm"})
+    require_if_present(raw, {"mlp_type": "default", "norm_type": "layer_norm"})
     activation = ("hidden_act", "gelu_pytorch_tanh")
     fields = shared_fields(raw, kv_heads=2, tied=True, activation=activation)
-    fields["rms_norm_eps"] = number(raw.get("norm_epsilon", 1e-5))
+    fields["rms_norm_eps"] = to_float(raw.get("norm_epsilon", 1e-5))
     has_bias = bool(raw.get("use_bias", True))
     rope = read_rope(raw, fields["head_dim"])
     return DecoderConfig(
         **fields,
-        layers=one_window(raw, rope, default=None),
+        layers=read_uniform_layers(raw, rope, default=None),
         layer_norms="biased",
         gated_mlp=False,
         mlp_names=("c_fc", "c_proj"),

@@ -21,14 +21,14 @@ from .family import (
     SIZES,
     WINDOW_KEYS,
     Family,
-    biases,
     is_count,
-    one_window,
+    read_biases,
     read_experts,
     read_layers,
     read_partial_rope,
     read_rope,
-    require,
+    read_uniform_layers,
+    require_if_present,
     rope_section,
     shared_fields,
 )
@@ -90,18 +90,18 @@ TEXT_HALVES = {
 
 
 def _read_llama(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, {"sliding_window": None})
+    require_if_present(raw, {"sliding_window": None})
     fields = shared_fields(raw)
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
     mlp_bias = bool(raw.get("mlp_bias", False))
-    return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=mlp_bias)
+    return DecoderConfig(**fields, **read_biases(raw), layers=layers, mlp_bias=mlp_bias)
 
 
 def _read_mistral(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, {"layer_types": None})  # all layers have the same window
+    require_if_present(raw, {"layer_types": None})  # all layers have the same window
     fields = shared_fields(raw, kv_heads=8)
     rope = read_rope(raw, fields["head_dim"])
-    return DecoderConfig(**fields, layers=one_window(raw, rope, default=4096))
+    return DecoderConfig(**fields, layers=read_uniform_layers(raw, rope, default=4096))
 
 
 def _qwen_layers(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
@@ -125,31 +125,31 @@ def _read_qwen2(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_qwen3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, head_dim=128, kv_heads=32)
     layers = _qwen_layers(raw, read_rope(raw, fields["head_dim"]))
-    return DecoderConfig(**fields, **biases(raw), layers=layers, qk_norms=True)
+    return DecoderConfig(**fields, **read_biases(raw), layers=layers, qk_norms=True)
 
 
 def _read_smollm3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, kv_heads=4, tied=True)
     count, step = fields["num_layers"], raw.get("no_rope_layer_interval", 4)
     # Despite its name, `no_rope_layers` has 1 for layers with rotary positions.
-    has_rope = raw.get("no_rope_layers")
-    if has_rope is None:
-        has_rope = [(i + 1) % step for i in range(count)]
-    if len(has_rope) < count:
+    rope_flags = raw.get("no_rope_layers")
+    if rope_flags is None:
+        rope_flags = [(i + 1) % step for i in range(count)]
+    if len(rope_flags) < count:
         raise ValueError(
             f"`no_rope_layers` must have an entry for each of {count} layers. "
-            f"Got {len(has_rope)}."
+            f"Got {len(rope_flags)}."
         )
     window = raw.get("sliding_window")
     has_windows = bool(raw.get("use_sliding_window", False)) and window is not None
     rope = read_rope(raw, fields["head_dim"], theta=2e6)
-    kinds = read_layers(raw, lambda i: has_windows and not has_rope[i], window, rope)
+    kinds = read_layers(raw, lambda i: has_windows and not rope_flags[i], window, rope)
     layers = tuple(
         kind if is_rotary else replace(kind, rope=None)
-        for kind, is_rotary in zip(kinds, has_rope, strict=False)
+        for kind, is_rotary in zip(kinds, rope_flags, strict=False)
     )
     mlp_bias = bool(raw.get("mlp_bias", False))
-    return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=mlp_bias)
+    return DecoderConfig(**fields, **read_biases(raw), layers=layers, mlp_bias=mlp_bias)
 
 
 def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -163,7 +163,7 @@ def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
     raw = {**raw, "original_max_position_embeddings": original, "rope_scaling": section}
     # Phi-4-mini sets `partial_rotary_factor`.
     rope, dim = read_partial_rope(raw, fields["head_dim"], fraction=1.0)
-    layers = one_window(raw, rope, default=None)
+    layers = read_uniform_layers(raw, rope, default=None)
     return DecoderConfig(**fields, layers=layers, rotary_dim=dim, fused=True)
 
 
@@ -171,13 +171,13 @@ def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, kv_heads=8, eps=1e-5)
     experts = read_experts(raw, 8, 2, **MIXTRAL_EXPERTS)
     rope = read_rope(raw, fields["head_dim"], theta=1e6)
-    layers = one_window(raw, rope, default=None)
+    layers = read_uniform_layers(raw, rope, default=None)
     return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
 def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, {"clip_qkv": None})
-    fields = shared_fields(raw, eps=1e-5) | biases(raw)
+    require_if_present(raw, {"clip_qkv": None})
+    fields = shared_fields(raw, eps=1e-5) | read_biases(raw)
     normalized = bool(raw.get("norm_topk_prob", False))
     experts = read_experts(raw, 64, 8, factor=0.01, normalized=normalized)
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
@@ -185,10 +185,10 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields: dict[str, Any] = shared_fields(raw, kv_heads=4) | biases(raw)
+    fields: dict[str, Any] = shared_fields(raw, kv_heads=4) | read_biases(raw)
     fields["qk_norms"] = True
     windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
-    [kind] = one_window(windows, read_rope(raw, fields["head_dim"]), 4096)
+    [kind] = read_uniform_layers(windows, read_rope(raw, fields["head_dim"]), 4096)
     return _read_sparse(raw, fields, (kind,) * fields["num_layers"], 768, (128, 8))
 
 
@@ -242,10 +242,10 @@ def _read_sparse(
 
 
 def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
+    require_if_present(raw, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
     fields = shared_fields(raw, head_dim=64, kv_heads=8, eps=1e-5)
     fields |= {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
-    fields |= biases({"attention_bias": True, **raw})
+    fields |= read_biases({"attention_bias": True, **raw})
     section = raw.get("rope_scaling") or raw.get("rope_parameters") or _GPT_OSS_ROPE
     rope = read_rope(raw, fields["head_dim"], theta=150_000.0, section=section)
     window = raw.get("sliding_window", 128)
@@ -255,9 +255,9 @@ def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
-    require(raw, {"attn_output_gate": True, "mamba_ssm_dtype": "float32"})
-    require(raw, {"mlp_only_layers": []})
-    fields = shared_fields(raw, head_dim=256, kv_heads=kv_heads) | biases(raw)
+    require_if_present(raw, {"attn_output_gate": True, "mamba_ssm_dtype": "float32"})
+    require_if_present(raw, {"mlp_only_layers": []})
+    fields = shared_fields(raw, head_dim=256, kv_heads=kv_heads) | read_biases(raw)
     # Text has the same position in all dimensions, so the sections of multimodal rotary
     # positions make no difference.
     rope, dim = read_partial_rope(raw, fields["head_dim"], fraction=0.25)
@@ -295,7 +295,7 @@ def _read_qwen3_5_moe(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
-        require(raw, {"use_bidirectional_attention": False})
+        require_if_present(raw, {"use_bidirectional_attention": False})
     gelu = ("hidden_activation", "gelu_pytorch_tanh")
     fields = shared_fields(raw, head_dim=256, kv_heads=4, tied=True, activation=gelu)
     fields |= {
@@ -304,7 +304,7 @@ def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_scale": fields["hidden_size"] ** 0.5,
         "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
     }
-    return fields | biases(raw)
+    return fields | read_biases(raw)
 
 
 def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -320,7 +320,7 @@ def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
-    require(raw, {"attn_logit_softcapping": None})
+    require_if_present(raw, {"attn_logit_softcapping": None})
     fields = _gemma_fields(raw)
     # Newer files have one rotary section for each kind of layer.
     sections = raw.get("rope_parameters") or {}

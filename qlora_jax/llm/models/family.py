@@ -132,7 +132,7 @@ def shared_fields(
         raise ValueError(f"{wrong} must be positive integers. Got {values}.")
     # 2. Check the values that all families require.
     key, value = activation
-    require(raw, {key: value, "per_layer_config": None, "is_causal": True})
+    require_if_present(raw, {key: value, "per_layer_config": None, "is_causal": True})
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     size = raw.get("head_dim", head_dim) or width // heads
     if not is_count(size, _MAX_HEAD_DIM):
@@ -146,12 +146,12 @@ def shared_fields(
         "num_kv_heads": raw.get("num_key_value_heads", kv_heads) or heads,
         "head_dim": size,
         "activation": value,
-        "rms_norm_eps": number(raw.get("rms_norm_eps", eps)),
+        "rms_norm_eps": to_float(raw.get("rms_norm_eps", eps)),
         "tie_embeddings": bool(raw.get("tie_word_embeddings", tied)),
     }
 
 
-def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
+def read_biases(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Reads `attention_bias`: whether the projections q, k, v and o have biases."""
     has_bias = bool(raw.get("attention_bias", False))
     return {"qkv_bias": has_bias, "o_bias": has_bias}
@@ -170,7 +170,7 @@ def read_experts(
     `count`, `per_token` and `factor` are the family's defaults for missing keys.
     `factor` is the weight of the load-balancing loss, which is off by default.
     """
-    balance = number(raw.get("router_aux_loss_coef", factor))
+    balance = to_float(raw.get("router_aux_loss_coef", factor))
     return Experts(
         raw.get("num_experts", raw.get("num_local_experts", count)),
         raw.get("num_experts_per_tok", per_token),
@@ -179,7 +179,7 @@ def read_experts(
     )
 
 
-def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def require_if_present(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raises `UnsupportedOption` if `raw` has another value for one of these keys."""
     wrong = {key: x for key, x in values.items() if key in raw and raw[key] != x}
     if wrong:
@@ -217,7 +217,7 @@ def read_layers(
     return tuple(sliding if kind == _SLIDING else full for kind in types)
 
 
-def one_window(
+def read_uniform_layers(
     raw: Mapping[str, Any], rope: Rope, default: int | None
 ) -> tuple[LayerKind, ...]:
     """Returns the only kind of layer of a model whose layers all have the same window.
@@ -233,9 +233,9 @@ def one_window(
     return (LayerKind(rope, window),)
 
 
-def positive(raw: Mapping[str, Any], key: str, default: float) -> float:
+def read_positive(raw: Mapping[str, Any], key: str, default: float) -> float:
     """Returns a value that must be a positive number."""
-    if not (value := number(raw.get(key, default))) > 0:
+    if not (value := to_float(raw.get(key, default))) > 0:
         raise ValueError(f"`{key}` must be positive. Got {value}.")
     return value
 
@@ -245,7 +245,7 @@ def is_count(value: object, largest: int = _MAX_COUNT) -> bool:
     return type(value) is int and 0 < value <= largest
 
 
-def number(value: object) -> float:
+def to_float(value: object) -> float:
     """Returns a number as a float; raises for bools and text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
@@ -292,7 +292,7 @@ def read_rope(
         )
     # 2. The numbers. If `factor` is missing, it is computed as the ratio of the two
     # context lengths.
-    theta = number(section.get("rope_theta") or raw.get("rope_theta") or theta)
+    theta = to_float(section.get("rope_theta") or raw.get("rope_theta") or theta)
     longest = raw.get(_LONGEST)
     original = raw.get(_ORIGINAL) or section.get(_ORIGINAL) or longest
     values = {**section, _ORIGINAL: original, _LONGEST: longest}
@@ -303,7 +303,7 @@ def read_rope(
             f"`original_max_position_embeddings` and `factor`. Got {section}."
         )
     present = [key for key in _POSITIVE if values.get(key) is not None]
-    wrong = [key for key in present if not number(values[key]) > 0]
+    wrong = [key for key in present if not to_float(values[key]) > 0]
     if wrong or not theta > 0:
         raise ValueError(f"{wrong or 'rope_theta'} must be positive. Got {section}.")
     # 3. The divisors. NumPy need not warn about numbers that are not finite, because
@@ -340,7 +340,7 @@ def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _linear(values, frequency, theta) -> dict[str, Any]:
-    return {"divisors": (number(values["factor"]),) * len(frequency)}
+    return {"divisors": (to_float(values["factor"]),) * len(frequency)}
 
 
 def _llama3(values, frequency, theta) -> dict[str, Any]:
@@ -390,7 +390,7 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
     return {
         "divisors": _floats(divisors.tolist()),
         "original_length": int(original),
-        "scale": number(scale),
+        "scale": to_float(scale),
     }
 
 
@@ -409,12 +409,12 @@ def _longrope(values, frequency, theta) -> dict[str, Any]:
         "divisors": _floats(values["short_factor"]),
         "long_divisors": _floats(values["long_factor"]),
         "original_length": int(original),
-        "scale": number(scale),
+        "scale": to_float(scale),
     }
 
 
 def _floats(values: list[Any]) -> tuple[float, ...]:
-    return tuple(number(x) for x in values)
+    return tuple(to_float(x) for x in values)
 
 
 # For each `rope_type`: the keys that it requires, and the function that computes fields

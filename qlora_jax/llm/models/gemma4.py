@@ -8,13 +8,13 @@ from typing import Any
 from .config import DecoderConfig, Heads, LayerKind, Rope
 from .family import (
     WINDOW_KEYS,
-    biases,
     is_count,
-    number,
+    read_biases,
     read_layers,
     read_rope,
-    require,
+    require_if_present,
     shared_fields,
+    to_float,
 )
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -42,7 +42,7 @@ def read_gemma4(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def read_gemma4_unified(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the text half of the models without a vision tower (12B)."""
-    require(raw, {"hidden_size_per_layer_input": 0})
+    require_if_present(raw, {"hidden_size_per_layer_input": 0})
     return _read(raw, window=1024, per_layer_width=0)
 
 
@@ -50,7 +50,7 @@ def _read(
     raw: Mapping[str, Any], *, window: int, per_layer_width: int
 ) -> DecoderConfig:
     """Reads a config; the keyword arguments are defaults for missing keys."""
-    require(raw, dict.fromkeys(_NULL_KEYS) | {"enable_moe_block": False})
+    require_if_present(raw, dict.fromkeys(_NULL_KEYS) | {"enable_moe_block": False})
     # "vision" concerns images only.
     if (bidirectional := raw.get("use_bidirectional_attention")) not in _DIRECTIONS:
         raise ValueError(
@@ -88,7 +88,7 @@ def _read(
     }
     return DecoderConfig(
         **fields,
-        **biases(raw),
+        **read_biases(raw),
         layers=tuple(
             replace(kind, rope=ropes[layer_type], heads=layer_heads)
             for kind, layer_type, layer_heads in zip(kinds, types, heads, strict=True)
@@ -186,8 +186,8 @@ def _read_rope(raw: Mapping[str, Any], layer_type: str, dim: int) -> Rope | None
     num_pairs = int(section.get("partial_rotary_factor", 1.0) * dim // 2)
     if num_pairs == 0:
         return None
-    factor = number(section.get("factor", 1.0))
+    factor = to_float(section.get("factor", 1.0))
     divisors = () if factor == 1 else (factor,) * (dim // 2)
     is_partial = num_pairs < dim // 2
-    theta = number(section["rope_theta"])
+    theta = to_float(section["rope_theta"])
     return Rope(theta, divisors, dim=dim, num_pairs=num_pairs if is_partial else 0)

@@ -20,6 +20,7 @@ from .attention import (
     LayerScalars,
     SharedKV,
     Tokens,
+    projection_names,
     rotate,
 )
 from .config import DecoderConfig, LatentHeads, LayerKind
@@ -93,21 +94,16 @@ class LatentAttention(Attention):
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the Hugging Face name of each parameter in the layer, by path."""
-        low_rank = latent_heads_of(kind).query_rank is not None
         has_bias = {"kv_a_proj_with_mqa": config.qkv_bias, "kv_b_proj": False}
         has_bias |= {"o_proj": config.o_bias}
         norms = ["kv_a_layernorm"]
-        if low_rank:
+        if latent_heads_of(kind).query_rank is None:
+            has_bias["q_proj"] = False
+        else:
             has_bias |= {"q_a_proj": config.qkv_bias, "q_b_proj": False}
             norms.append("q_a_layernorm")
-        else:
-            has_bias["q_proj"] = False
         names = {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
-        for name, is_biased in has_bias.items():
-            names[f"{name}/kernel"] = f"self_attn.{name}.weight"
-            if is_biased:
-                names[f"{name}/bias"] = f"self_attn.{name}.bias"
-        return names
+        return names | projection_names(has_bias)
 
     @staticmethod
     def init_cache(

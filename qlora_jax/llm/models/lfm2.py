@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import DecoderConfig, LayerKind
-from .family import is_count, number, read_rope, require, shared_fields
+from .family import is_count, read_rope, require_if_present, shared_fields, to_float
 
 LFM2_KEYS = """
 block_auto_adjust_ff_dim block_dim block_ff_dim block_ffn_dim_multiplier
@@ -30,7 +30,7 @@ _MODULE_NAMES = (
 
 def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of LFM2."""
-    require(raw, {"rms_norm_eps": None})  # LFM2 calls it `norm_eps`
+    require_if_present(raw, {"rms_norm_eps": None})  # LFM2 calls it `norm_eps`
     raw = dict(raw)
     # Older files have other names for these keys. If a file has both names,
     # transformers reads the older one.
@@ -92,4 +92,4 @@ def _mlp_width(raw: Mapping[str, Any]) -> int:
         raise ValueError(
             f"`block_multiple_of` must be a positive integer. Got {multiple!r}."
         )
-    return -(-int(number(multiplier) * width) // multiple) * multiple
+    return -(-int(to_float(multiplier) * width) // multiple) * multiple

@@ -3,38 +3,16 @@
 Shapes: B batch, T tokens, D hidden size, W width of the convolution.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 
 from .attention import LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, LayerKind
-from .delta_rule import convolve, last_inputs
+from .delta_rule import LayerStates, convolve, last_inputs
 from .products import make_dense, name_product
-
-
-class ConvolutionInputs(NamedTuple):
-    """The cache of a stack of layers; its size does not grow with the sequence."""
-
-    inputs: Float[Array, "L B W-1 D"]  # the last inputs of the convolution
-
-    @property
-    def length(self) -> int:
-        """Zero, because the cache has no entries for single positions."""
-        return 0
-
-    def grow(self, length: int) -> "ConvolutionInputs":
-        """Returns the cache itself."""
-        return self
-
-    def write(
-        self, new: "ConvolutionInputs", positions: Int[Array, "B T"]
-    ) -> "ConvolutionInputs":
-        """Returns the new inputs, which replace the old ones."""
-        return new
 
 
 class ShortConvolution(nn.Module):
@@ -74,7 +52,7 @@ class ShortConvolution(nn.Module):
         if cache is None:
             return output, None, shared_kv
         new_inputs = last_inputs(inputs, cache.inputs, tokens.num_tokens)
-        return output, ConvolutionInputs(new_inputs), shared_kv
+        return output, LayerStates(new_inputs), shared_kv
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
@@ -93,11 +71,11 @@ class ShortConvolution(nn.Module):
         batch: int,
         length: int,
         dtype: DTypeLike,
-    ) -> ConvolutionInputs:
+    ) -> LayerStates:
         """Returns zeros for the inputs of a stack of layers."""
         width = convolution_width_of(kinds) - 1
         shape = len(kinds), batch, width, config.hidden_size
-        return ConvolutionInputs(jnp.zeros(shape, dtype))
+        return LayerStates(jnp.zeros(shape, dtype))
 
 
 def convolution_width_of(kinds: tuple[LayerKind, ...]) -> int:
