@@ -116,8 +116,13 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         {'rope_theta': 500000.0}
     """
     # `rope_parameters` holds the settings themselves, or a section for each kind of
-    # layer; Gemma 3 has a base frequency for its local (sliding) layers.
+    # layer. Of the models with sections, only Gemma 3 is older than transformers 5. It
+    # has a base frequency for its local (sliding) layers. Other models with sections
+    # could not be loaded with older keys.
     sections = config.get("rope_parameters") or {}
+    if "full_attention" in sections:
+        is_gemma3 = str(config.get("model_type")).startswith("gemma3")
+        sections = sections if is_gemma3 else {}
     rope = sections.get("full_attention", sections)
     local = sections.get("sliding_attention") or {}
     keys = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}

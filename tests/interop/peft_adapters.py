@@ -28,9 +28,20 @@ def all_linear(folder):
     """Returns PEFT's settings for adapters on all linear layers of a model.
 
     Experts and routers are parameters of other modules, not linear layers, in
-    transformers.
+    transformers. In models with experts, PEFT skips linear layers that have the name of
+    a kernel of experts, so they are listed as parameters too.
     """
     model = llama.their_model(folder)
+    adapted = peft.get_peft_model(
+        llama.their_model(folder),
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    skipped = {
+        f"{name}.weight"
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not name.endswith((".base_layer", ".default", "lm_head"))
+    }
     others = torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d
     parameters = {
         re.sub(r".*\.layers\.\d+\.", "", f"{path}.{name}")
@@ -40,6 +51,7 @@ def all_linear(folder):
         if x.ndim > 1 and "bias" not in name
     }
     settings = {"target_modules": "all-linear"}
+    parameters |= {re.sub(r".*\.layers\.\d+\.", "", name) for name in skipped}
     if parameters:
         settings["target_parameters"] = sorted(parameters)
     return settings

@@ -109,12 +109,13 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
     optional = [n for n in model.tensors if f".{n}".endswith(ends) and n not in saved]
     rows = _trained_rows(config, model, adapted, problems)
     # Last, report patterns that match nothing, which are probably misspelled.
+    pattern_keys = [_pattern_key(config, module) for module in adapted]
     for module in config.modules_to_save:
         if not any(is_saved(name, [module]) for name in model.tensors):
             problems.append(f"`modules_to_save`: {module!r} matches no module.")
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, setting):
-            if not any(matches_key(key, name) for name in (*adapted, *parameters)):
+            if not any(matches_key(key, name) for name in (*pattern_keys, *parameters)):
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
     refuse("this adapter does not fit the model", problems)
     wrapped = adapted | {module_of(name) for name in parameters}
@@ -145,11 +146,12 @@ def _module_adapter(
     kind = DoRA if config.use_dora else LoRA
     position, shape = model.modules[module], model.tensor_shape(f"{module}.weight")
     is_table = module in model.tables
+    pattern_key = _pattern_key(config, module)
     return ModuleAdapter(
         label=f"{position.path} ({module})",
         keys=array_keys(kind, module, is_table) if is_adapted else {},
-        rank=config.rank_of(module) if is_adapted else 0,
-        scaling=config.scaling_of(module) if is_adapted else 0.0,
+        rank=config.rank_of(pattern_key) if is_adapted else 0,
+        scaling=config.scaling_of(pattern_key) if is_adapted else 0.0,
         position=position,
         kind=kind,
         # A table is [V, D] in PEFT, where V is K.
@@ -157,6 +159,12 @@ def _module_adapter(
         # Embeddings have no dropout: their input is one token.
         dropout=0.0 if is_table else float(config.lora_dropout),
     )
+
+
+def _pattern_key(config: PeftConfig, module: str) -> str:
+    """Returns the name of an adapted module to which PEFT compares patterns."""
+    weight = f"{module}.weight"
+    return weight if is_targeted(weight, config.target_parameters) else module
 
 
 def _parameter_adapter(
@@ -184,6 +192,11 @@ def _adapted_modules(
         chosen = {m for m in linear if last_part(m) != HEAD}
     else:
         chosen = {m for m in modules if is_chosen(m, config.layers)}
+    chosen |= {
+        m
+        for m in _linear_modules(model)
+        if is_targeted(f"{m}.weight", config.target_parameters)
+    }
     excluded = {m for m in modules if is_targeted(m, config.exclude_modules)}
     convolutions = {m for m in chosen & {*model.modules} if model.window(m)}
     if convolutions and config.use_dora:
@@ -229,6 +242,7 @@ def _adapted_parameters(
 ) -> dict[str, str]:
     """Returns PEFT's modules of adapted parameters; adds mismatches to `problems`."""
     targets = config.target_parameters
+    weights = [f"{module}.weight" for module in _linear_modules(model)]
     by_module: dict[str, list[str]] = {}
     adapted_paths = {model.modules[module].path for module in adapted}
     for name, kernels in model.parameters.items():
@@ -238,15 +252,28 @@ def _adapted_parameters(
         is_twice = not adapted_paths.isdisjoint(kernels)
         if is_twice or is_inside_saved(name, config.modules_to_save):
             problems.append(f"`target_parameters`: {name} is adapted or saved twice.")
-    for target in _unmatched(targets, (), model.parameters):
+    for target in _unmatched(targets, (), [*model.parameters, *weights]):
         problems.append(
-            f"`target_parameters`: {target!r} matches no parameter of experts."
+            f"`target_parameters`: {target!r} matches no parameter of experts and no "
+            "weight of a linear layer."
         )
     # PEFT wraps a module once for each of its parameters, the first one innermost.
     return {
         name: module + ".base_layer" * depth
         for module, names in by_module.items()
         for depth, name in enumerate(reversed(names))
+    }
+
+
+def _linear_modules(model: NamedBase) -> set[str]:
+    """Returns the linear layers that are modules in transformers, unlike experts."""
+    in_parameters = {path for kernels in model.parameters.values() for path in kernels}
+    return {
+        module
+        for module, position in model.modules.items()
+        if position.path not in in_parameters
+        and module not in model.tables
+        and not model.window(module)
     }
 
 
@@ -339,11 +366,14 @@ def peft_config(
     low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
     # Then find the adapted modules and parameters, and their common values.
     modules, parameters = _adapters_by_name(model, low_rank, fused)
+    kinds = {type(x.adapter) for x in (modules | parameters).values()}
+    if kinds == {LoRA}:
+        for module in _named_like_experts(model) & modules.keys():
+            parameters[f"{module}.weight"] = modules.pop(module)
     adapted = modules | parameters
     if not adapted:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
     # A PEFT adapter is either LoRA or DoRA for all modules.
-    kinds = {type(x.adapter) for x in adapted.values()}
     if len(kinds) > 1:
         kind_names = sorted(kind.__name__ for kind in kinds)
         raise ValueError(f"adapters must be of one kind. Got {kind_names}.")
@@ -355,12 +385,14 @@ def peft_config(
     biased_modules, saved = _trained_modules(model, trained)
     if biased_modules and bias == "none":
         bias = "lora_only" if biased_modules <= modules.keys() else "all"
+    weights = (f"{module}.weight" for module in _linear_modules(model))
+    all_parameters = [*model.parameters, *weights]
     source = {"base_model_name_or_path": base_model, "revision": revision}
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=_ends(modules, model.modules, names, last_part),
-        target_parameters=_ends(parameters, model.parameters, names, _in_layer),
+        target_parameters=_ends(parameters, all_parameters, names, _in_layer),
         # Adapters of embeddings have no dropout.
         lora_dropout=max(x.adapter.dropout for x in adapted.values()),
         bias=bias,
@@ -412,6 +444,20 @@ def _adapters_by_name(
             settings = int(ranks[path][index]), float(adapters[path].scalings[index])
             modules[module] = _NamedAdapter(adapters[path], *settings)
     return modules, parameters
+
+
+def _named_like_experts(model: NamedBase) -> set[str]:
+    """Returns the linear layers that PEFT would take for experts by their names.
+
+    If a file has one module for each kernel of an expert, transformers 5 joins them to
+    parameters. PEFT then replaces each target such as "gate_proj" by the parameter of
+    experts, also if it means a shared expert or a layer without experts, which would
+    have no adapter. PEFT can adapt their weights as parameters instead.
+    """
+    paths = {path for kernels in model.parameters.values() for path in kernels}
+    experts = {m for m, position in model.modules.items() if position.path in paths}
+    names = {last_part(module) for module in experts}
+    return {module for module in _linear_modules(model) if last_part(module) in names}
 
 
 def _can_convert_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> bool:
