@@ -6,8 +6,9 @@ Trains on the tasks of `quality.py`. What is measured is the packed file, and no
 adapter beside its base. Two arms are trained on a bfloat16 base towards NF4 and INT4.
 As in `quality.py`, their best learning rate is searched with one seed, and two more
 seeds are trained at this rate. Every other arm differs from one of the two in a single
-setting, and is trained at the same rate with one seed. Every run appends its results to
-`one_file.jsonl`, and finished runs are skipped. `one_file_report.py` prints the tables.
+setting, and is trained at the same rate with the same seeds. Every run appends its
+results to `one_file.jsonl`, and finished runs are skipped. `one_file_report.py` prints
+the tables.
 """
 
 import argparse
@@ -59,13 +60,13 @@ class FileArm(Arm):
     starts_trained: bool = False
     keep: float = 0.0
     scales: Literal["absmax", "search"] = "absmax"
-    seeds: int = 1
+    seeds: int = len(SEEDS)
 
 
 def make_main_arm(file_fmt: str) -> FileArm:
     """Returns the arm to which the other arms with files in a format are compared."""
     name = f"{file_fmt} file, bfloat16 base"
-    return FileArm(name, file_fmt=file_fmt, seeds=len(SEEDS))
+    return FileArm(name, file_fmt=file_fmt)
 
 
 def make_arms() -> list[FileArm]:
