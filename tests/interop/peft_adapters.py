@@ -28,18 +28,26 @@ def all_linear(folder):
     """Returns PEFT's settings for adapters on all linear layers of a model.
 
     Experts and routers are parameters of other modules, not linear layers, in
-    transformers.
+    transformers. In Llama 4, the router is a linear layer that returns two arrays,
+    which PEFT can adapt only as a parameter.
     """
     model = llama.their_model(folder)
     others = torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d
+    routers = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear
+    }
     parameters = {
         re.sub(r".*\.layers\.\d+\.", "", f"{path}.{name}")
         for path, module in model.named_modules()
-        if not isinstance(module, others)
+        if not isinstance(module, others) or path.rpartition(".")[2] in routers
         for name, x in module.named_parameters(recurse=False)
         if x.ndim > 1 and "bias" not in name
     }
     settings = {"target_modules": "all-linear"}
+    if routers:
+        settings["exclude_modules"] = sorted(routers)
     if parameters:
         settings["target_parameters"] = sorted(parameters)
     return settings
