@@ -215,24 +215,30 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
 
 
-# gpt-oss stores all experts of a layer as one tensor, `NAME` [E, K, N]. Here they are
-# tensors [N, K] called `NAME.0`, `NAME.1` ..., as in other models and in name tables.
+# gpt-oss stores all experts of a layer as one tensor, `NAME` [E, K, N], and Gemma 4 as
+# one tensor [E, N, K] (see `Entry.stack_roles`). Here they are tensors [N, K] called
+# `NAME.0`, `NAME.1` ..., as in other models and in name tables.
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """Splits float stacks of experts into matrices `[N, K]`.
 
-    `NAME` `[E, K, N]` becomes `NAME.0`, `NAME.1` and so on. In some models, a file has
-    transformers' parameter `[E, N, K]` of all experts (`Entry.parameter`), in which the
-    rows of several kernels follow each other. It becomes the tensors that the table
-    names instead.
+    `NAME` `[E, K, N]` or `[E, N, K]` becomes `NAME.0`, `NAME.1` and so on. In some
+    models, a file has transformers' parameter `[E, N, K]` of all experts
+    (`Entry.parameter`), in which the rows of several kernels follow each other. It
+    becomes the tensors that the table names instead.
     """
     split: dict[str, Any] = {}
     for name, x in tensors.items():
         parts = names.parts_of_parameter(name) if len(x.shape) == 3 else []
-        if len(x.shape) == 3 and names.is_stack(name):
+        roles = names.stack_roles(name) if len(x.shape) == 3 else None
+        if roles is not None:
             for index in range(x.shape[0]):
-                split[f"{name}.{index}"] = transposed(matrix_in_stack(x, index))
+                matrix = matrix_in_stack(x, index)
+                is_transposed = roles == "kn"
+                split[f"{name}.{index}"] = (
+                    transposed(matrix) if is_transposed else matrix
+                )
         elif parts and x.shape[1] % len(parts) == 0:
             for index in range(x.shape[0]):
                 matrices = equal_parts(matrix_in_stack(x, index), len(parts))
@@ -250,14 +256,17 @@ def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
         stem = name.rpartition(".")[0]
         parts.setdefault(stem if names.is_stack(stem) else name, []).append(x)
     return {
-        name: parts[name][0] if name in tensors else _stack_experts(parts[name])
-        for name in parts
+        name: x[0] if name in tensors else _stack_experts(x, names.stack_roles(name))
+        for name, x in parts.items()
     }
 
 
-def _stack_experts(experts: list[Any]) -> DeferredTensor:
-    return DeferredTensor(
-        experts[0].dtype,
-        (len(experts), *experts[0].shape[::-1]),
-        lambda: np.stack([np.asarray(x[:, :]).T for x in experts]),
-    )
+def _stack_experts(experts: list[Any], roles: str | None) -> DeferredTensor:
+    is_transposed = roles == "kn"
+    shape = experts[0].shape[::-1] if is_transposed else experts[0].shape
+
+    def stack_matrices() -> np.ndarray:
+        matrices = [np.asarray(x[:, :]) for x in experts]
+        return np.stack([x.T for x in matrices] if is_transposed else matrices)
+
+    return DeferredTensor(experts[0].dtype, (len(experts), *shape), stack_matrices)

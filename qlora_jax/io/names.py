@@ -6,9 +6,9 @@ transpose of a weight `[N, K]`, so a table only needs names and the roles of axe
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,11 @@ class Entry:
             adapt it as one of `target_parameters`. It has no {expert} if the parameter
             holds all experts. Leaves of the same parameter are concatenated along N.
             List the parameters of a module in the order in which it defines them.
+        stack_roles: The roles of the axes of each part, if the name is that of a part
+            of a tensor: "kn" or "nk".
+        is_swapped: Whether PEFT takes the outputs of the parameter for its inputs, and
+            its inputs for its outputs. It does so if the parameter is `[E, K, N]`, and
+            its module does not say so by an attribute `is_transposed`.
         numbers: The numbers that a placeholder stands for along its batch axis, such as
             the layers in a stack; by default 0, 1, 2, ... .
 
@@ -55,6 +60,8 @@ class Entry:
     names: str | tuple[str, ...]
     roles: str | None = None
     parameter: str | None = None
+    stack_roles: Literal["kn", "nk"] = "kn"
+    is_swapped: bool = False
     numbers: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -221,6 +228,17 @@ class Names:
         entry, _, axes = self._find(path)
         return len(axes) + (not isinstance(entry.names, str))
 
+    def is_swapped(self, path: str) -> bool:
+        """Returns `Entry.is_swapped` of a leaf.
+
+        Args:
+            path: The leaf's path.
+
+        Raises:
+            ValueError: If no entry has that path.
+        """
+        return self._find(path)[0].is_swapped
+
     def parameters(
         self, batch_shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, dict[str, list[BatchIndex]]]:
@@ -279,7 +297,16 @@ class Names:
         Args:
             name: The name of a tensor in a checkpoint.
         """
-        return any(pattern.fullmatch(name) for pattern in self._stacks)
+        return self.stack_roles(name) is not None
+
+    def stack_roles(self, name: str) -> str | None:
+        """Returns `Entry.stack_roles` of a tensor's parts; None if it has no parts.
+
+        Args:
+            name: The name of a tensor in a checkpoint.
+        """
+        matches = (roles for stack, roles in self._stacks if stack.fullmatch(name))
+        return next(matches, None)
 
     def _find(self, path: str) -> tuple[Entry, dict[str, str], list[str]]:
         """Returns a leaf's entry, the numbers in its path, and its batch axes' names.
@@ -294,15 +321,15 @@ class Names:
                 return entry, numbers, axes
         raise ValueError(f"`path` must be one of {sorted(self.entries)}. Got {path!r}.")
 
-    def _all_templates(self) -> Iterator[str]:
-        for entry in self.entries.values():
-            yield from entry._templates
-
     @functools.cached_property
-    def _stacks(self) -> list[re.Pattern]:
+    def _stacks(self) -> list[tuple[re.Pattern, str]]:
         # `experts.{expert}` names the parts of a tensor called `experts`.
-        matches = (re.fullmatch(r"(.*)\.\{[a-z_]+\}", n) for n in self._all_templates())
-        return [_pattern(match[1]) for match in matches if match]
+        return [
+            (_pattern(match[1]), entry.stack_roles)
+            for entry in self.entries.values()
+            for template in entry._templates
+            if (match := re.fullmatch(r"(.*)\.\{[a-z_]+\}", template))
+        ]
 
     @functools.cached_property
     def _expert_parameters(self) -> list[tuple[re.Pattern, Entry]]:

@@ -2,11 +2,12 @@
 
 from qlora_jax.llm.models.families import FAMILIES
 
-# Without the wrappers of a vision part, whose text half is one of these.
+# Without the wrappers of a vision part, whose text half is one of these, and without
+# Kimi K2, a DeepSeek V3 whose `model_type` transformers does not have.
 TEXT_FAMILIES = sorted(
     kind
     for kind, family in FAMILIES.items()
-    if "text_config" not in family.keys.split()
+    if "text_config" not in family.keys.split() and kind != "kimi_k2"
 )
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
@@ -70,7 +71,8 @@ def randomize(model):
 
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" in key or key.endswith("bias"):
+            # The scales are those of Gemma 4's router.
+            if "norm" in key or key.endswith(("bias", "scale")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(parameter.half().float())

@@ -29,7 +29,8 @@ def all_linear(folder):
 
     Experts and routers are parameters of other modules, not linear layers, in
     transformers. In models with experts, PEFT skips linear layers that have the name of
-    a kernel of experts, so they are listed as parameters too.
+    a kernel of experts, so they are listed as parameters too. In Llama 4, the router is
+    a linear layer that returns two arrays, which PEFT can adapt only as a parameter.
     """
     model = llama.their_model(folder)
     adapted = peft.get_peft_model(
@@ -43,14 +44,21 @@ def all_linear(folder):
         and not name.endswith((".base_layer", ".default", "lm_head"))
     }
     others = torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d
+    routers = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear
+    }
     parameters = {
         re.sub(r".*\.layers\.\d+\.", "", f"{path}.{name}")
         for path, module in model.named_modules()
-        if not isinstance(module, others)
+        if not isinstance(module, others) or path.rpartition(".")[2] in routers
         for name, x in module.named_parameters(recurse=False)
         if x.ndim > 1 and "bias" not in name
     }
     settings = {"target_modules": "all-linear"}
+    if routers:
+        settings["exclude_modules"] = sorted(routers)
     parameters |= {re.sub(r".*\.layers\.\d+\.", "", name) for name in skipped}
     if parameters:
         settings["target_parameters"] = sorted(parameters)

@@ -17,7 +17,10 @@ from configs import LINEAR, LLAMA3, SIZES, YARN
 Options = dict[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"
 LINEAR_ATTENTION = "linear_attention"
+_CHUNKS = "chunked_attention", FULL
 QUICK_SEEDS = (0,)
+# A further model of the quick run: the first Gemma 4 has no experts.
+QUICK_DRAWS = ("gemma4_text, seed 14",)
 _FIRST = datetime.date.today().toordinal() * 15
 LONG_SEEDS = tuple(range(_FIRST, _FIRST + 15))  # for a long run; they change every day
 # Options that no function has to draw. All models here have the same value of them, or
@@ -333,11 +336,14 @@ def draw_gemma4(rng: random.Random) -> Options:
     num_shared = rng.randint(0, count - 1)
     while {*types[: count - num_shared]} != {*types}:
         num_shared -= 1
+    # Layers that share keys and values need per-layer inputs in transformers 5.24.
+    per_layer_width = 6 if num_shared else rng.choice((0, 6))
     fraction = {"partial_rotary_factor": rng.choice((0.25, 0.5, 1.0))}
     full = {"rope_type": "proportional", "rope_theta": 1e2, "factor": 2.0} | fraction
     full = rng.choice((full, draw_rope(rng)["rope_parameters"]))
     ropes = {SLIDING: draw_rope(rng)["rope_parameters"], FULL: full}
-    return sizes | draw_flags(rng, "attention_k_eq_v use_double_wide_mlp") | {
+    flags = draw_flags(rng, "enable_moe_block attention_k_eq_v use_double_wide_mlp")
+    return sizes | flags | {
         "num_hidden_layers": count,
         "layer_types": types,
         "num_kv_shared_layers": num_shared,
@@ -345,18 +351,22 @@ def draw_gemma4(rng: random.Random) -> Options:
         "rope_parameters": ropes,
         "global_head_dim": rng.choice((12, 16)),
         "num_global_key_value_heads": rng.choice((None, 1)),
-        "hidden_size_per_layer_input": rng.choice((0, 6)),
+        "hidden_size_per_layer_input": per_layer_width,
         "vocab_size_per_layer_input": SIZES["vocab_size"],
         "final_logit_softcapping": rng.choice((None, 3.0, 30.0)),
         "initializer_range": 0.2,
+        "num_experts": rng.randint(2, 5),
+        "top_k_experts": rng.randint(1, 2),
+        "moe_intermediate_size": rng.choice((16, 24)),
     }  # fmt: skip
 
 
 def draw_gemma4_unified(rng: random.Random) -> Options:
     """Returns the options of Gemma 4 12B."""
     options = draw_gemma4(rng)
-    absent = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
-    return {key: x for key, x in options.items() if key not in absent}
+    absent = "hidden_size_per_layer_input vocab_size_per_layer_input enable_moe_block"
+    absent += " num_experts top_k_experts moe_intermediate_size"
+    return {key: x for key, x in options.items() if key not in absent.split()}
 
 
 def draw_latent(rng: random.Random) -> Options:
@@ -404,6 +414,26 @@ def draw_glm_lite(rng: random.Random) -> Options:
     return options | {"mlp_layer_types": rng.choice((None, types))}
 
 
+def draw_llama4(rng: random.Random) -> Options:
+    """Returns the options of Llama 4."""
+    sizes = draw_sizes(rng, (8, 12)) | draw_rope(rng)
+    count = sizes["num_hidden_layers"]
+    flags = draw_flags(rng, "use_qk_norm attention_bias attn_temperature_tuning")
+    sparse = sorted(rng.sample(range(count), rng.randint(1, count)))
+    no_rope_layers = [rng.randint(0, 1) for _ in range(count)]
+    return sizes | flags | draw_experts(rng, "num_local_experts") | {
+        "intermediate_size_mlp": rng.choice((16, 24)),
+        "moe_layers": rng.choice((None, sparse)),
+        "interleave_moe_layer_step": rng.randint(1, count),
+        "no_rope_layers": rng.choice((None, no_rope_layers)),
+        "no_rope_layer_interval": rng.randint(2, 4),
+        "attention_chunk_size": rng.choice((3, 8)),
+        "layer_types": rng.choice((None, [rng.choice(_CHUNKS) for _ in range(count)])),
+        "floor_scale": rng.choice((4, 8)),
+        "attn_scale": rng.choice((0.1, 1.0)),
+    }  # fmt: skip
+
+
 def draw_lfm2(rng: random.Random) -> Options:
     """Returns the options of LFM2."""
     sizes = draw_sizes(rng) | draw_rope(rng)
@@ -422,16 +452,14 @@ def draw_lfm2(rng: random.Random) -> Options:
 
 
 _LATENT = "hidden_act head_dim qk_head_dim"
-_EXPERTS_4 = "enable_moe_block num_experts top_k_experts moe_intermediate_size"
 _GEMMA = "hidden_activation use_bidirectional_attention"
 FAMILY_DRAWS = {
     "deepseek_v2": FamilyDraw(draw_deepseek_v2, f"{_LATENT} mlp_bias"),
     "deepseek_v3": FamilyDraw(draw_deepseek_v3, f"{_LATENT} num_nextn_predict_layers"),
     "glm4_moe_lite": FamilyDraw(draw_glm_lite, _LATENT),
     "lfm2": FamilyDraw(draw_lfm2, ""),
-    "gemma4_text": FamilyDraw(
-        draw_gemma4, f"{_GEMMA} {_EXPERTS_4} vocab_size_per_layer_input"
-    ),
+    "llama4_text": FamilyDraw(draw_llama4),
+    "gemma4_text": FamilyDraw(draw_gemma4, f"{_GEMMA} vocab_size_per_layer_input"),
     "gemma4_unified_text": FamilyDraw(draw_gemma4_unified, _GEMMA),
     "llama": FamilyDraw(draw_llama),
     "mistral": FamilyDraw(draw_mistral),

@@ -66,8 +66,12 @@ ACTIVE = {
     "gemma4_text": WINDOWS
     | {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 4}
     | {"vocab_size_per_layer_input": 64, "top_k_experts": 2, "num_experts": 4}
-    | {"moe_intermediate_size": 16},
+    | {"moe_intermediate_size": 16, "enable_moe_block": True},
     "gemma4_unified_text": WINDOWS | {"head_dim": 8, "global_head_dim": 16},
+    "llama4_text": EXPERTS
+    | {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 24}
+    | {"attention_chunk_size": 8, "floor_scale": 4, "moe_layers": [0, 2]}
+    | {"no_rope_layers": [1, 0, 1], "layer_types": ["chunked_attention", FULL, FULL]},
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
     "olmo3": WINDOWS,
@@ -92,6 +96,7 @@ OTHERS = {
     "label2id": {"a": 0, "b": 1, "c": 2},
     "layer_types": [FULL, SLIDING, SLIDING],
     "mlp_only_layers": [0],
+    "moe_layers": [1],
     "no_rope_layers": [0, 1, 1],
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -110,6 +115,7 @@ MORE |= {"layer_types": [FULL, SLIDING, SLIDING], "lm_head_bias": True}
 # Changes that the model with all changes leaves out: they need other weights or another
 # output, or remove the effect of other changes.
 APART = ("num_hidden_layers", "return_dict", "use_sliding_window")
+APART += ("enable_moe_block",)
 LONG = longrope(2, 16, rope_theta=5e4, partial_rotary_factor=0.5)["rope_parameters"]
 
 

@@ -100,7 +100,7 @@ DRAWS = [
     pytest.param(f"{kind}, seed {seed}", marks=marks)
     for kind in random_configs.FAMILY_DRAWS
     for seed, marks in SEEDS
-]
+] + [*random_configs.QUICK_DRAWS]
 
 
 def settings_of(name):
@@ -185,6 +185,32 @@ def test_draws_vary_all_options_of_a_config_class(kind):
     varied = {key for key, drawn in values.items() if len(drawn) > 1}
     undrawn = {*random_configs.UNDRAWN.split(), *family.undrawn.split()}
     assert sorted(options - varied - undrawn) == []
+
+
+def test_kimi_k2_is_a_deepseek_v3(tmp_path):
+    # Its `model_type` is that of a class on the hub. The options are the published
+    # ones, with smaller sizes.
+    yarn = YARN | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0}
+    yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    settings = SIZES | {"num_key_value_heads": 4, "q_lora_rank": 12, "v_head_dim": 8}
+    settings |= {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+    settings |= {"n_routed_experts": 12, "num_experts_per_tok": 4, "n_group": 1}
+    settings |= {"topk_group": 1, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    settings |= {"first_k_dense_replace": 1, "norm_topk_prob": True}
+    settings |= {"routed_scaling_factor": 2.827, "rope_parameters": yarn}
+    settings |= {"num_nextn_predict_layers": 0}
+    model = random_model("deepseek_v3", settings)
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"model_type": "kimi_k2", "scoring_func": "sigmoid", "ep_size": 1}
+    raw |= {"topk_method": "noaux_tc", "moe_layer_freq": 1, "seq_aux": True}
+    raw |= {"aux_loss_alpha": 0.001, "auto_map": {"AutoConfig": "x.DeepseekV3Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config, params = load(tmp_path, progress=False)
+    tokens = np.random.default_rng(1).integers(0, 64, (2, 40))
+    logits = llama.our_logits(config, params, tokens=tokens)
+    run = partial(llama.logits_of, model, tokens)
+    assert_within_rounding(np.asarray(logits), *llama.measure_rounding_of(model, run))
 
 
 def test_every_family_has_draws():

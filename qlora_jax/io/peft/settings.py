@@ -173,7 +173,8 @@ def _parameter_adapter(
     kernels = model.parameters[name]
     settings = config.rank_of(name), config.scaling_of(name)
     shapes = [model.named[path].tensor_shape for path in kernels]
-    return ParameterAdapter(name, array_keys(LoRA, module), *settings, kernels, shapes)
+    keys, is_swapped = array_keys(LoRA, module), name in model.swapped
+    return ParameterAdapter(name, keys, *settings, kernels, shapes, is_swapped)
 
 
 def _adapted_modules(

@@ -34,7 +34,7 @@ from ..models.torch_decoder import (
 )
 from ..train.outputs import NATIVE_ADAPTER
 from ..train.state import Checkpoints
-from ..train.target_modules import HEAD, find_target_paths
+from ..train.target_modules import find_target_paths
 from .configs import (
     PACKING_OPTIONS,
     Engine,
@@ -120,7 +120,8 @@ class BaseModel:
     @property
     def head(self) -> str:
         """The name of the module that computes the logits."""
-        return self.config.head if isinstance(self.config, TorchConfig) else HEAD
+        is_torch = isinstance(self.config, TorchConfig)
+        return self.config.head if is_torch else self.config.head_module
 
     @property
     def contract(self) -> Contract:

@@ -66,7 +66,9 @@ _PUBLISHED = {
     "gemma": _Published("Gemma 1", "2B, 7B", "google/gemma-1.1-2b-it"),
     "gemma2": _Published("Gemma 2", "2B to 27B", "google/gemma-2-2b-it"),
     "gemma3_text": _Published("Gemma 3", "270M to 27B", "google/gemma-3-1b-it"),
-    "gemma4_text": _Published("Gemma 4", "E2B, E4B, 31B", "google/gemma-4-E2B-it"),
+    "gemma4_text": _Published(
+        "Gemma 4", "E2B, E4B, 31B, 26B-A4B", "google/gemma-4-E2B-it"
+    ),
     "gemma4_unified_text": _Published("Gemma 4, 12B", "12B", "google/gemma-4-12B-it"),
     "deepseek_v2": _Published(
         "DeepSeek V2", "16B-A2.4B, 236B-A21B", "deepseek-ai/DeepSeek-V2-Lite-Chat"
@@ -74,7 +76,11 @@ _PUBLISHED = {
     "deepseek_v3": _Published(
         "DeepSeek V3 and R1", "671B-A37B", "deepseek-ai/DeepSeek-V3"
     ),
+    "kimi_k2": _Published("Kimi K2", "1T-A32B", "moonshotai/Kimi-K2-Thinking"),
     "glm4_moe_lite": _Published("GLM-4.7-Flash", "30B-A3B", "zai-org/GLM-4.7-Flash"),
+    "llama4_text": _Published(
+        "Llama 4", "109B-A17B, 400B-A17B", "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+    ),
     "lfm2": _Published("LFM2", "350M to 2.6B", "LiquidAI/LFM2-1.2B"),
     "ministral3": _Published(
         "Ministral 3", "3B to 14B", "mistralai/Ministral-3-3B-Instruct-2512"

@@ -147,7 +147,7 @@ def read_gguf(
     hf_names: dict[str, list[str]] = {}
     for hf_name, gguf_name in gguf_names(config, architecture).items():
         hf_names.setdefault(gguf_name, []).append(hf_name)
-    if config.experts is not None and config.experts.interleaved:
+    if config.experts is not None and config.experts.joined == "alternating":
         stored = _join_gate_up(stored)
     # 3. The tensors; those without a Hugging Face name are reported by `ql.io.load`.
     tensors = {}

@@ -208,8 +208,8 @@ class Attention(nn.Module):
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         table = self._select_table(tokens, scalars)
-        query = rotate(query, table, c.interleaved_rope)
-        if tokens.query_scales is not None:
+        query = self._rotate(query, table)
+        if tokens.query_scales is not None and kind.scales_queries:
             query = (query * tokens.query_scales).astype(query.dtype)
         if kind.has_kv:
             key, value = key_and_value
@@ -217,7 +217,7 @@ class Attention(nn.Module):
                 key = self._normalize(key, "k")
             if c.value_norms:
                 value = nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(value)
-            key = rotate(key, table, c.interleaved_rope)
+            key = self._rotate(key, table)
             if cache is not None:
                 key, value, new_kv = self._write(key, value, tokens, cache)
         else:
@@ -290,6 +290,14 @@ class Attention(nn.Module):
             return norm(x)
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
+    def _rotate(self, x: Float[Array, "B T _ Dh"], table: Array) -> Array:
+        """Rotates queries or keys, and normalizes them if the layer does so."""
+        c = self.config
+        x = rotate(x, table, c.interleaved_rope)
+        if not self.kinds[0].unit_norms:
+            return x
+        return nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(x)
+
     def _attend_in_order(
         self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars
     ):
@@ -297,11 +305,15 @@ class Attention(nn.Module):
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
+        window = self.kinds[0].window if scalars.window is None else scalars.window
+        segment_ids = tokens.segment_ids
+        if self.kinds[0].is_chunked and window is not None:
+            segment_ids = number_chunks(tokens.positions, segment_ids, window)
         attend_window = functools.partial(
             attention,
             scale=c.attention_scale,
             soft_cap=c.attention_soft_cap,
-            segment_ids=tokens.segment_ids,
+            segment_ids=segment_ids,
             **({} if sinks is None else {"sinks": sinks}),
         )
         windows = [*dict.fromkeys(kind.window for kind in self.kinds)]
@@ -347,6 +359,9 @@ class Attention(nn.Module):
         visible = positions[:, :, None] >= key_positions[:, None, :]
         if window is not None:
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
+            if self.kinds[0].is_chunked:
+                chunks, key_chunks = positions // window, key_positions // window
+                visible &= chunks[:, :, None] == key_chunks[:, None, :]
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
         # 2. Attention. `attend` multiplies all scores by the scale, but sinks are final
@@ -385,6 +400,27 @@ class Attention(nn.Module):
         heads = config.heads_of(kinds[0])
         shape = (len(kinds), batch, heads.num_kv_heads, length, heads.head_dim)
         return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def number_chunks(
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    size: int | Int[Array, ""],
+) -> Int[Array, "B T"]:
+    """Returns ids of segments that are the chunks of all sequences of a row.
+
+    The positions of each sequence must count up by one.
+
+    Example:
+        >>> positions = jnp.array([[0, 1, 2, 3, 0, 1]])
+        >>> number_chunks(positions, jnp.array([[7, 7, 7, 7, 8, 8]]), 3).tolist()
+        [[0, 0, 0, 1, 2, 2]]
+    """
+    chunks = positions // size
+    is_start = chunks[:, 1:] != chunks[:, :-1]
+    if segment_ids is not None:
+        is_start |= segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.cumsum(jnp.pad(is_start, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
 def pad_heads(x: Float[Array, "B T H Dh"], width: int) -> Float[Array, "B T H width"]:

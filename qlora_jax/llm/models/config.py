@@ -111,11 +111,12 @@ class LatentHeads:
 class QueryScaling:
     """Factors of queries that grow with the position, so that attention stays sharp.
 
-    The factor at `position` is `1 + beta * log(1 + position // length)`.
+    The factor at `position` is `1 + beta * log(1 + (position + offset) // length)`.
 
     Attributes:
         beta: Weight of the logarithm.
         length: Number of consecutive positions that have the same factor.
+        offset: Number that is added to positions.
 
     Example:
         >>> QueryScaling(beta=0.1, length=16_384).beta
@@ -124,6 +125,7 @@ class QueryScaling:
 
     beta: float
     length: int
+    offset: int = 0
 
     def __post_init__(self):
         if not math.isfinite(self.beta) or self.beta < 0 or self.length < 1:
@@ -197,6 +199,11 @@ class LayerKind:
         convolution_width: Width of the gated convolution that replaces attention: the
             number of tokens that it sees, including the token itself. None if there is
             no such convolution.
+        is_chunked: Whether sequences are divided into chunks of `window` tokens, so
+            that a query sees only tokens of its own chunk.
+        unit_norms: Whether each query and key is divided by its root mean square after
+            the rotation.
+        scales_queries: Whether the decoder's `query_scaling` applies to the layer.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -212,6 +219,9 @@ class LayerKind:
     has_kv: bool = True
     latent: LatentHeads | None = None
     convolution_width: int | None = None
+    is_chunked: bool = False
+    unit_norms: bool = False
+    scales_queries: bool = True
 
     @property
     def has_attention(self) -> bool:
@@ -220,13 +230,17 @@ class LayerKind:
 
     @property
     def structure(self) -> "LayerKind":
-        """The settings that determine the parameters; stacked layers agree in them."""
+        """The settings in which stacked layers agree.
+
+        They determine the parameters and the program of a layer. The other settings
+        can be inputs of the program.
+        """
         return dataclasses.replace(self, rope=None, window=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture of experts, which replaces the MLP of a layer.
+    """A mixture of experts, which replaces the MLP of a layer or is added to it.
 
     A router computes a logit for each token and expert, and turns logits into scores. A
     token is processed by the experts with the best scores. Their outputs are summed,
@@ -236,7 +250,12 @@ class Experts:
         count: Number of experts.
         per_token: Number of experts that process a token.
         normalized: Whether the weights of a token's experts sum to 1.
-        interleaved: Whether gate and up are one kernel with alternating columns.
+        width: Width inside each expert; 0 for `intermediate_size` of the decoder.
+        joined: How gate and up form one kernel: "alternating" for alternating columns,
+            "halves" for the columns of gate followed by those of up. None if they are
+            two kernels.
+        beside_mlp: Whether a layer has experts and an MLP, whose outputs are added (see
+            `mlp_with_experts.py`).
         router: Name of the router in the Hugging Face model, relative to the layer.
         kernel: Name of an expert's kernel, also relative to the layer. NAME stands for
             "gate_proj" and so on. A name that ends in {expert} means that one tensor
@@ -255,6 +274,9 @@ class Experts:
         groups_per_token: Number of groups that are chosen for a token. All of its
             experts are in these groups.
         scale: Factor of the weights of a token's experts.
+        weights_inputs: Whether the weights of a token's experts multiply the inputs of
+            the experts instead of their outputs.
+        is_swapped: See `qlora_jax.io.Entry.is_swapped`.
         balance: Weight of the load-balancing loss in training.
 
     Example:
@@ -265,7 +287,9 @@ class Experts:
     count: int
     per_token: int
     normalized: bool = True
-    interleaved: bool = False
+    width: int = 0
+    joined: Literal["alternating", "halves"] | None = None
+    beside_mlp: bool = False
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
@@ -277,6 +301,8 @@ class Experts:
     num_groups: int = 1
     groups_per_token: int = 1
     scale: float = 1.0
+    weights_inputs: bool = False
+    is_swapped: bool = False
     # `==` ignores this option of training: decoders that differ only in it are equal.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
@@ -288,11 +314,11 @@ class Experts:
                 f"`count` must be an integer up to {_MAX_EXPERTS}, and `per_token` an "
                 f"integer from 1 to `count`. Got {sizes}."
             )
-        if type(self.shared_width) is not int or self.shared_width < 0:
-            raise ValueError(
-                "`shared_width` must be a positive integer, or 0. Got "
-                f"{self.shared_width!r}."
-            )
+        for name in ("width", "shared_width"):
+            if type(width := getattr(self, name)) is not int or width < 0:
+                raise ValueError(
+                    f"`{name}` must be a positive integer, or 0. Got {width!r}."
+                )
         groups = self.num_groups, self.groups_per_token
         is_int = all(type(number) is int for number in groups)
         if not is_int or not 0 < self.groups_per_token <= self.num_groups:
@@ -310,7 +336,7 @@ class Experts:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The names of an expert's kernels."""
-        if self.interleaved:
+        if self.joined is not None:
             return "gate_up_proj", "down_proj"
         return "gate_proj", "up_proj", "down_proj"
 
@@ -503,6 +529,8 @@ class DecoderConfig:
                 )
             if kind.has_kv:
                 kv_groups.add(kind.kv_group)
+            if kind.is_chunked and kind.window is None:
+                raise ValueError("`window` must be set if `is_chunked`. Got None.")
             heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
             if self.num_heads % heads.num_kv_heads or dim % 2 or dim > heads.head_dim:
                 raise ValueError(
@@ -549,6 +577,15 @@ class DecoderConfig:
             rope: The rotary positions of the layer, or None.
         """
         return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
+
+    @property
+    def head_module(self) -> str:
+        """The path of the head's module in the Hugging Face model.
+
+        In Llama 4 with a vision part, the text half is a whole model with a head.
+        """
+        parent, _, name = self.module.rpartition(".")
+        return f"{parent}.lm_head" if parent and name == "model" else "lm_head"
 
     @property
     def delta_rule(self) -> DeltaRule | None:

@@ -372,7 +372,7 @@ def describe_tokens(
         tables.append(table)
     query_scales = None
     if (scaling := config.query_scaling) is not None:
-        steps = (positions // scaling.length).astype(jnp.float32)
+        steps = ((positions + scaling.offset) // scaling.length).astype(jnp.float32)
         query_scales = (1 + scaling.beta * jnp.log1p(steps))[:, :, None, None]
     tables = jnp.stack(tables)
     return Tokens(positions, segment_ids, tables, query_scales=query_scales)

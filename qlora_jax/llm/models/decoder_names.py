@@ -36,12 +36,12 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
     if c.module != "model":  # the decoder is the text half of a larger model
         ignored.append(
             r"(model\.)?(vision_tower|multi_modal_projector|visual|embed_vision"
-            r"|vision_embedder|audio_tower|embed_audio)\..*"
+            r"|vision_model|vision_embedder|audio_tower|embed_audio)\..*"
         )
     if c.tie_embeddings:
-        ignored.append(r"lm_head\.weight")
+        ignored.append(rf"{re.escape(c.head_module)}\.weight")
     else:
-        entries["lm_head/kernel"] = "lm_head.weight"
+        entries["lm_head/kernel"] = f"{c.head_module}.weight"
     if c.per_layer_width:
         entries |= {
             f"{PerLayerEmbedding.part_name}/{path}": f"{c.module}.{name}"
@@ -75,8 +75,10 @@ def _rename_modules(
     """Replaces the names that modules have in Llama by those of the family."""
     if isinstance(entry, ql.io.Entry):
         assert isinstance(entry.names, str)
-        renamed = _rename_modules(config, entry.names)
-        return dataclasses.replace(entry, names=renamed)
+        changes = {"names": _rename_modules(config, entry.names)}
+        if entry.parameter is not None:
+            changes["parameter"] = _rename_modules(config, entry.parameter)
+        return dataclasses.replace(entry, **changes)
     for llama_name, name in config.module_names:
         entry = re.sub(rf"(?<=\.){re.escape(llama_name)}(?=\.)", name, entry)
     return entry

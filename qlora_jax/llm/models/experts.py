@@ -5,6 +5,7 @@ group of rows. No token is dropped. Shapes: M tokens, C experts per token, E exp
 """
 
 import re
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -62,12 +63,15 @@ class ExpertMLPs(nn.Module):
             settings = experts.count, width, c.mlp_bias, self.dtype
             return ExpertsDense(*settings, name=name)(x, group_sizes)
 
-        if experts.interleaved:
-            gate_up = name_product(project(x, 2 * c.intermediate_size, "gate_up_proj"))
-            gate, up = split_alternating(gate_up)
+        width = experts.width or c.intermediate_size
+        if experts.joined is not None:
+            gate_up = name_product(project(x, 2 * width, "gate_up_proj"))
+            is_alternating = experts.joined == "alternating"
+            split = split_alternating if is_alternating else split_halves
+            gate, up = split(gate_up)
         else:
-            gate = name_product(project(x, c.intermediate_size, "gate_proj"))
-            up = name_product(project(x, c.intermediate_size, "up_proj"))
+            gate = name_product(project(x, width, "gate_proj"))
+            up = name_product(project(x, width, "up_proj"))
         return project(apply_gate(c, gate, up), c.hidden_size, "down_proj")
 
 
@@ -96,15 +100,8 @@ class MixtureOfExperts(nn.Module):
             shape = (experts.count,)
             bias = self.param("score_bias", nn.initializers.zeros, shape)
         weights, chosen = choose_experts(logits, experts, bias)  # [M, C] each
-        # One row for each pair of a token and one of its experts, sorted by expert.
-        order = jnp.argsort(chosen.reshape(-1))
-        group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)  # [E]
         mlps = ExpertMLPs(self.config, self.dtype, name="experts")
-        y = mlps(rows[order // experts.per_token], group_sizes.astype(jnp.int32))
-        # Restore the order of the tokens: [M, C, D].
-        y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
-        mixed = jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
-        mixed = mixed.reshape(x.shape)
+        mixed = mix_experts(mlps, rows, weights, chosen, experts).reshape(x.shape)
         if experts.shared_width:
             mixed += self._apply_shared(x, experts)
         return mixed.astype(x.dtype)
@@ -144,8 +141,9 @@ class MixtureOfExperts(nn.Module):
             parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
             if path == "router":
                 parameter = f"{experts.router.rpartition('.')[2]}.weight"
+            is_swapped = experts.is_swapped and path != "router"
             entries[f"{path}/kernel"] = ql.io.Entry(
-                tensor, parameter=f"mlp.{parameter}"
+                tensor, parameter=f"mlp.{parameter}", is_swapped=is_swapped
             )
             if config.mlp_bias:  # the biases of all experts are one tensor
                 bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
@@ -157,6 +155,37 @@ class MixtureOfExperts(nn.Module):
             if experts.has_shared_gate:
                 entries[f"{shared}_gate/kernel"] = f"mlp.{shared}_gate.weight"
         return entries
+
+
+def mix_experts(
+    mlps: Callable[[Array, Array], Array],
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "M C"],
+    chosen: Int[Array, "M C"],
+    experts: Experts,
+) -> Float[Array, "M D"]:
+    """Returns the weighted sum of each token's experts, in float32.
+
+    `mlps` are the MLPs of all experts. `weights` and `chosen` are from
+    `choose_experts`.
+    """
+    # One row for each pair of a token and one of its experts, sorted by expert.
+    order = jnp.argsort(chosen.reshape(-1))
+    group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)  # [E]
+    inputs = rows[order // experts.per_token]
+    if experts.weights_inputs:
+        inputs = inputs * weights.reshape(-1)[order][:, None].astype(inputs.dtype)
+        weights = jnp.ones_like(weights)
+    y = mlps(inputs, group_sizes.astype(jnp.int32))
+    # Restore the order of the tokens: [M, C, D].
+    y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
+    return jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
+
+
+def split_halves(x: Float[Array, "M both"]) -> tuple[Array, Array]:
+    """Returns the first half of the columns and the second half."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return first, second
 
 
 @jax.custom_vjp
@@ -218,11 +247,11 @@ def choose_experts(
     """
     logits = logits.astype(jnp.float32)
     if experts.scores == "sigmoid":
-        scores = nn.sigmoid(logits)
-        biased = scores
+        # Without a bias, compare logits: the sigmoids of large logits are all 1.
+        scores, ranked = nn.sigmoid(logits), logits
         if score_bias is not None:
-            biased = scores + score_bias.astype(jnp.float32)[None]
-        _, chosen = lax.top_k(keep_best_groups(biased, experts, 2), experts.per_token)
+            ranked = scores + score_bias.astype(jnp.float32)[None]
+        _, chosen = lax.top_k(keep_best_groups(ranked, experts, 2), experts.per_token)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if experts.normalized:
             weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20

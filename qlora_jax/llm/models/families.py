@@ -34,6 +34,7 @@ from .family import (
 )
 from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
 from .lfm2 import LFM2_KEYS, read_lfm2
+from .llama4 import LLAMA4_KEYS, read_llama4
 from .text_halves import read_text_settings
 
 # Most families share Llama's architecture, and differ from it as follows. (SmolLM2 is a
@@ -56,7 +57,7 @@ MIXTRAL_EXPERTS = {
     "names": ("w1", "w3", "w2"),
     "kernel": "block_sparse_moe.experts.{expert}.NAME.weight",
 }
-GPT_OSS_EXPERTS = {"interleaved": True, "router": "mlp.router"}
+GPT_OSS_EXPERTS = {"joined": "alternating", "router": "mlp.router"}
 GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 # The rotary section of gpt-oss, for files without one.
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
@@ -64,7 +65,7 @@ _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _FULL, _LINEAR = "full_attention", "linear_attention"
 _GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
 _GEMMA4, _UNIFIED = ("Gemma4ForCausalLM",), ("Gemma4UnifiedForCausalLM",)
-_QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM",)
+_QWEN3_5_MOE, _LLAMA4 = ("Qwen3_5MoeForCausalLM",), ("Llama4ForCausalLM",)
 # The sizes of text halves, and transformers' defaults for them.
 _SIZE_KEYS = (*SIZES, "max_position_embeddings")
 _GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
@@ -73,12 +74,14 @@ _UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
 _QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
 _NO_SIZES = (None,) * len(_SIZE_KEYS)
 _QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
+_LLAMA4_SIZES = 202_048, 5120, 8192, 48, 40, 131_072
 # For models with a vision part, by their `model_type`: the `model_type` of the text
 # half, its architectures, and the defaults for its sizes.
 TEXT_HALVES = {
     "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
     "gemma4": ("gemma4_text", _GEMMA4, _GEMMA4_SIZES),
     "gemma4_unified": ("gemma4_unified_text", _UNIFIED, _UNIFIED_SIZES),
+    "llama4": ("llama4_text", _LLAMA4, _LLAMA4_SIZES),
     "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
     "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_5_MOE, _QWEN3_5_MOE_SIZES),
     # These text halves are read as text-only models of other families. They need no
@@ -360,7 +363,10 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
     text = text_config(raw)
     config = FAMILIES[text["model_type"]].read_config(text)
-    return replace(config, module="model.language_model")
+    # In Llama 4, the text half is a whole model with a head, in other families not.
+    is_whole = raw["model_type"] == "llama4"
+    module = "language_model.model" if is_whole else "model.language_model"
+    return replace(config, module=module)
 
 
 # The keys that each family reads besides the common ones.
@@ -402,6 +408,8 @@ _QWEN3_5_MOE_KEYS = "moe_intermediate_size shared_expert_intermediate_size"
 _QWEN3_5_MOE_KEYS += f" {_QWEN3_5_KEYS} {EXPERT_KEYS}"
 _QWEN_VISION_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
 _QWEN_VISION_KEYS += f" vision_end_token_id vision_config {_QWEN3_5_KEYS}"
+_LLAMA4_VISION_KEYS = "boi_token_index eoi_token_index image_token_index text_config"
+_LLAMA4_VISION_KEYS += f" vision_config {LLAMA4_KEYS}"
 _QWEN_VL_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
 _QWEN_VL_KEYS += " vision_end_token_id vision_token_id vision_config mrope_section"
 _QWEN_VL_KEYS += f" mrope_interleaved {_QWEN_KEYS}"
@@ -431,8 +439,17 @@ _FAMILIES = (
         "deepseek_v2", ("DeepseekV2ForCausalLM",), read_deepseek_v2, DEEPSEEK_V2_KEYS
     ),
     Family("deepseek_v3", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
+    # Kimi K2 is a DeepSeek V3 with another name.
+    Family("kimi_k2", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
     Family("glm4_moe_lite", ("Glm4MoeLiteForCausalLM",), read_glm_lite, GLM_LITE_KEYS),
     Family("lfm2", ("Lfm2ForCausalLM",), read_lfm2, LFM2_KEYS),
+    Family("llama4_text", _LLAMA4, read_llama4, LLAMA4_KEYS),
+    Family(
+        "llama4",
+        ("Llama4ForConditionalGeneration",),
+        _read_text_half,
+        _LLAMA4_VISION_KEYS,
+    ),
     Family("gemma4_text", _GEMMA4, read_gemma4, GEMMA4_KEYS),
     Family("gemma4_unified_text", _UNIFIED, read_gemma4_unified, GEMMA4_KEYS),
     Family(

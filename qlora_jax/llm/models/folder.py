@@ -99,7 +99,9 @@ class ModelFolder:
             new_name = re.sub(r"^language_model\.model\.", f"{module}.", name)
             decoder = r"^model\.(?=(layers|embed_tokens|norm)\.)"
             new_name = re.sub(decoder, f"{module}.", new_name)
-            renamed[re.sub(r"^language_model\.", "", new_name)] = tensors[name]
+            head = f"{self.config.head_module}."
+            new_name = re.sub(r"^language_model\.lm_head\.", head, new_name)
+            renamed[new_name] = tensors[name]
         return dataclasses.replace(tensors, _tensors=renamed)
 
     def _check_head(self, tensors: ql.io.Tensors) -> None:
@@ -109,7 +111,7 @@ class ModelFolder:
         """
         embedding = f"{self.config.module}.embed_tokens.weight"
         if self.config.tie_embeddings:
-            check_tied(tensors, "lm_head.weight", embedding)
+            check_tied(tensors, f"{self.config.head_module}.weight", embedding)
 
     def build_tokenizer(self) -> "Tokenizer":
         """Returns the tokenizer."""

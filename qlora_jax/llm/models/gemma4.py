@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .config import DecoderConfig, Heads, LayerKind, Rope
+from .config import DecoderConfig, Experts, Heads, LayerKind, Rope
 from .family import (
     WINDOW_KEYS,
     is_count,
@@ -42,7 +42,9 @@ def read_gemma4(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def read_gemma4_unified(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the text half of the models without a vision tower (12B)."""
-    require_if_present(raw, {"hidden_size_per_layer_input": 0})
+    require_if_present(
+        raw, {"hidden_size_per_layer_input": 0, "enable_moe_block": False}
+    )
     return _read(raw, window=1024, per_layer_width=0)
 
 
@@ -50,7 +52,7 @@ def _read(
     raw: Mapping[str, Any], *, window: int, per_layer_width: int
 ) -> DecoderConfig:
     """Reads a config; the keyword arguments are defaults for missing keys."""
-    require_if_present(raw, dict.fromkeys(_NULL_KEYS) | {"enable_moe_block": False})
+    require_if_present(raw, dict.fromkeys(_NULL_KEYS))
     # "vision" concerns images only.
     if (bidirectional := raw.get("use_bidirectional_attention")) not in _DIRECTIONS:
         raise ValueError(
@@ -101,6 +103,24 @@ def _read(
         embedding_scale=fields["hidden_size"] ** 0.5,
         attention_scale=1.0,
         logit_soft_cap=raw.get("final_logit_softcapping"),
+        experts=_read_experts(raw) if raw.get("enable_moe_block", False) else None,
+    )
+
+
+def _read_experts(raw: Mapping[str, Any]) -> Experts:
+    """Returns the experts that each layer has besides its MLP (26B-A4B)."""
+    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        if not is_count(raw.get(key)):
+            raise ValueError(
+                f"`{key}` must be a positive integer with `enable_moe_block`. Got "
+                f"{raw.get(key)!r}."
+            )
+    return Experts(
+        raw["num_experts"],
+        raw["top_k_experts"],
+        width=raw["moe_intermediate_size"],
+        joined="halves",
+        beside_mlp=True,
     )
 
 

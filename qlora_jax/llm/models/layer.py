@@ -22,6 +22,7 @@ from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
 from .latent_attention import LatentAttention
 from .mlp import DenseMLP
+from .mlp_with_experts import MLPWithExperts
 from .per_layer_input import PerLayerInput
 from .products import make_norm, norm_leaves
 from .short_convolution import ShortConvolution
@@ -29,7 +30,7 @@ from .short_convolution import ShortConvolution
 Mixer = type[Attention] | type[GatedDeltaNet] | type[ShortConvolution]
 PARTS = (
     *(Attention, LatentAttention, GatedDeltaNet, ShortConvolution),
-    *(DenseMLP, MixtureOfExperts, PerLayerInput),
+    *(DenseMLP, MixtureOfExperts, MLPWithExperts, PerLayerInput),
 )
 
 
@@ -77,7 +78,13 @@ class Layer(nn.Module):
         )
         x = add(x, normalize(y, norms.after_mixer))
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
-        y = mlp(mixer_input if c.parallel_mlp else normalize(x, norms.before_mlp))
+        if c.parallel_mlp:
+            mlp_input = mixer_input
+        elif c.experts is not None and c.experts.beside_mlp:
+            mlp_input = x  # `MLPWithExperts` normalizes its input itself
+        else:
+            mlp_input = normalize(x, norms.before_mlp)
+        y = mlp(mlp_input)
         x = add(x, normalize(y, norms.after_mlp))
         if scalars.inputs is not None:
             part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
@@ -96,10 +103,11 @@ class Layer(nn.Module):
 
     def _make_mlp(self) -> nn.Module:
         c, kind = self.config, self.kinds[0]
-        if mlp_class(c, kind) is MixtureOfExperts:
-            return MixtureOfExperts(c, self.dtype, name=MixtureOfExperts.part_name)
+        mlp = mlp_class(c, kind)
+        if issubclass(mlp, MixtureOfExperts):
+            return mlp(c, self.dtype, name=mlp.part_name)
         width = kind.mlp_width or c.intermediate_size
-        return DenseMLP(c, width, self.dtype, name=DenseMLP.part_name)
+        return mlp(c, width, self.dtype, name=mlp.part_name)
 
     @staticmethod
     def tensor_names(
@@ -148,7 +156,10 @@ def norm_names(config: DecoderConfig) -> NormNames:
     after = "post_attention_layernorm", "post_feedforward_layernorm"
     if not config.pre_norms:
         return NormNames(None, after[0], None, after[1])
-    return NormNames("input_layernorm", after[0], "pre_feedforward_layernorm", after[1])
+    before_mlp: str | None = "pre_feedforward_layernorm"
+    if config.experts is not None and config.experts.beside_mlp:
+        before_mlp = None  # `MLPWithExperts` has this norm
+    return NormNames("input_layernorm", after[0], before_mlp, after[1])
 
 
 def mixer_class(kind: LayerKind) -> Mixer:
@@ -162,7 +173,9 @@ def mixer_class(kind: LayerKind) -> Mixer:
 
 def mlp_class(
     config: DecoderConfig, kind: LayerKind
-) -> type[DenseMLP] | type[MixtureOfExperts]:
+) -> type[DenseMLP] | type[MixtureOfExperts] | type[MLPWithExperts]:
     """Returns the class of a layer's MLP."""
+    if config.experts is not None and config.experts.beside_mlp:
+        return MLPWithExperts
     has_experts = config.experts is not None and kind.mlp_width is None
     return MixtureOfExperts if has_experts else DenseMLP

@@ -69,8 +69,11 @@ def test_attention_is_jaxs_off_cpus():
     assert fill not in text(None, "cpu") and fill not in text(2.0, "cuda")
 
 
-def test_a_token_sees_its_window_and_its_own_sequence():
-    kind = LayerKind(window=3)
+@pytest.mark.parametrize(
+    "kind", [LayerKind(window=3), LayerKind(window=4, is_chunked=True)]
+)
+def test_a_token_sees_its_window_and_its_own_sequence(kind):
+    # The last of seven tokens is the third one of its chunk of four.
     sizes = dict(num_layers=1, num_heads=4, num_kv_heads=2, layers=(kind,))
     model, tokens = Decoder(DecoderConfig(64, 32, 48, **sizes)), jnp.arange(7)[None]
     weights = jax.jit(model.init)(jax.random.key(0), tokens)
@@ -144,6 +147,14 @@ DEEPSEEK |= {"moe_intermediate_size": 16, "moe_layer_freq": 1, "v_head_dim": 8}
 DEEPSEEK |= {"n_routed_experts": 64, "num_experts_per_tok": 6, "qk_nope_head_dim": 8}
 DEEPSEEK |= {"attention_bias": False, "pretraining_tp": 1, "qk_rope_head_dim": 4}
 DEEPSEEK |= {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}
+LLAMA4 = {"attention_bias": False, "attention_chunk_size": 8192, "head_dim": 8}
+LLAMA4 |= {"for_llm_compressor": False, "interleave_moe_layer_step": 1}
+LLAMA4 |= {"intermediate_size_mlp": 64, "model_type": "llama4_text"}
+LLAMA4 |= {"no_rope_layers": [], "num_experts_per_tok": 1, "num_local_experts": 16}
+LLAMA4 |= {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+LLAMA4 |= {"rope_scaling": LLAMA3 | {"factor": 16.0, "high_freq_factor": 1.0}}
+LLAMA4 |= {"router_jitter_noise": 0.0, "rope_theta": 5e5, "use_qk_norm": True}
+LLAMA4 |= {"attn_scale": 0.1, "attn_temperature_tuning": True, "floor_scale": 8192}
 GEMMA4_ROPES = {
     "full_attention": {"rope_type": "proportional", "rope_theta": 1e6}
     | {"partial_rotary_factor": 0.25},
@@ -202,6 +213,21 @@ PUBLISHED = {
     | {"rope_parameters": GEMMA4_ROPES, "sliding_window": 1024, "top_k_experts": None}
     | {"use_bidirectional_attention": "vision", "use_double_wide_mlp": False}
     | {"vocab_size_per_layer_input": 262_144, "rope_theta": None, "hidden_act": None},
+    "gemma4_text, 26B-A4B": GEMMA4
+    | {"attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 128}
+    | {"final_logit_softcapping": 30.0, "global_head_dim": 16, "head_dim": 8}
+    | {"hidden_activation": "gelu_pytorch_tanh", "moe_intermediate_size": 16}
+    | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    | {"rope_parameters": GEMMA4_ROPES, "sliding_window": 1024, "top_k_experts": 8}
+    | {"num_global_key_value_heads": 1, "num_kv_shared_layers": 0, "rope_theta": None}
+    | {"hidden_act": None},
+    "llama4, Scout": {"boi_token_index": 1, "eoi_token_index": 2, "vision_config": {}}
+    | {"image_token_index": 3, "text_config": SIZES | LLAMA4},
+    "kimi_k2, Instruct": DEEPSEEK
+    | {"aux_loss_alpha": 0.001, "n_group": 1, "n_shared_experts": 1, "topk_group": 1}
+    | {"norm_topk_prob": True, "num_nextn_predict_layers": 0, "q_lora_rank": 8}
+    | {"routed_scaling_factor": 2.827, "scoring_func": "sigmoid", "seq_aux": True}
+    | {"topk_method": "noaux_tc", "auto_map": {"AutoConfig": "x.DeepseekV3Config"}},
     "deepseek_v2, Lite": DEEPSEEK
     | {"aux_loss_alpha": 0.001, "n_group": 1, "n_shared_experts": 2, "topk_group": 1}
     | {"q_lora_rank": None, "scoring_func": "softmax", "topk_method": "greedy"}
@@ -390,7 +416,20 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("lfm2", {"conv_L_cache": 0}, "`conv_L_cache` must be a positive"),
         ("lfm2", {"layer_types": ["conv"] * 4}, "at least one 'full_attention'"),
         ("lfm2", {"block_multiple_of": 0}, "`block_multiple_of` must be a positive"),
-        ("gemma4_text", {"enable_moe_block": True}, "must be false. Got True"),
+        ("gemma4_text", GEMMA4 | {"enable_moe_block": True}, "`num_experts` must be"),
+        ("gemma4_unified_text", {"enable_moe_block": True}, "must be false. Got True"),
+        ("kimi_k2", LATENT | {"topk_method": "greedy"}, '"noaux_tc". Got'),
+        ("llama4_text", {"no_rope_layers": [1]}, "an entry for each of 4 layers"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 4}, "'chunked_atte"),
+        (
+            "llama4_text",
+            {"layer_types": ["chunked_attention"] * 4, "attention_chunk_size": None},
+            "`attention_chunk_size` must be a positive integer if",
+        ),
+        ("llama4_text", {"moe_layers": ["1"]}, "`moe_layers` must be integers"),
+        ("llama4_text", {"interleave_moe_layer_step": 0}, "must be a positive integer"),
+        ("llama4_text", {"floor_scale": 0}, "`floor_scale` must be a positive"),
+        ("llama4_text", {"num_experts_per_tok": 17}, "`per_token` an integer"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "must be null or"),
         ("gemma4_text", {"hidden_size_per_layer_input": -4}, "integer, 0 or null"),
         ("gemma4_text", {"vocab_size_per_layer_input": 8}, "must be `vocab_size`"),

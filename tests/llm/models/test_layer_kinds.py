@@ -20,6 +20,7 @@ from qlora_jax.llm.models.config import (
     Heads,
     LatentHeads,
     LayerKind,
+    QueryScaling,
     Rope,
 )
 from qlora_jax.llm.models.decoder import Decoder
@@ -61,7 +62,27 @@ LATENT = DecoderConfig(
 )
 CONVOLUTION = LayerKind(None, convolution_width=3)
 MIXED = DecoderConfig(*SIZES, layers=(CONVOLUTION, LayerKind()) * 2)
+# As in Llama 4: layers with chunks and rotary positions, and layers without them.
+CHUNKS = LayerKind(window=5, is_chunked=True, unit_norms=True, scales_queries=False)
+CHUNKED = DecoderConfig(
+    *SIZES,
+    layers=(CHUNKS, LayerKind(None)) * 2,
+    query_scaling=QueryScaling(0.5, 4, offset=1),
+    experts=Experts(
+        *(6, 2),
+        normalized=False,
+        joined="halves",
+        scores="sigmoid",
+        weights_inputs=True,
+        shared_width=16,
+        has_shared_gate=False,
+    ),
+)
+# As in Gemma 4 26B-A4B: layers with an MLP and experts.
+BOTH = Experts(6, 2, width=16, joined="halves", beside_mlp=True)
+BESIDE = DecoderConfig(*SIZES, post_norms=True, experts=BOTH)
 CONFIGS = {"shared": SHARED, "latent": LATENT, "convolution": MIXED}
+CONFIGS |= {"chunked": CHUNKED, "beside": BESIDE}
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, 12)).astype(np.int32)
 
 
@@ -70,12 +91,18 @@ def compute_logits(config, params, **settings):
     return jax.jit(model.apply)({"params": params}, TOKENS)
 
 
-@pytest.mark.parametrize("name", ["shared", "latent"])
+@pytest.mark.parametrize("name", ["shared", "latent", "chunked"])
 def test_splash_attention_computes_the_same(name):
     config, params = CONFIGS[name], random_params(CONFIGS[name])
     splash = functools.partial(ql.memory.splash_attention, interpret=True)
     expected = compute_logits(config, params)
     assert_close(compute_logits(config, params, attention=splash), expected)
+
+
+def test_tiles_of_tokens_have_the_same_experts():
+    params = random_params(BESIDE)
+    expected = compute_logits(BESIDE, params)
+    assert_close(compute_logits(BESIDE, params, mlp_tile=5), expected)
 
 
 @pytest.mark.slow
@@ -114,6 +141,10 @@ def test_a_mesh_splits_heads_and_widths():
     shared = rules_of(SHARED)
     keys = {p: tuple(x) for p, x in shared.items() if p.endswith("k_proj/kernel")}
     assert keys and all("tensor" not in spec for spec in keys.values())
+    beside = rules_of(BESIDE)
+    assert tuple(beside["layers/mlp/dense/gate_proj/kernel"]) == outputs
+    experts = beside["layers/mlp/experts/gate_up_proj/kernel"]
+    assert tuple(experts) == (None, *outputs)
     convolution = rules_of(MIXED)
     inputs = convolution["layers/layer_0/conv/in_proj/kernel"]
     assert tuple(inputs) == outputs

@@ -1,0 +1,133 @@
+"""Reads the config of Llama 4."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import DecoderConfig, Experts, LayerKind, QueryScaling
+from .family import (
+    is_count,
+    read_biases,
+    read_rope,
+    shared_fields,
+    to_float,
+)
+
+LLAMA4_KEYS = """
+attention_bias attention_chunk_size attn_scale attn_temperature_tuning floor_scale
+for_llm_compressor hidden_act interleave_moe_layer_step intermediate_size_mlp
+layer_types moe_layers no_rope_layer_interval no_rope_layers num_experts_per_tok
+num_local_experts output_router_logits router_aux_loss_coef use_qk_norm
+"""
+_CHUNKED, _FULL = "chunked_attention", "full_attention"
+# Llama's name of a module, and that of Llama 4.
+_MODULE_NAMES = (("mlp", "feed_forward"),)
+
+
+def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads the config of the text half of Llama 4."""
+    fields = shared_fields(raw, head_dim=128, kv_heads=8, eps=1e-5)
+    count = fields["num_layers"]
+    # 1. Attention. Most layers have rotary positions, norms and chunks. The other ones
+    # scale their queries.
+    is_rotary = _rotary_layers(raw, count)
+    chunk = raw.get("attention_chunk_size", 8192)
+    types = _layer_types(raw, is_rotary, chunk)
+    rope = read_rope(raw, fields["head_dim"], theta=500_000.0)
+    has_norms = bool(raw.get("use_qk_norm", True))
+    scaling = None
+    if raw.get("attn_temperature_tuning", True) and not all(is_rotary):
+        length = _read_count(raw, "floor_scale", 8192)
+        beta = to_float(raw.get("attn_scale", 0.1))
+        scaling = QueryScaling(beta, length, offset=1)
+    # 2. MLPs and experts.
+    is_sparse = _sparse_layers(raw, count)
+    dense_width = _read_count(raw, "intermediate_size_mlp", 16_384)
+    layers = tuple(
+        LayerKind(
+            rope if rotary else None,
+            chunk if layer_type == _CHUNKED else None,
+            mlp_width=None if sparse else dense_width,
+            is_chunked=layer_type == _CHUNKED,
+            unit_norms=rotary and has_norms,
+            scales_queries=scaling is None or not rotary,
+        )
+        for rotary, layer_type, sparse in zip(is_rotary, types, is_sparse, strict=True)
+    )
+    return DecoderConfig(
+        **fields,
+        **read_biases(raw),
+        layers=layers,
+        interleaved_rope=True,
+        query_scaling=scaling,
+        module_names=_MODULE_NAMES,
+        experts=_read_experts(raw) if any(is_sparse) else None,
+    )
+
+
+def _rotary_layers(raw: Mapping[str, Any], count: int) -> list[bool]:
+    """Returns whether each layer has rotary positions.
+
+    Despite its name, `no_rope_layers` has 1 for layers with rotary positions.
+    """
+    if not (flags := raw.get("no_rope_layers")):
+        interval = _read_count(raw, "no_rope_layer_interval", 4)
+        return [(i + 1) % interval != 0 for i in range(count)]
+    if len(flags) < count:
+        raise ValueError(
+            f"`no_rope_layers` must have an entry for each of {count} layers. Got "
+            f"{len(flags)}."
+        )
+    return [bool(flag) for flag in flags[:count]]
+
+
+def _layer_types(
+    raw: Mapping[str, Any], is_rotary: list[bool], chunk: int | None
+) -> list[str]:
+    count, types = len(is_rotary), raw.get("layer_types")
+    if types is None:
+        is_chunked = [rotary and chunk is not None for rotary in is_rotary]
+        types = [_CHUNKED if x else _FULL for x in is_chunked]
+    if len(types) != count or {*types} - {_CHUNKED, _FULL}:
+        raise ValueError(
+            f"`layer_types` must have {count} entries, {_CHUNKED!r} or {_FULL!r}. Got "
+            f"{types}."
+        )
+    if _CHUNKED in types and not is_count(chunk):
+        raise ValueError(
+            "`attention_chunk_size` must be a positive integer if layers have "
+            f"{_CHUNKED!r}. Got {chunk!r}."
+        )
+    return types
+
+
+def _sparse_layers(raw: Mapping[str, Any], count: int) -> list[bool]:
+    """Returns whether each layer has experts."""
+    if (layers := raw.get("moe_layers")) is not None:
+        if wrong := [x for x in layers if type(x) is not int]:
+            raise ValueError(f"`moe_layers` must be integers. Got {wrong}.")
+        return [i in layers for i in range(count)]
+    step = _read_count(raw, "interleave_moe_layer_step", 1)
+    return [(i + 1) % step == 0 for i in range(count)]
+
+
+def _read_experts(raw: Mapping[str, Any]) -> Experts:
+    return Experts(
+        _read_count(raw, "num_local_experts", 16),
+        _read_count(raw, "num_experts_per_tok", 1),
+        normalized=False,
+        joined="halves",
+        router="mlp.router",
+        kernel="mlp.experts.NAME.{expert}",
+        shared_width=raw["intermediate_size"],
+        has_shared_gate=False,
+        scores="sigmoid",
+        weights_inputs=True,
+        is_swapped=True,
+    )
+
+
+def _read_count(raw: Mapping[str, Any], key: str, default: int) -> int:
+    """Returns a value that must be a positive integer."""
+    if not is_count(value := raw.get(key, default)):
+        raise ValueError(f"`{key}` must be a positive integer. Got {value!r}.")
+    return value
