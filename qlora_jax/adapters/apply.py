@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax import lax
@@ -29,7 +29,7 @@ def apply(
     *,
     contract: Contract | None = None,
     dropout_key: Array | None = None,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """Returns `x W + scaling * (x A) B`, plus a bias if any, in the dtype of `x`.
@@ -54,7 +54,7 @@ def apply(
             `quantize`; -2 by default. A `weight` needs it, since `[out, in]` and
             `[in, out]` are both common. Packed kernels and adapters know their axes.
         dropout_key: PRNG key of the adapter's dropout; None for no dropout.
-        backend: Name of a back end, as in `matmul`, for a packed kernel.
+        backend: One or more back ends, as in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
 
     Raises:

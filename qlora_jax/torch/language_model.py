@@ -19,6 +19,7 @@ from .arrays import named_tensors, to_jax
 from .attention import NAME, register_attention
 from .init import is_conv1d, names
 from .layers import ScanError, stack
+from .weights import Backend
 from .wrap import Policy, WrappedModule, wrap
 
 PyTree = Any
@@ -257,6 +258,7 @@ def open_language_model(
     *,
     has_dropout: bool = False,
     policy: Policy | None = None,
+    backend: Backend = None,
 ) -> LanguageModel:
     """Returns the language model that a folder's `config.json` describes.
 
@@ -269,6 +271,7 @@ def open_language_model(
         has_dropout: Whether adapters have dropout. The dropout of the model itself is
             always off.
         policy: As in `wrap`.
+        backend: As in `wrap`.
 
     Raises:
         ValueError: If transformers has no causal language model of this type, or if the
@@ -303,7 +306,7 @@ def open_language_model(
     # `apply` accepts a dropout key if any module is in training mode. The outermost
     # module has no dropout of its own, so that only the adapters have dropout.
     module.training = has_dropout
-    return LanguageModel(wrap(module, policy=policy), buffers)
+    return LanguageModel(wrap(module, policy=policy, backend=backend), buffers)
 
 
 def _compute_buffers(module: Any) -> dict[str, jax.Array]:

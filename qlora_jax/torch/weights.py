@@ -19,6 +19,7 @@ import qlora_jax as ql
 from .layers import ScanError
 
 Leaf = Any  # an array, a kernel, or an `AdaptedKernel`
+Backend = str | Sequence[str] | None
 
 
 def as_tensor(array: jax.Array) -> torch.Tensor:
@@ -134,6 +135,7 @@ class KernelFunctions(TorchFunctionMode):
     """
 
     has_dropout: bool  # whether the adapters' dropout is active
+    backend: Backend = None  # of all products, as in `wrap`
 
     def __post_init__(self):
         super().__init__()
@@ -191,7 +193,8 @@ class KernelFunctions(TorchFunctionMode):
         ):
             return NotImplemented
         lora = weight.lora
-        y = ql.apply(weight.base, lora, as_array(x), dropout_key=self._key(lora))
+        options = {"dropout_key": self._key(lora), "backend": self.backend}
+        y = ql.apply(weight.base, lora, as_array(x), **options)
         return as_tensor(y)
 
     def linear(
@@ -259,7 +262,8 @@ class KernelFunctions(TorchFunctionMode):
         sizes = jnp.diff(as_array(offs), prepend=jnp.zeros(1, jnp.int32))
         if _is_kernel_tensor(weight) and weight.roles == "bkn":
             key = self._key(weight.lora)
-            y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, dropout_key=key)
+            options = {"dropout_key": key, "backend": self.backend}
+            y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, **options)
         else:
             y = jax.lax.ragged_dot(rows, as_array(self._decode(weight)), sizes)
         return as_tensor(y)

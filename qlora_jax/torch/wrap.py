@@ -14,10 +14,11 @@ import torchax
 
 import qlora_jax as ql
 
+from ..product.choose import checked_backend
 from .arrays import Model, module_of, named_tensors
 from .layers import names_in, runs_of
 from .scan import LayerScan
-from .weights import KernelFunctions, as_array, as_tensor, tensor_of
+from .weights import Backend, KernelFunctions, as_array, as_tensor, tensor_of
 
 PyTree = Any
 Policy = Callable[..., bool]
@@ -32,6 +33,7 @@ class WrappedModule:
         training: Whether each module in it was in training mode when it was wrapped, by
             name: True after `module.train()`, and False after `module.eval()`.
         policy: The policy of `jax.checkpoint` for stacked layers, as in `wrap`.
+        backend: The back end of all products, as in `wrap`.
 
     Example:
         >>> import jax, qlora_jax as ql, torch
@@ -44,6 +46,7 @@ class WrappedModule:
     module: torch.nn.Module
     training: Mapping[str, bool] = field(repr=False)
     policy: Policy | None = None
+    backend: Backend = None
 
     def apply(
         self,
@@ -100,7 +103,7 @@ class WrappedModule:
         # 2. Run the module. If there is no key, use a constant one, to see afterwards
         #    whether random numbers were drawn.
         key = jax.random.key(0) if dropout_key is None else dropout_key
-        functions = KernelFunctions(has_dropout=dropout_key is not None)
+        functions = KernelFunctions(dropout_key is not None, self.backend)
         with self._environment(key, functions, scans) as env:
             # `tensors` has one name of each tied weight, and this replaces all others.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
@@ -193,7 +196,9 @@ class WrappedModule:
                 modules[name].training = mode
 
 
-def wrap(model: Model, *, policy: Policy | None = None) -> WrappedModule:
+def wrap(
+    model: Model, *, policy: Policy | None = None, backend: Backend = None
+) -> WrappedModule:
     """Returns a PyTorch module as a pure function of JAX arrays.
 
     When JAX traces the function, the code of the module runs in JAX, through torchax.
@@ -205,13 +210,16 @@ def wrap(model: Model, *, policy: Policy | None = None) -> WrappedModule:
     module was wrapped after `module.train()`.
 
     Args:
-        model: The module. A wrapped module is returned unchanged, unless there is a
-            `policy`.
+        model: The module. A wrapped module is returned unchanged, unless this call has
+            options, which then replace all of its options.
         policy: The policy of `jax.checkpoint`, which decides which values of stacked
             layers are kept for the backward pass. By default, only their inputs are.
+        backend: The back end or back ends of all products with packed weights, as in
+            `qlora_jax.matmul`.
 
     Raises:
         TypeError: If `model` is not a PyTorch module.
+        ValueError: If a back end is unknown.
 
     Example:
         >>> import jax, qlora_jax as ql, torch
@@ -221,10 +229,10 @@ def wrap(model: Model, *, policy: Policy | None = None) -> WrappedModule:
         >>> apply({"params": params}, jax.numpy.ones((2, 64))).shape
         (2, 8)
     """
-    if isinstance(model, WrappedModule) and policy is None:
+    if isinstance(model, WrappedModule) and policy is None and backend is None:
         return model
     modes = {name: m.training for name, m in module_of(model).named_modules()}
-    return WrappedModule(module_of(model), modes, policy)
+    return WrappedModule(module_of(model), modes, policy, checked_backend(backend))
 
 
 def _to_tensor(value: object) -> object:

@@ -63,6 +63,7 @@ def make_program(
             return decoder.make_model(
                 remat=bool(config.model.remat),
                 has_dropout=config.adapter.dropout > 0,
+                backend=backend,
             )
         module = Decoder(
             decoder,

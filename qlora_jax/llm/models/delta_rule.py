@@ -7,6 +7,7 @@ of a value, C channels of the convolution, W its width; S tokens of a chunk.
 import functools
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -259,7 +260,10 @@ def gated_delta_rule(
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], value_dim), jnp.float32)
     carry = state, jnp.zeros_like(starts[0, :, 0])
-    (state, _), outputs = lax.scan(_process_chunk, carry, (*chunks, starts))
+    # The backward pass computes each chunk again. Otherwise, it would need the matrices
+    # of all chunks, which take more memory than anything else in a layer.
+    process_chunk = jax.checkpoint(_process_chunk, prevent_cse=False)
+    (state, _), outputs = lax.scan(process_chunk, carry, (*chunks, starts))
     outputs = jnp.moveaxis(outputs, (0, 2), (1, 3))  # [B, chunks, S, H, V]
     return outputs.reshape(batch, -1, heads, value_dim)[:, :length], state
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,12 +76,19 @@ class TorchConfig:
         return TorchFolder(self.path, self)
 
     def make_model(
-        self, *, remat: bool = True, has_dropout: bool = False
+        self,
+        *,
+        remat: bool = True,
+        has_dropout: bool = False,
+        backend: str | Sequence[str] | None = None,
     ) -> "TorchDecoder":
-        """Returns the model; `has_dropout` is true if adapters have dropout."""
+        """Returns the model.
+
+        `has_dropout` is true if adapters have dropout. `backend` is as in `ql.matmul`.
+        """
         policy = None if remat else jax.checkpoint_policies.everything_saveable
         language_model = ql.torch.open_language_model(
-            self.path, has_dropout=has_dropout, policy=policy
+            self.path, has_dropout=has_dropout, policy=policy, backend=backend
         )
         return TorchDecoder(self, language_model, has_dropout)
 

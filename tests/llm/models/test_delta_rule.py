@@ -59,6 +59,29 @@ def test_chunks_compute_the_recurrence():
     assert_close(jax.jit(gated_delta_rule)(*operands, jnp.asarray(ids)), expected)
 
 
+def test_the_backward_pass_keeps_no_matrices_of_chunks():
+    """Its memory grows with the operands and the states at the start of each chunk."""
+
+    def mean(operands):
+        return gated_delta_rule(*operands)[0].mean()
+
+    def temporaries(length):
+        shapes = [
+            jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in random_operands(length)
+        ]
+        compiled = jax.jit(jax.grad(mean)).lower(shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    num_chunks, rows, heads, tokens, key_dim, value_dim = 8, 2, 4, 64, 8, 6
+    states = num_chunks * rows * heads * key_dim * value_dim
+    matrices = num_chunks * rows * heads * tokens * tokens
+    vectors = num_chunks * rows * heads * tokens * (2 * key_dim + value_dim)
+    grown = temporaries(16 * tokens) - temporaries(8 * tokens)
+    # The operands of all chunks are copied, and so are their gradients. Without
+    # recomputation, more than ten matrices of each chunk are kept.
+    assert 4 * (states + vectors) < grown < 4 * (states + 8 * vectors + matrices)
+
+
 def test_calls_continue_the_recurrence():
     operands = random_operands(80)
     expected, last_state = recur(*operands, starts=())
