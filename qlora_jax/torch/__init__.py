@@ -2,12 +2,14 @@
 
 from .arrays import params
 from .attention import register_attention
+from .cached_model import CachedModel
 from .init import init, names
 from .language_model import LanguageModel, open_language_model
 from .layers import stack, unstack
 from .wrap import WrappedModule, wrap
 
 __all__ = [
+    "CachedModel",
     "LanguageModel",
     "WrappedModule",
     "init",

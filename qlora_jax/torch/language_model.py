@@ -248,6 +248,50 @@ class LanguageModel:
             raise _unsupported(self.module, decoder)
         return output["logits"]
 
+    def run_selected(
+        self,
+        variables: Mapping[str, PyTree],
+        input_ids: jax.Array,
+        index: jax.Array,
+        run: Callable[..., PyTree],
+        *args: PyTree,
+    ) -> PyTree:
+        """Runs the model, whose head then only gets the token at `index` of each row.
+
+        Args:
+            variables: As in `hidden_states`.
+            input_ids: Token ids `[B, T]`.
+            index: The index of the token among the T tokens.
+            run: Called in the place of the model's `forward`, with `forward`, `args` as
+                tensors, and `input_ids`.
+            *args: The arguments of `run`.
+
+        Returns:
+            What `run` returns, with JAX arrays in place of tensors.
+
+        Raises:
+            ValueError: As `hidden_states`.
+        """
+        decoder, index_tensors = _decoder_of(self.module), []
+        run_layers, run_model = decoder.forward, self.module.forward
+
+        def select_hidden(*args: Any, **kwargs: Any) -> "_DecoderOutput":
+            output = run_layers(*args, **kwargs)
+            hidden = output if torch.is_tensor(output) else output[0]
+            return _DecoderOutput(hidden[:, index_tensors[0][None]])
+
+        def run_model_on_token(index: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            index_tensors.append(index)
+            return run(run_model, *args, **kwargs)
+
+        with (
+            _forward(decoder, select_hidden),
+            _forward(self.module, run_model_on_token),
+        ):
+            return self.model.apply(
+                self._with_buffers(variables), index, *args, input_ids=input_ids
+            )
+
     def _with_buffers(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         return {**variables, "params": {**self.buffers, **variables["params"]}}
 
