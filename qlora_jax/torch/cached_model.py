@@ -1,5 +1,6 @@
 """Language models of transformers that keep keys, values and states in a pytree."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import torch
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from .language_model import LanguageModel
@@ -57,6 +59,7 @@ class CachedModel:
 
     Attributes:
         language_model: The model, as `open_language_model` returns it.
+        dtype: The dtype of the weights, which is also that of keys and values.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile, transformers
@@ -70,7 +73,7 @@ class CachedModel:
         >>> variables = {"params": {
         ...     name: jnp.ones(x.shape)
         ...     for name, x in language_model.shapes(stacked=False).items()}}
-        >>> cache = model.init_cache(variables, num_rows=1, length=8)
+        >>> cache = model.init_cache(num_rows=1, length=8)
         >>> logits, cache = model.apply(
         ...     variables, jnp.array([[5, 6, 7]]), cache, starts=jnp.array([0]))
         >>> logits.shape, cache["0"].keys.shape
@@ -78,8 +81,9 @@ class CachedModel:
     """
 
     language_model: LanguageModel
+    dtype: DTypeLike = jnp.float32
 
-    @property
+    @functools.cached_property
     def has_states(self) -> bool:
         """Whether layers have convolutions or recurrent states."""
         from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -87,14 +91,10 @@ class CachedModel:
         layers = _new_cache(self.language_model.module, 1).layers
         return any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
 
-    def init_cache(
-        self, variables: Mapping[str, PyTree], num_rows: int, length: int
-    ) -> Cache:
+    def init_cache(self, num_rows: int, length: int) -> Cache:
         """Returns an empty cache, which is zero everywhere.
 
         Args:
-            variables: As in `WrappedModule.apply`, or their shapes. Their dtypes decide
-                those of the cache.
             num_rows: B, the number of sequences.
             length: S, the number of positions of each sequence.
 
@@ -102,16 +102,53 @@ class CachedModel:
             ValueError: If transformers has no static cache for the model, or if the
                 model does not use the cache for all layers.
         """
+        cache = jax.tree.map(
+            lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), self._entry_shapes
+        )
+        return {name: entry.grow(length) for name, entry in cache.items()}
 
-        def run_first_token(variables: Mapping[str, PyTree]) -> Cache:
-            token, position = jnp.zeros(1, jnp.int32), jnp.int32(0)
-            return self._run_row(variables, token, {}, position, position, length)[1]
+    def problem(self) -> str | None:
+        """Returns why the model cannot continue sequences; None if it can.
 
-        shapes = jax.eval_shape(run_first_token, variables)
-        missing = [name for name, x in shapes.items() if not jax.tree.leaves(x)]
-        if missing or not shapes:
-            raise _unsupported(self.language_model.module, f"layers {missing}")
-        return jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), shapes)
+        The code of some models computes with the number of cached tokens in Python,
+        which is not possible while JAX traces it.
+        """
+        row = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+        try:
+            cache = jax.eval_shape(lambda: self.init_cache(1, 4))
+            jax.eval_shape(
+                lambda params, tokens, cache, starts: self.apply(
+                    {"params": params}, tokens, cache, starts
+                ),
+                self._param_shapes,
+                row[0],
+                cache,
+                row[1],
+            )
+        except Exception as error:  # of the model's own code, so it may be of any type
+            return str(error).partition("\n")[0]
+        return None
+
+    @property
+    def _param_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shapes = self.language_model.shapes(stacked=False)
+        return {n: jax.ShapeDtypeStruct(x.shape, self.dtype) for n, x in shapes.items()}
+
+    @functools.cached_property
+    def _entry_shapes(self) -> Cache:
+        """The shapes of a cache with one position, without the axis of rows."""
+        token, position = jnp.zeros(1, jnp.int32), jnp.int32(0)
+        _, shapes = jax.eval_shape(
+            lambda params: self._run_row(
+                {"params": params}, token, {}, position, position, 1
+            ),
+            self._param_shapes,
+        )
+        unused = [name for name, x in shapes.items() if not jax.tree.leaves(x)]
+        if unused or not shapes:
+            module = self.language_model.module
+            raise _unsupported(module, f"it does not use the cache of layers {unused}")
+        return shapes
 
     def apply(
         self,
@@ -157,9 +194,7 @@ class CachedModel:
     ) -> tuple[Float[Array, " V"], Cache]:
         length = max(x.length for x in cache.values())
         last = num_tokens - 1
-        logits, new_cache = self._run_row(
-            variables, tokens, cache, start, last, length
-        )
+        logits, new_cache = self._run_row(variables, tokens, cache, start, last, length)
         if tokens.shape[0] == 1:
             return logits, new_cache
         # Positions of the padding stay as they were. Otherwise, those beyond a table of
@@ -216,7 +251,9 @@ class CachedModel:
         """
         module: Any = self.language_model.module
 
-        def run(run_model: Any, cache: Cache, start: torch.Tensor, **kwargs: Any) -> Any:
+        def run(
+            run_model: Any, cache: Cache, start: torch.Tensor, **kwargs: Any
+        ) -> Any:
             static_cache = _new_cache(module, length)
             _fill(static_cache, cache, start)
             output = run_model(cache=static_cache, use_cache=True, **kwargs)

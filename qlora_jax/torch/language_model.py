@@ -72,6 +72,22 @@ class LanguageModel:
             if is_conv1d(inner)
         }
 
+    @property
+    def max_positions(self) -> int | None:
+        """The size of a table of learned positions; None if the model has none."""
+        module: Any = self.module
+        size = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        if size is None:
+            return None
+        embeddings = {
+            inner.num_embeddings
+            for inner in module.modules()
+            if isinstance(inner, torch.nn.Embedding)
+            and inner is not module.get_input_embeddings()
+        }
+        # Some tables have up to two rows for padding, as in OPT.
+        return size if embeddings & {size, size + 1, size + 2} else None
+
     def shapes(self, *, stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of the leaves that are read from files: not `buffers`.
 

@@ -61,6 +61,7 @@ def make_program(
     def wrap_decoder(decoder: DecoderConfig | TorchConfig) -> Any:
         if isinstance(decoder, TorchConfig):
             return decoder.make_model(
+                dtype=jnp.dtype(config.model.dtype),
                 remat=bool(config.model.remat),
                 has_dropout=config.adapter.dropout > 0,
             )

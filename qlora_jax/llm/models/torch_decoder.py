@@ -44,6 +44,7 @@ class TorchConfig:
         conv1d_names: The names of weights that files store as `[in, out]`.
         rename_tensors: Returns the module's name of each tensor, by its name in files.
         experts: None, because there is no loss that balances the load of experts.
+        ropes: Empty: no keys in a cache depend on the size of the cache.
     """
 
     path: pathlib.Path
@@ -58,6 +59,7 @@ class TorchConfig:
     conv1d_names: set[str]
     rename_tensors: Callable[[Iterable[str]], dict[str, str]]
     experts: ClassVar[None] = None
+    ropes: ClassVar[tuple[()]] = ()
 
     @functools.cached_property
     def contract(self) -> Contract:
@@ -76,14 +78,23 @@ class TorchConfig:
         return TorchFolder(self.path, self)
 
     def make_model(
-        self, *, remat: bool = True, has_dropout: bool = False
+        self,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = True,
+        has_dropout: bool = False,
     ) -> "TorchDecoder":
-        """Returns the model; `has_dropout` is true if adapters have dropout."""
+        """Returns the model.
+
+        `dtype` is that of the keys and values in caches: the dtype of the weights that
+        are not packed. `has_dropout` is true if adapters have dropout.
+        """
         policy = None if remat else jax.checkpoint_policies.everything_saveable
         language_model = ql.torch.open_language_model(
             self.path, has_dropout=has_dropout, policy=policy
         )
-        return TorchDecoder(self, language_model, has_dropout)
+        cached_model = ql.torch.CachedModel(language_model, dtype)
+        return TorchDecoder(self, language_model, cached_model, has_dropout)
 
 
 def open_torch_config(path: pathlib.Path) -> TorchConfig:
@@ -177,39 +188,65 @@ class _Transposed:
 
 @dataclass(frozen=True, eq=False)
 class TorchDecoder:
-    """A model in PyTorch, with those methods of a wrapped `Decoder` that losses need.
+    """A model in PyTorch, with the methods of a wrapped `Decoder` that others need.
 
     Attributes:
         config: The model.
         language_model: The model as two functions, for hidden states and for logits.
+        cached_model: The model as a function that continues sequences.
         has_dropout: Whether adapters have dropout. If not, dropout keys are ignored.
         mlp_tile: None, because the MLP takes all tokens at a time.
     """
 
     config: TorchConfig
     language_model: "ql.torch.LanguageModel"
+    cached_model: "ql.torch.CachedModel"
     has_dropout: bool
     mlp_tile: ClassVar[None] = None
+
+    @property
+    def has_states(self) -> bool:
+        """Whether layers have states, which cannot go back to an earlier token."""
+        return self.cached_model.has_states
+
+    @property
+    def max_positions(self) -> int | None:
+        """The length of the longest sequence; None if positions are not learned."""
+        return self.language_model.max_positions
+
+    def init_cache(self, num_rows: int, length: int) -> PyTree:
+        """Returns an empty cache for rows of up to `length` tokens."""
+        return self.cached_model.init_cache(num_rows, length)
 
     def apply(
         self,
         variables: Mapping[str, PyTree],
         tokens: Int[Array, "B T"],
         *,
-        positions: object = None,
+        positions: Int[Array, "B T"] | None = None,
         segment_ids: object = None,
+        cache: PyTree = None,
         select: Int[Array, "B P"] | None = None,
+        num_tokens: Int[Array, " B"] | None = None,
         return_hidden: bool = False,
         rngs: Mapping[str, Array] | None = None,
         mutable: bool = False,
-    ) -> Float[Array, "B P D"]:
-        """Returns the hidden states from which the selected targets are predicted.
+    ) -> Any:
+        """Returns the hidden states `[B, P, D]` from which targets are predicted.
 
         Each row is a single sequence with padding on the right. `positions` and
         `segment_ids` can therefore be ignored: positions are 0, 1, 2, ..., and no token
         sees the padding.
+
+        With a `cache`, returns the logits `[B, 1, V]` after the last of the
+        `num_tokens` tokens of each row, and the new cache.
         """
-        del positions, segment_ids
+        if cache is not None:
+            assert positions is not None and segment_ids is None
+            logits, cache = self.cached_model.apply(
+                variables, tokens, cache, positions[:, 0], num_tokens
+            )
+            return logits[:, None].astype(jnp.float32), cache
         assert return_hidden and select is not None and not mutable
         key = rngs["dropout"] if rngs and self.has_dropout else None
         hidden = self.language_model.hidden_states(variables, tokens, dropout_key=key)
