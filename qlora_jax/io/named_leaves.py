@@ -217,6 +217,7 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
 
 # gpt-oss stores all experts of a layer as one tensor, `NAME` [E, K, N]. Here they are
 # tensors [N, K] called `NAME.0`, `NAME.1` ..., as in other models and in name tables.
+# Experts of PyTorch modules whose leaves have the roles "nk" are stored as [E, N, K].
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
@@ -232,7 +233,10 @@ def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
         parts = names.parts_of_parameter(name) if len(x.shape) == 3 else []
         if len(x.shape) == 3 and names.is_stack(name):
             for index in range(x.shape[0]):
-                split[f"{name}.{index}"] = transposed(matrix_in_stack(x, index))
+                matrix = matrix_in_stack(x, index)
+                if names.is_transposed_stack(name):
+                    matrix = transposed(matrix)
+                split[f"{name}.{index}"] = matrix
         elif parts and x.shape[1] % len(parts) == 0:
             for index in range(x.shape[0]):
                 matrices = equal_parts(matrix_in_stack(x, index), len(parts))
@@ -250,14 +254,17 @@ def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
         stem = name.rpartition(".")[0]
         parts.setdefault(stem if names.is_stack(stem) else name, []).append(x)
     return {
-        name: parts[name][0] if name in tensors else _stack_experts(parts[name])
+        name: parts[name][0]
+        if name in tensors
+        else _stack_experts(parts[name], names.is_transposed_stack(name))
         for name in parts
     }
 
 
-def _stack_experts(experts: list[Any]) -> DeferredTensor:
+def _stack_experts(experts: list[Any], is_transposed: bool) -> DeferredTensor:
+    shape, order = experts[0].shape, (1, 0) if is_transposed else (0, 1)
     return DeferredTensor(
         experts[0].dtype,
-        (len(experts), *experts[0].shape[::-1]),
-        lambda: np.stack([np.asarray(x[:, :]).T for x in experts]),
+        (len(experts), *(shape[axis] for axis in order)),
+        lambda: np.stack([np.asarray(x[:, :]).transpose(order) for x in experts]),
     )

@@ -279,7 +279,20 @@ class Names:
         Args:
             name: The name of a tensor in a checkpoint.
         """
-        return any(pattern.fullmatch(name) for pattern in self._stacks)
+        return any(pattern.fullmatch(name) for pattern, _ in self._stacks)
+
+    def is_transposed_stack(self, name: str) -> bool:
+        """Returns whether the tensor of a stack is `[E, K, N]`, as the kernel is.
+
+        If the roles of the leaf are "nk", the leaf and the tensor are `[E, N, K]`.
+
+        Args:
+            name: The name of a tensor for which `is_stack` is true.
+        """
+        entry = next(
+            entry for pattern, entry in self._stacks if pattern.fullmatch(name)
+        )
+        return entry.roles != "nk"
 
     def _find(self, path: str) -> tuple[Entry, dict[str, str], list[str]]:
         """Returns a leaf's entry, the numbers in its path, and its batch axes' names.
@@ -299,10 +312,15 @@ class Names:
             yield from entry._templates
 
     @functools.cached_property
-    def _stacks(self) -> list[re.Pattern]:
+    def _stacks(self) -> list[tuple[re.Pattern, Entry]]:
         # `experts.{expert}` names the parts of a tensor called `experts`.
-        matches = (re.fullmatch(r"(.*)\.\{[a-z_]+\}", n) for n in self._all_templates())
-        return [_pattern(match[1]) for match in matches if match]
+        part = re.compile(r"(.*)\.\{[a-z_]+\}")
+        return [
+            (_pattern(match[1]), entry)
+            for entry in self.entries.values()
+            for template in entry._templates
+            if (match := part.fullmatch(template))
+        ]
 
     @functools.cached_property
     def _expert_parameters(self) -> list[tuple[re.Pattern, Entry]]:

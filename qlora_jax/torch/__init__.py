@@ -6,6 +6,7 @@ from .cached_model import CachedModel
 from .init import init, names
 from .language_model import LanguageModel, open_language_model
 from .layers import stack, unstack
+from .packed_rows import packing_problem
 from .wrap import WrappedModule, wrap
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "init",
     "names",
     "open_language_model",
+    "packing_problem",
     "params",
     "register_attention",
     "stack",

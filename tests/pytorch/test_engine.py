@@ -123,7 +123,6 @@ def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path):
 
 
 REFUSED = {
-    "packing": "must be False, because it may not keep the sequences of a row apart.",
     "merge_aware": "must be False, because `export` writes no 4-bit files of these",
     "mlp_tile": "must be None, because its MLPs take all tokens at a time. Got 1.",
     "objective": "because the loss with a teacher needs the head of our decoder. Got",

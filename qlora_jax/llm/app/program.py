@@ -64,6 +64,7 @@ def make_program(
                 dtype=jnp.dtype(config.model.dtype),
                 remat=bool(config.model.remat),
                 has_dropout=config.adapter.dropout > 0,
+                has_packed_rows=config.training.packing,
             )
         module = Decoder(
             decoder,

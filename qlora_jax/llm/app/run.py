@@ -239,11 +239,6 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
             [False],
             "`export` writes no 4-bit files of these models",
         ),
-        "packing": (
-            config.training.packing,
-            [False],
-            "it may not keep the sequences of a row apart",
-        ),
         "objective": (
             objective,
             no_teacher,
@@ -257,6 +252,14 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
         if value not in allowed
     ]:
         raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
+    packing_problem = (
+        torch_config.packing_problem() if config.training.packing else None
+    )
+    if packing_problem is not None:
+        raise ValueError(
+            f"`packing` must be false for {torch_config.class_name}, because "
+            f"{packing_problem}. Got true."
+        )
     if config.evaluation.eval_examples:
         problem = torch_config.make_model().cached_model.problem()
         if problem is not None:
