@@ -265,7 +265,8 @@ class KernelFunctions(TorchFunctionMode):
             key = self._key(weight.lora)
             y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, dropout_key=key)
         else:
-            y = jax.lax.ragged_dot(rows, as_array(self._decode(weight)), sizes)
+            # Unlike that of JAX, this function has a rule for all batches of `vmap`.
+            y = ql.ragged_dot(rows, as_array(self._decode(weight)), sizes)
         return as_tensor(y)
 
 

@@ -73,7 +73,7 @@ def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path):
 
 def test_models_that_cannot_generate_are_refused(tmp_path):
     # Its state is an argument of its own, and not a part of a cache.
-    changes = {"num_hidden_layers": 1, "attention_hidden_size": 64}
+    changes = {"num_hidden_layers": 2, "attention_hidden_size": 64}
     folder = save_model(tmp_path / "model", transformers.RwkvConfig, **changes)
     config = app.GenerateConfig(str(folder), prompt="A", engine="torch")
     with pytest.raises(ValueError, match="`model` must be able to generate"):
