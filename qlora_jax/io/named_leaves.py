@@ -215,9 +215,9 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
 
 
-# gpt-oss stores all experts of a layer as one tensor, `NAME` [E, K, N], and Gemma 4 as
-# one tensor [E, N, K] (see `Entry.stack_roles`). Here they are tensors [N, K] called
-# `NAME.0`, `NAME.1` ..., as in other models and in name tables.
+# gpt-oss stores all experts of a layer as one tensor, `NAME` [E, K, N], and Gemma 4 and
+# many PyTorch modules as one tensor [E, N, K] (see `Entry.stack_roles`). Here they are
+# tensors [N, K] called `NAME.0`, `NAME.1` ..., as in other models and in name tables.
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:

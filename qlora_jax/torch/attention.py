@@ -1,6 +1,7 @@
 """Attention in JAX for the models of transformers."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,12 +61,14 @@ def attention(
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    record_mask: Callable[[jax.Array], object] | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention for transformers, whose tensors are `[B, heads, T, Dh]`.
 
-    Other arguments of transformers, such as `sliding_window`, are ignored, because the
-    mask already takes them into account.
+    `record_mask` is called with the mask, for `packing_problem`. Other arguments of
+    transformers, such as `sliding_window`, are ignored, because the mask already takes
+    them into account.
     """
     del kwargs
     if position_bias is not None:
@@ -88,6 +91,8 @@ def attention(
             f"masks of attention {NAME!r} must be bool, True where a token is seen. "
             f"Got {mask.dtype}."
         )
+    if record_mask is not None:
+        record_mask(mask)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else as_array(s_aux)
     rng = torchax.default_env().get_and_rotate_prng_key() if dropout else None

@@ -138,7 +138,10 @@ def names(model: Model, *, stacked: bool = False) -> ql.io.Names:
         numbers = {"layer": indices} if indices else {}
         if kinds.startswith("b"):  # each expert is a part of one tensor
             part = f"{name}.{{expert}}"
-            entry = ql.io.Entry(part, kinds[1:], parameter=name, numbers=numbers)
+            stored = "nk" if kinds == "bnk" else "kn"
+            entry = ql.io.Entry(
+                part, stored, parameter=name, stack_roles=stored, numbers=numbers
+            )
         else:
             entry = ql.io.Entry(name, kinds, numbers=numbers)
         entries[leaf_name] = entry

@@ -73,6 +73,22 @@ class LanguageModel:
             if is_conv1d(inner)
         }
 
+    @property
+    def max_positions(self) -> int | None:
+        """The size of a table of learned positions; None if the model has none."""
+        module: Any = self.module
+        size = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        if size is None:
+            return None
+        embeddings = {
+            inner.num_embeddings
+            for inner in module.modules()
+            if isinstance(inner, torch.nn.Embedding)
+            and inner is not module.get_input_embeddings()
+        }
+        # Some tables have up to two rows for padding, as in OPT.
+        return size if embeddings & {size, size + 1, size + 2} else None
+
     def shapes(self, *, stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of the leaves that are read from files: not `buffers`.
 
@@ -122,11 +138,14 @@ class LanguageModel:
         every_name = self.module.named_parameters(remove_duplicate=False)
         return {n: leaf_names[x] for n, x in every_name if n != leaf_names[x]}
 
-    def rename_tensors(self, file_names: Iterable[str]) -> dict[str, str]:
-        """Returns the name that each tensor of a file has in the module.
+    def find_sources(self, file_names: Iterable[str]) -> dict[str, list[str]]:
+        """Returns for each tensor of the module the tensors of a file that it has.
 
-        The keys are the names in the file. They may come from an older version of
-        transformers, which has a table of how its names changed.
+        If there are several, the tensor has the rows of all of them, one after another.
+        The experts of a parameter `NAME` may be separate in the file. They are then
+        called `NAME.0`, `NAME.1` and so on. transformers has a table of all this, and
+        of names that changed since the file was written. Tensors that it converts in
+        other ways keep their names.
 
         Args:
             file_names: The names in the file.
@@ -137,11 +156,35 @@ class LanguageModel:
         module: Any = self.module
         transforms = get_model_conversion_mapping(module)
         renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
+        converters = [x for x in transforms if _joins_rows(x)]
         prefix, state = module.base_model_prefix, module.state_dict()
-        return {
-            name: rename_source_key(name, renamings, [], prefix, state)[0]
-            for name in file_names
-        }
+        sources: dict[str, list[str]] = {}
+        # The tensors that transformers joins, by name in the module and by pattern.
+        parts: dict[str, dict[str, list[str]]] = {}
+        for name in sorted(file_names, key=_natural_order):
+            target, pattern = rename_source_key(
+                name, renamings, converters, prefix, state
+            )
+            if pattern is None or target not in state:
+                target, _ = rename_source_key(name, renamings, [], prefix, state)
+                sources[target] = [name]
+            else:
+                parts.setdefault(target, {}).setdefault(pattern, []).append(name)
+        for target, names_by_pattern in parts.items():
+            patterns = next(
+                x.source_patterns
+                for x in converters
+                if names_by_pattern.keys() <= {*x.source_patterns}
+            )
+            columns = [names_by_pattern.get(pattern, []) for pattern in patterns]
+            if len({len(names) for names in columns}) > 1:  # some are missing
+                sources |= {name: [name] for names in columns for name in names}
+            elif len(state[target].shape) == 3:
+                experts = enumerate(zip(*columns, strict=True))
+                sources |= {f"{target}.{index}": [*rows] for index, rows in experts}
+            else:
+                sources[target] = [name for names in columns for name in names]
+        return sources
 
     def scan_problem(self, shapes: Mapping[str, PyTree]) -> str | None:
         """Returns why stacked layers cannot be scanned; None if they can.
@@ -249,6 +292,50 @@ class LanguageModel:
             raise _unsupported(self.module, decoder)
         return output["logits"]
 
+    def run_selected(
+        self,
+        variables: Mapping[str, PyTree],
+        input_ids: jax.Array,
+        index: jax.Array,
+        run: Callable[..., PyTree],
+        *args: PyTree,
+    ) -> PyTree:
+        """Runs the model, whose head then only gets the token at `index` of each row.
+
+        Args:
+            variables: As in `hidden_states`.
+            input_ids: Token ids `[B, T]`.
+            index: The index of the token among the T tokens.
+            run: Called in the place of the model's `forward`, with `forward`, `args` as
+                tensors, and `input_ids`.
+            *args: The arguments of `run`.
+
+        Returns:
+            What `run` returns, with JAX arrays in place of tensors.
+
+        Raises:
+            ValueError: As `hidden_states`.
+        """
+        decoder, index_tensors = _decoder_of(self.module), []
+        run_layers, run_model = decoder.forward, self.module.forward
+
+        def select_hidden(*args: Any, **kwargs: Any) -> "_DecoderOutput":
+            output = run_layers(*args, **kwargs)
+            hidden = output if torch.is_tensor(output) else output[0]
+            return _DecoderOutput(hidden[:, index_tensors[0][None]])
+
+        def run_model_on_token(index: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            index_tensors.append(index)
+            return run(run_model, *args, **kwargs)
+
+        with (
+            _forward(decoder, select_hidden),
+            _forward(self.module, run_model_on_token),
+        ):
+            return self.model.apply(
+                self._with_buffers(variables), index, *args, input_ids=input_ids
+            )
+
     def _with_buffers(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         return {**variables, "params": {**self.buffers, **variables["params"]}}
 
@@ -341,6 +428,24 @@ def _compute_buffers(module: Any) -> dict[str, jax.Array]:
             f"{type(module).__name__}, which does not initialize {unknown}."
         )
     return {name: to_jax(x) for name, x in buffers.items()}
+
+
+def _joins_rows(transform: Any) -> bool:
+    """Whether a conversion of transformers joins the rows of matrices."""
+    operations = [
+        (type(x).__name__, getattr(x, "dim", None))
+        for x in getattr(transform, "operations", [])
+    ]
+    stack, rows = ("MergeModulelist", 0), ("Concatenate", 0)
+    rows_in_stack = ("Concatenate", 1)
+    is_joined = operations in ([stack], [stack, rows_in_stack], [rows])
+    return is_joined and len(transform.target_patterns) == 1
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Returns a key that sorts names by the numbers in them, 2 before 10."""
+    parts = name.split(".")
+    return [(int(x), "") if x.isdigit() else (-1, x) for x in parts]
 
 
 class _AfterLayers(Exception):  # noqa: N818  (it ends a call, and is not an error)

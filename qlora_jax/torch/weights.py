@@ -13,6 +13,7 @@ import torchax
 from jax.typing import DTypeLike
 from torch.overrides import TorchFunctionMode
 from torchax.ops.mappings import j2t_dtype
+from torchax.view import View
 
 import qlora_jax as ql
 
@@ -145,6 +146,9 @@ class KernelFunctions(TorchFunctionMode):
     ) -> Any:
         """Runs a function of PyTorch."""
         kwargs = kwargs or {}
+        if func is torch.Tensor.copy_ and isinstance(args[1], View):
+            # torchax copies only from tensors, and not from slices of them.
+            args = (args[0], args[1].torch(), *args[2:])
         if func in GROUPED_PRODUCTS:
             return self._grouped_product(*args, **kwargs)
         placeholders = [x for x in _values(args, kwargs) if isinstance(x, Placeholder)]
@@ -265,7 +269,8 @@ class KernelFunctions(TorchFunctionMode):
             options = {"dropout_key": key, "backend": self.backend}
             y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, **options)
         else:
-            y = jax.lax.ragged_dot(rows, as_array(self._decode(weight)), sizes)
+            # Unlike that of JAX, this function has a rule for all batches of `vmap`.
+            y = ql.ragged_dot(rows, as_array(self._decode(weight)), sizes)
         return as_tensor(y)
 
 

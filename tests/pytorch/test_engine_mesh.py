@@ -13,6 +13,7 @@ from qlora_jax.llm import app
 from qlora_jax.llm.app.base_model import adapters_for, open_model
 from qlora_jax.llm.app.program import make_mesh, make_place, make_put
 from qlora_jax.llm.data import Row, eval_batches
+from qlora_jax.llm.models.generation import generate
 from qlora_jax.llm.train import decoder_loss
 
 
@@ -29,7 +30,9 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
         ids = np.array(row["input_ids"], np.int32)
         rows.append(Row(ids, np.where(np.arange(len(ids)) > 0, ids, -100), "rows"))
     [batch] = eval_batches(rows, batch_size=len(rows), max_length=16)
-    loss = decoder_loss(model.config.make_model())
+    torch_decoder = model.config.make_model()
+    loss = decoder_loss(torch_decoder)
+    prompts, settings = [[5, 6, 7], [8, 9]], {"max_new_tokens": 3, "eos_ids": []}
 
     def mean_loss(lora, base, batch):
         total, count = loss(lora, base, batch, None)
@@ -37,6 +40,8 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
 
     step = jax.jit(jax.value_and_grad(mean_loss))
     expected_loss, expected = step(lora, base, batch)
+    variables = {"params": base, "lora": lora}
+    expected_tokens = generate(torch_decoder, variables, prompts, **settings)
     mesh = make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())
     base, lora = make_place(model.config, mesh, "device")(base, lora)
     # The contracted axis of the last kernel has three quantization blocks. Two devices
@@ -52,5 +57,8 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     assert last == (None, None, ("tensor", "fsdp"))
     with set_mesh(mesh):
         split_loss, gradients = step(lora, base, make_put(mesh)(batch))
+        variables = {"params": base, "lora": lora}
+        tokens = generate(torch_decoder, variables, prompts, **settings)
     assert_close(np.asarray(split_loss), np.asarray(expected_loss))
     assert_close(jax.device_get(gradients), jax.device_get(expected))
+    assert tokens.tolist() == expected_tokens.tolist()

@@ -384,8 +384,6 @@ def open_adapted(
 
 def _engine_of(config: ScoreConfig | GenerateConfig, adapters: list[str]) -> Engine:
     """Returns the engine of a config; by default, that of the adapters' run."""
-    if isinstance(config, GenerateConfig):
-        return "jax"
     runs = runs_of(adapters)
     return config.engine or (runs[0].model.engine if runs else "auto")
 

@@ -324,6 +324,8 @@ class GenerateConfig(Config):
         dtype: Dtype of the computation; norms and softmax are float32.
         recode: Whether to decode 4-bit weights that no format here supports, such as
             those with zero points or reordered inputs, and to pack them again in `fmt`.
+        engine: What computes the model, as in train. Defaults to that of the run if the
+            adapter is in a run's folder, and otherwise to auto.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -351,6 +353,7 @@ class GenerateConfig(Config):
     scales: Scales | None = None
     dtype: Dtype = option("float32", section="computation")
     recode: bool = False
+    engine: Engine | None = None
 
     def __post_init__(self):
         super().__post_init__()

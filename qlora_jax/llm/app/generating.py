@@ -26,6 +26,7 @@ from ..data.rows import converted, open_file
 from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
+from ..models.torch_decoder import TorchConfig
 from ..train.answers import answers
 from .base_model import open_adapted, read_as_trained
 from .configs import GenerateConfig
@@ -121,6 +122,8 @@ def generate(
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     model, adapters, options = open_adapted(config)
     note_packing(model.lora)
+    if isinstance(model.config, TorchConfig):
+        _check_torch(model.config)
     conversation = _Conversation(config, open_tokenizer(model.path))
     rows, prompts = [], []
     if config.prompts is not None:
@@ -134,8 +137,11 @@ def generate(
     conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, options, dtype)
-    decoder = Decoder(model.decoder, dtype=dtype)
-    wrapped: Any = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    if isinstance(model.config, TorchConfig):
+        wrapped: Any = model.config.make_model(dtype=dtype)
+    else:
+        decoder = Decoder(model.decoder, dtype=dtype)
+        wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     # Streams share the compiled programs, and keep one cache per conversation.
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
     results, write = [], write or (lambda text: None)
@@ -155,6 +161,15 @@ def generate(
         lines = "".join(map(_to_json_line, results))
         write_text(out, lines) if out else write(lines)
     return Generated(tuple(results))
+
+
+def _check_torch(config: TorchConfig) -> None:
+    """Raises ValueError if a model in PyTorch's code cannot generate tokens."""
+    if (problem := config.make_model().cached_model.problem()) is not None:
+        raise ValueError(
+            "`model` must be able to generate tokens in JAX. Got "
+            f"{config.class_name}: {problem}"
+        )
 
 
 def _to_json_line(answer: Answer) -> str:

@@ -61,9 +61,11 @@ def make_program(
     def wrap_decoder(decoder: DecoderConfig | TorchConfig) -> Any:
         if isinstance(decoder, TorchConfig):
             return decoder.make_model(
+                dtype=jnp.dtype(config.model.dtype),
                 remat=bool(config.model.remat),
                 has_dropout=config.adapter.dropout > 0,
                 backend=backend,
+                has_packed_rows=config.training.packing,
             )
         module = Decoder(
             decoder,

@@ -77,7 +77,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         config.model.path, recode=config.model.recode, engine=config.model.engine
     )
     if isinstance(model.config, TorchConfig):
-        config = _settings_for_torch(config)
+        config = _settings_for_torch(config, model.config)
     fmt = config.model.fmt or model.stored_fmt or "nf4"
     if config.output.push_to_hub is not None:
         check_base(model.name)
@@ -217,7 +217,7 @@ def _check_environment(config: TrainConfig) -> None:
         )
 
 
-def _settings_for_torch(config: TrainConfig) -> TrainConfig:
+def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> TrainConfig:
     """Returns the settings of a run in PyTorch's code.
 
     Raises ValueError if an option has a value that is not supported there.
@@ -239,11 +239,6 @@ def _settings_for_torch(config: TrainConfig) -> TrainConfig:
             [False],
             "`export` writes no 4-bit files of these models",
         ),
-        "packing": (
-            config.training.packing,
-            [False],
-            "it may not keep the sequences of a row apart",
-        ),
         "objective": (
             objective,
             no_teacher,
@@ -257,9 +252,20 @@ def _settings_for_torch(config: TrainConfig) -> TrainConfig:
         if value not in allowed
     ]:
         raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
+    packing_problem = (
+        torch_config.packing_problem() if config.training.packing else None
+    )
+    if packing_problem is not None:
+        raise ValueError(
+            f"`packing` must be false for {torch_config.class_name}, because "
+            f"{packing_problem}. Got true."
+        )
     if config.evaluation.eval_examples:
-        log("note: engine torch generates no answers to validation rows")
-    return config.replace(engine="torch", eval_examples=0)
+        problem = torch_config.make_model().cached_model.problem()
+        if problem is not None:
+            log(f"note: no answers to validation rows are generated. {problem}")
+            config = config.replace(eval_examples=0)
+    return config.replace(engine="torch")
 
 
 def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:

@@ -84,6 +84,7 @@ class Decoder(nn.Module):
             at a time, to save memory; None for all. If set, adapters cannot have
             dropout.
         scanned: Patterns for the paths of the modules that run under `nn.scan`.
+        max_positions: None, because positions are not learned.
 
     Example:
         >>> import jax
@@ -102,6 +103,7 @@ class Decoder(nn.Module):
     stream_dtype: DTypeLike = jnp.float32
     mlp_tile: int | None = None
     scanned: ClassVar[tuple[str, ...]] = (r"layers(_\d+)?",)
+    max_positions: ClassVar[None] = None
 
     def __post_init__(self):
         if self.remat not in (True, False, "offload"):
@@ -209,6 +211,15 @@ class Decoder(nn.Module):
             for path, new_entry in new_entries.items()
         }
         return output, new_cache
+
+    @property
+    def has_states(self) -> bool:
+        """Whether layers have states, which cannot go back to an earlier token."""
+        return self.config.has_states
+
+    def init_cache(self, num_rows: int, length: int) -> Cache:
+        """Returns an empty cache for rows of up to `length` tokens."""
+        return init_cache(self.config, num_rows, length)
 
     def _scan(
         self,

@@ -12,8 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Int, Key, PyTree
 
-from .decoder import Cache, init_cache
+from .decoder import Cache
 from .sampling import GREEDY, Sampling
+from .torch_decoder import TorchDecoder
+
+Model = nn.Module | TorchDecoder  # a `Decoder`, wrapped or not, or a model in PyTorch
 
 
 def power_of_two(length: int) -> int:
@@ -47,8 +50,19 @@ def check_key(sampling: Sampling, key: Key[Array, ""] | None) -> None:
         raise ValueError("`key` must be given if `temperature` is not 0.")
 
 
+def check_length(model: Model, prompt_length: int, max_new_tokens: int) -> None:
+    """Raises a ValueError if an answer may exceed the model's learned positions."""
+    limit = model.max_positions
+    if limit is not None and prompt_length + max_new_tokens > limit:
+        raise ValueError(
+            "the prompt and `max_new_tokens` must have at most "
+            f"{limit} tokens together, because the model has learned a table of "
+            f"positions. Got {prompt_length} + {max_new_tokens}."
+        )
+
+
 def generate(
-    model: nn.Module,
+    model: Model,
     variables: PyTree,
     prompts: Sequence[Sequence[int]],
     *,
@@ -62,7 +76,7 @@ def generate(
     `Stream` yields the tokens of one prompt one at a time.
 
     Args:
-        model: A `Decoder`, wrapped or not.
+        model: A `Decoder`, wrapped or not, or a `TorchDecoder`.
         variables: The variables for `model.apply`.
         prompts: The tokens of B prompts, each with at least one.
         max_new_tokens: N, the largest length of an answer.
@@ -72,7 +86,8 @@ def generate(
             drawn with `jax.random.fold_in(key, n)`.
 
     Raises:
-        ValueError: If a prompt is empty, or if a key is needed but missing.
+        ValueError: If a prompt is empty, if a key is needed but missing, or if an
+            answer may exceed the positions that the model has learned.
 
     Example:
         >>> from qlora_jax.llm.models.config import DecoderConfig
@@ -87,6 +102,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
         raise ValueError("`prompts` must each have at least one token. Got none.")
+    check_length(model, max(lengths), max_new_tokens)
     counts = np.stack([np.zeros_like(lengths), lengths])
     settings = {"num_new": max_new_tokens, "eos_ids": tuple(eos_ids)}
     static = {"model": model, "sampling": sampling, **settings}
@@ -106,7 +122,7 @@ def extend(
     step: Int[Array, ""] | int = 0,
     cache: Cache | None = None,
     *,
-    model: nn.Module,
+    model: Model,
     sampling: Sampling,
     num_new: int = 1,
     eos_ids: tuple[int, ...] = (),
@@ -120,7 +136,8 @@ def extend(
     """
     (starts, lengths), (batch_size, width) = counts, tokens.shape
     if cache is None:  # created here, so that XLA chooses its placement on a mesh
-        cache = init_cache(model.config, batch_size, width + num_new)
+        cache = model.init_cache(batch_size, width + num_new)
+    assert cache is not None
 
     def decode(tokens, cache: Cache, index, **indices) -> tuple[Array, Cache]:
         outputs: Any = model.apply(variables, tokens, cache=cache, **indices)

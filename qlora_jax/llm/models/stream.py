@@ -9,16 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.tree_util import KeyPath, tree_map_with_path
 from jaxtyping import Array, Key, PyTree
 
 import qlora_jax as ql
 
 from .config import DecoderConfig
-from .decoder import Cache, Decoder, cache_length, grow_cache, init_cache
-from .generation import check_key, extend, pad_prompts, power_of_two
+from .decoder import Cache, Decoder, cache_length, grow_cache
+from .generation import (
+    Model,
+    check_key,
+    check_length,
+    extend,
+    pad_prompts,
+    power_of_two,
+)
 from .sampling import GREEDY, Sampling
+from .torch_decoder import TorchConfig
 
 _MIN_CACHE_LENGTH = 256  # positions
 # Tokenizers decode bytes that are not valid UTF-8, such as a part of a character, to
@@ -42,13 +49,11 @@ class Stream:
         4
     """
 
-    def __init__(
-        self, model: nn.Module, variables: PyTree, sampling: Sampling = GREEDY
-    ):
+    def __init__(self, model: Model, variables: PyTree, sampling: Sampling = GREEDY):
         """Starts with an empty cache.
 
         Args:
-            model: A `Decoder`, wrapped or not.
+            model: A `Decoder`, wrapped or not, or a `TorchDecoder`.
             variables: The variables for `model.apply`. For speed, the stream converts
                 quantization scales to float32, and on CPUs with JAX before 0.11 also
                 16-bit layers.
@@ -81,11 +86,13 @@ class Stream:
             It raises a RuntimeError once the stream has been called again.
 
         Raises:
-            ValueError: If the prompt is empty, or if a key is needed but missing.
+            ValueError: If the prompt is empty, if a key is needed but missing, or if
+                the answer may exceed the positions that the model has learned.
         """
         if not len(prompt):
             raise ValueError("`prompt` must have at least one token. Got none.")
         check_key(self.sampling, key)
+        check_length(self.model, len(prompt), max_new_tokens)
         return self._continue(list(prompt), max_new_tokens, {*eos_ids}, key)
 
     def with_lora(self, lora: PyTree) -> "Stream":
@@ -103,7 +110,7 @@ class Stream:
         # Keep the cache up to the first difference. The last token of the prompt is
         # always computed, because its logits are needed.
         num_shared = len(os.path.commonprefix([prompt[:-1], self._ids]))
-        if num_shared < len(self._ids) and self.model.config.has_states:
+        if num_shared < len(self._ids) and self.model.has_states:
             num_shared, self._cache = 0, None  # states cannot go back
         del self._ids[num_shared:]
         answer = self._answer = object()
@@ -124,7 +131,7 @@ class Stream:
 
     def _reserve(self, length: int, max_length: int) -> None:
         """Makes room for `length` positions. Later calls need at most `max_length`."""
-        config: DecoderConfig = self.model.config
+        config: DecoderConfig | TorchConfig = self.model.config
         # In LongRoPE, keys depend on the size of the cache. It therefore gets its final
         # size at once, and is cleared if that size changes.
         ropes = [rope for rope in config.ropes if rope and rope.long_divisors]
@@ -134,7 +141,7 @@ class Stream:
                 size = rope.original_length
         cache = self._cache
         if cache is None or (ropes and cache_length(cache) != size):
-            self._cache, self._ids = init_cache(config, 1, size), []
+            self._cache, self._ids = self.model.init_cache(1, size), []
         elif cache_length(cache) < size:
             self._cache = grow_cache(cache, size)
 

@@ -42,8 +42,10 @@ class TorchConfig:
         head: The name of the module that computes the logits.
         tied_names: The leaf of each tied weight, by the other names of the weight.
         conv1d_names: The names of weights that files store as `[in, out]`.
-        rename_tensors: Returns the module's name of each tensor, by its name in files.
+        find_sources: Returns for each tensor of the module, by name, the names of the
+            tensors in files whose rows it has.
         experts: None, because there is no loss that balances the load of experts.
+        ropes: Empty: no keys in a cache depend on the size of the cache.
     """
 
     path: pathlib.Path
@@ -56,8 +58,9 @@ class TorchConfig:
     head: str
     tied_names: dict[str, str]
     conv1d_names: set[str]
-    rename_tensors: Callable[[Iterable[str]], dict[str, str]]
+    find_sources: Callable[[Iterable[str]], dict[str, list[str]]]
     experts: ClassVar[None] = None
+    ropes: ClassVar[tuple[()]] = ()
 
     @functools.cached_property
     def contract(self) -> Contract:
@@ -78,19 +81,31 @@ class TorchConfig:
     def make_model(
         self,
         *,
+        dtype: DTypeLike = jnp.float32,
         remat: bool = True,
         has_dropout: bool = False,
+        has_packed_rows: bool = False,
         backend: str | Sequence[str] | None = None,
     ) -> "TorchDecoder":
         """Returns the model.
 
-        `has_dropout` is true if adapters have dropout. `backend` is as in `ql.matmul`.
+        `dtype` is that of the keys and values in caches: the dtype of the weights that
+        are not packed. `has_dropout` is true if adapters have dropout, and
+        `has_packed_rows` if rows have several sequences. `backend` is as in
+        `ql.matmul`.
         """
         policy = None if remat else jax.checkpoint_policies.everything_saveable
         language_model = ql.torch.open_language_model(
             self.path, has_dropout=has_dropout, policy=policy, backend=backend
         )
-        return TorchDecoder(self, language_model, has_dropout)
+        cached_model = ql.torch.CachedModel(language_model, dtype)
+        return TorchDecoder(
+            self, language_model, cached_model, has_dropout, has_packed_rows
+        )
+
+    def packing_problem(self) -> str | None:
+        """Returns why rows cannot have several sequences; None if they can."""
+        return ql.torch.packing_problem(ql.torch.open_language_model(self.path))
 
 
 def open_torch_config(path: pathlib.Path) -> TorchConfig:
@@ -129,7 +144,7 @@ def open_torch_config(path: pathlib.Path) -> TorchConfig:
         "" if head is None else modules[head],
         language_model.tied_names,
         language_model.conv1d_names,
-        language_model.rename_tensors,
+        language_model.find_sources,
     )
 
 
@@ -144,18 +159,19 @@ class TorchFolder(ModelFolder):
 
         Raises ValueError if a tied weight has different values under its names. Linear
         weights that files store as `[in, out]` are returned as `[out, in]`, which
-        `ql.io` expects.
+        `ql.io` expects. Matrices that files store in parts are joined while they are
+        read.
         """
         stored = self.stored_tensors
-        renamed = {
-            new: stored[name]
-            for name, new in self.torch_config.rename_tensors(stored).items()
-        }
-        tensors = dataclasses.replace(stored, _tensors=renamed)
+        views: Any = {}
+        for name, sources in self.torch_config.find_sources(stored).items():
+            parts = [stored[source] for source in sources]
+            views[name] = parts[0] if len(parts) == 1 else _Joined(tuple(parts))
+        tensors = dataclasses.replace(stored, _tensors=views)
         for name, leaf_name in self.torch_config.tied_names.items():
             check_tied(tensors, name, leaf_name)
         transposed = self.torch_config.conv1d_names & {*tensors}
-        views: Any = {name: _Transposed(tensors[name]) for name in transposed}
+        views = {name: _Transposed(tensors[name]) for name in transposed}
         return dataclasses.replace(tensors, _tensors={**tensors, **views})
 
     @contextlib.contextmanager
@@ -183,43 +199,102 @@ class _Transposed:
 
 
 @dataclass(frozen=True, eq=False)
+class _Joined:
+    """Shows arrays as one array with the rows of all, and reads slices of it."""
+
+    matrices: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return sum(x.shape[0] for x in self.matrices), *self.matrices[0].shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.result_type(*(x.dtype for x in self.matrices))
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        rows_index, *columns = index or (slice(None),)
+        start, stop, _ = rows_index.indices(self.shape[0])
+        pieces, first = [], 0  # `first` is the first row of each matrix
+        for matrix in self.matrices:
+            num_rows = matrix.shape[0]
+            rows = slice(max(start - first, 0), min(max(stop - first, 0), num_rows))
+            if rows.start < rows.stop:
+                pieces.append(np.asarray(matrix[rows, *columns]))
+            first += num_rows
+        return np.concatenate(pieces)
+
+
+@dataclass(frozen=True, eq=False)
 class TorchDecoder:
-    """A model in PyTorch, with those methods of a wrapped `Decoder` that losses need.
+    """A model in PyTorch, with the methods of a wrapped `Decoder` that others need.
 
     Attributes:
         config: The model.
         language_model: The model as two functions, for hidden states and for logits.
+        cached_model: The model as a function that continues sequences.
         has_dropout: Whether adapters have dropout. If not, dropout keys are ignored.
+        has_packed_rows: Whether rows may have several sequences.
         mlp_tile: None, because the MLP takes all tokens at a time.
     """
 
     config: TorchConfig
     language_model: "ql.torch.LanguageModel"
+    cached_model: "ql.torch.CachedModel"
     has_dropout: bool
+    has_packed_rows: bool
     mlp_tile: ClassVar[None] = None
+
+    @property
+    def has_states(self) -> bool:
+        """Whether layers have states, which cannot go back to an earlier token."""
+        return self.cached_model.has_states
+
+    @property
+    def max_positions(self) -> int | None:
+        """The length of the longest sequence; None if positions are not learned."""
+        return self.language_model.max_positions
+
+    def init_cache(self, num_rows: int, length: int) -> PyTree:
+        """Returns an empty cache for rows of up to `length` tokens."""
+        return self.cached_model.init_cache(num_rows, length)
 
     def apply(
         self,
         variables: Mapping[str, PyTree],
         tokens: Int[Array, "B T"],
         *,
-        positions: object = None,
+        positions: Int[Array, "B T"] | None = None,
         segment_ids: object = None,
+        cache: PyTree = None,
         select: Int[Array, "B P"] | None = None,
+        num_tokens: Int[Array, " B"] | None = None,
         return_hidden: bool = False,
         rngs: Mapping[str, Array] | None = None,
         mutable: bool = False,
-    ) -> Float[Array, "B P D"]:
-        """Returns the hidden states from which the selected targets are predicted.
+    ) -> Any:
+        """Returns the hidden states `[B, P, D]` from which targets are predicted.
 
-        Each row is a single sequence with padding on the right. `positions` and
-        `segment_ids` can therefore be ignored: positions are 0, 1, 2, ..., and no token
-        sees the padding.
+        Unless there are packed rows, each row is a single sequence with padding on the
+        right. `positions` can then be ignored: they are 0, 1, 2, ..., and no token sees
+        the padding. In packed rows, they start again at 0 with each sequence, by which
+        transformers recognizes the sequences. `segment_ids` are therefore ignored.
+
+        With a `cache`, returns the logits `[B, 1, V]` after the last of the
+        `num_tokens` tokens of each row, and the new cache.
         """
-        del positions, segment_ids
+        if cache is not None:
+            assert positions is not None and segment_ids is None
+            logits, cache = self.cached_model.apply(
+                variables, tokens, cache, positions[:, 0], num_tokens
+            )
+            return logits[:, None].astype(jnp.float32), cache
         assert return_hidden and select is not None and not mutable
         key = rngs["dropout"] if rngs and self.has_dropout else None
-        hidden = self.language_model.hidden_states(variables, tokens, dropout_key=key)
+        options = {"position_ids": positions} if self.has_packed_rows else {}
+        hidden = self.language_model.hidden_states(
+            variables, tokens, dropout_key=key, **options
+        )
         return jnp.take_along_axis(hidden, jnp.asarray(select)[..., None], axis=1)
 
     def target_losses(

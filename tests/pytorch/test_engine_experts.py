@@ -1,0 +1,60 @@
+"""Files in which experts are separate, for models in PyTorch's code that stack them."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from engine_models import ROWS, save_model, write_rows
+from tolerances import assert_close
+
+import qlora_jax as ql
+from qlora_jax.llm import app
+from qlora_jax.llm.app.base_model import open_model
+
+HEADS = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+CASES = {
+    "mixtral": (
+        transformers.MixtralConfig,
+        HEADS | {"num_local_experts": 11, "num_experts_per_tok": 2},
+        "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        HEADS
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "model.layers.0.mlp.experts.3.gate_proj.weight",
+    ),
+}
+
+
+def torch_loss(model):
+    losses = []
+    for row in ROWS:
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        )
+    return torch.cat(losses).mean().item()
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_separate_experts_are_stacked_while_they_are_read(kind, tmp_path):
+    config_class, changes, stored_name = CASES[kind]
+    folder = save_model(tmp_path / "model", config_class, **changes)
+    assert stored_name in ql.io.open_safetensors(folder)
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = torch_loss(module)
+    model, data = open_model(str(folder), engine="torch"), write_rows(tmp_path)
+    config = app.ScoreConfig(str(folder), data, engine="torch", batch_tokens=64)
+    assert_close(np.asarray(app.score(config).loss), np.asarray(expected))
+    # Packed while they are read, the experts are those of transformers, packed.
+    packing = model.packing("nf4", 32, False)
+    base = model.read(packing=packing, dtype="float32", progress=False).base
+    parameters = dict(module.named_parameters())
+    name = "model.layers.{}.mlp.experts.gate_up_proj"
+    stacked = np.stack([parameters[name.format(i)].detach().numpy() for i in (0, 1)])
+    experts = base[name.format("0:2:1")]
+    codes = ql.quantize(stacked, "nf4", block_size=32, contract="bnk").codes
+    assert np.array_equal(experts.codes, codes)

@@ -1,0 +1,80 @@
+"""Models in PyTorch's code generate the tokens of transformers."""
+
+import pytest
+import torch
+import transformers
+from engine_models import save_model
+
+from qlora_jax.llm import app
+from qlora_jax.llm.app.base_model import open_model
+from qlora_jax.llm.models.generation import generate
+from qlora_jax.llm.models.stream import Stream
+
+PROMPTS = [[5, 90, 7, 9, 110, 3, 8], [50, 60], [*range(100, 117)]]
+NUM_NEW = 10
+HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+# A window that is shorter than the prompts, and layers with convolutions.
+GEMMA = {"sliding_window": 6, **HEADS}
+GEMMA["layer_types"] = ["sliding_attention", "full_attention"]
+LFM = {"layer_types": ["conv", "full_attention"], **HEADS}
+CASES = {
+    "gpt_neox": (transformers.GPTNeoXConfig, {}),
+    "llama": (transformers.LlamaConfig, HEADS),
+    "gemma3": (transformers.Gemma3TextConfig, GEMMA),
+    "lfm2": (transformers.Lfm2Config, LFM),
+}
+
+
+def torch_tokens(model, prompts):
+    """Returns the tokens that PyTorch generates for each prompt."""
+    rows = []
+    for prompt in prompts:
+        ids = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NUM_NEW,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        rows.append(ids[0, len(prompt) :].tolist())
+    return rows
+
+
+def read_model(folder):
+    """Returns a model in PyTorch's code, and its float weights as variables."""
+    model = open_model(str(folder), engine="torch").read(progress=False)
+    return model.config.make_model(), {"params": model.base}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_greedy_tokens_equal_those_of_pytorch(kind, tmp_path):
+    config_class, changes = CASES[kind]
+    sizes = {"num_hidden_layers": 2, **changes}
+    folder = save_model(tmp_path / "model", config_class, **sizes)
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = torch_tokens(module, PROMPTS)
+    assert len(set(map(tuple, expected))) == len(PROMPTS)
+    model, variables = read_model(folder)
+    settings = {"max_new_tokens": NUM_NEW, "eos_ids": []}
+    assert generate(model, variables, PROMPTS, **settings).tolist() == expected
+    # The next prompt of a stream continues the first one and its answer.
+    stream = Stream(model, variables)
+    assert list(stream(PROMPTS[0], **settings)) == expected[0]
+    longer = [*PROMPTS[0], *expected[0], 17, 18]
+    assert list(stream(longer, **settings)) == torch_tokens(module, [longer])[0]
+
+
+def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path):
+    changes = {"n_layer": 1, "max_position_embeddings": 32}
+    folder = save_model(tmp_path / "model", transformers.GPT2Config, **changes)
+    model, variables = read_model(folder)
+    with pytest.raises(ValueError, match="at most 32 tokens together"):
+        generate(model, variables, [[5] * 30], max_new_tokens=3, eos_ids=[])
+
+
+def test_models_that_cannot_generate_are_refused(tmp_path):
+    # Its state is an argument of its own, and not a part of a cache.
+    changes = {"num_hidden_layers": 2, "attention_hidden_size": 64}
+    folder = save_model(tmp_path / "model", transformers.RwkvConfig, **changes)
+    config = app.GenerateConfig(str(folder), prompt="A", engine="torch")
+    with pytest.raises(ValueError, match="`model` must be able to generate"):
+        app.generate(config)
