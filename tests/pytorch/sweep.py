@@ -84,31 +84,31 @@ def check(module, ids, expected):
 
     def logits_in_pytorch(params):
         copy_weights(module, params)
-        return torch_logits(module, ids)
+        return {"logits": torch_logits(module, ids)}
 
-    errors = [error_of(logits, expected, logits_in_pytorch, params)]
+    run = logits_in_pytorch, params
+    errors = [error_of({"logits": logits}, {"logits": expected}, *run)]
     names = [n for n, _ in kernel_roles(module) if is_target(n, params)]
     model, base, lora = init(module, [re.escape(name) for name in names])
 
-    def loss(lora, base, ids):
+    def compute_loss(lora, base, ids):
         return loss_of(model, {"params": base, "lora": lora}, ids)
+
+    loss, gradients = jax.jit(jax.value_and_grad(compute_loss))(lora, base, ids_array)
+    got = {"loss": loss, "gradients": gradients}
 
     def train_in_pytorch(base, lora):
         loss, gradients = gradients_in_pytorch(module, base, lora, ids)
-        return np.float32(loss), gradients
+        return {"loss": np.float32(loss), "gradients": gradients}
 
-    trained = jax.jit(jax.value_and_grad(loss))(lora, base, ids_array)
-    expected_trained = train_in_pytorch(base, lora)
-    for index in (0, 1):
-        errors.append(
-            error_of(
-                trained[index],
-                expected_trained[index],
-                lambda base, lora, index=index: train_in_pytorch(base, lora)[index],
-                base,
-                lora,
-            )
-        )
+    expected = train_in_pytorch(base, lora)
+    for name in got:
+
+        def run_again(base, lora, name=name):
+            return {name: train_in_pytorch(base, lora)[name]}
+
+        run = run_again, base, lora
+        errors.append(error_of({name: got[name]}, {name: expected[name]}, *run))
     return errors, len(names)
 
 

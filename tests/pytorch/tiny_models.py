@@ -68,6 +68,10 @@ SPECIAL: dict[str, dict] = {
         "rope_parameters": {"full_attention": ROPE | {"mrope_section": [2, 3, 3]}}
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    # The scores of indexers are sums of ReLUs. With few heads, many scores are 0, and
+    # PyTorch and JAX choose others of these equal scores.
+    "dots3_note": {"text_config": {"index_n_heads": 8}},
+    "dots3_note_text": {"index_n_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_d_head": 32},
