@@ -143,6 +143,13 @@ class KernelFunctions(TorchFunctionMode):
     ) -> Any:
         """Runs a function of PyTorch."""
         kwargs = kwargs or {}
+        result = self._call(func, args, kwargs)
+        if torch.is_grad_enabled() or any(result is value for value in args):
+            return result
+        # torchax ignores `torch.no_grad`.
+        return jax.tree.map(_stop_gradient, result)
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func in GROUPED_PRODUCTS:
             return self._grouped_product(*args, **kwargs)
         placeholders = [x for x in _values(args, kwargs) if isinstance(x, Placeholder)]
@@ -263,6 +270,13 @@ class KernelFunctions(TorchFunctionMode):
         else:
             y = jax.lax.ragged_dot(rows, as_array(self._decode(weight)), sizes)
         return as_tensor(y)
+
+
+def _stop_gradient(value: Any) -> Any:
+    # Views are references to tensors, and have to stay that.
+    if isinstance(value, torchax.tensor.Tensor) and value.dtype.is_floating_point:
+        return as_tensor(jax.lax.stop_gradient(as_array(value)))
+    return value
 
 
 def _is_kernel_tensor(value: object) -> bool:
