@@ -146,6 +146,13 @@ class KernelFunctions(TorchFunctionMode):
     ) -> Any:
         """Runs a function of PyTorch."""
         kwargs = kwargs or {}
+        result = self._call(func, args, kwargs)
+        if torch.is_grad_enabled() or any(result is value for value in args):
+            return result
+        # torchax ignores `torch.no_grad`.
+        return jax.tree.map(_stop_gradient, result)
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is torch.Tensor.copy_ and isinstance(args[1], View):
             # torchax copies only from tensors, and not from slices of them.
             args = (args[0], args[1].torch(), *args[2:])
@@ -272,6 +279,13 @@ class KernelFunctions(TorchFunctionMode):
             # Unlike that of JAX, this function has a rule for all batches of `vmap`.
             y = ql.ragged_dot(rows, as_array(self._decode(weight)), sizes)
         return as_tensor(y)
+
+
+def _stop_gradient(value: Any) -> Any:
+    # Views are references to tensors, and have to stay that.
+    if isinstance(value, torchax.tensor.Tensor) and value.dtype.is_floating_point:
+        return as_tensor(jax.lax.stop_gradient(as_array(value)))
+    return value
 
 
 def _is_kernel_tensor(value: object) -> bool:

@@ -140,6 +140,8 @@ class WrappedModule:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Explicitly requested dtype .?int64")
             stack.enter_context(jax.numpy_rank_promotion("allow"))
+            # Only a `torch.no_grad` in the module's code stops gradients.
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(self._modes())
             for scan in scans:
                 stack.enter_context(scan.active())

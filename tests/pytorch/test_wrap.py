@@ -9,7 +9,14 @@ import pytest
 import torch
 from helpers import refusal
 from tolerances import assert_close
-from torch_helpers import init, logits_of, random_ids, random_model, torch_logits
+from torch_helpers import (
+    adapter_gradients,
+    init,
+    logits_of,
+    random_ids,
+    random_model,
+    torch_logits,
+)
 
 import qlora_jax as ql
 
@@ -218,6 +225,36 @@ def test_the_mean_over_dropout_is_the_output_without_it():
     deviation = (np.mean(draws, axis=0) - expected) / spread
     assert np.abs(deviation).max() < 5
     assert spread.min() > 0
+
+
+def test_no_grad_in_the_module_stops_gradients_as_in_pytorch():
+    class Refined(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(64, 64)
+            self.step = torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = self.first(x)
+            with torch.no_grad():
+                guess = torch.tanh(self.step(x)).view(-1, 64)
+            return x + torch.tanh(self.step(guess))
+
+    torch.manual_seed(0)
+    module = Refined().eval()
+    model, base, lora = init(module, r".*\.weight")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+
+    def compute_loss(lora):
+        return (model.apply({"params": base, "lora": lora}, x) ** 2).mean()
+
+    with torch.no_grad():  # around `apply`, it has no effect
+        loss, gradients = jax.value_and_grad(compute_loss)(lora)
+    expected_loss, expected = adapter_gradients(
+        module, base, lora, lambda: (module(torch.tensor(x)) ** 2).mean()
+    )
+    assert_close(np.asarray(loss), np.float32(expected_loss))
+    assert_close(gradients, expected)
 
 
 def test_changes_of_buffers_are_refused():

@@ -75,6 +75,13 @@ def init(module, targets, **settings):
     return model, base, lora
 
 
+def copy_weights(module, weights):
+    """Copies arrays to the parameters of a PyTorch module."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.tensor(np.asarray(weights[name])))
+
+
 def with_decoded_weights(module, base):
     """Decodes the packed leaves of `base`, and copies them to the PyTorch module."""
     parameters = dict(module.named_parameters())
@@ -123,24 +130,34 @@ def peft_loss_and_gradients(module, base, lora, ids):
 
 
 def gradients_in_pytorch(module, base, lora, ids):
+    """Returns PyTorch's loss of a language model, and its gradients as a lora tree."""
+    tokens = torch.tensor(ids)
+
+    def compute_loss():
+        logits = module(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten()
+        )
+
+    return adapter_gradients(module, base, lora, compute_loss)
+
+
+def adapter_gradients(module, base, lora, compute_loss):
     """Returns PyTorch's loss, and gradients of A and B that follow from those of W.
 
     With merged weights W + s A B, they are dA = s dW B^T and dB = s A^T dW.
     """
-    merged = ql.merge(base, lora)
     parameters = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.tensor(np.asarray(merged[name])))
-    tokens = torch.tensor(ids)
-    logits = module(input_ids=tokens, use_cache=False).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), tokens[:, 1:].flatten()
-    )
+    copy_weights(module, ql.merge(base, lora))
+    module.zero_grad()
+    loss = compute_loss()
     loss.backward()
     gradients = {}
     for name, adapter in lora.items():
-        grad = adapter.scaling * parameters[name].grad.numpy()
+        grad = parameters[name].grad
+        if grad is None:  # the loss does not depend on the weight
+            grad = torch.zeros_like(parameters[name])
+        grad = adapter.scaling * grad.numpy()
         if adapter.geometry.kinds.endswith("nk"):  # [out, in]
             grad = grad.swapaxes(-1, -2)
         a, b = np.asarray(adapter.a), np.asarray(adapter.b)
