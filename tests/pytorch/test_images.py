@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 from helpers import refusal
 from image_models import IMAGE, image_inputs, image_model
@@ -16,15 +15,13 @@ LANGUAGE = r".*language_model\..*_proj\.weight"
 VISION = r".*vision_tower\.encoder\.layers.*(q_proj|fc1)\.weight"
 
 
-@pytest.mark.parametrize("targets", [(LANGUAGE,), (LANGUAGE, VISION)])
-def test_loss_and_gradients_equal_peft(targets):
+def test_loss_and_gradients_equal_peft():
     ql.torch.register_attention()
     module, (ids, inputs) = image_model(), image_inputs()
     tensors = {name: torch.tensor(x) for name, x in inputs.items()}
     module.set_attn_implementation("qlora_jax")
-    model, base, lora = init(module, targets)
-    is_adapted = ["vision_tower" in name for name in lora]
-    assert len(lora) == 3 * 7 + 2 * 2 * (VISION in targets) == 21 + sum(is_adapted)
+    model, base, lora = init(module, (LANGUAGE, VISION))
+    assert sum("vision_tower" in name for name in lora) == 2 * 2
 
     def loss(lora, base, ids, inputs):
         variables = {"params": base, "lora": lora}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .encode import IGNORED, Row
+from .images import add_images, images_per_row
 from .ordering import MAX_WIDTHS, Order, choose_widths, round_up
 from .rows import StreamedRows
 
@@ -42,6 +43,9 @@ class Batch(NamedTuple):
             completion and its rejected one; or, for KTO, a labelled completion and the
             same prompt with the completion of another row. The second is the next
             sequence in the row if batches are packed, and otherwise the next row.
+        pixel_values: Only for rows with images, otherwise None. The images of each row,
+            float32 `[B, images, channels, H, W]`. Rows with fewer images have blank
+            ones at the end, whose tokens are in the padding.
 
     Example:
         >>> from qlora_jax.llm.data import eval_batches
@@ -58,6 +62,7 @@ class Batch(NamedTuple):
     targets: np.ndarray
     weights: np.ndarray
     answers: np.ndarray | None = None
+    pixel_values: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -195,6 +200,14 @@ class _Source:
         self.has_answers = rows[0].label is not None
         # Whether rows are single completions with a label, and not pairs.
         self.is_labelled = self.has_answers and rows[0].rejected is None
+        # Images are the same number in each row of a batch. Blank ones have tokens too.
+        is_streamed = isinstance(rows, StreamedRows)
+        self.num_images = 0 if is_streamed else images_per_row(rows)
+        if self.num_images:
+            if packing:
+                raise ValueError("`packing` must be false for rows with images.")
+            self.processor = next(row.images for row in rows if row.images).processor
+            lengths = np.array([self._length(row) for row in rows])
         if packing and self.is_labelled:
             raise ValueError("`packing` must be false for answers with a label.")
         counts, weights = zip(*mix, strict=True) if mix else ((len(rows),), (1.0,))
@@ -251,6 +264,13 @@ class _Source:
             for width in self.choices
         }
 
+    def _length(self, row: Row) -> int:
+        # The number of tokens of a row, with those of the blank images that it gets.
+        if not self.num_images:
+            return len(row.ids)
+        num_blank = self.num_images - (len(row.images.paths) if row.images else 0)
+        return len(row.ids) + num_blank * self.processor.tokens_per_image
+
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
@@ -295,10 +315,13 @@ class _Source:
             pairs = (row.sequences for row in rows)
         groups = [[sequence] for pair in pairs for sequence in pair]
         size = self.batch_size * len(groups) // len(rows)  # a pair fills two rows
-        longest = max(len(row.ids) for [row] in groups)
+        longest = max(self._length(row) for [row] in groups)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
         num_targets = self.num_targets[width]
-        return collate(groups, size, width, num_targets, int(self.has_answers))
+        batch = collate(groups, size, width, num_targets, int(self.has_answers))
+        if not self.num_images:
+            return batch
+        return add_images(batch, rows, self.num_images, self.processor)
 
     def _mismatch(self, row: Row, previous: Row) -> Row:
         ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
