@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .encode import IGNORED, Row
-from .images import add_images, images_per_row
+from .images import ImageProcessor
 from .ordering import MAX_WIDTHS, Order, choose_widths, round_up
 from .rows import StreamedRows
 
@@ -200,13 +200,15 @@ class _Source:
         self.has_answers = rows[0].label is not None
         # Whether rows are single completions with a label, and not pairs.
         self.is_labelled = self.has_answers and rows[0].rejected is None
-        # Images are the same number in each row of a batch. Blank ones have tokens too.
-        is_streamed = isinstance(rows, StreamedRows)
-        self.num_images = 0 if is_streamed else images_per_row(rows)
+        # All rows of a batch have the same number of images. Some of these are blank,
+        # and have tokens too. Streamed rows have no images.
+        rows_in_memory = [] if isinstance(rows, StreamedRows) else rows
+        images = [row.images for row in rows_in_memory if row.images is not None]
+        self.num_images = max((len(x.paths) for x in images), default=0)
         if self.num_images:
             if packing:
                 raise ValueError("`packing` must be false for rows with images.")
-            self.processor = next(row.images for row in rows if row.images).processor
+            self.processor = images[0].processor
             lengths = np.array([self._length(row) for row in rows])
         if packing and self.is_labelled:
             raise ValueError("`packing` must be false for answers with a label.")
@@ -365,3 +367,31 @@ def collate(
         positions[i, start:] = np.arange(width - start)
     arrays = ids, segments, positions, select, targets, weights
     return Batch(*arrays, answers if sequences else None)
+
+
+def add_images(
+    batch: Batch, rows: Sequence[Row], count: int, processor: ImageProcessor
+) -> Batch:
+    """Returns a batch with the pixels of its images.
+
+    Models take images in the order of their tokens in all rows. Each row of the batch
+    therefore has `count` images. Blank images fill it up. The tokens of blank images
+    are in the padding, at the end of the row, so that no other token sees them.
+
+    Args:
+        batch: The batch, with enough padding for the tokens of blank images.
+        rows: Its rows. The batch may have more rows, which are padding.
+        count: The number of images in each row of the batch.
+        processor: The processor of all images.
+    """
+    num_rows, width = batch.ids.shape
+    ids = batch.ids.copy()
+    pixels = np.zeros((num_rows, count, *processor.shape), np.float32)
+    for index in range(num_rows):
+        images = rows[index].images if index < len(rows) else None
+        num_images = 0 if images is None else len(images.paths)
+        if images is not None:
+            pixels[index, :num_images] = images.load()
+        num_blank_tokens = (count - num_images) * processor.tokens_per_image
+        ids[index, width - num_blank_tokens :] = processor.token_id
+    return batch._replace(ids=ids, pixel_values=pixels)

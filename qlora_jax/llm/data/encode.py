@@ -9,7 +9,7 @@ import numpy as np
 
 from . import kinds
 from .chat_tokenizer import Marked, Messages, Tokenizer, Tools, encode_with_offsets
-from .images import ImageProcessor, Images, is_image, take_images
+from .images import ImageProcessor, Images, find_image, take_images
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
@@ -258,41 +258,18 @@ class Encoder:
             text = prompt + completion
             return Marked(text, [(len(prompt), len(text))], False), []
         tools = groups.pop("tools")
-        groups, paths = self._take_images(groups, place)
-        return self._render(groups, tools), paths
-
-    def _take_images(
-        self, groups: Mapping[str, Messages], place: str
-    ) -> tuple[dict[str, Messages], list[pathlib.Path]]:
-        # Returns the messages without the files of their images, and these files.
+        image = find_image(groups)
+        if image is not None and self.images is None:
+            raise ValueError(
+                f"`{image}` must be text. Got an image, which needs a model of text "
+                "and images that runs in PyTorch's code (`engine` torch)."
+            )
+        if image is not None and self.kinds is not kinds.KINDS:
+            raise ValueError(f"`{image}` must be text in preferences. Got an image.")
         # Relative paths start from the folder of the file that the row is in.
         folder = pathlib.Path(place.rpartition(":")[0]).parent
-        texts: dict[str, Messages] = {}
-        paths: list[pathlib.Path] = []
-        for name, group in groups.items():
-            texts[name] = messages = []
-            for index, message in enumerate(group):
-                message_name = f"{name}[{index}]"
-                self._check_images(message_name, message)
-                message, message_paths = take_images(message_name, message, folder)
-                messages.append(message)
-                paths += message_paths
-        return texts, paths
-
-    def _check_images(self, name: str, message: Mapping[str, Any]) -> None:
-        content = message.get("content")
-        parts = enumerate(content if isinstance(content, list) else [])
-        indices = [index for index, part in parts if is_image(part)]
-        if not indices:
-            return
-        part = f"{name}.content[{indices[0]}]"
-        if self.images is None:
-            raise ValueError(
-                f"`{part}` must be text. Got an image, which needs a model of text and "
-                "images that runs in PyTorch's code (`engine` torch)."
-            )
-        if self.kinds is not kinds.KINDS:
-            raise ValueError(f"`{part}` must be text in preferences. Got an image.")
+        groups, paths = take_images(groups, folder)
+        return self._render(groups, tools), paths
 
     def _render(self, groups: Mapping[str, Messages], tools: Tools) -> Marked:
         chat = self.tokenizer.chat

@@ -6,16 +6,12 @@ import importlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat_tokenizer import Marked
+from .chat_tokenizer import Marked, Messages
 from .model_files import ModelError
-
-if TYPE_CHECKING:
-    from .batching import Batch
-    from .encode import Row
 
 # The keys of a part of a message that may name the file of an image.
 _FILE_KEYS = ("image", "path", "url")
@@ -221,76 +217,65 @@ def _open_images(paths: Sequence[pathlib.Path]) -> list:
     return images
 
 
-def is_image(part: object) -> bool:
-    """Returns whether a part of a message is an image."""
-    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+def find_image(groups: Mapping[str, Messages]) -> str | None:
+    """Returns the name of the first part of the messages that is an image.
+
+    The keys of `groups` are the names that error messages use for its lists.
+    """
+    for name, group in groups.items():
+        for number, message in enumerate(group):
+            for index, part in enumerate(_parts_of(message)):
+                if _is_image(part):
+                    return f"{name}[{number}].content[{index}]"
+    return None
 
 
 def take_images(
-    name: str, message: Mapping[str, Any], folder: pathlib.Path
-) -> tuple[dict[str, Any], list[pathlib.Path]]:
-    """Returns a message whose images are `{"type": "image"}`, and their files.
+    groups: Mapping[str, Messages], folder: pathlib.Path
+) -> tuple[dict[str, Messages], list[pathlib.Path]]:
+    """Returns the messages with images as `{"type": "image"}`, and their files.
 
     Args:
-        name: The name of the message in error messages.
-        message: The message.
+        groups: The messages, as in `find_image`.
         folder: The folder that relative paths start from.
 
     Raises:
         ValueError: If an image is not a file on this machine.
     """
-    content, paths = message.get("content"), []
-    if not isinstance(content, list):
-        return dict(message), []
-    parts = []
-    for index, part in enumerate(content):
-        if is_image(part):
-            values = {key: part[key] for key in _FILE_KEYS if part.get(key) is not None}
-            file = next(iter(values.values()), None)
-            others = {*part} - {"type", *values}
-            others = [key for key in others if part[key] is not None]
-            is_file = isinstance(file, str) and "://" not in file.removeprefix(
-                "file://"
-            )
-            if part["type"] != "image" or len(values) != 1 or others or not is_file:
-                raise ValueError(
-                    f"`{name}.content[{index}]` must be an image in a file on this "
-                    'machine, as {"type": "image", "path": ...}. '
-                    f"Got {part!r:.100}."
-                )
-            paths.append(folder / str(file).removeprefix("file://"))
-            part = {"type": "image"}
-        parts.append(part)
-    return {**message, "content": parts}, paths
+    texts: dict[str, Messages] = {}
+    paths: list[pathlib.Path] = []
+    for name, group in groups.items():
+        texts[name] = messages = []
+        for number, message in enumerate(group):
+            parts = []
+            for index, part in enumerate(_parts_of(message)):
+                if _is_image(part):
+                    part_name = f"{name}[{number}].content[{index}]"
+                    paths.append(folder / _file_of(part_name, part))
+                    part = {"type": "image"}
+                parts.append(part)
+            messages.append({**message, "content": parts} if parts else message)
+    return texts, paths
 
 
-def images_per_row(rows: Sequence["Row"]) -> int:
-    """Returns the largest number of images in a row."""
-    return max((len(row.images.paths) for row in rows if row.images), default=0)
+def _parts_of(message: Mapping[str, Any]) -> list:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
 
 
-def add_images(
-    batch: "Batch", rows: Sequence["Row"], count: int, processor: ImageProcessor
-) -> "Batch":
-    """Returns a batch with the pixels of its images.
+def _is_image(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
 
-    Models take images in the order of their tokens in all rows. Each row of the batch
-    therefore has `count` images. Blank images fill it up. The tokens of blank images
-    are in the padding, at the end of the row, so that no other token sees them.
 
-    Args:
-        batch: The batch, with enough padding for the tokens of blank images.
-        rows: Its rows. The batch may have more rows, which are padding.
-        count: The number of images in each row of the batch.
-        processor: The processor of all images.
-    """
-    num_rows, ids = len(batch.ids), batch.ids.copy()
-    pixels = np.zeros((num_rows, count, *processor.shape), np.float32)
-    for index in range(num_rows):
-        images = rows[index].images if index < len(rows) else None
-        num_images = 0 if images is None else len(images.paths)
-        if images is not None:
-            pixels[index, :num_images] = images.load()
-        num_blank_tokens = (count - num_images) * processor.tokens_per_image
-        ids[index, ids.shape[1] - num_blank_tokens :] = processor.token_id
-    return batch._replace(ids=ids, pixel_values=pixels)
+def _file_of(name: str, part: Mapping[str, Any]) -> str:
+    values = {key: value for key, value in part.items() if value is not None}
+    file_keys = [key for key in _FILE_KEYS if key in values]
+    file = values[file_keys[0]] if file_keys else None
+    is_file = isinstance(file, str) and "://" not in file.removeprefix("file://")
+    # Another key, such as "detail", could be something that the model should see.
+    if part["type"] != "image" or not is_file or {*values} != {"type", *file_keys[:1]}:
+        raise ValueError(
+            f"`{name}` must be an image in a file on this machine, as in "
+            f'{{"type": "image", "path": "a.png"}}. Got {part!r:.100}.'
+        )
+    return str(file).removeprefix("file://")
