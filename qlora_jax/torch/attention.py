@@ -38,8 +38,10 @@ def register_attention() -> None:
     from transformers.masking_utils import sdpa_mask
 
     # Never leave out the mask. Otherwise, `attention` could not tell a causal from a
-    # bidirectional model.
+    # bidirectional model. PyTorch's `vmap`, which transformers uses for the masks of
+    # images, does not work in torchax. Broadcasting gives the same masks.
     always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    always |= {"use_vmap": False}
 
     def make_mask(**kwargs: Any) -> Any:
         return sdpa_mask(**{**kwargs, **always})

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import pathlib
 import re
@@ -23,6 +24,8 @@ from .weights import Backend
 from .wrap import Policy, WrappedModule, wrap
 
 PyTree = Any
+# The names under which models take the types of tokens: 1 for images, and 0 for text.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +141,19 @@ class LanguageModel:
         every_name = self.module.named_parameters(remove_duplicate=False)
         return {n: leaf_names[x] for n, x in every_name if n != leaf_names[x]}
 
+    @property
+    def decoder_name(self) -> str:
+        """The name of the module that contains all layers of the language model."""
+        decoder = _decoder_of(self.module)
+        return next(name for name, x in self.module.named_modules() if x is decoder)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands for parts of images, or None if it reads only text."""
+        module: Any = self.module
+        reads_images = "pixel_values" in inspect.signature(module.forward).parameters
+        return getattr(module.config, "image_token_id", None) if reads_images else None
+
     def find_sources(self, file_names: Iterable[str]) -> dict[str, list[str]]:
         """Returns for each tensor of the module the tensors of a file that it has.
 
@@ -215,12 +231,18 @@ class LanguageModel:
             variables: As in `WrappedModule.apply`, with or without `buffers`.
             input_ids: Token ids `[B, T]`, padded on the right.
             dropout_key: PRNG key of the adapters' dropout.
-            **kwargs: Passed to the model, such as `position_ids`.
+            **kwargs: Passed to the model, such as `position_ids`, or `pixel_values` of
+                images. Types of tokens, which some models need to find the tokens of
+                images, are added to these.
 
         Raises:
             ValueError: As in `WrappedModule.apply`; or if the model does not call the
                 module that its method `get_decoder` returns.
         """
+        if "pixel_values" in kwargs:
+            names = inspect.signature(self.module.forward).parameters
+            is_image = (input_ids == self.image_token_id).astype(jnp.int32)
+            kwargs |= {name: is_image for name in _TOKEN_TYPES if name in names}
         # The exception ends the call of the model as soon as its layers have run, so
         # that the head does not run.
         decoder = _decoder_of(self.module)
@@ -349,6 +371,9 @@ def open_language_model(
 ) -> LanguageModel:
     """Returns the language model that a folder's `config.json` describes.
 
+    It may also read images, if transformers has an `AutoModelForImageTextToText` for
+    its type.
+
     The parameters are on the meta device: they have shapes and no values, which
     `ql.io.load` reads from the folder. The model is in evaluation mode. It computes
     attention as `register_attention` describes, if its class supports that.
@@ -375,7 +400,12 @@ def open_language_model(
 
     register_attention()
     config: Any = transformers.AutoConfig.from_pretrained(folder)
-    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    mapping: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto_class: Any = transformers.AutoModelForImageTextToText
+    if type(config) not in mapping:
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        auto_class = transformers.AutoModelForCausalLM
+    model_class: Any = mapping.get(type(config), None)
     if model_class is None:
         raise ValueError(
             f"`folder` must have a causal language model. Got {config.model_type!r}, "
@@ -385,7 +415,7 @@ def open_language_model(
     # a mask that is added to the scores, which `register_attention` does not make.
     attention = NAME if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
-        module = transformers.AutoModelForCausalLM.from_config(
+        module = auto_class.from_config(
             config, attn_implementation=attention, dtype=torch.float32
         )
     module.eval()
@@ -412,10 +442,15 @@ def _compute_buffers(module: Any) -> dict[str, jax.Array]:
                 buffer.shape, fill_values[name], dtype=buffer.dtype, device="cpu"
             )
             setattr(module.get_submodule(owner), attribute, filled)
-    # 2. Initialize them with the function that transformers has for this.
+    # 2. Initialize them with the function that transformers has for this, which is a
+    # method of the innermost model that they are in, such as a vision tower.
     with torch.no_grad():
         for owner in owners:
-            module._init_weights(module.get_submodule(owner))
+            parts = owner.split(".")
+            prefixes = (".".join(parts[:i]) for i in range(len(parts), -1, -1))
+            models: Any = map(module.get_submodule, prefixes)
+            inner = next(x for x in models if hasattr(x, "_init_weights"))
+            inner._init_weights(module.get_submodule(owner))
     buffers = {name: module.get_buffer(name) for name in names}
     unknown = [
         name
@@ -463,6 +498,10 @@ class _DecoderOutput:
 
     def __getitem__(self, index: int | str) -> torch.Tensor | None:
         return self.last_hidden_state if index in (0, "last_hidden_state") else None
+
+    def keys(self) -> tuple[str, ...]:
+        """Returns the names of the values, for models that call `f(**output)`."""
+        return ("last_hidden_state",)
 
     def __getattr__(self, name: str) -> None:
         return None

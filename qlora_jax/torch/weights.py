@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import torch
 import torch.nn.functional as F
 import torchax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from torch.overrides import TorchFunctionMode
 from torchax.ops.mappings import j2t_dtype
@@ -19,6 +20,7 @@ import qlora_jax as ql
 
 from .layers import ScanError
 
+PyTree = Any
 Leaf = Any  # an array, a kernel, or an `AdaptedKernel`
 Backend = str | Sequence[str] | None
 
@@ -137,6 +139,9 @@ class KernelFunctions(TorchFunctionMode):
 
     has_dropout: bool  # whether the adapters' dropout is active
     backend: Backend = None  # of all products, as in `wrap`
+    # The conditions on values that the module has checked so far. Their values are not
+    # known while JAX traces the module.
+    conditions: list[jax.Array] = field(default_factory=list)
 
     def __post_init__(self):
         super().__init__()
@@ -158,6 +163,8 @@ class KernelFunctions(TorchFunctionMode):
             args = (args[0], args[1].torch(), *args[2:])
         if func in GROUPED_PRODUCTS:
             return self._grouped_product(*args, **kwargs)
+        if func is IS_ALL_TRUE:
+            return self._is_all_true(*args)
         placeholders = [x for x in _values(args, kwargs) if isinstance(x, Placeholder)]
         if not placeholders:
             return func(*args, **kwargs)
@@ -175,6 +182,31 @@ class KernelFunctions(TorchFunctionMode):
             return result
         args, kwargs = jax.tree.map(self._decode, (args, kwargs))
         return func(*args, **kwargs)
+
+    def with_checks(self, output: PyTree) -> PyTree:
+        """Returns the output of the module, or NaN if a checked condition is false."""
+        if not self.conditions:
+            return output
+        is_valid = jnp.stack(self.conditions).all()
+
+        def check_leaf(x: Any) -> Any:
+            if not isinstance(x, jax.Array) or not jnp.issubdtype(
+                x.dtype, jnp.floating
+            ):
+                return x
+            return jnp.where(is_valid, x, jnp.nan)
+
+        return jax.tree.map(check_leaf, output)
+
+    def _is_all_true(self, condition: torch.Tensor) -> torch.Tensor:
+        # `torch._check_tensor_all` calls this, and raises an error if the result is
+        # false. Models of images check in this way that there are as many placeholders
+        # in the text as features of images.
+        is_true = as_array(condition).all()
+        if not isinstance(is_true, Tracer):
+            return torch.tensor(bool(is_true), device="cpu")
+        self.conditions.append(is_true)
+        return torch.tensor(True, device="cpu")
 
     def _decode(self, weight: Any) -> Any:
         if not isinstance(weight, KernelTensor):
@@ -300,6 +332,7 @@ def _values(args: tuple, kwargs: dict) -> Iterable[object]:
 
 # The same product, under its older and its newer name.
 GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
+IS_ALL_TRUE = torch.Tensor._is_all_true
 _Rule = Callable[..., Any]
 RULES: dict[Callable, _Rule] = {
     F.linear: KernelFunctions.linear,

@@ -108,7 +108,7 @@ class WrappedModule:
             # `tensors` has one name of each tied weight, and this replaces all others.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
             drew_numbers = env.prng_key is not key
-            output = _to_arrays(output)
+            output = functions.with_checks(_to_arrays(output))
         # 3. Refuse results that would be wrong or lost.
         if drew_numbers and dropout_key is None:
             raise ValueError(

@@ -110,11 +110,11 @@ def peft_model(module, base, lora):
     return model, layers
 
 
-def peft_loss_and_gradients(module, base, lora, ids):
+def peft_loss_and_gradients(module, base, lora, ids, **inputs):
     """Returns PEFT's loss, and its gradients as a lora tree."""
     model, layers = peft_model(module, base, lora)
     tokens = torch.tensor(ids)
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    logits = model(input_ids=tokens, use_cache=False, **inputs).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten()
     )

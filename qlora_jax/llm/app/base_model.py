@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
+from ..data.images import ImageProcessor
 from ..data.readers import describe_path
 from ..gguf.decoder_in import read_gguf_lora
 from ..gguf.file import is_gguf
@@ -34,7 +35,7 @@ from ..models.torch_decoder import (
 )
 from ..train.outputs import NATIVE_ADAPTER
 from ..train.state import Checkpoints
-from ..train.target_modules import find_target_paths
+from ..train.target_modules import ALL_LINEAR, find_target_paths
 from .configs import (
     PACKING_OPTIONS,
     Engine,
@@ -115,7 +116,7 @@ class BaseModel:
     @property
     def layers(self) -> str | tuple[Any, ...]:
         """The patterns of the linear layers that are packed."""
-        return LAYERS if not self.contract else tuple(self.contract)
+        return self.config.layers if isinstance(self.config, TorchConfig) else LAYERS
 
     @property
     def head(self) -> str:
@@ -123,10 +124,21 @@ class BaseModel:
         is_torch = isinstance(self.config, TorchConfig)
         return self.config.head if is_torch else self.config.head_module
 
+    def contract_of(self, patterns: Sequence[Any]) -> Contract:
+        """Returns the roles of the axes of kernels, where their paths do not say them.
+
+        `patterns` select the kernels, as in `layers`.
+        """
+        if not isinstance(self.config, TorchConfig):
+            return {}
+        return {x: y for x, y in self.config.contract.items() if x in patterns}
+
     @property
-    def contract(self) -> Contract:
-        """The roles of kernels' axes where their paths do not say them."""
-        return self.config.contract if isinstance(self.config, TorchConfig) else {}
+    def images(self) -> ImageProcessor | None:
+        """The processor of images; None if the model reads only text."""
+        if isinstance(self.config, TorchConfig) and self.config.image_token_id:
+            return ImageProcessor(self.path, self.config.image_token_id)
+        return None
 
     @property
     def is_local(self) -> bool:
@@ -219,7 +231,7 @@ class BaseModel:
             double_quant=double_quant,
             scales=scales or "absmax",
             targets=self.layers,
-            contract=self.contract,
+            contract=self.contract_of(self.layers),
         )
 
     def _check_stored(self, **settings: int | bool | None) -> None:
@@ -572,8 +584,13 @@ def adapters_for(
     `packing` is that of the base, as `BaseModel.packing` returns it, and `scales` is
     the rule by which the run chooses scales. Only merge-aware adapters depend on them.
     """
+    params = model.base
+    if isinstance(model.config, TorchConfig) and config.target_modules == ALL_LINEAR:
+        # A vision part is only adapted if its modules are named.
+        is_adapted = model.config.is_language_leaf
+        params = {path: leaf for path, leaf in params.items() if is_adapted(path)}
     targets = find_target_paths(
-        config.target_modules, model.base, model.names, head=model.head
+        config.target_modules, params, model.names, head=model.head
     )
     # Reading the model has already packed its kernels.
     settings: dict[str, Any] = {"fmt": None}
@@ -594,7 +611,7 @@ def adapters_for(
         alpha=config.alpha,
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
-        contract=model.contract,
+        contract=model.contract_of([*map(re.escape, targets)]),
         dropout=config.dropout,
         rank_stabilized=config.rank_stabilized,
         use_dora=config.use_dora,

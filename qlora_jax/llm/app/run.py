@@ -105,7 +105,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
     teacher = _open_teacher(config, model, packing, tokenizer)
     if teacher is not None:  # raises if the mesh cannot split its weights
         make_place(teacher.config, mesh, "device")(teacher.base, {})
-    data = _read_data(config, tokenizer, model.config.vocab_size)
+    data = _read_data(config, tokenizer, model)
     # The settings that depend on the data or on the model.
     config = config.replace(model=model.name, fmt=fmt, date=date)
     config = _resolve(config, data, None if packing else model.stored_packing)
@@ -125,11 +125,11 @@ def make_run(config: TrainConfig, today: str) -> Run:
     )
 
 
-def _read_data(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> Dataset:
+def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> Dataset:
     data = read_dataset(
         config.data.path,
         tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=model.config.vocab_size,
         max_length=config.training.max_length,
         keys=config.data.keys or None,
         train_on=config.data.train_on,
@@ -139,6 +139,7 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> Da
         too_long=config.data.too_long,
         chat=config.data.chat,
         rows=find_objective(config.training.objective).rows,
+        images=model.images,
     )
     if config.evaluation.keep_best and not data.valid:
         raise ValueError(

@@ -106,7 +106,11 @@ def make_scorer(
     """Reads rows, and returns a function that scores a base and a lora tree on them."""
     tokenizer = open_tokenizer(model.path)
     rows = read_rows(
-        data, tokenizer, vocab_size=model.config.vocab_size, max_length=batch_tokens
+        data,
+        tokenizer,
+        vocab_size=model.config.vocab_size,
+        max_length=batch_tokens,
+        images=model.images,
     )
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .encode import IGNORED, Row
+from .images import ImageProcessor
 from .ordering import MAX_WIDTHS, Order, choose_widths, round_up
 from .rows import StreamedRows
 
@@ -42,6 +43,9 @@ class Batch(NamedTuple):
             completion and its rejected one; or, for KTO, a labelled completion and the
             same prompt with the completion of another row. The second is the next
             sequence in the row if batches are packed, and otherwise the next row.
+        pixel_values: Only for rows with images, otherwise None. The images of each row,
+            float32 `[B, images, channels, H, W]`. Rows with fewer images have blank
+            ones at the end, whose tokens are in the padding.
 
     Example:
         >>> from qlora_jax.llm.data import eval_batches
@@ -58,6 +62,7 @@ class Batch(NamedTuple):
     targets: np.ndarray
     weights: np.ndarray
     answers: np.ndarray | None = None
+    pixel_values: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -195,6 +200,16 @@ class _Source:
         self.has_answers = rows[0].label is not None
         # Whether rows are single completions with a label, and not pairs.
         self.is_labelled = self.has_answers and rows[0].rejected is None
+        # All rows of a batch have the same number of images. Some of these are blank,
+        # and have tokens too. Streamed rows have no images.
+        rows_in_memory = [] if isinstance(rows, StreamedRows) else rows
+        images = [row.images for row in rows_in_memory if row.images is not None]
+        self.num_images = max((len(x.paths) for x in images), default=0)
+        if self.num_images:
+            if packing:
+                raise ValueError("`packing` must be false for rows with images.")
+            self.processor = images[0].processor
+            lengths = np.array([self._length(row) for row in rows])
         if packing and self.is_labelled:
             raise ValueError("`packing` must be false for answers with a label.")
         counts, weights = zip(*mix, strict=True) if mix else ((len(rows),), (1.0,))
@@ -251,6 +266,13 @@ class _Source:
             for width in self.choices
         }
 
+    def _length(self, row: Row) -> int:
+        # The number of tokens of a row, with those of the blank images that it gets.
+        if not self.num_images:
+            return len(row.ids)
+        num_blank = self.num_images - (len(row.images.paths) if row.images else 0)
+        return len(row.ids) + num_blank * self.processor.tokens_per_image
+
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
@@ -295,10 +317,13 @@ class _Source:
             pairs = (row.sequences for row in rows)
         groups = [[sequence] for pair in pairs for sequence in pair]
         size = self.batch_size * len(groups) // len(rows)  # a pair fills two rows
-        longest = max(len(row.ids) for [row] in groups)
+        longest = max(self._length(row) for [row] in groups)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
         num_targets = self.num_targets[width]
-        return collate(groups, size, width, num_targets, int(self.has_answers))
+        batch = collate(groups, size, width, num_targets, int(self.has_answers))
+        if not self.num_images:
+            return batch
+        return add_images(batch, rows, self.num_images, self.processor)
 
     def _mismatch(self, row: Row, previous: Row) -> Row:
         ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
@@ -342,3 +367,31 @@ def collate(
         positions[i, start:] = np.arange(width - start)
     arrays = ids, segments, positions, select, targets, weights
     return Batch(*arrays, answers if sequences else None)
+
+
+def add_images(
+    batch: Batch, rows: Sequence[Row], count: int, processor: ImageProcessor
+) -> Batch:
+    """Returns a batch with the pixels of its images.
+
+    Models take images in the order of their tokens in all rows. Each row of the batch
+    therefore has `count` images. Blank images fill it up. The tokens of blank images
+    are in the padding, at the end of the row, so that no other token sees them.
+
+    Args:
+        batch: The batch, with enough padding for the tokens of blank images.
+        rows: Its rows. The batch may have more rows, which are padding.
+        count: The number of images in each row of the batch.
+        processor: The processor of all images.
+    """
+    num_rows, width = batch.ids.shape
+    ids = batch.ids.copy()
+    pixels = np.zeros((num_rows, count, *processor.shape), np.float32)
+    for index in range(num_rows):
+        images = rows[index].images if index < len(rows) else None
+        num_images = 0 if images is None else len(images.paths)
+        if images is not None:
+            pixels[index, :num_images] = images.load()
+        num_blank_tokens = (count - num_images) * processor.tokens_per_image
+        ids[index, width - num_blank_tokens :] = processor.token_id
+    return batch._replace(ids=ids, pixel_values=pixels)

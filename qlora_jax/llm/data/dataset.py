@@ -11,6 +11,7 @@ import numpy as np
 
 from .chat_tokenizer import Tokenizer
 from .encode import Encoded, Encoder, Example, Row
+from .images import ImageProcessor
 from .rows import (
     JsonLines,
     Source,
@@ -72,6 +73,7 @@ def read_dataset(
     stream: bool = False,
     validation_split: float | None = None,
     seed: int = 0,
+    images: ImageProcessor | None = None,
 ) -> Dataset:
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
@@ -105,6 +107,8 @@ def read_dataset(
             is drawn at random from every `1 / validation_split` rows. Must be None for
             data that have validation rows.
         seed: The seed that selects the validation rows.
+        images: The processor of the model's images. Without one, rows with images are
+            rejected.
 
     Raises:
         ValueError: If a file cannot be read, or if rows are wrong, too long or without
@@ -136,6 +140,7 @@ def read_dataset(
         keys=keys,
         chat=chat,
         rows=rows,
+        images=images,
     )
     if stream and rows != "texts":
         raise ValueError("`stream` must be false for preferences. Got true.")
@@ -266,6 +271,8 @@ class _Reader:
         self, piece: Encoded, split: str, file: JsonLines | None, index: int
     ) -> None:
         row, example, straddles, _ = piece
+        if file is not None and row.images is not None:
+            raise ValueError("`stream` must be false for rows with images. Got true.")
         self.num_straddling += straddles
         self.examples[split] += [example] if example else []
         if split != "test":
@@ -286,6 +293,8 @@ class _Reader:
             self.hasher.update(np.int64(len(sequence.ids)).tobytes())
             for x in (sequence.ids, sequence.labels):
                 self.hasher.update(np.asarray(x, np.int32).tobytes())
+            if sequence.images is not None:
+                self.hasher.update(sequence.images.hash.encode())
             if sequence.label is not None:
                 start = np.int64(sequence.start).tobytes()
                 self.hasher.update(bytes([sequence.label]) + start)
@@ -310,6 +319,7 @@ def read_rows(
     *,
     vocab_size: int,
     max_length: int | None = None,
+    images: ImageProcessor | None = None,
 ) -> list[Row]:
     """Returns the rows of one file.
 
@@ -320,6 +330,7 @@ def read_rows(
         tokenizer: The tokenizer of the model. Unused for rows with `input_ids`.
         vocab_size: All ids must be below this number.
         max_length: The tokens per row of a .txt file, or None not to split it.
+        images: As in `read_dataset`.
 
     Raises:
         ValueError: If lines are wrong. The message lists them.
@@ -332,7 +343,7 @@ def read_rows(
         >>> row.ids.tolist(), row.labels.tolist()
         ([3, 1], [3, -100])
     """
-    encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
+    encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False, images=images)
     source = open_file(path)
     encoded = [x for _, x in _encode_rows(source, encoder, itertools.repeat("train"))]
     if source.is_text and max_length is not None:
@@ -367,6 +378,8 @@ def cut_row(encoded: Encoded, max_length: int, too_long: str) -> list[Encoded]:
     ids, labels, place, *_ = row = encoded.row
     is_refused = too_long == "refuse"
     is_refused |= too_long == "split" and encoded.kind != "text"
+    # Without some of the tokens of an image, the model could not read it.
+    is_refused |= too_long == "truncate" and row.images is not None
     if row.longest <= max_length or is_refused:
         return [encoded]
     if too_long == "split":

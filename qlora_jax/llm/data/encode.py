@@ -1,6 +1,7 @@
 """Turns raw rows into tokens and labels."""
 
 import itertools
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from . import kinds
 from .chat_tokenizer import Marked, Messages, Tokenizer, Tools, encode_with_offsets
+from .images import ImageProcessor, Images, find_image, take_images
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
@@ -27,6 +29,7 @@ class Row(NamedTuple):
         label: For preferences: whether the completion is a good one; otherwise None.
         rejected: For pairs: the row of the rejected completion. The other fields are
             those of the chosen one.
+        images: The images in the text, or None.
 
     Example:
         >>> row = Row(np.array([3, 1, 2]), np.array([-100, 1, 2]), "train.jsonl:17")
@@ -40,6 +43,7 @@ class Row(NamedTuple):
     start: int = 0
     label: bool | None = None
     rejected: "Row | None" = None
+    images: Images | None = None
 
     @property
     def num_trained(self) -> int:
@@ -123,6 +127,7 @@ class Encoder:
         chat: bool = True,
         ends_text: bool = True,
         rows: str = "texts",
+        images: ImageProcessor | None = None,
     ):
         """Stores the settings. With `ends_text`, rows of `text` get an end token."""
         if train_on not in ("completions", "last", "all"):
@@ -130,7 +135,7 @@ class Encoder:
                 f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
-        self.chat, self.ends_text = chat, ends_text
+        self.chat, self.ends_text, self.images = chat, ends_text, images
         if rows not in kinds.FORMS:
             raise ValueError(
                 f"`rows` must be one of {', '.join(kinds.FORMS)}. Got {rows!r}."
@@ -158,6 +163,13 @@ class Encoder:
             encoded = self._encode_preference(fields, place, with_example)
         else:
             encoded = self._encode_answers(fields, place, with_example)
+        if self.images is not None:
+            for row in encoded.row.sequences:
+                if row.images is None and self.images.token_id in row.ids:
+                    raise ValueError(
+                        "a row without images must not have tokens of images. Got the "
+                        f"token {self.images.token_id}."
+                    )
         return encoded._replace(kind=fields.kind)
 
     def _encode_ids(self, fields: kinds.Fields, place: str) -> Row:
@@ -203,8 +215,16 @@ class Encoder:
         # The text is tokenized as a whole, since its parts could have other tokens if
         # they were tokenized separately. Targets are the tokens that cover characters
         # of answers.
-        marked = self._mark_answers(fields)
+        marked, paths = self._mark_answers(fields, place)
+        images, torch_ids = None, None
+        if paths and self.images is not None:
+            marked, images, torch_ids = self.images.expand(marked, paths)
         tokens = self._tokenize(marked.text, marked.is_rendered)
+        if torch_ids not in (None, tokens.ids):
+            raise ModelError(
+                "the tokenizer must compute the same tokens as the processor of "
+                f"transformers. Got others for the text {marked.text!r:.200}."
+            )
         is_target, answer, straddles = self._find_targets(tokens, marked)
         ids = [*tokens.ids]
         if not marked.is_rendered:  # a chat template would have ended the answer
@@ -217,12 +237,17 @@ class Encoder:
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         if self.train_on == "all":
             labels = ids
-        has_example = with_example and marked.answers
+        # Answers are generated from text alone.
+        has_example = with_example and marked.answers and images is None
         example = self._make_example(marked, answer) if has_example else None
         start = 0 if self.kinds is kinds.KINDS else int(is_target.argmax())
-        return Encoded(Row(ids, labels, place, start), example, straddles)
+        row = Row(ids, labels, place, start, images=images)
+        return Encoded(row, example, straddles)
 
-    def _mark_answers(self, fields: kinds.Fields) -> Marked:
+    def _mark_answers(
+        self, fields: kinds.Fields, place: str
+    ) -> tuple[Marked, list[pathlib.Path]]:
+        # Returns the text with its answers, and the files of its images.
         # The kind "text" is that of a pair of strings without a `prompt` (see
         # `kinds.find_completions`). Its prompt is the common beginning of both strings,
         # which may end in the middle of a sentence and so is not a message.
@@ -231,8 +256,20 @@ class Encoder:
         if isinstance(groups, tuple):
             prompt, completion = groups
             text = prompt + completion
-            return Marked(text, [(len(prompt), len(text))], False)
-        return self._render(groups, groups.pop("tools"))
+            return Marked(text, [(len(prompt), len(text))], False), []
+        tools = groups.pop("tools")
+        image = find_image(groups)
+        if image is not None and self.images is None:
+            raise ValueError(
+                f"`{image}` must be text. Got an image, which needs a model of text "
+                "and images that runs in PyTorch's code (`engine` torch)."
+            )
+        if image is not None and self.kinds is not kinds.KINDS:
+            raise ValueError(f"`{image}` must be text in preferences. Got an image.")
+        # Relative paths start from the folder of the file that the row is in.
+        folder = pathlib.Path(place.rpartition(":")[0]).parent
+        groups, paths = take_images(groups, folder)
+        return self._render(groups, tools), paths
 
     def _render(self, groups: Mapping[str, Messages], tools: Tools) -> Marked:
         chat = self.tokenizer.chat

@@ -40,6 +40,9 @@ class TorchConfig:
         shapes: The shapes of the leaves, by path.
         names: The names of the leaves in files, and the roles of their axes.
         head: The name of the module that computes the logits.
+        decoder_name: The name of the module with the layers of the language model.
+        image_token_id: The token that stands for parts of images; None for a model that
+            reads only text.
         tied_names: The leaf of each tied weight, by the other names of the weight.
         conv1d_names: The names of weights that files store as `[in, out]`.
         find_sources: Returns for each tensor of the module, by name, the names of the
@@ -56,6 +59,8 @@ class TorchConfig:
     shapes: dict[str, jax.ShapeDtypeStruct]
     names: ql.io.Names
     head: str
+    decoder_name: str
+    image_token_id: int | None
     tied_names: dict[str, str]
     conv1d_names: set[str]
     find_sources: Callable[[Iterable[str]], dict[str, list[str]]]
@@ -72,6 +77,17 @@ class TorchConfig:
             if roles and path != f"{self.head}.weight":
                 contract[re.escape(path)] = "b" * is_stack_of_experts + roles
         return contract
+
+    def is_language_leaf(self, path: str) -> bool:
+        """Whether a leaf belongs to the language model, and not to a vision part."""
+        reads_images = self.image_token_id is not None
+        return not reads_images or path.startswith(f"{self.decoder_name}.")
+
+    @property
+    def layers(self) -> tuple[str | re.Pattern[str], ...]:
+        """The patterns of the kernels that are packed. A vision part stays in float."""
+        paths = {re.escape(path) for path in self.shapes if self.is_language_leaf(path)}
+        return tuple(pattern for pattern in self.contract if pattern in paths)
 
     @functools.cached_property
     def files(self) -> "TorchFolder":
@@ -142,6 +158,8 @@ def open_torch_config(path: pathlib.Path) -> TorchConfig:
         language_model.shapes(stacked=is_stacked),
         language_model.names(stacked=is_stacked),
         "" if head is None else modules[head],
+        language_model.decoder_name,
+        language_model.image_token_id,
         language_model.tied_names,
         language_model.conv1d_names,
         language_model.find_sources,
@@ -272,6 +290,7 @@ class TorchDecoder:
         return_hidden: bool = False,
         rngs: Mapping[str, Array] | None = None,
         mutable: bool = False,
+        pixel_values: Float[Array, "B I C H W"] | None = None,
     ) -> Any:
         """Returns the hidden states `[B, P, D]` from which targets are predicted.
 
@@ -291,7 +310,12 @@ class TorchDecoder:
             return logits[:, None].astype(jnp.float32), cache
         assert return_hidden and select is not None and not mutable
         key = rngs["dropout"] if rngs and self.has_dropout else None
-        options = {"position_ids": positions} if self.has_packed_rows else {}
+        options: dict[str, Any] = {}
+        if self.has_packed_rows:
+            options["position_ids"] = positions
+        if pixel_values is not None:  # the images of all rows, one after the other
+            shape = pixel_values.shape
+            options["pixel_values"] = jnp.reshape(pixel_values, (-1, *shape[2:]))
         hidden = self.language_model.hidden_states(
             variables, tokens, dropout_key=key, **options
         )

@@ -103,6 +103,9 @@ def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple
 
     They are in a tuple, with `mutable` followed by a dict of the changed collections.
     """
+    images = {}
+    if batch.pixel_values is not None:  # only models in PyTorch's code read images
+        images["pixel_values"] = batch.pixel_values
     result = model.apply(
         {"params": base, "lora": lora},
         batch.ids,
@@ -112,6 +115,7 @@ def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple
         return_hidden=True,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         mutable=mutable,
+        **images,
     )
     return result if mutable else (result,)
 

@@ -1,0 +1,281 @@
+"""Images in messages, and the processor of transformers that prepares them."""
+
+import functools
+import hashlib
+import importlib
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .chat_tokenizer import Marked, Messages
+from .model_files import ModelError
+
+# The keys of a part of a message that may name the file of an image.
+_FILE_KEYS = ("image", "path", "url")
+# What processors may return. Models with further inputs, such as the sizes of images,
+# have numbers of image tokens that depend on the image.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_OUTPUTS = {"input_ids", "attention_mask", "pixel_values", "text_replacement_offsets"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a row, which stay in their files.
+
+    Attributes:
+        processor: The processor of the model.
+        paths: The files, in the order of their placeholders in the text.
+        hash: A hash of the pixels, by which a changed file is noticed.
+    """
+
+    processor: "ImageProcessor"
+    paths: tuple[pathlib.Path, ...]
+    hash: str
+
+    def load(self) -> np.ndarray:
+        """Returns the pixels as the model reads them, `[images, channels, H, W]`.
+
+        Raises ValueError if a file has changed since the row was checked.
+        """
+        text = self.processor.placeholders(len(self.paths))
+        pixels = self.processor.process(text, self.paths).pixels
+        if _hash_pixels(pixels) != self.hash:
+            names = ", ".join(map(str, self.paths))
+            raise ValueError(f"images must not change during a run. Got new {names}.")
+        return pixels
+
+
+class ProcessedText(NamedTuple):
+    """What a processor returns for a text with images."""
+
+    ids: list[int]
+    pixels: np.ndarray  # [images, channels, height, width]
+    # For each placeholder: its start and end in the text, and the text in its place.
+    replacements: list[tuple[int, int, str]]
+    token_types: list[int] | None  # 1 for tokens of images, 0 for others
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """The processor of a model of text and images, as transformers loads it.
+
+    Attributes:
+        path: The folder of the model.
+        token_id: The id of a token that stands for a part of an image in the text.
+    """
+
+    path: pathlib.Path
+    token_id: int
+
+    @functools.cached_property
+    def _inner(self) -> Any:
+        try:
+            import PIL.Image  # noqa: F401  (transformers needs it to read images)
+
+            transformers = importlib.import_module("transformers")
+        except ImportError as error:
+            raise ImportError(
+                f"images need: pip install 'qlora-jax[train,torch]'. {error}"
+            ) from error
+        try:
+            processor: Any = transformers.AutoProcessor.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{self.path} must have a processor of images. {error}"
+            ) from error
+        if not isinstance(getattr(processor, "image_token", None), str):
+            raise ModelError(
+                f"{self.path} must have a processor that names the placeholder of "
+                f"images. Got {type(processor).__name__}."
+            )
+        return processor
+
+    @functools.cached_property
+    def _blank(self) -> ProcessedText:
+        # A blank image shows the size of all images, and their number of tokens.
+        import PIL.Image
+
+        image = PIL.Image.new("RGB", (64, 64))
+        return self._call(self._inner.image_token, [image])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the pixels of an image: channels, height and width."""
+        return self._blank.pixels.shape[1:]
+
+    @property
+    def tokens_per_image(self) -> int:
+        """The number of tokens in the text that stand for an image."""
+        return self._blank.ids.count(self.token_id)
+
+    def placeholders(self, count: int) -> str:
+        """Returns a text with nothing but placeholders for some number of images."""
+        return self._inner.image_token * count
+
+    def process(self, text: str, paths: Sequence[pathlib.Path]) -> ProcessedText:
+        """Returns the tokens of a text, and the pixels of the images in it.
+
+        Raises ValueError if files are not images, or if their number is not that of the
+        placeholders in the text.
+        """
+        return self._call(text, _open_images(paths))
+
+    def _call(self, text: str, images: list) -> ProcessedText:
+        output = self._inner(
+            text=[text],
+            images=[images],  # in transformers, a list for each text
+            add_special_tokens=False,  # a chat template writes them
+            return_text_replacement_offsets=True,
+            return_mm_token_type_ids=True,
+        )
+        if unknown := sorted({*output} - _OUTPUTS - {*_TOKEN_TYPES}):
+            raise ModelError(
+                "images are only supported for models that give all of them the same "
+                f"size. The processor of {self.path} also returns {unknown}."
+            )
+        values = [np.asarray(x, np.float32) for x in output["pixel_values"]]
+        shapes = {x.shape for x in values}
+        if len(values) != len(images) or len(shapes) != 1 or values[0].ndim != 3:
+            raise ModelError(
+                "images are only supported for models that read one array for each "
+                f"image. The processor of {self.path} returns {len(values)} arrays of "
+                f"shapes {sorted(shapes)} for {len(images)} images."
+            )
+        replacements = [
+            (*offset["span"], offset["replacement"])
+            for offset in output["text_replacement_offsets"][0]
+        ]
+        types = next((output[x][0] for x in _TOKEN_TYPES if x in output), None)
+        ids = output["input_ids"][0]
+        return ProcessedText(ids, np.stack(values), replacements, types)
+
+    def expand(
+        self, marked: Marked, paths: Sequence[pathlib.Path]
+    ) -> tuple[Marked, Images, list[int]]:
+        """Writes the tokens of images in the place of their placeholders in a text.
+
+        Args:
+            marked: The text, with answers.
+            paths: The files of the images, in order.
+
+        Returns:
+            The text with the tokens of the images, the images, and the ids of the text
+            in transformers.
+
+        Raises:
+            ValueError: As `process`.
+        """
+        processed = self.process(marked.text, paths)
+        is_image = [int(x == self.token_id) for x in processed.ids]
+        if processed.token_types not in (None, is_image):
+            raise ModelError(
+                f"the processor of {self.path} must mark the tokens of images alone. "
+                f"Got other types than those of the token {self.token_id}."
+            )
+        if sum(is_image) != len(paths) * self.tokens_per_image:
+            raise ValueError(
+                f"the text must have {self.tokens_per_image} tokens for each of its "
+                f"{len(paths)} images. Got {sum(is_image)}."
+            )
+        text, pieces, last = marked.text, [], 0
+        for start, end, replacement in processed.replacements:
+            pieces += [text[last:start], replacement]
+            last = end
+
+        def move(position: int) -> int:
+            return position + sum(
+                len(new) - (end - start)
+                for start, end, new in processed.replacements
+                if end <= position
+            )
+
+        answers = [(move(start), move(end)) for start, end in marked.answers]
+        expanded = Marked("".join([*pieces, text[last:]]), answers, marked.is_rendered)
+        images = Images(self, tuple(paths), _hash_pixels(processed.pixels))
+        return expanded, images, processed.ids
+
+
+def _hash_pixels(pixels: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
+
+
+def _open_images(paths: Sequence[pathlib.Path]) -> list:
+    import PIL.Image
+
+    images, problems = [], []
+    for path in paths:
+        try:
+            with PIL.Image.open(path) as image:
+                images.append(image.convert("RGB"))
+        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+            problems.append(f"{path} ({type(error).__name__})")
+    if problems:
+        raise ValueError(f"images must be files of images. Got {', '.join(problems)}.")
+    return images
+
+
+def find_image(groups: Mapping[str, Messages]) -> str | None:
+    """Returns the name of the first part of the messages that is an image.
+
+    The keys of `groups` are the names that error messages use for its lists.
+    """
+    for name, group in groups.items():
+        for number, message in enumerate(group):
+            for index, part in enumerate(_parts_of(message)):
+                if _is_image(part):
+                    return f"{name}[{number}].content[{index}]"
+    return None
+
+
+def take_images(
+    groups: Mapping[str, Messages], folder: pathlib.Path
+) -> tuple[dict[str, Messages], list[pathlib.Path]]:
+    """Returns the messages with images as `{"type": "image"}`, and their files.
+
+    Args:
+        groups: The messages, as in `find_image`.
+        folder: The folder that relative paths start from.
+
+    Raises:
+        ValueError: If an image is not a file on this machine.
+    """
+    texts: dict[str, Messages] = {}
+    paths: list[pathlib.Path] = []
+    for name, group in groups.items():
+        texts[name] = messages = []
+        for number, message in enumerate(group):
+            parts = []
+            for index, part in enumerate(_parts_of(message)):
+                if _is_image(part):
+                    part_name = f"{name}[{number}].content[{index}]"
+                    paths.append(folder / _file_of(part_name, part))
+                    part = {"type": "image"}
+                parts.append(part)
+            messages.append({**message, "content": parts} if parts else message)
+    return texts, paths
+
+
+def _parts_of(message: Mapping[str, Any]) -> list:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _is_image(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _file_of(name: str, part: Mapping[str, Any]) -> str:
+    values = {key: value for key, value in part.items() if value is not None}
+    file_keys = [key for key in _FILE_KEYS if key in values]
+    file = values[file_keys[0]] if file_keys else None
+    is_file = isinstance(file, str) and "://" not in file.removeprefix("file://")
+    # Another key, such as "detail", could be something that the model should see.
+    if part["type"] != "image" or not is_file or {*values} != {"type", *file_keys[:1]}:
+        raise ValueError(
+            f"`{name}` must be an image in a file on this machine, as in "
+            f'{{"type": "image", "path": "a.png"}}. Got {part!r:.100}.'
+        )
+    return str(file).removeprefix("file://")

@@ -1,0 +1,115 @@
+"""The command line trains and scores a model of text and images.
+
+The losses equal those of transformers and PEFT.
+"""
+
+import json
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from image_models import save_image_model, write_image_rows
+from tolerances import assert_close
+from torch_helpers import init, with_decoded_weights
+
+import qlora_jax as ql
+from qlora_jax.llm import app
+from qlora_jax.llm.app import base_model
+from qlora_jax.llm.cli.main import main
+
+LAYERS = r".*language_model\.layers\..*_proj\.weight"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns a folder with a model, rows and a run, the processor, and the rows."""
+    folder = tmp_path_factory.mktemp("images")
+    processor = save_image_model(folder / "model")
+    _, rows = write_image_rows(folder)
+    settings = {"steps": 3, "batch_size": 4, "max_length": 64, "dtype": "float32"}
+    settings |= {"learning_rate": 1e-2, "lora_r": 4, "engine": "torch"}
+    command = ["train", "--model", str(folder / "model"), "--out", str(folder / "run")]
+    command += ["--data", str(folder / "rows.jsonl")]
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    assert main(command) == 0
+    return folder, processor, rows
+
+
+def torch_loss(model, folder, processor, rows):
+    """Returns the mean loss of the tokens of all answers."""
+    losses = []
+    for row in rows:
+        question, answer = row["messages"]
+        for part in question["content"]:
+            if isinstance(part, dict) and "path" in part:
+                part["path"] = str(folder / part["path"])
+        inputs = processor.apply_chat_template(
+            row["messages"], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        count = len(processor.tokenizer.encode(answer["content"] + "<|im_end|>"))
+        ids = inputs["input_ids"][0]
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits[0]
+        # A line break follows the answer, and the token before predicts each token.
+        targets, logits = ids[-count - 1 : -1], logits[-count - 2 : -2]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        )
+    return torch.cat(losses).mean().item()
+
+
+def test_score_of_a_trained_adapter_equals_the_loss_in_peft(trained):
+    folder, processor, rows = trained
+    path = folder / "model"
+    module = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
+    _, base, _ = init(module, LAYERS)
+    with_decoded_weights(module, base)
+    before = torch_loss(module, folder, processor, rows)
+    with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(module, folder / "run" / "adapter")
+    expected = torch_loss(model.eval(), folder, processor, rows)
+    assert expected < before - 0.01
+    config = app.ScoreConfig(
+        run=str(folder / "run"), data=str(folder / "rows.jsonl"), batch_tokens=64
+    )
+    assert_close(np.asarray(app.score(config).loss), np.asarray(expected))
+    metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert_close(
+        np.asarray(json.loads(metrics[0])["loss"]), np.asarray(before), roundings=2
+    )
+
+
+def test_a_vision_tower_is_adapted_only_by_name(trained):
+    folder, *_ = trained
+    settings = {"model": str(folder / "model"), "engine": "torch"}
+    settings |= {"data": str(folder / "rows.jsonl"), "out": str(folder / "run2")}
+    names = {"all-linear": set(), "q_proj,fc1": {"fc1", "q_proj"}}
+    for target_modules, expected in names.items():
+        config = app.TrainConfig.from_settings(
+            settings | {"target_modules": target_modules, "lora_r": 4}
+        )
+        model = base_model.open_model(config.model.path, engine="torch")
+        packing = base_model.packing_for(config.model, model, "nf4")
+        adapters = base_model.adapters_for(
+            config.adapter, model, packing, config.model.scales
+        )
+        base, lora = base_model.init_shapes(model.base, adapters)
+        adapted = {x.split(".")[-2] for x in lora if "vision_tower" in x}
+        assert adapted == expected
+        packed, _ = base_model.init_shapes(base, packing)
+        assert not any(ql.is_packed(packed[x]) for x in packed if "vision_tower" in x)
+        assert any(ql.is_packed(packed[x]) for x in packed if "language_model" in x)
+
+
+def test_our_decoder_names_the_engine_that_reads_images(trained, capsys):
+    folder, *_ = trained
+    command = ["train", "--model", str(folder / "model"), "--engine", "jax"]
+    command += ["--data", str(folder / "rows.jsonl"), "--out", str(folder / "run3")]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "must be text. Got an image" in error and "`engine` torch" in error
