@@ -172,7 +172,7 @@ class LanguageModel:
         module: Any = self.module
         transforms = get_model_conversion_mapping(module)
         renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
-        converters = [x for x in transforms if _joins_rows(x)]
+        converters: list[Any] = [x for x in transforms if _joins_rows(x)]
         prefix, state = module.base_model_prefix, module.state_dict()
         sources: dict[str, list[str]] = {}
         # The tensors that transformers joins, by name in the module and by pattern.

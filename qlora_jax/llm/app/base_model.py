@@ -121,8 +121,9 @@ class BaseModel:
     @property
     def head(self) -> str:
         """The name of the module that computes the logits."""
-        is_torch = isinstance(self.config, TorchConfig)
-        return self.config.head if is_torch else self.config.head_module
+        if isinstance(self.config, TorchConfig):
+            return self.config.head
+        return self.config.head_module
 
     def contract_of(self, patterns: Sequence[Any]) -> Contract:
         """Returns the roles of the axes of kernels, where their paths do not say them.
