@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 # More terms than the sums have along any path through the small models of the tests,
-# forward and backward. Real errors are larger than these bounds: a product with 10 bits
-# of mantissa (TF32) is off by 30 times as much, and bfloat16's 8 bits by 250 times.
+# forward and backward. Mistakes cause far larger errors than these bounds: a product in
+# TF32, which stores 10 bits of mantissa, is off by 30 times as much, and one in
+# bfloat16, which stores 7, by 250 times.
 TERMS = 2**12
 ARRAYS = (np.ndarray, jax.Array)
 
@@ -135,9 +136,9 @@ def assert_equal_but_for_rounding(got, run, *args, times=10):
     """Asserts that `got` equals `run(*args)` except for the order of sums.
 
     How far rounding moves a result depends on how much cancels in it, as in gradients
-    of a deep model. This is measured by `run` with each float of `args` moved by an
-    eps, up or down at random. In each leaf the norm of the difference is at most
-    `times` that.
+    of a deep model. To measure this, `run` is called three more times, with every float
+    of `args` moved up or down by an eps at random. In each leaf, the norm of the
+    difference may be at most `times` the largest change.
     """
     want, errors = measure_rounding(run, *args)
     assert_within_rounding(got, want, errors, times)
@@ -146,9 +147,9 @@ def assert_equal_but_for_rounding(got, run, *args, times=10):
 def measure_rounding(run, *args):
     """Returns `run(*args)`, and how far rounding moves each leaf of it.
 
-    The second result is a tree of norms, and its use is described in
-    `assert_equal_but_for_rounding`. The norm of a leaf is at least an eps of the leaf,
-    or of a tenth of the largest leaf.
+    `assert_equal_but_for_rounding` explains the second result, which is a tree of
+    norms. Each is at least eps times the norm of the leaf, and eps times a tenth of the
+    largest norm.
     """
     want = run(*args)
     moved_results = [run(*_moved(args, seed)) for seed in range(3)]

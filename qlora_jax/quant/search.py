@@ -1,13 +1,13 @@
 """A search for the scale of each block, to make its squared error small.
 
-By the rule of a format, the scale of a block follows from its largest weight, so that
-this weight is decoded almost exactly. A smaller scale rounds the other weights on a
-finer grid. With a larger scale, the largest weight may be rounded to another value of
-the table. Only the choice of the scale differs: codes and scales are stored as the
-format says, so that files and decoders stay the same.
+By the rule of a format, the scale of a block follows from its largest weight. In most
+formats, this weight is then decoded almost exactly. A smaller scale rounds the other
+weights on a finer grid. With a larger scale, the largest weight may be rounded to
+another value of the table. Only the choice of scales differs. Codes and scales are
+stored as in the format, so files and decoders do not change.
 
-Let s be a scale, and let c be the values of the table that w / s is rounded to. If h
-says how much the error of each weight counts, the error of the block is
+Let s be a scale, and let c be the values of the table that w / s is rounded to. With
+weights h of the squared errors, the error of the block is
 
     sum(h * (w - s c)**2).
 
@@ -15,8 +15,9 @@ For fixed c, it is least if s is replaced by
 
     s + sum(h (w - s c) c) / sum(h c c).
 
-The search tries several candidates for s, and this replacement of each one, which needs
-no further pass over the weights (as in llama.cpp's quantizer).
+The search tries several candidates for s. For each one, it also tries this replacement,
+whose error follows from the same sums, so that no further pass over the weights is
+needed. llama.cpp's quantizer does the same.
 """
 
 from typing import Literal, get_args
@@ -33,12 +34,12 @@ from .schemes import DOUBLE, E2M1_MAX, E4M3, E8M0, FLOAT32
 ScaleRule = Literal["absmax", "search"]
 
 # To save memory, a kernel is searched in parts, each of at most this many bytes in
-# float32. There are at most MAX_PARTS parts, even if they are larger then.
+# float32. There are at most MAX_PARTS parts, so those of very large kernels are larger.
 PART_BYTES = 2 * 2**20
 MAX_PARTS = 16
 # A part is read two rows of K at a time. The three sums over each block then stay in
 # the cache of a CPU, and the search takes 0.5 to 0.7 of the time that it takes with
-# sums over all rows. All block sizes are multiples of 2.
+# sums over all rows.
 ROWS = 2
 
 
@@ -62,8 +63,8 @@ def candidate_ratios(fmt: Format) -> tuple[float, ...]:
         return 0.76, 0.83, 0.89, 0.94, 1.0, 1.06, 1.13
     # Up to 1.06, the largest weight is still rounded to the largest value of the table.
     # A larger scale is good only if it rounds this weight well to the second largest
-    # value, as the last candidates do. In the small blocks of NVFP4, a second one
-    # lowers the error by a hundredth; elsewhere, it hardly changes it.
+    # value, as the candidates in `jumps` do. NVFP4 has two of them, because in its
+    # small blocks, the second one lowers the error by 1%.
     largest, second = np.unique(np.abs(fmt.table))[:-3:-1]
     jump = float(largest / second)
     jumps = (0.96 * jump, 1.02 * jump) if fmt.scales is E4M3 else (0.99 * jump,)
@@ -83,16 +84,22 @@ def search_scales(
         blocks: The weights of the kernel.
         scales: The scales by the rule of the format.
         packing: The format. Errors are measured with the rounded scales that its scheme
-            stores. Double quantization is an exception: its rounding is ignored,
-            because it stores 256 scales together.
-        importance: How much the squared errors of each row of K count, the same for all
-            columns. In a block where it is all zero, all rows count equally.
+            stores. The rounding of double quantization is ignored, because it depends
+            on 256 scales at once.
+        importance: The weight of the squared errors in each row of K, for all columns.
+            If it is zero in all rows of a block, all rows have equal weights.
         largest: The second argument of `ScaleScheme.encode`, if the scheme needs it.
     """
     operands = [blocks, scales]
     if importance is not None:
         peak = jnp.max(importance, axis=-2, keepdims=True)
         operands.append(jnp.sqrt(jnp.where(peak > 0, importance / peak, 1)))
+    # If K is odd, its last block may have an odd number of rows. A row of zeros is
+    # decoded exactly, so it adds nothing to the error.
+    padding = [(0, 0)] * blocks.ndim
+    padding[-2] = (0, -blocks.shape[-2] % ROWS)
+    operands = [x if x is scales else jnp.pad(x, padding) for x in operands]
+    blocks = operands[0]
 
     num_blocks, axis = blocks.shape[-3], blocks.ndim - 3
     num_parts = _count_parts(num_blocks, 4 * blocks.size)
@@ -137,7 +144,7 @@ def _search_part(
     factor = np.float32(E2M1_MAX if scheme is E4M3 else 1)
 
     def store(scales: Array) -> Array:
-        """Returns scales with the rounding of their scheme, without a division by 6."""
+        """Returns the scales that are decoded, without the division by 6."""
         if scheme is FLOAT32 or scheme is DOUBLE:
             return scales
         if scheme.needs_largest:  # a larger scale cannot be stored
@@ -145,9 +152,9 @@ def _search_part(
         return scheme.decode(scheme.encode(scales, *largest)) * factor
 
     def measure(scale: Array) -> tuple[Array, Array, Array]:
-        """Returns the error of a scale, then a better scale and its error.
+        """Returns the error of a scale, then the refined scale and its error.
 
-        Both scales are as `store` returns them.
+        The refined scale is the best one for these values, rounded by `store`.
         """
         # The weights are divided by the scale before they are squared, and the errors
         # of different scales are compared after division by the squares of `scales`.

@@ -1,4 +1,7 @@
-"""Each command with models of each kind of layer, against transformers and PEFT."""
+"""Four commands with unusual kinds of layers, against transformers and PEFT.
+
+The commands are train, score, generate and export.
+"""
 
 import json
 
@@ -22,28 +25,29 @@ LATENT = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_to
 LATENT |= {"n_group": 2, "topk_group": 1, "moe_intermediate_size": 16, "v_head_dim": 12}
 LATENT |= {"q_lora_rank": 24, "kv_lora_rank": 16, "num_key_value_heads": 4}
 LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "num_hidden_layers": 2}
-# Two layers with keys and values, and one that shares those of the first.
+# Two layers with keys and values, and one that shares those of the second.
 SHARED = {"num_hidden_layers": 3, "num_kv_shared_layers": 1, "sliding_window": 8}
 SHARED |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 SHARED |= {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 8}
 SHARED |= {"vocab_size_per_layer_input": 259, "num_global_key_value_heads": None}
 MIXED = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
-# Settings of the model, and the number of its linear layers.
+# The settings of each model type, and the number of its linear layers.
 MODELS = {
-    # Of four layers, three have five projections in place of attention's four. Besides
-    # these, there are the MLP's three, and in the mixture, a gate.
+    # Three of the four layers have linear attention with five projections, and one has
+    # attention with four. Each layer also has three of an MLP. With experts, these are
+    # those of the shared expert, which also has a gate.
     "qwen3_5_text": (configs.DELTA, 3 * 5 + 4 + 4 * 3),
     "qwen3_5_moe_text": (configs.DELTA | EXPERTS, 3 * 5 + 4 + 4 * 4),
     # Five projections, and three of the MLP or of the shared expert.
     "deepseek_v3": (LATENT, 2 * (5 + 3)),
-    # Two projections of a convolution, or four of attention.
+    # Two projections of a convolution, or four of attention, and three of each MLP.
     "lfm2": (MIXED, 2 + 4 + 2 + 3 * 3),
-    # The last layer has no projections of keys and values. Each layer has two more
-    # projections for its per-layer input, and the model has one.
+    # The last layer has no projections of keys and values. Each layer has three of the
+    # MLP and two for its per-layer input, and the model has one more.
     "gemma4_text": (SHARED, 4 + 4 + 2 + 3 * 5 + 1),
 }
 
-# Compiling the model for each command takes a while.
+# These take a while to compile, and the other models have most of their layers.
 SLOW = "qwen3_5_text", "lfm2"
 MARKED = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS
@@ -52,7 +56,7 @@ MARKED = [
 
 @pytest.mark.parametrize("kind", MARKED)
 def test_commands(kind, tmp_path):
-    # 1. A model that transformers wrote, with a tokenizer, and rows of tokens.
+    # 1. Write a model with transformers, a tokenizer, and rows of tokens.
     folder, run, merged = (tmp_path / name for name in ("base", "run", "merged"))
     settings, num_adapters = MODELS[kind]
     tokenizer = byte_tokenizer()
@@ -75,7 +79,7 @@ def test_commands(kind, tmp_path):
 
     before, after = score(), score(str(adapter))
     assert after < 0.99 * before
-    # 3. transformers and PEFT compute the same loss, and continue in the same way.
+    # 3. transformers and PEFT compute the same loss and generate the same tokens.
     ids = torch.tensor(tokens)
     model = llama.their_model(folder, adapter).eval()
     names = [key for key, _ in model.named_parameters() if "lora_A" in key]
@@ -90,7 +94,7 @@ def test_commands(kind, tmp_path):
     start = tokenizer("abc", return_tensors="pt")["input_ids"]
     continued = model.generate(input_ids=start, max_new_tokens=6, do_sample=False)
     assert answer.text == tokenizer.decode(continued[0, start.shape[1] :])
-    # 4. Merged, it is a model of transformers with the same loss.
+    # 4. transformers loads the merged model, which has the same loss.
     export(folder, "merged", merged, adapter)
     assert json.loads((merged / "config.json").read_text())["model_type"] == kind
     assert_close(loss_of(llama.their_model(merged), ids), expected)

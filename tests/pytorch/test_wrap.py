@@ -86,6 +86,7 @@ def test_biases_and_rows_that_are_trained_in_full():
 def test_a_back_end_computes_all_products():
     """Of a linear layer, and of a mixture of experts."""
     net, settings = make_net(), {"num_experts": 4, "moe_intermediate_size": 32}
+    settings["num_experts_per_tok"] = 2
     _, base, _ = init(net, r"(up|down)\.weight")
     ids, mixture = random_ids(), random_model("qwen3_moe", **settings)
     mixture.set_experts_implementation("grouped_mm")

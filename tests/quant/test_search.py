@@ -139,6 +139,19 @@ def test_rows_beyond_the_last_full_block_are_searched():
     assert errors["search"] < 0.9 * errors["absmax"]
 
 
+def test_the_last_row_of_an_odd_number_counts():
+    w, importance = normal(0, (101, N)), np.zeros(101)
+    importance[100] = 1
+
+    def error_of_last_row(q):
+        return np.linalg.norm(np.asarray(q.dequantize() - w)[100])
+
+    searched = pack(w, "int8", 64, importance, "search")
+    assert error_of_last_row(searched) < 0.2 * error_of_last_row(
+        pack(w, "int8", 64, None, "absmax")
+    )
+
+
 @pytest.mark.parametrize("fmt", ["nf4", "int4"])
 def test_double_quantization_stores_searched_scales(fmt):
     w = normal(0, (512, N))

@@ -162,7 +162,10 @@ def _module_adapter(
 
 
 def _pattern_key(config: PeftConfig, module: str) -> str:
-    """Returns the name of an adapted module to which PEFT compares patterns."""
+    """Returns the name of an adapted module that PEFT compares with patterns.
+
+    This is the name of its weight if it is adapted as a parameter.
+    """
     weight = f"{module}.weight"
     return weight if is_targeted(weight, config.target_parameters) else module
 
@@ -448,12 +451,12 @@ def _adapters_by_name(
 
 
 def _named_like_experts(model: NamedBase) -> set[str]:
-    """Returns the linear layers that PEFT would take for experts by their names.
+    """Returns the linear layers that share a name with a kernel of experts.
 
-    If a file has one module for each kernel of an expert, transformers 5 joins them to
-    parameters. PEFT then replaces each target such as "gate_proj" by the parameter of
-    experts, also if it means a shared expert or a layer without experts, which would
-    have no adapter. PEFT can adapt their weights as parameters instead.
+    If a file has one module for each kernel of an expert, transformers 5 joins them
+    into parameters. PEFT then replaces every target such as "gate_proj" with the
+    parameter of the experts, even if a shared expert or a layer without experts is
+    meant. That layer would have no adapter. PEFT can adapt its weight as a parameter.
     """
     paths = {path for kernels in model.parameters.values() for path in kernels}
     experts = {m for m, position in model.modules.items() if position.path in paths}
