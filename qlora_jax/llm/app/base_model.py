@@ -120,8 +120,9 @@ class BaseModel:
     @property
     def head(self) -> str:
         """The name of the module that computes the logits."""
-        is_torch = isinstance(self.config, TorchConfig)
-        return self.config.head if is_torch else self.config.head_module
+        if isinstance(self.config, TorchConfig):
+            return self.config.head
+        return self.config.head_module
 
     @property
     def contract(self) -> Contract:

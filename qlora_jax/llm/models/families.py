@@ -57,7 +57,7 @@ MIXTRAL_EXPERTS = {
     "names": ("w1", "w3", "w2"),
     "kernel": "block_sparse_moe.experts.{expert}.NAME.weight",
 }
-GPT_OSS_EXPERTS = {"joined": "alternating", "router": "mlp.router"}
+GPT_OSS_EXPERTS: dict[str, Any] = {"joined": "alternating", "router": "mlp.router"}
 GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 # The rotary section of gpt-oss, for files without one.
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
