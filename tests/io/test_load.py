@@ -281,3 +281,19 @@ def test_mixed_dtypes_are_refused():
     tensors["layers.1.up.weight"] = tensors["layers.1.up.weight"].astype(np.float16)
     with pytest.raises(CheckpointError, match="layers/up/kernel: its tensors are of"):
         load(tensors, NAMES, like())
+
+
+@pytest.mark.parametrize("roles", ["kn", "nk"])
+def test_one_tensor_has_the_kernels_of_all_experts(tmp_path, roles):
+    entry = Entry("experts.up.{expert}", stack_roles=roles)
+    names = Names({"up/kernel": entry})
+    kernel = np.random.default_rng(0).normal(size=(3, 8, 6)).astype(np.float32)
+    stored = kernel if roles == "kn" else kernel.swapaxes(1, 2)
+    like = {"up": {"kernel": jax.ShapeDtypeStruct(kernel.shape, jnp.float32)}}
+    tree = ql.io.load({"experts.up": stored}, names, like, progress=False)
+    np.testing.assert_array_equal(tree["up"]["kernel"], kernel)
+    config = {"model_type": "x"}
+    ql.io.save_merged(tmp_path, tree, {}, names, config, progress=False)
+    written = ql.io.open_safetensors(tmp_path)
+    assert [*written] == ["experts.up"]
+    np.testing.assert_array_equal(written["experts.up"][...], stored)
