@@ -46,21 +46,17 @@ def compile_here(row: dict) -> dict:
         Bytes of memory on one chip, collectives, and seconds of processor time; or
         `error`.
     """
-    from scale_models import MODELS
-
-    from qlora_jax.llm.app.base_model import BaseModel
     from qlora_jax.llm.app.program import lower_step
     from qlora_jax.llm.app.train_config import TrainConfig
-    from qlora_jax.llm.models.checkpoint import abstract_params
 
     devices, backend = devices_of(row)
-    decoder = MODELS[row["model"]]
-    model = BaseModel(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
     settings = {"model": row["model"], "data": "", "out": "", "steps": 1000}
     settings |= {"warmup": 20, **row["settings"]}
     config = TrainConfig.from_settings(settings)
     start = time.process_time()
-    lowered = lower_step(config, model, devices[: row["chips"]], backend)
+    with tempfile.TemporaryDirectory() as folder:
+        model = model_of(row, pathlib.Path(folder))
+        lowered = lower_step(config, model, devices[: row["chips"]], backend)
     record: dict[str, Any] = {"lower_seconds": round(time.process_time() - start, 1)}
     start = time.process_time()
     try:
@@ -71,6 +67,24 @@ def compile_here(row: dict) -> dict:
     if "error" in record:
         return record
     return record | measure(compiled)
+
+
+def model_of(row: dict, folder: pathlib.Path) -> Any:
+    """Returns the model of a row, a `BaseModel` of shapes.
+
+    With the engine "torch", it is described by a `config.json` in `folder`.
+    """
+    from scale_models import CONFIGS, MODELS
+
+    from qlora_jax.llm.app.base_model import BaseModel, open_model
+    from qlora_jax.llm.models.checkpoint import abstract_params
+
+    if row["settings"].get("engine") == "torch":
+        config = json.dumps(CONFIGS[row["model"]])
+        (folder / "config.json").write_text(config, "utf-8")
+        return open_model(str(folder), engine="torch")
+    decoder = MODELS[row["model"]]
+    return BaseModel(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
 
 
 def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
@@ -173,16 +187,18 @@ def add_result(record: dict, path: pathlib.Path = RESULTS) -> None:
 
 def versions() -> dict:
     """Returns the versions that a result depends on."""
-    names = "jax", "libtpu", "jax-cuda13-pjrt", "flax", "optax"
+    names = "jax", "libtpu", "jax-cuda13-pjrt", "flax", "optax", "torchax"
     installed = {x.metadata["Name"] for x in importlib.metadata.distributions()}
     return {x: importlib.metadata.version(x) for x in names if x in installed}
 
 
 def can_compile(row: dict) -> bool:
-    """Whether the compiler for the chips of a row is installed here."""
+    """Whether what a row needs is installed here: the compiler, and torchax."""
     from scale_models import CHIPS, chip_of
 
-    return ("libtpu" if chip_of(row) in CHIPS else "jax-cuda13-pjrt") in versions()
+    compiler = "libtpu" if chip_of(row) in CHIPS else "jax-cuda13-pjrt"
+    needs_torch = row["settings"].get("engine") == "torch"
+    return {compiler, *["torchax"] * needs_torch} <= {*versions()}
 
 
 def main():

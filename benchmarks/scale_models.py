@@ -48,6 +48,85 @@ _QWEN3_MOE = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
+# The text halves of models from 2026. The sizes are those of their `config.json`, as
+# copied in THUDM/slime (scripts/models), in the notebook on Gemma 4 of
+# rasbt/LLMs-from-scratch (ch05/17_gemma4), and in the defaults of transformers.
+_QWEN3_5: dict[str, Any] = {
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+    },
+}
+_QWEN3_5_27B = _QWEN3_5 | {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 4,
+    "linear_num_value_heads": 48,
+}
+_QWEN3_5_35B_A3B = _QWEN3_5 | {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "linear_num_value_heads": 32,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+_GEMMA_4: dict[str, Any] = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "vocab_size": 262144,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "final_logit_softcapping": 30.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 262144,
+}
+_GEMMA_4_31B = _GEMMA_4 | {
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "num_global_key_value_heads": 4,
+    "attention_k_eq_v": True,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+}
+_GEMMA_4_E4B = _GEMMA_4 | {
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_kv_shared_layers": 18,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+}
+CONFIGS = {
+    "Qwen3.5-27B": _QWEN3_5_27B,
+    "Qwen3.5-35B-A3B": _QWEN3_5_35B_A3B,
+    "Gemma-4-E4B": _GEMMA_4_E4B,
+    "Gemma-4-31B": _GEMMA_4_31B,
+}
 MODELS = {
     "Llama-3.2-3B": SMALLER["Llama-3.2-3B"],
     "Llama-3.1-8B": SMALLER["Llama-3.1-8B"],
@@ -60,6 +139,7 @@ MODELS = {
     "Qwen3-30B-A3B": config_from_hf(_QWEN3_MOE),
     "gpt-oss-20b": _gpt_oss(24, 32),
     "gpt-oss-120b": _gpt_oss(36, 128),
+    **{name: config_from_hf(raw) for name, raw in CONFIGS.items()},
 }
 
 

@@ -49,8 +49,8 @@ def draw_models(records: list[dict]) -> Figure:
         group_key = list(SHORT).index(x["model"]), x["chips"], chip_of(x)
         is_lora = x["settings"].get("fmt") == "none"
         best = groups.setdefault(group_key, {}).get(is_lora)
-        is_sft = "objective" not in x["settings"]
-        if is_sft and "hbm" in x and (best is None or _rank(x) > _rank(best)):
+        is_special = {"objective", "engine"} & {*x["settings"]}
+        if not is_special and "hbm" in x and (best is None or _rank(x) > _rank(best)):
             groups[group_key][is_lora] = x
     group_keys = sorted(key for key, group in groups.items() if False in group)[::-1]
     figure = Figure(figsize=(9.5, 0.5 * len(group_keys) + 1.4), layout="constrained")

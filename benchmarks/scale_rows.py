@@ -1,7 +1,8 @@
 """The rows of `aot_scale.py`: a model, chips, tokens, settings of `qlora-jax train`.
 
-All have adapters of rank 64 in float32 on the seven linear modules of a layer, AdamW,
-and one batch row per chip, or per group of chips along a `tensor` axis.
+All have adapters of rank 64 in float32 on all linear modules of a layer, AdamW, and one
+batch row per chip, or per group of chips along a `tensor` axis. Rows of models with
+experts have adapters on the modules in `target_modules`.
 """
 
 from typing import Any
@@ -16,6 +17,10 @@ NAMES = {
     "30B-A3B": "Qwen3-30B-A3B",
     "gpt-oss-20b": "gpt-oss-20b",
     "gpt-oss-120b": "gpt-oss-120b",
+    "Qwen3.5-27B": "Qwen3.5-27B",
+    "Qwen3.5-35B-A3B": "Qwen3.5-35B-A3B",
+    "Gemma 4 E4B": "Gemma-4-E4B",
+    "Gemma 4 31B": "Gemma-4-31B",
 }
 TOPOLOGIES = {1: "2x2", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 # Each option includes those before it, in the order of docs/scale/fit.md.
@@ -32,6 +37,9 @@ DPO = {"objective": "dpo"}
 EXPERTS: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 MIXED = OFFLOAD | EXPERTS
 MXFP4 = MIXED | {"fmt": "mxfp4"}
+# The same for Qwen3.5: attention, and the delta rule that replaces it in most layers.
+DELTA_MODULES = ["in_proj_qkv", "in_proj_z", "out_proj"]
+DELTA = {"target_modules": EXPERTS["target_modules"] + DELTA_MODULES}
 H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
 MIXED_H100 = PLAIN | {"stream_dtype": "bfloat16"} | EXPERTS
 
@@ -123,6 +131,15 @@ ROWS = [
     row("gpt-oss-20b", "v5e", 512, LORA | MIXED),
     row("gpt-oss-120b", "v6e", 512, LORA | MIXED, "fsdp=4", 4),
     row("gpt-oss-120b", "v5e", 512, LORA | MIXED, "fsdp=16", 16),
+    # Models whose layers differ: the delta rule, windows, and heads of two sizes.
+    row("Qwen3.5-27B", "v6e", 8192, TILES),
+    row("Qwen3.5-35B-A3B", "v6e", 16384, OFFLOAD | DELTA),
+    row("Gemma 4 31B", "v6e", 8192, TILES),
+    row("Gemma 4 E4B", "v5e", 16384, TILES),
+    # The same model in our decoder and in the PyTorch code of transformers, with
+    # settings that both support.
+    row("Qwen3.5-27B", "v6e", 2048, PLAIN | {"stream_dtype": "bfloat16"}),
+    row("Qwen3.5-27B", "v6e", 2048, PLAIN | {"engine": "torch"}),
     # Compiled by the CUDA compiler. Splash and host memory are not supported on GPUs.
     row("8B", "h100", 8192, H100),
     row("8B", "h100", 8192, LORA | H100),
@@ -136,4 +153,8 @@ ROWS = [
     row("gpt-oss-20b", "h100", 4096, MIXED_H100 | {"fmt": "mxfp4"}),
     row("30B-A3B", "h100", 512, LORA | MIXED_H100),
     row("gpt-oss-20b", "h100", 512, LORA | MIXED_H100),
+    row("Qwen3.5-27B", "h100", 8192, H100),
+    row("Qwen3.5-35B-A3B", "h100", 8192, MIXED_H100 | DELTA),
+    row("Gemma 4 31B", "h100", 4096, H100),
+    row("Gemma 4 E4B", "h100", 8192, H100),
 ]

@@ -9,6 +9,7 @@ from scale_rows import NAMES
 SHORT = {long: short for short, long in NAMES.items()}
 # Names in the tables for the options that a row has turned on, by setting and value.
 WORDS = {
+    ("engine", "torch"): "PyTorch's code",
     ("objective", "dpo"): "dpo",
     ("attention", "splash"): "splash",
     ("stream_dtype", "bfloat16"): "bf16 stream",
@@ -59,8 +60,11 @@ def moved(record: dict) -> str:
 
 def seconds(record: dict) -> str:
     """Returns the estimated seconds of a step as text, if they can be estimated."""
-    # The estimate is not made for experts.
-    if chip_of(record) not in CHIPS or MODELS[record["model"]].experts:
+    # The estimate is only made for TPUs, and for models whose layers are all alike and
+    # have no experts.
+    config = MODELS[record["model"]]
+    is_uniform = len({kind.structure for kind in config.layers}) == 1
+    if chip_of(record) not in CHIPS or config.experts or not is_uniform:
         return ""
     estimated = estimate(record)
 

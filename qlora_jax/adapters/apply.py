@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from .._jax.arguments import check_key
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
+from ..product.choose import checked_backend
 from ..product.matmul import as_float, reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
@@ -72,7 +73,7 @@ def apply(
         >>> ql.apply(base["layer"], lora["layer"], jnp.ones((2, 64))).shape
         (2, 8)
     """
-    x = as_float(x)
+    x, backends = as_float(x), checked_backend(backend)
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
     # 1. Find the kernel, the bias and their adapters. Arrays that are trained in full
@@ -98,7 +99,7 @@ def apply(
     rows = x.reshape(*x.shape[:row_ndim], math.prod(contracted))
     # 3. Multiply, and unfold the outputs: [..., N] -> [..., *outputs].
     with reverse_mode():
-        y = product(rows, kernel, kernel_lora, dropout_key, backend, precision)
+        y = product(rows, kernel, kernel_lora, dropout_key, backends, precision)
     y = y.reshape(*x.shape[:row_ndim], *outputs)
     return y if bias is None else _add_bias(y, bias, batch_ndim, outputs)
 

@@ -14,7 +14,6 @@ import torchax
 
 import qlora_jax as ql
 
-from ..product.choose import checked_backend
 from .arrays import Model, module_of, named_tensors
 from .layers import names_in, runs_of
 from .scan import LayerScan
@@ -217,11 +216,10 @@ def wrap(
         policy: The policy of `jax.checkpoint`, which decides which values of stacked
             layers are kept for the backward pass. By default, only their inputs are.
         backend: The back end or back ends of all products with packed weights, as in
-            `qlora_jax.matmul`.
+            `qlora_jax.matmul`. If one is unknown, `apply` raises an error.
 
     Raises:
         TypeError: If `model` is not a PyTorch module.
-        ValueError: If a back end is unknown.
 
     Example:
         >>> import jax, qlora_jax as ql, torch
@@ -234,7 +232,7 @@ def wrap(
     if isinstance(model, WrappedModule) and policy is None and backend is None:
         return model
     modes = {name: m.training for name, m in module_of(model).named_modules()}
-    return WrappedModule(module_of(model), modes, policy, checked_backend(backend))
+    return WrappedModule(module_of(model), modes, policy, backend)
 
 
 def _to_tensor(value: object) -> object:

@@ -16,6 +16,7 @@ import pytest
 import scale_models
 import scale_paper
 import scale_pictures
+import scale_rows
 import scale_tables
 from hlo_collectives import collectives
 from test_tpu_aot import needs_libtpu, run_script
@@ -203,6 +204,17 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
     assert (collective["count"], collective["bytes"]) == (4, 4 * 8)  # 0, 2, 4 and 6
     with pytest.raises(ValueError, match="must count to a constant"):
         collectives(program.replace("add(%at, %two)", "add(%at, %three)"))
+
+
+def test_rows_have_models_and_settings_of_train():
+    for row in scale_rows.ROWS:
+        options = {"model": row["model"], "data": "", "out": "", "steps": 1000}
+        config = TrainConfig.from_settings({**options, **row["settings"]})
+        engine, config_names = config.model.engine, scale_models.CONFIGS
+        assert row["model"] in scale_models.MODELS
+        assert engine == "auto" or row["model"] in config_names
+    keys = [aot_scale.key_of(row) for row in scale_rows.ROWS]
+    assert len({*keys}) == len(keys)
 
 
 @pytest.mark.parametrize("page", ["index.md", "fit.md"])
