@@ -58,3 +58,10 @@ def test_separate_experts_are_stacked_while_they_are_read(kind, tmp_path):
     experts = base[name.format("0:2:1")]
     codes = ql.quantize(stacked, "nf4", block_size=32, contract="bnk").codes
     assert np.array_equal(experts.codes, codes)
+    # A merged folder has the stacked experts, which transformers loads too.
+    out = tmp_path / "merged"
+    ql.io.save_merged(out, base, {}, model.names, folder, progress=False)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out)
+    parameters = dict(merged.named_parameters())
+    merged_experts = [parameters[name.format(i)].detach().numpy() for i in (0, 1)]
+    assert np.array_equal(merged_experts, ql.dequantize(experts))
