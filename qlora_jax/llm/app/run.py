@@ -323,6 +323,9 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
     """
     steps, warmup, model = config.training.steps, config.optimizer.warmup, config.model
     if steps is None:
+        if not config.data.stream:  # counting batches need not load their images
+            rows = [row._replace(images=None) for row in data.train]
+            data = data._replace(train=rows)
         num_batches = sum(1 for _ in make_batches(config.training, data, num_epochs=1))
         num_batches *= config.training.epochs or 1
         steps = math.ceil(num_batches / config.training.accumulation)
