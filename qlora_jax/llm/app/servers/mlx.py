@@ -12,9 +12,9 @@ from .server import AWQ, Server
 
 # Families for which mlx-lm supports fewer types of rotary positions than for others,
 # and the types that it supports for them.
-_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
+_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "glm4", "phi3"), ("default",))
 # Families for which mlx-lm supports biases of the query, key and value layers.
-_BIASES = ("llama", "olmoe", "qwen2", "smollm3")
+_BIASES = ("glm4", "granite", "llama", "olmo2", "olmoe", "qwen2", "seed_oss", "smollm3")
 # Families whose logits in mlx-lm were not compared with those of transformers.
 _UNTESTED = (
     "arcee",
@@ -24,23 +24,19 @@ _UNTESTED = (
     "gemma",
     "gemma4_text",
     "gemma4_unified_text",
-    "glm4",
     "glm4_moe_lite",
-    "granite",
     "kimi_k2",
     "lfm2",
     "llama4_text",
     "ministral3",
-    "olmo2",
     "olmo3",
     "qwen2_moe",
     "qwen3_5_moe_text",
     "qwen3_5_text",
-    "seed_oss",
     "starcoder2",
 )
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.
-_HEADS = ("qwen2", "mixtral", "phi3")
+_HEADS = ("granite", "qwen2", "mixtral", "phi3")
 
 
 def _misreads(
