@@ -80,6 +80,7 @@ SPECIAL: dict[str, dict] = {
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "phi4_multimodal": {"audio_config": {"num_blocks": 1}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     # Layers with local-sensitive hashing draw random numbers.
     "reformer": {
@@ -88,10 +89,17 @@ SPECIAL: dict[str, dict] = {
         "axial_pos_embds": False,
     },
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    # Their attention reads the hidden states and the embeddings, side by side.
     "zamba": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
     },
     "zaya": {"num_experts_per_tok": 1},
 }
