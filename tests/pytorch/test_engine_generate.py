@@ -14,8 +14,8 @@ PROMPTS = [[5, 90, 7, 9, 110, 3, 8], [50, 60], [*range(100, 117)]]
 NUM_NEW = 10
 HEADS = {"num_key_value_heads": 2, "head_dim": 16}
 # A window that is shorter than the prompts, and layers with convolutions.
-GEMMA = {"sliding_window": 6, **HEADS}
-GEMMA["layer_types"] = ["sliding_attention", "full_attention"]
+WINDOW_LAYERS = ["sliding_attention", "full_attention"]
+GEMMA = {"sliding_window": 6, "layer_types": WINDOW_LAYERS, **HEADS}
 LFM = {"layer_types": ["conv", "full_attention"], **HEADS}
 CASES = {
     "gpt_neox": (transformers.GPTNeoXConfig, {}),
