@@ -135,9 +135,9 @@ def _search_part(
     largest: tuple[Array, ...],
     blocks: Array,
     scales: Array,
-    root: Array | None = None,
+    sqrt_importance: Array | None = None,
 ) -> Array:
-    """Searches a single part. `root` is the square root of the importance."""
+    """Searches a single part."""
     fmt, scheme = packing.format, packing.scheme
     # E4M3 divides the scales that it encodes by 6, and decoding does not undo that. The
     # search multiplies decoded scales by 6, to compare them with those it encoded.
@@ -159,28 +159,8 @@ def _search_part(
         # The weights are divided by the scale before they are squared, and the errors
         # of different scales are compared after division by the squares of `scales`.
         # Very large weights then do not overflow, and very small ones do not vanish.
-        inverse = (factor / scale)[..., None, :]
-
-        def add_rows(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            def take(x: Array) -> Array:
-                return lax.dynamic_slice_in_dim(x, ROWS * i, ROWS, axis=x.ndim - 2)
-
-            normalized = take(blocks).astype(jnp.float32) * inverse
-            values = nearest_values(normalized, fmt)
-            if root is not None:  # the sums are then weighted by the importance
-                normalized, values = normalized * take(root), values * take(root)
-            # Without the barrier, XLA on CPUs would look for the nearest values again
-            # for each of the arrays that depend on them.
-            values = lax.optimization_barrier(values)
-            error = normalized - values
-            terms = error * error, error * values, values * values
-            return tuple(
-                total + term[..., 0, :] + term[..., 1, :]
-                for total, term in zip(sums, terms, strict=True)
-            )
-
-        error_sum, slope, curvature = lax.fori_loop(
-            0, blocks.shape[-2] // ROWS, add_rows, (jnp.zeros_like(scale),) * 3
+        error_sum, slope, curvature = _sum_errors(
+            blocks, factor / scale, fmt, sqrt_importance
         )
         # If `values` stay the same and the scale is multiplied by 1 + t, the error is
         # error_sum - 2 t slope + t^2 curvature. It is least at t = slope / curvature.
@@ -211,6 +191,43 @@ def _search_part(
     ratios = jnp.asarray(candidate_ratios(fmt), jnp.float32)
     (_, best_scales), _ = lax.scan(try_ratio, best, ratios)
     return best_scales
+
+
+def _sum_errors(
+    blocks: Float[Array, "*blocks b n"],
+    inverse_scale: Float32[Array, "*blocks n"],
+    fmt: Format,
+    sqrt_importance: Float32[Array, "*blocks b one"] | None,
+) -> tuple[Array, Array, Array]:
+    """Returns sums over each block of e^2, e c and c^2, weighted by the importance.
+
+    Here c is the value of the table that is nearest to a weight times the inverse
+    scale, and e is their difference.
+    """
+
+    def add_rows(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        def take(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, ROWS * i, ROWS, axis=x.ndim - 2)
+
+        normalized = take(blocks).astype(jnp.float32) * inverse_scale[..., None, :]
+        values = nearest_values(normalized, fmt)
+        if sqrt_importance is not None:
+            weights = take(sqrt_importance)
+            normalized, values = normalized * weights, values * weights
+        # Without the barrier, XLA on CPUs would look for the nearest values again for
+        # each of the arrays that depend on them.
+        values = lax.optimization_barrier(values)
+        error = normalized - values
+        terms = error * error, error * values, values * values
+        return tuple(
+            total + term[..., 0, :] + term[..., 1, :]
+            for total, term in zip(sums, terms, strict=True)
+        )
+
+    zeros = jnp.zeros_like(inverse_scale)
+    num_steps = blocks.shape[-2] // ROWS
+    squares, slope, curvature = lax.fori_loop(0, num_steps, add_rows, (zeros,) * 3)
+    return squares, slope, curvature
 
 
 def _has_signed_scales(fmt: Format) -> bool:
