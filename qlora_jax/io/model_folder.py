@@ -115,14 +115,10 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         >>> ql.io.older_config_keys({"rope_parameters": rope})
         {'rope_theta': 500000.0}
     """
-    # Gemma 4 has no older form: `rope_scaling` would replace the sections of both kinds
-    # of layers in transformers.
-    if str(config.get("model_type")).startswith("gemma4"):
-        return {}
     # `rope_parameters` holds the settings themselves, or a section for each kind of
     # layer. Of the models with sections, only Gemma 3 is older than transformers 5. It
-    # has a base frequency for its local (sliding) layers. Other models with sections
-    # could not be loaded with older keys.
+    # has a base frequency for its local (sliding) layers. In other models, older keys
+    # would replace the sections of all kinds of layers when transformers loads them.
     sections = config.get("rope_parameters") or {}
     if "full_attention" in sections:
         is_gemma3 = str(config.get("model_type")).startswith("gemma3")
