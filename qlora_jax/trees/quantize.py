@@ -205,7 +205,7 @@ def quantize(
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
         scales: How the scale of each block is chosen. "absmax", the default, is the
             rule of the format, as above. "search" tries several scales, and takes the
-            one with the least squared error. On a CPU, this takes up to 17 times as
+            one with the least squared error. On a CPU, this takes 3 to 9 times as
             long. Codes and scales are stored in the same way, but scales may be
             negative in "int4", "int4_f16" and "q4_0".
         importance: With the search: the mean square of each input, `[*batch, K]`, by
