@@ -49,17 +49,19 @@ LARGEST_ERROR = rounding(TERMS)
 EARLIER = "no gradients"  # of rows from an earlier version of the sweep
 PAGE = """# PyTorch models that were tested
 
-transformers has {kinds} types of causal language models. The sweep tried {tried} of
-them with tiny random weights, and {passed} passed. For these, three results equal those
-of PyTorch: the logits of float weights, the loss on packed weights with adapters, and
-the gradients of the adapters. Another {earlier} types passed an earlier version of the
-sweep, which only checked that the gradients are finite.
+This page is the result of a sweep over {tried} of the {kinds} types of causal language
+models in transformers. For each type, the sweep ran a tiny model with random weights in
+`ql.torch` and in PyTorch, and compared three results: the logits of float weights, the
+loss on packed weights with adapters, and the gradients of these adapters. A type passed
+if rounding explains all differences. {passed} types passed. Another {earlier} types
+passed an earlier version of the sweep, which only checked that the gradients are
+finite. Their gradients were not compared.
 
 The columns show the relative differences (Frobenius norm) of the logits, of the loss,
 and of the gradients of the adapter for which the difference is largest. The last column
-is the number of weights that are packed. A type passes if rounding explains all
-differences. `tests/pytorch/sweep.py` runs the models and writes this page. The tests
-run ten of these types every day, and different ones each day.
+is the number of weights of the tiny model that were packed. `tests/pytorch/sweep.py`
+runs the models and writes this page. Every day, the tests run the sweep again for ten
+of the {passed} types that passed, and for another ten on the next day.
 
 | model type | logits | loss | gradients | packed weights |
 |---|---|---|---|---|
@@ -67,8 +69,9 @@ run ten of these types every day, and different ones each day.
 FAILED = """
 ## Types that did not pass
 
-"no model" means that the tiny model does not run in PyTorch either. The others did not
-pass in `ql.torch`.
+The first words of a reason say how far the sweep came. After "no model", the tiny model
+does not run in PyTorch either. After "fails", it runs in PyTorch, but an error ended
+the comparison with `ql.torch`. After "differs", rounding does not explain a difference.
 
 | model type | reason |
 |---|---|
