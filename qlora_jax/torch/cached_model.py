@@ -17,7 +17,7 @@ from .weights import as_array, as_tensor
 
 
 class LayerCache(NamedTuple):
-    """The arrays that one layer keeps of earlier tokens. Their first axis is the batch.
+    """The arrays that a layer keeps of earlier tokens. Their first axis is the batch.
 
     Attributes:
         keys: `[B, heads, S, Dh]`, for S positions; None for a layer without attention.
@@ -53,10 +53,10 @@ Cache = dict[str, LayerCache]  # by the number of the layer
 class CachedModel:
     """A language model as a pure function that continues sequences.
 
-    The model's own code runs with a `StaticCache` of transformers. Before each run, the
-    arrays of a pytree are put into it, and afterwards, its new arrays are returned as a
-    pytree. Layers with a sliding window keep all positions like other layers, and apply
-    the window as a mask.
+    The model's own code runs with a `StaticCache` of transformers, which only exists
+    during a call: its arrays come from a pytree, and its new arrays are returned as a
+    pytree. Layers with a sliding window keep all positions, like other layers, and
+    apply the window as a mask.
 
     Attributes:
         language_model: The model, as `open_language_model` returns it.
@@ -183,8 +183,8 @@ class CachedModel:
         # with several tokens are therefore processed token by token.
         by_token = self.has_states and tokens.shape[1] > 1
         extend_row = self._extend_by_token if by_token else self._extend_row
-        # All rows of a StaticCache have the same number of tokens. Under `vmap`, each
-        # row has its own StaticCache.
+        # All rows of a StaticCache have the same number of tokens. `vmap` gives each
+        # row a StaticCache of its own.
         extend_rows = jax.vmap(extend_row, in_axes=(None, 0, 0, 0, 0))
         return extend_rows(variables, tokens, cache, starts, num_tokens)
 
@@ -225,8 +225,8 @@ class CachedModel:
         num_tokens: Int[Array, ""],
     ) -> tuple[Float[Array, " V"], Cache]:
         def extend(cache: Cache, index: Array) -> tuple[Array, Cache]:
-            token, one = tokens[index][None], jnp.int32(1)
-            return self._extend_row(variables, token, cache, start + index, one)
+            token, count = tokens[index][None], jnp.int32(1)
+            return self._extend_row(variables, token, cache, start + index, count)
 
         def add_token(result: tuple[Array, Cache], index: Array) -> tuple:
             _, cache = result

@@ -37,25 +37,25 @@ class LayerRun:
         """The indices of all layers."""
         return range(self.start, self.stop)
 
-    def stacked_name(self, position: int, rest: str) -> str:
+    def stacked_name(self, position: int, tensor_name: str) -> str:
         """Returns the name of a stack.
 
         A stack has one layer of each period. `position` is the index of this layer in
-        the period, and `rest` is the name of the stacked tensor in the layer.
+        the period, and `tensor_name` is the name of the stacked tensor in the layer.
         """
         start, stop = self.start + position, self.stop - self.period + position + 1
-        return f"{self.list_name}.{start}:{stop}:{self.period}.{rest}"
+        return f"{self.list_name}.{start}:{stop}:{self.period}.{tensor_name}"
 
     def position_of(self, stacked_name: str) -> tuple[int, str]:
-        """Returns the `position` and `rest` of a stack: `stacked_name` inverted."""
+        """Returns the position and tensor name of a stack: `stacked_name` inverted."""
         match = STACKED_NAME.fullmatch(stacked_name)
         assert match is not None
         return int(match[2]) - self.start, match[5]
 
-    def names(self, position: int, rest: str) -> list[str]:
+    def names(self, position: int, tensor_name: str) -> list[str]:
         """Returns the names of the tensors of a stack."""
         indices = range(self.start + position, self.stop, self.period)
-        return [f"{self.list_name}.{index}.{rest}" for index in indices]
+        return [f"{self.list_name}.{index}.{tensor_name}" for index in indices]
 
 
 def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -102,12 +102,12 @@ def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
     for run in find_runs(module):
         for position in range(run.period):
             layer = module.get_submodule(f"{run.list_name}.{run.start + position}")
-            for rest in named_tensors(layer):
-                names = run.names(position, rest)
+            for tensor_name in named_tensors(layer):
+                names = run.names(position, tensor_name)
                 if not any(name in stacked for name in names):
                     continue
                 leaves = [stacked.pop(name, None) for name in names]
-                new_name = run.stacked_name(position, rest)
+                new_name = run.stacked_name(position, tensor_name)
                 stacked[new_name] = _stack_leaves(new_name, leaves)
     return stacked
 
@@ -148,8 +148,9 @@ def template_of(name: str) -> tuple[str, range]:
     match = STACKED_NAME.fullmatch(name)
     if match is None:
         return name, range(0)
-    list_name, start, stop, step, rest = match.groups()
-    return f"{list_name}.{{layer}}.{rest}", range(int(start), int(stop), int(step))
+    list_name, start, stop, step, tensor_name = match.groups()
+    indices = range(int(start), int(stop), int(step))
+    return f"{list_name}.{{layer}}.{tensor_name}", indices
 
 
 def stacked_names(module: torch.nn.Module) -> list[str]:

@@ -175,8 +175,8 @@ class WrappedModule:
         for run, names in runs_of(leaves).items():
             stacks: list[dict[str, Any]] = [{} for _ in range(run.period)]
             for name in names:
-                position, rest = run.position_of(name)
-                stacks[position][rest] = unstacked.pop(name)
+                position, tensor_name = run.position_of(name)
+                stacks[position][tensor_name] = unstacked.pop(name)
             layers = [
                 self.module.get_submodule(f"{run.list_name}.{i}") for i in run.indices
             ]
