@@ -128,7 +128,7 @@ def error_of(got, expected, run, *args):
     wants = jax.tree.leaves(expected)
     norms = [norm(want) for want in wants]
     # A gradient that would be zero without rounding has the rounding errors of larger
-    # gradients, so its error is relative to these.
+    # gradients. Errors are therefore relative to at least a tenth of the largest one.
     norms = [max(size, 0.1 * max(norms)) for size in norms]
     pairs = zip(jax.tree.leaves(got), wants, norms, strict=True)
     error = np.max([distance(x, want) / size for x, want, size in pairs])

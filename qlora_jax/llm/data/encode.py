@@ -204,14 +204,15 @@ class Encoder:
         for name, is_good, completion in kinds.find_completions(fields):
             has_example = with_example and is_good
             try:
-                answer = self._encode_answers(completion, place, has_example)
+                sequence = self._encode_answers(completion, place, has_example)
             except ModelError:
                 raise
             except ValueError as error:
                 # The message must name the key in the user's row: "chosen" or
                 # "rejected".
                 raise ValueError(str(error).replace("completion", name)) from error
-            encoded.append(answer._replace(row=answer.row._replace(label=is_good)))
+            row = sequence.row._replace(label=is_good)
+            encoded.append(sequence._replace(row=row))
         rejected = encoded[1].row if len(encoded) > 1 else None
         row = encoded[0].row._replace(rejected=rejected)
         if not row.is_trained:
