@@ -21,9 +21,9 @@ Model = torch.nn.Module | Wrapped
 
 
 def module_of(model: object) -> torch.nn.Module:
-    """Returns the PyTorch module of a model, which may be wrapped.
+    """Returns the PyTorch module of a model, which may be a wrapped module.
 
-    Raises TypeError if `model` is neither a module nor a wrapped one.
+    Raises TypeError if `model` is neither a module nor a wrapped module.
     """
     if isinstance(model, torch.nn.Module):
         return model
@@ -34,7 +34,7 @@ def module_of(model: object) -> torch.nn.Module:
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns parameters and buffers by name, tied weights once by their first name."""
+    """Returns parameters and buffers by name. A tied weight has only its first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
@@ -68,7 +68,7 @@ def params(model: Model) -> dict[str, jax.Array]:
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
-    """Returns a copy of a tensor's values."""
+    """Returns a copy of a tensor as a JAX array."""
     tensor = tensor.detach().cpu()
     # PyTorch cannot convert bfloat16 to NumPy, so the bits are passed as integers.
     if tensor.dtype == torch.bfloat16:

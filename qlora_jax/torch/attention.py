@@ -18,14 +18,14 @@ BLOCK = 256  # number of queries whose scores are in memory at the same time
 
 
 def register_attention() -> None:
-    """Makes `attn_implementation="qlora_jax"` known to transformers.
+    """Registers `attn_implementation="qlora_jax"` in transformers.
 
     A model that is made with this setting computes attention in JAX, for one block of
     queries at a time. The scores of a block are computed again in the backward pass.
-    Memory therefore grows with the number of tokens, and not with its square. Keys that
-    several query heads share are not copied for each of them. The masks of transformers
-    are used: for windows, for padding, and for packed rows, in which `position_ids`
-    start again at 0 with each sequence.
+    Memory therefore grows with the number of tokens, and not with its square. If
+    several query heads share a head of keys and values, no copies of it are made. The
+    masks come from transformers: for sliding windows, for padding, and for packed rows,
+    in which `position_ids` start again at 0 with each sequence.
 
     Example:
         >>> import qlora_jax as ql
@@ -37,9 +37,10 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    # Never leave out the mask. Otherwise, `attention` could not tell a causal from a
-    # bidirectional model. PyTorch's `vmap`, which transformers uses for the masks of
-    # images, does not work in torchax. Broadcasting gives the same masks.
+    # Always make a mask. If transformers left out those that are simple, `attention`
+    # could not tell whether a model is causal or bidirectional. PyTorch's `vmap`, which
+    # transformers uses for the masks of images, does not work in torchax. Broadcasting
+    # gives the same masks.
     always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     always |= {"use_vmap": False}
 
@@ -68,9 +69,9 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Computes attention for transformers, whose tensors are `[B, heads, T, Dh]`.
 
-    `record_mask` is called with the mask, for `packing_problem`. Other arguments of
-    transformers, such as `sliding_window`, are ignored, because the mask already takes
-    them into account.
+    If `record_mask` is given, it is called with the mask. `packing_problem` uses this.
+    Further arguments from transformers, such as `sliding_window`, are ignored, because
+    the mask already takes them into account.
     """
     del kwargs
     if position_bias is not None:
@@ -80,7 +81,7 @@ def attention(
         )
     q, k, v = (as_array(x) for x in (query, key, value))
     mask = None if attention_mask is None else as_array(attention_mask)
-    if mask is None:
+    if mask is None:  # the model itself passed none
         is_causal = (
             getattr(module, "is_causal", True) if is_causal is None else is_causal
         )
@@ -116,7 +117,12 @@ def attend(
     rate: float = 0.0,
     rng: Array | None = None,
 ) -> Float[Array, "B H T Dv"]:
-    """Returns attention in the dtype of `query`, computed in blocks of queries."""
+    """Computes attention for one block of queries at a time.
+
+    Scores and their softmax are in float32, and the result has the dtype of `query`.
+    The mask has one head or H heads. Dropout with probability `rate` acts on the
+    attention weights, and needs the key `rng`.
+    """
     batch, heads, tokens, size = query.shape
     groups = key.shape[1]
     query = query.reshape(batch, groups, heads // groups, tokens, size)
@@ -125,16 +131,19 @@ def attend(
 
     @jax.checkpoint
     def attend_block(block: tuple) -> Array:
-        q, visible, block_key = block  # [B, K, G, t, Dh] and [B, 1 or H, t, S]
+        # G query heads share a head of keys. A block has t queries: `q` is
+        # [B, K, G, t, Dh], and `visible` is [B, 1 or H, t, S].
+        q, visible, block_key = block
         scores = jnp.einsum(
             "bkgtd,bksd->bkgts", q, key, preferred_element_type=jnp.float32
         )
         scores = scores * scale
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        # A mask for each head is [B, K, G, t, S]; one for all heads is [B, 1, 1, t, S].
-        by_group = visible.shape[1] > 1
-        shape = (groups, heads // groups) if by_group else (1, 1)
+        # The mask becomes [B, K, G, t, S] if each head has its own, and otherwise
+        # [B, 1, 1, t, S].
+        is_per_head = visible.shape[1] > 1
+        shape = (groups, heads // groups) if is_per_head else (1, 1)
         visible = visible.reshape(-1, *shape, *visible.shape[2:])
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
         highest = scores.max(-1, keepdims=True)
@@ -164,7 +173,10 @@ def attend(
 
 
 def _split_tokens(x: Array, count: int) -> Array:
-    """Returns blocks of the second-to-last axis, on a new first axis."""
+    """Splits the second-to-last axis into `count` blocks, along a new first axis.
+
+    The last block is padded with zeros.
+    """
     padding = [(0, 0)] * x.ndim
     padding[-2] = (0, count * BLOCK - x.shape[-2])
     x = jnp.pad(x, padding)

@@ -17,7 +17,7 @@ from .weights import as_array, as_tensor
 
 
 class LayerCache(NamedTuple):
-    """What one layer keeps of earlier tokens. The first axis of arrays is that of rows.
+    """The arrays that a layer keeps of earlier tokens. Their first axis is the batch.
 
     Attributes:
         keys: `[B, heads, S, Dh]`, for S positions; None for a layer without attention.
@@ -53,9 +53,10 @@ Cache = dict[str, LayerCache]  # by the number of the layer
 class CachedModel:
     """A language model as a pure function that continues sequences.
 
-    The model's own code computes with a `StaticCache` of transformers, whose arrays are
-    those of a pytree. Layers with a sliding window keep all positions, too, and use the
-    window as a mask.
+    The model's own code runs with a `StaticCache` of transformers, which only exists
+    during a call: its arrays come from a pytree, and its new arrays are returned as a
+    pytree. Layers with a sliding window keep all positions, like other layers, and
+    apply the window as a mask.
 
     Attributes:
         language_model: The model, as `open_language_model` returns it.
@@ -113,7 +114,7 @@ class CachedModel:
         The code of some models computes with the number of cached tokens in Python,
         which is not possible while JAX traces it.
         """
-        row = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+        two_tokens, starts = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
         try:
             cache = jax.eval_shape(lambda: self.init_cache(1, 4))
             jax.eval_shape(
@@ -121,11 +122,11 @@ class CachedModel:
                     {"params": params}, tokens, cache, starts
                 ),
                 self._param_shapes,
-                row[0],
+                two_tokens,
                 cache,
-                row[1],
+                starts,
             )
-        except Exception as error:  # of the model's own code, so it may be of any type
+        except Exception as error:  # the model's own code may raise errors of any type
             return str(error).partition("\n")[0]
         return None
 
@@ -136,7 +137,7 @@ class CachedModel:
 
     @functools.cached_property
     def _entry_shapes(self) -> Cache:
-        """The shapes of a cache with one position, without the axis of rows."""
+        """The shapes of a cache for one position, without the batch axis."""
         token, position = jnp.zeros(1, jnp.int32), jnp.int32(0)
         _, shapes = jax.eval_shape(
             lambda params: self._run_row(
@@ -165,8 +166,9 @@ class CachedModel:
                 language model.
             tokens: Token ids, padded on the right.
             cache: What `init_cache` or an earlier call returned.
-            starts: The number of tokens of each row in the cache.
-            num_tokens: The number of tokens in each row; None for all.
+            starts: The number of tokens that the cache already has of each row.
+            num_tokens: The number of tokens in each row, without the padding. None if
+                no row is padded.
 
         Returns:
             The logits, and the new cache.
@@ -177,10 +179,12 @@ class CachedModel:
         variables = {name: unstack(tree) for name, tree in variables.items()}
         if num_tokens is None:
             num_tokens = jnp.full_like(starts, tokens.shape[1])
-        # States have no positions, so that padding would change them.
+        # Recurrent states have no axis of positions, so padding would change them. Rows
+        # with several tokens are therefore processed token by token.
         by_token = self.has_states and tokens.shape[1] > 1
         extend_row = self._extend_by_token if by_token else self._extend_row
-        # A StaticCache has one length. Here, each row has a cache of its own.
+        # All rows of a StaticCache have the same number of tokens. `vmap` gives each
+        # row a StaticCache of its own.
         extend_rows = jax.vmap(extend_row, in_axes=(None, 0, 0, 0, 0))
         return extend_rows(variables, tokens, cache, starts, num_tokens)
 
@@ -197,19 +201,20 @@ class CachedModel:
         logits, new_cache = self._run_row(variables, tokens, cache, start, last, length)
         if tokens.shape[0] == 1:
             return logits, new_cache
-        # Positions of the padding stay as they were. Otherwise, those beyond a table of
-        # learned positions would become NaN.
+        # The cache does not change at the positions of the padding. Otherwise, the keys
+        # and values of positions beyond a table of learned positions would become NaN.
         is_valid = (jnp.arange(length) < start + num_tokens)[:, None]  # [S, 1]
 
-        def keep_padding(new: LayerCache, old: LayerCache) -> LayerCache:
+        def restore_padding(new: LayerCache, old: LayerCache) -> LayerCache:
             if new.keys is None:
                 return new
             keys = jnp.where(is_valid, new.keys, old.keys)
             values = jnp.where(is_valid, new.values, old.values)
             return new._replace(keys=keys, values=values)
 
-        kept = {name: keep_padding(x, cache[name]) for name, x in new_cache.items()}
-        return logits, kept
+        return logits, {
+            name: restore_padding(x, cache[name]) for name, x in new_cache.items()
+        }
 
     def _extend_by_token(
         self,
@@ -220,8 +225,8 @@ class CachedModel:
         num_tokens: Int[Array, ""],
     ) -> tuple[Float[Array, " V"], Cache]:
         def extend(cache: Cache, index: Array) -> tuple[Array, Cache]:
-            row = variables, tokens[index][None], cache, start + index, jnp.int32(1)
-            return self._extend_row(*row)
+            token, count = tokens[index][None], jnp.int32(1)
+            return self._extend_row(variables, token, cache, start + index, count)
 
         def add_token(result: tuple[Array, Cache], index: Array) -> tuple:
             _, cache = result
@@ -232,8 +237,8 @@ class CachedModel:
             ), None
 
         logits, _ = jax.eval_shape(extend, cache, jnp.int32(0))
-        empty = jnp.zeros(logits.shape, logits.dtype), cache
-        result, _ = jax.lax.scan(add_token, empty, jnp.arange(tokens.shape[0]))
+        initial = jnp.zeros(logits.shape, logits.dtype), cache
+        result, _ = jax.lax.scan(add_token, initial, jnp.arange(tokens.shape[0]))
         return result
 
     def _run_row(
@@ -247,7 +252,8 @@ class CachedModel:
     ) -> tuple[Float[Array, " V"], Cache]:
         """Runs the model on one row; returns the logits of one token, and the cache.
 
-        Without entries in `cache`, the model makes a cache for `length` positions.
+        `last` is the index of this token in `tokens`. If `cache` is an empty dict, the
+        model makes a cache for `length` positions.
         """
         module: Any = self.language_model.module
 
@@ -267,11 +273,11 @@ class CachedModel:
 
 
 def _new_cache(module: Any, length: int) -> Any:
-    """Returns an empty cache of transformers, in which all layers have full length."""
+    """Returns an empty cache of transformers whose layers all keep every position."""
     from transformers import cache_utils
 
-    # A StaticSlidingWindowLayer drops positions, and counts tokens in Python, which is
-    # not possible in a compiled loop.
+    # A StaticSlidingWindowLayer drops positions that the window has passed. It counts
+    # tokens in Python for this, which is not possible in a compiled loop.
     full_layers: dict[type, type] = {
         cache_utils.StaticSlidingWindowLayer: cache_utils.StaticLayer,
         cache_utils.LinearAttentionAndStaticSlidingWindowAttentionLayer: (
@@ -296,12 +302,12 @@ def _new_cache(module: Any, length: int) -> Any:
 
 
 def _fill(static_cache: Any, cache: Cache, start: torch.Tensor) -> None:
-    """Puts the arrays of a cache into one of transformers, with `start` tokens."""
+    """Puts the arrays of a cache with `start` tokens into a cache of transformers."""
     for name, entry in cache.items():
         layer = static_cache.layers[int(name)]
         if entry.keys is not None:
             layer.keys, layer.values = entry.keys, entry.values
-            # A copy, because each layer adds to its own number in place.
+            # Each layer needs a tensor of its own, because it adds to it in place.
             layer.cumulative_length = as_tensor(as_array(start))
             layer.device, layer.is_initialized = start.device, True
         for index, state in enumerate(entry.convolutions):
@@ -318,7 +324,11 @@ def _fill(static_cache: Any, cache: Cache, start: torch.Tensor) -> None:
 
 
 def _read(static_cache: Any) -> Cache:
-    """Returns the tensors of a cache of transformers, without those of dummy layers."""
+    """Returns the tensors of a cache of transformers.
+
+    Dummy layers are left out. They have no arrays, because they do not use a cache or
+    use that of another layer.
+    """
     from transformers.cache_utils import DummyLayer
 
     return {

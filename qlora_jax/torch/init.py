@@ -27,18 +27,19 @@ def init(
 ) -> tuple[dict[str, PyTree], dict]:
     r"""Returns a module's parameters with packed targets, and a tree of adapters.
 
-    This is like `qlora_jax.init`, but the type of each module tells which axis of its
-    weight is contracted. Weights of `torch.nn.Linear` are `[out, in]`, those of
+    This is like `qlora_jax.init`, but the type of each module determines which axis of
+    its weight is contracted. Weights of `torch.nn.Linear` are `[out, in]`, those of
     transformers' `Conv1D` are `[in, out]`, those of `torch.nn.Embedding` are tables,
     and the experts of transformers are stacks of matrices. For weights of other
-    modules, set `config.contract`. Such weights are decoded wherever the module uses
-    them for anything but a product or a lookup.
+    modules, set `config.contract`. Where such a module uses its weight for anything but
+    a product or a lookup, the weight is decoded.
 
     Args:
         key: PRNG key for A.
         model: The module, wrapped or not. It may be on the meta device.
         params: Its parameters and buffers by name, as `ql.torch.params` returns them.
-        config: The targets, by PyTorch's names, and how to pack and adapt them.
+        config: The targets, by PyTorch's names, and the settings for packing and
+            adapting them.
         donate: As in `qlora_jax.init`.
 
     Raises:
@@ -56,7 +57,7 @@ def init(
         ((8, 64), (4, 8))
     """
     module = module_of(model)
-    roles = dict(kernel_roles(module))
+    roles_by_name = dict(kernel_roles(module))
     owners = {
         name: module.get_submodule(name.rpartition(".")[0])
         for name in named_tensors(module)
@@ -64,19 +65,20 @@ def init(
     contract, problems = {}, []
     for name in filter(config.is_target, params):
         module_name = names_in(name)[0]  # all layers of a stack have the same axes
-        kinds, setting = roles.get(module_name), config.contract_of(name)
-        if kinds is None and setting is None:
+        axis_roles = roles_by_name.get(module_name)
+        setting = config.contract_of(name)
+        if axis_roles is None and setting is None:
             owner = type(owners.get(module_name)).__name__
             problems.append(
                 f"{name}: the axes that its module, {owner}, contracts are not known. "
                 "Exclude it, or set `contract`."
             )
-        elif kinds is not None and setting not in (None, kinds):
+        elif axis_roles is not None and setting not in (None, axis_roles):
             problems.append(
-                f"{name}: its axes are {kinds!r}. Got contract={setting!r}."
+                f"{name}: its axes are {axis_roles!r}. Got contract={setting!r}."
             )
-        elif kinds is not None:
-            contract[re.escape(name)] = kinds
+        elif axis_roles is not None:
+            contract[re.escape(name)] = axis_roles
     if problems:
         listing = "\n  ".join(problems)
         raise ValueError(f"these weights cannot be targets:\n  {listing}")
@@ -86,7 +88,10 @@ def init(
 
 
 def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    """Yields the names of weights and the roles of their axes, as in `contract`."""
+    """Yields the name of each weight whose module has a known type, and its roles.
+
+    These are the roles of its axes, as in `QLoRAConfig.contract`.
+    """
     for prefix, inner in module.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(inner, torch.nn.Linear):
@@ -96,16 +101,16 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
         elif is_conv1d(inner):
             yield f"{dot}weight", "kn"
         elif isinstance(getattr(inner, "is_transposed", None), bool):
-            # Modules of experts in transformers have this attribute.
-            kinds = "bkn" if inner.is_transposed else "bnk"
+            # In transformers, modules with the weights of experts have this attribute.
+            axis_roles = "bkn" if inner.is_transposed else "bnk"
             for name, tensor in inner.named_parameters(recurse=False):
                 if tensor.ndim == 3:
-                    yield f"{dot}{name}", kinds
+                    yield f"{dot}{name}", axis_roles
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
     """Whether a module is a `Conv1D` of transformers, whose weights are `[in, out]`."""
-    # If transformers is not imported, the module cannot be one of its classes.
+    # If transformers is not imported, the module cannot be of one of its classes.
     utils: Any = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 
@@ -129,20 +134,20 @@ def names(model: Model, *, stacked: bool = False) -> ql.io.Names:
         ('weight', 'nk', '')
     """
     module = module_of(model)
-    roles = dict(kernel_roles(module))
+    roles_by_name = dict(kernel_roles(module))
     entries: dict[str, ql.io.Entry] = {}
     leaf_names = stacked_names(module) if stacked else named_tensors(module)
     for leaf_name in leaf_names:
-        kinds = roles.get(names_in(leaf_name)[0], "")
+        axis_roles = roles_by_name.get(names_in(leaf_name)[0], "")
         name, indices = template_of(leaf_name)
         numbers = {"layer": indices} if indices else {}
-        if kinds.startswith("b"):  # each expert is a part of one tensor
+        if axis_roles.startswith("b"):  # one tensor contains all experts
             part = f"{name}.{{expert}}"
-            stored = "nk" if kinds == "bnk" else "kn"
+            roles = "nk" if axis_roles == "bnk" else "kn"
             entry = ql.io.Entry(
-                part, stored, parameter=name, stack_roles=stored, numbers=numbers
+                part, roles, parameter=name, stack_roles=roles, numbers=numbers
             )
         else:
-            entry = ql.io.Entry(name, kinds, numbers=numbers)
+            entry = ql.io.Entry(name, axis_roles, numbers=numbers)
         entries[leaf_name] = entry
     return ql.io.Names(entries)

@@ -24,7 +24,7 @@ from .weights import Backend
 from .wrap import Policy, WrappedModule, wrap
 
 PyTree = Any
-# The names under which models take the types of tokens: 1 for images, and 0 for text.
+# The arguments in which models receive the types of tokens: 1 for images, 0 for text.
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -32,9 +32,9 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 class LanguageModel:
     """A causal language model of transformers as two pure functions.
 
-    `hidden_states` runs the layers, and `logits` what the model computes from their
-    output, such as the head, a scaling and a soft-cap. A loss can therefore compute the
-    logits of a few tokens at a time.
+    `hidden_states` runs the layers. `logits` runs the part of the model after the
+    layers: the head, and for example a scaling and a soft-cap. A loss can therefore
+    compute the logits of a few tokens at a time.
 
     Attributes:
         model: The wrapped model.
@@ -63,7 +63,7 @@ class LanguageModel:
 
     @property
     def head(self) -> torch.nn.Module | None:
-        """The module that computes the logits, or None if the model names none."""
+        """The module that computes the logits; None if the model does not name it."""
         module: Any = self.module
         return module.get_output_embeddings()
 
@@ -78,7 +78,7 @@ class LanguageModel:
 
     @property
     def max_positions(self) -> int | None:
-        """The size of a table of learned positions; None if the model has none."""
+        """The size of the table of learned positions; None if there is no table."""
         module: Any = self.module
         size = getattr(module.config.get_text_config(), "max_position_embeddings", None)
         if size is None:
@@ -89,11 +89,13 @@ class LanguageModel:
             if isinstance(inner, torch.nn.Embedding)
             and inner is not module.get_input_embeddings()
         }
-        # Some tables have up to two rows for padding, as in OPT.
+        # Some tables have up to two further rows for padding, as in OPT.
         return size if embeddings & {size, size + 1, size + 2} else None
 
     def shapes(self, *, stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of the leaves that are read from files: not `buffers`.
+        """Returns the shapes of the leaves that are read from files.
+
+        These are all leaves except `buffers`.
 
         Args:
             stacked: Whether equal layers are stacked, as by `ql.torch.stack`.
@@ -127,8 +129,8 @@ class LanguageModel:
             for name, entry in table.entries.items()
             if name not in self.buffers
         }
-        # Older files contain buffers that are computed today, and tied weights under
-        # all of their names. These tensors are ignored.
+        # Older files contain buffers that are now computed, and tied weights under each
+        # of their names. These tensors are ignored.
         patterns = module._keys_to_ignore_on_load_unexpected or ()
         ignored = [f".*({pattern}).*" for pattern in patterns]
         ignored += [re.escape(name) for name in (*self.buffers, *self.tied_names)]
@@ -149,22 +151,25 @@ class LanguageModel:
 
     @property
     def image_token_id(self) -> int | None:
-        """The token that stands for parts of images, or None if it reads only text."""
+        """The token for a part of an image, or None if the model reads only text."""
         module: Any = self.module
         reads_images = "pixel_values" in inspect.signature(module.forward).parameters
         return getattr(module.config, "image_token_id", None) if reads_images else None
 
     def find_sources(self, file_names: Iterable[str]) -> dict[str, list[str]]:
-        """Returns for each tensor of the module the tensors of a file that it has.
+        """Returns which tensors of a file form each tensor of the module, by name.
 
-        If there are several, the tensor has the rows of all of them, one after another.
-        The experts of a parameter `NAME` may be separate in the file. They are then
-        called `NAME.0`, `NAME.1` and so on. transformers has a table of all this, and
-        of names that changed since the file was written. Tensors that it converts in
-        other ways keep their names.
+        If several tensors form one, it has the rows of all of them, one after another.
+        If the file has a separate tensor for each expert of a parameter `NAME`, the
+        experts are called `NAME.0`, `NAME.1` and so on in the result.
+
+        A table of transformers describes these conversions. It also has the names that
+        changed since the file was written. Tensors that transformers converts in other
+        ways are only renamed. If some of the tensors that form one are missing, the
+        others keep their names in the file.
 
         Args:
-            file_names: The names in the file.
+            file_names: The names of all tensors in the file.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -175,7 +180,8 @@ class LanguageModel:
         converters: list[Any] = [x for x in transforms if _joins_rows(x)]
         prefix, state = module.base_model_prefix, module.state_dict()
         sources: dict[str, list[str]] = {}
-        # The tensors that transformers joins, by name in the module and by pattern.
+        # The tensors that transformers joins, by the name of the joined tensor in the
+        # module, and then by the pattern that matches their names in the file.
         parts: dict[str, dict[str, list[str]]] = {}
         for name in sorted(file_names, key=_natural_order):
             target, pattern = rename_source_key(
@@ -193,7 +199,7 @@ class LanguageModel:
                 if names_by_pattern.keys() <= {*x.source_patterns}
             )
             columns = [names_by_pattern.get(pattern, []) for pattern in patterns]
-            if len({len(names) for names in columns}) > 1:  # some are missing
+            if len({len(names) for names in columns}) > 1:  # some tensors are missing
                 sources |= {name: [name] for names in columns for name in names}
             elif len(state[target].shape) == 3:
                 experts = enumerate(zip(*columns, strict=True))
@@ -232,8 +238,8 @@ class LanguageModel:
             input_ids: Token ids `[B, T]`, padded on the right.
             dropout_key: PRNG key of the adapters' dropout.
             **kwargs: Passed to the model, such as `position_ids`, or `pixel_values` of
-                images. Types of tokens, which some models need to find the tokens of
-                images, are added to these.
+                images. With `pixel_values`, the types of tokens are added, by which
+                some models find the tokens of images.
 
         Raises:
             ValueError: As in `WrappedModule.apply`; or if the model does not call the
@@ -243,7 +249,7 @@ class LanguageModel:
             names = inspect.signature(self.module.forward).parameters
             is_image = (input_ids == self.image_token_id).astype(jnp.int32)
             kwargs |= {name: is_image for name in _TOKEN_TYPES if name in names}
-        # The exception ends the call of the model as soon as its layers have run, so
+        # An exception ends the call of the model as soon as its layers have run, so
         # that the head does not run.
         decoder = _decoder_of(self.module)
         run_layers, run_model = decoder.forward, self.module.forward
@@ -288,8 +294,8 @@ class LanguageModel:
         Raises:
             ValueError: As `hidden_states`.
         """
-        # The whole model runs, but its decoder only returns `hidden`, so that nothing
-        # is computed except the head and what surrounds it.
+        # The model's own `forward` runs, but its decoder returns `hidden` instead of
+        # running the layers. Only the head and the code around it compute anything.
         decoder, calls = _decoder_of(self.module), []
 
         def return_hidden(*args: Any, **kwargs: Any) -> "_DecoderOutput":
@@ -322,14 +328,14 @@ class LanguageModel:
         run: Callable[..., PyTree],
         *args: PyTree,
     ) -> PyTree:
-        """Runs the model, whose head then only gets the token at `index` of each row.
+        """Runs the model, and computes the logits of only one token of each row.
 
         Args:
             variables: As in `hidden_states`.
             input_ids: Token ids `[B, T]`.
-            index: The index of the token among the T tokens.
-            run: Called in the place of the model's `forward`, with `forward`, `args` as
-                tensors, and `input_ids`.
+            index: The index of this token in all rows.
+            run: Called instead of the model's `forward`, as
+                `run(forward, *args, input_ids=input_ids)`, with tensors for arrays.
             *args: The arguments of `run`.
 
         Returns:
@@ -371,12 +377,12 @@ def open_language_model(
 ) -> LanguageModel:
     """Returns the language model that a folder's `config.json` describes.
 
-    It may also read images, if transformers has an `AutoModelForImageTextToText` for
-    its type.
+    If transformers has an `AutoModelForImageTextToText` for its type, the model can
+    also read images.
 
-    The parameters are on the meta device: they have shapes and no values, which
-    `ql.io.load` reads from the folder. The model is in evaluation mode. It computes
-    attention as `register_attention` describes, if its class supports that.
+    The parameters are on the meta device: they have shapes, but no values. `ql.io.load`
+    reads the values from the folder. The model is in evaluation mode. If its class
+    supports that, it computes attention as `register_attention` describes.
 
     Args:
         folder: A folder with the `config.json` of a model of transformers.
@@ -412,7 +418,7 @@ def open_language_model(
             "for which transformers has none."
         )
     # Classes that do not support SDPA compute attention in their own code. They expect
-    # a mask that is added to the scores, which `register_attention` does not make.
+    # a mask that is added to the scores. The masks of `register_attention` are bool.
     attention = NAME if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         module = auto_class.from_config(
@@ -420,18 +426,18 @@ def open_language_model(
         )
     module.eval()
     buffers = _compute_buffers(module)
-    # `apply` accepts a dropout key if any module is in training mode. The outermost
-    # module has no dropout of its own, so that only the adapters have dropout.
+    # `apply` accepts a dropout key only if some module is in training mode. Only the
+    # outermost module is, which has no dropout itself, so only adapters have dropout.
     module.training = has_dropout
     return LanguageModel(wrap(module, policy=policy, backend=backend), buffers)
 
 
 def _compute_buffers(module: Any) -> dict[str, jax.Array]:
-    """Computes the values of buffers that are not in files; returns them by name."""
+    """Computes the buffers that are not in files, and returns their values by name."""
     stored = module.state_dict()
     names = [name for name, _ in module.named_buffers() if name not in stored]
     owners = {name.rpartition(".")[0]: None for name in names}
-    # 1. Fill the buffers with a value that reveals afterwards which ones were not set.
+    # 1. Fill the buffers with a value that shows afterwards which ones were not set.
     fill_values: dict[str, float | bool] = {}
     for name, buffer in module.named_buffers():
         if name in names:
@@ -442,8 +448,8 @@ def _compute_buffers(module: Any) -> dict[str, jax.Array]:
                 buffer.shape, fill_values[name], dtype=buffer.dtype, device="cpu"
             )
             setattr(module.get_submodule(owner), attribute, filled)
-    # 2. Initialize them with the function that transformers has for this, which is a
-    # method of the innermost model that they are in, such as a vision tower.
+    # 2. Initialize them with `_init_weights` of transformers. This is a method of the
+    # innermost model that contains the buffer, such as a vision tower.
     with torch.no_grad():
         for owner in owners:
             parts = owner.split(".")
@@ -466,19 +472,23 @@ def _compute_buffers(module: Any) -> dict[str, jax.Array]:
 
 
 def _joins_rows(transform: Any) -> bool:
-    """Whether a conversion of transformers joins the rows of matrices."""
+    """Whether a conversion only joins the rows of matrices, or stacks experts."""
     operations = [
         (type(x).__name__, getattr(x, "dim", None))
         for x in getattr(transform, "operations", [])
     ]
-    stack, rows = ("MergeModulelist", 0), ("Concatenate", 0)
-    rows_in_stack = ("Concatenate", 1)
-    is_joined = operations in ([stack], [stack, rows_in_stack], [rows])
-    return is_joined and len(transform.target_patterns) == 1
+    stack_experts, join_rows = ("MergeModulelist", 0), ("Concatenate", 0)
+    join_rows_of_experts = ("Concatenate", 1)
+    is_supported = operations in (
+        [stack_experts],
+        [stack_experts, join_rows_of_experts],
+        [join_rows],
+    )
+    return is_supported and len(transform.target_patterns) == 1
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Returns a key that sorts names by the numbers in them, 2 before 10."""
+    """Returns a sort key for names with numbers in them, which puts 2 before 10."""
     parts = name.split(".")
     return [(int(x), "") if x.isdigit() else (-1, x) for x in parts]
 
@@ -492,7 +502,7 @@ class _AfterLayers(Exception):  # noqa: N818  (it ends a call, and is not an err
 
 @dataclass(frozen=True)
 class _DecoderOutput:
-    """Takes the place of the decoder's output. All but the hidden states is None."""
+    """Replaces the decoder's output. All values except the hidden states are None."""
 
     last_hidden_state: torch.Tensor
 
@@ -508,7 +518,7 @@ class _DecoderOutput:
 
 
 def _decoder_of(module: Any) -> Any:
-    """Returns the module that contains everything in a language model but the head."""
+    """Returns the module that contains the layers of a language model, not its head."""
     decoder = module.get_decoder()
     if decoder is module:
         raise _unsupported(module, decoder)
@@ -524,7 +534,7 @@ def _unsupported(module: torch.nn.Module, decoder: torch.nn.Module) -> ValueErro
 
 @contextlib.contextmanager
 def _forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replaces the `forward` of one module."""
+    """Replaces the `forward` of a module while the context is active."""
     module.forward = forward
     try:
         yield

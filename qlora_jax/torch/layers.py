@@ -1,4 +1,4 @@
-"""Finds layers that are equal, and stacks their arrays."""
+"""Finds equal layers, and stacks their arrays."""
 
 import inspect
 import re
@@ -13,14 +13,14 @@ import torch
 from .arrays import Model, module_of, named_tensors
 
 PyTree = Any
-# "model.layers.1:13:3.mlp.weight" has the layers 1, 4, 7 and 10 of "model.layers".
+# "model.layers.1:11:3.mlp.weight" has the layers 1, 4, 7 and 10 of "model.layers".
 STACKED_NAME = re.compile(r"(.*?)\.(\d+):(\d+):(\d+)\.(.*)")
-# Attributes by which a layer knows its index. They only matter for caches.
+# Attributes with a layer's own index. Most layers use it only for caches.
 INDEX_NAMES = {"layer_idx", "layer_id", "layer_number"}
 
 
 class ScanError(ValueError):
-    """Stacked layers cannot be scanned. Without stacks, the model may work."""
+    """Stacked layers cannot be scanned. The model may work with unstacked layers."""
 
 
 @dataclass(frozen=True)
@@ -37,34 +37,36 @@ class LayerRun:
         """The indices of all layers."""
         return range(self.start, self.stop)
 
-    def stacked_name(self, position: int, rest: str) -> str:
+    def stacked_name(self, position: int, tensor_name: str) -> str:
         """Returns the name of a stack.
 
-        `position` is the position of its layers in the period, and `rest` the name of
-        the tensor in each layer.
+        A stack has one layer of each period. `position` is the index of this layer in
+        the period, and `tensor_name` is the name of the stacked tensor in the layer.
         """
         start, stop = self.start + position, self.stop - self.period + position + 1
-        return f"{self.list_name}.{start}:{stop}:{self.period}.{rest}"
+        return f"{self.list_name}.{start}:{stop}:{self.period}.{tensor_name}"
 
     def position_of(self, stacked_name: str) -> tuple[int, str]:
-        """Returns the `position` and `rest` that `stacked_name` takes for a stack."""
+        """Returns the position and tensor name of a stack: `stacked_name` inverted."""
         match = STACKED_NAME.fullmatch(stacked_name)
         assert match is not None
         return int(match[2]) - self.start, match[5]
 
-    def names(self, position: int, rest: str) -> list[str]:
+    def names(self, position: int, tensor_name: str) -> list[str]:
         """Returns the names of the tensors of a stack."""
         indices = range(self.start + position, self.stop, self.period)
-        return [f"{self.list_name}.{index}.{rest}" for index in indices]
+        return [f"{self.list_name}.{index}.{tensor_name}" for index in indices]
 
 
 def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Returns a tree in which the arrays of equal layers are stacked.
 
     `apply` scans over stacked layers, and computes each again in the backward pass
-    (`jax.checkpoint`). It then compiles one layer instead of all, and keeps only the
-    input of each. Layers of a `ModuleList` are equal if they have the same classes,
-    settings and shapes of tensors. They may also repeat in a fixed pattern, such as
+    (`jax.checkpoint`). It therefore compiles one layer instead of all, and by default
+    keeps only the input of each layer for the backward pass.
+
+    Layers of a `ModuleList` are equal if they have the same classes, settings and
+    shapes of tensors. Different layers may also repeat in a fixed pattern, such as
     three layers with linear attention and one with full attention. Each step of the
     scan then runs all layers of one period. The layers must run one after another, each
     on the output of the previous one.
@@ -100,18 +102,18 @@ def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
     for run in find_runs(module):
         for position in range(run.period):
             layer = module.get_submodule(f"{run.list_name}.{run.start + position}")
-            for rest in named_tensors(layer):
-                names = run.names(position, rest)
+            for tensor_name in named_tensors(layer):
+                names = run.names(position, tensor_name)
                 if not any(name in stacked for name in names):
                     continue
                 leaves = [stacked.pop(name, None) for name in names]
-                new_name = run.stacked_name(position, rest)
+                new_name = run.stacked_name(position, tensor_name)
                 stacked[new_name] = _stack_leaves(new_name, leaves)
     return stacked
 
 
 def unstack(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Returns a tree with each layer's own arrays: the inverse of `stack`.
+    """Returns a tree with separate arrays for each layer: the inverse of `stack`.
 
     Args:
         tree: A tree that `stack` returned, or a base or lora tree of it.
@@ -133,21 +135,22 @@ def unstack(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def names_in(name: str) -> list[str]:
-    """Returns the module's names for the tensors in an array, which may be a stack."""
+    """Returns the names of the tensors in a leaf: one, or several if it is a stack."""
     template, indices = template_of(name)
     return [template.format(layer=index) for index in indices] or [name]
 
 
 def template_of(name: str) -> tuple[str, range]:
-    """Returns the name of a stack with `{layer}` for the layer, and the layers.
+    """Returns the name of a stack with `{layer}` for the index, and all its indices.
 
-    For an array that is not a stack, these are its name and an empty range.
+    For a leaf that is not a stack, these are its name and an empty range.
     """
     match = STACKED_NAME.fullmatch(name)
     if match is None:
         return name, range(0)
-    list_name, start, stop, step, rest = match.groups()
-    return f"{list_name}.{{layer}}.{rest}", range(int(start), int(stop), int(step))
+    list_name, start, stop, step, tensor_name = match.groups()
+    indices = range(int(start), int(stop), int(step))
+    return f"{list_name}.{{layer}}.{tensor_name}", indices
 
 
 def stacked_names(module: torch.nn.Module) -> list[str]:
@@ -160,7 +163,7 @@ def stacked_names(module: torch.nn.Module) -> list[str]:
 
 
 def runs_of(names: Mapping[str, PyTree]) -> dict[LayerRun, list[str]]:
-    """Finds the runs of layers of stacks; returns the names of each run's stacks."""
+    """Groups the names of stacks by the run of layers that the stacks belong to."""
     matches = [(name, STACKED_NAME.fullmatch(name)) for name in names]
     stacks = sorted(
         (m[1], int(m[2]), int(m[3]), int(m[4]), name) for name, m in matches if m
@@ -193,9 +196,10 @@ def find_runs(module: torch.nn.Module) -> Iterator[LayerRun]:
 def _periodic(
     signatures: list[tuple], start: int, stop: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Yields runs of layers between two indices in order, as (start, stop, period).
+    """Yields the runs of layers between two indices, as (start, stop, period).
 
-    The longest run is chosen first, and then the longest ones before and after it.
+    The longest run is chosen first, and then the longest runs before and after it. They
+    are yielded in the order of the layers.
     """
     best = (0, 0, 0, 0)  # number of layers, start, stop, period
     for period in range(1, (stop - start) // 2 + 1):
@@ -203,8 +207,8 @@ def _periodic(
         for index in range(start, stop - period + 1):
             is_last = index + period == stop
             if is_last or signatures[index] != signatures[index + period]:
-                # Layers `first` to `index + period - 1` repeat with this period. Only
-                # whole periods count.
+                # Layers `first` to `index + period - 1` repeat with this period. A run
+                # has only whole periods.
                 count = (index + period - first) // period * period
                 if count >= 2 * period and count > best[0]:
                     best = (count, first, first + count, period)
@@ -226,6 +230,10 @@ def _signature(layer: torch.nn.Module) -> tuple:
 
 
 def _settings(module: torch.nn.Module) -> str:
+    """Returns the plain values and functions among a module's attributes, as text.
+
+    The index of a layer is left out.
+    """
     plain = (bool, int, float, str, tuple, torch.dtype)
     values = {
         name: value

@@ -11,17 +11,17 @@ from .attention import NAME
 from .cached_model import CachedModel
 from .language_model import LanguageModel
 
-LENGTHS = (4, 3)  # of the sequences in the row on which masks are checked
+LENGTHS = (4, 3)  # of the sequences in the row for which masks are checked
 
 
 def packing_problem(language_model: LanguageModel) -> str | None:
     """Returns why a row cannot contain several sequences; None if it can.
 
-    In a packed row, `position_ids` start again at 0 with each sequence. Only a model
-    that is known to use them everywhere can have packed rows: each layer must compute
-    attention as `register_attention` describes, with masks that separate sequences, and
-    nothing else may mix tokens. Positions must be rotary, because rotary positions
-    depend only on distances.
+    In a packed row, `position_ids` start again at 0 with each sequence. A model can
+    have packed rows only if everything that it computes respects these positions: each
+    layer must compute attention as `register_attention` describes, with masks that
+    separate sequences, and nothing else may mix tokens. The positions must be rotary,
+    so that attention depends only on the distances between tokens.
 
     Args:
         language_model: The model.
@@ -41,7 +41,7 @@ def packing_problem(language_model: LanguageModel) -> str | None:
         return "it computes attention in its own code"
     try:
         has_states = CachedModel(language_model).has_states
-    except ValueError:  # transformers has no static cache for its kinds of layers
+    except ValueError:  # transformers has no static cache for this kind of layers
         return "its layers may have states"
     has_convolutions = any(
         isinstance(inner, torch.nn.modules.conv._ConvNd) for inner in module.modules()
@@ -55,7 +55,7 @@ def packing_problem(language_model: LanguageModel) -> str | None:
 
 
 def _mask_problem(language_model: LanguageModel) -> str | None:
-    """Compares the masks of a packed row with those of each sequence by itself."""
+    """Compares the masks of a packed row with those of each sequence in its own row."""
     module: Any = language_model.module
     positions = [np.arange(length) for length in LENGTHS]
     try:
@@ -86,11 +86,11 @@ def _masks_of(language_model: LanguageModel, positions: np.ndarray) -> list[np.n
 
     def compute_masks(positions: jax.Array) -> list[jax.Array]:
         masks: list[jax.Array] = []
-        # The masks depend on no weight, so that XLA computes nothing but the masks.
+        # The masks do not depend on weights, so XLA computes nothing but the masks.
         shapes = language_model.shapes(stacked=False).items()
         params = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes}
         ids = jnp.zeros(positions.shape, jnp.int32)
-        # transformers passes arguments that it does not know to the attention.
+        # transformers passes unknown arguments such as `record_mask` to `attention`.
         language_model.hidden_states(
             {"params": params}, ids, position_ids=positions, record_mask=masks.append
         )

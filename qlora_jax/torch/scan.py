@@ -28,11 +28,11 @@ class LayerCall:
 
 @dataclass
 class LayerScan:
-    """Runs a run of layers as one scan, during one call of the module.
+    """Runs the layers of a `LayerRun` as one scan, during one call of the module.
 
-    The module calls each layer as usual. All layers but the last only record their
-    arguments, and return a placeholder without data, which no PyTorch function accepts.
-    The call of the last layer runs all of them, in a scan over periods.
+    The module calls each layer as usual. Each layer but the last only records its
+    arguments, and returns a placeholder without data, which no PyTorch function
+    accepts. The call of the last layer runs all layers, in a scan over the periods.
     """
 
     run: LayerRun
@@ -41,7 +41,7 @@ class LayerScan:
     stacks: list[dict[str, Leaf]]
     policy: Callable[..., bool] | None  # of `jax.checkpoint`
     calls: list[LayerCall] = field(default_factory=list)
-    # Set when the first layer is called: its input, and what it returns.
+    # Set when the first layer is called: its input, and whether it returns a tuple.
     hidden: jax.Array = field(init=False)
     returns_tuple: bool = field(init=False)
 
@@ -57,18 +57,18 @@ class LayerScan:
                 layer.__dict__.pop("forward", None)
 
     def record(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Records the call of a layer. The last one returns the output of the scan."""
+        """Records the call of a layer. The last call returns the output of the scan."""
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
-        follows = isinstance(hidden, PendingOutput) and hidden.source_scan is self
-        if index != len(self.calls) or follows != (index > 0):
+        is_chained = isinstance(hidden, PendingOutput) and hidden.source_scan is self
+        if index != len(self.calls) or is_chained != (index > 0):
             self._refuse("they must run one after another, each on the last output")
         arguments, structure = jax.tree.flatten((args[1:], kwargs))
         self.calls.append(LayerCall(arguments, structure, bool(args)))
         if index == 0:
             self.hidden = as_array(hidden)
-            kinds: list[bool] = []
-            self._program(0, lambda output: kinds.append(isinstance(output, tuple)))
-            self.returns_tuple = kinds[0]
+            is_tuple: list[bool] = []
+            self._program(0, lambda output: is_tuple.append(isinstance(output, tuple)))
+            self.returns_tuple = is_tuple[0]
         if index + 1 < len(self.layers):
             output: torch.Tensor = PendingOutput(self.hidden.shape, self.hidden.dtype)
             output.source_scan, output.list_name = self, self.run.list_name
@@ -85,7 +85,7 @@ class LayerScan:
     def _call(
         self, index: int, hidden: jax.Array, leaves: Mapping, arguments: Arguments
     ) -> Any:
-        """Calls a layer on these hidden states, leaves and arguments."""
+        """Runs the code of a layer on these hidden states, leaves and arguments."""
         layer, call = self.layers[index], self.calls[index % self.run.period]
         args, kwargs = jax.tree.unflatten(call.structure, arguments)
         if call.is_positional:
@@ -116,9 +116,10 @@ class LayerScan:
         return re.sub(r"0x[0-9a-f]+", "", str(program))  # without addresses
 
     def _check_equal(self) -> None:
-        # A layer may know its index. This must not change what it computes, because a
-        # scan runs the code of the first layers for all others too. If the computation
-        # depends on the index, the first and the last layer have different jaxprs.
+        # A layer may have its index as an attribute. What the layer computes must not
+        # depend on the index, because a scan runs the code of the first period for all
+        # others too. This compares the jaxprs of the first and the last layer at each
+        # position in the period.
         for first in range(self.run.period):
             last = len(self.layers) - self.run.period + first
             if self._program(first, type) != self._program(last, type):
@@ -130,18 +131,18 @@ class LayerScan:
         env, period = torchax.default_env(), self.run.period
         calls = [self.calls[position::period] for position in range(period)]
         keys = jax.random.split(env.prng_key, len(calls[0]) + 1)
-        draws: list[bool] = []  # whether a layer draws random numbers
+        draws: list[bool] = []  # whether a period draws random numbers
 
         def run_period(hidden: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
-            stacks, varying, layer_key = xs
-            with env.override_property(prng=layer_key):
+            stacks, varying, period_key = xs
+            with env.override_property(prng=period_key):
                 for position in range(period):
                     arguments = list(calls[position][0].arguments)
                     for index, array in varying[position].items():
                         arguments[index] = as_tensor(array)
                     output = self._call(position, hidden, stacks[position], arguments)
                     hidden = _hidden_states(output)
-                draws.append(env.prng_key is not layer_key)
+                draws.append(env.prng_key is not period_key)
             return hidden, None
 
         xs = self.stacks, [self._varying_arguments(group) for group in calls], keys[1:]
@@ -152,7 +153,10 @@ class LayerScan:
         return as_tensor(hidden)
 
     def _varying_arguments(self, calls: list[LayerCall]) -> dict[int, jax.Array]:
-        """Returns the arguments that differ between layers, stacked, by their index."""
+        """Returns the arguments that differ between `calls`, stacked, by their index.
+
+        The calls are those of the layers at one position in the period.
+        """
         if any(call.structure != calls[0].structure for call in calls):
             self._refuse("they are called with different arguments")
         varying = {}
@@ -169,7 +173,7 @@ class LayerScan:
 
 @dataclass(frozen=True)
 class _Recorder:
-    """Takes the place of a layer's `forward`."""
+    """Replaces a layer's `forward`."""
 
     scan: LayerScan
     index: int

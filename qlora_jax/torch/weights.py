@@ -1,4 +1,4 @@
-"""Kernels that take the place of a PyTorch module's weights."""
+"""Packed and adapted kernels that replace the weights of a PyTorch module."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -36,12 +36,12 @@ def as_array(tensor: torch.Tensor) -> jax.Array:
 
 
 def is_kernel(leaf: Leaf) -> bool:
-    """Returns whether a leaf is packed, or is a float that each forward pass packs."""
+    """Whether a leaf is packed, or is a float weight that each forward pass packs."""
     return isinstance(leaf, ql.QTensor | ql.StraightThrough)
 
 
 def tensor_of(leaf: Leaf) -> torch.Tensor:
-    """Returns a leaf of a combined tree as the tensor that its module reads."""
+    """Returns the tensor that a module reads for a leaf of a combined tree."""
     if not isinstance(leaf, ql.AdaptedKernel):
         if is_kernel(leaf):
             return KernelTensor.of(leaf, None)
@@ -56,12 +56,12 @@ class Placeholder(torch.Tensor):
     """A tensor with a shape and a dtype, and without data."""
 
     struct: jax.ShapeDtypeStruct
-    # Without this line, reading an attribute of the tensor would itself count as a call
-    # of a PyTorch function.
+    # Without this line, PyTorch would treat reading an attribute of the tensor as a
+    # call of a function.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     def __new__(cls, shape: Sequence[int], dtype: DTypeLike) -> Self:
-        """Makes a tensor without data."""
+        """Returns a new tensor without data."""
         device = torch.device("meta")
         self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=j2t_dtype(dtype), device=device
@@ -78,7 +78,7 @@ class Placeholder(torch.Tensor):
             f"this tensor can only be used in `apply` of a wrapped module. Got {func}."
         )
 
-    # Modules may read these. The device is that of torchax's tensors.
+    # Modules may read these attributes. The device is that of torchax's tensors.
     shape = property(lambda self: torch.Size(self.struct.shape))  # pyright: ignore
     ndim = property(lambda self: len(self.struct.shape))  # pyright: ignore
     dtype = property(lambda self: j2t_dtype(self.struct.dtype))  # pyright: ignore
@@ -86,7 +86,7 @@ class Placeholder(torch.Tensor):
 
 
 class PendingOutput(Placeholder):
-    """The output of a layer that will run later, in a scan (see scan.py)."""
+    """The output of a layer that will run later, in a scan (see `scan.py`)."""
 
     source_scan: object
     list_name: str
@@ -112,6 +112,7 @@ class KernelTensor(Placeholder):
     @property
     def roles(self) -> str:
         """The roles of the axes, such as "nk": n output, k contracted, b batch."""
+        # If the weights are a plain array, only the adapter knows the roles.
         kernel = self.base if is_kernel(self.base) else self.lora
         roles = kernel.geometry.roles(self.ndim)
         return roles[:-2] + roles[:-3:-1] if self.is_transposed else roles
@@ -139,8 +140,8 @@ class KernelFunctions(TorchFunctionMode):
 
     has_dropout: bool  # whether the adapters' dropout is active
     backend: Backend = None  # of all products, as in `wrap`
-    # The conditions on values that the module has checked so far. Their values are not
-    # known while JAX traces the module.
+    # The conditions that the module has checked so far. Whether they are true is not
+    # known while JAX traces the module, so `with_checks` uses them afterwards.
     conditions: list[jax.Array] = field(default_factory=list)
 
     def __post_init__(self):
@@ -159,7 +160,7 @@ class KernelFunctions(TorchFunctionMode):
 
     def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is torch.Tensor.copy_ and isinstance(args[1], View):
-            # torchax copies only from tensors, and not from slices of them.
+            # torchax can copy from tensors, but not from its views of tensors.
             args = (args[0], args[1].torch(), *args[2:])
         if func in GROUPED_PRODUCTS:
             return self._grouped_product(*args, **kwargs)
@@ -184,7 +185,7 @@ class KernelFunctions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def with_checks(self, output: PyTree) -> PyTree:
-        """Returns the output of the module, or NaN if a checked condition is false."""
+        """Returns the module's output, with NaN in floats if a condition is false."""
         if not self.conditions:
             return output
         is_valid = jnp.stack(self.conditions).all()
@@ -200,8 +201,8 @@ class KernelFunctions(TorchFunctionMode):
 
     def _is_all_true(self, condition: torch.Tensor) -> torch.Tensor:
         # `torch._check_tensor_all` calls this, and raises an error if the result is
-        # false. Models of images check in this way that there are as many placeholders
-        # in the text as features of images.
+        # false. Models of text and images use it to check that the text has as many
+        # placeholders as there are features of images.
         is_true = as_array(condition).all()
         if not isinstance(is_true, Tracer):
             return torch.tensor(bool(is_true), device="cpu")
@@ -211,7 +212,7 @@ class KernelFunctions(TorchFunctionMode):
     def _decode(self, weight: Any) -> Any:
         if not isinstance(weight, KernelTensor):
             return weight
-        # Dropout acts on the input of A. Merged weights have no such input.
+        # Dropout acts on the input of A, which does not exist for merged weights.
         if self.has_dropout and getattr(weight.lora, "dropout", 0):
             raise ValueError(
                 "adapters of weights that a module reads itself must not have dropout. "
@@ -225,9 +226,10 @@ class KernelFunctions(TorchFunctionMode):
         return torchax.default_env().get_and_rotate_prng_key() if is_active else None
 
     def product(self, x: torch.Tensor, weight: KernelTensor) -> Any:
-        """Computes `x @ weight`, if the first axis of `weight` is the contracted one.
+        """Computes `x @ weight`, if the first axis of `weight` is contracted.
 
-        This and the following methods return NotImplemented if they do not apply.
+        This method and the public ones below return NotImplemented for calls that they
+        do not support. `RULES` lists the PyTorch functions that they compute.
         """
         if (
             _is_kernel_tensor(x)
@@ -308,13 +310,13 @@ class KernelFunctions(TorchFunctionMode):
             options = {"dropout_key": key, "backend": self.backend}
             y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, **options)
         else:
-            # Unlike that of JAX, this function has a rule for all batches of `vmap`.
+            # Unlike `jax.lax.ragged_dot`, this function supports every kind of `vmap`.
             y = ql.ragged_dot(rows, as_array(self._decode(weight)), sizes)
         return as_tensor(y)
 
 
 def _stop_gradient(value: Any) -> Any:
-    # Views are references to tensors, and have to stay that.
+    # Views of torchax refer to the tensor that they show, so they are not replaced.
     if isinstance(value, torchax.tensor.Tensor) and value.dtype.is_floating_point:
         return as_tensor(jax.lax.stop_gradient(as_array(value)))
     return value
@@ -325,7 +327,7 @@ def _is_kernel_tensor(value: object) -> bool:
 
 
 def _values(args: tuple, kwargs: dict) -> Iterable[object]:
-    # Functions take tensors as arguments, or in lists and tuples, as `torch.cat` does.
+    # Functions take tensors as arguments, or as lists and tuples (`torch.cat`).
     for value in itertools.chain(args, kwargs.values()):
         yield from value if isinstance(value, list | tuple) else (value,)
 

@@ -66,8 +66,8 @@ class WrappedModule:
             **kwargs: Passed to the module, like `args`.
 
         Returns:
-            What the module returns, with JAX arrays in place of tensors. Dicts and the
-            outputs of transformers are plain dicts.
+            What the module returns, with JAX arrays in place of tensors. Mappings, such
+            as the outputs of transformers, become plain dicts.
 
         Raises:
             TypeError: If the module returns something that is neither a tensor nor a
@@ -88,7 +88,7 @@ class WrappedModule:
             >>> model.apply({"params": base, "lora": lora}, x).shape
             (2, 8)
         """
-        # 1. Check the names and the key, and put tensors in the place of arrays.
+        # 1. Check the names and the key, and convert arrays to tensors.
         leaves = self._checked_leaves(variables)
         if dropout_key is not None and not any(self.training.values()):
             raise ValueError(
@@ -99,12 +99,13 @@ class WrappedModule:
         tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
         buffers = {name: as_array(tensors[name]) for name in self._buffer_names(leaves)}
         args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
-        # 2. Run the module. If there is no key, use a constant one, to see afterwards
-        #    whether random numbers were drawn.
+        # 2. Run the module. Without a `dropout_key`, use a constant key, which shows
+        #    afterwards whether the module drew random numbers.
         key = jax.random.key(0) if dropout_key is None else dropout_key
         functions = KernelFunctions(dropout_key is not None, self.backend)
         with self._environment(key, functions, scans) as env:
-            # `tensors` has one name of each tied weight, and this replaces all others.
+            # `tensors` has only the first name of each tied weight. `functional_call`
+            # also replaces the weight under its other names.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
             drew_numbers = env.prng_key is not key
             output = functions.with_checks(_to_arrays(output))
@@ -170,22 +171,22 @@ class WrappedModule:
 
     def _scans(self, leaves: dict[str, Any]) -> tuple[list[LayerScan], dict[str, Any]]:
         """Returns the scans of stacked layers, and the leaves that are not stacked."""
-        scans, others = [], dict(leaves)
+        scans, unstacked = [], dict(leaves)
         for run, names in runs_of(leaves).items():
             stacks: list[dict[str, Any]] = [{} for _ in range(run.period)]
             for name in names:
-                position, rest = run.position_of(name)
-                stacks[position][rest] = others.pop(name)
+                position, tensor_name = run.position_of(name)
+                stacks[position][tensor_name] = unstacked.pop(name)
             layers = [
                 self.module.get_submodule(f"{run.list_name}.{i}") for i in run.indices
             ]
             scans.append(LayerScan(run, layers, stacks, self.policy))
-        return scans, others
+        return scans, unstacked
 
     @contextlib.contextmanager
     def _modes(self) -> Iterator[None]:
-        # The modes are those from the time of `wrap`, whatever they are now, because
-        # a jitted function would not notice a change.
+        # The modes are those from the time of `wrap`, even if they have changed since,
+        # because a jitted function would not notice the change.
         modules = dict(self.module.named_modules())
         current = {name: module.training for name, module in modules.items()}
         try:
@@ -214,9 +215,10 @@ def wrap(
         model: The module. A wrapped module is returned unchanged, unless this call has
             options, which then replace all of its options.
         policy: The policy of `jax.checkpoint`, which decides which values of stacked
-            layers are kept for the backward pass. By default, only their inputs are.
+            layers are kept for the backward pass. By default, only their inputs are
+            kept.
         backend: The back end or back ends of all products with packed weights, as in
-            `qlora_jax.matmul`. If one is unknown, `apply` raises an error.
+            `qlora_jax.matmul`. `apply` raises an error if a back end is unknown.
 
     Raises:
         TypeError: If `model` is not a PyTorch module.

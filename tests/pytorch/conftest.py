@@ -3,10 +3,10 @@
 import importlib.util
 import warnings
 
-if importlib.util.find_spec("torchax") is None:  # as in most environments
+if importlib.util.find_spec("torchax") is None:  # without the extra `torch`
     collect_ignore_glob = ["*.py"]
 else:
-    with warnings.catch_warnings():  # some of these warn when they are imported
+    with warnings.catch_warnings():  # some of these packages warn when imported
         warnings.simplefilter("ignore")
         import peft  # noqa: F401
         import torch

@@ -9,7 +9,7 @@ import transformers
 
 from qlora_jax.llm.models.tiny import byte_tokenizer
 
-IMAGE, BEGIN, END = 5, 6, 7  # the tokens of an image, and those around it
+IMAGE, BEGIN, END = 5, 6, 7  # the token of an image, and those before and after it
 TOKENS_PER_IMAGE = 4
 TEXT = {
     "vocab_size": 128,
@@ -35,7 +35,7 @@ VISION = {
 }
 
 
-# The texts of the tokens of an image, and of those around it.
+# The texts of the token of an image, and of those before and after it.
 EXTRA_TOKENS = {
     "image_token": "<image>",
     "boi_token": "<begin>",
@@ -65,13 +65,13 @@ def image_model(image=IMAGE, begin=BEGIN, end=END, **text):
     )
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1:  # larger weights, and none that are zero
+            if weight.ndim > 1:  # make weights larger, and none of them zero
                 weight.mul_(2).add_(0.05 * torch.randn_like(weight))
     return model.eval()
 
 
 def image_inputs():
-    """Returns rows with one image each, as arrays."""
+    """Returns the token ids of two rows with one image each, and further inputs."""
     generator = np.random.default_rng(0)
     ids = generator.integers(10, 100, (2, 14))
     for row, start in enumerate([2, 5]):  # the images are at different positions
@@ -109,7 +109,7 @@ def save_image_model(folder):
 
 
 def write_image_rows(folder):
-    """Writes rows with one, two and no images. Returns their file and the rows."""
+    """Writes rows with no, one or two images. Returns their file and the rows."""
     generator = np.random.default_rng(0)
     for name, size in {"a.png": (20, 30), "b.png": (24, 16), "c.png": (9, 9)}.items():
         pixels = generator.integers(0, 256, (*size, 3), np.uint8)

@@ -1,13 +1,15 @@
-"""Runs a tiny random model of every causal language model of transformers.
+"""Tests tiny random models of the causal language models of transformers.
 
     PYTHONPATH=.:tests python tests/pytorch/sweep.py [KIND ...]
     PYTHONPATH=.:tests python tests/pytorch/sweep.py --page
 
-The first command writes rows of `docs/reports/torch_models.tsv`. The second one writes
-`docs/torch_models.md` from them.
+The first command tests the given model types, or by default all that have not passed
+yet, and writes their rows to `docs/reports/torch_models.tsv`. The second command writes
+`docs/torch_models.md` from these rows.
 
-For each model type, it compares the logits of float weights with PyTorch's, and the
-loss and the gradients of adapters on packed weights with PyTorch's on merged weights.
+For each model type, the sweep compares the logits of float weights with PyTorch's. It
+also compares the loss and the gradients of adapters on packed weights with those that
+PyTorch computes on merged weights.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from qlora_jax.torch.init import kernel_roles
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 ROWS = DOCS / "reports" / "torch_models.tsv"
 LARGEST_ERROR = rounding(TERMS)
-EARLIER = "no gradients"  # of rows from an earlier version of the sweep
+EARLIER = "no gradients"  # the result in rows of an earlier version of the sweep
 PAGE = """# PyTorch models that were tested
 
 This page is the result of a sweep over {tried} of the {kinds} types of causal language
@@ -79,10 +81,10 @@ the comparison with `ql.torch`. After "differs", rounding does not explain a dif
 
 
 def check(module, ids, expected):
-    """Compares a model with PyTorch; `expected` are PyTorch's logits.
+    """Compares a model with PyTorch, whose logits are `expected`.
 
-    Returns the errors of the logits, of the loss, and of the gradients, and how many
-    weights were packed. The logits are those of float weights, the loss and gradients
+    Returns the errors of the logits, of the loss, and of the gradients, and the number
+    of packed weights. The logits are those of float weights. The loss and the gradients
     are those of packed weights.
     """
     model, ids_array = ql.torch.wrap(module), jnp.array(ids)
@@ -123,12 +125,13 @@ def check(module, ids, expected):
 def error_of(got, expected, run, *args):
     """Returns the largest relative error of a leaf of `got`.
 
-    Raises AssertionError if rounding cannot explain it. `run(*args)` computes
-    `expected` again, to find out how far rounding moves it.
+    Raises AssertionError if rounding cannot explain the error. `run(*args)` computes
+    `expected` again, which shows how far rounding moves it.
     """
     wants = jax.tree.leaves(expected)
     norms = [norm(want) for want in wants]
-    # A gradient that is zero but for rounding has the rounding errors of larger ones.
+    # A gradient that would be zero without rounding has the rounding errors of larger
+    # gradients. Errors are therefore relative to at least a tenth of the largest one.
     norms = [max(size, 0.1 * max(norms)) for size in norms]
     pairs = zip(jax.tree.leaves(got), wants, norms, strict=True)
     error = np.max([distance(x, want) / size for x, want, size in pairs])
@@ -144,9 +147,10 @@ def is_target(name, params):
 
 
 def result_of(kind):
-    """Runs a model type. Returns a word for the result, and further cells.
+    """Tests a model type. Returns the cells of its row, of which the first is a word.
 
-    The word is "ok", "differs", "fails", or "no model" if PyTorch fails.
+    The word is "ok"; "differs" if the results differ from PyTorch's; "no model" if the
+    model fails in PyTorch; or "fails" for any other error.
     """
     word = "no model"
     try:
@@ -166,7 +170,7 @@ def result_of(kind):
 
 
 def read_rows():
-    """Returns the row of each model type, by type."""
+    """Returns the cells of each row, by model type."""
     lines = ROWS.read_text("utf-8").splitlines()
     return {line.partition("\t")[0]: line.split("\t")[1:] for line in lines}
 

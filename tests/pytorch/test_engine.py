@@ -1,6 +1,6 @@
-"""The command line trains and scores models in PyTorch's code.
+"""The command line trains models in PyTorch's code, scores them, and generates.
 
-The losses equal those of transformers and PEFT.
+The losses and the generated tokens equal those of transformers and PEFT.
 """
 
 import json
@@ -26,7 +26,7 @@ from qlora_jax.llm.models.tiny import save_tiny
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a folder with a run, its rows, and its model, which runs in PyTorch."""
+    """Returns a folder with a run, and the rows and the model that it trained on."""
     folder = tmp_path_factory.mktemp("engine")
     save_model(folder / "model", transformers.GPTNeoXConfig)
     write_rows(folder)

@@ -1,4 +1,4 @@
-"""Files in which experts are separate, for models in PyTorch's code that stack them."""
+"""Files with a tensor for each expert, for models in PyTorch's code that stack them."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,8 @@ def test_separate_experts_are_stacked_while_they_are_read(kind, tmp_path):
     model, data = open_model(str(folder), engine="torch"), write_rows(tmp_path)
     config = app.ScoreConfig(str(folder), data, engine="torch", batch_tokens=64)
     assert_close(np.asarray(app.score(config).loss), np.asarray(expected))
-    # Packed while they are read, the experts are those of transformers, packed.
+    # Experts that are packed while they are read have the same codes as the stacked
+    # experts of transformers.
     packing = model.packing("nf4", 32, False)
     base = model.read(packing=packing, dtype="float32", progress=False).base
     parameters = dict(module.named_parameters())
@@ -58,7 +59,7 @@ def test_separate_experts_are_stacked_while_they_are_read(kind, tmp_path):
     experts = base[name.format("0:2:1")]
     codes = ql.quantize(stacked, "nf4", block_size=32, contract="bnk").codes
     assert np.array_equal(experts.codes, codes)
-    # A merged folder has the stacked experts, which transformers loads too.
+    # In a merged folder, the experts are stacked. transformers can load these too.
     out = tmp_path / "merged"
     ql.io.save_merged(out, base, {}, model.names, folder, progress=False)
     merged = transformers.AutoModelForCausalLM.from_pretrained(out)

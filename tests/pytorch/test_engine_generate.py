@@ -1,4 +1,4 @@
-"""Models in PyTorch's code generate the tokens of transformers."""
+"""Models in PyTorch's code generate the same tokens as transformers."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from qlora_jax.llm.models.stream import Stream
 PROMPTS = [[5, 90, 7, 9, 110, 3, 8], [50, 60], [*range(100, 117)]]
 NUM_NEW = 10
 HEADS = {"num_key_value_heads": 2, "head_dim": 16}
-# A window that is shorter than the prompts, and layers with convolutions.
+# A window that is shorter than two of the prompts, and layers with convolutions.
 WINDOW_LAYERS = ["sliding_attention", "full_attention"]
 GEMMA = {"sliding_window": 6, "layer_types": WINDOW_LAYERS, **HEADS}
 LFM = {"layer_types": ["conv", "full_attention"], **HEADS}
@@ -56,7 +56,7 @@ def test_greedy_tokens_equal_those_of_pytorch(kind, tmp_path):
     model, variables = read_model(folder)
     settings = {"max_new_tokens": NUM_NEW, "eos_ids": []}
     assert generate(model, variables, PROMPTS, **settings).tolist() == expected
-    # The next prompt of a stream continues the first one and its answer.
+    # The second prompt of a stream continues the first prompt and its answer.
     stream = Stream(model, variables)
     assert list(stream(PROMPTS[0], **settings)) == expected[0]
     longer = [*PROMPTS[0], *expected[0], 17, 18]
@@ -72,7 +72,7 @@ def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path):
 
 
 def test_models_that_cannot_generate_are_refused(tmp_path):
-    # Its state is an argument of its own, and not a part of a cache.
+    # RWKV receives its state as a separate argument, and not in a cache.
     changes = {"num_hidden_layers": 2, "attention_hidden_size": 64}
     folder = save_model(tmp_path / "model", transformers.RwkvConfig, **changes)
     config = app.GenerateConfig(str(folder), prompt="A", engine="torch")

@@ -1,4 +1,4 @@
-"""Models in PyTorch's code compute on a mesh what they compute on one device."""
+"""Models in PyTorch's code compute the same on a mesh as on one device."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Rows with several sequences, for models in PyTorch's code that keep them apart."""
+"""Rows with several sequences, which some models in PyTorch's code keep apart."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from qlora_jax.llm.train import decoder_loss
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 16}
 LAYERS = {"num_hidden_layers": 2, **HEADS}
-# A window that is shorter than the sequences.
+# The window is shorter than the sequences.
 GEMMA = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 PACKED = {
     "gpt_neox": (transformers.GPTNeoXConfig, {"num_hidden_layers": 2}),

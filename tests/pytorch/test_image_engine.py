@@ -54,7 +54,8 @@ def torch_loss(model, folder, processor, rows):
         ids = inputs["input_ids"][0]
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[0]
-        # A line break follows the answer, and the token before predicts each token.
+        # The last token is a line break after the answer. The logits at each token
+        # predict the next token.
         targets, logits = ids[-count - 1 : -1], logits[-count - 2 : -2]
         losses.append(
             torch.nn.functional.cross_entropy(logits, targets, reduction="none")

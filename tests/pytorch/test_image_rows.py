@@ -16,7 +16,7 @@ SETTINGS = {"vocab_size": 300, "max_length": 128}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a folder with a model and rows, and the processor of transformers."""
+    """Returns a folder, its model's processor, its file of rows, and these rows."""
     folder = tmp_path_factory.mktemp("images")
     return folder, save_image_model(folder / "model"), *write_image_rows(folder)
 
@@ -60,7 +60,7 @@ def test_each_row_of_a_batch_has_the_same_number_of_images(folder):
     assert batch.pixel_values.shape == (5, 2, 3, 16, 16)
     is_image = batch.ids == images.token_id
     assert is_image.sum(axis=1).tolist() == [2 * TOKENS_PER_IMAGE] * 5
-    # The tokens of blank images are in the padding.
+    # Rows with fewer images get blank images, whose tokens are in the padding.
     is_blank = is_image & (batch.segment_ids == 0)
     assert (is_blank.sum(axis=1) // TOKENS_PER_IMAGE).tolist() == [1, 0, 2, 1, 2]
     for index, row in enumerate(rows):

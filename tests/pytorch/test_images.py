@@ -1,4 +1,4 @@
-"""Models of text and images compute the same as in PyTorch and PEFT."""
+"""Models of text and images compute the same in JAX as in PyTorch and PEFT."""
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,6 @@ def test_other_numbers_of_images_than_placeholders():
         lambda: logits_of(model, variables, jnp.array(ids), **inputs),
         "Image features and image tokens do not match",
     )
-    # While JAX traces the model, the numbers are not known.
+    # While JAX traces the model, these numbers are not known, so the output is NaN.
     apply = jax.jit(lambda v, ids, inputs: logits_of(model, v, ids, **inputs))
     assert np.isnan(apply(variables, jnp.array(ids), inputs)).all()

@@ -1,4 +1,4 @@
-"""Wrapped models of transformers compute the same as in PyTorch."""
+"""Wrapped models of transformers compute the same in JAX as in PyTorch."""
 
 import warnings
 
@@ -25,7 +25,8 @@ import qlora_jax as ql
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
-# Settings by model type. Sliding windows are shorter than the rows, so that they count.
+# Settings by model type. Sliding windows only have an effect because they are shorter
+# than the rows.
 CASES = {
     "llama": {},
     "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 64},
@@ -39,7 +40,7 @@ CASES = {
     },
 }
 PROJECTIONS = r".*(_proj|c_attn|c_fc)(\.weight)?"
-# For each model type, the names of some stacks that `ql.torch.stack` must make.
+# For each model type, the names of some stacks that `ql.torch.stack` must return.
 STACKS = {
     "llama": ["model.layers.0:2:1.self_attn.q_proj.weight"],
     "gpt2": ["transformer.h.0:2:1.attn.c_attn.weight"],
@@ -119,7 +120,7 @@ def test_experts_stay_packed():
     def loss(base):
         return loss_of(model, {"params": base, "lora": lora}, ids)
 
-    # No array of the program is as large as the float weights of all experts.
+    # No array in the program has the shape of the float weights of all experts.
     shapes = {q.shape for q in base.values() if ql.is_packed(q)}
     program = str(jax.make_jaxpr(loss)(base))
     for e, n, k in shapes:

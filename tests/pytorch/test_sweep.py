@@ -1,4 +1,4 @@
-"""Model types that passed the sweep still pass it. Each day, ten others are tested."""
+"""Model types that passed the sweep still pass it. Each day, another ten are tested."""
 
 import datetime
 import warnings

@@ -1,4 +1,4 @@
-"""Wrapped modules are pure functions, and leave their modules as they are."""
+"""Wrapped modules are pure functions, and do not change their modules."""
 
 import copy
 
@@ -84,7 +84,7 @@ def test_biases_and_rows_that_are_trained_in_full():
 
 
 def test_a_back_end_computes_all_products():
-    """Of a linear layer, and of a mixture of experts."""
+    """This includes the products of linear layers and of a mixture of experts."""
     net = make_net()
     _, base, _ = init(net, r"(up|down)\.weight")
     with pytest.raises(ValueError, match="`backend` must be one of"):
@@ -108,7 +108,7 @@ def test_the_module_does_not_change():
     net = make_net().train()
     before = copy.deepcopy(net.state_dict())
     model, base, lora = init(net.eval(), r"(up|down)\.weight")
-    net.train()  # after `wrap`, which remembers the mode
+    net.train()  # has no effect on `model`, which was wrapped in evaluation mode
     model.apply({"params": base, "lora": lora}, ARRAYS)
     assert all(module.training for module in net.modules())
     assert net.state_dict().keys() == before.keys()
@@ -132,7 +132,7 @@ def test_a_failed_call_leaves_the_module_as_it_was():
 
 
 class Layers(torch.nn.Module):
-    """Equal layers. `step(x, layer, index)` says how each of them is called."""
+    """A module with equal layers, each of which `step(x, layer, index)` calls."""
 
     def __init__(self, step):
         super().__init__()
@@ -212,8 +212,8 @@ def test_dropout_needs_a_key_and_training_mode():
 
 
 def test_the_mean_over_dropout_is_the_output_without_it():
-    # The rest of the network after each dropout is linear, so that the mean over
-    # dropouts is exactly the output without dropout.
+    # Everything after each dropout is linear, so the expected output with dropout is
+    # exactly the output without dropout.
     net = make_net()
     net.dropout.train()
     model, base, lora = init(net, r"down\.weight", dropout=0.5)
@@ -251,7 +251,7 @@ def test_no_grad_in_the_module_stops_gradients_as_in_pytorch():
     def compute_loss(lora):
         return (model.apply({"params": base, "lora": lora}, x) ** 2).mean()
 
-    with torch.no_grad():  # around `apply`, it has no effect
+    with torch.no_grad():  # has no effect around `apply`
         loss, gradients = jax.value_and_grad(compute_loss)(lora)
     expected_loss, expected = adapter_gradients(
         module, base, lora, lambda: (module(torch.tensor(x)) ** 2).mean()
@@ -289,7 +289,7 @@ def test_bfloat16():
     assert logits.dtype == jnp.bfloat16
     with torch.no_grad():
         exact = torch_logits(module.float(), ids)
-    # On the way through two layers and the head, about ten results are rounded.
+    # About ten results in a row are rounded, in two layers and the head.
     assert_close(logits, exact, roundings=10)
 
 
@@ -313,7 +313,7 @@ def test_a_cache_cannot_be_returned():
 
 
 class Custom(torch.nn.Module):
-    """A module with weights of its own, which no layer of PyTorch has, and a conv."""
+    """A module with two weights that are not in a layer of PyTorch, and a Conv1d."""
 
     def __init__(self):
         super().__init__()

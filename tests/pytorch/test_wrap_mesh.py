@@ -1,4 +1,4 @@
-"""Wrapped modules compute on a mesh what PyTorch computes."""
+"""Wrapped modules compute the same on a mesh as PyTorch."""
 
 import jax
 import numpy as np

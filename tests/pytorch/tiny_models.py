@@ -7,8 +7,9 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-# The value of each size of a tiny model, and the names that configs have for the size.
-# The rows of the sweep have 12 tokens, so windows and indexers see only a part of them.
+# The sizes of a tiny model. For each value, these are the names of the sizes that have
+# it, as in configs. The rows of the sweep have 12 tokens, so windows and indexers see
+# only a part of them.
 SIZES = {
     1: "n_shared_experts num_shared_experts n_group num_expert_group topk_group "
     "first_k_dense_replace num_dense_layers num_nextn_predict_layers num_mtp_layers "
@@ -68,8 +69,8 @@ SPECIAL: dict[str, dict] = {
         "rope_parameters": {"full_attention": ROPE | {"mrope_section": [2, 3, 3]}}
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
-    # The scores of indexers are sums of ReLUs. With few heads, many scores are 0, and
-    # PyTorch and JAX choose others of these equal scores.
+    # The scores of indexers are sums of ReLUs. With few heads, many scores are 0. Among
+    # such equal scores, PyTorch and JAX choose different ones.
     "dots3_note": {"text_config": {"index_n_heads": 8}},
     "dots3_note_text": {"index_n_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -82,14 +83,15 @@ SPECIAL: dict[str, dict] = {
     "mamba2": {"num_heads": 8},
     "phi4_multimodal": {"audio_config": {"num_blocks": 1}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    # Layers with local-sensitive hashing draw random numbers.
+    # Layers with locality-sensitive hashing draw random numbers, so they are left out.
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "local"],
         "axial_pos_embds": False,
     },
     "xmod": {"default_language": "en_XX"},
-    # Their attention reads the hidden states and the embeddings, side by side.
+    # The attention of these two reads the hidden states and the embeddings, joined to
+    # vectors of twice the size.
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
@@ -103,17 +105,19 @@ SPECIAL: dict[str, dict] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
-# The configs of these types also contain the configs of other models. Their language
-# models take only that of the decoder.
+# The configs of these types contain the configs of several models. Their language
+# models take only the config of the decoder.
 DECODER_CONFIGS = {
     "musicgen": "MusicgenDecoderConfig",
     "musicgen_melody": "MusicgenMelodyDecoderConfig",
 }
-LARGEST = 2_000_000  # number of parameters; a config with more has sizes not in `SIZES`
+# The largest number of parameters. If a model has more, its config has sizes that are
+# missing in `SIZES`.
+LARGEST = 2_000_000
 
 
 def tiny_settings(settings):
-    """Returns tiny values for all sizes in a config, and in the configs inside it."""
+    """Returns tiny values for all sizes in a config and in the configs inside it."""
     changes = {name: TINY[name] for name in settings if name in TINY}
     if "qk_rope_head_dim" in changes:  # multi-head latent attention
         changes |= {"num_key_value_heads": 4}
@@ -143,7 +147,7 @@ def make_model(kind, config):
 
 
 def merge(settings, changes):
-    """Returns settings with changes, which may be inside of dicts in them."""
+    """Returns settings with changes. Dicts in both are merged in the same way."""
     merged = dict(settings)
     for name, value in changes.items():
         is_inside = isinstance(value, dict) and isinstance(settings.get(name), dict)
@@ -154,7 +158,7 @@ def merge(settings, changes):
 def tiny_model(kind):
     """Returns a tiny random model of a type, in evaluation mode."""
     config = tiny_config(kind)
-    with torch.device("meta"):  # without memory, to see how large it would be
+    with torch.device("meta"):  # shows the size of the model without using memory
         model = make_model(kind, config)
     shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -165,6 +169,6 @@ def tiny_model(kind):
     model = make_model(kind, config).float()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1:  # the noise is for weights that are zero, as in routers
+            if weight.ndim > 1:  # noise, because some weights are zero, as in routers
                 weight.mul_(2).add_(0.02 * torch.randn_like(weight))
     return model.eval()

@@ -35,7 +35,7 @@ def random_model(kind, **changes):
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim > 1:  # larger weights, because logits would be too small
+            if weight.ndim > 1:  # make weights larger, or the logits would be small
                 weight.mul_(4)
             elif name.endswith("bias"):
                 weight.normal_()
@@ -76,14 +76,14 @@ def init(module, targets, **settings):
 
 
 def copy_weights(module, weights):
-    """Copies arrays to the parameters of a PyTorch module."""
+    """Copies arrays into the parameters of a PyTorch module."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(torch.tensor(np.asarray(weights[name])))
 
 
 def with_decoded_weights(module, base):
-    """Decodes the packed leaves of `base`, and copies them to the PyTorch module."""
+    """Copies the decoded packed leaves of `base` into a PyTorch module; returns it."""
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, leaf in base.items():
@@ -94,7 +94,10 @@ def with_decoded_weights(module, base):
 
 
 def peft_model(module, base, lora):
-    """Returns a model of PEFT that has the decoded weights and the same adapters."""
+    """Returns a PEFT model with decoded weights and the same adapters; and its modules.
+
+    The modules are those of the model inside it, by name.
+    """
     names = [name.removesuffix(".weight") for name in lora]  # of modules
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)
     config.fan_in_fan_out = module.config.model_type == "gpt2"
@@ -143,9 +146,10 @@ def gradients_in_pytorch(module, base, lora, ids):
 
 
 def adapter_gradients(module, base, lora, compute_loss):
-    """Returns PyTorch's loss, and gradients of A and B that follow from those of W.
+    """Returns PyTorch's loss and the gradients of A and B, as a lora tree.
 
-    With merged weights W + s A B, they are dA = s dW B^T and dB = s A^T dW.
+    PyTorch computes the gradient dW of each merged weight W + s A B. The gradients of
+    the adapter are then dA = s dW B^T and dB = s A^T dW.
     """
     parameters = dict(module.named_parameters())
     copy_weights(module, ql.merge(base, lora))

@@ -25,7 +25,7 @@ class Row(NamedTuple):
             before it, or -100 if the position is not a target. The first position is
             never a target, since no token precedes it.
         place: The source of the row, such as "train.jsonl:17".
-        start: For preferences: where the completion begins.
+        start: For preferences: the index of the first token of the completion.
         label: For preferences: whether the completion is a good one; otherwise None.
         rejected: For pairs: the row of the rejected completion. The other fields are
             those of the chosen one.
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
     @property
     def num_trained(self) -> int:
-        """The number of target tokens."""
+        """The number of target tokens. Those of `rejected` are not included."""
         return int((self.labels[1:] != IGNORED).sum())
 
     @property
@@ -62,7 +62,10 @@ class Row(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """Whether each completion has a target token, and those of a pair differ."""
+        """Whether each sequence has a target token in its completion.
+
+        The two sequences of a pair must also differ.
+        """
         labels = [row.labels[max(row.start, 1) :] for row in self.sequences]
         is_tie = self.rejected and np.array_equal(self.ids, self.rejected.ids)
         return not is_tie and all((x != IGNORED).any() for x in labels)
@@ -97,7 +100,7 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row, and an example with its last answer if the caller asked for one."""
+    """A row; and, if the caller asked for it, an example with the row's last answer."""
 
     row: Row
     example: Example | None = None
@@ -109,7 +112,7 @@ class _Tokens(NamedTuple):
     """Tokens, and the characters of the text that each of them covers."""
 
     ids: list[int]
-    starts: np.ndarray  # moved back over white space that no token covers
+    starts: np.ndarray  # moved back over text, such as spaces, that no token covers
     ends: np.ndarray
     added: np.ndarray  # whether the tokenizer added the token, which covers no text
 
@@ -129,7 +132,10 @@ class Encoder:
         rows: str = "texts",
         images: ImageProcessor | None = None,
     ):
-        """Stores the settings. With `ends_text`, rows of `text` get an end token."""
+        """Checks and stores the settings.
+
+        With `ends_text`, an end token is added to rows of `text`.
+        """
         if train_on not in ("completions", "last", "all"):
             raise ValueError(
                 f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
@@ -147,14 +153,17 @@ class Encoder:
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
     ) -> Encoded:
-        """Returns the tokens of a row. With `kind`, rejects rows of other kinds."""
+        """Returns the tokens of a row.
+
+        If `kind` is not None, rows of other kinds are rejected.
+        """
         fields = kinds.find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
                 f"the row must be of the kind of the first row, {kind}. Got "
                 f"{fields.kind}."
             )
-        self.unused |= dict.fromkeys(fields.unused)  # for a note, at the end
+        self.unused |= dict.fromkeys(fields.unused)  # for a note after the last row
         if fields.kind == "input_ids":
             encoded = Encoded(self._encode_ids(fields, place))
         elif fields.kind == "text":
@@ -184,7 +193,7 @@ class Encoder:
 
     def _encode_text(self, fields: kinds.Fields, place: str) -> Row:
         ids = self.tokenizer.encode(kinds.check_text("text", fields.values["text"]))
-        eos = self.tokenizer.eos_id  # some tokenizers add it by themselves
+        eos = self.tokenizer.eos_id  # some tokenizers have already added it
         if self.ends_text and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         ids = self._check_ids("the ids of its text", ids)
@@ -193,15 +202,17 @@ class Encoder:
     def _encode_preference(self, fields, place, with_example) -> Encoded:
         encoded = []
         for name, is_good, completion in kinds.find_completions(fields):
+            has_example = with_example and is_good
             try:
-                x = self._encode_answers(completion, place, with_example and is_good)
+                sequence = self._encode_answers(completion, place, has_example)
             except ModelError:
                 raise
             except ValueError as error:
                 # The message must name the key in the user's row: "chosen" or
                 # "rejected".
                 raise ValueError(str(error).replace("completion", name)) from error
-            encoded.append(x._replace(row=x.row._replace(label=is_good)))
+            row = sequence.row._replace(label=is_good)
+            encoded.append(sequence._replace(row=row))
         rejected = encoded[1].row if len(encoded) > 1 else None
         row = encoded[0].row._replace(rejected=rejected)
         if not row.is_trained:
@@ -212,9 +223,9 @@ class Encoder:
         return encoded[0]._replace(row=row, straddles=straddles)
 
     def _encode_answers(self, fields, place, with_example) -> Encoded:
-        # The text is tokenized as a whole, since its parts could have other tokens if
-        # they were tokenized separately. Targets are the tokens that cover characters
-        # of answers.
+        # The text is tokenized as a whole, because tokenizing its parts separately can
+        # give different tokens. Targets are the tokens that cover characters of
+        # answers.
         marked, paths = self._mark_answers(fields, place)
         images, torch_ids = None, None
         if paths and self.images is not None:
@@ -227,7 +238,7 @@ class Encoder:
             )
         is_target, answer, straddles = self._find_targets(tokens, marked)
         ids = [*tokens.ids]
-        if not marked.is_rendered:  # a chat template would have ended the answer
+        if not marked.is_rendered:  # without a chat template, nothing ends the answer
             eos = self.tokenizer.eos_id
             if eos is None:
                 raise ModelError("the model must name a token that ends a text.")
@@ -237,7 +248,7 @@ class Encoder:
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         if self.train_on == "all":
             labels = ids
-        # Answers are generated from text alone.
+        # Examples are for generating answers, which needs prompts without images.
         has_example = with_example and marked.answers and images is None
         example = self._make_example(marked, answer) if has_example else None
         start = 0 if self.kinds is kinds.KINDS else int(is_target.argmax())
@@ -248,9 +259,10 @@ class Encoder:
         self, fields: kinds.Fields, place: str
     ) -> tuple[Marked, list[pathlib.Path]]:
         # Returns the text with its answers, and the files of its images.
-        # The kind "text" is that of a pair of strings without a `prompt` (see
-        # `kinds.find_completions`). Its prompt is the common beginning of both strings,
-        # which may end in the middle of a sentence and so is not a message.
+        #
+        # Here, rows of the kind "text" are pairs of strings without a `prompt` (see
+        # `kinds.find_completions`). Their prompt is the common beginning of both
+        # strings. It may end in the middle of a sentence, so it is not a message.
         is_chat = self.chat and self.tokenizer.has_template and fields.kind != "text"
         groups = kinds.find_messages(fields, is_chat)
         if isinstance(groups, tuple):
@@ -266,7 +278,7 @@ class Encoder:
             )
         if image is not None and self.kinds is not kinds.KINDS:
             raise ValueError(f"`{image}` must be text in preferences. Got an image.")
-        # Relative paths start from the folder of the file that the row is in.
+        # Relative paths start from the folder of the row's file.
         folder = pathlib.Path(place.rpartition(":")[0]).parent
         groups, paths = take_images(groups, folder)
         return self._render(groups, tools), paths
@@ -287,7 +299,7 @@ class Encoder:
                 "tokens are trained (`train_on`)."
             )
         messages = chat.adapt_contents(messages, tools)
-        # 2. Render, and check that the text has all parts of the row.
+        # 2. Render the messages, and check that the text contains all parts of the row.
         rendering, iterator = chat.render(messages, tools), iter(messages)
         row: dict[str, Any] = {
             name: [*itertools.islice(iterator, len(group))]
@@ -312,8 +324,8 @@ class Encoder:
         except ModelError:
             raise
         except ValueError:
-            # All tokens of a text are targets with "all", so its answers need not be
-            # found. Preferences need them in any case.
+            # With "all", every token is a target, so the answers need not be found.
+            # Rows of preferences need them in any case.
             if self.train_on != "all" or self.kinds is not kinds.KINDS:
                 raise
             return Marked(rendering.text, [], True)
@@ -321,11 +333,11 @@ class Encoder:
     def _tokenize(self, text: str, is_rendered: bool) -> _Tokens:
         encoding = encode_with_offsets(self.tokenizer, text, not is_rendered)
         starts, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
-        # The special tokens that are part of the text cover characters. Those that the
-        # tokenizer adds do not.
+        # Special tokens that are written in the text cover characters. Special tokens
+        # that the tokenizer adds do not.
         added = np.array(encoding.special_tokens_mask, bool) & (starts == ends)
-        # Close the gaps between tokens: each token begins no later than the end of the
-        # text that the tokens before it cover.
+        # Close the gaps between tokens: if a token starts after the end of the text
+        # that the tokens before it cover, its start is moved to this end.
         ends = np.maximum.accumulate(np.where(added, 0, ends))
         covered = np.concatenate([[0], ends])[:-1]
         starts = np.where(added, covered, np.minimum(starts, covered))
@@ -342,8 +354,8 @@ class Encoder:
         indices = np.zeros(0, int)
         for start, end in marked.answers:
             is_inside = (starts < end) & (ends > start) & ~added
-            # A token that the tokenizer added after the start of the answer is the one
-            # for the end of the text, which is a target too.
+            # If the tokenizer added a token after the start of the answer, this is the
+            # token for the end of the text, which is a target too.
             is_inside |= added & (starts > start)
             (indices,) = np.nonzero(is_inside)
             # Generation stops at an end token, so text after it is not a target.
@@ -355,11 +367,11 @@ class Encoder:
 
     def _make_example(self, marked: Marked, answer: list[int]) -> Example:
         start, _ = marked.answers[-1]
-        # As at inference, the prompt is tokenized without the answer.
+        # The prompt is tokenized without the answer, as it will be at inference.
         prompt = self._tokenize(marked.text[:start], marked.is_rendered)
         ids = [*prompt.ids]
         while len(ids) > 1 and prompt.added[len(ids) - 1]:
-            ids.pop()  # an end token that the tokenizer added
+            ids.pop()  # the tokenizer added an end token
         end_ids = self.tokenizer.end_ids
         text = self.tokenizer.decode([x for x in answer if x not in end_ids])
         return Example(ids, text, end_ids)

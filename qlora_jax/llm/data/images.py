@@ -15,20 +15,20 @@ from .model_files import ModelError
 
 # The keys of a part of a message that may name the file of an image.
 _FILE_KEYS = ("image", "path", "url")
-# What processors may return. Models with further inputs, such as the sizes of images,
-# have numbers of image tokens that depend on the image.
+# The outputs that a processor may have. If there are others, such as the sizes of
+# images, the number of tokens of an image depends on the image.
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _OUTPUTS = {"input_ids", "attention_mask", "pixel_values", "text_replacement_offsets"}
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a row, which stay in their files.
+    """The images of a row. They stay in their files until a batch needs them.
 
     Attributes:
         processor: The processor of the model.
         paths: The files, in the order of their placeholders in the text.
-        hash: A hash of the pixels, by which a changed file is noticed.
+        hash: A hash of the pixels, which shows whether a file has changed.
     """
 
     processor: "ImageProcessor"
@@ -53,18 +53,18 @@ class ProcessedText(NamedTuple):
 
     ids: list[int]
     pixels: np.ndarray  # [images, channels, height, width]
-    # For each placeholder: its start and end in the text, and the text in its place.
+    # For each placeholder: its start and end in the text, and the text replacing it.
     replacements: list[tuple[int, int, str]]
     token_types: list[int] | None  # 1 for tokens of images, 0 for others
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The processor of a model of text and images, as transformers loads it.
+    """The processor of transformers for a model that reads text and images.
 
     Attributes:
         path: The folder of the model.
-        token_id: The id of a token that stands for a part of an image in the text.
+        token_id: The id of the token that stands for a part of an image in the text.
     """
 
     path: pathlib.Path
@@ -95,7 +95,8 @@ class ImageProcessor:
 
     @functools.cached_property
     def _blank(self) -> ProcessedText:
-        # A blank image shows the size of all images, and their number of tokens.
+        # All images have the same size and the same number of tokens. A blank image
+        # shows what these are.
         import PIL.Image
 
         image = PIL.Image.new("RGB", (64, 64))
@@ -112,22 +113,22 @@ class ImageProcessor:
         return self._blank.ids.count(self.token_id)
 
     def placeholders(self, count: int) -> str:
-        """Returns a text with nothing but placeholders for some number of images."""
+        """Returns a text that consists of the placeholders of `count` images."""
         return self._inner.image_token * count
 
     def process(self, text: str, paths: Sequence[pathlib.Path]) -> ProcessedText:
         """Returns the tokens of a text, and the pixels of the images in it.
 
-        Raises ValueError if files are not images, or if their number is not that of the
-        placeholders in the text.
+        Raises ValueError if files are not images, or if there are more or fewer of them
+        than placeholders in the text.
         """
         return self._call(text, _open_images(paths))
 
     def _call(self, text: str, images: list) -> ProcessedText:
         output = self._inner(
             text=[text],
-            images=[images],  # in transformers, a list for each text
-            add_special_tokens=False,  # a chat template writes them
+            images=[images],  # transformers takes one list for each text
+            add_special_tokens=False,  # the chat template has written them
             return_text_replacement_offsets=True,
             return_mm_token_type_ids=True,
         )
@@ -155,18 +156,20 @@ class ImageProcessor:
     def expand(
         self, marked: Marked, paths: Sequence[pathlib.Path]
     ) -> tuple[Marked, Images, list[int]]:
-        """Writes the tokens of images in the place of their placeholders in a text.
+        """Replaces the placeholders of images in a text by the tokens of the images.
 
         Args:
-            marked: The text, with answers.
-            paths: The files of the images, in order.
+            marked: The text, with the positions of its answers.
+            paths: The files of the images, in the order of their placeholders.
 
         Returns:
-            The text with the tokens of the images, the images, and the ids of the text
-            in transformers.
+            The text with the tokens of the images, the images, and the token ids that
+            the processor of transformers computes for the text.
 
         Raises:
-            ValueError: As `process`.
+            ModelError: If the model's images are not supported.
+            ValueError: As `process`; or if the text has more or fewer tokens of images
+                than its images need.
         """
         processed = self.process(marked.text, paths)
         is_image = [int(x == self.token_id) for x in processed.ids]
@@ -180,20 +183,24 @@ class ImageProcessor:
                 f"the text must have {self.tokens_per_image} tokens for each of its "
                 f"{len(paths)} images. Got {sum(is_image)}."
             )
-        text, pieces, last = marked.text, [], 0
+        text, pieces, previous_end = marked.text, [], 0
         for start, end, replacement in processed.replacements:
-            pieces += [text[last:start], replacement]
-            last = end
+            pieces += [text[previous_end:start], replacement]
+            previous_end = end
 
-        def move(position: int) -> int:
+        def move_position(position: int) -> int:
+            """Returns where a position in the old text is in the new text."""
             return position + sum(
                 len(new) - (end - start)
                 for start, end, new in processed.replacements
                 if end <= position
             )
 
-        answers = [(move(start), move(end)) for start, end in marked.answers]
-        expanded = Marked("".join([*pieces, text[last:]]), answers, marked.is_rendered)
+        answers = [
+            (move_position(start), move_position(end)) for start, end in marked.answers
+        ]
+        text = "".join([*pieces, text[previous_end:]])
+        expanded = Marked(text, answers, marked.is_rendered)
         images = Images(self, tuple(paths), _hash_pixels(processed.pixels))
         return expanded, images, processed.ids
 
@@ -218,9 +225,9 @@ def _open_images(paths: Sequence[pathlib.Path]) -> list:
 
 
 def find_image(groups: Mapping[str, Messages]) -> str | None:
-    """Returns the name of the first part of the messages that is an image.
+    """Returns the name of the first image in the messages; None if there is none.
 
-    The keys of `groups` are the names that error messages use for its lists.
+    The keys of `groups` are the names of its lists of messages, for error messages.
     """
     for name, group in groups.items():
         for number, message in enumerate(group):
@@ -233,11 +240,11 @@ def find_image(groups: Mapping[str, Messages]) -> str | None:
 def take_images(
     groups: Mapping[str, Messages], folder: pathlib.Path
 ) -> tuple[dict[str, Messages], list[pathlib.Path]]:
-    """Returns the messages with images as `{"type": "image"}`, and their files.
+    """Returns the messages with images as `{"type": "image"}`, and the image files.
 
     Args:
         groups: The messages, as in `find_image`.
-        folder: The folder that relative paths start from.
+        folder: The folder from which relative paths start.
 
     Raises:
         ValueError: If an image is not a file on this machine.

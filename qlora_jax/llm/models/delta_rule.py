@@ -1,7 +1,7 @@
 """A gated delta rule with a convolution, which replaces attention (arXiv:2412.06464).
 
 Shapes: B batch, T tokens, H heads of values, N heads of keys, K size of a key, V size
-of a value, C channels of the convolution, W its width; S tokens of a chunk.
+of a value, C channels and W width of the convolution, S tokens of a chunk.
 """
 
 import functools
@@ -31,7 +31,7 @@ class LayerStates(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Zero, because the cache has no entries for single positions."""
+        """Zero, because the cache has no entries for individual positions."""
         return 0
 
     def grow(self, length: int) -> "LayerStates":
@@ -46,7 +46,7 @@ class LayerStates(NamedTuple):
 class GatedDeltaNet(nn.Module):
     """Mixes tokens by a gated delta rule.
 
-    The rule depends on the order of the tokens in a row, and not on their positions.
+    The rule depends on the order of the tokens in a row, but not on their positions.
     Each sequence of a packed row starts with a state of zeros.
     """
 
@@ -74,9 +74,9 @@ class GatedDeltaNet(nn.Module):
         old_inputs = None if cache is None else cache.inputs
         mixed = convolve(inputs, weights, tokens.segment_ids, old_inputs)
         query, key, value = split_heads(nn.silu(mixed).astype(self.dtype), rule)
-        # 2. How much each token forgets of the state, and how much it writes.
+        # 2. How much of the state each token keeps, and how strongly it is written.
         log_decay, strength = self._compute_gates(x, rule, tokens.num_tokens)
-        # 3. The rule, with a norm of each head, a gate and an output projection.
+        # 3. The rule, followed by a norm of each head, a gate and an output projection.
         old_state = None if cache is None else cache.state
         segment_ids, gates = tokens.segment_ids, (log_decay, strength)
         y, state = gated_delta_rule(query, key, value, *gates, segment_ids, old_state)
@@ -141,7 +141,7 @@ class GatedDeltaNet(nn.Module):
 
 
 def delta_rule_of(kinds: tuple[LayerKind, ...]) -> DeltaRule:
-    """Returns the sizes that all layers of a stack have."""
+    """Returns the settings of the rule, which are the same in all layers of a stack."""
     rule = kinds[0].delta_rule
     assert rule is not None
     return rule
@@ -163,9 +163,9 @@ def convolve(
     segment_ids: Int[Array, "B T"] | None = None,
     old_inputs: Float[Array, "B W-1 C"] | None = None,
 ) -> Float[Array, "B T C"]:
-    """Convolves each channel in float32; a token sees only its own sequence.
+    """Convolves each channel in float32. A token sees only its own sequence.
 
-    `old_inputs` precede the row; None means zeros.
+    `old_inputs` are the inputs before the row; None means zeros.
     """
     length, width = x.shape[1], weights.shape[1]
     if old_inputs is None:
@@ -210,25 +210,25 @@ def gated_delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Returns the outputs of the rule and the last state, computed in float32.
 
-    Queries and keys are normalized first. Each head has a state S. For each token in
-    order, with query q, key k and value v:
+    Queries and keys are normalized first. Each head has a state S. The following steps
+    are done for each token in order, with query q, key k and value v:
 
     1. S is multiplied by `exp(log_decay)`.
     2. The outer product of k and v - S^T k, multiplied by `strength`, is added to S.
     3. The output is S^T q / sqrt(K).
 
     The tokens of a chunk are processed at once. They see earlier chunks through the
-    state, and each other through the inverse of a triangular matrix. If a chunk has one
-    token, as in decoding, the computation is the same as these three steps.
+    state, and each other through the inverse of a triangular matrix. If a chunk has
+    only one token, as in decoding, the computation is the same as these three steps.
 
     Args:
         query: Queries; each of their heads serves H / N consecutive heads of values.
         key: Keys.
         value: Values.
-        log_decay: Logarithms of the factors of the state, at most 0.
-        strength: How much of a token is written, from 0 to 1.
-        segment_ids: The number of the sequence that each token belongs to. The state is
-            zero at the start of each sequence.
+        log_decay: Logarithms of the factors by which the state decays, at most 0.
+        strength: How strongly each token is written to the state, from 0 to 1.
+        segment_ids: The number of the sequence that each token belongs to. Where it
+            changes, the state becomes zero. None if each row is one sequence.
         state: The state before the first token; None for zeros.
     """
     batch, length, heads, value_dim = value.shape
@@ -260,8 +260,8 @@ def gated_delta_rule(
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], value_dim), jnp.float32)
     carry = state, jnp.zeros_like(starts[0, :, 0])
-    # The backward pass computes each chunk again. Otherwise, it would need the matrices
-    # of all chunks, which take more memory than anything else in a layer.
+    # The backward pass computes each chunk again. Otherwise, it would keep the matrices
+    # of all chunks, which need more memory than anything else in a layer.
     process_chunk = jax.checkpoint(_process_chunk, prevent_cse=False)
     (state, _), outputs = lax.scan(process_chunk, carry, (*chunks, starts))
     outputs = jnp.moveaxis(outputs, (0, 2), (1, 3))  # [B, chunks, S, H, V]
@@ -269,11 +269,12 @@ def gated_delta_rule(
 
 
 def normalize(x: Array) -> Array:
-    """Returns vectors of length 1."""
+    """Scales the vectors along the last axis to length 1."""
     return x * lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 def _process_chunk(carry, chunk):
+    """Returns the state and the sequence's number after a chunk, and its outputs."""
     (state, last_start), (query, key, value, log_decay, strength, starts) = carry, chunk
     # 1. factors[i, j]: the factor by which the state decays from token j to token i. It
     # is 0 if they belong to different sequences. Its logarithm is the sum of
@@ -291,9 +292,10 @@ def _process_chunk(carry, chunk):
     total = jnp.cumsum(log_decay, axis=-1)  # [B, H, S]
     from_old = jnp.where(is_continued, jnp.exp(total), 0)[..., None]
     to_new = jnp.where(is_last, jnp.exp(sums[..., -1, :]), 0)[..., None]
-    # 2. Token i writes `strength * (value - what is stored under its key)`. What is
-    # stored has two parts: the old value, from the old state, and what earlier tokens j
-    # of the chunk wrote. This gives linear equations for what all tokens write:
+    # 2. Token i writes `strength * (value - stored value)`, where the stored value is
+    # what the state has for its key. It is the sum of an old value, from the state
+    # before the chunk, and of what earlier tokens j of the chunk wrote. This gives
+    # linear equations for the writes of all tokens:
     # writes[i] + sum_j overlaps[i, j] writes[j] = strength (value - old value).
     scaled_key = key * strength[..., None]
     overlaps = jnp.tril(_einsum("bhik,bhjk->bhij", scaled_key, key) * factors, -1)
@@ -313,10 +315,10 @@ def invert_unit_lower(x: Float[Array, "*batch S S"]) -> Float[Array, "*batch S S
     """Returns the inverse of I + x, where x is strictly lower triangular.
 
     S is a power of two. The blocks on the diagonal are inverted: first those of size 1,
-    then those of size 2, and so on. Two neighboring blocks A and D are joined to one of
-    twice the size: the inverse of [[A, 0], [C, D]] is [[A', 0], [-D' C A', D']], where
-    A' and D' are the inverses of A and D. A mesh can split these matrix products, but
-    not a triangular solve.
+    then those of size 2, and so on. Each step joins two neighboring blocks A and D to
+    one of twice the size: the inverse of [[A, 0], [C, D]] is [[A', 0], [-D' C A', D']],
+    where A' and D' are the inverses of A and D. These matrix products can be split over
+    a mesh, unlike a triangular solve.
 
     Example:
         >>> invert_unit_lower(jnp.array([[0.0, 0.0], [3.0, 0.0]])).tolist()

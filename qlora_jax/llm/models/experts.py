@@ -1,7 +1,9 @@
 """A mixture of experts: a router, and an MLP for each expert.
 
-The rows of tokens are sorted by expert, and the kernel of each expert multiplies its
-group of rows. No token is dropped. Shapes: M tokens, C experts per token, E experts.
+Each token has one row for each of its experts. The rows are sorted by expert, and each
+expert processes its group of rows. No token is dropped.
+
+Shapes: M tokens, C experts per token, E experts.
 """
 
 import re
@@ -76,7 +78,7 @@ class ExpertMLPs(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Sums the weighted outputs of each token's experts, and of a shared MLP if any."""
+    """Sums the weighted outputs of each token's experts, and of any shared MLP."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -134,9 +136,9 @@ class MixtureOfExperts(nn.Module):
         if experts.has_score_bias:
             entries["score_bias"] = f"{experts.router}.e_score_correction_bias"
         for path, tensor in tensors.items():
-            # In transformers, one parameter contains the kernels of all experts, and
-            # another one the router. In the former, gate and up are joined. By
-            # default, adapters target linear layers, and no such plain parameters.
+            # In transformers, the kernels of all experts are one parameter, in which
+            # gate and up are joined. The router is another parameter. By default,
+            # adapters target linear layers, but not such plain parameters.
             parameter = path.replace("/", ".")
             parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
             if path == "router":
@@ -166,10 +168,10 @@ def mix_experts(
 ) -> Float[Array, "M D"]:
     """Returns the weighted sum of each token's experts, in float32.
 
-    `mlps` are the MLPs of all experts. `weights` and `chosen` are from
-    `choose_experts`.
+    `mlps` applies each expert's MLP to its group of rows, like `ExpertMLPs`. `weights`
+    and `chosen` are what `choose_experts` returned.
     """
-    # One row for each pair of a token and one of its experts, sorted by expert.
+    # There is a row for each pair of a token and one of its experts, sorted by expert.
     order = jnp.argsort(chosen.reshape(-1))
     group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)  # [E]
     inputs = rows[order // experts.per_token]
@@ -177,26 +179,26 @@ def mix_experts(
         inputs = inputs * weights.reshape(-1)[order][:, None].astype(inputs.dtype)
         weights = jnp.ones_like(weights)
     y = mlps(inputs, group_sizes.astype(jnp.int32))
-    # Restore the order of the tokens: [M, C, D].
+    # Put the rows back into the order of the tokens: [M, C, D].
     y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
     return jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
 
 
 def split_halves(x: Float[Array, "M both"]) -> tuple[Array, Array]:
-    """Returns the first half of the columns and the second half."""
+    """Returns the first half of the columns, and the second half."""
     first, second = jnp.split(x, 2, axis=-1)
     return first, second
 
 
 @jax.custom_vjp
 def split_alternating(x: Float[Array, "M both"]) -> tuple[Array, Array]:
-    """Returns the even columns and the odd columns."""
+    """Returns the columns with even indices, and those with odd indices."""
     return x[:, ::2], x[:, 1::2]
 
 
-# The gradient interleaves the two cotangents. JAX's own gradient would pad between the
-# columns, and XLA's compiler for TPUs needed more than 20 GB of memory for that (5,760
-# columns, JAX 0.12.0.1).
+# The gradient interleaves the columns of the two cotangents. JAX's own gradient would
+# pad between the columns, and XLA's compiler for TPUs needed more than 20 GB of memory
+# for this padding (5,760 columns, JAX 0.12.0.1).
 split_alternating.defvjp(
     lambda x: (split_alternating(x), None),
     lambda _, g: (jnp.stack(g, axis=-1).reshape(len(g[0]), -1),),
@@ -208,12 +210,13 @@ def balance_loss(
 ) -> Float[Array, ""]:
     """Returns the loss that balances the loads of experts, as in transformers.
 
-    The loss is `experts.per_token` if all experts process equally many tokens (Switch
-    Transformers, arXiv:2101.03961, equations 4 to 6, over all layers at once).
+    This is the loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6), with
+    means over all layers at once. It is `experts.per_token` if all experts process
+    equally many tokens.
 
     Args:
         logits: The logits of the routers of all layers.
-        weights: 1 for a token, 0 for padding.
+        weights: 1 for a token, and 0 for padding.
         experts: The decoder's mixture of experts.
 
     Example:
@@ -241,13 +244,14 @@ def choose_experts(
 ) -> tuple[Float[Array, "M C"], Int[Array, "M C"]]:
     """Returns the weights of each token's experts, and the indices of these experts.
 
-    With scores by softmax, the softmax is taken over the chosen experts if the weights
-    are normalized, and otherwise over all experts. With scores by sigmoid, `score_bias`
-    is added before experts are chosen, but is not a part of the weights.
+    If `experts.scores` is "softmax", the softmax is taken over the chosen experts if
+    the weights are normalized, and otherwise over all experts. If it is "sigmoid",
+    `score_bias` is added to the scores to choose experts, but not to compute weights.
     """
     logits = logits.astype(jnp.float32)
     if experts.scores == "sigmoid":
-        # Without a bias, compare logits: the sigmoids of large logits are all 1.
+        # Without a bias, experts are ranked by logits, which have the order of the
+        # scores. The scores of large logits would all be rounded to 1.
         scores, ranked = nn.sigmoid(logits), logits
         if score_bias is not None:
             ranked = scores + score_bias.astype(jnp.float32)[None]
@@ -270,7 +274,8 @@ def keep_best_groups(
 ) -> Float[Array, "M E"]:
     """Replaces the scores outside of a token's best groups by -inf.
 
-    The score of a group is the sum of its `num_best` best scores.
+    The groups with the best scores are kept. The score of a group is the sum of the
+    `num_best` best scores in it.
     """
     if experts.num_groups == experts.groups_per_token:
         return scores

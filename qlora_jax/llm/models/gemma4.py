@@ -24,7 +24,8 @@ _ROPES = {
 }
 _ROPES[_FULL] |= {"partial_rotary_factor": 0.25}
 _DIRECTIONS = (None, "vision")
-# `rope_parameters` has their values for each type of layer.
+# These keys must be missing or null, because `rope_parameters` has their values for
+# each type of layer.
 _NULL_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor")
 _NULL_KEYS += ("original_max_position_embeddings",)
 GEMMA4_KEYS = f"""
@@ -36,12 +37,12 @@ use_bidirectional_attention use_double_wide_mlp vocab_size_per_layer_input {WIND
 
 
 def read_gemma4(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the text half of the models with a vision tower."""
+    """Reads the config of the text half of a model with a vision tower."""
     return _read(raw, window=512, per_layer_width=256)
 
 
 def read_gemma4_unified(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the text half of the models without a vision tower (12B)."""
+    """Reads the config of the text half of a model without a vision tower (12B)."""
     require_if_present(
         raw, {"hidden_size_per_layer_input": 0, "enable_moe_block": False}
     )
@@ -53,7 +54,7 @@ def _read(
 ) -> DecoderConfig:
     """Reads a config; the keyword arguments are defaults for missing keys."""
     require_if_present(raw, dict.fromkeys(_NULL_KEYS))
-    # "vision" concerns images only.
+    # "vision" only changes the attention between the tokens of images.
     if (bidirectional := raw.get("use_bidirectional_attention")) not in _DIRECTIONS:
         raise ValueError(
             '`use_bidirectional_attention` must be null or "vision". Got '
@@ -108,7 +109,7 @@ def _read(
 
 
 def _read_experts(raw: Mapping[str, Any]) -> Experts:
-    """Returns the experts that each layer has besides its MLP (26B-A4B)."""
+    """Returns the experts that each layer has in addition to its MLP (26B-A4B)."""
     for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         if not is_count(raw.get(key)):
             raise ValueError(
@@ -136,7 +137,11 @@ def _layer_types(raw: Mapping[str, Any]) -> list[str]:
 def _share_kv(
     raw: Mapping[str, Any], kinds: Sequence[LayerKind], types: Sequence[str]
 ) -> list[LayerKind]:
-    """Returns the layers; the last `num_kv_shared_layers` share keys and values."""
+    """Returns the layers, of which the last ones have no keys and values.
+
+    These `num_kv_shared_layers` layers use the keys and values of an earlier layer of
+    the same type. Their MLPs may be twice as wide.
+    """
     num_shared = raw.get("num_kv_shared_layers", 0)
     if not num_shared:
         return [*kinds]
@@ -201,8 +206,8 @@ def _read_rope(raw: Mapping[str, Any], layer_type: str, dim: int) -> Rope | None
         )
     if section.get("rope_type") != "proportional":
         return replace(read_rope(raw, dim, section=section), dim=dim)
-    # Only the first pairs are rotated. Their frequencies are the same as if all pairs
-    # were rotated.
+    # Only the first pairs are rotated. Each has the frequency that it would have if all
+    # pairs were rotated.
     num_pairs = int(section.get("partial_rotary_factor", 1.0) * dim // 2)
     if num_pairs == 0:
         return None

@@ -1,4 +1,4 @@
-"""Reads the config of Llama 4."""
+"""Reads the configs of Llama 4."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ layer_types moe_layers no_rope_layer_interval no_rope_layers num_experts_per_tok
 num_local_experts output_router_logits router_aux_loss_coef use_qk_norm
 """
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
-# Llama's name of a module, and that of Llama 4.
+# The name of a module in Llama, and its name in Llama 4.
 _MODULE_NAMES = (("mlp", "feed_forward"),)
 
 
@@ -27,8 +27,8 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of the text half of Llama 4."""
     fields = shared_fields(raw, head_dim=128, kv_heads=8, eps=1e-5)
     count = fields["num_layers"]
-    # 1. Attention. Most layers have rotary positions, norms and chunks. The other ones
-    # scale their queries.
+    # 1. Attention. Most layers have rotary positions, norms of queries and keys, and
+    # chunks. The others scale their queries instead.
     is_rotary = _rotary_layers(raw, count)
     chunk = raw.get("attention_chunk_size", 8192)
     types = _layer_types(raw, is_rotary, chunk)

@@ -1,7 +1,7 @@
 """An MLP and a mixture of experts in the same layer (Gemma 4 26B-A4B).
 
-Both read the residual stream, each after a norm of its own. Their outputs are
-normalized and added. The router has a norm of its own, too.
+Both read the residual stream, each through its own norm. Their outputs are normalized
+separately and added. The router also has its own norm.
 """
 
 from typing import ClassVar
@@ -28,7 +28,7 @@ _NORMS = {
 
 
 class MLPWithExperts(nn.Module):
-    """Adds the normalized outputs of an MLP and of each token's experts."""
+    """Returns the sum of the normalized outputs of an MLP and of a token's experts."""
 
     config: DecoderConfig
     width: int  # of the MLP
@@ -39,7 +39,7 @@ class MLPWithExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]):
-        """Returns the output for a residual stream that is not normalized yet."""
+        """Returns the output, without the residual; `x` is not normalized yet."""
         c, experts = self.config, self.config.experts
         assert experts is not None
 

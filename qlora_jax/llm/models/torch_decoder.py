@@ -29,7 +29,7 @@ TOKENS_PER_CHUNK = 1024  # number of tokens whose logits are in memory at the sa
 
 @dataclass(frozen=True, eq=False)
 class TorchConfig:
-    """What the application has to know about a model in PyTorch.
+    """Everything that the application needs to know about a model in PyTorch.
 
     Attributes:
         path: The folder of the model.
@@ -37,7 +37,7 @@ class TorchConfig:
         class_name: The name of the PyTorch class.
         vocab_size: The size of the vocabulary.
         scan_problem: Why equal layers are not stacked and scanned; None if they are.
-        shapes: The shapes of the leaves, by path.
+        shapes: The shapes of the leaves that are read from files, by path.
         names: The names of the leaves in files, and the roles of their axes.
         head: The name of the module that computes the logits.
         decoder_name: The name of the module with the layers of the language model.
@@ -45,10 +45,11 @@ class TorchConfig:
             reads only text.
         tied_names: The leaf of each tied weight, by the other names of the weight.
         conv1d_names: The names of weights that files store as `[in, out]`.
-        find_sources: Returns for each tensor of the module, by name, the names of the
-            tensors in files whose rows it has.
+        find_sources: Returns which tensors of files form each tensor of the module (see
+            `LanguageModel.find_sources`).
         experts: None, because there is no loss that balances the load of experts.
-        ropes: Empty: no keys in a cache depend on the size of the cache.
+        ropes: Empty, because the keys in a cache do not depend on the size of the
+            cache.
     """
 
     path: pathlib.Path
@@ -79,13 +80,13 @@ class TorchConfig:
         return contract
 
     def is_language_leaf(self, path: str) -> bool:
-        """Whether a leaf belongs to the language model, and not to a vision part."""
+        """Whether a leaf belongs to the language model, and not to a vision tower."""
         reads_images = self.image_token_id is not None
         return not reads_images or path.startswith(f"{self.decoder_name}.")
 
     @property
     def layers(self) -> tuple[str | re.Pattern[str], ...]:
-        """The patterns of the kernels that are packed. A vision part stays in float."""
+        """The patterns of the kernels to pack. Vision towers stay in float."""
         paths = {re.escape(path) for path in self.shapes if self.is_language_leaf(path)}
         return tuple(pattern for pattern in self.contract if pattern in paths)
 
@@ -105,10 +106,11 @@ class TorchConfig:
     ) -> "TorchDecoder":
         """Returns the model.
 
-        `dtype` is that of the keys and values in caches: the dtype of the weights that
-        are not packed. `has_dropout` is true if adapters have dropout, and
-        `has_packed_rows` if rows have several sequences. `backend` is as in
-        `ql.matmul`.
+        `dtype` is the dtype of the weights that are not packed, which is also that of
+        the keys and values in caches. With `remat`, stacked layers are computed again
+        in the backward pass; otherwise, all of their values are kept. `has_dropout`
+        must be true if adapters have dropout, and `has_packed_rows` if rows have
+        several sequences. `backend` is as in `ql.matmul`.
         """
         policy = None if remat else jax.checkpoint_policies.everything_saveable
         language_model = ql.torch.open_language_model(
@@ -127,18 +129,19 @@ class TorchConfig:
 def open_torch_config(path: pathlib.Path) -> TorchConfig:
     """Returns the model that a folder's `config.json` describes.
 
-    Raises ImportError without the extra `torch`. Raises ValueError if transformers has
-    no such model, or if the model uses a loss that balances experts.
+    Raises ImportError if the extra `torch` is not installed. Raises ValueError if
+    transformers has no such model, or if the config asks for a loss that balances
+    experts.
     """
     try:
-        bridge = ql.torch  # imported here, because it needs the extra
+        torch_package = ql.torch  # is imported here, because it needs the extra
     except ImportError as error:
         raise ImportError(
             "`model` must be of a type that the JAX decoder supports, or else run in "
             "PyTorch's code, which needs: pip install 'qlora-jax[torch]'. Got "
             f"{str(path)!r}. {error}"
         ) from error
-    language_model = bridge.open_language_model(path)
+    language_model = torch_package.open_language_model(path)
     module: Any = language_model.module
     if getattr(module.config, "output_router_logits", False):
         raise ValueError(
@@ -176,9 +179,9 @@ class TorchFolder(ModelFolder):
         """Returns the tensors by their names in the module.
 
         Raises ValueError if a tied weight has different values under its names. Linear
-        weights that files store as `[in, out]` are returned as `[out, in]`, which
-        `ql.io` expects. Matrices that files store in parts are joined while they are
-        read.
+        weights that files store as `[in, out]` are returned as `[out, in]`, as `ql.io`
+        expects them. Matrices that files store in several tensors are joined while they
+        are read.
         """
         stored = self.stored_tensors
         views: Any = {}
@@ -200,7 +203,7 @@ class TorchFolder(ModelFolder):
 
 @dataclass(frozen=True, eq=False)
 class _Transposed:
-    """Shows a matrix `[in, out]` of a file as `[out, in]`, and reads slices of it."""
+    """A matrix `[in, out]` of a file as `[out, in]`, of which slices are read."""
 
     tensor: Any
 
@@ -218,7 +221,7 @@ class _Transposed:
 
 @dataclass(frozen=True, eq=False)
 class _Joined:
-    """Shows arrays as one array with the rows of all, and reads slices of it."""
+    """An array that has the rows of several arrays, of which slices are read."""
 
     matrices: tuple[Any, ...]
 
@@ -233,7 +236,7 @@ class _Joined:
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows_index, *columns = index or (slice(None),)
         start, stop, _ = rows_index.indices(self.shape[0])
-        pieces, first = [], 0  # `first` is the first row of each matrix
+        pieces, first = [], 0  # `first` is the index of the first row of each matrix
         for matrix in self.matrices:
             num_rows = matrix.shape[0]
             rows = slice(max(start - first, 0), min(max(stop - first, 0), num_rows))
@@ -245,7 +248,7 @@ class _Joined:
 
 @dataclass(frozen=True, eq=False)
 class TorchDecoder:
-    """A model in PyTorch, with the methods of a wrapped `Decoder` that others need.
+    """A model in PyTorch, with those methods of a wrapped `Decoder` that are needed.
 
     Attributes:
         config: The model.
@@ -253,7 +256,7 @@ class TorchDecoder:
         cached_model: The model as a function that continues sequences.
         has_dropout: Whether adapters have dropout. If not, dropout keys are ignored.
         has_packed_rows: Whether rows may have several sequences.
-        mlp_tile: None, because the MLP takes all tokens at a time.
+        mlp_tile: None, because the MLPs process all tokens at once.
     """
 
     config: TorchConfig
@@ -270,7 +273,7 @@ class TorchDecoder:
 
     @property
     def max_positions(self) -> int | None:
-        """The length of the longest sequence; None if positions are not learned."""
+        """The largest length of a sequence; None if positions are not learned."""
         return self.language_model.max_positions
 
     def init_cache(self, num_rows: int, length: int) -> PyTree:
@@ -294,10 +297,11 @@ class TorchDecoder:
     ) -> Any:
         """Returns the hidden states `[B, P, D]` from which targets are predicted.
 
-        Unless there are packed rows, each row is a single sequence with padding on the
-        right. `positions` can then be ignored: they are 0, 1, 2, ..., and no token sees
-        the padding. In packed rows, they start again at 0 with each sequence, by which
-        transformers recognizes the sequences. `segment_ids` are therefore ignored.
+        `select` has their indices in the row. Without packed rows, each row is a single
+        sequence with padding on the right. `positions` can then be ignored: they are 0,
+        1, 2 and so on, and no token sees the padding. In packed rows, positions start
+        again at 0 with each sequence. transformers recognizes the sequences by this, so
+        `segment_ids` are not needed.
 
         With a `cache`, returns the logits `[B, 1, V]` after the last of the
         `num_tokens` tokens of each row, and the new cache.
@@ -313,7 +317,7 @@ class TorchDecoder:
         options: dict[str, Any] = {}
         if self.has_packed_rows:
             options["position_ids"] = positions
-        if pixel_values is not None:  # the images of all rows, one after the other
+        if pixel_values is not None:  # to [B * I, C, H, W]
             shape = pixel_values.shape
             options["pixel_values"] = jnp.reshape(pixel_values, (-1, *shape[2:]))
         hidden = self.language_model.hidden_states(
@@ -330,8 +334,8 @@ class TorchDecoder:
     ) -> Float[Array, "B P"]:
         """Returns the cross entropy of each target.
 
-        The model's own code computes the logits of one chunk of targets at a time, and
-        computes them again in the backward pass.
+        The model's own code computes the logits for one chunk of targets at a time. The
+        backward pass computes them again.
         """
         key = dropout_key if self.has_dropout else None
         num_rows, num_targets, _ = hidden.shape
