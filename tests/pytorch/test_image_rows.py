@@ -52,6 +52,15 @@ def test_tokens_and_pixels_equal_transformers(folder):
     assert [row.images is None for row in data.train] == [False, False, True, False]
 
 
+def test_tokens_of_images_are_never_targets(folder):
+    folder, processor, path, _ = folder
+    tokenizer, images = open_both(folder, processor)
+    settings = SETTINGS | {"images": images, "train_on": "all"}
+    for row in read_dataset(path, tokenizer, **settings).train:
+        is_image = row.ids == images.token_id
+        np.testing.assert_array_equal(row.labels, np.where(is_image, -100, row.ids))
+
+
 def test_each_row_of_a_batch_has_the_same_number_of_images(folder):
     folder, processor, path, _ = folder
     tokenizer, images = open_both(folder, processor)

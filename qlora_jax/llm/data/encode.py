@@ -248,6 +248,9 @@ class Encoder:
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         if self.train_on == "all":
             labels = ids
+        if images is not None and self.images is not None:  # not predicted from text
+            labels = np.where(ids == self.images.token_id, IGNORED, labels)
+            labels = labels.astype(np.int32)
         # Examples are for generating answers, which needs prompts without images.
         has_example = with_example and marked.answers and images is None
         example = self._make_example(marked, answer) if has_example else None
