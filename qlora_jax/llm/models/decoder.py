@@ -218,7 +218,12 @@ class Decoder(nn.Module):
         return self.config.has_states
 
     def init_cache(self, num_rows: int, length: int) -> Cache:
-        """Returns an empty cache for rows of up to `length` tokens."""
+        """Returns an empty cache.
+
+        Args:
+            num_rows: B, the number of rows.
+            length: The number of tokens that each row has room for.
+        """
         return init_cache(self.config, num_rows, length)
 
     def _scan(

@@ -76,7 +76,7 @@ def generate(
     `Stream` yields the tokens of one prompt one at a time.
 
     Args:
-        model: A `Decoder`, wrapped or not, or a `TorchDecoder`.
+        model: A `Decoder`, wrapped or not, or a model in PyTorch's code.
         variables: The variables for `model.apply`.
         prompts: The tokens of B prompts, each with at least one.
         max_new_tokens: N, the largest length of an answer.

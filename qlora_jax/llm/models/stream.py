@@ -53,7 +53,7 @@ class Stream:
         """Starts with an empty cache.
 
         Args:
-            model: A `Decoder`, wrapped or not, or a `TorchDecoder`.
+            model: A `Decoder`, wrapped or not, or a model in PyTorch's code.
             variables: The variables for `model.apply`. For speed, the stream converts
                 quantization scales to float32, and on CPUs with JAX before 0.11 also
                 16-bit layers.
