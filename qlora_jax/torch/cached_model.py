@@ -49,6 +49,15 @@ class LayerCache(NamedTuple):
 Cache = dict[str, LayerCache]  # by the number of the layer
 
 
+class _Row(NamedTuple):
+    """The tokens that are added to the cache of one row."""
+
+    tokens: Int[Array, " T"]  # padded on the right
+    cache: Cache
+    start: Int[Array, ""]  # the number of tokens that the cache has
+    num_tokens: Int[Array, ""]  # without the padding
+
+
 @dataclass(frozen=True, eq=False)
 class CachedModel:
     """A language model as a pure function that continues sequences.
@@ -138,11 +147,9 @@ class CachedModel:
     @functools.cached_property
     def _entry_shapes(self) -> Cache:
         """The shapes of a cache for one position, without the batch axis."""
-        token, position = jnp.zeros(1, jnp.int32), jnp.int32(0)
+        row = _Row(jnp.zeros(1, jnp.int32), {}, jnp.int32(0), jnp.int32(1))
         _, shapes = jax.eval_shape(
-            lambda params: self._run_row(
-                {"params": params}, token, {}, position, position, 1
-            ),
+            lambda params: self._run_row({"params": params}, row, length=1),
             self._param_shapes,
         )
         unused = [name for name, x in shapes.items() if not jax.tree.leaves(x)]
@@ -185,25 +192,19 @@ class CachedModel:
         extend_row = self._extend_by_token if by_token else self._extend_row
         # All rows of a StaticCache have the same number of tokens. `vmap` gives each
         # row a StaticCache of its own.
-        extend_rows = jax.vmap(extend_row, in_axes=(None, 0, 0, 0, 0))
-        return extend_rows(variables, tokens, cache, starts, num_tokens)
+        extend_rows = jax.vmap(extend_row, in_axes=(None, 0))
+        return extend_rows(variables, _Row(tokens, cache, starts, num_tokens))
 
     def _extend_row(
-        self,
-        variables: Mapping[str, PyTree],
-        tokens: Int[Array, " T"],
-        cache: Cache,
-        start: Int[Array, ""],
-        num_tokens: Int[Array, ""],
+        self, variables: Mapping[str, PyTree], row: _Row
     ) -> tuple[Float[Array, " V"], Cache]:
-        length = max(x.length for x in cache.values())
-        last = num_tokens - 1
-        logits, new_cache = self._run_row(variables, tokens, cache, start, last, length)
-        if tokens.shape[0] == 1:
+        length = max(x.length for x in row.cache.values())
+        logits, new_cache = self._run_row(variables, row, length)
+        if row.tokens.shape[0] == 1:
             return logits, new_cache
         # The cache does not change at the positions of the padding. Otherwise, the keys
         # and values of positions beyond a table of learned positions would become NaN.
-        is_valid = (jnp.arange(length) < start + num_tokens)[:, None]  # [S, 1]
+        is_valid = (jnp.arange(length) < row.start + row.num_tokens)[:, None]  # [S, 1]
 
         def restore_padding(new: LayerCache, old: LayerCache) -> LayerCache:
             if new.keys is None:
@@ -213,47 +214,38 @@ class CachedModel:
             return new._replace(keys=keys, values=values)
 
         return logits, {
-            name: restore_padding(x, cache[name]) for name, x in new_cache.items()
+            name: restore_padding(x, row.cache[name]) for name, x in new_cache.items()
         }
 
     def _extend_by_token(
-        self,
-        variables: Mapping[str, PyTree],
-        tokens: Int[Array, " T"],
-        cache: Cache,
-        start: Int[Array, ""],
-        num_tokens: Int[Array, ""],
+        self, variables: Mapping[str, PyTree], row: _Row
     ) -> tuple[Float[Array, " V"], Cache]:
         def extend(cache: Cache, index: Array) -> tuple[Array, Cache]:
-            token, count = tokens[index][None], jnp.int32(1)
-            return self._extend_row(variables, token, cache, start + index, count)
+            token = _Row(
+                row.tokens[index][None], cache, row.start + index, jnp.int32(1)
+            )
+            return self._extend_row(variables, token)
 
         def add_token(result: tuple[Array, Cache], index: Array) -> tuple:
             _, cache = result
-            is_token = index < num_tokens
+            is_token = index < row.num_tokens
             new_result = extend(cache, index)
             return jax.tree.map(
                 lambda new, old: jnp.where(is_token, new, old), new_result, result
             ), None
 
-        logits, _ = jax.eval_shape(extend, cache, jnp.int32(0))
-        initial = jnp.zeros(logits.shape, logits.dtype), cache
-        result, _ = jax.lax.scan(add_token, initial, jnp.arange(tokens.shape[0]))
+        logits, _ = jax.eval_shape(extend, row.cache, jnp.int32(0))
+        initial = jnp.zeros(logits.shape, logits.dtype), row.cache
+        result, _ = jax.lax.scan(add_token, initial, jnp.arange(row.tokens.shape[0]))
         return result
 
     def _run_row(
-        self,
-        variables: Mapping[str, PyTree],
-        tokens: Int[Array, " T"],
-        cache: Cache,
-        start: Int[Array, ""],
-        last: Int[Array, ""],
-        length: int,
+        self, variables: Mapping[str, PyTree], row: _Row, length: int
     ) -> tuple[Float[Array, " V"], Cache]:
-        """Runs the model on one row; returns the logits of one token, and the cache.
+        """Runs the model; returns the logits of the last token, and the new cache.
 
-        `last` is the index of this token in `tokens`. If `cache` is an empty dict, the
-        model makes a cache for `length` positions.
+        If the row's cache is an empty dict, the model makes a cache for `length`
+        positions.
         """
         module: Any = self.language_model.module
 
@@ -265,9 +257,10 @@ class CachedModel:
             output = run_model(cache=static_cache, use_cache=True, **kwargs)
             return output["logits"], _read(static_cache)
 
-        cache = jax.tree.map(lambda x: x[None], cache)  # a batch of one row
+        cache = jax.tree.map(lambda x: x[None], row.cache)  # a batch of one row
+        last = row.num_tokens - 1
         logits, new_cache = self.language_model.run_selected(
-            variables, tokens[None], last, run, cache, start
+            variables, row.tokens[None], last, run, cache, row.start
         )
         return logits[0, 0], jax.tree.map(lambda x: x[0], new_cache)
 

@@ -33,3 +33,16 @@ def write_rows(folder):
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return str(data)
+
+
+def torch_loss(model):
+    """Returns the mean loss of all tokens except the first of each row."""
+    losses = []
+    for row in ROWS:
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        )
+    return torch.cat(losses).mean().item()

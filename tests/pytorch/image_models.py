@@ -6,20 +6,13 @@ import numpy as np
 import PIL.Image
 import torch
 import transformers
+from torch_helpers import SIZES
 
 from qlora_jax.llm.models.tiny import byte_tokenizer
 
 IMAGE, BEGIN, END = 5, 6, 7  # the token of an image, and those before and after it
 TOKENS_PER_IMAGE = 4
-TEXT = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
+TEXT = SIZES | {
     # Shorter than an image with its text, so that windows cut through images.
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention"],

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from engine_models import ROWS, save_model, write_rows
+from engine_models import ROWS, save_model, torch_loss, write_rows
 from tokenizers import Tokenizer
 from tolerances import assert_close
 from torch_helpers import init, with_decoded_weights
@@ -41,19 +41,6 @@ def folder(tmp_path_factory):
 
 def arguments(folder):
     return ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")]
-
-
-def torch_loss(model):
-    """Returns the mean loss of all tokens except the first of each row."""
-    losses = []
-    for row in ROWS:
-        ids = torch.tensor(row["input_ids"])
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1]
-        losses.append(
-            torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-        )
-    return torch.cat(losses).mean().item()
 
 
 def test_score_of_a_trained_adapter_equals_the_loss_in_peft(folder):

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from engine_models import ROWS, save_model, write_rows
+from engine_models import save_model, torch_loss, write_rows
 from tolerances import assert_close
 
 import qlora_jax as ql
@@ -25,18 +24,6 @@ CASES = {
         "model.layers.0.mlp.experts.3.gate_proj.weight",
     ),
 }
-
-
-def torch_loss(model):
-    losses = []
-    for row in ROWS:
-        ids = torch.tensor(row["input_ids"])
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1]
-        losses.append(
-            torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-        )
-    return torch.cat(losses).mean().item()
 
 
 @pytest.mark.parametrize("kind", CASES)

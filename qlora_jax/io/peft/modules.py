@@ -60,6 +60,11 @@ class NamedBase:
     parameters: dict[str, dict[str, list[BatchIndex]]]  # see `Names.parameters`
     swapped: set[str]  # the parameters with `Entry.is_swapped`
 
+    @property
+    def parameter_paths(self) -> set[str]:
+        """The paths of the leaves that are parts of `parameters`."""
+        return {path for kernels in self.parameters.values() for path in kernels}
+
     @classmethod
     def of(cls, base: Tree, names: Names) -> "NamedBase":
         """Returns a base tree's leaves with their names; an error lists problems."""

@@ -52,7 +52,7 @@ class AdapterLayout:
     # PEFT's keys for base tensors, by name. If a tensor has several keys, PEFT writes
     # the first and reads any of them.
     saved: dict[str, tuple[str, ...]]  # biases and tensors of `modules_to_save`
-    optional: dict[str, tuple[str, ...]]  # weights of tables, which a file may lack
+    optional: dict[str, tuple[str, ...]]  # embeddings and heads, which a file may lack
 
     @property
     def low_rank(self) -> list[ModuleAdapter | ParameterAdapter]:
@@ -271,7 +271,7 @@ def _adapted_parameters(
 
 def _linear_modules(model: NamedBase) -> set[str]:
     """Returns the linear layers that are modules in transformers, unlike experts."""
-    in_parameters = {path for kernels in model.parameters.values() for path in kernels}
+    in_parameters = model.parameter_paths
     return {
         module
         for module, position in model.modules.items()
@@ -343,7 +343,9 @@ def peft_config(
             of transformers 5 (`target_parameters`), instead of for the modules of
             transformers 4. This is always done if PEFT could not convert the modules
             to parameters: if the experts have no modules, if only some of their kernels
-            have adapters, or if ranks or scalings differ.
+            have adapters, or if ranks or scalings differ. The exception is a kernel
+            whose matrices have different scalings: a parameter has only one, so that
+            the adapters are written for the modules, and PEFT raises an error.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -434,7 +436,7 @@ def _adapters_by_name(
     """Returns the adapters of modules and those of parameters, by name."""
     modules, parameters, in_parameters = {}, {}, set()
     # Adapters of modules are preferred: all versions of transformers can read them.
-    if fused or not _can_convert_modules(model, adapters):
+    if fused or not _should_write_modules(model, adapters):
         for name, kernels in model.parameters.items():
             if paths := [path for path in kernels if path in adapters]:
                 adapter, index = adapters[paths[0]], kernels[paths[0]][0]
@@ -458,13 +460,14 @@ def _named_like_experts(model: NamedBase) -> set[str]:
     parameter of the experts, even if a shared expert or a layer without experts is
     meant. That layer would have no adapter. PEFT can adapt its weight as a parameter.
     """
-    paths = {path for kernels in model.parameters.values() for path in kernels}
+    paths = model.parameter_paths
     experts = {m for m, position in model.modules.items() if position.path in paths}
     names = {last_part(module) for module in experts}
     return {module for module in _linear_modules(model) if last_part(module) in names}
 
 
-def _can_convert_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> bool:
+def _should_write_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> bool:
+    """Returns whether adapters of experts are written for modules, not parameters."""
     # When PEFT loads adapters of experts' modules, it converts them to adapters of
     # parameters. This drops patterns of ranks and alphas, and if only some kernels of a
     # layer's experts have adapters, PEFT silently ignores the adapters.

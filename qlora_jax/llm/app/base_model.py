@@ -22,6 +22,7 @@ from ..gguf.decoder_in import read_gguf_lora
 from ..gguf.file import is_gguf
 from ..models.checkpoint import abstract_params, load
 from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch, hub_commit, weights_of
 from ..models.families import is_known
@@ -118,12 +119,12 @@ class BaseModel:
         """The patterns of the linear layers that are packed."""
         return self.config.layers if isinstance(self.config, TorchConfig) else LAYERS
 
-    @property
-    def head(self) -> str:
-        """The name of the module that computes the logits."""
+    def make_model(self, dtype: DTypeLike) -> Any:
+        """Returns the model on packed weights, as it computes outside of training."""
         if isinstance(self.config, TorchConfig):
-            return self.config.head
-        return self.config.head_module
+            return self.config.make_model(dtype=dtype)
+        decoder = Decoder(self.config, dtype=dtype)
+        return ql.linen.wrap(decoder, scanned=decoder.scanned)
 
     def contract_of(self, patterns: Sequence[Any]) -> Contract:
         """Returns the roles of the axes of kernels, where their paths do not say them.
@@ -591,7 +592,7 @@ def adapters_for(
         is_adapted = model.config.is_language_leaf
         params = {path: leaf for path, leaf in params.items() if is_adapted(path)}
     targets = find_target_paths(
-        config.target_modules, params, model.names, head=model.head
+        config.target_modules, params, model.names, head=model.config.head_module
     )
     # Reading the model has already packed its kernels.
     settings: dict[str, Any] = {"fmt": None}

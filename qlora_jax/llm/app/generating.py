@@ -17,13 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import qlora_jax as ql
-
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.encode import Example
 from ..data.kinds import Fields, check_text, find_messages
 from ..data.rows import converted, open_file
-from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..models.torch_decoder import TorchConfig
@@ -137,13 +134,9 @@ def generate(
     conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, options, dtype)
-    if isinstance(model.config, TorchConfig):
-        wrapped: Any = model.config.make_model(dtype=dtype)
-    else:
-        decoder = Decoder(model.decoder, dtype=dtype)
-        wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     # Streams share the compiled programs, and keep one cache per conversation.
-    stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
+    variables = {"params": model.base, "lora": model.lora}
+    stream = Stream(model.make_model(dtype), variables, sampling)
     results, write = [], write or (lambda text: None)
     for adapter, lora in (adapters or {None: model.lora}).items():
         adapted = stream.with_lora(lora)

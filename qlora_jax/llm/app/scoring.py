@@ -10,12 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-import qlora_jax as ql
-
 from ..data.batching import Batch, eval_batches
 from ..data.chat_tokenizer import open_tokenizer
 from ..data.dataset import read_rows
-from ..models.decoder import Decoder
 from ..models.torch_decoder import TorchConfig
 from ..train.means import make_mean_loss
 from ..train.objectives.sft import decoder_loss
@@ -115,13 +112,13 @@ def make_scorer(
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:
         raise ValueError(f"{data} must have at least one target token. Got none.")
+    wrapped = model.make_model(jnp.dtype(dtype))
     if isinstance(model.config, TorchConfig):  # each row is a single sequence
-        wrapped, head, can_pack = model.config.make_model(), None, False
+        head, can_pack = None, False
     else:
-        decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
-        wrapped, can_pack = ql.linen.wrap(decoder, scanned=decoder.scanned), True
         # A tied head uses the embedding table.
         head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
+        can_pack = True
     # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch alone.
     short = [row for row in rows if len(row.ids) <= batch_tokens]
     long = [row for row in rows if len(row.ids) > batch_tokens]

@@ -245,12 +245,10 @@ class Encoder:
             if ids[-1:] != [eos]:
                 ids, is_target = [*ids, eos], np.append(is_target, True)
         ids = self._check_ids(f"the ids of its {fields.kind}", ids)
-        labels = np.where(is_target, ids, IGNORED).astype(np.int32)
-        if self.train_on == "all":
-            labels = ids
+        is_trained = is_target | (self.train_on == "all")
         if images is not None and self.images is not None:  # not predicted from text
-            labels = np.where(ids == self.images.token_id, IGNORED, labels)
-            labels = labels.astype(np.int32)
+            is_trained &= ids != self.images.token_id
+        labels = np.where(is_trained, ids, IGNORED).astype(np.int32)
         # Examples are for generating answers, which needs prompts without images.
         has_example = with_example and marked.answers and images is None
         example = self._make_example(marked, answer) if has_example else None

@@ -39,7 +39,7 @@ class TorchConfig:
         scan_problem: Why equal layers are not stacked and scanned; None if they are.
         shapes: The shapes of the leaves that are read from files, by path.
         names: The names of the leaves in files, and the roles of their axes.
-        head: The name of the module that computes the logits.
+        head_module: The name of the module that computes the logits.
         decoder_name: The name of the module with the layers of the language model.
         image_token_id: The token that stands for parts of images; None for a model that
             reads only text.
@@ -59,7 +59,7 @@ class TorchConfig:
     scan_problem: str | None
     shapes: dict[str, jax.ShapeDtypeStruct]
     names: ql.io.Names
-    head: str
+    head_module: str
     decoder_name: str
     image_token_id: int | None
     tied_names: dict[str, str]
@@ -75,7 +75,7 @@ class TorchConfig:
         for path in self.shapes:
             roles = self.names.roles(path)
             is_stack_of_experts = self.names.entries[path].parameter is not None
-            if roles and path != f"{self.head}.weight":
+            if roles and path != f"{self.head_module}.weight":
                 contract[re.escape(path)] = "b" * is_stack_of_experts + roles
         return contract
 
