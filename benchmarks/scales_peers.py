@@ -1,4 +1,4 @@
-"""Scales by search, beside llama.cpp's quantizer and GPTQ, at the same bits.
+"""Scales by search, beside the quantizers of llama.cpp and llm-compressor, and GPTQ.
 
     python benchmarks/scales_peers.py [--markdown FILE]
 
@@ -15,7 +15,11 @@ row by row. After each row, it changes the rows that are not rounded yet, to mak
 the error of the outputs. The scales of a block are chosen when its first row is
 reached, from the changed weights: by the rule of Q4_0, or by this library's search.
 
-Needs the extra `train`, and `pip install gguf xllamacpp`.
+llm-compressor's GPTQ is its function `quantize_weight`, with the scales of
+compressed-tensors, which follow the rule of `int4_f16`.
+
+Needs the extra `interop`, and `pip install --no-deps llmcompressor loguru`, because
+llm-compressor asks for other versions of transformers.
 """
 
 import os
@@ -31,9 +35,13 @@ from collections.abc import Callable
 import gguf
 import jax.numpy as jnp
 import numpy as np
+import torch
 import xllamacpp
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
 from formats_model import read_chapters, split
 from formats_quality import encoder_layers, mean_squares, percent, relative_error
+from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 from timing import print_table
 from tqdm import tqdm
 
@@ -136,6 +144,30 @@ def make_gptq(fmt: str, block_size: int, scales: str) -> Packer:
     return pack
 
 
+def make_llm_compressor(group_size: int) -> Packer:
+    """Returns a packer that calls llm-compressor's GPTQ."""
+    args = QuantizationArgs(
+        num_bits=4,
+        type="int",  # pyright: ignore[reportArgumentType]
+        symmetric=True,
+        strategy="group",  # pyright: ignore[reportArgumentType]
+        group_size=group_size,
+    )
+
+    def pack(kernel: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        weights = torch.tensor(kernel.T)  # [N, K]
+        groups = weights.reshape(len(weights), -1, group_size)
+        scales, zero_points = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        scales = scales.half().float()  # as files store them
+        hessian = torch.tensor(2 * inputs.T @ inputs / len(inputs))
+        decoded, _, _ = quantize_weight(
+            weights[None], hessian[None], scales[None], zero_points[None], None, args
+        )
+        return decoded[0].numpy().T
+
+    return pack
+
+
 PACKERS: dict[tuple[str, str, str], Packer] = {
     ("llama.cpp, Q4_0", "4.500", ""): make_llama_cpp(False),
     ("llama.cpp, Q4_0, imatrix", "4.500", "mean squares"): make_llama_cpp(True),
@@ -153,6 +185,7 @@ for size, bits in ((32, "4.500"), (128, "4.125")):
         (f"{name}, search", bits, "mean squares"): make_packer(
             "int4_f16", size, "weighted"
         ),
+        (f"{name}, llm-compressor's GPTQ", bits, "products"): make_llm_compressor(size),
     }
 
 
