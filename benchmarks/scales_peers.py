@@ -148,9 +148,9 @@ def make_llm_compressor(group_size: int) -> Packer:
     """Returns a packer that calls llm-compressor's GPTQ."""
     args = QuantizationArgs(
         num_bits=4,
-        type="int",  # pyright: ignore[reportArgumentType]
+        type="int",
         symmetric=True,
-        strategy="group",  # pyright: ignore[reportArgumentType]
+        strategy="group",
         group_size=group_size,
     )
 
