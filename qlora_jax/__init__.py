@@ -35,7 +35,7 @@ from .trees.summary import summary
 if TYPE_CHECKING:
     from . import io, linen, nnx, optim
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "AdaptedKernel",

@@ -12,6 +12,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import qlora_jax as ql
 from qlora_jax.llm import app, data, train
@@ -159,8 +160,10 @@ def test_the_version_is_that_of_the_package_and_of_the_newest_release():
     assert importlib.metadata.version("qlora-jax") == ql.__version__
     changes = read("CHANGELOG.md")
     releases = re.findall(r"^## (.*)$", changes, re.MULTILINE)
-    assert releases[0] == "[Unreleased]"
-    assert re.fullmatch(rf"{ql.__version__} - \d{{4}}-\d\d-\d\d", releases[1])
+    citation = yaml.safe_load(read("CITATION.cff"))
+    date = citation["date-released"].isoformat()
+    assert releases[:2] == ["[Unreleased]", f"[{ql.__version__}] - {date}"]
+    assert citation["version"] == ql.__version__
 
 
 @pytest.mark.parametrize("page", PAGES)
