@@ -32,6 +32,7 @@ TOPOLOGIES = {
     "tpu7x": "tpu7x:2x2x1",
 }
 LAYERS, WIDTH, INNER, RANK = 6, 256, 2048, 16
+ALL_ALIKE = (LayerKind(),)  # a period of one layer
 
 
 def run_script(*arguments):
@@ -66,9 +67,9 @@ def on_one(chip):
     )
 
 
-def lower_step(chip, tokens, memory="device", windows=(None,), **options):
+def lower_step(chip, tokens, memory="device", kinds=ALL_ALIKE, **options):
     """Lowers the gradient of a decoder's loss, with the base in a memory of a chip."""
-    layers = tuple(LayerKind(window=w) for w in windows) * (LAYERS // len(windows))
+    layers = kinds * (LAYERS // len(kinds))
     sizes = {"num_heads": 4, "num_kv_heads": 2, "layers": layers}
     config = DecoderConfig(512, WIDTH, INNER, LAYERS, **sizes)
     model = Decoder(config, jnp.bfloat16, **options)

@@ -137,23 +137,37 @@ class LayerScan:
         env, period = torchax.default_env(), self.run.period
         calls = [self.calls[position::period] for position in range(period)]
         keys = jax.random.split(env.prng_key, len(calls[0]) + 1)
-        draws: list[bool] = []  # whether a period draws random numbers
+        draws: list[bool] = []  # whether a layer draws random numbers
+
+        def run_layer(
+            position: int,
+            hidden: jax.Array,
+            leaves: dict,
+            varying: dict,
+            key: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
+            arguments = list(calls[position][0].arguments)
+            for index, array in varying.items():
+                arguments[index] = as_tensor(array)
+            with env.override_property(prng=key):
+                output = self._call(position, hidden, leaves, arguments)
+                draws.append(env.prng_key is not key)
+                return _hidden_states(output), env.prng_key
+
+        # XLA could compute all layers of a period again at once, before it needs them.
+        checkpointed = jax.checkpoint(
+            run_layer, policy=self.policy, prevent_cse=period > 1, static_argnums=0
+        )
 
         def run_period(hidden: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
-            stacks, varying, period_key = xs
-            with env.override_property(prng=period_key):
-                for position in range(period):
-                    arguments = list(calls[position][0].arguments)
-                    for index, array in varying[position].items():
-                        arguments[index] = as_tensor(array)
-                    output = self._call(position, hidden, stacks[position], arguments)
-                    hidden = _hidden_states(output)
-                draws.append(env.prng_key is not period_key)
+            stacks, varying, key = xs
+            for position in range(period):
+                of_layer = stacks[position], varying[position], key
+                hidden, key = checkpointed(position, hidden, *of_layer)
             return hidden, None
 
         xs = self.stacks, [self._varying_arguments(group) for group in calls], keys[1:]
-        body = jax.checkpoint(run_period, policy=self.policy, prevent_cse=False)
-        hidden, _ = jax.lax.scan(body, self.hidden, xs)
+        hidden, _ = jax.lax.scan(run_period, self.hidden, xs)
         if any(draws):
             env.prng_key = keys[0]
         return as_tensor(hidden)

@@ -6,7 +6,18 @@ import re
 
 import jax.numpy as jnp
 import pytest
-from tpu_helpers import INNER, LAYERS, RANK, WIDTH, lower_step, needs_libtpu, run_script
+from tpu_helpers import (
+    ALL_ALIKE,
+    INNER,
+    LAYERS,
+    RANK,
+    WIDTH,
+    lower_step,
+    needs_libtpu,
+    run_script,
+)
+
+from qlora_jax.llm.models.config import LayerKind
 
 pytestmark = pytest.mark.slow
 
@@ -14,21 +25,29 @@ SHORT, LONG = 2048, 8192
 SPLASH = {"attention": "splash", "remat": True}
 OFFLOAD = SPLASH | {"remat": "offload"}
 TILED = OFFLOAD | {"mlp_tile": 512}
-# name: the decoder's arguments, its layers' windows, tokens
+# name: the decoder's arguments, a period of its layers, tokens
 STEPS = {
-    "splash": (SPLASH, (None,), SHORT),
-    "windows": (SPLASH, (None, 600), SHORT),
-    "offload": (OFFLOAD, (None,), SHORT),
-    "offload, long": (OFFLOAD, (None,), LONG),
-    "tiled": (TILED, (None,), SHORT),
-    "tiled, long": (TILED, (None,), LONG),
+    "splash": (SPLASH, ALL_ALIKE, SHORT),
+    "windows": (SPLASH, (*ALL_ALIKE, LayerKind(window=600)), SHORT),
+    "offload": (OFFLOAD, ALL_ALIKE, SHORT),
+    "offload, long": (OFFLOAD, ALL_ALIKE, LONG),
+    "tiled": (TILED, ALL_ALIKE, SHORT),
+    "tiled, long": (TILED, ALL_ALIKE, LONG),
 }
+# Layers of different structure are separate stacks.
+THREE_STACKS = (
+    *ALL_ALIKE,
+    LayerKind(mlp_width=INNER - 128),
+    LayerKind(mlp_width=INNER - 256),
+)
 
 
 def compile_steps():
     """Compiles the steps; yields what the tests look at."""
-    for name, (options, windows, tokens) in STEPS.items():
-        step = {"windows": windows, "stream_dtype": jnp.bfloat16, **options}
+    steps = STEPS | {"three stacks": (SPLASH, THREE_STACKS, LONG)}
+    steps |= {"one stack": (SPLASH, ALL_ALIKE, LONG)}
+    for name, (options, kinds, tokens) in steps.items():
+        step = {"kinds": kinds, "stream_dtype": jnp.bfloat16, **options}
         compiled = lower_step("v5e", tokens, **step).compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory is not None
@@ -73,6 +92,13 @@ def test_tiles_hold_one_tile_of_the_mlp():
     growth = device["offload, long"] - device["offload"]
     in_tiles = device["tiled, long"] - device["tiled"]
     assert growth - in_tiles > 2 * (LONG - SHORT) * INNER  # an array of the MLP's width
+
+
+@needs_libtpu
+def test_the_backward_pass_recomputes_one_layer_of_a_period_at_a_time():
+    device = {name: steps()[name]["device"] for name in ("one stack", "three stacks")}
+    of_mlp = 2 * LONG * INNER  # bytes of an array of the MLP's width
+    assert device["three stacks"] < device["one stack"] + of_mlp
 
 
 if __name__ == "__main__":

@@ -242,8 +242,9 @@ class Decoder(nn.Module):
         if self.remat == "offload":
             policy = ql.memory.offload_layer_inputs()
         # XLA removes a loop that runs once. It could then use results of the forward
-        # pass instead of computing them again.
-        prevent_cse = group.repeats == 1
+        # pass instead of computing them again. It could also compute all layers of a
+        # period again at once, before it needs them.
+        prevent_cse = group.repeats == 1 or len(group.stacks) > 1
         layer_class: Any = nn.remat(Layer, prevent_cse=prevent_cse, policy=policy)
         in_axes: Any = (nn.broadcast, 0, 0)  # of tokens, scalars and cache
         scan = functools.partial(
