@@ -206,6 +206,13 @@ def _check_environment(config: TrainConfig) -> None:
             "`attention` must be xla without a TPU, because splash is a kernel for "
             f"TPUs. Got splash, and devices of the platform {platform}."
         )
+    device = jax.local_devices()[0]
+    if config.model.attention == "cudnn" and not _has_flash_attention(device):
+        raise ValueError(
+            "`attention` must be xla or blocks without an NVIDIA GPU of compute "
+            "capability 8.0 or later, which flash attention in cuDNN needs. Got cudnn, "
+            f"and {device.device_kind}."
+        )
     reason = "XLA computes wrong gradients if the inputs of layers are in host memory"
     if config.model.remat == "offload" and platform == "gpu":
         raise ValueError(
@@ -218,6 +225,12 @@ def _check_environment(config: TrainConfig) -> None:
         )
 
 
+def _has_flash_attention(device: jax.Device) -> bool:
+    # CPUs have no such attribute, and that of AMD's GPUs is a name.
+    capability = str(getattr(device, "compute_capability", ""))
+    return capability.replace(".", "").isdecimal() and float(capability) >= 8
+
+
 def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> TrainConfig:
     """Returns the settings of a run in PyTorch's code.
 
@@ -227,7 +240,7 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
     no_teacher = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
     # The value of each option, the supported values, and why there are no others.
     requirements = {
-        "attention": (model.attention, ["xla"], "splash is a part of our decoder"),
+        "attention": (model.attention, ["xla"], "others are parts of our decoder"),
         "remat": (model.remat, [True, False], "its layers do not offload their inputs"),
         "base_memory": (
             model.base_memory,

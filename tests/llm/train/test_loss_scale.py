@@ -39,8 +39,8 @@ STEP = train.make_step(loss, OPTIMIZER)
 RUN = [[make_batch(i, 64.0 if i == 9 else 1.0)] for i in range(12)]
 
 
-def take(step, state, number_of_steps=12):
-    for batches in RUN[:number_of_steps]:
+def take(step, state, num_steps=12):
+    for batches in RUN[:num_steps]:
         state, _ = step(state, {}, batches)
     return state
 
@@ -70,24 +70,23 @@ def test_skipped_steps_change_only_counts_and_the_scale():
 
 
 def test_batches_of_a_step_are_scaled_by_their_own_number_of_rows():
-    parts = [make_batch(0)[:1], make_batch(0)[1:]]
-    state = start()._replace(loss_scale=train.LossScale.create()._replace(
-        scale=jnp.float32(256)))
-    apart, got = STEP(state, {}, parts)
-    plain = start(loss_scale=False)
-    whole, want = STEP(plain, {}, [make_batch(0)])
+    small_scale = train.LossScale.create()._replace(scale=jnp.float32(256))
+    state = start()._replace(loss_scale=small_scale)
+    whole = make_batch(0)
+    _, got = STEP(state, {}, [whole[:1], whole[1:]])
+    _, want = STEP(start(loss_scale=False), {}, [whole])
     np.testing.assert_allclose(got.grad_norm, want.grad_norm, rtol=2e-3)
-    assert got.loss == pytest.approx(float(want.loss), rel=1e-6)
+    assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-6)
 
 
 def test_adapters_of_a_sweep_have_their_own_scales():
-    def make_sweep():
+    def make_states():
         return [start(0.0), start(3e3)]  # gradients of the second overflow more often
 
-    sweep = train.State.stack(make_sweep())
+    sweep = train.State.stack(make_states())
     together = train.make_step(loss, lambda rate: optax.adam(rate), [0.1, 0.1])
     sweep = take(together, sweep)
-    alone = [take(STEP, state) for state in make_sweep()]
+    alone = [take(STEP, state) for state in make_states()]
     assert alone[0].loss_scale.scale > alone[1].loss_scale.scale
     for i, expected in enumerate(alone):
         chex.assert_trees_all_equal(sweep.member(i).loss_scale, expected.loss_scale)
@@ -104,9 +103,9 @@ def test_a_mesh_takes_the_same_steps():
         np.shape, split._replace(key=0)
     )
     got, want = take(STEP, split), take(STEP, state)
-    chex.assert_trees_all_equal(*(
-        jax.tree.map(np.asarray, (x.loss_scale, x.skipped)) for x in (got, want)
-    ))
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(np.asarray, (x.loss_scale, x.skipped)) for x in (got, want))
+    )
     chex.assert_trees_all_close(
         *(jax.tree.map(np.asarray, x.lora) for x in (got, want)), rtol=1e-5
     )
