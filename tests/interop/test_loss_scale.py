@@ -6,16 +6,16 @@ import numpy as np
 import optax
 import pytest
 import torch
+from tolerances import assert_close
 
 from qlora_jax.llm import train
-from tests.tolerances import assert_close
 
 GROWTH_INTERVAL = 7  # short, so that the scale grows several times in 200 steps
 
 
 def half_loss(lora, base, batch, key):
     """The mean of w * x over the rows of a batch, whose gradient is in float16."""
-    products = (lora["w"].astype(jnp.float16) * batch).astype(jnp.float32)
+    products = (lora["w"].astype(jnp.float16)[None] * batch).astype(jnp.float32)
     return jnp.sum(products), batch.shape[0]
 
 

@@ -78,10 +78,10 @@ class Decoder(nn.Module):
             at once, except that long inputs are processed in blocks on CPUs or with a
             soft-cap. "blocks" does so on all devices. "cudnn" is the flash attention of
             cuDNN, for NVIDIA GPUs from Ampere on and dtypes of 16 bits; it supports
-            neither soft-caps nor sinks. "splash" is `qlora_jax.memory.splash_attention`, for TPUs; on an
-            ambient mesh with Auto axes, each device computes its rows and heads. A
-            function with the same signature is also accepted. With a cache, attention
-            is always "xla".
+            neither soft-caps nor sinks. "splash" is
+            `qlora_jax.memory.splash_attention`, for TPUs; on an ambient mesh with Auto
+            axes, each device computes its rows and heads. A function with the same
+            signature is also accepted. With a cache, attention is always "xla".
         stream_dtype: Dtype of the residual stream.
         mlp_tile: The maximum number of tokens of each sequence that the MLP processes
             at a time, to save memory; None for all. If set, adapters cannot have

@@ -21,7 +21,7 @@ OPTIMIZER = optax.adam(0.1)
 
 def loss(lora, base, batch, key):
     """Squared errors of w * x + 1, summed over the rows of a batch."""
-    products = lora["w"].astype(jnp.float16) * batch.astype(jnp.float16)
+    products = lora["w"].astype(jnp.float16)[None] * batch.astype(jnp.float16)
     return jnp.sum(jnp.square(products.astype(jnp.float32) + 1)), batch.shape[0]
 
 
@@ -35,7 +35,7 @@ def start(fill=0.0, loss_scale=True):
 
 
 STEP = train.make_step(loss, OPTIMIZER)
-# The first steps overflow. Then the scale grows, and the step of a large batch overflows.
+# The first steps overflow. Later the scale grows, and the large batch overflows.
 RUN = [[make_batch(i, 64.0 if i == 9 else 1.0)] for i in range(12)]
 
 
