@@ -207,7 +207,8 @@ def _check_environment(config: TrainConfig) -> None:
             f"TPUs. Got splash, and devices of the platform {platform}."
         )
     device = jax.local_devices()[0]
-    if config.model.attention == "cudnn" and not _has_flash_attention(device):
+    capability = str(getattr(device, "compute_capability", ""))
+    if config.model.attention == "cudnn" and not has_flash_attention(capability):
         raise ValueError(
             "`attention` must be xla or blocks without an NVIDIA GPU of compute "
             "capability 8.0 or later, which flash attention in cuDNN needs. Got cudnn, "
@@ -225,9 +226,9 @@ def _check_environment(config: TrainConfig) -> None:
         )
 
 
-def _has_flash_attention(device: jax.Device) -> bool:
-    # CPUs have no such attribute, and that of AMD's GPUs is a name.
-    capability = str(getattr(device, "compute_capability", ""))
+def has_flash_attention(capability: str) -> bool:
+    """Returns whether cuDNN has flash attention for GPUs of this compute capability."""
+    # AMD's GPUs have a name such as "gfx942" instead, and CPUs have none.
     return capability.replace(".", "").isdecimal() and float(capability) >= 8
 
 

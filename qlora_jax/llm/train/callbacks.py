@@ -144,19 +144,20 @@ class CheckFinite(Callback):
             f"step {training.step} has loss {loss:.4g} and gradient norm {norm:.4g}"
         )
         is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        loss_scale = training.row.get("loss_scale", 1)
-        has_overflow = math.isfinite(loss) and is_skipped and loss_scale > 1
-        if loss_scale != 1:
+        loss_scale = training.row.get("loss_scale")
+        if loss_scale is not None:
             problem += f" at loss scale {loss_scale:g}"
-        if has_overflow or self.on_nan == "skip" and is_skipped:
-            count = f"{int(training.state.skipped):,} so far"
+        is_overflow = math.isfinite(loss) and (loss_scale or 1) > 1
+        if is_skipped and (is_overflow or self.on_nan == "skip"):
+            count = int(training.state.skipped)
             if jax.process_index() == 0:
-                text = f"{problem}: its update is skipped ({count})"
+                text = f"{problem}: its update is skipped ({count:,} so far)"
                 tqdm.write(text, file=sys.stderr)
             return
         if not is_skipped:
             problem += ", but its new adapter weights are not finite"
         advice = ", or `on_nan: skip`" if is_skipped else ""
+        advice += "" if loss_scale is None else ", or `dtype: float32`"
         if self.metrics is not None:
             self.metrics.on_step(training)
         self.states.wait()
