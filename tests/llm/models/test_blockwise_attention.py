@@ -185,26 +185,24 @@ def test_packed_sequences_are_separate(attention, monkeypatch):
     weights = jax.jit(Decoder(config).init)(jax.random.key(1), tokens)
     ids = jnp.where(jnp.arange(150) < 70, 1, 2)[None]  # a boundary inside a block
 
-    def sum_and_logits(model, weights, *arguments):
-        logits = model.apply(weights, *arguments)
+    def sum_and_logits(weights, attention, tokens, ids):
+        model = Decoder(config, attention=attention)
+        logits = model.apply(weights, tokens, segment_ids=ids)
         return jnp.sum(jnp.cos(logits)), logits
 
-    def run(attention, *arguments):
-        model = Decoder(config, attention=attention)
-        gradient = jax.grad(partial(sum_and_logits, model), has_aux=True)
-        return jax.jit(gradient)(weights, *arguments)
+    gradient = jax.jit(jax.grad(sum_and_logits, has_aux=True), static_argnums=1)
 
-    def pack(tokens):
-        return run(attention, tokens, None, None, None, False, ids)
+    def run(attention, tokens, ids=None):
+        return gradient(weights, attention, tokens, ids)
 
-    grads, logits = pack(tokens)
+    grads, logits = run(attention, tokens, ids)
     assert asked == (["cudnn"] * len(asked) if attention == "cudnn" else [])
     assert asked or attention == "blocks"
     parts = [run("xla", x) for x in (tokens[:, :70], tokens[:, 70:])]
     assert_close(logits, jnp.concatenate([x for _, x in parts], axis=1), 10_000)
     assert_close(grads, jax.tree.map(jnp.add, *[x for x, _ in parts]), 10_000)
     # The second sequence has the same bits, whatever the first one is.
-    _, changed = pack(tokens.at[:, :70].set(5))
+    _, changed = run(attention, tokens.at[:, :70].set(5), ids)
     np.testing.assert_array_equal(changed[:, 70:], logits[:, 70:])
 
 

@@ -28,7 +28,7 @@ def test_large_values_do_not_overflow():
         name = jax.tree_util.keystr(path)
         if "embed_tokens" in name:
             return 1e4 * x  # the squares of the residual stream overflow in float16
-        is_large = any(part in name for part in ("q_proj", "k_proj", "in_proj"))
+        is_large = any(part in name for part in ("q_proj", "k_proj", "in_proj_qkv"))
         return 400 * x if is_large and "kernel" in name else x
 
     params = jax.tree.map_with_path(enlarge, init_params())
