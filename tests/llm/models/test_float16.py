@@ -9,7 +9,7 @@ from tolerances import relative_error
 import qlora_jax as ql
 from qlora_jax.llm import data, train
 from qlora_jax.llm.models.config import DecoderConfig, DeltaRule, LayerKind
-from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.decoder import Decoder, head_arguments
 
 LINEAR = LayerKind(None, delta_rule=DeltaRule(2, 4, key_dim=8, value_dim=6))
 CONFIG = DecoderConfig(64, 32, 48, 2, 4, 2, layers=(LINEAR, LayerKind()), qk_norms=True)
@@ -38,8 +38,8 @@ def test_large_values_do_not_overflow():
         hidden = jax.jit(lambda x: model.apply(x, TOKENS, return_hidden=True))
         states = hidden({"params": params})
         logits = jax.jit(model.apply)({"params": params}, TOKENS)
-        head = params["lm_head"]["kernel"]
-        return logits, ql.losses.chunked_cross_entropy(states, head, TOKENS)
+        head = head_arguments(CONFIG, params)  # the embedding, so that logits are large
+        return logits, ql.losses.chunked_cross_entropy(states, labels=TOKENS, **head)
 
     for got, want in zip(compute(jnp.float16), compute(jnp.float32), strict=True):
         assert got.dtype == jnp.float32
