@@ -29,6 +29,7 @@ from ..models.torch_decoder import TorchConfig
 from ..models.torch_sharding import place_torch_arguments
 from ..train import optimizer as optimizers
 from ..train.arrays import put_rows
+from ..train.loss_scale import LossScale
 from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
 from .base_model import BaseModel, adapters_for, init_shapes, packing_for
@@ -127,6 +128,11 @@ def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], An
     )
 
 
+def make_loss_scale(config: TrainConfig) -> LossScale | None:
+    """Returns the loss scale before the first step; None unless `dtype` is float16."""
+    return LossScale.create() if config.model.dtype == "float16" else None
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
     """Returns a mesh of all devices; None without sizes."""
     if not sizes:
@@ -214,7 +220,7 @@ def lower_step(
     )
     # The program, and the shapes of its state and of a batch.
     program = make_program(config, model.config, backend=backend)
-    state = State.shapes(lora, program.optimizer)
+    state = State.shapes(lora, program.optimizer, make_loss_scale(config))
     num_sequences = find_objective(config.training.objective).sequences_per_row
     num_rows = config.training.batch_size * num_sequences
     width = config.training.max_length

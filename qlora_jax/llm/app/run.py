@@ -206,6 +206,14 @@ def _check_environment(config: TrainConfig) -> None:
             "`attention` must be xla without a TPU, because splash is a kernel for "
             f"TPUs. Got splash, and devices of the platform {platform}."
         )
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if config.model.attention == "cudnn" and not has_flash_attention(capability):
+        raise ValueError(
+            "`attention` must be xla or blocks without an NVIDIA GPU of compute "
+            "capability 8.0 or later, which flash attention in cuDNN needs. Got cudnn, "
+            f"and {device.device_kind}."
+        )
     reason = "XLA computes wrong gradients if the inputs of layers are in host memory"
     if config.model.remat == "offload" and platform == "gpu":
         raise ValueError(
@@ -218,6 +226,12 @@ def _check_environment(config: TrainConfig) -> None:
         )
 
 
+def has_flash_attention(capability: str) -> bool:
+    """Returns whether cuDNN has flash attention for GPUs of this compute capability."""
+    # AMD's GPUs have a name such as "gfx942" instead, and CPUs have none.
+    return capability.replace(".", "").isdecimal() and float(capability) >= 8
+
+
 def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> TrainConfig:
     """Returns the settings of a run in PyTorch's code.
 
@@ -227,7 +241,7 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
     no_teacher = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
     # The value of each option, the supported values, and why there are no others.
     requirements = {
-        "attention": (model.attention, ["xla"], "splash is a part of our decoder"),
+        "attention": (model.attention, ["xla"], "others are parts of our decoder"),
         "remat": (model.remat, [True, False], "its layers do not offload their inputs"),
         "base_memory": (
             model.base_memory,

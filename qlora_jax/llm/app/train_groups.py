@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..models.sharding import MESH_AXES
 from ..train.objectives import find_objective
-from .configs import Engine, Fmt, Scales, TargetFmt
+from .configs import Dtype, Engine, Fmt, Scales, TargetFmt
 from .options import (
     COUNT,
     FRACTION,
@@ -52,9 +52,11 @@ class ModelConfig(Config):
         recode: Whether to pack a 4-bit model again, in `fmt`. Needed if it has zero
             points or reordered inputs, which no format here supports.
         dtype: Dtype of the computation and of float weights; adapters are float32.
+            float16, for GPUs without bfloat16, uses dynamic loss scaling.
         remat: Whether to recompute activations in the backward pass, to save memory.
             offload also keeps the layers' inputs in host memory (not on GPUs).
-        attention: xla, which computes all scores, or splash, JAX's kernel for TPUs.
+        attention: xla, which computes all scores; blocks, which needs less memory;
+            splash, JAX's kernel for TPUs; or cudnn, for NVIDIA GPUs from Ampere on.
         stream_dtype: Dtype of the residual stream, to which layers add their outputs.
         mlp_tile: Maximum number of tokens in the MLP at a time, to save memory.
         base_memory: Where the packed layers are stored: device, or host to save device
@@ -78,11 +80,9 @@ class ModelConfig(Config):
     double_quant: bool | None = None
     scales: Scales = "absmax"
     recode: bool = False
-    dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", section="computation and memory"
-    )
+    dtype: Dtype = option("bfloat16", section="computation and memory")
     remat: bool | Literal["offload"] = option(True, is_identity=False)
-    attention: Literal["xla", "splash"] = "xla"
+    attention: Literal["xla", "blocks", "splash", "cudnn"] = "xla"
     stream_dtype: Literal["bfloat16", "float32"] = "float32"
     mlp_tile: int | None = option(None, limit=COUNT)
     base_memory: Literal["device", "host"] = option("device", is_identity=False)

@@ -35,7 +35,13 @@ from .evaluation import Evaluation
 from .loggers import LogRow, open_loggers, open_metrics
 from .preview import Preview, preview
 from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
-from .program import make_place, make_program, make_put, make_schedule
+from .program import (
+    make_loss_scale,
+    make_place,
+    make_program,
+    make_put,
+    make_schedule,
+)
 from .pushing import push
 from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
 from .run_folder import (
@@ -253,7 +259,8 @@ class Trainer:
         """
         seed = cast(int, self.run.config.training.seed)  # one run has one seed
         lora = _init_adapters(self.run, base, jax.random.key(seed))
-        state = State.create(lora, optimizer, seed)
+        loss_scale = make_loss_scale(self.run.config)
+        state = State.create(lora, optimizer, seed, loss_scale)
         if resume_after is None:
             return state
         state, metadata = self.states.restore(state, resume_after)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from .constraints import split_attention
 from .products import einsum_f32, make_dense, make_norm, name_product
 
 MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
+# Each pair of blocks takes a few kernels, which GPUs run faster if they are larger.
+GPU_BLOCK = 256
+MASKED = "xla", "blocks", "cudnn"  # what `attend` implements
 NO_WINDOW = 2**31 - 1  # replaces None in arrays of windows
 
 
@@ -173,9 +176,9 @@ def rotate(
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    If `attention` is "xla" or there is a cache, the mask depends on the positions of
-    tokens. Otherwise, it depends on their order in the row, and `Decoder` fills a row
-    with NaN if its positions do not follow this order.
+    If `attention` is "xla" or "blocks", or if there is a cache, the mask depends on the
+    positions of tokens. Otherwise, it depends on their order in the row, and `Decoder`
+    fills a row with NaN if its positions do not follow this order.
     """
 
     config: DecoderConfig
@@ -258,7 +261,7 @@ class Attention(nn.Module):
         value_dim, width = value.shape[-1], max(key.shape[-1], value.shape[-1])
         query, key, value = (pad_heads(x, width) for x in (query, key, value))
         operands = query, key, value, sinks, tokens, scalars
-        if not is_cached and self.attention != "xla":
+        if not is_cached and self.attention not in MASKED:
             mixed = self._attend_in_order(*operands)
         else:
             mixed = self._attend_by_position(*operands, is_cached)
@@ -353,6 +356,7 @@ class Attention(nn.Module):
     ) -> Array:
         """Returns the result of `attend`."""
         c, positions = self.config, tokens.positions
+        implementation = "xla" if is_cached else str(self.attention)
         key_positions = jnp.arange(key.shape[1])[None] if is_cached else positions
         # 1. The mask [B, T, S].
         window = self.kinds[0].window if scalars.window is None else scalars.window
@@ -366,7 +370,8 @@ class Attention(nn.Module):
             visible &= ids[:, :, None] == ids[:, None, :]
         # 2. Attention. `attend` multiplies all scores by the scale, but sinks are final
         # scores, so divide them by the scale.
-        settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
+        settings: dict[str, Any] = {"scale": c.attention_scale}
+        settings |= {"soft_cap": c.attention_soft_cap, "implementation": implementation}
         if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
             return attend(*operands, **settings)[..., : query.shape[-1]]
@@ -479,28 +484,48 @@ def attend(
     *,
     scale: float,
     soft_cap: float | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "B T H Dh"]:
-    """Computes masked attention, in which H / K query heads share a key head."""
+    """Computes masked attention, in which H / K query heads share a key head.
+
+    With "cudnn", no query may see a later key, and there must be no soft-cap.
+    """
+    if implementation == "cudnn":
+        # cuDNN adds the mask to the scores of each block, in 16 bits. It skips blocks
+        # only if it knows that the mask is causal.
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=visible[:, None],
+            scale=scale,
+            is_causal=True,
+            implementation="cudnn",
+        )
     # Blocks are slices, which JAX does not support along axes that an Explicit mesh
     # splits.
     mesh = getattr(jax.typeof(query).sharding, "mesh", None)
     is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
+    is_blocked = implementation == "blocks" or query.shape[1] > MANY_QUERIES
+    block = BLOCK if is_blocked and not is_split else None
     attend_plain = functools.partial(
-        attend_by_matrices,
-        scale=scale,
-        soft_cap=soft_cap,
-        block=BLOCK if query.shape[1] > MANY_QUERIES and not is_split else None,
+        attend_by_matrices, scale=scale, soft_cap=soft_cap, block=block
     )
     operands = query, key, value, visible
-    # JAX's attention has no soft-cap, and plain products are faster on CPUs.
-    if soft_cap is not None:
+    if implementation == "blocks":
+        attend_off_cpu = functools.partial(attend_plain, block=block and GPU_BLOCK)
+    elif soft_cap is not None:  # JAX's attention has no soft-cap
         return attend_plain(*operands)
+    else:
+
+        def attend_off_cpu(query, key, value, visible):
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=visible[:, None], scale=scale
+            )
+
+    # Plain products are faster on CPUs than JAX's attention.
     return jax.lax.platform_dependent(
-        *operands,
-        cpu=attend_plain,
-        default=lambda query, key, value, visible: jax.nn.dot_product_attention(
-            query, key, value, mask=visible[:, None], scale=scale
-        ),
+        *operands, cpu=attend_plain, default=attend_off_cpu
     )
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 import qlora_jax as ql
 
 from .attention import (
+    MASKED,
     KeysAndValues,
     LayerScalars,
     NoCache,
@@ -35,7 +36,7 @@ from .layer import Layer, mixer_class
 from .per_layer_input import PerLayerEmbedding
 from .products import einsum_f32, keep_products, make_dense, make_norm
 
-ATTENTIONS = "xla", "splash"
+ATTENTIONS = *MASKED, "splash"
 # By path of a stack.
 Cache = dict[str, KeysAndValues | NoCache | LayerStates]
 
@@ -75,10 +76,12 @@ class Decoder(nn.Module):
             `qlora_jax.memory.offload_layer_inputs`.
         attention: How attention is computed without a cache. "xla" computes all scores
             at once, except that long inputs are processed in blocks on CPUs or with a
-            soft-cap. "splash" is `qlora_jax.memory.splash_attention`, for TPUs; on an
-            ambient mesh with Auto axes, each device computes its rows and heads. A
-            function with the same signature is also accepted. With a cache, attention
-            is always "xla".
+            soft-cap. "blocks" does so on all devices. "cudnn" is the flash attention of
+            cuDNN, for NVIDIA GPUs from Ampere on and dtypes of 16 bits; it supports
+            neither soft-caps nor sinks. "splash" is
+            `qlora_jax.memory.splash_attention`, for TPUs; on an ambient mesh with Auto
+            axes, each device computes its rows and heads. A function with the same
+            signature is also accepted. With a cache, attention is always "xla".
         stream_dtype: Dtype of the residual stream.
         mlp_tile: The maximum number of tokens of each sequence that the MLP processes
             at a time, to save memory; None for all. If set, adapters cannot have
@@ -115,6 +118,12 @@ class Decoder(nn.Module):
                 f"`attention` must be one of {ATTENTIONS} or a function. Got "
                 f"{self.attention!r}."
             )
+        c = self.config
+        if self.attention == "cudnn" and (c.sinks or c.attention_soft_cap is not None):
+            raise ValueError(
+                "`attention` must not be cudnn for a model with a soft-cap or sinks of "
+                "attention, which cuDNN does not support. Got cudnn. Use blocks."
+            )
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(
                 f"`mlp_tile` must be positive or None. Got {self.mlp_tile}."
@@ -138,8 +147,9 @@ class Decoder(nn.Module):
             tokens: Token ids. Pad on the right: attention is causal, so that no token
                 sees the padding after it.
             positions: Position of each token in its sequence; by default 0, 1, 2, ...
-                in each segment. If `attention` is not "xla" or layers have states, rows
-                whose positions do not count up by one in each segment become NaN.
+                in each segment. If `attention` is neither "xla" nor "blocks" or layers
+                have states, rows whose positions do not count up by one in each segment
+                become NaN.
             cache: Keys, values and states of earlier calls, from `init_cache`.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states, times `logit_scale`,
@@ -171,7 +181,7 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:  # Gemma rounds this factor to its dtype
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
-        needs_order = self.attention != "xla" or c.has_states
+        needs_order = self.attention not in ("xla", "blocks") or c.has_states
         if positions is not None and cache is None and needs_order:
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)

@@ -10,6 +10,7 @@ from .callbacks import (
     ShowProgress,
 )
 from .loop import Callback, Training, fit
+from .loss_scale import LossScale
 from .means import make_mean_loss
 from .objectives import Objective, find_objective, register_objective
 from .objectives.sft import decoder_loss
@@ -35,6 +36,7 @@ __all__ = [
     "Evaluate",
     "ForMembers",
     "LogRows",
+    "LossScale",
     "Metrics",
     "Objective",
     "Report",

@@ -110,6 +110,9 @@ class CheckFinite(Callback):
     and `on_nan` decides whether training goes on. If only the new adapter is not
     finite, a FloatingPointError always ends the run.
 
+    With a loss scale above 1, a gradient that is not finite is only an overflow in
+    float16. Training then always goes on, with a smaller loss scale.
+
     Attributes:
         states: The saved states of the run. The error names the latest one.
         metrics: The callback that writes metrics. It writes those of the failed step
@@ -141,13 +144,20 @@ class CheckFinite(Callback):
             f"step {training.step} has loss {loss:.4g} and gradient norm {norm:.4g}"
         )
         is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        if self.on_nan == "skip" and is_skipped:
+        loss_scale = training.row.get("loss_scale")
+        if loss_scale is not None:
+            problem += f" at loss scale {loss_scale:g}"
+        is_overflow = math.isfinite(loss) and (loss_scale or 1) > 1
+        if is_skipped and (is_overflow or self.on_nan == "skip"):
+            count = int(training.state.skipped)
             if jax.process_index() == 0:
-                tqdm.write(f"{problem}: its update is skipped", file=sys.stderr)
+                text = f"{problem}: its update is skipped ({count:,} so far)"
+                tqdm.write(text, file=sys.stderr)
             return
         if not is_skipped:
             problem += ", but its new adapter weights are not finite"
         advice = ", or `on_nan: skip`" if is_skipped else ""
+        advice += "" if loss_scale is None else ", or `dtype: float32`"
         if self.metrics is not None:
             self.metrics.on_step(training)
         self.states.wait()

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ... import optim
 from .arrays import mesh_of, put_on_mesh, stack_trees, take_from_stack, with_shardings
+from .loss_scale import LossScale
 
 # A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
 # of the losses of all targets, the number of targets, and optionally metrics.
@@ -35,6 +36,7 @@ class State(NamedTuple):
         opt_state: The state of the optimizer.
         key: The PRNG key of the run, which stays the same. The dropout keys of a step
             are derived from it and from the number of the step.
+        loss_scale: The loss scale, for training in float16. None for no scaling.
 
     Example:
         >>> import jax, optax
@@ -55,10 +57,15 @@ class State(NamedTuple):
     lora: PyTree
     opt_state: PyTree
     key: Array
+    loss_scale: LossScale | None = None
 
     @classmethod
     def create(
-        cls, lora: PyTree, optimizer: optax.GradientTransformation, seed: int
+        cls,
+        lora: PyTree,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        loss_scale: LossScale | None = None,
     ) -> "State":
         """Returns the state before the first step.
 
@@ -68,9 +75,11 @@ class State(NamedTuple):
             lora: The lora tree.
             optimizer: The optimizer.
             seed: The seed of the dropout.
+            loss_scale: The initial loss scale, for training in float16.
         """
         step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        state = cls(step, skipped, lora, optimizer.init(lora), jax.random.key(seed))
+        key, opt_state = jax.random.key(seed), optimizer.init(lora)
+        state = cls(step, skipped, lora, opt_state, key, loss_scale)
         mesh = mesh_of(lora)
         return state if mesh is None else put_on_mesh(state, mesh)
 
@@ -92,16 +101,22 @@ class State(NamedTuple):
         return _with_key(take_from_stack(_with_key_data(self), index))
 
     @classmethod
-    def shapes(cls, lora: PyTree, optimizer: optax.GradientTransformation) -> "State":
+    def shapes(
+        cls,
+        lora: PyTree,
+        optimizer: optax.GradientTransformation,
+        loss_scale: LossScale | None = None,
+    ) -> "State":
         """Returns the shapes and shardings of the state that `create` returns.
 
         Args:
             lora: The lora tree, of `jax.ShapeDtypeStruct` with shardings.
             optimizer: The optimizer.
+            loss_scale: The initial loss scale, for training in float16.
         """
 
         def create(lora):
-            return cls.create(lora, optimizer, 0)
+            return cls.create(lora, optimizer, 0, loss_scale)
 
         # The shardings are dropped, because with them `create` would call `device_put`
         # while it is traced.
@@ -118,7 +133,8 @@ class State(NamedTuple):
             lora,
             transform_non_params=lambda x: None,
         )
-        sharded: Any = cls(None, None, lora, sharded_opt_state, None)  # type: ignore
+        replicated = jax.tree.map(lambda x: None, state)
+        sharded = replicated._replace(lora=lora, opt_state=sharded_opt_state)
         return with_shardings(state, sharded, jax.tree.leaves(lora)[0])
 
 
@@ -139,7 +155,8 @@ class Report(NamedTuple):
         tokens: The number of target tokens, answers or pairs, by which sums of losses
             are divided.
         is_finite: Whether the loss, the gradient and the new adapter are finite.
-        metrics: The mean of each metric that the loss function returns, by name.
+        metrics: The mean of each metric that the loss function returns, by name. With
+            a loss scale, also `loss_scale`, the one of this step.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -159,7 +176,7 @@ class _Sums(NamedTuple):
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]  # the number of target tokens
-    grads: PyTree  # of the summed loss
+    grads: PyTree  # of the summed loss, without the loss scale
     metrics: list[dict[str, tuple[Array, Array]]]  # empty if the loss returns none
 
 
@@ -175,6 +192,9 @@ def make_step(
 
     If the loss or the norm of the gradient is not finite, the adapter and the optimizer
     stay unchanged (`ql.optim.skippable`), and only the step counters advance.
+
+    If the state has a `LossScale`, the mean loss of each batch is multiplied by it, and
+    the gradient is divided by it. The step then also updates the loss scale.
 
     If only the new adapter is not finite, the old adapter is kept. The old state of the
     optimizer is not kept, because a state in host memory has been updated in place. So
@@ -292,21 +312,29 @@ class Step:
     def _add_batch(self, sums, state, base, batch, index) -> _Sums:
         """Adds the losses and gradients of batch number `index` of a step."""
 
-        def sum_losses(lora, key, step):
+        def sum_losses(lora, key, step, loss_scale):
             # A resumed run derives the same dropout key for each batch of each step.
             dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
 
-            def loss_and_counts(lora):
-                total, *counts = self.loss(lora, base, batch, dropout_key)
-                return total, counts
+            def scaled_loss(lora):
+                total, weight, *metrics = self.loss(lora, base, batch, dropout_key)
+                weight = jnp.asarray(weight, jnp.float32)
+                if loss_scale is None:
+                    return total, (total, weight, 1.0, metrics)
+                # The sum of the losses of a batch has gradients that are larger than
+                # those of their mean, for which the initial loss scale is meant.
+                factor = loss_scale.scale / jnp.maximum(weight, 1)
+                return total * factor, (total, weight, factor, metrics)
 
-            gradient = jax.value_and_grad(loss_and_counts, has_aux=True)
-            (total, (weight, *metrics)), grads = gradient(lora)
-            return _Sums(total, jnp.asarray(weight, jnp.float32), grads, metrics)
+            gradient = jax.grad(scaled_loss, has_aux=True)
+            grads, (total, weight, factor, metrics) = gradient(lora)
+            if loss_scale is not None:
+                grads = jax.tree.map(lambda g: g / factor.astype(g.dtype), grads)
+            return _Sums(total, weight, grads, metrics)
 
         if self.learning_rates is not None:
             sum_losses = jax.vmap(sum_losses)
-        batch_sums = sum_losses(state.lora, state.key, state.step)
+        batch_sums = sum_losses(state.lora, state.key, state.step, state.loss_scale)
         return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
 
     def _finish(self, sums, state, *batch) -> tuple[State, Report]:
@@ -340,8 +368,12 @@ def _update(
     is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
     lora = jax.tree.map(functools.partial(jnp.where, is_finite), lora, state.lora)
     skipped = state.skipped + skip.astype(jnp.int32)
-    new_state = State(state.step + 1, skipped, lora, opt_state, state.key)
     means = {name: x / n for group in metrics for name, (x, n) in group.items()}
+    loss_scale = state.loss_scale
+    if loss_scale is not None:
+        means["loss_scale"] = loss_scale.scale
+        loss_scale = loss_scale.update(~skip)
+    new_state = State(state.step + 1, skipped, lora, opt_state, state.key, loss_scale)
     return new_state, Report(mean, norm, weight, is_finite, means)
 
 

@@ -24,7 +24,13 @@ from qlora_jax.llm.app import evaluation
 from qlora_jax.llm.app.base_model import BaseModel
 from qlora_jax.llm.app.processes import catch_signals
 from qlora_jax.llm.app.program import make_program
-from qlora_jax.llm.app.run import check_stamp, make_batches, make_run, members_of
+from qlora_jax.llm.app.run import (
+    check_stamp,
+    has_flash_attention,
+    make_batches,
+    make_run,
+    members_of,
+)
 from qlora_jax.llm.app.run_folder import run_folder
 from qlora_jax.llm.data import open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import abstract_params
@@ -259,6 +265,33 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
     assert {row.place for row in other_seed.data.valid} != held_out
 
 
+@pytest.mark.slow
+def test_a_run_in_float16_resumes_with_its_loss_scale(folder, data, tmp_path, capsys):
+    options = dict(dtype="float16", eval_examples=0)
+    whole = app.train(settings(folder, data, tmp_path / "whole", **options))
+    app.train(settings(folder, data, tmp_path / "part", steps=2, **options))
+    app.train(settings(folder, data, tmp_path / "part", resume=True, **options))
+    adapters = [tensors_of(tmp_path / x / ADAPTER) for x in ("whole", "part")]
+    assert_same_bits(*adapters)
+    rows = [row for row in rows_of(tmp_path / "whole") if row["step"]]
+    scales = [row["loss_scale"] for row in rows]
+    assert scales == [x["loss_scale"] for x in rows_of(tmp_path / "part") if x["step"]]
+    # A step is skipped if its gradient overflows. It has no norm, and halves the scale.
+    is_skipped = [row["grad_norm"] is None for row in rows]
+    halved = [x * 0.5**skip for x, skip in zip(scales, is_skipped, strict=True)]
+    assert scales == [2.0**16, *halved[:-1]]
+    assert whole.skipped == sum(is_skipped)
+    skips = capsys.readouterr().err.count("its update is skipped")
+    assert skips == 2 * whole.skipped  # of both runs
+
+
+def test_cudnn_is_for_gpus_from_ampere_on():
+    # The compute capabilities of a T4, A100, H100 and B200, of an MI300X, and of a CPU.
+    capabilities = "7.5", "8.0", "9.0", "10.0", "gfx942", ""
+    have = [has_flash_attention(x) for x in capabilities]
+    assert have == [False, True, True, True, False, False]
+
+
 OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
 SPLASH = dict(batch_size=8, attention="splash")
 
@@ -302,6 +335,7 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(mesh="tensor=8"), "must divide the 4 heads: it may be 1, 2, 4. Got 8"),
         (dict(mesh="fsdp=2,tensor=4"), "blocks of 64 along K = 64 must divide"),
         (dict(mesh="data=8", **SPLASH), "`attention` must be xla without a TPU"),
+        (dict(attention="cudnn"), "xla or blocks without an NVIDIA GPU of .* and cpu"),
         (dict(distributed=True), "`mesh` must be given with `distributed`"),
         (dict(process_id=1), "`distributed` must be set with .'process_id'"),
     ],

@@ -14,11 +14,14 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 from qlora_jax.llm.models.attention import (
+    GPU_BLOCK,
     MANY_QUERIES,
     attend,
     attend_by_matrices,
     with_sinks,
 )
+from qlora_jax.llm.models.config import DecoderConfig, LayerKind
+from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.products import keep_products
 
 
@@ -161,3 +164,59 @@ def test_vmap():
     ours = jax.jit(jax.vmap(run, in_axes=1))(*operands)
     exact = in_float64(*(x[0] for x in operands), 0.4)
     assert_close(ours[:, 0], exact, terms=64)
+
+
+LAYERS = LayerKind(), LayerKind(window=40)
+SIZES = dict(num_layers=2, num_heads=4, num_kv_heads=2, layers=LAYERS)
+
+
+@pytest.mark.parametrize("attention", ["blocks", "cudnn"])
+def test_packed_sequences_are_separate(attention, monkeypatch):
+    """In cuDNN's place, JAX's plain attention gets its operands: this needs no GPU."""
+    config = DecoderConfig(64, 32, 48, **SIZES)
+    tokens = jax.random.randint(jax.random.key(0), (1, 150), 0, 64)
+    weights = jax.jit(Decoder(config).init)(jax.random.key(1), tokens)
+    asked, plain_attention = [], jax.nn.dot_product_attention
+
+    def attention_without_gpu(*operands, implementation=None, **settings):
+        asked.append(implementation)
+        return plain_attention(*operands, **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention_without_gpu)
+    ids = jnp.where(jnp.arange(150) < 70, 1, 2)[None]  # a boundary inside a block
+
+    def sum_and_logits(weights, attention, tokens, ids):
+        model = Decoder(config, attention=attention)
+        logits = model.apply(weights, tokens, segment_ids=ids)
+        return jnp.sum(jnp.cos(logits)), logits
+
+    gradient = jax.jit(jax.grad(sum_and_logits, has_aux=True), static_argnums=1)
+
+    def run(attention, tokens, ids=None):
+        return gradient(weights, attention, tokens, ids)
+
+    grads, logits = run(attention, tokens, ids)
+    assert {*asked} == ({"cudnn"} if attention == "cudnn" else set())
+    parts = [run("xla", x) for x in (tokens[:, :70], tokens[:, 70:])]
+    assert_close(logits, jnp.concatenate([x for _, x in parts], axis=1), 10_000)
+    assert_close(grads, jax.tree.map(jnp.add, *[x for x, _ in parts]), 10_000)
+    # The second sequence has the same bits, whatever the first one is.
+    _, changed = run(attention, tokens.at[:, :70].set(5), ids)
+    np.testing.assert_array_equal(changed[:, 70:], logits[:, 70:])
+
+
+def test_blocks_on_gpus_are_larger_and_form_no_scores():
+    shapes = [jax.ShapeDtypeStruct((1, 512, n, 8), jnp.float16) for n in (4, 2, 2)]
+    shapes.append(jax.ShapeDtypeStruct((1, 512, 512), bool))
+    attend_blocks = partial(attend, scale=1.0, implementation="blocks")
+    traced = jax.jit(attend_blocks).trace(*shapes)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert f"tensor<2x2x{GPU_BLOCK}x{GPU_BLOCK}xf32>" in text
+    assert "512x512xf" not in text
+
+
+def test_cudnn_is_refused_for_models_that_it_does_not_support():
+    for option in (dict(attention_soft_cap=2.0), dict(sinks=True)):
+        config = DecoderConfig(64, 32, 48, **SIZES, **option)
+        with pytest.raises(ValueError, match="must not be cudnn for a model with a"):
+            Decoder(config, attention="cudnn")

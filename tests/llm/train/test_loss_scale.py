@@ -1,0 +1,143 @@
+"""Training in float16 with a dynamic loss scale. tests/interop compares with PyTorch.
+
+The products of the loss here are in float16, so their gradient overflows if the loss
+scale times an input is larger than 65504.
+"""
+
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import make_mesh, spread
+
+from qlora_jax.llm import train
+
+OPTIMIZER = optax.adam(0.1)
+
+
+def loss(lora, base, batch, key):
+    """Squared errors of w * x + 1, summed over the rows of a batch."""
+    products = lora["w"].astype(jnp.float16)[None] * batch.astype(jnp.float16)
+    return jnp.sum(jnp.square(products.astype(jnp.float32) + 1)), batch.shape[0]
+
+
+def make_batch(seed, size=1.0):
+    return size * np.random.default_rng(seed).normal(size=(4, 8)).astype(np.float32)
+
+
+def start(fill=0.0, loss_scale=True):
+    scale = train.LossScale.create(growth_interval=3) if loss_scale else None
+    return train.State.create({"w": jnp.full(8, fill)}, OPTIMIZER, 0, scale)
+
+
+STEP = train.make_step(loss, OPTIMIZER)
+# The first steps overflow. Later the scale grows, and the large batch overflows.
+RUN = [[make_batch(i, 64.0 if i == 9 else 1.0)] for i in range(12)]
+
+
+def take(step, state, num_steps=12):
+    for batches in RUN[:num_steps]:
+        state, _ = step(state, {}, batches)
+    return state
+
+
+def test_skipped_steps_change_only_counts_and_the_scale():
+    state = start()
+    updates = []
+    for batches in RUN:
+        before = jax.tree.map(np.asarray, state._replace(key=0))
+        state, report = STEP(state, {}, batches)
+        assert report.metrics["loss_scale"] == before.loss_scale.scale
+        after = state._replace(key=0)
+        updates.append(bool(report.is_finite))
+        if not report.is_finite:
+            assert np.isfinite(report.loss) and not np.isfinite(report.grad_norm)
+            chex.assert_trees_all_equal(after[2:4], before[2:4])
+            assert after.loss_scale.scale == before.loss_scale.scale / 2
+    assert state.skipped == updates.count(False) and 0 < state.skipped < 12
+    assert not updates[0] and not updates[9]
+    # Without overflows, the updates are those without a loss scale. The scale and the
+    # number of rows are powers of two, so that only exponents differ.
+    expected = start(loss_scale=False)
+    for batches, is_updated in zip(RUN, updates, strict=True):
+        if is_updated:
+            expected, _ = STEP(expected, {}, batches)
+    chex.assert_trees_all_close(state.lora, expected.lora, rtol=2e-3)
+
+
+def test_batches_of_a_step_are_scaled_by_their_own_number_of_rows():
+    small_scale = train.LossScale.create()._replace(scale=jnp.float32(256))
+    state = start()._replace(loss_scale=small_scale)
+    whole = make_batch(0)
+    _, got = STEP(state, {}, [whole[:1], whole[1:]])
+    _, want = STEP(start(loss_scale=False), {}, [whole])
+    np.testing.assert_allclose(got.grad_norm, want.grad_norm, rtol=2e-3)
+    assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-6)
+
+
+def test_adapters_of_a_sweep_have_their_own_scales():
+    def make_states():
+        return [start(0.0), start(3e3)]  # gradients of the second overflow more often
+
+    sweep = train.State.stack(make_states())
+    together = train.make_step(loss, lambda rate: optax.adam(rate), [0.1, 0.1])
+    sweep = take(together, sweep)
+    alone = [take(STEP, state) for state in make_states()]
+    assert alone[0].loss_scale.scale > alone[1].loss_scale.scale
+    for i, expected in enumerate(alone):
+        chex.assert_trees_all_equal(sweep.member(i).loss_scale, expected.loss_scale)
+        assert sweep.skipped[i] == expected.skipped
+
+
+def test_a_mesh_takes_the_same_steps():
+    state = start()
+    mesh = make_mesh("Auto")
+    lora = spread({"w": jnp.zeros(8)}, mesh, ("a", "b"))
+    split = train.State.create(lora, OPTIMIZER, 0, train.LossScale.create(3))
+    shapes = train.State.shapes(lora, OPTIMIZER, train.LossScale.create(3))
+    assert jax.tree.map(np.shape, shapes._replace(key=0)) == jax.tree.map(
+        np.shape, split._replace(key=0)
+    )
+    got, want = take(STEP, split), take(STEP, state)
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(np.asarray, (x.loss_scale, x.skipped)) for x in (got, want))
+    )
+    chex.assert_trees_all_close(
+        *(jax.tree.map(np.asarray, x.lora) for x in (got, want)), rtol=1e-5
+    )
+
+
+def test_a_restored_state_goes_on_with_its_scale(tmp_path):
+    with train.Checkpoints(tmp_path) as states:
+        state = take(STEP, start(), 8)
+        states.save(state, {})
+        states.wait()
+        restored, _ = states.restore(start())
+        assert restored.loss_scale.scale == state.loss_scale.scale != 2**16
+        for batches in RUN[8:]:
+            state, _ = STEP(state, {}, batches)
+            restored, _ = STEP(restored, {}, batches)
+        chex.assert_trees_all_equal(restored.loss_scale, state.loss_scale)
+        # A run without a loss scale is a different run.
+        with pytest.raises(ValueError, match=r"loss_scale\.scale"):
+            states.restore(start(loss_scale=False))
+
+
+def test_only_overflows_let_a_run_go_on(tmp_path, capsys):
+    def check(loss=1.0, norm=np.inf, **row):
+        state = SimpleNamespace(skipped=np.int32(3))
+        training = train.Training(9, iter([]), state, step=4, is_finite=False)
+        training.row = {"step": 4, "loss": loss, "grad_norm": norm, **row}
+        train.CheckFinite(states).on_step(training)
+
+    with train.Checkpoints(tmp_path) as states:
+        check(loss_scale=2.0)
+        message = capsys.readouterr().err
+        assert "norm inf at loss scale 2: its update is skipped (3 so far)" in message
+        for row in (dict(loss_scale=1.0), dict(loss=np.nan, loss_scale=2.0), {}):
+            with pytest.raises(FloatingPointError, match="step 4 has loss"):
+                check(**row)
