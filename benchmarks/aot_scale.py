@@ -96,10 +96,10 @@ def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
     if chip in CHIPS:
         description = get_topology_desc(topology, "tpu")
         return description.devices, [f"pallas_tpu_{chip}", "reference"]
-    from gpu_hlo import H100
+    from gpu_hlo import GPUS
 
-    shape = topology.partition(":")[2]
-    description = get_topology_desc("", "cuda", target_config=H100, topology=shape)
+    shape, config = topology.partition(":")[2], GPUS[chip]
+    description = get_topology_desc("", "cuda", target_config=config, topology=shape)
     return description.devices, ["reference"]
 
 

@@ -59,6 +59,23 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+# From deviceQuery on a T4, and NVIDIA's white paper on Turing.
+T4 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 65536 threads_per_core_limit: 1024 core_count: 40
+  fpus_per_core: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 320064000000 l2_cache_size: 4194304
+  clock_rate_ghz: 1.59 device_memory_size: 15843721216
+  shared_memory_per_block_optin: 65536
+  cuda_compute_capability { major: 7 minor: 5 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "Tesla T4"
+"""
+GPUS = {"h100": H100, "t4": T4}
 GEMMS = {"as compiled": True, "vendor": False}  # whether Triton GEMMs are allowed
 NOT_KERNELS = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.+?) ([a-z][\w-]*)\(([^)]*)\)(.*)$")

@@ -48,6 +48,29 @@ _QWEN3_MOE = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+_QWEN3_1_7B = _QWEN3 | {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+}
+_QWEN3_4B = _QWEN3 | {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+}
 # The text halves of models from 2026. The sizes are those of their `config.json`, as
 # copied in THUDM/slime (scripts/models), in the notebook on Gemma 4 of
 # rasbt/LLMs-from-scratch (ch05/17_gemma4), and in the defaults of transformers.
@@ -136,6 +159,8 @@ MODELS = {
     "Llama-3.1-405B": _decoder(
         128256, 16384, 53248, 126, heads=128, rope=Rope(500_000.0)
     ),
+    "Qwen3-1.7B": config_from_hf(_QWEN3_1_7B),
+    "Qwen3-4B": config_from_hf(_QWEN3_4B),
     "Qwen3-30B-A3B": config_from_hf(_QWEN3_MOE),
     "gpt-oss-20b": _gpt_oss(24, 32),
     "gpt-oss-120b": _gpt_oss(36, 128),
@@ -167,9 +192,14 @@ CHIPS = {
     "v5e": Chip(197e12, 819e9, 200e9, 14e9),
     "v6e": Chip(918e12, 1640e9, 448e9, 14e9),
 }
-# Bytes that a program may use, as the TPU compiler reports them, or as in XLA's
-# description of an H100.
-HBM = {"v5e": 15.75 * 2**30, "v6e": 31.24 * 2**30, "h100": 84_978_434_048}
+# Bytes that a program may use, as the TPU compiler reports them, or as in the
+# descriptions of GPUs in `gpu_hlo.py`.
+HBM = {
+    "v5e": 15.75 * 2**30,
+    "v6e": 31.24 * 2**30,
+    "h100": 84_978_434_048,
+    "t4": 15_843_721_216,
+}
 
 
 def chip_of(record: dict) -> str:

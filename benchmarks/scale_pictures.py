@@ -49,7 +49,7 @@ def draw_models(records: list[dict]) -> Figure:
         group_key = list(SHORT).index(x["model"]), x["chips"], chip_of(x)
         is_lora = x["settings"].get("fmt") == "none"
         best = groups.setdefault(group_key, {}).get(is_lora)
-        is_special = {"objective", "engine"} & {*x["settings"]}
+        is_special = {"objective", "engine", "merge_aware"} & {*x["settings"]}
         if not is_special and "hbm" in x and (best is None or _rank(x) > _rank(best)):
             groups[group_key][is_lora] = x
     group_keys = sorted(key for key, group in groups.items() if False in group)[::-1]

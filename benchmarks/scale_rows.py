@@ -1,13 +1,16 @@
 """The rows of `aot_scale.py`: a model, chips, tokens, settings of `qlora-jax train`.
 
-All have adapters of rank 64 in float32 on all linear modules of a layer, AdamW, and one
-batch row per chip, or per group of chips along a `tensor` axis. Rows of models with
-experts have adapters on the modules in `target_modules`.
+All have adapters in float32 on all linear modules of a layer, AdamW, and one row of a
+batch per chip, or per group of chips along a `tensor` axis. The rank is 64, except in
+the rows of the notebook. Rows of models with experts have adapters on the modules in
+`target_modules`.
 """
 
 from typing import Any
 
 NAMES = {
+    "Qwen3-1.7B": "Qwen3-1.7B",
+    "Qwen3-4B": "Qwen3-4B",
     "3B": "Llama-3.2-3B",
     "8B": "Llama-3.1-8B",
     "14B": "Qwen2.5-14B",
@@ -42,6 +45,11 @@ DELTA_MODULES = ["in_proj_qkv", "in_proj_z", "out_proj"]
 DELTA = {"target_modules": EXPERTS["target_modules"] + DELTA_MODULES}
 H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
 MIXED_H100 = PLAIN | {"stream_dtype": "bfloat16"} | EXPERTS
+# The notebook's settings for a TPU v5e and for a T4 (examples/colab.ipynb).
+NOTEBOOK = {"lora_r": 16, "packing": True, "fmt": "int8"}
+NOTEBOOK |= {"merge_aware": True, "target_fmt": "nf4"}
+NOTEBOOK_V5E = NOTEBOOK | {"attention": "splash"}
+NOTEBOOK_T4 = NOTEBOOK | {"attention": "xla", "dtype": "float16"}
 
 
 def row(
@@ -51,7 +59,7 @@ def row(
 
     Args:
         model: Its short name.
-        chip: "v5e", "v6e" or "h100".
+        chip: "v5e", "v6e", "h100" or "t4".
         tokens: Tokens of a sequence.
         settings: Settings in addition to those that all rows have.
         mesh: As in `TrainConfig`; one chip where empty.
@@ -68,7 +76,7 @@ def row(
     }
     name = f"{model} on {chips} {chip}, {tokens}"
     name += f", {settings['objective']}" if "objective" in settings else ""
-    shape = "1x1x1" if chip == "h100" else TOPOLOGIES[chips]
+    shape = "1x1x1" if chip in ("h100", "t4") else TOPOLOGIES[chips]
     return {
         "name": name,
         "model": NAMES[model],
@@ -108,6 +116,9 @@ ROWS = [
     row("8B", "v5e", 8192, OFFLOAD),
     row("8B", "v5e", 8192, HOST),
     row("8B", "v5e", 8192, STREAMED),
+    # The notebook.
+    row("Qwen3-4B", "v5e", 4096, NOTEBOOK_V5E),
+    row("Qwen3-1.7B", "t4", 2048, NOTEBOOK_T4),
     # The longest power of two that fits with nothing turned on.
     row("8B", "v5e", 4096, PLAIN),
     # Other models and chips.

@@ -11,6 +11,8 @@ SHORT = {long: short for short, long in NAMES.items()}
 WORDS = {
     ("engine", "torch"): "PyTorch's code",
     ("objective", "dpo"): "dpo",
+    ("merge_aware", True): "merge-aware",
+    ("dtype", "float16"): "float16",
     ("attention", "splash"): "splash",
     ("stream_dtype", "bfloat16"): "bf16 stream",
     ("remat", "offload"): "inputs on host",
@@ -61,10 +63,11 @@ def moved(record: dict) -> str:
 def seconds(record: dict) -> str:
     """Returns the estimated seconds of a step as text, if they can be estimated."""
     # The estimate is only made for TPUs, and for models whose layers are all alike and
-    # have no experts.
+    # have no experts. It does not count the packing of merge-aware adapters.
     config = MODELS[record["model"]]
     is_uniform = len({kind.structure for kind in config.layers}) == 1
-    if chip_of(record) not in CHIPS or config.experts or not is_uniform:
+    is_plain = is_uniform and not record["settings"].get("merge_aware")
+    if chip_of(record) not in CHIPS or config.experts or not is_plain:
         return ""
     estimated = estimate(record)
 
