@@ -14,8 +14,9 @@ GROWTH_INTERVAL = 7  # short, so that the scale grows several times in 200 steps
 
 
 def half_loss(lora, base, batch, key):
-    """The mean of w * x over the rows of a batch, whose gradient is in float16."""
-    products = (lora["w"].astype(jnp.float16)[None] * batch).astype(jnp.float32)
+    """Sums w * x over a batch. The gradient of each product is in float16."""
+    w = jnp.broadcast_to(lora["w"], batch.shape)  # sums gradients in float32
+    products = (w.astype(jnp.float16) * batch).astype(jnp.float32)
     return jnp.sum(products), batch.shape[0]
 
 
@@ -41,8 +42,10 @@ def test_a_random_run_equals_that_of_pytorch(accumulation):
     for x in torch.tensor(rows):
         scale = scaler.get_scale()
         for part in x.chunk(accumulation):
-            loss = (weight.half() * part).float().sum() / len(part) / accumulation
-            scaler.scale(loss).backward()
+            products = weight.expand_as(part).half() * part
+            scaler.scale(products.float().sum() / len(part)).backward()
+        scaler.unscale_(adamw)
+        weight.grad /= accumulation
         scaler.step(adamw)
         scaler.update()
         adamw.zero_grad()
