@@ -141,7 +141,8 @@ SLOW_DOCTESTS = "qlora_jax.llm.app.", "qlora_jax.llm.models.", "qlora_jax.llm.tr
 def pytest_collection_modifyitems(items):
     for item in items:
         is_doctest = isinstance(item, pytest.DoctestItem)
-        if is_doctest and item.name.startswith(SLOW_DOCTESTS):
+        is_slow_doctest = is_doctest and item.name.startswith(SLOW_DOCTESTS)
+        if is_slow_doctest or item.get_closest_marker("newest"):
             item.add_marker(pytest.mark.slow)
 
 

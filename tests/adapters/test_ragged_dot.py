@@ -67,6 +67,7 @@ def test_product_and_gradients(dtype, config, scaling):
         assert_close(ql.apply(q, lora, x), products)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "mapped, config",
     [*((name, CONFIG) for name in ("x", "lora", "sizes")), ("sizes", SHARED)],

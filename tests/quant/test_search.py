@@ -164,6 +164,7 @@ def test_double_quantization_stores_searched_scales(fmt):
     assert error(True, "search") < 0.95 * error(True, "absmax")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "fmt, block_size", [("nf4", 64), ("int4_f16", 128), ("nvfp4", 16)]
 )
@@ -199,6 +200,7 @@ def test_parts_stacks_axes_and_meshes_give_the_same_weights(
     check(search_scales(w, importance, contract="bkn"))
 
 
+@pytest.mark.newest
 def test_trees_and_adapters_are_packed_by_the_rule_of_the_config():
     up, out = normal(0, (128, 8)), normal(1, (4, 32, 8))
     params = {"up": {"kernel": up, "bias": jnp.zeros(8)}, "out": {"kernel": out}}
