@@ -14,6 +14,7 @@ from flax import nnx
 from helpers import (
     TABLES,
     assert_same,
+    fast_and_slow,
     make_mesh,
     normal,
     quantize,
@@ -61,7 +62,7 @@ def pack_and_decode(w, packing):
     return TABLES[packing.fmt][codes] * np.repeat(scales, packing.block_size, axis=0)
 
 
-@pytest.mark.parametrize("fmt", [None, "nf4", "int8"])
+@pytest.mark.parametrize("fmt", fast_and_slow(["nf4"], [None, "int8"]))
 @pytest.mark.parametrize("target_fmt", FORMATS)
 def test_the_product_is_that_of_the_packed_sum(fmt, target_fmt, small_tiles):
     base, lora = make(fmt=fmt, target_fmt=target_fmt)

@@ -10,6 +10,7 @@ from helpers import (
     assert_same,
     assert_same_bits,
     dequantize,
+    fast_and_slow,
     make_mesh,
     normal,
     refusal,
@@ -65,7 +66,7 @@ def least_errors(w, fmt, block_size, importance):
     return least
 
 
-@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("is_weighted", fast_and_slow([True], [False]))
 @pytest.mark.parametrize("fmt, block_size", CASES)
 def test_the_error_is_close_to_the_least(fmt, block_size, is_weighted):
     w, importance = np.asarray(normal(0, (K, N))), np.ones(K)
