@@ -141,14 +141,28 @@ SLOW_DOCTESTS = "qlora_jax.llm.app.", "qlora_jax.llm.models.", "qlora_jax.llm.tr
 def pytest_collection_modifyitems(items):
     for item in items:
         is_doctest = isinstance(item, pytest.DoctestItem)
-        if is_doctest and item.name.startswith(SLOW_DOCTESTS):
+        is_slow_doctest = is_doctest and item.name.startswith(SLOW_DOCTESTS)
+        if is_slow_doctest or item.get_closest_marker("newest"):
             item.add_marker(pytest.mark.slow)
+
+
+# `pytest` runs the quick tests, and ends after ten failures. `pytest --all` runs all
+# tests, and `-m` chooses from all.
+QUICK, MAX_FAILURES = "not slow", 10
+
+
+def pytest_configure(config):
+    option = config.option
+    if not option.all and not option.markexpr:
+        option.markexpr = QUICK
+        option.maxfail = option.maxfail or MAX_FAILURES
 
 
 # `pytest --resources` prints the memory and the processor time of modules and tests.
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run slow tests too")
     parser.addoption(
         "--resources",
         action="store_true",
@@ -187,6 +201,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == QUICK:
+        terminalreporter.line("Slow tests were left out. `pytest --all` runs them too.")
     if not config.getoption("resources"):
         return
     modules, tests = defaultdict(list), []

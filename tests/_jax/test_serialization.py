@@ -124,6 +124,7 @@ def test_state_dicts_of_flax_hold_every_kind_of_node(integration):
     assert_same(flax.serialization.from_state_dict(tree, state), tree)
 
 
+@pytest.mark.newest
 def test_nnx_alone_registers_codes_in_host_memory():
     code = """
 import flax.serialization, jax, jax.numpy as jnp, numpy as np
@@ -177,7 +178,6 @@ def test_exported_programs_take_packed_trees():
         again.call({**tree, "packed": packed}, x)
 
 
-@pytest.mark.slow
 @pytest.mark.newest
 def test_exported_programs_take_any_number_of_rows():
     base, lora = trees_of({"kernel": normal(0, (64, 32))}, rank=2)

@@ -14,6 +14,7 @@ from flax import nnx
 from helpers import (
     TABLES,
     assert_same,
+    fast_and_slow,
     make_mesh,
     normal,
     quantize,
@@ -61,7 +62,7 @@ def pack_and_decode(w, packing):
     return TABLES[packing.fmt][codes] * np.repeat(scales, packing.block_size, axis=0)
 
 
-@pytest.mark.parametrize("fmt", [None, "nf4", "int8"])
+@pytest.mark.parametrize("fmt", fast_and_slow(["nf4"], [None, "int8"]))
 @pytest.mark.parametrize("target_fmt", FORMATS)
 def test_the_product_is_that_of_the_packed_sum(fmt, target_fmt, small_tiles):
     base, lora = make(fmt=fmt, target_fmt=target_fmt)
@@ -89,6 +90,7 @@ def test_the_product_is_that_of_the_packed_sum(fmt, target_fmt, small_tiles):
     assert relative_error(grads["kernel"].b, s * (x @ a).T @ g) < bound
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "shape, options",
     [
@@ -178,6 +180,7 @@ def test_training_it_beats_packing_an_ordinary_adapter():
     assert packed_losses["merge-aware"] < 0.2 * packed_losses["ordinary"]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize(
     "spec", [P("fsdp", "tensor"), P("tensor", "fsdp"), P(None, ("fsdp", "tensor"))]
@@ -232,6 +235,7 @@ def test_devices_pack_their_own_columns():
     assert "all-to-all" not in text
 
 
+@pytest.mark.newest
 def test_stacks_are_scanned_and_experts_are_ragged():
     base, lora = make((3, K, K), contract="bkn", double_quant=True)
     x = normal(2, (5, K))
@@ -298,6 +302,7 @@ def test_only_the_base_the_factors_and_inputs_are_kept():
     assert max(sizes) < k * k
 
 
+@pytest.mark.newest
 def test_second_derivatives_are_those_of_a_lora():
     # All sums are integers from -7 to 7, and 7 is in each block, so packing in int4
     # changes nothing, and the derivative of the packer is taken as 1.

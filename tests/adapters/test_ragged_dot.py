@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import normal, randomized
+from helpers import fast_and_slow, normal, randomized
 from tolerances import assert_close
 
 import qlora_jax as ql
@@ -35,7 +35,7 @@ def loss(product, x, *args):
     return jnp.sum(jnp.square(product(x, *args).astype(jnp.float32)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", fast_and_slow(["float32"], ["bfloat16"]))
 @pytest.mark.parametrize(
     "config, scaling",
     [(CONFIG, 2.0), (CONFIG, (1.0, 2.0, 0.5, 4.0, 3.0)), (SHARED, 2.0)],
@@ -67,6 +67,7 @@ def test_product_and_gradients(dtype, config, scaling):
         assert_close(ql.apply(q, lora, x), products)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "mapped, config",
     [*((name, CONFIG) for name in ("x", "lora", "sizes")), ("sizes", SHARED)],

@@ -296,7 +296,6 @@ def value_and_gradient(model, **kwargs):
     return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.slow
 @pytest.mark.newest  # with other instructions too
 def test_choices_compute_what_the_plain_decoder_does(trees):
     base, lora = trees

@@ -296,6 +296,7 @@ def test_a_scanned_linen_model_computes_the_same(name):
     assert_same(grad(*place(base, lora)[::-1]), grad(lora, base))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_scanned_linen_model_moves_a_layer_at_a_time(name):
     base, lora = place(*decoder_trees())

@@ -128,6 +128,7 @@ def divides(sizes, axes, lengths):
     )
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("seed", range(4))
 def test_every_layout_computes_the_product(seed):
     rng = np.random.default_rng([SEED, seed])

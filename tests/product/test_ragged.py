@@ -92,6 +92,7 @@ def test_layer_of_a_stack():
 X, Q, S = "x", "q", "sizes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mapped", [{X}, {S}, {X, S}, {Q}, {Q, S}, {X, Q, S}, {"layer"}]
 )

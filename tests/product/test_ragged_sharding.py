@@ -82,11 +82,13 @@ def test_forward_and_backward(mesh, layout):
     assert most_floats(run.as_text()) < w.size / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_but_every(3, LAYOUTS))
 def test_gradients_of_adapters(mesh, layout):
     check_gradients(mesh, layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["experts and row", "fsdp and experts"])
 def test_gradients_of_a_shared_adapter(mesh, layout):
     check_gradients(mesh, layout, shared="w")

@@ -37,7 +37,6 @@ def test_adapters(program):
     assert_close(jax.tree.leaves(got), want)
 
 
-@pytest.mark.slow
 @pytest.mark.newest
 @pytest.mark.parametrize("name", TRAPS)
 def test_adapters_that_xla_would_compute_wrong(name):

@@ -11,7 +11,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 
-pytestmark = [pytest.mark.slow, pytest.mark.newest]
+pytestmark = pytest.mark.newest
 P = PartitionSpec
 # Nested calls of vmap, how x is split, and how the kernel is placed, if it is.
 ROWS = {

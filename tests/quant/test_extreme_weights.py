@@ -95,6 +95,7 @@ def assert_decoded(w, *packing):
     assert np.all(error <= error_bounds(w, *packing)), packing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_large_weights(packing, dtype):

@@ -10,6 +10,7 @@ from helpers import (
     assert_same,
     assert_same_bits,
     dequantize,
+    fast_and_slow,
     make_mesh,
     normal,
     refusal,
@@ -65,7 +66,7 @@ def least_errors(w, fmt, block_size, importance):
     return least
 
 
-@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("is_weighted", fast_and_slow([True], [False]))
 @pytest.mark.parametrize("fmt, block_size", CASES)
 def test_the_error_is_close_to_the_least(fmt, block_size, is_weighted):
     w, importance = np.asarray(normal(0, (K, N))), np.ones(K)
@@ -164,6 +165,7 @@ def test_double_quantization_stores_searched_scales(fmt):
     assert error(True, "search") < 0.95 * error(True, "absmax")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "fmt, block_size", [("nf4", 64), ("int4_f16", 128), ("nvfp4", 16)]
 )
@@ -199,6 +201,7 @@ def test_parts_stacks_axes_and_meshes_give_the_same_weights(
     check(search_scales(w, importance, contract="bkn"))
 
 
+@pytest.mark.newest
 def test_trees_and_adapters_are_packed_by_the_rule_of_the_config():
     up, out = normal(0, (128, 8)), normal(1, (4, 32, 8))
     params = {"up": {"kernel": up, "bias": jnp.zeros(8)}, "out": {"kernel": out}}

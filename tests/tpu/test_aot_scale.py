@@ -312,7 +312,6 @@ def compiled():
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.newest
 def test_memory_of_a_step_is_what_the_formulas_say():
     single, sharded, _ = (compiled()[name] for name in STEPS)
@@ -329,7 +328,6 @@ def test_memory_of_a_step_is_what_the_formulas_say():
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.newest
 def test_each_layer_is_gathered_packed_once_a_direction():
     """Adapters in 16 bits, hidden states for the loss, and gradients move too."""

@@ -21,7 +21,7 @@ from qlora_jax.product.backends.pallas_tpu.tiling import Chip
 from qlora_jax.product.spec import ProductSpec
 from qlora_jax.quant.formats import Packing
 
-pytestmark = [pytest.mark.slow, pytest.mark.newest]
+pytestmark = pytest.mark.newest
 
 FORMS = {"v5e": "sublane", "v5p": "sublane", "v6e": "shuffle", "tpu7x": "shuffle"}
 

@@ -11,7 +11,7 @@ from tpu_helpers import needs_libtpu, on_one, run_script
 
 import qlora_jax as ql
 
-pytestmark = [pytest.mark.slow, pytest.mark.newest]
+pytestmark = pytest.mark.newest
 
 TOKENS, EXPERTS, K, N = 64, 4, 1024, 2048
 

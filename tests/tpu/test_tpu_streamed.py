@@ -19,7 +19,7 @@ from tpu_helpers import (
     run_script,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.newest]
+pytestmark = pytest.mark.newest
 
 STACK = LAYERS * WIDTH * INNER // 2  # bytes of the codes of one kind of MLP kernel
 OPTIONS = {"remat": {"remat": True}, "tiles": {"remat": True, "mlp_tile": 128}}

@@ -92,6 +92,7 @@ def test_each_row_has_its_adapter():
     assert_close(got[2], alone[2], terms=64)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_bank_on_a_mesh(kind):
     mesh, x = make_mesh(kind, axes=("fsdp", "tensor")), normal(9, (8, 3, 64))
@@ -122,6 +123,7 @@ def sum_of_squares(bank, base, ids, x):
     )
 
 
+@pytest.mark.newest
 def test_rows_give_gradients_to_their_adapters():
     """Gradients equal those of the adapter's own rows. Padding and others get zeros."""
     base, loras = trees(dropout=0.1)
@@ -157,6 +159,7 @@ def test_adapters_come_and_go_without_compiling():
     )
 
 
+@pytest.mark.newest
 def test_each_adapter_may_have_an_optimizer_of_its_own():
     base, loras = trees()
     loras[1] = loras[0]
@@ -185,6 +188,7 @@ def test_each_adapter_may_have_an_optimizer_of_its_own():
         assert_close(trained[adapter_id], alone)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_models_of_flax_take_chosen_adapters(use_dora):
     x, config = normal(9, (3, 2, 64)), ql.QLoRAConfig(rank=4, use_dora=use_dora)
@@ -287,6 +291,7 @@ def test_gradients_keep_no_adapters_of_rows(use_dora):
     assert used < (1.5 if use_dora else 1) * of_all_layers
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("contract", ["kn", "nk"])
 def test_rows_of_a_table_have_their_adapters(contract):
     settings = dict(contract=contract, targets="embedding", alpha=3.0)
@@ -385,6 +390,7 @@ def test_a_chosen_adapter_merges_as_itself():
         chex.assert_trees_all_equal(ql.merge(base, ql.select(bank, adapter_id)), want)
 
 
+@pytest.mark.newest
 def test_an_adapter_on_an_adapted_model():
     """The first adapter is frozen. Loss and gradient are those on merged weights."""
     base, (first, second, _) = trees()

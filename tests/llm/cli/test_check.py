@@ -53,6 +53,7 @@ def test_a_step_is_compared_with_the_cpu(monkeypatch):
     assert not checking.check_step(1)["is_right"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["scaled", "rounded", "not finite"])
 def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
     faults = {
@@ -77,6 +78,7 @@ def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
     assert not [x for x in missed if (fault, x["dtype"]) != ("rounded", "bfloat16")]
 
 
+@pytest.mark.slow
 def test_weights_that_decode_differently_are_found(small, monkeypatch, capsys):
     exact_dequantize, calls = ql.dequantize, []
 

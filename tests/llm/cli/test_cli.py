@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from commands import PROGRAM, ROOT, run_python
 from commands import run as run_command
-from helpers import TABLES, assert_same_bits, quantize, relative_error, rounding
+from helpers import (
+    TABLES,
+    assert_same_bits,
+    fast_and_slow,
+    quantize,
+    relative_error,
+    rounding,
+)
 from stored import draw_peft, tensors_of
 from tokenizer_helpers import write_rows
 from tolerances import assert_close
@@ -229,12 +236,14 @@ def test_a_packed_model_is_scored_as_its_decoded_weights(
 
 @pytest.mark.parametrize(
     "flags, kind, stored",
-    [
-        (["bitsandbytes", "--fmt=fp4"], "bitsandbytes", "fp4 block 64 double"),
-        (["awq", "--block-size=32"], "awq", "int4_f16 block 32"),
-        (["compressed-tensors", "--fmt=q4_0"], TENSORS, "int4_f16 block 32"),
-        (["nvfp4"], TENSORS, "nvfp4 block 16"),
-    ],
+    fast_and_slow(
+        [(["awq", "--block-size=32"], "awq", "int4_f16 block 32")],
+        [
+            (["bitsandbytes", "--fmt=fp4"], "bitsandbytes", "fp4 block 64 double"),
+            (["compressed-tensors", "--fmt=q4_0"], TENSORS, "int4_f16 block 32"),
+            (["nvfp4"], TENSORS, "nvfp4 block 16"),
+        ],
+    ),
 )
 def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, stored):
     out, copy = tmp_path / "packed", tmp_path / "copy"

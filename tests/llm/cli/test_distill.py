@@ -37,6 +37,7 @@ def data(tmp_path_factory):
     return commands.write_letters(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow
 def test_the_packed_model_learns_from_its_float_weights(folder, data, tmp_path, capsys):
     config = settings(folder, data, tmp_path / "run", **OPTIONS, steps=30)
     result = app.train(config)

@@ -36,6 +36,7 @@ print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8
 """
 
 
+@pytest.mark.slow
 @needs_pages
 def test_process_starts_again_once_with_its_command_line():
     done = run("-X", "utf8", "-c", CODE, "a b", "--verbose")

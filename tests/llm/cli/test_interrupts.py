@@ -180,6 +180,7 @@ def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
         check_ended(*done, out)
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_step_ends_the_run(
     folder, data, tmp_path, monkeypatch, capsys
 ):

@@ -71,6 +71,7 @@ def test_the_formats_to_train_for_are_those_of_files():
     assert {*FORMS} == {*get_args(TargetFmt)}
 
 
+@pytest.mark.slow
 @without_noise
 def test_the_file_has_the_loss_of_training(folder, aware, capsys):
     data = folder / "valid.jsonl"
@@ -200,6 +201,7 @@ def test_several_adapters_are_refused(folder, aware, plain, capsys):
     assert status == 1 and "`adapter` must be a single one if it is merge-aware" in err
 
 
+@pytest.mark.slow
 def test_a_target_in_the_format_of_the_base_has_its_blocks(folder, tmp_path, capsys):
     base = dict(fmt="nf4", block_size=32, double_quant=False)
     train(folder, tmp_path / "run", merge_aware=True, target_fmt="nf4", steps=2, **base)
@@ -214,6 +216,7 @@ def test_a_target_in_the_format_of_the_base_has_its_blocks(folder, tmp_path, cap
         }
 
 
+@pytest.mark.slow
 @without_noise
 def test_an_ordinary_adapter_starts_a_merge_aware_one(folder, plain, capsys):
     # The first loss is that of the ordinary adapter, merged and packed.

@@ -3,6 +3,7 @@
 import os
 
 import jax
+import pytest
 from commands import run_python
 
 from qlora_jax.llm.app.environment import (
@@ -38,6 +39,7 @@ def run(home, **variables):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_programs_are_kept_below_a_bound_in_the_users_cache(tmp_path):
     out = run(tmp_path)
     assert str(tmp_path / "qlora_jax" / "programs") in out and str(2**30) in out

@@ -61,6 +61,7 @@ def assert_same(path, expected):
         np.testing.assert_array_equal(ql.dequantize(got[name]), decoded)
 
 
+@pytest.mark.slow
 @without_noise
 def test_all_commands_pack_the_base_of_a_run_alike(folder, searched, capsys):
     trained = rows_of(searched)[-1]["valid_loss"]
@@ -87,6 +88,7 @@ def test_all_commands_pack_the_base_of_a_run_alike(folder, searched, capsys):
         assert_close(leaf, merged[path])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_scales(folder, searched, tmp_path):
     def train(**options):
         config = settings(folder / "base", folder, tmp_path / "run", **RUN | options)
@@ -127,14 +129,17 @@ def export_command(folder, out, form, fmt, *options):
     return [*command, "--scales=search", *options], ql.QLoRAConfig(**settings)
 
 
+@pytest.mark.slow
 @without_noise
 @pytest.mark.parametrize(
     "form, fmt",
-    [("nvfp4", "nvfp4"), ("bitsandbytes", "nf4")]
-    + [
-        pytest.param(*pair, marks=pytest.mark.slow)
-        for pair in (("bitsandbytes", "fp4"), ("compressed-tensors", "int4_f16"))
-        + (("mxfp4", "mxfp4"), ("gguf", "q4_0"))
+    [
+        ("nvfp4", "nvfp4"),
+        ("bitsandbytes", "nf4"),
+        ("bitsandbytes", "fp4"),
+        ("compressed-tensors", "int4_f16"),
+        ("mxfp4", "mxfp4"),
+        ("gguf", "q4_0"),
     ],
 )
 def test_a_packed_file_is_that_of_the_functions(folder, tmp_path, capsys, form, fmt):

@@ -124,6 +124,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_a_process_of_several():
     done = commands.run_python("-c", SIGNAL, f"localhost:{free_port()}", timeout=60)
     assert done.returncode == -signal.SIGTERM

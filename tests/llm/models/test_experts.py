@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("experts") / "base", **QWEN)
 
 
+@pytest.mark.slow
 def test_experts_are_packed_and_routers_are_not(folder):
     qlora = ql.QLoRAConfig(fmt="nf4", targets=LAYERS)
     config, base = load(folder, qlora=qlora, progress=False)

@@ -22,7 +22,6 @@ from qlora_jax.llm.train.answers import answers, exact_match
 ONE = dict(max_new_tokens=1, eos_ids=())
 
 
-@pytest.mark.slow
 @pytest.mark.newest
 def test_a_stream_in_bfloat16_writes_as_the_plain_decoder(tiny):
     """The definition is a full forward pass in float32 with the rounded weights."""

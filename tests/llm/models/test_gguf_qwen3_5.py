@@ -47,6 +47,7 @@ def test_heads_of_values_are_in_llama_cpps_order(tmp_path):
     np.testing.assert_array_equal(stored("attn_gate.weight"), expected)
 
 
+@pytest.mark.newest
 def test_blocks_of_q4_0_change_places_with_their_heads(tmp_path):
     theirs, stored = write(tmp_path, "Q4_0", 32)
     weight = theirs["out_proj.weight"].reshape(64, 4, 32)[:, ORDER].reshape(64, 128)

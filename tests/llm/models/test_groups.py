@@ -103,6 +103,7 @@ def test_groups_compute_the_loss_and_gradients_of_one_stack(trees):
     assert_close(grouped_gradients, regroup(gradients))
 
 
+@pytest.mark.newest
 def test_groups_decode_with_a_cache_for_each_stack(trees):
     base, lora = trees
     expected = jax.jit(wrap(ONE_STACK).apply)({"params": base, "lora": lora}, TOKENS)

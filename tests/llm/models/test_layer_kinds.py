@@ -91,6 +91,7 @@ def compute_logits(config, params, **settings):
     return jax.jit(model.apply)({"params": params}, TOKENS)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", ["shared", "latent", "chunked"])
 def test_splash_attention_computes_the_same(name):
     config, params = CONFIGS[name], random_params(CONFIGS[name])
@@ -150,6 +151,7 @@ def test_a_mesh_splits_heads_and_widths():
     assert tuple(inputs) == outputs
 
 
+@pytest.mark.newest
 def test_a_stream_continues_layers_without_a_cache_of_their_own():
     params = random_params(SHARED)
     stream = Stream(Decoder(SHARED), {"params": params})

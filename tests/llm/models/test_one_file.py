@@ -5,7 +5,6 @@ tests/interop/test_one_file.py has the programs that serve these files.
 
 import jax
 import pytest
-from helpers import slow_but_every
 from one_file_helpers import CASES, mean_loss, train
 from tolerances import assert_close
 
@@ -14,8 +13,9 @@ from qlora_jax.llm.models.checkpoint import load
 
 
 # Noise would round other weights to another code.
+@pytest.mark.slow
 @pytest.mark.without_noise
-@pytest.mark.parametrize("name", slow_but_every(4, CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_the_loss_of_the_file_is_that_of_training(name, tmp_path):
     case = CASES[name]
     trained = train(tmp_path / "float", case)

@@ -60,6 +60,7 @@ def loss_and_metrics(objective, lora, batch, base=None):
     return total / count, {name: x / n for name, (x, n) in metrics.items()}
 
 
+@pytest.mark.newest
 def test_packed_rows_have_the_loss_of_padded_rows():
     lora, rows = trees()[1], pairs()
     padded = data.eval_batches(rows, batch_size=5, max_length=48)
@@ -76,6 +77,7 @@ def test_packed_rows_have_the_loss_of_padded_rows():
     assert_close(packed_loss, padded_loss, magnitude=magnitude)
 
 
+@pytest.mark.newest
 @pytest.mark.without_noise  # which would round other weights to another code
 def test_the_reference_of_merge_aware_adapters_is_their_plain_base():
     # A batch of the chosen and the rejected answer to one prompt, and DPO's formula
