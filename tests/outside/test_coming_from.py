@@ -40,6 +40,8 @@ def wrap(code, model):
 
 
 def test_the_same_run_in_tunix(tunix):
+    from tunix.sft import peft_trainer
+
     qwix_code, our_code, train_code, _ = code_blocks("tunix", "py")
     theirs = wrap(qwix_code, tunix.make_model(dim=32, depth=2))
     ours = wrap(our_code, tunix.make_model(dim=32, depth=2))
@@ -56,17 +58,20 @@ def test_the_same_run_in_tunix(tunix):
     structure = jax.tree.structure(lora, is_leaf=lambda x: isinstance(x, ql.LoRA))
     ours = ql.nnx.join(ours, base, jax.tree.unflatten(structure, copies))
 
-    def losses(model):
-        names = {"model": model, "model_inputs": tunix.model_inputs}
-        names["batches"] = list(tunix.batches(STEPS, seed=0))
-        # The mean loss of the batches before training, and after it.
-        exec(compile(train_code.replace("1e-4", "1e-2"), "tunix.md", "exec"), names)
-        loss = names["trainer"].loss_fn
-        return np.array(
-            [loss(model, **tunix.model_inputs(x)) for x in names["batches"]]
-        )
+    batches = list(tunix.batches(STEPS, seed=0))
 
-    assert_close(losses(ours), losses(theirs))
+    def train(model):
+        """Returns the losses of all batches before and after training."""
+        names = {"model": model, "model_inputs": tunix.model_inputs, "batches": batches}
+        code, loss = train_code.replace("1e-4", "1e-2"), peft_trainer._default_loss_fn
+        before = [loss(model, **tunix.model_inputs(batch)) for batch in batches]
+        exec(compile(code, "tunix.md", "exec"), names)
+        after = [loss(model, **tunix.model_inputs(batch)) for batch in batches]
+        return np.array(before), np.array(after)
+
+    (before, after), expected = train(ours), train(theirs)
+    assert np.all(after < before)
+    assert_close((before, after), expected)
 
 
 def test_the_same_weights_in_nf4(tunix):
