@@ -3,8 +3,8 @@
     python benchmarks/recording.py record
     python benchmarks/recording.py draw
 
-`record` runs the commands below in a pseudo-terminal, and writes the screen after each
-change of it, with its time, to benchmarks/recording.json. The model is a small random
+`record` runs the commands below in a pseudo-terminal, and writes up to 60 screens of
+each, with their times, to benchmarks/recording.json. The model is a small random
 Llama, and the data are numbers in words, so that this takes a minute. The commands are
 the same for any model. `draw` writes docs/assets/recording.svg, which plays these
 screens in half a minute: pauses are shortened, and nothing else is changed.
@@ -43,6 +43,7 @@ NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen "
     "fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 )
+MAX_SCREENS = 60  # of a command
 SECONDS = 9.0, 2.5, 4.0  # for the output of each command
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+|\x1b")
 
@@ -104,7 +105,9 @@ def record_command(command: str, folder: pathlib.Path) -> list[tuple[float, list
         screens.append((time.monotonic() - start, screen.wrapped()))
     if process.wait():
         sys.exit(f"{command} failed:\n" + "\n".join(screen.wrapped()))
-    return screens
+    # A progress bar changes more often than the picture can show.
+    stride = -(-len(screens) // MAX_SCREENS)
+    return [*screens[:-1:stride], screens[-1]]
 
 
 def record() -> None:

@@ -104,7 +104,7 @@ def test_the_same_run(inputs, tmp_path, is_packed):
 
 
 def test_their_settings(tmp_path):
-    classes = trl.SFTConfig(str(tmp_path), bf16=False), peft.LoraConfig()
+    classes = trl.SFTConfig(output_dir=str(tmp_path), bf16=False), peft.LoraConfig()
     defaults: dict = {}
     for settings in classes:
         for field in dataclasses.fields(settings):
