@@ -37,7 +37,7 @@ COMMANDS = (
     "qlora-jax train --model llama --data numbers.jsonl --out run --steps 300 "
     "--learning-rate 1e-2",
     "qlora-jax generate --run run --prompt seventeen",
-    "qlora-jax export --run run --for llama.cpp --out served",
+    "qlora-jax export --run run --for vllm --out served",
 )
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen "
