@@ -234,6 +234,17 @@ def test_a_resumed_run_keeps_its_dtype_on_another_processor(
     assert app.train(resumed).steps == 3
 
 
+def test_the_loss_of_packed_validation_rows_is_that_of_padded_ones(
+    folder, data, tmp_path
+):
+    loss_of = {}
+    for packing in (False, True):
+        out = tmp_path / f"packing={packing}"
+        app.train(settings(folder, data, out, packing=packing, steps=2))
+        loss_of[packing] = rows_of(out)[0]["valid_loss"]  # before the first step
+    assert_close(loss_of[True], loss_of[False])
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_written_again_as_it_was(run):
     config, result, out = run
