@@ -51,6 +51,7 @@ SETTINGS = {
     "out": "out",
     "lora_r": RANK,
     "attention": "splash",
+    "dtype": "bfloat16",
     "stream_dtype": "bfloat16",
     "max_length": TOKENS,
     "steps": 10,

@@ -49,6 +49,7 @@ class Evaluation:
             run.data.valid,
             batch_size=config.training.batch_size,
             max_length=config.training.max_length,
+            packing=config.training.packing,
         )
         self._batches = [*map(make_put(run.mesh), batches)]
         training = config.training

@@ -33,6 +33,7 @@ from ..train.loss_scale import LossScale
 from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
 from .base_model import BaseModel, adapters_for, init_shapes, packing_for
+from .environment import fastest_dtype
 from .train_config import TrainConfig
 
 
@@ -114,6 +115,13 @@ def make_program(
     else:
         step = make_step(loss, make_optimizer, learning_rates)
     return Program(model, loss, eval_loss, optimizer, step)
+
+
+def resolve_dtype(config: TrainConfig, platform: str) -> TrainConfig:
+    """Replaces the dtype "auto" by the fastest one on a platform of JAX."""
+    if config.model.dtype != "auto":
+        return config
+    return config.replace(dtype=fastest_dtype(platform))
 
 
 def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
@@ -203,6 +211,7 @@ def lower_step(
     mesh = make_mesh(config.devices.mesh_sizes, devices)
     place = make_place(model.config, mesh, config.model.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
+    config = resolve_dtype(config, devices[0].platform)
     dtype = jnp.dtype(config.model.dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
     packing = packing_for(config.model, model, "nf4")

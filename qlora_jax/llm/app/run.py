@@ -35,7 +35,7 @@ from .base_model import (
 )
 from .options import options_of
 from .processes import is_first, log
-from .program import make_mesh, make_place, make_schedule
+from .program import make_mesh, make_place, make_schedule, resolve_dtype
 from .pushing import check_base, push
 from .run_folder import CONFIG, FAILED, read_run_config
 from .starting import read_start
@@ -94,12 +94,16 @@ def make_run(config: TrainConfig, today: str) -> Run:
         adapters = dataclasses.replace(adapters, alpha=alpha)
     mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
     _check_model_fits(model, adapters, packing, mesh)
-    # The data. A resumed run keeps the date of its start.
+    # A resumed run keeps the dtype and the date of its start.
     folder = pathlib.Path(config.output.out)
     date = config.data.date
-    if date is None:
-        is_resumed = config.output.resume
-        date = read_run_config(folder / CONFIG).data.date if is_resumed else today
+    if config.output.resume:
+        start_config = read_run_config(folder / CONFIG)
+        date = date or start_config.data.date
+        if config.model.dtype == "auto":
+            config = config.replace(dtype=start_config.model.dtype)
+    date = date or today
+    config = resolve_dtype(config, jax.default_backend())
     now = datetime.datetime.fromisoformat(str(date))
     tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)
     teacher = _open_teacher(config, model, packing, tokenizer)

@@ -51,8 +51,9 @@ class ModelConfig(Config):
             format, or search, with smaller errors. Also used for `target_fmt`.
         recode: Whether to pack a 4-bit model again, in `fmt`. Needed if it has zero
             points or reordered inputs, which no format here supports.
-        dtype: Dtype of the computation and of float weights; adapters are float32.
-            float16, for GPUs without bfloat16, uses dynamic loss scaling.
+        dtype: Dtype of the computation and of float weights; adapters are float32. auto
+            is float32 on processors that do not multiply faster in bfloat16, and
+            otherwise bfloat16. float16, for GPUs without bfloat16, scales the loss.
         remat: Whether to recompute activations in the backward pass, to save memory.
             offload also keeps the layers' inputs in host memory (not on GPUs).
         attention: xla, which computes all scores; blocks, which needs less memory;
@@ -69,7 +70,7 @@ class ModelConfig(Config):
     Example:
         >>> from qlora_jax.llm import app
         >>> app.ModelConfig("folder", fmt="nf4").dtype
-        'bfloat16'
+        'auto'
     """
 
     path: str = option(
@@ -80,7 +81,7 @@ class ModelConfig(Config):
     double_quant: bool | None = None
     scales: Scales = "absmax"
     recode: bool = False
-    dtype: Dtype = option("bfloat16", section="computation and memory")
+    dtype: Literal["auto"] | Dtype = option("auto", section="computation and memory")
     remat: bool | Literal["offload"] = option(True, is_identity=False)
     attention: Literal["xla", "blocks", "splash", "cudnn"] = "xla"
     stream_dtype: Literal["bfloat16", "float32"] = "float32"

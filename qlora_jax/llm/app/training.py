@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         # The model is read, and all runs are trained over one base.
         log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
         model = run.model.read(
-            dtype=jnp.dtype(config.model.dtype),
+            dtype=jnp.dtype(run.config.model.dtype),
             packing=run.packing,
             place=lambda base: run.place(base, {})[0],  # places the base alone
             progress=is_first(),

@@ -20,7 +20,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app import evaluation
+from qlora_jax.llm.app import environment, evaluation
 from qlora_jax.llm.app.base_model import BaseModel
 from qlora_jax.llm.app.processes import catch_signals
 from qlora_jax.llm.app.program import make_program
@@ -201,6 +201,54 @@ def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
     assert app.train(again).steps == 3
     with pytest.raises(ValueError, match="data was '"):
         app.train(again.replace(date="2026-01-31"))
+
+
+INTEL = ["vendor_id : GenuineIntel", "flags : fma avx2 avx512f avx512_bf16"]
+AMD = ["vendor_id : AuthenticAMD", INTEL[1]]
+
+
+@pytest.mark.parametrize(
+    ("platform", "cpuinfo", "dtype"),
+    [
+        ("cpu", INTEL, "float32"),
+        ("cpu", [INTEL[0], INTEL[1] + " amx_bf16"], "bfloat16"),
+        ("cpu", AMD, "bfloat16"),
+        ("cpu", [AMD[0], "flags : fma avx2"], "float32"),
+        ("cpu", [], "float32"),  # not Linux
+        ("tpu", INTEL, "bfloat16"),
+    ],
+)
+def test_the_fastest_dtype_depends_on_the_processor(
+    platform, cpuinfo, dtype, monkeypatch
+):
+    monkeypatch.setattr(environment, "read_cpuinfo", lambda: cpuinfo)
+    assert environment.fastest_dtype(platform) == dtype
+
+
+def test_a_resumed_run_keeps_its_dtype_on_another_processor(
+    folder, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(environment, "read_cpuinfo", lambda: INTEL)
+    config = settings(folder, data, tmp_path / "run", dtype="auto", steps=2)
+    app.train(config)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == (
+        "float32"
+    )
+    monkeypatch.setattr(environment, "read_cpuinfo", lambda: AMD)
+    resumed = config.replace(resume=True, steps=3)
+    assert make_run(resumed, "").config.model.dtype == "float32"
+    assert app.train(resumed).steps == 3
+
+
+def test_the_loss_of_packed_validation_rows_is_that_of_padded_ones(
+    folder, data, tmp_path
+):
+    loss_of = {}
+    for packing in (False, True):
+        out = tmp_path / f"packing={packing}"
+        app.train(settings(folder, data, out, packing=packing, steps=2))
+        loss_of[packing] = rows_of(out)[0]["valid_loss"]  # before the first step
+    assert_close(loss_of[True], loss_of[False])
 
 
 @pytest.mark.slow
