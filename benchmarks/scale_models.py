@@ -144,11 +144,27 @@ _GEMMA_4_E4B = _GEMMA_4 | {
     "sliding_window": 512,
     "hidden_size_per_layer_input": 256,
 }
+_GEMMA_4_26B_A4B = _GEMMA_4 | {
+    "hidden_size": 2816,
+    "intermediate_size": 2112,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+}
 CONFIGS = {
     "Qwen3.5-27B": _QWEN3_5_27B,
     "Qwen3.5-35B-A3B": _QWEN3_5_35B_A3B,
     "Gemma-4-E4B": _GEMMA_4_E4B,
     "Gemma-4-31B": _GEMMA_4_31B,
+    "Gemma-4-26B-A4B": _GEMMA_4_26B_A4B,
 }
 MODELS = {
     "Llama-3.2-3B": SMALLER["Llama-3.2-3B"],

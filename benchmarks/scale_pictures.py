@@ -77,6 +77,7 @@ def draw_models(records: list[dict]) -> Figure:
     ticks = [1, 2, 5, 10, 20, 50, 100, 200]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlim(1, 400)
+    axes.set_ylim(-0.7, len(group_keys) - 0.3)
     names = list(SHORT.values())
     axes.set_yticks(
         range(len(group_keys)), [f"{names[m]} on {n} {c}" for m, n, c in group_keys]
@@ -85,8 +86,8 @@ def draw_models(records: list[dict]) -> Figure:
     axes.set_xlabel("GB of HBM a chip, log scale, and tokens of a row")
     figure.suptitle("What one training step takes of each chip", weight="bold")
     axes.set_title(
-        "Above QLoRA, the most tokens compiled; below LoRA on a bfloat16 base. "
-        "Dashed: the chip. Red: does not fit",
+        "Blue: QLoRA, the most tokens compiled. Orange: LoRA on a bfloat16 base.\n"
+        "Dashed: memory of the chip. Red: does not fit.",
         size=10,
     )
     return figure

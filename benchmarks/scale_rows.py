@@ -24,6 +24,7 @@ NAMES = {
     "Qwen3.5-35B-A3B": "Qwen3.5-35B-A3B",
     "Gemma 4 E4B": "Gemma-4-E4B",
     "Gemma 4 31B": "Gemma-4-31B",
+    "Gemma 4 26B-A4B": "Gemma-4-26B-A4B",
 }
 TOPOLOGIES = {1: "2x2", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 # Each option includes those before it, in the order of docs/scale/fit.md.
@@ -144,9 +145,11 @@ ROWS = [
     row("gpt-oss-120b", "v5e", 512, LORA | MIXED, "fsdp=16", 16),
     # Models whose layers differ: the delta rule, windows, and heads of two sizes.
     row("Qwen3.5-27B", "v6e", 8192, TILES),
+    row("Qwen3.5-27B", "v6e", 16384, TILES),
     row("Qwen3.5-35B-A3B", "v6e", 16384, OFFLOAD | DELTA),
     row("Gemma 4 31B", "v6e", 8192, TILES),
-    row("Gemma 4 E4B", "v5e", 16384, TILES),
+    row("Gemma 4 E4B", "v5e", 16384, HOST),
+    row("Gemma 4 26B-A4B", "v5e", 2048, MIXED),
     # The same model in our decoder and in the PyTorch code of transformers, with
     # settings that both support.
     row("Qwen3.5-27B", "v6e", 2048, PLAIN | {"stream_dtype": "bfloat16"}),
@@ -167,5 +170,7 @@ ROWS = [
     row("Qwen3.5-27B", "h100", 8192, H100),
     row("Qwen3.5-35B-A3B", "h100", 8192, MIXED_H100 | DELTA),
     row("Gemma 4 31B", "h100", 4096, H100),
+    row("Gemma 4 31B", "h100", 8192, H100),
     row("Gemma 4 E4B", "h100", 8192, H100),
+    row("Gemma 4 26B-A4B", "h100", 8192, MIXED_H100),
 ]
