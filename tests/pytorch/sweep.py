@@ -79,6 +79,8 @@ FAILED = """
 The first words of a reason say how far the sweep came. After "no model", the tiny model
 does not run in PyTorch either. After "fails", it runs in PyTorch, but an error ended
 the comparison with `ql.torch`. After "differs", rounding does not explain a difference.
+After "no gradients", the logits and the loss passed, with the differences that follow,
+and the gradients have not been compared yet.
 
 | model type | reason |
 |---|---|
