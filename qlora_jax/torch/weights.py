@@ -35,6 +35,15 @@ def as_array(tensor: torch.Tensor) -> jax.Array:
     return torchax.default_env().t2j_iso(tensor)
 
 
+def _type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return self.to(other.dtype)
+
+
+# torchax's own method changes the dtype of the tensor in place, and does not accept
+# views of other tensors.
+torchax.tensor.Tensor.type_as = _type_as
+
+
 def is_kernel(leaf: Leaf) -> bool:
     """Whether a leaf is packed, or is a float weight that each forward pass packs."""
     return isinstance(leaf, ql.QTensor | ql.StraightThrough)

@@ -9,7 +9,7 @@ yet, and writes their rows to `docs/reports/torch_models.tsv`. The second comman
 
 For each model type, the sweep compares the logits of float weights with PyTorch's. It
 also compares the loss and the gradients of adapters on packed weights with those that
-PyTorch computes on merged weights.
+PEFT computes on the decoded weights.
 """
 
 import argparse
@@ -34,10 +34,10 @@ from tolerances import (
 )
 from torch_helpers import (
     copy_weights,
-    gradients_in_pytorch,
     init,
     logits_of,
     loss_of,
+    peft_loss_and_gradients,
     random_ids,
     torch_logits,
 )
@@ -48,25 +48,30 @@ from qlora_jax.torch.init import kernel_roles
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 ROWS = DOCS / "reports" / "torch_models.tsv"
 LARGEST_ERROR = rounding(TERMS)
-EARLIER = "no gradients"  # the result in rows of an earlier version of the sweep
 PAGE = """# PyTorch models that were tested
 
-This page is the result of a sweep over {tried} of the {kinds} types of causal language
-models in transformers. For each type, the sweep ran a tiny model with random weights in
+This page is the result of a sweep over the {kinds} types of causal language models in
+transformers. For each type, the sweep ran a tiny model with random weights in
 `ql.torch` and in PyTorch, and compared three results: the logits of float weights, the
-loss on packed weights with adapters, and the gradients of these adapters. A type passed
-if rounding explains all differences. {passed} types passed. Another {earlier} types
-passed an earlier version of the sweep, which only checked that the gradients are
-finite. Their gradients were not compared.
+loss on packed weights with adapters, and the gradients of A and B of these adapters. A
+type passed if rounding explains all differences. {passed} types passed.
 
-The columns show the relative differences (Frobenius norm) of the logits, of the loss,
-and of the gradients of the adapter for which the difference is largest. The last column
-is the number of weights of the tiny model that were packed. `tests/pytorch/sweep.py`
-runs the models and writes this page. Every day, the tests run the sweep again for ten
-of the {passed} types that passed, and for another ten on the next day.
+The reference for the loss and the gradients is PEFT, with the same adapters on the
+decoded weights. PEFT adapted the weights of products and lookups as `target_modules`,
+and all others, such as those of experts, as `target_parameters`. It cannot adapt a
+weight that several modules share, or that the code of another module reads. The sweep
+merged the adapters of such weights, and PyTorch computed their gradients. The column
+"without PEFT" has their names. For the {all} types in which it says "all", the sweep
+has not used PEFT yet.
 
-| model type | logits | loss | gradients | packed weights |
-|---|---|---|---|---|
+The other columns show the relative differences (Frobenius norm) of the logits, of the
+loss, and of the gradients of the adapter for which the difference is largest, and how
+many weights of the tiny model were packed and adapted. `tests/pytorch/sweep.py` runs
+the models and writes this page. Every day, the tests run the sweep again for ten of the
+{passed} types that passed, and for another ten on the next day.
+
+| model type | logits | loss | gradients | packed weights | without PEFT |
+|---|---|---|---|---|---|
 """
 FAILED = """
 ## Types that did not pass
@@ -74,6 +79,8 @@ FAILED = """
 The first words of a reason say how far the sweep came. After "no model", the tiny model
 does not run in PyTorch either. After "fails", it runs in PyTorch, but an error ended
 the comparison with `ql.torch`. After "differs", rounding does not explain a difference.
+After "no gradients", the logits and the loss passed, with the differences that follow,
+and the gradients have not been compared yet.
 
 | model type | reason |
 |---|---|
@@ -81,11 +88,11 @@ the comparison with `ql.torch`. After "differs", rounding does not explain a dif
 
 
 def check(module, ids, expected):
-    """Compares a model with PyTorch, whose logits are `expected`.
+    """Compares a model with PyTorch, whose logits are `expected`, and with PEFT.
 
-    Returns the errors of the logits, of the loss, and of the gradients, and the number
-    of packed weights. The logits are those of float weights. The loss and the gradients
-    are those of packed weights.
+    Returns the cells of its row: the errors of the logits of float weights, and of the
+    loss and of the gradients on packed weights; the number of packed weights; and the
+    names of those that PEFT cannot adapt.
     """
     model, ids_array = ql.torch.wrap(module), jnp.array(ids)
     params = ql.torch.params(model)
@@ -105,21 +112,21 @@ def check(module, ids, expected):
         return loss_of(model, {"params": base, "lora": lora}, ids)
 
     loss, gradients = jax.jit(jax.value_and_grad(compute_loss))(lora, base, ids_array)
-    got = {"loss": loss, "gradients": gradients}
+    expected_loss, expected, merged = peft_loss_and_gradients(module, base, lora, ids)
 
-    def train_in_pytorch(base, lora):
-        loss, gradients = gradients_in_pytorch(module, base, lora, ids)
-        return {"loss": np.float32(loss), "gradients": gradients}
+    def loss_in_peft(base, lora):
+        loss, *_ = peft_loss_and_gradients(module, base, lora, ids)
+        return {"loss": np.float32(loss)}
 
-    expected = train_in_pytorch(base, lora)
-    for name in got:
+    def gradients_in_peft(base, lora):
+        return peft_loss_and_gradients(module, base, lora, ids)[1]
 
-        def run_again(base, lora, name=name):
-            return {name: train_in_pytorch(base, lora)[name]}
-
-        run = run_again, base, lora
-        errors.append(error_of({name: got[name]}, {name: expected[name]}, *run))
-    return errors, len(names)
+    losses = {"loss": loss}, {"loss": np.float32(expected_loss)}
+    errors.append(error_of(*losses, loss_in_peft, base, lora))
+    errors.append(error_of(gradients, expected, gradients_in_peft, base, lora))
+    patterns = {re.sub(r"\d+", "*", name) for name in merged}
+    cells = [f"{error:.1e}" for error in errors]
+    return *cells, str(len(names)), " ".join(sorted(patterns)) or "none"
 
 
 def error_of(got, expected, run, *args):
@@ -157,7 +164,7 @@ def result_of(kind):
         module, ids = tiny_model(kind), random_ids()
         expected = torch_logits(module, ids)
         word = "fails"
-        errors, count = check(module, ids, expected)
+        cells = check(module, ids, expected)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = frames[-1]
@@ -166,7 +173,7 @@ def result_of(kind):
         is_comparison = any(frame.name == "error_of" for frame in frames)
         word = "differs" if is_comparison else word
         return word, f"{type(error).__name__}: {reason} ({place})"
-    return "ok", *(f"{error:.1e}" for error in errors), str(count)
+    return "ok", *cells
 
 
 def read_rows():
@@ -182,16 +189,17 @@ def write_rows(rows):
 
 def write_page():
     rows = sorted(read_rows().items())
-    words = [row[0] for _, row in rows]
-    counts = {"passed": words.count("ok"), "earlier": words.count(EARLIER)}
-    text = PAGE.format(kinds=len(KINDS), tried=len(rows), **counts)
-    for kind, (word, *numbers) in rows:
-        if word in ("ok", EARLIER):
-            text += f"| `{kind}` | {' | '.join(numbers)} |\n"
+    passed = [(kind, cells) for kind, (word, *cells) in rows if word == "ok"]
+    counts = {"passed": len(passed), "all": sum(c[-1] == "all" for _, c in passed)}
+    text = PAGE.format(kinds=len(KINDS), **counts)
+    for kind, (*numbers, merged) in passed:
+        if merged not in ("all", "none"):
+            merged = ", ".join(f"`{name}`" for name in merged.split())
+        text += f"| `{kind}` | {' | '.join([*numbers, merged])} |\n"
     text += FAILED
-    for kind, (word, *details) in rows:
-        if word not in ("ok", EARLIER):
-            reason = " ".join([word, *details]).replace("|", "/").replace("`", "'")
+    for kind, row in rows:
+        if row[0] != "ok":
+            reason = " ".join(row).replace("|", "/").replace("`", "'")
             text += f"| `{kind}` | {reason} |\n"
     (DOCS / "torch_models.md").write_text(text, "utf-8")
 

@@ -294,6 +294,17 @@ def test_bfloat16():
     assert_close(logits, exact, roundings=10)
 
 
+def test_type_as_returns_a_new_tensor():
+    class Cast(torch.nn.Module):
+        def forward(self, x, others):
+            return x.type_as(others[0]), x
+
+    x, others = jnp.full(3, 1.3), jnp.ones((2, 3), jnp.bfloat16)
+    cast, unchanged = ql.torch.wrap(Cast()).apply({"params": {}}, x, others)
+    np.testing.assert_array_equal(cast, x.astype(jnp.bfloat16), strict=True)
+    np.testing.assert_array_equal(unchanged, x, strict=True)
+
+
 def test_names_must_be_those_of_the_module():
     model = ql.torch.wrap(make_net())
     params = ql.torch.params(model)

@@ -24,7 +24,7 @@ SIZES = {
     "centroid_intermediate_top_k",
     4: "num_attention_heads n_head num_heads n_heads swa_num_attention_heads "
     "decoder_attention_heads encoder_attention_heads attention_heads mamba_n_heads "
-    "mamba_num_heads index_n_heads linear_num_value_heads linear_num_heads "
+    "mamba_num_heads linear_num_value_heads linear_num_heads "
     "conf_num_attention_heads num_experts num_local_experts n_routed_experts "
     "moe_num_experts num_routed_experts index_topk index_block_size split_ngram_parts "
     "local_attn_chunk_length lsh_attn_chunk_length",
@@ -32,12 +32,14 @@ SIZES = {
     "sliding_window_size",
     8: "qk_rope_head_dim mamba_chunk_size chunk_size keep_window_size d_rel "
     "attention_chunk_size num_centroids adapter_rank laurel_rank",
-    16: "head_dim d_head attention_head_dim attention_head_size mamba_d_head "
-    "mamba_head_dim d_kv index_head_dim state_size mamba_d_state ssm_state_size "
-    "time_step_rank linear_key_head_dim linear_value_head_dim linear_head_dim "
-    "global_head_dim hidden_size_per_layer_input qk_nope_head_dim v_head_dim "
-    "swa_head_dim kv_channels rel_extent router_hidden_size query_pre_attn_scalar "
-    "o_lora_rank hc_lowrank",
+    # The scores of indexers are sums of ReLUs. With few heads, many scores are 0. Among
+    # such equal scores, PyTorch and JAX choose different ones.
+    16: "index_n_heads head_dim d_head attention_head_dim attention_head_size "
+    "mamba_d_head mamba_head_dim d_kv index_head_dim state_size mamba_d_state "
+    "ssm_state_size time_step_rank linear_key_head_dim linear_value_head_dim "
+    "linear_head_dim global_head_dim hidden_size_per_layer_input qk_nope_head_dim "
+    "v_head_dim swa_head_dim kv_channels rel_extent router_hidden_size "
+    "query_pre_attn_scalar o_lora_rank hc_lowrank",
     32: "moe_intermediate_size expert_hidden_size shared_expert_intermediate_size "
     "shared_intermediate_size moe_shared_expert_intermediate_size q_lora_rank "
     "kv_lora_rank expert_ffn_hidden_size shared_experts_intermediate_size "
@@ -51,7 +53,7 @@ SIZES = {
     "depthwise_separable_out_channel",
     96: "intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim "
     "encoder_ffn_dim feed_forward_size dense_intermediate_size intermediate_size_mlp "
-    "prefix_dense_intermediate_size dff d_inner",
+    "prefix_dense_intermediate_size dff d_inner dim_ff",
     128: "vocab_size vocab_size_per_layer_input max_position_embeddings n_positions "
     "n_ctx max_seq_len context_length pronunciation_vocab_size shape_vocab_size "
     "encoder_hash_byte_group_vocab ngram_vocab_size_base",
@@ -68,15 +70,10 @@ SPECIAL: dict[str, dict] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": ROPE | {"mrope_section": [2, 3, 3]}}
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
-    # The scores of indexers are sums of ReLUs. With few heads, many scores are 0. Among
-    # such equal scores, PyTorch and JAX choose different ones.
-    "dots3_note": {"text_config": {"index_n_heads": 8}},
-    "dots3_note_text": {"index_n_heads": 8},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_d_head": 32},
-    "hy_v4": {"index_n_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

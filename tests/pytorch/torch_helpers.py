@@ -1,5 +1,7 @@
 """Tiny models of transformers, and what PyTorch and PEFT compute with them."""
 
+import collections
+import copy
 import warnings
 
 import jax
@@ -8,6 +10,8 @@ import numpy as np
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
 
 import qlora_jax as ql
 
@@ -93,78 +97,134 @@ def with_decoded_weights(module, base):
     return module
 
 
-def peft_model(module, base, lora):
-    """Returns a PEFT model with decoded weights and the same adapters; and its modules.
+def peft_model(module, base, lora, merged=()):
+    """Returns a copy of the module with decoded weights and PEFT's adapters.
 
-    The modules are those of the model inside it, by name.
+    Also returns the layer in which PEFT adapts each weight, and the parameters of the
+    weights in `merged`. The adapters of these weights are added to them, without PEFT.
     """
-    names = [name.removesuffix(".weight") for name in lora]  # of modules
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)
-    config.fan_in_fan_out = module.config.model_type == "gpt2"
-    with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
-        warnings.simplefilter("ignore", FutureWarning)
-        model = peft.get_peft_model(with_decoded_weights(module, base), config)
-    layers = dict(model.base_model.model.named_modules())
+    module = copy.deepcopy(module)
+    copy_weights(module, ql.merge(base, {name: lora[name] for name in merged}))
+    parameters = {name: module.get_parameter(name) for name in merged}
+    # Names may change when PEFT inserts its layers.
+    places = {name: name.rpartition(".") for name in lora if name not in merged}
+    places = {n: (module.get_submodule(p), key) for n, (p, _, key) in places.items()}
+    names = [name for name, place in places.items() if is_product(place[0])]
+    with warnings.catch_warnings():  # PEFT warns if a `Conv1D` is a target
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["0." + name.rpartition(".")[0] for name in names],
+            target_parameters=["0." + name for name in places if name not in names],
+        )
+        # For some types of models, PEFT changes the targets. In a list, the model has
+        # no type.
+        peft.get_peft_model(torch.nn.ModuleList([module]), config)
+    adapters = {
+        (layer.get_base_layer(), getattr(layer, "parameter_name", "weight")): layer
+        for layer in module.modules()
+        if isinstance(layer, LoraLayer)
+    }
+    layers = {name: adapters[place] for name, place in places.items()}
     with torch.no_grad():
-        for name, adapter in zip(names, lora.values(), strict=True):
-            layer = layers[name]
-            layer.lora_A.default.weight.copy_(torch.tensor(np.asarray(adapter.a).T))
-            layer.lora_B.default.weight.copy_(torch.tensor(np.asarray(adapter.b).T))
-    return model, layers
+        for name, layer in layers.items():
+            arrays = arrays_in_peft(lora[name])
+            for factor, array in zip(factors_of(layer), arrays, strict=True):
+                factor.copy_(torch.tensor(array))
+    return module, layers, parameters
 
 
-def peft_loss_and_gradients(module, base, lora, ids, **inputs):
-    """Returns PEFT's loss, and its gradients as a lora tree."""
-    model, layers = peft_model(module, base, lora)
+def is_product(module):
+    """Whether a module computes a product or a lookup, and nothing else.
+
+    PEFT adapts the output of such a module (`target_modules`). In any other module, it
+    adapts the weight itself (`target_parameters`).
+    """
+    classes = torch.nn.Linear, torch.nn.Embedding, Conv1D
+    return type(module).forward in [cls.forward for cls in classes]
+
+
+def factors_of(layer):
+    """Returns A and B of PEFT's layer."""
+    if layer.lora_A:
+        return layer.lora_A.default.weight, layer.lora_B.default.weight
+    return layer.lora_embedding_A.default, layer.lora_embedding_B.default
+
+
+def arrays_in_peft(adapter):
+    """Returns A and B as PEFT stores them: [E r, k] and [n, r E] for E experts."""
+    a, b = (np.asarray(x).reshape(-1, *x.shape[-2:]) for x in (adapter.a, adapter.b))
+    return a.swapaxes(1, 2).reshape(-1, a.shape[1]), b.T.reshape(b.shape[2], -1)
+
+
+def adapter_of(adapter, a, b):
+    """Returns an adapter with A and B that PEFT stored (see `arrays_in_peft`)."""
+    *experts, k, rank = adapter.a.shape
+    a = a.reshape(*experts, rank, k).swapaxes(-1, -2)
+    b = b.reshape(-1, rank, *experts).T
+    return jax.tree.unflatten(jax.tree.structure(adapter), [a, b])
+
+
+def peft_loss_and_gradients(module, base, lora, ids, merged=(), **inputs):
+    """Returns PEFT's loss, its gradients as a lora tree, and the names without PEFT.
+
+    PEFT adapts a weight where its module is called. This does not work for weights that
+    several modules share, or that the code of another module reads. Their adapters are
+    merged, like those in `merged`, and PyTorch computes the gradients.
+    """
+    all_parameters = module.named_parameters(remove_duplicate=False)
+    uses = collections.Counter(parameter for _, parameter in all_parameters)
+    shared = {name for name in lora if uses[module.get_parameter(name)] > 1}
+    merged = {*merged} | shared
+    model, layers, parameters = peft_model(module, base, lora, merged)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     tokens = torch.tensor(ids)
     logits = model(input_ids=tokens, use_cache=False, **inputs).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten()
     )
     loss.backward()
+    factors = {name: factors_of(layer) for name, layer in layers.items()}
+    if unused := {name for name, (_, b) in factors.items() if b.grad is None}:
+        names = merged | unused
+        return peft_loss_and_gradients(module, base, lora, ids, names, **inputs)
     gradients = {}
     for name, adapter in lora.items():
-        layer = layers[name.removesuffix(".weight")]
-        a, b = layer.lora_A.default.weight.grad.T, layer.lora_B.default.weight.grad.T
-        gradients[name] = jax.tree.unflatten(
-            jax.tree.structure(adapter), [a.numpy(), b.numpy()]
-        )
-    return loss.item(), gradients
-
-
-def gradients_in_pytorch(module, base, lora, ids):
-    """Returns PyTorch's loss of a language model, and its gradients as a lora tree."""
-    tokens = torch.tensor(ids)
-
-    def compute_loss():
-        logits = module(input_ids=tokens, use_cache=False).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), tokens[:, 1:].flatten()
-        )
-
-    return adapter_gradients(module, base, lora, compute_loss)
+        if name in merged:
+            gradients[name] = merged_gradient(adapter, parameters[name])
+        else:
+            arrays = [factor.grad.numpy() for factor in factors[name]]
+            gradients[name] = adapter_of(adapter, *arrays)
+    # The loss does not depend on weights that have no gradient at all.
+    return loss.item(), gradients, {n for n in merged if parameters[n].grad is not None}
 
 
 def adapter_gradients(module, base, lora, compute_loss):
-    """Returns PyTorch's loss and the gradients of A and B, as a lora tree.
-
-    PyTorch computes the gradient dW of each merged weight W + s A B. The gradients of
-    the adapter are then dA = s dW B^T and dB = s A^T dW.
-    """
+    """Returns PyTorch's loss on merged weights, and its gradients as a lora tree."""
     parameters = dict(module.named_parameters())
     copy_weights(module, ql.merge(base, lora))
     module.zero_grad()
     loss = compute_loss()
     loss.backward()
-    gradients = {}
-    for name, adapter in lora.items():
-        grad = parameters[name].grad
-        if grad is None:  # the loss does not depend on the weight
-            grad = torch.zeros_like(parameters[name])
-        grad = adapter.scaling * grad.numpy()
-        if adapter.geometry.kinds.endswith("nk"):  # [out, in]
-            grad = grad.swapaxes(-1, -2)
-        a, b = np.asarray(adapter.a), np.asarray(adapter.b)
-        arrays = [grad @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ grad]
-        gradients[name] = jax.tree.unflatten(jax.tree.structure(adapter), arrays)
-    return loss.item(), gradients
+    return loss.item(), {
+        name: merged_gradient(adapter, parameters[name])
+        for name, adapter in lora.items()
+    }
+
+
+def merged_gradient(adapter, parameter):
+    """Returns the gradient of A and B from the gradient dW of a merged weight.
+
+    The merged weight is W + s A B, so dA = s dW B^T and dB = s A^T dW.
+    """
+    grad = parameter.grad
+    if grad is None:  # the loss does not depend on the weight
+        grad = torch.zeros_like(parameter)
+    grad = adapter.scaling * grad.numpy()
+    if adapter.geometry.kinds.endswith("nk"):  # [out, in]
+        grad = grad.swapaxes(-1, -2)
+    a, b = np.asarray(adapter.a), np.asarray(adapter.b)
+    arrays = [grad @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ grad]
+    return jax.tree.unflatten(jax.tree.structure(adapter), arrays)
