@@ -41,7 +41,7 @@ def _type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 # torchax's own method changes the dtype of the tensor in place, and does not accept
 # views of other tensors.
-torchax.tensor.Tensor.type_as = _type_as
+torchax.tensor.Tensor.type_as = _type_as  # type: ignore
 
 
 def is_kernel(leaf: Leaf) -> bool:

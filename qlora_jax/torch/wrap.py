@@ -14,6 +14,7 @@ import torchax
 
 import qlora_jax as ql
 
+from . import autograd_functions
 from .arrays import Model, module_of, named_tensors
 from .layers import names_in, runs_of
 from .scan import LayerScan
@@ -142,6 +143,7 @@ class WrappedModule:
             stack.enter_context(jax.numpy_rank_promotion("allow"))
             # Only a `torch.no_grad` in the module's code stops gradients.
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(autograd_functions.in_jax(functions))
             stack.enter_context(self._modes())
             for scan in scans:
                 stack.enter_context(scan.active())

@@ -261,6 +261,74 @@ def test_no_grad_in_the_module_stops_gradients_as_in_pytorch():
     assert_close(gradients, expected)
 
 
+class Round(torch.autograd.Function):
+    """Rounds to multiples of `size`, and passes gradients unless inputs are large."""
+
+    @staticmethod
+    def forward(ctx, x, size):
+        ctx.save_for_backward(x)
+        ctx.limit = 3 * size
+        return torch.round(x / size) * size
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() < ctx.limit), None
+
+
+class Scale(torch.autograd.Function):
+    """Multiplies by rows of a table, and doubles the gradient of x."""
+
+    @staticmethod
+    def forward(x, table, index, scale=0.5):
+        return x * table[index] * scale, x.sum()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, table, ctx.index, ctx.scale = inputs
+        ctx.save_for_backward(table)
+
+    @staticmethod
+    def backward(ctx, gradient, of_sum):
+        (table,) = ctx.saved_tensors
+        of_x = 2 * gradient * table[ctx.index] * ctx.scale + of_sum
+        return of_x, None, None, None
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_autograd_functions_have_their_own_backward_pass(is_compiled):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(64, 64)
+            self.table = torch.nn.Linear(64, 8, bias=False)
+            self.last = torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = Round.apply(self.first(x), 0.25)
+            index = torch.arange(len(x), device=x.device) % 8
+            x, total = Scale.apply(x, self.table.weight, index)
+            return self.last(x) + torch.tanh(total)
+
+    torch.manual_seed(0)
+    module = Net().eval()
+    model, base, lora = init(module, r"(first|last)\.weight")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+
+    def compute_loss(lora):
+        return (model.apply({"params": base, "lora": lora}, x) ** 2).mean()
+
+    if is_compiled:
+        compute_loss = jax.jit(jax.checkpoint(compute_loss))
+    loss, gradients = jax.value_and_grad(compute_loss)(lora)
+    expected_loss, expected = adapter_gradients(
+        module, base, lora, lambda: (module(torch.tensor(x)) ** 2).mean()
+    )
+    assert_close(np.asarray(loss), np.float32(expected_loss))
+    assert_close(gradients, expected)
+    assert all(np.linalg.norm(g) > 0 for g in jax.tree.leaves(gradients))
+
+
 def test_changes_of_buffers_are_refused():
     model = ql.torch.wrap(make_net(rate=0.0).train())
     variables = {"params": ql.torch.params(model)}
