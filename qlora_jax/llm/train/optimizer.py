@@ -24,10 +24,10 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates so far.
 
-    It rises linearly from 0 during the warmup. Then "cosine" and "linear" decay to
-    `end` at the last step, and "constant" does not change. "wsd" (warmup, stable,
-    decay; Hu et al. 2024, MiniCPM, section 4) stays at the peak, and decays linearly
-    over the last steps.
+    It rises linearly from 0 during the warmup. Then "cosine" and "linear" decay, and
+    reach `end` after `steps` updates; "constant" does not change. "wsd" (warmup,
+    stable, decay; Hu et al. 2024, MiniCPM, section 4) stays at the peak, and decays
+    linearly over the last steps.
 
     Args:
         name: The schedule.
@@ -35,7 +35,7 @@ def make_schedule(
             range is not checked.
         steps: The number of steps of the run, including the warmup.
         warmup: The number of warmup steps.
-        end: The last learning rate. Unused by "constant".
+        end: The learning rate after `steps` updates. Unused by "constant".
         decay: For "wsd": the share of the steps in which the rate decays, in (0, 1].
 
     Raises:
