@@ -36,7 +36,10 @@ from .configs import CheckConfig, Fmt
 from .environment import read_cpuinfo
 from .run_folder import write_text
 
-_PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "numpy"
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "libtpu"),
+    *("jax-cuda12-plugin", "jax-cuda13-plugin", "numpy"),
+)
 FORMATS = tuple(fmt for fmt in get_args(Fmt) if fmt != "none")
 _SHAPE = 512, 768  # of the checked kernels; multiples of every block size
 _ROWS = 16, 512  # of the inputs; typical of generation and of training
