@@ -222,10 +222,11 @@ def main():
     from scale_rows import ROWS
 
     if args.table:
-        from scale_tables import fill
+        from scale_tables import fill, tables
 
+        filled = tables(read_results())
         for page in DOCS.glob("*.md"):
-            page.write_text(fill(page.read_text("utf-8"), read_results()), "utf-8")
+            page.write_text(fill(page.read_text("utf-8"), filled), "utf-8")
         return
     for row in ROWS:
         if args.only not in row["name"] or not can_compile(row):

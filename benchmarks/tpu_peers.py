@@ -16,7 +16,6 @@ import json
 import pathlib
 import re
 import sys
-from typing import Any
 
 import aot_scale
 
@@ -61,12 +60,13 @@ def main():
     args = parser.parse_args()
     if args.one:
         return print("RESULT", json.dumps(compile_here(json.loads(args.one))))
-    from tpu_peers_rows import ROWS
+    from tpu_peers_rows import ROWS, table
 
     if args.table:
-        records = aot_scale.read_results(RESULTS)
-        PAGE.write_text(fill(PAGE.read_text("utf-8"), records), "utf-8")
-        return
+        from scale_tables import fill
+
+        filled = {"peers": table(aot_scale.read_results(RESULTS))}
+        return PAGE.write_text(fill(PAGE.read_text("utf-8"), filled), "utf-8")
     for row in ROWS:
         packages = {"libtpu", *PACKAGES[peer_of(row)]}
         if not re.search(args.only, row["name"]) or not packages <= {

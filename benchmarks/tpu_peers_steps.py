@@ -1,7 +1,9 @@
 """The training step of each library of `tpu_peers.py`, lowered from shapes alone."""
 
 import dataclasses
+import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -11,6 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+LLAMA_OF_KERAS = {
+    "vocabulary_size": 128256,
+    "num_layers": 32,
+    "num_query_heads": 32,
+    "hidden_dim": 4096,
+    "intermediate_dim": 14336,
+    "num_key_value_heads": 8,
+    "rope_max_wavelength": 500000,
+}
 
 
 def qlora_jax_step(row: dict) -> Any:
@@ -133,6 +145,7 @@ def maxtext_step(row: dict) -> Any:
         config = pyconfig.initialize(
             ["", str(path)],
             run_name="peers",
+            base_output_directory=tempfile.gettempdir(),
             hardware="tpu",
             skip_jax_distributed_system=True,
             enable_checkpointing=False,
@@ -165,8 +178,52 @@ def maxtext_step(row: dict) -> Any:
             return lower_peft_step(model, make_trainer, batch, mesh)
 
 
+def keras_hub_step(row: dict) -> Any:
+    """The step of Keras's own trainer on a model of keras-hub with JAX as its backend."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+    import keras_hub
+
+    settings, tokens = row["settings"], row["settings"]["max_length"]
+    devices, _ = aot_scale.devices_of(row)
+    models = []
+
+    def build() -> None:
+        with keras.RematScope(mode="full"):
+            backbone = keras_hub.models.Llama3Backbone(
+                **LLAMA_OF_KERAS | row.get("test", {}), dtype="bfloat16"
+            )
+        if settings["quantize"]:
+            backbone.quantize(settings["quantize"])
+        backbone.enable_lora(settings["rank"], settings["target_layer_names"])
+        model = keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer=keras.optimizers.AdamW(1e-4), loss=loss, metrics=[])
+        model.optimizer.build(model.trainable_variables)
+        models.append(model)
+
+    jax.eval_shape(build)  # leaves tracers as the values of the variables
+    (model,) = models
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def shape_of(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    variables = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    state = tuple([shape_of(x) for x in group] for group in variables)
+    ids = shape_of(np.empty((1, tokens)), jnp.int32)
+    batch = {"token_ids": ids, "padding_mask": ids}, ids, None
+    return jax.jit(model.train_step, donate_argnums=0).lower(state, batch)
+
+
 STEPS = {
     "qlora_jax": qlora_jax_step,
     "tunix": tunix_step,
     "maxtext": maxtext_step,
+    "keras-hub": keras_hub_step,
 }
