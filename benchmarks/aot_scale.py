@@ -110,8 +110,8 @@ def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
 
 
 def measure(compiled: Any) -> dict:
-    """Returns a compiled program's bytes on one device, collectives and cycles."""
-    from hlo_collectives import collectives, estimated_cycles
+    """Returns the bytes on one device of a compiled program, and its collectives."""
+    from hlo_collectives import collectives
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     names = "argument_size", "temp_size", "host_argument_size", "host_temp_size"
@@ -119,7 +119,6 @@ def measure(compiled: Any) -> dict:
     return sizes | {
         "collectives": collectives(text),
         "kernels": text.count("tpu_custom_call"),
-        "cycles": estimated_cycles(text),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program moves and how long it computes, with all loop iterations."""
+"""What a compiled program moves between devices, with all iterations of loops."""
 
 import collections
 import math
@@ -25,7 +25,6 @@ _ADD = re.compile(
 )
 _RESULTS = re.compile(r"ROOT .* tuple\((.*?)\)")
 _START = 'custom_call_target="AsyncCollectiveStart"'
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
@@ -72,31 +71,6 @@ def collectives(text: str) -> list[dict]:
         {"operation": operation, "dtype": dtype, "count": count, "bytes": size}
         for (operation, dtype), (count, size) in sorted(totals.items())
     ]
-
-
-def estimated_cycles(text: str) -> int | None:
-    """Sums the TPU compiler's estimates of cycles, with all iterations of loops.
-
-    The compiler has no estimates for Pallas kernels and for copies between memories.
-
-    Args:
-        text: The optimized HLO, as `compiled.as_text()` gives it.
-
-    Returns:
-        The sum, or None if a loop does not count from 0 to a constant.
-    """
-    computations = dict(_computations(text))
-    fused = {*re.findall(r" fusion\(.*?\bcalls=%?([\w.\-]+)", text)}
-    total = 0
-    for name, times in _runs(text, computations).items():
-        matches = map(_CYCLES.search, computations[name])
-        cycles = sum(int(match[1]) for match in matches if match)
-        if name in fused or not cycles:
-            continue
-        if times is None:
-            return None
-        total += cycles * times
-    return total
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -1,13 +1,15 @@
 """A LoRA or QLoRA training step in JAX libraries, by the same TPU compiler; no TPU.
 
-    pip install '.[train,tpu]' && python benchmarks/tpu_peers.py
+    python benchmarks/tpu_peers.py
     python benchmarks/tpu_peers.py --table
 
-Run it once in an environment for each library: it compiles the rows of the libraries
-that are installed, and of this one. Each row of `tpu_peers_rows.ROWS` is lowered from
-shapes by a function of `tpu_peers_steps.py`, and compiled in a separate process with a
-time limit, as in `aot_scale.py`. Results are added to `tpu_peers.jsonl`. `--table`
-writes the table of docs/benchmarks.md.
+Run it in an environment that has `jax[tpu]`, this library's extra `models`, and one or
+more of google-tunix, maxtext (with the packages of the extra `outside-maxtext`) and
+keras-hub. It compiles the rows of these. The rows of this library are those of
+`aot_scale.py`. Each row of `tpu_peers_rows.ROWS` is lowered from shapes by a function
+of `tpu_peers_steps.py`, and compiled in a separate process with a time limit, as in
+`aot_scale.py`. Results are added to `tpu_peers.jsonl`. `--table` writes the table of
+docs/benchmarks.md.
 """
 
 import argparse
@@ -23,7 +25,6 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "benchmarks.md"
 RESULTS = pathlib.Path(__file__).with_name("tpu_peers.jsonl")
 # The packages that a library's rows need, besides `jax` and `libtpu`.
 PACKAGES = {
-    "qlora_jax": ["flax", "optax", "tokenizers"],
     "tunix": ["google-tunix", "qwix", "flax", "optax"],
     "maxtext": ["maxtext", "qwix", "flax", "optax"],
     "keras-hub": ["keras-hub", "keras"],

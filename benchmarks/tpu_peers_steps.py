@@ -25,12 +25,6 @@ LLAMA_OF_KERAS = {
 }
 
 
-def qlora_jax_step(row: dict) -> Any:
-    """The step of `qlora-jax train`, whose settings are those of the row."""
-    settings = {k: v for k, v in row["settings"].items() if k != "peer"}
-    return aot_scale.lower_row(row | {"settings": settings})
-
-
 def tunix_step(row: dict) -> Any:
     """The step of Tunix's `PeftTrainer`, on a model with qwix's adapters."""
     import qwix
@@ -110,7 +104,6 @@ def tunix_model(row: dict) -> Any:
         config = dataclasses.replace(
             llama3.ModelConfig.llama3p1_8b(),
             remat_config=llama3.RematConfig.DECODER,
-            **row.get("test", {}),
         )
         return llama3.Llama3(config, rngs=nnx.Rngs(0))
     config = dataclasses.replace(
@@ -119,7 +112,6 @@ def tunix_model(row: dict) -> Any:
         use_flash_attention=True,
         dtype=jnp.bfloat16,
         param_dtype=jnp.bfloat16,
-        **row.get("test", {}),
     )
     return qwen3.Qwen3(config, rngs=nnx.Rngs(0))
 
@@ -179,7 +171,7 @@ def maxtext_step(row: dict) -> Any:
 
 
 def keras_hub_step(row: dict) -> Any:
-    """The step of Keras's own trainer on a model of keras-hub with JAX as its backend."""
+    """The step of Keras's trainer, with JAX as its backend, on keras-hub's model."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
     import keras_hub
@@ -191,7 +183,7 @@ def keras_hub_step(row: dict) -> Any:
     def build() -> None:
         with keras.RematScope(mode="full"):
             backbone = keras_hub.models.Llama3Backbone(
-                **LLAMA_OF_KERAS | row.get("test", {}), dtype="bfloat16"
+                **LLAMA_OF_KERAS, dtype="bfloat16"
             )
         if settings["quantize"]:
             backbone.quantize(settings["quantize"])
@@ -222,7 +214,6 @@ def keras_hub_step(row: dict) -> Any:
 
 
 STEPS = {
-    "qlora_jax": qlora_jax_step,
     "tunix": tunix_step,
     "maxtext": maxtext_step,
     "keras-hub": keras_hub_step,
