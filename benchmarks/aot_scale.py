@@ -28,23 +28,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "scale"
 RESULTS = pathlib.Path(__file__).with_name("aot_scale.jsonl")
 
 
-def compile_here(row: dict) -> dict:
-    """Compiles a row in this process.
+def lower_row(row: dict) -> Any:
+    """Lowers the step of a row.
 
     Args:
         row: `model`, `topology` (such as "v5e:2x2" or "h100:1x1x1"), `chips`, and
             `settings`, those of `TrainConfig`.
-
-    Returns:
-        Bytes of memory on one chip, collectives, and seconds of processor time; or
-        `error`.
     """
     from qlora_jax.llm.app.program import lower_step
     from qlora_jax.llm.app.train_config import TrainConfig
@@ -53,10 +49,20 @@ def compile_here(row: dict) -> dict:
     settings = {"model": row["model"], "data": "", "out": "", "steps": 1000}
     settings |= {"warmup": 20, **row["settings"]}
     config = TrainConfig.from_settings(settings)
-    start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         model = model_of(row, pathlib.Path(folder))
-        lowered = lower_step(config, model, devices[: row["chips"]], backend)
+        return lower_step(config, model, devices[: row["chips"]], backend)
+
+
+def compile_here(row: dict, lower: Callable[[dict], Any] = lower_row) -> dict:
+    """Compiles the program that `lower` returns for a row, in this process.
+
+    Returns:
+        Bytes of memory on one chip, collectives, and seconds of processor time; or
+        `error`.
+    """
+    start = time.process_time()
+    lowered = lower(row)
     record: dict[str, Any] = {"lower_seconds": round(time.process_time() - start, 1)}
     start = time.process_time()
     try:
@@ -116,8 +122,8 @@ def measure(compiled: Any) -> dict:
     }
 
 
-def compile_row(row: dict, timeout: float) -> dict:
-    """Compiles a row in a separate process; returns its record."""
+def compile_row(row: dict, timeout: float, script: str = __file__) -> dict:
+    """Compiles a row in a separate process of `script`; returns its record."""
     from scale_models import CHIPS, HBM, chip_of
     from tpu_static import bytes_by_color
 
@@ -130,7 +136,7 @@ def compile_row(row: dict, timeout: float) -> dict:
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
-        command = [sys.executable, __file__, "--one", json.dumps(row)]
+        command = [sys.executable, script, "--one", json.dumps(row)]
         try:
             run = subprocess.run(
                 command, env=env, capture_output=True, text=True, timeout=timeout
@@ -215,10 +221,11 @@ def main():
     from scale_rows import ROWS
 
     if args.table:
-        from scale_tables import fill
+        from scale_tables import fill, tables
 
+        filled = tables(read_results())
         for page in DOCS.glob("*.md"):
-            page.write_text(fill(page.read_text("utf-8"), read_results()), "utf-8")
+            page.write_text(fill(page.read_text("utf-8"), filled), "utf-8")
         return
     for row in ROWS:
         if args.only not in row["name"] or not can_compile(row):

@@ -147,10 +147,7 @@ def break_even_table() -> str:
 
 
 def tables(records: list[dict]) -> dict[str, str]:
-    """Returns the tables of docs/scale by name.
-
-    A page has a table between the lines `<!-- NAME -->` and `<!-- end -->`.
-    """
+    """Returns the tables of docs/scale by name."""
     return {
         "models": models_table(records),
         "fit": fit_table(records),
@@ -158,9 +155,12 @@ def tables(records: list[dict]) -> dict[str, str]:
     }
 
 
-def fill(page: str, records: list[dict]) -> str:
-    """Returns a page with its tables replaced."""
-    for name, table in tables(records).items():
+def fill(page: str, tables: dict[str, str]) -> str:
+    """Returns a page with its tables, by name, replaced.
+
+    A page has a table between the lines `<!-- NAME -->` and `<!-- end -->`.
+    """
+    for name, table in tables.items():
         start = f"<!-- {name} -->\n"
         if start in page:
             before, remainder = page.split(start)

@@ -18,6 +18,8 @@ import scale_paper
 import scale_pictures
 import scale_rows
 import scale_tables
+import tpu_peers
+import tpu_peers_rows
 from hlo_collectives import collectives
 from test_tpu_aot import needs_libtpu, run_script
 
@@ -221,8 +223,16 @@ def test_rows_have_models_and_settings_of_train():
 @pytest.mark.parametrize("page", ["index.md", "fit.md"])
 def test_tables_of_the_docs_are_those_of_the_results(page):
     text = (ROOT / "docs" / "scale" / page).read_text("utf-8")
-    assert scale_tables.fill(text, aot_scale.read_results()) == text
+    tables = scale_tables.tables(aot_scale.read_results())
+    assert scale_tables.fill(text, tables) == text
     assert "<!-- end -->" in text
+
+
+def test_the_table_of_peers_is_that_of_the_results():
+    text = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    table = tpu_peers_rows.table(aot_scale.read_results(tpu_peers.RESULTS))
+    assert scale_tables.fill(text, {"peers": table}) == text
+    assert "<!-- peers -->" in text
 
 
 def test_a_step_on_paper_is_bytes_and_operations_over_rates():

@@ -1,0 +1,92 @@
+"""A LoRA or QLoRA training step in JAX libraries, by the same TPU compiler; no TPU.
+
+    python benchmarks/tpu_peers.py
+    python benchmarks/tpu_peers.py --table
+
+Run it in an environment that has `jax[tpu]`, this library's extra `models`, and
+google-tunix or maxtext (with the packages of the extra `outside-maxtext`), or both. It
+compiles the rows of these. The rows of this library are those of
+`aot_scale.py`. Each row of `tpu_peers_rows.ROWS` is lowered from shapes by a function
+of `tpu_peers_steps.py`, and compiled in a separate process with a time limit, as in
+`aot_scale.py`. Results are added to `tpu_peers.jsonl`. `--table` writes the table of
+docs/benchmarks.md.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import re
+import sys
+
+import aot_scale
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "benchmarks.md"
+RESULTS = pathlib.Path(__file__).with_name("tpu_peers.jsonl")
+# The packages that a library's rows need, besides `jax` and `libtpu`.
+PACKAGES = {
+    "tunix": ["google-tunix", "qwix", "flax", "optax"],
+    "maxtext": ["maxtext", "qwix", "flax", "optax"],
+}
+
+
+def peer_of(row: dict) -> str:
+    """Returns the name of a row's library."""
+    return row["settings"]["peer"]
+
+
+def versions(peer: str) -> dict:
+    """Returns the versions that a result depends on, of packages that are installed."""
+    names = "jax", "libtpu", *PACKAGES[peer]
+    installed = {x.metadata["Name"] for x in importlib.metadata.distributions()}
+    return {x: importlib.metadata.version(x) for x in names if x in installed}
+
+
+def compile_here(row: dict) -> dict:
+    """Lowers and compiles a row in this process; returns its record."""
+    import tpu_peers_steps
+
+    return aot_scale.compile_here(row, tpu_peers_steps.STEPS[peer_of(row)])
+
+
+def main():
+    """Compiles the rows that have no result, or writes the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", help="a regular expression for names")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--timeout", type=float, default=1800)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return print("RESULT", json.dumps(compile_here(json.loads(args.one))))
+    from tpu_peers_rows import ROWS, table
+
+    if args.table:
+        from scale_tables import fill
+
+        filled = {"peers": table(aot_scale.read_results(RESULTS))}
+        return PAGE.write_text(fill(PAGE.read_text("utf-8"), filled), "utf-8")
+    for row in ROWS:
+        packages = {"libtpu", *PACKAGES[peer_of(row)]}
+        if not re.search(args.only, row["name"]) or not packages <= {
+            *versions(peer_of(row))
+        }:
+            continue
+        keys = {aot_scale.key_of(x) for x in aot_scale.read_results(RESULTS)}
+        if aot_scale.key_of(row) in keys and not args.again:
+            continue
+        print(row["name"], flush=True)
+        try:
+            record = aot_scale.compile_row(row, args.timeout, __file__)
+        except RuntimeError as error:  # an error other than a program that does not fit
+            print(error, file=sys.stderr, flush=True)
+            continue
+        record |= {"versions": versions(peer_of(row))}
+        aot_scale.add_result(record, RESULTS)
+        shown = {k: v for k, v in record.items() if k not in ("settings", "versions")}
+        print(json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()
