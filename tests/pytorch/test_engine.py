@@ -110,6 +110,7 @@ def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path):
 
 
 REFUSED = {
+    "stream_dtype": "must be float32, because the dtype of its residual stream is",
     "merge_aware": "must be False, because `export` writes no 4-bit files of these",
     "mlp_tile": "must be None, because its MLPs take all tokens at a time. Got 1.",
     "objective": "because the loss with a teacher needs the head of our decoder. Got",
@@ -118,7 +119,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_options_that_the_engine_lacks_are_refused(folder, tmp_path, name, capsys):
-    value = {"objective": "distill", "mlp_tile": "1"}.get(name, "true")
+    values = {"objective": "distill", "mlp_tile": "1", "stream_dtype": "bfloat16"}
+    value = values.get(name, "true")
     command = ["train", *arguments(folder), "--out", str(tmp_path / "run")]
     assert main([*command, f"--{name}", value]) == 1
     error = capsys.readouterr().err

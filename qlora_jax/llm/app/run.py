@@ -207,8 +207,8 @@ def _check_environment(config: TrainConfig) -> None:
     platform = jax.default_backend()
     if config.model.attention == "splash" and platform != "tpu":
         raise ValueError(
-            "`attention` must be xla without a TPU, because splash is a kernel for "
-            f"TPUs. Got splash, and devices of the platform {platform}."
+            "`attention` must be xla, blocks or cudnn without a TPU, because splash is "
+            f"a kernel for TPUs. Got splash, and devices of the platform {platform}."
         )
     device = jax.local_devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
@@ -253,6 +253,11 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
             "it keeps all layers in device memory",
         ),
         "mlp_tile": (model.mlp_tile, [None], "its MLPs take all tokens at a time"),
+        "stream_dtype": (
+            model.stream_dtype,
+            ["float32"],
+            "the dtype of its residual stream is `dtype`",
+        ),
         "merge_aware": (
             config.adapter.merge_aware,
             [False],

@@ -382,7 +382,10 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(mesh="fsdp=4"), "must have 8 devices, .* available. Got 4: fsdp=4"),
         (dict(mesh="tensor=8"), "must divide the 4 heads: it may be 1, 2, 4. Got 8"),
         (dict(mesh="fsdp=2,tensor=4"), "blocks of 64 along K = 64 must divide"),
-        (dict(mesh="data=8", **SPLASH), "`attention` must be xla without a TPU"),
+        (
+            dict(mesh="data=8", **SPLASH),
+            "`attention` must be xla, blocks or cudnn without a TPU",
+        ),
         (dict(attention="cudnn"), "xla or blocks without an NVIDIA GPU of .* and cpu"),
         (dict(distributed=True), "`mesh` must be given with `distributed`"),
         (dict(process_id=1), "`distributed` must be set with .'process_id'"),
