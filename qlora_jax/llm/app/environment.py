@@ -110,9 +110,9 @@ def _hash_processor() -> str:
     return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:16]
 
 
-def fastest_dtype(platform: str) -> str:
+def fastest_dtype(jax_platform: str) -> str:
     """Returns the dtype that `--dtype auto` stands for on a platform of JAX."""
-    if platform != "cpu":
+    if jax_platform != "cpu":
         return "bfloat16"
     words = {*" ".join(read_cpuinfo()).split()}
     # With AVX512_BF16 but without AMX, XLA's products in bfloat16 are faster than those

@@ -19,9 +19,10 @@ from .constraints import split_attention
 from .products import einsum_f32, make_dense, make_norm, name_product
 
 MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
-# Each pair of blocks takes a few kernels, which GPUs run faster if they are larger.
+# GPUs launch a few kernels for each pair of blocks, so larger blocks are faster there.
 GPU_BLOCK = 256
-MASKED = "xla", "blocks", "cudnn"  # what `attend` implements
+# The values of `attention` that take a mask. `attend` implements them.
+MASKED = "xla", "blocks", "cudnn"
 NO_WINDOW = 2**31 - 1  # replaces None in arrays of windows
 
 
@@ -32,7 +33,7 @@ class Tokens(NamedTuple):
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
     # One for each of `DecoderConfig.ropes`, padded to the longest one.
     tables: Float[Array, "R 2 B T 1 half"]
-    num_tokens: Int[Array, " B"] | None = None  # of each row; None: no padding
+    num_tokens: Int[Array, " B"] | None = None  # in each row; None: no padding
     query_scales: Float[Array, "B T 1 1"] | None = None  # of `QueryScaling`
 
 
@@ -177,8 +178,8 @@ class Attention(nn.Module):
     """Causal grouped-query attention.
 
     If `attention` is "xla" or "blocks", or if there is a cache, the mask depends on the
-    positions of tokens. Otherwise, it depends on their order in the row, and `Decoder`
-    fills a row with NaN if its positions do not follow this order.
+    positions of tokens. Otherwise, tokens attend to earlier ones in the order of the
+    row, and `Decoder` fills a row with NaN if its positions do not follow this order.
     """
 
     config: DecoderConfig
@@ -186,8 +187,11 @@ class Attention(nn.Module):
     dtype: DTypeLike = jnp.float32
     attention: str | Callable[..., Array] = "xla"
     part_name: ClassVar[str] = "self_attn"
+    # The projections whose outputs or inputs may be split over devices.
     split_outputs: ClassVar[tuple[str, ...]] = (
-        *("q_proj", "k_proj", "v_proj"),
+        "q_proj",
+        "k_proj",
+        "v_proj",
         "qkv_proj",
     )
     split_inputs: ClassVar[tuple[str, ...]] = ("o_proj",)
@@ -196,9 +200,9 @@ class Attention(nn.Module):
     def __call__(
         self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
     ):
-        """Returns the output, what is new in the cache, and the shared keys and values.
+        """Returns the output, the new keys and values, and those that layers share.
 
-        What is new in the cache is None without a cache.
+        The new keys and values are for `KeysAndValues.write`, and None without a cache.
         """
         c, kind, new_kv = self.config, self.kinds[0], None
         query, *key_and_value = self._project(x)  # [B, T, heads, Dh] each
@@ -549,9 +553,9 @@ def attend_by_matrices(
     if block is not None:
         mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
     else:
-        # Use `einsum_f32` for the gradients of key and value. They sum over two axes, g
-        # and t, and XLA on CPUs would compute such sums in 16 bits. Only sums over a
-        # single axis are in float32 there.
+        # The gradients of key and value are sums over two axes, g and t. XLA on CPUs
+        # would compute sums over more than one axis in 16 bits; `einsum_f32` computes
+        # them in float32.
         scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale  # [N, H / K, T, S]
         scores = ql.losses.soft_cap(scores, soft_cap)
         by_row = scores.reshape(b, k, *scores.shape[1:])  # [B, K, H / K, T, S]

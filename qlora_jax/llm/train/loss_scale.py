@@ -7,17 +7,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class LossScale(NamedTuple):
-    """A factor of the loss, which keeps gradients in the range of float16.
+    """A factor by which the loss is multiplied, for gradients in the range of float16.
 
-    Small gradients would underflow in float16, and large ones would overflow
-    (Micikevicius et al. 2018, section 3.2). So the loss is multiplied by the largest
-    factor that has not made a gradient overflow recently, and gradients are divided by
-    it. The rules and their constants are those of `torch.amp.GradScaler`.
+    Small gradients would become zero in float16 (Micikevicius et al. 2018, section
+    3.2), so the loss is multiplied by a large factor, and its gradient is divided by
+    the same factor. A step whose gradient overflows halves the factor. After many steps
+    without an overflow, the factor is doubled. These rules and their constants are
+    those of `torch.amp.GradScaler`.
 
     Attributes:
         scale: The factor.
-        good_steps: The number of steps since the last overflow or growth.
-        growth_interval: The number of good steps after which the factor is doubled.
+        good_steps: The number of steps since the factor last changed.
+        growth_interval: The number of good steps, those without an overflow, after
+            which the factor is doubled.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -39,10 +41,11 @@ class LossScale(NamedTuple):
         """Returns the loss scale before the first step, which is 65536.
 
         Args:
-            growth_interval: The number of good steps after which it is doubled.
+            growth_interval: The number of steps without an overflow after which the
+                scale is doubled.
         """
-        counts = jnp.zeros((), jnp.int32), jnp.int32(growth_interval)
-        return cls(jnp.float32(2**16), *counts)
+        good_steps = jnp.zeros((), jnp.int32)
+        return cls(jnp.float32(2**16), good_steps, jnp.int32(growth_interval))
 
     def update(self, is_finite: bool | Bool[Array, ""]) -> "LossScale":
         """Returns the loss scale after a step.

@@ -156,7 +156,7 @@ class Report(NamedTuple):
             are divided.
         is_finite: Whether the loss, the gradient and the new adapter are finite.
         metrics: The mean of each metric that the loss function returns, by name. With
-            a loss scale, also `loss_scale`, the one of this step.
+            a loss scale, also `loss_scale`, the factor that this step used.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -175,7 +175,7 @@ class _Sums(NamedTuple):
     """Sums over the batches of a step."""
 
     loss: Float[Array, ""]
-    weight: Float[Array, ""]  # the number of target tokens
+    weight: Float[Array, ""]  # the number of target tokens, answers or pairs
     grads: PyTree  # of the summed loss, without the loss scale
     metrics: list[dict[str, tuple[Array, Array]]]  # empty if the loss returns none
 
@@ -191,14 +191,15 @@ def make_step(
     target tokens, as if they were one large batch.
 
     If the loss or the norm of the gradient is not finite, the adapter and the optimizer
-    stay unchanged (`ql.optim.skippable`), and only the step counters advance.
-
-    If the state has a `LossScale`, the mean loss of each batch is multiplied by it, and
-    the gradient is divided by it. The step then also updates the loss scale.
+    stay unchanged (`ql.optim.skippable`), and only `step` and `skipped` are increased.
 
     If only the new adapter is not finite, the old adapter is kept. The old state of the
-    optimizer is not kept, because a state in host memory has been updated in place. So
-    do not train on. Resume from an earlier state, with a smaller learning rate.
+    optimizer is not kept, because a state in host memory has been updated in place. Do
+    not continue training from the returned state: resume from an earlier one, with a
+    smaller learning rate.
+
+    If the state has a `LossScale`, the mean loss of each batch is multiplied by it, and
+    the gradient is divided by it. Every step then also updates the loss scale.
 
     With `learning_rates`, the step trains the adapters of a sweep together, on the same
     batches. `jax.vmap` maps the step over the leading axis of `State.stack`. The base
@@ -321,8 +322,8 @@ class Step:
                 weight = jnp.asarray(weight, jnp.float32)
                 if loss_scale is None:
                     return total, (total, weight, 1.0, metrics)
-                # The sum of the losses of a batch has gradients that are larger than
-                # those of their mean, for which the initial loss scale is meant.
+                # Scale the mean loss, for which the initial loss scale is meant. The
+                # gradient of the sum is larger, and would overflow more often.
                 factor = loss_scale.scale / jnp.maximum(weight, 1)
                 return total * factor, (total, weight, factor, metrics)
 
