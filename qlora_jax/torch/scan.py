@@ -33,6 +33,9 @@ class LayerCall:
 class LayerScan:
     """Runs the layers of a `LayerRun` as one scan, during one call of the module.
 
+    A run consists of periods: layers at the same position in each period are equal, and
+    layers at different positions may differ.
+
     The module calls each layer as usual. Each layer but the last only records its
     arguments, and returns a placeholder without data, which no PyTorch function
     accepts. The call of the last layer runs all layers, in a scan over the periods.
@@ -102,7 +105,9 @@ class LayerScan:
         finally:
             layer.forward = recorder
 
-    def _program(self, index: int, inspect: Callable[[Any], object]) -> str:
+    def _program(
+        self, index: int, inspect: Callable[[Any], None] = lambda output: None
+    ) -> str:
         """Returns the jaxpr of a layer as text, and passes its output to `inspect`."""
         position = index % self.run.period
 
@@ -126,9 +131,9 @@ class LayerScan:
         # layers would take too long.
         for first in range(self.run.period):
             others = range(first, len(self.layers), self.run.period)[1:]
-            program = self._program(first, type)
+            program = self._program(first)
             for other in sorted({*others[:NUM_COMPARED], *others[-1:]}):
-                if self._program(other, type) != program:
+                if self._program(other) != program:
                     indices = [self.run.start + index for index in (first, other)]
                     self._refuse(f"layers {indices} compute differently")
 
@@ -136,8 +141,9 @@ class LayerScan:
         self._check_equal()
         env, period = torchax.default_env(), self.run.period
         calls = [self.calls[position::period] for position in range(period)]
+        # The first key is for what runs after the scan, the others for the periods.
         keys = jax.random.split(env.prng_key, len(calls[0]) + 1)
-        draws: list[bool] = []  # whether a layer draws random numbers
+        draws: list[bool] = []  # whether each traced layer draws random numbers
 
         def run_layer(
             position: int,
@@ -154,7 +160,9 @@ class LayerScan:
                 draws.append(env.prng_key is not key)
                 return _hidden_states(output), env.prng_key
 
-        # XLA could compute all layers of a period again at once, before it needs them.
+        # Without `prevent_cse`, XLA may recompute all layers of a period before the
+        # backward pass needs the first of them, and then they are all in memory. A
+        # period of one layer does not need it.
         checkpointed = jax.checkpoint(
             run_layer, policy=self.policy, prevent_cse=period > 1, static_argnums=0
         )
@@ -162,8 +170,9 @@ class LayerScan:
         def run_period(hidden: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
             stacks, varying, key = xs
             for position in range(period):
-                of_layer = stacks[position], varying[position], key
-                hidden, key = checkpointed(position, hidden, *of_layer)
+                hidden, key = checkpointed(
+                    position, hidden, stacks[position], varying[position], key
+                )
             return hidden, None
 
         xs = self.stacks, [self._varying_arguments(group) for group in calls], keys[1:]
