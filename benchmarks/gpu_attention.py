@@ -3,11 +3,12 @@
     pip install '.[models]' 'jax[cuda13]'          # about 4.5 GB
     python benchmarks/gpu_attention.py [--tokens 2048 --tokens 8192]
 
-Compiles the forward and the backward pass of the attention of one layer ahead of time,
-as the decoder computes it with each value of `attention`, in float16: one row of packed
-sequences, 32 heads with 128 values, of which 4 share a key head (Llama 3.1 8B). Prints
-the MB of temporaries, next to those of the arguments and results. Nothing is executed:
-the output shows what memory is planned, and not how long anything takes.
+Compiles the forward and the backward pass of one layer's attention ahead of time, as
+the decoder computes it with each value of `attention` except "splash", which is for
+TPUs. The row of packed sequences is in float16, and has the heads of Llama 3.1 8B: 32
+query heads and 8 key heads with 128 values each. Prints the MB of temporary buffers,
+which do not include the arguments and results. Nothing is executed, so nothing is
+timed.
 """
 
 import argparse
@@ -28,7 +29,7 @@ HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
 
 
 def gradients(implementation, query, key, value, positions, segment_ids):
-    """Returns the gradients of a layer's attention."""
+    """Returns the gradients of attention with respect to query, key and value."""
     visible = positions[:, :, None] >= positions[:, None, :]
     visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
 
@@ -41,7 +42,7 @@ def gradients(implementation, query, key, value, positions, segment_ids):
 
 
 def main():
-    """Prints the table."""
+    """Prints a table with a row for each number of tokens."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", action="append", type=int)
     args = parser.parse_args()
@@ -53,10 +54,9 @@ def main():
     for tokens in args.tokens or (2048, 8192):
         cells = []
         for implementation in MASKED:
-            heads = HEADS, KEY_HEADS, KEY_HEADS
             shapes = [
-                jax.ShapeDtypeStruct((1, tokens, n, HEAD_DIM), jnp.float16)
-                for n in heads
+                jax.ShapeDtypeStruct((1, tokens, num_heads, HEAD_DIM), jnp.float16)
+                for num_heads in (HEADS, KEY_HEADS, KEY_HEADS)
             ]
             shapes += [jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 2
             function = functools.partial(gradients, implementation)

@@ -1,13 +1,13 @@
-"""Records the README's terminal recording, and draws it as an animated SVG.
+"""Records commands in a terminal, and draws the recording as an animated SVG.
 
     python benchmarks/recording.py record
     python benchmarks/recording.py draw
 
 `record` runs the commands below in a pseudo-terminal, and writes up to 60 screens of
-each, with their times, to benchmarks/recording.json. The model is a small random
-Llama, and the data are numbers in words, so that this takes a minute. The commands are
-the same for any model. `draw` writes docs/assets/recording.svg, which plays these
-screens in half a minute: pauses are shortened, and nothing else is changed.
+each, with their times, to benchmarks/recording.json. The model is a small random Llama,
+and the data are numbers in words, so this takes only a minute. The commands are the
+same for any model. `draw` writes docs/assets/recording.svg, which plays these screens
+in half a minute. The picture shortens pauses and changes nothing else.
 """
 
 import argparse
@@ -43,13 +43,14 @@ NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen "
     "fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 )
-MAX_SCREENS = 60  # of a command
-SECONDS = 9.0, 2.5, 4.0  # for the output of each command
+MAX_SCREENS = 60  # for each command
+SECONDS = 9.0, 2.5, 4.0  # how long the output of each command plays, at most
+# Control sequences, line breaks, or text without either.
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+|\x1b")
 
 
 class Screen:
-    """The lines that a command has printed, with a cursor."""
+    """The lines that a command has printed, and the position of the cursor."""
 
     def __init__(self):
         self.lines, self.row, self.column = [""], 0, 0
@@ -127,7 +128,10 @@ def record() -> None:
 
 
 def place_in_time(scenes: list[dict]) -> list[tuple[float, list[str]]]:
-    """Returns the lines of the terminal at each time of the picture, in seconds."""
+    """Returns the times at which the picture changes, and the lines that it then shows.
+
+    Times are in seconds.
+    """
     frames: list[tuple[float, list[str]]] = [(0.0, ["$"])]
     history: list[str] = []
     now = 1.0
@@ -160,12 +164,12 @@ def strip_end(lines: list[str]) -> list[str]:
 
 
 def wrap(line: str) -> list[str]:
-    """Returns a line as a terminal shows it."""
+    """Returns the parts of a line that a terminal shows below each other."""
     return [line[i : i + COLUMNS] for i in range(0, max(len(line), 1), COLUMNS)]
 
 
 def draw() -> None:
-    """Draws the recorded screens."""
+    """Writes the SVG: a text element for each line, shown while the line is there."""
     frames = place_in_time(json.loads(RECORDING.read_text()))
     end = frames[-1][0] + 3.0
     # 1. Keep the last of the frames that come within a tenth of a second.
@@ -174,7 +178,7 @@ def draw() -> None:
         for i, (time, lines) in enumerate(frames)
         if i + 1 == len(frames) or frames[i + 1][0] - time > 0.1 or lines == ["$"]
     ]
-    # 2. Find from when to when each row has each text.
+    # 2. For each row, find when each text appears and when it is replaced.
     starts: dict[int, tuple[float, str]] = {}
     texts: list[tuple[int, str, float, float]] = []
     for now, lines in [*shown, (end, [])]:
@@ -185,8 +189,8 @@ def draw() -> None:
                 if old:
                     texts.append((row, old, start, now))
                 starts[row] = now, text
-    # 3. Write one element for each text. Those of the last frame are always visible for
-    # readers who have switched animations off.
+    # 3. Write one element for each text. Where animations are switched off, only those
+    # of the last frame are visible (the class `h` hides the others).
     keyframes: dict[tuple[float, float], str] = {}
     elements = []
     for row, text, start, stop in texts:
