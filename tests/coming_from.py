@@ -1,4 +1,4 @@
-"""Reads the settings in the tables of docs/coming_from."""
+"""Reads the code and the tables of settings in the pages of docs/coming_from."""
 
 import ast
 import pathlib
@@ -36,9 +36,9 @@ def tables(page: str) -> dict[str, list[list[str]]]:
 
 
 def side(names: str, default: str) -> Side:
-    """Reads the names in code, and the default if its cell begins with code."""
-    code = re.match(r"`([^`]*)`(?:$|[:,])", default)
-    return Side(re.findall(r"`([^`]+)`", names), parse(code[1]) if code else MISSING)
+    """Reads two cells: the names in code, and the default if it begins with code."""
+    match = re.match(r"`([^`]*)`(?:$|[:,])", default)
+    return Side(re.findall(r"`([^`]+)`", names), parse(match[1]) if match else MISSING)
 
 
 def parse(text: str) -> object:
@@ -51,7 +51,13 @@ def parse(text: str) -> object:
 
 
 def assert_settings_exist(page: str, heading: str, defaults: dict) -> None:
-    """Checks the settings of the other library, which are in the first two columns."""
+    """Checks the settings of the other library, in the first two columns of a table.
+
+    Args:
+      page: The name of the page.
+      heading: The heading of the table's first column.
+      defaults: The defaults of the other library, by the names of the settings.
+    """
     for names, default, *_ in tables(page)[heading]:
         setting = side(names, default)
         assert {*setting.names} <= {*defaults}, names

@@ -21,7 +21,8 @@ PAGE = (DOCS / "choose.md").read_text("utf-8")
 def table(section: str) -> list[list[str]]:
     """Returns the rows of the table in a section, without its headings."""
     text = PAGE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\|(.*)\|$", text.replace(r"\|", "or"), re.MULTILINE)[2:]
+    text = text.replace(r"\|", "or")  # escaped, because they do not separate cells
+    rows = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)[2:]
     assert rows
     return [[cell.strip() for cell in row.split("|")] for row in rows]
 
@@ -36,6 +37,7 @@ def model(tmp_path_factory):
 
 
 def describe(pair: app.Pair) -> str:
+    """Returns the cell of the table for a server's base and adapter."""
     if pair.exact:
         return "exact"
     return "merged" if pair.adapter == MERGED else "rounded"
@@ -66,9 +68,11 @@ def test_objectives():
     assert {name.split()[0] for name in names} == {*OBJECTIVES} - {"ipo"}
 
 
-def test_memory_in_the_order_of_fit_it():
+def test_memory_has_the_order_of_the_page_fit():
     options = [in_code(row[1])[0] for row in table("Memory: what to turn on, in order")]
     fit = (DOCS / "scale/fit.md").read_text("utf-8")
+    # The items have settings as in YAML, such as `remat: offload`. The first is not in
+    # the table.
     [_, *settings] = re.findall(r"^\d\. \*\*.*?`(.*?)`", fit, re.MULTILINE)
     assert [f"--{setting.replace(':', '')}" for setting in settings] == options
 

@@ -1,7 +1,7 @@
-"""Each public function returns the same plain and under `jax.jit`.
+"""Each public function returns the same result with `jax.jit` and without it.
 
-Other tests check what the functions compute. Those of `ql.io` read and write files, and
-are not traced.
+Other tests check what the functions compute. The functions of `ql.io` read and write
+files, and are not traced.
 """
 
 import inspect
@@ -90,7 +90,7 @@ def linen_layer(i: Inputs):
 
 def nnx_layer(i: Inputs):
     model = nnx.Linear(64, 8, rngs=nnx.Rngs(i.key))
-    model.kernel[...] = i.params["kernel"]  # equal codes with jit
+    model.kernel[...] = i.params["kernel"]  # `jit` may round random weights differently
     return ql.nnx.wrap(model, CONFIG, rngs=nnx.Rngs(i.key))
 
 
@@ -106,7 +106,7 @@ def nnx_split_and_join(i: Inputs):
 
 
 def update(tx, i: Inputs, **options):
-    """Returns updates without the state, in which rounding may change 8-bit codes."""
+    """Returns the updates alone: rounding may change 8-bit codes in the state."""
     return tx.update(i.lora, tx.init(i.lora), i.lora, **options)[0]
 
 
@@ -222,7 +222,8 @@ def test_jit_as_plain(name, monkeypatch):
     calls.clear()
     want = CALLS[name](args)
     num_plain_calls = len(calls)
-    # A new function, since entries share some, and JAX traces a function once.
+    # JAX traces a function only once, and some entries are the same function. So this
+    # makes a new one.
     got = jax.jit(lambda args: CALLS[name](args))(args)
     assert 0 < num_plain_calls < len(calls)
     assert_close(got, want)

@@ -1,4 +1,4 @@
-"""docs/coming_from/peft_trl.md: TRL's run and ours are the same, and settings exist."""
+"""docs/coming_from/peft_trl.md: both runs have the same losses, and settings exist."""
 
 import dataclasses
 import inspect
@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAGE = "peft_trl"
 MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-# TRL needs a template that marks answers.
+# To train on answers only, TRL needs a template that marks them with `generation`.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
@@ -52,7 +52,7 @@ def inputs(tmp_path):
     return model, data
 
 
-def run_there(model, data, out, is_packed):
+def run_trl(model, data, out, is_packed):
     """Runs the page's code in float32, and saves the first adapter in `out`/initial."""
     code, to_float32 = code_blocks(PAGE, "py")
     if not is_packed:
@@ -79,41 +79,42 @@ def run_there(model, data, out, is_packed):
     return [x["loss"] for x in names["trainer"].state.log_history if "loss" in x]
 
 
-def run_here(model, data, out, is_packed):
+def run_qlora_jax(model, data, out, is_packed):
     """Runs the page's command in float32, from TRL's first adapter."""
     [command] = code_blocks(PAGE, "bash")
     _, config, _ = parse(shlex.split(command.replace("\\\n", " "))[1:])
     config = config.replace(
         model=model,
         data=str(data),
-        out=str(out / "here"),
+        out=str(out / "qlora_jax"),
         adapter=str(out / "initial"),
         dtype="float32",
         steps=STEPS,
         **({"double_quant": False} if is_packed else {"fmt": "none"}),
     )
     app.train(config)
-    return [row["loss"] for row in train.read_metrics(out / "here/metrics.jsonl")]
+    return [row["loss"] for row in train.read_metrics(out / "qlora_jax/metrics.jsonl")]
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_the_same_run(inputs, tmp_path, is_packed):
-    losses = run_there(*inputs, tmp_path, is_packed)
-    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1
-    assert_close(np.float32(run_here(*inputs, tmp_path, is_packed)), np.float32(losses))
+    expected = run_trl(*inputs, tmp_path, is_packed)
+    assert len(expected) == STEPS and expected[-1] < expected[0] - 0.1
+    losses = run_qlora_jax(*inputs, tmp_path, is_packed)
+    assert_close(np.float32(losses), np.float32(expected))
 
 
-def test_their_settings(tmp_path):
-    classes = trl.SFTConfig(output_dir=str(tmp_path), bf16=False), peft.LoraConfig()
+def test_settings_of_peft_and_trl(tmp_path):
+    configs = trl.SFTConfig(output_dir=str(tmp_path), bf16=False), peft.LoraConfig()
     defaults: dict = {}
-    for settings in classes:
-        for field in dataclasses.fields(settings):
-            defaults[field.name] = getattr(settings, field.name)
-    packing = transformers.BitsAndBytesConfig
+    for config in configs:
+        for field in dataclasses.fields(config):
+            defaults[field.name] = getattr(config, field.name)
+    quantization = transformers.BitsAndBytesConfig
     defaults |= {
         name: parameter.default
-        for name, parameter in inspect.signature(packing).parameters.items()
+        for name, parameter in inspect.signature(quantization).parameters.items()
     }
-    # These two are changed when the object is made.
+    # The call above sets the first, and `SFTConfig` changes the second.
     defaults |= {"output_dir": "trainer_output", "report_to": "none"}
     assert_settings_exist(PAGE, "PEFT and TRL", defaults)

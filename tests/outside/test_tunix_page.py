@@ -1,4 +1,4 @@
-"""docs/coming_from: runs with Tunix and qwix, and the settings of qwix and MaxText."""
+"""docs/coming_from: the run of tunix.md, and the settings of qwix and MaxText."""
 
 import dataclasses
 import importlib.util
@@ -78,13 +78,13 @@ def test_the_same_weights_in_nf4(tunix):
     import qwix
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(128, 24)), jnp.float32)
-    how = {"qtype": "nf4", "channelwise_axes": [1], "tiled_axes": {0: 64}}
-    there = qwix.dequantize(qwix.quantize(x, **how))
-    here = ql.dequantize(ql.quantize(x, "nf4", block_size=64, double_quant=False))
-    assert_close(here, there)
+    settings = {"qtype": "nf4", "channelwise_axes": [1], "tiled_axes": {0: 64}}
+    expected = qwix.dequantize(qwix.quantize(x, **settings))
+    decoded = ql.dequantize(ql.quantize(x, "nf4", block_size=64, double_quant=False))
+    assert_close(decoded, expected)
 
 
-def test_how_large_a_is(tunix):
+def test_initial_a_of_qwix_is_larger_by_the_root_of_6(tunix):
     from qwix._src.providers.lora import LoraRule
 
     theirs = LoraRule.lora_a_initializer(jax.random.key(0), (4096, 16), jnp.float32)
@@ -112,6 +112,7 @@ def test_settings_of_maxtext():
     defaults: dict = {}
     for name in ("base.yml", "post_train/sft.yml"):
         text = (folder / name).read_text("utf-8")
+        # PyYAML reads numbers such as "1.e-5" as texts.
         defaults |= yaml.safe_load(re.sub(r"(\d)\.e", r"\1.0e", text))
     defaults |= {f"lora.{name}": x for name, x in defaults["lora"].items()}
     assert_settings_exist("maxtext", "MaxText", defaults)

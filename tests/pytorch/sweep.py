@@ -4,8 +4,8 @@
     PYTHONPATH=.:tests python tests/pytorch/sweep.py --page
 
 The first command tests the given model types, or by default all that have not passed
-yet, and writes their rows to `docs/reports/torch_models.tsv`. The second command writes
-`docs/torch_models.md` from these rows.
+yet, and writes the results to `docs/reports/torch_models.tsv`. The second command
+writes `docs/torch_models.md` from these results.
 
 For each model type, the sweep compares the logits of float weights with PyTorch's. It
 also compares the loss and the gradients of adapters on packed weights with those that
@@ -146,36 +146,38 @@ def error_of(got, expected, run, *args):
     pairs = zip(jax.tree.leaves(got), wants, norms, strict=True)
     error = np.max([distance(x, want) / size for x, want, size in pairs])
     if not error <= LARGEST_ERROR:  # it may be NaN
-        want, moved = measure_rounding(run, *args)
-        assert_within_rounding(got, want, moved)
+        want, rounding_errors = measure_rounding(run, *args)
+        assert_within_rounding(got, want, rounding_errors)
     return float(error)
 
 
 def is_target(name, params):
+    """Whether to pack and adapt a weight: a matrix, but no embedding and no head."""
     is_head = re.search(r"embed|lm_head|wte|wpe|output_projection", name)
     return name in params and not is_head and min(params[name].shape[-2:]) > 4
 
 
 def result_of(kind):
-    """Tests a model type. Returns the cells of its row, of which the first is a word.
+    """Tests a model type. Returns the cells of its row, of which the first is a status.
 
-    The word is "ok"; "differs" if the results differ from PyTorch's; "no model" if the
-    model fails in PyTorch; or "fails" for any other error.
+    The status is "ok"; "differs" if the results differ from PyTorch's; "no model" if
+    the model fails in PyTorch; or "fails" for any other error. Older rows may also have
+    "no gradients".
     """
-    word = "no model"
+    status = "no model"
     try:
         module, ids = tiny_model(kind), random_ids()
         expected = torch_logits(module, ids)
-        word = "fails"
+        status = "fails"
         cells = check(module, ids, expected)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = frames[-1]
-        place = f"{pathlib.Path(frame.filename).name}:{frame.lineno}"
+        location = f"{pathlib.Path(frame.filename).name}:{frame.lineno}"
         reason = re.sub(r"\s+", " ", str(error))[:160]
         is_comparison = any(frame.name == "error_of" for frame in frames)
-        word = "differs" if is_comparison else word
-        return word, f"{type(error).__name__}: {reason} ({place})"
+        status = "differs" if is_comparison else status
+        return status, f"{type(error).__name__}: {reason} ({location})"
     return "ok", *cells
 
 
@@ -192,7 +194,7 @@ def write_rows(rows):
 
 def write_page():
     rows = sorted(read_rows().items())
-    passed = [(kind, cells) for kind, (word, *cells) in rows if word == "ok"]
+    passed = [(kind, cells) for kind, (status, *cells) in rows if status == "ok"]
     counts = {"passed": len(passed), "all": sum(c[-1] == "all" for _, c in passed)}
     text = PAGE.format(kinds=len(KINDS), **counts)
     for kind, (*numbers, merged) in passed:

@@ -66,7 +66,7 @@ def loss_of(model, variables, ids, **kwargs):
 
 
 def init(module, targets, **settings):
-    """Returns the wrapped module, its base tree and its lora tree, with random B."""
+    """Returns the wrapped module, its base tree, and a lora tree whose B is not 0."""
     model = ql.torch.wrap(module)
     config = ql.QLoRAConfig(rank=4, alpha=8, targets=targets, **settings)
     key = jax.random.key(0)
@@ -106,17 +106,20 @@ def peft_model(module, base, lora, merged=()):
     module = copy.deepcopy(module)
     copy_weights(module, ql.merge(base, {name: lora[name] for name in merged}))
     parameters = {name: module.get_parameter(name) for name in merged}
-    # Names may change when PEFT inserts its layers.
-    places = {name: name.rpartition(".") for name in lora if name not in merged}
-    places = {n: (module.get_submodule(p), key) for n, (p, _, key) in places.items()}
-    names = [name for name, place in places.items() if is_product(place[0])]
+    # Look the modules up before PEFT inserts its layers, which may change their names.
+    owners = {}  # the module of each weight, and the weight's name in this module
+    for name in lora:
+        if name not in merged:
+            path, _, weight_name = name.rpartition(".")
+            owners[name] = module.get_submodule(path), weight_name
+    names = [name for name, (owner, _) in owners.items() if is_product(owner)]
     with warnings.catch_warnings():  # PEFT warns if a `Conv1D` is a target
         warnings.simplefilter("ignore")
         config = peft.LoraConfig(
             r=4,
             lora_alpha=8,
             target_modules=["0." + name.rpartition(".")[0] for name in names],
-            target_parameters=["0." + name for name in places if name not in names],
+            target_parameters=["0." + name for name in owners if name not in names],
         )
         # For some types of models, PEFT changes the targets. In a list, the model has
         # no type.
@@ -126,7 +129,7 @@ def peft_model(module, base, lora, merged=()):
         for layer in module.modules()
         if isinstance(layer, LoraLayer)
     }
-    layers = {name: adapters[place] for name, place in places.items()}
+    layers = {name: adapters[owner] for name, owner in owners.items()}
     with torch.no_grad():
         for name, layer in layers.items():
             arrays = arrays_in_peft(lora[name])

@@ -1,4 +1,6 @@
-"""Training in float16 with a dynamic loss scale. tests/interop compares with PyTorch.
+"""Training in float16 with a dynamic loss scale.
+
+Tests in tests/interop compare it with PyTorch.
 
 The products of the loss here are in float16, so their gradient overflows if the loss
 scale times an input is larger than 65504.
@@ -61,8 +63,8 @@ def test_skipped_steps_change_only_counts_and_the_scale():
             assert after.loss_scale.scale == before.loss_scale.scale / 2
     assert state.skipped == updates.count(False) and 0 < state.skipped < 12
     assert not updates[0] and not updates[9]
-    # Without overflows, the updates are those without a loss scale. The scale and the
-    # number of rows are powers of two, so that only exponents differ.
+    # The other steps have the updates of a run without a loss scale. The scale and the
+    # number of rows are powers of two, so only exponents of intermediate values differ.
     expected = start(loss_scale=False)
     for batches, is_updated in zip(RUN, updates, strict=True):
         if is_updated:
