@@ -330,7 +330,8 @@ class Step:
             gradient = jax.grad(scaled_loss, has_aux=True)
             grads, (total, weight, factor, metrics) = gradient(lora)
             if loss_scale is not None:
-                grads = jax.tree.map(lambda g: g / factor.astype(g.dtype), grads)
+                # The factor itself may overflow in the dtype of float16 adapters.
+                grads = jax.tree.map(lambda g: (g / factor).astype(g.dtype), grads)
             return _Sums(total, weight, grads, metrics)
 
         if self.learning_rates is not None:

@@ -82,6 +82,17 @@ def test_batches_of_a_step_are_scaled_by_their_own_number_of_rows():
     assert_close(got.loss, want.loss)
 
 
+def test_adapters_in_float16_get_gradients():
+    def small_loss(lora, base, batch, key):
+        return jnp.sum(1e-4 * lora["w"].astype(jnp.float32) * batch), 1
+
+    lora, scale = {"w": jnp.zeros(4, jnp.float16)}, train.LossScale.create()
+    state = train.State.create(lora, optax.sgd(1.0), 0, scale)
+    state, _ = train.make_step(small_loss, optax.sgd(1.0))(state, {}, [np.ones(4)])
+    # The loss scale, 65536, is infinite in float16.
+    assert_close(state.lora["w"], np.full(4, -1e-4), roundings=4, dtype=np.float16)
+
+
 def test_adapters_of_a_sweep_have_their_own_scales():
     def make_states():
         return [start(0.0), start(3e3)]  # gradients of the second overflow more often
