@@ -358,7 +358,7 @@ def _update(
     # Divide once, at the end: in a mean of batch means, the weight of a token would
     # depend on the size of its batch.
     total, weight, grads, metrics = sums
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
     mean, norm = total / weight, optax.tree.norm(grads)
     # The old state is donated, so an update must be skipped inside this program.
     skip = ~_all_finite([mean, norm])
