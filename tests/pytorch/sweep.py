@@ -62,8 +62,7 @@ decoded weights. PEFT adapted the weights of products and lookups as `target_mod
 and all others, such as those of experts, as `target_parameters`. It cannot adapt a
 weight that several modules share, or that the code of another module reads. The sweep
 merged the adapters of such weights, and PyTorch computed their gradients. The column
-"without PEFT" has their names. For the {all} types in which it says "all", the sweep
-has not used PEFT yet.
+"without PEFT" has their names.
 
 The other columns show the relative differences (Frobenius norm) of the logits, of the
 loss, and of the gradients of the adapter for which the difference is largest, and how
@@ -80,8 +79,6 @@ FAILED = """
 The first words of a reason say how far the sweep came. After "no model", the tiny model
 does not run in PyTorch either. After "fails", it runs in PyTorch, but an error ended
 the comparison with `ql.torch`. After "differs", rounding does not explain a difference.
-After "no gradients", the logits and the loss passed, with the differences that follow,
-and the gradients have not been compared yet.
 
 | model type | reason |
 |---|---|
@@ -161,8 +158,7 @@ def result_of(kind):
     """Tests a model type. Returns the cells of its row, of which the first is a status.
 
     The status is "ok"; "differs" if the results differ from PyTorch's; "no model" if
-    the model fails in PyTorch; or "fails" for any other error. Older rows may also have
-    "no gradients".
+    the model fails in PyTorch; or "fails" for any other error.
     """
     status = "no model"
     try:
@@ -195,10 +191,9 @@ def write_rows(rows):
 def write_page():
     rows = sorted(read_rows().items())
     passed = [(kind, cells) for kind, (status, *cells) in rows if status == "ok"]
-    counts = {"passed": len(passed), "all": sum(c[-1] == "all" for _, c in passed)}
-    text = PAGE.format(kinds=len(KINDS), **counts)
+    text = PAGE.format(kinds=len(KINDS), passed=len(passed))
     for kind, (*numbers, merged) in passed:
-        if merged not in ("all", "none"):
+        if merged != "none":
             merged = ", ".join(f"`{name}`" for name in merged.split())
         text += f"| `{kind}` | {' | '.join([*numbers, merged])} |\n"
     text += FAILED

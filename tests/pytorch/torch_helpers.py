@@ -118,12 +118,14 @@ def peft_model(module, base, lora, merged=()):
         config = peft.LoraConfig(
             r=4,
             lora_alpha=8,
-            target_modules=["0." + name.rpartition(".")[0] for name in names],
-            target_parameters=["0." + name for name in owners if name not in names],
+            target_modules=["adapted." + name.rpartition(".")[0] for name in names],
+            target_parameters=[
+                "adapted." + name for name in owners if name not in names
+            ],
         )
-        # For some types of models, PEFT changes the targets. In a list, the model has
+        # For some types of models, PEFT changes the targets. In a dict, the model has
         # no type.
-        peft.get_peft_model(torch.nn.ModuleList([module]), config)
+        peft.get_peft_model(torch.nn.ModuleDict({"adapted": module}), config)
     adapters = {
         (layer.get_base_layer(), getattr(layer, "parameter_name", "weight")): layer
         for layer in module.modules()
