@@ -172,5 +172,6 @@ ROWS = [
     row("Gemma 4 31B", "h100", 4096, H100),
     row("Gemma 4 31B", "h100", 8192, H100),
     row("Gemma 4 E4B", "h100", 8192, H100),
+    row("Gemma 4 E4B", "h100", 16384, H100),
     row("Gemma 4 26B-A4B", "h100", 8192, MIXED_H100),
 ]
