@@ -100,7 +100,9 @@ def record_command(command: str, folder: pathlib.Path) -> list[tuple[float, list
     while True:
         try:
             data = os.read(terminal, 65536)
-        except OSError:  # the command has ended
+        except OSError:  # on Linux, the command has ended
+            break
+        if not data:  # the same on macOS
             break
         screen.write(decoder.decode(data))
         screens.append((time.monotonic() - start, screen.wrapped()))
