@@ -207,6 +207,30 @@ def can_compile(row: dict) -> bool:
     return {compiler, *["torchax"] * needs_torch} <= {*versions()}
 
 
+def compile_missing(
+    row: dict,
+    args: argparse.Namespace,
+    versions: dict,
+    path: pathlib.Path = RESULTS,
+    script: str = __file__,
+) -> None:
+    """Compiles a row in a process of `script`, and adds its result to the file `path`.
+
+    Does nothing if the file has a result of this row, except with `args.again`.
+    """
+    if key_of(row) in map(key_of, read_results(path)) and not args.again:
+        return
+    print(row["name"], flush=True)
+    try:
+        record = compile_row(row, args.timeout, script) | {"versions": versions}
+    except RuntimeError as error:  # an error other than a program that does not fit
+        print(error, file=sys.stderr, flush=True)
+        return
+    add_result(record, path)
+    shown = {k: v for k, v in record.items() if k not in ("settings", "versions")}
+    print(json.dumps(shown), flush=True)
+
+
 def main():
     """Compiles the rows that have no result, or writes the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -230,18 +254,7 @@ def main():
     for row in ROWS:
         if args.only not in row["name"] or not can_compile(row):
             continue
-        measured_keys = {key_of(x) for x in read_results()}
-        if key_of(row) in measured_keys and not args.again:
-            continue
-        print(row["name"], flush=True)
-        try:
-            record = compile_row(row, args.timeout) | {"versions": versions()}
-        except RuntimeError as error:  # an error other than a program that does not fit
-            print(error, file=sys.stderr, flush=True)
-            continue
-        add_result(record)
-        shown = {k: v for k, v in record.items() if k not in ("settings", "versions")}
-        print(json.dumps(shown), flush=True)
+        compile_missing(row, args, versions())
 
 
 if __name__ == "__main__":

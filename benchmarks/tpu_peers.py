@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import pathlib
 import re
-import sys
 
 import aot_scale
 
@@ -68,24 +67,10 @@ def main():
         filled = {"peers": table(aot_scale.read_results(RESULTS))}
         return PAGE.write_text(fill(PAGE.read_text("utf-8"), filled), "utf-8")
     for row in ROWS:
-        packages = {"libtpu", *PACKAGES[peer_of(row)]}
-        if not re.search(args.only, row["name"]) or not packages <= {
-            *versions(peer_of(row))
-        }:
-            continue
-        keys = {aot_scale.key_of(x) for x in aot_scale.read_results(RESULTS)}
-        if aot_scale.key_of(row) in keys and not args.again:
-            continue
-        print(row["name"], flush=True)
-        try:
-            record = aot_scale.compile_row(row, args.timeout, __file__)
-        except RuntimeError as error:  # an error other than a program that does not fit
-            print(error, file=sys.stderr, flush=True)
-            continue
-        record |= {"versions": versions(peer_of(row))}
-        aot_scale.add_result(record, RESULTS)
-        shown = {k: v for k, v in record.items() if k not in ("settings", "versions")}
-        print(json.dumps(shown), flush=True)
+        installed = versions(peer_of(row))
+        can_compile = {"libtpu", *PACKAGES[peer_of(row)]} <= {*installed}
+        if can_compile and re.search(args.only, row["name"]):
+            aot_scale.compile_missing(row, args, installed, RESULTS, __file__)
 
 
 if __name__ == "__main__":

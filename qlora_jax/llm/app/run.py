@@ -245,7 +245,7 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
     no_teacher = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
     # The value of each option, the supported values, and why there are no others.
     requirements = {
-        "attention": (model.attention, ["xla"], "others are parts of our decoder"),
+        "attention": (model.attention, ["xla"], "only our decoder has the others"),
         "remat": (model.remat, [True, False], "its layers do not offload their inputs"),
         "base_memory": (
             model.base_memory,

@@ -251,9 +251,10 @@ class Decoder(nn.Module):
         policy = None if self.remat else keep_products
         if self.remat == "offload":
             policy = ql.memory.offload_layer_inputs()
-        # XLA removes a loop that runs once. It could then use results of the forward
-        # pass instead of computing them again. It could also compute all layers of a
-        # period again at once, before it needs them.
+        # XLA removes a loop that runs once. Without `prevent_cse`, it could then keep
+        # results of the forward pass instead of recomputing them. If a period has
+        # several layers, it could recompute all of them before the backward pass needs
+        # the first, and then they are all in memory.
         prevent_cse = group.repeats == 1 or len(group.stacks) > 1
         layer_class: Any = nn.remat(Layer, prevent_cse=prevent_cse, policy=policy)
         in_axes: Any = (nn.broadcast, 0, 0)  # of tokens, scalars and cache
