@@ -231,6 +231,15 @@ def test_the_mean_over_dropout_is_the_output_without_it():
     assert spread.min() > 0
 
 
+def assert_equal_to_pytorch(loss, gradients, module, base, lora, x):
+    """Compares the mean squared output for x, and its gradients, with PyTorch's."""
+    expected_loss, expected = adapter_gradients(
+        module, base, lora, lambda: (module(torch.tensor(x)) ** 2).mean()
+    )
+    assert_close(np.asarray(loss), np.float32(expected_loss))
+    assert_close(gradients, expected)
+
+
 def test_no_grad_in_the_module_stops_gradients_as_in_pytorch():
     class Refined(torch.nn.Module):
         def __init__(self):
@@ -254,11 +263,7 @@ def test_no_grad_in_the_module_stops_gradients_as_in_pytorch():
 
     with torch.no_grad():  # has no effect around `apply`
         loss, gradients = jax.value_and_grad(compute_loss)(lora)
-    expected_loss, expected = adapter_gradients(
-        module, base, lora, lambda: (module(torch.tensor(x)) ** 2).mean()
-    )
-    assert_close(np.asarray(loss), np.float32(expected_loss))
-    assert_close(gradients, expected)
+    assert_equal_to_pytorch(loss, gradients, module, base, lora, x)
 
 
 class Round(torch.autograd.Function):
@@ -321,11 +326,7 @@ def test_autograd_functions_have_their_own_backward_pass(is_compiled):
     if is_compiled:
         compute_loss = jax.jit(jax.checkpoint(compute_loss))
     loss, gradients = jax.value_and_grad(compute_loss)(lora)
-    expected_loss, expected = adapter_gradients(
-        module, base, lora, lambda: (module(torch.tensor(x)) ** 2).mean()
-    )
-    assert_close(np.asarray(loss), np.float32(expected_loss))
-    assert_close(gradients, expected)
+    assert_equal_to_pytorch(loss, gradients, module, base, lora, x)
     assert all(np.linalg.norm(g) > 0 for g in jax.tree.leaves(gradients))
 
 
