@@ -95,7 +95,7 @@ def _words() -> dict[str, Iterable[dict]]:
     import make_data
 
     training, held_out = make_data.make_splits(
-        training=TRAINING, held_out=TESTS + TESTS // 2
+        training=TRAINING, held_out=TESTS + TESTS // 2, spelled=True
     )
 
     def as_row(example):

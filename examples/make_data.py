@@ -1,6 +1,11 @@
-"""Makes training data: sentences with dates, times and amounts in words, and JSON.
+"""Makes training data: sentences with a name, an amount, a date and a time, and JSON.
 
     python examples/make_data.py
+
+    "We paid $7,365 to Pablo on 28 October, at 4:15pm."
+    {"name": "Pablo", "amount": 7365, "date": "Oct 28", "time": "4:15 pm"}
+
+With `--spelled`, numbers are written in words, which takes longer to learn:
 
     "We paid seven thousand three hundred sixty-five dollars to Pablo on October
     twenty-eighth, at a quarter past four in the afternoon."
@@ -22,6 +27,17 @@ NAMES = (
     "Hana Hugo Ivan Jack Julia Karim Laura Leila Liam Lucas Lucy Maria Marco Maya Mia "
     "Nadia Nina Noah Oscar Omar Pablo Paula Peter Priya Rosa Ruth Sam Sara Sofia Tariq "
     "Tom Uma Victor Wei Yuki Zoe"
+).split()
+# Names that the model reads as several tokens. Without them, it does not learn to copy
+# such a name.
+LONGER_NAMES = (
+    "Aaliyah Abigail Adwoa Aiko Akira Alejandro Anastasia Anneliese Aurelio Beatriz "
+    "Bronwyn Cecilia Chiara Cillian Dagny Dimitri Ebba Eleonora Emeka Esperanza Ewa "
+    "Fabrizio Florian Fumiko Giovanni Gudrun Guillermo Halvard Hiroshi Ignacio Ingrid "
+    "Isidora Jamila Joaquin Kwame Lakshmi Lorenzo Ludmila Magnus Mahmoud Malika "
+    "Mireille Nasrin Nikolai Nneka Octavia Olumide Ottilie Pavlos Rafaela Rajesh "
+    "Raquel Rosalind Sanjay Shirin Sigrid Siobhan Svetlana Thandiwe Tomasz Ulrike "
+    "Valentina Victor Wilhelmina Xavier Yasmin Yevgenia Yolanda Zainab Zoltan"
 ).split()
 MONTHS = (
     "January February March April May June July August September October November "
@@ -140,6 +156,24 @@ def time_in_words(hour: int, minute: int, style: int) -> str:
     return f"at {clock} {half}"
 
 
+def amount_in_digits(amount: int, style: int) -> str:
+    """Writes an amount: "$7,365", "7365 dollars" or "USD 7,365"."""
+    return (f"${amount:,}", f"{amount} dollars", f"USD {amount:,}")[style]
+
+
+def date_in_digits(month: int, day: int, style: int) -> str:
+    """Writes a date: "Oct 28", "October 28" or "28 October"."""
+    name = MONTHS[month - 1]
+    return (f"{name[:3]} {day}", f"{name} {day}", f"{day} {name}")[style]
+
+
+def time_in_digits(hour: int, minute: int, style: int) -> str:
+    """Writes a time of day: "4:15 pm", "4:15pm" or "4:15 PM"."""
+    clock = f"{(hour - 1) % 12 + 1}:{minute:02}"
+    half = "am" if hour < 12 else "pm"
+    return (f"{clock} {half}", clock + half, f"{clock} {half.upper()}")[style]
+
+
 def _split(values, share, rng):
     values = list(values)
     rng.shuffle(values)
@@ -148,9 +182,15 @@ def _split(values, share, rng):
 
 
 def make_splits(
-    seed: int = 0, training: int = 4000, held_out: int = 120
+    seed: int = 0, training: int = 4000, held_out: int = 120, spelled: bool = False
 ) -> tuple[list[Example], list[Example]]:
     """Returns distinct training examples and held-out ones that share no part.
+
+    Args:
+        seed: The seed of all random choices.
+        training: The number of training examples.
+        held_out: The number of held-out examples.
+        spelled: Whether numbers are written in words.
 
     Raises:
         ValueError: If a size is not positive.
@@ -162,22 +202,35 @@ def make_splits(
     rng = random.Random(seed)
     dates = [(m + 1, d + 1) for m, days in enumerate(DAYS) for d in range(days)]
     times = [(hour, minute) for hour in range(24) for minute in range(0, 60, 5)]
+    names = NAMES if spelled else NAMES + LONGER_NAMES
     pools = [
-        _split(values, 0.15, rng) for values in (NAMES, range(10, 10_000), dates, times)
+        _split(values, 0.15, rng) for values in (names, range(10, 10_000), dates, times)
     ]
+    make = _spelled_example if spelled else _example
     phrasings = TRAINING_PHRASINGS, HELD_OUT_PHRASINGS
     splits = []
     for side, count in enumerate((training, held_out)):
         examples: dict[str, Example] = {}
         while len(examples) < count:
             chosen = [rng.choice(pool[side]) for pool in pools]
-            example = _example(rng, rng.choice(phrasings[side]), *chosen)
+            example = make(rng, rng.choice(phrasings[side]), *chosen)
             examples.setdefault(example.text, example)
         splits.append(list(examples.values()))
     return splits[0], splits[1]
 
 
 def _example(rng, phrasing, name, amount, date, time) -> Example:
+    text = phrasing.format(
+        name=name,
+        amount=amount_in_digits(amount, rng.randrange(3)),
+        date=date_in_digits(*date, rng.randrange(3)),
+        time="at " + time_in_digits(*time, rng.randrange(3)),
+    )
+    values = name, amount, date_in_digits(*date, 0), time_in_digits(*time, 0)
+    return _with_answer(phrasing, text, values)
+
+
+def _spelled_example(rng, phrasing, name, amount, date, time) -> Example:
     (month, day), (hour, minute) = date, time
     text = phrasing.format(
         name=name,
@@ -186,6 +239,10 @@ def _example(rng, phrasing, name, amount, date, time) -> Example:
         time=time_in_words(hour, minute, rng.randrange(2)),
     )
     values = name, amount, f"{month:02}-{day:02}", f"{hour:02}:{minute:02}"
+    return _with_answer(phrasing, text, values)
+
+
+def _with_answer(phrasing, text, values) -> Example:
     answer = json.dumps(
         dict(zip(("name", "amount", "date", "time"), values, strict=True))
     )
@@ -217,8 +274,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--training", type=int, default=4000, help="rows to train on")
     add("--held-out", type=int, default=120, help="rows to validate on")
     add("--seed", type=int, default=0)
+    add("--spelled", action="store_true", help="write numbers in words")
     args = parser.parse_args(argv)
-    training, held_out = make_splits(args.seed, args.training, args.held_out)
+    training, held_out = make_splits(
+        args.seed, args.training, args.held_out, args.spelled
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "train.jsonl", training)
     write(args.out / "valid.jsonl", held_out)

@@ -42,7 +42,7 @@ class TrainResult:
             per pair or per labelled answer.
         valid_loss: The loss of the adapter on the validation rows, if there are any.
         exact_before: The share of exact answers before the first step, if the
-            validation rows have answers.
+            validation rows have answers and the run was evaluated at its start.
         exact_after: The share of exact answers with the adapter.
         step_seconds: The median time of the steps that did not compile a program.
         tokens_per_s: Tokens per second in these steps.
@@ -182,6 +182,7 @@ def _make_result(
     # Time the steps that compiled no program or, if there are none, all steps.
     timed = [row for row in steps if "is_compiled" not in row] or steps
     seconds = [row["seconds"] for row in timed]
+    initial = rows[0] if rows and not rows[0]["step"] else {}
     # The numbers of the best adapter replace those of the last step.
     last = {**(rows[-1] if rows else {}), **best}
     return TrainResult(
@@ -191,7 +192,7 @@ def _make_result(
         skipped=int(state.skipped),
         loss=float(np.mean(losses)) if losses else None,
         valid_loss=last.get("valid_loss"),
-        exact_before=rows[0].get("exact_match") if rows else None,  # at step 0
+        exact_before=initial.get("exact_match"),
         exact_after=last.get("exact_match"),
         step_seconds=float(np.median(seconds)),
         tokens_per_s=sum(row["tokens"] for row in timed) / sum(seconds),

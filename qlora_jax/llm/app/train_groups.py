@@ -342,9 +342,10 @@ class EvaluationConfig(Config):
 
     Attributes:
         eval_every: Steps between evaluations on the validation rows. There is also one
-            before the first step and one after the last. By default there are about
-            ten. Those between the first and the last generate no answers, and use a
-            sample of the rows if there are many.
+            after the last step. By default there are about ten. Those between the first
+            and the last generate no answers, and use a sample of the rows if there are
+            many.
+        eval_on_start: Whether to evaluate before the first step too.
         eval_examples: Number of validation prompts that the model answers in an
             evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Number of prompts that are answered at a time.
@@ -363,6 +364,7 @@ class EvaluationConfig(Config):
     """
 
     eval_every: int | None = option(None, section="evaluation", limit=COUNT)
+    eval_on_start: bool = True
     eval_examples: int = option(120, limit=NOT_NEGATIVE)
     eval_batch_size: int = option(60, limit=COUNT)
     max_new_tokens: int | None = option(None, limit=COUNT)

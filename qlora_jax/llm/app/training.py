@@ -285,8 +285,14 @@ class Trainer:
         on_nan, log_every = config.training.on_nan, config.output.log_every or 1
         callbacks: list[Callback] = [CheckFinite(self.states, metrics, on_nan)]
         if self.evaluation is not None:
-            patience = config.evaluation.early_stopping_patience
-            evaluate = Evaluate(self.evaluation, config.eval_steps, best, patience)
+            settings = config.evaluation
+            evaluate = Evaluate(
+                self.evaluation,
+                config.eval_steps,
+                best,
+                settings.early_stopping_patience,
+                settings.eval_on_start,
+            )
             callbacks.append(evaluate)
         if metrics is not None:
             callbacks.append(metrics)

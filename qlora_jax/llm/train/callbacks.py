@@ -57,7 +57,7 @@ class Best:
 
 @dataclass(eq=False)
 class Evaluate(Callback):
-    """Evaluates the adapter before the first step, at intervals, and after the last.
+    """Evaluates the adapter at intervals, after the last step, and before the first.
 
     Attributes:
         evaluate: A function of the state that returns metrics.
@@ -67,6 +67,7 @@ class Evaluate(Callback):
             first step does not count.
         patience: The number of evaluations in a row without a lower `valid_loss` after
             which training ends. None never ends it early. Ignored without `best`.
+        at_start: Whether to evaluate before the first step.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -81,10 +82,11 @@ class Evaluate(Callback):
     every: int | None = None
     best: Best | None = None
     patience: int | None = None
+    at_start: bool = True
 
     def on_start(self, training: Training) -> None:
         # Evaluate the initial adapter, so that later metrics can be compared with it.
-        if training.step == 0:
+        if training.step == 0 and self.at_start:
             training.evaluation = self.evaluate(training.state)
             training.row = {"step": 0, **training.evaluation}
         self._check_patience(training)  # the resumed run may have stopped early
