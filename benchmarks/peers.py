@@ -108,14 +108,18 @@ def cases(quick: bool) -> list[tuple[str, dict, tuple[str, ...]]]:
             case |= {"layers": layers, "width": width}
             title = f"training step, {layers} layers of {width}, {m} rows, {dtype}"
             all_cases.append((title, case, STEP_PEERS))
-    case = {"kind": "model", "dtype": "bfloat16", "rows": 16, "length": 75, "rank": 16}
-    case["model"] = TINY_LLAMA if quick else SMOLLM2_135M
-    title = "training step of a language model, 16 x 75 tokens, bfloat16"
-    all_cases.append((title, case, MODEL_PEERS))
-    case = {"kind": "train", "dtype": "bfloat16", "rows": 4, "packed": 4, "rank": 16}
-    case["model"] = TINY_LLAMA if quick else SMOLLM2_135M
-    title = "fine-tuning step on packed rows, 16 sequences of 64 to 84 tokens, bfloat16"
-    return [*all_cases, (title, case, TRAIN_PEERS)]
+    model = TINY_LLAMA if quick else SMOLLM2_135M
+    for dtype in ("float32", "bfloat16"):
+        case = {"kind": "model", "dtype": dtype, "rows": 16, "length": 75, "rank": 16}
+        title = f"training step of a language model, 16 x 75 tokens, {dtype}"
+        all_cases.append((title, case | {"model": model}, MODEL_PEERS))
+    for dtype in ("float32", "bfloat16"):
+        case = {"kind": "train", "dtype": dtype, "rows": 4, "packed": 4, "rank": 16}
+        title = (
+            f"fine-tuning step on packed rows, 16 sequences of 64 to 84 tokens, {dtype}"
+        )
+        all_cases.append((title, case | {"model": model}, TRAIN_PEERS))
+    return all_cases
 
 
 def python_of(peer: str, pythons: dict[str, str | None]) -> str | None:
