@@ -2,8 +2,8 @@
 
     python examples/make_data.py
 
-    "We paid $7,365 to Pablo on 28 October, at 4:15pm."
-    {"name": "Pablo", "amount": 7365, "date": "Oct 28", "time": "4:15 pm"}
+    "We paid $7,365 to Pablo Diaz on 28 October, at 4:15pm."
+    {"name": "Pablo Diaz", "amount": 7365, "date": "Oct 28", "time": "4:15 pm"}
 
 With `--spelled`, numbers are written in words, which takes longer to learn:
 
@@ -28,16 +28,11 @@ NAMES = (
     "Nadia Nina Noah Oscar Omar Pablo Paula Peter Priya Rosa Ruth Sam Sara Sofia Tariq "
     "Tom Uma Victor Wei Yuki Zoe"
 ).split()
-# Names that the model reads as several tokens. Without them, it does not learn to copy
-# such a name.
-LONGER_NAMES = (
-    "Aaliyah Abigail Adwoa Aiko Akira Alejandro Anastasia Anneliese Aurelio Beatriz "
-    "Bronwyn Cecilia Chiara Cillian Dagny Dimitri Ebba Eleonora Emeka Esperanza Ewa "
-    "Fabrizio Florian Fumiko Giovanni Gudrun Guillermo Halvard Hiroshi Ignacio Ingrid "
-    "Isidora Jamila Joaquin Kwame Lakshmi Lorenzo Ludmila Magnus Mahmoud Malika "
-    "Mireille Nasrin Nikolai Nneka Octavia Olumide Ottilie Pavlos Rafaela Rajesh "
-    "Raquel Rosalind Sanjay Shirin Sigrid Siobhan Svetlana Thandiwe Tomasz Ulrike "
-    "Valentina Victor Wilhelmina Xavier Yasmin Yevgenia Yolanda Zainab Zoltan"
+LAST_NAMES = (
+    "Adams Ahmed Bauer Bell Berg Brown Cohen Costa Cruz Diaz Evans Fischer Ford Fox "
+    "Garcia Gomez Grant Gray Green Hall Hill Hughes Jones Keller King Lee Lewis Lopez "
+    "Martin Miller Moore Murphy Park Perez Reed Rivera Rossi Russo Santos Scott Silva "
+    "Singh Smith Stone Taylor Torres Turner Walker Ward White Wilson Wood Wright Young"
 ).split()
 MONTHS = (
     "January February March April May June July August September October November "
@@ -202,7 +197,8 @@ def make_splits(
     rng = random.Random(seed)
     dates = [(m + 1, d + 1) for m, days in enumerate(DAYS) for d in range(days)]
     times = [(hour, minute) for hour in range(24) for minute in range(0, 60, 5)]
-    names = NAMES if spelled else NAMES + LONGER_NAMES
+    full_names = [f"{name} {last_name}" for name in NAMES for last_name in LAST_NAMES]
+    names = NAMES if spelled else full_names
     pools = [
         _split(values, 0.15, rng) for values in (names, range(10, 10_000), dates, times)
     ]
