@@ -34,6 +34,23 @@ def test_words(function, words):
     assert {arguments: in_words(*arguments) for arguments in words} == words
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "expected"),
+    [
+        ("amount", (7365,), ["$7,365", "7365 dollars", "USD 7,365"]),
+        ("amount", (80,), ["$80", "80 dollars", "USD 80"]),
+        ("date", (10, 28), ["Oct 28", "October 28", "28 October"]),
+        ("date", (5, 1), ["May 1", "May 1", "1 May"]),
+        ("time", (16, 15), ["4:15 pm", "4:15pm", "4:15 PM"]),
+        ("time", (0, 5), ["12:05 am", "12:05am", "12:05 AM"]),
+        ("time", (12, 0), ["12:00 pm", "12:00pm", "12:00 PM"]),
+    ],
+)
+def test_digits(function, arguments, expected):
+    in_digits = getattr(make_data, f"{function}_in_digits")
+    assert [in_digits(*arguments, style) for style in range(3)] == expected
+
+
 def test_different_values_have_different_words():
     """The task has one right answer."""
     times = {}
@@ -45,8 +62,9 @@ def test_different_values_have_different_words():
     assert len({make_data.number_in_words(n) for n in range(10_000)}) == 10_000
 
 
-def test_splits_share_no_part():
-    training, held_out = make_data.make_splits(seed=0, training=4000, held_out=120)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_splits_share_no_part(spelled):
+    training, held_out = make_data.make_splits(0, 4000, 120, spelled)
     assert len({e.text for e in training}) == 4000
     assert len({e.text for e in held_out}) == 120
     assert not {e.phrasing for e in training} & {e.phrasing for e in held_out}
@@ -65,11 +83,14 @@ def test_splits_refuse_empty_sizes():
         make_data.make_splits(0, 0, 10)
 
 
-def test_files_hold_the_conversations(tmp_path):
+@pytest.mark.parametrize("spelled", [False, True])
+def test_files_hold_the_conversations(tmp_path, spelled):
     out = tmp_path / "new" / "data"
-    make_data.main(["--out", str(out), "--training=20", "--held-out=3", "--seed=1"])
+    options = ["--training=20", "--held-out=3", "--seed=1"]
+    options += ["--spelled"] if spelled else []
+    make_data.main(["--out", str(out), *options])
     assert sorted(path.name for path in out.iterdir()) == ["train.jsonl", "valid.jsonl"]
-    splits = make_data.make_splits(1, 20, 3)
+    splits = make_data.make_splits(1, 20, 3, spelled)
     for name, examples in zip(("train", "valid"), splits, strict=True):
         lines = (out / f"{name}.jsonl").read_text("utf-8").splitlines()
         for line, example in zip(lines, examples, strict=True):

@@ -101,6 +101,17 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == names
 
 
+@pytest.mark.slow
+def test_a_run_can_start_without_an_evaluation(folder, data, tmp_path):
+    options = dict(steps=2, eval_every=1, eval_on_start=False, eval_examples=2)
+    result = app.train(settings(folder, data, tmp_path / "run", **options))
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    assert result.exact_before is None and result.exact_after is not None
+    assert "before" not in str(result)
+    [row, *_] = (tmp_path / "run" / "answers.jsonl").read_text("utf-8").splitlines()
+    assert {*json.loads(row)} == {"prompt", "right", "after"}
+
+
 def test_preferences_do_not_drop_the_loss_that_balances_experts():
     experts = Experts(count=2, per_token=1, balance=0.1)
     decoder = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2, experts=experts)

@@ -393,6 +393,21 @@ def test_the_best_state_is_kept_and_a_run_without_a_better_one_ends(tmp_path):
     assert int(fit(folder, 8, STEP, state, data, after, **options).step) == 6
 
 
+@pytest.mark.parametrize("at_start", [True, False])
+def test_the_evaluation_before_the_first_step_can_be_left_out(tmp_path, at_start):
+    steps = []
+
+    def evaluate(state):
+        steps.append(int(state.step))
+        return {"valid_loss": 1.0}
+
+    options: dict = dict(evaluate=evaluate, every=2, at_start=at_start)
+    fit(tmp_path, 4, STEP, start(OPTIMIZER), Data(), None, **options)
+    assert steps == ([0, 2, 4] if at_start else [2, 4])
+    first = metrics_of(tmp_path, "step")[0]
+    assert first == ((0,) if at_start else (1,))
+
+
 class Widths(Data):
     """Batches of two widths, two batches in each step."""
 
