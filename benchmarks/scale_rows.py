@@ -45,6 +45,8 @@ MXFP4 = MIXED | {"fmt": "mxfp4"}
 DELTA_MODULES = ["in_proj_qkv", "in_proj_z", "out_proj"]
 DELTA = {"target_modules": EXPERTS["target_modules"] + DELTA_MODULES}
 H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
+BLOCKS = H100 | {"attention": "blocks"}
+CUDNN = H100 | {"attention": "cudnn"}
 MIXED_H100 = PLAIN | {"stream_dtype": "bfloat16"} | EXPERTS
 # The notebook's settings for a TPU v5e and for a T4 (examples/colab.ipynb).
 NOTEBOOK = {"lora_r": 16, "packing": True, "fmt": "int8"}
@@ -157,6 +159,12 @@ ROWS = [
     # Compiled by the CUDA compiler. Splash and host memory are not supported on GPUs.
     row("8B", "h100", 8192, H100),
     row("8B", "h100", 8192, LORA | H100),
+    row("8B", "h100", 8192, BLOCKS),
+    row("8B", "h100", 8192, CUDNN),
+    row("8B", "h100", 65536, BLOCKS),
+    row("8B", "h100", 65536, CUDNN),
+    row("32B", "h100", 16384, CUDNN),
+    row("70B", "h100", 8192, CUDNN),
     row("32B", "h100", 4096, H100),
     row("70B", "h100", 2048, H100),
     row("8B", "h100", 12288, H100),

@@ -14,6 +14,8 @@ WORDS = {
     ("merge_aware", True): "merge-aware",
     ("dtype", "float16"): "float16",
     ("attention", "splash"): "splash",
+    ("attention", "blocks"): "blocks of scores",
+    ("attention", "cudnn"): "cuDNN",
     ("stream_dtype", "bfloat16"): "bf16 stream",
     ("remat", "offload"): "inputs on host",
     ("mlp_tile", 2048): "MLP tiles",
