@@ -185,9 +185,12 @@ class Names:
         expected = [*axes, len(templates)] if has_name_axis else axes
         is_wrong = len(batch_shape) != len(expected)
         if is_wrong or has_name_axis and batch_shape[-1] != len(templates):
+            # An axis of the kernel counts as a batch axis if `roles` lack it.
+            has_more = len(batch_shape) > len(expected)
+            hint = " If the leaf has no other batch axes, set `roles` in its entry."
             raise ValueError(
                 f"{path} must have batch axes {expected}. Got sizes "
-                f"{list(batch_shape)}."
+                f"{list(batch_shape)}.{hint if has_more else ''}"
             )
         for axis, size in zip(axes, batch_shape, strict=False):
             count = len(entry.numbers.get(axis, range(size)))

@@ -42,6 +42,7 @@ def test_names_of_a_leaf():
         (lambda: NAMES.of("nothing"), "`path` must be one of"),
         (lambda: NAMES.of("layers/kv/w", (2, 3)), r"batch axes \['layer', 2\]"),
         (lambda: NAMES.of("embed/embedding", (2,)), r"batch axes \[\]"),
+        (lambda: NAMES.of("layers/q_proj/kernel", (2, 64)), "set `roles` in its entry"),
         (lambda: ql.io.Names({"a_{i}": "b.{j}"}), r"Got \['i'\] in 'a_{i}'"),
         (lambda: ql.io.Names({"a": "x.{i}", "b": "x.{j}"}), r"duplicates: \['x.{}'\]"),
         (lambda: ql.io.Entry(("a.{i}", "b")), "must have the same placeholders"),
