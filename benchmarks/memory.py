@@ -65,8 +65,8 @@ MODELS = {
     ),
 }
 RANK, TARGETS = 16, r"layers/.*_proj/kernel"
-# The widest batch of 16 rows of `examples/make_data.py --spelled`: rows, tokens, trained
-# tokens.
+# The widest batch of 16 rows of `examples/make_data.py --spelled`: rows, tokens, and
+# trained tokens.
 BATCH, TOKENS, ANSWER = 16, 112, 48
 
 
