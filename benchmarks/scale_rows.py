@@ -165,6 +165,7 @@ ROWS = [
     row("8B", "h100", 65536, CUDNN),
     row("32B", "h100", 16384, CUDNN),
     row("70B", "h100", 8192, CUDNN),
+    row("8B", "t4", 2048, {"attention": "blocks", "dtype": "float16"}),
     row("32B", "h100", 4096, H100),
     row("70B", "h100", 2048, H100),
     row("8B", "h100", 12288, H100),
