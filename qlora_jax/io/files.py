@@ -14,6 +14,9 @@ from ..trees.paths import refuse_listed
 
 Path = str | pathlib.Path
 
+# The beginning of a URL. pathlib turns "gs://bucket" into "gs:/bucket".
+_URL = re.compile("[a-z][a-z0-9]+:/")
+
 # The temporary folders of `new_path` whose content is incomplete. A process that exits
 # without running `finally` blocks deletes them with `delete_unfinished`.
 _unfinished: set[str] = set()
@@ -165,6 +168,11 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
         >>> path.read_text()
         'all of it'
     """
+    if _URL.match(str(path)):  # pathlib would take it for a path in the current folder
+        raise ValueError(
+            "A file must be written to a path, such as that of a mounted bucket. Got "
+            f"{str(path)!r}."
+        )
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The temporary folder is on the same file system as `path`, so that a rename does

@@ -24,6 +24,10 @@ def is_run(folder: pathlib.Path) -> bool:
 @contextlib.contextmanager
 def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     """Yields the locked folder of a run; deletes it if it is new and stays empty."""
+    if "://" in out:  # pathlib would take it for a path in the current folder
+        raise ValueError(
+            f"`out` must be a path, such as that of a mounted bucket. Got {out!r}."
+        )
     folder = pathlib.Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder. Got the file {folder}.")

@@ -88,6 +88,8 @@ WRONG = [
         "`out` must be new or empty. Got no_run,",
     ),
     (["train", *BASE, *ROWS, "--out=rows.jsonl"], "`out` must be a folder."),
+    (["train", *BASE, *ROWS, "--out=gs://bucket/run"], "`out` must be a path, such as"),
+    (["export", *BASE, "--format=merged", "--out=gs://bucket/x"], "to a path, such as"),
     ([*TRAIN, "--resume"], "`out` must have a run to resume. Got new, which has no"),
     (["export", "--run=base"], "`run` must be the folder of a run of train, with"),
     (["export", "--run=rows.jsonl"], "`run` must be the folder of a run of train, "),
@@ -125,7 +127,8 @@ def run_wrong_command(files, tmp_path, monkeypatch, capsys):
         except SystemExit as stopped:
             status = stopped.code
         out, err = capsys.readouterr()
-        assert status in (1, 2) and out == "" and not (files / "new").exists()
+        assert status in (1, 2) and out == ""
+        assert not any((files / name).exists() for name in ("new", "gs:"))
         command = arguments[0]
         assert err.startswith(f"qlora-jax {command}: ")
         assert err.endswith(f"See qlora-jax {command} --help.\n") == (status == 2)
