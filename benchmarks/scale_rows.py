@@ -26,7 +26,8 @@ NAMES = {
     "Gemma 4 31B": "Gemma-4-31B",
     "Gemma 4 26B-A4B": "Gemma-4-26B-A4B",
 }
-TOPOLOGIES = {1: "2x2", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
+TOPOLOGIES = {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
+TOPOLOGIES |= {128: "8x16", 256: "16x16"}
 # Each option includes those before it, in the order of docs/scale/fit.md.
 PLAIN: dict[str, Any] = {"attention": "xla"}
 SPLASH = {"attention": "splash"}
