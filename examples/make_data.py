@@ -216,13 +216,18 @@ def make_splits(
 
 
 def _example(rng, phrasing, name, amount, date, time) -> Example:
+    (month, day), (hour, minute) = date, time
     text = phrasing.format(
         name=name,
         amount=amount_in_digits(amount, rng.randrange(3)),
-        date=date_in_digits(*date, rng.randrange(3)),
-        time="at " + time_in_digits(*time, rng.randrange(3)),
+        date=date_in_digits(month, day, rng.randrange(3)),
+        time="at " + time_in_digits(hour, minute, rng.randrange(3)),
     )
-    values = name, amount, date_in_digits(*date, 0), time_in_digits(*time, 0)
+    date_value, time_value = (
+        date_in_digits(month, day, 0),
+        time_in_digits(hour, minute, 0),
+    )
+    values = name, amount, date_value, time_value
     return _with_answer(phrasing, text, values)
 
 
