@@ -4,9 +4,9 @@
     python benchmarks/tpu_peers.py --table
 
 Run it in an environment that has `jax[tpu]`, this library's extra `models`, and
-google-tunix or maxtext (with the packages of the extra `outside-maxtext`), or both. It
-compiles the rows of these. The rows of this library are those of
-`aot_scale.py`. Each row of `tpu_peers_rows.ROWS` is lowered from shapes by a function
+google-tunix, maxtext (with the packages of the extra `outside-maxtext`) or keras-hub, or
+all of them. It compiles the rows of these, and those rows of this library that
+`aot_scale.py` does not have. Each row of `tpu_peers_rows.ROWS` is lowered from shapes by a function
 of `tpu_peers_steps.py`, and compiled in a separate process with a time limit, as in
 `aot_scale.py`. Results are added to `tpu_peers.jsonl`. `--table` writes the table of
 docs/benchmarks.md.
@@ -24,14 +24,16 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "benchmarks.md"
 RESULTS = pathlib.Path(__file__).with_name("tpu_peers.jsonl")
 # The packages that a library's rows need, besides `jax` and `libtpu`.
 PACKAGES = {
+    "qlora_jax": ["flax", "optax"],
     "tunix": ["google-tunix", "qwix", "flax", "optax"],
     "maxtext": ["maxtext", "qwix", "flax", "optax"],
+    "keras-hub": ["keras-hub", "keras"],
 }
 
 
 def peer_of(row: dict) -> str:
     """Returns the name of a row's library."""
-    return row["settings"]["peer"]
+    return row["settings"].get("peer", "qlora_jax")
 
 
 def versions(peer: str) -> dict:

@@ -1,6 +1,7 @@
 """The training step of each library of `tpu_peers.py`, lowered from shapes alone."""
 
 import dataclasses
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tpu_peers_rows import KERAS_LAYERS
 
 
 def tunix_step(row: dict) -> Any:
@@ -26,12 +28,12 @@ def tunix_step(row: dict) -> Any:
         module_path=settings["module_path"],
         rank=settings["rank"],
         alpha=settings["rank"],
-        weight_qtype=settings["weight_qtype"],
-        tile_size=settings["tile_size"],
+        weight_qtype=settings.get("weight_qtype"),
+        tile_size=settings.get("tile_size"),
     )
 
     def make_model() -> nnx.Module:
-        model = tunix_model()
+        model = TUNIX_MODELS[row["model"]]()
         floats = nnx.state(model, nnx.Param)
         nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), floats))
         inputs = model.get_model_input()
@@ -83,7 +85,7 @@ def lower_peft_step(
     return step.lower(*arguments).lowered
 
 
-def tunix_model() -> Any:
+def tunix_llama() -> Any:
     """Returns Tunix's Llama 3.1 8B, which recomputes its layers."""
     from flax import nnx
     from tunix.models.llama3 import model as llama3
@@ -91,6 +93,24 @@ def tunix_model() -> Any:
     config = llama3.ModelConfig.llama3p1_8b()
     config = dataclasses.replace(config, remat_config=llama3.RematConfig.DECODER)
     return llama3.Llama3(config, rngs=nnx.Rngs(0))
+
+
+def tunix_qwen3_moe() -> Any:
+    """Returns Tunix's Qwen3 30B-A3B, which recomputes its layers."""
+    from flax import nnx
+    from tunix.models.qwen3 import model as qwen3
+
+    config = dataclasses.replace(
+        qwen3.ModelConfig.qwen3_30b_a3b(),
+        remat_config=qwen3.RematConfig.DECODER,
+        use_flash_attention=True,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    return qwen3.Qwen3(config, rngs=nnx.Rngs(0))
+
+
+TUNIX_MODELS = {"Llama-3.1-8B": tunix_llama, "Qwen3-30B-A3B": tunix_qwen3_moe}
 
 
 def maxtext_step(row: dict) -> Any:
@@ -147,7 +167,73 @@ def maxtext_step(row: dict) -> Any:
             return lower_peft_step(model, make_trainer, batch, mesh)
 
 
+def keras_step(row: dict) -> Any:
+    """The step of Keras' trainer, on the Llama of keras-hub with its `enable_lora`.
+
+    `quantize("int4")` computes with NumPy, so it cannot run on shapes. The 4-bit layers
+    are created by the dtype policies that it gives to layers, as when a model that was
+    quantized is read from a file.
+    """
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+    import keras_hub
+
+    settings, shape = row["settings"], (1, row["settings"]["max_length"])
+    devices, _ = aot_scale.devices_of(row)
+    layers = [f"transformer_layer_{i}" for i in range(32)]
+    policies = keras.dtype_policies.DTypePolicyMap("bfloat16")
+    if settings.get("quantize"):
+        names = "|".join([*KERAS_LAYERS, "token_embedding"])
+        policies[f"(.*/)?({names})"] = "int4/128_from_bfloat16"
+    models = []
+
+    def remat(layer_call: Callable[..., Any]) -> Callable[..., Any]:
+        # Keras' `remat` is `jax.checkpoint`, which traces the argument `training`.
+        def rematerialized_call(*args, **options):
+            return jax.checkpoint(lambda *args: layer_call(*args, **options))(*args)
+
+        return rematerialized_call
+
+    def make_state() -> Any:
+        with keras.RematScope("list_of_layers", layer_names=layers):
+            backbone = keras_hub.models.Llama3Backbone(
+                vocabulary_size=128256,
+                num_layers=len(layers),
+                num_query_heads=32,
+                hidden_dim=4096,
+                intermediate_dim=14336,
+                num_key_value_heads=8,
+                rope_max_wavelength=500000,
+                rope_frequency_adjustment_factor=8,
+                rope_low_freq_factor=1,
+                rope_high_freq_factor=4,
+                rope_pretraining_sequence_length=8192,
+                dtype=policies,
+            )
+        backbone.enable_lora(settings["rank"], settings["target_layer_names"])
+        model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+        model.compile(keras.optimizers.AdamW(1e-4), weighted_metrics=None)
+        model._symbolic_build(data_batch=batch)
+        models.append(model)
+        return model._get_jax_state(True, True, True, True)
+
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch = ({"token_ids": ids, "padding_mask": ids}, ids, weights)
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    patch_remat = mock.patch("keras.src.backend.jax.core.remat", remat)
+    with mock.patch("jax.devices", return_value=devices[:1]), patch_remat:
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            (jax.eval_shape(make_state), batch),
+        )
+        # The same call as in `make_train_function`, which needs an iterator.
+        return jax.jit(models[0].train_step, donate_argnums=0).lower(*arguments)
+
+
 STEPS = {
+    "qlora_jax": aot_scale.lower_row,
     "tunix": tunix_step,
     "maxtext": maxtext_step,
+    "keras-hub": keras_step,
 }
