@@ -122,8 +122,14 @@ def measure(compiled: Any) -> dict:
     }
 
 
-def compile_row(row: dict, timeout: float, script: str = __file__) -> dict:
-    """Compiles a row in a separate process of `script`; returns its record."""
+def compile_row(
+    row: dict, timeout: float, script: str = __file__, plan: bool = False
+) -> dict:
+    """Compiles a row in a separate process of `script`; returns its record.
+
+    With `plan`, the compiler is stopped once it has assigned buffers, which is all that
+    HBM and host memory depend on. It would generate code after that.
+    """
     from scale_models import CHIPS, HBM, chip_of
     from tpu_static import bytes_by_color
 
@@ -137,16 +143,18 @@ def compile_row(row: dict, timeout: float, script: str = __file__) -> dict:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
         command = [sys.executable, script, "--one", json.dumps(row)]
-        try:
-            run = subprocess.run(
-                command, env=env, capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
+        log = pathlib.Path(dump, "log")
+        is_planned = run_with_limit(command, env, log, timeout, plan)
+        output = log.read_text("utf-8")
+        lines = [x for x in output.splitlines() if x.startswith("RESULT ")]
+        if lines:
+            record = json.loads(lines[-1].removeprefix("RESULT "))
+        elif is_planned:
+            record = {"is_plan": True}
+        elif is_planned is None:
             return row | {"error": f"not compiled within {timeout:.0f} s"}
-        lines = [x for x in run.stdout.splitlines() if x.startswith("RESULT ")]
-        if not lines:
-            raise RuntimeError(f"{row}: {run.stderr[-3000:]}")
-        record = json.loads(lines[-1].removeprefix("RESULT "))
+        else:
+            raise RuntimeError(f"{row}: {output[-3000:]}")
         if "error" not in record:
             colors = bytes_by_color(dump)
             record |= {"hbm": colors[0], "host": colors.get(5, 0)}
@@ -155,6 +163,31 @@ def compile_row(row: dict, timeout: float, script: str = __file__) -> dict:
     elif record["hbm"] > HBM[chip]:
         record["error"] = "out of memory"
     return row | record
+
+
+def run_with_limit(
+    command: list[str], env: dict, log: pathlib.Path, timeout: float, plan: bool
+) -> bool | None:
+    """Runs a command that writes to `log`, and XLA's dump to the folder of `log`.
+
+    Returns:
+        None if it was stopped after `timeout` seconds, and otherwise whether it was
+        stopped since `plan` is True and XLA has assigned buffers.
+    """
+    end = time.monotonic() + timeout
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+        try:
+            while process.poll() is None:
+                if plan and [*log.parent.rglob("*after_buffer_assignment.txt")]:
+                    return True
+                if time.monotonic() > end:
+                    return None
+                time.sleep(1)
+            return False
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _why(error: str) -> dict:
@@ -213,16 +246,19 @@ def compile_missing(
     versions: dict,
     path: pathlib.Path = RESULTS,
     script: str = __file__,
+    plan: bool = False,
 ) -> None:
     """Compiles a row in a process of `script`, and adds its result to the file `path`.
 
-    Does nothing if the file has a result of this row, except with `args.again`.
+    Does nothing if the file has a result of this row, except with `args.again`. `plan`
+    is that of `compile_row`.
     """
     if key_of(row) in map(key_of, read_results(path)) and not args.again:
         return
     print(row["name"], flush=True)
     try:
-        record = compile_row(row, args.timeout, script) | {"versions": versions}
+        record = compile_row(row, args.timeout, script, plan)
+        record |= {"versions": versions}
     except RuntimeError as error:  # an error other than a program that does not fit
         print(error, file=sys.stderr, flush=True)
         return

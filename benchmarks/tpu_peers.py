@@ -3,13 +3,14 @@
     python benchmarks/tpu_peers.py
     python benchmarks/tpu_peers.py --table
 
-Run it in an environment that has `jax[tpu]`, this library's extra `models`, and
-google-tunix, maxtext (with the packages of the extra `outside-maxtext`) or keras-hub, or
-all of them. It compiles the rows of these, and those rows of this library that
-`aot_scale.py` does not have. Each row of `tpu_peers_rows.ROWS` is lowered from shapes by a function
-of `tpu_peers_steps.py`, and compiled in a separate process with a time limit, as in
-`aot_scale.py`. Results are added to `tpu_peers.jsonl`. `--table` writes the table of
-docs/benchmarks.md.
+Run it in an environment that has `jax[tpu]`, this library's extra `models`, and one or
+more of google-tunix, maxtext (with the packages of the extra `outside-maxtext`) and
+keras-hub. It compiles the rows of these, and those rows of this library that
+`aot_scale.py` does not have. Each row of `tpu_peers_rows.ROWS` is lowered from shapes
+by a function of `tpu_peers_steps.py`, and compiled in a separate process with a time
+limit, as in `aot_scale.py`. With `--plan`, compilers are stopped once they have
+assigned buffers, before they generate code. Results are added to `tpu_peers.jsonl`.
+`--table` writes the table of docs/benchmarks.md.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def main():
     parser.add_argument("--only", default="", help="a regular expression for names")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--timeout", type=float, default=1800)
+    parser.add_argument("--plan", action="store_true", help="stop before code")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -72,7 +74,9 @@ def main():
         installed = versions(peer_of(row))
         can_compile = {"libtpu", *PACKAGES[peer_of(row)]} <= {*installed}
         if can_compile and re.search(args.only, row["name"]):
-            aot_scale.compile_missing(row, args, installed, RESULTS, __file__)
+            aot_scale.compile_missing(
+                row, args, installed, RESULTS, __file__, args.plan
+            )
 
 
 if __name__ == "__main__":
