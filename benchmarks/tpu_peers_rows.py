@@ -28,7 +28,7 @@ MAXTEXT_LORA: dict[str, Any] = {
 QLORA = {"lora_weight_qtype": "nf4", "lora_tile_size": 64}
 MAXTEXT = MAXTEXT_LORA | {"lora": ADAPTERS | QLORA}
 MAXTEXT_MIXED = MAXTEXT | {"model_name": "qwen3-30b-a3b"}
-# The names of all linear layers, and those that `enable_lora` picks by itself.
+# All linear layers of a decoder layer. `enable_lora` picks query and value by default.
 KERAS_LAYERS = [
     *("query", "key", "value", "attention_output"),
     *("feedforward_gate_dense", "feedforward_intermediate_dense"),
@@ -96,11 +96,17 @@ ROWS = [
 
 
 def base_of(settings: dict) -> str:
-    """Returns the dtype of the frozen weights that have adapters."""
+    """Returns the format of the frozen weights that have adapters."""
     if "peer" not in settings:
         return settings.get("fmt", "nf4").replace("none", "bf16")
     qtype = settings.get("lora", {}).get("lora_weight_qtype")
     return qtype or settings.get("weight_qtype") or settings.get("quantize") or "bf16"
+
+
+def peer_words(settings: dict) -> str:
+    """Returns what a row of another library has turned on, as text."""
+    is_default = settings.get("target_layer_names") == ["query", "value"]
+    return "adapters on query and value only" if is_default else ""
 
 
 def order(record: dict) -> tuple:
@@ -125,13 +131,14 @@ def table(records: list[dict]) -> str:
     for record in sorted(all_records(records), key=order):
         settings = record["settings"]
         peer = settings.get("peer")
+        is_mixed = record["model"] == NAMES["30B-A3B"]
         rows.append(
             [
                 record["model"],
-                base_of(settings),
+                base_of(settings) + ", experts bf16" * (is_mixed and bool(peer)),
                 chip_of(record),
                 peer or "qlora_jax",
-                "" if peer else words(settings),
+                peer_words(settings) if peer else words(settings),
                 f"{settings['max_length']:,}",
                 *memory_cells(record)[:2],
             ]

@@ -76,10 +76,18 @@ def lower_peft_step(
 
     optimizer = nnx.eval_shape(make_optimizer)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (model, optimizer, batch),
-    )
+
+    def place(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    def place_module(module: Any) -> Any:
+        # `jax.tree.map` over a module would copy the variables that its parts share.
+        graphdef, state = nnx.split(module)
+        return nnx.merge(graphdef, place(state))
+
+    arguments = place_module(model), place_module(optimizer), place(batch)
     step = trainers[0].create_train_step_fn()
     step = nnx.jit(step, donate_argnames=("optimizer",))
     return step.lower(*arguments).lowered
@@ -149,7 +157,10 @@ def maxtext_step(row: dict) -> Any:
 
         def make_model() -> nnx.Module:
             # Without a mesh, arrays are not moved, which tracers cannot be.
-            return lora_utils.apply_lora_to_model(create_model(), None, config)
+            model = lora_utils.apply_lora_to_model(create_model(), None, config)
+            # What layers recorded when adapters were added, as the trainer does.
+            nnx.pop(model, nnx.Intermediate)
+            return model
 
         def make_trainer(model: nnx.Module) -> Any:
             schedule = maxtext_utils.create_learning_rate_schedule(config)
