@@ -28,7 +28,7 @@ MAXTEXT_LORA: dict[str, Any] = {
 QLORA = {"lora_weight_qtype": "nf4", "lora_tile_size": 64}
 MAXTEXT = MAXTEXT_LORA | {"lora": ADAPTERS | QLORA}
 MAXTEXT_MIXED = MAXTEXT | {"model_name": "qwen3-30b-a3b"}
-# All linear layers of a decoder layer. `enable_lora` picks query and value by default.
+# All linear layers of a decoder layer. The default of `enable_lora` is query and value.
 KERAS_LAYERS = [
     *("query", "key", "value", "attention_output"),
     *("feedforward_gate_dense", "feedforward_intermediate_dense"),
@@ -36,7 +36,6 @@ KERAS_LAYERS = [
 ]
 KERAS_LORA: dict[str, Any] = {"rank": RANK, "target_layer_names": KERAS_LAYERS}
 KERAS = KERAS_LORA | {"quantize": "int4"}
-KERAS_DEFAULT = KERAS | {"target_layer_names": ["query", "value"]}
 
 
 def row(peer: str, model: str, chip: str, tokens: int, settings: dict) -> dict:
@@ -67,15 +66,14 @@ OURS = [
     scale_rows.row("8B", "v6e", 16384, LORA | STREAM),
     scale_rows.row("8B", "v6e", 32768, LORA | STREAM),
     scale_rows.row("8B", "v5e", 16384, STREAM),
+    scale_rows.row("8B", "v5e", 32768, STREAM),
 ]
 ROWS = [
     *OURS,
-    row("tunix", "8B", "v5e", 1024, TUNIX),
     row("tunix", "8B", "v5e", 2048, TUNIX),
     row("tunix", "8B", "v5e", 4096, TUNIX),
     row("tunix", "8B", "v6e", 4096, TUNIX),
     row("tunix", "8B", "v6e", 8192, TUNIX),
-    row("tunix", "8B", "v6e", 512, TUNIX_LORA),
     row("tunix", "8B", "v6e", 4096, TUNIX_LORA),
     row("maxtext", "8B", "v5e", 4096, MAXTEXT),
     row("maxtext", "8B", "v5e", 8192, MAXTEXT),
@@ -85,12 +83,9 @@ ROWS = [
     row("maxtext", "8B", "v6e", 65536, MAXTEXT),
     row("maxtext", "8B", "v6e", 512, MAXTEXT_LORA),
     row("maxtext", "8B", "v6e", 4096, MAXTEXT_LORA),
-    row("keras-hub", "8B", "v5e", 4096, KERAS),
-    row("keras-hub", "8B", "v5e", 4096, KERAS_DEFAULT),
     row("keras-hub", "8B", "v6e", 4096, KERAS),
     row("keras-hub", "8B", "v6e", 8192, KERAS),
     row("keras-hub", "8B", "v6e", 4096, KERAS_LORA),
-    row("tunix", "30B-A3B", "v6e", 4096, TUNIX),
     row("maxtext", "30B-A3B", "v6e", 4096, MAXTEXT_MIXED),
 ]
 
@@ -101,12 +96,6 @@ def base_of(settings: dict) -> str:
         return settings.get("fmt", "nf4").replace("none", "bf16")
     qtype = settings.get("lora", {}).get("lora_weight_qtype")
     return qtype or settings.get("weight_qtype") or settings.get("quantize") or "bf16"
-
-
-def peer_words(settings: dict) -> str:
-    """Returns what a row of another library has turned on, as text."""
-    is_default = settings.get("target_layer_names") == ["query", "value"]
-    return "adapters on query and value only" if is_default else ""
 
 
 def order(record: dict) -> tuple:
@@ -135,10 +124,10 @@ def table(records: list[dict]) -> str:
         rows.append(
             [
                 record["model"],
-                base_of(settings) + ", experts bf16" * (is_mixed and bool(peer)),
+                base_of(settings) + ", experts bf16" * (bool(peer) and is_mixed),
                 chip_of(record),
                 peer or "qlora_jax",
-                peer_words(settings) if peer else words(settings),
+                "" if peer else words(settings),
                 f"{settings['max_length']:,}",
                 *memory_cells(record)[:2],
             ]
