@@ -87,6 +87,7 @@ ROWS = [
     row("keras-hub", "8B", "v6e", 8192, KERAS),
     row("keras-hub", "8B", "v6e", 4096, KERAS_LORA),
     row("maxtext", "30B-A3B", "v6e", 4096, MAXTEXT_MIXED),
+    row("tunix", "30B-A3B", "v6e", 4096, TUNIX_LORA),
 ]
 
 
@@ -124,7 +125,7 @@ def table(records: list[dict]) -> str:
         rows.append(
             [
                 record["model"],
-                base_of(settings) + ", experts bf16" * (bool(peer) and is_mixed),
+                base_of(settings) + ", experts bf16" * (peer == "maxtext" and is_mixed),
                 chip_of(record),
                 peer or "qlora_jax",
                 "" if peer else words(settings),

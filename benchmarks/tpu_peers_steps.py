@@ -33,7 +33,7 @@ def tunix_step(row: dict) -> Any:
     )
 
     def make_model() -> nnx.Module:
-        model = tunix_model()
+        model = TUNIX_MODELS[row["model"]]()
         floats = nnx.state(model, nnx.Param)
         nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), floats))
         inputs = model.get_model_input()
@@ -93,7 +93,7 @@ def lower_peft_step(
     return step.lower(*arguments).lowered
 
 
-def tunix_model() -> Any:
+def tunix_llama() -> Any:
     """Returns Tunix's Llama 3.1 8B, which recomputes its layers."""
     from flax import nnx
     from tunix.models.llama3 import model as llama3
@@ -101,6 +101,24 @@ def tunix_model() -> Any:
     config = llama3.ModelConfig.llama3p1_8b()
     config = dataclasses.replace(config, remat_config=llama3.RematConfig.DECODER)
     return llama3.Llama3(config, rngs=nnx.Rngs(0))
+
+
+def tunix_qwen3_moe() -> Any:
+    """Returns Tunix's Qwen3 30B-A3B, which recomputes its layers."""
+    from flax import nnx
+    from tunix.models.qwen3 import model as qwen3
+
+    config = dataclasses.replace(
+        qwen3.ModelConfig.qwen3_30b_a3b(),
+        remat_config=qwen3.RematConfig.DECODER,
+        use_flash_attention=True,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    return qwen3.Qwen3(config, rngs=nnx.Rngs(0))
+
+
+TUNIX_MODELS = {"Llama-3.1-8B": tunix_llama, "Qwen3-30B-A3B": tunix_qwen3_moe}
 
 
 def maxtext_step(row: dict) -> Any:
