@@ -180,6 +180,7 @@ def run_with_limit(
         try:
             while process.poll() is None:
                 if plan and [*log.parent.rglob("*after_buffer_assignment.txt")]:
+                    time.sleep(10)  # XLA may still be writing the file
                     return True
                 if time.monotonic() > end:
                     return None
