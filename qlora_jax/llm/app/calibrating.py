@@ -22,15 +22,18 @@ WIDTH = 1024  # tokens per batch
 MAX_BATCHES = 64
 
 
-def make_calibrator(model: BaseModel, data: str) -> Callable[[PyTree], PyTree]:
+def make_calibrator(
+    model: BaseModel, data: str, template: str | None = None
+) -> Callable[[PyTree], PyTree]:
     """Reads rows, and returns a function that measures the inputs of layers on them.
 
     The function takes the parameters of the model, with the layers in float. It returns
     the mean squares of their inputs, which `ql.quantize` takes as `importance`.
+    `template` is a file with a chat template, or None for that of the model.
     """
     rows = read_rows(
         data,
-        open_tokenizer(model.path),
+        open_tokenizer(model.path, template=template),
         vocab_size=model.config.vocab_size,
         max_length=WIDTH,
     )

@@ -76,6 +76,8 @@ class ScoreConfig(Config):
             those with zero points or reordered inputs, to floats.
         engine: What computes the model, as in train. Defaults to that of the run if the
             adapter is in a run's folder, and otherwise to auto.
+        template: File with a chat template that replaces the model's. Defaults to that
+            of the run if the adapter is in a run's folder.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -95,6 +97,7 @@ class ScoreConfig(Config):
     batch_tokens: int = option(1024, limit=COUNT)
     recode: bool = False
     engine: Engine | None = None
+    template: str | None = option(None, section="chat template")
 
     def __post_init__(self):
         super().__post_init__()
@@ -326,6 +329,8 @@ class GenerateConfig(Config):
             those with zero points or reordered inputs, and to pack them again in `fmt`.
         engine: What computes the model, as in train. Defaults to that of the run if the
             adapter is in a run's folder, and otherwise to auto.
+        template: File with a chat template that replaces the model's. Defaults to that
+            of the run if the adapter is in a run's folder.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -354,6 +359,7 @@ class GenerateConfig(Config):
     dtype: Dtype = option("float32", section="computation")
     recode: bool = False
     engine: Engine | None = None
+    template: str | None = option(None, section="chat template")
 
     def __post_init__(self):
         super().__post_init__()

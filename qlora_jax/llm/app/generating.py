@@ -25,7 +25,7 @@ from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..models.torch_decoder import TorchConfig
 from ..train.answers import answers
-from .base_model import open_adapted, read_as_trained
+from .base_model import open_adapted, read_as_trained, template_of
 from .configs import GenerateConfig
 from .merge_aware import note_packing
 from .run_folder import write_text
@@ -121,7 +121,8 @@ def generate(
     note_packing(model.lora)
     if isinstance(model.config, TorchConfig):
         _check_torch(model.config)
-    conversation = _Conversation(config, open_tokenizer(model.path))
+    tokenizer = open_tokenizer(model.path, template=template_of(config))
+    conversation = _Conversation(config, tokenizer)
     rows, prompts = [], []
     if config.prompts is not None:
         rows = _read_prompts(config, conversation, model.config.vocab_size)

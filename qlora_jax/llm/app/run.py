@@ -22,13 +22,13 @@ import qlora_jax as ql
 from ..data.batching import Batch, batches
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
-from ..data.readers import describe_path
 from ..models.torch_decoder import TorchConfig
 from ..train.arrays import changes
 from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import (
     BaseModel,
     adapters_for,
+    check_template,
     init_shapes,
     open_model,
     packing_for,
@@ -190,9 +190,7 @@ def _open_teacher(
 
 def _check_environment(config: TrainConfig) -> None:
     """Checks the template, the installed libraries and what the devices support."""
-    template = config.data.template
-    if template is not None and not pathlib.Path(template).is_file():
-        raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
+    check_template(config.data.template)
     # Some libraries are first used at the end, perhaps after hours of training.
     libraries = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
     extras = dict.fromkeys(libraries, "train")
@@ -352,6 +350,8 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
         num_batches = sum(1 for _ in make_batches(config.training, data, num_epochs=1))
         num_batches *= config.training.epochs or 1
         steps = math.ceil(num_batches / config.training.accumulation)
+    else:
+        make_batches(config.training, data)  # raises if rows do not fit the batches
     # `QLoRAConfig` replaces unset values by the defaults of the format.
     packing = stored_packing or ql.QLoRAConfig(
         fmt=None if model.fmt == "none" else model.fmt,

@@ -17,7 +17,7 @@ from ..models.torch_decoder import TorchConfig
 from ..train.means import make_mean_loss
 from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
-from .base_model import BaseModel, open_adapted, read_as_trained
+from .base_model import BaseModel, open_adapted, read_as_trained, template_of
 from .configs import ScoreConfig
 from .merge_aware import note_packing
 
@@ -90,7 +90,10 @@ def score(config: ScoreConfig) -> Score | Scores:
     model, adapters, options = open_adapted(config)
     note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
-    score = make_scorer(model, str(config.data), config.batch_tokens, config.dtype)
+    template = template_of(config)
+    score = make_scorer(
+        model, str(config.data), template, config.batch_tokens, config.dtype
+    )
     model = read_as_trained(model, options, config.dtype)
     if not adapters:
         return score(model.base, model.lora)
@@ -98,10 +101,17 @@ def score(config: ScoreConfig) -> Score | Scores:
 
 
 def make_scorer(
-    model: BaseModel, data: str, batch_tokens: int = 1024, dtype: str = "float32"
+    model: BaseModel,
+    data: str,
+    template: str | None,
+    batch_tokens: int = 1024,
+    dtype: str = "float32",
 ) -> Callable[[PyTree, PyTree], Score]:
-    """Reads rows, and returns a function that scores a base and a lora tree on them."""
-    tokenizer = open_tokenizer(model.path)
+    """Reads rows, and returns a function that scores a base and a lora tree on them.
+
+    `template` is a file with a chat template, or None for that of the model.
+    """
+    tokenizer = open_tokenizer(model.path, template=template)
     rows = read_rows(
         data,
         tokenizer,

@@ -20,6 +20,7 @@ from .base_model import (
     open_model,
     read_as_trained,
     runs_of,
+    template_of,
     training_load_options,
 )
 from .calibrating import make_calibrator
@@ -153,10 +154,12 @@ def _export(config: ExportConfig) -> Written:
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
                 f"merged into the weights of {model.name}, and the sum is packed"
             )
-    score = None if config.data is None else make_scorer(model, config.data)
+    score, template = None, template_of(config)
+    if config.data is not None:
+        score = make_scorer(model, config.data, template)
     calibrate = None
     if config.calibrate is not None:
-        calibrate = make_calibrator(model, config.calibrate)
+        calibrate = make_calibrator(model, config.calibrate, template)
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
     beside = None if score is None else _score_model(score, model, trained)

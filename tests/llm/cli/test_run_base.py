@@ -296,3 +296,34 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     status, _, err = run(capsys, *score, *options)
     assert status == 0 and f"{SMOLLM2} on the Hugging Face hub, revision base" in err
     assert f"note: {out} was trained on {COPY} with fmt nf4. The base here" in err
+
+
+def test_the_chat_template_is_that_of_the_run(folder, tmp_path):
+    """Without its marks, the first of several answers could not be found."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '!' if loop.last }}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    path = tmp_path / "marked.jinja"
+    path.write_text(template)
+    messages = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+    ]
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"messages": messages}]))
+    out = shutil.copytree(folder / "run", tmp_path / "run")
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    written["template"] = str(path)
+    (out / "config.yaml").write_text(yaml.safe_dump(written))
+    score = app.score(app.ScoreConfig(run=str(out), data=rows))
+    assert score.tokens == 5  # b and !d, each with an end token
+    options = dict(adapter=str(out / "adapter"), template=str(path))
+    assert app.score(app.ScoreConfig(str(folder / "base"), rows, **options)) == score
+    # The prompt consists of the single letter that this template writes.
+    options = dict(prompt="a", max_new_tokens=1)
+    [answer] = app.generate(app.GenerateConfig(run=str(out), **options)).answers
+    assert answer.prompt_tokens == 1
+    path.unlink()
+    with pytest.raises(ValueError, match="`template` must be a file. .*marked.jinja"):
+        app.score(app.ScoreConfig(run=str(out), data=rows))

@@ -25,6 +25,8 @@ def files(tmp_path_factory):
     write_rows(folder / "rows.jsonl", [{"text": "five"}])
     for name, key in (("surrogate", "text"), ("prompts", "prompt")):
         write_rows(folder / f"{name}.jsonl", [{key: "five"}, {key: SURROGATE}])
+    pair = {"prompt": "p", "chosen": "a" * 20, "rejected": "b" * 20}
+    write_rows(folder / "pairs.jsonl", [pair])
     wrapped = {"data": [{"text": "five"}, {"text": "six"}]}
     (folder / "wrapped.json").write_text(json.dumps(wrapped, indent=1))
     (folder / "one_line.json").write_text(json.dumps(wrapped))
@@ -39,6 +41,7 @@ BASE, ROWS = ["--model", "base"], ["--data", "rows.jsonl"]
 OUT = ["--out", "new"]
 TRAIN, SCORE = ["train", *BASE, *ROWS, *OUT], ["score", *BASE, *ROWS]
 GENERATE, EXPORT = ["generate", *BASE, "--prompt=p"], ["export", *BASE, *OUT]
+PACKED_PAIRS = ["--objective=dpo", "--packing", "--max_length=64", "--steps=2"]
 # Options whose path does not exist, and the command line, which ends with the path.
 MISSING = [
     ("model", ["train", *ROWS, *OUT, "--model", "nothing"]),
@@ -57,6 +60,8 @@ MISSING = [
     ("adapter", ["pairs", *BASE, "--adapter", "nothing"]),
     ("prompts", ["generate", *BASE, "--prompts", "nothing.jsonl"]),
     ("template", [*TRAIN, "--template", "nothing.jinja"]),
+    ("template", [*SCORE, "--template", "nothing.jinja"]),
+    ("template", [*GENERATE, "--template", "nothing.jinja"]),
     ("run", ["export", "--run", "nothing"]),
     ("run", ["pairs", "--run", "nothing"]),
     ("path", ["inspect", "nothing"]),
@@ -98,6 +103,11 @@ WRONG = [
     (["score", *BASE, "--data=base"], "or .parquet). Got 'base'"),
     (["train", *BASE, *OUT, "--data=wrapped.json"], "an object with ['data']."),
     (["train", *BASE, *OUT, "--data=one_line.json"], "object whose `data` is a list"),
+    (
+        # Each answer fits a row, but not both. Nothing is written, with `steps` either.
+        ["train", *BASE, *OUT, "--data=pairs.jsonl", *PACKED_PAIRS],
+        "at most 64 tokens, both answers of a pair together. Got ['pairs.jsonl:1']",
+    ),
     (
         ["train", *BASE, *OUT, "--data=surrogate.jsonl"],
         "line 2: the text must not have half a",
