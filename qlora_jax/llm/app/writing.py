@@ -154,12 +154,11 @@ def _export(config: ExportConfig) -> Written:
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
                 f"merged into the weights of {model.name}, and the sum is packed"
             )
-    score, template = None, template_of(config)
+    score = calibrate = None
     if config.data is not None:
-        score = make_scorer(model, config.data, template)
-    calibrate = None
+        score = make_scorer(model, config.data, template_of(config))
     if config.calibrate is not None:
-        calibrate = make_calibrator(model, config.calibrate, template)
+        calibrate = make_calibrator(model, config.calibrate, template_of(config))
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
     beside = None if score is None else _score_model(score, model, trained)
