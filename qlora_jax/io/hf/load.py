@@ -1,6 +1,7 @@
 """Reads a model's parameters from a checkpoint, and packs them while reading."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -135,7 +136,7 @@ def _convert_packed(
     recode: bool,
 ) -> dict[str, Any]:
     """Returns the tensors, with packed weights in a form that can be read."""
-    result = dict(tensors)
+    result, mixed = dict(tensors), []
     for path, leaf in leaves.items():
         names = list(leaf.tensors.ravel())
         floats = {name: in_float(tensors[name], dtype) for name in names}
@@ -147,6 +148,15 @@ def _convert_packed(
             # All tensors of a stack must have the same packing, as floats do.
             is_mixed = len({packing_of(x) for x in recoded.values()}) > 1
             result |= floats if is_mixed else recoded
+            mixed += [path] if is_mixed and target is None else []
+    if mixed:
+        warnings.warn(
+            "Some layers of these kernels are in another format than the others. All "
+            f"layers are read in float, which takes more memory: {', '.join(mixed)}. "
+            "To pack all layers alike, pass a config that packs them (on the command "
+            "line, --recode with --fmt).",
+            stacklevel=3,
+        )
     return result
 
 
@@ -215,7 +225,10 @@ def _stack_problem(stored: Mapping[str, Any], storages: Storages) -> str | None:
             return f"{name} {tensor.problem}. Use recode=True to convert it"
     if len(storages) > 1:
         kinds = [f"{dtype} {packing or 'not packed'}" for packing, dtype in storages]
-        return f"its tensors are of different kinds: {', '.join(sorted(kinds))}"
+        problem = f"its tensors are of different kinds: {', '.join(sorted(kinds))}"
+        has_packed = any(packing is not None for packing, _ in storages)
+        advice = ". Use recode=True to read all of them in float" if has_packed else ""
+        return problem + advice
     return None
 
 
