@@ -443,26 +443,6 @@ def runs_of(
     return runs
 
 
-def template_of(
-    config: ExportConfig | ScoreConfig | GenerateConfig,
-) -> str | None:
-    """Returns the file of a config's chat template; None for the model's template.
-
-    By default, this is the template of the adapter's run.
-    """
-    template = getattr(config, "template", None)
-    if template is None and (runs := runs_of(config.adapter, config.run)):
-        template = runs[0].data.template
-    check_template(template)
-    return template
-
-
-def check_template(template: str | None) -> None:
-    """Raises ValueError if the file of a chat template does not exist."""
-    if template is not None and not pathlib.Path(template).is_file():
-        raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
-
-
 def open_run(
     out: str, step: int | None = None, source: str | None = None
 ) -> tuple[BaseModel, int | None]:

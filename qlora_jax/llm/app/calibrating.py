@@ -1,6 +1,6 @@
 """Measures the inputs of a model's layers on data, for the search of scales."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -10,8 +10,6 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 from ..data.batching import Batch
-from ..data.chat_tokenizer import open_tokenizer
-from ..data.dataset import read_rows
 from ..data.encode import Row
 from ..models.decoder import Decoder
 from ..train.objectives.sft import decoder_loss
@@ -23,20 +21,13 @@ MAX_BATCHES = 64
 
 
 def make_calibrator(
-    model: BaseModel, data: str, template: str | None = None
+    model: BaseModel, rows: Sequence[Row]
 ) -> Callable[[PyTree], PyTree]:
-    """Reads rows, and returns a function that measures the inputs of layers on them.
+    """Returns a function that measures the inputs of a model's layers on rows.
 
     The function takes the parameters of the model, with the layers in float. It returns
     the mean squares of their inputs, which `ql.quantize` takes as `importance`.
-    `template` is a file with a chat template, or None for that of the model.
     """
-    rows = read_rows(
-        data,
-        open_tokenizer(model.path, template=template),
-        vocab_size=model.config.vocab_size,
-        max_length=WIDTH,
-    )
     batches = [*_cut(rows)]
     # The selected batches are spread evenly, because neighboring rows may be alike.
     count = min(len(batches), MAX_BATCHES)
@@ -56,7 +47,7 @@ def make_calibrator(
     return calibrate
 
 
-def _cut(rows: list[Row]) -> Iterator[Batch]:
+def _cut(rows: Sequence[Row]) -> Iterator[Batch]:
     """Yields batches of `WIDTH` tokens each, without padding.
 
     The rows are concatenated and cut into such batches, so that a row may be divided

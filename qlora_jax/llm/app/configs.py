@@ -13,6 +13,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
+TrainOn = Literal["completions", "last", "all"]  # the targets in a row with answers
 Scales = Literal["absmax", "search"]  # how the scale of each block is chosen
 # The formats that merge-aware adapters are trained for: those of the files of `export`.
 TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4", "nvfp4"]
@@ -57,8 +58,8 @@ class ScoreConfig(Config):
             `run`, defaults to the model of the run.
         data: A file of rows, in any form that train supports. In rows with `text` or
             `input_ids`, all tokens but the first are targets, except where `labels` are
-            -100. Rows with `input_ids` need no tokenizer. In other rows, completions
-            and the assistant's messages are targets. A .txt file is cut into rows of
+            -100. Rows with `input_ids` need no tokenizer. In other rows, `train_on`
+            selects the targets. A .txt file is cut into rows of
             `batch_tokens` tokens.
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library. Several, such as a,b, are scored separately.
@@ -76,8 +77,12 @@ class ScoreConfig(Config):
             those with zero points or reordered inputs, to floats.
         engine: What computes the model, as in train. Defaults to that of the run if the
             adapter is in a run's folder, and otherwise to auto.
-        template: File with a chat template that replaces the model's. Defaults to that
-            of the run if the adapter is in a run's folder.
+        train_on: Which tokens of rows with prompts or messages are targets, as in
+            train. Like the options below, defaults to that of the run if the adapter is
+            in a run's folder, and otherwise to the default of train.
+        keys: Mapping from standard keys to the keys in the file; {} for standard keys.
+        chat: Whether to convert prompts and completions to messages, as in train.
+        template: File with a chat template that replaces the model's.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -97,7 +102,10 @@ class ScoreConfig(Config):
     batch_tokens: int = option(1024, limit=COUNT)
     recode: bool = False
     engine: Engine | None = None
-    template: str | None = option(None, section="chat template")
+    train_on: TrainOn | None = option(None, section="rows")
+    keys: dict[str, str] | None = None
+    chat: bool | None = None
+    template: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,6 +154,7 @@ class ExportConfig(Config):
         tokenizer: For gguf: whether to include the tokenizer.
         data: If an adapter is merged: rows on which to compare the loss of the adapter
             beside its base with that of the file, in any form that score supports.
+            They are read with the settings of the adapter's run, if there is one.
         server: Target server, instead of `--format`. Selects formats that the server
             supports (see the command pairs), and writes the command that starts it.
         push_to_hub: Repository on the Hugging Face hub to push the result to, such as

@@ -9,7 +9,6 @@ from typing import Any
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from ..data.batching import eval_batches
 from ..train.answers import answers, exact_match
 from ..train.means import make_means
 from ..train.objectives import find_objective
@@ -17,7 +16,7 @@ from ..train.step import State
 from .merge_aware import pack_as_trained
 from .processes import is_first
 from .program import Program, make_put
-from .run import Run
+from .run import Run, make_eval_batches
 from .run_folder import ANSWERS, write_text
 
 _EXTRA_TOKENS = 16  # how much longer an answer may be than the longest expected one
@@ -45,12 +44,7 @@ class Evaluation:
         self._base, self._frozen = base, frozen
         self._compute_means = make_means(program.eval_loss)
         self._path = run.folder / ANSWERS
-        batches = eval_batches(
-            run.data.valid,
-            batch_size=config.training.batch_size,
-            max_length=config.training.max_length,
-            packing=config.training.packing,
-        )
+        batches = make_eval_batches(config.training, run.data.valid)
         self._batches = [*map(make_put(run.mesh), batches)]
         training = config.training
         num_training_batches = (training.steps or 0) * training.accumulation

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..data.chat_tokenizer import Tokenizer, open_tokenizer
+from ..data.chat_tokenizer import Tokenizer
 from ..data.encode import Example
 from ..data.kinds import Fields, check_text, find_messages
 from ..data.rows import converted, open_file
@@ -25,9 +25,10 @@ from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..models.torch_decoder import TorchConfig
 from ..train.answers import answers
-from .base_model import open_adapted, read_as_trained, template_of
+from .base_model import open_adapted, read_as_trained
 from .configs import GenerateConfig
 from .merge_aware import note_packing
+from .row_settings import open_tokenizer_like_run
 from .run_folder import write_text
 
 _TERMINAL_PROMPT = ">>> "
@@ -121,7 +122,7 @@ def generate(
     note_packing(model.lora)
     if isinstance(model.config, TorchConfig):
         _check_torch(model.config)
-    tokenizer = open_tokenizer(model.path, template=template_of(config))
+    tokenizer = open_tokenizer_like_run(config, model)[0]
     conversation = _Conversation(config, tokenizer)
     rows, prompts = [], []
     if config.prompts is not None:

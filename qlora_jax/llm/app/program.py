@@ -35,6 +35,7 @@ from ..train.step import State, Step, make_step
 from .base_model import BaseModel, adapters_for, init_shapes, packing_for
 from .environment import fastest_dtype
 from .train_config import TrainConfig
+from .train_groups import OptimizerConfig
 
 
 class Program(NamedTuple):
@@ -84,7 +85,7 @@ def make_program(
     def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
         return optimizers.make_optimizer(
             config.optimizer.name,
-            make_schedule(config, learning_rate),
+            make_schedule(config.optimizer, config.training.steps, learning_rate),
             clip=config.optimizer.clip or None,  # 0 turns clipping off
             weight_decay=config.optimizer.weight_decay,
             beta1=config.optimizer.beta1,
@@ -117,28 +118,28 @@ def make_program(
     return Program(model, loss, eval_loss, optimizer, step)
 
 
-def resolve_dtype(config: TrainConfig, platform: str) -> TrainConfig:
-    """Replaces the dtype "auto" by the fastest one on a platform of JAX."""
-    if config.model.dtype != "auto":
-        return config
-    return config.replace(dtype=fastest_dtype(platform))
+def resolve_dtype(dtype: str, platform: str) -> str:
+    """Returns a dtype, or for "auto" the fastest one on a platform of JAX."""
+    return fastest_dtype(platform) if dtype == "auto" else dtype
 
 
-def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
+def make_schedule(
+    settings: OptimizerConfig, steps: int | None, learning_rate: Any
+) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step, with the given peak."""
     return optimizers.make_schedule(
-        config.optimizer.schedule,
+        settings.schedule,
         learning_rate,
-        config.training.steps or 1,
-        warmup=config.optimizer.warmup or 0,
-        end=config.optimizer.end_learning_rate,
-        decay=config.optimizer.decay,
+        steps or 1,
+        warmup=settings.warmup or 0,
+        end=settings.end_learning_rate,
+        decay=settings.decay,
     )
 
 
-def make_loss_scale(config: TrainConfig) -> LossScale | None:
+def make_loss_scale(dtype: str) -> LossScale | None:
     """Returns the loss scale before the first step; None unless `dtype` is float16."""
-    return LossScale.create() if config.model.dtype == "float16" else None
+    return LossScale.create() if dtype == "float16" else None
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
@@ -211,8 +212,8 @@ def lower_step(
     mesh = make_mesh(config.devices.mesh_sizes, devices)
     place = make_place(model.config, mesh, config.model.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
-    config = resolve_dtype(config, devices[0].platform)
-    dtype = jnp.dtype(config.model.dtype)
+    dtype = resolve_dtype(config.model.dtype, devices[0].platform)
+    config = config.replace(dtype=dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
     packing = packing_for(config.model, model, "nf4")
     if packing is not None:
@@ -229,7 +230,7 @@ def lower_step(
     )
     # The program, and the shapes of its state and of a batch.
     program = make_program(config, model.config, backend=backend)
-    state = State.shapes(lora, program.optimizer, make_loss_scale(config))
+    state = State.shapes(lora, program.optimizer, make_loss_scale(dtype))
     num_sequences = find_objective(config.training.objective).sequences_per_row
     num_rows = config.training.batch_size * num_sequences
     width = config.training.max_length

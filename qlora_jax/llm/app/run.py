@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,16 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..data.batching import Batch, batches
+from ..data.batching import Batch, batches, eval_batches
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
+from ..data.encode import Row
 from ..models.torch_decoder import TorchConfig
 from ..train.arrays import changes
 from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import (
     BaseModel,
     adapters_for,
-    check_template,
     init_shapes,
     open_model,
     packing_for,
@@ -37,10 +37,11 @@ from .options import options_of
 from .processes import is_first, log
 from .program import make_mesh, make_place, make_schedule, resolve_dtype
 from .pushing import check_base, push
+from .row_settings import check_template
 from .run_folder import CONFIG, FAILED, read_run_config
 from .starting import read_start
 from .train_config import TrainConfig
-from .train_groups import LOGGERS, TrainingConfig
+from .train_groups import LOGGERS, ModelConfig, TrainingConfig
 
 if TYPE_CHECKING:
     import grain
@@ -71,7 +72,9 @@ def make_run(config: TrainConfig, today: str) -> Run:
     `today` is the default date for chat templates, and must be the same in all
     processes.
     """
-    _check_environment(config)
+    check_template(config.data.template)
+    _check_libraries(config.output.loggers)
+    _check_devices(config.model)
     # The model: its shapes, and the formats of its weights.
     model = open_model(
         config.model.path, recode=config.model.recode, engine=config.model.engine
@@ -85,7 +88,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
             push(config.output.push_to_hub)  # fails now rather than after training
     packing = packing_for(config.model, model, fmt)
     if packing is None:
-        _check_unpacked(config, model)
+        _check_unpacked(config.model, config.adapter.merge_aware, model)
     adapters = adapters_for(config.adapter, model, packing, config.model.scales)
     start = None
     if config.adapter.path is not None:
@@ -103,15 +106,15 @@ def make_run(config: TrainConfig, today: str) -> Run:
         if config.model.dtype == "auto":
             config = config.replace(dtype=start_config.model.dtype)
     date = date or today
-    config = resolve_dtype(config, jax.default_backend())
+    dtype = resolve_dtype(config.model.dtype, jax.default_backend())
     now = datetime.datetime.fromisoformat(str(date))
     tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)
-    teacher = _open_teacher(config, model, packing, tokenizer)
+    teacher = _open_teacher(config.training, model, packing, tokenizer)
     if teacher is not None:  # raises if the mesh cannot split its weights
         make_place(teacher.config, mesh, "device")(teacher.base, {})
     data = _read_data(config, tokenizer, model)
     # The settings that depend on the data or on the model.
-    config = config.replace(model=model.name, fmt=fmt, date=date)
+    config = config.replace(model=model.name, fmt=fmt, dtype=dtype, date=date)
     config = _resolve(config, data, None if packing else model.stored_packing)
     return Run(
         config,
@@ -153,7 +156,7 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> D
 
 
 def _open_teacher(
-    config: TrainConfig,
+    settings: TrainingConfig,
     model: BaseModel,
     packing: ql.QLoRAConfig | None,
     tokenizer: Tokenizer,
@@ -163,8 +166,8 @@ def _open_teacher(
     By default, the teacher is the model itself, whose weights are then read again
     without packing.
     """
-    name = config.training.teacher
-    if not find_objective(config.training.objective).uses_teacher:
+    name = settings.teacher
+    if not find_objective(settings.objective).uses_teacher:
         return None
     if name is None:
         if packing is None or model.stored_fmt is not None:
@@ -188,13 +191,12 @@ def _open_teacher(
     )
 
 
-def _check_environment(config: TrainConfig) -> None:
-    """Checks the template, the installed libraries and what the devices support."""
-    check_template(config.data.template)
+def _check_libraries(loggers: Sequence[str]) -> None:
+    """Checks that the libraries of training and of the loggers are installed."""
     # Some libraries are first used at the end, perhaps after hours of training.
     libraries = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
     extras = dict.fromkeys(libraries, "train")
-    extras |= {LOGGERS[name]: name for name in config.output.loggers}
+    extras |= {LOGGERS[name]: name for name in loggers}
     for name, extra in extras.items():
         try:
             importlib.import_module(name)
@@ -202,26 +204,30 @@ def _check_environment(config: TrainConfig) -> None:
             raise ImportError(
                 f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
             ) from error
+
+
+def _check_devices(settings: ModelConfig) -> None:
+    """Checks that the devices support the settings of the computation."""
     platform = jax.default_backend()
-    if config.model.attention == "splash" and platform != "tpu":
+    if settings.attention == "splash" and platform != "tpu":
         raise ValueError(
             "`attention` must be xla, blocks or cudnn without a TPU, because splash is "
             f"a kernel for TPUs. Got splash, and devices of the platform {platform}."
         )
     device = jax.local_devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
-    if config.model.attention == "cudnn" and not has_flash_attention(capability):
+    if settings.attention == "cudnn" and not has_flash_attention(capability):
         raise ValueError(
             "`attention` must be xla or blocks without an NVIDIA GPU of compute "
             "capability 8.0 or later, which flash attention in cuDNN needs. Got cudnn, "
             f"and {device.device_kind}."
         )
     reason = "XLA computes wrong gradients if the inputs of layers are in host memory"
-    if config.model.remat == "offload" and platform == "gpu":
+    if settings.remat == "offload" and platform == "gpu":
         raise ValueError(
             f"`remat` must be true or false on a GPU, where {reason}. Got offload."
         )
-    if config.model.base_memory == "host" and platform == "gpu":
+    if settings.base_memory == "host" and platform == "gpu":
         raise ValueError(
             "`base_memory` must be device on a GPU, where a base in host memory is not "
             f"tested, and {reason}. Got host."
@@ -290,10 +296,12 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
     return config.replace(engine="torch")
 
 
-def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:
+def _check_unpacked(
+    settings: ModelConfig, is_merge_aware: bool, model: BaseModel
+) -> None:
     """Checks the settings of a run whose base stays as it is stored."""
-    scales, memory = config.model.scales, config.model.base_memory
-    if scales != "absmax" and not config.adapter.merge_aware:
+    scales, memory = settings.scales, settings.base_memory
+    if scales != "absmax" and not is_merge_aware:
         raise ValueError(
             "`scales` must be absmax unless training packs weights. Got "
             f"{scales}, and a base that stays as it is stored."
@@ -336,6 +344,16 @@ def make_batches(
     )
 
 
+def make_eval_batches(settings: TrainingConfig, rows: Sequence[Row]) -> list[Batch]:
+    """Returns the validation batches of a run. Each row is in one of them."""
+    return eval_batches(
+        rows,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        packing=settings.packing,
+    )
+
+
 def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainConfig:
     """Returns the settings, with values for those that were left unset.
 
@@ -352,6 +370,9 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
         steps = math.ceil(num_batches / config.training.accumulation)
     else:
         make_batches(config.training, data)  # raises if rows do not fit the batches
+    if data.valid:  # also raises if rows do not fit the batches
+        text_rows = [row._replace(images=None) for row in data.valid]
+        make_eval_batches(config.training, text_rows)
     # `QLoRAConfig` replaces unset values by the defaults of the format.
     packing = stored_packing or ql.QLoRAConfig(
         fmt=None if model.fmt == "none" else model.fmt,
@@ -367,7 +388,8 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
         double_quant=packing.double_quant,
     )
     # Raises if the schedule does not fit the steps.
-    make_schedule(resolved, resolved.optimizer.learning_rate)
+    optimizer = resolved.optimizer
+    make_schedule(optimizer, resolved.training.steps, optimizer.learning_rate)
     return resolved
 
 

@@ -1,7 +1,7 @@
 """`qlora-jax score`: the mean loss of a model on data."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,17 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from ..data.batching import Batch, eval_batches
-from ..data.chat_tokenizer import open_tokenizer
-from ..data.dataset import read_rows
+from ..data.encode import Row
 from ..models.torch_decoder import TorchConfig
 from ..train.means import make_mean_loss
 from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
-from .base_model import BaseModel, open_adapted, read_as_trained, template_of
+from .base_model import BaseModel, open_adapted, read_as_trained
 from .configs import ScoreConfig
 from .merge_aware import note_packing
+from .row_settings import read_rows_like_run
+
+BATCH_TOKENS = 1024  # of a batch, by default
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,8 @@ def score(config: ScoreConfig) -> Score | Scores:
     model, adapters, options = open_adapted(config)
     note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
-    template = template_of(config)
-    score = make_scorer(
-        model, str(config.data), template, config.batch_tokens, config.dtype
-    )
+    rows = read_rows_like_run(config, model, str(config.data), config.batch_tokens)
+    score = make_scorer(model, rows, config.batch_tokens, config.dtype)
     model = read_as_trained(model, options, config.dtype)
     if not adapters:
         return score(model.base, model.lora)
@@ -102,26 +102,14 @@ def score(config: ScoreConfig) -> Score | Scores:
 
 def make_scorer(
     model: BaseModel,
-    data: str,
-    template: str | None,
-    batch_tokens: int = 1024,
+    rows: Sequence[Row],
+    batch_tokens: int = BATCH_TOKENS,
     dtype: str = "float32",
 ) -> Callable[[PyTree, PyTree], Score]:
-    """Reads rows, and returns a function that scores a base and a lora tree on them.
-
-    `template` is a file with a chat template, or None for that of the model.
-    """
-    tokenizer = open_tokenizer(model.path, template=template)
-    rows = read_rows(
-        data,
-        tokenizer,
-        vocab_size=model.config.vocab_size,
-        max_length=batch_tokens,
-        images=model.images,
-    )
+    """Returns a function that scores a base and a lora tree on rows of tokens."""
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:
-        raise ValueError(f"{data} must have at least one target token. Got none.")
+        raise ValueError("the rows must have at least one target token. Got none.")
     wrapped = model.make_model(jnp.dtype(dtype))
     if isinstance(model.config, TorchConfig):  # each row is a single sequence
         head, can_pack = None, False

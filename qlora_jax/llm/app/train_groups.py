@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..models.sharding import MESH_AXES
 from ..train.objectives import find_objective
-from .configs import Dtype, Engine, Fmt, Scales, TargetFmt
+from .configs import Dtype, Engine, Fmt, Scales, TargetFmt, TrainOn
 from .options import (
     COUNT,
     FRACTION,
@@ -196,9 +196,7 @@ class DataConfig(Config):
     path: str | dict[str, float] = option(
         REQUIRED, name="data", section="model and data", is_identity=False
     )
-    train_on: Literal["completions", "last", "all"] = option(
-        "completions", section="rows"
-    )
+    train_on: TrainOn = option("completions", section="rows")
     keys: dict[str, str] = option({}, is_identity=False)
     chat: bool = True
     template: str | None = option(None, is_identity=False)

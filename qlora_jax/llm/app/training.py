@@ -259,7 +259,7 @@ class Trainer:
         """
         seed = cast(int, self.run.config.training.seed)  # one run has one seed
         lora = _init_adapters(self.run, base, jax.random.key(seed))
-        loss_scale = make_loss_scale(self.run.config)
+        loss_scale = make_loss_scale(self.run.config.model.dtype)
         state = State.create(lora, optimizer, seed, loss_scale)
         if resume_after is None:
             return state
@@ -356,9 +356,8 @@ def _fit(
     """
     run, is_sweep = runs[0], config.is_sweep
     rates = [cast(float, x.config.optimizer.learning_rate) for x in runs]
-    schedules = [
-        make_schedule(x.config, rate) for x, rate in zip(runs, rates, strict=True)
-    ]
+    optimizer, steps = run.config.optimizer, run.config.training.steps or 0
+    schedules = [make_schedule(optimizer, steps, rate) for rate in rates]
     program = make_program(
         run.config,
         run.model.config,
@@ -394,7 +393,7 @@ def _fit(
             state,
             take_step,
             batches,
-            steps=run.config.training.steps or 0,
+            steps=steps,
             accumulation=run.config.training.accumulation,
             schedule=schedule,
             callbacks=[

@@ -20,10 +20,9 @@ from .base_model import (
     open_model,
     read_as_trained,
     runs_of,
-    template_of,
     training_load_options,
 )
-from .calibrating import make_calibrator
+from .calibrating import WIDTH, make_calibrator
 from .configs import GGUF_4_BITS, PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
     check_holds,
@@ -37,7 +36,8 @@ from .pairs import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for
 from .processes import log
 from .pushing import check_base, push
 from .repacking import FileLosses, Repacked, repack
-from .scoring import Score, make_scorer
+from .row_settings import read_rows_like_run
+from .scoring import BATCH_TOKENS, Score, make_scorer
 from .servers import FMTS, SERVERS
 
 
@@ -156,9 +156,11 @@ def _export(config: ExportConfig) -> Written:
             )
     score = calibrate = None
     if config.data is not None:
-        score = make_scorer(model, config.data, template_of(config))
+        rows = read_rows_like_run(config, model, config.data, BATCH_TOKENS)
+        score = make_scorer(model, rows)
     if config.calibrate is not None:
-        calibrate = make_calibrator(model, config.calibrate, template_of(config))
+        rows = read_rows_like_run(config, model, config.calibrate, WIDTH)
+        calibrate = make_calibrator(model, rows)
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
     beside = None if score is None else _score_model(score, model, trained)

@@ -319,6 +319,9 @@ def read_rows(
     *,
     vocab_size: int,
     max_length: int | None = None,
+    keys: Mapping[str, str] | None = None,
+    train_on: Literal["completions", "last", "all"] = "completions",
+    chat: bool = True,
     images: ImageProcessor | None = None,
 ) -> list[Row]:
     """Returns the rows of one file.
@@ -330,7 +333,10 @@ def read_rows(
         tokenizer: The tokenizer of the model. Unused for rows with `input_ids`.
         vocab_size: All ids must be below this number.
         max_length: The tokens per row of a .txt file, or None not to split it.
-        images: As in `read_dataset`.
+        keys: As in `read_dataset`, and so are the arguments below.
+        train_on: The target tokens.
+        chat: Whether to turn prompts and completions into messages.
+        images: The processor of the model's images.
 
     Raises:
         ValueError: If lines are wrong. The message lists them.
@@ -343,7 +349,15 @@ def read_rows(
         >>> row.ids.tolist(), row.labels.tolist()
         ([3, 1], [3, -100])
     """
-    encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False, images=images)
+    encoder = Encoder(
+        tokenizer,
+        vocab_size=vocab_size,
+        train_on=train_on,
+        keys=keys,
+        chat=chat,
+        ends_text=False,
+        images=images,
+    )
     source = open_file(path)
     encoded = [x for _, x in _encode_rows(source, encoder, itertools.repeat("train"))]
     if source.is_text and max_length is not None:

@@ -1,13 +1,17 @@
 """Options of commands: one field gives a flag, a key of a file, help and a stamp."""
 
 import dataclasses
+import pathlib
+import sys
 
 import pytest
+from commands import settings
 
 from qlora_jax.llm import app
 from qlora_jax.llm.app.options import COUNT, option, options_of
 from qlora_jax.llm.app.train_config import TrainConfig
 from qlora_jax.llm.cli import parser
+from qlora_jax.llm.models.tiny import save_tiny
 
 PATHS = {"model": "m", "data": "d", "out": "o"}
 
@@ -92,3 +96,35 @@ def test_wrong_settings_are_named(settings, message):
         TrainConfig.from_settings(PATHS | settings)
     with pytest.raises(ValueError, match="`model` and `data` must be given"):
         TrainConfig.from_settings({"out": "o"})
+
+
+def test_few_functions_pass_on_the_settings_before_training(tmp_path):
+    """All settings together reach few functions, which others get parts from.
+
+    The functions are counted that `train` calls up to the first step. Methods of the
+    settings themselves are left out.
+    """
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "five"}\n')
+    config = settings(save_tiny(tmp_path / "base"), data, tmp_path / "run", steps=2)
+    functions, package = set(), str(pathlib.Path(app.__file__).parent.parent)
+
+    def count_calls(frame, event, _):
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(package):
+            return
+        if code.co_qualname == "fit":  # training begins
+            sys.setprofile(None)
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        arguments = [frame.f_locals.get(name) for name in names]
+        has_config = any(isinstance(x, app.TrainConfig) for x in arguments)
+        if has_config and names[0] != "self":
+            functions.add(code.co_qualname)
+
+    sys.setprofile(count_calls)
+    try:
+        app.train(config)
+    finally:
+        sys.setprofile(None)
+    assert {"train", "make_run", "make_program"} < functions
+    assert len(functions) <= 12

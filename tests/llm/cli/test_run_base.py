@@ -1,5 +1,6 @@
 """Commands that use the adapter of a run use the weights and the format of its base."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -115,7 +116,7 @@ def models(folder, merged):
 @pytest.mark.slow
 def test_scores_are_those_of_the_base_of_the_run(models, capsys):
     base, adapter = ["--model", models / "base"], models / "run" / "adapter"
-    command = ["score", "--data", models / "valid.jsonl", "--json"]
+    command = ["score", "--data", models / "valid.jsonl", "--chat=false", "--json"]
 
     def score(*options):
         status, out, err = run(capsys, *command, *options)
@@ -298,24 +299,79 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     assert f"note: {out} was trained on {COPY} with fmt nf4. The base here" in err
 
 
-def test_the_chat_template_is_that_of_the_run(folder, tmp_path):
-    """Without its marks, the first of several answers could not be found."""
-    template = (
+MESSAGES = [
+    {"role": role, "content": text}
+    for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+]
+
+
+def run_with(folder, tmp_path, **settings):
+    """Returns a copy of the run, with other settings of its rows.
+
+    The template writes a letter for each message, and marks what is to be trained.
+    """
+    (tmp_path / "marked.jinja").write_text(
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
         "{{ '!' if loop.last }}{{ m.content }}<|im_end|>{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    path = tmp_path / "marked.jinja"
-    path.write_text(template)
-    messages = [
-        {"role": role, "content": text}
-        for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
-    ]
-    rows = str(write_rows(tmp_path / "rows.jsonl", [{"messages": messages}]))
     out = shutil.copytree(folder / "run", tmp_path / "run")
     written = yaml.safe_load((out / "config.yaml").read_text())
-    written["template"] = str(path)
+    written |= {"template": str(tmp_path / "marked.jinja")} | settings
     (out / "config.yaml").write_text(yaml.safe_dump(written))
+    return out
+
+
+@pytest.mark.parametrize(
+    "settings, row, num_trained",
+    [
+        ({"train_on": "last"}, {"messages": MESSAGES}, 3),  # !d and an end token
+        # a, b, an end token, c, !d and an end token, without the first
+        ({"train_on": "all"}, {"messages": MESSAGES}, 6),
+        ({"keys": {"messages": "talk"}}, {"talk": MESSAGES}, 5),
+        # With `chat`, rows become messages, and the template adds "!".
+        ({"chat": True}, {"prompt": "a", "completion": "b"}, 3),
+        ({"chat": False}, {"prompt": "a", "completion": "b"}, 2),
+        # The rows of preferences have other keys and targets.
+        ({"objective": "orpo", "train_on": "all"}, {"messages": MESSAGES}, 5),
+    ],
+)
+def test_rows_are_scored_with_the_settings_of_the_run(
+    folder, tmp_path, settings, row, num_trained
+):
+    out = run_with(folder, tmp_path, **settings)
+    rows = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert app.score(app.ScoreConfig(run=str(out), data=rows)).tokens == num_trained
+    # The same settings as options, for an adapter that is not in the folder of a run.
+    adapter = str(shutil.copytree(out / "adapter", tmp_path / "adapter"))
+    options = dict(template=str(tmp_path / "marked.jinja")) | settings
+    if options.pop("objective", None):
+        del options["train_on"]
+    config = app.ScoreConfig(str(folder / "base"), rows, adapter, **options)
+    assert app.score(config).tokens == num_trained
+
+
+def test_runs_must_agree_on_the_settings_of_rows(folder, tmp_path):
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"messages": MESSAGES}]))
+    runs = []
+    for train_on in ("last", "all"):
+        (tmp_path / train_on).mkdir()
+        runs.append(run_with(folder, tmp_path / train_on, train_on=train_on))
+    adapters = [str(run / "adapter") for run in runs]
+    options = dict(adapter=adapters, template=str(tmp_path / "last" / "marked.jinja"))
+    config = app.ScoreConfig(str(folder / "base"), rows, **options)
+    message = "`train_on` must be given if .*Got none, and runs with all and last"
+    with pytest.raises(ValueError, match=message):
+        app.score(config)
+    scores = app.score(dataclasses.replace(config, train_on="last")).scores
+    assert [x.tokens for x in scores.values()] == [3, 3]
+
+
+def test_the_chat_template_is_that_of_the_run(folder, tmp_path):
+    """Without its marks, the first of several answers could not be found."""
+    out = run_with(folder, tmp_path)
+    path = tmp_path / "marked.jinja"
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"messages": MESSAGES}]))
     score = app.score(app.ScoreConfig(run=str(out), data=rows))
     assert score.tokens == 5  # b and !d, each with an end token
     options = dict(adapter=str(out / "adapter"), template=str(path))

@@ -14,6 +14,7 @@ import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app.base_model import LAYERS, open_model
 from qlora_jax.llm.app.calibrating import make_calibrator
+from qlora_jax.llm.data import open_tokenizer, read_rows
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -44,6 +45,12 @@ def searched(folder):
     """A run whose base is packed with searched scales."""
     app.train(settings(folder / "base", folder, folder / "run", **RUN))
     return folder / "run"
+
+
+def tokens_of(model, data):
+    """Returns the rows of a file as tokens."""
+    tokenizer = open_tokenizer(model.path)
+    return read_rows(str(data), tokenizer, vocab_size=model.config.vocab_size)
 
 
 def packed_leaves(tree):
@@ -150,7 +157,7 @@ def test_a_packed_file_is_that_of_the_functions(folder, tmp_path, capsys, form, 
     assert status == 0, err
     model = open_model(str(folder / "base"))
     params = model.read(progress=False).base
-    importance = make_calibrator(model, str(data))(params)
+    importance = make_calibrator(model, tokens_of(model, data))(params)
     expected = ql.quantize(params, config, importance=importance)
     assert_same(out, expected)
     # The importance has an effect.
@@ -173,7 +180,7 @@ def test_a_merged_adapter_is_calibrated_too(
     assert status == 0, err
     model = open_model(str(folder / "base"), str(adapter)).read(progress=False)
     merged = ql.merge(model.base, model.lora)
-    importance = make_calibrator(model, str(data))(merged)
+    importance = make_calibrator(model, tokens_of(model, data))(merged)
     assert_same(out, ql.quantize(merged, config, importance=importance))
 
 
@@ -196,7 +203,9 @@ def test_inputs_are_measured_on_every_token(folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text(rows)
     model = open_model(str(folder / "base"))
     params = model.read(progress=False).base
-    importance = make_calibrator(model, str(tmp_path / "rows.jsonl"))(params)
+    importance = make_calibrator(model, tokens_of(model, tmp_path / "rows.jsonl"))(
+        params
+    )
     # The first layer gets normalized embeddings.
     embedded = np.asarray(params["embed_tokens"]["embedding"], np.float64)
     embedded = embedded[ids.reshape(-1)[:1024]]

@@ -27,6 +27,9 @@ def files(tmp_path_factory):
         write_rows(folder / f"{name}.jsonl", [{key: "five"}, {key: SURROGATE}])
     pair = {"prompt": "p", "chosen": "a" * 20, "rejected": "b" * 20}
     write_rows(folder / "pairs.jsonl", [pair])
+    (folder / "pairs").mkdir()
+    write_rows(folder / "pairs" / "train.jsonl", [pair | {"chosen": "a"}])
+    write_rows(folder / "pairs" / "valid.jsonl", [pair])
     wrapped = {"data": [{"text": "five"}, {"text": "six"}]}
     (folder / "wrapped.json").write_text(json.dumps(wrapped, indent=1))
     (folder / "one_line.json").write_text(json.dumps(wrapped))
@@ -107,6 +110,10 @@ WRONG = [
         # Each answer fits a row, but not both. Nothing is written, with `steps` either.
         ["train", *BASE, *OUT, "--data=pairs.jsonl", *PACKED_PAIRS],
         "at most 64 tokens, both answers of a pair together. Got ['pairs.jsonl:1']",
+    ),
+    (
+        ["train", *BASE, *OUT, "--data=pairs", *PACKED_PAIRS],
+        "both answers of a pair together. Got ['valid.jsonl:1']",
     ),
     (
         ["train", *BASE, *OUT, "--data=surrogate.jsonl"],

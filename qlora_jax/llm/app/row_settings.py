@@ -1,0 +1,90 @@
+"""Reads rows for an adapter, as the run that trained it read them."""
+
+import dataclasses
+import datetime
+import pathlib
+
+from ..data.chat_tokenizer import Tokenizer, open_tokenizer
+from ..data.dataset import read_rows
+from ..data.encode import Row
+from ..data.readers import describe_path
+from ..train.objectives import find_objective
+from .base_model import BaseModel, runs_of
+from .configs import ExportConfig, GenerateConfig, ScoreConfig
+from .train_config import TrainConfig
+from .train_groups import DataConfig
+
+AdaptedConfig = ScoreConfig | ExportConfig | GenerateConfig
+
+
+def read_rows_like_run(
+    config: ScoreConfig | ExportConfig, model: BaseModel, path: str, max_length: int
+) -> list[Row]:
+    """Returns the rows of a file as tokens, with the settings of the adapter's run.
+
+    Options of the config, such as `train_on`, replace those settings. A .txt file is
+    split into rows of `max_length` tokens.
+    """
+    tokenizer, settings = open_tokenizer_like_run(config, model)
+    return read_rows(
+        path,
+        tokenizer,
+        vocab_size=model.config.vocab_size,
+        max_length=max_length,
+        keys=settings.keys or None,
+        train_on=settings.train_on,
+        chat=settings.chat,
+        images=model.images,
+    )
+
+
+def open_tokenizer_like_run(
+    config: AdaptedConfig, model: BaseModel
+) -> tuple[Tokenizer, DataConfig]:
+    """Returns the tokenizer of a model, and the settings with which rows are read.
+
+    Both are as in the adapter's run, unless options of the config say otherwise. Only
+    `generate` uses today's date instead of the run's, as a server will.
+    """
+    settings = _row_settings(config)
+    check_template(settings.template)
+    date = None if isinstance(config, GenerateConfig) else settings.date
+    now = None if date is None else datetime.datetime.fromisoformat(date)
+    tokenizer = open_tokenizer(model.path, template=settings.template, now=now)
+    return tokenizer, settings
+
+
+def check_template(template: str | None) -> None:
+    """Raises ValueError if the file of a chat template does not exist."""
+    if template is not None and not pathlib.Path(template).is_file():
+        raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
+
+
+def _row_settings(config: AdaptedConfig) -> DataConfig:
+    """Returns the settings of the adapter's run, with those that the config has.
+
+    Several adapters read the same rows, so their runs must agree on the settings that
+    the config leaves out. The date is that of the first run.
+    """
+    # `generate` renders prompts alone, and its option `chat` has another meaning.
+    is_generate = isinstance(config, GenerateConfig)
+    names = ("template",) if is_generate else ("template", "train_on", "keys", "chat")
+    options = {name: getattr(config, name, None) for name in names}
+    given = {name: value for name, value in options.items() if value is not None}
+    runs = [_settings_of(run) for run in runs_of(config.adapter, config.run)]
+    for name in options.keys() - given.keys():
+        values = {str(getattr(settings, name)) for settings in runs}
+        if len(values) > 1:
+            raise ValueError(
+                f"`{name}` must be given if the runs of the adapters have different "
+                f"ones. Got none, and runs with {' and '.join(sorted(values))}."
+            )
+    settings = runs[0] if runs else DataConfig(path="")
+    return dataclasses.replace(settings, **given)
+
+
+def _settings_of(run: TrainConfig) -> DataConfig:
+    if find_objective(run.training.objective).rows == "texts":
+        return run.data
+    # The rows of preferences have other keys and targets than those that are read here.
+    return dataclasses.replace(run.data, keys={}, train_on=DataConfig.train_on)
