@@ -133,8 +133,9 @@ def test_a_mixture_of_experts_is_trained_scored_and_written(data, tmp_path, caps
     result = app.train(settings(folder, data / "train.jsonl", run, **options))
     assert losses(run)[-1] < losses(run)[0]
     export(folder, "merged", merged, result.adapter)
-    scores = [
-        app.score(app.ScoreConfig(model, str(data / "valid.jsonl"), adapter)).loss
+    rows = str(data / "valid.jsonl")
+    scores = [  # the run did not turn rows into messages either
+        app.score(app.ScoreConfig(model, rows, adapter, chat=False)).loss
         for model, adapter in ((folder, None), (folder, result.adapter), (merged, None))
     ]
     assert scores[2] < scores[0]  # the packed base, on which the adapter was trained
