@@ -24,7 +24,7 @@ from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.encode import Row
 from ..models.torch_decoder import TorchConfig
-from ..train.arrays import changes
+from ..train.arrays import describe_changes
 from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import (
     BaseModel,
@@ -473,7 +473,7 @@ def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> N
     options = options_of(TrainConfig).values()
     defaults = {option.name: option.default for option in options if option.is_identity}
     saved, now = defaults | {**saved}, defaults | {**now}
-    if differences := changes(saved, now, _describe_value, missing="not set"):
+    if differences := describe_changes(saved, now, _describe_value, missing="not set"):
         raise ValueError(
             f"`resume` must be used with the settings of the run in {out}. Got others: "
             f"{'; '.join(differences)}. Use the same settings, or start a new run in "

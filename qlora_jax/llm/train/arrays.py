@@ -31,11 +31,13 @@ def put_on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def with_shardings(
-    shapes: PyTree, sharded: PyTree, default: jax.ShapeDtypeStruct
+    shapes: PyTree, templates: PyTree, default: jax.ShapeDtypeStruct
 ) -> PyTree:
-    """Returns `shapes` with the shardings of `sharded`."""
+    """Returns `shapes` with the shardings of `templates`.
 
-    # Where `sharded` has None, the shape is replicated over the devices of `default`.
+    A leaf whose template is None is replicated over the devices of `default`.
+    """
+
     def add_sharding(leaf, template):
         sharding = (default if template is None else template).sharding
         if template is None and isinstance(sharding, NamedSharding):
@@ -45,10 +47,10 @@ def with_shardings(
             sharding = sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    # `jax.tree.map` would drop each None of `sharded`; `flatten_up_to` keeps it.
+    # `jax.tree.map` takes None for an empty tree; `flatten_up_to` keeps it as a leaf.
     leaves, structure = jax.tree.flatten(shapes)
-    templates = structure.flatten_up_to(sharded)
-    return structure.unflatten(map(add_sharding, leaves, templates))
+    template_leaves = structure.flatten_up_to(templates)
+    return structure.unflatten(map(add_sharding, leaves, template_leaves))
 
 
 def put_rows(batch: PyTree, mesh: Mesh, axes: Sequence[str]) -> PyTree:
@@ -75,13 +77,12 @@ def gather(tree: PyTree) -> PyTree:
 def stack_trees(trees: Sequence[PyTree]) -> PyTree:
     """Stacks trees of equal shardings along a new axis in front, which is not split."""
 
-    # NumPy stacks the shards, because devices do not compute with host memory.
+    # NumPy stacks the shards, because devices cannot compute with those in host memory.
     def stack_arrays(*arrays):
         groups = zip(*(x.addressable_shards for x in arrays), strict=True)
-        shards = [(np.stack([x.data for x in group]), group[0]) for group in groups]
+        stacked = [np.stack([shard.data for shard in group]) for group in groups]
         spec = (None, *getattr(arrays[0].sharding, "spec", ()))
-        shape = len(arrays), *arrays[0].shape
-        return _from_shards(shards, shape, arrays[0].sharding, spec)
+        return _from_shards(stacked, arrays[0], (len(arrays), *arrays[0].shape), spec)
 
     return jax.tree.map(stack_arrays, *trees)
 
@@ -89,27 +90,33 @@ def stack_trees(trees: Sequence[PyTree]) -> PyTree:
 def take_from_stack(tree: PyTree, index: int) -> PyTree:
     """Returns a copy of one of the trees that `stack_trees` has stacked."""
 
-    # A view of the stack would not outlive the donation of the stack.
-    def take(x):
-        shards = [
-            (np.array(np.asarray(s.data)[index]), s) for s in x.addressable_shards
-        ]
+    def take_array(x):
+        # Indexing gives a view, whose memory the next step would reuse: copy it.
+        shards = [np.array(np.asarray(s.data)[index]) for s in x.addressable_shards]
         spec = getattr(x.sharding, "spec", ())[1:]
-        return _from_shards(shards, x.shape[1:], x.sharding, spec)
+        return _from_shards(shards, x, x.shape[1:], spec)
 
-    return jax.tree.map(take, tree)
+    return jax.tree.map(take_array, tree)
 
 
-def _from_shards(shards, shape, sharding, spec):
+def _from_shards(
+    shards: Sequence[np.ndarray],
+    like: jax.Array,
+    shape: tuple[int, ...],
+    spec: Sequence[Any],
+) -> jax.Array:
+    """Returns an array on the devices of `like`, one shard for each shard of `like`."""
+    sharding = like.sharding
     if isinstance(sharding, NamedSharding):
         mesh, kind = sharding.mesh, sharding.memory_kind
         sharding = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
-    arrays = [jax.device_put(data, shard.data.sharding) for data, shard in shards]
+    targets = [shard.data.sharding for shard in like.addressable_shards]
+    arrays = [*map(jax.device_put, shards, targets)]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def copy_to_save(x: jax.Array) -> jax.Array | np.ndarray:
-    """Returns a copy of an array that outlives the donation of the state."""
+    """Returns an array that Orbax can still write after the state is donated."""
     # On a CPU, an array and its NumPy view share memory, which the next step reuses
     # while a thread of Orbax is still writing.
     if mesh_of(x) is None:
@@ -134,13 +141,16 @@ def leaves_by_name(state: PyTree) -> dict[str, Any]:
     }
 
 
-def changes(
+def describe_changes(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     describe: Callable[[Any], str],
     missing: str,
 ) -> list[str]:
-    """Returns "name was ..., is ..." for each entry whose description differs."""
+    """Returns "name was ..., is ..." for each entry whose description differs.
+
+    `missing` is the description of an entry that only the other mapping has.
+    """
     lines = []
     for name in sorted({*before, *after}):
         old, new = (
@@ -160,7 +170,8 @@ def check_same_arrays(
     def describe(x):
         return f"{np.dtype(x.dtype)}{list(x.shape)}"
 
-    if differences := changes(saved, expected, describe, missing="nothing"):
+    differences = describe_changes(saved, expected, describe, missing="nothing")
+    if differences:
         raise ValueError(
             f"the checkpoint in {folder} must have the arrays of this run. Got "
             f"differences: {'; '.join(differences)}."

@@ -32,8 +32,8 @@ class Training:
         is_finite: Whether the loss, the gradient and the new adapter are finite. In a
             sweep, a list with one value for each adapter.
         is_over: Whether training ends after the latest step. Callbacks may set it.
-        index: The index of one adapter of a sweep, if its own callbacks are called.
-            Otherwise None.
+        index: In the callbacks of one adapter of a sweep (`ForMembers`), the index of
+            that adapter. Otherwise None.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -56,7 +56,7 @@ class Training:
     def state(self) -> State:
         """The state after the latest step: that of adapter `index`, or `full_state`.
 
-        Do not keep its arrays. The next step donates those of `full_state`.
+        Do not keep its arrays, because the next step donates `full_state`.
         """
         state = self.full_state
         return state if self.index is None else state.member(self.index)
@@ -163,7 +163,7 @@ def fit(
     training = Training(steps, batches, state, step=int(np.max(state.step)))
     for callback in callbacks:
         callback.on_start(training)
-    programs: set[tuple] = set()
+    compiled_programs: set[tuple] = set()
     while training.step < steps and not training.is_over:
         # 1. Take the step.
         step_batches = [next(batches) for _ in range(accumulation)]
@@ -184,9 +184,9 @@ def fit(
         if schedule is not None:
             learning_rate = schedule(num_updates.tolist())
             training.row["learning_rate"] = np.asarray(learning_rate).tolist()
-        if not (new_programs := _programs_of(step_batches)) <= programs:
+        if not (programs := _programs_of(step_batches)) <= compiled_programs:
             training.row["is_compiled"] = True  # `seconds` includes compilation
-            programs |= new_programs
+            compiled_programs |= programs
         # 3. Evaluate, write and save what is due.
         for callback in callbacks:
             callback.on_step(training)

@@ -7,13 +7,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class LossScale(NamedTuple):
-    """A factor by which the loss is multiplied, for gradients in the range of float16.
+    """A factor for the loss, so that small gradients do not become zero in float16.
 
-    Small gradients would become zero in float16 (Micikevicius et al. 2018, section
-    3.2), so the loss is multiplied by a large factor, and its gradient is divided by
-    the same factor. A step whose gradient overflows halves the factor. After many steps
-    without an overflow, the factor is doubled. These rules and their constants are
-    those of `torch.amp.GradScaler`.
+    The loss is multiplied by a large factor, and its gradient is divided by the same
+    factor (Micikevicius et al. 2018, section 3.2). A step whose gradient overflows
+    halves the factor. After many steps without an overflow, the factor is doubled.
+    These rules and their constants are those of `torch.amp.GradScaler`.
 
     Attributes:
         scale: The factor.

@@ -38,15 +38,16 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
     evaluate = jax.jit(lambda lora, base, batch: loss(lora, base, batch, None))
 
     def compute_means(base, lora, batches):
-        pairs: dict[str, list[tuple[Array, Array]]] = {}  # a sum and a count per batch
+        # The sum and the count of each metric in each batch.
+        sums: dict[str, list[tuple[Array, Array]]] = {}
         for batch in batches:
-            total, weight, *metrics = evaluate(lora, base, batch)
-            for name, pair in {"loss": (total, weight), **dict(*metrics)}.items():
-                pairs.setdefault(name, []).append(pair)
-        # Sum in float64. `np.asarray` waits for the device, so it is called only after
-        # all batches have been sent to it.
-        sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in pairs.items()}
+            total, count, *metrics = evaluate(lora, base, batch)
+            for name, pair in {"loss": (total, count), **dict(*metrics)}.items():
+                sums.setdefault(name, []).append(pair)
+        # Add up in float64. `np.asarray` waits for the device, so it is called only
+        # after all batches have been sent to it.
+        totals = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in sums.items()}
         with np.errstate(invalid="ignore"):  # a count of 0 gives NaN
-            return {name: float(x / n) for name, (x, n) in sums.items()}
+            return {name: float(x / n) for name, (x, n) in totals.items()}
 
     return compute_means

@@ -21,7 +21,8 @@ Loss = Callable[..., tuple]
 # The two jitted functions of a step. The first adds a batch to the sums of the step.
 # The second adds the last batch, and updates the adapter.
 Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
-OptimizerOfRate = Callable[[Array], optax.GradientTransformation]
+# A function of the learning rate, which in a sweep differs between adapters.
+OptimizerFactory = Callable[[Array], optax.GradientTransformation]
 
 
 class State(NamedTuple):
@@ -90,7 +91,7 @@ class State(NamedTuple):
         Args:
             members: The states of the adapters, at the same step.
         """
-        return _with_key(stack_trees([*map(_with_key_data, members)]))
+        return wrap_key(stack_trees([*map(unwrap_key, members)]))
 
     def member(self, index: int) -> "State":
         """Returns a copy of the state of one adapter of a sweep.
@@ -98,7 +99,7 @@ class State(NamedTuple):
         Args:
             index: The index of the adapter.
         """
-        return _with_key(take_from_stack(_with_key_data(self), index))
+        return wrap_key(take_from_stack(unwrap_key(self), index))
 
     @classmethod
     def shapes(
@@ -120,29 +121,32 @@ class State(NamedTuple):
 
         # The shardings are dropped, because with them `create` would call `device_put`
         # while it is traced.
-        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
+        unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
         # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
-        avals = jax.make_jaxpr(create)(bare).out_avals
-        structure = jax.tree.structure(jax.eval_shape(create, bare))
+        avals = jax.make_jaxpr(create)(unsharded).out_avals
+        structure = jax.tree.structure(jax.eval_shape(create, unsharded))
         state: State = jax.tree.unflatten(structure, avals)
-        # The moments of an array of the adapter have the sharding of that array.
-        sharded_opt_state = optax.tree_utils.tree_map_params(
+        # The moments of an array of the adapter have the sharding of that array. None
+        # stands for a replicated array.
+        opt_state_templates = optax.tree_utils.tree_map_params(
             optimizer,
-            lambda x, adapter: adapter if x.shape == adapter.shape else None,
+            lambda x, param: param if x.shape == param.shape else None,
             state.opt_state,
             lora,
             transform_non_params=lambda x: None,
         )
-        replicated = jax.tree.map(lambda x: None, state)
-        sharded = replicated._replace(lora=lora, opt_state=sharded_opt_state)
-        return with_shardings(state, sharded, jax.tree.leaves(lora)[0])
+        templates = jax.tree.map(lambda x: None, state)
+        templates = templates._replace(lora=lora, opt_state=opt_state_templates)
+        return with_shardings(state, templates, jax.tree.leaves(lora)[0])
 
 
-def _with_key_data(state: State) -> State:
+def unwrap_key(state: State) -> State:
+    """Replaces the PRNG key with its integers, which NumPy and Orbax can store."""
     return state._replace(key=jax.random.key_data(state.key))
 
 
-def _with_key(state: State) -> State:
+def wrap_key(state: State) -> State:
+    """Undoes `unwrap_key`."""
     return state._replace(key=jax.random.wrap_key_data(state.key))
 
 
@@ -175,14 +179,14 @@ class _Sums(NamedTuple):
     """Sums over the batches of a step."""
 
     loss: Float[Array, ""]
-    weight: Float[Array, ""]  # the number of target tokens, answers or pairs
+    num_losses: Float[Array, ""]  # the number of target tokens, answers or pairs
     grads: PyTree  # of the summed loss, without the loss scale
-    metrics: list[dict[str, tuple[Array, Array]]]  # empty if the loss returns none
+    metrics: dict[str, tuple[Array, Array]]  # a sum and a count for each metric
 
 
 def make_step(
     loss: Loss,
-    optimizer: optax.GradientTransformation | OptimizerOfRate,
+    optimizer: optax.GradientTransformation | OptimizerFactory,
     learning_rates: Sequence[float] | None = None,
 ) -> "Step":
     """Returns the function that performs one training step.
@@ -253,7 +257,7 @@ class Step:
     """
 
     loss: Loss
-    optimizer: optax.GradientTransformation | OptimizerOfRate
+    optimizer: optax.GradientTransformation | OptimizerFactory
     learning_rates: Sequence[float] | None = None
 
     def __call__(
@@ -291,57 +295,61 @@ class Step:
         leaves, structure = jax.tree.flatten(state)
         is_sharded = mesh_of(state) is not None
         shardings = tuple(x.sharding for x in leaves) if is_sharded else None
-        return self._compiled(shardings, structure)
+        return self._cached_make_programs(shardings, structure)
 
     @functools.cached_property
-    def _compiled(self) -> Callable[..., Programs]:
-        return functools.cache(self._compile)
+    def _cached_make_programs(self) -> Callable[..., Programs]:
+        # A cache of the class would keep this object alive, and with it its programs.
+        return functools.cache(self._make_programs)
 
-    def _compile(self, shardings: tuple | None, structure: Any) -> Programs:
+    def _make_programs(self, shardings: tuple | None, structure: Any) -> Programs:
         sum_shardings = result_shardings = None
         # On a mesh, results get the shardings of the arguments. If the partitioner
         # chose different ones, the next step would have to be compiled again.
         if shardings is not None:
+            state_shardings = jax.tree.unflatten(structure, shardings)
             # The partitioner chooses the shardings that are None.
-            state = jax.tree.unflatten(structure, shardings)
-            sum_shardings = _Sums(None, None, state.lora, None)  # type: ignore
-            result_shardings = state, None
-        add = jax.jit(self._add_batch, donate_argnums=0, out_shardings=sum_shardings)
+            sum_shardings = _Sums(None, None, state_shardings.lora, None)  # type: ignore
+            result_shardings = state_shardings, None
+        add_batch = jax.jit(
+            self._add_batch, donate_argnums=0, out_shardings=sum_shardings
+        )
         finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
-        return add, finish
+        return add_batch, finish
 
     def _add_batch(self, sums, state, base, batch, index) -> _Sums:
         """Adds the losses and gradients of batch number `index` of a step."""
 
-        def sum_losses(lora, key, step, loss_scale):
+        def compute_sums(lora, key, step, loss_scale):
             # A resumed run derives the same dropout key for each batch of each step.
             dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
 
             def scaled_loss(lora):
-                total, weight, *metrics = self.loss(lora, base, batch, dropout_key)
-                weight = jnp.asarray(weight, jnp.float32)
+                total, count, *metrics = self.loss(lora, base, batch, dropout_key)
+                # The loss may return no metrics.
+                count, metrics = jnp.asarray(count, jnp.float32), dict(*metrics)
                 if loss_scale is None:
-                    return total, (total, weight, 1.0, metrics)
+                    return total, (total, count, 1.0, metrics)
                 # Scale the mean loss, for which the initial loss scale is meant. The
                 # gradient of the sum is larger, and would overflow more often.
-                factor = loss_scale.scale / jnp.maximum(weight, 1)
-                return total * factor, (total, weight, factor, metrics)
+                factor = loss_scale.scale / jnp.maximum(count, 1)
+                return total * factor, (total, count, factor, metrics)
 
             gradient = jax.grad(scaled_loss, has_aux=True)
-            grads, (total, weight, factor, metrics) = gradient(lora)
+            grads, (total, count, factor, metrics) = gradient(lora)
             if loss_scale is not None:
-                # The factor itself may overflow in the dtype of float16 adapters.
+                # Divide in float32, because float16 may not represent the factor.
                 grads = jax.tree.map(lambda g: (g / factor).astype(g.dtype), grads)
-            return _Sums(total, weight, grads, metrics)
+            return _Sums(total, count, grads, metrics)
 
         if self.learning_rates is not None:
-            sum_losses = jax.vmap(sum_losses)
-        batch_sums = sum_losses(state.lora, state.key, state.step, state.loss_scale)
+            compute_sums = jax.vmap(compute_sums)
+        batch_sums = compute_sums(state.lora, state.key, state.step, state.loss_scale)
         return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
 
-    def _finish(self, sums, state, *batch) -> tuple[State, Report]:
+    def _finish(self, sums, state, base, batch, index) -> tuple[State, Report]:
         """Adds the last batch of a step, and updates the adapters."""
-        sums = self._add_batch(sums, state, *batch)
+        sums = self._add_batch(sums, state, base, batch, index)
         optimizer: Any = self.optimizer
         if self.learning_rates is None:
             return _update(optimizer, sums, state)
@@ -357,9 +365,9 @@ def _update(
 ) -> tuple[State, Report]:
     # Divide once, at the end: in a mean of batch means, the weight of a token would
     # depend on the size of its batch.
-    total, weight, grads, metrics = sums
-    grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
-    mean, norm = total / weight, optax.tree.norm(grads)
+    total, num_losses, grads, metrics = sums
+    grads = jax.tree.map(lambda g: (g / num_losses).astype(g.dtype), grads)
+    mean, norm = total / num_losses, optax.tree.norm(grads)
     # The old state is donated, so an update must be skipped inside this program.
     skip = ~_all_finite([mean, norm])
     updates, opt_state = optim.skippable(optimizer).update(
@@ -370,13 +378,13 @@ def _update(
     is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
     lora = jax.tree.map(functools.partial(jnp.where, is_finite), lora, state.lora)
     skipped = state.skipped + skip.astype(jnp.int32)
-    means = {name: x / n for group in metrics for name, (x, n) in group.items()}
+    means = {name: x / n for name, (x, n) in metrics.items()}
     loss_scale = state.loss_scale
     if loss_scale is not None:
         means["loss_scale"] = loss_scale.scale
         loss_scale = loss_scale.update(~skip)
     new_state = State(state.step + 1, skipped, lora, opt_state, state.key, loss_scale)
-    return new_state, Report(mean, norm, weight, is_finite, means)
+    return new_state, Report(mean, norm, num_losses, is_finite, means)
 
 
 def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
