@@ -34,8 +34,8 @@ from ..models.torch_decoder import (
     load_torch,
     open_torch_config,
 )
+from ..train.checkpoints import Checkpoints
 from ..train.outputs import NATIVE_ADAPTER
-from ..train.state import Checkpoints
 from ..train.target_modules import ALL_LINEAR, find_target_paths
 from .configs import (
     PACKING_OPTIONS,

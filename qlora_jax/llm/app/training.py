@@ -26,9 +26,9 @@ from ..train.callbacks import (
     SaveStates,
     ShowProgress,
 )
+from ..train.checkpoints import Checkpoints
 from ..train.loop import Callback, fit
 from ..train.outputs import Metrics, plural
-from ..train.state import Checkpoints
 from ..train.step import Report, State
 from . import processes
 from .evaluation import Evaluation

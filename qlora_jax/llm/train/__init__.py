@@ -9,6 +9,7 @@ from .callbacks import (
     SaveStates,
     ShowProgress,
 )
+from .checkpoints import Checkpoints
 from .loop import Callback, Training, fit
 from .loss_scale import LossScale
 from .means import make_mean_loss
@@ -24,7 +25,6 @@ from .outputs import (
     read_metrics,
     save_adapter,
 )
-from .state import Checkpoints
 from .step import Report, State, Step, make_step
 from .target_modules import find_target_paths
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from .checkpoints import Checkpoints, describe_latest
 from .loop import Callback, Training
 from .outputs import Metrics
-from .state import Checkpoints, describe_latest
 from .step import State
 
 
@@ -89,7 +89,7 @@ class Evaluate(Callback):
         if training.step == 0 and self.at_start:
             training.evaluation = self.evaluate(training.state)
             training.row = {"step": 0, **training.evaluation}
-        self._check_patience(training)  # the resumed run may have stopped early
+        self._check_patience(training)  # a resumed run may have no patience left
 
     def on_step(self, training: Training) -> None:
         if training.is_due(self.every):
@@ -199,7 +199,7 @@ class LogRows(Callback):
 
 # The validation losses that the progress can show, with their labels. It shows the
 # first one that an evaluation has computed.
-_VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
+_LOSS_LABELS = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
 
 
 class ShowProgress(Callback):
@@ -219,7 +219,8 @@ class ShowProgress(Callback):
             every: The number of steps between printed lines. With None, a tenth of all
                 steps. A line is also printed after each evaluation.
         """
-        self.every, self._validation = every, ""
+        self.every = every
+        self._validation_text = ""  # the latest validation loss
         self._bar: Any = None
 
     def __enter__(self) -> "ShowProgress":
@@ -234,15 +235,15 @@ class ShowProgress(Callback):
         disable = None if jax.process_index() == 0 else True
         settings: Any = {"initial": training.step, "total": training.steps}
         self._bar = tqdm(desc="training", unit="step", disable=disable, **settings)
-        self._note_validation(training)
+        self._update_validation(training)
 
     def on_step(self, training: Training) -> None:
-        self._note_validation(training)
+        self._update_validation(training)
         row, bar, steps = training.row, self._bar, training.steps
         speed = f"{row['tokens_per_s']:,.0f} tokens/s"
         if "is_compiled" in row:
             speed = f"{row['seconds']:.1f} s with compilation"
-        status = f"loss {row['loss']:.4f}{self._validation}, {speed}"
+        status = f"loss {row['loss']:.4f}{self._validation_text}, {speed}"
         is_due = training.is_due(self.every or math.ceil(steps / 10))
         if (is_due or training.evaluation) and bar.disable and not jax.process_index():
             print(f"step {training.step:,} of {steps:,}: {status}", file=sys.stderr)
@@ -252,11 +253,12 @@ class ShowProgress(Callback):
     def on_end(self, training: Training) -> None:
         self._bar.close()
 
-    def _note_validation(self, training: Training) -> None:
-        for name, label in _VALIDATION.items():
+    def _update_validation(self, training: Training) -> None:
+        for name, label in _LOSS_LABELS.items():
             if name in training.evaluation:
                 loss = training.evaluation[name]
-                self._validation = f", {label} {loss:.4f} at step {training.step:,}"
+                text = f", {label} {loss:.4f} at step {training.step:,}"
+                self._validation_text = text
                 return
 
 
@@ -265,7 +267,7 @@ class SaveStates(Callback):
     """Saves the state at intervals, after each new best step, and after the last step.
 
     Attributes:
-        states: Saves the states.
+        states: The folder of the saved states.
         every: The number of steps between saved states.
         metadata: JSON values to save with each state. The position in the data is
             always added.
@@ -354,14 +356,7 @@ class ForMembers(Callback):
 
     def _call(self, training: Training, method: Callable[[Callback], Any]) -> None:
         for index, callbacks in [*self._callbacks.items()]:
-            numbers = training.row | {"is_finite": training.is_finite}
-            row = {
-                k: x[index] if isinstance(x, list) else x for k, x in numbers.items()
-            }
-            is_finite = row.pop("is_finite")
-            member = dataclasses.replace(
-                training, row=row, is_finite=is_finite, index=index
-            )
+            member = _select_member(training, index)
             try:
                 for callback in callbacks:
                     method(callback)(member)
@@ -369,3 +364,14 @@ class ForMembers(Callback):
                 del self._callbacks[index]
                 self._on_failure(index, error)
             training.is_over |= member.is_over or not self._callbacks
+
+
+def _select_member(training: Training, index: int) -> Training:
+    """Returns the progress of one adapter of a sweep."""
+
+    def select(x):
+        return x[index] if isinstance(x, list) else x
+
+    row = {name: select(x) for name, x in training.row.items()}
+    is_finite = select(training.is_finite)
+    return dataclasses.replace(training, row=row, is_finite=is_finite, index=index)

@@ -16,15 +16,16 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from .arrays import check_same_arrays, copy_to_save, leaves_by_name, mesh_of
-from .step import State
+from .step import State, unwrap_key, wrap_key
 
 _UNFINISHED = ".orbax-checkpoint-tmp*"
 _CHECKSUMS = "checksums.txt"  # in the format of `sha256sum`, plus a hash of the lines
 # Files without a checksum. Orbax writes the first two while the checksums are computed,
 # or later. They contain no arrays.
 _UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt", _CHECKSUMS)
-# The possible faults of a file. The code of a fault is its index plus 1.
-_FAULTS = ("is missing", "has other contents than were saved", "cannot be read")
+# The results of verifying a file, and the texts for them.
+_INTACT, _MISSING, _CHANGED, _UNREADABLE = range(4)
+_FAULTS = "", "is missing", "has other contents than were saved", "cannot be read"
 
 
 class Checkpoints:
@@ -70,7 +71,7 @@ class Checkpoints:
         self.best: int | None = None
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._pending: int | None = None  # the step that was saved last
+        self._last_saved: int | None = None  # the step that was saved last
         self._verified: set[int] = set()  # steps whose checksums were verified
         self._open()
 
@@ -78,7 +79,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._remove_unfinished()
-        policy: Any = SimpleNamespace(should_preserve=self._are_kept)
+        policy: Any = SimpleNamespace(should_preserve=self._should_preserve)
         # The processes of a run wait for each other at barriers, which Orbax finds by
         # name. Several runs of a sweep may save at the same time. Each run has a prefix
         # for these names, so that no process waits at the barrier of another run.
@@ -90,7 +91,9 @@ class Checkpoints:
             lightweight_initialize=True,  # reads no file, since any may be damaged
             create=False,
             multiprocessing_options=processes,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._add_checksums
+            ),
         )
         self._args = ocp.args
         handlers = {
@@ -105,9 +108,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        # An error while closing must not hide the error that ended the block.
-        with contextlib.suppress(*[OSError] * (error_type is not None)):
+        try:
             self.close()
+        except OSError:
+            # This must not hide the error that has ended the block.
+            if error_type is None:
+                raise
 
     @property
     def steps(self) -> list[int]:
@@ -144,14 +150,14 @@ class Checkpoints:
                 files are deleted, and the last complete state stays.
         """
         step = int(state.step)
-        leaves = leaves_by_name(state._replace(key=jax.random.key_data(state.key)))
+        leaves = leaves_by_name(unwrap_key(state))
         items = self._args.Composite(
             state=self._args.StandardSave({k: copy_to_save(leaves[k]) for k in leaves}),
             about=self._args.JsonSave(dict(metadata)),
         )
         self.wait()  # for the previous state, whose errors are raised here
-        self._pending = step
-        with self._os_errors():
+        self._last_saved = step
+        with self._convert_errors():
             self._manager.save(step, args=items, force=True)
 
     def restore(
@@ -182,7 +188,7 @@ class Checkpoints:
             shardings = [leaf.sharding for leaf in expected.values()]
             leaves = [*map(jax.device_put, leaves, shardings)]
         state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-        return state._replace(key=jax.random.wrap_key_data(state.key)), items["about"]
+        return wrap_key(state), items["about"]
 
     def restore_lora(self, like: PyTree, step: int | None = None) -> PyTree:
         """Returns only the lora tree of a state, in NumPy arrays.
@@ -225,7 +231,7 @@ class Checkpoints:
         Raises:
             OSError: If it cannot be written.
         """
-        with self._os_errors():
+        with self._convert_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -240,14 +246,15 @@ class Checkpoints:
             self._close_manager()
             self._remove_unfinished()
 
-    def _are_kept(self, states: Sequence[Any], **_: object) -> list[bool]:
+    def _should_preserve(self, states: Sequence[Any], **_: object) -> list[bool]:
+        # Orbax deletes the states for which this returns False.
         steps = [state.step for state in states]
         return [step in (*steps[-self._keep :], self.best) for step in steps]
 
-    def _seal(self) -> None:
+    def _add_checksums(self) -> None:
         # Orbax calls this in its thread, after the data is written and before the
         # rename that makes the checkpoint visible.
-        [folder] = self._folder.glob(f"{self._pending}{_UNFINISHED}")
+        [folder] = self._folder.glob(f"{self._last_saved}{_UNFINISHED}")
         _write_checksums(folder)
 
     def _find_intact(self, step: int | None) -> int:
@@ -287,7 +294,7 @@ class Checkpoints:
         return self._manager.restore(step, args=self._args.Composite(**items))
 
     @contextlib.contextmanager
-    def _os_errors(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         # Turns the many errors of Orbax and TensorStore into OSError, and cleans up.
         try:
             yield
@@ -297,10 +304,11 @@ class Checkpoints:
             if jax.process_count() == 1:
                 self._close_manager()
                 self._open()
+            # The message of TensorStore is long, and this is its usual reason.
             reason, disk_full = str(error), "No space left on device"
             reason = disk_full if disk_full in reason else reason
             raise OSError(
-                f"the checkpoint of step {self._pending} cannot be written to "
+                f"the checkpoint of step {self._last_saved} cannot be written to "
                 f"{self._folder}: {reason}. {describe_latest(self)}."
             ) from error
 
@@ -332,13 +340,11 @@ def describe_latest(states: Checkpoints) -> str:
 
 
 def _saved_shapes(like: State) -> State:
-    def shape_of(x, sharded):
-        sharding = getattr(sharded, "sharding", None)
+    def add_sharding(x, template):
+        sharding = getattr(template, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    # The PRNG key is saved as an array of integers, its key data.
-    key = shape_of(jax.eval_shape(jax.random.key_data, like.key), like.key)
-    return jax.tree.map(lambda x: shape_of(x, x), like._replace(key=key))
+    return jax.tree.map(add_sharding, jax.eval_shape(unwrap_key, like), like)
 
 
 def _empty_arrays(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -363,17 +369,18 @@ def _find_faults(states: pathlib.Path, step: int) -> list[str]:
     try:
         hashes = _read_checksums(folder)
     except ValueError:
-        return [f"{_CHECKSUMS} {_FAULTS[1]}"]
-    except OSError as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        return [f"{_CHECKSUMS} {_FAULTS[0 if is_missing else 2]}"]
-    # The code of a file is 0 if it is intact, or if another process verifies it. The
-    # maximum over all processes is therefore the result for each file.
-    names, codes = sorted(hashes), np.zeros(len(hashes), np.int32)
+        return [f"{_CHECKSUMS} {_FAULTS[_CHANGED]}"]
+    except FileNotFoundError:
+        return [f"{_CHECKSUMS} {_FAULTS[_MISSING]}"]
+    except OSError:
+        return [f"{_CHECKSUMS} {_FAULTS[_UNREADABLE]}"]
+    # Files that another process verifies count as intact here. The maximum over all
+    # processes is therefore the result for each file.
+    names, results = sorted(hashes), np.full(len(hashes), _INTACT, np.int32)
     for index in range(jax.process_index(), len(names), jax.process_count()):
-        codes[index] = _fault_code(folder / names[index], hashes[names[index]])
-    codes = multihost_utils.process_allgather(codes).max(axis=0)
-    return [f"{n} {_FAULTS[k - 1]}" for n, k in zip(names, codes, strict=True) if k]
+        results[index] = _verify(folder / names[index], hashes[names[index]])
+    results = multihost_utils.process_allgather(results).max(axis=0)
+    return [f"{n} {_FAULTS[x]}" for n, x in zip(names, results, strict=True) if x]
 
 
 def _read_checksums(folder: pathlib.Path) -> dict[str, str]:
@@ -384,13 +391,13 @@ def _read_checksums(folder: pathlib.Path) -> dict[str, str]:
     return {line[66:]: line[:64] for line in text.splitlines()}
 
 
-def _fault_code(path: pathlib.Path, expected_hash: str) -> int:
+def _verify(path: pathlib.Path, expected_hash: str) -> int:
     try:
-        return 0 if _hash(path) == expected_hash else 2
+        return _INTACT if _hash(path) == expected_hash else _CHANGED
     except FileNotFoundError:
-        return 1
+        return _MISSING
     except OSError:  # such as from a failing disk
-        return 3
+        return _UNREADABLE
 
 
 def _hash(path: pathlib.Path) -> str:
