@@ -39,7 +39,7 @@ import qlora_jax as ql
 from qlora_jax.llm import data, train
 from qlora_jax.llm.app.base_model import LAYERS, open_model
 from qlora_jax.llm.models.decoder import Decoder
-from qlora_jax.llm.train.answers import answers, exact_match
+from qlora_jax.llm.train.answers import exact_match, generate_answers
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -165,7 +165,7 @@ class Bench:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
         longest = max(len(encode(example.answer)) for example in examples)
-        generated = answers(
+        generated = generate_answers(
             self.model,
             dict(zip(("params", "lora"), parts, strict=True)),
             self.tokenizer,

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from ..train.answers import answers, exact_match
+from ..train.answers import exact_match, generate_answers
 from ..train.means import make_means
 from ..train.objectives import find_objective
 from ..train.step import State
@@ -95,7 +95,7 @@ class Evaluation:
         """Returns the share of exact answers. Prints a few answers, and writes all."""
         config, step = self._config, int(state.step)
         base, lora = pack_as_trained(self._base, state.lora)
-        generated = answers(
+        generated = generate_answers(
             self._model,
             {"params": base, "lora": lora},
             self._tokenizer,

@@ -24,7 +24,7 @@ from ..data.rows import converted, open_file
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..models.torch_decoder import TorchConfig
-from ..train.answers import answers
+from ..train.answers import generate_answers
 from .base_model import open_adapted, read_as_trained
 from .configs import GenerateConfig
 from .merge_aware import note_packing
@@ -360,7 +360,7 @@ def _answer_rows(
 ) -> list[Answer]:
     """Returns the answers to the prompts of a file, generated in batches."""
     start, end_ids = time.perf_counter(), tokenizer.end_ids
-    generated = answers(
+    generated = generate_answers(
         stream.model,
         stream.variables,
         tokenizer,

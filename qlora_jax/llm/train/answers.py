@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from ..data.encode import Example
 
 
-class Answered(NamedTuple):
-    """A generated answer, without special tokens."""
+class GeneratedAnswer(NamedTuple):
+    """An answer of a model."""
 
-    text: str
-    new_tokens: int  # including the token that ended the answer
-    finished: bool  # whether a token ended the answer
+    text: str  # without the end token
+    new_tokens: int  # the number of tokens, including the end token
+    finished: bool  # whether an end token was generated
 
 
-def answers(
+def generate_answers(
     model: Any,
     variables: Mapping[str, Any],
     tokenizer: "Tokenizer",
@@ -35,15 +35,15 @@ def answers(
     sampling: Sampling = GREEDY,
     key: Array | None = None,
     progress: bool = True,
-) -> list[Answered]:
+) -> list[GeneratedAnswer]:
     """Returns the answer to each example."""
-    answered: dict[int, Answered] = {}
+    answers: dict[int, GeneratedAnswer] = {}  # by the index of the example
     # None hides the bar unless stderr is a terminal.
     disable, total = None if progress else True, len(examples)
     with tqdm(desc="answering", unit=" prompts", disable=disable, total=total) as bar:
-        for end_ids, indices, num_rows in _group(examples, batch_size):
+        for end_ids, indices, num_rows in _make_batches(examples, batch_size):
             prompts = [examples[index].prompt for index in indices]
-            new_tokens = generate(
+            generated = generate(
                 model,
                 variables,
                 # The last batch of a group repeats a prompt until it has the size of
@@ -54,17 +54,17 @@ def answers(
                 sampling=sampling,
                 key=key if key is None else jax.random.fold_in(key, indices[0]),
             )
-            rows = np.asarray(new_tokens).tolist()
-            for index, ids in zip(indices, rows, strict=False):
+            rows = np.asarray(generated).tolist()
+            for index, ids in zip(indices, rows, strict=False):  # drops repeated rows
                 end = next((i for i, x in enumerate(ids) if x in end_ids), None)
-                size = len(ids) if end is None else end + 1
+                new_tokens = len(ids) if end is None else end + 1
                 text = tokenizer.decode(ids[:end])
-                answered[index] = Answered(text, size, end is not None)
+                answers[index] = GeneratedAnswer(text, new_tokens, end is not None)
             bar.update(len(indices))
-    return [answered[index] for index in range(total)]
+    return [answers[index] for index in range(total)]
 
 
-def _group(
+def _make_batches(
     examples: Sequence["Example"], batch_size: int
 ) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
     # Yields the end tokens, the example indices and the number of rows of each batch.

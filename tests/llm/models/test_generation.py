@@ -17,7 +17,7 @@ from qlora_jax.llm.models.generation import generate
 from qlora_jax.llm.models.products import einsum_f32
 from qlora_jax.llm.models.sampling import Sampling
 from qlora_jax.llm.models.stream import Stream
-from qlora_jax.llm.train.answers import answers, exact_match
+from qlora_jax.llm.train.answers import exact_match, generate_answers
 
 ONE = dict(max_new_tokens=1, eos_ids=())
 
@@ -262,7 +262,7 @@ def test_answers_are_those_of_each_prompt_alone(tiny):
     end = free[20][1][2]
     examples = [Example(free[n][0], "", (end,) if n != 11 else ()) for n in free]
     settings = dict(max_new_tokens=6, batch_size=3, progress=False)
-    got = answers(model, variables, Numbers(), examples, **settings)
+    got = generate_answers(model, variables, Numbers(), examples, **settings)
     for answer, (length, (_, ids)) in zip(got, free.items(), strict=True):
         if end in ids and length != 11:
             ids = ids[: ids.index(end)]
