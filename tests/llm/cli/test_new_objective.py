@@ -28,7 +28,7 @@ def test_only_the_registry_names_objectives():
 
 def confident_loss(model, beta):
     """Returns the cross entropy plus `beta` times its square, with a metric."""
-    compute_losses = sft.token_losses(model)
+    compute_losses = sft.make_token_losses(model)
 
     def loss(*arguments):
         _, _, batch, _ = arguments

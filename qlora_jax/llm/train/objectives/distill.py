@@ -7,7 +7,7 @@ import qlora_jax as ql
 from ...models.decoder import head_arguments
 from ..step import Loss
 from .registry import Objective, register_objective
-from .sft import hidden_states, sum_losses
+from .sft import hidden_states, make_summed_loss
 
 
 def distillation_loss(
@@ -35,7 +35,7 @@ def distillation_loss(
         )
         return divergences, *collections
 
-    return sum_losses(model, compute_divergences, balance)
+    return make_summed_loss(model, compute_divergences, balance)
 
 
 register_objective(

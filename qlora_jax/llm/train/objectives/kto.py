@@ -10,7 +10,7 @@ import qlora_jax as ql
 from ..step import Loss
 from .preferences import completion_log_probs, sum_and_count
 from .registry import Objective, register_objective
-from .sft import in_auto_axes, token_losses
+from .sft import in_auto_axes, make_token_losses
 
 
 def kto_loss(model: Any, *, beta: float = 0.1) -> Loss:
@@ -19,7 +19,7 @@ def kto_loss(model: Any, *, beta: float = 0.1) -> Loss:
     The loss is a function that returns the sum of the losses of all completions, their
     number, and metrics.
     """
-    compute_token_losses = token_losses(model)
+    compute_token_losses = make_token_losses(model)
 
     def log_probs(lora, base, batch, dropout_key):
         [losses] = compute_token_losses(lora, base, batch, dropout_key)

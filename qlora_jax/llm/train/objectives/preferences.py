@@ -15,10 +15,12 @@ import qlora_jax as ql
 from ...data.batching import Batch
 from ..step import Loss
 from .registry import Objective, register_objective
-from .sft import in_auto_axes, token_losses
+from .sft import in_auto_axes, make_token_losses
 
-_USES_REFERENCE = ("dpo", "ipo")
-_IS_LENGTH_NORMALIZED = ("ipo", "orpo", "simpo")
+_WITH_REFERENCE = ("dpo", "ipo")
+_LENGTH_NORMALIZED = ("ipo", "orpo", "simpo")
+_METRICS = ("rewards/chosen", "rewards/rejected")
+_METRICS += ("rewards/margins", "rewards/accuracies")
 
 
 def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) -> Loss:
@@ -29,9 +31,9 @@ def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) ->
     log-ratio. For an objective without a reference model, it is `beta` times the mean
     log-probability of the tokens.
     """
-    compute_token_losses = token_losses(model)
+    compute_token_losses = make_token_losses(model)
     compute_pair_losses = getattr(ql.losses, name)
-    uses_reference = name in _USES_REFERENCE
+    uses_reference = name in _WITH_REFERENCE
 
     def loss(lora, base, batch, dropout_key):
         [losses] = compute_token_losses(lora, base, batch, dropout_key)  # [B, P]
@@ -41,16 +43,14 @@ def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) ->
             [reference_losses] = compute_token_losses({}, base, batch, None)
             log_ratios -= completion_log_probs(reference_losses, batch)[0]
         means = log_ratios / jnp.maximum(num_tokens, 1)
-        scores = means if name in _IS_LENGTH_NORMALIZED else log_ratios
+        scores = means if name in _LENGTH_NORMALIZED else log_ratios
         # Rows alternate between chosen and rejected completions of the same prompt.
         chosen, rejected = scores.reshape(-1, 2).T  # [N / 2] each
-        likelihood = {}
+        options: dict[str, Any] = {"beta": beta, **settings}
         if name == "orpo":  # `weights` are 0 for rejected completions
             total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
-            likelihood["nll"] = total / jnp.maximum(count, 1)
-        pair_losses = compute_pair_losses(
-            chosen, rejected, beta=beta, **settings, **likelihood
-        )
+            options["nll"] = total / jnp.maximum(count, 1)
+        pair_losses = compute_pair_losses(chosen, rejected, **options)
         rewards = beta * (log_ratios if uses_reference else means)
         is_pair = num_tokens[::2] > 0  # padding rows have no tokens
         metrics = _reward_metrics(rewards.reshape(-1, 2), is_pair)
@@ -73,10 +73,11 @@ def completion_log_probs(
     losses: Float[Array, "B P"], batch: Batch
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Returns the log-probability of each completion, and its number of tokens."""
-    # Selects the targets of each of the S sequences of a row. N is B * S.
+    # A row has S sequences. `answers` is 1 or -1 at the targets of a sequence, for a
+    # good or a bad completion, and otherwise 0.
     mask = jnp.abs(jnp.asarray(batch.answers))  # [B, S, P]
     log_probs = -jnp.sum(losses[:, None] * mask, axis=-1)
-    return log_probs.reshape(-1), jnp.sum(mask, axis=-1).reshape(-1)
+    return log_probs.reshape(-1), jnp.sum(mask, axis=-1).reshape(-1)  # N is B * S
 
 
 def sum_and_count(
@@ -84,10 +85,6 @@ def sum_and_count(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the sum of the selected values, and their number."""
     return jnp.sum(jnp.where(where, x, 0)), jnp.sum(where, dtype=jnp.float32)
-
-
-_METRICS = ("rewards/chosen", "rewards/rejected")
-_METRICS += ("rewards/margins", "rewards/accuracies")
 
 
 def _register(name: str, *settings: str, may_train_on_all: bool = False) -> None:

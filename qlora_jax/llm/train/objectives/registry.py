@@ -17,7 +17,8 @@ class Objective:
         loss: A function that returns the loss function to pass to `make_step`. It takes
             a decoder, wrapped by `qlora_jax.linen.wrap`, and keyword arguments.
         settings: The settings of `qlora-jax train` that `loss` takes as keywords. They
-            must have no other use: a resumed run of another objective may change them.
+            must have no effect on runs with other objectives, which may be resumed with
+            different values of them.
         metrics: The names of the metrics that the loss returns.
         is_cross_entropy: Whether the exponential of the loss is the perplexity.
         balances_experts: Whether `loss` has the argument `balance` of `decoder_loss`.
@@ -89,7 +90,7 @@ def find_objective(name: str) -> Objective:
         name: Its name.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If no objective has this name.
 
     Example:
         >>> from qlora_jax.llm import train

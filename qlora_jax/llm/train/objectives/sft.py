@@ -49,10 +49,10 @@ def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
         >>> total.shape, float(tokens)
         ((), 4.0)
     """
-    return sum_losses(model, token_losses(model), balance)
+    return make_summed_loss(model, make_token_losses(model), balance)
 
 
-def sum_losses(model: Any, compute_losses: TargetLosses, balance: float) -> Loss:
+def make_summed_loss(model: Any, compute_losses: TargetLosses, balance: float) -> Loss:
     """Returns a loss, for `make_step`, that sums the results of `compute_losses`.
 
     `balance` is that of `decoder_loss`.
@@ -67,13 +67,13 @@ def sum_losses(model: Any, compute_losses: TargetLosses, balance: float) -> Loss
         mutable = "router" if balance else False
         losses, *collections = compute_losses(lora, base, batch, dropout_key, mutable)
         total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
-        for collection in collections:
+        for collection in collections:  # one with `mutable`, otherwise none
             # One array [L, B * T, E] for each stack of layers with experts.
             logits = jnp.concatenate(jax.tree.leaves(collection["router"]))
             is_token = (batch.segment_ids != 0).reshape(-1)  # [B * T]
             weights = is_token.astype(jnp.float32)
             penalty = balance * balance_loss(logits, weights, model.config.experts)
-            # The step divides the total by `count`, but the penalty is no sum over
+            # The step divides the total by `count`, but the penalty is not a sum over
             # targets, so it is multiplied by `count` first.
             total += penalty * count
         return total, count
@@ -81,7 +81,7 @@ def sum_losses(model: Any, compute_losses: TargetLosses, balance: float) -> Loss
     return in_auto_axes(loss)
 
 
-def token_losses(model: Any) -> TargetLosses:
+def make_token_losses(model: Any) -> TargetLosses:
     """Returns a function that computes the cross entropy of each target."""
 
     def compute_token_losses(lora, base, batch, dropout_key, mutable=False):
@@ -101,7 +101,7 @@ def token_losses(model: Any) -> TargetLosses:
 def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple:
     """Returns the hidden states `[B, P, D]` from which targets are predicted.
 
-    They are in a tuple, with `mutable` followed by a dict of the changed collections.
+    The result is a tuple. With `mutable`, a dict of the changed collections follows.
     """
     images = {}
     if batch.pixel_values is not None:  # only models in PyTorch's code read images
