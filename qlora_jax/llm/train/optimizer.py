@@ -69,7 +69,8 @@ def make_schedule(
         boundaries.append(warmup)
     num_steps = steps - warmup
     if name == "cosine":
-        # A rate of 0 has no quotient. In a sweep, `end` may be traced too.
+        # If `end` is 0, `learning_rate` may be 0 too, so it must not be divided by.
+        # In a sweep, `end` may be traced, so it cannot be compared.
         is_zero = not isinstance(end, Array) and end == 0
         alpha = 0.0 if is_zero else end / learning_rate
         schedules.append(optax.cosine_decay_schedule(learning_rate, num_steps, alpha))

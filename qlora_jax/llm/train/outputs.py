@@ -185,6 +185,7 @@ def plot_losses(
 def _loss_axes(
     path: str | pathlib.Path, title: str, rows: Iterable[Mapping[str, Any]]
 ) -> Iterator[Any]:
+    """Yields the axes of a new plot, and then labels them and writes the plot."""
     # Importing matplotlib takes long, and only plots need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -194,7 +195,7 @@ def _loss_axes(
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     yield axes
-    # Rows with this metric are those of preferences, whose losses are not per token.
+    # Only preference runs have this metric. Their losses are not per token.
     unit = "" if any("rewards/margins" in row for row in rows) else ", nats per token"
     axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -293,18 +294,17 @@ def save_adapter(
         >>> sorted(file.name for file in folder.iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    settings, adapters = None, ql.leaves_by_path(lora).values()
-    if not any(isinstance(adapter, ql.MergeAware) for adapter in adapters):
-        settings = ql.io.peft_config(
-            base, lora, names, base_model=base_model, revision=revision
-        )
+    adapters = ql.leaves_by_path(lora).values()
     # The folder appears with all of its files, or not at all.
     with ql.io.new_path(folder) as new_folder:
-        if settings is None:
+        if any(isinstance(adapter, ql.MergeAware) for adapter in adapters):
             new_folder.mkdir()
             ql.io.save(new_folder / NATIVE_ADAPTER, lora)
         else:
-            ql.io.save_peft(new_folder, base, lora, names, settings)
+            config = ql.io.peft_config(
+                base, lora, names, base_model=base_model, revision=revision
+            )
+            ql.io.save_peft(new_folder, base, lora, names, config)
         (new_folder / "README.md").write_text(card, "utf-8")
 
 

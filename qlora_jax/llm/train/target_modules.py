@@ -47,13 +47,14 @@ def find_target_paths(
     """
     modules = _modules_by_path(params, names)
     if target_modules == ALL_LINEAR:
-        # Experts and routers are parameters in transformers, not linear layers.
+        # In transformers, experts and routers are parameters and not linear layers.
         batch_shapes = {
             path: leaf.shape[: names.num_batch_axes(path)]
             for path, leaf in ql.leaves_by_path(params).items()
         }
+        # The kernels of each such parameter, by path.
         parameters = names.parameters(batch_shapes).values()
-        excluded = {path for parts in parameters for path in parts}
+        excluded = {path for kernels in parameters for path in kernels}
         return tuple(
             path
             for path, layer_names in modules.items()
@@ -105,14 +106,15 @@ def _modules_by_path(params: PyTree, names: ql.io.Names) -> dict[str, list[str]]
     """Returns, by path, the module names of each linear kernel, one for each layer."""
 
     def module_of(name: str) -> str:
-        # The experts in one parameter are selected by its name: they have no modules.
-        stem = name.rpartition(".")[0]
-        return stem if names.is_stack(stem) else name.removesuffix(".weight")
+        # Experts in a parameter have no modules. Their names are that of the parameter
+        # and an index, such as "experts.gate_up_proj.3". The parameter is selected.
+        parameter = name.rpartition(".")[0]
+        is_part = names.is_stack(parameter)
+        return parameter if is_part else name.removesuffix(".weight")
 
     modules = {}
     for path, leaf in ql.leaves_by_path(params).items():
-        # Keep only matrices, which have an input axis k and an output axis n, besides
-        # any batch axes.
+        # Keep only matrices, whose axes besides batch axes are an input and an output.
         if names.roles(path) in ("kn", "nk"):
             batch_shape = leaf.shape[: names.num_batch_axes(path)]
             modules[path] = [*map(module_of, names.of(path, batch_shape).flat)]
