@@ -71,7 +71,7 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
         is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if not (is_full or isinstance(error, ERRORS)):
             raise
-        reason = "the device is out of memory. " * is_full
+        reason = "the device is out of memory. " if is_full else ""
         print(f"qlora-jax {name}: {reason}{error}", file=sys.stderr)
         return 1
     _write(text + "\n")

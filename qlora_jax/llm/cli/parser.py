@@ -26,7 +26,7 @@ COMMANDS: dict[str, type[Config]] = {
     "models": configs.ModelsConfig,
     "check": configs.CheckConfig,
 }
-PROGRAMS = """\
+CACHE_HELP = """\
 Compiled programs are cached in ~/.cache/qlora_jax, up to 1 GiB. Set QLORA_JAX_CACHE or
 XDG_CACHE_HOME to move this cache, JAX_COMPILATION_CACHE_DIR to use a cache of your own,
 or JAX_ENABLE_COMPILATION_CACHE=false to turn it off."""
@@ -70,7 +70,7 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
     parser = Parser(
         prog="qlora-jax",
         description="QLoRA for JAX: train, run, score, export and inspect models.",
-        epilog=PROGRAMS,
+        epilog=CACHE_HELP,
         **settings,
     )
     parser.add_argument(
@@ -85,7 +85,7 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
             prog=f"qlora-jax {name}",
             help=description,
             description=description,
-            epilog="\n  ".join(["examples:", *examples]) + f"\n\n{PROGRAMS}",
+            epilog="\n  ".join(["examples:", *examples]) + f"\n\n{CACHE_HELP}",
             **settings,
         )
         _add_options(command, config_type)
@@ -124,8 +124,8 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
     that is not on the command line gets no value at all, not even its default.
     """
     metavar, notes = option.name.upper(), []
-    is_switch = bool in (option.hint, *get_args(option.hint))
-    if {*(get_args(option.hint) or [option.hint])} <= {bool, type(None)}:
+    types = {*(get_args(option.hint) or [option.hint])}  # of a union
+    if types <= {bool, type(None)}:
         metavar = "{true,false}"
     elif get_origin(option.hint) is Literal:
         metavar = f"{{{','.join(get_args(option.hint))}}}"
@@ -142,7 +142,7 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
         settings["metavar"] = option.name
         group.add_argument(option.name, nargs="?", **settings)
         return
-    if is_switch:  # `--resume` is `--resume=true`
+    if bool in types:  # `--resume` is `--resume=true`
         settings |= dict(nargs="?", const="true")
     flags = [f"--{name}" for name in (option.name, *option.aliases)]
     group.add_argument(*flags, dest=option.name, **settings)
