@@ -32,12 +32,12 @@ def process() -> None:
     receiver = threading.Thread(target=is_imported.wait, daemon=True)
     receiver.start()
     change_mask(signal.SIG_BLOCK, [signal.SIGINT])
-    from qlora_jax.llm.cli.main import process as run
+    from qlora_jax.llm.cli.main import run_program
 
     is_imported.set()
     receiver.join()
     change_mask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    run()
+    run_program()
 
 
 def end(*unused: object) -> None:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(sys.argv[1:] if arguments is None else arguments, lambda config: None)
 
 
-def process() -> None:
+def run_program() -> None:
     """Prepares this process for the command in `sys.argv`, and runs the command."""
 
     def prepare(config: object) -> None:

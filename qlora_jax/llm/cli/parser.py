@@ -124,7 +124,7 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
     that is not on the command line gets no value at all, not even its default.
     """
     metavar, notes = option.name.upper(), []
-    types = {*(get_args(option.hint) or [option.hint])}  # of a union
+    types = {*(get_args(option.hint) or [option.hint])}  # those of a union
     if types <= {bool, type(None)}:
         metavar = "{true,false}"
     elif get_origin(option.hint) is Literal:

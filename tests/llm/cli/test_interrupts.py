@@ -77,7 +77,7 @@ class Lost:
     def __del__(self):
         sum(range(1000))
 
-def process():
+def run_program():
     while True:
         try:
             Lost()
