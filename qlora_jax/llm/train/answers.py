@@ -39,8 +39,10 @@ def generate_answers(
     """Returns the answer to each example."""
     answers: dict[int, GeneratedAnswer] = {}  # by the index of the example
     # None hides the bar unless stderr is a terminal.
-    disable, total = None if progress else True, len(examples)
-    with tqdm(desc="answering", unit=" prompts", disable=disable, total=total) as bar:
+    disable = None if progress else True
+    with tqdm(
+        desc="answering", unit=" prompts", disable=disable, total=len(examples)
+    ) as bar:
         for end_ids, indices, num_rows in _make_batches(examples, batch_size):
             prompts = [examples[index].prompt for index in indices]
             generated = generate(
@@ -61,7 +63,7 @@ def generate_answers(
                 text = tokenizer.decode(ids[:end])
                 answers[index] = GeneratedAnswer(text, new_tokens, end is not None)
             bar.update(len(indices))
-    return [answers[index] for index in range(total)]
+    return [answers[index] for index in range(len(examples))]
 
 
 def _make_batches(

@@ -105,7 +105,10 @@ def _from_shards(
     shape: tuple[int, ...],
     spec: Sequence[Any],
 ) -> jax.Array:
-    """Returns an array on the devices of `like`, one shard for each shard of `like`."""
+    """Returns an array on the devices of `like`, one shard for each shard of `like`.
+
+    Unless `like` is on a mesh, `spec` is ignored.
+    """
     sharding = like.sharding
     if isinstance(sharding, NamedSharding):
         mesh, kind = sharding.mesh, sharding.memory_kind

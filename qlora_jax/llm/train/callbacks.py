@@ -142,15 +142,16 @@ class CheckFinite(Callback):
         if np.all(training.is_finite):
             return
         loss, norm = training.row["loss"], training.row["grad_norm"]
+        loss_scale = training.row.get("loss_scale")
         problem = (
             f"step {training.step} has loss {loss:.4g} and gradient norm {norm:.4g}"
         )
-        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        loss_scale = training.row.get("loss_scale")
         if loss_scale is not None:
             problem += f" at loss scale {loss_scale:g}"
-        is_overflow = math.isfinite(loss) and (loss_scale or 1) > 1
-        if is_skipped and (is_overflow or self.on_nan == "skip"):
+        # If both are finite, only the new adapter is not.
+        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        is_overflow = is_skipped and math.isfinite(loss) and (loss_scale or 1) > 1
+        if is_overflow or (is_skipped and self.on_nan == "skip"):
             count = int(training.state.skipped)
             if jax.process_index() == 0:
                 text = f"{problem}: its update is skipped ({count:,} so far)"
@@ -310,7 +311,8 @@ class SaveStates(Callback):
     def _save(self, training: Training) -> None:
         metadata = {**self.metadata, "position": training.batches.get_state()}
         if self.best is not None:
-            metadata["best"], self.states.best = asdict(self.best), self.best.step
+            metadata["best"] = asdict(self.best)
+            self.states.best = self.best.step
         self.states.save(training.state, metadata)
         self._saved_step = training.step
 
@@ -354,12 +356,12 @@ class ForMembers(Callback):
     def on_end(self, training: Training) -> None:
         self._call(training, lambda callback: callback.on_end)
 
-    def _call(self, training: Training, method: Callable[[Callback], Any]) -> None:
+    def _call(self, training: Training, get_method: Callable[[Callback], Any]) -> None:
         for index, callbacks in [*self._callbacks.items()]:
             member = _select_member(training, index)
             try:
                 for callback in callbacks:
-                    method(callback)(member)
+                    get_method(callback)(member)
             except FloatingPointError as error:
                 del self._callbacks[index]
                 self._on_failure(index, error)

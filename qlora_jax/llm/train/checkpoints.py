@@ -84,21 +84,22 @@ class Checkpoints:
         # name. Several runs of a sweep may save at the same time. Each run has a prefix
         # for these names, so that no process waits at the barrier of another run.
         name = "/".join(self._folder.parts[-2:])
-        processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+        mp_options = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             save_root_metadata=False,
             lightweight_initialize=True,  # reads no file, since any may be damaged
             create=False,
-            multiprocessing_options=processes,
+            multiprocessing_options=mp_options,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._add_checksums
             ),
         )
         self._args = ocp.args
         handlers = {
-            "state": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
-            "about": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=mp_options),
+            # The JSON object that is saved with a state.
+            "about": ocp.JsonCheckpointHandler(multiprocessing_options=mp_options),
         }
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, item_handlers=handlers

@@ -295,12 +295,14 @@ class Step:
         leaves, structure = jax.tree.flatten(state)
         is_sharded = mesh_of(state) is not None
         shardings = tuple(x.sharding for x in leaves) if is_sharded else None
-        return self._cached_make_programs(shardings, structure)
+        key = shardings, structure
+        if key not in self._programs:
+            self._programs[key] = self._make_programs(shardings, structure)
+        return self._programs[key]
 
     @functools.cached_property
-    def _cached_make_programs(self) -> Callable[..., Programs]:
-        # A cache of the class would keep this object alive, and with it its programs.
-        return functools.cache(self._make_programs)
+    def _programs(self) -> dict[tuple, Programs]:
+        return {}
 
     def _make_programs(self, shardings: tuple | None, structure: Any) -> Programs:
         sum_shardings = result_shardings = None

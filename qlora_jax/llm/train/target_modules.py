@@ -23,12 +23,12 @@ def find_target_paths(
     """Returns the paths of the kernels that `target_modules` selects, in tree order.
 
     Args:
-        target_modules: One of the following. "all-linear": all linear layers except the
-            head (as in PEFT), experts and their routers. A sequence of names, or names
-            separated by commas: each is the full name of a module, or of a parameter
-            that contains experts, or the part of such a name after one of its dots,
-            such as "q_proj". Any other text: a regular expression that matches full
-            names.
+        target_modules: One of the following. "all-linear": as in PEFT, all linear
+            layers except the head, experts and their routers. A sequence of names, or
+            names separated by commas: each is the full name of a module, or of a
+            parameter that contains experts, or the part of such a name after one of its
+            dots, such as "q_proj". Any other text: a regular expression that matches
+            full names.
         params: The parameters, or their shapes.
         names: The Hugging Face names of the parameters.
         head: The name of the head's module.
@@ -47,12 +47,12 @@ def find_target_paths(
     """
     modules = _modules_by_path(params, names)
     if target_modules == ALL_LINEAR:
-        # In transformers, experts and routers are parameters and not linear layers.
+        # In transformers, experts and routers are parameters and not linear layers. For
+        # each parameter, `names.parameters` has a dict whose keys are paths of kernels.
         batch_shapes = {
             path: leaf.shape[: names.num_batch_axes(path)]
             for path, leaf in ql.leaves_by_path(params).items()
         }
-        # The kernels of each such parameter, by path.
         parameters = names.parameters(batch_shapes).values()
         excluded = {path for kernels in parameters for path in kernels}
         return tuple(
