@@ -68,10 +68,11 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
         return 130
     except (*ERRORS, MemoryError, RuntimeError) as error:
         # If a device is out of memory, JAX raises a RuntimeError with this status.
-        is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-        if not (is_full or isinstance(error, ERRORS)):
+        is_device_full = "RESOURCE_EXHAUSTED" in str(error)
+        if not (is_device_full or isinstance(error, (MemoryError, *ERRORS))):
             raise
-        reason = "the device is out of memory. " if is_full else ""
+        reason = "the device is out of memory. " if is_device_full else ""
+        reason = "no memory is left. " if isinstance(error, MemoryError) else reason
         print(f"qlora-jax {name}: {reason}{error}", file=sys.stderr)
         return 1
     _write(text + "\n")

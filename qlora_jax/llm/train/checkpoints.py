@@ -367,14 +367,19 @@ def _write_checksums(folder: pathlib.Path) -> None:
 def _find_faults(states: pathlib.Path, step: int) -> list[str]:
     # All processes must call this, since each one verifies its share of the files.
     folder = states / str(step)
+    hashes, result = {}, _INTACT
     try:
         hashes = _read_checksums(folder)
     except ValueError:
-        return [f"{_CHECKSUMS} {_FAULTS[_CHANGED]}"]
+        result = _CHANGED
     except FileNotFoundError:
-        return [f"{_CHECKSUMS} {_FAULTS[_MISSING]}"]
+        result = _MISSING
     except OSError:
-        return [f"{_CHECKSUMS} {_FAULTS[_UNREADABLE]}"]
+        result = _UNREADABLE
+    # If one process cannot read the file, the others must not wait for its results.
+    result = int(multihost_utils.process_allgather(np.int32(result)).max())
+    if result != _INTACT:
+        return [f"{_CHECKSUMS} {_FAULTS[result]}"]
     # Files that another process verifies count as intact here. The maximum over all
     # processes is therefore the result for each file.
     names, results = sorted(hashes), np.full(len(hashes), _INTACT, np.int32)

@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from stored import draw_peft
 from tokenizer_helpers import write_rows
@@ -28,7 +29,10 @@ def files(tmp_path_factory):
     pair = {"prompt": "p", "chosen": "a" * 20, "rejected": "b" * 20}
     write_rows(folder / "pairs.jsonl", [pair])
     (folder / "pairs").mkdir()
-    write_rows(folder / "pairs" / "train.jsonl", [pair | {"chosen": "a"}])
+    write_rows(
+        folder / "pairs" / "train.jsonl",
+        [{"prompt": "p", "chosen": "a", "rejected": "b"}],
+    )
     write_rows(folder / "pairs" / "valid.jsonl", [pair])
     wrapped = {"data": [{"text": "five"}, {"text": "six"}]}
     (folder / "wrapped.json").write_text(json.dumps(wrapped, indent=1))
@@ -113,7 +117,7 @@ WRONG = [
     ),
     (
         ["train", *BASE, *OUT, "--data=pairs", *PACKED_PAIRS],
-        "both answers of a pair together. Got ['valid.jsonl:1']",
+        "both answers of a pair together. Got ['pairs/valid.jsonl:1']",
     ),
     (
         ["train", *BASE, *OUT, "--data=surrogate.jsonl"],
@@ -178,3 +182,10 @@ def test_an_error_for_lack_of_memory_is_one_line(run_wrong_command, files, monke
     monkeypatch.setattr(app, "score", ask_for_a_petabyte)
     [line] = run_wrong_command(SCORE).splitlines()
     assert "the device is out of memory" in line and str(1 << 52) in line
+
+    def ask_numpy_for_a_petabyte(config):
+        return np.zeros(1 << 50)
+
+    monkeypatch.setattr(app, "score", ask_numpy_for_a_petabyte)
+    [line] = run_wrong_command(SCORE).splitlines()
+    assert "score: no memory is left. Unable to allocate" in line
