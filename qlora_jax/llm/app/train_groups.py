@@ -469,9 +469,12 @@ class DevicesConfig(Config):
             raise ValueError("`mesh` must be given with `distributed`. Got none.")
         names = ("coordinator_address", "num_processes", "process_id")
         # On clusters that JAX detects, none of these is needed.
-        settings = [name for name in names if getattr(self, name) is not None]
+        settings = [f"`{name}`" for name in names if getattr(self, name) is not None]
         if settings and not self.distributed:
-            raise ValueError(f"`distributed` must be set with {settings}. Got false.")
+            raise ValueError(
+                f"`distributed` must be true with {', '.join(settings)}. Got false. "
+                "For a single process, set them to null."
+            )
 
     @property
     def mesh_sizes(self) -> dict[str, int]:

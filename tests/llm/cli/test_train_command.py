@@ -400,7 +400,7 @@ SPLASH = dict(batch_size=8, attention="splash")
         ),
         (dict(attention="cudnn"), "xla or blocks without an NVIDIA GPU of .* and cpu"),
         (dict(distributed=True), "`mesh` must be given with `distributed`"),
-        (dict(process_id=1), "`distributed` must be set with .'process_id'"),
+        (dict(process_id=1), "`distributed` must be true with `process_id`. Got false"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_model_is_read(
