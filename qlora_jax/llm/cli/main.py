@@ -10,7 +10,9 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 try:
     from .. import app
@@ -26,6 +28,7 @@ except ImportError as error:
 # the machine or the training itself, and not a bug.
 ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
 ERRORS += TypeError, ValueError
+_format_with_place = warnings.formatwarning
 _STDOUT_CLOSED = 128 + 13  # the usual exit status after SIGPIPE
 
 
@@ -42,6 +45,7 @@ def run_program() -> None:
             restart_with_huge_pages(config.output.verbose)
         enable_compilation_cache()
 
+    warnings.formatwarning = _format_warning
     with _exit_if_stdout_closed():
         sys.exit(_run(sys.argv[1:], prepare))
 
@@ -77,6 +81,15 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
         return 1
     _write(text + "\n")
     return int(getattr(result, "is_wrong", False))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], *place: Any, **line: Any
+) -> str:
+    """Formats a warning for users, to whom its place in the source says nothing."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _format_with_place(message, category, *place, **line)
 
 
 def _write(text: str) -> None:

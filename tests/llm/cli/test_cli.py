@@ -462,6 +462,24 @@ def test_nobody_reads_on(folder):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_warning_is_one_line(folder, rows, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"not_a_key": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    done = run_python(
+        *PROGRAM,
+        "train",
+        "--preview=1",
+        f"--model={model}",
+        f"--data={rows}",
+        "--out=o",
+    )
+    assert done.returncode == 0
+    [line] = [line for line in done.stderr.splitlines() if "not_a_key" in line]
+    assert line.startswith("warning: These keys of config.json are unknown")
+    assert "warn(" not in done.stderr and ".py:" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "flags, resume, packing, remat",
     [
