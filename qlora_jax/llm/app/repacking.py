@@ -93,10 +93,10 @@ def repack(
     cost = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
     if cost.kept < 0.5:
         message = (
-            f"Packing keeps {cost.kept:.0%} of what the adapter changed. Weights that "
-            "were already in 4 bits round back to their old values if the change is "
-            "small. Merge into the float model, serve the adapter with the base, or "
-            "train it with `merge_aware`."
+            f"Packing keeps {cost.kept:.0%} of what the adapter changed. Serve the "
+            "adapter with the base, or train it with `merge_aware`. If the model is "
+            "already in 4 bits, whose weights round back to their old values after a "
+            "small change, merge into the float model."
         )
         warnings.warn(message, UserWarning, stacklevel=2)
     return packed, cost
