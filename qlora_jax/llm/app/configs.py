@@ -210,8 +210,12 @@ class ExportConfig(Config):
             )
         # The rows of `data` measure how merging changes the loss.
         is_model = self.format in (None, *_TRAINED_BASES, *get_args(BaseFormat))
-        is_merged = self.server is None and is_model and has_adapter
-        if self.data is not None and not is_merged:
+        if self.data is not None and self.server is not None:
+            raise ValueError(
+                "`data` must be left out with `for`. If the adapter is merged, pass "
+                f"the written file to `score` as `model`. Got {self.data!r}."
+            )
+        if self.data is not None and not (is_model and has_adapter):
             raise ValueError(
                 "`data` must be left out unless an adapter is merged into a model. Got "
                 f"{self.data!r} for {target}."

@@ -424,6 +424,7 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
         (["export", *RUN, "--format=mlx", "--data=d"], "unless an adapter is merged"),
+        (["export", *RUN, "--for=ollama", "--data=d"], "must be left out with `for`"),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out unless"),
         # MLX is a format and a server: only the server has a base.
         (
