@@ -144,6 +144,7 @@ def _export(config: ExportConfig) -> Written:
     trained = training_load_options(dataclasses.replace(config, **unset), model)
     options, is_merge_aware = trained, packing_of(model.lora) is not None
     note_packing(model.lora)
+    has_adapter = model.adapter is not None or bool(model.lora)
     if is_packed and not is_merge_aware:
         # The adapter is merged into the weights of the files, not into the weights that
         # training packed. Those already have values of a 4-bit format, so packing the
@@ -154,6 +155,8 @@ def _export(config: ExportConfig) -> Written:
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
                 f"merged into the weights of {model.name}, and the sum is packed"
             )
+    elif form == "merged" and has_adapter and not is_merge_aware:
+        _note_grid(trained, model.stored_fmt)
     score = calibrate = None
     if config.data is not None:
         rows = read_rows_like_run(config, model, config.data, BATCH_TOKENS)
@@ -169,6 +172,21 @@ def _export(config: ExportConfig) -> Written:
     if score is not None and beside is not None:
         losses = FileLosses(beside, _score_model(score, open_model(str(path)), {}))
     return Written(str(config.out), form, _count_bytes(path), cost, losses)
+
+
+def _note_grid(trained: LoadOptions, stored_fmt: str | None) -> None:
+    """Prints what packing the sum of 4-bit weights and an adapter again would do."""
+    fmt = trained["packing"].fmt if "packing" in trained else stored_fmt
+    if fmt in (None, "int8"):  # the steps of int8 are smaller than most changes
+        return
+    remedy = "train on the sum with `--fmt int8`"
+    if stored_fmt is None:
+        remedy = "export with `--fmt none`"
+    log(
+        f"note: the adapter is added to weights in {fmt}. Training that packs the sum "
+        f"in {fmt} again rounds most weights back to their old values. To keep the "
+        f"adapter there, {remedy}"
+    )
 
 
 def _score_model(
