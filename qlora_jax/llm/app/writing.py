@@ -179,13 +179,13 @@ def _note_grid(trained: LoadOptions, stored_fmt: str | None) -> None:
     fmt = trained["packing"].fmt if "packing" in trained else stored_fmt
     if fmt in (None, "int8"):  # the steps of int8 are smaller than most changes
         return
-    remedy = "train on the sum with `--fmt int8`"
+    remedy = "train there with `--fmt int8`"
     if stored_fmt is None:
         remedy = "export with `--fmt none`"
     log(
-        f"note: the adapter is added to weights in {fmt}. Training that packs the sum "
-        f"in {fmt} again rounds most weights back to their old values. To keep the "
-        f"adapter there, {remedy}"
+        f"note: the adapter is added to weights in {fmt}. Packing the sum in {fmt} "
+        "again, as a second training does, rounds most weights back to their old "
+        f"values. To keep the adapter, {remedy}"
     )
 
 
