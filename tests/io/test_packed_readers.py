@@ -344,7 +344,8 @@ def test_layers_of_several_kinds_are_read_in_float():
     tensors["1.weight"] = values().T
     with pytest.raises(ql.io.CheckpointError, match="of different kinds"):
         ql.io.load(tensors, names, like, progress=False)
-    loaded = ql.io.load(tensors, names, like, recode=True, progress=False)
+    with pytest.warns(UserWarning, match="are read in float, .*: up/kernel. To pack"):
+        loaded = ql.io.load(tensors, names, like, recode=True, progress=False)
     assert_same_bits(np.asarray(loaded["up"]["kernel"]), np.stack([values()] * 2))
 
 

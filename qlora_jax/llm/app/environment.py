@@ -1,4 +1,4 @@
-"""Huge pages, a cache of compiled programs, and the fastest dtype of a processor.
+"""Settings of a process: huge pages, a cache of programs, warnings, the best dtype.
 
 A training step on a CPU allocates and frees gigabytes. By default glibc maps that
 memory anew in each step, and Linux clears it in pages of 4 kB. Settings of glibc keep
@@ -13,6 +13,8 @@ import platform
 import signal
 import sys
 import time
+import warnings
+from typing import Any
 
 from ..models.download import default_cache
 
@@ -99,6 +101,20 @@ def delete_unfinished_programs(folder: pathlib.Path) -> None:
         age = time.time() - path.stat().st_mtime
         if not access_time.exists() and age > _STALE_SECONDS:
             path.unlink(missing_ok=True)
+
+
+def shorten_warnings() -> None:
+    """Makes Python print the warnings for users without their place in the source."""
+    format_with_place = warnings.formatwarning
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], *place: Any, **line: Any
+    ) -> str:
+        if category is UserWarning:
+            return f"warning: {message}\n"
+        return format_with_place(message, category, *place, **line)
+
+    warnings.formatwarning = format_warning
 
 
 def _hash_processor() -> str:

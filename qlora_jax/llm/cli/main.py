@@ -10,13 +10,11 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 try:
     from .. import app
-    from ..app.environment import enable_compilation_cache, restart_with_huge_pages
+    from ..app import environment
     from ..app.processes import is_first
     from .parser import parse
 except ImportError as error:
@@ -28,8 +26,6 @@ except ImportError as error:
 # the machine or the training itself, and not a bug.
 ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
 ERRORS += TypeError, ValueError
-_format_with_place = warnings.formatwarning
-_STDOUT_CLOSED = 128 + 13  # the usual exit status after SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,10 +38,10 @@ def run_program() -> None:
 
     def prepare(config: object) -> None:
         if isinstance(config, app.TrainConfig) and config.devices.huge_pages:
-            restart_with_huge_pages(config.output.verbose)
-        enable_compilation_cache()
+            environment.restart_with_huge_pages(config.output.verbose)
+        environment.enable_compilation_cache()
 
-    warnings.formatwarning = _format_warning
+    environment.shorten_warnings()
     with _exit_if_stdout_closed():
         sys.exit(_run(sys.argv[1:], prepare))
 
@@ -83,15 +79,6 @@ def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
     return int(getattr(result, "is_wrong", False))
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], *place: Any, **line: Any
-) -> str:
-    """Formats a warning for users, to whom its place in the source says nothing."""
-    if category is UserWarning:
-        return f"warning: {message}\n"
-    return _format_with_place(message, category, *place, **line)
-
-
 def _write(text: str) -> None:
     with _exit_if_stdout_closed():
         print(text, end="")
@@ -108,4 +95,4 @@ def _exit_if_stdout_closed() -> Iterator[None]:
     except BrokenPipeError:
         # Python flushes stdout once more when it exits, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(_STDOUT_CLOSED) from None
+        raise SystemExit(128 + 13) from None  # the usual status after SIGPIPE
