@@ -103,7 +103,7 @@ class Bench:
                 fmt=arm.fmt, double_quant=arm.double_quant, targets=LAYERS
             )
         dtype = jnp.float32 if is_full else jnp.bfloat16
-        base = model.read(dtype=dtype, packing=self.packing, progress=False).base
+        base = model.read(dtype=dtype, packing_config=self.packing, progress=False).base
         loss = train.decoder_loss(self.model)
         self.base = {} if is_full else base
         self.trained = base if is_full else {}

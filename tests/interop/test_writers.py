@@ -21,7 +21,7 @@ from helpers import SEED, relative_error, trees_of
 from stored import export
 
 import qlora_jax as ql
-from qlora_jax.llm.app.configs import AdapterFormat, BaseFormat
+from qlora_jax.llm.app.configs import AdapterFormat, PackedFormat
 from qlora_jax.llm.models import tiny
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
@@ -124,7 +124,7 @@ CASES += [(kind, form) for kind in [*SETTINGS][2:] for form in PEFT]
 
 
 def test_each_format_has_a_client():
-    formats = get_args(AdapterFormat) + get_args(BaseFormat) + ("merged", "gguf")
+    formats = get_args(AdapterFormat) + get_args(PackedFormat) + ("merged", "gguf")
     assert CLIENTS.keys() == {*formats}
 
 
@@ -153,7 +153,7 @@ def check_client(model, form, folder, **settings):
     ql.io.save(adapter, lora, ql.QLoRAConfig(fmt=None, **settings))
     sizes = {"block_size": 32} if form in ("awq", "compressed-tensors") else {}
     export(model.folder, form, out, adapter, **sizes)
-    if form in get_args(BaseFormat):  # the merged weights are packed again
+    if form in get_args(PackedFormat):  # the merged weights are packed again
         _, packed = load(out, jnp.float32, progress=False)
         adapted = model.logits(ql.dequantize(packed))
     got = CLIENTS[form](model, out)

@@ -38,8 +38,8 @@ def test_separate_experts_are_stacked_while_they_are_read(kind, tmp_path):
     assert_close(np.asarray(app.score(config).loss), np.asarray(expected))
     # Experts that are packed while they are read have the same codes as the stacked
     # experts of transformers.
-    packing = model.packing("nf4", 32, False)
-    base = model.read(packing=packing, dtype="float32", progress=False).base
+    packing = model.packing_config("nf4", 32, False)
+    base = model.read(packing_config=packing, dtype="float32", progress=False).base
     parameters = dict(module.named_parameters())
     name = "model.layers.{}.mlp.experts.gate_up_proj"
     stacked = np.stack([parameters[name.format(i)].detach().numpy() for i in (0, 1)])

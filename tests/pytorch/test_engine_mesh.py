@@ -10,8 +10,8 @@ from transformers import GPTNeoXConfig
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.base_model import adapters_for, open_model
-from qlora_jax.llm.app.program import make_mesh, make_place, make_put
+from qlora_jax.llm.app.base_model import lora_config_for, open_model
+from qlora_jax.llm.app.program import make_batch_placer, make_mesh, make_placer
 from qlora_jax.llm.data import Row, eval_batches
 from qlora_jax.llm.models.generation import generate
 from qlora_jax.llm.train import decoder_loss
@@ -20,9 +20,9 @@ from qlora_jax.llm.train import decoder_loss
 def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     folder = save_model(tmp_path / "model", GPTNeoXConfig, num_hidden_layers=2)
     model = open_model(str(folder), engine="torch")
-    packing = model.packing("nf4", 32, False)
-    adapters = adapters_for(app.AdapterConfig(rank=4), model, packing, "absmax")
-    base = model.read(dtype=jnp.float32, packing=packing, progress=False).base
+    packing = model.packing_config("nf4", 32, False)
+    adapters = lora_config_for(app.AdapterConfig(rank=4), model, packing, "absmax")
+    base = model.read(dtype=jnp.float32, packing_config=packing, progress=False).base
     lora = ql.init(jax.random.key(0), base, adapters)[1]
     lora = jax.tree.map(lambda x: x + 0.02, lora)  # otherwise, B would be 0
     rows = []
@@ -43,7 +43,7 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     variables = {"params": base, "lora": lora}
     expected_tokens = generate(torch_decoder, variables, prompts, **settings)
     mesh = make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())
-    base, lora = make_place(model.config, mesh, "device")(base, lora)
+    base, lora = make_placer(model.config, mesh, "device")(base, lora)
     # The contracted axis of the last kernel has three quantization blocks. Two devices
     # cannot split these equally, so both mesh axes split the outputs instead.
     specs = {
@@ -56,7 +56,7 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     last = specs[f"{prefix}mlp.dense_4h_to_h.weight"]
     assert last == (None, None, ("tensor", "fsdp"))
     with set_mesh(mesh):
-        split_loss, gradients = step(lora, base, make_put(mesh)(batch))
+        split_loss, gradients = step(lora, base, make_batch_placer(mesh)(batch))
         variables = {"params": base, "lora": lora}
         tokens = generate(torch_decoder, variables, prompts, **settings)
     assert_close(np.asarray(split_loss), np.asarray(expected_loss))

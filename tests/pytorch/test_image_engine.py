@@ -95,8 +95,8 @@ def test_a_vision_tower_is_adapted_only_by_name(trained):
             settings | {"target_modules": target_modules, "lora_r": 4}
         )
         model = base_model.open_model(config.model.path, engine="torch")
-        packing = base_model.packing_for(config.model, model, "nf4")
-        adapters = base_model.adapters_for(
+        packing = base_model.packing_config_for(config.model, model, "nf4")
+        adapters = base_model.lora_config_for(
             config.adapter, model, packing, config.model.scales
         )
         base, lora = base_model.init_shapes(model.base, adapters)

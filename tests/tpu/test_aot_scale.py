@@ -24,13 +24,13 @@ from hlo_collectives import collectives
 from test_tpu_aot import needs_libtpu, run_script
 
 import qlora_jax as ql
-from qlora_jax.llm.app.base_model import BaseModel, adapters_for
+from qlora_jax.llm.app.base_model import BaseModel, lora_config_for
 from qlora_jax.llm.app.program import (
     lower_step,
+    make_batch_placer,
     make_mesh,
-    make_place,
+    make_placer,
     make_program,
-    make_put,
 )
 from qlora_jax.llm.app.train_config import TrainConfig
 from qlora_jax.llm.data import Batch
@@ -90,11 +90,11 @@ def both(mesh, **overrides):
     lowered = lower_step(config, model, devices)
 
     on = make_mesh(config.devices.mesh_sizes, devices)
-    place = make_place(decoder, on, config.model.base_memory)
+    place = make_placer(decoder, on, config.model.base_memory)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
-    packing = model.packing("nf4", 16, True)
+    packing = model.packing_config("nf4", 16, True)
     base = ql.quantize(zeros, packing)
-    adapters = adapters_for(config.adapter, model, packing, config.model.scales)
+    adapters = lora_config_for(config.adapter, model, packing, config.model.scales)
     _, lora = ql.init(jax.random.key(0), base, adapters)
     base, lora = place(base, lora)
     program = make_program(config, decoder)
@@ -110,7 +110,7 @@ def both(mesh, **overrides):
 
         return lowered, program.step.lower(*map(put, (state, base, batch)))
     with jax.set_mesh(on):
-        return lowered, program.step.lower(state, base, make_put(on)(batch))
+        return lowered, program.step.lower(state, base, make_batch_placer(on)(batch))
 
 
 ON_HOST = {"offload_optimizer": True, "base_memory": "host"}

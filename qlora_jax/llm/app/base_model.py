@@ -57,8 +57,8 @@ MLX_ADAPTER = "adapters.safetensors"
 # do the routers of experts and the gates of shared ones.
 LAYERS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
 
-# Arguments of `BaseModel.read`, `packing` and `dtype`, that give the weights that
-# training used.
+# The arguments `packing_config` and `dtype` with which `BaseModel.read` returns the
+# weights that training used. Without any, these are the stored weights.
 LoadOptions = dict[str, Any]
 
 
@@ -70,7 +70,7 @@ class BaseModel:
     config: DecoderConfig | TorchConfig
     base: PyTree  # parameters; before `read`, only their shapes
     lora: PyTree = dataclasses.field(default_factory=dict)
-    adapter: pathlib.Path | None = None  # an adapter that is not read yet
+    adapter_path: pathlib.Path | None = None  # of an adapter that is not read yet
     peft: ql.io.PeftConfig | None = None  # the adapter's PEFT settings, if known
     recode: bool = False  # whether 4-bit weights may be decoded and packed again
     name: str = ""  # names the weights: a hub id, a path, or a file in a package
@@ -103,7 +103,7 @@ class BaseModel:
         return isinstance(self.config, DecoderConfig) and has_vision(self.config)
 
     def check_engine(self, option: str, value: str, allowed: tuple[str, ...]) -> None:
-        """Raises ValueError unless an option's value supports the model's engine.
+        """Raises ValueError if an option's value does not support the model's engine.
 
         `allowed` has the values that support models in PyTorch's code.
         """
@@ -129,11 +129,13 @@ class BaseModel:
     def contract_of(self, patterns: Sequence[Any]) -> Contract:
         """Returns the roles of the axes of kernels, where their paths do not say them.
 
-        `patterns` select the kernels, as in `layers`.
+        This is the argument `contract` of `QLoRAConfig`. `patterns` select the kernels,
+        as in `layers`.
         """
         if not isinstance(self.config, TorchConfig):
             return {}
-        return {x: y for x, y in self.config.contract.items() if x in patterns}
+        contract = self.config.contract.items()
+        return {pattern: roles for pattern, roles in contract if pattern in patterns}
 
     @property
     def images(self) -> ImageProcessor | None:
@@ -191,9 +193,10 @@ class BaseModel:
     @property
     def replaces_weights(self) -> bool:
         """Whether the adapter also has biases or modules that replace the base's."""
-        if self.adapter is None or not _is_peft(self.adapter):
+        path = self.adapter_path
+        if path is None or not _is_peft(path):
             return False
-        tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
+        tensors = ql.io.open_safetensors(path / "adapter_model.safetensors")
         return any(".lora_" not in key for key in tensors)
 
     @property
@@ -202,12 +205,12 @@ class BaseModel:
 
         Only such an adapter can be merge-aware.
         """
-        adapter = self.adapter
-        if adapter is None or _is_peft(adapter) or is_gguf(adapter):
+        path = self.adapter_path
+        if path is None or _is_peft(path) or is_gguf(path):
             return False
-        return not (adapter / MLX_ADAPTER).exists()
+        return not (path / MLX_ADAPTER).exists()
 
-    def packing(
+    def packing_config(
         self,
         fmt: str,
         block_size: int | None,
@@ -219,9 +222,8 @@ class BaseModel:
         if fmt == "none" or (fmt == stored_fmt and not self.recode):
             self._check_stored(block_size=block_size, double_quant=double_quant)
             return None
-        quantization = self.quantization
         if fmt == stored_fmt and block_size is None:  # pack again, in the same format
-            block_size = quantization.get("group_size")
+            block_size = self.quantization.get("group_size")
         if stored_fmt is not None and not (self.recode or self.files.is_recoded):
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
@@ -252,62 +254,64 @@ class BaseModel:
         self,
         *,
         dtype: Any = None,  # by default, the dtype in the files
-        packing: ql.QLoRAConfig | None = None,
+        packing_config: ql.QLoRAConfig | None = None,
         place: Callable[[PyTree], PyTree] | None = None,
         progress: bool = True,
     ) -> "BaseModel":
-        """Reads the parameters and the adapter; the arguments are passed to `load`."""
+        """Reads the parameters and the adapter. The arguments are those of `load`."""
         # Most adapters need only the shapes of the base. They are read first, so that
         # errors are found early. An adapter that replaces weights needs the weights.
         needs_weights = self.replaces_weights
-        model = self if needs_weights else self.with_adapter()
+        model = self if needs_weights else self.read_adapter()
         # Some byte layouts of bitsandbytes are not supported. `recode` converts them.
         is_recodable = self.quantization.get("quant_method") == "bitsandbytes"
         options: dict[str, Any] = {"recode": self.recode or is_recodable}
         options |= {"place": place, "progress": progress}
         if isinstance(self.config, TorchConfig):
-            base = load_torch(self.config, dtype, packing, **options)
+            base = load_torch(self.config, dtype, packing_config, **options)
         else:
-            _, base = load(self.path, dtype, packing, **options)
+            _, base = load(self.path, dtype, packing_config, **options)
         model = dataclasses.replace(model, base=base)
-        return model.with_adapter() if needs_weights else model
+        return model.read_adapter() if needs_weights else model
 
-    def with_adapter(self) -> "BaseModel":
-        """Returns the model with its adapter read.
+    def read_adapter(self) -> "BaseModel":
+        """Returns the model with its adapter in `lora`.
 
         If the adapter replaces parameters, they are replaced in the base.
         """
-        if self.adapter is None:
+        if (path := self.adapter_path) is None:
             return self
         peft, plain_lora = None, None
-        if is_gguf(self.adapter):
-            plain_lora = read_gguf_lora(self.adapter, self.decoder)
-        elif (self.adapter / MLX_ADAPTER).exists():
-            plain_lora = ql.io.read_mlx(self.adapter)
+        if is_gguf(path):
+            plain_lora = read_gguf_lora(path, self.decoder)
+        elif (path / MLX_ADAPTER).exists():
+            plain_lora = ql.io.read_mlx(path)
         if plain_lora is not None:
             # These adapters are for servers, which load the text part of a multimodal
             # model as a model of its own, so they have the names of a text-only model.
             base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
-        elif _is_peft(self.adapter):
-            base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
+        elif _is_peft(path):
+            base, lora, peft = ql.io.load_peft(path, self.base, self.names)
         else:
-            base, lora = self.base, _read_native(self.adapter)
+            base, lora = self.base, _read_native(path)
             ql.combine(base, lora)  # raises if the adapter does not fit
-        return dataclasses.replace(self, base=base, lora=lora, peft=peft, adapter=None)
+        return dataclasses.replace(
+            self, base=base, lora=lora, peft=peft, adapter_path=None
+        )
 
 
-def _is_peft(adapter: pathlib.Path) -> bool:
-    is_mlx = (adapter / MLX_ADAPTER).exists()  # also has an adapter_config.json
-    return (adapter / "adapter_config.json").exists() and not is_mlx
+def _is_peft(path: pathlib.Path) -> bool:
+    is_mlx = (path / MLX_ADAPTER).exists()  # also has an adapter_config.json
+    return (path / "adapter_config.json").exists() and not is_mlx
 
 
-def _read_native(adapter: pathlib.Path) -> PyTree:
-    file = adapter / NATIVE_ADAPTER if adapter.is_dir() else adapter
+def _read_native(path: pathlib.Path) -> PyTree:
+    file = path / NATIVE_ADAPTER if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             "`adapter` must be a folder with adapter_config.json or "
             f"{NATIVE_ADAPTER}, or a file of llama.cpp (.gguf) or qlora_jax.io.save. "
-            f"Got {str(adapter)!r}."
+            f"Got {str(path)!r}."
         )
     tree = ql.io.restore(file).tree
     # The file has the lora tree itself, or a dict with the lora tree under `lora`.
@@ -322,26 +326,27 @@ def open_model(
 ) -> BaseModel:
     """Finds a model and an adapter in any format.
 
-    Reads only the model's config, and an adapter of this library. With the engine
-    "auto", models that the JAX decoder does not know run in PyTorch's code.
+    Reads only the model's config and, if it is in this library's format, the adapter.
+    With the engine "auto", models that the JAX decoder does not support run in
+    PyTorch's code.
     """
     path = fetch(source)
     config = _open_config(path, engine)
-    shapes = config.shapes if isinstance(config, TorchConfig) else None
+    is_torch = isinstance(config, TorchConfig)
     adapter_path = None if adapter is None else fetch_adapter(adapter)
     name, description = weights_of(source, path)
     model = BaseModel(
         path,
         config,
-        abstract_params(config) if isinstance(config, DecoderConfig) else shapes,
-        adapter=adapter_path,
-        recode=recode or any(run.model.recode for run in runs_of(adapter)),
+        config.shapes if is_torch else abstract_params(config),
+        adapter_path=adapter_path,
+        recode=recode or any(x.model.recode for x in run_configs_of(adapter)),
         name=name,
         source=description,
     )
     if not model.is_local:
         log(f"weights: {description}")
-    return model.with_adapter() if model.has_native_adapter else model
+    return model.read_adapter() if model.has_native_adapter else model
 
 
 def _open_config(path: pathlib.Path, engine: Engine) -> DecoderConfig | TorchConfig:
@@ -374,7 +379,7 @@ def fetch_adapter(adapter: str) -> pathlib.Path:
         raise FileNotFoundError(message) from error
 
 
-def open_adapted(
+def open_model_and_adapters(
     config: ScoreConfig | GenerateConfig,
 ) -> tuple[BaseModel, dict[str, PyTree], LoadOptions]:
     """Returns a model, a dict of adapters by name, and how to read the weights.
@@ -383,7 +388,7 @@ def open_adapted(
     model.
     """
     if config.run is not None:
-        model, _ = open_run(config.run, None, config.model)
+        model, _ = open_run(config.run, source=config.model)
         return model, {}, training_load_options(config, model)
     adapters = _split_adapters(config.adapter)
     adapter = adapters[0] if len(adapters) == 1 else None
@@ -393,13 +398,14 @@ def open_adapted(
     if adapter is not None or not adapters:
         return model, {}, options
     bank = _read_bank(model, adapters)
-    return model, {x: ql.select(bank, i) for i, x in enumerate(adapters)}, options
+    loras = {name: ql.select(bank, i) for i, name in enumerate(adapters)}
+    return model, loras, options
 
 
 def _engine_of(config: ScoreConfig | GenerateConfig, adapters: list[str]) -> Engine:
-    """Returns the engine of a config; by default, that of the adapters' run."""
-    runs = runs_of(adapters)
-    return config.engine or (runs[0].model.engine if runs else "auto")
+    """Returns the engine of a config; by default, that of the first adapter's run."""
+    run_configs = run_configs_of(adapters)
+    return config.engine or (run_configs[0].model.engine if run_configs else "auto")
 
 
 def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
@@ -412,13 +418,13 @@ def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
 def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
     loras = []
     for adapter in adapters:
-        adapted = dataclasses.replace(model, adapter=fetch_adapter(adapter))
+        adapted = dataclasses.replace(model, adapter_path=fetch_adapter(adapter))
         if adapted.replaces_weights:
             raise ValueError(
                 "`adapter` must not replace weights of the base if there are several "
                 f"adapters. Got {adapter!r}, which does."
             )
-        loras.append(adapted.with_adapter().lora)
+        loras.append(adapted.read_adapter().lora)
         if packing_of(loras[-1]) is not None:
             raise ValueError(
                 "`adapter` must be a single one if it is merge-aware, because it has "
@@ -428,49 +434,51 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
     return ql.bank(loras, dropout=0.0)
 
 
-def runs_of(
+def run_configs_of(
     adapters: str | Sequence[str] | None, run: str | None = None
 ) -> list[TrainConfig]:
     """Returns the settings of a run, or of the runs that wrote the adapters."""
     if run is not None:
         return [read_run_config(pathlib.Path(run) / CONFIG)]
-    runs = []
+    run_configs = []
     for adapter in _split_adapters(adapters):
         path = pathlib.Path(adapter).parent / CONFIG
-        # Another program may have written a file of this name.
+        # The file may not exist, or another program may have written it.
         with contextlib.suppress(OSError, TypeError, ValueError):
-            runs.append(read_run_config(path))
-    return runs
+            run_configs.append(read_run_config(path))
+    return run_configs
 
 
 def open_run(
-    out: str, step: int | None = None, source: str | None = None
+    run: str, step: int | None = None, source: str | None = None
 ) -> tuple[BaseModel, int | None]:
     """Returns a run's model with the adapter of a saved state, and the state's step.
 
     By default, the state is the newest. The run may be unfinished, and is not changed.
-    If `source` is set, it is used instead of the model in the run's settings.
+    `source` is the model, by default that in the run's settings.
     """
-    folder = pathlib.Path(out)
+    folder = pathlib.Path(run)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
         raise ValueError(
             f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
             f"{STATE}. Got {describe_path(folder)}."
         )
-    run = read_run_config(folder / CONFIG)
-    settings = run.model
+    run_config = read_run_config(folder / CONFIG)
+    settings = run_config.model
     model = open_model(
         source or settings.path, recode=settings.recode, engine=settings.engine
     )
-    packing = None
-    if run.adapter.merge_aware:
-        packing = packing_for(settings, model)
+    packing_config = None
+    if run_config.adapter.merge_aware:
+        packing_config = packing_config_for(settings, model)
+    lora_config = lora_config_for(
+        run_config.adapter, model, packing_config, settings.scales
+    )
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
-    adapters = adapters_for(run.adapter, model, packing, settings.scales)
-    base, lora = init_shapes(model.base, adapters)
-    with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as states:
-        step = states.latest if step is None else step
-        lora = states.restore_lora(lora, step)
+    base, lora = init_shapes(model.base, lora_config)
+    with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as checkpoints:
+        step = checkpoints.latest if step is None else step
+        lora = checkpoints.restore_lora(lora, step)
     peft = None
     if packing_of(lora) is None:
         source_names = {"base_model": model.name, "revision": model.revision}
@@ -478,18 +486,18 @@ def open_run(
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
-def open_config(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
-    """Returns the model and adapter of a config, and the step of a run's state."""
+def open_model_for(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
+    """Returns a config's model with its adapter, and the step of a run's state."""
     if config.run is None:
         return open_model(str(config.model), config.adapter), None
     return open_run(config.run, getattr(config, "step", None), config.model)
 
 
-def packing_for(
+def packing_config_for(
     settings: ModelConfig, model: BaseModel, default_fmt: str = "none"
 ) -> ql.QLoRAConfig | None:
     """Returns how training packs the layers; None if they are used as stored."""
-    return model.packing(
+    return model.packing_config(
         settings.fmt or default_fmt,
         settings.block_size,
         settings.double_quant,
@@ -511,49 +519,50 @@ def training_load_options(
     name another packing. They are empty if the stored weights are used unchanged.
     Prints a note on stderr for each adapter whose run used other weights.
     """
-    runs = runs_of(config.adapter, config.run)
-    is_like_run = bool(runs) and not _packs_differently(config, runs[0])
-    settings: Any = runs[0].model if is_like_run else config
-    if settings.fmt is None and model.stored_fmt is None:
-        for name in PACKING_OPTIONS[1:]:
+    run_configs = run_configs_of(config.adapter, config.run)
+    uses_run = bool(run_configs) and not _packs_differently(config, run_configs[0])
+    settings: Any = run_configs[0].model if uses_run else config
+    # `PairsConfig` has only some of these options.
+    fmt, block_size, double_quant, scales = (
+        getattr(settings, name, None) for name in PACKING_OPTIONS
+    )
+    if fmt is None and model.stored_fmt is None:
+        for name in PACKING_OPTIONS[1:]:  # all but `fmt`
             if (value := getattr(settings, name, None)) is not None:
                 raise ValueError(
                     f"`fmt` must be given with `{name}`: the format in which training "
                     f"packed the model. Got `{name}` {value}."
                 )
-    for run in runs:
-        is_other_model = os.path.realpath(model.name) != os.path.realpath(
-            run.model.path
-        )
-        if is_other_model or _packs_differently(settings, run):
-            fmt = settings.fmt or model.stored_fmt or "none"
+    for run_config in run_configs:
+        trained_on = run_config.model
+        paths = {os.path.realpath(path) for path in (model.name, trained_on.path)}
+        if len(paths) > 1 or _packs_differently(settings, run_config):
             log(
-                f"note: {run.output.out} was trained on {run.model.path} with fmt "
-                f"{run.model.fmt}. The base here is a different one: {model.name} with "
-                f"fmt {fmt}"
+                f"note: {run_config.output.out} was trained on {trained_on.path} with "
+                f"fmt {trained_on.fmt}. The base here is a different one: {model.name} "
+                f"with fmt {fmt or model.stored_fmt or 'none'}"
             )
-    double_quant, scales = (
-        getattr(settings, name, None) for name in ("double_quant", "scales")
+    packing_config = model.packing_config(
+        fmt or "none", block_size, double_quant, scales
     )
-    packing = model.packing(
-        settings.fmt or "none", settings.block_size, double_quant, scales
-    )
-    if settings is config and scales is not None and packing is None:
+    if not uses_run and scales is not None and packing_config is None:
         raise ValueError(
             "`scales` must be left out unless training packed the model, because the "
             f"stored weights are used unchanged. Got {scales}."
         )
-    # Training rounded the weights to its dtype before it packed them, alone or merged.
-    dtype = {"dtype": settings.dtype} if isinstance(settings, ModelConfig) else {}
-    if packing is None:
+    # Training rounded the weights (or their sum with a merge-aware adapter) to the
+    # dtype of the run before it packed them.
+    dtype = {"dtype": settings.dtype} if uses_run else {}
+    if packing_config is None:
         return {} if packing_of(model.lora) is None else dtype
-    return {"packing": packing, **dtype}
+    return {"packing_config": packing_config, **dtype}
 
 
-def _packs_differently(config: object, run: TrainConfig) -> bool:
-    # None, the default of an option in `config`, stands for the value of the run.
+def _packs_differently(config: object, run_config: TrainConfig) -> bool:
+    """Returns whether options of `config` that are set differ from those of a run."""
     options = [
-        (getattr(config, x, None), getattr(run.model, x)) for x in PACKING_OPTIONS
+        (getattr(config, x, None), getattr(run_config.model, x))
+        for x in PACKING_OPTIONS
     ]
     return any(value not in (None, trained) for value, trained in options)
 
@@ -561,9 +570,10 @@ def _packs_differently(config: object, run: TrainConfig) -> bool:
 def read_as_trained(
     model: BaseModel, options: LoadOptions, dtype: DTypeLike
 ) -> BaseModel:
-    """Reads the weights that training used, for a computation in `dtype`.
+    """Reads the weights that training used, with floats in `dtype`.
 
-    A merge-aware adapter becomes a part of the weights.
+    `options` are from `training_load_options`. A merge-aware adapter becomes a part of
+    the weights.
     """
     model = model.read(**{"dtype": dtype, **options})
     base, lora = pack_as_trained(model.base, model.lora)
@@ -575,36 +585,36 @@ def read_as_trained(
     return dataclasses.replace(model, base=base, lora=lora)
 
 
-def adapters_for(
+def lora_config_for(
     config: AdapterConfig,
     model: BaseModel,
-    packing: ql.QLoRAConfig | None,
+    packing_config: ql.QLoRAConfig | None,
     scales: Scales,
 ) -> ql.QLoRAConfig:
     """Returns the settings of the adapters that a run trains.
 
-    `packing` is that of the base, as `BaseModel.packing` returns it, and `scales` is
-    the rule by which the run chooses scales. Only merge-aware adapters depend on them.
+    `packing_config` says how the base is packed, as `BaseModel.packing_config` returns
+    it, and `scales` is the rule by which the run chooses scales. Only merge-aware
+    adapters depend on them.
     """
     params = model.base
     if isinstance(model.config, TorchConfig) and config.target_modules == ALL_LINEAR:
         # A vision part is only adapted if its modules are named.
-        is_adapted = model.config.is_language_leaf
-        params = {path: leaf for path, leaf in params.items() if is_adapted(path)}
+        is_language_leaf = model.config.is_language_leaf
+        params = {path: leaf for path, leaf in params.items() if is_language_leaf(path)}
     targets = find_target_paths(
         config.target_modules, params, model.names, head=model.config.head_module
     )
-    # Reading the model has already packed its kernels.
-    settings: dict[str, Any] = {"fmt": None}
+    settings: dict[str, Any] = {"fmt": None}  # reading the model packs its kernels
     if config.merge_aware:
-        packings = {packing.packing} if packing else {*model.stored_packings}
-        layers = [x for x in ql.leaves_by_path(model.base) if re.fullmatch(LAYERS, x)]
-        # Layers that are trained in full have no adapter either.
-        full = config.trainable
+        packings = (
+            {packing_config.packing} if packing_config else {*model.stored_packings}
+        )
         unadapted = [
             path
-            for path in layers
-            if path not in targets or (full and re.fullmatch(full, path))
+            for path in ql.leaves_by_path(model.base)
+            if re.fullmatch(LAYERS, path)
+            and (path not in targets or _is_trained_in_full(config, path))
         ]
         settings |= target_settings(config, packings, unadapted) | {"scales": scales}
     return ql.QLoRAConfig(
@@ -621,6 +631,11 @@ def adapters_for(
     )
 
 
+def _is_trained_in_full(config: AdapterConfig, path: str) -> bool:
+    """Returns whether a leaf is trained itself, so that it gets no LoRA."""
+    return bool(config.trainable and re.fullmatch(config.trainable, path))
+
+
 def _find_small_kernels(
     config: AdapterConfig, model: BaseModel, targets: Sequence[str]
 ) -> dict[str | re.Pattern, int]:
@@ -630,11 +645,11 @@ def _find_small_kernels(
     an error for a large adapter that no pattern matches, because wrong axes are the
     usual cause. Here, the axes are known, and PEFT has these adapters too.
     """
-    leaves, full = ql.leaves_by_path(model.base), config.trainable
+    leaves = ql.leaves_by_path(model.base)
     ranks: dict[str | re.Pattern, int] = {}
     for path in targets:
         k, n = leaves[path].shape[-2:]
-        is_trained_in_full = full and re.fullmatch(full, path)
-        if config.rank * (k + n) > k * n and not is_trained_in_full:
+        is_small = config.rank * (k + n) > k * n
+        if is_small and not _is_trained_in_full(config, path):
             ranks[re.escape(path)] = config.rank
     return ranks

@@ -16,8 +16,8 @@ from ..train.objectives.sft import decoder_loss
 from .base_model import LAYERS, BaseModel
 
 # With more tokens than these, the mean squares of the inputs would hardly change.
-WIDTH = 1024  # tokens per batch
-MAX_BATCHES = 64
+BATCH_WIDTH = 1024  # tokens per batch
+_MAX_BATCHES = 64
 
 
 def make_calibrator(
@@ -28,37 +28,37 @@ def make_calibrator(
     The function takes the parameters of the model, with the layers in float. It returns
     the mean squares of their inputs, which `ql.quantize` takes as `importance`.
     """
-    batches = [*_cut(rows)]
+    batches = [*_make_batches(rows)]
     # The selected batches are spread evenly, because neighboring rows may be alike.
-    count = min(len(batches), MAX_BATCHES)
+    count = min(len(batches), _MAX_BATCHES)
     batches = [batches[i * len(batches) // count] for i in range(count)]
     decoder = Decoder(model.decoder)
     loss = decoder_loss(ql.linen.wrap(decoder, scanned=decoder.scanned))
 
-    def apply(base: PyTree, lora: PyTree, batch: Batch) -> jax.Array:
+    def apply_model(base: PyTree, lora: PyTree, batch: Batch) -> jax.Array:
         return loss(lora, base, batch, None)[0]
 
     def calibrate(params: PyTree) -> PyTree:
         config = ql.QLoRAConfig(fmt=None, rank=1, targets=LAYERS)
         base, lora = ql.init(jax.random.key(0), params, config)
         bar = tqdm(batches, "calibrating", unit=" batches", disable=None)
-        return ql.calibrate(apply, base, lora, bar)
+        return ql.calibrate(apply_model, base, lora, bar)
 
     return calibrate
 
 
-def _cut(rows: Sequence[Row]) -> Iterator[Batch]:
-    """Yields batches of `WIDTH` tokens each, without padding.
+def _make_batches(rows: Sequence[Row]) -> Iterator[Batch]:
+    """Yields batches of one row of `BATCH_WIDTH` tokens each, without padding.
 
     The rows are concatenated and cut into such batches, so that a row may be divided
     between two of them. Tokens that do not fill the last batch are dropped. If all rows
-    together have fewer than `WIDTH` tokens, there is one shorter batch.
+    together have fewer tokens than one batch, there is one shorter batch.
     """
     # There is no padding, because inputs at padding would be measured as well.
     ids = np.concatenate([row.ids for row in rows]).astype(np.int32)
     positions = np.concatenate([np.arange(len(row.ids)) for row in rows])
     row_numbers = np.repeat(np.arange(len(rows)), [len(row.ids) for row in rows])
-    width = min(WIDTH, len(ids))
+    width = min(BATCH_WIDTH, len(ids))
     select = np.arange(width, dtype=np.int32)[None]
     for start in range(0, len(ids) - width + 1, width):
         part = slice(start, start + width)

@@ -36,10 +36,8 @@ from .configs import CheckConfig, Fmt
 from .environment import read_cpuinfo
 from .run_folder import write_text
 
-_PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "libtpu"),
-    *("jax-cuda12-plugin", "jax-cuda13-plugin", "numpy"),
-)
+_PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu"
+_PACKAGES += "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy"
 FORMATS = tuple(fmt for fmt in get_args(Fmt) if fmt != "none")
 _SHAPE = 512, 768  # of the checked kernels; multiples of every block size
 _ROWS = 16, 512  # of the inputs; typical of generation and of training
@@ -67,8 +65,8 @@ class Checked:
         products: For each format, dtype, direction and number of rows: the back end,
             why preferred ones were not used, the error and its bound.
         times: The seconds of matrix products with packed and with dense kernels.
-        step: The losses after training on the device and on the CPU, and the time, the
-            peak memory and the planned memory of a training step.
+        step: The losses after training on the device and on the CPU, and of a training
+            step the time, the peak memory and the memory that its program allocates.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -180,9 +178,12 @@ def _describe_processor() -> str:
 
 def _describe_devices() -> dict[str, Any]:
     device, *_ = devices = jax.local_devices()
-    size = (device.memory_stats() or {}).get("bytes_limit")
-    kind = {"kind": device.device_kind, "platform": device.platform}
-    return kind | {"count": len(devices), "bytes": size}
+    return {
+        "kind": device.device_kind,
+        "platform": device.platform,
+        "count": len(devices),
+        "bytes": (device.memory_stats() or {}).get("bytes_limit"),
+    }
 
 
 def check_products() -> list[dict[str, Any]]:
@@ -209,6 +210,7 @@ def _check_kernels(fmt: str, dtype: str) -> Iterator[dict[str, Any]]:
 def _check_directions(
     q: ql.QTensor, draw: Callable[..., jax.Array]
 ) -> Iterator[dict[str, Any]]:
+    """Yields the errors of products with a kernel, for random inputs from `draw`."""
     with on_cpu():
         weight = np.asarray(ql.dequantize(jax.device_get(q)), np.float64)
     # All back ends round a weight in the same way, so decoding must be exact.
@@ -338,10 +340,10 @@ def check_step(rounds: int) -> dict[str, Any]:
 
 
 def _train(steps: int) -> tuple[float, Callable[[], jax.Array], int]:
-    """Returns the loss after `steps`, a function for the next step, and planned bytes.
+    """Trains on a batch of random tokens.
 
-    This builds the model, its adapters and a batch of random tokens, compiles the step
-    to analyze its memory, and trains.
+    Returns the loss after `steps`, a function that takes another step and returns its
+    loss, and the bytes that the compiled step allocates.
     """
     config, rng = config_from_hf({**CONFIG, **_MODEL_SIZES}), np.random.default_rng(0)
     params = random_params(config)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..models.sampling import Sampling
 from .options import COUNT, Config, option
-from .servers import FMTS, SERVERS
+from .servers import FMTS_BY_FORMAT, SERVERS
 
 # What computes a model: `Decoder`, or the PyTorch code of transformers.
 Engine = Literal["auto", "jax", "torch"]
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 else:
     ServerName = Literal[tuple(SERVERS)]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
-BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-# For a `BaseFormat`, these options describe the result. For a server and for
-# `_TRAINED_BASES`, they describe how training packed the base.
+PackedFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
+# Formats in which the adapter is merged into the weights that training used.
+_MERGED_FORMATS = ("merged", "gguf")
+# Types of "gguf" for which it is merged into the weights of the model's files instead.
+GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
+# For a `PackedFormat`, these options describe the exported file. For a server and for
+# `_MERGED_FORMATS`, they describe how training packed the base.
 PACKING_OPTIONS = ("fmt", "block_size", "double_quant", "scales")
-_TRAINED_BASES = ("merged", "gguf")  # formats of the sum of that base and the adapter
-# Types of GGUF files for which an adapter is merged into the weights of the model's
-# files, and not into the base of training.
-GGUF_4_BITS = ("Q4_0", "Q4_K_M")
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
-    "fmt": (*get_args(BaseFormat)[:3], *_TRAINED_BASES),
-    "double_quant": ("bitsandbytes", *_TRAINED_BASES),
-    "block_size": (*get_args(BaseFormat), *_TRAINED_BASES),
-    "scales": (*get_args(BaseFormat), *_TRAINED_BASES),
-    "calibrate": (*get_args(BaseFormat), "gguf"),
+    "fmt": ("bitsandbytes", "awq", "compressed-tensors", *_MERGED_FORMATS),
+    "double_quant": ("bitsandbytes", *_MERGED_FORMATS),
+    "block_size": (*get_args(PackedFormat), *_MERGED_FORMATS),
+    "scales": (*get_args(PackedFormat), *_MERGED_FORMATS),
+    "calibrate": (*get_args(PackedFormat), "gguf"),
 }
 
 
@@ -59,8 +59,7 @@ class ScoreConfig(Config):
         data: A file of rows, in any form that train supports. In rows with `text` or
             `input_ids`, all tokens but the first are targets, except where `labels` are
             -100. Rows with `input_ids` need no tokenizer. In other rows, `train_on`
-            selects the targets. A .txt file is cut into rows of
-            `batch_tokens` tokens.
+            selects the targets. A .txt file is cut into rows of `batch_tokens` tokens.
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library. Several, such as a,b, are scored separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
@@ -144,7 +143,7 @@ class ExportConfig(Config):
             true.
         scales: For 4-bit files (also Q4_0): how the scale of each block is chosen.
             absmax, the default, is the rule of the format; search makes errors
-            smaller. For merged, gguf and a server: the rule of training, as `fmt`.
+            smaller. For merged, gguf and a server: the rule that training used.
         calibrate: With the search, for a 4-bit file: rows on which the inputs of each
             layer are measured, so that errors of weights with large inputs count more.
         dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
@@ -167,7 +166,7 @@ class ExportConfig(Config):
     """
 
     model: str | None = option(None, section="what to export")
-    format: Literal[AdapterFormat, BaseFormat, "merged", "gguf"] | None = None
+    format: Literal[AdapterFormat, PackedFormat, "merged", "gguf"] | None = None
     out: str | None = None
     adapter: str | None = None
     run: str | None = None
@@ -185,31 +184,31 @@ class ExportConfig(Config):
     push_to_hub: str | None = None
 
     def __post_init__(self):
-        options = {name for name in vars(self) if getattr(self, name) is not None}
-        if {"format", "server"} <= options:
+        set_options = {name for name, value in vars(self).items() if value is not None}
+        if {"format", "server"} <= set_options:
             raise ValueError("`format` or `for` must be left out. Got both.")
         # The default is a model if the adapter is merge-aware, which is not known here.
         target = self.server or self.format or "peft"
-        self._check_source(options, target)
-        self._check_formats(options, target)
+        self._check_source(set_options, target)
+        self._check_formats(set_options, target)
 
-    def _check_source(self, options: set[str], target: str) -> None:
+    def _check_source(self, set_options: set[str], target: str) -> None:
         """Checks where the model, the adapter and the data come from."""
-        if self.run is None and (missing := {"model", "out"} - options):
+        if self.run is None and (missing := {"model", "out"} - set_options):
             names = " and ".join(f"`{name}`" for name in sorted(missing))
             raise ValueError(f"{names} must be given if `run` is not. Got None.")
         if self.step is not None and self.run is None:
             raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
-        if {"adapter", "run"} <= options:
+        if {"adapter", "run"} <= set_options:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
-        has_adapter = bool({"adapter", "run"} & options)
+        has_adapter = bool({"adapter", "run"} & set_options)
         needs_adapter = self.server is not None or target in get_args(AdapterFormat)
         if needs_adapter and not has_adapter:
             raise ValueError(
                 f"`adapter` or `run` must be given for {target}. Got none."
             )
         # The rows of `data` measure how merging changes the loss.
-        is_model = self.format in (None, *_TRAINED_BASES, *get_args(BaseFormat))
+        is_model = self.format in (None, *_MERGED_FORMATS, *get_args(PackedFormat))
         if self.data is not None and self.server is not None:
             raise ValueError(
                 "`data` must be left out with `for`. If the adapter is merged, pass "
@@ -224,19 +223,19 @@ class ExportConfig(Config):
         if self.out is None and not has_default_out:
             raise ValueError(f"`out` must be given for {target}. Got None.")
 
-    def _check_formats(self, options: set[str], target: str) -> None:
-        """Checks that the options exist for the target and fit each other."""
+    def _check_formats(self, set_options: set[str], target: str) -> None:
+        """Checks that the set options exist for the target and fit each other."""
         for name, formats in _FORMATS_OF_OPTIONS.items():
             is_server_option = self.server is not None and name in PACKING_OPTIONS
-            if name in options and target not in formats and not is_server_option:
+            if name in set_options and not (target in formats or is_server_option):
                 raise ValueError(
                     f"`{name}` must be left out unless the format is one of "
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
-        packing = [name for name in PACKING_OPTIONS if name in options]
+        packing = [name for name in PACKING_OPTIONS if name in set_options]
         if self.gguf_type == "Q4_0" and "scales" in packing:
             packing.remove("scales")  # Q4_0 does not say how scales are chosen
-        if self.gguf_type in GGUF_4_BITS and packing:
+        if self.gguf_type in GGUF_4_BIT_TYPES and packing:
             raise ValueError(
                 f"`{packing[0]}` must be left out with `gguf_type` {self.gguf_type}, "
                 f"which sets the number format. Got {getattr(self, packing[0])!r}."
@@ -251,7 +250,7 @@ class ExportConfig(Config):
                 "`gguf_type` must be Q4_0 with `calibrate`, because no scales are "
                 f"searched for other types. Got {self.gguf_type}."
             )
-        fmts = FMTS.get(target, get_args(Fmt))
+        fmts = FMTS_BY_FORMAT.get(target, get_args(Fmt))
         if self.fmt is not None and self.fmt not in fmts:
             raise ValueError(
                 f"`fmt` must be {' or '.join(fmts)} for {target}. Got {self.fmt!r}."

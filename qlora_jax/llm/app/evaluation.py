@@ -15,7 +15,7 @@ from ..train.objectives import find_objective
 from ..train.step import State
 from .merge_aware import pack_as_trained
 from .processes import is_first
-from .program import Program, make_put
+from .program import Program, make_batch_placer
 from .run import Run, make_eval_batches
 from .run_folder import ANSWERS, write_text
 
@@ -23,7 +23,7 @@ _EXTRA_TOKENS = 16  # how much longer an answer may be than the longest expected
 _SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer
 
 
-def sample(batches: list[Any], num_training_batches: int) -> list[Any]:
+def sample_batches(batches: list[Any], num_training_batches: int) -> list[Any]:
     """Returns the batches for evaluations during training; [] means all batches."""
     # One validation batch for each 100 training batches, and at least one. Ten such
     # evaluations add only a few percent to the time. The batches are spread evenly,
@@ -38,19 +38,23 @@ class Evaluation:
     """Evaluates an adapter on the validation rows of a run."""
 
     def __init__(self, run: Run, program: Program, base: PyTree, frozen: PyTree):
-        """Prepares the batches and the prompts. `frozen` is what the loss gets."""
+        """Prepares the batches and the prompts.
+
+        `frozen` is the second argument of a loss: the base, or the base and a teacher.
+        """
         config, self._tokenizer = run.config, run.tokenizer
         self._config, self._model = config, program.model
         self._base, self._frozen = base, frozen
         self._compute_means = make_means(program.eval_loss)
         self._path = run.folder / ANSWERS
         batches = make_eval_batches(config.training, run.data.valid)
-        self._batches = [*map(make_put(run.mesh), batches)]
+        self._batches = [*map(make_batch_placer(run.mesh), batches)]
         training = config.training
         num_training_batches = (training.steps or 0) * training.accumulation
         # The sample is empty if every evaluation uses all batches.
-        is_full = config.evaluation.eval_every or config.evaluation.keep_best
-        self._sample = [] if is_full else sample(self._batches, num_training_batches)
+        self._sample = []
+        if not (config.evaluation.eval_every or config.evaluation.keep_best):
+            self._sample = sample_batches(self._batches, num_training_batches)
         self._examples = run.data.valid_examples[: config.evaluation.eval_examples]
         self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
         max_new_tokens = config.evaluation.max_new_tokens
@@ -69,27 +73,27 @@ class Evaluation:
         evaluation._path = run.folder / ANSWERS
         return evaluation
 
-    def __call__(self, state: State, is_end: bool = False) -> dict[str, float]:
+    def __call__(self, state: State, is_full: bool = False) -> dict[str, float]:
         """Returns the losses, the perplexity and the share of exact answers.
 
-        Between the first and the last step, it may use only a sample of the batches.
-        If it generates answers, it also prints some of them on stderr.
+        Between the first and the last step, unless `is_full` is set, it may use only a
+        sample of the batches and generate no answers. Some answers are printed.
         """
-        numbers, step, config = {}, int(state.step), self._config
-        is_end = is_end or step in (0, config.training.steps)
+        metrics, step, config = {}, int(state.step), self._config
+        is_full = is_full or step in (0, config.training.steps)
         if self._sample:
             means = self._compute_means(self._frozen, state.lora, self._sample)
-            numbers |= {f"valid_sample_{name}": mean for name, mean in means.items()}
-        if is_end or not self._sample:
+            metrics |= {f"valid_sample_{name}": mean for name, mean in means.items()}
+        if is_full or not self._sample:
             means = self._compute_means(self._frozen, state.lora, self._batches)
-            numbers |= {f"valid_{name}": mean for name, mean in means.items()}
-            loss = numbers["valid_loss"]
+            metrics |= {f"valid_{name}": mean for name, mean in means.items()}
+            loss = metrics["valid_loss"]
             if find_objective(config.training.objective).is_cross_entropy:
                 # `math.exp` raises OverflowError above 709.8.
-                numbers["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        if self._examples and (is_end or config.evaluation.eval_every):
-            numbers["exact_match"] = self._evaluate_answers(state)
-        return numbers
+                metrics["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self._examples and (is_full or config.evaluation.eval_every):
+            metrics["exact_match"] = self._evaluate_answers(state)
+        return metrics
 
     def _evaluate_answers(self, state: State) -> float:
         """Returns the share of exact answers. Prints a few answers, and writes all."""
@@ -121,7 +125,7 @@ class Evaluation:
         tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar
 
     def _write(self, texts: list[str], key: str) -> None:
-        """Writes each answer as entry `key` of its row in the file.
+        """Writes the answers to a file with a row for each prompt, under `key`.
 
         If the file already has answers to the same rows, their other entries are kept,
         so that answers before and after training are side by side.

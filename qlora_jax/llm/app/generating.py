@@ -25,7 +25,7 @@ from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..models.torch_decoder import TorchConfig
 from ..train.answers import generate_answers
-from .base_model import open_adapted, read_as_trained
+from .base_model import open_model_and_adapters, read_as_trained
 from .configs import GenerateConfig
 from .merge_aware import note_packing
 from .row_settings import open_tokenizer_like_run
@@ -118,15 +118,15 @@ def generate(
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     # Everything is checked before the weights are read.
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model, adapters, options = open_adapted(config)
+    model, adapters, options = open_model_and_adapters(config)
     note_packing(model.lora)
     if isinstance(model.config, TorchConfig):
-        _check_torch(model.config)
+        _check_can_generate(model.config)
     tokenizer = open_tokenizer_like_run(config, model)[0]
     conversation = _Conversation(config, tokenizer)
-    rows, prompts = [], []
+    file_prompts, prompts = [], []
     if config.prompts is not None:
-        rows = _read_prompts(config, conversation, model.config.vocab_size)
+        file_prompts = _read_prompts(config, conversation, model.config.vocab_size)
     else:
         prompts = _open_prompts(config)
     is_typed = not isinstance(prompts, list)
@@ -142,23 +142,25 @@ def generate(
     results, write = [], write or (lambda text: None)
     for adapter, lora in (adapters or {None: model.lora}).items():
         adapted = stream.with_lora(lora)
-        if rows:
-            new = _answer_rows(config, conversation.tokenizer, rows, adapted)
+        if file_prompts:
+            answered = _answer_file(config, tokenizer, file_prompts, adapted)
         else:
             if adapter is not None:
                 write(f"{adapter}:\n")
             # Each adapter starts a new conversation.
-            conversation = _Conversation(config, conversation.tokenizer)
-            pairs = enumerate(prompts)
-            new = (conversation.answer(x, i, adapted, write) for i, x in pairs)
-        results += [dataclasses.replace(answer, adapter=adapter) for answer in new]
-    if rows:
+            conversation = _Conversation(config, tokenizer)
+            answered = (
+                conversation.answer(prompt, index, adapted, write)
+                for index, prompt in enumerate(prompts)
+            )
+        results += [dataclasses.replace(answer, adapter=adapter) for answer in answered]
+    if file_prompts:
         lines = "".join(map(_to_json_line, results))
         write_text(out, lines) if out else write(lines)
     return Generated(tuple(results))
 
 
-def _check_torch(config: TorchConfig) -> None:
+def _check_can_generate(config: TorchConfig) -> None:
     """Raises ValueError if a model in PyTorch's code cannot generate tokens."""
     if (problem := config.make_model().cached_model.problem()) is not None:
         raise ValueError(
@@ -209,11 +211,8 @@ class _Conversation:
 
         `index` is the number of the text or turn, which selects the random numbers.
         """
-        config, end_ids, start = (
-            self.config,
-            self.tokenizer.end_ids,
-            time.perf_counter(),
-        )
+        config, end_ids = self.config, self.tokenizer.end_ids
+        start = time.perf_counter()
         ids, pieces = self.encode(prompt), TextStream(self.tokenizer.decode)
         num_new, is_finished, text = 0, False, ""
         key = None  # greedy sampling without a key compiles two fewer programs
@@ -226,7 +225,7 @@ class _Conversation:
         limit = config.max_new_tokens
         with note_interrupt if is_typed else contextlib.nullcontext():
             for token in stream(ids, max_new_tokens=limit, eos_ids=end_ids, key=key):
-                if interrupts:  # keep what was generated so far
+                if interrupts:  # the tokens so far are the answer
                     break
                 num_new, is_finished = num_new + 1, token in end_ids
                 if not is_finished:
@@ -297,16 +296,17 @@ def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
             signal.signal(signal.SIGINT, old_handler or signal.SIG_DFL)
 
 
-_Prompt = tuple[str | list[Any], list[int]]  # a text or messages, and their tokens
+# A prompt of a file: a text or messages, and their tokens.
+_FilePrompt = tuple[str | list[Any], list[int]]
 
 
 def _read_prompts(
     config: GenerateConfig, conversation: _Conversation, vocab_size: int
-) -> list[_Prompt]:
+) -> list[_FilePrompt]:
     """Returns the prompts of a file; an error lists all rows that are wrong."""
     tokenizer = conversation.tokenizer
 
-    def convert_row(_: int, row: dict[str, Any]) -> _Prompt:
+    def convert_row(_: int, row: dict[str, Any]) -> _FilePrompt:
         value: Any = row.get("prompt", row.get("messages"))
         if conversation.is_chat or not isinstance(value, str):
             ids = _encode_messages(value, row, config.system, tokenizer)
@@ -333,7 +333,7 @@ def _encode_messages(
     values = {"messages": value, "system": row.get("system") or system}
     values |= {"tools": row.get("tools")}
     # Checks the messages, and separates the system message from the turns.
-    parts: Any = find_messages(Fields("messages", values, []), True)
+    parts: Any = find_messages(Fields("messages", values, []), is_chat=True)
     tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message of the row must not be an answer.")
@@ -352,10 +352,10 @@ def _check_ids(ids: list[int], prompt: object, vocab_size: int) -> list[int]:
     return ids
 
 
-def _answer_rows(
+def _answer_file(
     config: GenerateConfig,
     tokenizer: Tokenizer,
-    prompts: list[_Prompt],
+    prompts: list[_FilePrompt],
     stream: Stream,
 ) -> list[Answer]:
     """Returns the answers to the prompts of a file, generated in batches."""

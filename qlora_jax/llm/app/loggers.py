@@ -17,8 +17,8 @@ from .run_folder import LOG_ID, METRICS, write_text
 _PROJECT = "qlora-jax"
 _NOT_LOGGED = ("step", "is_compiled")
 
-LogRow = Callable[[Mapping[str, Any]], object]  # takes the metrics of a step
-LogStep = Callable[[Mapping[str, Any], int], object]  # takes numbers and their step
+LogRow = Callable[[Mapping[str, Any]], object]  # takes a row of metrics.jsonl
+LogStep = Callable[[Mapping[str, Any], int], object]  # takes metrics and their step
 
 
 def open_metrics(
@@ -32,43 +32,47 @@ def open_metrics(
 
 @contextlib.contextmanager
 def open_loggers(run: Run, resume_after: int | None) -> Iterator[LogRow]:
-    """Yields a function that logs the numbers of a step with all loggers of a run."""
+    """Yields a function that logs the metrics of a step, in the first process only."""
+    names = run.config.output.loggers if is_first() else []
     log_functions: list[LogStep] = []
     with contextlib.ExitStack() as stack:
         with all_or_none():
-            for name in (
-                run.config.output.loggers if is_first() else ()
-            ):  # one log per run
-                open_logger = _tensorboard if name == "tensorboard" else _wandb_like
+            for name in names:
+                is_tensorboard = name == "tensorboard"
+                open_logger = _open_tensorboard if is_tensorboard else _open_wandb_like
                 log_step = stack.enter_context(open_logger(name, run, resume_after))
                 log_functions.append(log_step)
 
         def log_row(row: Mapping[str, Any]) -> None:
-            numbers = {k: x for k, x in row.items() if k not in _NOT_LOGGED}
-            numbers = {k: x for k, x in numbers.items() if x is not None}
+            metrics = {k: x for k, x in row.items() if k not in _NOT_LOGGED}
+            metrics = {k: x for k, x in metrics.items() if x is not None}
             for log_step in log_functions:
-                log_step(numbers, row["step"])
+                log_step(metrics, row["step"])
 
         yield log_row
 
 
 @contextlib.contextmanager
-def _tensorboard(name: str, run: Run, resume_after: int | None) -> Iterator[LogStep]:
+def _open_tensorboard(
+    name: str, run: Run, resume_after: int | None
+) -> Iterator[LogStep]:
     from tensorboardX import SummaryWriter
 
     # Steps that a resumed run computes again are dropped from the earlier log.
     purge_step = None if resume_after is None else resume_after + 1
     with SummaryWriter(str(run.folder / name), purge_step=purge_step) as writer:
 
-        def log_step(numbers: Mapping[str, Any], step: int) -> None:
-            for key, number in numbers.items():
-                writer.add_scalar(key, number, step)
+        def log_step(metrics: Mapping[str, Any], step: int) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
 
         yield log_step
 
 
 @contextlib.contextmanager
-def _wandb_like(name: str, run: Run, resume_after: int | None) -> Iterator[LogStep]:
+def _open_wandb_like(
+    name: str, run: Run, resume_after: int | None
+) -> Iterator[LogStep]:
     """Opens W&B or trackio, which share an interface."""
     del resume_after  # both continue a run that has the same name
     path = run.folder / LOG_ID
@@ -86,7 +90,8 @@ def _wandb_like(name: str, run: Run, resume_after: int | None) -> Iterator[LogSt
     with contextlib.redirect_stdout(sys.stderr):
         try:
             init = importlib.import_module(name).init
-            # trackio ends a run that is still open in the same context.
+            # trackio ends a run that is still open in the same context, as other runs
+            # of a sweep are. Therefore, each run gets a context of its own.
             logger = contextvars.Context().run(init, project=_PROJECT, **settings)
         except Exception as error:  # each library has its own exceptions
             raise ValueError(

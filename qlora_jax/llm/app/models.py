@@ -12,7 +12,7 @@ from ..models.family import Family, UnsupportedOption
 from .configs import ModelsConfig
 
 # The config of a small model. It has the options that some families require; all others
-# have their defaults. A default of Gemma 4 must equal the size of the vocabulary.
+# have their defaults. `vocab_size` must equal an option of Gemma 4 with this default.
 _SMALL = {"vocab_size": 262_144, "hidden_size": 256, "intermediate_size": 64}
 _SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 32}
 _SMALL |= {"max_position_embeddings": 64, "num_experts_per_tok": 2}
@@ -24,7 +24,7 @@ _GGUF_OPTIONS: tuple[dict[str, object], ...] = (
     {"residual_multiplier": 0.5},
     {"sliding_window": None},
 )
-_CONTEXT = 1 << 20  # longer than windows, so that these have an effect
+_CONTEXT_LENGTH = 1 << 20  # longer than windows, so that these have an effect
 
 
 class _Published(NamedTuple):
@@ -215,7 +215,8 @@ def _find_fixed_options(family: Family) -> dict[str, object]:
 def _has_gguf(family: Family, options: dict[str, object]) -> bool:
     with warnings.catch_warnings(action="ignore"):  # about some rotary positions
         try:
-            gguf_architecture(family.read_config({**_SMALL, **options}), _CONTEXT)
+            config = family.read_config({**_SMALL, **options})
+            gguf_architecture(config, _CONTEXT_LENGTH)
         except ValueError:
             return False
     return True

@@ -59,7 +59,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     section: str | None = None  # of `--help`, for this option and the next ones
     limit: Limit | None = None
-    is_identity: bool = True  # whether a resumed run must have the same value
+    may_change: bool = False  # whether a resumed run may have another value
 
 
 def option(
@@ -69,7 +69,7 @@ def option(
     aliases: tuple[str, ...] = (),
     section: str | None = None,
     limit: Limit | None = None,
-    is_identity: bool = True,
+    may_change: bool = False,
 ) -> T:
     """Returns a field of a `Config`. A field with only a default needs no `option`.
 
@@ -80,11 +80,11 @@ def option(
         section: The title of the section of `--help` for this option and the options
             after it, up to the next `section`.
         limit: The values that the option accepts.
-        is_identity: Whether a resumed run must have the same value. Options that do not
-            affect the trained weights may change.
+        may_change: Whether a resumed run may have another value. This must not affect
+            the trained weights.
     """
     metadata: dict[str, object] = dict(name=name, aliases=aliases, section=section)
-    metadata |= dict(limit=limit, is_identity=is_identity)
+    metadata |= dict(limit=limit, may_change=may_change)
     if isinstance(default, dict | list):
         field: Any = dataclasses.field(default_factory=default.copy, metadata=metadata)
     else:
@@ -128,12 +128,13 @@ class Config:
         if missing := [f"`{name}`" for name in required if name not in values]:
             raise ValueError(f"{' and '.join(missing)} must be given.")
         groups = groups_of(cls)
+        # The fields of each group, and under "" those of the config itself.
         fields: dict[str, dict[str, Any]] = {name: {} for name in ("", *groups)}
         for name, value in values.items():
             group, _, field = options[name].path.rpartition(".")
             fields[group][field] = value
-        arguments = {name: groups[name](**fields[name]) for name in groups}
-        return cls(**arguments, **fields[""])
+        configs = {name: group(**fields[name]) for name, group in groups.items()}
+        return cls(**configs, **fields[""])
 
     @classmethod
     def resolve_names(cls, settings: Mapping[str, object]) -> dict[str, object]:
@@ -147,16 +148,16 @@ class Config:
         Raises:
             ValueError: If a name is unknown.
         """
-        names = {}
+        main_names = {}
         for option in options_of(cls).values():
             every_name = option.name, option.path, *option.aliases
-            names |= dict.fromkeys(every_name, option.name)
-        pairs = [*_flatten(cls, settings, names)]
-        if unknown := [key for key, _ in pairs if key not in names]:
+            main_names |= dict.fromkeys(every_name, option.name)
+        pairs = [*_flatten(cls, settings, main_names)]
+        if unknown := [key for key, _ in pairs if key not in main_names]:
             raise ValueError(
                 f"`settings` must be options of the command. Got {unknown}."
             )
-        return {names[key]: value for key, value in pairs}
+        return {main_names[key]: value for key, value in pairs}
 
     def to_settings(self) -> dict[str, Any]:
         """Returns the value of each option, by its name."""
@@ -193,9 +194,9 @@ def options_of(config_type: type[Config]) -> Mapping[str, Option]:
         if field.name in groups_of(config_type):
             for option in options_of(hints[field.name]).values():
                 path = f"{field.name}.{option.path}"
-                is_identity = field.metadata.get("is_identity", option.is_identity)
+                may_change = field.metadata.get("may_change", option.may_change)
                 options[option.name] = dataclasses.replace(
-                    option, path=path, is_identity=is_identity
+                    option, path=path, may_change=may_change
                 )
             continue
         default = field.default
@@ -224,39 +225,44 @@ def _read_help(config_type: type, field: str) -> str:
 
 
 def _flatten(
-    config_type: type[Config], settings: Mapping[str, object], names: Mapping[str, str]
+    config_type: type[Config],
+    settings: Mapping[str, object],
+    main_names: Mapping[str, str],
 ) -> Iterator[tuple[str, object]]:
-    """Yields settings and their values, with nested ones as "group.field"."""
+    """Yields settings and their values, with nested ones as "group.field".
+
+    `main_names` maps every name of an option to its main name.
+    """
     for key, value in settings.items():
         if key in groups_of(config_type) and isinstance(value, Mapping):
             nested = {f"{key}.{field}": x for field, x in value.items()}
             # `data` is both a group, and an option whose value may be a mapping. The
             # mapping is the group if all its keys are fields of the group.
-            hint = options_of(config_type)[names[key]].hint if key in names else None
-            is_group = dict not in {get_origin(member) for member in get_args(hint)}
-            if is_group or {*nested} <= {*names}:
+            name = main_names.get(key)
+            hint = None if name is None else options_of(config_type)[name].hint
+            may_be_value = dict in {get_origin(member) for member in get_args(hint)}
+            if not may_be_value or {*nested} <= {*main_names}:
                 yield from nested.items()
                 continue
         yield key, value
 
 
-def is_swept(hint: object) -> bool:
+def can_be_swept(hint: object) -> bool:
     """Returns whether an option of this type may have several values, for a sweep."""
     return get_args(hint) in ((float, list[float]), (int, list[int]))
 
 
-def check_swept(config: Config, name: str) -> None:
-    """Checks an option that may have a list of values, for a sweep.
+def normalize_swept(config: Config, name: str) -> None:
+    """Replaces a list of one value by the value, in an option that a sweep may vary.
 
-    Raises ValueError if the list is empty or has equal values. A list of one value is
-    replaced by the value.
+    Raises ValueError if the list is empty or has equal values.
     """
     value = getattr(config, name)
     if isinstance(value, list | tuple):
         option = options_of(type(config))[name]
         if not value or len({*value}) < len(value):
-            raise _wrong_value(option, value)
-        # A list with one value is not a sweep. The config is a frozen dataclass.
+            raise _value_error(option, value)
+        # `config` is a frozen dataclass, and is still being initialized.
         object.__setattr__(config, name, value[0] if len(value) == 1 else [*value])
 
 
@@ -264,16 +270,18 @@ def _convert_option(option: Option, value: object) -> Any:
     try:
         return convert(option.hint, value)
     except ValueError:
-        raise _wrong_value(option, value) from None
+        raise _value_error(option, value) from None
 
 
-def _wrong_value(option: Option, value: object) -> ValueError:
-    expected, shown = describe_type(option.hint), value
-    if is_swept(option.hint):
-        number_type = get_args(option.hint)[0].__name__
-        expected = f"of type {number_type}, or several different values separated by "
-        expected, shown = f"{expected}commas", repr(value)
-    return ValueError(f"`{option.name}` must be {expected}. Got {shown}.")
+def _value_error(option: Option, value: object) -> ValueError:
+    if can_be_swept(option.hint):
+        type_name = get_args(option.hint)[0].__name__
+        return ValueError(
+            f"`{option.name}` must be of type {type_name}, or several different values "
+            f"separated by commas. Got {value!r}."
+        )
+    expected = describe_type(option.hint)
+    return ValueError(f"`{option.name}` must be {expected}. Got {value}.")
 
 
 def convert(hint: Any, value: Any) -> Any:
@@ -281,13 +289,13 @@ def convert(hint: Any, value: Any) -> Any:
 
     Raises ValueError if the value does not have this type and cannot be converted.
     """
-    kind, parts = get_origin(hint) or hint, get_args(hint)
+    kind, type_args = get_origin(hint) or hint, get_args(hint)
     if kind in _UNIONS:
         # Most values are also valid as text, so the other types are tried first.
-        for member in sorted(parts, key=lambda member: member is str):
+        for member in sorted(type_args, key=lambda member: member is str):
             with suppress(ValueError):
                 return convert(member, value)
-    elif kind is Literal and value in parts:
+    elif kind is Literal and value in type_args:
         return value
     elif kind is types.NoneType and value in (None, "null"):
         return None
@@ -300,35 +308,39 @@ def convert(hint: Any, value: Any) -> Any:
         # Convert through text, because int("1.5") fails, but int(1.5) is 1.
         return kind(str(value))
     elif kind in (list, dict):
-        return _convert_items(kind, parts, value)
+        return _convert_items(kind, type_args, value)
     elif kind is str and isinstance(value, str | int | float | datetime.date):
         if not isinstance(value, bool):
             return str(value)
     raise ValueError
 
 
-def _convert_items(kind: type, parts: tuple[Any, ...], value: Any) -> Any:
+def _convert_items(kind: type, type_args: tuple[Any, ...], value: Any) -> Any:
     if isinstance(value, str) and value[:1] == ("[" if kind is list else "{"):
         import yaml
 
         with suppress(yaml.YAMLError):
             value = yaml.safe_load(value)
-    elif isinstance(value, str) and kind is list and parts[0] is not str:
+    elif isinstance(value, str) and kind is list and type_args[0] is not str:
         value = value.split(",")
     if kind is list and isinstance(value, list | tuple):
-        return [convert(parts[0], item) for item in value]
+        return [convert(type_args[0], item) for item in value]
     if kind is dict and isinstance(value, Mapping):
-        return {convert(parts[0], k): convert(parts[1], x) for k, x in value.items()}
+        return {
+            convert(type_args[0], k): convert(type_args[1], x) for k, x in value.items()
+        }
     raise ValueError
 
 
 def describe_type(hint: object) -> str:
     """Returns a type in words, such as "an integer", or its values: "a, b or c"."""
-    parts = get_args(hint)
-    if is_swept(hint):
-        return f"{_TYPE_NAMES[parts[0]]}, or several separated by commas"
+    type_args = get_args(hint)
+    if can_be_swept(hint):
+        return f"{_TYPE_NAMES[type_args[0]]}, or several separated by commas"
     if get_origin(hint) is Literal:
-        return " or ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+        return " or ".join(
+            [", ".join(type_args[:-1]), type_args[-1]] if type_args[1:] else type_args
+        )
     if get_origin(hint) in _UNIONS:
-        return " or ".join(describe_type(x) for x in parts if x is not type(None))
+        return " or ".join(describe_type(x) for x in type_args if x is not type(None))
     return _TYPE_NAMES.get(get_origin(hint) or hint, "")

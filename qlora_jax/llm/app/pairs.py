@@ -5,14 +5,15 @@ from typing import Any
 
 import qlora_jax as ql
 
-from .base_model import BaseModel, LoadOptions, open_config, training_load_options
+from .base_model import BaseModel, LoadOptions, open_model_for, training_load_options
 from .configs import ExportConfig, PairsConfig
 from .contents import format_table
-from .merge_aware import describe, fits_q4_0, packing_of
-from .servers import FMTS, SERVERS, Server
+from .merge_aware import Q4_0_BLOCK_SIZE, describe_packing, fits_q4_0, packing_of
+from .servers import FMTS_BY_FORMAT, SERVERS, Server
 
-AS_IS, MERGED = "as it is", "added to the base"
-NOT_RUN = "none"  # the form of a model that the server cannot run
+# Stand for formats of `export`: the base is not exported, the adapter is merged into
+# the base, or the server cannot run the model.
+AS_IS, MERGED, NOT_RUN = "as it is", "added to the base", "none"
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,12 @@ def pairs(config: PairsConfig) -> Pairs:
         ('gguf', True)
     """
     model, options = open_pair(config)
-    fmt, block_size = _find_packing(model, options)
+    fmt, block_size = _find_base_packing(model, options)
     packed = "float" if fmt is None else f"{fmt} in blocks of {block_size}"
     if (target := packing_of(model.lora)) is not None:
-        packed += f", with adapters that are merged and packed in {describe(target)}"
+        packed += (
+            f", with adapters that are merged and packed in {describe_packing(target)}"
+        )
     rows = (pair_for(server, model, options) for server in SERVERS.values())
     return Pairs(packed, tuple(rows))
 
@@ -104,16 +107,16 @@ def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, LoadOption
 
     An adapter that replaces weights is not read yet, since it needs the base's weights.
     """
-    model, _ = open_config(config)
+    model, _ = open_model_for(config)
     options = training_load_options(config, model)
-    return model if model.replaces_weights else model.with_adapter(), options
+    return model if model.replaces_weights else model.read_adapter(), options
 
 
-def _find_packing(
+def _find_base_packing(
     model: BaseModel, options: LoadOptions
 ) -> tuple[str, int] | tuple[None, None]:
     """Returns the format and block size of the base in training; None for floats."""
-    packing = options.get("packing") or model.stored_packing
+    packing = options.get("packing_config") or model.stored_packing
     return (None, None) if packing is None else (packing.fmt, packing.block_size)
 
 
@@ -127,7 +130,7 @@ def pair_for(
     base stays as it is if the server loads its files exactly, and is exported if not.
     If `tokenizer` is false, a GGUF file need not contain the tokenizer.
     """
-    fmt, block_size = _find_packing(model, options)
+    fmt, block_size = _find_base_packing(model, options)
     if server.floats == "gguf":
         # Imported late, because gguf takes long to import and few commands need it.
         from ..gguf.decoder_out import check_gguf_source
@@ -139,35 +142,34 @@ def pair_for(
     if (target := packing_of(model.lora)) is not None:
         return _pair_merged(server, model, target)
     problem = _find_adapter_problem(server, model, fmt)
-    form = server.floats if fmt is None else server.bases.get(fmt)
-    if not options and _is_read(server, model, fmt):
-        form = AS_IS
-    elif fmt is not None and form == "gguf" and block_size != 32:
-        # Q4_0 has blocks of 32.
-        form = None
-    if problem or form is None or server.adapter is None:
+    base = server.floats if fmt is None else server.bases.get(fmt)
+    if not options and _loads_exactly(server, model, fmt):
+        base = AS_IS
+    elif fmt is not None and base == "gguf" and block_size != Q4_0_BLOCK_SIZE:
+        base = None
+    if problem or base is None or server.adapter is None:
         problem = problem or f"it does not support {fmt} in blocks of {block_size}"
         why = f"{problem}: the sum is rounded"
         return Pair(server.name, server.floats, MERGED, False, why)
-    problem = _find_misreading(server, model, fmt, form)
+    difference = _find_difference(server, model, fmt, base)
     same = "the weights are" if fmt is None else "codes and scales are"
-    why = problem or f"{same} the same"
-    return Pair(server.name, form, server.adapter, problem is None, why)
+    why = difference or f"{same} the same"
+    return Pair(server.name, base, server.adapter, difference is None, why)
 
 
 def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:
     """Returns the format of the one file that a merge-aware adapter was trained for."""
-    form, reason = server.bases.get(packing.fmt), _find_4_bit_problem(server, model)
-    if form == "gguf" and not fits_q4_0(packing):
-        form = None
-    if form is not None and reason is None:
-        problem = _find_misreading(server, model, packing.fmt, form)
-        why = problem or "codes and scales are the same"
-        return Pair(server.name, form, MERGED, problem is None, why)
-    reason = reason or f"it does not support {describe(packing)}"
+    base, problem = server.bases.get(packing.fmt), _find_4_bit_problem(server, model)
+    if base == "gguf" and not fits_q4_0(packing):
+        base = None
+    if base is not None and problem is None:
+        difference = _find_difference(server, model, packing.fmt, base)
+        why = difference or "codes and scales are the same"
+        return Pair(server.name, base, MERGED, difference is None, why)
+    problem = problem or f"it does not support {describe_packing(packing)}"
     if server.floats == "gguf":  # would round the decoded weights to float16
-        return Pair(server.name, NOT_RUN, NOT_RUN, False, reason)
-    why = f"{reason}, but the decoded weights are the same"
+        return Pair(server.name, NOT_RUN, NOT_RUN, False, problem)
+    why = f"{problem}, but the decoded weights are the same"
     return Pair(server.name, server.floats, MERGED, True, why)
 
 
@@ -176,10 +178,11 @@ def _find_adapter_problem(
 ) -> str | None:
     """Returns why a server cannot load the adapter beside the base, or None."""
     adapters = ql.leaves_by_path(model.lora)
-    has_others = any(type(adapter) is not ql.LoRA for adapter in adapters.values())
+    is_plain = all(type(adapter) is ql.LoRA for adapter in adapters.values())
+    is_plain = is_plain and not model.replaces_weights
     if server.adapter is None:
         return "it does not support adapters"
-    if server.adapter != "peft" and (has_others or model.replaces_weights):
+    if server.adapter != "peft" and not is_plain:
         return "it supports only plain LoRA adapters"
     if fmt and (problem := _find_4_bit_problem(server, model)):
         return problem
@@ -195,32 +198,37 @@ def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
     return None
 
 
-def _is_read(server: Server, model: BaseModel, fmt: str | None) -> bool:
+def _loads_exactly(server: Server, model: BaseModel, fmt: str | None) -> bool:
     """Returns whether a server loads a model's files exactly, without an export."""
     method = model.quantization.get("quant_method", "float")
     if method not in server.reads:
         return False
-    raw = _read_config(model)
-    if server.needs_older_keys and ql.io.older_config_keys(raw):
+    config_json = _read_config_json(model)
+    if server.needs_older_keys and ql.io.older_config_keys(config_json):
         return False
     # Servers keep the float16 scales in MLX and GGUF files. They round those in other
     # files to the dtype of the model.
-    keeps_scales = fmt not in FMTS["awq"] or method in ("mlx", "gguf")
-    return keeps_scales or raw.get("dtype", raw.get("torch_dtype")) == "float16"
+    keeps_scales = fmt not in FMTS_BY_FORMAT["awq"] or method in ("mlx", "gguf")
+    dtype = config_json.get("dtype", config_json.get("torch_dtype"))
+    return keeps_scales or dtype == "float16"
 
 
-def _read_config(model: BaseModel) -> dict[str, object]:
+def _read_config_json(model: BaseModel) -> dict[str, object]:
     """Returns the `config.json` of a model; empty for a GGUF file."""
     return ql.io.read_config_json(model.path) if model.path.is_dir() else {}
 
 
-def _find_misreading(
-    server: Server, model: BaseModel, fmt: str | None, form: str
+def _find_difference(
+    server: Server, model: BaseModel, fmt: str | None, base: str
 ) -> str | None:
-    """Returns what a server rounds or computes differently from training, or None."""
-    if fmt is None and form == "gguf":
+    """Returns what a server rounds or computes differently from training, or None.
+
+    `base` is the format of the base, as in `Pair`.
+    """
+    if fmt is None and base == "gguf":
         return "weights are rounded to float16"
-    if fmt == "int4_f16" and form == "awq" and model.decoder.unit_offset_norms:
+    if fmt == "int4_f16" and base == "awq" and model.decoder.unit_offset_norms:
         return "it rounds scales to bfloat16, because Gemma overflows in float16"
-    misreads = server.misreads
-    return misreads and misreads(_read_config(model), model.decoder, fmt)
+    if server.find_difference is None:
+        return None
+    return server.find_difference(_read_config_json(model), model.decoder, fmt)

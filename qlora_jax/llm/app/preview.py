@@ -67,18 +67,18 @@ class _Sequence:
 
 def preview(run: Run) -> Preview:
     """Returns the first `run.config.output.preview` rows of the batches of a run."""
-    rows, number = [], 0
+    rows, num_rows = [], 0
     for batch in make_batches(run.config.training, run.data, num_epochs=1):
         for sequence in _split_batch(run, batch):
-            number += sequence.starts_row
-            if number > (run.config.output.preview or 0):
+            num_rows += sequence.starts_row
+            if num_rows > (run.config.output.preview or 0):
                 return Preview(tuple(rows))
             row = {
-                "name": f"row {number}{sequence.suffix}",
+                "name": f"row {num_rows}{sequence.suffix}",
                 "source": _find_source(run, sequence.ids),
                 "tokens": len(sequence.ids),
                 "targets": int(sequence.is_target.sum()),
-                "pieces": _cut(run.tokenizer, sequence.ids, sequence.is_target),
+                "pieces": _split_text(run.tokenizer, sequence.ids, sequence.is_target),
             }
             rows.append(row)
     return Preview(tuple(rows))
@@ -96,16 +96,16 @@ def _find_source(run: Run, ids: np.ndarray) -> str:
 
 def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
     is_packed, answers = run.config.training.packing, batch.answers
-    names = "chosen", "rejected"
+    is_labelled = find_objective(run.config.training.objective).rows == "labelled"
     for index, segments in enumerate(batch.segment_ids):
-        has_weight = batch.weights[index] != 0
+        has_target = batch.weights[index] != 0
         # Targets of bad answers have weight 0, but they are not 0 in `answers`, which
         # has the axes `[rows, sequences, targets]`.
         if answers is not None:
-            has_weight |= answers[index].any(axis=0)
+            has_target |= answers[index].any(axis=0)
         # `select` has the positions whose next token is a target.
         is_target = np.zeros(len(segments), bool)
-        is_target[batch.select[index, has_weight] + 1] = True
+        is_target[batch.select[index, has_target] + 1] = True
         for segment in range(1, segments.max() + 1):  # 0 is padding
             suffix = f", sequence {segment}" * is_packed
             starts_row, tokens = segment == 1, segments == segment
@@ -114,26 +114,28 @@ def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
                 # or, if packed, in one.
                 is_second = bool((segment - 1 if is_packed else index) % 2)
                 starts_row &= not is_second
-                if find_objective(run.config.training.objective).rows == "labelled":
+                if is_labelled and is_second:
+                    suffix += ", with the answer of another row"
+                elif is_labelled:
                     is_good = answers[index, segment - 1].max() > 0
-                    first = "good answer" if is_good else "bad answer"
-                    names = first, "with the answer of another row"
-                suffix += f", {names[is_second]}"
+                    suffix += ", good answer" if is_good else ", bad answer"
+                else:
+                    suffix += ", rejected" if is_second else ", chosen"
             yield _Sequence(
                 starts_row, suffix, batch.ids[index, tokens], is_target[tokens]
             )
 
 
-def _cut(
+def _split_text(
     tokenizer: Tokenizer, ids: np.ndarray, is_target: np.ndarray
 ) -> tuple[tuple[str, bool], ...]:
-    """Decodes tokens, and cuts their text where targets start and end."""
+    """Returns the pieces of a text, and whether the tokens of each are targets."""
     tokens = ids.tolist()
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     pieces, start = [], 0
     for cut in [*np.flatnonzero(np.diff(is_target)) + 1, len(ids)]:
-        # Decode from the first token: without the tokens before them, tokens may lose a
-        # space or a part of a character.
+        # All tokens up to the cut are decoded together, because tokens may lose a space
+        # or a part of a character without those before them.
         decoded = tokenizer.decode(tokens[:cut], skip_special_tokens=False)
         end = max(start, len(os.path.commonprefix([text, decoded])))
         pieces.append((text[start:end], bool(is_target[cut - 1])))

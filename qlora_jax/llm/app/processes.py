@@ -123,19 +123,19 @@ def check_shared(folder: pathlib.Path) -> None:
 class Stop(Callback):
     """The signal that asked a run to stop, if any. As a callback, it stops the run."""
 
-    received = 0  # the number of the first signal to this process; 0 for none
-    number = 0  # the largest `received` of all processes; set by `is_due`
+    local_number = 0  # the number of the first signal to this process; 0 for none
+    number = 0  # the largest `local_number` of all processes; set by `is_due`
 
     def is_due(self) -> bool:
         """Returns whether any process got a signal; all processes must call this."""
-        self.number = int(gather_numbers(self.received).max())
+        self.number = int(gather_numbers(self.local_number).max())
         return self.number > 0
 
     def on_step(self, training: Training) -> None:
         """Ends the run in all processes if one of them got a signal."""
         training.is_over |= self.is_due()
 
-    def end(self) -> None:
+    def raise_exception(self) -> None:
         """Raises KeyboardInterrupt for SIGINT, and SystemExit for SIGTERM."""
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -174,12 +174,12 @@ def catch_signals() -> Iterator[Stop]:
 
 
 def _watch(reader: int, stop: Stop) -> None:
-    """Notes the first signal, and ends the process at the second."""
+    """Records the first signal, and ends the process at the second."""
     while data := os.read(reader, 1):
         if (number := data[0]) not in _SIGNALS:
             continue
-        if stop.received:
+        if stop.local_number:
             os._exit(128 + number)
-        stop.received = number
+        stop.local_number = number
         name = signal.Signals(number).name
         log(f"\n{name}: the run stops after this step. Repeat the signal to stop now.")

@@ -32,10 +32,10 @@ from ..train.arrays import put_rows
 from ..train.loss_scale import LossScale
 from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
-from .base_model import BaseModel, adapters_for, init_shapes, packing_for
+from .base_model import BaseModel, init_shapes, lora_config_for, packing_config_for
 from .environment import fastest_dtype
 from .train_config import TrainConfig
-from .train_groups import OptimizerConfig
+from .train_groups import ModelConfig, OptimizerConfig
 
 
 class Program(NamedTuple):
@@ -61,27 +61,6 @@ def make_program(
     its own learning rate.
     """
 
-    def wrap_decoder(decoder: DecoderConfig | TorchConfig) -> Any:
-        if isinstance(decoder, TorchConfig):
-            return decoder.make_model(
-                dtype=jnp.dtype(config.model.dtype),
-                remat=bool(config.model.remat),
-                has_dropout=config.adapter.dropout > 0,
-                backend=backend,
-                has_packed_rows=config.training.packing,
-            )
-        module = Decoder(
-            decoder,
-            dtype=jnp.dtype(config.model.dtype),
-            remat=config.model.remat,
-            attention=config.model.attention,
-            stream_dtype=jnp.dtype(config.model.stream_dtype),
-            mlp_tile=config.model.mlp_tile,
-        )
-        # The wrapped module accepts packed parameters, and takes adapters from the
-        # collection `lora`.
-        return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
-
     def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
         return optimizers.make_optimizer(
             config.optimizer.name,
@@ -93,8 +72,13 @@ def make_program(
             offload=config.optimizer.offload_optimizer,
         )
 
-    model = wrap_decoder(decoder)
-    # The weight of the loss that balances the load of the experts.
+    model_options = {
+        "backend": backend,
+        "has_dropout": config.adapter.dropout > 0,
+        "has_packed_rows": config.training.packing,
+    }
+    model = _make_model(config.model, decoder, **model_options)
+    # The weight of the loss that balances the load of the experts in training.
     balance = 0.0 if decoder.experts is None else decoder.experts.balance
     objective = find_objective(config.training.objective)
     if balance and not objective.balances_experts:
@@ -106,7 +90,7 @@ def make_program(
     options = config.to_settings()
     settings = {name: options[name] for name in objective.settings}
     if teacher is not None:
-        settings["teacher"] = wrap_decoder(teacher)
+        settings["teacher"] = _make_model(config.model, teacher, **model_options)
     eval_loss = loss = objective.loss(model, **settings)
     if balance:
         loss = objective.loss(model, balance=balance, **settings)
@@ -118,15 +102,46 @@ def make_program(
     return Program(model, loss, eval_loss, optimizer, step)
 
 
+def _make_model(
+    settings: ModelConfig,
+    decoder: DecoderConfig | TorchConfig,
+    *,
+    backend: str | Sequence[str] | None,
+    has_dropout: bool,
+    has_packed_rows: bool,
+) -> Any:
+    """Returns the model, which accepts packed parameters and the collection `lora`."""
+    if isinstance(decoder, TorchConfig):
+        return decoder.make_model(
+            dtype=jnp.dtype(settings.dtype),
+            remat=bool(settings.remat),
+            has_dropout=has_dropout,
+            backend=backend,
+            has_packed_rows=has_packed_rows,
+        )
+    module = Decoder(
+        decoder,
+        dtype=jnp.dtype(settings.dtype),
+        remat=settings.remat,
+        attention=settings.attention,
+        stream_dtype=jnp.dtype(settings.stream_dtype),
+        mlp_tile=settings.mlp_tile,
+    )
+    return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
+
+
 def resolve_dtype(dtype: str, platform: str) -> str:
-    """Returns a dtype, or for "auto" the fastest one on a platform of JAX."""
+    """Returns `dtype`, or if it is "auto", the fastest dtype on a platform of JAX."""
     return fastest_dtype(platform) if dtype == "auto" else dtype
 
 
 def make_schedule(
     settings: OptimizerConfig, steps: int | None, learning_rate: Any
 ) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the step, with the given peak."""
+    """Returns the learning rate as a function of the step; `learning_rate` is its peak.
+
+    `steps` is None only in settings that `make_run` has not completed.
+    """
     return optimizers.make_schedule(
         settings.schedule,
         learning_rate,
@@ -143,14 +158,14 @@ def make_loss_scale(dtype: str) -> LossScale | None:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
-    """Returns a mesh of all devices; None without sizes."""
+    """Returns a mesh of all devices; None if there are no sizes."""
     if not sizes:
         return None
     if (count := math.prod(sizes.values())) != len(devices):
-        described = ",".join(f"{name}={size}" for name, size in sizes.items())
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"`mesh` must have {len(devices)} devices, which is the number available. "
-            f"Got {count}: {described}."
+            f"Got {count}: {text}."
         )
     return _make_auto_mesh(sizes, devices)
 
@@ -161,13 +176,13 @@ def _make_auto_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> 
     return jax.make_mesh(shape, axes, axis_types=types, devices=devices)
 
 
-def make_place(
+def make_placer(
     config: DecoderConfig | TorchConfig,
     mesh: Mesh | None,
     memory: Literal["device", "host"],
     devices: Sequence[Any] | None = None,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
-    """Returns a function that puts base and lora on the mesh, or on one device."""
+    """Returns a function that puts a base and a lora tree on the mesh or the device."""
     if mesh is None and memory == "device":
         return lambda base, lora: (base, lora)  # already on the device
     # Arrays in host memory need shardings, so a single device gets a mesh of its own.
@@ -183,8 +198,8 @@ def make_place(
     return place
 
 
-def make_put(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
-    """Returns a function that splits a batch's rows over the axes `data` and `fsdp`.
+def make_batch_placer(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
+    """Returns a function that puts a batch on the mesh, split by rows.
 
     Each process has the full batch, so the number of processes does not change results.
     """
@@ -205,21 +220,22 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
 
-    With preferences, the batch has two sequences for each row of data, so twice as many
-    rows. All its tokens are targets. If the devices are from
+    With preferences, the batch has twice as many rows: two sequences for each row of
+    data. All its tokens are targets. If the devices are from
     `jax.experimental.topologies`, `backend` must be set.
     """
     mesh = make_mesh(config.devices.mesh_sizes, devices)
-    place = make_place(model.config, mesh, config.model.base_memory, devices[:1])
+    place = make_placer(model.config, mesh, config.model.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
     dtype = resolve_dtype(config.model.dtype, devices[0].platform)
     config = config.replace(dtype=dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing = packing_for(config.model, model, "nf4")
-    if packing is not None:
-        base, _ = init_shapes(base, packing)
-    adapters = adapters_for(config.adapter, model, packing, config.model.scales)
-    base, lora = place(*init_shapes(base, adapters))
+    packing_config = packing_config_for(config.model, model, "nf4")
+    if packing_config is not None:
+        base, _ = init_shapes(base, packing_config)
+    scales = config.model.scales
+    lora_config = lora_config_for(config.adapter, model, packing_config, scales)
+    base, lora = place(*init_shapes(base, lora_config))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
@@ -238,10 +254,12 @@ def lower_step(
     def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
 
-    tokens = batch_array(jnp.int32, num_rows, width)
-    weights = batch_array(jnp.float32, num_rows, width)
-    has_answers = num_sequences > 1
-    answers = batch_array(jnp.float32, num_rows, 1, width) if has_answers else None
-    arrays: Any = (*[tokens] * 5, weights, answers)  # shapes instead of arrays
+    integers = ("ids", "segment_ids", "positions", "select", "targets")
+    arrays: dict[str, Any] = dict.fromkeys(
+        integers, batch_array(jnp.int32, num_rows, width)
+    )
+    arrays["weights"] = batch_array(jnp.float32, num_rows, width)
+    if num_sequences > 1:
+        arrays["answers"] = batch_array(jnp.float32, num_rows, 1, width)
     with nullcontext() if mesh is None else set_mesh(mesh):
-        return program.step.lower(state, base, Batch(*arrays))
+        return program.step.lower(state, base, Batch(**arrays))

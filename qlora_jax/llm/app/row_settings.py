@@ -9,12 +9,13 @@ from ..data.dataset import read_rows
 from ..data.encode import Row
 from ..data.readers import describe_path
 from ..train.objectives import find_objective
-from .base_model import BaseModel, runs_of
+from .base_model import BaseModel, run_configs_of
 from .configs import ExportConfig, GenerateConfig, ScoreConfig
 from .train_config import TrainConfig
 from .train_groups import DataConfig
 
-AdaptedConfig = ScoreConfig | ExportConfig | GenerateConfig
+# The configs of commands that read text for an adapter.
+ConfigWithRows = ScoreConfig | ExportConfig | GenerateConfig
 
 
 def read_rows_like_run(
@@ -39,12 +40,12 @@ def read_rows_like_run(
 
 
 def open_tokenizer_like_run(
-    config: AdaptedConfig, model: BaseModel
+    config: ConfigWithRows, model: BaseModel
 ) -> tuple[Tokenizer, DataConfig]:
     """Returns the tokenizer of a model, and the settings with which rows are read.
 
-    Both are as in the adapter's run, unless options of the config say otherwise. Only
-    `generate` uses today's date instead of the run's, as a server will.
+    Both are as in the adapter's run, unless the config sets other values. However,
+    `generate` uses today's date instead of the run's, as a server does.
     """
     settings = _row_settings(config)
     check_template(settings.template)
@@ -60,8 +61,8 @@ def check_template(template: str | None) -> None:
         raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
 
 
-def _row_settings(config: AdaptedConfig) -> DataConfig:
-    """Returns the settings of the adapter's run, with those that the config has.
+def _row_settings(config: ConfigWithRows) -> DataConfig:
+    """Returns the settings of the adapter's run, replaced by those that `config` sets.
 
     Several adapters read the same rows, so their runs must agree on the settings that
     the config leaves out. The date is that of the first run.
@@ -70,9 +71,10 @@ def _row_settings(config: AdaptedConfig) -> DataConfig:
     is_generate = isinstance(config, GenerateConfig)
     names = ("template",) if is_generate else ("template", "train_on", "keys", "chat")
     options = {name: getattr(config, name, None) for name in names}
-    given = {name: value for name, value in options.items() if value is not None}
-    runs = [_settings_of(run) for run in runs_of(config.adapter, config.run)]
-    for name in options.keys() - given.keys():
+    set_options = {name: value for name, value in options.items() if value is not None}
+    run_configs = run_configs_of(config.adapter, config.run)
+    runs = [_row_settings_of_run(run_config) for run_config in run_configs]
+    for name in options.keys() - set_options.keys():
         values = {str(getattr(settings, name)) for settings in runs}
         if len(values) > 1:
             raise ValueError(
@@ -80,11 +82,11 @@ def _row_settings(config: AdaptedConfig) -> DataConfig:
                 f"ones. Got none, and runs with {' and '.join(sorted(values))}."
             )
     settings = runs[0] if runs else DataConfig(path="")
-    return dataclasses.replace(settings, **given)
+    return dataclasses.replace(settings, **set_options)
 
 
-def _settings_of(run: TrainConfig) -> DataConfig:
-    if find_objective(run.training.objective).rows == "texts":
-        return run.data
+def _row_settings_of_run(config: TrainConfig) -> DataConfig:
+    if find_objective(config.training.objective).rows == "texts":
+        return config.data
     # The rows of preferences have other keys and targets than those that are read here.
-    return dataclasses.replace(run.data, keys={}, train_on=DataConfig.train_on)
+    return dataclasses.replace(config.data, keys={}, train_on=DataConfig.train_on)

@@ -28,18 +28,18 @@ from ..train.arrays import describe_changes
 from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import (
     BaseModel,
-    adapters_for,
     init_shapes,
+    lora_config_for,
     open_model,
-    packing_for,
+    packing_config_for,
 )
 from .options import options_of
 from .processes import is_first, log
-from .program import make_mesh, make_place, make_schedule, resolve_dtype
+from .program import make_mesh, make_placer, make_schedule, resolve_dtype
 from .pushing import check_base, push
 from .row_settings import check_template
 from .run_folder import CONFIG, FAILED, read_run_config
-from .starting import read_start
+from .starting import read_initial_lora
 from .train_config import TrainConfig
 from .train_groups import LOGGERS, ModelConfig, TrainingConfig
 
@@ -54,16 +54,17 @@ class Run:
     config: TrainConfig  # with the settings that the model or the data decide
     model: BaseModel  # with shapes instead of parameters
     # How to pack kernels while they are read; None to use them as they are stored.
-    packing: ql.QLoRAConfig | None
-    adapters: ql.QLoRAConfig
+    packing_config: ql.QLoRAConfig | None
+    lora_config: ql.QLoRAConfig  # the adapters to create
     tokenizer: Tokenizer
     data: Dataset
-    stamp: dict[str, Any]  # what must be the same when the run is resumed
+    stamp: dict[str, Any]  # what must be the same when the run is resumed, as JSON
     mesh: Mesh | None  # None for one device
-    place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # puts trees on devices
+    # Puts a base and a lora tree on the devices.
+    place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
     folder: pathlib.Path
     teacher: BaseModel | None  # for an objective that uses one
-    start: PyTree | None  # the adapter to start from, of the kind that is trained
+    initial_lora: PyTree | None  # the adapters to start from, if they are not new
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
@@ -86,49 +87,51 @@ def make_run(config: TrainConfig, today: str) -> Run:
         check_base(model.name)
         if is_first():
             push(config.output.push_to_hub)  # fails now rather than after training
-    packing = packing_for(config.model, model, fmt)
-    if packing is None:
+    packing_config = packing_config_for(config.model, model, fmt)
+    if packing_config is None:
         _check_unpacked(config.model, config.adapter.merge_aware, model)
-    adapters = adapters_for(config.adapter, model, packing, config.model.scales)
-    start = None
+    # The adapters.
+    lora_config = lora_config_for(
+        config.adapter, model, packing_config, config.model.scales
+    )
+    initial_lora = None
     if config.adapter.path is not None:
-        start, alpha = read_start(config.adapter, model, adapters)
+        initial_lora, alpha = read_initial_lora(config.adapter, model, lora_config)
         config = config.replace(lora_alpha=alpha)
-        adapters = dataclasses.replace(adapters, alpha=alpha)
+        lora_config = dataclasses.replace(lora_config, alpha=alpha)
     mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
-    _check_model_fits(model, adapters, packing, mesh)
+    _check_model_fits(model, lora_config, packing_config, mesh)
     # A resumed run keeps the dtype and the date of its start.
-    folder = pathlib.Path(config.output.out)
-    date = config.data.date
-    if config.output.resume:
-        start_config = read_run_config(folder / CONFIG)
-        date = date or start_config.data.date
-        if config.model.dtype == "auto":
-            config = config.replace(dtype=start_config.model.dtype)
-    date = date or today
-    dtype = resolve_dtype(config.model.dtype, jax.default_backend())
-    now = datetime.datetime.fromisoformat(str(date))
+    folder, dtype = pathlib.Path(config.output.out), config.model.dtype
+    saved = read_run_config(folder / CONFIG) if config.output.resume else config
+    if dtype == "auto":
+        dtype = resolve_dtype(saved.model.dtype, jax.default_backend())
+    date = config.data.date or saved.data.date or today
+    # The data.
+    now = datetime.datetime.fromisoformat(date)
     tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)
-    teacher = _open_teacher(config.training, model, packing, tokenizer)
+    teacher = _open_teacher(config.training, model, packing_config, tokenizer)
     if teacher is not None:  # raises if the mesh cannot split its weights
-        make_place(teacher.config, mesh, "device")(teacher.base, {})
+        make_placer(teacher.config, mesh, "device")(teacher.base, {})
     data = _read_data(config, tokenizer, model)
     # The settings that depend on the data or on the model.
     config = config.replace(model=model.name, fmt=fmt, dtype=dtype, date=date)
-    config = _resolve(config, data, None if packing else model.stored_packing)
+    config = _complete_settings(
+        config, data, None if packing_config else model.stored_packing
+    )
     return Run(
         config,
         model,
-        packing,
-        adapters,
+        packing_config,
+        lora_config,
         tokenizer,
         data,
         stamp=_make_stamp(config, model, data, teacher),
         mesh=mesh,
-        place=make_place(model.config, mesh, config.model.base_memory),
+        place=make_placer(model.config, mesh, config.model.base_memory),
         folder=folder,
         teacher=teacher,
-        start=start,
+        initial_lora=initial_lora,
     )
 
 
@@ -158,7 +161,7 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> D
 def _open_teacher(
     settings: TrainingConfig,
     model: BaseModel,
-    packing: ql.QLoRAConfig | None,
+    packing_config: ql.QLoRAConfig | None,
     tokenizer: Tokenizer,
 ) -> BaseModel | None:
     """Returns the teacher, or None if the objective uses none.
@@ -170,21 +173,23 @@ def _open_teacher(
     if not find_objective(settings.objective).uses_teacher:
         return None
     if name is None:
-        if packing is None or model.stored_fmt is not None:
+        if packing_config is None or model.stored_fmt is not None:
             raise ValueError(
                 "`teacher` must be given unless training packs a float model, from "
                 "whose weights the packed model then learns. Got none."
             )
         return model
     teacher = open_model(name)
-    size, vocab_size = (x.config.vocab_size for x in (teacher, model))
-    difference = f"{size:,} tokens instead of {vocab_size:,}"
-    if size == vocab_size:
+    size, vocab_size = teacher.config.vocab_size, model.config.vocab_size
+    if size != vocab_size:
+        difference = f"{size:,} tokens instead of {vocab_size:,}"
+    else:
         vocabulary = tokenizer.inner.get_vocab().items()
-        others = open_tokenizer(teacher.path).inner.get_vocab().items() ^ vocabulary
-        difference = f"other ids for {len({token for token, _ in others}):,} tokens"
-        if not others:
+        teacher_vocabulary = open_tokenizer(teacher.path).inner.get_vocab().items()
+        tokens = {token for token, _ in vocabulary ^ teacher_vocabulary}
+        if not tokens:
             return teacher
+        difference = f"other ids for {len(tokens):,} tokens"
     raise ValueError(
         f"`teacher` must have the vocabulary of the model. Got {name!r} with "
         f"{difference}."
@@ -241,11 +246,19 @@ def has_flash_attention(capability: str) -> bool:
 
 
 def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> TrainConfig:
-    """Returns the settings of a run in PyTorch's code.
+    """Checks the settings of a run in PyTorch's code, and adapts them to the model."""
+    _check_torch_settings(config, torch_config)
+    if config.evaluation.eval_examples:
+        problem = torch_config.make_model().cached_model.problem()
+        if problem is not None:
+            log(f"note: no answers to validation rows are generated. {problem}")
+            config = config.replace(eval_examples=0)
+    return config.replace(engine="torch")
 
-    Raises ValueError if an option has a value that is not supported there.
-    """
-    model, objective = config.model, config.training.objective
+
+def _check_torch_settings(config: TrainConfig, torch_config: TorchConfig) -> None:
+    """Raises ValueError if PyTorch's code does not support the value of an option."""
+    model = config.model
     no_teacher = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
     # The value of each option, the supported values, and why there are no others.
     requirements = {
@@ -268,7 +281,7 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
             "`export` writes no 4-bit files of these models",
         ),
         "objective": (
-            objective,
+            config.training.objective,
             no_teacher,
             "the loss with a teacher needs the head of our decoder",
         ),
@@ -280,20 +293,12 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
         if value not in allowed
     ]:
         raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
-    packing_problem = (
-        torch_config.packing_problem() if config.training.packing else None
-    )
-    if packing_problem is not None:
+    problem = torch_config.packing_problem() if config.training.packing else None
+    if problem is not None:
         raise ValueError(
             f"`packing` must be false for {torch_config.class_name}, because "
-            f"{packing_problem}. Got true."
+            f"{problem}. Got true."
         )
-    if config.evaluation.eval_examples:
-        problem = torch_config.make_model().cached_model.problem()
-        if problem is not None:
-            log(f"note: no answers to validation rows are generated. {problem}")
-            config = config.replace(eval_examples=0)
-    return config.replace(engine="torch")
 
 
 def _check_unpacked(
@@ -315,18 +320,17 @@ def _check_unpacked(
 
 def _check_model_fits(
     model: BaseModel,
-    adapters: ql.QLoRAConfig,
-    packing: ql.QLoRAConfig | None,
+    lora_config: ql.QLoRAConfig,
+    packing_config: ql.QLoRAConfig | None,
     mesh: Mesh | None,
 ) -> None:
-    base, lora = init_shapes(model.base, adapters)
-    if not adapters.merge_aware:
-        # Raises if PEFT does not support the adapters.
+    """Raises an error if PEFT or the mesh does not support the model."""
+    base, lora = init_shapes(model.base, lora_config)
+    if not lora_config.merge_aware:  # PEFT does not load merge-aware adapters anyway
         ql.io.peft_config(base, lora, model.names)
-    if packing is not None:
-        base, _ = init_shapes(model.base, packing)
-    # Raises if the mesh cannot split the weights.
-    make_place(model.config, mesh, "device")(base, {})
+    if packing_config is not None:
+        base, _ = init_shapes(model.base, packing_config)
+    make_placer(model.config, mesh, "device")(base, {})
 
 
 def make_batches(
@@ -354,13 +358,15 @@ def make_eval_batches(settings: TrainingConfig, rows: Sequence[Row]) -> list[Bat
     )
 
 
-def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainConfig:
+def _complete_settings(
+    config: TrainConfig, data: Dataset, stored_packing: Any
+) -> TrainConfig:
     """Returns the settings, with values for those that were left unset.
 
     `stored_packing` is the packing of the model's files if the model is used as it is
     stored. It is None if training packs the model, or if the model is in float.
     """
-    steps, warmup, model = config.training.steps, config.optimizer.warmup, config.model
+    steps, warmup = config.training.steps, config.optimizer.warmup
     if steps is None:
         if not config.data.stream:  # counting batches need not load their images
             rows = [row._replace(images=None) for row in data.train]
@@ -375,9 +381,9 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
         make_eval_batches(config.training, text_rows)
     # `QLoRAConfig` replaces unset values by the defaults of the format.
     packing = stored_packing or ql.QLoRAConfig(
-        fmt=None if model.fmt == "none" else model.fmt,
-        block_size=model.block_size,
-        double_quant=model.double_quant,
+        fmt=None if config.model.fmt == "none" else config.model.fmt,
+        block_size=config.model.block_size,
+        double_quant=config.model.double_quant,
     )
     resolved = config.replace(
         steps=steps,
@@ -396,17 +402,17 @@ def _resolve(config: TrainConfig, data: Dataset, stored_packing: Any) -> TrainCo
 # Runs of a sweep
 
 
-def members_of(config: TrainConfig) -> list[TrainConfig]:
-    """Returns the settings of each run of a sweep.
+def member_configs(config: TrainConfig) -> list[TrainConfig]:
+    """Returns the settings of each run of a sweep; without one, those of the run.
 
     Runs that failed are left out when the others are resumed.
     """
     if not config.is_sweep:
         return [config]
-    lists = {name: x for name, x in config.swept.items() if isinstance(x, list)}
+    swept = {name: x for name, x in config.sweepable.items() if isinstance(x, list)}
     members = []
-    for values in itertools.product(*lists.values()):
-        settings = dict(zip(lists, values, strict=True))
+    for values in itertools.product(*swept.values()):
+        settings = dict(zip(swept, values, strict=True))
         name = "_".join(f"{key}={value}" for key, value in settings.items())
         out = pathlib.Path(config.output.out) / name
         if not (config.output.resume and (out / FAILED).is_file()):
@@ -420,8 +426,8 @@ def make_sibling(run: Run, config: TrainConfig) -> Run:
     """Returns the run of another member of the sweep, with the same model and data."""
     return dataclasses.replace(
         run,
-        config=run.config.replace(out=config.output.out, **config.swept),
-        stamp=run.stamp | config.swept,
+        config=run.config.replace(out=config.output.out, **config.sweepable),
+        stamp=run.stamp | config.sweepable,
         folder=pathlib.Path(config.output.out),
     )
 
@@ -440,15 +446,15 @@ def _make_stamp(
     stamp = {
         name: value
         for name, value in config.to_settings().items()
-        if options[name].is_identity and value is not None
+        if not options[name].may_change and value is not None
     }
     if config.optimizer.schedule == "constant":
         del stamp["steps"]  # without decay, a resumed run may have more steps
     # Settings that only other objectives use have no effect. States of version 0.2 lack
     # them, and also the default objective.
     objective = find_objective(config.training.objective)
-    settings_of_objectives = {y for x in OBJECTIVES.values() for y in x.settings}
-    for name in settings_of_objectives - {*objective.settings}:
+    names = {name for x in OBJECTIVES.values() for name in x.settings}
+    for name in names - {*objective.settings}:
         stamp.pop(name, None)
     if objective.name == TrainingConfig.objective:
         del stamp["objective"]
@@ -471,7 +477,9 @@ def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> N
     # A state from an earlier version lacks the options that were added since. It was
     # trained with what are now their defaults.
     options = options_of(TrainConfig).values()
-    defaults = {option.name: option.default for option in options if option.is_identity}
+    defaults = {
+        option.name: option.default for option in options if not option.may_change
+    }
     saved, now = defaults | {**saved}, defaults | {**now}
     if differences := describe_changes(saved, now, _describe_value, missing="not set"):
         raise ValueError(

@@ -22,7 +22,7 @@ def is_run(folder: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
+def open_run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     """Yields the locked folder of a run; deletes it if it is new and stays empty."""
     if "://" in out:  # pathlib would take it for a path in the current folder
         raise ValueError(
@@ -31,7 +31,7 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder. Got the file {folder}.")
-    is_new = not folder.exists()  # leave nothing behind if a check fails
+    is_new = not folder.exists()  # then it is deleted if a check fails
     has_config = (folder / CONFIG).is_file()
     if resume and not has_config:
         raise ValueError(
@@ -41,8 +41,9 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     try:
         with _lock(folder):
             if not resume and any(folder.iterdir()):
-                contents = "a run. Use `--resume` to continue it"
-                contents = contents if has_config else "other files"
+                contents = "other files"
+                if has_config:
+                    contents = "a run. Use `--resume` to continue it"
                 raise ValueError(
                     f"`out` must be new or empty. Got {folder}, which has {contents}."
                 )
@@ -55,9 +56,9 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
-    # The system releases the lock when the process ends, even if it is killed.
-    import fcntl
+    import fcntl  # not on Windows
 
+    # The system releases the lock when the process ends, even if it is killed.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -96,50 +96,57 @@ class TrainResult:
         return "\n".join([*lines, f"the adapter{step} is in {self.adapter}"])
 
 
-def finish(
+def write_results(
     run: Run,
     base: PyTree,
     teacher: PyTree | None,
     state: State,
-    best: Mapping[str, float],
+    best_metrics: Mapping[str, float],
 ) -> TrainResult:
     """Writes the results in process 0, and returns them in all processes.
 
-    `state` has the adapter to write. If that is the best adapter, `best` has its step
-    and those metrics that differ from the last row of metrics. Otherwise it is empty.
+    `state` has the adapter to write. If it is that of the best step, `best_metrics` has
+    this step, and the metrics that differ from those of the last step. Otherwise it is
+    empty.
     """
     lora = gather(state.lora)  # on a mesh, all processes must call this
     if is_first():
         state = state._replace(lora=lora)
         sizes = memory_of(base, state.lora, state.opt_state, teacher)
-        _write_results(run, base, sizes, state, best)
+        rows, model = read_metrics(run.folder / METRICS), run.config.model
+        result = _make_result(run.config.output.out, rows, sizes, state, best_metrics)
+        result = dataclasses.replace(result, source=run.model.source)
+        save_adapter(
+            run.folder / "adapter",
+            base,
+            state.lora,
+            run.model.names,
+            base_model=model.path,
+            revision=run.model.revision,
+            card=_make_card(run, result),
+        )
+        title = f"{pathlib.Path(model.path).name}, {model.fmt}"
+        plot_loss(rows, run.folder / "loss.png", title)
+        _write_json(run.folder / RESULT, result)
     broadcast_text()  # a barrier: the file is complete
     return TrainResult(**json.loads((run.folder / RESULT).read_text("utf-8")))
 
 
-def _write_results(
-    run: Run,
-    base: PyTree,
-    sizes: Mapping[str, int],
-    state: State,
-    best: Mapping[str, float],
-) -> None:
-    config, folder, data = run.config, run.folder, run.data
-    rows = read_metrics(folder / METRICS)
-    result = _make_result(config.output.out, rows, sizes, state, best)
-    result = dataclasses.replace(result, source=run.model.source)
+def _make_card(run: Run, result: TrainResult) -> str:
+    config, data = run.config, run.data
     name = pathlib.Path(config.model.path).name
     datasets = [pathlib.Path(path).name for path in find_weights(config.data.path)]
     settings = config.to_settings()
-    best_step = {"best step": best["best_step"]} if "best_step" in best else {}
-    card = model_card(
+    teacher = {} if run.teacher is None else {"teacher": run.teacher.source}
+    best_step = {} if result.best_step is None else {"best step": result.best_step}
+    return model_card(
         config.model.path,
         title=f"{name}, fine-tuned on {' and '.join(datasets)}",
         # The stamp leaves out paths and settings that do not affect the adapter.
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
-            **({} if run.teacher is None else {"teacher": run.teacher.source}),
+            **teacher,
             "data": config.data.path,
             "hash of the tokens": run.stamp["data"],  # identifies the data set
             "kind of rows": data.kind,
@@ -157,17 +164,6 @@ def _write_results(
         },
         is_merge_aware=config.adapter.merge_aware,
     )
-    save_adapter(
-        folder / "adapter",
-        base,
-        state.lora,
-        run.model.names,
-        base_model=config.model.path,
-        revision=run.model.revision,
-        card=card,
-    )
-    plot_loss(rows, folder / "loss.png", f"{name}, {config.model.fmt}")
-    _write_json(folder / RESULT, result)
 
 
 def _make_result(
@@ -175,7 +171,7 @@ def _make_result(
     rows: list[dict[str, Any]],
     sizes: Mapping[str, int],
     state: State,
-    best: Mapping[str, float],
+    best_metrics: Mapping[str, float],
 ) -> TrainResult:
     steps = [row for row in rows if row["step"]]  # step 0 is only an evaluation
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
@@ -184,7 +180,7 @@ def _make_result(
     seconds = [row["seconds"] for row in timed]
     initial = rows[0] if rows and not rows[0]["step"] else {}
     # The numbers of the best adapter replace those of the last step.
-    last = {**(rows[-1] if rows else {}), **best}
+    last = {**(rows[-1] if rows else {}), **best_metrics}
     return TrainResult(
         out=out,
         adapter=str(pathlib.Path(out) / "adapter"),
@@ -259,7 +255,7 @@ def note_failure(run: Run, error: FloatingPointError) -> None:
         write_text(run.folder / FAILED, f"{error}\n")
 
 
-def finish_sweep(
+def write_sweep_results(
     config: TrainConfig, runs: Sequence[Run], results: Sequence[TrainResult | None]
 ) -> SweepResult:
     """Copies the best adapter, plots the losses and writes the results of a sweep."""

@@ -16,12 +16,12 @@ from ..models.torch_decoder import TorchConfig
 from ..train.means import make_mean_loss
 from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
-from .base_model import BaseModel, open_adapted, read_as_trained
+from .base_model import BaseModel, open_model_and_adapters, read_as_trained
 from .configs import ScoreConfig
 from .merge_aware import note_packing
 from .row_settings import read_rows_like_run
 
-BATCH_TOKENS = 1024  # of a batch, by default
+BATCH_TOKENS = 1024  # the default size of a batch
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def score(config: ScoreConfig) -> Score | Scores:
         >>> app.score(app.ScoreConfig(model, str(data))).tokens
         3
     """
-    model, adapters, options = open_adapted(config)
+    model, adapters, options = open_model_and_adapters(config)
     note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
     rows = read_rows_like_run(config, model, str(config.data), config.batch_tokens)
@@ -122,11 +122,12 @@ def make_scorer(
     long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
     for group, packing in ((short, can_pack), (long, False)):
-        # All batches of a group have one width, so that one program is compiled.
-        max_length = max([batch_tokens, *(len(row.ids) for row in group)])
-        batches += group and eval_batches(
-            group, batch_size=1, max_length=max_length, packing=packing
-        )
+        if group:
+            # All batches of a group have one width, so that one program is compiled.
+            width = max([batch_tokens, *(len(row.ids) for row in group)])
+            batches += eval_batches(
+                group, batch_size=1, max_length=width, packing=packing
+            )
     chunked_loss = make_mean_loss(decoder_loss(wrapped))
     logits_loss = make_mean_loss(_make_logits_loss(wrapped))
 

@@ -16,24 +16,25 @@ from .base_model import BaseModel, fetch_adapter, init_shapes
 from .train_groups import AdapterConfig
 
 
-def read_start(
-    config: AdapterConfig, model: BaseModel, adapters: ql.QLoRAConfig
+def read_initial_lora(
+    config: AdapterConfig, model: BaseModel, lora_config: ql.QLoRAConfig
 ) -> tuple[PyTree, float]:
     """Returns the adapters in `config.path`, and the alpha for the new adapters.
 
     With this alpha, the new adapters have the same scaling. Raises ValueError unless
-    the modules and the rank are those of `adapters`, the settings of the new ones.
+    the adapters have the modules and the rank of the new ones, which `lora_config`
+    describes.
     """
     path = str(config.path)
-    source = dataclasses.replace(model, adapter=fetch_adapter(path))
+    source = dataclasses.replace(model, adapter_path=fetch_adapter(path))
     if source.replaces_weights:
         raise ValueError(
             f"`adapter` must not replace weights of the base. Got {path!r}, which does."
         )
     # NumPy arrays can be put on any mesh.
-    start = jax.tree.map(np.asarray, source.with_adapter().lora)
-    old = ql.leaves_by_path(start)
-    new = ql.leaves_by_path(init_shapes(model.base, adapters)[1])
+    initial_lora = jax.tree.map(np.asarray, source.read_adapter().lora)
+    old = ql.leaves_by_path(initial_lora)
+    new = ql.leaves_by_path(init_shapes(model.base, lora_config)[1])
     # Leaves that are trained in full start from their values in the base, so the source
     # does not need them.
     new = {k: x for k, x in new.items() if not isinstance(x, ql.Trained)}
@@ -43,8 +44,8 @@ def read_start(
             "which `target_modules` and `lora_r` set, as plain LoRA. Got other ones in "
             f"{path}: {'; '.join(problems)}."
         )
-    scalings = {x.scaling for x in old.values()}
-    if len(scalings) > 1 or isinstance(scaling := [*scalings][0], tuple):
+    scaling, *different = {x.scaling for x in old.values()}
+    if different or isinstance(scaling, tuple):  # a tuple: one for each layer
         raise ValueError(
             f"`adapter` must have one scaling for all modules. Got {path!r}, which has "
             "several."
@@ -55,7 +56,7 @@ def read_start(
             f"`lora_alpha` must be {alpha:.12g} or left out with `adapter`, whose "
             f"scaling is {scaling:g}. Got {config.alpha}."
         )
-    return start, alpha
+    return initial_lora, alpha
 
 
 def _list_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -66,15 +67,15 @@ def _list_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     problems = []
     for path in sorted(old.keys() | new.keys()):
         if path not in old or path not in new:
-            problems.append(f"{path} {'is not trained' if path in old else 'has none'}")
+            problems.append(
+                f"{path} {'is not trained' if path in old else 'is missing'}"
+            )
             continue
         source, target = old[path], new[path]
         # Training can start from a merge-aware adapter only if the new adapter is
         # merge-aware too, for the same packing.
-        packing = getattr(source, "packing", None)
-        has_same_packing = packing is not None and packing == getattr(
-            target, "packing", None
-        )
+        packing, new_packing = (getattr(x, "packing", None) for x in (source, target))
+        has_same_packing = packing is not None and packing == new_packing
         if type(source) is not ql.LoRA and not has_same_packing:
             problems.append(f"{path} has another kind, {source.label}")
         elif source.a.shape != target.a.shape or source.b.shape != target.b.shape:
@@ -82,11 +83,11 @@ def _list_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def start_from(lora: PyTree, start: PyTree) -> PyTree:
-    """Returns `lora`, with A and B from `start` for every adapter that it has."""
+def copy_weights(lora: PyTree, source: PyTree) -> PyTree:
+    """Returns `lora`, with A and B of the adapters that `source` has too."""
     if isinstance(lora, dict):
         return {
-            k: start_from(x, start[k]) if k in start else x for k, x in lora.items()
+            k: copy_weights(x, source[k]) if k in source else x for k, x in lora.items()
         }
-    arrays = (jnp.asarray(getattr(start, x), lora.a.dtype) for x in ("a", "b"))
-    return dataclasses.replace(lora, **dict(zip("ab", arrays, strict=True)))
+    a, b = (jnp.asarray(x, lora.a.dtype) for x in (source.a, source.b))
+    return dataclasses.replace(lora, a=a, b=b)

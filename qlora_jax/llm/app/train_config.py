@@ -21,9 +21,9 @@ from .train_groups import (
 )
 
 
-def _free(group: Any) -> Any:
-    """Returns a field for a group that a resumed run may change."""
-    return dataclasses.field(default=group, metadata={"is_identity": False})
+def _changeable(group: Any) -> Any:
+    """Returns a field for a group whose options a resumed run may change."""
+    return dataclasses.field(default=group, metadata={"may_change": True})
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class TrainConfig(Config):
 
     model: ModelConfig
     data: DataConfig
-    output: OutputConfig = dataclasses.field(metadata={"is_identity": False})
+    output: OutputConfig = dataclasses.field(metadata={"may_change": True})
     adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = _free(EvaluationConfig())
-    devices: DevicesConfig = _free(DevicesConfig())
+    evaluation: EvaluationConfig = _changeable(EvaluationConfig())
+    devices: DevicesConfig = _changeable(DevicesConfig())
 
     def __post_init__(self):
         # Each group has checked its own options.
@@ -111,15 +111,15 @@ class TrainConfig(Config):
         return super().resolve_names(settings)
 
     @property
-    def swept(self) -> dict[str, Any]:
-        """The values of the options that may have a list of values, for a sweep."""
+    def sweepable(self) -> dict[str, Any]:
+        """The options that may have a list of values, for a sweep, and their values."""
         rates, seeds = self.optimizer.learning_rate, self.training.seed
         return {"learning_rate": rates, "seed": seeds}
 
     @property
     def is_sweep(self) -> bool:
         """Whether several adapters are trained side by side."""
-        return any(isinstance(values, list) for values in self.swept.values())
+        return any(isinstance(value, list) for value in self.sweepable.values())
 
     @property
     def eval_steps(self) -> int:

@@ -15,12 +15,12 @@ from .options import (
     REQUIRED,
     Config,
     Limit,
-    check_swept,
+    normalize_swept,
     option,
 )
 
-# The Python module of each logger. The package's extra that installs it has the name of
-# the logger.
+# The Python module of each logger. The extra of `qlora-jax` that installs a logger has
+# the same name as the logger.
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -74,7 +74,7 @@ class ModelConfig(Config):
     """
 
     path: str = option(
-        REQUIRED, name="model", section="model and data", is_identity=False
+        REQUIRED, name="model", section="model and data", may_change=True
     )
     fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
@@ -82,21 +82,21 @@ class ModelConfig(Config):
     scales: Scales = "absmax"
     recode: bool = False
     dtype: Literal["auto"] | Dtype = option("auto", section="computation and memory")
-    remat: bool | Literal["offload"] = option(True, is_identity=False)
+    remat: bool | Literal["offload"] = option(True, may_change=True)
     attention: Literal["xla", "blocks", "splash", "cudnn"] = "xla"
     stream_dtype: Literal["bfloat16", "float32"] = "float32"
     mlp_tile: int | None = option(None, limit=COUNT)
-    base_memory: Literal["device", "host"] = option("device", is_identity=False)
-    engine: Engine = option("auto", is_identity=False)
+    base_memory: Literal["device", "host"] = option("device", may_change=True)
+    engine: Engine = option("auto", may_change=True)
 
 
 @dataclass(frozen=True)
 class AdapterConfig(Config):
     """The adapters of a run.
 
-    Except for `target_modules`, the fields are named as in `QLoRAConfig`. This class
-    exists because `target_modules` has PEFT's names of modules, which are looked up
-    once the model is known, and because `ModelConfig` has the settings of packing.
+    The fields are named as in `QLoRAConfig`, which cannot be used here. Its targets are
+    paths, which are known only once the model is open. It also has the settings of
+    packing, which are in `ModelConfig`.
 
     Attributes:
         rank: Rank of the adapters.
@@ -111,10 +111,10 @@ class AdapterConfig(Config):
             as layers/.*norm/scale.
         merge_aware: Whether to train the adapters as parts of the 4-bit weights of one
             file, which `export` writes. They cannot be used beside a base.
-        target_fmt: With `merge_aware`: number format of this file, in its usual blocks,
-            or in those of the base if it has this format; by default that of the base.
-            Use a finer base than the file, such as int8 or none, so that small changes
-            are kept.
+        target_fmt: With `merge_aware`: number format of this file, by default that of
+            the base. If the base has this format, the file has blocks of the same size,
+            otherwise of the usual one. Use a finer base than the file, such as int8 or
+            none, so that small changes are kept.
         path: An adapter to start from, with the rank in `lora_r` and the same modules.
 
     Example:
@@ -194,14 +194,14 @@ class DataConfig(Config):
     """
 
     path: str | dict[str, float] = option(
-        REQUIRED, name="data", section="model and data", is_identity=False
+        REQUIRED, name="data", section="model and data", may_change=True
     )
     train_on: TrainOn = option("completions", section="rows")
-    keys: dict[str, str] = option({}, is_identity=False)
+    keys: dict[str, str] = option({}, may_change=True)
     chat: bool = True
-    template: str | None = option(None, is_identity=False)
-    date: str | None = option(None, is_identity=False, limit=DATE)
-    stream: bool = option(False, is_identity=False)
+    template: str | None = option(None, may_change=True)
+    date: str | None = option(None, may_change=True, limit=DATE)
+    stream: bool = option(False, may_change=True)
     validation_split: float | None = None
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
 
@@ -242,14 +242,14 @@ class OptimizerConfig(Config):
     name: Literal["adamw", "adamw8bit", "lion", "adafactor"] = option(
         "adamw", name="optimizer", section="optimizer"
     )
-    offload_optimizer: bool = option(False, is_identity=False)
+    offload_optimizer: bool = option(False, may_change=True)
     weight_decay: float = option(0.0, limit=NOT_NEGATIVE)
     beta1: float = option(0.9, limit=FRACTION)
     beta2: float | None = option(None, limit=FRACTION)
     clip: float = option(1.0, limit=NOT_NEGATIVE)
 
     def __post_init__(self):
-        check_swept(self, "learning_rate")
+        normalize_swept(self, "learning_rate")
         super().__post_init__()
         if self.offload_optimizer and self.name == "adafactor":
             raise ValueError(
@@ -294,11 +294,11 @@ class TrainingConfig(Config):
     """
 
     steps: int | None = option(None, section="training", limit=COUNT)
-    epochs: float | None = option(None, is_identity=False, limit=POSITIVE)
+    epochs: float | None = option(None, may_change=True, limit=POSITIVE)
     objective: str = option("sft", section="objective")
     beta: float = option(0.1, limit=POSITIVE)
     gamma: float = option(0.5, limit=NOT_NEGATIVE)
-    teacher: str | None = option(None, is_identity=False)
+    teacher: str | None = option(None, may_change=True)
     temperature: float = option(1.0, limit=POSITIVE)
     batch_size: int = option(8, section="batches", limit=COUNT)
     accumulation: int = option(1, limit=COUNT)
@@ -306,10 +306,10 @@ class TrainingConfig(Config):
     packing: bool = False
     seed: int | list[int] = option(0, section="seeds", limit=NOT_NEGATIVE)
     data_seed: int | None = option(None, limit=NOT_NEGATIVE)
-    on_nan: Literal["stop", "skip"] = option("stop", is_identity=False)
+    on_nan: Literal["stop", "skip"] = option("stop", may_change=True)
 
     def __post_init__(self):
-        check_swept(self, "seed")
+        normalize_swept(self, "seed")
         super().__post_init__()
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
@@ -498,5 +498,5 @@ def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
             f"`mesh` must have positive sizes for some of {', '.join(MESH_AXES)}, such "
             f'as "fsdp=4,tensor=2". Got {mesh!r}.'
         ) from None
-    # Always in the order of MESH_AXES, which determines the place of each device.
+    # Always in the order of MESH_AXES, which determines where each device is.
     return {name: sizes[name] for name in MESH_AXES if name in sizes}

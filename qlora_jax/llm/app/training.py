@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import pathlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -36,31 +36,38 @@ from .loggers import LogRow, open_loggers, open_metrics
 from .preview import Preview, preview
 from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
 from .program import (
+    Program,
+    make_batch_placer,
     make_loss_scale,
-    make_place,
+    make_placer,
     make_program,
-    make_put,
     make_schedule,
 )
 from .pushing import push
-from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
+from .run import Run, check_stamp, make_batches, make_run, make_sibling, member_configs
 from .run_folder import (
     CONFIG,
     METRICS,
     STATE,
+    open_run_folder,
     quiet_orbax,
-    run_folder,
     write_run_config,
 )
-from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
-from .starting import start_from
+from .run_results import (
+    SweepResult,
+    TrainResult,
+    note_failure,
+    write_results,
+    write_sweep_results,
+)
+from .starting import copy_weights
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     import grain
 
-# What `finish` gets: the last state of a run, in which the adapter is the one to write
-# (the last or the best), and the metrics of the best step, or {} for the last adapter.
+# What `write_results` writes: the last state of a run, but with the adapter of the best
+# step if `keep_best` is set, and the metrics of that step; {} for the last adapter.
 Outcome = tuple[State, Mapping[str, float]]
 
 
@@ -110,39 +117,41 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     with contextlib.ExitStack() as stack:
         # The folder is locked and everything is checked before anything is written.
         stack.enter_context(
-            only_in_first(run_folder(config.output.out, config.output.resume))
+            only_in_first(open_run_folder(config.output.out, config.output.resume))
         )
         stack.enter_context(quiet_orbax())
         processes.check_shared(folder)
         runs = _make_runs(config)
-        run = runs[0]
-        _log_data(run, len(runs))
-        # Each run of a sweep has its own folder and states.
-        states = [
+        first = runs[0]  # the runs of a sweep have the same model, data and devices
+        _log_data(first, len(runs))
+        # Each run of a sweep has its own folder and saved states.
+        checkpoints = [
             stack.enter_context(Checkpoints(x.folder / STATE, keep=config.output.keep))
             for x in runs
         ]
-        resume_after = _find_resumed_step(runs, states)
+        resume_after = _find_resumed_step(runs, checkpoints)
         _write_all_settings(config, runs)
         # The model is read, and all runs are trained over one base.
         log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
-        model = run.model.read(
-            dtype=jnp.dtype(run.config.model.dtype),
-            packing=run.packing,
-            place=lambda base: run.place(base, {})[0],  # places the base alone
+        model = first.model.read(
+            dtype=jnp.dtype(first.config.model.dtype),
+            packing_config=first.packing_config,
+            place=lambda base: first.place(base, {})[0],  # places the base alone
             progress=is_first(),
         )
-        teacher = _read_teacher(run)
-        if run.mesh is not None:  # some functions ask JAX for the current mesh
-            stack.enter_context(set_mesh(run.mesh))
+        teacher = _read_teacher(first)
+        if first.mesh is not None:  # some functions ask JAX for the current mesh
+            stack.enter_context(set_mesh(first.mesh))
         outcomes = _fit(
-            config, runs, states, model.base, teacher, resume_after, log_rows
+            config, runs, checkpoints, model.base, teacher, resume_after, log_rows
         )
         results = [
-            None if outcome is None else finish(run, model.base, teacher, *outcome)
+            outcome and write_results(run, model.base, teacher, *outcome)
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
-    result = finish_sweep(config, runs, results) if config.is_sweep else results[0]
+    result = results[0]
+    if config.is_sweep:
+        result = write_sweep_results(config, runs, results)
     assert result is not None  # without a sweep, a failure raises
     if is_first() and config.output.push_to_hub is not None:
         log(f"pushed to {push(config.output.push_to_hub, folder / 'adapter')}")
@@ -153,7 +162,7 @@ def _read_teacher(run: Run) -> PyTree | None:
     """Returns the teacher's weights, in float unless its file has 4 bits."""
     if run.teacher is None:
         return None
-    place = make_place(run.teacher.config, run.mesh, "device")
+    place = make_placer(run.teacher.config, run.mesh, "device")
     dtype = jnp.dtype(run.config.model.dtype)
     teacher = run.teacher.read(
         dtype=dtype, place=lambda base: place(base, {})[0], progress=is_first()
@@ -163,11 +172,11 @@ def _read_teacher(run: Run) -> PyTree | None:
 
 def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
-    # All runs of a sweep see the same rows, so the first run suffices. A preview leaves
-    # out the hub and the loggers, so it needs no account.
-    first = members_of(config.replace(push_to_hub=None, log=[]))[0]
+    # A preview leaves out the hub and the loggers, so it needs no account. All runs of
+    # a sweep see the same rows, so the first run suffices.
+    first_config = member_configs(config.replace(push_to_hub=None, log=[]))[0]
     with all_or_none():
-        run = make_run(first, datetime.date.today().isoformat())
+        run = make_run(first_config, datetime.date.today().isoformat())
     _log_data(run, 1)
     return preview(run)
 
@@ -176,26 +185,26 @@ def _make_runs(config: TrainConfig) -> list[Run]:
     # Use the date of the first process, because processes may start on different days.
     today = broadcast_text(datetime.date.today().isoformat())
     with all_or_none():
-        first, *siblings = members_of(config)
-        run = make_run(first, today)
-        return [run, *(make_sibling(run, member) for member in siblings)]
+        first_config, *configs = member_configs(config)
+        first = make_run(first_config, today)
+        return [first, *(make_sibling(first, x) for x in configs)]
 
 
 def _log_data(run: Run, num_adapters: int) -> None:
-    data, config = run.data, run.config
+    data = run.data
+    if run.model.is_local:  # otherwise, `open_model` has already printed this
+        log(f"weights: {run.model.source}")
     log(
-        # `open_model` has already printed the source of downloaded weights.
-        *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{plural(config.training.steps or 0, 'step')}"
+        f"{plural(run.config.training.steps or 0, 'step')}"
         + (f" of {num_adapters} adapters" if num_adapters > 1 else ""),
         *data.notes,
     )
 
 
 def _find_resumed_step(
-    runs: Sequence[Run], states: Sequence[Checkpoints]
+    runs: Sequence[Run], checkpoints: Sequence[Checkpoints]
 ) -> int | None:
     """Returns the step to resume after, or None to start at step 0.
 
@@ -204,8 +213,8 @@ def _find_resumed_step(
     config = runs[0].config
     step = config.output.resume_step
     if step is None:  # the newest state that all runs have
-        steps = set.intersection(*({*run_states.steps} for run_states in states))
-        step = max(steps, default=None)
+        common_steps = set.intersection(*(set(x.steps) for x in checkpoints))
+        step = max(common_steps, default=None)
     if step is None:
         if config.output.resume:
             log(
@@ -213,11 +222,11 @@ def _find_resumed_step(
                 f"0, and overwrites {METRICS}."
             )
         return None
-    saved_settings = [x.metadata(step)["settings"] for x in states]
+    saved_stamps = [x.metadata(step)["settings"] for x in checkpoints]
     with all_or_none():
-        for run, settings in zip(runs, saved_settings, strict=True):
-            check_stamp(settings, run.stamp, run.config.output.out)
-    is_newest = all(run_states.latest == step for run_states in states)
+        for run, saved_stamp in zip(runs, saved_stamps, strict=True):
+            check_stamp(saved_stamp, run.stamp, run.config.output.out)
+    is_newest = all(x.latest == step for x in checkpoints)
     note = "" if is_newest else "; later states are deleted"
     log(f"Resuming after step {step:,} of {config.training.steps:,}{note}")
     return step
@@ -229,7 +238,9 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
         if is_first():
             if config.is_sweep:
                 # The swept settings are lists, and the others are as in the runs.
-                settings = runs[0].config.replace(out=config.output.out, **config.swept)
+                settings = runs[0].config.replace(
+                    out=config.output.out, **config.sweepable
+                )
                 path = pathlib.Path(config.output.out) / CONFIG
                 write_run_config(settings, path, runs[0].model.source)
             for run in runs:
@@ -239,13 +250,15 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
 class Trainer:
     """A run that is trained, alone or together with the other runs of a sweep."""
 
-    def __init__(self, run: Run, states: Checkpoints, evaluation: Evaluation | None):
+    def __init__(
+        self, run: Run, checkpoints: Checkpoints, evaluation: Evaluation | None
+    ):
         """Stores the arguments."""
-        self.run, self.states, self.evaluation = run, states, evaluation
+        self.run, self.checkpoints, self.evaluation = run, checkpoints, evaluation
         self.best = Best() if run.config.evaluation.keep_best else None
         self.has_failed = False
 
-    def start(
+    def make_state(
         self,
         base: PyTree,
         optimizer: optax.GradientTransformation,
@@ -263,12 +276,12 @@ class Trainer:
         state = State.create(lora, optimizer, seed, loss_scale)
         if resume_after is None:
             return state
-        state, metadata = self.states.restore(state, resume_after)
+        state, metadata = self.checkpoints.restore(state, resume_after)
         batches.set_state(metadata["position"])
-        self.states.remove_after(resume_after)  # the run writes them again
+        self.checkpoints.remove_after(resume_after)  # the run writes them again
         best = metadata.get("best", {})
         if self.best is not None and best:
-            if best["step"] in (None, *self.states.steps):
+            if best["step"] in (None, *self.checkpoints.steps):
                 self.best = Best(**best)
             else:
                 log(f"The best state, of step {best['step']:,}, no longer exists.")
@@ -283,7 +296,7 @@ class Trainer:
         """
         config, best = self.run.config, self.best
         on_nan, log_every = config.training.on_nan, config.output.log_every or 1
-        callbacks: list[Callback] = [CheckFinite(self.states, metrics, on_nan)]
+        callbacks: list[Callback] = [CheckFinite(self.checkpoints, metrics, on_nan)]
         if self.evaluation is not None:
             settings = config.evaluation
             evaluate = Evaluate(
@@ -297,16 +310,16 @@ class Trainer:
         if metrics is not None:
             callbacks.append(metrics)
         stamp = {"settings": self.run.stamp}
-        save = SaveStates(self.states, config.output.save_every, stamp, best)
+        save = SaveStates(self.checkpoints, config.output.save_every, stamp, best)
         return [*callbacks, LogRows(log_row, log_every), *progress, save]
 
     def fail(self, error: FloatingPointError) -> None:
-        """Notes that the run of a sweep has failed."""
+        """Records that the run, which is in a sweep, has failed."""
         self.has_failed = True
         note_failure(self.run, error)
 
     def choose_adapter(self, last: State) -> Outcome:
-        """Returns what `finish` needs to write the last or the best adapter."""
+        """Returns what `write_results` writes: the last or the best adapter."""
         best, steps = self.best, self.run.config.training.steps or 0
         if best is None or self.evaluation is None or best.step is None:
             return last, {}
@@ -316,33 +329,33 @@ class Trainer:
                 f"{plural(best.since, 'evaluation')}. Stopped after step "
                 f"{int(last.step):,}."
             )
-        best_state, _ = self.states.restore(last, best.step)
+        best_state, _ = self.checkpoints.restore(last, best.step)
         # If the last step is the best, its evaluation is in the last row of metrics.
-        numbers = {"best_step": best.step}
+        metrics: dict[str, float] = {"best_step": best.step}
         if best.step < steps:
-            numbers |= self.evaluation(best_state, is_end=True)
-        return last._replace(lora=best_state.lora), numbers
+            metrics |= self.evaluation(best_state, is_full=True)
+        return last._replace(lora=best_state.lora), metrics
 
 
 def _init_adapters(run: Run, base: PyTree, key: jax.Array) -> PyTree:
     key = jax.random.fold_in(key, 0)  # differs from the keys of dropout
 
-    def init_adapters(base: PyTree, start: PyTree | None) -> PyTree:
-        lora = ql.init(key, base, run.adapters)[1]
-        return lora if start is None else start_from(lora, start)
+    def init_adapters(base: PyTree, initial_lora: PyTree | None) -> PyTree:
+        lora = ql.init(key, base, run.lora_config)[1]
+        return lora if initial_lora is None else copy_weights(lora, initial_lora)
 
     if run.mesh is None:
-        return init_adapters(base, run.start)
+        return init_adapters(base, run.initial_lora)
     # Compiled with the final shardings, so that each device computes only its part.
-    _, placed = run.place(base, jax.eval_shape(init_adapters, base, run.start))
+    _, placed = run.place(base, jax.eval_shape(init_adapters, base, run.initial_lora))
     shardings = jax.tree.map(lambda x: x.sharding, placed)
-    return jax.jit(init_adapters, out_shardings=shardings)(base, run.start)
+    return jax.jit(init_adapters, out_shardings=shardings)(base, run.initial_lora)
 
 
 def _fit(
     config: TrainConfig,
     runs: list[Run],
-    states: list[Checkpoints],
+    checkpoints: list[Checkpoints],
     base: PyTree,
     teacher: PyTree | None,
     resume_after: int | None,
@@ -354,38 +367,29 @@ def _fit(
     the states are saved. The adapters of a sweep take each step together, so the base
     is decoded only once for all of them.
     """
-    run, is_sweep = runs[0], config.is_sweep
+    first, is_sweep = runs[0], config.is_sweep
+    optimizer, steps = first.config.optimizer, first.config.training.steps or 0
     rates = [cast(float, x.config.optimizer.learning_rate) for x in runs]
-    optimizer, steps = run.config.optimizer, run.config.training.steps or 0
     schedules = [make_schedule(optimizer, steps, rate) for rate in rates]
     program = make_program(
-        run.config,
-        run.model.config,
-        run.teacher and run.teacher.config,
+        first.config,
+        first.model.config,
+        first.teacher and first.teacher.config,
         learning_rates=rates if is_sweep else None,
     )
-    frozen = base if teacher is None else (base, teacher)  # what the loss gets
-    evaluation = None
-    if run.data.valid:
-        evaluation = Evaluation(run, program, base, frozen)
-    trainers = [
-        Trainer(x, saved_states, evaluation and evaluation.for_run(x))
-        for x, saved_states in zip(runs, states, strict=True)
+    # The second argument of a loss, which gets no gradient.
+    frozen = base if teacher is None else (base, teacher)
+    trainers = _make_trainers(runs, checkpoints, program, base, frozen)
+    batches = make_batches(first.config.training, first.data)
+    states = [
+        x.make_state(base, program.optimizer, batches, resume_after) for x in trainers
     ]
-    batches = make_batches(run.config.training, run.data)
-    state: Any = [
-        x.start(base, program.optimizer, batches, resume_after) for x in trainers
-    ]
-    state = State.stack(state) if is_sweep else state[0]
-    put = make_put(run.mesh)
+    state = State.stack(states) if is_sweep else states[0]
+    del states  # in a sweep, `state` is a copy, and these would stay in memory
+    put_batch = make_batch_placer(first.mesh)
 
     def take_step(state: State, batches: Sequence[Batch]) -> tuple[State, Report]:
-        return program.step(state, frozen, [*map(put, batches)])
-
-    def schedule(num_updates: Any) -> Any:
-        if not is_sweep:
-            return schedules[0](num_updates)
-        return [f(n) for f, n in zip(schedules, num_updates, strict=True)]
+        return program.step(state, frozen, [*map(put_batch, batches)])
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.catch_signals())
@@ -394,8 +398,8 @@ def _fit(
             take_step,
             batches,
             steps=steps,
-            accumulation=run.config.training.accumulation,
-            schedule=schedule,
+            accumulation=first.config.training.accumulation,
+            schedule=_combine_schedules(schedules) if is_sweep else schedules[0],
             callbacks=[
                 *_open_callbacks(trainers, log_rows, resume_after, is_sweep, stack),
                 stop,
@@ -408,6 +412,29 @@ def _fit(
         if trainer.has_failed
         else trainer.choose_adapter(state.member(index) if is_sweep else state)
         for index, trainer in enumerate(trainers)
+    ]
+
+
+def _make_trainers(
+    runs: Sequence[Run],
+    checkpoints: Sequence[Checkpoints],
+    program: Program,
+    base: PyTree,
+    frozen: PyTree,
+) -> list[Trainer]:
+    evaluation = None
+    if runs[0].data.valid:
+        evaluation = Evaluation(runs[0], program, base, frozen)
+    return [
+        Trainer(run, run_checkpoints, evaluation and evaluation.for_run(run))
+        for run, run_checkpoints in zip(runs, checkpoints, strict=True)
+    ]
+
+
+def _combine_schedules(schedules: Sequence[Callable[[Any], Any]]) -> Callable:
+    """Returns a function of the steps of all adapters that returns a list of rates."""
+    return lambda num_updates: [
+        schedule(n) for schedule, n in zip(schedules, num_updates, strict=True)
     ]
 
 
@@ -433,10 +460,10 @@ def _open_callbacks(
 
 def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
     """Prints how to resume the run, and raises the exception of the signal."""
-    states = folder / STATE  # a sweep has none, because each of its runs has its own
+    states = folder / STATE  # the runs of a sweep have their own ones, in subfolders
     log(
         f"The state of step {step:,} is saved in "
         f"{states if states.is_dir() else folder}. To resume: qlora-jax train --config "
         f"{shlex.quote(str(folder / CONFIG))} --resume"
     )
-    stop.end()
+    stop.raise_exception()

@@ -16,18 +16,18 @@ from .base_model import (
     LAYERS,
     BaseModel,
     LoadOptions,
-    open_config,
     open_model,
+    open_model_for,
     read_as_trained,
-    runs_of,
+    run_configs_of,
     training_load_options,
 )
-from .calibrating import WIDTH, make_calibrator
-from .configs import GGUF_4_BITS, PACKING_OPTIONS, AdapterFormat, ExportConfig
+from .calibrating import BATCH_WIDTH, make_calibrator
+from .configs import GGUF_4_BIT_TYPES, PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
-    check_holds,
+    check_dtype_holds,
     complete_export,
-    describe,
+    describe_packing,
     note_packing,
     pack_as_trained,
     packing_of,
@@ -38,7 +38,7 @@ from .pushing import check_base, push
 from .repacking import FileLosses, Repacked, repack
 from .row_settings import read_rows_like_run
 from .scoring import BATCH_TOKENS, Score, make_scorer
-from .servers import FMTS, SERVERS
+from .servers import FMTS_BY_FORMAT, SERVERS
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def export(config: ExportConfig) -> Written:
         return _export(config)
     is_adapter = config.format in (None, *get_args(AdapterFormat))
     if is_adapter and config.server is None:
-        for run in runs_of(config.adapter, config.run):
+        for run in run_configs_of(config.adapter, config.run):
             if not run.adapter.merge_aware:  # which is not exported as an adapter
                 check_base(run.model.path, config.model)
     # Without a path, `push` uploads nothing. If the repository cannot be written, it
@@ -124,59 +124,67 @@ def export(config: ExportConfig) -> Written:
 def _export(config: ExportConfig) -> Written:
     if config.server is not None:
         return _export_for_server(config)
-    model, step = open_config(config)
+    model, step = open_model_for(config)
     config = complete_export(config, model.lora, step)
-    form, path = str(config.format), pathlib.Path(str(config.out))
-    model.check_engine("format", form, ("peft", "peft-portable", "merged"))
-    if form.startswith("gguf") and path.exists():
-        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
-    if form == "gguf" and config.data is not None and path.suffix != ".gguf":
-        raise ValueError(
-            "`out` must end in .gguf with `data`, so that the file can be read again. "
-            f"Got {config.out!r}."
-        )
-    if form in get_args(AdapterFormat):
-        _WRITERS[form](_Writer(config, model, {}, path))
-        return Written(str(config.out), form, _count_bytes(path))
-    is_packed = form in FMTS or config.gguf_type in GGUF_4_BITS
+    export_format, path = str(config.format), pathlib.Path(str(config.out))
+    model.check_engine("format", export_format, ("peft", "peft-portable", "merged"))
+    _check_out(config, path)
+    if export_format in get_args(AdapterFormat):
+        _WRITERS[export_format](_Writer(config, model, {}, path))
+        return Written(str(config.out), export_format, _count_bytes(path))
+    is_packed = export_format in FMTS_BY_FORMAT or config.gguf_type in GGUF_4_BIT_TYPES
     # If the result is packed, the packing options describe it, and not the base.
     unset = dict.fromkeys((*PACKING_OPTIONS, "calibrate")) if is_packed else {}
-    trained = training_load_options(dataclasses.replace(config, **unset), model)
-    options, is_merge_aware = trained, packing_of(model.lora) is not None
+    training_options = training_load_options(
+        dataclasses.replace(config, **unset), model
+    )
+    options, is_merge_aware = training_options, packing_of(model.lora) is not None
     note_packing(model.lora)
-    has_adapter = model.adapter is not None or bool(model.lora)
+    has_adapter = model.adapter_path is not None or bool(model.lora)
     if is_packed and not is_merge_aware:
         # The adapter is merged into the weights of the files, not into the weights that
         # training packed. Those already have values of a 4-bit format, so packing the
         # sum of such a weight and a small change would give the old value again.
         options = {}
-        if trained:
+        if training_options:
+            fmt = training_options["packing_config"].fmt
             log(
-                f"note: the adapter was trained on {trained['packing'].fmt}. It is "
-                f"merged into the weights of {model.name}, and the sum is packed"
+                f"note: the adapter was trained on {fmt}. It is merged into the "
+                f"weights of {model.name}, and the sum is packed"
             )
-    elif form == "merged" and has_adapter and not is_merge_aware:
-        _note_grid(trained, model.stored_fmt)
+    elif export_format == "merged" and has_adapter and not is_merge_aware:
+        _note_rounding(training_options, model.stored_fmt)
     score = calibrate = None
     if config.data is not None:
         rows = read_rows_like_run(config, model, config.data, BATCH_TOKENS)
         score = make_scorer(model, rows)
     if config.calibrate is not None:
-        rows = read_rows_like_run(config, model, config.calibrate, WIDTH)
+        rows = read_rows_like_run(config, model, config.calibrate, BATCH_WIDTH)
         calibrate = make_calibrator(model, rows)
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
-    beside = None if score is None else _score_model(score, model, trained)
+    loss = None if score is None else _score_model(score, model, training_options)
     writer = _Writer(config, model, options, path, calibrate)
-    cost, losses = _WRITERS[form](writer), None
-    if score is not None and beside is not None:
-        losses = FileLosses(beside, _score_model(score, open_model(str(path)), {}))
-    return Written(str(config.out), form, _count_bytes(path), cost, losses)
+    cost, losses = _WRITERS[export_format](writer), None
+    if score is not None and loss is not None:
+        losses = FileLosses(loss, _score_model(score, open_model(str(path)), {}))
+    return Written(str(config.out), export_format, _count_bytes(path), cost, losses)
 
 
-def _note_grid(trained: LoadOptions, stored_fmt: str | None) -> None:
+def _check_out(config: ExportConfig, path: pathlib.Path) -> None:
+    if str(config.format).startswith("gguf") and path.exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    if config.format == "gguf" and config.data is not None and path.suffix != ".gguf":
+        raise ValueError(
+            "`out` must end in .gguf with `data`, so that the file can be read again. "
+            f"Got {config.out!r}."
+        )
+
+
+def _note_rounding(training_options: LoadOptions, stored_fmt: str | None) -> None:
     """Prints what packing the sum of 4-bit weights and an adapter again would do."""
-    fmt = trained["packing"].fmt if "packing" in trained else stored_fmt
+    packing_config = training_options.get("packing_config")
+    fmt = stored_fmt if packing_config is None else packing_config.fmt
     if fmt in (None, "int8"):  # the steps of int8 are smaller than most changes
         return
     remedy = "train there with `--fmt int8`"
@@ -214,42 +222,16 @@ def _export_for_server(config: ExportConfig) -> Written:
     pair = pair_for(server, model, options, tokenizer=config.tokenizer)
     if pair.base == NOT_RUN:
         raise ValueError(f"{server.name} cannot run {model.name}: {pair.why}")
-    is_merged = pair.adapter == MERGED
-    base_model = model
-    if not is_merged:
-        base_model = dataclasses.replace(model, lora={}, adapter=None)
-    # What the command calls the base and the adapter. A base that is not exported has
-    # the path or the name of the model; exported files are in the same folder.
-    name = str(model.path) if model.path.is_file() else model.name
-    local = pathlib.Path(name)
-    paths = {"base": str(local.absolute()) if local.exists() else name}
-    with ql.io.new_path(out) as new:  # renamed to `out` once it is complete
-        new.mkdir()
-        for part, form in {"base": pair.base, "adapter": pair.adapter}.items():
-            if form in (AS_IS, MERGED):
-                continue
-            is_base = part == "base"
-            file = ("model" if is_merged else part) + ".gguf" * form.startswith("gguf")
-            # Q4_0 stores int4_f16 in blocks of 32 exactly.
-            gguf_type = "Q4_0" if pair.exact and form == "gguf" else None
-            settings = dataclasses.replace(
-                config,
-                server=None,
-                format=form,
-                gguf_type=gguf_type,
-                **dict.fromkeys(PACKING_OPTIONS),
-            )
-            # Adapters are written as they are.
-            parts = (base_model, options) if is_base else (model, {})
-            _WRITERS[form](_Writer(settings, *parts, new / file))
-            paths[part] = f"./{file}"
+    with ql.io.new_path(out) as folder:  # renamed to `out` once it is complete
+        folder.mkdir()
+        paths = _write_pair(config, model, options, pair, folder)
         ranks = (x.rank for x in ql.leaves_by_path(model.lora).values())
         stored = model.quantization.get("quant_method")
         server.write(
             paths["base"],
             paths.get("adapter"),
-            new,
-            form=str(stored) if pair.base == AS_IS else pair.base,
+            folder,
+            base_format=str(stored) if pair.base == AS_IS else pair.base,
             rank=max(ranks, default=0),
             # Servers without an API need no example of a request.
             is_chat=bool(server.port) and open_tokenizer(model.path).has_template,
@@ -259,13 +241,51 @@ def _export_for_server(config: ExportConfig) -> Written:
     return Written(str(out), f"for {server.name}", _count_bytes(out), pair=pair)
 
 
+def _write_pair(
+    config: ExportConfig,
+    model: BaseModel,
+    options: LoadOptions,
+    pair: Pair,
+    folder: pathlib.Path,
+) -> dict[str, str]:
+    """Writes the files of a pair, and returns the paths with which a server loads them.
+
+    A base that is not exported has the path or the name of the model.
+    """
+    name = str(model.path) if model.path.is_file() else model.name
+    path = pathlib.Path(name)
+    paths = {"base": str(path.absolute()) if path.exists() else name}
+
+    def write_part(
+        file: str, model: BaseModel, options: LoadOptions, export_format: Any
+    ) -> str:
+        file += ".gguf" * export_format.startswith("gguf")
+        # Q4_0 stores int4_f16 in blocks of 32 exactly.
+        gguf_type = "Q4_0" if pair.exact and export_format == "gguf" else None
+        unset = dict.fromkeys((*PACKING_OPTIONS, "server"))
+        part_config = dataclasses.replace(
+            config, format=export_format, gguf_type=gguf_type, **unset
+        )
+        _WRITERS[export_format](_Writer(part_config, model, options, folder / file))
+        return f"./{file}"
+
+    if pair.adapter == MERGED:
+        paths["base"] = write_part("model", model, options, pair.base)
+        return paths
+    if pair.base != AS_IS:
+        base = dataclasses.replace(model, lora={}, adapter_path=None)
+        paths["base"] = write_part("base", base, options, pair.base)
+    paths["adapter"] = write_part("adapter", model, {}, pair.adapter)  # as it is
+    return paths
+
+
 @dataclass(frozen=True)
 class _Writer:
     """Writes a model or an adapter; there is a method for each format."""
 
     config: ExportConfig
     model: BaseModel
-    options: LoadOptions
+    options: LoadOptions  # for the weights into which an adapter is merged
     out: pathlib.Path
     # Returns the importance for the search of scales, from the float parameters.
     calibrate: Callable[[PyTree], PyTree] | None = None
@@ -275,7 +295,7 @@ class _Writer:
     def write_peft(self) -> None:
         # The base's weights are needed only if the adapter replaces some of them.
         has_weights = self.model.replaces_weights
-        model = self.model.read() if has_weights else self.model.with_adapter()
+        model = self.model.read() if has_weights else self.model.read_adapter()
         trees, peft = (model.base, model.lora, model.names), model.peft
         if peft is None:
             source = {"base_model": model.name, "revision": model.revision}
@@ -306,7 +326,10 @@ class _Writer:
         return ql.io.PlainLoRA.of(model.base, model.lora, model.exported_names)
 
     def _read_plain(self) -> BaseModel:
-        """Returns the model with its adapter read; raises if servers cannot load it."""
+        """Returns the model with its adapter.
+
+        Raises ValueError if the adapter replaces weights.
+        """
         config = self.config
         if self.model.replaces_weights:
             raise ValueError(
@@ -314,44 +337,46 @@ class _Writer:
                 f"since servers do not load them. Got {config.adapter!r}, which does. "
                 "Use the format merged."
             )
-        return self.model.with_adapter()
+        return self.model.read_adapter()
 
     # Models
 
     def write_merged(self) -> None:
-        # Tensors are copied from file to file unless their values or names change.
+        # Tensors are copied from file to file unless their values or names change. Then
+        # `weights` is a folder, and otherwise a tree.
         model, names = self.model, self.model.exported_names
-        is_changed = self.options or model.has_vision or model.replaces_weights
-        is_changed = is_changed or packing_of(model.lora) is not None
-        is_copied = model.path.is_dir() and not is_changed
-        model = model.with_adapter() if is_copied else model.read(**self.options)
+        is_merge_aware = packing_of(model.lora) is not None
+        is_changed = self.options or is_merge_aware or model.replaces_weights
+        is_copied = model.path.is_dir() and not (is_changed or model.has_vision)
+        model = model.read_adapter() if is_copied else model.read(**self.options)
         weights, lora, dtype = model.path, model.lora, self.config.dtype
         if not is_copied:
             weights, lora = pack_as_trained(model.base, lora)
-            if not lora and model.lora and dtype is not None:
-                check_holds(dtype, weights)
+            if is_merge_aware and dtype is not None:
+                check_dtype_holds(dtype, weights)
         with model.files.open_description() as folder:
             ql.io.save_merged(self.out, weights, lora, names, folder, dtype=dtype)
 
     def write_packed(self) -> Repacked | None:
-        """Writes a folder in one of the formats of `FMTS`."""
-        config, model, form = self.config, self.model, str(self.config.format)
-        fmts, stored = FMTS[form], model.stored_fmt
+        """Writes a folder in one of the formats of `FMTS_BY_FORMAT`."""
+        config, model, export_format = self.config, self.model, str(self.config.format)
+        fmts, stored_fmt = FMTS_BY_FORMAT[export_format], model.stored_fmt
         # By default, weights in a suitable 4-bit format keep their codes.
-        default = stored if stored in fmts else fmts[0]
+        default = stored_fmt if stored_fmt in fmts else fmts[0]
         # A folder in another 4-bit format keeps that format. `save_bitsandbytes` then
         # raises an error that lists the packed kernels.
-        if form == "bitsandbytes" and not model.files.is_recoded:
-            default = stored or default
+        if export_format == "bitsandbytes" and not model.files.is_recoded:
+            default = stored_fmt or default
         fmt = config.fmt or default
         base, cost = self._read_packed(fmt, config.block_size, config.double_quant)
-        layout = "awq" if form == "awq" else "compressed-tensors"
         with model.files.open_description() as folder:
-            parts = self.out, base, model.exported_names, folder
-            if form == "bitsandbytes":
-                ql.io.save_bitsandbytes(*parts)
+            arguments = self.out, base, model.exported_names, folder
+            if export_format == "bitsandbytes":
+                ql.io.save_bitsandbytes(*arguments)
+            elif export_format == "awq":
+                ql.io.save_packed(*arguments, "awq")
             else:
-                ql.io.save_packed(*parts, layout)
+                ql.io.save_packed(*arguments, "compressed-tensors")
         return cost
 
     def write_gguf(self) -> Repacked | None:
@@ -360,7 +385,7 @@ class _Writer:
         config, model, cost = self.config, self.model, None
         check_gguf_source(model.files, tokenizer=config.tokenizer)
         is_q4_0 = config.gguf_type == "Q4_0"
-        if is_q4_0 and (model.adapter or model.lora or config.scales == "search"):
+        if is_q4_0 and (model.adapter_path or model.lora or config.scales == "search"):
             base, cost = self._read_packed("q4_0", None, None)
             model = dataclasses.replace(model, base=base, lora={})
         else:
@@ -379,39 +404,45 @@ class _Writer:
         if (trained_for := packing_of(model.lora)) is not None:
             model = model.read(**self.options)
             base, _ = pack_as_trained(model.base, model.lora)
-            _check_layers(base, trained_for)
+            _check_all_packed(base, trained_for)
             return base, None
         packing_options = fmt, block_size, double_quant, self.config.scales
-        if model.adapter is None and not model.lora:
-            packing = model.packing(*packing_options)
-            if self.config.scales is not None and packing is None:
+        if model.adapter_path is None and not model.lora:
+            packing_config = model.packing_config(*packing_options)
+            if self.config.scales is not None and packing_config is None:
                 raise ValueError(
                     "`scales` must be left out for a model whose weights are in this "
                     "format already, because they keep their scales. Got "
                     f"{self.config.scales}."
                 )
-            if packing is None or self.calibrate is None:
-                return model.read(**(self.options or {"packing": packing})).base, None
+            if packing_config is None or self.calibrate is None:
+                options = self.options or {"packing_config": packing_config}
+                return model.read(**options).base, None
             base = model.read().base
             importance = self.calibrate(base)
-            return ql.quantize(base, packing, importance=importance, donate=True), None
+            packed = ql.quantize(
+                base, packing_config, importance=importance, donate=True
+            )
+            return packed, None
         # 4-bit weights in a format that this package lacks are decoded exactly.
         model = dataclasses.replace(model, recode=True)
-        packing = model.packing(*packing_options)
-        assert packing is not None  # `recode` always packs
-        return repack(model.read(), packing, self.calibrate)
+        packing_config = model.packing_config(*packing_options)
+        assert packing_config is not None  # `recode` always packs
+        return repack(model.read(), packing_config, self.calibrate)
 
 
-def _check_layers(base: PyTree, packing: Any) -> None:
-    """Raises ValueError if packing would still round layers, which have no adapter."""
-    leaves = ql.leaves_by_path(base).items()
-    layers = {path: leaf for path, leaf in leaves if re.fullmatch(LAYERS, path)}
-    others = [x for x in layers if getattr(layers[x], "packing", None) != packing]
-    if others:
+def _check_all_packed(base: PyTree, packing: Any) -> None:
+    """Raises ValueError if layers without a merge-aware adapter are not packed yet."""
+    unpacked = [
+        path
+        for path, leaf in ql.leaves_by_path(base).items()
+        if re.fullmatch(LAYERS, path) and getattr(leaf, "packing", None) != packing
+    ]
+    if unpacked:
         raise ValueError(
             "a merge-aware adapter must have all layers that are not yet in "
-            f"{describe(packing)}, so that no layer is rounded after training. Got "
-            f"none for {', '.join(others)}. Use the format merged."
+            f"{describe_packing(packing)}, so that no layer is rounded after training. "
+            f"Got none for {', '.join(unpacked)}. Use the format merged."
         )
 
 
@@ -422,5 +453,5 @@ _WRITERS: dict[str, Callable[[_Writer], Repacked | None]] = {
     "mlx": _Writer.write_mlx,
     "merged": _Writer.write_merged,
     "gguf": _Writer.write_gguf,
-    **dict.fromkeys(FMTS, _Writer.write_packed),
+    **dict.fromkeys(FMTS_BY_FORMAT, _Writer.write_packed),
 }

@@ -15,7 +15,7 @@ from tolerances import rounding
 import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app.configs import TargetFmt
-from qlora_jax.llm.app.servers import FMTS
+from qlora_jax.llm.app.servers import FMTS_BY_FORMAT
 from qlora_jax.llm.models.tiny import save_tiny
 
 # The loss of a run is compared with the loss of `score`, which renders the rows.
@@ -67,7 +67,7 @@ def plain(folder):
 
 
 def test_the_formats_to_train_for_are_those_of_files():
-    assert {*FORMS} == {x for fmts in FMTS.values() for x in fmts}
+    assert {*FORMS} == {x for fmts in FMTS_BY_FORMAT.values() for x in fmts}
     assert {*FORMS} == {*get_args(TargetFmt)}
 
 

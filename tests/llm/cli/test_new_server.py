@@ -11,7 +11,7 @@ from qlora_jax.llm.app.servers.server import AWQ, Server
 from qlora_jax.llm.models.tiny import save_tiny
 
 
-def _misreads(raw, config, fmt):
+def _find_difference(raw, config, fmt):
     return "it has a window of 8" if raw.get("model_type") == "llama" else None
 
 
@@ -20,14 +20,14 @@ TOY = Server(
     reads=("awq",),
     bases=AWQ,
     adapter="peft-portable",
-    misreads=_misreads,
+    find_difference=_find_difference,
     command="toy {base}{flags}",
     option=" --rank {rank} --adapter {adapter}",
     ranks=(3, 5),
     flags={"awq": " --awq"},
     files={"toy.cfg": "{base} and {adapter}"},
     port=1,
-    with_adapter={"with": "{adapter}"},
+    adapter_fields={"with": "{adapter}"},
 )
 
 MODULES = {"model.layers.1.mlp.down_proj": (64, 128)}

@@ -56,7 +56,7 @@ def test_an_option_is_one_line(tmp_path, monkeypatch, capsys):
     # Before Python 3.13, argparse repeats the name of the value.
     words = words.replace("--patience PATIENCE, --wait", "--patience, --wait")
     assert "new: --patience, --wait PATIENCE How long to wait. (an integer" in words
-    assert options_of(LongerTrain)["patience"].is_identity
+    assert not options_of(LongerTrain)["patience"].may_change
     config = LongerTrain.from_settings(PATHS)
     assert config.to_settings()["patience"] == 3
     assert config.replace(patience=4).training == Longer(patience=4)

@@ -17,7 +17,7 @@ from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.base_model import open_adapted, read_as_trained
+from qlora_jax.llm.app.base_model import open_model_and_adapters, read_as_trained
 from qlora_jax.llm.models import download
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -154,7 +154,7 @@ def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
     adapter = str(run / "adapter")
     for fmt in (None, "nf4"):  # also if the format of the run is requested
         config = app.ScoreConfig(str(models / "base"), "d", adapter, fmt=fmt)
-        model, _, packing = open_adapted(config)
+        model, _, packing = open_model_and_adapters(config)
         base = read_as_trained(model, packing, "float32").base
         w = tensors_of(models / "base")[DOWN].T.astype(ml_dtypes.bfloat16)
         codes, scales = quantize(np.float32(w), "nf4", 64)

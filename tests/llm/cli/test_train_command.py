@@ -29,9 +29,9 @@ from qlora_jax.llm.app.run import (
     has_flash_attention,
     make_batches,
     make_run,
-    members_of,
+    member_configs,
 )
-from qlora_jax.llm.app.run_folder import run_folder
+from qlora_jax.llm.app.run_folder import open_run_folder
 from qlora_jax.llm.data import open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig, Experts
@@ -314,7 +314,7 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
         check_stamp(unsplit.stamp, run.stamp, str(out))
     # Runs of a sweep share the validation rows of its first seed, or of `data_seed`.
     for options in (dict(seed="0,5"), dict(seed="5,6", data_seed=0)):
-        [first, *_] = members_of(
+        [first, *_] = member_configs(
             settings(folder, rows, out, **split_options, **options)
         )
         assert {row.place for row in make_run(first, "").data.valid} == held_out
@@ -429,7 +429,7 @@ def test_ten_evaluations_take_little_time(options, every, chosen):
     assert config.eval_steps == every
     training = config.training
     trained = (training.steps or 0) * training.accumulation
-    assert evaluation.sample([*range(8)], trained) == chosen
+    assert evaluation.sample_batches([*range(8)], trained) == chosen
 
 
 @pytest.mark.parametrize(
@@ -450,12 +450,12 @@ def test_a_folder_with_other_things_is_refused(
 
 
 def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
-    with run_folder(str(tmp_path / "run"), resume=False):
+    with open_run_folder(str(tmp_path / "run"), resume=False):
         with pytest.raises(ValueError, match="Another run is using `out`"):
             app.train(settings(folder, data, tmp_path / "run"))
         code = (
-            "from qlora_jax.llm.app.run_folder import run_folder\n"
-            f"with run_folder({str(tmp_path / 'run')!r}, False): pass"
+            "from qlora_jax.llm.app.run_folder import open_run_folder\n"
+            f"with open_run_folder({str(tmp_path / 'run')!r}, False): pass"
         )
         assert "Another run is using" in run_python("-c", code).stderr
     assert not (tmp_path / "run").exists()
@@ -698,7 +698,7 @@ def test_signals_are_as_before_behind_a_run(interruptible):
         while not stop.is_due():
             assert time.monotonic() < end
             time.sleep(0.001)
-        stop.end()
+        stop.raise_exception()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1
 

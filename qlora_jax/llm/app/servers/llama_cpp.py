@@ -12,5 +12,5 @@ LLAMA_CPP = Server(
     command="llama-server -m {base}",
     option=" --lora {adapter}",
     port=8080,
-    with_adapter={"lora": [{"id": 0, "scale": 1.0}]},
+    adapter_fields={"lora": [{"id": 0, "scale": 1.0}]},
 )

@@ -39,12 +39,12 @@ _UNTESTED = (
 _HEADS = ("granite", "qwen2", "mixtral", "phi3")
 
 
-def _misreads(
-    raw: Mapping[str, Any], config: DecoderConfig, fmt: str | None
+def _find_difference(
+    config_json: Mapping[str, Any], config: DecoderConfig, fmt: str | None
 ) -> str | None:
-    if not raw:
+    if not config_json:
         return None
-    raw = text_config(raw)
+    raw = text_config(config_json)
     family, is_gemma3 = raw["model_type"], raw["model_type"] == "gemma3_text"
     if family in _UNTESTED:
         return f"mlx-lm was not tested with {family}"
@@ -77,10 +77,10 @@ MLX = Server(
     adapter="mlx",
     adapts_experts=False,
     needs_older_keys=True,  # it does not read every config that transformers 5 writes
-    misreads=_misreads,
+    find_difference=_find_difference,
     command="mlx_lm.server --model {base}",
     option=" --adapter-path {adapter}",
     port=8080,
     model="default_model",
-    with_adapter={"adapters": "{adapter}"},
+    adapter_fields={"adapters": "{adapter}"},
 )

@@ -13,13 +13,15 @@ from ...models.config import DecoderConfig
 
 # For each format of `export` that writes a packed model, the number formats that it
 # can hold. The first one is the default.
-FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
+FMTS_BY_FORMAT: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
 _INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
-FMTS |= dict.fromkeys(("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents)
-FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
-# For `Server.bases`: number formats, and the format of `export` that holds them.
-BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
-AWQ = dict.fromkeys(FMTS["awq"], "awq")
+FMTS_BY_FORMAT |= dict.fromkeys(
+    ("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents
+)
+FMTS_BY_FORMAT |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
+# For `Server.bases`: number formats, and the format of `export` for each of them.
+BITSANDBYTES = dict.fromkeys(FMTS_BY_FORMAT["bitsandbytes"], "bitsandbytes")
+AWQ = dict.fromkeys(FMTS_BY_FORMAT["awq"], "awq")
 E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 # The `quant_method`s in a model's config that vLLM and SGLang load. "float" stands for
 # a model without a `quant_method`.
@@ -38,37 +40,35 @@ Written by qlora_jax {version}: {pair}.
 # A function that returns what a server computes differently, or None. Its arguments
 # are the model's `config.json` (empty for a GGUF file), the config of the decoder, and
 # the number format of the base (None for floats).
-Misreads = Callable[[Mapping[str, Any], DecoderConfig, str | None], str | None]
+FindDifference = Callable[[Mapping[str, Any], DecoderConfig, str | None], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """How a server loads a base and an adapter.
-
-    In this package, the "form" of a base or an adapter is a format of `export`.
-    """
+    """How a server loads a base and an adapter. A format is one of `export`."""
 
     name: str
     # 1. What it loads.
     reads: tuple[str, ...]  # the `quant_method`s of models that need no export
-    bases: Mapping[str, str] = field(default_factory=dict)  # forms, by number format
-    floats: str = "merged"  # the form of a float base
-    adapter: str | None  # the form of an adapter; None if adapters must be merged
+    bases: Mapping[str, str] = field(default_factory=dict)  # formats, by number format
+    floats: str = "merged"  # the format of a float base
+    adapter: str | None  # the format of an adapter; None if adapters must be merged
     adapts_experts: bool = True  # whether it loads adapters of experts
     needs_older_keys: bool = False  # in `config.json`; see `ql.io.older_config_keys`
     # 2. What it computes differently. None if it computes every model exactly.
-    misreads: Misreads | None = None
+    find_difference: FindDifference | None = None
     # 3. How it starts. All texts from here on may contain "{base}" and "{adapter}". The
     # command and the option may also contain "{rank}" and "{flags}".
     command: str
     option: str = ""  # added to the command if there is an adapter
     ranks: tuple[int, ...] = ()  # an adapter's rank is rounded up to one of these
-    flags: Mapping[str, str] = field(default_factory=dict)  # by the form of the base
+    flags: Mapping[str, str] = field(default_factory=dict)  # by the format of the base
     files: Mapping[str, str] = field(default_factory=dict)  # other files, by name
     # 4. Requests to its OpenAI-compatible API.
     port: int | None = None  # None if it has no API
-    model: str = "{base}"  # what requests call the base
-    with_adapter: Mapping[str, Any] = field(default_factory=dict)  # selects the adapter
+    model: str = "{base}"  # the name of the base in requests
+    # Added to requests to select the adapter.
+    adapter_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def write(
         self,
@@ -76,7 +76,7 @@ class Server:
         adapter: str | None,
         folder: pathlib.Path,
         *,
-        form: str,
+        base_format: str,
         rank: int,
         is_chat: bool,
         source: str,
@@ -84,9 +84,9 @@ class Server:
     ) -> None:
         """Writes a README with the command that starts the server and a request to it.
 
-        `base` and `adapter` are their paths in the command, and `form` is the base's
-        form. The README quotes `source`, the model's name, and `pair`, which says
-        whether the server reproduces the training's weights exactly.
+        `base` and `adapter` are their paths in the command. The README quotes `source`,
+        the model's name, and `pair`, which says whether the server reproduces the
+        training's weights exactly.
         """
         paths = {"base": base, "adapter": adapter}
         rank = next((n for n in self.ranks if n >= rank), rank)
@@ -94,7 +94,9 @@ class Server:
         texts = {name: text.format(**paths) for name, text in self.files.items()}
         texts["README.md"] = _README.format(
             name=self.name,
-            command=command.format(**paths, rank=rank, flags=self.flags.get(form, "")),
+            command=command.format(
+                **paths, rank=rank, flags=self.flags.get(base_format, "")
+            ),
             request=self._make_request(paths, is_chat),
             source=source,
             pair=pair,
@@ -108,7 +110,7 @@ class Server:
         if self.port is None:
             return ""
         has_adapter = paths["adapter"] is not None
-        body = {"model": self.model, **(self.with_adapter if has_adapter else {})}
+        body = {"model": self.model, **(self.adapter_fields if has_adapter else {})}
         body = {
             key: value.format(**paths) if isinstance(value, str) else value
             for key, value in body.items()

@@ -11,5 +11,5 @@ SGLANG = Server(
     option=" --enable-lora --lora-paths adapter={adapter}",
     flags={"bitsandbytes": " --load-format bitsandbytes"},
     port=30000,
-    with_adapter={"lora_path": "adapter"},
+    adapter_fields={"lora_path": "adapter"},
 )

@@ -8,10 +8,10 @@ VLLM = Server(
     reads=METHODS,
     bases={**BITSANDBYTES, **AWQ, **E2M1},
     adapter="peft-portable",
-    misreads=lambda raw, config, fmt: _NVFP4 if fmt == "nvfp4" else None,
+    find_difference=lambda config_json, config, fmt: _NVFP4 if fmt == "nvfp4" else None,
     command="vllm serve {base}",
     option=" --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}",
     ranks=(8, 16, 32, 64, 128, 256, 320, 512),
     port=8000,
-    with_adapter={"model": "adapter"},
+    adapter_fields={"model": "adapter"},
 )
