@@ -113,7 +113,7 @@ REFUSED = {
     "stream_dtype": "must be float32, because the dtype of its residual stream is",
     "merge_aware": "must be False, because `export` writes no 4-bit files of these",
     "mlp_tile": "must be None, because its MLPs take all tokens at a time. Got 1.",
-    "objective": "because the loss with a teacher needs the head of our decoder. Got",
+    "objective": "because losses with a teacher need the head of our decoder. Got",
 }
 
 

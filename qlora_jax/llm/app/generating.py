@@ -118,7 +118,7 @@ def generate(
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     # Everything is checked before the weights are read.
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model, adapters, options = open_model_and_adapters(config)
+    model, adapters, load_options = open_model_and_adapters(config)
     note_packing(model.lora)
     if isinstance(model.config, TorchConfig):
         _check_can_generate(model.config)
@@ -135,7 +135,7 @@ def generate(
     # The template is checked with a placeholder if the prompts are not known yet.
     conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
     dtype = jnp.dtype(config.dtype)
-    model = read_as_trained(model, options, dtype)
+    model = read_as_trained(model, load_options, dtype)
     # Streams share the compiled programs, and keep one cache per conversation.
     variables = {"params": model.base, "lora": model.lora}
     stream = Stream(model.make_model(dtype), variables, sampling)

@@ -20,8 +20,8 @@ from .servers import FMTS_BY_FORMAT
 from .train_groups import AdapterConfig
 
 # The default of `export --format` for each number format of merge-aware adapters.
-_EXPORT_FORMATS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "q4_0": "gguf"}
-_EXPORT_FORMATS |= {"int4_f16": "compressed-tensors"}
+_EXPORT_FORMATS = dict.fromkeys(("nf4", "fp4"), "bitsandbytes")
+_EXPORT_FORMATS |= {"int4_f16": "compressed-tensors", "q4_0": "gguf"}
 _EXPORT_FORMATS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 Q4_0_BLOCK_SIZE = 32
 # Fields of a `Packing`, which are also names of options.

@@ -229,10 +229,7 @@ def _flatten(
     settings: Mapping[str, object],
     main_names: Mapping[str, str],
 ) -> Iterator[tuple[str, object]]:
-    """Yields settings and their values, with nested ones as "group.field".
-
-    `main_names` maps every name of an option to its main name.
-    """
+    """Yields settings and their values, with nested ones as "group.field"."""
     for key, value in settings.items():
         if key in groups_of(config_type) and isinstance(value, Mapping):
             nested = {f"{key}.{field}": x for field, x in value.items()}

@@ -138,14 +138,11 @@ def resolve_dtype(dtype: str, platform: str) -> str:
 def make_schedule(
     settings: OptimizerConfig, steps: int | None, learning_rate: Any
 ) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the step; `learning_rate` is its peak.
-
-    `steps` is None only in settings that `make_run` has not completed.
-    """
+    """Returns the learning rate as a function of the step, with this peak."""
     return optimizers.make_schedule(
         settings.schedule,
         learning_rate,
-        steps or 1,
+        steps or 1,  # None if `make_run` has not completed the settings
         warmup=settings.warmup or 0,
         end=settings.end_learning_rate,
         decay=settings.decay,

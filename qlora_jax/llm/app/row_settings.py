@@ -73,15 +73,15 @@ def _row_settings(config: ConfigWithRows) -> DataConfig:
     options = {name: getattr(config, name, None) for name in names}
     set_options = {name: value for name, value in options.items() if value is not None}
     run_configs = run_configs_of(config.adapter, config.run)
-    runs = [_row_settings_of_run(run_config) for run_config in run_configs]
+    run_settings = [_row_settings_of_run(x) for x in run_configs]
     for name in options.keys() - set_options.keys():
-        values = {str(getattr(settings, name)) for settings in runs}
+        values = {str(getattr(settings, name)) for settings in run_settings}
         if len(values) > 1:
             raise ValueError(
                 f"`{name}` must be given if the runs of the adapters have different "
                 f"ones. Got none, and runs with {' and '.join(sorted(values))}."
             )
-    settings = runs[0] if runs else DataConfig(path="")
+    settings = run_settings[0] if run_settings else DataConfig(path="")
     return dataclasses.replace(settings, **set_options)
 
 

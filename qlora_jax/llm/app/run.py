@@ -258,39 +258,23 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
 
 def _check_torch_settings(config: TrainConfig, torch_config: TorchConfig) -> None:
     """Raises ValueError if PyTorch's code does not support the value of an option."""
-    model = config.model
+    settings = config.to_settings()
     no_teacher = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
-    # The value of each option, the supported values, and why there are no others.
+    # The supported values of each option, and why there are no others.
     requirements = {
-        "attention": (model.attention, ["xla"], "only our decoder has the others"),
-        "remat": (model.remat, [True, False], "its layers do not offload their inputs"),
-        "base_memory": (
-            model.base_memory,
-            ["device"],
-            "it keeps all layers in device memory",
-        ),
-        "mlp_tile": (model.mlp_tile, [None], "its MLPs take all tokens at a time"),
-        "stream_dtype": (
-            model.stream_dtype,
-            ["float32"],
-            "the dtype of its residual stream is `dtype`",
-        ),
-        "merge_aware": (
-            config.adapter.merge_aware,
-            [False],
-            "`export` writes no 4-bit files of these models",
-        ),
-        "objective": (
-            config.training.objective,
-            no_teacher,
-            "the loss with a teacher needs the head of our decoder",
-        ),
+        "attention": (["xla"], "only our decoder has the others"),
+        "remat": ([True, False], "its layers do not offload their inputs"),
+        "base_memory": (["device"], "it keeps all layers in device memory"),
+        "mlp_tile": ([None], "its MLPs take all tokens at a time"),
+        "stream_dtype": (["float32"], "the dtype of its residual stream is `dtype`"),
+        "merge_aware": ([False], "`export` writes no 4-bit files of these models"),
+        "objective": (no_teacher, "losses with a teacher need the head of our decoder"),
     }
     if problems := [
         f"`{name}` must be {' or '.join(map(str, allowed))}, because {reason}. Got "
-        f"{value}."
-        for name, (value, allowed, reason) in requirements.items()
-        if value not in allowed
+        f"{settings[name]}."
+        for name, (allowed, reason) in requirements.items()
+        if settings[name] not in allowed
     ]:
         raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
     problem = torch_config.packing_problem() if config.training.packing else None

@@ -113,7 +113,8 @@ def write_results(
     if is_first():
         state = state._replace(lora=lora)
         sizes = memory_of(base, state.lora, state.opt_state, teacher)
-        rows, model = read_metrics(run.folder / METRICS), run.config.model
+        model = run.config.model
+        rows = read_metrics(run.folder / METRICS)
         result = _make_result(run.config.output.out, rows, sizes, state, best_metrics)
         result = dataclasses.replace(result, source=run.model.source)
         save_adapter(
@@ -173,13 +174,13 @@ def _make_result(
     state: State,
     best_metrics: Mapping[str, float],
 ) -> TrainResult:
-    steps = [row for row in rows if row["step"]]  # step 0 is only an evaluation
-    losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
+    step_rows = [row for row in rows if row["step"]]  # step 0 is only an evaluation
+    losses = [row["loss"] for row in step_rows[-20:] if row["loss"] is not None]
     # Time the steps that compiled no program or, if there are none, all steps.
-    timed = [row for row in steps if "is_compiled" not in row] or steps
+    timed = [row for row in step_rows if "is_compiled" not in row] or step_rows
     seconds = [row["seconds"] for row in timed]
     initial = rows[0] if rows and not rows[0]["step"] else {}
-    # The numbers of the best adapter replace those of the last step.
+    # The metrics of the best adapter replace those of the last step.
     last = {**(rows[-1] if rows else {}), **best_metrics}
     return TrainResult(
         out=out,

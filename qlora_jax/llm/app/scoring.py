@@ -89,12 +89,12 @@ def score(config: ScoreConfig) -> Score | Scores:
         >>> app.score(app.ScoreConfig(model, str(data))).tokens
         3
     """
-    model, adapters, options = open_model_and_adapters(config)
+    model, adapters, load_options = open_model_and_adapters(config)
     note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
     rows = read_rows_like_run(config, model, str(config.data), config.batch_tokens)
     score = make_scorer(model, rows, config.batch_tokens, config.dtype)
-    model = read_as_trained(model, options, config.dtype)
+    model = read_as_trained(model, load_options, config.dtype)
     if not adapters:
         return score(model.base, model.lora)
     return Scores({name: score(model.base, x) for name, x in adapters.items()})

@@ -66,17 +66,16 @@ def _list_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     problems = []
     for path in sorted(old.keys() | new.keys()):
-        if path not in old or path not in new:
-            problems.append(
-                f"{path} {'is not trained' if path in old else 'is missing'}"
-            )
-            continue
-        source, target = old[path], new[path]
+        source, target = old.get(path), new.get(path)
         # Training can start from a merge-aware adapter only if the new adapter is
         # merge-aware too, for the same packing.
         packing, new_packing = (getattr(x, "packing", None) for x in (source, target))
         has_same_packing = packing is not None and packing == new_packing
-        if type(source) is not ql.LoRA and not has_same_packing:
+        if target is None:
+            problems.append(f"{path} is not trained")
+        elif source is None:
+            problems.append(f"{path} is missing")
+        elif type(source) is not ql.LoRA and not has_same_packing:
             problems.append(f"{path} has another kind, {source.label}")
         elif source.a.shape != target.a.shape or source.b.shape != target.b.shape:
             problems.append(f"{path} has rank {source.rank} instead of {target.rank}")

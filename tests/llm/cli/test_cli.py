@@ -263,7 +263,7 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     settings = (
         trained.config.model.fmt,
         trained.config.model.block_size,
-        trained.packing,
+        trained.packing_config,
     )
     assert settings == (fmt, int(size), None)
     again = ("export", "--format", flags[0], "--model", out, "--out", copy)
