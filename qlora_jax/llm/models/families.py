@@ -18,7 +18,6 @@ from .deepseek import (
 from .dense_families import DENSE_FAMILIES
 from .family import (
     EXPERT_KEYS,
-    SIZES,
     WINDOW_KEYS,
     Family,
     is_count,
@@ -35,7 +34,7 @@ from .family import (
 from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
 from .lfm2 import LFM2_KEYS, read_lfm2
 from .llama4 import LLAMA4_KEYS, read_llama4
-from .text_halves import read_text_settings
+from .text_halves import SIZE_KEYS, TEXT_HALVES, read_text_settings
 
 # Most families share Llama's architecture, and differ from it as follows. (SmolLM2 is a
 # Llama.)
@@ -63,33 +62,6 @@ GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 _FULL, _LINEAR = "full_attention", "linear_attention"
-_GEMMA3, _QWEN3_5 = ("Gemma3ForCausalLM",), ("Qwen3_5ForCausalLM",)
-_GEMMA4, _UNIFIED = ("Gemma4ForCausalLM",), ("Gemma4UnifiedForCausalLM",)
-_QWEN3_5_MOE, _LLAMA4 = ("Qwen3_5MoeForCausalLM",), ("Llama4ForCausalLM",)
-# The sizes of text halves, and transformers' defaults for them.
-_SIZE_KEYS = (*SIZES, "max_position_embeddings")
-_GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
-_GEMMA4_SIZES = 262_144, 2304, 9216, 30, 8, 131_072
-_UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
-_QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
-_NO_SIZES = (None,) * len(_SIZE_KEYS)
-_QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
-_LLAMA4_SIZES = 202_048, 5120, 8192, 48, 40, 131_072
-# For models with a vision part, by their `model_type`: the `model_type` of the text
-# half, its architectures, and the defaults for its sizes.
-TEXT_HALVES = {
-    "gemma3": ("gemma3_text", _GEMMA3, _GEMMA3_SIZES),
-    "gemma4": ("gemma4_text", _GEMMA4, _GEMMA4_SIZES),
-    "gemma4_unified": ("gemma4_unified_text", _UNIFIED, _UNIFIED_SIZES),
-    "llama4": ("llama4_text", _LLAMA4, _LLAMA4_SIZES),
-    "qwen3_5": ("qwen3_5_text", _QWEN3_5, _QWEN3_5_SIZES),
-    "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_5_MOE, _QWEN3_5_MOE_SIZES),
-    # These text halves are read as text-only models of other families. They need no
-    # defaults, because their files contain all sizes.
-    "mistral3": ("mistral", ("MistralForCausalLM",), _NO_SIZES),
-    "qwen2_5_vl": ("qwen2", ("Qwen2ForCausalLM",), _NO_SIZES),
-    "qwen3_vl": ("qwen3", ("Qwen3ForCausalLM",), _NO_SIZES),
-}
 
 
 def _read_llama(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -345,19 +317,15 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without its vision part, in the form for text-only models."""
     if str(raw.get("model_type")) not in TEXT_HALVES:
         return dict(raw)
-    model_type, architectures, sizes = TEXT_HALVES[raw["model_type"]]
-    text = read_text_settings(raw)
-    if text.get("model_type") == "ministral3":
-        model_type, architectures = "ministral3", ("Ministral3ForCausalLM",)
-    family = {"architectures": [*architectures], "model_type": model_type}
+    half, text = TEXT_HALVES[raw["model_type"]], read_text_settings(raw)
+    is_ministral3 = text.get("model_type") == "ministral3"
+    family = FAMILIES["ministral3" if is_ministral3 else half.model_type]
+    names = {"architectures": [*family.architectures], "model_type": family.model_type}
     shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
     shared = {key: raw[key] for key in shared_keys if key in raw}
-    defaults = {
-        key: size
-        for key, size in zip(_SIZE_KEYS, sizes, strict=True)
-        if size is not None
-    }
-    return defaults | shared | text | family
+    sizes = zip(SIZE_KEYS, half.sizes, strict=False)
+    defaults = {key: size for key, size in sizes if size is not None}
+    return defaults | shared | text | names
 
 
 def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -392,13 +360,6 @@ _GEMMA_KEYS += " hidden_activation query_pre_attn_scalar use_bidirectional_atten
 _GEMMA_KEYS += f" {WINDOW_KEYS}"
 _GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_pattern"
 _GEMMA3_KEYS += f" {_GEMMA_KEYS}"
-_VISION_KEYS = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
-_VISION_KEYS += f" text_config vision_config {_GEMMA3_KEYS}"
-_GEMMA4_VISION_KEYS = f"""
-audio_config audio_token_id boa_token_id boi_token_id eoa_token_index eoi_token_id
-image_token_id text_config video_token_id vision_config
-vision_soft_tokens_per_image {GEMMA4_KEYS}
-"""
 _QWEN3_5_KEYS = "attention_bias attn_output_gate full_attention_interval hidden_act"
 _QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_dim"
 _QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
@@ -406,16 +367,6 @@ _QWEN3_5_KEYS += " mamba_ssm_dtype mlp_only_layers mtp_num_hidden_layers"
 _QWEN3_5_KEYS += " mtp_use_dedicated_embeddings mrope_section mrope_interleaved"
 _QWEN3_5_MOE_KEYS = "moe_intermediate_size shared_expert_intermediate_size"
 _QWEN3_5_MOE_KEYS += f" {_QWEN3_5_KEYS} {EXPERT_KEYS}"
-_QWEN_VISION_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
-_QWEN_VISION_KEYS += f" vision_end_token_id vision_config {_QWEN3_5_KEYS}"
-_LLAMA4_VISION_KEYS = "boi_token_index eoi_token_index image_token_index text_config"
-_LLAMA4_VISION_KEYS += f" vision_config {LLAMA4_KEYS}"
-_QWEN_VL_KEYS = "image_token_id video_token_id vision_start_token_id text_config"
-_QWEN_VL_KEYS += " vision_end_token_id vision_token_id vision_config mrope_section"
-_QWEN_VL_KEYS += f" mrope_interleaved {_QWEN_KEYS}"
-_MISTRAL3_KEYS = "image_token_id image_token_index multimodal_projector_bias"
-_MISTRAL3_KEYS += " projector_hidden_act spatial_merge_size text_config vision_config"
-_MISTRAL3_KEYS += f" vision_feature_layer llama_4_scaling_beta {_MISTRAL_KEYS}"
 _FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
     Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
@@ -427,14 +378,16 @@ _FAMILIES = (
     Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
     Family("qwen2_moe", ("Qwen2MoeForCausalLM",), _read_qwen2_moe, _QWEN2_MOE_KEYS),
     Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
-    Family("qwen3_5_text", _QWEN3_5, _read_qwen3_5, _QWEN3_5_KEYS),
-    Family("qwen3_5_moe_text", _QWEN3_5_MOE, _read_qwen3_5_moe, _QWEN3_5_MOE_KEYS),
+    Family("qwen3_5_text", ("Qwen3_5ForCausalLM",), _read_qwen3_5, _QWEN3_5_KEYS),
+    Family(
+        "qwen3_5_moe_text",
+        ("Qwen3_5MoeForCausalLM",),
+        _read_qwen3_5_moe,
+        _QWEN3_5_MOE_KEYS,
+    ),
     Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
     Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),
-    Family("gemma3_text", _GEMMA3, _read_gemma3, _GEMMA3_KEYS),
-    Family(
-        "gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half, _VISION_KEYS
-    ),
+    Family("gemma3_text", ("Gemma3ForCausalLM",), _read_gemma3, _GEMMA3_KEYS),
     Family(
         "deepseek_v2", ("DeepseekV2ForCausalLM",), read_deepseek_v2, DEEPSEEK_V2_KEYS
     ),
@@ -443,60 +396,26 @@ _FAMILIES = (
     Family("kimi_k2", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
     Family("glm4_moe_lite", ("Glm4MoeLiteForCausalLM",), read_glm_lite, GLM_LITE_KEYS),
     Family("lfm2", ("Lfm2ForCausalLM",), read_lfm2, LFM2_KEYS),
-    Family("llama4_text", _LLAMA4, read_llama4, LLAMA4_KEYS),
+    Family("llama4_text", ("Llama4ForCausalLM",), read_llama4, LLAMA4_KEYS),
+    Family("gemma4_text", ("Gemma4ForCausalLM",), read_gemma4, GEMMA4_KEYS),
     Family(
-        "llama4",
-        ("Llama4ForConditionalGeneration",),
-        _read_text_half,
-        _LLAMA4_VISION_KEYS,
-    ),
-    Family("gemma4_text", _GEMMA4, read_gemma4, GEMMA4_KEYS),
-    Family("gemma4_unified_text", _UNIFIED, read_gemma4_unified, GEMMA4_KEYS),
-    Family(
-        "gemma4",
-        ("Gemma4ForConditionalGeneration",),
-        _read_text_half,
-        _GEMMA4_VISION_KEYS,
-    ),
-    Family(
-        "gemma4_unified",
-        ("Gemma4UnifiedForConditionalGeneration",),
-        _read_text_half,
-        _GEMMA4_VISION_KEYS,
-    ),
-    Family(
-        "qwen3_5",
-        ("Qwen3_5ForConditionalGeneration",),
-        _read_text_half,
-        _QWEN_VISION_KEYS,
-    ),
-    Family(
-        "qwen3_5_moe",
-        ("Qwen3_5MoeForConditionalGeneration",),
-        _read_text_half,
-        f"{_QWEN_VISION_KEYS} {_QWEN3_5_MOE_KEYS}",
-    ),
-    Family(
-        "mistral3",
-        ("Mistral3ForConditionalGeneration",),
-        _read_text_half,
-        _MISTRAL3_KEYS,
-    ),
-    Family(
-        "qwen2_5_vl",
-        ("Qwen2_5_VLForConditionalGeneration",),
-        _read_text_half,
-        _QWEN_VL_KEYS,
-    ),
-    Family(
-        "qwen3_vl",
-        ("Qwen3VLForConditionalGeneration",),
-        _read_text_half,
-        f"attention_bias {_QWEN_VL_KEYS}",
+        "gemma4_unified_text",
+        ("Gemma4UnifiedForCausalLM",),
+        read_gemma4_unified,
+        GEMMA4_KEYS,
     ),
     *DENSE_FAMILIES,
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
+FAMILIES |= {
+    name: Family(
+        name,
+        (f"{half.name}ForConditionalGeneration",),
+        _read_text_half,
+        f"text_config vision_config {half.keys} {FAMILIES[half.model_type].keys}",
+    )
+    for name, half in TEXT_HALVES.items()
+}
 
 
 def is_known(raw: Mapping[str, Any]) -> bool:

@@ -1,7 +1,9 @@
 """The text settings of models with a vision part."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from .family import SIZES
 
 # A position in an image has several dimensions (M-RoPE), which these keys describe. The
 # position of a text token is the same in all dimensions, so the keys do not matter.
@@ -15,6 +17,53 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _MISTRALS = ("mistral", "ministral3")
 _IMAGE_KEYS = ("image_token_id", "video_token_id", "vision_config", "vision_token_id")
 _IMAGE_KEYS += ("vision_start_token_id", "vision_end_token_id")
+
+
+class TextHalf(NamedTuple):
+    """The text half of a model with a vision part, and the names of the whole model."""
+
+    model_type: str  # of the text-only family that reads the text half
+    name: str  # of the whole model's class, without "ForConditionalGeneration"
+    keys: str  # that the whole model has besides those of the text half
+    # transformers' defaults for `SIZE_KEYS`; () if the files contain all sizes.
+    sizes: tuple[int | None, ...] = ()
+
+
+SIZE_KEYS = (*SIZES, "max_position_embeddings")
+_GEMMA3_SIZES = 262_208, 2304, 9216, 26, 8, 131_072
+_GEMMA4_SIZES = 262_144, 2304, 9216, 30, 8, 131_072
+_UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
+_QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
+_QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
+_LLAMA4_SIZES = 202_048, 5120, 8192, 48, 40, 131_072
+_LLAMA4_KEYS = "boi_token_index eoi_token_index image_token_index"
+_GEMMA3_KEYS = f"{_LLAMA4_KEYS} mm_tokens_per_image"
+_GEMMA4_KEYS = """
+audio_config audio_token_id boa_token_id boi_token_id eoa_token_index eoi_token_id
+image_token_id video_token_id vision_soft_tokens_per_image
+"""
+_QWEN_KEYS = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
+_VL_KEYS = f"{_QWEN_KEYS} vision_token_id {' '.join(_MROPE_KEYS)}"
+_MISTRAL3_KEYS = """
+image_token_id image_token_index llama_4_scaling_beta multimodal_projector_bias
+projector_hidden_act spatial_merge_size vision_feature_layer
+"""
+TEXT_HALVES = {  # by the `model_type` of the whole model
+    "gemma3": TextHalf("gemma3_text", "Gemma3", _GEMMA3_KEYS, _GEMMA3_SIZES),
+    "gemma4": TextHalf("gemma4_text", "Gemma4", _GEMMA4_KEYS, _GEMMA4_SIZES),
+    "gemma4_unified": TextHalf(
+        "gemma4_unified_text", "Gemma4Unified", _GEMMA4_KEYS, _UNIFIED_SIZES
+    ),
+    "llama4": TextHalf("llama4_text", "Llama4", _LLAMA4_KEYS, _LLAMA4_SIZES),
+    "qwen3_5": TextHalf("qwen3_5_text", "Qwen3_5", _QWEN_KEYS, _QWEN3_5_SIZES),
+    "qwen3_5_moe": TextHalf(
+        "qwen3_5_moe_text", "Qwen3_5Moe", _QWEN_KEYS, _QWEN3_5_MOE_SIZES
+    ),
+    # These text halves are read as text-only models of other families.
+    "mistral3": TextHalf("mistral", "Mistral3", _MISTRAL3_KEYS),
+    "qwen2_5_vl": TextHalf("qwen2", "Qwen2_5_VL", _VL_KEYS),
+    "qwen3_vl": TextHalf("qwen3", "Qwen3VL", _VL_KEYS),
+}
 
 
 def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
