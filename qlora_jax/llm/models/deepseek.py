@@ -8,6 +8,7 @@ from .config import DecoderConfig, Experts, LatentHeads, LayerKind
 from .family import (
     is_count,
     read_biases,
+    read_count,
     read_rope,
     require_if_present,
     rope_section,
@@ -135,13 +136,9 @@ def _read_experts(raw: Mapping[str, Any], scores: str) -> Experts:
             "`n_group` must leave at least two experts in each group. Got "
             f"{num_groups!r}."
         )
-    if not is_count(per_token := raw["num_experts_per_tok"]):
-        raise ValueError(
-            f"`num_experts_per_tok` must be a positive integer. Got {per_token!r}."
-        )
     return Experts(
         raw["n_routed_experts"],
-        per_token,
+        read_count(raw, "num_experts_per_tok"),
         normalized=bool(raw["norm_topk_prob"]),
         scores="sigmoid" if scores == "sigmoid" else "softmax",
         has_score_bias=scores == "sigmoid",

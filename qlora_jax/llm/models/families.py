@@ -20,12 +20,14 @@ from .family import (
     EXPERT_KEYS,
     WINDOW_KEYS,
     Family,
-    is_count,
     read_biases,
+    read_count,
     read_experts,
+    read_layer_types,
     read_layers,
     read_partial_rope,
     read_rope,
+    read_rotary_flags,
     read_uniform_layers,
     require_if_present,
     rope_section,
@@ -105,23 +107,14 @@ def _read_qwen3(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_smollm3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, kv_heads=4, tied=True)
-    count, step = fields["num_layers"], raw.get("no_rope_layer_interval", 4)
-    # Despite its name, `no_rope_layers` has 1 for layers with rotary positions.
-    rope_flags = raw.get("no_rope_layers")
-    if rope_flags is None:
-        rope_flags = [(i + 1) % step for i in range(count)]
-    if len(rope_flags) < count:
-        raise ValueError(
-            f"`no_rope_layers` must have an entry for each of {count} layers. "
-            f"Got {len(rope_flags)}."
-        )
+    is_rotary = read_rotary_flags(raw)
     window = raw.get("sliding_window")
     has_windows = bool(raw.get("use_sliding_window", False)) and window is not None
     rope = read_rope(raw, fields["head_dim"], theta=2e6)
-    kinds = read_layers(raw, lambda i: has_windows and not rope_flags[i], window, rope)
+    kinds = read_layers(raw, lambda i: has_windows and not is_rotary[i], window, rope)
     layers = tuple(
-        kind if is_rotary else replace(kind, rope=None)
-        for kind, is_rotary in zip(kinds, rope_flags, strict=False)
+        kind if rotary else replace(kind, rope=None)
+        for kind, rotary in zip(kinds, is_rotary, strict=True)
     )
     mlp_bias = bool(raw.get("mlp_bias", False))
     return DecoderConfig(**fields, **read_biases(raw), layers=layers, mlp_bias=mlp_bias)
@@ -195,11 +188,8 @@ def _read_sparse(
     the numbers of experts. `settings` are further fields of `Experts`.
     """
     # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
-    step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
-    if not is_count(step):
-        raise ValueError(
-            f"`decoder_sparse_step` must be a positive integer. Got {step!r}."
-        )
+    step = read_count(raw, "decoder_sparse_step", 1)
+    dense = raw.get("mlp_only_layers") or ()
     if unknown := [x for x in dense if type(x) is not int]:
         raise ValueError(f"`mlp_only_layers` must be integers. Got {unknown}.")
     is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(len(kinds))]
@@ -240,15 +230,10 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
     defaults = zip((*names, "conv_kernel_dim"), (16, 32, 128, 128, 4), strict=True)
     rule = DeltaRule(*(raw.get(f"linear_{name}", size) for name, size in defaults))
     # By default, every `full_attention_interval`-th layer has attention.
-    count, interval = fields["num_layers"], raw.get("full_attention_interval", 4)
-    types = raw.get("layer_types")
-    if types is None:
-        types = [_FULL if (i + 1) % interval == 0 else _LINEAR for i in range(count)]
-    if len(types) != count or set(types) - {_FULL, _LINEAR} or _FULL not in types:
-        raise ValueError(
-            f"`layer_types` must have {count} entries, {_FULL!r} or {_LINEAR!r}, and "
-            f"at least one {_FULL!r}. Got {types}."
-        )
+    interval = raw.get("full_attention_interval", 4)
+    types = read_layer_types(
+        raw, (_FULL, _LINEAR), lambda i: _LINEAR if (i + 1) % interval else _FULL
+    )
     full, linear = LayerKind(rope), LayerKind(None, delta_rule=rule)
     return DecoderConfig(
         **fields,

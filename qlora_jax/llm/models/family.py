@@ -202,19 +202,49 @@ def read_layers(
     If this key is missing, the layers `i` with `is_sliding(i)` have a window. Layers
     with a window have the rotary positions `local`, or `rope` if `local` is None.
     """
-    count, types = raw["num_hidden_layers"], raw.get("layer_types")
-    if types is None:
-        types = [_SLIDING if is_sliding(i) else _FULL for i in range(count)]
-    if (num_types := len(types)) != count:
-        raise ValueError(f"`layer_types` must have {count} entries. Got {num_types}.")
-    if unknown := sorted(set(types) - {_SLIDING, _FULL}):
-        raise ValueError(
-            f'`layer_types` must be "{_SLIDING}" or "{_FULL}". Got {unknown}.'
-        )
+    types = read_layer_types(
+        raw, (_SLIDING, _FULL), lambda i: _SLIDING if is_sliding(i) else _FULL
+    )
     if _SLIDING in types and not is_count(window):
         raise ValueError(f"`sliding_window` must be positive. Got {window!r}.")
     sliding, full = LayerKind(local or rope, window), LayerKind(rope)
     return tuple(sliding if kind == _SLIDING else full for kind in types)
+
+
+def read_layer_types(
+    raw: Mapping[str, Any], choices: tuple[str, str], default: Callable[[int], str]
+) -> list[str]:
+    """Returns `layer_types`, or the types `default(i)` of the layers if it is missing.
+
+    `choices` are the two types of layers that the family has.
+    """
+    count, types = raw["num_hidden_layers"], raw.get("layer_types")
+    if types is None:
+        types = [default(i) for i in range(count)]
+    if len(types) != count or {*types} - {*choices}:
+        raise ValueError(
+            f"`layer_types` must have {count} entries, and each must be {choices[0]!r} "
+            f"or {choices[1]!r}. Got {types}."
+        )
+    return types
+
+
+def read_rotary_flags(raw: Mapping[str, Any]) -> list[bool]:
+    """Returns whether each layer has rotary positions.
+
+    Despite its name, `no_rope_layers` has 1 for layers with rotary positions. If it is
+    missing, every `no_rope_layer_interval`-th layer has none.
+    """
+    count, flags = raw["num_hidden_layers"], raw.get("no_rope_layers")
+    if flags is None:
+        interval = read_count(raw, "no_rope_layer_interval", 4)
+        return [(i + 1) % interval != 0 for i in range(count)]
+    if len(flags) < count:
+        raise ValueError(
+            f"`no_rope_layers` must have an entry for each of {count} layers. Got "
+            f"{len(flags)}."
+        )
+    return [bool(flag) for flag in flags[:count]]
 
 
 def read_uniform_layers(
@@ -237,6 +267,13 @@ def read_positive(raw: Mapping[str, Any], key: str, default: float) -> float:
     """Returns a value that must be a positive number."""
     if not (value := to_float(raw.get(key, default))) > 0:
         raise ValueError(f"`{key}` must be positive. Got {value}.")
+    return value
+
+
+def read_count(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Returns a value that must be a positive integer."""
+    if not is_count(value := raw.get(key, default)):
+        raise ValueError(f"`{key}` must be a positive integer. Got {value!r}.")
     return value
 
 

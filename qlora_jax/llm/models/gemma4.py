@@ -10,6 +10,7 @@ from .family import (
     WINDOW_KEYS,
     is_count,
     read_biases,
+    read_count,
     read_layers,
     read_rope,
     require_if_present,
@@ -110,16 +111,10 @@ def _read(
 
 def _read_experts(raw: Mapping[str, Any]) -> Experts:
     """Returns the experts that each layer has in addition to its MLP (26B-A4B)."""
-    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-        if not is_count(raw.get(key)):
-            raise ValueError(
-                f"`{key}` must be a positive integer with `enable_moe_block`. Got "
-                f"{raw.get(key)!r}."
-            )
     return Experts(
-        raw["num_experts"],
-        raw["top_k_experts"],
-        width=raw["moe_intermediate_size"],
+        read_count(raw, "num_experts"),
+        read_count(raw, "top_k_experts"),
+        width=read_count(raw, "moe_intermediate_size"),
         joined="halves",
         beside_mlp=True,
     )

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import DecoderConfig, LayerKind
-from .family import is_count, read_rope, require_if_present, shared_fields, to_float
+from .family import (
+    read_count,
+    read_layer_types,
+    read_rope,
+    require_if_present,
+    shared_fields,
+    to_float,
+)
 
 LFM2_KEYS = """
 block_auto_adjust_ff_dim block_dim block_ff_dim block_ffn_dim_multiplier
@@ -39,9 +46,7 @@ def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
     eps = raw.get("norm_eps", 1e-5)
     fields = shared_fields({**raw, "rms_norm_eps": eps}, kv_heads=8)
     fields["intermediate_size"] = _mlp_width(raw)
-    width = raw.get("conv_L_cache", 3)
-    if not is_count(width):
-        raise ValueError(f"`conv_L_cache` must be a positive integer. Got {width!r}.")
+    width = read_count(raw, "conv_L_cache", 3)
     kinds = {
         _FULL: LayerKind(read_rope(raw, fields["head_dim"], theta=1e6)),
         _CONVOLUTION: LayerKind(None, convolution_width=width),
@@ -61,15 +66,15 @@ _DEFAULTS = {"tie_word_embeddings": True, "intermediate_size": 12_288}
 
 
 def _layer_types(raw: Mapping[str, Any]) -> list[str]:
-    count, types = raw["num_hidden_layers"], raw.get("layer_types")
-    if types is None:
-        attention = raw.get("full_attn_idxs")
-        is_full = range(count) if attention is None else attention
-        types = [_FULL if i in is_full else _CONVOLUTION for i in range(count)]
-    if len(types) != count or {*types} - {_FULL, _CONVOLUTION} or _FULL not in types:
+    full = raw.get("full_attn_idxs")
+    types = read_layer_types(
+        raw,
+        (_FULL, _CONVOLUTION),
+        lambda i: _FULL if full is None or i in full else _CONVOLUTION,
+    )
+    if _FULL not in types:
         raise ValueError(
-            f"`layer_types` must have {count} entries, {_FULL!r} or {_CONVOLUTION!r}, "
-            f"and at least one {_FULL!r}. Got {types}."
+            f"`layer_types` must have at least one {_FULL!r}. Got {types}."
         )
     return types
 
@@ -87,9 +92,5 @@ def _mlp_width(raw: Mapping[str, Any]) -> int:
     multiplier = raw.get("block_ffn_dim_multiplier", 1.0)
     if multiplier is None:
         return width
-    multiple = raw.get("block_multiple_of", 256)
-    if not is_count(multiple):
-        raise ValueError(
-            f"`block_multiple_of` must be a positive integer. Got {multiple!r}."
-        )
+    multiple = read_count(raw, "block_multiple_of", 256)
     return -(-int(to_float(multiplier) * width) // multiple) * multiple

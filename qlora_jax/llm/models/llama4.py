@@ -7,7 +7,10 @@ from .config import DecoderConfig, Experts, LayerKind, QueryScaling
 from .family import (
     is_count,
     read_biases,
+    read_count,
+    read_layer_types,
     read_rope,
+    read_rotary_flags,
     shared_fields,
     to_float,
 )
@@ -29,19 +32,30 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
     count = fields["num_layers"]
     # 1. Attention. Most layers have rotary positions, norms of queries and keys, and
     # chunks. The others scale their queries instead.
-    is_rotary = _rotary_layers(raw, count)
+    is_rotary = read_rotary_flags(
+        {**raw, "no_rope_layers": raw.get("no_rope_layers") or None}
+    )
     chunk = raw.get("attention_chunk_size", 8192)
-    types = _layer_types(raw, is_rotary, chunk)
+    types = read_layer_types(
+        raw,
+        (_CHUNKED, _FULL),
+        lambda i: _CHUNKED if is_rotary[i] and chunk is not None else _FULL,
+    )
+    if _CHUNKED in types and not is_count(chunk):
+        raise ValueError(
+            "`attention_chunk_size` must be a positive integer if layers have "
+            f"{_CHUNKED!r}. Got {chunk!r}."
+        )
     rope = read_rope(raw, fields["head_dim"], theta=500_000.0)
     has_norms = bool(raw.get("use_qk_norm", True))
     scaling = None
     if raw.get("attn_temperature_tuning", True) and not all(is_rotary):
-        length = _read_count(raw, "floor_scale", 8192)
+        length = read_count(raw, "floor_scale", 8192)
         beta = to_float(raw.get("attn_scale", 0.1))
         scaling = QueryScaling(beta, length, offset=1)
     # 2. MLPs and experts.
     is_sparse = _sparse_layers(raw, count)
-    dense_width = _read_count(raw, "intermediate_size_mlp", 16_384)
+    dense_width = read_count(raw, "intermediate_size_mlp", 16_384)
     layers = tuple(
         LayerKind(
             rope if rotary else None,
@@ -64,56 +78,20 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _rotary_layers(raw: Mapping[str, Any], count: int) -> list[bool]:
-    """Returns whether each layer has rotary positions.
-
-    Despite its name, `no_rope_layers` has 1 for layers with rotary positions.
-    """
-    if not (flags := raw.get("no_rope_layers")):
-        interval = _read_count(raw, "no_rope_layer_interval", 4)
-        return [(i + 1) % interval != 0 for i in range(count)]
-    if len(flags) < count:
-        raise ValueError(
-            f"`no_rope_layers` must have an entry for each of {count} layers. Got "
-            f"{len(flags)}."
-        )
-    return [bool(flag) for flag in flags[:count]]
-
-
-def _layer_types(
-    raw: Mapping[str, Any], is_rotary: list[bool], chunk: int | None
-) -> list[str]:
-    count, types = len(is_rotary), raw.get("layer_types")
-    if types is None:
-        is_chunked = [rotary and chunk is not None for rotary in is_rotary]
-        types = [_CHUNKED if x else _FULL for x in is_chunked]
-    if len(types) != count or {*types} - {_CHUNKED, _FULL}:
-        raise ValueError(
-            f"`layer_types` must have {count} entries, {_CHUNKED!r} or {_FULL!r}. Got "
-            f"{types}."
-        )
-    if _CHUNKED in types and not is_count(chunk):
-        raise ValueError(
-            "`attention_chunk_size` must be a positive integer if layers have "
-            f"{_CHUNKED!r}. Got {chunk!r}."
-        )
-    return types
-
-
 def _sparse_layers(raw: Mapping[str, Any], count: int) -> list[bool]:
     """Returns whether each layer has experts."""
     if (layers := raw.get("moe_layers")) is not None:
         if wrong := [x for x in layers if type(x) is not int]:
             raise ValueError(f"`moe_layers` must be integers. Got {wrong}.")
         return [i in layers for i in range(count)]
-    step = _read_count(raw, "interleave_moe_layer_step", 1)
+    step = read_count(raw, "interleave_moe_layer_step", 1)
     return [(i + 1) % step == 0 for i in range(count)]
 
 
 def _read_experts(raw: Mapping[str, Any]) -> Experts:
     return Experts(
-        _read_count(raw, "num_local_experts", 16),
-        _read_count(raw, "num_experts_per_tok", 1),
+        read_count(raw, "num_local_experts", 16),
+        read_count(raw, "num_experts_per_tok", 1),
         normalized=False,
         joined="halves",
         router="mlp.router",
@@ -124,10 +102,3 @@ def _read_experts(raw: Mapping[str, Any]) -> Experts:
         weights_inputs=True,
         is_swapped=True,
     )
-
-
-def _read_count(raw: Mapping[str, Any], key: str, default: int) -> int:
-    """Returns a value that must be a positive integer."""
-    if not is_count(value := raw.get(key, default)):
-        raise ValueError(f"`{key}` must be a positive integer. Got {value!r}.")
-    return value

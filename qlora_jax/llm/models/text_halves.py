@@ -15,8 +15,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"rope_theta": 500_000.0},
 }
 _MISTRALS = ("mistral", "ministral3")
-_IMAGE_KEYS = ("image_token_id", "video_token_id", "vision_config", "vision_token_id")
-_IMAGE_KEYS += ("vision_start_token_id", "vision_end_token_id")
 
 
 class TextHalf(NamedTuple):
@@ -43,6 +41,7 @@ audio_config audio_token_id boa_token_id boi_token_id eoa_token_index eoi_token_
 image_token_id video_token_id vision_soft_tokens_per_image
 """
 _QWEN_KEYS = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
+_IMAGE_KEYS = {*_QWEN_KEYS.split(), "vision_token_id", "vision_config"}
 _VL_KEYS = f"{_QWEN_KEYS} vision_token_id {' '.join(_MROPE_KEYS)}"
 _MISTRAL3_KEYS = """
 image_token_id image_token_index llama_4_scaling_beta multimodal_projector_bias
