@@ -24,11 +24,19 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
         'model.layers.1.mlp.up_proj.weight'
     """
     c = config
+
+    def full_name(name: str) -> str:
+        """Returns a name with the path of the module, as the family calls it."""
+        name = f"{c.module}.{name}"
+        for llama_name, family_name in c.module_names:
+            name = re.sub(rf"(?<=\.){re.escape(llama_name)}(?=\.)", family_name, name)
+        return name
+
     entries: dict[str, str | ql.io.Entry] = {
-        "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
+        "embed_tokens/embedding": full_name("embed_tokens.weight")
     }
     for leaf, hf_leaf in norm_leaves(c).items():
-        entries[f"norm/{leaf}"] = f"{c.module}.norm.{hf_leaf}"
+        entries[f"norm/{leaf}"] = full_name(f"norm.{hf_leaf}")
     ignored = [r".*\.inv_freq"]
     if c.delta_rule is not None:
         # Layers of Qwen3.5 that predict further tokens are not part of the decoder.
@@ -44,7 +52,7 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
         entries["lm_head/kernel"] = f"{c.head_module}.weight"
     if c.per_layer_width:
         entries |= {
-            f"{PerLayerEmbedding.part_name}/{path}": f"{c.module}.{name}"
+            f"{PerLayerEmbedding.part_name}/{path}": full_name(name)
             for path, name in PerLayerEmbedding.tensor_names(c).items()
         }
     for layer in range(c.num_layers, c.num_layers + c.num_ignored_layers):
@@ -58,27 +66,11 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
         numbers = {"layer": stack.layers}
         for path, x in Layer.tensor_names(c, stack.kinds[0]).items():
             entry = x if isinstance(x, ql.io.Entry) else ql.io.Entry(x)
-            full_name = f"{c.module}.layers.{{layer}}.{entry.names}"
+            names = full_name(f"layers.{{layer}}.{entry.names}")
             parameter = entry.parameter
             if parameter is not None:
-                parameter = f"{c.module}.layers.{{layer}}.{parameter}"
+                parameter = full_name(f"layers.{{layer}}.{parameter}")
             entries[f"{stack.path}/{path}"] = dataclasses.replace(
-                entry, names=full_name, parameter=parameter, numbers=numbers
+                entry, names=names, parameter=parameter, numbers=numbers
             )
-    entries = {path: _rename_modules(c, x) for path, x in entries.items()}
     return ql.io.Names(entries, ignored=tuple(ignored))
-
-
-def _rename_modules(
-    config: DecoderConfig, entry: str | ql.io.Entry
-) -> str | ql.io.Entry:
-    """Replaces the names that modules have in Llama by those of the family."""
-    if isinstance(entry, ql.io.Entry):
-        assert isinstance(entry.names, str)
-        changes = {"names": _rename_modules(config, entry.names)}
-        if entry.parameter is not None:
-            changes["parameter"] = _rename_modules(config, entry.parameter)
-        return dataclasses.replace(entry, **changes)
-    for llama_name, name in config.module_names:
-        entry = re.sub(rf"(?<=\.){re.escape(llama_name)}(?=\.)", name, entry)
-    return entry
