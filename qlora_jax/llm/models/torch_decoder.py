@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,13 +40,9 @@ class TorchConfig:
         shapes: The shapes of the leaves that are read from files, by path.
         names: The names of the leaves in files, and the roles of their axes.
         head_module: The name of the module that computes the logits.
-        decoder_name: The name of the module with the layers of the language model.
         image_token_id: The token that stands for parts of images; None for a model that
             reads only text.
-        tied_names: The leaf of each tied weight, by the other names of the weight.
-        conv1d_names: The names of weights that files store as `[in, out]`.
-        find_sources: Returns which tensors of files form each tensor of the module (see
-            `LanguageModel.find_sources`).
+        language_model: The model without the settings of `make_model`.
         experts: None, because there is no loss that balances the load of experts.
         ropes: Empty, because the keys in a cache do not depend on the size of the
             cache.
@@ -60,11 +56,8 @@ class TorchConfig:
     shapes: dict[str, jax.ShapeDtypeStruct]
     names: ql.io.Names
     head_module: str
-    decoder_name: str
     image_token_id: int | None
-    tied_names: dict[str, str]
-    conv1d_names: set[str]
-    find_sources: Callable[[Iterable[str]], dict[str, list[str]]]
+    language_model: "ql.torch.LanguageModel"
     experts: ClassVar[None] = None
     ropes: ClassVar[tuple[()]] = ()
 
@@ -81,8 +74,8 @@ class TorchConfig:
 
     def is_language_leaf(self, path: str) -> bool:
         """Whether a leaf belongs to the language model, and not to a vision tower."""
-        reads_images = self.image_token_id is not None
-        return not reads_images or path.startswith(f"{self.decoder_name}.")
+        prefix = f"{self.language_model.decoder_name}."
+        return self.image_token_id is None or path.startswith(prefix)
 
     @property
     def layers(self) -> tuple[str | re.Pattern[str], ...]:
@@ -161,11 +154,8 @@ def open_torch_config(path: pathlib.Path) -> TorchConfig:
         language_model.shapes(stacked=is_stacked),
         language_model.names(stacked=is_stacked),
         "" if head is None else modules[head],
-        language_model.decoder_name,
         language_model.image_token_id,
-        language_model.tied_names,
-        language_model.conv1d_names,
-        language_model.find_sources,
+        language_model,
     )
 
 
@@ -183,15 +173,15 @@ class TorchFolder(ModelFolder):
         expects them. Matrices that files store in several tensors are joined while they
         are read.
         """
-        stored = self.stored_tensors
+        stored, model = self.stored_tensors, self.torch_config.language_model
         views: Any = {}
-        for name, sources in self.torch_config.find_sources(stored).items():
+        for name, sources in model.find_sources(stored).items():
             parts = [stored[source] for source in sources]
             views[name] = parts[0] if len(parts) == 1 else _Joined(tuple(parts))
         tensors = dataclasses.replace(stored, _tensors=views)
-        for name, leaf_name in self.torch_config.tied_names.items():
+        for name, leaf_name in model.tied_names.items():
             check_tied(tensors, name, leaf_name)
-        transposed = self.torch_config.conv1d_names & {*tensors}
+        transposed = model.conv1d_names & {*tensors}
         views = {name: _Transposed(tensors[name]) for name in transposed}
         return dataclasses.replace(tensors, _tensors={**tensors, **views})
 
