@@ -80,7 +80,10 @@ class ModelFolder:
         tensors = self.stored_tensors
         if has_vision(self.config):
             tensors = self._select_text(tensors)
-        self._check_head(tensors)
+        if self.config.tie_embeddings:
+            # transformers would use a head in the file instead of the embedding.
+            embedding = f"{self.config.module}.embed_tokens.weight"
+            check_tied(tensors, f"{self.config.head_module}.weight", embedding)
         return tensors
 
     def _select_text(self, tensors: ql.io.Tensors) -> ql.io.Tensors:
@@ -103,15 +106,6 @@ class ModelFolder:
             new_name = re.sub(r"^language_model\.lm_head\.", head, new_name)
             renamed[new_name] = tensors[name]
         return dataclasses.replace(tensors, _tensors=renamed)
-
-    def _check_head(self, tensors: ql.io.Tensors) -> None:
-        """Raises if a file has a head that differs from the embedding it is tied to.
-
-        transformers would use the head in the file.
-        """
-        embedding = f"{self.config.module}.embed_tokens.weight"
-        if self.config.tie_embeddings:
-            check_tied(tensors, f"{self.config.head_module}.weight", embedding)
 
     def build_tokenizer(self) -> "Tokenizer":
         """Returns the tokenizer."""
