@@ -41,22 +41,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "GPTNeoXTokenizer": _GPT2 | {"pad_token": "<|padding|>"},
 }
 # The class that transformers prefers for a `model_type`.
-_REGISTERED: dict[str, str] = {"olmoe": "GPTNeoXTokenizer"}
-_REGISTERED["starcoder2"] = "GPT2Tokenizer"
-_REGISTERED |= dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
-_REGISTERED |= dict.fromkeys(
-    ("glm4", "glm4_moe_lite", "granite", "ministral3", "mistral3", "olmo2", "olmo3"),
-    AS_IN_FILE,
-)
-_REGISTERED |= dict.fromkeys(
-    ("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
-)
-_REGISTERED |= dict.fromkeys(
-    ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl"),
-    "Qwen2Tokenizer",
-)
-_QWEN3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
-_REGISTERED |= dict.fromkeys(_QWEN3_5, "Qwen3_5Tokenizer")
+_MODEL_TYPES = {
+    AS_IN_FILE: "mistral mixtral phi3 glm4 glm4_moe_lite granite ministral3 mistral3 "
+    "olmo2 olmo3",
+    "GemmaTokenizer": "gemma gemma2 gemma3 gemma3_text",
+    "Qwen2Tokenizer": "qwen2 qwen2_moe qwen3 qwen3_moe qwen2_5_vl qwen3_vl",
+    "Qwen3_5Tokenizer": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text",
+    "GPT2Tokenizer": "starcoder2",
+    "GPTNeoXTokenizer": "olmoe",
+}
+_REGISTERED = {x: name for name, text in _MODEL_TYPES.items() for x in text.split()}
 _EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
 # Settings that change tokens in transformers and are not supported.
 _UNSUPPORTED = ("auto_map", "fast_tokenizer_files", "fix_mistral_regex", "init_inputs")
