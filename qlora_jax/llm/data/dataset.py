@@ -421,10 +421,7 @@ def _cut_rows(
     # long or have no target, or adds a note about the rows that were cut or dropped.
     num_rows = num_pieces = num_long = longest = 0
     # The places of rows that are too long, and of rows without a target.
-    refused, untrained = (
-        [],
-        [],
-    )
+    refused, untrained = [], []
     for split, encoded in rows:
         pieces = cut_row(encoded, max_length, too_long)
         size, place = encoded.row.longest, encoded.row.place

@@ -34,9 +34,6 @@ _CODE_SHIFTS = np.linspace(-1, 1, 11, dtype=np.float32)
 _REFITS = 2  # for each start: how often codes are chosen, and a scale fitted to them
 _TINY = 1e-30  # replaces a divisor of 0, for which every numerator is 0
 
-Weights = Float32[np.ndarray, "n groups group"]
-Codes = UInt8[np.ndarray, "n groups group"]
-
 
 def pack_k_quant(
     x: Float32[np.ndarray, "*rows k"], fmt: str

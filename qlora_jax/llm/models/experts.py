@@ -68,9 +68,10 @@ class ExpertMLPs(nn.Module):
         width = experts.width or c.intermediate_size
         if experts.joined is not None:
             gate_up = name_product(project(x, 2 * width, "gate_up_proj"))
-            is_alternating = experts.joined == "alternating"
-            split = split_alternating if is_alternating else split_halves
-            gate, up = split(gate_up)
+            if experts.joined == "alternating":
+                gate, up = split_alternating(gate_up)
+            else:
+                gate, up = jnp.split(gate_up, 2, axis=-1)
         else:
             gate = name_product(project(x, width, "gate_proj"))
             up = name_product(project(x, width, "up_proj"))
@@ -182,12 +183,6 @@ def mix_experts(
     # Put the rows back into the order of the tokens: [M, C, D].
     y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
     return jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
-
-
-def split_halves(x: Float[Array, "M both"]) -> tuple[Array, Array]:
-    """Returns the first half of the columns, and the second half."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return first, second
 
 
 @jax.custom_vjp
