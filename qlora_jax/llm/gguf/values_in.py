@@ -283,14 +283,12 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     optional = ["attention.head_count_kv", "attention.key_length"]
     optional += ["rope.dimension_count"]
     if architecture in WINDOW_PERIODS:
-        optional += ["attention.sliding_window", "attention.sliding_window_pattern"]
+        optional += ["attention.sliding_window_pattern"]
+        # Only Gemma 2 has a default for the size of the window.
+        windows = optional if architecture == "gemma2" else required
+        windows += ["attention.sliding_window"]
     missing = [key for key in required if not is_count(get(key))]
     missing += [key for key in optional if not is_count(get(key, 1))]
-    if (
-        architecture in ("gemma3", "cohere2", OSS)
-        and "attention.sliding_window" not in values
-    ):
-        missing += ["attention.sliding_window"]
     missing = [f"{architecture}.{key}" for key in missing]
     # Each layer has at least one tensor, so a file with fewer tensors than layers is
     # damaged. A huge number of layers would make later code use up all memory.

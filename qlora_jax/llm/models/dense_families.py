@@ -30,7 +30,6 @@ from .family import (
 #   run in parallel. Three of four layers have a window, and only these have rotary
 #   positions.
 # - Arcee has MLPs without a gate, with squared ReLUs.
-# - Gemma 1 has norms that multiply by one plus their scale, and scaled embeddings.
 # - Ministral 3 is a Mistral with YaRN. Its queries are multiplied by a factor that
 #   grows with the position.
 # - StarCoder2 has LayerNorms with biases, and MLPs without a gate.
@@ -135,28 +134,6 @@ def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, gated_mlp=False, mlp_bias=mlp_bias)
 
 
-def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
-    if raw.get("use_bidirectional_attention"):
-        require_if_present(raw, {"use_bidirectional_attention": False})
-    # In published files, "gelu" means its tanh approximation, and `hidden_activation`
-    # is null or says the same.
-    gelu = "gelu_pytorch_tanh"
-    if raw.get("hidden_activation") is not None:
-        require_if_present(raw, {"hidden_activation": gelu})
-    if raw.get("hidden_act") == "gelu":
-        raw = {**raw, "hidden_act": gelu}
-    fields = shared_fields(
-        raw, head_dim=256, kv_heads=16, tied=True, activation=("hidden_act", gelu)
-    )
-    return DecoderConfig(
-        **fields,
-        **read_biases(raw),
-        layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
-        unit_offset_norms=True,
-        embedding_scale=fields["hidden_size"] ** 0.5,
-    )
-
-
 def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, {"layer_types": None})  # all layers have the same window
     if raw.get("rope_scaling") is None and raw.get("rope_parameters") is None:
@@ -211,7 +188,6 @@ _COHERE2_KEYS = "attention_bias hidden_act layer_norm_eps layer_switch logit_sca
 _COHERE2_KEYS += " sliding_window_pattern use_embedding_sharing use_parallel_embedding"
 _COHERE2_KEYS += f" {WINDOW_KEYS} {' '.join(_COHERE2_VALUES)}"
 _ARCEE_KEYS = "attention_bias hidden_act mlp_bias"
-_GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
 _MINISTRAL3_KEYS = "hidden_act layer_types llama_4_scaling_beta sliding_window"
 _STARCODER2_KEYS = "hidden_act mlp_type norm_epsilon norm_type sliding_window use_bias"
 # Keys of GPTBigCode in published files, which transformers ignores.
@@ -226,7 +202,6 @@ DENSE_FAMILIES = (
     Family("granite", ("GraniteForCausalLM",), _read_granite, _GRANITE_KEYS),
     Family("arcee", ("ArceeForCausalLM",), _read_arcee, _ARCEE_KEYS),
     Family("cohere2", ("Cohere2ForCausalLM",), _read_cohere2, _COHERE2_KEYS),
-    Family("gemma", ("GemmaForCausalLM",), _read_gemma, _GEMMA_KEYS),
     Family("glm4", ("Glm4ForCausalLM",), _read_glm4, "attention_bias hidden_act"),
     Family(
         "ministral3", ("Ministral3ForCausalLM",), _read_ministral3, _MINISTRAL3_KEYS

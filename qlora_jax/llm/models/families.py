@@ -48,11 +48,12 @@ from .text_halves import SIZE_KEYS, TEXT_HALVES, read_text_settings
 # - OLMoE is a Llama with experts and norms of q and k.
 # - In gpt-oss, experts have biases, heads have sinks, and every other layer has a
 #   window.
-# - Gemma 2 and 3 have norms before and after attention and the MLP. Gemma 2 has
-#   soft-caps, and a window in every other layer. Gemma 3 has two kinds of rotary
-#   positions, and a window in five of six layers; only its text half is supported.
+# - Gemma 1 has norms that multiply by one plus their scale, and scaled embeddings.
+# - Gemma 2 and 3 also have norms after attention and the MLP. Gemma 2 has soft-caps,
+#   and a window in every other layer. Gemma 3 has two kinds of rotary positions, and a
+#   window in five of six layers; only its text half is supported.
 _LONGROPE = ("longrope", "su", "yarn")  # older Phi files use the last two names
-# Fields of `Experts` that the GGUF reader also uses.
+# Fields of `Experts` of Mixtral and gpt-oss.
 MIXTRAL_EXPERTS = {
     "router": "block_sparse_moe.gate",
     "names": ("w1", "w3", "w2"),
@@ -63,6 +64,7 @@ GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
 # The rotary section of gpt-oss, for files without one.
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
+_GELU = "gelu_pytorch_tanh"
 _FULL, _LINEAR = "full_attention", "linear_attention"
 
 
@@ -253,22 +255,38 @@ def _read_qwen3_5_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     return replace(config, experts=experts)
 
 
-def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma_fields(
+    raw: Mapping[str, Any], kv_heads: int, activation_key: str
+) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
         require_if_present(raw, {"use_bidirectional_attention": False})
-    gelu = ("hidden_activation", "gelu_pytorch_tanh")
-    fields = shared_fields(raw, head_dim=256, kv_heads=4, tied=True, activation=gelu)
-    fields |= {
-        "unit_offset_norms": True,
-        "post_norms": True,
-        "embedding_scale": fields["hidden_size"] ** 0.5,
-        "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
-    }
+    defaults: dict[str, Any] = {"head_dim": 256, "kv_heads": kv_heads, "tied": True}
+    fields = shared_fields(raw, **defaults, activation=(activation_key, _GELU))
+    scale = fields["hidden_size"] ** 0.5
+    fields |= {"unit_offset_norms": True, "embedding_scale": scale}
     return fields | read_biases(raw)
 
 
+def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
+    # In published files, "gelu" means its tanh approximation, and `hidden_activation`
+    # is null or says the same.
+    if raw.get("hidden_activation") is not None:
+        require_if_present(raw, {"hidden_activation": _GELU})
+    if raw.get("hidden_act") == "gelu":
+        raw = {**raw, "hidden_act": _GELU}
+    fields = _gemma_fields(raw, 16, "hidden_act")
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    return DecoderConfig(**fields, layers=layers)
+
+
+def _gemma2_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _gemma_fields(raw, 4, "hidden_activation")
+    scale = raw.get("query_pre_attn_scalar", 256) ** -0.5
+    return fields | {"post_norms": True, "attention_scale": scale}
+
+
 def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = _gemma_fields(raw)
+    fields = _gemma2_fields(raw)
     rope = read_rope(raw, fields["head_dim"])
     window = raw.get("sliding_window", 4096)
     return DecoderConfig(
@@ -281,7 +299,7 @@ def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, {"attn_logit_softcapping": None})
-    fields = _gemma_fields(raw)
+    fields = _gemma2_fields(raw)
     # Newer files have one rotary section for each kind of layer.
     sections = raw.get("rope_parameters") or {}
     full = raw.get("rope_scaling") or sections.get("full_attention") or {}
@@ -340,11 +358,11 @@ _QWEN3_MOE_KEYS += f" sliding_window use_sliding_window {EXPERT_KEYS}"
 _GPT_OSS_KEYS = "attention_bias experts_per_token hidden_act initial_context_length"
 _GPT_OSS_KEYS += f" swiglu_alpha swiglu_limit {WINDOW_KEYS} {EXPERT_KEYS}"
 # Published files have `hidden_act`, but transformers reads `hidden_activation`.
-_GEMMA_KEYS = "attention_bias attn_logit_softcapping final_logit_softcapping hidden_act"
-_GEMMA_KEYS += " hidden_activation query_pre_attn_scalar use_bidirectional_attention"
-_GEMMA_KEYS += f" {WINDOW_KEYS}"
+_GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
+_GEMMA2_KEYS = "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar"
+_GEMMA2_KEYS += f" {_GEMMA_KEYS} {WINDOW_KEYS}"
 _GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_pattern"
-_GEMMA3_KEYS += f" {_GEMMA_KEYS}"
+_GEMMA3_KEYS += f" {_GEMMA2_KEYS}"
 _QWEN3_5_KEYS = "attention_bias attn_output_gate full_attention_interval hidden_act"
 _QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_dim"
 _QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
@@ -371,7 +389,8 @@ _FAMILIES = (
         _QWEN3_5_MOE_KEYS,
     ),
     Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
-    Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA_KEYS),
+    Family("gemma", ("GemmaForCausalLM",), _read_gemma, _GEMMA_KEYS),
+    Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA2_KEYS),
     Family("gemma3_text", ("Gemma3ForCausalLM",), _read_gemma3, _GEMMA3_KEYS),
     Family(
         "deepseek_v2", ("DeepseekV2ForCausalLM",), read_deepseek_v2, DEEPSEEK_V2_KEYS
