@@ -61,12 +61,7 @@ class Heads:
     key_is_value: bool = False
 
     def __post_init__(self):
-        sizes = self.num_kv_heads, self.head_dim
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(
-                "`num_kv_heads` and `head_dim` must be positive integers. Got "
-                f"{self.num_kv_heads!r} and {self.head_dim!r}."
-            )
+        _check_sizes(self, self.num_kv_heads, self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +92,7 @@ class LatentHeads:
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        sizes = sizes[self.query_rank is None :]
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"sizes of `LatentHeads` must be positive. Got {self}.")
+        _check_sizes(self, *sizes[self.query_rank is None :])
 
     @property
     def head_dim(self) -> int:
@@ -161,9 +154,7 @@ class DeltaRule:
     conv_width: int = 4
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"sizes of a `DeltaRule` must be positive. Got {self}.")
+        _check_sizes(self, *dataclasses.astuple(self))
         if self.num_value_heads % self.num_key_heads:
             raise ValueError(
                 f"`num_key_heads` must divide `num_value_heads`. Got {self}."
@@ -604,6 +595,12 @@ class DecoderConfig:
         A state depends on all tokens so far, and on their order.
         """
         return not all(kind.has_attention for kind in self.layers)
+
+
+def _check_sizes(record: object, *sizes: object) -> None:
+    if not all(type(size) is int and size > 0 for size in sizes):
+        name = type(record).__name__
+        raise ValueError(f"sizes of `{name}` must be positive. Got {record}.")
 
 
 def _is_positive(x: float | tuple[float, ...] | None) -> bool:
