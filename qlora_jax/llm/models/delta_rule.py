@@ -84,10 +84,7 @@ class GatedDeltaNet(nn.Module):
         y = y.reshape(gate.shape) * nn.silu(gate.astype(jnp.float32))
         project = make_dense(self.config.hidden_size, False, self.dtype, "out_proj")
         output = name_product(project(y.astype(self.dtype)))
-        if cache is None:
-            return output, None, shared_kv
-        new_inputs = last_inputs(inputs, cache.inputs, tokens.num_tokens)
-        return output, LayerStates(new_inputs, state), shared_kv
+        return output, next_states(inputs, cache, tokens.num_tokens, state), shared_kv
 
     def _project(self, x: Array, name: str, width: int) -> Array:
         return name_product(make_dense(width, False, self.dtype, f"in_proj_{name}")(x))
@@ -182,21 +179,24 @@ def convolve(
     return result
 
 
-def last_inputs(
+def next_states(
     x: Float[Array, "B T C"],
-    old_inputs: Float[Array, "B W-1 C"],
+    cache: LayerStates | None,
     num_tokens: Int[Array, " B"] | None,
-) -> Float[Array, "B W-1 C"]:
-    """Returns the inputs of the last tokens of each row, which the next call needs.
+    state: Float[Array, "B H K V"] | None = None,
+) -> LayerStates | None:
+    """Returns the last inputs of each row and the state, for the cache if there is one.
 
     A row has `num_tokens` tokens, and padding after them; None means no padding.
     """
-    width = old_inputs.shape[1]
-    inputs = jnp.concatenate([old_inputs, x.astype(old_inputs.dtype)], axis=1)
+    if cache is None:
+        return None
+    inputs = jnp.concatenate([cache.inputs, x.astype(cache.inputs.dtype)], axis=1)
     if num_tokens is None:
-        return inputs[:, x.shape[1] :]
-    indices = num_tokens[:, None] + jnp.arange(width)[None]
-    return jnp.take_along_axis(inputs, indices[:, :, None], axis=1)
+        return LayerStates(inputs[:, x.shape[1] :], state)
+    indices = num_tokens[:, None] + jnp.arange(cache.inputs.shape[1])[None]
+    last_inputs = jnp.take_along_axis(inputs, indices[:, :, None], axis=1)
+    return LayerStates(last_inputs, state)
 
 
 def gated_delta_rule(

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from .attention import LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, LayerKind
-from .delta_rule import LayerStates, convolve, last_inputs
+from .delta_rule import LayerStates, convolve, next_states
 from .products import make_dense, name_product
 
 
@@ -49,10 +49,7 @@ class ShortConvolution(nn.Module):
         mixed = (output_gate.astype(jnp.float32) * mixed).astype(self.dtype)
         output = make_dense(channels, has_bias, self.dtype, "out_proj")
         output = name_product(output(mixed))
-        if cache is None:
-            return output, None, shared_kv
-        new_inputs = last_inputs(inputs, cache.inputs, tokens.num_tokens)
-        return output, LayerStates(new_inputs), shared_kv
+        return output, next_states(inputs, cache, tokens.num_tokens), shared_kv
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
