@@ -230,20 +230,19 @@ def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """
     split: dict[str, Any] = {}
     for name, x in tensors.items():
-        parts = names.parts_of_parameter(name) if len(x.shape) == 3 else []
-        roles = names.stack_roles(name) if len(x.shape) == 3 else None
+        is_stack = len(x.shape) == 3
+        experts = [matrix_in_stack(x, i) for i in range(x.shape[0])] if is_stack else []
+        parts = names.parts_of_parameter(name) if is_stack else []
+        roles = names.stack_roles(name) if is_stack else None
         if roles is not None:
-            for index in range(x.shape[0]):
-                matrix = matrix_in_stack(x, index)
-                is_transposed = roles == "kn"
-                split[f"{name}.{index}"] = (
-                    transposed(matrix) if is_transposed else matrix
-                )
+            for i, matrix in enumerate(experts):
+                split[f"{name}.{i}"] = transposed(matrix) if roles == "kn" else matrix
         elif parts and x.shape[1] % len(parts) == 0:
-            for index in range(x.shape[0]):
-                matrices = equal_parts(matrix_in_stack(x, index), len(parts))
-                for part, matrix in zip(parts, matrices, strict=True):
-                    split[part.format(expert=index)] = matrix
+            for i, matrix in enumerate(experts):
+                for part, piece in zip(
+                    parts, equal_parts(matrix, len(parts)), strict=True
+                ):
+                    split[part.format(expert=i)] = piece
         else:
             split[name] = x
     return split
