@@ -116,6 +116,9 @@ def _read(
     if not all(is_dense):
         fields["intermediate_size"] = raw["moe_intermediate_size"]
         fields["experts"] = _read_experts(raw, scores)
+    # The layers for multi-token prediction; older files have the first name.
+    mtp_keys = "num_nextn_predict_layers", "num_mtp_layers"
+    mtp_key = next(key for key in mtp_keys if key in raw)
     dense = LayerKind(rope, mlp_width=width, latent=heads)
     sparse = LayerKind(rope, latent=heads)
     return DecoderConfig(
@@ -123,7 +126,7 @@ def _read(
         layers=tuple(dense if x else sparse for x in is_dense),
         interleaved_rope=bool(raw["rope_interleave"]),
         attention_scale=heads.head_dim**-0.5 * _rope_scale(raw),
-        num_ignored_layers=_count_mtp_layers(raw),
+        num_ignored_layers=_read_size(raw, mtp_key),
     )
 
 
@@ -161,12 +164,6 @@ def _rope_scale(raw: Mapping[str, Any]) -> float:
     if (factor := section.get("factor")) is None:
         raise ValueError(f"`mscale_all_dim` must come with `factor`. Got {section}.")
     return (0.1 * mscale * math.log(factor) + 1) ** 2 if factor > 1 else 1.0
-
-
-def _count_mtp_layers(raw: Mapping[str, Any]) -> int:
-    """Returns the number of layers in the files for multi-token prediction."""
-    older = "num_nextn_predict_layers"
-    return _read_size(raw, older if older in raw else "num_mtp_layers")
 
 
 def _read_size(raw: Mapping[str, Any], key: str) -> int:

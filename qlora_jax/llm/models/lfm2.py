@@ -38,11 +38,15 @@ _MODULE_NAMES = (
 def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of LFM2."""
     require_if_present(raw, {"rms_norm_eps": None})  # LFM2 calls it `norm_eps`
-    raw = dict(raw)
     # Older files have other names for these keys. If a file has both names,
     # transformers reads the older one.
-    for key, older in _OLDER_KEYS.items():
-        raw[key] = raw.get(older, raw.get(key, _DEFAULTS[key]))
+    older = {
+        "tie_word_embeddings": "tie_embedding",
+        "intermediate_size": "block_ff_dim",
+    }
+    renamed = {key: raw[name] for key, name in older.items() if name in raw}
+    defaults = {"tie_word_embeddings": True, "intermediate_size": 12_288}
+    raw = {**defaults, **raw, **renamed}
     eps = raw.get("norm_eps", 1e-5)
     fields = shared_fields({**raw, "rms_norm_eps": eps}, kv_heads=8)
     fields["intermediate_size"] = _mlp_width(raw)
@@ -58,11 +62,6 @@ def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
         convolution_bias=bool(raw.get("conv_bias", False)),
         module_names=_MODULE_NAMES,
     )
-
-
-_OLDER_KEYS = {"tie_word_embeddings": "tie_embedding"}
-_OLDER_KEYS |= {"intermediate_size": "block_ff_dim"}
-_DEFAULTS = {"tie_word_embeddings": True, "intermediate_size": 12_288}
 
 
 def _layer_types(raw: Mapping[str, Any]) -> list[str]:
