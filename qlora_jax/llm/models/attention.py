@@ -406,9 +406,11 @@ class Attention(nn.Module):
             return NoCache()
         # Heads come before positions, as in the products of attention. Otherwise, XLA
         # on CPUs would transpose the whole cache for each new token.
-        heads = config.heads_of(kinds[0])
-        shape = (len(kinds), batch, heads.num_kv_heads, length, heads.head_dim)
-        return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        heads, latent = config.heads_of(kinds[0]), kinds[0].latent
+        value_dim = heads.head_dim if latent is None else latent.value_dim
+        shape = len(kinds), batch, heads.num_kv_heads, length
+        keys = jnp.zeros((*shape, heads.head_dim), dtype)
+        return KeysAndValues(keys, jnp.zeros((*shape, value_dim), dtype))
 
 
 def number_chunks(

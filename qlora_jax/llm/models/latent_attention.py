@@ -11,12 +11,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .attention import (
     Attention,
-    KeysAndValues,
     LayerScalars,
     SharedKV,
     Tokens,
@@ -51,6 +49,7 @@ class LatentAttention(Attention):
         """
         c, heads, new_kv = self.config, latent_heads_of(self.kinds[0]), None
         table = self._select_table(tokens, scalars)
+        by_head = *x.shape[:2], c.num_heads, -1  # [B, T, H, _]
         # 1. Queries.
         width = c.num_heads * heads.head_dim
         if heads.query_rank is None:
@@ -58,7 +57,7 @@ class LatentAttention(Attention):
         else:
             latent = self._dense(x, heads.query_rank, c.qkv_bias, "q_a_proj")
             query = self._dense(self._norm(latent, "q_a"), width, False, "q_b_proj")
-        query = self._rotate_end(split_heads(query, c.num_heads), heads, table)
+        query = self._rotate_end(query.reshape(by_head), heads, table)
         # 2. Keys and values. All heads share the rotated part of the key.
         width = heads.kv_rank + heads.rope_dim
         latent = self._dense(x, width, c.qkv_bias, "kv_a_proj_with_mqa")
@@ -66,7 +65,7 @@ class LatentAttention(Attention):
         shared_key = rotate(shared_key[:, :, None], table, c.interleaved_rope)
         width = c.num_heads * (heads.nope_dim + heads.value_dim)
         key_value = self._dense(self._norm(latent, "kv_a"), width, False, "kv_b_proj")
-        key_value = split_heads(key_value, c.num_heads)
+        key_value = key_value.reshape(by_head)
         key, value = jnp.split(key_value, [heads.nope_dim], axis=-1)
         shape = *key.shape[:3], heads.rope_dim
         key = jnp.concatenate([key, jnp.broadcast_to(shared_key, shape)], axis=-1)
@@ -105,27 +104,8 @@ class LatentAttention(Attention):
         names = {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
         return names | projection_names(has_bias)
 
-    @staticmethod
-    def init_cache(
-        config: DecoderConfig,
-        kinds: tuple[LayerKind, ...],
-        batch: int,
-        length: int,
-        dtype: DTypeLike,
-    ) -> KeysAndValues:
-        """Returns zeros for the keys and values of a stack of layers."""
-        heads = latent_heads_of(kinds[0])
-        rows = len(kinds), batch, config.num_heads, length
-        keys = jnp.zeros((*rows, heads.head_dim), dtype)
-        return KeysAndValues(keys, jnp.zeros((*rows, heads.value_dim), dtype))
-
 
 def latent_heads_of(kind: LayerKind) -> LatentHeads:
     """Returns the sizes that all layers of a stack have."""
     assert kind.latent is not None
     return kind.latent
-
-
-def split_heads(x: Float[Array, "B T _"], count: int) -> Float[Array, "B T H _"]:
-    """Splits the last axis into heads."""
-    return x.reshape(*x.shape[:2], count, -1)
