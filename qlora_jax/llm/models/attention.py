@@ -16,7 +16,7 @@ import qlora_jax as ql
 from .blockwise import BLOCK, attend_in_blocks
 from .config import DecoderConfig, LayerKind, Rope
 from .constraints import split_attention
-from .products import einsum_f32, make_dense, make_norm, name_product
+from .products import einsum_f32, linear_names, make_dense, make_norm, name_product
 
 MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
 # GPUs launch a few kernels for each pair of blocks, so larger blocks are faster there.
@@ -387,7 +387,7 @@ class Attention(nn.Module):
         c = config
         has_bias = dict.fromkeys(projections_of(c, kind), c.qkv_bias)
         has_bias["o_proj"] = c.o_bias
-        names = projection_names(has_bias)
+        names = linear_names("self_attn", has_bias)
         if c.qk_norms:
             norms = ("q_norm", "k_norm")[: 1 + kind.has_kv]
             names |= {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
@@ -438,16 +438,6 @@ def pad_heads(x: Float[Array, "B T H Dh"], width: int) -> Float[Array, "B T H wi
     """Appends zeros to each head."""
     padding = width - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
-
-
-def projection_names(has_bias: dict[str, bool]) -> dict[str, str]:
-    """Returns the Hugging Face names of projections, which may have a bias, by path."""
-    names = {}
-    for name, is_biased in has_bias.items():
-        names[f"{name}/kernel"] = f"self_attn.{name}.weight"
-        if is_biased:
-            names[f"{name}/bias"] = f"self_attn.{name}.bias"
-    return names
 
 
 def projections_of(config: DecoderConfig, kind: LayerKind) -> tuple[str, ...]:

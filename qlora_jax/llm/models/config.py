@@ -366,7 +366,6 @@ class DecoderConfig:
             up).
         gated_mlp: Whether MLPs have a gate. If not, the activation is applied to the
             output of `up_proj`.
-        mlp_names: The names of `up_proj` and `down_proj` in the Hugging Face model.
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
             another, `gate_up_proj`; "mlp" if only gate and up share one.
         attention_gate: Whether `q_proj` also computes a gate. The result of attention
@@ -424,7 +423,6 @@ class DecoderConfig:
     value_norms: bool = False
     activation: str = "silu"
     gated_mlp: bool = True
-    mlp_names: tuple[str, str] = ("up_proj", "down_proj")
     fused: bool | Literal["mlp"] = False
     attention_gate: bool = False
     qkv_bias: bool = False

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from .attention import LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, DeltaRule, LayerKind
-from .products import make_dense, name_product
+from .products import linear_names, make_dense, name_product
 
 CHUNK = 64  # tokens that are processed at once; a power of two
 # The rule is computed in float32. By default, accelerators would round its operands.
@@ -115,7 +115,7 @@ class GatedDeltaNet(nn.Module):
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the Hugging Face name of each parameter in the layer, by path."""
         kernels = *(f"in_proj_{name}" for name in ("qkv", "z", "b", "a")), "out_proj"
-        names = {f"{name}/kernel": f"linear_attn.{name}.weight" for name in kernels}
+        names = linear_names("linear_attn", dict.fromkeys(kernels, False))
         names |= {name: f"linear_attn.{name}" for name in ("A_log", "dt_bias")}
         names["conv1d"] = "linear_attn.conv1d.weight"
         return names | {"norm/scale": "linear_attn.norm.weight"}

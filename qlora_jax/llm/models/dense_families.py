@@ -165,7 +165,7 @@ def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
         layers=read_uniform_layers(raw, rope, default=None),
         layer_norms="biased",
         gated_mlp=False,
-        mlp_names=("c_fc", "c_proj"),
+        module_names=(("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
         qkv_bias=has_bias,
         o_bias=has_bias,
         mlp_bias=has_bias,

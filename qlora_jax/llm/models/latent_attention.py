@@ -18,11 +18,10 @@ from .attention import (
     LayerScalars,
     SharedKV,
     Tokens,
-    projection_names,
     rotate,
 )
 from .config import DecoderConfig, LatentHeads, LayerKind
-from .products import make_dense, name_product
+from .products import linear_names, make_dense, name_product
 
 # The epsilon of the norms of latent vectors. As in transformers, it does not depend on
 # the epsilon in the config.
@@ -102,7 +101,7 @@ class LatentAttention(Attention):
             has_bias |= {"q_a_proj": config.qkv_bias, "q_b_proj": False}
             norms.append("q_a_layernorm")
         names = {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
-        return names | projection_names(has_bias)
+        return names | linear_names("self_attn", has_bias)
 
 
 def latent_heads_of(kind: LayerKind) -> LatentHeads:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from .config import DecoderConfig, LayerKind
-from .products import activate, apply_gate, make_dense, name_product
+from .products import activate, apply_gate, linear_names, make_dense, name_product
 
 
 class DenseMLP(nn.Module):
@@ -41,15 +41,7 @@ class DenseMLP(nn.Module):
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the Hugging Face name of each parameter in the layer, by path."""
-        leaves = ("kernel", "weight"), ("bias", "bias")
         projections = ["gate_proj"] * config.gated_mlp + ["up_proj", "down_proj"]
         if config.fused:
             projections = ["gate_up_proj", "down_proj"]
-        hf_up, hf_down = config.mlp_names
-        hf_names = {"up_proj": hf_up, "down_proj": hf_down}
-        tensors = [(name, hf_names.get(name, name)) for name in projections]
-        return {
-            f"{projection}/{leaf}": f"mlp.{hf_name}.{hf_leaf}"
-            for projection, hf_name in tensors
-            for leaf, hf_leaf in leaves[: 1 + config.mlp_bias]
-        }
+        return linear_names("mlp", dict.fromkeys(projections, config.mlp_bias))

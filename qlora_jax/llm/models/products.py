@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,16 @@ def dense_dot(x, kernel, dims, precision=None, **unused):
 def make_dense(features: int, use_bias: bool, dtype: DTypeLike, name: str) -> nn.Dense:
     """Returns a linear layer that multiplies with `dense_dot`."""
     return nn.Dense(features, use_bias, dtype, dot_general=dense_dot, name=name)
+
+
+def linear_names(module: str, has_bias: Mapping[str, bool]) -> dict[str, str]:
+    """Returns the Hugging Face names of linear layers and their biases, by path."""
+    names = {}
+    for name, is_biased in has_bias.items():
+        names[f"{name}/kernel"] = f"{module}.{name}.weight"
+        if is_biased:
+            names[f"{name}/bias"] = f"{module}.{name}.bias"
+    return names
 
 
 def apply_gate(config: DecoderConfig, gate: Array, up: Array) -> Array:

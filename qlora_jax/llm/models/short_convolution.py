@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from .attention import LayerScalars, SharedKV, Tokens
 from .config import DecoderConfig, LayerKind
 from .delta_rule import LayerStates, convolve, next_states
-from .products import make_dense, name_product
+from .products import linear_names, make_dense, name_product
 
 
 class ShortConvolution(nn.Module):
@@ -54,12 +54,11 @@ class ShortConvolution(nn.Module):
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the Hugging Face name of each parameter in the layer, by path."""
-        names = {f"{x}/kernel": f"conv.{x}.weight" for x in ("in_proj", "out_proj")}
-        names["conv"] = "conv.conv.weight"
-        if config.convolution_bias:
-            names |= {f"{x}/bias": f"conv.{x}.bias" for x in ("in_proj", "out_proj")}
-            names["conv_bias"] = "conv.conv.bias"
-        return names
+        has_bias = dict.fromkeys(["in_proj", "out_proj"], config.convolution_bias)
+        names = linear_names("conv", has_bias) | {"conv": "conv.conv.weight"}
+        return names | (
+            {"conv_bias": "conv.conv.bias"} if config.convolution_bias else {}
+        )
 
     @staticmethod
     def init_cache(
