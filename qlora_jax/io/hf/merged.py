@@ -154,7 +154,6 @@ def _merged_tensors(
 def _batch_shape(
     path: str, lora: Adapter, names: Names, tensors: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    """Returns the batch shape of an adapter's kernel."""
     shape = lora.batch_shape
     # A shared adapter does not store the number of experts, so count their tensors.
     while lora.is_shared:

@@ -242,7 +242,6 @@ class Attention(nn.Module):
     def _select_table(
         self, tokens: Tokens, scalars: LayerScalars
     ) -> Float[Array, "2 B T 1 half"]:
-        """Returns the rotary table of the layer."""
         c, rope = self.config, scalars.rope
         if rope is None:
             rope = c.ropes.index(self.kinds[0].rope)
@@ -358,7 +357,6 @@ class Attention(nn.Module):
         scalars: LayerScalars,
         is_cached: bool,
     ) -> Array:
-        """Returns the result of `attend`."""
         c, positions = self.config, tokens.positions
         implementation = "xla" if is_cached else str(self.attention)
         key_positions = jnp.arange(key.shape[1])[None] if is_cached else positions

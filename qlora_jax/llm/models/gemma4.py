@@ -158,7 +158,6 @@ def _share_kv(
 def _read_heads(
     raw: Mapping[str, Any], types: Sequence[str], default: Heads
 ) -> list[Heads]:
-    """Returns the sizes of each layer's heads."""
     has_shared_projection = bool(raw.get("attention_k_eq_v", False))
     if "per_layer_config" in raw:  # transformers 5 writes it, with keys such as "05"
         by_number = raw["per_layer_config"] or {}
