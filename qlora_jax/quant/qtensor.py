@@ -21,7 +21,7 @@ from .codes import dequantize_blocks
 from .formats import Packing, check_dtype, get_format
 from .geometry import Contract, Geometry
 from .host_codes import HostCodes, Put, on_device, placed_codes
-from .kernel import Kernel, PackedInput, Placement
+from .kernel import Kernel, Placement
 from .schemes import StoredScales
 
 Entry = TypeVar("Entry")
@@ -225,10 +225,6 @@ class QTensor(Kernel):
         k, codes = self.matrix_shape[-2], on_device(self.codes)
         w = dequantize_blocks(codes, float_scales(self), self.packing, k)
         return round_to(w, self.dtype, self.dtype if dtype is None else dtype)
-
-    def product_input(self, dtype: DTypeLike) -> PackedInput:  # noqa: D102
-        del dtype
-        return PackedInput(self, None)
 
     def __repr__(self):
         try:

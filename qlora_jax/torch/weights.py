@@ -44,21 +44,17 @@ def _type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 torchax.tensor.Tensor.type_as = _type_as  # type: ignore
 
 
-def is_kernel(leaf: Leaf) -> bool:
-    """Whether a leaf is packed, or is a float weight that each forward pass packs."""
-    return isinstance(leaf, ql.QTensor | ql.StraightThrough)
-
-
 def tensor_of(leaf: Leaf) -> torch.Tensor:
     """Returns the tensor that a module reads for a leaf of a combined tree."""
-    if not isinstance(leaf, ql.AdaptedKernel):
-        if is_kernel(leaf):
-            return KernelTensor.of(leaf, None)
-        return as_tensor(jnp.asarray(leaf))
+    base, lora = ql.split(leaf)
+    adapter: Any = lora or None  # `lora` is an empty dict if there is no adapter
     # An array that is trained in full replaces the frozen one.
-    if isinstance(leaf.lora, ql.Trained):
-        return as_tensor(ql.merge(leaf.base, leaf.lora))
-    return KernelTensor.of(leaf.base, leaf.lora)
+    if adapter is not None and adapter.replacement is not None:
+        return as_tensor(ql.merge(base, adapter))
+    # A plain array has no geometry.
+    if adapter is None and not hasattr(base, "geometry"):
+        return as_tensor(jnp.asarray(base))
+    return KernelTensor.of(base, adapter)
 
 
 class Placeholder(torch.Tensor):
@@ -122,8 +118,8 @@ class KernelTensor(Placeholder):
     def roles(self) -> str:
         """The roles of the axes, such as "nk": n output, k contracted, b batch."""
         # If the weights are a plain array, only the adapter knows the roles.
-        kernel = self.base if is_kernel(self.base) else self.lora
-        roles = kernel.geometry.roles(self.ndim)
+        geometry = getattr(self.base, "geometry", None) or self.lora.geometry
+        roles = geometry.roles(self.ndim)
         return roles[:-2] + roles[:-3:-1] if self.is_transposed else roles
 
     def transposed(self) -> "KernelTensor":
