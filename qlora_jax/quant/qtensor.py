@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, PyTree
 from .._jax.memory import all_below, is_concrete
 from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register
-from .._jax.specs import SpecEntry, fitting_spec, spec_of
+from .._jax.specs import AnyMesh, SpecEntry, fitting_spec, spec_of
 from .codes import dequantize_blocks
 from .formats import Packing, check_dtype, get_format
 from .geometry import Contract, Geometry
@@ -308,6 +308,21 @@ def axes_of_array(
     if ndim == len(batch) + 2:
         return tuple(matrix_axes)
     return (*batch, *[unsplit] * (ndim - len(batch)))
+
+
+def stored_specs(
+    mesh: AnyMesh, spec: Sequence[SpecEntry], fn: Callable, *operands: PyTree
+) -> PyTree:
+    """Returns the specs of the stored arrays that `fn(*operands)` returns.
+
+    They are split over the same mesh axes as the matrix form of their kernel, by its
+    `spec`, where the mesh axes divide their sizes.
+    """
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+    return jax.tree.map(
+        lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape),
+        jax.eval_shape(fn, *structs),
+    )
 
 
 def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
