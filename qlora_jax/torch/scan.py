@@ -1,6 +1,7 @@
 """Runs equal layers as one scan."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,15 +56,18 @@ class LayerScan:
     def active(self) -> Iterator[None]:
         """Makes the layers record their calls while the context is active."""
         for index, layer in enumerate(self.layers):
-            layer.forward = _Recorder(self, index)
+            layer.forward = functools.partial(self.record, index)
         try:
             yield
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
 
-    def record(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Records the call of a layer. The last call returns the output of the scan."""
+    def record(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
+        """Records the call of a layer, in place of its `forward`.
+
+        The last call returns the output of the scan.
+        """
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
         is_chained = isinstance(hidden, PendingOutput) and hidden.source_scan is self
         if index != len(self.calls) or is_chained != (index > 0):
@@ -198,17 +202,6 @@ class LayerScan:
             elif any(value != values[0] for value in values):
                 self._refuse(f"they are called with different arguments {values}")
         return varying
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    """Replaces a layer's `forward`."""
-
-    scan: LayerScan
-    index: int
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.scan.record(self.index, args, kwargs)
 
 
 def _hidden_states(output: Any) -> jax.Array:
