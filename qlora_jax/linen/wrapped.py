@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core.scope import CollectionFilter, in_filter
 from flax.typing import PRNGKey, RNGSequences
 
@@ -191,11 +190,7 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
 
 def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
     by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-    key = by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
-    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    # An old-style key, as returned by `jax.random.PRNGKey`.
-    return jax.random.wrap_key_data(key)
+    return by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
 
 
 def _without_boxes(
