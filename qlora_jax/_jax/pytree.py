@@ -25,8 +25,13 @@ class TreeLeaf:
     @property
     def nbytes(self) -> int:
         """The size of the stored arrays in bytes."""
-        leaves = jax.tree.leaves(self)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        return count_bytes(self)
+
+
+def count_bytes(tree: PyTree) -> int:
+    """Returns the size of all arrays of a tree, or of their shapes, in bytes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
 def is_tree_leaf(node: object) -> bool:
