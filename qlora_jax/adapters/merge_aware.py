@@ -145,9 +145,7 @@ class MergeAware(LowRank):
             ),
             *largest,
         )
-
-        def encode(scales: Array, *largest: Array) -> StoredScales:
-            return packing.scheme.encode(scales, *largest)
+        encode = packing.scheme.encode
 
         def specs(mesh: AnyMesh) -> PyTree:
             return stored_specs(mesh, spec_of(codes), encode, scales, *largest)

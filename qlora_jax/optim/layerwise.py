@@ -221,11 +221,8 @@ class _LayerwiseUpdate:
             current = [
                 stacks[j] if j in replaced else x for j, x in enumerate(arguments)
             ]
-
-            def write_layer(stack: Array, layer: Array) -> Array:
-                return _write_layer(stack, layer, i)
-
-            return jax.tree.map(write_layer, stacks, self.compute(size, current, i))
+            layers = self.compute(size, current, i)
+            return jax.tree.map(lambda s, x: _write_layer(s, x, i), stacks, layers)
 
         stacks = {
             j: arguments[j] if j in replaced else _empty(x)

@@ -29,6 +29,7 @@ from .._jax.pytree import take_layer
 from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor, float_scales, with_scales
+from ..quant.schemes import StoredScales
 from . import choose
 from .backends.floats import multiply_floats
 from .backends.grouped import SortedRows
@@ -324,4 +325,5 @@ def gathered(q: QTensor, layout: Layout) -> QTensor:
     gather_both = _shard_map(gather_weights, layout, in_specs, out_specs)
     codes, scales = gather_both(*arrays)
     placement = q.placement and replace(q.placement, kernel=axes)
-    return with_scales(replace(q, codes=codes, placement=placement), scales)
+    q = replace(q, codes=codes, placement=placement)
+    return with_scales(q, StoredScales(scales))

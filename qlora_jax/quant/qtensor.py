@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.memory import all_below, is_concrete
 from .._jax.modes import call_in_auto_mode
@@ -183,7 +183,7 @@ class QTensor(Kernel):
             >>> plain.double_quant, bool((plain.dequantize() == q.dequantize()).all())
             (False, True)
         """
-        return with_scales(self, float_scales(self))
+        return with_scales(self, StoredScales(float_scales(self)))
 
     @property
     def packing(self) -> Packing:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -293,9 +293,9 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     return lax.stop_gradient(scales)
 
 
-def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:
-    """Returns the kernel with decoded float32 scales, for products."""
-    return replace(q, **StoredScales(scales)._asdict())
+def with_scales(q: QTensor, stored: StoredScales) -> QTensor:
+    """Returns the kernel with other arrays of scales, such as decoded ones."""
+    return replace(q, **stored._asdict())
 
 
 def axes_of_array(
@@ -334,7 +334,7 @@ def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
 
     stored = jax.tree.map(put_scales, q.stored_scales)
     codes = placed_codes(q.codes, put, axes, memory)
-    return replace(q, codes=codes, **stored._asdict(), placement=placement)
+    return replace(with_scales(q, stored), codes=codes, placement=placement)
 
 
 def round_to(w: Array, dtype: DTypeLike, result_dtype: DTypeLike) -> Array:

@@ -1,7 +1,7 @@
 """Parts of a packed kernel: one layer of a stack, or some rows of a table."""
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from .._jax.specs import SpecEntry, spec_of
 from .codes import dequantize_blocks, select_values
 from .host_codes import on_device
 from .kernel import Kernel
-from .qtensor import QTensor, float_scales, round_to
+from .qtensor import QTensor, float_scales, round_to, with_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ def product_arrays(
         return on_device(q.codes), float_scales(q), None
     q, layer = kernel.stack, kernel.index
     # There are few scales, so those of the layer are copied, and then decoded.
-    scales = float_scales(replace(q, **take_layer(q.stored_scales, layer)._asdict()))
+    scales = float_scales(with_scales(q, take_layer(q.stored_scales, layer)))
     return q.codes, scales, layer
 
 
