@@ -148,7 +148,7 @@ class LowRank(Adapter):
         # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
-        change = float_product(left, right, lax.Precision.HIGHEST, weights_move=True)
+        change = float_product(left, right, lax.Precision.HIGHEST)
         scaling: Any = self.scaling  # not a tuple, because a table is one matrix
         return add_change(rows.astype(jnp.float32), scaling * change)
 
@@ -284,15 +284,15 @@ def lora_product(
         return ragged_float_product(h, b, *arguments, roles="n")
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
     lora = constrained(lora, placement)
-    h = float_product(x, lora.a, precision, weights_move=True).astype(x.dtype)
+    h = float_product(x, lora.a, precision).astype(x.dtype)
     h = checkpoint_name(h, CHECKPOINT_NAME)  # [*batch, ..., r]
-    return scaled(float_product(h, lora.b, precision, weights_move=True), lora)
+    return scaled(float_product(h, lora.b, precision), lora)
 
 
 def lora_delta(lora: LowRank) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-    delta = float_product(a, b, lax.Precision.HIGHEST, weights_move=True)
+    delta = float_product(a, b, lax.Precision.HIGHEST)
     return scaled(delta, lora)
 
 

@@ -10,16 +10,9 @@ from .backends.reference import accumulator_dtype
 from .multiply import multiply
 
 
-def float_product(
-    x: Array, w: Array, precision: PrecisionLike = None, *, weights_move: bool = False
-) -> Array:
-    """Returns `x @ w` in float32, for x `[*batch, *rows, K]`.
-
-    If x and w are split differently along K over Explicit mesh axes, x is resharded to
-    match w. With `weights_move`, w is resharded to match x.
-    """
-    result = accumulator_dtype(x.dtype)
-    return multiply(x, w, precision=precision, result=result, weights_move=weights_move)
+def float_product(x: Array, w: Array, precision: PrecisionLike = None) -> Array:
+    """Returns `x @ w` in float32, for x `[*batch, *rows, K]`."""
+    return multiply(x, w, precision=precision, result=accumulator_dtype(x.dtype))
 
 
 def ragged_float_product(
@@ -39,6 +32,4 @@ def ragged_float_product(
         experts, k, n = placement.matrix_axes(3)
         axes = experts, k if "k" in roles else (), n if "n" in roles else ()
         placement = replace(placement, kernel=axes)
-    return multiply(
-        x, w, offsets, precision=precision, placement=placement, weights_move=True
-    )
+    return multiply(x, w, offsets, precision=precision, placement=placement)

@@ -29,7 +29,7 @@ def multiply(
     precision: PrecisionLike = None,
     result: DTypeLike | None = None,
     placement: Placement | None = None,
-    weights_move: bool = False,
+    weights_move: bool = True,
 ) -> Array:
     """Returns `x @ w` in the dtype `result`, or else in the dtype of `x`.
 
@@ -39,8 +39,8 @@ def multiply(
     weights is differentiable in both operands.
 
     Float experts may have a `placement`, for Auto mesh axes. If x and float weights are
-    split differently along K over Explicit mesh axes, x is resharded to match them.
-    With `weights_move`, the weights are resharded to match x.
+    split differently along K over Explicit mesh axes, the weights are resharded to
+    match x. If `weights_move` is False, x is resharded to match the weights.
     """
     kernel = as_kernel(weights)
     *batch, k, _ = kernel.matrix_shape

@@ -236,11 +236,7 @@ class KernelFunctions(TorchFunctionMode):
         This method and the public ones below return NotImplemented for calls that they
         do not support. `RULES` lists the PyTorch functions that they compute.
         """
-        if (
-            _is_kernel_tensor(x)
-            or not _is_kernel_tensor(weight)
-            or weight.roles != "kn"
-        ):
+        if _roles_of(x) or _roles_of(weight) != "kn":
             return NotImplemented
         lora = weight.lora
         options = {"dropout_key": self._key(lora), "backend": self.backend}
@@ -251,7 +247,7 @@ class KernelFunctions(TorchFunctionMode):
         self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
     ) -> Any:
         """Computes `F.linear`."""
-        if not _is_kernel_tensor(weight) or _is_kernel_tensor(bias):
+        if not _roles_of(weight) or _roles_of(bias):
             return NotImplemented
         y = self.product(input, weight.transposed())
         return y if y is NotImplemented or bias is None else y + bias
@@ -276,11 +272,7 @@ class KernelFunctions(TorchFunctionMode):
 
         `padding_idx` is ignored, because it only affects the gradient of the table.
         """
-        if (
-            max_norm is not None
-            or not _is_kernel_tensor(weight)
-            or weight.is_transposed
-        ):
+        if max_norm is not None or not _roles_of(weight) or weight.is_transposed:
             return NotImplemented
         if self.has_dropout and getattr(weight.lora, "dropout", 0):
             return NotImplemented
@@ -289,11 +281,8 @@ class KernelFunctions(TorchFunctionMode):
     def transpose(self, input: KernelTensor, *axes: int, **named: int) -> Any:
         """Swaps the last two axes."""
         axes = axes or (*named.values(),) or (0, 1)
-        is_last = {axis % input.ndim for axis in axes} == {
-            input.ndim - 2,
-            input.ndim - 1,
-        }
-        return input.transposed() if is_last else NotImplemented
+        are_last = {axis % input.ndim for axis in axes} == {*range(input.ndim)[-2:]}
+        return input.transposed() if are_last else NotImplemented
 
     def transpose_matrix(self, input: KernelTensor) -> Any:
         """Computes `input.T`, `input.mT` or `input.t()` of a matrix."""
@@ -310,7 +299,7 @@ class KernelFunctions(TorchFunctionMode):
             )
         rows = as_array(x)
         sizes = jnp.diff(as_array(offs), prepend=jnp.zeros(1, jnp.int32))
-        if _is_kernel_tensor(weight) and weight.roles == "bkn":
+        if _roles_of(weight) == "bkn":
             key = self._key(weight.lora)
             options = {"dropout_key": key, "backend": self.backend}
             y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, **options)
@@ -327,8 +316,9 @@ def _stop_gradient(value: Any) -> Any:
     return value
 
 
-def _is_kernel_tensor(value: object) -> bool:
-    return isinstance(value, KernelTensor)
+def _roles_of(value: object) -> str:
+    """Returns the roles of the axes of a `KernelTensor`; "" for other values."""
+    return value.roles if isinstance(value, KernelTensor) else ""
 
 
 def _values(args: tuple, kwargs: dict) -> Iterable[object]:
