@@ -5,7 +5,7 @@ import json
 import math
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +15,6 @@ from jaxtyping import Array, Int, PyTree
 
 from .modes import call_in_auto_mode
 from .specs import spec_of
-
-T = TypeVar("T", bound=type)
 
 
 class TreeLeaf:
@@ -70,13 +68,13 @@ def rebox(leaf: PyTree, value: PyTree) -> PyTree:
 
 
 def register(
-    cls: T,
+    cls: type,
     leaves: tuple[str, ...],
     static: tuple[str, ...],
     serialized_name: str | None = None,
     *,
     input_fields: tuple[str, ...] = (),
-) -> T:
+) -> None:
     """Registers a frozen dataclass with array fields and hashable static fields.
 
     A static field that is listed in `input_fields` is a leaf in nodes whose `inputs`
@@ -125,7 +123,6 @@ def register(
                 cls, bytes(data).decode(), static
             ),
         )
-    return cls
 
 
 # `jax.export` and Flax's state dicts store nodes as plain data. Static fields are JSON
