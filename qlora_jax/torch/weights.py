@@ -128,10 +128,7 @@ class KernelTensor(Placeholder):
 
     def decoded(self) -> torch.Tensor:
         """Returns the float weights, with the adapter added."""
-        if self.lora is None:
-            weight = ql.dequantize(self.base)
-        else:
-            weight = ql.merge(self.base, self.lora)
+        weight = ql.merge(self.base, self.lora)
         return as_tensor(weight.swapaxes(-1, -2) if self.is_transposed else weight)
 
 
