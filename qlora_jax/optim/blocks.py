@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._jax.memory import is_concrete
-from .._jax.modes import call_in_auto_mode, explicit_mesh, in_auto_mode
+from .._jax.modes import call_in_auto_mode, explicit_mesh
 from .._jax.specs import AnyMesh, fitting_spec, spec_of
 
 BLOCK = 256
@@ -106,11 +106,10 @@ def from_blocks(moment: Moment, like: Array, signed: bool) -> Array:
     def decode_blocks(blocks: Blocks) -> Array:
         return _from_grid(_decode_grid(blocks, signed), like.shape, grid)
 
-    mesh = explicit_mesh(like, moment)
-    if mesh is not None:
-        spec = PartitionSpec(*spec_of(like))
-        return in_auto_mode(decode_blocks, mesh, spec)(moment)
-    return decode_blocks(moment)  # pyright: ignore[reportArgumentType]
+    def spec(_: AnyMesh) -> PartitionSpec:
+        return PartitionSpec(*spec_of(like))
+
+    return call_in_auto_mode(decode_blocks, spec, moment)
 
 
 def to_blocks(values: Array, signed: bool) -> Moment:
