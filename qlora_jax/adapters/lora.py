@@ -279,9 +279,9 @@ def lora_product(
         b = scaled(lora.b.astype(jnp.float32), lora)
         a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
         arguments: Any = offsets, precision, placement
-        h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
+        h = ragged_float_product(x, a, *arguments, role="k")  # [M, r]
         h = checkpoint_name(h, CHECKPOINT_NAME)
-        return ragged_float_product(h, b, *arguments, roles="n")
+        return ragged_float_product(h, b, *arguments, role="n")
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
     lora = constrained(lora, placement)
     h = float_product(x, lora.a, precision).astype(x.dtype)
