@@ -172,7 +172,9 @@ def _check_collections(collections: Mapping) -> None:
 def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
     # A leaf that is trained in full replaces the frozen one. Scans slice arrays but not
     # tuples, so a tuple of scalings becomes an array.
-    key, counter = _dropout_key(rngs), itertools.count(1)
+    by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key = by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
+    counter = itertools.count(1)
 
     def prepare(_: str, leaf: Leaf) -> Leaf:
         base, adapter, keys = parts_of(leaf)
@@ -186,11 +188,6 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
         return AdaptedKernel(base, adapter.sliceable(), keys)
 
     return map_by_path(prepare, params)
-
-
-def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
-    by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-    return by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
 
 
 def _without_boxes(
