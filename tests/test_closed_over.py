@@ -31,7 +31,7 @@ CHECKED = {
     "_jax/memory.py check_donated": "init, donated",
     "_jax/memory.py delete": "init, donated",
     "linen/init_model.py _with_arrays": "linen.init",
-    "product/matmul.py checked_layer": "matmul",
+    "product/matmul.py layer_of": "matmul",
     "product/matmul.py offsets_of": "ragged_dot",
     "optim/blocks.py zero_blocks": "adamw8bit",
     "optim/offload.py _init_by_layers": "offload",

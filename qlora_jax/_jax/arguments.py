@@ -65,3 +65,18 @@ def as_int32(x: object) -> Int32[Array, "..."]:
         # A cast would wrap around: an id of 2**32 would select row 0.
         array = array.clip(max(info.min, limits.min), limits.max)
     return jnp.asarray(array, jnp.int32)
+
+
+def unwrapped(operands: PyTree, frozen: PyTree, message: str) -> PyTree:
+    """Returns the arrays of the operands of a `custom_vjp` with `symbolic_zeros`.
+
+    JAX wraps each array together with a flag that says whether it is differentiated.
+    Raises ValueError with the message if an array of `frozen` is.
+    """
+
+    def is_wrapped(leaf: object) -> bool:
+        return hasattr(leaf, "perturbed")
+
+    if any(leaf.perturbed for leaf in jax.tree.leaves(frozen, is_leaf=is_wrapped)):
+        raise ValueError(message)
+    return jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=is_wrapped)

@@ -15,7 +15,7 @@ from jax.sharding import (
 )
 from jaxtyping import Array, PyTree
 
-from .specs import AnyMesh, SpecEntry, make_spec, spec_of, typed_axes, unused
+from .specs import AnyMesh, Axes, SpecEntry, make_spec, spec_of, typed_axes, unused
 
 
 def explicit_mesh(*trees: PyTree) -> AnyMesh | None:
@@ -31,6 +31,12 @@ def axes_of_type(mesh: AnyMesh, axis_type: AxisType) -> frozenset[str]:
     """Returns the names of the mesh axes of one type."""
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return frozenset(name for name, kind in axes if kind == axis_type)
+
+
+def auto_only(mesh: AnyMesh, entries: Iterable[Axes]) -> list[Axes]:
+    """Returns the entries of a spec without the mesh axes that are not Auto."""
+    auto = axes_of_type(mesh, AxisType.Auto)
+    return [tuple(name for name in axes if name in auto) for axes in entries]
 
 
 def explicit_axes(mesh: AnyMesh) -> frozenset[str]:

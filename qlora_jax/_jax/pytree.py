@@ -5,7 +5,7 @@ import json
 import math
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +16,6 @@ from jaxtyping import Array, Int, PyTree
 from .modes import call_in_auto_mode
 from .specs import spec_of
 
-T = TypeVar("T", bound=type)
-
 
 class TreeLeaf:
     """The base class of pytree nodes that count as one leaf of a parameter tree."""
@@ -25,8 +23,13 @@ class TreeLeaf:
     @property
     def nbytes(self) -> int:
         """The size of the stored arrays in bytes."""
-        leaves = jax.tree.leaves(self)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        return count_bytes(self)
+
+
+def count_bytes(tree: PyTree) -> int:
+    """Returns the size of all arrays of a tree, or of their shapes, in bytes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
 def is_tree_leaf(node: object) -> bool:
@@ -65,13 +68,13 @@ def rebox(leaf: PyTree, value: PyTree) -> PyTree:
 
 
 def register(
-    cls: T,
+    cls: type,
     leaves: tuple[str, ...],
     static: tuple[str, ...],
     serialized_name: str | None = None,
     *,
     input_fields: tuple[str, ...] = (),
-) -> T:
+) -> None:
     """Registers a frozen dataclass with array fields and hashable static fields.
 
     A static field that is listed in `input_fields` is a leaf in nodes whose `inputs`
@@ -120,7 +123,6 @@ def register(
                 cls, bytes(data).decode(), static
             ),
         )
-    return cls
 
 
 # `jax.export` and Flax's state dicts store nodes as plain data. Static fields are JSON

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
 from .._jax import specs
-from .._jax.modes import axes_of_type, call_in_auto_mode, explicit_mesh
+from .._jax.modes import auto_only, call_in_auto_mode, explicit_mesh
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, SpecEntry
 from ..product.sharded import declared_mesh
@@ -312,15 +312,11 @@ def constrained(lora: A, placement: Placement | None) -> A:
         return lora
     # The stored arrays are split over more mesh axes than the kernel. Without the
     # constraint, XLA would gather the activations, which are larger, to match them.
-    auto = axes_of_type(mesh, AxisType.Auto)
     row_axes = {axis for axes in placement.rows for axis in axes}
-    *batch, k, n = (
-        tuple(name for name in axes if name in auto)
-        for axes in placement.matrix_axes(len(lora.batch_shape) + 2)
-    )
+    matrix_axes = placement.matrix_axes(len(lora.batch_shape) + 2)
+    *batch, k, n = auto_only(mesh, matrix_axes)
     role_axes = {"k": specs.unused(k, row_axes), "n": specs.unused(n, row_axes)}
-    sizes = {name: mesh.shape[name] for name in auto}
-    axes = _fitting_axes(lora, batch, role_axes, sizes)
+    axes = _fitting_axes(lora, batch, role_axes, mesh.shape)
 
     def constrain(name: str, x: Array) -> Array:
         sharding = NamedSharding(mesh, specs.make_spec(*axes[name]))

@@ -125,7 +125,7 @@ def column_norms(
     at_w = multiply(a.swapaxes(-1, -2), kernel).astype(jnp.float32)  # [*batch, r, N]
     a, exact = a.astype(jnp.float32), lax.Precision.HIGHEST
     gram = float_product(a.swapaxes(-1, -2), a, exact)  # [*batch, r, r]
-    at_ab = float_product(gram, b, exact, weights_move=True)  # [*batch, r, N]
+    at_ab = float_product(gram, b, exact)  # [*batch, r, N]
     inner = 2 * at_w + split_as(scaled(at_ab, lora), at_w)
     change = jnp.sum(split_as(b, at_w) * inner, -2)
     squares = split_as(_column_squares(kernel), change)

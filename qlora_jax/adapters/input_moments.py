@@ -40,11 +40,7 @@ class InputMoments(Adapter):
 
     @classmethod
     def of(cls, kernel: Kernel) -> "InputMoments":
-        """Returns the adapter of a kernel.
-
-        Args:
-            kernel: The frozen kernel.
-        """
+        """Returns the adapter of a frozen kernel."""
         *batch, k, _ = kernel.matrix_shape
         arrays = jnp.zeros((*batch, k), jnp.float32), jnp.zeros(batch, jnp.float32)
         return cls(*arrays, kernel.geometry)

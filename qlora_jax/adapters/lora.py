@@ -148,7 +148,7 @@ class LowRank(Adapter):
         # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
-        change = float_product(left, right, lax.Precision.HIGHEST, weights_move=True)
+        change = float_product(left, right, lax.Precision.HIGHEST)
         scaling: Any = self.scaling  # not a tuple, because a table is one matrix
         return add_change(rows.astype(jnp.float32), scaling * change)
 
@@ -194,10 +194,8 @@ class LoRA(LowRank):
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         y = call.multiply(x, kernel)
         x = apply_dropout(x, self.dropout, call.dropout_key)
-        settings = call.precision, kernel.placement
-        if call.offsets is None:
-            return add_change(y, lora_product(x, self, *settings))
-        return add_change(y, ragged_lora_product(x, self, call.offsets, *settings))
+        settings = call.precision, kernel.placement, call.offsets
+        return add_change(y, lora_product(x, self, *settings))
 
 
 register_adapter(LoRA)
@@ -230,7 +228,7 @@ class SharedLoRA(LowRank):
         x = apply_dropout(x, self.dropout, call.dropout_key)
         # The rows of all experts are one group. Rows after the group give zeros.
         ends = call.offsets[jnp.array([0, -1])]
-        change = ragged_lora_product(x, self, ends, call.precision, kernel.placement)
+        change = lora_product(x, self, call.precision, kernel.placement, ends)
         return add_change(y, change)
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
@@ -254,23 +252,6 @@ class SharedLoRA(LowRank):
 register_adapter(SharedLoRA)
 
 
-def ragged_lora_product(
-    x: Float[Array, "m k"],
-    lora: LowRank,
-    offsets: Array,
-    precision: lax.PrecisionLike = None,
-    placement: Placement | None = None,
-) -> Array:
-    """Returns `scaling * (x A) B` for rows of x that are sorted by expert."""
-    # Experts may have different scalings, so B is scaled instead of the product.
-    b = scaled(lora.b.astype(jnp.float32), lora)
-    a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
-    arguments: Any = offsets, precision, placement
-    h = ragged_float_product(x, a, *arguments, roles="k")  # [M, r]
-    h = checkpoint_name(h, CHECKPOINT_NAME)
-    return ragged_float_product(h, b, *arguments, roles="n")
-
-
 def is_low_rank(lora: Adapter) -> TypeGuard[LowRank]:
     """Whether an adapter is low-rank, such as a LoRA, a DoRA or a SharedLoRA."""
     return isinstance(lora, LowRank)
@@ -286,22 +267,32 @@ def lora_product(
     lora: LowRank,
     precision: lax.PrecisionLike = None,
     placement: Placement | None = None,
-) -> Float32[Array, "..."]:
+    offsets: Array | None = None,
+) -> Float[Array, "..."]:
     """Returns `scaling * (x A) B` in float32 for x `[*batch, ..., K]`.
 
-    Both products are computed in the dtype of `x` with float32 sums.
+    Both products are computed in the dtype of `x` with float32 sums. With `offsets`,
+    the rows of x are sorted by expert, and the result has the dtype of `x`.
     """
+    if offsets is not None:
+        # Experts may have different scalings, so B is scaled instead of the product.
+        b = scaled(lora.b.astype(jnp.float32), lora)
+        a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
+        arguments: Any = offsets, precision, placement
+        h = ragged_float_product(x, a, *arguments, role="k")  # [M, r]
+        h = checkpoint_name(h, CHECKPOINT_NAME)
+        return ragged_float_product(h, b, *arguments, role="n")
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
     lora = constrained(lora, placement)
-    h = float_product(x, lora.a, precision, weights_move=True).astype(x.dtype)
+    h = float_product(x, lora.a, precision).astype(x.dtype)
     h = checkpoint_name(h, CHECKPOINT_NAME)  # [*batch, ..., r]
-    return scaled(float_product(h, lora.b, precision, weights_move=True), lora)
+    return scaled(float_product(h, lora.b, precision), lora)
 
 
 def lora_delta(lora: LowRank) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-    delta = float_product(a, b, lax.Precision.HIGHEST, weights_move=True)
+    delta = float_product(a, b, lax.Precision.HIGHEST)
     return scaled(delta, lora)
 
 

@@ -16,7 +16,7 @@ the gradients of a LoRA, and x gets the gradient of a product with the packed we
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ from jax import lax
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, PyTree
 
+from .._jax.arguments import unwrapped
 from .._jax.modes import (
+    auto_only,
     axes_of_type,
     call_in_auto_mode,
     explicit_axes,
@@ -33,31 +35,19 @@ from .._jax.modes import (
     split_as,
     split_by,
 )
-from .._jax.specs import (
-    AnyMesh,
-    Axes,
-    axes_of,
-    fitting,
-    fitting_spec,
-    make_spec,
-    spec_of,
-)
+from .._jax.specs import AnyMesh, Axes, axes_of, fitting, make_spec, spec_of
 from ..product.sharded import declared_mesh
 from ..quant.codes import dequantize_blocks, quantize_blocks, select_values
 from ..quant.formats import Packing
 from ..quant.geometry import to_matrix
-from ..quant.kernel import Kernel, Placement
-from ..quant.qtensor import QTensor, axes_of_array, round_to
+from ..quant.kernel import Kernel
+from ..quant.pack import straight_through
+from ..quant.qtensor import QTensor, round_to, stored_specs
 from ..quant.schemes import StoredScales, power_of_two_from
 from ..quant.search import ScaleRule
 from ..quant.views import take_rows
-from .base import Adapter, Multiply, ProductCall, register_adapter
-from .lora import (
-    SETTINGS,
-    LowRank,
-    lora_product,
-    ragged_lora_product,
-)
+from .base import Adapter, ProductCall, register_adapter
+from .lora import SETTINGS, LowRank, lora_product
 
 # The kernel is merged and packed one tile at a time. A tile has a few rows and all
 # columns. In float32, it has at most this many bytes, so that it fits into the cache of
@@ -104,8 +94,8 @@ class MergeAware(LowRank):
         # `multiply` must not contain the offsets, because it is a static argument of
         # `_packed_product`. They are passed as an operand of it.
         multiply = functools.partial(call.multiply, offsets=None)
-        settings = _Settings(multiply, call.precision, kernel.placement)
-        return _packed_product(settings, x, self, kernel, call.offsets)
+        frozen_call = ProductCall(multiply, precision=call.precision)
+        return _packed_product(frozen_call, x, self, kernel, call.offsets)
 
     def _misfit(self, batch: Sequence[int], k: int) -> str | None:
         try:
@@ -117,14 +107,14 @@ class MergeAware(LowRank):
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         frozen, frozen_kernel = lax.stop_gradient((self, kernel))
         w = frozen.packed(frozen_kernel).dequantize()
-        return _with_gradient_of(super().merged(kernel), w)
+        return straight_through(super().merged(kernel), w)
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
             return super().lookup(ids, kernel)
         frozen, frozen_kernel = lax.stop_gradient((self, kernel))
         rows = take_rows(frozen.packed(frozen_kernel), ids)
-        return _with_gradient_of(super().lookup(ids, kernel), rows)
+        return straight_through(super().lookup(ids, kernel), rows)
 
     def packed(self, kernel: Kernel) -> QTensor:
         """Returns the packed weights that `product` applies.
@@ -155,21 +145,12 @@ class MergeAware(LowRank):
             ),
             *largest,
         )
+        encode = packing.scheme.encode
 
-        def encode(scales: Array, *largest: Array) -> StoredScales:
-            return packing.scheme.encode(scales, *largest)
+        def specs(mesh: AnyMesh) -> PyTree:
+            return stored_specs(mesh, spec_of(codes), encode, scales, *largest)
 
-        def stored_specs(mesh: AnyMesh) -> PyTree:
-            struct = jax.ShapeDtypeStruct
-            shapes = [struct(x.shape, x.dtype) for x in (scales, *largest)]
-            return jax.tree.map(
-                lambda x: fitting_spec(
-                    mesh, axes_of_array(spec_of(codes), x.ndim, None), x.shape
-                ),
-                jax.eval_shape(encode, *shapes),
-            )
-
-        stored: StoredScales = call_in_auto_mode(encode, stored_specs, scales, *largest)
+        stored: StoredScales = call_in_auto_mode(encode, specs, scales, *largest)
         pad = codes.shape[-2] * packing.format.codes_per_byte - kernel.matrix_shape[-2]
         settings = packing.fmt, packing.block_size, kernel.dtype.name, pad
         return QTensor(codes, *stored, *settings, kernel.geometry, kernel.placement)
@@ -183,12 +164,6 @@ def is_merge_aware(adapter: Adapter | None) -> TypeGuard[MergeAware]:
     return isinstance(adapter, MergeAware)
 
 
-class _Settings(NamedTuple):
-    multiply: Multiply
-    precision: lax.PrecisionLike
-    placement: Placement | None
-
-
 # Computes y = x Q(M) with M = W + s A B. The gradients use 1 as the derivative of Q,
 # which is the straight-through estimator. The gradient of x is dy Q(M)^T. Those of A
 # and B are the ones of a LoRA, s x^T (dy B^T) and s (x A)^T dy, so no gradient is as
@@ -197,73 +172,47 @@ class _Settings(NamedTuple):
 # residuals are the operands, which a scan does not copy.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _packed_product(
-    settings: _Settings,
+    call: ProductCall,
     x: Array,
     lora: MergeAware,
     kernel: Kernel,
     offsets: Array | None,
 ) -> Array:
-    return settings.multiply(x, lora.packed(kernel), offsets=offsets)
+    return call.multiply(x, lora.packed(kernel), offsets=offsets)
 
 
-def _packed_product_fwd(settings: _Settings, *operands: PyTree) -> tuple[Array, tuple]:
-    # With `symbolic_zeros`, each array is wrapped together with a flag that says
-    # whether it is differentiated.
-    def is_wrapped(leaf: object) -> bool:
-        return hasattr(leaf, "perturbed")
-
+def _packed_product_fwd(call: ProductCall, *operands: PyTree) -> tuple[Array, tuple]:
     _, _, kernel, _ = operands
-    if any(leaf.perturbed for leaf in jax.tree.leaves(kernel, is_leaf=is_wrapped)):
-        raise ValueError(
-            "the kernel of a merge-aware adapter must be frozen, because it gets no "
-            "gradient. Got one that is differentiated. Differentiate with respect to "
-            "the adapters, or pass `jax.lax.stop_gradient(base)`."
-        )
-    arrays = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=is_wrapped)
-    return _packed_product(settings, *arrays), arrays
+    arrays = unwrapped(
+        operands,
+        kernel,
+        "the kernel of a merge-aware adapter must be frozen, because it gets no "
+        "gradient. Got one that is differentiated. Differentiate with respect to the "
+        "adapters, or pass `jax.lax.stop_gradient(base)`.",
+    )
+    return _packed_product(call, *arrays), arrays
 
 
-def _packed_product_bwd(settings: _Settings, operands: tuple, dy: Array) -> tuple:
+def _packed_product_bwd(call: ProductCall, operands: tuple, dy: Array) -> tuple:
     x, lora, kernel, offsets = operands
 
     def change(x: Array, lora: MergeAware) -> Array:
-        options = settings.precision, settings.placement
-        if offsets is None:
-            product = lora_product(x, lora, *options)
-        else:
-            product = ragged_lora_product(x, lora, offsets, *options)
+        product = lora_product(x, lora, call.precision, kernel.placement, offsets)
         return split_as(product.astype(dy.dtype), dy)
 
     packed = lax.stop_gradient(lora).packed(lax.stop_gradient(kernel))
     # `jax.vjp` also returns the products. They are not used, so XLA drops them.
-    _, multiply_vjp = jax.vjp(
-        lambda x: settings.multiply(x, packed, offsets=offsets), x
-    )
+    _, multiply_vjp = jax.vjp(lambda x: call.multiply(x, packed, offsets=offsets), x)
     _, change_vjp = jax.vjp(change, x, lora)
     # The value of dx is dy Q(M)^T. For second derivatives, the derivative of Q is again
     # replaced by 1: dx is differentiated with respect to A and B as if it were
     # dy (W + s A B)^T, of which `dx_by_change` is the part with A and B.
     dx_by_change, _ = change_vjp(lax.stop_gradient(dy))
-    dx = _with_gradient_of(dx_by_change, *multiply_vjp(dy))
+    dx = straight_through(dx_by_change, *multiply_vjp(dy))
     return dx, change_vjp(dy)[1], None, None
 
 
 _packed_product.defvjp(_packed_product_fwd, _packed_product_bwd, symbolic_zeros=True)
-
-
-def _with_gradient_of(source: Array, value: Array) -> Array:
-    """Returns `value`. Its gradient goes to `value`, and a copy of it to `source`."""
-    return _pass_gradient(split_as(source.astype(value.dtype), value), value)
-
-
-@jax.custom_vjp
-def _pass_gradient(source: Array, value: Array) -> Array:
-    return value
-
-
-_pass_gradient.defvjp(
-    lambda source, value: (value, None), lambda _, gradient: (gradient, gradient)
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -427,6 +376,5 @@ def _matrix_axes(kernel: Kernel) -> tuple[AnyMesh | None, list[Axes]]:
     mesh = declared_mesh(kernel.placement)
     if mesh is None or kernel.placement is None:
         return None, []
-    auto = axes_of_type(mesh, AxisType.Auto)
     axes = kernel.placement.matrix_axes(len(kernel.matrix_shape))
-    return mesh, [tuple(name for name in entry if name in auto) for entry in axes]
+    return mesh, auto_only(mesh, axes)

@@ -10,11 +10,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
 from ..product.choose import checked_backend
-from ..product.matmul import as_float, checked_layer, offsets_of, reverse_mode
+from ..product.matmul import as_float, layer_of, offsets_of, reverse_mode
 from ..product.multiply import multiply
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
-from ..quant.views import LayerOfStack
 from .base import Adapter, ProductCall, check_adapter, parts_of
 
 
@@ -138,8 +137,7 @@ def ragged_dot(
     if layer is not None:
         if not isinstance(kernel, QTensor):
             raise ValueError(f"`layer` needs packed experts. Got {type(experts)}.")
-        index = checked_layer(layer, kernel.matrix_shape[:-2])
-        kernel = LayerOfStack(kernel, index)
+        kernel = layer_of(kernel, layer)
     check_adapter(lora, kernel, "experts")
     *batch, k, _ = kernel.matrix_shape
     if len(batch) != 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,7 +15,6 @@ from jaxtyping import Array, Float, PyTree
 from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
 from .._jax.specs import Axes, make_spec, typed_axes, unused
-from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter, ProductCall
@@ -41,33 +41,19 @@ class Selected(Adapter):
     adapters: Adapter
     ids: Array
 
-    @property
-    def arrays(self) -> dict[str, Array]:  # noqa: D102
-        return self.adapters.arrays
+    # These properties have the values of the bank's adapters.
+    arrays, settings, label, dropout, geometry = (  # pyright: ignore
+        property(operator.attrgetter(f"adapters.{name}"))
+        for name in ("arrays", "settings", "label", "dropout", "geometry")
+    )
 
     @property
     def roles(self) -> dict[str, str]:  # noqa: D102
         return {name: "e" + roles for name, roles in self.adapters.roles.items()}
 
     @property
-    def settings(self) -> tuple[str, ...]:  # noqa: D102
-        return self.adapters.settings
-
-    @property
     def inputs(self) -> tuple[str, ...]:  # noqa: D102
         return (*self.adapters.inputs, "ids")
-
-    @property
-    def label(self) -> str:  # noqa: D102
-        return self.adapters.label
-
-    @property
-    def dropout(self) -> float:  # noqa: D102
-        return self.adapters.dropout
-
-    @property
-    def geometry(self) -> Geometry:  # noqa: D102
-        return self.adapters.geometry
 
     def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
         adapters = self.adapters._replace(arrays, **settings)

@@ -116,7 +116,7 @@ class TrainedRows(Replacement):
         indices = np.array(self.indices)
         x_trained, x_frozen = x[..., indices], x.at[..., indices].set(0)
         rows = self.rows.astype(x.dtype)
-        y = float_product(x_trained, rows, call.precision, weights_move=True)
+        y = float_product(x_trained, rows, call.precision)
         return call.multiply(x_frozen, kernel) + y.astype(x.dtype)
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core.scope import CollectionFilter, in_filter
 from flax.typing import PRNGKey, RNGSequences
 
@@ -173,7 +172,9 @@ def _check_collections(collections: Mapping) -> None:
 def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
     # A leaf that is trained in full replaces the frozen one. Scans slice arrays but not
     # tuples, so a tuple of scalings becomes an array.
-    key, counter = _dropout_key(rngs), itertools.count(1)
+    by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key = by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
+    counter = itertools.count(1)
 
     def prepare(_: str, leaf: Leaf) -> Leaf:
         base, adapter, keys = parts_of(leaf)
@@ -187,15 +188,6 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
         return AdaptedKernel(base, adapter.sliceable(), keys)
 
     return map_by_path(prepare, params)
-
-
-def _dropout_key(rngs: PRNGKey | RNGSequences | None) -> PRNGKey | None:
-    by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-    key = by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
-    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    # An old-style key, as returned by `jax.random.PRNGKey`.
-    return jax.random.wrap_key_data(key)
 
 
 def _without_boxes(

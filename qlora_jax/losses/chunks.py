@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from .._jax.arguments import unwrapped
 from .._jax.modes import call_in_auto_mode, varying_with
 from .._jax.specs import spec_of
 from ..adapters.product import adapted_product
@@ -135,19 +136,14 @@ def _losses(
 def _losses_fwd(
     token_loss: TokenLoss, chunk_size: int, cap: float | None, *arrays: PyTree
 ) -> tuple[Array, Array | None]:
-    # With `symbolic_zeros`, each array is wrapped together with a flag that says
-    # whether it is differentiated.
-    def is_wrapped(leaf: object) -> bool:
-        return hasattr(leaf, "perturbed")
-
     _, head, *_ = arrays
-    if any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=is_wrapped)):
-        raise ValueError(
-            "`head` must be frozen, because it gets no gradient. Got one that is "
-            "differentiated. Pass `jax.lax.stop_gradient(head)`, or compute the loss "
-            "from the logits to train it."
-        )
-    arrays = jax.tree.map(lambda leaf: leaf.value, arrays, is_leaf=is_wrapped)
+    arrays = unwrapped(
+        arrays,
+        head,
+        "`head` must be frozen, because it gets no gradient. Got one that is "
+        "differentiated. Pass `jax.lax.stop_gradient(head)`, or compute the loss from "
+        "the logits to train it.",
+    )
     return _compute(token_loss, chunk_size, cap, *arrays, has_gradient=True)
 
 

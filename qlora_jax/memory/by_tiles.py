@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from .._jax.pytree import is_tree_leaf
 from ..adapters.base import AdaptedKernel, constrained, parts_of
 from ..product.sharded import find_gather, gathered
-from ..quant.kernel import is_kernel
+from ..quant.kernel import as_kernel
 
 
 def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
@@ -119,9 +119,7 @@ def _join(x: Float[Array, "tiles *batch t D"], num_tokens: int) -> Float[Array, 
 # functions do it once, before the loop.
 def needs_fetch(node: PyTree, x: Float[Array, "*rows D"]) -> bool:
     """Whether a product with rows split like `x` would move or gather the kernel."""
-    kernel, *_ = parts_of(node)
-    if not is_kernel(kernel):
-        return False
+    kernel = as_kernel(parts_of(node)[0])
     return kernel.memory == "host" or find_gather(kernel.take(), x) is not None
 
 

@@ -94,7 +94,7 @@ def splash_attention(
 
     operands = [to_kernel_layout(x) for x in (query, key, value)]
     if not interpret:
-        operands[0] = only_on_tpu(operands[0], "`splash_attention`")
+        operands[0] = only_on_tpu(operands[0])
     kernel = _make_kernel(num_heads, num_tokens + padding, window, soft_cap, interpret)
     segments = None
     if segment_ids is not None:
@@ -170,25 +170,23 @@ def _make_kernel(
 _only_on_tpu = Primitive("only_on_tpu")
 
 
-def only_on_tpu(x: Array, caller: str) -> Array:
+def only_on_tpu(x: Array) -> Array:
     """Returns `x`. Lowering for another platform raises NotImplementedError."""
-    return _only_on_tpu.bind(x, caller=caller)
+    return _only_on_tpu.bind(x)
 
 
-def _raise_off_tpu(ctx: Any, x: object, caller: str) -> NoReturn:
+def _raise_off_tpu(ctx: Any, x: object) -> NoReturn:
     del x
     raise NotImplementedError(
-        f"{caller} must run on a TPU: its kernel does not compile for other platforms. "
-        f"Got {' and '.join(ctx.module_context.platforms)}. Use attention in XLA, or "
-        "`interpret=True` for a test."
+        "`splash_attention` must run on a TPU: its kernel does not compile for other "
+        f"platforms. Got {' and '.join(ctx.module_context.platforms)}. Use attention "
+        "in XLA, or `interpret=True` for a test."
     )
 
 
-_only_on_tpu.def_impl(
-    lambda x, caller: jax.jit(only_on_tpu, static_argnums=1)(x, caller)
-)
-_only_on_tpu.def_abstract_eval(lambda x, caller: x)
-ad.deflinear2(_only_on_tpu, lambda g, x, caller: [g])
+_only_on_tpu.def_impl(jax.jit(only_on_tpu))
+_only_on_tpu.def_abstract_eval(lambda x: x)
+ad.deflinear2(_only_on_tpu, lambda g, x: [g])
 batching.defvectorized(_only_on_tpu)
-mlir.register_lowering(_only_on_tpu, lambda ctx, x, caller: [x], platform="tpu")
+mlir.register_lowering(_only_on_tpu, lambda ctx, x: [x], platform="tpu")
 mlir.register_lowering(_only_on_tpu, _raise_off_tpu)

@@ -5,9 +5,10 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ..adapters.call import OutSharding
 from ..adapters.config import QLoRAConfig, check_layer_config
 from ..trees.init import init
-from .rules import RULES, OutSharding
+from .rules import RULES
 from .subclass import packed_call
 from .wrap import adapt
 

@@ -8,20 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ..adapters.call import (
     DENSE,
     Lookup,
     ModuleCall,
+    OutSharding,
     RegisteredEinsum,
     Registry,
     general_equation,
 )
 from ..product.einsum import kernel_kinds
-
-OutSharding = NamedSharding | PartitionSpec | None
 
 
 @dataclass(frozen=True)

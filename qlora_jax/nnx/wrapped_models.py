@@ -8,12 +8,13 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._jax.specs import SpecEntry
 from ..adapters.base import why_not
 from ..quant.kernel import as_kernel
 from ..trees.merge import merge as merge_trees
 from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
-from ..trees.sharding import MeshAxes, spec_of_names
 from ..trees.sharding import place as place_trees
+from ..trees.sharding import spec_of_names
 from .variables import (
     Packed,
     adapted_kernels,
@@ -146,8 +147,8 @@ def place(
     mesh: Mesh,
     rules: Mapping[str, PartitionSpec] | None = None,
     *,
-    logical_axes: Mapping[str, MeshAxes] | None = None,
-    rows: Sequence[MeshAxes] = (),
+    logical_axes: Mapping[str, SpecEntry] | None = None,
+    rows: Sequence[SpecEntry] = (),
     memory: Literal["device", "host"] = "device",
 ) -> M:
     """Returns a wrapped model on a mesh, as `qlora_jax.sharding.place` does for trees.
@@ -200,7 +201,7 @@ def place(
     return model
 
 
-def _axis_names(variable: nnx.Variable) -> Sequence[MeshAxes]:
+def _axis_names(variable: nnx.Variable) -> Sequence[SpecEntry]:
     metadata = variable.get_metadata()
     # A packed variable keeps the metadata of the float one that it replaced.
     if isinstance(variable, Packed):

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._jax.memory import is_concrete
-from .._jax.modes import call_in_auto_mode, explicit_mesh, in_auto_mode
-from .._jax.specs import fitting_spec, spec_of
+from .._jax.modes import call_in_auto_mode, explicit_mesh
+from .._jax.specs import AnyMesh, fitting_spec, spec_of
 
 BLOCK = 256
 # Arrays, or layers of stacks, with fewer values stay in float32.
@@ -106,11 +106,10 @@ def from_blocks(moment: Moment, like: Array, signed: bool) -> Array:
     def decode_blocks(blocks: Blocks) -> Array:
         return _from_grid(_decode_grid(blocks, signed), like.shape, grid)
 
-    mesh = explicit_mesh(like, moment)
-    if mesh is not None:
-        spec = PartitionSpec(*spec_of(like))
-        return in_auto_mode(decode_blocks, mesh, spec)(moment)
-    return decode_blocks(moment)  # pyright: ignore[reportArgumentType]
+    def spec(_: AnyMesh) -> PartitionSpec:
+        return PartitionSpec(*spec_of(like))
+
+    return call_in_auto_mode(decode_blocks, spec, moment)
 
 
 def to_blocks(values: Array, signed: bool) -> Moment:
@@ -122,7 +121,7 @@ def to_blocks(values: Array, signed: bool) -> Moment:
     def encode_blocks(values: Array) -> Blocks:
         return _encode_grid(_to_grid(values, grid), signed)
 
-    def specs(mesh: Mesh | AbstractMesh) -> Blocks:
+    def specs(mesh: AnyMesh) -> Blocks:
         return _block_specs(mesh, spec_of(values), grid)
 
     return call_in_auto_mode(encode_blocks, specs, values)
@@ -136,7 +135,7 @@ def block_shapes(grid: Grid) -> Blocks:
     return Blocks(codes_shape, (layers, 4, scales // 4))
 
 
-def _block_specs(mesh: Mesh | AbstractMesh, spec: tuple, grid: Grid) -> Blocks:
+def _block_specs(mesh: AnyMesh, spec: tuple, grid: Grid) -> Blocks:
     """Returns the specs of codes and scales for an array that is split by `spec`."""
     start = 1 if len(spec) > 2 else 0
     layers = spec[0] if len(spec) > 2 else None

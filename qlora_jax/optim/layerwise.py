@@ -20,7 +20,7 @@ from jax.extend import core
 from jax.sharding import AxisType
 
 from .._jax.jaxprs import Program, bind, evaluate
-from .._jax.modes import explicit_mesh
+from .._jax.modes import explicit_mesh, with_mapped_axis
 from .._jax.specs import spec_of
 from ..adapters.config import matches, unmatched_by
 from ..trees.paths import Tree, paths_where
@@ -221,11 +221,8 @@ class _LayerwiseUpdate:
             current = [
                 stacks[j] if j in replaced else x for j, x in enumerate(arguments)
             ]
-
-            def write_layer(stack: Array, layer: Array) -> Array:
-                return _write_layer(stack, layer, i)
-
-            return jax.tree.map(write_layer, stacks, self.compute(size, current, i))
+            layers = self.compute(size, current, i)
+            return jax.tree.map(lambda s, x: _write_layer(s, x, i), stacks, layers)
 
         stacks = {
             j: arguments[j] if j in replaced else _empty(x)
@@ -349,10 +346,8 @@ def _write_layer(stack: Array, layer: Array, index: Array | int) -> Array:
 def _write_mapped_layer(
     axis_size: int, is_mapped: list[bool], stack: Array, layer: Array, index: Array
 ) -> tuple[Array, bool]:
-    stack, layer = (
-        x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
-        for x, mapped in zip((stack, layer), is_mapped, strict=False)
-    )
+    stack = with_mapped_axis(axis_size, stack, is_mapped[0])
+    layer = with_mapped_axis(axis_size, layer, is_mapped[1])
     return lax.dynamic_update_slice_in_dim(stack, layer, index, 1), True
 
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from .._jax.memory import is_concrete
+from .._jax.specs import AnyMesh
 from ..trees.paths import Tree, paths_where
 from .layerwise import NotByLayers, by_layers, stack_sizes, state_sizes
 from .paging import is_on_host, to_device, to_host
@@ -199,7 +200,7 @@ def _init_by_layers(
     return state_def.unflatten(init_stacks(leaves))
 
 
-def _on_mesh(sharding: Sharding, mesh: Mesh | AbstractMesh) -> NamedSharding:
+def _on_mesh(sharding: Sharding, mesh: AnyMesh) -> NamedSharding:
     spec = getattr(sharding, "spec", PartitionSpec())
     return NamedSharding(mesh, spec, memory_kind=sharding.memory_kind)
 

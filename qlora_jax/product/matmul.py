@@ -11,8 +11,8 @@ from jax.lax import PrecisionLike
 from jaxtyping import Array, Float, Int, Int32
 
 from .._jax.arguments import as_array, as_int32, known_values
-from ..quant.kernel import PackedInput
 from ..quant.qtensor import QTensor
+from ..quant.views import LayerOfStack
 from .choose import PREFERRED, checked_backend, choose, default_backends
 from .multiply import multiply
 from .spec import product_spec
@@ -68,10 +68,9 @@ def matmul(
     """
     check_packed(q)
     x, backend = as_float(x), checked_backend(backend)
-    index = None if layer is None else checked_layer(layer, q.matrix_shape[:-2])
+    kernel = q if layer is None else layer_of(q, layer)
     with reverse_mode():
-        weights = PackedInput(q, index)
-        return multiply(x, weights, backend=backend, precision=precision)
+        return multiply(x, kernel, backend=backend, precision=precision)
 
 
 def explain_backend(
@@ -124,9 +123,10 @@ def as_float(x: object) -> Array:
     return array
 
 
-def checked_layer(layer: object, batch: Sequence[int]) -> Array:
-    """Returns a layer's index as int32. Raises ValueError if the stack lacks it."""
+def layer_of(stack: QTensor, layer: object) -> LayerOfStack:
+    """Returns one kernel of a stack. Raises ValueError if the stack lacks it."""
     value, array = known_values(layer), as_array("layer", layer)
+    *batch, _, _ = stack.matrix_shape
     if not batch:
         raise ValueError("`layer` needs a stack of kernels. Got a single kernel.")
     if array.ndim or not jnp.issubdtype(array.dtype, jnp.integer):
@@ -138,7 +138,7 @@ def checked_layer(layer: object, batch: Sequence[int]) -> Array:
             f"`layer` must be from 0 to {batch[0] - 1} for a stack of {batch[0]} "
             f"kernels. Got {value}."
         )
-    return as_int32(array)
+    return LayerOfStack(stack, as_int32(array))
 
 
 def offsets_of(

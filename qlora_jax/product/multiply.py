@@ -12,42 +12,41 @@ import numpy as np
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, reshard
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, PyTree
 
-from ..quant.kernel import PackedInput, Placement
+from ..quant.kernel import Kernel, Placement, as_kernel
 from ..quant.views import product_arrays
 from .sharded import compute, find_mesh
 from .spec import OPERANDS, Name, Operands, ProductSpec, product_spec
 
-Weights = PackedInput | Array
-
 
 def multiply(
     x: Float[Array, "..."],
-    weights: Weights,
+    weights: Kernel | Array,
     offsets: Int32[Array, " experts_and_1"] | None = None,
     *,
     backend: str | tuple[str, ...] | None = None,
     precision: PrecisionLike = None,
     result: DTypeLike | None = None,
     placement: Placement | None = None,
-    weights_move: bool = False,
+    weights_move: bool = True,
 ) -> Array:
     """Returns `x @ w` in the dtype `result`, or else in the dtype of `x`.
 
-    x is `[*batch, *rows, K]`. With `offsets`, x is `[M, K]`, and its rows `offsets[e]`
-    to `offsets[e + 1]` are multiplied by expert e of the weights. The product of float
+    The weights are a packed kernel, or a float array `[*batch, K, N]`. x is `[*batch,
+    *rows, K]`. With `offsets`, x is `[M, K]`, and its rows `offsets[e]` to
+    `offsets[e + 1]` are multiplied by expert e of the weights. The product of float
     weights is differentiable in both operands.
 
     Float experts may have a `placement`, for Auto mesh axes. If x and float weights are
-    split differently along K over Explicit mesh axes, x is resharded to match them.
-    With `weights_move`, the weights are resharded to match x.
+    split differently along K over Explicit mesh axes, the weights are resharded to
+    match x. If `weights_move` is False, x is resharded to match the weights.
     """
-    if isinstance(weights, PackedInput):
-        spec = product_spec(weights.q)
-        *batch, k, _ = weights.q.matrix_shape[weights.layer is not None :]
+    kernel = as_kernel(weights)
+    *batch, k, _ = kernel.matrix_shape
+    if kernel.is_packed:
+        spec = product_spec(kernel)
     else:
-        *batch, k, _ = weights.shape
         spec = ProductSpec(None, x.dtype.name, k, placement=placement)
     is_ragged = offsets is not None
     batch = batch[: len(batch) - is_ragged]
@@ -75,14 +74,13 @@ def multiply(
 # (QLoRA, Dettmers et al. 2023, section 3).
 @jax.custom_vjp
 def _differentiable_product(
-    spec: ProductSpec, left: Array, weights: Weights, offsets: Array | None
+    spec: ProductSpec, left: Array, weights: PyTree, offsets: Array | None
 ) -> Array:
-    if not isinstance(weights, PackedInput):
+    if spec.packed_as is None:
         return compute(spec, Operands(left, weights, offsets=offsets))
     # `product_arrays` moves codes from host memory. It is called here, so that the
     # backward pass moves them again instead of keeping them.
-    arrays = product_arrays(weights.q, weights.layer)
-    return compute(spec, Operands(left, *arrays, offsets))
+    return compute(spec, Operands(left, *product_arrays(weights), offsets))
 
 
 # Jitted so that products of the same shape are traced once. The custom gradient is
@@ -108,7 +106,7 @@ def _type_of(spec: ProductSpec, x: Array) -> _ArrayType:
 
 
 def _product_fwd(
-    spec: ProductSpec, left: Array, weights: Weights, offsets: Array | None
+    spec: ProductSpec, left: Array, weights: PyTree, offsets: Array | None
 ) -> tuple[Array, tuple]:
     y = _product(spec, left, weights, offsets)
     # The gradient of x needs only the type of x, and packed weights have no gradient.
@@ -132,7 +130,7 @@ def _product_bwd(residuals: tuple, g: Array) -> tuple:
         return d if sharding is None else reshard(d, sharding)
 
     d_left = gradient(left_name, left_type)
-    if isinstance(weights, PackedInput):
+    if spec.packed_as is not None:
         return None, d_left, None, None
     return None, d_left, gradient(right_name, _type_of(spec, weights)), None
 

@@ -18,11 +18,18 @@ from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, PyTree
 
 from .._jax import modes
-from .._jax.modes import explicit_axes, explicit_mesh, split_by, with_mapped_axis
+from .._jax.modes import (
+    auto_only,
+    explicit_axes,
+    explicit_mesh,
+    split_by,
+    with_mapped_axis,
+)
 from .._jax.pytree import take_layer
 from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor, float_scales, with_scales
+from ..quant.schemes import StoredScales
 from . import choose
 from .backends.floats import multiply_floats
 from .backends.grouped import SortedRows
@@ -106,13 +113,10 @@ def find_layout(
         axis_names = explicit_axes(mesh)
     else:
         assert spec.placement is not None
-        axis_names = auto_axes = modes.axes_of_type(mesh, AxisType.Auto)
-
-        def take_auto(entries: Sequence[Axes]) -> list[Axes]:
-            return [tuple(a for a in axes if a in auto_axes) for axes in entries]
-
-        weight_axes = take_auto(spec.placement.matrix_axes(len(scales_shape)))
-        rows = take_auto(spec.placement.row_axes(len(x_shape) - 1 - spec.batch))
+        axis_names = modes.axes_of_type(mesh, AxisType.Auto)
+        weight_axes = auto_only(mesh, spec.placement.matrix_axes(len(scales_shape)))
+        row_axes = spec.placement.row_axes(len(x_shape) - 1 - spec.batch)
+        rows = auto_only(mesh, row_axes)
         x_axes = [*weight_axes[: spec.batch], *rows, ()]
     layout = lay_out(spec, mesh.shape, x_axes, weight_axes, x_shape, scales_shape)
     return replace(layout, mesh=mesh, axis_names=axis_names)
@@ -282,12 +286,9 @@ def device_offsets(layout: Layout, offsets: Array, num_rows: int) -> Array:
 
 def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, Array]:
     """Gathers codes and scales in a `shard_map`, following the layout."""
-    if layout.experts.gathered:
-        codes, scales = gather(codes, scales, layout.experts.gathered, -3)
-    if layout.n.gathered:
-        codes, scales = gather(codes, scales, layout.n.gathered, -1)
-    if layout.k.gathered:
-        codes, scales = gather(codes, scales, layout.k.gathered, -2)
+    for split, array_axis in (layout.experts, -3), (layout.n, -1), (layout.k, -2):
+        if split.gathered:
+            codes, scales = gather(codes, scales, split.gathered, array_axis)
     return codes, scales
 
 
@@ -324,4 +325,5 @@ def gathered(q: QTensor, layout: Layout) -> QTensor:
     gather_both = _shard_map(gather_weights, layout, in_specs, out_specs)
     codes, scales = gather_both(*arrays)
     placement = q.placement and replace(q.placement, kernel=axes)
-    return with_scales(replace(q, codes=codes, placement=placement), scales)
+    q = replace(q, codes=codes, placement=placement)
+    return with_scales(q, StoredScales(scales))

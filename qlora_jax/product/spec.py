@@ -1,7 +1,7 @@
 """The static description of a product, its operands, and the interface of back ends."""
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -13,8 +13,7 @@ from jaxtyping import Array
 
 from .._jax.specs import AnyMesh, Axes
 from ..quant.formats import Format, Packing
-from ..quant.kernel import Placement
-from ..quant.qtensor import QTensor
+from ..quant.kernel import Kernel, Placement
 
 # Each of x, w and y = x w is a product of the two others: dx = g w^T, dw = x^T g, where
 # the gradient g has the shape of y. The operands of each are listed left, then right.
@@ -98,11 +97,13 @@ class ProductSpec:
         return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
 
 
-def product_spec(q: QTensor) -> ProductSpec:
-    """Returns the spec of products with a kernel, with default options."""
-    *batch, k, _ = q.matrix_shape
-    packing = Packing(q.fmt, q.block_size, double_quant=False)
-    return ProductSpec(packing, q.dtype_name, k, len(batch), placement=q.placement)
+def product_spec(kernel: Kernel) -> ProductSpec:
+    """Returns the spec of products with a packed kernel, with default options."""
+    *batch, k, _ = kernel.matrix_shape
+    assert kernel.packing is not None
+    packing = replace(kernel.packing, double_quant=False)  # scales are decoded
+    dtype, placement = kernel.dtype.name, kernel.placement
+    return ProductSpec(packing, dtype, k, len(batch), placement=placement)
 
 
 class Unsupported(NotImplementedError):

@@ -6,7 +6,7 @@ The kinds are `QTensor`, `StraightThrough`, `FloatKernel` and `LayerOfStack`.
 import abc
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,13 +96,6 @@ class Placement:
         return (self.rows + ((),) * count)[:count]
 
 
-class PackedInput(NamedTuple):
-    """Packed weights to multiply by: a QTensor, and a layer index if it is a stack."""
-
-    q: Any  # a QTensor, which cannot be imported here: its module imports this one
-    layer: Array | None
-
-
 class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     """A kernel of any kind. Its matrix form is `[*batch, K, N]`; see `Geometry`."""
 
@@ -138,13 +131,13 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The weights in the kernel's shape, rounded to its dtype, then to `dtype`."""
 
-    @abc.abstractmethod
-    def product_input(self, dtype: DTypeLike) -> PackedInput | Array:
-        """Returns packed weights, or float weights `[*batch, K, N]` in `dtype`.
+    def product_input(self, dtype: DTypeLike) -> "Kernel | Array":
+        """Returns a packed kernel itself, else float weights `[*batch, K, N]`.
 
         Args:
-            dtype: The dtype in which the product is computed.
+            dtype: The dtype of float weights, in which the product is computed.
         """
+        return self if self.is_packed else self.dequantize_matrix(dtype)
 
     @property
     def value(self) -> Any:
@@ -214,9 +207,6 @@ class ArrayKernel(Kernel):
     @property
     def spec(self) -> tuple[SpecEntry, ...]:  # noqa: D102
         return spec_of(self.value)
-
-    def product_input(self, dtype: DTypeLike) -> Array:  # noqa: D102
-        return self.dequantize_matrix(dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .._jax.memory import all_below, is_concrete
-from .._jax.modes import call_in_auto_mode
+from .._jax.modes import call_in_auto_mode, split_as
 from .._jax.pytree import register
-from .._jax.specs import AnyMesh, fitting_spec, spec_of
+from .._jax.specs import AnyMesh, spec_of
 from .codes import quantize_blocks
 from .formats import FLOAT_DTYPES, Packing
 from .geometry import Geometry
 from .kernel import ArrayKernel
-from .qtensor import QTensor, axes_of_array
+from .qtensor import QTensor, stored_specs
 from .schemes import StoredScales
 from .search import ScaleRule
 
@@ -129,20 +130,12 @@ def _quantize(
         )
         return codes, packing.scheme.encode(scales, *largest)
 
-    # The stored arrays are split over the same Explicit mesh axes as the weights, where
-    # the mesh axes divide their sizes.
-    def stored_specs(mesh: AnyMesh) -> PyTree:
+    def specs(mesh: AnyMesh) -> PyTree:
         spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
-        operands = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (w, importance, *largest)
-        )
-        return jax.tree.map(
-            lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape),
-            jax.eval_shape(pack, *operands),
-        )
+        return stored_specs(mesh, spec, pack, w, importance, *largest)
 
     stored: StoredScales
-    codes, stored = call_in_auto_mode(pack, stored_specs, w, importance, *largest)
+    codes, stored = call_in_auto_mode(pack, specs, w, importance, *largest)
     name, k = jnp.dtype(w.dtype).name, geometry.matrix_shape(w.shape)[-2]
     pad = codes.shape[-2] * packing.format.codes_per_byte - k
     return QTensor(codes, *stored, packing.fmt, packing.block_size, name, pad, geometry)
@@ -213,8 +206,9 @@ class StraightThrough(ArrayKernel):
         Raises:
             ValueError: Outside jit, as in `to_qtensor`.
         """
-        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
-        return _round_trip(self.packing, self.geometry, dtype, self.kernel)
+        w = lax.stop_gradient(self.kernel)
+        packed = quantize_kernel(w, self.packing, self.geometry)
+        return straight_through(self.kernel, packed.dequantize(dtype))
 
 
 register(
@@ -222,26 +216,18 @@ register(
 )
 
 
-# y = dequantize(quantize(w)) is a step function of w, whose derivative is 0 almost
-# everywhere. The straight-through estimator takes dy/dw = 1, so dw = dy.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _round_trip(
-    packing: Packing, geometry: Geometry, dtype: np.dtype, kernel: Array
-) -> Array:
-    return quantize_kernel(kernel, packing, geometry).dequantize(dtype)
+# Packed weights are a step function of the float ones, whose derivative is 0 almost
+# everywhere. The straight-through estimator takes 1 in its place.
+def straight_through(source: Array, value: Array) -> Array:
+    """Returns `value`. Its gradient goes to `value`, and a copy of it to `source`."""
+    return _pass_gradient(split_as(source.astype(value.dtype), value), value)
 
 
-def _round_trip_fwd(
-    packing: Packing, geometry: Geometry, dtype: np.dtype, kernel: Array
-) -> tuple[Array, Array]:
-    # An empty array carries the dtype of the kernel, which its gradient must have.
-    return _round_trip(packing, geometry, dtype, kernel), jnp.zeros((0,), kernel.dtype)
+@jax.custom_vjp
+def _pass_gradient(source: Array, value: Array) -> Array:
+    return value
 
 
-def _round_trip_bwd(
-    packing: Packing, geometry: Geometry, dtype: np.dtype, like: Array, dy: Array
-) -> tuple[Array]:
-    return (dy.astype(like.dtype),)
-
-
-_round_trip.defvjp(_round_trip_fwd, _round_trip_bwd)
+_pass_gradient.defvjp(
+    lambda source, value: (value, None), lambda _, gradient: (gradient, gradient)
+)

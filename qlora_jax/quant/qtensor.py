@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.memory import all_below, is_concrete
 from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register
-from .._jax.specs import SpecEntry, fitting_spec, spec_of
+from .._jax.specs import AnyMesh, SpecEntry, fitting_spec, spec_of
 from .codes import dequantize_blocks
 from .formats import Packing, check_dtype, get_format
 from .geometry import Contract, Geometry
 from .host_codes import HostCodes, Put, on_device, placed_codes
-from .kernel import Kernel, PackedInput, Placement
+from .kernel import Kernel, Placement
 from .schemes import StoredScales
 
 Entry = TypeVar("Entry")
@@ -183,7 +183,7 @@ class QTensor(Kernel):
             >>> plain.double_quant, bool((plain.dequantize() == q.dequantize()).all())
             (False, True)
         """
-        return with_scales(self, float_scales(self))
+        return with_scales(self, StoredScales(float_scales(self)))
 
     @property
     def packing(self) -> Packing:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -225,10 +225,6 @@ class QTensor(Kernel):
         k, codes = self.matrix_shape[-2], on_device(self.codes)
         w = dequantize_blocks(codes, float_scales(self), self.packing, k)
         return round_to(w, self.dtype, self.dtype if dtype is None else dtype)
-
-    def product_input(self, dtype: DTypeLike) -> PackedInput:  # noqa: D102
-        del dtype
-        return PackedInput(self, None)
 
     def __repr__(self):
         try:
@@ -297,9 +293,9 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     return lax.stop_gradient(scales)
 
 
-def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:
-    """Returns the kernel with decoded float32 scales, for products."""
-    return replace(q, **StoredScales(scales)._asdict())
+def with_scales(q: QTensor, stored: StoredScales) -> QTensor:
+    """Returns the kernel with other arrays of scales, such as decoded ones."""
+    return replace(q, **stored._asdict())
 
 
 def axes_of_array(
@@ -314,6 +310,21 @@ def axes_of_array(
     return (*batch, *[unsplit] * (ndim - len(batch)))
 
 
+def stored_specs(
+    mesh: AnyMesh, spec: Sequence[SpecEntry], fn: Callable, *operands: PyTree
+) -> PyTree:
+    """Returns the specs of the stored arrays that `fn(*operands)` returns.
+
+    They are split over the same mesh axes as the matrix form of their kernel, by its
+    `spec`, where the mesh axes divide their sizes.
+    """
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+    return jax.tree.map(
+        lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape),
+        jax.eval_shape(fn, *structs),
+    )
+
+
 def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
     """Returns the kernel with its arrays on a mesh, and its codes in `memory`."""
     axes = placement.kernel
@@ -323,7 +334,7 @@ def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
 
     stored = jax.tree.map(put_scales, q.stored_scales)
     codes = placed_codes(q.codes, put, axes, memory)
-    return replace(q, codes=codes, **stored._asdict(), placement=placement)
+    return replace(with_scales(q, stored), codes=codes, placement=placement)
 
 
 def round_to(w: Array, dtype: DTypeLike, result_dtype: DTypeLike) -> Array:

@@ -1,7 +1,8 @@
 """Parts of a packed kernel: one layer of a stack, or some rows of a table."""
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -12,9 +13,9 @@ from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register, take_layer
 from .._jax.specs import SpecEntry, spec_of
 from .codes import dequantize_blocks, select_values
-from .host_codes import HostCodes, on_device
-from .kernel import Kernel, PackedInput
-from .qtensor import QTensor, float_scales, round_to
+from .host_codes import on_device
+from .kernel import Kernel
+from .qtensor import QTensor, float_scales, round_to, with_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,10 @@ class LayerOfStack(Kernel):
         return self.stack.shape[1:]
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:  # noqa: D102
+        return self.stack.matrix_shape[1:]
+
+    @property
     def nbytes(self) -> int:  # noqa: D102
         return self.stack.nbytes // self.stack.shape[0]
 
@@ -55,28 +60,22 @@ class LayerOfStack(Kernel):
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:  # noqa: D102
         return self.take().dequantize_matrix(dtype)
 
-    def product_input(self, dtype: DTypeLike) -> PackedInput:  # noqa: D102
-        del dtype
-        return PackedInput(self.stack, self.index)
-
 
 register(LayerOfStack, ("stack", "index"), ())
 
 
 def product_arrays(
-    q: QTensor, layer: Array | None
+    kernel: Kernel,
 ) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
     """Returns device codes, float32 scales, and the layer if the codes are a stack."""
-    codes = q.codes
-    if layer is not None:
-        # There are few scales, so those of the layer are copied, and then decoded.
-        q = replace(q, **take_layer(q.stored_scales, layer)._asdict())
-    scales = float_scales(q)
-    if isinstance(codes, HostCodes):
+    if not isinstance(kernel, LayerOfStack) or kernel.memory == "host":
         # Slice before the copy, so that only one layer is moved to the device.
-        codes = on_device(codes if layer is None else take_layer(codes, layer))
-        layer = None
-    return codes, scales, layer
+        q: Any = kernel.take()
+        return on_device(q.codes), float_scales(q), None
+    q, layer = kernel.stack, kernel.index
+    # There are few scales, so those of the layer are copied, and then decoded.
+    scales = float_scales(with_scales(q, take_layer(q.stored_scales, layer)))
+    return q.codes, scales, layer
 
 
 def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:

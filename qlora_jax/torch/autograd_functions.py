@@ -90,23 +90,24 @@ def _apply(
             output = function.forward(context, *values)
         return jax.tree.map(lambda x: as_array(_plain(x)), output), context
 
-    static: list[Any] = []  # of the last context: what is not a tensor
+    static: list[Any] = []  # of the last context: its structure, without tensors
 
-    def run_and_save(*arrays: jax.Array) -> tuple[Any, list[jax.Array]]:
+    def run_and_save(*arrays: jax.Array) -> tuple[Any, dict[int, jax.Array]]:
         with _environment(kernel_functions):
             output, context = run(*arrays)
         leaves, structure = jax.tree.flatten(vars(context))
-        is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
-        rest = [None if x else y for x, y in zip(is_tensor, leaves, strict=True)]
-        static[:] = structure, is_tensor, rest
-        saved = [as_array(_plain(x)) for x in leaves if isinstance(x, torch.Tensor)]
+        saved = {
+            i: as_array(_plain(leaf))
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor)
+        }
+        static[:] = structure, [None if i in saved else x for i, x in enumerate(leaves)]
         return output, saved
 
-    def run_backward(saved: list[jax.Array], gradients: Any) -> tuple:
-        structure, is_tensor, rest = static
-        tensors = map(as_tensor, saved)
+    def run_backward(saved: dict[int, jax.Array], gradients: Any) -> tuple:
+        structure, leaves = static
         leaves = [
-            next(tensors) if x else y for x, y in zip(is_tensor, rest, strict=True)
+            as_tensor(saved[i]) if i in saved else x for i, x in enumerate(leaves)
         ]
         context = Context(floats)
         vars(context).update(jax.tree.unflatten(structure, leaves))

@@ -265,10 +265,7 @@ class LanguageModel:
                 return stop.hidden
             raise _unsupported(self.module, decoder)
 
-        with (
-            _forward(decoder, stop_after_layers),
-            _forward(self.module, run_until_head),
-        ):
+        with self._forwards(stop_after_layers, run_until_head):
             return self.model.apply(
                 self._with_buffers(variables),
                 input_ids=input_ids,
@@ -308,7 +305,7 @@ class LanguageModel:
             hidden_tensor.append(hidden)
             return run_model(**kwargs)
 
-        with _forward(decoder, return_hidden), _forward(self.module, run_head):
+        with self._forwards(return_hidden, run_head):
             output = self.model.apply(
                 self._with_buffers(variables),
                 hidden,
@@ -356,13 +353,22 @@ class LanguageModel:
             index_tensors.append(index)
             return run(run_model, *args, **kwargs)
 
-        with (
-            _forward(decoder, select_hidden),
-            _forward(self.module, run_model_on_token),
-        ):
+        with self._forwards(select_hidden, run_model_on_token):
             return self.model.apply(
                 self._with_buffers(variables), index, *args, input_ids=input_ids
             )
+
+    @contextlib.contextmanager
+    def _forwards(
+        self, run_decoder: Callable[..., Any], run_model: Callable[..., Any]
+    ) -> Iterator[None]:
+        """Replaces two `forward` methods while it is active: decoder's and model's."""
+        decoder, module = _decoder_of(self.module), self.module
+        decoder.forward, module.forward = run_decoder, run_model
+        try:
+            yield
+        finally:
+            del decoder.forward, module.forward
 
     def _with_buffers(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         return {**variables, "params": {**self.buffers, **variables["params"]}}
@@ -530,13 +536,3 @@ def _unsupported(module: torch.nn.Module, decoder: torch.nn.Module) -> ValueErro
         "the layers and the head of the model must be separate modules. Got "
         f"{type(module).__name__}, which does not call {type(decoder).__name__}."
     )
-
-
-@contextlib.contextmanager
-def _forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replaces the `forward` of a module while the context is active."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward

@@ -1,6 +1,7 @@
 """Runs equal layers as one scan."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,15 +56,18 @@ class LayerScan:
     def active(self) -> Iterator[None]:
         """Makes the layers record their calls while the context is active."""
         for index, layer in enumerate(self.layers):
-            layer.forward = _Recorder(self, index)
+            layer.forward = functools.partial(self.record, index)
         try:
             yield
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
 
-    def record(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Records the call of a layer. The last call returns the output of the scan."""
+    def record(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
+        """Records the call of a layer, in place of its `forward`.
+
+        The last call returns the output of the scan.
+        """
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
         is_chained = isinstance(hidden, PendingOutput) and hidden.source_scan is self
         if index != len(self.calls) or is_chained != (index > 0):
@@ -72,9 +76,7 @@ class LayerScan:
         self.calls.append(LayerCall(arguments, structure, bool(args)))
         if index == 0:
             self.hidden = as_array(hidden)
-            is_tuple: list[bool] = []
-            self._program(0, lambda output: is_tuple.append(isinstance(output, tuple)))
-            self.returns_tuple = is_tuple[0]
+            _, self.returns_tuple = self._program(0)
         if index + 1 < len(self.layers):
             output: torch.Tensor = PendingOutput(self.hidden.shape, self.hidden.dtype)
             output.source_scan, output.list_name = self, self.run.list_name
@@ -105,23 +107,22 @@ class LayerScan:
         finally:
             layer.forward = recorder
 
-    def _program(
-        self, index: int, inspect: Callable[[Any], None] = lambda output: None
-    ) -> str:
-        """Returns the jaxpr of a layer as text, and passes its output to `inspect`."""
+    def _program(self, index: int) -> tuple[str, bool]:
+        """Returns the jaxpr of a layer as text, and whether it returns a tuple."""
         position = index % self.run.period
+        is_tuple: list[bool] = []
 
         def call(hidden: jax.Array, leaves: dict) -> jax.Array:
             # Restores torchax's key afterwards, if the layer draws random numbers.
             with torchax.default_env().override_property():
                 arguments = self.calls[position].arguments
                 output = self._call(index, hidden, leaves, arguments)
-            inspect(output)
+            is_tuple.append(isinstance(output, tuple))
             return _hidden_states(output)
 
         leaves = jax.tree.map(lambda x: x[0], self.stacks[position])
         program = jax.make_jaxpr(call)(self.hidden, leaves)
-        return re.sub(r"0x[0-9a-f]+", "", str(program))  # without addresses
+        return re.sub(r"0x[0-9a-f]+", "", str(program)), is_tuple[0]  # no addresses
 
     def _check_equal(self) -> None:
         # A layer may have its index as an attribute. What the layer computes must not
@@ -198,17 +199,6 @@ class LayerScan:
             elif any(value != values[0] for value in values):
                 self._refuse(f"they are called with different arguments {values}")
         return varying
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    """Replaces a layer's `forward`."""
-
-    scan: LayerScan
-    index: int
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.scan.record(self.index, args, kwargs)
 
 
 def _hidden_states(output: Any) -> jax.Array:

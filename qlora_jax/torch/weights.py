@@ -44,21 +44,17 @@ def _type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 torchax.tensor.Tensor.type_as = _type_as  # type: ignore
 
 
-def is_kernel(leaf: Leaf) -> bool:
-    """Whether a leaf is packed, or is a float weight that each forward pass packs."""
-    return isinstance(leaf, ql.QTensor | ql.StraightThrough)
-
-
 def tensor_of(leaf: Leaf) -> torch.Tensor:
     """Returns the tensor that a module reads for a leaf of a combined tree."""
-    if not isinstance(leaf, ql.AdaptedKernel):
-        if is_kernel(leaf):
-            return KernelTensor.of(leaf, None)
-        return as_tensor(jnp.asarray(leaf))
+    base, lora = ql.split(leaf)
+    adapter: Any = lora or None  # `lora` is an empty dict if there is no adapter
     # An array that is trained in full replaces the frozen one.
-    if isinstance(leaf.lora, ql.Trained):
-        return as_tensor(ql.merge(leaf.base, leaf.lora))
-    return KernelTensor.of(leaf.base, leaf.lora)
+    if adapter is not None and adapter.replacement is not None:
+        return as_tensor(ql.merge(base, adapter))
+    # A plain array has no geometry.
+    if adapter is None and not hasattr(base, "geometry"):
+        return as_tensor(jnp.asarray(base))
+    return KernelTensor.of(base, adapter)
 
 
 class Placeholder(torch.Tensor):
@@ -122,8 +118,8 @@ class KernelTensor(Placeholder):
     def roles(self) -> str:
         """The roles of the axes, such as "nk": n output, k contracted, b batch."""
         # If the weights are a plain array, only the adapter knows the roles.
-        kernel = self.base if is_kernel(self.base) else self.lora
-        roles = kernel.geometry.roles(self.ndim)
+        geometry = getattr(self.base, "geometry", None) or self.lora.geometry
+        roles = geometry.roles(self.ndim)
         return roles[:-2] + roles[:-3:-1] if self.is_transposed else roles
 
     def transposed(self) -> "KernelTensor":
@@ -132,10 +128,7 @@ class KernelTensor(Placeholder):
 
     def decoded(self) -> torch.Tensor:
         """Returns the float weights, with the adapter added."""
-        if self.lora is None:
-            weight = ql.dequantize(self.base)
-        else:
-            weight = ql.merge(self.base, self.lora)
+        weight = ql.merge(self.base, self.lora)
         return as_tensor(weight.swapaxes(-1, -2) if self.is_transposed else weight)
 
 
@@ -240,11 +233,7 @@ class KernelFunctions(TorchFunctionMode):
         This method and the public ones below return NotImplemented for calls that they
         do not support. `RULES` lists the PyTorch functions that they compute.
         """
-        if (
-            _is_kernel_tensor(x)
-            or not _is_kernel_tensor(weight)
-            or weight.roles != "kn"
-        ):
+        if _roles_of(x) or _roles_of(weight) != "kn":
             return NotImplemented
         lora = weight.lora
         options = {"dropout_key": self._key(lora), "backend": self.backend}
@@ -255,7 +244,7 @@ class KernelFunctions(TorchFunctionMode):
         self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
     ) -> Any:
         """Computes `F.linear`."""
-        if not _is_kernel_tensor(weight) or _is_kernel_tensor(bias):
+        if not _roles_of(weight) or _roles_of(bias):
             return NotImplemented
         y = self.product(input, weight.transposed())
         return y if y is NotImplemented or bias is None else y + bias
@@ -280,11 +269,7 @@ class KernelFunctions(TorchFunctionMode):
 
         `padding_idx` is ignored, because it only affects the gradient of the table.
         """
-        if (
-            max_norm is not None
-            or not _is_kernel_tensor(weight)
-            or weight.is_transposed
-        ):
+        if max_norm is not None or not _roles_of(weight) or weight.is_transposed:
             return NotImplemented
         if self.has_dropout and getattr(weight.lora, "dropout", 0):
             return NotImplemented
@@ -293,11 +278,8 @@ class KernelFunctions(TorchFunctionMode):
     def transpose(self, input: KernelTensor, *axes: int, **named: int) -> Any:
         """Swaps the last two axes."""
         axes = axes or (*named.values(),) or (0, 1)
-        is_last = {axis % input.ndim for axis in axes} == {
-            input.ndim - 2,
-            input.ndim - 1,
-        }
-        return input.transposed() if is_last else NotImplemented
+        are_last = {axis % input.ndim for axis in axes} == {*range(input.ndim)[-2:]}
+        return input.transposed() if are_last else NotImplemented
 
     def transpose_matrix(self, input: KernelTensor) -> Any:
         """Computes `input.T`, `input.mT` or `input.t()` of a matrix."""
@@ -314,7 +296,7 @@ class KernelFunctions(TorchFunctionMode):
             )
         rows = as_array(x)
         sizes = jnp.diff(as_array(offs), prepend=jnp.zeros(1, jnp.int32))
-        if _is_kernel_tensor(weight) and weight.roles == "bkn":
+        if _roles_of(weight) == "bkn":
             key = self._key(weight.lora)
             options = {"dropout_key": key, "backend": self.backend}
             y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, **options)
@@ -331,8 +313,9 @@ def _stop_gradient(value: Any) -> Any:
     return value
 
 
-def _is_kernel_tensor(value: object) -> bool:
-    return isinstance(value, KernelTensor)
+def _roles_of(value: object) -> str:
+    """Returns the roles of the axes of a `KernelTensor`; "" for other values."""
+    return value.roles if isinstance(value, KernelTensor) else ""
 
 
 def _values(args: tuple, kwargs: dict) -> Iterable[object]:

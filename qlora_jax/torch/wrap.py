@@ -98,7 +98,8 @@ class WrappedModule:
             )
         scans, leaves = self._scans(leaves)
         tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
-        buffers = {name: as_array(tensors[name]) for name in self._buffer_names(leaves)}
+        names = [name for name, _ in self.module.named_buffers() if name in leaves]
+        buffers = {name: as_array(tensors[name]) for name in names}
         args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
         # 2. Run the module. Without a `dropout_key`, use a constant key, which shows
         #    afterwards whether the module drew random numbers.
@@ -124,9 +125,6 @@ class WrappedModule:
                 f"ql.torch.wrap. Got changes of {changed}."
             )
         return output
-
-    def _buffer_names(self, leaves: Mapping[str, Any]) -> list[str]:
-        return [name for name, _ in self.module.named_buffers() if name in leaves]
 
     @contextlib.contextmanager
     def _environment(

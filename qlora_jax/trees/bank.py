@@ -1,7 +1,6 @@
 """Banks: adapters of one base, of which a batch may use several."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from .._jax.arguments import checked_integers
 from .._jax.memory import is_concrete
-from .._jax.pytree import register
+from .._jax.pytree import count_bytes, register
 from ..adapters.base import Adapter, replace_arrays, used_ranks
 from ..adapters.lora import SETTINGS
 from ..adapters.selected import Selected
@@ -58,8 +57,7 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """The number of bytes of all arrays."""
-        leaves = jax.tree.leaves(self)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        return count_bytes(self)
 
     def __getitem__(self, place: int) -> Tree:
         """Returns the lora tree at a place, without padding, outside jit.

@@ -21,8 +21,8 @@ from ..adapters.lora import LoRA
 from ..adapters.merge_aware import MergeAware, is_merge_aware
 from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import StraightThrough, check_values, quantize_checked
-from ..quant.qtensor import QTensor
-from ..quant.schemes import StoredScales, with_e4m3_divisor
+from ..quant.qtensor import QTensor, with_scales
+from ..quant.schemes import with_e4m3_divisor
 from .adapters import adapters_by_keys, adapters_by_path
 from .paths import (
     KeyPath,
@@ -172,10 +172,7 @@ def _with_common_factors(tree: Tree, paths: Sequence[str]) -> Tree:
 
 @jax.jit
 def _with_divisor(q: QTensor, divisor: Float32[Array, "*batch"]) -> QTensor:
-    stored = with_e4m3_divisor(StoredScales(q.scales, q.scale_scales), divisor)
-    return dataclasses.replace(
-        q, scales=stored.scales, scale_scales=stored.scale_scales
-    )
+    return with_scales(q, with_e4m3_divisor(q.stored_scales, divisor))
 
 
 @jax.jit

@@ -248,7 +248,7 @@ def quantize(
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
     scales = "absmax" if scales is None else scales
     check_scale_rule(scales)
-    if isinstance(params, StraightThrough):
+    if as_kernel(params).is_trained:
         if scales != "absmax" or importance is not None:
             raise ValueError(
                 "`scales` must be 'absmax', without `importance`, for weights that "

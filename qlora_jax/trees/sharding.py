@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._jax.memory import is_concrete
 from .._jax.pytree import is_box
-from .._jax.specs import Axes, axes_of, make_spec, ways
+from .._jax.specs import Axes, SpecEntry, axes_of, make_spec, ways
 from ..adapters.base import Adapter, replace_arrays, stored_axes
 from ..adapters.config import first_match, unmatched_by
 from ..quant.kernel import Kernel, Placement, is_packed
@@ -28,9 +28,7 @@ from .paths import (
 
 __all__ = ["place"]
 
-# The mesh axes that split an axis of an array: one, several or none.
-MeshAxes = str | Sequence[str] | None
-Spec = PartitionSpec | tuple[MeshAxes, ...]
+Spec = PartitionSpec | tuple[SpecEntry, ...]
 
 
 def place(
@@ -40,8 +38,8 @@ def place(
     rules: Mapping[str, PartitionSpec] | None = None,
     *,
     specs: Tree | None = None,
-    logical_axes: Mapping[str, MeshAxes] | None = None,
-    rows: Sequence[MeshAxes] = (),
+    logical_axes: Mapping[str, SpecEntry] | None = None,
+    rows: Sequence[SpecEntry] = (),
     memory: Literal["device", "host"] = "device",
 ) -> tuple[Tree, Tree]:
     """Returns the base and the lora tree on a mesh, with the same values.
@@ -120,7 +118,7 @@ def _resolve_specs(
     base: Tree,
     rules: Mapping[str, PartitionSpec] | None,
     specs: Tree | None,
-    logical_axes: Mapping[str, MeshAxes],
+    logical_axes: Mapping[str, SpecEntry],
 ) -> dict[str, Spec]:
     # Rules come first, then a tree of specs, then the names in the boxes of `base`.
     if rules is not None and specs is not None:
@@ -148,7 +146,7 @@ def _resolve_specs(
 
 
 def spec_of_names(
-    names: Sequence, logical_axes: Mapping[str, MeshAxes]
+    names: Sequence, logical_axes: Mapping[str, SpecEntry]
 ) -> PartitionSpec:
     """Returns the spec of an array whose axes have these logical or mesh names."""
 

@@ -37,7 +37,7 @@ def read_initial_lora(
     new = ql.leaves_by_path(init_shapes(model.base, lora_config)[1])
     # Leaves that are trained in full start from their values in the base, so the source
     # does not need them.
-    new = {k: x for k, x in new.items() if not isinstance(x, ql.Trained)}
+    new = {k: x for k, x in new.items() if x.replacement is None}
     if problems := _list_problems(old, new):
         raise ValueError(
             "`adapter` must have the modules and the rank of the adapters to train, "

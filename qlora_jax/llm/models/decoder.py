@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -346,8 +347,7 @@ def head_arguments(
     name = "embed_tokens" if config.tie_embeddings else "lm_head"
     leaf = "embedding" if config.tie_embeddings else "kernel"
     head = params[name][leaf]
-    is_trained = isinstance(head, ql.AdaptedKernel | ql.StraightThrough)
-    if is_trained or (lora or {}).get(name):
+    if any(jax.tree.leaves(ql.lora_mask(head))) or (lora or {}).get(name):
         raise ValueError(
             f"`{name}/{leaf}` must be frozen and without an adapter, since the chunked "
             f"loss has no gradient for the head. Got one that is adapted or trained: "

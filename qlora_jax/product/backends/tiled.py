@@ -136,19 +136,16 @@ def _cut_tile(
     spec: ProductSpec, codes: Array, scales: Array, start: Array | int, tile: int
 ) -> tuple[Array, Array]:
     """Returns the codes and scales of `tile` outputs, beginning at output `start`."""
+    cut = lax.dynamic_slice_in_dim
     if spec.transpose:
         per_byte = spec.format.codes_per_byte
-        part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
+        part = cut(codes, start // per_byte, -(-tile // per_byte), -2)
         num_blocks = -(-tile // spec.block_size)
-        return part, _cut(scales, start // spec.block_size, num_blocks, -2)
+        return part, cut(scales, start // spec.block_size, num_blocks, -2)
     # The rows of a tile's codes are short and far apart in memory. Decoding them in
     # place would wait for memory at each row; the barrier makes XLA copy them first.
-    part = lax.optimization_barrier(_cut(codes, start, tile, -1))
-    return part, _cut(scales, start, tile, -1)
-
-
-def _cut(a: Array, start: Array | int, size: int, axis: int) -> Array:
-    return lax.dynamic_slice_in_dim(a, start, size, a.ndim + axis)
+    part = lax.optimization_barrier(cut(codes, start, tile, -1))
+    return part, cut(scales, start, tile, -1)
 
 
 def _join_tiles(
