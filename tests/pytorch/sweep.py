@@ -58,17 +58,17 @@ loss on packed weights with adapters, and the gradients of A and B of these adap
 type passed if rounding explains all differences. {passed} types passed.
 
 The reference for the loss and the gradients is PEFT, with the same adapters on the
-decoded weights. PEFT adapted the weights of products and lookups as `target_modules`,
-and all others, such as those of experts, as `target_parameters`. It cannot adapt a
+decoded weights. The weights of products and lookups are its `target_modules`, and all
+others, such as those of experts, are its `target_parameters`. PEFT cannot adapt a
 weight that several modules share, or that the code of another module reads. The sweep
 merged the adapters of such weights, and PyTorch computed their gradients. The column
-"without PEFT" has their names.
+"without PEFT" lists these weights.
 
-The other columns show the relative differences (Frobenius norm) of the logits, of the
-loss, and of the gradients of the adapter for which the difference is largest, and how
-many weights of the tiny model were packed and adapted. `tests/pytorch/sweep.py` runs
-the models and writes this page. Every day, the tests run the sweep again for ten of the
-{passed} types that passed, and for another ten on the next day.
+The columns "logits", "loss" and "gradients" show relative differences (in the Frobenius
+norm), and for gradients, that of the adapter with the largest difference. The column
+"packed weights" shows how many weights of the tiny model were packed and adapted.
+`tests/pytorch/sweep.py` runs the models and writes this page. The slow tests repeat the
+sweep for ten of the {passed} types that passed, which are other ones each day.
 
 | model type | logits | loss | gradients | packed weights | without PEFT |
 |---|---|---|---|---|---|
@@ -76,9 +76,9 @@ the models and writes this page. Every day, the tests run the sweep again for te
 FAILED = """
 ## Types that did not pass
 
-The first words of a reason say how far the sweep came. After "no model", the tiny model
-does not run in PyTorch either. After "fails", it runs in PyTorch, but an error ended
-the comparison with `ql.torch`. After "differs", rounding does not explain a difference.
+Each reason begins with the step that failed. With "no model", the tiny model cannot be
+created, or does not run in PyTorch. With "fails", it runs in PyTorch, but an error ended
+the comparison with `ql.torch`. With "differs", rounding does not explain a difference.
 
 | model type | reason |
 |---|---|
