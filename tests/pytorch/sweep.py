@@ -77,8 +77,9 @@ FAILED = """
 ## Types that did not pass
 
 Each reason begins with the step that failed. With "no model", the tiny model cannot be
-created, or does not run in PyTorch. With "fails", it runs in PyTorch, but an error ended
-the comparison with `ql.torch`. With "differs", rounding does not explain a difference.
+created, or does not run in PyTorch. With "fails", it runs in PyTorch, but an error
+ended the comparison with `ql.torch`. With "differs", rounding does not explain a
+difference.
 
 | model type | reason |
 |---|---|
