@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -28,7 +29,9 @@ static int sigaction_of_libc(int number, const struct sigaction *action,
   return function(number, action, old);
 }
 
-static void set_faulting(int on) { syscall(SYS_arch_prctl, ARCH_SET_CPUID, !on); }
+static long set_faulting(int on) {
+  return syscall(SYS_arch_prctl, ARCH_SET_CPUID, !on);
+}
 
 static void answer_cpuid(int number, siginfo_t *info, void *context) {
   greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
@@ -70,5 +73,8 @@ __attribute__((constructor)) static void hide(void) {
   struct sigaction action = {.sa_sigaction = answer_cpuid,
                              .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
   sigaction_of_libc(SIGSEGV, &action, 0);
-  set_faulting(1);
+  if (set_faulting(1)) {
+    perror("hide_avx512: this processor or kernel has no CPUID faulting");
+    _exit(1);
+  }
 }

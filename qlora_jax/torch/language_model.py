@@ -362,7 +362,7 @@ class LanguageModel:
     def _forwards(
         self, run_decoder: Callable[..., Any], run_model: Callable[..., Any]
     ) -> Iterator[None]:
-        """Replaces two `forward` methods while it is active: decoder's and model's."""
+        """Replaces `forward` of the decoder and the model in the context."""
         decoder, module = _decoder_of(self.module), self.module
         decoder.forward, module.forward = run_decoder, run_model
         try:

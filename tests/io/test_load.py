@@ -1,7 +1,6 @@
 """Reading and packing a checkpoint piece by piece equals packing the whole tree."""
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -282,29 +281,6 @@ def test_mixed_dtypes_are_refused():
     tensors["layers.1.up.weight"] = tensors["layers.1.up.weight"].astype(np.float16)
     with pytest.raises(CheckpointError, match="layers/up/kernel: its tensors are of"):
         load(tensors, NAMES, like())
-
-
-def test_layers_in_different_formats_are_read_in_float_with_a_warning(tmp_path):
-    """As in unsloth's dynamic copies, in which some layers are in float."""
-    tensors, _ = make()
-    path = "layers/up/kernel"
-    packed = load(tensors, NAMES, like(), ql.QLoRAConfig(targets=path))
-    ql.io.save_bitsandbytes(tmp_path, packed, NAMES, {"model_type": "x"})
-    stored = ql.io.open_safetensors(tmp_path)
-    name = "layers.1.up.weight"
-    mixed = {k: x for k, x in stored.items() if not k.startswith(name)}
-    mixed[name] = tensors[name]
-    with pytest.raises(CheckpointError, match="different kinds: .*Use recode=True"):
-        load(mixed, NAMES, like())
-    with pytest.warns(UserWarning, match=f"are read in float.*{path}"):
-        kernel = load(mixed, NAMES, like(), recode=True)["layers"]["up"]["kernel"]
-    np.testing.assert_array_equal(kernel[1], tensors[name].T)
-    expected = ql.dequantize(packed["layers"]["up"]["kernel"])
-    np.testing.assert_array_equal(kernel[0], expected[0])
-    config = ql.QLoRAConfig(targets=path)
-    with warnings.catch_warnings(action="error"):
-        loaded = load(mixed, NAMES, like(), config, recode=True)
-    assert ql.is_packed(loaded["layers"]["up"]["kernel"])
 
 
 @pytest.mark.parametrize("roles", ["kn", "nk"])

@@ -7,6 +7,7 @@ of compressed-tensors. tests/interop runs the tools that can be installed.
 """
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -342,11 +343,17 @@ def test_layers_of_several_kinds_are_read_in_float():
     like = {"up": {"kernel": jax.ShapeDtypeStruct((2, K, N), jnp.float32)}}
     tensors = {key.replace("up", "0"): x for key, x in q4_0().items()}
     tensors["1.weight"] = values().T
-    with pytest.raises(ql.io.CheckpointError, match="of different kinds"):
+    with pytest.raises(
+        ql.io.CheckpointError, match="of different kinds: .*Use recode=True"
+    ):
         ql.io.load(tensors, names, like, progress=False)
     with pytest.warns(UserWarning, match="are read in float, .*: up/kernel. To pack"):
         loaded = ql.io.load(tensors, names, like, recode=True, progress=False)
     assert_same_bits(np.asarray(loaded["up"]["kernel"]), np.stack([values()] * 2))
+    config = ql.QLoRAConfig(targets="up/kernel", block_size=16)
+    with warnings.catch_warnings(action="error"):
+        loaded = ql.io.load(tensors, names, like, config, recode=True, progress=False)
+    assert ql.is_packed(loaded["up"]["kernel"])
 
 
 def test_what_is_for_activations_is_left_out(tmp_path):

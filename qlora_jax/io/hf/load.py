@@ -148,7 +148,8 @@ def _convert_packed(
             # All tensors of a stack must have the same packing, as floats do.
             is_mixed = len({packing_of(x) for x in recoded.values()}) > 1
             result |= floats if is_mixed else recoded
-            mixed += [path] if is_mixed and target is None else []
+            if is_mixed and target is None:
+                mixed.append(path)
     if mixed:
         warnings.warn(
             "Some layers of these kernels are in another format than the others. All "

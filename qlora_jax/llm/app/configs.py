@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from ..data.encode import TrainOn
 from ..models.sampling import Sampling
 from .options import COUNT, Config, option
 from .servers import FMTS_BY_FORMAT, SERVERS
@@ -13,7 +14,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
-TrainOn = Literal["completions", "last", "all"]  # the targets in a row with answers
 Scales = Literal["absmax", "search"]  # how the scale of each block is chosen
 # The formats that merge-aware adapters are trained for: those of the files of `export`.
 TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4", "nvfp4"]

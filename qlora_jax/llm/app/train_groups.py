@@ -4,9 +4,10 @@ import datetime
 from dataclasses import dataclass
 from typing import Literal
 
+from ..data.encode import TrainOn
 from ..models.sharding import MESH_AXES
 from ..train.objectives import find_objective
-from .configs import Dtype, Engine, Fmt, Scales, TargetFmt, TrainOn
+from .configs import Dtype, Engine, Fmt, Scales, TargetFmt
 from .options import (
     COUNT,
     FRACTION,

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .chat_tokenizer import Tokenizer
-from .encode import Encoded, Encoder, Example, Row
+from .encode import Encoded, Encoder, Example, Row, TrainOn
 from .images import ImageProcessor
 from .rows import (
     JsonLines,
@@ -66,7 +66,7 @@ def read_dataset(
     vocab_size: int,
     max_length: int,
     keys: Mapping[str, str] | None = None,
-    train_on: Literal["completions", "last", "all"] = "completions",
+    train_on: TrainOn = "completions",
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
     rows: Literal["texts", "pairs", "labelled"] = "texts",
@@ -320,7 +320,7 @@ def read_rows(
     vocab_size: int,
     max_length: int | None = None,
     keys: Mapping[str, str] | None = None,
-    train_on: Literal["completions", "last", "all"] = "completions",
+    train_on: TrainOn = "completions",
     chat: bool = True,
     images: ImageProcessor | None = None,
 ) -> list[Row]:

@@ -3,7 +3,7 @@
 import itertools
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from .images import ImageProcessor, Images, find_image, take_images
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
+TrainOn = Literal["completions", "last", "all"]  # which tokens are targets
 IGNORED = -100  # the label of a token that is not a target, as in PyTorch
 
 
@@ -125,7 +126,7 @@ class Encoder:
         tokenizer: Tokenizer,
         *,
         vocab_size: int,
-        train_on: str = "completions",
+        train_on: TrainOn = "completions",
         keys: Mapping[str, str] | None = None,
         chat: bool = True,
         ends_text: bool = True,
@@ -136,7 +137,7 @@ class Encoder:
 
         With `ends_text`, an end token is added to rows of `text`.
         """
-        if train_on not in ("completions", "last", "all"):
+        if train_on not in get_args(TrainOn):
             raise ValueError(
                 f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
             )
