@@ -33,7 +33,7 @@ from timing import ROUNDS, machine, table, versions
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.llm.models.attention import LayerScalars
+from qlora_jax.llm.models.attention import LayerData
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Layer, describe_tokens
 
@@ -55,7 +55,7 @@ class Unrolled(nn.Module):
         x = nn.Embed(c.vocab_size, c.hidden_size)(tokens)
         for i in range(c.num_layers):
             layer = Layer(c, c.layers, name=f"layer_{i}")
-            (x, _), _ = layer((x, {}), described, LayerScalars(), None)
+            (x, _), _ = layer((x, {}), described, LayerData(), None)
         return nn.Dense(c.vocab_size, use_bias=False, name="head")(x)
 
 

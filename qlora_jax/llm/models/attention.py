@@ -26,8 +26,8 @@ MASKED = "xla", "blocks", "cudnn"
 NO_WINDOW = 2**31 - 1  # replaces None in arrays of windows
 
 
-class Tokens(NamedTuple):
-    """Positions, segments and rotary tables of the tokens of a call."""
+class TokenData(NamedTuple):
+    """What layers know about the tokens of a call, besides their hidden states."""
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
@@ -86,28 +86,17 @@ class NoCache(NamedTuple):
         return self
 
 
-class LayerScalars(NamedTuple):
-    """One layer's kind as arrays, so that one scan can run layers of several kinds.
+class LayerData(NamedTuple):
+    """What differs between the layers of a stack, as arrays that a scan slices.
 
-    A field is None if all layers of the stack have the same value. This value is then
-    a constant of the program, and not an input of the scan.
+    If all layers of the stack have the same rotary positions or window, the field is
+    None, and `LayerKind` has the value, which is then a constant of the program.
     """
 
-    rope: Int[Array, "..."] | None = None  # index into `Tokens.tables`
+    rope: Int[Array, "..."] | None = None  # index into `TokenData.tables`
     window: Int[Array, "..."] | None = None  # number of tokens that a query sees
-    # The layer's further input (see `per_layer_input`), or None if layers have none.
-    inputs: Float[Array, "... B T P"] | None = None
-
-
-def layer_scalars(config: DecoderConfig, kinds: tuple[LayerKind, ...]) -> LayerScalars:
-    """Returns the scalars of a stack of layers, stacked on axis 0."""
-    ropes = config.ropes
-    rope = window = None
-    if len({kind.rope for kind in kinds}) > 1:
-        rope = jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32)
-    if len({kind.window for kind in kinds}) > 1:
-        window = jnp.array([kind.window or NO_WINDOW for kind in kinds], jnp.int32)
-    return LayerScalars(rope, window)
+    # The layer's additional input (see `per_layer_input`); None if layers have none.
+    additional_input: Float[Array, "... B T P"] | None = None
 
 
 def rotary_table(
@@ -177,9 +166,10 @@ def rotate(
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    If `attention` is "xla" or "blocks", or if there is a cache, the mask depends on the
-    positions of tokens. Otherwise, tokens attend to earlier ones in the order of the
-    row, and `Decoder` fills a row with NaN if its positions do not follow this order.
+    If `attention` is "xla" or "blocks", or if there is a cache, only the positions of
+    tokens decide which keys a query sees. With other values of `attention`, even with
+    "cudnn", which takes a mask too, a query never sees keys that come later in the row.
+    `Decoder` then fills a row with NaN if its positions do not follow this order.
     """
 
     config: DecoderConfig
@@ -198,7 +188,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+        self, x, tokens: TokenData, layer_data: LayerData, cache, shared_kv: SharedKV
     ):
         """Returns the output, the new keys and values, and those that layers share.
 
@@ -214,7 +204,7 @@ class Attention(nn.Module):
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
-        table = self._select_table(tokens, scalars)
+        table = self._select_table(tokens, layer_data)
         query = self._rotate(query, table)
         if tokens.query_scales is not None and kind.scales_queries:
             query = (query * tokens.query_scales).astype(query.dtype)
@@ -226,13 +216,13 @@ class Attention(nn.Module):
                 value = nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(value)
             key = self._rotate(key, table)
             if cache is not None:
-                key, value, new_kv = self._write(key, value, tokens, cache)
+                key, value, new_kv = self._join_cached(key, value, tokens, cache)
         else:
             key, value = shared_kv[str(kind.kv_group)]
         if kind.kv_group is not None:
             shared_kv = {**shared_kv, kind.kv_group: (key, value)}
         is_cached = cache is not None
-        mixed = self._attend(query, key, value, sinks, tokens, scalars, is_cached)
+        mixed = self._attend(query, key, value, sinks, tokens, layer_data, is_cached)
         if gate is not None:
             gate = nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
             mixed = (mixed * gate).astype(mixed.dtype)
@@ -240,13 +230,13 @@ class Attention(nn.Module):
         return name_product(output(mixed)), new_kv, shared_kv
 
     def _select_table(
-        self, tokens: Tokens, scalars: LayerScalars
+        self, tokens: TokenData, layer_data: LayerData
     ) -> Float[Array, "2 B T 1 half"]:
-        c, rope = self.config, scalars.rope
+        c, rope = self.config, layer_data.rope
         if rope is None:
             rope = c.ropes.index(self.kinds[0].rope)
-        # The layers of a stack have heads of the same size.
-        half = max(c.dim_of(kind.rope) for kind in self.kinds) // 2
+        # Cut off the padding. All layers of a stack rotate the same number of values.
+        half = c.dim_of(self.kinds[0].rope) // 2
         return tokens.tables[rope][..., :half]
 
     def _attend(
@@ -255,19 +245,19 @@ class Attention(nn.Module):
         key: Array,
         value: Array,
         sinks: Array | None,
-        tokens: Tokens,
-        scalars: LayerScalars,
+        tokens: TokenData,
+        layer_data: LayerData,
         is_cached: bool,
     ) -> Float[Array, "B T _"]:
         """Returns the result of attention, with the values of all heads in one axis."""
         # Implementations of attention need keys and values of the same size.
         value_dim, width = value.shape[-1], max(key.shape[-1], value.shape[-1])
         query, key, value = (pad_heads(x, width) for x in (query, key, value))
-        operands = query, key, value, sinks, tokens, scalars
+        operands = query, key, value, sinks, tokens, layer_data
         if not is_cached and self.attention not in MASKED:
-            mixed = self._attend_in_order(*operands)
+            mixed = self._attend_without_mask(*operands)
         else:
-            mixed = self._attend_by_position(*operands, is_cached)
+            mixed = self._attend_with_mask(*operands, is_cached)
         mixed = mixed[..., :value_dim].reshape(*query.shape[:2], -1)  # [B, T, H * V]
         # The result of the splash kernel already has a name for checkpoint policies.
         if self.attention != "splash" or is_cached:
@@ -304,16 +294,16 @@ class Attention(nn.Module):
             return x
         return nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(x)
 
-    def _attend_in_order(
-        self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars
+    def _attend_without_mask(
+        self, query, key, value, sinks, tokens: TokenData, layer_data: LayerData
     ):
         """Calls splash attention or the user's function, which need static windows."""
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
-        window = self.kinds[0].window if scalars.window is None else scalars.window
-        segment_ids = tokens.segment_ids
-        if self.kinds[0].is_chunked and window is not None:
+        kind, segment_ids = self.kinds[0], tokens.segment_ids
+        window = kind.window if layer_data.window is None else layer_data.window
+        if kind.is_chunked and window is not None:
             segment_ids = number_chunks(tokens.positions, segment_ids, window)
         attend_window = functools.partial(
             attention,
@@ -323,21 +313,22 @@ class Attention(nn.Module):
             **({} if sinks is None else {"sinks": sinks}),
         )
         windows = [*dict.fromkeys(kind.window for kind in self.kinds)]
-        if scalars.window is None:
+        if layer_data.window is None:
             return attend_window(query, key, value, window=windows[0])
         # The window of this layer is traced: switch between one branch per window.
         values = jnp.array([window or NO_WINDOW for window in windows])
-        index = jnp.argmax(values == scalars.window)
+        index = jnp.argmax(values == layer_data.window)
         branches = [functools.partial(attend_window, window=w) for w in windows]
         return jax.lax.switch(index, branches, query, key, value)
 
-    def _write(
-        self, key: Array, value: Array, tokens: Tokens, cache: KeysAndValues
+    def _join_cached(
+        self, key: Array, value: Array, tokens: TokenData, cache: KeysAndValues
     ) -> tuple[Array, Array, tuple[Array, Array]]:
-        """Writes each key into the cache at its position.
+        """Returns the cached keys and values with the new ones, and the new ones alone.
 
-        Returns all keys and values, and the new ones. Padding after a prompt is
-        overwritten before a query sees it.
+        The cache itself does not change: `KeysAndValues.write` adds the new ones of all
+        layers after the scan. Padding after a prompt is overwritten before a query sees
+        it.
         """
         rows = jnp.arange(key.shape[0])[:, None]
         new_kv = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
@@ -347,25 +338,25 @@ class Attention(nn.Module):
         )
         return key, value, new_kv
 
-    def _attend_by_position(
+    def _attend_with_mask(
         self,
         query: Array,
         key: Array,
         value: Array,
         sinks: Array | None,
-        tokens: Tokens,
-        scalars: LayerScalars,
+        tokens: TokenData,
+        layer_data: LayerData,
         is_cached: bool,
     ) -> Array:
-        c, positions = self.config, tokens.positions
+        c, kind, positions = self.config, self.kinds[0], tokens.positions
         implementation = "xla" if is_cached else str(self.attention)
         key_positions = jnp.arange(key.shape[1])[None] if is_cached else positions
         # 1. The mask [B, T, S].
-        window = self.kinds[0].window if scalars.window is None else scalars.window
+        window = kind.window if layer_data.window is None else layer_data.window
         visible = positions[:, :, None] >= key_positions[:, None, :]
         if window is not None:
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
-            if self.kinds[0].is_chunked:
+            if kind.is_chunked:
                 chunks, key_chunks = positions // window, key_positions // window
                 visible &= chunks[:, :, None] == key_chunks[:, None, :]
         if (ids := tokens.segment_ids) is not None:
@@ -501,13 +492,15 @@ def attend(
     mesh = getattr(jax.typeof(query).sharding, "mesh", None)
     is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
     is_blocked = implementation == "blocks" or query.shape[1] > MANY_QUERIES
-    block = BLOCK if is_blocked and not is_split else None
+    block = gpu_block = None
+    if is_blocked and not is_split:
+        block, gpu_block = BLOCK, GPU_BLOCK
     attend_plain = functools.partial(
         attend_by_matrices, scale=scale, soft_cap=soft_cap, block=block
     )
     operands = query, key, value, visible
     if implementation == "blocks":
-        attend_off_cpu = functools.partial(attend_plain, block=block and GPU_BLOCK)
+        attend_off_cpu = functools.partial(attend_plain, block=gpu_block)
     elif soft_cap is not None:  # JAX's attention has no soft-cap
         return attend_plain(*operands)
     else:
@@ -533,7 +526,7 @@ def attend_by_matrices(
     soft_cap: float | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """Computes `attend` with plain matrix products, one for each key head."""
+    """Computes `attend` with plain products, in blocks unless `block` is None."""
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
     # Merge the axes B and K into one batch axis N. The query then is [N, H / K, T, Dh],

@@ -21,12 +21,12 @@ import qlora_jax as ql
 
 from .attention import (
     MASKED,
+    NO_WINDOW,
     KeysAndValues,
-    LayerScalars,
+    LayerData,
     NoCache,
     SharedKV,
-    Tokens,
-    layer_scalars,
+    TokenData,
     rotary_table,
 )
 from .config import DecoderConfig
@@ -51,7 +51,9 @@ class Period(nn.Module):
     settings: tuple[Any, ...]  # further arguments of `layer_class`
 
     @nn.compact
-    def __call__(self, carry, tokens: Tokens, scalars: tuple[LayerScalars, ...], cache):
+    def __call__(
+        self, carry, tokens: TokenData, layer_data: tuple[LayerData, ...], cache
+    ):
         """Returns the carry, and for each layer what is new in its cache."""
         new_entries = []
         for i, stack in enumerate(self.stacks):
@@ -60,7 +62,7 @@ class Period(nn.Module):
                 self.config, stack.kinds, *self.settings, name=name
             )
             layer_cache = None if cache is None else cache[i]
-            carry, new_entry = layer(carry, tokens, scalars[i], layer_cache)
+            carry, new_entry = layer(carry, tokens, layer_data[i], layer_cache)
             new_entries.append(new_entry)
         return carry, tuple(new_entries)
 
@@ -148,9 +150,9 @@ class Decoder(nn.Module):
             tokens: Token ids. Pad on the right: attention is causal, so that no token
                 sees the padding after it.
             positions: Position of each token in its sequence; by default 0, 1, 2, ...
-                in each segment. If `attention` is neither "xla" nor "blocks" or layers
-                have states, rows whose positions do not count up by one in each segment
-                become NaN.
+                in each segment. Unless `attention` is "xla" or "blocks" and no layer
+                has a state, the order of tokens matters too. Rows whose positions do
+                not count up by one in each segment then become NaN.
             cache: Keys, values and states of earlier calls, from `init_cache`.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states, times `logit_scale`,
@@ -182,6 +184,7 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:  # Gemma rounds this factor to its dtype
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
+        # cuDNN takes a mask, but is also told that attention is causal.
         needs_order = self.attention not in ("xla", "blocks") or c.has_states
         if positions is not None and cache is None and needs_order:
             in_order = are_in_order(positions, segment_ids)
@@ -241,7 +244,7 @@ class Decoder(nn.Module):
         self,
         group: Group,
         carry: tuple[Array, SharedKV],
-        tokens: Tokens,
+        tokens: TokenData,
         layer_inputs: Float[Array, "L B T P"] | None,
         cache: Cache | None,
     ) -> tuple[tuple[Array, SharedKV], dict[str, Any]]:
@@ -254,11 +257,11 @@ class Decoder(nn.Module):
             policy = ql.memory.offload_layer_inputs()
         # XLA removes a loop that runs once. Without `prevent_cse`, it could then keep
         # results of the forward pass instead of recomputing them. If a period has
-        # several layers, it could recompute all of them before the backward pass needs
-        # the first, and then they are all in memory.
+        # several layers, it could recompute the results of all layers at the start of
+        # the period's backward pass, so that all of them are in memory.
         prevent_cse = group.repeats == 1 or len(group.stacks) > 1
         layer_class: Any = nn.remat(Layer, prevent_cse=prevent_cse, policy=policy)
-        in_axes: Any = (nn.broadcast, 0, 0)  # of tokens, scalars and cache
+        in_axes: Any = (nn.broadcast, 0, 0)  # of tokens, layer_data and cache
         scan = functools.partial(
             nn.scan,
             variable_axes={"params": 0, "router": 0},  # `router`: see experts.py
@@ -269,24 +272,16 @@ class Decoder(nn.Module):
         )
         c, stacks = self.config, group.stacks
         settings = self.dtype, self.attention, self.mlp_tile
-
-        def stack_scalars(stack: Stack) -> LayerScalars:
-            scalars, layers = layer_scalars(c, stack.kinds), stack.layers
-            if layer_inputs is None:
-                return scalars
-            inputs = layer_inputs[layers.start : layers.stop : layers.step]
-            return scalars._replace(inputs=inputs)
-
-        scalars = tuple(map(stack_scalars, stacks))
+        layer_data = tuple(stack_layer_data(c, x, layer_inputs) for x in stacks)
         caches = None
         if cache is not None:
             caches = tuple(cache[stack.path] for stack in stacks)
         if len(stacks) == 1:  # a period of one layer needs no module of its own
             layer = scan(layer_class)(c, stacks[0].kinds, *settings, name=group.name)
-            carry, new_entry = layer(carry, tokens, scalars[0], caches and caches[0])
+            carry, new_entry = layer(carry, tokens, layer_data[0], caches and caches[0])
             return carry, {stacks[0].path: new_entry}
         period = scan(Period)(layer_class, c, stacks, settings, name=group.name)
-        carry, new_entries = period(carry, tokens, scalars, caches)
+        carry, new_entries = period(carry, tokens, layer_data, caches)
         paths = [stack.path for stack in stacks]
         return carry, dict(zip(paths, new_entries, strict=True))
 
@@ -298,6 +293,21 @@ class Decoder(nn.Module):
             head = make_dense(c.vocab_size, False, self.dtype, "lm_head")
             logits = head(x).astype(jnp.float32)
         return ql.losses.soft_cap(logits, c.logit_soft_cap)
+
+
+def stack_layer_data(
+    config: DecoderConfig, stack: Stack, layer_inputs: Float[Array, "L B T P"] | None
+) -> LayerData:
+    """Returns the data of the layers of a stack, stacked on axis 0."""
+    ropes, kinds, layers = config.ropes, stack.kinds, stack.layers
+    rope = window = inputs = None
+    if len({kind.rope for kind in kinds}) > 1:
+        rope = jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32)
+    if len({kind.window for kind in kinds}) > 1:
+        window = jnp.array([kind.window or NO_WINDOW for kind in kinds], jnp.int32)
+    if layer_inputs is not None:
+        inputs = layer_inputs[layers.start : layers.stop : layers.step]
+    return LayerData(rope, window, inputs)
 
 
 def are_in_order(
@@ -368,8 +378,8 @@ def describe_tokens(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
-) -> Tokens:
-    """Returns positions, segments and rotary tables of the tokens of a call."""
+) -> TokenData:
+    """Returns what layers know about the tokens of a call, without `num_tokens`."""
     # 1. The position of each token in its segment: its index in the row, minus the
     # index at which the segment starts.
     if positions is None:
@@ -403,7 +413,7 @@ def describe_tokens(
         steps = ((positions + scaling.offset) // scaling.length).astype(jnp.float32)
         query_scales = (1 + scaling.beta * jnp.log1p(steps))[:, :, None, None]
     tables = jnp.stack(tables)
-    return Tokens(positions, segment_ids, tables, query_scales=query_scales)
+    return TokenData(positions, segment_ids, tables, query_scales=query_scales)
 
 
 def init_cache(

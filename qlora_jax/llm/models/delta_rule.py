@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from .attention import LayerScalars, SharedKV, Tokens
+from .attention import LayerData, SharedKV, TokenData
 from .config import DecoderConfig, DeltaRule, LayerKind
 from .products import linear_names, make_dense, name_product
 
@@ -59,7 +59,7 @@ class GatedDeltaNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+        self, x, tokens: TokenData, layer_data: LayerData, cache, shared_kv: SharedKV
     ):
         """Returns the output, the new inputs and state, and the same `shared_kv`.
 
@@ -78,8 +78,9 @@ class GatedDeltaNet(nn.Module):
         log_decay, strength = self._compute_gates(x, rule, tokens.num_tokens)
         # 3. The rule, followed by a norm of each head, a gate and an output projection.
         old_state = None if cache is None else cache.state
-        segment_ids, gates = tokens.segment_ids, (log_decay, strength)
-        y, state = gated_delta_rule(query, key, value, *gates, segment_ids, old_state)
+        y, state = gated_delta_rule(
+            query, key, value, log_decay, strength, tokens.segment_ids, old_state
+        )
         y = nn.RMSNorm(self.config.rms_norm_eps, self.dtype, name="norm")(y)
         y = y.reshape(gate.shape) * nn.silu(gate.astype(jnp.float32))
         project = make_dense(self.config.hidden_size, False, self.dtype, "out_proj")
@@ -241,29 +242,28 @@ def gated_delta_rule(
     )
 
     def split(x: Array) -> Array:
-        x = jnp.pad(
-            x.astype(jnp.float32), [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-        )
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x.astype(jnp.float32), widths)
         x = x.reshape(batch, -1, size, *x.shape[2:])  # [B, chunks, S, H, ...]
         return jnp.moveaxis(x, (1, 3), (0, 2))
 
     query = query * key.shape[-1] ** -0.5
     chunks = tuple(map(split, (query, key, value, log_decay, strength)))
-    # 2. The number of sequences that started before or at each token, [chunks, B, S].
-    starts = jnp.zeros((batch, length), jnp.int32)
+    # 2. The index of each token's sequence in its row, [chunks, B, S].
+    sequences = jnp.zeros((batch, length), jnp.int32)
     if segment_ids is not None:
         is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.pad(jnp.cumsum(is_start, axis=1), ((0, 0), (1, 0)))
-    starts = jnp.pad(starts, ((0, 0), (0, padding)), mode="edge")
-    starts = starts.reshape(batch, -1, size).swapaxes(0, 1)
+        sequences = jnp.pad(jnp.cumsum(is_start, axis=1), ((0, 0), (1, 0)))
+    sequences = jnp.pad(sequences, ((0, 0), (0, padding)), mode="edge")
+    sequences = sequences.reshape(batch, -1, size).swapaxes(0, 1)
     # 3. Process the chunks in order.
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], value_dim), jnp.float32)
-    carry = state, jnp.zeros_like(starts[0, :, 0])
+    carry = state, jnp.zeros_like(sequences[0, :, 0])
     # The backward pass computes each chunk again. Otherwise, it would keep the matrices
     # of all chunks, which need more memory than anything else in a layer.
     process_chunk = jax.checkpoint(_process_chunk, prevent_cse=False)
-    (state, _), outputs = lax.scan(process_chunk, carry, (*chunks, starts))
+    (state, _), outputs = lax.scan(process_chunk, carry, (*chunks, sequences))
     outputs = jnp.moveaxis(outputs, (0, 2), (1, 3))  # [B, chunks, S, H, V]
     return outputs.reshape(batch, -1, heads, value_dim)[:, :length], state
 
@@ -274,21 +274,22 @@ def normalize(x: Array) -> Array:
 
 
 def _process_chunk(carry, chunk):
-    """Returns the state and the sequence's number after a chunk, and its outputs."""
-    (state, last_start), (query, key, value, log_decay, strength, starts) = carry, chunk
+    """Returns the state and the sequence's index after a chunk, and its outputs."""
+    state, last_sequence = carry
+    query, key, value, log_decay, strength, sequences = chunk
     # 1. factors[i, j]: the factor by which the state decays from token j to token i. It
     # is 0 if they belong to different sequences. Its logarithm is the sum of
     # `log_decay` over the tokens j + 1 to i. Subtracting two sums that begin at the
     # start of the chunk would be less exact, because these sums may be large.
-    lower = jnp.tri(starts.shape[1])
+    lower = jnp.tri(sequences.shape[1])
     up_to_i = log_decay[..., None, :] * lower[None, None]  # [B, H, i, k]
     sums = _einsum("bhik,kj->bhij", up_to_i, 1 - lower.T)  # 1 for k > j
-    is_seen = (starts[:, :, None] == starts[:, None, :]) & (lower[None] == 1)
+    is_seen = (sequences[:, :, None] == sequences[:, None, :]) & (lower[None] == 1)
     factors = jnp.where(is_seen[:, None], jnp.exp(sums), 0)
     # The factors from the old state to token i, and from token i to the new state. They
     # are 0 if a new sequence starts in between.
-    is_continued = (starts == last_start[:, None])[:, None]  # [B, 1, S]
-    is_last = (starts == starts[:, -1:])[:, None]
+    is_continued = (sequences == last_sequence[:, None])[:, None]  # [B, 1, S]
+    is_last = (sequences == sequences[:, -1:])[:, None]
     total = jnp.cumsum(log_decay, axis=-1)  # [B, H, S]
     from_old = jnp.where(is_continued, jnp.exp(total), 0)[..., None]
     to_new = jnp.where(is_last, jnp.exp(sums[..., -1, :]), 0)[..., None]
@@ -308,7 +309,7 @@ def _process_chunk(carry, chunk):
     output += _einsum("bhik,bhkv->bhiv", query * from_old, state)
     state = state * from_old[..., -1:, :]
     state += _einsum("bhjk,bhjv->bhkv", key * to_new, writes)
-    return (state, starts[:, -1]), output
+    return (state, sequences[:, -1]), output
 
 
 def invert_unit_lower(x: Float[Array, "*batch S S"]) -> Float[Array, "*batch S S"]:

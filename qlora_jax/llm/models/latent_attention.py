@@ -13,13 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from .attention import (
-    Attention,
-    LayerScalars,
-    SharedKV,
-    Tokens,
-    rotate,
-)
+from .attention import Attention, LayerData, SharedKV, TokenData, rotate
 from .config import DecoderConfig, LatentHeads, LayerKind
 from .products import linear_names, make_dense, name_product
 
@@ -40,14 +34,14 @@ class LatentAttention(Attention):
 
     @nn.compact
     def __call__(
-        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+        self, x, tokens: TokenData, layer_data: LayerData, cache, shared_kv: SharedKV
     ):
-        """Returns the output, the new entries of the cache, and the same `shared_kv`.
+        """Returns the output, the new keys and values, and the same `shared_kv`.
 
-        The new entries are None without a cache.
+        The new keys and values are None without a cache.
         """
         c, heads, new_kv = self.config, latent_heads_of(self.kinds[0]), None
-        table = self._select_table(tokens, scalars)
+        table = self._select_table(tokens, layer_data)
         by_head = *x.shape[:2], c.num_heads, -1  # [B, T, H, _]
         # 1. Queries.
         width = c.num_heads * heads.head_dim
@@ -56,7 +50,9 @@ class LatentAttention(Attention):
         else:
             latent = self._dense(x, heads.query_rank, c.qkv_bias, "q_a_proj")
             query = self._dense(self._norm(latent, "q_a"), width, False, "q_b_proj")
-        query = self._rotate_end(query.reshape(by_head), heads, table)
+        query, rotary = jnp.split(query.reshape(by_head), [heads.nope_dim], axis=-1)
+        rotary = rotate(rotary, table, c.interleaved_rope)
+        query = jnp.concatenate([query, rotary], axis=-1)
         # 2. Keys and values. All heads share the rotated part of the key.
         width = heads.kv_rank + heads.rope_dim
         latent = self._dense(x, width, c.qkv_bias, "kv_a_proj_with_mqa")
@@ -70,9 +66,9 @@ class LatentAttention(Attention):
         key = jnp.concatenate([key, jnp.broadcast_to(shared_key, shape)], axis=-1)
         # 3. Attention.
         if cache is not None:
-            key, value, new_kv = self._write(key, value, tokens, cache)
+            key, value, new_kv = self._join_cached(key, value, tokens, cache)
         is_cached = cache is not None
-        mixed = self._attend(query, key, value, None, tokens, scalars, is_cached)
+        mixed = self._attend(query, key, value, None, tokens, layer_data, is_cached)
         return self._dense(mixed, c.hidden_size, c.o_bias, "o_proj"), new_kv, shared_kv
 
     def _dense(self, x: Array, width: int, use_bias: bool, name: str) -> Array:
@@ -80,14 +76,6 @@ class LatentAttention(Attention):
 
     def _norm(self, x: Float[Array, "B T _"], name: str) -> Array:
         return nn.RMSNorm(_NORM_EPSILON, self.dtype, name=f"{name}_layernorm")(x)
-
-    def _rotate_end(
-        self, x: Float[Array, "B T H _"], heads: LatentHeads, table: Array
-    ) -> Array:
-        """Rotates the last `rope_dim` values of each head."""
-        unrotated, rotary = jnp.split(x, [heads.nope_dim], axis=-1)
-        rotary = rotate(rotary, table, self.config.interleaved_rope)
-        return jnp.concatenate([unrotated, rotary], axis=-1)
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:

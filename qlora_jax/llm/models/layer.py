@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 import qlora_jax as ql
 
-from .attention import Attention, LayerScalars, SharedKV, Tokens
+from .attention import Attention, LayerData, SharedKV, TokenData
 from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
@@ -28,10 +28,8 @@ from .products import make_norm, norm_leaves
 from .short_convolution import ShortConvolution
 
 Mixer = type[Attention] | type[GatedDeltaNet] | type[ShortConvolution]
-PARTS = (
-    *(Attention, LatentAttention, GatedDeltaNet, ShortConvolution),
-    *(DenseMLP, MixtureOfExperts, MLPWithExperts, PerLayerInput),
-)
+MIXERS = Attention, LatentAttention, GatedDeltaNet, ShortConvolution
+PARTS = *MIXERS, DenseMLP, MixtureOfExperts, MLPWithExperts, PerLayerInput
 
 
 class Layer(nn.Module):
@@ -50,11 +48,11 @@ class Layer(nn.Module):
     def __call__(
         self,
         carry: tuple[Array, SharedKV],
-        tokens: Tokens,
-        scalars: LayerScalars,
+        tokens: TokenData,
+        layer_data: LayerData,
         cache,
     ):
-        """Returns the new carry, and the new entries of the cache (None if none).
+        """Returns the new carry, and what is new in the layer's cache, or None.
 
         The carry consists of the residual stream, and of the keys and values that later
         layers share. The whole cache is not returned, because a scan would copy it.
@@ -73,8 +71,8 @@ class Layer(nn.Module):
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
         mixer_input = normalize(x, norms.before_mixer)
-        y, new_entries, shared_kv = mixer(
-            mixer_input, tokens, scalars, cache, shared_kv
+        y, new_entry, shared_kv = mixer(
+            mixer_input, tokens, layer_data, cache, shared_kv
         )
         x = add(x, normalize(y, norms.after_mixer))
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
@@ -86,13 +84,13 @@ class Layer(nn.Module):
             mlp_input = normalize(x, norms.before_mlp)
         y = mlp(mlp_input)
         x = add(x, normalize(y, norms.after_mlp))
-        if scalars.inputs is not None:
+        if layer_data.additional_input is not None:
             part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
-            x = x + part(x, scalars.inputs).astype(x.dtype)
+            x = x + part(x, layer_data.additional_input).astype(x.dtype)
         if c.output_scalars:
             scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
             x = x * scalar.astype(x.dtype)[None, None]
-        return (x, shared_kv), new_entries
+        return (x, shared_kv), new_entry
 
     def _make_mixer(self) -> Any:
         c, kinds, dtype = self.config, self.kinds, self.dtype
@@ -115,8 +113,7 @@ class Layer(nn.Module):
     ) -> dict[str, str | ql.io.Entry]:
         """Returns the Hugging Face name of each parameter in the layer, by path."""
         norms = [name for name in norm_names(config) if name is not None]
-        names: dict[str, str | ql.io.Entry]
-        names = {
+        names: dict[str, str | ql.io.Entry] = {
             f"{norm}/{leaf}": f"{norm}.{hf_leaf}"
             for norm in norms
             for leaf, hf_leaf in norm_leaves(config).items()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from .attention import LayerScalars, SharedKV, Tokens
+from .attention import LayerData, SharedKV, TokenData
 from .config import DecoderConfig, LayerKind
 from .delta_rule import LayerStates, convolve, next_states
 from .products import linear_names, make_dense, name_product
@@ -31,7 +31,7 @@ class ShortConvolution(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, tokens: Tokens, scalars: LayerScalars, cache, shared_kv: SharedKV
+        self, x, tokens: TokenData, layer_data: LayerData, cache, shared_kv: SharedKV
     ):
         """Returns the output, the new inputs if there is a cache, and `shared_kv`."""
         c, width = self.config, convolution_width_of(self.kinds)
@@ -47,8 +47,8 @@ class ShortConvolution(nn.Module):
             bias = self.param("conv_bias", nn.initializers.zeros, (channels,))
             mixed += bias.astype(jnp.float32)[None, None]
         mixed = (output_gate.astype(jnp.float32) * mixed).astype(self.dtype)
-        output = make_dense(channels, has_bias, self.dtype, "out_proj")
-        output = name_product(output(mixed))
+        project = make_dense(channels, has_bias, self.dtype, "out_proj")
+        output = name_product(project(mixed))
         return output, next_states(inputs, cache, tokens.num_tokens), shared_kv
 
     @staticmethod
