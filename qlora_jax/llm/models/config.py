@@ -91,8 +91,9 @@ class LatentHeads:
     value_dim: int
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
-        _check_sizes(self, *sizes[self.query_rank is None :])
+        _check_sizes(self, self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim)
+        if self.query_rank is not None:
+            _check_sizes(self, self.query_rank)
 
     @property
     def head_dim(self) -> int:
@@ -467,30 +468,31 @@ class DecoderConfig:
             resolved["layers"] = self.layers * self.num_layers
         for name, value in resolved.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
+        self._check_options()
         self._check_layers()
         self._check_numbers()
 
-    def _check_layers(self):
-        if not any(kind.has_attention for kind in self.layers):
-            raise ValueError(
-                "`layers` must have at least one with attention. Got none."
-            )
+    def _check_options(self):
         if not (self.pre_norms or self.post_norms):
             raise ValueError("`post_norms` must be True without `pre_norms`.")
         if self.parallel_mlp and (self.post_norms or not self.pre_norms):
             raise ValueError("`post_norms` must be False with a `parallel_mlp`.")
         if self.layer_norms and self.unit_offset_norms:
             raise ValueError("`unit_offset_norms` must be False with `layer_norms`.")
-        is_plain = not (
-            self.fused or self.experts or self.activation == "clamped_swiglu"
-        )
-        if not self.gated_mlp and not is_plain:
+        needs_gate = self.fused or self.experts or self.activation == "clamped_swiglu"
+        if needs_gate and not self.gated_mlp:
             raise ValueError(
                 "`gated_mlp` must be True with fused kernels, experts or the "
                 'activation "clamped_swiglu". Got False.'
             )
         if self.fuses_qkv and self.attention_gate:
             raise ValueError("`fused` must not be True with an `attention_gate`.")
+
+    def _check_layers(self):
+        if not any(kind.has_attention for kind in self.layers):
+            raise ValueError(
+                "`layers` must have at least one with attention. Got none."
+            )
         if len(self.layers) != self.num_layers:
             raise ValueError(
                 "`layers` must have one entry, or one for each layer. "
@@ -536,6 +538,7 @@ class DecoderConfig:
         names = ["rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale"]
         names += ["attention_scale", "attention_soft_cap", "logit_soft_cap"]
         numbers = {name: getattr(self, name) for name in names}
+        numbers = {name: x for name, x in numbers.items() if x is not None}
         for i, rope in enumerate(self.ropes):
             fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()
             numbers |= {f"ropes[{i}].{name}": getattr(rope, name) for name in fields}
@@ -601,6 +604,6 @@ def _check_sizes(record: object, *sizes: object) -> None:
         raise ValueError(f"sizes of `{name}` must be positive. Got {record}.")
 
 
-def _is_positive(x: float | tuple[float, ...] | None) -> bool:
-    values = x if isinstance(x, tuple) else (1.0 if x is None else x,)
+def _is_positive(x: float | tuple[float, ...]) -> bool:
+    values = x if isinstance(x, tuple) else (x,)
     return all(math.isfinite(value) and value > 0 for value in values)

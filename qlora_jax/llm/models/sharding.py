@@ -99,7 +99,7 @@ def _candidate_specs(
         is_kv = module in ("k_proj", "v_proj")
         counts = {config.heads_of(kind).num_kv_heads for kind in config.layers}
         if is_kv and any(count % sizes.get("tensor", 1) for count in counts):
-            tensor, output_axes = None, output_axes[bool(tensor) :]
+            tensor, output_axes = None, (fsdp,) if fsdp else ()
         yield *stack, fsdp, tensor
         yield *stack, None, output_axes
     elif name == "kernel" and module in _SPLIT_INPUTS:
