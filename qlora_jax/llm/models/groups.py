@@ -89,9 +89,10 @@ def layer_stacks(config: DecoderConfig) -> tuple[Stack, ...]:
 def split_into_periods(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
     """Returns the length of each group's period, and how often it repeats, in order.
 
-    The division has as few stacks as possible, because the compiled program of a step
-    contains the code of each stack once. Of several divisions with equally few stacks,
-    it has the fewest groups, and then the longest period in the first group.
+    Every period repeats as often as it can. Of all such divisions, this is the one with
+    the fewest stacks, because the compiled program of a step contains the code of each
+    stack once. Of several with equally few stacks, it has the fewest groups, and then
+    the longest period in the first group.
 
     Example:
         >>> split_into_periods("dddfdddf"), split_into_periods("dmmmm")
