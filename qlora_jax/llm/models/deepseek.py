@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from .config import DecoderConfig, Experts, LatentHeads, LayerKind
 from .family import (
@@ -16,6 +16,7 @@ from .family import (
     to_float,
 )
 
+_Scores = Literal["softmax", "sigmoid"]
 DEEPSEEK_KEYS = """
 attention_bias first_k_dense_replace hidden_act kv_lora_rank moe_intermediate_size
 n_group n_routed_experts n_shared_experts norm_topk_prob num_mtp_layers
@@ -92,21 +93,22 @@ def _read(
     is_dense: Sequence[bool],
     *,
     eps: float,
-    scores: str = "sigmoid",
+    scores: _Scores = "sigmoid",
 ) -> DecoderConfig:
     query_rank, kv_rank = raw["q_lora_rank"], raw["kv_lora_rank"]
     nope_dim, rope_dim = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"]
     heads = LatentHeads(query_rank, kv_rank, nope_dim, rope_dim, raw["v_head_dim"])
     # If these keys are present, they must repeat other sizes. Other values would change
     # the rotary positions, or leave some heads without keys.
-    names = {"head_dim": (heads.rope_dim, "`qk_rope_head_dim`")}
-    sums = "the sum of `qk_nope_head_dim` and `qk_rope_head_dim`"
-    names |= {"qk_head_dim": (heads.head_dim, sums)}
-    num_heads = raw["num_attention_heads"]
-    names |= {"num_key_value_heads": (num_heads, "`num_attention_heads`")}
-    for key, (value, name) in names.items():
+    total = "the sum of `qk_nope_head_dim` and `qk_rope_head_dim`"
+    expected = {
+        "head_dim": (heads.rope_dim, "`qk_rope_head_dim`"),
+        "qk_head_dim": (heads.head_dim, total),
+        "num_key_value_heads": (raw["num_attention_heads"], "`num_attention_heads`"),
+    }
+    for key, (value, description) in expected.items():
         if raw.get(key) not in (None, value):
-            raise ValueError(f"`{key}` must be {name}, {value}. Got {raw[key]}.")
+            raise ValueError(f"`{key}` must be {description}, {value}. Got {raw[key]}.")
     require_if_present(raw, {"moe_layer_freq": 1, "scoring_func": scores})
     fields = shared_fields({**raw, "num_key_value_heads": None}, eps=eps)
     fields |= {"head_dim": heads.head_dim, "rotary_dim": heads.rope_dim}
@@ -130,7 +132,7 @@ def _read(
     )
 
 
-def _read_experts(raw: Mapping[str, Any], scores: str) -> Experts:
+def _read_experts(raw: Mapping[str, Any], scores: _Scores) -> Experts:
     num_groups = raw["n_group"]
     if scores == "sigmoid" and not (
         is_count(num_groups) and raw["n_routed_experts"] >= 2 * num_groups
@@ -143,7 +145,7 @@ def _read_experts(raw: Mapping[str, Any], scores: str) -> Experts:
         raw["n_routed_experts"],
         read_count(raw, "num_experts_per_tok"),
         normalized=bool(raw["norm_topk_prob"]),
-        scores="sigmoid" if scores == "sigmoid" else "softmax",
+        scores=scores,
         has_score_bias=scores == "sigmoid",
         num_groups=num_groups,
         groups_per_token=raw["topk_group"],

@@ -258,7 +258,7 @@ def _read_qwen3_5_moe(raw: Mapping[str, Any]) -> DecoderConfig:
 def _gemma_fields(
     raw: Mapping[str, Any], kv_heads: int, activation_key: str
 ) -> dict[str, Any]:
-    if raw.get("use_bidirectional_attention"):
+    if raw.get("use_bidirectional_attention"):  # null means false
         require_if_present(raw, {"use_bidirectional_attention": False})
     defaults: dict[str, Any] = {"head_dim": 256, "kv_heads": kv_heads, "tied": True}
     fields = shared_fields(raw, **defaults, activation=(activation_key, _GELU))
@@ -308,6 +308,7 @@ def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
     dim, window = fields["head_dim"], raw.get("sliding_window", 4096)
     ropes = (
         read_rope(raw, dim, theta=1e6, section=full),
+        # The `rope_theta` of the file is for layers with full attention only.
         read_rope({**raw, "rope_theta": None}, dim, section=local),
     )
     period = raw.get("sliding_window_pattern", 6)

@@ -64,15 +64,12 @@ def _read(
     gelu = ("hidden_activation", "gelu_pytorch_tanh")
     sizes = {"head_dim": 256, "kv_heads": 4, "tied": True, "activation": gelu}
     fields = shared_fields({**raw, "per_layer_config": None}, **sizes)
-    types = _layer_types(raw)
-    kinds = read_layers(
-        {**raw, "layer_types": types},
-        lambda i: False,
-        raw.get("sliding_window", window),
-        Rope(),
-    )
-    # In E2B and E4B, each layer has an additional input (see `per_layer_input.py`), and
-    # the last layers use the keys and values of earlier layers.
+    # 1. The windows. `types` says which layers have one, so the function that would
+    # decide it by default is not called. The rotary positions are set in step 3.
+    types, window = _layer_types(raw), raw.get("sliding_window", window)
+    kinds = read_layers({**raw, "layer_types": types}, lambda i: False, window, Rope())
+    # 2. In E2B and E4B, each layer has an additional input (see `per_layer_input.py`),
+    # and the last layers use the keys and values of earlier layers.
     width = raw.get("hidden_size_per_layer_input", per_layer_width)
     if width and not is_count(width):
         raise ValueError(
@@ -85,6 +82,7 @@ def _read(
             f"{raw.get('vocab_size_per_layer_input')} and {raw['vocab_size']}."
         )
     kinds = _share_kv(raw, kinds, types)
+    # 3. The heads, and the rotary positions, which depend on the size of heads.
     heads = _read_heads(raw, types, Heads(fields["num_kv_heads"], fields["head_dim"]))
     ropes = {
         layer_type: _read_rope(raw, layer_type, layer_heads.head_dim)
@@ -168,8 +166,8 @@ def _read_heads(
         if has_shared_projection and num_kv_heads is not None:
             full["num_key_value_heads"] = num_kv_heads
         overrides = {i: full for i, x in enumerate(types) if x == _FULL}
-    unknown = {*itertools.chain(*overrides.values())}
-    if unknown := sorted(unknown - {"head_dim", "num_key_value_heads"}):
+    keys = {*itertools.chain(*overrides.values())}
+    if unknown := sorted(keys - {"head_dim", "num_key_value_heads"}):
         raise ValueError(
             "`per_layer_config` must have only `head_dim` and `num_key_value_heads`. "
             f"Got {unknown}."

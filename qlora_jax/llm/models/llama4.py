@@ -31,7 +31,7 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, head_dim=128, kv_heads=8, eps=1e-5)
     count = fields["num_layers"]
     # 1. Attention. Most layers have rotary positions, norms of queries and keys, and
-    # chunks. The others scale their queries instead.
+    # chunks. The others scale their queries instead. An empty list means the default.
     is_rotary = read_rotary_flags(
         {**raw, "no_rope_layers": raw.get("no_rope_layers") or None}
     )
@@ -63,6 +63,7 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
             mlp_width=None if sparse else dense_width,
             is_chunked=layer_type == _CHUNKED,
             unit_norms=rotary and has_norms,
+            # Without scaling, the flag has no effect, and should not divide stacks.
             scales_queries=scaling is None or not rotary,
         )
         for rotary, layer_type, sparse in zip(is_rotary, types, is_sparse, strict=True)
