@@ -242,6 +242,8 @@ def choose_experts(
     If `experts.scores` is "softmax", the softmax is taken over the chosen experts if
     the weights are normalized, and otherwise over all experts. If it is "sigmoid",
     `score_bias` is added to the scores to choose experts, but not to compute weights.
+    Groups are ranked by their best score as in DeepSeek V2 ("softmax"), or by the sum
+    of their two best scores as in V3 ("sigmoid").
     """
     logits = logits.astype(jnp.float32)
     if experts.scores == "sigmoid":

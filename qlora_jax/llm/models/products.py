@@ -18,6 +18,7 @@ from .config import DecoderConfig
 
 def einsum_f32(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
     """Returns `jnp.einsum(spec, a, b)` in float32; gradients sum in float32 too."""
+    # A wrapper with types: pyright loses those of a custom VJP with static arguments.
     return _einsum(spec, a, b)
 
 
@@ -32,6 +33,7 @@ def _einsum(spec, a, b) -> Array:
         padded = jnp.concatenate([a, jnp.zeros_like(a)], -2)  # [..., 2, K]
         return multiply(padded)[..., :1, :]
 
+    # A row of zeros (see below) can be added along axis -2 of `a`, unless `b` has it.
     left, right, _ = re.split(",|->", spec)
     is_row = math.prod(a.shape[:-1]) == 1 and left[-2] not in right
     if a.dtype.itemsize > 2 or not is_row:
