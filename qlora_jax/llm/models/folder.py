@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -43,12 +42,12 @@ def has_vision(config: DecoderConfig) -> bool:
     return config.module != "model"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelFolder:
     """A `ModelSource` with `config.json` and `*.safetensors`."""
 
     path: pathlib.Path
-    is_recoded: ClassVar[bool] = False
+    is_recoded: ClassVar[bool] = False  # `load` re-packs weights only if asked to
 
     @cached_property
     def config(self) -> DecoderConfig:

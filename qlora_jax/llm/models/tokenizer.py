@@ -40,7 +40,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "GPT2Tokenizer": _GPT2 | {"pad_token": None},
     "GPTNeoXTokenizer": _GPT2 | {"pad_token": "<|padding|>"},
 }
-# The class that transformers prefers for a `model_type`.
+# The values of `model_type` for which transformers prefers each class.
 _MODEL_TYPES = {
     AS_IN_FILE: "mistral mixtral phi3 glm4 glm4_moe_lite granite ministral3 mistral3 "
     "olmo2 olmo3",
@@ -297,8 +297,11 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
         if is_trusted:
             return name
     registered = _REGISTERED.get(model_type, name)
+    # A declared class counts only if it is trusted, and if transformers would not use
+    # the file unchanged for this type of model.
     if registered == AS_IN_FILE or not declared or not is_trusted:
         return registered
+    # "Fast" is a suffix of the other classes, but a part of this class's name.
     return name if name == AS_IN_FILE else name.removesuffix("Fast")
 
 

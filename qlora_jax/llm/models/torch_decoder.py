@@ -10,7 +10,6 @@ import functools
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -27,7 +26,7 @@ Contract = dict[str | re.Pattern[str], str]
 TOKENS_PER_CHUNK = 1024  # number of tokens whose logits are in memory at the same time
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TorchConfig:
     """Everything that the application needs to know about a model in PyTorch.
 
@@ -146,20 +145,20 @@ def open_torch_config(path: pathlib.Path) -> TorchConfig:
     problem = language_model.scan_problem(language_model.shapes(stacked=True))
     is_stacked = problem is None
     return TorchConfig(
-        path,
-        module.config.model_type,
-        type(module).__name__,
-        module.config.get_text_config().vocab_size,
-        problem,
-        language_model.shapes(stacked=is_stacked),
-        language_model.names(stacked=is_stacked),
-        "" if head is None else modules[head],
-        language_model.image_token_id,
-        language_model,
+        path=path,
+        model_type=module.config.model_type,
+        class_name=type(module).__name__,
+        vocab_size=module.config.get_text_config().vocab_size,
+        scan_problem=problem,
+        shapes=language_model.shapes(stacked=is_stacked),
+        names=language_model.names(stacked=is_stacked),
+        head_module="" if head is None else modules[head],
+        image_token_id=language_model.image_token_id,
+        language_model=language_model,
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TorchFolder(ModelFolder):
     """The files of a model that runs in PyTorch's code."""
 
@@ -191,7 +190,7 @@ class TorchFolder(ModelFolder):
         yield self.path
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Transposed:
     """A matrix `[in, out]` of a file as `[out, in]`, of which slices are read."""
 
@@ -209,7 +208,7 @@ class _Transposed:
         return np.asarray(self.tensor[index[::-1]]).T
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Joined:
     """An array that has the rows of several arrays, of which slices are read."""
 
@@ -236,7 +235,7 @@ class _Joined:
         return np.concatenate(pieces)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TorchDecoder:
     """A model in PyTorch, with those methods of a wrapped `Decoder` that are needed.
 
