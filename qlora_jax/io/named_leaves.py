@@ -38,14 +38,14 @@ class NamedLeaf:
     # the axes of its tensors.
     geometry: Geometry | None
     is_vector: bool  # a bias of several axes, which is a vector in the checkpoint
-    tensors: np.ndarray  # the names, in the shape of the leaf's batch axes
+    tensor_names: np.ndarray  # in the shape of the batch axes
     window: tuple[int, ...] = ()  # of a convolution, whose tensors are [N, K, *window]
 
     @property
     def batch_axes(self) -> list[int]:
         """The positions of the batch axes."""
         if self.geometry is None:
-            return list(range(self.tensors.ndim))
+            return list(range(self.tensor_names.ndim))
         roles = self.geometry.roles(len(self.shape))
         return [axis for axis, role in enumerate(roles) if role == "b"]
 
@@ -61,7 +61,7 @@ class NamedLeaf:
             # The axes of the window are contracted, too: K here is K * prod(window).
             *_, k, n = self.geometry.matrix_shape(self.shape)
             return n, k // math.prod(self.window), *self.window
-        shape = self.shape[self.tensors.ndim :]
+        shape = self.shape[self.tensor_names.ndim :]
         return (math.prod(shape),) if self.is_vector else shape
 
 
@@ -70,16 +70,16 @@ def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
     roles = names.roles(path)
     if "k" not in roles:  # not a kernel
         batch_shape = shape[: names.num_batch_axes(path)]
-        tensors = names.of(path, batch_shape)
-        return NamedLeaf(path, shape, None, bool(roles), tensors)
+        tensor_names = names.of(path, batch_shape)
+        return NamedLeaf(path, shape, None, bool(roles), tensor_names)
     # A convolution contracts its window, so w counts as k: a kernel "wwkn" of shape
     # [3, 3, K, N] has matrices [9 K, N].
     geometry = Geometry.contracting(roles.replace("w", "k"), shape)
-    tensors = names.of(path, geometry.matrix_shape(shape)[:-2])
+    tensor_names = names.of(path, geometry.matrix_shape(shape)[:-2])
     # Roles describe the trailing axes, so they are aligned from the right.
     role_sizes = zip(roles[::-1], shape[::-1], strict=False)
     window = tuple(size for role, size in role_sizes if role == "w")[::-1]
-    return NamedLeaf(path, shape, geometry, False, tensors, window)
+    return NamedLeaf(path, shape, geometry, False, tensor_names, window)
 
 
 def find_leaves(
@@ -97,7 +97,7 @@ def find_leaves(
         except ValueError as error:
             unnamed.append(f"{path} ({error})")
             continue
-        for name in leaf.tensors.ravel():
+        for name in leaf.tensor_names.ravel():
             used.add(name)
             if name not in tensors:
                 missing.append(name)
@@ -181,7 +181,7 @@ def float_tensors_of(leaf: NamedLeaf, value: Any) -> dict[str, DeferredTensor]:
             leaf.tensor_shape,
             functools.partial(_float_tensor, leaf, value, index),
         )
-        for index, name in np.ndenumerate(leaf.tensors)
+        for index, name in np.ndenumerate(leaf.tensor_names)
     }
 
 

@@ -265,10 +265,10 @@ def save_packed(
     for leaf, x in leaves:
         if not is_packed(x):
             tensors |= float_tensors_of(leaf, x)
-            modules = [name.removesuffix(".weight") for name in leaf.tensors.flat]
+            modules = [name.removesuffix(".weight") for name in leaf.tensor_names.flat]
             float_modules += modules if leaf.geometry is not None else []
             continue
-        for index, name in np.ndenumerate(leaf.tensors):
+        for index, name in np.ndenumerate(leaf.tensor_names):
             kernels[name] = matrix_of(x, index)
             tensors |= writer.tensors(name, kernels[name])
     if "lm_head.weight" not in tensors:  # the head shares the weights of the embedding
@@ -283,7 +283,7 @@ def save_packed(
 def _problem(leaf: NamedLeaf, q: QTensor, writer: Writer) -> str | None:
     if q.fmt not in writer.formats:
         return f"its format must be {' or '.join(writer.formats)}. Got {q.fmt}"
-    for name in leaf.tensors.flat:
+    for name in leaf.tensor_names.flat:
         if not name.endswith(".weight"):
             return f"its name must end in .weight. Got {name}"
     return writer.problem(q) if writer.problem else None

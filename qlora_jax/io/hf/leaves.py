@@ -66,7 +66,7 @@ def read_float_leaf(
         buffer = empty(device, part, struct.dtype)
         batch = tuple(part[axis] for axis in batch_axes)
         index = tuple(i for axis, i in enumerate(part) if axis not in batch_axes)
-        for name, local_index, check in checked_tensors(leaf.tensors, batch):
+        for name, local_index, check in checked_tensors(leaf.tensor_names, batch):
             tensor = tensors[name]
             # XLA converts 16-bit floats to float32 faster than NumPy does.
             is_widened = tensor.dtype.itemsize == 2 and struct.dtype == jnp.float32
@@ -183,7 +183,7 @@ def pack_float_leaf(
         inputs = slice(first_input, min(code_rows.stop * codes_per_byte, k_size))
         num_inputs = inputs.stop - inputs.start
         for name, local_index, check in checked_tensors(
-            leaf.tensors, tuple(batch), problem
+            leaf.tensor_names, tuple(batch), problem
         ):
             for outputs in pieces(columns, num_inputs):
                 x = read(tensors[name], (outputs, inputs), q.dtype)
@@ -268,7 +268,7 @@ def _store_scales(
         lambda x: jnp.zeros(x.shape, x.dtype, device=device), q.stored_scales
     )
     # 2. Encode one kernel at a time. A program for all of them would compile slowly.
-    for index, name in np.ndenumerate(leaf.tensors):
+    for index, name in np.ndenumerate(leaf.tensor_names):
         largest = largest_weight(name)
         stored = _store_matrix_scales(stored, scales, index, q.packing, *largest)
     if not stored.is_finite():
@@ -300,7 +300,7 @@ def move_packed_leaf(
         codes = empty(device, parts[0], q.codes.dtype)
         buffers = [codes, empty(device, parts[1], q.scales.dtype)]
         for index, local_index in batch_indices(parts[0][:-2]):
-            for i, stored in enumerate(tensors[leaf.tensors[index]].rows()):
+            for i, stored in enumerate(tensors[leaf.tensor_names[index]].rows()):
                 rows, columns = parts[i][-2:]
                 x = jax.device_put(np.asarray(stored[columns, rows]), device)
                 buffers[i] = _write_transposed(buffers[i], x, (*local_index, 0, 0))
@@ -315,7 +315,7 @@ def move_packed_leaf(
     # The remaining arrays are small: they are read in full, then split.
     for part in ("scale_scales", "scale_offset"):
         if (struct := getattr(q, part)) is not None:
-            stored = [getattr(tensors[name], part) for name in leaf.tensors.flat]
+            stored = [getattr(tensors[name], part) for name in leaf.tensor_names.flat]
             values = np.asarray(stored, np.float32).reshape(struct.shape)
             moved = *moved, put(values, struct)
     return moved

@@ -116,7 +116,7 @@ def _read_leaf(
 ) -> Array | QTensor:
     if not is_packed(struct):
         return read_float_leaf(leaf, struct, tensors, count)
-    is_moved = packing_of(tensors[leaf.tensors.flat[0]]) is not None
+    is_moved = packing_of(tensors[leaf.tensor_names.flat[0]]) is not None
     # Codes for host memory are read to the device first, one stack at a time.
     on_device = struct.to_device()
     if is_moved:
@@ -138,7 +138,7 @@ def _convert_packed(
     """Returns the tensors, with packed weights in a form that can be read."""
     result, mixed = dict(tensors), []
     for path, leaf in leaves.items():
-        names = list(leaf.tensors.ravel())
+        names = list(leaf.tensor_names.ravel())
         floats = {name: in_float(tensors[name], dtype) for name in names}
         if leaf.geometry is None:  # only kernels can be packed
             result |= floats
@@ -188,7 +188,7 @@ def _abstract_base(
     dtypes: dict[str, Any] = {}
     problems: dict[str, str | None] = {}
     for path, leaf in leaves.items():
-        stored = {name: tensors[name] for name in leaf.tensors.ravel()}
+        stored = {name: tensors[name] for name in leaf.tensor_names.ravel()}
         storages = {(packing_of(x), _leaf_dtype(x, dtype)) for x in stored.values()}
         stored_packings[path], dtypes[path] = next(iter(storages), (None, dtype))
         problems[path] = _stack_problem(stored, storages)

@@ -168,13 +168,13 @@ def _replace(
     model = layout.model
     by_path: dict[str, dict[BatchIndex, np.ndarray]] = defaultdict(dict)
     for name, x in tensors.items():
-        path, index = model.tensors[name]
+        path, index = model.positions[name]
         by_path[path][index] = x
     changed, trained = {}, {}
     for path, parts in by_path.items():
-        leaf = _replaced(model.leaves[path], parts, model.named[path].window)
+        leaf = _replaced(model.leaves[path], parts, model.named_leaves[path].window)
         # If the file has only some layers of a stack, the stack stays in the base.
-        if {*model.named[path].tensors.flat} <= {*layout.saved}:
+        if {*model.named_leaves[path].tensor_names.flat} <= {*layout.saved}:
             trained[path] = new_trained(leaf, dtype or leaf.dtype)
         else:
             changed[path] = leaf
@@ -259,7 +259,7 @@ def adapter_tensors(
     low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
     full_rank = adapters.keys() - low_rank.keys()
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
-    positions = model.tensors.items()
+    positions = model.positions.items()
     refuse_listed(
         "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
         "tensors that are trained in full. Missing",
@@ -309,12 +309,12 @@ def _low_rank_tensors(
 
 def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
     """Returns a tensor of the base tree in the checkpoint's layout."""
-    path, index = model.tensors[name]
+    path, index = model.positions[name]
     leaf = model.leaves[path]
     if is_kernel(leaf):
         # Kernels [K, N] are stored as A is: transposed, with the window moved.
         matrix = np.asarray(leaf.dequantize_matrix())[index]
-        tensor = to_stored("a", matrix, model.named[path].window)
+        tensor = to_stored("a", matrix, model.named_leaves[path].window)
     else:
         tensor = np.asarray(leaf)[index].reshape(model.tensor_shape(name))
     return np.ascontiguousarray(tensor)

@@ -52,8 +52,8 @@ class NamedBase:
     """The leaves of a base tree, and their positions by name of tensor and module."""
 
     leaves: dict[str, Any]  # by path: kernels as `Kernel`, other leaves as arrays
-    named: dict[str, NamedLeaf]  # by path
-    tensors: dict[str, Position]  # by name
+    named_leaves: dict[str, NamedLeaf]  # by path
+    positions: dict[str, Position]  # of tensors, by name
     modules: dict[str, Position]  # weights that can have an adapter, by module
     tables: set[str]  # the modules that are embeddings, `[V, D]` here and in PEFT
     is_tied: bool  # whether the embedding is also the head
@@ -80,17 +80,19 @@ class NamedBase:
             except ValueError as error:
                 problems.append(f"{path}: {error}")
                 continue
-            model.named[path] = named
+            model.named_leaves[path] = named
             is_table = named.geometry is None and len(named.tensor_shape) == 2
-            for index, name in np.ndenumerate(named.tensors):
-                model.tensors[name] = position = Position(path, index)
+            for index, name in np.ndenumerate(named.tensor_names):
+                model.positions[name] = position = Position(path, index)
                 module, _, kind = name.rpartition(".")
                 if kind == "weight" and (is_table or named.geometry is not None):
                     model.modules[module] = position
                 if kind == "weight" and is_table:
                     model.tables.add(module)
         refuse_listed("`names` must name every leaf of `base`", problems)
-        batch_shapes = {path: leaf.tensors.shape for path, leaf in model.named.items()}
+        batch_shapes = {
+            path: leaf.tensor_names.shape for path, leaf in model.named_leaves.items()
+        }
         model.parameters.update(names.parameters(batch_shapes))
         model.swapped.update(
             name
@@ -101,11 +103,11 @@ class NamedBase:
 
     def window(self, module: str) -> tuple[int, ...]:
         """Returns the window of a module that is a convolution; otherwise ()."""
-        return self.named[self.modules[module].path].window
+        return self.named_leaves[self.modules[module].path].window
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor in the checkpoint."""
-        return self.named[self.tensors[name].path].tensor_shape
+        return self.named_leaves[self.positions[name].path].tensor_shape
 
 
 def _with_named_axes(leaf: Any, named: NamedLeaf) -> Any:

@@ -94,7 +94,7 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
     parameters = _adapted_parameters(config, model, adapted, problems)
     # Then find the tensors that the file contains in full.
     saved = []
-    for name in model.tensors:
+    for name in model.positions:
         module, _, kind = name.rpartition(".")
         has_bias = config.bias == "all" or config.bias != "none" and module in adapted
         if not (kind == "bias" and has_bias or is_saved(name, config.modules_to_save)):
@@ -106,12 +106,12 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
                 "copy that the head does not use."
             )
     ends = (f".{EMBEDDING}.weight", f".{HEAD}.weight")
-    optional = [n for n in model.tensors if f".{n}".endswith(ends) and n not in saved]
+    optional = [n for n in model.positions if f".{n}".endswith(ends) and n not in saved]
     rows = _trained_rows(config, model, adapted, problems)
     # Last, report patterns that match nothing, which are probably misspelled.
     pattern_keys = [_pattern_key(config, module) for module in adapted]
     for module in config.modules_to_save:
-        if not any(is_saved(name, [module]) for name in model.tensors):
+        if not any(is_saved(name, [module]) for name in model.positions):
             problems.append(f"`modules_to_save`: {module!r} matches no module.")
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, setting):
@@ -175,7 +175,7 @@ def _parameter_adapter(
 ) -> ParameterAdapter:
     kernels = model.parameters[name]
     settings = config.rank_of(name), config.scaling_of(name)
-    shapes = [model.named[path].tensor_shape for path in kernels]
+    shapes = [model.named_leaves[path].tensor_shape for path in kernels]
     keys, is_swapped = array_keys(LoRA, module), name in model.swapped
     return ParameterAdapter(name, keys, *settings, kernels, shapes, is_swapped)
 
@@ -189,7 +189,7 @@ def _adapted_modules(
         return is_targeted(module, targets, layers, config.layer_prefixes)
 
     targets = config.target_modules
-    modules = {module_of(n) for n in model.tensors if n.endswith(".weight")}
+    modules = {module_of(n) for n in model.positions if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # PEFT leaves out the head.
         linear = {m for m in model.modules if not model.window(m)} - model.tables
@@ -527,11 +527,11 @@ def _trained_modules(
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and name ends of other trained modules."""
     trained = {
-        name for name, position in model.tensors.items() if position.path in paths
+        name for name, position in model.positions.items() if position.path in paths
     }
     biases = {name for name in trained if last_part(name) == "bias"}
     saved = {module_of(name) for name in trained - biases}
-    modules = {module_of(name) for name in model.tensors}
+    modules = {module_of(name) for name in model.positions}
 
     def matches_saved_only(end: str) -> bool:
         # PEFT compares ends without a dot: "norm" also matches "input_layernorm".
