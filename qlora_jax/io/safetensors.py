@@ -3,12 +3,9 @@
 A file consists of the header's length (8 bytes), the header (JSON with the dtype, the
 shape and the byte offsets of each tensor) and the tensors' bytes without gaps.
 
-The reader of the `safetensors` package (0.8) is not used. A file with the shapes of
-Llama 3.1 8B (16 GB in bfloat16), read in pieces of 4 MiB, raises the peak resident
-memory by 8 MiB with this reader. With `safe_open`, which maps the file, the increase is
-15 GiB. With `safe_open(backend="pread")`, it is 1 GiB, because each slice of the
-embedding reads the whole embedding. Also, `safe_open` cannot return float8 as NumPy
-arrays.
+The reader of the `safetensors` package (0.8) is not used. It needs far more memory to
+read a large file in pieces (the section "Files" of docs/development/design_notes.md has
+measurements), and it cannot return float8 as NumPy arrays.
 """
 
 import json
@@ -73,7 +70,7 @@ def open_safetensors(path: Path) -> Tensors:
         # A device such as /dev/zero is rejected, because reading it would never end.
         require(path.is_file(), f"{path} must be a file or a folder.")
         return _open_file(path)
-    # `member` rejects a dangling link, which does not mean that there is no index.
+    # A dangling link is also an index that must not be ignored: `member` rejects it.
     if (path / INDEX).exists() or (path / INDEX).is_symlink():
         return _open_indexed(path)
     file_names = ["model.safetensors"]
@@ -96,19 +93,18 @@ def _union(folder: pathlib.Path, files: Mapping[str, Tensors]) -> Tensors:
 
 
 def _open_indexed(folder: pathlib.Path) -> Tensors:
-    weight_map = read_json(member(folder, INDEX)).get("weight_map")
-    is_map = isinstance(weight_map, dict)
-    file_of_tensor: dict[str, Any] = weight_map if is_map else {}
-    # The text of a JSON value that is not a string never ends in .safetensors.
-    file_names = {*map(str, file_of_tensor.values())}
+    weight_map: Any = read_json(member(folder, INDEX)).get("weight_map")
     require(
-        is_map and all(name.endswith(".safetensors") for name in file_names),
+        isinstance(weight_map, dict)
+        and all(isinstance(file, str) for file in weight_map.values())
+        and all(file.endswith(".safetensors") for file in weight_map.values()),
         f"{folder / INDEX} must have a `weight_map` to .safetensors files.",
     )
-    files = {name: _open_file(member(folder, name)) for name in sorted(file_names)}
+    file_names = sorted({*weight_map.values()})
+    files = {name: _open_file(member(folder, name)) for name in file_names}
     tensors = _union(folder, files)
-    missing = sorted(n for n, file in file_of_tensor.items() if n not in files[file])
-    unlisted = sorted(tensors.keys() - file_of_tensor.keys())
+    missing = sorted(n for n, file in weight_map.items() if n not in files[file])
+    unlisted = sorted(tensors.keys() - weight_map.keys())
     require(
         not missing and not unlisted,
         f"{folder / INDEX} must list the tensors of its files. Missing from the "
@@ -119,26 +115,26 @@ def _open_indexed(folder: pathlib.Path) -> Tensors:
 
 def _open_file(path: pathlib.Path) -> Tensors:
     file = File(path)
-    entries, metadata, start = _read_header(file)
+    entries, metadata, data_start = _read_header(file)
     tensors = {
-        name: _parse_entry(f"{name!r} of {path}", entry, file, start)
+        name: _parse_entry(f"{name!r} of {path}", entry, file, data_start)
         for name, entry in entries.items()
     }
     # The tensors must fill the file. Gaps could hide data, and overlaps would let a
     # small file claim large tensors.
-    end, size = 0, file.size - start
+    last_end, data_size = 0, file.size - data_start
     for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"]):
-        begin, stop = entries[name]["data_offsets"]
+        start, end = entries[name]["data_offsets"]
         require(
-            begin == end,
-            f"{name!r} of {path} must begin where the tensor before it ends, at {end}. "
-            f"Got {begin}.",
+            start == last_end,
+            f"{name!r} of {path} must begin where the tensor before it ends, at "
+            f"{last_end}. Got {start}.",
         )
-        end = stop
+        last_end = end
     require(
-        end == size,
-        f"the tensors of {path} must fill the {size} bytes after its header. Got {end} "
-        "bytes.",
+        last_end == data_size,
+        f"the tensors of {path} must fill the {data_size} bytes after its header. Got "
+        f"{last_end} bytes.",
     )
     return Tensors(tensors, metadata)
 
@@ -178,31 +174,28 @@ def _is_size_list(value: object) -> bool:
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _parse_entry(tensor: str, entry: Any, file: File, start: int) -> LazyTensor:
-    """Returns a tensor from its entry in the header; `tensor` is for error messages."""
+def _parse_entry(label: str, entry: Any, file: File, data_start: int) -> LazyTensor:
+    """Returns a tensor from its entry in the header; `label` is for error messages."""
     keys = {"dtype", "shape", "data_offsets"}
     is_entry = isinstance(entry, dict) and entry.keys() == keys
-    require(is_entry, f"{tensor} must have the keys {sorted(keys)}.")
+    require(is_entry, f"{label} must have the keys {sorted(keys)}.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     require(
         isinstance(code, str) and code in _DTYPES,
-        f"the dtype of {tensor} must be one of {', '.join(_DTYPES)}. Got "
+        f"the dtype of {label} must be one of {', '.join(_DTYPES)}. Got "
         f"{str(code)[:20]!r}.",
     )
-    require(_is_size_list(shape), f"the shape of {tensor} must be a list of sizes.")
-    require(
-        _is_size_list(offsets),
-        f"the offsets of {tensor} must be a list of byte offsets.",
-    )
+    require(_is_size_list(shape), f"the shape of {label} must be a list of sizes.")
+    require(_is_size_list(offsets), f"the offsets of {label} must be byte offsets.")
     # NumPy rejects long axes even if another axis is empty.
     is_small = math.prod(max(n, 1) for n in shape) < 1 << 60
-    require(is_small, f"the shape of {tensor} must be smaller.")
+    require(is_small, f"the shape of {label} must be smaller.")
     size = math.prod(shape) * _DTYPES[code].itemsize
     require(
         len(offsets) == 2 and offsets[1] - offsets[0] == size,
-        f"the offsets of {tensor} must be {size} bytes apart. Got {offsets[:3]}.",
+        f"the offsets of {label} must be {size} bytes apart. Got {offsets[:3]}.",
     )
-    return LazyTensor(_DTYPES[code], tuple(shape), file, start + offsets[0])
+    return LazyTensor(_DTYPES[code], tuple(shape), file, data_start + offsets[0])
 
 
 def write_safetensors(
