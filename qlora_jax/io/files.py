@@ -140,8 +140,8 @@ def member(folder: Path, name: str) -> pathlib.Path:
     # In the hub's cache, `models--x/snapshots/<commit>/` holds links to the files in
     # `models--x/blobs/`, which are therefore allowed.
     root = folder.resolve()
-    caches = [x.parent for x in (root, *root.parents) if x.name == "snapshots"]
-    allowed_parents = [root, *(cache / "blobs" for cache in caches[:1])]
+    snapshots = [x for x in (root, *root.parents) if x.name == "snapshots"]
+    allowed_parents = [root, *(x.parent / "blobs" for x in snapshots[:1])]
     if not any(parent in real.parents for parent in allowed_parents):
         raise CheckpointError(f"{path} must be in its folder. It is a link to {real}.")
     return path
@@ -205,6 +205,7 @@ def delete_unfinished() -> None:
 def new_folder(path: Path) -> Iterator[pathlib.Path]:
     """Yields a folder as `new_path` does. `path` must be missing or an empty folder."""
     path = pathlib.Path(path)
+    # `new_path` would replace a link, not the folder that it leads to.
     if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"the folder to write must be new or empty. Got {path}.")
     with new_path(path) as folder:

@@ -115,18 +115,17 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         >>> ql.io.older_config_keys({"rope_parameters": rope})
         {'rope_theta': 500000.0}
     """
-    # `rope_parameters` holds the settings themselves, or a section for each kind of
-    # layer. Of the models with sections, only Gemma 3 is older than transformers 5. It
-    # has a base frequency for its local (sliding) layers. In other models, older keys
-    # would replace the sections of all kinds of layers when transformers loads them.
-    sections = config.get("rope_parameters") or {}
-    if "full_attention" in sections:
+    parameters = config.get("rope_parameters") or {}
+    if "full_attention" in parameters:
+        # There is a section for each kind of layer. Only Gemma 3 has older keys for
+        # such settings, among them a base frequency for its sliding layers. In other
+        # models, transformers would apply the older keys to all kinds of layers.
         is_gemma3 = str(config.get("model_type")).startswith("gemma3")
-        sections = sections if is_gemma3 else {}
-    rope = sections.get("full_attention", sections)
-    local = sections.get("sliding_attention") or {}
+        parameters = parameters if is_gemma3 else {}
+    rope = parameters.get("full_attention", parameters)
+    sliding = parameters.get("sliding_attention") or {}
     keys = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    keys["rope_local_base_freq"] = local.get("rope_theta")
+    keys["rope_local_base_freq"] = sliding.get("rope_theta")
     if rope.get("rope_type", "default") != "default":
         # Readers of the older form expect the key `type`, some also `rope_type`.
         keys["rope_scaling"] = {**rope, "type": rope["rope_type"]}
@@ -138,7 +137,7 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
     for name in _COPIED:
-        # `member` rejects a dangling link, which is not the same as a missing file.
+        # Missing files are skipped, but `member` rejects a dangling link.
         if (source / name).exists() or (source / name).is_symlink():
             shutil.copyfile(member(source, name), folder / name)
     for file in (source / _TEMPLATES).glob("*.jinja"):
