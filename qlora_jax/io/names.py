@@ -44,8 +44,8 @@ class Entry:
         stack_roles: The roles of the axes of each part, if the name is that of a part
             of a tensor: "kn" or "nk".
         is_swapped: Whether PEFT takes the outputs of the parameter for its inputs, and
-            its inputs for its outputs. It does so if the parameter is `[E, K, N]`, and
-            its module does not say so by an attribute `is_transposed`.
+            its inputs for its outputs. It expects `[E, N, K]`, unless the module has an
+            attribute `is_transposed`; some modules with `[E, K, N]` lack it.
         numbers: The numbers that a placeholder stands for along its batch axis, such as
             the layers in a stack; by default 0, 1, 2, ... .
 
@@ -91,10 +91,9 @@ class Entry:
     def _fields(self, axes: list[str], index: BatchIndex) -> dict[str, int]:
         """Returns the number of each placeholder in `axes` at a batch index."""
         # `strict` is false because the last index may select one of several names.
-        fields = dict(zip(axes, index, strict=False))
         return {
-            name: self.numbers[name][i] if name in self.numbers else i
-            for name, i in fields.items()
+            axis: self.numbers[axis][i] if axis in self.numbers else i
+            for axis, i in zip(axes, index, strict=False)
         }
 
 
@@ -159,10 +158,10 @@ class Names:
             numbers = [entry.numbers.get(name) for name in entry._placeholders]
             for template in entry._templates:
                 name = _PLACEHOLDER.sub("{}", template)
-                others = numbers_of.setdefault(name, [])
-                if any(_overlap(numbers, other) for other in others):
+                earlier_numbers = numbers_of.setdefault(name, [])
+                if any(_overlap(numbers, earlier) for earlier in earlier_numbers):
                     duplicates.add(name)
-                others.append(numbers)
+                earlier_numbers.append(numbers)
         if duplicates:
             raise ValueError(
                 "each name must belong to one leaf. Got duplicates: "
@@ -179,12 +178,12 @@ class Names:
         Raises:
             ValueError: If no entry has that path, or if it has other batch axes.
         """
-        entry, numbers, axes = self._find(path)
+        entry, path_numbers, axes = self._find(path)
         templates = entry._templates
         has_name_axis = not isinstance(entry.names, str)
         expected = [*axes, len(templates)] if has_name_axis else axes
-        is_wrong = len(batch_shape) != len(expected)
-        if is_wrong or has_name_axis and batch_shape[-1] != len(templates):
+        has_all_axes = len(batch_shape) == len(expected)
+        if not has_all_axes or has_name_axis and batch_shape[-1] != len(templates):
             # An axis of the kernel counts as a batch axis if `roles` lack it.
             has_more = len(batch_shape) > len(expected)
             hint = " If the leaf has no other batch axes, set `roles` in its entry."
@@ -202,7 +201,7 @@ class Names:
         for index in np.ndindex(*batch_shape):
             template = templates[index[-1] if has_name_axis else 0]
             fields = entry._fields(axes, index)
-            names[index] = template.format(**numbers, **fields)
+            names[index] = template.format(**path_numbers, **fields)
         return names
 
     def roles(self, path: str) -> str:
@@ -251,18 +250,18 @@ class Names:
             batch_shapes: The sizes of the leaves' batch axes, by path.
         """
         parameters: dict[str, dict[str, list[BatchIndex]]] = {}
+        # Parameters concatenate their leaves in the order of the table.
         for key, pattern in self._path_patterns:
             if not (template := self.entries[key].parameter):
                 continue
             for path in filter(pattern.fullmatch, batch_shapes):
-                entry, numbers, axes = self._find(path)
+                entry, path_numbers, axes = self._find(path)
                 for index in np.ndindex(*batch_shapes[path]):
                     # The parameter of all experts has no {expert}, so all indices of
                     # experts are appended to the same list.
                     fields = entry._fields(axes, index)
-                    parts = parameters.setdefault(
-                        template.format(**numbers, **fields), {}
-                    )
+                    name = template.format(**path_numbers, **fields)
+                    parts = parameters.setdefault(name, {})
                     parts.setdefault(path, []).append(index)
         return parameters
 
@@ -281,6 +280,7 @@ class Names:
         for pattern, entry in self._expert_parameters:
             if match := pattern.fullmatch(name):
                 numbers = {key: int(text) for key, text in match.groupdict().items()}
+                # Another entry may have the same name for the other layers.
                 if all(numbers[key] in entry.numbers[key] for key in entry.numbers):
                     template = entry._templates[0]
                     parts.append(template.format(**numbers, expert="{expert}"))
@@ -351,10 +351,9 @@ def _overlap(
     numbers: list[Sequence[int] | None], others: list[Sequence[int] | None]
 ) -> bool:
     """Whether two names with these numbers, by placeholder, have a tensor in common."""
+    # None stands for all numbers.
     pairs = zip(numbers, others, strict=True)
-    return not any(
-        a is not None and b is not None and not {*a} & {*b} for a, b in pairs
-    )
+    return all(a is None or b is None or {*a} & {*b} for a, b in pairs)
 
 
 def _pattern(template: str) -> re.Pattern:
