@@ -191,13 +191,14 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
         entry |= {"kind": "QTensor", "shape": [*leaf.shape]}
         entry |= {name: getattr(leaf, name) for name in _PACKING}
         entry |= {"dtype": leaf.dtype_name, "axes": leaf.geometry.kinds}
+    # `_check_array` rejects adapters with `inputs`, such as the ids of a bank.
     elif is_adapter(leaf) and not leaf.inputs:
         # Version 1 of the format stores the settings of a LoRA for every kind.
         scaling = getattr(leaf, "scaling", 1.0)
         entry |= {"kind": type(leaf).__name__, "scaling": scaling}
         entry |= {"dropout": leaf.dropout, "axes": leaf.geometry.kinds}
         entry |= {"sizes": [*leaf.geometry.sizes]}
-        names = _kind_settings(type(leaf))
+        names = _extra_settings(type(leaf))
         entry |= {name: _setting_to_json(getattr(leaf, name)) for name in names}
     arrays = {}
     for attribute, name in _tensor_names(entry).items():
@@ -206,12 +207,13 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
     return entry, arrays
 
 
-def _kind_settings(kind: type[Adapter]) -> tuple[str, ...]:
-    """Returns the settings of this kind: integer lists, a `Packing`, a `ScaleRule`."""
+def _extra_settings(kind: type[Adapter]) -> tuple[str, ...]:
+    """Returns the names of the settings that LoRA does not have."""
     return tuple(name for name in kind.settings if name not in SETTINGS)
 
 
 def _setting_to_json(setting: Any) -> dict[str, Any] | list[int] | str:
+    # The setting is a `Packing`, a scale rule or a list of integers.
     if isinstance(setting, Packing):
         return {name: getattr(setting, name) for name in _PACKING}
     return setting if isinstance(setting, str) else [*setting]
@@ -304,7 +306,7 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
     kind, scaling = KINDS[entry["kind"]], entry["scaling"]
     has_list = isinstance(scaling, list)  # a scaling for each matrix of a stack
     settings: dict[str, Any] = {
-        name: _setting_from_json(entry[name]) for name in _kind_settings(kind)
+        name: _setting_from_json(entry[name]) for name in _extra_settings(kind)
     }
     settings["scaling"] = tuple(map(float, scaling)) if has_list else float(scaling)
     settings["dropout"] = float(entry["dropout"])
