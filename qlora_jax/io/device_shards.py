@@ -52,12 +52,11 @@ def on_devices(
             computed[key] = compute_shards(device, parts)
         zipped = zip(computed[key], shardings, shards, strict=True)
         for x, sharding, array_shards in zipped:
-            kind = sharding.memory_kind
-            target = SingleDeviceSharding(device, memory_kind=kind)
+            target = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
             array_shards.append(jax.device_put(x, target))
     return tuple(
-        jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, parts)
-        for struct, parts in zip(structs, shards, strict=True)
+        jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, x)
+        for struct, x in zip(structs, shards, strict=True)
     )
 
 
@@ -77,13 +76,13 @@ def sizes_of(index: Index) -> tuple[int, ...]:
     return tuple(i.stop - i.start for i in index)
 
 
-def empty(device: Device, index: Index, dtype: DTypeLike) -> Array:
+def new_buffer(device: Device, index: Index, dtype: DTypeLike) -> Array:
     """Returns zeros in the shape of a part, on a device."""
     return jnp.zeros(sizes_of(index), dtype, device=device)
 
 
 def batch_indices(batch: Index) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields each batch index of a part twice: in the entire array, and in the part."""
+    """Yields pairs: a batch index in the entire array, and the same one in the part."""
     for local in np.ndindex(*sizes_of(batch)):
         yield tuple(i.start + n for i, n in zip(batch, local, strict=True)), local
 
@@ -116,8 +115,8 @@ def checked_tensors(
         flags: list[Array] = []
 
         # The default value binds the list of this iteration, not of a later one.
-        def check(is_finite: Array, flags: list[Array] = flags) -> None:
-            flags.append(is_finite)
+        def check(is_valid: Array, flags: list[Array] = flags) -> None:
+            flags.append(is_valid)
             if len(flags) > 1:
                 # Waiting for the previous piece frees its copy on the host, so at most
                 # two pieces are in memory.

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from ..quant.formats import Packing, get_format
 from .files import require
-from .tensors import SliceableTensor, View
+from .tensors import LazyMatrix, SliceableTensor
 
 _ROWS_PER_CHECK = 4096  # bounds the memory for comparing scales and biases
 
@@ -24,13 +24,13 @@ class StoredWeight:
     """
 
     shape: tuple[int, int]
-    dtype: np.dtype  # of the decoded weight; `load` may be given another
+    dtype: np.dtype  # of the decoded weight
     packing: Packing
     codes: SliceableTensor  # uint8, two codes to a byte
     scales: SliceableTensor  # one for each block, in the dtype of the file
     scale_scales: np.ndarray | None = None  # as in a `QTensor`
     scale_offset: np.float32 | None = None
-    keeps_dtype: bool = False  # whether it decodes to `dtype` even then
+    keeps_dtype: bool = False  # whether the argument `dtype` of `load` has no effect
     name: str = ""
     nbytes: int = 0  # the size of all of its tensors in the file
 
@@ -39,8 +39,8 @@ class StoredWeight:
         """Why a `QTensor` cannot hold its bytes; None if it can."""
         raise NotImplementedError
 
-    def rows(self) -> tuple[SliceableTensor, SliceableTensor]:
-        """Returns the codes `[N, K / 2]` and scales `[N, K / B]` of a `QTensor`."""
+    def codes_and_scales(self) -> tuple[SliceableTensor, SliceableTensor]:
+        """Returns the codes `[N, K / 2]` and scales `[N, K / B]`, for a `QTensor`."""
         raise NotImplementedError
 
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
@@ -68,7 +68,7 @@ def in_float(tensor: Any, dtype: DTypeLike | None = None) -> Any:
         start, stop, _ = rows.indices(tensor.shape[0])
         return tensor.decode(slice(start, stop))[:, columns].astype(read_dtype)
 
-    return View(tensor.shape, read_dtype, read)
+    return LazyMatrix(read_dtype, tensor.shape, read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +83,7 @@ class PackedWeight(StoredWeight):
     input_blocks: np.ndarray | None = None  # the block of each input; None: in order
 
     @cached_property
-    def problem(self) -> str | None:
-        """Why a `QTensor` cannot hold its bytes; None if it can."""
+    def problem(self) -> str | None:  # noqa: D102
         n, k = self.shape
         blocks = np.arange(k) // self.packing.block_size
         if self.input_blocks is not None and not (self.input_blocks == blocks).all():
@@ -101,8 +100,7 @@ class PackedWeight(StoredWeight):
                 return "has zero points other than 8"
         return None
 
-    def rows(self) -> tuple[SliceableTensor, SliceableTensor]:
-        """Returns the codes `[N, K / 2]` and scales `[N, K / B]` of a `QTensor`."""
+    def codes_and_scales(self) -> tuple[SliceableTensor, SliceableTensor]:  # noqa: D102
         dtype = self.packing.scheme.arrays((1, 1)).scales.dtype
 
         def read_scales(rows: slice, blocks: slice) -> np.ndarray:
@@ -116,7 +114,7 @@ class PackedWeight(StoredWeight):
             require(bool((is_exact & is_finite).all()), message)
             return scales
 
-        return self.codes, View(self.scales.shape, dtype, read_scales)
+        return self.codes, LazyMatrix(dtype, self.scales.shape, read_scales)
 
     @np.errstate(invalid="ignore", over="ignore")  # callers reject non-finite weights
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
@@ -156,7 +154,7 @@ def packed_weight(
     is_matrix = len(shape) == 2 and shape[0] == n and num_blocks > 0
     message = f"scales must be [{n}, K / block size], where K is {k}. Got {shape}."
     require(is_matrix and k % num_blocks == 0, message)
-    block_sizes = get_format(fmt).block_sizes or (k,)
+    block_sizes = get_format(fmt).block_sizes or (k,)  # empty if all are allowed
     if num_blocks == 1 and k not in block_sizes:
         # There is one scale per output, which is repeated for each block of the output.
         divisors = [size for size in block_sizes if k % size == 0]
@@ -172,11 +170,11 @@ def packed_weight(
     return PackedWeight((n, k), jnp.dtype(dtype), packing, *arrays, **options)
 
 
-def _repeat_column(column: SliceableTensor, count: int) -> View:
+def _repeat_column(column: SliceableTensor, count: int) -> LazyMatrix:
     """Returns a matrix `[N, count]` whose columns all equal `column` `[N, 1]`."""
     indices = np.zeros(count, int)
-    return View(
-        (column.shape[0], count),
+    return LazyMatrix(
         column.dtype,
+        (column.shape[0], count),
         lambda rows, columns: np.asarray(column[rows, 0:1])[:, indices[columns]],
     )

@@ -154,11 +154,11 @@ class DeferredTensor:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class LazyMatrix:
     """A matrix that is computed from a file, one slice at a time."""
 
-    shape: tuple[int, ...]
     dtype: np.dtype
+    shape: tuple[int, ...]
     read: Callable[[slice, slice], Any]
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
@@ -168,28 +168,30 @@ class View:
         return np.asarray(self[:, :], dtype)
 
 
-def transposed(x: SliceableTensor) -> View:
+def transposed(x: SliceableTensor) -> LazyMatrix:
     """Returns the transpose of a matrix, which is read when it is sliced."""
-    return View(tuple(x.shape[::-1]), x.dtype, lambda rows, columns: x[columns, rows].T)
+    shape = tuple(x.shape[::-1])
+    return LazyMatrix(x.dtype, shape, lambda rows, columns: x[columns, rows].T)
 
 
-def matrix_in_stack(stack: SliceableTensor, index: int) -> View:
+def matrix_in_stack(stack: SliceableTensor, index: int) -> LazyMatrix:
     """Returns one matrix of a stack, which is read when it is sliced."""
     # Lazy tensors can be indexed only by slices.
     entry = slice(index, index + 1)
-    return View(stack.shape[1:], stack.dtype, lambda *part: stack[entry, *part][0])
+    shape = stack.shape[1:]
+    return LazyMatrix(stack.dtype, shape, lambda *part: stack[entry, *part][0])
 
 
-def equal_parts(x: SliceableTensor, count: int) -> list[View]:
+def equal_parts(x: SliceableTensor, count: int) -> list[LazyMatrix]:
     """Returns `count` parts of a matrix with equally many rows, read when sliced."""
     size = x.shape[0] // count
 
-    def part_from(start: int) -> View:
+    def part_from(start: int) -> LazyMatrix:
         def read(rows: slice, columns: slice) -> Any:
             first, stop, _ = rows.indices(size)
             return x[start + first : start + stop, columns]
 
-        return View((size, *x.shape[1:]), x.dtype, read)
+        return LazyMatrix(x.dtype, (size, *x.shape[1:]), read)
 
     return [part_from(size * i) for i in range(count)]
 

@@ -293,7 +293,7 @@ def read_packed(files: Files, rng: random.Random):
             continue
         in_float(tensor)[:, :]
         movable = tensor if tensor.problem is None else tensor.reblocked()
-        for x in movable.rows() if movable else ():
+        for x in movable.codes_and_scales() if movable else ():
             x[slice(0, x.shape[0]), slice(0, x.shape[1])]
 
 

@@ -16,7 +16,7 @@ from qlora_jax.io.formats import registry
 from qlora_jax.io.formats.file_format import FileFormat, Writer
 from qlora_jax.io.formats.layouts import INT4_FORMATS, UINT8
 from qlora_jax.io.stored_weight import packed_weight
-from qlora_jax.io.tensors import View
+from qlora_jax.io.tensors import LazyMatrix
 
 # `toy_codes` [N, K] are integers from -8 to 7, one per byte. `toy_steps` [N, K / 32]
 # are float16: weight = code * step.
@@ -31,7 +31,7 @@ def _read(parts, settings):
         return (codes[:, ::2] << 4 | codes[:, 1::2]).astype(np.uint8)
 
     n, k = stored.shape
-    codes = View((n, k // 2), UINT8, read_codes)
+    codes = LazyMatrix(UINT8, (n, k // 2), read_codes)
     return {"weight": packed_weight("int4_f16", "float16", codes, steps)}
 
 

@@ -193,7 +193,7 @@ def test_weights_are_those_of_the_file(name, tmp_path):
     for rows in (slice(0, want.shape[1]), slice(3, 7)):
         assert_same_bits(tensor.decode(rows), want.T[rows])
     # The part that a device reads may begin inside a word.
-    codes, scales = tensor.rows()
+    codes, scales = tensor.codes_and_scales()
     assert_same_bits(codes[3:7, 9:35], np.asarray(q.codes).T[3:7, 9:35])
     assert_same_bits(scales[3:7, 1:3], stored.T[3:7, 1:3])
     (leaf,) = app.inspect(app.InspectConfig(str(path))).leaves

@@ -13,14 +13,14 @@ import numpy as np
 from ...quant.qtensor import QTensor
 from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
-from ..tensors import DeferredTensor, SliceableTensor, View, transposed
+from ..tensors import DeferredTensor, LazyMatrix, SliceableTensor, transposed
 from .file_format import Config, FileFormat, Kernels, Parts, Settings, Writer
 from .layouts import (
     INT4_FORMATS,
     INT32,
     INTEGER_FORMATS,
     UINT8,
-    model_dtype,
+    dtype_settings,
     swap_nibbles,
     unpack_words,
     zero_point_biases,
@@ -32,7 +32,7 @@ _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def _awq_codes(words: SliceableTensor) -> View:
+def _awq_codes(words: SliceableTensor) -> LazyMatrix:
     """Returns the codes `[N, K / 2]` of AWQ's words `[K, N / 8]`."""
     codes = unpack_words(words, _POSITIONS)  # [K, N]
 
@@ -41,7 +41,7 @@ def _awq_codes(words: SliceableTensor) -> View:
         return (inputs[::2] << 4 | inputs[1::2]).T
 
     k, n = codes.shape
-    return View((n, k // 2), UINT8, read)
+    return LazyMatrix(UINT8, (n, k // 2), read)
 
 
 def _read_settings(settings: Settings) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _read_settings(settings: Settings) -> dict[str, Any]:
 def _read(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
     words = parts.tensor("qweight", "int32")
     zeros = parts.tensor("qzeros", "int32")
-    scales = parts.tensor("scales", "float16 bfloat16")
+    scales = parts.tensor("scales", "float16", "bfloat16")
     num_blocks, n = scales.shape
     parts.check_bits("qzeros", n)
     # Without settings, the length of a row of `qweight` tells the two apart.
@@ -87,8 +87,8 @@ def _read(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
         zero_points = unpack_words(zeros, offset=offset)
     fmt, dtype = INTEGER_FORMATS[str(scales.dtype)]
     biases = zero_point_biases(zero_points, scales)
-    arrays = codes, scales, None, biases, input_blocks
-    return {"weight": packed_weight(fmt, dtype, *arrays)}
+    options: Any = dict(biases=biases, input_blocks=input_blocks)
+    return {"weight": packed_weight(fmt, dtype, codes, scales, **options)}
 
 
 def _problem(q: QTensor) -> str | None:
@@ -102,7 +102,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     # Our formats have a zero point of 8 for every weight.
     zeros = np.full((num_blocks, n // 2), 0x88, np.uint8).view(INT32)
 
-    def words() -> np.ndarray:
+    def pack_words() -> np.ndarray:
         packed = np.asarray(q.codes)
         # [K / 2, N] bytes -> [K / 2, 2, N] -> [K, N / 8, 8] codes, in AWQ's order
         codes = np.stack([packed >> 4, packed & 15], 1).reshape(k, n // 8, 8)
@@ -113,7 +113,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     float16 = np.dtype(np.float16)
     module = name.removesuffix("weight")
     return {
-        f"{module}qweight": DeferredTensor(INT32, (k, n // 8), words),
+        f"{module}qweight": DeferredTensor(INT32, (k, n // 8), pack_words),
         f"{module}qzeros": zeros,
         f"{module}scales": DeferredTensor(float16, (num_blocks, n), q.scales.__array__),
     }
@@ -125,7 +125,7 @@ def _config(
     size = next(iter(kernels.values())).block_size
     settings = dict(quant_method="awq", version="gemm", bits=4, group_size=size)
     settings |= dict(zero_point=True, modules_to_not_convert=float_modules)
-    return {"quantization_config": settings, **model_dtype(kernels, config)}
+    return {"quantization_config": settings, **dtype_settings(kernels, config)}
 
 
 AWQ = FileFormat(

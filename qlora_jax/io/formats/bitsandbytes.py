@@ -21,7 +21,7 @@ from ...quant.qtensor import QTensor
 from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ..files import CheckpointError, parse_json, require
 from ..stored_weight import PackedWeight, StoredWeight
-from ..tensors import DeferredTensor, LazyTensor, SliceableTensor, View
+from ..tensors import DeferredTensor, LazyMatrix, LazyTensor, SliceableTensor
 from .file_format import Config, FileFormat, Kernels, Parts, Settings, Writer
 from .layouts import UINT8
 
@@ -42,14 +42,12 @@ class BitsAndBytesWeight(StoredWeight):
     keeps_dtype: bool = True
 
     @cached_property
-    def problem(self) -> str | None:
-        """Why a `QTensor` cannot hold its bytes; None if it can."""
+    def problem(self) -> str | None:  # noqa: D102
         k, block_size = self.shape[1], self.packing.block_size
         message = f"has {k} inputs and blocks of {block_size}, which cross its rows"
         return message if k % block_size else None
 
-    def rows(self) -> tuple[SliceableTensor, SliceableTensor]:
-        """Returns the codes `[N, K / 2]` and scales `[N, K / B]` of a `QTensor`."""
+    def codes_and_scales(self) -> tuple[SliceableTensor, SliceableTensor]:  # noqa: D102
         n, k = self.shape
         stored = self.scales.reshape(n, k // self.packing.block_size)
 
@@ -59,7 +57,7 @@ class BitsAndBytesWeight(StoredWeight):
             require(is_finite, f"{self.name}.absmax must be finite.")
             return scales
 
-        scales = View(stored.shape, stored.dtype, read_scales)
+        scales = LazyMatrix(stored.dtype, stored.shape, read_scales)
         return self.codes.reshape(n, k // 2), scales
 
     def reblocked(self) -> PackedWeight | None:
@@ -109,7 +107,7 @@ class BitsAndBytesWeight(StoredWeight):
 def _read(parts: Parts, _: Settings) -> dict[str, StoredWeight]:
     (fmt,) = (x.removeprefix(_STATE) for x in parts if x.startswith(_STATE))
     state = _read_state(parts[_STATE + fmt])
-    shape, packing, dtype = _read_settings(state, fmt)
+    shape, packing, dtype = _parse_state(state, fmt)
     # The dtype and the shape that each part must have.
     num_weights = math.prod(shape)
     num_blocks = math.ceil(num_weights / packing.block_size)
@@ -148,7 +146,7 @@ def _read_state(tensor: SliceableTensor) -> dict[str, Any]:
     return state
 
 
-def _read_settings(
+def _parse_state(
     state: dict[str, Any], fmt: str
 ) -> tuple[tuple[int, int], Packing, np.dtype]:
     def is_size(n: object) -> bool:
@@ -164,8 +162,8 @@ def _read_settings(
         f"Got {quant_type!r:.80} and {fmt!r:.80}."
     )
     require(quant_type == fmt and fmt in ("nf4", "fp4"), message)
-    message = f"`dtype` must be floating-point. Got {dtype!r:.80}."
-    require(dtype in FLOAT_DTYPES, message)
+    is_float = dtype in FLOAT_DTYPES
+    require(is_float, f"`dtype` must be floating-point. Got {dtype!r:.80}.")
     n, k = state["shape"]
     return (n, k), Packing(fmt, block_size, "nested_offset" in state), jnp.dtype(dtype)
 
@@ -204,7 +202,7 @@ def _read_int8(parts: Parts, _: Settings) -> dict[str, StoredWeight]:
     raise CheckpointError("8-bit weights of bitsandbytes are not supported")
 
 
-def _read_config(settings: Settings) -> dict[str, Any]:
+def _read_settings(settings: Settings) -> dict[str, Any]:
     message = "`load_in_8bit` must be false: 8-bit weights are not supported. Got true."
     require(not settings.get("load_in_8bit"), message)
     return {**settings, "fmt": settings.get("bnb_4bit_quant_type", "fp4")}
@@ -270,7 +268,7 @@ BITSANDBYTES = FileFormat(
     parts=("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"),
     read=_read,
     methods={"bitsandbytes": {}},
-    read_settings=_read_config,
+    read_settings=_read_settings,
     write=Writer(
         "bitsandbytes",
         ("nf4", "fp4"),

@@ -21,8 +21,8 @@ from .layouts import (
     INT32,
     INTEGER_FORMATS,
     UINT8,
+    dtype_settings,
     integer_scale_dtype,
-    model_dtype,
     swap_nibbles,
     unpack_words,
     zero_point_biases,
@@ -37,7 +37,7 @@ _FORMATS |= {
 }
 _INTEGER_PARTS = ("weight_zero_point", "weight_g_idx")
 # Parts that only weights of some formats have.
-_FORMAT_PARTS = ("weight_global_scale", *_INTEGER_PARTS)
+_OPTIONAL_PARTS = ("weight_global_scale", *_INTEGER_PARTS)
 # For each of our formats: its name in compressed-tensors, the type of the values, the
 # dtype of the scales, and the strategy.
 _INTEGERS = ("pack-quantized", "int", None, "group")
@@ -56,29 +56,29 @@ def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     require(dtypes in _FORMATS, message)
     fmt, dtype = _FORMATS[dtypes]
     require(len(packed.shape) == 2, f"codes must have two axes. Got {packed.shape}.")
-    format_parts = {"nvfp4": ("weight_global_scale",), "mxfp4": ()}
-    for name in _FORMAT_PARTS:
-        is_allowed = name in format_parts.get(fmt, _INTEGER_PARTS)
+    float_parts = {"nvfp4": ("weight_global_scale",), "mxfp4": ()}
+    allowed = float_parts.get(fmt, _INTEGER_PARTS)
+    for name in _OPTIONAL_PARTS:
         message = f"`{name}` must be left out for {fmt}. Got one."
-        require(is_allowed or name not in parts, message)
+        require(name in allowed or name not in parts, message)
     codes = swap_nibbles(packed)
-    scale_scales = biases = input_blocks = None
+    options: dict[str, Any] = {}
     if fmt == "nvfp4":
         divisor = parts.scalar("weight_global_scale")
-        scale_scales = np.array([1, divisor], np.float32)
+        options["scale_scales"] = np.array([1, divisor], np.float32)
     elif fmt != "mxfp4":
         n, k = codes.shape[0], codes.shape[1] * 2
         _check_shape(parts, n, k)
         num_blocks = scales.shape[-1] if scales.shape else 0
-        input_blocks = parts.input_blocks("weight_g_idx", k, num_blocks)
+        options["input_blocks"] = parts.input_blocks("weight_g_idx", k, num_blocks)
         if "weight_zero_point" in parts:
             zeros = parts.tensor("weight_zero_point", "int32")
             shape = [-(-n // 8), *scales.shape[1:]]
             message = f"`weight_zero_point` must be {shape}. Got {list(zeros.shape)}."
             require(list(zeros.shape) == shape, message)
-            biases = zero_point_biases(unpack_words(transposed(zeros)), scales)
-    arrays = codes, scales, scale_scales, biases, input_blocks
-    return {"weight": packed_weight(fmt, dtype, *arrays)}
+            zero_points = unpack_words(transposed(zeros))
+            options["biases"] = zero_point_biases(zero_points, scales)
+    return {"weight": packed_weight(fmt, dtype, codes, scales, **options)}
 
 
 def _check_shape(parts: Parts, n: int, k: int) -> None:
@@ -110,7 +110,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     word = INT32 if is_int else UINT8
     scale_dtype = integer_scale_dtype(q) if is_int else np.dtype(q.scales.dtype)
 
-    def words() -> np.ndarray:
+    def pack_words() -> np.ndarray:
         # [K / 2, N] -> [N, K / 2], with the first code of each byte in the low bits
         packed = np.asarray(q.codes).T
         return np.ascontiguousarray(packed >> 4 | packed << 4).view(word)
@@ -120,7 +120,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
         (n, k // q.block_size),
         lambda: np.asarray(q.scales).T.astype(scale_dtype),
     )
-    codes = DeferredTensor(word, (n, k // 2 // word.itemsize), words)
+    codes = DeferredTensor(word, (n, k // 2 // word.itemsize), pack_words)
     tensors: dict[str, Any] = {f"{name}_packed": codes, f"{name}_scale": scales}
     if is_int:
         tensors[f"{name}_shape"] = np.array([n, k])
@@ -143,7 +143,7 @@ def _config(
     settings = {"quant_method": "compressed-tensors", "format": format_name}
     settings |= {"quantization_status": "compressed", "ignore": float_modules}
     settings |= {"config_groups": {"group_0": group}}
-    return {"quantization_config": settings, **model_dtype(kernels, config)}
+    return {"quantization_config": settings, **dtype_settings(kernels, config)}
 
 
 def _check_fused_factors(kernels: Kernels) -> None:
@@ -157,7 +157,7 @@ def _check_fused_factors(kernels: Kernels) -> None:
 
 COMPRESSED_TENSORS = FileFormat(
     marker=r"(.*\.|)weight_packed",
-    parts=("weight_scale", "weight_shape", *_FORMAT_PARTS),
+    parts=("weight_scale", "weight_shape", *_OPTIONAL_PARTS),
     read=_read,
     methods={"compressed-tensors": {}},
     read_settings=_read_settings,

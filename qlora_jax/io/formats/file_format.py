@@ -18,11 +18,11 @@ Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
 class Parts(dict[str, Any]):
     """The tensors of one weight, by the ends of their names (after a separator)."""
 
-    def tensor(self, name: str, dtypes: str, axes: int = 2) -> Any:
-        """Returns a part; checks its dtype and its number of axes."""
+    def tensor(self, name: str, *dtypes: str, axes: int = 2) -> Any:
+        """Returns a part, which must have one of the dtypes and no axis of size 0."""
         require(name in self, f"`{name}` must be given. Got none.")
-        x, choices = self[name], dtypes.replace(" ", " or ")
-        has_dtype, shape = str(x.dtype) in dtypes.split(), list(x.shape)
+        x, choices = self[name], " or ".join(dtypes)
+        has_dtype, shape = str(x.dtype) in dtypes, list(x.shape)
         message = f"`{name}` must have dtype {choices} and {axes} axes. Got {x.dtype}"
         require(has_dtype and len(shape) == axes and all(shape), f"{message}{shape}.")
         return x
@@ -48,10 +48,10 @@ class Parts(dict[str, Any]):
         return blocks
 
     def check_bits(self, name: str, count: int) -> None:
-        """Raises if rows have `count` codes of 1, 2, 3, 5, 6 or 8 bits."""
+        """Raises if a row of `count` codes has the size of codes that are not 4-bit."""
         bits = 8 * self[name].dtype.itemsize * self[name].shape[1] / count
         message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
-        # Any other number means that a shape is wrong, which the caller reports.
+        # Numbers other than these mean that a shape is wrong, which the caller reports.
         require(bits not in (1, 2, 3, 5, 6, 8), message)
 
 

@@ -10,13 +10,14 @@ from jax.typing import DTypeLike
 
 from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
-from ..tensors import View
+from ..tensors import LazyMatrix
 from .file_format import FileFormat, Parts, Settings
 from .layouts import UINT8
 
 
-def _arrays(parts: Parts, name: str, scale_dtype: DTypeLike) -> tuple[View, View]:
-    """Returns the codes and the scales of blocks."""
+def _codes_and_scales(
+    parts: Parts, name: str, scale_dtype: DTypeLike
+) -> tuple[LazyMatrix, LazyMatrix]:
     stored = parts.tensor(name, "uint8")
     scale_bytes = np.dtype(scale_dtype).itemsize
     block_bytes = scale_bytes + 16
@@ -43,18 +44,18 @@ def _arrays(parts: Parts, name: str, scale_dtype: DTypeLike) -> tuple[View, View
         data = np.ascontiguousarray(read_blocks(rows, blocks)[..., :scale_bytes])
         return data.view(scale_dtype)[..., 0]
 
-    codes = View((n, num_blocks * 16), UINT8, read_codes)
-    scales = View((n, num_blocks), np.dtype(scale_dtype), read_scales)
+    codes = LazyMatrix(UINT8, (n, num_blocks * 16), read_codes)
+    scales = LazyMatrix(np.dtype(scale_dtype), (n, num_blocks), read_scales)
     return codes, scales
 
 
 def _read_q4_0(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    arrays = _arrays(parts, "weight_q4_0", np.float16)
+    arrays = _codes_and_scales(parts, "weight_q4_0", np.float16)
     return {"weight": packed_weight("q4_0", "float32", *arrays)}
 
 
 def _read_mxfp4(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
-    arrays = _arrays(parts, "mxfp4", np.uint8)
+    arrays = _codes_and_scales(parts, "mxfp4", np.uint8)
     return {"": packed_weight("mxfp4", "bfloat16", *arrays)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ...quant.formats import INT4_F16
 from ...quant.qtensor import QTensor
-from ..tensors import SliceableTensor, View
+from ..tensors import LazyMatrix, SliceableTensor
 from .file_format import Config, Kernels
 
 UINT8, INT32 = np.dtype(np.uint8), np.dtype("<i4")
@@ -22,7 +22,7 @@ INTEGER_FORMATS = {
 }
 
 
-def swap_nibbles(words: SliceableTensor) -> View:
+def swap_nibbles(words: SliceableTensor) -> LazyMatrix:
     """Returns codes `[N, K / 2]` from words with the first code in the low bits."""
     size = np.dtype(words.dtype).itemsize
 
@@ -35,12 +35,12 @@ def swap_nibbles(words: SliceableTensor) -> View:
         return stored >> 4 | stored << 4
 
     n, num_words = words.shape
-    return View((n, num_words * size), UINT8, read)
+    return LazyMatrix(UINT8, (n, num_words * size), read)
 
 
 def unpack_words(
     words: SliceableTensor, positions: list[int] | slice = slice(None), offset: int = 0
-) -> View:
+) -> LazyMatrix:
     """Returns the codes `[R, 8 * C]` of int32 words `[R, C]`.
 
     `positions` selects nibbles of each word, in order; 0 is the lowest nibble. `offset`
@@ -58,17 +58,17 @@ def unpack_words(
         return codes.reshape(len(stored), -1)[:, part]
 
     num_rows, num_words = words.shape
-    return View((num_rows, num_words * 8), UINT8, read)
+    return LazyMatrix(UINT8, (num_rows, num_words * 8), read)
 
 
-def zero_point_biases(zero_points: View, scales: SliceableTensor) -> View:
+def zero_point_biases(zero_points: LazyMatrix, scales: SliceableTensor) -> LazyMatrix:
     """Returns the bias `[N, K / B]` of each block, from zero points `[K / B, N]`."""
 
     def read(rows: slice, columns: slice) -> np.ndarray:
         zeros = zero_points[columns, rows].T.astype(np.float32)
         return -zeros * np.asarray(scales[rows, columns])
 
-    return View(scales.shape, np.dtype(np.float32), read)
+    return LazyMatrix(np.dtype(np.float32), scales.shape, read)
 
 
 def integer_scale_dtype(q: QTensor) -> np.dtype:
@@ -80,8 +80,8 @@ def integer_scale_dtype(q: QTensor) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else scales.dtype)
 
 
-def model_dtype(kernels: Kernels, config: Config) -> dict[str, Any]:
-    """Returns the dtype of the model, to which servers cast scales and activations."""
+def dtype_settings(kernels: Kernels, config: Config) -> dict[str, Any]:
+    """Returns the settings in `config.json` of the dtype of scales and activations."""
     # vLLM does not support MXFP4 in float16, and transformers supports E2M1 only in
     # bfloat16. Gemma overflows in float16, so its dtype is kept.
     is_int = next(iter(kernels.values())).fmt in INT4_FORMATS

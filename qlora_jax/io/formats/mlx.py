@@ -12,29 +12,29 @@ import numpy as np
 
 from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
-from ..tensors import View
+from ..tensors import LazyMatrix
 from .file_format import FileFormat, Parts, Settings
 from .layouts import INTEGER_FORMATS, swap_nibbles
 
 
 def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     codes = swap_nibbles(parts.tensor("weight", "uint32"))
-    scales = parts.tensor("scales", " ".join(["uint8", *INTEGER_FORMATS]))
-    dtype = str(scales.dtype)
-    if dtype in INTEGER_FORMATS:
-        biases = parts.tensor("biases", dtype)
+    scales = parts.tensor("scales", "uint8", *INTEGER_FORMATS)
+    scale_dtype = str(scales.dtype)
+    if scale_dtype in INTEGER_FORMATS:
+        biases = parts.tensor("biases", scale_dtype)
         message = f"`biases` must be {list(scales.shape)}. Got {list(biases.shape)}."
         require(biases.shape == scales.shape, message)
-        fmt = INTEGER_FORMATS[dtype]
-        return {"weight": packed_weight(*fmt, codes, scales, biases=biases)}
+        fmt, dtype = INTEGER_FORMATS[scale_dtype]
+        return {"weight": packed_weight(fmt, dtype, codes, scales, biases=biases)}
     message = "`biases` must be left out if `scales` are uint8. Got some."
     require("biases" not in parts, message)
     if codes.shape[1] * 2 != scales.shape[1] * 16:  # not NVFP4
         return {"weight": packed_weight("mxfp4", "bfloat16", codes, scales)}
     e4m3 = np.dtype(ml_dtypes.float8_e4m3fn)
-    e4m3_scales = View(scales.shape, e4m3, lambda *index: scales[index].view(e4m3))
+    as_e4m3 = LazyMatrix(e4m3, scales.shape, lambda *index: scales[index].view(e4m3))
     factors = np.ones(2, np.float32)
-    return {"weight": packed_weight("nvfp4", "bfloat16", codes, e4m3_scales, factors)}
+    return {"weight": packed_weight("nvfp4", "bfloat16", codes, as_e4m3, factors)}
 
 
 def _read_settings(settings: Settings) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         ]
         for match in filter(None, matches):
             prefix = match[1]
-            # Two matches may claim the same tensors, such as a weight with two states.
-            # A tensor that has become a weight is no longer a part.
+            # A hostile file may have two markers for one weight, such as two tensors
+            # `quant_state...`. Parts that the first one used are then missing here.
             ends = [
                 end
                 for end in (match[0].removeprefix(prefix), *file_format.parts)
@@ -119,8 +119,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
         'int4_f16'
     """
     folder = pathlib.Path(folder)
-    stored = (folder / "config.json").exists() and _find_settings(folder)
-    if not stored:
+    if not (folder / "config.json").exists() or not (stored := _find_settings(folder)):
         return {}
     require(isinstance(stored, dict), "`quantization_config` must be a JSON object.")
     # MLX does not write the method, nor did older versions of transformers.

@@ -29,7 +29,7 @@ from ..device_shards import (
     Index,
     batch_indices,
     checked_tensors,
-    empty,
+    new_buffer,
     on_devices,
     pieces,
     put,
@@ -43,7 +43,9 @@ from ..tensors import SliceableTensor
 
 Count = Callable[[int], object]  # adds a number of weights to the progress bar
 Tensors = Mapping[str, Any]
-Largest = tuple[np.float32, ...]  # empty, or the largest weight if a format needs it
+# The argument `largest` of `quantize_blocks` and `ScaleScheme.encode`: a tuple of the
+# largest weight if the scheme needs it, and otherwise an empty tuple.
+Largest = tuple[np.float32, ...]
 _Start = tuple[int, ...]  # the position of a piece in a buffer
 
 
@@ -63,7 +65,7 @@ def read_float_leaf(
 
     def read_part(device: Device, parts: Sequence[Index]) -> Arrays:
         (part,) = parts
-        buffer = empty(device, part, struct.dtype)
+        buffer = new_buffer(device, part, struct.dtype)
         batch = tuple(part[axis] for axis in batch_axes)
         index = tuple(i for axis, i in enumerate(part) if axis not in batch_axes)
         for name, local_index, check in checked_tensors(leaf.tensor_names, batch):
@@ -170,13 +172,13 @@ def pack_float_leaf(
     )
 
     @functools.cache
-    def largest_weight(name: str) -> Largest:
+    def largest_argument(name: str) -> Largest:
         needs_largest = packing.scheme.needs_largest
         return (_largest_fused(name, tensors, q.dtype),) if needs_largest else ()
 
     def pack_part(device: Device, parts: Sequence[Index]) -> Arrays:
-        codes = empty(device, parts[0], jnp.uint8)
-        buffers = codes, empty(device, parts[1], jnp.float32)
+        codes = new_buffer(device, parts[0], jnp.uint8)
+        buffers = codes, new_buffer(device, parts[1], jnp.float32)
         *batch, code_rows, columns = parts[0]
         # A row of 4-bit codes holds two inputs. An odd K ends inside a row.
         first_input = code_rows.start * codes_per_byte
@@ -189,7 +191,7 @@ def pack_float_leaf(
                 x = read(tensors[name], (outputs, inputs), q.dtype)
                 x = jax.device_put(x, device)
                 start = (*local_index, 0, outputs.start - columns.start)
-                arguments = start, packing, scale_rule, x, *largest_weight(name)
+                arguments = start, packing, scale_rule, x, *largest_argument(name)
                 buffers, is_decodable = _pack_piece(buffers, *arguments)
                 check(is_decodable)
             count(math.prod(sizes_of((columns, inputs))))
@@ -203,7 +205,7 @@ def pack_float_leaf(
     codes, scales = on_devices(structs, pack_part)
     if packing.scheme is FLOAT32:
         return codes, scales
-    return codes, *jax.tree.leaves(_store_scales(leaf, q, scales, largest_weight))
+    return codes, *jax.tree.leaves(_store_scales(leaf, q, scales, largest_argument))
 
 
 def _largest_fused(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
@@ -253,7 +255,10 @@ def _write_matrix(stack: Array, x: Array, start: _Start) -> Array:
 
 
 def _store_scales(
-    leaf: NamedLeaf, q: QTensor, scales: Array, largest_weight: Callable[[str], Largest]
+    leaf: NamedLeaf,
+    q: QTensor,
+    scales: Array,
+    largest_argument: Callable[[str], Largest],
 ) -> StoredScales:
     """Encodes the float scales of a stack `[*batch, blocks, N]`, kernel by kernel."""
     # 1. Gather the scales on one device: double quantization subtracts their mean, and
@@ -269,7 +274,7 @@ def _store_scales(
     )
     # 2. Encode one kernel at a time. A program for all of them would compile slowly.
     for index, name in np.ndenumerate(leaf.tensor_names):
-        largest = largest_weight(name)
+        largest = largest_argument(name)
         stored = _store_matrix_scales(stored, scales, index, q.packing, *largest)
     if not stored.is_finite():
         raise CheckpointError(f"{leaf.path} must be {q.packing.scheme.overflow}")
@@ -297,10 +302,11 @@ def move_packed_leaf(
     """Returns the arrays of a QTensor with the same bytes as 4-bit weights in files."""
 
     def move_part(device: Device, parts: Sequence[Index]) -> Arrays:
-        codes = empty(device, parts[0], q.codes.dtype)
-        buffers = [codes, empty(device, parts[1], q.scales.dtype)]
+        codes = new_buffer(device, parts[0], q.codes.dtype)
+        buffers = [codes, new_buffer(device, parts[1], q.scales.dtype)]
         for index, local_index in batch_indices(parts[0][:-2]):
-            for i, stored in enumerate(tensors[leaf.tensor_names[index]].rows()):
+            weight = tensors[leaf.tensor_names[index]]
+            for i, stored in enumerate(weight.codes_and_scales()):
                 rows, columns = parts[i][-2:]
                 x = jax.device_put(np.asarray(stored[columns, rows]), device)
                 buffers[i] = _write_transposed(buffers[i], x, (*local_index, 0, 0))
