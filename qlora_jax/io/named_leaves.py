@@ -215,48 +215,48 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
 
 
-# gpt-oss stores all experts of a layer as one tensor, `NAME` [E, K, N], and Gemma 4 and
-# many PyTorch modules as one tensor [E, N, K] (see `Entry.stack_roles`). Here they are
-# tensors [N, K] called `NAME.0`, `NAME.1` ..., as in other models and in name tables.
+# Some models store all experts of a layer as one tensor: gpt-oss as `NAME` [E, K, N],
+# Gemma 4 and many PyTorch modules as `NAME` [E, N, K] (see `Entry.stack_roles`). Others
+# store a parameter [E, N, K] of transformers (`Entry.parameter`), which has the rows of
+# several kernels, such as gate and up, one kernel after the other. Here all of them are
+# matrices [N, K], one for each expert and kernel, as in name tables.
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """Splits float stacks of experts into matrices `[N, K]`.
 
-    `NAME` `[E, K, N]` or `[E, N, K]` becomes `NAME.0`, `NAME.1` and so on. In some
-    models, a file has transformers' parameter `[E, N, K]` of all experts
-    (`Entry.parameter`), in which the rows of several kernels follow each other. It
-    becomes the tensors that the table names instead.
+    A stack `NAME` becomes `NAME.0`, `NAME.1` and so on. A parameter becomes the tensors
+    that the table names instead.
     """
     split: dict[str, Any] = {}
     for name, x in tensors.items():
         is_stack = len(x.shape) == 3
         experts = [matrix_in_stack(x, i) for i in range(x.shape[0])] if is_stack else []
-        parts = names.parts_of_parameter(name) if is_stack else []
+        templates = names.parts_of_parameter(name) if is_stack else []
         roles = names.stack_roles(name) if is_stack else None
         if roles is not None:
             for i, matrix in enumerate(experts):
                 split[f"{name}.{i}"] = transposed(matrix) if roles == "kn" else matrix
-        elif parts and x.shape[1] % len(parts) == 0:
+        elif templates and x.shape[1] % len(templates) == 0:
             for i, matrix in enumerate(experts):
-                for part, piece in zip(
-                    parts, equal_parts(matrix, len(parts)), strict=True
-                ):
-                    split[part.format(expert=i)] = piece
+                kernels = equal_parts(matrix, len(templates))
+                for template, kernel in zip(templates, kernels, strict=True):
+                    split[template.format(expert=i)] = kernel
         else:
             split[name] = x
     return split
 
 
 def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """Inverts `split_experts`: stacks `NAME.0`, `NAME.1` ... as `NAME`."""
-    parts: dict[str, list[Any]] = {}
+    """Stacks `NAME.0`, `NAME.1` ... as `NAME` again; does not restore parameters."""
+    groups: dict[str, list[Any]] = {}
     for name, x in tensors.items():
         stem = name.rpartition(".")[0]
-        parts.setdefault(stem if names.is_stack(stem) else name, []).append(x)
+        groups.setdefault(stem if names.is_stack(stem) else name, []).append(x)
+    # A name that `tensors` has is that of a single tensor, and not of a new stack.
     return {
         name: x[0] if name in tensors else _stack_experts(x, names.stack_roles(name))
-        for name, x in parts.items()
+        for name, x in groups.items()
     }
 
 

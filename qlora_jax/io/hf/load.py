@@ -31,7 +31,7 @@ from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
 Packings = Mapping[str, Packing | None]  # by path; None for float leaves
-Storages = set[tuple[Packing | None, np.dtype]]  # of the tensors of a leaf
+Storages = set[tuple[Packing | None, np.dtype]]  # the different ones in a leaf
 
 
 def load(
@@ -98,12 +98,11 @@ def load(
     base = base if place is None else place(base)
     # 3. Read the values.
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
-    scale = {"total": total, "unit_scale": True}
-    with progress_bar("loading", " weights", progress, **scale) as bar:
-        update = bar.update
-        rule = "absmax" if config is None else config.scales
+    bar_settings = {"total": total, "unit_scale": True}
+    scale_rule = "absmax" if config is None else config.scales
+    with progress_bar("loading", " weights", progress, **bar_settings) as bar:
         return map_by_path(
-            lambda p, x: _read_leaf(leaves[p], x, tensors, update, rule), base
+            lambda p, x: _read_leaf(leaves[p], x, tensors, bar.update, scale_rule), base
         )
 
 
@@ -116,16 +115,16 @@ def _read_leaf(
 ) -> Array | QTensor:
     if not is_packed(struct):
         return read_float_leaf(leaf, struct, tensors, count)
-    is_moved = packing_of(tensors[leaf.tensor_names.flat[0]]) is not None
+    has_packed_tensors = packing_of(tensors[leaf.tensor_names.flat[0]]) is not None
     # Codes for host memory are read to the device first, one stack at a time.
     on_device = struct.to_device()
-    if is_moved:
+    if has_packed_tensors:
         arrays = move_packed_leaf(leaf, on_device, tensors, count)
     else:
         arrays = pack_float_leaf(leaf, on_device, tensors, count, scale_rule)
     q = jax.tree.unflatten(jax.tree.structure(on_device), arrays)
-    is_on_host = on_device is not struct
-    return replace(q, codes=to_host(q.codes, struct.codes)) if is_on_host else q
+    is_for_host = struct.memory == "host"
+    return replace(q, codes=to_host(q.codes, struct.codes)) if is_for_host else q
 
 
 def _convert_packed(
@@ -145,10 +144,10 @@ def _convert_packed(
         elif recode:
             target = config if config is not None and config.is_target(path) else None
             recoded = {n: _recode(tensors[n], floats[n], target) for n in names}
-            # All tensors of a stack must have the same packing, as floats do.
+            # If the tensors of a stack are packed differently, all are read in float.
             is_mixed = len({packing_of(x) for x in recoded.values()}) > 1
             result |= floats if is_mixed else recoded
-            if is_mixed and target is None:
+            if is_mixed and target is None:  # floats of a target are packed again
                 mixed.append(path)
     if mixed:
         warnings.warn(
@@ -190,6 +189,7 @@ def _abstract_base(
     for path, leaf in leaves.items():
         stored = {name: tensors[name] for name in leaf.tensor_names.ravel()}
         storages = {(packing_of(x), _leaf_dtype(x, dtype)) for x in stored.values()}
+        # A stack of no layers has no tensors.
         stored_packings[path], dtypes[path] = next(iter(storages), (None, dtype))
         problems[path] = _stack_problem(stored, storages)
     refuse_listed("these leaves cannot be read", problems, CheckpointError)

@@ -15,7 +15,7 @@ from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
 from ...trees.paths import Tree, nested, refuse_listed
-from ..files import CheckpointError, Path, refuse_names
+from ..files import Path, refuse_names, require
 from ..formats.registry import packed_tensors
 from ..model_folder import SHARD_BYTES, write_folder
 from ..named_leaves import float_tensors, join_experts, split_experts
@@ -154,14 +154,13 @@ def _merged_tensors(
 def _batch_shape(
     path: str, lora: Adapter, names: Names, tensors: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    shape = lora.batch_shape
+    if not lora.is_shared:
+        return lora.batch_shape
     # A shared adapter does not store the number of experts, so count their tensors.
-    while lora.is_shared:
-        larger = *shape[:-1], shape[-1] + 1
-        if names.of(path, larger).flat[-1] not in tensors:
-            break
-        shape = larger
-    return shape
+    *layers, num_experts = lora.batch_shape
+    while names.of(path, (*layers, num_experts + 1)).flat[-1] in tensors:
+        num_experts += 1
+    return *layers, num_experts
 
 
 def _merge_tensor(
@@ -187,8 +186,6 @@ def _cast_later(name: str, x: TensorLike, dtype: DTypeLike) -> DeferredTensor:
 def _cast(name: str, x: TensorLike, dtype: DTypeLike) -> np.ndarray:
     with np.errstate(over="ignore"):  # an overflow raises the error below
         values = np.asarray(x).astype(dtype)
-    if not np.isfinite(values.astype(np.float32)).all():
-        raise CheckpointError(
-            f"{name} must be finite after merging. Got NaN or infinity."
-        )
+    is_finite = bool(np.isfinite(values.astype(np.float32)).all())
+    require(is_finite, f"{name} must be finite after merging. Got NaN or infinity.")
     return values
