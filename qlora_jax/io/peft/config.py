@@ -202,8 +202,8 @@ class PeftConfig:
                 value = getattr(self, setting.name)
                 raw[setting.name] = list(value) if isinstance(value, tuple) else value
         # PEFT writes null for these if they are empty.
-        nullable = ("exclude_modules", "modules_to_save", "layers_pattern")
-        for name in (*nullable, "target_parameters"):
+        nullable = "exclude_modules modules_to_save layers_pattern target_parameters"
+        for name in nullable.split():
             raw[name] = raw[name] or None
         for name in ("rank_pattern", "alpha_pattern"):
             raw[name] = dict(raw[name])
@@ -239,6 +239,7 @@ def _layer_of(module: str, layer_prefixes: tuple[str, ...]) -> int | None:
     # The first prefix that matches decides, as in PEFT.
     for pattern in map(_layer_regex, layer_prefixes or ("",)):
         if match := re.match(pattern, module):
+            # A prefix with "|" may match without the group of the number.
             return int(match["layer"]) if match["layer"] else None
     return None
 
@@ -272,7 +273,7 @@ def is_saved(parameter: str, modules_to_save: Iterable[str]) -> bool:
     return any(module.endswith((*modules_to_save,)) for module in modules)
 
 
-def is_inside_saved(module: str, modules_to_save: Iterable[str]) -> bool:
+def is_excluded_as_saved(module: str, modules_to_save: Iterable[str]) -> bool:
     """Returns whether PEFT adds no adapter to a module because it is saved."""
     # Unlike `is_saved`, this compares only whole parts of names, between dots.
     escaped = map(re.escape, modules_to_save)

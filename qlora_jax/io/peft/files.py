@@ -101,7 +101,7 @@ def load_peft(
         trained_rows = TrainedRows(x, tuple(sorted(rows)))
         adapters[model.modules[module].path] = trained_rows
     tensors = {name: arrays[key] for name, key in base_keys.items()}
-    base, trained = _replace(base, layout, tensors, dtype)
+    base, trained = _replace_tensors(base, layout, tensors, dtype)
     saved_base_weights = tuple(name for name in layout.optional if name in base_keys)
     config = replace(config, saved_base_weights=saved_base_weights)
     return base, nested(adapters | trained), config
@@ -158,7 +158,7 @@ def _low_rank_adapters(
     return adapters
 
 
-def _replace(
+def _replace_tensors(
     base: Tree,
     layout: AdapterLayout,
     tensors: Mapping[str, np.ndarray],
@@ -172,7 +172,7 @@ def _replace(
         by_path[path][index] = x
     changed, trained = {}, {}
     for path, parts in by_path.items():
-        leaf = _replaced(model.leaves[path], parts, model.named_leaves[path].window)
+        leaf = _updated_leaf(model.leaves[path], parts, model.named_leaves[path].window)
         # If the file has only some layers of a stack, the stack stays in the base.
         if {*model.named_leaves[path].tensor_names.flat} <= {*layout.saved}:
             trained[path] = new_trained(leaf, dtype or leaf.dtype)
@@ -181,26 +181,26 @@ def _replace(
     return map_by_path(lambda path, leaf: changed.get(path, leaf), base), trained
 
 
-def _replaced(
+def _updated_leaf(
     leaf: Kernel | Any,
     tensors: Mapping[BatchIndex, np.ndarray],
     window: tuple[int, ...],
 ) -> Array:
     """Returns a leaf in float with some of its tensors replaced."""
-    has_axes = is_kernel(leaf)
+    is_matrix_stack = is_kernel(leaf)
     # [*batch, K, N] for a kernel; other leaves are [*batch, *tensor].
-    matrix = np.asarray(leaf.dequantize_matrix() if has_axes else leaf)
+    values = np.asarray(leaf.dequantize_matrix() if is_matrix_stack else leaf)
     dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
-    num_tensors = np.prod(matrix.shape[: len(next(iter(tensors)))])
-    if len(tensors) < num_tensors:
+    num_batch_axes = len(next(iter(tensors)))
+    if len(tensors) < np.prod(values.shape[:num_batch_axes]):
         # The dtype must also represent the weights that stay.
-        dtype = jnp.promote_types(dtype, matrix.dtype)
-    matrix = matrix.astype(dtype)
+        dtype = jnp.promote_types(dtype, values.dtype)
+    values = values.astype(dtype)
     for index, tensor in tensors.items():
-        tensor = from_stored("a", tensor, window) if has_axes else tensor
-        matrix[index] = tensor.reshape(matrix[index].shape)
-    array = jnp.asarray(matrix)
-    return leaf.geometry.from_matrix(array) if has_axes else array
+        tensor = from_stored("a", tensor, window) if is_matrix_stack else tensor
+        values[index] = tensor.reshape(values[index].shape)
+    array = jnp.asarray(values)
+    return leaf.geometry.from_matrix(array) if is_matrix_stack else array
 
 
 def save_peft(
@@ -258,12 +258,12 @@ def adapter_tensors(
     layout = lay_out(config, model)
     low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
     full_rank = adapters.keys() - low_rank.keys()
+    trained = {name for name, x in model.positions.items() if x.path in full_rank}
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
-    positions = model.positions.items()
     refuse_listed(
         "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
         "tensors that are trained in full. Missing",
-        sorted(n for n, p in positions if p.path in full_rank and n not in written),
+        sorted(trained - written),
     )
     tensors = _low_rank_tensors(low_rank, layout)
     for module, rows in layout.rows.items():

@@ -12,7 +12,7 @@ of them has an adapter, the other's half of B is zero.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,37 +69,32 @@ class NamedBase:
     def of(cls, base: Tree, names: Names) -> "NamedBase":
         """Returns a base tree's leaves with their names; an error lists problems."""
         adapters_by_path(base, {})  # checks the structure of `base`
-        model = cls(
-            {}, {}, {}, {}, set(), names.is_ignored(f"{HEAD}.weight"), {}, set()
-        )
-        problems = []
+        leaves, named_leaves, positions, modules = {}, {}, {}, {}
+        tables, problems = set(), []
         for path, leaf in leaves_by_path(base).items():
             try:
                 named = leaf_of(path, tuple(leaf.shape), names)
-                model.leaves[path] = _with_named_axes(leaf, named)
+                leaves[path] = _with_named_axes(leaf, named)
             except ValueError as error:
                 problems.append(f"{path}: {error}")
                 continue
-            model.named_leaves[path] = named
+            named_leaves[path] = named
             is_table = named.geometry is None and len(named.tensor_shape) == 2
             for index, name in np.ndenumerate(named.tensor_names):
-                model.positions[name] = position = Position(path, index)
+                positions[name] = position = Position(path, index)
                 module, _, kind = name.rpartition(".")
                 if kind == "weight" and (is_table or named.geometry is not None):
-                    model.modules[module] = position
+                    modules[module] = position
                 if kind == "weight" and is_table:
-                    model.tables.add(module)
+                    tables.add(module)
         refuse_listed("`names` must name every leaf of `base`", problems)
-        batch_shapes = {
-            path: leaf.tensor_names.shape for path, leaf in model.named_leaves.items()
-        }
-        model.parameters.update(names.parameters(batch_shapes))
-        model.swapped.update(
-            name
-            for name, kernels in model.parameters.items()
-            if any(map(names.is_swapped, kernels))
-        )
-        return model
+        # The table of a tied model ignores the head, which a file may still have.
+        is_tied = names.is_ignored(f"{HEAD}.weight")
+        batch_shapes = {path: x.tensor_names.shape for path, x in named_leaves.items()}
+        parameters = names.parameters(batch_shapes)
+        swapped = {p for p, x in parameters.items() if any(map(names.is_swapped, x))}
+        mappings = leaves, named_leaves, positions, modules
+        return cls(*mappings, tables, is_tied, parameters, swapped)
 
     def window(self, module: str) -> tuple[int, ...]:
         """Returns the window of a module that is a convolution; otherwise ()."""
@@ -243,7 +238,8 @@ class ParameterAdapter(FileAdapter):
         a, b = self._swap(a, b)
         kernel_bs = self._split_columns(b)
         # If each kernel's B is zero outside the kernel's block of the rank, each kernel
-        # gets its block. Otherwise every kernel gets a copy of A, with the full rank.
+        # gets its block. Otherwise, and if B is still all zeros, as in a new adapter,
+        # every kernel gets a copy of A, with the full rank.
         blocks = self._blocks(len(kernel_bs))
         is_block_diagonal = (
             rank % len(blocks) == 0
@@ -299,14 +295,16 @@ class ParameterAdapter(FileAdapter):
     ) -> tuple[np.ndarray, list[np.ndarray], list[slice]]:
         """Returns the parameter's A, and each kernel's B and block of the rank."""
 
-        def cut_factors(rank: int) -> Iterator[list[np.ndarray]]:
-            # A [E, K, r] of each kernel, then B [E, r, N] of each, cut to a rank.
-            experts = [
+        def cut_factors(rank: int) -> list[list[np.ndarray]]:
+            # Returns A [E, K, r] of each kernel and B [E, r, N] of each, cut to a rank.
+            experts_of_kernels = [
                 [unstack(adapter, index, rank).arrays for index in self.kernels[path]]
                 for path, adapter in adapted.items()
             ]
-            for name in "ab":
-                yield [np.stack([arrays[name] for arrays in x]) for x in experts]
+            return [
+                [np.stack([x[name] for x in experts]) for experts in experts_of_kernels]
+                for name in "ab"
+            ]
 
         # Kernels that share A, as PEFT trains them, use the full rank together.
         count, rank = len(adapted), self.rank
@@ -339,7 +337,7 @@ def stack(
     sizes = {"k": k, "n": n, "r": max(x.rank for x in adapters.values())}
     first = next(iter(adapters.values()))
     if len(adapters) < math.prod(batch_shape):
-        _check_can_be_zero(first)
+        _check_has_no_magnitudes(first)
     # Factors can be padded to the rank of the stack; magnitudes have no rank.
     factors = [name for name, roles in first.roles.items() if "r" in roles]
     dtypes = {x.arrays[name].dtype for x in adapters.values() for name in factors}
@@ -371,7 +369,7 @@ def unstack(adapter: Adapter, index: BatchIndex, rank: int) -> Adapter:
     """Returns the adapter of one weight, cut to `rank`; the part cut off must be 0."""
     matrix = adapter.at(index)
     if rank == 0:
-        _check_can_be_zero(matrix)
+        _check_has_no_magnitudes(matrix)
     if rank > matrix.rank:
         raise ValueError(f"its rank must be at least {rank}. Got {matrix.rank}.")
 
@@ -387,7 +385,7 @@ def unstack(adapter: Adapter, index: BatchIndex, rank: int) -> Adapter:
     return replace_arrays(matrix, cut)
 
 
-def _check_can_be_zero(adapter: Adapter) -> None:
+def _check_has_no_magnitudes(adapter: Adapter) -> None:
     # With LoRA, zeros leave a weight unchanged. With DoRA, a weight without an adapter
     # would need magnitudes, which would then be trained.
     if not all("r" in roles for roles in adapter.roles.values()):

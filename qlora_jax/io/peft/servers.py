@@ -141,7 +141,7 @@ class PlainLoRA:
             tensors |= {keys[name]: x for name, x in arrays.items()}
             # A hostile file may lack A, or contain a scalar; `load_peft` reports both.
             shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
-            ranks[module] = (*shape, 0)[0]
+            ranks[module] = shape[0] if shape else 0
         # The most common rank is the default, and other ranks are exceptions.
         rank, rank_pattern = split_common(ranks) if ranks else (1, {})
         config = PeftConfig(
@@ -232,7 +232,7 @@ def read_mlx(path: Path) -> PlainLoRA:
         if not module or kind not in ("a", "b") or not is_listed:
             problems.append(f"{name}: unexpected")
         # A is [K, rank] and B is [rank, N].
-        elif len(shape := tensor.shape) != 2 or shape[kind == "a"] != rank:
+        elif len(shape := tensor.shape) != 2 or shape[{"a": 1, "b": 0}[kind]] != rank:
             problems.append(f"{name}: its rank must be {rank}. Got shape {shape}")
         else:
             factors.setdefault(module, {})[kind] = tensor[...].T

@@ -23,7 +23,7 @@ from .config import (
     PREFIX,
     PeftConfig,
     alpha_of,
-    is_inside_saved,
+    is_excluded_as_saved,
     is_saved,
     is_targeted,
     last_part,
@@ -70,7 +70,7 @@ class AdapterLayout:
             present = [key for key in keys if key in file]
             # A missing tensor gets the key that PEFT writes, for the error message.
             if present or name in self.saved:
-                base_keys[name] = (*present, keys[0])[0]
+                base_keys[name] = present[0] if present else keys[0]
         return base_keys
 
     def shapes(self, base_keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -129,12 +129,13 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
         ],
         [_parameter_adapter(config, model, *item) for item in parameters.items()],
         rows,
-        {name: _base_keys(name, wrapped) for name in saved},
-        {name: _base_keys(name, wrapped) for name in optional},
+        {name: _possible_keys(name, wrapped) for name in saved},
+        {name: _possible_keys(name, wrapped) for name in optional},
     )
 
 
-def _base_keys(name: str, wrapped: Collection[str]) -> tuple[str, ...]:
+def _possible_keys(name: str, wrapped: Collection[str]) -> tuple[str, ...]:
+    # PEFT wraps an adapted module, which becomes the `base_layer` of the wrapper.
     module, _, kind = name.rpartition(".")
     key = PREFIX + name
     return (f"{PREFIX}{module}.base_layer.{kind}", key) if module in wrapped else (key,)
@@ -184,11 +185,12 @@ def _adapted_modules(
     config: PeftConfig, model: NamedBase, problems: list[str]
 ) -> set[str]:
     """Returns the adapted modules; adds the targets that do not fit to `problems`."""
+    targets = config.target_modules
 
     def is_chosen(module: str, layers: tuple[int, ...] | None) -> bool:
         return is_targeted(module, targets, layers, config.layer_prefixes)
 
-    targets = config.target_modules
+    # 1. Find the modules that the settings choose and exclude.
     modules = {module_of(n) for n in model.positions if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # PEFT leaves out the head.
@@ -202,6 +204,7 @@ def _adapted_modules(
         if is_targeted(f"{m}.weight", config.target_parameters)
     }
     excluded = {m for m in modules if is_targeted(m, config.exclude_modules)}
+    # 2. Report settings that PEFT or this library does not support, or match nothing.
     convolutions = {m for m in chosen & {*model.modules} if model.window(m)}
     if convolutions and config.use_dora:
         problems.append(f"`use_dora`: {sorted(convolutions)} must be linear.")
@@ -219,8 +222,9 @@ def _adapted_modules(
         patterns = getattr(config, setting)
         for pattern in _unmatched(patterns, matched, modules):
             problems.append(f"`{setting}`: {pattern!r} matches no module.")
+    # 3. Leave out the modules that get no adapter.
     chosen -= excluded
-    chosen -= {m for m in modules if is_inside_saved(m, config.modules_to_save)}
+    chosen -= {m for m in modules if is_excluded_as_saved(m, config.modules_to_save)}
     if norms := sorted(chosen - set(model.modules)):
         problems.append(f"adapters of norms are not supported: {norms}.")
     for layer in config.layers or ():
@@ -254,7 +258,7 @@ def _adapted_parameters(
             continue
         by_module.setdefault(module_of(name), []).append(name)
         is_twice = not adapted_paths.isdisjoint(kernels)
-        if is_twice or is_inside_saved(name, config.modules_to_save):
+        if is_twice or is_excluded_as_saved(name, config.modules_to_save):
             problems.append(f"`target_parameters`: {name} is adapted or saved twice.")
     for target in _unmatched(targets, (), [*model.parameters, *weights]):
         problems.append(
@@ -296,7 +300,7 @@ def _trained_rows(
         num_rows, _ = model.tensor_shape(f"{module}.weight")
         if max(rows) >= num_rows:
             problems.append(f"{subject} has {num_rows} rows. Got row {max(rows)}.")
-        is_replaced = is_inside_saved(module, config.modules_to_save)
+        is_replaced = is_excluded_as_saved(module, config.modules_to_save)
         if module in adapted or is_replaced or module in rows_by_module:
             problems.append(f"{subject} is also adapted or saved in another way.")
         rows_by_module[module] = rows
@@ -373,7 +377,7 @@ def peft_config(
     # Then find the adapted modules and parameters, and their common values.
     modules, parameters = _adapters_by_name(model, low_rank, fused)
     kinds = {type(x.adapter) for x in (modules | parameters).values()}
-    if kinds == {LoRA}:
+    if kinds == {LoRA}:  # PEFT has no DoRA of parameters
         for module in _named_like_experts(model) & modules.keys():
             parameters[f"{module}.weight"] = modules.pop(module)
     adapted = modules | parameters
@@ -526,9 +530,7 @@ def _trained_modules(
     model: NamedBase, paths: Collection[str]
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and name ends of other trained modules."""
-    trained = {
-        name for name, position in model.positions.items() if position.path in paths
-    }
+    trained = {name for name, x in model.positions.items() if x.path in paths}
     biases = {name for name in trained if last_part(name) == "bias"}
     saved = {module_of(name) for name in trained - biases}
     modules = {module_of(name) for name in model.positions}
