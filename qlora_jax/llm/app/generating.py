@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ..data.chat_tokenizer import Tokenizer
 from ..data.encode import Example
 from ..data.kinds import Fields, check_text, find_messages
-from ..data.rows import converted, open_file
+from ..data.rows import convert_rows, open_file
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..models.torch_decoder import TorchConfig
@@ -316,7 +316,7 @@ def _read_prompts(
             ids = tokenizer.encode(check_text("prompt", value))
         return value, _check_ids(ids, value, vocab_size)
 
-    return [*converted(open_file(str(config.prompts), "prompts"), convert_row)]
+    return [*convert_rows(open_file(str(config.prompts), "prompts"), convert_row)]
 
 
 def _encode_messages(

@@ -16,7 +16,7 @@ from .rows import (
     JsonLines,
     Source,
     StreamedRows,
-    converted,
+    convert_rows,
     find_sources,
     find_weights,
     listing,
@@ -376,7 +376,7 @@ def _encode_rows(
         split, place = next(splits), f"{source.name}:{number}"
         return split, encoder.encode(raw, kind, place, split != "train")
 
-    for split, encoded in converted(source, encode):
+    for split, encoded in convert_rows(source, encode):
         kind = encoded.kind
         yield split, encoded
     if kind is None:

@@ -17,7 +17,8 @@ MAX_BYTES = 64 << 20  # of a line, or of a file with one text
 _BOM = b"\xef\xbb\xbf"  # Windows programs write it at the start of UTF-8 files
 # The errors of damaged files.
 _DAMAGE = (ValueError, OSError, EOFError, zlib.error)
-Rows = Iterator[tuple[int, Any]]  # the number of a row, and the raw row or an error
+# Yields the number of each row, and the row as it is in the file, or an error.
+RawRows = Iterator[tuple[int, Any]]
 
 
 class FileName(NamedTuple):
@@ -28,7 +29,7 @@ class FileName(NamedTuple):
     is_zipped: bool  # whether ".gz" follows
 
 
-def split_name(path: pathlib.Path) -> FileName | None:
+def parse_file_name(path: pathlib.Path) -> FileName | None:
     """Returns the parts of the name of a file, or None if no reader supports it."""
     is_zipped = path.name.lower().endswith(".gz")
     stem, suffix = os.path.splitext(path.name[:-3] if is_zipped else path.name)
@@ -38,12 +39,12 @@ def split_name(path: pathlib.Path) -> FileName | None:
     return FileName(stem, suffix, is_zipped) if is_supported else None
 
 
-def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
+def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, RawRows]:
     """Returns the unit of row numbers ("line" from 1, "row" from 0) and the rows."""
     unit, read = READERS[name.suffix]
     if name.suffix == ".json" and _has_row_per_line(path, name.is_zipped):
         unit, read = READERS[".jsonl"]
-    return unit, rows_of(path, name, read)
+    return unit, read_file(path, name, read)
 
 
 def _open(path: pathlib.Path, is_zipped: bool) -> IO[bytes]:
@@ -62,10 +63,10 @@ def describe_path(path: str | pathlib.Path) -> str:
     return f"{str(path)!r}{'' if pathlib.Path(path).exists() else ', which is missing'}"
 
 
-def rows_of(
-    path: pathlib.Path, name: FileName, read: Callable[[BinaryIO], Rows]
-) -> Rows:
-    """Yields the rows of a file, which must not change while it is read."""
+def read_file(
+    path: pathlib.Path, name: FileName, read: Callable[[BinaryIO], RawRows]
+) -> RawRows:
+    """Yields the rows from `read`, and rejects empty, damaged and changing files."""
     is_empty = True
     with _open(path, name.is_zipped) as file:
         stamp_before = file_stamp(file.fileno())
@@ -97,7 +98,7 @@ def file_stamp(file: pathlib.Path | int) -> tuple[int, ...]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
 
-def read_jsonl(file: IO[bytes]) -> Rows:
+def read_jsonl(file: IO[bytes]) -> RawRows:
     """Yields the row of each line that is not blank."""
     # The limit keeps a file without line breaks from filling the memory.
     lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
@@ -111,28 +112,28 @@ def read_jsonl(file: IO[bytes]) -> Rows:
             line = line.removeprefix(_BOM)
         if line.strip():
             try:
-                yield number, _check_object(ql.io.parse_json(line, "the row"))
+                yield number, _object_or_error(ql.io.parse_json(line, "the row"))
             except ValueError as error:
                 yield number, error
 
 
-def _read_json(file: BinaryIO) -> Rows:
+def _read_json(file: BinaryIO) -> RawRows:
     rows = ql.io.parse_json(file.read().removeprefix(_BOM), "The file")
     if isinstance(rows, dict):
         raise ValueError(
             "The file must be a list of rows, or have one row per line. Got an object "
             f"with {[*rows]!s:.200}."
         )
-    yield from enumerate(map(_check_object, rows))
+    yield from enumerate(map(_object_or_error, rows))
 
 
-def _check_object(row: Any) -> Any:
+def _object_or_error(row: Any) -> Any:
     if not isinstance(row, dict):
         return ValueError(f"the row must be a JSON object. Got {row!r:.40}.")
     return row
 
 
-def _read_csv(file: BinaryIO) -> Rows:
+def _read_csv(file: BinaryIO) -> RawRows:
     # The first record names the columns.
     reader = csv.reader(_decode_lines(file), strict=True)
     names = _next_record(reader) or []
@@ -169,7 +170,7 @@ def _next_record(reader: Any) -> list[str] | None:
         csv.field_size_limit(old_limit)
 
 
-def _read_parquet(file: BinaryIO) -> Rows:
+def _read_parquet(file: BinaryIO) -> RawRows:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -190,7 +191,7 @@ def without_none(value: Any) -> Any:
     return value
 
 
-def _read_text(file: BinaryIO) -> Rows:
+def _read_text(file: BinaryIO) -> RawRows:
     data = file.read(MAX_BYTES + 1).removeprefix(_BOM)
     if len(data) > MAX_BYTES:
         raise ValueError(f"The file must have at most {MAX_BYTES} bytes.")
@@ -199,7 +200,7 @@ def _read_text(file: BinaryIO) -> Rows:
 
 
 # For each suffix, the unit of row numbers and the reader.
-READERS: dict[str, tuple[str, Callable[[BinaryIO], Rows]]] = {
+READERS: dict[str, tuple[str, Callable[[BinaryIO], RawRows]]] = {
     ".jsonl": ("line", read_jsonl),
     ".json": ("row", _read_json),
     ".csv": ("line", _read_csv),

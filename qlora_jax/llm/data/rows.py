@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from . import readers
 from .model_files import ModelError
-from .readers import FILES, Rows, describe_path, split_name
+from .readers import FILES, RawRows, describe_path, parse_file_name
 
 if TYPE_CHECKING:
     from .encode import Encoded, Row
 
 _MAX_LISTED, _MAX_CHARACTERS = 10, 500  # problems in a list, and characters of each
-_MAX_PLACES = 5  # places that are listed for rows with the same problem
+_MAX_NUMBERS = 5  # the numbers that are listed of rows with the same problem
 # The names of the files in a folder, without suffix, for each split.
 SPLITS = {
     "train": ("train",),
@@ -37,11 +37,11 @@ class Source(NamedTuple):
 
     name: str
     unit: str  # in which rows are counted: "line" or "row"
-    rows: Rows
+    rows: RawRows
     is_text: bool = False  # whether the whole file is one text
 
 
-def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
+def convert_rows(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
     """Yields `convert(number, row)` for each row, and at the end rejects bad rows."""
     # A `ModelError` is raised at once. Other errors are collected, since a user wants
     # to fix all of them together. For each message, `errors` has the first error with
@@ -72,11 +72,11 @@ def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[An
     for error, (first, *repeats) in errors.values():
         lines.append(f"{unit} {first}: {error!s:.{_MAX_CHARACTERS}}")
         if repeats:
-            s, dots = "s" * (len(repeats) > 1), ", ..." * (len(repeats) > _MAX_PLACES)
-            places = ", ".join(map(str, repeats[:_MAX_PLACES])) + dots
-            lines[-1] += (
-                f" ... and {len(repeats):,} more row{s} like it, {unit}{s} {places}"
-            )
+            s = "s" if len(repeats) > 1 else ""
+            numbers = ", ".join(map(str, repeats[:_MAX_NUMBERS]))
+            numbers += ", ..." if len(repeats) > _MAX_NUMBERS else ""
+            lines[-1] += f" ... and {len(repeats):,} more row{s} like it, "
+            lines[-1] += f"{unit}{s} {numbers}"
     if lines:
         raise ValueError(f"{unit}s of {source.name} are wrong:\n  {listing(lines)}")
 
@@ -120,11 +120,11 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
     path = pathlib.Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        names = {file.name: split_name(file) for file in files if file.name[0] != "."}
-        stems = {name: parts.stem for name, parts in names.items() if parts}
-        splits = _assign_splits(stems, str(path), "file", [*names], notes)
+        parts = {x.name: parse_file_name(x) for x in files if x.name[0] != "."}
+        stems = {name: x.stem for name, x in parts.items() if x}
+        splits = _assign_splits(stems, str(path), "file", [*parts], notes)
         return {split: open_file(path / name) for split, name in splits.items()}
-    if path.exists() or split_name(path) or not _HUB_ID.fullmatch(str(path)):
+    if path.exists() or parse_file_name(path) or not _HUB_ID.fullmatch(str(path)):
         alternatives = ", a folder with a file named train, or the id of a data set"
         return {"train": open_file(path, alternatives=alternatives)}
     return _open_from_hub(str(path), notes)
@@ -134,10 +134,11 @@ def _assign_splits(
     stems: Mapping[str, str],
     owner: str,
     kind: str,
-    existing: Collection[str],
+    all_names: Collection[str],
     notes: list[str],
 ) -> dict[str, str]:
-    # Returns the name of the file or of the hub's split for each of our splits.
+    # Returns the name of the file or of the hub's split for each of our splits. `stems`
+    # has the names that can be read, without suffix. An error lists `all_names`.
     splits = {}
     for split, allowed in SPLITS.items():
         names = [name for name, stem in stems.items() if stem in allowed]
@@ -149,7 +150,7 @@ def _assign_splits(
         suffixes = f" ({FILES})" if kind == "file" else ""
         raise ValueError(
             f"{owner} must have a {kind} named train{suffixes}. Got "
-            f"{[*existing][:_MAX_LISTED]}."
+            f"{[*all_names][:_MAX_LISTED]}."
         )
     if ignored := [name for name in stems if name not in splits.values()]:
         names = ", ".join(name for allowed in SPLITS.values() for name in allowed)
@@ -169,7 +170,7 @@ def open_file(
     `alternatives` lists what this setting accepts instead of a file.
     """
     path = pathlib.Path(path)
-    name = split_name(path) if path.is_file() else None
+    name = parse_file_name(path) if path.is_file() else None
     if name is None:
         expected = f"a file ({FILES}){alternatives}"
         raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
@@ -214,21 +215,28 @@ def sources_of(
 class JsonLines:
     """A .jsonl or .jsonl.gz file whose rows can be read again in any order."""
 
-    def __init__(self, name: str, encode: Callable[[Any, str], Sequence["Encoded"]]):
-        """Opens a file. `encode` turns a raw row and its place into pieces."""
-        self.path, self.encode = pathlib.Path(name), encode
-        parts = split_name(self.path)
+    def __init__(
+        self, name: str, encode_pieces: Callable[[Any, str], Sequence["Encoded"]]
+    ):
+        """Opens a file.
+
+        `encode_pieces` takes a raw row and its place. Its result has several pieces if
+        a long text is cut.
+        """
+        self.path, self.encode_pieces = pathlib.Path(name), encode_pieces
+        parts = parse_file_name(self.path)
         if parts is None or parts.suffix != ".jsonl":
             raise ValueError(
                 "`stream` must be false for files other than .jsonl and .jsonl.gz, "
                 f"whose rows cannot be read in any order. Got {name}."
             )
         read = self._read_unzipped if parts.is_zipped else self._read
-        self.source = Source(name, "line", readers.rows_of(self.path, parts, read))
-        # For the line that was read last: the byte at which it begins, and its number.
+        self.source = Source(name, "line", readers.read_file(self.path, parts, read))
+        # For the latest row of `source`: the byte at which to read it again, and the
+        # number of its line.
         self.offset = self.line_number = 0
 
-    def _read_unzipped(self, file: BinaryIO) -> Rows:
+    def _read_unzipped(self, file: BinaryIO) -> RawRows:
         # gzip cannot seek without decompressing from the start, so later reads use a
         # temporary copy, which is deleted together with this object.
         descriptor, name = tempfile.mkstemp()
@@ -239,12 +247,12 @@ class JsonLines:
             copy.seek(0)
             yield from self._read(copy)
 
-    def _read(self, file: BinaryIO) -> Rows:
+    def _read(self, file: BinaryIO) -> RawRows:
         self._stamp = readers.file_stamp(file.fileno())
         for number, row in readers.read_jsonl(file):
             self.line_number = number
             yield number, row
-            self.offset = file.tell()
+            self.offset = file.tell()  # where the next row begins
 
     def read_row(self, offset: int) -> Any:
         """Returns the raw row of the line that begins at a byte."""
@@ -262,14 +270,15 @@ class StreamedRows(Sequence["Row"]):
 
     def __init__(self):
         self._files: list[JsonLines] = []
-        # For each row: file index, byte offset, line number, piece, tokens, targets.
+        # Six for each row: its file and piece (indices), the offset and the number of
+        # its line, and how many tokens and targets it has.
         self._numbers = array("q")
 
-    def add(self, file: JsonLines, piece: int, row: "Row") -> None:
-        """Adds a row: a piece, by index, of the line that `file` has read last."""
+    def add(self, file: JsonLines, piece_index: int, row: "Row") -> None:
+        """Adds a row: one of the pieces of the row that `file` has read last."""
         if file not in self._files[-1:]:
             self._files.append(file)
-        place = len(self._files) - 1, file.offset, file.line_number, piece
+        place = len(self._files) - 1, piece_index, file.offset, file.line_number
         self._numbers.extend((*place, len(row.ids), row.num_trained))
 
     @property
@@ -282,7 +291,7 @@ class StreamedRows(Sequence["Row"]):
 
     def __getitem__(self, index: Any) -> Any:
         start = 6 * range(len(self))[index]  # `range` handles negative indices
-        file_index, offset, number, piece = self._numbers[start : start + 4]
+        file_index, piece_index, offset, number = self._numbers[start : start + 4]
         file = self._files[file_index]
         place = f"{file.source.name}:{number}"
-        return file.encode(file.read_row(offset), place)[piece].row
+        return file.encode_pieces(file.read_row(offset), place)[piece_index].row

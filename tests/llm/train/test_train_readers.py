@@ -248,7 +248,7 @@ def test_a_csv_file_has_long_fields_and_other_readers_their_limit(tokenizer, tmp
     limit = csv.field_size_limit()
     rows = [{"text": "a" * (limit + 1)}]
     (tmp_path / "d.csv").write_text(as_csv(rows))
-    name = readers.split_name(tmp_path / "d.csv")
+    name = readers.parse_file_name(tmp_path / "d.csv")
     _, read_back = readers.open_rows(tmp_path / "d.csv", name)
     assert next(read_back) == (2, rows[0]) and csv.field_size_limit() == limit
 
