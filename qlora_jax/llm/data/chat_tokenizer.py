@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
+# The messages of a row by the names that error messages use for them, such as "prompt".
+MessageGroups = Mapping[str, Messages]
 Tools = Sequence[Any] | None  # descriptions of tools
 _ROLES = ("system", "user", "assistant", "tool")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -75,16 +77,16 @@ class Tokenizer:
         return tokenizer
 
     @functools.cached_property
-    def _files(self) -> ChatSettings:
+    def _settings(self) -> ChatSettings:
         return read_model_files(self._path)
 
     @functools.cached_property
     def chat(self) -> "Chat":
         """The chat templates."""
-        sources = self._files.templates
+        sources = self._settings.templates
         if self._template is not None:
             sources = {"default": self._template}
-        return Chat(str(self._path), sources, self._files.special, self._now)
+        return Chat(str(self._path), sources, self._settings.special, self._now)
 
     @property
     def has_template(self) -> bool:
@@ -94,14 +96,15 @@ class Tokenizer:
     @functools.cached_property
     def eos_id(self) -> int | None:
         """The token that ends a text, or None if the model names none."""
-        token = self._files.special.get("eos_token")
+        token = self._settings.special.get("eos_token")
         token_id = self.inner.token_to_id(token) if token else None
-        return next(iter(self._files.end_ids), None) if token_id is None else token_id
+        end_ids = self._settings.end_ids
+        return next(iter(end_ids), None) if token_id is None else token_id
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: the model's, and the chat template's."""
-        ids = [self.eos_id, *self._files.end_ids, self._find_turn_end()]
+        ids = [self.eos_id, *self._settings.end_ids, self._find_turn_end()]
         return tuple(dict.fromkeys(x for x in ids if x is not None))
 
     def _find_turn_end(self) -> int | None:
@@ -209,7 +212,7 @@ def encode_with_offsets(
         ) from error
 
 
-class Marked(NamedTuple):
+class AnswerSpans(NamedTuple):
     """A text and the positions of its answers."""
 
     text: str
@@ -250,13 +253,12 @@ class Chat:
             "a template, or rows of `prompt` and `completion`."
         )
 
-    def check_roles(self, row: Mapping[str, Messages], tools: Tools) -> None:
+    def check_roles(self, groups: MessageGroups, tools: Tools) -> None:
         """Rejects roles that are neither usual nor named in the template."""
-        # The keys of `row` are the names that error messages use for its lists.
         allowed = {*_ROLES, *self.template(tools).literals}
         if unknown := [
             f"{message['role']!r} in `{name}[{index}]`"
-            for name, messages in row.items()
+            for name, messages in groups.items()
             for index, message in enumerate(messages)
             if message["role"] not in allowed
         ]:
@@ -322,8 +324,8 @@ class Chat:
 
     def find_answers(
         self, rendering: "Rendering", messages: Messages, turns: list[int], tools: Tools
-    ) -> Marked:
-        """Finds answers in a rendering. `turns` are the indices of their messages."""
+    ) -> AnswerSpans:
+        """Finds the answers in the messages whose indices are `turns`."""
         if not turns:
             raise ValueError(
                 "the row must have a message of the assistant to train on."
@@ -331,7 +333,7 @@ class Chat:
         text, answers = rendering
 
         def find_end(count, turn, add_generation_prompt):
-            # Returns where the first `count` messages end in the text.
+            # Returns where the first `count` messages end. `turn` is for the error.
             beginning = self.render(messages[:count], tools, add_generation_prompt).text
             if not text.startswith(beginning):
                 raise ValueError(
@@ -349,24 +351,27 @@ class Chat:
             return find_end(turn, turn, True), end
 
         if not self.template(tools).marks_answers:
-            return Marked(text, [find_span(turn) for turn in turns], True)
+            return AnswerSpans(text, [find_span(turn) for turn in turns], True)
         assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         # The template has marked the answers of all assistant messages. Remove those of
-        # messages that are not in `turns`. To remove all that precede the first turn,
-        # find where the text before this turn ends, which takes a single rendering.
+        # messages that are not in `turns`. One rendering shows where the first turn
+        # starts, and removes all answers before it. Each later message needs its own.
         if assistant[0] < turns[0]:
             start = find_end(turns[0], turns[0], True)
             answers = [span for span in answers if span[1] > start]
-        for turn in {*assistant[assistant.index(turns[0]) :]} - {*turns}:
-            start, end = find_span(turn)
-            answers = [span for span in answers if span[1] <= start or span[0] >= end]
+        for turn in assistant:
+            if turn > turns[0] and turn not in turns:
+                start, end = find_span(turn)
+                answers = [x for x in answers if x[1] <= start or x[0] >= end]
         if not answers:
             raise ValueError("the chat template must mark an answer in the row.")
-        return Marked(text, answers, True)
+        return AnswerSpans(text, answers, True)
 
 
 def _is_text(part: Any) -> bool:
-    keys = isinstance(part, dict) and {key for key, x in part.items() if x is not None}
+    if not isinstance(part, dict):
+        return False
+    keys = {key for key, x in part.items() if x is not None}
     return keys == {"type", "text"} and isinstance(part["text"], str)
 
 

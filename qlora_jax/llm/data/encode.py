@@ -8,7 +8,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from . import kinds
-from .chat_tokenizer import Marked, Messages, Tokenizer, Tools, encode_with_offsets
+from .chat_tokenizer import (
+    AnswerSpans,
+    MessageGroups,
+    Tokenizer,
+    Tools,
+    encode_with_offsets,
+)
 from .images import ImageProcessor, Images, find_image, take_images
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
@@ -142,7 +148,8 @@ class Encoder:
                 f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
-        self.chat, self.ends_text, self.images = chat, ends_text, images
+        self.makes_messages, self.ends_text = chat, ends_text
+        self.image_processor, self.is_preference = images, rows != "texts"
         if rows not in kinds.FORMS:
             raise ValueError(
                 f"`rows` must be one of {', '.join(kinds.FORMS)}. Got {rows!r}."
@@ -169,16 +176,16 @@ class Encoder:
             encoded = Encoded(self._encode_ids(fields, place))
         elif fields.kind == "text":
             encoded = Encoded(self._encode_text(fields, place))
-        elif fields.kind in kinds.PAIRS | kinds.LABELLED:
+        elif self.is_preference:
             encoded = self._encode_preference(fields, place, with_example)
         else:
             encoded = self._encode_answers(fields, place, with_example)
-        if self.images is not None:
+        if self.image_processor is not None:
             for row in encoded.row.sequences:
-                if row.images is None and self.images.token_id in row.ids:
+                if row.images is None and self.image_processor.token_id in row.ids:
                     raise ValueError(
                         "a row without images must not have tokens of images. Got the "
-                        f"token {self.images.token_id}."
+                        f"token {self.image_processor.token_id}."
                     )
         return encoded._replace(kind=fields.kind)
 
@@ -202,7 +209,7 @@ class Encoder:
 
     def _encode_preference(self, fields, place, with_example) -> Encoded:
         encoded = []
-        for name, is_good, completion in kinds.find_completions(fields):
+        for name, is_good, completion in kinds.split_preference(fields):
             has_example = with_example and is_good
             try:
                 sequence = self._encode_answers(completion, place, has_example)
@@ -225,72 +232,69 @@ class Encoder:
 
     def _encode_answers(self, fields, place, with_example) -> Encoded:
         # The text is tokenized as a whole, because tokenizing its parts separately can
-        # give different tokens. Targets are the tokens that cover characters of
-        # answers.
-        marked, paths = self._mark_answers(fields, place)
-        images, torch_ids = None, None
-        if paths and self.images is not None:
-            marked, images, torch_ids = self.images.expand(marked, paths)
-        tokens = self._tokenize(marked.text, marked.is_rendered)
-        if torch_ids not in (None, tokens.ids):
+        # give different tokens. Answers are found in it by their characters.
+        located, paths = self._locate_answers(fields, place)
+        images, processor_ids = None, None
+        if paths and self.image_processor is not None:
+            located, images, processor_ids = self.image_processor.expand(located, paths)
+        tokens = self._tokenize(located.text, located.is_rendered)
+        if processor_ids not in (None, tokens.ids):
             raise ModelError(
                 "the tokenizer must compute the same tokens as the processor of "
-                f"transformers. Got others for the text {marked.text!r:.200}."
+                f"transformers. Got others for the text {located.text!r:.200}."
             )
-        is_target, answer, straddles = self._find_targets(tokens, marked)
+        is_answer, answer, straddles = self._find_answer_tokens(tokens, located)
         ids = [*tokens.ids]
-        if not marked.is_rendered:  # without a chat template, nothing ends the answer
+        if not located.is_rendered:  # without a chat template, nothing ends the answer
             eos = self.tokenizer.eos_id
             if eos is None:
                 raise ModelError("the model must name a token that ends a text.")
             if ids[-1:] != [eos]:
-                ids, is_target = [*ids, eos], np.append(is_target, True)
+                ids, is_answer = [*ids, eos], np.append(is_answer, True)
         ids = self._check_ids(f"the ids of its {fields.kind}", ids)
-        is_trained = is_target | (self.train_on == "all")
-        if images is not None and self.images is not None:  # not predicted from text
-            is_trained &= ids != self.images.token_id
-        labels = np.where(is_trained, ids, IGNORED).astype(np.int32)
+        is_target = is_answer | (self.train_on == "all")
+        if images is not None and self.image_processor is not None:
+            # Images are read, not predicted.
+            is_target &= ids != self.image_processor.token_id
+        labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         # Examples are for generating answers, which needs prompts without images.
-        has_example = with_example and marked.answers and images is None
-        example = self._make_example(marked, answer) if has_example else None
-        start = 0 if self.kinds is kinds.KINDS else int(is_target.argmax())
+        has_example = with_example and located.answers and images is None
+        example = self._make_example(located, answer) if has_example else None
+        start = int(is_answer.argmax()) if self.is_preference else 0
         row = Row(ids, labels, place, start, images=images)
         return Encoded(row, example, straddles)
 
-    def _mark_answers(
+    def _locate_answers(
         self, fields: kinds.Fields, place: str
-    ) -> tuple[Marked, list[pathlib.Path]]:
-        # Returns the text with its answers, and the files of its images.
-        #
-        # Here, rows of the kind "text" are pairs of strings without a `prompt` (see
-        # `kinds.find_completions`). Their prompt is the common beginning of both
-        # strings. It may end in the middle of a sentence, so it is not a message.
-        is_chat = self.chat and self.tokenizer.has_template and fields.kind != "text"
-        groups = kinds.find_messages(fields, is_chat)
+    ) -> tuple[AnswerSpans, list[pathlib.Path]]:
+        # Returns the text with its answers, and the files of its images. Here, the kind
+        # "text" is that of `kinds.split_preference`.
+        is_chat = self.makes_messages and self.tokenizer.has_template
+        groups = kinds.find_messages(fields, is_chat and fields.kind != "text")
         if isinstance(groups, tuple):
             prompt, completion = groups
             text = prompt + completion
-            return Marked(text, [(len(prompt), len(text))], False), []
+            return AnswerSpans(text, [(len(prompt), len(text))], False), []
         tools = groups.pop("tools")
         image = find_image(groups)
-        if image is not None and self.images is None:
+        if image is not None and self.image_processor is None:
             raise ValueError(
                 f"`{image}` must be text. Got an image, which needs a model of text "
                 "and images that runs in PyTorch's code (`engine` torch)."
             )
-        if image is not None and self.kinds is not kinds.KINDS:
+        if image is not None and self.is_preference:
             raise ValueError(f"`{image}` must be text in preferences. Got an image.")
         # Relative paths start from the folder of the row's file.
         folder = pathlib.Path(place.rpartition(":")[0]).parent
         groups, paths = take_images(groups, folder)
         return self._render(groups, tools), paths
 
-    def _render(self, groups: Mapping[str, Messages], tools: Tools) -> Marked:
+    def _render(self, groups: MessageGroups, tools: Tools) -> AnswerSpans:
         chat = self.tokenizer.chat
         chat.check_roles(groups, tools)
         # 1. Remove `weight` and `train`, and adapt contents to the template.
         pairs = [
-            kinds.split_trained(f"{name}[{index}]", dict(message))
+            kinds.take_train_keys(f"{name}[{index}]", dict(message))
             for name, group in groups.items()
             for index, message in enumerate(group)
         ]
@@ -302,7 +306,8 @@ class Encoder:
             )
         messages = chat.adapt_contents(messages, tools)
         # 2. Render the messages, and check that the text contains all parts of the row.
-        rendering, iterator = chat.render(messages, tools), iter(messages)
+        rendering = chat.render(messages, tools)
+        iterator = iter(messages)  # puts the messages back into their groups
         row: dict[str, Any] = {
             name: [*itertools.islice(iterator, len(group))]
             for name, group in groups.items()
@@ -315,7 +320,8 @@ class Encoder:
         source = chat.template(tools).source
         row["tools"] = tools
         check_nothing_omitted(render_variant, row, rendering.text, source)
-        # 3. Find the answers to train on.
+        # 3. Find the answers to train on. A completion is the last group. If there is
+        # one, messages of the assistant before it belong to the prompt.
         first = len(messages) - len(row.get("completion", messages))
         roles = enumerate(message["role"] for message in messages)
         turns = [i for i, role in roles if role == "assistant" and i >= first]
@@ -328,9 +334,9 @@ class Encoder:
         except ValueError:
             # With "all", every token is a target, so the answers need not be found.
             # Rows of preferences need them in any case.
-            if self.train_on != "all" or self.kinds is not kinds.KINDS:
+            if self.train_on != "all" or self.is_preference:
                 raise
-            return Marked(rendering.text, [], True)
+            return AnswerSpans(rendering.text, [], True)
 
     def _tokenize(self, text: str, is_rendered: bool) -> _Tokens:
         encoding = encode_with_offsets(self.tokenizer, text, not is_rendered)
@@ -338,39 +344,39 @@ class Encoder:
         # Special tokens that are written in the text cover characters. Special tokens
         # that the tokenizer adds do not.
         added = np.array(encoding.special_tokens_mask, bool) & (starts == ends)
-        # Close the gaps between tokens: if a token starts after the end of the text
-        # that the tokens before it cover, its start is moved to this end.
+        # Some tokenizers give spaces to no token. Move the start of each token back to
+        # where the text of the tokens before it ends, so that there are no gaps.
         ends = np.maximum.accumulate(np.where(added, 0, ends))
         covered = np.concatenate([[0], ends])[:-1]
         starts = np.where(added, covered, np.minimum(starts, covered))
         return _Tokens(encoding.ids, starts, ends, added)
 
-    def _find_targets(
-        self, tokens: _Tokens, marked: Marked
+    def _find_answer_tokens(
+        self, tokens: _Tokens, located: AnswerSpans
     ) -> tuple[np.ndarray, list[int], bool]:
-        # Returns the target mask, the tokens of the last answer, and whether a token
-        # covers both the end of a prompt and the start of its answer.
+        # Returns which tokens belong to answers, the tokens of the last answer, and
+        # whether a token covers both the end of a prompt and the start of its answer.
         ids, starts, ends, added = tokens
-        is_target, straddles = np.zeros(len(ids), bool), False
-        end_ids = self.tokenizer.end_ids if marked.is_rendered else ()
+        is_answer, straddles = np.zeros(len(ids), bool), False
+        end_ids = self.tokenizer.end_ids if located.is_rendered else ()
         indices = np.zeros(0, int)
-        for start, end in marked.answers:
+        for start, end in located.answers:
             is_inside = (starts < end) & (ends > start) & ~added
             # If the tokenizer added a token after the start of the answer, this is the
-            # token for the end of the text, which is a target too.
+            # token for the end of the text, which belongs to the answer.
             is_inside |= added & (starts > start)
             (indices,) = np.nonzero(is_inside)
-            # Generation stops at an end token, so text after it is not a target.
+            # Generation stops at an end token, so text after it does not belong to it.
             stops = [i for i in indices if ids[i] in end_ids]
             indices = indices[indices <= stops[-1]] if stops else indices
-            is_target[indices] = True
+            is_answer[indices] = True
             straddles |= bool(len(indices)) and bool(starts[indices[0]] < start)
-        return is_target, [ids[i] for i in indices], straddles
+        return is_answer, [ids[i] for i in indices], straddles
 
-    def _make_example(self, marked: Marked, answer: list[int]) -> Example:
-        start, _ = marked.answers[-1]
+    def _make_example(self, located: AnswerSpans, answer: list[int]) -> Example:
+        start, _ = located.answers[-1]
         # The prompt is tokenized without the answer, as it will be at inference.
-        prompt = self._tokenize(marked.text[:start], marked.is_rendered)
+        prompt = self._tokenize(located.text[:start], located.is_rendered)
         ids = [*prompt.ids]
         while len(ids) > 1 and prompt.added[len(ids) - 1]:
             ids.pop()  # the tokenizer added an end token

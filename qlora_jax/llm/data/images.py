@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat_tokenizer import Marked, Messages
+from .chat_tokenizer import AnswerSpans, MessageGroups, Messages
 from .model_files import ModelError
 
 # The keys of a part of a message that may name the file of an image.
@@ -154,12 +154,12 @@ class ImageProcessor:
         return ProcessedText(ids, np.stack(values), replacements, types)
 
     def expand(
-        self, marked: Marked, paths: Sequence[pathlib.Path]
-    ) -> tuple[Marked, Images, list[int]]:
+        self, located: AnswerSpans, paths: Sequence[pathlib.Path]
+    ) -> tuple[AnswerSpans, Images, list[int]]:
         """Replaces the placeholders of images in a text by the tokens of the images.
 
         Args:
-            marked: The text, with the positions of its answers.
+            located: The text, with the positions of its answers.
             paths: The files of the images, in the order of their placeholders.
 
         Returns:
@@ -171,7 +171,7 @@ class ImageProcessor:
             ValueError: As `process`; or if the text has more or fewer tokens of images
                 than its images need.
         """
-        processed = self.process(marked.text, paths)
+        processed = self.process(located.text, paths)
         is_image = [int(x == self.token_id) for x in processed.ids]
         if processed.token_types not in (None, is_image):
             raise ModelError(
@@ -183,7 +183,7 @@ class ImageProcessor:
                 f"the text must have {self.tokens_per_image} tokens for each of its "
                 f"{len(paths)} images. Got {sum(is_image)}."
             )
-        text, pieces, previous_end = marked.text, [], 0
+        text, pieces, previous_end = located.text, [], 0
         for start, end, replacement in processed.replacements:
             pieces += [text[previous_end:start], replacement]
             previous_end = end
@@ -197,10 +197,10 @@ class ImageProcessor:
             )
 
         answers = [
-            (move_position(start), move_position(end)) for start, end in marked.answers
+            (move_position(start), move_position(end)) for start, end in located.answers
         ]
         text = "".join([*pieces, text[previous_end:]])
-        expanded = Marked(text, answers, marked.is_rendered)
+        expanded = AnswerSpans(text, answers, located.is_rendered)
         images = Images(self, tuple(paths), _hash_pixels(processed.pixels))
         return expanded, images, processed.ids
 
@@ -224,11 +224,8 @@ def _open_images(paths: Sequence[pathlib.Path]) -> list:
     return images
 
 
-def find_image(groups: Mapping[str, Messages]) -> str | None:
-    """Returns the name of the first image in the messages; None if there is none.
-
-    The keys of `groups` are the names of its lists of messages, for error messages.
-    """
+def find_image(groups: MessageGroups) -> str | None:
+    """Returns the name of the first image in the messages; None if there is none."""
     for name, group in groups.items():
         for number, message in enumerate(group):
             for index, part in enumerate(_parts_of(message)):
@@ -238,12 +235,12 @@ def find_image(groups: Mapping[str, Messages]) -> str | None:
 
 
 def take_images(
-    groups: Mapping[str, Messages], folder: pathlib.Path
+    groups: MessageGroups, folder: pathlib.Path
 ) -> tuple[dict[str, Messages], list[pathlib.Path]]:
     """Returns the messages with images as `{"type": "image"}`, and the image files.
 
     Args:
-        groups: The messages, as in `find_image`.
+        groups: The messages.
         folder: The folder from which relative paths start.
 
     Raises:

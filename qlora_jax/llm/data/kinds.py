@@ -21,7 +21,7 @@ class Keys(NamedTuple):
 
 Kinds = Mapping[str, Keys]
 # A row with the keys of several kinds belongs to the first of them.
-KINDS = {
+TEXT_KINDS = {
     "input_ids": Keys(("input_ids",), ("labels",)),
     "messages": Keys(("messages",), ("tools", "system")),
     "sharegpt": Keys(("conversations",), ("tools", "system")),
@@ -30,12 +30,12 @@ KINDS = {
     "text": Keys(("text",), ()),
 }
 # Rows of preferences: pairs of completions, or single completions with a label.
-PAIRS = {"preference": Keys(("chosen", "rejected"), ("prompt", "tools", "system"))}
-LABELLED = {
+PAIR_KINDS = {"preference": Keys(("chosen", "rejected"), ("prompt", "tools", "system"))}
+LABELLED_KINDS = PAIR_KINDS | {
     "labelled answer": Keys(("prompt", "completion", "label"), ("tools", "system"))
 }
 # For each value of the argument `rows` of `read_dataset`: the kinds that it accepts.
-FORMS: dict[str, Kinds] = {"texts": KINDS, "pairs": PAIRS, "labelled": PAIRS | LABELLED}
+FORMS = {"texts": TEXT_KINDS, "pairs": PAIR_KINDS, "labelled": LABELLED_KINDS}
 # Fields that may be JSON in a string, since files such as CSV contain only strings.
 _JSON_FIELDS = ("input_ids", "labels", "label", "messages", "conversations", "tools")
 # Keys with content that a model should see. A row is rejected if it has one of them and
@@ -85,7 +85,7 @@ def find_fields(
 ) -> Fields:
     """Returns the fields of a row. `keys` maps our keys to those in the rows."""
     alternatives = []
-    if kinds is KINDS:
+    if kinds is TEXT_KINDS:
         _check_no_pair(row, keys)
     for kind, (required, optional) in kinds.items():
         names = {key: keys.get(key, key) for key in required + optional}
@@ -95,7 +95,7 @@ def find_fields(
             values = {key: _parse_field(key, row.get(names[key])) for key in names}
             unused = [key for key in row if row[key] and key not in names.values()]
             _check_unused(kind, unused)
-            if kinds is KINDS and "label" not in names.values():
+            if kinds is TEXT_KINDS and "label" not in names.values():
                 _check_no_label(kind, row.get("label"))
             return Fields(kind, values, unused)
         alternatives.append(" and ".join(f"`{names[key]}`" for key in required))
@@ -112,7 +112,7 @@ def find_fields(
 
 def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
     # A pair can be used to train on texts only if `keys` names the answer to use.
-    required = PAIRS["preference"].required
+    required = PAIR_KINDS["preference"].required
     has_pair = all(row.get(key) is not None for key in required)
     if has_pair and not {*required} & {*keys.values()}:
         raise ValueError(
@@ -153,10 +153,12 @@ def _parse_field(name: str, value: Any) -> Any:
 
 
 def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
-    """Returns the messages and tools of a row in a dict, or a pair of strings."""
-    # The dict has lists of messages, under the names that error messages use for them,
-    # and "tools". The pair of strings is a prompt and a completion, which stay strings
-    # unless `is_chat`.
+    """Returns the messages and tools of a row in a dict, or a pair of strings.
+
+    The dict has "tools", and lists of messages by the names that errors use for them,
+    such as "prompt". The pair is a prompt and a completion, which become messages only
+    if `is_chat`.
+    """
     kind, values, _ = fields
     groups, tools = {}, _check_tools(values.get("tools"))
     # The system prompt comes first, as a message.
@@ -164,13 +166,13 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
         text = check_text("system", values["system"])
         groups["system"] = [{"role": "system", "content": text}]
     if kind in ("messages", "sharegpt"):
-        name = KINDS[kind].required[0]
+        name = TEXT_KINDS[kind].required[0]
         groups[name] = turns = values[name]
         if isinstance(turns, list):
             groups[name] = [_to_message(name, i, turn) for i, turn in enumerate(turns)]
     else:
         # A prompt and a completion: both strings or both messages.
-        prompt, completion = _find_completion(kind, values, is_chat)
+        prompt, completion = _prompt_and_completion(kind, values, is_chat)
         are_texts = [isinstance(x, str) for x in (prompt, completion)]
         if all(are_texts) and not is_chat:
             if tools or groups:
@@ -189,7 +191,7 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
     return groups | {"tools": tools}
 
 
-def _find_completion(
+def _prompt_and_completion(
     kind: str, values: Mapping[str, Any], is_chat: bool
 ) -> tuple[Any, Any]:
     # The prompt and the completion are both texts, or both lists of messages.
@@ -255,8 +257,8 @@ def _check_message(name: str, message: Any) -> None:
             raise ValueError(f"`{name}` must have content. Got {message}.")
 
 
-def split_trained(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Returns a message without `_TRAIN_KEYS`, and whether these allow training."""
+def take_train_keys(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Returns a message without `_TRAIN_KEYS`, and whether it may be trained on."""
     weights = {key: message[key] for key in _TRAIN_KEYS if message.get(key) is not None}
     message = {key: x for key, x in message.items() if key not in _TRAIN_KEYS}
     values = [*weights.values()]
@@ -280,13 +282,15 @@ def _is_placeholder(part: dict[str, Any]) -> bool:
 
 
 def _is_tool_call(call: object) -> bool:
+    # Some data sets write the name and the arguments into the call itself.
     return isinstance(call, dict) and isinstance(call.get("function", {}), dict)
 
 
 def _is_empty(content: str | list | None) -> bool:
     parts = content if isinstance(content, list) else [content]
-    texts = [x.get("text", x) if isinstance(x, dict) else x for x in parts]
-    return not any(x.strip() if isinstance(x, str) else x for x in texts)
+    # A part without text, such as an image, is content.
+    values = [x.get("text", x) if isinstance(x, dict) else x for x in parts]
+    return not any(x.strip() if isinstance(x, str) else x for x in values)
 
 
 def check_text(name: str, value: object, *, allow_empty: bool = False) -> str:
@@ -304,10 +308,10 @@ def _check_tools(tools: Any) -> list[Any] | None:
     return tools
 
 
-def find_completions(fields: Fields) -> list[tuple[str, bool, Fields]]:
+def split_preference(fields: Fields) -> list[tuple[str, bool, Fields]]:
     """Returns the key, the label and the fields of each completion of a preference."""
     values = fields.values
-    if fields.kind in LABELLED:
+    if fields.kind == "labelled answer":
         label = values["label"]
         if not isinstance(label, int) or label not in (0, 1):
             raise ValueError(f"`label` must be true or false. Got {label!r:.40}.")
@@ -337,11 +341,14 @@ def _split_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
     if isinstance(chosen, str) and chosen[:size].endswith(" "):
         size -= 1  # most tokenizers join a space to the word after it
     shared = chosen[:size]
+    # Whether one of the shared messages has the repeated prompt.
     has_prompt = any(isinstance(x, dict) and prompt in x.values() for x in shared)
-    if not shared or repeats_prompt and not has_prompt:
+    if not shared or (repeats_prompt and not has_prompt):
         raise ValueError(
             "the row must have a `prompt`, or `chosen` and `rejected` must begin with "
             f"it. Got {chosen!r:.80} and {rejected!r:.80}."
         )
+    # A shared text may end in the middle of a sentence, so it is not a message. The
+    # kind "text" tells the encoder not to use the chat template.
     kind = "text" if isinstance(chosen, str) else "prompt/completion"
     return kind, shared, chosen[size:], rejected[size:]
