@@ -127,7 +127,7 @@ def batches(
         raise ImportError("batches need: pip install 'qlora-jax[train]'") from error
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
-    source = _Source(rows, batch_size, max_length, packing, seed, num_epochs, mix)
+    source = _BatchSource(rows, batch_size, max_length, packing, seed, num_epochs, mix)
     # One thread prepares batches in advance, which is enough since they are cheap.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
@@ -154,7 +154,7 @@ def eval_batches(
         >>> [batch.num_tokens for batch in found]
         [10, 5]
     """
-    source = _Source(rows, batch_size, max_length, packing)
+    source = _BatchSource(rows, batch_size, max_length, packing)
     if packing:
         return [source[i] for i in range(len(source))]
     rows, starts = [*rows], range(0, len(rows), batch_size)
@@ -173,7 +173,7 @@ def _sizes(rows: Sequence[Row], packing: bool) -> np.ndarray:
     return np.array([lengths, num_targets])
 
 
-class _Source:
+class _BatchSource:
     """Batches by index, as Grain reads them."""
 
     def __init__(
@@ -228,21 +228,21 @@ class _Source:
             for i, (first, last) in enumerate(bounds)
         ]
         # 2. The mixture of these orders. `count` is its number of entries in all epochs
-        # together, or None if epochs never end. An epoch ends just before the data set
-        # that runs out first would start again.
-        epochs = [x.epoch / w for x, w in zip(orders, weights, strict=True)]
-        self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
+        # together, or None if epochs never end. The data set with the smallest ratio
+        # runs out first. An epoch ends just before this data set would start again.
+        ratios = [x.epoch_size / w for x, w in zip(orders, weights, strict=True)]
+        self.count = num_epochs and num_epochs * max(1, int(min(ratios) * sum(weights)))
         self.order: Sequence[Any] = orders[0]
-        self.window = max(len(rows) // batch_size, 1)  # the full batches of an epoch
+        self.window_size = max(len(rows) // batch_size, 1)  # in batches; here, an epoch
         if mix:
             dataset = importlib.import_module("grain").MapDataset
             self.order = dataset.mix([*map(dataset.source, orders)], weights)
-            self.window = min(self.window, _MAX_WINDOW)
+            self.window_size = min(self.window_size, _MAX_WINDOW)
         self._window_batches = functools.lru_cache(2)(self._cut_window)
         # 3. The shapes of batches.
         if packing:
             most_rows = max(len(pack) for x in orders for pack in x.packs)
-            self.sequences = 2 * most_rows * self.has_answers
+            self.num_sequences = 2 * most_rows if self.has_answers else 0
             self.width = int(round_up(max(x.longest for x in orders)))
             # The number of targets of a batch is rounded up to a multiple of this, so
             # that batches have few shapes.
@@ -251,19 +251,19 @@ class _Source:
             self._choose_widths(lengths, num_targets)
 
     def _choose_widths(self, lengths: np.ndarray, num_targets: np.ndarray) -> None:
-        self.choices = choose_widths(lengths)
+        self.widths = choose_widths(lengths)
         if self.is_labelled:
             # The prompt of a row is combined with the completion of another one, which
             # may be longer than the completion of the row.
             prompt = max(row.start for row in self.rows)
             completion = max(len(row.ids) - row.start for row in self.rows)
             widest = int(round_up(min(prompt + completion, self.max_length)))
-            self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
-        self.widths = self.choices[np.searchsorted(self.choices, lengths)]
+            self.widths = np.union1d(self.widths, [max(widest, self.widths[-1])])
+        self.row_widths = self.widths[np.searchsorted(self.widths, lengths)]
         # One number of targets for each width, so that each width has one shape.
         self.num_targets = {
-            int(width): int(round_up(num_targets[self.widths <= width].max()))
-            for width in self.choices
+            int(width): int(round_up(num_targets[self.row_widths <= width].max()))
+            for width in self.widths
         }
 
     def _length(self, row: Row) -> int:
@@ -280,7 +280,7 @@ class _Source:
         if self.packing:
             packs = self._entries(index, 1)
             return self.pack([[self.rows[i] for i in pack] for pack in packs])
-        window, position = divmod(index, self.window)
+        window, position = divmod(index, self.window_size)
         return self.pad([self.rows[i] for i in self._window_batches(window)[position]])
 
     def _entries(self, first: int, num_batches: int) -> list[Any]:
@@ -291,8 +291,8 @@ class _Source:
     def _cut_window(self, window: int) -> list[np.ndarray]:
         # Without packing, the order is cut into windows. A window is sorted by length
         # and cut into batches, which are shuffled.
-        rows = np.array(self._entries(window * self.window, self.window))
-        rows = rows[np.argsort(self.widths[rows], kind="stable")]
+        rows = np.array(self._entries(window * self.window_size, self.window_size))
+        rows = rows[np.argsort(self.row_widths[rows], kind="stable")]
         starts = range(0, len(rows), self.batch_size)
         batches = [rows[i : i + self.batch_size] for i in starts]
         generator = np.random.default_rng([self.seed, window, 1])
@@ -303,7 +303,7 @@ class _Source:
         groups = [[x for row in pack for x in row.sequences] for pack in packs]
         max_trained = max(sum(row.num_trained for row in group) for group in groups)
         num_targets = int(round_up(max_trained, self.target_multiple))
-        shape = self.batch_size, self.width, num_targets, self.sequences
+        shape = self.batch_size, self.width, num_targets, self.num_sequences
         return collate(groups, *shape)
 
     def pad(self, rows: list[Row]) -> Batch:
@@ -318,7 +318,7 @@ class _Source:
         groups = [[sequence] for pair in pairs for sequence in pair]
         size = self.batch_size * len(groups) // len(rows)  # a pair fills two rows
         longest = max(self._length(row) for [row] in groups)
-        width = int(self.choices[np.searchsorted(self.choices, longest)])
+        width = int(self.widths[np.searchsorted(self.widths, longest)])
         num_targets = self.num_targets[width]
         batch = collate(groups, size, width, num_targets, int(self.has_answers))
         if not self.num_images:
@@ -329,6 +329,7 @@ class _Source:
         ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
         untrained = np.full_like(row.ids[: row.start], IGNORED)
         labels = np.concatenate([untrained, previous.labels[previous.start :]])
+        # KTO ignores this label, but `collate` needs one to fill in `answers`.
         mismatched = row._replace(ids=ids, labels=labels, label=False)
         return mismatched.truncated(self.max_length)
 
@@ -338,13 +339,13 @@ def collate(
     size: int,
     width: int,
     num_targets: int,
-    sequences: int = 0,
+    num_sequences: int = 0,  # S of `Batch.answers`, or 0 for no answers
 ) -> Batch:
     """Returns a batch of `size` rows. Each group of sequences fills one of them."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)  # [B, T]
     select, targets = np.zeros((2, size, num_targets), np.int32)  # [B, P]
     weights = np.zeros((size, num_targets), np.float32)
-    answers = np.zeros((size, sequences, num_targets), np.float32)  # [B, S, P]
+    answers = np.zeros((size, num_sequences, num_targets), np.float32)  # [B, S, P]
     # Positions count up in padding too, as the decoder requires of each segment.
     positions[len(groups) :] = np.arange(width)
     for i, group in enumerate(groups):
@@ -354,19 +355,19 @@ def collate(
             ids[i, span], segments[i, span] = row.ids, segment
             positions[i, span] = np.arange(len(row.ids))
             # The token at t predicts the label at t + 1.
-            (chosen,) = np.nonzero(row.labels[1:] != IGNORED)
-            target_span = slice(filled, filled + len(chosen))
-            select[i, target_span] = start + chosen
-            targets[i, target_span] = row.labels[1:][chosen]
+            (selected,) = np.nonzero(row.labels[1:] != IGNORED)
+            target_span = slice(filled, filled + len(selected))
+            select[i, target_span] = start + selected
+            targets[i, target_span] = row.labels[1:][selected]
             weights[i, target_span] = row.label is not False
             if row.label is not None:
                 sign = 1 if row.label else -1
-                is_completion = chosen + 1 >= row.start
+                is_completion = selected + 1 >= row.start
                 answers[i, segment - 1, target_span] = sign * is_completion
             start, filled = span.stop, target_span.stop
         positions[i, start:] = np.arange(width - start)
     arrays = ids, segments, positions, select, targets, weights
-    return Batch(*arrays, answers if sequences else None)
+    return Batch(*arrays, answers if num_sequences else None)
 
 
 def add_images(
@@ -375,14 +376,9 @@ def add_images(
     """Returns a batch with the pixels of its images.
 
     Models take images in the order of their tokens in all rows. Each row of the batch
-    therefore has `count` images. Blank images fill it up. The tokens of blank images
-    are in the padding, at the end of the row, so that no other token sees them.
-
-    Args:
-        batch: The batch, with enough padding for the tokens of blank images.
-        rows: Its rows. The batch may have more rows, which are padding.
-        count: The number of images in each row of the batch.
-        processor: The processor of all images.
+    therefore has `count` images. Blank images fill up the images of `rows`, and the
+    rows that are padding. The tokens of blank images are in the padding at the end of
+    a row, which must have room for them, so that no other token sees them.
     """
     num_rows, width = batch.ids.shape
     ids = batch.ids.copy()

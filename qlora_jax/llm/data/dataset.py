@@ -246,7 +246,7 @@ class _Reader:
             # and the file refers to this function. A reference from here to `self`,
             # which has the rows, would close a cycle, and the temporary files would
             # outlive the data set.
-            encoded = encoder.encode(raw, None, place, False)
+            encoded = encoder.encode(raw, kind=None, place=place, with_example=False)
             return cut_row(encoded, max_length, too_long)
 
         if split == "train" and isinstance(self.rows[split], StreamedRows):
@@ -254,16 +254,12 @@ class _Reader:
             source = file.source
         splits = self.train_splits if split == "train" else itertools.repeat(split)
         rows, kind = _encode_rows(source, encoder, splits), ""
-        limits = max_length, too_long, self.notes
-        for row_split, pieces in _cut_rows(source.name, rows, *limits):
+        cut_rows = _cut_rows(source.name, rows, max_length, too_long, self.notes)
+        for row_split, pieces in cut_rows:
             # Each piece of a long text becomes a row. The first piece gets the split
-            # that was drawn for the text, and each later piece takes the next one from
-            # `splits`. The pieces are the first argument of `zip`, so that `zip` stops
-            # after the last piece without taking another split.
-            piece_splits = itertools.chain([row_split], splits)
-            pairs = zip(enumerate(pieces), piece_splits, strict=False)
-            for (index, piece), piece_split in pairs:
-                self._add(piece, piece_split, file, index)
+            # that was drawn for the text, and each later piece takes the next one.
+            for index, piece in enumerate(pieces):
+                self._add(piece, next(splits) if index else row_split, file, index)
                 kind = piece.kind  # the same for all rows
         return kind
 
@@ -370,7 +366,7 @@ def _encode_rows(
 ) -> Iterator[tuple[str, Encoded]]:
     # Yields the split and the tokens of each row. Only rows for validation or testing
     # have examples. Errors in rows are collected, and raised together at the end.
-    kind = None  # the kind of the first row, which all other rows must have too
+    kind = None  # that of the first row, which `encode` requires of all later ones
 
     def encode(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
@@ -427,6 +423,7 @@ def _cut_rows(
         size, place = encoded.row.longest, encoded.row.place
         num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
         num_long, longest = num_long + (size > max_length), max(longest, size)
+        # `cut_row` returns a row that must be refused as it is.
         if size > max_length and pieces and pieces[0] is encoded:
             refused.append(f"{place} ({size:,} tokens)")
         untrained += [place for x in pieces if not x.row.is_trained]

@@ -8,13 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from . import kinds
-from .chat_tokenizer import (
-    AnswerSpans,
-    MessageGroups,
-    Tokenizer,
-    Tools,
-    encode_with_offsets,
-)
+from .chat_tokenizer import AnswerSpans, MessageGroups, Tokenizer, encode_with_offsets
 from .images import ImageProcessor, Images, find_image, take_images
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
@@ -254,8 +248,7 @@ class Encoder:
         ids = self._check_ids(f"the ids of its {fields.kind}", ids)
         is_target = is_answer | (self.train_on == "all")
         if images is not None and self.image_processor is not None:
-            # Images are read, not predicted.
-            is_target &= ids != self.image_processor.token_id
+            is_target &= ids != self.image_processor.token_id  # read, not predicted
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         # Examples are for generating answers, which needs prompts without images.
         has_example = with_example and located.answers and images is None
@@ -289,7 +282,7 @@ class Encoder:
         groups, paths = take_images(groups, folder)
         return self._render(groups, tools), paths
 
-    def _render(self, groups: MessageGroups, tools: Tools) -> AnswerSpans:
+    def _render(self, groups: MessageGroups, tools: list[Any] | None) -> AnswerSpans:
         chat = self.tokenizer.chat
         chat.check_roles(groups, tools)
         # 1. Remove `weight` and `train`, and adapt contents to the template.
@@ -385,10 +378,9 @@ class Encoder:
         return Example(ids, text, end_ids)
 
     def _check_ids(self, name: str, ids: Any, allow_ignored=False) -> np.ndarray:
-        allowed = (IGNORED,) if allow_ignored else ()
-
         def is_id(x):  # `type(x) is int` excludes booleans
-            return type(x) is int and (0 <= x < self.vocab_size or x in allowed)
+            is_ignored = allow_ignored and x == IGNORED
+            return type(x) is int and (is_ignored or 0 <= x < self.vocab_size)
 
         wrong = [x for x in ids if not is_id(x)] if isinstance(ids, list) else [ids]
         if wrong:

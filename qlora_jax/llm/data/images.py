@@ -158,13 +158,8 @@ class ImageProcessor:
     ) -> tuple[AnswerSpans, Images, list[int]]:
         """Replaces the placeholders of images in a text by the tokens of the images.
 
-        Args:
-            located: The text, with the positions of its answers.
-            paths: The files of the images, in the order of their placeholders.
-
-        Returns:
-            The text with the tokens of the images, the images, and the token ids that
-            the processor of transformers computes for the text.
+        Also returns the images, and the token ids that the processor of transformers
+        computes for the new text. `paths` has the order of the placeholders.
 
         Raises:
             ModelError: If the model's images are not supported.
@@ -239,12 +234,8 @@ def take_images(
 ) -> tuple[dict[str, Messages], list[pathlib.Path]]:
     """Returns the messages with images as `{"type": "image"}`, and the image files.
 
-    Args:
-        groups: The messages.
-        folder: The folder from which relative paths start.
-
-    Raises:
-        ValueError: If an image is not a file on this machine.
+    Relative paths start from `folder`. Raises ValueError if an image is not a file on
+    this machine.
     """
     texts: dict[str, Messages] = {}
     paths: list[pathlib.Path] = []

@@ -67,9 +67,7 @@ class Fields(NamedTuple):
 def check_keys(keys: Mapping[str, str] | None, kinds: Kinds) -> dict[str, str]:
     """Returns `keys`, after checking that they belong to a single kind."""
     keys = dict(keys or {})
-    names = {
-        kind: [*required, *optional] for kind, (required, optional) in kinds.items()
-    }
+    names = {kind: [*x.required, *x.optional] for kind, x in kinds.items()}
     if not any({*keys} <= {*kind_names} for kind_names in names.values()):
         raise ValueError(
             f"`keys` must belong to a single kind of row. The kinds are {names}. Got "

@@ -28,10 +28,10 @@ _OPAQUE_KEYS = {"parameters"}
 
 
 def check_nothing_omitted(
-    render: Render, row: dict[str, Any], text: str, source: str
+    render: Render, row: dict[str, Any], text: str, template: str
 ) -> None:
     """Rejects a row, which was rendered as `text`, if the template omits a part."""
-    search = _Search(render, row, text, source)
+    search = _Search(render, row, text, template)
     paths = [path for name in row for path in search.find((name,), row[name])]
     if names := [*map(_dotted, paths)]:
         raise ValueError(
@@ -48,11 +48,11 @@ def _dotted(path: Path) -> str:
 class _Search:
     """Finds the omitted parts of a row."""
 
-    def __init__(self, render: Render, row: dict[str, Any], text: str, source: str):
+    def __init__(self, render: Render, row: dict[str, Any], text: str, template: str):
         self.render, self.row, self.text = render, row, text
         # Texts are compared without white space, which templates often change.
         self.dense_text = without_space(text)
-        self.dense_source = without_space(source)
+        self.dense_template = without_space(template)
         self.dense_row = without_space(_to_json(row))
         self.redundant = {*_redundant_paths(row)}
 
@@ -67,7 +67,7 @@ class _Search:
             return [path] if is_omitted else []
         omitted = [self.find(part, value[part[-1]]) for part in part_paths]
         # If all parts are omitted, return only the path of the whole value. But in a
-        # message, or a list of messages, name each part.
+        # message, or a list of messages, whose paths have one or two steps, name each.
         is_messages = path[0] != "tools" and len(path) < 3
         is_total = all(x == [y] for x, y in zip(omitted, part_paths, strict=True))
         if is_total and not is_messages:
@@ -75,11 +75,11 @@ class _Search:
         return [part for paths in omitted for part in paths]
 
     def _appears_once(self, value: object) -> bool:
-        forms = _dense_forms(value)
+        *_, json_form = forms = _dense_forms(value)
         return (
-            len(forms[-1]) >= _MIN_UNIQUE
-            and self.dense_row.count(forms[-1]) == 1
-            and not any(form in self.dense_source for form in forms)
+            len(json_form) >= _MIN_UNIQUE
+            and self.dense_row.count(json_form) == 1
+            and not any(form in self.dense_template for form in forms)
             and any(form in self.dense_text for form in forms)
         )
 
@@ -96,6 +96,7 @@ class _Search:
             return False
         # The template may write only the beginning and the end of the value. Find the
         # longest prefix and suffix that are in the text, and change letters in between.
+        # `bisect` returns the first n for which n + 1 characters are not in the text.
         indices = [i for i, x in enumerate(value) if not x.isspace()]
         dense_value, size = without_space(value), len(indices)
 
@@ -168,6 +169,6 @@ def _to_json(value: object) -> str:
 
 
 def _dense_forms(value: object) -> list[str]:
-    # Templates write a string as it is or, inside JSON, with escapes.
+    # Templates write a string as it is or, inside JSON, with escapes. JSON comes last.
     form = without_space(_to_json(value))
     return [without_space(value), form[1:-1]] if isinstance(value, str) else [form]

@@ -34,7 +34,7 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
     previous = [np.zeros(len(widths), int)]
     max_widths = min(MAX_WIDTHS, len(widths))
     while cost[-1] * (1 - _PADDING) > num_tokens and len(previous) < max_widths:
-        old_cost = np.concatenate([[np.inf], cost])
+        old_cost = np.concatenate([[np.inf], cost])  # at i: cost_(n-1)[i - 1]
         cost, best = np.empty(len(widths)), np.zeros(len(widths), int)
         for j, width in enumerate(widths):
             num_last = num_narrower[j + 1] - num_narrower[: j + 1]
@@ -59,20 +59,20 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     packs_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     # Bit r is set if a pack has room for exactly r tokens. The best fit is then found
     # without a search: it is the lowest bit that is set at or above `length`.
-    has_room = 0
+    room_bits = 0
     for index, length in enumerate(lengths):
-        fitting = has_room >> length
+        fitting = room_bits >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
             pack = packs_with_room[room].pop()
             if not packs_with_room[room]:
-                has_room ^= 1 << room
+                room_bits ^= 1 << room
         else:
             room, pack = capacity, len(packs)
             packs.append([])
         packs[pack].append(index)
         packs_with_room[room - length].append(pack)
-        has_room |= 1 << (room - length)
+        room_bits |= 1 << (room - length)
     return packs
 
 
@@ -80,10 +80,10 @@ class Order(Sequence[Any]):
     """An endless sequence of rows, or of packs of rows, in a new order each epoch.
 
     Attributes:
-        packs: With a capacity: the packs of an epoch. Each pack is a list of indices
-            into the rows, when these are sorted from long to short. Otherwise empty.
+        packs: The packs of an epoch, as lists of ranks. The longest row has rank 0.
+            Empty without a capacity.
         longest: The number of tokens of the longest pack.
-        epoch: The number of rows, or of packs, in one epoch, which has each row once.
+        epoch_size: The number of rows or packs in an epoch, which has each row once.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Order(Sequence[Any]):
             descending = -np.sort(-lengths)
             self.packs = pack_lengths(descending.tolist(), capacity)
             self.longest = max(int(descending[pack].sum()) for pack in self.packs)
-        self.epoch = len(self.packs) or len(lengths)
+        self.epoch_size = len(self.packs) or len(lengths)
         # Cache two epochs, since a batch may have rows of two. A decorator on the
         # method would keep this object alive.
         self._permutation = functools.lru_cache(2)(self._shuffle)
@@ -108,7 +108,7 @@ class Order(Sequence[Any]):
 
     # Slices are not supported.
     def __getitem__(self, index: Any) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        epoch, position = divmod(index, self.epoch)
+        epoch, position = divmod(index, self.epoch_size)
         rows, packs = self._permutation(epoch)
         return rows[self.packs[packs[position]]] if self.packs else rows[position]
 
