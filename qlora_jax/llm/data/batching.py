@@ -36,13 +36,13 @@ class Batch(NamedTuple):
         targets: The ids of the targets, int32 `[B, P]`.
         weights: 1 for a target, 0 for padding, float32 `[B, P]`. For preferences, only
             targets in sequences with a good completion have 1.
-        answers: Only for preferences, otherwise None. Has an entry for each of the S
-            sequences of a row and each target: 1 if the target is in the completion of
-            this sequence and the completion is good, -1 if it is bad, and 0 for all
-            other targets, float32 `[B, S, P]`. Sequences come in twos: a chosen
-            completion and its rejected one; or, for KTO, a labelled completion and the
-            same prompt with the completion of another row. The second is the next
-            sequence in the row if batches are packed, and otherwise the next row.
+        answers: Only for preferences, otherwise None. Shows which targets are in the
+            completion of each of the S sequences of a row: 1 if the completion is good,
+            -1 if it is bad, and 0 for all other targets, float32 `[B, S, P]`. Sequences
+            come in twos: a chosen completion and its rejected one; or, for KTO, a
+            labelled completion and the same prompt with the completion of another row.
+            The two are next to each other in a row if batches are packed, and otherwise
+            in consecutive rows.
         pixel_values: Only for rows with images, otherwise None. The images of each row,
             float32 `[B, images, channels, H, W]`. Rows with fewer images have blank
             ones at the end, whose tokens are in the padding.

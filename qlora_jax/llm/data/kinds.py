@@ -154,8 +154,8 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
     """Returns the messages and tools of a row in a dict, or a pair of strings.
 
     The dict has "tools", and lists of messages by the names that errors use for them,
-    such as "prompt". The pair is a prompt and a completion, which become messages only
-    if `is_chat`.
+    such as "prompt". The pair is a prompt and a completion that are not messages, which
+    only occurs without `is_chat`.
     """
     kind, values, _ = fields
     groups, tools = {}, _check_tools(values.get("tools"))
@@ -245,8 +245,8 @@ def _check_message(name: str, message: Any) -> None:
             raise ValueError(f"`{name}` must have parts with text. Got {part!r:.40}.")
     if not isinstance(calls, list) or not all(map(_is_tool_call, calls)):
         raise ValueError(
-            f"`{name}.tool_calls` must be a list of objects, each with a `function`. "
-            f"Got {calls!r:.40}."
+            f"`{name}.tool_calls` must be a list of objects. If one has a "
+            f"`function`, it must be an object. Got {calls!r:.40}."
         )
     # An empty user turn may be intended. In an empty answer, the only target would be
     # the token that ends it.

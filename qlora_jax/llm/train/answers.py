@@ -48,12 +48,13 @@ def generate_answers(
             generated = generate(
                 model,
                 variables,
-                # The last batch of a group repeats a prompt until it has the size of
-                # the others, which saves compiling another program.
+                # The last batch with these end tokens repeats a prompt until it has the
+                # size of the others, which saves compiling another program.
                 prompts + prompts[-1:] * (num_rows - len(indices)),
                 max_new_tokens=max_new_tokens,
                 eos_ids=end_ids,
                 sampling=sampling,
+                # Each batch gets a key of its own, from the index of its first example.
                 key=key if key is None else jax.random.fold_in(key, indices[0]),
             )
             rows = np.asarray(generated).tolist()

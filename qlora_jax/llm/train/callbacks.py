@@ -369,8 +369,6 @@ class ForMembers(Callback):
 
 
 def _select_member(training: Training, index: int) -> Training:
-    """Returns the progress of one adapter of a sweep."""
-
     def select(x):
         return x[index] if isinstance(x, list) else x
 

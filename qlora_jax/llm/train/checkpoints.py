@@ -176,14 +176,14 @@ class Checkpoints:
                 its arrays differ from those of `like`. The message lists them.
         """
         step = self._find_intact(step)
-        shapes = _saved_shapes(like)
+        shapes = _expected_shapes(like)
         expected = leaves_by_name(shapes)
-        check_same_arrays(self._saved_arrays(step), expected, self._folder)
+        check_same_arrays(self._read_shapes(step), expected, self._folder)
         # On a mesh, Orbax reads arrays onto their devices; otherwise into NumPy arrays.
         is_sharded = mesh_of(like) is not None
         target = expected if is_sharded else _empty_arrays(expected)
-        args = {"state": self._args.StandardRestore(target)}
-        items = self._restore(step, about=self._args.JsonRestore(), **args)
+        state_args = self._args.StandardRestore(target)
+        items = self._restore(step, about=self._args.JsonRestore(), state=state_args)
         leaves = [items["state"][name] for name in expected]
         if not is_sharded:
             shardings = [leaf.sharding for leaf in expected.values()]
@@ -202,7 +202,7 @@ class Checkpoints:
             ValueError: As `restore`.
         """
         step = self._find_intact(step)
-        expected, saved = leaves_by_name({"lora": like}), self._saved_arrays(step)
+        expected, saved = leaves_by_name({"lora": like}), self._read_shapes(step)
         saved_lora = {k: x for k, x in saved.items() if k.startswith("lora.")}
         check_same_arrays(saved_lora, expected, self._folder)
         # Orbax can read only a whole state, so the state of the optimizer is read, too,
@@ -288,7 +288,7 @@ class Checkpoints:
             f"{'; '.join(faults)}. {advice}."
         )
 
-    def _saved_arrays(self, step: int) -> dict[str, Any]:
+    def _read_shapes(self, step: int) -> dict[str, Any]:
         return dict(self._manager.item_metadata(step)["state"] or {})
 
     def _restore(self, step: int, **items: object) -> Mapping[str, Any]:
@@ -340,7 +340,7 @@ def describe_latest(states: Checkpoints) -> str:
     return f"The last checkpoint is that of step {states.latest}"
 
 
-def _saved_shapes(like: State) -> State:
+def _expected_shapes(like: State) -> State:
     def add_sharding(x, template):
         sharding = getattr(template, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -177,16 +177,13 @@ def fit(
         training.step += 1
         training.evaluation = {}
         training.is_finite = np.asarray(report.is_finite).tolist()
-        training.row = {
-            "step": training.step,
-            **_metrics(report, step_batches, seconds),
-        }
+        training.row = {"step": training.step} | _metrics(report, step_batches, seconds)
         if schedule is not None:
             learning_rate = schedule(num_updates.tolist())
             training.row["learning_rate"] = np.asarray(learning_rate).tolist()
-        if not (programs := _programs_of(step_batches)) <= compiled_programs:
+        if new_programs := _program_keys(step_batches) - compiled_programs:
             training.row["is_compiled"] = True  # `seconds` includes compilation
-            compiled_programs |= programs
+            compiled_programs |= new_programs
         # 3. Evaluate, write and save what is due.
         for callback in callbacks:
             callback.on_step(training)
@@ -210,7 +207,7 @@ def _metrics(
     }
 
 
-def _programs_of(batches: Sequence[Batch]) -> set[tuple]:
+def _program_keys(batches: Sequence[Batch]) -> set[tuple]:
     # Identifies the compiled programs that these batches run. The first batch of a step
     # starts the sums to which later batches add, and the last one also updates the
     # adapter, so both need programs of their own. So does each shape of a batch.

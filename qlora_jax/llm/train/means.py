@@ -42,6 +42,7 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
         sums: dict[str, list[tuple[Array, Array]]] = {}
         for batch in batches:
             total, count, *metrics = evaluate(lora, base, batch)
+            # The loss may return no metrics: then `dict(*metrics)` is empty.
             for name, pair in {"loss": (total, count), **dict(*metrics)}.items():
                 sums.setdefault(name, []).append(pair)
         # Add up in float64. `np.asarray` waits for the device, so it is called only

@@ -328,7 +328,7 @@ class Step:
 
             def scaled_loss(lora):
                 total, count, *metrics = self.loss(lora, base, batch, dropout_key)
-                # The loss may return no metrics.
+                # The loss may return no metrics: then `dict(*metrics)` is empty.
                 count, metrics = jnp.asarray(count, jnp.float32), dict(*metrics)
                 if loss_scale is None:
                     return total, (total, count, 1.0, metrics)

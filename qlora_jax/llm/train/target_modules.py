@@ -106,11 +106,12 @@ def _modules_by_path(params: PyTree, names: ql.io.Names) -> dict[str, list[str]]
     """Returns, by path, the module names of each linear kernel, one for each layer."""
 
     def module_of(name: str) -> str:
-        # Experts in a parameter have no modules. Their names are that of the parameter
-        # and an index, such as "experts.gate_up_proj.3". The parameter is selected.
+        # Some models store all experts in one parameter, without a module for each. The
+        # name of such an expert ends in its index, as in "experts.gate_up_proj.3", and
+        # `target_modules` selects the parameter.
         parameter = name.rpartition(".")[0]
-        is_part = names.is_stack(parameter)
-        return parameter if is_part else name.removesuffix(".weight")
+        is_expert = names.is_stack(parameter)
+        return parameter if is_expert else name.removesuffix(".weight")
 
     modules = {}
     for path, leaf in ql.leaves_by_path(params).items():

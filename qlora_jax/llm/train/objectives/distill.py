@@ -23,7 +23,7 @@ def distillation_loss(
     def compute_divergences(lora, base_and_teacher, batch, dropout_key, mutable=False):
         base, teacher_params = base_and_teacher
         arguments = lora, base, batch, dropout_key
-        hidden, *collections = hidden_states(model, *arguments, mutable)
+        hidden, *changed = hidden_states(model, *arguments, mutable)
         [teacher_hidden] = hidden_states(teacher, {}, teacher_params, batch, None)
         teacher_head = head_arguments(teacher.config, teacher_params)
         divergences = ql.losses.chunked_kl_divergence(
@@ -33,7 +33,7 @@ def distillation_loss(
             **head_arguments(model.config, base, lora),
             **{f"teacher_{name}": x for name, x in teacher_head.items()},
         )
-        return divergences, *collections
+        return divergences, *changed
 
     return make_summed_loss(model, compute_divergences, balance)
 

@@ -30,6 +30,7 @@ def kto_loss(model: Any, *, beta: float = 0.1) -> Loss:
         # with the completion of another row. The log-ratios of these mismatched
         # completions estimate the KL divergence.
         reference = log_probs({}, base, batch, None)[0].reshape(-1, 2)
+        # Two batches of B / 2 rows each.
         completions, mismatched = (
             jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], batch)
             for i in range(2)

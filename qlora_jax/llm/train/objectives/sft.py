@@ -16,8 +16,8 @@ from ...models.torch_decoder import TorchDecoder
 from ..step import Loss
 from .registry import Objective, register_objective
 
-# A function of the arguments of a `Loss`, and of `mutable`, as in Flax. It returns the
-# loss of each target, `[B, P]`, and with `mutable` a dict of the changed collections.
+# A function of the arguments of a `Loss`, and of `mutable`, as in Flax. It returns a
+# tuple: the loss of each target, `[B, P]`, and with `mutable` the changed variables.
 TargetLosses = Callable[..., tuple]
 
 
@@ -65,11 +65,11 @@ def make_summed_loss(model: Any, compute_losses: TargetLosses, balance: float) -
 
     def loss(lora, base, batch, dropout_key):
         mutable = "router" if balance else False
-        losses, *collections = compute_losses(lora, base, batch, dropout_key, mutable)
+        losses, *changed = compute_losses(lora, base, batch, dropout_key, mutable)
         total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
-        for collection in collections:  # one with `mutable`, otherwise none
+        if balance:
             # One array [L, B * T, E] for each stack of layers with experts.
-            logits = jnp.concatenate(jax.tree.leaves(collection["router"]))
+            logits = jnp.concatenate(jax.tree.leaves(changed[0]["router"]))
             is_token = (batch.segment_ids != 0).reshape(-1)  # [B * T]
             weights = is_token.astype(jnp.float32)
             penalty = balance * balance_loss(logits, weights, model.config.experts)
@@ -86,14 +86,14 @@ def make_token_losses(model: Any) -> TargetLosses:
 
     def compute_token_losses(lora, base, batch, dropout_key, mutable=False):
         arguments = lora, base, batch, dropout_key
-        hidden, *collections = hidden_states(model, *arguments, mutable)
+        hidden, *changed = hidden_states(model, *arguments, mutable)
         if isinstance(model, TorchDecoder):  # PyTorch's code computes the logits
             variables = {"params": base, "lora": lora}
             return (model.target_losses(variables, hidden, batch.targets, dropout_key),)
         head = head_arguments(model.config, base, lora)
         labels = jnp.asarray(batch.targets)
         losses = ql.losses.chunked_cross_entropy(hidden, labels=labels, **head)
-        return losses, *collections
+        return losses, *changed
 
     return compute_token_losses
 
@@ -101,7 +101,7 @@ def make_token_losses(model: Any) -> TargetLosses:
 def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple:
     """Returns the hidden states `[B, P, D]` from which targets are predicted.
 
-    The result is a tuple. With `mutable`, a dict of the changed collections follows.
+    The result is a tuple. With `mutable`, a dict of the changed variables follows.
     """
     images = {}
     if batch.pixel_values is not None:  # only models in PyTorch's code read images
