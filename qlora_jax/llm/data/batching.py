@@ -150,8 +150,8 @@ def eval_batches(
     Example:
         >>> ids = np.arange(5, dtype=np.int32)
         >>> rows = [Row(ids, ids, f"valid.jsonl:{line}") for line in (1, 2, 3)]
-        >>> found = eval_batches(rows, batch_size=2, max_length=16)
-        >>> [batch.num_tokens for batch in found]
+        >>> valid = eval_batches(rows, batch_size=2, max_length=16)
+        >>> [batch.num_tokens for batch in valid]
         [10, 5]
     """
     source = _BatchSource(rows, batch_size, max_length, packing)

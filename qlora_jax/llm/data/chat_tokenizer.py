@@ -355,7 +355,7 @@ class Chat:
         assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         # The template has marked the answers of all assistant messages. Remove those of
         # messages that are not in `turns`. One rendering shows where the first turn
-        # starts, and answers before it are removed. Each later message needs its own.
+        # starts, which removes all earlier answers. Later ones are located one by one.
         if assistant[0] < turns[0]:
             start = find_end(turns[0], turns[0], True)
             answers = [span for span in answers if span[1] > start]

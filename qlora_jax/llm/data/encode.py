@@ -260,8 +260,8 @@ class Encoder:
     def _locate_answers(
         self, fields: kinds.Fields, place: str
     ) -> tuple[AnswerSpans, list[pathlib.Path]]:
-        # Returns the text with its answers, and the files of its images. Here, the kind
-        # "text" is that of `kinds.split_preference`.
+        # Returns the text with its answers, and the files of its images. Rows of the
+        # kind "text" come from `kinds.split_preference` here, and stay texts.
         is_chat = self.makes_messages and self.tokenizer.has_template
         groups = kinds.find_messages(fields, is_chat and fields.kind != "text")
         if isinstance(groups, tuple):

@@ -252,7 +252,7 @@ class JsonLines:
         for number, row in readers.read_jsonl(file):
             self.line_number = number
             yield number, row
-            self.offset = file.tell()  # where the next row begins
+            self.offset = file.tell()  # of the next row
 
     def read_row(self, offset: int) -> Any:
         """Returns the raw row of the line that begins at a byte."""
