@@ -28,9 +28,9 @@ ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
 ERRORS += TypeError, ValueError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the arguments, by default those of `sys.argv`; returns the exit status."""
-    return _run(sys.argv[1:] if arguments is None else arguments, lambda config: None)
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command and returns its exit status, without preparing the process."""
+    return _run(arguments, lambda config: None)
 
 
 def run_program() -> None:
@@ -47,7 +47,7 @@ def run_program() -> None:
 
 
 def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
-    """Runs a command and returns its exit status. Before, `prepare` gets its config."""
+    """Runs a command after passing its config to `prepare`; returns the exit status."""
     name, config, namespace = parse(arguments)
     prepare(config)
     try:

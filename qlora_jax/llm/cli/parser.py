@@ -124,11 +124,12 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
     that is not on the command line gets no value at all, not even its default.
     """
     metavar, notes = option.name.upper(), []
-    types = {*(get_args(option.hint) or [option.hint])}  # those of a union
-    if types <= {bool, type(None)}:
+    members = get_args(option.hint)  # of a union or a `Literal`
+    accepts_bool = bool in (option.hint, *members)
+    if accepts_bool and {*members} <= {bool, type(None)}:
         metavar = "{true,false}"
     elif get_origin(option.hint) is Literal:
-        metavar = f"{{{','.join(get_args(option.hint))}}}"
+        metavar = f"{{{','.join(members)}}}"
     else:
         notes.append(describe_type(option.hint))
     if option.default is REQUIRED:
@@ -142,7 +143,7 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
         settings["metavar"] = option.name
         group.add_argument(option.name, nargs="?", **settings)
         return
-    if bool in types:  # `--resume` is `--resume=true`
+    if accepts_bool:  # `--resume` is `--resume=true`
         settings |= dict(nargs="?", const="true")
     flags = [f"--{name}" for name in (option.name, *option.aliases)]
     group.add_argument(*flags, dest=option.name, **settings)
