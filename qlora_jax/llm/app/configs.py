@@ -23,9 +23,10 @@ else:
     ServerName = Literal[tuple(SERVERS)]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 PackedFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-# Formats in which the adapter is merged into the weights that training used.
+# Formats for which an adapter is added to the (decoded) weights that training used.
 _MERGED_FORMATS = ("merged", "gguf")
-# Types of "gguf" for which it is merged into the weights of the model's files instead.
+# Except for these types of "gguf", in which the sum is packed, as in a `PackedFormat`.
+# Then the adapter is added to the weights in the model's files.
 GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
 # For a `PackedFormat`, these options describe the exported file. For a server and for
 # `_MERGED_FORMATS`, they describe how training packed the base.
@@ -207,14 +208,15 @@ class ExportConfig(Config):
             raise ValueError(
                 f"`adapter` or `run` must be given for {target}. Got none."
             )
-        # The rows of `data` measure how merging changes the loss.
-        is_model = self.format in (None, *_MERGED_FORMATS, *get_args(PackedFormat))
         if self.data is not None and self.server is not None:
             raise ValueError(
                 "`data` must be left out with `for`. If the adapter is merged, pass "
                 f"the written file to `score` as `model`. Got {self.data!r}."
             )
-        if self.data is not None and not (is_model and has_adapter):
+        # The rows of `data` measure how merging changes the loss. Without a `format`, a
+        # merge-aware adapter is merged.
+        may_merge = has_adapter and self.format not in get_args(AdapterFormat)
+        if self.data is not None and not may_merge:
             raise ValueError(
                 "`data` must be left out unless an adapter is merged into a model. Got "
                 f"{self.data!r} for {target}."

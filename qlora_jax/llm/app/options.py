@@ -96,6 +96,7 @@ class Config:
     """Base of the config classes. Their fields are options, or groups of options."""
 
     def __post_init__(self):
+        # A config with groups overrides this method, since each group checks itself.
         for option in options_of(type(self)).values():
             value = getattr(self, option.path)
             values = value if isinstance(value, list) else [value]
@@ -335,9 +336,8 @@ def describe_type(hint: object) -> str:
     if can_be_swept(hint):
         return f"{_TYPE_NAMES[type_args[0]]}, or several separated by commas"
     if get_origin(hint) is Literal:
-        return " or ".join(
-            [", ".join(type_args[:-1]), type_args[-1]] if type_args[1:] else type_args
-        )
+        *first, last = type_args
+        return f"{', '.join(first)} or {last}" if first else last
     if get_origin(hint) in _UNIONS:
         return " or ".join(describe_type(x) for x in type_args if x is not type(None))
     return _TYPE_NAMES.get(get_origin(hint) or hint, "")

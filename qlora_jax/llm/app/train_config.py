@@ -21,9 +21,9 @@ from .train_groups import (
 )
 
 
-def _changeable(group: Any) -> Any:
+def _changeable(default: Any = dataclasses.MISSING) -> Any:
     """Returns a field for a group whose options a resumed run may change."""
-    return dataclasses.field(default=group, metadata={"may_change": True})
+    return dataclasses.field(default=default, metadata={"may_change": True})
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainConfig(Config):
 
     model: ModelConfig
     data: DataConfig
-    output: OutputConfig = dataclasses.field(metadata={"may_change": True})
+    output: OutputConfig = _changeable()
     adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()

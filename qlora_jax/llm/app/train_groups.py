@@ -74,6 +74,7 @@ class ModelConfig(Config):
         'auto'
     """
 
+    # The model and the data may move, because `_make_stamp` hashes their contents.
     path: str = option(
         REQUIRED, name="model", section="model and data", may_change=True
     )
