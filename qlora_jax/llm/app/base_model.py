@@ -46,7 +46,7 @@ from .configs import (
     Scales,
     ScoreConfig,
 )
-from .merge_aware import pack_as_trained, packing_of, target_settings
+from .merge_aware import pack_as_trained, target_packing_of, target_settings
 from .processes import log
 from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
 from .train_config import TrainConfig
@@ -102,10 +102,10 @@ class BaseModel:
         """Whether the decoder is the text half of a model with a vision part."""
         return isinstance(self.config, DecoderConfig) and has_vision(self.config)
 
-    def check_engine(self, option: str, value: str, allowed: tuple[str, ...]) -> None:
-        """Raises ValueError if an option's value does not support the model's engine.
+    def check_for_torch(self, option: str, value: str, allowed: Sequence[str]) -> None:
+        """Raises ValueError if PyTorch's code runs the model and rejects `value`.
 
-        `allowed` has the values that support models in PyTorch's code.
+        `allowed` has the values of the option that such models support.
         """
         if isinstance(self.config, TorchConfig) and value not in allowed:
             choices = f"one of {', '.join(allowed)}" if allowed else "left out"
@@ -241,10 +241,10 @@ class BaseModel:
     def _check_stored(self, **settings: int | bool | None) -> None:
         """Raises ValueError if settings differ from those of the packed weights."""
         requested = {k: value for k, value in settings.items() if value is not None}
-        packing = self.stored_packing if requested else None
+        if not requested or (packing := self.stored_packing) is None:
+            return  # there are no settings, or no packed weights
         for name, value in requested.items():
-            stored = getattr(packing, name, value)
-            if value != stored:
+            if value != (stored := getattr(packing, name)):
                 raise ValueError(
                     f"`{name}` must be {stored}, as in the model, which is already in "
                     f"4 bits. Got {value}."
@@ -319,7 +319,7 @@ def _read_native(path: pathlib.Path) -> PyTree:
 
 
 def open_model(
-    source: str,
+    name_or_path: str,
     adapter: str | None = None,
     recode: bool = False,
     engine: Engine = "jax",
@@ -330,11 +330,11 @@ def open_model(
     With the engine "auto", models that the JAX decoder does not support run in
     PyTorch's code.
     """
-    path = fetch(source)
+    path = fetch(name_or_path)
     config = _open_config(path, engine)
     is_torch = isinstance(config, TorchConfig)
     adapter_path = None if adapter is None else fetch_adapter(adapter)
-    name, description = weights_of(source, path)
+    name, source = weights_of(name_or_path, path)
     model = BaseModel(
         path,
         config,
@@ -342,10 +342,10 @@ def open_model(
         adapter_path=adapter_path,
         recode=recode or any(x.model.recode for x in run_configs_of(adapter)),
         name=name,
-        source=description,
+        source=source,
     )
     if not model.is_local:
-        log(f"weights: {description}")
+        log(f"weights: {source}")
     return model.read_adapter() if model.has_native_adapter else model
 
 
@@ -388,11 +388,12 @@ def open_model_and_adapters(
     model.
     """
     if config.run is not None:
-        model, _ = open_run(config.run, source=config.model)
+        model, _ = open_run(config.run, base_model=config.model)
         return model, {}, training_load_options(config, model)
     adapters = _split_adapters(config.adapter)
     adapter = adapters[0] if len(adapters) == 1 else None
-    engine = _engine_of(config, adapters)
+    run_configs = run_configs_of(adapters)
+    engine = config.engine or (run_configs[0].model.engine if run_configs else "auto")
     model = open_model(str(config.model), adapter, config.recode, engine)
     options = training_load_options(config, model)
     if adapter is not None or not adapters:
@@ -400,12 +401,6 @@ def open_model_and_adapters(
     bank = _read_bank(model, adapters)
     loras = {name: ql.select(bank, i) for i, name in enumerate(adapters)}
     return model, loras, options
-
-
-def _engine_of(config: ScoreConfig | GenerateConfig, adapters: list[str]) -> Engine:
-    """Returns the engine of a config; by default, that of the first adapter's run."""
-    run_configs = run_configs_of(adapters)
-    return config.engine or (run_configs[0].model.engine if run_configs else "auto")
 
 
 def _split_adapters(adapters: str | Sequence[str] | None) -> list[str]:
@@ -425,7 +420,7 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
                 f"adapters. Got {adapter!r}, which does."
             )
         loras.append(adapted.read_adapter().lora)
-        if packing_of(loras[-1]) is not None:
+        if target_packing_of(loras[-1]) is not None:
             raise ValueError(
                 "`adapter` must be a single one if it is merge-aware, because it has "
                 f"packed weights of its own. Got {len(adapters)}, with {adapter!r}."
@@ -450,12 +445,12 @@ def run_configs_of(
 
 
 def open_run(
-    run: str, step: int | None = None, source: str | None = None
+    run: str, step: int | None = None, base_model: str | None = None
 ) -> tuple[BaseModel, int | None]:
     """Returns a run's model with the adapter of a saved state, and the state's step.
 
     By default, the state is the newest. The run may be unfinished, and is not changed.
-    `source` is the model, by default that in the run's settings.
+    By default, the model is that in the run's settings.
     """
     folder = pathlib.Path(run)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
@@ -466,7 +461,7 @@ def open_run(
     run_config = read_run_config(folder / CONFIG)
     settings = run_config.model
     model = open_model(
-        source or settings.path, recode=settings.recode, engine=settings.engine
+        base_model or settings.path, recode=settings.recode, engine=settings.engine
     )
     packing_config = None
     if run_config.adapter.merge_aware:
@@ -480,7 +475,7 @@ def open_run(
         step = checkpoints.latest if step is None else step
         lora = checkpoints.restore_lora(lora, step)
     peft = None
-    if packing_of(lora) is None:
+    if target_packing_of(lora) is None:
         source_names = {"base_model": model.name, "revision": model.revision}
         peft = ql.io.peft_config(base, lora, model.names, **source_names)
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
@@ -550,12 +545,14 @@ def training_load_options(
             "`scales` must be left out unless training packed the model, because the "
             f"stored weights are used unchanged. Got {scales}."
         )
+    options: LoadOptions = {}
+    if packing_config is not None:
+        options["packing_config"] = packing_config
     # Training rounded the weights (or their sum with a merge-aware adapter) to the
     # dtype of the run before it packed them.
-    dtype = {"dtype": settings.dtype} if uses_run else {}
-    if packing_config is None:
-        return {} if packing_of(model.lora) is None else dtype
-    return {"packing_config": packing_config, **dtype}
+    if uses_run and (options or target_packing_of(model.lora) is not None):
+        options["dtype"] = settings.dtype
+    return options
 
 
 def _packs_differently(config: object, run_config: TrainConfig) -> bool:
@@ -641,9 +638,9 @@ def _find_small_kernels(
 ) -> dict[str | re.Pattern, int]:
     """Returns patterns of kernels that are smaller than their adapters, and the rank.
 
-    One of them is the gate of a shared expert, which has one output. `ql.init` raises
-    an error for a large adapter that no pattern matches, because wrong axes are the
-    usual cause. Here, the axes are known, and PEFT has these adapters too.
+    One of them is the gate of a shared expert, which has one output. Unless these
+    patterns are in `rank_pattern`, `ql.init` rejects such adapters, because wrong axes
+    are the usual cause. Here, the axes are known, and PEFT has these adapters too.
     """
     leaves = ql.leaves_by_path(model.base)
     ranks: dict[str | re.Pattern, int] = {}

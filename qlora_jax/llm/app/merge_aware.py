@@ -16,7 +16,7 @@ import qlora_jax as ql
 
 from .configs import AdapterFormat, ExportConfig, TargetFmt
 from .processes import log
-from .servers import FMTS_BY_FORMAT
+from .servers import FMTS_BY_FORMAT, INT4_FMTS
 from .train_groups import AdapterConfig
 
 # The default of `export --format` for each number format of merge-aware adapters.
@@ -55,7 +55,6 @@ def target_settings(
 
 
 def _find_target_packing(target_fmt: str | None, base_packings: set[Any]) -> Any:
-    """Returns the packing that merge-aware adapters are trained for."""
     described = " and ".join(sorted(map(describe_packing, base_packings))) or "float"
     fmts = get_args(TargetFmt)
     if target_fmt is None:
@@ -75,8 +74,8 @@ def _find_target_packing(target_fmt: str | None, base_packings: set[Any]) -> Any
     return packings[0] if packings else ql.QLoRAConfig(fmt=target_fmt).packing
 
 
-def packing_of(lora: PyTree) -> Any:
-    """Returns the `Packing` that adapters were trained for; None for other adapters."""
+def target_packing_of(lora: PyTree) -> Any:
+    """Returns the `Packing` that merge-aware adapters were trained for, or None."""
     adapters = ql.leaves_by_path(lora).values()
     packings = {x.packing for x in adapters if isinstance(x, ql.MergeAware)}
     if len(packings) > 1:
@@ -100,14 +99,14 @@ def pack_as_trained(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
     The weights are computed once here. The adapters themselves would compute them again
     in each forward pass. For other adapters, returns `base` and `lora` unchanged.
     """
-    if packing_of(lora) is None:
+    if target_packing_of(lora) is None:
         return base, lora
     return ql.merge(base, lora, requantize=True), {}
 
 
 def note_packing(lora: PyTree) -> None:
-    """Prints a note on stderr if adapters are merge-aware, so that they are packed."""
-    if (packing := packing_of(lora)) is not None:
+    """Prints a note on stderr if adapters are merge-aware, which are always packed."""
+    if (packing := target_packing_of(lora)) is not None:
         log(f"note: the adapter is merged and packed in {describe_packing(packing)}")
 
 
@@ -119,7 +118,7 @@ def complete_export(
     These are `format`, `gguf_type` and `out`. Raises ValueError if a merge-aware
     adapter would be written in another format than the one that it was trained for.
     """
-    packing, gguf_type, out = packing_of(lora), config.gguf_type, config.out
+    packing, gguf_type, out = target_packing_of(lora), config.gguf_type, config.out
     export_format = config.format or _find_default_format(packing)
     if packing is not None and export_format == "gguf":
         gguf_type = gguf_type or "Q4_0"
@@ -197,5 +196,4 @@ def check_dtype_holds(dtype: str, packed: PyTree) -> None:
 
 def fits_q4_0(packing: Any) -> bool:
     """Returns whether GGUF's type Q4_0 has the codes and scales of a packing."""
-    is_int4 = packing.fmt in FMTS_BY_FORMAT["compressed-tensors"]
-    return is_int4 and packing.block_size == Q4_0_BLOCK_SIZE
+    return packing.fmt in INT4_FMTS and packing.block_size == Q4_0_BLOCK_SIZE

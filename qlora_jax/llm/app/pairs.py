@@ -8,8 +8,8 @@ import qlora_jax as ql
 from .base_model import BaseModel, LoadOptions, open_model_for, training_load_options
 from .configs import ExportConfig, PairsConfig
 from .contents import format_table
-from .merge_aware import Q4_0_BLOCK_SIZE, describe_packing, fits_q4_0, packing_of
-from .servers import FMTS_BY_FORMAT, SERVERS, Server
+from .merge_aware import Q4_0_BLOCK_SIZE, describe_packing, fits_q4_0, target_packing_of
+from .servers import INT4_FMTS, SERVERS, Server
 
 # Stand for formats of `export`: the base is not exported, the adapter is merged into
 # the base, or the server cannot run the model.
@@ -94,7 +94,7 @@ def pairs(config: PairsConfig) -> Pairs:
     model, options = open_pair(config)
     fmt, block_size = _find_base_packing(model, options)
     packed = "float" if fmt is None else f"{fmt} in blocks of {block_size}"
-    if (target := packing_of(model.lora)) is not None:
+    if (target := target_packing_of(model.lora)) is not None:
         packed += (
             f", with adapters that are merged and packed in {describe_packing(target)}"
         )
@@ -139,10 +139,11 @@ def pair_for(
             check_gguf_source(model.files, tokenizer=tokenizer)
         except ValueError as error:
             return Pair(server.name, NOT_RUN, NOT_RUN, False, str(error))
-    if (target := packing_of(model.lora)) is not None:
+    if (target := target_packing_of(model.lora)) is not None:
         return _pair_merged(server, model, target)
     problem = _find_adapter_problem(server, model, fmt)
     base = server.floats if fmt is None else server.bases.get(fmt)
+    # Without options, training used the weights in the model's files.
     if not options and _loads_exactly(server, model, fmt):
         base = AS_IS
     elif fmt is not None and base == "gguf" and block_size != Q4_0_BLOCK_SIZE:
@@ -208,7 +209,7 @@ def _loads_exactly(server: Server, model: BaseModel, fmt: str | None) -> bool:
         return False
     # Servers keep the float16 scales in MLX and GGUF files. They round those in other
     # files to the dtype of the model.
-    keeps_scales = fmt not in FMTS_BY_FORMAT["awq"] or method in ("mlx", "gguf")
+    keeps_scales = fmt not in INT4_FMTS or method in ("mlx", "gguf")
     dtype = config_json.get("dtype", config_json.get("torch_dtype"))
     return keeps_scales or dtype == "float16"
 

@@ -30,7 +30,7 @@ from .merge_aware import (
     describe_packing,
     note_packing,
     pack_as_trained,
-    packing_of,
+    target_packing_of,
 )
 from .pairs import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for
 from .processes import log
@@ -127,7 +127,7 @@ def _export(config: ExportConfig) -> Written:
     model, step = open_model_for(config)
     config = complete_export(config, model.lora, step)
     export_format, path = str(config.format), pathlib.Path(str(config.out))
-    model.check_engine("format", export_format, ("peft", "peft-portable", "merged"))
+    model.check_for_torch("format", export_format, ("peft", "peft-portable", "merged"))
     _check_out(config, path)
     if export_format in get_args(AdapterFormat):
         _WRITERS[export_format](_Writer(config, model, {}, path))
@@ -138,14 +138,16 @@ def _export(config: ExportConfig) -> Written:
     training_options = training_load_options(
         dataclasses.replace(config, **unset), model
     )
-    options, is_merge_aware = training_options, packing_of(model.lora) is not None
+    # How to read the weights into which the adapter is merged.
+    merge_options = training_options
+    is_merge_aware = target_packing_of(model.lora) is not None
     note_packing(model.lora)
     has_adapter = model.adapter_path is not None or bool(model.lora)
     if is_packed and not is_merge_aware:
         # The adapter is merged into the weights of the files, not into the weights that
         # training packed. Those already have values of a 4-bit format, so packing the
         # sum of such a weight and a small change would give the old value again.
-        options = {}
+        merge_options = {}
         if training_options:
             fmt = training_options["packing_config"].fmt
             log(
@@ -164,7 +166,7 @@ def _export(config: ExportConfig) -> Written:
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
     loss = None if score is None else _score_model(score, model, training_options)
-    writer = _Writer(config, model, options, path, calibrate)
+    writer = _Writer(config, model, merge_options, path, calibrate)
     cost, losses = _WRITERS[export_format](writer), None
     if score is not None and loss is not None:
         losses = FileLosses(loss, _score_model(score, open_model(str(path)), {}))
@@ -182,7 +184,7 @@ def _check_out(config: ExportConfig, path: pathlib.Path) -> None:
 
 
 def _note_rounding(training_options: LoadOptions, stored_fmt: str | None) -> None:
-    """Prints what packing the sum of 4-bit weights and an adapter again would do."""
+    """Warns that packing a merged model in 4 bits again would undo its adapter."""
     packing_config = training_options.get("packing_config")
     fmt = stored_fmt if packing_config is None else packing_config.fmt
     if fmt in (None, "int8"):  # the steps of int8 are smaller than most changes
@@ -218,7 +220,7 @@ def _export_for_server(config: ExportConfig) -> Written:
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, options = open_pair(config)
-    model.check_engine("server", server.name, ())
+    model.check_for_torch("server", server.name, ())
     pair = pair_for(server, model, options, tokenizer=config.tokenizer)
     if pair.base == NOT_RUN:
         raise ValueError(f"{server.name} cannot run {model.name}: {pair.why}")
@@ -285,7 +287,7 @@ class _Writer:
 
     config: ExportConfig
     model: BaseModel
-    options: LoadOptions  # for the weights into which an adapter is merged
+    options: LoadOptions  # for the weights to merge into, or for the base of a server
     out: pathlib.Path
     # Returns the importance for the search of scales, from the float parameters.
     calibrate: Callable[[PyTree], PyTree] | None = None
@@ -345,7 +347,7 @@ class _Writer:
         # Tensors are copied from file to file unless their values or names change. Then
         # `weights` is a folder, and otherwise a tree.
         model, names = self.model, self.model.exported_names
-        is_merge_aware = packing_of(model.lora) is not None
+        is_merge_aware = target_packing_of(model.lora) is not None
         is_changed = self.options or is_merge_aware or model.replaces_weights
         is_copied = model.path.is_dir() and not (is_changed or model.has_vision)
         model = model.read_adapter() if is_copied else model.read(**self.options)
@@ -363,8 +365,8 @@ class _Writer:
         fmts, stored_fmt = FMTS_BY_FORMAT[export_format], model.stored_fmt
         # By default, weights in a suitable 4-bit format keep their codes.
         default = stored_fmt if stored_fmt in fmts else fmts[0]
-        # A folder in another 4-bit format keeps that format. `save_bitsandbytes` then
-        # raises an error that lists the packed kernels.
+        # A folder in another 4-bit format keeps it (GGUF files are recoded instead), so
+        # `save_bitsandbytes` raises an error that lists the packed kernels.
         if export_format == "bitsandbytes" and not model.files.is_recoded:
             default = stored_fmt or default
         fmt = config.fmt or default
@@ -401,7 +403,7 @@ class _Writer:
     ) -> tuple[PyTree, Repacked | None]:
         """Returns the base in 4 bits, and the cost of merging an adapter, if any."""
         model = self.model
-        if (trained_for := packing_of(model.lora)) is not None:
+        if (trained_for := target_packing_of(model.lora)) is not None:
             model = model.read(**self.options)
             base, _ = pack_as_trained(model.base, model.lora)
             _check_all_packed(base, trained_for)

@@ -1,11 +1,11 @@
 """llama.cpp."""
 
-from .server import AWQ, Server
+from .server import INT4_FMTS, Server
 
 LLAMA_CPP = Server(
     name="llama.cpp",
     reads=("gguf",),
-    bases=dict.fromkeys(AWQ, "gguf"),  # in GGUF: Q4_0, in blocks of 32
+    bases=dict.fromkeys(INT4_FMTS, "gguf"),  # in GGUF: Q4_0, in blocks of 32
     floats="gguf",
     adapter="gguf-lora",
     adapts_experts=False,

@@ -11,17 +11,16 @@ import qlora_jax as ql
 
 from ...models.config import DecoderConfig
 
+_INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
+INT4_FMTS: tuple[str, ...] = _INT4_PACKING.format.equivalents  # int4_f16 and q4_0
 # For each format of `export` that writes a packed model, the number formats that it
 # can hold. The first one is the default.
 FMTS_BY_FORMAT: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
-_INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
-FMTS_BY_FORMAT |= dict.fromkeys(
-    ("awq", "compressed-tensors"), _INT4_PACKING.format.equivalents
-)
+FMTS_BY_FORMAT |= {"awq": INT4_FMTS, "compressed-tensors": INT4_FMTS}
 FMTS_BY_FORMAT |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 # For `Server.bases`: number formats, and the format of `export` for each of them.
 BITSANDBYTES = dict.fromkeys(FMTS_BY_FORMAT["bitsandbytes"], "bitsandbytes")
-AWQ = dict.fromkeys(FMTS_BY_FORMAT["awq"], "awq")
+AWQ = dict.fromkeys(INT4_FMTS, "awq")
 E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 # The `quant_method`s in a model's config that vLLM and SGLang load. "float" stands for
 # a model without a `quant_method`.

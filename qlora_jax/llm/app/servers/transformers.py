@@ -1,6 +1,6 @@
 """transformers with PEFT."""
 
-from .server import AWQ, BITSANDBYTES, E2M1, Server
+from .server import BITSANDBYTES, E2M1, INT4_FMTS, Server
 
 # PEFT silently skips packed modules, so transformers must decode them.
 _DECODED = (
@@ -9,7 +9,7 @@ _DECODED = (
 TRANSFORMERS = Server(
     name="transformers",
     reads=("float", "bitsandbytes", "compressed-tensors"),
-    bases={**BITSANDBYTES, **dict.fromkeys(AWQ, "compressed-tensors"), **E2M1},
+    bases={**BITSANDBYTES, **dict.fromkeys(INT4_FMTS, "compressed-tensors"), **E2M1},
     adapter="peft",
     command="model = transformers.AutoModelForCausalLM.from_pretrained("
     '"{base}"{flags})',
