@@ -120,14 +120,14 @@ def check_shared(folder: pathlib.Path) -> None:
         )
 
 
-class Stop(Callback):
-    """The signal that asked a run to stop, if any. As a callback, it stops the run."""
+class StopAtSignal(Callback):
+    """Ends a run after the step in which one of its processes got a signal."""
 
     local_number = 0  # the number of the first signal to this process; 0 for none
     number = 0  # the largest `local_number` of all processes; set by `is_due`
 
     def is_due(self) -> bool:
-        """Returns whether any process got a signal; all processes must call this."""
+        """Sets `number` and returns whether it is set; all processes must call this."""
         self.number = int(gather_numbers(self.local_number).max())
         return self.number > 0
 
@@ -143,9 +143,9 @@ class Stop(Callback):
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[Stop]:
+def catch_signals() -> Iterator[StopAtSignal]:
     """Catches SIGTERM and SIGINT; a second signal ends the process at once."""
-    stop = Stop()
+    stop = StopAtSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set handlers
         return
@@ -173,7 +173,7 @@ def catch_signals() -> Iterator[Stop]:
         os.close(reader)
 
 
-def _watch(reader: int, stop: Stop) -> None:
+def _watch(reader: int, stop: StopAtSignal) -> None:
     """Records the first signal, and ends the process at the second."""
     while data := os.read(reader, 1):
         if (number := data[0]) not in _SIGNALS:

@@ -42,8 +42,8 @@ class Program(NamedTuple):
     """The model of a run, and the functions that train and evaluate it."""
 
     model: Any  # the decoder, wrapped by `ql.linen.wrap`
-    loss: Callable[..., tuple]  # a `Loss`, as `make_step` takes it
-    eval_loss: Callable[..., tuple]  # the loss without the term that balances experts
+    # A `Loss`, as `make_step` takes it, but without the term that balances experts.
+    eval_loss: Callable[..., tuple]
     optimizer: optax.GradientTransformation
     step: Step
 
@@ -99,7 +99,7 @@ def make_program(
         step = make_step(loss, optimizer)
     else:
         step = make_step(loss, make_optimizer, learning_rates)
-    return Program(model, loss, eval_loss, optimizer, step)
+    return Program(model, eval_loss, optimizer, step)
 
 
 def _make_model(

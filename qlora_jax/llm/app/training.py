@@ -66,8 +66,8 @@ from .train_config import TrainConfig
 if TYPE_CHECKING:
     import grain
 
-# What `write_results` writes: the last state of a run, but with the adapter of the best
-# step if `keep_best` is set, and the metrics of that step; {} for the last adapter.
+# The last two arguments of `write_results`: the last state of a run, and {}. With
+# `keep_best`, the state has the best adapter, and the dict has the metrics of its step.
 Outcome = tuple[State, Mapping[str, float]]
 
 
@@ -458,12 +458,12 @@ def _open_callbacks(
     return [ForMembers(callbacks, lambda index, error: trainers[index].fail(error))]
 
 
-def _end_at_signal(stop: processes.Stop, step: int, folder: pathlib.Path) -> None:
+def _end_at_signal(stop: processes.StopAtSignal, step: int, out: pathlib.Path) -> None:
     """Prints how to resume the run, and raises the exception of the signal."""
-    states = folder / STATE  # the runs of a sweep have their own ones, in subfolders
+    states = out / STATE  # the runs of a sweep have their own ones, in subfolders
     log(
         f"The state of step {step:,} is saved in "
-        f"{states if states.is_dir() else folder}. To resume: qlora-jax train --config "
-        f"{shlex.quote(str(folder / CONFIG))} --resume"
+        f"{states if states.is_dir() else out}. To resume: qlora-jax train --config "
+        f"{shlex.quote(str(out / CONFIG))} --resume"
     )
     stop.raise_exception()
