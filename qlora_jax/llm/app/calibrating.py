@@ -15,9 +15,8 @@ from ..models.decoder import Decoder
 from ..train.objectives.sft import decoder_loss
 from .base_model import LAYERS, BaseModel
 
-# With more tokens than these, the mean squares of the inputs would hardly change.
 BATCH_WIDTH = 1024  # tokens per batch
-_MAX_BATCHES = 64
+_MAX_BATCHES = 64  # more would hardly change the mean squares of the inputs
 
 
 def make_calibrator(

@@ -307,7 +307,7 @@ def _median_seconds(
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[bool]:
-    """Computes on a CPU, if any; yields whether the default device is another one."""
+    """Computes on a CPU, if any; yields whether that is not the default device."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # for example with JAX_PLATFORMS=tpu

@@ -91,6 +91,7 @@ class Evaluation:
             if find_objective(config.training.objective).is_cross_entropy:
                 # `math.exp` raises OverflowError above 709.8.
                 metrics["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        # Answers take long, so by default only full evaluations generate them.
         if self._examples and (is_full or config.evaluation.eval_every):
             metrics["exact_match"] = self._evaluate_answers(state)
         return metrics

@@ -132,7 +132,7 @@ def generate(
     is_typed = not isinstance(prompts, list)
     if adapters and is_typed:
         raise ValueError("`prompt` must be given with several adapters. Got none.")
-    # The template is checked with a placeholder if the prompts are not known yet.
+    # Prompts of a file are checked already; a placeholder stands for those to be typed.
     conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, load_options, dtype)
@@ -332,7 +332,7 @@ def _encode_messages(
         value = [{"role": "user", "content": check_text("prompt", value)}]
     values = {"messages": value, "system": row.get("system") or system}
     values |= {"tools": row.get("tools")}
-    # Checks the messages, and separates the system message from the turns.
+    # Checked lists of messages, by the names that error messages use, and the tools.
     parts: Any = find_messages(Fields("messages", values, []), is_chat=True)
     tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
     if messages[-1]["role"] == "assistant":

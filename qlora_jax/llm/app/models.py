@@ -12,7 +12,7 @@ from ..models.family import Family, UnsupportedOption
 from .configs import ModelsConfig
 
 # The config of a small model. It has the options that some families require; all others
-# have their defaults. `vocab_size` must equal an option of Gemma 4 with this default.
+# have their defaults. That of `vocab_size_per_layer_input` must equal `vocab_size`.
 _SMALL = {"vocab_size": 262_144, "hidden_size": 256, "intermediate_size": 64}
 _SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 32}
 _SMALL |= {"max_position_embeddings": 64, "num_experts_per_tok": 2}
@@ -227,6 +227,5 @@ def _code(*words: str) -> str:
 
 
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table in Markdown."""
     cells = [titles, ["---"] * len(titles), *rows]
     return [f"| {' | '.join(row)} |" for row in cells]

@@ -57,8 +57,6 @@ class Preview:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A sequence of a batch."""
-
     starts_row: bool  # whether it is the first sequence of a row
     suffix: str  # added to the row's name, such as ", chosen"
     ids: np.ndarray
@@ -108,7 +106,8 @@ def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
         is_target[batch.select[index, has_target] + 1] = True
         for segment in range(1, segments.max() + 1):  # 0 is padding
             suffix = f", sequence {segment}" * is_packed
-            starts_row, tokens = segment == 1, segments == segment
+            starts_row = segment == 1
+            is_in_segment = segments == segment
             if answers is not None:
                 # The two answers of a pair follow each other: in two rows of the batch
                 # or, if packed, in one.
@@ -121,9 +120,8 @@ def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
                     suffix += ", good answer" if is_good else ", bad answer"
                 else:
                     suffix += ", rejected" if is_second else ", chosen"
-            yield _Sequence(
-                starts_row, suffix, batch.ids[index, tokens], is_target[tokens]
-            )
+            ids = batch.ids[index, is_in_segment]
+            yield _Sequence(starts_row, suffix, ids, is_target[is_in_segment])
 
 
 def _split_text(

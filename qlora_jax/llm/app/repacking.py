@@ -95,8 +95,8 @@ def repack(
         message = (
             f"Packing keeps {cost.kept:.0%} of what the adapter changed. Serve the "
             "adapter with the base, or train it with `merge_aware`. If the model is "
-            "already in 4 bits, whose weights round back to their old values after a "
-            "small change, merge into the float model."
+            "already in 4 bits, its weights round back to their old values after a "
+            "small change, so merge into the float model instead."
         )
         warnings.warn(message, UserWarning, stacklevel=2)
     return packed, cost

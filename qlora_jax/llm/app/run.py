@@ -259,7 +259,7 @@ def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> Train
 def _check_torch_settings(config: TrainConfig, torch_config: TorchConfig) -> None:
     """Raises ValueError if PyTorch's code does not support the value of an option."""
     settings = config.to_settings()
-    no_teacher = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
+    objectives = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
     # The supported values of each option, and why there are no others.
     requirements = {
         "attention": (["xla"], "only our decoder has the others"),
@@ -268,7 +268,7 @@ def _check_torch_settings(config: TrainConfig, torch_config: TorchConfig) -> Non
         "mlp_tile": ([None], "its MLPs take all tokens at a time"),
         "stream_dtype": (["float32"], "the dtype of its residual stream is `dtype`"),
         "merge_aware": ([False], "`export` writes no 4-bit files of these models"),
-        "objective": (no_teacher, "losses with a teacher need the head of our decoder"),
+        "objective": (objectives, "losses with a teacher need the head of our decoder"),
     }
     if problems := [
         f"`{name}` must be {' or '.join(map(str, allowed))}, because {reason}. Got "
@@ -407,7 +407,7 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
 
 
 def make_sibling(run: Run, config: TrainConfig) -> Run:
-    """Returns the run of another member of the sweep, with the same model and data."""
+    """Returns the run with other settings of the same sweep, from `member_configs`."""
     return dataclasses.replace(
         run,
         config=run.config.replace(out=config.output.out, **config.sweepable),
@@ -434,8 +434,8 @@ def _make_stamp(
     }
     if config.optimizer.schedule == "constant":
         del stamp["steps"]  # without decay, a resumed run may have more steps
-    # Settings that only other objectives use have no effect. States of version 0.2 lack
-    # them, and also the default objective.
+    # Settings that only other objectives use have no effect. They are left out, and so
+    # is the default objective, because states of version 0.2 have neither.
     objective = find_objective(config.training.objective)
     names = {name for x in OBJECTIVES.values() for name in x.settings}
     for name in names - {*objective.settings}:
@@ -453,10 +453,10 @@ def _make_stamp(
     return json.loads(json.dumps(stamp))
 
 
-def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
+def check_stamp(saved: Mapping[str, Any], current: Mapping[str, Any], out: str) -> None:
     """Raises ValueError if a run is resumed with other settings, and lists them.
 
-    `saved` is the stamp from the state, and `now` is that of the resumed run.
+    `saved` is the stamp from the state, and `current` is that of the resumed run.
     """
     # A state from an earlier version lacks the options that were added since. It was
     # trained with what are now their defaults.
@@ -464,8 +464,9 @@ def check_stamp(saved: Mapping[str, Any], now: Mapping[str, Any], out: str) -> N
     defaults = {
         option.name: option.default for option in options if not option.may_change
     }
-    saved, now = defaults | {**saved}, defaults | {**now}
-    if differences := describe_changes(saved, now, _describe_value, missing="not set"):
+    saved, current = defaults | {**saved}, defaults | {**current}
+    differences = describe_changes(saved, current, _describe_value, missing="not set")
+    if differences:
         raise ValueError(
             f"`resume` must be used with the settings of the run in {out}. Got others: "
             f"{'; '.join(differences)}. Use the same settings, or start a new run in "
