@@ -234,12 +234,12 @@ def _flatten(
     for key, value in settings.items():
         if key in groups_of(config_type) and isinstance(value, Mapping):
             nested = {f"{key}.{field}": x for field, x in value.items()}
-            # `data` is both a group, and an option whose value may be a mapping. The
-            # mapping is the group if all its keys are fields of the group.
-            name = main_names.get(key)
-            hint = None if name is None else options_of(config_type)[name].hint
-            may_be_value = dict in {get_origin(member) for member in get_args(hint)}
-            if not may_be_value or {*nested} <= {*main_names}:
+            # A mapping may also be the value of an option with the name of the group,
+            # such as `data`. It is the group if all its keys are fields of the group.
+            option = options_of(config_type).get(main_names.get(key, ""))
+            members = () if option is None else get_args(option.hint)
+            can_be_value = dict in [get_origin(member) for member in members]
+            if not can_be_value or {*nested} <= {*main_names}:
                 yield from nested.items()
                 continue
         yield key, value
