@@ -39,7 +39,6 @@ def known_values(x: PyTree) -> np.ndarray | None:
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
         return None
-    # Other processes may have a part of the array.
     is_addressable = not isinstance(x, jax.Array) or x.is_fully_addressable
     return np.asarray(x) if is_addressable else None
 
@@ -67,11 +66,11 @@ def as_int32(x: object) -> Int32[Array, "..."]:
     return jnp.asarray(array, jnp.int32)
 
 
-def unwrapped(operands: PyTree, frozen: PyTree, message: str) -> PyTree:
-    """Returns the arrays of the operands of a `custom_vjp` with `symbolic_zeros`.
+def unwrap_operands(operands: PyTree, frozen: PyTree, message: str) -> PyTree:
+    """Returns the arrays that a `custom_vjp` with `symbolic_zeros` gets as operands.
 
     JAX wraps each array together with a flag that says whether it is differentiated.
-    Raises ValueError with the message if an array of `frozen` is.
+    Raises ValueError with `message` if the operand `frozen` is differentiated.
     """
 
     def is_wrapped(leaf: object) -> bool:

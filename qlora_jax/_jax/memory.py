@@ -28,6 +28,7 @@ def all_below(w: Array | np.ndarray, limit: float) -> bool:
     """Whether the magnitude of every value is below `limit`. False if any is NaN."""
     if w.dtype.itemsize == 1:  # some float8 types have no infinity
         w = w.astype(np.float32)
+    # The comparison casts the limit to the dtype of `w`, in which it may overflow.
     if limit > float(jnp.finfo(w.dtype).max):
         limit = math.inf
     # This also checks a concrete array that a traced function closes over.

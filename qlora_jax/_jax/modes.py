@@ -15,7 +15,7 @@ from jax.sharding import (
 )
 from jaxtyping import Array, PyTree
 
-from .specs import AnyMesh, Axes, SpecEntry, make_spec, spec_of, typed_axes, unused
+from .specs import AnyMesh, Axes, SpecEntry, free_prefix, make_spec, spec_of, typed_axes
 
 
 def explicit_mesh(*trees: PyTree) -> AnyMesh | None:
@@ -68,7 +68,7 @@ def without_mapped_axes(mesh: AnyMesh, *trees: PyTree) -> PyTree:
 
     def gather(x: Array) -> Array:
         axes = typed_axes(x)
-        allowed = [unused(entry, {*entry} - explicit_names) for entry in axes]
+        allowed = [free_prefix(entry, {*entry} - explicit_names) for entry in axes]
         return x if allowed == axes else split_by(x, mesh, make_spec(*allowed))
 
     return jax.tree.map(gather, trees)

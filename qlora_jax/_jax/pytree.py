@@ -77,10 +77,11 @@ def register(
 ) -> None:
     """Registers a frozen dataclass with array fields and hashable static fields.
 
-    A static field that is listed in `input_fields` is a leaf in nodes whose `inputs`
-    name it. With a `serialized_name`, `jax.export` and Flax's state dicts support the
-    class. Nodes get a property `tree_fields`: the names of the leaves, and the names of
-    the static fields, including those that are leaves in this node.
+    Static fields in `input_fields`, such as the scaling of a LoRA, may also hold an
+    array. They are then leaves of the node, and its attribute `inputs` names them. With
+    a `serialized_name`, `jax.export` and Flax's state dicts support the class. Nodes
+    get a property `tree_fields`: the names of the leaves, and the names of the static
+    fields, including those that are leaves in this node.
     """
 
     def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

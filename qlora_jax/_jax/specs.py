@@ -30,13 +30,13 @@ def make_spec(*axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(a if len(a) > 1 else a[0] if a else None for a in axes))
 
 
-def ways(sizes: Mapping[str, int], axes: Axes) -> int:
+def num_parts(sizes: Mapping[str, int], axes: Axes) -> int:
     """Returns the number of parts into which mesh axes split an array axis."""
     return math.prod(sizes[axis] for axis in axes)
 
 
-def unused(axes: Axes, used: set[str]) -> Axes:
-    """Returns the axes before the first used one."""
+def free_prefix(axes: Axes, used: set[str]) -> Axes:
+    """Returns the axes before the first one in `used`."""
     # Leading axes split an array into contiguous parts. Without one of them, the parts
     # would be interleaved.
     for i, axis in enumerate(axes):
@@ -48,19 +48,19 @@ def unused(axes: Axes, used: set[str]) -> Axes:
 def fitting(axes: Axes, sizes: Mapping[str, int], *lengths: int) -> Axes:
     """Returns the longest prefix of the axes that divides all lengths."""
     for count in range(len(axes), 0, -1):
-        if all(length % ways(sizes, axes[:count]) == 0 for length in lengths):
+        if all(length % num_parts(sizes, axes[:count]) == 0 for length in lengths):
             return axes[:count]
     return ()
 
 
 def spec_of(x: Array) -> tuple[SpecEntry, ...]:
-    """Returns the entry of each axis of `x` in its PartitionSpec."""
+    """Returns the spec of the type of `x`, in which Auto mesh axes are not visible."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return spec + (None,) * (x.ndim - len(spec))
 
 
 def typed_axes(x: Array) -> list[Axes]:
-    """Returns the Explicit mesh axes that split each axis of `x`, from its type."""
+    """Returns `spec_of(x)` with a tuple of mesh axes for each axis of `x`."""
     return [axes_of(entry) for entry in spec_of(x)]
 
 
@@ -72,7 +72,7 @@ def fitting_spec(
     entries: list[SpecEntry] = []
     for entry, size in zip(spec, shape, strict=True):
         axes = axes_of(entry)
-        if size % ways(mesh.shape, axes) or used.intersection(axes):
+        if size % num_parts(mesh.shape, axes) or used.intersection(axes):
             entry, axes = None, ()
         used.update(axes)
         entries.append(entry)

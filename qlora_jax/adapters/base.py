@@ -315,7 +315,10 @@ def constrained(lora: A, placement: Placement | None) -> A:
     row_axes = {axis for axes in placement.rows for axis in axes}
     matrix_axes = placement.matrix_axes(len(lora.batch_shape) + 2)
     *batch, k, n = auto_only(mesh, matrix_axes)
-    role_axes = {"k": specs.unused(k, row_axes), "n": specs.unused(n, row_axes)}
+    role_axes = {
+        "k": specs.free_prefix(k, row_axes),
+        "n": specs.free_prefix(n, row_axes),
+    }
     axes = _fitting_axes(lora, batch, role_axes, mesh.shape)
 
     def constrain(name: str, x: Array) -> Array:

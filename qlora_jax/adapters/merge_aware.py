@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, PyTree
 
-from .._jax.arguments import unwrapped
+from .._jax.arguments import unwrap_operands
 from .._jax.modes import (
     auto_only,
     axes_of_type,
@@ -183,7 +183,7 @@ def _packed_product(
 
 def _packed_product_fwd(call: ProductCall, *operands: PyTree) -> tuple[Array, tuple]:
     _, _, kernel, _ = operands
-    arrays = unwrapped(
+    arrays = unwrap_operands(
         operands,
         kernel,
         "the kernel of a merge-aware adapter must be frozen, because it gets no "

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
-from .._jax.specs import Axes, make_spec, typed_axes, unused
+from .._jax.specs import Axes, free_prefix, make_spec, typed_axes
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter, ProductCall
@@ -171,7 +171,7 @@ def _split_as_rows(array: Array, x: Array) -> Array:
         return array
     row_axes: Axes = typed_axes(x)[0]
     # A mesh axis can split only one axis of an array.
-    other_axes = [unused(axes, {*row_axes}) for axes in typed_axes(array)[1:]]
+    other_axes = [free_prefix(axes, {*row_axes}) for axes in typed_axes(array)[1:]]
     return split_by(array, mesh, make_spec(row_axes, *other_axes))
 
 

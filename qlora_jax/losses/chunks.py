@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from .._jax.arguments import unwrapped
+from .._jax.arguments import unwrap_operands
 from .._jax.modes import call_in_auto_mode, varying_with
 from .._jax.specs import spec_of
 from ..adapters.product import adapted_product
@@ -124,8 +124,8 @@ def chunked_losses(
 # f(c) has the gradient
 #   d loss / d l_j = (d f / d c_j) * (1 - (c_j / cap)^2).
 # The loss of a token depends only on its own row of `hidden`. So the forward pass keeps
-# `unit = d loss / d hidden`, `[*tokens, D]`, and the backward pass multiplies it by g,
-# the gradient with respect to each loss.
+# `grad`, the gradient of each loss with respect to its own row, `[*tokens, D]`. The
+# backward pass multiplies it by g, the gradient with respect to each loss.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _losses(
     token_loss: TokenLoss, chunk_size: int, cap: float | None, *arrays: PyTree
@@ -137,7 +137,7 @@ def _losses_fwd(
     token_loss: TokenLoss, chunk_size: int, cap: float | None, *arrays: PyTree
 ) -> tuple[Array, Array | None]:
     _, head, *_ = arrays
-    arrays = unwrapped(
+    arrays = unwrap_operands(
         arrays,
         head,
         "`head` must be frozen, because it gets no gradient. Got one that is "
@@ -148,11 +148,10 @@ def _losses_fwd(
 
 
 def _losses_bwd(
-    token_loss: TokenLoss, chunk_size: int, cap: float | None, unit: Array, g: PyTree
+    token_loss: TokenLoss, chunk_size: int, cap: float | None, grad: Array, g: PyTree
 ) -> tuple[Array, None, None, None]:
     del token_loss, chunk_size, cap
-    g = jnp.expand_dims(g, -1)
-    return (unit * g).astype(unit.dtype), None, None, None
+    return (grad * g[..., None]).astype(grad.dtype), None, None, None
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
@@ -176,37 +175,37 @@ def _compute(
     def compute_by_chunks(
         hidden: Array, head: Kernel, targets: PyTree, frozen: PyTree
     ) -> tuple[Array, Array | None]:
-        multiply = linear(head, hidden.dtype)
+        multiply = head_product(head, hidden.dtype)
 
         def compute_chunk(chunk: tuple[Array, PyTree]) -> tuple[Array, Array | None]:
-            rows, row_targets = chunk
+            rows, row_targets = chunk  # [t, D] and [t, ...]
             logits, pull_back = multiply(rows)
             logits = soft_cap(logits, cap)
-            losses, g = token_loss(logits, row_targets, frozen, has_gradient)
-            if g is None:
+            losses, logit_grad = token_loss(logits, row_targets, frozen, has_gradient)
+            if logit_grad is None:
                 return losses, None
             if cap is not None:
-                g = g * (1 - jnp.square(logits / cap))
-            unit = pull_back(g.astype(rows.dtype)) / GRADIENT_SCALE
+                logit_grad *= 1 - jnp.square(logits / cap)
+            grad = pull_back(logit_grad.astype(rows.dtype)) / GRADIENT_SCALE
             # If a loss is NaN, as for an invalid label, its gradient shall be NaN, too.
-            unit = jnp.where(jnp.isnan(losses)[:, None], jnp.nan, unit)
-            return losses, unit.astype(rows.dtype)
+            grad = jnp.where(jnp.isnan(losses)[:, None], jnp.nan, grad)
+            return losses, grad.astype(rows.dtype)
 
         lead = hidden.shape[:-1]
         num_tokens = math.prod(lead)
         num_chunks = _num_chunks(num_tokens, chunk_size)
-        rows = jax.tree.map(
+        all_rows = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[len(lead) :]), (hidden, targets)
         )
         if num_chunks == 1:
-            losses, unit = compute_chunk(rows)
+            losses, grad = compute_chunk(all_rows)
         else:
-            chunks = jax.tree.map(lambda x: _cut(x, num_chunks), rows)
+            chunks = jax.tree.map(lambda x: _cut(x, num_chunks), all_rows)
             join = functools.partial(_join, num_tokens=num_tokens)
-            losses, unit = jax.tree.map(join, lax.map(compute_chunk, chunks))
-        return losses.reshape(lead), unit if unit is None else unit.reshape(
-            hidden.shape
-        )
+            losses, grad = jax.tree.map(join, lax.map(compute_chunk, chunks))
+        if grad is not None:
+            grad = grad.reshape(hidden.shape)
+        return losses.reshape(lead), grad
 
     # Explicit mode has no rule for rows that are split into chunks.
     spec = spec_of(hidden)
@@ -241,10 +240,10 @@ def _join(x: Array, num_tokens: int) -> Array:
 
 # Maps rows `[t, D]` to their logits `[t, V]`, and to a function for the backward pass:
 # from gradients with respect to these logits to gradients with respect to the rows.
-Linear = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
+HeadProduct = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
 
 
-def linear(head: Kernel, dtype: np.dtype) -> Linear:
+def head_product(head: Kernel, dtype: np.dtype) -> HeadProduct:
     """Returns the function that multiplies rows of this dtype by a head."""
     accumulator = accumulator_dtype(dtype)
 

@@ -13,7 +13,7 @@ from .chunks import (
     check_chunk_size,
     check_head,
     chunked_losses,
-    linear,
+    head_product,
     soft_cap,
 )
 
@@ -122,7 +122,8 @@ class _Divergence:
         teacher_head: Kernel,
         has_gradient: bool,
     ) -> tuple[Array, Array | None]:
-        teacher_logits, _ = linear(teacher_head, teacher_rows.dtype)(teacher_rows)
+        multiply = head_product(teacher_head, teacher_rows.dtype)
+        teacher_logits, _ = multiply(teacher_rows)
         teacher_logits = soft_cap(teacher_logits, self.teacher_cap)
         log_q = jax.nn.log_softmax(logits / self.temperature)
         log_p = jax.nn.log_softmax(teacher_logits / self.temperature)

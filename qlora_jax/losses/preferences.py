@@ -128,11 +128,11 @@ def kto(
 
 def _log1mexp(x: Array) -> Array:
     """Returns `log(1 - exp(x))` for x below 0, without cancellation (Mächler, 2012)."""
-    # Near 0, `exp(x)` is close to 1, and `expm1` keeps the digits of the difference.
-    # Far from 0, `log1p` keeps those of a small `exp(x)`.
     # An answer of probability 1 would have infinite odds and a gradient of NaN.
     x = jnp.minimum(x, -jnp.finfo(x.dtype).eps)
-    # Both branches are differentiated, so each gets an x at which it is finite.
-    is_small = x < _LOG_HALF
-    small, large = jnp.where(is_small, x, -1.0), jnp.where(is_small, -0.5, x)
-    return jnp.where(is_small, jnp.log1p(-jnp.exp(small)), jnp.log(-jnp.expm1(large)))
+    # Near 0, `exp(x)` is close to 1, and `expm1` keeps the digits of the difference.
+    # Far from 0, `log1p` keeps those of a small `exp(x)`. Both branches are
+    # differentiated, so each gets an x at which it is finite.
+    is_far = x < _LOG_HALF
+    far, near = jnp.where(is_far, x, -1.0), jnp.where(is_far, -0.5, x)
+    return jnp.where(is_far, jnp.log1p(-jnp.exp(far)), jnp.log(-jnp.expm1(near)))

@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 
 from jax.sharding import PartitionSpec
 
-from .._jax.specs import AnyMesh, Axes, axes_of, fitting, make_spec, unused, ways
+from .._jax.specs import (
+    AnyMesh,
+    Axes,
+    axes_of,
+    fitting,
+    free_prefix,
+    make_spec,
+    num_parts,
+)
 from .spec import OPERANDS, Name, ProductSpec
 
 
@@ -116,7 +124,7 @@ def lay_out(
     batch: list[Axes] = []
     axes_and_sizes = zip(weight_axes[: spec.batch], x_axes, scales_shape, strict=False)
     for weight_entry, x_entry, size in axes_and_sizes:
-        batch.append(fitting(unused(weight_entry or x_entry, used), sizes, size))
+        batch.append(fitting(free_prefix(weight_entry or x_entry, used), sizes, size))
         used.update(batch[-1])
 
     # 2. The stored weights. All devices store and multiply the same number of complete
@@ -127,30 +135,30 @@ def lay_out(
     if spec.is_ragged:
         stored_experts = fitting(weight_axes[-3], sizes, scales_shape[-3])
     stored_k = fitting(
-        unused(weight_axes[-2], used | {*stored_experts}), sizes, k_parts
+        free_prefix(weight_axes[-2], used | {*stored_experts}), sizes, k_parts
     )
     stored = {*stored_experts, *stored_k}
-    stored_n = fitting(unused(weight_axes[-1], used | stored), sizes, n)
+    stored_n = fitting(free_prefix(weight_axes[-1], used | stored), sizes, n)
     stored.update(stored_n)
 
     # 3. The rows of x.
     rows: list[Axes] = []
     row_slice = slice(spec.batch, -1)
     for x_entry, size in zip(x_axes[row_slice], x_shape[row_slice], strict=True):
-        rows.append(fitting(unused(x_entry, used), sizes, size))
+        rows.append(fitting(free_prefix(x_entry, used), sizes, size))
         used.update(rows[-1])
 
     # 4. The weights during the multiplication: only axes that the rows do not use.
     def split(stored_axes: Axes, length: int = 1, is_contracted: bool = False) -> Split:
-        active = unused(stored_axes, used)
+        active = free_prefix(stored_axes, used)
         if is_contracted and not stored_axes:
             # If only x is split along the contracted axis, weights are split to match.
-            active = fitting(unused(x_axes[-1], used | stored), sizes, length)
+            active = fitting(free_prefix(x_axes[-1], used | stored), sizes, length)
         return Split(active, stored_axes[len(active) :] if spec.packed_as else ())
 
     k_split = split(stored_k, k_parts, spec.output == "y")
     n_split = split(stored_n, n, spec.output == "x")
-    local_k = spec.k // ways(sizes, k_split.active)
+    local_k = spec.k // num_parts(sizes, k_split.active)
     local = replace(spec, k=local_k, placement=None, mesh=None, weight_axes=None)
     lead = *batch, *rows
     return Layout(local, lead, tuple(batch), k_split, n_split, split(stored_experts))

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._jax.memory import is_concrete
 from .._jax.pytree import is_box
-from .._jax.specs import Axes, SpecEntry, axes_of, make_spec, ways
+from .._jax.specs import Axes, SpecEntry, axes_of, make_spec, num_parts
 from ..adapters.base import Adapter, replace_arrays, stored_axes
 from ..adapters.config import first_match, unmatched_by
 from ..quant.kernel import Kernel, Placement, is_packed
@@ -248,11 +248,11 @@ class _Plan:
         )
 
     def _check_divides(self, label: str, axes: Axes, size: int) -> None:
-        parts = ways(self.mesh.shape, axes)  # the number of devices along this axis
-        if size % parts:
+        num_devices = num_parts(self.mesh.shape, axes)
+        if size % num_devices:
             fit = [d for d in range(1, min(size, self.mesh.size) + 1) if size % d == 0]
             raise ValueError(
-                f"{label} must divide among {parts} devices ({', '.join(axes)}). "
+                f"{label} must divide among {num_devices} devices ({', '.join(axes)}). "
                 f"Numbers of devices that would fit: {', '.join(map(str, fit))}."
             )
 
