@@ -119,6 +119,7 @@ def _join(x: Float[Array, "tiles *batch t D"], num_tokens: int) -> Float[Array, 
 # functions do it once, before the loop.
 def needs_fetch(node: PyTree, x: Float[Array, "*rows D"]) -> bool:
     """Whether a product with rows split like `x` would move or gather the kernel."""
+    # Arrays and plain functions count as float kernels, which are not gathered.
     kernel = as_kernel(parts_of(node)[0])
     return kernel.memory == "host" or find_gather(kernel.take(), x) is not None
 

@@ -76,16 +76,10 @@ def splash_attention(
     # 2. Bring the operands into the kernel's layout, [B, heads, T padded, Dh].
     # 3. Map the kernel, which is for one row, over the rows.
     # 4. Bring the result back into [B, T, H, Dh].
-    _check(query, key, value, window, soft_cap, segment_ids)
-    num_heads, head_dim = query.shape[2:]
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise ValueError(
-            f"`sinks` must have shape ({num_heads},), one for each head of `query`. "
-            f"Got {sinks.shape}."
-        )
-    dtype, num_tokens = query.dtype, query.shape[1]
+    _check(query, key, value, window, soft_cap, segment_ids, sinks)
+    _, num_tokens, num_heads, head_dim = query.shape
     factor = head_dim**-0.5 if scale is None else scale
-    query = (query.astype(jnp.float32) * factor).astype(dtype)
+    query = (query.astype(jnp.float32) * factor).astype(query.dtype)
     padding = -num_tokens % LANES
 
     def to_kernel_layout(x: Array) -> Array:
@@ -103,10 +97,10 @@ def splash_attention(
     over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
     attended = over_rows(*operands, segments, sinks)
     # The mask is causal, so no token attends to the padding after it.
-    return attended.astype(dtype).swapaxes(1, 2)[:, :num_tokens]
+    return attended.astype(query.dtype).swapaxes(1, 2)[:, :num_tokens]
 
 
-def _check(query, key, value, window, soft_cap, segment_ids) -> None:
+def _check(query, key, value, window, soft_cap, segment_ids, sinks) -> None:
     if query.ndim != 4 or key.ndim != 4:
         raise ValueError(
             "`query` and `key` must have four axes, [B, T, heads, size]. Got shapes "
@@ -130,6 +124,11 @@ def _check(query, key, value, window, soft_cap, segment_ids) -> None:
     if segment_ids is not None and [*segment_ids.shape] != rows:
         raise ValueError(
             f"`segment_ids` must have shape {tuple(rows)}. Got {segment_ids.shape}."
+        )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(
+            f"`sinks` must have shape ({heads},), one for each head of `query`. "
+            f"Got {sinks.shape}."
         )
 
 
