@@ -212,6 +212,7 @@ def _with_experts(
 
             return call_with_experts(call_on_weights, kernels, backend)
 
+        # The filters select all variables before and after the call, and all rngs.
         return pack(run_packed, (True,), (True,), (True,), name="experts")
 
     return nn.transforms.lift_transform(lift, fn)
@@ -227,12 +228,12 @@ def run_in_float(
 ) -> Tree:
     """Runs a method on float arrays, which exist only during the call."""
 
-    # `jax.checkpoint` makes the backward pass decode the kernels again. Methods with
-    # packed experts run their ragged products on the packed weights instead.
     def run(module: nn.Module, inputs: tuple) -> Tree:
         args, kwargs = inputs
         return getattr(module, method)(*args, **kwargs)
 
+    # `nn.remat` makes the backward pass decode the kernels again. Methods with packed
+    # experts run their ragged products on the packed weights instead.
     def remat(fn: Callable) -> Callable:
         if isinstance(module, NORMS):
             # Flax unboxes a module's own parameters, but not those of the layer inside.

@@ -24,7 +24,7 @@ def _dense(module: nn.Dense | QLoRADense, inputs: Array) -> ModuleCall:
 
 
 def _dense_general(module: nn.DenseGeneral, inputs: Array) -> ModuleCall:
-    # Each of the three is an integer or several.
+    # `axis`, `batch_dims` and `features` are integers or sequences of integers.
     axes, batch = (np.ravel(x).tolist() for x in (module.axis, module.batch_dims))
     num_outputs = np.size(module.features)
     equation = general_equation(inputs.ndim, axes, batch, num_outputs)

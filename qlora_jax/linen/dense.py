@@ -23,7 +23,7 @@ from ..trees.quantize import freeze
 def module_call(
     module: nn.Module, kernel: str, equation: str, x: Array, is_complete: bool = True
 ) -> ModuleCall:
-    """Describes the call of a module, which may lack some attributes of `nn.Dense`."""
+    """Describes the call of a module as a ModuleCall."""
     # Registered classes may lack the bias, `promote_dtype` and `precision`.
     has_bias = getattr(module, "use_bias", True)
     bias = module.variables.get("params", {}).get("bias") if has_bias else None

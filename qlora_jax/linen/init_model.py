@@ -86,7 +86,7 @@ def init(
 
 
 def _with_arrays(params: Tree) -> Tree:
-    # Zeros take no memory in a trace, and `init` reads only their shapes.
+    # In a trace, `jnp.zeros` is a tracer without memory. `init` reads only its shape.
     def to_array(leaf: Leaf) -> Leaf:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
@@ -166,9 +166,9 @@ class _Recorder:
         for target in boxes.values():
             # Errors are collected, so that one error lists the problems of all targets.
             try:
-                target.recorder.record(target, module, call)
+                self.record(target, module, call)
             except ValueError as error:
-                target.recorder.unfit[target.path] = str(error)
+                self.unfit[target.path] = str(error)
         # Flax does not unbox the parameters of the layer in a norm.
         if boxes and isinstance(module, NORMS):
             return run_in_float(module, method, args, kwargs, _Target)
@@ -193,7 +193,6 @@ class _Recorder:
                 "weights must have at least 2 axes in their module. Got shape "
                 f"{target.value.shape}."
             )
-        # A bias or another parameter of a module that a rule describes.
         if call is not None and call.kernel != target.name:
             raise ValueError(
                 f"it is the {target.name} of its module, {type(module).__name__}: "
