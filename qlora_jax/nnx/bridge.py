@@ -106,9 +106,9 @@ class _TracedLinen:
     module: nn.Module
 
     def apply(self, variables: Mapping, *args: object, **kwargs: Any) -> Tree:
-        collections = dict(variables)
-        inputs = collections.pop("params"), self.config, args, kwargs, collections
-        traced = trace_kinds(self.module, *inputs)
+        state = dict(variables)  # the other collections, once `params` is removed
+        params = state.pop("params")
+        traced = trace_kinds(self.module, params, self.config, args, kwargs, state)
         for record, by_path in zip(self.records, traced, strict=True):
             record.update({self.prefix + path: text for path, text in by_path.items()})
         return self.module.apply(variables, *args, **kwargs)

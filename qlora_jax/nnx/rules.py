@@ -113,7 +113,7 @@ RULES = Registry(
             lambda module: "embedding",
             lambda module: None,
             _embed,
-            lambda module: module.num_embeddings > 1,
+            lambda module: True,
             is_partial=True,
         ),
         nnx.Einsum: _layer_rule(

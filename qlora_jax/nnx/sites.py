@@ -85,12 +85,13 @@ def _entries(module: nnx.Module) -> Iterator[tuple[KeyPath, Holder, str]]:
                 pending.append(((*path, name), inner))
 
 
-def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
-    """Returns the rule by which a module computes with its targets `names`, or None."""
+def packed_rule(module: nnx.Module, target_names: list[str]) -> Rule | None:
+    """Returns the rule by which a module computes with its targets, or None."""
     rule = RULES.find(type(module))
-    if rule is None or names != [rule.kernel(module)] or not rule.supports(module):
+    # A rule describes a single kernel. With further targets, the module runs in float.
+    if rule is None or target_names != [rule.kernel(module)]:
         return None
-    return rule
+    return rule if rule.supports(module) else None
 
 
 def why_not_trained(site: Site) -> str | None:
@@ -114,10 +115,10 @@ def why_not_trained(site: Site) -> str | None:
     return None
 
 
-def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
+def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | None:
     """Returns the kinds of a target's axes, or None if they are not known yet.
 
-    Raises a ValueError if the leaf cannot be a target.
+    `target_names` are all targets of its module. Raises ValueError for an unfit leaf.
     """
     if reason := why_not_trained(site):
         raise ValueError(reason)
@@ -131,7 +132,7 @@ def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
                 f"param_scan_axis=0). Got shape {shape}."
             )
     # The kinds come from a rule, or else from the config, or else from a guess.
-    if (rule := packed_rule(module, names)) is not None:
+    if (rule := packed_rule(module, target_names)) is not None:
         return rule.kinds(module)
     cls = type(module).__name__
     # Stacked biases and scales have two axes, like kernels.
@@ -158,7 +159,6 @@ def check_targets(
     targets: dict[str, Site], config: QLoRAConfig
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the targets' kinds of axes, and why some are unfit, by path."""
-    # A rule applies only if its kernel is the module's only target.
     names_by_module: dict[int, list[str]] = {}
     for site in targets.values():
         for module, _, name in site.holders:

@@ -19,7 +19,7 @@ from ..product.einsum import split_equation
 from ..trees.merge import merge
 from ..trees.paths import Tree
 from .rules import RULES, Rule
-from .variables import adapted_names, adapter_of, base_of, unpack
+from .variables import adapted_names, adapter_of, base_of, float_variable
 
 Method = Callable[..., Any]
 
@@ -151,8 +151,8 @@ def _with_float_kernels(method: Method) -> Method:
             # The policy saves products, but not the kernels, which the backward pass
             # decodes again. The product of an adapter's factors, as large as the
             # kernel, is not saved: policies do not look into its custom gradient.
-            variables = (x for _, x in nnx.iter_graph(self))
-            variables = [x for x in variables if isinstance(x, nnx.Variable)]
+            nodes = (node for _, node in nnx.iter_graph(self))
+            variables = [node for node in nodes if isinstance(node, nnx.Variable)]
             transform = nnx.remat(
                 policy=jax.checkpoint_policies.dots_saveable,
                 graph=True,
@@ -207,7 +207,7 @@ def _float_kernels(
             value = expert_weights[i]
         else:
             value = merge(base_of(module, name), adapter_of(module, name).sliced)
-        setattr(module, name, unpack(variable, value))
+        setattr(module, name, float_variable(variable, value))
     object.__setattr__(module, "__class__", cls.qlora_original)
     try:
         yield

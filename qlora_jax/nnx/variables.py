@@ -48,7 +48,7 @@ class Packed(nnx.Variable[QTensor]):
 
 
 class Inputs(Packed):
-    """Untrained arrays of an adapter, which scans slice with the kernels of a stack."""
+    """Untrained arrays of an adapter, such as scalings, which scans slice too."""
 
 
 class Frozen(Packed):
@@ -73,7 +73,7 @@ class AdapterModule(nnx.Module):
         self,
         adapter: Adapter,
         rngs: nnx.RngStream | None,
-        trained: Packing | None = None,
+        trained_packing: Packing | None = None,
         path: str = "",
         frozen: Frozen | None = None,
     ):
@@ -81,7 +81,7 @@ class AdapterModule(nnx.Module):
         self.names = (*adapter.roles,)  # of the arrays
         self.rate = adapter.dropout
         self.set(adapter)
-        self.trained = trained  # the packing of a kernel trained through its quantizer
+        self.trained_packing = trained_packing  # of a kernel trained through it
         self.path = Note(path)  # for errors; all notes are equal in graph definitions
         self.deterministic = False  # set by `model.train()` and `model.eval()`
         self.enabled = True  # set by `disable_adapters`
@@ -129,9 +129,9 @@ class AdapterModule(nnx.Module):
 
     def _build(self, structure: Any) -> Adapter:
         arrays = [variable[...] for variable in self.variables.values()]
-        # The inputs follow the arrays, unless they are static in this structure.
         inputs = {} if self.inputs is None else self.inputs.get_value()
         leaves = [*arrays, *(inputs[name] for name in self.input_names)]
+        # If the inputs are static in `structure`, it has no leaves for them.
         adapter: Adapter = structure.unflatten(leaves[: structure.num_leaves])
         if "dropout" not in adapter.settings:
             return adapter
@@ -208,20 +208,20 @@ def base_of(holder: Holder, name: str) -> Leaf:
     """Returns the kernel `name`: a QTensor, a StraightThrough or a float array."""
     adapter = adapter_of(holder, name)
     value = variable_of(holder, name).get_value()
-    if adapter.trained is None:
+    if adapter.trained_packing is None:
         return value
     # Trained through its quantizer: the variable is a float `nnx.Param`.
-    return StraightThrough(value, adapter.trained, adapter.geometry)
+    return StraightThrough(value, adapter.trained_packing, adapter.geometry)
 
 
-def pack(variable: nnx.Variable, value: Leaf, cls: type[P] = Packed) -> P:
-    """Returns the packed variable that replaces a float one."""
+def packed_variable(variable: nnx.Variable, value: Leaf, cls: type[P] = Packed) -> P:
+    """Returns the variable of a packed or frozen value that replaces a float one."""
     metadata = tuple(sorted(variable.get_metadata().items()))  # hashable
     return cls(value, float_type=type(variable), float_metadata=metadata)
 
 
-def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
-    """Returns a float variable like the one that was packed."""
+def float_variable(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
+    """Returns a float variable like the one that `packed_variable` replaced."""
     if not isinstance(variable, Packed):
         return variable.copy(value)
     metadata = dict(variable.get_metadata("float_metadata"))

@@ -22,7 +22,7 @@ from .variables import (
     adapted_kernels,
     attributes,
     join_path,
-    pack,
+    packed_variable,
     runs_linen,
     set_attribute,
 )
@@ -105,8 +105,8 @@ def wrap(
     kinds, problems = check_targets(targets, config)
     in_linen = [p for p, s in targets.items() if s.holders and runs_linen(s.module)]
     if in_linen and (args or kwargs):
-        traced = kinds_of_linen(model, config, in_linen, args, kwargs)
-        kinds, problems = kinds | traced[0], traced[1] | problems
+        linen_kinds, unfit = kinds_of_linen(model, config, in_linen, args, kwargs)
+        kinds, problems = kinds | linen_kinds, unfit | problems
     elif in_linen:
         problems = _unknown_axes(in_linen, values, config) | problems
     for path, site in trained.items():
@@ -120,6 +120,7 @@ def wrap(
     adapters = leaves_by_path(lora)
     for path, site in (targets | trained).items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
+    # A leaf that is trained in full is read as before, so its module keeps its class.
     by_module: dict[int, list[Site]] = {}  # by id: modules may not be hashable
     for site in (targets | rows).values():
         by_module.setdefault(id(site.module), []).append(site)
@@ -158,7 +159,7 @@ def adapt(
     """Replaces a float kernel by a frozen kernel and its adapter."""
     # If a leaf is trained in full, its module reads the variable of the adapter.
     if lora.replacement is not None:
-        frozen = pack(attributes(holder)[name], base, Frozen)
+        frozen = packed_variable(attributes(holder)[name], base, Frozen)
         module = AdapterModule(lora, None, path=path, frozen=frozen)
         set_attribute(holder, f"{name}_lora", module)
         set_attribute(holder, name, module.variables["value"])
@@ -167,15 +168,15 @@ def adapt(
     if lora.dropout:
         # Each layer of a stack gets its own stream, which scans slice. A linen module
         # gets its whole stack, and one key for all of it.
-        stack = base.shape[: len(base.shape) - len(lora.geometry.kinds)]
+        stack_shape = base.shape[: len(base.shape) - len(lora.geometry.kinds)]
         in_linen = isinstance(holder, dict) or runs_linen(holder)
-        is_split = stack and not in_linen
-        stream = rngs.dropout.split(stack) if is_split else rngs.dropout.fork()
+        is_split = len(stack_shape) > 0 and not in_linen
+        stream = rngs.dropout.split(stack_shape) if is_split else rngs.dropout.fork()
     # Kernels in float, and those trained through their quantizer, keep their variable.
     if kernel.is_packed:
-        set_attribute(holder, name, pack(attributes(holder)[name], base))
-    trained = kernel.packing if kernel.is_trained else None
-    set_attribute(holder, f"{name}_lora", AdapterModule(lora, stream, trained, path))
+        set_attribute(holder, name, packed_variable(attributes(holder)[name], base))
+    packing = kernel.packing if kernel.is_trained else None
+    set_attribute(holder, f"{name}_lora", AdapterModule(lora, stream, packing, path))
 
 
 def _change_class(module: nnx.Module, names: list[str]) -> None:

@@ -21,10 +21,10 @@ from .variables import (
     adapter_of,
     base_of,
     del_attribute,
+    float_variable,
     is_base,
     join_path,
     set_attribute,
-    unpack,
     variable_of,
 )
 
@@ -51,7 +51,7 @@ def merge(model: M) -> M:
     model = nnx.clone(model)
     for _, holder, name in adapted_kernels(model):
         value = merge_trees(base_of(holder, name), adapter_of(holder, name).adapter)
-        set_attribute(holder, name, unpack(variable_of(holder, name), value))
+        set_attribute(holder, name, float_variable(variable_of(holder, name), value))
         del_attribute(holder, f"{name}_lora")
     for _, module in nnx.iter_modules(model):
         original = getattr(type(module), "qlora_original", None)  # before `wrap`
