@@ -180,10 +180,10 @@ def _check_dtypes(params: Tree) -> None:
 def _check_state(updates: Tree, state: optax.ScaleByAdamState) -> None:
     def moment_fits(gradient: Array, moment: Moment) -> bool:
         grid = grid_of(gradient.shape)
-        if grid is None:
-            return not isinstance(moment, Blocks) and moment.shape == gradient.shape
-        shapes = jax.tree.map(jnp.shape, moment, is_leaf=lambda x: x is not moment)
-        return isinstance(moment, Blocks) and shapes == block_shapes(grid)
+        if not isinstance(moment, Blocks):
+            return grid is None and moment.shape == gradient.shape
+        shapes = Blocks(*map(jnp.shape, moment))
+        return grid is not None and shapes == block_shapes(grid)
 
     def both_fit(gradient: Array, mu: Moment, nu: Moment) -> bool:
         return moment_fits(gradient, mu) and moment_fits(gradient, nu)

@@ -40,7 +40,8 @@ class Blocks(NamedTuple):
     # A TPU can slice one layer of 32-bit words out of host memory. For an array of
     # bytes, it would copy the whole stack.
     codes: Any
-    # Flattened from `[rows, columns / 256]`, whose last axis TPUs would pad to 128.
+    # `[rows, columns / 256]`, reshaped because TPUs would pad its last axis to 128. Its
+    # axis of size 4 does not correspond to the bytes of a word.
     scales: Any
 
 
@@ -77,16 +78,15 @@ def zero_blocks(like: Array, signed: bool) -> Moment:
     if grid is None:
         return jnp.zeros_like(like, jnp.float32)
     shapes = block_shapes(grid)
-    word = dynamic_map(signed).zero * 0x01010101
+    word = dynamic_map(signed).zero * 0x01010101  # four times the code of zero
     codes = jnp.full(shapes.codes, np.uint32(word), jnp.uint32)
     scales = jnp.zeros(shapes.scales, jnp.float32)
-    mesh, place = explicit_mesh(like), jax.sharding.reshard
     sharding = getattr(like, "sharding", None) if is_concrete(like) else None
-    if mesh is not None:
-        spec = spec_of(like)
+    if (mesh := explicit_mesh(like)) is not None:
+        place, spec = jax.sharding.reshard, spec_of(like)
     elif isinstance(sharding, NamedSharding):
-        mesh, place, spec = sharding.mesh, jax.device_put, sharding.spec
-        spec = (*spec, *[None] * (like.ndim - len(spec)))
+        mesh, place = sharding.mesh, jax.device_put
+        spec = (*sharding.spec, *[None] * (like.ndim - len(sharding.spec)))
     else:
         return Blocks(codes, scales)
     specs = _block_specs(mesh, spec, grid)
@@ -130,9 +130,8 @@ def to_blocks(values: Array, signed: bool) -> Moment:
 def block_shapes(grid: Grid) -> Blocks:
     """Returns the shapes of codes and scales."""
     layers, rows, columns, _ = grid
-    scales = rows * columns // BLOCK
     codes_shape = (layers, rows // _CODES_PER_WORD, columns)
-    return Blocks(codes_shape, (layers, 4, scales // 4))
+    return Blocks(codes_shape, (layers, 4, rows * columns // BLOCK // 4))
 
 
 def _block_specs(mesh: AnyMesh, spec: tuple, grid: Grid) -> Blocks:
@@ -212,24 +211,26 @@ def _decode_grid(blocks: Blocks, signed: bool) -> Array:
 # unsigned map), and its 2**e values are the centers of 2**e equal parts. The map also
 # has the values 0 and 1. The unsigned map has one more bit of fraction. Here, a code is
 # a position in the sorted map, and the *index* of a value is its position relative to
-# zero. Values are computed from the bits of a code, because a look-up in a table of 256
+# zero, plus 1 in the unsigned map, so that decade `e` begins at index 2**e in both.
+# Values are computed from the bits of a code, because a look-up in a table of 256
 # values is slow on TPUs.
 #
-# The values of a decade are `step * (18 * index + offset)`. The factor in parentheses
-# is a small integer, so that each value is a single product of two float32 numbers,
-# which every device rounds in the same way. Devices may round a sum of products
-# differently. For the value 1, the factor is 1.
+# The value at position j = index - 2**e of a decade is
+#   10**(e - top) * (0.1 + 0.9 * (j + 1 / 2) / 2**e) = step * (18 * index + offset).
+# The factor in parentheses is a small integer, so that each value is a single product
+# of two float32 numbers, which every device rounds in the same way. Devices may round
+# a sum of products differently. For the value 1, the factor is 1.
 class DynamicMap(NamedTuple):
     """Constants of a map, for nine groups of values: zero, seven decades, and 1."""
 
     zero: int  # the code of zero
-    first: int  # added to the index, so that its highest bit identifies the decade
+    first: int  # the smallest decade, and the index of zero
     offset: np.ndarray
     step: np.ndarray
     least: np.ndarray  # the smallest magnitude that rounds to a value of the group
     low: np.ndarray  # the lower end of the decade
     parts: np.ndarray  # 1 / the width of the equal parts of the decade
-    base: np.ndarray  # the index of the first value of the group, plus `first`
+    base: np.ndarray  # the index of the first value of the group
 
 
 @functools.cache
@@ -284,10 +285,10 @@ def encode(x: Array, signed: bool) -> Array:
     # This is a difference and then a product, which a compiler cannot contract into a
     # single operation that rounds once.
     part = jnp.floor((magnitude - _pick(group, table.low)) * _pick(group, table.parts))
-    index = base + jnp.clip(part, 0.0, jnp.maximum(base - 1, 0.0)) - table.first
+    position = base + jnp.clip(part, 0.0, jnp.maximum(base - 1, 0.0)) - table.first
     if signed:  # The map has the value 1, but not -1.
-        index = jnp.where(x < 0, -jnp.minimum(index, 127.0), index)
-    return (index + table.zero).astype(jnp.uint32)
+        position = jnp.where(x < 0, -jnp.minimum(position, 127.0), position)
+    return (position + table.zero).astype(jnp.uint32)
 
 
 def _pick(group: Array, values: np.ndarray) -> Array:

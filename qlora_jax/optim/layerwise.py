@@ -8,7 +8,7 @@ layers cannot be computed from a single layer, and raise `NotByLayers`.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +53,10 @@ class OneLayer(NamedTuple):
 Value = Array | OneLayer | None
 
 
-def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
+def find_stacks(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     """Returns the number of layers of each array, or 0 if it is not a stack."""
+    # Adapters and kernels that are trained have a method `stacked`, which returns
+    # whether each of their arrays is a stack.
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "stacked"))
     stacked = jax.tree.leaves([getattr(x, "stacked", lambda: False)() for x in nodes])
     leaves, paths = jax.tree.leaves(tree), paths_where(lambda _: True, tree)
@@ -81,8 +83,8 @@ def can_be_sliced(x: Array) -> bool:
     return explicit_mesh(x) is None or spec_of(x)[0] is None
 
 
-def state_sizes(
-    init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
+def find_state_stacks(
+    init: Callable[[Tree], Tree], params: Tree, param_layers: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[int], Any]:
     """Returns the shapes and numbers of layers of a state's arrays, and its treedef.
 
@@ -92,8 +94,8 @@ def state_sizes(
     """
     leaves, params_def = jax.tree.flatten(params)
     grown_leaves = [
-        jax.ShapeDtypeStruct((size + 1, *x.shape[1:]), x.dtype) if size else x
-        for x, size in zip(leaves, sizes, strict=True)
+        jax.ShapeDtypeStruct((n + 1, *x.shape[1:]), x.dtype) if n else x
+        for x, n in zip(leaves, param_layers, strict=True)
     ]
     state, state_def = jax.tree.flatten(jax.eval_shape(init, params))
     try:
@@ -106,9 +108,9 @@ def state_sizes(
     def count_layers(x: jax.ShapeDtypeStruct, grown: jax.ShapeDtypeStruct) -> int:
         if x.shape == grown.shape:
             return 0
-        size, *layer_shape = x.shape or (0,)
-        if size and size in sizes and grown.shape == (size + 1, *layer_shape):
-            return size
+        n, *layer_shape = x.shape or (0,)
+        if n and n in param_layers and grown.shape == (n + 1, *layer_shape):
+            return n
         raise NotByLayers(f"the state has an array of shape {x.shape}, not a stack")
 
     layers = list(map(count_layers, state, jax.tree.leaves(grown_state)))
@@ -132,40 +134,37 @@ def by_layers(
     # The trace is on whole stacks, so that a program that reads the number of layers
     # gets the right one.
     closed_jaxpr = jax.make_jaxpr(fn)(*arguments)
-    update = _LayerwiseUpdate(closed_jaxpr, argument_layers, result_layers, [])
+    update = _LayerwiseUpdate(closed_jaxpr, argument_layers, result_layers)
     update.check(arguments, names)
     results = update.compute(0, arguments)
-    for size in {*result_layers} - {0}:
-        results |= update.loop(size, arguments)
+    for num_layers in {*result_layers} - {0}:
+        results |= update.loop(num_layers, arguments)
     return [results[j] for j in range(len(result_layers))]
 
 
 @dataclass(frozen=True)
 class _LayerwiseUpdate:
-    """A traced update, with the numbers of layers of its arguments and results.
-
-    `mixing_primitives` collects the names of primitives that mix layers.
-    """
+    """A traced update, with the numbers of layers of its arguments and results."""
 
     program: core.ClosedJaxpr
     argument_layers: Sequence[int]
     result_layers: Sequence[int]
-    mixing_primitives: list[str]
+    mixing_primitives: list[str] = field(default_factory=list)  # collects their names
 
     def compute(
-        self, size: int, arguments: Sequence[Array], index: Array | int = 0
+        self, num_layers: int, arguments: Sequence[Array], index: Array | int = 0
     ) -> dict[int, Any]:
-        """Returns layer `index` of the results with `size` layers, by position.
+        """Returns layer `index` of the results with `num_layers` layers, by position.
 
-        For `size` 0, returns the results that are not stacks. A result that cannot be
-        computed from one layer is None.
+        For 0, returns the results that are not stacks. A result that cannot be computed
+        from one layer is None.
         """
-        interpreter = _LayerInterpreter(size, index, self.mixing_primitives)
+        interpreter = _LayerInterpreter(num_layers, index, self.mixing_primitives)
 
         def argument_value(x: Array, layers: int) -> Value:
             if layers == 0:
                 return x
-            return OneLayer(interpreter.layer_of(x)) if layers == size else None
+            return OneLayer(interpreter.layer_of(x)) if layers == num_layers else None
 
         values = [
             argument_value(x, layers)
@@ -173,9 +172,9 @@ class _LayerwiseUpdate:
         ]
         results = interpreter.run(self.program, *values)
         return {
-            j: interpreter.layer_of(x) if size and x is not None else x
+            j: interpreter.layer_of(x) if num_layers and x is not None else x
             for j, x in enumerate(results)
-            if self.result_layers[j] == size
+            if self.result_layers[j] == num_layers
         }
 
     def check(self, arguments: Sequence[Array], names: Sequence[str]) -> None:
@@ -184,8 +183,8 @@ class _LayerwiseUpdate:
         if changed := [x.shape for x, n in result_types if n and x.shape[:1] != (n,)]:
             raise NotByLayers(f"it changes the shape of the state, to {changed}")
         results = {}
-        for size in {0, *self.result_layers}:
-            results |= jax.eval_shape(lambda n=size: self.compute(n, arguments))
+        for num_layers in {0, *self.result_layers}:
+            results |= jax.eval_shape(lambda n=num_layers: self.compute(n, arguments))
         if mixed := sorted(j for j, x in results.items() if x is None):
             paths = [names[j] for j in mixed if j < len(names)] or "the state"
             primitives = ", ".join(dict.fromkeys(self.mixing_primitives))
@@ -194,14 +193,14 @@ class _LayerwiseUpdate:
                 f"{primitives or 'another array'}"
             )
 
-    def loop(self, size: int, arguments: Sequence[Array]) -> dict[int, Array]:
-        """Computes the results with `size` layers in a loop over the layers."""
+    def loop(self, num_layers: int, arguments: Sequence[Array]) -> dict[int, Array]:
+        """Computes the results with `num_layers` layers in a loop over the layers."""
         # The loop carries whole stacks and replaces one layer at a time. A scan with
         # stacked outputs would allocate a second copy of them in host memory.
         result_types = {
             j: x
             for j, x in enumerate(self.program.out_avals)
-            if self.result_layers[j] == size
+            if self.result_layers[j] == num_layers
         }
 
         def has_type(x: Array, aval: Any) -> bool:
@@ -212,7 +211,7 @@ class _LayerwiseUpdate:
         replaced = {
             j
             for j, x in enumerate(arguments)
-            if self.argument_layers[j] == size
+            if self.argument_layers[j] == num_layers
             and j in result_types
             and has_type(x, result_types[j])
         }
@@ -221,24 +220,27 @@ class _LayerwiseUpdate:
             current = [
                 stacks[j] if j in replaced else x for j, x in enumerate(arguments)
             ]
-            layers = self.compute(size, current, i)
+            layers = self.compute(num_layers, current, i)
             return jax.tree.map(lambda s, x: _write_layer(s, x, i), stacks, layers)
 
         stacks = {
             j: arguments[j] if j in replaced else _empty(x)
             for j, x in result_types.items()
         }
-        return lax.fori_loop(0, size, update_layer, stacks)
+        return lax.fori_loop(0, num_layers, update_layer, stacks)
 
 
 class _LayerInterpreter:
-    """Runs programs on layer `index` of all stacks with `size` layers."""
+    """Runs programs on layer `index` of all stacks with `num_layers` layers."""
 
-    def __init__(self, size: int, index: Array | int, mixing_primitives: list[str]):
-        self._size, self._index = size, index
+    def __init__(
+        self, num_layers: int, index: Array | int, mixing_primitives: list[str]
+    ):
+        self._num_layers, self._index = num_layers, index
         self._mixing_primitives = mixing_primitives
 
     def layer_of(self, x: Array | OneLayer) -> Array:
+        """Returns the layer of a stack; a scalar is the same in all layers."""
         if isinstance(x, OneLayer):
             return x.layer
         return _read_layer(x, self._index) if jnp.ndim(x) else x
@@ -313,12 +315,12 @@ class _LayerInterpreter:
 
     def _fills_stack(self, eqn: core.JaxprEqn) -> bool:
         """Whether an equation broadcasts a scalar to a stack, such as `jnp.zeros`."""
-        if eqn.primitive.name != "broadcast_in_dim" or not self._size:
+        if eqn.primitive.name != "broadcast_in_dim" or not self._num_layers:
             return False
         spec = getattr(eqn.params["sharding"], "spec", ())
         variable: Any = eqn.invars[0]
         is_scalar = variable.aval.shape == ()
-        is_stack = eqn.params["shape"][:1] == (self._size,)
+        is_stack = eqn.params["shape"][:1] == (self._num_layers,)
         return is_scalar and is_stack and not any(spec[:1])
 
 
@@ -352,7 +354,6 @@ def _write_mapped_layer(
 
 
 def _empty(aval: Any) -> Array:
-    """Returns an uninitialized array of a type."""
     is_typed = AxisType.Explicit in aval.sharding.mesh.axis_types
     sharding = aval.sharding if is_typed else None
     x = lax.empty(aval.shape, aval.dtype, out_sharding=sharding)

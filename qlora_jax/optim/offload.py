@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from .._jax.memory import is_concrete
 from .._jax.specs import AnyMesh
 from ..trees.paths import Tree, paths_where
-from .layerwise import NotByLayers, by_layers, stack_sizes, state_sizes
+from .layerwise import NotByLayers, by_layers, find_stacks, find_state_stacks
 from .paging import is_on_host, to_device, to_host
 from .skippable import skippable
 
@@ -32,10 +32,10 @@ def offload(
     Arrays are moved to the host. Scalars, such as the count, stay on the device, and
     the structure of the state does not change. Call `update` under `jax.jit` with the
     state donated (`donate_argnums`), so that the host's arrays are updated in place.
-    Donate the arrays on the device that have the same shapes, too: the parameters of a
-    step, or the updates if `tx.update` itself is jitted. JAX
-    assigns donated memory to the first result of the same shape, and a process on CPUs
-    terminates if this result is an array on the device (JAX 0.10.2 to 0.12.0.1).
+    Also donate arrays on the device that have the same shapes as arrays of the state:
+    the parameters of a step, or the updates if `tx.update` itself is jitted. JAX gives
+    donated memory to the first result of the same shape, and a process on CPUs crashes
+    if host memory is given to a result on the device (JAX 0.10.2 to 0.12.0.1).
 
     Stacks are created and updated layer by layer, with the moments of one layer on the
     device at a time. Stacks are adapters with a batch axis, kernels with a batch axis
@@ -87,10 +87,10 @@ def offload(
 
     def init(params: Tree) -> Tree:
         _check_on_device(params)
-        sizes = stack_sizes(params, stacks) if layerwise is not False else []
-        if any(sizes):
+        layers = find_stacks(params, stacks) if layerwise is not False else []
+        if any(layers):
             with contextlib.suppress(NotByLayers):
-                return _init_by_layers(first_state, params, sizes)
+                return _init_by_layers(first_state, params, layers)
         return first_state(params)
 
     def update(
@@ -99,15 +99,15 @@ def offload(
         def update_at_once(
             updates: Tree, state: Tree, params: Tree | None
         ) -> tuple[Tree, Tree]:
-            state = to_device(state)
+            state = jax.tree.map(to_device, state)
             new_updates, state = tx.update(updates, state, params, **extra_args)
             return new_updates, jax.tree.map(to_host, state)
 
-        sizes = stack_sizes(updates, stacks) if layerwise is not False else []
-        if any(sizes):
+        layers = find_stacks(updates, stacks) if layerwise is not False else []
+        if any(layers):
             try:
                 return _update_by_layers(
-                    update_at_once, tx.init, (updates, state, params), sizes
+                    update_at_once, tx.init, (updates, state, params), layers
                 )
             except NotByLayers as error:
                 if layerwise:
@@ -125,13 +125,15 @@ def _update_by_layers(
     update_at_once: Callable[[Tree, Tree, Tree | None], tuple[Tree, Tree]],
     init: Callable[[Tree], Tree],
     arguments: tuple[Tree, Tree, Tree | None],
-    sizes: Sequence[int],
+    param_layers: Sequence[int],
 ) -> tuple[Tree, Tree]:
     updates, state, params = arguments
     like_params = updates if params is None else params
     if jax.tree.structure(like_params) != jax.tree.structure(updates):
         raise NotByLayers("`params` and `updates` differ in structure")
-    expected_shapes, state_layers, expected_def = state_sizes(init, like_params, sizes)
+    expected_shapes, state_layers, expected_def = find_state_stacks(
+        init, like_params, param_layers
+    )
     state_leaves, state_def = jax.tree.flatten(state)
     shapes = [x.shape for x in state_leaves]
     if state_def != expected_def or shapes != expected_shapes:
@@ -148,8 +150,8 @@ def _update_by_layers(
             raise NotByLayers("the update changes the structure of its arguments")
         return results
 
-    result_layers = [*sizes, *state_layers]
-    argument_layers = [*result_layers, *(sizes if params is not None else [])]
+    result_layers = [*param_layers, *state_layers]
+    argument_layers = [*result_layers, *(param_layers if params is not None else [])]
     results = by_layers(
         update_leaves,
         leaves,
@@ -161,7 +163,7 @@ def _update_by_layers(
 
 
 def _init_by_layers(
-    init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
+    init: Callable[[Tree], Tree], params: Tree, param_layers: Sequence[int]
 ) -> Tree:
     """Creates a state layer by layer, because it may be larger than device memory."""
     leaves, treedef = jax.tree.flatten(params)
@@ -175,23 +177,25 @@ def _init_by_layers(
     if meshes:
         # Stacks whose layers are on different devices are initialized at once.
         is_split = [any(getattr(x, "spec", ())[:1]) for x in shardings]
-        sizes = [0 if s else size for s, size in zip(is_split, sizes, strict=True)]
+        param_layers = [
+            0 if split else n for n, split in zip(param_layers, is_split, strict=True)
+        ]
         # In Auto mode, a program does not declare how its results are split. This reads
         # it from the state of a single layer, created outside `jit`. The parameters may
         # be closed over by a trace, hence `ensure_compile_time_eval`.
         with jax.ensure_compile_time_eval():
             one_layer_leaves = [
-                jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding) if size else x
-                for x, size in zip(leaves, sizes, strict=True)
+                jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding) if n else x
+                for x, n in zip(leaves, param_layers, strict=True)
             ]
             states = init_leaves(*one_layer_leaves)
             out_shardings = [_on_mesh(x.sharding, meshes[0]) for x in states]
-    if not any(sizes):
+    if not any(param_layers):
         return init(params)
-    _, state_layers, state_def = state_sizes(init, params, sizes)
+    _, state_layers, state_def = find_state_stacks(init, params, param_layers)
 
     def init_stacks(leaves: list[Array]) -> list[Array]:
-        return by_layers(init_leaves, leaves, sizes, state_layers)
+        return by_layers(init_leaves, leaves, param_layers, state_layers)
 
     if has_values:
         init_stacks = jax.jit(

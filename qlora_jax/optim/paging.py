@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..trees.paths import Tree
-
 
 def is_on_host(x: Array) -> bool:
     """Whether an array is in host memory."""
@@ -26,10 +24,6 @@ def to_host(x: Array) -> Array:
     return jax.device_put(x, jax.memory.Space.Host)
 
 
-def to_device(tree: Tree) -> Tree:
-    """Moves arrays of the state to the device."""
-
-    def move(x: Array) -> Array:
-        return jax.device_put(x, jax.memory.Space.Device) if is_paged(x) else x
-
-    return jax.tree.map(move, tree)
+def to_device(x: Array) -> Array:
+    """Moves an array of the state to the device."""
+    return jax.device_put(x, jax.memory.Space.Device) if is_paged(x) else x
