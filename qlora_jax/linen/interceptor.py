@@ -72,7 +72,7 @@ class Interceptor:
             self.in_float.pop()
 
     def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
-        # The kernels of a wrapped model inside this one are not in `self.kernels`.
+        # The kernels of a wrapped model inside this one are unknown, so they pass.
         pairs = [(box, self.kernels.get(str(box.path), box.kernel)) for box in boxes]
         mapped = [b for b, original in pairs if is_mapped(module, b.kernel, original)]
         refuse_listed(

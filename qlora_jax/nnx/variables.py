@@ -179,7 +179,7 @@ def linen_attributes(module: nnx.Module) -> dict[str, Any]:
 
 
 def adapter_of(holder: Holder, name: str) -> AdapterModule:
-    """Returns the adapter of the holder's kernel `name`."""
+    """Returns the AdapterModule of the kernel `name`; its `adapter` is an Adapter."""
     return attributes(holder)[f"{name}_lora"]
 
 

@@ -144,8 +144,9 @@ def _scale_by_adam(
         _check_state(updates, state)
         update_leaf = functools.partial(update_array, count=state.count)
         results = jax.tree.map(update_leaf, updates, state.mu, state.nu)
+        # Each array has a triple of results. Make three trees of them.
         new_updates, mu, nu = (
-            jax.tree.map(lambda _, result, i=i: result[i], updates, results)
+            jax.tree.map(lambda _, triple, i=i: triple[i], updates, results)
             for i in range(3)
         )
         count = optax.safe_increment(state.count)

@@ -199,8 +199,7 @@ def _decode_grid(blocks: Blocks, signed: bool) -> Array:
     words = words[:, :, None]
     bytes_of_words = [(words >> (8 * i)) & 0xFF for i in range(_CODES_PER_WORD)]
     codes = jnp.concatenate(bytes_of_words, 2)  # [layers, rows / 4, 4, columns]
-    values = decode(codes, signed)
-    values = values.reshape(layers, rows, columns // BLOCK, BLOCK)
+    values = decode(codes, signed).reshape(layers, rows, columns // BLOCK, BLOCK)
     values = values * scales.reshape(layers, rows, columns // BLOCK, 1)
     return values.reshape(layers, rows, columns)
 
