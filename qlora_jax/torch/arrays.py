@@ -14,7 +14,6 @@ class Wrapped(Protocol):
     @property
     def module(self) -> torch.nn.Module:
         """The module."""
-        ...
 
 
 Model = torch.nn.Module | Wrapped

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from .weights import as_array, as_tensor
 
-NAME = "qlora_jax"
+ATTENTION_NAME = "qlora_jax"  # the `attn_implementation` in transformers
 BLOCK = 256  # number of queries whose scores are in memory at the same time
 
 
@@ -23,9 +23,9 @@ def register_attention() -> None:
     A model that is made with this setting computes attention in JAX, for one block of
     queries at a time. The scores of a block are computed again in the backward pass.
     Memory therefore grows with the number of tokens, and not with its square. If
-    several query heads share a head of keys and values, no copies of it are made. The
-    masks come from transformers: for sliding windows, for padding, and for packed rows,
-    in which `position_ids` start again at 0 with each sequence.
+    several query heads share a key/value head, no copies of it are made. The masks come
+    from transformers: for sliding windows, for padding, and for packed rows, in which
+    `position_ids` start again at 0 with each sequence.
 
     Example:
         >>> import qlora_jax as ql
@@ -47,8 +47,8 @@ def register_attention() -> None:
     def make_mask(**kwargs: Any) -> Any:
         return sdpa_mask(**{**kwargs, **always})
 
-    AttentionMaskInterface.register(NAME, make_mask)
-    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
+    AttentionInterface.register(ATTENTION_NAME, attention)
 
 
 def attention(
@@ -76,23 +76,22 @@ def attention(
     del kwargs
     if position_bias is not None:
         raise NotImplementedError(
-            f"attention {NAME!r} does not add `position_bias`. Use "
+            f"attention {ATTENTION_NAME!r} does not add `position_bias`. Use "
             'attn_implementation="eager" for this model.'
         )
     q, k, v = (as_array(x) for x in (query, key, value))
     mask = None if attention_mask is None else as_array(attention_mask)
     if mask is None:  # the model itself passed none
-        is_causal = (
-            getattr(module, "is_causal", True) if is_causal is None else is_causal
-        )
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
         tokens, sources = q.shape[2], k.shape[2]
         mask = jnp.ones((1, 1, tokens, sources), bool)
         if is_causal and tokens > 1:
             mask = jnp.tril(mask)
     elif mask.dtype != jnp.bool_:
         raise TypeError(
-            f"masks of attention {NAME!r} must be bool, True where a token is seen. "
-            f"Got {mask.dtype}."
+            f"masks of attention {ATTENTION_NAME!r} must be bool, True where a token "
+            f"is seen. Got {mask.dtype}."
         )
     if record_mask is not None:
         record_mask(mask)
@@ -124,16 +123,17 @@ def attend(
     attention weights, and needs the key `rng`.
     """
     batch, heads, tokens, size = query.shape
-    groups = key.shape[1]
-    query = query.reshape(batch, groups, heads // groups, tokens, size)
+    # G query heads share a key/value head.
+    kv_heads, group_size = key.shape[1], heads // key.shape[1]
+    query = query.reshape(batch, kv_heads, group_size, tokens, size)
     if sinks is not None:
-        sinks = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
+        sinks = sinks.astype(jnp.float32).reshape(kv_heads, group_size, 1, 1)
 
     @jax.checkpoint
     def attend_block(block: tuple) -> Array:
-        # G query heads share a head of keys. A block has t queries: `q` is
-        # [B, K, G, t, Dh], and `visible` is [B, 1 or H, t, S].
-        q, visible, block_key = block
+        # For a block of t queries, `q` is [B, K, G, t, Dh], and `visible` is
+        # [B, 1 or H, t, S].
+        q, visible, block_rng = block
         scores = jnp.einsum(
             "bkgtd,bksd->bkgts", q, key, preferred_element_type=jnp.float32
         )
@@ -143,8 +143,9 @@ def attend(
         # The mask becomes [B, K, G, t, S] if each head has its own, and otherwise
         # [B, 1, 1, t, S].
         is_per_head = visible.shape[1] > 1
-        shape = (groups, heads // groups) if is_per_head else (1, 1)
+        shape = (kv_heads, group_size) if is_per_head else (1, 1)
         visible = visible.reshape(-1, *shape, *visible.shape[2:])
+        # With -inf, a query that sees no key, such as one of padding, would give NaN.
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
         highest = scores.max(-1, keepdims=True)
         if sinks is not None:
@@ -156,29 +157,29 @@ def attend(
             total = total + jnp.exp(sinks - highest)
         weights = weights / total
         if rate:
-            is_kept = jax.random.bernoulli(block_key, 1 - rate, weights.shape)
+            is_kept = jax.random.bernoulli(block_rng, 1 - rate, weights.shape)
             weights = jnp.where(is_kept, weights / (1 - rate), 0)
         return jnp.einsum("bkgts,bksd->bkgtd", weights.astype(value.dtype), value)
 
-    count = -(-tokens // BLOCK)
-    keys = None if rng is None else jax.random.split(rng, count)
-    if count == 1:
-        mixed = attend_block((query, mask, None if keys is None else keys[0]))
+    num_blocks = -(-tokens // BLOCK)
+    rngs = None if rng is None else jax.random.split(rng, num_blocks)
+    if num_blocks == 1:
+        output = attend_block((query, mask, None if rngs is None else rngs[0]))
     else:
-        split = functools.partial(_split_tokens, count=count)
-        blocks = lax.map(attend_block, (split(query), split(mask), keys))
-        mixed = jnp.moveaxis(blocks, 0, 3)  # [B, K, G, blocks, t, Dv]
-        mixed = mixed.reshape(*mixed.shape[:3], count * BLOCK, -1)[..., :tokens, :]
-    return mixed.reshape(batch, heads, tokens, -1).astype(query.dtype)
+        split = functools.partial(_split_tokens, num_blocks=num_blocks)
+        blocks = lax.map(attend_block, (split(query), split(mask), rngs))
+        output = jnp.moveaxis(blocks, 0, 3)  # [B, K, G, num_blocks, t, Dv]
+        output = output.reshape(batch, heads, num_blocks * BLOCK, -1)[:, :, :tokens]
+    return output.reshape(batch, heads, tokens, -1).astype(query.dtype)
 
 
-def _split_tokens(x: Array, count: int) -> Array:
-    """Splits the second-to-last axis into `count` blocks, along a new first axis.
+def _split_tokens(x: Array, num_blocks: int) -> Array:
+    """Splits the second-to-last axis into blocks, along a new first axis.
 
     The last block is padded with zeros.
     """
     padding = [(0, 0)] * x.ndim
-    padding[-2] = (0, count * BLOCK - x.shape[-2])
+    padding[-2] = (0, num_blocks * BLOCK - x.shape[-2])
     x = jnp.pad(x, padding)
-    blocks = x.reshape(*x.shape[:-2], count, BLOCK, x.shape[-1])
+    blocks = x.reshape(*x.shape[:-2], num_blocks, BLOCK, x.shape[-1])
     return jnp.moveaxis(blocks, -3, 0)

@@ -49,12 +49,12 @@ def in_jax(kernel_functions: KernelFunctions) -> Iterator[None]:
     def apply(function: type[Function], *args: Any, **kwargs: Any) -> Any:
         return _apply(kernel_functions, function, args, kwargs)
 
-    in_pytorch = Function.__dict__["apply"]
+    original_apply = Function.__dict__["apply"]
     Function.apply = classmethod(apply)  # type: ignore
     try:
         yield
     finally:
-        Function.apply = in_pytorch  # type: ignore
+        Function.apply = original_apply  # type: ignore
 
 
 @contextlib.contextmanager
@@ -76,13 +76,13 @@ def _apply(
         bound.apply_defaults()
         args = bound.args
     args = tuple(map(_plain, args))
-    places = [i for i, value in enumerate(args) if isinstance(value, torch.Tensor)]
-    floats = tuple(i in places and x.is_floating_point() for i, x in enumerate(args))
+    tensor_indices = [i for i, x in enumerate(args) if torch.is_tensor(x)]
+    is_float = tuple(torch.is_tensor(x) and x.is_floating_point() for x in args)
 
     def run(*arrays: jax.Array) -> tuple[Any, Context]:
-        values, context = list(args), Context(floats)
-        for place, array in zip(places, arrays, strict=True):
-            values[place] = as_tensor(array)
+        values, context = list(args), Context(is_float)
+        for index, array in zip(tensor_indices, arrays, strict=True):
+            values[index] = as_tensor(array)
         if has_setup:
             output = function.forward(*values)
             function.setup_context(context, tuple(values), output)
@@ -90,7 +90,9 @@ def _apply(
             output = function.forward(context, *values)
         return jax.tree.map(lambda x: as_array(_plain(x)), output), context
 
-    static: list[Any] = []  # of the last context: its structure, without tensors
+    # Between the passes, JAX carries only arrays. `run_and_save` leaves the rest of the
+    # context here, which is known when JAX traces it, and `run_backward` reads it.
+    static: list[Any] = []  # the pytree of the context, and its leaves except tensors
 
     def run_and_save(*arrays: jax.Array) -> tuple[Any, dict[int, jax.Array]]:
         with _environment(kernel_functions):
@@ -109,18 +111,18 @@ def _apply(
         leaves = [
             as_tensor(saved[i]) if i in saved else x for i, x in enumerate(leaves)
         ]
-        context = Context(floats)
+        context = Context(is_float)
         vars(context).update(jax.tree.unflatten(structure, leaves))
         with _environment(kernel_functions):
             inputs = map(as_tensor, jax.tree.leaves(gradients))
             results = function.backward(context, *inputs)
         results = results if isinstance(results, tuple) else (results,)
-        arrays = [results[i] if floats[i] else None for i in places]
+        arrays = [results[i] if is_float[i] else None for i in tensor_indices]
         return tuple(x if x is None else as_array(_plain(x)) for x in arrays)
 
     compute = jax.custom_vjp(lambda *arrays: run(*arrays)[0])
     compute.defvjp(run_and_save, run_backward)
-    output = compute(*[as_array(args[i]) for i in places])
+    output = compute(*[as_array(args[i]) for i in tensor_indices])
     return jax.tree.map(as_tensor, output)
 
 

@@ -98,7 +98,7 @@ class CachedModel:
         """Whether layers have convolutions or recurrent states."""
         from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-        layers = _new_cache(self.language_model.module, 1).layers
+        layers = _make_static_cache(self.language_model.module, 1).layers
         return any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
 
     def init_cache(self, num_rows: int, length: int) -> Cache:
@@ -252,7 +252,7 @@ class CachedModel:
         def run(
             run_model: Any, cache: Cache, start: torch.Tensor, **kwargs: Any
         ) -> Any:
-            static_cache = _new_cache(module, length)
+            static_cache = _make_static_cache(module, length)
             _fill(static_cache, cache, start)
             output = run_model(cache=static_cache, use_cache=True, **kwargs)
             return output["logits"], _read(static_cache)
@@ -265,7 +265,7 @@ class CachedModel:
         return logits[0, 0], jax.tree.map(lambda x: x[0], new_cache)
 
 
-def _new_cache(module: Any, length: int) -> Any:
+def _make_static_cache(module: Any, length: int) -> Any:
     """Returns an empty cache of transformers whose layers all keep every position."""
     from transformers import cache_utils
 
@@ -280,18 +280,18 @@ def _new_cache(module: Any, length: int) -> Any:
     supported = {*full_layers.values()}
     supported |= {cache_utils.LinearAttentionLayer, cache_utils.DummyLayer}
     try:
-        cache = cache_utils.StaticCache(module.config, length)
+        static_cache = cache_utils.StaticCache(module.config, length)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _unsupported(module, f"{type(error).__name__}: {error}") from error
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(static_cache.layers):
         options = {"max_cache_len": length}
         if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin):
             options["number_of_states"] = layer.number_of_states
         if (full_layer := full_layers.get(type(layer))) is not None:
-            cache.layers[index] = full_layer(**options)
+            static_cache.layers[index] = full_layer(**options)
         elif type(layer) not in supported:
             raise _unsupported(module, type(layer).__name__)
-    return cache
+    return static_cache
 
 
 def _fill(static_cache: Any, cache: Cache, start: torch.Tensor) -> None:

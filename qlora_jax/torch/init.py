@@ -96,9 +96,7 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
         dot = f"{prefix}." if prefix else ""
         if isinstance(inner, torch.nn.Linear):
             yield f"{dot}weight", "nk"
-        elif isinstance(inner, torch.nn.Embedding):
-            yield f"{dot}weight", "kn"
-        elif is_conv1d(inner):
+        elif isinstance(inner, torch.nn.Embedding) or is_conv1d(inner):
             yield f"{dot}weight", "kn"
         elif isinstance(getattr(inner, "is_transposed", None), bool):
             # In transformers, modules with the weights of experts have this attribute.
@@ -141,13 +139,14 @@ def names(model: Model, *, stacked: bool = False) -> ql.io.Names:
         axis_roles = roles_by_name.get(names_in(leaf_name)[0], "")
         name, indices = template_of(leaf_name)
         numbers = {"layer": indices} if indices else {}
-        if axis_roles.startswith("b"):  # one tensor contains all experts
-            part = f"{name}.{{expert}}"
+        if axis_roles.startswith("b"):
+            # One tensor contains all experts. A name that ends in a placeholder is that
+            # of a part of a tensor (see `ql.io.Entry`).
+            expert_name = f"{name}.{{expert}}"
             roles = "nk" if axis_roles == "bnk" else "kn"
-            entry = ql.io.Entry(
-                part, roles, parameter=name, stack_roles=roles, numbers=numbers
+            entries[leaf_name] = ql.io.Entry(
+                expert_name, roles, parameter=name, stack_roles=roles, numbers=numbers
             )
         else:
-            entry = ql.io.Entry(name, axis_roles, numbers=numbers)
-        entries[leaf_name] = entry
+            entries[leaf_name] = ql.io.Entry(name, axis_roles, numbers=numbers)
     return ql.io.Names(entries)

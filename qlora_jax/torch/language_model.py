@@ -17,7 +17,7 @@ import torch
 import qlora_jax as ql
 
 from .arrays import named_tensors, to_jax
-from .attention import NAME, register_attention
+from .attention import ATTENTION_NAME, register_attention
 from .init import is_conv1d, names
 from .layers import ScanError, stack
 from .weights import Backend
@@ -160,8 +160,8 @@ class LanguageModel:
         """Returns which tensors of a file form each tensor of the module, by name.
 
         If several tensors form one, it has the rows of all of them, one after another.
-        If the file has a separate tensor for each expert of a parameter `NAME`, the
-        experts are called `NAME.0`, `NAME.1` and so on in the result.
+        If the file has a separate tensor for each expert of a parameter, each expert
+        has the name of the parameter with ".0", ".1" and so on at its end.
 
         A table of transformers describes these conversions. It also has the names that
         changed since the file was written. Tensors that transformers converts in other
@@ -265,7 +265,7 @@ class LanguageModel:
                 return stop.hidden
             raise _unsupported(self.module, decoder)
 
-        with self._forwards(stop_after_layers, run_until_head):
+        with self._replace_forwards(stop_after_layers, run_until_head):
             return self.model.apply(
                 self._with_buffers(variables),
                 input_ids=input_ids,
@@ -293,19 +293,19 @@ class LanguageModel:
         """
         # The model's own `forward` runs, but its decoder returns `hidden` instead of
         # running the layers. Only the head and the code around it compute anything.
-        decoder, calls = _decoder_of(self.module), []
-
-        def return_hidden(*args: Any, **kwargs: Any) -> "_DecoderOutput":
-            calls.append(args)
-            return _DecoderOutput(hidden_tensor[0])
-
-        run_model, hidden_tensor = self.module.forward, []
+        decoder, run_model = _decoder_of(self.module), self.module.forward
+        received: list[_DecoderOutput] = []  # `hidden` as a tensor, from `run_head`
+        returned: list[_DecoderOutput] = []  # empty if the decoder was not called
 
         def run_head(hidden: torch.Tensor, **kwargs: Any) -> Any:
-            hidden_tensor.append(hidden)
+            received.append(_DecoderOutput(hidden))
             return run_model(**kwargs)
 
-        with self._forwards(return_hidden, run_head):
+        def return_hidden(*args: Any, **kwargs: Any) -> _DecoderOutput:
+            returned.extend(received)
+            return received[0]
+
+        with self._replace_forwards(return_hidden, run_head):
             output = self.model.apply(
                 self._with_buffers(variables),
                 hidden,
@@ -313,7 +313,7 @@ class LanguageModel:
                 use_cache=False,
                 dropout_key=dropout_key,
             )
-        if not calls:
+        if not returned:
             raise _unsupported(self.module, decoder)
         return output["logits"]
 
@@ -341,25 +341,27 @@ class LanguageModel:
         Raises:
             ValueError: As `hidden_states`.
         """
-        decoder, index_tensors = _decoder_of(self.module), []
+        decoder = _decoder_of(self.module)
         run_layers, run_model = decoder.forward, self.module.forward
-
-        def select_hidden(*args: Any, **kwargs: Any) -> "_DecoderOutput":
-            output = run_layers(*args, **kwargs)
-            hidden = output if torch.is_tensor(output) else output[0]
-            return _DecoderOutput(hidden[:, index_tensors[0][None]])
+        selected: Any = None  # `index` as a tensor, which `run_model_on_token` gets
 
         def run_model_on_token(index: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            index_tensors.append(index)
+            nonlocal selected
+            selected = index[None]
             return run(run_model, *args, **kwargs)
 
-        with self._forwards(select_hidden, run_model_on_token):
+        def select_hidden(*args: Any, **kwargs: Any) -> _DecoderOutput:
+            output = run_layers(*args, **kwargs)
+            hidden = output if torch.is_tensor(output) else output[0]
+            return _DecoderOutput(hidden[:, selected])
+
+        with self._replace_forwards(select_hidden, run_model_on_token):
             return self.model.apply(
                 self._with_buffers(variables), index, *args, input_ids=input_ids
             )
 
     @contextlib.contextmanager
-    def _forwards(
+    def _replace_forwards(
         self, run_decoder: Callable[..., Any], run_model: Callable[..., Any]
     ) -> Iterator[None]:
         """Replaces `forward` of the decoder and the model in the context."""
@@ -425,7 +427,7 @@ def open_language_model(
         )
     # Classes that do not support SDPA compute attention in their own code. They expect
     # a mask that is added to the scores. The masks of `register_attention` are bool.
-    attention = NAME if model_class._supports_sdpa else "eager"
+    attention = ATTENTION_NAME if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         module = auto_class.from_config(
             config, attn_implementation=attention, dtype=torch.float32

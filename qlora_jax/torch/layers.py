@@ -46,8 +46,8 @@ class LayerRun:
         start, stop = self.start + position, self.stop - self.period + position + 1
         return f"{self.list_name}.{start}:{stop}:{self.period}.{tensor_name}"
 
-    def position_of(self, stacked_name: str) -> tuple[int, str]:
-        """Returns the position and tensor name of a stack: `stacked_name` inverted."""
+    def parse(self, stacked_name: str) -> tuple[int, str]:
+        """Returns the `position` and the `tensor_name` of a `stacked_name`."""
         match = STACKED_NAME.fullmatch(stacked_name)
         assert match is not None
         return int(match[2]) - self.start, match[5]
@@ -169,14 +169,14 @@ def runs_of(names: Mapping[str, PyTree]) -> dict[LayerRun, list[str]]:
         (m[1], int(m[2]), int(m[3]), int(m[4]), name) for name, m in matches if m
     )
     runs: dict[LayerRun, list[str]] = {}
-    run = LayerRun("", 0, 0, 1)
+    run = LayerRun("", 0, 0, 1)  # before the first run
     for list_name, start, stop, period, name in stacks:
         # Stacks are sorted by the start of their slice. All stacks of a run start
-        # within its first period.
-        is_next = (list_name, period) == (run.list_name, run.period)
-        if not is_next or start >= run.start + period:
-            count = len(range(start, stop, period))
-            run = LayerRun(list_name, start, start + count * period, period)
+        # within its first period, and have one layer of each period.
+        is_same_kind = (list_name, period) == (run.list_name, run.period)
+        if not is_same_kind or start >= run.start + period:
+            num_periods = len(range(start, stop, period))
+            run = LayerRun(list_name, start, start + num_periods * period, period)
         runs.setdefault(run, []).append(name)
     return runs
 
@@ -201,7 +201,7 @@ def _periodic(
     The longest run is chosen first, and then the longest runs before and after it. They
     are yielded in the order of the layers.
     """
-    best = (0, 0, 0, 0)  # number of layers, start, stop, period
+    best_start = best_stop = best_period = 0
     for period in range(1, (stop - start) // 2 + 1):
         first = start
         for index in range(start, stop - period + 1):
@@ -210,14 +210,13 @@ def _periodic(
                 # Layers `first` to `index + period - 1` repeat with this period. A run
                 # has only whole periods.
                 count = (index + period - first) // period * period
-                if count >= 2 * period and count > best[0]:
-                    best = (count, first, first + count, period)
+                if count >= 2 * period and count > best_stop - best_start:
+                    best_start, best_stop, best_period = first, first + count, period
                 first = index + 1
-    count, first, last, period = best
-    if count:
-        yield from _periodic(signatures, start, first)
-        yield first, last, period
-        yield from _periodic(signatures, last, stop)
+    if best_period:
+        yield from _periodic(signatures, start, best_start)
+        yield best_start, best_stop, best_period
+        yield from _periodic(signatures, best_stop, stop)
 
 
 def _signature(layer: torch.nn.Module) -> tuple:
@@ -230,10 +229,7 @@ def _signature(layer: torch.nn.Module) -> tuple:
 
 
 def _settings(module: torch.nn.Module) -> str:
-    """Returns the plain values and functions among a module's attributes, as text.
-
-    The index of a layer is left out.
-    """
+    """Returns a module's plain values and functions as text, without `INDEX_NAMES`."""
     plain = (bool, int, float, str, tuple, torch.dtype)
     values = {
         name: value

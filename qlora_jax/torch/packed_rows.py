@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .attention import NAME
+from .attention import ATTENTION_NAME
 from .cached_model import CachedModel
 from .language_model import LanguageModel
 
@@ -37,7 +37,7 @@ def packing_problem(language_model: LanguageModel) -> str | None:
         True
     """
     module: Any = language_model.module
-    if getattr(module.config, "_attn_implementation", None) != NAME:
+    if getattr(module.config, "_attn_implementation", None) != ATTENTION_NAME:
         return "it computes attention in its own code"
     try:
         has_states = CachedModel(language_model).has_states

@@ -141,9 +141,8 @@ class LayerScan:
     def _scan(self) -> torch.Tensor:
         self._check_equal()
         env, period = torchax.default_env(), self.run.period
-        calls = [self.calls[position::period] for position in range(period)]
         # The first key is for what runs after the scan, the others for the periods.
-        keys = jax.random.split(env.prng_key, len(calls[0]) + 1)
+        keys = jax.random.split(env.prng_key, len(self.calls) // period + 1)
         draws: list[bool] = []  # whether each traced layer draws random numbers
 
         def run_layer(
@@ -153,7 +152,7 @@ class LayerScan:
             varying: dict,
             key: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
-            arguments = list(calls[position][0].arguments)
+            arguments = list(self.calls[position].arguments)
             for index, array in varying.items():
                 arguments[index] = as_tensor(array)
             with env.override_property(prng=key):
@@ -176,7 +175,10 @@ class LayerScan:
                 )
             return hidden, None
 
-        xs = self.stacks, [self._varying_arguments(group) for group in calls], keys[1:]
+        varying_arguments = [
+            self._varying_arguments(self.calls[i::period]) for i in range(period)
+        ]
+        xs = self.stacks, varying_arguments, keys[1:]
         hidden, _ = jax.lax.scan(run_period, self.hidden, xs)
         if any(draws):
             env.prng_key = keys[0]

@@ -67,9 +67,8 @@ class Placeholder(torch.Tensor):
 
     def __new__(cls, shape: Sequence[int], dtype: DTypeLike) -> Self:
         """Returns a new tensor without data."""
-        device = torch.device("meta")
         self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=j2t_dtype(dtype), device=device
+            cls, shape, dtype=j2t_dtype(dtype), device=torch.device("meta")
         )
         self.struct = jax.ShapeDtypeStruct(tuple(shape), dtype)
         return self
@@ -120,7 +119,7 @@ class KernelTensor(Placeholder):
         # If the weights are a plain array, only the adapter knows the roles.
         geometry = getattr(self.base, "geometry", None) or self.lora.geometry
         roles = geometry.roles(self.ndim)
-        return roles[:-2] + roles[:-3:-1] if self.is_transposed else roles
+        return roles[:-2] + roles[-1] + roles[-2] if self.is_transposed else roles
 
     def transposed(self) -> "KernelTensor":
         """Returns the tensor with its last two axes swapped."""
@@ -152,7 +151,6 @@ class KernelFunctions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: Any = None
     ) -> Any:
-        """Runs a function of PyTorch."""
         kwargs = kwargs or {}
         result = self._call(func, args, kwargs)
         if torch.is_grad_enabled() or any(result is value for value in args):
@@ -233,18 +231,16 @@ class KernelFunctions(TorchFunctionMode):
         This method and the public ones below return NotImplemented for calls that they
         do not support. `RULES` lists the PyTorch functions that they compute.
         """
-        if _roles_of(x) or _roles_of(weight) != "kn":
+        if isinstance(x, KernelTensor) or _roles_of(weight) != "kn":
             return NotImplemented
-        lora = weight.lora
-        options = {"dropout_key": self._key(lora), "backend": self.backend}
-        y = ql.apply(weight.base, lora, as_array(x), **options)
-        return as_tensor(y)
+        options = {"dropout_key": self._key(weight.lora), "backend": self.backend}
+        return as_tensor(ql.apply(weight.base, weight.lora, as_array(x), **options))
 
     def linear(
         self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
     ) -> Any:
         """Computes `F.linear`."""
-        if not _roles_of(weight) or _roles_of(bias):
+        if not isinstance(weight, KernelTensor) or isinstance(bias, KernelTensor):
             return NotImplemented
         y = self.product(input, weight.transposed())
         return y if y is NotImplemented or bias is None else y + bias
@@ -269,16 +265,17 @@ class KernelFunctions(TorchFunctionMode):
 
         `padding_idx` is ignored, because it only affects the gradient of the table.
         """
-        if max_norm is not None or not _roles_of(weight) or weight.is_transposed:
+        if not isinstance(weight, KernelTensor) or weight.is_transposed:
             return NotImplemented
-        if self.has_dropout and getattr(weight.lora, "dropout", 0):
+        has_dropout = self.has_dropout and getattr(weight.lora, "dropout", 0)
+        if max_norm is not None or has_dropout:
             return NotImplemented
         return as_tensor(ql.lookup(weight.base, weight.lora, as_array(input)))
 
     def transpose(self, input: KernelTensor, *axes: int, **named: int) -> Any:
         """Swaps the last two axes."""
-        axes = axes or (*named.values(),) or (0, 1)
-        are_last = {axis % input.ndim for axis in axes} == {*range(input.ndim)[-2:]}
+        swapped = axes or named.values()
+        are_last = {axis % input.ndim for axis in swapped} == {*range(input.ndim)[-2:]}
         return input.transposed() if are_last else NotImplemented
 
     def transpose_matrix(self, input: KernelTensor) -> Any:
@@ -324,11 +321,11 @@ def _values(args: tuple, kwargs: dict) -> Iterable[object]:
         yield from value if isinstance(value, list | tuple) else (value,)
 
 
-# The same product, under its older and its newer name.
+# The same product, under its older and its newer name. torchax does not support it, so
+# it is also computed here if none of its operands is a kernel.
 GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
 IS_ALL_TRUE = torch.Tensor._is_all_true
-_Rule = Callable[..., Any]
-RULES: dict[Callable, _Rule] = {
+RULES: dict[Callable, Callable[..., Any]] = {
     F.linear: KernelFunctions.linear,
     F.embedding: KernelFunctions.embedding,
     torch.addmm: KernelFunctions.addmm,

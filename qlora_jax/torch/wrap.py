@@ -165,7 +165,7 @@ class WrappedModule:
         if missing or extra:
             raise ValueError(
                 "`params` must have the parameters and buffers of the module, as "
-                f"ql.torch.params returns them. Got {extra} too many, and no {missing}."
+                f"ql.torch.params returns them. Missing: {missing}, unknown: {extra}."
             )
         return leaves
 
@@ -175,7 +175,7 @@ class WrappedModule:
         for run, names in runs_of(leaves).items():
             stacks: list[dict[str, Any]] = [{} for _ in range(run.period)]
             for name in names:
-                position, tensor_name = run.position_of(name)
+                position, tensor_name = run.parse(name)
                 stacks[position][tensor_name] = unstacked.pop(name)
             layers = [
                 self.module.get_submodule(f"{run.list_name}.{i}") for i in run.indices
