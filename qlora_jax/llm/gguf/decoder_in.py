@@ -81,7 +81,7 @@ class GGUFTensor:
     If `tensor_type` is None, indexing returns the stored bytes without decoding them.
     """
 
-    shape: tuple[int, ...]  # as in the Hugging Face model; of bytes, as in `stored`
+    shape: tuple[int, ...]  # of what indexing with [:] returns
     stored: Any  # an array, or `_Alternating`
     tensor_type: "GGMLQuantizationType | None" = None
     rows: np.ndarray | None = None  # where `stored` has each row; None: in order
@@ -126,7 +126,7 @@ def read_gguf(
         )
     # 1. The config. The divisors of frequencies are tensors, but not parameters.
     stored = dict(file.tensors)
-    factors = {
+    divisors = {
         name: tuple(stored.pop(name).data.tolist())
         for name in (FREQUENCIES, SHORT, LONG)
         if name in stored
@@ -137,7 +137,7 @@ def read_gguf(
     try:
         check_values(architecture, values, stored.keys())
         size = stored["token_embd.weight"].shape[0]
-        config, raw = config_from_values(architecture, values, stored, size, factors)
+        config, raw = config_from_values(architecture, values, stored, size, divisors)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ql.io.CheckpointError(
             f"{file.path} must have metadata values of the expected types. Got "
@@ -192,6 +192,8 @@ def _name_tensors(
     if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:
         parts, shape = tensor.data, shape[1:]  # one part for each expert
     fmt = tensor.tensor_type.name
+    # A tensor with another number of experts gets the first name. `ql.io.load` then
+    # rejects its shape.
     for name, data in zip(names, parts, strict=False):
         rows = stored_rows(name, shape, config, architecture)
         is_q4_0 = fmt == "Q4_0" and name.endswith(".weight")
@@ -227,6 +229,7 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
     gguf_name_of: dict[str, str] = {}
     num_experts = config.experts.count if config.experts else 1
     for path, entry in names.entries.items():
+        # The batch axes of a leaf, if it has any, are layers and then experts.
         sizes = len(entry.numbers.get("layer", ())), num_experts
         for hf_name in names.of(path, sizes[: names.num_batch_axes(path)]).flat:
             mapped = hf_name

@@ -23,9 +23,9 @@ from ..models.source import ModelSource, open_source
 from .decoder_in import gguf_names, offset_of, row_order
 from .delta_rule_order import value_column_order
 from .k_quants import K_QUANTS, pack_k_quant
-from .mixtures import q4_k_m_format
+from .q4_k_m import q4_k_m_format
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
-from .values_out import factors_of, gguf_architecture, values_of
+from .values_out import divisors_of, gguf_architecture, values_of
 
 FORMATS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
@@ -114,8 +114,8 @@ def save_gguf(
         if tokenizer:
             write_gguf_tokenizer(writer, model, config.vocab_size)
         tensors = _plan_tensors(config, architecture, leaves, adapters, fmt)
-        factors = factors_of(config, architecture)
-        infos = [(name, (len(x),), "F32") for name, x in factors.items()]
+        divisors = divisors_of(config, architecture)
+        infos = [(name, (len(x),), "F32") for name, x in divisors.items()]
         infos += [(tensor.name, tensor.shape, tensor.fmt) for tensor in tensors]
         for name, shape, tensor_fmt in infos:
             raw_dtype, dtype = gguf.GGMLQuantizationType[tensor_fmt], np.dtype("f4")
@@ -127,8 +127,8 @@ def save_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         # 3. The data, in the same order.
-        for divisors in factors.values():
-            writer.write_tensor_data(np.asarray(divisors, np.float32))
+        for x in divisors.values():
+            writer.write_tensor_data(np.asarray(x, np.float32))
         # None hides the bar unless stderr is a terminal.
         disable = None if progress else True
         bar = tqdm(tensors, "writing", len(tensors), unit=" tensors", disable=disable)
@@ -137,7 +137,7 @@ def save_gguf(
             x = _reorder(x, tensor, config, architecture)
             if tensor.fmt not in _PACKED:
                 if tensor.hf_name.endswith(".A_log"):
-                    x = -np.exp(x)
+                    x = -np.exp(x)  # llama.cpp stores A itself
                 x = x + np.float32(offset_of(tensor.hf_name, architecture))
                 x = _encode(tensor.name, x, tensor.fmt)
             writer.write_tensor_data(np.ascontiguousarray(x))
@@ -176,7 +176,7 @@ def _add_values(
 
 
 def _check_value_blocks(config: DecoderConfig) -> None:
-    """Raises if llama.cpp's order of the heads of values would divide a block."""
+    """Raises if llama.cpp's order of the value heads would divide a block."""
     rule = config.delta_rule
     if rule is not None and rule.value_dim % BLOCK:
         raise ValueError(
@@ -219,15 +219,16 @@ def _plan_tensors(
         hf_names = names.of(path, leaf.shape[:batch_axes])
         if hf_names.ndim > 1:
             hf_names, batch_axes = hf_names[:, 0], 1
-        # 2. The shape. Alternating columns of gate and up become two tensors.
-        # Convolutions have an axis of size 1, which is removed.
+        # 2. The shape. Convolutions have an axis of size 1, which is removed.
+        # Alternating columns of gate and up become two tensors: `parts` has the columns
+        # of each, by the text that replaces "_gate_" in the name of the gate.
         shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
         if is_convolution := path.endswith("/conv1d"):
             shape = (shape[0], shape[2])
         if "/experts/gate_up_proj/" in path:
             shape = (*shape[:-1], shape[-1] // 2)
             parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
-        shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
+        shape = (*shape[:-2], shape[-1], shape[-2]) if is_kernel else shape
         # 3. The format. llama.cpp stores vectors, biases, convolutions, routers and
         # gates of experts in F32.
         is_small = len(shape) == 1 or is_convolution

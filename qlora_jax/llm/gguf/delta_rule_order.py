@@ -1,18 +1,18 @@
-"""The order in which llama.cpp stores the heads of values of a gated delta rule.
+"""The order in which llama.cpp stores the value heads of a gated delta rule.
 
-In transformers, the heads of values that share a head of keys follow each other. In
-llama.cpp, every n-th head of values shares a head of keys, where n is their number.
+In transformers, the value heads that share a key head follow each other. In llama.cpp,
+value head i shares key head i % n, where n is the number of key heads.
 """
 
 import numpy as np
 
 from ..models.config import DecoderConfig, DeltaRule
 
-# Tensors with rows for each head of values; all other rows stay in order. Those of the
-# first group have one row for each head.
-_HEADS = ("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias")
-_VALUES = ("in_proj_z.weight",)
-_ALL_CHANNELS = ("in_proj_qkv.weight", "conv1d.weight")  # queries, keys and values
+# Tensors with one row for each value head; tensors with `value_dim` rows for each; and
+# tensors with rows for queries and keys before such rows.
+_HEAD_ROWS = ("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias")
+_VALUE_ROWS = ("in_proj_z.weight",)
+_QKV_ROWS = ("in_proj_qkv.weight", "conv1d.weight")
 
 
 def value_row_order(
@@ -22,11 +22,11 @@ def value_row_order(
     rule = config.delta_rule
     assert rule is not None
     part = name.rpartition("linear_attn.")[2]
-    if part in _HEADS:
+    if part in _HEAD_ROWS:
         return _order_values(rule, 1)
-    if part in _VALUES:
+    if part in _VALUE_ROWS:
         return _order_values(rule, rule.value_dim)
-    if part in _ALL_CHANNELS:
+    if part in _QKV_ROWS:
         num_others = num_rows - rule.num_value_heads * rule.value_dim
         values = _order_values(rule, rule.value_dim)
         return np.concatenate([np.arange(num_others), num_others + values])

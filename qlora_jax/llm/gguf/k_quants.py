@@ -22,14 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
-BLOCK = 256  # number of inputs in a block
+K_QUANT_BLOCK = 256  # number of inputs in a block
 _CODE_BITS = {"Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
 K_QUANTS = tuple(_CODE_BITS)
 _LARGEST_SCALE = 63  # the largest value of s and o in Q4_K and Q5_K
 _CHUNK = 4096  # number of blocks that are packed at a time, to save memory
-# The search starts from several scales. With each, the range of a group is as wide as
-# the range of the codes plus one of these numbers. With 0, the codes cover the group
-# exactly.
+# The search starts from several scales: a group's range, divided by the largest code
+# plus one of these numbers. With 0, the codes cover the group exactly.
 _CODE_SHIFTS = np.linspace(-1, 1, 11, dtype=np.float32)
 _REFITS = 2  # for each start: how often codes are chosen, and a scale fitted to them
 _TINY = 1e-30  # replaces a divisor of 0, for which every numerator is 0
@@ -57,7 +56,7 @@ def pack_k_quant(
         >>> bool(abs(decoded - x).max() < 0.05)
         True
     """
-    blocks = np.ascontiguousarray(x).reshape(-1, BLOCK)
+    blocks = np.ascontiguousarray(x).reshape(-1, K_QUANT_BLOCK)
     bits = _CODE_BITS[fmt]
     pack = _pack_symmetric if fmt == "Q6_K" else partial(_pack_affine, bits=bits)
     chunks = range(0, len(blocks), _CHUNK)
@@ -71,15 +70,12 @@ def pack_k_quant(
 def _pack_affine(blocks: Float32[np.ndarray, "n 256"], bits: int) -> np.ndarray:
     x = blocks.reshape(-1, 8, 32)
     largest_code = 2**bits - 1
-    searched = jax.device_get(_search_affine(x, largest_code))
-    # `steps` are d and m, and `numbers` are s and o.
-    steps, numbers = zip(*map(_round_positive, searched), strict=True)
-    scale, offset = (
-        np.float32(step) * number for step, number in zip(steps, numbers, strict=True)
-    )
+    scale, offset = jax.device_get(_search_affine(x, largest_code))
+    (d, s), (m, o) = _round_positive(scale), _round_positive(offset)
+    scale, offset = np.float32(d) * s, np.float32(m) * o
     codes = (x + offset[..., None]) / np.maximum(scale, _TINY)[..., None]
     codes = np.clip(np.round(codes), 0, largest_code).astype(np.uint8)
-    parts = [*(step.view(np.uint8) for step in steps), _join_numbers(*numbers)]
+    parts = [d.view(np.uint8), m.view(np.uint8), _join_numbers(s, o)]
     if bits == 5:
         # Bit i of a byte is the highest bit of a code of group i.
         high_bits = (codes >> 4) << np.arange(8, dtype=np.uint8)[:, None]
@@ -174,14 +170,14 @@ def _join_numbers(
 
 def _pack_symmetric(blocks: Float32[np.ndarray, "n 256"]) -> np.ndarray:
     x = blocks.reshape(-1, 16, 16)
-    searched = np.asarray(_search_symmetric(x))
-    largest = np.argmax(np.abs(searched), axis=-1, keepdims=True)
-    # The scale with the largest magnitude gets the number -128. The step has the
-    # opposite sign of this scale.
-    steps = (np.take_along_axis(searched, largest, -1) / -128).astype(np.float16)
-    numbers = searched / np.where(steps, steps, 1).astype(np.float32)
-    numbers = np.clip(np.round(numbers), -128, 127)
-    scale = np.float32(steps) * numbers
+    scale = np.asarray(_search_symmetric(x))
+    largest = np.argmax(np.abs(scale), axis=-1, keepdims=True)
+    # The scale with the largest magnitude gets s = -128. The step d has the opposite
+    # sign of this scale.
+    d = (np.take_along_axis(scale, largest, -1) / -128).astype(np.float16)
+    s = scale / np.where(d, d, 1).astype(np.float32)
+    s = np.clip(np.round(s), -128, 127)
+    scale = np.float32(d) * s
     codes = x / np.where(scale, scale, 1)[..., None]
     codes = (np.clip(np.round(codes), -32, 31) + 32).astype(np.uint8)
     # Each half of a block has 128 codes, which are arranged in four rows of 32. The low
@@ -195,8 +191,8 @@ def _pack_symmetric(blocks: Float32[np.ndarray, "n 256"]) -> np.ndarray:
         [
             low_bits.reshape(-1, 128),
             high_bits.reshape(-1, 64),
-            numbers.astype(np.int8).view(np.uint8),
-            steps.view(np.uint8),
+            s.astype(np.int8).view(np.uint8),
+            d.view(np.uint8),
         ],
         axis=-1,
     )

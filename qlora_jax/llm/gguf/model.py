@@ -25,7 +25,8 @@ class GGUFModel:
     """A `ModelSource` in a file of llama.cpp."""
 
     path: pathlib.Path
-    # Tensors in block formats that this package lacks are decoded to floats, exactly.
+    # The option `recode` of `ql.io.load`: tensors in block formats that this package
+    # lacks are decoded to floats, exactly.
     is_recoded: ClassVar[bool] = True
 
     @cached_property
@@ -63,7 +64,7 @@ class GGUFModel:
         return self._contents[1]
 
     def open_tensors(self) -> Mapping[str, Any]:
-        """Returns the tensors by Hugging Face name."""
+        """Returns `stored_tensors`, which have no tensors of a vision part."""
         return self.stored_tensors
 
     def build_tokenizer(self) -> "Tokenizer":

@@ -23,10 +23,10 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 _PREFIX = "tokenizer.ggml."
 _BPE_KEYS = ("model", "pre", "tokens", "token_type", "merges")
-# Special tokens: llama.cpp's name, and Hugging Face's. "eot" and "eom" end a turn, like
+# Special tokens: Hugging Face's name by llama.cpp's. "eot" and "eom" end a turn, like
 # "eos", but Hugging Face has no name for them.
-_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
-_SPECIAL |= {"padding": "pad_token", "eot": "", "eom": ""}
+_HF_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
+_HF_NAMES |= {"padding": "pad_token", "eot": "", "eom": ""}
 # The expression by which Llama 3 and Qwen2 split text; %s is the part for numbers.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
@@ -158,9 +158,9 @@ def split_as_gemma(tokenizer: "Tokenizer") -> None:
 def special_tokens(file: GGUFFile) -> tuple[dict[str, int], list[int]]:
     """Returns special token ids by Hugging Face name, and the ids that end a turn."""
     num_tokens = len(_get(file, "tokens") or ())
-    ids = {name: _get(file, f"{name}_token_id") for name in _SPECIAL}
+    ids = {name: _get(file, f"{name}_token_id") for name in _HF_NAMES}
     ids = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < num_tokens}
-    special = {_SPECIAL[name]: i for name, i in ids.items() if _SPECIAL[name]}
+    special = {_HF_NAMES[name]: i for name, i in ids.items() if _HF_NAMES[name]}
     ends = dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)
     return special, [*ends]
 
@@ -228,11 +228,11 @@ def make_pre_tokenizer(name: str, space: bool = False) -> "PreTokenizer":
     from tokenizers import Regex, pre_tokenizers
 
     expression = PRE_TOKENIZERS[name][0]
-    use_regex = not expression
-    second = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=use_regex)
+    use_regex = not expression  # GPT-2's expression
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=use_regex)
     if expression == "":
-        return second
-    first = pre_tokenizers.Digits(individual_digits=True)
+        return byte_level
+    splitter = pre_tokenizers.Digits(individual_digits=True)
     if expression is not None:
-        first = pre_tokenizers.Split(Regex(expression), "isolated")
-    return pre_tokenizers.Sequence([first, second])
+        splitter = pre_tokenizers.Split(Regex(expression), "isolated")
+    return pre_tokenizers.Sequence([splitter, byte_level])

@@ -8,11 +8,7 @@ import gguf
 from tokenizers import Tokenizer
 
 from ..models.source import ModelSource
-from ..models.tokenizer import (
-    AS_IN_FILE,
-    NAMED,
-    FolderTokenizer,
-)
+from ..models.tokenizer import AS_IN_FILE, NAMED, FolderTokenizer
 from .model import GGUFModel
 from .tokenizer_in import (
     BYTE,
@@ -115,15 +111,15 @@ def write_gguf_tokenizer(
     # Special tokens are set here, because gguf-py reads them from one file only.
     # Templates are set here, because gguf-py reads them only if the folder has a
     # `tokenizer_config.json`, and prefers the template in that file to other files.
-    vocab = gguf.SpecialVocab(folder, load_merges=scores is None, n_vocab=vocab_size)
-    for name in NAMED:
+    special = gguf.SpecialVocab(folder, load_merges=scores is None, n_vocab=vocab_size)
+    for name in NAMED:  # such as "bos_token"
         index = ids.get(files.special.get(name, ""))
         if index is not None:
-            vocab.special_token_ids[name.removesuffix("_token")] = index
-    _set_ends(vocab, source.build_tokenizer())
+            special.special_token_ids[name.removesuffix("_token")] = index
+    _set_ends(special, source.build_tokenizer())
     templates = source.read_chat().templates
-    vocab.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
-    vocab.add_to_gguf(writer, quiet=True)
+    special.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _token_type(
@@ -136,7 +132,7 @@ def _token_type(
     return BYTE if is_spm and token in BYTE_TOKENS else NORMAL
 
 
-def _set_ends(vocab: gguf.SpecialVocab, tokenizer: Tokenizer) -> None:
+def _set_ends(special: gguf.SpecialVocab, tokenizer: Tokenizer) -> None:
     """Sets which tokens are added around a text, so that llama.cpp need not guess."""
     ids = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
@@ -144,13 +140,13 @@ def _set_ends(vocab: gguf.SpecialVocab, tokenizer: Tokenizer) -> None:
     start = next(i for i in range(len(ids) + 1) if ids[i : i + len(bare)] == bare)
     ends = {"bos": ids[:start], "eos": ids[start + len(bare) :]}
     for name, added in ends.items():
-        token_id = vocab.special_token_ids.get(name)
+        token_id = special.special_token_ids.get(name)
         if added not in ([], [token_id]):
             raise ValueError(
                 f"a tokenizer in GGUF must add `{name}_token` or no token to a text. "
                 f"Got the ids {added}; `{name}_token` has the id {token_id}."
             )
-        vocab.add_special_token[name] = bool(added)
+        special.add_special_token[name] = bool(added)
 
 
 def _is_spm(raw: Mapping[str, Any]) -> bool:

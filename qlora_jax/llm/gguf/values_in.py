@@ -25,7 +25,7 @@ LAYER_NORMS = ("cohere2", "starcoder2")
 # Architectures in which a part of each head may be rotated.
 PARTLY_ROTATED = ("phi3", "glm4", *QWEN3_5)
 # The factors of Granite in a `config.json`, and in the metadata.
-GRANITE_KEYS = {
+_GRANITE_KEYS = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -74,7 +74,7 @@ _NO_ROPE_PERIOD = 4
 _YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
 
 Values = Mapping[str, Any]  # metadata values by key, without the architecture's name
-Factors = Mapping[str, tuple[float, ...]]  # divisors of frequencies by tensor name
+Divisors = Mapping[str, tuple[float, ...]]  # of frequencies, by tensor name
 
 
 def size_keys(architecture: str) -> dict[str, str]:
@@ -94,7 +94,7 @@ def _hf_config(
     values: Values,
     names: Collection[str],
     vocab_size: int,
-    factors: Factors,
+    divisors: Divisors,
 ) -> dict[str, Any]:
     get, is_mixture = values.get, _is_mixture(architecture, values)
     model_type = _MODEL_TYPES.get(architecture, architecture)
@@ -125,7 +125,7 @@ def _hf_config(
         "attention_bias": biases["o_bias"] or architecture == OSS,
         # gpt-oss always has these biases, but its config has no key for them.
         **({} if architecture == OSS else {"mlp_bias": biases["mlp_bias"]}),
-        **_rope_keys(architecture, values, head_dim, factors),
+        **_rope_keys(architecture, values, head_dim, divisors),
     }
     optional = _family_keys(architecture, values, head_dim)
     if is_mixture:
@@ -164,7 +164,7 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
     for key in ("layer_norm_eps", "norm_epsilon"):
         keys[key] = to_float(get("attention.layer_norm_epsilon", 1e-5))
     # llama.cpp treats a factor that is missing or 0 as 1, except that of attention.
-    for name, key in GRANITE_KEYS.items():
+    for name, key in _GRANITE_KEYS.items():
         default = head_dim**-0.5 if name == "attention_multiplier" else 1.0
         keys[name] = to_float(get(key, 0.0)) or default
     if architecture in QWEN3_5:
@@ -178,15 +178,16 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
         keys["sliding_window"] = get("attention.sliding_window") or None
     elif default := WINDOW_PERIODS.get(architecture):
         period = get("attention.sliding_window_pattern", default)
-        is_full = (i % period == period - 1 for i in range(count))
-        kinds = "sliding_attention", "full_attention"
-        keys["layer_types"] = [kinds[has_no_window] for has_no_window in is_full]
+        keys["layer_types"] = [
+            "full_attention" if i % period == period - 1 else "sliding_attention"
+            for i in range(count)
+        ]
         keys["sliding_window"] = get("attention.sliding_window", 4096)
     return keys
 
 
 def _rope_keys(
-    architecture: str, values: Values, head_dim: int, factors: Factors
+    architecture: str, values: Values, head_dim: int, divisors: Divisors
 ) -> dict[str, Any]:
     """Returns the keys of a `config.json` about rotary positions.
 
@@ -205,13 +206,13 @@ def _rope_keys(
             fraction = math.nextafter(fraction, 1.0)
         keys["partial_rotary_factor"] = section["partial_rotary_factor"] = fraction
     if architecture == "phi3":
-        if LONG in factors:
+        if LONG in divisors:
             keys["original_max_position_embeddings"] = int(original)
-        if factors:
+        if divisors:
             kind = "longrope"
             section |= {
-                "short_factor": list(factors.get(SHORT, ())),
-                "long_factor": list(factors.get(LONG, ())),
+                "short_factor": list(divisors.get(SHORT, ())),
+                "long_factor": list(divisors.get(LONG, ())),
                 "attention_factor": to_float(get("rope.scaling.attn_factor", 1.0)),
             }
     elif get("rope.scaling.type") == "yarn":
@@ -242,13 +243,13 @@ def config_from_values(
     values: Values,
     names: Collection[str],
     vocab_size: int,
-    factors: Factors,
+    divisors: Divisors,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Returns the decoder that llama.cpp builds from metadata values.
 
     Also returns its `config.json`. `names` are the names of the file's tensors.
     """
-    raw = _hf_config(architecture, values, names, vocab_size, factors)
+    raw = _hf_config(architecture, values, names, vocab_size, divisors)
     config = config_from_hf(raw)
     # A `config.json` has no keys for some settings, which are therefore changed here:
     # the kinds of biases that exist, a divisor for each frequency, and a `Rope.scale`
@@ -259,9 +260,9 @@ def config_from_values(
     rope_changes: dict[str, Any] = {}
     if architecture == "phi3":
         rope_changes["scale"] = to_float(values.get("rope.scaling.attn_factor", 1.0))
-    elif FREQUENCIES in factors and values.get("rope.scaling.type") != "yarn":
+    elif FREQUENCIES in divisors and values.get("rope.scaling.type") != "yarn":
         factor = _rope_factor(values)
-        rope_changes["divisors"] = tuple(factor * x for x in factors[FREQUENCIES])
+        rope_changes["divisors"] = tuple(factor * x for x in divisors[FREQUENCIES])
 
     def change_rope(layer: LayerKind) -> LayerKind:
         is_local = architecture == "gemma3" and layer.window is not None
@@ -285,8 +286,8 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     if architecture in WINDOW_PERIODS:
         optional += ["attention.sliding_window_pattern"]
         # Only Gemma 2 has a default for the size of the window.
-        windows = optional if architecture == "gemma2" else required
-        windows += ["attention.sliding_window"]
+        has_default = architecture == "gemma2"
+        (optional if has_default else required).append("attention.sliding_window")
     missing = [key for key in required if not is_count(get(key))]
     missing += [key for key in optional if not is_count(get(key, 1))]
     missing = [f"{architecture}.{key}" for key in missing]

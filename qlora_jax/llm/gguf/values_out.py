@@ -12,14 +12,13 @@ from .values_in import (
     BIAS_TENSORS,
     EXPERT_KEYS,
     FREQUENCIES,
-    GRANITE_KEYS,
     LAYER_NORMS,
     LONG,
     OSS,
     QWEN3_5,
     SHORT,
     WINDOW_PERIODS,
-    Factors,
+    Divisors,
     config_from_values,
     size_keys,
 )
@@ -87,7 +86,7 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         values |= {key: getattr(c.experts, name) for name, key in EXPERT_KEYS.items()}
     needs_window = architecture in ("cohere2", OSS)
     if architecture in WINDOW_PERIODS and (windows or needs_window):
-        values["attention.sliding_window"] = [*windows, context][0]
+        values["attention.sliding_window"] = windows[0] if windows else context
     if architecture == "gemma2":
         caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
         for name, cap in caps.items():
@@ -96,12 +95,13 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
     if architecture == "cohere2":
         values["logit_scale"] = float(c.logit_scale)
     if architecture == "granite":
-        factors = c.attention_scale, c.embedding_scale, c.residual_scale
-        factors = map(float, (*factors, 1 / c.logit_scale))
-        values |= dict(zip(GRANITE_KEYS.values(), factors, strict=True))
+        values["attention.scale"] = float(c.attention_scale)
+        values["embedding_scale"] = float(c.embedding_scale)
+        values["residual_scale"] = float(c.residual_scale)
+        values["logit_scale"] = 1 / float(c.logit_scale)
     if architecture in QWEN3_5:
         values |= _delta_rule_values(c)
-    # 3. Stretched rotary positions; see also `factors_of`.
+    # 3. Stretched rotary positions; see also `divisors_of`.
     if architecture == "phi3":
         values["attention.sliding_window"] = main_layer.window or 0
         values["rope.scaling.original_context_length"] = rope.original_length or context
@@ -131,14 +131,14 @@ def _delta_rule_values(config: DecoderConfig) -> dict[str, Any]:
         "full_attention_interval": 1 + attends.index(True),
         # The pairs are assigned to the three axes of an image in turn. Those of text
         # have the same positions.
-        "rope.dimension_sections": [*(-((i - pairs) // 3) for i in range(3)), 0],
+        "rope.dimension_sections": [*(len(range(i, pairs, 3)) for i in range(3)), 0],
     }
     if config.experts is not None:
         values["expert_shared_feed_forward_length"] = config.experts.shared_width
     return values
 
 
-def factors_of(config: DecoderConfig, architecture: str) -> Factors:
+def divisors_of(config: DecoderConfig, architecture: str) -> Divisors:
     """Returns the divisors of the frequencies, by tensor name."""
     rope = _main_layer(config).rope
     if rope is None or not rope.divisors:
@@ -159,9 +159,9 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     names = set() if config.tie_embeddings else {"output.weight"}
     names |= {name for field, name in BIAS_TENSORS.items() if getattr(config, field)}
     values = values_of(config, architecture, context)
-    factors = factors_of(config, architecture)
+    divisors = divisors_of(config, architecture)
     computed, _ = config_from_values(
-        architecture, values, names, config.vocab_size, factors
+        architecture, values, names, config.vocab_size, divisors
     )
     # 1. Compare all fields but the layers.
     fields = [f.name for f in dataclasses.fields(config) if f.name != "layers"]
@@ -196,8 +196,8 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     # 3. Some architectures require `num_heads * head_dim == hidden_size`.
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
-    is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
-    if architecture in ("phi3", "olmoe", "olmo2") and not is_wide:
+    fills_hidden = {n * config.head_dim for n in heads} == {config.hidden_size}
+    if architecture in ("phi3", "olmoe", "olmo2") and not fills_hidden:
         differences += ["heads whose total width is not `hidden_size`"]
     if differences:
         raise ValueError(

@@ -13,7 +13,7 @@ import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.gguf.decoder_out import save_gguf
 from qlora_jax.llm.gguf.k_quants import K_QUANTS, pack_k_quant
-from qlora_jax.llm.gguf.mixtures import q4_k_m_format
+from qlora_jax.llm.gguf.q4_k_m import q4_k_m_format
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.config import DecoderConfig, Experts
 from qlora_jax.llm.models.families import MIXTRAL_EXPERTS

@@ -3,7 +3,7 @@
 import re
 
 from ..models.config import DecoderConfig
-from .k_quants import BLOCK
+from .k_quants import K_QUANT_BLOCK
 
 # For tensors whose number of inputs is not a multiple of 256: the format that replaces
 # each K-quant.
@@ -35,7 +35,7 @@ def q4_k_m_format(
         ['Q6_K', 'Q4_K', 'Q6_K']
     """
     fmt = _choose_k_quant(name, config, architecture)
-    if num_inputs % BLOCK:
+    if num_inputs % K_QUANT_BLOCK:
         fmt = _FALLBACKS.get(fmt, fmt)
     return fmt if num_inputs % _FALLBACK_BLOCK == 0 else "F16"
 
