@@ -38,7 +38,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     tensor_type: "GGMLQuantizationType"
-    data: Any  # an array, or a list with an array-like object for each expert
+    data: Any  # an array, or a list with an `_Alternating` of `decoder_in` per expert
     nbytes: int
 
 

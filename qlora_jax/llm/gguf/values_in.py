@@ -104,6 +104,7 @@ def _hf_config(
     width, heads = values["embedding_length"], values["attention.head_count"]
     head_dim = get("attention.key_length", width // heads)
     has_head = "output.weight" in names or architecture in (OSS, "olmoe")
+    # In other architectures, `config_from_values` changes the fields of biases.
     biases = {
         name: tensor in names and architecture == "llama"
         for name, tensor in BIAS_TENSORS.items()
