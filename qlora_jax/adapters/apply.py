@@ -15,7 +15,7 @@ from ..product.choose import checked_backend
 from ..product.matmul import as_float, reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
-from .base import Adapter, check_adapter, why_not
+from .base import Adapter, check_adapter, misfit_reason
 from .call import Lookup
 from .product import product
 
@@ -224,7 +224,7 @@ def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
 
 def _trained_value(part_name: str, leaf: PyTree, lora: Adapter) -> PyTree:
     """Returns the trained kernel or bias that replaces the frozen one of a layer."""
-    reason = "there is none" if leaf is None else why_not(lora, leaf)
+    reason = "there is none" if leaf is None else misfit_reason(lora, leaf)
     if reason is not None:
         raise ValueError(f"`lora` must be the adapter of the {part_name}: {reason}")
     value = lora.merged(as_kernel(leaf))

@@ -147,7 +147,7 @@ class Adapter(TreeLeaf, abc.ABC):
         settings = {"geometry": Geometry()} if "geometry" in self.settings else {}
         return replace_arrays(self, lambda _, x: x[index], **settings)
 
-    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+    def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
         """Returns why the settings do not fit a kernel `[*batch, K, N]`, or None."""
         return None
 
@@ -194,7 +194,7 @@ class Adapter(TreeLeaf, abc.ABC):
         """Number of weights."""
         return sum(math.prod(x.shape) for x in self.arrays.values())
 
-    def stacked(self) -> Self:
+    def stack_flags(self) -> Self:
         """Returns a copy with each array replaced by a bool: whether it is a stack."""
 
         def is_stack(name: str, x: PyTree) -> PyTree:
@@ -253,11 +253,11 @@ def check_adapter(lora: object, leaf: PyTree, leaf_name: str) -> None:
             "`lora` must be an adapter, such as a LoRA, or None. Got "
             f"{type(lora).__name__}."
         )
-    if (reason := why_not(lora, leaf)) is not None:
+    if (reason := misfit_reason(lora, leaf)) is not None:
         raise ValueError(f"`lora` must be the adapter of the {leaf_name}: {reason}")
 
 
-def why_not(lora: Adapter, leaf: PyTree) -> str | None:
+def misfit_reason(lora: Adapter, leaf: PyTree) -> str | None:
     """Returns why an adapter does not fit a kernel or array, or None if it does.
 
     A placeholder without a shape always fits. The reason is for an error message.
@@ -290,7 +290,7 @@ def why_not(lora: Adapter, leaf: PyTree) -> str | None:
         received = " and ".join(map(str, shapes))
         return f"{listed.replace(' ', ' must be ', 1)}. Got {received}."
     # 3. Its settings must fit the kernel.
-    return lora._misfit(batch, k)
+    return lora._settings_misfit(batch, k)
 
 
 def stored_axes(

@@ -337,7 +337,7 @@ def is_table(path: str) -> bool:
     return path.rpartition("/")[2] == "embedding"
 
 
-def settings_by_pattern(config: QLoRAConfig) -> tuple[Pattern, ...]:
+def setting_patterns(config: QLoRAConfig) -> tuple[Pattern, ...]:
     """Returns the patterns of settings for targets; each must match a target."""
     contract = cast(Mapping[Pattern, Contract], config.contract)
     shared = cast(tuple[Pattern, ...], config.shared)
@@ -353,7 +353,7 @@ def check_config(config: object) -> None:
 def check_layer_config(config: QLoRAConfig) -> None:
     """Raises ValueError unless a config fits one layer: its only target is "kernel"."""
     check_config(config)
-    by_pattern = settings_by_pattern(config)
+    by_pattern = setting_patterns(config)
     trainable = (*cast(tuple, config.trainable), *config.trainable_rows)
     if by_pattern or trainable or not config.is_target("kernel"):
         raise ValueError(

@@ -79,7 +79,7 @@ class LowRank(Adapter):
     def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
         return super().at(index).with_scalings(np.asarray(self.scalings[index]))
 
-    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+    def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
         if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):
             return None
         return (

@@ -97,12 +97,12 @@ class MergeAware(LowRank):
         frozen_call = ProductCall(multiply, precision=call.precision)
         return _packed_product(frozen_call, x, self, kernel, call.offsets)
 
-    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+    def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
         try:
             self.packing.check_rows(k)
         except ValueError as error:
             return str(error)
-        return super()._misfit(batch, k)
+        return super()._settings_misfit(batch, k)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         frozen, frozen_kernel = lax.stop_gradient((self, kernel))

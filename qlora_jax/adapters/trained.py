@@ -102,7 +102,7 @@ class TrainedRows(Replacement):
     def replaced_rows(self) -> tuple[int, ...]:  # noqa: D102
         return self.indices
 
-    def _misfit(self, batch: Sequence[int], k: int) -> str | None:
+    def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
         if max(self.indices, default=0) < max(k, 1):
             return None
         return f"its table has {k} rows. Got an adapter of rows {self.indices}."

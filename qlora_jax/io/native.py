@@ -18,7 +18,7 @@ import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.base import KINDS, Adapter, is_adapter, why_not
+from ..adapters.base import KINDS, Adapter, is_adapter, misfit_reason
 from ..adapters.config import QLoRAConfig
 from ..adapters.lora import SETTINGS
 from ..quant.formats import FLOAT_DTYPES, Packing
@@ -314,7 +314,7 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
     settings = {name: settings[name] for name in kind.settings}
     adapter: Any = kind(**dict(zip(kind.roles, structs, strict=True)), **settings)
     kernel_shape = geometry.kernel_shape(adapter.matrix_shape)
-    if reason := why_not(adapter, jax.ShapeDtypeStruct(kernel_shape, "float32")):
+    if reason := misfit_reason(adapter, jax.ShapeDtypeStruct(kernel_shape, "float32")):
         raise ValueError(f"the arrays of a {entry['kind']} must fit together. {reason}")
     return adapter
 

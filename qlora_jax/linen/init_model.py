@@ -14,7 +14,7 @@ from ..adapters.base import parts_of
 from ..adapters.call import Lookup, ModuleCall
 from ..adapters.config import QLoRAConfig, check_config, is_table
 from ..product.einsum import parse_equation
-from ..trees.init import init_checked
+from ..trees.init import check_and_init
 from ..trees.paths import Leaf, Tree, leaves_by_path, map_by_path
 from .boxes import NORMS, WRONG_AXIS, boxes_of, run_in_float
 from .calls import call_of
@@ -82,7 +82,7 @@ def init(
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
-    return init_checked(key, params, config, kinds, problems, donate=donate)
+    return check_and_init(key, params, config, kinds, problems, donate=donate)
 
 
 def _with_arrays(params: Tree) -> Tree:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._jax.specs import SpecEntry
-from ..adapters.base import why_not
+from ..adapters.base import misfit_reason
 from ..quant.kernel import as_kernel
 from ..trees.merge import merge as merge_trees
 from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
@@ -123,7 +123,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
                 f"{path}: it must be of type {type(old).__name__} and shape "
                 f"{old.shape}. Got {type(new).__name__} and {new.shape}."
             )
-        if path in adapters and (reason := why_not(adapters[path], leaves[path])):
+        if path in adapters and (reason := misfit_reason(adapters[path], leaves[path])):
             problems.append(f"{path}: {reason}")
     refuse_listed("these are not the parameters of the model", sorted(problems))
     for path, variable in _base_variables(model).items():

@@ -55,10 +55,10 @@ Value = Array | OneLayer | None
 
 def find_stacks(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     """Returns the number of layers of each array, or 0 if it is not a stack."""
-    # Adapters and kernels that are trained have a method `stacked`, which returns
+    # Adapters and kernels that are trained have a method `stack_flags`, which returns
     # whether each of their arrays is a stack.
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "stacked"))
-    stacked = jax.tree.leaves([getattr(x, "stacked", lambda: False)() for x in nodes])
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "stack_flags"))
+    flags = [getattr(x, "stack_flags", lambda: False)() for x in nodes]
     leaves, paths = jax.tree.leaves(tree), paths_where(lambda _: True, tree)
     patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
     unmatched = unmatched_by(patterns, paths)
@@ -71,7 +71,7 @@ def find_stacks(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     # A stack of a single layer is updated as a whole, like arrays that are not stacks.
     return [
         x.shape[0] if can_be_sliced(x) and (is_stack or matches(patterns, path)) else 0
-        for is_stack, path, x in zip(stacked, paths, leaves, strict=True)
+        for is_stack, path, x in zip(jax.tree.leaves(flags), paths, leaves, strict=True)
     ]
 
 

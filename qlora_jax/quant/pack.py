@@ -172,7 +172,7 @@ class StraightThrough(ArrayKernel):
     geometry: Geometry
     is_trained = True
 
-    def stacked(self) -> "StraightThrough":
+    def stack_flags(self) -> "StraightThrough":
         """Returns a copy whose array is replaced by a bool: whether it is a stack."""
         ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")

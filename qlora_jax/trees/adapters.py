@@ -12,8 +12,8 @@ from ..adapters.base import (
     AdaptedKernel,
     Adapter,
     is_adapter,
+    misfit_reason,
     parts_of,
-    why_not,
 )
 from .paths import (
     KeyPath,
@@ -30,7 +30,7 @@ from .paths import (
 PACKED_ARRAYS = frozenset({"codes", "scales"})
 
 
-def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
+def checked_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters by path, after checking that each fits its kernel."""
     # 1. Both trees must have the right kinds of leaves.
     kernels = leaves_by_path(base)
@@ -40,26 +40,26 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
             f"adapters at {combined}."
         )
     check_structure(kernels)
-    adapters = adapters_of(lora)
+    adapters = adapters_by_path(lora)
     # 2. Each adapter must have a kernel, and fit it.
     if unmatched := [path for path in adapters if path not in kernels]:
         raise ValueError(
             "every adapter of `lora` must have a kernel at its path in `base`. Got "
             f"adapters without a kernel at {unmatched}."
         )
-    problems = {path: why_not(x, kernels[path]) for path, x in adapters.items()}
+    problems = {path: misfit_reason(x, kernels[path]) for path, x in adapters.items()}
     refuse_listed("these adapters do not fit their kernels", problems)
     return adapters
 
 
-def adapters_of_each(base: Tree, lora: Tree) -> dict[str, Adapter]:
+def unshared_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
     """Returns the checked adapters by path; a shared one is copied for each expert."""
     kernels = leaves_by_path(base)
-    adapters = adapters_by_path(base, lora).items()
+    adapters = checked_adapters(base, lora).items()
     return {path: adapter.unshared(kernels[path]) for path, adapter in adapters}
 
 
-def adapters_of(lora: Tree) -> dict[str, Adapter]:
+def adapters_by_path(lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters of a lora tree by path; raises for any other leaf."""
     leaves = leaves_by_path(lora)
     for kind in KINDS.values():  # LoRA has arrays a and b, DoRA m too
@@ -74,7 +74,7 @@ def adapters_of(lora: Tree) -> dict[str, Adapter]:
 
 def adapters_by_keys(lora: Tree) -> dict[KeyPath, Adapter]:
     """Returns the adapters of a lora tree by key path; raises for any other leaf."""
-    adapters_of(lora)
+    adapters_by_path(lora)
     return leaves_by_keys(lora)
 
 
@@ -132,7 +132,7 @@ def combine(base: Tree, lora: Tree) -> Tree:
         >>> jax.tree.structure(base2) == jax.tree.structure(base)
         True
     """
-    adapters = adapters_by_path(base, lora)
+    adapters = checked_adapters(base, lora)
 
     def join_adapter(path: str, leaf: Leaf) -> Leaf:
         return AdaptedKernel(leaf, adapters[path]) if path in adapters else leaf

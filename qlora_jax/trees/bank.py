@@ -242,7 +242,7 @@ def _stack_adapters(
         f"{path_string(keys)}, adapter {place}: {reason}"
         for place, tree in enumerate(trees)
         for keys in dict.fromkeys([*templates, *tree])
-        if (reason := _why_not(tree.get(keys), templates.get(keys))) is not None
+        if (reason := _misfit_reason(tree.get(keys), templates.get(keys))) is not None
     ]
     refuse_listed("these adapters cannot be in one bank", problems)
     lora, scaling = {}, {}  # by key path, and by path
@@ -257,7 +257,7 @@ def _stack_adapters(
     return Bank(nested_by_keys(lora), scaling)
 
 
-def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
+def _misfit_reason(adapter: Adapter | None, template: Adapter | None) -> str | None:
     if template is None:
         return "the bank has no adapter there."
     if adapter is None:

@@ -10,7 +10,7 @@ from .._jax.memory import all_below, is_concrete
 from ..adapters.input_moments import InputMoments
 from ..adapters.lora import is_low_rank
 from ..quant.kernel import as_kernel
-from .adapters import adapters_by_keys, adapters_by_path
+from .adapters import adapters_by_keys, checked_adapters
 from .paths import (
     Tree,
     leaves_by_path,
@@ -67,7 +67,7 @@ def calibrate(
         >>> ql.quantize(params, search, importance=importance)["kernel"].fmt
         'nf4'
     """
-    adapters_by_path(base, lora)  # raises if they do not fit
+    checked_adapters(base, lora)  # raises if they do not fit
     kernels = leaves_by_path(base)
     total = nested_by_keys(
         {

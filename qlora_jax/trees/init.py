@@ -70,14 +70,14 @@ def init(
         >>> base["q_proj"]["kernel"].fmt, lora["q_proj"]["kernel"].rank
         ('nf4', 4)
     """
-    return init_checked(key, params, config, donate=donate)
+    return check_and_init(key, params, config, donate=donate)
 
 
-def init_checked(
+def check_and_init(
     key: jax.Array,
     params: Tree,
     config: QLoRAConfig,
-    kinds: Mapping[str, str] | None = None,
+    axis_roles: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
     *,
     donate: bool,
@@ -85,10 +85,10 @@ def init_checked(
     """Checks the arguments as `find_targets` does, and returns the two trees."""
     check_key("key", key)
     leaves = leaves_by_path(params)
-    geometries = find_targets(leaves, config, kinds, problems, accept=is_packed)
-    # An integration passes the roles of axes in `kinds`. Without it, a huge adapter is
-    # a sign that the contracted axes were guessed wrong.
-    if kinds is None:
+    geometries = find_targets(leaves, config, axis_roles, problems, accept=is_packed)
+    # An integration passes the roles of axes. Without them, a huge adapter is a sign
+    # that the contracted axes were guessed wrong.
+    if axis_roles is None:
         check_adapter_sizes(leaves, config, geometries)
     if donate and config.freeze_base and config.packing is not None:
         check_donated(leaves, geometries)

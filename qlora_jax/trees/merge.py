@@ -23,7 +23,7 @@ from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import StraightThrough, check_values, quantize_checked
 from ..quant.qtensor import QTensor, with_scales
 from ..quant.schemes import with_e4m3_divisor
-from .adapters import adapters_by_keys, adapters_by_path
+from .adapters import adapters_by_keys, checked_adapters
 from .paths import (
     KeyPath,
     Leaf,
@@ -102,7 +102,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         >>> ql.merge(base, lora)["kernel"].dtype
         dtype('float32')
     """
-    adapters = adapters_by_path(base, lora)
+    adapters = checked_adapters(base, lora)
     problems: dict[str, str] = {}
     changes: list[tuple[Array, Array]] = []
 
@@ -287,7 +287,7 @@ def merge_adapters(
     for tree, weight in zip(adapters, weights, strict=True):
         for keys, adapter in adapters_by_keys(tree).items():
             terms.setdefault(keys, []).append((adapter, weight))  # pyright: ignore
-    problems = {path_string(k): _why_not(pairs, method) for k, pairs in terms.items()}
+    problems = {path_string(k): _mismatch(pairs, method) for k, pairs in terms.items()}
     refuse_listed("these adapters cannot be merged", problems)
 
     def merge_terms(pairs: list[tuple[LoRA, float]]) -> Adapter:
@@ -364,7 +364,7 @@ def _svd(terms: list[_Factors], rank: int) -> _Merged:
 _METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
 
 
-def _why_not(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
+def _mismatch(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
     loras = [lora for lora, _ in pairs]
     if other_kinds := [x.label for x in loras if not x.is_linear or x.is_shared]:
         return f"each must be a lora. Got {other_kinds}."

@@ -16,7 +16,7 @@ from ..adapters.base import Adapter, replace_arrays, stored_axes
 from ..adapters.config import first_match, unmatched_by
 from ..quant.kernel import Kernel, Placement, is_packed
 from ..quant.qtensor import placed
-from .adapters import adapters_by_path
+from .adapters import checked_adapters
 from .paths import (
     Leaf,
     Tree,
@@ -90,7 +90,7 @@ def place(
         ('fsdp', None)
     """
     # 1. Check the arguments, and find the spec of each leaf.
-    adapters_by_path(base, lora)  # raises an error if an adapter does not fit
+    checked_adapters(base, lora)  # raises an error if an adapter does not fit
     row_axes = tuple(axes_of(entry) for entry in rows)  # a tuple for each row axis
     leaves = leaves_by_path(base)
     leaf_specs = _resolve_specs(base, rules, specs, logical_axes or {})

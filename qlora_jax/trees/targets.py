@@ -11,7 +11,7 @@ from ..adapters.config import (
     QLoRAConfig,
     check_config,
     matches,
-    settings_by_pattern,
+    setting_patterns,
     unmatched_by,
 )
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry, roles_fit
@@ -23,16 +23,15 @@ from .paths import Leaf, refuse_listed
 def find_targets(
     leaves: Mapping[str, Leaf],
     config: QLoRAConfig,
-    kinds: Mapping[str, str] | None = None,
+    axis_roles: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
     *,
     accept: Callable[[Kernel], bool] = lambda kernel: False,
 ) -> dict[str, Geometry]:
     """Returns the geometry of each target; raises one error for all problems."""
-    # An integration passes what it knows, by path: `kinds` has the roles of axes (see
-    # `Geometry`), which replace `config.contract`, and `problems` has reasons why some
-    # leaves cannot be targets. Float arrays can be targets; `accept` returns whether
-    # a leaf that is a kernel already can be one too.
+    # An integration passes what it knows, by path: `axis_roles` replace the config's
+    # `contract` (see `Geometry.kinds`), and `problems` has reasons why some leaves
+    # cannot be targets. Float arrays can be targets, and kernels that `accept` accepts.
     check_config(config)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
     _check_patterns(leaves, targets, config)
@@ -44,10 +43,10 @@ def find_targets(
             # A `weight` may be [in, out] or [out, in]. Only an integration knows which
             # of the two.
             is_weight = path.rpartition("/")[2] == "weight" and not is_tree_leaf(leaf)
-            if kinds is None and is_weight and config.contract_of(path) is None:
+            if axis_roles is None and is_weight and config.contract_of(path) is None:
                 raise ValueError(UNKNOWN_AXES)
-            leaf_kinds = (kinds or {}).get(path)
-            geometries[path] = _geometry(path, leaf, config, leaf_kinds, accept)
+            leaf_roles = (axis_roles or {}).get(path)
+            geometries[path] = _geometry(path, leaf, config, leaf_roles, accept)
             shape = geometries[path].matrix_shape(leaf.shape)
             _check_experts(path, shape, config)
             _check_merged(as_kernel(leaf), shape[-2], config)
@@ -62,7 +61,7 @@ def find_targets(
     tables = {path: x for path, x in leaves.items() if config.rows_of(path)}
     refuse_listed(
         "`trainable_rows` do not fit these leaves",
-        {path: _why_no_rows(x, config.rows_of(path)) for path, x in tables.items()},
+        {path: _rows_problem(x, config.rows_of(path)) for path, x in tables.items()},
     )
     return geometries
 
@@ -83,7 +82,7 @@ def _check_patterns(
             "every pattern of `targets`, `exclude`, `trainable` and `trainable_rows` "
             f"must match a leaf. Got {unmatched}, which match none of {sorted(leaves)}."
         )
-    if unmatched := unmatched_by(settings_by_pattern(config), targets):
+    if unmatched := unmatched_by(setting_patterns(config), targets):
         raise ValueError(
             "patterns of `rank_pattern`, `alpha_pattern`, `contract` and `shared` must "
             f"match a target. Got {unmatched}, which match none of {sorted(targets)}."
@@ -116,7 +115,7 @@ def _check_merged(kernel: Kernel, k: int, config: QLoRAConfig) -> None:
             ) from error
 
 
-def _why_no_rows(leaf: Leaf, rows: tuple[int, ...] | None) -> str | None:
+def _rows_problem(leaf: Leaf, rows: tuple[int, ...] | None) -> str | None:
     kernel = as_kernel(leaf)
     if kernel.geometry.kinds != "kn" or len(leaf.shape) < 2 or kernel.is_trained:
         return f"it must be a table [V, D]. Got {kernel.label} {tuple(leaf.shape)}."
@@ -133,17 +132,17 @@ def _geometry(
     path: str,
     leaf: Leaf,
     config: QLoRAConfig,
-    kinds: str | None,
+    axis_roles: str | None,
     accept: Callable[[Kernel], bool],
 ) -> Geometry:
     contract = config.contract_of(path)
-    if kinds is not None:
+    if axis_roles is not None:
         # A config may turn output axes of a module into batch axes.
-        is_refinement = isinstance(contract, str) and roles_fit(contract, kinds)
-        contract = contract if is_refinement else kinds
+        is_refinement = isinstance(contract, str) and roles_fit(contract, axis_roles)
+        contract = contract if is_refinement else axis_roles
     # Leaves that are kernels already keep their geometry and packing.
     if accept(as_kernel(leaf)):
-        _check_kernel(leaf, config, contract, is_module=kinds is not None)
+        _check_kernel(leaf, config, contract, is_module=axis_roles is not None)
         return leaf.geometry
     if is_tree_leaf(leaf):
         raise TypeError(f"it is a kernel already. Got {type(leaf).__name__}.")

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.adapters.base import why_not
+from qlora_jax.adapters.base import misfit_reason
 from qlora_jax.adapters.dora import column_norms
 from qlora_jax.quant.views import LayerOfStack
 
@@ -279,7 +279,7 @@ def test_files_and_trees_know_its_arrays(tmp_path):
     labels = ql.lora_labels(ql.combine(base, adapters))
     assert jax.tree.leaves(labels["kernel"].lora) == ["lora"] * 3
     short = jax.tree.map(lambda x: x[..., :-1] if x.ndim == 1 else x, lora)
-    reason = why_not(short, kernel)
+    reason = misfit_reason(short, kernel)
     assert reason is not None and "M [24]" in reason and "[23]" in reason
 
 

@@ -15,7 +15,7 @@ from helpers import assert_same, dequantize, normal, refusal
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.adapters.base import why_not
+from qlora_jax.adapters.base import misfit_reason
 from qlora_jax.quant import pack as kernel_module
 from qlora_jax.trees import quantize as quantize_module
 
@@ -257,7 +257,7 @@ class TestInit:
         config = ql.QLoRAConfig(rank=4, fmt=fmt, block_size=32)
         base, lora = ql.init(KEY, tree, config)
         assert base["stack"]["kernel"] is stack
-        assert why_not(lora["stack"]["kernel"], stack) is None
+        assert misfit_reason(lora["stack"]["kernel"], stack) is None
         assert_same(lora, ql.init(KEY, params(), config)[1])
         first = base["layers"][0]["q_proj"]["kernel"]
         assert (first.packing if fmt else None) == config.packing

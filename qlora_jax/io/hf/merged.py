@@ -10,10 +10,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ...adapters.base import Adapter, replace_arrays, why_not
+from ...adapters.base import Adapter, misfit_reason, replace_arrays
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
-from ...trees.adapters import adapters_by_path, adapters_of
+from ...trees.adapters import adapters_by_path, checked_adapters
 from ...trees.paths import Tree, nested, refuse_listed
 from ..files import Path, refuse_names, require
 from ..formats.registry import packed_tensors
@@ -72,10 +72,10 @@ def save_merged(
     if isinstance(base, Path):
         stored = split_experts(packed_tensors(open_safetensors(base)), names)
         tensors = {name: in_float(x) for name, x in stored.items()}
-        adapters = adapters_of(lora)
+        adapters = adapters_by_path(lora)
         config = base if config is None else config
     else:
-        tensors, adapters = float_tensors(base, names), adapters_by_path(base, lora)
+        tensors, adapters = float_tensors(base, names), checked_adapters(base, lora)
     if config is None:
         raise ValueError("`config` must be given if `base` is a tree. Got None.")
     # 2. The tensors that adapters replace or change.
@@ -138,7 +138,7 @@ def _merged_tensors(
             matrix_lora = lora.at((*index[:-1], 0) if lora.is_shared else index)
             kernel_shape = x.shape if is_table else x.shape[::-1]
             kernel = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
-            if reason := why_not(matrix_lora, kernel):
+            if reason := misfit_reason(matrix_lora, kernel):
                 problems.append(f"{path}: {name} of shape {x.shape}: {reason}")
                 continue
             out_dtype = np.dtype(dtype or x.dtype)

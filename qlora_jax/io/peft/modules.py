@@ -25,7 +25,7 @@ from ...adapters.base import Adapter, replace_arrays
 from ...adapters.lora import SETTINGS, LoRA
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
-from ...trees.adapters import adapters_by_path
+from ...trees.adapters import checked_adapters
 from ...trees.paths import Tree, leaves_by_path, refuse_listed
 from ..named_leaves import NamedLeaf, leaf_of
 from ..names import BatchIndex, Names
@@ -68,7 +68,7 @@ class NamedBase:
     @classmethod
     def of(cls, base: Tree, names: Names) -> "NamedBase":
         """Returns a base tree's leaves with their names; an error lists problems."""
-        adapters_by_path(base, {})  # checks the structure of `base`
+        checked_adapters(base, {})  # checks the structure of `base`
         leaves, named_leaves, positions, modules = {}, {}, {}, {}
         tables, problems = set(), []
         for path, leaf in leaves_by_path(base).items():

@@ -15,7 +15,7 @@ from ...adapters.base import Adapter, used_ranks
 from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...adapters.merge_aware import is_merge_aware
-from ...trees.adapters import adapters_of_each
+from ...trees.adapters import unshared_adapters
 from ...trees.paths import Tree, refuse_listed
 from ..files import refuse
 from ..names import Names
@@ -366,7 +366,7 @@ def peft_config(
         >>> peft.target_modules, peft.r, peft.lora_alpha
         (('q_proj',), 4, 8)
     """
-    adapters = adapters_of_each(base, lora)
+    adapters = unshared_adapters(base, lora)
     refuse_merge_aware(adapters)
     model = NamedBase.of(base, names)
     # First, separate the adapters that are not low-rank.
