@@ -64,19 +64,18 @@ class DoRA(LowRank):
         # its columns, which get no gradient (section 4.3). As in PEFT, dropout does not
         # act on the frozen product x W, but only on the adapter's change of it: with d,
         # the input after dropout, y = x W + (d V * m / c - d W).
-        dropped = apply_dropout(x, self.dropout, call.dropout_key)
-        y = call.multiply(dropped, kernel)
+        d = apply_dropout(x, self.dropout, call.dropout_key)
+        frozen = call.multiply(d, kernel)
         norms = column_norms(self, kernel, call.multiply, x.dtype)
         scale = split_as(self.m.astype(jnp.float32), norms) / norms
         # [*batch, N] -> [*batch, 1, ..., N], to broadcast over the rows of y.
-        scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, y.ndim - 1)))
-        v = add_change(y, lora_product(dropped, self, call.precision, kernel.placement))
-        # Named because the gradient of m needs x V: a `jax.checkpoint` policy that does
+        scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, frozen.ndim - 1)))
+        y = add_change(frozen, lora_product(d, self, call.precision, kernel.placement))
+        # Named because the gradient of m needs d V: a `jax.checkpoint` policy that does
         # not save it would compute both products again.
-        v = checkpoint_name(v, "dora_product").astype(jnp.float32)
-        result = (v * split_as(scale, v)).astype(x.dtype)
-        # Replace d W, which is in the result, by x W.
-        return result if dropped is x else result + (call.multiply(x, kernel) - y)
+        y = checkpoint_name(y, "dora_product").astype(jnp.float32)
+        y = (y * split_as(scale, y)).astype(x.dtype)
+        return y if d is x else y + (call.multiply(x, kernel) - frozen)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         def adapt(w: Array, delta: Array, m: Array) -> Array:
@@ -89,11 +88,10 @@ class DoRA(LowRank):
     def _table_norms(self, kernel: Kernel) -> Array | None:
         if self.row_role != "k":  # each row has its own magnitude and norm
             return None
-        # `column_norms` decodes a few columns at a time, each with the many rows of the
-        # table. On one device, `_norms_by_rows` decodes a few rows at a time instead.
-        return (
-            _norms_by_rows(self, kernel) if is_local() else column_norms(self, kernel)
-        )
+        # On one device, `column_norms` decodes tiles of columns. A table has so many
+        # rows that a tile would have one or two columns, so use tiles of rows.
+        compute_norms = _norms_by_rows if is_local() else column_norms
+        return compute_norms(self, kernel)
 
     def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
         v, m = super()._adapt_rows(rows, norms), self.m.astype(jnp.float32)
@@ -135,7 +133,6 @@ def column_norms(
 
 
 def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
-    """Returns the sums of the squares of a kernel's columns."""
     # The sums are computed in each call. If they were stored among the trained arrays,
     # an optimizer would change them; with the packed kernel, they could become stale.
     q = kernel.take().to_device()

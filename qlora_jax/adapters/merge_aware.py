@@ -131,9 +131,9 @@ class MergeAware(LowRank):
         tiles, largest = _Tiles.of(kernel, self), ()
         if packing.scheme.needs_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
-            # scales are computed before the first code. The largest scale is rounded up
-            # to a power of two. `merge` can then give a common factor to the kernels
-            # that a server fuses, without changing their values.
+            # scales are computed before the first code, with 1 for the largest scale.
+            # The largest scale is rounded up to a power of two. `merge` can then give a
+            # common factor to the kernels that a server fuses, without changing values.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = tiles.map(
                 lambda w, one: quantize_blocks(w, packing, one)[1:], ones
@@ -160,7 +160,7 @@ register_adapter(MergeAware)
 
 
 def is_merge_aware(adapter: Adapter | None) -> TypeGuard[MergeAware]:
-    """Whether an adapter is of no use beside its kernel, without the packed sum."""
+    """Whether an adapter was trained for the packed sum with its kernel."""
     return isinstance(adapter, MergeAware)
 
 
@@ -208,8 +208,9 @@ def _packed_product_bwd(call: ProductCall, operands: tuple, dy: Array) -> tuple:
     # replaced by 1: dx is differentiated with respect to A and B as if it were
     # dy (W + s A B)^T, of which `dx_by_change` is the part with A and B.
     dx_by_change, _ = change_vjp(lax.stop_gradient(dy))
-    dx = straight_through(dx_by_change, *multiply_vjp(dy))
-    return dx, change_vjp(dy)[1], None, None
+    (dx_packed,) = multiply_vjp(dy)
+    _, dlora = change_vjp(dy)
+    return straight_through(dx_by_change, dx_packed), dlora, None, None
 
 
 _packed_product.defvjp(_packed_product_fwd, _packed_product_bwd, symbolic_zeros=True)
@@ -243,8 +244,8 @@ class _Tiles:
         scaling = jnp.broadcast_to(jnp.asarray(scaling, jnp.float32), batch)
         mesh, axes = _matrix_axes(kernel)
         if mesh is not None:
-            # Split K only where each device gets whole blocks, both of the kernel's
-            # format and of the format in which the sum is packed.
+            # Split K only where each device gets whole blocks of both formats. With a
+            # partial block at its end, K counts as one block, which cannot be split.
             counts = [k // size if k % size == 0 else 1 for size in block_sizes]
             axes[-2] = fitting(axes[-2], mesh.shape, *counts)
             axes[-1] = fitting(axes[-1], mesh.shape, n)
@@ -258,27 +259,27 @@ class _Tiles:
         It must treat each block of rows on its own. `extra` are arrays `[*batch]`, of
         which `fn` gets the numbers for its matrix.
         """
-        run = functools.partial(self._map_on_device, fn)
+        run, mesh = functools.partial(self._map_on_device, fn), self.mesh
         operands: tuple[Any, ...] = self.weights, self.a, self.b, self.scaling, *extra
-        if self.mesh is None:
+        if mesh is None:
             return run(*operands)
         *batch, k, n = self.axes
-        matrix, scalar = make_spec(*batch, k, n), make_spec(*batch)
-        specs = [tuple(matrix for _ in self.weights), make_spec(*batch, k, ())]
-        specs += [make_spec(*batch, (), n), *(scalar for _ in (self.scaling, *extra))]
-        names = axes_of_type(self.mesh, AxisType.Auto)
+        matrix_spec, batch_spec = make_spec(*batch, k, n), make_spec(*batch)
+        a_spec, b_spec = make_spec(*batch, k, ()), make_spec(*batch, (), n)
+        scaling_specs = [batch_spec] * (1 + len(extra))
+        in_specs = (matrix_spec,) * len(self.weights), a_spec, b_spec, *scaling_specs
+        mapped_axes = axes_of_type(mesh, AxisType.Auto)
         if explicit_mesh(operands) is not None:
-            names = explicit_axes(self.mesh)
-            mesh = self.mesh
+            mapped_axes = explicit_axes(mesh)
             operands = jax.tree.map(
-                lambda x, spec: split_by(x, mesh, spec), operands, tuple(specs)
+                lambda x, spec: split_by(x, mesh, spec), operands, in_specs
             )
         return jax.shard_map(
             run,
-            mesh=self.mesh,
-            in_specs=tuple(specs),
-            out_specs=matrix,
-            axis_names={*names},
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=matrix_spec,
+            axis_names={*mapped_axes},
             check_vma=False,
         )(*operands)
 
@@ -308,11 +309,11 @@ class _Tiles:
                 w = lax.map(merge, halves)
                 return fn(w.reshape(tile_rows, -1), *extra)
 
-            # 1. Pack the full tiles.
+            # 1. Pack the full tiles: the entries of each array in front of its bound.
             arrays, results = (*weights, a), []
             packed_rows = num_tiles * tile_rows
-            counts = [packed_rows // rows for rows in (*self._rows_per_entry, 1)]
-            pairs = list(zip(arrays, counts, strict=True))
+            bounds = [packed_rows // rows for rows in (*self._rows_per_entry, 1)]
+            pairs = list(zip(arrays, bounds, strict=True))
             if num_tiles:
                 tiles = [x[:i].reshape(num_tiles, -1, x.shape[-1]) for x, i in pairs]
                 if self.packing is not None:

@@ -95,16 +95,19 @@ class _ExpertsView:
             return False
         if name == "dot_general" and len(self.axes) == 2:
             (x_axes, w_axes), batch = params["dimension_numbers"]
-            result = params["preferred_element_type"] or self.dtype
-            is_plain = (len(x_axes), *batch) == (1, (), ()) and result == self.dtype
+            dtype = params["preferred_element_type"] or self.dtype
+            # One contracted axis, and no batch axes.
+            is_plain = (len(x_axes), *batch) == (1, (), ()) and dtype == self.dtype
             return is_plain and has_dtype and self._roles(self.axes)[w_axes[0]] == "k"
         if name != "ragged_dot_general" or params["group_offset"]:
             return False
         # Requires x [M, K] with ragged rows, and w with the axes groups, K and N.
         numbers = params["ragged_dot_dimension_numbers"]
         (x_axes, (k, *more_axes)), batch = numbers.dot_dimension_numbers
-        (group,) = numbers.rhs_group_dimensions or (k,)
-        n = 3 - group - k
+        if not numbers.rhs_group_dimensions:
+            return False
+        (group,) = numbers.rhs_group_dimensions
+        n = 3 - group - k  # the remaining one of the axes 0, 1 and 2
         is_plain = (*x_axes, more_axes, *batch) == (1, [], (), ())
         has_ragged_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
         roles = self._roles([self.axes[i] for i in (group, k, n)])
@@ -170,10 +173,10 @@ def call_with_experts(
 def _multiply(backend: Backends, eqn: JaxprEqn, values: list) -> list[Array]:
     x, view, *group_sizes = values
     kernel, params = view.kernel, eqn.params
-    precision, result = params["precision"], params["preferred_element_type"]
+    precision, dtype = params["precision"], params["preferred_element_type"]
     if group_sizes:
         offsets = offsets_of(group_sizes[0], x.shape[0], kernel.matrix_shape[0])
-        y = product(x, kernel, view.lora, None, backend, precision, offsets, result)
+        y = product(x, kernel, view.lora, None, backend, precision, offsets, dtype)
     else:
         # One expert: [..., K] -> [1, ..., K], with a batch axis for its stack.
         ((k_axis,), _), _ = params["dimension_numbers"]
