@@ -36,8 +36,8 @@ def adapted_product(
     if lora is not None:
         if offsets is not None and not lora.can_be_ragged:
             raise NotImplementedError(
-                "adapters of experts must be LoRA in a ragged product, and not chosen "
-                f"from a bank. Got {type(lora).__name__}."
+                "a ragged product supports LoRA, SharedLoRA and MergeAware adapters, "
+                f"and none from a bank. Got {type(lora).__name__}."
             )
         # For the frozen kernel, the adapter calls this function without an adapter.
         multiply_frozen = functools.partial(
@@ -56,7 +56,7 @@ def adapted_product(
         backend=backend,
         precision=precision,
         result=result,
-        weights_move=offsets is not None,
+        weights_move=offsets is not None,  # else, x is resharded to match float weights
     )
 
 

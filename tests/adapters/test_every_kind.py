@@ -101,7 +101,7 @@ def refusal_of(kind, operation, roles, selection):
     if operation == "ragged" and (
         selection != "alone" or kind not in ("LoRA", "SharedLoRA", "MergeAware")
     ):
-        return "must be LoRA in a ragged product, and not chosen from a bank. Got"
+        return "a ragged product supports LoRA, SharedLoRA and MergeAware adapters"
     if selection == "by row" and operation == "merged":
         return "`ids` must be one number where weights are merged"
     if selection == "by row" and roles == "bkn":
