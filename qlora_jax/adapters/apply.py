@@ -160,7 +160,7 @@ def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
         return None
     if isinstance(node, Mapping):
         return {name: unbox(part) for name, part in node.items()}
-    # The names come from key paths. A dataclass has them if it is registered with keys.
+    # Key paths of one level have the names, also of a dataclass registered with keys.
     flat, _ = jax.tree_util.tree_flatten_with_path(node, lambda n: n is not node)
     keys = [path[-1] if path else None for path, _ in flat]
     part_names = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
@@ -200,12 +200,10 @@ def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
 
 def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
     """Returns the adapters of the kernel called `name` and of its bias, or None."""
-    if lora is None:
-        return [None, None]
     name = name or "kernel"
     bias_name = BIAS_NAMES[name]
     parts = _named_parts("lora", lora)
-    if parts is None:
+    if parts is None:  # an adapter of the kernel, or None
         parts = {name: lora}
     if not set(parts) <= {name, bias_name}:
         raise ValueError(

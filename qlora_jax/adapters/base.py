@@ -26,8 +26,8 @@ from ..product.sharded import declared_mesh
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement, as_kernel
 
-# Returns `x W`, for x `[*batch, ..., K]` and a kernel, in the dtype of x. The keyword
-# `offsets` replaces those of the call.
+# `multiply(x, kernel)` returns `x W` for x `[*batch, ..., K]`, in the dtype of x. In a
+# ragged product, it uses the offsets of the `ProductCall`, or the keyword `offsets`.
 Multiply = Callable[..., Array]
 
 
@@ -40,7 +40,7 @@ class ProductCall(NamedTuple):
     offsets: Array | None = None  # bounds of each expert's rows, int32 `[E + 1]`
 
 
-A = TypeVar("A", bound="Adapter")
+T = TypeVar("T", bound="Adapter")
 
 # Every kind of adapter, by its name in files.
 KINDS: dict[str, type["Adapter"]] = {}
@@ -65,7 +65,8 @@ class Adapter(TreeLeaf, abc.ABC):
     is_shared: ClassVar[bool] = False
     can_be_in_bank: ClassVar[bool] = False
     can_be_ragged: ClassVar[bool] = False  # whether `product` supports `call.offsets`
-    inputs: tuple[str, ...] = ()  # the names of its arrays that are not trained
+    # The names of leaves that are not trained, such as the ids of a `Selected`.
+    inputs: tuple[str, ...] = ()
     dropout: float  # the rate of dropout on its input
     geometry: Geometry  # how the kernel's axes map to `[*batch, K, N]`
 
@@ -100,7 +101,7 @@ class Adapter(TreeLeaf, abc.ABC):
     def lookup_by_row(
         self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
     ) -> Float[Array, "..."]:
-        """Returns `lookup` with an adapter of this bank for each row of `ids`.
+        """Returns `lookup` with one adapter of a bank, `self`, for each row of `ids`.
 
         Args:
             ids: int32 ids of rows of the table, `[R, ...]`.
@@ -195,7 +196,7 @@ class Adapter(TreeLeaf, abc.ABC):
         return sum(math.prod(x.shape) for x in self.arrays.values())
 
     def stack_flags(self) -> Self:
-        """Returns a copy with each array replaced by a bool: whether it is a stack."""
+        """Returns a copy that has a bool for each array: whether it is a stack."""
 
         def is_stack(name: str, x: PyTree) -> PyTree:
             ndim = len(self.roles[name])
@@ -222,7 +223,7 @@ def is_adapter(node: object) -> TypeGuard[Adapter]:
     return isinstance(node, Adapter)
 
 
-def replace_arrays(lora: A, fn: Callable[[str, Array], PyTree], **settings: Any) -> A:
+def replace_arrays(lora: T, fn: Callable[[str, Array], PyTree], **settings: Any) -> T:
     """Returns the adapter with `fn(name, array)` for each array, and new settings."""
     arrays = {name: fn(name, x) for name, x in lora.arrays.items()}
     return lora._replace(arrays, **settings)
@@ -288,6 +289,7 @@ def misfit_reason(lora: Adapter, leaf: PyTree) -> str | None:
         expected = zip(lora.roles, expected_shapes("r"), strict=True)
         listed = " and ".join(f"{name.upper()} {shape}" for name, shape in expected)
         received = " and ".join(map(str, shapes))
+        # Only the first array gets the verb: "A must be [64, 'r'] and B ['r', 8]".
         return f"{listed.replace(' ', ' must be ', 1)}. Got {received}."
     # 3. Its settings must fit the kernel.
     return lora._settings_misfit(batch, k)
@@ -298,14 +300,15 @@ def stored_axes(
 ) -> dict[str, tuple[Axes, ...]]:
     """Returns the mesh axes of each axis of the stored arrays, from the kernel's spec.
 
-    K and N are split over all mesh axes of the kernel, and so is the optimizer state.
+    A has no axis N, so its K is split over the mesh axes of the kernel's N, too. The
+    same holds for N of B, and for the optimizer state.
     """
     spec = lora.geometry.matrix_spec(kernel_spec, len(kernel_spec))
     *batch, k, n = (specs.axes_of(entry) for entry in spec)
     return _fitting_axes(lora, batch, {"k": k + n, "n": n + k}, sizes)
 
 
-def constrained(lora: A, placement: Placement | None) -> A:
+def constrained(lora: T, placement: Placement | None) -> T:
     """Returns the adapter, split as products with its placed kernel need it."""
     mesh = declared_mesh(placement)
     if placement is None or mesh is None or explicit_mesh(lora) is not None:

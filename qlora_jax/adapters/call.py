@@ -176,7 +176,7 @@ class RegisteredEinsum:
         self, module: object, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[str, Any]:
         """Returns the equation and the one input of a call, or raises TypeError."""
-        signature = inspect.signature(getattr(self.cls, "__call__"))  # noqa: B009, B004
+        signature = inspect.signature(self.cls.__call__)
         _, *arguments = signature.bind(module, *args, **kwargs).arguments.items()
         inputs, equation = dict(arguments), self.equation_of(module)
         if equation is None and isinstance(self.einsum, str):
@@ -210,6 +210,6 @@ class Registry(Generic[Rule]):
         """Returns the rule of a class, or None."""
         for base in cls.__mro__:
             if base in self._rules:
-                inherits = getattr(cls, "__call__") is getattr(base, "__call__")  # noqa: B009, B004
+                inherits = cls.__call__ is base.__call__
                 return self._rules[base] if inherits else None
         return None

@@ -88,10 +88,10 @@ class QLoRAConfig:
             Needs `dropout` of 0.
         target_fmt: With `merge_aware`: the number format in which the merged kernels
             will be packed; by default the format, blocks and scales of each kernel in
-            `base`. If it is another format than that of the kernel, blocks and scales
-            are the usual ones of the format, or those of `block_size` and
-            `double_quant` where `fmt` is None. Kernels in a finer format, or in float,
-            keep smaller changes apart.
+            `base`. If it differs from the kernel's format, blocks and scales are the
+            defaults of `target_fmt`, or those of `block_size` and `double_quant` where
+            `fmt` is None. If the base is in a finer format than `target_fmt`, or in
+            float, smaller changes by an adapter can move a weight to another value.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 by default. Either the axes, as negative integers: -3 for
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
@@ -213,9 +213,9 @@ class QLoRAConfig:
         if wrong := [name for name, is_set in settings.items() if is_set]:
             values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
             raise ValueError(
-                "`merge_aware` must be False with DoRA, with shared adapters, with "
-                "dropout, which the packed weights could not have, and with a base "
-                f"that is trained. Got {values}."
+                "`merge_aware` must be False with DoRA, with shared adapters, with a "
+                "base that is trained, and with dropout, which packed weights cannot "
+                f"reproduce. Got {values}."
             )
 
     @property
@@ -236,6 +236,7 @@ class QLoRAConfig:
         target_fmt = self.target_fmt or (packing.fmt if packing else self.fmt)
         if packing is not None and packing.fmt == target_fmt:
             return packing
+        # `block_size` and `double_quant` are settings of `fmt`, if it is set.
         if self.fmt in (None, target_fmt):
             return Packing(cast(str, target_fmt), self.block_size, self.double_quant)
         return Packing(cast(str, target_fmt))
@@ -289,7 +290,8 @@ class QLoRAConfig:
         Args:
             path: The path of a kernel.
         """
-        return max(self.ranks_of(path) or (cast(int, self._rank_setting(path)),))
+        rank = first_match(self.rank_pattern, path, self.rank)
+        return rank if isinstance(rank, int) else max(rank)
 
     def ranks_of(self, path: str) -> tuple[int, ...] | None:
         """Returns the ranks of experts, by `rank_pattern`; None for one rank.
@@ -297,11 +299,8 @@ class QLoRAConfig:
         Args:
             path: The path of a kernel.
         """
-        rank = self._rank_setting(path)
+        rank = first_match(self.rank_pattern, path, self.rank)
         return rank if isinstance(rank, tuple) else None
-
-    def _rank_setting(self, path: str) -> int | Sequence[int]:
-        return first_match(self.rank_pattern, path, self.rank)
 
     def scaling_of(self, path: str) -> float | tuple[float, ...]:
         """Returns the scaling of the adapter of the kernel at `path`.
@@ -338,7 +337,7 @@ def is_table(path: str) -> bool:
 
 
 def setting_patterns(config: QLoRAConfig) -> tuple[Pattern, ...]:
-    """Returns the patterns of settings for targets; each must match a target."""
+    """Returns all patterns of settings for targets; each must match a target."""
     contract = cast(Mapping[Pattern, Contract], config.contract)
     shared = cast(tuple[Pattern, ...], config.shared)
     return (*config.rank_pattern, *config.alpha_pattern, *contract, *shared)
@@ -353,13 +352,13 @@ def check_config(config: object) -> None:
 def check_layer_config(config: QLoRAConfig) -> None:
     """Raises ValueError unless a config fits one layer: its only target is "kernel"."""
     check_config(config)
-    by_pattern = setting_patterns(config)
+    patterns = setting_patterns(config)
     trainable = (*cast(tuple, config.trainable), *config.trainable_rows)
-    if by_pattern or trainable or not config.is_target("kernel"):
+    if patterns or trainable or not config.is_target("kernel"):
         raise ValueError(
             "the `config` of a layer must target 'kernel' and have no settings by "
             f"pattern. Got targets {config.targets}, exclude {config.exclude}, "
-            f"trainable {trainable} and settings for {by_pattern}."
+            f"trainable {trainable} and settings for {patterns}."
         )
 
 
@@ -398,7 +397,6 @@ def _as_alpha(alpha: Any) -> float:
 
 
 def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
-    """Returns one pattern, or several, as a tuple, and checks them."""
     if isinstance(value, Pattern):
         value = (value,)
     patterns = tuple(value) if isinstance(value, Iterable) else None
@@ -424,7 +422,6 @@ def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
 def _by_pattern(
     argument: str, value: object, check: Callable[[object], T]
 ) -> dict[Pattern, T]:
-    """Returns a mapping from patterns to settings, each passed through `check`."""
     if not isinstance(value, Mapping):
         raise TypeError(f"`{argument}` must be a dict of patterns. Got {value!r}.")
     patterns = _as_patterns(argument, value.keys())

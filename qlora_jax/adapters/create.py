@@ -19,7 +19,7 @@ from .trained import TrainedRows, new_trained
 
 
 def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> Adapter:
-    """Returns a new adapter of a leaf of the base tree, which does not change it yet.
+    """Returns a new adapter, with which a leaf of the base tree keeps its values.
 
     The leaf is a target of LoRA, or is trained in full or by rows. `key` is only used
     for a target.
@@ -57,19 +57,18 @@ def _new_low_rank(
     else:
         a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*batch, rank, n), dtype)
-    # 2. For experts of different ranks, set A and B to zero beyond each rank, and
-    #    repeat the scalings for each layer.
+    # 2. For experts of different ranks, set A and B to zero beyond each rank.
     if ranks := config.ranks_of(path):
         is_used = np.arange(rank) < np.array(ranks)[:, None]  # [E, r]
         a = jnp.where(jnp.broadcast_to(is_used[:, None, :], a.shape), a, 0)
         b = jnp.where(jnp.broadcast_to(is_used[:, :, None], b.shape), b, 0)
-    if isinstance(scaling, tuple):
-        scaling *= math.prod(batch[:-1])
-    kind = SharedLoRA if is_shared else LoRA
+    if isinstance(scaling, tuple):  # of the experts: repeat it for each layer
+        scaling = scaling * math.prod(batch[:-1])
     if (packing := config.merged_packing(kernel.packing)) is not None:
         packing.check_rows(k)
         settings = scaling, 0.0, kernel.geometry, packing, config.scales
         return MergeAware(a.astype(dtype), b, *settings)
+    kind = SharedLoRA if is_shared else LoRA
     lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:
         return lora

@@ -48,7 +48,7 @@ class LowRank(Adapter):
     b: Array
     # The scaling must not be trained. It is therefore static in a lora tree, because
     # optimizers change all leaves: weight decay would shrink an array even if its
-    # gradient is zero. Scans and banks need an array, which `inputs` then names.
+    # gradient is zero. Scans and banks need an array; `inputs` is then ("scaling",).
     scaling: Scaling
     dropout: float
     geometry: Geometry
@@ -95,8 +95,8 @@ class LowRank(Adapter):
         if self.row_role is None:
             return super().lookup(ids, kernel)
         rows = take_rows(kernel, ids)
-        of_rows = self._at_rows((ids,))
-        return of_rows._adapt_rows(rows, self._table_norms(kernel)).astype(rows.dtype)
+        lora, norms = self._at_rows((ids,)), self._table_norms(kernel)
+        return lora._adapt_rows(rows, norms).astype(rows.dtype)
 
     def lookup_by_row(  # noqa: D102
         self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
@@ -106,13 +106,13 @@ class LowRank(Adapter):
         # Index the places of the bank and the rows of the table at once. Otherwise, XLA
         # takes a full A for each row of the input.
         places = jnp.expand_dims(places, tuple(range(1, ids.ndim)))
-        of_rows = self._at_rows((places, ids), take)
+        row_loras = self._at_rows((places, ids), take)
         # Compute the norms once for each adapter of the bank. To compute them for each
         # row of the input, XLA would take a full A for each row.
         norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
-        of_rows = of_rows.with_scalings(take(jnp.asarray(self.scaling)))
+        row_loras = row_loras.with_scalings(take(jnp.asarray(self.scaling)))
         adapt = jax.vmap(lambda lora, *row: lora._adapt_rows(*row))
-        return adapt(of_rows, take_rows(kernel, ids), jax.tree.map(take, norms))
+        return adapt(row_loras, take_rows(kernel, ids), jax.tree.map(take, norms))
 
     @property
     def row_role(self) -> str | None:
@@ -180,6 +180,7 @@ class LoRA(LowRank):
         ((64, 4), (4, 8), 2.0)
     """
 
+    # Fields of `LowRank`. The tests of docstrings read them from this class.
     a: Array
     b: Array
     scaling: Scaling

@@ -41,7 +41,6 @@ class Selected(Adapter):
     adapters: Adapter
     ids: Array
 
-    # These properties have the values of the bank's adapters.
     arrays, settings, label, dropout, geometry = (  # pyright: ignore
         property(operator.attrgetter(f"adapters.{name}"))
         for name in ("arrays", "settings", "label", "dropout", "geometry")
@@ -133,6 +132,7 @@ class Selected(Adapter):
         def take_by_row(stored: Array) -> Array:
             return self._take(stored, self.ids)
 
+        # Ids below -1 return NaN, as in `_take`. For -1, any place will do.
         places = jnp.where(self.ids < -1, self.adapters.batch_shape[-1], self.ids)
         adapted = self.adapters.lookup_by_row(ids, kernel, places, take_by_row)
         is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, rows.ndim)))

@@ -93,6 +93,7 @@ class TrainedRows(Replacement):
     rows: Array
     indices: tuple[int, ...]
 
+    # As in a LoRA with B = `rows`, whose A would select these rows. The rank is t.
     roles = {"rows": "rn"}
     settings = ("indices",)
     label = "trained rows"
@@ -103,7 +104,7 @@ class TrainedRows(Replacement):
         return self.indices
 
     def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
-        if max(self.indices, default=0) < max(k, 1):
+        if all(index < k for index in self.indices):
             return None
         return f"its table has {k} rows. Got an adapter of rows {self.indices}."
 
