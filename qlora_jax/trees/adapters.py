@@ -31,7 +31,7 @@ PACKED_ARRAYS = frozenset({"codes", "scales"})
 
 
 def checked_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
-    """Returns the adapters by path, after checking that each fits its kernel."""
+    """Returns the adapters by path; raises unless each of them fits its kernel."""
     # 1. Both trees must have the right kinds of leaves.
     kernels = leaves_by_path(base)
     if combined := [p for p, x in kernels.items() if parts_of(x)[1] is not None]:
@@ -53,7 +53,7 @@ def checked_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
 
 
 def unshared_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
-    """Returns the checked adapters by path; a shared one is copied for each expert."""
+    """Returns checked adapters, where each expert has a copy of a shared adapter."""
     kernels = leaves_by_path(base)
     adapters = checked_adapters(base, lora).items()
     return {path: adapter.unshared(kernels[path]) for path, adapter in adapters}

@@ -1,4 +1,4 @@
-"""Banks: adapters of one base, of which a batch may use several."""
+"""Banks: lora trees of one base, of which a batch may use several."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from .paths import (
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Adapters of one base, stacked in one tree with room for more; see `ql.bank`.
+    """Lora trees of one base, stacked in one tree with room for more; see `ql.bank`.
 
     Attributes:
         lora: The trained arrays: a lora tree whose arrays have one more axis in front,
@@ -97,8 +97,8 @@ class Bank:
             ValueError: If adapters do not fit the bank; all of them are listed.
         """
         index = self._checked_index(place)
-        first_place = functools.partial(jax.tree.map, lambda x: x[0])
-        templates = leaves_by_keys(jax.eval_shape(first_place, self.lora))
+        take_first = functools.partial(jax.tree.map, lambda x: x[0])
+        templates = leaves_by_keys(jax.eval_shape(take_first, self.lora))
         new = _stack_adapters([lora], templates, 1)  # a bank with one place
         return jax.tree.map(lambda old, x: old.at[index].set(x[0]), self, new)
 
@@ -123,9 +123,9 @@ def bank(
     capacity: int | None = None,
     dropout: float | None = None,
 ) -> Bank:
-    """Returns a bank of adapters of one base, of which a batch may use several.
+    """Returns a bank of lora trees of one base, of which a batch may use several.
 
-    `select` chooses from the bank. If an adapter lacks a path that others have, it gets
+    `select` chooses from the bank. If a tree lacks a path that others have, it gets
     zeros there, which add nothing.
 
     Args:
@@ -235,9 +235,9 @@ def _common_template(first: Adapter, second: Adapter) -> Adapter:
 
 
 def _stack_adapters(
-    adapters: Sequence[Tree], templates: Mapping[KeyPath, Adapter], num_places: int
+    lora_trees: Sequence[Tree], templates: Mapping[KeyPath, Adapter], num_places: int
 ) -> Bank:
-    trees = [adapters_by_keys(tree) for tree in adapters]
+    trees = [adapters_by_keys(tree) for tree in lora_trees]
     problems = [
         f"{path_string(keys)}, adapter {place}: {reason}"
         for place, tree in enumerate(trees)

@@ -151,10 +151,10 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
 
 def _with_common_factors(tree: Tree, paths: Sequence[str]) -> Tree:
-    """Gives the kernels at `paths` that servers fuse one factor, where that is exact.
+    """Gives one factor to kernels at `paths` that servers fuse, if no value changes.
 
-    No value changes. `quantize` shares the factors of NVFP4 too, but a merge-aware
-    adapter is trained without the other kernels, and chooses a power of two.
+    `quantize` shares the factors of NVFP4 too, but a merge-aware adapter is trained
+    without the other kernels, and chooses a power of two.
     """
     leaves = leaves_by_path(tree)
     kernels = {p: leaves[p] for p in paths if leaves[p].packing.scheme.needs_largest}
@@ -163,9 +163,10 @@ def _with_common_factors(tree: Tree, paths: Sequence[str]) -> Tree:
         if path not in kernels:
             return leaf
         fused = [kernels[p].scale_scales for p in fused_with(path) if p in kernels]
-        # Kernels that are stacked in different ways cannot be fused.
-        same_shape = [x for x in fused if x.shape == leaf.scale_scales.shape]
-        return _with_divisor(leaf, functools.reduce(jnp.minimum, same_shape)[..., 1])
+        # Kernels that are stacked in different ways cannot be fused. The one with the
+        # largest weight has the smallest divisor.
+        divisors = [x[..., 1] for x in fused if x.shape == leaf.scale_scales.shape]
+        return _with_divisor(leaf, functools.reduce(jnp.minimum, divisors))
 
     return map_by_path(share_factor, tree)
 
@@ -291,9 +292,9 @@ def merge_adapters(
     refuse_listed("these adapters cannot be merged", problems)
 
     def merge_terms(pairs: list[tuple[LoRA, float]]) -> Adapter:
-        factors = [_weighted_factors(lora, weight) for lora, weight in pairs]
+        weighted = [_weighted_product(lora, weight) for lora, weight in pairs]
         largest_rank = max(lora.rank for lora, _ in pairs)
-        a, b = _METHODS[method](factors, largest_rank if rank is None else rank)
+        a, b = _METHODS[method](weighted, largest_rank if rank is None else rank)
         dtype = jnp.result_type(*(x for lora, _ in pairs for x in (lora.a, lora.b)))
         a, b = a.astype(dtype), b.astype(dtype)
         return dataclasses.replace(pairs[0][0], a=a, b=b, scaling=1.0)
@@ -311,47 +312,47 @@ def _is_finite_number(weight: object) -> bool:
     return is_number and abs(float(value)) <= float(np.finfo(np.float32).max)
 
 
-class _Factors(NamedTuple):
+class _WeightedProduct(NamedTuple):
     a: Float32[Array, "*batch k r"]
     b: Float32[Array, "*batch r n"]
-    factor: Float32[Array, "..."]  # weight * scaling, [*batch, 1, 1] or []
+    coefficient: Float32[Array, "..."]  # weight * scaling, [*batch, 1, 1] or []
 
 
 # A and B of a merged adapter, before they are cast to the result's dtype.
 _Merged = tuple[Float[Array, "*batch k r"], Float[Array, "*batch r n"]]
 
 
-def _weighted_factors(lora: LoRA, weight: float) -> _Factors:
-    factor = np.asarray(lora.scaling, np.float64) * weight
-    if factor.ndim:
-        factor = factor.reshape(*lora.batch_shape, 1, 1)
+def _weighted_product(lora: LoRA, weight: float) -> _WeightedProduct:
+    coefficient = np.asarray(lora.scaling, np.float64) * weight
+    if coefficient.ndim:
+        coefficient = coefficient.reshape(*lora.batch_shape, 1, 1)
     a, b = (x.astype(jnp.float32) for x in (lora.a, lora.b))
-    return _Factors(a, b, jnp.asarray(factor, jnp.float32))
+    return _WeightedProduct(a, b, jnp.asarray(coefficient, jnp.float32))
 
 
-def _cat(terms: list[_Factors], _: int) -> _Merged:
-    # [f1 A1, f2 A2] [B1; B2] = f1 A1 B1 + f2 A2 B2
-    a = jnp.concatenate([term.a * term.factor for term in terms], -1)
+def _cat(terms: list[_WeightedProduct], _: int) -> _Merged:
+    # [c1 A1, c2 A2] [B1; B2] = c1 A1 B1 + c2 A2 B2
+    a = jnp.concatenate([term.a * term.coefficient for term in terms], -1)
     return a, jnp.concatenate([term.b for term in terms], -2)
 
 
-def _linear(terms: list[_Factors], _: int) -> _Merged:
-    # The sign goes into A alone, since the root of a negative factor is not real.
-    roots = [jnp.sqrt(jnp.abs(term.factor)) for term in terms]
+def _linear(terms: list[_WeightedProduct], _: int) -> _Merged:
+    # The sign goes into A alone, since the root of a negative coefficient is not real.
+    roots = [jnp.sqrt(jnp.abs(term.coefficient)) for term in terms]
     pairs = list(zip(terms, roots, strict=True))
-    # The result also has terms such as sqrt(f1 f2) A1 B2, as in PEFT.
-    a = sum(jnp.sign(term.factor) * root * term.a for term, root in pairs)
+    # The result also has terms such as sqrt(c1 c2) A1 B2, as in PEFT.
+    a = sum(jnp.sign(term.coefficient) * root * term.a for term, root in pairs)
     return jnp.asarray(a), jnp.asarray(sum(root * term.b for term, root in pairs))
 
 
-def _svd(terms: list[_Factors], rank: int) -> _Merged:
+def _svd(terms: list[_WeightedProduct], rank: int) -> _Merged:
     # With A = Q R and B^T = P L, A B = Q (R L^T) P^T, where Q and P have orthonormal
-    # columns. So only R L^T is decomposed. Its size s is the sum of the ranks, and no
+    # columns. So only R L^T is decomposed. Its size t is the sum of the ranks, and no
     # matrix is as large as the kernel.
     a, b = _cat(terms, rank)
-    q, r = jnp.linalg.qr(a)  # [*batch, K, s] and [*batch, s, s]
-    p, left = jnp.linalg.qr(b.swapaxes(-1, -2))  # [*batch, N, s] and [*batch, s, s]
-    core = _highest_matmul(r, left.swapaxes(-1, -2))  # [*batch, s, s]
+    q, r = jnp.linalg.qr(a)  # [*batch, K, t] and [*batch, t, t]
+    p, left = jnp.linalg.qr(b.swapaxes(-1, -2))  # [*batch, N, t] and [*batch, t, t]
+    core = _highest_matmul(r, left.swapaxes(-1, -2))  # [*batch, t, t]
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     # The largest singular values give the best approximation (Eckart and Young).
     u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]

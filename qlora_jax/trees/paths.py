@@ -125,8 +125,7 @@ def refuse_listed(
     problems: Sequence[str] | Mapping[str, str | None],
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raises an error that lists all problems, sorted by path if they have paths."""
-    # Checks return a reason or None, so entries that are None are skipped.
+    """Raises an error that lists the problems, unless there are none, or only None."""
     if isinstance(problems, Mapping):
         by_path = sorted(problems.items())
         problems = [

@@ -73,7 +73,7 @@ def largest_by_path(
     largest = {
         path: _largest(kernel.value, kernel.geometry)
         for path, kernel in kernels.items()
-        if not kernel.is_packed | kernel.is_trained
+        if not (kernel.is_packed or kernel.is_trained)
     }
 
     def largest_of_fused(path: str) -> Array:
@@ -96,9 +96,9 @@ def _quantize_tree(
 ) -> Tree:
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, accept=lambda kernel: kernel.is_trained)
-    moments = {} if importance is None else leaves_by_path(importance)
+    importances = {} if importance is None else leaves_by_path(importance)
     if importance is not None:
-        _check_importance(moments, leaves, geometries, config.scales)
+        _check_importance(importances, leaves, geometries, config.scales)
     # Kernels that were trained through their quantization are packed for serving, even
     # though their config has `freeze_base=False`.
     if any(as_kernel(leaves[path]).is_trained for path in geometries):
@@ -111,8 +111,8 @@ def _quantize_tree(
         if path not in geometries:
             return leaf
         kernel = as_kernel(leaf, geometries[path])
-        weights = largest.get(path), moments.get(path)
-        return freeze(kernel, config, *weights, donate=donate)
+        largest_weight, importance = largest.get(path), importances.get(path)
+        return freeze(kernel, config, largest_weight, importance, donate=donate)
 
     return map_by_path(quantize_leaf, params)
 

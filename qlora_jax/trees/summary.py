@@ -57,8 +57,9 @@ class Summary:
             size = f"{row.nbytes:,}"
             table.append((row.path, row.shape, row.fmt, bits, size, trained))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        # Numbers are aligned to the right, text to the left.
-        line_format = "  ".join(map("{{:{}{}}}".format, "<<<>><", widths))
+        # Text is aligned to the left, numbers to the right: "{:<9}  {:<11}  ... {:>5}".
+        columns = zip("<<<>><", widths, strict=True)
+        line_format = "  ".join(f"{{:{align}{width}}}" for align, width in columns)
         lines = [line_format.format(*cells).rstrip() for cells in table]
         base, lora = (sum(r.params for r in rows) for rows in (self.base, self.lora))
         lines += [
