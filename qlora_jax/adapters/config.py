@@ -393,7 +393,7 @@ def _as_alpha(alpha: Any) -> float:
     is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
     if not is_number or not 0 < float(alpha) < math.inf:
         raise ValueError(f"`alpha` must be a positive, finite number. Got {alpha!r}.")
-    return alpha if isinstance(alpha, int) else float(alpha)
+    return alpha if isinstance(alpha, int) else float(alpha)  # files store 16 as 16
 
 
 def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
