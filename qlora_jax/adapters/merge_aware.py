@@ -43,7 +43,7 @@ from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel
 from ..quant.pack import straight_through
 from ..quant.qtensor import QTensor, round_to, stored_specs
-from ..quant.schemes import StoredScales, power_of_two_from
+from ..quant.schemes import StoredScales, next_power_of_two
 from ..quant.search import ScaleRule
 from ..quant.views import take_rows
 from .base import Adapter, ProductCall, register_adapter
@@ -129,7 +129,7 @@ class MergeAware(LowRank):
         """
         kernel, packing = kernel.take().to_device(), self.packing
         tiles, largest = _Tiles.of(kernel, self), ()
-        if packing.scheme.needs_largest:
+        if packing.scheme.uses_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
             # scales are computed before the first code, with 1 for the largest scale.
             # The largest scale is rounded up to a power of two. `merge` can then give a
@@ -138,10 +138,10 @@ class MergeAware(LowRank):
             (scales,) = tiles.map(
                 lambda w, one: quantize_blocks(w, packing, one)[1:], ones
             )
-            largest = (power_of_two_from(jnp.max(scales, (-1, -2), initial=0.0)),)
+            largest = (next_power_of_two(jnp.max(scales, (-1, -2), initial=0.0)),)
         codes, scales = tiles.map(
             lambda w, *largest: quantize_blocks(
-                w, packing, *largest, scales=self.scales
+                w, packing, *largest, scale_rule=self.scales
             ),
             *largest,
         )

@@ -210,7 +210,7 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
         return DeferredTensor(x.dtype, x.shape[len(index) :], lambda: x[index])
 
     arrays: dict[str, Any] = {
-        name: slice_later(getattr(q, name)) for name in q.packing.arrays
+        name: slice_later(getattr(q, name)) for name in q.packing.array_names
     }
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
 

@@ -232,7 +232,7 @@ def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
     """Returns the names of a leaf's tensors by the attributes of the leaf."""
     path = "/".join(map(str, entry["keys"]))
     if entry["kind"] == "QTensor":
-        attributes = Packing(*(entry[name] for name in _PACKING)).arrays
+        attributes = Packing(*(entry[name] for name in _PACKING)).array_names
     elif entry["kind"] == "array":
         attributes = ("",)  # the leaf itself
     else:

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
 from .formats import Format, Packing
-from .schemes import FLOAT32, SMALLEST_NORMAL, look_up, quotient, reciprocal
+from .schemes import SMALLEST_NORMAL, look_up, quotient, reciprocal
 from .search import ScaleRule, search_scales
 
 
@@ -25,15 +25,14 @@ def quantize_blocks(
     w: Float[Array, "*batch k n"],
     packing: Packing,
     *largest: Array,
-    scales: ScaleRule = "absmax",
+    scale_rule: ScaleRule = "absmax",
     importance: Float32[Array, "*batch k"] | None = None,
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
     """Returns the codes and the scale of each block.
 
-    With 4-bit codes, an odd K is padded with the code of zero. `largest`, if passed, is
-    the second argument of `ScaleScheme.encode`: it is used instead of the kernel's
-    largest scale. Formats that need it do not allow partial blocks, and a search for
-    `scales` must be given it. `importance` is an argument of this search.
+    With 4-bit codes, an odd K is padded with the code of zero. `largest` is empty, or
+    the second argument of `ScaleScheme.encode`, which a search with a scheme that uses
+    it needs. `importance` is an argument of `search_scales`.
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks
@@ -42,7 +41,7 @@ def quantize_blocks(
         rows = slice(start, stop)
         weights = None if importance is None else importance[..., rows]
         return _quantize_rows(
-            w[..., rows, :], packing, size, scales, weights, *largest, divide=divide
+            w[..., rows, :], packing, size, scale_rule, weights, *largest, divide=divide
         )
 
     if num_full == k:
@@ -85,7 +84,8 @@ def _quantize_rows(
     used_scales = scales
     if scheme.uses_stored_scales:
         used_scales = scheme.decode(scheme.encode(scales, *largest))
-    if fmt.ties == "even" or (divide and fmt.peak == 1 and fmt.scales is FLOAT32):
+    # Formats with another peak are not those of bitsandbytes, so they never `divide`.
+    if fmt.ties == "even" or (divide and fmt.peak == 1):
         # No weight is larger than 16 times its scale, so `divisor` equals the scale.
         # The maximum hides from XLA that the scale is broadcast: XLA would replace the
         # division by a product with the reciprocal.
@@ -140,7 +140,7 @@ def _largest_magnitude(
 
 
 def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
-    """Returns the code of the value nearest to `x`; see `Format` for midpoints."""
+    """Returns the code of the value nearest to `x`; see `Format` for ties."""
     low, high = fmt.table[0], fmt.table[-1]
     if fmt.is_uniform and fmt.ties == "upper":
         # The clip keeps XLA and LLVM from fusing this sum with the product in `x`.
@@ -160,7 +160,7 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
     rank_bits: list[Array] = []
     for bit in reversed(range(fmt.bits)):
         half = 1 << bit
-        thresholds = list(fmt.midpoints[half - 1 :: 2 * half])
+        thresholds = list(fmt.thresholds[half - 1 :: 2 * half])
         if rank_bits:
             # As in `select_values`, this zero keeps the thresholds inside loops.
             zero = (rank_bits[0] & np.False_).astype(jnp.float32)
@@ -194,7 +194,7 @@ def unpack_nibbles(packed: UInt8[Array, "*b half n"]) -> UInt8[Array, "*b rows n
     return _unpack(packed, lambda x, is_low: (x >> (4 - 4 * is_low)) & np.uint8(15))
 
 
-def choose_nibbles(packed: UInt8[Array, "*b half n"]) -> UInt8[Array, "*b rows n"]:
+def unpack_by_selects(packed: UInt8[Array, "*b half n"]) -> UInt8[Array, "*b rows n"]:
     """Equals `unpack_nibbles`, without shifts by varying amounts, which CPUs lack."""
     # On TPUs, this takes more memory: 2.94 GB instead of 2.59 in a step of an 8B model.
     return _unpack(

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from . import schemes
 from .schemes import ScaleScheme, StoredScales
 
-# Dtypes of weights and adapters, by name. Products have no rule for float8.
+# Dtypes of weights and adapters, by name. Products do not support float8.
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -37,7 +37,7 @@ class Format:
     name: str  # the name that users type
     bits: int  # of a stored code: 4 (two codes per byte) or 8
     values: tuple[float, ...]  # the table, indexed by code
-    peak: float  # the magnitude that a block's largest weight is mapped to
+    peak: float  # what a block's largest magnitude, or signed weight, is mapped to
     scales: ScaleScheme = schemes.FLOAT32
     # For double quantization; None if the format does not support it.
     double_scales: ScaleScheme | None = schemes.DOUBLE
@@ -54,8 +54,8 @@ class Format:
     def is_double(self, stored: StoredScales) -> bool:
         """Whether stored scales are double-quantized, by the arrays that they have."""
         # Only double-quantized scales have arrays that the scheme `self.scales` lacks.
-        pairs = zip(stored, self.scales.arrays((1, 1)), strict=True)
-        return any(x is not None and shape is None for x, shape in pairs)
+        names = {name for name, x in stored._asdict().items() if x is not None}
+        return not names <= {*self.scales.array_names}
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -88,22 +88,22 @@ class Format:
         return np.lexsort((~np.signbit(self.table), self.table)).astype(np.uint8)
 
     @cached_property
-    def midpoints(self) -> np.ndarray:
+    def thresholds(self) -> np.ndarray:
         """The largest number that rounds to a value, for each value but the highest.
 
         They are in ascending order.
         """
         ascending = self.table[self.order]
-        middle = (ascending[1:] + ascending[:-1]) / np.float32(2)
+        midpoints = (ascending[1:] + ascending[:-1]) / np.float32(2)
         if self.ties != "even":
-            return middle
+            return midpoints
         # If the upper neighbor of a midpoint has the even code, the midpoint rounds up,
         # and the threshold is the float32 below the midpoint. For -0.0 and 0.0, whose
         # midpoint is 0, the threshold is the largest negative number that is not
         # flushed to zero.
-        below = np.nextafter(middle, -np.inf)
-        below = np.where(middle == 0, -schemes.SMALLEST_NORMAL, below)
-        return np.where(self.order[1:] % 2 == 0, below, middle).astype(np.float32)
+        below = np.nextafter(midpoints, -np.inf)
+        below = np.where(midpoints == 0, -schemes.SMALLEST_NORMAL, below)
+        return np.where(self.order[1:] % 2 == 0, below, midpoints).astype(np.float32)
 
 
 # fmt: off
@@ -127,6 +127,7 @@ FP4 = Format("fp4", 4, _FP4 + tuple(-v + 0.0 for v in _FP4), 1.0)
 INT4 = Format("int4", 4, tuple(float(v) for v in range(-8, 8)), 7.0)
 INT8 = Format("int8", 8, tuple(float(v) for v in range(-128, 128)), 127.0)
 
+# The remaining formats do not support double quantization (their None).
 # The values of AWQ, GPTQ and compressed-tensors, with the scales and ties of
 # compressed-tensors for
 # `QuantizationArgs(num_bits=4, symmetric=True, scale_dtype=torch.float16)`.
@@ -137,11 +138,13 @@ INT4_F16 = Format(
     7.5,
     schemes.FLOAT16_NOT_ZERO,
     None,
-    "even",
-    (128, 64, 32),
+    ties="even",
+    block_sizes=(128, 64, 32),
 )
 # The same values, with the scales and ties of GGUF's Q4_0.
-Q4_0 = Format("q4_0", 4, INT4.values, -8.0, schemes.FLOAT16, None, "upper", (32,))
+Q4_0 = Format(
+    "q4_0", 4, INT4.values, -8.0, schemes.FLOAT16, None, ties="upper", block_sizes=(32,)
+)
 
 # OCP Microscaling Formats 1.0, section 5.3.3 (E2M1): sign, two exponent bits, one
 # mantissa bit. bitsandbytes' FP4 differs: it has 1/16 instead of 1/2.
@@ -149,9 +152,13 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, schemes.E2M1_MAX)
 _E2M1 += tuple(-value for value in _E2M1)
 # The scale is a power of two, so a block's largest weight is mapped to a number from
 # 3.5 up to 7, instead of to `peak`. 4 is the largest power of two among the values.
-MXFP4 = Format("mxfp4", 4, _E2M1, 4.0, schemes.E8M0, None, "even", (32,))
+MXFP4 = Format(
+    "mxfp4", 4, _E2M1, 4.0, schemes.E8M0, None, ties="even", block_sizes=(32,)
+)
 # The peak is 1 because E4M3 itself divides the largest weight by 6.
-NVFP4 = Format("nvfp4", 4, _E2M1, 1.0, schemes.E4M3, None, "even", (16,))
+NVFP4 = Format(
+    "nvfp4", 4, _E2M1, 1.0, schemes.E4M3, None, ties="even", block_sizes=(16,)
+)
 
 FORMATS = {
     fmt.name: fmt for fmt in (NF4, FP4, INT4, INT8, INT4_F16, Q4_0, MXFP4, NVFP4)
@@ -223,10 +230,9 @@ class Packing:
         return get_format(self.fmt)
 
     @property
-    def arrays(self) -> tuple[str, ...]:
+    def array_names(self) -> tuple[str, ...]:
         """The names of the arrays that a kernel consists of."""
-        stored = self.scheme.arrays((1, 1))._asdict()
-        return "codes", *(name for name, x in stored.items() if x is not None)
+        return "codes", *self.scheme.array_names
 
     @property
     def scheme(self) -> ScaleScheme:

@@ -53,13 +53,14 @@ def check_contract(contract: Contract) -> tuple[int, ...] | str:
 class Geometry:
     """The roles of a kernel's trailing axes, b (batch), k (contracted) and n (output).
 
-    Axes in front of those, as `nn.scan` adds, are batch axes.
+    Axes in front of those, as `nn.scan` adds, are batch axes. The attribute `kinds` has
+    the roles of the trailing axes only, and the method `roles` those of all axes.
     """
 
     kinds: str = "kn"
     # The size of each axis, or -1 for batch axes, the first k and the first n. Sizes
     # of -1 are derived from the stored arrays, so that slicing and sharding cannot make
-    # them stale. A kernel without weights keeps all sizes but those of batch axes.
+    # them stale. If an axis has size 0, only those of batch axes can be derived.
     sizes: tuple[int, ...] = (-1, -1)
 
     @classmethod
@@ -96,12 +97,12 @@ class Geometry:
         return cls.of(kinds if "n" in kinds else "n" + kinds, shape)
 
     def axes(self, kind: str, ndim: int) -> list[int]:
-        """Positions of the axes of a kind in a kernel of `ndim` axes."""
+        """Positions of the axes with one role in a kernel of `ndim` axes."""
         leading = ndim - len(self.kinds)
         return [leading + i for i, c in enumerate(self.kinds) if c == kind]
 
     def roles(self, ndim: int) -> str:
-        """The role of every axis of a kernel of `ndim` axes, as in `kinds`."""
+        """The role of every axis of a kernel of `ndim` axes."""
         return "b" * (ndim - len(self.kinds)) + self.kinds
 
     def batch_ndim(self, kernel_ndim: int) -> int:

@@ -79,9 +79,9 @@ def placed_codes(
 
 @dataclass(frozen=True)
 class HostShaped:
-    """Codes `[*batch, rows, N]`, as in a file, which are sliced like `HostCodes.array`.
+    """Reshapes lazy codes `[*batch, rows, N]`, as in a file, when they are sliced.
 
-    The axes of an index are batch, tiles, rows of a tile, and N.
+    An index has the axes of `HostCodes.array`: batch, tiles, rows of a tile, and N.
     """
 
     codes: Any  # has a shape, and returns a NumPy array for slices

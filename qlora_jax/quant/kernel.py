@@ -39,7 +39,7 @@ class NotAnArray:
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         del args, kwargs
         raise NotAnArrayError(
-            f"{type(self).__name__} is not an array: its weights are packed. Use "
+            f"{type(self).__name__} is a kernel, which is not an array. Use "
             "ql.matmul(x, q) or ql.einsum to multiply by it, and ql.dequantize(q) for "
             "its float weights."
         )
@@ -195,13 +195,11 @@ class ArrayKernel(Kernel):
         """The float array."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The kernel's own shape."""
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
         return self.value.shape
 
     @property
-    def dtype(self) -> np.dtype:
-        """The kernel's dtype."""
+    def dtype(self) -> np.dtype:  # noqa: D102
         return jnp.dtype(self.value.dtype)
 
     @property

@@ -28,12 +28,14 @@ def quantize_kernel(
     w: Float[Array, "..."],
     packing: Packing,
     geometry: Geometry,
-    scales: ScaleRule = "absmax",
+    scale_rule: ScaleRule = "absmax",
     importance: Float[Array, "*batch k"] | None = None,
 ) -> QTensor:
     """Quantizes a floating-point kernel; raises the errors of `check_values`."""
-    check_values(w, packing, geometry, scales)
-    return quantize_checked(w, packing, geometry, scales=scales, importance=importance)
+    check_values(w, packing, geometry, scale_rule)
+    return quantize_checked(
+        w, packing, geometry, scale_rule=scale_rule, importance=importance
+    )
 
 
 def quantize_checked(
@@ -41,19 +43,19 @@ def quantize_checked(
     packing: Packing,
     geometry: Geometry,
     *largest: Array,
-    scales: ScaleRule = "absmax",
+    scale_rule: ScaleRule = "absmax",
     importance: Float[Array, "*batch k"] | None = None,
 ) -> QTensor:
     """Does the same as `quantize_kernel` without the checks, which read all weights.
 
-    `largest` `[*batch]`, if passed, is used instead of the largest magnitude of the
-    kernel's weights. Only NVFP4 needs it, where this is also the largest scale.
+    `largest` is empty, or for NVFP4 an array `[*batch]` that is used instead of the
+    largest magnitude of the kernel's weights, which in NVFP4 is the largest scale.
     """
     w = jnp.asarray(w)
     geometry = Geometry.of(geometry.kinds, w.shape)
     if importance is not None:
         importance = jnp.asarray(importance, jnp.float32)
-    return _quantize(w, packing, geometry, scales, importance, *largest)
+    return _quantize(w, packing, geometry, scale_rule, importance, *largest)
 
 
 def check_kernel(w: PyTree) -> None:
@@ -78,7 +80,7 @@ def check_values(
     w: Array | np.ndarray,
     packing: Packing,
     geometry: Geometry,
-    scales: ScaleRule = "absmax",
+    scale_rule: ScaleRule = "absmax",
 ) -> None:
     """Raises ValueError if the shape, or a known value, does not fit the format."""
     packing.check_rows(geometry.matrix_shape(w.shape)[-2])
@@ -92,11 +94,11 @@ def check_values(
     if not all_below(w, math.inf):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
     with jax.ensure_compile_time_eval():
-        q = quantize_checked(w, packing, geometry, scales=scales)
-        is_decoded = all_below(q.dequantize(), math.inf)
+        q = quantize_checked(w, packing, geometry, scale_rule=scale_rule)
+        decodes_to_finite = all_below(q.dequantize(), math.inf)
     if not q.stored_scales.is_finite():
         raise ValueError(f"weights must be {scheme.overflow}")
-    if not is_decoded:
+    if not decodes_to_finite:
         raise ValueError(
             f"weights must be smaller for {packing.fmt!r}, which decodes some of them "
             f"to infinity in {q.dtype_name}."
@@ -122,11 +124,12 @@ def _quantize(
         w: Array, importance: Array | None, *largest: Array
     ) -> tuple[Array, StoredScales]:
         matrix = geometry.to_matrix(w)
-        if scale_rule == "search" and packing.scheme.needs_largest and not largest:
+        if scale_rule == "search" and packing.scheme.uses_largest and not largest:
+            # The search looks at one part of the kernel at a time.
             magnitudes = jnp.abs(matrix).astype(jnp.float32)
             largest = (jnp.max(magnitudes, axis=(-1, -2), initial=0.0),)
         codes, scales = quantize_blocks(
-            matrix, packing, *largest, scales=scale_rule, importance=importance
+            matrix, packing, *largest, scale_rule=scale_rule, importance=importance
         )
         return codes, packing.scheme.encode(scales, *largest)
 
@@ -174,6 +177,7 @@ class StraightThrough(ArrayKernel):
 
     def stack_flags(self) -> "StraightThrough":
         """Returns a copy whose array is replaced by a bool: whether it is a stack."""
+        # Unlike for `is_stack`, the experts of a single layer are a stack, too.
         ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 

@@ -299,7 +299,7 @@ def with_scales(q: QTensor, stored: StoredScales) -> QTensor:
 
 
 def axes_of_array(
-    matrix_axes: Sequence[Entry], ndim: int, unsplit: Entry
+    matrix_axes: Sequence[Entry], ndim: int, unsplit_entry: Entry
 ) -> tuple[Entry, ...]:
     """Returns the mesh axes of a stored array, from those of its kernel's matrix."""
     # Codes and block scales are split like the matrix form. The other arrays are tiny,
@@ -307,7 +307,7 @@ def axes_of_array(
     batch = tuple(matrix_axes[:-2])
     if ndim == len(batch) + 2:
         return tuple(matrix_axes)
-    return (*batch, *[unsplit] * (ndim - len(batch)))
+    return (*batch, *[unsplit_entry] * (ndim - len(batch)))
 
 
 def stored_specs(
@@ -340,9 +340,9 @@ def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
 def round_to(w: Array, dtype: DTypeLike, result_dtype: DTypeLike) -> Array:
     """Casts to `dtype` and then to `result_dtype`, so that both roundings happen."""
     info, result = jnp.finfo(dtype), jnp.finfo(result_dtype)
-    is_coarser = result.nmant <= info.nmant and result.nexp <= info.nexp
-    if info.bits < 32 and not is_coarser:
-        # XLA may drop the first of two plain casts (`xla_allow_excess_precision`).
+    has_more_bits = result.nmant > info.nmant or result.nexp > info.nexp
+    if info.bits < 32 and has_more_bits:
+        # XLA may drop the first of such casts (`xla_allow_excess_precision`).
         w = lax.reduce_precision(w, info.nexp, info.nmant)
         return w.astype(result_dtype)
     return w.astype(dtype).astype(result_dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32, Int32, Integer
 
 from .._jax.memory import all_below
 
-SCALES_PER_BLOCK = 256  # in double quantization
+SCALES_PER_GROUP = 256  # that double quantization quantizes together
 
 # bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers to
 # zero, so `reciprocal` returns 1e38 for all numbers below the smallest normal one.
@@ -41,9 +41,9 @@ class ScaleScheme:
     """A way to store float32 scales `[*batch, blocks, N]` in at most three arrays."""
 
     name: str  # what error messages call the scales
-    # Maps the scales to the stored arrays. If the scheme `needs_largest`, an optional
-    # second argument is used instead of the largest of these scales. It is the same for
-    # all kernels that an inference server fuses.
+    # Maps the scales to the stored arrays. If the scheme `uses_largest`, an optional
+    # second argument replaces the largest of these scales, so that kernels that an
+    # inference server fuses can share it. Callers pass `*largest`, empty or an array.
     encode: Callable[..., StoredScales]
     # Maps the stored arrays to float32 scales, up to the rounding of `encode`.
     decode: Callable[[StoredScales], Array]
@@ -51,15 +51,21 @@ class ScaleScheme:
     arrays: Callable[[tuple[int, ...]], StoredScales]
     # Whether codes are assigned with the stored scales instead of the exact ones.
     uses_stored_scales: bool = False
-    # Whether the stored scales depend on the largest weight of the kernel.
-    needs_largest: bool = False
+    # Whether each stored scale depends on the largest scale of the kernel.
+    uses_largest: bool = False
     # Maps the number of weights to a magnitude. If all weights are below it, no scale
     # overflows.
     limit: Callable[[int], float] = field(default=lambda num_weights: math.inf)
     overflow: str = ""  # completes "weights must be ..." if stored scales overflow
 
+    @property
+    def array_names(self) -> list[str]:
+        """The names of the arrays that the scheme stores."""
+        structs = self.arrays((1, 1))._asdict()  # of any shape
+        return [name for name, struct in structs.items() if struct is not None]
 
-_shape_struct: Any = jax.ShapeDtypeStruct  # `Any`, to replace arrays in `StoredScales`
+
+_shape_struct: Any = jax.ShapeDtypeStruct  # `Any`: `StoredScales` declares arrays
 
 
 def _scales_of_dtype(dtype: DTypeLike) -> Callable[[tuple[int, ...]], StoredScales]:
@@ -139,16 +145,16 @@ def _quantize_scales(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
     offset = _pairwise_sum(flat) / np.float32(max(count, 1))
     centred = flat - offset[..., None]
     # 2. Pad to whole groups: [*batch, groups, 256].
-    groups = -(-count // SCALES_PER_BLOCK)
-    missing = groups * SCALES_PER_BLOCK - count
+    groups = -(-count // SCALES_PER_GROUP)
+    missing = groups * SCALES_PER_GROUP - count
     centred = jnp.pad(centred, [(0, 0)] * len(batch) + [(0, missing)])
-    centred = centred.reshape(*batch, groups, SCALES_PER_BLOCK)
+    centred = centred.reshape(*batch, groups, SCALES_PER_GROUP)
     # 3. Normalize each group by its largest magnitude and look up the nearest values.
     scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
     normalized = centred * reciprocal(scale_scales)[..., None]
     codes = _nearest_map_codes(normalized).astype(jnp.uint8)
     # 4. Drop the padding and restore the layout of the scales, [*batch, blocks, n].
-    codes = codes.reshape(*batch, groups * SCALES_PER_BLOCK)[..., :count]
+    codes = codes.reshape(*batch, groups * SCALES_PER_GROUP)[..., :count]
     codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
     return StoredScales(codes, scale_scales, offset)
 
@@ -200,9 +206,9 @@ def _dequantize_scales(stored: StoredScales) -> Float32[Array, "*batch blocks n"
     count = num_blocks * n
     # Repeat each scale of scales for its 256 codes, in the layout of the codes. If the
     # codes are sharded, grouping them by 256 instead would move them between devices.
-    groups = (*scale_scales.shape, SCALES_PER_BLOCK)
+    groups = (*scale_scales.shape, SCALES_PER_GROUP)
     multipliers = lax.broadcast_in_dim(scale_scales, groups, range(scale_scales.ndim))
-    if count != scale_scales.shape[-1] * SCALES_PER_BLOCK:
+    if count != scale_scales.shape[-1] * SCALES_PER_GROUP:
         multipliers = multipliers.reshape(*batch, math.prod(groups[-2:]))[..., :count]
     multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
     scaled = look_up(DYNAMIC_MAP, codes.astype(jnp.int32)) * multipliers
@@ -215,7 +221,7 @@ def _dequantize_scales(stored: StoredScales) -> Float32[Array, "*batch blocks n"
 
 def _double_quantized_arrays(shape: tuple[int, ...]) -> StoredScales:
     *batch, blocks, n = shape
-    groups = math.ceil(n * blocks / SCALES_PER_BLOCK)
+    groups = math.ceil(n * blocks / SCALES_PER_GROUP)
     return StoredScales(
         _shape_struct(shape, np.uint8),
         _shape_struct((*batch, groups), np.float32),
@@ -274,6 +280,9 @@ E8M0 = ScaleScheme(
 E4M3_MAX, E2M1_MAX = 448.0, 6.0  # the largest numbers of float8 e4m3 and float4 e2m1
 
 
+# `scale_scales` holds a factor and a divisor, one of which is 1. Scales in files of
+# ModelOpt are multiplied by a float32. Those of compressed-tensors are divided by its
+# reciprocal, which rounds differently.
 def _encode_e4m3(
     scales: Float32[Array, "*batch blocks n"],
     largest: Float32[Array, "*batch"] | None = None,
@@ -282,9 +291,9 @@ def _encode_e4m3(
     if largest is None:
         largest = jnp.max(scales, axis=(-1, -2), initial=0.0)
     largest = largest[..., None, None]
-    # divisor = 448 * 6 / largest, which maps the largest scale to the largest e4m3. For
-    # a larger scale than 2**125, the reciprocal may be subnormal and be flushed to
-    # zero, so numerator and denominator are multiplied by 2**-4. Below 7.9e-36, the
+    # divisor = 448 * 6 / largest, which maps the largest scale to the largest e4m3. If
+    # it is above 2**125, the reciprocal may be subnormal and be flushed to zero, so
+    # numerator and denominator are multiplied by 2**-4. If it is below 7.9e-36, the
     # divisor would overflow, so it is clipped.
     shrink = jnp.where(largest > 2.0**125, np.float32(2.0**-4), np.float32(1))
     inverse = 1 / jnp.maximum(largest * shrink, SMALLEST_NORMAL)
@@ -307,7 +316,7 @@ def _decode_e4m3(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
     return quotient(scales * factors[..., 0], factors[..., 1])
 
 
-def power_of_two_from(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
+def next_power_of_two(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
     """Returns the smallest power of two that is at least x; x itself above 2**127."""
     exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
     lower = lax.bitcast_convert_type(exponent, jnp.float32)  # x without its mantissa
@@ -335,8 +344,6 @@ def with_e4m3_divisor(
     )
 
 
-# `scale_scales` holds a factor and a divisor, one of which is 1: ModelOpt multiplies by
-# a float32 and compressed-tensors divides by its reciprocal, which rounds differently.
 E4M3 = ScaleScheme(
     "float8 e4m3 with a float32 factor",
     encode=_encode_e4m3,
@@ -346,5 +353,5 @@ E4M3 = ScaleScheme(
         _shape_struct((*shape[:-2], 2), np.float32),
     ),
     uses_stored_scales=True,
-    needs_largest=True,
+    uses_largest=True,
 )

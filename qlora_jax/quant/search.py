@@ -71,7 +71,7 @@ def search_scales(
     blocks: Float[Array, "*batch blocks b n"],
     scales: Float32[Array, "*batch blocks n"],
     packing: Packing,
-    importance: Float32[Array, "*batch blocks b one"] | None,
+    importance: Float32[Array, "*batch blocks b 1"] | None,
     *largest: Array,
 ) -> Float32[Array, "*batch blocks n"]:
     """Returns better scales than `scales`, or `scales` where the search finds none.
@@ -84,7 +84,7 @@ def search_scales(
             on 256 scales at once.
         importance: The weight of the squared errors in each row of K, for all columns.
             If it is zero in all rows of a block, all rows have equal weights.
-        largest: The second argument of `ScaleScheme.encode`, if the scheme needs it.
+        largest: The second argument of `ScaleScheme.encode`, or empty if it has none.
     """
     operands = [blocks, scales]
     if importance is not None:
@@ -130,24 +130,25 @@ def _search_part(
     scales: Array,
     sqrt_importance: Array | None = None,
 ) -> Array:
-    """Searches a single part."""
     fmt, scheme = packing.format, packing.scheme
     # E4M3 divides the scales that it encodes by 6, and decoding does not undo that. The
     # search multiplies decoded scales by 6, to compare them with those it encoded.
     factor = np.float32(E2M1_MAX if scheme is E4M3 else 1)
+    may_be_negative = fmt.is_uniform and fmt.bits == 4
+    reference = _signed_scales(blocks, fmt) if may_be_negative else scales
 
     def store(scales: Array) -> Array:
         """Returns the scales that are decoded, without the division by 6."""
         if scheme is FLOAT32 or scheme is DOUBLE:
             return scales
-        if scheme.needs_largest:  # a larger scale cannot be stored
+        if scheme.uses_largest:  # a larger scale cannot be stored
             scales = jnp.minimum(scales, largest[0][..., None, None])
         return scheme.decode(scheme.encode(scales, *largest)) * factor
 
     def measure(scale: Array) -> tuple[Array, Array, Array]:
         """Returns the error of a scale, then the refined scale and its error.
 
-        The refined scale is the best one for these values, rounded by `store`.
+        The refined scale is the best one for the same values c, rounded by `store`.
         """
         # The weights are divided by the scale before they are squared, and the errors
         # of different scales are compared after division by the squares of `scales`.
@@ -155,7 +156,7 @@ def _search_part(
         error_sum, slope, curvature = _sum_errors(
             blocks, factor / scale, fmt, sqrt_importance
         )
-        # If `values` stay the same and the scale is multiplied by 1 + t, the error is
+        # If the values c stay the same and the scale is multiplied by 1 + t, it is
         # error_sum - 2 t slope + t^2 curvature. It is least at t = slope / curvature.
         step = jnp.where(curvature > 0, slope / curvature, 0)
         refined = store(scale * (1 + step))
@@ -168,9 +169,8 @@ def _search_part(
         # A comparison with NaN is false. For blocks of zeros and for blocks with NaN,
         # no error is finite, so they keep the scale by the rule of the format.
         is_better = error < best[0]
-        return jnp.where(is_better, error, best[0]), jnp.where(
-            is_better, scale, best[1]
-        )
+        lower_error = jnp.where(is_better, error, best[0])
+        return lower_error, jnp.where(is_better, scale, best[1])
 
     def try_ratio(best: tuple[Array, Array], ratio: Array) -> tuple[tuple, None]:
         scale = store(reference * ratio)
@@ -178,7 +178,6 @@ def _search_part(
         best = choose(best, error, scale)
         return choose(best, refined_error, refined), None
 
-    reference = _signed_scales(blocks, fmt) if _has_signed_scales(fmt) else scales
     error, refined, refined_error = measure(store(scales))
     best = choose((error, scales), refined_error, refined)
     ratios = jnp.asarray(candidate_ratios(fmt), jnp.float32)
@@ -190,7 +189,7 @@ def _sum_errors(
     blocks: Float[Array, "*blocks b n"],
     inverse_scale: Float32[Array, "*blocks n"],
     fmt: Format,
-    sqrt_importance: Float32[Array, "*blocks b one"] | None,
+    sqrt_importance: Float32[Array, "*blocks b 1"] | None,
 ) -> tuple[Array, Array, Array]:
     """Returns sums over each block of e^2, e c and c^2, weighted by the importance.
 
@@ -212,20 +211,15 @@ def _sum_errors(
     )
 
 
-def _has_signed_scales(fmt: Format) -> bool:
-    """Whether the search may choose negative scales.
+def _signed_scales(
+    blocks: Float[Array, "*blocks b n"], fmt: Format
+) -> Float32[Array, "*blocks n"]:
+    """Returns the scales that map the weight with the largest magnitude to -8.
 
     The values of 4-bit integers are -8 to 7. With a scale of either sign, the largest
     weight can be rounded to -8, whether it is positive or negative. 8-bit integers have
     no negative scales, because -128 and 127 hardly differ in magnitude.
     """
-    return fmt.is_uniform and fmt.bits == 4
-
-
-def _signed_scales(
-    blocks: Float[Array, "*blocks b n"], fmt: Format
-) -> Float32[Array, "*blocks n"]:
-    """Returns the scales that map the weight with the largest magnitude to -8."""
     highest, lowest = jnp.max(blocks, axis=-2), jnp.min(blocks, axis=-2)
     signed = jnp.where(highest > -lowest, highest, lowest).astype(jnp.float32)
     return signed / fmt.table[0]
@@ -236,9 +230,9 @@ def nearest_values(x: Float32[Array, "..."], fmt: Format) -> Float32[Array, "...
     ascending = fmt.table[fmt.order]
     if fmt.is_uniform:
         return jnp.clip(jnp.round(x), ascending[0], ascending[-1])
-    # Compare with each midpoint. The binary search of `assign_codes`, followed by a
+    # Compare with each threshold. The binary search of `assign_codes`, followed by a
     # choice among the values, took as long here.
     nearest = jnp.full_like(x, ascending[0])
-    for midpoint, value in zip(fmt.midpoints, ascending[1:], strict=True):
-        nearest = jnp.where(x > midpoint, value, nearest)
+    for threshold, value in zip(fmt.thresholds, ascending[1:], strict=True):
+        nearest = jnp.where(x > threshold, value, nearest)
     return nearest

@@ -79,7 +79,7 @@ def product_arrays(
 
 
 def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
-    """Returns rows of a table `[V, D]`, for int32 ids from 0 to V; V returns NaN.
+    """Returns rows of a table `[V, D]` by int32 ids from 0 to V - 1, or NaN for id V.
 
     In a packed table, only the codes and scales of these rows are read and decoded.
     """

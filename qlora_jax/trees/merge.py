@@ -157,7 +157,7 @@ def _with_common_factors(tree: Tree, paths: Sequence[str]) -> Tree:
     without the other kernels, and chooses a power of two.
     """
     leaves = leaves_by_path(tree)
-    kernels = {p: leaves[p] for p in paths if leaves[p].packing.scheme.needs_largest}
+    kernels = {p: leaves[p] for p in paths if leaves[p].packing.scheme.uses_largest}
 
     def share_factor(path: str, leaf: Leaf) -> Leaf:
         if path not in kernels:

@@ -51,7 +51,7 @@ def freeze(
     if not config.freeze_base:  # the kernel is trained through its quantizer
         return StraightThrough(jnp.asarray(w), packing, geometry)
     largest_weights = () if largest is None else (largest,)
-    settings = {"scales": config.scales, "importance": importance}
+    settings = {"scale_rule": config.scales, "importance": importance}
     q = quantize_checked(w, packing, geometry, *largest_weights, **settings)
     if donate:
         delete(w, q)  # waits for q, and frees the float array
@@ -67,7 +67,7 @@ def largest_by_path(
     # Servers fuse q, k and v, or gate and up. In NVFP4, the fused kernels must have the
     # same float32 factor, which depends on the largest weight. Other formats have no
     # factor, and kernels that were trained with their own factor keep it.
-    if packing is None or not packing.scheme.needs_largest:
+    if packing is None or not packing.scheme.uses_largest:
         return {}
     kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
     largest = {

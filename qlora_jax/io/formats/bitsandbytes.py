@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32
 
 from ...quant.formats import FLOAT_DTYPES, Packing, get_format
 from ...quant.qtensor import QTensor
-from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
+from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_GROUP
 from ..files import CheckpointError, parse_json, require
 from ..stored_weight import PackedWeight, StoredWeight
 from ..tensors import DeferredTensor, LazyMatrix, LazyTensor, SliceableTensor
@@ -86,7 +86,7 @@ class BitsAndBytesWeight(StoredWeight):
         scales = np.asarray(self.scales[blocks])
         if self.scale_scales is None:
             return scales
-        group = np.arange(blocks.start, blocks.stop) // SCALES_PER_BLOCK
+        group = np.arange(blocks.start, blocks.stop) // SCALES_PER_GROUP
         return DYNAMIC_MAP[scales] * self.scale_scales[group] + self.scale_offset
 
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
@@ -117,7 +117,7 @@ def _read(parts: Parts, _: Settings) -> dict[str, StoredWeight]:
         "quant_map": ("float32", (16,)),
     }
     if packing.double_quant:
-        num_groups = math.ceil(num_blocks / SCALES_PER_BLOCK)
+        num_groups = math.ceil(num_blocks / SCALES_PER_GROUP)
         expected["nested_absmax"] = ("float32", (num_groups,))
         expected["nested_quant_map"] = ("float32", (256,))
     tensors = {part: x if part else _view_as_bytes(x) for part, x in parts.items()}
@@ -185,9 +185,9 @@ def _read_nested_offset(state: dict[str, Any]) -> np.float32:
     limit = float(np.finfo(np.float32).max)
     is_number = type(offset) in (int, float) and abs(offset) < limit
     require(is_number, f"`nested_offset` must be a float32 number. Got {offset!r:.80}.")
-    message = f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
+    message = f"nested scales must be float32 in blocks of {SCALES_PER_GROUP}. Got "
     message += f"{dtype!r:.80} in blocks of {block_size!r:.80}."
-    require(block_size == SCALES_PER_BLOCK and dtype == "float32", message)
+    require(block_size == SCALES_PER_GROUP and dtype == "float32", message)
     return np.float32(offset)
 
 
@@ -236,7 +236,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     if q.double_quant:
         tensors[f"{name}.nested_absmax"] = np.asarray(q.scale_scales)
         tensors[f"{name}.nested_quant_map"] = DYNAMIC_MAP
-        state |= dict(nested_blocksize=SCALES_PER_BLOCK, nested_dtype="float32")
+        state |= dict(nested_blocksize=SCALES_PER_GROUP, nested_dtype="float32")
         state["nested_offset"] = float(np.asarray(q.scale_offset))
     state_bytes = np.frombuffer(json.dumps(state).encode(), np.uint8)
     tensors[f"{name}.{_STATE}{q.fmt}"] = state_bytes

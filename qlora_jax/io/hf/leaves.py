@@ -173,8 +173,8 @@ def pack_float_leaf(
 
     @functools.cache
     def largest_argument(name: str) -> Largest:
-        needs_largest = packing.scheme.needs_largest
-        return (_largest_fused(name, tensors, q.dtype),) if needs_largest else ()
+        uses_largest = packing.scheme.uses_largest
+        return (_largest_fused(name, tensors, q.dtype),) if uses_largest else ()
 
     def pack_part(device: Device, parts: Sequence[Index]) -> Arrays:
         codes = new_buffer(device, parts[0], jnp.uint8)
@@ -229,7 +229,9 @@ def _pack_piece(
     *largest: Array,
 ) -> tuple[Arrays, Bool[Array, ""]]:
     """Packs a piece `[n, k]`; also returns whether it decodes to finite weights."""
-    new_codes, new_scales = quantize_blocks(x.T, packing, *largest, scales=scale_rule)
+    new_codes, new_scales = quantize_blocks(
+        x.T, packing, *largest, scale_rule=scale_rule
+    )
     codes = _write_matrix(buffers[0], new_codes, start)
     scales = _write_matrix(buffers[1], new_scales, start)
 

@@ -18,11 +18,11 @@ from ..._jax.pytree import take_layer
 from ...quant.codes import (
     bits_of,
     choose,
-    choose_nibbles,
     gather_values,
     join_blocks,
     select_values,
     split_blocks,
+    unpack_by_selects,
 )
 from ...quant.formats import Format
 from ...quant.qtensor import round_to
@@ -257,7 +257,7 @@ def _decode_scaled(
     tables = _scaled_tables(scales, fmt, spec.dtype, dtype)  # [*batch, blocks, 16, n]
     # Without the barrier, XLA would compute the tables again for every weight.
     tables = lax.optimization_barrier(tables)
-    blocks = choose_nibbles(split_blocks(codes, scales.shape[-2], spec.packing))
+    blocks = unpack_by_selects(split_blocks(codes, scales.shape[-2], spec.packing))
     entries = [
         jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
         for code in range(len(fmt.table))
@@ -315,6 +315,6 @@ def _rounded_bits(w: Array) -> Array:
 
 _decode = functools.partial(
     decode,
-    look_up=functools.partial(select_values, unpack=choose_nibbles),
+    look_up=functools.partial(select_values, unpack=unpack_by_selects),
     round_to=_round_to,
 )
