@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
 from ..product.choose import checked_backend
-from ..product.matmul import as_float, layer_of, offsets_of, reverse_mode
+from ..product.matmul import as_float, explain_forward_mode_errors, layer_of, offsets_of
 from ..product.multiply import multiply
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
@@ -55,7 +55,7 @@ def adapted_product(
         offsets,
         backend=backend,
         precision=precision,
-        result=result,
+        result_dtype=result,
         weights_move=offsets is not None,  # else, x is resharded to match float weights
     )
 
@@ -149,5 +149,5 @@ def ragged_dot(
         raise ValueError(f"`x` must have shape [M, {k}]. Got {x.shape}.")
     offsets = offsets_of(group_sizes, x.shape[0], batch[0])
     backends = checked_backend(backend)
-    with reverse_mode():
+    with explain_forward_mode_errors():
         return product(x, kernel, lora, dropout_key, backends, precision, offsets)

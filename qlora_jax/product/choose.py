@@ -83,6 +83,7 @@ def choose(
 
 def default_backends(platform: str, is_local: bool) -> list[str]:
     """Returns the back ends to try on a platform, in order of preference."""
+    # Opaque back ends need all arrays on one device, which `is_local` promises.
     # The TPU kernel is tuned for the chip of this process, which must have a TPU.
     has_platform = platform != "tpu" or jax.default_backend() == "tpu"
     may_be_opaque = is_local and has_platform

@@ -13,7 +13,7 @@ from .multiply import multiply
 
 def float_product(x: Array, w: Array, precision: PrecisionLike = None) -> Array:
     """Returns `x @ w` in float32, for x `[*batch, *rows, K]`."""
-    return multiply(x, w, precision=precision, result=accumulator_dtype(x.dtype))
+    return multiply(x, w, precision=precision, result_dtype=accumulator_dtype(x.dtype))
 
 
 def ragged_float_product(

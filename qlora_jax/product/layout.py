@@ -22,7 +22,7 @@ from .._jax.specs import (
     make_spec,
     num_parts,
 )
-from .spec import OPERANDS, Name, ProductSpec
+from .spec import OPERANDS, ArrayName, ProductSpec
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Layout:
         """Whether a device gathers weights before it multiplies."""
         return any(part.gathered for part in (self.experts, self.k, self.n))
 
-    def spec_of(self, name: Name) -> PartitionSpec:
+    def spec_of(self, name: ArrayName) -> PartitionSpec:
         """Returns the spec of x, y, or the weights without an axis of layers."""
         if name != "w":
             return make_spec(*self.lead, (self.k if name == "x" else self.n).active)
@@ -111,9 +111,9 @@ def lay_out(
 ) -> Layout:
     """Returns the layout for weights `[*batch, K, N]` that `weight_axes` split.
 
-    `x_axes` and `x_shape` are those of the left operand. `scales_shape` is
-    `[*batch, blocks, N]`, or `[E, blocks, N]` if the product is ragged. Each row of
-    float weights counts as a block.
+    `sizes` has the size of each mesh axis. `x_axes` and `x_shape` are those of the left
+    operand. `scales_shape` is `[*batch, blocks, N]`, or `[E, blocks, N]` if the product
+    is ragged. Each row of float weights counts as a block.
     """
     # A mesh axis can split only one axis of an array. Mesh axes are assigned in order
     # of priority: batch, stored weights, rows of x. If a mesh axis splits both the rows
@@ -122,9 +122,10 @@ def lay_out(
 
     # 1. Batch axes, which x and the weights share.
     batch: list[Axes] = []
-    axes_and_sizes = zip(weight_axes[: spec.batch], x_axes, scales_shape, strict=False)
-    for weight_entry, x_entry, size in axes_and_sizes:
-        batch.append(fitting(free_prefix(weight_entry or x_entry, used), sizes, size))
+    batch_axes = zip(weight_axes[: spec.batch], x_axes, scales_shape, strict=False)
+    for weight_entry, x_entry, length in batch_axes:
+        axes = free_prefix(weight_entry or x_entry, used)
+        batch.append(fitting(axes, sizes, length))
         used.update(batch[-1])
 
     # 2. The stored weights. All devices store and multiply the same number of complete
@@ -144,8 +145,8 @@ def lay_out(
     # 3. The rows of x.
     rows: list[Axes] = []
     row_slice = slice(spec.batch, -1)
-    for x_entry, size in zip(x_axes[row_slice], x_shape[row_slice], strict=True):
-        rows.append(fitting(free_prefix(x_entry, used), sizes, size))
+    for x_entry, length in zip(x_axes[row_slice], x_shape[row_slice], strict=True):
+        rows.append(fitting(free_prefix(x_entry, used), sizes, length))
         used.update(rows[-1])
 
     # 4. The weights during the multiplication: only axes that the rows do not use.

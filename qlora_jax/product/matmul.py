@@ -69,7 +69,7 @@ def matmul(
     check_packed(q)
     x, backend = as_float(x), checked_backend(backend)
     kernel = q if layer is None else layer_of(q, layer)
-    with reverse_mode():
+    with explain_forward_mode_errors():
         return multiply(x, kernel, backend=backend, precision=precision)
 
 
@@ -103,7 +103,7 @@ def explain_backend(
         raise TypeError(f"`x` must be an array or a ShapeDtypeStruct. Got {kind}.")
     spec = replace(product_spec(q), output="x" if transpose else "y")
     platform = jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    platform = "cuda" if platform == "gpu" else platform  # as in `PREFERRED`
     platform = platform if platform in PREFERRED else "default"
     backends = default_backends(platform, is_local=True)
     return choose(backends, spec, x.shape, x.dtype, q.codes.shape[-1])[1]
@@ -167,7 +167,7 @@ def offsets_of(
 
 
 @contextlib.contextmanager
-def reverse_mode() -> Iterator[None]:
+def explain_forward_mode_errors() -> Iterator[None]:
     """Replaces JAX's error for forward mode with one that names the alternatives."""
     # JAX's own message remains if the caller differentiates a `jit` of the product.
     try:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 from ..quant.kernel import Kernel, Placement, as_kernel
 from ..quant.views import product_arrays
 from .sharded import compute, find_mesh
-from .spec import OPERANDS, Name, Operands, ProductSpec, product_spec
+from .spec import OPERANDS, ArrayName, Operands, ProductSpec, product_spec
 
 
 def multiply(
@@ -27,11 +27,11 @@ def multiply(
     *,
     backend: str | tuple[str, ...] | None = None,
     precision: PrecisionLike = None,
-    result: DTypeLike | None = None,
+    result_dtype: DTypeLike | None = None,
     placement: Placement | None = None,
     weights_move: bool = True,
 ) -> Array:
-    """Returns `x @ w` in the dtype `result`, or else in the dtype of `x`.
+    """Returns `x @ w` in `result_dtype`, or else in the dtype of `x`.
 
     The weights are a packed kernel, or a float array `[*batch, K, N]`. x is `[*batch,
     *rows, K]`. With `offsets`, x is `[M, K]`, and its rows `offsets[e]` to
@@ -60,27 +60,26 @@ def multiply(
         backend=backend,
         precision=precision,
         is_ragged=is_ragged,
-        result=None if result is None else jnp.dtype(result).name,
+        result_dtype=None if result_dtype is None else jnp.dtype(result_dtype).name,
     )
     return _product(*find_mesh(spec, x, weights, offsets, weights_move))
 
 
 # y = x w, so dx = g w^T and dw = x^T g, summed over rows. These are products too, with
-# gradients of the same form (`OPERANDS`). So `weights` is the right operand: in the
-# product dw, it is g. First, g is cast to the dtype of x: autodiff would multiply
-# float32 by bfloat16 operands, which is several times slower on devices with bfloat16
-# matrix units. Packed weights are frozen and get no gradient. The backward pass decodes
-# them again, so that the float weights of all layers are never in memory at once
-# (QLoRA, Dettmers et al. 2023, section 3).
+# gradients of the same form (`OPERANDS`). First, g is cast to the dtype of x: autodiff
+# would multiply float32 by bfloat16 operands, which is several times slower on devices
+# with bfloat16 matrix units. Packed weights are frozen and get no gradient. They are
+# decoded again in the backward pass, so that the float weights of all layers are never
+# in memory at once (QLoRA, Dettmers et al. 2023, section 3).
 @jax.custom_vjp
 def _differentiable_product(
-    spec: ProductSpec, left: Array, weights: PyTree, offsets: Array | None
+    spec: ProductSpec, left: Array, right: PyTree, offsets: Array | None
 ) -> Array:
     if spec.packed_as is None:
-        return compute(spec, Operands(left, weights, offsets=offsets))
+        return compute(spec, Operands(left, right, offsets=offsets))
     # `product_arrays` moves codes from host memory. It is called here, so that the
     # backward pass moves them again instead of keeping them.
-    return compute(spec, Operands(left, *product_arrays(weights), offsets))
+    return compute(spec, Operands(left, *product_arrays(right), offsets))
 
 
 # Jitted so that products of the same shape are traced once. The custom gradient is
@@ -106,33 +105,34 @@ def _type_of(spec: ProductSpec, x: Array) -> _ArrayType:
 
 
 def _product_fwd(
-    spec: ProductSpec, left: Array, weights: PyTree, offsets: Array | None
+    spec: ProductSpec, left: Array, right: PyTree, offsets: Array | None
 ) -> tuple[Array, tuple]:
-    y = _product(spec, left, weights, offsets)
+    y = _product(spec, left, right, offsets)
     # The gradient of x needs only the type of x, and packed weights have no gradient.
     x = left if spec.packed_as is None else None
-    return y, (spec, x, _type_of(spec, left), weights, offsets)
+    return y, (spec, x, _type_of(spec, left), right, offsets)
 
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple:
-    spec, left, left_type, weights, offsets = residuals
+    spec, left, left_type, right, offsets = residuals
     left_name, right_name = OPERANDS[spec.output]
     g = g.astype(left_type.dtype)
-    arrays = {left_name: left, right_name: weights, spec.output: g}
+    arrays = {left_name: left, right_name: right, spec.output: g}
 
-    def gradient(name: Name, array_type: _ArrayType) -> Array:
+    def gradient(name: ArrayName, array_type: _ArrayType) -> Array:
         operands = [arrays[operand] for operand in OPERANDS[name]]
         # Sums are rounded once, to the dtype of the operand.
         has_dtype = operands[0].dtype == array_type.dtype
-        result = None if has_dtype else array_type.dtype.name
-        d = _product(replace(spec, output=name, result=result), *operands, offsets)
+        result_dtype = None if has_dtype else array_type.dtype.name
+        gradient_spec = replace(spec, output=name, result_dtype=result_dtype)
+        d = _product(gradient_spec, *operands, offsets)
         sharding = array_type.sharding
         return d if sharding is None else reshard(d, sharding)
 
     d_left = gradient(left_name, left_type)
     if spec.packed_as is not None:
         return None, d_left, None, None
-    return None, d_left, gradient(right_name, _type_of(spec, weights)), None
+    return None, d_left, gradient(right_name, _type_of(spec, right)), None
 
 
 _differentiable_product.defvjp(_product_fwd, _product_bwd)

@@ -124,7 +124,7 @@ def find_layout(
 
 @custom_vmap
 def compute(spec: ProductSpec, operands: Operands) -> Array:
-    """Returns the product, sharded or not, in the dtype `spec.result`."""
+    """Returns the product, sharded or not, in `spec.result_dtype`."""
     # 1. Without a mesh, the product runs on one device, or XLA splits it.
     if (mesh := spec.mesh) is None:
         return choose.run(spec, operands)
@@ -159,7 +159,7 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
             None if array is None else split_by(array, mesh, array_spec)
             for array, array_spec in arrays
         )
-        if not layout.axis_names:
+        if not layout.axis_names:  # each one splits the axis of a vmap
             return choose.run(spec, operands)
 
     # 4. Multiply the parts of each device. Float products with Explicit axes need this
@@ -263,12 +263,12 @@ def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
         offsets = device_offsets(layout, offsets, left.shape[0])
 
     # 3. Multiply, and sum float32 parts over the mesh axes in `Layout.summed`.
-    result = jnp.dtype(spec.result or left.dtype)
+    result_dtype = jnp.dtype(spec.result_dtype or left.dtype)
     if layout.summed:
-        spec = replace(spec, result=accumulator_dtype(result).name)
+        spec = replace(spec, result_dtype=accumulator_dtype(result_dtype).name)
     operands = Operands(left, right, scales, layer, offsets)
     y = choose.run(spec, operands, is_device=True)
-    return sum_over(y, layout.summed, result)
+    return sum_over(y, layout.summed, result_dtype)
 
 
 def device_offsets(layout: Layout, offsets: Array, num_rows: int) -> Array:
@@ -316,7 +316,7 @@ def find_gather(q: Any, x: Array) -> Layout | None:
 
 
 def gathered(q: QTensor, layout: Layout) -> QTensor:
-    """Returns a kernel in device memory with its codes and float32 scales gathered."""
+    """Gathers the codes, in device memory, and the float32 scales of a kernel."""
     arrays, mesh = [q.codes, float_scales(q)], layout.mesh
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         arrays = [split_by(array, mesh, layout.right) for array in arrays]

@@ -17,8 +17,8 @@ from ..quant.kernel import Kernel, Placement
 
 # Each of x, w and y = x w is a product of the two others: dx = g w^T, dw = x^T g, where
 # the gradient g has the shape of y. The operands of each are listed left, then right.
-Name = Literal["x", "w", "y"]
-OPERANDS: dict[Name, tuple[Name, Name]] = {
+ArrayName = Literal["x", "w", "y"]
+OPERANDS: dict[ArrayName, tuple[ArrayName, ArrayName]] = {
     "y": ("x", "w"),
     "x": ("y", "w"),
     "w": ("x", "y"),
@@ -52,7 +52,7 @@ class ProductSpec:
     dtype_name: str  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
     batch: int = 0  # the number of batch axes, not counting experts
-    output: Name = "y"  # what is computed from the two others
+    output: ArrayName = "y"  # what is computed from the two others
     backend: str | tuple[str, ...] | None = None  # None selects by platform
     precision: PrecisionLike = None
     placement: Placement | None = None  # of the weights, if declared
@@ -63,7 +63,7 @@ class ProductSpec:
     # so that a product and its gradients split them in the same way.
     weight_axes: tuple[Axes, ...] | None = None
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
-    result: str | None = None  # the dtype of the result; None for that of `left`
+    result_dtype: str | None = None  # by name; None for the dtype of the left operand
 
     @property
     def packing(self) -> Packing:
@@ -113,7 +113,7 @@ class Unsupported(NotImplementedError):
 class Backend(abc.ABC):
     """Computes the product of one device's arrays, with the same result as `Reference`.
 
-    The result has the dtype `spec.result`, or else the dtype of x.
+    The result has the dtype `spec.result_dtype`, or else the dtype of x.
     """
 
     is_opaque = False  # whether XLA cannot or must not partition it

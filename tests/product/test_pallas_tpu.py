@@ -437,7 +437,7 @@ def test_ragged_products_of_other_formats(form, fmt, block_size):
 @pytest.mark.parametrize("size", [1, 8, 64])
 def test_visits_are_all_blocks_and_each_expert_in_them(size):
     rng, rows, experts = np.random.default_rng(0), 61, 6
-    visit = jax.jit(lambda offsets: ragged_kernel.visit(offsets, rows, size))
+    visit = jax.jit(lambda offsets: ragged_kernel.find_visits(offsets, rows, size))
     for _ in range(30):
         offsets = np.sort(rng.integers(0, rows + 1, experts + 1)).astype(np.int32)
         block, expert, first, end, is_new, decodes = map(np.asarray, visit(offsets))

@@ -20,7 +20,7 @@ LARGEST_UNSWAPPED = 2**16
 def multiply_floats(spec: ProductSpec, operands: Operands) -> Array:
     """Returns the product that `spec.output` names, in the dtype of its result."""
     left, right, *_, offsets = operands
-    dtype = jnp.dtype(spec.result or left.dtype)
+    dtype = jnp.dtype(spec.result_dtype or left.dtype)
     if offsets is not None:
         return _ragged_product(spec, left, right, offsets, dtype)
     if spec.output == "w":

@@ -112,8 +112,8 @@ def grouped_gradient(
 
             return total + multiply(take_expert_rows(x), take_expert_rows(g))
 
-        total = jax.eval_shape(multiply, x, g)
-        zeros = varying_with(jnp.zeros(total.shape, total.dtype), x, g)
+        struct = jax.eval_shape(multiply, x, g)
+        zeros = varying_with(jnp.zeros(struct.shape, struct.dtype), x, g)
         total = for_each_tile(add_tile, zeros).astype(dw.dtype)
         return lax.dynamic_update_index_in_dim(dw, total, expert, 0)
 

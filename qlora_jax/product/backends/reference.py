@@ -31,11 +31,11 @@ def dot(
     *,
     transpose: bool,
     precision: PrecisionLike,
-    result: DTypeLike | None = None,
+    result_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch outputs"]:
     """Returns `x @ w` or `x @ w^T` over equal batch axes, summed in float32 or more.
 
-    The dtype of the result is `result`, or else the dtype of the sum.
+    The dtype of the result is `result_dtype`, or else the dtype of the sum.
     """
     batch = tuple(range(w.ndim - 2))
     contracted = w.ndim - 1 if transpose else w.ndim - 2
@@ -44,7 +44,7 @@ def dot(
         w,
         (((x.ndim - 1,), (contracted,)), (batch, batch)),
         precision=precision,
-        preferred_element_type=result or accumulator_dtype(x.dtype),
+        preferred_element_type=result_dtype or accumulator_dtype(x.dtype),
     )
 
 
@@ -54,12 +54,12 @@ def decode(
     scales: Float32[Array, "*batch blocks n"],
     dtype: np.dtype,
     k: int | None = None,
-    look_up: Callable = select_values,
+    find_values: Callable = select_values,
     round_to: Callable = round_to,
 ) -> Float[Array, "*batch k n"]:
     """Returns all weights, or `k` rows, in `dtype`, rounded to `spec.dtype` first."""
     k = spec.k if k is None else k
-    w = dequantize_blocks(codes, scales, spec.packing, k, look_up)
+    w = dequantize_blocks(codes, scales, spec.packing, k, find_values)
     return round_to(w, spec.dtype, dtype)
 
 
@@ -70,8 +70,7 @@ class Reference(Backend):
         """The dtype that the multiplication itself writes, for x of `dtype`."""
         return accumulator_dtype(dtype)
 
-    def product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """See `Backend.product`."""
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         x, codes, scales, layer, _ = operands
         if layer is not None:
             codes = take_layer(codes, layer)
@@ -84,7 +83,7 @@ class Reference(Backend):
         self, spec: ProductSpec, x: Array, codes: Array, scales: Array
     ) -> Array:
         w = decode(spec, codes, scales, x.dtype)
-        return self._dot(spec, x, w).astype(spec.result or x.dtype)
+        return self._dot(spec, x, w).astype(spec.result_dtype or x.dtype)
 
     def _dot(self, spec: ProductSpec, x: Array, w: Array) -> Array:
         return dot(
@@ -92,20 +91,20 @@ class Reference(Backend):
             w,
             transpose=spec.transpose,
             precision=spec.precision,
-            result=spec.result or self._dot_dtype(x.dtype),
+            result_dtype=spec.result_dtype or self._dot_dtype(x.dtype),
         )
 
-    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """See `Backend.ragged_product`."""
+    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         x, codes, scales, layer, offsets = operands
         assert scales is not None and offsets is not None
-        num_experts, first = scales.shape[0], 0
+        num_experts, first_expert = scales.shape[0], 0
         if layer is not None:
             # Experts are sliced from `[L * E, ., N]`, so that no whole layer is copied.
-            codes, first = codes.reshape(-1, *codes.shape[-2:]), layer * num_experts
+            codes = codes.reshape(-1, *codes.shape[-2:])
+            first_expert = layer * num_experts
 
         def take_expert(expert: Array) -> tuple[Array, Array]:
-            return take_layer(codes, first + expert), take_layer(scales, expert)
+            return take_layer(codes, first_expert + expert), take_layer(scales, expert)
 
         return self._multiply_experts(spec, x, take_expert, offsets, scales.shape[-1])
 
@@ -123,7 +122,7 @@ class Reference(Backend):
             lambda expert: decode(spec, *take_expert(expert), x.dtype),
             lambda rows, w: self._dot(spec, rows, w),
             spec.k if spec.transpose else n,
-            spec.result or x.dtype,
+            spec.result_dtype or x.dtype,
         )
 
 
@@ -136,10 +135,9 @@ class Rounding(Reference):
     is_opaque = True  # if XLA partitioned a sum, it would add rounded partial sums
     smallest = 2**24  # elements: 512 tiles of 128 x 256, about 4 per multiprocessor
 
-    def check(
+    def check(  # noqa: D102
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
     ) -> None:
-        """See `Backend.check`."""
         if dtype != np.dtype("bfloat16"):
             raise Unsupported(f"It supports only bfloat16 inputs. Got {dtype}.")
         outputs = spec.k if spec.transpose else columns

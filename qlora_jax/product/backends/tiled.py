@@ -45,8 +45,7 @@ SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
 class Tiled(Reference):
     """Decodes and multiplies one tile at a time."""
 
-    def product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """See `Backend.product`."""
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         x, codes, scales, layer, _ = operands
         if not _uses_row_product(spec, x):
             return super().product(spec, operands)
@@ -65,19 +64,20 @@ class Tiled(Reference):
         # two rows. Its routine for a float32 row is fast, and the cast is exact.
         is_16_bit_row = _is_row(x) and x.dtype.itemsize == 2
         left = x.astype(jnp.float32) if is_16_bit_row else x
-        result = jnp.dtype(spec.result or x.dtype)
+        result_dtype = jnp.dtype(spec.result_dtype or x.dtype)
 
         def multiply(w: Array) -> Array:
             w = w.astype(left.dtype)
             y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
-            return y.astype(result)
+            return y.astype(result_dtype)
 
         uses_row_product = _uses_row_product(spec, x)
         if tile == size and uses_row_product:
             return _multiply_row(spec, x, codes, scales)
         if tile == size:
             # Outside a loop, a gather is as fast as selects and compiles faster.
-            return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
+            w = decode(spec, codes, scales, x.dtype, find_values=gather_values)
+            return multiply(w)
 
         def compute_tile(start: Array | int, tile: int) -> Array:
             part = _cut_tile(spec, codes, scales, start, tile)
@@ -85,7 +85,7 @@ class Tiled(Reference):
                 return _multiply_row(spec, x, *part)
             return multiply(_decode_tile(spec, *part, x.dtype, tile))
 
-        return _join_tiles(x.shape[:-1], result, size, tile, compute_tile)
+        return _join_tiles(x.shape[:-1], result_dtype, size, tile, compute_tile)
 
     def _multiply_experts(
         self,
@@ -95,6 +95,9 @@ class Tiled(Reference):
         offsets: Array,
         n: int,
     ) -> Array:
+        dtype = jnp.dtype(spec.result_dtype or x.dtype)
+        size, tile = _tile_outputs(spec, n, 1)
+
         def multiply(rows: Array, w: Array) -> Array:
             w = w.astype(x.dtype)
             return dot(rows, w, transpose=spec.transpose, precision=spec.precision)
@@ -106,13 +109,11 @@ class Tiled(Reference):
                     codes, scales = _cut_tile(spec, codes, scales, start, tile)
                 return _decode_tile(spec, codes, scales, x.dtype, tile)
 
-            return grouped_product(x, offsets, decode_expert, multiply, tile, result)
+            return grouped_product(x, offsets, decode_expert, multiply, tile, dtype)
 
-        result = jnp.dtype(spec.result or x.dtype)
-        size, tile = _tile_outputs(spec, n, 1)
         if tile == size:
             return compute_tile(0, tile)
-        return _join_tiles(x.shape[:-1], result, size, tile, compute_tile)
+        return _join_tiles(x.shape[:-1], dtype, size, tile, compute_tile)
 
 
 def _tile_outputs(spec: ProductSpec, n: int, num_matrices: int) -> tuple[int, int]:
@@ -208,7 +209,7 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     sums = sums.reshape(*batch, num_blocks * block_rows, n)
     ones = jnp.ones((*batch, 1, sums.shape[-2]), jnp.float32)
     y = dot(ones, sums, transpose=False, precision=spec.precision)
-    return y.astype(spec.result or x.dtype)
+    return y.astype(spec.result_dtype or x.dtype)
 
 
 # Jitted for the same reason as `gather_values` in quant/codes.py.
@@ -233,20 +234,21 @@ def _pair_values(
 def _decode_tile(
     spec: ProductSpec, codes: Array, scales: Array, dtype: np.dtype, tile: int
 ) -> Array:
-    if spec.transpose:
-        return _decode(spec, codes, scales, dtype, tile)
     # Selecting among values that are already scaled and rounded to 16 bits handles
     # twice as many weights at once. This is not used for gradients, whose tiles are as
     # wide as the kernel.
     if (
-        dtype.itemsize == 2
+        not spec.transpose
+        and dtype.itemsize == 2
         and spec.format.bits == 4
         and not spec.format.is_uniform
         and spec.block_size >= SMALLEST_SCALED_BLOCK
         and tile <= WIDEST_SCALED
     ):
         return _decode_scaled(spec, codes, scales, dtype)
-    return _decode(spec, codes, scales, dtype)
+    k = tile if spec.transpose else spec.k
+    find_values = functools.partial(select_values, unpack=unpack_by_selects)
+    return decode(spec, codes, scales, dtype, k, find_values, _round_to)
 
 
 def _decode_scaled(
@@ -311,10 +313,3 @@ def _rounded_bits(w: Array) -> Array:
     bits = lax.bitcast_convert_type(w, jnp.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return bits + np.uint32(0x7FFF) + odd
-
-
-_decode = functools.partial(
-    decode,
-    look_up=functools.partial(select_values, unpack=unpack_by_selects),
-    round_to=_round_to,
-)

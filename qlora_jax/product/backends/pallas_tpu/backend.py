@@ -8,7 +8,7 @@ from jax import export
 from jaxtyping import Array
 
 from ...spec import Backend, Operands, ProductSpec, Unsupported
-from .tiling import CHIPS, KINDS, Chip, plan
+from .tiling import CHIP_NAMES, CHIPS, Chip, plan
 
 
 class PallasTPU(Backend):
@@ -24,12 +24,13 @@ class PallasTPU(Backend):
     @property
     def chip(self) -> Chip:
         """The chip that the kernel is for."""
-        return CHIPS[self._chip_name or KINDS.get(jax.devices()[0].device_kind, "any")]
+        return CHIPS[
+            self._chip_name or CHIP_NAMES.get(jax.devices()[0].device_kind, "any")
+        ]
 
-    def check(
+    def check(  # noqa: D102
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
     ) -> None:
-        """See `Backend.check`."""
         if spec.precision is not None:
             raise Unsupported(
                 f"It does not support `precision`. Got {spec.precision!r}."
@@ -45,8 +46,7 @@ class PallasTPU(Backend):
             )
         plan(spec, shape[-2], columns, dtype, self.chip)
 
-    def product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """See `Backend.product`."""
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         from . import fused
 
         # The kernel accepts one axis of experts, and for codes also one axis of layers.
@@ -65,8 +65,7 @@ class PallasTPU(Backend):
         )
         return y.reshape(*batch, *y.shape[-2:])
 
-    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """See `Backend.ragged_product`."""
+    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         from . import visits
 
         x, codes, scales, layer, offsets = operands

@@ -28,7 +28,7 @@ from ....quant.codes import choose
 from ....quant.formats import INT4, Format
 from .tiling import Tiling
 
-LANES = 512  # columns that are decoded at a time
+PIECE_COLUMNS = 512  # the columns of a weight that are decoded at a time
 
 T = TypeVar("T")
 
@@ -37,17 +37,17 @@ def decode_stripe(
     tiling: Tiling,
     codes: jax.Ref,
     scales: jax.Ref,
-    base: Array | int,
+    row_offset: Array | int,
     start: Array | int,
     size: int,
     dtype: DTypeLike,
 ) -> Array:
     """Returns rows `start` to `start + size` of a stripe along the contracted axis.
 
-    `base` is the first row of the stripe, counted from the first row of `scales`.
+    `scales` begins `row_offset` rows of the weight before `codes`.
     """
-    # The stripe is decoded in pieces of LANES columns, because wider pieces would spill
-    # registers. The rows of a piece are decoded one slab at a time.
+    # The stripe is decoded in pieces, because decoding more columns at a time would
+    # spill registers. The rows of a piece are decoded one slab at a time.
     if tiling.spec.transpose:
         (first_row, num_rows), (first_col, num_cols) = (0, tiling.tile), (start, size)
     else:
@@ -55,17 +55,17 @@ def decode_stripe(
     fmt, block_size = tiling.spec.format, tiling.spec.block_size
     slab_rows = 32 * fmt.codes_per_byte
     pieces = []
-    for lane in range(0, num_cols, LANES):
-        width = min(LANES, num_cols - lane)
-        columns = pl.ds(multiple(first_col + lane, 128), width)
+    for piece_start in range(0, num_cols, PIECE_COLUMNS):
+        width = min(PIECE_COLUMNS, num_cols - piece_start)
+        columns = pl.ds(assume_multiple(first_col + piece_start, 128), width)
         table = table_of(fmt, width, tiling.form, dtype)
         slabs = []
         for row in range(0, num_rows, slab_rows):
             slab_scales = [
-                _scale_row(tiling, scales, base + first_row + row + offset, columns)
-                for offset in range(0, slab_rows, min(slab_rows, block_size))
+                _scale_row(tiling, scales, row_offset + first_row + row + i, columns)
+                for i in range(0, slab_rows, min(slab_rows, block_size))
             ]
-            byte = multiple(divide(first_row + row, fmt.codes_per_byte), 32)
+            byte = assume_multiple(divide(first_row + row, fmt.codes_per_byte), 32)
             slab = decode_slab(
                 codes[pl.ds(byte, 32), columns],
                 slab_scales,
@@ -112,7 +112,7 @@ def divide(value: Array | int, divisor: int) -> Array | int:
     return value // divisor if isinstance(value, int) else lax.div(value, divisor)
 
 
-def multiple(value: Array | int, divisor: int) -> Array | int:
+def assume_multiple(value: Array | int, divisor: int) -> Array | int:
     """Tells the compiler that a traced number is a multiple of `divisor`."""
     return value if isinstance(value, int) else pl.multiple_of(value, divisor)
 

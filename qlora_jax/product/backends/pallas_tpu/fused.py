@@ -40,7 +40,7 @@ def product(
 ) -> Array:
     """Returns `x @ W` or `x @ W.T`, summed in float32.
 
-    The dtype of the result is `spec.result`, or else that of `x`.
+    The dtype of the result is `spec.result_dtype`, or else that of `x`.
 
     x is `[M, .]`, codes uint8 `[K/2, N]` (int8: `[K, N]`), scales float32 `[K/B, N]`. A
     batch of weights, such as experts, adds an axis `E` in front of each. With a
@@ -61,7 +61,7 @@ def product(
         )
     outputs = rows if spec.transpose else cols
     if x.size == 0:
-        out = jnp.zeros((*x.shape[:2], outputs), spec.result or x.dtype)
+        out = jnp.zeros((*x.shape[:2], outputs), spec.result_dtype or x.dtype)
     else:
         x, scales = pad(tiling, x, scales)
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -96,10 +96,10 @@ def call(
     """Runs the kernel on padded arrays, for layer `layer` (int32 `[1]`) of the codes.
 
     Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]` of this
-    layer. Returns `[E, M, .]` in `spec.result`, or else in the dtype of `left`.
+    layer. Returns `[E, M, .]` in `spec.result_dtype`, or else in the dtype of `left`.
     """
     spec = tiling.spec
-    result = jnp.dtype(spec.result or left.dtype)
+    result_dtype = jnp.dtype(spec.result_dtype or left.dtype)
     tiling = dataclasses.replace(tiling, emulate=interpret is not False)
     batch, out_cols = left.shape[0], tiling.rows if spec.transpose else tiling.cols
     # Grid indices: expert e, stripe j and block of rows i.
@@ -117,9 +117,9 @@ def call(
             grid=(batch, num_stripes, pl.cdiv(tiling.m, tiling.tile_m)),
             in_specs=[left_block, *weight_blocks(tiling)],
             out_specs=out_block,
-            scratch_shapes=scratch(tiling, left.dtype),
+            scratch_shapes=scratch_shapes(tiling, left.dtype),
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, tiling.m, out_cols), result),
+        out_shape=jax.ShapeDtypeStruct((batch, tiling.m, out_cols), result_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(
                 "parallel",
@@ -156,8 +156,8 @@ def weight_blocks(tiling: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     return codes, scales
 
 
-def scratch(tiling: Tiling, dtype: np.dtype) -> list:
-    """Returns the scratch memory: for a kept stripe, or for a mixed left operand."""
+def scratch_shapes(tiling: Tiling, dtype: np.dtype) -> list:
+    """Returns the scratch shapes: for a kept stripe, or for a mixed left operand."""
     if tiling.keep:
         rows, cols = tiling.stripe_shape
         if dtype == jnp.bfloat16:
@@ -175,11 +175,11 @@ def _kernel(tiling: Tiling, *refs: jax.Ref) -> None:
     # Runs one step of the grid. Only the index maps read the layer.
     _, left, codes, scales, out, *scratch = refs
     stripe, is_first = pl.program_id(1), pl.program_id(2) == 0
-    y = block(tiling, left, codes, scales, scratch, stripe, is_first)
+    y = multiply_block(tiling, left, codes, scales, scratch, stripe, is_first)
     out[...] = y.astype(out.dtype)
 
 
-def block(
+def multiply_block(
     tiling: Tiling,
     left: jax.Ref,
     codes: jax.Ref,
@@ -192,11 +192,11 @@ def block(
 
     `is_first` is whether this is the first block of rows for the stripe.
     """
-    base = stripe * tiling.tile if tiling.all_scales else 0
+    row_offset = stripe * tiling.tile if tiling.all_scales else 0
 
     def decode_chunk(start: Array | int, size: int) -> Array:
         return decode.decode_stripe(
-            tiling, codes, scales, base, start, size, left.dtype
+            tiling, codes, scales, row_offset, start, size, left.dtype
         )
 
     if tiling.keep:
@@ -230,7 +230,8 @@ def _multiply_chunks(
     total = _for_each_chunk(tiling, add_chunk, total)
     if tiling.mixed and tiling.spec.transpose:
         # Outputs are in the mixed order, because they are rows of the weight.
-        total = decode.mix(total.astype(tiling.spec.result or left.dtype), undo=True)
+        dtype = tiling.spec.result_dtype or left.dtype
+        total = decode.mix(total.astype(dtype), undo=True)
     return total
 
 
@@ -253,7 +254,7 @@ def _multiply_kept(
         else:
             first = start
             if is_packed:
-                first = decode.multiple(decode.divide(start, 2), 8)
+                first = decode.assume_multiple(decode.divide(start, 2), 8)
             stripe[pl.ds(first, values.shape[0]), :] = values
         return carry
 
@@ -274,7 +275,7 @@ def _for_each_chunk(
     num_chunks, last_size = divmod(tiling.contracted, tiling.chunk)
 
     def step(i: Array | int, carry: PyTree) -> PyTree:
-        start = decode.multiple(i * tiling.chunk, 128)
+        start = decode.assume_multiple(i * tiling.chunk, 128)
         return body(start, tiling.chunk, carry)
 
     if num_chunks == 1:

@@ -25,7 +25,7 @@ CHIPS = {
     "7x": Chip("shuffle", 48),
     "any": Chip("select", 48),
 }
-KINDS = {  # the names of chips by `device_kind`
+CHIP_NAMES = {  # by `device_kind`
     "TPU v5 lite": "v5e",
     "TPU v5": "v5p",
     "TPU v5p": "v5p",
@@ -206,14 +206,14 @@ def vmem_bytes(tiling: Tiling, itemsize: int) -> int:
 
 def _block_bytes(tiling: Tiling, itemsize: int) -> int:
     # The pipeline has two buffers for each block. There is only one stripe.
-    is_transposed, result = tiling.spec.transpose, tiling.spec.result
+    is_transposed, result_dtype = tiling.spec.transpose, tiling.spec.result_dtype
     left = tiling.tile_m * tiling.contracted * itemsize
     codes = tiling.tile * tiling.contracted // tiling.spec.format.codes_per_byte
     has_all_rows = tiling.all_scales or not is_transposed
     scale_rows = tiling.rows if has_all_rows else tiling.tile
     scale_cols = tiling.cols if is_transposed else tiling.tile
     scales = 4 * max(8, scale_rows // tiling.spec.block_size) * scale_cols
-    out_itemsize = itemsize if result is None else jnp.dtype(result).itemsize
+    out_itemsize = jnp.dtype(result_dtype).itemsize if result_dtype else itemsize
     out = tiling.tile_m * tiling.tile * out_itemsize
     stripe = tiling.tile * tiling.contracted * itemsize if tiling.keep else 0
     return 2 * (left + codes + scales + out) + stripe

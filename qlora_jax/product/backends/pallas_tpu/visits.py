@@ -67,11 +67,11 @@ def product(
         max_rows = num_rows
     tiling = plan(spec, num_rows, cols, x.dtype, chip, max_rows)
     outputs = rows if spec.transpose else cols
-    dtype = jnp.dtype(spec.result or x.dtype)
+    dtype = jnp.dtype(spec.result_dtype or x.dtype)
     if x.size == 0 or num_experts == 0:
         return jnp.zeros((num_rows, outputs), dtype)
     x, scales = fused.pad(tiling, x, scales)
-    visits = visit(offsets, num_rows, tiling.tile_m)
+    visits = find_visits(offsets, num_rows, tiling.tile_m)
     if not tiling.keep:
         # The kernel then uses `decodes` only to mix the left operand. There is a single
         # block of rows, which is mixed at the very first visit.
@@ -82,14 +82,14 @@ def product(
     return y[:, :outputs]
 
 
-def visit(offsets: Array, num_rows: int, size: int) -> Visits:
+def find_visits(offsets: Array, num_rows: int, size: int) -> Visits:
     """Returns all visits of blocks of `size` rows.
 
     Blocks in which no expert has rows are visited too, to write zeros. The number of
     visits is static, and is the largest possible. Unused visits do nothing.
     """
     # 1. Count the visits of each expert, and the blocks before and after all rows of
-    #    experts. Visits are numbered so that 0 is the first one of an expert.
+    #    experts. The first visit with an expert has the number 0.
     num_blocks, num_experts = -(-num_rows // size), offsets.shape[0] - 1
     start, end = offsets[:-1], offsets[1:]
     first_block, last_block = start // size, (end - 1) // size
@@ -166,7 +166,7 @@ def _call(
             grid=(pl.cdiv(out_cols, tiling.tile), visits.block.shape[0]),
             in_specs=[left_block, *weight_blocks],
             out_specs=pl.BlockSpec((tiling.tile_m, tiling.tile), out_index),
-            scratch_shapes=fused.scratch(tiling, left.dtype),
+            scratch_shapes=fused.scratch_shapes(tiling, left.dtype),
         ),
         out_shape=jax.ShapeDtypeStruct((tiling.m, out_cols), dtype),
         compiler_params=pltpu.CompilerParams(
@@ -198,7 +198,7 @@ def _kernel(tiling: Tiling, layer: jax.Ref, *refs: jax.Ref) -> None:
     @pl.when(first < end)
     def multiply_expert() -> None:
         decodes = visits.decodes[t] == 1
-        y = fused.block(tiling, left, codes, scales, scratch, stripe, decodes)
+        y = fused.multiply_block(tiling, left, codes, scales, scratch, stripe, decodes)
         row = lax.broadcasted_iota(jnp.int32, out.shape, 0)
         row += visits.block[t] * tiling.tile_m
         # The other rows of the block belong to the experts of other visits.
