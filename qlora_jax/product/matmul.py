@@ -102,8 +102,7 @@ def explain_backend(
         kind = type(x).__name__
         raise TypeError(f"`x` must be an array or a ShapeDtypeStruct. Got {kind}.")
     spec = replace(product_spec(q), output="x" if transpose else "y")
-    platform = jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform  # as in `PREFERRED`
+    platform = jax.default_backend().replace("gpu", "cuda")  # as in `PREFERRED`
     platform = platform if platform in PREFERRED else "default"
     backends = default_backends(platform, is_local=True)
     return choose(backends, spec, x.shape, x.dtype, q.codes.shape[-1])[1]

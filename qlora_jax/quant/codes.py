@@ -31,8 +31,9 @@ def quantize_blocks(
     """Returns the codes and the scale of each block.
 
     With 4-bit codes, an odd K is padded with the code of zero. `largest` is empty, or
-    the second argument of `ScaleScheme.encode`, which a search with a scheme that uses
-    it needs. `importance` is an argument of `search_scales`.
+    the second argument of `ScaleScheme.encode`. Formats whose scheme uses it have no
+    partial blocks, and a search requires it. `importance` is an argument of
+    `search_scales`.
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks

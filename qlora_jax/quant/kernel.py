@@ -39,9 +39,8 @@ class NotAnArray:
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         del args, kwargs
         raise NotAnArrayError(
-            f"{type(self).__name__} is a kernel, which is not an array. Use "
-            "ql.matmul(x, q) or ql.einsum to multiply by it, and ql.dequantize(q) for "
-            "its float weights."
+            f"{type(self).__name__} is not an array. Use ql.matmul(x, q) or ql.einsum "
+            "to multiply by it, and ql.dequantize(q) for its float weights."
         )
 
     # NumPy and `jnp.asarray` call `__array__`. With `__array_ufunc__ = None`, the

@@ -328,11 +328,9 @@ def stored_specs(
 def placed(q: QTensor, put: Put, placement: Placement, memory: str) -> QTensor:
     """Returns the kernel with its arrays on a mesh, and its codes in `memory`."""
     axes = placement.kernel
-
-    def put_scales(x: Array) -> Array:
-        return put(x, axes_of_array(axes, x.ndim, ()), None)
-
-    stored = jax.tree.map(put_scales, q.stored_scales)
+    stored = jax.tree.map(
+        lambda x: put(x, axes_of_array(axes, x.ndim, ()), None), q.stored_scales
+    )
     codes = placed_codes(q.codes, put, axes, memory)
     return replace(with_scales(q, stored), codes=codes, placement=placement)
 

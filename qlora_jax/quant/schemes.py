@@ -280,9 +280,8 @@ E8M0 = ScaleScheme(
 E4M3_MAX, E2M1_MAX = 448.0, 6.0  # the largest numbers of float8 e4m3 and float4 e2m1
 
 
-# `scale_scales` holds a factor and a divisor, one of which is 1. Scales in files of
-# ModelOpt are multiplied by a float32. Those of compressed-tensors are divided by its
-# reciprocal, which rounds differently.
+# `scale_scales` holds a factor and a divisor, one of which is 1. ModelOpt multiplies by
+# a factor. compressed-tensors divides by its reciprocal, which rounds differently.
 def _encode_e4m3(
     scales: Float32[Array, "*batch blocks n"],
     largest: Float32[Array, "*batch"] | None = None,
