@@ -73,9 +73,8 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
         epilog=CACHE_HELP,
         **settings,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {__version__}"
-    )
+    version = f"%(prog)s {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(dest="command", title="subcommands")
     for name, config_type in COMMANDS.items():
         description = (config_type.__doc__ or "").partition("\n")[0]
