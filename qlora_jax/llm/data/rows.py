@@ -94,7 +94,7 @@ def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, fl
         parts = [*data.items()]
     else:
         pairs = [part.rpartition("=") for part in str(data).split(",")]
-        # A path may contain commas and equals signs.
+        # A path may contain commas and equals signs. Without "=", a name is empty.
         if pathlib.Path(data).exists() or not all(name for name, *_ in pairs):
             return {str(data): 1.0}  # a single data set
         parts = [(name.strip(), weight) for name, _, weight in pairs]
@@ -138,7 +138,7 @@ def _assign_splits(
     notes: list[str],
 ) -> dict[str, str]:
     # Returns the name of the file or of the hub's split for each of our splits. `stems`
-    # has the names that can be read, without suffix. An error lists `all_names`.
+    # maps the names that can be read to their stems. An error lists `all_names`.
     splits = {}
     for split, allowed in SPLITS.items():
         names = [name for name, stem in stems.items() if stem in allowed]
@@ -220,8 +220,8 @@ class JsonLines:
     ):
         """Opens a file.
 
-        `encode_pieces` takes a raw row and its place. Its result has several pieces if
-        a long text is cut.
+        `encode_pieces` takes a raw row and its `Row.place`. It cuts a long text
+        into several pieces.
         """
         self.path, self.encode_pieces = pathlib.Path(name), encode_pieces
         parts = parse_file_name(self.path)
@@ -266,7 +266,7 @@ class JsonLines:
 
 
 class StreamedRows(Sequence["Row"]):
-    """Rows that stay in their files. Only their places and sizes are in memory."""
+    """Rows that stay in their files. Only their positions and sizes are in memory."""
 
     def __init__(self):
         self._files: list[JsonLines] = []
@@ -278,8 +278,8 @@ class StreamedRows(Sequence["Row"]):
         """Adds a row: one of the pieces of the row that `file` has read last."""
         if file not in self._files[-1:]:
             self._files.append(file)
-        place = len(self._files) - 1, piece_index, file.offset, file.line_number
-        self._numbers.extend((*place, len(row.ids), row.num_trained))
+        position = len(self._files) - 1, piece_index, file.offset, file.line_number
+        self._numbers.extend((*position, len(row.ids), row.num_trained))
 
     @property
     def sizes(self) -> np.ndarray:
