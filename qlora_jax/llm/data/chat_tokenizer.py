@@ -226,7 +226,7 @@ class Chat:
 
     owner: str  # the path of the model, for error messages
     sources: Mapping[str, str]  # the templates by name
-    special: Mapping[str, Any]
+    special: Mapping[str, str]  # the special tokens by their variables in templates
     now: datetime.datetime | None
 
     @functools.cached_property

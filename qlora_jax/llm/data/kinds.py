@@ -154,8 +154,8 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
     """Returns the messages and tools of a row in a dict, or a pair of strings.
 
     The dict has "tools", and lists of messages by the names that errors use for them,
-    such as "prompt". The pair is a prompt and a completion that are not messages, which
-    only occurs without `is_chat`.
+    such as "prompt". With `is_chat`, a prompt and a completion that are strings become
+    messages. Otherwise, the pair of these strings is returned.
     """
     kind, values, _ = fields
     groups, tools = {}, _check_tools(values.get("tools"))
@@ -169,7 +169,6 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
         if isinstance(turns, list):
             groups[name] = [_to_message(name, i, turn) for i, turn in enumerate(turns)]
     else:
-        # A prompt and a completion: both strings or both messages.
         prompt, completion = _prompt_and_completion(kind, values, is_chat)
         are_texts = [isinstance(x, str) for x in (prompt, completion)]
         if all(are_texts) and not is_chat:
@@ -192,7 +191,7 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
 def _prompt_and_completion(
     kind: str, values: Mapping[str, Any], is_chat: bool
 ) -> tuple[Any, Any]:
-    # The prompt and the completion are both texts, or both lists of messages.
+    # Alpaca's are texts. Others may be texts or messages, which the caller checks.
     if kind != "alpaca":
         prompt, completion = values["prompt"], values["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
