@@ -237,7 +237,7 @@ class Encoder:
                 "the tokenizer must compute the same tokens as the processor of "
                 f"transformers. Got others for the text {located.text!r:.200}."
             )
-        is_answer, answer, straddles = self._find_answer_tokens(tokens, located)
+        is_answer, last_answer, straddles = self._find_answer_tokens(tokens, located)
         ids = [*tokens.ids]
         if not located.is_rendered:  # without a chat template, nothing ends the answer
             eos = self.tokenizer.eos_id
@@ -252,7 +252,7 @@ class Encoder:
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         # Examples are for generating answers, which needs prompts without images.
         has_example = with_example and located.answers and images is None
-        example = self._make_example(located, answer) if has_example else None
+        example = self._make_example(located, last_answer) if has_example else None
         start = int(is_answer.argmax()) if self.is_preference else 0
         row = Row(ids, labels, place, start, images=images)
         return Encoded(row, example, straddles)
@@ -315,7 +315,7 @@ class Encoder:
         check_nothing_omitted(render_variant, row, rendering.text, source)
         # 3. Find the answers to train on. A completion is the last group. If there is
         # one, messages of the assistant before it belong to the prompt.
-        first = len(messages) - len(row.get("completion", messages))
+        first = len(messages) - len(row["completion"]) if "completion" in row else 0
         roles = enumerate(message["role"] for message in messages)
         turns = [i for i, role in roles if role == "assistant" and i >= first]
         turns = turns[-1:] if self.train_on == "last" else turns
@@ -366,7 +366,7 @@ class Encoder:
             straddles |= bool(len(indices)) and bool(starts[indices[0]] < start)
         return is_answer, [ids[i] for i in indices], straddles
 
-    def _make_example(self, located: AnswerSpans, answer: list[int]) -> Example:
+    def _make_example(self, located: AnswerSpans, answer_ids: list[int]) -> Example:
         start, _ = located.answers[-1]
         # The prompt is tokenized without the answer, as it will be at inference.
         prompt = self._tokenize(located.text[:start], located.is_rendered)
@@ -374,7 +374,7 @@ class Encoder:
         while len(ids) > 1 and prompt.added[len(ids) - 1]:
             ids.pop()  # the tokenizer added an end token
         end_ids = self.tokenizer.end_ids
-        text = self.tokenizer.decode([x for x in answer if x not in end_ids])
+        text = self.tokenizer.decode([x for x in answer_ids if x not in end_ids])
         return Example(ids, text, end_ids)
 
     def _check_ids(self, name: str, ids: Any, allow_ignored=False) -> np.ndarray:

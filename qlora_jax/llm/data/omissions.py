@@ -58,7 +58,7 @@ class _Search:
 
     def find(self, path: Path, value: Any) -> list[Path]:
         """Returns the paths of omitted parts, or `path` if all of them are omitted."""
-        if _is_empty(value) or path in self.redundant or self._appears_once(value):
+        if _is_empty(value) or path in self.redundant or self._is_surely_written(value):
             return []
         part_paths = [(*path, key) for key in _part_keys(value, path)]
         if not part_paths:
@@ -74,8 +74,9 @@ class _Search:
             return [path]
         return [part for paths in omitted for part in paths]
 
-    def _appears_once(self, value: object) -> bool:
-        *_, json_form = forms = _dense_forms(value)
+    def _is_surely_written(self, value: object) -> bool:
+        forms = _dense_forms(value)
+        json_form = forms[-1]  # as it is in `dense_row`
         return (
             len(json_form) >= _MIN_UNIQUE
             and self.dense_row.count(json_form) == 1
