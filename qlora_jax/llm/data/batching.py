@@ -197,9 +197,9 @@ class _BatchSource:
             raise ValueError(
                 f"rows must have at most {max_length} tokens{scope}. Got {long}."
             )
-        self.has_answers = rows[0].label is not None
+        self.is_preference = rows[0].label is not None
         # Whether rows are single completions with a label, and not pairs.
-        self.is_labelled = self.has_answers and rows[0].rejected is None
+        self.is_labelled = self.is_preference and rows[0].rejected is None
         # All rows of a batch have the same number of images. Some of these are blank,
         # and have tokens too. Streamed rows have no images.
         rows_in_memory = [] if isinstance(rows, StreamedRows) else rows
@@ -233,7 +233,7 @@ class _BatchSource:
         ratios = [x.epoch_size / w for x, w in zip(orders, weights, strict=True)]
         self.count = num_epochs and num_epochs * max(1, int(min(ratios) * sum(weights)))
         self.order: Sequence[Any] = orders[0]
-        self.window_size = max(len(rows) // batch_size, 1)  # in batches; here, an epoch
+        self.window_size = max(len(rows) // batch_size, 1)  # in batches; about an epoch
         if mix:
             dataset = importlib.import_module("grain").MapDataset
             self.order = dataset.mix([*map(dataset.source, orders)], weights)
@@ -242,7 +242,7 @@ class _BatchSource:
         # 3. The shapes of batches.
         if packing:
             most_rows = max(len(pack) for x in orders for pack in x.packs)
-            self.num_sequences = 2 * most_rows if self.has_answers else 0
+            self.num_sequences = 2 * most_rows if self.is_preference else 0
             self.width = int(round_up(max(x.longest for x in orders)))
             # The number of targets of a batch is rounded up to a multiple of this, so
             # that batches have few shapes.
@@ -261,6 +261,7 @@ class _BatchSource:
             self.widths = np.union1d(self.widths, [max(widest, self.widths[-1])])
         self.row_widths = self.widths[np.searchsorted(self.widths, lengths)]
         # One number of targets for each width, so that each width has one shape.
+        # Shorter rows can have more targets, and may be in a batch of this width.
         self.num_targets = {
             int(width): int(round_up(num_targets[self.row_widths <= width].max()))
             for width in self.widths
@@ -320,7 +321,7 @@ class _BatchSource:
         longest = max(self._length(row) for [row] in groups)
         width = int(self.widths[np.searchsorted(self.widths, longest)])
         num_targets = self.num_targets[width]
-        batch = collate(groups, size, width, num_targets, int(self.has_answers))
+        batch = collate(groups, size, width, num_targets, int(self.is_preference))
         if not self.num_images:
             return batch
         return add_images(batch, rows, self.num_images, self.processor)

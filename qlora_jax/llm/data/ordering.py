@@ -43,10 +43,10 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
             cost[j] = candidates[best[j]]
         previous.append(best)
     # Walk back from the largest width.
-    chosen, j = [], len(widths)
+    chosen, j = [], len(widths) - 1
     for best in reversed(previous):
-        chosen.append(int(widths[j - 1]))
-        j = int(best[j - 1])
+        chosen.append(int(widths[j]))
+        j = int(best[j]) - 1
     return np.array(chosen[::-1])
 
 
@@ -109,8 +109,8 @@ class Order(Sequence[Any]):
     # Slices are not supported.
     def __getitem__(self, index: Any) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         epoch, position = divmod(index, self.epoch_size)
-        rows, packs = self._permutation(epoch)
-        return rows[self.packs[packs[position]]] if self.packs else rows[position]
+        rows, pack_order = self._permutation(epoch)
+        return rows[self.packs[pack_order[position]]] if self.packs else rows[position]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         generator = np.random.default_rng([self._seed, epoch])
