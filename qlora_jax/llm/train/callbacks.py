@@ -256,8 +256,7 @@ class ShowProgress(Callback):
 
     def _update_validation(self, training: Training) -> None:
         for name, label in _LOSS_LABELS.items():
-            if name in training.evaluation:
-                loss = training.evaluation[name]
+            if (loss := training.evaluation.get(name)) is not None:
                 text = f", {label} {loss:.4f} at step {training.step:,}"
                 self._validation_text = text
                 return

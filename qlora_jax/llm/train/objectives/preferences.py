@@ -38,21 +38,21 @@ def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) ->
     def loss(lora, base, batch, dropout_key):
         [losses] = compute_token_losses(lora, base, batch, dropout_key)  # [B, P]
         # Without a reference model, `log_ratios` stay log-probabilities.
-        log_ratios, num_tokens = completion_log_probs(losses, batch)  # [N] each
+        log_ratios, num_tokens = completion_log_probs(losses, batch)  # [B * S] each
         if uses_reference:
             [reference_losses] = compute_token_losses({}, base, batch, None)
             log_ratios -= completion_log_probs(reference_losses, batch)[0]
         means = log_ratios / jnp.maximum(num_tokens, 1)
         scores = means if name in _LENGTH_NORMALIZED else log_ratios
-        # Rows alternate between chosen and rejected completions of the same prompt.
-        chosen, rejected = scores.reshape(-1, 2).T  # [N / 2] each
+        # Chosen and rejected completions of the same prompt alternate.
+        chosen, rejected = scores.reshape(-1, 2).T  # [B * S / 2] each
         options: dict[str, Any] = {"beta": beta, **settings}
         if name == "orpo":  # `weights` are 0 for rejected completions
             total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
             options["nll"] = total / jnp.maximum(count, 1)
         pair_losses = compute_pair_losses(chosen, rejected, **options)
         rewards = beta * (log_ratios if uses_reference else means)
-        is_pair = num_tokens[::2] > 0  # padding rows have no tokens
+        is_pair = num_tokens[::2] > 0  # padding has no target tokens
         metrics = _reward_metrics(rewards.reshape(-1, 2), is_pair)
         return *sum_and_count(pair_losses, is_pair), metrics
 

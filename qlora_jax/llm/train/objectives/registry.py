@@ -16,9 +16,9 @@ class Objective:
         rows: The form of its rows, as in `qlora_jax.llm.data.read_dataset`.
         loss: A function that returns the loss function to pass to `make_step`. It takes
             a decoder, wrapped by `qlora_jax.linen.wrap`, and keyword arguments.
-        settings: The settings of `qlora-jax train` that `loss` takes as keywords. Only
-            the loss may use them: a run with an objective that does not list a setting
-            may be resumed with a different value of it.
+        settings: The settings of `qlora-jax train` that `loss` takes as keywords. No
+            other code may use them, because a run whose objective does not list a
+            setting may be resumed with a different value of it.
         metrics: The names of the metrics that the loss returns.
         is_cross_entropy: Whether the exponential of the loss is the perplexity.
         balances_experts: Whether `loss` has the argument `balance` of `decoder_loss`.
