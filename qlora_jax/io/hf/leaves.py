@@ -41,7 +41,6 @@ from ..named_leaves import NamedLeaf
 from ..stored_weight import packing_of
 from ..tensors import SliceableTensor
 
-Count = Callable[[int], object]  # adds a number of weights to the progress bar
 Tensors = Mapping[str, Any]
 # The argument `largest` of `quantize_blocks` and `ScaleScheme.encode`: a tuple of the
 # largest weight if the scheme needs it, and otherwise an empty tuple.
@@ -58,7 +57,7 @@ class _KernelLayout(NamedTuple):
 
 
 def read_float_leaf(
-    leaf: NamedLeaf, struct: jax.ShapeDtypeStruct, tensors: Tensors, count: Count
+    leaf: NamedLeaf, struct: jax.ShapeDtypeStruct, tensors: Tensors, bar: Any
 ) -> Array:
     """Returns a leaf as a float array."""
     batch_axes = tuple(leaf.batch_axes)
@@ -82,7 +81,7 @@ def read_float_leaf(
                 position = tuple(start), layout, batch_axes
                 buffer, is_finite = _write_floats(buffer, x, *position)
                 check(is_finite)
-            count(math.prod(sizes_of(index)))
+            bar.update(math.prod(sizes_of(index)))
         return (buffer,)
 
     return on_devices([struct], read_part)[0]
@@ -160,7 +159,7 @@ def _write_floats(
 
 
 def pack_float_leaf(
-    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count: Count, scale_rule: ScaleRule
+    leaf: NamedLeaf, q: QTensor, tensors: Tensors, bar: Any, scale_rule: ScaleRule
 ) -> Arrays:
     """Returns the arrays of a QTensor, packed from float tensors."""
     packing = q.packing
@@ -194,7 +193,7 @@ def pack_float_leaf(
                 arguments = start, packing, scale_rule, x, *largest_argument(name)
                 buffers, is_decodable = _pack_piece(buffers, *arguments)
                 check(is_decodable)
-            count(math.prod(sizes_of((columns, inputs))))
+            bar.update(math.prod(sizes_of((columns, inputs))))
         return buffers
 
     # Scales are collected in float32, because some schemes encode all scales of a
@@ -236,8 +235,8 @@ def _pack_piece(
     scales = _write_matrix(buffers[1], new_scales, start)
 
     def is_decodable() -> Array:
-        # This encodes the scales of this piece alone, which may differ from the scales
-        # of the kernel. Infinite ones pass here, and `_store_scales` rejects them.
+        # This encodes the scales of this piece alone. If they overflow, those of the
+        # kernel may not: `_store_scales` checks them when it encodes the kernel.
         stored = packing.scheme.encode(new_scales, *largest)
         decoded_scales = packing.scheme.decode(stored)
         w = dequantize_blocks(new_codes, decoded_scales, packing, x.shape[1])
@@ -251,7 +250,9 @@ def _pack_piece(
 
 
 def _write_matrix(stack: Array, x: Array, start: _Start) -> Array:
-    """Writes a part of one matrix of a stack; extra axes of `start` are ignored."""
+    """Writes a part of one matrix of a stack."""
+    # `start` ends in a row and a column, but `scale_scales` has only one axis after the
+    # batch axes, and `scale_offset` has none.
     x = jnp.expand_dims(x, tuple(range(stack.ndim - x.ndim)))
     return lax.dynamic_update_slice(stack, x, start[: stack.ndim])
 
@@ -298,9 +299,7 @@ def _store_matrix_scales(
     return jax.tree.map(lambda x, new: _write_matrix(x, new, start), stored, encoded)
 
 
-def move_packed_leaf(
-    leaf: NamedLeaf, q: QTensor, tensors: Tensors, count: Count
-) -> Arrays:
+def move_packed_leaf(leaf: NamedLeaf, q: QTensor, tensors: Tensors, bar: Any) -> Arrays:
     """Returns the arrays of a QTensor with the same bytes as 4-bit weights in files."""
 
     def move_part(device: Device, parts: Sequence[Index]) -> Arrays:
@@ -315,7 +314,7 @@ def move_packed_leaf(
             # Without this, the host copies of several tensors would be alive at once.
             jax.block_until_ready(buffers)
             # A row of codes holds two inputs.
-            count(math.prod(sizes_of(parts[0][-2:])) * 2)
+            bar.update(math.prod(sizes_of(parts[0][-2:])) * 2)
         return tuple(buffers)
 
     structs: list[Any] = [q.codes, q.scales]

@@ -27,11 +27,11 @@ from ..named_leaves import NamedLeaf, find_leaves, split_experts
 from ..names import Names
 from ..safetensors import open_safetensors
 from ..stored_weight import StoredWeight, in_float, packing_of
-from .leaves import Count, move_packed_leaf, pack_float_leaf, read_float_leaf
+from .leaves import move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
 Packings = Mapping[str, Packing | None]  # by path; None for float leaves
-Storages = set[tuple[Packing | None, np.dtype]]  # the different ones in a leaf
+Storage = tuple[Packing | None, np.dtype]  # how a tensor is stored
 
 
 def load(
@@ -102,7 +102,7 @@ def load(
     scale_rule = "absmax" if config is None else config.scales
     with progress_bar("loading", " weights", progress, **bar_settings) as bar:
         return map_by_path(
-            lambda p, x: _read_leaf(leaves[p], x, tensors, bar.update, scale_rule), base
+            lambda p, x: _read_leaf(leaves[p], x, tensors, bar, scale_rule), base
         )
 
 
@@ -110,18 +110,18 @@ def _read_leaf(
     leaf: NamedLeaf,
     struct: Any,
     tensors: Mapping[str, Any],
-    count: Count,
+    bar: Any,
     scale_rule: ScaleRule,
 ) -> Array | QTensor:
     if not is_packed(struct):
-        return read_float_leaf(leaf, struct, tensors, count)
+        return read_float_leaf(leaf, struct, tensors, bar)
     has_packed_tensors = packing_of(tensors[leaf.tensor_names.flat[0]]) is not None
     # Codes for host memory are read to the device first, one stack at a time.
     on_device = struct.to_device()
     if has_packed_tensors:
-        arrays = move_packed_leaf(leaf, on_device, tensors, count)
+        arrays = move_packed_leaf(leaf, on_device, tensors, bar)
     else:
-        arrays = pack_float_leaf(leaf, on_device, tensors, count, scale_rule)
+        arrays = pack_float_leaf(leaf, on_device, tensors, bar, scale_rule)
     q = jax.tree.unflatten(jax.tree.structure(on_device), arrays)
     is_for_host = struct.memory == "host"
     return replace(q, codes=to_host(q.codes, struct.codes)) if is_for_host else q
@@ -169,7 +169,7 @@ def _recode(tensor: Any, floats: Any, target: QLoRAConfig | None) -> Any:
         return tensor
     if target is None:
         return (tensor.reblocked() or floats) if tensor.problem else tensor
-    # A target is decoded if the config packs it with other settings.
+    # A target is decoded if the config packs it with other settings, or trains it.
     keeps_packing = target.freeze_base and target.packing == tensor.packing
     return tensor if keeps_packing and not tensor.problem else floats
 
@@ -219,7 +219,7 @@ def _leaf_dtype(tensor: Any, dtype: DTypeLike | None) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(leaf_dtype))
 
 
-def _stack_problem(stored: Mapping[str, Any], storages: Storages) -> str | None:
+def _stack_problem(stored: Mapping[str, Any], storages: set[Storage]) -> str | None:
     """Returns why tensors cannot form one leaf, or None if they can."""
     for name, tensor in stored.items():
         if isinstance(tensor, StoredWeight) and tensor.problem:
@@ -236,7 +236,7 @@ def _stack_problem(stored: Mapping[str, Any], storages: Storages) -> str | None:
 def _check_targets(
     tree: Tree, leaves: Leaves, config: QLoRAConfig | None, packings: Packings
 ) -> dict[str, Packing]:
-    """Checks the targets of the config, and returns their packing."""
+    """Checks the targets of the config, and returns the packing of those to pack."""
     if config is None:
         return {}
     kinds, problems = {}, {}
@@ -252,6 +252,7 @@ def _check_targets(
                 "recode=True packs it again, which rounds it once more."
             )
     targets = find_targets(leaves_by_path(tree), config, kinds, problems)
+    # With `freeze_base=False`, targets stay in float, because they are trained.
     if config.packing is None or not config.freeze_base:
         return {}
     return dict.fromkeys(targets, config.packing)

@@ -37,7 +37,7 @@ def tunix_names(
     """
     path, hf = "layers/{layer}/", prefix + _LAYER
     if model in ("llama3", "qwen3"):
-        norm, entries = "w", _dense_layer(path, hf)
+        norm, entries = "w", _llama_layer(path, hf)
         entries["lm_head/w"] = Entry("lm_head.weight", "kn")
     elif model in _POST_ATTENTION_NORMS:
         norm, post_norm = "scale", _POST_ATTENTION_NORMS[model]
@@ -89,8 +89,8 @@ def gemma_names(
     return Names(entries, ignored=_ROTARY)
 
 
-def _dense_layer(path: str, hf: str) -> dict[str, Entry]:
-    entries = {f"{path}mlp/router/kernel": Entry(f"{hf}mlp.gate.weight")}
+def _llama_layer(path: str, hf: str) -> dict[str, Entry]:
+    entries = {}
     for norm in ("input_layernorm", "post_attention_layernorm"):
         entries[f"{path}{norm}/w"] = Entry(f"{hf}{norm}.weight")
     for norm in ("q_norm", "k_norm"):
@@ -98,7 +98,8 @@ def _dense_layer(path: str, hf: str) -> dict[str, Entry]:
     for name, roles in (("q", "knn"), ("k", "knn"), ("v", "knn"), ("o", "kkn")):
         entry = Entry(f"{hf}self_attn.{name}_proj.weight", roles)
         entries[f"{path}attn/{name}_proj/w"] = entry
-    # Experts, which replace the dense projections in mixture-of-experts models.
+    # Mixture-of-experts models have these instead of the projections in `tunix_names`.
+    entries[f"{path}mlp/router/kernel"] = Entry(f"{hf}mlp.gate.weight")
     for name in _PROJECTIONS:
         expert = f"{hf}mlp.experts.{{expert}}.{name}.weight"
         entries[f"{path}mlp/{name}"] = Entry(expert, "kn")
