@@ -230,11 +230,12 @@ def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """
     split: dict[str, Any] = {}
     for name, x in tensors.items():
-        is_stack = len(x.shape) == 3
-        experts = [matrix_in_stack(x, i) for i in range(x.shape[0])] if is_stack else []
-        templates = names.parts_of_parameter(name) if is_stack else []
-        roles = names.stack_roles(name) if is_stack else None
-        if roles is not None:
+        if len(x.shape) != 3:
+            split[name] = x
+            continue
+        experts = [matrix_in_stack(x, i) for i in range(x.shape[0])]
+        templates = names.parts_of_parameter(name)
+        if (roles := names.stack_roles(name)) is not None:
             for i, matrix in enumerate(experts):
                 split[f"{name}.{i}"] = transposed(matrix) if roles == "kn" else matrix
         elif templates and x.shape[1] % len(templates) == 0:

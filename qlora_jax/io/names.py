@@ -88,7 +88,7 @@ class Entry:
         # A placeholder may occur several times in a name.
         return list(dict.fromkeys(_PLACEHOLDER.findall(self._templates[0])))
 
-    def _fields(self, axes: list[str], index: BatchIndex) -> dict[str, int]:
+    def _numbers_at(self, axes: list[str], index: BatchIndex) -> dict[str, int]:
         """Returns the number of each placeholder in `axes` at a batch index."""
         # `strict` is false because the last index may select one of several names.
         return {
@@ -200,8 +200,8 @@ class Names:
         names = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
             template = templates[index[-1] if has_name_axis else 0]
-            fields = entry._fields(axes, index)
-            names[index] = template.format(**path_numbers, **fields)
+            numbers = entry._numbers_at(axes, index)
+            names[index] = template.format(**path_numbers, **numbers)
         return names
 
     def roles(self, path: str) -> str:
@@ -259,8 +259,8 @@ class Names:
                 for index in np.ndindex(*batch_shapes[path]):
                     # The parameter of all experts has no {expert}, so all indices of
                     # experts are appended to the same list.
-                    fields = entry._fields(axes, index)
-                    name = template.format(**path_numbers, **fields)
+                    numbers = entry._numbers_at(axes, index)
+                    name = template.format(**path_numbers, **numbers)
                     parts = parameters.setdefault(name, {})
                     parts.setdefault(path, []).append(index)
         return parameters
@@ -350,7 +350,7 @@ class Names:
 def _overlap(
     numbers: list[Sequence[int] | None], others: list[Sequence[int] | None]
 ) -> bool:
-    """Whether two names with these numbers, by placeholder, have a tensor in common."""
+    """Whether the numbers of two names overlap at each of their placeholders."""
     # None stands for all numbers.
     pairs = zip(numbers, others, strict=True)
     return all(a is None or b is None or {*a} & {*b} for a, b in pairs)
