@@ -64,13 +64,13 @@ def write_folder(
     with a `config.json` and tokenizer files. `changes` update the config; a value of
     None removes its key.
     """
-    source = config if isinstance(config, Mapping) else read_config_json(config)
-    merged = {**source, **changes}
+    old_config = config if isinstance(config, Mapping) else read_config_json(config)
+    merged = {**old_config, **changes}
+    new_config = {k: x for k, x in merged.items() if x is not None or k not in changes}
     if "quantization_config" in changes:
-        merged.pop("quantization", None)  # MLX's name for the same settings
-    settings = {k: x for k, x in merged.items() if x is not None or k not in changes}
+        new_config.pop("quantization", None)  # MLX's name for the same settings
     # mlx-lm and older versions of transformers read the older keys.
-    settings |= older_config_keys(settings)
+    new_config |= older_config_keys(new_config)
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
     bar_settings: dict[str, Any] = {"total": size, "unit_scale": True}
@@ -90,7 +90,7 @@ def write_folder(
             }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             write_json(folder / INDEX, index)
-        write_json(folder / "config.json", settings)
+        write_json(folder / "config.json", new_config)
         if not isinstance(config, Mapping):
             _copy_files(pathlib.Path(config), folder)
 

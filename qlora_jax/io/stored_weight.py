@@ -84,8 +84,8 @@ class PackedWeight(StoredWeight):
 
     @cached_property
     def problem(self) -> str | None:  # noqa: D102
-        n, k = self.shape
-        blocks = np.arange(k) // self.packing.block_size
+        (n, k), block_size = self.shape, self.packing.block_size
+        blocks = np.arange(k) // block_size
         if self.input_blocks is not None and not (self.input_blocks == blocks).all():
             return "has reordered inputs (act order)"
         if self.biases is None:
@@ -93,7 +93,7 @@ class PackedWeight(StoredWeight):
         # The integer formats decode (code - 8) * scale, so a bias must be -8 * scale.
         for start in range(0, n, _ROWS_PER_CHECK):
             rows = slice(start, min(start + _ROWS_PER_CHECK, n))
-            index = rows, slice(0, blocks[-1] + 1)
+            index = rows, slice(0, k // block_size)
             scales = np.asarray(self.scales[index]).astype(np.float32)
             biases = np.asarray(self.biases[index]).astype(np.float32)
             if not np.array_equal(biases, -8 * scales, equal_nan=True):

@@ -110,12 +110,11 @@ def _tensors(name: str, q: QTensor) -> dict[str, Any]:
         pairs = np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
         return pairs.view(INT32)[..., 0]
 
-    float16 = np.dtype(np.float16)
     module = name.removesuffix("weight")
     return {
         f"{module}qweight": DeferredTensor(INT32, (k, n // 8), pack_words),
         f"{module}qzeros": zeros,
-        f"{module}scales": DeferredTensor(float16, (num_blocks, n), q.scales.__array__),
+        f"{module}scales": q.scales,
     }
 
 

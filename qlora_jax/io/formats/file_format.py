@@ -48,7 +48,7 @@ class Parts(dict[str, Any]):
         return blocks
 
     def check_bits(self, name: str, count: int) -> None:
-        """Raises if a row of `count` codes has the size of codes that are not 4-bit."""
+        """Raises if a part has rows of `count` codes that do not have 4 bits each."""
         bits = 8 * self[name].dtype.itemsize * self[name].shape[1] / count
         message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
         # Numbers other than these mean that a shape is wrong, which the caller reports.

@@ -82,11 +82,11 @@ def integer_scale_dtype(q: QTensor) -> np.dtype:
 
 def dtype_settings(kernels: Kernels, config: Config) -> dict[str, Any]:
     """Returns the settings in `config.json` of the dtype of scales and activations."""
-    # vLLM does not support MXFP4 in float16, and transformers supports E2M1 only in
-    # bfloat16. Gemma overflows in float16, so its dtype is kept.
-    is_int = next(iter(kernels.values())).fmt in INT4_FORMATS
-    if is_int and str(config.get("model_type")).startswith("gemma"):
-        return {}
-    dtypes = [integer_scale_dtype(q).name for q in kernels.values()] if is_int else []
+    if next(iter(kernels.values())).fmt not in INT4_FORMATS:
+        # vLLM has no MXFP4 in float16, and transformers has E2M1 only in bfloat16.
+        return {"dtype": "bfloat16", "torch_dtype": None}
+    if str(config.get("model_type")).startswith("gemma"):
+        return {}  # Gemma overflows in float16, so its dtype is kept
     # "float16" sorts last: one kernel whose scales need float16 decides for the model.
-    return {"dtype": max(dtypes, default="bfloat16"), "torch_dtype": None}
+    dtypes = (integer_scale_dtype(q).name for q in kernels.values())
+    return {"dtype": max(dtypes), "torch_dtype": None}
