@@ -108,8 +108,8 @@ def checked_tensors(
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[Array], None]]]:
     """Yields each tensor's name, its index in the part, and a function `check`.
 
-    For each piece of the tensor, the caller passes a boolean scalar to `check`; JAX may
-    still be computing it. If one is false, a CheckpointError names the tensor.
+    The loop's body passes a boolean scalar to `check` for each piece of the tensor; JAX
+    may still be computing it. If one is false, the next iteration raises an error.
     """
     for index, local in batch_indices(batch):
         flags: list[Array] = []

@@ -191,7 +191,8 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
         entry |= {"kind": "QTensor", "shape": [*leaf.shape]}
         entry |= {name: getattr(leaf, name) for name in _PACKING}
         entry |= {"dtype": leaf.dtype_name, "axes": leaf.geometry.kinds}
-    # `_check_array` rejects adapters with `inputs`, such as the ids of a bank.
+    # Adapters with `inputs`, such as the ids of a `Selected`, cannot be saved. Their
+    # kind stays "array", so that `_check_array` rejects them.
     elif is_adapter(leaf) and not leaf.inputs:
         # Version 1 of the format stores the settings of a LoRA for every kind.
         scaling = getattr(leaf, "scaling", 1.0)
@@ -299,10 +300,6 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
             name: entry[name] for name in ("shape", "fmt", "block_size", "dtype")
         }
         return QTensor.from_parts(*structs, contract=entry["axes"], **settings)
-
-    def integers(name: str) -> tuple[int, ...]:
-        return tuple(map(operator.index, entry[name]))
-
     kind, scaling = KINDS[entry["kind"]], entry["scaling"]
     has_list = isinstance(scaling, list)  # a scaling for each matrix of a stack
     settings: dict[str, Any] = {
@@ -310,7 +307,9 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
     }
     settings["scaling"] = tuple(map(float, scaling)) if has_list else float(scaling)
     settings["dropout"] = float(entry["dropout"])
-    settings["geometry"] = geometry = Geometry(entry["axes"], integers("sizes"))
+    sizes = tuple(map(operator.index, entry["sizes"]))
+    settings["geometry"] = geometry = Geometry(entry["axes"], sizes)
+    # A file has the settings of a LoRA for every kind, but not every kind takes them.
     settings = {name: settings[name] for name in kind.settings}
     adapter: Any = kind(**dict(zip(kind.roles, structs, strict=True)), **settings)
     kernel_shape = geometry.kernel_shape(adapter.matrix_shape)

@@ -124,8 +124,8 @@ class LazyTensor:
         # JAX's CPU backend copies arrays that do not begin at a multiple of 64 bytes.
         buffer = np.empty(math.prod(shape) * itemsize + 64, np.uint8)
         buffer = buffer[-buffer.ctypes.data % 64 :][: math.prod(shape) * itemsize]
-        # The axes after the last one that is cut are read in full. From that axis on,
-        # values are therefore contiguous in the file for each index of the axes before.
+        # `axis` is the last axis of which only a part is read. The values from there on
+        # are contiguous in the file: one run for each index of the axes before.
         cut_axes = [axis for axis, n in enumerate(self.shape) if shape[axis] != n]
         axis = cut_axes[-1] if cut_axes else 0
         run_size = math.prod(shape[axis:]) * itemsize
