@@ -197,6 +197,7 @@ def _updated_leaf(
         dtype = jnp.promote_types(dtype, values.dtype)
     values = values.astype(dtype)
     for index, tensor in tensors.items():
+        # Kernels are stored as A is; see `_base_tensor`.
         tensor = from_stored("a", tensor, window) if is_matrix_stack else tensor
         values[index] = tensor.reshape(values[index].shape)
     array = jnp.asarray(values)

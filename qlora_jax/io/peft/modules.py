@@ -281,9 +281,8 @@ class ParameterAdapter(FileAdapter):
             columns[path][:, block] = kernel_b
         # To PEFT's layout: from [E, K, r] to [E r, K], and from [E, r, N] to [N, r E].
         a, b = self._swap(a, b)
-        n = b.shape[2]
         a = a.swapaxes(1, 2).reshape(-1, a.shape[1])
-        return {"a": a, "b": b.transpose(2, 1, 0).reshape(n, -1)}
+        return {"a": a, "b": b.transpose(2, 1, 0).reshape(b.shape[2], -1)}
 
     def _swap(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the factors of the transposed product if PEFT swaps the axes."""

@@ -248,7 +248,7 @@ def _adapted_modules(
 def _adapted_parameters(
     config: PeftConfig, model: NamedBase, adapted: set[str], problems: list[str]
 ) -> dict[str, str]:
-    """Returns PEFT's modules of adapted parameters; adds mismatches to `problems`."""
+    """Returns the module of each parameter's adapter in PEFT; adds to `problems`."""
     targets = config.target_parameters
     weights = [f"{module}.weight" for module in _linear_modules(model)]
     by_module: dict[str, list[str]] = {}
@@ -516,8 +516,8 @@ def _ends(
     end_of: Callable[[str], str],
 ) -> tuple[str, ...]:
     """Returns the ends of the adapted names; full names if their ends match others."""
-    # An ignored part of the checkpoint, such as a vision tower, may have modules with
-    # the same ends.
+    # A pattern with this end ignores a part of the checkpoint, such as a vision tower,
+    # in which modules may have the same ends.
     if any(pattern.endswith(r"\..*") for pattern in names.ignored):
         return tuple(sorted(adapted))
     other_ends = {end_of(name) for name in candidates if name not in adapted}
