@@ -189,10 +189,15 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
         # Between the two renames below, the temporary folder contains the old folder,
         # which `delete_unfinished` must not delete.
         _unfinished.discard(temporary)
+        old = pathlib.Path(temporary) / "old"
         if new.is_dir() and path.is_dir():
-            # A rename cannot replace a folder that has files.
-            os.replace(path, pathlib.Path(temporary) / "old")
-        os.replace(new, path)
+            os.replace(path, old)  # a rename cannot replace a folder that has files
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
 
 
 def delete_unfinished() -> None:

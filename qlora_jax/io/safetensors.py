@@ -89,7 +89,7 @@ def _union(folder: pathlib.Path, files: Mapping[str, Tensors]) -> Tensors:
         union |= tensors
     # An index may list no files at all.
     first = next(iter(files.values()), None)
-    return Tensors(union, first.metadata if first else {}, folder)
+    return Tensors(union, {} if first is None else first.metadata, folder)
 
 
 def _open_indexed(folder: pathlib.Path) -> Tensors:

@@ -418,3 +418,14 @@ def test_dropout_is_that_of_kernels_where_a_table_is_adapted(base):
     _, lora = ql.init(jax.random.key(0), base, config)
     written_config = ql.io.peft_config(base, lora, NAMES)
     assert (written_config.lora_dropout, len(written_config.target_modules)) == (0.1, 2)
+
+
+def test_base_weights_that_the_model_lacks_are_refused(base, tmp_path):
+    _, lora = ql.init(
+        jax.random.key(0), base, ql.QLoRAConfig(targets="layers/q_proj/kernel")
+    )
+    config = ql.io.peft_config(base, lora, NAMES)
+    config = dataclasses.replace(config, saved_base_weights=("lm_head.weight",))
+    with pytest.raises(ValueError, match="Got others:\n  lm_head.weight"):
+        ql.io.save_peft(tmp_path / "adapter", base, lora, NAMES, config)
+    assert not (tmp_path / "adapter").exists()

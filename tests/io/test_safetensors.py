@@ -37,6 +37,12 @@ def test_reads_what_the_package_writes(tmp_path):
         assert_same_bits(np.asarray(tensors[name]), expected)
 
 
+def test_metadata_of_a_first_file_without_tensors_is_read(tmp_path):
+    for name, tensors in {A: {}, B: TENSOR_B}.items():
+        write_safetensors(tmp_path / name, tensors, metadata={"file": name})
+    assert open_safetensors(tmp_path).metadata == {"file": A}
+
+
 def test_the_package_reads_what_is_written(tmp_path):
     path = tmp_path / "new" / "x.safetensors"
     tensors = {**TENSORS}

@@ -198,3 +198,19 @@ def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
     message = r"theirs differ.*\n.*0.self_attn.k_proj.weight, .*0.self_attn.q_proj"
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "x", base, "compressed-tensors")
+
+
+@pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
+def test_a_packed_head_is_not_listed_as_a_float_module(layout, tmp_path):
+    names = ql.io.Names({"lm_head/kernel": "lm_head.weight"})
+    kernel = jax.random.normal(jax.random.key(0), (K, N), jnp.bfloat16)
+    base = {"lm_head": {"kernel": ql.quantize(kernel, "int4_f16", block_size=128)}}
+    ql.io.save_packed(tmp_path / layout, base, names, {}, layout, progress=False)
+    config = json.loads((tmp_path / layout / "config.json").read_text())
+    quantization = config["quantization_config"]
+    floats = quantization.get("modules_to_not_convert") or quantization.get("ignore")
+    assert not floats
+    assert any(
+        name.startswith("lm_head.")
+        for name in ql.io.open_safetensors(tmp_path / layout)
+    )

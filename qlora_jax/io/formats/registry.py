@@ -270,7 +270,8 @@ def save_packed(
         for index, name in np.ndenumerate(leaf.tensor_names):
             kernels[name] = matrix_of(x, index)
             tensors |= writer.tensors(name, kernels[name])
-    if "lm_head.weight" not in tensors:  # the head shares the weights of the embedding
+    # Without a head of its own, the model multiplies with the embedding.
+    if "lm_head.weight" not in {*tensors, *kernels}:
         float_modules.append("lm_head")
     # 3. Describe the kernels in the config.
     old_config = config if isinstance(config, Mapping) else read_config_json(config)

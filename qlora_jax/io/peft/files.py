@@ -276,9 +276,14 @@ def adapter_tensors(
         # The rows here are sorted by token; those of PEFT are in the order of `rows`.
         order = np.searchsorted(adapter.replaced_rows, rows)
         tensors[layout.rows_key(module)] = np.asarray(adapter.arrays["rows"])[order]
+    keys = layout.saved | layout.optional
+    refuse_listed(
+        "`saved_base_weights` must have the names of weights that PEFT may save. Got "
+        "others",
+        [name for name in config.saved_base_weights if name not in keys],
+    )
     for name in (*layout.saved, *config.saved_base_weights):
-        key = (layout.saved | layout.optional)[name][0]
-        tensors[key] = _base_tensor(model, name)
+        tensors[keys[name][0]] = _base_tensor(model, name)
     not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     refuse_listed("these tensors of the adapter must be finite", not_finite)
     return tensors
