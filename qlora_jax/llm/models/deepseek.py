@@ -83,7 +83,6 @@ def read_deepseek_v2(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _is_dense(raw: Mapping[str, Any]) -> list[bool]:
-    """Returns whether each layer has a dense MLP."""
     first = _read_size(raw, "first_k_dense_replace")
     return [layer < first for layer in range(raw["num_hidden_layers"])]
 
@@ -134,6 +133,7 @@ def _read(
 
 def _read_experts(raw: Mapping[str, Any], scores: _Scores) -> Experts:
     num_groups = raw["n_group"]
+    # With sigmoids, the score of a group is the sum of its two best scores.
     if scores == "sigmoid" and not (
         is_count(num_groups) and raw["n_routed_experts"] >= 2 * num_groups
     ):

@@ -85,14 +85,9 @@ def _read_mistral(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _qwen_layers(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
     """Returns the layers; those from `max_window_layers` on may have a window."""
-    window = raw.get("sliding_window", 4096)
-    window = window if raw.get("use_sliding_window", False) else None
-    first = raw.get("max_window_layers", 28) if window is not None else None
-
-    def is_sliding(index: int) -> bool:
-        return first is not None and index >= first
-
-    return read_layers(raw, is_sliding, window, rope)
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
+    first = None if window is None else raw.get("max_window_layers", 28)
+    return read_layers(raw, lambda i: first is not None and i >= first, window, rope)
 
 
 def _read_qwen2(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -149,7 +144,7 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, {"clip_qkv": None})
     fields = shared_fields(raw, eps=1e-5) | read_biases(raw)
     normalized = bool(raw.get("norm_topk_prob", False))
-    experts = read_experts(raw, 64, 8, factor=0.01, normalized=normalized)
+    experts = read_experts(raw, 64, 8, balance=0.01, normalized=normalized)
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
     return DecoderConfig(**fields, layers=layers, experts=experts, qk_norms="whole")
 
@@ -159,7 +154,8 @@ def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     fields["qk_norms"] = True
     windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
     [kind] = read_uniform_layers(windows, read_rope(raw, fields["head_dim"]), 4096)
-    return _read_sparse(raw, fields, (kind,) * fields["num_layers"], 768, (128, 8))
+    kinds = (kind,) * fields["num_layers"]
+    return _read_sparse(raw, fields, kinds, width=768, count=128, per_token=8)
 
 
 def _read_qwen2_moe(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -172,22 +168,23 @@ def _read_qwen2_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     window = raw.get("sliding_window", 4096) if has_windows else None
     rope = read_rope(raw, fields["head_dim"])
     kinds = read_layers(raw, lambda i: i % 2 == 0 and i < end, window, rope)
-    shared_width = raw.get("shared_expert_intermediate_size", 5632)
-    return _read_sparse(raw, fields, kinds, 1408, (60, 4), shared_width=shared_width)
+    settings = {"count": 60, "per_token": 4}
+    settings["shared_width"] = raw.get("shared_expert_intermediate_size", 5632)
+    return _read_sparse(raw, fields, kinds, width=1408, **settings)
 
 
 def _read_sparse(
     raw: Mapping[str, Any],
     fields: dict[str, Any],
     kinds: tuple[LayerKind, ...],
+    *,
     width: int,
-    counts: tuple[int, int],
     **settings: Any,
 ) -> DecoderConfig:
     """Returns a decoder in which some layers have experts, and the others an MLP.
 
-    `width` and `counts` are the family's defaults for `moe_intermediate_size` and for
-    the numbers of experts. `settings` are further fields of `Experts`.
+    `width` is the family's default for `moe_intermediate_size`. `settings` are
+    arguments of `read_experts`.
     """
     # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
     step = read_count(raw, "decoder_sparse_step", 1)
@@ -203,8 +200,8 @@ def _read_sparse(
         for kind, has_experts in zip(kinds, is_sparse, strict=True)
     )
     fields = fields | {"intermediate_size": raw.get("moe_intermediate_size", width)}
-    settings["normalized"] = bool(raw.get("norm_topk_prob", False))
-    experts = read_experts(raw, *counts, **settings)
+    normalized = bool(raw.get("norm_topk_prob", False))
+    experts = read_experts(raw, **settings, normalized=normalized)
     return DecoderConfig(**fields, layers=layers, experts=experts)
 
 
@@ -362,6 +359,7 @@ _GPT_OSS_KEYS += f" swiglu_alpha swiglu_limit {WINDOW_KEYS} {EXPERT_KEYS}"
 _GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
 _GEMMA2_KEYS = "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar"
 _GEMMA2_KEYS += f" {_GEMMA_KEYS} {WINDOW_KEYS}"
+# Where files have `_sliding_window_pattern`, `layer_types` says the same.
 _GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_pattern"
 _GEMMA3_KEYS += f" {_GEMMA2_KEYS}"
 _QWEN3_5_KEYS = "attention_bias attn_output_gate full_attention_interval hidden_act"

@@ -162,15 +162,15 @@ def read_experts(
     count: int,
     per_token: int,
     *,
-    factor: float = 0.001,
+    balance: float = 0.001,
     **settings: Any,
 ) -> Experts:
     """Returns the mixture of experts.
 
-    `count`, `per_token` and `factor` are the family's defaults for missing keys.
-    `factor` is the weight of the load-balancing loss, which is off by default.
+    `count`, `per_token` and `balance` are the family's defaults for missing keys.
+    `balance` is the weight of the load-balancing loss, which is off by default.
     """
-    balance = to_float(raw.get("router_aux_loss_coef", factor))
+    balance = to_float(raw.get("router_aux_loss_coef", balance))
     return Experts(
         raw.get("num_experts", raw.get("num_local_experts", count)),
         raw.get("num_experts_per_tok", per_token),
@@ -328,7 +328,7 @@ def read_rope(
             f'`rope_type` "{kind}" must come with {missing}. Got {section}.'
         )
     # 2. The numbers. If `factor` is missing, it is computed as the ratio of the two
-    # context lengths.
+    # context lengths. LongRoPE does not need it if there is an `attention_factor`.
     theta = to_float(section.get("rope_theta") or raw.get("rope_theta") or theta)
     longest = raw.get(_LONGEST)
     original = raw.get(_ORIGINAL) or section.get(_ORIGINAL) or longest

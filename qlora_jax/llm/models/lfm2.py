@@ -79,11 +79,7 @@ def _layer_types(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _mlp_width(raw: Mapping[str, Any]) -> int:
-    """Returns the width of MLPs.
-
-    By default, it is two thirds of `intermediate_size`, multiplied by a factor and
-    rounded up to a multiple.
-    """
+    """By default, two thirds of `intermediate_size`, scaled and rounded up."""
     width = raw["intermediate_size"]
     if not raw.get("block_auto_adjust_ff_dim", True):
         return width

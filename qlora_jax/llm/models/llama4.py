@@ -22,8 +22,6 @@ layer_types moe_layers no_rope_layer_interval no_rope_layers num_experts_per_tok
 num_local_experts output_router_logits router_aux_loss_coef use_qk_norm
 """
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
-# The name of a module in Llama, and its name in Llama 4.
-_MODULE_NAMES = (("mlp", "feed_forward"),)
 
 
 def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -74,7 +72,7 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
         layers=layers,
         interleaved_rope=True,
         query_scaling=scaling,
-        module_names=_MODULE_NAMES,
+        module_names=(("mlp", "feed_forward"),),
         experts=_read_experts(raw) if any(is_sparse) else None,
     )
 

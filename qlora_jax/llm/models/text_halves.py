@@ -90,6 +90,7 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"`model_type` in `text_config` must be one of {_MISTRALS}. Got "
             f"{text['model_type']!r}."
         )
+    # The other families have no M-RoPE, or know its keys (Qwen3.5).
     if kind not in _DEFAULTS:
         return text
     for name in ("rope_parameters", "rope_scaling"):
