@@ -218,7 +218,8 @@ class Attention(nn.Module):
             if cache is not None:
                 key, value, new_kv = self._join_cached(key, value, tokens, cache)
         else:
-            key, value = shared_kv[str(kind.kv_group)]
+            assert kind.kv_group is not None  # the group shares keys and values
+            key, value = shared_kv[kind.kv_group]
         if kind.kv_group is not None:
             shared_kv = {**shared_kv, kind.kv_group: (key, value)}
         is_cached = cache is not None
@@ -378,7 +379,7 @@ class Attention(nn.Module):
         has_bias["o_proj"] = c.o_bias
         names = linear_names("self_attn", has_bias)
         if c.qk_norms:
-            norms = ("q_norm", "k_norm")[: 1 + kind.has_kv]
+            norms = ("q_norm", "k_norm") if kind.has_kv else ("q_norm",)
             names |= {f"{norm}/scale": f"self_attn.{norm}.weight" for norm in norms}
         return names | ({"sinks": "self_attn.sinks"} if c.sinks else {})
 
@@ -487,32 +488,29 @@ def attend(
             is_causal=True,
             implementation="cudnn",
         )
+    has_blocks = implementation == "blocks" or query.shape[1] > MANY_QUERIES
     # Blocks are slices, which JAX does not support along axes that an Explicit mesh
     # splits.
     mesh = getattr(jax.typeof(query).sharding, "mesh", None)
-    is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
-    is_blocked = implementation == "blocks" or query.shape[1] > MANY_QUERIES
-    block = gpu_block = None
-    if is_blocked and not is_split:
-        block, gpu_block = BLOCK, GPU_BLOCK
-    attend_plain = functools.partial(
-        attend_by_matrices, scale=scale, soft_cap=soft_cap, block=block
-    )
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        has_blocks = False
+    attend_plain = functools.partial(attend_by_matrices, scale=scale, soft_cap=soft_cap)
+    attend_on_cpu = functools.partial(attend_plain, block=BLOCK if has_blocks else None)
     operands = query, key, value, visible
-    if implementation == "blocks":
-        attend_off_cpu = functools.partial(attend_plain, block=gpu_block)
-    elif soft_cap is not None:  # JAX's attention has no soft-cap
-        return attend_plain(*operands)
-    else:
+    if implementation == "xla" and soft_cap is not None:
+        return attend_on_cpu(*operands)  # JAX's attention has no soft-cap
 
-        def attend_off_cpu(query, key, value, visible):
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=visible[:, None], scale=scale
-            )
+    def attend_off_cpu(query, key, value, visible):
+        if implementation == "blocks":
+            block = GPU_BLOCK if has_blocks else None
+            return attend_plain(query, key, value, visible, block=block)
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=visible[:, None], scale=scale
+        )
 
     # Plain products are faster on CPUs than JAX's attention.
     return jax.lax.platform_dependent(
-        *operands, cpu=attend_plain, default=attend_off_cpu
+        *operands, cpu=attend_on_cpu, default=attend_off_cpu
     )
 
 
