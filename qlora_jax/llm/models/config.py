@@ -475,7 +475,7 @@ class DecoderConfig:
     def _check_options(self):
         if not (self.pre_norms or self.post_norms):
             raise ValueError("`post_norms` must be True without `pre_norms`.")
-        if self.parallel_mlp and (self.post_norms or not self.pre_norms):
+        if self.parallel_mlp and self.post_norms:
             raise ValueError("`post_norms` must be False with a `parallel_mlp`.")
         if self.layer_norms and self.unit_offset_norms:
             raise ValueError("`unit_offset_norms` must be False with `layer_norms`.")
@@ -566,7 +566,7 @@ class DecoderConfig:
         """Returns the number of values of a head that form pairs: D in `Rope`.
 
         Args:
-            rope: The rotary positions of the layer, or None.
+            rope: The rotary positions of the layer. If None, all angles are 0.
         """
         return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
 

@@ -190,8 +190,9 @@ class Decoder(nn.Module):
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
         # 2. Run the layers.
-        token_data = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
-        token_data = token_data._replace(num_tokens=num_tokens)
+        token_data = describe_tokens(
+            tokens.shape, c, positions, segment_ids, cache, num_tokens
+        )
         layer_inputs = None
         if c.per_layer_width:
             name = PerLayerEmbedding.part_name
@@ -378,8 +379,9 @@ def describe_tokens(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
+    num_tokens: Int[Array, " B"] | None = None,
 ) -> TokenData:
-    """Returns what layers know about the tokens of a call, without `num_tokens`."""
+    """Returns what layers know about the tokens of a call."""
     # 1. The position of each token in its segment: its index in the row, minus the
     # index at which the segment starts.
     if positions is None:
@@ -413,7 +415,7 @@ def describe_tokens(
         steps = ((positions + scaling.offset) // scaling.length).astype(jnp.float32)
         query_scales = (1 + scaling.beta * jnp.log1p(steps))[:, :, None, None]
     tables = jnp.stack(tables)
-    return TokenData(positions, segment_ids, tables, query_scales=query_scales)
+    return TokenData(positions, segment_ids, tables, num_tokens, query_scales)
 
 
 def init_cache(

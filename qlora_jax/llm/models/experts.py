@@ -27,7 +27,7 @@ from .products import apply_gate, make_dense, name_product
 class ExpertsDense(nn.Module):
     """One linear layer per expert, for rows that are sorted by expert."""
 
-    experts: int
+    num_experts: int
     features: int
     use_bias: bool = False
     dtype: DTypeLike = jnp.float32
@@ -36,14 +36,14 @@ class ExpertsDense(nn.Module):
     def __call__(self, x, group_sizes):
         """Multiplies each group of rows by the kernel of its expert."""
         init = nn.initializers.lecun_normal(batch_axis=(0,))
-        shape = self.experts, x.shape[-1], self.features  # [E, K, N]
+        shape = self.num_experts, x.shape[-1], self.features  # [E, K, N]
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         y = lax.ragged_dot(x, kernel, group_sizes, preferred_element_type=jnp.float32)
         if self.use_bias:
-            shape = self.experts, self.features
+            shape = self.num_experts, self.features
             bias = self.param("bias", nn.initializers.zeros, shape)
             row_experts = jnp.repeat(  # [rows], the expert of each
-                jnp.arange(self.experts), group_sizes, total_repeat_length=len(x)
+                jnp.arange(self.num_experts), group_sizes, total_repeat_length=len(x)
             )
             y = y + bias.astype(jnp.float32)[row_experts]
         return y.astype(x.dtype)
@@ -110,10 +110,7 @@ class MixtureOfExperts(nn.Module):
         return mixed.astype(x.dtype)
 
     def _apply_shared(self, x: Array, experts: Experts) -> Float[Array, "B T D"]:
-        """Returns the output of the MLP that processes all tokens.
-
-        If this MLP has a gate, its output is multiplied by the sigmoid of the gate.
-        """
+        """Returns the output of the MLP that processes all tokens, with its gate."""
         c, name = self.config, experts.shared_name
         mlp = DenseMLP(c, experts.shared_width, self.dtype, name=name)
         y = name_product(mlp(x)).astype(jnp.float32)

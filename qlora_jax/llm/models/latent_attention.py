@@ -4,7 +4,7 @@ Keys and values are computed in two products. The first one gives a short latent
 for each token. After a norm, the second one gives the keys and values of all heads.
 Queries are computed in the same way, or in a single product. Only a part of each query
 and key is rotated, and all heads share the rotated part of the key. Shapes: B batch, T
-tokens, H heads, R rank of keys and values.
+tokens, H heads.
 """
 
 from typing import ClassVar

@@ -147,16 +147,19 @@ def norm_names(config: DecoderConfig) -> NormNames:
     if not config.post_norms:
         return NormNames("input_layernorm", None, "post_attention_layernorm", None)
     if config.post_norms == "glm":
-        after = "post_self_attn_layernorm", "post_mlp_layernorm"
-        before = "input_layernorm", "post_attention_layernorm"
-        return NormNames(before[0], after[0], before[1], after[1])
-    after = "post_attention_layernorm", "post_feedforward_layernorm"
-    if not config.pre_norms:
-        return NormNames(None, after[0], None, after[1])
-    before_mlp: str | None = "pre_feedforward_layernorm"
+        return NormNames(
+            before_mixer="input_layernorm",
+            after_mixer="post_self_attn_layernorm",
+            before_mlp="post_attention_layernorm",
+            after_mlp="post_mlp_layernorm",
+        )
+    before_mixer = before_mlp = None
+    if config.pre_norms:
+        before_mixer, before_mlp = "input_layernorm", "pre_feedforward_layernorm"
     if config.experts is not None and config.experts.beside_mlp:
         before_mlp = None  # `MLPWithExperts` has this norm
-    return NormNames("input_layernorm", after[0], before_mlp, after[1])
+    after_mixer, after_mlp = "post_attention_layernorm", "post_feedforward_layernorm"
+    return NormNames(before_mixer, after_mixer, before_mlp, after_mlp)
 
 
 def mixer_class(kind: LayerKind) -> Mixer:

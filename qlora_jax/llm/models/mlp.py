@@ -36,12 +36,16 @@ class DenseMLP(nn.Module):
         else:
             gate = name_product(dense(width, name="gate_proj")(x))
             up = name_product(dense(width, name="up_proj")(x))
+        # This product has no name: most layers end with it, so that no other part of
+        # the layer needs it in the backward pass.
         return dense(c.hidden_size, name="down_proj")(apply_gate(c, gate, up))
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
         """Returns the Hugging Face name of each parameter in the layer, by path."""
-        projections = ["gate_proj"] * config.gated_mlp + ["up_proj", "down_proj"]
+        projections = ["gate_proj", "up_proj", "down_proj"]
         if config.fused:
             projections = ["gate_up_proj", "down_proj"]
+        elif not config.gated_mlp:
+            projections = ["up_proj", "down_proj"]
         return linear_names("mlp", dict.fromkeys(projections, config.mlp_bias))
