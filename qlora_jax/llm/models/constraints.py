@@ -1,7 +1,7 @@
 """Sharding constraints for the activations of a decoder on an ambient mesh.
 
-By itself, XLA would choose neither how embedded tokens are exchanged nor how a tied
-head is split, and it cannot partition a kernel of attention.
+By itself, XLA would neither exchange embedded tokens by an all-to-all nor split a tied
+head along the vocabulary, and it cannot partition a kernel of attention.
 """
 
 import math
@@ -31,7 +31,8 @@ def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     while columns and x.shape[2] % _num_parts(columns, sizes) == 0:
         data = "data" if "data" in sizes else None
         x = lax.with_sharding_constraint(x, PartitionSpec(data, None, columns))
-        columns = columns[:-1]  # one axis at a time: XLA is inefficient for several
+        # Exchange columns over one axis at a time: XLA is inefficient for several.
+        columns = columns[:-1]
     return lax.with_sharding_constraint(x, PartitionSpec(rows))
 
 

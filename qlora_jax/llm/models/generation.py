@@ -135,6 +135,7 @@ def extend(
     one of the size that it needs.
     """
     (starts, lengths), (batch_size, width) = counts, tokens.shape
+    fill = eos_ids[0] if eos_ids else 0  # follows the end of an answer
     if cache is None:  # created here, so that XLA chooses its placement on a mesh
         cache = model.init_cache(batch_size, width + num_new)
     assert cache is not None
@@ -166,7 +167,7 @@ def extend(
     indices = {"positions": starts[:, None] + jnp.arange(width)[None]}
     indices["num_tokens"] = lengths
     first, cache = decode(tokens, cache, 0, select=lengths[:, None] - 1, **indices)
-    output, fill = first[:, None], eos_ids[0] if eos_ids else 0
+    output = first[:, None]
     if num_new > 1:
         output = jnp.full((batch_size, num_new), fill, tokens.dtype)
         output = output.at[:, 0].set(first)

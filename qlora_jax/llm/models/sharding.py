@@ -87,7 +87,7 @@ def _candidate_specs(
     config: DecoderConfig, path: str, sizes: dict[str, int]
 ) -> Iterator[tuple]:
     """Yields the specs that may split a leaf, the best one first."""
-    *parents, module, name = ("", *path.split("/"))
+    *parents, module, name = path.split("/")
     # The leading axes are layers and, in a mixture, experts.
     stack = (None,) * (2 if "experts" in parents else 1)
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))

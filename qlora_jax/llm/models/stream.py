@@ -115,7 +115,7 @@ class Stream:
         del self._ids[num_shared:]
         answer = self._answer = object()
         max_length = len(prompt) + max_new_tokens
-        self._reserve(len(prompt), max_length)
+        self._reserve(len(prompt), max_length)  # may clear the cache
         new_ids = prompt[len(self._ids) :]
         for step in range(max_new_tokens):
             if self._answer is not answer:
