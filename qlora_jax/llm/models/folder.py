@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Suffixes of the files in a folder that contain settings, not weights.
 _SETTINGS_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-_HEAD_ROWS = 4096  # number of rows of the head that are compared at a time
+_ROWS_PER_PART = 4096  # number of rows of tied tensors that are compared at a time
 
 
 class ChatSettings(NamedTuple):
@@ -143,18 +143,18 @@ class ModelFolder:
             yield folder
 
 
-def check_tied(tensors: ql.io.Tensors, name: str, leaf_name: str) -> None:
+def check_tied(tensors: ql.io.Tensors, name: str, other_name: str) -> None:
     """Raises if a file has two tensors that are tied in the model, and differ."""
-    if not {name, leaf_name} <= tensors.keys():
+    if not {name, other_name} <= tensors.keys():
         return
-    head, embedding = tensors[name], tensors[leaf_name]
+    tensor, other = tensors[name], tensors[other_name]
     # Slices read only a part of large arrays at a time.
-    starts = range(0, head.shape[0], _HEAD_ROWS)
-    parts = (slice(start, start + _HEAD_ROWS) for start in starts)
-    if head.shape != embedding.shape or not all(
-        np.array_equal(head[part], embedding[part]) for part in parts
+    starts = range(0, tensor.shape[0], _ROWS_PER_PART)
+    parts = (slice(start, start + _ROWS_PER_PART) for start in starts)
+    if tensor.shape != other.shape or not all(
+        np.array_equal(tensor[part], other[part]) for part in parts
     ):
         raise ValueError(
             "`tie_word_embeddings` in config.json must be false, since the file "
-            f"has an {name} that differs from {leaf_name}. Got true."
+            f"has an {name} that differs from {other_name}. Got true."
         )

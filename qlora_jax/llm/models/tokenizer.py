@@ -157,9 +157,7 @@ class FolderTokenizer:
         tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
         # Tokens in the vocabulary keep their ids. The others get the next ids, in the
         # order of this list.
-        tokens: list[str | AddedToken] = [
-            self._added[index] for index in sorted(self._added)
-        ]
+        tokens: list[str | AddedToken] = [x for _, x in sorted(self._added.items())]
         texts = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
         texts |= {str(token) for token in tokens}
         special = [*self._named.values(), *self._unnamed]
@@ -181,7 +179,7 @@ class FolderTokenizer:
         """Builds the tokenizer from the file's vocabulary and merges, and the class."""
         from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
-        name, space = self.class_name, self._settings.get("add_prefix_space")
+        name, prefix_space = self.class_name, self._settings.get("add_prefix_space")
         # 1. Keep the file's model and, except in GPT-NeoX, its post-processor. Drop the
         # other parts.
         is_spm = name in ("LlamaTokenizer", "GemmaTokenizer")
@@ -189,25 +187,27 @@ class FolderTokenizer:
         model |= {"fuse_unk": is_spm, "byte_fallback": is_spm, "unk_token": None}
         if name == "GemmaTokenizer":
             model["unk_token"] = self.special.get("unk_token")
-        dropped = ("normalizer", "pre_tokenizer", "decoder", "padding", "truncation")
-        dropped += ("post_processor",) * (name == "GPTNeoXTokenizer")
+        dropped = ["normalizer", "pre_tokenizer", "decoder", "padding", "truncation"]
+        if name == "GPTNeoXTokenizer":
+            dropped.append("post_processor")
         raw = self._raw | dict.fromkeys(dropped) | {"model": model, "added_tokens": []}
         tokenizer = Tokenizer.from_str(json.dumps(raw))
         # 2. Add the parts that the class defines.
         if name == "LlamaTokenizer":
-            space = space is None or bool(space)
+            has_prefix = prefix_space is None or bool(prefix_space)
             scheme = "always" if self._settings.get("legacy") else "first"
-            split = pre_tokenizers.Metaspace(SPACE, scheme if space else "never", False)
-            tokenizer.pre_tokenizer = split
-            tokenizer.decoder = spm_decoder(space)
+            scheme = scheme if has_prefix else "never"
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, False)
+            tokenizer.decoder = spm_decoder(has_prefix)
         elif name == "GemmaTokenizer":
             split_as_gemma(tokenizer)
         else:
-            split = pre_tokenizers.ByteLevel(add_prefix_space=bool(space))
+            has_prefix = bool(prefix_space)
+            split = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix)
             if name == "Qwen2Tokenizer":
-                split = make_pre_tokenizer("qwen2", bool(space))
+                split = make_pre_tokenizer("qwen2", has_prefix)
             elif name == "Qwen3_5Tokenizer":
-                split = make_pre_tokenizer("qwen35", bool(space))
+                split = make_pre_tokenizer("qwen35", has_prefix)
             if name != "GPT2Tokenizer":
                 tokenizer.normalizer = normalizers.NFC()
             tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()

@@ -66,9 +66,9 @@ class TorchConfig:
         contract: Contract = {}
         for path in self.shapes:
             roles = self.names.roles(path)
-            is_stack_of_experts = self.names.entries[path].parameter is not None
+            has_experts = self.names.entries[path].parameter is not None
             if roles and path != f"{self.head_module}.weight":
-                contract[re.escape(path)] = "b" * is_stack_of_experts + roles
+                contract[re.escape(path)] = f"b{roles}" if has_experts else roles
         return contract
 
     def is_language_leaf(self, path: str) -> bool:
