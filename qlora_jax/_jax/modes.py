@@ -39,7 +39,7 @@ def auto_only(mesh: AnyMesh, entries: Iterable[Axes]) -> list[Axes]:
     return [tuple(name for name in axes if name in auto) for axes in entries]
 
 
-def explicit_axes(mesh: AnyMesh) -> frozenset[str]:
+def unmapped_explicit_axes(mesh: AnyMesh) -> frozenset[str]:
     """Returns a mesh's Explicit axes, except those that split the axis of a vmap."""
     # Types inside `jax.vmap` do not show which mesh axes split the mapped axis. But a
     # `shard_map` without axis names is manual over all axes except these. So this
@@ -64,11 +64,11 @@ def without_mapped_axes(mesh: AnyMesh, *trees: PyTree) -> PyTree:
     """Gathers arrays over the mesh axes that split the axis of an enclosing vmap."""
     # JAX already splits the results of the vmap over these axes, and raises an error if
     # a mesh axis is used twice.
-    explicit_names = explicit_axes(mesh)
+    unmapped = unmapped_explicit_axes(mesh)
 
     def gather(x: Array) -> Array:
         axes = typed_axes(x)
-        allowed = [free_prefix(entry, {*entry} - explicit_names) for entry in axes]
+        allowed = [free_prefix(entry, {*entry} - unmapped) for entry in axes]
         return x if allowed == axes else split_by(x, mesh, make_spec(*allowed))
 
     return jax.tree.map(gather, trees)

@@ -234,8 +234,8 @@ def on_arrays(
 ) -> PyTree:
     """Returns `transform(fn)(*state, inputs)`, which traces only arrays of `inputs`.
 
-    `transform` is `jax.checkpoint` or a version of it in Flax. The flags in the inputs
-    and outputs of `fn` remain Python values.
+    `transform` is `jax.checkpoint`, or Flax's version, whose `state` is a module.
+    The flags in the inputs and outputs of `fn` remain Python values.
     """
     arrays, rebuild = split(inputs)
     # Tracing `fn` shows the structure of its outputs. The last trace is used.

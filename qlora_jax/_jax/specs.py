@@ -45,8 +45,8 @@ def free_prefix(axes: Axes, used: set[str]) -> Axes:
     return axes
 
 
-def fitting(axes: Axes, sizes: Mapping[str, int], *lengths: int) -> Axes:
-    """Returns the longest prefix of the axes that divides all lengths."""
+def dividing_prefix(axes: Axes, sizes: Mapping[str, int], *lengths: int) -> Axes:
+    """Returns the longest prefix whose number of parts divides all lengths."""
     for count in range(len(axes), 0, -1):
         if all(length % num_parts(sizes, axes[:count]) == 0 for length in lengths):
             return axes[:count]
@@ -67,7 +67,7 @@ def typed_axes(x: Array) -> list[Axes]:
 def fitting_spec(
     mesh: AnyMesh, spec: Iterable[SpecEntry], shape: Sequence[int]
 ) -> PartitionSpec:
-    """Drops entries that do not divide their axis or that repeat a mesh axis."""
+    """Drops whole entries that do not divide their axis or that repeat a mesh axis."""
     used: set[str] = set()
     entries: list[SpecEntry] = []
     for entry, size in zip(spec, shape, strict=True):

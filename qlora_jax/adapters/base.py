@@ -342,7 +342,9 @@ def _fitting_axes(
     for name, x in lora.arrays.items():
         axes = [*batch, *(role_axes.get(role, ()) for role in lora.roles[name])]
         pairs = zip(axes, x.shape, strict=True)
-        axes_by_name[name] = tuple(specs.fitting(a, mesh_sizes, n) for a, n in pairs)
+        axes_by_name[name] = tuple(
+            specs.dividing_prefix(a, mesh_sizes, n) for a, n in pairs
+        )
     return axes_by_name
 
 

@@ -30,12 +30,12 @@ from .._jax.modes import (
     auto_only,
     axes_of_type,
     call_in_auto_mode,
-    explicit_axes,
     explicit_mesh,
     split_as,
     split_by,
+    unmapped_explicit_axes,
 )
-from .._jax.specs import AnyMesh, Axes, axes_of, fitting, make_spec, spec_of
+from .._jax.specs import AnyMesh, Axes, axes_of, dividing_prefix, make_spec, spec_of
 from ..product.sharded import declared_mesh
 from ..quant.codes import dequantize_blocks, quantize_blocks, select_values
 from ..quant.formats import Packing
@@ -247,8 +247,8 @@ class _Tiles:
             # Split K only where each device gets whole blocks of both formats. With a
             # partial block at its end, K counts as one block, which cannot be split.
             counts = [k // size if k % size == 0 else 1 for size in block_sizes]
-            axes[-2] = fitting(axes[-2], mesh.shape, *counts)
-            axes[-1] = fitting(axes[-1], mesh.shape, n)
+            axes[-2] = dividing_prefix(axes[-2], mesh.shape, *counts)
+            axes[-1] = dividing_prefix(axes[-1], mesh.shape, n)
         arrays = weights, packing, a, b, scaling
         return cls(*arrays, kernel.dtype, max(block_sizes), mesh, axes)
 
@@ -268,9 +268,9 @@ class _Tiles:
         a_spec, b_spec = make_spec(*batch, k, ()), make_spec(*batch, (), n)
         scaling_specs = [batch_spec] * (1 + len(extra))
         in_specs = (matrix_spec,) * len(self.weights), a_spec, b_spec, *scaling_specs
-        mapped_axes = axes_of_type(mesh, AxisType.Auto)
+        axis_names = axes_of_type(mesh, AxisType.Auto)
         if explicit_mesh(operands) is not None:
-            mapped_axes = explicit_axes(mesh)
+            axis_names = unmapped_explicit_axes(mesh)
             operands = jax.tree.map(
                 lambda x, spec: split_by(x, mesh, spec), operands, in_specs
             )
@@ -279,7 +279,7 @@ class _Tiles:
             mesh=mesh,
             in_specs=in_specs,
             out_specs=matrix_spec,
-            axis_names={*mapped_axes},
+            axis_names={*axis_names},
             check_vma=False,
         )(*operands)
 

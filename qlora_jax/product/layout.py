@@ -17,7 +17,7 @@ from .._jax.specs import (
     AnyMesh,
     Axes,
     axes_of,
-    fitting,
+    dividing_prefix,
     free_prefix,
     make_spec,
     num_parts,
@@ -125,7 +125,7 @@ def lay_out(
     batch_axes = zip(weight_axes[: spec.batch], x_axes, scales_shape, strict=False)
     for weight_entry, x_entry, length in batch_axes:
         axes = free_prefix(weight_entry or x_entry, used)
-        batch.append(fitting(axes, sizes, length))
+        batch.append(dividing_prefix(axes, sizes, length))
         used.update(batch[-1])
 
     # 2. The stored weights. All devices store and multiply the same number of complete
@@ -134,19 +134,19 @@ def lay_out(
     k_parts = num_blocks if spec.k == num_blocks * spec.block_size else 1
     stored_experts: Axes = ()
     if spec.is_ragged:
-        stored_experts = fitting(weight_axes[-3], sizes, scales_shape[-3])
-    stored_k = fitting(
+        stored_experts = dividing_prefix(weight_axes[-3], sizes, scales_shape[-3])
+    stored_k = dividing_prefix(
         free_prefix(weight_axes[-2], used | {*stored_experts}), sizes, k_parts
     )
     stored = {*stored_experts, *stored_k}
-    stored_n = fitting(free_prefix(weight_axes[-1], used | stored), sizes, n)
+    stored_n = dividing_prefix(free_prefix(weight_axes[-1], used | stored), sizes, n)
     stored.update(stored_n)
 
     # 3. The rows of x.
     rows: list[Axes] = []
     row_slice = slice(spec.batch, -1)
     for x_entry, length in zip(x_axes[row_slice], x_shape[row_slice], strict=True):
-        rows.append(fitting(free_prefix(x_entry, used), sizes, length))
+        rows.append(dividing_prefix(free_prefix(x_entry, used), sizes, length))
         used.update(rows[-1])
 
     # 4. The weights during the multiplication: only axes that the rows do not use.
@@ -154,7 +154,9 @@ def lay_out(
         active = free_prefix(stored_axes, used)
         if is_contracted and not stored_axes:
             # If only x is split along the contracted axis, weights are split to match.
-            active = fitting(free_prefix(x_axes[-1], used | stored), sizes, length)
+            active = dividing_prefix(
+                free_prefix(x_axes[-1], used | stored), sizes, length
+            )
         return Split(active, stored_axes[len(active) :] if spec.packed_as else ())
 
     k_split = split(stored_k, k_parts, spec.output == "y")

@@ -20,9 +20,9 @@ from jaxtyping import Array, PyTree
 from .._jax import modes
 from .._jax.modes import (
     auto_only,
-    explicit_axes,
     explicit_mesh,
     split_by,
+    unmapped_explicit_axes,
     with_mapped_axis,
 )
 from .._jax.pytree import take_layer
@@ -110,7 +110,7 @@ def find_layout(
     mesh = spec.mesh
     assert mesh is not None
     if spec.is_explicit:
-        axis_names = explicit_axes(mesh)
+        axis_names = unmapped_explicit_axes(mesh)
     else:
         assert spec.placement is not None
         axis_names = modes.axes_of_type(mesh, AxisType.Auto)
