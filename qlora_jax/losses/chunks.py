@@ -215,8 +215,8 @@ def _compute(
 
 
 def _num_chunks(num_tokens: int, chunk_size: int) -> int:
-    # Prefers a number of chunks by which the number of tokens is divisible, because
-    # `_cut` then needs no padding.
+    # Prefers a number of chunks that divides the number of tokens, because `_cut` then
+    # needs no padding, but not twice the fewest: products with few rows are slow.
     fewest = max(-(-num_tokens // chunk_size), 1)
     for count in range(fewest, min(2 * fewest, num_tokens + 1)):
         if num_tokens % count == 0:

@@ -82,16 +82,16 @@ def chunked_kl_divergence(
         teacher_logit_soft_cap,
         "teacher_",
     )
-    num_tokens, num_words = hidden.shape[:-1], kernel.matrix_shape[-1]
-    if teacher_hidden.shape[:-1] != num_tokens:
+    tokens_shape, vocabulary_size = hidden.shape[:-1], kernel.matrix_shape[-1]
+    if teacher_hidden.shape[:-1] != tokens_shape:
         raise ValueError(
-            f"`teacher_hidden` must have shape [{num_tokens}, ...], one row for each "
+            f"`teacher_hidden` must have shape [*{tokens_shape}, E], one row for each "
             f"token of `hidden`. Got {teacher_hidden.shape}."
         )
-    if teacher_kernel.matrix_shape[-1] != num_words:
+    if teacher_kernel.matrix_shape[-1] != vocabulary_size:
         raise ValueError(
-            f"`teacher_head` must have the vocabulary of `head`, {num_words}. Got "
-            f"{teacher_kernel.matrix_shape[-1]}."
+            f"`teacher_head` must have the vocabulary of `head`, {vocabulary_size}. "
+            f"Got {teacher_kernel.matrix_shape[-1]}."
         )
     if not 0 < temperature < math.inf:
         raise ValueError(
@@ -99,7 +99,7 @@ def chunked_kl_divergence(
         )
     return chunked_losses(
         _Divergence(temperature, teacher_logit_soft_cap),
-        check_chunk_size(chunk_size, 2 * num_words),
+        check_chunk_size(chunk_size, 2 * vocabulary_size),
         logit_soft_cap,
         hidden,
         kernel,

@@ -74,7 +74,7 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
 def by_tiles(
     fn: Callable[..., Any], run_tiles: Callable[[Array], Array], tile: int | None
 ) -> Callable[..., Any]:
-    """Returns `fn(x)`, computed as `run_tiles(tiles)` if x has several tiles."""
+    """Returns a function that computes `fn` by `run_tiles` if x has several tiles."""
     if tile is None:
         return fn
     if tile < 1:
@@ -111,8 +111,7 @@ def _cut(
 def _join(x: Float[Array, "tiles *batch t D"], num_tokens: int) -> Float[Array, "..."]:
     """Inverts `_cut`, and drops the copies of the last token."""
     x = jnp.moveaxis(x, 0, -3)  # [*batch, tiles, t, D]
-    x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
-    return x[..., :num_tokens, :]
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])[..., :num_tokens, :]
 
 
 # A loop over tiles would move and gather a kernel again for each tile. The next two
@@ -129,6 +128,7 @@ def fetch(node: PyTree, x: Float[Array, "*rows D"]) -> PyTree:
     if not needs_fetch(node, x):
         return node
     kernel, lora, key = parts_of(node)
+    # `take` copies a single layer out of its stack, and returns other kernels.
     q = kernel.take().to_device()
     if (layout := find_gather(q, x)) is not None:
         q = gathered(q, layout)

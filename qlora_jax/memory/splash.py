@@ -94,8 +94,7 @@ def splash_attention(
     if segment_ids is not None:
         ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, padding)))
         segments = splash.SegmentIds(ids, ids)
-    over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-    attended = over_rows(*operands, segments, sinks)
+    attended = jax.vmap(kernel, (0, 0, 0, 0, None))(*operands, segments, sinks)
     # The mask is causal, so no token attends to the padding after it.
     return attended.astype(query.dtype).swapaxes(1, 2)[:, :num_tokens]
 
@@ -183,6 +182,7 @@ def _raise_off_tpu(ctx: Any, x: object) -> NoReturn:
     )
 
 
+# Outside of `jit`, the operation is compiled too, so that the check runs.
 _only_on_tpu.def_impl(jax.jit(only_on_tpu))
 _only_on_tpu.def_abstract_eval(lambda x: x)
 ad.deflinear2(_only_on_tpu, lambda g, x: [g])
