@@ -48,12 +48,12 @@ class Stacks:
         """Drops the kernels: `nn.jit` caches traces, which refer to this object."""
         self.by_path.clear()
 
-    def add(self, path: str, kernel: Leaf) -> Leaf:
+    def add(self, path: str, leaf: Leaf) -> Leaf:
         """Stores a packed stack and returns its `StackIndex`. Returns other leaves."""
-        base, lora, key = parts_of(kernel)
+        kernel, lora, key = parts_of(leaf)
         # The arrays of adapters are small, so scans slice them.
         if lora is not None:
-            return AdaptedKernel(self.add(path, base), lora, key)
+            return AdaptedKernel(self.add(path, kernel), lora, key)
         # Kernels without a layer axis, or with two (nested scans), stay parameters.
         if not is_packed(kernel) or kernel.ndim != 1 + len(kernel.geometry.kinds):
             return kernel
@@ -197,18 +197,18 @@ def _with_experts(
 
     # `pack` takes the variables and rngs out of the module's scope, so that
     # `call_with_experts` can trace the call as a function of the float weights.
-    def lift(scope_fn: Callable) -> Callable:
-        def run_packed(
-            scopes: Callable, repack: Callable, variables: Tree, rngs: Tree, *args: Tree
-        ) -> Tree:
+    def lift(run_in_scope: Callable) -> Callable:
+        def run_packed(make_scope: Callable, repack: Callable, *groups: Tree) -> Tree:
+            variables, rngs, *args = groups
+
             def call_on_weights(weights: list[Array]) -> tuple:
                 pairs = zip(boxes, weights, strict=True)
                 by_path = {str(box.path): w for box, w in pairs}
                 opened = _open_boxes(
                     variables, KernelBox, lambda box: by_path.get(str(box.path), box)
                 )
-                scope = scopes(opened, rngs)
-                return scope_fn(scope, *args), repack(scope)
+                scope = make_scope(opened, rngs)
+                return run_in_scope(scope, *args), repack(scope)
 
             return call_with_experts(call_on_weights, kernels, backend)
 
@@ -223,7 +223,7 @@ def run_in_float(
     method: str,
     args: tuple,
     kwargs: dict,
-    cls: type[meta.AxisMetadata],
+    cls: type[meta.AxisMetadata],  # of the boxes in `NORMS`; not used otherwise
     backend: Backend = None,
 ) -> Tree:
     """Runs a method on float arrays, which exist only during the call."""

@@ -87,7 +87,6 @@ class QLoRADense(nn.Module):
         w = self.kernel_init(key, shape, self.param_dtype)
         return freeze(FloatKernel(w, Geometry()), self.config)
 
-    # The adapter has the same shapes whether the kernel is packed or in float.
     def _init_lora(self, kernel: Leaf) -> Adapter:
         key = self.make_rng("params")
         return new_adapter(key, as_kernel(kernel), self.config, "kernel")

@@ -86,7 +86,7 @@ def init(
 
 
 def _with_arrays(params: Tree) -> Tree:
-    # In a trace, `jnp.zeros` is a tracer without memory. `init` reads only its shape.
+    # `init` computes with arrays. In a trace, `jnp.zeros` is a tracer without memory.
     def to_array(leaf: Leaf) -> Leaf:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
@@ -135,7 +135,7 @@ class _Recorder:
     # Recorders are compared by identity. The keys of all records are parameter paths.
 
     def __init__(self, paths: list[str]):
-        # The kinds of axes (see `Geometry`) in the calls that use each kernel.
+        # The roles of axes (`Geometry.kinds`) in the calls that use each kernel.
         self.kinds: dict[str, set[str]] = {path: set() for path in paths}
         self.values: dict[str, jax.Array] = {}  # as passed to `apply`
         self.owned: set[str] = set()  # parameters of modules that ran
@@ -243,7 +243,7 @@ def trace_kinds(
     kwargs: dict,
     other_variables: Mapping,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the targets' kinds of axes, and why targets are unfit, by path."""
+    """Returns the targets' axis roles, and why some targets are unfit, by path."""
     recorder = _Recorder([*filter(config.is_target, leaves_by_path(params))])
 
     def box_target(path: str, leaf: Leaf) -> Leaf:
